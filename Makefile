@@ -1,0 +1,51 @@
+# Two commands: `make train` and `make test`. Both set up `.venv` first; on a set-up machine that takes no time.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV_VERSION := 0.13.9
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help train test fast lint types check ui requirements clean
+
+help:  ## show this help
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1|/' | column -t -s '|'
+
+# The environment is a function of requirements.txt: every package pinned by version and hash.
+# Byte code is compiled at once, because each Ray process would otherwise compile torch and ray again.
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and f"re2tal needs Python 3.11 or newer; {sys.executable} is {v[0]}.{v[1]}. Choose another with: make PYTHON=/path/to/python3")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv==$(UV_VERSION)"
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes --compile-bytecode requirements.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+train: $(INSTALLED)  ## make the toy data if missing and train on it; ARGS="RECIPE --field value" changes the run
+	$(BIN)/python pipelines/train.py $(ARGS)
+
+test: $(INSTALLED)  ## the whole test suite; ARGS="-k name" selects
+	$(BIN)/python -m pytest $(ARGS)
+
+fast: $(INSTALLED)  ## the tests that need neither Ray nor much time
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+lint: $(INSTALLED)  ## ruff, format and rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)  ## mypy
+	$(BIN)/mypy
+
+check: lint types test  ## all that CI runs
+
+ui: $(INSTALLED)  ## open the MLflow UI on the runs of this checkout
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
+
+requirements: $(INSTALLED)  ## compile requirements.txt anew from the ranges in pyproject.toml
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --no-emit-find-links --no-header --quiet --upgrade --output-file requirements.txt
+
+clean:  ## remove the environment, the toy data and the runs
+	rm -rf $(VENV) data runs
