@@ -1,0 +1,82 @@
+"""Frames, features and seconds of a window, mapped to one another: the only place for it."""
+
+import math
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from torch import Tensor
+
+_Coordinate = TypeVar("_Coordinate", float, np.ndarray, Tensor)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimeGrid:
+    """A regular grid of frames laid over a stretch of a video, and the features made from them.
+
+    Frame `i` covers `[offset + i / fps, offset + (i + 1) / fps)` and is sampled at its middle.
+    Feature `j` is made from frames `j * stride` to `(j + 1) * stride - 1`; it sits at coordinate
+    `j` of the feature grid, which is the middle of these frames. The window therefore spans the
+    feature coordinates -0.5 to `num_features - 0.5`.
+
+    Attributes:
+        fps: Sampled frames per second of video (not the file's own rate).
+        stride: Frames per feature: the backbone's temporal stride.
+        length: Frames in the window, a multiple of `stride`.
+        offset: Where the window starts in the video, in seconds.
+
+    Raises:
+        ValueError: A field is out of its range.
+    """
+
+    fps: float
+    stride: int
+    length: int
+    offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.fps) and self.fps > 0):
+            raise ValueError(f"TimeGrid.fps must be a positive number, not {self.fps}.")
+        if self.stride < 1:
+            raise ValueError(f"TimeGrid.stride must be at least 1 frame, not {self.stride}.")
+        if self.length < 1 or self.length % self.stride:
+            raise ValueError(
+                f"TimeGrid.length must be a positive multiple of the stride ({self.stride} frames),"
+                f" not {self.length}."
+            )
+        if not math.isfinite(self.offset):
+            raise ValueError(f"TimeGrid.offset must be a finite number, not {self.offset}.")
+
+    @property
+    def num_features(self) -> int:
+        """Features in the window: `length / stride`."""
+        return self.length // self.stride
+
+    @property
+    def duration(self) -> float:
+        """Seconds that the window spans."""
+        return self.length / self.fps
+
+    @property
+    def end(self) -> float:
+        """Second of the video at which the window ends."""
+        return self.offset + self.duration
+
+    def frame_times(self) -> np.ndarray:
+        """Seconds at which the frames are sampled: their middles, float64 of shape (length,)."""
+        return self.offset + (np.arange(self.length) + 0.5) / self.fps
+
+    def frames_before(self, seconds: float) -> int:
+        """Frames of the window sampled before a second of the video, from 0 to `length`."""
+        # The millionth of a frame keeps a video that ends with the window whole: rounding must
+        # not decide whether its last frame counts.
+        frames = math.ceil((seconds - self.offset) * self.fps - 0.5 - 1e-6)
+        return min(max(frames, 0), self.length)
+
+    def to_features(self, seconds: _Coordinate) -> _Coordinate:
+        """Seconds of the video to coordinates of the feature grid, of the same type and shape."""
+        return (seconds - self.offset) * (self.fps / self.stride) - 0.5
+
+    def to_seconds(self, grid: _Coordinate) -> _Coordinate:
+        """Coordinates of the feature grid to seconds of the video: undoes `to_features`."""
+        return (grid + 0.5) * (self.stride / self.fps) + self.offset
