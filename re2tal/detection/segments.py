@@ -1,0 +1,124 @@
+"""Scored segments, and how much two segments overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class LabelledSegments(Protocol):
+    """Segments `(N, 2)` with labels `(N,)`: ground truth and detections alike."""
+
+    @property
+    def segments(self) -> Tensor:
+        """`(N, 2)` starts and ends."""
+        ...
+
+    @property
+    def labels(self) -> Tensor:
+        """`(N,)` int64 class indices."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Detections:
+    """Scored, labelled segments of one video or of one window of it.
+
+    The unit of the segments is the owner's: feature-grid units inside a localizer, seconds
+    everywhere else.
+
+    Attributes:
+        segments: `(N, 2)` floating point, `[start, end]`.
+        scores: `(N,)` floating point.
+        labels: `(N,)` int64 class indices.
+    """
+
+    segments: Tensor
+    scores: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        count = self.scores.shape[0] if self.scores.ndim == 1 else -1
+        if self.segments.shape != (count, 2) or self.labels.shape != (count,):
+            raise ValueError(
+                f"Detections need segments (N, 2), scores (N,) and labels (N,), but got "
+                f"{tuple(self.segments.shape)}, {tuple(self.scores.shape)} and "
+                f"{tuple(self.labels.shape)}."
+            )
+
+    def __len__(self) -> int:
+        return self.scores.shape[0]
+
+    @staticmethod
+    def empty(device: torch.device | str = "cpu") -> Detections:
+        """No detections at all, in float32."""
+        return Detections(
+            segments=torch.zeros(0, 2, device=device),
+            scores=torch.zeros(0, device=device),
+            labels=torch.zeros(0, dtype=torch.int64, device=device),
+        )
+
+    @staticmethod
+    def concat(parts: Sequence[Detections]) -> Detections:
+        """The detections of all `parts`, in their order; of no parts, none."""
+        if not parts:
+            return Detections.empty()
+        return Detections(
+            segments=torch.cat([part.segments for part in parts]),
+            scores=torch.cat([part.scores for part in parts]),
+            labels=torch.cat([part.labels for part in parts]),
+        )
+
+    def __getitem__(self, index: Tensor | slice) -> Detections:
+        """The detections that an index tensor `(M,)`, a mask `(N,)` or a slice picks."""
+        return Detections(
+            segments=self.segments[index], scores=self.scores[index], labels=self.labels[index]
+        )
+
+    def with_segments(self, segments: Tensor) -> Detections:
+        """The same scores and labels at other `segments` `(N, 2)`."""
+        return replace(self, segments=segments)
+
+    def sorted(self) -> Detections:
+        """By falling score; equal scores keep their order."""
+        return self[self.scores.argsort(descending=True, stable=True)]
+
+    def to(self, device: torch.device | str) -> Detections:
+        """A copy on `device` (itself when it is there already)."""
+        return Detections(
+            segments=self.segments.to(device),
+            scores=self.scores.to(device),
+            labels=self.labels.to(device),
+        )
+
+
+def tiou(a: Tensor, b: Tensor) -> Tensor:
+    """Temporal intersection over union of segments, broadcasting over leading dimensions.
+
+    Two instants (zero-length segments) overlap fully, 1, when they coincide and not at all, 0,
+    otherwise; an instant and a longer segment do not overlap. Segments given the wrong way
+    round count as instants at their start.
+
+    Args:
+        a: `(..., 2)` floating point segments.
+        b: `(..., 2)` segments in the same unit, broadcastable to `a`. For all pairs of `(N, 2)`
+            and `(M, 2)` give `a[:, None]` and `b[None]`.
+
+    Returns:
+        The overlaps in [0, 1], of the broadcast leading shape.
+    """
+    start_a, end_a = a[..., 0], a[..., 1]
+    start_b, end_b = b[..., 0], b[..., 1]
+    length_a = (end_a - start_a).clamp(min=0)
+    length_b = (end_b - start_b).clamp(min=0)
+    shared = (torch.minimum(end_a, end_b) - torch.maximum(start_a, start_b)).clamp(min=0)
+    # Reversed segments could otherwise share time that neither of them covers.
+    shared = torch.minimum(shared, torch.minimum(length_a, length_b))
+    union = length_a + length_b - shared
+    instants = union == 0
+    overlap = shared / torch.where(instants, 1, union)
+    return torch.where(instants, (start_a == start_b).to(overlap.dtype), overlap)

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from re2tal.detection import Detections, mean_average_precision
+
+THRESHOLDS = (0.3, 0.5, 0.7, 1.0)
+Truth = dict[str, list[tuple[float, float, int]]]
+Found = dict[str, list[tuple[float, float, float, int]]]
+
+
+def truth_of(videos: Truth) -> dict[str, Detections]:
+    return found_of({v: [(s, e, 1.0, c) for s, e, c in rows] for v, rows in videos.items()})
+
+
+def found_of(videos: Found) -> dict[str, Detections]:
+    result = {}
+    for video, rows in videos.items():
+        table = torch.tensor([row[:3] for row in rows], dtype=torch.float64).reshape(-1, 3)
+        labels = torch.tensor([row[3] for row in rows], dtype=torch.int64)
+        result[video] = Detections(segments=table[:, :2], scores=table[:, 2], labels=labels)
+    return result
+
+
+def slow_overlap(a: tuple[float, float], b: tuple[float, float]) -> float:
+    shared = max(min(a[1], b[1]) - max(a[0], b[0]), 0.0)
+    union = (a[1] - a[0]) + (b[1] - b[0]) - shared
+    return shared / union if union else math.inf
+
+
+def slow_average_precision(truth: Truth, found: Found, label: int, threshold: float) -> float:
+    """One prediction at a time, and the curve as lists of points."""
+    total = sum(row[2] == label for rows in truth.values() for row in rows)
+    if total == 0:
+        return math.nan
+    guesses = [
+        (score, video, (start, end))
+        for video, rows in found.items()
+        for start, end, score, of in rows
+        if of == label
+    ]
+    guesses.sort(key=lambda guess: -guess[0])  # stable
+    taken: set[tuple[str, int]] = set()
+    recalls, precisions, right = [0.0], [0.0], 0
+    for visited, (_, video, guess) in enumerate(guesses, start=1):
+        options = [
+            (slow_overlap(guess, (start, end)), -index)
+            for index, (start, end, of) in enumerate(truth.get(video, []))
+            if of == label and (video, index) not in taken
+        ]
+        options = [option for option in options if option[0] >= threshold]
+        if options:
+            taken.add((video, -max(options)[1]))
+            right += 1
+        recalls.append(right / total)
+        precisions.append(right / visited)
+    recalls.append(1.0)
+    precisions.append(0.0)
+    area = 0.0
+    for i in range(1, len(recalls)):
+        area += (recalls[i] - recalls[i - 1]) * max(precisions[i:])
+    return area
+
+
+# Coarse values, so that equal scores, equal overlaps, duplicates and instants are common.
+times = st.tuples(st.integers(0, 6), st.integers(0, 4)).map(lambda t: (t[0] / 2, (t[0] + t[1]) / 2))
+actual = st.tuples(times, st.integers(0, 2)).map(lambda t: (*t[0], t[1]))
+guessed = st.tuples(times, st.integers(0, 5), st.integers(0, 2)).map(
+    lambda t: (*t[0], t[1] / 5, t[2])
+)
+names = st.sampled_from(["a", "b", "c"])
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.dictionaries(names, st.lists(actual, max_size=5)),
+    st.dictionaries(st.sampled_from(["a", "b", "c", "unknown"]), st.lists(guessed, max_size=8)),
+)
+def test_equals_one_prediction_at_a_time(truth: Truth, found: Found) -> None:
+    if not any(truth.values()):
+        truth["a"] = [(0.0, 1.0, 0)]
+    result = mean_average_precision(
+        truth_of(truth), found_of(found), num_classes=4, thresholds=THRESHOLDS
+    )
+    slow = np.array(
+        [[slow_average_precision(truth, found, c, t) for c in range(4)] for t in THRESHOLDS]
+    )
+    np.testing.assert_allclose(result.per_class, slow, atol=1e-12)
+    np.testing.assert_allclose(result.mAP, np.nanmean(slow, axis=1), atol=1e-12)
+    assert result.average == pytest.approx(np.nanmean(slow))
+
+
+def score(truth: Truth, found: Found, threshold: float = 0.5) -> float:
+    return mean_average_precision(
+        truth_of(truth), found_of(found), num_classes=3, thresholds=[threshold]
+    ).average
+
+
+def test_the_truth_itself_scores_one() -> None:
+    truth: Truth = {"a": [(0, 1, 0), (2, 3, 1)], "b": [(4, 6, 0)], "nothing": []}
+    found: Found = {v: [(s, e, 0.5, c) for s, e, c in rows] for v, rows in truth.items()}
+    for threshold in THRESHOLDS:
+        assert score(truth, found, threshold) == 1.0
+
+
+def test_the_second_best_truth_is_taken_when_the_best_is() -> None:
+    # Both predictions overlap the first instance most; the second one takes its second best.
+    truth: Truth = {"a": [(0, 10, 0), (4, 14, 0)]}
+    found: Found = {"a": [(1, 11, 0.9, 0), (1.5, 11.5, 0.8, 0)]}
+    assert score(truth, found) == 1.0
+
+
+def test_a_duplicate_prediction_is_a_false_positive() -> None:
+    truth: Truth = {"a": [(0, 10, 0)], "b": [(0, 10, 0)]}
+    found: Found = {"a": [(0, 10, 0.9, 0), (0, 10, 0.8, 0)], "b": [(0, 10, 0.7, 0)]}
+    assert score(truth, found) == pytest.approx(0.5 + 0.5 * 2 / 3)
+
+
+def test_videos_without_predictions_and_unknown_videos_count() -> None:
+    truth: Truth = {"a": [(0, 10, 0)], "b": [(0, 10, 0)]}
+    assert score(truth, {"b": [(0, 10, 0.5, 0)]}) == pytest.approx(0.5)
+    assert score(truth, {"x": [(0, 10, 0.9, 0)], "b": [(0, 10, 0.5, 0)]}) == pytest.approx(0.25)
+    assert score(truth, {}) == 0.0
+
+
+def test_classes_without_truth_do_not_enter_the_mean() -> None:
+    result = mean_average_precision(
+        truth_of({"a": [(0, 10, 1)]}),
+        found_of({"a": [(0, 10, 0.5, 1), (0, 10, 0.9, 2)]}),
+        num_classes=3,
+        thresholds=[0.5],
+    )
+    assert np.isnan(result.per_class[0, [0, 2]]).all()
+    assert result.mAP.tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("truth", "found", "message"),
+    [
+        ({"a": []}, {}, "no ground truth"),
+        ({"a": [(0, 1, 3)]}, {}, "ground truth of video 'a' have labels"),
+        ({"a": [(0, 1, 0)]}, {"b": [(0, 1, 0.5, -1)]}, "predictions of video 'b' have labels"),
+        ({"a": [(0, 1, 0)]}, {"b": [(0, 1, math.nan, 0)]}, "not a number"),
+        ({"a": [(0, math.inf, 0)]}, {}, "not finite"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(truth: Truth, found: Found, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        score(truth, found)
+
+
+def test_thresholds_must_be_overlaps() -> None:
+    with pytest.raises(ValueError, match="Thresholds"):
+        score({"a": [(0, 1, 0)]}, {}, threshold=0.0)
