@@ -1,0 +1,1 @@
+"""Videos and what happens in them: annotations, time, decoding, windows and the toy data set."""
