@@ -1,0 +1,232 @@
+"""MLflow: one run a training run, written in batches and never in the way of a step.
+
+The driver opens the store and makes the run (a new data base that several processes open at once is
+corrupted); rank 0 only appends metrics, through a client of its own.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import queue
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_GIT_COMMIT, MLFLOW_RUN_NAME
+
+_MAX_METRICS = 1000  # per request; MLflow refuses more
+_MAX_PARAMS = 100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """Names a run for whoever writes to it; plain strings, so it travels to any process.
+
+    Attributes:
+        uri: tracking URI.
+        run_id: of the MLflow run.
+    """
+
+    uri: str
+    run_id: str
+
+    @property
+    def client(self) -> MlflowClient:
+        """A client of its store."""
+        return MlflowClient(self.uri)
+
+
+def tracking_uri(output: Path) -> str:
+    """Where runs go: the server in `MLFLOW_TRACKING_URI`, else one SQLite file in `output`.
+
+    Args:
+        output: folder of the default store, absolute.
+    """
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output / 'mlflow.db'}"
+
+
+def _experiment_id(client: MlflowClient, uri: str, name: str, output: Path) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return found.experiment_id
+    local = uri.startswith("sqlite:///")
+    return client.create_experiment(
+        name, artifact_location=(output / "artifacts").as_uri() if local else None
+    )
+
+
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the leaves of a nested dataclass by dotted name: `("optim.clip", 1.0)`.
+
+    Args:
+        config: the dataclass.
+        prefix: put before each name.
+    """
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        name = f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(value):
+            yield from flatten(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def git_commit(folder: Path) -> str | None:
+    """Returns the commit of the checkout, with `-dirty` if files differ from it; None outside git.
+
+    Args:
+        folder: inside the checkout.
+    """
+    command = [
+        "git",
+        "-C",
+        str(folder),
+        "describe",
+        "--always",
+        "--abbrev=40",
+        "--dirty",
+        "--exclude=*",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _tags(recipe_name: str) -> list[RunTag]:
+    packages = ("torch", "torchvision", "ray", "mlflow", "av")
+    tags = {MLFLOW_RUN_NAME: f"{recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}"}
+    tags |= {f"version.{name}": version(name) for name in packages}
+    tags["version.python"] = platform.python_version()
+    commit = git_commit(Path(__file__).parent)
+    if commit is not None:
+        tags[MLFLOW_GIT_COMMIT] = commit
+    return [RunTag(key, value) for key, value in tags.items()]
+
+
+def start_run(recipe: Any, *, output: Path) -> Run:
+    """Opens the store, makes it if need be, and starts a run with the whole configuration.
+
+    Args:
+        recipe: a `Recipe` dataclass with `name` and `experiment`.
+        output: folder of the default store; it is made.
+
+    Raises:
+        MlflowException: if the store cannot be reached.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    uri = tracking_uri(output)
+    client = MlflowClient(uri)
+    run = client.create_run(_experiment_id(client, uri, recipe.experiment, output))
+    run_id = run.info.run_id
+    params = [Param(name, str(value)) for name, value in flatten(recipe)]
+    for start in range(0, len(params), _MAX_PARAMS):
+        client.log_batch(run_id, params=params[start : start + _MAX_PARAMS])
+    client.log_batch(run_id, tags=_tags(recipe.name))
+    return Run(uri=uri, run_id=run_id)
+
+
+def log_dataset(run: Run, *, name: str, source: str, digest: str) -> None:
+    """Records which data a run used.
+
+    Args:
+        run: the run.
+        name: of the data set.
+        source: where its annotations are.
+        digest: fingerprint of the annotations.
+    """
+    dataset = Dataset(
+        name=name,
+        digest=digest[:36],  # as much as the store keeps
+        source_type="http" if "://" in source else "local",
+        source=json.dumps({"uri": source}),
+    )
+    tag = InputTag(key=MLFLOW_DATASET_CONTEXT, value="training")
+    run.client.log_inputs(run.run_id, [DatasetInput(dataset, [tag])])
+    run.client.set_tag(run.run_id, "data.fingerprint", digest)
+
+
+@contextmanager
+def finishing(run: Run) -> Iterator[None]:
+    """Ends a run as its block ends: FINISHED, KILLED (interrupted), FAILED with the error's text.
+
+    Args:
+        run: a started run.
+    """
+    try:
+        yield
+    except BaseException as error:
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        run.client.set_tag(run.run_id, "error", f"{type(error).__name__}: {error}"[:5000])
+        run.client.set_terminated(run.run_id, status)
+        raise
+    run.client.set_terminated(run.run_id, "FINISHED")
+
+
+class MetricLogger:
+    """Appends metrics to a run from a thread of its own; a step never waits for the store.
+
+    A store that does not answer loses nothing: what could not be sent stays queued, and what is
+    left at the end is written to `fallback`.
+    """
+
+    def __init__(self, run: Run, *, fallback: Path, interval: float = 2.0) -> None:
+        self._run = run
+        self._fallback = fallback
+        self._interval = interval
+        self._queue: queue.SimpleQueue[Metric] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._pending: list[Metric] = []
+        self._thread.start()
+
+    def log(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Queues metrics; returns at once.
+
+        Args:
+            metrics: name to value; names with the characters that MLflow allows.
+            step: global step.
+        """
+        now = int(time.time() * 1000)
+        for name, value in metrics.items():
+            self._queue.put(Metric(name, float(value), now, step))
+
+    def _send(self) -> bool:
+        while not self._queue.empty():
+            self._pending.append(self._queue.get())
+        while self._pending:
+            try:
+                self._run.client.log_batch(self._run.run_id, metrics=self._pending[:_MAX_METRICS])
+            except (MlflowException, OSError):
+                return False  # still in _pending: the next round, or close(), takes care of them
+            del self._pending[:_MAX_METRICS]
+        return True
+
+    def _loop(self) -> None:
+        while not self._stop.wait(self._interval):
+            self._send()
+
+    def close(self) -> int:
+        """Sends what is left.
+
+        Returns:
+            How many metrics could not be sent; they are in the fallback file, a JSON object a line.
+        """
+        self._stop.set()
+        self._thread.join()
+        if self._send():
+            return 0
+        self._fallback.parent.mkdir(parents=True, exist_ok=True)
+        with self._fallback.open("a") as file:
+            file.writelines(json.dumps(dict(metric)) + "\n" for metric in self._pending)
+        return len(self._pending)

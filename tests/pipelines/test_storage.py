@@ -1,0 +1,53 @@
+"""Paths and URIs: the same answers for both, and one sentence when something is missing."""
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.storage import StorageError, list_files, local_copy, open_source, require
+
+
+def test_a_missing_path_is_one_sentence_with_the_option(tmp_path: Path) -> None:
+    with pytest.raises(
+        StorageError, match=r"The videos: nothing at .*nowhere. Correct --data.videos"
+    ) as caught:
+        require(str(tmp_path / "nowhere"), what="The videos", option="--data.videos")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_path_that_was_not_given_names_the_option() -> None:
+    with pytest.raises(StorageError, match=r"no path given. Say where with --model.weights"):
+        require(None, what="The weights", option="--model.weights")
+
+
+def test_a_uri_of_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(StorageError, match="cannot be reached"):
+        require("gopher://host/videos", what="The videos", option="--data.videos")
+
+
+def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert require("a.json", what="It", option="--it") == str(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_listing_and_copying_work_alike_for_paths_and_uris(tmp_path: Path, prefix: str) -> None:
+    folder = tmp_path / "videos"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("b.mp4", "a.mp4"):
+        (folder / name).write_text(name)
+    files = list_files(f"{prefix}{folder}")
+    assert list(files) == ["a.mp4", "b.mp4"]
+    copied = local_copy(files["a.mp4"], tmp_path)
+    assert copied.read_text() == "a.mp4"
+
+
+def test_remote_sources_are_seekable_files(tmp_path: Path) -> None:
+    path = tmp_path / "v.bin"
+    path.write_bytes(b"0123456789")
+    assert open_source(str(path)) == str(path)
+    source = open_source(f"file://{path}")
+    assert not isinstance(source, str)
+    source.seek(4)
+    assert source.read(2) == b"45"

@@ -1,0 +1,126 @@
+"""The MLflow store: complete configuration, batched metrics, honest ends, nothing lost."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from mlflow.entities import RunStatus
+
+from pipelines.tracking import (
+    MetricLogger,
+    Run,
+    finishing,
+    flatten,
+    git_commit,
+    log_dataset,
+    start_run,
+)
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float = 0.1
+    steps: tuple[int, ...] = (1, 2)
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: str = "small"
+    experiment: str = "tests"
+    inner: Inner = field(default_factory=Inner)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return start_run(Outer(), output=tmp_path / "runs")
+
+
+def test_flatten_names_every_leaf() -> None:
+    assert dict(flatten(Outer())) == {
+        "name": "small",
+        "experiment": "tests",
+        "inner.rate": 0.1,
+        "inner.steps": (1, 2),
+    }
+
+
+def test_a_run_holds_its_configuration_and_versions(run: Run, tmp_path: Path) -> None:
+    found = run.client.get_run(run.run_id)
+    assert found.data.params == {k: str(v) for k, v in flatten(Outer())}
+    assert found.data.tags["version.torch"]
+    assert found.info.run_name.startswith("small-")
+    assert found.info.artifact_uri.startswith((tmp_path / "runs" / "artifacts").as_uri())
+    assert (tmp_path / "runs" / "mlflow.db").is_file()
+
+
+def test_the_server_in_the_environment_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert start_run(Outer(), output=tmp_path / "runs").uri == uri
+    assert not (tmp_path / "runs" / "mlflow.db").exists()
+
+
+def test_metrics_arrive_whole_and_in_order(run: Run, tmp_path: Path) -> None:
+    logger = MetricLogger(run, fallback=tmp_path / "unsent.jsonl", interval=0.01)
+    for step in range(1500):  # more than one request may hold
+        logger.log({"train/loss": float(step)}, step=step)
+    assert logger.close() == 0
+    history = run.client.get_metric_history(run.run_id, "train/loss")
+    assert sorted((m.step, m.value) for m in history) == [(i, float(i)) for i in range(1500)]
+    assert not (tmp_path / "unsent.jsonl").exists()
+
+
+def test_metrics_that_cannot_be_sent_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    dead = Run(uri="http://127.0.0.1:9", run_id="none")
+    logger = MetricLogger(dead, fallback=tmp_path / "unsent.jsonl", interval=60)
+    logger.log({"a": 1.0, "b": 2.0}, step=7)
+    assert logger.close() == 2
+    lines = [json.loads(line) for line in (tmp_path / "unsent.jsonl").read_text().splitlines()]
+    assert [(line["key"], line["value"], line["step"]) for line in lines] == [
+        ("a", 1.0, 7),
+        ("b", 2.0, 7),
+    ]
+
+
+def _status(run: Run) -> str:
+    return RunStatus.to_string(RunStatus.from_string(run.client.get_run(run.run_id).info.status))
+
+
+def test_a_run_that_ends_is_finished(run: Run) -> None:
+    with finishing(run):
+        pass
+    assert _status(run) == "FINISHED"
+
+
+def test_a_run_that_fails_keeps_the_reason(run: Run) -> None:
+    with pytest.raises(ValueError), finishing(run):
+        raise ValueError("the disk is full")
+    assert _status(run) == "FAILED"
+    assert run.client.get_run(run.run_id).data.tags["error"] == "ValueError: the disk is full"
+
+
+def test_a_run_that_is_interrupted_is_killed(run: Run) -> None:
+    with pytest.raises(KeyboardInterrupt), finishing(run):
+        raise KeyboardInterrupt
+    assert _status(run) == "KILLED"
+
+
+def test_the_data_set_is_an_input(run: Run) -> None:
+    log_dataset(run, name="toy", source="/data/a.json", digest="ab" * 32)
+    (given,) = run.client.get_run(run.run_id).inputs.dataset_inputs
+    assert given.dataset.name == "toy"
+    assert json.loads(given.dataset.source)["uri"] == "/data/a.json"
+    assert run.client.get_run(run.run_id).data.tags["data.fingerprint"] == "ab" * 32
+
+
+def test_the_commit_is_that_of_the_checkout(tmp_path: Path) -> None:
+    assert git_commit(tmp_path) is None
+    here = git_commit(Path(__file__).parent)
+    assert here is None or len(here.removesuffix("-dirty")) == 40
