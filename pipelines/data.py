@@ -1,0 +1,229 @@
+"""From annotations to batches: which windows an epoch sees, and their frames.
+
+The windows of an epoch are a pure function of seed and epoch, and a worker's share of them one of
+its rank: so every worker takes the same number of steps, and a run that is started again sees the
+same windows. Only the decoding is left to Ray Data, which does it in parallel, in order, just ahead
+of the training.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray.data
+import torch
+from re2tal.videos.decoding import VideoError, probe
+from re2tal.videos.windows import Window, WindowConfig, decode_window, training_windows
+from torch import Tensor
+
+from pipelines.resources import DECODE_CPUS
+from pipelines.storage import open_source
+from re2tal.localizers.protocol import Targets
+from re2tal.videos.annotations import VideoAnnotation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Video:
+    """A usable video: its annotation and where its file is.
+
+    Attributes:
+        annotation: what happens in it.
+        uri: path or URI of the file.
+    """
+
+    annotation: VideoAnnotation
+    uri: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Windows of one step of one worker.
+
+    Attributes:
+        windows: where each sample comes from.
+        frames: uint8 (B, T, H, W, 3).
+        mask: bool (B, T), false on padding and on all of a window that could not be decoded.
+        targets: segments and labels of each sample, in feature-grid units.
+        failures: video id to reason, for windows that could not be decoded.
+    """
+
+    windows: tuple[Window, ...]
+    frames: Tensor
+    mask: Tensor
+    targets: tuple[Targets, ...]
+    failures: dict[str, str]
+
+
+def epoch_windows(
+    videos: Sequence[Video],
+    classes: Sequence[str],
+    config: WindowConfig,
+    *,
+    stride: int,
+    seed: int,
+    epoch: int,
+) -> list[Window]:
+    """Cuts the training videos into an epoch's windows and shuffles them.
+
+    Args:
+        videos: the training videos.
+        classes: class names; labels are indices into it.
+        config: how windows are cut.
+        stride: frames per feature, of the backbone.
+        seed: of the run.
+        epoch: from 0; another epoch has other windows in another order.
+
+    Returns:
+        The windows of all workers.
+    """
+    random = np.random.default_rng((seed, epoch))
+    windows = [
+        window
+        for video in videos
+        for window in training_windows(
+            video.annotation, classes, config, stride=stride, random=random
+        )
+    ]
+    random.shuffle(windows)  # type: ignore[arg-type]
+    return windows
+
+
+def share(
+    windows: Sequence[Window], *, rank: int, world_size: int, batch_size: int
+) -> list[Window]:
+    """Returns the windows of one worker: as many for each, a whole number of batches.
+
+    Args:
+        windows: of all workers.
+        rank: of this worker.
+        world_size: number of workers.
+        batch_size: windows a step and worker.
+
+    Raises:
+        ValueError: if there are too few windows for one step.
+    """
+    steps = len(windows) // (batch_size * world_size)
+    if steps == 0:
+        raise ValueError(
+            f"{len(windows)} training windows do not fill one step of {world_size} workers x "
+            f"batch {batch_size}: lower --batch-size or --scale.workers, or add videos."
+        )
+    return list(windows[rank : steps * batch_size * world_size : world_size])
+
+
+def _centre_square(frames: np.ndarray, size: int) -> np.ndarray:
+    top, left = ((side - size) // 2 for side in frames.shape[1:3])
+    return frames[:, top : top + size, left : left + size]
+
+
+def decode_sample(row: dict[str, Any], *, size: int) -> dict[str, Any]:
+    """Decodes one window; what cannot be decoded comes back black, with the reason.
+
+    Args:
+        row: `index`, `uri` and `window`.
+        size: side of the square frames in pixels.
+
+    Returns:
+        `index`; `frames`, uint8 (T, size, size, 3); `error`, empty if all went well.
+    """
+    window: Window = row["window"]
+    try:
+        source = open_source(row["uri"])
+        frames = _centre_square(decode_window(source, window, size=size), size)
+        error = ""
+    except (VideoError, OSError) as problem:
+        frames = np.zeros((window.grid.length, size, size, 3), np.uint8)
+        error = str(problem)
+    return {"index": row["index"], "frames": np.ascontiguousarray(frames), "error": error}
+
+
+def _assemble(windows: Sequence[Window], frames: np.ndarray, errors: Sequence[str]) -> Batch:
+    masks, targets, failures = [], [], {}
+    for window, error in zip(windows, errors, strict=True):
+        if error:
+            failures[window.video_id] = error
+        valid = 0 if error else window.valid
+        masks.append(torch.arange(window.grid.length) < valid)
+        keep = slice(0, 0) if error else slice(None)
+        targets.append(
+            Targets(
+                segments=torch.from_numpy(np.array(window.segments[keep], np.float32)),
+                labels=torch.from_numpy(np.array(window.labels[keep], np.int64)),
+            )
+        )
+    return Batch(
+        windows=tuple(windows),
+        frames=torch.from_numpy(np.array(frames)),  # a copy: Ray's arrays are read-only
+        mask=torch.stack(masks),
+        targets=tuple(targets),
+        failures=failures,
+    )
+
+
+def stream_batches(
+    windows: Sequence[Window], uris: dict[str, str], *, size: int, batch_size: int
+) -> Iterator[Batch]:
+    """Decodes windows with Ray Data, in parallel and in order, and yields them in batches.
+
+    Args:
+        windows: of this worker, in the order in which they are wanted.
+        uris: video id to path or URI.
+        size: side of the square frames in pixels.
+        batch_size: windows a batch; the last one may be smaller.
+    """
+    if not windows:
+        return
+    rows = [{"index": i, "uri": uris[w.video_id], "window": w} for i, w in enumerate(windows)]
+    blocks = math.ceil(len(rows) / batch_size)
+    dataset = ray.data.from_items(rows, override_num_blocks=blocks)
+    dataset = dataset.map(functools.partial(decode_sample, size=size), num_cpus=DECODE_CPUS)
+    options = dataset.context.execution_options
+    options.preserve_order = True
+    for batch in dataset.iter_batches(
+        batch_size=batch_size, batch_format="numpy", prefetch_batches=2
+    ):
+        yield _assemble([windows[i] for i in batch["index"]], batch["frames"], batch["error"])
+
+
+def decode_batches(
+    windows: Sequence[Window], uris: dict[str, str], *, size: int, batch_size: int
+) -> Iterator[Batch]:
+    """Like `stream_batches`, in this process and without Ray; for notebooks and tests.
+
+    Args:
+        windows: in the order in which they are wanted.
+        uris: video id to path or URI.
+        size: side of the square frames in pixels.
+        batch_size: windows a batch; the last one may be smaller.
+    """
+    for start in range(0, len(windows), batch_size):
+        chunk = windows[start : start + batch_size]
+        samples = [
+            decode_sample({"index": 0, "uri": uris[w.video_id], "window": w}, size=size)
+            for w in chunk
+        ]
+        yield _assemble(
+            chunk, np.stack([s["frames"] for s in samples]), [s["error"] for s in samples]
+        )
+
+
+def probe_sample(row: dict[str, str]) -> dict[str, str | float]:
+    """Opens a video and reads its duration.
+
+    Args:
+        row: `video_id` and `uri`.
+
+    Returns:
+        `video_id`; `duration` in seconds (0 if unreadable); `error`, empty if it is readable.
+    """
+    try:
+        return {
+            "video_id": row["video_id"],
+            "duration": probe(open_source(row["uri"])).duration,
+            "error": "",
+        }
+    except (VideoError, OSError) as problem:
+        return {"video_id": row["video_id"], "duration": 0.0, "error": str(problem)}

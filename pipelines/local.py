@@ -1,0 +1,60 @@
+"""The training loop in one process, without Ray: for notebooks, debuggers and tests."""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from re2tal.videos.windows import Window
+
+from pipelines.data import Batch, decode_batches
+from pipelines.plan import Plan
+from pipelines.recipes import Recipe
+
+
+class LocalRuntime:
+    """A `Runtime` of one worker that decodes as it goes and keeps everything in memory.
+
+    Attributes:
+        history: step and metrics of each call of `log`, in order.
+        lines: the lines of progress.
+    """
+
+    rank = 0
+    world_size = 1
+
+    def __init__(
+        self, recipe: Recipe, plan: Plan, folder: Path, *, device: torch.device | str = "cpu"
+    ) -> None:
+        """Args: recipe, plan: of the run. folder: where the newest checkpoint is kept."""
+        self.device = torch.device(device)
+        self.history: list[tuple[int, dict[str, float]]] = []
+        self.lines: list[str] = []
+        self._recipe, self._plan = recipe, plan
+        self._checkpoint = folder / "checkpoint"
+
+    def stream(self, windows: Sequence[Window]) -> Iterator[Batch]:
+        """Decodes windows in this process and yields them in batches, in order."""
+        recipe = self._recipe
+        return decode_batches(
+            windows, self._plan.uris, size=recipe.data.size, batch_size=recipe.batch_size
+        )
+
+    def log(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Appends to `history`."""
+        self.history.append((step, dict(metrics)))
+
+    def say(self, line: str) -> None:
+        """Appends to `lines`."""
+        self.lines.append(line)
+
+    def report(self, metrics: Mapping[str, float], checkpoint: Path) -> None:  # noqa: ARG002
+        """Keeps the checkpoint; an older one is replaced."""
+        shutil.rmtree(self._checkpoint, ignore_errors=True)
+        shutil.copytree(checkpoint, self._checkpoint)
+
+    @contextmanager
+    def restored(self) -> Iterator[Path | None]:
+        """Gives the checkpoint that an earlier run left in the folder, if any."""
+        yield self._checkpoint if self._checkpoint.exists() else None

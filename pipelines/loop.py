@@ -1,0 +1,263 @@
+"""The training loop of one worker.
+
+It knows PyTorch and DDP, not Ray: a `Runtime` gives it data and takes results.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from re2tal.memory import MemoryMeter
+from re2tal.videos.windows import Window
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipelines.checkpoints import TrainingState
+from pipelines.clock import Clock
+from pipelines.data import Batch, epoch_windows, share
+from pipelines.model import build_detector, spec_of
+from pipelines.optim import build_average, build_optimizer, build_schedule
+from pipelines.plan import Plan, check_failures
+from pipelines.progress import duration
+from pipelines.recipes import Recipe
+from pipelines.validation import detect_windows, evaluate, gather, validation_share
+from re2tal.detection.segments import Detections
+
+DETECTIONS_FILE = "detections.json"
+
+
+class NonFiniteLossError(Exception):
+    """The loss became NaN or infinite; the message names step, videos and the saved batch."""
+
+
+class Runtime(Protocol):
+    """What surrounds a worker."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def stream(self, windows: Sequence[Window]) -> Iterator[Batch]:
+        """Decodes windows and yields them in batches, in order."""
+
+    def log(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Appends metrics to the run; only rank 0's are kept."""
+
+    def say(self, line: str) -> None:
+        """Shows a line of progress; only rank 0's is shown."""
+
+    def report(self, metrics: Mapping[str, float], checkpoint: Path) -> None:
+        """Hands over an epoch's metrics and checkpoint folder (rank 0's); every rank calls it."""
+
+    def restored(self) -> AbstractContextManager[Path | None]:
+        """Gives the checkpoint to go on from, if there is one."""
+
+
+def _guard(
+    loss: Tensor, terms: Mapping[str, Tensor], batch: Batch, step: int, output: Path
+) -> None:
+    if bool(torch.isfinite(loss)):
+        return
+    path = output / f"non_finite_step_{step}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(
+        {
+            "frames": batch.frames,
+            "mask": batch.mask,
+            "windows": [asdict(w.grid) | {"video_id": w.video_id} for w in batch.windows],
+        },
+        path,
+    )
+    videos = ", ".join(w.video_id for w in batch.windows)
+    values = ", ".join(f"{name} {float(value.detach()):g}" for name, value in terms.items())
+    raise NonFiniteLossError(
+        f"The loss is not finite at step {step} ({values}), on windows of the videos {videos}. "
+        f"The batch is saved in {path}. Lower the learning rates (--optim.backbone-lr, "
+        "--optim.localizer-lr), or compute in float32 (--optim.precision float32)."
+    )
+
+
+class Trainer:
+    """One worker's share of a run: epochs of steps, each ended by validation and a checkpoint."""
+
+    def __init__(
+        self, recipe: Recipe, plan: Plan, runtime: Runtime, *, weights: Path | None, output: Path
+    ) -> None:
+        self.recipe, self.plan, self.runtime, self.output = recipe, plan, runtime, output
+        self.spec = spec_of(recipe, plan.classes)
+        torch.manual_seed(recipe.seed)  # the same weights on every rank
+        detector = build_detector(recipe, plan.classes, weights).to(runtime.device)
+        self.stride = detector.backbone.temporal_stride
+        steps = len(self._windows(0)) // recipe.batch_size
+        optimizer = build_optimizer(detector, recipe.optim)
+        self.state = TrainingState(
+            detector=detector,
+            average=build_average(detector, recipe.optim),
+            optimizer=optimizer,
+            schedule=build_schedule(
+                optimizer, recipe.optim, steps_per_epoch=steps, epochs=recipe.epochs
+            ),
+        )
+        with runtime.restored() as folder:
+            if folder is not None:
+                self.state.load(folder)
+                runtime.say(f"going on after epoch {self.state.epoch} of {recipe.epochs}")
+        self.model: nn.Module = (
+            DistributedDataParallel(detector) if dist.is_initialized() else detector
+        )
+        self.failures: dict[str, str] = {}
+        # other dropout and drop-path masks on every rank, and in every epoch after a restart
+        torch.manual_seed(recipe.seed + 1 + runtime.rank + 1000 * self.state.epoch)
+
+    def _windows(self, epoch: int) -> list[Window]:
+        windows = epoch_windows(
+            self.plan.training,
+            self.plan.classes,
+            self.recipe.data.window,
+            stride=self.stride,
+            seed=self.recipe.seed,
+            epoch=epoch,
+        )
+        return share(
+            windows,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+            batch_size=self.recipe.batch_size,
+        )
+
+    def run(self) -> dict[str, float]:
+        """Trains to the recipe's last epoch.
+
+        Returns:
+            The metrics of the last epoch.
+
+        Raises:
+            NonFiniteLossError: if a loss is not finite.
+            UnusableVideosError: if too many videos cannot be decoded.
+        """
+        metrics: dict[str, float] = {}
+        while self.state.epoch < self.recipe.epochs:
+            self._train_epoch()
+            self.state.epoch += 1
+            metrics, detections = self._validate()
+            self.runtime.log(metrics, step=self.state.step)
+            with tempfile.TemporaryDirectory() as folder:
+                checkpoint = Path(folder) / "checkpoint"
+                if self.runtime.rank == 0:
+                    self.state.save(checkpoint, self.spec)
+                    _write_detections(checkpoint / DETECTIONS_FILE, detections, self.plan.classes)
+                self.runtime.report({**metrics, "epoch": self.state.epoch}, checkpoint)
+        return metrics
+
+    def _train_epoch(self) -> None:
+        windows = self._windows(self.state.epoch)
+        steps = len(windows) // self.recipe.batch_size
+        clock = Clock()
+        self.model.train()
+        if self.recipe.model.freeze_backbone:
+            self.state.detector.backbone.eval()
+        for index, batch in enumerate(clock.timed(self.runtime.stream(windows))):
+            self.failures |= batch.failures
+            metrics = self._step(batch) | clock.metrics(self.runtime.world_size)
+            self.runtime.log(metrics, step=self.state.step)
+            if index % max(1, steps // 5) == 0 or index == steps - 1:
+                self._say_progress(index, steps, metrics, clock)
+
+    def _step(self, batch: Batch) -> dict[str, float]:
+        device, optim = self.runtime.device, self.recipe.optim
+        autocast = torch.autocast(
+            device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"
+        )
+        with MemoryMeter(device) as memory:
+            with autocast:
+                terms = self.model(
+                    batch.frames.to(device, non_blocking=True),
+                    batch.mask.to(device, non_blocking=True),
+                    [target.to(device) for target in batch.targets],
+                )
+                loss = torch.stack(list(terms.values())).sum()
+            _guard(loss, terms, batch, self.state.step, self.output)
+            self.state.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            trained = [p for p in self.state.detector.parameters() if p.requires_grad]
+            norm = nn.utils.clip_grad_norm_(trained, optim.clip)
+            rates = {f"lr/{g['name']}": g["lr"] for g in self.state.optimizer.param_groups}
+            self.state.optimizer.step()
+            self.state.schedule.step()
+            self.state.average.update_parameters(self.state.detector)
+        self.state.step += 1
+        return {
+            "train/loss": float(loss.detach()),
+            **{f"train/loss/{name}": float(value.detach()) for name, value in terms.items()},
+            "train/gradient_norm": float(norm),
+            **rates,
+            **{f"memory/{name}": value for name, value in memory.metrics().items()},
+        }
+
+    def _say_progress(
+        self, index: int, steps: int, metrics: Mapping[str, float], clock: Clock
+    ) -> None:
+        left = (
+            clock.elapsed
+            / (index + 1)
+            * (steps * (self.recipe.epochs - self.state.epoch) - index - 1)
+        )
+        self.runtime.say(
+            f"epoch {self.state.epoch + 1}/{self.recipe.epochs}  step {index + 1:>3}/{steps}  "
+            f"loss {metrics['train/loss']:.3f}  {metrics['train/frames_per_second']:.0f} frames/s  "
+            f"waiting for data {metrics['train/data_wait_share']:.0%}  left {duration(left)}"
+        )
+
+    def _validate(self) -> tuple[dict[str, float], dict[str, Detections]]:
+        recipe, plan, runtime = self.recipe, self.plan, self.runtime
+        before = time.perf_counter()
+        windows = validation_share(
+            plan.validation,
+            plan.classes,
+            recipe.data.validation_window,
+            stride=self.stride,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+        )
+        durations = {v.annotation.video_id: v.annotation.duration for v in plan.validation}
+        detector: Any = self.state.average.module.eval()
+        mine, failures = detect_windows(detector, runtime.stream(windows), durations, recipe.nms)
+        shares = gather((mine, {**self.failures, **failures}))
+        detections = {video_id: found for part, _ in shares for video_id, found in part.items()}
+        failed = dict(plan.failures)
+        for _, part in shares:
+            failed |= part
+        check_failures(failed, len(plan.uris) + len(plan.failures), recipe.data.max_failed)
+        metrics = evaluate(detections, plan.validation, plan.classes, recipe.thresholds)
+        metrics["videos/failed"] = float(len(failed))
+        runtime.say(
+            f"epoch {self.state.epoch}/{recipe.epochs}  validation  mAP {metrics['val/mAP']:.3f}  "
+            f"({len(detections)} videos, {duration(time.perf_counter() - before)})"
+        )
+        return metrics, detections
+
+
+def _write_detections(
+    path: Path, detections: Mapping[str, Detections], classes: Sequence[str]
+) -> None:
+    results = {
+        video_id: [
+            {
+                "segment": [round(x, 3) for x in segment],
+                "score": round(score, 5),
+                "label": classes[label],
+            }
+            for segment, score, label in zip(
+                found.segments.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True
+            )
+        ]
+        for video_id, found in sorted(detections.items())
+    }
+    path.write_text(json.dumps({"version": "re2tal", "results": results}))

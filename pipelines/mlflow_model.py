@@ -1,0 +1,64 @@
+"""A trained detector as an MLflow model: code plus a folder of weights, nothing pickled.
+
+MLflow runs this file when the model is loaded. `predict` takes paths of video files.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlflow
+import pandas as pd
+from re2tal.detect import detect
+
+from re2tal.trained import load_detector
+
+
+class DetectorModel(mlflow.pyfunc.PythonModel):
+    """Detects actions in video files."""
+
+    def load_context(self, context: Any) -> None:
+        """Reads the saved detector that was logged with the model."""
+        self.spec, self.detector = load_detector(context.artifacts["detector"])
+
+    def predict(
+        self,
+        context: Any,  # noqa: ARG002 - MLflow calls it with these three
+        model_input: Any,
+        params: dict[str, Any] | None = None,  # noqa: ARG002
+    ) -> pd.DataFrame:
+        """Detects actions.
+
+        Args:
+            context: of MLflow; not used.
+            model_input: paths of video files: strings, or a data frame with a column `video`.
+            params: not used.
+
+        Returns:
+            A row a detection: `video`, `start` and `end` in seconds, `label`, `score`; the best
+            of a video first.
+        """
+        paths: Sequence[str] = (
+            model_input["video"] if isinstance(model_input, pd.DataFrame) else model_input
+        )
+        rows = []
+        for path in paths:
+            found = detect(path, self.spec, self.detector)
+            rows += [
+                {
+                    "video": path,
+                    "start": start,
+                    "end": end,
+                    "label": self.spec.classes[label],
+                    "score": score,
+                }
+                for (start, end), label, score in zip(
+                    found.segments.tolist(),
+                    found.labels.tolist(),
+                    found.scores.tolist(),
+                    strict=True,
+                )
+            ]
+        return pd.DataFrame(rows, columns=["video", "start", "end", "label", "score"])
+
+
+mlflow.models.set_model(DetectorModel())

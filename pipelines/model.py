@@ -1,0 +1,44 @@
+"""The detector that a recipe describes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from re2tal.backbones.swin import load_backbone_weights
+from re2tal.detector import Detector
+
+from pipelines.recipes import Recipe
+from re2tal.trained import DetectorSpec
+
+
+def spec_of(recipe: Recipe, classes: Sequence[str]) -> DetectorSpec:
+    """Returns what the recipe's detector is built of.
+
+    Args:
+        recipe: the run's configuration.
+        classes: names of the action classes.
+    """
+    return DetectorSpec(
+        classes=tuple(classes),
+        backbone=recipe.model.backbone,
+        localizer=recipe.model.localizer,
+        reversible=recipe.model.reversible,
+        size=recipe.data.size,
+        window=recipe.data.validation_window,
+        nms=recipe.nms,
+    )
+
+
+def build_detector(recipe: Recipe, classes: Sequence[str], weights: Path | None) -> Detector:
+    """Builds the detector, with pretrained weights in its backbone.
+
+    Args:
+        recipe: the run's configuration.
+        classes: names of the action classes.
+        weights: local file of backbone weights, or None.
+    """
+    detector = spec_of(recipe, classes).build()
+    if weights is not None:
+        load_backbone_weights(detector.backbone, weights)
+    if recipe.model.freeze_backbone:
+        detector.backbone.requires_grad_(requires_grad=False)
+    return detector

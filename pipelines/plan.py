@@ -1,0 +1,144 @@
+"""Before a run starts: check the annotations, find the files, leave out what is unusable."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray.data
+
+from pipelines.data import Video, probe_sample
+from pipelines.recipes import DataConfig
+from pipelines.resources import DECODE_CPUS
+from pipelines.storage import list_files, local_copy, require
+from re2tal.videos.annotations import Annotations, load_annotations
+from re2tal.videos.files import match_videos
+
+
+class UnusableVideosError(Exception):
+    """Too many videos are missing or cannot be read; the message lists them with the reasons."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a run works on.
+
+    Attributes:
+        classes: names of the action classes, sorted.
+        training: usable training videos.
+        validation: usable validation videos.
+        failures: video id to the reason why it is left out.
+        fingerprint: hash of the annotations that are used.
+    """
+
+    classes: tuple[str, ...]
+    training: tuple[Video, ...]
+    validation: tuple[Video, ...]
+    failures: Mapping[str, str]
+    fingerprint: str
+
+    @property
+    def uris(self) -> dict[str, str]:
+        """Video id to path or URI, of all usable videos."""
+        return {v.annotation.video_id: v.uri for v in (*self.training, *self.validation)}
+
+
+def read_annotations(config: DataConfig) -> Annotations:
+    """Reads the annotations, local or remote, and checks them whole.
+
+    Args:
+        config: where they are.
+
+    Raises:
+        StorageError: if there is nothing there.
+        AnnotationError: with every problem in them.
+    """
+    uri = require(config.annotations, what="The annotations", option="--data.annotations")
+    with tempfile.TemporaryDirectory() as folder:
+        return load_annotations(local_copy(uri, Path(folder)))
+
+
+def _probe(files: Mapping[str, str]) -> dict[str, str]:
+    rows = [{"video_id": video_id, "uri": uri} for video_id, uri in files.items()]
+    dataset = ray.data.from_items(rows).map(probe_sample, num_cpus=DECODE_CPUS)
+    return {row["video_id"]: row["error"] for row in dataset.iter_rows() if row["error"]}
+
+
+def check_failures(failures: Mapping[str, str], total: int, max_failed: float) -> None:
+    """Stops a run of which too many videos failed.
+
+    Args:
+        failures: video id to reason.
+        total: number of videos in all.
+        max_failed: the largest share that may fail, 0 to 1.
+
+    Raises:
+        UnusableVideosError: if all fail, or more than that share.
+    """
+    if len(failures) < total and len(failures) <= max_failed * total:
+        return
+    listed = "\n".join(
+        f"  {video_id}: {reason}" for video_id, reason in sorted(failures.items())[:20]
+    )
+    more = f"\n  ... and {len(failures) - 20} more" if len(failures) > 20 else ""
+    share = f"{len(failures)} of {total} videos cannot be used"
+    if len(failures) == total:
+        problem = f"No usable video: {share}. Is --data.videos the right folder?"
+    else:
+        problem = f"{share}, more than the allowed {max_failed:.0%} (--data.max-failed)."
+    raise UnusableVideosError(f"{problem}\n{listed}{more}")
+
+
+def make_plan(config: DataConfig) -> Plan:
+    """Checks annotations and videos, and decides what a run works on.
+
+    Every video is opened once, in parallel, with Ray Data; the plan holds only those that could be.
+
+    Args:
+        config: where annotations and videos are.
+
+    Raises:
+        StorageError: if a path is missing.
+        AnnotationError: if the annotations are not valid.
+        UnusableVideosError: if too many videos are missing or unreadable.
+    """
+    annotations = read_annotations(config)
+    folder = require(config.videos, what="The videos", option="--data.videos")
+    subsets = {
+        name: annotations.subset(name)
+        for name in (config.training_subset, config.validation_subset)
+    }
+    wanted = [video for subset in subsets.values() for video in subset.videos]
+    files, failures = match_videos([video.video_id for video in wanted], list_files(folder))
+    failures = {**failures, **_probe(files)}
+    check_failures(failures, len({video.video_id for video in wanted}), config.max_failed)
+
+    def usable(subset: str) -> tuple[Video, ...]:
+        return tuple(
+            Video(annotation=video, uri=files[video.video_id])
+            for video in subsets[subset].videos
+            if video.video_id not in failures
+        )
+
+    training, validation = usable(config.training_subset), usable(config.validation_subset)
+    _require_some(config, training, validation)
+    return Plan(
+        classes=annotations.classes,
+        training=training,
+        validation=validation,
+        failures=failures,
+        fingerprint=annotations.fingerprint,
+    )
+
+
+def _require_some(
+    config: DataConfig, training: Sequence[Video], validation: Sequence[Video]
+) -> None:
+    for name, videos in (
+        (config.training_subset, training),
+        (config.validation_subset, validation),
+    ):
+        if not videos:
+            raise UnusableVideosError(
+                f"No usable video in subset {name!r}: all of its videos failed."
+            )

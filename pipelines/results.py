@@ -1,0 +1,191 @@
+"""What is left of a run when it ends: the best checkpoint as a model, pictures, a table."""
+
+import json
+import shlex
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import mlflow
+import ray.train
+import torch
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, Schema
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.checkpoints import DETECTIONS_FILE, DETECTOR_FOLDER
+from pipelines.figures import curves, timelines
+from pipelines.plan import Plan
+from pipelines.progress import duration
+from pipelines.recipes import Recipe
+from pipelines.tracking import Run
+from pipelines.validation import ground_truth
+from re2tal.detection.segments import Detections
+
+_SHOWN_VIDEOS = 4
+_REPOSITORY = Path(__file__).parents[1]
+
+
+def read_detections(path: Path, classes: Sequence[str]) -> dict[str, Detections]:
+    """Reads detections in ActivityNet's result format.
+
+    Args:
+        path: JSON file with `results`: video id to a list of `segment`, `score`, `label`.
+        classes: class names.
+
+    Returns:
+        Video id to detections in seconds.
+    """
+    index = {name: i for i, name in enumerate(classes)}
+    return {
+        video_id: Detections(
+            segments=torch.tensor([row["segment"] for row in rows]).reshape(-1, 2),
+            scores=torch.tensor([row["score"] for row in rows]),
+            labels=torch.tensor([index[row["label"]] for row in rows], dtype=torch.int64),
+        )
+        for video_id, rows in json.loads(path.read_text())["results"].items()
+    }
+
+
+def _history(run: Run, name: str) -> list[tuple[int, float]]:
+    return [(m.step, m.value) for m in run.client.get_metric_history(run.run_id, name)]
+
+
+def log_model(run: Run, detector: Path) -> str:
+    """Logs a saved detector as an MLflow model that loads without this run's process.
+
+    Args:
+        run: the run it belongs to.
+        detector: folder that `save_detector` wrote.
+
+    Returns:
+        The model's URI.
+    """
+    mlflow.set_tracking_uri(run.uri)
+    signature = ModelSignature(
+        inputs=Schema([ColSpec("string", "video")]),
+        outputs=Schema(
+            [
+                ColSpec("string", "video"),
+                ColSpec("double", "start"),
+                ColSpec("double", "end"),
+                ColSpec("string", "label"),
+                ColSpec("double", "score"),
+            ]
+        ),
+    )
+    with mlflow.start_run(run_id=run.run_id):
+        info = mlflow.pyfunc.log_model(
+            name="detector",
+            python_model=str(_REPOSITORY / "pipelines" / "mlflow_model.py"),
+            artifacts={"detector": str(detector)},
+            code_paths=[str(_REPOSITORY / "re2tal")],
+            signature=signature,
+            pip_requirements=["torch", "torchvision", "av", "pydantic", "safetensors", "psutil"],
+        )
+    return info.model_uri
+
+
+def log_pictures(run: Run, plan: Plan, detections: Mapping[str, Detections]) -> None:
+    """Logs the curves, and timelines of some validation videos.
+
+    Args:
+        run: the run, with its metrics sent.
+        plan: classes and validation videos.
+        detections: of the best checkpoint, in seconds.
+    """
+    client = run.client
+    prefix = "val/mAP/tiou_"
+    names = sorted(
+        name for name in client.get_run(run.run_id).data.metrics if name.startswith(prefix)
+    )
+    quality = {name.removeprefix(prefix): _history(run, name) for name in names}
+    quality["average"] = _history(run, "val/mAP")
+    client.log_figure(
+        run.run_id, curves(_history(run, "train/loss"), quality), "pictures/curves.png"
+    )
+    shown = plan.validation[:_SHOWN_VIDEOS]
+    truth = ground_truth(shown, plan.classes)
+    videos = {
+        v.annotation.video_id: (
+            v.annotation.duration,
+            truth[v.annotation.video_id],
+            detections.get(v.annotation.video_id, Detections.empty()),
+        )
+        for v in shown
+    }
+    client.log_figure(run.run_id, timelines(videos, plan.classes), "pictures/timelines.png")
+
+
+def log_results(plan: Plan, run: Run, result: ray.train.Result) -> None:
+    """Logs the best checkpoint as a model, its detections and the pictures.
+
+    Args:
+        plan: what the run worked on.
+        run: where to.
+        result: of the training; it holds at least one checkpoint.
+    """
+    best, metrics = max(result.best_checkpoints, key=lambda kept: kept[1]["val/mAP"])
+    client = run.client
+    with best.as_directory() as folder, tempfile.TemporaryDirectory() as scratch:
+        client.log_artifact(run.run_id, str(Path(folder) / DETECTIONS_FILE))
+        detections = read_detections(Path(folder) / DETECTIONS_FILE, plan.classes)
+        failures = Path(scratch) / "unusable_videos.json"
+        failures.write_text(json.dumps(dict(plan.failures), indent=2))
+        client.log_artifact(run.run_id, str(failures))
+        client.set_tag(run.run_id, "model.uri", log_model(run, Path(folder) / DETECTOR_FOLDER))
+    client.log_metric(run.run_id, "best/mAP", metrics["val/mAP"])
+    client.log_metric(run.run_id, "best/epoch", metrics["epoch"])
+    log_pictures(run, plan, detections)
+
+
+def _open_command(run: Run) -> str:
+    if run.uri.startswith("sqlite:"):
+        return shlex.join(
+            [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--backend-store-uri", run.uri]
+        )
+    return f"open {run.uri}"
+
+
+def print_summary(recipe: Recipe, plan: Plan, run: Run, *, seconds: float) -> None:
+    """Prints what a run reached, what it took, and where it is.
+
+    Args:
+        recipe: the configuration.
+        plan: what it worked on, with the videos left out.
+        run: with its metrics sent.
+        seconds: from the command's start to its end.
+    """
+    console = Console()
+    history = {f"{t:.2f}": _history(run, f"val/mAP/tiou_{t:.2f}") for t in recipe.thresholds}
+    averages = _history(run, "val/mAP")
+    best = max(range(len(averages)), key=lambda i: averages[i][1])
+    table = Table(title=f"{recipe.name}: mAP of epoch {best + 1} of {len(averages)}, the best")
+    for name in (*(f"tIoU {key}" for key in history), "average"):
+        table.add_column(name, justify="right")
+    values = [points[best][1] for points in history.values()]
+    table.add_row(*(f"{value:.3f}" for value in values), f"[bold]{averages[best][1]:.3f}")
+    console.print(table)
+    metrics = run.client.get_run(run.run_id).data.metrics
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("time", f"{duration(seconds)} in all")
+    facts.add_row(
+        "speed",
+        f"{metrics['train/frames_per_second']:.0f} frames/s, "
+        f"{metrics['train/data_wait_share']:.0%} of the time waiting for data",
+    )
+    for key, label in (
+        ("memory/cuda_peak_mb", "GPU memory, peak"),
+        ("memory/rss_peak_mb", "host memory of a worker, peak"),
+    ):
+        if key in metrics:
+            facts.add_row(label, f"{metrics[key]:.0f} MB")
+    if plan.failures:
+        facts.add_row(
+            "left out", f"{len(plan.failures)} videos: {', '.join(sorted(plan.failures)[:5])}"
+        )
+    facts.add_row("MLflow run", f"{run.run_id} in {run.uri}")
+    facts.add_row("open it", _open_command(run))
+    console.print(facts, soft_wrap=True)

@@ -1,0 +1,168 @@
+"""Trains a detector end to end, from video files to segments, and tracks the run in MLflow.
+
+python pipelines/train.py
+    the toy data set: minutes on two CPU cores
+python pipelines/train.py RECIPE --data.annotations A.json --data.videos FOLDER --model.weights W
+    another recipe, on data of yours
+python pipelines/train.py toy --epochs 3 --optim.backbone-lr 1e-4
+    any field of a recipe, by its dotted name
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import ray
+import ray.train
+import tyro
+from ray.train.torch import TorchTrainer
+
+from pipelines.plan import Plan, UnusableVideosError, make_plan
+from pipelines.progress import ProgressPrinter
+from pipelines.quiet import init_ray
+from pipelines.recipes import RECIPES, Recipe
+from pipelines.resources import ResourceError, check_resources
+from pipelines.results import log_results, print_summary
+from pipelines.storage import StorageError, require
+from pipelines.tracking import Run, finishing, log_dataset, start_run
+from pipelines.worker import Job, train_worker
+from re2tal.videos.annotations import AnnotationError
+from re2tal.videos.toy import make_toy
+
+PROBLEMS = (StorageError, AnnotationError, ResourceError, UnusableVideosError)
+
+
+def parse(arguments: Sequence[str]) -> Recipe:
+    """Reads a recipe's name and overrides of its fields from the command line.
+
+    Args:
+        arguments: without the program's name.
+    """
+    name, rest = ("toy", list(arguments))
+    if rest and not rest[0].startswith("-"):
+        name = rest.pop(0)
+    if name not in RECIPES:
+        sys.exit(f"There is no recipe {name!r}. Choose one of: {', '.join(RECIPES)}.")
+    recipes = "\n".join(
+        f"{key}: {(make.__doc__ or '').splitlines()[0]}" for key, make in RECIPES.items()
+    )
+    description = (
+        f"{__doc__}\n\nRecipes (the first argument; toy if left out):\n\n{recipes}"
+        f"\n\nThe defaults below are those of {name}."
+    )
+    return tyro.cli(
+        Recipe,
+        default=RECIPES[name](),
+        args=rest,
+        prog="train.py [RECIPE]",
+        description=description,
+    )
+
+
+def absolute(recipe: Recipe) -> Recipe:
+    """Returns the recipe with absolute paths, because workers run elsewhere.
+
+    Args:
+        recipe: as the user gave it.
+
+    Raises:
+        StorageError: if a path is missing.
+    """
+    data, model = recipe.data, recipe.model
+    if data.make_toy and data.annotations and data.videos and not Path(data.annotations).exists():
+        print(f"making the toy data set in {Path(data.annotations).parent} ...", flush=True)
+        make_toy(Path(data.annotations).parent)
+    weights = model.weights and require(
+        model.weights, what="The backbone's weights", option="--model.weights"
+    )
+    data = replace(
+        data,
+        annotations=require(data.annotations, what="The annotations", option="--data.annotations"),
+        videos=require(data.videos, what="The videos", option="--data.videos"),
+    )
+    return replace(
+        recipe,
+        data=data,
+        model=replace(model, weights=weights),
+        output=str(Path(recipe.output).absolute()),
+    )
+
+
+def fit(recipe: Recipe, plan: Plan, run: Run) -> ray.train.Result:
+    """Trains on the cluster and shows progress until it ends.
+
+    Args:
+        recipe: with absolute paths.
+        plan: classes and usable videos.
+        run: where metrics go.
+
+    Returns:
+        Ray's result, with the kept checkpoints.
+    """
+    scale = recipe.scale
+    with ProgressPrinter() as progress:
+        job = Job(
+            recipe=recipe,
+            plan=plan,
+            run=run,
+            output=Path(recipe.output) / run.run_id,
+            board=progress.board,
+        )
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"job": job},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=scale.workers,
+                use_gpu=scale.gpu,
+                resources_per_worker={"CPU": scale.cpus_per_worker}
+                | ({"GPU": 1} if scale.gpu else {}),
+            ),
+            run_config=ray.train.RunConfig(
+                name=run.run_id,
+                storage_path=recipe.output,
+                failure_config=ray.train.FailureConfig(
+                    max_failures=scale.max_failures, controller_failure_limit=2
+                ),
+                checkpoint_config=ray.train.CheckpointConfig(
+                    num_to_keep=2,
+                    checkpoint_score_attribute="val/mAP",
+                    checkpoint_score_order="max",
+                ),
+                logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            ),
+        )
+        return trainer.fit()
+
+
+def train(recipe: Recipe) -> Run:
+    """Runs a recipe from its data to its results in MLflow.
+
+    Args:
+        recipe: the configuration.
+
+    Returns:
+        The MLflow run.
+    """
+    began = time.perf_counter()
+    recipe = absolute(recipe)
+    init_ray()
+    check_resources(recipe.scale)
+    plan = make_plan(recipe.data)
+    run = start_run(recipe, output=Path(recipe.output))
+    with finishing(run):
+        log_dataset(
+            run, name=recipe.name, source=str(recipe.data.annotations), digest=plan.fingerprint
+        )
+        result = fit(recipe, plan, run)
+        log_results(plan, run, result)
+    print_summary(recipe, plan, run, seconds=time.perf_counter() - began)
+    return run
+
+
+if __name__ == "__main__":
+    try:
+        train(parse(sys.argv[1:]))
+    except PROBLEMS as problem:
+        sys.exit(f"error: {problem}")

@@ -1,0 +1,124 @@
+"""What Ray Train starts on every worker: the loop, with Ray, MLflow and the progress board."""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.data
+import ray.train
+import torch
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from ray.train.torch import get_device
+from re2tal.videos.windows import Window
+
+from pipelines.data import Batch, stream_batches
+from pipelines.loop import Trainer
+from pipelines.plan import Plan
+from pipelines.quiet import quiet_data
+from pipelines.recipes import Recipe
+from pipelines.storage import local_copy
+from pipelines.tracking import MetricLogger, Run
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What the driver hands to every worker.
+
+    Attributes:
+        recipe: the run's configuration, with absolute paths.
+        plan: classes and usable videos.
+        run: where metrics go.
+        output: folder of this run for what is saved beside checkpoints; absolute.
+        board: handle of the progress actor.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    run: Run
+    output: Path
+    board: Any
+
+
+class RayRuntime:
+    """Gives a worker its data through Ray Data and takes its results to Ray Train and MLflow."""
+
+    def __init__(self, job: Job, metrics: MetricLogger | None) -> None:
+        context = ray.train.get_context()
+        self.rank: int = context.get_world_rank()
+        self.world_size: int = context.get_world_size()
+        self.device: torch.device = get_device()
+        self._job = job
+        self._metrics = metrics
+
+    def stream(self, windows: Sequence[Window]) -> Iterator[Batch]:
+        """Decodes windows with Ray Data and yields them in batches, in order."""
+        recipe = self._job.recipe
+        return stream_batches(
+            windows,
+            self._job.plan.uris,
+            size=recipe.data.size,
+            batch_size=recipe.batch_size,
+        )
+
+    def log(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Queues metrics for MLflow, on rank 0."""
+        if self._metrics is not None:
+            self._metrics.log(metrics, step=step)
+
+    def say(self, line: str) -> None:
+        """Posts a line of progress, on rank 0."""
+        if self.rank == 0:
+            self._job.board.post.remote(line)
+
+    def report(self, metrics: Mapping[str, float], checkpoint: Path) -> None:
+        """Hands an epoch over to Ray Train; every rank calls it."""
+        whole = ray.train.Checkpoint.from_directory(checkpoint) if self.rank == 0 else None
+        ray.train.report(dict(metrics), checkpoint=whole)
+
+    @contextmanager
+    def restored(self) -> Iterator[Path | None]:
+        """Gives the checkpoint to go on from after a lost worker, if there is one."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            yield None
+            return
+        with checkpoint.as_directory() as folder:
+            yield Path(folder)
+
+
+def train_worker(config: dict[str, Job]) -> dict[str, float]:
+    """Trains one worker's share of a run; rank 0 also writes metrics to MLflow.
+
+    Args:
+        config: the `Job` under "job"; Ray Train hands over dictionaries.
+
+    Returns:
+        The metrics of the last epoch.
+    """
+    quiet_data()
+    job = config["job"]
+    context = ray.train.get_context()
+    with tempfile.TemporaryDirectory() as folder:
+        weights = job.recipe.model.weights and local_copy(job.recipe.model.weights, Path(folder))
+        if context.get_world_rank() > 0:
+            return Trainer(
+                job.recipe, job.plan, RayRuntime(job, None), weights=weights, output=job.output
+            ).run()
+        metrics = MetricLogger(job.run, fallback=job.output / "unsent_metrics.jsonl")
+        monitor = SystemMetricsMonitor(
+            job.run.run_id, resume_logging=True, tracking_uri=job.run.uri
+        )
+        monitor.start()
+        try:
+            runtime = RayRuntime(job, metrics)
+            return Trainer(job.recipe, job.plan, runtime, weights=weights, output=job.output).run()
+        finally:
+            monitor.finish()
+            unsent = metrics.close()
+            if unsent:
+                job.board.post.remote(
+                    f"warning: {unsent} metrics could not be sent to MLflow: see {job.output}"
+                )
