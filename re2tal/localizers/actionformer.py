@@ -1,0 +1,218 @@
+"""ActionFormer: localizing moments of actions with transformers (Zhang, Wu, Li, ECCV 2022)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from re2tal.detection.segments import Detections
+from re2tal.localizers.heads import ConvHead, LevelScale, Strip
+from re2tal.localizers.losses import LossNormalizer, diou_loss, focal_loss
+from re2tal.localizers.points import Points, assign, make_points
+from re2tal.localizers.protocol import Losses, Targets
+from re2tal.localizers.pyramid import TransformerPyramid
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActionFormerConfig:
+    """ActionFormer's settings; the defaults are those published for THUMOS-14.
+
+    Attributes:
+        width: channels of the transformer and of the pyramid, a multiple of `heads`.
+        embed_layers: convolutions that project the features.
+        stem_layers: transformer blocks at full rate.
+        levels: of the pyramid, each at half the rate of the one before.
+        window: width of the local attention, odd; one for all levels or one a level; 0 is global.
+        heads: of the attention.
+        positions: length of the table of absolute position encodings; 0 for none.
+        residual_scale: initial factor of the residual branches.
+        drop_path: share of residual branches left out in training.
+        head_width: channels of the two heads.
+        head_layers: convolutions of each head, the last one included.
+        first_range: greatest distance that level 0 regresses, in feature-grid units; each level
+            takes over where the last ends and doubles it, the top level has no bound.
+        centre_radius: how many strides from an instance's centre a point may be its positive.
+        prior: initial probability that a point belongs to a class.
+        label_smoothing: share of the classification targets that is spread over all classes.
+        regression_weight: factor of the regression loss.
+        initial_normalizer: what the running mean of positive points starts from.
+        score_threshold: detections must score more than this.
+        top_k: detections that a level passes on at most, the best first.
+        min_duration: detections must be longer than this, in feature-grid units.
+    """
+
+    width: int = 512
+    embed_layers: int = 2
+    stem_layers: int = 2
+    levels: int = 6
+    window: int | tuple[int, ...] = 19
+    heads: int = 4
+    positions: int = 0
+    residual_scale: float = 1e-4
+    drop_path: float = 0.1
+    head_width: int = 512
+    head_layers: int = 3
+    first_range: float = 4.0
+    centre_radius: float = 1.5
+    prior: float = 0.01
+    label_smoothing: float = 0.0
+    regression_weight: float = 1.0
+    initial_normalizer: float = 100.0
+    score_threshold: float = 0.001
+    top_k: int = 2000
+    min_duration: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"A width of {self.width} cannot be cut into {self.heads} heads.")
+        if len(self.windows) != self.levels:
+            raise ValueError(
+                f"{len(self.windows)} attention windows were given for {self.levels} levels: "
+                "give one for each level, or one number for all."
+            )
+        if any(window != 0 and window % 2 == 0 for window in self.windows):
+            raise ValueError(f"Attention windows must be odd or 0 (global): {self.windows}.")
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The attention's width at each level."""
+        return (self.window,) * self.levels if isinstance(self.window, int) else self.window
+
+    @property
+    def ranges(self) -> tuple[tuple[float, float], ...]:
+        """Of each level the least and the greatest distance that it regresses, grid units."""
+        bounds = [0.0, *(self.first_range * 2**level for level in range(self.levels - 1)), math.inf]
+        return tuple(pairwise(bounds))
+
+    def build(self, in_channels: int, num_classes: int) -> ActionFormer:
+        """An ActionFormer for features of `in_channels` channels and `num_classes` classes."""
+        return ActionFormer(self, in_channels, num_classes)
+
+
+class ActionFormer(nn.Module):
+    """Classifies every point of a feature pyramid and regresses the ends of its action.
+
+    A `re2tal.localizers.Localizer`. Losses are "classification" (focal) and "regression"
+    (distance-IoU of the positive points, times `regression_weight`), both divided by a running
+    mean of the number of positive points.
+
+    Args:
+        config: the settings.
+        in_channels: of the features.
+        num_classes: K.
+    """
+
+    def __init__(self, config: ActionFormerConfig, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = num_classes
+        self.pyramid = TransformerPyramid(
+            in_channels,
+            config.width,
+            embed_layers=config.embed_layers,
+            stem_layers=config.stem_layers,
+            windows=config.windows,
+            heads=config.heads,
+            residual_scale=config.residual_scale,
+            drop_path=config.drop_path,
+            positions=config.positions,
+        )
+        width, layers = config.head_width, config.head_layers
+        self.class_head = ConvHead(config.width, width, num_classes, layers=layers)
+        self.offset_head = ConvHead(config.width, width, 2, layers=layers)
+        self.offset_scale = LevelScale(config.levels)
+        self.normalizer = LossNormalizer(config.initial_normalizer)
+        # So rare are positive points that a network which starts undecided would at first learn
+        # nothing else (Lin et al., ICCV 2017, section 3.3).
+        assert self.class_head.last.bias is not None
+        nn.init.constant_(self.class_head.last.bias, -math.log((1 - config.prior) / config.prior))
+
+    @overload
+    def forward(self, features: Tensor, mask: Tensor, targets: Sequence[Targets]) -> Losses: ...
+    @overload
+    def forward(self, features: Tensor, mask: Tensor, targets: None = None) -> list[Detections]: ...
+
+    def forward(
+        self, features: Tensor, mask: Tensor, targets: Sequence[Targets] | None = None
+    ) -> Losses | list[Detections]:
+        """Losses against `targets`, or detections without them; see `Localizer`.
+
+        Args:
+            features: `(B, C, T)`, T a multiple of `2 ** (levels - 1)`.
+            mask: `(B, T)` bool, false on padding.
+            targets: of each sample its actions, in feature-grid units.
+
+        Raises:
+            ValueError: If T is no such multiple, or a label is not below `num_classes`.
+        """
+        logits, offsets, valid, points = self.predict(features, mask)
+        if targets is None:
+            return self._decode(logits, offsets, valid, points)
+        actual = assign(points, targets, self.num_classes, radius=self.config.centre_radius)
+        positive = valid & (actual.classes > 0).any(dim=2)
+        count = self.normalizer(positive.sum())
+        smoothing = self.config.label_smoothing
+        regression = diou_loss(offsets, actual.offsets, positive)
+        return {
+            "classification": focal_loss(logits, actual.classes, valid, smoothing=smoothing)
+            / count,
+            "regression": self.config.regression_weight * regression / count,
+        }
+
+    def predict(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Points]:
+        """What the network says about each point.
+
+        Args:
+            features: `(B, C, T)`.
+            mask: `(B, T)` bool.
+
+        Returns:
+            Logits of the classes `(B, P, K)`, distances to start and end in strides
+            `(B, P, 2)`, which points are no padding `(B, P)`, and the points.
+        """
+        pyramid = self.pyramid(features, mask)
+        strip = Strip.lay_out(pyramid)
+        points = make_points(features.shape[2], self.config.ranges, features.device)
+        logits = self.class_head(strip)
+        offsets = F.relu(self.offset_scale(self.offset_head(strip), points.lengths))
+        return logits, offsets, strip.valid[:, strip.points], points
+
+    @torch.no_grad()
+    def _decode(
+        self, logits: Tensor, offsets: Tensor, valid: Tensor, points: Points
+    ) -> list[Detections]:
+        """Detections of each sample, level by level, by falling score within a level."""
+        lengths = list(points.lengths)
+        scores = torch.where(valid[..., None], logits.sigmoid(), 0)
+        distances = offsets * points.strides[:, None]
+        start, end = points.times - distances[..., 0], points.times + distances[..., 1]
+        segments = torch.stack([start, end], dim=-1)
+        return [
+            Detections.concat(
+                [
+                    self._decode_level(level_scores, level_segments)
+                    for level_scores, level_segments in zip(
+                        sample_scores.split(lengths), sample_segments.split(lengths), strict=True
+                    )
+                ]
+            )
+            for sample_scores, sample_segments in zip(scores, segments, strict=True)
+        ]
+
+    def _decode_level(self, scores: Tensor, segments: Tensor) -> Detections:
+        """The best of one level: scores `(L, K)`, segments `(L, 2)`."""
+        flat = scores.flatten()
+        kept = (flat > self.config.score_threshold).nonzero()[:, 0]
+        order = flat[kept].argsort(descending=True, stable=True)[: self.config.top_k]
+        kept = kept[order]
+        point, label = kept // self.num_classes, kept % self.num_classes
+        found = Detections(segments=segments[point], scores=flat[kept], labels=label)
+        lengths = found.segments[:, 1] - found.segments[:, 0]
+        return found[lengths > self.config.min_duration]

@@ -1,0 +1,82 @@
+"""The losses of a point-based localizer and their common normaliser."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributed, nn
+from torchvision.ops import sigmoid_focal_loss
+
+MOMENTUM = 0.9
+
+
+def focal_loss(logits: Tensor, classes: Tensor, valid: Tensor, *, smoothing: float) -> Tensor:
+    """Sum of the sigmoid focal loss (Lin et al., ICCV 2017; alpha 0.25, gamma 2).
+
+    Args:
+        logits: `(B, P, K)`.
+        classes: `(B, P, K)` in {0, 1}.
+        valid: `(B, P)` bool, false at points that lie on padding and count nothing.
+        smoothing: a share of the targets that is spread over the K classes and the background.
+
+    Returns:
+        A scalar in float32.
+    """
+    soft = classes * (1 - smoothing) + smoothing / (logits.shape[-1] + 1)
+    loss = sigmoid_focal_loss(logits.float(), soft, alpha=0.25, gamma=2.0, reduction="none")
+    return torch.where(valid[..., None], loss, 0).sum()
+
+
+def diou_loss(predicted: Tensor, actual: Tensor, positive: Tensor) -> Tensor:
+    """Sum of the distance-IoU loss in one dimension (Zheng et al., AAAI 2020, eq. 7).
+
+    `1 - IoU + (distance of the centres / length of the smallest segment around both)^2` of
+    segments given by their distances to the left and to the right of a common point.
+
+    Args:
+        predicted: `(..., 2)` non-negative distances.
+        actual: `(..., 2)` non-negative distances where `positive`.
+        positive: `(...)` bool, which pairs count. The others may hold anything finite.
+
+    Returns:
+        A scalar in float32, zero when nothing is positive.
+    """
+    # The loss of all points costs less than picking the positive ones, which makes a GPU wait.
+    predicted = torch.where(positive[..., None], predicted.float(), 1.0)
+    actual = torch.where(positive[..., None], actual.float(), 1.0)
+    shared = torch.minimum(predicted, actual).sum(dim=-1)
+    around = torch.maximum(predicted, actual).sum(dim=-1)
+    union = predicted.sum(dim=-1) + actual.sum(dim=-1) - shared
+    distance = (predicted - actual).diff(dim=-1)[..., 0] / 2
+    smallest = 1e-8
+    overlap = shared / union.clamp(min=smallest)
+    loss = 1 - overlap + (distance / around.clamp(min=smallest)).square()
+    return torch.where(positive, loss, 0).sum()
+
+
+class LossNormalizer(nn.Module):
+    """A running mean of the number of positive points, by which both losses are divided.
+
+    It steadies the loss when a batch holds few windows. The buffer is part of the state, so a
+    resumed run continues with it. With several ranks it follows the mean over all of them: all
+    must then call it as often, which is why it does so only in training mode.
+    """
+
+    mean: Tensor
+
+    def __init__(self, initial: float) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(float(initial)))
+
+    def forward(self, positives: Tensor) -> Tensor:
+        """Counts a batch when training, and returns the mean to divide by.
+
+        Args:
+            positives: scalar, the number of positive points in this rank's batch.
+        """
+        if self.training:
+            count = positives.detach().float().clamp(min=1)
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.all_reduce(count)
+                count = count / distributed.get_world_size()
+            self.mean.copy_(MOMENTUM * self.mean + (1 - MOMENTUM) * count)
+        return self.mean.clone()  # the next batch changes the buffer in place
