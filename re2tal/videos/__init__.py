@@ -8,7 +8,7 @@ from re2tal.videos.annotations import (
     load_annotations,
 )
 from re2tal.videos.decoding import VideoError, VideoInfo, decode, probe
-from re2tal.videos.files import find_videos
+from re2tal.videos.files import find_videos, match_videos
 from re2tal.videos.timegrid import TimeGrid
 from re2tal.videos.windows import (
     Window,
@@ -32,6 +32,7 @@ __all__ = [
     "decode_window",
     "find_videos",
     "load_annotations",
+    "match_videos",
     "probe",
     "sliding_windows",
     "training_windows",

@@ -1,20 +1,53 @@
 """Which file holds which video."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from re2tal.videos.annotations import Annotations
 
 # In the order in which they are looked for when a video is there in several formats.
 EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
+_ENDINGS = ", ".join(EXTENSIONS[:-1]) + f" or {EXTENSIONS[-1]}"
+
+_File = TypeVar("_File")
+
+
+def match_videos(
+    video_ids: Iterable[str], files: Mapping[str, _File]
+) -> tuple[dict[str, _File], dict[str, str]]:
+    """Finds the file of every video among those that a folder holds, wherever that folder is.
+
+    The file of the video `x` is named `x` or, as ActivityNet does it, `v_x`, with one of
+    `EXTENSIONS` in small or capital letters. Ids are compared with names and never joined to a
+    path, so that none can point outside the folder.
+
+    Args:
+        video_ids: The videos to look for.
+        files: The folder's files: name -> path, URI or whatever else stands for the file.
+
+    Returns:
+        Video id -> its file; and, for the others, video id -> why there is none.
+    """
+    known = {(Path(name).stem, Path(name).suffix.lower()): files[name] for name in sorted(files)}
+    found: dict[str, _File] = {}
+    missing: dict[str, str] = {}
+    for video_id in video_ids:
+        names = [(stem, ext) for stem in (video_id, f"v_{video_id}") for ext in EXTENSIONS]
+        name = next((name for name in names if name in known), None)
+        if name is None:
+            missing[video_id] = f"there is no file {video_id} with the ending {_ENDINGS}"
+        else:
+            found[video_id] = known[name]
+    return found, missing
 
 
 def find_videos(
     annotations: Annotations, folder: str | Path
 ) -> tuple[dict[str, Path], dict[str, str]]:
-    """Finds the file of every annotated video in one folder.
+    """Finds the file of every annotated video in one local folder, by the rule of `match_videos`.
 
-    The file of the video `x` is `x` or, as ActivityNet names them, `v_x`, with one of
-    `EXTENSIONS` in small or capital letters. The folder is listed once, and no file is opened.
+    The folder is listed once, and no file is opened.
 
     Args:
         annotations: The videos to look for.
@@ -33,32 +66,18 @@ def find_videos(
     if not root.is_dir():
         raise NotADirectoryError(f"The video folder {root} is not a folder. Check its path.")
     root = root.resolve()
-    # ids are compared with the names that are there and never joined to a path, so that none can
-    # point outside the folder
-    files = {(entry.stem, entry.suffix.lower()): entry for entry in sorted(root.iterdir())}
+    listed = {entry.name: entry for entry in root.iterdir()}
+    entries, missing = match_videos((video.video_id for video in annotations.videos), listed)
     found: dict[str, Path] = {}
-    missing: dict[str, str] = {}
-    for video in annotations.videos:
-        names = [(stem, ext) for stem in _stems(video.video_id) for ext in EXTENSIONS]
-        entry = next((files[name] for name in names if name in files), None)
-        if entry is None:
-            missing[video.video_id] = (
-                f"no file {video.video_id}{{{','.join(EXTENSIONS)}}} in {root}"
-            )
-            continue
+    for video_id, entry in entries.items():
         target = entry.resolve()
         if not target.is_relative_to(root):
-            missing[video.video_id] = (
+            missing[video_id] = (
                 f"{entry} is a link that leads outside the video folder, to {target}; "
                 "give the folder in which the files really are"
             )
         elif not target.is_file():
-            missing[video.video_id] = f"{entry} is not a file, or a link that leads nowhere"
+            missing[video_id] = f"{entry} is not a file, or a link that leads nowhere"
         else:
-            found[video.video_id] = target
+            found[video_id] = target
     return found, missing
-
-
-def _stems(video_id: str) -> tuple[str, str]:
-    """File names that a video may have, without their extensions."""
-    return video_id, f"v_{video_id}"

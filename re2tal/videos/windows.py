@@ -1,9 +1,8 @@
 """Cutting videos into windows of a fixed number of frames, with the instances that each shows."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,11 +16,10 @@ class WindowConfig:
     """How videos are cut into windows.
 
     Attributes:
-        frames: Frames in a window, a multiple of `stride`.
+        frames: Frames in a window, a multiple of the backbone's temporal stride.
         fps: Frames sampled per second; None squeezes every video, whatever its duration, into one
             window (as is usual for ActivityNet).
-        stride: Frames per feature: the backbone's temporal stride.
-        overlap: Share of a window that the next one repeats in `sliding_windows`, below 1.
+        overlap: Share of a window that the next one repeats, from 0 to below 1.
         min_visible: An instance that the border of a window cuts is kept, clipped to the window,
             when at least this share of it is inside; else the window does not show it. Of an
             instance longer than the window, this share of the window must be filled instead.
@@ -32,26 +30,33 @@ class WindowConfig:
 
     frames: int
     fps: float | None
-    stride: int
-    overlap: float = 0.5
+    overlap: float = 0.25
     min_visible: float = 0.75
 
     def __post_init__(self) -> None:
-        TimeGrid(fps=self.fps or 1.0, stride=self.stride, length=self.frames)  # checks these three
+        if self.frames < 1:
+            raise ValueError(f"WindowConfig.frames must be at least 1, not {self.frames}.")
+        if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
+            raise ValueError(f"WindowConfig.fps must be a positive number, not {self.fps}.")
         if not 0 <= self.overlap < 1:
             raise ValueError(f"WindowConfig.overlap must be in [0, 1), not {self.overlap}.")
         if not 0 < self.min_visible <= 1:
             raise ValueError(f"WindowConfig.min_visible must be in (0, 1], not {self.min_visible}.")
 
-    def grid(self, duration: float, offset: float = 0.0) -> TimeGrid:
-        """The grid of one window of a video that lasts `duration` seconds."""
+    def grid(self, duration: float, *, stride: int) -> TimeGrid:
+        """The grid of the first window of a video.
+
+        Args:
+            duration: Of the video, in seconds.
+            stride: Frames per feature: the backbone's temporal stride.
+        """
         fps = self.frames / duration if self.fps is None else self.fps
-        return TimeGrid(fps=fps, stride=self.stride, length=self.frames, offset=offset)
+        return TimeGrid(fps=fps, stride=stride, length=self.frames)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Window:
-    """A stretch of a video and the instances in it.
+    """A stretch of a video and the instances in it: plain data, which can travel as it is.
 
     Attributes:
         video_id: The video.
@@ -68,75 +73,47 @@ class Window:
     segments: np.ndarray
     labels: np.ndarray
 
-    def to_row(self) -> dict[str, Any]:
-        """Plain values, for a row of a table: arrays as bytes, so that every row has one type."""
-        return {
-            "video_id": self.video_id,
-            "offset": self.grid.offset,
-            "fps": self.grid.fps,
-            "stride": self.grid.stride,
-            "length": self.grid.length,
-            "valid": self.valid,
-            "segments": self.segments.astype("<f4").tobytes(),
-            "labels": self.labels.astype("<i8").tobytes(),
-        }
-
-    @staticmethod
-    def from_row(row: Mapping[str, Any]) -> "Window":
-        """Undoes `to_row`, bit for bit; other columns may be in the row."""
-        return Window(
-            video_id=str(row["video_id"]),
-            grid=TimeGrid(
-                fps=float(row["fps"]),
-                stride=int(row["stride"]),
-                length=int(row["length"]),
-                offset=float(row["offset"]),
-            ),
-            valid=int(row["valid"]),
-            segments=np.frombuffer(row["segments"], "<f4").reshape(-1, 2).astype(np.float32),
-            labels=np.frombuffer(row["labels"], "<i8").astype(np.int64),
-        )
-
 
 def training_windows(
     video: VideoAnnotation,
     classes: Sequence[str],
     config: WindowConfig,
     *,
-    rng: np.random.Generator,
+    stride: int,
+    random: np.random.Generator,
 ) -> list[Window]:
     """Cuts a video into windows at random places, so that together they show all of it.
 
-    A video of L window lengths gives ceil(L + 1/2) windows: always as many for the same video, so
-    that an epoch has a fixed number of steps. The first starts with the video, the last ends with
-    it, and those in between follow one another without overlap from a random place on. The place
-    varies by at least half a window, so that over the epochs every instance of up to half a window
-    is seen whole. A video no longer than a window gives one window, padded.
+    The first window starts with the video and the last one ends with it; in between, one starts
+    every (1 - overlap) window lengths from a random place on. Their number depends on the video
+    only, so that every epoch has as many. The place varies by at least half of that step, so that
+    over the epochs every instance of up to (1 + overlap) / 2 window lengths is seen whole.
+    A video no longer than a window gives one window, padded.
 
     Args:
         video: The video.
         classes: All labels; a label's place is its class number.
         config: How to cut.
-        rng: Draws the places; use a generator that follows seed, epoch and video.
+        stride: Frames per feature: the backbone's temporal stride.
+        random: Draws the places; one that follows the seed and the epoch.
 
     Returns:
         The windows in the order in which they start.
     """
-    grid = config.grid(video.duration)
+    grid = config.grid(video.duration, stride=stride)
     if _fits(video, grid):
-        return [_window(video, classes, config, 0.0)]
-    length, last = grid.duration, video.duration - grid.duration
-    count = math.ceil(video.duration / length + 0.5)
-    # by how much the windows together are longer than the video: 1/2 to 3/2 windows
-    excess = count * length - video.duration
-    # what the second window repeats of the first; the last one repeats the rest of the excess
-    repeated = rng.uniform(max(0.0, excess - length), min(excess, length))
-    starts = [0.0, *(k * length - repeated for k in range(1, count - 1)), last]
-    return [_window(video, classes, config, start) for start in starts]
+        return [_window(video, classes, config, grid)]
+    step = grid.duration * (1 - config.overlap)
+    last = video.duration - grid.duration
+    between = math.ceil(last / step - 0.5)
+    # the steps from the first window to the second and to the last from the one before are shorter
+    second = random.uniform(max(0.0, last - between * step), min(step, last - (between - 1) * step))
+    starts = [0.0, *(second + i * step for i in range(between)), last]
+    return [_window(video, classes, config, replace(grid, offset=start)) for start in starts]
 
 
 def sliding_windows(
-    video: VideoAnnotation, classes: Sequence[str], config: WindowConfig
+    video: VideoAnnotation, classes: Sequence[str], config: WindowConfig, *, stride: int
 ) -> list[Window]:
     """Covers a video with windows that each repeat the share `overlap` of the one before.
 
@@ -147,17 +124,18 @@ def sliding_windows(
         video: The video.
         classes: All labels; a label's place is its class number.
         config: How to cut.
+        stride: Frames per feature: the backbone's temporal stride.
 
     Returns:
         The windows in the order in which they start.
     """
-    grid = config.grid(video.duration)
+    grid = config.grid(video.duration, stride=stride)
     if _fits(video, grid):
-        return [_window(video, classes, config, 0.0)]
-    last = video.duration - grid.duration
+        return [_window(video, classes, config, grid)]
     step = grid.duration * (1 - config.overlap)
-    count = math.ceil(last / step - 1e-9) + 1
-    return [_window(video, classes, config, min(i * step, last)) for i in range(count)]
+    last = video.duration - grid.duration
+    starts = [min(i * step, last) for i in range(math.ceil(last / step - 1e-9) + 1)]
+    return [_window(video, classes, config, replace(grid, offset=start)) for start in starts]
 
 
 def decode_window(
@@ -192,15 +170,14 @@ def _fits(video: VideoAnnotation, grid: TimeGrid) -> bool:
 
 
 def _window(
-    video: VideoAnnotation, classes: Sequence[str], config: WindowConfig, offset: float
+    video: VideoAnnotation, classes: Sequence[str], config: WindowConfig, grid: TimeGrid
 ) -> Window:
-    """The window that starts at second `offset`, with the instances that it shows."""
-    grid = config.grid(video.duration, offset)
+    """One window, with the instances that it shows."""
     numbers = {label: number for number, label in enumerate(classes)}
     end = min(grid.end, video.duration)
     segments, labels = [], []
     for instance in video.instances:
-        clipped = max(instance.start, offset), min(instance.end, end)
+        clipped = max(instance.start, grid.offset), min(instance.end, end)
         whole = min(instance.end - instance.start, grid.duration)
         if clipped[1] - clipped[0] >= config.min_visible * whole - 1e-9:
             segments.append(clipped)
