@@ -21,12 +21,12 @@ _INTERPOLATION = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoInfo:
-    """What a file says of its video; no frame is decoded to learn it.
+    """What a file says of its video.
 
     Attributes:
         duration: Seconds of picture.
         fps: Mean frames per second.
-        width: Pixels across, as shown: after the rotation that the metadata ask for.
+        width: Pixels across, after the rotation that the metadata ask for.
         height: Pixels down, likewise.
         frames: Number of frames; from duration and fps where the header has none, as in WebM.
     """
@@ -39,28 +39,33 @@ class VideoInfo:
 
 
 def probe(source: Source) -> VideoInfo:
-    """Reads what a file says of its video.
+    """Reads what a file says of its video, and decodes its first frame to see that it can be.
 
     Args:
         source: Path, content, or open binary file of the video.
 
     Raises:
-        VideoError: The file cannot be opened as a video, or lacks a duration or a frame rate.
+        VideoError: The file is no video, its first frame cannot be decoded, or its header lacks
+            the duration or the frame rate.
     """
     with VideoReader(source) as reader:
-        stream, container = reader.stream, reader.container
+        frame = reader.frame_at(0.0)
+        width, height = frame.width, frame.height
+        if _quarters(frame) % 2:
+            width, height = height, width
+        stream = reader.stream
         rate = stream.average_rate or stream.guessed_rate
         if stream.duration and stream.time_base:
             duration = float(stream.duration * stream.time_base)
         else:
-            duration = (container.duration or 0) / av.time_base
-        if not duration or not rate or not stream.width:
-            raise VideoError(reader.name, "its header lacks the duration, frame rate or size")
+            duration = (reader.container.duration or 0) / av.time_base
+        if not duration or not rate:
+            raise VideoError(reader.name, "its header lacks the duration or the frame rate")
         return VideoInfo(
             duration=duration,
             fps=float(rate),
-            width=stream.width,
-            height=stream.height,
+            width=width,
+            height=height,
             frames=stream.frames or round(duration * rate),
         )
 
@@ -130,8 +135,12 @@ class _Converter:
             threads=1,
         )
         picture: np.ndarray = scaled.to_ndarray()
-        quarters = round(frame.rotation / 90) % 4
-        return np.rot90(picture, quarters) if quarters else picture
+        return np.rot90(picture, _quarters(frame))
+
+
+def _quarters(frame: VideoFrame) -> int:
+    """Quarter turns, counterclockwise, that make a frame stand upright."""
+    return round(frame.rotation / 90) % 4
 
 
 def _scaled(width: int, height: int, size: int | None) -> tuple[int, int]:

@@ -1,0 +1,320 @@
+import io
+import pickle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.transforms.v2.functional import resize
+
+from re2tal.videos.decoding import VideoError, VideoInfo, decode, probe
+from re2tal.videos.reader import TAIL
+from tests.videos.made_videos import FPS, make_sound, make_video, numbers
+
+FRAMES = 100
+MIDDLES = (np.arange(FRAMES) + 0.5) / FPS
+
+X264 = {
+    "plain": "bframes=3:b-pyramid=2",
+    "open": "bframes=3:b-pyramid=2:open-gop=1:keyint=15:min-keyint=15:scenecut=0",
+    "refresh": "intra-refresh=1:keyint=20",
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "mp4": {"options": {"x264-params": X264["plain"]}},
+    "open gop.mp4": {"options": {"x264-params": X264["open"]}},
+    "fragments.mp4": {"container_options": {"movflags": "frag_keyframe+empty_moov"}},
+    "one key frame.mp4": {"gop": 1000},
+    "mkv": {"options": {"x264-params": X264["plain"]}},
+    "mov": {"codec": "mjpeg", "options": {"strict": "unofficial"}},
+    "webm": {"codec": "libvpx-vp9", "options": {"cpu-used": "8", "deadline": "realtime"}},
+    "avi": {"codec": "mpeg4"},
+    "hevc.mp4": {"codec": "libx265", "options": {"x265-params": "log-level=none:keyint=15"}},
+    # their first time stamp is 1.4 s, and a seek does not land where it is told to
+    "ts": {"options": {"x264-params": X264["plain"]}},
+    "open gop.ts": {"options": {"x264-params": X264["open"]}},
+    "refresh.ts": {"options": {"x264-params": X264["refresh"]}},
+    "mpeg2.ts": {"codec": "mpeg2video", "options": {"bf": "2"}},
+}
+
+
+class Made(NamedTuple):
+    path: Path
+    whole: np.ndarray
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def video(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    name = request.param if "." in request.param else f"plain.{request.param}"
+    path = make_video(tmp_path_factory.mktemp("kinds") / name, FRAMES, **KINDS[request.param])
+    return Made(path, decode(path, MIDDLES, size=None))
+
+
+@pytest.fixture(scope="module")
+def mp4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_video(tmp_path_factory.mktemp("mp4") / "video.mp4", FRAMES)
+
+
+def test_every_frame_is_found_at_its_time(video: Made) -> None:
+    assert video.whole.shape == (FRAMES, 64, 96, 3)
+    assert video.whole.dtype == np.uint8
+    assert video.whole.flags.c_contiguous
+    np.testing.assert_array_equal(numbers(video.whole), np.arange(FRAMES))
+
+
+def test_a_frame_is_the_same_whatever_else_is_asked_for(video: Made) -> None:
+    random = np.random.default_rng(0)
+    for start, step, count in [(0, 1, 5), (95, 1, 5), (40, 1, 20), (3, 31, 4), (50, 17, 3)]:
+        wanted = start + step * np.arange(count)
+        frames = decode(video.path, MIDDLES[wanted], size=None)
+        np.testing.assert_array_equal(frames, video.whole[wanted])
+    for _ in range(5):
+        wanted = random.integers(0, FRAMES, size=4)  # in any order, with repetitions
+        frames = decode(video.path, MIDDLES[wanted], size=None)
+        np.testing.assert_array_equal(frames, video.whole[wanted])
+
+
+def test_the_header_is_read(video: Made) -> None:
+    info = probe(video.path)
+    assert (info.width, info.height, info.frames) == (96, 64, FRAMES)
+    assert info.fps == pytest.approx(FPS)
+    assert info.duration == pytest.approx(FRAMES / FPS, abs=0.5 / FPS)
+
+
+def test_a_time_at_the_very_start_of_a_frame_is_that_frame(mp4: Path) -> None:
+    starts = np.arange(FRAMES) * (1 / FPS)  # not exactly i / 25
+    np.testing.assert_array_equal(numbers(decode(mp4, starts, size=None)), np.arange(FRAMES))
+    before = np.arange(1, FRAMES) / FPS - 1e-4
+    np.testing.assert_array_equal(numbers(decode(mp4, before, size=None)), np.arange(FRAMES - 1))
+
+
+IRREGULAR = np.cumsum([0, *np.random.default_rng(3).choice([1, 1, 2, 3, 30], size=59)]).tolist()
+
+
+@pytest.fixture(scope="module")
+def irregular(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("irregular") / "video.mp4"
+    return make_video(path, 60, times=IRREGULAR, gop=7)
+
+
+@given(times=st.lists(st.floats(0, (IRREGULAR[-1] + 1) / FPS), min_size=1, max_size=12))
+@settings(deadline=None, max_examples=40)
+def test_the_frame_shown_is_the_last_one_presented(irregular: Path, times: list[float]) -> None:
+    shown = [max(i for i, time in enumerate(IRREGULAR) if time / FPS <= t + 1e-6) for t in times]
+    found = numbers(decode(irregular, np.array(times), size=None))
+    np.testing.assert_array_equal(found, shown)
+
+
+def test_no_more_is_decoded_than_needed(mp4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = 0
+
+    class Counting:
+        def __init__(self, container: Any) -> None:
+            self.container = container
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.container, name)
+
+        def decode(self, stream: Any) -> Any:
+            nonlocal decoded
+            for frame in self.container.decode(stream):
+                decoded += 1
+                yield frame
+
+    open_file = av.open
+    monkeypatch.setattr(av, "open", lambda *args, **kwargs: Counting(open_file(*args, **kwargs)))
+    decode(mp4, MIDDLES[50:70], size=32)
+    assert 20 <= decoded <= 20 + 12 + 1  # from the key frame before to the frame behind
+    decoded = 0
+    decode(mp4, MIDDLES, size=32)
+    assert decoded == FRAMES
+    decoded = 0
+    decode(mp4, MIDDLES[[1, 49, 97]], size=32)
+    assert decoded <= 3 * (12 + 1)
+
+
+def test_only_a_small_part_of_a_large_file_is_read(tmp_path: Path) -> None:
+    class CountingFile(io.BytesIO):
+        count = 0
+
+        def read(self, size: int | None = -1, /) -> bytes:
+            data = super().read(size)
+            self.count += len(data)
+            return data
+
+    content = make_video(tmp_path / "a.mp4", 1000, options={"qp": "0"}).read_bytes()
+    file = CountingFile(content)
+    assert numbers(decode(file, np.array([(900.5) / FPS]), size=None)) == [900]
+    assert file.count < len(content) / 5
+
+
+def test_path_content_and_file_give_the_same(mp4: Path) -> None:
+    expected = decode(mp4, MIDDLES[30:40], size=32)
+    content = mp4.read_bytes()
+    with mp4.open("rb") as file:
+        file.seek(1000)
+        for source in (str(mp4), content, io.BytesIO(content), file):
+            np.testing.assert_array_equal(decode(source, MIDDLES[30:40], size=32), expected)
+        assert not file.closed
+        assert probe(file) == probe(mp4) == probe(content)
+
+
+def test_threads_change_nothing(mp4: Path) -> None:
+    times = MIDDLES[5:80:5]
+    np.testing.assert_array_equal(
+        decode(mp4, times, size=32, threads=3), decode(mp4, times, size=32)
+    )
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size", "shape"),
+    [
+        (96, 64, None, (64, 96)),
+        (96, 64, 32, (32, 48)),
+        (64, 96, 32, (48, 32)),
+        (96, 64, 128, (128, 192)),
+        (64, 64, 31, (31, 31)),
+        (100, 64, 33, (33, 52)),  # 51.6 pixels
+        (256, 64, 10, (10, 40)),
+    ],
+)
+def test_the_short_side_gets_the_size(
+    tmp_path: Path, width: int, height: int, size: int | None, shape: tuple[int, int]
+) -> None:
+    path = make_video(tmp_path / "a.mp4", 2, width=width, height=height)
+    assert decode(path, np.array([0.0]), size=size).shape == (1, *shape, 3)
+
+
+def test_scaling_is_antialiased_and_keeps_the_brightness(mp4: Path) -> None:
+    full = decode(mp4, MIDDLES[:10], size=None)
+    small = decode(mp4, MIDDLES[:10], size=24).astype(float)
+    tensor = torch.from_numpy(full).permute(0, 3, 1, 2)
+    expected = resize(tensor, [24, 36], antialias=True).permute(0, 2, 3, 1).numpy().astype(float)
+    assert abs((small - expected).mean()) < 0.7
+    assert np.sqrt(((small - expected) ** 2).mean()) < 3.0
+
+
+@pytest.mark.parametrize(("degrees", "turns"), [(90, 1), (-90, 3), (180, 2)])
+def test_rotated_videos_stand_upright(tmp_path: Path, degrees: int, turns: int) -> None:
+    path = make_video(tmp_path / "a.mp4", 5, rotation=degrees)
+    upright = decode(path, MIDDLES[:5], size=None)
+    assert upright.flags.c_contiguous
+    assert upright.shape[1:3] == ((96, 64) if turns % 2 else (64, 96))
+    assert (probe(path).height, probe(path).width) == upright.shape[1:3]
+    as_stored = np.stack([np.rot90(frame, -turns) for frame in upright])
+    np.testing.assert_array_equal(numbers(as_stored), np.arange(5))
+
+
+def test_the_last_frame_stands_in_for_a_little_while(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "a.mp4", 50, sound=2.8)
+    end = 50 / FPS
+    frames = decode(path, np.array([end, end + TAIL - 0.01]), size=None)
+    np.testing.assert_array_equal(numbers(frames), [49, 49])
+    assert probe(path).duration == pytest.approx(end)
+    with pytest.raises(VideoError, match=r"nothing at second 3\.10: its last frame ends at 2\.00"):
+        decode(path, np.array([0.5, end + TAIL + 0.1]), size=None)
+
+
+def test_times_before_the_start(mp4: Path) -> None:
+    assert numbers(decode(mp4, np.array([-0.5 / FPS]), size=None)) == [0]
+    with pytest.raises(VideoError, match=r"nothing at second -0\.50: it begins at 0\.00"):
+        decode(mp4, np.array([-0.5]), size=None)
+
+
+@pytest.mark.parametrize("times", [[], [np.nan], [np.inf], [[0.0]]])
+def test_times_must_be_a_list_of_numbers(mp4: Path, times: list[Any]) -> None:
+    with pytest.raises(ValueError, match="finite times"):
+        decode(mp4, np.array(times), size=None)
+
+
+def open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def refused(path: Path, reason: str) -> None:
+    before = open_files()
+    for action in (lambda: probe(path), lambda: decode(path, MIDDLES, size=32)):
+        with pytest.raises(VideoError) as caught:
+            action()
+        assert str(path) in str(caught.value)
+        assert reason in caught.value.reason
+    assert open_files() == before
+
+
+def test_files_that_are_no_videos(tmp_path: Path, mp4: Path) -> None:
+    refused(tmp_path / "missing.mp4", "no such file")
+    refused(tmp_path, "not a file")
+    contents = {
+        "empty.mp4": (b"", "zero bytes"),
+        "text.mp4": (b"This is not a video.\n" * 100, "cannot be opened"),
+        "noise.mp4": (np.random.default_rng(0).bytes(5000), "cannot be opened"),
+        "head.mp4": (mp4.read_bytes()[:64], "cannot be opened"),
+        # the index is at the end of the file
+        "cut.mp4": (mp4.read_bytes()[:-2000], "cannot be opened"),
+    }
+    for name, (content, reason) in contents.items():
+        (tmp_path / name).write_bytes(content)
+        refused(tmp_path / name, reason)
+    refused(make_sound(tmp_path / "sound.mp4"), "no video stream")
+
+
+def test_a_list_of_files_does_not_open_them(tmp_path: Path, mp4: Path) -> None:
+    (tmp_path / "video.mp4").write_bytes(mp4.read_bytes())
+    for name, text in {
+        "concat.mp4": "ffconcat version 1.0\nfile video.mp4\n",
+        "playlist.mp4": "#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\nvideo.mp4\n#EXT-X-ENDLIST\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+        refused(tmp_path / name, "cannot be opened")
+
+
+def test_a_path_is_never_taken_for_a_protocol(
+    tmp_path: Path, mp4: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "concat:x.mp4").write_bytes(mp4.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert probe("concat:x.mp4").frames == FRAMES
+
+
+def test_a_cut_video_gives_what_is_there_and_no_more(tmp_path: Path) -> None:
+    whole = make_video(tmp_path / "a.mp4", 200, container_options={"movflags": "faststart"})
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    np.testing.assert_array_equal(numbers(decode(cut, MIDDLES[:20], size=None)), np.arange(20))
+    with pytest.raises(VideoError) as caught:
+        decode(cut, np.array([0.0, 7.5]), size=None)
+    assert "7.50" in caught.value.reason
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_damage_gives_frames_or_a_reason(tmp_path: Path, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    content = bytearray(make_video(tmp_path / "a.mp4", FRAMES).read_bytes())
+    start = int(random.integers(0, len(content) - 400))
+    content[start : start + 400] = random.bytes(400)
+    try:
+        frames = decode(bytes(content), MIDDLES, size=32)
+    except VideoError:
+        return
+    assert frames.shape == (FRAMES, 32, 48, 3)
+    assert frames.reshape(FRAMES, -1).max(axis=1).min() > 30  # none of them is black
+
+
+def test_files_are_closed(mp4: Path) -> None:
+    before = open_files()
+    for _ in range(3):
+        decode(mp4, MIDDLES[:3], size=32)
+        probe(mp4)
+        with pytest.raises(VideoError):
+            decode(mp4, np.array([0.0, 100.0]), size=32)
+    assert open_files() == before
+
+
+def test_errors_and_facts_travel_between_processes(mp4: Path) -> None:
+    error = pickle.loads(pickle.dumps(VideoError("a.mp4", "is empty")))
+    assert (error.source, error.reason, str(error)) == ("a.mp4", "is empty", "a.mp4: is empty")
+    info: VideoInfo = pickle.loads(pickle.dumps(probe(mp4)))
+    assert info == probe(mp4)
