@@ -1,7 +1,7 @@
 """From scored segments to a video's detections, and how good those are."""
 
 from re2tal.detection.evaluation import MapResult, mean_average_precision
-from re2tal.detection.nms import NmsConfig, merge_windows, nms
+from re2tal.detection.nms import NmsConfig, nms
 from re2tal.detection.segments import Detections, LabelledSegments, tiou
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "MapResult",
     "NmsConfig",
     "mean_average_precision",
-    "merge_windows",
     "nms",
     "tiou",
 ]

@@ -8,7 +8,6 @@ class, so the number of steps is that of the longest class and not the sum of al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,24 +87,6 @@ def nms(detections: Detections, config: NmsConfig) -> Detections:
     if config.voting != "none":
         segments = _vote(segments, groups[best], candidates, groups, config)
     return Detections(segments=segments, scores=scores[best], labels=candidates.labels[best])
-
-
-def merge_windows(windows: Sequence[Detections], duration: float) -> Detections:
-    """The detections of a video's overlapping windows as one set.
-
-    What several windows saw is listed several times: `nms` is what removes it.
-
-    Args:
-        windows: of each window the detections in seconds of the video.
-        duration: of the video, in seconds.
-
-    Returns:
-        All of them, cut to `[0, duration]`, without those that lie outside it altogether.
-    """
-    merged = Detections.concat(windows)
-    segments = merged.segments.clamp(0.0, duration)
-    inside = segments[:, 1] > segments[:, 0]
-    return merged.with_segments(segments)[inside]
 
 
 def _suppress(candidates: Detections, groups: Tensor, config: NmsConfig) -> Tensor:

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from re2tal.detection import Detections, NmsConfig, merge_windows, nms
+from re2tal.detection import Detections, NmsConfig, nms
 
 Row = tuple[float, float, float, int]
 
@@ -124,12 +123,3 @@ def test_scores_that_are_no_numbers_are_refused() -> None:
         nms(detections([(0, 1, math.nan, 0)]), NmsConfig())
     with pytest.raises(ValueError, match="top_k"):
         NmsConfig(top_k=0)
-
-
-def test_overlapping_windows_become_one_set() -> None:
-    first = detections([(-1, 2, 0.9, 0), (3, 5, 0.8, 1)])
-    second = detections([(3, 5, 0.7, 1), (9, 14, 0.6, 0), (11, 12, 0.5, 0)])
-    merged = merge_windows([first, second], duration=10.0)
-    assert merged.segments.tolist() == [[0, 2], [3, 5], [3, 5], [9, 10]]
-    kept = nms(merged, replace(NmsConfig(), method="hard"))
-    assert kept.scores.tolist() == pytest.approx([0.9, 0.8, 0.6])

@@ -1,0 +1,117 @@
+"""From a video file to its detections: sliding windows, detector, one set of segments.
+
+The steps are functions of their own because the evaluation during training takes the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from re2tal.detection.nms import NmsConfig, nms
+from re2tal.detection.segments import Detections
+from re2tal.detector import Detector
+from re2tal.trained import DetectorSpec
+from re2tal.videos.annotations import VideoAnnotation
+from re2tal.videos.decoding import Source, probe
+from re2tal.videos.timegrid import TimeGrid
+from re2tal.videos.windows import Window, decode_window, sliding_windows
+
+
+def window_frames(
+    source: Source, window: Window, *, size: int, threads: int = 1
+) -> NDArray[np.uint8]:
+    """Decodes what a detector sees of a window: the square in the middle of its frames.
+
+    Args:
+        source: the video.
+        window: which frames.
+        size: the side of the square in pixels, to which the frames' short side is scaled.
+        threads: for decoding.
+
+    Returns:
+        uint8 RGB `(T, size, size, 3)`, contiguous, black after the window's last valid frame.
+
+    Raises:
+        VideoError: if the video cannot be decoded there.
+    """
+    frames = decode_window(source, window, size=size, threads=threads)
+    top, left = ((side - size) // 2 for side in frames.shape[1:3])
+    return np.ascontiguousarray(frames[:, top : top + size, left : left + size])
+
+
+def window_detections(raw: Detections, grid: TimeGrid, duration: float) -> Detections:
+    """What a localizer found in one window, in seconds of the video.
+
+    Args:
+        raw: detections in feature-grid units of the window, on any device.
+        grid: the window.
+        duration: of the video, in seconds.
+
+    Returns:
+        Detections on the CPU, cut to `[0, duration]`, without those that lie outside it.
+    """
+    raw = raw.to("cpu")
+    segments = grid.to_seconds(raw.segments).clamp(0.0, duration)
+    inside = segments[:, 1] > segments[:, 0]
+    return raw.with_segments(segments)[inside]
+
+
+def video_detections(windows: Sequence[Detections], config: NmsConfig) -> Detections:
+    """The detections of a whole video.
+
+    Windows overlap, so that most actions are found several times: non-maximum suppression removes
+    these repetitions with all others.
+
+    Args:
+        windows: of each window its detections in seconds of the video.
+        config: of the suppression.
+
+    Returns:
+        Detections in seconds by falling score.
+    """
+    return nms(Detections.concat(windows), config)
+
+
+@torch.inference_mode()
+def detect(
+    source: Source, spec: DetectorSpec, detector: Detector, *, batch_size: int = 1
+) -> Detections:
+    """Detects the actions in a video, of any length.
+
+    Args:
+        source: path or content of the video file.
+        spec: how the detector reads videos; its classes are what the labels index.
+        detector: in evaluation mode, on any device.
+        batch_size: windows that go through the detector at a time.
+
+    Returns:
+        Detections in seconds by falling score, on the CPU.
+
+    Raises:
+        VideoError: if the video cannot be read.
+        ValueError: if the detector is in training mode, in which its results are random.
+    """
+    if detector.training:
+        raise ValueError("The detector is in training mode: call detector.eval() first.")
+    duration = probe(source).duration
+    video = VideoAnnotation(video_id="", subset="", duration=duration)
+    windows = sliding_windows(
+        video, spec.classes, spec.window, stride=detector.backbone.temporal_stride
+    )
+    found = []
+    for start in range(0, len(windows), batch_size):
+        batch = windows[start : start + batch_size]
+        frames = [torch.from_numpy(window_frames(source, w, size=spec.size)) for w in batch]
+        valid = torch.tensor([window.valid for window in batch])
+        mask = torch.arange(spec.window.frames)[None] < valid[:, None]
+        device = detector.mean.device
+        raw = detector(torch.stack(frames).to(device), mask.to(device))
+        found += [
+            window_detections(detections, window.grid, duration)
+            for window, detections in zip(batch, raw, strict=True)
+        ]
+    return video_detections(found, spec.nms)

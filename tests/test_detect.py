@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import av
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from re2tal.backbones.swin import swin_toy
+from re2tal.detect import detect, video_detections, window_detections, window_frames
+from re2tal.detection import Detections, NmsConfig
+from re2tal.detector import Detector
+from re2tal.localizers import ActionFormerConfig, Targets
+from re2tal.trained import DetectorSpec
+from re2tal.videos.timegrid import TimeGrid
+from re2tal.videos.windows import Window, WindowConfig
+
+BRIGHT = [(1.0, 2.0), (4.5, 6.5), (9.0, 9.5)]  # seconds
+DURATION = 10.0
+FPS = 20
+
+
+def film() -> bytes:
+    """A dark film, twice as wide as high, that is bright in its middle at `BRIGHT`."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"crf": "10"})
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        for index in range(int(DURATION * FPS)):
+            picture = np.full((32, 64, 3), 20, np.uint8)
+            if any(start <= (index + 0.5) / FPS < end for start, end in BRIGHT):
+                picture[:, 16:48] = 220
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+class Brightness(nn.Module):
+    """The mean value of every second frame."""
+
+    channels = 1
+    temporal_stride = 2
+
+    def forward(self, video: Tensor) -> Tensor:
+        return video.mean(dim=(1, 3, 4)).unflatten(1, (-1, 2)).mean(dim=2)[:, None]
+
+
+class Runs(nn.Module):
+    """Finds the runs of bright features."""
+
+    num_classes = 3
+
+    def forward(
+        self, features: Tensor, mask: Tensor, targets: Sequence[Targets] | None = None
+    ) -> list[Detections]:
+        found = []
+        for row in (features[:, 0] > 0.4) & mask:
+            steps = [j for j, bright in enumerate(row.tolist()) if bright]
+            starts = [j for j in steps if j - 1 not in steps]
+            ends = [j for j in steps if j + 1 not in steps]
+            segments = torch.tensor([starts, ends]).t().reshape(-1, 2) + torch.tensor([-0.5, 0.5])
+            found.append(
+                Detections(
+                    segments=segments,
+                    scores=segments.diff(dim=1)[:, 0] / 100,
+                    labels=torch.full((len(segments),), 2),
+                )
+            )
+        return found
+
+
+SPEC = DetectorSpec(
+    classes=("a", "b", "c"),
+    backbone=swin_toy(),
+    localizer=ActionFormerConfig(),
+    size=16,
+    window=WindowConfig(frames=60, fps=15.0, overlap=0.75),
+    nms=NmsConfig(method="hard", iou=0.1),  # an action that a window cut is a fragment
+)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_finds_in_a_file_when_it_is_bright(batch_size: int) -> None:
+    detector = Detector(Brightness(), Runs(), mean=(0, 0, 0), std=(1, 1, 1)).eval()
+    found = detect(film(), SPEC, detector, batch_size=batch_size)
+    assert found.labels.tolist() == [2, 2, 2]
+    in_order = found.segments[found.segments[:, 0].argsort()]
+    torch.testing.assert_close(in_order, torch.tensor(BRIGHT), atol=2 / 15, rtol=0)
+    assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
+
+
+def test_a_detector_in_training_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match="training mode"):
+        detect(film(), SPEC, Detector(Brightness(), Runs()))
+
+
+def test_the_detector_sees_the_square_in_the_middle() -> None:
+    grid = TimeGrid(fps=15.0, stride=2, length=16, offset=0.52)
+    window = Window(
+        video_id="",
+        grid=grid,
+        valid=12,
+        segments=np.zeros((0, 2), np.float32),
+        labels=np.zeros(0, np.int64),
+    )
+    frames = window_frames(film(), window, size=16)
+    assert frames.shape == (16, 16, 16, 3)
+    bright = [0.52 + (i + 0.5) / 15 >= 1.0 and i < 12 for i in range(16)]
+    assert (frames.min(axis=(1, 2, 3)) > 180).tolist() == bright
+    assert not frames[12:].any()
+
+
+def detections(segments: list[list[float]], scores: list[float]) -> Detections:
+    return Detections(
+        segments=torch.tensor(segments),
+        scores=torch.tensor(scores),
+        labels=torch.zeros(len(scores), dtype=torch.int64),
+    )
+
+
+def test_a_window_is_put_at_its_place_in_the_video() -> None:
+    grid = TimeGrid(fps=8.0, stride=2, length=32, offset=10.0)
+    raw = detections([[-0.5, 3.5], [11.5, 30.0], [20.0, 30.0]], [0.9, 0.8, 0.7])
+    found = window_detections(raw, grid, duration=14.0)
+    assert found.segments.tolist() == [[10.0, 11.0], [13.0, 14.0]]
+    assert found.scores.tolist() == raw.scores[:2].tolist()
+
+
+def test_what_two_windows_saw_is_one_detection() -> None:
+    first = detections([[3.0, 5.0]], [0.8])
+    second = detections([[3.1, 5.0], [8.0, 9.0]], [0.7, 0.6])
+    found = video_detections([first, second], NmsConfig(method="hard"))
+    assert found.segments.tolist() == [[3.0, 5.0], [8.0, 9.0]]
+    assert len(video_detections([], NmsConfig())) == 0
