@@ -98,9 +98,7 @@ class Replay:
         self._autocast = autocast
         # A module that two entries share (a drop path, say) counts once.
         self._modules = list(dict.fromkeys(m for top in branch.modules for m in top.modules()))
-        self.parameters: tuple[nn.Parameter, ...] = tuple(
-            dict.fromkeys(p for m in self._modules for p in m._parameters.values() if p is not None)
-        )
+        self.parameters = _parameters(self._modules)
         self._training: Sequence[bool] = ()
         self._generators: GeneratorStates | None = None
         self._counted: list[tuple[nn.Module, str]] = []
@@ -112,19 +110,13 @@ class Replay:
         # Fake tensors draw nothing, and cannot be mixed with real generator states.
         fake = isinstance(stream, FakeTensor)
         generators = None if fake else GeneratorStates.now(self._devices(stream))
-        buffers = [
-            (m, name, b) for m in self._modules for name, b in m._buffers.items() if b is not None
-        ]
-        versions = [b._version for *_, b in buffers]
+        watched = self._watch_buffers()
         with uncached():
             result = run_branch(self._branch, stream, self._dtype, self.where)
         if generators is not None and generators.moved():
             self._generators = generators
-        for (module, name, buffer), version in zip(buffers, versions, strict=True):
-            if buffer._version == version:
-                self._unchanged.append((name, buffer, version))
-            else:
-                self._count(module, name)
+        self._refuse_changed(watched)
+        self._unchanged += [(f"the buffer {name!r}", b, v) for _, name, b, v in watched]
         self._unchanged += [("a parameter", p, p._version) for p in self.parameters]
         return result
 
@@ -146,23 +138,34 @@ class Replay:
     def _devices(self, stream: Tensor) -> set[torch.device]:
         return {stream.device, *(p.device for p in self.parameters)}
 
-    def _count(self, module: nn.Module, name: str) -> None:
-        # Running statistics do not enter the result in training mode, so that the repetition may
-        # start from other values. Nothing is known of other buffers that a forward changes.
-        if not isinstance(module, _NormBase):
-            raise ReversibleError(
-                f"{self.where} changed the buffer {name!r} of {type(module).__name__} in its "
-                "forward, and would do so again in its replay. Only the running statistics of "
-                "normalisation layers can be kept from that: leave this block out, or call "
-                "set_reversible(model, False)."
-            )
-        self._counted.append((module, name))
+    def _watch_buffers(self) -> list[tuple[nn.Module, str, Tensor, int]]:
+        """Every buffer that the run should not change, with its version.
+
+        Running statistics in training mode are set apart: they do not enter the result, so that the
+        replay may start from other values. (Their kernels do not even count a new version.)
+        """
+        watched = []
+        for module in self._modules:
+            counts = isinstance(module, _NormBase) and module.training
+            for name, buffer in module._buffers.items():
+                if counts:
+                    self._counted.append((module, name))
+                elif buffer is not None:
+                    watched.append((module, name, buffer, buffer._version))
+        return watched
+
+    def _refuse_changed(self, watched: Sequence[tuple[nn.Module, str, Tensor, int]]) -> None:
+        for module, name, buffer, version in watched:
+            if buffer._version != version:
+                raise ReversibleError(
+                    f"{self.where} changed the buffer {name!r} of {type(module).__name__} in its "
+                    "forward, and would do so again in its replay. Only the running statistics of "
+                    "normalisation layers can be kept from that: leave this block out, or call "
+                    "set_reversible(model, False)."
+                )
 
     def _check_unchanged(self) -> None:
-        present = dict.fromkeys(
-            p for m in self._modules for p in m._parameters.values() if p is not None
-        )
-        if tuple(present) != self.parameters:
+        if list(map(id, _parameters(self._modules))) != list(map(id, self.parameters)):
             raise ReversibleError(
                 f"{self.where} has other parameters now than in its forward, so its replay would "
                 "not be the same. Swapped parameters (torch.func.functional_call) need "
@@ -202,3 +205,10 @@ class Replay:
         finally:
             for module, name, buffer in real:
                 module._buffers[name] = buffer
+
+
+def _parameters(modules: Sequence[nn.Module]) -> tuple[nn.Parameter, ...]:
+    """The parameters that these modules hold themselves, each once."""
+    return tuple(
+        dict.fromkeys(p for m in modules for p in m._parameters.values() if p is not None)
+    )
