@@ -161,7 +161,6 @@ def _hooks_paused(parameters: Sequence[Tensor]) -> Iterator[None]:
             hooks.update(saved)
 
 
-@torch.compiler.disable  # nodes with state cannot be traced; compile the modules inside the blocks
 def run_stage(
     found: Sequence[tuple[str, Branch]],
     x: Tensor,
@@ -241,6 +240,8 @@ class ReversibleSequential(nn.Sequential):
             vars(self).pop(attribute, None)
         self.__class__ = nn.Sequential  # type: ignore[assignment]
 
+    # Nodes with state cannot be traced: compile the modules inside the blocks.
+    @torch.compiler.disable
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Sequential gives it
         """Call the children in order; each run of rewired ones is one stage.
 

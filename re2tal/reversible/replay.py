@@ -209,6 +209,4 @@ class Replay:
 
 def _parameters(modules: Sequence[nn.Module]) -> tuple[nn.Parameter, ...]:
     """The parameters that these modules hold themselves, each once."""
-    return tuple(
-        dict.fromkeys(p for m in modules for p in m._parameters.values() if p is not None)
-    )
+    return tuple(dict.fromkeys(p for m in modules for p in m._parameters.values() if p is not None))
