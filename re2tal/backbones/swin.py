@@ -1,0 +1,108 @@
+"""Video Swin Transformer (Liu et al., CVPR 2022, arXiv 2106.13230), torchvision's own classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torchvision.models.video import SwinTransformer3d
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SwinConfig:
+    """The shape of a Video Swin.
+
+    Attributes:
+        patch: frames, height and width of a patch; the first is the temporal stride.
+        embed_dim: channels of the first stage; they double from stage to stage.
+        depths: blocks of each stage.
+        heads: attention heads of each stage.
+        window: frames (in patches), height and width of an attention window.
+        drop_path: probability of leaving out the last block's branches; it grows with depth.
+    """
+
+    patch: tuple[int, int, int] = (2, 4, 4)
+    embed_dim: int = 96
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    heads: tuple[int, ...] = (3, 6, 12, 24)
+    window: tuple[int, int, int] = (8, 7, 7)
+    drop_path: float = 0.1
+
+    def __post_init__(self) -> None:
+        if len(self.heads) != len(self.depths):
+            raise ValueError(
+                f"A Swin needs one number of heads for each stage, but got {len(self.heads)} for "
+                f"{len(self.depths)} stages."
+            )
+
+    def build(self) -> SwinBackbone:
+        """A backbone of this shape, with random weights."""
+        return SwinBackbone(self)
+
+
+def swin_t() -> SwinConfig:
+    """Swin-T, the shape of torchvision's `swin3d_t`."""
+    return SwinConfig()
+
+
+def swin_s() -> SwinConfig:
+    """Swin-S, the shape of torchvision's `swin3d_s`."""
+    return SwinConfig(depths=(2, 2, 18, 2))
+
+
+def swin_b() -> SwinConfig:
+    """Swin-B, the shape of torchvision's `swin3d_b`."""
+    return SwinConfig(embed_dim=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32))
+
+
+def swin_toy() -> SwinConfig:
+    """A small Swin for the toy data set: 64 pixels, minutes on two CPU cores."""
+    return SwinConfig(
+        patch=(2, 8, 8),
+        embed_dim=64,
+        depths=(2, 2, 2),
+        heads=(2, 4, 8),
+        window=(8, 4, 4),
+        drop_path=0.0,
+    )
+
+
+class SwinBackbone(SwinTransformer3d):
+    """torchvision's `SwinTransformer3d` without its classifier, pooled over space only.
+
+    Its parameters have torchvision's names, and its stages are torchvision's modules, so that
+    `re2tal.rewire` makes them reversible in place.
+
+    Args:
+        config: the shape.
+
+    Attributes:
+        channels: C of the features.
+        temporal_stride: frames per feature.
+    """
+
+    def __init__(self, config: SwinConfig) -> None:
+        super().__init__(
+            patch_size=list(config.patch),
+            embed_dim=config.embed_dim,
+            depths=list(config.depths),
+            num_heads=list(config.heads),
+            window_size=list(config.window),
+            stochastic_depth_prob=config.drop_path,
+        )
+        self.head = nn.Identity()  # features are what is wanted; an Identity has no parameters
+        self.channels: int = self.num_features
+        self.temporal_stride = config.patch[0]
+
+    def forward(self, video: Tensor) -> Tensor:
+        """Spatially pooled features.
+
+        Args:
+            video: `(B, 3, T, H, W)` normalised frames, T a multiple of `temporal_stride`.
+
+        Returns:
+            `(B, C, T / temporal_stride)`.
+        """
+        x = self.pos_drop(self.patch_embed(video))  # (B, T', H', W', C)
+        pooled = self.norm(self.features(x)).mean(dim=(2, 3))
+        return pooled.transpose(1, 2).contiguous()

@@ -1,0 +1,12 @@
+"""A toy data set that the project makes itself: actions that only their motion tells apart."""
+
+from re2tal.videos.toy.dataset import (
+    FPS,
+    ToyConfig,
+    clip_scene,
+    make_clip,
+    make_toy,
+)
+from re2tal.videos.toy.motion import ACTIONS, FRAME_SIZE
+
+__all__ = ["ACTIONS", "FPS", "FRAME_SIZE", "ToyConfig", "clip_scene", "make_clip", "make_toy"]
