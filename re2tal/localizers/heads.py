@@ -67,7 +67,7 @@ class ConvHead(nn.Module):
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.relu(norm(zero_padding(conv(x), strip.valid)))
             x = zero_padding(x, strip.inside)
-        predicted: Tensor = self.last(x)[:, strip.points]
+        predicted: Tensor = self.last(x).index_select(1, strip.points)
         return predicted.float()
 
 

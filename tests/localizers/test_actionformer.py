@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -148,6 +149,21 @@ def test_every_parameter_learns_and_batches_without_actions_are_harmless() -> No
     assert not features.grad[1, :, 21:].any()
 
 
+def test_half_precision_inside_gives_float32_outside() -> None:
+    model = built()
+    features, mask = sample([32, 20])
+    exact = model(features, mask, ACTIONS)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(features.bfloat16(), mask, ACTIONS)
+        found = model(features.bfloat16(), mask)
+    for term, loss in losses.items():
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(exact[term].item(), rel=0.05)
+    sum(losses.values(), torch.zeros(())).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert found[0].scores.dtype == found[0].segments.dtype == torch.float32
+
+
 def test_drop_path_is_for_training_and_follows_the_seed() -> None:
     model = built(replace(SMALL, drop_path=0.5))
     features, mask = sample([32, 32])
@@ -224,6 +240,16 @@ def planted(count: int, seed: int) -> tuple[Tensor, list[Targets]]:
     return features, targets
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tensors this small are slower on several threads, most of all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_it_learns_planted_segments() -> None:
     torch.manual_seed(0)
     model = replace(SMALL, width=32, head_width=32, initial_normalizer=20.0).build(6, 3)
