@@ -7,14 +7,14 @@ with `weights_only=True` or is safetensors.
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from re2tal.detector import Detector
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
+from re2tal.detector import Detector
 from re2tal.trained import DetectorSpec, save_detector
 
 DETECTOR_FOLDER = "detector"
@@ -58,7 +58,8 @@ class TrainingState:
         """
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        save_detector(partial / DETECTOR_FOLDER, spec, self.average.module)
+        averaged = cast("Detector", self.average.module)
+        save_detector(partial / DETECTOR_FOLDER, spec, averaged)
         state = {name: part.state_dict() for name, part in self._parts().items()}
         torch.save({**state, "epoch": self.epoch, "step": self.step}, partial / _STATE_FILE)
         shutil.rmtree(folder, ignore_errors=True)

@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 import ray.data
 import torch
-from re2tal.videos.decoding import VideoError, probe
-from re2tal.videos.windows import Window, WindowConfig, decode_window, training_windows
 from torch import Tensor
 
 from pipelines.resources import DECODE_CPUS
 from pipelines.storage import open_source
+from re2tal.detect import window_frames
 from re2tal.localizers.protocol import Targets
 from re2tal.videos.annotations import VideoAnnotation
+from re2tal.videos.decoding import VideoError, probe
+from re2tal.videos.windows import Window, WindowConfig, training_windows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,8 +88,7 @@ def epoch_windows(
             video.annotation, classes, config, stride=stride, random=random
         )
     ]
-    random.shuffle(windows)  # type: ignore[arg-type]
-    return windows
+    return [windows[i] for i in random.permutation(len(windows))]
 
 
 def share(
@@ -114,11 +114,6 @@ def share(
     return list(windows[rank : steps * batch_size * world_size : world_size])
 
 
-def _centre_square(frames: np.ndarray, size: int) -> np.ndarray:
-    top, left = ((side - size) // 2 for side in frames.shape[1:3])
-    return frames[:, top : top + size, left : left + size]
-
-
 def decode_sample(row: dict[str, Any], *, size: int) -> dict[str, Any]:
     """Decodes one window; what cannot be decoded comes back black, with the reason.
 
@@ -131,13 +126,12 @@ def decode_sample(row: dict[str, Any], *, size: int) -> dict[str, Any]:
     """
     window: Window = row["window"]
     try:
-        source = open_source(row["uri"])
-        frames = _centre_square(decode_window(source, window, size=size), size)
+        frames = window_frames(open_source(row["uri"]), window, size=size)
         error = ""
     except (VideoError, OSError) as problem:
         frames = np.zeros((window.grid.length, size, size, 3), np.uint8)
         error = str(problem)
-    return {"index": row["index"], "frames": np.ascontiguousarray(frames), "error": error}
+    return {"index": row["index"], "frames": frames, "error": error}
 
 
 def _assemble(windows: Sequence[Window], frames: np.ndarray, errors: Sequence[str]) -> Batch:

@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from re2tal.videos.windows import Window
 
 from pipelines.data import Batch, decode_batches
 from pipelines.plan import Plan
 from pipelines.recipes import Recipe
+from re2tal.videos.windows import Window
 
 
 class LocalRuntime:

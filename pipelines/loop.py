@@ -14,8 +14,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from re2tal.memory import MemoryMeter
-from re2tal.videos.windows import Window
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,6 +27,8 @@ from pipelines.progress import duration
 from pipelines.recipes import Recipe
 from pipelines.validation import detect_windows, evaluate, gather, validation_share
 from re2tal.detection.segments import Detections
+from re2tal.memory import MemoryMeter
+from re2tal.videos.windows import Window
 
 DETECTIONS_FILE = "detections.json"
 
@@ -94,7 +94,7 @@ class Trainer:
         self.spec = spec_of(recipe, plan.classes)
         torch.manual_seed(recipe.seed)  # the same weights on every rank
         detector = build_detector(recipe, plan.classes, weights).to(runtime.device)
-        self.stride = detector.backbone.temporal_stride
+        self.stride: int = detector.backbone.temporal_stride
         steps = len(self._windows(0)) // recipe.batch_size
         optimizer = build_optimizer(detector, recipe.optim)
         self.state = TrainingState(
@@ -221,7 +221,7 @@ class Trainer:
         windows = validation_share(
             plan.validation,
             plan.classes,
-            recipe.data.validation_window,
+            recipe.data.window,
             stride=self.stride,
             rank=runtime.rank,
             world_size=runtime.world_size,

@@ -6,10 +6,11 @@ MLflow runs this file when the model is loaded. `predict` takes paths of video f
 from collections.abc import Sequence
 from typing import Any
 
-import mlflow
+import mlflow.models
+import mlflow.pyfunc
 import pandas as pd
-from re2tal.detect import detect
 
+from re2tal.detect import detect
 from re2tal.trained import load_detector
 
 

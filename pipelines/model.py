@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from re2tal.backbones.swin import load_backbone_weights
-from re2tal.detector import Detector
-
 from pipelines.recipes import Recipe
+from re2tal.backbones.checkpoint import load_backbone_weights
+from re2tal.detector import Detector
 from re2tal.trained import DetectorSpec
 
 
@@ -23,7 +22,7 @@ def spec_of(recipe: Recipe, classes: Sequence[str]) -> DetectorSpec:
         localizer=recipe.model.localizer,
         reversible=recipe.model.reversible,
         size=recipe.data.size,
-        window=recipe.data.validation_window,
+        window=recipe.data.window,
         nms=recipe.nms,
     )
 
@@ -35,6 +34,9 @@ def build_detector(recipe: Recipe, classes: Sequence[str], weights: Path | None)
         recipe: the run's configuration.
         classes: names of the action classes.
         weights: local file of backbone weights, or None.
+
+    Raises:
+        ValueError: if the weights do not fit the backbone.
     """
     detector = spec_of(recipe, classes).build()
     if weights is not None:

@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from typing import Any
 
-from re2tal.detector import Detector
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipelines.recipes import OptimConfig
+from re2tal.detector import Detector
 
 
 def _groups(module: nn.Module, *, lr: float, decay: float, name: str) -> Iterator[dict[str, Any]]:

@@ -15,8 +15,9 @@ from mlflow.types import ColSpec, Schema
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.checkpoints import DETECTIONS_FILE, DETECTOR_FOLDER
+from pipelines.checkpoints import DETECTOR_FOLDER
 from pipelines.figures import curves, timelines
+from pipelines.loop import DETECTIONS_FILE
 from pipelines.plan import Plan
 from pipelines.progress import duration
 from pipelines.recipes import Recipe

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from re2tal.detect import video_detections, window_detections
-from re2tal.detector import Detector
-from re2tal.videos.windows import Window, WindowConfig, sliding_windows
 
 from pipelines.data import Batch, Video
+from re2tal.detect import video_detections, window_detections
 from re2tal.detection.evaluation import MapResult, mean_average_precision
 from re2tal.detection.nms import NmsConfig
 from re2tal.detection.segments import Detections
+from re2tal.detector import Detector
+from re2tal.videos.windows import Window, WindowConfig, sliding_windows
 
 
 def gather(value: Any) -> list[Any]:

@@ -12,7 +12,6 @@ import ray.train
 import torch
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from ray.train.torch import get_device
-from re2tal.videos.windows import Window
 
 from pipelines.data import Batch, stream_batches
 from pipelines.loop import Trainer
@@ -21,6 +20,7 @@ from pipelines.quiet import quiet_data
 from pipelines.recipes import Recipe
 from pipelines.storage import local_copy
 from pipelines.tracking import MetricLogger, Run
+from re2tal.videos.windows import Window
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +102,8 @@ def train_worker(config: dict[str, Job]) -> dict[str, float]:
     job = config["job"]
     context = ray.train.get_context()
     with tempfile.TemporaryDirectory() as folder:
-        weights = job.recipe.model.weights and local_copy(job.recipe.model.weights, Path(folder))
+        uri = job.recipe.model.weights
+        weights = local_copy(uri, Path(folder)) if uri else None
         if context.get_world_rank() > 0:
             return Trainer(
                 job.recipe, job.plan, RayRuntime(job, None), weights=weights, output=job.output

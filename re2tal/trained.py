@@ -21,6 +21,10 @@ from re2tal.videos.windows import WindowConfig
 SPEC_FILE = "spec.json"
 WEIGHTS_FILE = "weights.safetensors"
 
+# What torchvision's video models were trained with.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DetectorSpec:
@@ -34,6 +38,8 @@ class DetectorSpec:
         size: pixels of the side of the square frames that the backbone sees.
         window: sliding windows over a video.
         nms: what is done to the raw detections.
+        mean: of red, green and blue in [0, 1] in the backbone's pretraining (torchvision's).
+        std: their standard deviation.
     """
 
     classes: tuple[str, ...]
@@ -43,6 +49,8 @@ class DetectorSpec:
     size: int
     window: WindowConfig
     nms: NmsConfig = field(default_factory=NmsConfig)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
 
     def build(self) -> Detector:
         """Returns the detector with random weights, rewired if `reversible`."""
@@ -50,7 +58,7 @@ class DetectorSpec:
         if self.reversible:
             rewire(backbone)
         localizer = self.localizer.build(backbone.channels, len(self.classes))
-        return Detector(backbone, localizer)
+        return Detector(backbone, localizer, mean=self.mean, std=self.std)
 
 
 _SPEC = TypeAdapter(DetectorSpec)

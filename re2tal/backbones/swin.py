@@ -60,8 +60,8 @@ def swin_toy() -> SwinConfig:
     return SwinConfig(
         patch=(2, 8, 8),
         embed_dim=64,
-        depths=(2, 2, 2),
-        heads=(2, 4, 8),
+        depths=(2, 2),
+        heads=(2, 4),
         window=(8, 4, 4),
         drop_path=0.0,
     )

@@ -1,4 +1,4 @@
-"""The toy data set on disk: untrimmed videos with annotations, and trimmed clips for pretraining."""
+"""The toy data set on disk: untrimmed videos with annotations, and trimmed clips."""
 
 import io
 import json
@@ -11,7 +11,6 @@ import numpy as np
 
 from re2tal.videos.encoding import encode
 from re2tal.videos.toy.looks import DETECTION_GALLERY, PRETRAINING_GALLERY
-from re2tal.videos.toy.motion import ACTIONS
 from re2tal.videos.toy.render import render
 from re2tal.videos.toy.scene import Scene, draw_scene
 
@@ -144,26 +143,27 @@ def make_toy(
     return annotations
 
 
-def clip_scene(label: str, seconds: float, seed: int, *, held_out: bool = False) -> Scene:
+def clip_scene(label: str | None, seconds: float, seed: int, *, held_out: bool = False) -> Scene:
     """A scene in which an actor performs one action from the first frame to the last.
 
     Args:
-        label: one of `ACTIONS`.
+        label: one of `ACTIONS`, or None for motion that is no action.
         seconds: its length.
         seed: of everything random in it.
         held_out: draw it with the sprites and backgrounds of the untrimmed videos; otherwise with
             others, which have none in common with them.
     """
     gallery = DETECTION_GALLERY if held_out else PRETRAINING_GALLERY
+    instances = [] if label is None else [(0.0, seconds, label)]
     rng = np.random.default_rng((seed, int(held_out), 7))  # apart from the untrimmed videos' seeds
-    return draw_scene(gallery, _times(seconds), rng, [(0.0, seconds, label)])
+    return draw_scene(gallery, _times(seconds), rng, instances)
 
 
-def make_clip(label: str, seconds: float, seed: int, *, held_out: bool = False) -> bytes:
+def make_clip(label: str | None, seconds: float, seed: int, *, held_out: bool = False) -> bytes:
     """A trimmed clip as the content of an mp4 file, compressed like the untrimmed videos.
 
     Args:
-        label: one of `ACTIONS`.
+        label: one of `ACTIONS`, or None for motion that is no action.
         seconds: its length.
         seed: of everything random in it.
         held_out: as in `clip_scene`.

@@ -1,0 +1,109 @@
+"""The training loop on its own, in one process: it learns, it goes on, it stops on nonsense."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipelines.data import Video
+from pipelines.local import LocalRuntime
+from pipelines.loop import NonFiniteLossError, Trainer
+from pipelines.plan import Plan
+from pipelines.recipes import Recipe
+
+
+def _trainer(recipe: Recipe, plan: Plan, folder: Path) -> tuple[Trainer, LocalRuntime]:
+    runtime = LocalRuntime(recipe, plan, folder)
+    return Trainer(recipe, plan, runtime, weights=None, output=folder / "output"), runtime
+
+
+def _weights(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in trainer.state.detector.state_dict().items()}
+
+
+def test_a_run_logs_what_it_promises(tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path) -> None:
+    trainer, runtime = _trainer(tiny_recipe, tiny_plan, tmp_path)
+    final = trainer.run()
+    steps = [m for _, m in runtime.history if "train/loss" in m]
+    assert len(steps) == trainer.state.step > 0
+    for name in (
+        "train/loss/classification",
+        "train/loss/regression",
+        "train/gradient_norm",
+        "train/frames_per_second",
+        "train/data_wait_share",
+        "lr/backbone_decayed",
+        "lr/localizer_decayed",
+    ):
+        assert all(math.isfinite(m[name]) for m in steps), name
+    assert all(0 <= m["train/data_wait_share"] <= 1 for m in steps)
+    assert any(name.startswith("memory/") for name in steps[-1])
+    expected = {f"val/mAP/tiou_{t:.2f}" for t in tiny_recipe.thresholds}
+    assert expected <= final.keys()
+    assert 0 <= final["val/mAP"] <= 1
+    assert any("left" in line and "frames/s" in line for line in runtime.lines)
+
+
+def test_both_parts_are_trained_and_a_frozen_backbone_is_not(
+    tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path
+) -> None:
+    for frozen in (False, True):
+        model = replace(tiny_recipe.model, freeze_backbone=frozen)
+        trainer, _ = _trainer(replace(tiny_recipe, model=model), tiny_plan, tmp_path / str(frozen))
+        before = _weights(trainer)
+        trainer.run()
+        moved = {n for n, v in _weights(trainer).items() if not torch.equal(v, before[n])}
+        assert any(name.startswith("localizer.") for name in moved)
+        assert any(name.startswith("backbone.") for name in moved) is not frozen
+
+
+def test_a_run_that_goes_on_ends_like_one_that_was_not_interrupted(
+    tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path
+) -> None:
+    two = replace(tiny_recipe, epochs=2, optim=replace(tiny_recipe.optim, schedule_epochs=2))
+    whole, _ = _trainer(two, tiny_plan, tmp_path / "whole")
+    whole.run()
+    first, _ = _trainer(replace(two, epochs=1), tiny_plan, tmp_path / "parts")
+    first.run()
+    second, runtime = _trainer(two, tiny_plan, tmp_path / "parts")
+    assert second.state.epoch == 1
+    assert any("going on after epoch 1" in line for line in runtime.lines)
+    second.run()
+    assert second.state.step == whole.state.step
+    assert whole.recipe.model.localizer.drop_path == 0  # so that nothing is random but the data
+    for name, value in _weights(whole).items():
+        torch.testing.assert_close(_weights(second)[name], value, msg=name)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_batch(
+    tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path
+) -> None:
+    trainer, _ = _trainer(tiny_recipe, tiny_plan, tmp_path)
+    with torch.no_grad():
+        next(trainer.state.detector.localizer.parameters()).fill_(math.nan)
+    with pytest.raises(NonFiniteLossError, match="step 0") as caught:
+        trainer.run()
+    videos = {video.annotation.video_id for video in tiny_plan.training}
+    assert any(video_id in str(caught.value) for video_id in videos)
+    (saved,) = (tmp_path / "output").glob("non_finite_step_0.pt")
+    batch = torch.load(saved, weights_only=True)
+    assert batch["frames"].dtype == torch.uint8
+    assert batch["frames"].shape[0] == len(batch["windows"]) == tiny_recipe.batch_size
+
+
+def test_videos_that_fail_while_training_are_counted(
+    tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.mp4"
+    good = tiny_plan.training[0]
+    broken.write_bytes(Path(good.uri).read_bytes()[:4000])
+    bad = Video(annotation=replace(good.annotation, video_id="broken"), uri=str(broken))
+    plan = replace(tiny_plan, training=(*tiny_plan.training, bad))
+    data = replace(tiny_recipe.data, max_failed=0.5)
+    trainer, _ = _trainer(replace(tiny_recipe, data=data), plan, tmp_path)
+    metrics = trainer.run()
+    assert metrics["videos/failed"] == 1
+    assert "broken" in trainer.failures
