@@ -1,0 +1,1 @@
+"""Video backbones: frames in, temporal features out."""
