@@ -66,9 +66,10 @@ class VideoReader:
         self.name = _name(source)
         self._source = source
         self._threads = threads
-        # Learned while seeking, and used where the file has no index that covers a target.
-        self._longest_gop = 1.0
         self._open()
+        # Both are learned while seeking, so that no seek goes back over what is decoded for long:
+        self._longest_gop = int(1 / self._tick)  # ticks from a key frame to a target
+        self._early = 0  # ticks by which seeks land before the key frame that the index names
 
     def __enter__(self) -> Self:
         return self
@@ -118,15 +119,24 @@ class VideoReader:
             reason = error.strerror or str(error)
             raise VideoError(self.name, f"cannot be opened as a video: {reason}") from error
         try:
-            self.stream = self._choose_stream()
-        except VideoError:
+            self._set_up()
+        except (VideoError, av.FFmpegError) as error:
             self.container.close()
-            raise
+            if isinstance(error, VideoError):
+                raise
+            raise VideoError(self.name, f"cannot be decoded: {error.strerror}") from error
+
+    def _set_up(self) -> None:
+        """Chooses the stream, sets its decoder up and finds out when its first frame is shown."""
+        self.stream = self._choose_stream()
         self.stream.thread_count = self._threads
         self.stream.thread_type = "AUTO"
         self._tick = float(self.stream.time_base or 1)
         self._start = self.stream.start_time or 0
         self._restart_decoding()
+        # AVI counts from the first frame that is stored, some frames before the first one shown
+        if self.container.format.name == "avi" and (first := self._peek()) is not None:
+            self._start += self._time(first)
 
     def _file(self) -> str | BinaryIO:
         """What FFmpeg is given to open."""
@@ -206,49 +216,54 @@ class VideoReader:
         return f"{reason}, though its header says {claimed:.2f}" if claimed > end + TAIL else reason
 
     def _seeking_pays(self, target: int) -> bool:
-        """Whether a key frame lies between the frame decoded last and the target."""
+        """Whether a seek is likely to land behind the frame decoded last, and before the target."""
         last = self._ahead or self._shown
         position = 0 if last is None else self._time(last)
         if target <= position or self.container.format.name in _UNSEEKABLE:
             return False
+        key = self._indexed_key(target)
+        landing = target - self._longest_gop if key is None else key - self._early
+        return landing > position
+
+    def _indexed_key(self, target: int) -> int | None:
+        """When about the key frame for a target is presented; None if the file has no index."""
         index = self.stream.index_entries
-        if len(index):
-            # an index counts in decoding times, which run ahead of presentation by a fixed lead
-            lead = self._start - index[0].timestamp
-            if index[len(index) - 1].timestamp + lead - self._start >= target:
-                key = index[index.search_timestamp(target + self._start - lead)]
-                return key.timestamp + lead - self._start > position
-        return (target - position) * self._tick > self._longest_gop
+        if not len(index):
+            return None
+        # an index counts in decoding times, which run ahead of presentation times but alongside
+        first = index[0].timestamp
+        if index[len(index) - 1].timestamp - first < target:
+            return None
+        key = index.search_timestamp(target + first)
+        return index[key].timestamp - first if key >= 0 else None
 
     def _seek(self, target: int) -> None:
         """Goes to a key frame at or before the target, the nearest one that the file can give."""
+        key = self._indexed_key(target)
         for seconds in _STEPS_BACK:
             wanted = target - int(seconds / self._tick)
-            if wanted <= 0 or not self._land(wanted, target):
-                continue
-            assert self._ahead is not None
-            gop = (target - self._time(self._ahead)) * self._tick
-            self._longest_gop = max(self._longest_gop, gop)
-            return
+            if wanted > 0 and self._land(wanted, target):
+                assert self._ahead is not None
+                landed = self._time(self._ahead)
+                self._longest_gop = max(self._longest_gop, target - landed)
+                if key is not None:
+                    self._early = max(self._early, key - landed)
+                return
         # the one place that is found in every file is its start
-        self._longest_gop = max(self._longest_gop, target * self._tick)
+        self._longest_gop = max(self._longest_gop, target)
         self.container.close()
         self._open()
 
     def _land(self, wanted: int, target: int) -> bool:
-        """Seeks, and says whether what comes next is a key frame that is not past the target."""
+        """Seeks, and says whether the frame that comes next is not past the target."""
         try:
             self.container.seek(wanted + self._start, stream=self.stream)
         except av.FFmpegError:
             return False
         self._restart_decoding()
-        # Frames presented before the key frame may lean on some before it, which were not decoded
-        # (open GOP): they would come out broken.
-        for frame in self._frames:
-            if frame.key_frame or self._time(frame) > target:
-                self._ahead = frame
-                return frame.key_frame and self._time(frame) <= target
-        return False
+        # FFmpeg gives out no frame that leans on others from before the seek
+        frame = self._peek()
+        return frame is not None and self._time(frame) <= target
 
 
 def _name(source: Source) -> str:

@@ -20,7 +20,7 @@ MIDDLES = (np.arange(FRAMES) + 0.5) / FPS
 
 X264 = {
     "plain": "bframes=3:b-pyramid=2",
-    "open": "bframes=3:b-pyramid=2:open-gop=1:keyint=15:min-keyint=15:scenecut=0",
+    "open": "bframes=3:b-adapt=0:b-pyramid=2:open-gop=1:keyint=15:min-keyint=15:scenecut=0",
     "refresh": "intra-refresh=1:keyint=20",
 }
 KINDS: dict[str, dict[str, Any]] = {
@@ -31,7 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "mkv": {"options": {"x264-params": X264["plain"]}},
     "mov": {"codec": "mjpeg", "options": {"strict": "unofficial"}},
     "webm": {"codec": "libvpx-vp9", "options": {"cpu-used": "8", "deadline": "realtime"}},
-    "avi": {"codec": "mpeg4"},
+    "avi": {"codec": "mpeg4", "options": {"bf": "2"}},
     "hevc.mp4": {"codec": "libx265", "options": {"x265-params": "log-level=none:keyint=15"}},
     # their first time stamp is 1.4 s, and a seek does not land where it is told to
     "ts": {"options": {"x264-params": X264["plain"]}},
@@ -67,7 +67,10 @@ def test_every_frame_is_found_at_its_time(video: Made) -> None:
 
 def test_a_frame_is_the_same_whatever_else_is_asked_for(video: Made) -> None:
     random = np.random.default_rng(0)
-    for start, step, count in [(0, 1, 5), (95, 1, 5), (40, 1, 20), (3, 31, 4), (50, 17, 3)]:
+    for number in range(FRAMES):
+        alone = decode(video.path, MIDDLES[[number]], size=None)
+        np.testing.assert_array_equal(alone[0], video.whole[number])
+    for start, step, count in [(95, 1, 5), (40, 1, 20), (3, 31, 4), (50, 17, 3)]:
         wanted = start + step * np.arange(count)
         frames = decode(video.path, MIDDLES[wanted], size=None)
         np.testing.assert_array_equal(frames, video.whole[wanted])
@@ -108,32 +111,59 @@ def test_the_frame_shown_is_the_last_one_presented(irregular: Path, times: list[
     np.testing.assert_array_equal(found, shown)
 
 
+class Decoder:
+    """Stands in for `av.open` and counts the frames that come out of the containers."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.frames = 0
+        self.open = av.open
+        monkeypatch.setattr(av, "open", self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        container, counter = self.open(*args, **kwargs), self
+
+        class Counting:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(container, name)
+
+            def decode(self, stream: Any) -> Any:
+                for frame in container.decode(stream):
+                    counter.frames += 1
+                    yield frame
+
+        return Counting()
+
+
 def test_no_more_is_decoded_than_needed(mp4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded = 0
-
-    class Counting:
-        def __init__(self, container: Any) -> None:
-            self.container = container
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.container, name)
-
-        def decode(self, stream: Any) -> Any:
-            nonlocal decoded
-            for frame in self.container.decode(stream):
-                decoded += 1
-                yield frame
-
-    open_file = av.open
-    monkeypatch.setattr(av, "open", lambda *args, **kwargs: Counting(open_file(*args, **kwargs)))
+    decoder = Decoder(monkeypatch)
     decode(mp4, MIDDLES[50:70], size=32)
-    assert 20 <= decoded <= 20 + 12 + 1  # from the key frame before to the frame behind
-    decoded = 0
+    assert 20 <= decoder.frames <= 20 + 12 + 1  # from the key frame before to the frame behind
+    decoder.frames = 0
     decode(mp4, MIDDLES, size=32)
-    assert decoded == FRAMES
-    decoded = 0
+    assert decoder.frames == FRAMES
+    decoder.frames = 0
     decode(mp4, MIDDLES[[1, 49, 97]], size=32)
-    assert decoded <= 3 * (12 + 1)
+    assert decoder.frames <= 3 * (12 + 1)
+
+
+def test_seeks_do_not_go_back_again_and_again(video: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder(monkeypatch)
+    for step in (2, 7):
+        decoder.frames = 0
+        decode(video.path, MIDDLES[::step], size=16)
+        assert decoder.frames < 2 * FRAMES
+
+
+def test_seeks_without_an_index_are_near_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_video(tmp_path / "a.ts", 500)
+    decoder = Decoder(monkeypatch)
+    assert numbers(decode(path, np.array([18.5]), size=None)) == [462]
+    assert decoder.frames < 60
+    decoder.frames = 0
+    decode(path, np.arange(0.02, 19.9, 0.4), size=None)  # finer than key frames are searched for
+    assert decoder.frames <= 500
 
 
 def test_only_a_small_part_of_a_large_file_is_read(tmp_path: Path) -> None:
