@@ -320,9 +320,9 @@ def test_a_cut_video_gives_what_is_there_and_no_more(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_damage_gives_frames_or_a_reason(tmp_path: Path, seed: int) -> None:
+def test_damage_gives_frames_or_a_reason(mp4: Path, seed: int) -> None:
     random = np.random.default_rng(seed)
-    content = bytearray(make_video(tmp_path / "a.mp4", FRAMES).read_bytes())
+    content = bytearray(mp4.read_bytes())
     start = int(random.integers(0, len(content) - 400))
     content[start : start + 400] = random.bytes(400)
     try:
