@@ -68,8 +68,9 @@ class Autocast:
 def uncached() -> Iterator[None]:
     """Keep autocast from caching cast weights.
 
-    A weight cast where gradients are off is cached without its history. Found again where they are
-    on (in the replay, or in another use of the weight), it would silently get no gradient.
+    The cache would hold a copy of every weight of the stage until the autocast region ends, where
+    this holds one branch's. And in versions of PyTorch that cache a weight cast where gradients are
+    off without its history, another use of the weight in the region would silently get no gradient.
     """
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)

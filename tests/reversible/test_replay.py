@@ -125,7 +125,8 @@ def test_autocast_is_that_of_the_forward(forward: bool, backward: bool) -> None:
         assert torch.is_autocast_cache_enabled()
     assert y.dtype == torch.float32
     expected = torch.bfloat16 if forward else torch.float32
-    assert [dtype for dtype, _ in witness.seen] == [expected, expected]
+    # The cache of cast weights is off in both runs, and as it was outside of them.
+    assert witness.seen == [(expected, False), (expected, False)]
     assert witness.linear.weight.grad is not None
 
 
