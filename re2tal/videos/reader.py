@@ -60,7 +60,9 @@ class VideoReader:
     stream: VideoStream
     _frames: Iterator[VideoFrame]  # what comes next out of the decoder
     _shown: VideoFrame | None  # the last frame gone past
+    _shown_intact: bool  # whether neither it nor a frame that it may lean on is damaged
     _ahead: VideoFrame | None  # the one after it, once it is decoded
+    _ahead_intact: bool
 
     def __init__(self, source: Source, *, threads: int = 1) -> None:
         self.name = _name(source)
@@ -165,6 +167,7 @@ class VideoReader:
     def _restart_decoding(self) -> None:
         """Forgets all frames; the next one comes from where the file now stands."""
         self._shown = self._ahead = None
+        self._shown_intact = self._ahead_intact = True
         self._frames = self.container.decode(self.stream)
 
     def _frame_at(self, seconds: float) -> VideoFrame:
@@ -173,7 +176,7 @@ class VideoReader:
         if self._seeking_pays(target):
             self._seek(target)
         while (ahead := self._peek()) is not None and self._time(ahead) <= target:
-            self._shown, self._ahead = ahead, None
+            self._shown, self._shown_intact, self._ahead = ahead, self._ahead_intact, None
         frame = self._shown or ahead
         if frame is None:
             raise VideoError(self.name, "no frame of it can be decoded")
@@ -184,14 +187,19 @@ class VideoReader:
             raise VideoError(self.name, reason)
         if ahead is None and seconds > end + TAIL:
             raise VideoError(self.name, self._too_late(seconds, end))
-        if frame.is_corrupt:
+        if not (self._shown_intact if self._shown else self._ahead_intact):
             raise VideoError(self.name, f"the frame at second {begin:.2f} is damaged")
         return frame
 
     def _peek(self) -> VideoFrame | None:
         """The next frame, which stays next; None at the end of the video."""
         if self._ahead is None:
-            self._ahead = next(self._frames, None)
+            self._ahead = frame = next(self._frames, None)
+            if frame is not None:
+                # damage is handed on from frame to frame until the next key frame
+                self._ahead_intact = not frame.is_corrupt and (
+                    self._ahead_intact or frame.key_frame
+                )
         return self._ahead
 
     def _time(self, frame: VideoFrame) -> int:

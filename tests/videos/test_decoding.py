@@ -319,6 +319,34 @@ def test_a_cut_video_gives_what_is_there_and_no_more(tmp_path: Path) -> None:
     assert "7.50" in caught.value.reason
 
 
+@pytest.mark.parametrize("ending", ["mp4", "ts"])
+def test_frames_that_lean_on_a_damaged_one_are_not_given_out(tmp_path: Path, ending: str) -> None:
+    path = make_video(tmp_path / f"a.{ending}", FRAMES)
+    with av.open(str(path)) as container:
+        packets = list(container.demux(video=0))
+    key = [packet for packet in packets if packet.is_keyframe and packet.pos is not None][3]
+    assert key.pos is not None
+    content = bytearray(path.read_bytes())
+    middle = key.pos + key.size // 2
+    content[middle : middle + 20] = bytes(20)
+    for number in range(FRAMES):
+        time = MIDDLES[[number]]
+        if 36 <= number < 48:  # from that key frame to the next
+            with pytest.raises(VideoError, match="is damaged"):
+                decode(bytes(content), time, size=None)
+        else:
+            assert numbers(decode(bytes(content), time, size=None)) == [number]
+
+
+def test_program_streams_give_the_same_frames_too(tmp_path: Path) -> None:
+    # FFmpeg guesses most of their time stamps, so that frame numbers mean nothing here
+    path = make_video(tmp_path / "a.mpg", FRAMES, codec="mpeg2video", options={"bf": "2"})
+    whole = decode(path, MIDDLES, size=None)
+    for number in range(0, FRAMES, 3):
+        alone = decode(path, MIDDLES[[number]], size=None)
+        np.testing.assert_array_equal(alone[0], whole[number])
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_damage_gives_frames_or_a_reason(mp4: Path, seed: int) -> None:
     random = np.random.default_rng(seed)
