@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -61,6 +62,11 @@ def _read(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:  # torch's own message advises to switch the check off
+        raise ValueError(
+            f"The weights in {path} cannot be read: the file is damaged, or holds more than "
+            "tensors, which is not loaded because it could run code."
+        ) from error
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise ValueError(f"The weights in {path} cannot be read: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):

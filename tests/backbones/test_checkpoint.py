@@ -1,0 +1,96 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torchvision.models.video import SwinTransformer3d
+
+from re2tal import rewire
+from re2tal.backbones.checkpoint import load_backbone_weights, save_backbone_weights
+from re2tal.backbones.swin import SwinConfig
+
+TINY = SwinConfig(
+    patch=(2, 4, 4), embed_dim=8, depths=(2, 2), heads=(1, 2), window=(2, 2, 2), drop_path=0.0
+)
+
+
+def test_weights_survive_a_round_trip_into_a_rewired_backbone(tmp_path: Path) -> None:
+    saved, loaded = TINY.build(), TINY.build()
+    path = tmp_path / "w.safetensors"
+    save_backbone_weights(saved, path, {"held_out_top1": "0.9"})
+    rewire(loaded)
+    load_backbone_weights(loaded, path)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(saved.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"held_out_top1": "0.9"}
+    assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_torchvisions_own_file_loads_without_its_classifier(tmp_path: Path) -> None:
+    theirs = SwinTransformer3d(
+        patch_size=[2, 4, 4],
+        embed_dim=8,
+        depths=[2, 2],
+        num_heads=[1, 2],
+        window_size=[2, 2, 2],
+        num_classes=5,
+    )
+    path = tmp_path / "swin.pth"
+    torch.save(theirs.state_dict(), path)
+    backbone = TINY.build()
+    load_backbone_weights(backbone, path)
+    wanted = theirs.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in backbone.state_dict().items())
+
+
+def test_every_weight_that_does_not_fit_is_named_and_none_is_loaded(tmp_path: Path) -> None:
+    state = dict(TINY.build().state_dict())
+    del state["norm.bias"]
+    state["norm.scale"] = torch.zeros(1)
+    state["norm.weight"] = torch.zeros(3)
+    path = tmp_path / "w.pth"
+    torch.save(state, path)
+    backbone = TINY.build()
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    with pytest.raises(ValueError) as caught:
+        load_backbone_weights(backbone, path)
+    message = str(caught.value)
+    assert "3 do not fit" in message
+    assert "norm.bias is missing" in message
+    assert "norm.scale is unknown" in message
+    assert "norm.weight has shape (3,) instead of (16,)" in message
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+
+def test_weights_of_another_size_give_a_short_message(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_backbone_weights(SwinConfig(depths=(2,), heads=(3,)).build(), path, {})
+    with pytest.raises(ValueError, match=r"Is it another size\?") as caught:
+        load_backbone_weights(TINY.build(), path)
+    assert "more" in str(caught.value).splitlines()[-1]
+    assert len(str(caught.value).splitlines()) == 12
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
+def test_files_that_are_no_weights_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_backbone_weights(TINY.build(), path)
+    path.write_bytes(b"no weights at all")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_backbone_weights(TINY.build(), path)
+
+
+class Unsafe:
+    pass
+
+
+@pytest.mark.parametrize("content", [Unsafe(), [1, 2], {"a": 1}], ids=["code", "list", "numbers"])
+def test_pickles_of_anything_but_tensors_are_refused(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "w.pth"
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=r"cannot be read|holds no weights"):
+        load_backbone_weights(TINY.build(), path)
