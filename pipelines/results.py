@@ -4,14 +4,13 @@ import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import mlflow
 import ray.train
 import torch
-from mlflow.models import ModelSignature
-from mlflow.types import ColSpec, Schema
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +20,7 @@ from pipelines.loop import DETECTIONS_FILE
 from pipelines.plan import Plan
 from pipelines.progress import duration
 from pipelines.recipes import Recipe
-from pipelines.tracking import Run
+from pipelines.tracking import Run, log_metrics
 from pipelines.validation import ground_truth
 from re2tal.detection.segments import Detections
 
@@ -65,25 +64,14 @@ def log_model(run: Run, detector: Path) -> str:
         The model's URI.
     """
     mlflow.set_tracking_uri(run.uri)
-    signature = ModelSignature(
-        inputs=Schema([ColSpec("string", "video")]),
-        outputs=Schema(
-            [
-                ColSpec("string", "video"),
-                ColSpec("double", "start"),
-                ColSpec("double", "end"),
-                ColSpec("string", "label"),
-                ColSpec("double", "score"),
-            ]
-        ),
-    )
-    with mlflow.start_run(run_id=run.run_id):
+    with mlflow.start_run(run_id=run.run_id), warnings.catch_warnings():
+        # an example would be a video file of the user's; the type hints say what is needed
+        warnings.filterwarnings("ignore", message=".*input example was not provided")
         info = mlflow.pyfunc.log_model(
             name="detector",
             python_model=str(_REPOSITORY / "pipelines" / "mlflow_model.py"),
             artifacts={"detector": str(detector)},
             code_paths=[str(_REPOSITORY / "re2tal")],
-            signature=signature,
             pip_requirements=["torch", "torchvision", "av", "pydantic", "safetensors", "psutil"],
         )
     return info.model_uri
@@ -137,8 +125,8 @@ def log_results(plan: Plan, run: Run, result: ray.train.Result) -> None:
         failures.write_text(json.dumps(dict(plan.failures), indent=2))
         client.log_artifact(run.run_id, str(failures))
         client.set_tag(run.run_id, "model.uri", log_model(run, Path(folder) / DETECTOR_FOLDER))
-    client.log_metric(run.run_id, "best/mAP", metrics["val/mAP"])
-    client.log_metric(run.run_id, "best/epoch", metrics["epoch"])
+    epoch = metrics["epoch"]
+    log_metrics(run, {"best/mAP": metrics["val/mAP"], "best/epoch": epoch}, step=epoch)
     log_pictures(run, plan, detections)
 
 
@@ -159,7 +147,7 @@ def print_summary(recipe: Recipe, plan: Plan, run: Run, *, seconds: float) -> No
         run: with its metrics sent.
         seconds: from the command's start to its end.
     """
-    console = Console()
+    console = Console(width=max(80, Console().width))
     history = {f"{t:.2f}": _history(run, f"val/mAP/tiou_{t:.2f}") for t in recipe.thresholds}
     averages = _history(run, "val/mAP")
     best = max(range(len(averages)), key=lambda i: averages[i][1])
@@ -169,24 +157,24 @@ def print_summary(recipe: Recipe, plan: Plan, run: Run, *, seconds: float) -> No
     values = [points[best][1] for points in history.values()]
     table.add_row(*(f"{value:.3f}" for value in values), f"[bold]{averages[best][1]:.3f}")
     console.print(table)
+    for label, value in _facts(plan, run, seconds):
+        print(f"{label:<20}{value}")
+
+
+def _facts(plan: Plan, run: Run, seconds: float) -> Iterator[tuple[str, str]]:
     metrics = run.client.get_run(run.run_id).data.metrics
-    facts = Table.grid(padding=(0, 2))
-    facts.add_row("time", f"{duration(seconds)} in all")
-    facts.add_row(
-        "speed",
-        f"{metrics['train/frames_per_second']:.0f} frames/s, "
-        f"{metrics['train/data_wait_share']:.0%} of the time waiting for data",
-    )
-    for key, label in (
-        ("memory/cuda_peak_mb", "GPU memory, peak"),
-        ("memory/rss_peak_mb", "host memory of a worker, peak"),
-    ):
-        if key in metrics:
-            facts.add_row(label, f"{metrics[key]:.0f} MB")
-    if plan.failures:
-        facts.add_row(
-            "left out", f"{len(plan.failures)} videos: {', '.join(sorted(plan.failures)[:5])}"
+    yield "time", f"{duration(seconds)} in all"
+    speed, waiting = metrics["train/frames_per_second"], metrics["train/data_wait_share"]
+    yield "speed", f"{speed:.0f} frames/s, {waiting:.0%} of the time waiting for data"
+    if "memory/cuda_peak_mb" in metrics:
+        yield (
+            "GPU memory",
+            f"{metrics['memory/cuda_peak_mb']:.0f} MB at the peak of a worker's step",
         )
-    facts.add_row("MLflow run", f"{run.run_id} in {run.uri}")
-    facts.add_row("open it", _open_command(run))
-    console.print(facts, soft_wrap=True)
+    yield "host memory", f"{metrics['memory/rss_peak_mb']:.0f} MB at the peak of a worker's step"
+    yield "activations", f"{metrics['memory/predicted_activations_mb']:.0f} MB a worker (predicted)"
+    if plan.failures:
+        listed = ", ".join(f"{video_id} ({why})" for video_id, why in sorted(plan.failures.items()))
+        yield "left out", f"{len(plan.failures)} videos: {listed}"
+    yield "MLflow run", f"{run.run_id} in {run.uri}"
+    yield "open it", _open_command(run)

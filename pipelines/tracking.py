@@ -6,6 +6,7 @@ corrupted); rank 0 only appends metrics, through a client of its own.
 
 import dataclasses
 import json
+import logging
 import os
 import platform
 import queue
@@ -125,6 +126,8 @@ def start_run(recipe: Any, *, output: Path) -> Run:
         MlflowException: if the store cannot be reached.
     """
     output.mkdir(parents=True, exist_ok=True)
+    for name in ("alembic", "mlflow.store.db.utils"):  # each table that a new store gets
+        logging.getLogger(name).setLevel(logging.WARNING)
     uri = tracking_uri(output)
     client = MlflowClient(uri)
     run = client.create_run(_experiment_id(client, uri, recipe.experiment, output))
@@ -154,6 +157,19 @@ def log_dataset(run: Run, *, name: str, source: str, digest: str) -> None:
     tag = InputTag(key=MLFLOW_DATASET_CONTEXT, value="training")
     run.client.log_inputs(run.run_id, [DatasetInput(dataset, [tag])])
     run.client.set_tag(run.run_id, "data.fingerprint", digest)
+
+
+def log_metrics(run: Run, metrics: Mapping[str, float], *, step: int) -> None:
+    """Writes a few metrics at once and waits for it; in the loop use a `MetricLogger`.
+
+    Args:
+        run: the run.
+        metrics: name to value.
+        step: global step.
+    """
+    now = int(time.time() * 1000)
+    entries = [Metric(name, float(value), now, step) for name, value in metrics.items()]
+    run.client.log_batch(run.run_id, metrics=entries)
 
 
 @contextmanager

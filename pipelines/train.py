@@ -11,7 +11,9 @@ python pipelines/train.py toy --epochs 3 --optim.backbone-lr 1e-4
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import ray
@@ -19,14 +21,15 @@ import ray.train
 import tyro
 from ray.train.torch import TorchTrainer
 
-from pipelines.plan import Plan, UnusableVideosError, make_plan
+from pipelines.activations import activation_metrics
+from pipelines.plan import Plan, UnusableVideosError, make_plan, read_annotations
 from pipelines.progress import ProgressPrinter
 from pipelines.quiet import init_ray
 from pipelines.recipes import RECIPES, Recipe
 from pipelines.resources import ResourceError, check_resources
 from pipelines.results import log_results, print_summary
 from pipelines.storage import StorageError, require
-from pipelines.tracking import Run, finishing, log_dataset, start_run
+from pipelines.tracking import Run, finishing, log_dataset, log_metrics, start_run
 from pipelines.worker import Job, train_worker
 from re2tal.videos.annotations import AnnotationError
 from re2tal.videos.toy import make_toy
@@ -61,8 +64,13 @@ def parse(arguments: Sequence[str]) -> Recipe:
     )
 
 
+def _show_toy(done: int, total: int) -> None:
+    if done % 10 == 0 or done == total:
+        print(f"  {done} of {total} videos", flush=True)
+
+
 def absolute(recipe: Recipe) -> Recipe:
-    """Returns the recipe with absolute paths, because workers run elsewhere.
+    """Returns the recipe with absolute paths, because workers run elsewhere; makes the toy data.
 
     Args:
         recipe: as the user gave it.
@@ -71,9 +79,11 @@ def absolute(recipe: Recipe) -> Recipe:
         StorageError: if a path is missing.
     """
     data, model = recipe.data, recipe.model
-    if data.make_toy and data.annotations and data.videos and not Path(data.annotations).exists():
-        print(f"making the toy data set in {Path(data.annotations).parent} ...", flush=True)
-        make_toy(Path(data.annotations).parent)
+    if data.make_toy and data.annotations and not Path(data.annotations).exists():
+        folder = Path(data.annotations).absolute().parent
+        print(f"making the toy data set in {folder}", flush=True)
+        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+            make_toy(folder, parallel_map=pool.map, progress=_show_toy)
     weights = model.weights and require(
         model.weights, what="The backbone's weights", option="--model.weights"
     )
@@ -147,14 +157,16 @@ def train(recipe: Recipe) -> Run:
     """
     began = time.perf_counter()
     recipe = absolute(recipe)
+    annotations = read_annotations(recipe.data)
     init_ray()
     check_resources(recipe.scale)
-    plan = make_plan(recipe.data)
+    plan = make_plan(recipe.data, annotations)
     run = start_run(recipe, output=Path(recipe.output))
     with finishing(run):
         log_dataset(
             run, name=recipe.name, source=str(recipe.data.annotations), digest=plan.fingerprint
         )
+        log_metrics(run, activation_metrics(recipe, plan.classes), step=0)
         result = fit(recipe, plan, run)
         log_results(plan, run, result)
     print_summary(recipe, plan, run, seconds=time.perf_counter() - began)

@@ -103,6 +103,16 @@ class SwinBackbone(SwinTransformer3d):
         Returns:
             `(B, C, T / temporal_stride)`.
         """
-        x = self.pos_drop(self.patch_embed(video))  # (B, T', H', W', C)
-        pooled = self.norm(self.features(x)).mean(dim=(2, 3))
-        return pooled.transpose(1, 2).contiguous()
+        return self.places(video).mean(dim=(2, 3)).transpose(1, 2).contiguous()
+
+    def places(self, video: Tensor) -> Tensor:
+        """Features before pooling.
+
+        Args:
+            video: as in `forward`.
+
+        Returns:
+            `(B, T / temporal_stride, H', W', C)`.
+        """
+        features: Tensor = self.norm(self.features(self.pos_drop(self.patch_embed(video))))
+        return features

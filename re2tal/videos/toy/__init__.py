@@ -2,11 +2,11 @@
 
 from re2tal.videos.toy.dataset import (
     FPS,
+    ToyClip,
     ToyConfig,
-    clip_scene,
     make_clip,
     make_toy,
 )
 from re2tal.videos.toy.motion import ACTIONS, FRAME_SIZE
 
-__all__ = ["ACTIONS", "FPS", "FRAME_SIZE", "ToyConfig", "clip_scene", "make_clip", "make_toy"]
+__all__ = ["ACTIONS", "FPS", "FRAME_SIZE", "ToyClip", "ToyConfig", "make_clip", "make_toy"]

@@ -11,8 +11,9 @@ import numpy as np
 
 from re2tal.videos.encoding import encode
 from re2tal.videos.toy.looks import DETECTION_GALLERY, PRETRAINING_GALLERY
+from re2tal.videos.toy.motion import Pose
 from re2tal.videos.toy.render import render
-from re2tal.videos.toy.scene import Scene, draw_scene
+from re2tal.videos.toy.scene import draw_scene
 
 FPS = 12
 """Frames per second of every toy video."""
@@ -143,8 +144,21 @@ def make_toy(
     return annotations
 
 
-def clip_scene(label: str | None, seconds: float, seed: int, *, held_out: bool = False) -> Scene:
-    """A scene in which an actor performs one action from the first frame to the last.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToyClip:
+    """A trimmed clip of one action, and where its actor is.
+
+    Attributes:
+        content: of an mp4 file, compressed like the untrimmed videos.
+        pose: of the actor at each frame.
+    """
+
+    content: bytes
+    pose: Pose
+
+
+def make_clip(label: str | None, seconds: float, seed: int, *, held_out: bool = False) -> ToyClip:
+    """A clip in which an actor performs one action from the first frame to the last.
 
     Args:
         label: one of `ACTIONS`, or None for motion that is no action.
@@ -156,18 +170,7 @@ def clip_scene(label: str | None, seconds: float, seed: int, *, held_out: bool =
     gallery = DETECTION_GALLERY if held_out else PRETRAINING_GALLERY
     instances = [] if label is None else [(0.0, seconds, label)]
     rng = np.random.default_rng((seed, int(held_out), 7))  # apart from the untrimmed videos' seeds
-    return draw_scene(gallery, _times(seconds), rng, instances)
-
-
-def make_clip(label: str | None, seconds: float, seed: int, *, held_out: bool = False) -> bytes:
-    """A trimmed clip as the content of an mp4 file, compressed like the untrimmed videos.
-
-    Args:
-        label: one of `ACTIONS`, or None for motion that is no action.
-        seconds: its length.
-        seed: of everything random in it.
-        held_out: as in `clip_scene`.
-    """
+    scene = draw_scene(gallery, _times(seconds), rng, instances)
     file = io.BytesIO()
-    encode(file, render(clip_scene(label, seconds, seed, held_out=held_out)), fps=FPS)
-    return file.getvalue()
+    encode(file, render(scene), fps=FPS)
+    return ToyClip(content=file.getvalue(), pose=scene.sprites[-1].pose)

@@ -1,0 +1,52 @@
+"""The activations of one training step of a recipe, predicted and, where it is cheap, measured."""
+
+from collections.abc import Sequence
+
+import psutil
+import torch
+from torch import Tensor
+
+from pipelines.model import build_detector
+from pipelines.recipes import Recipe
+from re2tal.detector import Detector
+from re2tal.memory import measure_activations, predict_peak
+
+# Measuring runs a step on the CPU: a recipe for a large GPU would fill the host's memory.
+_MEASURED_UP_TO = 0.1
+
+
+def activation_metrics(recipe: Recipe, classes: Sequence[str]) -> dict[str, float]:
+    """Counts the bytes that one worker's step keeps alive.
+
+    Args:
+        recipe: the run's configuration.
+        classes: names of the action classes.
+
+    Returns:
+        `memory/predicted_activations_mb` and `memory/predicted_peak_mb` from fake tensors; if the
+        peak is below a tenth of this host's free memory also `memory/measured_...`, from real ones.
+        Megabytes of 10^6 bytes.
+    """
+    detector = build_detector(recipe, classes, weights=None).train()
+    window = recipe.data.window.frames
+    batch, size = recipe.batch_size, recipe.data.size
+    frames = torch.zeros(batch, window, size, size, 3, dtype=torch.uint8)
+    mask = torch.ones(batch, window, dtype=torch.bool)
+
+    def step(model: Detector, frames: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        # up to what the losses compare; they check values, which fake tensors do not have
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.optim.precision == "bfloat16"):
+            features = model.backbone(model.normalized(frames))
+            logits, offsets, _, _ = model.localizer.predict(features, model.feature_mask(mask))
+        return logits, offsets
+
+    predicted = predict_peak(detector, frames, mask, step=step)
+    metrics = {
+        "memory/predicted_activations_mb": predicted.metrics()["activations_mb"],
+        "memory/predicted_peak_mb": predicted.metrics()["peak_mb"],
+    }
+    if predicted.peak < _MEASURED_UP_TO * psutil.virtual_memory().available:
+        measured = measure_activations(detector, frames, mask, step=step).metrics()
+        metrics["memory/measured_activations_mb"] = measured["activations_mb"]
+        metrics["memory/measured_peak_mb"] = measured["peak_mb"]
+    return metrics

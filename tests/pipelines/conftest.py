@@ -1,0 +1,80 @@
+"""A toy data set of a few short videos, and a recipe that is through with it in seconds."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+
+from pipelines.data import Video
+from pipelines.plan import Plan
+from pipelines.quiet import quiet_data
+from pipelines.recipes import Recipe, toy
+from re2tal.localizers.actionformer import ActionFormerConfig
+from re2tal.videos.annotations import load_annotations
+from re2tal.videos.files import find_videos
+from re2tal.videos.toy import ToyConfig, make_toy
+from re2tal.videos.windows import WindowConfig
+
+
+@pytest.fixture(scope="session")
+def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a toy data set of three training and two validation videos."""
+    folder = tmp_path_factory.mktemp("toy")
+    make_toy(folder, ToyConfig(training=3, validation=2, seconds=(14.0, 16.0)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_plan(tiny_set: Path) -> Plan:
+    """What a run on the tiny set works on."""
+    annotations = load_annotations(tiny_set / "annotations.json")
+    files, failures = find_videos(annotations, tiny_set / "videos")
+
+    def usable(subset: str) -> tuple[Video, ...]:
+        return tuple(
+            Video(annotation=video, uri=str(files[video.video_id]))
+            for video in annotations.subset(subset).videos
+        )
+
+    return Plan(
+        classes=annotations.classes,
+        training=usable("training"),
+        validation=usable("validation"),
+        failures=failures,
+        fingerprint=annotations.fingerprint,
+    )
+
+
+@pytest.fixture
+def tiny_recipe(tiny_set: Path) -> Recipe:
+    """The toy recipe on the tiny set, one epoch, from random weights, with fewer pixels."""
+    recipe = toy()
+    return replace(
+        recipe,
+        epochs=1,
+        data=replace(
+            recipe.data,
+            annotations=str(tiny_set / "annotations.json"),
+            videos=str(tiny_set / "videos"),
+            size=32,
+            window=WindowConfig(frames=64, fps=12.0),
+        ),
+        model=replace(
+            recipe.model,
+            weights=None,
+            localizer=ActionFormerConfig(
+                width=16, heads=2, stem_layers=1, levels=3, window=5, head_width=16, drop_path=0.0
+            ),
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def ray_instance() -> Iterator[None]:
+    """A Ray instance of its own for the tests that need one in this process."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    quiet_data()
+    yield
+    ray.shutdown()

@@ -1,0 +1,92 @@
+"""What stops a run before it starts, and what only leaves a video out."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.plan import UnusableVideosError, check_failures, make_plan, read_annotations
+from pipelines.recipes import DataConfig, Recipe
+from pipelines.storage import StorageError
+from re2tal.videos.annotations import AnnotationError
+
+
+def test_a_missing_annotation_file_is_one_sentence(tiny_recipe: Recipe) -> None:
+    config = replace(tiny_recipe.data, annotations="/nowhere/a.json")
+    with pytest.raises(StorageError, match=r"nothing at /nowhere/a.json. Correct --data.annot"):
+        read_annotations(config)
+
+
+def test_every_problem_of_the_annotations_is_listed(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    def entry(start: Any, end: Any) -> dict[str, Any]:
+        instance = {"segment": [start, end], "label": "spin"}
+        return {"subset": "training", "duration": 10.0, "annotations": [instance]}
+
+    database = {
+        "nan": entry(float("nan"), 3.0),
+        "negative": entry(-2.0, 3.0),
+        "reversed": entry(5.0, 3.0),
+        "past": entry(5.0, 300.0),
+        "../outside": entry(1.0, 3.0),
+    }
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"database": database}))
+    with pytest.raises(AnnotationError) as caught:
+        read_annotations(replace(tiny_recipe.data, annotations=str(path)))
+    for video_id in database:
+        assert video_id in str(caught.value), video_id
+
+
+def test_failures_up_to_the_share_are_tolerated() -> None:
+    check_failures({"a": "damaged"}, total=20, max_failed=0.05)
+    check_failures({}, total=1, max_failed=0.0)
+    with pytest.raises(UnusableVideosError, match=r"2 of 20 videos .* more than the allowed 5%"):
+        check_failures({"a": "damaged", "b": "gone"}, total=20, max_failed=0.05)
+
+
+def test_no_usable_video_at_all_is_an_error_whatever_the_share() -> None:
+    with pytest.raises(UnusableVideosError, match=r"No usable video: 2 of 2"):
+        check_failures({"a": "damaged", "b": "gone"}, total=2, max_failed=1.0)
+
+
+@pytest.fixture
+def damaged(tiny_recipe: Recipe, tiny_set: Path, tmp_path: Path) -> DataConfig:
+    """The tiny set with one training video missing and one unreadable."""
+    folder = tmp_path / "videos"
+    shutil.copytree(tiny_set / "videos", folder)
+    (folder / "toy_000.mp4").unlink()
+    (folder / "toy_001.mp4").write_text("this is no video")
+    return replace(tiny_recipe.data, videos=str(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_instance")
+def test_missing_and_unreadable_videos_are_left_out_and_named(damaged: DataConfig) -> None:
+    config = replace(damaged, max_failed=0.5)
+    plan = make_plan(config, read_annotations(config))
+    assert set(plan.failures) == {"toy_000", "toy_001"}
+    assert "no file" in plan.failures["toy_000"]
+    assert "toy_001.mp4" in plan.failures["toy_001"]
+    assert [v.annotation.video_id for v in plan.training] == ["toy_002"]
+    assert len(plan.validation) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_instance")
+def test_too_many_of_them_stop_the_run(damaged: DataConfig) -> None:
+    with pytest.raises(UnusableVideosError, match=r"2 of 5 videos") as caught:
+        make_plan(damaged, read_annotations(damaged))
+    assert "toy_000" in str(caught.value)
+    assert "toy_001" in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_instance")
+def test_a_subset_without_a_usable_video_is_an_error(damaged: DataConfig) -> None:
+    (Path(str(damaged.videos)) / "toy_002.mp4").unlink()
+    config = replace(damaged, max_failed=0.9)
+    with pytest.raises(UnusableVideosError, match=r"No usable video in subset 'training'"):
+        make_plan(config, read_annotations(config))

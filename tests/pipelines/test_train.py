@@ -1,0 +1,170 @@
+"""The main script as a user runs it: on files, through Ray, into MLflow, and as a Ray job."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+ROOT = Path(__file__).parents[2]
+TINY = (
+    "--model.weights", "None",
+    "--data.size", "32",
+    "--data.window.frames", "64",
+    "--model.localizer.width", "16",
+    "--model.localizer.heads", "2",
+    "--model.localizer.levels", "3",
+    "--model.localizer.head-width", "16",
+    "--epochs", "2",
+)  # fmt: skip
+
+
+def _environment(home: Path) -> dict[str, str]:
+    """Without what would point the script at another store or cluster; with a home of its own."""
+    dropped = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    return kept | {"HOME": str(home)}
+
+
+def _run(*command: str, cwd: Path, env: dict[str, str]) -> str:
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=420)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def _data(tiny_set: Path) -> tuple[str, ...]:
+    return (
+        "--data.annotations", str(tiny_set / "annotations.json"),
+        "--data.videos", str(tiny_set / "videos"),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Folder in which the script ran, and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    script = str(ROOT / "pipelines" / "train.py")
+    printed = _run(
+        sys.executable, script, "toy", *_data(tiny_set), *TINY,
+        cwd=folder, env=_environment(folder),
+    )  # fmt: skip
+    return folder, printed
+
+
+def _client(folder: Path) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
+
+
+@pytest.mark.slow
+def test_it_shows_progress_and_ends_with_the_table(finished: tuple[Path, str]) -> None:
+    folder, printed = finished
+    for needed in ("epoch 1/2", "epoch 2/2", "frames/s", "left", "validation", "mAP"):
+        assert needed in printed
+    for needed in ("tIoU 0.30", "tIoU 0.70", "average", "waiting for data", "host memory"):
+        assert needed in printed
+    assert f"sqlite:///{folder / 'runs' / 'mlflow.db'}" in printed
+    assert "mlflow ui" in printed
+    noise = [line for line in printed.splitlines() if "WARNING" in line or "pid=" in line]
+    assert noise == []
+
+
+@pytest.mark.slow
+def test_the_run_in_mlflow_is_complete(finished: tuple[Path, str], tiny_set: Path) -> None:
+    folder, _ = finished
+    client = _client(folder)
+    (experiment,) = client.search_experiments(filter_string="name = 're2tal'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["epochs"] == "2"
+    assert run.data.params["model.localizer.width"] == "16"
+    assert run.data.params["data.annotations"] == str(tiny_set / "annotations.json")
+    assert len(run.data.tags["data.fingerprint"]) == 64
+    metrics = run.data.metrics
+    for name in (
+        "train/loss", "train/loss/classification", "train/loss/regression", "train/gradient_norm",
+        "lr/backbone_decayed", "train/frames_per_second", "train/data_wait_share",
+        "memory/rss_mb", "memory/predicted_activations_mb", "memory/measured_activations_mb",
+        "val/mAP", "val/mAP/tiou_0.30", "val/mAP/tiou_0.70", "best/mAP",
+    ):  # fmt: skip
+        assert name in metrics, name
+    predicted, measured = (metrics[f"memory/{k}_activations_mb"] for k in ("predicted", "measured"))
+    assert predicted == pytest.approx(measured, rel=0.05)
+    assert any(name.startswith("system/") for name in metrics)
+    assert any(name.startswith("val/AP/") for name in metrics)
+    epochs = client.get_metric_history(run.info.run_id, "val/mAP")
+    steps = client.get_metric_history(run.info.run_id, "train/loss")
+    assert len(epochs) == 2
+    assert [m.step for m in steps] == list(range(1, len(steps) + 1))
+    pictures = {f.path for f in client.list_artifacts(run.info.run_id, "pictures")}
+    assert pictures == {"pictures/curves.png", "pictures/timelines.png"}
+    files = {f.path for f in client.list_artifacts(run.info.run_id)}
+    assert {"detections.json", "unusable_videos.json"} <= files
+
+
+@pytest.mark.slow
+def test_the_model_detects_in_a_clean_process(finished: tuple[Path, str], tiny_set: Path) -> None:
+    folder, _ = finished
+    client = _client(folder)
+    (experiment,) = client.search_experiments(filter_string="name = 're2tal'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    video = next((tiny_set / "videos").glob("*.mp4"))
+    code = (
+        "import mlflow, sys\n"
+        "model = mlflow.pyfunc.load_model(sys.argv[1])\n"
+        "found = model.predict([sys.argv[2]])\n"
+        "assert list(found.columns) == ['video', 'start', 'end', 'label', 'score'], found\n"
+        "assert (found.start < found.end).all() and found.score.between(0, 1).all()\n"
+        "print('rows', len(found))\n"
+    )
+    env = _environment(folder) | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/runs/mlflow.db"}
+    printed = _run(
+        sys.executable, "-c", code, run.data.tags["model.uri"], str(video), cwd=folder, env=env
+    )
+    assert re.search(r"rows \d+", printed)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_it_runs_as_a_ray_job(tiny_set: Path, tmp_path: Path) -> None:
+    ray = str(Path(sys.executable).parent / "ray")
+    gcs, dashboard = _free_port(), _free_port()
+    env = _environment(tmp_path) | {"RAY_AUTH_MODE": "token"}
+    _run(ray, "get-auth-token", "--generate", cwd=tmp_path, env=env)
+    head = subprocess.Popen(
+        [ray, "start", "--head", "--block", "--num-cpus=2", f"--port={gcs}",
+         f"--dashboard-port={dashboard}", "--disable-usage-stats", "--include-dashboard=true"],
+        cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert head.stdout is not None
+        for line in head.stdout:
+            if "Ray runtime started" in line:
+                break
+        printed = _run(
+            ray, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}",
+            "--working-dir", str(ROOT), "--runtime-env-json", json.dumps({"excludes": ["tests"]}),
+            "--", sys.executable, "pipelines/train.py", "toy", *_data(tiny_set), *TINY,
+            "--epochs", "1", "--output", str(tmp_path / "runs"),
+            cwd=tmp_path, env=env,
+        )  # fmt: skip
+    finally:
+        os.killpg(head.pid, 9)
+        head.wait()
+    assert "epoch 1/1" in printed
+    assert "average" in printed
+    assert "succeeded" in printed
+    client = _client(tmp_path)
+    (experiment,) = client.search_experiments(filter_string="name = 're2tal'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
