@@ -32,9 +32,15 @@ def run_branch(branch: Branch, stream: Tensor, dtype: torch.dtype, where: str) -
         where: the branch's place in the model, for errors.
 
     Raises:
-        ReversibleError: if the branch changes the shape.
+        ReversibleError: if the branch changes the shape, or its input.
     """
+    version = None if stream.is_inference() else stream._version
     result = branch(stream.to(dtype))
+    if version is not None and stream._version != version:
+        raise ReversibleError(
+            f"{where} modifies its input in place, and with it the skip connection. Use the "
+            "out-of-place form of its first operation, for example ReLU(inplace=False)."
+        )
     if result.shape != stream.shape:
         raise ReversibleError(
             f"{where} turns the shape {tuple(stream.shape)} into {tuple(result.shape)}, but a "

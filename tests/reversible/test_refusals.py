@@ -95,6 +95,15 @@ def test_a_branch_that_changes_the_shape(reversible: bool) -> None:
         model(torch.randn(4, 6))
 
 
+@pytest.mark.parametrize("reversible", [True, False])
+def test_a_branch_that_modifies_its_input(reversible: bool) -> None:
+    model = nn.Sequential(PairBlock(nn.Linear(6, 6), nn.ReLU(inplace=True)))
+    rewire(model)
+    set_reversible(model, reversible)
+    with pytest.raises(ReversibleError, match=r"0 \(second\) modifies its input in place"):
+        model(torch.randn(4, 6))
+
+
 def test_a_branch_with_a_state_of_its_own() -> None:
     model = nn.Sequential(PairBlock(nn.Linear(6, 6), Counts()))
     rewire(model)
