@@ -10,19 +10,16 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import ray.data
 import torch
 from torch import Tensor
 
+from pipelines.decoding import decode_sample
 from pipelines.resources import DECODE_CPUS
-from pipelines.storage import open_source
-from re2tal.detect import window_frames
 from re2tal.localizers.protocol import Targets
 from re2tal.videos.annotations import VideoAnnotation
-from re2tal.videos.decoding import VideoError, probe
 from re2tal.videos.windows import Window, WindowConfig, training_windows
 
 
@@ -114,26 +111,6 @@ def share(
     return list(windows[rank : steps * batch_size * world_size : world_size])
 
 
-def decode_sample(row: dict[str, Any], *, size: int) -> dict[str, Any]:
-    """Decodes one window; what cannot be decoded comes back black, with the reason.
-
-    Args:
-        row: `index`, `uri` and `window`.
-        size: side of the square frames in pixels.
-
-    Returns:
-        `index`; `frames`, uint8 (T, size, size, 3); `error`, empty if all went well.
-    """
-    window: Window = row["window"]
-    try:
-        frames = window_frames(open_source(row["uri"]), window, size=size)
-        error = ""
-    except (VideoError, OSError) as problem:
-        frames = np.zeros((window.grid.length, size, size, 3), np.uint8)
-        error = str(problem)
-    return {"index": row["index"], "frames": frames, "error": error}
-
-
 def _assemble(windows: Sequence[Window], frames: np.ndarray, errors: Sequence[str]) -> Batch:
     masks, targets, failures = [], [], {}
     for window, error in zip(windows, errors, strict=True):
@@ -202,22 +179,3 @@ def decode_batches(
         yield _assemble(
             chunk, np.stack([s["frames"] for s in samples]), [s["error"] for s in samples]
         )
-
-
-def probe_sample(row: dict[str, str]) -> dict[str, str | float]:
-    """Opens a video and reads its duration.
-
-    Args:
-        row: `video_id` and `uri`.
-
-    Returns:
-        `video_id`; `duration` in seconds (0 if unreadable); `error`, empty if it is readable.
-    """
-    try:
-        return {
-            "video_id": row["video_id"],
-            "duration": probe(open_source(row["uri"])).duration,
-            "error": "",
-        }
-    except (VideoError, OSError) as problem:
-        return {"video_id": row["video_id"], "duration": 0.0, "error": str(problem)}

@@ -20,12 +20,18 @@ class DetectorModel(PythonModel):
         """Reads the saved detector that was logged with the model."""
         self.spec, self.detector = load_detector(context.artifacts["detector"])
 
-    def predict(self, context: Any, model_input: list[str]) -> pd.DataFrame:  # noqa: ARG002
+    def predict(
+        self,
+        context: Any,  # noqa: ARG002 - MLflow calls it with these three
+        model_input: list[str],
+        params: dict[str, Any] | None = None,  # noqa: ARG002
+    ) -> pd.DataFrame:
         """Detects actions.
 
         Args:
             context: of MLflow; not used.
             model_input: paths of video files.
+            params: not used.
 
         Returns:
             A row a detection: `video`, `start` and `end` in seconds, `label`, `score`; the best

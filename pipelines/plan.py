@@ -7,7 +7,8 @@ from pathlib import Path
 
 import ray.data
 
-from pipelines.data import Video, probe_sample
+from pipelines.data import Video
+from pipelines.decoding import probe_sample
 from pipelines.recipes import DataConfig
 from pipelines.resources import DECODE_CPUS
 from pipelines.storage import list_files, local_copy, require

@@ -25,6 +25,8 @@ def init_ray() -> None:
         environment = {"env_vars": {name: os.environ[name] for name in _ENVIRONMENT}}
         ray.init(logging_level="ERROR", log_to_driver=False, runtime_env=environment)
     else:
+        # an idle decoding process would be ended after a second, and its imports paid for again
+        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
         # "local", so that a cluster left running on this machine is not joined by accident
         ray.init(address="local", logging_level="ERROR", log_to_driver=False)
     quiet_data()

@@ -137,7 +137,7 @@ def toy() -> Recipe:
     """The toy data set and a small Swin pretrained on toy clips: minutes on two CPU cores."""
     return Recipe(
         name="toy",
-        epochs=8,
+        epochs=4,
         batch_size=2,
         data=DataConfig(
             annotations="data/toy/annotations.json",

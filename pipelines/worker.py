@@ -1,5 +1,6 @@
 """What Ray Train starts on every worker: the loop, with Ray, MLflow and the progress board."""
 
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -101,6 +102,8 @@ def train_worker(config: dict[str, Job]) -> dict[str, float]:
     quiet_data()
     job = config["job"]
     context = ray.train.get_context()
+    # Ray leaves every worker all cores, whose threads would then wait for one another
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
     with tempfile.TemporaryDirectory() as folder:
         uri = job.recipe.model.weights
         weights = local_copy(uri, Path(folder)) if uri else None

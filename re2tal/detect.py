@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from re2tal.detection.nms import NmsConfig, nms
 from re2tal.detection.segments import Detections
@@ -18,29 +16,7 @@ from re2tal.trained import DetectorSpec
 from re2tal.videos.annotations import VideoAnnotation
 from re2tal.videos.decoding import Source, probe
 from re2tal.videos.timegrid import TimeGrid
-from re2tal.videos.windows import Window, decode_window, sliding_windows
-
-
-def window_frames(
-    source: Source, window: Window, *, size: int, threads: int = 1
-) -> NDArray[np.uint8]:
-    """Decodes what a detector sees of a window: the square in the middle of its frames.
-
-    Args:
-        source: the video.
-        window: which frames.
-        size: the side of the square in pixels, to which the frames' short side is scaled.
-        threads: for decoding.
-
-    Returns:
-        uint8 RGB `(T, size, size, 3)`, contiguous, black after the window's last valid frame.
-
-    Raises:
-        VideoError: if the video cannot be decoded there.
-    """
-    frames = decode_window(source, window, size=size, threads=threads)
-    top, left = ((side - size) // 2 for side in frames.shape[1:3])
-    return np.ascontiguousarray(frames[:, top : top + size, left : left + size])
+from re2tal.videos.windows import sliding_windows, window_frames
 
 
 def window_detections(raw: Detections, grid: TimeGrid, duration: float) -> Detections:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.backbones.swin import swin_toy
-from re2tal.detect import detect, video_detections, window_detections, window_frames
+from re2tal.detect import detect, video_detections, window_detections
 from re2tal.detection import Detections, NmsConfig
 from re2tal.detector import Detector
 from re2tal.localizers import ActionFormerConfig, Targets
 from re2tal.trained import DetectorSpec
 from re2tal.videos.timegrid import TimeGrid
-from re2tal.videos.windows import Window, WindowConfig
+from re2tal.videos.windows import Window, WindowConfig, window_frames
 
 BRIGHT = [(1.0, 2.0), (4.5, 6.5), (9.0, 9.5)]  # seconds
 DURATION = 10.0

@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from torch import Tensor
 
-_Coordinate = TypeVar("_Coordinate", float, np.ndarray, Tensor)
+if TYPE_CHECKING:  # a process that only decodes video should not have to import torch
+    from torch import Tensor
+
+_Coordinate = TypeVar("_Coordinate", float, np.ndarray, "Tensor")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

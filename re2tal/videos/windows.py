@@ -164,6 +164,26 @@ def decode_window(
     return padded
 
 
+def window_frames(source: Source, window: Window, *, size: int, threads: int = 1) -> np.ndarray:
+    """Decodes what a detector sees of a window: the square in the middle of its frames.
+
+    Args:
+        source: the video.
+        window: which frames.
+        size: the side of the square in pixels, to which the frames' short side is scaled.
+        threads: for decoding.
+
+    Returns:
+        uint8 RGB `(T, size, size, 3)`, contiguous, black after the window's last valid frame.
+
+    Raises:
+        VideoError: if the video cannot be decoded there.
+    """
+    frames = decode_window(source, window, size=size, threads=threads)
+    top, left = ((side - size) // 2 for side in frames.shape[1:3])
+    return np.ascontiguousarray(frames[:, top : top + size, left : left + size])
+
+
 def _fits(video: VideoAnnotation, grid: TimeGrid) -> bool:
     """Whether one window holds the video; half a frame that sticks out is not worth another."""
     return video.duration <= grid.duration + 0.5 / grid.fps

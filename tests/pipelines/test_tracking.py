@@ -114,7 +114,9 @@ def test_a_run_that_is_interrupted_is_killed(run: Run) -> None:
 
 def test_the_data_set_is_an_input(run: Run) -> None:
     log_dataset(run, name="toy", source="/data/a.json", digest="ab" * 32)
-    (given,) = run.client.get_run(run.run_id).inputs.dataset_inputs
+    inputs = run.client.get_run(run.run_id).inputs
+    assert inputs is not None
+    (given,) = inputs.dataset_inputs
     assert given.dataset.name == "toy"
     assert json.loads(given.dataset.source)["uri"] == "/data/a.json"
     assert run.client.get_run(run.run_id).data.tags["data.fingerprint"] == "ab" * 32

@@ -6,12 +6,12 @@ untrimmed detection videos, one for the clips that a backbone is pretrained on.
 
 from dataclasses import dataclass
 from math import pi
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-Image: TypeAlias = NDArray[np.float32]
+Image: TypeAlias = NDArray[np.floating[Any]]
 
 TEXELS = 4
 """Texture points per pixel. At four, looking up the nearest one is as good as interpolating."""
@@ -148,7 +148,7 @@ def sprite_texture(gallery: Gallery, palette: Palette, rng: np.random.Generator)
     edge = _radius(family, int(lobes), angle, rng) - distance
     soft = SPRITE_TEXTURE / (2.0 * SPRITE_REACH) / TEXELS  # one pixel wide, as edges should be
 
-    def inside(signed_distance: NDArray[np.float64]) -> Image:
+    def inside(signed_distance: Image) -> Image:
         return np.clip(signed_distance * soft + 0.5, 0.0, 1.0).astype(np.float32)
 
     rgb = _mix(body, colour(palette.deep), 0.42 * inside(u + 0.12 * np.sin(5.0 * v)))

@@ -1,0 +1,48 @@
+"""What Ray's decoding tasks run; without torch, so that their processes start in a moment."""
+
+from typing import Any
+
+import numpy as np
+
+from pipelines.storage import open_source
+from re2tal.videos.decoding import VideoError, probe
+from re2tal.videos.windows import Window, window_frames
+
+
+def decode_sample(row: dict[str, Any], *, size: int) -> dict[str, Any]:
+    """Decodes one window; what cannot be decoded comes back black, with the reason.
+
+    Args:
+        row: `index`, `uri` and `window`.
+        size: side of the square frames in pixels.
+
+    Returns:
+        `index`; `frames`, uint8 (T, size, size, 3); `error`, empty if all went well.
+    """
+    window: Window = row["window"]
+    try:
+        frames = window_frames(open_source(row["uri"]), window, size=size)
+        error = ""
+    except (VideoError, OSError) as problem:
+        frames = np.zeros((window.grid.length, size, size, 3), np.uint8)
+        error = str(problem)
+    return {"index": row["index"], "frames": frames, "error": error}
+
+
+def probe_sample(row: dict[str, str]) -> dict[str, str | float]:
+    """Opens a video and reads its duration.
+
+    Args:
+        row: `video_id` and `uri`.
+
+    Returns:
+        `video_id`; `duration` in seconds (0 if unreadable); `error`, empty if it is readable.
+    """
+    try:
+        return {
+            "video_id": row["video_id"],
+            "duration": probe(open_source(row["uri"])).duration,
+            "error": "",
+        }
+    except (VideoError, OSError) as problem:
+        return {"video_id": row["video_id"], "duration": 0.0, "error": str(problem)}
