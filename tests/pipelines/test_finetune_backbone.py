@@ -1,0 +1,79 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from pipelines.finetune_backbone import CLASSES, Clips, augmented, loss_of
+from re2tal import rewire
+from re2tal.backbones.checkpoint import load_backbone_weights
+from re2tal.backbones.swin import swin_toy
+
+SCRIPT = Path(__file__).parents[2] / "pipelines" / "finetune_backbone.py"
+
+
+def run(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_command_writes_weights_that_a_rewired_backbone_loads(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "weights.safetensors"
+    sizes = "--clips 14 --held-out 7 --seconds 1.5 --size 32 --steps 3 --frames 32 --short 8"
+    out = run("--output", str(path), *sizes.split(), "--long", "16")
+    assert "held out" in out
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["re2tal"])
+    assert 0 <= float(facts["held_out_top1"]) <= 1
+    assert "--steps 3" in facts["command"]
+    backbone = swin_toy().build()
+    rewire(backbone)
+    load_backbone_weights(backbone, path)
+
+
+@pytest.mark.slow
+def test_help_names_every_option() -> None:
+    out = run("--help")
+    for option in ("--output", "--clips", "--steps", "--lr", "--backbone.embed-dim"):
+        assert option in out
+
+
+def test_augmentation_mirrors_frames_and_poses_together() -> None:
+    size, count = 8, 64
+    frames = np.zeros((count, 2, size, size, 3), np.uint8)
+    frames[:, :, 1, 6] = 255
+    place = (6.5 / size, 1.5 / size, 0.3, 0.7)
+    poses = np.broadcast_to(np.array(place, np.float32), (count, 2, 4)).copy()
+    video, moved = augmented(frames, poses, np.random.default_rng(0))
+    brightest = video.sum(dim=1).flatten(2).argmax(dim=2)
+    column, row = brightest % size, brightest // size
+    torch.testing.assert_close((column + 0.5) / size, moved[..., 0].float())
+    torch.testing.assert_close((row + 0.5) / size, moved[..., 1].float())
+    mirrored = moved[:, 0, 0] < 0.5
+    assert 10 < int(mirrored.sum()) < 54
+    angle = torch.where(mirrored, -0.7, 0.7)
+    torch.testing.assert_close(moved[:, 0, 3].float(), angle)
+    torch.testing.assert_close(moved[..., 2].float(), torch.full((count, 2), 0.3))
+
+
+def test_the_loss_asks_every_feature_for_the_class() -> None:
+    labels = Clips.labels([0, len(CLASSES) + 1])
+    assert labels.tolist() == [0, 1]
+    sure = torch.full((2, 4, len(CLASSES)), -20.0)
+    sure[0, :, 0] = sure[1, :, 1] = 20.0
+    assert loss_of(sure, labels) < 1e-6
+    unsure = torch.zeros(2, 4, len(CLASSES))
+    chance = 1.5 * np.log(len(CLASSES))
+    assert float(loss_of(unsure, labels)) == pytest.approx(chance)
+    # the mean over time alone would not notice that half of the features are wrong
+    mixed = sure.clone()
+    mixed[0, :1] = mixed[0, :1].roll(1, dims=-1)
+    assert loss_of(mixed, labels) > 1
