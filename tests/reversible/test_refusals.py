@@ -51,6 +51,15 @@ def test_a_step_of_the_optimizer_between_forward_and_backward() -> None:
         loss.backward()
 
 
+def test_statistics_that_a_stage_in_eval_mode_used_and_that_changed_since() -> None:
+    model = nn.Sequential(PairBlock(nn.BatchNorm1d(6), nn.Linear(6, 6)))
+    rewire(model)
+    loss = model.eval()(torch.randn(4, 6)).sum()
+    model.train()(torch.randn(4, 6))
+    with pytest.raises(ReversibleError, match=r"0 \(first\): the buffer .* was modified in place"):
+        loss.backward()
+
+
 def test_swapped_parameters() -> None:
     model, x = stack(), torch.randn(2, 6)
     values = {n: (p * 2).detach().requires_grad_() for n, p in model.named_parameters()}
