@@ -6,18 +6,15 @@ same windows. Only the decoding is left to Ray Data, which does it in parallel, 
 of the training.
 """
 
-import functools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import ray.data
 import torch
 from torch import Tensor
 
 from pipelines.decoding import decode_sample
-from pipelines.resources import DECODE_CPUS
+from pipelines.streaming import FrameStream
 from re2tal.localizers.protocol import Targets
 from re2tal.videos.annotations import VideoAnnotation
 from re2tal.videos.windows import Window, WindowConfig, training_windows
@@ -135,11 +132,17 @@ def _assemble(windows: Sequence[Window], frames: np.ndarray, errors: Sequence[st
 
 
 def stream_batches(
-    windows: Sequence[Window], uris: dict[str, str], *, size: int, batch_size: int
+    stream: FrameStream,
+    windows: Sequence[Window],
+    uris: dict[str, str],
+    *,
+    size: int,
+    batch_size: int,
 ) -> Iterator[Batch]:
     """Decodes windows with Ray Data, in parallel and in order, and yields them in batches.
 
     Args:
+        stream: what decodes them.
         windows: of this worker, in the order in which they are wanted.
         uris: video id to path or URI.
         size: side of the square frames in pixels.
@@ -148,14 +151,7 @@ def stream_batches(
     if not windows:
         return
     rows = [{"index": i, "uri": uris[w.video_id], "window": w} for i, w in enumerate(windows)]
-    blocks = math.ceil(len(rows) / batch_size)
-    dataset = ray.data.from_items(rows, override_num_blocks=blocks)
-    dataset = dataset.map(functools.partial(decode_sample, size=size), num_cpus=DECODE_CPUS)
-    options = dataset.context.execution_options
-    options.preserve_order = True
-    for batch in dataset.iter_batches(
-        batch_size=batch_size, batch_format="numpy", prefetch_batches=2
-    ):
+    for batch in stream.batches(rows, size=size, batch_size=batch_size):
         yield _assemble([windows[i] for i in batch["index"]], batch["frames"], batch["error"])
 
 

@@ -20,6 +20,7 @@ from pipelines.plan import Plan
 from pipelines.quiet import quiet_data
 from pipelines.recipes import Recipe
 from pipelines.storage import local_copy
+from pipelines.streaming import FrameStream
 from pipelines.tracking import MetricLogger, Run
 from re2tal.videos.windows import Window
 
@@ -53,11 +54,13 @@ class RayRuntime:
         self.device: torch.device = get_device()
         self._job = job
         self._metrics = metrics
+        self._stream = FrameStream()
 
     def stream(self, windows: Sequence[Window]) -> Iterator[Batch]:
         """Decodes windows with Ray Data and yields them in batches, in order."""
         recipe = self._job.recipe
         return stream_batches(
+            self._stream,
             windows,
             self._job.plan.uris,
             size=recipe.data.size,

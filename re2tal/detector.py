@@ -12,7 +12,6 @@ from re2tal.backbones.protocol import Backbone
 from re2tal.detection.segments import Detections
 from re2tal.localizers.protocol import Localizer, Losses, Targets
 
-
 BackboneT = TypeVar("BackboneT", bound=Backbone)
 LocalizerT = TypeVar("LocalizerT", bound=Localizer)
 
