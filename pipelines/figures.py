@@ -64,7 +64,7 @@ def timelines(
     Args:
         videos: name to duration in seconds, ground truth and detections in seconds.
         classes: class names.
-        min_score: weaker detections are left out; the opacity of the others is their score.
+        min_score: weaker detections are left out; the others are the fainter, the lower their score.
     """
     figure = Figure(figsize=(12, 1 + 1.1 * len(videos)), layout="constrained")
     strips = figure.subplots(len(videos), 1, squeeze=False)[:, 0]
@@ -76,7 +76,7 @@ def timelines(
             scores=found.scores[strong],
             labels=found.labels[strong],
         )
-        _bars(axes, shown, row=0, opacity=shown.scores.clamp(0.15, 1))
+        _bars(axes, shown, row=0, opacity=0.3 + 0.7 * shown.scores)
         axes.set(
             xlim=(0, duration), ylim=(-0.5, 1.5), yticks=[0, 1], yticklabels=["detected", "true"]
         )

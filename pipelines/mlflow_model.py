@@ -25,7 +25,7 @@ class DetectorModel(PythonModel):
         context: Any,  # noqa: ARG002 - MLflow calls it with these three
         model_input: list[str],
         params: dict[str, Any] | None = None,  # noqa: ARG002
-    ) -> pd.DataFrame:
+    ) -> Any:  # a data frame, which MLflow cannot check
         """Detects actions.
 
         Args:
