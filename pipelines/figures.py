@@ -64,7 +64,7 @@ def timelines(
     Args:
         videos: name to duration in seconds, ground truth and detections in seconds.
         classes: class names.
-        min_score: weaker detections are left out; the others are the fainter, the lower their score.
+        min_score: weaker detections are left out; the lower a score, the fainter its bar.
     """
     figure = Figure(figsize=(12, 1 + 1.1 * len(videos)), layout="constrained")
     strips = figure.subplots(len(videos), 1, squeeze=False)[:, 0]

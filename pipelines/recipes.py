@@ -167,7 +167,7 @@ def toy() -> Recipe:
             ema=0.98,
             precision="float32",
         ),
-        scale=ScaleConfig(workers=2, gpu=False, cpus_per_worker=0.5),
+        scale=ScaleConfig(workers=2, gpu=False, cpus_per_worker=0.5, max_failures=0),
     )
 
 

@@ -9,6 +9,7 @@ python pipelines/train.py toy --epochs 3 --optim.backbone-lr 1e-4
 """
 
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -22,13 +23,14 @@ import tyro
 from ray.train.torch import TorchTrainer
 
 from pipelines.activations import activation_metrics
+from pipelines.model import build_detector
 from pipelines.plan import Plan, UnusableVideosError, make_plan, read_annotations
 from pipelines.progress import ProgressPrinter
 from pipelines.quiet import init_ray
 from pipelines.recipes import RECIPES, Recipe
 from pipelines.resources import ResourceError, check_resources
 from pipelines.results import log_results, print_summary
-from pipelines.storage import StorageError, require
+from pipelines.storage import StorageError, local_copy, require
 from pipelines.tracking import Run, finishing, log_dataset, log_metrics, start_run
 from pipelines.worker import Job, train_worker
 from re2tal.videos.annotations import AnnotationError
@@ -100,6 +102,25 @@ def absolute(recipe: Recipe) -> Recipe:
     )
 
 
+def check_model(recipe: Recipe, classes: Sequence[str]) -> None:
+    """Builds the detector once, so that weights that do not fit stop the run before it starts.
+
+    Args:
+        recipe: with absolute paths.
+        classes: names of the action classes.
+
+    Raises:
+        StorageError: if the weights cannot be read or are another network's.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        uri = recipe.model.weights
+        weights = local_copy(uri, Path(folder)) if uri else None
+        try:
+            build_detector(recipe, classes, weights)
+        except ValueError as problem:
+            raise StorageError(str(problem)) from problem
+
+
 def fit(recipe: Recipe, plan: Plan, run: Run) -> ray.train.Result:
     """Trains on the cluster and shows progress until it ends.
 
@@ -158,6 +179,7 @@ def train(recipe: Recipe) -> Run:
     began = time.perf_counter()
     recipe = absolute(recipe)
     annotations = read_annotations(recipe.data)
+    check_model(recipe, annotations.classes)
     init_ray()
     check_resources(recipe.scale)
     plan = make_plan(recipe.data, annotations)
@@ -178,3 +200,6 @@ if __name__ == "__main__":
         train(parse(sys.argv[1:]))
     except PROBLEMS as problem:
         sys.exit(f"error: {problem}")
+    except ray.train.WorkerGroupError as failed:
+        first = next(iter(failed.worker_failures.values()))
+        sys.exit(f"error: a training worker failed.\n{first}")
