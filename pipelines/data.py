@@ -152,7 +152,8 @@ def stream_batches(
         return
     rows = [{"index": i, "uri": uris[w.video_id], "window": w} for i, w in enumerate(windows)]
     for batch in stream.batches(rows, size=size, batch_size=batch_size):
-        yield _assemble([windows[i] for i in batch["index"]], batch["frames"], batch["error"])
+        errors = [str(error) for error in batch["error"]]
+        yield _assemble([windows[i] for i in batch["index"]], batch["frames"], errors)
 
 
 def decode_batches(
