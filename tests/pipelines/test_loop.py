@@ -60,6 +60,7 @@ def test_both_parts_are_trained_and_a_frozen_backbone_is_not(
         assert any(name.startswith("backbone.") for name in moved) is not frozen
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_ends_like_one_that_was_not_interrupted(
     tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path
 ) -> None:

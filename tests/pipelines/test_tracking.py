@@ -31,10 +31,16 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
 
 
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of one store for all tests: making its tables takes seconds."""
+    return tmp_path_factory.mktemp("store") / "runs"
+
+
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(output: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return start_run(Outer(), output=tmp_path / "runs")
+    return start_run(Outer(), output=output)
 
 
 def test_flatten_names_every_leaf() -> None:
@@ -46,13 +52,13 @@ def test_flatten_names_every_leaf() -> None:
     }
 
 
-def test_a_run_holds_its_configuration_and_versions(run: Run, tmp_path: Path) -> None:
+def test_a_run_holds_its_configuration_and_versions(run: Run, output: Path) -> None:
     found = run.client.get_run(run.run_id)
     assert found.data.params == {k: str(v) for k, v in flatten(Outer())}
     assert found.data.tags["version.torch"]
     assert found.info.run_name.startswith("small-")
-    assert found.info.artifact_uri.startswith((tmp_path / "runs" / "artifacts").as_uri())
-    assert (tmp_path / "runs" / "mlflow.db").is_file()
+    assert found.info.artifact_uri.startswith((output / "artifacts").as_uri())
+    assert (output / "mlflow.db").is_file()
 
 
 def test_the_server_in_the_environment_is_used(
