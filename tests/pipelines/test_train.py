@@ -187,8 +187,8 @@ def test_it_runs_as_a_ray_job(tiny_set: Path, tmp_path: Path) -> None:
             cwd=tmp_path, env=env,
         )  # fmt: skip
     finally:
-        os.killpg(head.pid, 9)
-        head.wait()
+        head.terminate()  # ends the daemons too, which are in sessions of their own
+        head.wait(timeout=60)
     assert "epoch 1/1" in printed
     assert "average" in printed
     assert "succeeded" in printed
