@@ -67,6 +67,7 @@ def log_model(run: Run, detector: Path) -> str:
     with mlflow.start_run(run_id=run.run_id), warnings.catch_warnings():
         # an example would be a video file of the user's; the type hints say what is needed
         warnings.filterwarnings("ignore", message=".*input example was not provided")
+        warnings.filterwarnings("ignore", message=".*Any type hint is inferred as AnyType")
         info = mlflow.pyfunc.log_model(
             name="detector",
             python_model=str(_REPOSITORY / "pipelines" / "mlflow_model.py"),
