@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,19 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def _submit(*command: str, cwd: Path, env: dict[str, str]) -> str:
+    """Submits a job and waits for it; a head that has just started may not have its agent yet."""
+    for _ in range(20):
+        done = subprocess.run(
+            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=420
+        )
+        if "No available agent" not in done.stderr:
+            break
+        time.sleep(3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_it_runs_as_a_ray_job(tiny_set: Path, tmp_path: Path) -> None:
     ray = str(Path(sys.executable).parent / "ray")
@@ -170,7 +184,9 @@ def test_it_runs_as_a_ray_job(tiny_set: Path, tmp_path: Path) -> None:
     _run(ray, "get-auth-token", "--generate", cwd=tmp_path, env=env)
     head = subprocess.Popen(
         [ray, "start", "--head", "--block", "--num-cpus=2", f"--port={gcs}",
-         f"--dashboard-port={dashboard}", "--disable-usage-stats", "--include-dashboard=true"],
+         f"--dashboard-port={dashboard}",
+         f"--dashboard-agent-listen-port={_free_port()}",  # another Ray may run in this suite
+         "--disable-usage-stats", "--include-dashboard=true"],
         cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )  # fmt: skip
@@ -179,7 +195,7 @@ def test_it_runs_as_a_ray_job(tiny_set: Path, tmp_path: Path) -> None:
         for line in head.stdout:
             if "Ray runtime started" in line:
                 break
-        printed = _run(
+        printed = _submit(
             ray, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}",
             "--working-dir", str(ROOT), "--runtime-env-json", json.dumps({"excludes": ["tests"]}),
             "--", sys.executable, "pipelines/train.py", "toy", *_data(tiny_set), *TINY,
