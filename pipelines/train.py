@@ -1,11 +1,16 @@
 """Trains a detector end to end, from video files to segments, and tracks the run in MLflow.
 
-python pipelines/train.py
-    the toy data set: minutes on two CPU cores
-python pipelines/train.py RECIPE --data.annotations A.json --data.videos FOLDER --model.weights W
-    another recipe, on data of yours
-python pipelines/train.py toy --epochs 3 --optim.backbone-lr 1e-4
-    any field of a recipe, by its dotted name
+The toy data set, minutes on two CPU cores:
+
+  python pipelines/train.py
+
+Another recipe, on data of yours:
+
+  python pipelines/train.py RECIPE --data.annotations A --data.videos FOLDER --model.weights W
+
+Any field of a recipe, by its dotted name:
+
+  python pipelines/train.py toy --epochs 3 --optim.backbone-lr 1e-4
 """
 
 import sys
@@ -50,7 +55,7 @@ def parse(arguments: Sequence[str]) -> Recipe:
         name = rest.pop(0)
     if name not in RECIPES:
         sys.exit(f"There is no recipe {name!r}. Choose one of: {', '.join(RECIPES)}.")
-    recipes = "\n".join(
+    recipes = "\n\n".join(
         f"{key}: {(make.__doc__ or '').splitlines()[0]}" for key, make in RECIPES.items()
     )
     description = (
