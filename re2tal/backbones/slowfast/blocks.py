@@ -1,0 +1,137 @@
+"""What a SlowFast is made of. Submodules are called as in mmaction2's weights.
+
+Convolutions have no bias: a BatchNorm follows. The ReLUs work in place, always on the fresh result
+of a BatchNorm or a sum.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EXPANSION = 4
+"""Output channels of a bottleneck, relative to its inner ones."""
+
+
+class ConvNorm(nn.Module):
+    """A convolution and a BatchNorm that keep the size, or divide height and width by a stride.
+
+    Args:
+        inputs: channels in.
+        outputs: channels out.
+        kernel: frames, height and width, all odd.
+        stride: of height and width.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: tuple[int, int, int], stride: int = 1
+    ) -> None:
+        super().__init__()
+        self.conv = _conv(inputs, outputs, kernel, (1, stride, stride))
+        self.bn = nn.BatchNorm3d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, inputs, T, H, W)` to `(B, outputs, T, H / stride, W / stride)`, rounded up."""
+        out: Tensor = self.bn(self.conv(x))
+        return out
+
+
+class Stem(nn.Module):
+    """Convolution, BatchNorm, ReLU and maximum pooling: a quarter of the height and width.
+
+    Args:
+        outputs: channels out.
+        frames: that the kernel covers, odd.
+    """
+
+    def __init__(self, outputs: int, frames: int) -> None:
+        super().__init__()
+        self.conv = _conv(3, outputs, (frames, 7, 7), (1, 2, 2))
+        self.bn = nn.BatchNorm3d(outputs)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """`(B, 3, T, H, W)` to `(B, outputs, T, H / 4, W / 4)`, rounded up."""
+        x = F.relu(self.bn(self.conv(video)), inplace=True)
+        return F.max_pool3d(x, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1))
+
+
+class Lateral(nn.Module):
+    """What the slow pathway is told by the fast one: a convolution with a stride in time.
+
+    This is the "time-strided convolution" of section 3.3, which doubles the channels.
+
+    Args:
+        inputs: channels of the fast pathway.
+        frames: that the kernel covers, odd.
+        stride: frames of the fast pathway for one of the slow.
+        norm: whether a BatchNorm and a ReLU follow.
+    """
+
+    def __init__(self, inputs: int, *, frames: int, stride: int, norm: bool) -> None:
+        super().__init__()
+        self.conv = _conv(inputs, 2 * inputs, (frames, 1, 1), (stride, 1, 1))
+        self.bn = nn.BatchNorm3d(2 * inputs) if norm else None
+
+    def forward(self, fast: Tensor) -> Tensor:
+        """`(B, inputs, T, H, W)` to `(B, 2 inputs, T / stride, H, W)`, rounded up."""
+        x: Tensor = self.conv(fast)
+        return x if self.bn is None else F.relu(self.bn(x), inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """A residual block, `relu(skip(x) + F(x))`.
+
+    `F` convolves in time, then in space, then widens. The skip connection is the identity if the
+    shape stays the same, and otherwise a convolution.
+
+    Args:
+        inputs: channels in.
+        inner: channels of the first two convolutions; four times as many come out.
+        frames: that the first convolution covers: 3, or 1 for a block without a view of time.
+        stride: of height and width, in the second convolution.
+    """
+
+    def __init__(self, inputs: int, inner: int, *, frames: int, stride: int = 1) -> None:
+        super().__init__()
+        outputs = EXPANSION * inner
+        self.conv1 = ConvNorm(inputs, inner, (frames, 1, 1))
+        self.conv2 = ConvNorm(inner, inner, (1, 3, 3), stride)
+        self.conv3 = ConvNorm(inner, outputs, (1, 1, 1))
+        same = inputs == outputs and stride == 1
+        self.downsample = None if same else ConvNorm(inputs, outputs, (1, 1, 1), stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, inputs, T, H, W)` to `(B, 4 inner, T, H / stride, W / stride)`, rounded up."""
+        skip = x if self.downsample is None else self.downsample(x)
+        return F.relu(skip + self.residual(x), inplace=True)
+
+    def residual(self, x: Tensor) -> Tensor:
+        """`F(x)`, a fresh tensor."""
+        x = F.relu(self.conv1(x), inplace=True)
+        x = F.relu(self.conv2(x), inplace=True)
+        out: Tensor = self.conv3(x)
+        return out
+
+
+def stage(inputs: int, inner: int, *, depth: int, frames: int, stride: int) -> nn.Sequential:
+    """Residual blocks in a row; the first one changes the shape and has the stride.
+
+    Args:
+        inputs: channels into the first block.
+        inner: as in `Bottleneck`, for all blocks.
+        depth: how many.
+        frames: as in `Bottleneck`.
+        stride: as in `Bottleneck`.
+    """
+    first = Bottleneck(inputs, inner, frames=frames, stride=stride)
+    others = (Bottleneck(EXPANSION * inner, inner, frames=frames) for _ in range(depth - 1))
+    return nn.Sequential(first, *others)
+
+
+def _conv(
+    inputs: int, outputs: int, kernel: tuple[int, int, int], stride: tuple[int, int, int]
+) -> nn.Conv3d:
+    padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
+    conv = nn.Conv3d(inputs, outputs, kernel, stride, padding, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return conv

@@ -1,0 +1,239 @@
+"""The two pathways of a SlowFast, joined to a backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import lcm
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from re2tal.backbones.slowfast.blocks import EXPANSION, Lateral, Stem, stage
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlowFastConfig:
+    """The shape of a SlowFast. The defaults are SlowFast-50, 8x8.
+
+    Attributes:
+        depths: blocks of each stage, the same in both pathways.
+        width: channels of the slow stem; the first stage has four times as many, and they double
+            from stage to stage.
+        alpha: frames of the fast pathway for one of the slow; the fast one gets every frame.
+        channel_ratio: channels of the slow pathway for one of the fast, the paper's 1 / beta.
+        fusion_kernel: frames that a lateral convolution covers, odd.
+        fusion_norm: a BatchNorm and a ReLU after each lateral convolution, as in PyTorchVideo's
+            weights; mmaction2's have none.
+        temporal_stride: frames per feature. Re2TAL takes 4 for ActivityNet and 2 for THUMOS-14.
+        frozen_statistics: BatchNorms use the statistics that came with the weights, in training
+            too: a batch of a few long videos has poor ones. Not for training from nothing.
+    """
+
+    depths: tuple[int, ...] = (3, 4, 6, 3)
+    width: int = 64
+    alpha: int = 4
+    channel_ratio: int = 8
+    fusion_kernel: int = 7
+    fusion_norm: bool = False
+    temporal_stride: int = 4
+    frozen_statistics: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.depths or min(self.depths) < 1:
+            raise ValueError(
+                f"A SlowFast needs at least one stage, each of one block or more, but depths is "
+                f"{self.depths}."
+            )
+        if min(self.width, self.alpha, self.channel_ratio, self.temporal_stride) < 1:
+            raise ValueError(
+                "The width, alpha, channel_ratio and temporal_stride of a SlowFast are at least 1, "
+                f"but this is {self}."
+            )
+        if self.width % self.channel_ratio:
+            raise ValueError(
+                f"The width of a SlowFast is a multiple of its channel_ratio, but {self.width} is "
+                f"none of {self.channel_ratio}."
+            )
+        if self.fusion_kernel % 2 != 1:
+            raise ValueError(
+                f"The fusion_kernel of a SlowFast is odd, so that it has a middle, but got "
+                f"{self.fusion_kernel}."
+            )
+
+    def build(self) -> SlowFastBackbone:
+        """A backbone of this shape, with random weights."""
+        return SlowFastBackbone(self)
+
+
+def slowfast_50() -> SlowFastConfig:
+    """SlowFast-50, 8x8: of 32 frames the slow pathway sees 8."""
+    return SlowFastConfig()
+
+
+def slowfast_101() -> SlowFastConfig:
+    """SlowFast-101, 8x8, the larger backbone of Re2TAL."""
+    return SlowFastConfig(depths=(3, 4, 23, 3))
+
+
+def slowfast_toy() -> SlowFastConfig:
+    """A small SlowFast for the toy data set, to be trained from nothing."""
+    return SlowFastConfig(
+        depths=(3, 3), width=32, channel_ratio=4, temporal_stride=2, frozen_statistics=False
+    )
+
+
+class Pathway(nn.Module):
+    """One of the two networks: a stem and residual stages, `conv1`, `layer1`, `layer2` and so on.
+
+    Stages after the first keep the number of frames and halve the height and width.
+
+    Args:
+        width: channels of the stem.
+        depths: blocks of each stage.
+        stem_frames: frames that the stem's kernel covers.
+        temporal_from: index of the first stage whose blocks convolve in time.
+        joined: channels that are concatenated to the input of each stage.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depths: Sequence[int],
+        stem_frames: int,
+        temporal_from: int,
+        joined: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self.conv1 = Stem(width, stem_frames)
+        inputs = _inputs(width, len(depths))
+        for index, depth in enumerate(depths):
+            built = stage(
+                inputs[index] + joined[index],
+                width * 2**index,
+                depth=depth,
+                frames=3 if index >= temporal_from else 1,
+                stride=1 if index == 0 else 2,
+            )
+            self.add_module(f"layer{index + 1}", built)
+
+
+class SlowFastBackbone(nn.Module):
+    """SlowFast (Feichtenhofer et al., ICCV 2019, arXiv 1812.03982) without its classifier.
+
+    A wide network sees one frame of `alpha`, a narrow one sees all; what the narrow one finds is
+    joined to the wide one's channels before each stage. Their features, averaged over space, are
+    brought to one rate and concatenated, the slow ones first.
+
+    Its parameters have mmaction2's names; see `convert_weights` for published files.
+
+    Args:
+        config: the shape.
+
+    Attributes:
+        channels: C of the features.
+        temporal_stride: frames per feature.
+    """
+
+    def __init__(self, config: SlowFastConfig) -> None:
+        super().__init__()
+        stages = len(config.depths)
+        narrow = config.width // config.channel_ratio
+        spoken = _inputs(narrow, stages)  # by the fast pathway, before each stage
+        self.slow_path = Pathway(
+            width=config.width,
+            depths=config.depths,
+            stem_frames=1,
+            # Section 3.4: convolving in time in the slow pathway's early stages lowers accuracy.
+            temporal_from=stages // 2,
+            joined=[2 * channels for channels in spoken],
+        )
+        self.fast_path = Pathway(
+            width=narrow,
+            depths=config.depths,
+            stem_frames=5,
+            temporal_from=0,
+            joined=[0] * stages,
+        )
+        self._layers = [f"layer{index + 1}" for index in range(stages)]
+        self._laterals = [f"{name}_lateral" for name in ("conv1", *self._layers[:-1])]
+        for name, channels in zip(self._laterals, spoken, strict=True):
+            lateral = Lateral(
+                channels,
+                frames=config.fusion_kernel,
+                stride=config.alpha,
+                norm=config.fusion_norm,
+            )
+            self.slow_path.add_module(name, lateral)
+        self.channels = EXPANSION * 2 ** (stages - 1) * (config.width + narrow)
+        self.temporal_stride = config.temporal_stride
+        self._alpha = config.alpha
+        self._frozen_statistics = config.frozen_statistics
+        self.train()
+
+    def train(self, mode: bool = True) -> SlowFastBackbone:
+        """Training mode, which frozen statistics stay out of."""
+        super().train(mode)
+        if self._frozen_statistics:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm3d):
+                    module.eval()
+        return self
+
+    def forward(self, video: Tensor) -> Tensor:
+        """Spatially pooled features.
+
+        Args:
+            video: `(B, 3, T, H, W)` normalised frames, T a multiple of `temporal_stride` and of
+                the configuration's `alpha`.
+
+        Returns:
+            `(B, C, T / temporal_stride)`.
+
+        Raises:
+            ValueError: if T is no such multiple.
+        """
+        frames = video.shape[2]
+        whole = lcm(self.temporal_stride, self._alpha)
+        if frames == 0 or frames % whole:
+            raise ValueError(
+                f"This SlowFast takes a multiple of {whole} frames, but got {frames}. Choose "
+                "another window, or pad it."
+            )
+        length = frames // self.temporal_stride
+        pooled = [_resample(x.mean(dim=(3, 4)), length) for x in self.places(video)]
+        return torch.cat(pooled, dim=1)
+
+    def places(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of both pathways before pooling.
+
+        Args:
+            video: as in `forward`.
+
+        Returns:
+            Of the slow pathway `(B, C_slow, T / alpha, H', W')`, of the fast `(B, C_fast, T, H',
+            W')`.
+        """
+        slow_path, fast_path = self.slow_path, self.fast_path
+        slow, fast = slow_path.conv1(video[:, :, :: self._alpha]), fast_path.conv1(video)
+        for lateral, layer in zip(self._laterals, self._layers, strict=True):
+            told = slow_path.get_submodule(lateral)(fast)
+            slow = slow_path.get_submodule(layer)(torch.cat((slow, told), dim=1))
+            fast = fast_path.get_submodule(layer)(fast)
+        return slow, fast
+
+
+def _inputs(width: int, stages: int) -> list[int]:
+    """Channels of a pathway before each stage."""
+    return [width, *(EXPANSION * width * 2**index for index in range(stages - 1))]
+
+
+def _resample(x: Tensor, length: int) -> Tensor:
+    """`(B, C, T)` at another rate, `(B, C, length)`: linear, as in the published Re2TAL."""
+    if x.shape[2] == length:
+        return x
+    # As a product with a matrix: the gradient of F.interpolate is not deterministic on a GPU.
+    each = torch.eye(x.shape[2], dtype=x.dtype, device=x.device)
+    return x @ F.interpolate(each[None], length, mode="linear", align_corners=False)[0]
