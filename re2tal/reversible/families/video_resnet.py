@@ -1,0 +1,46 @@
+"""torchvision's video ResNets (R3D, MC3, R(2+1)D): arXiv 1711.11248.
+
+A block computes ``relu(x + F(x))``, which no skip connection can be moved out of. As in Re2TAL's
+SlowFast the ReLU moves into the branch: ``x + relu(F(x))``. Other than for the families without an
+activation on the skip connection, the coupling (1, 0) is therefore not the pretrained network.
+"""
+
+from torch import nn
+from torchvision.models.video.resnet import BasicBlock, BasicStem, Bottleneck, R2Plus1dStem
+
+from re2tal.reversible.branches import Branch, ChangesShapeError, branches, recomputed
+from re2tal.reversible.cuts import BySample
+
+
+@branches.register
+def _basic(block: BasicBlock) -> list[Branch]:
+    return _convolutions(block, (block.conv1, block.conv2, block.relu))
+
+
+@branches.register
+def _bottleneck(block: Bottleneck) -> list[Branch]:
+    return _convolutions(block, (block.conv1, block.conv2, block.conv3, block.relu))
+
+
+def _convolutions(block: BasicBlock | Bottleneck, modules: tuple[nn.Module, ...]) -> list[Branch]:
+    if block.downsample is not None:
+        raise ChangesShapeError(
+            f"it has stride {block.stride} and a convolution on its skip connection"
+        )
+    # All results have the size of the input, but for the number of channels.
+    convolutions = [m for part in modules for m in part.modules() if isinstance(m, nn.Conv3d)]
+    results = sum(2 * convolution.out_channels for convolution in convolutions)  # and their norms
+    growth = 3 + results / convolutions[0].in_channels  # the input, the output, a gradient
+    return [Branch("convolutions", modules, cut=BySample(growth))]
+
+
+@recomputed.register(BasicStem)
+@recomputed.register(R2Plus1dStem)
+def _stem(module: nn.Module) -> bool:  # noqa: ARG001
+    return True
+
+
+@recomputed.register(BasicBlock)
+@recomputed.register(Bottleneck)
+def _between_stages(block: BasicBlock | Bottleneck) -> bool:
+    return block.downsample is not None
