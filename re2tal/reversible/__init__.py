@@ -3,29 +3,52 @@
 See README.md in this folder for what the pieces are and how to add a family of blocks.
 """
 
-from re2tal.reversible.branches import Branch, NotReversibleError, branches
-from re2tal.reversible.engine import ReversibleError, ReversibleSequential
+from re2tal.reversible.branches import (
+    Branch,
+    ChangesShapeError,
+    NotReversibleError,
+    branches,
+    recomputed,
+    returned,
+)
+from re2tal.reversible.containers import ReversibleModuleList, ReversibleSequential
+from re2tal.reversible.cuts import BySample, ByToken
+from re2tal.reversible.replay import ReversibleError
 from re2tal.reversible.report import RewireReport
 from re2tal.reversible.rewire import (
+    check,
+    reconstruction_errors,
     reversible_stages,
     rewire,
     set_coupling,
     set_reversible,
+    stage_modes,
     unwire,
 )
 from re2tal.reversible.streams import Coupling
+from re2tal.reversible.tape import rebuildable
 
 __all__ = [
     "Branch",
+    "BySample",
+    "ByToken",
+    "ChangesShapeError",
     "Coupling",
     "NotReversibleError",
     "ReversibleError",
+    "ReversibleModuleList",
     "ReversibleSequential",
     "RewireReport",
     "branches",
+    "check",
+    "rebuildable",
+    "reconstruction_errors",
+    "recomputed",
+    "returned",
     "reversible_stages",
     "rewire",
     "set_coupling",
     "set_reversible",
+    "stage_modes",
     "unwire",
 ]

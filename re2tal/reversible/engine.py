@@ -8,90 +8,45 @@ DDP see them as they see those of any other node, and the activations of a branc
 is differentiated. The equations are in `streams`.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch import Tensor
 
-from re2tal.reversible.branches import Branch, NotReversibleError, split
-from re2tal.reversible.replay import Autocast, Replay, ReversibleError, run_branch
-from re2tal.reversible.streams import Coupling, stream_dtype
-
-RE2TAL = Coupling(alpha=0.0, beta=1.0)
-
-
-class Tape:
-    """The two streams of one forward at the depth which its backward has reached."""
-
-    def __init__(self) -> None:
-        self.bottom = 0  # the first branch that has a backward: nothing below it needs rebuilding
-        self._depth = 0
-        self._streams: tuple[Tensor, Tensor] | None = None
-        self._versions: tuple[int, int] = (0, 0)
-
-    def hold(self, depth: int, current: Tensor, previous: Tensor) -> None:
-        """Hold ``x_depth`` and ``x_{depth-1}``, and let go of what was held."""
-        # Detached: a stream that knew its node would keep the node, and thus this tape, alive.
-        self._depth = depth
-        self._streams = current.detach(), previous.detach()
-        self._versions = current._version, previous._version
-
-    def release(self) -> None:
-        """Let go of the streams: no branch needs them any more."""
-        self._streams = None
-
-    def at(self, depth: int, where: str) -> tuple[Tensor, Tensor]:
-        """``x_depth`` and ``x_{depth-1}``.
-
-        Raises:
-            ReversibleError: if the tape is elsewhere, which a second backward brings about, or if
-                a stream was modified in place.
-        """
-        if self._streams is None or self._depth != depth:
-            raise ReversibleError(
-                f"{where} was asked for a second backward of one forward, but a reversible stage "
-                "rebuilds its activations once. Run the forward again, ask for all gradients in "
-                "one call, or call set_reversible(model, False) to store activations."
-            )
-        current, previous = self._streams
-        if (current._version, previous._version) != self._versions:
-            raise ReversibleError(
-                f"{where}: the input of the stage was modified in place after its forward. "
-                "Use the out-of-place form of that operation."
-            )
-        return current, previous
+from re2tal.reversible.call import BranchCall, run_stored
+from re2tal.reversible.replay import ReversibleError, uncached
+from re2tal.reversible.settings import Settings
+from re2tal.reversible.step import Step, add, steps_of
+from re2tal.reversible.streams import stream_dtype, to_grid
+from re2tal.reversible.tape import Tape, no_gradients_of_gradients, rebuildable
+from re2tal.reversible.watch import Watch, Witness
 
 
-class Step:
-    """Branch ``i`` of one forward: what its autograd node keeps."""
+class _Place:
+    """Where a step stands in its stage: what its autograd node keeps."""
 
-    def __init__(self, replay: Replay, coupling: Coupling, tape: Tape, depth: int) -> None:
-        self.replay = replay
-        self.coupling = coupling
+    def __init__(self, step: Step, settings: Settings, tape: Tape, depth: int) -> None:
+        self.step = step
+        self.settings = settings
         self.tape = tape
         self.depth = depth
+        self.witness: Witness | None = None  # of the streams below the bottom of the tape
 
-    def rebuild(self, needs_gradient: bool) -> tuple[Tensor, Any]:
-        """Repeat the branch and rewind the tape by one branch.
-
-        Returns:
-            ``x_{i-1}`` as a leaf, and the autograd edge of ``F_i(x_{i-1})`` (None if that depends
-            on nothing that needs a gradient). The edge, not the tensor: its values are spent.
-        """
-        following, current = self.tape.at(self.depth, self.replay.where)
-        leaf = current.detach().requires_grad_(needs_gradient)
-        with torch.enable_grad():
-            result = self.replay.again(leaf)
-        if self.depth == self.tape.bottom:
+    def rewind(self, increment: Tensor, owned: bool) -> None:
+        """Take the tape one branch back, or let it go at its bottom."""
+        following, current = self.tape.at(self.depth, self.step.where)
+        at_bottom = self.depth == self.tape.bottom
+        if at_bottom and self.witness is None:
+            self.tape.release()
+            return
+        previous = self.settings.coupling.rewind(increment, following, overwrite=owned)
+        if at_bottom:
+            assert self.witness is not None
+            self.witness.compare(current, previous)
             self.tape.release()
         else:
-            previous = self.coupling.rewind(result.detach(), current, following)
             self.tape.hold(self.depth - 1, current, previous)
-        return leaf, get_gradient_edge(result) if result.requires_grad else None
 
 
 class _BranchNode(torch.autograd.Function):
@@ -99,34 +54,26 @@ class _BranchNode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, step: Step, current: Tensor, previous: Tensor, *_parameters: Tensor
+        ctx: Any, place: _Place, current: Tensor, previous: Tensor, *_parameters: Tensor
     ) -> Tensor:
-        ctx.step = step
-        return step.coupling.advance(step.replay.first(current), current, previous)
+        ctx.place = place
+        return place.settings.coupling.advance(place.step.first(current), previous)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        step: Step = ctx.step
-        if torch.is_grad_enabled():
-            raise ReversibleError(
-                f"{step.replay.where}: gradients of gradients (create_graph=True) do not pass "
-                "through a reversible stage. Call set_reversible(model, False)."
-            )
+        place: _Place = ctx.place
+        step = place.step
+        no_gradients_of_gradients(step.where)
         _, needs_current, _, *needs_parameters = ctx.needs_input_grad
-        leaf, edge = step.rebuild(needs_current)
-        wanted = [
-            p for p, needed in zip(step.replay.parameters, needs_parameters, strict=True) if needed
-        ]
-        inputs = [leaf, *wanted] if needs_current else wanted
-        found: Sequence[Tensor | None] = [None] * len(inputs)
-        if edge is not None and inputs:
-            with _hooks_paused(wanted):
-                found = torch.autograd.grad(edge, inputs, gradient, allow_unused=True)
-        remaining = iter(found)
-        to_current, to_previous = step.coupling.skip_gradients(gradient)
+        wanted = [p for p, needed in zip(step.parameters, needs_parameters, strict=True) if needed]
+        _, current = place.tape.at(place.depth, step.where)
+        found = step.again(current, gradient, wanted, to_input=needs_current)
+        place.rewind(found.increment, found.owned)
+        to_current, to_previous = place.settings.coupling.skip_gradients(gradient)
         if needs_current:
-            to_current = _sum(next(remaining), to_current)
+            to_current = add(found.to_input, to_current)
+        remaining = iter(found.to_parameters)
         return (
             None,
             to_current,
@@ -135,142 +82,91 @@ class _BranchNode(torch.autograd.Function):
         )
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
-
-
-@contextmanager
-def _hooks_paused(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Keep the parameters' own hooks for the outer backward.
-
-    `torch.autograd.grad` calls them, and autograd will call them again on what a node returns: a
-    hook that halves a gradient would quarter it.
-    """
-    paused = []
-    for parameter in parameters:
-        hooks: Any = getattr(parameter, "_backward_hooks", None)
-        if hooks:
-            paused.append((hooks, OrderedDict(hooks)))
-            hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, saved in paused:
-            hooks.update(saved)
-
-
 def run_stage(
-    found: Sequence[tuple[str, Branch]],
-    x: Tensor,
-    coupling: Coupling = RE2TAL,
-    *,
-    store: bool = False,
+    calls: Sequence[BranchCall], x: Tensor, settings: Settings, watch: Watch, where: str
 ) -> Tensor:
     """Run the branches of one stage.
 
     Args:
-        found: the branches in order, each with its place in the model for errors.
-        x: the stage's input, of any shape and floating dtype.
-        coupling: the coefficients. A coupling that cannot be inverted stores activations.
-        store: let autograd store the activations of the same function instead of rebuilding them.
+        calls: the branches in order.
+        x: the stage's input, ``(B, ...)`` of a floating dtype.
+        settings: how to run.
+        watch: of the stage's container; it decides whether a coupling may be rebuilt.
+        where: the stage's place in the model, for errors.
 
     Returns:
         The merged streams, of the shape and dtype of ``x``.
 
     Raises:
-        ReversibleError: under `torch.func` transforms, which cannot be replayed.
+        ReversibleError: under `torch.func` transforms, which cannot be replayed, or for what a
+            check of an earlier backward found.
     """
+    watch.poll()
     stream = x.to(stream_dtype(x.dtype))
-    current, previous = stream, stream
-    if store or not coupling.invertible or not torch.is_grad_enabled():
-        for where, branch in found:
-            result = run_branch(branch, current, x.dtype, where)
-            current, previous = coupling.advance(result, current, previous), current
-        return coupling.merge(current, previous).to(x.dtype)
+    if settings.grid is not None:
+        # Adding zero makes -0.0 into 0.0, which is what the way back would yield.
+        stream = to_grid(stream, settings.grid).add_(0.0)
+    if not torch.is_grad_enabled() or watch.stores(calls, stream, settings, where):
+        return _stored(calls, stream, settings).to(x.dtype)
     if torch._C._are_functorch_transforms_active():
         raise ReversibleError(
             "A reversible stage cannot run under torch.func transforms (grad, vmap, jvp, ...). "
             "Call set_reversible(model, False)."
         )
-    tape, autocast = Tape(), Autocast(x.device)
-    for depth, (where, branch) in enumerate(found, start=1):
-        step = Step(Replay(branch, x.dtype, autocast, where), coupling, tape, depth)
-        following = _BranchNode.apply(step, current, previous, *step.replay.parameters)
-        current, previous = following, current
+    return _reversible(calls, stream, settings, watch, where, x.dtype)
+
+
+def _both_streams(stream: Tensor) -> tuple[Tensor, Tensor]:
+    """``x_0`` and ``x_{-1}``, whose gradients are summed apart and only then to the stage's input.
+
+    The order of summation is thus the same whether activations are stored or rebuilt.
+    """
+    return stream.view_as(stream), stream.view_as(stream)
+
+
+def _stored(calls: Sequence[BranchCall], stream: Tensor, settings: Settings) -> Tensor:
+    coupling = settings.coupling
+    current, previous = _both_streams(stream)
+    for call in calls:
+        # One alias for the branch and the skip connection, whose gradients are summed first: as in
+        # the reversible run, and the order of summation decides about the last bit.
+        alias = current.view_as(current)
+        with uncached():
+            result = run_stored(call, alias)
+        increment = coupling.increment(result, alias, settings.grid)
+        current, previous = coupling.advance(increment, previous), current
+    return coupling.merge(current, previous)
+
+
+def _reversible(
+    calls: Sequence[BranchCall],
+    stream: Tensor,
+    settings: Settings,
+    watch: Watch,
+    where: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    tape, coupling = Tape(), settings.coupling
+    current, previous = _both_streams(stream)
+    extent = watch.extent(settings, stream, where)
+    witness = None
+    for depth, step in enumerate(steps_of(calls, stream, settings), start=1):
+        place = _Place(step, settings, tape, depth)
+        following = _BranchNode.apply(place, current, previous, *step.parameters)
         if following.requires_grad and not tape.bottom:
             tape.bottom = depth
+            place.witness = witness = watch.witness(current, previous, settings, where)
+        extent.see(following)
+        current, previous = following, current
+    largest = extent.judge()
+    if witness is not None:
+        witness.largest = largest
+    result = coupling.merge(current, previous).to(dtype)
     if tape.bottom:
-        tape.hold(len(found), current, previous)
-    return coupling.merge(current, previous).to(x.dtype)
+        tape.hold(len(calls), current, previous)
 
+        def merged() -> Tensor:
+            return coupling.merge(*tape.at(len(calls), f"What follows {where}")).to(dtype)
 
-class ReversibleSequential(nn.Sequential):
-    """An `nn.Sequential` that runs its runs of consecutive residual blocks as reversible stages.
-
-    `rewire` turns a sequential container into one by changing its class, so that it stays the same
-    object with the same children, parameter names and hooks. The branches are asked for in every
-    forward rather than kept: a copied, unpickled or edited container runs its present children.
-
-    Attributes:
-        coupling: alpha and beta of its stages.
-        reversible: whether activations are rebuilt (True) or stored (False); the function computed
-            is the same.
-        rewired: names of the children which take part; the others are called as they are.
-        place: name of the container in the rewired model, for errors.
-    """
-
-    coupling: Coupling = RE2TAL
-    reversible: bool = True
-    rewired: frozenset[str] = frozenset()
-    place: str = ""
-
-    @classmethod
-    def adopt(
-        cls, module: nn.Sequential, *, coupling: Coupling, rewired: frozenset[str], place: str
-    ) -> None:
-        """Turn a container into a rewired one, in place."""
-        module.__class__ = cls
-        vars(module).update(coupling=coupling, rewired=rewired, place=place)
-
-    def restore(self) -> None:
-        """Turn it back into an `nn.Sequential`, in place."""
-        for attribute in ("coupling", "reversible", "rewired", "place"):
-            vars(self).pop(attribute, None)
-        self.__class__ = nn.Sequential  # type: ignore[assignment]
-
-    # Nodes with state cannot be traced: compile the modules inside the blocks.
-    @torch.compiler.disable
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Sequential gives it
-        """Call the children in order; each run of rewired ones is one stage.
-
-        Raises:
-            ReversibleError: if a rewired child is no longer reversible.
-        """
-        x, run = input, []
-        for name, child in self._modules.items():
-            if name in self.rewired:
-                run += self._branches(name, child)
-                continue
-            x, run = self._run(run, x), []
-            if child is not None:
-                x = child(x)
-        return self._run(run, x)
-
-    def _run(self, run: Sequence[tuple[str, Branch]], x: Tensor) -> Tensor:
-        return run_stage(run, x, self.coupling, store=not self.reversible) if run else x
-
-    def _branches(self, name: str, child: nn.Module | None) -> list[tuple[str, Branch]]:
-        where = f"{self.place}.{name}" if self.place else name
-        try:
-            return [(f"{where} ({branch.name})", branch) for branch in split(child)]  # type: ignore[arg-type]
-        except NotReversibleError as error:
-            raise ReversibleError(
-                f"Block {where} was rewired, but cannot run reversibly now: {error}."
-            ) from error
-
-    def extra_repr(self) -> str:
-        """The coupling and the mode, for `print(model)`."""
-        mode = "reversible" if self.reversible and self.coupling.invertible else "stored"
-        return f"alpha={self.coupling.alpha}, beta={self.coupling.beta}, {mode}"
+        rebuildable(result, merged)
+    return result

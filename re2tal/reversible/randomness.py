@@ -6,11 +6,12 @@ the devices in use are covered; Python's `random`, NumPy and a module's private 
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 CPU = torch.device("cpu")
 
@@ -48,6 +49,28 @@ class GeneratorStates:
             yield
         finally:
             found.set()
+
+
+class Draws:
+    """Where the generators stood before each part of a run, so that any part can be repeated."""
+
+    def __init__(self) -> None:
+        self._marks: list[GeneratorStates] = []
+
+    def mark(self, stream: Tensor, devices: Iterable[torch.device]) -> None:
+        """A part of the run begins, on this tensor and with generators of these devices."""
+        # Fake tensors draw nothing, and cannot be mixed with real generator states.
+        if not isinstance(stream, FakeTensor):
+            self._marks.append(GeneratorStates.now(devices))
+
+    def settle(self) -> None:
+        """The run has ended: forget the states if it drew nothing."""
+        if self._marks and not self._marks[0].moved():
+            self._marks.clear()
+
+    def revisited(self, part: int) -> AbstractContextManager[None]:
+        """The generators as they stood before a part; as they are if the run drew nothing."""
+        return self._marks[part].revisited() if self._marks else nullcontext()
 
 
 def _get(device: torch.device) -> Tensor:

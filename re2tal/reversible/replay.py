@@ -1,8 +1,8 @@
-"""Run a branch, and later run it once more so that it computes the same thing and nothing else.
+"""The conditions of a run, met again when it is repeated, and no trace of the repetition.
 
 The backward pass of a reversible stage repeats every branch. The repetition must meet the first
-run's conditions (random masks, autocast, train or eval mode, parameters), and must leave no trace:
-random generators and BatchNorm statistics have already moved once.
+run's conditions (autocast, train or eval mode, parameters, choice of kernels), and must leave no
+trace: BatchNorm statistics have already been counted once. Random draws are in `randomness`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,43 +10,11 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _NormBase
-
-from re2tal.reversible.branches import Branch
-from re2tal.reversible.randomness import GeneratorStates
-from re2tal.reversible.streams import stream_dtype
 
 
 class ReversibleError(RuntimeError):
     """A reversible stage cannot compute what was asked for; computing on would be wrong."""
-
-
-def run_branch(branch: Branch, stream: Tensor, dtype: torch.dtype, where: str) -> Tensor:
-    """``F(stream)``: the branch sees the stage's own dtype, its result is as precise as the stream.
-
-    Args:
-        branch: the branch to run.
-        stream: ``x_{i-1}``, in the stream's dtype.
-        dtype: dtype of the stage's input, which the block was made for.
-        where: the branch's place in the model, for errors.
-
-    Raises:
-        ReversibleError: if the branch changes the shape, or its input.
-    """
-    version = None if stream.is_inference() else stream._version
-    result = branch(stream.to(dtype))
-    if version is not None and stream._version != version:
-        raise ReversibleError(
-            f"{where} modifies its input in place, and with it the skip connection. Use the "
-            "out-of-place form of its first operation, for example ReLU(inplace=False)."
-        )
-    if result.shape != stream.shape:
-        raise ReversibleError(
-            f"{where} turns the shape {tuple(stream.shape)} into {tuple(result.shape)}, but a "
-            "residual branch keeps it. Let the family raise NotReversibleError for such blocks."
-        )
-    return result.to(stream_dtype(dtype))
 
 
 class Autocast:
@@ -86,64 +54,86 @@ def uncached() -> Iterator[None]:
         torch.set_autocast_cache_enabled(before)
 
 
-class Replay:
-    """One run of a branch, with what its repetition needs.
+@contextmanager
+def repeatable_kernels(device: torch.device) -> Iterator[None]:
+    """Keep cuDNN from timing its kernels and from those that add in any order.
+
+    Autotuning could choose one kernel for the forward and another for its repetition, which rounds
+    differently.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with torch.backends.cudnn.flags(
+        enabled=torch.backends.cudnn.enabled,
+        benchmark=False,
+        deterministic=True,
+        allow_tf32=torch.backends.cudnn.allow_tf32,
+    ):
+        yield
+
+
+class Conditions:
+    """Of one run of some modules, for its repetition.
 
     Args:
-        branch: the branch.
-        dtype: dtype of the stage's input.
-        autocast: the state in which the stage runs.
-        where: the branch's place in the model, for errors.
+        modules: the modules that run; those inside them are found.
+        device: where they run.
+        autocast: the state in which they run.
+        where: their place in the model, for errors.
     """
 
     def __init__(
-        self, branch: Branch, dtype: torch.dtype, autocast: Autocast, where: str = "a branch"
+        self,
+        modules: Sequence[nn.Module],
+        device: torch.device,
+        autocast: Autocast,
+        where: str,
     ) -> None:
         self.where = where
-        self._branch = branch
-        self._dtype = dtype
+        self._device = device
         self._autocast = autocast
         # A module that two entries share (a drop path, say) counts once.
-        self._modules = list(dict.fromkeys(m for top in branch.modules for m in top.modules()))
+        self._modules = list(dict.fromkeys(m for top in modules for m in top.modules()))
         self.parameters = _parameters(self._modules)
         self._training: Sequence[bool] = ()
-        self._generators: GeneratorStates | None = None
         self._counted: list[tuple[nn.Module, str]] = []
         self._unchanged: list[tuple[str, Tensor, int]] = []
 
-    def first(self, stream: Tensor) -> Tensor:
-        """Run the branch on ``stream`` and remember how."""
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where random numbers may be drawn."""
+        return {self._device, *(p.device for p in self.parameters)}
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """The first run.
+
+        Raises:
+            ReversibleError: if a buffer changes, other than statistics that can be kept.
+        """
         self._training = [m.training for m in self._modules]
-        # Fake tensors draw nothing, and cannot be mixed with real generator states.
-        fake = isinstance(stream, FakeTensor)
-        generators = None if fake else GeneratorStates.now(self._devices(stream))
         watched = self._watch_buffers()
-        with uncached():
-            result = run_branch(self._branch, stream, self._dtype, self.where)
-        if generators is not None and generators.moved():
-            self._generators = generators
+        with uncached(), repeatable_kernels(self._device):
+            yield
         self._refuse_changed(watched)
         self._unchanged += [(f"the buffer {name!r}", b, v) for _, name, b, v in watched]
         self._unchanged += [("a parameter", p, p._version) for p in self.parameters]
-        return result
 
-    def again(self, stream: Tensor) -> Tensor:
-        """Repeat the run, with gradients or without as the caller has it.
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """A repetition, with gradients or without as the caller has it.
 
         Raises:
-            ReversibleError: if the branch is no longer the one that ran first.
+            ReversibleError: if the modules are no longer those that ran first.
         """
         self._check_unchanged()
         with ExitStack() as stack:
             stack.enter_context(self._modes())
-            stack.enter_context(self._statistics_kept())
-            if self._generators is not None:
-                stack.enter_context(self._generators.revisited())
+            stack.enter_context(statistics_kept(self._counted))
+            stack.enter_context(repeatable_kernels(self._device))
             stack.enter_context(self._autocast.restored())
-            return run_branch(self._branch, stream, self._dtype, self.where)
-
-    def _devices(self, stream: Tensor) -> set[torch.device]:
-        return {stream.device, *(p.device for p in self.parameters)}
+            yield
 
     def _watch_buffers(self) -> list[tuple[nn.Module, str, Tensor, int]]:
         """Every buffer that the run should not change, with its version.
@@ -153,7 +143,7 @@ class Replay:
         """
         watched = []
         for module in self._modules:
-            counts = isinstance(module, _NormBase) and module.training
+            counts = counts_statistics(module)
             for name, buffer in module._buffers.items():
                 if counts:
                     self._counted.append((module, name))
@@ -201,17 +191,23 @@ class Replay:
         for module, mode in zip(self._modules, modes, strict=True):
             module.training = mode
 
-    @contextmanager
-    def _statistics_kept(self) -> Iterator[None]:
-        """Throwaway copies in place of the running statistics, which have been counted already."""
-        real = [(module, name, module._buffers[name]) for module, name in self._counted]
+
+@contextmanager
+def statistics_kept(counted: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
+    """Throwaway copies in place of running statistics, given as modules and names of buffers."""
+    real = [(module, name, module._buffers[name]) for module, name in counted]
+    for module, name, buffer in real:
+        module._buffers[name] = None if buffer is None else buffer.clone()
+    try:
+        yield
+    finally:
         for module, name, buffer in real:
-            module._buffers[name] = None if buffer is None else buffer.clone()
-        try:
-            yield
-        finally:
-            for module, name, buffer in real:
-                module._buffers[name] = buffer
+            module._buffers[name] = buffer
+
+
+def counts_statistics(module: nn.Module) -> bool:
+    """Whether the module takes statistics over the batch, and counts them in its buffers."""
+    return isinstance(module, _NormBase) and module.training
 
 
 def _parameters(modules: Sequence[nn.Module]) -> tuple[nn.Parameter, ...]:

@@ -17,14 +17,23 @@ output weighs the streams by 1 and beta. For ``beta != 0`` two neighbours determ
 so a stage can be run backwards from its last two streams. A gradient ``g`` of ``x_i`` reaches
 ``x_{i-1}`` as ``J_i^T g + alpha g`` and ``x_{i-2}`` as ``beta g``.
 
+In floating point the way back is exact only up to rounding. It is exact to the bit on a grid: if
+the stage's input and every ``F_i(x_{i-1}) + alpha x_{i-1}`` are rounded to multiples of 2^-k, and
+beta is 1, then each ``x_i`` is a sum of two grid points, which float32 holds exactly below
+2^(24-k), and so is each difference on the way back. Rounding passes gradients on unchanged.
+
 Everything here is a pure function of tensors of one shape.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+GRID_BITS = 14
+"""Default k of the grid: streams may reach 1024 and are rounded by at most 3.1e-5."""
 
 
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -59,25 +68,34 @@ class Coupling:
             )
 
     @property
+    def plain(self) -> bool:
+        """Whether this is the pretrained residual network itself."""
+        return self.alpha == 1 and self.beta == 0
+
+    @property
     def invertible(self) -> bool:
         """Whether ``x_{i-2}`` follows from ``x_{i-1}`` and ``x_i``."""
         return self.beta != 0
 
-    def advance(self, branch: Tensor, current: Tensor, previous: Tensor) -> Tensor:
-        """``x_i`` from ``F_i(x_{i-1})``, ``x_{i-1}`` and ``x_{i-2}``."""
-        following = branch
+    def increment(self, branch: Tensor, current: Tensor, grid: int | None = None) -> Tensor:
+        """``F_i(x_{i-1}) + alpha x_{i-1}``, on the grid if there is one (then a new tensor)."""
         if self.alpha != 0:
-            following = torch.add(following, current, alpha=self.alpha)
-        if self.beta != 0:
-            following = torch.add(following, previous, alpha=self.beta)
-        return following
+            branch = torch.add(branch, current, alpha=self.alpha)
+        return branch if grid is None else to_grid(branch, grid)
 
-    def rewind(self, branch: Tensor, current: Tensor, following: Tensor) -> Tensor:
-        """``x_{i-2}`` from ``F_i(x_{i-1})``, ``x_{i-1}`` and ``x_i``."""
-        previous = following - branch
-        if self.alpha != 0:
-            previous = torch.sub(previous, current, alpha=self.alpha)
-        return previous if self.beta == 1 else previous / self.beta
+    def advance(self, increment: Tensor, previous: Tensor) -> Tensor:
+        """``x_i`` from its increment and ``x_{i-2}``."""
+        if self.beta == 0:
+            return increment
+        return torch.add(increment, previous, alpha=self.beta)
+
+    def rewind(self, increment: Tensor, following: Tensor, *, overwrite: bool = False) -> Tensor:
+        """``x_{i-2}`` from the increment of ``x_i`` and ``x_i``; may reuse the increment's memory."""
+        out = increment if overwrite else None
+        previous = torch.sub(following, increment, out=out)
+        if self.beta == 1:
+            return previous
+        return previous.div_(self.beta)
 
     def skip_gradients(self, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What the skip connections pass of the gradient of ``x_i`` to ``x_{i-1}`` and ``x_{i-2}``.
@@ -90,7 +108,43 @@ class Coupling:
         """The stage's output from ``x_n`` and ``x_{n-1}``; autograd stores nothing for it."""
         if self.beta == 0:
             return last
-        return torch.add(last, before, alpha=self.beta) * (1 / (1 + self.beta))
+        return torch.add(last, before, alpha=self.beta).mul(1 / (1 + self.beta))
+
+
+class _Round(torch.autograd.Function):
+    """Rounding to the grid as a part of a differentiable network: its gradient is the identity."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, bits: int) -> Tensor:
+        return _rounded(x, bits)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is needed in the backward."""
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return gradients[0], None
+
+
+def to_grid(x: Tensor, bits: int) -> Tensor:
+    """The nearest multiples of ``2**-bits``, as a new tensor; differentiable as the identity."""
+    if x.requires_grad and torch.is_grad_enabled():
+        rounded: Tensor = _Round.apply(x, bits)
+        return rounded
+    return _rounded(x, bits)
+
+
+def _rounded(x: Tensor, bits: int) -> Tensor:
+    # Powers of two scale without rounding, so that round() alone decides.
+    return torch.mul(x, 2.0**bits).round_().mul_(2.0**-bits)
+
+
+def grid_limit(bits: int) -> float:
+    """Streams below this are held exactly: float32 has 24 significant bits."""
+    return 2.0 ** (24 - bits)
 
 
 def _scaled(gradient: Tensor, factor: float) -> Tensor | None:

@@ -15,10 +15,10 @@ from tests.reversible.toy_blocks import (
 )
 
 
-def stack(depth: int = 4, **block: float) -> nn.Sequential:
+def stack(depth: int = 4, *, exact: bool = True, **block: float) -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(*(MlpBlock(**block) for _ in range(depth))).double()  # type: ignore[arg-type]
-    rewire(model)
+    rewire(model, exact=exact)
     return model
 
 
@@ -29,7 +29,7 @@ def points(requires_grad: bool = False) -> Tensor:
 @pytest.mark.parametrize(("alpha", "beta"), [(0.0, 1.0), (0.3, 0.7), (1.0, 0.5), (0.0, 0.4)])
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_gradients_are_those_of_the_equations(alpha: float, beta: float, depth: int) -> None:
-    model, x = stack(depth), points(requires_grad=True)
+    model, x = stack(depth, exact=False), points(requires_grad=True)
     set_coupling(model, alpha=alpha, beta=beta)
     found = one_step(model, x)
     previous, current = x, x
@@ -54,10 +54,10 @@ def test_swin_with_drop_path_and_dropout() -> None:
     assert all(g is not None for g in result.gradients.values())
 
 
-def test_swin_in_float32_is_close() -> None:
+def test_swin_on_float_streams_is_close() -> None:
     torch.manual_seed(0)
     model = tiny_swin((1, 4), drop_path=0.2).train()
-    rewire(model)
+    rewire(model, exact=False)
     assert_reversible_is_stored(model, torch.randn(2, 3, 4, 32, 32), tolerance=1e-4)
 
 
@@ -102,7 +102,7 @@ def test_partly_frozen_branches() -> None:
 def test_a_leaf_input_gets_its_gradient_once() -> None:
     x = points(requires_grad=True)
     model = nn.Sequential(PairBlock(nn.Identity(), nn.Identity()))
-    rewire(model)
+    rewire(model, exact=False)
     # x1 = x + x, x2 = x1 + x, output (x1 + x2) / 2 = 2.5 x
     result = one_step(model, x, loss=lambda y: y.sum())
     torch.testing.assert_close(result.gradients["input 0"], torch.full_like(x, 2.5))
@@ -243,7 +243,7 @@ def test_an_in_place_operation_around_the_stage() -> None:
 def test_a_float32_step_matches_the_step_of_the_same_seed() -> None:
     model = stack(dropout=0.4)
     x = points()
-    assert_same_step(one_step(model, x, seed=3), one_step(model, x, seed=3), tolerance=0)
+    assert_same_step(one_step(model, x, seed=3), one_step(model, x, seed=3))
 
 
 def test_torch_func_works_on_stored_activations() -> None:

@@ -46,7 +46,7 @@ def test_swin_computes_the_equation_of_the_paper() -> None:
         previous, current = current, following
         following = previous + block.mlp(block.norm2(current))
         previous, current = current, following
-    rewire(model)
+    rewire(model, exact=False)
     torch.testing.assert_close(model.features[0](x), (previous + current) / 2)
 
 
@@ -86,7 +86,7 @@ def test_unwire_gives_the_original_back() -> None:
     assert type(model.features[0]) is nn.Sequential
     assert not list(reversible_stages(model))
     rewire(model)
-    assert all(stage.reversible for _, stage in reversible_stages(model))
+    assert all(stage.settings.reversible for _, stage in reversible_stages(model))
 
 
 def test_the_report_names_every_stage_and_everything_left_out() -> None:
@@ -113,7 +113,7 @@ def test_a_container_may_hold_several_runs_and_other_modules() -> None:
     middle = blocks[2]((first + second) / 2)
     last = blocks[3].branch(middle) + middle  # type: ignore[operator]
     truth = torch.tanh((middle + last) / 2)
-    report = rewire(model)
+    report = rewire(model, exact=False)
     assert [s.blocks for s in report.stages] == [("0", "1"), ("3",)]
     assert isinstance(model, ReversibleSequential)
     torch.testing.assert_close(model(x), truth)
@@ -184,7 +184,7 @@ def test_the_coupling_can_be_changed_and_a_second_rewire_sets_it_too() -> None:
     model = tiny_swin()
     rewire(model)
     set_coupling(model, alpha=0.5, beta=0.5)
-    assert {s.coupling for _, s in reversible_stages(model)} == {Coupling(alpha=0.5, beta=0.5)}
+    assert {s.settings.coupling for _, s in reversible_stages(model)} == {Coupling(alpha=0.5, beta=0.5)}
     report = rewire(model, alpha=0.1, beta=0.9)
     assert len(report.stages) == 2
-    assert {s.coupling for _, s in reversible_stages(model)} == {Coupling(alpha=0.1, beta=0.9)}
+    assert {s.settings.coupling for _, s in reversible_stages(model)} == {Coupling(alpha=0.1, beta=0.9)}

@@ -1,0 +1,198 @@
+"""Rewired containers: the same `nn.Sequential` or `nn.ModuleList`, of a class that runs stages.
+
+`rewire` changes the class of a container, so that it stays the same object with the same children,
+parameter names and hooks. The branches are asked for in every forward rather than kept: a copied,
+unpickled or edited container runs its present children.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from re2tal.reversible.branches import NotReversibleError, returned, split
+from re2tal.reversible.call import BranchCall
+from re2tal.reversible.engine import run_stage
+from re2tal.reversible.replay import ReversibleError
+from re2tal.reversible.report import joined, span_of
+from re2tal.reversible.settings import Settings
+from re2tal.reversible.watch import Watch
+
+
+class Rewired(nn.Module):
+    """What both kinds of rewired containers have.
+
+    Attributes:
+        settings: how its stages run.
+        rewired: names of the children that take part; the others are called as they are.
+        place: name of the container in the rewired model, for errors.
+        watch: checks and measurements of its stages.
+    """
+
+    settings: Settings
+    rewired: frozenset[str]
+    place: str
+    watch: Watch
+    original: type[nn.Module]
+
+    @classmethod
+    def adopt(
+        cls, module: nn.Module, *, settings: Settings, rewired: frozenset[str], place: str
+    ) -> None:
+        """Turn a container into a rewired one, in place."""
+        module.__class__ = cls
+        vars(module).update(settings=settings, rewired=rewired, place=place, watch=Watch())
+
+    def restore(self) -> None:
+        """Turn it back into what it was, in place."""
+        for attribute in ("settings", "rewired", "place", "watch"):
+            vars(self).pop(attribute, None)
+        self.__class__ = self.original  # type: ignore[assignment]
+
+    def runs(self) -> Iterator[tuple[bool, tuple[str, ...]]]:
+        """The children in order, as runs of names that are rewired or not."""
+        for rewired, names in groupby(self._modules, key=self.rewired.__contains__):
+            yield rewired, tuple(names)
+
+    def run(
+        self,
+        names: Sequence[str],
+        x: Tensor,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """Run the blocks of these names as one stage."""
+        budget = self.settings.slice_bytes
+        calls = [
+            BranchCall(branch, f"{place} ({branch.name})", x.dtype, budget, args, kwargs)
+            for place, block in ((joined(self.place, n), self._modules[n]) for n in names)
+            for branch in _branches_of(place, block)
+        ]
+        where = joined(self.place, span_of(names))
+        return run_stage(calls, x, self.settings, self.watch, where)
+
+    def extra_repr(self) -> str:
+        """The coupling and the mode, for `print(model)`."""
+        coupling = self.settings.coupling
+        because = self.settings.stored_because()
+        mode = "reversible" if because is None else f"stored: {because}"
+        return f"alpha={coupling.alpha:g}, beta={coupling.beta:g}, {mode}"
+
+
+def _branches_of(place: str, block: nn.Module | None) -> list[Any]:
+    try:
+        return split(block)
+    except NotReversibleError as error:
+        raise ReversibleError(
+            f"Block {place} was rewired, but cannot run reversibly now: {error}."
+        ) from error
+
+
+class ReversibleSequential(Rewired, nn.Sequential):
+    """An `nn.Sequential` that runs its runs of consecutive residual blocks as reversible stages."""
+
+    original = nn.Sequential
+
+    # Nodes with state cannot be traced: compile the modules inside the blocks.
+    @torch.compiler.disable
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Sequential gives it
+        """Call the children in order; each run of rewired ones is one stage.
+
+        Raises:
+            ReversibleError: if a rewired child is no longer reversible.
+        """
+        x = input
+        for rewired, names in self.runs():
+            if rewired and not self.settings.coupling.plain:
+                x = self.run(names, x)
+                continue
+            for name in names:
+                child = self._modules[name]
+                x = x if child is None else child(x)
+        return x
+
+
+class ReversibleModuleList(Rewired, nn.ModuleList):
+    """An `nn.ModuleList` whose blocks are called one by one by the model's own forward.
+
+    The first block of a run that is called runs the whole stage; the others pass its result on.
+    """
+
+    original = nn.ModuleList
+
+    @classmethod
+    def adopt(
+        cls, module: nn.Module, *, settings: Settings, rewired: frozenset[str], place: str
+    ) -> None:
+        """Turn a list into a rewired one, in place; its blocks get a forward of their own."""
+        super().adopt(module, settings=settings, rewired=rewired, place=place)
+        for name in rewired:
+            vars(module._modules[name])["forward"] = Passage(module, name)
+
+    def restore(self) -> None:
+        """Turn it back into an `nn.ModuleList`, in place."""
+        for block in self._modules.values():
+            if isinstance(vars(block).get("forward"), Passage):
+                del vars(block)["forward"]
+        super().restore()
+
+
+_PASSED = "_re2tal_passed"
+
+
+class Passage:
+    """The ``forward`` of a block in a `ReversibleModuleList`; stands in the block's ``__dict__``.
+
+    Args:
+        container: the list.
+        name: of the block in it.
+    """
+
+    def __init__(self, container: ReversibleModuleList, name: str) -> None:
+        self.container = container
+        self.name = name
+
+    @torch.compiler.disable
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The stage's result at its first block, what came in at the others.
+
+        Raises:
+            ReversibleError: if a block is not given what the block before it has returned, or is
+                called with other arguments than the first.
+        """
+        block = self.container._modules[self.name]
+        if self.container.settings.coupling.plain:
+            return type(block).forward(block, x, *args, **kwargs)
+        names = next(names for _, names in self.container.runs() if self.name in names)
+        if self.name == names[0]:
+            y = self.container.run(names, x, args, kwargs)
+            setattr(y, _PASSED, (self.container, args, kwargs))
+            return returned(block, y, *args, **kwargs)
+        self._check(getattr(x, _PASSED, None), args, kwargs)
+        return returned(block, x, *args, **kwargs)
+
+    def _check(self, passed: Any, args: Any, kwargs: Any) -> None:
+        place = joined(self.container.place, self.name)
+        if passed is None or passed[0] is not self.container:
+            raise ReversibleError(
+                f"Block {place} is in the middle of a reversible stage, but its input is not what "
+                "the block before it has returned. Call the blocks of a stage one after another, "
+                "with nothing in between, or unwire(model)."
+            )
+        if not _same(passed[1:], (args, kwargs)):
+            raise ReversibleError(
+                f"Block {place} is called with other arguments than the first block of its stage, "
+                "but a reversible stage runs all its blocks with those."
+            )
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a is b
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    return bool(a is b or a == b)

@@ -1,0 +1,108 @@
+"""Modules between the stages: their activations are computed anew instead of stored.
+
+A stem or a down-sampling layer is not reversible. Its node keeps the way to its input, and repeats
+the module when its gradients are asked for. Where the input is a stage's merged streams, or frames
+that are normalised from ``uint8``, nothing has to be kept for it at all.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from re2tal.reversible.randomness import Draws
+from re2tal.reversible.replay import Autocast, Conditions, uncached
+from re2tal.reversible.step import differentiate, hooks_paused
+from re2tal.reversible.tape import no_gradients_of_gradients, source_of
+
+
+class Recomputed:
+    """The ``forward`` of a module that is recomputed in the backward pass.
+
+    It stands in the module's own ``__dict__``, so that the module stays the same object of the same
+    class. Its first argument and the first of its results are tensors; others are passed along.
+
+    Args:
+        module: whose forward it is.
+        place: the module's name in the model, for errors.
+    """
+
+    def __init__(self, module: nn.Module, place: str) -> None:
+        self.module = module
+        self.place = place
+        self.active = True
+
+    # A node with state cannot be traced.
+    @torch.compiler.disable
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The module's result."""
+        needs = x.requires_grad or any(p.requires_grad for p in self.module.parameters())
+        if not (self.active and needs and torch.is_grad_enabled()):
+            return self.plain(x, *args, **kwargs)
+        run = _Run(self, x, args, kwargs)
+        y = _RecomputedNode.apply(run, x, *run.conditions.parameters)
+        return y if run.others is None else (y, *run.others)
+
+    def plain(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward."""
+        return type(self.module).forward(self.module, x, *args, **kwargs)
+
+
+class _Run:
+    """One call, with what its repetition needs."""
+
+    def __init__(self, owner: Recomputed, x: Tensor, args: Any, kwargs: Any) -> None:
+        self.owner = owner
+        self.where = owner.place
+        self.conditions = Conditions([owner.module], x.device, Autocast(x.device), owner.place)
+        self.others: tuple[Any, ...] | None = None
+        self._arguments = args, kwargs
+        self._needs_gradient = x.requires_grad
+        self._source = source_of(x)
+        self._draws = Draws()
+
+    def first(self, x: Tensor) -> Tensor:
+        with self.conditions.noted(), torch.enable_grad():
+            self._draws.mark(x, self.conditions.devices)
+            _, y, self.others = self._once(x)
+        self._draws.settle()
+        return y.detach()
+
+    def again(self) -> tuple[Tensor, Tensor]:
+        """The input as a leaf, and the result with its history."""
+        x = self._source()
+        with self.conditions.repeated(), torch.enable_grad(), self._draws.revisited(0):
+            leaf, y, _ = self._once(x)
+        return leaf, y
+
+    def _once(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Any, ...] | None]:
+        leaf = x.detach().requires_grad_(self._needs_gradient)
+        args, kwargs = self._arguments
+        with uncached():
+            result = self.owner.plain(leaf, *args, **kwargs)
+        if isinstance(result, tuple):
+            return leaf, result[0], result[1:]
+        return leaf, result, None
+
+
+class _RecomputedNode(torch.autograd.Function):
+    """The result of a module from its input and its parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, run: _Run, x: Tensor, *_parameters: Tensor) -> Tensor:
+        ctx.run = run
+        return run.first(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        run: _Run = ctx.run
+        no_gradients_of_gradients(run.where)
+        _, needs_input, *needs_parameters = ctx.needs_input_grad
+        parameters = zip(run.conditions.parameters, needs_parameters, strict=True)
+        wanted = [p for p, needed in parameters if needed]
+        leaf, y = run.again()
+        inputs = [*([leaf] if needs_input else []), *wanted]
+        with hooks_paused(wanted):
+            found = iter(differentiate(y, inputs, gradients[0]))
+        to_input = next(found) if needs_input else None
+        return (None, to_input, *(next(found) if needed else None for needed in needs_parameters))

@@ -1,0 +1,105 @@
+"""The tape of one forward, rewound branch by branch, and tensors that can be rebuilt from it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from re2tal.reversible.replay import ReversibleError
+
+
+class Tape:
+    """The two streams of one forward at the depth which its backward has reached."""
+
+    def __init__(self) -> None:
+        self.bottom = 0  # the first branch that has a backward: nothing below it needs rebuilding
+        self._depth = 0
+        self._streams: tuple[Tensor, Tensor] | None = None
+        self._versions: tuple[int, int] = (0, 0)
+
+    def hold(self, depth: int, current: Tensor, previous: Tensor) -> None:
+        """Hold ``x_depth`` and ``x_{depth-1}``, and let go of what was held."""
+        # Detached: a stream that knew its node would keep the node, and thus this tape, alive.
+        self._depth = depth
+        self._streams = current.detach(), previous.detach()
+        self._versions = current._version, previous._version
+
+    def release(self) -> None:
+        """Let go of the streams: no branch needs them any more."""
+        self._streams = None
+
+    def at(self, depth: int, where: str) -> tuple[Tensor, Tensor]:
+        """``x_depth`` and ``x_{depth-1}``.
+
+        Raises:
+            ReversibleError: if the tape is elsewhere, which a second backward brings about, or if
+                a stream was modified in place.
+        """
+        if self._streams is None or self._depth != depth:
+            raise ReversibleError(
+                f"{where} was asked for a second backward of one forward, but a reversible stage "
+                "rebuilds its activations once. Run the forward again, ask for all gradients in "
+                "one call, or call set_reversible(model, False) to store activations."
+            )
+        current, previous = self._streams
+        if (current._version, previous._version) != self._versions:
+            raise ReversibleError(
+                f"{where}: the input of the stage was modified in place after its forward. "
+                "Use the out-of-place form of that operation."
+            )
+        return current, previous
+
+
+_REBUILD = "_re2tal_rebuild"
+
+
+def rebuildable(tensor: Tensor, rebuild: Callable[[], Tensor]) -> Tensor:
+    """Note on a tensor how its values can be had again, so that a stage need not keep them.
+
+    Modules that are recomputed in the backward pass ask for their input in this way: the merged
+    streams of the stage before, or frames that are normalised anew from ``uint8``.
+
+    Args:
+        tensor: what was computed.
+        rebuild: returns the same values, bit for bit, until the backward pass has passed here.
+
+    Returns:
+        ``tensor`` itself.
+    """
+    setattr(tensor, _REBUILD, rebuild)
+    return tensor
+
+
+def source_of(tensor: Tensor) -> Callable[[], Tensor]:
+    """Returns the values of a tensor later, without keeping them if they can be rebuilt.
+
+    Raises:
+        ReversibleError: when called, if a tensor that had to be kept was modified in place.
+    """
+    rebuild: Callable[[], Tensor] | None = getattr(tensor, _REBUILD, None)
+    if rebuild is not None:
+        return rebuild
+    kept, version = tensor.detach(), 0 if tensor.is_inference() else tensor._version
+
+    def again() -> Tensor:
+        if kept._version != version:
+            raise ReversibleError(
+                f"An input of shape {tuple(kept.shape)} was modified in place between the forward "
+                "and its backward. Use the out-of-place form of that operation."
+            )
+        return kept
+
+    return again
+
+
+def no_gradients_of_gradients(where: str) -> None:
+    """Refuse a backward that is recorded itself.
+
+    Raises:
+        ReversibleError: if gradients are on.
+    """
+    if torch.is_grad_enabled():
+        raise ReversibleError(
+            f"{where}: gradients of gradients (create_graph=True) do not pass "
+            "through a reversible stage. Call set_reversible(model, False)."
+        )

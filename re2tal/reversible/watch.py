@@ -1,0 +1,212 @@
+"""Nothing trains silently on wrong activations: what is rebuilt is compared with what was there.
+
+Each stage keeps a few numbers about its input: in exact mode a sum over all of its bits, otherwise
+a sample of its values. At the end of its backward they are compared with the rebuilt input. On a
+GPU the verdict travels to the host while the device works on, and is read when it has arrived: at
+the next forward of the stage, or at once by `check`.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from re2tal.reversible.call import BranchCall
+from re2tal.reversible.gate import gate_key, reconstruction_error
+from re2tal.reversible.replay import ReversibleError
+from re2tal.reversible.settings import TOLERANCE, Settings
+from re2tal.reversible.streams import grid_limit
+
+_LOG = logging.getLogger(__name__)
+_SAMPLE = 2**16
+
+
+class Watch:
+    """Checks and measurements of one container; a copy or an unpickled one starts anew.
+
+    Attributes:
+        error: relative error (root mean square) of the last input rebuilt in floating point, as a
+            tensor on the device; None before the first, and 0 in exact mode.
+        modes: for each stage, by place, how it ran last: "reversible" or "stored: why".
+    """
+
+    def __init__(self) -> None:
+        self.error: Tensor | float | None = None
+        self.modes: dict[str, str] = {}
+        self._pending: list[_Verdict] = []
+        self._measured: dict[Any, float] = {}
+
+    def __reduce__(self) -> Any:
+        return Watch, ()
+
+    def __deepcopy__(self, memo: object) -> "Watch":
+        return Watch()
+
+    def poll(self, *, wait: bool = False) -> None:
+        """Read the verdicts that have arrived, or wait for all of them.
+
+        Raises:
+            ReversibleError: for the first that is not good.
+        """
+        while self._pending and (wait or self._pending[0].arrived()):
+            self._pending.pop(0).read()
+
+    def stores(
+        self, calls: Sequence[BranchCall], stream: Tensor, settings: Settings, where: str
+    ) -> bool:
+        """Whether this stage stores its activations now; notes and logs the reason.
+
+        A coupling that divides by beta is tried out on the stream at hand.
+        """
+        reason = settings.stored_because()
+        if reason is None and self._inexact(settings) and not isinstance(stream, FakeTensor):
+            key = gate_key(settings, stream, calls, where)
+            if key not in self._measured:
+                self._measured[key] = reconstruction_error(calls, stream, settings)
+            error = self._measured[key]
+            if not error <= TOLERANCE:
+                reason = f"rebuilding would be off by {error:.1e}, more than {TOLERANCE:.0e}"
+        self.note(where, "reversible" if reason is None else f"stored: {reason}", settings)
+        return reason is not None
+
+    def note(self, where: str, mode: str, settings: Settings) -> None:
+        """Note how a stage runs, and log it if that is new."""
+        if self.modes.get(where) != mode:
+            self.modes[where] = mode
+            weights = f"alpha={settings.coupling.alpha:g}, beta={settings.coupling.beta:g}"
+            _LOG.info("%s: %s (%s)", where or "model", mode, weights)
+
+    def extent(self, settings: Settings, stream: Tensor, where: str) -> "Extent":
+        """What watches the magnitude of a forward's streams."""
+        return Extent(self, settings, stream, where)
+
+    def witness(
+        self, current: Tensor, previous: Tensor, settings: Settings, where: str
+    ) -> "Witness | None":
+        """What remembers the streams at the bottom of a tape; None if nothing is to be compared."""
+        if not settings.verify or isinstance(current, FakeTensor):
+            return None
+        return Witness(self, current, previous, settings, where)
+
+    def post(self, verdict: "_Verdict") -> None:
+        """Take a verdict in, to be read when it has arrived."""
+        self._pending.append(verdict)
+        self.poll()
+
+    @staticmethod
+    def _inexact(settings: Settings) -> bool:
+        coupling = settings.coupling
+        return not settings.exact and (coupling.alpha != 0 or coupling.beta != 1)
+
+
+class Extent:
+    """The largest magnitude of the streams of one forward on the grid."""
+
+    def __init__(self, watch: Watch, settings: Settings, stream: Tensor, where: str) -> None:
+        self._watch = watch
+        self._bits = settings.grid if not isinstance(stream, FakeTensor) else None
+        self._where = where
+        self._largest: list[Tensor] = []
+        self.see(stream)
+
+    def see(self, stream: Tensor) -> None:
+        """Take in one more stream."""
+        if self._bits is not None:
+            self._largest += torch.aminmax(stream.detach())
+
+    def judge(self) -> Tensor | None:
+        """Compare with what the grid can hold; returns the largest magnitude there was."""
+        if self._bits is None:
+            return None
+        bits = self._bits
+        message = (
+            f"{self._where or 'The stage'}: a stream reached {{:.4g}}, beyond the "
+            f"{grid_limit(bits):g} that a grid of 2^-{bits} can hold exactly. "
+            f"Call rewire(model, grid={max(bits - 4, 0)}) (or smaller), or exact=False."
+        )
+        largest = torch.stack(self._largest).abs().amax().double()
+        # Values that are not finite show in the loss; they are no matter of the grid.
+        bad = torch.isfinite(largest) & (largest >= grid_limit(bits))
+        self._watch.post(_Verdict(torch.stack([bad.double(), largest]), message))
+        return largest
+
+
+class Witness:
+    """Remembers the streams ``x_{d-1}`` and ``x_{d-2}`` below the first branch ``d`` of a tape.
+
+    Attributes:
+        largest: the largest magnitude of the forward's streams, once it is known.
+    """
+
+    largest: Tensor | None = None
+
+    def __init__(
+        self, watch: Watch, current: Tensor, previous: Tensor, settings: Settings, where: str
+    ) -> None:
+        self._watch = watch
+        self._exact = settings.exact
+        self._where = where
+        self._read = _bits if self._exact else _sample
+        before = self._read(previous)
+        same = current.data_ptr() == previous.data_ptr()  # at the stage's input
+        self._before = before if same else self._read(current), before
+
+    def compare(self, current: Tensor, previous: Tensor) -> None:
+        """Compare with the rebuilt ones."""
+        pairs = list(zip((self._read(current), self._read(previous)), self._before, strict=True))
+        if not self._exact:
+            errors = [(a - b).double().norm() / b.double().norm() for a, b in pairs]
+            self._watch.error = torch.stack(errors).amax()
+            return
+        self._watch.error = 0.0
+        bad = torch.stack([a != b for a, b in pairs]).any().double()
+        # A stream that is not finite cannot be rebuilt, but then the loss is not finite either.
+        assert self.largest is not None
+        finite = torch.isfinite(self.largest)
+        message = (
+            f"{self._where or 'The stage'}: the rebuilt input is not the one of the forward, so "
+            "gradients would be wrong. Likely causes: a branch that is not deterministic (a kernel "
+            "that adds in any order, randomness that PyTorch does not generate), one that depends "
+            "on something that changed since its forward, or a stream that left the grid midway "
+            "(rewire with a smaller grid). To train on, call set_reversible(model, False)."
+        )
+        self._watch.post(_Verdict(torch.stack([bad * finite, bad]), message))
+
+
+class _Verdict:
+    """Whether something went wrong and by how much, on its way to the host."""
+
+    def __init__(self, answer: Tensor, message: str) -> None:
+        self._message = message
+        self._event: torch.cuda.Event | None = None
+        if answer.device.type == "cuda":
+            self._answer = torch.empty(answer.shape, dtype=answer.dtype, pin_memory=True)
+            self._answer.copy_(answer, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(answer.device))
+        else:
+            self._answer = answer.cpu()
+
+    def arrived(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def read(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+        bad, value = self._answer.tolist()
+        if bad:
+            raise ReversibleError(self._message.format(value))
+
+
+def _bits(stream: Tensor) -> Tensor:
+    """The sum of the bit patterns: changes with any bit, whatever the order of summation."""
+    whole = {4: torch.int32, 8: torch.int64}[stream.element_size()]
+    return stream.detach().view(whole).sum(dtype=torch.int64)
+
+
+def _sample(stream: Tensor) -> Tensor:
+    flat = stream.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLE)].clone()
