@@ -1,8 +1,9 @@
 """torchvision's video ResNets (R3D, MC3, R(2+1)D): arXiv 1711.11248.
 
 A block computes ``relu(x + F(x))``, which no skip connection can be moved out of. As in Re2TAL's
-SlowFast the ReLU moves into the branch: ``x + relu(F(x))``. Other than for the families without an
-activation on the skip connection, the coupling (1, 0) is therefore not the pretrained network.
+SlowFast the ReLU moves into the branch: ``x + relu(F(x))``. So, unlike in the other families, a
+chain of the branches is not the pretrained block, and couplings close to (1, 0) are not close to
+the pretrained network, which runs at (1, 0) itself: every coupling needs finetuning.
 """
 
 from torch import nn
