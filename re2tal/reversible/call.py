@@ -87,9 +87,10 @@ class BranchCall:
         if self._budget is None or cut is None or tied:
             return Whole(self._args, self._kwargs), [(0, 1)]
         layout = cut(stream, *self._args, **self._kwargs)
-        budget = self._budget
-        if budget == "auto":
+        if self._budget == "auto":
             budget = max(SMALLEST_PIECE, stream.numel() * stream.element_size())
+        else:
+            budget = self._budget
         return layout, _shown(spans(layout, budget), stream)
 
     def share(self, layout: Layout, stream: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
@@ -161,7 +162,8 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004
-        ctx.layout, ctx.cuts, ctx.shape = *inputs[:2], inputs[2].shape
+        ctx.layout, ctx.cuts, x = inputs
+        ctx.shape = x.shape
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, Tensor]:
@@ -175,9 +177,7 @@ class _Join(torch.autograd.Function):
     """A result from its pieces; the backward takes the gradient apart."""
 
     @staticmethod
-    def forward(
-        layout: Layout, cuts: Sequence[Span], shape: torch.Size, *pieces: Tensor
-    ) -> Tensor:
+    def forward(layout: Layout, cuts: Sequence[Span], shape: torch.Size, *pieces: Tensor) -> Tensor:
         joined = Joined(layout, shape)
         for span, piece in zip(cuts, pieces, strict=True):
             joined.put(span, piece)

@@ -128,6 +128,7 @@ class ReversibleModuleList(Rewired, nn.ModuleList):
     ) -> None:
         """Turn a list into a rewired one, in place; its blocks get a forward of their own."""
         super().adopt(module, settings=settings, rewired=rewired, place=place)
+        assert isinstance(module, ReversibleModuleList)
         for name in rewired:
             vars(module._modules[name])["forward"] = Passage(module, name)
 

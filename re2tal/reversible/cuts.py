@@ -6,8 +6,9 @@ in a piece follows from a budget of bytes, and from shapes only: the forward and
 alike, which bit-exact replays need.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any, Protocol
 
@@ -27,9 +28,20 @@ class Layout(Protocol):
         contiguous: whether the piece of all units is the input itself, in another shape.
     """
 
-    units: int
-    elements: int
-    contiguous: bool
+    @property
+    def units(self) -> int:
+        """See above."""
+        ...
+
+    @property
+    def elements(self) -> int:
+        """See above."""
+        ...
+
+    @property
+    def contiguous(self) -> bool:
+        """See above."""
+        ...
 
     def share(self) -> tuple[Tensor, ...]:
         """What all pieces use and is computed once, with gradients: a relative position bias."""
@@ -63,67 +75,64 @@ class Cut(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
-    """One unit: the branch runs on the whole input."""
+class _Called:
+    """What layouts share whose pieces the branch itself is called with."""
 
-    args: tuple[Any, ...] = ()
-    kwargs: Any = None
-    units: int = 1
-    elements: int = 0
-    contiguous: bool = True
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    contiguous = True
 
     def share(self) -> tuple[Tensor, ...]:
+        """Nothing."""
         return ()
 
     def new(self, like: Tensor) -> Tensor:
+        """An empty tensor, contiguous."""
         return torch.empty_like(like, memory_format=torch.contiguous_format)
-
-    def take(self, x: Tensor, start: int, stop: int) -> Tensor:  # noqa: ARG002
-        return x
-
-    def put(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:  # noqa: ARG002
-        out.copy_(piece)
 
     def run(
         self,
-        branch: Any,
+        branch: Callable[..., Tensor],
         piece: Tensor,
         start: int,  # noqa: ARG002
         stop: int,  # noqa: ARG002
         shared: Sequence[Tensor],  # noqa: ARG002
     ) -> Tensor:
-        result: Tensor = branch(piece, *self.args, **(self.kwargs or {}))
-        return result
+        """The branch's result."""
+        return branch(piece, *self.args, **self.kwargs)
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
+class Whole(_Called):
+    """One unit: the branch runs on the whole input."""
+
+    units = 1
+    elements = 0
+
+    def take(self, x: Tensor, start: int, stop: int) -> Tensor:  # noqa: ARG002
+        """The input itself."""
+        return x
+
+    def put(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:  # noqa: ARG002
+        """Write all of it."""
+        out.copy_(piece)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows(_Called):
     """Units that lie one after another in memory."""
 
     units: int
     elements: int
-    unit_shape: tuple[int, ...]
-    args: tuple[Any, ...] = ()
-    kwargs: Any = None
-    contiguous: bool = True
-
-    def share(self) -> tuple[Tensor, ...]:
-        return ()
-
-    def new(self, like: Tensor) -> Tensor:
-        return torch.empty_like(like, memory_format=torch.contiguous_format)
+    shape: tuple[int, ...]  # of a unit
 
     def take(self, x: Tensor, start: int, stop: int) -> Tensor:
-        return x.reshape(self.units, *self.unit_shape)[start:stop]
+        """A view, where the input is contiguous."""
+        return x.reshape(self.units, *self.shape)[start:stop]
 
     def put(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:
-        out.view(self.units, *self.unit_shape)[start:stop] = piece
-
-    def run(
-        self, branch: Any, piece: Tensor, start: int, stop: int, shared: Sequence[Tensor]
-    ) -> Tensor:
-        result: Tensor = branch(piece, *self.args, **(self.kwargs or {}))
-        return result
+        """Write some rows."""
+        out.view(self.units, *self.shape)[start:stop] = piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +150,7 @@ class ByToken:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Layout:
         """Every vector along the last dimension is a unit."""
-        return _Rows(prod(x.shape[:-1]), self.width, (x.shape[-1],), args, kwargs)
+        return _Rows(args, kwargs, prod(x.shape[:-1]), self.width, (x.shape[-1],))
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +168,7 @@ class BySample:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Layout:
         """Every sample of the batch is a unit."""
         sample = tuple(x.shape[1:])
-        return _Rows(x.shape[0], int(self.growth * prod(sample)), sample, args, kwargs)
+        return _Rows(args, kwargs, x.shape[0], int(self.growth * prod(sample)), sample)
 
 
 def spans(layout: Layout, budget: int) -> list[tuple[int, int]]:
@@ -170,7 +179,7 @@ def spans(layout: Layout, budget: int) -> list[tuple[int, int]]:
     fitting = max(1, budget // max(1, layout.elements * BYTES_PER_ELEMENT))
     count = -(-layout.units // fitting)
     edges = [layout.units * i // count for i in range(count + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 def per_unit(factor: Tensor, layout: Layout, start: int, stop: int, dims: int) -> Tensor:

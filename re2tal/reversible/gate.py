@@ -6,6 +6,7 @@ and beta move over training the answer changes, so a stage is tried out whenever
 moved by a twentieth.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -41,9 +42,7 @@ def gate_key(
 
 
 @torch.no_grad()
-def reconstruction_error(
-    calls: Sequence[BranchCall], stream: Tensor, settings: Settings
-) -> float:
+def reconstruction_error(calls: Sequence[BranchCall], stream: Tensor, settings: Settings) -> float:
     """Run a stage forward and back again, without a trace.
 
     Args:
@@ -70,4 +69,4 @@ def reconstruction_error(
             increment = step.again(previous, None).increment
             current, previous = previous, coupling.rewind(increment, current)
     worst = max(float((x - stream).norm() / stream.norm()) for x in (current, previous))
-    return worst if worst == worst else float("inf")  # noqa: PLR0124 - NaN is not itself
+    return math.inf if math.isnan(worst) else worst

@@ -1,6 +1,6 @@
 """Rewire the residual blocks of a model in place, and take it back."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any

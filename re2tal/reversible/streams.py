@@ -90,7 +90,7 @@ class Coupling:
         return torch.add(increment, previous, alpha=self.beta)
 
     def rewind(self, increment: Tensor, following: Tensor, *, overwrite: bool = False) -> Tensor:
-        """``x_{i-2}`` from the increment of ``x_i`` and ``x_i``; may reuse the increment's memory."""
+        """``x_{i-2}`` from ``x_i`` and its increment, whose memory may be reused."""
         out = increment if overwrite else None
         previous = torch.sub(following, increment, out=out)
         if self.beta == 1:

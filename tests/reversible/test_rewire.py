@@ -180,11 +180,15 @@ def test_a_subclass_of_sequential_is_left_out_with_its_reason() -> None:
     ]
 
 
+def couplings(model: nn.Module) -> set[Coupling]:
+    return {stage.settings.coupling for _, stage in reversible_stages(model)}
+
+
 def test_the_coupling_can_be_changed_and_a_second_rewire_sets_it_too() -> None:
     model = tiny_swin()
     rewire(model)
     set_coupling(model, alpha=0.5, beta=0.5)
-    assert {s.settings.coupling for _, s in reversible_stages(model)} == {Coupling(alpha=0.5, beta=0.5)}
+    assert couplings(model) == {Coupling(alpha=0.5, beta=0.5)}
     report = rewire(model, alpha=0.1, beta=0.9)
     assert len(report.stages) == 2
-    assert {s.settings.coupling for _, s in reversible_stages(model)} == {Coupling(alpha=0.1, beta=0.9)}
+    assert couplings(model) == {Coupling(alpha=0.1, beta=0.9)}

@@ -112,7 +112,7 @@ def assert_same_step(a: StepResult, b: StepResult, *, tolerance: float = 0.0) ->
 def assert_reversible_is_stored(
     model: nn.Module, *inputs: Tensor, tolerance: float = 0.0, seed: int = 0
 ) -> StepResult:
-    """One step with rebuilt activations against the same step with stored ones: bit-equal, or close."""
+    """A step with rebuilt activations against one with stored ones: bit-equal, or close."""
     set_reversible(model, False)
     stored = one_step(model, *inputs, seed=seed)
     set_reversible(model, True)

@@ -114,11 +114,12 @@ class _WindowLayout:
 
     def share(self) -> tuple[Tensor, ...]:
         """The relative position bias, ``(1, heads, tokens, tokens)``."""
-        if len(self.size) == 3:
-            bias = self.attention.get_relative_position_bias(list(self.window))
-        else:
-            bias = self.attention.get_relative_position_bias()
-        return (bias,)
+        table, own = self.attention.relative_position_bias_table, self.attention.window_size
+        if self.window[1:] == tuple(own[1:]):
+            index = self.attention.relative_position_index
+            return (RelativeBias.apply(table, index, tuple(own), self.window),)
+        # Cut short along another axis than the first, torchvision's index means other offsets.
+        return (self.attention.get_relative_position_bias(list(self.window)),)
 
     def new(self, like: Tensor) -> Tensor:
         """An empty tensor of a shape, with a spare row behind its end for what padding yields."""
@@ -129,9 +130,9 @@ class _WindowLayout:
         """``(windows, tokens, C)``, zero at padding."""
         index, rows = self.index[start:stop], x.reshape(-1, x.shape[-1])
         if self.padded == self.size:
-            return rows[index]
-        last = rows.shape[0] - 1
-        return rows[index.clamp(max=last)].masked_fill(self._padding(start, stop), 0)
+            return _rows(rows, index)
+        inside = index.clamp(max=rows.shape[0] - 1)
+        return _rows(rows, inside).masked_fill(self._padding(start, stop), 0)
 
     def put(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:
         """Write the windows' tokens to their rows."""
@@ -164,7 +165,7 @@ class _WindowLayout:
         if any(self.shift):
             bias = bias + self._mask(start, stop, bias)
         dropout = attention.attention_dropout if attention.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        y = _attend(q, k, v, bias, dropout)
         y = y.transpose(1, 2).reshape(windows, tokens, channels)
         return F.dropout(attention.proj(y), attention.dropout, attention.training)
 
@@ -174,6 +175,69 @@ class _WindowLayout:
         chosen = regions[torch.arange(start, stop, device=bias.device) % regions.shape[0]]
         apart = chosen.unsqueeze(1) != chosen.unsqueeze(2)
         return bias.new_zeros(()).masked_fill(apart, _MASKED).unsqueeze(1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
+    """``(windows, heads, tokens, C / heads)``: fused where the bias can get a gradient."""
+    if q.device.type == "cuda":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+    # Elsewhere it falls back to these matrices, and guards them against rows that are all masked.
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1)) + bias
+    return torch.matmul(F.dropout(scores.softmax(-1), dropout), v)
+
+
+def _rows(rows: Tensor, index: Tensor) -> Tensor:
+    # Several times as fast as rows[index].
+    return rows.index_select(0, index.reshape(-1)).view(*index.shape, -1)
+
+
+class RelativeBias(torch.autograd.Function):
+    """The bias between all pairs of tokens of a window, from the table of offsets.
+
+    The gradient of an offset is the sum over a diagonal of each axis. It is taken with shears,
+    axis by axis, many times as fast as the scattered additions of an index, and always in the same
+    order.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, table: Tensor, index: Tensor, own: tuple[int, ...], window: tuple[int, ...]
+    ) -> Tensor:
+        """``(1, heads, tokens, tokens)``.
+
+        Args:
+            ctx: of autograd.
+            table: ``(offsets, heads)`` over all axes of the module's own window.
+            index: ``(tokens, tokens)`` of the own window: the row of each pair.
+            own: that window.
+            window: the one in use; it may be shorter along the first axis.
+        """
+        ctx.own, ctx.window = own, window
+        tokens = prod(window)
+        pairs = index.view(prod(own), prod(own))[:tokens, :tokens]
+        return _rows(table, pairs).permute(2, 0, 1).unsqueeze(0).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        """The gradient of the table."""
+        own, window = ctx.own, ctx.window
+        heads, axes = gradients[0].shape[1], len(window)
+        gradient = gradients[0].reshape(heads, *window, *window)
+        for axis in range(axes):
+            # (heads, offsets so far, queries.., keys..)
+            moved = gradient.movedim((1 + axis, 1 + axes), (-2, -1))
+            gradient = _sheared_sum(moved).movedim(-1, 1 + axis)
+        short = own[0] - window[0]
+        gradient = F.pad(gradient, (*(0,) * (2 * axes - 2), short, short))
+        return gradient.reshape(heads, -1).t(), None, None, None
+
+
+def _sheared_sum(pairs: Tensor) -> Tensor:
+    """Sums over ``i - j``: ``(..., w, w)`` to ``(..., 2 w - 1)``, from ``1 - w`` to ``w - 1``."""
+    w = pairs.shape[-1]
+    padded = F.pad(pairs.flip(-1), (0, w)).flatten(-2)
+    # Rows of one less than their length: each row starts one place further to the right.
+    return padded[..., :-w].unflatten(-1, (w, 2 * w - 1)).sum(-2)
 
 
 def _index(
