@@ -38,6 +38,8 @@ class Branch:
         function: ``F``, from a tensor to one of the same shape, called as
             ``function(x, *args, **kwargs)`` with whatever else the block is called with; without
             it, the modules in a row on ``x`` alone.
+        activation: what the block applies after adding its skip connection, where it computes
+            ``activation(x + F(x))``. It moves into the branch.
         drop_path: stochastic depth of the whole branch, which scales the result sample by sample
             (``F(x) * drop_path(ones)``). Not to be applied by ``function``.
         cut: how the branch runs in pieces; None runs it whole.
@@ -46,11 +48,12 @@ class Branch:
     name: str
     modules: tuple[nn.Module, ...]
     function: Callable[..., Tensor] | None = None
+    activation: Callable[[Tensor], Tensor] | None = None
     drop_path: nn.Module | None = None
     cut: Cut | None = None
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``F(x)`` before stochastic depth."""
+        """``F(x)`` before stochastic depth and activation."""
         if self.function is not None:
             return self.function(x, *args, **kwargs)
         for module in self.modules:
@@ -108,7 +111,8 @@ def split(block: nn.Module | None) -> list[Branch]:
     if has_hooks(block):
         raise NotReversibleError(
             "it has hooks of its own, which would not be called: "
-            "hook the stage or the modules inside the block instead"
+            "hook the stage or the modules inside the block instead, and call fully_shard on "
+            "the stage's container"
         )
     return found
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from re2tal.reversible.branches import Branch
 from re2tal.reversible.cuts import Layout, Whole, per_unit, spans
 from re2tal.reversible.replay import ReversibleError, counts_statistics
-from re2tal.reversible.settings import SMALLEST_PIECE, Budget
+from re2tal.reversible.settings import SMALLEST_PIECE, Settings
 from re2tal.reversible.streams import stream_dtype
 
 Span = tuple[int, int]
@@ -54,7 +54,7 @@ class BranchCall:
         branch: the branch.
         where: its place in the model, for errors.
         dtype: of the stage's input, which the block was made for.
-        budget: bytes of a piece; None runs the branch whole, by its block's own code.
+        settings: how its stage runs.
         args: what the block was called with after its first argument.
         kwargs: what it was called with by name.
     """
@@ -64,14 +64,14 @@ class BranchCall:
         branch: Branch,
         where: str,
         dtype: torch.dtype,
-        budget: Budget,
+        settings: Settings,
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.branch = branch
         self.where = where
         self._dtype = dtype
-        self._budget = budget
+        self._settings = settings
         self._args = tuple(args)
         self._kwargs = dict(kwargs or {})
         if any(isinstance(a, Tensor) and a.requires_grad for a in tree_leaves((args, kwargs))):
@@ -84,13 +84,12 @@ class BranchCall:
     def layout(self, stream: Tensor) -> tuple[Layout, list[Span]]:
         """The units of an input ``(B, ...)`` and the spans of them that run at once."""
         cut, tied = self.branch.cut, any(map(counts_statistics, self._submodules()))
-        if self._budget is None or cut is None or tied:
+        if self._settings.slice_bytes is None or cut is None or tied:
             return Whole(self._args, self._kwargs), [(0, 1)]
         layout = cut(stream, *self._args, **self._kwargs)
-        if self._budget == "auto":
+        budget = self._settings.slice_bytes
+        if budget == "auto":
             budget = max(SMALLEST_PIECE, stream.numel() * stream.element_size())
-        else:
-            budget = self._budget
         return layout, _shown(spans(layout, budget), stream)
 
     def share(self, layout: Layout, stream: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
@@ -110,7 +109,7 @@ class BranchCall:
         shared: Sequence[Tensor],
         factor: Tensor | None,
     ) -> Tensor:
-        """``F`` of a piece of the stream, in the stream's dtype.
+        """The increment for a piece of the stream, ``a(F(x) + alpha x)``, not yet on the grid.
 
         Raises:
             ReversibleError: if the branch changes the shape, or its input.
@@ -133,7 +132,7 @@ class BranchCall:
         result = result.to(stream_dtype(self._dtype))
         if factor is not None:
             result = result * per_unit(factor, layout, *span, result.ndim)
-        return result
+        return self._settings.coupling.increment(result, piece, self.branch.activation)
 
     def _submodules(self) -> list[torch.nn.Module]:
         return [m for top in self.branch.modules for m in top.modules()]
@@ -194,7 +193,7 @@ class _Join(torch.autograd.Function):
 
 
 def run_stored(call: BranchCall, stream: Tensor) -> Tensor:
-    """``F(stream)`` as autograd would have it, storing activations where gradients are on."""
+    """A branch's increment as autograd has it, storing activations where gradients are on."""
     layout, cuts = call.layout(stream)
     shared, factor = call.share(layout, stream)
     if len(cuts) == 1 and layout.contiguous:

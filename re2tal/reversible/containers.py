@@ -64,9 +64,8 @@ class Rewired(nn.Module):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """Run the blocks of these names as one stage."""
-        budget = self.settings.slice_bytes
         calls = [
-            BranchCall(branch, f"{place} ({branch.name})", x.dtype, budget, args, kwargs)
+            BranchCall(branch, f"{place} ({branch.name})", x.dtype, self.settings, args, kwargs)
             for place, block in ((joined(self.place, n), self._modules[n]) for n in names)
             for branch in _branches_of(place, block)
         ]

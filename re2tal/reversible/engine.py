@@ -17,7 +17,7 @@ from torch import Tensor
 from re2tal.reversible.call import BranchCall, run_stored
 from re2tal.reversible.replay import ReversibleError, uncached
 from re2tal.reversible.settings import Settings
-from re2tal.reversible.step import Step, add, steps_of
+from re2tal.reversible.step import Step, steps_of
 from re2tal.reversible.streams import stream_dtype, to_grid
 from re2tal.reversible.tape import Tape, no_gradients_of_gradients, rebuildable
 from re2tal.reversible.watch import Watch, Witness
@@ -70,14 +70,11 @@ class _BranchNode(torch.autograd.Function):
         _, current = place.tape.at(place.depth, step.where)
         found = step.again(current, gradient, wanted, to_input=needs_current)
         place.rewind(found.increment, found.owned)
-        to_current, to_previous = place.settings.coupling.skip_gradients(gradient)
-        if needs_current:
-            to_current = add(found.to_input, to_current)
         remaining = iter(found.to_parameters)
         return (
             None,
-            to_current,
-            to_previous,
+            found.to_input,
+            place.settings.coupling.skip_gradient(gradient),
             *(next(remaining) if needed else None for needed in needs_parameters),
         )
 
@@ -128,12 +125,12 @@ def _stored(calls: Sequence[BranchCall], stream: Tensor, settings: Settings) -> 
     coupling = settings.coupling
     current, previous = _both_streams(stream)
     for call in calls:
-        # One alias for the branch and the skip connection, whose gradients are summed first: as in
-        # the reversible run, and the order of summation decides about the last bit.
-        alias = current.view_as(current)
+        # An alias sums the gradients of all uses inside the branch before the others are added: as
+        # in the reversible run, and the order of summation decides about the last bit.
         with uncached():
-            result = run_stored(call, alias)
-        increment = coupling.increment(result, alias, settings.grid)
+            increment = run_stored(call, current.view_as(current))
+        if settings.grid is not None:
+            increment = to_grid(increment, settings.grid)
         current, previous = coupling.advance(increment, previous), current
     return coupling.merge(current, previous)
 

@@ -54,7 +54,9 @@ class _Run:
     def __init__(self, owner: Recomputed, x: Tensor, args: Any, kwargs: Any) -> None:
         self.owner = owner
         self.where = owner.place
-        self.conditions = Conditions([owner.module], x.device, Autocast(x.device), owner.place)
+        self.conditions = Conditions(
+            [owner.module], x.device, Autocast(x.device), owner.place, hooked=[owner.module]
+        )
         self.others: tuple[Any, ...] | None = None
         self._arguments = args, kwargs
         self._needs_gradient = x.requires_grad

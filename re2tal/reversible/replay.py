@@ -5,7 +5,8 @@ run's conditions (autocast, train or eval mode, parameters, choice of kernels), 
 trace: BatchNorm statistics have already been counted once. Random draws are in `randomness`.
 """
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -54,6 +55,27 @@ def uncached() -> Iterator[None]:
         torch.set_autocast_cache_enabled(before)
 
 
+class Surroundings:
+    """Autocast and the choice of kernels, as the caller of a backward has them.
+
+    Gradients are computed in these, as those of stored activations would be, and not in the
+    conditions of the forward: autocast would cast what flows back.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._autocast = Autocast(device)
+        cudnn = torch.backends.cudnn
+        self._cudnn = (cudnn.benchmark, cudnn.deterministic) if device.type == "cuda" else None
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Back to them, for a part of a repetition."""
+        with self._autocast.restored(), ExitStack() as stack:
+            if self._cudnn is not None:
+                stack.enter_context(_cudnn(*self._cudnn))
+            yield
+
+
 @contextmanager
 def repeatable_kernels(device: torch.device) -> Iterator[None]:
     """Keep cuDNN from timing its kernels and from those that add in any order.
@@ -64,13 +86,19 @@ def repeatable_kernels(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    with torch.backends.cudnn.flags(
-        enabled=torch.backends.cudnn.enabled,
-        benchmark=False,
-        deterministic=True,
-        allow_tf32=torch.backends.cudnn.allow_tf32,
-    ):
+    with _cudnn(benchmark=False, deterministic=True):
         yield
+
+
+@contextmanager
+def _cudnn(benchmark: bool, deterministic: bool) -> Iterator[None]:
+    cudnn = torch.backends.cudnn
+    found = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = benchmark, deterministic
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = found
 
 
 class Conditions:
@@ -81,6 +109,10 @@ class Conditions:
         device: where they run.
         autocast: the state in which they run.
         where: their place in the model, for errors.
+        hooked: those of them whose own hooks run around the first run and around its backward.
+
+    Raises:
+        ReversibleError: if FSDP shards one of the others on its own.
     """
 
     def __init__(
@@ -89,12 +121,15 @@ class Conditions:
         device: torch.device,
         autocast: Autocast,
         where: str,
+        *,
+        hooked: Sequence[nn.Module] = (),
     ) -> None:
         self.where = where
         self._device = device
         self._autocast = autocast
         # A module that two entries share (a drop path, say) counts once.
         self._modules = list(dict.fromkeys(m for top in modules for m in top.modules()))
+        _refuse_sharded((m for m in self._modules if m not in hooked), where)
         self.parameters = _parameters(self._modules)
         self._training: Sequence[bool] = ()
         self._counted: list[tuple[nn.Module, str]] = []
@@ -208,6 +243,25 @@ def statistics_kept(counted: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
 def counts_statistics(module: nn.Module) -> bool:
     """Whether the module takes statistics over the batch, and counts them in its buffers."""
     return isinstance(module, _NormBase) and module.training
+
+
+def sharded(module: nn.Module) -> bool:
+    """Whether FSDP shards this very module; importing FSDP to find out would take long."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kinds = () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+    return isinstance(module, kinds)
+
+
+def _refuse_sharded(modules: Iterable[nn.Module], where: str) -> None:
+    # Its full parameters exist only while it runs: their gradients would be looked for in vain.
+    for module in modules:
+        if sharded(module):
+            raise ReversibleError(
+                f"{where}: a {type(module).__name__} inside is sharded on its own, and its "
+                "parameters would get no gradients. Call fully_shard on the containers that "
+                "reversible_stages(model) lists, not on what is inside, or call "
+                "set_reversible(model, False)."
+            )
 
 
 def _parameters(modules: Sequence[nn.Module]) -> tuple[nn.Parameter, ...]:

@@ -18,6 +18,7 @@ from re2tal.reversible.branches import (
 from re2tal.reversible.containers import ReversibleModuleList, ReversibleSequential, Rewired
 from re2tal.reversible.families import load_families
 from re2tal.reversible.recompute import Recomputed
+from re2tal.reversible.replay import ReversibleError
 from re2tal.reversible.report import LeftOut, RewireReport, Stage, joined
 from re2tal.reversible.settings import Budget, Settings
 from re2tal.reversible.streams import GRID_BITS, Coupling
@@ -109,8 +110,19 @@ def rewire(
 
 
 def unwire(model: nn.Module) -> None:
-    """Give the model back as it was before `rewire`, with the parameters that it has now."""
-    for _, stage in list(reversible_stages(model)):
+    """Give the model back as it was before `rewire`, with the parameters that it has now.
+
+    Raises:
+        ReversibleError: if the class of a stage was changed since, as `fully_shard` does.
+    """
+    found = list(reversible_stages(model))
+    for name, stage in found:
+        if type(stage) not in _CONTAINERS.values():
+            raise ReversibleError(
+                f"{name or 'The model'} has become a {type(stage).__name__}, and cannot be given "
+                "back as it was. Call rewire and unwire before fully_shard."
+            )
+    for _, stage in found:
         stage.restore()
     for module in _recomputed_modules(model):
         del vars(module)["forward"]

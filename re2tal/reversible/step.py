@@ -12,8 +12,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from re2tal.reversible.call import BranchCall, Joined, Span
 from re2tal.reversible.cuts import Layout
 from re2tal.reversible.randomness import Draws
-from re2tal.reversible.replay import Autocast, Conditions
+from re2tal.reversible.replay import Autocast, Conditions, Surroundings
 from re2tal.reversible.settings import Settings
+from re2tal.reversible.streams import to_grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +22,9 @@ class Repetition:
     """What repeating a branch yields.
 
     Attributes:
-        increment: ``F(x) + alpha x``, as in the first run.
+        increment: of ``x_i``, as in the first run.
         owned: whether nothing else holds the increment's memory.
-        to_input: the gradient that the branch passes to its input, ``J^T g``; None for zero.
+        to_input: the gradient that the increment passes to its input; None for zero.
         to_parameters: the gradients of the wanted parameters; None where a parameter is not used.
     """
 
@@ -80,7 +81,7 @@ class Step:
                 self._mark(current)
                 leaf = self._leaf(layout, span, current)
                 result = self._call.piece(layout, span, leaf, shared, factor)
-                joined.put(span, self._increment(result, leaf))
+                joined.put(span, self._increment(result))
                 del result, leaf  # and with them what autograd has stored for the piece
         self._draws.settle()
         return joined.result()
@@ -104,6 +105,7 @@ class Step:
         Raises:
             ReversibleError: if the branch is no longer the one that ran first.
         """
+        surroundings = Surroundings(current.device)
         with self._conditions.repeated(), torch.enable_grad(), hooks_paused(wanted):
             with self._draws.revisited(0):
                 layout, _ = self._call.layout(current)
@@ -119,18 +121,20 @@ class Step:
                 with self._draws.revisited(1 + part):
                     leaf = self._leaf(layout, span, current)
                     result = self._call.piece(layout, span, leaf, leaves, factor)
-                joined.put(span, self._increment(result, leaf))
+                joined.put(span, self._increment(result))
                 if gradient is None or not result.requires_grad:
                     continue
                 edge = get_gradient_edge(result)  # not the tensor: its values are spent
                 del result
                 inputs = [*wanted, *needing, *([leaf] if to_input else [])]
-                found = differentiate(edge, inputs, layout.take(gradient, *span))
+                with surroundings.restored():
+                    found = differentiate(edge, inputs, layout.take(gradient, *span))
                 if to_input and (into := found.pop()) is not None:
                     passed.put(span, into)
                 sums.add(found)
             total = sums.totals[: len(wanted)]
-            _through_shared(shared, sums.totals[len(wanted) :], wanted, total)
+            with surroundings.restored():
+                _through_shared(shared, sums.totals[len(wanted) :], wanted, total)
         owned = joined.fresh or self._settings.grid is not None
         return Repetition(joined.result(), owned, passed.tensor, total)
 
@@ -138,9 +142,9 @@ class Step:
         piece = layout.take(stream.detach(), *span)
         return piece.detach().requires_grad_(self._needs_gradient)
 
-    def _increment(self, result: Tensor, leaf: Tensor) -> Tensor:
-        coupling, grid = self._settings.coupling, self._settings.grid
-        return coupling.increment(result.detach(), leaf.detach(), grid)
+    def _increment(self, result: Tensor) -> Tensor:
+        grid = self._settings.grid
+        return result.detach() if grid is None else to_grid(result.detach(), grid)
 
     def _mark(self, stream: Tensor) -> None:
         self._draws.mark(stream, self._conditions.devices)

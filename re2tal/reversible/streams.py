@@ -3,29 +3,32 @@
 A stage with the residual branches ``F_1 ... F_n`` computes, from its input ``x``,
 
     x_{-1} = x_0 = x
-    x_i    = F_i(x_{i-1}) + alpha x_{i-1} + beta x_{i-2}          i = 1 ... n
+    x_i    = a_i(F_i(x_{i-1}) + alpha x_{i-1}) + beta x_{i-2}     i = 1 ... n
     output = (x_n + beta x_{n-1}) / (1 + beta)
 
-``(alpha, beta) = (0, 1)`` is Re2TAL: the skip connection starts one branch earlier, and the output
-is the mean of the two streams (Zhao et al., CVPR 2023, arXiv 2211.14053, section 3). The general
-form is Dr2Net (Zhao et al., CVPR 2024, arXiv 2401.04105), whose second stream is
-``y_i = beta x_{i-1}``; ``(1, 0)`` is the pretrained residual network itself, which is why the
-output weighs the streams by 1 and beta. For ``beta != 0`` two neighbours determine the one before,
+where ``a_i`` is what the block applies after its addition: nothing, or the ReLU of a ResNet.
+``(alpha, beta) = (0, 1)`` is Re2TAL: the skip connection starts one branch earlier, a ReLU is moved
+into the branch, and the output is the mean of the two streams (Zhao et al., CVPR 2023, arXiv
+2211.14053, section 3). The general form is Dr2Net (Zhao et al., CVPR 2024, arXiv 2401.04105), whose
+second stream is ``y_i = beta x_{i-1}``; ``(1, 0)`` is the pretrained residual network itself, which
+is why the output weighs the streams by 1 and beta. For ``beta != 0`` two neighbours determine the
+one before,
 
-    x_{i-2} = (x_i - F_i(x_{i-1}) - alpha x_{i-1}) / beta,
+    x_{i-2} = (x_i - a_i(F_i(x_{i-1}) + alpha x_{i-1})) / beta,
 
 so a stage can be run backwards from its last two streams. A gradient ``g`` of ``x_i`` reaches
-``x_{i-1}`` as ``J_i^T g + alpha g`` and ``x_{i-2}`` as ``beta g``.
+``x_{i-2}`` as ``beta g``, and ``x_{i-1}`` through the increment ``a_i(...)``.
 
 In floating point the way back is exact only up to rounding. It is exact to the bit on a grid: if
-the stage's input and every ``F_i(x_{i-1}) + alpha x_{i-1}`` are rounded to multiples of 2^-k, and
-beta is 1, then each ``x_i`` is a sum of two grid points, which float32 holds exactly below
-2^(24-k), and so is each difference on the way back. Rounding passes gradients on unchanged.
+the stage's input and every increment are rounded to multiples of 2^-k, and beta is 1, then each
+``x_i`` is a sum of two grid points, which float32 holds exactly below 2^(24-k), and so is each
+difference on the way back. Rounding passes gradients on unchanged.
 
 Everything here is a pure function of tensors of one shape.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,11 +80,16 @@ class Coupling:
         """Whether ``x_{i-2}`` follows from ``x_{i-1}`` and ``x_i``."""
         return self.beta != 0
 
-    def increment(self, branch: Tensor, current: Tensor, grid: int | None = None) -> Tensor:
-        """``F_i(x_{i-1}) + alpha x_{i-1}``, on the grid if there is one (then a new tensor)."""
+    def increment(
+        self,
+        branch: Tensor,
+        current: Tensor,
+        activation: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """``a(F_i(x_{i-1}) + alpha x_{i-1})``."""
         if self.alpha != 0:
             branch = torch.add(branch, current, alpha=self.alpha)
-        return branch if grid is None else to_grid(branch, grid)
+        return branch if activation is None else activation(branch)
 
     def advance(self, increment: Tensor, previous: Tensor) -> Tensor:
         """``x_i`` from its increment and ``x_{i-2}``."""
@@ -97,12 +105,14 @@ class Coupling:
             return previous
         return previous.div_(self.beta)
 
-    def skip_gradients(self, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What the skip connections pass of the gradient of ``x_i`` to ``x_{i-1}`` and ``x_{i-2}``.
+    def skip_gradient(self, gradient: Tensor) -> Tensor | None:
+        """What the skip connection passes of the gradient of ``x_i`` to ``x_{i-2}``.
 
         None stands for zero.
         """
-        return _scaled(gradient, self.alpha), _scaled(gradient, self.beta)
+        if self.beta == 0:
+            return None
+        return gradient if self.beta == 1 else gradient * self.beta
 
     def merge(self, last: Tensor, before: Tensor) -> Tensor:
         """The stage's output from ``x_n`` and ``x_{n-1}``; autograd stores nothing for it."""
@@ -145,9 +155,3 @@ def _rounded(x: Tensor, bits: int) -> Tensor:
 def grid_limit(bits: int) -> float:
     """Streams below this are held exactly: float32 has 24 significant bits."""
     return 2.0 ** (24 - bits)
-
-
-def _scaled(gradient: Tensor, factor: float) -> Tensor | None:
-    if factor == 0:
-        return None
-    return gradient if factor == 1 else gradient * factor

@@ -411,7 +411,9 @@ def test_the_relu_moves_into_the_branch(name: str) -> None:
     (branch,) = split(block)
     check_complete(block, [branch])
     f = residual(backbone.state_dict(), name, x)
-    torch.testing.assert_close(branch(x), f.relu())
+    torch.testing.assert_close(branch(x), f)
+    assert branch.activation is not None
+    torch.testing.assert_close(branch.activation(f), f.relu())
     torch.testing.assert_close(block(x), (x + f).relu())
     assert torch.equal(x, kept)
 

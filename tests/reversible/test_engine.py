@@ -8,6 +8,7 @@ from re2tal.reversible import ReversibleError, rewire, set_coupling, set_reversi
 from tests.reversible.toy_blocks import (
     MlpBlock,
     PairBlock,
+    RectifiedBlock,
     assert_reversible_is_stored,
     assert_same_step,
     one_step,
@@ -43,6 +44,31 @@ def test_gradients_are_those_of_the_equations(alpha: float, beta: float, depth: 
     # The float32 loss bounds what can be compared; a wrong equation is off by a whole gradient.
     for gradient, reference in zip(found.gradients.values(), truth, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-6, atol=1e-8)
+
+
+def test_an_activation_after_the_addition_moves_into_the_branch() -> None:
+    """x_i = relu(F(x_{i-1}) + alpha x_{i-1}) + beta x_{i-2}: the block itself at (1, 0)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(RectifiedBlock() for _ in range(3))).double()
+    x = points(requires_grad=True)
+    before = model(x)
+    rewire(model, exact=False)
+    for alpha, beta in ((0.0, 1.0), (0.6, 0.3), (1.0, 1e-12)):
+        set_coupling(model, alpha=alpha, beta=beta)
+        found = one_step(model, x)
+        previous, current = x, x
+        for block in model:
+            assert isinstance(block, RectifiedBlock)
+            following = torch.relu(block.linear(current) + alpha * current) + beta * previous
+            previous, current = current, following
+        y = (current + beta * previous) / (1 + beta)
+        torch.testing.assert_close(found.output, y)
+        truth = torch.autograd.grad(y.float().pow(2).sum(), [x, *model.parameters()])
+        for gradient, reference in zip(found.gradients.values(), truth, strict=True):
+            torch.testing.assert_close(gradient, reference, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(found.output, before)
+    rewire(model, alpha=0.5)
+    assert_reversible_is_stored(model, x)
 
 
 def test_swin_with_drop_path_and_dropout() -> None:

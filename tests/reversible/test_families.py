@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.video.mvit import MSBlockConfig, MultiscaleBlock
 from torchvision.models.video.resnet import (
@@ -199,6 +198,7 @@ def chained(call: Call) -> Any:
                     -1, *(1,) * (x.dim() - 1)
                 )
             x = x + result
+            x = x if branch.activation is None else branch.activation(x)
         return x
 
     with torch.no_grad():
@@ -206,7 +206,7 @@ def chained(call: Call) -> Any:
     return returned(call.block, y, *call.args, **call.kwargs)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in RESNETS])
+@every_model
 @both_modes
 @pytest.mark.parametrize("drop", [0.0, 0.4])
 def test_a_chain_of_its_branches_is_the_block(name: str, training: bool, drop: float) -> None:
@@ -217,21 +217,6 @@ def test_a_chain_of_its_branches_is_the_block(name: str, training: bool, drop: f
         assert type(found) is type(truth)
         if isinstance(truth, tuple):  # more tensors are weights of attention, which are left out
             assert found[1:] == tuple(None if isinstance(t, Tensor) else t for t in truth[1:])
-
-
-@pytest.mark.parametrize("name", RESNETS)
-@both_modes
-def test_a_residual_network_with_its_relu_moved(name: str, training: bool) -> None:
-    for call in calls_of(name, training=training):
-        inner = call.x
-        parts = [call.block.get_submodule(n) for n, _ in call.block.named_children()]
-        convolutions = [part for part in parts if isinstance(part, nn.Sequential)]
-        with torch.no_grad():
-            for part in convolutions:
-                inner = part[0](inner) if inner is call.x else part[0](F.relu(inner))
-                inner = part[1](inner)
-        torch.testing.assert_close(F.relu(call.x + inner), output_of(call))
-        torch.testing.assert_close(chained(call), call.x + F.relu(inner))
 
 
 @every_model

@@ -50,6 +50,22 @@ def _pair(block: PairBlock) -> list[Branch]:
     return [Branch("first", (block.first,)), Branch("second", (block.second,))]
 
 
+class RectifiedBlock(nn.Module):
+    """relu(x + linear(x)) for x (B, C)."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.linear(x))
+
+
+@branches.register
+def _rectified(block: RectifiedBlock) -> list[Branch]:
+    return [Branch("linear", (block.linear,), activation=torch.relu)]
+
+
 def tiny_swin(
     depths: Iterable[int] = (2, 3), *, drop_path: float = 0.0, dropout: float = 0.0, width: int = 8
 ) -> SwinTransformer3d:

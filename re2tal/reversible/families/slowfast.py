@@ -1,15 +1,10 @@
 """The residual blocks of `re2tal.backbones.slowfast`.
 
-A block computes ``relu(x + F(x))``, and a ReLU on the stream cannot be undone. As in Re2TAL's
-SlowFast (arXiv 2211.14053) it moves into the branch, ``x + relu(F(x))``. So a chain of the branches
-is not the pretrained block, and near the coupling (1, 0) the network is not the pretrained one:
-Dr2Net's schedule does not start from it.
+A block computes ``relu(x + F(x))``. As in Re2TAL's SlowFast (arXiv 2211.14053) the ReLU moves into
+the branch.
 """
 
-from functools import partial
-
 import torch.nn.functional as F
-from torch import Tensor
 
 from re2tal.backbones.slowfast.blocks import Bottleneck, Lateral, Stem
 from re2tal.reversible.branches import Branch, ChangesShapeError, branches, recomputed
@@ -32,14 +27,11 @@ def _bottleneck(block: Bottleneck) -> list[Branch]:
         Branch(
             "residual",
             (block.conv1, block.conv2, block.conv3),
-            function=partial(_rectified, block),
+            function=block.residual,
+            activation=F.relu,
             cut=BySample(_GROWTH),
         )
     ]
-
-
-def _rectified(block: Bottleneck, x: Tensor) -> Tensor:
-    return F.relu(block.residual(x), inplace=True)
 
 
 @recomputed.register

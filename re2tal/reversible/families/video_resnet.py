@@ -1,9 +1,6 @@
 """torchvision's video ResNets (R3D, MC3, R(2+1)D): arXiv 1711.11248.
 
-A block computes ``relu(x + F(x))``, which no skip connection can be moved out of. As in Re2TAL's
-SlowFast the ReLU moves into the branch: ``x + relu(F(x))``. So, unlike in the other families, a
-chain of the branches is not the pretrained block, and couplings close to (1, 0) are not close to
-the pretrained network, which runs at (1, 0) itself: every coupling needs finetuning.
+A block computes ``relu(x + F(x))``. As in Re2TAL's SlowFast the ReLU moves into the branch.
 """
 
 from torch import nn
@@ -15,12 +12,12 @@ from re2tal.reversible.cuts import BySample
 
 @branches.register
 def _basic(block: BasicBlock) -> list[Branch]:
-    return _convolutions(block, (block.conv1, block.conv2, block.relu))
+    return _convolutions(block, (block.conv1, block.conv2))
 
 
 @branches.register
 def _bottleneck(block: Bottleneck) -> list[Branch]:
-    return _convolutions(block, (block.conv1, block.conv2, block.conv3, block.relu))
+    return _convolutions(block, (block.conv1, block.conv2, block.conv3))
 
 
 def _convolutions(block: BasicBlock | Bottleneck, modules: tuple[nn.Module, ...]) -> list[Branch]:
@@ -32,7 +29,7 @@ def _convolutions(block: BasicBlock | Bottleneck, modules: tuple[nn.Module, ...]
     convolutions = [m for part in modules for m in part.modules() if isinstance(m, nn.Conv3d)]
     results = sum(2 * convolution.out_channels for convolution in convolutions)  # and their norms
     growth = 3 + results / convolutions[0].in_channels  # the input, the output, a gradient
-    return [Branch("convolutions", modules, cut=BySample(growth))]
+    return [Branch("convolutions", modules, activation=block.relu, cut=BySample(growth))]
 
 
 @recomputed.register(BasicStem)
