@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from re2tal.backbones.protocol import Backbone
 from re2tal.detection.segments import Detections
 from re2tal.localizers.protocol import Localizer, Losses, Targets
+from re2tal.reversible import rebuildable
 
 BackboneT = TypeVar("BackboneT", bound=Backbone)
 LocalizerT = TypeVar("LocalizerT", bound=Localizer)
@@ -77,16 +78,24 @@ class Detector(nn.Module, Generic[BackboneT, LocalizerT]):
         return self.localizer(features, self.feature_mask(mask), targets)
 
     def normalized(self, frames: Tensor) -> Tensor:
-        """What the backbone sees of `frames` `(B, T, H, W, 3)`: float32 `(B, 3, T, H, W)`."""
+        """What the backbone sees of `frames` `(B, T, H, W, 3)`: float32 `(B, 3, T, H, W)`.
+
+        A rewired backbone keeps the frames, a quarter of the size, and calls this once more in its
+        backward pass.
+        """
         if frames.dtype != torch.uint8 or frames.ndim != 5 or frames.shape[-1] != 3:
             raise ValueError(
                 f"Frames must be uint8 (B, T, H, W, 3), but got {frames.dtype} "
                 f"{tuple(frames.shape)}."
             )
-        pixels = frames.permute(0, 4, 1, 2, 3).to(
-            torch.float32, memory_format=torch.contiguous_format
-        )
-        return pixels.sub_(self.mean).div_(self.std)  # in place: a clip is hundreds of megabytes
+
+        def pixels() -> Tensor:
+            values = frames.permute(0, 4, 1, 2, 3).to(
+                torch.float32, memory_format=torch.contiguous_format
+            )
+            return values.sub_(self.mean).div_(self.std)  # in place: hundreds of megabytes
+
+        return rebuildable(pixels(), pixels)
 
     def feature_mask(self, mask: Tensor) -> Tensor:
         """`(B, T)` valid frames to `(B, T / stride)` features: those that saw a valid frame."""

@@ -25,6 +25,7 @@ from re2tal.reversible.rewire import (
     stage_modes,
     unwire,
 )
+from re2tal.reversible.schedule import CouplingSchedule
 from re2tal.reversible.streams import Coupling
 from re2tal.reversible.tape import rebuildable
 
@@ -34,6 +35,7 @@ __all__ = [
     "ByToken",
     "ChangesShapeError",
     "Coupling",
+    "CouplingSchedule",
     "NotReversibleError",
     "ReversibleError",
     "ReversibleModuleList",

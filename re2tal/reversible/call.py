@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from re2tal.reversible.branches import Branch
@@ -87,10 +86,10 @@ class BranchCall:
         if self._settings.slice_bytes is None or cut is None or tied:
             return Whole(self._args, self._kwargs), [(0, 1)]
         layout = cut(stream, *self._args, **self._kwargs)
-        budget = self._settings.slice_bytes
-        if budget == "auto":
-            budget = max(SMALLEST_PIECE, stream.numel() * stream.element_size())
-        return layout, _shown(spans(layout, budget), stream)
+        given = self._settings.slice_bytes
+        stream_bytes = stream.numel() * stream.element_size()
+        budget = max(SMALLEST_PIECE, stream_bytes) if given == "auto" else given
+        return layout, spans(layout, budget)
 
     def share(self, layout: Layout, stream: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """What all pieces use: the layout's shared tensors, and stochastic depth's factors."""
@@ -142,14 +141,6 @@ class BranchCall:
             f"{self.where} modifies its input in place, and with it the skip connection. Use the "
             "out-of-place form of its first operation, for example ReLU(inplace=False)."
         )
-
-
-def _shown(cuts: list[Span], stream: Tensor) -> list[Span]:
-    """All pieces, but of fake tensors only the first and the largest: the others are alike."""
-    if not isinstance(stream, FakeTensor):
-        return cuts
-    largest = max(cuts, key=lambda span: span[1] - span[0])
-    return list(dict.fromkeys([cuts[0], largest, cuts[-1]]))
 
 
 class _Take(torch.autograd.Function):

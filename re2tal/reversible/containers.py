@@ -69,8 +69,17 @@ class Rewired(nn.Module):
             for place, block in ((joined(self.place, n), self._modules[n]) for n in names)
             for branch in _branches_of(place, block)
         ]
-        where = joined(self.place, span_of(names))
-        return run_stage(calls, x, self.settings, self.watch, where)
+        return run_stage(calls, x, self.settings, self.watch, self._where(names))
+
+    def plain(self, names: Sequence[str]) -> bool:
+        """Whether the blocks of a run are called as they were before rewiring."""
+        if not self.settings.coupling.plain:
+            return False
+        self.watch.note(self._where(names), "stored: the network as it was", self.settings)
+        return True
+
+    def _where(self, names: Sequence[str]) -> str:
+        return joined(self.place, span_of(names))
 
     def extra_repr(self) -> str:
         """The coupling and the mode, for `print(model)`."""
@@ -104,7 +113,7 @@ class ReversibleSequential(Rewired, nn.Sequential):
         """
         x = input
         for rewired, names in self.runs():
-            if rewired and not self.settings.coupling.plain:
+            if rewired and not self.plain(names):
                 x = self.run(names, x)
                 continue
             for name in names:
@@ -163,9 +172,9 @@ class Passage:
                 called with other arguments than the first.
         """
         block = self.container._modules[self.name]
-        if self.container.settings.coupling.plain:
-            return type(block).forward(block, x, *args, **kwargs)
         names = next(names for _, names in self.container.runs() if self.name in names)
+        if self.container.plain(names):
+            return type(block).forward(block, x, *args, **kwargs)
         if self.name == names[0]:
             y = self.container.run(names, x, args, kwargs)
             setattr(y, _PASSED, (self.container, args, kwargs))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from re2tal.reversible.call import BranchCall, Joined, Span
@@ -74,7 +75,8 @@ class Step:
         """Run the branch on ``x_{i-1}``: its increment."""
         with self._conditions.noted(), torch.enable_grad():
             self._mark(current)
-            layout, self._cuts = self._call.layout(current.detach())
+            layout, cuts = self._call.layout(current.detach())
+            self._cuts = _telling(cuts) if isinstance(current, FakeTensor) else cuts
             shared, factor = self._call.share(layout, current.detach())
             joined = Joined(layout, current.shape)
             for span in self._cuts:
@@ -158,6 +160,15 @@ def steps_of(calls: Sequence[BranchCall], stream: Tensor, settings: Settings) ->
         needs = needs or any(p.requires_grad for p in step.parameters)
         steps.append(step)
     return steps
+
+
+def _telling(cuts: list[Span]) -> list[Span]:
+    """The pieces that decide how much memory is needed, for tensors without values.
+
+    The last two, with which a backward begins, and the largest of the others: from the third piece
+    on, the sums of gradients, the last piece's gradients and the present one's live side by side.
+    """
+    return sorted(cuts[:-2], key=lambda span: span[0] - span[1])[:1] + cuts[-2:]
 
 
 class _Sums:

@@ -42,7 +42,7 @@ def compare(workload: Workload, device: torch.device, rounds: int) -> list[Row]:
     runs: dict[str, list[tuple[float, int | None]]] = {name: [] for name in VARIANTS}
     full: set[str] = set()
     for _ in range(rounds):
-        for name in VARIANTS.keys() - full:
+        for name in [name for name in VARIANTS if name not in full]:
             try:
                 with prepared(model, VARIANTS[name]):
                     runs[name].append(_run(model, workload, video))
