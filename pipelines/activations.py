@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 
 import psutil
-import torch
-from torch import Tensor
 
 from pipelines.model import build_detector
+from pipelines.planner.step import workload_of
 from pipelines.recipes import Recipe
-from re2tal.detector import Detector
 from re2tal.memory import measure_activations, predict_peak
 
 # Measuring runs a step on the CPU: a recipe for a large GPU would fill the host's memory.
@@ -28,25 +26,15 @@ def activation_metrics(recipe: Recipe, classes: Sequence[str]) -> dict[str, floa
         Megabytes of 10^6 bytes.
     """
     detector = build_detector(recipe, classes, weights=None).train()
-    window = recipe.data.window.frames
-    batch, size = recipe.batch_size, recipe.data.size
-    frames = torch.zeros(batch, window, size, size, 3, dtype=torch.uint8)
-    mask = torch.ones(batch, window, dtype=torch.bool)
-
-    def step(model: Detector, frames: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        # up to what the losses compare; they check values, which fake tensors do not have
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.optim.precision == "bfloat16"):
-            features = model.backbone(model.normalized(frames))
-            logits, offsets, _, _ = model.localizer.predict(features, model.feature_mask(mask))
-        return logits, offsets
-
-    predicted = predict_peak(detector, frames, mask, step=step)
+    work = workload_of(recipe)
+    inputs = work.inputs()
+    predicted = predict_peak(detector, *inputs, step=work.step)
     metrics = {
         "memory/predicted_activations_mb": predicted.metrics()["activations_mb"],
         "memory/predicted_peak_mb": predicted.metrics()["peak_mb"],
     }
     if predicted.peak < _MEASURED_UP_TO * psutil.virtual_memory().available:
-        measured = measure_activations(detector, frames, mask, step=step).metrics()
+        measured = measure_activations(detector, *inputs, step=work.step).metrics()
         metrics["memory/measured_activations_mb"] = measured["activations_mb"]
         metrics["memory/measured_peak_mb"] = measured["peak_mb"]
     return metrics

@@ -1,6 +1,17 @@
 """Meters: what a training step did use, and what it will use."""
 
+from re2tal.memory.breakdown import Breakdown, Origin
+from re2tal.memory.live import LiveBytes, StepMemory
 from re2tal.memory.meter import MemoryMeter
-from re2tal.memory.prediction import LiveBytes, StepMemory, measure_activations, predict_peak
+from re2tal.memory.prediction import explain_peak, measure_activations, predict_peak
 
-__all__ = ["LiveBytes", "MemoryMeter", "StepMemory", "measure_activations", "predict_peak"]
+__all__ = [
+    "Breakdown",
+    "LiveBytes",
+    "MemoryMeter",
+    "Origin",
+    "StepMemory",
+    "explain_peak",
+    "measure_activations",
+    "predict_peak",
+]

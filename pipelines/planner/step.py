@@ -1,0 +1,59 @@
+"""The step whose memory is counted: from frames as they are decoded to what the losses compare."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pipelines.recipes import Recipe
+from re2tal.detector import Detector
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """What one worker's step is given.
+
+    Attributes:
+        batch: windows.
+        frames: of each window.
+        size: pixels of a frame's side.
+        precision: what branches and localizer compute in.
+    """
+
+    batch: int
+    frames: int
+    size: int
+    precision: Literal["float32", "bfloat16"]
+
+    def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Black frames `(B, T, H, W, 3)` uint8 and a mask `(B, T)` bool that is all true."""
+        shape = self.batch, self.frames, self.size, self.size, 3
+        frames = torch.zeros(shape, dtype=torch.uint8, device=device)
+        return frames, torch.ones(shape[:2], dtype=torch.bool, device=device)
+
+    def step(self, detector: Detector, frames: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        """Predictions for the frames, up to what the losses compare.
+
+        The losses themselves check values, which fake tensors do not have.
+        """
+        bfloat16 = self.precision == "bfloat16"
+        with torch.autocast(frames.device.type, torch.bfloat16, enabled=bfloat16):
+            features = detector.backbone(detector.normalized(frames))
+            predicted = detector.localizer.predict(features, detector.feature_mask(mask))
+        needed: tuple[Tensor, ...] = predicted[:2]  # of an ActionFormer the logits and offsets
+        return needed
+
+
+def workload_of(recipe: Recipe) -> Workload:
+    """The step of a recipe.
+
+    Args:
+        recipe: the run's configuration.
+    """
+    return Workload(
+        batch=recipe.batch_size,
+        frames=recipe.data.window.frames,
+        size=recipe.data.size,
+        precision=recipe.optim.precision,
+    )

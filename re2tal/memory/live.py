@@ -1,0 +1,168 @@
+"""What a step keeps alive: the bytes of the storages of tensors, counted as operators make them."""
+
+import weakref
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from re2tal.memory.units import MEGABYTE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepMemory:
+    """Bytes of one forward and backward, without the optimizer.
+
+    Counted are the storages of tensors, each once. An operator's own scratch space, fragmentation
+    and what the allocator keeps in reserve are not visible to the count.
+
+    Attributes:
+        parameters: the model's parameters.
+        buffers: the model's buffers.
+        inputs: every other tensor that existed before the step and was used in it.
+        gradients: the parameters' ``.grad`` at the end of the step.
+        activations: everything else, when it was most.
+        peak: all of these together, when they were most. Less than their sum, since gradients grow
+            while activations shrink.
+    """
+
+    parameters: int
+    buffers: int
+    inputs: int
+    gradients: int
+    activations: int
+    peak: int
+
+    def metrics(self) -> dict[str, float]:
+        """The sizes in megabytes (10^6 bytes), as ``name_mb``."""
+        return {f"{name}_mb": getattr(self, name) / MEGABYTE for name in self.__slots__}
+
+
+class Witness(Protocol):
+    """Is told by `LiveBytes` what happens to every storage, in order."""
+
+    def running(self, operator: Any, inputs: list[Tensor]) -> None:
+        """An operator is about to run on these tensors."""
+        ...
+
+    def made(self, storage: int, kind: str, size: int) -> None:
+        """A storage of so many bytes is new, or new in this kind (a field of `StepMemory`)."""
+        ...
+
+    def gone(self, storage: int) -> None:
+        """A storage was freed, or is about to be made anew in another kind or size."""
+        ...
+
+
+class LiveBytes(TorchDispatchMode):
+    """While active, counts the bytes of the storages that operators make, until they are freed.
+
+    A step of the real training loop is measured with ``with LiveBytes(model) as live: ...`` and
+    ``live.memory()``. It slows every operator down, so it is for single steps. Inside a
+    `FakeTensorMode` it counts fake tensors.
+
+    Args:
+        model: its parameters, buffers and gradients are counted apart.
+        witness: is told what happens.
+    """
+
+    def __init__(self, model: nn.Module, witness: Witness | None = None) -> None:
+        super().__init__()
+        self._model = model
+        self._witness = witness
+        self._known: dict[int, tuple[weakref.ref[Any], str, int]] = {}
+        self._live = dict.fromkeys(("parameters", "buffers", "inputs", "gradients"), 0)
+        self._live["activations"] = 0
+        self._total = self._activations_peak = self._peak = 0
+        self._hooks = ExitStack()
+
+    def memory(self) -> StepMemory:
+        """Peaks so far for activations and the whole, what is alive now for the rest."""
+        return StepMemory(
+            parameters=self._live["parameters"],
+            buffers=self._live["buffers"],
+            inputs=self._live["inputs"],
+            gradients=self._live["gradients"],
+            activations=self._activations_peak,
+            peak=self._peak,
+        )
+
+    def __enter__(self) -> Self:
+        for parameter in self._model.parameters():
+            self._see(parameter, "parameters")
+            if parameter.grad is not None:
+                self._see(parameter.grad, "gradients")
+            if parameter.requires_grad:
+                hook = parameter.register_post_accumulate_grad_hook(self._became_gradient)
+                self._hooks.callback(hook.remove)
+        for buffer in self._model.buffers():
+            self._see(buffer, "buffers")
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._hooks.close()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator; whatever it was given and is new here existed before the step."""
+        kwargs = kwargs or {}
+        given = tensors_in((args, kwargs))
+        for tensor in given:
+            self._see(tensor, "inputs")
+        if self._witness is not None:
+            self._witness.running(func, given)
+        result = func(*args, **kwargs)
+        for tensor in tensors_in(result):
+            self._see(tensor, "activations")
+        return result
+
+    def _see(self, tensor: Tensor, kind: str) -> None:
+        if tensor.layout != torch.strided:
+            return  # sparse tensors have no storage of their own; nothing here makes them
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        size = storage.nbytes()
+        if key not in self._known:
+            self._add(weakref.ref(storage, partial(self._remove, key)), key, kind, size)
+            return
+        _, before, bytes_before = self._known[key]
+        if size != bytes_before:
+            self._change(key, before, size)
+
+    def _became_gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self._see(parameter.grad, "gradients")
+            key = parameter.grad.untyped_storage()._cdata
+            self._change(key, "gradients", self._known[key][2])
+
+    def _change(self, key: int, kind: str, size: int) -> None:
+        reference = self._known[key][0]
+        self._remove(key)
+        self._add(reference, key, kind, size)
+
+    def _add(self, reference: "weakref.ref[Any]", key: int, kind: str, size: int) -> None:
+        self._known[key] = reference, kind, size
+        self._live[kind] += size
+        self._total += size
+        self._activations_peak = max(self._activations_peak, self._live["activations"])
+        self._peak = max(self._peak, self._total)
+        if self._witness is not None:
+            self._witness.made(key, kind, size)
+
+    def _remove(self, key: int, _reference: object = None) -> None:
+        _, kind, size = self._known.pop(key)
+        self._live[kind] -= size
+        self._total -= size
+        if self._witness is not None:
+            self._witness.gone(key)
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors in nested containers."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -1,0 +1,284 @@
+"""The memory planner: four ways, what fits, tables, files, the command line."""
+
+import copy
+import io
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+from rich.console import Console
+from torch import nn
+
+from pipelines.model import build_detector
+from pipelines.planner.command import (
+    BackboneProfile,
+    Questions,
+    RecipeProfile,
+    main,
+    parse,
+    profile,
+)
+from pipelines.planner.fit import largest_that_fits, parse_size
+from pipelines.planner.plan import Planner
+from pipelines.planner.report import Profile, print_profile, rows
+from pipelines.planner.step import Workload
+from pipelines.planner.subject import backbone_alone, of_recipe
+from pipelines.planner.ways import WAYS, checkpointed, residual_blocks
+from pipelines.recipes import Recipe
+from re2tal.backbones.slowfast import slowfast_toy
+from re2tal.backbones.swin import swin_toy
+from re2tal.memory import predict_peak
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("24GiB", 24 * 2**30),
+        ("80 GB", 80 * 10**9),
+        ("1.5gib", 3 * 2**29),
+        ("512MiB", 2**29),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["24", "GiB", "-1GiB", "24 apples", ""])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="for example 24GiB"):
+        parse_size(text)
+
+
+CURVES: dict[str, Callable[[int], int]] = {
+    "line": lambda n: 1000 + 37 * n,
+    "bent": lambda n: 1000 + max(2 * n, 37 * n - 4000),
+    "square": lambda n: 50 * n * n,
+    "steps": lambda n: 900 * math.ceil(n / 7),
+}
+
+
+@pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES.keys())
+@pytest.mark.parametrize("budget", [10, 1036, 1037, 5000, 123_456])
+@pytest.mark.parametrize("start", [1, 40, 5000])
+def test_the_largest_that_fits_is_found_in_few_steps(
+    curve: Callable[[int], int], budget: int, start: int
+) -> None:
+    tried = []
+
+    def peak(n: int) -> int:
+        tried.append(n)
+        return curve(n)
+
+    found = largest_that_fits(peak, budget, start=start)
+    assert found == max((n for n in range(1, 6000) if curve(n) <= budget), default=0)
+    assert min(tried) >= 1
+    assert len(tried) == len(set(tried)) <= 24
+    if curve is CURVES["line"]:
+        assert len(tried) <= 6
+
+
+def test_blocks_that_change_the_shape_are_residual_blocks_too() -> None:
+    swin = residual_blocks(swin_toy().build())
+    assert swin == ["features.0.0", "features.0.1", "features.2.0", "features.2.1"]
+    slowfast = slowfast_toy().build()
+    names = {name for name, m in slowfast.named_modules() if type(m).__name__ == "Bottleneck"}
+    assert set(residual_blocks(slowfast)) == names
+    assert type(slowfast.slow_path.layer1) is nn.Sequential  # the model itself is not rewired
+
+
+def test_checkpointing_changes_memory_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    model, x = swin_toy().build(), torch.randn(1, 3, 8, 32, 32)
+    other = copy.deepcopy(model)
+    checkpointed(other)
+    again = copy.deepcopy(other)  # a copy runs its own blocks
+    nn.init.zeros_(other.features[0][0].mlp[0].weight)
+    outputs = [m(x) for m in (model, again)]
+    for output in outputs:
+        output.square().sum().backward()
+    assert torch.equal(*outputs)
+    for ours, theirs in zip(model.parameters(), again.parameters(), strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert torch.equal(ours.grad, theirs.grad)
+    assert predict_peak(again, x).activations < 0.7 * predict_peak(model, x).activations
+
+
+def small(**changes: object) -> BackboneProfile:
+    asked = BackboneProfile(backbone="swin_toy", frames=32, size=32, precision="float32")
+    return replace(asked, **changes)  # type: ignore[arg-type]
+
+
+def test_the_step_begins_with_the_frames_as_decoded() -> None:
+    work = Workload(batch=2, frames=16, size=32, precision="float32")
+    subject = backbone_alone("swin_toy", work)
+    detector = subject.build(subject.depth)
+    frames, mask = work.inputs()
+    assert frames.dtype == torch.uint8
+    (features,) = work.step(detector, frames.random_(), mask)
+    expected = detector.backbone(detector.normalized(frames))
+    assert torch.allclose(features, expected)
+    found = predict_peak(detector, frames, mask, step=work.step)
+    assert found.inputs == 2 * 16 * 32 * 32 * 3 + 2 * 16
+
+
+def test_precision_reaches_the_step() -> None:
+    peaks = {
+        precision: Planner(small(precision=precision).subject()).peak("plain")
+        for precision in ("float32", "bfloat16")
+    }
+    assert peaks["bfloat16"] < 0.9 * peaks["float32"]
+
+
+def test_the_depth_of_the_deepest_stage_alone_is_changed() -> None:
+    subject = backbone_alone("slowfast_50", small(frames=32).subject().work)
+    assert subject.depth == 6
+    backbone = subject.build(9).backbone
+    assert [len(backbone.slow_path.get_submodule(f"layer{i}")) for i in (1, 2, 3, 4)] == [
+        3,
+        4,
+        9,
+        3,
+    ]
+
+
+def test_a_recipe_is_profiled_whole_and_reversible_or_not(tiny_recipe: Recipe) -> None:
+    planner = Planner(of_recipe(tiny_recipe))
+    found = {way: planner.explain(way) for way in WAYS}
+    peaks = {way: breakdown.memory.peak for way, breakdown in found.items()}
+    assert len(set(peaks.values())) == len(WAYS)
+    assert max(peaks, key=lambda way: peaks[way]) == "plain"
+    detector = build_detector(tiny_recipe, ["class"] * 20, weights=None)
+    parameters = sum(p.numel() for p in detector.parameters())
+    assert {b.memory.parameters for b in found.values()} == {4 * parameters}
+    # a window of 64 frames: stride 2, three levels of the pyramid, attention over 8 patches
+    assert planner.subject.unit == 16
+    assert planner.frames_that_fit("plain", peaks["plain"]) == 64
+    assert planner.frames_that_fit("plain", peaks["plain"] - 1) == 48
+    assert planner.frames_that_fit("plain", 1000) == 0
+
+
+def test_rows_put_the_blocks_of_a_stage_together_and_add_up() -> None:
+    planner = Planner(small().subject())
+    found = planner.explain("plain")
+    listed = list(rows(found, planner.blocks()))
+    assert sum(size for _, size in listed) == found.memory.peak
+    assert [what for what, _ in listed][-1] == "everything else"
+    assert any("backbone.features.0.*.attn" in what for what, _ in listed)
+    both = [
+        size
+        for origin, size in found.parts
+        if origin.module in ("backbone.features.0.0.attn", "backbone.features.0.1.attn")
+        and origin.operator == "_softmax"
+    ]
+    assert len(both) == 2
+    assert sum(both) in [size for what, size in listed if what.endswith("attn: _softmax")]
+
+
+@pytest.mark.slow
+def test_a_profile_without_a_gpu_says_so_everywhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = "--backbone swin_toy --frames 32 --size 32 --precision float32 --fits 40MiB"
+    main([*arguments.split(), "--output", str(tmp_path)], description="")
+    printed = capsys.readouterr().out
+    assert "per-block checkpointing" in printed
+    assert "measured" not in printed
+    (file,) = (tmp_path / "profiles").iterdir()
+    found = json.loads(file.read_text())
+    assert list(found["ways"]) == list(WAYS)
+    assert found["settings"]["frames"] == 32
+    assert found["torch"] == torch.__version__
+    assert found["device"].startswith("no GPU")
+    for way, result in found["ways"].items():
+        predicted = result["predicted"]["peak"]
+        assert [32, predicted] in result["against_frames"]
+        assert [2, predicted] in result["against_depth"]
+        assert result["measured_peak"] is None
+        assert result["frames_that_fit"] % 16 == 0, way
+        assert sum(part["bytes"] for part in result["made_of"]) <= predicted
+    planner = Planner(small().subject())
+    for way in WAYS:
+        frames, budget = found["ways"][way]["frames_that_fit"], 40 * 2**20
+        assert planner.peak(way, frames=frames) <= budget < planner.peak(way, frames=frames + 16)
+    run_id = printed.split("MLflow run ")[1].split()[0]
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    for way in WAYS:
+        expected = found["ways"][way]["predicted"]["peak"] / 2**30
+        assert run.data.metrics[f"peak_gib/{way}"] == pytest.approx(expected)
+    assert run.data.params["backbone"] == "swin_toy"
+    logged = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/profile.txt")
+    assert "naive reversible" in logged
+    artifacts = {item.path for item in client.list_artifacts(run_id)}
+    assert artifacts == {file.name, "profile.txt", "pictures"}
+
+
+def test_measured_stands_beside_predicted() -> None:
+    subject = small().subject()
+    found = Profile(subject=subject, blocks=[])
+    breakdown = Planner(subject).explain("plain")
+    found.predicted = {"plain": breakdown, "ours": breakdown}
+    found.measured = {"plain": 3 * 2**30, "ours": None}
+    printed = io.StringIO()
+    print_profile(found, Console(width=140, file=printed))
+    text = printed.getvalue()
+    assert "3.00 GiB" in text
+    assert "out of memory" in text
+    assert found.metrics()["measured_gib/plain"] == 3.0
+    assert "measured_gib/ours" not in found.metrics()
+
+
+def test_the_command_line_reads_recipes_and_backbones() -> None:
+    asked = parse(["toy", "--data.window.frames", "64", "--fits", "1GiB"])
+    assert isinstance(asked, RecipeProfile)
+    assert asked.recipe.data.window.frames == 64
+    assert asked.questions.fits == "1GiB"
+    assert asked.name == "profile-toy"
+    assert parse(["--backbone", "swin_b", "--no-curves"]) == BackboneProfile(
+        backbone="swin_b", questions=Questions(curves=False)
+    )
+
+
+def test_mistakes_are_told_in_a_sentence() -> None:
+    with pytest.raises(SystemExit, match=r"There is no recipe 'nothing'\. Choose one of: toy"):
+        parse(["nothing"])
+    with pytest.raises(SystemExit, match="error: '24 apples' is no size of memory"):
+        main(["--fits", "24 apples"], description="")
+    with pytest.raises(ValueError, match="at least 1"):
+        small(frames=0)
+    with pytest.raises(ValueError, match="SlowFast takes a multiple of 4 frames, but got 30"):
+        profile(small(backbone="slowfast_50", frames=30))
+
+
+@pytest.mark.slow
+def test_the_standard_library_keeps_its_module_of_the_same_name() -> None:
+    """`python pipelines/train.py` puts the folder first on the path; torch imports cProfile."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'pipelines')!r}); import cProfile, profile; "
+        "assert profile.Profile().runcall(max, 2, 3) == 3; "
+        "assert cProfile.run.__doc__ == profile.run.__doc__ is not None; "
+        "assert 'pipelines' not in profile.__file__"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.slow
+def test_the_script_explains_itself() -> None:
+    command = [sys.executable, "pipelines/profile.py", "--help"]
+    shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for word in ("without a GPU", "per-block checkpointing", "--fits", "--backbone", "thumos_re2"):
+        assert word in shown
