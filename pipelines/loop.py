@@ -28,6 +28,7 @@ from pipelines.recipes import Recipe
 from pipelines.validation import detect_windows, evaluate, gather, validation_share
 from re2tal.detection.segments import Detections
 from re2tal.memory import MemoryMeter
+from re2tal.reversible import check, reconstruction_errors, stage_modes
 from re2tal.videos.windows import Window
 
 DETECTIONS_FILE = "detections.json"
@@ -146,8 +147,10 @@ class Trainer:
         while self.state.epoch < self.recipe.epochs:
             self._train_epoch()
             self.state.epoch += 1
+            check(self.state.detector)  # before what cannot be taken back: a checkpoint
             metrics, detections = self._validate()
-            self.runtime.log(metrics, step=self.state.step)
+            seen = metrics | _reversible_metrics(self.state.detector)
+            self.runtime.log(seen, step=self.state.step)
             with tempfile.TemporaryDirectory() as folder:
                 checkpoint = Path(folder) / "checkpoint"
                 if self.runtime.rank == 0:
@@ -242,6 +245,16 @@ class Trainer:
             f"({len(detections)} videos, {duration(time.perf_counter() - before)})"
         )
         return metrics, detections
+
+
+def _reversible_metrics(detector: nn.Module) -> dict[str, float]:
+    """How well the stages rebuild their activations, and how many have to store them instead."""
+    modes, errors = stage_modes(detector), reconstruction_errors(detector)
+    metrics = {f"reversible/error/{name}": error for name, error in errors.items()}
+    if modes:
+        stored = sum(mode != "reversible" for mode in modes.values())
+        metrics["reversible/stages_stored"] = float(stored)
+    return metrics
 
 
 def _write_detections(

@@ -41,6 +41,10 @@ def test_a_run_logs_what_it_promises(tiny_recipe: Recipe, tiny_plan: Plan, tmp_p
         assert all(math.isfinite(m[name]) for m in steps), name
     assert all(0 <= m["train/data_wait_share"] <= 1 for m in steps)
     assert any(name.startswith("memory/") for name in steps[-1])
+    assert runtime.history[-1][1]["reversible/stages_stored"] == 0
+    errors = {k: v for k, v in runtime.history[-1][1].items() if k.startswith("reversible/error/")}
+    assert errors
+    assert not any(errors.values())  # the streams are exact
     expected = {f"val/mAP/tiou_{t:.2f}" for t in tiny_recipe.thresholds}
     assert expected <= final.keys()
     assert 0 <= final["val/mAP"] <= 1
