@@ -112,7 +112,7 @@ class Conditions:
         hooked: those of them whose own hooks run around the first run and around its backward.
 
     Raises:
-        ReversibleError: if FSDP shards one of the others on its own.
+        ReversibleError: if FSDP shards one of the others on its own, or flattens parameters.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Conditions:
         self._autocast = autocast
         # A module that two entries share (a drop path, say) counts once.
         self._modules = list(dict.fromkeys(m for top in modules for m in top.modules()))
-        _refuse_sharded((m for m in self._modules if m not in hooked), where)
+        _refuse_sharded(self._modules, hooked, where)
         self.parameters = _parameters(self._modules)
         self._training: Sequence[bool] = ()
         self._counted: list[tuple[nn.Module, str]] = []
@@ -245,17 +245,20 @@ def counts_statistics(module: nn.Module) -> bool:
     return isinstance(module, _NormBase) and module.training
 
 
-def sharded(module: nn.Module) -> bool:
-    """Whether FSDP shards this very module; importing FSDP to find out would take long."""
+def _refuse_sharded(modules: Iterable[nn.Module], hooked: Sequence[nn.Module], where: str) -> None:
+    """Refuse parameters that are not there when a branch looks for them."""
+    # Importing FSDP to find out would take long; whoever uses it has.
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    kinds = () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
-    return isinstance(module, kinds)
-
-
-def _refuse_sharded(modules: Iterable[nn.Module], where: str) -> None:
-    # Its full parameters exist only while it runs: their gradients would be looked for in vain.
+    if fsdp is None:
+        return
     for module in modules:
-        if sharded(module):
+        if not getattr(module, "_fsdp_use_orig_params", True):
+            raise ReversibleError(
+                f"{where}: FullyShardedDataParallel has flattened the parameters of its "
+                f"{type(module).__name__}, which would get no gradients. Use fully_shard from "
+                "torch.distributed.fsdp, or call set_reversible(model, False)."
+            )
+        if isinstance(module, fsdp.FSDPModule) and module not in hooked:
             raise ReversibleError(
                 f"{where}: a {type(module).__name__} inside is sharded on its own, and its "
                 "parameters would get no gradients. Call fully_shard on the containers that "
