@@ -12,19 +12,18 @@ from re2tal.reversible.branches import (
     returned,
 )
 from re2tal.reversible.containers import ReversibleModuleList, ReversibleSequential
-from re2tal.reversible.cuts import BySample, ByToken
-from re2tal.reversible.replay import ReversibleError
-from re2tal.reversible.report import RewireReport
-from re2tal.reversible.rewire import (
+from re2tal.reversible.controls import (
     check,
     reconstruction_errors,
     reversible_stages,
-    rewire,
     set_coupling,
     set_reversible,
     stage_modes,
-    unwire,
 )
+from re2tal.reversible.cuts import BySample, ByToken
+from re2tal.reversible.replay import ReversibleError
+from re2tal.reversible.report import RewireReport
+from re2tal.reversible.rewire import rewire, unwire
 from re2tal.reversible.schedule import CouplingSchedule
 from re2tal.reversible.streams import Coupling
 from re2tal.reversible.tape import rebuildable

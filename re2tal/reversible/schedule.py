@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from re2tal.reversible.rewire import set_coupling
+from re2tal.reversible.controls import set_coupling
 from re2tal.reversible.streams import Coupling
 
 

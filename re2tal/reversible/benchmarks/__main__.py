@@ -38,7 +38,9 @@ def main(arguments: Sequence[str]) -> None:
     else:
         tables = _ON_THE_HOST[options.benchmark][1]()
     output = options.output or RESULTS / f"{options.benchmark}.json"
-    save(tables, output, arguments, device)
+    # Where the file lies is no circumstance of the measurement.
+    command = [word for word in arguments if word not in ("--output", str(options.output))]
+    save(tables, output, command, device)
     sys.stdout.write(markdown(output) + "\n")
 
 

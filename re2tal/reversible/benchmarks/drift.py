@@ -1,5 +1,6 @@
 """What rebuilding activations does to gradients: nothing on the grid, drift in floating point."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -88,7 +89,8 @@ def coupling_row(
     for count in depths:
         model, x = stack(family, count)
         with _autocast(PRECISIONS[precision]):
-            row[f"{count} branches"] = rebuilt_error(model, x, alpha, beta)
+            error = rebuilt_error(model, x, alpha, beta)
+        row[f"{count} branches"] = error if math.isfinite(error) else "overflow"
     return row
 
 
@@ -97,7 +99,7 @@ def rebuilt_error(model: nn.Sequential, x: Tensor, alpha: float, beta: float) ->
     """Run a stack forward and back by the equations in floating point, apart from the engine.
 
     Returns:
-        The larger relative error of the two rebuilt streams.
+        The larger relative error of the two rebuilt streams; NaN or infinity after an overflow.
     """
     functions = [branch for block in model for branch in branches(block)]
     current = previous = x

@@ -65,10 +65,7 @@ def _table(rows: Sequence[Row]) -> str:
 def _text(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
-    if value != 0 and not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.1e}"
-    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 3
-    return f"{value:.{digits}f}"
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _name_of(device: torch.device) -> str:

@@ -96,7 +96,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "slowfast_50": lambda: slowfast_50().build(),
     "slowfast_101": lambda: slowfast_101().build(),
     "r3d_18": r3d_18,
-    "toy swin": _toy_swin,
+    "toy_swin": _toy_swin,
 }
 
 SMALL = Workload(model="swin3d_t", frames=32, size=112)

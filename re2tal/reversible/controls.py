@@ -1,0 +1,89 @@
+"""What a rewired model can be told and asked: how its stages run, and whether they run well."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from re2tal.reversible.containers import Rewired
+from re2tal.reversible.recompute import Recomputed
+from re2tal.reversible.streams import Coupling
+
+
+def reversible_stages(model: nn.Module) -> Iterator[tuple[str, Rewired]]:
+    """The rewired containers of a model, with their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, Rewired):
+            yield name, module
+
+
+def set_reversible(model: nn.Module, reversible: bool) -> None:
+    """Choose whether the rewired stages rebuild their activations or store them.
+
+    Both compute the same function: storing is for debugging, for what a replay cannot do
+    (`torch.func`, double backward), and for measuring.
+
+    Raises:
+        ValueError: if the model has no rewired stage.
+    """
+    _change(model, reversible=reversible)
+    for module in recomputed_modules(model):
+        vars(module)["forward"].active = reversible
+
+
+def set_coupling(model: nn.Module, *, alpha: float, beta: float) -> None:
+    """Change alpha and beta of all rewired stages; takes effect in the next forward.
+
+    Raises:
+        ValueError: if the coefficients are invalid or the model has no rewired stage.
+    """
+    _change(model, coupling=Coupling(alpha=alpha, beta=beta))
+
+
+def check(model: nn.Module) -> None:
+    """Wait for the checks of all backward passes so far.
+
+    On a GPU a check is read without waiting, at a later forward; call this before what cannot be
+    taken back, such as writing a checkpoint.
+
+    Raises:
+        ReversibleError: if a stream left the grid, or a rebuilt input was not the forward's.
+    """
+    for _, stage in reversible_stages(model):
+        stage.watch.poll(wait=True)
+
+
+def reconstruction_errors(model: nn.Module) -> dict[str, float]:
+    """The relative error (root mean square, over a sample) of the last input that was rebuilt.
+
+    Returns:
+        By the name of the container; those that rebuilt nothing are left out. 0 in exact mode.
+    """
+    return {
+        name: float(stage.watch.error)
+        for name, stage in reversible_stages(model)
+        if stage.watch.error is not None
+    }
+
+
+def stage_modes(model: nn.Module) -> dict[str, str]:
+    """How each stage ran last: "reversible", or "stored: " and the reason."""
+    return {
+        where: mode
+        for _, stage in reversible_stages(model)
+        for where, mode in stage.watch.modes.items()
+    }
+
+
+def _change(model: nn.Module, **changes: Any) -> None:
+    found = [stage for _, stage in reversible_stages(model)]
+    if not found:
+        raise ValueError(f"This {type(model).__name__} has no reversible stage: call rewire first.")
+    for stage in found:
+        stage.settings = replace(stage.settings, **changes)
+
+
+def recomputed_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules between the stages that are recomputed."""
+    return [m for m in model.modules() if isinstance(vars(m).get("forward"), Recomputed)]
