@@ -5,6 +5,7 @@ from torch import nn
 from re2tal.reversible.controls import recomputed_modules, reversible_stages
 from re2tal.reversible.plan import CONTAINERS, Plan, left_out
 from re2tal.reversible.recompute import Recomputed
+from re2tal.reversible.replay import ReversibleError
 from re2tal.reversible.report import RewireReport
 from re2tal.reversible.settings import Budget, Settings
 from re2tal.reversible.streams import GRID_BITS, Coupling
@@ -98,7 +99,7 @@ def unwire(model: nn.Module) -> None:
     """
     found = list(reversible_stages(model))
     for name, stage in found:
-        if type(stage) not in _CONTAINERS.values():
+        if type(stage) not in CONTAINERS.values():
             raise ReversibleError(
                 f"{name or 'The model'} has become a {type(stage).__name__}, and cannot be given "
                 "back as it was. Call rewire and unwire before fully_shard."
