@@ -2,8 +2,8 @@
 
 The way back of Dr2Net, ``x_{i-2} = (x_i - F_i(x_{i-1}) - alpha x_{i-1}) / beta``, multiplies the
 rounding errors of every branch by ``1 / beta`` and by how strongly the branches react. While alpha
-and beta move over training the answer changes, so a stage is tried out whenever one of them has
-moved by a twentieth.
+and beta move over training the answer changes, so a stage is tried out whenever alpha has moved by a
+twentieth, or beta by a twentieth of itself.
 """
 
 import math
@@ -35,7 +35,7 @@ def gate_key(
         where,
         len(calls),
         round(coupling.alpha / _STEP),
-        round(coupling.beta / _STEP),
+        round(math.log(coupling.beta) / _STEP),  # the error grows with powers of 1 / beta
         precision,
         calls[0].branch.modules[0].training,
     )
