@@ -21,7 +21,6 @@ from torch._subclasses.fake_tensor import (
 
 from re2tal.memory.breakdown import Breakdown, Record
 from re2tal.memory.live import LiveBytes, StepMemory, tensors_in
-from re2tal.memory.pieces import repeated_pieces_left_out
 
 Step = Callable[..., Any]
 
@@ -95,7 +94,7 @@ def _faked(model: nn.Module, inputs: Any) -> Iterator[tuple[nn.Module, Any]]:
     for parameter in fake_model.parameters():
         parameter.grad = None
     try:
-        with fake, repeated_pieces_left_out(fake_model):
+        with fake:
             yield fake_model, fake_inputs
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(

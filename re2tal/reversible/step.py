@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from re2tal.reversible.call import BranchCall, Joined, Span
 from re2tal.reversible.cuts import Layout
 from re2tal.reversible.randomness import Draws
-from re2tal.reversible.replay import Autocast, Conditions, Surroundings
+from re2tal.reversible.replay import Autocast, Conditions, ReversibleError, Surroundings
 from re2tal.reversible.settings import Settings
 from re2tal.reversible.streams import to_grid
 
@@ -83,6 +84,8 @@ class Step:
                 self._mark(current)
                 leaf = self._leaf(layout, span, current)
                 result = self._call.piece(layout, span, leaf, shared, factor)
+                if span == self._cuts[0]:
+                    self._refuse_others(result, leaf)
                 joined.put(span, self._increment(result))
                 del result, leaf  # and with them what autograd has stored for the piece
         self._draws.settle()
@@ -144,6 +147,18 @@ class Step:
         piece = layout.take(stream.detach(), *span)
         return piece.detach().requires_grad_(self._needs_gradient)
 
+    def _refuse_others(self, result: Tensor, leaf: Tensor) -> None:
+        """Make sure that the gradient goes to the input and the parameters, and nowhere else."""
+        known = {id(leaf), *map(id, self.parameters)}
+        for tensor in _leaves(result):
+            if id(tensor) not in known:
+                raise ReversibleError(
+                    f"{self.where} uses a tensor of shape {tuple(tensor.shape)} that needs a "
+                    "gradient and is neither its input nor a parameter of its modules, so it would "
+                    "get none. Name its module in the branch, detach it, or call "
+                    "set_reversible(model, False)."
+                )
+
     def _increment(self, result: Tensor) -> Tensor:
         grid = self._settings.grid
         return result.detach() if grid is None else to_grid(result.detach(), grid)
@@ -160,6 +175,20 @@ def steps_of(calls: Sequence[BranchCall], stream: Tensor, settings: Settings) ->
         needs = needs or any(p.requires_grad for p in step.parameters)
         steps.append(step)
     return steps
+
+
+def _leaves(result: Tensor) -> Iterator[Tensor]:
+    """The tensors that a result passes gradients to and that were not computed themselves."""
+    found: list[Any] = [result.grad_fn]
+    seen: set[Any] = set()
+    while found:
+        node = found.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found += (following for following, _ in node.next_functions)
+        if hasattr(node, "variable"):
+            yield node.variable
 
 
 def _telling(cuts: list[Span]) -> list[Span]:

@@ -120,6 +120,26 @@ def test_a_branch_that_modifies_its_input(reversible: bool) -> None:
         model(torch.randn(4, 6))
 
 
+class Borrows(nn.Module):
+    def __init__(self, lent: Tensor) -> None:
+        super().__init__()
+        self._lent = [lent]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self._lent[0].exp()
+
+
+def test_a_branch_with_a_tensor_from_elsewhere() -> None:
+    lent = torch.zeros(6, requires_grad=True)
+    model = nn.Sequential(PairBlock(nn.Linear(6, 6), Borrows(lent)))
+    rewire(model)
+    with pytest.raises(ReversibleError, match=r"0 \(second\) uses a tensor of shape \(6,\)"):
+        model(torch.randn(4, 6))
+    set_reversible(model, False)
+    model(torch.randn(4, 6)).sum().backward()
+    assert lent.grad is not None
+
+
 def test_a_branch_with_a_state_of_its_own() -> None:
     model = nn.Sequential(PairBlock(nn.Linear(6, 6), Counts()))
     rewire(model)
