@@ -15,7 +15,9 @@ from re2tal.reversible.benchmarks.records import RESULTS, markdown, save
 from re2tal.reversible.benchmarks.stacks import STACKS, stack
 from re2tal.reversible.benchmarks.timing import compared, paired
 from re2tal.reversible.benchmarks.variants import VARIANTS, prepared
+from re2tal.reversible.benchmarks.verification import checks_alone
 from re2tal.reversible.benchmarks.workloads import Workload
+from re2tal.reversible.watch import Watch, Witness
 
 TOY = Workload(model="toy_swin", frames=4, size=32)
 
@@ -57,6 +59,7 @@ def test_checkpoints_reach_blocks_that_are_not_reversible() -> None:
         assert "forward" in vars(changes_shape)
 
 
+@pytest.mark.slow
 def test_the_small_variants_keep_less_than_plain() -> None:
     workload = Workload(model="toy_swin", frames=8, size=48)
     peaks = {name: memory.predicted_step(workload, name).peak for name in VARIANTS}
@@ -103,6 +106,14 @@ def test_ratios_are_of_each_round() -> None:
     assert rows[1]["upper quartile"] == 2.0
 
 
+def test_checks_are_timed_and_left_as_they_were() -> None:
+    found = Watch.witness, Witness.compare
+    row = checks_alone(TOY, rounds=1)
+    assert 0 < row["seconds in checks"] < 1
+    assert 0 < row["of the step"] < 1
+    assert (Watch.witness, Witness.compare) == found
+
+
 @pytest.mark.parametrize("family", STACKS)
 @pytest.mark.parametrize("count", [4, 8])
 def test_stacks_have_so_many_branches(family: str, count: int) -> None:
@@ -133,6 +144,7 @@ def test_rebuilding_multiplies_errors_by_one_over_beta() -> None:
     assert rebuilt_error(model, x, 0.5, 0.5) > 4 * rebuilt_error(model, x, 0.0, 1.0) > 0
 
 
+@pytest.mark.slow
 def test_devices_on_the_cpu() -> None:
     rows = devices.compare(TOY, torch.device("cpu"), rounds=2)
     assert [row["training"] for row in rows] == list(VARIANTS)
@@ -141,6 +153,7 @@ def test_devices_on_the_cpu() -> None:
     assert rows[0]["of plain"] == 1
 
 
+@pytest.mark.slow
 def test_devices_record_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 

@@ -3,13 +3,11 @@
 import gc
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from statistics import median, quantiles
 
 import torch
 from torch import Tensor, nn
 
-from re2tal.reversible import rewire
 from re2tal.reversible.benchmarks.records import Row, Tables
 from re2tal.reversible.benchmarks.variants import REFERENCE, VARIANTS, Prepare, prepared
 from re2tal.reversible.benchmarks.workloads import SMALL, Workload
@@ -24,27 +22,13 @@ def measure() -> Tables:
         Workload(model="slowfast_50", frames=32, size=64),
         Workload(model="r3d_18", frames=16, size=64),
     ]
-    return {f"Time of a step: {w}": _against(w, VARIANTS, REFERENCE, rounds=9) for w in workloads}
+    return {f"Time of a step: {w}": against(w, VARIANTS, REFERENCE, rounds=9) for w in workloads}
 
 
-def measure_verification() -> Tables:
-    """The tables of the command ``verify``."""
-    ways: dict[str, Prepare] = {
-        "without": lambda model: rewire(model, verify=False),
-        "with": rewire,
-    }
-    workloads = {SMALL: 15, replace(SMALL, frames=16, size=56): 60}
-    return {
-        f"What comparing the rebuilt input costs: {workload}": _against(
-            workload, ways, "without", rounds=rounds
-        )
-        for workload, rounds in workloads.items()
-    }
-
-
-def _against(
+def against(
     workload: Workload, ways: Mapping[str, Prepare], reference: str, rounds: int
 ) -> list[Row]:
+    """Ways to train compared with one of them; see `paired` and `compared`."""
     times = paired(workload.build(), workload, workload.video(), ways, rounds=rounds)
     return compared(times, reference)
 
