@@ -5,47 +5,120 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._dynamo import lookup_backend
 
-from re2tal.reversible import rewire
-from tests.reversible.toy_blocks import MlpBlock, assert_reversible_is_stored, one_step
+from re2tal.reversible import reconstruction_errors, rewire
+from tests.reversible.toy_blocks import (
+    MlpBlock,
+    StepResult,
+    assert_reversible_is_stored,
+    assert_same_step,
+    one_step,
+    tiny_swin,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled_yet() -> None:
+    # What other tests have compiled counts towards the limit above which modules run uncompiled.
+    torch._dynamo.reset()
+
+
 def stack() -> nn.Sequential:
     torch.manual_seed(0)
-    model = nn.Sequential(*(MlpBlock(dropout=0.2) for _ in range(3))).double()
+    model = nn.Sequential(*(MlpBlock(dropout=0.2) for _ in range(3)))
     rewire(model)
     return model
 
 
-def test_modules_inside_the_blocks_can_be_compiled() -> None:
-    model, x = stack(), torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    truth = one_step(model, x)
-    compiled = []
+def points() -> Tensor:
+    return torch.randn(4, 6, requires_grad=True)
 
-    def backend(graph: torch.fx.GraphModule, _inputs: object) -> Callable[..., Any]:
+
+def counting(compiled: list[torch.fx.GraphModule], name: str = "eager") -> Callable[..., Any]:
+    """The backend of this name, which notes what it compiles."""
+    inner = lookup_backend(name)
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         compiled.append(graph)
-        return graph.forward
+        result: Callable[..., Any] = inner(graph, inputs)
+        return result
 
+    return backend
+
+
+def renamed(result: StepResult) -> StepResult:
+    """With the names that parameters have in a module that is not compiled."""
+    return StepResult(
+        output=result.output,
+        gradients={n.replace("_orig_mod.", ""): g for n, g in result.gradients.items()},
+        generator=result.generator,
+    )
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["module.compile", "torch.compile"])
+def test_modules_inside_the_blocks_can_be_compiled(in_place: bool) -> None:
+    model, x = stack(), points()
+    truth = one_step(model, x)
+    compiled: list[torch.fx.GraphModule] = []
     for block in model:
         assert isinstance(block, MlpBlock)
-        block.two = torch.compile(block.two, backend=backend)  # type: ignore[assignment]
+        if in_place:
+            block.two.compile(backend=counting(compiled))
+        else:
+            block.two = torch.compile(block.two, backend=counting(compiled))  # type: ignore[assignment]
     found = assert_reversible_is_stored(model, x)
-    torch.testing.assert_close(found.output, truth.output)
-    torch.testing.assert_close(
-        found.gradients["1.two._orig_mod.weight"], truth.gradients["1.two.weight"]
-    )
     assert compiled
+    assert_same_step(renamed(found), truth)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_branches_are_rebuilt_to_the_bit(backend: str) -> None:
+    torch.manual_seed(0)
+    model = tiny_swin((2,), drop_path=0.3)
+    rewire(model)
+    compiled: list[torch.fx.GraphModule] = []
+    for name, module in model.named_modules():
+        if name.endswith("mlp"):
+            module.compile(backend=counting(compiled, backend))
+    x = torch.randn(2, 3, 4, 32, 32)
+    found = assert_reversible_is_stored(model, x)
+    assert compiled
+    assert list(reconstruction_errors(model).values()) == [0]
+    assert all(g is not None for n, g in found.gradients.items() if not n.startswith("input"))
+
+
+def test_a_compiled_branch_under_autocast() -> None:
+    model, x = stack(), points()
+    for block in model:
+        assert isinstance(block, MlpBlock)
+        block.two.compile(backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_reversible_is_stored(model, x)
+    assert reconstruction_errors(model) == {"": 0}
+
+
+class Surrounded(nn.Module):
+    """A stage with a layer before and one behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = stack()
+        self.before, self.behind = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.behind(self.stage(self.before(x)))
+        return y
 
 
 def test_a_compiled_model_runs_its_stages_as_they_are() -> None:
-    model = nn.Sequential(nn.Linear(6, 6), stack(), nn.Linear(6, 6)).double()
-    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    model, x = Surrounded(), points()
     truth = one_step(model, x)
-    model.compile(backend="aot_eager")
-    found = one_step(model, x)
-    torch.testing.assert_close(found.output, truth.output)
-    for name, gradient in truth.gradients.items():
-        torch.testing.assert_close(found.gradients[name], gradient)
+    compiled: list[torch.fx.GraphModule] = []
+    model.compile(backend=counting(compiled))
+    assert_same_step(one_step(model, x), truth)
+    assert len(compiled) == 2  # what is before the stage, and what is behind it
+    assert_reversible_is_stored(model, x)
