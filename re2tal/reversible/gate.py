@@ -2,8 +2,8 @@
 
 The way back of Dr2Net, ``x_{i-2} = (x_i - F_i(x_{i-1}) - alpha x_{i-1}) / beta``, multiplies the
 rounding errors of every branch by ``1 / beta`` and by how strongly the branches react. While alpha
-and beta move over training the answer changes, so a stage is tried out whenever alpha has moved by a
-twentieth, or beta by a twentieth of itself.
+and beta move over training the answer changes, so a stage is tried out whenever alpha has moved by
+a twentieth, or beta by a twentieth of itself.
 """
 
 import math

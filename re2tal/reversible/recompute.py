@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from re2tal.reversible.randomness import Draws
 from re2tal.reversible.replay import Autocast, Conditions, uncached
@@ -20,7 +21,8 @@ class Recomputed:
     """The ``forward`` of a module that is recomputed in the backward pass.
 
     It stands in the module's own ``__dict__``, so that the module stays the same object of the same
-    class. Its first argument and the first of its results are tensors; others are passed along.
+    class. Its first argument and the first of its results are tensors; others are passed along. A
+    call with another tensor that needs a gradient is not recomputed: it would not get one.
 
     Args:
         module: whose forward it is.
@@ -37,7 +39,8 @@ class Recomputed:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The module's result."""
         needs = x.requires_grad or any(p.requires_grad for p in self.module.parameters())
-        if not (self.active and needs and torch.is_grad_enabled()):
+        more = any(isinstance(a, Tensor) and a.requires_grad for a in tree_leaves((args, kwargs)))
+        if more or not (self.active and needs and torch.is_grad_enabled()):
             return self.plain(x, *args, **kwargs)
         run = _Run(self, x, args, kwargs)
         y = _RecomputedNode.apply(run, x, *run.conditions.parameters)

@@ -61,12 +61,13 @@ def rebuildable(tensor: Tensor, rebuild: Callable[[], Tensor]) -> Tensor:
 
     Args:
         tensor: what was computed.
-        rebuild: returns the same values, bit for bit, until the backward pass has passed here.
+        rebuild: returns the same values, bit for bit, until the backward pass has passed here. It
+            does not count once the tensor is modified in place.
 
     Returns:
         ``tensor`` itself.
     """
-    setattr(tensor, _REBUILD, rebuild)
+    setattr(tensor, _REBUILD, (rebuild, _version(tensor)))
     return tensor
 
 
@@ -76,13 +77,13 @@ def source_of(tensor: Tensor) -> Callable[[], Tensor]:
     Raises:
         ReversibleError: when called, if a tensor that had to be kept was modified in place.
     """
-    rebuild: Callable[[], Tensor] | None = getattr(tensor, _REBUILD, None)
-    if rebuild is not None:
-        return rebuild
-    kept, version = tensor.detach(), 0 if tensor.is_inference() else tensor._version
+    noted: tuple[Callable[[], Tensor], int] | None = getattr(tensor, _REBUILD, None)
+    kept, version = tensor.detach(), _version(tensor)
+    if noted is not None and noted[1] == version:
+        return noted[0]
 
     def again() -> Tensor:
-        if kept._version != version:
+        if _version(kept) != version:
             raise ReversibleError(
                 f"An input of shape {tuple(kept.shape)} was modified in place between the forward "
                 "and its backward. Use the out-of-place form of that operation."
@@ -90,6 +91,11 @@ def source_of(tensor: Tensor) -> Callable[[], Tensor]:
         return kept
 
     return again
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts modifications in place, except of tensors that know no gradients at all."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def no_gradients_of_gradients(where: str) -> None:
