@@ -112,7 +112,7 @@ def split(block: nn.Module | None) -> list[Branch]:
         raise NotReversibleError(
             "it has hooks of its own, which would not be called: "
             "hook the stage or the modules inside the block instead, and call fully_shard on "
-            "the stage's container"
+            "the stage's Sequential or on the owner of its ModuleList"
         )
     return found
 

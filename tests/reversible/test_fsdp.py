@@ -221,6 +221,18 @@ def a_list_is_sharded_by_its_owner() -> None:
     train(model, stored, lambda m: m(torch.randn(4, 6)).pow(2).sum())
 
 
+def blocks_of_a_list() -> None:
+    model = Listed()
+    rewire(model)
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    with pytest.raises(
+        ReversibleError, match=r"blocks\.0 was rewired.*on the owner of its ModuleL"
+    ):
+        model(torch.randn(4, 6))
+
+
 def refused(
     sharded: Callable[[nn.Module], Iterable[nn.Module]], message: str, *, in_stored: bool
 ) -> None:
@@ -252,8 +264,8 @@ def inside_a_recomputed_layer(model: nn.Module) -> list[nn.Module]:
 
 
 def the_older_wrapper() -> None:
-    """`FullyShardedDataParallel` hides parameters, or puts others in their place."""
-    for keeps, message in ((False, "has flattened the parameters"), (True, "has other parameters")):
+    """`FullyShardedDataParallel` hides parameters, or puts views of what it has flattened in their place."""
+    for keeps, message in ((False, "has flattened the parameters"), (True, "it would get none")):
         inner = Listed()
         rewire(inner)
         model = FullyShardedDataParallel(inner, use_orig_params=keeps, device_id=CPU)
@@ -293,6 +305,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "bfloat16": bfloat16_parameters,
     "list": a_list_is_sharded_by_its_owner,
     "blocks": partial(refused, blocks_of, "hooks of its own.*fully_shard", in_stored=True),
+    "blocks of a list": blocks_of_a_list,
     "inside a block": partial(refused, mlps_of, r"\(mlp\): a FSDPMLP inside", in_stored=False),
     "inside recomputed": partial(
         refused, inside_a_recomputed_layer, r"features\.1: a FSDPLinear inside", in_stored=False
