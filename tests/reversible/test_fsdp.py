@@ -264,7 +264,7 @@ def inside_a_recomputed_layer(model: nn.Module) -> list[nn.Module]:
 
 
 def the_older_wrapper() -> None:
-    """`FullyShardedDataParallel` hides parameters, or puts views of what it has flattened in their place."""
+    """`FullyShardedDataParallel` hides parameters, or puts views in their place."""
     for keeps, message in ((False, "has flattened the parameters"), (True, "it would get none")):
         inner = Listed()
         rewire(inner)
