@@ -73,11 +73,19 @@ class BranchCall:
         self._settings = settings
         self._args = tuple(args)
         self._kwargs = dict(kwargs or {})
-        if any(isinstance(a, Tensor) and a.requires_grad for a in tree_leaves((args, kwargs))):
+
+    def refuse_other_gradients(self) -> None:
+        """Make sure that no tensor beside the streams and the parameters needs a gradient.
+
+        Raises:
+            ReversibleError: if one of the block's arguments does.
+        """
+        given = tree_leaves((self._args, self._kwargs))
+        if any(isinstance(a, Tensor) and a.requires_grad for a in given):
             raise ReversibleError(
-                f"{where}: the block is called with a second tensor that needs a gradient, which a "
-                "reversible stage would not give it. Detach it, or call set_reversible(model, "
-                "False)."
+                f"{self.where}: the block is called with a second tensor that needs a gradient, "
+                "which a reversible stage would not give it. Detach it, or call "
+                "set_reversible(model, False)."
             )
 
     def layout(self, stream: Tensor) -> tuple[Layout, list[Span]]:

@@ -18,6 +18,7 @@ from re2tal.reversible.engine import run_stage
 from re2tal.reversible.replay import ReversibleError
 from re2tal.reversible.report import joined, span_of
 from re2tal.reversible.settings import Settings
+from re2tal.reversible.tape import version_of
 from re2tal.reversible.watch import Watch
 
 
@@ -169,28 +170,42 @@ class Passage:
 
         Raises:
             ReversibleError: if a block is not given what the block before it has returned, or is
-                called with other arguments than the first.
+                called with other arguments than the first, or if one was replaced.
         """
         block = self.container._modules[self.name]
         names = next(names for _, names in self.container.runs() if self.name in names)
         if self.container.plain(names):
             return type(block).forward(block, x, *args, **kwargs)
         if self.name == names[0]:
-            y = self.container.run(names, x, args, kwargs)
-            setattr(y, _PASSED, (self.container, args, kwargs))
-            return returned(block, y, *args, **kwargs)
-        self._check(getattr(x, _PASSED, None), args, kwargs)
+            self._check_others(names)
+            x = self.container.run(names, x, args, kwargs)
+        else:
+            self._check(x, names[names.index(self.name) - 1], args, kwargs)
+        setattr(x, _PASSED, (self.container, self.name, version_of(x), args, kwargs))
         return returned(block, x, *args, **kwargs)
 
-    def _check(self, passed: Any, args: Any, kwargs: Any) -> None:
+    def _check_others(self, names: Sequence[str]) -> None:
+        """The other blocks of the stage have to know that they only pass its result on."""
+        for name in names:
+            passage = vars(self.container._modules[name]).get("forward")
+            here = (self.container, name)
+            if not isinstance(passage, Passage) or (passage.container, passage.name) != here:
+                raise ReversibleError(
+                    f"Block {joined(self.container.place, name)} is not the one that was rewired: "
+                    "call rewire(model) again. (A block that stands in the list twice cannot be "
+                    "part of a reversible stage: call unwire(model).)"
+                )
+
+    def _check(self, x: Tensor, before: str, args: Any, kwargs: Any) -> None:
         place = joined(self.container.place, self.name)
-        if passed is None or passed[0] is not self.container:
+        container, name, version, *arguments = getattr(x, _PASSED, (None, "", 0))
+        if container is not self.container or name != before or version != version_of(x):
             raise ReversibleError(
                 f"Block {place} is in the middle of a reversible stage, but its input is not what "
                 "the block before it has returned. Call the blocks of a stage one after another, "
                 "with nothing in between, or unwire(model)."
             )
-        if not _same(passed[1:], (args, kwargs)):
+        if not _same(arguments, [args, kwargs]):
             raise ReversibleError(
                 f"Block {place} is called with other arguments than the first block of its stage, "
                 "but a reversible stage runs all its blocks with those."

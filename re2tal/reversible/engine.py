@@ -95,8 +95,8 @@ def run_stage(
         The merged streams, of the shape and dtype of ``x``.
 
     Raises:
-        ReversibleError: under `torch.func` transforms, which cannot be replayed, or for what a
-            check of an earlier backward found.
+        ReversibleError: under `torch.func` transforms, which cannot be replayed, for an argument
+            that needs a gradient of its own, or for what a check of an earlier backward found.
     """
     watch.poll()
     stream = x.to(stream_dtype(x.dtype))
@@ -143,6 +143,8 @@ def _reversible(
     where: str,
     dtype: torch.dtype,
 ) -> Tensor:
+    for call in calls:
+        call.refuse_other_gradients()
     tape, coupling = Tape(), settings.coupling
     current, previous = _both_streams(stream)
     extent = watch.extent(settings, stream, where)

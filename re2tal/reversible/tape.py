@@ -67,7 +67,7 @@ def rebuildable(tensor: Tensor, rebuild: Callable[[], Tensor]) -> Tensor:
     Returns:
         ``tensor`` itself.
     """
-    setattr(tensor, _REBUILD, (rebuild, _version(tensor)))
+    setattr(tensor, _REBUILD, (rebuild, version_of(tensor)))
     return tensor
 
 
@@ -78,12 +78,12 @@ def source_of(tensor: Tensor) -> Callable[[], Tensor]:
         ReversibleError: when called, if a tensor that had to be kept was modified in place.
     """
     noted: tuple[Callable[[], Tensor], int] | None = getattr(tensor, _REBUILD, None)
-    kept, version = tensor.detach(), _version(tensor)
+    kept, version = tensor.detach(), version_of(tensor)
     if noted is not None and noted[1] == version:
         return noted[0]
 
     def again() -> Tensor:
-        if _version(kept) != version:
+        if version_of(kept) != version:
             raise ReversibleError(
                 f"An input of shape {tuple(kept.shape)} was modified in place between the forward "
                 "and its backward. Use the out-of-place form of that operation."
@@ -93,7 +93,7 @@ def source_of(tensor: Tensor) -> Callable[[], Tensor]:
     return again
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
     """Counts modifications in place, except of tensors that know no gradients at all."""
     return 0 if tensor.is_inference() else tensor._version
 
