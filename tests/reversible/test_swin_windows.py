@@ -1,0 +1,305 @@
+"""Window attention from gathered windows, against torchvision's own module."""
+
+import gc
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformerBlock
+from torchvision.models.video.swin_transformer import (
+    ShiftedWindowAttention3d,
+    SwinTransformer3d,
+)
+
+from re2tal.reversible import Branch, rewire
+from re2tal.reversible.branches import split
+from re2tal.reversible.call import BranchCall, run_stored
+from re2tal.reversible.families.swin import RelativeBias, Windows
+from re2tal.reversible.settings import Budget, Settings
+from tests.reversible.test_families import scrambled
+from tests.reversible.toy_blocks import assert_reversible_is_stored, tiny_swin
+
+WIDTH, HEADS = 8, 2
+
+SHAPES = {
+    # size of the input, window, shift
+    "one window": ((4, 4), (4, 4), (0, 0)),
+    "windows": ((8, 12), (4, 4), (0, 0)),
+    "shifted": ((8, 12), (4, 4), (2, 2)),
+    "shifted by an odd number": ((9, 6), (3, 3), (1, 1)),
+    "padded": ((7, 9), (4, 4), (0, 0)),
+    "padded and shifted": ((7, 9), (4, 4), (2, 2)),
+    "larger than the input": ((3, 3), (4, 4), (2, 2)),
+    "larger than one side": ((3, 9), (4, 4), (2, 2)),
+    "oblong": ((6, 10), (2, 5), (1, 2)),
+    "video": ((4, 8, 8), (2, 4, 4), (0, 0, 0)),
+    "video, shifted": ((4, 8, 8), (2, 4, 4), (1, 2, 2)),
+    "video, padded": ((3, 7, 6), (2, 4, 4), (0, 0, 0)),
+    "video, padded and shifted": ((3, 7, 6), (2, 4, 4), (1, 2, 2)),
+    "video, few frames": ((2, 8, 8), (4, 4, 4), (2, 2, 2)),
+    "video, few frames and padded": ((3, 6, 9), (8, 4, 4), (4, 2, 2)),
+    "video, one frame": ((1, 8, 4), (2, 4, 4), (1, 2, 2)),
+    "video, small": ((4, 3, 8), (2, 4, 4), (1, 2, 2)),
+    "video, smaller than a window": ((1, 3, 2), (2, 4, 4), (1, 2, 2)),
+    "video, oblong": ((6, 4, 9), (3, 2, 5), (1, 1, 2)),
+}
+
+
+def block(
+    window: tuple[int, ...], shift: tuple[int, ...], *, bias: bool = True, drop: float = 0.0
+) -> SwinTransformerBlock:
+    """In float64, with no parameter at a value that would hide an omission."""
+    torch.manual_seed(0)
+    kind = ShiftedWindowAttention if len(window) == 2 else ShiftedWindowAttention3d
+    made = SwinTransformerBlock(WIDTH, HEADS, list(window), list(shift), attn_layer=kind)
+    options = {"qkv_bias": bias, "proj_bias": bias, "dropout": drop, "attention_dropout": drop}
+    made.attn = kind(WIDTH, list(window), list(shift), HEADS, **options)
+    scrambled(made).double().eval()
+    return made
+
+
+def attention(of: SwinTransformerBlock) -> Branch:
+    (branch, _) = split(of)
+    assert branch.name == "attention"
+    return branch
+
+
+def cut(branch: Branch, x: Tensor, budget: Budget) -> Tensor:
+    """The branch in pieces, with gradients."""
+    return run_stored(BranchCall(branch, "block", x.dtype, Settings(slice_bytes=budget)), x)
+
+
+def video(size: tuple[int, ...], batch: int = 2) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(batch, *size, WIDTH, dtype=torch.float64, requires_grad=True)
+
+
+def everything(found: Tensor, x: Tensor, of: nn.Module) -> list[Tensor | None]:
+    """The result and the gradients of the input and all parameters, by a random loss."""
+    torch.manual_seed(2)
+    inputs = [x, *of.parameters()]
+    gradients = torch.autograd.grad(found, inputs, torch.randn_like(found), allow_unused=True)
+    return [found, *gradients]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("budget", [1, 20_000, 60_000, "auto"])
+def test_pieces_are_torchvisions_attention(shape: str, budget: Budget) -> None:
+    size, window, shift = SHAPES[shape]
+    made, x = block(window, shift), video(size)
+    truth = everything(made.attn(made.norm1(x)), x, made)
+    found = everything(cut(attention(made), x, budget), x, made)
+    for a, b in zip(found, truth, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_shift_and_the_padding_matter_to_these_tests(shape: str) -> None:
+    """Unshifted attention is another function, wherever a shift was asked for and applies."""
+    size, window, shift = SHAPES[shape]
+    made, x = block(window, shift), video(size)
+    truth = made.attn(made.norm1(x))
+    unshifted = block(window, tuple(0 for _ in window))
+    applies = any(s and w < n for s, w, n in zip(shift, window, size, strict=True))
+    found = cut(attention(unshifted), x, 1)
+    assert torch.allclose(found, truth, rtol=1e-12, atol=1e-12) == (not applies)
+
+
+@pytest.mark.parametrize("shape", ["shifted", "video, padded and shifted"])
+def test_without_biases(shape: str) -> None:
+    size, window, shift = SHAPES[shape]
+    made, x = block(window, shift, bias=False), video(size)
+    truth = made.attn(made.norm1(x))
+    torch.testing.assert_close(cut(attention(made), x, 1), truth, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", ["windows", "video, padded and shifted"])
+def test_dropout_is_torchvisions_where_nothing_is_cut(shape: str) -> None:
+    """The same draws in the same order, of the scores and of the projection."""
+    size, window, shift = SHAPES[shape]
+    made, x = block(window, shift, drop=0.3).train(), video(size)
+    torch.manual_seed(3)
+    truth = made.attn(made.norm1(x))
+    torch.manual_seed(3)
+    found = cut(attention(made), x, "auto")
+    torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(truth, cut(attention(made.eval()), x, "auto"))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_token_is_taken_once_and_put_back(shape: str) -> None:
+    size, window, shift = SHAPES[shape]
+    made = block(window, shift)
+    x = torch.arange(2 * prod(size) * WIDTH, dtype=torch.float64).view(2, *size, WIDTH) + 1
+    layout = Windows(made.norm1, made.attn)(x)
+    out = layout.new(x).fill_(torch.nan)
+    seen = []
+    for start in range(layout.units):
+        piece = layout.take(x, start, start + 1)
+        seen.append(piece[piece > 0])  # padding is zero
+        layout.put(out, start, start + 1, piece)
+    assert torch.equal(out, x)
+    assert torch.equal(torch.cat(seen).sort().values, x.flatten())
+    assert layout.units % 2 == 0
+
+
+def test_windows_of_one_sample_do_not_see_another() -> None:
+    size, window, shift = SHAPES["video, padded and shifted"]
+    made, x = block(window, shift), video(size, batch=3)
+    y = cut(attention(made), x, 1)
+    (gradient,) = torch.autograd.grad(y[1].sum(), x)
+    assert gradient[1].abs().sum() > 0
+    assert gradient[0].abs().sum() == gradient[2].abs().sum() == 0
+
+
+# The bias
+
+
+BIASES = [
+    ((3, 3), (3, 3)),
+    ((2, 4), (2, 4)),
+    ((2, 3, 2), (2, 3, 2)),
+    ((3, 2, 2), (2, 2, 2)),
+    ((4, 2, 3), (1, 2, 3)),
+]
+
+
+def tables(own: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """A table of biases and torchvision's index into it."""
+    module = block(own, (0,) * len(own)).attn
+    return module.relative_position_bias_table.detach(), module.relative_position_index
+
+
+@pytest.mark.parametrize(("own", "window"), BIASES)
+def test_the_bias_is_that_of_the_index(own: tuple[int, ...], window: tuple[int, ...]) -> None:
+    table, index = tables(own)
+    table.requires_grad_()
+    tokens = prod(window)
+    pairs = index.view(prod(own), prod(own))[:tokens, :tokens]
+    truth = table[pairs.reshape(-1)].view(tokens, tokens, HEADS).permute(2, 0, 1)[None]
+    found = RelativeBias.apply(table, index, own, window)
+    assert torch.equal(found, truth)
+    gradient = torch.randn_like(found)
+    (a,) = torch.autograd.grad(found, table, gradient)
+    (b,) = torch.autograd.grad(truth, table, gradient)
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("own", "window"), BIASES)
+def test_the_gradient_of_the_bias_by_finite_differences(
+    own: tuple[int, ...], window: tuple[int, ...]
+) -> None:
+    table, index = tables(own)
+    assert torch.autograd.gradcheck(
+        lambda t: RelativeBias.apply(t, index, own, window), table.requires_grad_()
+    )
+
+
+def test_the_bias_of_a_window_cut_short_is_torchvisions() -> None:
+    """In its table the middle offset stays where it is."""
+    own, window = (4, 2, 3), (2, 2, 3)
+    module = block(own, (0, 0, 0)).attn
+    truth = module.get_relative_position_bias(list(window))
+    table, index = module.relative_position_bias_table, module.relative_position_index
+    assert torch.equal(RelativeBias.apply(table, index, own, window).squeeze(), truth.squeeze())
+
+
+# Modules that are not torchvision's own any more
+
+
+def hooked(model: SwinTransformer3d, calls: list[str]) -> None:
+    model.features[0][1].attn.register_forward_hook(lambda *_: calls.append("hook"))
+
+
+def replaced(model: SwinTransformer3d, calls: list[str]) -> None:
+    old = model.features[0][1].attn
+
+    class Counting(ShiftedWindowAttention3d):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append("subclass")
+            result: Tensor = super().forward(x)
+            return result
+
+    new = Counting(8, list(old.window_size), list(old.shift_size), 2)
+    new.load_state_dict(old.state_dict())
+    model.features[0][1].attn = new
+
+
+def compiled(model: SwinTransformer3d, calls: list[str]) -> None:
+    def backend(graph: Any, _inputs: Any) -> Callable[..., Any]:
+        def run(*inputs: Any) -> Any:
+            calls.append("compiled")
+            return graph(*inputs)
+
+        return run
+
+    torch.compiler.reset()
+    model.features[0][1].attn = torch.compile(model.features[0][1].attn, backend=backend)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        hooked,
+        replaced,
+        pytest.param(compiled, marks=[pytest.mark.slow, pytest.mark.filterwarnings("ignore")]),
+    ],
+)
+def test_a_module_that_was_changed_is_called_itself(
+    change: Callable[[SwinTransformer3d, list[str]], None],
+) -> None:
+    torch.manual_seed(0)
+    model, calls = tiny_swin((2, 1)), list[str]()
+    x = torch.randn(2, 3, 4, 32, 32, requires_grad=True)
+    rewire(model, slice_bytes=1)
+    with torch.no_grad():
+        truth = model(x)
+    change(model, calls)
+    rewire(model, slice_bytes=1)
+    torch.testing.assert_close(model(x), truth, rtol=1e-3, atol=1e-4)
+    assert len(calls) == 1
+    calls.clear()
+    assert_reversible_is_stored(model, x)
+    assert len(calls) == 3  # stored; forward and replay
+
+
+# Many steps
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_over_200_steps() -> None:
+    torch.manual_seed(0)
+    model = tiny_swin((2, 2), drop_path=0.2, dropout=0.1)
+    rewire(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    process = psutil.Process()
+
+    def steps(count: int) -> tuple[int, int]:
+        for index in range(count):
+            x = torch.randn(2, 3, 4, 32, 32)
+            with torch.autocast("cpu", torch.bfloat16, enabled=index % 2 == 1):
+                loss = model(x).float().square().sum()
+            if index % 5:  # every fifth forward stays unused
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        del loss
+        live = sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+        return live, process.memory_info().rss
+
+    steps(50)
+    gc.collect()
+    gc.disable()  # what only the cycle collector would free counts as growth
+    try:
+        tensors, resident = steps(20)
+        after, grown = steps(200)
+    finally:
+        gc.enable()
+    assert after == tensors
+    assert grown - resident < 4 * 2**20  # one step's streams alone are 0.3 MB
