@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from re2tal.reversible.call import BranchCall, run_stored
+from re2tal.reversible.grid import Grid
 from re2tal.reversible.replay import ReversibleError, uncached
 from re2tal.reversible.settings import Settings
 from re2tal.reversible.step import Step, steps_of
-from re2tal.reversible.streams import stream_dtype, to_grid
+from re2tal.reversible.streams import Coupling, stream_dtype
 from re2tal.reversible.tape import Tape, no_gradients_of_gradients, rebuildable
 from re2tal.reversible.watch import Watch, Witness
 
@@ -100,17 +101,20 @@ def run_stage(
     """
     watch.poll()
     stream = x.to(stream_dtype(x.dtype))
-    if settings.grid is not None:
+    grid = None if settings.grid is None else Grid.of(settings.grid, stream)
+    if grid is not None:
         # Adding zero makes -0.0 into 0.0, which is what the way back would yield.
-        stream = to_grid(stream, settings.grid).add_(0.0)
+        stream = grid.round(stream).add_(0.0)
     if not torch.is_grad_enabled() or watch.stores(calls, stream, settings, where):
-        return _stored(calls, stream, settings).to(x.dtype)
+        return _stored(calls, stream, settings.coupling, grid).to(x.dtype)
     if torch._C._are_functorch_transforms_active():
         raise ReversibleError(
             "A reversible stage cannot run under torch.func transforms (grad, vmap, jvp, ...). "
             "Call set_reversible(model, False)."
         )
-    return _reversible(calls, stream, settings, watch, where, x.dtype)
+    for call in calls:
+        call.refuse_other_gradients()
+    return _reversible(calls, stream, settings, grid, watch, where, x.dtype)
 
 
 def _both_streams(stream: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,16 +125,17 @@ def _both_streams(stream: Tensor) -> tuple[Tensor, Tensor]:
     return stream.view_as(stream), stream.view_as(stream)
 
 
-def _stored(calls: Sequence[BranchCall], stream: Tensor, settings: Settings) -> Tensor:
-    coupling = settings.coupling
+def _stored(
+    calls: Sequence[BranchCall], stream: Tensor, coupling: Coupling, grid: Grid | None
+) -> Tensor:
     current, previous = _both_streams(stream)
     for call in calls:
         # An alias sums the gradients of all uses inside the branch before the others are added: as
         # in the reversible run, and the order of summation decides about the last bit.
         with uncached():
             increment = run_stored(call, current.view_as(current))
-        if settings.grid is not None:
-            increment = to_grid(increment, settings.grid)
+        if grid is not None:
+            increment = grid.round(increment)
         current, previous = coupling.advance(increment, previous), current
     return coupling.merge(current, previous)
 
@@ -139,17 +144,16 @@ def _reversible(
     calls: Sequence[BranchCall],
     stream: Tensor,
     settings: Settings,
+    grid: Grid | None,
     watch: Watch,
     where: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    for call in calls:
-        call.refuse_other_gradients()
     tape, coupling = Tape(), settings.coupling
     current, previous = _both_streams(stream)
-    extent = watch.extent(settings, stream, where)
+    extent = watch.extent(grid, stream, where)
     witness = None
-    for depth, step in enumerate(steps_of(calls, stream, settings), start=1):
+    for depth, step in enumerate(steps_of(calls, stream, grid), start=1):
         place = _Place(step, settings, tape, depth)
         following = _BranchNode.apply(place, current, previous, *step.parameters)
         if following.requires_grad and not tape.bottom:

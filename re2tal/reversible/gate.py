@@ -56,7 +56,7 @@ def reconstruction_error(calls: Sequence[BranchCall], stream: Tensor, settings: 
     modules = {m for call in calls for top in call.branch.modules for m in top.modules()}
     counted = [(m, name) for m in modules if counts_statistics(m) for name in m._buffers]
     coupling, stream = settings.coupling, stream.detach()
-    steps = steps_of(calls, stream, settings)
+    steps = steps_of(calls, stream, grid=None)
     devices = {stream.device, *(p.device for step in steps for p in step.parameters)}
     with ExitStack() as stack:
         stack.enter_context(GeneratorStates.now(devices).revisited())

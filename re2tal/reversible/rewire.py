@@ -3,12 +3,13 @@
 from torch import nn
 
 from re2tal.reversible.controls import recomputed_modules, reversible_stages
+from re2tal.reversible.grid import Bits
 from re2tal.reversible.plan import CONTAINERS, Plan, left_out
 from re2tal.reversible.recompute import Recomputed
 from re2tal.reversible.replay import ReversibleError
 from re2tal.reversible.report import RewireReport
 from re2tal.reversible.settings import Budget, Settings
-from re2tal.reversible.streams import GRID_BITS, Coupling
+from re2tal.reversible.streams import Coupling
 
 
 def rewire(
@@ -17,7 +18,7 @@ def rewire(
     alpha: float = 0.0,
     beta: float = 1.0,
     exact: bool = True,
-    grid: int = GRID_BITS,
+    grid: Bits = "auto",
     slice_bytes: Budget = "auto",
     recompute: bool = True,
     verify: bool = True,
@@ -44,7 +45,8 @@ def rewire(
         exact: round the streams to a fixed-point grid, so that activations are rebuilt bit for bit
             and gradients are those of stored activations. Needs ``beta=1`` to be reversible.
         grid: fractional bits of that grid: streams are multiples of ``2**-grid`` and must stay
-            below ``2**(24 - grid)``.
+            below ``2**(24 - grid)``. "auto" chooses them in every forward of a stage by its input,
+            which streams may then outgrow 256 times.
         slice_bytes: branches run in pieces of about this many bytes, where their family says how.
             "auto" takes as many as one of the streams; None runs branches whole, by the blocks' own
             code.

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from re2tal.reversible.grid import Bits
 from re2tal.reversible.streams import Coupling
 
 Budget = int | Literal["auto"] | None
@@ -23,14 +24,14 @@ class Settings:
     Attributes:
         coupling: alpha and beta.
         reversible: rebuild activations (True) or store them (False); the function is the same.
-        grid: fractional bits of the fixed-point grid; None is plain floating point.
+        grid: fractional bits of the fixed-point grid, or "auto"; None is plain floating point.
         slice_bytes: budget of a piece of a branch; None runs branches whole, by their own code.
         verify: compare what was rebuilt with what was there.
     """
 
     coupling: Coupling = field(default_factory=Coupling)
     reversible: bool = True
-    grid: int | None = None
+    grid: Bits | None = None
     slice_bytes: Budget = "auto"
     verify: bool = True
 

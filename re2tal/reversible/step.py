@@ -13,10 +13,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from re2tal.reversible.call import BranchCall, Joined, Span
 from re2tal.reversible.cuts import Layout
+from re2tal.reversible.grid import Grid
 from re2tal.reversible.randomness import Draws
 from re2tal.reversible.replay import Autocast, Conditions, ReversibleError, Surroundings
-from re2tal.reversible.settings import Settings
-from re2tal.reversible.streams import to_grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +43,7 @@ class Step:
 
     Args:
         call: the branch as it is called.
-        settings: how its stage runs.
+        grid: of its stage's streams; None is plain floating point.
         autocast: the state in which it runs.
         needs_gradient: whether its input needs a gradient.
         device: where it runs.
@@ -53,7 +52,7 @@ class Step:
     def __init__(
         self,
         call: BranchCall,
-        settings: Settings,
+        grid: Grid | None,
         autocast: Autocast,
         device: torch.device,
         *,
@@ -61,7 +60,7 @@ class Step:
     ) -> None:
         self.where = call.where
         self._call = call
-        self._settings = settings
+        self._grid = grid
         self._needs_gradient = needs_gradient
         self._conditions = Conditions(call.branch.modules, device, autocast, call.where)
         self._draws = Draws()
@@ -140,7 +139,7 @@ class Step:
             total = sums.totals[: len(wanted)]
             with surroundings.restored():
                 _through_shared(shared, sums.totals[len(wanted) :], wanted, total)
-        owned = joined.fresh or self._settings.grid is not None
+        owned = joined.fresh or self._grid is not None
         return Repetition(joined.result(), owned, passed.tensor, total)
 
     def _leaf(self, layout: Layout, span: Span, stream: Tensor) -> Tensor:
@@ -160,18 +159,18 @@ class Step:
                 )
 
     def _increment(self, result: Tensor) -> Tensor:
-        grid = self._settings.grid
-        return result.detach() if grid is None else to_grid(result.detach(), grid)
+        result = result.detach()
+        return result if self._grid is None else self._grid.round(result)
 
     def _mark(self, stream: Tensor) -> None:
         self._draws.mark(stream, self._conditions.devices)
 
 
-def steps_of(calls: Sequence[BranchCall], stream: Tensor, settings: Settings) -> list[Step]:
+def steps_of(calls: Sequence[BranchCall], stream: Tensor, grid: Grid | None) -> list[Step]:
     """The steps of one forward, with all that needs a gradient marked as such."""
     autocast, needs, steps = Autocast(stream.device), stream.requires_grad, []
     for call in calls:
-        step = Step(call, settings, autocast, stream.device, needs_gradient=needs)
+        step = Step(call, grid, autocast, stream.device, needs_gradient=needs)
         needs = needs or any(p.requires_grad for p in step.parameters)
         steps.append(step)
     return steps

@@ -22,7 +22,7 @@ so a stage can be run backwards from its last two streams. A gradient ``g`` of `
 In floating point the way back is exact only up to rounding. It is exact to the bit on a grid: if
 the stage's input and every increment are rounded to multiples of 2^-k, and beta is 1, then each
 ``x_i`` is a sum of two grid points, which float32 holds exactly below 2^(24-k), and so is each
-difference on the way back. Rounding passes gradients on unchanged.
+difference on the way back. Rounding passes gradients on unchanged. See `grid`.
 
 Everything here is a pure function of tensors of one shape.
 """
@@ -30,13 +30,9 @@ Everything here is a pure function of tensors of one shape.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-
-GRID_BITS = 14
-"""Default k of the grid: streams may reach 1024 and are rounded by at most 3.1e-5."""
 
 
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -119,39 +115,3 @@ class Coupling:
         if self.beta == 0:
             return last
         return torch.add(last, before, alpha=self.beta).mul(1 / (1 + self.beta))
-
-
-class _Round(torch.autograd.Function):
-    """Rounding to the grid as a part of a differentiable network: its gradient is the identity."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, bits: int) -> Tensor:
-        return _rounded(x, bits)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is needed in the backward."""
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
-        return gradients[0], None
-
-
-def to_grid(x: Tensor, bits: int) -> Tensor:
-    """The nearest multiples of ``2**-bits``, as a new tensor; differentiable as the identity."""
-    if x.requires_grad and torch.is_grad_enabled():
-        rounded: Tensor = _Round.apply(x, bits)
-        return rounded
-    return _rounded(x, bits)
-
-
-def _rounded(x: Tensor, bits: int) -> Tensor:
-    # Powers of two scale without rounding, so that round() alone decides.
-    return torch.mul(x, 2.0**bits).round_().mul_(2.0**-bits)
-
-
-def grid_limit(bits: int) -> float:
-    """Streams below this are held exactly: float32 has 24 significant bits."""
-    return 2.0 ** (24 - bits)

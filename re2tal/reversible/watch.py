@@ -7,7 +7,8 @@ the next forward of the stage, or at once by `check`.
 """
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from re2tal.reversible.call import BranchCall
 from re2tal.reversible.gate import gate_key, reconstruction_error
+from re2tal.reversible.grid import Grid
 from re2tal.reversible.replay import ReversibleError
 from re2tal.reversible.settings import TOLERANCE, Settings
-from re2tal.reversible.streams import grid_limit
 
 _LOG = logging.getLogger(__name__)
 _SAMPLE = 2**16
@@ -79,9 +80,9 @@ class Watch:
             weights = f"alpha={settings.coupling.alpha:g}, beta={settings.coupling.beta:g}"
             _LOG.info("%s: %s (%s)", where or "model", mode, weights)
 
-    def extent(self, settings: Settings, stream: Tensor, where: str) -> "Extent":
+    def extent(self, grid: Grid | None, stream: Tensor, where: str) -> "Extent":
         """What watches the magnitude of a forward's streams."""
-        return Extent(self, settings, stream, where)
+        return Extent(self, grid, stream, where)
 
     def witness(
         self, current: Tensor, previous: Tensor, settings: Settings, where: str
@@ -105,33 +106,36 @@ class Watch:
 class Extent:
     """The largest magnitude of the streams of one forward on the grid."""
 
-    def __init__(self, watch: Watch, settings: Settings, stream: Tensor, where: str) -> None:
+    def __init__(self, watch: Watch, grid: Grid | None, stream: Tensor, where: str) -> None:
         self._watch = watch
-        self._bits = settings.grid if not isinstance(stream, FakeTensor) else None
+        self._grid = None if isinstance(stream, FakeTensor) else grid
         self._where = where
         self._largest: list[Tensor] = []
         self.see(stream)
 
     def see(self, stream: Tensor) -> None:
         """Take in one more stream."""
-        if self._bits is not None:
+        if self._grid is not None:
             self._largest += torch.aminmax(stream.detach())
 
     def judge(self) -> Tensor | None:
         """Compare with what the grid can hold; returns the largest magnitude there was."""
-        if self._bits is None:
+        if self._grid is None:
             return None
-        bits = self._bits
-        message = (
-            f"{self._where or 'The stage'}: a stream reached {{:.4g}}, beyond the "
-            f"{grid_limit(bits):g} that a grid of 2^-{bits} can hold exactly. "
-            f"Call rewire(model, grid={max(bits - 4, 0)}) (or smaller), or exact=False."
-        )
         largest = torch.stack(self._largest).abs().amax().double()
+        limit = torch.as_tensor(self._grid.limit, dtype=largest.dtype, device=largest.device)
         # Values that are not finite show in the loss; they are no matter of the grid.
-        bad = torch.isfinite(largest) & (largest >= grid_limit(bits))
-        self._watch.post(_Verdict(torch.stack([bad.double(), largest]), message))
+        bad = torch.isfinite(largest) & (largest >= limit)
+        self._watch.post(_Verdict(torch.stack([bad.double(), largest, limit]), self._message))
         return largest
+
+    def _message(self, largest: float, limit: float) -> str:
+        bits = 24 - math.ceil(math.log2(largest))
+        return (
+            f"{self._where or 'The stage'}: a stream reached {largest:.4g}, beyond the {limit:g} "
+            f"that its grid can hold exactly. Call rewire(model, grid={bits - 2}) (or smaller), or "
+            "exact=False."
+        )
 
 
 class Witness:
@@ -166,20 +170,22 @@ class Witness:
         # A stream that is not finite cannot be rebuilt, but then the loss is not finite either.
         assert self.largest is not None
         finite = torch.isfinite(self.largest)
-        message = (
+        self._watch.post(_Verdict(torch.stack([bad * finite, bad, bad]), self._message))
+
+    def _message(self, *_: float) -> str:
+        return (
             f"{self._where or 'The stage'}: the rebuilt input is not the one of the forward, so "
             "gradients would be wrong. Likely causes: a branch that is not deterministic (a kernel "
             "that adds in any order, randomness that PyTorch does not generate), one that depends "
             "on something that changed since its forward, or a stream that left the grid midway "
             "(rewire with a smaller grid). To train on, call set_reversible(model, False)."
         )
-        self._watch.post(_Verdict(torch.stack([bad * finite, bad]), message))
 
 
 class _Verdict:
-    """Whether something went wrong and by how much, on its way to the host."""
+    """Whether something went wrong, and two numbers about it, on their way to the host."""
 
-    def __init__(self, answer: Tensor, message: str) -> None:
+    def __init__(self, answer: Tensor, message: Callable[[float, float], str]) -> None:
         self._message = message
         self._event: torch.cuda.Event | None = None
         if answer.device.type == "cuda":
@@ -196,9 +202,9 @@ class _Verdict:
     def read(self) -> None:
         if self._event is not None:
             self._event.synchronize()
-        bad, value = self._answer.tolist()
+        bad, *numbers = self._answer.tolist()
         if bad:
-            raise ReversibleError(self._message.format(value))
+            raise ReversibleError(self._message(*numbers))
 
 
 def _bits(stream: Tensor) -> Tensor:

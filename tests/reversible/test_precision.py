@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.reversible import reconstruction_errors, rewire, set_reversible
-from re2tal.reversible.streams import GRID_BITS
 from tests.reversible.toy_blocks import (
     MlpBlock,
     PairBlock,
@@ -124,7 +123,7 @@ def assert_rounded_streams(
     """The equations with float32 streams and branches in `dtype`."""
 
     def rounded(stream: Tensor) -> Tensor:
-        return (stream.float() * 2**GRID_BITS).round() / 2**GRID_BITS
+        return (stream.float() * 2**14).round() / 2**14
 
     previous = current = rounded(x)
     for block in model:
@@ -139,7 +138,7 @@ def assert_rounded_streams(
 def test_a_model_in_half_precision_has_float32_streams(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(MlpBlock(16) for _ in range(6)))
-    rewire(model)
+    rewire(model, grid=14)
     model.to(dtype)
     x = torch.randn(4, 16).to(dtype).requires_grad_()
     result = assert_reversible_is_stored(model, x)

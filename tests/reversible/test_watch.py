@@ -91,26 +91,37 @@ def backward(model: nn.Module) -> None:
 
 def test_a_stream_that_outgrows_the_grid() -> None:
     model = Stage(*(Shift(600.0) for _ in range(3)))  # x_3 is x_0 and twice the shift
-    rewire(model)
-    with pytest.raises(ReversibleError, match=r"blocks\.0…2: .*reached 120\d, .*grid=10"):
+    rewire(model, grid=14)
+    with pytest.raises(ReversibleError, match=r"blocks\.0…2: .*reached 120\d, .*grid=11"):
         backward(model)
-    rewire(model, grid=10)
+    rewire(model, grid=11)
     backward(model)
+
+
+def test_a_stream_that_outgrows_the_input_by_which_its_grid_was_chosen() -> None:
+    model = Stage(*(Shift(300.0) for _ in range(3)))
+    rewire(model)
+    model(points().sign() * 10)
+    with pytest.raises(ReversibleError, match=r"reached 60\d.*, beyond the 512 .*grid=12\)"):
+        model(points().sign())
 
 
 def test_a_stream_that_comes_back_before_the_end() -> None:
     """Only the middle of the stage is too large, which the ends do not show."""
     model = Stage(*(Shift(s) for s in (0.0, 1500.0, 0.0, -1500.0, 0.0)))
-    rewire(model)
-    with pytest.raises(ReversibleError, match="1024 that a grid of 2\\^-14"):
+    rewire(model, grid=14)
+    with pytest.raises(ReversibleError, match="beyond the 1024 that its grid"):
         model(points())
 
 
 def test_an_input_that_is_too_large_already() -> None:
     model = nn.Sequential(*honest())
-    rewire(model)
+    rewire(model, grid=14)
     with pytest.raises(ReversibleError, match=r"^0…3: a stream reached 5000"):
         model(torch.full((2, 6), 5000.0))
+    rewire(model)
+    backward(model)
+    model(torch.full((2, 6), 5000.0)).sum().backward()
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
