@@ -1,5 +1,7 @@
 """The reversible run against the run that stores its activations, and against plain equations."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from tests.reversible.toy_blocks import (
     MlpBlock,
     PairBlock,
     RectifiedBlock,
+    StepResult,
     assert_reversible_is_stored,
     assert_same_step,
     one_step,
@@ -27,23 +30,37 @@ def points(requires_grad: bool = False) -> Tensor:
     return torch.randn(5, 6, dtype=torch.float64, requires_grad=requires_grad)
 
 
-@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 1.0), (0.3, 0.7), (1.0, 0.5), (0.0, 0.4)])
-@pytest.mark.parametrize("depth", [1, 2, 5])
-def test_gradients_are_those_of_the_equations(alpha: float, beta: float, depth: int) -> None:
-    model, x = stack(depth, exact=False), points(requires_grad=True)
+def assert_follows_the_equations(
+    model: nn.Sequential,
+    x: Tensor,
+    alpha: float,
+    beta: float,
+    increment: Callable[[nn.Module, Tensor], Tensor],
+) -> StepResult:
+    """A step of the rewired model against x_i = increment_i(x_{i-1}) + beta x_{i-2}, by autograd."""
     set_coupling(model, alpha=alpha, beta=beta)
     found = one_step(model, x)
     previous, current = x, x
     for block in model:
-        assert isinstance(block, MlpBlock)
-        following = block.branch(current) + alpha * current + beta * previous
-        previous, current = current, following
+        previous, current = current, increment(block, current) + beta * previous
     y = (current + beta * previous) / (1 + beta)
     torch.testing.assert_close(found.output, y)
     truth = torch.autograd.grad(y.float().pow(2).sum(), [x, *model.parameters()])
     # The float32 loss bounds what can be compared; a wrong equation is off by a whole gradient.
     for gradient, reference in zip(found.gradients.values(), truth, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-6, atol=1e-8)
+    return found
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 1.0), (0.3, 0.7), (1.0, 0.5), (0.0, 0.4)])
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_gradients_are_those_of_the_equations(alpha: float, beta: float, depth: int) -> None:
+    def increment(block: nn.Module, x: Tensor) -> Tensor:
+        assert isinstance(block, MlpBlock)
+        return block.branch(x) + alpha * x
+
+    model = stack(depth, exact=False)
+    assert_follows_the_equations(model, points(requires_grad=True), alpha, beta, increment)
 
 
 def test_an_activation_after_the_addition_moves_into_the_branch() -> None:
@@ -54,18 +71,12 @@ def test_an_activation_after_the_addition_moves_into_the_branch() -> None:
     before = model(x)
     rewire(model, exact=False)
     for alpha, beta in ((0.0, 1.0), (0.6, 0.3), (1.0, 1e-12)):
-        set_coupling(model, alpha=alpha, beta=beta)
-        found = one_step(model, x)
-        previous, current = x, x
-        for block in model:
+
+        def increment(block: nn.Module, x: Tensor, alpha: float = alpha) -> Tensor:
             assert isinstance(block, RectifiedBlock)
-            following = torch.relu(block.linear(current) + alpha * current) + beta * previous
-            previous, current = current, following
-        y = (current + beta * previous) / (1 + beta)
-        torch.testing.assert_close(found.output, y)
-        truth = torch.autograd.grad(y.float().pow(2).sum(), [x, *model.parameters()])
-        for gradient, reference in zip(found.gradients.values(), truth, strict=True):
-            torch.testing.assert_close(gradient, reference, rtol=1e-6, atol=1e-8)
+            return torch.relu(block.linear(x) + alpha * x)
+
+        found = assert_follows_the_equations(model, x, alpha, beta, increment)
     torch.testing.assert_close(found.output, before)
     rewire(model, alpha=0.5)
     assert_reversible_is_stored(model, x)
@@ -158,20 +169,6 @@ def test_an_unused_parameter_gets_none() -> None:
     result = assert_reversible_is_stored(model, points())
     for name, gradient in result.gradients.items():
         assert (gradient is None) == ("spare" in name or "input" in name)
-
-
-def test_two_forwards_before_one_backward() -> None:
-    model, x, z = stack(dropout=0.3), points(requires_grad=True), points(requires_grad=True)
-
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-
-        def forward(self, a: Tensor, b: Tensor) -> Tensor:
-            return self.inner(a) * self.inner(b)
-
-    assert_reversible_is_stored(Twice(), x, z)
 
 
 def test_a_block_used_twice_gets_the_sum_of_its_gradients() -> None:
