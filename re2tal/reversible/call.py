@@ -91,7 +91,7 @@ class BranchCall:
     def layout(self, stream: Tensor) -> tuple[Layout, list[Span]]:
         """The units of an input ``(B, ...)`` and the spans of them that run at once."""
         cut, tied = self.branch.cut, any(map(counts_statistics, self._submodules()))
-        if self._settings.slice_bytes is None or cut is None or tied:
+        if self._settings.slice_bytes is None or cut is None or tied or stream.numel() == 0:
             return Whole(self._args, self._kwargs), [(0, 1)]
         layout = cut(stream, *self._args, **self._kwargs)
         given = self._settings.slice_bytes
@@ -154,6 +154,8 @@ class BranchCall:
 class _Take(torch.autograd.Function):
     """All pieces of a tensor; the backward joins their gradients."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(layout: Layout, cuts: Sequence[Span], x: Tensor) -> tuple[Tensor, ...]:
         return tuple(layout.take(x, *span).clone() for span in cuts)
@@ -173,6 +175,8 @@ class _Take(torch.autograd.Function):
 
 class _Join(torch.autograd.Function):
     """A result from its pieces; the backward takes the gradient apart."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(layout: Layout, cuts: Sequence[Span], shape: torch.Size, *pieces: Tensor) -> Tensor:

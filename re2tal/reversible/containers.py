@@ -5,12 +5,14 @@ parameter names and hooks. The branches are asked for in every forward rather th
 unpickled or edited container runs its present children.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from re2tal.reversible.branches import NotReversibleError, returned, split
 from re2tal.reversible.call import BranchCall
@@ -42,15 +44,31 @@ class Rewired(nn.Module):
     def adopt(
         cls, module: nn.Module, *, settings: Settings, rewired: frozenset[str], place: str
     ) -> None:
-        """Turn a container into a rewired one, in place."""
+        """Turn a container into a rewired one, in place; its blocks get a forward of their own."""
         module.__class__ = cls
         vars(module).update(settings=settings, rewired=rewired, place=place, watch=Watch())
+        assert isinstance(module, Rewired)
+        for name in rewired:
+            vars(module._modules[name])["forward"] = Passage(module, name)
 
     def restore(self) -> None:
         """Turn it back into what it was, in place."""
+        for block in self._modules.values():
+            if block is not None and isinstance(vars(block).get("forward"), Passage):
+                del vars(block)["forward"]
         for attribute in ("settings", "rewired", "place", "watch"):
             vars(self).pop(attribute, None)
         self.__class__ = self.original  # type: ignore[assignment]
+
+    def __getitem__(self, index: Any) -> Any:
+        """A child, or for a slice a container of the original class with these children.
+
+        Their stages are still whole: leaving one early, or entering it late, is an error.
+        """
+        if not isinstance(index, slice):
+            return super().__getitem__(index)  # type: ignore[misc]
+        chosen = OrderedDict(list(self._modules.items())[index])
+        return self.original(chosen if self.original is nn.Sequential else chosen.values())
 
     def runs(self) -> Iterator[tuple[bool, tuple[str, ...]]]:
         """The children in order, as runs of names that are rewired or not."""
@@ -124,43 +142,27 @@ class ReversibleSequential(Rewired, nn.Sequential):
 
 
 class ReversibleModuleList(Rewired, nn.ModuleList):
-    """An `nn.ModuleList` whose blocks are called one by one by the model's own forward.
-
-    The first block of a run that is called runs the whole stage; the others pass its result on.
-    """
+    """An `nn.ModuleList` whose blocks the model's own forward calls one by one; see `Passage`."""
 
     original = nn.ModuleList
 
-    @classmethod
-    def adopt(
-        cls, module: nn.Module, *, settings: Settings, rewired: frozenset[str], place: str
-    ) -> None:
-        """Turn a list into a rewired one, in place; its blocks get a forward of their own."""
-        super().adopt(module, settings=settings, rewired=rewired, place=place)
-        assert isinstance(module, ReversibleModuleList)
-        for name in rewired:
-            vars(module._modules[name])["forward"] = Passage(module, name)
 
-    def restore(self) -> None:
-        """Turn it back into an `nn.ModuleList`, in place."""
-        for block in self._modules.values():
-            if isinstance(vars(block).get("forward"), Passage):
-                del vars(block)["forward"]
-        super().restore()
-
-
-_PASSED = "_re2tal_passed"
+# What a run has returned and not yet passed to its end; beside the tensors, so that one that is
+# pickled does not take the container along.
+_PASSED: MutableMapping[Tensor, tuple[Any, ...]] = WeakTensorKeyDictionary()
 
 
 class Passage:
-    """The ``forward`` of a block in a `ReversibleModuleList`; stands in the block's ``__dict__``.
+    """The ``forward`` of a rewired block that is called by itself; stands in its ``__dict__``.
+
+    The first block of a run that is called runs the whole stage; the others pass its result on.
 
     Args:
-        container: the list.
+        container: where the block is.
         name: of the block in it.
     """
 
-    def __init__(self, container: ReversibleModuleList, name: str) -> None:
+    def __init__(self, container: Rewired, name: str) -> None:
         self.container = container
         self.name = name
 
@@ -173,15 +175,18 @@ class Passage:
                 called with other arguments than the first, or if one was replaced.
         """
         block = self.container._modules[self.name]
+        assert block is not None
         names = next(names for _, names in self.container.runs() if self.name in names)
         if self.container.plain(names):
             return type(block).forward(block, x, *args, **kwargs)
         if self.name == names[0]:
             self._check_others(names)
+            self.container.watch.begins()
             x = self.container.run(names, x, args, kwargs)
         else:
             self._check(x, names[names.index(self.name) - 1], args, kwargs)
-        setattr(x, _PASSED, (self.container, self.name, version_of(x), args, kwargs))
+        _PASSED[x] = self.container, self.name, version_of(x), args, kwargs
+        self.container.watch.left_at(self.name, at_end=self.name == names[-1])
         return returned(block, x, *args, **kwargs)
 
     def _check_others(self, names: Sequence[str]) -> None:
@@ -192,13 +197,13 @@ class Passage:
             if not isinstance(passage, Passage) or (passage.container, passage.name) != here:
                 raise ReversibleError(
                     f"Block {joined(self.container.place, name)} is not the one that was rewired: "
-                    "call rewire(model) again. (A block that stands in the list twice cannot be "
-                    "part of a reversible stage: call unwire(model).)"
+                    "call rewire(model) again. (A block that stands in it twice cannot be "
+                    "called by itself: call unwire(model).)"
                 )
 
     def _check(self, x: Tensor, before: str, args: Any, kwargs: Any) -> None:
         place = joined(self.container.place, self.name)
-        container, name, version, *arguments = getattr(x, _PASSED, (None, "", 0))
+        container, name, version, *arguments = _PASSED.get(x, (None, "", 0))
         if container is not self.container or name != before or version != version_of(x):
             raise ReversibleError(
                 f"Block {place} is in the middle of a reversible stage, but its input is not what "

@@ -45,7 +45,8 @@ def check(model: nn.Module) -> None:
     """Wait for the checks of all backward passes so far.
 
     On a GPU a check is read without waiting, at a later forward; call this before what cannot be
-    taken back, such as writing a checkpoint.
+    taken back, such as writing a checkpoint. After an error the gradients of that backward are
+    wrong, and so are weights that were stepped with them: go back to the last checkpoint.
 
     Raises:
         ReversibleError: if a stream left the grid, or a rebuilt input was not the forward's.
@@ -58,12 +59,12 @@ def reconstruction_errors(model: nn.Module) -> dict[str, float]:
     """The relative error (root mean square, over a sample) of the last input that was rebuilt.
 
     Returns:
-        By the name of the container; those that rebuilt nothing are left out. 0 in exact mode.
+        By the name of the stage; those that rebuilt nothing are left out. 0 in exact mode.
     """
     return {
-        name: float(stage.watch.error)
-        for name, stage in reversible_stages(model)
-        if stage.watch.error is not None
+        where: float(error)
+        for _, stage in reversible_stages(model)
+        for where, error in stage.watch.errors.items()
     }
 
 

@@ -101,6 +101,8 @@ def run_stage(
     """
     watch.poll()
     stream = x.to(stream_dtype(x.dtype))
+    if stream.numel() == 0:  # nothing to rebuild, and no largest value
+        return _stored(calls, stream, settings.coupling, None).to(x.dtype)
     grid = None if settings.grid is None else Grid.of(settings.grid, stream)
     if grid is not None:
         # Adding zero makes -0.0 into 0.0, which is what the way back would yield.

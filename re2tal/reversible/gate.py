@@ -37,7 +37,7 @@ def gate_key(
         round(coupling.alpha / _STEP),
         round(math.log(coupling.beta) / _STEP),  # the error grows with powers of 1 / beta
         precision,
-        calls[0].branch.modules[0].training,
+        tuple(m.training for call in calls for m in call.branch.modules),
     )
 
 
@@ -65,8 +65,16 @@ def reconstruction_error(calls: Sequence[BranchCall], stream: Tensor, settings: 
         for step in steps:
             increment = step.first(current)
             current, previous = coupling.advance(increment, previous), current
+        last = current.double().norm()
         for step in reversed(steps):
             increment = step.again(previous, None).increment
             current, previous = previous, coupling.rewind(increment, current)
-    worst = max(float((x - stream).norm() / stream.norm()) for x in (current, previous))
+    # An input of zeros is measured by what the stage made of it.
+    size = stream.double().norm() if bool(stream.any()) else last
+    worst = max(float(difference(x, stream) / size) for x in (current, previous))
     return math.inf if math.isnan(worst) else worst
+
+
+def difference(found: Tensor, truth: Tensor) -> Tensor:
+    """The norm of a difference, as a tensor."""
+    return (found - truth).double().norm()

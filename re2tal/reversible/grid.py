@@ -2,8 +2,8 @@
 
 Multiples of ``2**-k`` below ``2**(24 - k)`` are float32 numbers, since float32 has 24 significant
 bits; sums and differences of two that stay below are exact. By default k follows from the stage's
-input, by integer arithmetic on the device, so that nothing waits for it, and the small streams of
-fresh weights are rounded no more than the large ones of trained weights.
+input, by integer arithmetic on the device, so that nothing waits: large streams have room and
+small ones a fine grid.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,9 @@ Bits = int | Literal["auto"]
 HEADROOM = 8
 """Bits by which "auto" lets a stream outgrow its stage's input: 256 times. The other 16 hold the
 input: it is rounded by less than 2^-17 of its largest value, and bfloat16 rounds by 2^-9."""
+
+FINEST = 16
+"""Most bits that "auto" chooses: streams of any input may reach 256."""
 
 _FLOAT32_BIAS, _FLOAT32_FRACTION = 127, 23
 
@@ -46,8 +49,8 @@ class Grid:
         largest = torch.stack(torch.aminmax(stream.detach())).abs().amax().float()
         # The exponent stands in the bits: largest < 2^(exponent + 1).
         exponent = (largest.view(torch.int32) >> _FLOAT32_FRACTION) - _FLOAT32_BIAS
-        # An input of zeros tells nothing: beyond 24 there would be no room for streams of 1.
-        k = (23 - HEADROOM - exponent).clamp(-64, 24)
+        # A small input does not mean small increments, for most branches normalize it first.
+        k = (23 - HEADROOM - exponent).clamp(-64, FINEST)
         return cls(_power_of_two(k), _power_of_two(-k))
 
     @property

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from re2tal.reversible.randomness import Draws
-from re2tal.reversible.replay import Autocast, Conditions, uncached
+from re2tal.reversible.replay import Autocast, Conditions, ReversibleError, uncached
 from re2tal.reversible.step import differentiate, hooks_paused
-from re2tal.reversible.tape import no_gradients_of_gradients, source_of
+from re2tal.reversible.tape import no_gradients_of_gradients, rebuild_of
 
 
 class Recomputed:
@@ -63,7 +63,7 @@ class _Run:
         self.others: tuple[Any, ...] | None = None
         self._arguments = args, kwargs
         self._needs_gradient = x.requires_grad
-        self._source = source_of(x)
+        self.rebuild = rebuild_of(x)
         self._draws = Draws()
 
     def first(self, x: Tensor) -> Tensor:
@@ -71,11 +71,15 @@ class _Run:
             self._draws.mark(x, self.conditions.devices)
             _, y, self.others = self._once(x)
         self._draws.settle()
+        if any(isinstance(o, Tensor) and o.requires_grad for o in tree_leaves(self.others)):
+            raise ReversibleError(
+                f"{self.where} returns more than one tensor that needs a gradient, and only the "
+                "first would pass it on. Call rewire(model, recompute=False)."
+            )
         return y.detach()
 
-    def again(self) -> tuple[Tensor, Tensor]:
+    def again(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The input as a leaf, and the result with its history."""
-        x = self._source()
         with self.conditions.repeated(), torch.enable_grad(), self._draws.revisited(0):
             leaf, y, _ = self._once(x)
         return leaf, y
@@ -96,6 +100,8 @@ class _RecomputedNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: _Run, x: Tensor, *_parameters: Tensor) -> Tensor:
         ctx.run = run
+        if run.rebuild is None:
+            ctx.save_for_backward(x)  # autograd lets go of it with the graph
         return run.first(x)
 
     @staticmethod
@@ -105,9 +111,25 @@ class _RecomputedNode(torch.autograd.Function):
         _, needs_input, *needs_parameters = ctx.needs_input_grad
         parameters = zip(run.conditions.parameters, needs_parameters, strict=True)
         wanted = [p for p, needed in parameters if needed]
-        leaf, y = run.again()
+        leaf, y = run.again(_input(ctx))
         inputs = [*([leaf] if needs_input else []), *wanted]
         with hooks_paused(wanted):
             found = iter(differentiate(y, inputs, gradients[0]))
         to_input = next(found) if needs_input else None
         return (None, to_input, *(next(found) if needed else None for needed in needs_parameters))
+
+
+def _input(ctx: Any) -> Tensor:
+    run: _Run = ctx.run
+    if run.rebuild is not None:
+        return run.rebuild()
+    try:
+        (x,) = ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise ReversibleError(
+            f"{run.where}: its input was modified in place between the forward and its backward. "
+            "Use the out-of-place form of that operation."
+        ) from error
+    return x

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from re2tal.reversible.kernels import AttentionKernels, ConvolutionKernels, repeatable_kernels
+
 
 class ReversibleError(RuntimeError):
     """A reversible stage cannot compute what was asked for; computing on would be wrong."""
@@ -64,41 +66,15 @@ class Surroundings:
 
     def __init__(self, device: torch.device) -> None:
         self._autocast = Autocast(device)
-        cudnn = torch.backends.cudnn
-        self._cudnn = (cudnn.benchmark, cudnn.deterministic) if device.type == "cuda" else None
+        self._kernels = ConvolutionKernels.now() if device.type == "cuda" else None
 
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Back to them, for a part of a repetition."""
         with self._autocast.restored(), ExitStack() as stack:
-            if self._cudnn is not None:
-                stack.enter_context(_cudnn(*self._cudnn))
+            if self._kernels is not None:
+                stack.enter_context(self._kernels.restored())
             yield
-
-
-@contextmanager
-def repeatable_kernels(device: torch.device) -> Iterator[None]:
-    """Keep cuDNN from timing its kernels and from those that add in any order.
-
-    Autotuning could choose one kernel for the forward and another for its repetition, which rounds
-    differently.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    with _cudnn(benchmark=False, deterministic=True):
-        yield
-
-
-@contextmanager
-def _cudnn(benchmark: bool, deterministic: bool) -> Iterator[None]:
-    cudnn = torch.backends.cudnn
-    found = cudnn.benchmark, cudnn.deterministic
-    cudnn.benchmark, cudnn.deterministic = benchmark, deterministic
-    try:
-        yield
-    finally:
-        cudnn.benchmark, cudnn.deterministic = found
 
 
 class Conditions:
@@ -132,6 +108,7 @@ class Conditions:
         _refuse_sharded(self._modules, hooked, where)
         self.parameters = _parameters(self._modules)
         self._training: Sequence[bool] = ()
+        self._attention = AttentionKernels.now()
         self._counted: list[tuple[nn.Module, str]] = []
         self._unchanged: list[tuple[str, Tensor, int]] = []
 
@@ -148,6 +125,7 @@ class Conditions:
             ReversibleError: if a buffer changes, other than statistics that can be kept.
         """
         self._training = [m.training for m in self._modules]
+        self._attention = AttentionKernels.now()
         watched = self._watch_buffers()
         with uncached(), repeatable_kernels(self._device):
             yield
@@ -167,6 +145,7 @@ class Conditions:
             stack.enter_context(self._modes())
             stack.enter_context(statistics_kept(self._counted))
             stack.enter_context(repeatable_kernels(self._device))
+            stack.enter_context(self._attention.restored())
             stack.enter_context(self._autocast.restored())
             yield
 

@@ -97,7 +97,8 @@ def unwire(model: nn.Module) -> None:
     """Give the model back as it was before `rewire`, with the parameters that it has now.
 
     Raises:
-        ReversibleError: if the class of a stage was changed since, as `fully_shard` does.
+        ReversibleError: if the class of a stage was changed since, as `fully_shard` does, or for
+            what a check of an earlier backward found.
     """
     found = list(reversible_stages(model))
     for name, stage in found:
@@ -106,6 +107,8 @@ def unwire(model: nn.Module) -> None:
                 f"{name or 'The model'} has become a {type(stage).__name__}, and cannot be given "
                 "back as it was. Call rewire and unwire before fully_shard."
             )
+    for _, stage in found:
+        stage.watch.poll(wait=True)
     for _, stage in found:
         stage.restore()
     for module in recomputed_modules(model):

@@ -1,9 +1,10 @@
 """The tape of one forward, rewound branch by branch, and tensors that can be rebuilt from it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from re2tal.reversible.replay import ReversibleError
 
@@ -50,7 +51,8 @@ class Tape:
         return current, previous
 
 
-_REBUILD = "_re2tal_rebuild"
+# Beside the tensors, not on them: a tensor that is pickled or sent takes its attributes along.
+_REBUILDS: MutableMapping[Tensor, tuple[Callable[[], Tensor], int]] = WeakTensorKeyDictionary()
 
 
 def rebuildable(tensor: Tensor, rebuild: Callable[[], Tensor]) -> Tensor:
@@ -67,30 +69,14 @@ def rebuildable(tensor: Tensor, rebuild: Callable[[], Tensor]) -> Tensor:
     Returns:
         ``tensor`` itself.
     """
-    setattr(tensor, _REBUILD, (rebuild, version_of(tensor)))
+    _REBUILDS[tensor] = rebuild, version_of(tensor)
     return tensor
 
 
-def source_of(tensor: Tensor) -> Callable[[], Tensor]:
-    """Returns the values of a tensor later, without keeping them if they can be rebuilt.
-
-    Raises:
-        ReversibleError: when called, if a tensor that had to be kept was modified in place.
-    """
-    noted: tuple[Callable[[], Tensor], int] | None = getattr(tensor, _REBUILD, None)
-    kept, version = tensor.detach(), version_of(tensor)
-    if noted is not None and noted[1] == version:
-        return noted[0]
-
-    def again() -> Tensor:
-        if version_of(kept) != version:
-            raise ReversibleError(
-                f"An input of shape {tuple(kept.shape)} was modified in place between the forward "
-                "and its backward. Use the out-of-place form of that operation."
-            )
-        return kept
-
-    return again
+def rebuild_of(tensor: Tensor) -> Callable[[], Tensor] | None:
+    """How the values of a tensor can be had again; None if they have to be kept."""
+    rebuild, version = _REBUILDS.get(tensor, (None, 0))
+    return rebuild if version == version_of(tensor) else None
 
 
 def version_of(tensor: Tensor) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from re2tal.reversible.call import BranchCall
-from re2tal.reversible.gate import gate_key, reconstruction_error
+from re2tal.reversible.gate import difference, gate_key, reconstruction_error
 from re2tal.reversible.grid import Grid
 from re2tal.reversible.replay import ReversibleError
 from re2tal.reversible.settings import TOLERANCE, Settings
@@ -29,16 +29,17 @@ class Watch:
     """Checks and measurements of one container; a copy or an unpickled one starts anew.
 
     Attributes:
-        error: relative error (root mean square) of the last input rebuilt in floating point, as a
-            tensor on the device; None before the first, and 0 in exact mode.
+        errors: for each stage, by place, the relative error (root mean square) of the last input
+            that it rebuilt, as a tensor on the device; 0 in exact mode.
         modes: for each stage, by place, how it ran last: "reversible" or "stored: why".
     """
 
     def __init__(self) -> None:
-        self.error: Tensor | float | None = None
+        self.errors: dict[str, Tensor | float] = {}
         self.modes: dict[str, str] = {}
         self._pending: list[_Verdict] = []
         self._measured: dict[Any, float] = {}
+        self._left_at: str | None = None
 
     def __reduce__(self) -> Any:
         return Watch, ()
@@ -54,6 +55,28 @@ class Watch:
         """
         while self._pending and (wait or self._pending[0].arrived()):
             self._pending.pop(0).read()
+
+    def begins(self) -> None:
+        """A stage is run whose blocks are called one by one.
+
+        Raises:
+            ReversibleError: if the last one was left before its end.
+        """
+        left_at, self._left_at = self._left_at, None
+        if left_at is not None:
+            raise ReversibleError(
+                f"A reversible stage was left after its block {left_at}, but it had run to its "
+                "end: all of its blocks run when the first is called. Call unwire(model) to leave "
+                "it early. (If that forward ended in an error of its own, just go on.)"
+            )
+
+    def left_at(self, name: str, *, at_end: bool) -> None:
+        """The block of this name has passed the stage's result on."""
+        self._left_at = None if at_end else name
+
+    def forget(self, where: str) -> None:
+        """Try a stage's coupling out anew at its next forward."""
+        self._measured = {key: e for key, e in self._measured.items() if key[0] != where}
 
     def stores(
         self, calls: Sequence[BranchCall], stream: Tensor, settings: Settings, where: str
@@ -126,12 +149,12 @@ class Extent:
         limit = torch.as_tensor(self._grid.limit, dtype=largest.dtype, device=largest.device)
         # Values that are not finite show in the loss; they are no matter of the grid.
         bad = torch.isfinite(largest) & (largest >= limit)
-        self._watch.post(_Verdict(torch.stack([bad.double(), largest, limit]), self._message))
+        self._watch.post(_Verdict(torch.stack([bad.double(), largest, limit]), self._refuse))
         return largest
 
-    def _message(self, largest: float, limit: float) -> str:
+    def _refuse(self, largest: float, limit: float) -> None:
         bits = 24 - math.ceil(math.log2(largest))
-        return (
+        raise ReversibleError(
             f"{self._where or 'The stage'}: a stream reached {largest:.4g}, beyond the {limit:g} "
             f"that its grid can hold exactly. Call rewire(model, grid={bits - 2}) (or smaller), or "
             "exact=False."
@@ -162,18 +185,24 @@ class Witness:
         """Compare with the rebuilt ones."""
         pairs = list(zip((self._read(current), self._read(previous)), self._before, strict=True))
         if not self._exact:
-            errors = [(a - b).double().norm() / b.double().norm() for a, b in pairs]
-            self._watch.error = torch.stack(errors).amax()
+            errors = [difference(a, b) / b.double().norm() for a, b in pairs]
+            error = self._watch.errors[self._where] = torch.stack(errors).amax()
+            bad = (error > TOLERANCE) | error.isnan()
+            verdict = torch.stack([bad.to(error.dtype), error, error])
+            self._watch.post(_Verdict(verdict, self._forget))
             return
-        self._watch.error = 0.0
+        self._watch.errors[self._where] = 0.0
         bad = torch.stack([a != b for a, b in pairs]).any().double()
         # A stream that is not finite cannot be rebuilt, but then the loss is not finite either.
         assert self.largest is not None
         finite = torch.isfinite(self.largest)
-        self._watch.post(_Verdict(torch.stack([bad * finite, bad, bad]), self._message))
+        self._watch.post(_Verdict(torch.stack([bad * finite, bad, bad]), self._refuse))
 
-    def _message(self, *_: float) -> str:
-        return (
+    def _forget(self, *_: float) -> None:
+        self._watch.forget(self._where)
+
+    def _refuse(self, *_: float) -> None:
+        raise ReversibleError(
             f"{self._where or 'The stage'}: the rebuilt input is not the one of the forward, so "
             "gradients would be wrong. Likely causes: a branch that is not deterministic (a kernel "
             "that adds in any order, randomness that PyTorch does not generate), one that depends "
@@ -185,8 +214,8 @@ class Witness:
 class _Verdict:
     """Whether something went wrong, and two numbers about it, on their way to the host."""
 
-    def __init__(self, answer: Tensor, message: Callable[[float, float], str]) -> None:
-        self._message = message
+    def __init__(self, answer: Tensor, if_so: Callable[[float, float], None]) -> None:
+        self._if_so = if_so
         self._event: torch.cuda.Event | None = None
         if answer.device.type == "cuda":
             self._answer = torch.empty(answer.shape, dtype=answer.dtype, pin_memory=True)
@@ -204,11 +233,11 @@ class _Verdict:
             self._event.synchronize()
         bad, *numbers = self._answer.tolist()
         if bad:
-            raise ReversibleError(self._message(*numbers))
+            self._if_so(*numbers)
 
 
 def _bits(stream: Tensor) -> Tensor:
-    """The sum of the bit patterns: changes with any bit, whatever the order of summation."""
+    """The sum of the bit patterns, which any bit changes, whatever the order of summation."""
     whole = {4: torch.int32, 8: torch.int64}[stream.element_size()]
     return stream.detach().view(whole).sum(dtype=torch.int64)
 

@@ -37,7 +37,7 @@ def assert_follows_the_equations(
     beta: float,
     increment: Callable[[nn.Module, Tensor], Tensor],
 ) -> StepResult:
-    """A step of the rewired model against x_i = increment_i(x_{i-1}) + beta x_{i-2}, by autograd."""
+    """A step of the rewired model against the equations and autograd."""
     set_coupling(model, alpha=alpha, beta=beta)
     found = one_step(model, x)
     previous, current = x, x
@@ -179,6 +179,16 @@ def test_a_block_used_twice_gets_the_sum_of_its_gradients() -> None:
     assert_reversible_is_stored(model, points(requires_grad=True))
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_an_empty_batch(exact: bool) -> None:
+    model = tiny_swin((2,))
+    rewire(model, exact=exact)
+    y = model(torch.empty(0, 3, 4, 16, 16))
+    y.sum().backward()
+    assert y.shape == (0, 3)
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
 def test_sequences_may_be_nested() -> None:
     torch.manual_seed(0)
     inner = [nn.Sequential(MlpBlock(dropout=0.2), MlpBlock()) for _ in range(2)]
@@ -269,8 +279,12 @@ def test_a_float32_step_matches_the_step_of_the_same_seed() -> None:
     assert_same_step(one_step(model, x, seed=3), one_step(model, x, seed=3))
 
 
-def test_torch_func_works_on_stored_activations() -> None:
+@pytest.mark.parametrize("swin", [False, True])
+def test_torch_func_works_on_stored_activations(swin: bool) -> None:
     model, x = stack(), points()
+    if swin:
+        model, x = tiny_swin((2,)).double(), torch.randn(1, 3, 4, 16, 16, dtype=torch.float64)
+        rewire(model, slice_bytes=20_000, recompute=False)
     parameters: dict[str, Tensor] = dict(model.named_parameters())
 
     def loss(values: dict[str, Tensor]) -> Tensor:

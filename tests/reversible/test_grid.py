@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from re2tal.reversible.grid import HEADROOM, Grid
+from re2tal.reversible.grid import FINEST, HEADROOM, Grid
 from re2tal.reversible.streams import Coupling
 
 finite = st.floats(-100, 100, width=32)
@@ -27,14 +27,15 @@ def test_auto_leaves_room_and_holds_the_input(size: float) -> None:
     x = torch.linspace(-size, size / 2, 101)
     grid = Grid.of("auto", x)
     limit, spacing = float(grid.limit), float(grid.spacing)
-    assert max(2**HEADROOM * size, 0.999) < limit <= max(2 ** (HEADROOM + 1) * size, 1)
+    least = 2.0 ** (24 - FINEST)
+    assert max(2**HEADROOM * size, least - 1) < limit <= max(2 ** (HEADROOM + 1) * size, least)
     assert limit / spacing == 2**24
     assert spacing * float(grid.scale) == 1
-    assert float((grid.round(x) - x).abs().max()) <= max(size * 2.0**-16, 2.0**-25)
+    assert float((grid.round(x) - x).abs().max()) <= max(size * 2.0**-16, 2.0 ** -(FINEST + 1))
 
 
 def test_auto_of_nothing_and_of_what_is_not_finite() -> None:
-    assert float(Grid.of("auto", torch.zeros(3)).limit) == 1
+    assert float(Grid.of("auto", torch.zeros(3)).limit) == 2.0 ** (24 - FINEST)
     for value in (float("inf"), float("nan")):
         x = torch.tensor([1.0, value])
         assert not Grid.of("auto", x).round(x)[1].isfinite()

@@ -353,3 +353,73 @@ def test_two_lists_in_a_row() -> None:
     rewire(model)
     assert_reversible_is_stored(model, points())
     assert set(stage_modes(model)) == {"first.0…1", "second.0…1"}
+
+
+def test_a_stage_that_is_left_early() -> None:
+    """Found at the next call: by then the model has used the result of the whole stage."""
+    model = rewired()
+    x = torch.randn(2, WIDTH)
+    for block in model.layers[:2]:
+        x = block(x, model.shift)
+    with pytest.raises(ReversibleError, match="left after its block 1"):
+        model(torch.randn(2, WIDTH))
+    model(torch.randn(2, WIDTH))  # said once
+
+
+class Loop(nn.Module):
+    """Iterates over an `nn.Sequential` where it wants something of every block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.Sequential(*(MlpBlock(WIDTH) for _ in range(3)))
+        self.one_by_one = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.one_by_one:
+            y: Tensor = self.blocks(x)
+            return y
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_sequential_that_is_iterated_computes_the_same() -> None:
+    model, x = Loop(), torch.randn(4, WIDTH, requires_grad=True)
+    plain = one_step(model, x)
+    rewire(model)
+    whole = one_step(model, x)
+    model.one_by_one = True
+    assert_same_step(one_step(model, x), whole)
+    assert not torch.equal(whole.output, plain.output)
+    unwire(model)
+    assert_same_step(one_step(model, x), plain)
+
+
+def test_slices_of_a_rewired_sequential() -> None:
+    model = Loop()
+    rewire(model)
+    x = torch.randn(4, WIDTH)
+    assert torch.equal(model.blocks[:](x), model(x))
+    assert type(model.blocks[1:]) is nn.Sequential
+    with pytest.raises(ReversibleError, match="in the middle of a reversible stage"):
+        model.blocks[1:](x)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_result_that_is_saved_takes_nothing_along(grad: bool) -> None:
+    for model in (rewired(), Loop()):
+        if isinstance(model, Loop):
+            rewire(model)
+            inner: nn.Module = model.blocks
+        else:
+            inner = model
+        kept: list[Tensor] = []
+        inner.register_forward_hook(lambda _m, _i, y, kept=kept: kept.append(y))
+        with torch.set_grad_enabled(grad):
+            model(torch.randn(2, WIDTH))
+        file = io.BytesIO()
+        torch.save(kept[0], file)
+        assert len(file.getvalue()) < 3000
+        file.seek(0)
+        assert torch.equal(torch.load(file, weights_only=True), kept[0])

@@ -229,3 +229,29 @@ def test_two_training_forwards_before_one_backward_with_batch_norm() -> None:
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+class Attends(nn.Module):
+    """Attention of the batch's tokens; its kernel is chosen by a context around the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(torch.backends.cuda.flash_sdp_enabled())
+        q = x.unsqueeze(0).unsqueeze(0)
+        return nn.functional.scaled_dot_product_attention(q, q, q)[0, 0]
+
+
+def test_the_attention_kernels_of_the_forward_are_allowed_again() -> None:
+    torch.manual_seed(0)
+    attends = Attends()
+    model = nn.Sequential(PairBlock(nn.Linear(6, 6), attends), MlpBlock())
+    rewire(model)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        loss = model(torch.randn(16, 6)).sum()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    loss.backward()
+    assert attends.seen == [False, False]
+    assert torch.backends.cuda.flash_sdp_enabled()

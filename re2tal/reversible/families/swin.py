@@ -199,23 +199,28 @@ class RelativeBias(torch.autograd.Function):
     order.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any, table: Tensor, index: Tensor, own: tuple[int, ...], window: tuple[int, ...]
+        table: Tensor, index: Tensor, own: tuple[int, ...], window: tuple[int, ...]
     ) -> Tensor:
         """``(1, heads, tokens, tokens)``.
 
         Args:
-            ctx: of autograd.
             table: ``(offsets, heads)`` over all axes of the module's own window.
             index: ``(tokens, tokens)`` of the own window: the row of each pair.
             own: that window.
             window: the one in use; it may be shorter along the first axis.
         """
-        ctx.own, ctx.window = own, window
         tokens = prod(window)
         pairs = index.view(prod(own), prod(own))[:tokens, :tokens]
         return _rows(table, pairs).permute(2, 0, 1).unsqueeze(0).contiguous()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004
+        """Only shapes are needed in the backward."""
+        *_, ctx.own, ctx.window = inputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
