@@ -43,7 +43,7 @@ class StepMemory:
         return {f"{name}_mb": getattr(self, name) / MEGABYTE for name in self.__slots__}
 
 
-class Witness(Protocol):
+class Observer(Protocol):
     """Is told by `LiveBytes` what happens to every storage, in order."""
 
     def running(self, operator: Any, inputs: list[Tensor]) -> None:
@@ -68,13 +68,13 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         model: its parameters, buffers and gradients are counted apart.
-        witness: is told what happens.
+        observer: is told what happens.
     """
 
-    def __init__(self, model: nn.Module, witness: Witness | None = None) -> None:
+    def __init__(self, model: nn.Module, observer: Observer | None = None) -> None:
         super().__init__()
         self._model = model
-        self._witness = witness
+        self._observer = observer
         self._known: dict[int, tuple[weakref.ref[Any], str, int]] = {}
         self._live = dict.fromkeys(("parameters", "buffers", "inputs", "gradients"), 0)
         self._live["activations"] = 0
@@ -115,8 +115,8 @@ class LiveBytes(TorchDispatchMode):
         given = tensors_in((args, kwargs))
         for tensor in given:
             self._see(tensor, "inputs")
-        if self._witness is not None:
-            self._witness.running(func, given)
+        if self._observer is not None:
+            self._observer.running(func, given)
         result = func(*args, **kwargs)
         for tensor in tensors_in(result):
             self._see(tensor, "activations")
@@ -152,15 +152,15 @@ class LiveBytes(TorchDispatchMode):
         self._total += size
         self._activations_peak = max(self._activations_peak, self._live["activations"])
         self._peak = max(self._peak, self._total)
-        if self._witness is not None:
-            self._witness.made(key, kind, size)
+        if self._observer is not None:
+            self._observer.made(key, kind, size)
 
     def _remove(self, key: int, _reference: object = None) -> None:
         _, kind, size = self._known.pop(key)
         self._live[kind] -= size
         self._total -= size
-        if self._witness is not None:
-            self._witness.gone(key)
+        if self._observer is not None:
+            self._observer.gone(key)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
