@@ -250,7 +250,8 @@ class Trainer:
 def _reversible_metrics(detector: nn.Module) -> dict[str, float]:
     """How well the stages rebuild their activations, and how many have to store them instead."""
     modes, errors = stage_modes(detector), reconstruction_errors(detector)
-    metrics = {f"reversible/error/{name}": error for name, error in errors.items()}
+    # MLflow takes letters, digits and a few signs for a metric's name.
+    metrics = {f"reversible/error/{name.replace('…', '-')}": e for name, e in errors.items()}
     if modes:
         stored = sum(mode != "reversible" for mode in modes.values())
         metrics["reversible/stages_stored"] = float(stored)

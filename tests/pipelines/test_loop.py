@@ -1,6 +1,7 @@
 """The training loop on its own, in one process: it learns, it goes on, it stops on nonsense."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def test_a_run_logs_what_it_promises(tiny_recipe: Recipe, tiny_plan: Plan, tmp_p
     assert runtime.history[-1][1]["reversible/stages_stored"] == 0
     errors = {k: v for k, v in runtime.history[-1][1].items() if k.startswith("reversible/error/")}
     assert errors
+    assert all(re.fullmatch(r"[\w./ -]+", name, re.ASCII) for name in errors)  # MLflow's rule
     assert not any(errors.values())  # the streams are exact
     expected = {f"val/mAP/tiou_{t:.2f}" for t in tiny_recipe.thresholds}
     assert expected <= final.keys()
