@@ -113,8 +113,8 @@ def _assemble(windows: Sequence[Window], frames: np.ndarray, errors: Sequence[st
     for window, error in zip(windows, errors, strict=True):
         if error:
             failures[window.video_id] = error
-        valid = 0 if error else window.valid
-        masks.append(torch.arange(window.grid.length) < valid)
+        mask = torch.from_numpy(window.mask())
+        masks.append(torch.zeros_like(mask) if error else mask)
         keep = slice(0, 0) if error else slice(None)
         targets.append(
             Targets(

@@ -70,7 +70,7 @@ def detect_windows(
         failures |= batch.failures
         raw = detector(batch.frames.to(device), batch.mask.to(device))
         for window, detections in zip(batch.windows, raw, strict=True):
-            seconds = window_detections(detections, window.grid, durations[window.video_id])
+            seconds = window_detections(detections, window, durations[window.video_id])
             found[window.video_id].append(seconds)
     return {video_id: video_detections(parts, nms) for video_id, parts in found.items()}, failures
 

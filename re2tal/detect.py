@@ -15,23 +15,35 @@ from re2tal.detector import Detector
 from re2tal.trained import DetectorSpec
 from re2tal.videos.annotations import VideoAnnotation
 from re2tal.videos.decoding import Source, probe
-from re2tal.videos.timegrid import TimeGrid
-from re2tal.videos.windows import sliding_windows, window_frames
+from re2tal.videos.windows import Window, sliding_windows, window_frames
 
 
-def window_detections(raw: Detections, grid: TimeGrid, duration: float) -> Detections:
+def window_detections(raw: Detections, window: Window, duration: float) -> Detections:
     """What a localizer found in one window, in seconds of the video.
+
+    What it found in the copy of a stitched window is put where the clip shows it: the action is
+    then there twice, until `video_detections` removes such repetitions. A detection belongs to
+    the part that its centre lies in or, in the gap, next to.
 
     Args:
         raw: detections in feature-grid units of the window, on any device.
-        grid: the window.
+        window: where it lies in the video.
         duration: of the video, in seconds.
 
     Returns:
-        Detections on the CPU, cut to `[0, duration]`, without those that lie outside it.
+        Detections on the CPU, cut to the video and to the clip of a stitched window, without
+        those that lie outside.
     """
     raw = raw.to("cpu")
-    segments = grid.to_seconds(raw.segments).clamp(0.0, duration)
+    segments = window.grid.to_seconds(raw.segments)
+    first, last = 0.0, duration
+    if window.copy is not None:
+        middle_of_gap = (window.valid + window.copy.first) / 2 / window.grid.stride - 0.5
+        copied = raw.segments.mean(dim=1, keepdim=True) >= middle_of_gap
+        segments = torch.where(copied, window.copy.grid.to_seconds(raw.segments), segments)
+        first = window.grid.offset
+        last = min(first + window.valid / window.grid.fps, duration)
+    segments = segments.clamp(first, last)
     inside = segments[:, 1] > segments[:, 0]
     return raw.with_segments(segments)[inside]
 
@@ -82,12 +94,11 @@ def detect(
     for start in range(0, len(windows), batch_size):
         batch = windows[start : start + batch_size]
         frames = [torch.from_numpy(window_frames(source, w, size=spec.size)) for w in batch]
-        valid = torch.tensor([window.valid for window in batch])
-        mask = torch.arange(spec.window.frames)[None] < valid[:, None]
+        mask = torch.stack([torch.from_numpy(window.mask()) for window in batch])
         device = detector.mean.device
         raw = detector(torch.stack(frames).to(device), mask.to(device))
         found += [
-            window_detections(detections, window.grid, duration)
+            window_detections(detections, window, duration)
             for window, detections in zip(batch, raw, strict=True)
         ]
     return video_detections(found, spec.nms)

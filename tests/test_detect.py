@@ -15,8 +15,10 @@ from re2tal.detection import Detections, NmsConfig
 from re2tal.detector import Detector
 from re2tal.localizers import ActionFormerConfig, Targets
 from re2tal.trained import DetectorSpec
+from re2tal.videos.annotations import Instance, VideoAnnotation
+from re2tal.videos.stitching import StitchConfig
 from re2tal.videos.timegrid import TimeGrid
-from re2tal.videos.windows import Window, WindowConfig, window_frames
+from re2tal.videos.windows import Window, WindowConfig, sliding_windows, window_frames
 
 BRIGHT = [(1.0, 2.0), (4.5, 6.5), (9.0, 9.5)]  # seconds
 DURATION = 10.0
@@ -98,15 +100,14 @@ def test_a_detector_in_training_mode_is_refused() -> None:
         detect(film(), SPEC, Detector(Brightness(), Runs()))
 
 
+def window_of(grid: TimeGrid, *, valid: int) -> Window:
+    nothing = np.zeros((0, 2), np.float32), np.zeros(0, np.int64)
+    return Window(video_id="", grid=grid, valid=valid, segments=nothing[0], labels=nothing[1])
+
+
 def test_the_detector_sees_the_square_in_the_middle() -> None:
     grid = TimeGrid(fps=15.0, stride=2, length=16, offset=0.52)
-    window = Window(
-        video_id="",
-        grid=grid,
-        valid=12,
-        segments=np.zeros((0, 2), np.float32),
-        labels=np.zeros(0, np.int64),
-    )
+    window = window_of(grid, valid=12)
     frames = window_frames(film(), window, size=16)
     assert frames.shape == (16, 16, 16, 3)
     bright = [0.52 + (i + 0.5) / 15 >= 1.0 and i < 12 for i in range(16)]
@@ -125,7 +126,7 @@ def detections(segments: list[list[float]], scores: list[float]) -> Detections:
 def test_a_window_is_put_at_its_place_in_the_video() -> None:
     grid = TimeGrid(fps=8.0, stride=2, length=32, offset=10.0)
     raw = detections([[-0.5, 3.5], [11.5, 30.0], [20.0, 30.0]], [0.9, 0.8, 0.7])
-    found = window_detections(raw, grid, duration=14.0)
+    found = window_detections(raw, window_of(grid, valid=32), duration=14.0)
     assert found.segments.tolist() == [[10.0, 11.0], [13.0, 14.0]]
     assert found.scores.tolist() == raw.scores[:2].tolist()
 
@@ -136,3 +137,22 @@ def test_what_two_windows_saw_is_one_detection() -> None:
     found = video_detections([first, second], NmsConfig(method="hard"))
     assert found.segments.tolist() == [[3.0, 5.0], [8.0, 9.0]]
     assert len(video_detections([], NmsConfig())) == 0
+
+
+def test_what_the_copy_of_a_stitched_window_shows_is_put_into_the_clip() -> None:
+    video = VideoAnnotation(
+        video_id="",
+        subset="",
+        duration=3.0,
+        instances=(Instance(start=1.0, end=2.0, label="a"),),
+    )
+    config = WindowConfig(frames=80, fps=8.0, stitch=StitchConfig())
+    (window,) = sliding_windows(video, ("a",), config, stride=2)
+    raw = detections([*window.segments.tolist(), [20.0, 39.5], [8.0, 15.0]], [0.9, 0.8, 0.7, 0.6])
+    found = window_detections(raw, window, duration=3.0)
+    # the copy has 18 frames a second, from frame 26 on
+    expected = [[1.0, 2.0], [1.0, 2.0], [(41 - 26) / 18, 3.0], [17 / 8, 3.0]]
+    torch.testing.assert_close(found.segments, torch.tensor(expected))
+    kept = video_detections([found[:2]], NmsConfig(method="hard"))
+    assert len(kept) == 1
+    assert kept.scores.tolist() == found.scores[:1].tolist()

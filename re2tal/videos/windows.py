@@ -8,6 +8,7 @@ import numpy as np
 
 from re2tal.videos.annotations import VideoAnnotation
 from re2tal.videos.decoding import Source, decode
+from re2tal.videos.stitching import Copy, StitchConfig, clip_starts, magnified
 from re2tal.videos.timegrid import TimeGrid
 
 
@@ -23,6 +24,8 @@ class WindowConfig:
         min_visible: An instance that the border of a window cuts is kept, clipped to the window,
             when at least this share of it is inside; else the window does not show it. Of an
             instance longer than the window, this share of the window must be filled instead.
+        stitch: Video self-stitching (VSGN): clips around short actions are trained on as well, and
+            what fills a small part of a window gets a magnified copy behind it. None for none.
 
     Raises:
         ValueError: A field is out of its range.
@@ -32,6 +35,7 @@ class WindowConfig:
     fps: float | None
     overlap: float = 0.25
     min_visible: float = 0.75
+    stitch: StitchConfig | None = None
 
     def __post_init__(self) -> None:
         if self.frames < 1:
@@ -61,10 +65,12 @@ class Window:
     Attributes:
         video_id: The video.
         grid: Which frames; its offset is where the window starts in the video.
-        valid: The first frames that lie inside the video; those after them are padding.
+        valid: The first frames that lie inside the video; those after them are padding, or the
+            gap and the copy of a stitched window.
         segments: Start and end of each instance in units of the feature grid, float32 of shape
-            (N, 2), inside [-0.5, num_features - 0.5].
+            (N, 2), inside [-0.5, num_features - 0.5]. A stitched window has each of them twice.
         labels: Class numbers, int64 of shape (N,).
+        copy: The magnified copy of the valid frames that a stitched window ends with.
     """
 
     video_id: str
@@ -72,6 +78,20 @@ class Window:
     valid: int
     segments: np.ndarray
     labels: np.ndarray
+    copy: Copy | None = None
+
+    def mask(self) -> np.ndarray:
+        """Which frames show the video, bool of shape (length,); the others are black."""
+        frame = np.arange(self.grid.length)
+        shown = frame < self.valid
+        return shown if self.copy is None else shown | (frame >= self.copy.first)
+
+    def frame_times(self) -> np.ndarray:
+        """Seconds of the video at which the frames of `mask` are sampled, float64."""
+        times = self.grid.frame_times()
+        if self.copy is not None:
+            times[self.copy.first :] = self.copy.grid.frame_times()[self.copy.first :]
+        return times[self.mask()]
 
 
 def training_windows(
@@ -88,7 +108,8 @@ def training_windows(
     every (1 - overlap) window lengths from a random place on. Their number depends on the video
     only, so that every epoch has as many. The place varies by at least half of that step, so that
     over the epochs every instance of up to (1 + overlap) / 2 window lengths is seen whole.
-    A video no longer than a window gives one window, padded.
+    A video no longer than a window gives one window, padded or stitched. With `config.stitch`,
+    stitched clips around the short actions of the longer videos follow.
 
     Args:
         video: The video.
@@ -98,18 +119,48 @@ def training_windows(
         random: Draws the places; one that follows the seed and the epoch.
 
     Returns:
-        The windows in the order in which they start.
+        The windows in the order in which they start, then the clips likewise.
     """
     grid = config.grid(video.duration, stride=stride)
-    if _fits(video, grid):
-        return [_window(video, classes, config, grid)]
-    step = grid.duration * (1 - config.overlap)
-    last = video.duration - grid.duration
+    windows = [
+        _window(video, classes, config, replace(grid, offset=start))
+        for start in _random_starts(video.duration, grid, config.overlap, random)
+    ]
+    return windows + _clips(video, classes, config, grid, random)
+
+
+def _random_starts(
+    duration: float, grid: TimeGrid, overlap: float, random: np.random.Generator
+) -> list[float]:
+    """Where the windows of `training_windows` start."""
+    if _fits(duration, grid):
+        return [0.0]
+    step = grid.duration * (1 - overlap)
+    last = duration - grid.duration
     between = math.ceil(last / step - 0.5)
     # the steps from the first window to the second and to the last from the one before are shorter
     second = random.uniform(max(0.0, last - between * step), min(step, last - (between - 1) * step))
-    starts = [0.0, *(second + i * step for i in range(between)), last]
-    return [_window(video, classes, config, replace(grid, offset=start)) for start in starts]
+    return [0.0, *(second + i * step for i in range(between)), last]
+
+
+def _clips(
+    video: VideoAnnotation,
+    classes: Sequence[str],
+    config: WindowConfig,
+    grid: TimeGrid,
+    random: np.random.Generator,
+) -> list[Window]:
+    """Stitched clips around the short actions of a video that is not stitched itself."""
+    if config.stitch is None:
+        return []
+    frames = max(1, int(config.stitch.clip * grid.length))
+    if grid.frames_before(video.duration) <= config.stitch.short * grid.length:
+        return []
+    starts = clip_starts(video.instances, video.duration, frames / grid.fps, random)
+    return [
+        _window(video, classes, config, replace(grid, offset=start), most=frames)
+        for start in starts
+    ]
 
 
 def sliding_windows(
@@ -118,7 +169,7 @@ def sliding_windows(
     """Covers a video with windows that each repeat the share `overlap` of the one before.
 
     The last window ends with the video and may repeat more. A video no longer than a window gives
-    one window, padded.
+    one window, padded or stitched.
 
     Args:
         video: The video.
@@ -130,7 +181,7 @@ def sliding_windows(
         The windows in the order in which they start.
     """
     grid = config.grid(video.duration, stride=stride)
-    if _fits(video, grid):
+    if _fits(video.duration, grid):
         return [_window(video, classes, config, grid)]
     step = grid.duration * (1 - config.overlap)
     last = video.duration - grid.duration
@@ -141,7 +192,7 @@ def sliding_windows(
 def decode_window(
     source: Source, window: Window, *, size: int | None, threads: int = 1
 ) -> np.ndarray:
-    """Decodes the frames of a window; the padding behind the video's end is black.
+    """Decodes the frames of a window; padding behind the video's end and gaps are black.
 
     Args:
         source: The video, as `decode` takes it.
@@ -155,12 +206,11 @@ def decode_window(
     Raises:
         VideoError: The video cannot be decoded there.
     """
-    times = window.grid.frame_times()[: window.valid]
-    frames = decode(source, times, size=size, threads=threads)
-    if window.valid == window.grid.length:
+    frames = decode(source, window.frame_times(), size=size, threads=threads)
+    if len(frames) == window.grid.length:
         return frames
     padded = np.zeros((window.grid.length, *frames.shape[1:]), np.uint8)
-    padded[: window.valid] = frames
+    padded[window.mask()] = frames
     return padded
 
 
@@ -174,7 +224,7 @@ def window_frames(source: Source, window: Window, *, size: int, threads: int = 1
         threads: for decoding.
 
     Returns:
-        uint8 RGB `(T, size, size, 3)`, contiguous, black after the window's last valid frame.
+        uint8 RGB `(T, size, size, 3)`, contiguous, black where the window's mask is false.
 
     Raises:
         VideoError: if the video cannot be decoded there.
@@ -184,30 +234,61 @@ def window_frames(source: Source, window: Window, *, size: int, threads: int = 1
     return np.ascontiguousarray(frames[:, top : top + size, left : left + size])
 
 
-def _fits(video: VideoAnnotation, grid: TimeGrid) -> bool:
+def _fits(duration: float, grid: TimeGrid) -> bool:
     """Whether one window holds the video; half a frame that sticks out is not worth another."""
-    return video.duration <= grid.duration + 0.5 / grid.fps
+    return duration <= grid.duration + 0.5 / grid.fps
 
 
 def _window(
-    video: VideoAnnotation, classes: Sequence[str], config: WindowConfig, grid: TimeGrid
+    video: VideoAnnotation,
+    classes: Sequence[str],
+    config: WindowConfig,
+    grid: TimeGrid,
+    *,
+    most: int | None = None,
 ) -> Window:
-    """One window, with the instances that it shows."""
-    numbers = {label: number for number, label in enumerate(classes)}
-    end = min(grid.end, video.duration)
-    segments, labels = [], []
-    for instance in video.instances:
-        clipped = max(instance.start, grid.offset), min(instance.end, end)
-        whole = min(instance.end - instance.start, grid.duration)
-        if clipped[1] - clipped[0] >= config.min_visible * whole - 1e-9:
-            segments.append(clipped)
-            labels.append(numbers[instance.label])
-    seconds = np.array(segments, np.float64).reshape(-1, 2)
+    """One window with the instances that it shows, in its first `most` frames if that is given."""
+    shown = grid.length if most is None else most
+    end = min(grid.offset + shown / grid.fps, video.duration)
+    seconds, labels = _visible(
+        video, classes, grid.offset, end, share=config.min_visible, whole=shown / grid.fps
+    )
+    # a video shorter than half a frame still shows one
+    valid = max(1, min(grid.frames_before(video.duration), shown))
+    segments = grid.to_features(seconds)
+    copy = magnified(grid, valid, config.stitch) if config.stitch else None
+    if copy:
+        # the video may end up to half a frame after its last one
+        again = np.minimum(copy.grid.to_features(seconds), grid.num_features - 0.5)
+        segments, labels = np.concatenate([segments, again]), np.concatenate([labels, labels])
     return Window(
         video_id=video.video_id,
         grid=grid,
-        # a video shorter than half a frame still shows one
-        valid=max(1, grid.frames_before(video.duration)),
-        segments=grid.to_features(seconds).astype(np.float32),
-        labels=np.array(labels, np.int64),
+        valid=valid,
+        segments=segments.astype(np.float32),
+        labels=labels,
+        copy=copy,
     )
+
+
+def _visible(
+    video: VideoAnnotation,
+    classes: Sequence[str],
+    first: float,
+    last: float,
+    *,
+    share: float,
+    whole: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The instances of which `share` lies between two seconds, clipped to them: (N, 2) and (N,).
+
+    Of an instance longer than `whole` seconds, `whole` counts instead of its length.
+    """
+    numbers = {label: number for number, label in enumerate(classes)}
+    segments, labels = [], []
+    for instance in video.instances:
+        start, end = max(instance.start, first), min(instance.end, last)
+        if end - start >= share * min(instance.end - instance.start, whole) - 1e-9:
+            segments.append((start, end))
+            labels.append(numbers[instance.label])
+    return np.array(segments, np.float64).reshape(-1, 2), np.array(labels, np.int64)

@@ -1,0 +1,117 @@
+"""Video self-stitching: a clip and its magnified copy side by side in one window.
+
+Short actions fill a few features only, and short anchors rarely match them. VSGN (Zhao, Thabet,
+Ghanem, ICCV 2021, section 3.2) therefore looks at a short clip twice: as it is, and stretched over
+the rest of the window, behind a gap. There the same action lasts longer, and both copies are to be
+found. On features the copy is an interpolation; here the frames themselves are sampled more
+densely, so that the copy shows what lies between the clip's.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from re2tal.videos.annotations import Instance
+from re2tal.videos.timegrid import TimeGrid
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StitchConfig:
+    """Which windows are stitched, and how; the defaults are those published for THUMOS-14.
+
+    All three are shares of a window's length.
+
+    Attributes:
+        short: What fills at most this share of a window is stitched: clips and short videos.
+        clip: Length of the clips that are cut around short actions, for training only.
+        gap: What stays empty between a clip and its copy; at least one feature does.
+
+    Raises:
+        ValueError: A field is out of its range.
+    """
+
+    short: float = 0.4
+    clip: float = 0.38
+    gap: float = 30 / 1280
+
+    def __post_init__(self) -> None:
+        if not 0 < self.clip <= self.short < 0.5:
+            raise ValueError(
+                f"StitchConfig needs 0 < clip <= short < 0.5, not {self.clip} and {self.short}."
+            )
+        if not 0 <= self.gap < 1 - 2 * self.short:
+            raise ValueError(
+                f"StitchConfig.gap must be in [0, 1 - 2 x short), not {self.gap}: "
+                "the copy would not be larger than the clip."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Copy:
+    """The magnified copy of a clip in a stitched window.
+
+    Attributes:
+        grid: Where the window's frames would lie in the video if all of it were the copy, which
+            ends with the window.
+        first: The copy's first frame, a multiple of the stride.
+    """
+
+    grid: TimeGrid
+    first: int
+
+
+def magnified(clip: TimeGrid, valid: int, config: StitchConfig) -> Copy | None:
+    """The copy that goes behind a clip.
+
+    Args:
+        clip: The window's grid.
+        valid: Its first frames, which show the clip.
+        config: How to stitch.
+
+    Returns:
+        The copy; None when the clip is too long for one.
+    """
+    if valid > config.short * clip.length:
+        return None
+    features = math.ceil(valid / clip.stride)
+    first = features + max(1, round(config.gap * clip.num_features))
+    if clip.num_features - first <= features:
+        return None  # rounding on a window of few features: the copy would not be larger
+    frame = first * clip.stride
+    fps = (clip.length - frame) / (valid / clip.fps)
+    return Copy(grid=replace(clip, fps=fps, offset=clip.offset - frame / fps), first=frame)
+
+
+def clip_starts(
+    instances: Sequence[Instance],
+    duration: float,
+    length: float,
+    random: np.random.Generator,
+) -> list[float]:
+    """Places clips so that together they show every short action of a video.
+
+    Actions that fit into one clip together share it. How many clips there are depends on the
+    video alone, where they lie on the generator.
+
+    Args:
+        instances: The video's actions; those longer than a clip are left to the windows.
+        duration: Of the video, in seconds, at least `length`.
+        length: Of a clip, in seconds.
+        random: Draws the places.
+
+    Returns:
+        Seconds at which clips start.
+    """
+    short = sorted((i.start, i.end) for i in instances if i.end - i.start <= length)
+    groups: list[tuple[float, float]] = []
+    for start, end in short:
+        if groups and max(end, groups[-1][1]) - groups[-1][0] <= length:
+            groups[-1] = groups[-1][0], max(end, groups[-1][1])
+        else:
+            groups.append((start, end))
+    return [
+        random.uniform(max(0.0, end - length), min(start, duration - length))
+        for start, end in groups
+    ]
