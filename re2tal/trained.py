@@ -5,16 +5,18 @@ On disk it is a folder with `spec.json` and `weights.safetensors`: nothing in it
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from re2tal.backbones.swin import SwinConfig
+from re2tal.backbones.protocol import BackboneConfig
+from re2tal.components import Component
 from re2tal.detection.nms import NmsConfig
 from re2tal.detector import Detector
-from re2tal.localizers.actionformer import ActionFormerConfig
+from re2tal.localizers.protocol import LocalizerConfig
 from re2tal.reversible import rewire
 from re2tal.videos.windows import WindowConfig
 
@@ -31,7 +33,8 @@ class DetectorSpec:
     """What a detector is built of and how it reads a video.
 
     Attributes:
-        classes: names of the action classes; a label is an index into it.
+        classes: names of the action classes; a label is an index into it. A class-agnostic
+            detector has one.
         backbone: the video backbone.
         localizer: what turns features into segments.
         reversible: whether the backbone's residual connections are rewired (Re2TAL).
@@ -43,8 +46,8 @@ class DetectorSpec:
     """
 
     classes: tuple[str, ...]
-    backbone: SwinConfig
-    localizer: ActionFormerConfig
+    backbone: Annotated[BackboneConfig, Component()]
+    localizer: Annotated[LocalizerConfig, Component()]
     reversible: bool = True
     size: int
     window: WindowConfig

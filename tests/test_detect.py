@@ -146,7 +146,7 @@ def test_what_the_copy_of_a_stitched_window_shows_is_put_into_the_clip() -> None
         duration=3.0,
         instances=(Instance(start=1.0, end=2.0, label="a"),),
     )
-    config = WindowConfig(frames=80, fps=8.0, stitch=StitchConfig())
+    config = WindowConfig(frames=80, fps=8.0, stitch=StitchConfig(enabled=True))
     (window,) = sliding_windows(video, ("a",), config, stride=2)
     raw = detections([*window.segments.tolist(), [20.0, 39.5], [8.0, 15.0]], [0.9, 0.8, 0.7, 0.6])
     found = window_detections(raw, window, duration=3.0)

@@ -1,8 +1,19 @@
 """What a backbone is: frames in, temporal features out."""
 
-from typing import Protocol
+from __future__ import annotations
 
-from torch import Tensor
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+
+@runtime_checkable
+class BackboneConfig(Protocol):
+    """The shape of a backbone: a frozen dataclass that builds it."""
+
+    def build(self) -> nn.Module:
+        """A `Backbone` with random weights."""
+        ...
 
 
 class Backbone(Protocol):

@@ -19,6 +19,8 @@ class SwinConfig:
         heads: attention heads of each stage.
         window: frames (in patches), height and width of an attention window.
         drop_path: probability of leaving out the last block's branches; it grows with depth.
+        pooling: consecutive features that are averaged into one. Re2TAL takes 2 for ActivityNet,
+            where 768 frames become 192 features, and 1 elsewhere.
     """
 
     patch: tuple[int, int, int] = (2, 4, 4)
@@ -27,8 +29,11 @@ class SwinConfig:
     heads: tuple[int, ...] = (3, 6, 12, 24)
     window: tuple[int, int, int] = (8, 7, 7)
     drop_path: float = 0.1
+    pooling: int = 1
 
     def __post_init__(self) -> None:
+        if self.pooling < 1:
+            raise ValueError(f"A Swin's pooling is at least 1 feature, but got {self.pooling}.")
         if len(self.heads) != len(self.depths):
             raise ValueError(
                 f"A Swin needs one number of heads for each stage, but got {len(self.heads)} for "
@@ -92,7 +97,8 @@ class SwinBackbone(SwinTransformer3d):
         )
         self.head = nn.Identity()  # features are what is wanted; an Identity has no parameters
         self.channels: int = self.num_features
-        self.temporal_stride = config.patch[0]
+        self.pooling = config.pooling
+        self.temporal_stride = config.patch[0] * config.pooling
 
     def forward(self, video: Tensor) -> Tensor:
         """Spatially pooled features.
@@ -103,7 +109,9 @@ class SwinBackbone(SwinTransformer3d):
         Returns:
             `(B, C, T / temporal_stride)`.
         """
-        return self.places(video).mean(dim=(2, 3)).transpose(1, 2).contiguous()
+        features = self.places(video).mean(dim=(2, 3))
+        pooled = features.unflatten(1, (-1, self.pooling)).mean(dim=2)
+        return pooled.transpose(1, 2).contiguous()
 
     def places(self, video: Tensor) -> Tensor:
         """Features before pooling.
@@ -112,7 +120,7 @@ class SwinBackbone(SwinTransformer3d):
             video: as in `forward`.
 
         Returns:
-            `(B, T / temporal_stride, H', W', C)`.
+            `(B, T / patch[0], H', W', C)`.
         """
         features: Tensor = self.norm(self.features(self.pos_drop(self.patch_embed(video))))
         return features

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -39,6 +39,24 @@ class Targets:
         return Targets(segments=self.segments.to(device), labels=self.labels.to(device))
 
 
+@runtime_checkable
+class LocalizerConfig(Protocol):
+    """The settings of a localizer: a frozen dataclass that builds it.
+
+    A new localizer is one file with such a class and the module that it builds; a recipe or a
+    `DetectorSpec` takes it as it is.
+    """
+
+    def build(self, in_channels: int, num_classes: int) -> Localizer:
+        """A localizer with random weights.
+
+        Args:
+            in_channels: C of the features.
+            num_classes: of the actions; 1 for a class-agnostic localizer, which makes proposals.
+        """
+        ...
+
+
 class Localizer(Protocol):
     """Finds actions in temporal features. A `torch.nn.Module` in practice.
 
@@ -62,5 +80,19 @@ class Localizer(Protocol):
         Returns:
             With targets: scalar loss terms, whose sum is to be minimised. Without: of each sample
             the detections in feature-grid units, before non-maximum suppression.
+        """
+        ...
+
+    def predict(self, features: Tensor, mask: Tensor) -> tuple[Any, ...]:
+        """What the network says, before it becomes losses or detections.
+
+        Memory is predicted over this part alone, with tensors that hold no values.
+
+        Args:
+            features: `(B, C, T)` features.
+            mask: `(B, T)` bool.
+
+        Returns:
+            Anything; the losses are functions of the tensors among it that need gradients.
         """
         ...

@@ -19,19 +19,21 @@ from re2tal.videos.timegrid import TimeGrid
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StitchConfig:
-    """Which windows are stitched, and how; the defaults are those published for THUMOS-14.
-
-    All three are shares of a window's length.
+    """Whether and how windows are stitched; the shares are those published for THUMOS-14.
 
     Attributes:
+        enabled: Whether anything is stitched.
         short: What fills at most this share of a window is stitched: clips and short videos.
-        clip: Length of the clips that are cut around short actions, for training only.
-        gap: What stays empty between a clip and its copy; at least one feature does.
+        clip: Share of a window that the clips have which are cut around short actions, for
+            training only.
+        gap: Share of a window that stays empty between a clip and its copy; at least one feature
+            does.
 
     Raises:
         ValueError: A field is out of its range.
     """
 
+    enabled: bool = False
     short: float = 0.4
     clip: float = 0.38
     gap: float = 30 / 1280
@@ -71,9 +73,9 @@ def magnified(clip: TimeGrid, valid: int, config: StitchConfig) -> Copy | None:
         config: How to stitch.
 
     Returns:
-        The copy; None when the clip is too long for one.
+        The copy; None when the clip is too long for one, or nothing is to be stitched.
     """
-    if valid > config.short * clip.length:
+    if not config.enabled or valid > config.short * clip.length:
         return None
     features = math.ceil(valid / clip.stride)
     first = features + max(1, round(config.gap * clip.num_features))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -25,7 +25,7 @@ class WindowConfig:
             when at least this share of it is inside; else the window does not show it. Of an
             instance longer than the window, this share of the window must be filled instead.
         stitch: Video self-stitching (VSGN): clips around short actions are trained on as well, and
-            what fills a small part of a window gets a magnified copy behind it. None for none.
+            what fills a small part of a window gets a magnified copy behind it.
 
     Raises:
         ValueError: A field is out of its range.
@@ -35,7 +35,7 @@ class WindowConfig:
     fps: float | None
     overlap: float = 0.25
     min_visible: float = 0.75
-    stitch: StitchConfig | None = None
+    stitch: StitchConfig = field(default_factory=StitchConfig)
 
     def __post_init__(self) -> None:
         if self.frames < 1:
@@ -151,7 +151,7 @@ def _clips(
     random: np.random.Generator,
 ) -> list[Window]:
     """Stitched clips around the short actions of a video that is not stitched itself."""
-    if config.stitch is None:
+    if not config.stitch.enabled:
         return []
     frames = max(1, int(config.stitch.clip * grid.length))
     if grid.frames_before(video.duration) <= config.stitch.short * grid.length:
@@ -256,7 +256,7 @@ def _window(
     # a video shorter than half a frame still shows one
     valid = max(1, min(grid.frames_before(video.duration), shown))
     segments = grid.to_features(seconds)
-    copy = magnified(grid, valid, config.stitch) if config.stitch else None
+    copy = magnified(grid, valid, config.stitch)
     if copy:
         # the video may end up to half a frame after its last one
         again = np.minimum(copy.grid.to_features(seconds), grid.num_features - 0.5)

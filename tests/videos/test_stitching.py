@@ -19,7 +19,7 @@ from re2tal.videos.windows import (
 from tests.videos.made_videos import FPS, make_video, numbers
 
 STRIDE = 2
-STITCH = StitchConfig(gap=0.05)
+STITCH = StitchConfig(enabled=True, gap=0.05)
 CONFIG = WindowConfig(frames=80, fps=8.0, stitch=STITCH)  # 10 seconds, clips of 3.75
 
 
@@ -35,7 +35,7 @@ def cut(video: VideoAnnotation, seed: int = 0, config: WindowConfig = CONFIG) ->
 
 def test_the_copy_shows_the_clip_over_the_rest_of_the_window() -> None:
     clip = TimeGrid(fps=8.0, stride=2, length=80, offset=5.0)
-    copy = magnified(clip, 30, StitchConfig(gap=0.1))
+    copy = magnified(clip, 30, StitchConfig(enabled=True, gap=0.1))
     assert copy is not None
     assert copy.first == 30 + 8  # the gap of 4 features
     times = copy.grid.frame_times()[copy.first :]
@@ -55,7 +55,7 @@ def test_clip_gap_and_copy_fill_the_window(
 ) -> None:
     clip = TimeGrid(fps=8.0, stride=stride, length=features * stride, offset=3.0)
     valid = max(1, int(share * clip.length))
-    copy = magnified(clip, valid, StitchConfig(gap=gap))
+    copy = magnified(clip, valid, StitchConfig(enabled=True, gap=gap))
     if valid > 0.4 * clip.length:
         assert copy is None
     if copy is None:
@@ -92,7 +92,7 @@ def test_short_videos_are_stitched_and_long_ones_are_not() -> None:
 
 def test_training_adds_clips_around_short_actions() -> None:
     video = annotated(40.0, (5.0, 6.0), (7.0, 8.5), (20.0, 26.0), (30.0, 31.0))
-    plain = cut(video, config=dataclasses.replace(CONFIG, stitch=None))
+    plain = cut(video, config=dataclasses.replace(CONFIG, stitch=StitchConfig()))
     windows = cut(video)
     clips = windows[len(plain) :]
     assert all(window.copy is None for window in windows[: len(plain)])
@@ -129,7 +129,7 @@ def test_clips_show_every_short_action_whole_and_their_number_is_fixed(
 
 def test_the_copy_is_decoded_more_densely(tmp_path: Path) -> None:
     path = make_video(tmp_path / "v.mp4", 80)
-    config = WindowConfig(frames=120, fps=FPS / 2, stitch=StitchConfig(gap=0.1))
+    config = WindowConfig(frames=120, fps=FPS / 2, stitch=StitchConfig(enabled=True, gap=0.1))
     (window,) = sliding_windows(annotated(80 / FPS), ("run",), config, stride=STRIDE)
     assert window.copy is not None
     frames = decode_window(path, window, size=None)

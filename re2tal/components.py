@@ -1,0 +1,69 @@
+"""Parts of a detector as JSON: which class, and its fields.
+
+`{"class": "re2tal.localizers.actionformer:ActionFormerConfig", "width": 512, ...}`. Reading a file
+must not run code that came with it: a class is looked up in this package, or in a module that the
+program has imported itself.
+"""
+
+import dataclasses
+import importlib
+import sys
+from typing import Any
+
+from pydantic import GetCoreSchemaHandler, TypeAdapter
+from pydantic_core import CoreSchema, core_schema
+
+_CLASS = "class"
+
+
+class Component:
+    """Marks a field of a dataclass that pydantic reads: `Annotated[LocalizerConfig, Component()]`.
+
+    The field holds any frozen dataclass with a method `build`.
+    """
+
+    def __get_pydantic_core_schema__(
+        self,
+        source: Any,
+        handler: GetCoreSchemaHandler,
+    ) -> CoreSchema:
+        """How pydantic reads and writes such a field."""
+        return core_schema.no_info_plain_validator_function(
+            _read, serialization=core_schema.plain_serializer_function_ser_schema(_write)
+        )
+
+
+def _write(config: Any) -> dict[str, Any]:
+    kind = type(config)
+    fields: dict[str, Any] = TypeAdapter(kind).dump_python(config, mode="json")
+    return {_CLASS: f"{kind.__module__}:{kind.__qualname__}", **fields}
+
+
+def _read(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value  # from Python, not from a file
+    fields = dict(value)
+    name = str(fields.pop(_CLASS, ""))
+    return TypeAdapter(_find(name)).validate_python(fields)
+
+
+def _find(name: str) -> type:
+    """The dataclass of that name.
+
+    Raises:
+        ValueError: there is none, or its module was not imported.
+    """
+    module_name, _, class_name = name.partition(":")
+    if module_name.startswith("re2tal."):
+        try:
+            importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"re2tal has no module {module_name!r}: is it older?") from error
+    if module_name not in sys.modules:
+        raise ValueError(f"{name!r} is defined outside re2tal: import its module first")
+    found = getattr(sys.modules[module_name], class_name, None)
+    if not (
+        dataclasses.is_dataclass(found) and isinstance(found, type) and hasattr(found, "build")
+    ):
+        raise ValueError(f"{name!r} is not a configuration that builds something")
+    return found
