@@ -35,6 +35,7 @@ from pipelines.progress import duration
 from pipelines.recipes import TOY_WEIGHTS
 from re2tal.backbones.checkpoint import save_backbone_weights
 from re2tal.backbones.swin import SwinBackbone, SwinConfig, swin_toy
+from re2tal.detector import grey_levels, normalize
 from re2tal.trained import IMAGENET_MEAN, IMAGENET_STD
 from re2tal.videos.decoding import decode
 from re2tal.videos.toy import ACTIONS, FPS, FRAME_SIZE, make_clip
@@ -156,13 +157,9 @@ def augmented(
 
 
 def normalised(frames: np.ndarray) -> Tensor:
-    """Turns uint8 (B, T, H, W, 3) into float (B, 3, T, H, W), as a detector does.
-
-    Args:
-        frames: RGB.
-    """
-    mean, std = (torch.tensor(v).view(3, 1, 1, 1) * 255 for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return (torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float() - mean) / std
+    """What a backbone sees of uint8 RGB frames (B, T, H, W, 3): float (B, 3, T, H, W)."""
+    mean, std = grey_levels(IMAGENET_MEAN), grey_levels(IMAGENET_STD)
+    return normalize(torch.from_numpy(frames), mean, std)
 
 
 def batches(

@@ -17,6 +17,26 @@ BackboneT = TypeVar("BackboneT", bound=Backbone)
 LocalizerT = TypeVar("LocalizerT", bound=Localizer)
 
 
+def grey_levels(values: Sequence[float]) -> Tensor:
+    """A mean or deviation of red, green and blue in [0, 1] as grey levels `(3, 1, 1, 1)`."""
+    return 255 * torch.tensor(values).view(3, 1, 1, 1)
+
+
+def normalize(frames: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """What a backbone sees of frames.
+
+    Args:
+        frames: `(B, T, H, W, 3)` uint8.
+        mean: `(3, 1, 1, 1)` grey levels.
+        std: likewise.
+
+    Returns:
+        `(B, 3, T, H, W)` float32.
+    """
+    values = frames.permute(0, 4, 1, 2, 3).to(torch.float32, memory_format=torch.contiguous_format)
+    return values.sub_(mean).div_(std)  # in place: hundreds of megabytes
+
+
 class Detector(nn.Module, Generic[BackboneT, LocalizerT]):
     """Temporal action localization, end to end.
 
@@ -44,8 +64,7 @@ class Detector(nn.Module, Generic[BackboneT, LocalizerT]):
         self.localizer = localizer
         # Not in the state: they belong to the configuration, as the class names do.
         for name, values in (("mean", mean), ("std", std)):
-            grey_levels = 255 * torch.tensor(values).view(3, 1, 1, 1)
-            self.register_buffer(name, grey_levels, persistent=False)
+            self.register_buffer(name, grey_levels(values), persistent=False)
 
     @property
     def num_classes(self) -> int:
@@ -90,10 +109,7 @@ class Detector(nn.Module, Generic[BackboneT, LocalizerT]):
             )
 
         def pixels() -> Tensor:
-            values = frames.permute(0, 4, 1, 2, 3).to(
-                torch.float32, memory_format=torch.contiguous_format
-            )
-            return values.sub_(self.mean).div_(self.std)  # in place: hundreds of megabytes
+            return normalize(frames, self.mean, self.std)
 
         return rebuildable(pixels(), pixels)
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -22,6 +24,19 @@ def test_frames_become_features_of_the_stated_shape(rewired: bool) -> None:
     features = as_protocol(torch.randn(2, 3, 12, 20, 28))
     assert features.shape == (2, backbone.channels, 12 // backbone.temporal_stride)
     assert (backbone.channels, backbone.temporal_stride) == (16, 2)
+
+
+def test_pooling_averages_neighbouring_features() -> None:
+    torch.manual_seed(0)
+    plain, pooled = TINY.build().eval(), replace(TINY, pooling=3).build().eval()
+    pooled.load_state_dict(plain.state_dict())
+    assert pooled.temporal_stride == 6
+    video = torch.randn(2, 3, 12, 20, 28)
+    features = plain(video)  # 6 of them
+    expected = torch.stack([features[:, :, :3].mean(dim=2), features[:, :, 3:].mean(dim=2)], dim=2)
+    torch.testing.assert_close(pooled(video), expected)
+    with pytest.raises(ValueError, match="pooling"):
+        replace(TINY, pooling=0)
 
 
 def test_features_are_torchvisions_own_before_its_classifier() -> None:
