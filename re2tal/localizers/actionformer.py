@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import overload
 
 import torch
@@ -17,7 +16,10 @@ from re2tal.localizers.heads import ConvHead, LevelScale, Strip
 from re2tal.localizers.losses import LossNormalizer, diou_loss, focal_loss
 from re2tal.localizers.points import Points, assign, make_points
 from re2tal.localizers.protocol import Losses, Targets
-from re2tal.localizers.pyramid import TransformerPyramid
+from re2tal.localizers.pyramid import Embedding, TransformerPyramid
+
+# Of classes that have no training data.
+EMPTY_PRIOR = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +28,8 @@ class ActionFormerConfig:
 
     Attributes:
         width: channels of the transformer and of the pyramid, a multiple of `heads`.
+        streams: when the features are of several kinds side by side, of each kind its channels and
+            its share of `width`, to which it is projected by itself first; empty for one kind.
         embed_layers: convolutions that project the features.
         stem_layers: transformer blocks at full rate.
         levels: of the pyramid, each at half the rate of the one before.
@@ -33,13 +37,20 @@ class ActionFormerConfig:
         heads: of the attention.
         positions: length of the table of absolute position encodings; 0 for none.
         residual_scale: initial factor of the residual branches.
+        input_dropout: share of the features' channels left out in training.
+        dropout: share of the values left out in the transformer's MLPs and after its attention.
         drop_path: share of residual branches left out in training.
         head_width: channels of the two heads.
         head_layers: convolutions of each head, the last one included.
         first_range: greatest distance that level 0 regresses, in feature-grid units; each level
             takes over where the last ends and doubles it, the top level has no bound.
+        overlapping_ranges: let each level take over at half of where the last ends, so that most
+            actions have positives on two levels.
         centre_radius: how many strides from an instance's centre a point may be its positive.
+        shortest_only: a point that fits several instances has the classes of the shortest only;
+            otherwise those of all.
         prior: initial probability that a point belongs to a class.
+        empty_classes: labels without training data, which start out next to impossible.
         label_smoothing: share of the classification targets that is spread over all classes.
         regression_weight: factor of the regression loss.
         initial_normalizer: what the running mean of positive points starts from.
@@ -49,6 +60,7 @@ class ActionFormerConfig:
     """
 
     width: int = 512
+    streams: tuple[tuple[int, int], ...] = ()
     embed_layers: int = 2
     stem_layers: int = 2
     levels: int = 6
@@ -56,12 +68,17 @@ class ActionFormerConfig:
     heads: int = 4
     positions: int = 0
     residual_scale: float = 1e-4
+    input_dropout: float = 0.0
+    dropout: float = 0.0
     drop_path: float = 0.1
     head_width: int = 512
     head_layers: int = 3
     first_range: float = 4.0
+    overlapping_ranges: bool = False
     centre_radius: float = 1.5
+    shortest_only: bool = True
     prior: float = 0.01
+    empty_classes: tuple[int, ...] = ()
     label_smoothing: float = 0.0
     regression_weight: float = 1.0
     initial_normalizer: float = 100.0
@@ -72,6 +89,12 @@ class ActionFormerConfig:
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise ValueError(f"A width of {self.width} cannot be cut into {self.heads} heads.")
+        if self.streams and sum(width for _, width in self.streams) != self.width:
+            raise ValueError(
+                f"The streams {self.streams} have shares of "
+                f"{sum(width for _, width in self.streams)} channels, but the width is "
+                f"{self.width}: make the second numbers add up to it."
+            )
         if len(self.windows) != self.levels:
             raise ValueError(
                 f"{len(self.windows)} attention windows were given for {self.levels} levels: "
@@ -88,8 +111,9 @@ class ActionFormerConfig:
     @property
     def ranges(self) -> tuple[tuple[float, float], ...]:
         """Of each level the least and the greatest distance that it regresses, grid units."""
-        bounds = [0.0, *(self.first_range * 2**level for level in range(self.levels - 1)), math.inf]
-        return tuple(pairwise(bounds))
+        most = [*(self.first_range * 2**level for level in range(self.levels - 1)), math.inf]
+        share = 0.5 if self.overlapping_ranges else 1.0
+        return tuple(zip([0.0, *(share * bound for bound in most[:-1])], most, strict=True))
 
     def build(self, in_channels: int, num_classes: int) -> ActionFormer:
         """An ActionFormer for features of `in_channels` channels and `num_classes` classes."""
@@ -113,26 +137,45 @@ class ActionFormer(nn.Module):
         super().__init__()
         self.config = config
         self.num_classes = num_classes
-        self.pyramid = TransformerPyramid(
+        embed = Embedding(
             in_channels,
             config.width,
-            embed_layers=config.embed_layers,
+            streams=config.streams,
+            layers=config.embed_layers,
+            positions=config.positions,
+            dropout=config.input_dropout,
+        )
+        self.pyramid = TransformerPyramid(
+            embed,
+            config.width,
             stem_layers=config.stem_layers,
             windows=config.windows,
             heads=config.heads,
             residual_scale=config.residual_scale,
+            dropout=config.dropout,
             drop_path=config.drop_path,
-            positions=config.positions,
         )
         width, layers = config.head_width, config.head_layers
         self.class_head = ConvHead(config.width, width, num_classes, layers=layers)
         self.offset_head = ConvHead(config.width, width, 2, layers=layers)
         self.offset_scale = LevelScale(config.levels)
         self.normalizer = LossNormalizer(config.initial_normalizer)
+        self._init_scores()
+
+    @torch.no_grad()
+    def _init_scores(self) -> None:
         # So rare are positive points that a network which starts undecided would at first learn
         # nothing else (Lin et al., ICCV 2017, section 3.3).
+        prior = torch.full((self.num_classes,), self.config.prior, dtype=torch.float64)
+        empty = self.config.empty_classes
+        if any(not 0 <= label < self.num_classes for label in empty):
+            raise ValueError(
+                f"The empty classes {empty} are not all among the {self.num_classes} classes "
+                f"(0 to {self.num_classes - 1}) that the localizer is built for."
+            )
+        prior[list(empty)] = EMPTY_PRIOR
         assert self.class_head.last.bias is not None
-        nn.init.constant_(self.class_head.last.bias, -math.log((1 - config.prior) / config.prior))
+        self.class_head.last.bias.copy_(prior.logit())
 
     @overload
     def forward(self, features: Tensor, mask: Tensor, targets: Sequence[Targets]) -> Losses: ...
@@ -155,7 +198,13 @@ class ActionFormer(nn.Module):
         logits, offsets, valid, points = self.predict(features, mask)
         if targets is None:
             return self._decode(logits, offsets, valid, points)
-        actual = assign(points, targets, self.num_classes, radius=self.config.centre_radius)
+        actual = assign(
+            points,
+            targets,
+            self.num_classes,
+            radius=self.config.centre_radius,
+            shortest_only=self.config.shortest_only,
+        )
         positive = valid & (actual.classes > 0).any(dim=2)
         count = self.normalizer(positive.sum())
         smoothing = self.config.label_smoothing

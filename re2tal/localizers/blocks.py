@@ -58,7 +58,9 @@ class ConvAttention(nn.Module):
     out when `stride` is 2 (Zhang et al., ECCV 2022, section 3.2).
     """
 
-    def __init__(self, channels: int, *, heads: int, window: int, stride: int) -> None:
+    def __init__(
+        self, channels: int, *, heads: int, window: int, stride: int, dropout: float
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.window = window
@@ -72,6 +74,7 @@ class ConvAttention(nn.Module):
         self.key = nn.Linear(channels, channels)
         self.value = nn.Linear(channels, channels)
         self.proj = nn.Linear(channels, channels)
+        self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Attends.
@@ -89,7 +92,7 @@ class ConvAttention(nn.Module):
         attended = local_attention(
             self._split(query), self._split(key), self._split(value), mask, self.window
         )
-        return zero_padding(self.proj(attended.transpose(1, 2).flatten(2)), mask)
+        return zero_padding(self.drop(self.proj(attended.transpose(1, 2).flatten(2))), mask)
 
     def _split(self, x: Tensor) -> Tensor:
         """`(B, T, C)` to `(B, heads, T, C / heads)`."""
@@ -118,7 +121,8 @@ class TransformerBlock(nn.Module):
     """A pre-norm transformer block: local attention, then an MLP four times as wide.
 
     With `stride` 2 it halves the sequence: attention does so in its convolutions, the skip
-    connection by a maximum over three steps.
+    connection by a maximum over three steps. `dropout` is that of the attention's output and of
+    both layers of the MLP.
     """
 
     def __init__(
@@ -129,16 +133,23 @@ class TransformerBlock(nn.Module):
         window: int,
         stride: int,
         residual_scale: float,
+        dropout: float,
         drop_path: float,
     ) -> None:
         super().__init__()
         self.stride = stride
         self.ln1 = nn.LayerNorm(channels)
-        self.attn = ConvAttention(channels, heads=heads, window=window, stride=stride)
+        self.attn = ConvAttention(
+            channels, heads=heads, window=window, stride=stride, dropout=dropout
+        )
         self.scale_attn = ResidualScale(channels, initial=residual_scale, drop_path=drop_path)
         self.ln2 = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(
-            nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels)
+            nn.Linear(channels, 4 * channels),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(4 * channels, channels),
+            nn.Dropout(dropout),
         )
         self.scale_mlp = ResidualScale(channels, initial=residual_scale, drop_path=drop_path)
         for module in self.modules():

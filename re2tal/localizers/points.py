@@ -69,7 +69,12 @@ class PointTargets:
 
 @torch.no_grad()
 def assign(
-    points: Points, targets: Sequence[Targets], num_classes: int, *, radius: float
+    points: Points,
+    targets: Sequence[Targets],
+    num_classes: int,
+    *,
+    radius: float,
+    shortest_only: bool = True,
 ) -> PointTargets:
     """Gives each point the action that it has to find (Zhang et al., ECCV 2022, section 3.3).
 
@@ -83,6 +88,8 @@ def assign(
         targets: of B samples the instances.
         num_classes: K.
         radius: of the centre sampling, in strides of the point's level.
+        shortest_only: false to give a point the classes of all instances that it is positive for,
+            and still the offsets of the shortest.
 
     Raises:
         ValueError: If a label is not one of the K.
@@ -106,7 +113,7 @@ def assign(
     )
     length = torch.where(candidate, end - start, torch.inf)
     shortest, chosen = length.min(dim=2, keepdim=True)  # of equals the first
-    shared = candidate & (length <= shortest + SAME_LENGTH)
+    shared = candidate & (length <= shortest + SAME_LENGTH) if shortest_only else candidate
     # Padding has no class: its row of the one-hot matrix is never selected.
     one_hot = F.one_hot(labels.clamp(min=0), num_classes).to(start.dtype)
     offsets = torch.cat([left.gather(2, chosen), right.gather(2, chosen)], dim=2)

@@ -29,15 +29,37 @@ class Pyramid:
 class Embedding(nn.Module):
     """Convolutions that bring the backbone's channels to the transformer's width.
 
-    With `positions` it adds sinusoids of that length (Vaswani et al., 2017), divided by the
-    square root of the width; longer sequences stretch them.
+    With `streams` the input is several kinds of features side by side, each of which a matrix of
+    its own first brings to its share of the width. With `positions` it adds sinusoids of that
+    length (Vaswani et al., 2017), divided by the square root of the width; longer sequences
+    stretch them.
     """
 
     positions: Tensor | None
 
-    def __init__(self, in_channels: int, width: int, *, layers: int, positions: int) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        *,
+        streams: Sequence[tuple[int, int]],
+        layers: int,
+        positions: int,
+        dropout: float,
+    ) -> None:
         super().__init__()
-        channels = [in_channels, *[width] * layers]
+        self.stream_channels = [before for before, _ in streams]
+        if streams and sum(self.stream_channels) != in_channels:
+            raise ValueError(
+                f"The localizer gets features of {in_channels} channels, but its streams "
+                f"{tuple(streams)} have {sum(self.stream_channels)} together."
+            )
+        projections = [nn.Linear(before, after) for before, after in streams]
+        for projection in projections:
+            nn.init.zeros_(projection.bias)
+        self.streams = nn.ModuleList(projections)
+        self.drop = nn.Dropout1d(dropout)  # whole channels
+        channels = [width if streams else in_channels, *[width] * layers]
         self.convs = nn.ModuleList(
             Convolution(before, after, bias=False)  # the norm has one
             for before, after in pairwise(channels)
@@ -49,6 +71,11 @@ class Embedding(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """`x` `(B, T, C)`, `mask` `(B, T)` to `(B, T, width)`."""
         x = x.masked_fill(~mask[..., None], 0)  # padding may hold anything, NaN too
+        if self.streams:
+            parts = x.split(self.stream_channels, dim=2)
+            joined = [stream(part) for stream, part in zip(self.streams, parts, strict=True)]
+            x = zero_padding(torch.cat(joined, dim=2), mask)
+        x = self.drop(x.transpose(1, 2)).transpose(1, 2)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.relu(norm(zero_padding(conv(x), mask)))
         if self.positions is None:
@@ -66,29 +93,27 @@ class TransformerPyramid(nn.Module):
     of the published model: finite, and the same whatever the padding held.
 
     Args:
-        in_channels: of the features.
+        embed: what comes before the transformer.
         width: of the transformer.
-        embed_layers: convolutions before it.
         stem_layers: blocks at full rate.
         windows: of each level the attention's width, 0 for global; the first is the stem's.
         heads: of the attention.
         residual_scale: see `ResidualScale`.
+        dropout: see `TransformerBlock`.
         drop_path: see `ResidualScale`.
-        positions: see `Embedding`; 0 for none.
     """
 
     def __init__(
         self,
-        in_channels: int,
+        embed: Embedding,
         width: int,
         *,
-        embed_layers: int,
         stem_layers: int,
         windows: Sequence[int],
         heads: int,
         residual_scale: float,
+        dropout: float,
         drop_path: float,
-        positions: int,
     ) -> None:
         super().__init__()
 
@@ -99,10 +124,11 @@ class TransformerPyramid(nn.Module):
                 window=window,
                 stride=stride,
                 residual_scale=residual_scale,
+                dropout=dropout,
                 drop_path=drop_path,
             )
 
-        self.embed = Embedding(in_channels, width, layers=embed_layers, positions=positions)
+        self.embed = embed
         self.stem = nn.ModuleList(block(windows[0], 1) for _ in range(stem_layers))
         self.branch = nn.ModuleList(block(window, 2) for window in windows[1:])
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in windows)
