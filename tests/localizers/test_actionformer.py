@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from re2tal.detection import Detections, NmsConfig, mean_average_precision, nms
 from re2tal.localizers import ActionFormer, ActionFormerConfig, Localizer, Targets
+from re2tal.localizers.blocks import TransformerBlock
 from re2tal.localizers.heads import Strip
 from re2tal.localizers.points import assign
+from re2tal.localizers.pyramid import Embedding
 
 SMALL = ActionFormerConfig(
     width=16, head_width=16, heads=2, levels=3, window=5, stem_layers=1, residual_scale=0.5
@@ -63,6 +65,7 @@ def test_it_is_a_localizer() -> None:
 def test_what_the_padding_holds_changes_nothing() -> None:
     model = built()
     features, mask = sample([32, 21])
+    mask[0, 9:15] = False  # a window of two stitched parts
     filled = features.masked_fill(~mask[:, None], torch.nan)
     other = features.masked_fill(~mask[:, None], 1e4)
     for a, b in zip(model(filled, mask), model(other, mask), strict=True):
@@ -88,6 +91,22 @@ def test_a_sample_does_not_depend_on_the_batch() -> None:
     assert len(alone) > 0
     torch.testing.assert_close(both[1].scores, alone.scores)
     torch.testing.assert_close(both[1].segments, alone.segments)
+
+
+@pytest.mark.parametrize("window", [5, 0])
+def test_gaps_and_samples_without_a_valid_step_are_harmless(window: int) -> None:
+    model = built(replace(SMALL, window=window, score_threshold=0.0)).train()
+    features, mask = sample([32, 0])
+    mask[0, 9:23] = False
+    losses = model(features, mask, ACTIONS)
+    sum(losses.values(), torch.zeros(())).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    found = model.eval()(features, mask)
+    assert len(found[1]) == 0
+    assert found[0].segments.isfinite().all()
+    assert len(found[0]) > 0
 
 
 def test_heads_treat_every_level_by_itself() -> None:
@@ -176,11 +195,38 @@ def test_drop_path_is_for_training_and_follows_the_seed() -> None:
     assert same(first, model(features, mask)[0])
 
 
+def test_dropout_leaves_the_skip_connections_alone() -> None:
+    block = TransformerBlock(
+        4, heads=2, window=3, stride=1, residual_scale=1.0, dropout=1.0, drop_path=0.0
+    )
+    x, mask = torch.randn(2, 8, 4), torch.ones(2, 8, dtype=torch.bool)
+    assert torch.equal(block(x, mask)[0], x)
+    assert not torch.allclose(block.eval()(x, mask)[0], x)
+    block.train()
+    second, last = block.mlp[3], block.mlp[4]
+    assert isinstance(second, nn.Linear)
+    assert isinstance(last, nn.Dropout)
+    block.attn.drop.p = last.p = 0.0  # what is left lies between the layers of the MLP
+    nn.init.ones_(second.bias)
+    torch.testing.assert_close(block(x, mask)[0], x + block.attn(block.ln1(x), mask) + 1)
+
+
+def test_input_dropout_leaves_out_whole_channels() -> None:
+    embed = Embedding(32, 32, streams=(), layers=0, positions=0, dropout=0.5)
+    x, mask = torch.ones(4, 8, 32), torch.ones(4, 8, dtype=torch.bool)
+    dropped = embed(x, mask)
+    assert torch.equal(dropped, dropped[:, :1].expand(4, 8, 32))
+    assert dropped.unique().tolist() == [0, 2]
+    assert torch.equal(embed.eval()(x, mask), x)
+
+
 def test_scores_start_at_the_prior() -> None:
     features, mask = sample([32, 32])
     torch.manual_seed(0)
-    logits, *_ = SMALL.build(6, 4).eval().predict(features, mask)
-    assert 0.003 < logits.sigmoid().mean() < 0.03
+    logits, *_ = replace(SMALL, empty_classes=(2,)).build(6, 4).eval().predict(features, mask)
+    scores = logits.sigmoid().mean(dim=(0, 1))
+    assert all(0.003 < scores[label] < 0.03 for label in (0, 1, 3))
+    assert scores[2] < 1e-5
 
 
 def test_positions_are_stretched_over_longer_sequences() -> None:
@@ -207,18 +253,37 @@ def test_settings_that_cannot_work_are_refused() -> None:
         ActionFormerConfig(window=8)
     with pytest.raises(ValueError, match="heads"):
         ActionFormerConfig(width=10)
+    with pytest.raises(ValueError, match="add up"):
+        ActionFormerConfig(streams=((4, 256), (8, 128)))
+    with pytest.raises(ValueError, match="features of 6 channels"):
+        ActionFormerConfig(streams=((4, 256), (3, 256))).build(6, 4)
+    for label in (4, -1):
+        with pytest.raises(ValueError, match="empty classes"):
+            replace(SMALL, empty_classes=(label,)).build(6, 4)
 
 
 def test_published_configurations_have_the_published_number_of_parameters() -> None:
-    """Counted once in the public implementation, with its files for THUMOS-14 and ActivityNet."""
-    with torch.device("meta"):
-        thumos = ActionFormerConfig().build(2048, 20)
-        anet = ActionFormerConfig(
-            width=256, head_width=256, window=(7, 7, 7, 7, 7, 0), positions=192
-        ).build(512, 1)
-    assert sum(p.numel() for p in thumos.parameters()) == 29_251_612
-    assert sum(p.numel() for p in anet.parameters()) == 6_943_497
-    assert [most for _, most in thumos.config.ranges] == [4, 8, 16, 32, 64, math.inf]
+    """Counted once in the public implementation, with the files that it publishes."""
+    thumos = ActionFormerConfig()
+    anet = replace(thumos, width=256, head_width=256, window=(7, 7, 7, 7, 7, 0), positions=192)
+    epic = replace(thumos, window=9, overlapping_ranges=True)
+    ego4d = replace(epic, levels=8, positions=1024, dropout=0.1)
+    three = ((2304, 256), (1536, 384), (256, 384))
+    joined = replace(ego4d, width=1024, streams=three, heads=16, head_width=1024)
+    for config, channels, classes, expected in (
+        (thumos, 2048, 20, 29_251_612),
+        (anet, 512, 1, 6_943_497),
+        (epic, 2304, 97, 29_763_177),
+        (epic, 2304, 300, 30_075_188),
+        (ego4d, 1536, 110, 34_927_736),
+        (joined, 4096, 110, 134_048_888),
+    ):
+        with torch.device("meta"):
+            model = config.build(channels, classes)
+        assert sum(p.numel() for p in model.parameters()) == expected
+    assert [most for _, most in thumos.ranges] == [4, 8, 16, 32, 64, math.inf]
+    assert [least for least, _ in thumos.ranges] == [0, 4, 8, 16, 32, 64]
+    assert [least for least, _ in epic.ranges] == [0, 2, 4, 8, 16, 32]
 
 
 def planted(count: int, seed: int) -> tuple[Tensor, list[Targets]]:

@@ -56,3 +56,25 @@ def test_long_sequences_go_in_blocks_with_the_same_gradients(
     in_blocks = gradient()
     monkeypatch.setattr(attention, "DENSE_LENGTH", 1000)
     torch.testing.assert_close(in_blocks, gradient())
+
+
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_gradients_are_those_of_the_definition_and_finite_at_gaps_and_padding(
+    window: int, in_blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if in_blocks:
+        monkeypatch.setattr(attention, "DENSE_LENGTH", 0)
+    inputs = torch.randn(3, 3, 1, 44, 4, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(3, 44, dtype=torch.bool)
+    mask[0, 15:29] = False  # a stitched window; the gap is wider than the attention
+    mask[1] = False
+    mask[2, 40:] = False
+    weights = torch.randn(3, 1, 44, 4, dtype=torch.float64)
+    query, key, value = inputs
+    gradients = [
+        torch.autograd.grad((attend(query, key, value, mask, window) * weights).sum(), inputs)[0]
+        for attend in (local_attention, slow_attention)
+    ]
+    assert gradients[0].isfinite().all()
+    torch.testing.assert_close(gradients[0], gradients[1])

@@ -23,7 +23,11 @@ def targets_of(instances: list[Instance]) -> Targets:
 
 
 def slow_assign(
-    instances: list[Instance], time: float, stride: float, bounds: tuple[float, float]
+    instances: list[Instance],
+    time: float,
+    stride: float,
+    bounds: tuple[float, float],
+    shortest_only: bool,
 ) -> tuple[list[float], list[float] | None]:
     """Classes and offsets of one point."""
     fits = []
@@ -37,7 +41,7 @@ def slow_assign(
         return classes, None
     shortest = min(fit[0] for fit in fits)
     for fit in fits:
-        if fit[0] <= shortest + 1e-3:
+        if fit[0] <= shortest + 1e-3 or not shortest_only:
             classes[fit[3]] = 1.0
     _, start, end, _ = next(fit for fit in fits if fit[0] == shortest)
     return classes, [(time - start) / stride, (end - time) / stride]
@@ -50,15 +54,18 @@ instance = st.tuples(st.integers(-8, 64), st.integers(0, 72), st.integers(0, 2))
 
 
 @settings(deadline=None)
-@given(st.lists(st.lists(instance, max_size=4), min_size=1, max_size=3))
-def test_equals_one_point_at_a_time(samples: list[list[Instance]]) -> None:
+@given(st.lists(st.lists(instance, max_size=4), min_size=1, max_size=3), st.booleans())
+def test_equals_one_point_at_a_time(samples: list[list[Instance]], shortest_only: bool) -> None:
     points = make_points(16, RANGES, torch.device("cpu"))
-    actual = assign(points, [targets_of(s) for s in samples], 3, radius=1.5)
+    targets = [targets_of(s) for s in samples]
+    actual = assign(points, targets, 3, radius=1.5, shortest_only=shortest_only)
     for b, instances in enumerate(samples):
         position = 0
         for level, bounds in enumerate(RANGES):
             for step in range(16 >> level):
-                classes, offsets = slow_assign(instances, step * 2.0**level, 2.0**level, bounds)
+                classes, offsets = slow_assign(
+                    instances, step * 2.0**level, 2.0**level, bounds, shortest_only
+                )
                 assert actual.classes[b, position].tolist() == classes
                 if offsets is not None:
                     assert actual.offsets[b, position].tolist() == offsets
