@@ -1,0 +1,5 @@
+"""VSGN: a graph over features of two scales, anchors, and boundaries that are looked at twice."""
+
+from re2tal.localizers.vsgn.model import VSGN, VSGNConfig
+
+__all__ = ["VSGN", "VSGNConfig"]

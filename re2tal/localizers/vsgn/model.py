@@ -1,0 +1,224 @@
+"""VSGN: the video self-stitching graph network (Zhao, Thabet, Ghanem, ICCV 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from torch import Tensor, nn
+
+from re2tal.detection.segments import Detections
+from re2tal.localizers.points import _padded
+from re2tal.localizers.protocol import Losses, Targets
+from re2tal.localizers.vsgn.adjustment import BoundaryAdjustment, inside_window
+from re2tal.localizers.vsgn.anchors import Anchors, make_anchors
+from re2tal.localizers.vsgn.heads import Head
+from re2tal.localizers.vsgn.losses import balanced_cross_entropy, giou_loss
+from re2tal.localizers.vsgn.matching import Instances, match
+from re2tal.localizers.vsgn.pyramid import GraphPyramid
+from re2tal.localizers.vsgn.supplementary import Scores, SupplementaryHeads
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VSGNConfig:
+    """VSGN's settings; the defaults are those published for THUMOS-14.
+
+    Attributes:
+        width: channels of the pyramid and of the heads; a multiple of 32, below 128 of 4.
+        stem_stride: of the first convolution.
+        levels: of the pyramid; level l has a node for each `2 * stem_stride * 2^l` features.
+        graph: connect similar nodes in the encoder; false for plain convolutions of stride 2.
+        neighbours: of a node in the graph, itself among them.
+        head_layers: convolutions of each head before the one that predicts.
+        anchor_scales: lengths of a node's anchors, in strides of its level.
+        match_tiou: overlap with an action that makes an anchor, or what it is moved to, a positive.
+        adjust_tiou: overlap that makes a segment a positive of the boundary adjustment.
+        supplementary_weight: factor of the losses of start, end and action scores.
+        score_threshold: of the probability of a detection's class, which must be greater.
+        top_k: detections of a sample at most, the best first.
+        min_duration: detections must be longer than this, in feature-grid units.
+    """
+
+    width: int = 256
+    stem_stride: int = 2
+    levels: int = 5
+    graph: bool = True
+    neighbours: int = 12
+    head_layers: int = 4
+    anchor_scales: tuple[float, ...] = (1.0, 1.5)
+    match_tiou: float = 0.5
+    adjust_tiou: float = 0.7
+    supplementary_weight: float = 0.2
+    score_threshold: float = 0.005
+    top_k: int = 2000
+    min_duration: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.width < 4 or self.width % self.norm_groups:
+            raise ValueError(
+                f"A width of {self.width} cannot be cut into {self.norm_groups} groups for the "
+                "group norm: make it a multiple of 32, or of 4 below 128."
+            )
+        if self.neighbours < 2:
+            raise ValueError(
+                f"A graph of {self.neighbours} neighbours is none, because a node is its own "
+                "nearest one: set at least 2, or graph=False."
+            )
+        if not self.anchor_scales or min(self.anchor_scales) <= 0:
+            raise ValueError(f"Anchors need one or more positive scales: {self.anchor_scales}.")
+
+    @property
+    def norm_groups(self) -> int:
+        """Groups of the group norm: 32, or fewer of 4 channels each."""
+        return max(1, min(32, self.width // 4))
+
+    def build(self, in_channels: int, num_classes: int) -> VSGN:
+        """A VSGN for features of `in_channels` channels and `num_classes` classes."""
+        return VSGN(self, in_channels, num_classes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """What the network says about A anchors.
+
+    Attributes:
+        logits: `(B, A, K + 1)`, of which the first is that of the background.
+        segments: `(B, A, 2)` what the anchors are moved to, in feature-grid units.
+        adjusted: `(B, A, 2)` these with adjusted boundaries; an end may come before its start.
+        valid: `(B, A)` bool, which anchors are no padding.
+        scores: whether actions start, end or go on at the T features.
+    """
+
+    logits: Tensor
+    segments: Tensor
+    adjusted: Tensor
+    valid: Tensor
+    scores: Scores
+
+
+class VSGN(nn.Module):
+    """Classifies and regresses anchors on a pyramid of graphs, and adjusts their boundaries.
+
+    A `re2tal.localizers.Localizer`. That a sample is stitched, a clip and its magnified copy, it
+    knows from its mask: a gap between two runs of features. Losses are "classification" (cross
+    entropy), "regression" and "adjustment" (generalised IoU), and "start", "end" and "action"
+    (balanced log loss, times `supplementary_weight`), each a mean over the batch.
+
+    Args:
+        config: the settings.
+        in_channels: of the features.
+        num_classes: K.
+    """
+
+    def __init__(self, config: VSGNConfig, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = num_classes
+        self.pyramid = GraphPyramid(
+            in_channels,
+            config.width,
+            stem_stride=config.stem_stride,
+            levels=config.levels,
+            neighbours=config.neighbours if config.graph else 0,
+        )
+
+        def head(per_anchor: int) -> Head:
+            return Head(
+                config.width,
+                per_anchor,
+                anchors=len(config.anchor_scales),
+                layers=config.head_layers,
+                groups=config.norm_groups,
+            )
+
+        self.class_head = head(num_classes + 1)
+        self.segment_head = head(2)
+        self.supplementary = SupplementaryHeads(config.width)
+        self.adjustment = BoundaryAdjustment(config.width, self.pyramid.strides[0])
+
+    @overload
+    def forward(self, features: Tensor, mask: Tensor, targets: Sequence[Targets]) -> Losses: ...
+    @overload
+    def forward(self, features: Tensor, mask: Tensor, targets: None = None) -> list[Detections]: ...
+
+    def forward(
+        self, features: Tensor, mask: Tensor, targets: Sequence[Targets] | None = None
+    ) -> Losses | list[Detections]:
+        """Losses against `targets`, or detections without them; see `Localizer`.
+
+        Args:
+            features: `(B, C, T)`, T a multiple of `stem_stride * 2 ** levels`.
+            mask: `(B, T)` bool, false on padding and in the gap of a stitched sample.
+            targets: of each sample its actions, in feature-grid units.
+
+        Raises:
+            ValueError: If T is no such multiple, or a label is not below `num_classes`.
+        """
+        anchors = self.anchors(features.shape[2], features.device)
+        predicted = self.predict(features, mask, anchors)
+        if targets is None:
+            return self._decode(predicted)
+        return self._losses(predicted, anchors, mask, targets)
+
+    def anchors(self, length: int, device: torch.device) -> Anchors:
+        """The anchors over `length` features."""
+        return make_anchors(length, self.pyramid.strides, self.config.anchor_scales, device)
+
+    def predict(self, features: Tensor, mask: Tensor, anchors: Anchors) -> Prediction:
+        """What the network says about `anchors`, see `forward`."""
+        levels, valid = self.pyramid(features, mask)
+        segments = anchors.decode(self.segment_head(levels, valid))
+        return Prediction(
+            logits=self.class_head(levels, valid),
+            segments=segments,
+            adjusted=self.adjustment(segments, levels[0]),
+            valid=anchors.valid(mask),
+            scores=self.supplementary(levels[0], features.shape[2]),
+        )
+
+    def _losses(
+        self, predicted: Prediction, anchors: Anchors, mask: Tensor, targets: Sequence[Targets]
+    ) -> Losses:
+        config, valid = self.config, predicted.valid
+        segments, labels = _padded(targets, self.num_classes, mask.device)
+        instances = Instances(segments=segments, labels=labels)
+        from_anchors = match(anchors.segments[None], valid, instances, config.match_tiou)
+        moved = predicted.segments.detach()
+        # Classes are those of where the anchors are moved to, not of where they start from.
+        classes = match(moved, valid, instances, config.match_tiou).classes
+        refined = match(moved, valid, instances, config.adjust_tiou)
+        supplementary = predicted.scores.losses(instances, mask)
+        return {
+            "classification": balanced_cross_entropy(predicted.logits, classes, valid),
+            "regression": giou_loss(
+                predicted.segments, from_anchors.segments, from_anchors.positive
+            ),
+            # Its gradients reach the regression too.
+            "adjustment": giou_loss(predicted.adjusted, refined.segments, refined.positive),
+            **{term: config.supplementary_weight * loss for term, loss in supplementary.items()},
+        }
+
+    @torch.no_grad()
+    def _decode(self, predicted: Prediction) -> list[Detections]:
+        """Detections of each sample by falling score."""
+        length = predicted.scores.start.yes.shape[1]
+        segments = inside_window(predicted.adjusted, length)
+        classes = predicted.logits.softmax(dim=2)[..., 1:]
+        scores = classes * predicted.scores.of_boundaries(segments)[..., None]
+        long_enough = segments[..., 1] - segments[..., 0] > self.config.min_duration
+        kept = (classes > self.config.score_threshold) & (predicted.valid & long_enough)[..., None]
+        return [self._best(*sample) for sample in zip(scores, segments, kept, strict=True)]
+
+    def _best(self, scores: Tensor, segments: Tensor, kept: Tensor) -> Detections:
+        """The best of one sample: scores `(A, K)`, segments `(A, 2)`, which count `(A, K)`."""
+        flat = scores.flatten()
+        candidates = kept.flatten().nonzero()[:, 0]
+        order = flat[candidates].argsort(descending=True, stable=True)[: self.config.top_k]
+        best = candidates[order]
+        return Detections(
+            segments=segments[best // self.num_classes],
+            scores=flat[best],
+            labels=best % self.num_classes,
+        )
