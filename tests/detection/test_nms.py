@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from re2tal.detection import Detections, NmsConfig, nms
+from re2tal.detection import Detections, NmsConfig, nms, nms_videos, suppression, voting
 
 Row = tuple[float, float, float, int]
 
@@ -88,15 +89,119 @@ configs = st.builds(
 )
 
 
+def same(a: Detections, b: Detections) -> bool:
+    return (
+        torch.equal(a.segments, b.segments)
+        and torch.equal(a.scores, b.scores)
+        and torch.equal(a.labels, b.labels)
+        and (a.segments.dtype, a.scores.dtype) == (b.segments.dtype, b.scores.dtype)
+    )
+
+
 @settings(deadline=None, max_examples=300)
 @given(rows, configs)
 def test_equals_one_detection_at_a_time(rows: list[Row], config: NmsConfig) -> None:
-    result = nms(detections(rows), config)
+    check(nms(detections(rows), config), rows, config)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(rows, max_size=5), configs, st.sampled_from([1, 9, 40]))
+def test_many_videos_are_as_each_alone(
+    videos: list[list[Row]], config: NmsConfig, table: int
+) -> None:
+    alone = [nms(detections(rows), config) for rows in videos]
+    # Small tables, so that groups are spread over several of them.
+    with mock.patch.object(suppression, "_TABLE", table):
+        together = nms_videos([detections(rows) for rows in videos], config)
+        by_name = nms_videos({f"v{i}": detections(r) for i, r in enumerate(videos)}, config)
+    assert list(by_name) == [f"v{i}" for i in range(len(videos))]
+    for rows, result, named, expected in zip(
+        videos, together, by_name.values(), alone, strict=True
+    ):
+        assert same(result, expected)
+        assert same(named, expected)
+        check(result, rows, config)
+
+
+def check(result: Detections, rows: list[Row], config: NmsConfig) -> None:
     expected = slow_nms(rows, config)
     assert result.labels.tolist() == [row[3] for row in expected]
     assert result.scores.tolist() == pytest.approx([row[2] for row in expected])
     starts_ends = [list(row[:2]) for row in expected]
     assert result.segments.tolist() == [pytest.approx(pair) for pair in starts_ends]
+
+
+def scattered(count: int, generator: torch.Generator) -> Detections:
+    """Detections in float32 with nothing round about them."""
+    start = torch.rand(count, generator=generator) * 60
+    length = torch.rand(count, generator=generator) ** 2 * 20
+    return Detections(
+        segments=torch.stack([start, start + length], dim=1),
+        scores=torch.rand(count, generator=generator) ** 4,
+        labels=torch.randint(0, 7, (count,), generator=generator),
+    )
+
+
+@pytest.mark.parametrize("method", ["soft", "hard", "none"])
+@pytest.mark.parametrize("how", ["none", "score_tiou", "score"])
+@pytest.mark.parametrize("per_class", [True, False])
+def test_no_bit_depends_on_the_other_videos(method: str, how: str, per_class: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    videos = [scattered(count, generator) for count in (17, 0, 301, 1, 64, 33, 250, 7)]
+    config = NmsConfig(method=method, voting=how, per_class=per_class, top_k=61)  # type: ignore[arg-type]
+    together = nms_videos(videos, config)
+    assert all(same(a, nms(v, config)) for a, v in zip(together, videos, strict=True))
+    backwards = nms_videos(videos[::-1], config)[::-1]
+    assert all(same(a, b) for a, b in zip(together, backwards, strict=True))
+    # Voting in small parts is the same sum for each segment.
+    with mock.patch.object(voting, "_PAIRS", 700):
+        assert all(same(a, nms(v, config)) for a, v in zip(together, videos, strict=True))
+
+
+def test_tables_are_bounded_and_hold_every_member_once_in_order() -> None:
+    generator = torch.Generator().manual_seed(4)
+    groups = (torch.rand(3000, generator=generator) ** 3 * 90).long() * 5 - 100
+    seen = []
+    padding = 0
+    with mock.patch.object(suppression, "_TABLE", 512):
+        for index, filled in suppression._tables(groups):
+            assert index.numel() <= 512 or len(index) == 1
+            padding += int((~filled).sum())
+            for row, there in zip(index, filled, strict=True):
+                members = row[there].tolist()
+                assert members == sorted(members)
+                assert len(set(groups[members].tolist())) == 1
+                seen += members
+    assert sorted(seen) == list(range(3000))
+    assert padding < 1000  # one table of 90 groups would have 50,000
+
+
+def test_precision_stays_and_half_precision_is_computed_in_float32() -> None:
+    rows: list[Row] = [(0, 4, 0.9, 0), (2, 6, 0.8, 0), (0, 4, 0.7, 1)]
+    wide = detections(rows)
+    half = Detections(
+        segments=wide.segments.half(), scores=wide.scores.bfloat16(), labels=wide.labels
+    )
+    assert nms(wide, NmsConfig()).scores.dtype == torch.float64
+    for how in ("none", "score"):
+        result = nms(half, NmsConfig(voting=how))
+        assert (result.segments.dtype, result.scores.dtype) == (torch.float16, torch.bfloat16)
+    expected = nms(
+        Detections(segments=half.segments.float(), scores=half.scores.float(), labels=half.labels),
+        NmsConfig(),
+    ).scores
+    assert torch.equal(result.scores, expected.bfloat16())
+    with pytest.raises(ValueError, match=r"one precision, but got .*bfloat16.*float64"):
+        nms_videos([half, wide], NmsConfig())
+    # A video without detections has no precision to disagree about.
+    kept = nms_videos([wide, Detections.empty()], NmsConfig())
+    assert [len(video) for video in kept] == [3, 0]
+
+
+def test_votes_weigh_by_share_however_small_the_scores() -> None:
+    config = NmsConfig(method="hard", voting="score", voting_iou=0.5, min_score=0.0)
+    segments = nms(detections([(0, 4, 3e-20, 0), (1, 5, 1e-20, 0)]), config).segments
+    assert segments.tolist() == [pytest.approx([0.25, 4.25])]
 
 
 def test_gaussian_weakens_by_overlap() -> None:
@@ -106,20 +211,42 @@ def test_gaussian_weakens_by_overlap() -> None:
     assert result.scores.tolist() == pytest.approx([0.9, 0.7, weakened])
 
 
-def test_the_best_of_all_classes_are_kept() -> None:
+def test_the_best_of_all_classes_are_kept_in_each_video() -> None:
     many = [(10.0 * i, 10.0 * i + 1, i / 10, i % 3) for i in range(10)]
-    result = nms(detections(many), NmsConfig(top_k=4))
-    assert result.scores.tolist() == pytest.approx([0.9, 0.8, 0.7, 0.6])
+    for result in nms_videos([detections(many), detections(many[::-1])], NmsConfig(top_k=4)):
+        assert result.scores.tolist() == pytest.approx([0.9, 0.8, 0.7, 0.6])
+
+
+def test_the_first_pick_is_compared_with_the_minimum_too() -> None:
+    weak: list[Row] = [(0, 4, 0.3, 0), (10, 14, 0.2, 1)]
+    assert nms(detections(weak), NmsConfig(min_score=0.25)).labels.tolist() == [0]
 
 
 def test_without_detections_there_is_nothing_to_keep() -> None:
     for config in (NmsConfig(), NmsConfig(voting="score"), NmsConfig(method="none")):
         assert len(nms(Detections.empty(), config)) == 0
+        assert nms_videos([], config) == []
+        assert nms_videos({}, config) == {}
     assert len(nms(detections([(0, 1, 0.5, 0)]), NmsConfig(min_duration=2.0))) == 0
 
 
-def test_scores_that_are_no_numbers_are_refused() -> None:
-    with pytest.raises(ValueError, match="not a number"):
-        nms(detections([(0, 1, math.nan, 0)]), NmsConfig())
-    with pytest.raises(ValueError, match="top_k"):
-        NmsConfig(top_k=0)
+@pytest.mark.parametrize(
+    "row", [(0, 1, math.nan, 0), (0, 1, -0.1, 0), (0, math.inf, 0.5, 0), (math.nan, 1, 0.5, 0)]
+)
+def test_what_cannot_be_ranked_is_refused(row: Row) -> None:
+    with pytest.raises(ValueError, match=r"ranked: segment .*, score .*not logits"):
+        nms(detections([(0, 1, 0.5, 0), row]), NmsConfig())
+
+
+def test_the_video_that_is_wrong_is_named() -> None:
+    good, bad = detections([(0, 1, 0.5, 0)]), detections([(0, 1, math.nan, 0)])
+    with pytest.raises(ValueError, match="in video 'x2': "):
+        nms_videos({"x1": good, "empty": Detections.empty(), "x2": bad}, NmsConfig())
+    with pytest.raises(ValueError, match="in video number 1: "):
+        nms_videos([good, bad], NmsConfig())
+
+
+def test_a_configuration_without_sense_is_refused() -> None:
+    for wrong in ({"top_k": 0}, {"sigma": 0.0}, {"min_duration": -1.0}):
+        with pytest.raises(ValueError, match="NMS needs sigma > 0, top_k >= 1 and min_duration"):
+            NmsConfig(**wrong)
