@@ -1,16 +1,31 @@
 """From scored segments to a video's detections, and how good those are."""
 
+from re2tal.detection.ensemble import ensemble
 from re2tal.detection.evaluation import MapResult, mean_average_precision
+from re2tal.detection.files import DetectionFileError, read_detections, rows, write_detections
 from re2tal.detection.nms import NmsConfig, nms, nms_videos
+from re2tal.detection.raw import read_raw, write_raw
 from re2tal.detection.segments import Detections, LabelledSegments, tiou
+from re2tal.detection.video_scores import VideoScores, fuse, fuse_videos, load_video_scores
 
 __all__ = [
+    "DetectionFileError",
     "Detections",
     "LabelledSegments",
     "MapResult",
     "NmsConfig",
+    "VideoScores",
+    "ensemble",
+    "fuse",
+    "fuse_videos",
+    "load_video_scores",
     "mean_average_precision",
     "nms",
     "nms_videos",
+    "read_detections",
+    "read_raw",
+    "rows",
     "tiou",
+    "write_detections",
+    "write_raw",
 ]

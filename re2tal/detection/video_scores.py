@@ -1,0 +1,185 @@
+"""External video-level classification: the usual protocol on ActivityNet, HACS and FineAction.
+
+A detector with one class proposes segments, and a classifier of whole videos says what they show:
+each proposal is given the classes that the classifier puts first, and as score the product of the
+proposal's score and the class's. ActionFormer's code and OpenTAD's class for FineAction take the
+square root of the product, OpenTAD's for ActivityNet does not, and its class for HACS doubles it:
+none of this changes the order of detections, and so no metric.
+
+The files of this protocol are JSON: `{"results": {video id: [K numbers]}, "class": [K names]}`.
+
+- ActivityNet, CUHK's classifier (`cuhk_val_simp_share.json`, `cuhk_val_simp_7.json`): scores as
+  they are. ActionFormer's code ignores "class" and trusts the order; here names decide.
+- HACS, TCANet's (`validation94.32.json`): logits, in a list of one list a video: softmax first.
+- FineAction: the names may stand under "classes".
+
+Video ids may have the "v_" of ActivityNet's file names in front or not. THUMOS-14's scores
+(UntrimmedNet) are a table without names: make a `VideoScores` of its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, ValidationError
+from torch import Tensor
+
+from re2tal.detection.files import DetectionFileError, read_json
+from re2tal.detection.segments import Detections
+
+_PREFIX = "v_"
+_LISTED = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoScores:
+    """What a classifier says about whole videos.
+
+    Attributes:
+        classes: K class names.
+        scores: by video id, with "v_" in front or not: `(K,)` scores, not negative.
+    """
+
+    classes: tuple[str, ...]
+    scores: Mapping[str, Tensor]
+
+    def get(self, video_id: str) -> Tensor | None:
+        """The scores `(K,)` of a video, whether or not either id has "v_" in front; else None."""
+        for name in (video_id, _PREFIX + video_id, video_id.removeprefix(_PREFIX)):
+            if name in self.scores:
+                return self.scores[name]
+        return None
+
+
+def load_video_scores(
+    path: str | Path, classes: Sequence[str], *, logits: bool = False
+) -> VideoScores:
+    """Reads a file of video-level scores and checks all of it.
+
+    Args:
+        path: the JSON file (format: module docstring).
+        classes: the K class names in the order that labels index; the file may have more.
+        logits: the file holds logits, which a softmax over all classes of the file makes scores.
+
+    Returns:
+        Scores of all videos of the file, float32, in the order of `classes`.
+
+    Raises:
+        DetectionFileError: If the file cannot be read or anything in it is wrong: a class is
+            missing or there twice, a video has another number of scores, or one that is negative
+            or not finite. It lists everything.
+    """
+    document, repeated = read_json(path)
+    problems = [f"key {key!r}: is there more than once" for key in repeated]
+    try:
+        content = _File.model_validate(document)
+    except ValidationError as error:
+        found = [_reason(details["loc"], details["msg"]) for details in error.errors()]
+        raise DetectionFileError(str(path), [*problems, *found]) from error
+    names = content.classes
+    problems += [f"class {name!r}: is missing" for name in classes if name not in names]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    problems += [f"class {name!r}: is there more than once" for name in twice]
+    for video_id, values in content.results.items():
+        if len(values) != len(names):
+            problems.append(
+                f"video {video_id!r}: has {len(values)} scores for {len(names)} classes"
+            )
+        elif not logits and min(values, default=0.0) < 0:
+            problems.append(
+                f"video {video_id!r}: has a negative score; if the file holds logits, say so"
+            )
+    if problems:
+        raise DetectionFileError(str(path), problems)
+    columns = [names.index(name) for name in classes]
+    scores = {}
+    for video_id, values in content.results.items():
+        row = torch.tensor(values, dtype=torch.float64)
+        scores[video_id] = (row.softmax(dim=0) if logits else row)[columns].float()
+    return VideoScores(classes=tuple(classes), scores=scores)
+
+
+def fuse(proposals: Detections, scores: Tensor, *, top: int) -> Detections:
+    """Gives the proposals of one video the classes that the video has.
+
+    Args:
+        proposals: N detections; their labels are not looked at.
+        scores: `(K,)` of the video.
+        top: how many classes each proposal is given (2 on ActivityNet and FineAction, 3 on HACS).
+
+    Returns:
+        `N * top` detections by falling score, which is proposal's times class's; of equal ones
+        that of the better class, then of the earlier proposal, first.
+
+    Raises:
+        ValueError: If there are fewer classes than `top`.
+    """
+    if not 1 <= top <= len(scores):
+        raise ValueError(f"Proposals can be given 1 to {len(scores)} classes each, not {top}.")
+    best = scores.to(proposals.scores).sort(descending=True, stable=True)
+    count = len(proposals)
+    return Detections(
+        segments=proposals.segments.repeat(top, 1),
+        scores=(best.values[:top, None] * proposals.scores).flatten(),
+        labels=best.indices[:top].repeat_interleave(count),
+    ).sorted()
+
+
+def fuse_videos(
+    proposals: Mapping[str, Detections], scores: VideoScores, *, top: int
+) -> dict[str, Detections]:
+    """Gives the proposals of many videos the classes that each video has.
+
+    Args:
+        proposals: by video, usually after class-agnostic NMS.
+        scores: of the videos.
+        top: as in `fuse`.
+
+    Returns:
+        By video the result of `fuse`.
+
+    Raises:
+        ValueError: If videos have no scores; it lists them.
+    """
+    of_video = {video_id: scores.get(video_id) for video_id in proposals}
+    missing = [video_id for video_id, found in of_video.items() if found is None]
+    if missing:
+        more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
+        raise ValueError(
+            f"{len(missing)} of {len(proposals)} videos have no video-level scores: "
+            f"{', '.join(missing[:_LISTED])}{more}. Leave them out of the proposals, or use the "
+            "scores of their subset."
+        )
+    return {
+        video_id: fuse(proposals[video_id], found, top=top)
+        for video_id, found in of_video.items()
+        if found is not None
+    }
+
+
+def _unwrapped(value: Any) -> Any:
+    """The list in a list of one list."""
+    return (
+        value[0]
+        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list)
+        else value
+    )
+
+
+_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+class _File(BaseModel):
+    results: dict[str, Annotated[list[_Number], BeforeValidator(_unwrapped)]]
+    classes: list[str] = Field(validation_alias=AliasChoices("class", "classes"))
+
+
+def _reason(place: tuple[int | str, ...], message: str) -> str:
+    """One pydantic error as a phrase: `results.x[3]: input should be a finite number`."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in place]
+    where = "".join(parts).removeprefix(".") or "the top level"
+    return f"{where}: {message[0].lower()}{message[1:]}"
