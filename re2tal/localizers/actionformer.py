@@ -127,6 +127,10 @@ class ActionFormer(nn.Module):
     (distance-IoU of the positive points, times `regression_weight`), both divided by a running
     mean of the number of positive points.
 
+    It computes what the authors' implementation does, except that windows without a valid step
+    stay finite under global attention, that the top level regresses any distance (theirs up to
+    10000), and that of equal scores the earlier point comes first.
+
     Args:
         config: the settings.
         in_channels: of the features.

@@ -1,7 +1,10 @@
 """Weights of ActionFormer's public implementation, for ours.
 
 Both compute the same function, see `tests/localizers/test_actionformer_weights.py`; only names
-and axes of length one differ.
+and axes of length one differ. To get what their evaluation gets, pad each video as it does: to the
+length of the training's windows, or when it is longer to the next multiple of the largest
+`2^level * (attention window - 1)` (`2^level` where attention is global); see `TransformerPyramid`.
+Trained with a drop path of 0, theirs has no residual scales; such weights do not fit.
 """
 
 from __future__ import annotations

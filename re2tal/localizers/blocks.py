@@ -86,9 +86,11 @@ class ConvAttention(nn.Module):
         Returns:
             `(B, T / stride, C)`, zero where padded.
         """
-        query = self.query(self.query_norm(zero_padding(self.query_conv(x), mask)))
-        key = self.key(self.key_norm(zero_padding(self.key_conv(x), mask)))
-        value = self.value(self.value_norm(zero_padding(self.value_conv(x), mask)))
+        # Padded steps need no zeros here: no valid step attends to them, and their own result is
+        # left out below.
+        query = self.query(self.query_norm(self.query_conv(x)))
+        key = self.key(self.key_norm(self.key_conv(x)))
+        value = self.value(self.value_norm(self.value_conv(x)))
         attended = local_attention(
             self._split(query), self._split(key), self._split(value), mask, self.window
         )

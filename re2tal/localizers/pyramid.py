@@ -90,7 +90,9 @@ class TransformerPyramid(nn.Module):
     """ActionFormer's encoder: embedding, stem at full rate, one halving block for each level.
 
     The masks of level l are every 2^l-th value of the input's. Features of padded steps are those
-    of the published model: finite, and the same whatever the padding held.
+    of the published model: finite, and the same whatever the padding held. As there, the last
+    steps of a video see a little of whether padding follows (it takes the biases of the layer
+    norms) or the end of the tensor (zeros), so how much is padded is part of the model.
 
     Args:
         embed: what comes before the transformer.
