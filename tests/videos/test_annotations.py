@@ -184,7 +184,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     binary = tmp_path / "binary.json"
     binary.write_bytes(b"\xff\xfe\x00\x81")
     (problem,) = problems_of(binary)
-    assert "not a JSON text" in problem
+    assert "not a text in UTF-8" in problem
 
 
 def test_given_classes_stand_even_where_nothing_is_annotated(tmp_path: Path) -> None:

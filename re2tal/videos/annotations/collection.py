@@ -1,0 +1,141 @@
+"""What a collection of annotated videos is, whatever data set it comes from."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Instance:
+    """One action: its `label`, from second `start` to second `end` of its video."""
+
+    start: float
+    end: float
+    label: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoAnnotation:
+    """One video: its `duration` in seconds and its instances by start; there may be none.
+
+    Attributes:
+        ambiguous: Stretches of which the annotators could not say whether they are an action. They
+            belong to no class: nothing is learnt from them, and a detection there is no mistake.
+    """
+
+    video_id: str
+    subset: str
+    duration: float
+    instances: tuple[Instance, ...] = ()
+    ambiguous: tuple[Instance, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exclusion:
+    """A video of the file that is not used, and why."""
+
+    video_id: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Repair:
+    """What was done to one instance so that the data set could be used.
+
+    Attributes:
+        instance: The instance as the file has it; as it was made, where `action` is "added".
+        reason: What was wrong with it, as a phrase.
+    """
+
+    video_id: str
+    action: Literal["clipped", "dropped", "added"]
+    instance: Instance
+    reason: str
+
+
+class AnnotationError(ValueError):
+    """Annotations that cannot be used.
+
+    Attributes:
+        source: The file.
+        problems: Every problem found in it, each naming the video and the reason.
+    """
+
+    def __init__(self, source: str, problems: Iterable[str]) -> None:
+        self.source = source
+        self.problems = tuple(problems)
+        super().__init__(source, self.problems)  # these args let the error travel between processes
+
+    def __str__(self) -> str:
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        heading = f"{self.source}: {count}. Correct or remove what is listed here, then run again."
+        return "\n  - ".join((heading, *self.problems))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Annotations:
+    """A collection of annotated videos.
+
+    Attributes:
+        classes: Every label, sorted: the index in this tuple is the class number.
+        videos: The videos, sorted by id.
+        excluded: The videos of the file that were left out, sorted by id.
+        repairs: What was changed in the videos that are used, in the order of the videos.
+    """
+
+    classes: tuple[str, ...]
+    videos: tuple[VideoAnnotation, ...]
+    excluded: tuple[Exclusion, ...] = ()
+    repairs: tuple[Repair, ...] = ()
+
+    @property
+    def ambiguous(self) -> dict[str, tuple[Instance, ...]]:
+        """Video id -> its ambiguous stretches, for the videos that have any."""
+        return {video.video_id: video.ambiguous for video in self.videos if video.ambiguous}
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of all that is used: it ignores order, layout and keys not read.
+
+        What was excluded, repaired or set apart is part of it, so that two runs with one
+        fingerprint saw the same data and treated it alike. The wording of reasons is not.
+        """
+        videos = sorted(
+            [v.video_id, v.subset, v.duration, _instances(v.instances)] for v in self.videos
+        )
+        content: list[Any] = [sorted(self.classes), videos]
+        treatment = [
+            sorted([video_id, _instances(found)] for video_id, found in self.ambiguous.items()),
+            sorted(exclusion.video_id for exclusion in self.excluded),
+            sorted([r.video_id, r.action, *_instances([r.instance])] for r in self.repairs),
+        ]
+        if any(treatment):  # files that need no treatment keep the fingerprint they always had
+            content.append(treatment)
+        text = json.dumps(content, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def subset(self, name: str) -> "Annotations":
+        """The videos of one subset, with the classes of the whole and their own repairs.
+
+        Args:
+            name: The subset, as the file calls it ("training", "validation", ...).
+
+        Raises:
+            AnnotationError: No video is in that subset; the message lists those that exist.
+        """
+        videos = tuple(video for video in self.videos if video.subset == name)
+        if not videos:
+            there = ", ".join(repr(s) for s in sorted({v.subset for v in self.videos})) or "none"
+            raise AnnotationError(
+                "annotations", [f"no video is in the subset {name!r}; subsets there are: {there}"]
+            )
+        kept = {video.video_id for video in videos}
+        repairs = tuple(repair for repair in self.repairs if repair.video_id in kept)
+        return replace(self, videos=videos, repairs=repairs)
+
+
+def _instances(instances: Iterable[Instance]) -> list[list[float | str]]:
+    """Instances as plain lists, sorted."""
+    return sorted([i.start, i.end, i.label] for i in instances)
