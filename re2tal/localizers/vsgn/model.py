@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,12 @@ from re2tal.localizers.vsgn.heads import Head
 from re2tal.localizers.vsgn.losses import balanced_cross_entropy, giou_loss
 from re2tal.localizers.vsgn.matching import Instances, match
 from re2tal.localizers.vsgn.pyramid import GraphPyramid
-from re2tal.localizers.vsgn.supplementary import Scores, SupplementaryHeads
+from re2tal.localizers.vsgn.supplementary import (
+    SupplementaryScores,
+    boundary_scores,
+    score_losses,
+    score_targets,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,23 +84,26 @@ class VSGNConfig:
         return VSGN(self, in_channels, num_classes)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prediction:
-    """What the network says about A anchors.
+class Prediction(NamedTuple):
+    """What the network says about A anchors and T features.
 
     Attributes:
         logits: `(B, A, K + 1)`, of which the first is that of the background.
         segments: `(B, A, 2)` what the anchors are moved to, in feature-grid units.
         adjusted: `(B, A, 2)` these with adjusted boundaries; an end may come before its start.
+        yes: `(B, 3, T)` logarithms of the supplementary scores, see `SCORES`.
+        no: `(B, 3, T)` logarithms of one minus them.
         valid: `(B, A)` bool, which anchors are no padding.
-        scores: whether actions start, end or go on at the T features.
+        anchors: the anchors.
     """
 
     logits: Tensor
     segments: Tensor
     adjusted: Tensor
+    yes: Tensor
+    no: Tensor
     valid: Tensor
-    scores: Scores
+    anchors: Anchors
 
 
 class VSGN(nn.Module):
@@ -135,7 +143,7 @@ class VSGN(nn.Module):
 
         self.class_head = head(num_classes + 1)
         self.segment_head = head(2)
-        self.supplementary = SupplementaryHeads(config.width)
+        self.supplementary = SupplementaryScores(config.width)
         self.adjustment = BoundaryAdjustment(config.width, self.pyramid.strides[0])
 
     @overload
@@ -156,57 +164,56 @@ class VSGN(nn.Module):
         Raises:
             ValueError: If T is no such multiple, or a label is not below `num_classes`.
         """
-        anchors = self.anchors(features.shape[2], features.device)
-        predicted = self.predict(features, mask, anchors)
+        predicted = self.predict(features, mask)
         if targets is None:
             return self._decode(predicted)
-        return self._losses(predicted, anchors, mask, targets)
+        return self._losses(predicted, mask, targets)
 
-    def anchors(self, length: int, device: torch.device) -> Anchors:
-        """The anchors over `length` features."""
-        return make_anchors(length, self.pyramid.strides, self.config.anchor_scales, device)
-
-    def predict(self, features: Tensor, mask: Tensor, anchors: Anchors) -> Prediction:
-        """What the network says about `anchors`, see `forward`."""
+    def predict(self, features: Tensor, mask: Tensor) -> Prediction:
+        """What the network says, before it becomes losses or detections; see `forward`."""
+        length = features.shape[2]
         levels, valid = self.pyramid(features, mask)
+        anchors = make_anchors(
+            length, self.pyramid.strides, self.config.anchor_scales, features.device
+        )
         segments = anchors.decode(self.segment_head(levels, valid))
+        yes, no = self.supplementary(levels[0], length)
         return Prediction(
             logits=self.class_head(levels, valid),
             segments=segments,
             adjusted=self.adjustment(segments, levels[0]),
+            yes=yes,
+            no=no,
             valid=anchors.valid(mask),
-            scores=self.supplementary(levels[0], features.shape[2]),
+            anchors=anchors,
         )
 
-    def _losses(
-        self, predicted: Prediction, anchors: Anchors, mask: Tensor, targets: Sequence[Targets]
-    ) -> Losses:
+    def _losses(self, predicted: Prediction, mask: Tensor, targets: Sequence[Targets]) -> Losses:
         config, valid = self.config, predicted.valid
         segments, labels = _padded(targets, self.num_classes, mask.device)
         instances = Instances(segments=segments, labels=labels)
-        from_anchors = match(anchors.segments[None], valid, instances, config.match_tiou)
-        moved = predicted.segments.detach()
+        original = match(predicted.anchors.segments[None], valid, instances, config.match_tiou)
         # Classes are those of where the anchors are moved to, not of where they start from.
+        moved = predicted.segments.detach()
         classes = match(moved, valid, instances, config.match_tiou).classes
         refined = match(moved, valid, instances, config.adjust_tiou)
-        supplementary = predicted.scores.losses(instances, mask)
+        scores = score_losses(
+            predicted.yes, predicted.no, score_targets(instances, mask.shape[1]), mask
+        )
         return {
             "classification": balanced_cross_entropy(predicted.logits, classes, valid),
-            "regression": giou_loss(
-                predicted.segments, from_anchors.segments, from_anchors.positive
-            ),
+            "regression": giou_loss(predicted.segments, original.segments, original.positive),
             # Its gradients reach the regression too.
             "adjustment": giou_loss(predicted.adjusted, refined.segments, refined.positive),
-            **{term: config.supplementary_weight * loss for term, loss in supplementary.items()},
+            **{name: config.supplementary_weight * loss for name, loss in scores.items()},
         }
 
     @torch.no_grad()
     def _decode(self, predicted: Prediction) -> list[Detections]:
         """Detections of each sample by falling score."""
-        length = predicted.scores.start.yes.shape[1]
-        segments = inside_window(predicted.adjusted, length)
+        segments = inside_window(predicted.adjusted, predicted.yes.shape[2])
         classes = predicted.logits.softmax(dim=2)[..., 1:]
-        scores = classes * predicted.scores.of_boundaries(segments)[..., None]
+        scores = classes * boundary_scores(predicted.yes, segments)[..., None]
         long_enough = segments[..., 1] - segments[..., 0] > self.config.min_duration
         kept = (classes > self.config.score_threshold) & (predicted.valid & long_enough)[..., None]
         return [self._best(*sample) for sample in zip(scores, segments, kept, strict=True)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,150 +10,118 @@ from re2tal.localizers.vsgn.adjustment import first_and_last
 from re2tal.localizers.vsgn.losses import mean_over
 from re2tal.localizers.vsgn.matching import Instances
 
+# The order of the scores in every tensor.
+SCORES = ("start", "end", "action")
 # Width of the region around a start or an end that counts as such, in features.
 REGION = 3.0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LogScores:
-    """Logarithms of a score p at T features.
-
-    Attributes:
-        yes: `(B, T)` float32, log p.
-        no: `(B, T)` float32, log(1 - p).
-    """
-
-    yes: Tensor
-    no: Tensor
-
-    def loss(self, positive: Tensor, valid: Tensor) -> Tensor:
-        """Balanced binary log loss (Lin et al., ECCV 2018, equation 3).
-
-        With weights so that positives and negatives count the same it is half the mean of each.
-
-        Args:
-            positive: `(B, T)` bool.
-            valid: `(B, T)` bool, which features count.
-        """
-        return (mean_over(-self.yes, valid & positive) + mean_over(-self.no, valid & ~positive)) / 2
-
-
 class ScoreHead(nn.Module):
-    """One score for each feature, from the pyramid's finest level."""
+    """The logit of one score for each node of the pyramid's finest level."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv1d(channels, channels, 3, padding=1)
         self.last = nn.Conv1d(channels, 1, 1)
 
-    def forward(self, finest: Tensor, length: int) -> LogScores:
-        """Scores `length` features from `finest` `(B, C, N)`."""
-        logits = self.last(F.relu(self.conv(finest)))[:, 0].float()
-        return LogScores(
-            yes=interpolated(F.logsigmoid(logits), length),
-            no=interpolated(F.logsigmoid(-logits), length),
+    def forward(self, finest: Tensor) -> Tensor:
+        """`(B, C, N)` to `(B, 1, N)` float32."""
+        logits: Tensor = self.last(F.relu(self.conv(finest)))
+        return logits.float()
+
+
+class SupplementaryScores(nn.Module):
+    """The three scores (Zhao et al., ICCV 2021, section 3.4)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({name: ScoreHead(channels) for name in SCORES})
+
+    def forward(self, finest: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Scores `length` features from the finest level `(B, C, N)`.
+
+        Returns:
+            `(B, 3, T)` float32 each: the logarithm of each score, and of one minus it.
+        """
+        logits = torch.cat([head(finest) for head in self.heads.values()], dim=1)
+        return (
+            log_interpolated(F.logsigmoid(logits), length),
+            log_interpolated(F.logsigmoid(-logits), length),
         )
 
 
-def interpolated(logs: Tensor, length: int) -> Tensor:
-    """The logarithm of the linear interpolation of `exp(logs)`, first and last value kept.
+def log_interpolated(logs: Tensor, length: int) -> Tensor:
+    """The logarithm of the linear interpolation of `exp(logs)`.
+
+    Scores are interpolated, not their logits, but the loss of a score next to 0 or 1 needs its
+    logarithm to full precision. The first and the last value stay where they are.
 
     Args:
-        logs: `(B, N)`.
+        logs: `(..., N)`.
         length: T.
 
     Returns:
-        `(B, T)`.
+        `(..., T)`.
     """
-    count = logs.shape[1]
+    count = logs.shape[-1]
     position = torch.linspace(0, count - 1, length, device=logs.device)
     before = position.long().clamp(max=max(count - 2, 0))
     behind = (before + 1).clamp(max=count - 1)
     share = position - before
-    return torch.logaddexp(logs[:, before] + (1 - share).log(), logs[:, behind] + share.log())
+    return torch.logaddexp(logs[..., before] + (1 - share).log(), logs[..., behind] + share.log())
 
 
 @torch.no_grad()
-def boundary_features(times: Tensor, real: Tensor, length: int) -> Tensor:
-    """The features at boundaries: more than half of what they cover lies in a region around one.
+def score_targets(instances: Instances, length: int) -> Tensor:
+    """At which features actions start, end or go on: `(B, 3, T)` bool.
 
-    A feature covers half a unit to either side, so that is those less than half the region's
-    width away.
+    An action starts or ends at the features of whose cell, half a unit to either side, more than
+    half lies in a region of three features around the boundary (Lin et al., ECCV 2018, section
+    3.3): those less than half the region's width away. It goes on at those of whose cell more than
+    half lies inside the action.
+    """
+    feature = torch.arange(length, device=instances.labels.device)[None, :, None]
+    start, end = instances.segments[:, None].unbind(dim=-1)  # (B, 1, N)
+    inside = torch.minimum(feature + 0.5, end) - torch.maximum(feature - 0.5, start)
+    is_at = torch.stack(
+        [(feature - start).abs() < REGION / 2, (feature - end).abs() < REGION / 2, inside > 0.5],
+        dim=1,
+    )
+    return (is_at & (instances.labels >= 0)[:, None, None]).any(dim=3)
+
+
+def score_losses(yes: Tensor, no: Tensor, targets: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Balanced binary log loss of each score (Lin et al., ECCV 2018, equation 3).
+
+    It weighs positives and negatives so that both count the same: half the mean of each.
 
     Args:
-        times: `(B, N)` of the boundaries, in feature-grid units.
-        real: `(B, N)` bool, false for what is no boundary.
-        length: T.
+        yes: `(B, 3, T)` logarithms of the scores.
+        no: `(B, 3, T)` logarithms of one minus the scores.
+        targets: `(B, 3, T)` bool.
+        mask: `(B, T)` bool, which features count.
+    """
+    losses = {}
+    for i, name in enumerate(SCORES):
+        positive, negative = mask & targets[:, i], mask & ~targets[:, i]
+        losses[name] = (mean_over(-yes[:, i], positive) + mean_over(-no[:, i], negative)) / 2
+    return losses
+
+
+def boundary_scores(yes: Tensor, segments: Tensor) -> Tensor:
+    """Start score times end score of segments that lie inside the window.
+
+    Each is the mean over the two features next to where the first, or last, one inside would be.
+
+    Args:
+        yes: `(B, 3, T)` logarithms of the scores.
+        segments: `(B, A, 2)` in feature-grid units.
 
     Returns:
-        `(B, T)` bool.
+        `(B, A)`.
     """
-    feature = torch.arange(length, device=times.device)[None, :, None]
-    near = (feature - times[:, None]).abs() < REGION / 2
-    return (near & real[:, None]).any(dim=2)
-
-
-@torch.no_grad()
-def action_features(instances: Instances, length: int) -> Tensor:
-    """The features more than half of what they cover lies in an action: `(B, T)` bool."""
-    feature = torch.arange(length, device=instances.labels.device)[None, :, None]
-    start, end = instances.segments[:, None].unbind(dim=-1)
-    covered = torch.minimum(feature + 0.5, end) - torch.maximum(feature - 0.5, start)
-    return ((covered > 0.5) & (instances.labels >= 0)[:, None]).any(dim=2)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scores:
-    """Of B samples the three scores."""
-
-    start: LogScores
-    end: LogScores
-    action: LogScores
-
-    def losses(self, instances: Instances, mask: Tensor) -> dict[str, Tensor]:
-        """The loss of each score, over the features in `mask` `(B, T)`."""
-        length, real = mask.shape[1], instances.labels >= 0
-        starts, ends = instances.segments.unbind(dim=-1)
-        return {
-            "start": self.start.loss(boundary_features(starts, real, length), mask),
-            "end": self.end.loss(boundary_features(ends, real, length), mask),
-            "action": self.action.loss(action_features(instances, length), mask),
-        }
-
-    def of_boundaries(self, segments: Tensor) -> Tensor:
-        """Start score times end score of segments that lie inside the window.
-
-        Each is the mean of those of the two features next to the first, or the last, feature
-        inside the segment.
-
-        Args:
-            segments: `(B, A, 2)` in feature-grid units.
-
-        Returns:
-            `(B, A)`.
-        """
-        means = [
-            (score.gather(1, place.floor().long()) + score.gather(1, place.ceil().long())) / 2
-            for score, place in zip(
-                (self.start.yes.exp(), self.end.yes.exp()), first_and_last(segments), strict=True
-            )
-        ]
-        return means[0] * means[1]
-
-
-class SupplementaryHeads(nn.Module):
-    """The heads of the three scores (Zhao et al., ICCV 2021, section 3.4)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.start = ScoreHead(channels)
-        self.end = ScoreHead(channels)
-        self.action = ScoreHead(channels)
-
-    def forward(self, finest: Tensor, length: int) -> Scores:
-        """Scores `length` features from the finest level `(B, C, N)`."""
-        return Scores(
-            start=self.start(finest, length),
-            end=self.end(finest, length),
-            action=self.action(finest, length),
-        )
+    means = []
+    for score, place in zip(yes.exp().unbind(dim=1), first_and_last(segments), strict=False):
+        below, above = place.floor().long(), place.ceil().long()
+        means.append((score.gather(1, below) + score.gather(1, above)) / 2)
+    return means[0] * means[1]
