@@ -1,0 +1,143 @@
+"""A diagnosis as rows of plain values and as named metrics, for trackers and files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from re2tal.detection.diagnosis.diagnosis import Diagnosis
+from re2tal.detection.diagnosis.false_positives import ERRORS, GROUPS, Kind
+
+Row = dict[str, str | int | float | None]
+
+
+def tables(diagnosis: Diagnosis) -> dict[str, list[Row]]:
+    """The numbers of a diagnosis as rows, one table a question.
+
+    Shares and mAP lie in [0, 1]; what is not defined (an empty bin's mAP) is None.
+
+    Returns:
+        `false_positives` (threshold, top, kind, predictions, share), `effects` (threshold, kind,
+        gain), `sensitivity` (threshold, characteristic, bin, instances, mAP_N), `false_negatives`
+        (threshold, characteristic, bin, instances, missed) and `false_negative_pairs` (the same
+        for two characteristics).
+    """
+    return {
+        "false_positives": list(_profile(diagnosis)),
+        "effects": list(_effects(diagnosis)),
+        "sensitivity": list(_sensitivity(diagnosis)),
+        "false_negatives": list(_false_negatives(diagnosis)),
+        "false_negative_pairs": list(_pairs(diagnosis)),
+    }
+
+
+def metrics(diagnosis: Diagnosis) -> dict[str, float]:
+    """The main numbers, averaged over the thresholds, under names that trackers take.
+
+    Returns:
+        `diagnosis/mAP_N`; `diagnosis/top_1G/<kind>`, the share among the top 1G predictions;
+        `diagnosis/effect/<kind>`; `diagnosis/sensitivity/<characteristic>` and
+        `diagnosis/impact/<characteristic>`; `diagnosis/mAP_N/<characteristic>/<bin>`;
+        `diagnosis/missed` and `diagnosis/missed/<characteristic>/<bin>`. What is not defined is
+        not there.
+    """
+    profile = diagnosis.false_positives
+    top = profile.shares[:, 0].mean(axis=0)
+    gains = profile.gains.mean(axis=0)
+    values = {"mAP_N": float(diagnosis.mAP.mean())}
+    values |= {f"top_1G/{_name(kind)}": float(top[kind]) for kind in Kind}
+    values |= {
+        f"effect/{_name(kind)}": float(gain) for kind, gain in zip(ERRORS, gains, strict=True)
+    }
+    values["missed"] = float(diagnosis.false_negatives.overall.mean())
+    for name, placed in diagnosis.placed.items():
+        of_bins = diagnosis.sensitivity[name]
+        values[f"sensitivity/{name}"] = of_bins.sensitivity
+        values[f"impact/{name}"] = of_bins.impact
+        missed = diagnosis.false_negatives.by[name].average
+        for bin_name, quality, share in zip(
+            placed.bins.names, of_bins.average, missed, strict=True
+        ):
+            values[f"mAP_N/{name}/{bin_name}"] = float(quality)
+            values[f"missed/{name}/{bin_name}"] = float(share)
+    return {f"diagnosis/{name}": value for name, value in values.items() if np.isfinite(value)}
+
+
+def _name(kind: Kind) -> str:
+    return kind.name.lower()
+
+
+def _number(value: float) -> float | None:
+    """A Python float; None instead of nan, which JSON does not know."""
+    return float(value) if np.isfinite(value) else None
+
+
+def _profile(diagnosis: Diagnosis) -> Iterator[Row]:
+    profile = diagnosis.false_positives
+    for level, threshold in enumerate(diagnosis.thresholds):
+        for group in range(GROUPS):
+            for kind in Kind:
+                yield {
+                    "threshold": float(threshold),
+                    "top": f"{group + 1}G",
+                    "kind": _name(kind),
+                    "predictions": int(profile.counts[level, group, kind]),
+                    "share": _number(profile.shares[level, group, kind]),
+                }
+
+
+def _effects(diagnosis: Diagnosis) -> Iterator[Row]:
+    gains = diagnosis.false_positives.gains
+    for level, threshold in enumerate(diagnosis.thresholds):
+        for number, kind in enumerate(ERRORS):
+            yield {
+                "threshold": float(threshold),
+                "kind": _name(kind),
+                "gain": float(gains[level, number]),
+            }
+
+
+def _sensitivity(diagnosis: Diagnosis) -> Iterator[Row]:
+    for level, threshold in enumerate(diagnosis.thresholds):
+        for name, placed in diagnosis.placed.items():
+            values = diagnosis.sensitivity[name].mAP[level]
+            for bin_name, count, value in zip(
+                placed.bins.names, placed.counts, values, strict=True
+            ):
+                yield {
+                    "threshold": float(threshold),
+                    "characteristic": name,
+                    "bin": bin_name,
+                    "instances": int(count),
+                    "mAP_N": _number(value),
+                }
+
+
+def _false_negatives(diagnosis: Diagnosis) -> Iterator[Row]:
+    for level, threshold in enumerate(diagnosis.thresholds):
+        for name, placed in diagnosis.placed.items():
+            missed = diagnosis.false_negatives.by[name]
+            for number, bin_name in enumerate(placed.bins.names):
+                yield {
+                    "threshold": float(threshold),
+                    "characteristic": name,
+                    "bin": bin_name,
+                    "instances": int(missed.counts[number]),
+                    "missed": _number(missed.shares[level, number]),
+                }
+
+
+def _pairs(diagnosis: Diagnosis) -> Iterator[Row]:
+    for level, threshold in enumerate(diagnosis.thresholds):
+        for (first, second), missed in diagnosis.false_negatives.by_pair.items():
+            for row, column in np.ndindex(missed.counts.shape):
+                yield {
+                    "threshold": float(threshold),
+                    "characteristic": first,
+                    "bin": diagnosis.placed[first].bins.names[row],
+                    "second characteristic": second,
+                    "second bin": diagnosis.placed[second].bins.names[column],
+                    "instances": int(missed.counts[row, column]),
+                    "missed": _number(missed.shares[level, row, column]),
+                }
