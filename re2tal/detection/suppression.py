@@ -10,6 +10,7 @@ a group is the same, bit for bit, whatever it is suppressed together with.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,24 +20,29 @@ REMOVED = float("-inf")
 # Elements of a table: the tables of a step then stay in the cache, and memory stays bounded.
 _TABLE = 1 << 17
 
-Weaken = Callable[[Tensor, Tensor], Tensor]
-"""From scores and overlaps with what was taken, both `(G, L)`, to the scores after it. A score
-may fall but not rise, and `REMOVED` must stay."""
+Weaken = Callable[[Tensor, Tensor], None]
+"""Changes the first, scores `(G, L)`, according to their overlaps `(G, L)` with what was taken; the
+second is free to be written to. A score must not rise, and what overlaps nothing must stay."""
 
 
 def gaussian(sigma: float) -> Weaken:
     """Soft-NMS (Bodla et al., ICCV 2017, section 3): scores times `exp(-tIoU^2 / sigma)`."""
 
-    def weaken(scores: Tensor, overlaps: Tensor) -> Tensor:
-        weakened = overlaps.square_().div_(-sigma).exp_().mul_(scores)
-        return torch.where(scores == REMOVED, REMOVED, weakened)  # -inf x 0 is no number
+    def weaken(scores: Tensor, overlaps: Tensor) -> None:
+        scores.mul_(overlaps.square_().div_(-sigma).exp_())
 
     return weaken
 
 
 def hard(iou: float) -> Weaken:
     """Classic NMS: what overlaps by at least `iou` is removed."""
-    return lambda scores, overlaps: scores.masked_fill(overlaps >= iou, REMOVED)
+
+    def weaken(scores: Tensor, overlaps: Tensor) -> None:
+        # Arithmetic, here and below: on a CPU a masked assignment takes as long as all the rest.
+        removed = (overlaps >= iou).to(scores.dtype)
+        scores.sub_(removed.mul_(torch.finfo(scores.dtype).max))
+
+    return weaken
 
 
 def suppress(
@@ -66,12 +72,11 @@ def suppress(
     candidates = (scores >= min_score).nonzero()[:, 0]
     for index, filled in _tables(groups[candidates]):
         members = candidates[index[filled]]
-        table = scores.new_full(index.shape, REMOVED)
-        table[filled] = scores[members]
-        starts, ends = segments.new_zeros(2, *index.shape)
-        starts[filled], ends[filled] = segments[members].unbind(dim=1)
-        taken = _take(starts, ends, table, weaken, min_score, picks)
-        result[members] = taken[filled]
+        table = _Table.empty(index.shape, like=scores)
+        table.starts[filled], table.ends[filled] = segments[members].unbind(dim=1)
+        table.lengths[filled] = table.ends[filled] - table.starts[filled]
+        table.scores[filled] = scores[members]
+        result[members] = _take(table, weaken, min_score, picks)[filled]
     return result
 
 
@@ -98,37 +103,66 @@ def _tables(groups: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         row, first = row + len(rows), first + sum(rows)
 
 
-def _take(
-    starts: Tensor, ends: Tensor, scores: Tensor, weaken: Weaken, min_score: float, picks: int
-) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """Groups of segments, a row each, all `(G, L)`.
+
+    Where there is no segment, or no longer one, the score is `REMOVED` and the ends lie so that
+    the overlap with anything is 0, by the same arithmetic as elsewhere.
+    """
+
+    starts: Tensor
+    ends: Tensor
+    lengths: Tensor
+    scores: Tensor
+
+    @staticmethod
+    def empty(shape: torch.Size, *, like: Tensor) -> _Table:
+        """No segments, in the precision and on the device of `like`."""
+        return _Table(*(like.new_full(shape, number) for number in _NOTHING))
+
+    def pop(self, pick: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Removes a segment of each group, `pick` `(G, 1)`: starts, ends and lengths `(G, 1)`."""
+        fields = (self.starts, self.ends, self.lengths, self.scores)
+        start, end, length, _ = (field.gather(1, pick) for field in fields)
+        for field, number in zip(fields, _NOTHING, strict=True):
+            field.scatter_(1, pick, number)
+        return start, end, length
+
+
+_NOTHING = (float("inf"), float("-inf"), 1.0, REMOVED)
+
+
+def _take(table: _Table, weaken: Weaken, min_score: float, picks: int) -> Tensor:
     """Takes segments until no group has any left: the scores they were taken with, `(G, L)`."""
-    taken = torch.full_like(scores, REMOVED)
-    lengths = ends - starts
-    instants = bool(((lengths == 0) & (scores != REMOVED)).any())
-    for _ in range(min(scores.shape[1], picks)):
-        score, pick = scores.max(dim=1, keepdim=True)  # of equals the first
+    taken = torch.full_like(table.scores, REMOVED)
+    instants = bool((table.lengths == 0).any())
+    for _ in range(min(taken.shape[1], picks)):
+        score, pick = table.scores.max(dim=1, keepdim=True)  # of equals the first
         going = score >= min_score
         if not bool(going.any()):
             break
         taken.scatter_(1, pick, torch.where(going, score, taken.gather(1, pick)))
-        scores.scatter_(1, pick, REMOVED)
-        overlaps = _overlaps(starts, ends, lengths, pick, instants=instants)
-        scores = weaken(scores, overlaps)
+        weaken(table.scores, _overlaps(table, *table.pop(pick), instants=instants))
     return taken
 
 
 def _overlaps(
-    starts: Tensor, ends: Tensor, lengths: Tensor, pick: Tensor, *, instants: bool
+    table: _Table, start: Tensor, end: Tensor, length: Tensor, *, instants: bool
 ) -> Tensor:
-    """`tiou` of the picked `(G, 1)` with their groups `(G, L)`, in half the operations.
+    """`tiou` of a segment `(G, 1)` with those of its group `(G, L)`, in fewer operations.
 
-    Padding and groups without segments may get any number.
+    Args:
+        table: the groups.
+        start: where the segments start.
+        end: where they end.
+        length: how long they are.
+        instants: whether there are segments of no length.
     """
-    start, end = starts.gather(1, pick), ends.gather(1, pick)
-    shared = (torch.minimum(ends, end) - torch.maximum(starts, start)).clamp_(min=0)
-    union = (lengths + lengths.gather(1, pick)).sub_(shared)
+    shared = torch.minimum(table.ends, end).sub_(torch.maximum(table.starts, start)).clamp_(min=0)
+    union = (table.lengths + length).sub_(shared)
     if not instants:
         return shared.div_(union)
-    empty = union == 0
-    overlaps = shared.div_(union.masked_fill_(empty, 1))
-    return torch.where(empty, (starts == start).to(overlaps.dtype), overlaps)
+    empty = union == 0  # two instants, which share everything or nothing
+    same = empty & (table.starts == start)
+    return shared.div_(union.add_(empty)).add_(same)

@@ -40,7 +40,7 @@ def vote(
     for part, own in zip(kept.split(step), kept_groups.split(step), strict=True):
         overlap = tiou(part[:, None], voters[None])
         votes = (overlap >= iou) & (own[:, None] == groups[None])
-        weights = torch.where(votes, scores[None], 0)
+        weights = votes * scores
         if by_overlap:
             weights = weights * overlap
         total = weights.sum(dim=1, keepdim=True)

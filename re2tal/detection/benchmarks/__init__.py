@@ -1,0 +1,1 @@
+"""How fast post-processing and evaluation are, against their sequential definitions."""
