@@ -1,31 +1,29 @@
 """The activations of one training step of a recipe, predicted and, where it is cheap, measured."""
 
-from collections.abc import Sequence
-
 import psutil
 
-from pipelines.model import build_detector
 from pipelines.planner.step import workload_of
 from pipelines.recipes import Recipe
+from re2tal.detector import Detector
 from re2tal.memory import measure_activations, predict_peak
 
 # Measuring runs a step on the CPU: a recipe for a large GPU would fill the host's memory.
 _MEASURED_UP_TO = 0.1
 
 
-def activation_metrics(recipe: Recipe, classes: Sequence[str]) -> dict[str, float]:
+def activation_metrics(recipe: Recipe, detector: Detector) -> dict[str, float]:
     """Counts the bytes that one worker's step keeps alive.
 
     Args:
         recipe: the run's configuration.
-        classes: names of the action classes.
+        detector: what it builds; its weights do not matter and stay as they are.
 
     Returns:
         `memory/predicted_activations_mb` and `memory/predicted_peak_mb` from fake tensors; if the
         peak is below a tenth of this host's free memory also `memory/measured_...`, from real ones.
         Megabytes of 10^6 bytes.
     """
-    detector = build_detector(recipe, classes, weights=None).train()
+    detector.train()
     work = workload_of(recipe)
     inputs = work.inputs()
     predicted = predict_peak(detector, *inputs, step=work.step)

@@ -29,17 +29,17 @@ def decode_sample(row: dict[str, Any], *, size: int) -> dict[str, Any]:
     return {"index": row["index"], "frames": frames, "error": error}
 
 
-def probe_sample(row: dict[str, str]) -> dict[str, str]:
+def probe_sample(row: dict[str, str]) -> dict[str, Any]:
     """Opens a video, to see whether it can be used.
 
     Args:
         row: `video_id` and `uri`.
 
     Returns:
-        `video_id`; `error`, empty if it is readable.
+        `video_id`; `error`, empty if it is readable; `duration` in seconds, else 0.
     """
     try:
-        probe(open_source(row["uri"]))
+        found = probe(open_source(row["uri"]))
     except (VideoError, OSError) as problem:
-        return {"video_id": row["video_id"], "error": str(problem)}
-    return {"video_id": row["video_id"], "error": ""}
+        return {"video_id": row["video_id"], "error": str(problem), "duration": 0.0}
+    return {"video_id": row["video_id"], "error": "", "duration": found.duration}

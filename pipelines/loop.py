@@ -3,7 +3,6 @@
 It knows PyTorch and DDP, not Ray: a `Runtime` gives it data and takes results.
 """
 
-import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,18 +19,29 @@ from torch.nn.parallel import DistributedDataParallel
 from pipelines.checkpoints import TrainingState
 from pipelines.clock import Clock
 from pipelines.data import Batch, epoch_windows, share
-from pipelines.model import build_detector, spec_of
+from pipelines.model import build_detector, detected_classes, reported_classes, spec_of
 from pipelines.optim import build_average, build_optimizer, build_schedule
 from pipelines.plan import Plan, check_failures
 from pipelines.progress import duration
 from pipelines.recipes import Recipe
-from pipelines.validation import detect_windows, evaluate, gather, validation_share
+from pipelines.validation import (
+    detect_windows,
+    evaluate,
+    gather,
+    proposal_metrics,
+    validation_share,
+)
+from re2tal.detection.files import write_detections
+from re2tal.detection.nms import nms_videos
+from re2tal.detection.raw import write_raw
 from re2tal.detection.segments import Detections
+from re2tal.detection.video_scores import fuse_videos
 from re2tal.memory import MemoryMeter
 from re2tal.reversible import check, reconstruction_errors, stage_modes
 from re2tal.videos.windows import Window
 
 DETECTIONS_FILE = "detections.json"
+RAW_FILE = "raw_detections.safetensors"
 
 
 class NonFiniteLossError(Exception):
@@ -91,7 +101,11 @@ class Trainer:
     def __init__(
         self, recipe: Recipe, plan: Plan, runtime: Runtime, *, weights: Path | None, output: Path
     ) -> None:
-        self.recipe, self.plan, self.runtime, self.output = recipe, plan, runtime, output
+        self.recipe, self.runtime, self.output = recipe, runtime, output
+        # what the detector is trained on: all classes, or whether there is an action at all
+        self.plan = plan.restricted(detected_classes(recipe, plan.classes))
+        # what its detections are compared with
+        self.reported = plan.restricted(reported_classes(recipe, plan.classes))
         self.spec = spec_of(recipe, plan.classes)
         torch.manual_seed(recipe.seed)  # the same weights on every rank
         detector = build_detector(recipe, plan.classes, weights).to(runtime.device)
@@ -148,14 +162,18 @@ class Trainer:
             self._train_epoch()
             self.state.epoch += 1
             check(self.state.detector)  # before what cannot be taken back: a checkpoint
-            metrics, detections = self._validate()
+            metrics, detections, raw = self._validate()
             seen = metrics | _reversible_metrics(self.state.detector)
             self.runtime.log(seen, step=self.state.step)
             with tempfile.TemporaryDirectory() as folder:
                 checkpoint = Path(folder) / "checkpoint"
                 if self.runtime.rank == 0:
                     self.state.save(checkpoint, self.spec)
-                    _write_detections(checkpoint / DETECTIONS_FILE, detections, self.plan.classes)
+                    write_detections(
+                        checkpoint / DETECTIONS_FILE, detections, self.reported.classes
+                    )
+                    if self.recipe.save_raw:
+                        write_raw(checkpoint / RAW_FILE, raw, self.plan.classes)
                 self.runtime.report({**metrics, "epoch": self.state.epoch}, checkpoint)
         return metrics
 
@@ -218,7 +236,10 @@ class Trainer:
             f"waiting for data {metrics['train/data_wait_share']:.0%}  left {duration(left)}"
         )
 
-    def _validate(self) -> tuple[dict[str, float], dict[str, Detections]]:
+    def _validate(
+        self,
+    ) -> tuple[dict[str, float], dict[str, Detections], dict[str, Detections]]:
+        """The metrics of an epoch, the detections of all videos, and those before suppression."""
         recipe, plan, runtime = self.recipe, self.plan, self.runtime
         before = time.perf_counter()
         windows = validation_share(
@@ -231,20 +252,34 @@ class Trainer:
         )
         durations = {v.annotation.video_id: v.annotation.duration for v in plan.validation}
         detector: Any = self.state.average.module.eval()
-        mine, failures = detect_windows(detector, runtime.stream(windows), durations, recipe.nms)
-        shares = gather((mine, {**self.failures, **failures}))
-        detections = {video_id: found for part, _ in shares for video_id, found in part.items()}
+        raw, failures = detect_windows(detector, runtime.stream(windows), durations)
+        suppressed = nms_videos(raw, recipe.nms)
+        shares = gather((suppressed, raw if recipe.save_raw else {}, {**self.failures, **failures}))
+        detections = {video: found for part in shares for video, found in part[0].items()}
+        raw = {video: found for part in shares for video, found in part[1].items()}
         failed = dict(plan.failures)
-        for _, part in shares:
-            failed |= part
+        for part in shares:
+            failed |= part[2]
         check_failures(failed, len(plan.uris) + len(plan.failures), recipe.data.max_failed)
-        metrics = evaluate(detections, plan.validation, plan.classes, recipe.thresholds)
-        metrics["videos/failed"] = float(len(failed))
+        metrics = {"videos/failed": float(len(failed))}
+        if recipe.model.class_agnostic:
+            metrics |= proposal_metrics(detections, plan.validation, plan.classes)
+        if plan.video_scores is not None:
+            top = recipe.data.video_scores_top
+            detections = fuse_videos(detections, plan.video_scores, top=top)
+        reported = self.reported
+        metrics |= evaluate(
+            detections,
+            reported.validation,
+            reported.classes,
+            recipe.thresholds,
+            ignore_ambiguous=recipe.ignore_ambiguous,
+        )
         runtime.say(
             f"epoch {self.state.epoch}/{recipe.epochs}  validation  mAP {metrics['val/mAP']:.3f}  "
             f"({len(detections)} videos, {duration(time.perf_counter() - before)})"
         )
-        return metrics, detections
+        return metrics, detections, raw
 
 
 def _reversible_metrics(detector: nn.Module) -> dict[str, float]:
@@ -256,22 +291,3 @@ def _reversible_metrics(detector: nn.Module) -> dict[str, float]:
         stored = sum(mode != "reversible" for mode in modes.values())
         metrics["reversible/stages_stored"] = float(stored)
     return metrics
-
-
-def _write_detections(
-    path: Path, detections: Mapping[str, Detections], classes: Sequence[str]
-) -> None:
-    results = {
-        video_id: [
-            {
-                "segment": [round(x, 3) for x in segment],
-                "score": round(score, 5),
-                "label": classes[label],
-            }
-            for segment, score, label in zip(
-                found.segments.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True
-            )
-        ]
-        for video_id, found in sorted(detections.items())
-    }
-    path.write_text(json.dumps({"version": "re2tal", "results": results}))

@@ -10,6 +10,7 @@ import pandas as pd
 from mlflow.pyfunc.model import PythonModel
 
 from re2tal.detect import detect
+from re2tal.detection.files import rows
 from re2tal.trained import load_detector
 
 
@@ -37,25 +38,13 @@ class DetectorModel(PythonModel):
             A row a detection: `video`, `start` and `end` in seconds, `label`, `score`; the best
             of a video first.
         """
-        rows = []
+        table = []
         for path in model_input:
             found = detect(path, self.spec, self.detector)
-            rows += [
-                {
-                    "video": path,
-                    "start": start,
-                    "end": end,
-                    "label": self.spec.classes[label],
-                    "score": score,
-                }
-                for (start, end), label, score in zip(
-                    found.segments.tolist(),
-                    found.labels.tolist(),
-                    found.scores.tolist(),
-                    strict=True,
-                )
-            ]
-        return pd.DataFrame(rows, columns=["video", "start", "end", "label", "score"])
+            for row in rows(found, self.spec.classes):
+                start, end = row.pop("segment")
+                table.append({"video": path, "start": start, "end": end, **row})
+        return pd.DataFrame(table, columns=["video", "start", "end", "label", "score"])
 
 
 mlflow.models.set_model(DetectorModel())

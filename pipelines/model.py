@@ -8,6 +8,31 @@ from re2tal.backbones.checkpoint import load_backbone_weights
 from re2tal.detector import Detector
 from re2tal.trained import DetectorSpec
 
+# The one class of a class-agnostic detector.
+ACTION = "action"
+
+
+def detected_classes(recipe: Recipe, classes: Sequence[str]) -> tuple[str, ...]:
+    """Returns the classes that the recipe's detector tells apart.
+
+    Args:
+        recipe: the run's configuration.
+        classes: names of the action classes of the data set.
+    """
+    return (ACTION,) if recipe.model.class_agnostic else tuple(classes)
+
+
+def reported_classes(recipe: Recipe, classes: Sequence[str]) -> tuple[str, ...]:
+    """Returns the classes of the detections that the recipe's evaluation makes.
+
+    They are the detector's, unless an external classifier names the class of its proposals.
+
+    Args:
+        recipe: the run's configuration.
+        classes: names of the action classes of the data set.
+    """
+    return tuple(classes) if recipe.data.video_scores else detected_classes(recipe, classes)
+
 
 def spec_of(recipe: Recipe, classes: Sequence[str]) -> DetectorSpec:
     """Returns what the recipe's detector is built of.
@@ -17,7 +42,7 @@ def spec_of(recipe: Recipe, classes: Sequence[str]) -> DetectorSpec:
         classes: names of the action classes.
     """
     return DetectorSpec(
-        classes=tuple(classes),
+        classes=detected_classes(recipe, classes),
         backbone=recipe.model.backbone,
         localizer=recipe.model.localizer,
         reversible=recipe.model.reversible,

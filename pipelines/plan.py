@@ -2,17 +2,25 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ray.data
 
 from pipelines.data import Video
 from pipelines.decoding import probe_sample
+from pipelines.model import ACTION
 from pipelines.recipes import DataConfig
 from pipelines.resources import DECODE_CPUS
 from pipelines.storage import list_files, local_copy, require
-from re2tal.videos.annotations import Annotations, load_annotations
+from re2tal.detection.video_scores import VideoScores, load_video_scores
+from re2tal.videos.annotations import (
+    DATASETS,
+    Annotations,
+    check_durations,
+    load_annotations,
+    read_ids,
+)
 from re2tal.videos.files import match_videos
 
 
@@ -30,6 +38,9 @@ class Plan:
         validation: usable validation videos.
         failures: video id to the reason why it is left out.
         fingerprint: hash of the annotations that are used.
+        remarks: videos whose file lasts longer or shorter than annotated, a sentence each. They
+            are used: where the file is too short, the windows that fail are counted.
+        video_scores: what an external classifier says of the validation videos.
     """
 
     classes: tuple[str, ...]
@@ -37,11 +48,33 @@ class Plan:
     validation: tuple[Video, ...]
     failures: Mapping[str, str]
     fingerprint: str
+    remarks: tuple[str, ...] = ()
+    video_scores: VideoScores | None = None
+
+    def restricted(self, classes: Sequence[str]) -> "Plan":
+        """The plan for a detector or an evaluation of `classes`: these, or the one class `ACTION`.
+
+        Args:
+            classes: what `detected_classes` or `reported_classes` returns.
+        """
+        if tuple(classes) == self.classes:
+            return self
+        return replace(
+            self,
+            classes=(ACTION,),
+            training=tuple(_class_agnostic(video) for video in self.training),
+            validation=tuple(_class_agnostic(video) for video in self.validation),
+        )
 
     @property
     def uris(self) -> dict[str, str]:
         """Video id to path or URI, of all usable videos."""
         return {v.annotation.video_id: v.uri for v in (*self.training, *self.validation)}
+
+
+def _class_agnostic(video: Video) -> Video:
+    instances = tuple(replace(i, label=ACTION) for i in video.annotation.instances)
+    return replace(video, annotation=replace(video.annotation, instances=instances))
 
 
 def read_annotations(config: DataConfig) -> Annotations:
@@ -56,13 +89,25 @@ def read_annotations(config: DataConfig) -> Annotations:
     """
     uri = require(config.annotations, what="The annotations", option="--data.annotations")
     with tempfile.TemporaryDirectory() as folder:
-        return load_annotations(local_copy(uri, Path(folder)))
+        excluded: frozenset[str] = frozenset()
+        if config.exclude is not None:
+            ids = require(config.exclude, what="The ids to exclude", option="--data.exclude")
+            excluded = read_ids(local_copy(ids, Path(folder)))
+        return load_annotations(
+            local_copy(uri, Path(folder)),
+            form=config.form,
+            quirks=DATASETS[config.dataset] if config.dataset else None,
+            exclude=excluded,
+        )
 
 
-def _probe(files: Mapping[str, str]) -> dict[str, str]:
+def _probe(files: Mapping[str, str]) -> tuple[dict[str, str], dict[str, float]]:
+    """Why videos cannot be opened, and how many seconds the others last; both by id."""
     rows = [{"video_id": video_id, "uri": uri} for video_id, uri in files.items()]
     dataset = ray.data.from_items(rows).map(probe_sample, num_cpus=DECODE_CPUS)
-    return {row["video_id"]: row["error"] for row in dataset.iter_rows() if row["error"]}
+    probed = list(dataset.iter_rows())
+    errors = {row["video_id"]: row["error"] for row in probed if row["error"]}
+    return errors, {row["video_id"]: row["duration"] for row in probed if not row["error"]}
 
 
 def check_failures(failures: Mapping[str, str], total: int, max_failed: float) -> None:
@@ -110,7 +155,8 @@ def make_plan(config: DataConfig, annotations: Annotations) -> Plan:
     }
     wanted = [video for subset in subsets.values() for video in subset.videos]
     files, failures = match_videos([video.video_id for video in wanted], list_files(folder))
-    failures = {**failures, **_probe(files)}
+    errors, durations = _probe(files)
+    failures = {**failures, **errors}
     check_failures(failures, len({video.video_id for video in wanted}), config.max_failed)
 
     def usable(subset: str) -> tuple[Video, ...]:
@@ -128,7 +174,27 @@ def make_plan(config: DataConfig, annotations: Annotations) -> Plan:
         validation=validation,
         failures=failures,
         fingerprint=annotations.fingerprint,
+        remarks=(*check_durations(annotations, durations),),
+        video_scores=_video_scores(config, annotations.classes, validation),
     )
+
+
+def _video_scores(
+    config: DataConfig, classes: Sequence[str], videos: Sequence[Video]
+) -> VideoScores | None:
+    """What the external classifier says of all `videos`, if there is one."""
+    if config.video_scores is None:
+        return None
+    uri = require(config.video_scores, what="The video scores", option="--data.video-scores")
+    with tempfile.TemporaryDirectory() as folder:
+        scores = load_video_scores(local_copy(uri, Path(folder)), classes)
+    missing = [v.annotation.video_id for v in videos if scores.get(v.annotation.video_id) is None]
+    if missing:
+        raise UnusableVideosError(
+            f"{len(missing)} of the {len(videos)} validation videos have no scores in "
+            f"{config.video_scores}: {', '.join(missing[:10])}{', ...' * (len(missing) > 10)}"
+        )
+    return scores
 
 
 def _require_some(

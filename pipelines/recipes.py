@@ -9,10 +9,26 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from re2tal.backbones.swin import SwinConfig, swin_t, swin_toy
+from re2tal.backbones.protocol import BackboneConfig
+from re2tal.backbones.slowfast import slowfast_101
+from re2tal.backbones.swin import swin_t, swin_toy
 from re2tal.detection.nms import NmsConfig
 from re2tal.localizers.actionformer import ActionFormerConfig
+from re2tal.localizers.protocol import LocalizerConfig
+from re2tal.localizers.vsgn import VSGNConfig
+from re2tal.videos.annotations import Form
+from re2tal.videos.stitching import StitchConfig
 from re2tal.videos.windows import WindowConfig
+
+Dataset = Literal[
+    "activitynet-1.3",
+    "thumos-14",
+    "multithumos",
+    "hacs-segments",
+    "fineaction",
+    "epic-kitchens-100",
+    "ego4d-mq",
+]
 
 TOY_WEIGHTS = str(
     Path(__file__).parents[1] / "re2tal" / "backbones" / "weights" / "toy_swin.safetensors"
@@ -24,7 +40,14 @@ class DataConfig:
     """Which videos, and how they are cut into windows.
 
     Attributes:
-        annotations: ActivityNet-style JSON; a path or a URI that pyarrow opens (s3://, gs://, ...).
+        annotations: ActivityNet-style JSON, or one of the other forms that
+            `re2tal.videos.annotations` reads; a path or, for a single file, a URI that pyarrow
+            opens (s3://, gs://, ...).
+        form: how the annotations are laid out; "auto" looks at them.
+        dataset: what is known to be wrong in this data set is repaired, listed and logged; by
+            default any fault in the annotations is an error.
+        exclude: file with ids of videos to leave out, such as those that cannot be had any more:
+            one a line, or JSON.
         videos: folder of the video files, named by id; a path or a URI.
         make_toy: make the toy data set at these two places when it is missing.
         training_subset: name of the subset that is trained on.
@@ -32,9 +55,15 @@ class DataConfig:
         size: pixels of a frame's side: the short side is resized to it, the centre is cut out.
         window: cut at random places for training, overlapping for the evaluation.
         max_failed: stop when more than this share of the videos cannot be used.
+        video_scores: for a class-agnostic model, what an external classifier says of the
+            validation videos (`re2tal.detection.video_scores`); a path or a URI.
+        video_scores_top: of each video so many of these classes are given to each proposal.
     """
 
     annotations: str | None = None
+    form: Form = "auto"
+    dataset: Dataset | None = None
+    exclude: str | None = None
     videos: str | None = None
     make_toy: bool = False
     training_subset: str = "training"
@@ -42,6 +71,8 @@ class DataConfig:
     size: int = 224
     window: WindowConfig
     max_failed: float = 0.05
+    video_scores: str | None = None
+    video_scores_top: int = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,13 +85,16 @@ class ModelConfig:
         reversible: rewire the backbone, so that its activations are recomputed.
         freeze_backbone: train the localizer only.
         localizer: what turns features into segments.
+        class_agnostic: find actions of whatever class; their classes come from
+            `data.video_scores` or, without it, the proposals themselves are evaluated.
     """
 
-    backbone: SwinConfig
+    backbone: BackboneConfig
     weights: str | None = None
     reversible: bool = True
     freeze_backbone: bool = False
-    localizer: ActionFormerConfig
+    localizer: LocalizerConfig
+    class_agnostic: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +151,10 @@ class Recipe:
         epochs: passes over the training videos.
         batch_size: windows a step and worker.
         thresholds: tIoU thresholds of the mAP; the mean over them selects the best checkpoint.
+        ignore_ambiguous: detections on stretches that cannot be judged count for nothing, as in
+            THUMOS-14's own toolkit. Published results count them as false positives.
+        save_raw: keep the detections before non-maximum suppression with each checkpoint, for
+            ensembles and for searching its settings without training.
     """
 
     name: str
@@ -126,6 +164,8 @@ class Recipe:
     epochs: int
     batch_size: int
     thresholds: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
+    ignore_ambiguous: bool = False
+    save_raw: bool = False
     data: DataConfig
     model: ModelConfig
     optim: OptimConfig
@@ -171,6 +211,31 @@ def toy() -> Recipe:
     )
 
 
+def toy_vsgn() -> Recipe:
+    """The toy data set with VSGN in the place of ActionFormer, with self-stitched clips."""
+    recipe = toy()
+    return replace(
+        recipe,
+        name="toy_vsgn",
+        epochs=3,  # the clips make them longer
+        data=replace(
+            recipe.data,
+            window=replace(recipe.data.window, stitch=StitchConfig(enabled=True)),
+        ),
+        model=replace(
+            recipe.model,
+            localizer=VSGNConfig(
+                width=96,
+                levels=4,
+                stem_stride=1,
+                head_layers=2,
+                neighbours=6,
+                anchor_scales=(2.0, 3.0),
+            ),
+        ),
+    )
+
+
 def thumos_re2_swin_t_actionformer() -> Recipe:
     """THUMOS-14 with a reversible Swin-T and ActionFormer; needs data, weights and a GPU.
 
@@ -183,7 +248,7 @@ def thumos_re2_swin_t_actionformer() -> Recipe:
         name="thumos_re2_swin_t_actionformer",
         epochs=120,
         batch_size=2,
-        data=DataConfig(window=WindowConfig(frames=1024, fps=15.0)),
+        data=DataConfig(dataset="thumos-14", window=WindowConfig(frames=1024, fps=15.0)),
         model=ModelConfig(
             backbone=replace(swin_t(), drop_path=0.2),
             localizer=ActionFormerConfig(window=0),
@@ -193,37 +258,110 @@ def thumos_re2_swin_t_actionformer() -> Recipe:
     )
 
 
+def thumos_re2_slowfast_101_actionformer() -> Recipe:
+    """THUMOS-14 with a reversible SlowFast-101 and ActionFormer; needs data, weights and a GPU.
+
+    As `thumos_re2_swin_t_actionformer`: this backbone too makes 512 features of a window.
+    """
+    recipe = thumos_re2_swin_t_actionformer()
+    backbone = replace(slowfast_101(), temporal_stride=2)
+    return replace(
+        recipe,
+        name="thumos_re2_slowfast_101_actionformer",
+        model=replace(recipe.model, backbone=backbone),
+    )
+
+
+def thumos_re2_swin_t_vsgn() -> Recipe:
+    """THUMOS-14 with a reversible Swin-T and VSGN; needs data, weights and a GPU.
+
+    VSGN's own settings are those that its authors publish for THUMOS-14 (on features; windows of
+    1280 there, 512 here), self-stitching included. The paper pairs it with these backbones but
+    publishes no settings of the pair: frames, backbone and optimiser are ActionFormer's.
+    """
+    recipe = thumos_re2_swin_t_actionformer()
+    window = replace(recipe.data.window, stitch=StitchConfig(enabled=True))
+    return replace(
+        recipe,
+        name="thumos_re2_swin_t_vsgn",
+        data=replace(recipe.data, window=window),
+        model=replace(recipe.model, localizer=VSGNConfig()),
+        nms=NmsConfig(sigma=0.46, top_k=200),
+    )
+
+
 def anet_re2_swin_t_actionformer() -> Recipe:
     """ActivityNet-1.3 with a reversible Swin-T and ActionFormer; needs data, weights and a GPU.
 
-    Each video is resampled to 768 frames, 224 pixels, batch 8. The settings are those that the
-    authors' implementation publishes for this pair. It finds proposals and takes their classes
-    from an external video classifier; here ActionFormer classifies the 200 classes itself.
+    Each video is resampled to 768 frames, 224 pixels, batch 8; 192 features. The settings are those
+    that the authors' implementation publishes for this pair. It finds actions of whatever class,
+    and their classes are the two best of an external video classifier: give its file as
+    --data.video-scores (`re2tal.detection.video_scores` says in which form).
     """
     return Recipe(
         name="anet_re2_swin_t_actionformer",
         epochs=15,
         batch_size=8,
         thresholds=tuple(0.5 + 0.05 * i for i in range(10)),
-        data=DataConfig(window=WindowConfig(frames=768, fps=None)),
+        data=DataConfig(dataset="activitynet-1.3", window=WindowConfig(frames=768, fps=None)),
         model=ModelConfig(
-            backbone=replace(swin_t(), drop_path=0.2),
+            backbone=replace(swin_t(), drop_path=0.2, pooling=2),
             localizer=ActionFormerConfig(
                 width=256,
                 head_width=256,
                 window=0,
-                positions=384,
+                positions=192,
                 label_smoothing=0.1,
                 regression_weight=2.0,
                 initial_normalizer=200.0,
             ),
+            class_agnostic=True,
         ),
         optim=OptimConfig(backbone_lr=1e-5, localizer_lr=1e-3),
-        nms=NmsConfig(sigma=0.7, top_k=100, per_class=False, voting="score_tiou", voting_iou=0.9),
+        nms=NmsConfig(sigma=0.7, top_k=100, per_class=False, voting="score", voting_iou=0.9),
+    )
+
+
+def anet_re2_slowfast_101_actionformer() -> Recipe:
+    """ActivityNet-1.3 with a reversible SlowFast-101 and ActionFormer; needs data, weights, a GPU.
+
+    As `anet_re2_swin_t_actionformer`.
+    """
+    recipe = anet_re2_swin_t_actionformer()
+    return replace(
+        recipe,
+        name="anet_re2_slowfast_101_actionformer",
+        model=replace(recipe.model, backbone=slowfast_101()),
+    )
+
+
+def anet_re2_swin_t_vsgn() -> Recipe:
+    """ActivityNet-1.3 with a reversible Swin-T and VSGN; needs data, weights and a GPU.
+
+    As `anet_re2_swin_t_actionformer`, with VSGN's settings for ActivityNet as OpenTAD publishes
+    them: a stem at full rate, anchors of 3 and 7.5 node strides, matches from tIoU 0.6 on.
+    """
+    recipe = anet_re2_swin_t_actionformer()
+    localizer = VSGNConfig(stem_stride=1, anchor_scales=(3.0, 7.5), match_tiou=0.6)
+    return replace(
+        recipe,
+        name="anet_re2_swin_t_vsgn",
+        model=replace(recipe.model, localizer=localizer),
+        optim=replace(recipe.optim, localizer_lr=1e-4),
+        nms=NmsConfig(sigma=0.5, top_k=100, per_class=False),
     )
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     recipe.__name__: recipe
-    for recipe in (toy, thumos_re2_swin_t_actionformer, anet_re2_swin_t_actionformer)
+    for recipe in (
+        toy,
+        toy_vsgn,
+        thumos_re2_swin_t_actionformer,
+        thumos_re2_slowfast_101_actionformer,
+        thumos_re2_swin_t_vsgn,
+        anet_re2_swin_t_actionformer,
+        anet_re2_slowfast_101_actionformer,
+        anet_re2_swin_t_vsgn,
+    )
 }

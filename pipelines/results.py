@@ -5,48 +5,28 @@ import shlex
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import mlflow
 import ray.train
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from pipelines.checkpoints import DETECTOR_FOLDER
 from pipelines.figures import curves, timelines
 from pipelines.loop import DETECTIONS_FILE
+from pipelines.model import reported_classes
 from pipelines.plan import Plan
 from pipelines.progress import duration
 from pipelines.recipes import Recipe
 from pipelines.tracking import Run, log_metrics
 from pipelines.validation import ground_truth
+from re2tal.detection.files import read_detections
 from re2tal.detection.segments import Detections
 
 _SHOWN_VIDEOS = 4
 _REPOSITORY = Path(__file__).parents[1]
-
-
-def read_detections(path: Path, classes: Sequence[str]) -> dict[str, Detections]:
-    """Reads detections in ActivityNet's result format.
-
-    Args:
-        path: JSON file with `results`: video id to a list of `segment`, `score`, `label`.
-        classes: class names.
-
-    Returns:
-        Video id to detections in seconds.
-    """
-    index = {name: i for i, name in enumerate(classes)}
-    return {
-        video_id: Detections(
-            segments=torch.tensor([row["segment"] for row in rows]).reshape(-1, 2),
-            scores=torch.tensor([row["score"] for row in rows]),
-            labels=torch.tensor([index[row["label"]] for row in rows], dtype=torch.int64),
-        )
-        for video_id, rows in json.loads(path.read_text())["results"].items()
-    }
 
 
 def _history(run: Run, name: str) -> list[tuple[int, float]]:
@@ -109,14 +89,16 @@ def log_pictures(run: Run, plan: Plan, detections: Mapping[str, Detections]) -> 
     client.log_figure(run.run_id, timelines(videos, plan.classes), "pictures/timelines.png")
 
 
-def log_results(plan: Plan, run: Run, result: ray.train.Result) -> None:
-    """Logs the best checkpoint as a model, its detections and the pictures.
+def log_results(recipe: Recipe, plan: Plan, run: Run, result: ray.train.Result) -> None:
+    """Logs the best checkpoint as a model, its detections, pictures and what its errors are.
 
     Args:
+        recipe: the run's configuration.
         plan: what the run worked on.
         run: where to.
         result: of the training; it holds at least one checkpoint.
     """
+    plan = plan.restricted(reported_classes(recipe, plan.classes))
     best, metrics = max(result.best_checkpoints, key=lambda kept: kept[1]["val/mAP"])
     client = run.client
     with best.as_directory() as folder, tempfile.TemporaryDirectory() as scratch:

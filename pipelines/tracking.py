@@ -13,7 +13,7 @@ import queue
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -77,6 +77,8 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         value = getattr(config, item.name)
         name = f"{prefix}{item.name}"
         if dataclasses.is_dataclass(value):
+            if type(value) is not item.type:  # one of several: a backbone, a localizer
+                yield name, type(value).__name__
             yield from flatten(value, f"{name}.")
         else:
             yield name, value
@@ -157,6 +159,18 @@ def log_dataset(run: Run, *, name: str, source: str, digest: str) -> None:
     tag = InputTag(key=MLFLOW_DATASET_CONTEXT, value="training")
     run.client.log_inputs(run.run_id, [DatasetInput(dataset, [tag])])
     run.client.set_tag(run.run_id, "data.fingerprint", digest)
+
+
+def log_text(run: Run, lines: Sequence[str], name: str) -> None:
+    """Writes an artifact of lines; none at all when there are no lines.
+
+    Args:
+        run: the run.
+        lines: the content.
+        name: path among the run's artifacts.
+    """
+    if lines:
+        run.client.log_text(run.run_id, "\n".join(lines) + "\n", name)
 
 
 def log_metrics(run: Run, metrics: Mapping[str, float], *, step: int) -> None:

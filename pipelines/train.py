@@ -36,12 +36,20 @@ from pipelines.recipes import RECIPES, Recipe
 from pipelines.resources import ResourceError, check_resources
 from pipelines.results import log_results, print_summary
 from pipelines.storage import StorageError, local_copy, require
-from pipelines.tracking import Run, finishing, log_dataset, log_metrics, start_run
+from pipelines.tracking import Run, finishing, log_dataset, log_metrics, log_text, start_run
 from pipelines.worker import Job, train_worker
-from re2tal.videos.annotations import AnnotationError
+from re2tal.detection.files import DetectionFileError
+from re2tal.detector import Detector
+from re2tal.videos.annotations import AnnotationError, summarize
 from re2tal.videos.toy import make_toy
 
-PROBLEMS = (StorageError, AnnotationError, ResourceError, UnusableVideosError)
+PROBLEMS = (
+    StorageError,
+    AnnotationError,
+    DetectionFileError,
+    ResourceError,
+    UnusableVideosError,
+)
 
 
 def parse(arguments: Sequence[str]) -> Recipe:
@@ -76,6 +84,12 @@ def _show_toy(done: int, total: int) -> None:
         print(f"  {done} of {total} videos", flush=True)
 
 
+def _show_remarks(plan: Plan) -> None:
+    if plan.remarks:
+        print(f"{len(plan.remarks)} videos do not last as long as annotated, for example:")
+        print(f"  {plan.remarks[0]}", flush=True)
+
+
 def absolute(recipe: Recipe) -> Recipe:
     """Returns the recipe with absolute paths, because workers run elsewhere; makes the toy data.
 
@@ -107,7 +121,7 @@ def absolute(recipe: Recipe) -> Recipe:
     )
 
 
-def check_model(recipe: Recipe, classes: Sequence[str]) -> None:
+def check_model(recipe: Recipe, classes: Sequence[str]) -> Detector:
     """Builds the detector once, so that weights that do not fit stop the run before it starts.
 
     Args:
@@ -121,7 +135,7 @@ def check_model(recipe: Recipe, classes: Sequence[str]) -> None:
         uri = recipe.model.weights
         weights = local_copy(uri, Path(folder)) if uri else None
         try:
-            build_detector(recipe, classes, weights)
+            return build_detector(recipe, classes, weights)
         except ValueError as problem:
             raise StorageError(str(problem)) from problem
 
@@ -184,18 +198,21 @@ def train(recipe: Recipe) -> Run:
     began = time.perf_counter()
     recipe = absolute(recipe)
     annotations = read_annotations(recipe.data)
-    check_model(recipe, annotations.classes)
+    detector = check_model(recipe, annotations.classes)
     init_ray()
     check_resources(recipe.scale)
     plan = make_plan(recipe.data, annotations)
+    _show_remarks(plan)
     run = start_run(recipe, output=Path(recipe.output))
     with finishing(run):
         log_dataset(
             run, name=recipe.name, source=str(recipe.data.annotations), digest=plan.fingerprint
         )
-        log_metrics(run, activation_metrics(recipe, plan.classes), step=0)
+        log_text(run, [summarize(annotations)], "data/summary.txt")
+        log_text(run, plan.remarks, "data/remarks.txt")
+        log_metrics(run, activation_metrics(recipe, detector), step=0)
         result = fit(recipe, plan, run)
-        log_results(plan, run, result)
+        log_results(recipe, plan, run, result)
     print_summary(recipe, plan, run, seconds=time.perf_counter() - began)
     return run
 

@@ -8,12 +8,13 @@ import torch
 import torch.distributed as dist
 
 from pipelines.data import Batch, Video
-from re2tal.detect import video_detections, window_detections
-from re2tal.detection.evaluation import MapResult, mean_average_precision
-from re2tal.detection.nms import NmsConfig
+from re2tal.detect import window_detections
+from re2tal.detection.evaluation import MapResult, average_recall, mean_average_precision
 from re2tal.detection.segments import Detections
 from re2tal.detector import Detector
 from re2tal.videos.windows import Window, WindowConfig, sliding_windows
+
+_PROPOSALS = (1, 5, 10, 100)  # numbers of proposals a video at which recall is shown
 
 
 def gather(value: Any) -> list[Any]:
@@ -50,18 +51,18 @@ def validation_share(
 
 @torch.inference_mode()
 def detect_windows(
-    detector: Detector, batches: Iterable[Batch], durations: Mapping[str, float], nms: NmsConfig
+    detector: Detector, batches: Iterable[Batch], durations: Mapping[str, float]
 ) -> tuple[dict[str, Detections], dict[str, str]]:
-    """Runs a detector over windows and merges those of each video.
+    """Runs a detector over windows and puts those of each video together.
 
     Args:
         detector: in evaluation mode.
         batches: windows; a video's may lie in several batches.
         durations: video id to seconds.
-        nms: post-processing of a video's detections.
 
     Returns:
-        Video id to its detections in seconds; video id to reason where decoding failed.
+        Video id to what its windows showed, in seconds and before non-maximum suppression; video
+        id to reason where decoding failed.
     """
     device = next(detector.parameters()).device
     found: dict[str, list[Detections]] = defaultdict(list)
@@ -72,7 +73,25 @@ def detect_windows(
         for window, detections in zip(batch.windows, raw, strict=True):
             seconds = window_detections(detections, window, durations[window.video_id])
             found[window.video_id].append(seconds)
-    return {video_id: video_detections(parts, nms) for video_id, parts in found.items()}, failures
+    return {video_id: Detections.concat(parts) for video_id, parts in found.items()}, failures
+
+
+def proposal_metrics(
+    proposals: Mapping[str, Detections], videos: Sequence[Video], classes: Sequence[str]
+) -> dict[str, float]:
+    """How many of the actions the proposals find, whatever their class, as ActivityNet counts it.
+
+    Args:
+        proposals: video id to proposals in seconds.
+        videos: annotated videos.
+        classes: class names.
+
+    Returns:
+        `val/AR/<AN>`: average recall with AN proposals a video; `val/AR_AUC`, in percent.
+    """
+    result = average_recall(ground_truth(videos, classes), proposals)
+    metrics = {f"val/AR/{n}": float(result.average_recall[n - 1]) for n in _PROPOSALS}
+    return {**metrics, "val/AR_AUC": result.auc}
 
 
 def ground_truth(videos: Sequence[Video], classes: Sequence[str]) -> dict[str, Detections]:
@@ -121,6 +140,8 @@ def evaluate(
     videos: Sequence[Video],
     classes: Sequence[str],
     thresholds: Sequence[float],
+    *,
+    ignore_ambiguous: bool = False,
 ) -> dict[str, float]:
     """Compares detections with the annotations.
 
@@ -129,11 +150,22 @@ def evaluate(
         videos: annotated videos.
         classes: class names.
         thresholds: tIoU thresholds.
+        ignore_ambiguous: see `Recipe`.
 
     Returns:
         Metrics by the names of `map_metrics`.
     """
+    ambiguous = {
+        video.annotation.video_id: torch.tensor(
+            [[i.start, i.end] for i in video.annotation.ambiguous]
+        ).reshape(-1, 2)
+        for video in videos
+    }
     result = mean_average_precision(
-        ground_truth(videos, classes), detections, num_classes=len(classes), thresholds=thresholds
+        ground_truth(videos, classes),
+        detections,
+        num_classes=len(classes),
+        thresholds=thresholds,
+        ambiguous=ambiguous if ignore_ambiguous else None,
     )
     return map_metrics(result, classes)

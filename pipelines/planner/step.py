@@ -41,8 +41,8 @@ class Workload:
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=bfloat16):
             features = detector.backbone(detector.normalized(frames))
             predicted = detector.localizer.predict(features, detector.feature_mask(mask))
-        needed: tuple[Tensor, ...] = predicted[:2]  # of an ActionFormer the logits and offsets
-        return needed
+        tensors = [part for part in predicted if isinstance(part, Tensor)]
+        return tuple(tensor for tensor in tensors if tensor.requires_grad)
 
 
 def workload_of(recipe: Recipe) -> Workload:

@@ -29,6 +29,7 @@ class Outer:
     name: str = "small"
     experiment: str = "tests"
     inner: Inner = field(default_factory=Inner)
+    part: object = field(default_factory=Inner)  # as a localizer is: one of several classes
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,9 @@ def test_flatten_names_every_leaf() -> None:
         "experiment": "tests",
         "inner.rate": 0.1,
         "inner.steps": (1, 2),
+        "part": "Inner",
+        "part.rate": 0.1,
+        "part.steps": (1, 2),
     }
 
 

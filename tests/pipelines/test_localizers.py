@@ -1,0 +1,98 @@
+"""The training loop with every localizer, and with one that lies outside the project's package."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines.activations import activation_metrics
+from pipelines.local import LocalRuntime
+from pipelines.loop import DETECTIONS_FILE, RAW_FILE, Trainer
+from pipelines.model import build_detector
+from pipelines.plan import Plan
+from pipelines.recipes import Recipe
+from re2tal.detect import detect
+from re2tal.detection.raw import read_raw
+from re2tal.detection.video_scores import VideoScores
+from re2tal.localizers.protocol import LocalizerConfig
+from re2tal.localizers.vsgn import VSGNConfig
+from re2tal.trained import load_detector
+from re2tal.videos.stitching import StitchConfig
+from tests.localizers.tiny import TinyConfig
+
+VSGN = VSGNConfig(width=16, levels=3, stem_stride=1, head_layers=1, neighbours=4)
+
+
+def run(recipe: Recipe, plan: Plan, folder: Path) -> tuple[dict[str, float], Path]:
+    """The last metrics, and the folder of the last checkpoint."""
+    runtime = LocalRuntime(recipe, plan, folder)
+    metrics = Trainer(recipe, plan, runtime, weights=None, output=folder / "output").run()
+    assert all(math.isfinite(m["train/loss"]) for _, m in runtime.history if "train/loss" in m)
+    return metrics, folder / "checkpoint"
+
+
+def with_localizer(recipe: Recipe, localizer: LocalizerConfig, **model: bool) -> Recipe:
+    return replace(recipe, model=replace(recipe.model, localizer=localizer, **model))
+
+
+@pytest.mark.parametrize("localizer", [VSGN, TinyConfig()], ids=["vsgn", "a third one"])
+def test_it_trains_detects_and_is_saved(
+    localizer: LocalizerConfig, tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path
+) -> None:
+    recipe = with_localizer(tiny_recipe, localizer)
+    metrics, checkpoint = run(recipe, tiny_plan, tmp_path)
+    assert 0 <= metrics["val/mAP"] <= 1
+    spec, detector = load_detector(checkpoint / "detector")
+    assert spec.localizer == localizer
+    found = detect(tiny_plan.validation[0].uri, spec, detector)
+    assert len(found) > 0
+    predicted = activation_metrics(recipe, build_detector(recipe, tiny_plan.classes, weights=None))
+    assert predicted["memory/predicted_activations_mb"] == pytest.approx(
+        predicted["memory/measured_activations_mb"], rel=0.05
+    )
+
+
+def test_it_trains_on_stitched_windows(
+    tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path
+) -> None:
+    window = replace(tiny_recipe.data.window, stitch=StitchConfig(enabled=True))
+    recipe = replace(tiny_recipe, data=replace(tiny_recipe.data, window=window))
+    runtime = LocalRuntime(recipe, tiny_plan, tmp_path)
+    trainer = Trainer(
+        with_localizer(recipe, VSGN), tiny_plan, runtime, weights=None, output=tmp_path / "output"
+    )
+    windows = trainer._windows(0)
+    assert any(w.copy for w in windows)
+    assert not all(w.copy for w in windows)
+    assert 0 <= trainer.run()["val/mAP"] <= 1
+
+
+@pytest.mark.parametrize("scored", [False, True], ids=["proposals", "classified"])
+def test_a_class_agnostic_detector_makes_proposals(
+    scored: bool, tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path
+) -> None:
+    recipe = replace(with_localizer(tiny_recipe, VSGN, class_agnostic=True), save_raw=True)
+    if scored:
+        classes = len(tiny_plan.classes)
+        scores = {
+            video.annotation.video_id: torch.linspace(0.1, 0.9, classes)
+            for video in tiny_plan.validation
+        }
+        recipe = replace(recipe, data=replace(recipe.data, video_scores="scores.json"))
+        tiny_plan = replace(
+            tiny_plan, video_scores=VideoScores(classes=tiny_plan.classes, scores=scores)
+        )
+    metrics, checkpoint = run(recipe, tiny_plan, tmp_path)
+    assert 0 <= metrics["val/AR_AUC"] <= 100
+    detector = load_detector(checkpoint / "detector")[1]
+    assert detector.num_classes == 1
+    rows = json.loads((checkpoint / DETECTIONS_FILE).read_text())["results"]
+    labels = {row["label"] for found in rows.values() for row in found}
+    assert labels == (set(tiny_plan.classes[-2:]) if scored else {"action"})
+    raw, classes_of_raw = read_raw(checkpoint / RAW_FILE)
+    assert classes_of_raw == ("action",)
+    assert raw.keys() == rows.keys()
+    assert all(len(raw[video]) > 0 for video in rows)
