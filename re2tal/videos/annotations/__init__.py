@@ -17,7 +17,14 @@ from re2tal.videos.annotations.collection import (
     Repair,
     VideoAnnotation,
 )
-from re2tal.videos.annotations.loading import FORMS, Form, load_annotations, read_ids
+from re2tal.videos.annotations.durations import check_durations
+from re2tal.videos.annotations.loading import (
+    FORMS,
+    Form,
+    load_annotations,
+    read_durations,
+    read_ids,
+)
 from re2tal.videos.annotations.quirks import (
     ACTIVITYNET13,
     DATASETS,
@@ -30,6 +37,7 @@ from re2tal.videos.annotations.quirks import (
     DatasetQuirks,
     Fault,
 )
+from re2tal.videos.annotations.summary import summarize
 
 __all__ = [
     "ACTIVITYNET13",
@@ -51,6 +59,9 @@ __all__ = [
     "Instance",
     "Repair",
     "VideoAnnotation",
+    "check_durations",
     "load_annotations",
+    "read_durations",
     "read_ids",
+    "summarize",
 ]

@@ -45,8 +45,9 @@ def check_video(video_id: str, raw: Any, rules: Rules) -> Checked:
     problems = list(_id_problems(video_id))
     if isinstance(raw, JsonObject):
         problems += [f"key {key!r} is there more than once" for key in raw.repeated]
-    if isinstance(raw, dict) and raw.get("duration") is None and video_id in rules.durations:
-        raw = {**raw, "duration": rules.durations[video_id]}
+    if isinstance(raw, dict) and raw.get("duration") is None:
+        known = {"duration": rules.durations[video_id]} if video_id in rules.durations else {}
+        raw = {key: value for key, value in raw.items() if key != "duration"} | known
     subset, duration = "", None
     try:
         entry = _Video.model_validate(raw)

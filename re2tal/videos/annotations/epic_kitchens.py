@@ -13,6 +13,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ FILES = {
 }
 Kind = Literal["verb", "noun", "action"]
 
+_TIMESTAMP = re.compile(r"([0-9]+):([0-5][0-9]):([0-5][0-9](?:\.[0-9]+)?)")
 _TIMES = ("narration_id", "video_id", "start_timestamp", "stop_timestamp")
 
 
@@ -86,13 +88,11 @@ def _annotation(row: Mapping[str, str], names: Mapping[str, Mapping[str, str]]) 
 
 def _seconds(timestamp: str) -> float | str:
     """`01:02:03.45` as 3723.45; what is no timestamp, as it is."""
-    parts = timestamp.split(":")
-    try:
-        hours, minutes, seconds = int(parts[0]), int(parts[1]), float(parts[2])
-    except (ValueError, IndexError):
+    match = _TIMESTAMP.fullmatch(timestamp)
+    if match is None:
         return timestamp
-    regular = len(parts) == 3 and hours >= 0 and 0 <= minutes < 60 and 0 <= seconds < 60
-    return round(hours * 3600 + minutes * 60 + seconds, 6) if regular else timestamp
+    hours, minutes, seconds = match.groups()
+    return round(int(hours) * 3600 + int(minutes) * 60 + float(seconds), 6)
 
 
 def _classes_file(folder: Path, part: str) -> Path:

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from re2tal.videos.annotations import class_files, ego4d, epic_kitchens
 from re2tal.videos.annotations.activitynet import read_activitynet
@@ -16,6 +18,9 @@ Form = Literal[
     "auto", "activitynet", "epic-verb", "epic-noun", "epic-action", "ego4d-mq", "class-files"
 ]
 FORMS: tuple[Form, ...] = get_args(Form)
+
+_Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_DURATIONS = TypeAdapter(dict[str, _Seconds])
 
 
 def load_annotations(
@@ -96,6 +101,20 @@ def read_ids(path: str | Path) -> frozenset[str]:
     if not isinstance(document, list | dict) or not all(isinstance(i, str) for i in document):
         raise AnnotationError(str(path), ["must be a list of video ids or an object keyed by them"])
     return frozenset(document)
+
+
+def read_durations(path: str | Path) -> dict[str, float]:
+    """Durations in seconds by video id, from a JSON object.
+
+    Raises:
+        AnnotationError: The file cannot be read or holds something else.
+    """
+    document = read_json(Path(path))
+    try:
+        return _DURATIONS.validate_python(document)
+    except ValidationError as error:
+        reasons = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise AnnotationError(str(path), reasons) from error
 
 
 def _reader(path: Path, form: Form) -> Callable[[Path], RawCollection]:
