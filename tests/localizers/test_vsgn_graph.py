@@ -106,9 +106,9 @@ def test_a_block_and_its_gradients_are_those_of_the_definition() -> None:
     assert not block(x, nodes).masked_select(padded).any()
 
 
-def test_neighbours_are_found_in_float32_under_autocast() -> None:
+def test_neighbours_are_found_far_from_the_origin_and_under_autocast() -> None:
     torch.manual_seed(0)
-    features = 30 + torch.randn(1, 64, 4)  # bfloat16 has steps of 1/8 there
+    features = 1000 + torch.randn(1, 64, 4)  # squares have steps of 1/8 there, and bfloat16 of 4
     nodes = Nodes.of(torch.ones(1, 64, dtype=torch.bool), 1)
     with torch.autocast("cpu", torch.bfloat16):
         found = nearest(features, nodes, 12)
