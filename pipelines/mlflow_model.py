@@ -21,12 +21,14 @@ class DetectorModel(PythonModel):
         """Reads the saved detector that was logged with the model."""
         self.spec, self.detector = load_detector(context.artifacts["detector"])
 
-    def predict(
+    # MLflow reads these annotations: it checks the input by them, and warns of any that it does
+    # not know, such as a data frame.
+    def predict(  # type: ignore[no-untyped-def]
         self,
-        context: Any,  # noqa: ARG002 - MLflow calls it with these three
+        context,  # noqa: ARG002 - MLflow calls it with these three
         model_input: list[str],
-        params: dict[str, Any] | None = None,  # noqa: ARG002
-    ) -> Any:  # a data frame, which MLflow cannot check
+        params=None,  # noqa: ARG002
+    ):
         """Detects actions.
 
         Args:

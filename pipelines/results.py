@@ -14,14 +14,17 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.checkpoints import DETECTOR_FOLDER
+from pipelines.diagnosis_figures import pictures as diagnosis_pictures
 from pipelines.figures import curves, timelines
-from pipelines.loop import DETECTIONS_FILE
+from pipelines.loop import DETECTIONS_FILE, RAW_FILE
 from pipelines.model import reported_classes
 from pipelines.plan import Plan
 from pipelines.progress import duration
 from pipelines.recipes import Recipe
 from pipelines.tracking import Run, log_metrics
 from pipelines.validation import ground_truth
+from re2tal.detection.diagnosis import ACTIVITYNET, THUMOS, diagnose, tables
+from re2tal.detection.diagnosis import metrics as diagnosis_metrics
 from re2tal.detection.files import read_detections
 from re2tal.detection.segments import Detections
 
@@ -89,6 +92,36 @@ def log_pictures(run: Run, plan: Plan, detections: Mapping[str, Detections]) -> 
     client.log_figure(run.run_id, timelines(videos, plan.classes), "pictures/timelines.png")
 
 
+def log_diagnosis(
+    recipe: Recipe, plan: Plan, run: Run, detections: Mapping[str, Detections]
+) -> None:
+    """Logs what kinds of errors there are, what mAP depends on and what is missed.
+
+    Metrics and pictures, and the numbers behind them as `diagnosis/<table>.json`.
+
+    Args:
+        recipe: the run's configuration.
+        plan: classes and validation videos.
+        run: where to.
+        detections: of the best checkpoint, in seconds.
+    """
+    # DETAD has bins for two data sets: actions of minutes in short videos, and of seconds in long.
+    long_actions = recipe.data.dataset in {"activitynet-1.3", "hacs-segments"}
+    diagnosis = diagnose(
+        ground_truth(plan.validation, plan.classes),
+        detections,
+        {v.annotation.video_id: v.annotation.duration for v in plan.validation},
+        num_classes=len(plan.classes),
+        thresholds=recipe.thresholds,
+        characteristics=ACTIVITYNET if long_actions else THUMOS,
+    )
+    log_metrics(run, diagnosis_metrics(diagnosis), step=0)
+    for name, table in tables(diagnosis).items():
+        run.client.log_dict(run.run_id, {"rows": table}, f"diagnosis/{name}.json")
+    for name, figure in diagnosis_pictures(diagnosis).items():
+        run.client.log_figure(run.run_id, figure, f"pictures/diagnosis_{name}.png")
+
+
 def log_results(recipe: Recipe, plan: Plan, run: Run, result: ray.train.Result) -> None:
     """Logs the best checkpoint as a model, its detections, pictures and what its errors are.
 
@@ -107,10 +140,13 @@ def log_results(recipe: Recipe, plan: Plan, run: Run, result: ray.train.Result) 
         failures = Path(scratch) / "unusable_videos.json"
         failures.write_text(json.dumps(dict(plan.failures), indent=2))
         client.log_artifact(run.run_id, str(failures))
+        if recipe.save_raw:
+            client.log_artifact(run.run_id, str(Path(folder) / RAW_FILE))
         client.set_tag(run.run_id, "model.uri", log_model(run, Path(folder) / DETECTOR_FOLDER))
     epoch = metrics["epoch"]
     log_metrics(run, {"best/mAP": metrics["val/mAP"], "best/epoch": epoch}, step=epoch)
     log_pictures(run, plan, detections)
+    log_diagnosis(recipe, plan, run, detections)
 
 
 def _open_command(run: Run) -> str:

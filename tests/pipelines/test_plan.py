@@ -11,6 +11,7 @@ import pytest
 from pipelines.plan import UnusableVideosError, check_failures, make_plan, read_annotations
 from pipelines.recipes import DataConfig, Recipe
 from pipelines.storage import StorageError
+from re2tal.detection import DetectionFileError
 from re2tal.videos.annotations import AnnotationError
 
 
@@ -90,3 +91,72 @@ def test_a_subset_without_a_usable_video_is_an_error(damaged: DataConfig) -> Non
     config = replace(damaged, max_failed=0.9)
     with pytest.raises(UnusableVideosError, match=r"No usable video in subset 'training'"):
         make_plan(config, read_annotations(config))
+
+
+def changed(config: DataConfig, folder: Path, **duration: float) -> DataConfig:
+    """The data set with other annotated durations, which its files do not have."""
+    document = json.loads(Path(str(config.annotations)).read_text())
+    for video_id, seconds in duration.items():
+        document["database"][video_id]["duration"] = seconds
+        document["database"][video_id]["annotations"].append(
+            {"segment": [seconds - 1, seconds + 5], "label": "spin"}
+        )
+    path = folder / "annotations.json"
+    path.write_text(json.dumps(document))
+    return replace(config, annotations=str(path))
+
+
+def test_quirks_of_the_data_set_and_a_list_of_videos_to_exclude(
+    tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    config = changed(tiny_recipe.data, tmp_path, toy_000=30.0)
+    with pytest.raises(AnnotationError, match="reaches past"):
+        read_annotations(config)
+    plain = read_annotations(tiny_recipe.data)
+    repaired = read_annotations(replace(config, dataset="activitynet-1.3"))
+    assert len(repaired.repairs) == 1
+    listed = tmp_path / "missing.txt"
+    listed.write_text("toy_000\n")
+    rest = read_annotations(replace(config, exclude=str(listed)))
+    assert {v.video_id for v in plain.videos} - {v.video_id for v in rest.videos} == {"toy_000"}
+    assert len({a.fingerprint for a in (plain, repaired, rest)}) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_instance")
+def test_files_that_do_not_last_as_long_as_annotated_are_remarked(
+    tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    config = replace(changed(tiny_recipe.data, tmp_path, toy_001=30.0), dataset="activitynet-1.3")
+    plan = make_plan(config, read_annotations(config))
+    (remark,) = plan.remarks
+    assert "toy_001" in remark
+    assert "30 s" in remark
+    assert make_plan(tiny_recipe.data, read_annotations(tiny_recipe.data)).remarks == ()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_instance")
+def test_every_validation_video_needs_its_external_scores(
+    tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    annotations = read_annotations(tiny_recipe.data)
+    names = list(reversed(annotations.classes))
+    videos = [video.video_id for video in annotations.subset("validation").videos]
+    path = tmp_path / "scores.json"
+    config = replace(tiny_recipe.data, video_scores=str(path))
+    results = {f"v_{video}": [0.1 * i for i in range(len(names))] for video in videos}
+    path.write_text(json.dumps({"class": names, "results": results}))
+    scores = make_plan(config, annotations).video_scores
+    assert scores is not None
+    assert scores.classes == annotations.classes
+    found = scores.get(videos[0])
+    assert found is not None
+    assert int(found.argmax()) == 0  # the file has the classes in another order
+    del results[f"v_{videos[0]}"]
+    path.write_text(json.dumps({"class": names, "results": results}))
+    with pytest.raises(UnusableVideosError, match=videos[0]):
+        make_plan(config, annotations)
+    path.write_text(json.dumps({"class": names[1:], "results": results}))
+    with pytest.raises(DetectionFileError, match="is missing"):
+        make_plan(config, annotations)

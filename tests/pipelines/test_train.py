@@ -104,7 +104,20 @@ def test_the_run_in_mlflow_is_complete(finished: tuple[Path, str], tiny_set: Pat
     assert len(epochs) == 2
     assert [m.step for m in steps] == list(range(1, len(steps) + 1))
     pictures = {f.path for f in client.list_artifacts(run.info.run_id, "pictures")}
-    assert pictures == {"pictures/curves.png", "pictures/timelines.png"}
+    assert pictures == {
+        f"pictures/{name}.png"
+        for name in (
+            "curves",
+            "timelines",
+            "diagnosis_false_positives",
+            "diagnosis_sensitivity",
+            "diagnosis_false_negatives",
+        )
+    }
+    assert "diagnosis/missed" in metrics
+    tables = {f.path for f in client.list_artifacts(run.info.run_id, "diagnosis")}
+    assert {"diagnosis/false_positives.json", "diagnosis/sensitivity.json"} <= tables
+    assert {f.path for f in client.list_artifacts(run.info.run_id, "data")} == {"data/summary.txt"}
     files = {f.path for f in client.list_artifacts(run.info.run_id)}
     assert {"detections.json", "unusable_videos.json"} <= files
 
