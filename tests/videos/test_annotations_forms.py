@@ -112,6 +112,7 @@ def test_epic_kitchens_rows_are_named_by_their_narration(tmp_path: Path) -> None
         row("P01_01", 2, "00:00:01.00", "00:00:02.00", 77, 1),
         row("P09_09", 0, "00:00:01.00", "00:00:02.00", 3, 1),
         row("P02_11", 5, "00:00:00.10", "00:00:00.20", 3, 1),
+        "P01_01_7,P01,P01_01,00:00:00.560,00:00:01.00,00:00:02.00",  # cut short
     )
     path = epic(tmp_path, **{"EPIC_100_train.csv": "\n".join(rows)})
     found = problems_of(path, form="epic-verb")
@@ -121,6 +122,7 @@ def test_epic_kitchens_rows_are_named_by_their_narration(tmp_path: Path) -> None
         "video 'P01_01': annotation 'P01_01_1'.segment[0]: input should be a valid number",
         "video 'P01_01': annotation 'P01_01_1'.segment[1]: input should be a valid number",
         "video 'P01_01': annotation 'P01_01_2'.label: is not a known class (found '(class 77)')",
+        "video 'P01_01': annotation 'P01_01_7'.label: is not a known class (found '(class )')",
         "video 'P09_09': duration: is missing",
     ]
     assert len(found) == len(expected)
@@ -291,3 +293,5 @@ def test_class_files_of_the_thumos_family(tmp_path: Path) -> None:
 def test_folders_that_hold_no_annotations(tmp_path: Path) -> None:
     assert "no data set that is known" in problems_of(tmp_path)[0]
     assert "no text file of a class" in problems_of(tmp_path, form="class-files")[0]
+    with pytest.raises(ValueError, match=r"no form 'epic'.*epic-verb"):
+        load_annotations(tmp_path, form="epic")  # type: ignore[arg-type]

@@ -252,7 +252,13 @@ def test_the_fingerprint_tells_what_was_done_but_not_how_it_is_worded(tmp_path: 
     reworded = replace(clipped, repairs=(replace(repair, reason="was late"),))
     assert reworded.fingerprint == clipped.fingerprint
     excluded = load_annotations(write(tmp_path, database), quirks=EVERYTHING, exclude=["b"])
-    assert excluded.fingerprint != clipped.subset("training").fingerprint
+    alone = load_annotations(write(tmp_path, {"a": database["a"]}), quirks=EVERYTHING)
+    assert excluded.videos == alone.videos
+    assert excluded.fingerprint != alone.fingerprint
+    unclear = {"a": video(action(1, 2), action(5, 10), action(3, 4, "Ambiguous"))}
+    apart = load_annotations(write(tmp_path, database | unclear), quirks=THUMOS14)
+    assert apart.classes == plain.classes
+    assert apart.fingerprint != plain.fingerprint
     # what needs no treatment has the fingerprint that it had before there was any
     content = [
         ["run"],

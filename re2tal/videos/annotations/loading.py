@@ -119,16 +119,23 @@ def read_durations(path: str | Path) -> dict[str, float]:
 
 def _reader(path: Path, form: Form) -> Callable[[Path], RawCollection]:
     """The function that reads this form."""
-    if form == "auto":
-        form = _recognise(path)
-    if form == "ego4d-mq":
-        return ego4d.read_ego4d
-    if form == "class-files":
-        return class_files.read_class_files
-    if form in {"epic-verb", "epic-noun", "epic-action"}:
-        kind: epic_kitchens.Kind = form.removeprefix("epic-")  # type: ignore[assignment]
-        return partial(epic_kitchens.read_epic_kitchens, kind=kind)
-    return read_activitynet
+    match form:
+        case "auto":
+            return _reader(path, _recognise(path))
+        case "activitynet":
+            return read_activitynet
+        case "ego4d-mq":
+            return ego4d.read_ego4d
+        case "class-files":
+            return class_files.read_class_files
+        case "epic-verb":
+            return partial(epic_kitchens.read_epic_kitchens, kind="verb")
+        case "epic-noun":
+            return partial(epic_kitchens.read_epic_kitchens, kind="noun")
+        case "epic-action":
+            return partial(epic_kitchens.read_epic_kitchens, kind="action")
+        case _:
+            raise ValueError(f"There is no form {form!r}. Give one of {', '.join(FORMS)}.")
 
 
 def _recognise(path: Path) -> Form:
