@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from re2tal.detection import Detections, mean_average_precision
+from re2tal.detection.benchmarks.evaluation import ACTIVITYNET, THUMOS, Workload, sequential
+from re2tal.detection.evaluation import matching
 
 THRESHOLDS = (0.3, 0.5, 0.7, 1.0)
 Truth = dict[str, list[tuple[float, float, int]]]
 Found = dict[str, list[tuple[float, float, float, int]]]
+Spans = dict[str, list[tuple[float, float]]]
 
 
 def truth_of(videos: Truth) -> dict[str, Detections]:
@@ -34,7 +38,9 @@ def slow_overlap(a: tuple[float, float], b: tuple[float, float]) -> float:
     return shared / union if union else math.inf
 
 
-def slow_average_precision(truth: Truth, found: Found, label: int, threshold: float) -> float:
+def slow_average_precision(
+    truth: Truth, found: Found, label: int, threshold: float, ambiguous: Spans
+) -> float:
     """One prediction at a time, and the curve as lists of points."""
     total = sum(row[2] == label for rows in truth.values() for row in rows)
     if total == 0:
@@ -47,8 +53,8 @@ def slow_average_precision(truth: Truth, found: Found, label: int, threshold: fl
     ]
     guesses.sort(key=lambda guess: -guess[0])  # stable
     taken: set[tuple[str, int]] = set()
-    recalls, precisions, right = [0.0], [0.0], 0
-    for visited, (_, video, guess) in enumerate(guesses, start=1):
+    recalls, precisions, right, wrong = [0.0], [0.0], 0, 0
+    for _, video, guess in guesses:
         options = [
             (slow_overlap(guess, (start, end)), -index)
             for index, (start, end, of) in enumerate(truth.get(video, []))
@@ -58,8 +64,12 @@ def slow_average_precision(truth: Truth, found: Found, label: int, threshold: fl
         if options:
             taken.add((video, -max(options)[1]))
             right += 1
+        elif any(min(guess[1], e) > max(guess[0], s) for s, e in ambiguous.get(video, [])):
+            continue
+        else:
+            wrong += 1
         recalls.append(right / total)
-        precisions.append(right / visited)
+        precisions.append(right / (right + wrong))
     recalls.append(1.0)
     precisions.append(0.0)
     area = 0.0
@@ -75,25 +85,63 @@ guessed = st.tuples(times, st.integers(0, 5), st.integers(0, 2)).map(
     lambda t: (*t[0], t[1] / 5, t[2])
 )
 names = st.sampled_from(["a", "b", "c"])
+any_name = st.sampled_from(["a", "b", "c", "unknown"])
 
 
 @settings(deadline=None, max_examples=150)
 @given(
     st.dictionaries(names, st.lists(actual, max_size=5)),
-    st.dictionaries(st.sampled_from(["a", "b", "c", "unknown"]), st.lists(guessed, max_size=8)),
+    st.dictionaries(any_name, st.lists(guessed, max_size=8)),
+    st.dictionaries(any_name, st.lists(times, max_size=2)),
+    st.sets(st.sampled_from(["b", "c", "unknown", "never seen"])),
 )
-def test_equals_one_prediction_at_a_time(truth: Truth, found: Found) -> None:
-    if not any(truth.values()):
+def test_equals_one_prediction_at_a_time(
+    truth: Truth, found: Found, ambiguous: Spans, exclude: set[str]
+) -> None:
+    if not truth.get("a"):
         truth["a"] = [(0.0, 1.0, 0)]
     result = mean_average_precision(
-        truth_of(truth), found_of(found), num_classes=4, thresholds=THRESHOLDS
+        truth_of(truth),
+        found_of(found),
+        num_classes=4,
+        thresholds=THRESHOLDS,
+        ambiguous={v: torch.tensor(rows).reshape(-1, 2) for v, rows in ambiguous.items()},
+        exclude=exclude,
     )
+    truth = {video: instances for video, instances in truth.items() if video not in exclude}
+    found = {video: guesses for video, guesses in found.items() if video not in exclude}
     slow = np.array(
-        [[slow_average_precision(truth, found, c, t) for c in range(4)] for t in THRESHOLDS]
+        [
+            [slow_average_precision(truth, found, c, t, ambiguous) for c in range(4)]
+            for t in THRESHOLDS
+        ]
     )
     np.testing.assert_allclose(result.per_class, slow, atol=1e-12)
     np.testing.assert_allclose(result.mAP, np.nanmean(slow, axis=1), atol=1e-12)
     assert result.average == pytest.approx(np.nanmean(slow))
+
+
+@pytest.mark.parametrize(
+    "load", [THUMOS, pytest.param(ACTIVITYNET, marks=pytest.mark.slow)], ids=["thumos", "anet"]
+)
+def test_whole_test_sets_equal_one_prediction_at_a_time(load: Workload) -> None:
+    truth, found = load.build()
+    assert sum(len(part) for part in truth.values()) == load.instances
+    result = mean_average_precision(
+        truth, found, num_classes=load.classes, thresholds=load.thresholds
+    )
+    slow = sequential(truth, found, num_classes=load.classes, thresholds=load.thresholds)
+    assert 0.05 < result.average < 0.95
+    np.testing.assert_allclose(result.per_class, slow, atol=1e-9)
+
+
+def test_the_chunks_of_pairs_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    truth, found = replace(THUMOS, videos=3, instances=40, classes=2).build()
+    whole = mean_average_precision(truth, found, num_classes=2, thresholds=THRESHOLDS)
+    for chunk in (2, 19, 1000):
+        monkeypatch.setattr(matching, "_CHUNK", chunk)
+        parts = mean_average_precision(truth, found, num_classes=2, thresholds=THRESHOLDS)
+        assert np.array_equal(parts.per_class, whole.per_class)
 
 
 def score(truth: Truth, found: Found, threshold: float = 0.5) -> float:
@@ -140,14 +188,86 @@ def test_classes_without_truth_do_not_enter_the_mean() -> None:
     assert result.mAP.tolist() == [1.0]
 
 
+def test_infinite_scores_come_first_and_last() -> None:
+    truth: Truth = {"a": [(0, 10, 0), (20, 30, 0)]}
+    found: Found = {
+        "a": [(0, 10, -math.inf, 0), (20, 30, math.inf, 0), (50, 60, 1e30, 0), (60, 70, -1e30, 0)]
+    }
+    assert score(truth, found) == pytest.approx(0.5 + 0.5 * 2 / 4)
+
+
+def test_reversed_segments_are_instants() -> None:
+    truth: Truth = {"a": [(0, 10, 0)], "b": [(7, 3, 1)]}
+    assert score(truth, {"a": [(10, 0, 0.9, 0)]}) == 0.0
+    assert score(truth, {"b": [(1, 1, 0.9, 1)]}) == 0.5
+
+
+def test_equal_scores_keep_their_order() -> None:
+    truth: Truth = {"a": [(0, 10, 0)]}
+    right, wrong = (0, 10, 0.5, 0), (20, 30, 0.5, 0)
+    assert score(truth, {"a": [right, wrong]}) == 1.0
+    assert score(truth, {"a": [wrong, right]}) == 0.5
+    assert score(truth, {"x": [wrong], "a": [right]}) == 0.5
+
+
+def test_false_positives_on_ambiguous_segments_do_not_count() -> None:
+    truth = truth_of({"a": [(0, 10, 0)], "b": []})
+    found = found_of(
+        {"a": [(49, 51, 0.9, 2), (9, 14, 0.8, 0), (0, 10, 0.7, 0)], "b": [(0, 1, 0.75, 0)]}
+    )
+
+    def precision(ambiguous: dict[str, torch.Tensor]) -> float:
+        return mean_average_precision(
+            truth, found, num_classes=3, thresholds=[0.5], ambiguous=ambiguous
+        ).average
+
+    assert precision({}) == pytest.approx(1 / 3)
+    # However little is shared; true positives on them stay; other videos do not matter.
+    assert precision({"a": torch.tensor([[13.9, 20.0], [0.0, 5.0]])}) == pytest.approx(1 / 2)
+    assert precision({"a": torch.tensor([[14.0, 20.0]])}) == pytest.approx(1 / 3)
+    assert precision({"c": torch.tensor([[0.0, 90.0]])}) == pytest.approx(1 / 3)
+    everything = torch.tensor([[0.0, 90.0]])
+    assert precision({"a": everything, "b": everything}) == 1.0
+    with pytest.raises(ValueError, match="ambiguous segments of video 'a' have a segment that is"):
+        precision({"a": torch.tensor([[0.0, math.nan]])})
+
+
+def test_excluded_videos_count_nowhere() -> None:
+    truth = truth_of({"a": [(0, 10, 0)], "b": [(0, 10, 0)]})
+    found = found_of({"b": [(90, 99, 0.9, 0)], "a": [(0, 10, 0.8, 0)]})
+
+    def precision(*exclude: str) -> float:
+        return mean_average_precision(
+            truth, found, num_classes=1, thresholds=[0.5], exclude=exclude
+        ).average
+
+    assert precision() == pytest.approx(1 / 4)
+    assert precision("b", "never seen") == 1.0
+    with pytest.raises(ValueError, match="no ground truth in any of the 0 videos"):
+        precision("a", "b")
+
+
+def test_tensors_that_do_not_fit_are_refused() -> None:
+    class Odd:
+        segments, labels = torch.zeros(2, 2), torch.zeros(1, dtype=torch.int64)
+
+    with pytest.raises(ValueError, match="ground truth of video 'a' have 2 segments but 1 labels"):
+        mean_average_precision({"a": Odd()}, {}, num_classes=1, thresholds=[0.5])
+
+
 @pytest.mark.parametrize(
     ("truth", "found", "message"),
     [
         ({"a": []}, {}, "no ground truth"),
         ({"a": [(0, 1, 3)]}, {}, "ground truth of video 'a' have labels"),
         ({"a": [(0, 1, 0)]}, {"b": [(0, 1, 0.5, -1)]}, "predictions of video 'b' have labels"),
-        ({"a": [(0, 1, 0)]}, {"b": [(0, 1, math.nan, 0)]}, "not a number"),
-        ({"a": [(0, math.inf, 0)]}, {}, "not finite"),
+        ({"a": [(0, 1, 0)]}, {"b": [(0, 1, math.nan, 0)]}, "video 'b' have a score that is not"),
+        ({"a": [(0, math.inf, 0)]}, {}, "ground truth of video 'a' have a segment that is not"),
+        (
+            {"a": [(0, 1, 0)]},
+            {"a": [(0, 1, 0.5, 0)], "b": [(0, 1, 0.5, 0), (math.nan, 1, 0.5, 0)]},
+            "predictions of video 'b' have a segment that is not finite",
+        ),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(truth: Truth, found: Found, message: str) -> None:

@@ -111,12 +111,12 @@ def first_ranks(pairs: Pairs, groups: Ints, *, num_actual: int, levels: Floats) 
         levels: `(K,)` tIoU thresholds.
 
     Returns:
-        `(K, N)`; P where no prediction covers the instance.
+        `(K, N)`; the largest int64, beyond any budget, where no prediction covers the instance.
     """
     order = np.argsort(groups, kind="stable")
     ranks = np.empty(len(groups), dtype=np.int64)
     ranks[order] = np.arange(len(groups)) - np.searchsorted(groups[order], groups[order])
-    first = np.full((len(levels), num_actual), len(groups), dtype=np.int64)
+    first = np.full((len(levels), num_actual), np.iinfo(np.int64).max)
     for level, of_level in zip(levels, first, strict=True):
         enough = pairs.overlap >= level
         np.minimum.at(of_level, pairs.actual[enough], ranks[pairs.found[enough]])

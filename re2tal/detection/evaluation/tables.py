@@ -98,11 +98,11 @@ def tabulate_segments(
     parts: Mapping[str, Tensor], numbers: Mapping[str, int], *, what: str
 ) -> tuple[Floats, Ints]:
     """Segments `(N, 2)` of videos that have a number, and these `(N,)`; refuses infinite ones."""
-    counts = [len(part) for part in parts.values()]
+    counts = [part.shape[0] for part in parts.values()]
     videos = np.array([numbers[name] for name in parts], dtype=np.int64).repeat(counts)
     segments = _column(list(parts.values()), shape=(-1, 2))
-    infinite = ~np.isfinite(segments).all(axis=1)
-    _refuse(infinite, videos, numbers, f"The {what}", "a segment that is not finite")
+    finite = np.isfinite(segments[:, 0]) & np.isfinite(segments[:, 1])
+    _refuse(~finite, videos, numbers, f"The {what}", "a segment that is not finite")
     return segments, videos
 
 
@@ -113,10 +113,10 @@ def _table(
     what: str,
 ) -> Table:
     for name, part in parts.items():
-        if len(part.segments) != len(part.labels):
+        sizes = part.segments.shape[0], part.labels.shape[0]
+        if sizes[0] != sizes[1]:
             raise ValueError(
-                f"The {what} of video {name!r} have {len(part.segments)} segments but "
-                f"{len(part.labels)} labels."
+                f"The {what} of video {name!r} have {sizes[0]} segments but {sizes[1]} labels."
             )
     segments, videos = tabulate_segments(
         {name: part.segments for name, part in parts.items()}, numbers, what=what
@@ -133,8 +133,8 @@ def _column(parts: Sequence[Tensor], shape: tuple[int, ...]) -> Floats:
     """All parts, one after the other, in float64: exact for any label or score there is."""
     if not parts:
         return np.zeros([max(size, 0) for size in shape])
-    whole = torch.cat([part.reshape(shape).detach().cpu() for part in parts])
-    return whole.double().numpy()
+    whole = torch.cat([part.reshape(shape).cpu() for part in parts])
+    return whole.detach().double().numpy()
 
 
 def _refuse(
