@@ -16,7 +16,8 @@ class Instances:
 
     Attributes:
         segments: `(B, N, 2)` float32 in feature-grid units.
-        labels: `(B, N)` int64, -1 where a sample has fewer.
+        labels: `(B, N)` int64, -1 where a sample has fewer; the segment there is an instant, which
+            overlaps nothing.
     """
 
     segments: Tensor
@@ -60,8 +61,7 @@ def match(segments: Tensor, valid: Tensor, instances: Instances, threshold: floa
         threshold: tIoU.
     """
     overlap = tiou(segments[:, :, None], instances.segments[:, None])  # (B, A, N)
-    counts = valid[:, :, None] & (instances.labels >= 0)[:, None]
-    overlap = torch.where(counts, overlap, 0)
+    overlap = torch.where(valid[:, :, None], overlap, 0)
     best, chosen = overlap.max(dim=2)
     unsurpassed = (overlap == overlap.amax(dim=1, keepdim=True)).logical_and(overlap > 0)
     positive = (best >= threshold) | unsurpassed.any(dim=2)
