@@ -195,6 +195,13 @@ def test_classes_follow_where_anchors_are_moved_to() -> None:
     assert losses["adjustment"].item() == pytest.approx(1 - 11.25 / 12.25)
     (gradient,) = torch.autograd.grad(losses["adjustment"], onto)
     assert gradient.any()  # the adjustment trains the regression, too
+    partly = onto.detach().clone()
+    partly[:, ::2] = torch.tensor([8.0, 15.5])  # overlaps enough to be classified, not adjusted
+    losses = model._losses(
+        predicted._replace(segments=partly, adjusted=partly, logits=logits), mask, [action]
+    )
+    assert losses["classification"] < 1e-3
+    assert losses["adjustment"].item() == pytest.approx(0.5 / 12)
     heavier = built(replace(SMALL, supplementary_weight=0.4))
     more, less = heavier(features, mask, [action]), model(features, mask, [action])
     for term in LOSSES:
