@@ -95,7 +95,7 @@ def assign(
         ValueError: If a label is not one of the K.
     """
     device = points.times.device
-    segments, labels = _padded(targets, num_classes, device)
+    segments, labels = pad_targets(targets, num_classes, device)
     start, end = segments[:, None, :, 0], segments[:, None, :, 1]  # (B, 1, N)
     time = points.times[None, :, None]
     reach = radius * points.strides[None, :, None]
@@ -123,10 +123,22 @@ def assign(
     )
 
 
-def _padded(
+def pad_targets(
     targets: Sequence[Targets], num_classes: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Segments `(B, N, 2)` and labels `(B, N)`, -1 where padded; N is at least one."""
+    """The targets of a batch as tensors.
+
+    Args:
+        targets: of B samples the instances.
+        num_classes: K.
+        device: where the tensors go.
+
+    Returns:
+        Segments `(B, N, 2)` float32 and labels `(B, N)`, -1 where padded; N is at least one.
+
+    Raises:
+        ValueError: If a label is not one of the K.
+    """
     for target in targets:
         wrong = target.labels[(target.labels < 0) | (target.labels >= num_classes)]
         if len(wrong):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.detection.segments import Detections
-from re2tal.localizers.points import _padded
+from re2tal.localizers.points import pad_targets
 from re2tal.localizers.protocol import Losses, Targets
 from re2tal.localizers.vsgn.adjustment import BoundaryAdjustment, inside_window
 from re2tal.localizers.vsgn.anchors import Anchors, make_anchors
@@ -190,7 +190,7 @@ class VSGN(nn.Module):
 
     def _losses(self, predicted: Prediction, mask: Tensor, targets: Sequence[Targets]) -> Losses:
         config, valid = self.config, predicted.valid
-        segments, labels = _padded(targets, self.num_classes, mask.device)
+        segments, labels = pad_targets(targets, self.num_classes, mask.device)
         instances = Instances(segments=segments, labels=labels)
         original = match(predicted.anchors.segments[None], valid, instances, config.match_tiou)
         # Classes are those of where the anchors are moved to, not of where they start from.
