@@ -78,9 +78,9 @@ def test_a_hand_made_prediction_of_each_kind(kind: Kind) -> None:
 def test_an_overlap_of_exactly_the_threshold_counts() -> None:
     truth = [("a", 0.0, 10.0, 0), *[("c", 20.0 * i, 20.0 * i + 9, 1) for i in range(9)]]
     guesses = [("a", 0.0, 5.0, 1, 0.5), ("a", 0.0, 4.99, 1, 0.5), ("a", 0.0, 1.0, 1, 0.5)]
-    guesses += [("a", 0.0, 0.99, 1, 0.5)]
+    guesses += [("a", 0.0, 0.99, 1, 0.5), ("a", 0.0, 5.0, 0, 0.5)]
     counts = run(truth, guesses).false_positives.counts[0, 0]
-    np.testing.assert_array_equal(counts, [0, 0, 1, 0, 2, 1])
+    np.testing.assert_array_equal(counts, [1, 0, 1, 0, 2, 1])
 
 
 def test_what_removing_an_error_gains_by_hand() -> None:
