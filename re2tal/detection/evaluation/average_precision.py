@@ -34,7 +34,7 @@ import numpy as np
 from torch import Tensor
 
 from re2tal.detection.evaluation.matching import checked_levels, match, overlapping
-from re2tal.detection.evaluation.tables import Bools, Floats, Tables, tabulate, tabulate_segments
+from re2tal.detection.evaluation.tables import Floats, Ints, Tables, tabulate, tabulate_segments
 from re2tal.detection.segments import Detections, LabelledSegments
 
 
@@ -88,54 +88,63 @@ def mean_average_precision(
     levels = checked_levels(thresholds)
     tables = tabulate(truth, predictions, num_classes=num_classes, exclude=exclude)
     actual, found = tables.actual, tables.found
+    of_found, of_actual = tables.groups()
     pairs = overlapping(
-        (found.segments, found.videos * num_classes + found.labels),
-        (actual.segments, actual.videos * num_classes + actual.labels),
+        (found.segments, of_found),
+        (actual.segments, of_actual),
         least=float(levels.min()),
         instants=np.inf,
     )
-    hits = match(pairs, num_found=len(found), num_actual=len(actual), levels=levels) >= 0
-    counted = hits | ~_touching(tables, ambiguous or {})
-
-    by_class = np.argsort(found.labels, kind="stable")
-    starts = np.searchsorted(found.labels[by_class], np.arange(num_classes + 1))
+    ignored = _touching(tables, ambiguous or {})
+    starts = np.searchsorted(found.labels, np.arange(num_classes + 1))
     counts = np.bincount(actual.labels, minlength=num_classes)
-    per_class = np.full((len(levels), num_classes), np.nan)
-    for label in np.flatnonzero(counts):
-        rows = by_class[starts[label] : starts[label + 1]]
-        per_class[:, label] = _interpolated_average_precision(
-            hits[:, rows], counted[:, rows], counts[label]
-        )
+    taken = match(pairs, num_found=len(found), num_actual=len(actual), levels=levels)
+    per_class = np.stack(
+        [
+            _average_precision(np.sort(pairs.found[of_level]), ignored, starts, counts)
+            for of_level in taken
+        ]
+    )
     means = np.nanmean(per_class, axis=1)
     return MapResult(thresholds=levels, per_class=per_class, mAP=means, average=float(means.mean()))
 
 
-def _touching(tables: Tables, ambiguous: Mapping[str, Tensor]) -> Bools:
-    """Which predictions `(P,)` share time with an ambiguous segment of their video."""
+def _touching(tables: Tables, ambiguous: Mapping[str, Tensor]) -> Ints:
+    """Which predictions share time with an ambiguous segment of their video, by row."""
     known = {video: part for video, part in ambiguous.items() if video in tables.numbers}
-    touching = np.zeros(len(tables.found), dtype=bool)
     pairs = overlapping(
         (tables.found.segments, tables.found.videos),
         tabulate_segments(known, tables.numbers, what="ambiguous segments"),
         least=np.nextafter(0.0, 1.0),
         instants=0.0,
     )
-    touching[pairs.found] = True
-    return touching
+    return np.unique(pairs.found)
 
 
-def _interpolated_average_precision(hits: Bools, counted: Bools, count: int) -> Floats:
-    """Area under the interpolated precision-recall curve.
+def _average_precision(hits: Ints, ignored: Ints, starts: Ints, counts: Ints) -> Floats:
+    """Area under the interpolated precision-recall curve of each class.
+
+    Only true positives matter, and how many predictions were visited when each was found: between
+    two of them recall stands still and precision falls.
 
     Args:
-        hits: `(K, P)` whether each prediction, by falling score, is a true positive.
-        counted: `(K, P)` whether it is a true or a false positive.
-        count: instances in the ground truth, at least one.
+        hits: rows of the true positives, rising, in a table by class and falling score.
+        ignored: rows that do not count unless they are `hits`, rising.
+        starts: `(C + 1,)` rows where the classes start.
+        counts: `(C,)` instances in the ground truth.
 
     Returns:
-        `(K,)` average precision.
+        `(C,)` average precision; nan without ground truth.
     """
-    precision = hits.cumsum(axis=1) / counted.cumsum(axis=1).clip(min=1)
-    # Interpolation: at each recall the best precision at that recall or a higher one.
-    best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    return np.where(hits, best, 0.0).sum(axis=1) / count
+    label = np.searchsorted(starts, hits, side="right") - 1
+    bounds = np.searchsorted(hits, starts)
+    found = np.arange(1, len(hits) + 1) - bounds[label]
+    skipped = np.setdiff1d(ignored, hits, assume_unique=True)
+    earlier = np.searchsorted(skipped, hits) - np.searchsorted(skipped, starts)[label]
+    precision = found / (hits - starts[label] + 1 - earlier)
+    area = np.full(len(counts), np.nan)
+    for of_class in np.flatnonzero(counts):
+        part = precision[bounds[of_class] : bounds[of_class + 1]]
+        # Interpolation: at each recall the best precision at that recall or a higher one.
+        area[of_class] = np.maximum.accumulate(part[::-1]).sum() / counts[of_class]
+    return area

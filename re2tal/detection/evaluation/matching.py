@@ -64,8 +64,8 @@ def overlapping(
     return Pairs(found=columns[0], actual=columns[1], overlap=columns[2])
 
 
-def match(pairs: Pairs, *, num_found: int, num_actual: int, levels: Floats) -> Ints:
-    """The instance that each prediction takes, with predictions served in their order.
+def match(pairs: Pairs, *, num_found: int, num_actual: int, levels: Floats) -> list[Ints]:
+    """Gives each prediction an instance of its own, with predictions served in their order.
 
     Each prediction takes the free instance that it overlaps most (of equals the first), if the
     overlap reaches the level. Served one by one that would be a long loop. But a prediction can
@@ -80,24 +80,26 @@ def match(pairs: Pairs, *, num_found: int, num_actual: int, levels: Floats) -> I
         levels: `(K,)` tIoU thresholds.
 
     Returns:
-        `(K, P)` rows of instances; -1 where there is none.
+        For each level, which of the `pairs` were taken.
     """
-    taken = np.full((len(levels), num_found), -1, dtype=np.int64)
     by_preference = np.lexsort((-pairs.overlap, pairs.found))
     overlap = pairs.overlap[by_preference]
-    for level, of_level in zip(levels, taken, strict=True):
-        still = by_preference[overlap >= level]
-        guess, instance = pairs.found[still], pairs.actual[still]
-        free = np.ones(num_actual, dtype=bool)
-        while len(guess):
+    taken = []
+    for level in levels:
+        waiting = by_preference[overlap >= level]
+        served_pairs = [waiting[:0]]
+        unserved, free = np.ones(num_found, dtype=bool), np.ones(num_actual, dtype=bool)
+        while len(waiting):
+            guess, instance = pairs.found[waiting], pairs.actual[waiting]
             favourite = np.r_[True, guess[1:] != guess[:-1]]
             next_in_line = np.full(num_actual, num_found)
             np.minimum.at(next_in_line, instance, guess)
             served = favourite & (next_in_line[instance] == guess)
-            of_level[guess[served]] = instance[served]
+            served_pairs.append(waiting[served])
+            unserved[guess[served]] = False
             free[instance[served]] = False
-            still = (of_level[guess] < 0) & free[instance]
-            guess, instance = guess[still], instance[still]
+            waiting = waiting[unserved[guess] & free[instance]]
+        taken.append(np.concatenate(served_pairs))
     return taken
 
 

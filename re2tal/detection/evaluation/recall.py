@@ -68,8 +68,7 @@ def recall_at(
         raise ValueError(f"Recall@kx needs every k to be at least 1, but ks are {list(ks)}.")
     tables = tabulate(truth, predictions, num_classes=num_classes, exclude=exclude)
     actual, found = tables.actual, tables.found
-    of_found = found.videos * num_classes + found.labels
-    of_actual = actual.videos * num_classes + actual.labels
+    of_found, of_actual = tables.groups()
     pairs = overlapping(
         (found.segments, of_found),
         (actual.segments, of_actual),

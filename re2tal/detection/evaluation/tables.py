@@ -47,13 +47,19 @@ class Tables:
 
     Attributes:
         actual: the instances.
-        found: the predictions, by falling score.
+        found: the predictions by class, and in a class by falling score.
         numbers: of the videos, by name.
     """
 
     actual: Table
     found: Table
     numbers: Mapping[str, int]
+
+    def groups(self) -> tuple[Ints, Ints]:
+        """A number for the video and class of each prediction `(P,)` and each instance `(N,)`."""
+        sides = (self.found, self.actual)
+        found, actual = (side.labels * len(self.numbers) + side.videos for side in sides)
+        return found, actual
 
 
 def tabulate(
@@ -91,7 +97,9 @@ def tabulate(
     _refuse(
         np.isnan(scores), found.videos, numbers, "The predictions", "a score that is not a number"
     )
-    return Tables(actual=actual, found=found[np.argsort(-scores, kind="stable")], numbers=numbers)
+    by_score = np.argsort(-scores, kind="stable")
+    by_class = by_score[np.argsort(found.labels[by_score], kind="stable")]
+    return Tables(actual=actual, found=found[by_class], numbers=numbers)
 
 
 def tabulate_segments(
