@@ -82,7 +82,11 @@ def _guard(
         {
             "frames": batch.frames,
             "mask": batch.mask,
-            "windows": [asdict(w.grid) | {"video_id": w.video_id} for w in batch.windows],
+            "targets": [asdict(target) for target in batch.targets],
+            "windows": [
+                {"video_id": w.video_id, "grid": asdict(w.grid), "copy": w.copy and asdict(w.copy)}
+                for w in batch.windows
+            ],
         },
         path,
     )
@@ -128,8 +132,6 @@ class Trainer:
             DistributedDataParallel(detector) if dist.is_initialized() else detector
         )
         self.failures: dict[str, str] = {}
-        # other dropout and drop-path masks on every rank, and in every epoch after a restart
-        torch.manual_seed(recipe.seed + 1 + runtime.rank + 1000 * self.state.epoch)
 
     def _windows(self, epoch: int) -> list[Window]:
         windows = epoch_windows(
@@ -178,6 +180,9 @@ class Trainer:
         return metrics
 
     def _train_epoch(self) -> None:
+        # Dropout and drop path: other masks on every rank and in every epoch, and the same ones
+        # whether or not the run was interrupted before the epoch.
+        torch.manual_seed(self.recipe.seed + 1 + self.runtime.rank + 1000 * self.state.epoch)
         windows = self._windows(self.state.epoch)
         steps = len(windows) // self.recipe.batch_size
         clock = Clock()

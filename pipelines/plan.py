@@ -17,11 +17,16 @@ from re2tal.detection.video_scores import VideoScores, load_video_scores
 from re2tal.videos.annotations import (
     DATASETS,
     Annotations,
+    VideoAnnotation,
     check_durations,
     load_annotations,
     read_ids,
 )
 from re2tal.videos.files import match_videos
+
+
+class RecipeError(Exception):
+    """Settings of a recipe that contradict one another; the message says which."""
 
 
 class UnusableVideosError(Exception):
@@ -146,13 +151,17 @@ def make_plan(config: DataConfig, annotations: Annotations) -> Plan:
 
     Raises:
         StorageError: if the folder of the videos is missing.
-        UnusableVideosError: if too many videos are missing or unreadable.
+        RecipeError: if settings contradict one another.
+        DetectionFileError: if the file of an external classifier is not usable.
+        UnusableVideosError: if too many videos are missing or unreadable, or have no scores.
     """
     folder = require(config.videos, what="The videos", option="--data.videos")
     subsets = {
         name: annotations.subset(name)
         for name in (config.training_subset, config.validation_subset)
     }
+    evaluated = subsets[config.validation_subset]
+    scores = _video_scores(config, annotations.classes, evaluated.videos)
     wanted = [video for subset in subsets.values() for video in subset.videos]
     files, failures = match_videos([video.video_id for video in wanted], list_files(folder))
     errors, durations = _probe(files)
@@ -175,24 +184,32 @@ def make_plan(config: DataConfig, annotations: Annotations) -> Plan:
         failures=failures,
         fingerprint=annotations.fingerprint,
         remarks=(*check_durations(annotations, durations),),
-        video_scores=_video_scores(config, annotations.classes, validation),
+        video_scores=scores,
     )
 
 
 def _video_scores(
-    config: DataConfig, classes: Sequence[str], videos: Sequence[Video]
+    config: DataConfig, classes: Sequence[str], videos: Sequence[VideoAnnotation]
 ) -> VideoScores | None:
     """What the external classifier says of all `videos`, if there is one."""
     if config.video_scores is None:
         return None
+    if not 1 <= config.video_scores_top <= len(classes):
+        raise RecipeError(
+            f"A proposal can be given 1 to {len(classes)} classes, not "
+            f"{config.video_scores_top} (--data.video-scores-top)."
+        )
     uri = require(config.video_scores, what="The video scores", option="--data.video-scores")
     with tempfile.TemporaryDirectory() as folder:
-        scores = load_video_scores(local_copy(uri, Path(folder)), classes)
-    missing = [v.annotation.video_id for v in videos if scores.get(v.annotation.video_id) is None]
+        path = local_copy(uri, Path(folder))
+        scores = load_video_scores(path, classes, logits=config.video_scores_logits)
+    missing = [video.video_id for video in videos if scores.get(video.video_id) is None]
     if missing:
         raise UnusableVideosError(
-            f"{len(missing)} of the {len(videos)} validation videos have no scores in "
-            f"{config.video_scores}: {', '.join(missing[:10])}{', ...' * (len(missing) > 10)}"
+            f"{len(missing)} of the {len(videos)} videos of the subset "
+            f"{config.validation_subset!r} have no scores in {config.video_scores}: "
+            f"{', '.join(missing[:10])}{', ...' * (len(missing) > 10)}. Take the scores of that "
+            "subset, or leave the videos out (--data.exclude)."
         )
     return scores
 

@@ -58,6 +58,7 @@ class DataConfig:
         video_scores: for a class-agnostic model, what an external classifier says of the
             validation videos (`re2tal.detection.video_scores`); a path or a URI.
         video_scores_top: of each video so many of these classes are given to each proposal.
+        video_scores_logits: the file holds logits (HACS), of which a softmax makes scores.
     """
 
     annotations: str | None = None
@@ -73,6 +74,7 @@ class DataConfig:
     max_failed: float = 0.05
     video_scores: str | None = None
     video_scores_top: int = 2
+    video_scores_logits: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -242,6 +244,8 @@ def thumos_re2_swin_t_actionformer() -> Recipe:
 
     1024 frames at 15 fps (every second one of 30), 224 pixels, batch 2. The settings are those that
     the authors' implementation publishes for this pair: 120 epochs of a cosine laid out for 1500.
+    Its augmentation (crops, flips, colours) is not made here, and an epoch shows all of a video
+    where it takes one random window.
     THUMOS trains on its validation set and is evaluated on its test set; in the usual
     ActivityNet-style file of it these are called training and validation.
     """
@@ -249,7 +253,10 @@ def thumos_re2_swin_t_actionformer() -> Recipe:
         name="thumos_re2_swin_t_actionformer",
         epochs=120,
         batch_size=2,
-        data=DataConfig(dataset="thumos-14", window=WindowConfig(frames=1024, fps=15.0)),
+        data=DataConfig(
+            dataset="thumos-14",
+            window=WindowConfig(frames=1024, fps=15.0, sliding_overlap=0.5),
+        ),
         model=ModelConfig(
             backbone=replace(swin_t(), drop_path=0.2),
             localizer=ActionFormerConfig(window=0),
@@ -277,11 +284,14 @@ def thumos_re2_swin_t_vsgn() -> Recipe:
     """THUMOS-14 with a reversible Swin-T and VSGN; needs data, weights and a GPU.
 
     VSGN's own settings are those that its authors publish for THUMOS-14 (on features; windows of
-    1280 there, 512 here), self-stitching included. The paper pairs it with these backbones but
-    publishes no settings of the pair: frames, backbone and optimiser are ActionFormer's.
+    1280 there, 512 here), self-stitching and windows every quarter included; they thin out the
+    detections of a window before those of a video, which is one step here. The paper pairs VSGN
+    with these backbones but publishes no settings of the pair: frames, backbone and optimiser are
+    ActionFormer's.
     """
     recipe = thumos_re2_swin_t_actionformer()
-    window = replace(recipe.data.window, stitch=StitchConfig(enabled=True))
+    stitch = StitchConfig(enabled=True)
+    window = replace(recipe.data.window, sliding_overlap=0.75, stitch=stitch)
     return replace(
         recipe,
         name="thumos_re2_swin_t_vsgn",
@@ -297,7 +307,8 @@ def anet_re2_swin_t_actionformer() -> Recipe:
     Each video is resampled to 768 frames, 224 pixels, batch 8; 192 features. The settings are those
     that the authors' implementation publishes for this pair. It finds actions of whatever class,
     and their classes are the two best of an external video classifier: give its file as
-    --data.video-scores (`re2tal.detection.video_scores` says in which form).
+    --data.video-scores (`re2tal.detection.video_scores` says in which form; the authors' results
+    are with cuhk_val_simp_7.json). Their augmentation (crops, flips, colours) is not made here.
     """
     return Recipe(
         name="anet_re2_swin_t_actionformer",
@@ -340,10 +351,13 @@ def anet_re2_swin_t_vsgn() -> Recipe:
     """ActivityNet-1.3 with a reversible Swin-T and VSGN; needs data, weights and a GPU.
 
     As `anet_re2_swin_t_actionformer`, with VSGN's settings for ActivityNet as OpenTAD publishes
-    them: a stem at full rate, anchors of 3 and 7.5 node strides, matches from tIoU 0.6 on.
+    them: a stem at full rate, anchors of 3 and 7.5 node strides, 10 neighbours, matches from tIoU
+    0.6 on. What differs: its classification loss there is focal, ours the authors' balanced cross
+    entropy; 256 features of a video there, 192 here. A window holds the whole video, so nothing is
+    stitched.
     """
     recipe = anet_re2_swin_t_actionformer()
-    localizer = VSGNConfig(stem_stride=1, anchor_scales=(3.0, 7.5), match_tiou=0.6)
+    localizer = VSGNConfig(stem_stride=1, anchor_scales=(3.0, 7.5), neighbours=10, match_tiou=0.6)
     return replace(
         recipe,
         name="anet_re2_swin_t_vsgn",

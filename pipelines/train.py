@@ -29,7 +29,7 @@ from ray.train.torch import TorchTrainer
 
 from pipelines.activations import activation_metrics
 from pipelines.model import build_detector
-from pipelines.plan import Plan, UnusableVideosError, make_plan, read_annotations
+from pipelines.plan import Plan, RecipeError, UnusableVideosError, make_plan, read_annotations
 from pipelines.progress import ProgressPrinter
 from pipelines.quiet import init_ray
 from pipelines.recipes import RECIPES, Recipe
@@ -47,6 +47,7 @@ PROBLEMS = (
     StorageError,
     AnnotationError,
     DetectionFileError,
+    RecipeError,
     ResourceError,
     UnusableVideosError,
 )
@@ -122,15 +123,21 @@ def absolute(recipe: Recipe) -> Recipe:
 
 
 def check_model(recipe: Recipe, classes: Sequence[str]) -> Detector:
-    """Builds the detector once, so that weights that do not fit stop the run before it starts.
+    """Builds the detector once, so that what does not fit stops the run before it starts.
 
     Args:
         recipe: with absolute paths.
         classes: names of the action classes.
 
     Raises:
+        RecipeError: if settings contradict one another.
         StorageError: if the weights cannot be read or are another network's.
     """
+    if recipe.data.video_scores and not recipe.model.class_agnostic:
+        raise RecipeError(
+            "--data.video-scores gives proposals their classes, but this model tells the classes "
+            "apart itself: leave the scores out, or train it with --model.class-agnostic."
+        )
     with tempfile.TemporaryDirectory() as folder:
         uri = recipe.model.weights
         weights = local_copy(uri, Path(folder)) if uri else None

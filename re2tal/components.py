@@ -35,19 +35,30 @@ class Component:
 
 def _write(config: Any) -> dict[str, Any]:
     kind = type(config)
+    if kind.__module__ == "__main__":
+        raise ValueError(
+            f"{kind.__qualname__} is defined in a script, which nothing can import again: put it "
+            "into a module of its own, so that a saved detector can name it."
+        )
     fields: dict[str, Any] = TypeAdapter(kind).dump_python(config, mode="json")
     return {_CLASS: f"{kind.__module__}:{kind.__qualname__}", **fields}
 
 
 def _read(value: Any) -> Any:
-    if not isinstance(value, dict):
+    if dataclasses.is_dataclass(value) and hasattr(value, "build"):
         return value  # from Python, not from a file
+    if not isinstance(value, dict):
+        raise ValueError(f"must be an object with a class and its fields, not {value!r}")  # noqa: TRY004 - pydantic takes these
     fields = dict(value)
     name = str(fields.pop(_CLASS, ""))
-    return TypeAdapter(_find(name)).validate_python(fields)
+    kind = _find(name)
+    unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(kind)})
+    if unknown:
+        raise ValueError(f"{name} has no {', '.join(unknown)}: was it saved by a newer re2tal?")
+    return TypeAdapter(kind).validate_python(fields)
 
 
-def _find(name: str) -> type:
+def _find(name: str) -> Any:
     """The dataclass of that name.
 
     Raises:

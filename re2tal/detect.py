@@ -77,7 +77,8 @@ def detect(
         batch_size: windows that go through the detector at a time.
 
     Returns:
-        Detections in seconds by falling score, on the CPU.
+        Detections in seconds by falling score, on the CPU. A class-agnostic detector's are
+        proposals, all of one class: `re2tal.detection.fuse` gives them those of the video.
 
     Raises:
         VideoError: if the video cannot be read.

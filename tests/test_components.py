@@ -58,6 +58,33 @@ def test_other_classes_are_refused(tmp_path: Path, name: str, reason: str) -> No
         load_detector(tmp_path)
 
 
+@pytest.mark.parametrize("value", ["ActionFormer", None, 3, []])
+def test_what_is_no_component_is_refused(tmp_path: Path, value: object) -> None:
+    save_detector(tmp_path, spec(), spec().build())
+    content = json.loads((tmp_path / SPEC_FILE).read_text())
+    content["localizer"] = value
+    (tmp_path / SPEC_FILE).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="localizer"):
+        load_detector(tmp_path)
+
+
+def test_a_field_that_this_version_does_not_know_is_refused(tmp_path: Path) -> None:
+    save_detector(tmp_path, spec(), spec().build())
+    content = json.loads((tmp_path / SPEC_FILE).read_text())
+    content["localizer"]["new_switch"] = True
+    (tmp_path / SPEC_FILE).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="has no new_switch"):
+        load_detector(tmp_path)
+
+
+def test_a_class_of_a_script_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ActionFormerConfig, "__module__", "__main__")
+    with pytest.raises(ValueError, match="defined in a script"):
+        save_detector(tmp_path, spec(), spec().build())
+
+
 def test_a_field_of_the_wrong_type_is_named(tmp_path: Path) -> None:
     save_detector(tmp_path, spec(), spec().build())
     content = json.loads((tmp_path / SPEC_FILE).read_text())

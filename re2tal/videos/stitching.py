@@ -41,7 +41,8 @@ class StitchConfig:
     def __post_init__(self) -> None:
         if not 0 < self.clip <= self.short < 0.5:
             raise ValueError(
-                f"StitchConfig needs 0 < clip <= short < 0.5, not {self.clip} and {self.short}."
+                f"StitchConfig needs 0 < clip <= short < 0.5, but clip is {self.clip} and short "
+                f"is {self.short}: clips must be short enough to be stitched."
             )
         if not 0 <= self.gap < 1 - 2 * self.short:
             raise ValueError(
@@ -113,7 +114,7 @@ def clip_starts(
             groups[-1] = groups[-1][0], max(end, groups[-1][1])
         else:
             groups.append((start, end))
-    return [
-        random.uniform(max(0.0, end - length), min(start, duration - length))
-        for start, end in groups
-    ]
+    earliest = [max(0.0, end - length) for _, end in groups]
+    latest = [min(start, duration - length) for start, _ in groups]
+    # a group as long as a clip leaves no choice, and rounding may even say less than none
+    return [random.uniform(low, max(low, high)) for low, high in zip(earliest, latest, strict=True)]

@@ -21,6 +21,8 @@ class WindowConfig:
         fps: Frames sampled per second; None squeezes every video, whatever its duration, into one
             window (as is usual for ActivityNet).
         overlap: Share of a window that the next one repeats, from 0 to below 1.
+        sliding_overlap: The same for sliding windows, with which videos are searched; None for
+            `overlap`.
         min_visible: An instance that the border of a window cuts is kept, clipped to the window,
             when at least this share of it is inside; else the window does not show it. Of an
             instance longer than the window, this share of the window must be filled instead.
@@ -34,6 +36,7 @@ class WindowConfig:
     frames: int
     fps: float | None
     overlap: float = 0.25
+    sliding_overlap: float | None = None
     min_visible: float = 0.75
     stitch: StitchConfig = field(default_factory=StitchConfig)
 
@@ -42,8 +45,10 @@ class WindowConfig:
             raise ValueError(f"WindowConfig.frames must be at least 1, not {self.frames}.")
         if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
             raise ValueError(f"WindowConfig.fps must be a positive number, not {self.fps}.")
-        if not 0 <= self.overlap < 1:
-            raise ValueError(f"WindowConfig.overlap must be in [0, 1), not {self.overlap}.")
+        for name in ("overlap", "sliding_overlap"):
+            overlap = getattr(self, name)
+            if overlap is not None and not 0 <= overlap < 1:
+                raise ValueError(f"WindowConfig.{name} must be in [0, 1), not {overlap}.")
         if not 0 < self.min_visible <= 1:
             raise ValueError(f"WindowConfig.min_visible must be in (0, 1], not {self.min_visible}.")
 
@@ -166,7 +171,7 @@ def _clips(
 def sliding_windows(
     video: VideoAnnotation, classes: Sequence[str], config: WindowConfig, *, stride: int
 ) -> list[Window]:
-    """Covers a video with windows that each repeat the share `overlap` of the one before.
+    """Covers a video with windows that each repeat a share of the one before.
 
     The last window ends with the video and may repeat more. A video no longer than a window gives
     one window, padded or stitched.
@@ -183,7 +188,8 @@ def sliding_windows(
     grid = config.grid(video.duration, stride=stride)
     if _fits(video.duration, grid):
         return [_window(video, classes, config, grid)]
-    step = grid.duration * (1 - config.overlap)
+    overlap = config.overlap if config.sliding_overlap is None else config.sliding_overlap
+    step = grid.duration * (1 - overlap)
     last = video.duration - grid.duration
     starts = [min(i * step, last) for i in range(math.ceil(last / step - 1e-9) + 1)]
     return [_window(video, classes, config, replace(grid, offset=start)) for start in starts]

@@ -65,8 +65,16 @@ def test_it_trains_on_stitched_windows(
         with_localizer(recipe, VSGN), tiny_plan, runtime, weights=None, output=tmp_path / "output"
     )
     windows = trainer._windows(0)
-    assert any(w.copy for w in windows)
-    assert not all(w.copy for w in windows)
+    stitched = [w for w in windows if w.copy]
+    assert 0 < len(stitched) < len(windows)
+    (batch,) = runtime.stream(stitched[:1])
+    (mask,) = batch.mask.numpy()
+    assert (mask == stitched[0].mask()).all()
+    assert mask[-1]  # the copy, behind the gap
+    assert not mask.all()
+    shown = batch.frames[0].flatten(1).any(dim=1).numpy()
+    assert (shown == mask).all()
+    assert len(batch.targets[0].labels) == len(stitched[0].labels) > 0
     assert 0 <= trainer.run()["val/mAP"] <= 1
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pipelines.model import ACTION, build_detector, reported_classes
+from pipelines.plan import RecipeError
 from pipelines.recipes import RECIPES
-from pipelines.train import parse
+from pipelines.train import check_model, parse
 from re2tal.detection import Detections
 from re2tal.localizers.vsgn import VSGNConfig
 
@@ -52,6 +53,37 @@ def test_every_field_can_be_given_on_the_command_line(name: str) -> None:
     assert changed == replace(localizer, **{field: value})  # type: ignore[type-var]
 
 
+# Read in the authors' configurations: epochs, batch, learning rates of backbone and localizer,
+# sigma, detections a video, minimum overlap of a vote, overlap of the windows that are searched.
+PUBLISHED = {
+    "thumos_re2_swin_t_actionformer": (120, 2, 1e-5, 1e-4, 0.7, 2000, None, 0.5),
+    "thumos_re2_slowfast_101_actionformer": (120, 2, 1e-5, 1e-4, 0.7, 2000, None, 0.5),
+    "anet_re2_swin_t_actionformer": (15, 8, 1e-5, 1e-3, 0.7, 100, 0.9, None),
+    "anet_re2_slowfast_101_actionformer": (15, 8, 1e-5, 1e-3, 0.7, 100, 0.9, None),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_numbers_are_those_that_were_published(name: str) -> None:
+    recipe = RECIPES[name]()
+    nms = recipe.nms
+    votes = nms.voting_iou if nms.voting == "score" else None
+    assert PUBLISHED[name] == (
+        recipe.epochs,
+        recipe.batch_size,
+        recipe.optim.backbone_lr,
+        recipe.optim.localizer_lr,
+        nms.sigma,
+        nms.top_k,
+        votes,
+        recipe.data.window.sliding_overlap,
+    )
+    assert nms.per_class is (votes is None)
+    assert recipe.optim.weight_decay == 0.05
+    assert recipe.optim.clip == 1.0
+    assert recipe.optim.warmup_epochs == 5
+
+
 def test_published_settings_of_activitynet_are_class_agnostic() -> None:
     for name, make in RECIPES.items():
         recipe = make()
@@ -60,6 +92,13 @@ def test_published_settings_of_activitynet_are_class_agnostic() -> None:
         assert reported_classes(recipe, CLASSES) == ((ACTION,) if agnostic else CLASSES)
         scored = replace(recipe, data=replace(recipe.data, video_scores="scores.json"))
         assert reported_classes(scored, CLASSES) == CLASSES
+
+
+def test_external_scores_are_for_class_agnostic_models() -> None:
+    recipe = RECIPES["toy"]()
+    scored = replace(recipe, data=replace(recipe.data, video_scores="scores.json"))
+    with pytest.raises(RecipeError, match=r"--model\.class-agnostic"):
+        check_model(scored, CLASSES)
 
 
 def test_a_class_agnostic_detector_has_one_class() -> None:

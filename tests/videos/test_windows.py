@@ -157,6 +157,14 @@ def test_segments_are_in_units_of_the_feature_grid() -> None:
         assert window.labels.dtype == np.int64
 
 
+def test_videos_are_searched_with_an_overlap_of_its_own() -> None:
+    config = WindowConfig(frames=80, fps=8.0, overlap=0.0, sliding_overlap=0.5)
+    windows = sliding_windows(annotated(30.0), CLASSES, config, stride=STRIDE)
+    assert [window.grid.offset for window in windows] == [0, 5, 10, 15, 20]
+    random = np.random.default_rng(0)
+    assert len(training_windows(annotated(30.0), CLASSES, config, stride=STRIDE, random=random)) < 5
+
+
 def test_labels_are_places_among_the_classes() -> None:
     video = annotated(10.0, (1, 2), label="jump")
     (window,) = sliding_windows(video, CLASSES, ten_seconds(), stride=STRIDE)
@@ -241,6 +249,7 @@ def test_windows_travel_between_processes() -> None:
         ("fps", math.nan),
         ("overlap", 1.0),
         ("overlap", -0.1),
+        ("sliding_overlap", 1.0),
         ("min_visible", 0.0),
         ("min_visible", 1.1),
     ],
