@@ -228,6 +228,14 @@ def test_false_positives_on_ambiguous_segments_do_not_count() -> None:
     assert precision({"c": torch.tensor([[0.0, 90.0]])}) == pytest.approx(1 / 3)
     everything = torch.tensor([[0.0, 90.0]])
     assert precision({"a": everything, "b": everything}) == 1.0
+    twice = mean_average_precision(
+        truth_of({"a": [(0, 10, 0), (20, 30, 0)]}),
+        found_of({"a": [(0, 10, 0.9, 0), (50, 51, 0.8, 0), (20, 30, 0.7, 0)]}),
+        num_classes=1,
+        thresholds=[0.5],
+        ambiguous={"a": torch.tensor([[0.0, 5.0]])},
+    )
+    assert twice.average == pytest.approx(0.5 + 0.5 * 2 / 3)  # the first one does count
     with pytest.raises(ValueError, match="ambiguous segments of video 'a' have a segment that is"):
         precision({"a": torch.tensor([[0.0, math.nan]])})
 
