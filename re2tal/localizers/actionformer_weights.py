@@ -12,14 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from re2tal.localizers.actionformer import ActionFormer, ActionFormerConfig
+from re2tal.localizers.public_weights import fitted, read, without_prefix
 
 # From our names to theirs; each rule changes another part of a name.
 _RENAMED = (
@@ -41,7 +39,6 @@ _OFFSET_SCALE = "offset_scale.scale"  # theirs is a scalar for each level
 _NORMALIZER = "normalizer.mean"  # theirs is not saved
 # Tables that follow from the configuration; we make them ourselves.
 _TABLES = ("point_generator.", "backbone.pos_embd")
-_LISTED = 10
 
 
 def load_public_weights(model: ActionFormer, path: str | Path) -> None:
@@ -58,7 +55,7 @@ def load_public_weights(model: ActionFormer, path: str | Path) -> None:
             another shape.
     """
     path = Path(path)
-    model.load_state_dict(_translate(_read(path), model.state_dict(), model.config, str(path)))
+    model.load_state_dict(_translate(read(path), model.state_dict(), model.config, str(path)))
 
 
 def convert(state: Mapping[str, Tensor], config: ActionFormerConfig) -> dict[str, Tensor]:
@@ -75,7 +72,7 @@ def convert(state: Mapping[str, Tensor], config: ActionFormerConfig) -> dict[str
     Raises:
         ValueError: Lists every weight that is missing, unknown or has another shape.
     """
-    state = _without_prefix(state)
+    state = without_prefix(state)
     in_streams = sum(channels for channels, _ in config.streams)
     channels = in_streams or _size(state, "backbone.embd.0.conv.weight", 1)
     with torch.device("meta"):
@@ -88,10 +85,6 @@ def _size(state: Mapping[str, Tensor], name: str, axis: int) -> int:
     return state[name].shape[axis] if name in state else 1
 
 
-def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("module."): value for name, value in state.items()}
-
-
 def _translate(
     state: Mapping[str, Tensor],
     wanted: Mapping[str, Tensor],
@@ -100,30 +93,15 @@ def _translate(
 ) -> dict[str, Tensor]:
     """`state` by the names and in the shapes of `wanted`, plus the normaliser's start."""
     given = {
-        name: value
-        for name, value in _without_prefix(state).items()
-        if not name.startswith(_TABLES)
+        name: value for name, value in without_prefix(state).items() if not name.startswith(_TABLES)
     }
-    theirs = dict(_public(wanted))
-    problems = list(_problems(theirs, given))
-    if problems:
-        listed = "\n".join(f"  {problem}" for problem in problems[:_LISTED])
-        rest = len(problems) - _LISTED
-        more = f"\n  ... and {rest} more" if rest > 0 else ""
-        raise ValueError(
-            f"The weights in {source} are not those of this ActionFormer: {len(problems)} do not "
-            f"fit. Was it trained with other settings?\n{listed}{more}"
-        )
-    scales = [given[f"reg_head.scale.{level}.scale"].reshape(()) for level in range(config.levels)]
+    theirs = fitted(given, dict(_public(wanted)), source=source, localizer="ActionFormer")
+    scales = [theirs[f"reg_head.scale.{level}.scale"] for level in range(config.levels)]
     special = {
         _OFFSET_SCALE: torch.stack(scales),
         _NORMALIZER: torch.tensor(config.initial_normalizer),
     }
-    return special | {
-        name: given[_renamed(name)].reshape(value.shape)
-        for name, value in wanted.items()
-        if name not in special
-    }
+    return special | {name: theirs[_renamed(name)] for name in wanted if name not in special}
 
 
 def _renamed(name: str) -> str:
@@ -139,44 +117,3 @@ def _public(wanted: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
             yield from ((f"reg_head.scale.{i}.scale", scale) for i, scale in enumerate(value))
         elif name != _NORMALIZER:
             yield _renamed(name), value
-
-
-def _problems(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Iterator[str]:
-    for name in sorted(wanted.keys() | given.keys()):
-        if name not in given:
-            yield f"{name} is missing"
-        elif name not in wanted:
-            yield f"{name} is unknown"
-        elif _shape(wanted[name]) != _shape(given[name]):
-            yield (
-                f"{name} has shape {tuple(given[name].shape)} "
-                f"instead of {tuple(wanted[name].shape)} (axes of length 1 aside)"
-            )
-
-
-def _shape(x: Tensor) -> list[int]:
-    """Without axes of length one: theirs writes a matrix as a convolution of kernel 1."""
-    return [size for size in x.shape if size != 1]
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:  # torch's own message advises to switch the check off
-        raise ValueError(
-            f"The weights in {path} cannot be read: the file is damaged, or holds more than "
-            "tensors and numbers, which is not loaded because it could run code. If you trust "
-            "where it comes from, save its 'state_dict_ema' alone to a file of its own."
-        ) from error
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"The weights in {path} cannot be read: {error}") from error
-    if isinstance(content, dict):
-        content = content.get("state_dict_ema", content.get("state_dict", content))
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(
-            f"{path} holds no weights: a dictionary of tensors is needed, by itself or as the "
-            "'state_dict_ema' or 'state_dict' of a checkpoint."
-        )
-    return content

@@ -7,16 +7,17 @@ two whole windows and what the release made of them, its inclusive ends moved by
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from re2tal.localizers.vsgn import VSGN, VSGNConfig
 from re2tal.localizers.vsgn.adjustment import inside_window
-from re2tal.localizers.vsgn.public_weights import convert
+from re2tal.localizers.vsgn.public_weights import convert, load_public_weights
 from re2tal.localizers.vsgn.supplementary import boundary_scores
 
 SMALL = VSGNConfig(width=16, levels=3, neighbours=4, head_layers=2)
@@ -94,3 +95,45 @@ def test_plain_networks_are_converted_too() -> None:
     model.load_state_dict(convert(plain))
     given = weights["module.xGPN.levels_enc.2.tconv1.weight"]
     assert torch.equal(model.state_dict()["pyramid.encoder.2.conv.weight"], given)
+
+
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("name", ["best.pth.tar", "weights.pth", "weights.safetensors"])
+def test_their_checkpoints_load(name: str, graph: bool, tmp_path: Path) -> None:
+    weights, _ = published()
+    if not graph:
+        edgeless = {name: value for name, value in weights.items() if "nconv1" not in name}
+        weights = {name.replace("tconv1", "0"): value for name, value in edgeless.items()}
+    path = tmp_path / name
+    if path.suffix == ".safetensors":
+        save_file(weights, path)
+    elif path.suffix == ".tar":
+        torch.save({"epoch": 8, "state_dict": weights, "optimizer": {"state": {}}}, path)
+    else:
+        torch.save(weights, path)
+    model = replace(SMALL, graph=graph).build(4, 2)
+    load_public_weights(model, path)
+    expected = convert(weights)
+    assert expected.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+def test_checkpoints_of_other_settings_are_refused_and_nothing_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "best.pth.tar"
+    torch.save({"state_dict": published()[0]}, path)
+    cases = (
+        (SMALL, 3, r"cls_logits.bias has shape \(6,\) instead of \(8,\)"),
+        (replace(SMALL, levels=2), 2, r"levels_enc.2.tconv1.weight is unknown"),
+        (replace(SMALL, head_layers=3), 2, r"cls_tower.6.weight is missing"),
+        (replace(SMALL, graph=False), 2, r"levels_enc.0.0.weight is missing"),
+    )
+    for config, classes, problem in cases:
+        model = config.build(4, classes)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match=problem) as caught:
+            load_public_weights(model, path)
+        assert f"{path} are not those of this VSGN" in str(caught.value)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    path.write_text("weights")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_public_weights(SMALL.build(4, 2), path)

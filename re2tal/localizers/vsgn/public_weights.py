@@ -8,10 +8,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from torch import Tensor
 
-_LISTED = 10
+from re2tal.localizers.public_weights import fitted, read, without_prefix
+from re2tal.localizers.vsgn.model import VSGN
+
+
+def load_public_weights(model: VSGN, path: str | Path) -> None:
+    """Loads a checkpoint of the authors' release.
+
+    Args:
+        model: what it is for, built with the same settings.
+        path: `.safetensors`, or what the release's training wrote (`.pth.tar`), which is read
+            without unpickling anything but tensors.
+
+    Raises:
+        ValueError: If it cannot be read, or lists every weight that is missing, unknown or has
+            another shape.
+    """
+    path, config, needed = Path(path), model.config, model.state_dict()
+    names = _names(config.levels, config.head_layers, graph=config.graph)
+    wanted = {theirs: needed[ours] for theirs, ours in names.items()}
+    given = fitted(without_prefix(read(path)), wanted, source=str(path), localizer="VSGN")
+    model.load_state_dict({names[theirs]: value for theirs, value in given.items()})
 
 
 def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -26,37 +47,35 @@ def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: Lists every weight that is missing or unknown.
     """
-    given = {name.removeprefix("module."): value for name, value in state.items()}
-    ours = {
-        f"{theirs}.{kind}": f"{name}.{kind}"
-        for theirs, name in _layers(given)
+    given = without_prefix(state)
+    names = _names(
+        max(1, _count(given, r"xGPN\.levels_enc\.(\d+)\.")),
+        # In their towers every third module is a convolution, followed by its norm and a ReLU.
+        -(-_count(given, r"head_dec\.cls_tower\.(\d+)\.") // 3),
+        graph=not _count(given, r"xGPN\.levels_enc\.(\d+)\.0\."),
+    )
+    fitted(given, dict.fromkeys(names), source="the given state", localizer="VSGN")
+    return {names[theirs]: value for theirs, value in given.items()}
+
+
+def _names(levels: int, head_layers: int, *, graph: bool) -> dict[str, str]:
+    """From their name of each weight to ours."""
+    return {
+        f"{theirs}.{kind}": f"{ours}.{kind}"
+        for theirs, ours in _layers(levels, head_layers, graph=graph)
         for kind in ("weight", "bias")
     }
-    problems = [f"{name} is missing" for name in sorted(ours.keys() - given.keys())]
-    problems += [f"{name} is unknown" for name in sorted(given.keys() - ours.keys())]
-    if problems:
-        listed = "\n".join(f"  {problem}" for problem in problems[:_LISTED])
-        rest = len(problems) - _LISTED
-        more = f"\n  ... and {rest} more" if rest > 0 else ""
-        raise ValueError(
-            f"These are not the weights of a VSGN: {len(problems)} do not fit. Give the "
-            f"'state_dict' of a checkpoint.\n{listed}{more}"
-        )
-    return {ours[name]: value for name, value in given.items()}
 
 
-def _layers(given: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
-    """Their name and ours of each layer, for a network as deep as that of `given`."""
-    levels = max(1, _count(given, r"xGPN\.levels_enc\.(\d+)\."))
-    # In their towers every third module is a convolution, followed by its norm and a ReLU.
-    layers = -(-_count(given, r"head_dec\.cls_tower\.(\d+)\.") // 3)
+def _layers(levels: int, head_layers: int, *, graph: bool) -> Iterator[tuple[str, str]]:
+    """Their name of each layer and ours."""
     yield "xGPN.conv0.0", "pyramid.stem"
     for i in range(levels):
-        if any(name.startswith(f"xGPN.levels_enc.{i}.0.") for name in given):
-            yield f"xGPN.levels_enc.{i}.0", f"pyramid.encoder.{i}.conv"
-        else:
+        if graph:
             yield f"xGPN.levels_enc.{i}.tconv1", f"pyramid.encoder.{i}.conv"
             yield f"xGPN.levels_enc.{i}.nconv1.mlp", f"pyramid.encoder.{i}.edge"
+        else:
+            yield f"xGPN.levels_enc.{i}.0", f"pyramid.encoder.{i}.conv"
         yield f"xGPN.levels1.{i}.0", f"pyramid.outs.{i}"
     for i in range(levels - 1):
         yield f"xGPN.levels2.{i}.0", f"pyramid.laterals.{i}"
@@ -65,7 +84,7 @@ def _layers(given: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
         ("cls_tower", "cls_logits", "class_head"),
         ("bbox_tower", "bbox_pred", "segment_head"),
     ):
-        for i in range(layers):
+        for i in range(head_layers):
             yield f"head_dec.{tower}.{3 * i}", f"{head}.convs.{i}"
             yield f"head_dec.{tower}.{3 * i + 1}", f"{head}.norms.{i}"
         yield f"head_dec.{last}", f"{head}.last"
