@@ -17,6 +17,7 @@ from re2tal.localizers.losses import LossNormalizer, diou_loss, focal_loss
 from re2tal.localizers.points import Points, assign, make_points
 from re2tal.localizers.protocol import Losses, Targets
 from re2tal.localizers.pyramid import Embedding, TransformerPyramid
+from re2tal.localizers.settings import check_at_least
 
 # Of classes that have no training data.
 EMPTY_PRIOR = 1e-6
@@ -30,8 +31,8 @@ class ActionFormerConfig:
         width: channels of the transformer and of the pyramid, a multiple of `heads`.
         streams: when the features are of several kinds side by side, of each kind its channels and
             its share of `width`, to which it is projected by itself first; empty for one kind.
-        embed_layers: convolutions that project the features.
-        stem_layers: transformer blocks at full rate.
+        embed_layers: convolutions that project the features; 0 only with `streams`.
+        stem_layers: transformer blocks at full rate, 0 for none.
         levels: of the pyramid, each at half the rate of the one before.
         window: width of the local attention, odd; one for all levels or one a level; 0 is global.
         heads: of the attention.
@@ -87,6 +88,9 @@ class ActionFormerConfig:
     min_duration: float = 0.05
 
     def __post_init__(self) -> None:
+        # Without streams nothing but these convolutions brings features to the width.
+        embed = 0 if self.streams else 1
+        check_at_least(self, levels=1, head_layers=1, embed_layers=embed, stem_layers=0, top_k=1)
         if self.width % self.heads:
             raise ValueError(f"A width of {self.width} cannot be cut into {self.heads} heads.")
         if self.streams and sum(width for _, width in self.streams) != self.width:
@@ -102,6 +106,11 @@ class ActionFormerConfig:
             )
         if any(window != 0 and window % 2 == 0 for window in self.windows):
             raise ValueError(f"Attention windows must be odd or 0 (global): {self.windows}.")
+
+    @property
+    def multiple(self) -> int:
+        """The number of features is a multiple of this: each level halves it."""
+        return 2 ** (self.levels - 1)
 
     @property
     def windows(self) -> tuple[int, ...]:

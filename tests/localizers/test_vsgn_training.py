@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from re2tal.localizers.vsgn.adjustment import BoundaryAdjustment
-from re2tal.localizers.vsgn.anchors import GREATEST_GROWTH, make_anchors
+from re2tal.localizers.vsgn.anchors import GREATEST_GROWTH, anchors_of_nodes, make_anchors
 from re2tal.localizers.vsgn.losses import balanced_cross_entropy, giou_loss
 from re2tal.localizers.vsgn.matching import Instances, match
 from re2tal.localizers.vsgn.supplementary import (
@@ -39,8 +39,8 @@ def test_anchors_lie_where_the_release_has_them() -> None:
     assert anchors.centres.tolist() == [2, 2, 6, 6, 10, 10, 14, 14, 4, 4, 12, 12]
     assert anchors.lengths.tolist() == [4, 6] * 4 + [8, 12] * 2
     assert anchors.segments[9].tolist() == [-2, 10]
-    mask = (torch.arange(16) < 11)[None]
-    assert anchors.valid(mask)[0].tolist() == [True] * 6 + [False] * 2 + [True] * 2 + [False] * 2
+    nodes = [anchors.centres[:8:2][None], anchors.centres[8::2][None]]
+    assert torch.equal(anchors_of_nodes(nodes, 2)[0], anchors.centres)
 
 
 def test_decoding_is_the_inverse_of_encoding() -> None:

@@ -137,3 +137,13 @@ def test_checkpoints_of_other_settings_are_refused_and_nothing_is_loaded(tmp_pat
     path.write_text("weights")
     with pytest.raises(ValueError, match="cannot be read"):
         load_public_weights(SMALL.build(4, 2), path)
+
+
+def test_the_published_configuration_has_the_published_number_of_parameters() -> None:
+    """Counted once in the authors' release, with its settings for THUMOS-14."""
+    with torch.device("meta"):
+        published = VSGNConfig().build(2048, 20)
+        plain = VSGNConfig(graph=False).build(2048, 20)
+    assert sum(p.numel() for p in published.parameters()) == 8_373_299
+    assert sum(p.numel() for p in plain.parameters()) == 7_716_659
+    assert published.pyramid.strides == (4, 8, 16, 32, 64)

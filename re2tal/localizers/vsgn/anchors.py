@@ -35,10 +35,6 @@ class Anchors:
             [self.centres - self.lengths / 2, self.centres + self.lengths / 2], dim=1
         )
 
-    def valid(self, mask: Tensor) -> Tensor:
-        """Whose centre is no padding, `(B, A)` bool, for a `mask` `(B, T)`."""
-        return mask[:, self.centres.long()]
-
     def decode(self, regression: Tensor) -> Tensor:
         """Segments in feature-grid units for predictions.
 
@@ -71,3 +67,16 @@ def make_anchors(
         centres.append(node.repeat_interleave(len(scales)))
         lengths.append(stride * torch.tensor(scales, device=device).repeat(length // stride))
     return Anchors(centres=torch.cat(centres), lengths=torch.cat(lengths))
+
+
+def anchors_of_nodes(levels: Sequence[Tensor], scales: int) -> Tensor:
+    """What holds for an anchor because it holds for its node.
+
+    Args:
+        levels: of each level `(B, N)`.
+        scales: anchors of a node.
+
+    Returns:
+        `(B, A)` in the order of `make_anchors`.
+    """
+    return torch.cat(list(levels), dim=1).repeat_interleave(scales, dim=1)

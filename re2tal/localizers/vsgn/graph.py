@@ -16,8 +16,7 @@ def nearest(features: Tensor, nodes: Nodes, count: int) -> Tensor:
     Half of them are the nodes with the most similar features, itself included: free edges. The
     other half are the most similar of the rest; in a stitched sample, of the rest's nodes in
     another part of the window, so that the clip learns from its magnified copy and the copy from
-    the clip: cross-scale edges. (The authors' release adds those from copy to clip only.) Padded
-    nodes are nobody's neighbours.
+    the clip: cross-scale edges. Padded nodes are nobody's neighbours.
 
     Args:
         features: `(B, N, C)`.

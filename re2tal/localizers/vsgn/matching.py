@@ -50,9 +50,7 @@ def match(segments: Tensor, valid: Tensor, instances: Instances, threshold: floa
     action more than it does: so every action that anything overlaps is trained on. Such a segment
     still gets the action that it itself overlaps most.
 
-    The overlap is the plain tIoU. The authors' release lengthens anchors by one feature in it and
-    not the actions, since its ends are the last features inside; here both are boundaries. Of an
-    action that nothing overlaps it makes all segments positives, here none are.
+    The overlap is the plain tIoU. An action that nothing overlaps has no positives.
 
     Args:
         segments: `(B, A, 2)`.

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from re2tal.detection.segments import Detections
 from re2tal.localizers.points import pad_targets
 from re2tal.localizers.protocol import Losses, Targets
+from re2tal.localizers.settings import check_at_least
 from re2tal.localizers.vsgn.adjustment import BoundaryAdjustment, inside_window
-from re2tal.localizers.vsgn.anchors import Anchors, make_anchors
+from re2tal.localizers.vsgn.anchors import Anchors, anchors_of_nodes, make_anchors
 from re2tal.localizers.vsgn.heads import Head
 from re2tal.localizers.vsgn.losses import balanced_cross_entropy, giou_loss
 from re2tal.localizers.vsgn.matching import Instances, match
@@ -36,7 +37,7 @@ class VSGNConfig:
         levels: of the pyramid; level l has a node for each `2 * stem_stride * 2^l` features.
         graph: connect similar nodes in the encoder; false for plain convolutions of stride 2.
         neighbours: of a node in the graph, itself among them.
-        head_layers: convolutions of each head before the one that predicts.
+        head_layers: convolutions of each head before the one that predicts, 0 for none.
         anchor_scales: lengths of a node's anchors, in strides of its level.
         match_tiou: overlap with an action that makes an anchor, or what it is moved to, a positive.
         adjust_tiou: overlap that makes a segment a positive of the boundary adjustment.
@@ -61,6 +62,7 @@ class VSGNConfig:
     min_duration: float = 0.05
 
     def __post_init__(self) -> None:
+        check_at_least(self, levels=1, stem_stride=1, head_layers=0, top_k=1)
         if self.width < 4 or self.width % self.norm_groups:
             raise ValueError(
                 f"A width of {self.width} cannot be cut into {self.norm_groups} groups for the "
@@ -73,6 +75,16 @@ class VSGNConfig:
             )
         if not self.anchor_scales or min(self.anchor_scales) <= 0:
             raise ValueError(f"Anchors need one or more positive scales: {self.anchor_scales}.")
+        for name in ("match_tiou", "adjust_tiou"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(
+                    f"{name} must be above 0 and at most 1, but is {getattr(self, name)}."
+                )
+
+    @property
+    def multiple(self) -> int:
+        """The number of features is a multiple of this: the stem and each level thin it out."""
+        return self.stem_stride * 2**self.levels
 
     @property
     def norm_groups(self) -> int:
@@ -93,7 +105,7 @@ class Prediction(NamedTuple):
         adjusted: `(B, A, 2)` these with adjusted boundaries; an end may come before its start.
         yes: `(B, 3, T)` logarithms of the supplementary scores, see `SCORES`.
         no: `(B, 3, T)` logarithms of one minus them.
-        valid: `(B, A)` bool, which anchors are no padding.
+        valid: `(B, A)` bool, which anchors count: those of nodes with any feature in their cell.
         anchors: the anchors.
     """
 
@@ -113,6 +125,27 @@ class VSGN(nn.Module):
     knows from its mask: a gap between two runs of features. Losses are "classification" (cross
     entropy), "regression" and "adjustment" (generalised IoU), and "start", "end" and "action"
     (balanced log loss, times `supplementary_weight`), each a mean over the batch.
+
+    Of a whole window it computes what the authors' release does, boundaries half a feature outside
+    the first and the last feature (theirs: at them). It is trained on other targets, and padded or
+    stitched windows are treated otherwise:
+
+    - Overlaps with actions are the plain tIoU; theirs lengthen the anchor by one feature, but not
+      the action.
+    - An action that no anchor overlaps has no positives; theirs makes every anchor one.
+    - "end" is to be found as far from an action's end as "start" is from its start; theirs looks
+      one feature earlier, because its end is the last feature inside.
+    - Losses count no padding, are zero where nothing is positive (theirs: not a number), and take
+      logarithms of the scores as they are (theirs: plus 1e-5).
+    - Cross-scale edges lead from the clip to its copy and back, and never to nodes of the gap;
+      theirs leave the copy's half of the neighbours to clip and gap, and the clip's to any node.
+    - Padding is zero at every layer, nobody's neighbour, not in the group norm's statistics, and
+      finds nothing; theirs treats it as features. A node, and with it its anchors, counts when any
+      feature of its cell is no padding.
+
+    On a GPU the backward of its gathers adds in no fixed order, so that gradients may differ from
+    run to run in their last digits, unless `torch.use_deterministic_algorithms` is on (not
+    measured).
 
     Args:
         config: the settings.
@@ -184,7 +217,7 @@ class VSGN(nn.Module):
             adjusted=self.adjustment(segments, levels[0]),
             yes=yes,
             no=no,
-            valid=anchors.valid(mask),
+            valid=anchors_of_nodes(valid, len(self.config.anchor_scales)),
             anchors=anchors,
         )
 
