@@ -62,8 +62,10 @@ def train(config: LocalizerConfig, rank: int) -> None:
         before = state_of(localizer)
         features = torch.randn(1, 6, 32).masked_fill(~mask[:, None], torch.nan)
         losses: dict[str, Tensor] = model(features, mask, [actions])
+        loss = torch.stack(list(losses.values())).sum()
+        assert loss.isfinite(), f"{what}: {losses}"
         optimizer.zero_grad(set_to_none=True)
-        torch.stack(list(losses.values())).sum().backward()
+        loss.backward()
         for name, parameter in localizer.named_parameters():
             assert parameter.grad is not None, f"{what}: {name} took no part in the loss"
             assert parameter.grad.isfinite().all(), f"{what}: gradient of {name} is not finite"
