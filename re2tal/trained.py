@@ -5,7 +5,7 @@ On disk it is a folder with `spec.json` and `weights.safetensors`: nothing in it
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -57,7 +57,7 @@ class DetectorSpec:
 
     def build(self) -> Detector:
         """Returns the detector with random weights, rewired if `reversible`."""
-        backbone = self.backbone.build()
+        backbone: Any = self.backbone.build()
         if self.reversible:
             rewire(backbone)
         localizer = self.localizer.build(backbone.channels, len(self.classes))

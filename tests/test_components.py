@@ -1,6 +1,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,11 @@ class NotBuilt:
     """A dataclass that builds nothing."""
 
 
-def spec(**fields: object) -> DetectorSpec:
-    parts = {"backbone": swin_toy(), "localizer": ActionFormerConfig(width=16, heads=2)} | fields
+def spec(**fields: Any) -> DetectorSpec:
+    parts: dict[str, Any] = {
+        "backbone": swin_toy(),
+        "localizer": ActionFormerConfig(width=16, heads=2),
+    } | fields
     return DetectorSpec(
         classes=("a", "b"), size=32, window=WindowConfig(frames=64, fps=8.0), **parts
     )

@@ -55,12 +55,16 @@ class Runs(nn.Module):
     """Finds the runs of bright features."""
 
     num_classes = 3
+    multiple = 1
+
+    def predict(self, features: Tensor, mask: Tensor) -> tuple[Tensor]:
+        return ((features[:, 0] > 0.4) & mask,)
 
     def forward(
         self, features: Tensor, mask: Tensor, targets: Sequence[Targets] | None = None
     ) -> list[Detections]:
         found = []
-        for row in (features[:, 0] > 0.4) & mask:
+        for row in self.predict(features, mask)[0]:
             steps = [j for j, bright in enumerate(row.tolist()) if bright]
             starts = [j for j in steps if j - 1 not in steps]
             ends = [j for j in steps if j + 1 not in steps]

@@ -14,9 +14,10 @@ from re2tal.backbones.slowfast import SlowFastConfig, slowfast_50, slowfast_101
 from re2tal.backbones.swin import SwinConfig, swin_b, swin_s, swin_t, swin_toy
 from re2tal.detector import Detector
 
-BackboneConfig = SwinConfig | SlowFastConfig
+# Backbones whose depth can be changed and whose windows are known.
+Shape = SwinConfig | SlowFastConfig
 
-BACKBONES: dict[str, Callable[[], BackboneConfig]] = {
+BACKBONES: dict[str, Callable[[], Shape]] = {
     make.__name__: make for make in (swin_t, swin_s, swin_b, swin_toy, slowfast_50, slowfast_101)
 }
 
@@ -38,9 +39,9 @@ class Subject:
 
     name: str
     work: Workload
-    backbone: BackboneConfig
+    backbone: Shape
     unit: int
-    assemble: Callable[[BackboneConfig], Detector]
+    assemble: Callable[[Shape], Detector]
 
     @property
     def depth(self) -> int:
@@ -62,6 +63,7 @@ class _Features(nn.Module):
     """In the place of a localizer: the features themselves."""
 
     num_classes = 0
+    multiple = 1
 
     def predict(self, features: Tensor, mask: Tensor) -> tuple[Tensor]:  # noqa: ARG002
         return (features,)
@@ -89,6 +91,9 @@ def of_recipe(recipe: Recipe) -> Subject:
 
     Args:
         recipe: the run's configuration.
+
+    Raises:
+        ValueError: If its backbone is none that can be made deeper and shallower.
     """
 
     def assemble(shape: Any) -> Detector:  # of the class that the recipe has
@@ -96,18 +101,23 @@ def of_recipe(recipe: Recipe) -> Subject:
         return build_detector(replace(recipe, model=model), _CLASSES, weights=None)
 
     config = recipe.model.backbone
-    stride = config.build().temporal_stride
+    if not isinstance(config, Shape):
+        raise ValueError(  # noqa: TRY004 - it is a setting that is wrong
+            f"A {type(config).__name__} cannot be profiled: its depth has to be changed for that. "
+            "Profiled are recipes with a SwinConfig or a SlowFastConfig."
+        )
+    backbone = config.build()
+    localizer = recipe.model.localizer.build(backbone.channels, len(_CLASSES))
     return Subject(
         name=recipe.name,
         work=workload_of(recipe),
         backbone=config,
-        # the pyramid halves the features from level to level
-        unit=lcm(_unit(config), stride * 2 ** (recipe.model.localizer.levels - 1)),
+        unit=lcm(_unit(config), backbone.temporal_stride * localizer.multiple),
         assemble=assemble,
     )
 
 
-def _unit(config: BackboneConfig) -> int:
+def _unit(config: Shape) -> int:
     """Frames that a backbone takes without padding."""
     if isinstance(config, SwinConfig):
         return config.patch[0] * config.window[0]

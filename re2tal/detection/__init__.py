@@ -1,7 +1,14 @@
 """From scored segments to a video's detections, and how good those are."""
 
 from re2tal.detection.ensemble import ensemble
-from re2tal.detection.evaluation import MapResult, mean_average_precision
+from re2tal.detection.evaluation import (
+    ClassRecall,
+    MapResult,
+    ProposalRecall,
+    average_recall,
+    mean_average_precision,
+    recall_at,
+)
 from re2tal.detection.files import DetectionFileError, read_detections, rows, write_detections
 from re2tal.detection.nms import NmsConfig, nms, nms_videos
 from re2tal.detection.raw import read_raw, write_raw
@@ -9,12 +16,15 @@ from re2tal.detection.segments import Detections, LabelledSegments, tiou
 from re2tal.detection.video_scores import VideoScores, fuse, fuse_videos, load_video_scores
 
 __all__ = [
+    "ClassRecall",
     "DetectionFileError",
     "Detections",
     "LabelledSegments",
     "MapResult",
     "NmsConfig",
+    "ProposalRecall",
     "VideoScores",
+    "average_recall",
     "ensemble",
     "fuse",
     "fuse_videos",
@@ -24,6 +34,7 @@ __all__ = [
     "nms_videos",
     "read_detections",
     "read_raw",
+    "recall_at",
     "rows",
     "tiou",
     "write_detections",

@@ -91,7 +91,8 @@ def load_video_scores(
             )
         elif not logits and min(values, default=0.0) < 0:
             problems.append(
-                f"video {video_id!r}: has a negative score; if the file holds logits, say so (logits=True)"
+                f"video {video_id!r}: has a negative score; if the file holds logits, say so "
+                "(logits=True)"
             )
     if problems:
         raise DetectionFileError(str(path), problems)

@@ -150,6 +150,7 @@ class ActionFormer(nn.Module):
         super().__init__()
         self.config = config
         self.num_classes = num_classes
+        self.multiple = config.multiple
         embed = Embedding(
             in_channels,
             config.width,

@@ -47,8 +47,8 @@ class LocalizerConfig(Protocol):
     `DetectorSpec` takes it as it is.
     """
 
-    def build(self, in_channels: int, num_classes: int) -> Localizer:
-        """A localizer with random weights.
+    def build(self, in_channels: int, num_classes: int) -> Any:
+        """A `Localizer` with random weights, a module.
 
         Args:
             in_channels: C of the features.
@@ -62,9 +62,11 @@ class Localizer(Protocol):
 
     Attributes:
         num_classes: labels are 0 to `num_classes - 1`.
+        multiple: the number of features of a window is a multiple of this.
     """
 
     num_classes: int
+    multiple: int
 
     def __call__(
         self, features: Tensor, mask: Tensor, targets: Sequence[Targets] | None = None

@@ -34,6 +34,7 @@ class Tiny(nn.Module):
     def __init__(self, config: TinyConfig, in_channels: int, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.multiple = 1
         self.score = nn.Conv1d(in_channels, num_classes, config.kernel, padding="same")
 
     def predict(self, features: Tensor, mask: Tensor) -> tuple[Tensor]:

@@ -34,8 +34,11 @@ def run(recipe: Recipe, plan: Plan, folder: Path) -> tuple[dict[str, float], Pat
     return metrics, folder / "checkpoint"
 
 
-def with_localizer(recipe: Recipe, localizer: LocalizerConfig, **model: bool) -> Recipe:
-    return replace(recipe, model=replace(recipe.model, localizer=localizer, **model))
+def with_localizer(
+    recipe: Recipe, localizer: LocalizerConfig, *, class_agnostic: bool = False
+) -> Recipe:
+    model = replace(recipe.model, localizer=localizer, class_agnostic=class_agnostic)
+    return replace(recipe, model=model)
 
 
 @pytest.mark.parametrize("localizer", [VSGN, TinyConfig()], ids=["vsgn", "a third one"])

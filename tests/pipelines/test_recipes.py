@@ -26,9 +26,12 @@ def test_its_parts_fit_together(name: str) -> None:
     features = recipe.data.window.grid(100.0, stride=backbone.temporal_stride).num_features
     assert features == FEATURES.get(name.split("_")[0], 64)
     localizer: Any = recipe.model.localizer.build(backbone.channels, len(CLASSES)).eval()
+    assert features % localizer.multiple == 0
     mask = torch.ones(1, features, dtype=torch.bool)
     with torch.inference_mode():  # any other number of features would be refused
         found = localizer(torch.zeros(1, backbone.channels, features), mask)
+        with pytest.raises(ValueError, match=f"multiple of {localizer.multiple}"):
+            localizer(torch.zeros(1, backbone.channels, features - 1), mask[:, 1:])
     assert isinstance(found[0], Detections)
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,6 +147,6 @@ def test_the_copy_is_decoded_more_densely(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "fields", [{"clip": 0.5}, {"clip": 0.0}, {"short": 0.5}, {"gap": 0.6}, {"gap": -0.1}]
 )
-def test_impossible_settings_are_refused(fields: dict[str, float]) -> None:
+def test_impossible_settings_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="StitchConfig"):
         StitchConfig(**fields)

@@ -157,6 +157,7 @@ class VSGN(nn.Module):
         super().__init__()
         self.config = config
         self.num_classes = num_classes
+        self.multiple = config.multiple
         self.pyramid = GraphPyramid(
             in_channels,
             config.width,
