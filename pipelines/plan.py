@@ -78,8 +78,13 @@ class Plan:
 
 
 def _class_agnostic(video: Video) -> Video:
-    instances = tuple(replace(i, label=ACTION) for i in video.annotation.instances)
-    return replace(video, annotation=replace(video.annotation, instances=instances))
+    old = video.annotation
+    relabelled = replace(
+        old,
+        instances=tuple(replace(i, label=ACTION) for i in old.instances),
+        published=old.published and tuple(replace(i, label=ACTION) for i in old.published),
+    )
+    return replace(video, annotation=relabelled)
 
 
 def read_annotations(config: DataConfig) -> Annotations:

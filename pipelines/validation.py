@@ -95,7 +95,7 @@ def proposal_metrics(
 
 
 def ground_truth(videos: Sequence[Video], classes: Sequence[str]) -> dict[str, Detections]:
-    """Returns the annotated instances of videos, in seconds, each with score 1.
+    """Returns the annotated instances of videos as published, in seconds, each with score 1.
 
     Args:
         videos: annotated videos.
@@ -104,12 +104,13 @@ def ground_truth(videos: Sequence[Video], classes: Sequence[str]) -> dict[str, D
     index = {name: i for i, name in enumerate(classes)}
     return {
         video.annotation.video_id: Detections(
-            segments=torch.tensor([[i.start, i.end] for i in video.annotation.instances]).reshape(
-                -1, 2
-            ),
-            scores=torch.ones(len(video.annotation.instances)),
+            # float64: overlaps that lie on a threshold are decided by the last digit
+            segments=torch.tensor(
+                [[i.start, i.end] for i in video.annotation.evaluated], dtype=torch.float64
+            ).reshape(-1, 2),
+            scores=torch.ones(len(video.annotation.evaluated)),
             labels=torch.tensor(
-                [index[i.label] for i in video.annotation.instances], dtype=torch.int64
+                [index[i.label] for i in video.annotation.evaluated], dtype=torch.int64
             ),
         )
         for video in videos

@@ -159,8 +159,8 @@ def test_every_validation_video_needs_its_external_scores(
     found = scores.get(videos[0])
     assert found is not None
     assert int(found.argmax()) == 0  # the file has the classes in another order
-    with pytest.raises(RecipeError, match="1 to 6 classes, not 7"):
-        make_plan(replace(config, video_scores_top=7), annotations)
+    with pytest.raises(RecipeError, match=f"1 to {len(names)} classes, not 9"):
+        make_plan(replace(config, video_scores_top=9), annotations)
     del results[f"v_{videos[0]}"]
     path.write_text(json.dumps({"class": names, "results": results}))
     with pytest.raises(UnusableVideosError, match=videos[0]):

@@ -246,7 +246,7 @@ def test_the_fingerprint_tells_what_was_done_but_not_how_it_is_worded(tmp_path: 
     path = write(tmp_path, database)
     clipped = load_annotations(path, quirks=EVERYTHING)
     plain = load_annotations(write(tmp_path, database | {"a": video(action(1, 2), action(5, 10))}))
-    assert clipped.videos == plain.videos
+    assert [v.instances for v in clipped.videos] == [v.instances for v in plain.videos]
     assert clipped.fingerprint != plain.fingerprint
     (repair,) = clipped.repairs
     reworded = replace(clipped, repairs=(replace(repair, reason="was late"),))

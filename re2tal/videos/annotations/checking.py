@@ -57,24 +57,31 @@ def check_video(video_id: str, raw: Any, rules: Rules) -> Checked:
     # the actions of a video that is wrong itself are checked too: every problem is to be listed
     actions = raw.get("annotations") if isinstance(raw, dict) else None
     instances: list[Instance] = []
+    published: list[Instance] = []
     repairs: list[Repair] = []
     for number, action in enumerate(actions if isinstance(actions, list) else ()):
-        found, repair, wrong = _check_action(
+        found, written, repair, wrong = _check_action(
             video_id, _place(number, action), action, duration, rules
         )
         instances += [found] if found else []
+        published += [written] if written else []
         repairs += [repair] if repair else []
         problems += wrong
     if problems or duration is None:
         return Checked(video=None, problems=tuple(problems))
     added = list(_implied(video_id, instances, rules))
     instances = sorted([*instances, *(r.instance for r in added)], key=_order)
+    published = sorted([*published, *(r.instance for r in added)], key=_order)
+    ambiguous = rules.quirks.ambiguous
+    used = tuple(i for i in instances if i.label not in ambiguous)
+    as_written = tuple(i for i in published if i.label not in ambiguous)
     video = VideoAnnotation(
         video_id=video_id,
         subset=subset,
         duration=duration,
-        instances=tuple(i for i in instances if i.label not in rules.quirks.ambiguous),
-        ambiguous=tuple(i for i in instances if i.label in rules.quirks.ambiguous),
+        instances=used,
+        ambiguous=tuple(i for i in instances if i.label in ambiguous),
+        published=None if as_written == used else as_written,
     )
     return Checked(video=video, repairs=(*repairs, *added))
 
@@ -107,12 +114,12 @@ class _Video(BaseModel):
 
 def _check_action(
     video_id: str, place: str, raw: Any, duration: float | None, rules: Rules
-) -> tuple[Instance | None, Repair | None, list[str]]:
-    """One action as an instance, what was repaired about it, and what is wrong with it."""
+) -> tuple[Instance | None, Instance | None, Repair | None, list[str]]:
+    """One action as it can be used and as it is written, its repair, and what is wrong with it."""
     try:
         action = _Action.model_validate(raw)
     except ValidationError as error:
-        return None, None, [_reason(place, **details) for details in error.errors()]
+        return None, None, None, [_reason(place, **details) for details in error.errors()]
     start, end = action.segment
     limit = float("inf") if duration is None else duration
     faults = _faults(start, end, limit)
@@ -125,18 +132,19 @@ def _check_action(
     if not known:
         problems.append(f"{place}.label: is not a known class (found {action.label!r:.60})")
     if problems:
-        return None, None, problems
+        return None, None, None, problems
     inside = Instance(start=max(start, 0.0), end=min(end, limit), label=action.label)
+    written = Instance(start=start, end=end, label=action.label)
     if not faults:
-        return inside, None, []
+        return inside, written, None, []
     kept = 2 * (inside.end - inside.start) >= end - start > 0
     repair = Repair(
         video_id=video_id,
         action="clipped" if kept else "dropped",
-        instance=Instance(start=start, end=end, label=action.label),
+        instance=written,
         reason=" and ".join(_phrase(fault, limit) for fault in faults),
     )
-    return inside if kept else None, repair, []
+    return inside if kept else None, written, repair, []
 
 
 def _faults(start: float, end: float, duration: float) -> list[Fault]:

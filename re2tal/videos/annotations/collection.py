@@ -23,6 +23,8 @@ class VideoAnnotation:
     Attributes:
         ambiguous: Stretches of which the annotators could not say whether they are an action. They
             belong to no class: nothing is learnt from them, and a detection there is no mistake.
+        published: The instances as the file has them, where any of `instances` was clipped or left
+            out; published results are of these. None where they are the same.
     """
 
     video_id: str
@@ -30,6 +32,12 @@ class VideoAnnotation:
     duration: float
     instances: tuple[Instance, ...] = ()
     ambiguous: tuple[Instance, ...] = ()
+    published: tuple[Instance, ...] | None = None
+
+    @property
+    def evaluated(self) -> tuple[Instance, ...]:
+        """What detections are compared with: the instances as published."""
+        return self.instances if self.published is None else self.published
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +118,7 @@ class Annotations:
             sorted([video_id, _instances(found)] for video_id, found in self.ambiguous.items()),
             sorted(exclusion.video_id for exclusion in self.excluded),
             sorted([r.video_id, r.action, *_instances([r.instance])] for r in self.repairs),
+            sorted([v.video_id, _instances(v.published)] for v in self.videos if v.published),
         ]
         if any(treatment):  # files that need no treatment keep the fingerprint they always had
             content.append(treatment)
