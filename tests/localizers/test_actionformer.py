@@ -1,19 +1,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from re2tal.detection import Detections, NmsConfig, mean_average_precision, nms
+from re2tal.detection import Detections
 from re2tal.localizers import ActionFormer, ActionFormerConfig, Localizer, Targets
 from re2tal.localizers.blocks import TransformerBlock
 from re2tal.localizers.heads import Strip
 from re2tal.localizers.points import assign
 from re2tal.localizers.pyramid import Embedding
+from tests.localizers.learning import learnt
 
 SMALL = ActionFormerConfig(
     width=16, head_width=16, heads=2, levels=3, window=5, stem_layers=1, residual_scale=0.5
@@ -305,33 +305,7 @@ def planted(count: int, seed: int) -> tuple[Tensor, list[Targets]]:
     return features, targets
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Tensors this small are slower on several threads, most of all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
 def test_it_learns_planted_segments() -> None:
     torch.manual_seed(0)
     model = replace(SMALL, width=32, head_width=32, initial_normalizer=20.0).build(6, 3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3)
-    mask = torch.ones(8, 32, dtype=torch.bool)
-    for step in range(60):
-        features, targets = planted(8, seed=step)
-        losses = model(features, mask, targets)
-        optimizer.zero_grad()
-        sum(losses.values(), torch.zeros(())).backward()
-        optimizer.step()
-    features, targets = planted(8, seed=1000)
-    found = [nms(d, NmsConfig()) for d in model.eval()(features, mask)]
-    result = mean_average_precision(
-        {str(i): target for i, target in enumerate(targets)},
-        {str(i): detections for i, detections in enumerate(found)},
-        num_classes=3,
-        thresholds=[0.3, 0.5, 0.7],
-    )
-    assert result.average > 0.9
+    assert learnt(model, planted, rate=6e-3, steps=60) > 0.9

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from re2tal.detection import Detections, NmsConfig, mean_average_precision, nms
+from re2tal.detection import Detections
 from re2tal.localizers import Localizer, Targets
 from re2tal.localizers.protocol import LocalizerConfig
 from re2tal.localizers.vsgn import VSGN, VSGNConfig
 from re2tal.localizers.vsgn.adjustment import inside_window
 from re2tal.localizers.vsgn.supplementary import boundary_scores
+from tests.localizers.learning import learnt
 
 SMALL = VSGNConfig(width=16, levels=3, stem_stride=1, neighbours=4, head_layers=2)
 EVERYTHING = replace(SMALL, score_threshold=-1.0, min_duration=-100.0, top_k=10**6)
@@ -280,21 +281,4 @@ def planted(count: int, seed: int) -> tuple[Tensor, list[Targets]]:
 def test_it_learns_planted_segments() -> None:
     torch.manual_seed(0)
     config = VSGNConfig(width=32, levels=4, stem_stride=1, neighbours=6, head_layers=2)
-    model = config.build(6, 2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    mask = torch.ones(8, 64, dtype=torch.bool)
-    for step in range(35):
-        features, targets = planted(8, seed=step)
-        losses = model(features, mask, targets)
-        optimizer.zero_grad()
-        sum(losses.values(), torch.zeros(())).backward()
-        optimizer.step()
-    features, targets = planted(8, seed=1000)
-    found = [nms(d, NmsConfig()) for d in model.eval()(features, mask)]
-    result = mean_average_precision(
-        {str(i): target for i, target in enumerate(targets)},
-        {str(i): detections for i, detections in enumerate(found)},
-        num_classes=2,
-        thresholds=[0.3, 0.5, 0.7],
-    )
-    assert result.average > 0.8
+    assert learnt(config.build(6, 2), planted, rate=4e-3, steps=35) > 0.8
