@@ -17,6 +17,7 @@ from re2tal.localizers.losses import LossNormalizer, diou_loss, focal_loss
 from re2tal.localizers.points import Points, assign, make_points
 from re2tal.localizers.protocol import Losses, Targets
 from re2tal.localizers.pyramid import Embedding, TransformerPyramid
+from re2tal.localizers.selection import best
 from re2tal.localizers.settings import check_at_least
 
 # Of classes that have no training data.
@@ -271,11 +272,7 @@ class ActionFormer(nn.Module):
 
     def _decode_level(self, scores: Tensor, segments: Tensor) -> Detections:
         """The best of one level: scores `(L, K)`, segments `(L, 2)`."""
-        flat = scores.flatten()
-        kept = (flat > self.config.score_threshold).nonzero()[:, 0]
-        order = flat[kept].argsort(descending=True, stable=True)[: self.config.top_k]
-        kept = kept[order]
-        point, label = kept // self.num_classes, kept % self.num_classes
-        found = Detections(segments=segments[point], scores=flat[kept], labels=label)
+        counted = scores > self.config.score_threshold
+        found = best(scores, segments, counted, most=self.config.top_k)
         lengths = found.segments[:, 1] - found.segments[:, 0]
         return found[lengths > self.config.min_duration]

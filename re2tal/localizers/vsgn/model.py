@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from re2tal.detection.segments import Detections
 from re2tal.localizers.points import pad_targets
 from re2tal.localizers.protocol import Losses, Targets
+from re2tal.localizers.selection import best
 from re2tal.localizers.settings import check_at_least
 from re2tal.localizers.vsgn.adjustment import BoundaryAdjustment, inside_window
 from re2tal.localizers.vsgn.anchors import Anchors, anchors_of_nodes, make_anchors
@@ -250,16 +251,7 @@ class VSGN(nn.Module):
         scores = classes * boundary_scores(predicted.yes, segments)[..., None]
         long_enough = segments[..., 1] - segments[..., 0] > self.config.min_duration
         kept = (classes > self.config.score_threshold) & (predicted.valid & long_enough)[..., None]
-        return [self._best(*sample) for sample in zip(scores, segments, kept, strict=True)]
-
-    def _best(self, scores: Tensor, segments: Tensor, kept: Tensor) -> Detections:
-        """The best of one sample: scores `(A, K)`, segments `(A, 2)`, which count `(A, K)`."""
-        flat = scores.flatten()
-        candidates = kept.flatten().nonzero()[:, 0]
-        order = flat[candidates].argsort(descending=True, stable=True)[: self.config.top_k]
-        best = candidates[order]
-        return Detections(
-            segments=segments[best // self.num_classes],
-            scores=flat[best],
-            labels=best % self.num_classes,
-        )
+        return [
+            best(*sample, most=self.config.top_k)
+            for sample in zip(scores, segments, kept, strict=True)
+        ]
