@@ -9,6 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from re2tal.atomic import replacing
+
 # A classifier's weights are no part of a backbone; torchvision calls them so.
 _CLASSIFIER = "head."
 _LISTED = 10
@@ -50,11 +52,9 @@ def save_backbone_weights(
         path: the file; it is replaced.
         metadata: facts to keep with them, such as the command and what it reached.
     """
-    path = Path(path)
     state = {name: v.detach().cpu().contiguous() for name, v in backbone.state_dict().items()}
-    partial = path.with_name(path.name + ".partial")
-    save_file(state, partial, metadata=dict(metadata))
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file(state, partial, metadata=dict(metadata))
 
 
 def _read(path: Path) -> dict[str, Tensor]:

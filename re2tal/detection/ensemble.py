@@ -14,8 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from re2tal.detection.segments import Detections
-
-_LISTED = 10
+from re2tal.detection.wording import listed
 
 
 def ensemble(
@@ -70,8 +69,7 @@ def _check_videos(runs: Sequence[Mapping[str, Detections]]) -> None:
     for number, run in enumerate(runs):
         missing = [video_id for video_id in everything if video_id not in run]
         if missing:
-            more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
-            problems.append(f"run {number} lacks {', '.join(missing[:_LISTED])}{more}")
+            problems.append(f"run {number} lacks {listed(missing)}")
     if problems:
         raise ValueError(
             "The runs of an ensemble must have predictions of the same videos (maybe empty ones), "

@@ -2,14 +2,15 @@
 
 `{"version": ..., "external_data": {}, "results": {video id: [{"segment": [s, e], "score": p,
 "label": class name}, ...]}}`, in seconds. Of other people's files only "results" is read.
-Numbers are written with nine significant digits, which is what float32 needs to come back
-unchanged: a file says exactly what was detected.
+Numbers come back unchanged: float32 is written with nine significant digits, which is what it
+needs, float64 with up to 17. They are read as float64, because a tIoU that lies on a threshold, as
+that of numbers with few decimals often does, may fall to its other side in float32.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,33 +24,18 @@ from pydantic import (
     ValidationInfo,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
+from torch import Tensor
 
-from re2tal.detection.atomic import replacing
+from re2tal import json_files
+from re2tal.atomic import replacing
 from re2tal.detection.segments import Detections
+from re2tal.json_files import FileError
 
 _VERSION = "re2tal"
-_SHOWN = 100  # a file of another data set has a problem in each of a million rows
 
 
-class DetectionFileError(ValueError):
-    """A file of detections, or of what belongs to them, that cannot be used.
-
-    Attributes:
-        source: The file.
-        problems: Every problem found in it, each naming the place and the reason.
-    """
-
-    def __init__(self, source: str, problems: Iterable[str]) -> None:
-        self.source = source
-        self.problems = tuple(problems)
-        super().__init__(source, self.problems)  # these args let the error travel between processes
-
-    def __str__(self) -> str:
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        shown = list(self.problems[:_SHOWN])
-        if len(self.problems) > _SHOWN:
-            shown.append(f"... and {len(self.problems) - _SHOWN} more")
-        return "\n  - ".join((f"{self.source}: {count}.", *shown))
+class DetectionFileError(FileError):
+    """A file of detections, or of what belongs to them, that cannot be used."""
 
 
 def rows(detections: Detections, classes: Sequence[str]) -> list[dict[str, Any]]:
@@ -63,7 +49,8 @@ def rows(detections: Detections, classes: Sequence[str]) -> list[dict[str, Any]]
         `{"segment": [start, end], "score": score, "label": class name}` for each, in order.
 
     Raises:
-        ValueError: If a label has no name, or a number is not finite.
+        ValueError: If a label has no name; or a number is not finite or a segment reversed, naming
+            the first such row.
     """
     labels = detections.labels.tolist()
     unnamed = sorted({label for label in labels if not 0 <= label < len(classes)})
@@ -72,11 +59,10 @@ def rows(detections: Detections, classes: Sequence[str]) -> list[dict[str, Any]]
             f"Detections have the labels {unnamed}, but there are {len(classes)} classes: labels "
             f"must be 0 to {len(classes) - 1}."
         )
-    finite = detections.segments.isfinite().all() & detections.scores.isfinite().all()
-    if not bool(finite):
-        raise ValueError("Detections have a segment or a score that is not finite.")
+    _check_numbers(detections)
+    time, score_of = _writer(detections.segments), _writer(detections.scores)
     return [
-        {"segment": [_digits(x) for x in segment], "score": _digits(score), "label": classes[label]}
+        {"segment": [*map(time, segment)], "score": score_of(score), "label": classes[label]}
         for segment, score, label in zip(
             detections.segments.tolist(), detections.scores.tolist(), labels, strict=True
         )
@@ -115,15 +101,14 @@ def read_detections(path: str | Path, classes: Sequence[str]) -> dict[str, Detec
         classes: class names; the labels of the result index them.
 
     Returns:
-        Video id to detections in seconds, float32, in the order of the file.
+        Video id to detections in seconds, float64, in the order of the file.
 
     Raises:
         DetectionFileError: If the file cannot be read or anything in it is wrong: a label that is
-            no class, a number that is none, a reversed segment, a missing key, a video that is
-            there twice. It lists everything.
+            no class, a number that is none, a reversed segment, a missing key, a key (such
+            as a video) that is there twice. It lists everything.
     """
-    document, repeated = read_json(path)
-    problems = [f"key {key!r}: is there more than once" for key in repeated]
+    document, problems = read_json(path)
     if not isinstance(document, dict) or "results" not in document:
         shape = 'the top level must be an object with the key "results" (video id -> detections)'
         raise DetectionFileError(str(path), [*problems, shape])
@@ -137,8 +122,10 @@ def read_detections(path: str | Path, classes: Sequence[str]) -> dict[str, Detec
         raise DetectionFileError(str(path), problems)
     return {
         video_id: Detections(
-            segments=torch.tensor([row.segment for row in found]).reshape(-1, 2),
-            scores=torch.tensor([row.score for row in found]),
+            segments=torch.tensor([row.segment for row in found], dtype=torch.float64).reshape(
+                -1, 2
+            ),
+            scores=torch.tensor([row.score for row in found], dtype=torch.float64),
             labels=torch.tensor([index[row.label] for row in found], dtype=torch.int64),
         )
         for video_id, found in results.items()
@@ -146,33 +133,39 @@ def read_detections(path: str | Path, classes: Sequence[str]) -> dict[str, Detec
 
 
 def read_json(path: str | Path) -> tuple[Any, list[str]]:
-    """A JSON file, and the keys that one of its objects has more than once.
+    """A JSON file, and a phrase for each key that one of its objects has more than once.
 
     Raises:
         DetectionFileError: If there is no such file, or it is no JSON.
     """
-    repeated: list[str] = []
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            repeated.extend(sorted({key for key in keys if keys.count(key) > 1}))
-        return found
-
     try:
-        text = Path(path).read_text("utf-8-sig")
-        return json.loads(text, object_pairs_hook=unique), repeated
-    except FileNotFoundError as error:
-        raise DetectionFileError(str(path), ["there is no such file"]) from error
-    except OSError as error:
-        raise DetectionFileError(str(path), [f"cannot be read: {error.strerror}"]) from error
-    except (ValueError, RecursionError) as error:
-        raise DetectionFileError(str(path), [f"is not a JSON text: {error}"]) from error
+        document, repeated = json_files.read_json(path)
+    except FileError as error:
+        raise DetectionFileError(error.source, error.problems) from error
+    return document, [str(key) for key in repeated]
 
 
-def _digits(number: float) -> float:
-    return float(f"{number:.9g}")
+def _check_numbers(detections: Detections) -> None:
+    """Refuses what `read_detections` would refuse."""
+    segments, scores = detections.segments, detections.scores
+    infinite = ~(segments.isfinite().all(dim=1) & scores.isfinite())
+    wrong = infinite | (segments[:, 1] < segments[:, 0])
+    if not bool(wrong.any()):
+        return
+    row = int(wrong.nonzero()[0])
+    start, end = segments[row].tolist()
+    reason = "is not finite" if bool(infinite[row]) else "is reversed: it ends before it starts"
+    raise ValueError(
+        f"Detection {row} {reason}: segment {start:g} to {end:g}, score {scores[row].item():g}. "
+        f"{int(wrong.sum())} of {len(detections)} cannot be written."
+    )
+
+
+def _writer(numbers: Tensor) -> Callable[[float], float]:
+    """What shortens a number to the digits that its precision needs."""
+    if numbers.dtype == torch.float64:
+        return float
+    return lambda number: float(f"{number:.9g}")
 
 
 def _in_order(segment: tuple[float, float]) -> tuple[float, float]:

@@ -9,20 +9,23 @@ int64 detections a video; its metadata hold `videos` and `classes`, JSON lists o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from re2tal.detection.atomic import replacing
+from re2tal.atomic import replacing
 from re2tal.detection.files import DetectionFileError
 from re2tal.detection.segments import Detections
+from re2tal.detection.wording import listed
 
 _TENSORS = ("segments", "scores", "labels", "counts")
 _NAMES = ("videos", "classes")
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def write_raw(
@@ -66,11 +69,12 @@ def read_raw(path: str | Path) -> tuple[dict[str, Detections], tuple[str, ...]]:
         Video id to predictions in the order written, bit for bit; the class names.
 
     Raises:
-        DetectionFileError: If the file cannot be read, or holds something else.
+        DetectionFileError: If the file cannot be read, or holds something else. It lists
+            everything that does not fit.
     """
     tensors, names = _content(path)
-    if not _consistent(tensors, names):
-        raise DetectionFileError(str(path), ["its tensors and names do not fit one another"])
+    if problems := [*_misnamed(names)] or [*_misfits(tensors, names)]:
+        raise DetectionFileError(str(path), problems)
     counts = tensors["counts"].tolist()
     parts = zip(
         names["videos"],
@@ -86,7 +90,7 @@ def read_raw(path: str | Path) -> tuple[dict[str, Detections], tuple[str, ...]]:
     return predictions, tuple(names["classes"])
 
 
-def _content(path: str | Path) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+def _content(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The file's tensors and names, all of those that it should have."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -100,19 +104,42 @@ def _content(path: str | Path) -> tuple[dict[str, Tensor], dict[str, list[str]]]
             names = {name: json.loads(metadata[name]) for name in _NAMES}
     except FileNotFoundError as error:
         raise DetectionFileError(str(path), ["there is no such file"]) from error
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise DetectionFileError(str(path), [f"cannot be read: {error}"]) from error
     return tensors, names
 
 
-def _consistent(tensors: Mapping[str, Tensor], names: Mapping[str, Sequence[str]]) -> bool:
-    """Whether the parts of a file belong together."""
+def _misnamed(names: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the names of a file."""
+    for kind, found in names.items():
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+            yield f'"{kind}" must be a JSON list of names (found {found!r:.60})'
+        elif twice := sorted({name for name in found if found.count(name) > 1}):
+            yield f'"{kind}" has names more than once: {listed(twice)}'
+
+
+def _misfits(tensors: Mapping[str, Tensor], names: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Where the parts of a file do not belong together."""
     segments, scores, labels, counts = (tensors[name] for name in _TENSORS)
-    return (
-        segments.shape == (len(scores), 2)
-        and labels.shape == scores.shape == (len(scores),)
-        and counts.shape == (len(names["videos"]),)
-        and bool((counts >= 0).all())
-        and int(counts.sum()) == len(scores)
-        and bool(((labels >= 0) & (labels < len(names["classes"]))).all())
-    )
+    videos, classes = (len(names[kind]) for kind in _NAMES)
+    if scores.ndim != 1:
+        yield f"scores must be of shape (N,), but are {tuple(scores.shape)}"
+        return
+    total = len(scores)
+    for name, tensor, shape in (("segments", segments, (total, 2)), ("labels", labels, (total,))):
+        if tensor.shape != shape:
+            yield f"{name} must be of shape {shape} for {total} scores, not {tuple(tensor.shape)}"
+    for name in ("segments", "scores"):
+        if not tensors[name].is_floating_point():
+            yield f"{name} must be floating point, not {tensors[name].dtype}"
+    if labels.dtype not in _INTEGERS:
+        yield f"labels must be integers, not {labels.dtype}"
+    elif bool(((labels < 0) | (labels >= classes)).any()):
+        yield f"labels are {labels.min()} to {labels.max()}, but there are {classes} classes"
+    if counts.dtype not in _INTEGERS or counts.shape != (videos,):
+        yield (
+            f"counts must be {videos} integers, one a video, not {tuple(counts.shape)} of "
+            f"{counts.dtype}"
+        )
+    elif bool((counts < 0).any()) or int(counts.sum()) != total:
+        yield f"counts must be 0 or more and add up to {total} detections: {counts.tolist()!s:.60}"

@@ -30,9 +30,10 @@ from torch import Tensor
 
 from re2tal.detection.files import DetectionFileError, read_json
 from re2tal.detection.segments import Detections
+from re2tal.detection.wording import listed
+from re2tal.json_files import in_words
 
 _PREFIX = "v_"
-_LISTED = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,8 +74,7 @@ def load_video_scores(
             missing or there twice, a video has another number of scores, or one that is negative
             or not finite. It lists everything.
     """
-    document, repeated = read_json(path)
-    problems = [f"key {key!r}: is there more than once" for key in repeated]
+    document, problems = read_json(path)
     try:
         content = _File.model_validate(document)
     except ValidationError as error:
@@ -149,10 +149,9 @@ def fuse_videos(
     of_video = {video_id: scores.get(video_id) for video_id in proposals}
     missing = [video_id for video_id, found in of_video.items() if found is None]
     if missing:
-        more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
         raise ValueError(
             f"{len(missing)} of {len(proposals)} videos have no video-level scores: "
-            f"{', '.join(missing[:_LISTED])}{more}. Leave them out of the proposals, or use the "
+            f"{listed(missing)}. Leave them out of the proposals, or use the "
             "scores of their subset."
         )
     return {
@@ -181,6 +180,5 @@ class _File(BaseModel):
 
 def _reason(place: tuple[int | str, ...], message: str) -> str:
     """One pydantic error as a phrase: `results.x[3]: input should be a finite number`."""
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in place]
-    where = "".join(parts).removeprefix(".") or "the top level"
+    where = in_words(place) or "the top level"
     return f"{where}: {message[0].lower()}{message[1:]}"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,12 +40,30 @@ def equal(a: Detections, b: Detections) -> bool:
     return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)
 
 
+def single(detections: Detections) -> Detections:
+    return replace(
+        detections, segments=detections.segments.float(), scores=detections.scores.float()
+    )
+
+
 def test_results_come_back_bit_for_bit(tmp_path: Path) -> None:
     path = tmp_path / "detections.json"
     write_detections(path, VIDEOS, CLASSES)
     again = read_detections(path, CLASSES)
     assert list(again) == sorted(VIDEOS)
-    assert all(equal(again[video_id], VIDEOS[video_id]) for video_id in VIDEOS)
+    assert all(equal(single(again[video_id]), VIDEOS[video_id]) for video_id in VIDEOS)
+    assert all(x.segments.dtype == x.scores.dtype == torch.float64 for x in again.values())
+    # In float64 the decimals of a file are what they look like, and come back as well.
+    write_detections(path, again, CLASSES)
+    assert all(equal(x, again[v]) for v, x in read_detections(path, CLASSES).items())
+    thirds = replace(again["c"], segments=again["c"].segments / 3, scores=again["c"].scores / 3)
+    write_detections(path, {"c": thirds}, CLASSES)
+    assert equal(read_detections(path, CLASSES)["c"], thirds)
+    path.write_text(
+        '{"results": {"a": [{"segment": [0.1, 0.7], "score": 0.3, "label": "Diving"}]}}'
+    )
+    assert read_detections(path, CLASSES)["a"].segments.tolist() == [[0.1, 0.7]]
+    write_detections(path, VIDEOS, CLASSES)
     # Labels follow the names, not the order of whoever wrote the file.
     turned = read_detections(path, ("new", *CLASSES[::-1]))
     assert torch.equal(turned["c"].labels, 3 - VIDEOS["c"].labels)
@@ -67,8 +86,12 @@ def test_rows_are_plain_numbers_and_names() -> None:
     [
         ({"labels": torch.tensor([3])}, r"'x'.*labels \[3\], but there are 3 classes"),
         ({"labels": torch.tensor([-1])}, r"'x'.*labels \[-1\]"),
-        ({"scores": torch.tensor([torch.nan])}, "'x'.*not finite"),
-        ({"segments": torch.tensor([[0.0, torch.inf]])}, "'x'.*not finite"),
+        (
+            {"scores": torch.tensor([torch.nan])},
+            "'x'.*Detection 0 is not finite.*0 to 1, score nan",
+        ),
+        ({"segments": torch.tensor([[0.0, torch.inf]])}, "'x'.*not finite: segment 0 to inf"),
+        ({"segments": torch.tensor([[2.5, 1.0]])}, "'x'.*reversed: .* 2.5 to 1, score 1. 1 of 1"),
     ],
 )
 def test_what_cannot_be_written_leaves_the_old_file(
@@ -105,14 +128,16 @@ def test_all_problems_of_a_file_are_listed(tmp_path: Path) -> None:
               {"score": true, "label": 3},
               5,
               {"segment": [0, 0], "score": 0.5, "label": "Diving", "extra": 1}],
-        "b": 3,
+        "d": 3,
+        "b": [{"segment": [0, 1], "score": 0.5, "label": "Diving", "label": "Diving"}],
         "c": [],
         "c": [{"segment": [1, "2", 3], "score": "0.3", "label": "Diving"}]}}"""
     )
     with pytest.raises(DetectionFileError) as error:
         read_detections(path, CLASSES)
     expected = [
-        ("key 'c'", "more than once"),
+        ("results", "key 'c' is there more than once"),
+        ("results.b[0]", "key 'label' is there more than once"),
         ("video 'a'[0].segment", "reversed"),
         ("video 'a'[0].score", "finite"),
         ("video 'a'[0].label", "not a known class (found 'Surfing')"),
@@ -120,7 +145,7 @@ def test_all_problems_of_a_file_are_listed(tmp_path: Path) -> None:
         ("video 'a'[1].score", "number"),
         ("video 'a'[1].label", "string"),
         ("video 'a'[2]", "must be an object (found 5)"),
-        ("video 'b'", "list"),
+        ("video 'd'", "list"),
         ("video 'c'[0].segment", "2 items"),
         ("video 'c'[0].score", "number"),
     ]
@@ -129,7 +154,7 @@ def test_all_problems_of_a_file_are_listed(tmp_path: Path) -> None:
     for problem, (place, reason) in zip(problems, expected, strict=True):
         assert problem.startswith(place + ": ")
         assert reason in problem
-    assert str(error.value).startswith(f"{path}: 11 problems.\n  - key 'c'")
+    assert str(error.value).startswith(f"{path}: 12 problems.\n  - results: key 'c'")
     assert pickle.loads(pickle.dumps(error.value)).problems == problems
 
 
@@ -188,24 +213,39 @@ def test_raw_predictions_that_are_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "names", "reasons"),
     [
-        {"counts": torch.tensor([2])},
-        {"counts": torch.tensor([2, -1])},
-        {"segments": torch.zeros(1, 3)},
-        {"labels": torch.tensor([7])},
-        {"labels": torch.tensor([0, 0])},
+        ({"counts": torch.tensor([2])}, {}, ["counts must be 2 integers"]),
+        ({"counts": torch.tensor([2, -1])}, {}, ["counts must be 0 or more"]),
+        ({"counts": torch.tensor([1, 1])}, {}, ["add up to 1 detections"]),
+        ({"segments": torch.zeros(1, 3)}, {}, ["segments must be of shape (1, 2)"]),
+        ({"segments": torch.zeros(1, 2).int()}, {}, ["segments must be floating point"]),
+        ({"scores": torch.tensor(0.5)}, {}, ["scores must be of shape (N,)"]),
+        ({"labels": torch.tensor([7])}, {}, ["labels are 7 to 7, but there are 1 classes"]),
+        ({"labels": torch.tensor([0.5])}, {}, ["labels must be integers"]),
+        ({}, {"videos": '{"a": 1, "b": 2}'}, ['"videos" must be a JSON list']),
+        ({}, {"videos": '["a", "a"]'}, ['"videos" has names more than once: a']),
+        ({}, {"classes": '["x", 3]'}, ['"classes" must be a JSON list of names']),
+        ({}, {"classes": '"x"'}, ['"classes" must be a JSON list of names']),
+        (
+            {"labels": torch.tensor([0, 0]), "segments": torch.zeros(2, 2)},
+            {"videos": '["a"]'},
+            ["segments must be", "labels must be", "counts must be 1 integers"],
+        ),
     ],
 )
 def test_raw_predictions_that_do_not_fit_together(
-    change: dict[str, torch.Tensor], tmp_path: Path
+    change: dict[str, torch.Tensor], names: dict[str, str], reasons: list[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "raw.safetensors"
     tensors = {"segments": torch.zeros(1, 2), "scores": torch.zeros(1)}
     tensors |= {"labels": torch.tensor([0]), "counts": torch.tensor([1, 0])}
-    names = {"videos": '["a", "b"]', "classes": '["Diving"]'}
-    save_file(tensors, path, metadata=names)
+    metadata = {"videos": '["a", "b"]', "classes": '["Diving"]'}
+    save_file(tensors, path, metadata=metadata)
     assert [len(part) for part in read_raw(path)[0].values()] == [1, 0]
-    save_file(tensors | change, path, metadata=names)
-    with pytest.raises(DetectionFileError, match="do not fit"):
+    save_file(tensors | change, path, metadata=metadata | names)
+    with pytest.raises(DetectionFileError) as error:
         read_raw(path)
+    assert len(error.value.problems) == len(reasons)
+    for problem, reason in zip(error.value.problems, reasons, strict=True):
+        assert reason in problem

@@ -67,7 +67,7 @@ def test_all_problems_of_a_file_are_listed(tmp_path: Path) -> None:
     with pytest.raises(DetectionFileError) as error:
         load_video_scores(path, CLASSES)
     assert [problem.split(":")[0] for problem in error.value.problems] == [
-        "key 'a'",
+        "results",
         "class 'Surfing'",
         "class 'Diving'",
         "video 'b'",

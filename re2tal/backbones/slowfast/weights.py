@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from re2tal.atomic import replacing
+
 _CLASSIFIERS = ("cls_head.", "blocks.6.proj.")
 _PATHWAYS = ("slow_path", "fast_path")
 _CONVOLUTIONS = {"a": "conv1", "b": "conv2", "c": "conv3"}
@@ -45,11 +47,9 @@ def convert_weights(source: str | Path, target: str | Path) -> None:
     Raises:
         ValueError: if the source cannot be read, or holds weights of something else.
     """
-    source, target = Path(source), Path(target)
-    state = published_weights(_read(source))
-    partial = target.with_name(target.name + ".partial")
-    save_file({name: value.contiguous() for name, value in state.items()}, partial)
-    partial.replace(target)
+    state = published_weights(_read(Path(source)))
+    with replacing(target) as partial:
+        save_file({name: value.contiguous() for name, value in state.items()}, partial)
 
 
 def published_weights(published: Mapping[str, Tensor]) -> dict[str, Tensor]:

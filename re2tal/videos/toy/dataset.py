@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from re2tal.atomic import replacing
 from re2tal.videos.encoding import encode
 from re2tal.videos.toy.looks import DETECTION_GALLERY, PRETRAINING_GALLERY
 from re2tal.videos.toy.motion import Pose
@@ -61,9 +62,8 @@ def _make_video(job: _Job) -> tuple[str, dict[str, Any]]:
     rng = np.random.default_rng(job.seed)
     scene = draw_scene(DETECTION_GALLERY, _times(job.seconds), rng)
     path = Path(job.folder) / f"{job.video_id}.mp4"
-    partial_path = path.with_suffix(".partial")
-    encode(partial_path, render(scene), fps=FPS)
-    partial_path.replace(path)
+    with replacing(path) as partial:
+        encode(partial, render(scene), fps=FPS)
     return job.video_id, {
         "subset": job.subset,
         "duration": round(len(scene.background_path) / FPS, 3),
@@ -138,9 +138,8 @@ def make_toy(
         if progress is not None:
             progress(len(database), len(jobs))
     content = {"settings": settings, "database": dict(sorted(database.items()))}
-    partial_path = annotations.with_suffix(".partial")
-    partial_path.write_text(json.dumps(content, indent=1))
-    partial_path.replace(annotations)
+    with replacing(annotations) as partial:
+        partial.write_text(json.dumps(content, indent=1))
     return annotations
 
 

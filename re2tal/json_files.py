@@ -1,0 +1,123 @@
+"""JSON files that others wrote: read whole, with everything that is wrong in them in one error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_SHOWN = 100  # a file of another data set has a problem in each of a million rows
+
+Place = tuple[str | int, ...]
+
+
+class FileError(ValueError):
+    """A file that cannot be used.
+
+    Attributes:
+        source: The file.
+        problems: Every problem found in it, each naming the place and the reason.
+    """
+
+    def __init__(self, source: str, problems: Iterable[str]) -> None:
+        self.source = source
+        self.problems = tuple(problems)
+        super().__init__(source, self.problems)  # these args let the error travel between processes
+
+    def __str__(self) -> str:
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        shown = list(self.problems[:_SHOWN])
+        if len(self.problems) > _SHOWN:
+            shown.append(f"... and {len(self.problems) - _SHOWN} more")
+        return "\n  - ".join((f"{self.source}: {count}.", *shown))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RepeatedKey:
+    """A key that one object has more than once; JSON readers keep only the last value.
+
+    Attributes:
+        place: Keys and indices that lead to the object; none for the top level.
+        key: The key.
+    """
+
+    place: Place
+    key: str
+
+    def __str__(self) -> str:
+        where = f"{in_words(self.place)}: " if self.place else ""
+        return f"{where}key {self.key!r} is there more than once"
+
+
+def read_text(path: str | Path, *, source: str | None = None) -> str:
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        FileError: It cannot be read; `source`, or the path, is what the error names.
+    """
+    source = source or str(path)
+    try:
+        return Path(path).read_text("utf-8-sig")
+    except FileNotFoundError as error:
+        raise FileError(source, ["there is no such file"]) from error
+    except OSError as error:
+        raise FileError(source, [f"cannot be read: {error.strerror}"]) from error
+    except UnicodeDecodeError as error:
+        raise FileError(source, [f"is not a text in UTF-8: {error}"]) from error
+
+
+def read_json(path: str | Path) -> tuple[Any, tuple[RepeatedKey, ...]]:
+    """A JSON document, and the keys that objects in it have more than once.
+
+    Returns:
+        The document; its repeated keys in the order of the document. What stands in a value that a
+        later one of the same key replaced is lost, and its repeated keys are not told.
+
+    Raises:
+        FileError: The file cannot be read or holds no JSON text.
+    """
+    # The objects are kept alive so that none of them gets the id of one that is gone.
+    repeating: dict[int, tuple[dict[str, Any], list[str]]] = {}
+
+    def remember(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            repeating[id(found)] = found, sorted({key for key in keys if keys.count(key) > 1})
+        return found
+
+    text = read_text(path)
+    try:
+        document = json.loads(text, object_pairs_hook=remember)
+    except (ValueError, RecursionError) as error:
+        raise FileError(str(path), [f"is not a JSON text: {error}"]) from error
+    if not repeating:
+        return document, ()
+    return document, tuple(
+        RepeatedKey(place=place, key=key)
+        for place, value in _places(document)
+        if id(value) in repeating
+        for key in repeating[id(value)][1]
+    )
+
+
+def in_words(place: Place) -> str:
+    """A place as a path: `database.v_1.annotations[3]`."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in place]
+    return "".join(parts).removeprefix(".")
+
+
+def _places(document: Any) -> Iterator[tuple[Place, Any]]:
+    """Every object of a document and where it stands, without recursion."""
+    waiting: list[tuple[Place, Any]] = [((), document)]
+    while waiting:
+        place, value = waiting.pop()
+        items: list[tuple[str | int, Any]] = []
+        if isinstance(value, dict):
+            yield place, value
+            items = [*value.items()]
+        elif isinstance(value, list):
+            items = [*enumerate(value)]
+        waiting += [((*place, key), inner) for key, inner in reversed(items)]
