@@ -108,6 +108,41 @@ class VideoReader:
             reason = f"damaged near second {seconds:.2f}: {error.strerror}"
             raise VideoError(self.name, reason) from error
 
+    def frames(self) -> Iterator[tuple[int, int, VideoFrame]]:
+        """All frames that come next, in the order in which they are shown, each of them once.
+
+        `frame_at` shows the same frame at every time from its first tick to before its last.
+
+        Yields:
+            The tick at which a frame comes on screen, that at which it leaves, and the frame. A
+            tick is `stream.time_base` seconds; they count from the first frame of the video.
+
+        Raises:
+            VideoError: A frame is damaged.
+        """
+        end: int | None = None
+        while True:
+            try:
+                frame, intact = self._peek(), self._ahead_intact
+                self._ahead = None
+                following = self._peek()
+            except av.FFmpegError as error:
+                raise VideoError(self.name, f"is damaged: {error.strerror}") from error
+            if frame is None:
+                return
+            # a time stamp that goes back puts nothing on screen before it is reached
+            begin = self._time(frame) if end is None else max(end, self._time(frame))
+            if not intact:
+                reason = f"the frame at second {begin * self._tick:.2f} is damaged"
+                raise VideoError(self.name, reason)
+            if following is not None:
+                end = self._time(following)
+            else:
+                end = begin + max(1, round(self._frame_seconds(frame) / self._tick))
+            if end > begin:  # else the next one takes its place before it was seen
+                yield begin, end, frame
+            end = max(begin, end)
+
     def _open(self) -> None:
         """Opens the file, or opens it again at its start."""
         try:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2.functional import resize
 
 from re2tal.videos.decoding import VideoError, VideoInfo, decode, probe
-from re2tal.videos.reader import TAIL
+from re2tal.videos.reader import TAIL, VideoReader
 from tests.videos.made_videos import FPS, make_video, numbers
 
 FRAMES = 100
@@ -274,3 +274,15 @@ def test_errors_and_facts_travel_between_processes(mp4: Path) -> None:
     assert (error.source, error.reason, str(error)) == ("a.mp4", "is empty", "a.mp4: is empty")
     info: VideoInfo = pickle.loads(pickle.dumps(probe(mp4)))
     assert info == probe(mp4)
+
+
+def test_all_frames_in_order_are_those_shown_at_their_times(video: Made) -> None:
+    with VideoReader(video.path) as reader:
+        tick = float(reader.stream.time_base or 0)
+        spans = [(begin * tick, end * tick) for begin, end, _ in reader.frames()]
+    assert len(spans) == FRAMES
+    assert spans[0][0] == 0
+    assert [end for _, end in spans[:-1]] == [begin for begin, _ in spans[1:]]
+    middles = np.array(spans).mean(axis=1)
+    np.testing.assert_allclose(middles, MIDDLES, atol=2e-3)
+    np.testing.assert_array_equal(numbers(decode(video.path, middles, size=None)), range(FRAMES))
