@@ -12,6 +12,10 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from re2tal.videos.errors import FrameError, VideoError
+from re2tal.videos.frame_queue import FrameQueue, Shown
+from re2tal.videos.limits import Deadline, Limits
+
 # What a video may be given as: the path of a local file, its content, or an open seekable file.
 Source = str | Path | bytes | BinaryIO
 
@@ -24,22 +28,11 @@ TAIL = 1.0
 _FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,h264,hevc,ivf,flv,ogg,asf"
 
 # MPEG program streams give few time stamps: after a seek FFmpeg guesses those in between, wrongly.
-_UNSEEKABLE = frozenset({"mpeg"})
+# The raw streams have none.
+_UNSEEKABLE = frozenset({"mpeg", "h264", "hevc", "mpegvideo"})
 
 # Seconds back from a target at which a key frame is looked for, one after the other.
 _STEPS_BACK = (0.0, 1.0, 4.0, 16.0)
-
-
-class VideoError(Exception):
-    """A video that cannot be used: `source` says which one, `reason` why."""
-
-    def __init__(self, source: str, reason: str) -> None:
-        self.source = source
-        self.reason = reason
-        super().__init__(source, reason)  # these args let the error travel between processes
-
-    def __str__(self) -> str:
-        return f"{self.source}: {self.reason}"
 
 
 class VideoReader:
@@ -50,24 +43,24 @@ class VideoReader:
     Args:
         source: The video.
         threads: Decoding threads.
+        limits: What it may cost; the time counts from here on.
 
     Raises:
-        VideoError: The file cannot be opened as a video.
+        VideoError: The file cannot be opened as a video, or is over the limits.
     """
 
     name: str
     container: InputContainer
     stream: VideoStream
-    _frames: Iterator[VideoFrame]  # what comes next out of the decoder
-    _shown: VideoFrame | None  # the last frame gone past
-    _shown_intact: bool  # whether neither it nor a frame that it may lean on is damaged
-    _ahead: VideoFrame | None  # the one after it, once it is decoded
-    _ahead_intact: bool
+    _queue: FrameQueue  # what comes next out of the decoder
+    _shown: Shown | None  # the last frame gone past
 
-    def __init__(self, source: Source, *, threads: int = 1) -> None:
+    def __init__(self, source: Source, *, threads: int = 1, limits: Limits | None = None) -> None:
         self.name = _name(source)
         self._source = source
         self._threads = threads
+        self._limits = limits or Limits()
+        self._deadline = Deadline(self.name, self._limits)
         self._open()
         # Both are learned while seeking, so that no seek goes back over what is decoded for long:
         self._longest_gop = int(1 / self._tick)  # ticks from a key frame to a target
@@ -86,8 +79,8 @@ class VideoReader:
 
     def close(self) -> None:
         """Closes the file."""
-        self._shown = self._ahead = None
-        self._frames = iter(())
+        del self._queue
+        self._shown = None
         self.container.close()
 
     def frame_at(self, seconds: float) -> VideoFrame:
@@ -100,13 +93,30 @@ class VideoReader:
             seconds: The time; not before that of the call before, as the reader moves forward.
 
         Raises:
-            VideoError: The video shows nothing at that time, or it is damaged there.
+            FrameError: The video shows nothing at that time, or it is damaged there; later times
+                may still be asked for.
+            VideoError: It cannot be read any further, or is over the limits.
         """
-        try:
-            return self._frame_at(seconds)
-        except av.FFmpegError as error:
-            reason = f"damaged near second {seconds:.2f}: {error.strerror}"
-            raise VideoError(self.name, reason) from error
+        # A time that lies before a frame only by rounding is meant to be that frame's.
+        target = int((seconds + 1e-6) // self._tick)
+        if self._seeking_pays(target):
+            self._seek(target)
+        while (ahead := self._queue.peek()) is not None and self._time(ahead) <= target:
+            self._shown = ahead
+            self._queue.pop()
+        shown = self._shown or ahead
+        if shown is None:
+            reason = self._queue.reason
+            raise VideoError(self.name, f"no frame of it can be decoded{reason and ': '}{reason}")
+        begin = self._time(shown) * self._tick
+        end = begin + self._frame_seconds(shown.frame)
+        if self._shown is None and seconds < 2 * begin - end:
+            reason = f"shows nothing at second {seconds:.2f}: it begins at {begin:.2f}"
+            raise FrameError(self.name, reason)
+        if ahead is None and seconds > end + TAIL:
+            raise FrameError(self.name, self._too_late(seconds, end))
+        self._check_intact(shown, target)
+        return shown.frame
 
     def frames(self) -> Iterator[tuple[int, int, VideoFrame]]:
         """All frames that come next, in the order in which they are shown, each of them once.
@@ -118,30 +128,29 @@ class VideoReader:
             tick is `stream.time_base` seconds; they count from the first frame of the video.
 
         Raises:
-            VideoError: A frame is damaged.
+            FrameError: A frame is damaged.
+            VideoError: The video cannot be read any further, or is over the limits.
         """
         end: int | None = None
-        while True:
-            try:
-                frame, intact = self._peek(), self._ahead_intact
-                self._ahead = None
-                following = self._peek()
-            except av.FFmpegError as error:
-                raise VideoError(self.name, f"is damaged: {error.strerror}") from error
-            if frame is None:
-                return
+        while (shown := self._queue.peek()) is not None:
+            self._queue.pop()
+            following = self._queue.peek()
             # a time stamp that goes back puts nothing on screen before it is reached
-            begin = self._time(frame) if end is None else max(end, self._time(frame))
-            if not intact:
-                reason = f"the frame at second {begin * self._tick:.2f} is damaged"
-                raise VideoError(self.name, reason)
+            begin = self._time(shown) if end is None else max(end, self._time(shown))
             if following is not None:
-                end = self._time(following)
+                end = max(begin, self._time(following))
             else:
-                end = begin + max(1, round(self._frame_seconds(frame) / self._tick))
+                end = begin + max(1, round(self._frame_seconds(shown.frame) / self._tick))
+            self._check_intact(shown, end - 1)
             if end > begin:  # else the next one takes its place before it was seen
-                yield begin, end, frame
-            end = max(begin, end)
+                yield begin, end, shown.frame
+
+    def _check_intact(self, shown: Shown, target: int) -> None:
+        """Raises FrameError if damage has reached a frame, or one between it and a tick."""
+        if self._queue.is_damaged(shown, target + self._start):
+            second = max(self._time(shown), target) * self._tick
+            reason = f"the frame at second {second:.2f} is damaged: {self._queue.reason}"
+            raise FrameError(self.name, reason)
 
     def _open(self) -> None:
         """Opens the file, or opens it again at its start."""
@@ -150,9 +159,12 @@ class VideoReader:
                 self._file(),
                 mode="r",
                 container_options={"format_whitelist": _FORMATS},
+                options={"max_pixels": str(self._limits.pixels)},
                 metadata_errors="replace",
+                timeout=self._limits.seconds,
             )
         except (av.FFmpegError, OSError) as error:
+            self._deadline.check()  # which also interrupts reading
             reason = error.strerror or str(error)
             raise VideoError(self.name, f"cannot be opened as a video: {reason}") from error
         try:
@@ -166,13 +178,16 @@ class VideoReader:
     def _set_up(self) -> None:
         """Chooses the stream, sets its decoder up and finds out when its first frame is shown."""
         self.stream = self._choose_stream()
+        decoder = self.stream.codec_context
+        self._limits.check_picture(self.name, decoder.width, decoder.height)
+        decoder.options = {"max_pixels": str(self._limits.pixels)}
         self.stream.thread_count = self._threads
         self.stream.thread_type = "AUTO"
         self._tick = float(self.stream.time_base or 1)
         self._start = self.stream.start_time or 0
         self._restart_decoding()
         # AVI counts from the first frame that is stored, some frames before the first one shown
-        if self.container.format.name == "avi" and (first := self._peek()) is not None:
+        if self.container.format.name == "avi" and (first := self._queue.peek()) is not None:
             self._start += self._time(first)
 
     def _file(self) -> str | BinaryIO:
@@ -201,49 +216,12 @@ class VideoReader:
 
     def _restart_decoding(self) -> None:
         """Forgets all frames; the next one comes from where the file now stands."""
-        self._shown = self._ahead = None
-        self._shown_intact = self._ahead_intact = True
-        self._frames = self.container.decode(self.stream)
+        self._shown = None
+        self._queue = FrameQueue(self.name, self.container, self.stream, self._deadline)
 
-    def _frame_at(self, seconds: float) -> VideoFrame:
-        # A time that lies before a frame only by rounding is meant to be that frame's.
-        target = int((seconds + 1e-6) // self._tick)
-        if self._seeking_pays(target):
-            self._seek(target)
-        while (ahead := self._peek()) is not None and self._time(ahead) <= target:
-            self._shown, self._shown_intact, self._ahead = ahead, self._ahead_intact, None
-        frame = self._shown or ahead
-        if frame is None:
-            raise VideoError(self.name, "no frame of it can be decoded")
-        begin = self._time(frame) * self._tick
-        end = begin + self._frame_seconds(frame)
-        if self._shown is None and seconds < 2 * begin - end:
-            reason = f"shows nothing at second {seconds:.2f}: it begins at {begin:.2f}"
-            raise VideoError(self.name, reason)
-        if ahead is None and seconds > end + TAIL:
-            raise VideoError(self.name, self._too_late(seconds, end))
-        if not (self._shown_intact if self._shown else self._ahead_intact):
-            raise VideoError(self.name, f"the frame at second {begin:.2f} is damaged")
-        return frame
-
-    def _peek(self) -> VideoFrame | None:
-        """The next frame, which stays next; None at the end of the video."""
-        if self._ahead is None:
-            self._ahead = frame = next(self._frames, None)
-            if frame is not None:
-                # damage is handed on from frame to frame until the next key frame
-                self._ahead_intact = not frame.is_corrupt and (
-                    self._ahead_intact or frame.key_frame
-                )
-        return self._ahead
-
-    def _time(self, frame: VideoFrame) -> int:
+    def _time(self, shown: Shown) -> int:
         """When a frame is presented, in ticks since the start of the video."""
-        # AVI has no presentation times; its frames are stored in the order in which they are shown
-        time = frame.dts if frame.pts is None else frame.pts
-        if time is None:
-            raise VideoError(self.name, "its frames carry no times")
-        return time - self._start
+        return shown.time - self._start
 
     def _frame_seconds(self, frame: VideoFrame) -> float:
         """For how long a frame is shown."""
@@ -260,9 +238,11 @@ class VideoReader:
 
     def _seeking_pays(self, target: int) -> bool:
         """Whether a seek is likely to land behind the frame decoded last, and before the target."""
-        last = self._ahead or self._shown
+        if self.container.format.name in _UNSEEKABLE:
+            return False
+        last = self._queue.position or self._shown
         position = 0 if last is None else self._time(last)
-        if target <= position or self.container.format.name in _UNSEEKABLE:
+        if target <= position:
             return False
         key = self._indexed_key(target)
         landing = target - self._longest_gop if key is None else key - self._early
@@ -285,9 +265,7 @@ class VideoReader:
         key = self._indexed_key(target)
         for seconds in _STEPS_BACK:
             wanted = target - int(seconds / self._tick)
-            if wanted > 0 and self._land(wanted, target):
-                assert self._ahead is not None
-                landed = self._time(self._ahead)
+            if wanted > 0 and (landed := self._land(wanted, target)) is not None:
                 self._longest_gop = max(self._longest_gop, target - landed)
                 if key is not None:
                     self._early = max(self._early, key - landed)
@@ -297,16 +275,18 @@ class VideoReader:
         self.container.close()
         self._open()
 
-    def _land(self, wanted: int, target: int) -> bool:
-        """Seeks, and says whether the frame that comes next is not past the target."""
+    def _land(self, wanted: int, target: int) -> int | None:
+        """Seeks, and tells the time of the frame that comes next; None if it is past the target."""
         try:
             self.container.seek(wanted + self._start, stream=self.stream)
         except av.FFmpegError:
-            return False
+            return None
         self._restart_decoding()
         # FFmpeg gives out no frame that leans on others from before the seek
-        frame = self._peek()
-        return frame is not None and self._time(frame) <= target
+        next_frame = self._queue.peek()
+        if next_frame is None or self._time(next_frame) > target:
+            return None
+        return self._time(next_frame)
 
 
 def _name(source: Source) -> str:

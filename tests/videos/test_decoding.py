@@ -112,7 +112,7 @@ def test_the_frame_shown_is_the_last_one_presented(irregular: Path, times: list[
 
 
 class Decoder:
-    """Stands in for `av.open` and counts the frames that come out of the containers."""
+    """Stands in for `av.open` and counts the frames that come out of the containers' packets."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.frames = 0
@@ -122,14 +122,24 @@ class Decoder:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         container, counter = self.open(*args, **kwargs), self
 
+        class CountingPacket:
+            def __init__(self, packet: Any) -> None:
+                self.packet = packet
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self.packet, name)
+
+            def decode(self) -> Any:
+                frames = self.packet.decode()
+                counter.frames += len(frames)
+                return frames
+
         class Counting:
             def __getattr__(self, name: str) -> Any:
                 return getattr(container, name)
 
-            def decode(self, stream: Any) -> Any:
-                for frame in container.decode(stream):
-                    counter.frames += 1
-                    yield frame
+            def demux(self, stream: Any) -> Any:
+                return map(CountingPacket, container.demux(stream))
 
         return Counting()
 

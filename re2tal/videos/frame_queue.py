@@ -1,0 +1,197 @@
+"""The frames that come out of a decoder, and how far damage reaches among them."""
+
+from __future__ import annotations  # PyAV's Packet takes its parameter in stubs only
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import av
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from re2tal.videos.errors import VideoError
+from re2tal.videos.limits import Deadline
+
+# Packets in a row that cannot be read after which nothing more is expected of a file.
+_MOST_UNREADABLE = 100
+
+# Packets decoded beyond a frame to see whether what it leans on is intact: as many as a frame of
+# H.264 or HEVC can lean on.
+_MOST_AHEAD = 16
+
+
+class Shown(NamedTuple):
+    """A frame, when it is presented (ticks), and the place of its packet in decoding order."""
+
+    frame: VideoFrame
+    time: int
+    number: int
+
+
+@dataclass(slots=True)
+class _Damage:
+    """Packets from one on, in decoding order, up to the key frame presented at `restored`.
+
+    `lost` is set if packets are missing that nobody knows the times of.
+    """
+
+    first: int
+    lost: bool
+    restored: int | None = None
+
+
+class FrameQueue:
+    """The frames of a stream in the order in which they are shown, from where its file stands.
+
+    Packets that cannot be read or decoded do not end it. They are remembered, because frames that
+    lean on them come out of the decoder as if nothing were wrong: patched up, or as repeats. What
+    is decoded after them counts as damaged, until what is shown from the next key frame on.
+
+    Args:
+        name: What errors call the video.
+        container: The file.
+        stream: Its stream of pictures.
+        deadline: Until when it may take.
+    """
+
+    reason: str  # what the decoder said of the first damage
+
+    def __init__(
+        self, name: str, container: InputContainer, stream: VideoStream, deadline: Deadline
+    ) -> None:
+        self.reason = ""
+        self._name = name
+        self._container = container
+        self._stream = stream
+        self._deadline = deadline
+        self._packets: Iterator[Packet[VideoStream]] = container.demux(stream)
+        self._ready: deque[Shown] = deque()
+        self._sent = 0  # packets
+        self._numbers: dict[int, int] = {}  # of the packets sent, by time; those not gone past
+        self._damages: list[_Damage] = []
+        self._untimed = 0  # ticks of frames that came without times
+
+    @property
+    def position(self) -> Shown | None:
+        """The next frame, if it is decoded already."""
+        return self._ready[0] if self._ready else None
+
+    def peek(self) -> Shown | None:
+        """The next frame, which stays next; None at the end of the video.
+
+        Raises:
+            VideoError: The file cannot be read, or time is over.
+        """
+        while not self._ready:
+            if not self._feed():
+                return None
+        return self._ready[0]
+
+    def pop(self) -> None:
+        """Goes past the next frame."""
+        time = self._ready.popleft().time
+        for past in [at for at in self._numbers if at < time]:
+            del self._numbers[past]
+        self._damages = [d for d in self._damages if d.restored is None or d.restored > time]
+
+    def is_damaged(self, shown: Shown, target: int) -> bool:
+        """Whether damage has reached the frame, or lost another one between it and a time.
+
+        Args:
+            shown: The frame gone past last, or the next one if there is none before it.
+            target: A time in ticks before the next frame.
+        """
+        self._look_ahead(shown)
+        overdue = shown.time + (shown.frame.duration or 0) <= target
+        for damage in self._damages:
+            if damage.restored is not None and damage.restored <= shown.time:
+                continue
+            missing = any(
+                shown.time < time <= target and number >= damage.first
+                for time, number in self._numbers.items()
+            )
+            if damage.first <= shown.number or missing or (damage.lost and overdue):
+                return True
+        return False
+
+    def _look_ahead(self, shown: Shown) -> None:
+        """Decodes on until all has come out that was decoded before a frame but is shown later."""
+        leans_on = [t for t, n in self._numbers.items() if t > shown.time and n < shown.number]
+        last = max(leans_on, default=shown.time)
+        for _ in range(_MOST_AHEAD):
+            if last <= (self._ready[-1].time if self._ready else shown.time) or not self._feed():
+                break
+
+    def _feed(self) -> bool:
+        """Decodes one more packet; False if there is none."""
+        self._deadline.check()
+        packet = self._next_packet()
+        if packet is None:
+            return False
+        time = packet.dts if packet.pts is None else packet.pts
+        if not packet.size and time is not None:
+            return True  # a frame left out, as AVI has them; FFmpeg would take it for the end
+        self._sent += 1
+        if time is not None:
+            self._numbers[time] = self._sent
+        if packet.is_corrupt:
+            self._add_damage(self._sent, "packets are missing")
+        try:
+            frames = packet.decode()
+        except av.FFmpegError as error:
+            self._add_damage(self._sent, error.strerror or str(error))
+            self._untimed += packet.duration or 0
+            return True
+        for frame in frames:
+            self._add(frame)
+        return True
+
+    def _next_packet(self) -> Packet[VideoStream] | None:
+        """The next packet that can be read; None if there are no more."""
+        for _ in range(_MOST_UNREADABLE):
+            try:
+                return next(self._packets, None)
+            except av.FFmpegError as error:
+                self._deadline.check()  # which also interrupts reading
+                if not isinstance(error, av.error.InvalidDataError):
+                    raise VideoError(self._name, f"cannot be read: {error.strerror}") from error
+                self._sent += 1
+                self._add_damage(self._sent, error.strerror or str(error), lost=True)
+                self._packets = self._container.demux(self._stream)
+        return None
+
+    def _add(self, frame: VideoFrame) -> None:
+        """Takes a frame from the decoder."""
+        # AVI has no presentation times; its frames are stored in the order in which they are shown
+        time = frame.dts if frame.pts is None else frame.pts
+        if time is None:  # raw streams have none at all: they are shown at an even rate
+            time = self._untimed
+            self._untimed += self._duration(frame)
+        shown = Shown(frame, time, self._numbers.get(time, self._sent))
+        if frame.is_corrupt:
+            known = time in self._numbers
+            self._add_damage(shown.number if known else shown.number - _MOST_AHEAD, "is patched up")
+        elif frame.key_frame:
+            for damage in self._damages:
+                if damage.restored is None and damage.first < shown.number:
+                    damage.restored = time
+        self._ready.append(shown)
+
+    def _duration(self, frame: VideoFrame) -> int:
+        """For how many ticks a frame of a raw stream is shown."""
+        if not frame.duration:
+            raise VideoError(self._name, "its frames carry no times")
+        return frame.duration
+
+    def _add_damage(self, first: int, reason: str, *, lost: bool = False) -> None:
+        """Remembers damage, unless there is some that reaches further."""
+        self.reason = self.reason or reason
+        for damage in self._damages:
+            if damage.restored is None and damage.first <= first:
+                damage.lost |= lost
+                return
+        self._damages.append(_Damage(first, lost))
