@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from re2tal.benchmarking import markdown
 from re2tal.reversible import branches, reversible_stages
 from re2tal.reversible.benchmarks import devices, memory
-from re2tal.reversible.benchmarks.__main__ import main
+from re2tal.reversible.benchmarks.__main__ import RESULTS, main
 from re2tal.reversible.benchmarks.drift import drift, rebuilt_error
-from re2tal.reversible.benchmarks.records import RESULTS, markdown, save
 from re2tal.reversible.benchmarks.stacks import STACKS, stack
 from re2tal.reversible.benchmarks.timing import compared, paired
 from re2tal.reversible.benchmarks.variants import VARIANTS, prepared
@@ -182,15 +182,6 @@ def test_the_command_writes_what_it_prints(
     (rows,) = record["tables"].values()
     assert [row["frames"] for row in rows] == [4] * len(VARIANTS)
     assert capsys.readouterr().out == markdown(output) + "\n"
-
-
-def test_markdown_of_a_table(tmp_path: Path) -> None:
-    rows = [{"name": "a", "value": 0.12345, "all": [1.0, 2.0]}, {"name": "b", "value": 2e-7}]
-    path = tmp_path / "one.json"
-    save({"A title": rows}, path, ["memory"], torch.device("cpu"))
-    assert markdown(path).endswith(
-        "**A title**\n\n| name | value |\n| --- | --- |\n| a | 0.123 |\n| b | 2e-07 |"
-    )
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)

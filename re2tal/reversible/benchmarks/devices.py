@@ -7,7 +7,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from re2tal.reversible.benchmarks.records import Row, Tables
+from re2tal.benchmarking import Row, Tables
 from re2tal.reversible.benchmarks.timing import finish, timed
 from re2tal.reversible.benchmarks.variants import REFERENCE, VARIANTS, prepared
 from re2tal.reversible.benchmarks.workloads import Workload

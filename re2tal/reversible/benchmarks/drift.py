@@ -12,7 +12,7 @@ from re2tal.reversible import (
     rewire,
     set_reversible,
 )
-from re2tal.reversible.benchmarks.records import Row, Tables
+from re2tal.benchmarking import Row, Tables
 from re2tal.reversible.benchmarks.stacks import STACKS, stack
 
 PRECISIONS = {

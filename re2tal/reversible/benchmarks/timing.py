@@ -8,7 +8,7 @@ from statistics import median, quantiles
 import torch
 from torch import Tensor, nn
 
-from re2tal.reversible.benchmarks.records import Row, Tables
+from re2tal.benchmarking import Row, Tables
 from re2tal.reversible.benchmarks.variants import REFERENCE, VARIANTS, Prepare, prepared
 from re2tal.reversible.benchmarks.workloads import SMALL, Workload
 
