@@ -1,4 +1,4 @@
-"""Benchmarks: their command, their results as JSON files with what they were measured on, tables."""
+"""What benchmarks share: a command, and results as JSON files and Markdown tables."""
 
 import argparse
 import json

@@ -12,8 +12,8 @@ import psutil
 import torch
 from torch import nn
 
-from re2tal.memory import MemoryMeter, StepMemory, predict_peak
 from re2tal.benchmarking import Row, Tables
+from re2tal.memory import MemoryMeter, StepMemory, predict_peak
 from re2tal.reversible.benchmarks.variants import VARIANTS, prepared
 from re2tal.reversible.benchmarks.workloads import LONG, SMALL, Workload
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
-from re2tal.reversible import rewire
 from re2tal.benchmarking import Row, Tables
+from re2tal.reversible import rewire
 from re2tal.reversible.benchmarks.timing import against, timed
 from re2tal.reversible.benchmarks.variants import Prepare, prepared
 from re2tal.reversible.benchmarks.workloads import SMALL, Workload
