@@ -1,11 +1,17 @@
-"""Writing H.264, for data that the project makes."""
+"""Writing H.264: videos that the project makes, and frames that keep the times of their source."""
 
+import io
 from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
 
 import av
 import numpy as np
+from av.container import OutputContainer
+from av.packet import Packet
+from av.video.frame import PictureType, VideoFrame
+from av.video.stream import VideoStream
 
 
 def encode(
@@ -23,11 +29,7 @@ def encode(
         ValueError: if there are no frames.
     """
     with av.open(target, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps)
-        stream.pix_fmt = "yuv420p"
-        # one thread, because x264's output depends on their number
-        stream.thread_count = 1
-        stream.options = {"crf": str(quality), "preset": "veryfast", "g": str(2 * fps)}
+        stream = _add_stream(container, rate=Fraction(fps), quality=quality, gop=2 * fps)
         empty = True
         for picture in frames:
             if empty:
@@ -37,3 +39,89 @@ def encode(
         if empty:
             raise ValueError("A video needs at least one frame.")
         container.mux(stream.encode())
+
+
+class Encoder:
+    """Writes frames, each with its time, as an H.264 mp4 in memory.
+
+    Groups of pictures are closed, so that decoding can start at each of their key frames. The same
+    frames and times give the same bytes.
+
+    Args:
+        first: a frame such as those that will come: yuv420p with even sides; its colour space is
+            written to the file.
+        tick: seconds in a unit of time; time stamps are exact multiples of it.
+        rate: frames per second, about: it decides nothing but the rate control.
+        quality: x264's constant rate factor.
+        gop: the largest number of frames from one key frame to the next.
+    """
+
+    def __init__(
+        self, first: VideoFrame, *, tick: Fraction, rate: Fraction, quality: int, gop: int
+    ) -> None:
+        self._file = io.BytesIO()
+        self._container = av.open(self._file, "w", format="mp4")
+        self._stream = stream = _add_stream(self._container, rate=rate, quality=quality, gop=gop)
+        stream.width, stream.height = first.width, first.height
+        context = stream.codec_context
+        context.time_base = tick
+        context.colorspace, context.color_range = first.colorspace, first.color_range
+        context.color_trc, context.color_primaries = first.color_trc, first.color_primaries
+        self._tick = tick
+        self._times: list[int] = []
+        self._held: list[tuple[VideoFrame, int]] = []  # the last frames, not yet encoded
+        self._packets: list[Packet] = []
+
+    def __len__(self) -> int:
+        """The number of frames so far."""
+        return len(self._times)
+
+    def add(self, frame: VideoFrame, time: int) -> None:
+        """Adds the next frame.
+
+        Args:
+            frame: of the size and format of the first one.
+            time: when it is presented, in ticks: 0 for the first one, then rising.
+        """
+        self._times.append(time)
+        self._held.append((frame, time))
+        if len(self._held) > 2:
+            self._encode(*self._held.pop(0), PictureType.NONE)
+
+    def finish(self, end: int) -> bytes:
+        """Ends the video.
+
+        Args:
+            end: the tick at which the last frame leaves the screen.
+
+        Returns:
+            The file.
+        """
+        # mp4 has the durations of frames in decoding order, so a file tells for how long its last
+        # frame is shown only if that is decoded last: no frame leans on it
+        for frame, time in self._held:
+            self._encode(frame, time, PictureType.P if time else PictureType.NONE)
+        self._packets += self._stream.encode(None)
+        ends = dict(zip(self._times, [*self._times[1:], end], strict=True))
+        for packet in self._packets:
+            assert packet.pts is not None
+            packet.duration = ends[packet.pts] - packet.pts
+            self._container.mux(packet)
+        self._container.close()
+        return self._file.getvalue()
+
+    def _encode(self, frame: VideoFrame, time: int, kind: PictureType) -> None:
+        # what the source chose for the frame, and other times of the same picture, are overwritten
+        frame.pts, frame.time_base, frame.pict_type = time, self._tick, kind
+        self._packets += self._stream.encode(frame)
+
+
+def _add_stream(
+    container: OutputContainer, *, rate: Fraction, quality: int, gop: int
+) -> VideoStream:
+    stream = container.add_stream("libx264", rate=rate)
+    stream.pix_fmt = "yuv420p"
+    # one thread, because x264's output depends on their number
+    stream.thread_count = 1
+    stream.options = {"crf": str(quality), "preset": "veryfast", "g": str(gop)}
+    return stream

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from re2tal.videos.annotations import VideoAnnotation
-from re2tal.videos.decoding import Source, decode
+from re2tal.videos.decoding import Source
+from re2tal.videos.pieces import Pieces, decode_source
 from re2tal.videos.stitching import Copy, StitchConfig, clip_starts, magnified
 from re2tal.videos.timegrid import TimeGrid
 
@@ -196,12 +197,12 @@ def sliding_windows(
 
 
 def decode_window(
-    source: Source, window: Window, *, size: int | None, threads: int = 1
+    source: Source | Pieces, window: Window, *, size: int | None, threads: int = 1
 ) -> np.ndarray:
     """Decodes the frames of a window; padding behind the video's end and gaps are black.
 
     Args:
-        source: The video, as `decode` takes it.
+        source: The video, in one file or in pieces.
         window: Which frames.
         size: Short side in pixels, as for `decode`.
         threads: Decoding threads.
@@ -212,7 +213,7 @@ def decode_window(
     Raises:
         VideoError: The video cannot be decoded there.
     """
-    frames = decode(source, window.frame_times(), size=size, threads=threads)
+    frames = decode_source(source, window.frame_times(), size=size, threads=threads)
     if len(frames) == window.grid.length:
         return frames
     padded = np.zeros((window.grid.length, *frames.shape[1:]), np.uint8)
@@ -220,11 +221,13 @@ def decode_window(
     return padded
 
 
-def window_frames(source: Source, window: Window, *, size: int, threads: int = 1) -> np.ndarray:
+def window_frames(
+    source: Source | Pieces, window: Window, *, size: int, threads: int = 1
+) -> np.ndarray:
     """Decodes what a detector sees of a window: the square in the middle of its frames.
 
     Args:
-        source: the video.
+        source: the video, in one file or in pieces.
         window: which frames.
         size: the side of the square in pixels, to which the frames' short side is scaled.
         threads: for decoding.

@@ -1,0 +1,247 @@
+"""A video encoded anew for random access: short groups of pictures, fewer pixels, in pieces."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+
+from re2tal.videos.encoding import Encoder
+from re2tal.videos.reader import VideoError, VideoReader
+
+# Seconds for which one frame may be repeated at a fixed rate: a damaged time stamp that lies years
+# ahead must not fill a disk.
+_LONGEST_STILL = 6 * 3600.0
+
+Span = tuple[int, int, VideoFrame]  # the tick at which a frame comes, that at which it leaves
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TranscodeConfig:
+    """How a video is encoded anew.
+
+    Attributes:
+        size: Pixels of the short side, an even number; smaller videos are not enlarged. None keeps
+            the size, but for sides of an odd number of pixels, which lose one.
+        fps: Frames per second; None keeps every frame, at its own time. Frame k, from second k /
+            fps on, is what the source shows at (k + 0.5) / fps: at this rate and without an
+            offset, a `TimeGrid` samples exactly these.
+        quality: x264's constant rate factor; higher is smaller and noisier.
+        gop: Largest number of frames from one key frame to the next: what a reader may have to
+            decode in vain before the frame that it wants.
+        piece_seconds: Seconds of video in a file; None puts all of a video into one.
+
+    Raises:
+        ValueError: A field is out of its range.
+    """
+
+    size: int | None = 256
+    fps: float | None = None
+    quality: int = 23
+    gop: int = 16
+    piece_seconds: float | None = 60.0
+
+    def __post_init__(self) -> None:
+        if self.size is not None and (self.size < 16 or self.size % 2):
+            raise ValueError(f"size must be an even number of at least 16, not {self.size}.")
+        if not 0 <= self.quality <= 51:
+            raise ValueError(f"quality must be from 0 to 51, not {self.quality}.")
+        if self.gop < 1:
+            raise ValueError(f"gop must be at least 1, not {self.gop}.")
+        for name, least in (("fps", 0.01), ("piece_seconds", 1.0)):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= least):
+                raise ValueError(f"{name} must be a number from {least} on, not {value}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """A stretch of a video as a file of its own.
+
+    Attributes:
+        start: Where it starts in the video, in seconds; its own times count from there. Its first
+            frame is the one that is on screen then.
+        end: Where it ends.
+        frames: Number of frames.
+        width: Pixels across, upright.
+        height: Pixels down.
+        video: An H.264 mp4.
+    """
+
+    start: float
+    end: float
+    frames: int
+    width: int
+    height: int
+    video: bytes
+
+
+def transcode(reader: VideoReader, config: TranscodeConfig) -> Iterator[Piece]:
+    """Encodes a video anew, piece after piece, in one pass and in bounded memory.
+
+    The frames are upright. Their time stamps are exact: in the unit of the source's or, at a fixed
+    rate, in frames; so at every time the pieces show the same frame as the source. Pieces lie
+    without a gap from the first frame to the end of the last one.
+
+    Args:
+        reader: The video, at its start.
+        config: How to encode it.
+
+    Raises:
+        VideoError: The video is damaged, or has no frames.
+    """
+    tick, spans = Fraction(reader.stream.time_base or 1), reader.frames()
+    rate = reader.stream.average_rate or reader.stream.guessed_rate or Fraction(25)
+    if config.fps is not None:
+        rate = Fraction(config.fps).limit_denominator(1001)
+        tick, spans = 1 / rate, _resampled(spans, tick, rate, reader.name)
+    cutter = _Cutter(config, tick, rate)
+    scaler = _Scaler(config.size)
+    for begin, end, frame in spans:
+        yield from cutter.add(begin, end, scaler(frame))
+    if cutter.empty:
+        raise VideoError(reader.name, "no frame of it can be decoded")
+    yield cutter.finish()
+
+
+class _Cutter:
+    """Puts frames into pieces that start at multiples of a fixed number of seconds."""
+
+    def __init__(self, config: TranscodeConfig, tick: Fraction, rate: Fraction) -> None:
+        self._config, self._tick, self._rate = config, tick, rate
+        self._encoder: Encoder | None = None
+        self._start = self._end = 0  # of the piece, and of its last frame so far
+        self._last: VideoFrame | None = None
+
+    @property
+    def empty(self) -> bool:
+        return self._encoder is None
+
+    def add(self, begin: int, end: int, frame: VideoFrame) -> Iterator[Piece]:
+        """Takes the next frame, and yields the piece that was whole before it."""
+        border = self._border(begin)
+        if self._encoder is None:
+            self._encoder = self._open(begin, frame)
+        elif border > self._start:
+            self._end = border
+            yield self.finish()
+            assert self._last is not None
+            self._encoder = self._open(border, self._last)
+            if border < begin:
+                self._encoder.add(self._last, 0)
+        self._encoder.add(frame, begin - self._start)
+        self._last, self._end = frame, end
+
+    def finish(self) -> Piece:
+        """Ends the piece with its last frame."""
+        assert self._encoder is not None
+        assert self._last is not None
+        return Piece(
+            start=float(self._start * self._tick),
+            end=float(self._end * self._tick),
+            frames=len(self._encoder),
+            width=self._last.width,
+            height=self._last.height,
+            video=self._encoder.finish(self._end - self._start),
+        )
+
+    def _open(self, start: int, like: VideoFrame) -> Encoder:
+        config, self._start = self._config, start
+        return Encoder(
+            like, tick=self._tick, rate=self._rate, quality=config.quality, gop=config.gop
+        )
+
+    def _border(self, time: int) -> int:
+        """The last tick, up to a time, at which a piece may start."""
+        if self._config.piece_seconds is None:
+            return 0
+        seconds = Fraction(self._config.piece_seconds)
+        number = (time * self._tick + self._tick / 2) // seconds
+        border = round(number * seconds / self._tick)
+        return border if border <= time else round((number - 1) * seconds / self._tick)
+
+
+def _resampled(spans: Iterator[Span], tick: Fraction, rate: Fraction, name: str) -> Iterator[Span]:
+    """Frame k is the one on screen in its middle, (k + 0.5) / rate."""
+    count, frame = 0, None
+    for begin, end, frame in spans:
+        if (end - begin) * tick > _LONGEST_STILL:
+            second = float(begin * tick)
+            raise VideoError(name, f"shows one frame for hours, from second {second:.2f} on")
+        for number in range(_first(begin * tick, rate), _first(end * tick, rate)):
+            yield number, number + 1, frame
+            count += 1
+    if frame is not None and not count:  # a video shorter than half a frame still shows one
+        yield 0, 1, frame
+
+
+def _first(second: Fraction, rate: Fraction) -> int:
+    """The first frame whose middle is not before a second; as in the reader, but for rounding."""
+    return max(0, math.ceil((second - Fraction(1, 1_000_000)) * rate - Fraction(1, 2)))
+
+
+class _Scaler:
+    """Scales frames to the size fixed by the first one, and turns them upright."""
+
+    def __init__(self, size: int | None) -> None:
+        self._size = size
+        self._shape: tuple[int, int] | None = None
+        self._reformatter = VideoReformatter()
+        self._frame: VideoFrame | None = None
+        self._picture: VideoFrame | None = None
+
+    def __call__(self, frame: VideoFrame) -> VideoFrame:
+        if self._picture is None or frame is not self._frame:
+            self._frame, self._picture = frame, self._convert(frame)
+        return self._picture
+
+    def _convert(self, frame: VideoFrame) -> VideoFrame:
+        if self._shape is None:
+            self._shape = _even(frame.width, frame.height, self._size)
+        red_green_blue = frame.format.is_rgb
+        picture = self._reformatter.reformat(
+            frame,
+            width=self._shape[0],
+            height=self._shape[1],
+            format="yuv420p",
+            # all others keep the colour space that they have; the encoder writes down which
+            dst_colorspace=Colorspace.ITU601 if red_green_blue else None,
+            dst_color_range=ColorRange.MPEG if red_green_blue else None,
+            interpolation=Interpolation.BICUBIC,
+            threads=1,
+        )
+        return _turned(picture, round(frame.rotation / 90) % 4)
+
+
+def _even(width: int, height: int, size: int | None) -> tuple[int, int]:
+    """Width and height once the short side is at most `size`, both even."""
+    short = min(width, height)
+    if size is None or short <= size:
+        return max(2, width - width % 2), max(2, height - height % 2)
+    width, height = (max(2, 2 * round(side * size / short / 2)) for side in (width, height))
+    return width, height
+
+
+def _turned(picture: VideoFrame, quarters: int) -> VideoFrame:
+    """Turns a yuv420p picture by quarters, counterclockwise."""
+    if not quarters:
+        return picture
+    width, height = picture.width, picture.height
+    values = picture.to_ndarray().reshape(-1)
+    luma, blue, red = np.split(values, [width * height, width * height * 5 // 4])
+    planes = [luma.reshape(height, width)]
+    planes += [chroma.reshape(height // 2, width // 2) for chroma in (blue, red)]
+    planes = [np.rot90(plane, quarters) for plane in planes]
+    turned = np.concatenate([plane.reshape(-1) for plane in planes])
+    turned = turned.reshape(-1, planes[0].shape[1])
+    return _like(VideoFrame.from_ndarray(turned, format="yuv420p"), picture)
+
+
+def _like(picture: VideoFrame, other: VideoFrame) -> VideoFrame:
+    """Gives a picture the colour space of another."""
+    picture.colorspace, picture.color_range = other.colorspace, other.color_range
+    picture.color_trc, picture.color_primaries = other.color_trc, other.color_primaries
+    return picture
