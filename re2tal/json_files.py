@@ -51,13 +51,13 @@ class RepeatedKey:
         return f"{where}key {self.key!r} is there more than once"
 
 
-def read_text(path: str | Path, *, source: str | None = None) -> str:
+def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file, without a byte order mark.
 
     Raises:
-        FileError: It cannot be read; `source`, or the path, is what the error names.
+        FileError: It cannot be read.
     """
-    source = source or str(path)
+    source = str(path)
     try:
         return Path(path).read_text("utf-8-sig")
     except FileNotFoundError as error:

@@ -154,6 +154,45 @@ def test_repeated_keys_are_found(tmp_path: Path) -> None:
     )
 
 
+def test_repeated_keys_are_found_at_every_depth_and_told_with_their_place(tmp_path: Path) -> None:
+    video = '"subset": "training", "duration": 9'
+    path = write(
+        tmp_path,
+        '{"version": "1", "taxonomy": [{"nodeId": 1}, {"nodeId": 2, "nodeId": 3}],'
+        f' "database": {{"a": {{{video}}}}},'
+        f' "database": {{"b": {{{video}, "annotations": ['
+        '{"segment": [1, 2], "label": "run"},'
+        '{"segment": [1, 2], "segment": [3, 4], "label": "run", "more": {"x": 1, "x": 1}}]}}}',
+    )
+    of_the_video = (
+        "video 'b': annotations[1]: key 'segment' is there more than once",
+        "video 'b': annotations[1].more: key 'x' is there more than once",
+    )
+    of_the_file = (
+        "key 'database' is there more than once",
+        "taxonomy[1]: key 'nodeId' is there more than once",
+    )
+    assert problems_of(path) == (*of_the_file, *of_the_video)
+    with pytest.raises(AnnotationError) as caught:  # what is not used is not judged
+        load_annotations(path, exclude=["b"])
+    assert caught.value.problems == of_the_file
+
+
+def test_repeated_keys_are_told_even_where_the_shape_is_wrong(tmp_path: Path) -> None:
+    repeated, shape = problems_of(write(tmp_path, '{"database": {"a": 1}, "database": []}'))
+    assert repeated == "key 'database' is there more than once"
+    assert 'the object "database"' in shape
+    repeated, shape = problems_of(write(tmp_path, '{"database": {"a": 1}, "database": {}}'))
+    assert repeated == "key 'database' is there more than once"
+    assert shape == '"database" is empty'
+    database = '{"a": {"subset": "training", "duration": 3}}'
+    path = write(tmp_path, f'{{"database": {database}, "database": {database[:-1]}, "a": 1}}}}')
+    first, second, shape = problems_of(path)
+    assert first == "key 'database' is there more than once"
+    assert second == "video 'a': is there more than once"
+    assert "must be an object" in shape
+
+
 def test_a_segment_a_little_past_the_end_is_clipped(tmp_path: Path) -> None:
     path = write(tmp_path, {"a": video(action(8, 10 + DURATION_TOLERANCE))})
     assert load_annotations(path).videos[0].instances[0].end == 10.0

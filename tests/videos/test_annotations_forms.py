@@ -245,6 +245,15 @@ def test_ego4d_problems(tmp_path: Path) -> None:
         "video 'a': annotations[1].segment: is reversed: it ends before it starts",
         "video 't': duration: input should be a valid number, unable to parse string as a number",
     ]
+    path.write_text('{"videos": [{"clips": []}], "videos": [{"clips": {}}]}')
+    repeated, shape = problems_of(path)
+    assert repeated == "moments_val.json, key 'videos' is there more than once"
+    assert "videos[0] must be an object" in shape
+    whole = json.dumps({"videos": [{"split": "val", "clips": [clip("a", [moment(1, 2)])]}]})
+    path.write_text(whole.replace('"start_time"', '"start_time": 0, "start_time"'))
+    (problem,) = problems_of(path)
+    place = "moments_val.json, videos[0].clips[0].annotations[0].labels[0]"
+    assert problem == f"{place}: key 'start_time' is there more than once"
     path.write_text('{"videos": [{"clips": {}}]}')
     assert "videos[0] must be an object" in problems_of(path)[0]
     path.write_text("[]")

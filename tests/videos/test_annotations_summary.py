@@ -201,6 +201,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (tmp_path / "durations.json").write_text('{"a": -1, "b": "long", "c": 3}')
     assert main([str(path), *known]) == 1
     assert "2 problems" in capsys.readouterr().err
+    (tmp_path / "durations.json").write_text('{"a": 3, "a": 4, "b": 0}')
+    assert main([str(path), *known]) == 1
+    err = capsys.readouterr().err
+    assert "key 'a' is there more than once" in err
+    assert "b: Input should be greater than 0" in err
     (tmp_path / "durations.json").write_text('{"a": "3.5"}')
     assert read_durations(tmp_path / "durations.json") == {"a": 3.5}
 

@@ -10,7 +10,6 @@ from pydantic_core import PydanticCustomError
 
 from re2tal.videos.annotations.collection import Instance, Repair, VideoAnnotation
 from re2tal.videos.annotations.quirks import DatasetQuirks, Fault
-from re2tal.videos.annotations.raw import JsonObject
 
 # Seconds that a segment may reach past the duration: durations are rounded, and containers and
 # streams disagree by as much. Such a segment is clipped; what reaches further is a fault.
@@ -43,8 +42,6 @@ class Checked:
 def check_video(video_id: str, raw: Any, rules: Rules) -> Checked:
     """One typed video, or everything that is wrong with it."""
     problems = list(_id_problems(video_id))
-    if isinstance(raw, JsonObject):
-        problems += [f"key {key!r} is there more than once" for key in raw.repeated]
     if isinstance(raw, dict) and raw.get("duration") is None:
         known = {"duration": rules.durations[video_id]} if video_id in rules.durations else {}
         raw = {key: value for key, value in raw.items() if key != "duration"} | known

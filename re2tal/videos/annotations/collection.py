@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from re2tal.json_files import FileError
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Instance:
@@ -63,18 +65,11 @@ class Repair:
     reason: str
 
 
-class AnnotationError(ValueError):
-    """Annotations that cannot be used.
+class AnnotationError(FileError):
+    """Annotations that cannot be used; each problem names the video and the reason.
 
-    Attributes:
-        source: The file.
-        problems: Every problem found in it, each naming the video and the reason.
+    Its text lists all of them: they are to be corrected by hand.
     """
-
-    def __init__(self, source: str, problems: Iterable[str]) -> None:
-        self.source = source
-        self.problems = tuple(problems)
-        super().__init__(source, self.problems)  # these args let the error travel between processes
 
     def __str__(self) -> str:
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"

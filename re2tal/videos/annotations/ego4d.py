@@ -10,7 +10,7 @@ with slightly different times. Labels that are not `primary` are not part of the
 clips of which no label is primary are left out, both as in the benchmark's own code.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,10 @@ def read_ego4d(path: Path) -> RawCollection:
     problems: list[str] = []
     excluded: dict[str, str] = {}
     for file in paths:
-        for place, split, clip in _clips(file):
+        document, repeated = read_json(file)
+        twice = [f"{file.name}, {key}" for key in repeated]
+        problems += twice
+        for place, split, clip in _clips(document, file, twice):
             uid = clip.get("clip_uid") if isinstance(clip, dict) else None
             if not isinstance(uid, str):
                 problems.append(f"{file.name}, {place}: must be an object with a clip_uid")
@@ -46,18 +49,21 @@ def read_ego4d(path: Path) -> RawCollection:
     return RawCollection(videos=videos, problems=tuple(problems), excluded=excluded)
 
 
-def _clips(path: Path) -> Iterator[tuple[str, Any, Any]]:
-    """Every clip of a file: where it stands, the split of its video, and its raw object."""
-    document = read_json(path)
+def _clips(document: Any, path: Path, problems: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
+    """Every clip of a file: where it stands, the split of its video, and its raw object.
+
+    Raises:
+        AnnotationError: The file is of another shape; its other `problems` are told with it.
+    """
     videos = document.get("videos") if isinstance(document, dict) else None
     if not isinstance(videos, list):
         shape = 'the top level must be an object that holds the list "videos"'
-        raise AnnotationError(str(path), [shape])
+        raise AnnotationError(str(path), [*problems, shape])
     for number, video in enumerate(videos):
         clips = video.get("clips") if isinstance(video, dict) else None
         if not isinstance(clips, list):
             shape = f'videos[{number}] must be an object that holds the list "clips"'
-            raise AnnotationError(str(path), [shape])
+            raise AnnotationError(str(path), [*problems, shape])
         for index, clip in enumerate(clips):
             yield f"videos[{number}].clips[{index}]", video.get("split"), clip
 

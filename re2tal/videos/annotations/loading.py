@@ -12,7 +12,7 @@ from re2tal.videos.annotations.activitynet import read_activitynet
 from re2tal.videos.annotations.checking import Checked, Rules, check_video
 from re2tal.videos.annotations.collection import AnnotationError, Annotations, Exclusion
 from re2tal.videos.annotations.quirks import DatasetQuirks
-from re2tal.videos.annotations.raw import JsonObject, RawCollection, read_json, read_text
+from re2tal.videos.annotations.raw import RawCollection, read_json, read_text
 
 Form = Literal[
     "auto", "activitynet", "epic-verb", "epic-noun", "epic-action", "ego4d-mq", "class-files"
@@ -76,7 +76,8 @@ def load_annotations(
     )
     checked = {v: check_video(v, raw.videos[v], rules) for v in raw.videos if v not in reasons}
     for video_id, result in checked.items():
-        problems += [f"video {video_id!r}: {reason}" for reason in result.problems]
+        reasons_against = (*raw.repeated.get(video_id, ()), *result.problems)
+        problems += [f"video {video_id!r}: {reason}" for reason in reasons_against]
     annotations = _assemble(checked, known, {v: reasons[v] for v in raw.videos if v in reasons})
     if not problems and not annotations.classes:
         problems.append("there is nothing to learn: no video has an annotated instance")
@@ -97,7 +98,7 @@ def read_ids(path: str | Path) -> frozenset[str]:
     path = Path(path)
     if path.suffix.lower() != ".json":
         return frozenset(line.strip() for line in read_text(path).splitlines() if line.strip())
-    document = read_json(path)
+    document, _ = read_json(path)  # an id that is there twice is as good as one
     if not isinstance(document, list | dict) or not all(isinstance(i, str) for i in document):
         raise AnnotationError(str(path), ["must be a list of video ids or an object keyed by them"])
     return frozenset(document)
@@ -107,14 +108,17 @@ def read_durations(path: str | Path) -> dict[str, float]:
     """Durations in seconds by video id, from a JSON object.
 
     Raises:
-        AnnotationError: The file cannot be read or holds something else.
+        AnnotationError: The file cannot be read, has an id twice or holds something else.
     """
-    document = read_json(Path(path))
+    document, repeated = read_json(Path(path))
+    problems = [*map(str, repeated)]
     try:
-        return _DURATIONS.validate_python(document)
+        durations = _DURATIONS.validate_python(document)
     except ValidationError as error:
-        reasons = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise AnnotationError(str(path), reasons) from error
+        problems += [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+    if problems:
+        raise AnnotationError(str(path), problems)
+    return durations
 
 
 def _reader(path: Path, form: Form) -> Callable[[Path], RawCollection]:
@@ -152,8 +156,8 @@ def _recognise(path: Path) -> Form:
         raise AnnotationError(
             str(path), ["cannot be read: no data set that is known has this folder"]
         )
-    document = read_json(path)
-    holds_videos = isinstance(document, JsonObject) and isinstance(document.get("videos"), list)
+    document, _ = read_json(path)
+    holds_videos = isinstance(document, dict) and isinstance(document.get("videos"), list)
     return "ego4d-mq" if holds_videos else "activitynet"
 
 

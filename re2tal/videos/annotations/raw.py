@@ -1,11 +1,12 @@
 """Annotations as files have them, brought to one shape but not checked yet."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from re2tal import json_files
+from re2tal.json_files import FileError, RepeatedKey
 from re2tal.videos.annotations.collection import AnnotationError
 
 
@@ -18,50 +19,38 @@ class RawCollection:
             [{"segment": [start, end], "label"}]}`. Anything in it may be missing or wrong: it is
             judged in one place, whatever the form. An annotation may have an "id" of its own.
         problems: What is wrong with the file itself.
+        repeated: Video id -> a phrase for each key that its entry, or an object in it, has more
+            than once; this too is judged only where the video is used.
         classes: Every label of the data set, where the files list them.
         excluded: Video id -> why the data set's own rules leave it out.
     """
 
     videos: Mapping[str, Any]
     problems: tuple[str, ...] = ()
+    repeated: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     classes: tuple[str, ...] | None = None
     excluded: Mapping[str, str] = field(default_factory=dict)
 
 
-class JsonObject(dict[str, Any]):
-    """A JSON object that remembers which of its keys were given more than once."""
-
-    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
-        super().__init__(pairs)
-        keys = [key for key, _ in pairs] if len(self) < len(pairs) else []
-        self.repeated = sorted({key for key in keys if keys.count(key) > 1})
-
-
-def read_text(path: Path, *, source: str | None = None) -> str:
+def read_text(path: Path) -> str:
     """The text of a UTF-8 file, without a byte order mark.
 
     Raises:
-        AnnotationError: It cannot be read; `source`, or the path, is what the error names.
+        AnnotationError: It cannot be read.
     """
-    source = source or str(path)
     try:
-        return path.read_text("utf-8-sig")
-    except FileNotFoundError as error:
-        raise AnnotationError(source, ["there is no such file"]) from error
-    except OSError as error:
-        raise AnnotationError(source, [f"cannot be read: {error.strerror}"]) from error
-    except UnicodeDecodeError as error:
-        raise AnnotationError(source, [f"is not a text in UTF-8: {error}"]) from error
+        return json_files.read_text(path)
+    except FileError as error:
+        raise AnnotationError(error.source, error.problems) from error
 
 
-def read_json(path: Path) -> Any:
-    """A JSON document whose objects are `JsonObject`.
+def read_json(path: Path) -> tuple[Any, tuple[RepeatedKey, ...]]:
+    """A JSON document, and the keys that objects in it have more than once.
 
     Raises:
         AnnotationError: The file cannot be read or holds no JSON text.
     """
-    text = read_text(path)
     try:
-        return json.loads(text, object_pairs_hook=JsonObject)
-    except (ValueError, RecursionError) as error:
-        raise AnnotationError(str(path), [f"is not a JSON text: {error}"]) from error
+        return json_files.read_json(path)
+    except FileError as error:
+        raise AnnotationError(error.source, error.problems) from error
