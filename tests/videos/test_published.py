@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from re2tal.videos.annotations import ACTIVITYNET13, THUMOS14, DatasetQuirks, load_annotations
 
 
@@ -30,16 +32,39 @@ def test_instances_without_length_and_beyond_the_end_are_evaluated_as_published(
     assert seconds(video.evaluated) == [(1, 2), (3, 3), (8, 10.4), (8, 11.5)]
 
 
-def test_ambiguous_stretches_are_not_evaluated_and_implied_instances_are(tmp_path: Path) -> None:
-    video = load(
-        tmp_path, THUMOS14, (1, 2, "CliffDiving"), (4, 5, "Ambiguous"), (30, 40, "CliffDiving")
-    )
-    assert [(i.start, i.label) for i in video.evaluated] == [
-        (1, "CliffDiving"),
-        (1, "Diving"),
-        (30, "CliffDiving"),
-    ]
+def test_ambiguous_stretches_are_not_evaluated(tmp_path: Path) -> None:
+    video = load(tmp_path, THUMOS14, (1, 2, "Diving"), (4, 5, "Ambiguous"), (30, 40, "Diving"))
+    assert seconds(video.evaluated) == [(1, 2), (30, 40)]
+    assert seconds(video.instances) == [(1, 2)]
     assert seconds(video.ambiguous) == [(4, 5)]
+
+
+CLIFF_DIVES = [(1, 2), (9, 10.8), (9, 14), (30, 40)]  # one inside, one clipped, two dropped
+
+
+def test_the_twin_of_an_instance_is_as_published_where_the_instance_is(tmp_path: Path) -> None:
+    dives = [(start, end, "CliffDiving") for start, end in CLIFF_DIVES]
+    video = load(tmp_path, THUMOS14, *dives)
+
+    def both(*segments: tuple[float, float]) -> list[tuple[float, float, str]]:
+        return [(*segment, label) for segment in segments for label in ("CliffDiving", "Diving")]
+
+    assert [(i.start, i.end, i.label) for i in video.evaluated] == both(*CLIFF_DIVES)
+    assert [(i.start, i.end, i.label) for i in video.instances] == both((1, 2), (9, 10))
+
+
+@pytest.mark.parametrize("there", [(), (0,), (1, 3), (0, 1, 2, 3)], ids=len)
+def test_a_file_without_some_twins_is_read_as_one_with_all(
+    there: tuple[int, ...], tmp_path: Path
+) -> None:
+    dives = [(start, end, "CliffDiving") for start, end in CLIFF_DIVES]
+    twins = [(start, end, "Diving") for start, end in CLIFF_DIVES]
+    (lacking := tmp_path / "lacking").mkdir()
+    video = load(lacking, THUMOS14, *dives, *(twins[number] for number in there))
+    assert video == load(tmp_path, THUMOS14, *dives, *twins)
+    repairs = load_annotations(lacking / "annotations.json", quirks=THUMOS14).repairs
+    added = [(r.instance.start, r.instance.end) for r in repairs if r.action == "added"]
+    assert added == [s for number, s in enumerate(CLIFF_DIVES) if number not in there]
 
 
 def test_without_repairs_nothing_is_kept_twice(tmp_path: Path) -> None:

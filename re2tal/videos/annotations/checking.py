@@ -66,9 +66,11 @@ def check_video(video_id: str, raw: Any, rules: Rules) -> Checked:
         problems += wrong
     if problems or duration is None:
         return Checked(video=None, problems=tuple(problems))
-    added = list(_implied(video_id, instances, rules))
-    instances = sorted([*instances, *(r.instance for r in added)], key=_order)
-    published = sorted([*published, *(r.instance for r in added)], key=_order)
+    # each from its own, so that the twin of what is as published is as published too
+    added = [*_implied(video_id, published, rules)]
+    instances += [repair.instance for repair in _implied(video_id, instances, rules)]
+    published += [repair.instance for repair in added]
+    instances, published = sorted(instances, key=_order), sorted(published, key=_order)
     ambiguous = rules.quirks.ambiguous
     used = tuple(i for i in instances if i.label not in ambiguous)
     as_written = tuple(i for i in published if i.label not in ambiguous)

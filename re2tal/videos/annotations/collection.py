@@ -55,7 +55,7 @@ class Repair:
     """What was done to one instance so that the data set could be used.
 
     Attributes:
-        instance: The instance as the file has it; as it was made, where `action` is "added".
+        instance: The instance as the file has it or, where `action` is "added", would have it.
         reason: What was wrong with it, as a phrase.
     """
 
