@@ -22,11 +22,14 @@ from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_GIT_COMMIT, MLFLOW_RUN_NAME
 
 _MAX_METRICS = 1000  # per request; MLflow refuses more
 _MAX_PARAMS = 100
+_REFUSED = ErrorCode.Name(INVALID_PARAMETER_VALUE)  # of a request that is wrong whenever it is sent
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,7 +210,8 @@ class MetricLogger:
     """Appends metrics to a run from a thread of its own; a step never waits for the store.
 
     A store that does not answer loses nothing: what could not be sent stays queued, and what is
-    left at the end is written to `fallback`.
+    left at the end is written to `fallback`. So are metrics that the store refuses, such as those
+    with characters in their names that it does not allow; they keep no other from being sent.
     """
 
     def __init__(self, run: Run, *, fallback: Path, interval: float = 2.0) -> None:
@@ -218,13 +222,14 @@ class MetricLogger:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._pending: list[Metric] = []
+        self._refused: list[Metric] = []
         self._thread.start()
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
         """Queues metrics; returns at once.
 
         Args:
-            metrics: name to value; names with the characters that MLflow allows.
+            metrics: name to value; names with the characters that MLflow allows (`safe_names`).
             step: global step.
         """
         now = int(time.time() * 1000)
@@ -234,13 +239,27 @@ class MetricLogger:
     def _send(self) -> bool:
         while not self._queue.empty():
             self._pending.append(self._queue.get())
+        size = _MAX_METRICS
         while self._pending:
+            batch = self._pending[:size]
             try:
-                self._run.client.log_batch(self._run.run_id, metrics=self._pending[:_MAX_METRICS])
-            except (MlflowException, OSError):
-                return False  # still in _pending: the next round, or close(), takes care of them
-            del self._pending[:_MAX_METRICS]
+                self._run.client.log_batch(self._run.run_id, metrics=batch)
+            except (MlflowException, OSError) as error:
+                if getattr(error, "error_code", None) != _REFUSED:
+                    return False  # still in _pending: the next round, or close(), sends them
+                # One wrong metric has the whole request refused: ever smaller ones find it.
+                size = len(batch) // 2
+                if size:
+                    continue
+                self._refuse(batch[0], str(error))
+            del self._pending[: len(batch)]
+            size = min(max(1, 2 * size), _MAX_METRICS)
         return True
+
+    def _refuse(self, metric: Metric, reason: str) -> None:
+        if metric.key not in {other.key for other in self._refused}:
+            _LOG.warning("MLflow refuses the metric %r: %s", metric.key, reason)
+        self._refused.append(metric)
 
     def _loop(self) -> None:
         while not self._stop.wait(self._interval):
@@ -250,13 +269,15 @@ class MetricLogger:
         """Sends what is left.
 
         Returns:
-            How many metrics could not be sent; they are in the fallback file, a JSON object a line.
+            How many metrics could not be sent, or were refused; they are in the fallback file, a
+            JSON object a line.
         """
         self._stop.set()
         self._thread.join()
-        if self._send():
-            return 0
-        self._fallback.parent.mkdir(parents=True, exist_ok=True)
-        with self._fallback.open("a") as file:
-            file.writelines(json.dumps(dict(metric)) + "\n" for metric in self._pending)
-        return len(self._pending)
+        self._send()
+        unsent = [*self._refused, *self._pending]
+        if unsent:
+            self._fallback.parent.mkdir(parents=True, exist_ok=True)
+            with self._fallback.open("a") as file:
+                file.writelines(json.dumps(dict(metric)) + "\n" for metric in unsent)
+        return len(unsent)

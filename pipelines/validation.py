@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from pipelines.data import Batch, Video
+from pipelines.metric_names import safe_names
 from re2tal.detect import window_detections
 from re2tal.detection.evaluation import MapResult, average_recall, mean_average_precision
 from re2tal.detection.segments import Detections
@@ -125,12 +126,13 @@ def map_metrics(result: MapResult, classes: Sequence[str]) -> dict[str, float]:
         classes: class names.
 
     Returns:
-        `val/mAP` (mean over thresholds), `val/mAP/tiou_0.50`, ..., and `val/AP/<class>`.
+        `val/mAP` (mean over thresholds), `val/mAP/tiou_0.50`, ..., and `val/AP/<class>`, with the
+        classes named as MLflow takes them (`safe_names`).
     """
     metrics = {"val/mAP": float(result.average)}
     for threshold, value in zip(result.thresholds, result.mAP, strict=True):
         metrics[f"val/mAP/tiou_{float(threshold):.2f}"] = float(value)
-    for name, value in zip(classes, result.per_class.mean(0), strict=True):
+    for name, value in zip(safe_names(classes), result.per_class.mean(0), strict=True):
         if torch.isfinite(torch.as_tensor(value)):  # a class without ground truth has no AP
             metrics[f"val/AP/{name}"] = float(value)
     return metrics
@@ -158,7 +160,7 @@ def evaluate(
     """
     ambiguous = {
         video.annotation.video_id: torch.tensor(
-            [[i.start, i.end] for i in video.annotation.ambiguous]
+            [[i.start, i.end] for i in video.annotation.ambiguous], dtype=torch.float64
         ).reshape(-1, 2)
         for video in videos
     }

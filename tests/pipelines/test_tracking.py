@@ -4,9 +4,14 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mlflow.entities import RunStatus
+from mlflow.utils.validation import _validate_metric
 
+from pipelines.metric_names import safe_names
 from pipelines.tracking import (
     MetricLogger,
     Run,
@@ -16,6 +21,8 @@ from pipelines.tracking import (
     log_dataset,
     start_run,
 )
+from pipelines.validation import map_metrics
+from re2tal.detection.evaluation import MapResult
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,64 @@ def test_metrics_that_cannot_be_sent_are_kept(
         ("a", 1.0, 7),
         ("b", 2.0, 7),
     ]
+
+
+# As Ego4D's Moment Queries name their classes; the last is not theirs, and as MLflow would take it.
+EGO4D = (
+    "wash_hands",
+    "put_away_(or_take_out)_dishes_/_utensils_in_storage",
+    "cut_/_chop_/_slice_a_vegetable,_fruit,_or_meat",
+    "turn-on_/_light_the_stove_burner",
+    "put_away__or_take_out__dishes___utensils_in_storage",
+)
+
+
+def test_classes_of_any_name_have_their_average_precision(run: Run, tmp_path: Path) -> None:
+    per_class = np.array([[0.1, 0.2, 0.3, np.nan, 0.5]])
+    mean = float(np.nanmean(per_class))
+    result = MapResult(
+        thresholds=np.array([0.5]), per_class=per_class, mAP=np.array([mean]), average=mean
+    )
+    logger = MetricLogger(run, fallback=tmp_path / "unsent.jsonl", interval=60)
+    logger.log(map_metrics(result, EGO4D), step=1)
+    logger.log({"train/loss": 0.5}, step=2)
+    assert logger.close() == 0
+    found = run.client.get_run(run.run_id).data.metrics
+    assert found.pop("train/loss") == 0.5
+    assert found.pop("val/mAP") == found.pop("val/mAP/tiou_0.50") == mean
+    assert found == {
+        "val/AP/wash_hands": 0.1,
+        "val/AP/put_away__or_take_out__dishes___utensils_in_storage_2": 0.2,
+        "val/AP/cut___chop___slice_a_vegetable__fruit__or_meat": 0.3,
+        "val/AP/put_away__or_take_out__dishes___utensils_in_storage": 0.5,
+    }
+
+
+@given(st.lists(st.text(max_size=300), unique=True, max_size=8))
+def test_safe_names_are_different_and_taken_by_mlflow(names: list[str]) -> None:
+    safe = safe_names(names)
+    assert len(set(safe)) == len(names)
+    for name in safe:
+        _validate_metric(f"val/AP/{name}", 0.5, timestamp=1, step=1)
+
+
+def test_a_metric_that_is_refused_keeps_no_other_back(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = MetricLogger(run, fallback=tmp_path / "unsent.jsonl", interval=60)
+    for step in range(40):
+        logger.log({"train/loss": float(step)}, step=step)
+        if step in {0, 17, 18, 39}:
+            logger.log({"cut, (chop)": 1.0}, step=step)
+    assert logger.close() == 4
+    history = run.client.get_metric_history(run.run_id, "train/loss")
+    assert sorted(m.value for m in history) == [float(step) for step in range(40)]
+    lines = [json.loads(line) for line in (tmp_path / "unsent.jsonl").read_text().splitlines()]
+    assert [(line["key"], line["step"]) for line in lines] == [
+        ("cut, (chop)", step) for step in (0, 17, 18, 39)
+    ]
+    (record,) = caplog.records
+    assert "refuses the metric 'cut, (chop)'" in record.getMessage()
 
 
 def _status(run: Run) -> str:

@@ -1,0 +1,37 @@
+"""Names of metrics that MLflow takes.
+
+MLflow refuses a whole request when the name of one of its metrics has other characters than
+letters, digits, `_`, `-`, `.`, `:`, spaces and slashes, or is long; and a slash makes a group.
+"""
+
+import re
+from collections.abc import Sequence
+
+_MAX_LENGTH = 200  # MLflow's own limit is 250, with the groups in front
+
+
+def safe_names(names: Sequence[str]) -> list[str]:
+    """Makes each of several names a part of a metric's name, different from all others.
+
+    What cannot stand there becomes `_`; of names that are then equal, the later ones get a number.
+    A name that can stay as it is does.
+
+    Args:
+        names: different names, such as those of classes.
+    """
+    safe = [_safe(name) for name in names]
+    taken = {name for name, made in zip(names, safe, strict=True) if name == made}
+    result = []
+    for name, made in zip(names, safe, strict=True):
+        unique, number = made, 1
+        while unique in taken and unique != name:
+            number += 1
+            unique = f"{made}_{number}"
+        taken.add(unique)
+        result.append(unique)
+    return result
+
+
+def _safe(name: str) -> str:
+    allowed = re.sub(r"[^\w.\- ]", "_", name)[:_MAX_LENGTH]
+    return allowed if allowed.strip(". ") else "_"  # "." and ".." mean folders
