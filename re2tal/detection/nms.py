@@ -20,9 +20,10 @@ Where the widespread code (a C++ extension of MMCV's lineage) differs:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ from torch import Tensor
 from re2tal.detection.segments import Detections
 from re2tal.detection.suppression import gaussian, hard, suppress
 from re2tal.detection.voting import vote
+
+Method = Literal["soft", "hard", "none"]
+Voting = Literal["none", "score_tiou", "score"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,24 +57,40 @@ class NmsConfig:
             those before suppression. With `per_class` only segments of the same class vote; the
             published recipes vote without it.
         voting_iou: the overlap from which a segment votes.
+
+    Raises:
+        ValueError: A name is unknown, or a number is none or out of its range; it lists them all.
     """
 
-    method: Literal["soft", "hard", "none"] = "soft"
+    method: Method = "soft"
     sigma: float = 0.5
     iou: float = 0.5
     per_class: bool = True
     min_score: float = 0.001
     min_duration: float = 0.0
     top_k: int = 200
-    voting: Literal["none", "score_tiou", "score"] = "none"
+    voting: Voting = "none"
     voting_iou: float = 0.7
 
     def __post_init__(self) -> None:
-        if self.sigma <= 0 or self.top_k < 1 or self.min_duration < 0:
-            raise ValueError(
-                f"NMS needs sigma > 0, top_k >= 1 and min_duration >= 0, but got {self.sigma}, "
-                f"{self.top_k} and {self.min_duration}."
-            )
+        # Comparisons with nan are false, so that it is out of every range.
+        ranges = (
+            ("method", f"one of {', '.join(get_args(Method))}", self.method in get_args(Method)),
+            ("sigma", "above 0", self.sigma > 0),
+            ("iou", "above 0 and at most 1", 0 < self.iou <= 1),
+            ("min_score", "at least 0 and finite", 0 <= self.min_score < math.inf),
+            ("min_duration", "at least 0 and finite", 0 <= self.min_duration < math.inf),
+            ("top_k", "at least 1", self.top_k >= 1),
+            ("voting", f"one of {', '.join(get_args(Voting))}", self.voting in get_args(Voting)),
+            ("voting_iou", "above 0 and at most 1", 0 < self.voting_iou <= 1),
+        )
+        wrong = [
+            f"{name} must be {allowed}, not {getattr(self, name)!r}"
+            for name, allowed, fits in ranges
+            if not fits
+        ]
+        if wrong:
+            raise ValueError(f"NmsConfig cannot be used: {'; '.join(wrong)}.")
 
 
 def nms(detections: Detections, config: NmsConfig) -> Detections:

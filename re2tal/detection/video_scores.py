@@ -42,11 +42,27 @@ class VideoScores:
 
     Attributes:
         classes: K class names.
-        scores: by video id, with "v_" in front or not: `(K,)` scores, not negative.
+        scores: by video id, with "v_" in front or not: `(K,)` scores, finite and not negative.
+
+    Raises:
+        ValueError: The scores of a video are not of this kind; it lists all such videos.
     """
 
     classes: tuple[str, ...]
     scores: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        shape = (len(self.classes),)
+        wrong = [
+            f"{video_id!r}"
+            for video_id, of_video in self.scores.items()
+            if of_video.shape != shape or not _usable(of_video)
+        ]
+        if wrong:
+            raise ValueError(
+                f"Videos need a score of each of the {len(self.classes)} classes, finite and not "
+                f"negative, but {listed(wrong)} have others."
+            )
 
     def get(self, video_id: str) -> Tensor | None:
         """The scores `(K,)` of a video, whether or not either id has "v_" in front; else None."""
@@ -109,7 +125,7 @@ def fuse(proposals: Detections, scores: Tensor, *, top: int) -> Detections:
 
     Args:
         proposals: N detections; their labels are not looked at.
-        scores: `(K,)` of the video.
+        scores: `(K,)` of the video, finite and not negative.
         top: how many classes each proposal is given (2 on ActivityNet and FineAction, 3 on HACS).
 
     Returns:
@@ -117,10 +133,15 @@ def fuse(proposals: Detections, scores: Tensor, *, top: int) -> Detections:
         that of the better class, then of the earlier proposal, first.
 
     Raises:
-        ValueError: If there are fewer classes than `top`.
+        ValueError: If there are fewer classes than `top`, or a score is not finite or negative.
     """
     if not 1 <= top <= len(scores):
         raise ValueError(f"Proposals can be given 1 to {len(scores)} classes each, not {top}.")
+    if not _usable(scores):
+        raise ValueError(
+            f"The video-level scores {scores.tolist()} cannot be fused: they must be finite and "
+            "not negative (probabilities, not logits)."
+        )
     best = scores.to(proposals.scores).sort(descending=True, stable=True)
     count = len(proposals)
     return Detections(
@@ -159,6 +180,10 @@ def fuse_videos(
         for video_id, found in of_video.items()
         if found is not None
     }
+
+
+def _usable(scores: Tensor) -> bool:
+    return bool((scores.isfinite() & (scores >= 0)).all())
 
 
 def _unwrapped(value: Any) -> Any:

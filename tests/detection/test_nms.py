@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -246,7 +247,28 @@ def test_the_video_that_is_wrong_is_named() -> None:
         nms_videos([good, bad], NmsConfig())
 
 
-def test_a_configuration_without_sense_is_refused() -> None:
-    for wrong in ({"top_k": 0}, {"sigma": 0.0}, {"min_duration": -1.0}):
-        with pytest.raises(ValueError, match="NMS needs sigma > 0, top_k >= 1 and min_duration"):
-            NmsConfig(**wrong)
+@pytest.mark.parametrize(
+    ("field", "values", "allowed"),
+    [
+        ("method", ["gaussian", "Hard"], "one of soft, hard, none"),
+        ("voting", ["tiou", ""], "one of none, score_tiou, score"),
+        ("sigma", [0.0, -1.0, math.nan], "above 0"),
+        ("iou", [0.0, 7.0, math.nan], "above 0 and at most 1"),
+        ("voting_iou", [0.0, -1.0, 1.5, math.nan], "above 0 and at most 1"),
+        ("min_score", [-0.1, math.nan, math.inf], "at least 0 and finite"),
+        ("min_duration", [-1.0, math.nan, math.inf], "at least 0 and finite"),
+        ("top_k", [0, -3], "at least 1"),
+    ],
+)
+def test_a_configuration_without_sense_is_refused(
+    field: str, values: list[Any], allowed: str
+) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=f"{field} must be {allowed}, not {value!r}"):
+            NmsConfig(**{field: value})
+
+
+def test_all_that_is_wrong_with_a_configuration_is_listed() -> None:
+    with pytest.raises(ValueError, match=r"iou must be .* not 2\.0; top_k must be .* not 0\."):
+        NmsConfig(iou=2.0, top_k=0)
+    NmsConfig(iou=1.0, voting_iou=1.0, min_score=0.0, min_duration=0.0, top_k=1)

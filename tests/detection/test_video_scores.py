@@ -114,3 +114,16 @@ def test_videos_are_found_by_either_form_of_their_id() -> None:
     assert [round(float(v.scores[0]), 1) for v in fused.values()] == [0.1, 0.4, 0.2, 0.2, 0.3]
     with pytest.raises(ValueError, match=r"2 of 7 videos have no video-level scores: z, q\. Leave"):
         fuse_videos({**given, "z": proposals(), "q": proposals()}, scores, top=1)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -0.1])
+def test_scores_that_are_none_are_refused(wrong: float) -> None:
+    scores = torch.tensor([wrong, 0.3])
+    with pytest.raises(ValueError, match="cannot be fused: they must be finite and not negative"):
+        fuse(proposals((0, 1, 0.5)), scores, top=1)
+    with pytest.raises(ValueError, match=r"each of the 2 classes, .* but 'b', 'd' have others"):
+        VideoScores(
+            classes=("x", "y"),
+            scores={"a": scores.new_tensor([0.0, 1.0]), "b": scores, "c": torch.zeros(2),
+                    "d": torch.zeros(3)},
+        )  # fmt: skip
