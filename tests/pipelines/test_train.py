@@ -116,7 +116,16 @@ def test_the_run_in_mlflow_is_complete(finished: tuple[Path, str], tiny_set: Pat
     }
     assert "diagnosis/missed" in metrics
     tables = {f.path for f in client.list_artifacts(run.info.run_id, "diagnosis")}
-    assert {"diagnosis/false_positives.json", "diagnosis/sensitivity.json"} <= tables
+    assert tables == {
+        f"diagnosis/{name}.json"
+        for name in (
+            "false_positives",
+            "effects",
+            "sensitivity",
+            "false_negatives",
+            "false_negative_pairs",
+        )
+    }
     assert {f.path for f in client.list_artifacts(run.info.run_id, "data")} == {"data/summary.txt"}
     files = {f.path for f in client.list_artifacts(run.info.run_id)}
     assert {"detections.json", "unusable_videos.json"} <= files
