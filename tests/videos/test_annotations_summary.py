@@ -157,7 +157,7 @@ def test_durations_that_do_not_fit_the_files() -> None:
 
 def files(folder: Path) -> Path:
     database = {
-        "video_test_0001496": {
+        "video_test_0000006": {
             "subset": "test",
             "duration": 9.0,
             "annotations": [
@@ -169,7 +169,7 @@ def files(folder: Path) -> Path:
         "video_test_0000004": {"subset": "test", "annotations": []},
     }
     (folder / "thumos.json").write_text(json.dumps({"database": database}))
-    (folder / "durations.json").write_text('{"video_test_0000004": 4.0, "video_test_0001496": 9.5}')
+    (folder / "durations.json").write_text('{"video_test_0000004": 4.0, "video_test_0000006": 9.5}')
     (folder / "missing_files.txt").write_text("video_test_0000004\n")
     return folder / "thumos.json"
 
@@ -188,13 +188,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     out, err = capsys.readouterr()
     assert not err
     assert "Repaired: 1" in out
-    assert "Kept, though some leave it out: video_test_0001496" in out
     assert "1 ambiguous stretch in 1 video," in out
 
     assert main([str(path), *known, "--exclude", str(tmp_path / "missing_files.txt")]) == 0
     assert "Left out: 1\n  video_test_0000004: is on the list" in capsys.readouterr().out
 
-    (tmp_path / "durations.json").write_text('{"video_test_0000004": 4, "video_test_0001496": 3}')
+    assert main([str(path), *known, "--keep", "video_test_0001496"]) == 1
+    assert "'video_test_0001496': is to be kept, but is not there" in capsys.readouterr().err
+
+    (tmp_path / "durations.json").write_text('{"video_test_0000004": 4, "video_test_0000006": 3}')
     assert main([str(path), *known]) == 1
     assert "its file lasts 3 s" in capsys.readouterr().err
 

@@ -10,7 +10,7 @@ the share of time in which an action happens, and all that was left out or repai
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from re2tal.videos.annotations.collection import AnnotationError
@@ -31,24 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             form=options.form,
             quirks=quirks,
             exclude=read_ids(options.exclude) if options.exclude else (),
+            keep=options.keep,
             durations=durations,
         )
     except AnnotationError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    there = {video.video_id for video in annotations.videos}
-    doubtful = {video_id: why for video_id, why in quirks.doubtful.items() if video_id in there}
-    sys.stdout.write(f"{options.file}\n\n{summarize(annotations)}\n{_doubts(doubtful)}")
+    sys.stdout.write(f"{options.file}\n\n{summarize(annotations)}\n")
     sys.stdout.write(f"\nfingerprint {annotations.fingerprint}\n")
     if problems := check_durations(annotations, durations):
         sys.stderr.write(f"{AnnotationError(str(options.durations), problems)}\n")
     return 1 if problems else 0
-
-
-def _doubts(doubtful: Mapping[str, str]) -> str:
-    """The videos that are used although some leave them out."""
-    lines = (f"\nKept, though some leave it out: {v}:\n  {why}\n" for v, why in doubtful.items())
-    return "".join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,6 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset", choices=sorted(DATASETS), help="whose known faults to repair")
     parser.add_argument(
         "--exclude", type=Path, help="ids of videos to leave out: one a line, or JSON"
+    )
+    parser.add_argument(
+        "--keep",
+        metavar="ID",
+        nargs="+",
+        default=(),
+        help="videos to use although the data set's known faults leave them out",
     )
     parser.add_argument(
         "--durations",

@@ -30,6 +30,7 @@ def load_annotations(
     classes: Sequence[str] | None = None,
     quirks: DatasetQuirks | None = None,
     exclude: Collection[str] = (),
+    keep: Collection[str] = (),
     durations: Mapping[str, float] | None = None,
 ) -> Annotations:
     """Reads the annotations of a data set and checks all of them before any is used.
@@ -46,6 +47,8 @@ def load_annotations(
             nothing is repaired: every fault is an error.
         exclude: Ids of videos to leave out, such as those that cannot be had any more; see
             `read_ids`. They are not checked. An id may have the `v_` of its video file.
+        keep: Ids of videos to use although `quirks` leave them out, to compare with results that
+            count them.
         durations: Video id -> seconds, for videos to which the files give no duration.
 
     Returns:
@@ -57,17 +60,8 @@ def load_annotations(
     source = str(path)
     quirks = quirks or DatasetQuirks()
     raw = _reader(Path(path), form)(Path(path))
-    problems = list(raw.problems)
-    listed = {
-        video_id if video_id in raw.videos else video_id.removeprefix("v_") for video_id in exclude
-    }
-    if listed and listed.isdisjoint(raw.videos):
-        problems.append(f"none of the {len(listed)} videos to exclude is there: are these its ids?")
-    reasons = {
-        **dict.fromkeys(listed, "is on the list to exclude"),
-        **raw.excluded,
-        **quirks.unusable,
-    }
+    reasons, problems = _left_out(raw, quirks, exclude, keep)
+    problems = [*raw.problems, *problems]
     known = classes if classes is not None else raw.classes
     rules = Rules(
         quirks=quirks,
@@ -119,6 +113,29 @@ def read_durations(path: str | Path) -> dict[str, float]:
     if problems:
         raise AnnotationError(str(path), problems)
     return durations
+
+
+def _left_out(
+    raw: RawCollection, quirks: DatasetQuirks, exclude: Collection[str], keep: Collection[str]
+) -> tuple[dict[str, str], list[str]]:
+    """Video id -> why it is not used, and what is wrong with `exclude` and `keep`."""
+    listed = {
+        video_id if video_id in raw.videos else video_id.removeprefix("v_") for video_id in exclude
+    }
+    problems = [
+        f"video {video_id!r}: is to be kept, but "
+        + ("nothing leaves it out" if video_id in raw.videos else "is not there")
+        for video_id in sorted(keep)
+        if video_id not in quirks.unusable or video_id not in raw.videos
+    ]
+    if listed and listed.isdisjoint(raw.videos):
+        problems.append(f"none of the {len(listed)} videos to exclude is there: are these its ids?")
+    reasons = {
+        **dict.fromkeys(listed, "is on the list to exclude"),
+        **raw.excluded,
+        **{v: why for v, why in quirks.unusable.items() if v not in keep},
+    }
+    return reasons, problems
 
 
 def _reader(path: Path, form: Form) -> Callable[[Path], RawCollection]:
