@@ -5,18 +5,11 @@ from dataclasses import dataclass
 import av
 import numpy as np
 from av.video.frame import VideoFrame
-from av.video.reformatter import Interpolation, VideoReformatter
 
+from re2tal.videos.conversion import Converter, quarters
 from re2tal.videos.reader import Source, VideoError, VideoReader
 
 __all__ = ["Source", "VideoError", "VideoInfo", "decode", "probe"]
-
-# How a picture is scaled and turned into RGB, measured on moving texture, 640x360 to 284x160,
-# against an antialiased resize of the full picture: BILINEAR, whose kernel swscale widens when it
-# shrinks, is 1.7 grey levels off, AREA 3.9, and FAST_BILINEAR 16: it skips source pixels, so that
-# texture flickers from frame to frame, which a network takes for motion. Without FULL_CHR_H_INT
-# all of them are 1.5 levels too dark.
-_INTERPOLATION = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +44,7 @@ def probe(source: Source) -> VideoInfo:
     with VideoReader(source) as reader:
         frame = reader.frame_at(0.0)
         width, height = frame.width, frame.height
-        if _quarters(frame) % 2:
+        if quarters(frame) % 2:
             width, height = height, width
         stream = reader.stream
         rate = stream.average_rate or stream.guessed_rate
@@ -100,54 +93,17 @@ def decode(source: Source, times: np.ndarray, *, size: int | None, threads: int 
         raise ValueError(f"decode needs a list of finite times, not one of shape {times.shape}.")
     out: np.ndarray | None = None
     with VideoReader(source, threads=threads) as reader:
-        converter = _Converter(size)
+        converter = Converter(size)
         last: VideoFrame | None = None
-        picture = np.empty(0, np.uint8)
+        last_place = 0
         for place in np.argsort(times, kind="stable"):
             frame = reader.frame_at(float(times[place]))
-            if frame is not last:
-                picture, last = converter(frame), frame
             if out is None:
-                out = np.empty((len(times), *picture.shape), np.uint8)
-            out[place] = picture
+                out = np.empty((len(times), *converter.shape(frame)), np.uint8)
+            if frame is last:
+                out[place] = out[last_place]
+            else:
+                converter(frame, out[place])
+                last, last_place = frame, place
     assert out is not None
     return out
-
-
-class _Converter:
-    """Scales frames to the size fixed by the first one, turns them upright and makes them RGB."""
-
-    def __init__(self, size: int | None) -> None:
-        self._size = size
-        self._shape: tuple[int, int] | None = None
-        self._reformatter = VideoReformatter()  # keeps swscale's tables from frame to frame
-
-    def __call__(self, frame: VideoFrame) -> np.ndarray:
-        if self._shape is None:
-            self._shape = _scaled(frame.width, frame.height, self._size)
-        width, height = self._shape
-        scaled = self._reformatter.reformat(
-            frame,
-            width=width,
-            height=height,
-            format="rgb24",
-            interpolation=_INTERPOLATION,
-            threads=1,
-        )
-        picture: np.ndarray = scaled.to_ndarray()
-        return np.rot90(picture, _quarters(frame))
-
-
-def _quarters(frame: VideoFrame) -> int:
-    """Quarter turns, counterclockwise, that make a frame stand upright."""
-    return round(frame.rotation / 90) % 4
-
-
-def _scaled(width: int, height: int, size: int | None) -> tuple[int, int]:
-    """Width and height once the short side is `size`."""
-    if size is None:
-        return width, height
-    long_side = max(2, 2 * round(max(width, height) * size / min(width, height) / 2))
-    if width == height:
-        return size, size
-    return (size, long_side) if width < height else (long_side, size)
