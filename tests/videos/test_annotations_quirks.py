@@ -67,8 +67,10 @@ def test_activitynet_loses_segments_without_length_and_says_so(tmp_path: Path) -
             reason="has no length",
         ),
     )
-    # the label of a dropped instance is no class: there is nothing to learn it from
-    assert annotations.classes == ("run",)
+    # the dropped instance is evaluated as published, so its label counts as a class
+    assert annotations.classes == ("jump", "run")
+    nothing = write(tmp_path, {"a": video(action(1, 1))})
+    assert "nothing to learn" in problems_of(nothing, quirks=ACTIVITYNET13)[0]
     assert annotations.videos[0].instances == (Instance(start=2.0, end=10.0, label="run"),)
     assert (
         "is reversed"

@@ -73,7 +73,7 @@ def load_annotations(
         reasons_against = (*raw.repeated.get(video_id, ()), *result.problems)
         problems += [f"video {video_id!r}: {reason}" for reason in reasons_against]
     annotations = _assemble(checked, known, {v: reasons[v] for v in raw.videos if v in reasons})
-    if not problems and not annotations.classes:
+    if not problems and not known and not any(v.instances for v in annotations.videos):
         problems.append("there is nothing to learn: no video has an annotated instance")
     if problems:
         raise AnnotationError(source, problems)
@@ -183,7 +183,7 @@ def _assemble(
 ) -> Annotations:
     """The collection of all that could be typed."""
     videos = sorted((r.video for r in checked.values() if r.video), key=lambda v: v.video_id)
-    used = {i.label for video in videos for i in video.instances}
+    used = {i.label for video in videos for i in video.evaluated}
     return Annotations(
         classes=tuple(sorted(used if classes is None else set(classes))),
         videos=tuple(videos),
