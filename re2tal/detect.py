@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from re2tal.detection.nms import NmsConfig, nms
+from re2tal.detection.repetitions import without_repetitions
 from re2tal.detection.segments import Detections
 from re2tal.detector import Detector
 from re2tal.trained import DetectorSpec
@@ -17,13 +18,19 @@ from re2tal.videos.annotations import VideoAnnotation
 from re2tal.videos.decoding import Source, probe
 from re2tal.videos.windows import Window, sliding_windows, window_frames
 
+# From this overlap on, clip and copy of a stitched window show the same action: the tIoU at which
+# VSGN's authors suppress the detections of a window and class.
+REPETITION = 0.4
+
 
 def window_detections(raw: Detections, window: Window, duration: float) -> Detections:
     """What a localizer found in one window, in seconds of the video.
 
-    What it found in the copy of a stitched window is put where the clip shows it: the action is
-    then there twice, until `video_detections` removes such repetitions. A detection belongs to
-    the part that its centre lies in or, in the gap, next to.
+    What it found in the copy of a stitched window is put where the clip shows it. A detection
+    belongs to the part that its centre lies in or, in the gap, next to. Of an action that both
+    parts show there are then two detections, and the one with the lower score is removed, however
+    a video's detections are thinned out later: detections of one class in different parts that
+    overlap by at least `REPETITION`.
 
     Args:
         raw: detections in feature-grid units of the window, on any device.
@@ -31,28 +38,29 @@ def window_detections(raw: Detections, window: Window, duration: float) -> Detec
         duration: of the video, in seconds.
 
     Returns:
-        Detections on the CPU, cut to the video and to the clip of a stitched window, without
-        those that lie outside.
+        Detections on the CPU, in their order, cut to the video and to the clip of a stitched
+        window, without those that lie outside or are repetitions.
     """
     raw = raw.to("cpu")
     segments = window.grid.to_seconds(raw.segments)
-    first, last = 0.0, duration
+    first, last, copied = 0.0, duration, None
     if window.copy is not None:
         middle_of_gap = (window.valid + window.copy.first) / 2 / window.grid.stride - 0.5
-        copied = raw.segments.mean(dim=1, keepdim=True) >= middle_of_gap
-        segments = torch.where(copied, window.copy.grid.to_seconds(raw.segments), segments)
+        copied = raw.segments.mean(dim=1) >= middle_of_gap
+        segments = torch.where(copied[:, None], window.copy.grid.to_seconds(raw.segments), segments)
         first = window.grid.offset
         last = min(first + window.valid / window.grid.fps, duration)
     segments = segments.clamp(first, last)
     inside = segments[:, 1] > segments[:, 0]
-    return raw.with_segments(segments)[inside]
+    found = raw.with_segments(segments)[inside]
+    return found if copied is None else without_repetitions(found, copied[inside], iou=REPETITION)
 
 
 def video_detections(windows: Sequence[Detections], config: NmsConfig) -> Detections:
     """The detections of a whole video.
 
     Windows overlap, so that most actions are found several times: non-maximum suppression removes
-    these repetitions with all others.
+    or weakens these repetitions with all others.
 
     Args:
         windows: of each window its detections in seconds of the video.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipelines.recipes import thumos_re2_swin_t_vsgn
 from re2tal.backbones.swin import swin_toy
 from re2tal.detect import detect, video_detections, window_detections
 from re2tal.detection import Detections, NmsConfig
@@ -153,10 +155,46 @@ def test_what_the_copy_of_a_stitched_window_shows_is_put_into_the_clip() -> None
     config = WindowConfig(frames=80, fps=8.0, stitch=StitchConfig(enabled=True))
     (window,) = sliding_windows(video, ("a",), config, stride=2)
     raw = detections([*window.segments.tolist(), [20.0, 39.5], [8.0, 15.0]], [0.9, 0.8, 0.7, 0.6])
+    raw = replace(raw, labels=torch.tensor([0, 0, 1, 0]))  # the third repeats nothing
     found = window_detections(raw, window, duration=3.0)
     # the copy has 18 frames a second, from frame 26 on
-    expected = [[1.0, 2.0], [1.0, 2.0], [(41 - 26) / 18, 3.0], [17 / 8, 3.0]]
+    expected = [[1.0, 2.0], [(41 - 26) / 18, 3.0], [17 / 8, 3.0]]
     torch.testing.assert_close(found.segments, torch.tensor(expected))
-    kept = video_detections([found[:2]], NmsConfig(method="hard"))
-    assert len(kept) == 1
-    assert kept.scores.tolist() == found.scores[:1].tolist()
+    assert found.scores.tolist() == raw.scores[[0, 2, 3]].tolist()
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "left"),
+    [
+        ([0.9, 0.8], [0, 0], [[5.0, 9.0]]),
+        ([0.8, 0.9], [0, 0], [[5.0, 9.0]]),
+        ([0.9, 0.8], [0, 1], [[5.0, 9.0]] * 2),  # of two classes, both may be right
+    ],
+)
+@pytest.mark.parametrize("method", ["as the recipe", "none"])
+def test_an_action_that_clip_and_copy_show_is_one_detection(
+    scores: list[float], labels: list[int], left: list[list[float]], method: str
+) -> None:
+    recipe = thumos_re2_swin_t_vsgn()
+    video = VideoAnnotation(
+        video_id="",
+        subset="",
+        duration=20.0,
+        instances=(Instance(start=5.0, end=9.0, label="a"),),
+    )
+    (window,) = sliding_windows(video, ("a", "b"), recipe.data.window, stride=2)
+    raw = Detections(
+        segments=torch.from_numpy(window.segments),
+        scores=torch.tensor(scores),
+        labels=torch.tensor(labels),
+    )
+    config = recipe.nms if method != "none" else NmsConfig(method="none")
+    found = video_detections([window_detections(raw, window, duration=20.0)], config)
+    torch.testing.assert_close(found.segments, torch.tensor(left))
+    assert found.scores[0] == max(raw.scores)
+
+
+def test_a_window_that_is_not_stitched_keeps_what_overlaps() -> None:
+    grid = TimeGrid(fps=8.0, stride=2, length=32)
+    raw = detections([[2.0, 6.0], [2.0, 6.0]], [0.9, 0.8])
+    assert len(window_detections(raw, window_of(grid, valid=32), duration=14.0)) == 2
