@@ -17,46 +17,7 @@ from re2tal.videos.annotations import (
     load_annotations,
 )
 from re2tal.videos.annotations.epic_kitchens import _seconds
-
-COLUMNS = (
-    "narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,"
-    "start_frame,stop_frame,narration,verb,verb_class,noun,noun_class,all_nouns,all_noun_classes"
-)
-
-
-def row(video_id: str, number: int, start: str, stop: str, verb: int | str, noun: int | str) -> str:
-    """A row as the data set writes it, with a comma inside quotes and a list inside a cell."""
-    own = f"{video_id}_{number},{video_id[:3]},{video_id},00:00:00.560,{start},{stop},1,113"
-    return f"""{own},"take plate, slowly",take,{verb},plate,{noun},"['plate', 'pan']","[2, 5]\""""
-
-
-def epic(folder: Path, **changes: str) -> Path:
-    files = {
-        "EPIC_100_train.csv": "\n".join(
-            (
-                COLUMNS,
-                row("P01_01", 0, "00:00:00.14", "00:00:03.37", 3, 1),
-                row("P01_01", 1, "01:02:03.05", "01:02:04.30", 0, 2),
-                row("P01_01", 10, "00:00:00.14", "00:00:03.37", 0, 1),
-            )
-        ),
-        "EPIC_100_validation.csv": "\n".join(
-            (COLUMNS, row("P02_11", 0, "00:00:00.00", "00:00:01.89", 0, 2), "")
-        ),
-        "EPIC_100_test_timestamps.csv": "narration_id,participant_id,video_id,narration_timestamp,"
-        "start_timestamp,stop_timestamp,start_frame,stop_frame\n"
-        "P03_1_0,P03,P03_1,00:00:02.851,00:00:02.86,00:00:03.87,143,193\n",
-        "EPIC_100_video_info.csv": "video_id,duration,fps,resolution\n"
-        "P01_01,3725.15,59.94,1920x1080\n"
-        "P02_11,1.88,50.0,1920x1080\nP03_1,9.5,50.0,1920x1080\n",
-        "EPIC_100_verb_classes.csv": "id,key,instances,category\n"
-        "0,take,\"['take', 'get']\",retrieve\n3,open,\"['open']\",access\n",
-        "EPIC_100_noun_classes.csv": "id,key,instances,category\n"
-        "1,spoon,\"['spoon']\",cutlery\n2,plate,\"['plate']\",crockery\n9,egg,\"['egg']\",food\n",
-    }
-    for name, content in {**files, **changes}.items():
-        (folder / name).write_text(content, encoding="utf-8")
-    return folder
+from tests.videos.published_layouts import COLUMNS, clip, ego4d, epic, moment, row
 
 
 def problems_of(path: Path, **arguments: Any) -> tuple[str, ...]:
@@ -149,45 +110,6 @@ def test_timestamps(hundredths: int) -> None:
     assert _seconds(text) == hundredths / 100
     for wrong in (text.replace(":", "-"), f"{text}:00", f"-{text}", text[3:]):
         assert _seconds(wrong) == wrong
-
-
-def clip(uid: str, *annotators: list[dict[str, Any]], length: float = 479.0) -> dict[str, Any]:
-    """A clip from the middle of its video, as Ego4D writes it."""
-    labels = [
-        [
-            label
-            | {
-                "video_start_time": label["start_time"] + 1182.8,
-                "video_end_time": label["end_time"] + 1182.8,
-            }
-            for label in given
-        ]
-        for given in annotators
-    ]
-    return {
-        "clip_uid": uid,
-        "video_start_sec": 1182.8,
-        "video_end_sec": 1182.8 + length,
-        "clip_start_sec": 0,
-        "clip_end_sec": length,
-        "source_clip_uid": "d2c6f0e5",
-        "annotations": [
-            {"annotator_uid": str(n), "labels": given} for n, given in enumerate(labels)
-        ],
-    }
-
-
-def moment(
-    start: float, end: float, label: str = "use_phone", primary: bool = True
-) -> dict[str, Any]:
-    return {"start_time": start, "end_time": end, "label": label, "primary": primary}
-
-
-def ego4d(folder: Path, name: str, split: str, *clips: dict[str, Any]) -> Path:
-    document = {"version": "v2", "videos": [{"video_uid": "u", "split": split, "clips": [*clips]}]}
-    path = folder / name
-    path.write_text(json.dumps(document))
-    return path
 
 
 def test_ego4d_moments(tmp_path: Path) -> None:
