@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.shards.reading import open_video
 from pipelines.storage import open_source
 from re2tal.videos.decoding import VideoError, probe
 from re2tal.videos.windows import Window, window_frames
@@ -21,7 +22,7 @@ def decode_sample(row: dict[str, Any], *, size: int) -> dict[str, Any]:
     """
     window: Window = row["window"]
     try:
-        frames = window_frames(open_source(row["uri"]), window, size=size)
+        frames = window_frames(open_video(row["uri"]), window, size=size)
         error = ""
     except (VideoError, OSError) as problem:
         frames = np.zeros((window.grid.length, size, size, 3), np.uint8)

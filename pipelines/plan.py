@@ -10,13 +10,16 @@ import ray.data
 from pipelines.data import Video
 from pipelines.decoding import probe_sample
 from pipelines.model import ACTION
-from pipelines.recipes import DataConfig
+from pipelines.recipes import DataConfig, Dataset
 from pipelines.resources import DECODE_CPUS
+from pipelines.shards.finding import FoundVideos, find_in_shards
+from pipelines.shards.manifest import read_manifest
 from pipelines.storage import list_files, local_copy, require
 from re2tal.detection.video_scores import VideoScores, load_video_scores
 from re2tal.videos.annotations import (
     DATASETS,
     Annotations,
+    Form,
     VideoAnnotation,
     check_durations,
     load_annotations,
@@ -43,8 +46,9 @@ class Plan:
         validation: usable validation videos.
         failures: video id to the reason why it is left out.
         fingerprint: hash of the annotations that are used.
-        remarks: videos whose file lasts longer or shorter than annotated, a sentence each. They
-            are used: where the file is too short, the windows that fail are counted.
+        remarks: what may surprise, a sentence each: shards that were made for something else, and
+            videos whose file lasts longer or shorter than annotated. They are used: where the file
+            is too short, the windows that fail are counted.
         video_scores: what an external classifier says of the validation videos.
     """
 
@@ -97,18 +101,68 @@ def read_annotations(config: DataConfig) -> Annotations:
         StorageError: if there is nothing there.
         AnnotationError: with every problem in them.
     """
-    uri = require(config.annotations, what="The annotations", option="--data.annotations")
+    return load_files(
+        config.annotations,
+        form=config.form,
+        dataset=config.dataset,
+        exclude=config.exclude,
+        prefix="--data.",
+    )
+
+
+def load_files(
+    annotations: str | None,
+    *,
+    form: Form,
+    dataset: Dataset | None,
+    exclude: str | None,
+    prefix: str,
+) -> Annotations:
+    """Reads annotations and the ids to exclude from paths or URIs, and checks them whole.
+
+    Args:
+        annotations: where they are.
+        form: how they are laid out.
+        dataset: whose known faults are repaired.
+        exclude: file of the ids to leave out.
+        prefix: of the options that set these, for messages.
+
+    Raises:
+        StorageError: if there is nothing there.
+        AnnotationError: with every problem in them.
+    """
+    uri = require(annotations, what="The annotations", option=f"{prefix}annotations")
     with tempfile.TemporaryDirectory() as folder:
         excluded: frozenset[str] = frozenset()
-        if config.exclude is not None:
-            ids = require(config.exclude, what="The ids to exclude", option="--data.exclude")
+        if exclude is not None:
+            ids = require(exclude, what="The ids to exclude", option=f"{prefix}exclude")
             excluded = read_ids(local_copy(ids, Path(folder)))
         return load_annotations(
             local_copy(uri, Path(folder)),
-            form=config.form,
-            quirks=DATASETS[config.dataset] if config.dataset else None,
+            form=form,
+            quirks=DATASETS[dataset] if dataset else None,
             exclude=excluded,
         )
+
+
+def _find(
+    config: DataConfig, folder: str, video_ids: Sequence[str], fingerprint: str
+) -> FoundVideos:
+    """Finds videos in shards or as files, those that can be used and those that cannot."""
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        return find_in_shards(
+            folder,
+            manifest,
+            video_ids,
+            fingerprint=fingerprint,
+            size=config.size,
+            fps=config.window.fps,
+        )
+    files, missing = match_videos(video_ids, list_files(folder))
+    errors, durations = _probe(files)
+    failures = {**missing, **errors}
+    return FoundVideos(uris=files, failures=failures, durations=durations, remarks=())
 
 
 def _probe(files: Mapping[str, str]) -> tuple[dict[str, str], dict[str, float]]:
@@ -148,7 +202,8 @@ def check_failures(failures: Mapping[str, str], total: int, max_failed: float) -
 def make_plan(config: DataConfig, annotations: Annotations) -> Plan:
     """Finds and checks the videos, and decides what a run works on.
 
-    Every video is opened once, in parallel, with Ray Data; the plan holds only those that could be.
+    Every file of a video is opened once, in parallel, with Ray Data; the plan holds only those that
+    could be. What lies in shards was decoded when they were made, and is not opened.
 
     Args:
         config: where the videos are.
@@ -156,6 +211,7 @@ def make_plan(config: DataConfig, annotations: Annotations) -> Plan:
 
     Raises:
         StorageError: if the folder of the videos is missing.
+        ShardError: if it holds shards that are not complete.
         RecipeError: if settings contradict one another.
         DetectionFileError: if the file of an external classifier is not usable.
         UnusableVideosError: if too many videos are missing or unreadable, or have no scores.
@@ -168,14 +224,13 @@ def make_plan(config: DataConfig, annotations: Annotations) -> Plan:
     evaluated = subsets[config.validation_subset]
     scores = _video_scores(config, annotations.classes, evaluated.videos)
     wanted = [video for subset in subsets.values() for video in subset.videos]
-    files, failures = match_videos([video.video_id for video in wanted], list_files(folder))
-    errors, durations = _probe(files)
-    failures = {**failures, **errors}
+    found = _find(config, folder, [v.video_id for v in wanted], annotations.fingerprint)
+    failures = found.failures
     check_failures(failures, len({video.video_id for video in wanted}), config.max_failed)
 
     def usable(subset: str) -> tuple[Video, ...]:
         return tuple(
-            Video(annotation=video, uri=files[video.video_id])
+            Video(annotation=video, uri=found.uris[video.video_id])
             for video in subsets[subset].videos
             if video.video_id not in failures
         )
@@ -188,7 +243,7 @@ def make_plan(config: DataConfig, annotations: Annotations) -> Plan:
         validation=validation,
         failures=failures,
         fingerprint=annotations.fingerprint,
-        remarks=(*check_durations(annotations, durations),),
+        remarks=(*found.remarks, *check_durations(annotations, found.durations)),
         video_scores=scores,
     )
 

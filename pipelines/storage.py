@@ -1,16 +1,22 @@
 """Files by path or by URI: annotations, weights and videos, local or in an object store."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+from uuid import uuid4
 
 import pyarrow.fs as pafs
+
+PARTIAL = ".partial-"  # in the names of files that are not whole
 
 
 class StorageError(Exception):
     """A path or URI that cannot be used: what it is for, where it points, what to do."""
 
 
-def _resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+    """Returns the file system of a path or URI, and the path in it."""
     if "://" in uri:
         return pafs.FileSystem.from_uri(uri)
     return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
@@ -33,7 +39,7 @@ def require(uri: str | None, *, what: str, option: str) -> str:
     if uri is None:
         raise StorageError(f"{what}: no path given. Say where with {option} PATH_OR_URI.")
     try:
-        filesystem, path = _resolve(uri)
+        filesystem, path = resolve(uri)
         found = filesystem.get_file_info(path).type != pafs.FileType.NotFound
     except (OSError, ValueError) as error:
         raise StorageError(
@@ -52,8 +58,95 @@ def open_source(uri: str) -> str | BinaryIO:
     """
     if "://" not in uri:
         return uri
-    filesystem, path = _resolve(uri)
+    filesystem, path = resolve(uri)
     return filesystem.open_input_file(path)
+
+
+def absolute(uri: str) -> str:
+    """Returns a URI as it is, and a path made absolute: processes elsewhere are given it."""
+    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+
+
+def join(folder: str, name: str) -> str:
+    """Returns the path or URI of something in a folder.
+
+    Args:
+        folder: path or URI of the folder.
+        name: what is in it; may hold slashes.
+    """
+    return f"{folder.rstrip('/')}/{name}"
+
+
+def file_sizes(uri: str) -> dict[str, int]:
+    """Lists the files directly in a folder with their sizes; of a folder that is missing, none.
+
+    Args:
+        uri: path or URI of the folder.
+
+    Returns:
+        File name to bytes, in the order of the names.
+    """
+    filesystem, path = resolve(uri)
+    infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return {
+        info.base_name: info.size
+        for info in sorted(infos, key=lambda info: info.base_name)
+        if info.type == pafs.FileType.File
+    }
+
+
+def file_size(uri: str) -> int:
+    """Returns the number of bytes of a file.
+
+    Args:
+        uri: path or URI of a file.
+    """
+    filesystem, path = resolve(uri)
+    return int(filesystem.get_file_info(path).size)
+
+
+def read_bytes(uri: str) -> bytes:
+    """Returns the content of a file.
+
+    Args:
+        uri: path or URI of a file.
+    """
+    filesystem, path = resolve(uri)
+    with filesystem.open_input_stream(path) as stream:
+        return bytes(stream.read())
+
+
+@contextmanager
+def replacing(uri: str) -> Iterator[Any]:
+    """Opens a file for writing that gets its name only once it is whole.
+
+    Until then it lies beside it, under a name of its own that contains `PARTIAL`. If writing fails,
+    what had the name before keeps it. The folder is made if it is missing.
+
+    Args:
+        uri: path or URI of the file.
+    """
+    filesystem, path = resolve(uri)
+    filesystem.create_dir(str(Path(path).parent), recursive=True)
+    partial = f"{path}{PARTIAL}{uuid4().hex}"
+    try:
+        with filesystem.open_output_stream(partial) as stream:
+            yield stream
+        filesystem.move(partial, path)
+    except BaseException:
+        if filesystem.get_file_info(partial).type == pafs.FileType.File:
+            filesystem.delete_file(partial)
+        raise
+
+
+def remove(uri: str) -> None:
+    """Deletes a file.
+
+    Args:
+        uri: path or URI of a file.
+    """
+    filesystem, path = resolve(uri)
+    filesystem.delete_file(path)
 
 
 def list_files(uri: str) -> dict[str, str]:
@@ -65,7 +158,7 @@ def list_files(uri: str) -> dict[str, str]:
     Returns:
         File name to its path or URI, in the order of the names.
     """
-    filesystem, path = _resolve(uri)
+    filesystem, path = resolve(uri)
     infos = filesystem.get_file_info(pafs.FileSelector(path))
     names = sorted(info.base_name for info in infos if info.type == pafs.FileType.File)
     folder = uri.rstrip("/") if "://" in uri else path
@@ -79,7 +172,7 @@ def local_copy(uri: str, folder: Path) -> Path:
         uri: path or URI of a file.
         folder: where a copy may go; it exists.
     """
-    filesystem, path = _resolve(uri)
+    filesystem, path = resolve(uri)
     if "://" not in uri:
         return Path(path)
     target = folder / Path(path).name

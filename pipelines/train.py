@@ -35,6 +35,7 @@ from pipelines.quiet import init_ray
 from pipelines.recipes import RECIPES, Recipe
 from pipelines.resources import ResourceError, check_resources
 from pipelines.results import log_results, print_summary
+from pipelines.shards.settings import ShardError
 from pipelines.storage import StorageError, local_copy, require
 from pipelines.tracking import Run, finishing, log_dataset, log_metrics, log_text, start_run
 from pipelines.worker import Job, train_worker
@@ -45,6 +46,7 @@ from re2tal.videos.toy import make_toy
 
 PROBLEMS = (
     StorageError,
+    ShardError,
     AnnotationError,
     DetectionFileError,
     RecipeError,
@@ -87,7 +89,7 @@ def _show_toy(done: int, total: int) -> None:
 
 def _show_remarks(plan: Plan) -> None:
     if plan.remarks:
-        print(f"{len(plan.remarks)} videos do not last as long as annotated, for example:")
+        print(f"{len(plan.remarks)} remarks on the videos, for example:")
         print(f"  {plan.remarks[0]}", flush=True)
 
 

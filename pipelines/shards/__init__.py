@@ -1,0 +1,1 @@
+"""Videos encoded anew and packed into Parquet files: writing, finding and reading them."""
