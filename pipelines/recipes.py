@@ -284,10 +284,12 @@ def thumos_re2_swin_t_vsgn() -> Recipe:
     """THUMOS-14 with a reversible Swin-T and VSGN; needs data, weights and a GPU.
 
     VSGN's own settings are those that its authors publish for THUMOS-14 (on features; windows of
-    1280 there, 512 here), self-stitching and windows every quarter included; they thin out the
-    detections of a window before those of a video, which is one step here. The paper pairs VSGN
-    with these backbones but publishes no settings of the pair: frames, backbone and optimiser are
-    ActionFormer's.
+    1280 there, 512 here), self-stitching and windows every quarter included. As there, all classes
+    of a video are thinned out together by Gaussian soft-NMS. What differs: they first thin out each
+    class of each window by hard NMS (tIoU 0.4), where here that is done only between clip and copy
+    of stitched windows (`re2tal.detect`); and they drop detections of 50 s and more. The paper
+    pairs VSGN with these backbones but publishes no settings of the pair: frames, backbone and
+    optimiser are ActionFormer's.
     """
     recipe = thumos_re2_swin_t_actionformer()
     stitch = StitchConfig(enabled=True)
@@ -297,7 +299,7 @@ def thumos_re2_swin_t_vsgn() -> Recipe:
         name="thumos_re2_swin_t_vsgn",
         data=replace(recipe.data, window=window),
         model=replace(recipe.model, localizer=VSGNConfig()),
-        nms=NmsConfig(sigma=0.46, top_k=200),
+        nms=NmsConfig(sigma=0.46, top_k=200, per_class=False),
     )
 
 
