@@ -5,7 +5,7 @@ from __future__ import annotations  # PyAV's Packet takes its parameter in stubs
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 from av.container import InputContainer
@@ -15,6 +15,7 @@ from av.video.stream import VideoStream
 
 from re2tal.videos.errors import VideoError
 from re2tal.videos.limits import Deadline
+from re2tal.videos.missing_packets import MissingPackets
 
 # Packets in a row that cannot be read after which nothing more is expected of a file.
 _MOST_UNREADABLE = 100
@@ -22,6 +23,10 @@ _MOST_UNREADABLE = 100
 # Packets decoded beyond a frame to see whether what it leans on is intact: as many as a frame of
 # H.264 or HEVC can lean on.
 _MOST_AHEAD = 16
+
+# Packets by which the one that is marked as corrupt may come before the one that is. Parsers of
+# transport streams mark the packet that they finish when they meet the damage.
+_LATE = 2
 
 
 class Shown(NamedTuple):
@@ -59,18 +64,23 @@ class FrameQueue:
     """
 
     reason: str  # what the decoder said of the first damage
+    shifted: bool  # whether times are wrong until the file is sought in
 
     def __init__(
         self, name: str, container: InputContainer, stream: VideoStream, deadline: Deadline
     ) -> None:
         self.reason = ""
+        self.shifted = False
         self._name = name
         self._container = container
         self._stream = stream
         self._deadline = deadline
-        self._packets: Iterator[Packet[VideoStream]] = container.demux(stream)
+        self._missing = MissingPackets(container, stream)
+        self._packets = self._demux()
         self._ready: deque[Shown] = deque()
         self._sent = 0  # packets
+        self._suspect_until = 0  # the number of a packet
+        self._key = 0  # the number of the last key packet
         self._numbers: dict[int, int] = {}  # of the packets sent, by time; those not gone past
         self._damages: list[_Damage] = []
         self._untimed = 0  # ticks of frames that came without times
@@ -138,8 +148,13 @@ class FrameQueue:
         self._sent += 1
         if time is not None:
             self._numbers[time] = self._sent
+            if packet.is_keyframe:
+                self._key = self._sent
+        self.shifted = self._missing.shift(packet)
         if packet.is_corrupt:
-            self._add_damage(self._sent, "packets are missing")
+            self._suspect_until = self._sent + _LATE
+        if self.shifted or self._sent <= self._suspect_until:
+            self._add_damage(self._sent, "packets are missing", lost=True)
         try:
             frames = packet.decode()
         except av.FFmpegError as error:
@@ -150,19 +165,40 @@ class FrameQueue:
             self._add(frame)
         return True
 
-    def _next_packet(self) -> Packet[VideoStream] | None:
-        """The next packet that can be read; None if there are no more."""
-        for _ in range(_MOST_UNREADABLE):
+    def _demux(self) -> Iterator[Packet[Any]]:
+        """The packets from where the file stands."""
+        if self._missing.needs_all_streams:
+            return self._container.demux()
+        return self._container.demux(self._stream)
+
+    def _next_packet(self) -> Packet[Any] | None:
+        """The next packet of the stream that can be read; None if there are no more."""
+        unreadable = 0
+        while unreadable < _MOST_UNREADABLE:
             try:
-                return next(self._packets, None)
+                packet = next(self._packets, None)
             except av.FFmpegError as error:
                 self._deadline.check()  # which also interrupts reading
                 if not isinstance(error, av.error.InvalidDataError):
                     raise VideoError(self._name, f"cannot be read: {error.strerror}") from error
-                self._sent += 1
-                self._add_damage(self._sent, error.strerror or str(error), lost=True)
-                self._packets = self._container.demux(self._stream)
+                unreadable += 1
+                self._lose(error.strerror or str(error))
+                self._packets = self._demux()
+                continue
+            except IndexError:
+                # PyAV ends so, without emptying decoders, if streams turned up after opening
+                packet = Packet()
+                packet.stream = self._stream
+            if packet is not None and self._missing.lie_before(packet):
+                self._lose("packets are missing")
+            if packet is None or packet.stream is self._stream:
+                return packet
         return None
+
+    def _lose(self, reason: str) -> None:
+        """Remembers that packets are missing."""
+        self._sent += 1
+        self._add_damage(self._sent, reason, lost=True)
 
     def _add(self, frame: VideoFrame) -> None:
         """Takes a frame from the decoder."""
@@ -171,11 +207,11 @@ class FrameQueue:
         if time is None:  # raw streams have none at all: they are shown at an even rate
             time = self._untimed
             self._untimed += self._duration(frame)
+        known = time in self._numbers
         shown = Shown(frame, time, self._numbers.get(time, self._sent))
         if frame.is_corrupt:
-            known = time in self._numbers
             self._add_damage(shown.number if known else shown.number - _MOST_AHEAD, "is patched up")
-        elif frame.key_frame:
+        elif frame.key_frame and known:
             for damage in self._damages:
                 if damage.restored is None and damage.first < shown.number:
                     damage.restored = time
@@ -188,10 +224,10 @@ class FrameQueue:
         return frame.duration
 
     def _add_damage(self, first: int, reason: str, *, lost: bool = False) -> None:
-        """Remembers damage, unless there is some that reaches further."""
+        """Remembers damage, unless there is some that reaches as far: up to the same key frame."""
         self.reason = self.reason or reason
         for damage in self._damages:
-            if damage.restored is None and damage.first <= first:
+            if damage.restored is None and self._key <= damage.first <= first:
                 damage.lost |= lost
                 return
         self._damages.append(_Damage(first, lost))

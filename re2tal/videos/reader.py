@@ -4,7 +4,7 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO, NamedTuple, Self
 
 import av
 from av.container import InputContainer
@@ -33,6 +33,23 @@ _UNSEEKABLE = frozenset({"mpeg", "h264", "hevc", "mpegvideo"})
 
 # Seconds back from a target at which a key frame is looked for, one after the other.
 _STEPS_BACK = (0.0, 1.0, 4.0, 16.0)
+
+
+class Span(NamedTuple):
+    """A frame and when it is on screen.
+
+    Attributes:
+        begin: The tick at which it comes: `VideoReader.stream.time_base` seconds, counted from the
+            first frame of the video.
+        end: The tick at which it leaves.
+        frame: The frame.
+        damage: What is wrong with it, or with one that was to follow before `end`; else empty.
+    """
+
+    begin: int
+    end: int
+    frame: VideoFrame
+    damage: str
 
 
 class VideoReader:
@@ -64,6 +81,7 @@ class VideoReader:
         self._open()
         # Both are learned while seeking, so that no seek goes back over what is decoded for long:
         self._longest_gop = int(1 / self._tick)  # ticks from a key frame to a target
+        self._sought_key: int | None = None  # the last one
         self._early = 0  # ticks by which seeks land before the key frame that the index names
 
     def __enter__(self) -> Self:
@@ -82,6 +100,11 @@ class VideoReader:
         del self._queue
         self._shown = None
         self.container.close()
+
+    @property
+    def start(self) -> float:
+        """When the first frame is presented, in seconds by the file's clock."""
+        return self._start * self._tick
 
     def frame_at(self, seconds: float) -> VideoFrame:
         """The frame on screen at a time: the last one that is presented by then.
@@ -118,17 +141,13 @@ class VideoReader:
         self._check_intact(shown, target)
         return shown.frame
 
-    def frames(self) -> Iterator[tuple[int, int, VideoFrame]]:
+    def frames(self) -> Iterator[Span]:
         """All frames that come next, in the order in which they are shown, each of them once.
 
-        `frame_at` shows the same frame at every time from its first tick to before its last.
-
-        Yields:
-            The tick at which a frame comes on screen, that at which it leaves, and the frame. A
-            tick is `stream.time_base` seconds; they count from the first frame of the video.
+        `frame_at` shows the same frame at every time from its first tick to before its last, and
+        fails somewhere between them if this one is damaged.
 
         Raises:
-            FrameError: A frame is damaged.
             VideoError: The video cannot be read any further, or is over the limits.
         """
         end: int | None = None
@@ -141,9 +160,10 @@ class VideoReader:
                 end = max(begin, self._time(following))
             else:
                 end = begin + max(1, round(self._frame_seconds(shown.frame) / self._tick))
-            self._check_intact(shown, end - 1)
+            damaged = self._queue.is_damaged(shown, end - 1 + self._start)
             if end > begin:  # else the next one takes its place before it was seen
-                yield begin, end, shown.frame
+                reason = self._queue.reason if damaged else ""
+                yield Span(begin=begin, end=end, frame=shown.frame, damage=reason)
 
     def _check_intact(self, shown: Shown, target: int) -> None:
         """Raises FrameError if damage has reached a frame, or one between it and a tick."""
@@ -188,6 +208,8 @@ class VideoReader:
         self._restart_decoding()
         # AVI counts from the first frame that is stored, some frames before the first one shown
         if self.container.format.name == "avi" and (first := self._queue.peek()) is not None:
+            if self._queue.reason:
+                raise VideoError(self.name, "its first frame is damaged, from which AVI counts")
             self._start += self._time(first)
 
     def _file(self) -> str | BinaryIO:
@@ -240,6 +262,8 @@ class VideoReader:
         """Whether a seek is likely to land behind the frame decoded last, and before the target."""
         if self.container.format.name in _UNSEEKABLE:
             return False
+        if self._queue.shifted:
+            return self._indexed_key(target) != self._sought_key
         last = self._queue.position or self._shown
         position = 0 if last is None else self._time(last)
         if target <= position:
@@ -262,7 +286,7 @@ class VideoReader:
 
     def _seek(self, target: int) -> None:
         """Goes to a key frame at or before the target, the nearest one that the file can give."""
-        key = self._indexed_key(target)
+        self._sought_key = key = self._indexed_key(target)
         for seconds in _STEPS_BACK:
             wanted = target - int(seconds / self._tick)
             if wanted > 0 and (landed := self._land(wanted, target)) is not None:

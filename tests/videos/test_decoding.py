@@ -138,8 +138,8 @@ class Decoder:
             def __getattr__(self, name: str) -> Any:
                 return getattr(container, name)
 
-            def demux(self, stream: Any) -> Any:
-                return map(CountingPacket, container.demux(stream))
+            def demux(self, *streams: Any) -> Any:
+                return map(CountingPacket, container.demux(*streams))
 
         return Counting()
 
@@ -289,7 +289,7 @@ def test_errors_and_facts_travel_between_processes(mp4: Path) -> None:
 def test_all_frames_in_order_are_those_shown_at_their_times(video: Made) -> None:
     with VideoReader(video.path) as reader:
         tick = float(reader.stream.time_base or 0)
-        spans = [(begin * tick, end * tick) for begin, end, _ in reader.frames()]
+        spans = [(begin * tick, end * tick) for begin, end, *_ in reader.frames()]
     assert len(spans) == FRAMES
     assert spans[0][0] == 0
     assert [end for _, end in spans[:-1]] == [begin for begin, _ in spans[1:]]
