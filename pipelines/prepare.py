@@ -231,6 +231,8 @@ def _summary(manifest: Manifest, folder: str, seconds: float) -> str:
         f"{manifest.state}: {made}, {took}",
         f"{totals.bytes / 1e6:.1f} MB, {raw}",
     ]
+    if totals.damaged_seconds:
+        lines.append(f"{totals.damaged_seconds:.1f} s are left out: the files are damaged there")
     if totals.failed:
         lines.append(f"{totals.failed} videos failed: {join(folder, NAME)} says why")
     return "\n".join([*lines, f"train on them with --data.videos {folder}"])

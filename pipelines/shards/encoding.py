@@ -10,7 +10,7 @@ import av
 
 from pipelines.shards.layout import Provenance, VideoEntry
 from pipelines.storage import file_size, open_source
-from re2tal.videos.decoding import VideoError
+from re2tal.videos.errors import VideoError
 from re2tal.videos.limits import Limits
 from re2tal.videos.reader import VideoReader
 from re2tal.videos.transcoding import Piece, TranscodeConfig, transcode
@@ -71,9 +71,10 @@ def encoded(uri: str, config: TranscodeConfig, *, seconds: float) -> Iterator[En
             first_row=0,
             starts=tuple(piece.start for piece in pieces),
             end=pieces[-1].end,
+            damaged=sum(piece.end - piece.start for piece in pieces if piece.damage),
             frames=sum(piece.frames for piece in pieces),
-            width=pieces[0].width,
-            height=pieces[0].height,
+            width=max(piece.width for piece in pieces),  # a damaged piece has none
+            height=max(piece.height for piece in pieces),
             bytes=sum(sizes),
             source_bytes=source.bytes,
         )

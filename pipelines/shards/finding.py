@@ -88,6 +88,11 @@ def _remarks(
 ) -> tuple[str, ...]:
     settings = manifest.settings
     remarks = []
+    if manifest.totals.damaged_seconds:
+        remarks.append(
+            f"{manifest.totals.damaged_seconds:.1f} s of the videos in the shards are damaged in "
+            "their files: windows that reach into them fail"
+        )
     if settings["annotations"] != fingerprint:
         remarks.append("the shards were made with other annotations; those given now are used")
     if settings["size"] is not None and settings["size"] < size:

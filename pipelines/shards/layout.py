@@ -39,7 +39,8 @@ SCHEMA = pa.schema(
         ("source", pa.string()),  # path or URI
         ("source_bytes", pa.int64()),
         ("source_codec", pa.string()),
-        ("video", pa.large_binary()),  # H.264 mp4
+        ("damage", pa.string()),  # what is wrong with the source there, else empty
+        ("video", pa.large_binary()),  # H.264 mp4; empty where the source is damaged
     ]
 )
 """A row is a piece of a video, and a row group: one is read without the others."""
@@ -53,6 +54,7 @@ class VideoEntry:
         first_row: Row of its first piece; the others follow.
         starts: Second at which each piece starts.
         end: Second at which the last one ends.
+        damaged: Seconds of those that hold no frames, as the source is damaged there.
         frames: Of all pieces.
         width: Pixels across, upright.
         height: Pixels down.
@@ -63,6 +65,7 @@ class VideoEntry:
     first_row: int
     starts: tuple[float, ...]
     end: float
+    damaged: float
     frames: int
     width: int
     height: int
@@ -138,6 +141,7 @@ def row_of(
         "source": source.uri,
         "source_bytes": source.bytes,
         "source_codec": source.codec,
+        "damage": piece.damage,
         "video": piece.video,
     }
 

@@ -47,6 +47,7 @@ class Totals:
         failed: Videos that could not be encoded.
         rows: Pieces of videos.
         seconds: Of video.
+        damaged_seconds: Of these, without frames, because the source is damaged.
         frames: In the pieces.
         bytes: Of the shards.
         source_bytes: Of the files that their videos were made from.
@@ -57,6 +58,7 @@ class Totals:
     failed: int
     rows: int
     seconds: float
+    damaged_seconds: float
     frames: int
     bytes: int
     source_bytes: int
@@ -152,6 +154,7 @@ def _totals(files: Iterable[ShardFile], *, failed: int) -> Totals:
         failed=failed,
         rows=sum(file.rows for file in files),
         seconds=sum(entry.duration for entry in entries),
+        damaged_seconds=sum(entry.damaged for entry in entries),
         frames=sum(entry.frames for entry in entries),
         bytes=sum(file.bytes for file in files),
         source_bytes=sum(entry.source_bytes for entry in entries),

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pipelines.shards.layout import CONTENTS, FOOTER_KEY
 from pipelines.shards.settings import FORMAT, ShardError
 from pipelines.storage import open_source, resolve
-from re2tal.videos.decoding import VideoError
+from re2tal.videos.errors import FrameError, VideoError
 from re2tal.videos.pieces import Pieces
 
 _MARK = ".parquet#"
@@ -57,12 +57,16 @@ class Shard:
         """The video in a row; nothing else is read.
 
         Raises:
-            VideoError: The shard is damaged there.
+            FrameError: The file that the video was made from is damaged there.
+            VideoError: The shard is.
         """
+        columns = ["damage", "video"]
         try:
-            table = self._parquet.read_row_group(number, columns=["video"], use_threads=False)
+            table = self._parquet.read_row_group(number, columns=columns, use_threads=False)
         except pa.ArrowInvalid as error:
             raise VideoError(self._uri, f"row {number} cannot be read: {error}") from error
+        if damage := table["damage"][0].as_py():
+            raise FrameError(self._uri, f"its source is damaged there: {damage}")
         content: bytes = table["video"][0].as_py()
         return content
 

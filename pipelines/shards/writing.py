@@ -13,7 +13,7 @@ from pipelines.shards.reading import Shard
 from pipelines.shards.settings import ShardSettings
 from pipelines.storage import replacing
 from re2tal.videos.annotations import VideoAnnotation
-from re2tal.videos.decoding import VideoError
+from re2tal.videos.errors import VideoError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,8 +20,8 @@ class Pieces:
         name: What errors call the video.
         starts: Second of the video at which each piece starts, rising; its own times count from
             there.
-        read: Gives the content of the piece of a number, from 0 on. It is asked only for those
-            that are needed.
+        read: Gives the content of the piece of a number, from 0 on, or raises a `VideoError`. It is
+            asked only for those that are needed.
     """
 
     name: str
@@ -75,4 +75,4 @@ def _decode_piece(
         return decode(pieces.read(number), times - start, size=size, threads=threads)
     except VideoError as error:
         where = f"piece {number}, whose times count from second {start:.2f}"
-        raise VideoError(pieces.name, f"{where}: {error.reason}") from error
+        raise type(error)(pieces.name, f"{where}: {error.reason}") from error

@@ -9,14 +9,13 @@ import numpy as np
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
+from re2tal.videos.conversion import quarters
 from re2tal.videos.encoding import Encoder
-from re2tal.videos.reader import VideoError, VideoReader
+from re2tal.videos.reader import Span, VideoError, VideoReader
 
 # Seconds for which one frame may be repeated at a fixed rate: a damaged time stamp that lies years
 # ahead must not fill a disk.
 _LONGEST_STILL = 6 * 3600.0
-
-Span = tuple[int, int, VideoFrame]  # the tick at which a frame comes, that at which it leaves
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +67,8 @@ class Piece:
         frames: Number of frames.
         width: Pixels across, upright.
         height: Pixels down.
-        video: An H.264 mp4.
+        video: An H.264 mp4; empty if the source is damaged there.
+        damage: What is wrong with the source there, else empty.
     """
 
     start: float
@@ -77,6 +77,7 @@ class Piece:
     width: int
     height: int
     video: bytes
+    damage: str = ""
 
 
 def transcode(reader: VideoReader, config: TranscodeConfig) -> Iterator[Piece]:
@@ -84,75 +85,91 @@ def transcode(reader: VideoReader, config: TranscodeConfig) -> Iterator[Piece]:
 
     The frames are upright. Their time stamps are exact: in the unit of the source's or, at a fixed
     rate, in frames; so at every time the pieces show the same frame as the source. Pieces lie
-    without a gap from the first frame to the end of the last one.
+    without a gap from the first frame to the end of the last one. A stretch in which the source is
+    damaged is a piece without frames.
 
     Args:
         reader: The video, at its start.
         config: How to encode it.
 
     Raises:
-        VideoError: The video is damaged, or has no frames.
+        VideoError: The video cannot be read to its end, or none of its frames is intact.
     """
     tick, spans = Fraction(reader.stream.time_base or 1), reader.frames()
     rate = reader.stream.average_rate or reader.stream.guessed_rate or Fraction(25)
     if config.fps is not None:
         rate = Fraction(config.fps).limit_denominator(1001)
         tick, spans = 1 / rate, _resampled(spans, tick, rate, reader.name)
-    cutter = _Cutter(config, tick, rate)
-    scaler = _Scaler(config.size)
-    for begin, end, frame in spans:
-        yield from cutter.add(begin, end, scaler(frame))
-    if cutter.empty:
-        raise VideoError(reader.name, "no frame of it can be decoded")
-    yield cutter.finish()
+    cutter, end = _Cutter(config, tick, rate), 0
+    for span in spans:
+        yield from cutter.add(span)
+        end = span.end
+    if not cutter.frames:
+        reason = f": {cutter.damage}" if cutter.damage else ""
+        raise VideoError(reader.name, f"no frame of it can be decoded{reason}")
+    yield cutter.finish(end)
 
 
 class _Cutter:
-    """Puts frames into pieces that start at multiples of a fixed number of seconds."""
+    """Puts frames into pieces.
+
+    A piece starts at a multiple of a fixed number of seconds, and where damage starts or ends.
+
+    Attributes:
+        frames: Number of intact ones so far.
+        damage: What is wrong in the piece that is being made, else empty.
+    """
 
     def __init__(self, config: TranscodeConfig, tick: Fraction, rate: Fraction) -> None:
         self._config, self._tick, self._rate = config, tick, rate
+        self._scale = _Scaler(config.size)
+        self._start: int | None = None  # of the piece
         self._encoder: Encoder | None = None
-        self._start = self._end = 0  # of the piece, and of its last frame so far
         self._last: VideoFrame | None = None
+        self.frames, self.damage = 0, ""
 
-    @property
-    def empty(self) -> bool:
-        return self._encoder is None
-
-    def add(self, begin: int, end: int, frame: VideoFrame) -> Iterator[Piece]:
+    def add(self, span: Span) -> Iterator[Piece]:
         """Takes the next frame, and yields the piece that was whole before it."""
-        border = self._border(begin)
-        if self._encoder is None:
-            self._encoder = self._open(begin, frame)
+        border = self._border(span.begin)
+        if self._start is None:
+            self._start, self.damage = span.begin, span.damage
+        elif bool(span.damage) != bool(self.damage):
+            yield self.finish(span.begin)
+            self._start, self.damage = span.begin, span.damage
         elif border > self._start:
-            self._end = border
-            yield self.finish()
-            assert self._last is not None
-            self._encoder = self._open(border, self._last)
-            if border < begin:
-                self._encoder.add(self._last, 0)
-        self._encoder.add(frame, begin - self._start)
-        self._last, self._end = frame, end
+            yield self.finish(border)
+            self._start = border
+            if border < span.begin and not self.damage:
+                assert self._last is not None
+                self._encode(self._last, border)  # which is still on screen
+        if not span.damage:
+            self._last = self._scale(span.frame)
+            self._encode(self._last, span.begin)
 
-    def finish(self) -> Piece:
-        """Ends the piece with its last frame."""
-        assert self._encoder is not None
-        assert self._last is not None
+    def finish(self, end: int) -> Piece:
+        """Ends the piece, and with it its last frame."""
+        assert self._start is not None
+        encoder, self._encoder = self._encoder, None
+        last = self._last if encoder else None
         return Piece(
             start=float(self._start * self._tick),
-            end=float(self._end * self._tick),
-            frames=len(self._encoder),
-            width=self._last.width,
-            height=self._last.height,
-            video=self._encoder.finish(self._end - self._start),
+            end=float(end * self._tick),
+            frames=len(encoder) if encoder else 0,
+            width=last.width if last else 0,
+            height=last.height if last else 0,
+            video=encoder.finish(end - self._start) if encoder else b"",
+            damage=self.damage,
         )
 
-    def _open(self, start: int, like: VideoFrame) -> Encoder:
-        config, self._start = self._config, start
-        return Encoder(
-            like, tick=self._tick, rate=self._rate, quality=config.quality, gop=config.gop
-        )
+    def _encode(self, frame: VideoFrame, time: int) -> None:
+        config = self._config
+        if self._encoder is None:
+            self._encoder = Encoder(
+                frame, tick=self._tick, rate=self._rate, quality=config.quality, gop=config.gop
+            )
+        assert self._start is not None
+        self._encoder.add(frame, time - self._start)
+        self.frames += 1
 
     def _border(self, time: int) -> int:
         """The last tick, up to a time, at which a piece may start."""
@@ -166,16 +183,16 @@ class _Cutter:
 
 def _resampled(spans: Iterator[Span], tick: Fraction, rate: Fraction, name: str) -> Iterator[Span]:
     """Frame k is the one on screen in its middle, (k + 0.5) / rate."""
-    count, frame = 0, None
-    for begin, end, frame in spans:
-        if (end - begin) * tick > _LONGEST_STILL:
-            second = float(begin * tick)
+    count, span = 0, None
+    for span in spans:
+        if (span.end - span.begin) * tick > _LONGEST_STILL:
+            second = float(span.begin * tick)
             raise VideoError(name, f"shows one frame for hours, from second {second:.2f} on")
-        for number in range(_first(begin * tick, rate), _first(end * tick, rate)):
-            yield number, number + 1, frame
+        for number in range(_first(span.begin * tick, rate), _first(span.end * tick, rate)):
+            yield span._replace(begin=number, end=number + 1)
             count += 1
-    if frame is not None and not count:  # a video shorter than half a frame still shows one
-        yield 0, 1, frame
+    if span is not None and not count:  # a video shorter than half a frame still shows one
+        yield span._replace(begin=0, end=1)
 
 
 def _first(second: Fraction, rate: Fraction) -> int:
@@ -213,7 +230,7 @@ class _Scaler:
             interpolation=Interpolation.BICUBIC,
             threads=1,
         )
-        return _turned(picture, round(frame.rotation / 90) % 4)
+        return _turned(picture, quarters(frame))
 
 
 def _even(width: int, height: int, size: int | None) -> tuple[int, int]:
@@ -225,16 +242,16 @@ def _even(width: int, height: int, size: int | None) -> tuple[int, int]:
     return width, height
 
 
-def _turned(picture: VideoFrame, quarters: int) -> VideoFrame:
+def _turned(picture: VideoFrame, turns: int) -> VideoFrame:
     """Turns a yuv420p picture by quarters, counterclockwise."""
-    if not quarters:
+    if not turns:
         return picture
     width, height = picture.width, picture.height
     values = picture.to_ndarray().reshape(-1)
     luma, blue, red = np.split(values, [width * height, width * height * 5 // 4])
     planes = [luma.reshape(height, width)]
     planes += [chroma.reshape(height // 2, width // 2) for chroma in (blue, red)]
-    planes = [np.rot90(plane, quarters) for plane in planes]
+    planes = [np.rot90(plane, turns) for plane in planes]
     turned = np.concatenate([plane.reshape(-1) for plane in planes])
     turned = turned.reshape(-1, planes[0].shape[1])
     return _like(VideoFrame.from_ndarray(turned, format="yuv420p"), picture)

@@ -1,5 +1,6 @@
 """Videos encoded anew, in pieces, show at every time what their source shows."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from re2tal.videos.windows import Window, decode_window
 from tests.videos.made_videos import FPS, make_video, numbers
 
 IRREGULAR = np.cumsum([0, *np.random.default_rng(3).choice([1, 1, 2, 3, 30], size=59)]).tolist()
+MIDDLES = (np.arange(150) + 0.5) / FPS
 PIECE = TranscodeConfig(size=None, gop=8, quality=10, piece_seconds=1.3)  # borders inside of frames
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -176,7 +178,7 @@ def test_the_same_video_gives_the_same_bytes_and_key_frames_are_close(tmp_path: 
     (other,), _ = pieces_of(path, TranscodeConfig(gop=10))
     assert one == other
     with VideoReader(one.video) as reader:
-        keys = [begin for begin, _, frame in reader.frames() if frame.key_frame]
+        keys = [span.begin for span in reader.frames() if span.frame.key_frame]
         tick = float(reader.stream.time_base or 0)
     assert np.diff(np.array(keys) * tick * FPS).max() <= 10.001
     assert len(keys) >= 10
@@ -201,3 +203,32 @@ def test_settings_out_of_range_are_named(wrong: dict[str, Any]) -> None:
     (name,) = wrong
     with pytest.raises(ValueError, match=f"^{name} must be"):
         TranscodeConfig(**wrong)
+
+
+@pytest.mark.parametrize("fps", [None, 25.0])
+def test_damaged_stretches_are_pieces_without_frames(tmp_path: Path, fps: float | None) -> None:
+    path = make_video(tmp_path / "a.mkv", 150, gop=10)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 2500] = bytes(2500)
+    path.write_bytes(content)
+    made, pieces = pieces_of(path, replace(PIECE, fps=fps))
+    damaged = [piece for piece in made if piece.damage]
+    assert damaged
+    assert all(piece.frames == 0 and not piece.video for piece in damaged)
+    assert sum(piece.end - piece.start for piece in damaged) < 2.0
+    assert [piece.end for piece in made[:-1]] == [piece.start for piece in made[1:]]
+    for number in range(150):
+        time = np.array([MIDDLES[number]])
+        if any(piece.start <= time < piece.end for piece in damaged):
+            continue
+        found = decode_source(pieces, time, size=None)
+        assert numbers(found) == numbers(decode(path, time, size=None)) == number
+
+
+def test_a_video_without_an_intact_frame_is_an_error(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "a.mkv", 30, gop=100)
+    content = bytearray(path.read_bytes())
+    content[1500:-500] = bytes(len(content) - 2000)
+    path.write_bytes(content)
+    with pytest.raises(VideoError), VideoReader(path) as reader:
+        list(transcode(reader, PIECE))
