@@ -34,11 +34,10 @@ class LocalRuntime:
         self._recipe, self._plan = recipe, plan
         self._checkpoint = folder / "checkpoint"
 
-    def stream(self, windows: Sequence[Window]) -> Iterator[Batch]:
+    def stream(self, windows: Sequence[Window], *, size: int) -> Iterator[Batch]:
         """Decodes windows in this process and yields them in batches, in order."""
-        recipe = self._recipe
         return decode_batches(
-            windows, self._plan.uris, size=recipe.data.size, batch_size=recipe.batch_size
+            windows, self._plan.uris, size=size, batch_size=self._recipe.batch_size
         )
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipelines.checkpoints import TrainingState
 from pipelines.clock import Clock
 from pipelines.data import Batch, epoch_windows, share
+from pipelines.finite import check_finite
 from pipelines.model import build_detector, detected_classes, reported_classes, spec_of
 from pipelines.optim import build_average, build_optimizer, build_schedule
 from pipelines.plan import Plan, check_failures
@@ -38,14 +39,11 @@ from re2tal.detection.segments import Detections
 from re2tal.detection.video_scores import fuse_videos
 from re2tal.memory import MemoryMeter
 from re2tal.reversible import check, reconstruction_errors, stage_modes
+from re2tal.videos.augmentation import augment, clip_seed
 from re2tal.videos.windows import Window
 
 DETECTIONS_FILE = "detections.json"
 RAW_FILE = "raw_detections.safetensors"
-
-
-class NonFiniteLossError(Exception):
-    """The loss became NaN or infinite; the message names step, videos and the saved batch."""
 
 
 class Runtime(Protocol):
@@ -55,8 +53,8 @@ class Runtime(Protocol):
     world_size: int
     device: torch.device
 
-    def stream(self, windows: Sequence[Window]) -> Iterator[Batch]:
-        """Decodes windows and yields them in batches, in order."""
+    def stream(self, windows: Sequence[Window], *, size: int) -> Iterator[Batch]:
+        """Decodes windows, `size` pixels square, and yields them in batches, in order."""
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
         """Appends metrics to the run; only rank 0's are kept."""
@@ -69,34 +67,6 @@ class Runtime(Protocol):
 
     def restored(self) -> AbstractContextManager[Path | None]:
         """Gives the checkpoint to go on from, if there is one."""
-
-
-def _guard(
-    loss: Tensor, terms: Mapping[str, Tensor], batch: Batch, step: int, output: Path
-) -> None:
-    if bool(torch.isfinite(loss)):
-        return
-    path = output / f"non_finite_step_{step}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(
-        {
-            "frames": batch.frames,
-            "mask": batch.mask,
-            "targets": [asdict(target) for target in batch.targets],
-            "windows": [
-                {"video_id": w.video_id, "grid": asdict(w.grid), "copy": w.copy and asdict(w.copy)}
-                for w in batch.windows
-            ],
-        },
-        path,
-    )
-    videos = ", ".join(w.video_id for w in batch.windows)
-    values = ", ".join(f"{name} {float(value.detach()):g}" for name, value in terms.items())
-    raise NonFiniteLossError(
-        f"The loss is not finite at step {step} ({values}), on windows of the videos {videos}. "
-        f"The batch is saved in {path}. Lower the learning rates (--optim.backbone-lr, "
-        "--optim.localizer-lr), or compute in float32 (--optim.precision float32)."
-    )
 
 
 class Trainer:
@@ -185,16 +155,27 @@ class Trainer:
         torch.manual_seed(self.recipe.seed + 1 + self.runtime.rank + 1000 * self.state.epoch)
         windows = self._windows(self.state.epoch)
         steps = len(windows) // self.recipe.batch_size
+        size = self.recipe.data.augmentation.decoded_size(self.recipe.data.size)
         clock = Clock()
         self.model.train()
         if self.recipe.model.freeze_backbone:
             self.state.detector.backbone.eval()
-        for index, batch in enumerate(clock.timed(self.runtime.stream(windows))):
+        for index, batch in enumerate(clock.timed(self.runtime.stream(windows, size=size))):
             self.failures |= batch.failures
             metrics = self._step(batch) | clock.metrics(self.runtime.world_size)
             self.runtime.log(metrics, step=self.state.step)
             if index % max(1, steps // 5) == 0 or index == steps - 1:
                 self._say_progress(index, steps, metrics, clock)
+
+    def _augmented(self, batch: Batch) -> Tensor:
+        """The frames of a training batch on the device, as the network is to see them."""
+        data, seed, epoch = self.recipe.data, self.recipe.seed, self.state.epoch
+        return augment(
+            batch.frames.to(self.runtime.device, non_blocking=True),
+            data.augmentation,
+            size=data.size,
+            seeds=[clip_seed(window, seed=seed, epoch=epoch) for window in batch.windows],
+        )
 
     def _step(self, batch: Batch) -> dict[str, float]:
         device, optim = self.runtime.device, self.recipe.optim
@@ -202,14 +183,15 @@ class Trainer:
             device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"
         )
         with MemoryMeter(device) as memory:
+            batch = replace(batch, frames=self._augmented(batch))
             with autocast:
                 terms = self.model(
-                    batch.frames.to(device, non_blocking=True),
+                    batch.frames,
                     batch.mask.to(device, non_blocking=True),
                     [target.to(device) for target in batch.targets],
                 )
                 loss = torch.stack(list(terms.values())).sum()
-            _guard(loss, terms, batch, self.state.step, self.output)
+            check_finite(loss, terms, batch, step=self.state.step, output=self.output)
             self.state.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             trained = [p for p in self.state.detector.parameters() if p.requires_grad]
@@ -257,7 +239,9 @@ class Trainer:
         )
         durations = {v.annotation.video_id: v.annotation.duration for v in plan.validation}
         detector: Any = self.state.average.module.eval()
-        raw, failures = detect_windows(detector, runtime.stream(windows), durations)
+        raw, failures = detect_windows(
+            detector, runtime.stream(windows, size=recipe.data.size), durations
+        )
         suppressed = nms_videos(raw, recipe.nms)
         shares = gather((suppressed, raw if recipe.save_raw else {}, {**self.failures, **failures}))
         detections = {video: found for part in shares for video, found in part[0].items()}

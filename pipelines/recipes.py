@@ -17,6 +17,7 @@ from re2tal.localizers.actionformer import ActionFormerConfig
 from re2tal.localizers.protocol import LocalizerConfig
 from re2tal.localizers.vsgn import VSGNConfig
 from re2tal.videos.annotations import Form
+from re2tal.videos.augmentation import AugmentationConfig
 from re2tal.videos.stitching import StitchConfig
 from re2tal.videos.windows import WindowConfig
 
@@ -54,11 +55,15 @@ class DataConfig:
         validation_subset: name of the subset that is evaluated after every epoch.
         size: pixels of a frame's side: the short side is resized to it, the centre is cut out.
         window: cut at random places for training, overlapping for the evaluation.
+        augmentation: what is changed at random in training windows.
         max_failed: stop when more than this share of the videos cannot be used.
         video_scores: for a class-agnostic model, what an external classifier says of the
             validation videos (`re2tal.detection.video_scores`); a path or a URI.
         video_scores_top: of each video so many of these classes are given to each proposal.
         video_scores_logits: the file holds logits (HACS), of which a softmax makes scores.
+
+    Raises:
+        ValueError: crops would be taken from frames smaller than `size`.
     """
 
     annotations: str | None = None
@@ -71,10 +76,19 @@ class DataConfig:
     validation_subset: str = "validation"
     size: int = 224
     window: WindowConfig
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     max_failed: float = 0.05
     video_scores: str | None = None
     video_scores_top: int = 2
     video_scores_logits: bool = False
+
+    def __post_init__(self) -> None:
+        decoded = self.augmentation.decoded_size(self.size)
+        if decoded < self.size:
+            raise ValueError(
+                f"DataConfig.augmentation.source_size of {decoded} pixels is below "
+                f"DataConfig.size of {self.size}: crops are taken from frames at least as large."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,6 +189,20 @@ class Recipe:
     scale: ScaleConfig = field(default_factory=ScaleConfig)
 
 
+# As the authors' implementation publishes it, but for RandAugment, which follows the flip there.
+# Their crops are shares of the whole frame, ours of the square in its middle, which is also what
+# the evaluation sees.
+_AUGMENTATION = AugmentationConfig(
+    source_size=256,
+    crop_area=(0.08, 1.0),
+    flip=0.5,
+    brightness=0.5,
+    contrast=0.5,
+    saturation=0.5,
+    hue=0.1,
+)
+
+
 def toy() -> Recipe:
     """The toy data set and a small Swin pretrained on toy clips: minutes on two CPU cores."""
     return Recipe(
@@ -244,8 +272,8 @@ def thumos_re2_swin_t_actionformer() -> Recipe:
 
     1024 frames at 15 fps (every second one of 30), 224 pixels, batch 2. The settings are those that
     the authors' implementation publishes for this pair: 120 epochs of a cosine laid out for 1500.
-    Its augmentation (crops, flips, colours) is not made here, and an epoch shows all of a video
-    where it takes one random window.
+    Of its augmentation, RandAugment is left out, and an epoch shows all of a video where it takes
+    one random window.
     THUMOS trains on its validation set and is evaluated on its test set; in the usual
     ActivityNet-style file of it these are called training and validation.
     """
@@ -256,6 +284,7 @@ def thumos_re2_swin_t_actionformer() -> Recipe:
         data=DataConfig(
             dataset="thumos-14",
             window=WindowConfig(frames=1024, fps=15.0, sliding_overlap=0.5),
+            augmentation=_AUGMENTATION,
         ),
         model=ModelConfig(
             backbone=replace(swin_t(), drop_path=0.2),
@@ -310,14 +339,18 @@ def anet_re2_swin_t_actionformer() -> Recipe:
     that the authors' implementation publishes for this pair. It finds actions of whatever class,
     and their classes are the two best of an external video classifier: give its file as
     --data.video-scores (`re2tal.detection.video_scores` says in which form; the authors' results
-    are with cuhk_val_simp_7.json). Their augmentation (crops, flips, colours) is not made here.
+    are with cuhk_val_simp_7.json). Of their augmentation, RandAugment is left out.
     """
     return Recipe(
         name="anet_re2_swin_t_actionformer",
         epochs=15,
         batch_size=8,
         thresholds=tuple(0.5 + 0.05 * i for i in range(10)),
-        data=DataConfig(dataset="activitynet-1.3", window=WindowConfig(frames=768, fps=None)),
+        data=DataConfig(
+            dataset="activitynet-1.3",
+            window=WindowConfig(frames=768, fps=None),
+            augmentation=_AUGMENTATION,
+        ),
         model=ModelConfig(
             backbone=replace(swin_t(), drop_path=0.2, pooling=2),
             localizer=ActionFormerConfig(

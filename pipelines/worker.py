@@ -56,14 +56,14 @@ class RayRuntime:
         self._metrics = metrics
         self._stream = FrameStream()
 
-    def stream(self, windows: Sequence[Window]) -> Iterator[Batch]:
+    def stream(self, windows: Sequence[Window], *, size: int) -> Iterator[Batch]:
         """Decodes windows with Ray Data and yields them in batches, in order."""
         recipe = self._job.recipe
         return stream_batches(
             self._stream,
             windows,
             self._job.plan.uris,
-            size=recipe.data.size,
+            size=size,
             batch_size=recipe.batch_size,
         )
 

@@ -70,7 +70,7 @@ def test_it_trains_on_stitched_windows(
     windows = trainer._windows(0)
     stitched = [w for w in windows if w.copy]
     assert 0 < len(stitched) < len(windows)
-    (batch,) = runtime.stream(stitched[:1])
+    (batch,) = runtime.stream(stitched[:1], size=recipe.data.size)
     (mask,) = batch.mask.numpy()
     assert (mask == stitched[0].mask()).all()
     assert mask[-1]  # the copy, behind the gap

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.data import Video
+from pipelines.data import Batch, Video
+from pipelines.finite import NonFiniteLossError
 from pipelines.local import LocalRuntime
-from pipelines.loop import NonFiniteLossError, Trainer
+from pipelines.loop import Trainer
 from pipelines.plan import Plan
 from pipelines.recipes import Recipe
+from re2tal.videos.augmentation import AugmentationConfig, augment, clip_seed
+from re2tal.videos.windows import Window
 
 
 def _trainer(recipe: Recipe, plan: Plan, folder: Path) -> tuple[Trainer, LocalRuntime]:
@@ -120,3 +124,67 @@ def test_videos_that_fail_while_training_are_counted(
     metrics = trainer.run()
     assert metrics["videos/failed"] == 1
     assert "broken" in trainer.failures
+
+
+AUGMENTATION = AugmentationConfig(source_size=40, crop_area=(0.2, 0.8), flip=0.5, brightness=0.4)
+
+
+def test_what_is_trained_on_is_augmented_and_what_is_evaluated_is_not(
+    tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path
+) -> None:
+    recipe = replace(tiny_recipe, data=replace(tiny_recipe.data, augmentation=AUGMENTATION))
+    trainer, runtime = _trainer(recipe, tiny_plan, tmp_path)
+    seen: dict[str, list[Tensor]] = {"training": [], "validation": []}
+    for name, detector in (
+        ("training", trainer.state.detector),
+        ("validation", trainer.state.average.module),
+    ):
+        detector.register_forward_pre_hook(
+            lambda _, inputs, frames=seen[name]: frames.append(inputs[0].clone())
+        )
+    decoded: list[tuple[int, Batch]] = []
+    stream = runtime.stream
+
+    def recorded(windows: Sequence[Window], *, size: int) -> Iterator[Batch]:
+        for batch in stream(windows, size=size):
+            decoded.append((size, batch))
+            yield batch
+
+    runtime.stream = recorded  # type: ignore[method-assign]
+    trainer.run()
+    larger = [batch for size, batch in decoded if size == 40]
+    plain = [batch for size, batch in decoded if size == 32]
+    assert len(larger) == len(seen["training"]) == trainer.state.step
+    for batch, frames in zip(larger, seen["training"], strict=True):
+        seeds = [clip_seed(window, seed=recipe.seed, epoch=0) for window in batch.windows]
+        assert torch.equal(frames, augment(batch.frames, AUGMENTATION, size=32, seeds=seeds))
+        assert frames.shape[2:] == (32, 32, 3)
+    assert len(plain) == len(seen["validation"]) > 0
+    for batch, frames in zip(plain, seen["validation"], strict=True):
+        assert torch.equal(frames, batch.frames)
+
+
+def test_a_window_is_augmented_alike_on_whichever_worker(
+    tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path
+) -> None:
+    recipe = replace(tiny_recipe, data=replace(tiny_recipe.data, augmentation=AUGMENTATION))
+
+    def augmented(rank: int, world_size: int, epoch: int = 0) -> dict[tuple[str, float], Tensor]:
+        trainer, runtime = _trainer(recipe, tiny_plan, tmp_path)
+        runtime.rank, runtime.world_size = rank, world_size
+        trainer.state.epoch = epoch
+        windows = trainer._windows(0)[:4]  # of the first epoch, to see what the other changes
+        return {
+            (window.video_id, window.grid.offset): frames
+            for batch in runtime.stream(windows, size=40)
+            for window, frames in zip(batch.windows, trainer._augmented(batch), strict=True)
+        }
+
+    alone = augmented(0, 1)
+    for rank in (0, 1):
+        shared = augmented(rank, 2)
+        both = alone.keys() & shared.keys()
+        assert both
+        assert all(torch.equal(alone[place], shared[place]) for place in both)
+    later = augmented(0, 1, epoch=1)
+    assert not any(torch.equal(alone[place], later[place]) for place in alone)

@@ -12,6 +12,7 @@ from pipelines.recipes import RECIPES
 from pipelines.train import check_model, parse
 from re2tal.detection import Detections
 from re2tal.localizers.vsgn import VSGNConfig
+from re2tal.videos.augmentation import AugmentationConfig
 from re2tal.videos.stitching import StitchConfig
 
 CLASSES = tuple(f"class {i}" for i in range(20))
@@ -139,3 +140,35 @@ def test_a_class_agnostic_detector_has_one_class() -> None:
     agnostic = replace(recipe, model=replace(recipe.model, class_agnostic=True))
     assert build_detector(agnostic, CLASSES, weights=None).num_classes == 1
     assert build_detector(recipe, CLASSES, weights=None).num_classes == 20
+
+
+def test_published_augmentation_is_that_of_the_data_sets_alone() -> None:
+    for name, make in RECIPES.items():
+        data = make().data
+        if name.startswith("toy"):  # small figures, whose directions tell them apart
+            assert data.augmentation == AugmentationConfig()
+            continue
+        assert data.augmentation == AugmentationConfig(
+            source_size=256,
+            crop_area=(0.08, 1.0),
+            crop_aspect=(3 / 4, 4 / 3),
+            flip=0.5,
+            brightness=0.5,
+            contrast=0.5,
+            saturation=0.5,
+            hue=0.1,
+        )
+
+
+def test_augmentation_can_be_given_on_the_command_line() -> None:
+    options = ["--data.augmentation.flip", "0.25", "--data.augmentation.crop-area", "0.5", "1"]
+    given = parse(["toy", *options]).data.augmentation
+    assert given == AugmentationConfig(flip=0.25, crop_area=(0.5, 1.0))
+    off = ["--data.augmentation.crop-area", "None"]
+    assert parse(["thumos_re2_swin_t_actionformer", *off]).data.augmentation.crop_area is None
+
+
+def test_crops_are_not_taken_from_frames_that_are_too_small() -> None:
+    data = RECIPES["anet_re2_swin_t_actionformer"]().data
+    with pytest.raises(ValueError, match="source_size of 256 pixels is below"):
+        replace(data, size=320)

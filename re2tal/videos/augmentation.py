@@ -1,0 +1,167 @@
+"""Augmentation of training clips where they lie: random resized crop, flip and colour jitter.
+
+The transforms are torchvision's. What they draw is drawn once a clip and holds for all its frames:
+a crop that jumped from frame to frame would be motion to a network. Segments are in time, which
+nothing here touches, so they stay as they are.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from re2tal.videos.windows import Window
+
+# Pixels that are transformed at once. The change of hue holds about 130 bytes for each, so the
+# frames of a clip go through in parts, and a step needs no more memory for it.
+_PIXELS = 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentationConfig:
+    """What is changed at random in a training clip; by default nothing.
+
+    Attributes:
+        source_size: Side in pixels of the square frames that crops are taken from, best a little
+            larger than what the network sees; None for that size itself. Without crops it has no
+            effect.
+        crop_area: Smallest and largest share of a frame's area that a crop has; None does not crop.
+        crop_aspect: Smallest and largest width of a crop as a multiple of its height, before it is
+            resized to a square.
+        flip: Probability that a clip is mirrored, left to right. Leave it 0 where the direction of
+            a movement or written text tells classes apart.
+        brightness: Largest change of the brightness, as a share of it.
+        contrast: Largest change of the contrast of each frame, likewise.
+        saturation: Largest change of the saturation, likewise.
+        hue: Largest turn of the hue, in turns of the colour circle, at most 0.5.
+
+    Raises:
+        ValueError: A field is out of its range.
+    """
+
+    source_size: int | None = None
+    crop_area: tuple[float, float] | None = None
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.source_size is not None and self.source_size < 1:
+            raise ValueError(
+                f"AugmentationConfig.source_size must be at least 1, not {self.source_size}."
+            )
+        if self.crop_area is not None and not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
+            raise ValueError(
+                "AugmentationConfig.crop_area must be two shares of the frame, 0 < smallest <= "
+                f"largest <= 1, not {self.crop_area}."
+            )
+        if not 0 < self.crop_aspect[0] <= self.crop_aspect[1] < float("inf"):
+            raise ValueError(
+                "AugmentationConfig.crop_aspect must be two positive numbers, the smaller first, "
+                f"not {self.crop_aspect}."
+            )
+        largest = {"flip": 1.0, "brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.5}
+        for name, most in largest.items():
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(
+                    f"AugmentationConfig.{name} must be in [0, {most:g}], "
+                    f"not {getattr(self, name)}."
+                )
+
+    def decoded_size(self, size: int) -> int:
+        """Side in pixels of the square frames to decode for a network that sees `size` pixels."""
+        return size if self.crop_area is None else self.source_size or size
+
+    def transforms(self, size: int) -> list[v2.Transform]:
+        """What is done to a clip `(T, 3, H, W)` of which the network sees `size` x `size`."""
+        chosen: list[v2.Transform] = []
+        if self.crop_area is not None:
+            chosen.append(v2.RandomResizedCrop(size, self.crop_area, self.crop_aspect))
+        if self.flip:
+            chosen.append(v2.RandomHorizontalFlip(self.flip))
+        if self.brightness or self.contrast or self.saturation or self.hue:
+            chosen.append(v2.Lambda(Tensor.contiguous))  # colours by planes: a fifth less time
+            chosen.append(v2.ColorJitter(self.brightness, self.contrast, self.saturation, self.hue))
+        return chosen
+
+
+def clip_seed(window: Window, *, seed: int, epoch: int) -> int:
+    """A number that `augment` can draw from for a window: the same on whichever worker it lies.
+
+    Args:
+        window: What the clip shows.
+        seed: Of the run.
+        epoch: From 0; another epoch gives another number.
+
+    Returns:
+        32 bits of a hash.
+    """
+    place = f"{seed} {epoch} {window.video_id} {float(window.grid.offset).hex()} {window.valid}"
+    return int.from_bytes(hashlib.sha256(place.encode()).digest()[:4], "big")
+
+
+@contextmanager
+def _drawing_from(seed: int) -> Iterator[None]:
+    """Lets what draws from PyTorch's CPU generator, as torchvision does, draw from a seed."""
+    with torch.random.fork_rng(devices=[]):
+        # not torch.manual_seed, which would seed the generators of all devices as well
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def augment(
+    frames: Tensor, config: AugmentationConfig, *, size: int, seeds: Sequence[int]
+) -> Tensor:
+    """Transforms clips, each in its own way and all its frames in the same.
+
+    A clip's result depends on its frames, the configuration and its seed, not on the others in the
+    batch; the global generators stay as they were. Black frames, such as padding, stay black.
+    Beside the result it needs memory for about a million pixels at a time.
+
+    Args:
+        frames: uint8 `(B, T, H, W, 3)` on any device.
+        config: What may change. Without crops, H and W must be `size`.
+        size: Side of the result in pixels.
+        seeds: Of each clip a number, such as from `clip_seed`.
+
+    Returns:
+        uint8 `(B, T, size, size, 3)` on the same device; `frames` itself if nothing may change.
+
+    Raises:
+        ValueError: If the arguments do not fit together.
+    """
+    batch, length, height, width = _shape(frames, seeds)
+    if config.crop_area is None and (height, width) != (size, size):
+        raise ValueError(
+            f"Frames of {height} x {width} pixels are to become {size} x {size}, but crop_area is "
+            "None: decode them at the right size, or crop them."
+        )
+    transforms = config.transforms(size)
+    if not transforms:
+        return frames
+    transform = v2.Compose(transforms)
+    part = max(1, _PIXELS // (height * width))
+    result = frames.new_empty(batch, length, size, size, 3)
+    for clip, out, seed in zip(frames, result, seeds, strict=True):
+        for source, target in zip(clip.split(part), out.split(part), strict=True):
+            with _drawing_from(seed):  # anew for each part: the same draws
+                target.copy_(transform(source.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+    return result
+
+
+def _shape(frames: Tensor, seeds: Sequence[int]) -> tuple[int, int, int, int]:
+    if frames.dtype != torch.uint8 or frames.ndim != 5 or frames.shape[-1] != 3:
+        raise ValueError(
+            f"Frames must be uint8 (B, T, H, W, 3), but got {frames.dtype} {tuple(frames.shape)}."
+        )
+    if len(seeds) != len(frames):
+        raise ValueError(f"{len(frames)} clips need as many seeds, but got {len(seeds)}.")
+    batch, length, height, width, _ = frames.shape
+    return batch, length, height, width
