@@ -214,7 +214,8 @@ def make_plan(config: DataConfig, annotations: Annotations) -> Plan:
         ShardError: if it holds shards that are not complete.
         RecipeError: if settings contradict one another.
         DetectionFileError: if the file of an external classifier is not usable.
-        UnusableVideosError: if too many videos are missing or unreadable, or have no scores.
+        UnusableVideosError: if too many videos are missing or unreadable, or have no scores; or
+            if those of the validation show no action.
     """
     folder = require(config.videos, what="The videos", option="--data.videos")
     subsets = {
@@ -285,3 +286,9 @@ def _require_some(
             raise UnusableVideosError(
                 f"No usable video in subset {name!r}: all of its videos failed."
             )
+    if not any(video.annotation.evaluated for video in validation):
+        raise UnusableVideosError(
+            f"No instance to evaluate detections against in subset {config.validation_subset!r}: "
+            f"its {len(validation)} usable videos have none. Name a subset with annotated actions "
+            "(--data.validation-subset)."
+        )

@@ -99,6 +99,24 @@ def test_a_subset_without_a_usable_video_is_an_error(damaged: DataConfig) -> Non
         make_plan(config, read_annotations(config))
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_instance")
+def test_a_validation_without_instances_is_an_error_before_training(
+    tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    document = json.loads(Path(str(tiny_recipe.data.annotations)).read_text())
+    for entry in document["database"].values():
+        if entry["subset"] == "validation":
+            entry["annotations"] = []
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(document))
+    config = replace(tiny_recipe.data, annotations=str(path))
+    with pytest.raises(
+        UnusableVideosError, match=r"No instance .* in subset 'validation': its 2 usable"
+    ):
+        make_plan(config, read_annotations(config))
+
+
 def changed(config: DataConfig, folder: Path, **duration: float) -> DataConfig:
     """The data set with other annotated durations, which its files do not have."""
     document = json.loads(Path(str(config.annotations)).read_text())
