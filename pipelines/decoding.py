@@ -10,19 +10,20 @@ from re2tal.videos.decoding import VideoError, probe
 from re2tal.videos.windows import Window, window_frames
 
 
-def decode_sample(row: dict[str, Any], *, size: int) -> dict[str, Any]:
+def decode_sample(row: dict[str, Any], *, size: int, threads: int = 1) -> dict[str, Any]:
     """Decodes one window; what cannot be decoded comes back black, with the reason.
 
     Args:
         row: `index`, `uri` and `window`.
         size: side of the square frames in pixels.
+        threads: of the decoder.
 
     Returns:
         `index`; `frames`, uint8 (T, size, size, 3); `error`, empty if all went well.
     """
     window: Window = row["window"]
     try:
-        frames = window_frames(open_video(row["uri"]), window, size=size)
+        frames = window_frames(open_video(row["uri"]), window, size=size, threads=threads)
         error = ""
     except (VideoError, OSError) as problem:
         frames = np.zeros((window.grid.length, size, size, 3), np.uint8)

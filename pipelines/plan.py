@@ -11,7 +11,6 @@ from pipelines.data import Video
 from pipelines.decoding import probe_sample
 from pipelines.model import ACTION
 from pipelines.recipes import DataConfig, Dataset
-from pipelines.resources import DECODE_CPUS
 from pipelines.shards.finding import FoundVideos, find_in_shards
 from pipelines.shards.manifest import read_manifest
 from pipelines.storage import list_files, local_copy, require
@@ -26,6 +25,8 @@ from re2tal.videos.annotations import (
     read_ids,
 )
 from re2tal.videos.files import match_videos
+
+_PROBE_CPUS = 0.5  # logical CPUs of a task that opens a video
 
 
 class RecipeError(Exception):
@@ -168,7 +169,7 @@ def _find(
 def _probe(files: Mapping[str, str]) -> tuple[dict[str, str], dict[str, float]]:
     """Why videos cannot be opened, and how many seconds the others last; both by id."""
     rows = [{"video_id": video_id, "uri": uri} for video_id, uri in files.items()]
-    dataset = ray.data.from_items(rows).map(probe_sample, num_cpus=DECODE_CPUS)
+    dataset = ray.data.from_items(rows).map(probe_sample, num_cpus=_PROBE_CPUS)
     probed = list(dataset.iter_rows())
     errors = {row["video_id"]: row["error"] for row in probed if row["error"]}
     return errors, {row["video_id"]: row["duration"] for row in probed if not row["error"]}

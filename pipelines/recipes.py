@@ -146,12 +146,16 @@ class ScaleConfig:
         workers: number of training processes.
         gpu: one GPU a worker.
         cpus_per_worker: logical CPUs that a worker holds; what is left over decodes videos.
+        cpus_per_decoder: logical CPUs that a decoding task holds, so how many of them run at once.
+        decoder_threads: of a decoding task; more than one helps with large pictures only.
         max_failures: how often a lost worker may be replaced from the last checkpoint.
     """
 
     workers: int = 1
     gpu: bool = True
     cpus_per_worker: float = 1.0
+    cpus_per_decoder: float = 0.5
+    decoder_threads: int = 1
     max_failures: int = 2
 
 

@@ -1,10 +1,12 @@
 """A check that the cluster can hold the run: Ray itself would wait for ever."""
 
+import math
+from typing import Any
+
 import ray
 
-from pipelines.recipes import ScaleConfig
-
-DECODE_CPUS = 0.5  # logical CPUs of one decoding task; PyAV decodes with one thread
+from pipelines.recipes import Recipe, ScaleConfig
+from pipelines.streaming import store_needed
 
 
 class ResourceError(Exception):
@@ -22,7 +24,7 @@ def check_resources(scale: ScaleConfig) -> None:
     """
     have = ray.cluster_resources()
     need = {
-        "CPU": scale.workers * scale.cpus_per_worker + DECODE_CPUS,
+        "CPU": scale.workers * scale.cpus_per_worker + scale.cpus_per_decoder,
         "GPU": float(scale.workers if scale.gpu else 0),
     }
     missing = [
@@ -36,3 +38,30 @@ def check_resources(scale: ScaleConfig) -> None:
             f"{' and '.join(missing)}. Lower --scale.workers or --scale.cpus-per-worker, or train "
             "without GPUs (--scale.no-gpu)."
         )
+
+
+def store_remark(recipe: Recipe, nodes: list[dict[str, Any]]) -> str | None:
+    """What to say when frames on their way to the workers do not fit the object store.
+
+    The run would work, but slowly: Ray spills to the disk what does not fit.
+
+    Args:
+        recipe: the run's configuration.
+        nodes: of the cluster, as `ray.nodes` lists them.
+
+    Returns:
+        A sentence, or None if they fit.
+    """
+    data = recipe.data
+    size = max(data.size, data.augmentation.decoded_size(data.size))
+    batch = recipe.batch_size * data.window.frames * size * size * 3
+    stores = [node["Resources"].get("object_store_memory", 0.0) for node in nodes if node["Alive"]]
+    workers = math.ceil(recipe.scale.workers / len(stores))
+    need, have = workers * store_needed(batch), min(stores)
+    if need <= have:
+        return None
+    return (
+        f"The frames on their way to {workers} workers of a node need an object store of "
+        f"{need / 2**30:.1f} GiB, but it has {have / 2**30:.1f}: Ray will spill to the disk. Start "
+        "it with a larger one (ray start --object-store-memory), or lower --batch-size."
+    )

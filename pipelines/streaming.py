@@ -5,6 +5,8 @@ that thread and PyTorch's wait for each other's interpreter lock, so an actor ru
 and the worker only fetches finished batches. And while a consumer is slower than the decoding,
 which is how it should be, that thread spins: so what is decoded ahead is bounded by running short
 executions to their ends, one after the other, instead of holding a long one back.
+
+What all of it holds at a time is bounded by the node's object store: frames never spill to disk.
 """
 
 import functools
@@ -18,25 +20,52 @@ import numpy as np
 import ray
 import ray.data
 from ray.data.dataset import MaterializedDataset
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.decoding import decode_sample
 from pipelines.quiet import quiet_data
-from pipelines.resources import DECODE_CPUS
 
-_AHEAD = 3  # batches that lie ready for the worker, beside those of the running execution
+# Executions whose frames are held: one that runs, one whose batches are handed out, and the one
+# before, which Ray frees a little later.
+_HELD = 3
+_AHEAD = 3  # batches that lie ready for the worker, beside those of the executions
+_IN_HAND = 2  # batches: the one that is being put together, and the one that the worker copies
 _FIRST_BATCHES = 4  # of the first execution: training starts as soon as it is through
-_MOST_BYTES = 2**30  # frames that one execution may decode
+_MOST_BYTES = 2**30  # of an execution's frames; more would only lie there longer
+# Of the object store. The rest is for what else goes through it, and for the frames of tasks that
+# end while the batches before them are still being handed out.
+_STORE_SHARE = 0.6
 
 
-def portions(rows: int, batch_size: int, bytes_per_row: int) -> Iterator[slice]:
+def store_needed(batch_bytes: int) -> int:
+    """The least object store of a node, in bytes, with which one worker's frames do not spill.
+
+    Args:
+        batch_bytes: of a batch's frames.
+    """
+    return int((_HELD + _AHEAD + _IN_HAND) * batch_bytes / _STORE_SHARE)
+
+
+def portion_bytes(batch_bytes: int, store_bytes: float, streams: int) -> int:
+    """How many bytes of frames one execution may decode, at least a batch.
+
+    Args:
+        batch_bytes: of a batch's frames.
+        store_bytes: size of the node's object store.
+        streams: workers that share it.
+    """
+    left = _STORE_SHARE * store_bytes / streams - (_AHEAD + _IN_HAND) * batch_bytes
+    return max(batch_bytes, min(_MOST_BYTES, int(left / _HELD)))
+
+
+def portions(rows: int, batch_size: int, most: int) -> Iterator[slice]:
     """Cuts an epoch's rows into executions: a short one first, each then twice as long.
 
     Args:
         rows: their number.
         batch_size: rows a batch; executions hold whole batches.
-        bytes_per_row: of decoded frames; an execution holds at most about a GiB of them.
+        most: batches of an execution at most, at least one.
     """
-    most = max(1, _MOST_BYTES // (bytes_per_row * batch_size))
     start, batches = 0, min(_FIRST_BATCHES, most)
     while start < rows:
         end = min(rows, start + batches * batch_size)
@@ -45,32 +74,54 @@ def portions(rows: int, batch_size: int, bytes_per_row: int) -> Iterator[slice]:
 
 
 class _Stream:
+    def __init__(self, streams: int, cpus: float, threads: int) -> None:
+        quiet_data()
+        self._streams, self._cpus, self._threads = streams, cpus, threads
+
     def batches(
         self, rows: Sequence[dict[str, Any]], size: int, batch_size: int
     ) -> Iterator[dict[str, np.ndarray]]:
-        quiet_data()
-        bytes_per_row = rows[0]["window"].grid.length * size * size * 3
-        cuts = portions(len(rows), batch_size, bytes_per_row)
+        batch_bytes = batch_size * rows[0]["window"].grid.length * size * size * 3
+        most = portion_bytes(batch_bytes, _store_bytes(), self._streams) // batch_bytes
+        cuts = portions(len(rows), batch_size, most)
         with ThreadPoolExecutor(max_workers=1) as ahead:
-            waiting = deque([ahead.submit(_decode, rows[next(cuts)], size)])
+            waiting = deque([ahead.submit(self._decode, rows[next(cuts)], size)])
             while waiting:
                 decoded = waiting.popleft().result()
-                waiting.extend(ahead.submit(_decode, rows[cut], size) for cut in islice(cuts, 1))
+                waiting.extend(
+                    ahead.submit(self._decode, rows[cut], size) for cut in islice(cuts, 1)
+                )
                 yield from decoded.iter_batches(batch_size=batch_size, batch_format="numpy")
 
+    def _decode(self, rows: Sequence[dict[str, Any]], size: int) -> MaterializedDataset:
+        decode = functools.partial(decode_sample, size=size, threads=self._threads)
+        dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows))
+        dataset = dataset.map(decode, num_cpus=self._cpus)
+        dataset.context.execution_options.preserve_order = True
+        return dataset.materialize()
 
-def _decode(rows: Sequence[dict[str, Any]], size: int) -> MaterializedDataset:
-    dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows))
-    dataset = dataset.map(functools.partial(decode_sample, size=size), num_cpus=DECODE_CPUS)
-    dataset.context.execution_options.preserve_order = True
-    return dataset.materialize()
+
+def _store_bytes() -> float:
+    """Size of this node's object store."""
+    here = ray.get_runtime_context().get_node_id()
+    node = next(node for node in ray.nodes() if node["NodeID"] == here)
+    return float(node["Resources"]["object_store_memory"])
 
 
 class FrameStream:
-    """Decodes windows with Ray Data, in parallel and in order, just ahead of whoever takes them."""
+    """Decodes windows with Ray Data, in parallel and in order, just ahead of whoever takes them.
 
-    def __init__(self) -> None:
-        self._actor: Any = ray.remote(num_cpus=0)(_Stream).remote()
+    Args:
+        streams: workers on this node, which share its object store.
+        cpus: logical CPUs that a decoding task holds, so how many of them run at once.
+        threads: of the decoder in a task.
+    """
+
+    def __init__(self, *, streams: int = 1, cpus: float = 0.5, threads: int = 1) -> None:
+        # on the node of the worker, into whose object store the batches are to go
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(num_cpus=0, scheduling_strategy=here)(_Stream)
+        self._actor: Any = actor.remote(streams, cpus, threads)
 
     def batches(
         self, rows: Sequence[dict[str, Any]], *, size: int, batch_size: int

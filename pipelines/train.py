@@ -33,7 +33,7 @@ from pipelines.plan import Plan, RecipeError, UnusableVideosError, make_plan, re
 from pipelines.progress import ProgressPrinter
 from pipelines.quiet import init_ray
 from pipelines.recipes import RECIPES, Recipe
-from pipelines.resources import ResourceError, check_resources
+from pipelines.resources import ResourceError, check_resources, store_remark
 from pipelines.results import log_results, print_summary
 from pipelines.shards.settings import ShardError
 from pipelines.storage import StorageError, local_copy, require
@@ -210,6 +210,8 @@ def train(recipe: Recipe) -> Run:
     detector = check_model(recipe, annotations.classes)
     init_ray()
     check_resources(recipe.scale)
+    if remark := store_remark(recipe, ray.nodes()):
+        print(f"warning: {remark}", flush=True)
     plan = make_plan(recipe.data, annotations)
     _show_remarks(plan)
     run = start_run(recipe, output=Path(recipe.output))

@@ -54,7 +54,12 @@ class RayRuntime:
         self.device: torch.device = get_device()
         self._job = job
         self._metrics = metrics
-        self._stream = FrameStream()
+        scale = job.recipe.scale
+        self._stream = FrameStream(
+            streams=context.get_local_world_size(),
+            cpus=scale.cpus_per_decoder,
+            threads=scale.decoder_threads,
+        )
 
     def stream(self, windows: Sequence[Window], *, size: int) -> Iterator[Batch]:
         """Decodes windows with Ray Data and yields them in batches, in order."""

@@ -8,7 +8,7 @@ import torch
 
 from pipelines.data import Video, decode_batches, epoch_windows, share, stream_batches
 from pipelines.plan import Plan
-from pipelines.streaming import FrameStream, portions
+from pipelines.streaming import FrameStream
 from re2tal.videos.windows import Window, WindowConfig
 
 CONFIG = WindowConfig(frames=64, fps=12.0)
@@ -76,21 +76,6 @@ def test_a_window_that_cannot_be_decoded_is_masked_and_reported(
     assert not batch.frames.any()
     assert len(batch.targets[0].labels) == 0
     assert str(broken) in batch.failures[window.video_id]
-
-
-@pytest.mark.parametrize(("rows", "batch_size"), [(1, 2), (90, 2), (7, 3), (1000, 4)])
-def test_executions_cover_an_epoch_in_whole_batches_and_stay_in_bounds(
-    rows: int, batch_size: int
-) -> None:
-    cuts = list(portions(rows, batch_size, bytes_per_row=2**30 // 100))
-    assert [i for cut in cuts for i in range(rows)[cut]] == list(range(rows))
-    assert all((cut.stop - cut.start) % batch_size == 0 for cut in cuts[:-1])
-    assert all(cut.stop - cut.start <= 100 for cut in cuts)
-    assert cuts[0].stop <= 4 * batch_size
-
-
-def test_windows_larger_than_the_bound_are_decoded_a_batch_at_a_time() -> None:
-    assert [cut.stop for cut in portions(6, 2, bytes_per_row=2**31)] == [2, 4, 6]
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""How fast frames reach the training; ``python -m pipelines.benchmarks`` measures it."""

@@ -1,0 +1,30 @@
+"""``python -m pipelines.benchmarks throughput|tables``."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipelines.benchmarks import throughput
+from re2tal.benchmarking import Benchmark, run
+
+RESULTS = Path(__file__).parent / "results"
+
+BENCHMARKS = {
+    "throughput": Benchmark(
+        text="frames that Ray Data delivers, against plain decoding in as many processes",
+        measure=throughput.measure,
+        options={
+            "processes": {"nargs": "+", "type": int, "default": [1, 2]},
+            "rounds": {"type": int, "default": 7},
+        },
+    ),
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measures, and writes the results; or prints the tables of all results."""
+    run("pipelines.benchmarks", BENCHMARKS, RESULTS, arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
