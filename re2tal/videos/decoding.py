@@ -2,74 +2,58 @@
 
 from dataclasses import dataclass
 
-import av
 import numpy as np
 from av.video.frame import VideoFrame
 
-from re2tal.videos.conversion import Converter, quarters
-from re2tal.videos.reader import Source, VideoError, VideoReader
+from re2tal.videos.conversion import Converter
+from re2tal.videos.errors import FrameError, VideoError
+from re2tal.videos.limits import Limits
+from re2tal.videos.probing import VideoInfo, probe
+from re2tal.videos.reader import Source, VideoReader
 
-__all__ = ["Source", "VideoError", "VideoInfo", "decode", "probe"]
+__all__ = [
+    "FrameError",
+    "Limits",
+    "PartlyDecoded",
+    "Source",
+    "VideoError",
+    "VideoInfo",
+    "decode",
+    "decode_intact",
+    "probe",
+]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VideoInfo:
-    """What a file says of its video.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PartlyDecoded:
+    """What could be decoded of a damaged video.
 
     Attributes:
-        duration: Seconds of picture.
-        fps: Mean frames per second.
-        width: Pixels across, after the rotation that the metadata ask for.
-        height: Pixels down, likewise.
-        frames: Number of frames; from duration and fps where the header has none, as in WebM.
+        frames: RGB, uint8 of shape (T, H, W, 3); black where `intact` is false.
+        intact: Which of them show the video, bool of shape (T,); at least one.
+        reasons: Why the others do not, one sentence each, without repetitions.
     """
 
-    duration: float
-    fps: float
-    width: int
-    height: int
-    frames: int
+    frames: np.ndarray
+    intact: np.ndarray
+    reasons: tuple[str, ...]
 
 
-def probe(source: Source) -> VideoInfo:
-    """Reads what a file says of its video, and decodes its first frame to see that it can be.
-
-    Args:
-        source: Path, content, or open binary file of the video.
-
-    Raises:
-        VideoError: The file is no video, its first frame cannot be decoded, or its header lacks
-            the duration or the frame rate.
-    """
-    with VideoReader(source) as reader:
-        frame = reader.frame_at(0.0)
-        width, height = frame.width, frame.height
-        if quarters(frame) % 2:
-            width, height = height, width
-        stream = reader.stream
-        rate = stream.average_rate or stream.guessed_rate
-        if stream.duration and stream.time_base:
-            duration = float(stream.duration * stream.time_base)
-        else:
-            duration = (reader.container.duration or 0) / av.time_base
-        if not duration or not rate:
-            raise VideoError(reader.name, "its header lacks the duration or the frame rate")
-        return VideoInfo(
-            duration=duration,
-            fps=float(rate),
-            width=width,
-            height=height,
-            frames=stream.frames or round(duration * rate),
-        )
-
-
-def decode(source: Source, times: np.ndarray, *, size: int | None, threads: int = 1) -> np.ndarray:
+def decode(
+    source: Source,
+    times: np.ndarray,
+    *,
+    size: int | None,
+    threads: int = 1,
+    limits: Limits | None = None,
+) -> np.ndarray:
     """Decodes the frames that a video shows at given times.
 
     The frame shown at a time is the last one presented by then, by its time stamp and counting
     from the first frame of the video: variable frame rates need no care. It is the same whichever
     other times are asked for. Only what lies between the key frame before a time and the time is
     decoded, and only frames that are asked for are converted. Memory goes with their number.
+    Interlaced frames are given as they are, both fields woven into one.
 
     A time up to a frame before the start gives the first frame, one up to a second (`reader.TAIL`)
     after the end the last.
@@ -80,30 +64,80 @@ def decode(source: Source, times: np.ndarray, *, size: int | None, threads: int 
         size: The short side in pixels to which frames are scaled, keeping the aspect (the long
             side is rounded to an even number); None keeps their size.
         threads: Decoding threads; more than one helps with large pictures only.
+        limits: What it may cost; None for the usual ones.
 
     Returns:
         RGB frames, uint8 of shape (T, H, W, 3), contiguous, as the rotation metadata turn them.
 
     Raises:
         ValueError: `times` is empty or has entries that are not finite.
-        VideoError: The file is no video, is damaged, or shows nothing at one of the times.
+        FrameError: The video is damaged at one of the times, or shows nothing then.
+        VideoError: The file is no video, no frame can be decoded, or it is over the limits.
     """
+    return _decode(source, times, size, threads, limits or Limits(), None)
+
+
+def decode_intact(
+    source: Source,
+    times: np.ndarray,
+    *,
+    size: int | None,
+    threads: int = 1,
+    limits: Limits | None = None,
+) -> PartlyDecoded:
+    """Decodes as `decode` does, but goes on where the video is damaged or shows nothing.
+
+    Raises:
+        ValueError: `times` is empty or has entries that are not finite.
+        VideoError: No frame is intact, the file is no video, or it is over the limits.
+    """
+    faults: dict[int, FrameError] = {}
+    frames = _decode(source, times, size, threads, limits or Limits(), faults)
+    intact = np.ones(len(frames), bool)
+    intact[list(faults)] = False
+    frames[~intact] = 0
+    reasons = dict.fromkeys(fault.reason for fault in faults.values())
+    return PartlyDecoded(frames=frames, intact=intact, reasons=tuple(reasons))
+
+
+def _decode(
+    source: Source,
+    times: np.ndarray,
+    size: int | None,
+    threads: int,
+    limits: Limits,
+    faults: dict[int, FrameError] | None,
+) -> np.ndarray:
+    """Decodes frames; notes places without one in `faults`, or raises the first if that is None."""
     times = np.asarray(times, dtype=np.float64)
     if times.ndim != 1 or not times.size or not np.isfinite(times).all():
         raise ValueError(f"decode needs a list of finite times, not one of shape {times.shape}.")
     out: np.ndarray | None = None
-    with VideoReader(source, threads=threads) as reader:
+    with VideoReader(source, threads=threads, limits=limits) as reader:
         converter = Converter(size)
         last: VideoFrame | None = None
         last_place = 0
-        for place in np.argsort(times, kind="stable"):
-            frame = reader.frame_at(float(times[place]))
+        for place in map(int, np.argsort(times, kind="stable")):
+            try:
+                frame = reader.frame_at(float(times[place]))
+            except FrameError as error:
+                if faults is None:
+                    raise
+                faults[place] = error
+                continue
+            shape = converter.shape(frame)
             if out is None:
-                out = np.empty((len(times), *converter.shape(frame)), np.uint8)
+                limits.check_picture(reader.name, frame.width, frame.height)
+                limits.check_result(reader.name, len(times), *shape[:2])
+                out = np.empty((len(times), *shape), np.uint8)
+            elif shape != out.shape[1:]:
+                raise VideoError(reader.name, "turns on its side in the middle")
             if frame is last:
                 out[place] = out[last_place]
             else:
                 converter(frame, out[place])
                 last, last_place = frame, place
-    assert out is not None
+    if out is None:
+        assert faults
+        raise next(iter(faults.values()))
     return out

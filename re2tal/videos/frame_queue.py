@@ -108,6 +108,13 @@ class FrameQueue:
             del self._numbers[past]
         self._damages = [d for d in self._damages if d.restored is None or d.restored > time]
 
+    def packets(self) -> Iterator[Packet[VideoStream]]:
+        """The packets that come next, undecoded."""
+        while (packet := self._next_packet()) is not None:
+            self._deadline.check()
+            if packet.size:
+                yield packet
+
     def is_damaged(self, shown: Shown, target: int) -> bool:
         """Whether damage has reached the frame, or lost another one between it and a time.
 

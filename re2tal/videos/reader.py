@@ -1,5 +1,7 @@
 """An open video file that gives the frame shown at a time, seeking where that saves decoding."""
 
+from __future__ import annotations  # PyAV's Packet takes its parameter in stubs only
+
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import BinaryIO, NamedTuple, Self
 
 import av
 from av.container import InputContainer
+from av.packet import Packet
 from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
@@ -105,6 +108,28 @@ class VideoReader:
     def start(self) -> float:
         """When the first frame is presented, in seconds by the file's clock."""
         return self._start * self._tick
+
+    @property
+    def seekable(self) -> bool:
+        """Whether frames can be found without decoding all that lie before them."""
+        return self.container.format.name not in _UNSEEKABLE
+
+    def packets(self) -> Iterator[Packet[VideoStream]]:
+        """The packets that come next, undecoded; frames cannot be had from the reader after that.
+
+        Raises:
+            VideoError: The file cannot be read any further, or the video is over the limits.
+        """
+        return self._queue.packets()
+
+    def seek_packets(self, seconds: float) -> bool:
+        """Goes to packets near a time, and says whether the file has them."""
+        try:
+            self.container.seek(int(seconds / self._tick) + self._start, stream=self.stream)
+        except av.FFmpegError:
+            return False
+        self._restart_decoding()
+        return True
 
     def frame_at(self, seconds: float) -> VideoFrame:
         """The frame on screen at a time: the last one that is presented by then.
@@ -260,7 +285,7 @@ class VideoReader:
 
     def _seeking_pays(self, target: int) -> bool:
         """Whether a seek is likely to land behind the frame decoded last, and before the target."""
-        if self.container.format.name in _UNSEEKABLE:
+        if not self.seekable:
             return False
         if self._queue.shifted:
             return self._indexed_key(target) != self._sought_key

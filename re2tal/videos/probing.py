@@ -1,0 +1,206 @@
+"""The facts of a video file, and what is odd about it, at the cost of its first and last frame."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+
+from re2tal.videos.conversion import quarters
+from re2tal.videos.errors import VideoError
+from re2tal.videos.limits import Limits
+from re2tal.videos.reader import TAIL, Source, VideoReader
+
+# Seconds between key frames beyond which a video counts as one that is slow to seek in.
+_LONG = 10.0
+
+# Seconds up to which what lies behind the last key frame is decoded, to see that it can be.
+_LONGEST_END = 30.0
+
+# Seconds before the end at which its last packets are looked for, one after the other.
+_STEPS_BACK = (0.0, 2.0, 8.0, 32.0, 128.0, 512.0)
+
+# Seconds by which the picture may begin after the sound without a word.
+_LATE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoInfo:
+    """What is known of a video.
+
+    Attributes:
+        duration: Seconds until the last frame that is in the file ends.
+        fps: Mean frames per second.
+        width: Pixels across, after the rotation that the metadata ask for.
+        height: Pixels down, likewise.
+        frames: Number of frames; from duration and fps where the header has none, as in WebM.
+        codec: FFmpeg's name of the codec.
+        rotation: Degrees, counterclockwise, by which decoded frames are turned.
+        problems: What is odd about the file, a sentence each; none of it keeps it from decoding.
+    """
+
+    duration: float
+    fps: float
+    width: int
+    height: int
+    frames: int
+    codec: str
+    rotation: int
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """What the last packets tell: times in seconds from the first frame on."""
+
+    last: float  # when the last frame is presented
+    end: float  # when it ends
+    key: float | None  # the last key frame, if it was among them
+
+
+def probe(source: Source, *, limits: Limits | None = None) -> VideoInfo:
+    """Reads what a file says of its video, and decodes its first and last frame to see that it can.
+
+    Only the last packets are read to find its end, except of raw streams, which say nothing of
+    their duration: all their packets are counted. A video that was cut off ends where it does, not
+    where its header says, and `problems` tells so.
+
+    Args:
+        source: Path, content, or open binary file of the video.
+        limits: What it may cost; None for the usual ones.
+
+    Raises:
+        VideoError: The file is no video, its first frame cannot be decoded, it says nothing of its
+            frame rate, or it is over the limits.
+    """
+    with VideoReader(source, limits=limits) as reader:
+        frame = reader.frame_at(0.0)
+        rate = reader.stream.average_rate or reader.stream.guessed_rate
+        if not rate:
+            raise VideoError(reader.name, "its header lacks the frame rate")
+        problems = [*_oddities(reader, frame, rate)]
+        found = _find_end(source, limits)
+        claimed = _claimed(reader)
+        duration = claimed or 0.0
+        if found is not None:
+            duration = found.end
+            problems += _end_problems(reader, found, claimed)
+        if duration <= 0:
+            raise VideoError(reader.name, "its duration is unknown")
+        frames, claims = round(duration * rate), reader.stream.frames
+        if claims and abs(claims - frames) > max(1, 0.01 * frames):
+            problems.append(f"Its header claims {claims} frames, but it shows about {frames}.")
+        elif claims:
+            frames = claims
+        turned = quarters(frame) % 2
+        return VideoInfo(
+            duration=duration,
+            fps=float(rate),
+            width=frame.height if turned else frame.width,
+            height=frame.width if turned else frame.height,
+            frames=frames,
+            codec=reader.stream.codec_context.codec.name,
+            rotation=90 * quarters(frame),
+            problems=tuple(problems),
+        )
+
+
+def _claimed(reader: VideoReader) -> float | None:
+    """The duration that the header claims, in seconds."""
+    stream, container = reader.stream, reader.container
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    return container.duration / av.time_base if container.duration else None
+
+
+def _find_end(source: Source, limits: Limits | None) -> _End | None:
+    """Looks for the end of a video; None if no packet near it can be read."""
+    with VideoReader(source, limits=limits) as reader:
+        claimed = _claimed(reader)
+        steps = _STEPS_BACK if reader.seekable and claimed is not None else ()
+        for seconds in steps:
+            wanted = (claimed or 0.0) - seconds
+            if wanted > 0 and reader.seek_packets(wanted):
+                found = _read_end(reader)
+                if found is not None and found.key is not None:
+                    return found
+    # what is left is to read all of it
+    with VideoReader(source, limits=limits) as reader:
+        return _read_end(reader)
+
+
+def _read_end(reader: VideoReader) -> _End | None:
+    """Reads the packets that come next, up to the last."""
+    tick = float(reader.stream.time_base or 1)
+    usual = 1 / float(reader.stream.guessed_rate or 25)
+    last = key = end = None
+    counted = 0.0  # of a raw stream, which has no times
+    for packet in reader.packets():
+        length = (packet.duration or 0) * tick or usual
+        time = packet.dts if packet.pts is None else packet.pts
+        begin = counted if time is None else time * tick - reader.start
+        counted += length
+        if time is None and reader.seekable:
+            continue
+        if last is None or begin > last:
+            last, end = begin, begin + length
+        if packet.is_keyframe:
+            key = begin
+    return None if last is None or end is None else _End(last, end, key)
+
+
+def _end_problems(reader: VideoReader, found: _End, claimed: float | None) -> list[str]:
+    """What is odd about the end of a video, of which the last frame is decoded."""
+    problems = []
+    if claimed is None:
+        problems.append(f"Its header says no duration: its frames last {found.end:.2f} s.")
+    elif abs(claimed - found.end) > TAIL:
+        problems.append(
+            f"Its last frame ends at second {found.end:.2f}, though its header says {claimed:.2f}."
+        )
+    if found.key is None or found.last - found.key > _LONGEST_END:
+        problems.append("Its end was not decoded, as no key frame is near it.")
+        return problems
+    try:
+        reader.frame_at(found.last)
+    except VideoError as error:
+        problems.append(f"Its end cannot be decoded: {error.reason}.")
+    return problems
+
+
+def _oddities(reader: VideoReader, frame: VideoFrame, rate: Fraction) -> list[str]:
+    """What is odd about a video, as far as its header and its first frame tell."""
+    problems = []
+    fastest = reader.stream.base_rate
+    # H.264 counts fields, of which a frame has two
+    steady = fastest is not None and any(abs(n * rate / fastest - 1) < 0.05 for n in (1, 2))
+    if fastest and not steady:
+        problems.append(
+            f"Its frame rate varies: {float(rate):.2f} fps on average, up to {float(fastest):.2f}."
+        )
+    if frame.interlaced_frame:
+        problems.append("Its frames are interlaced, and given as they are.")
+    begin = reader.container.start_time
+    if begin is not None and reader.start - begin / av.time_base > _LATE:
+        late = reader.start - begin / av.time_base
+        problems.append(f"Its picture begins {late:.2f} s after its sound; times count from there.")
+    if any(s.disposition & Disposition.attached_pic for s in reader.container.streams.video):
+        problems.append("It holds a cover picture, which is left out.")
+    widest = _longest_gop(reader)
+    if widest > _LONG:
+        problems.append(f"Its key frames are up to {widest:.0f} s apart: seeking in it is slow.")
+    return problems
+
+
+def _longest_gop(reader: VideoReader) -> float:
+    """Seconds from a key frame to the next, at most, by the index of the file; 0 without one."""
+    index = reader.stream.index_entries
+    if len(index) < 2:
+        return 0.0
+    last = index[len(index) - 1].timestamp
+    widest, key = 0, index[0].timestamp
+    while (place := index.search_timestamp(key + 1, backward=False)) >= 0:
+        following = index[place].timestamp
+        widest, key = max(widest, following - key), following
+    return float(max(widest, last - key) * (reader.stream.time_base or 1))
