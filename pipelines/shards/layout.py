@@ -27,7 +27,7 @@ SCHEMA = pa.schema(
         ("pieces", pa.int32()),  # of the video
         ("start", pa.float64()),  # second of the video at which the piece starts
         ("end", pa.float64()),
-        ("frames", pa.int32()),  # of the piece
+        ("frames", pa.int32()),  # that come on screen in the piece
         ("duration", pa.float64()),  # seconds of picture of the video, as measured
         ("width", pa.int32()),
         ("height", pa.int32()),

@@ -72,10 +72,6 @@ class Encoder:
         self._held: list[tuple[VideoFrame, int]] = []  # the last frames, not yet encoded
         self._packets: list[Packet] = []
 
-    def __len__(self) -> int:
-        """The number of frames so far."""
-        return len(self._times)
-
     def add(self, frame: VideoFrame, time: int) -> None:
         """Adds the next frame.
 

@@ -64,7 +64,7 @@ class Piece:
         start: Where it starts in the video, in seconds; its own times count from there. Its first
             frame is the one that is on screen then.
         end: Where it ends.
-        frames: Number of frames.
+        frames: Number of frames that come on screen in it.
         width: Pixels across, upright.
         height: Pixels down.
         video: An H.264 mp4; empty if the source is damaged there.
@@ -116,7 +116,7 @@ class _Cutter:
     A piece starts at a multiple of a fixed number of seconds, and where damage starts or ends.
 
     Attributes:
-        frames: Number of intact ones so far.
+        frames: Number of intact ones in all pieces so far.
         damage: What is wrong in the piece that is being made, else empty.
     """
 
@@ -126,6 +126,7 @@ class _Cutter:
         self._start: int | None = None  # of the piece
         self._encoder: Encoder | None = None
         self._last: VideoFrame | None = None
+        self._before = 0  # frames of the pieces that are whole
         self.frames, self.damage = 0, ""
 
     def add(self, span: Span) -> Iterator[Piece]:
@@ -145,16 +146,18 @@ class _Cutter:
         if not span.damage:
             self._last = self._scale(span.frame)
             self._encode(self._last, span.begin)
+            self.frames += 1
 
     def finish(self, end: int) -> Piece:
         """Ends the piece, and with it its last frame."""
         assert self._start is not None
         encoder, self._encoder = self._encoder, None
         last = self._last if encoder else None
+        frames, self._before = self.frames - self._before, self.frames
         return Piece(
             start=float(self._start * self._tick),
             end=float(end * self._tick),
-            frames=len(encoder) if encoder else 0,
+            frames=frames,
             width=last.width if last else 0,
             height=last.height if last else 0,
             video=encoder.finish(end - self._start) if encoder else b"",
@@ -169,7 +172,6 @@ class _Cutter:
             )
         assert self._start is not None
         self._encoder.add(frame, time - self._start)
-        self.frames += 1
 
     def _border(self, time: int) -> int:
         """The last tick, up to a time, at which a piece may start."""

@@ -54,6 +54,7 @@ def test_every_time_shows_the_frame_of_the_source(tmp_path: Path, kind: str) -> 
     path = make_video(tmp_path / kind, **{"frames": 100, **KINDS[kind]})
     made, pieces = pieces_of(path, PIECE)
     assert len(made) > 2
+    assert sum(piece.frames for piece in made) == KINDS[kind].get("frames", 100)
     assert [piece.end for piece in made[:-1]] == [piece.start for piece in made[1:]]
     for piece in made:
         assert decode(piece.video, np.array([0.0]), size=None).shape[1:3] == (
