@@ -1,6 +1,9 @@
-"""The code of the benchmark, at toy size; what it measures is printed by its command."""
+"""The code of the benchmark, at toy size; what it measures is in its results."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,12 +27,14 @@ def test_all_ways_agree(per_class: bool) -> None:
         assert len(found) == 15
 
 
-def test_the_command_prints_tables(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_command_writes_and_prints_tables(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     load = benchmark.Workload(title="toy", videos=2, raw=9, classes=2, config=NmsConfig())
     monkeypatch.setattr(benchmark, "WORKLOADS", (load,))
-    main(["nms", "--threads", str(torch.get_num_threads())])
+    output = tmp_path / "nms.json"
+    main(["nms", "--threads", str(torch.get_num_threads()), "--output", str(output)])
+    assert [*json.loads(output.read_text())["tables"]] == ["Soft-NMS, toy"]
     text = capsys.readouterr().out
     assert "**Soft-NMS, toy**" in text
     assert text.count("\n| ") == 5

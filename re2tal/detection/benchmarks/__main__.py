@@ -1,43 +1,27 @@
-"""``python -m re2tal.detection.benchmarks nms|evaluation``: measures, and prints tables."""
+"""``python -m re2tal.detection.benchmarks nms|evaluation|tables``."""
 
-import argparse
-import importlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
-import torch
+from re2tal.benchmarking import Benchmark, run
+from re2tal.detection.benchmarks import evaluation, nms
 
-Tables = dict[str, list[dict[str, Any]]]
-"""Rows by the title of their table; all rows of a table have the same columns."""
-
-# Each is a module of this package, whose `measure()` returns the tables.
-_BENCHMARKS = ("nms", "evaluation")
+RESULTS = Path(__file__).parent / "results"
+BENCHMARKS = {
+    "nms": Benchmark(
+        text="soft-NMS of many videos, against a detection at a time", measure=nms.measure
+    ),
+    "evaluation": Benchmark(
+        text="mAP and recall of whole test sets, against a prediction at a time",
+        measure=evaluation.measure,
+    ),
+}
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measures what the arguments name, and prints the tables in Markdown."""
-    parser = argparse.ArgumentParser(prog="python -m re2tal.detection.benchmarks")
-    parser.add_argument("benchmark", choices=_BENCHMARKS)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    tables: Tables = importlib.import_module(f"{__package__}.{options.benchmark}").measure()
-    parts = [f"CPU, threads: {options.threads}, torch {torch.__version__}."]
-    for title, rows in tables.items():
-        parts += [f"**{title}**", _markdown(rows)]
-    sys.stdout.write("\n\n".join(parts) + "\n")
-
-
-def _markdown(rows: Sequence[dict[str, Any]]) -> str:
-    columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns)]
-    lines += [[_text(row[name]) for name in columns] for row in rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def _text(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    """Measures, and writes the results; or prints the tables of all results."""
+    run("re2tal.detection.benchmarks", BENCHMARKS, RESULTS, arguments)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from re2tal.benchmarking import Row, Tables
+from re2tal.detection.benchmarks import paired
 from re2tal.detection.evaluation import average_recall, mean_average_precision, recall_at
 from re2tal.detection.segments import Detections
 
@@ -34,7 +36,10 @@ class Workload:
     thresholds: tuple[float, ...]
 
     def build(self) -> tuple[Videos, Videos]:
-        """Ground truth and predictions: most of these near an instance, mostly of its class."""
+        """Ground truth and predictions: most of these near an instance, mostly of its class.
+
+        The same numbers on every machine: what follows the generator is exact or rounded alike.
+        """
         g = torch.Generator().manual_seed(0)
         extra = torch.randint(self.videos, (self.instances - self.videos,), generator=g)
         video = torch.cat([torch.arange(self.videos), extra]).sort().values
@@ -51,6 +56,7 @@ class Workload:
         near = (counts.cumsum(0) - counts)[guess] + pick
         length = actual[near, 1] - actual[near, 0]
         noise = torch.randn(*guess.shape, 2, generator=g, dtype=torch.float64)
+        noise = noise.round(decimals=6)  # the last digits of logarithms depend on the machine
         shift = noise * (0.15 * length + 0.1)[:, None] * (1 + 9 * (pick + guess) % 3)[:, None]
         moved = actual[near] + shift
         guessed = _segments(moved.amin(1), moved.amax(1) - moved.amin(1))
@@ -62,6 +68,16 @@ class Workload:
             _by_video(video, actual, torch.ones_like(start), label),
             _by_video(guess, guessed, scores, of_guess),
         )
+
+    def checksum(self) -> str:
+        """SHA-256 of what `build` makes, which tells a change of it from one of an evaluator."""
+        digest = hashlib.sha256()
+        for videos in self.build():
+            for name, part in videos.items():
+                digest.update(name.encode())
+                for column in (part.segments, part.scores, part.labels):
+                    digest.update(column.numpy().tobytes())
+        return digest.hexdigest()
 
 
 TENTHS = tuple(float(level) for level in np.linspace(0.3, 0.7, 5))
@@ -84,7 +100,7 @@ THUMOS = Workload(
 )
 
 
-def measure() -> dict[str, list[dict[str, Any]]]:
+def measure() -> Tables:
     """Two tables for each workload: mAP against the definition, and recall."""
     tables = {}
     for load in (ACTIVITYNET, THUMOS):
@@ -93,34 +109,21 @@ def measure() -> dict[str, list[dict[str, Any]]]:
     return tables
 
 
-def compare(load: Workload, *, rounds: int) -> list[dict[str, Any]]:
-    """A row for each way to compute the average precisions of all classes.
-
-    Every round runs each way once, one after the other, so that a load from outside meets all.
-    """
+def compare(load: Workload, *, rounds: int) -> list[Row]:
+    """A row for each way to compute the average precisions of all classes."""
     truth, found = load.build()
     sizes: dict[str, Any] = {"num_classes": load.classes, "thresholds": load.thresholds}
     ways: Mapping[str, Callable[[], NDArray[np.float64]]] = {
         "a prediction at a time": lambda: sequential(truth, found, **sizes),
         "all videos in one pass": lambda: mean_average_precision(truth, found, **sizes).per_class,
     }
-    times, results = _timed(ways, rounds)
-    reference, *_ = ways
-    return [
-        {
-            "way": name,
-            "seconds": median(seconds),
-            "times as fast": median(a / b for a, b in zip(times[reference], seconds, strict=True)),
-            "largest difference": float(np.nanmax(abs(results[name] - results[reference]))),
-        }
-        for name, seconds in times.items()
-    ]
+    return paired.compare(ways, rounds, lambda a, b: float(np.nanmax(abs(a - b))))
 
 
-def recall_times(load: Workload, *, rounds: int) -> list[dict[str, Any]]:
+def recall_times(load: Workload, *, rounds: int) -> list[Row]:
     """A row for each kind of recall."""
     truth, found = load.build()
-    times, _ = _timed(
+    times, _ = paired.timed(
         {
             "average recall of up to 100 proposals": lambda: average_recall(truth, found),
             "recall at 1x and 5x": lambda: recall_at(
@@ -218,17 +221,3 @@ def _by_video(video: Tensor, segments: Tensor, scores: Tensor, labels: Tensor) -
         f"video {name}": Detections(segments=s, scores=c, labels=label)
         for name, (s, c, label) in zip(names.tolist(), parts, strict=True)
     }
-
-
-def _timed(
-    ways: Mapping[str, Callable[[], Any]], rounds: int
-) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Seconds of each round, and results, by way."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    results = {}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            results[name] = way()
-            times[name].append(time.perf_counter() - start)
-    return times, results

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from re2tal.benchmarking import Row, Tables
+from re2tal.detection.benchmarks import paired
 from re2tal.detection.nms import NmsConfig, nms, nms_videos
 from re2tal.detection.segments import Detections
 
@@ -62,39 +61,20 @@ WORKLOADS = (
 )
 
 
-def measure() -> dict[str, list[dict[str, Any]]]:
+def measure() -> Tables:
     """The table of each workload."""
     return {f"Soft-NMS, {load.title}": compare(load, rounds=3) for load in WORKLOADS}
 
 
-def compare(load: Workload, *, rounds: int) -> list[dict[str, Any]]:
-    """A row for each way to do it.
-
-    Every round runs each way once, one after the other, so that a load from outside meets all.
-    """
+def compare(load: Workload, *, rounds: int) -> list[Row]:
+    """A row for each way to do it."""
     videos = load.build()
     ways: Mapping[str, Callable[[], Mapping[str, Detections]]] = {
         "a detection at a time (NumPy)": lambda: sequential(videos, load.config),
         "a video at a time": lambda: {v: nms(found, load.config) for v, found in videos.items()},
         "all videos in one pass": lambda: nms_videos(videos, load.config),
     }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    results = {}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            results[name] = way()
-            times[name].append(time.perf_counter() - start)
-    reference, *_ = ways
-    return [
-        {
-            "way": name,
-            "seconds": median(seconds),
-            "times as fast": median(a / b for a, b in zip(times[reference], seconds, strict=True)),
-            "largest difference": _difference(results[name], results[reference]),
-        }
-        for name, seconds in times.items()
-    ]
+    return paired.compare(ways, rounds, _difference)
 
 
 def sequential(videos: Mapping[str, Detections], config: NmsConfig) -> Videos:
