@@ -107,6 +107,7 @@ def read_annotations(config: DataConfig) -> Annotations:
         form=config.form,
         dataset=config.dataset,
         exclude=config.exclude,
+        keep=config.keep,
         prefix="--data.",
     )
 
@@ -117,6 +118,7 @@ def load_files(
     form: Form,
     dataset: Dataset | None,
     exclude: str | None,
+    keep: Sequence[str] = (),
     prefix: str,
 ) -> Annotations:
     """Reads annotations and the ids to exclude from paths or URIs, and checks them whole.
@@ -126,6 +128,7 @@ def load_files(
         form: how they are laid out.
         dataset: whose known faults are repaired.
         exclude: file of the ids to leave out.
+        keep: ids of videos that count although `dataset` leaves them out.
         prefix: of the options that set these, for messages.
 
     Raises:
@@ -143,6 +146,7 @@ def load_files(
             form=form,
             quirks=DATASETS[dataset] if dataset else None,
             exclude=excluded,
+            keep=keep,
         )
 
 

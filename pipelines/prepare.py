@@ -57,6 +57,7 @@ class PrepareConfig:
         dataset: what is known to be wrong in this data set is repaired; by default any fault in the
             annotations is an error.
         exclude: file with ids of videos to leave out: one a line, or JSON.
+        keep: ids of videos to encode although `dataset` leaves them out.
         videos: folder of the video files, named by id; a path or a URI.
         output: folder for the shards and their manifest; a path or a URI.
         subsets: names of the subsets to encode; all of them by default.
@@ -72,6 +73,7 @@ class PrepareConfig:
     form: Form = "auto"
     dataset: Dataset | None = None
     exclude: str | None = None
+    keep: tuple[str, ...] = ()
     videos: str | None = None
     output: str | None = None
     subsets: tuple[str, ...] = ()
@@ -105,6 +107,7 @@ def prepare(config: PrepareConfig) -> Manifest:
         form=config.form,
         dataset=config.dataset,
         exclude=config.exclude,
+        keep=config.keep,
         prefix="--",
     )
     require(config.videos, what="The videos", option="--videos")

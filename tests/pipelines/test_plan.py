@@ -146,6 +146,22 @@ def test_quirks_of_the_data_set_and_a_list_of_videos_to_exclude(
     assert len({a.fingerprint for a in (plain, repaired, rest)}) == 3
 
 
+def test_a_video_that_the_data_set_leaves_out_can_be_kept(
+    tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    document = json.loads(Path(str(tiny_recipe.data.annotations)).read_text())
+    database = document["database"]
+    database["video_test_0001496"] = database.pop("toy_000")
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(document))
+    config = replace(tiny_recipe.data, annotations=str(path), dataset="thumos-14")
+    (left_out,) = read_annotations(config).excluded
+    assert left_out.video_id == "video_test_0001496"
+    kept = read_annotations(replace(config, keep=("video_test_0001496",)))
+    assert kept.excluded == ()
+    assert len(kept.videos) == len(database)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_instance")
 def test_files_that_do_not_last_as_long_as_annotated_are_remarked(
