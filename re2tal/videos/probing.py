@@ -12,14 +12,18 @@ from re2tal.videos.errors import VideoError
 from re2tal.videos.limits import Limits
 from re2tal.videos.reader import TAIL, Source, VideoReader
 
-# Seconds between key frames beyond which a video counts as one that is slow to seek in.
+# Seconds and frames between key frames beyond which a video counts as one that is slow to seek in.
 _LONG = 10.0
+_MANY = 300
 
 # Seconds up to which what lies behind the last key frame is decoded, to see that it can be.
 _LONGEST_END = 30.0
 
 # Seconds before the end at which its last packets are looked for, one after the other.
 _STEPS_BACK = (0.0, 2.0, 8.0, 32.0, 128.0, 512.0)
+
+# Packets from which on their rate is worth a comparison.
+_ENOUGH = 4
 
 # Seconds by which the picture may begin after the sound without a word.
 _LATE = 0.1
@@ -57,6 +61,7 @@ class _End:
     last: float  # when the last frame is presented
     end: float  # when it ends
     key: float | None  # the last key frame, if it was among them
+    rate: float | None  # frames per second among them, if they are enough to tell
 
 
 def probe(source: Source, *, limits: Limits | None = None) -> VideoInfo:
@@ -86,6 +91,11 @@ def probe(source: Source, *, limits: Limits | None = None) -> VideoInfo:
         if found is not None:
             duration = found.end
             problems += _end_problems(reader, found, claimed)
+            if found.rate and not problems and abs(found.rate / rate - 1) > 0.2:
+                problems.append(
+                    f"Its frame rate varies: {found.rate:.2f} fps near its end, {float(rate):.2f} "
+                    "by its header."
+                )
         if duration <= 0:
             raise VideoError(reader.name, "its duration is unknown")
         frames, claims = round(duration * rate), reader.stream.frames
@@ -100,7 +110,7 @@ def probe(source: Source, *, limits: Limits | None = None) -> VideoInfo:
             width=frame.height if turned else frame.width,
             height=frame.width if turned else frame.height,
             frames=frames,
-            codec=reader.stream.codec_context.codec.name,
+            codec=reader.stream.codec_context.codec.canonical_name,
             rotation=90 * quarters(frame),
             problems=tuple(problems),
         )
@@ -134,8 +144,8 @@ def _read_end(reader: VideoReader) -> _End | None:
     """Reads the packets that come next, up to the last."""
     tick = float(reader.stream.time_base or 1)
     usual = 1 / float(reader.stream.guessed_rate or 25)
-    last = key = end = None
-    counted = 0.0  # of a raw stream, which has no times
+    first = last = key = end = None
+    packets, counted = 0, 0.0  # of a raw stream, which has no times
     for packet in reader.packets():
         length = (packet.duration or 0) * tick or usual
         time = packet.dts if packet.pts is None else packet.pts
@@ -143,11 +153,16 @@ def _read_end(reader: VideoReader) -> _End | None:
         counted += length
         if time is None and reader.seekable:
             continue
+        packets += 1
+        first = begin if first is None else min(first, begin)
         if last is None or begin > last:
             last, end = begin, begin + length
         if packet.is_keyframe:
             key = begin
-    return None if last is None or end is None else _End(last, end, key)
+    if first is None or last is None or end is None:
+        return None
+    rate = (packets - 1) / (last - first) if packets > _ENOUGH else None
+    return _End(last, end, key, rate)
 
 
 def _end_problems(reader: VideoReader, found: _End, claimed: float | None) -> list[str]:
@@ -188,7 +203,7 @@ def _oddities(reader: VideoReader, frame: VideoFrame, rate: Fraction) -> list[st
     if any(s.disposition & Disposition.attached_pic for s in reader.container.streams.video):
         problems.append("It holds a cover picture, which is left out.")
     widest = _longest_gop(reader)
-    if widest > _LONG:
+    if widest > _LONG and widest * rate > _MANY:
         problems.append(f"Its key frames are up to {widest:.0f} s apart: seeking in it is slow.")
     return problems
 

@@ -46,6 +46,8 @@ def make_video(
     width: int = 96,
     height: int = 64,
     codec: str = "libx264",
+    pixels: str = "yuv420p",
+    fps: int = FPS,
     gop: int = 12,
     options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
@@ -61,25 +63,27 @@ def make_video(
         width: Pixels.
         height: Pixels.
         codec: FFmpeg's name of the encoder.
+        pixels: FFmpeg's name of the pixel format.
+        fps: Frames per second.
         gop: Largest distance of key frames.
         options: Of the encoder.
         container_options: Of the container.
-        times: When each frame is presented, in units of 1 / FPS; evenly if None.
+        times: When each frame is presented, in units of 1 / fps; evenly if None.
         rotation: Counterclockwise degrees for the metadata.
         sound: Seconds of sound beside the picture.
     """
     with av.open(str(path), "w", options=container_options or {}) as container:
-        video = cast("VideoStream", container.add_stream(codec, rate=FPS))
-        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+        video = cast("VideoStream", container.add_stream(codec, rate=fps))
+        video.width, video.height, video.pix_fmt = width, height, pixels
         video.codec_context.gop_size = gop
         video.codec_context.options = options or {}
-        video.codec_context.time_base = Fraction(1, FPS)
+        video.codec_context.time_base = Fraction(1, fps)
         if rotation:
             video.set_display_rotation(rotation)
         audio = container.add_stream("aac", rate=8000) if sound else None
         for number, time in zip(range(frames), times or range(frames), strict=True):
             frame = av.VideoFrame.from_ndarray(picture(number, width, height), format="rgb24")
-            frame.pts, frame.time_base = time, Fraction(1, FPS)
+            frame.pts, frame.time_base = time, Fraction(1, fps)
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
         if audio is not None:
