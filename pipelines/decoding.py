@@ -1,12 +1,14 @@
 """What Ray's decoding tasks run; without torch, so that their processes start in a moment."""
 
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
 
 from pipelines.shards.reading import open_video
-from pipelines.storage import open_source
-from re2tal.videos.decoding import VideoError, probe
+from pipelines.storage import file_size, open_source
+from re2tal.videos.errors import VideoError
+from re2tal.videos.probing import VideoInfo, probe
 from re2tal.videos.windows import Window, window_frames
 
 
@@ -32,16 +34,18 @@ def decode_sample(row: dict[str, Any], *, size: int, threads: int = 1) -> dict[s
 
 
 def probe_sample(row: dict[str, str]) -> dict[str, Any]:
-    """Opens a video, to see whether it can be used.
+    """Opens a video, to see whether it can be used, and what its file says.
 
     Args:
         row: `video_id` and `uri`.
 
     Returns:
-        `video_id`; `error`, empty if it is readable; `duration` in seconds, else 0.
+        The row with the fields of `VideoInfo`, its problems as lines of one text, the file's
+        `bytes`, and `error`, empty if it is readable; if it is not, the others are None.
     """
     try:
-        found = probe(open_source(row["uri"]))
+        found = asdict(probe(open_source(row["uri"]))) | {"bytes": file_size(row["uri"])}
     except (VideoError, OSError) as problem:
-        return {"video_id": row["video_id"], "error": str(problem), "duration": 0.0}
-    return {"video_id": row["video_id"], "error": "", "duration": found.duration}
+        unknown = dict.fromkeys(["bytes", *(field.name for field in fields(VideoInfo))])
+        return {**row, **unknown, "error": str(problem)}
+    return {**row, **found, "problems": "\n".join(found["problems"]), "error": ""}

@@ -5,10 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import ray.data
-
+from pipelines.collection import probe_files
 from pipelines.data import Video
-from pipelines.decoding import probe_sample
 from pipelines.model import ACTION
 from pipelines.recipes import DataConfig, Dataset
 from pipelines.shards.finding import FoundVideos, find_in_shards
@@ -25,8 +23,6 @@ from re2tal.videos.annotations import (
     read_ids,
 )
 from re2tal.videos.files import match_videos
-
-_PROBE_CPUS = 0.5  # logical CPUs of a task that opens a video
 
 
 class RecipeError(Exception):
@@ -165,18 +161,11 @@ def _find(
             fps=config.window.fps,
         )
     files, missing = match_videos(video_ids, list_files(folder))
-    errors, durations = _probe(files)
+    probed = probe_files(files).select(["video_id", "duration", "error"]).to_pylist()
+    errors = {row["video_id"]: row["error"] for row in probed if row["error"]}
+    durations = {row["video_id"]: row["duration"] for row in probed if not row["error"]}
     failures = {**missing, **errors}
     return FoundVideos(uris=files, failures=failures, durations=durations, remarks=())
-
-
-def _probe(files: Mapping[str, str]) -> tuple[dict[str, str], dict[str, float]]:
-    """Why videos cannot be opened, and how many seconds the others last; both by id."""
-    rows = [{"video_id": video_id, "uri": uri} for video_id, uri in files.items()]
-    dataset = ray.data.from_items(rows).map(probe_sample, num_cpus=_PROBE_CPUS)
-    probed = list(dataset.iter_rows())
-    errors = {row["video_id"]: row["error"] for row in probed if row["error"]}
-    return errors, {row["video_id"]: row["duration"] for row in probed if not row["error"]}
 
 
 def check_failures(failures: Mapping[str, str], total: int, max_failed: float) -> None:
@@ -249,7 +238,7 @@ def make_plan(config: DataConfig, annotations: Annotations) -> Plan:
         validation=validation,
         failures=failures,
         fingerprint=annotations.fingerprint,
-        remarks=(*found.remarks, *check_durations(annotations, found.durations)),
+        remarks=(*found.remarks, *check_durations(annotations, found.durations).values()),
         video_scores=scores,
     )
 

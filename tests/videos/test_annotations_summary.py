@@ -143,16 +143,18 @@ def test_durations_that_do_not_fit_the_files() -> None:
             video("d", 10.0),
         ),
     )
-    assert check_durations(annotations, {}) == []
-    assert check_durations(annotations, {"a": 11.0, "b": 9.0, "other": 3.0}) == []
-    shorter, longer, unknown = check_durations(annotations, {"a": 8.5, "b": 30.0, "d": math.nan})
+    assert check_durations(annotations, {}) == {}
+    assert check_durations(annotations, {"a": 11.0, "b": 9.0, "other": 3.0}) == {}
+    found = check_durations(annotations, {"a": 8.5, "b": 30.0, "d": math.nan})
+    assert list(found) == ["a", "b", "d"]
+    shorter, longer, unknown = found.values()
     assert shorter == (
         "video 'a': its file lasts 8.5 s, its annotation says 10 s, and actions in it reach up to "
         "9 s; get the original file, or exclude it"
     )
     assert "'b': its file lasts 30 s, its annotation says 10 s; get" in longer
     assert "'d'" in unknown
-    assert check_durations(annotations, {"a": 8.5, "b": 12.0}, tolerance=2.0) == []
+    assert check_durations(annotations, {"a": 8.5, "b": 12.0}, tolerance=2.0) == {}
 
 
 def files(folder: Path) -> Path:

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     sys.stdout.write(f"{options.file}\n\n{summarize(annotations)}\n")
     sys.stdout.write(f"\nfingerprint {annotations.fingerprint}\n")
-    if problems := check_durations(annotations, durations):
+    if problems := list(check_durations(annotations, durations).values()):
         sys.stderr.write(f"{AnnotationError(str(options.durations), problems)}\n")
     return 1 if problems else 0
 

@@ -11,7 +11,7 @@ def check_durations(
     measured: Mapping[str, float],
     *,
     tolerance: float = DURATION_TOLERANCE,
-) -> list[str]:
+) -> dict[str, str]:
     """Compares the annotated duration of each video with that of its file.
 
     A file that was cut, or converted to another frame rate without its time, puts every action of
@@ -23,15 +23,15 @@ def check_durations(
         tolerance: Seconds by which the two may differ.
 
     Returns:
-        A sentence for each video whose durations differ by more, in the order of the videos.
+        Id to a sentence, of each video whose durations differ by more, in the order of the videos.
     """
-    problems = []
+    problems = {}
     for video in annotations.videos:
         seconds = measured.get(video.video_id, video.duration)
         if not abs(seconds - video.duration) <= tolerance:  # so that NaN is a problem as well
             last = max((i.end for i in video.instances), default=0.0)
             lost = f", and actions in it reach up to {last:g} s" if last > seconds else ""
-            problems.append(
+            problems[video.video_id] = (
                 f"video {video.video_id!r}: its file lasts {seconds:g} s, its annotation says "
                 f"{video.duration:g} s{lost}; get the original file, or exclude it"
             )

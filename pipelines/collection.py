@@ -1,0 +1,111 @@
+"""What is known of the files of a collection: each is opened once, in parallel, with Ray Data."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import pyarrow as pa
+import ray.data
+
+from pipelines.decoding import probe_sample
+
+_CPUS = 0.5  # logical CPUs of a task that opens a video; it waits for the storage a good part
+
+SCHEMA = pa.schema(
+    [
+        ("video_id", pa.string()),
+        ("uri", pa.string()),
+        ("bytes", pa.int64()),
+        ("duration", pa.float64()),
+        ("fps", pa.float64()),
+        ("frames", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("codec", pa.string()),
+        ("rotation", pa.int32()),
+        ("problems", pa.list_(pa.string())),
+        ("error", pa.string()),
+    ]
+)
+"""Columns of a table of videos: `re2tal.videos.probing.VideoInfo`'s, and `error`, empty if the
+video can be used; the others are then null."""
+
+
+def probe_files(
+    files: Mapping[str, str], *, progress: Callable[[int, int], None] | None = None
+) -> pa.Table:
+    """Opens videos, and reads what their files say.
+
+    Args:
+        files: video id to path or URI.
+        progress: is told after each video how many are through, and of how many.
+
+    Returns:
+        A row of `SCHEMA` for each video, in the order of the ids.
+    """
+    rows = [{"video_id": video_id, "uri": uri} for video_id, uri in sorted(files.items())]
+    if not rows:
+        return SCHEMA.empty_table()
+    found = []
+    for row in ray.data.from_items(rows).map(probe_sample, num_cpus=_CPUS).iter_rows():
+        found.append(row)
+        if progress is not None:
+            progress(len(found), len(rows))
+    # a list of sentences travels as one text, because Ray takes the type of an empty list from
+    # nothing
+    for row in found:
+        row["problems"] = row["problems"].splitlines() if row["problems"] is not None else None
+    return pa.Table.from_pylist(found, schema=SCHEMA).sort_by("video_id")
+
+
+def with_disagreements(table: pa.Table, sentences: Mapping[str, str]) -> pa.Table:
+    """Adds a column `disagrees`: what is wrong between a file and its annotation.
+
+    Args:
+        table: what `probe_files` returned.
+        sentences: video id to what is wrong.
+    """
+    column = pa.array([sentences.get(name, "") for name in table["video_id"].to_pylist()])
+    return table.append_column("disagrees", column)
+
+
+def summary(table: pa.Table) -> Sequence[str]:
+    """Describes a table of videos in a few lines.
+
+    Args:
+        table: what `probe_files` returned, perhaps with disagreements.
+    """
+    rows = table.to_pylist()
+    usable = [row for row in rows if not row["error"]]
+    hours = sum(row["duration"] for row in usable) / 3600
+    gigabytes = sum(row["bytes"] for row in usable) / 1e9
+    lines = [
+        f"{len(usable)} of {len(rows)} videos can be used: {hours:.2f} hours, {gigabytes:.2f} GB"
+    ]
+    if usable:
+        lines += [
+            "  codecs: " + _counts([row["codec"] for row in usable]),
+            "  sizes: " + _counts([f"{row['width']}x{row['height']}" for row in usable]),
+            "  frames/s: " + _counts([f"{row['fps']:.4g}" for row in usable]),
+        ]
+    lines += _listed("cannot be used", {r["video_id"]: r["error"] for r in rows if r["error"]})
+    odd = {row["video_id"]: " ".join(row["problems"]) for row in usable if row["problems"]}
+    lines += _listed("can be used, but are odd", odd)
+    if "disagrees" in table.column_names:
+        other = {row["video_id"]: row["disagrees"] for row in rows if row["disagrees"]}
+        lines += _listed("disagree with their annotations", other)
+    return lines
+
+
+def _counts(values: Sequence[str], most: int = 5) -> str:
+    """The commonest values with their numbers."""
+    numbers = {value: values.count(value) for value in sorted(set(values))}
+    ordered = sorted(numbers.items(), key=lambda item: -item[1])
+    shown = [f"{value} ({number})" for value, number in ordered[:most]]
+    return ", ".join(shown + ["..."] * (len(ordered) > most))
+
+
+def _listed(what: str, sentences: Mapping[str, str], most: int = 10) -> list[str]:
+    if not sentences:
+        return []
+    shown = [f"  {video_id}: {text}" for video_id, text in list(sentences.items())[:most]]
+    more = [f"  ... and {len(sentences) - most} more"] * (len(sentences) > most)
+    return [f"{len(sentences)} videos {what}:", *shown, *more]

@@ -1,0 +1,131 @@
+"""Opens every video of a collection and writes what was found to a Parquet table.
+
+  python pipelines/probe.py --videos FOLDER --output videos.parquet
+  python pipelines/probe.py --videos FOLDER --annotations A --output videos.parquet
+
+With annotations, the table tells which files do not last as long as annotated, and which annotated
+videos have no file. All of the places may be URIs (s3://, gs://, ...).
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tyro
+
+from pipelines.collection import SCHEMA, probe_files, summary, with_disagreements
+from pipelines.plan import load_files
+from pipelines.quiet import init_ray
+from pipelines.recipes import Dataset
+from pipelines.storage import StorageError, absolute, list_files, replacing, require
+from re2tal.videos.annotations import AnnotationError, Annotations, Form, check_durations
+from re2tal.videos.files import EXTENSIONS, match_videos
+
+PROBLEMS = (StorageError, AnnotationError)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProbeConfig:
+    """What to look at.
+
+    Attributes:
+        videos: folder of the video files; a path or a URI.
+        annotations: look at the annotated videos only, and compare them; a path or a URI.
+        form: how the annotations are laid out; "auto" looks at them.
+        dataset: what is known to be wrong in this data set's annotations is repaired; by default
+            any fault in them is an error.
+        output: Parquet file for the table; a path or a URI.
+    """
+
+    videos: str | None = None
+    annotations: str | None = None
+    form: Form = "auto"
+    dataset: Dataset | None = None
+    output: str = "videos.parquet"
+
+
+def probe_collection(config: ProbeConfig) -> pa.Table:
+    """Opens the videos and writes the table.
+
+    Args:
+        config: what to look at.
+
+    Returns:
+        The table, as `pipelines.collection` describes it.
+
+    Raises:
+        StorageError: if something is not there, or the folder holds no video.
+        AnnotationError: with every problem in the annotations.
+    """
+    folder = require(config.videos, what="The videos", option="--videos")
+    files = list_files(folder)
+    annotations = _annotations(config)
+    if annotations is None:
+        found = {Path(n).stem: uri for n, uri in files.items() if Path(n).suffix in EXTENSIONS}
+        missing: Mapping[str, str] = {}
+    else:
+        found, missing = match_videos((v.video_id for v in annotations.videos), files)
+    if not found:
+        raise StorageError(f"The videos: {folder} holds none of them. Correct --videos.")
+    table = probe_files(found, progress=_show)
+    table = pa.concat_tables([table, _missing(missing)]).sort_by("video_id")
+    if annotations is not None:
+        table = with_disagreements(table, check_durations(annotations, _measured(table)))
+    with replacing(absolute(config.output)) as stream:
+        pq.write_table(table, stream)
+    return table
+
+
+def _annotations(config: ProbeConfig) -> Annotations | None:
+    if config.annotations is None:
+        return None
+    return load_files(
+        config.annotations,
+        form=config.form,
+        dataset=config.dataset,
+        exclude=None,
+        prefix="--",
+    )
+
+
+def _missing(reasons: Mapping[str, str]) -> pa.Table:
+    rows = [{"video_id": video_id, "error": reason} for video_id, reason in reasons.items()]
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def _measured(table: pa.Table) -> dict[str, float]:
+    rows = table.select(["video_id", "duration"]).to_pylist()
+    return {row["video_id"]: row["duration"] for row in rows if row["duration"] is not None}
+
+
+def _show(done: int, total: int) -> None:
+    if done % max(1, total // 20) == 0 or done == total:
+        print(f"  {done} of {total} videos", flush=True)
+
+
+def parse(arguments: Sequence[str]) -> ProbeConfig:
+    """Reads the command line.
+
+    Args:
+        arguments: without the program's name.
+    """
+    return tyro.cli(ProbeConfig, args=arguments, prog="probe.py", description=__doc__)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Probes, and prints what was found."""
+    config = parse(arguments)
+    init_ray()
+    for line in summary(probe_collection(config)):
+        print(line)
+    print(f"The table is in {config.output}.")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except PROBLEMS as problem:
+        sys.exit(f"error: {problem}")

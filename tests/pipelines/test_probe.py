@@ -1,0 +1,98 @@
+"""A collection of videos is opened in parallel, and what was found is a Parquet table."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.collection import SCHEMA, probe_files, summary
+from pipelines.probe import ProbeConfig, parse, probe_collection
+from pipelines.storage import StorageError
+
+
+@pytest.fixture
+def collection(tiny_set: Path, tmp_path: Path) -> Path:
+    """The tiny set with a text and an empty file among the videos, one missing, and other files."""
+    shutil.copytree(tiny_set, tmp_path / "set")
+    videos = tmp_path / "set" / "videos"
+    (videos / "toy_000.mp4").unlink()
+    (videos / "toy_001.mp4").write_text("this is no video")
+    (videos / "toy_002.mp4").write_bytes(b"")
+    (videos / "notes.txt").write_text("not one either")
+    return tmp_path / "set"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_instance")
+def test_every_file_is_a_row_with_facts_or_a_reason(collection: Path, tmp_path: Path) -> None:
+    output = tmp_path / "tables" / "videos.parquet"
+    config = ProbeConfig(videos=str(collection / "videos"), output=str(output))
+    table = probe_collection(config)
+    assert pq.read_table(output).equals(table)
+    assert table.schema.equals(SCHEMA)
+    rows = {row["video_id"]: row for row in table.to_pylist()}
+    assert list(rows) == ["toy_001", "toy_002", "toy_003", "toy_004"]
+    assert "toy_001.mp4: cannot be opened" in rows["toy_001"]["error"]
+    assert "empty (zero bytes)" in rows["toy_002"]["error"]
+    assert rows["toy_001"]["codec"] is rows["toy_001"]["duration"] is None
+    good = rows["toy_003"]
+    path = collection / "videos" / "toy_003.mp4"
+    assert good["uri"] == str(path)
+    assert good["bytes"] == path.stat().st_size
+    assert (good["codec"], good["rotation"], good["problems"], good["error"]) == ("h264", 0, [], "")
+    assert good["frames"] == pytest.approx(good["duration"] * good["fps"], abs=1)
+    lines = "\n".join(summary(table))
+    assert "2 of 4 videos can be used" in lines
+    assert "h264 (2)" in lines
+    assert "2 videos cannot be used:" in lines
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_instance")
+def test_annotations_that_disagree_with_the_files_are_flagged(
+    collection: Path, tmp_path: Path
+) -> None:
+    path = collection / "annotations.json"
+    content = json.loads(path.read_text())
+    content["database"]["toy_003"]["duration"] += 100
+    path.write_text(json.dumps(content))
+    config = ProbeConfig(
+        videos=str(collection / "videos"),
+        annotations=str(path),
+        output=str(tmp_path / "videos.parquet"),
+    )
+    table = probe_collection(config)
+    rows = {row["video_id"]: row for row in table.to_pylist()}
+    assert list(rows) == [f"toy_00{i}" for i in range(5)]
+    assert "there is no file" in rows["toy_000"]["error"]
+    assert "its annotation says" in rows["toy_003"]["disagrees"]
+    assert rows["toy_004"]["disagrees"] == ""
+    assert "1 videos disagree with their annotations:" in "\n".join(summary(table))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_instance")
+def test_what_is_odd_about_a_file_is_a_list_of_sentences(tiny_set: Path, tmp_path: Path) -> None:
+    whole = (tiny_set / "videos" / "toy_000.mp4").read_bytes()
+    path = tmp_path / "cut.mp4"
+    path.write_bytes(whole[: len(whole) * 3 // 4])
+    told: list[tuple[int, int]] = []
+    table = probe_files({"cut": str(path)}, progress=lambda *numbers: told.append(numbers))
+    (row,) = table.to_pylist()
+    assert row["problems"] or row["error"]
+    assert told == [(1, 1)]
+
+
+def test_no_files_are_an_empty_table_and_no_folder_is_an_error(tmp_path: Path) -> None:
+    assert probe_files({}).schema.equals(SCHEMA)
+    with pytest.raises(StorageError, match="Say where with --videos"):
+        probe_collection(ProbeConfig())
+    with pytest.raises(StorageError, match="holds none of them"):
+        probe_collection(ProbeConfig(videos=str(tmp_path)))
+
+
+def test_the_command_line_is_read() -> None:
+    config = parse(["--videos", "v", "--annotations", "a.json", "--dataset", "thumos-14"])
+    assert (config.videos, config.annotations, config.dataset) == ("v", "a.json", "thumos-14")
