@@ -19,7 +19,6 @@ from re2tal.videos.annotations import (
     THUMOS14,
     AnnotationError,
     DatasetQuirks,
-    Exclusion,
     Fault,
     Instance,
     Repair,
@@ -182,64 +181,6 @@ def test_every_cliff_dive_is_a_dive(tmp_path: Path) -> None:
         write(tmp_path, {"a": video(dives[0])}), quirks=THUMOS14, classes=["CliffDiving"]
     )
     assert narrow.repairs == ()
-
-
-FALSE, EMPTY, UNSEEN = "video_test_0000270", "video_test_0001292", "video_test_0001496"
-
-
-def thumos_tests(folder: Path, **entries: Any) -> Path:
-    """The three test videos of THUMOS-14 that not everybody counts, and another."""
-    usual = {
-        EMPTY: video(action(1, 2, "Ambiguous")),
-        FALSE: video(action(1, 2), action(187, 193)),
-        UNSEEN: video(action(1, 2)),
-        "video_test_0000004": video(action(1, 2)),
-    }
-    return write(folder, usual | entries)
-
-
-def test_unusable_videos_are_left_out_unchecked(tmp_path: Path) -> None:
-    path = thumos_tests(tmp_path, **{FALSE: video(action(187, 193), subset="", duration=-1)})
-    annotations = load_annotations(path, quirks=THUMOS14)
-    assert [v.video_id for v in annotations.videos] == ["video_test_0000004"]
-    assert annotations.excluded == tuple(
-        Exclusion(video_id=v, reason=THUMOS14.unusable[v]) for v in (FALSE, EMPTY, UNSEEN)
-    )
-
-
-@pytest.mark.parametrize(
-    ("keep", "counted"),
-    [((), 210), ((UNSEEN,), 211), ((FALSE, UNSEEN), 212), ((FALSE, EMPTY, UNSEEN), 213)],
-)
-def test_published_results_on_other_test_videos_can_be_compared_with(
-    keep: tuple[str, ...], counted: int, tmp_path: Path
-) -> None:
-    path = thumos_tests(tmp_path)
-    annotations = load_annotations(path, quirks=THUMOS14, keep=keep)
-    # 213 test videos are annotated in the data set, 4 are here
-    assert len(annotations.videos) == counted - (213 - 4)
-    assert {e.video_id for e in annotations.excluded} == {FALSE, EMPTY, UNSEEN} - {*keep}
-    again = load_annotations(path, quirks=THUMOS14)
-    assert (annotations.fingerprint == again.fingerprint) == (not keep)
-
-
-def test_what_is_to_be_kept_must_be_there_and_left_out(tmp_path: Path) -> None:
-    path = thumos_tests(tmp_path)
-    keep = [UNSEEN, "video_test_0000004", "video_test_1"]
-    assert problems_of(path, quirks=THUMOS14, keep=keep) == (
-        "video 'video_test_0000004': is to be kept, but nothing leaves it out",
-        "video 'video_test_1': is to be kept, but is not there",
-    )
-    both = load_annotations(path, quirks=THUMOS14, keep=[UNSEEN], exclude=[UNSEEN])
-    assert len(both.videos) == 1
-
-
-def test_multithumos_uses_the_videos_that_thumos_leaves_out(tmp_path: Path) -> None:
-    path = thumos_tests(tmp_path, **{EMPTY: video(action(0.03, 6.9, "TalkToCamera"))})
-    annotations = load_annotations(path, quirks=MULTITHUMOS)
-    assert len(annotations.videos) == 4
-    (left_out,) = annotations.repairs
-    assert (left_out.video_id, left_out.instance.start) == (FALSE, 187)
 
 
 def test_block_lists_of_all_kinds(tmp_path: Path) -> None:
