@@ -77,16 +77,23 @@ def _stream(path: Path) -> dict[str, float]:
 
 
 def _own_bytes() -> int:
-    """Memory of this process and of all that it started, without the store and what they share."""
+    """Memory of this process and of those that decode and stream, without the store.
+
+    Ray's own services are left out: what they note about tasks and executions is not ours to bound.
+    """
     here = psutil.Process()
     total = 0
     for process in [here, *here.children(recursive=True)]:
         try:
+            name = process.name()
             lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-        except FileNotFoundError:
+        except (FileNotFoundError, psutil.NoSuchProcess):
             continue  # it ended in between
-        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-    return total
+        if process is here or name.startswith(("ray::_Stream", "ray::IDLE", "ray::Map")):
+            total += sum(
+                int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")
+            )
+    return total * 1024
 
 
 if __name__ == "__main__":

@@ -88,5 +88,5 @@ def test_twenty_times_the_object_store_neither_spills_nor_grows() -> None:
     assert seen["frames_bytes"] >= 20 * seen["store_bytes"]
     assert seen["spilled_bytes"] == 0
     assert 0 < seen["most_used_bytes"] < seen["store_bytes"]
-    # from a quarter on, while 15 times the store went through
-    assert seen["grown_bytes"] < 2 * seen["store_bytes"]
+    # from a quarter on, while 15 times the store went through; a process more takes once as much
+    assert seen["grown_bytes"] < 4 * seen["store_bytes"]
