@@ -113,11 +113,13 @@ def _decode(
     if times.ndim != 1 or not times.size or not np.isfinite(times).all():
         raise ValueError(f"decode needs a list of finite times, not one of shape {times.shape}.")
     out: np.ndarray | None = None
-    with VideoReader(source, threads=threads, limits=limits) as reader:
+    order = np.argsort(times, kind="stable")
+    in_order = times[order].tolist()
+    with VideoReader(source, threads=threads, limits=limits, times=in_order) as reader:
         converter = Converter(size)
         last: VideoFrame | None = None
         last_place = 0
-        for place in map(int, np.argsort(times, kind="stable")):
+        for place in map(int, order):
             try:
                 frame = reader.frame_at(float(times[place]))
             except FrameError as error:

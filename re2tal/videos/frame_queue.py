@@ -3,7 +3,7 @@
 from __future__ import annotations  # PyAV's Packet takes its parameter in stubs only
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from av.video.stream import VideoStream
 from re2tal.videos.errors import VideoError
 from re2tal.videos.limits import Deadline
 from re2tal.videos.missing_packets import MissingPackets
+from re2tal.videos.skipping import FrameSkipper, can_skip
 
 # Packets in a row that cannot be read after which nothing more is expected of a file.
 _MOST_UNREADABLE = 100
@@ -61,13 +62,20 @@ class FrameQueue:
         container: The file.
         stream: Its stream of pictures.
         deadline: Until when it may take.
+        targets: The times at which frames are wanted, rising, as time stamps of the stream; None
+            if that is unknown. Frames that are shown at none of them may be left out.
     """
 
     reason: str  # what the decoder said of the first damage
     shifted: bool  # whether times are wrong until the file is sought in
 
     def __init__(
-        self, name: str, container: InputContainer, stream: VideoStream, deadline: Deadline
+        self,
+        name: str,
+        container: InputContainer,
+        stream: VideoStream,
+        deadline: Deadline,
+        targets: Sequence[int] | None = None,
     ) -> None:
         self.reason = ""
         self.shifted = False
@@ -75,6 +83,7 @@ class FrameQueue:
         self._container = container
         self._stream = stream
         self._deadline = deadline
+        self._targets = targets if can_skip(container, stream) else None
         self._missing = MissingPackets(container, stream)
         self._packets = self._demux()
         self._ready: deque[Shown] = deque()
@@ -174,9 +183,14 @@ class FrameQueue:
 
     def _demux(self) -> Iterator[Packet[Any]]:
         """The packets from where the file stands."""
-        if self._missing.needs_all_streams:
-            return self._container.demux()
-        return self._container.demux(self._stream)
+        packets: Iterator[Packet[Any]] = (
+            self._container.demux()
+            if self._missing.needs_all_streams
+            else self._container.demux(self._stream)
+        )
+        if self._targets is None:
+            return packets
+        return FrameSkipper(packets, self._stream, self._targets)
 
     def _next_packet(self) -> Packet[Any] | None:
         """The next packet of the stream that can be read; None if there are no more."""

@@ -3,7 +3,7 @@
 from __future__ import annotations  # PyAV's Packet takes its parameter in stubs only
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
@@ -33,6 +33,9 @@ _FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,h264,hevc,ivf,flv,og
 # MPEG program streams give few time stamps: after a seek FFmpeg guesses those in between, wrongly.
 # The raw streams have none.
 _UNSEEKABLE = frozenset({"mpeg", "h264", "hevc", "mpegvideo"})
+
+# FFmpeg counts pixels with what pictures are padded by, which is much for small ones.
+_PADDED = 4
 
 # Seconds back from a target at which a key frame is looked for, one after the other.
 _STEPS_BACK = (0.0, 1.0, 4.0, 16.0)
@@ -64,6 +67,8 @@ class VideoReader:
         source: The video.
         threads: Decoding threads.
         limits: What it may cost; the time counts from here on.
+        times: Seconds of all the times that `frame_at` will be asked for, rising, if they are
+            known; frames that are shown at none of them may then be left out.
 
     Raises:
         VideoError: The file cannot be opened as a video, or is over the limits.
@@ -75,16 +80,25 @@ class VideoReader:
     _queue: FrameQueue  # what comes next out of the decoder
     _shown: Shown | None  # the last frame gone past
 
-    def __init__(self, source: Source, *, threads: int = 1, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        *,
+        threads: int = 1,
+        limits: Limits | None = None,
+        times: Sequence[float] | None = None,
+    ) -> None:
         self.name = _name(source)
         self._source = source
         self._threads = threads
+        self._times = times
+        self._targets: list[int] | None = None  # the same as time stamps of the stream
         self._limits = limits or Limits()
         self._deadline = Deadline(self.name, self._limits)
         self._open()
         # Both are learned while seeking, so that no seek goes back over what is decoded for long:
         self._longest_gop = int(1 / self._tick)  # ticks from a key frame to a target
-        self._sought_key: int | None = None  # the last one
+        self._sought_key: int | None = None  # what `_safe_key` was at the last seek
         self._early = 0  # ticks by which seeks land before the key frame that the index names
 
     def __enter__(self) -> Self:
@@ -145,8 +159,7 @@ class VideoReader:
                 may still be asked for.
             VideoError: It cannot be read any further, or is over the limits.
         """
-        # A time that lies before a frame only by rounding is meant to be that frame's.
-        target = int((seconds + 1e-6) // self._tick)
+        target = self._ticks(seconds)
         if self._seeking_pays(target):
             self._seek(target)
         while (ahead := self._queue.peek()) is not None and self._time(ahead) <= target:
@@ -204,7 +217,7 @@ class VideoReader:
                 self._file(),
                 mode="r",
                 container_options={"format_whitelist": _FORMATS},
-                options={"max_pixels": str(self._limits.pixels)},
+                options={"max_pixels": str(_PADDED * self._limits.pixels)},
                 metadata_errors="replace",
                 timeout=self._limits.seconds,
             )
@@ -225,11 +238,13 @@ class VideoReader:
         self.stream = self._choose_stream()
         decoder = self.stream.codec_context
         self._limits.check_picture(self.name, decoder.width, decoder.height)
-        decoder.options = {"max_pixels": str(self._limits.pixels)}
+        decoder.options = {"max_pixels": str(_PADDED * self._limits.pixels)}
         self.stream.thread_count = self._threads
         self.stream.thread_type = "AUTO"
         self._tick = float(self.stream.time_base or 1)
         self._start = self.stream.start_time or 0
+        if self._times is not None:
+            self._targets = [self._start + self._ticks(time) for time in self._times]
         self._restart_decoding()
         # AVI counts from the first frame that is stored, some frames before the first one shown
         if self.container.format.name == "avi" and (first := self._queue.peek()) is not None:
@@ -264,7 +279,13 @@ class VideoReader:
     def _restart_decoding(self) -> None:
         """Forgets all frames; the next one comes from where the file now stands."""
         self._shown = None
-        self._queue = FrameQueue(self.name, self.container, self.stream, self._deadline)
+        self._queue = FrameQueue(
+            self.name, self.container, self.stream, self._deadline, self._targets
+        )
+
+    def _ticks(self, seconds: float) -> int:
+        """The tick of a time; one that lies before a frame only by rounding is that frame's."""
+        return int((seconds + 1e-6) // self._tick)
 
     def _time(self, shown: Shown) -> int:
         """When a frame is presented, in ticks since the start of the video."""
@@ -288,7 +309,7 @@ class VideoReader:
         if not self.seekable:
             return False
         if self._queue.shifted:
-            return self._indexed_key(target) != self._sought_key
+            return self._safe_key(target) != self._sought_key
         last = self._queue.position or self._shown
         position = 0 if last is None else self._time(last)
         if target <= position:
@@ -309,9 +330,14 @@ class VideoReader:
         key = index.search_timestamp(target + first)
         return index[key].timestamp - first if key >= 0 else None
 
+    def _safe_key(self, target: int) -> int | None:
+        """The key frame for a target, or the one before if that comes out after the target."""
+        return self._indexed_key(target - self._queue.delay)
+
     def _seek(self, target: int) -> None:
         """Goes to a key frame at or before the target, the nearest one that the file can give."""
-        self._sought_key = key = self._indexed_key(target)
+        self._sought_key = self._safe_key(target)
+        key = self._indexed_key(target)
         for seconds in _STEPS_BACK:
             wanted = target - int(seconds / self._tick)
             if wanted > 0 and (landed := self._land(wanted, target)) is not None:
