@@ -90,9 +90,7 @@ def _own_bytes() -> int:
         except (FileNotFoundError, psutil.NoSuchProcess):
             continue  # it ended in between
         if process is here or name.startswith(("ray::_Stream", "ray::IDLE", "ray::Map")):
-            total += sum(
-                int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")
-            )
+            total += next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
     return total * 1024
 
 
