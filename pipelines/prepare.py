@@ -87,6 +87,15 @@ class FailedVideosError(Exception):
     """Too many videos could not be encoded; the message lists them with the reasons."""
 
 
+def parse(arguments: Sequence[str]) -> PrepareConfig:
+    """Reads the command line.
+
+    Args:
+        arguments: without the program's name.
+    """
+    return tyro.cli(PrepareConfig, args=arguments, prog="prepare.py", description=__doc__)
+
+
 def prepare(config: PrepareConfig) -> Manifest:
     """Makes the shards that are not there yet.
 
@@ -257,7 +266,7 @@ def _check_failures(manifest: Manifest, max_failed: float) -> None:
 
 if __name__ == "__main__":
     try:
-        prepare(tyro.cli(PrepareConfig, description=__doc__))
+        prepare(parse(sys.argv[1:]))
     except (*PROBLEMS, FailedVideosError) as problem:
         sys.exit(f"error: {problem}")
     except RayError as failed:
