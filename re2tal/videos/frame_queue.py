@@ -14,6 +14,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from re2tal.videos.errors import VideoError
+from re2tal.videos.h264 import is_unreferenced
 from re2tal.videos.limits import Deadline
 from re2tal.videos.missing_packets import MissingPackets
 from re2tal.videos.skipping import FrameSkipper, can_skip
@@ -24,6 +25,16 @@ _MOST_UNREADABLE = 100
 # Packets decoded beyond a frame to see whether what it leans on is intact: as many as a frame of
 # H.264 or HEVC can lean on.
 _MOST_AHEAD = 16
+
+# Codecs of which every packet gives a frame, unless it is interlaced. Others also have packets for
+# frames that are never shown.
+_ONE_FRAME_A_PACKET = frozenset({"h264", "hevc"})
+
+# FFmpeg's names for the order of fields: unknown and progressive.
+_NO_FIELDS = frozenset({0, 1})
+
+# Packets by which frames of AVI may come out after their own: they have the time of the last one.
+_DELAY = 4
 
 # Packets by which the one that is marked as corrupt may come before the one that is. Parsers of
 # transport streams mark the packet that they finish when they meet the damage.
@@ -67,6 +78,7 @@ class FrameQueue:
     """
 
     reason: str  # what the decoder said of the first damage
+    delay: int  # packets by which frames may come out after their own, with a later one's time
     shifted: bool  # whether times are wrong until the file is sought in
 
     def __init__(
@@ -91,6 +103,11 @@ class FrameQueue:
         self._suspect_until = 0  # the number of a packet
         self._key = 0  # the number of the last key packet
         self._numbers: dict[int, int] = {}  # of the packets sent, by time; those not gone past
+        decoder = stream.codec_context
+        self._accounts = decoder.name in _ONE_FRAME_A_PACKET and decoder.field_order in _NO_FIELDS
+        self._expected: dict[int, int] = {}  # as `_numbers`, of those that must still give a frame
+        self.delay = _DELAY if container.format.name == "avi" else 0
+        self._begun = False  # whether a frame has come out
         self._damages: list[_Damage] = []
         self._untimed = 0  # ticks of frames that came without times
 
@@ -136,10 +153,7 @@ class FrameQueue:
         for damage in self._damages:
             if damage.restored is not None and damage.restored <= shown.time:
                 continue
-            missing = any(
-                shown.time < time <= target and number >= damage.first
-                for time, number in self._numbers.items()
-            )
+            missing = any(shown.time < time <= target for time in self._numbers)
             if damage.first <= shown.number or missing or (damage.lost and overdue):
                 return True
         return False
@@ -158,7 +172,8 @@ class FrameQueue:
         packet = self._next_packet()
         if packet is None:
             return False
-        time = packet.dts if packet.pts is None else packet.pts
+        # AVI has no presentation times; its frames are stored in the order in which they are shown
+        time = packet.dts if packet.pts is None or self.delay else packet.pts
         if not packet.size and time is not None:
             return True  # a frame left out, as AVI has them; FFmpeg would take it for the end
         self._sent += 1
@@ -166,6 +181,8 @@ class FrameQueue:
             self._numbers[time] = self._sent
             if packet.is_keyframe:
                 self._key = self._sent
+            if self._accounts and not packet.is_discard and not self._is_skipped(packet):
+                self._expected[time] = self._sent
         self.shifted = self._missing.shift(packet)
         if packet.is_corrupt:
             self._suspect_until = self._sent + _LATE
@@ -223,20 +240,33 @@ class FrameQueue:
 
     def _add(self, frame: VideoFrame) -> None:
         """Takes a frame from the decoder."""
-        # AVI has no presentation times; its frames are stored in the order in which they are shown
         time = frame.dts if frame.pts is None else frame.pts
         if time is None:  # raw streams have none at all: they are shown at an even rate
             time = self._untimed
             self._untimed += self._duration(frame)
+        self._account(time)
         known = time in self._numbers
         shown = Shown(frame, time, self._numbers.get(time, self._sent))
         if frame.is_corrupt:
             self._add_damage(shown.number if known else shown.number - _MOST_AHEAD, "is patched up")
         elif frame.key_frame and known:
             for damage in self._damages:
-                if damage.restored is None and damage.first < shown.number:
+                if damage.restored is None and damage.first < shown.number - self.delay:
                     damage.restored = time
         self._ready.append(shown)
+
+    def _is_skipped(self, packet: Packet[Any]) -> bool:
+        """Whether the decoder passes over a packet, as no frame leans on it and none is wanted."""
+        skips = self._stream.codec_context.skip_frame != "DEFAULT"
+        return skips and is_unreferenced(self._stream, bytes(packet))
+
+    def _account(self, time: int) -> None:
+        """Notices packets that gave no frame, now that a later one is out."""
+        overdue = [number for at, number in self._expected.items() if at < time]
+        if overdue and self._begun:  # before the first one, frames lean on others from before
+            self._add_damage(min(overdue), "a packet gave no frame")
+        self._expected = {at: number for at, number in self._expected.items() if at > time}
+        self._begun = True
 
     def _duration(self, frame: VideoFrame) -> int:
         """For how many ticks a frame of a raw stream is shown."""
