@@ -129,6 +129,9 @@ class Decoder:
             def __getattr__(self, name: str) -> Any:
                 return getattr(self.packet, name)
 
+            def __bytes__(self) -> bytes:
+                return bytes(self.packet)
+
             def decode(self) -> Any:
                 frames = self.packet.decode()
                 counter.frames += len(frames)

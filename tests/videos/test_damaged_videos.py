@@ -1,0 +1,179 @@
+"""Damage in the middle: what is intact is given, the rest is refused, and nothing stale shown."""
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from av.packet import Packet
+
+from re2tal.videos.decoding import FrameError, VideoError, decode, decode_intact, probe
+from tests.videos.made_videos import FPS, make_video, numbers
+
+FRAMES = 100
+GOP = 12
+MIDDLES = (np.arange(FRAMES) + 0.5) / FPS
+CODECS = {
+    "a.mp4": {"options": {"x264-params": "bframes=3:b-adapt=0:b-pyramid=2:scenecut=0"}},
+    "a.mkv": {"options": {"x264-params": "bframes=3:b-adapt=0:b-pyramid=2:scenecut=0"}},
+    "a.ts": {"options": {"x264-params": "bframes=3:b-adapt=0:b-pyramid=2:scenecut=0"}},
+    "mpeg4.avi": {"codec": "mpeg4", "options": {"bf": "2", "sc_threshold": "1000000000"}},
+    "vp9.webm": {
+        "codec": "libvpx-vp9",
+        "options": {"cpu-used": "8", "deadline": "realtime", "lag-in-frames": "0"},
+    },
+}
+
+
+def make(folder: Path, name: str) -> Path:
+    return make_video(folder / name, FRAMES, gop=GOP, **CODECS[name])  # type: ignore[arg-type]
+
+
+def packets(path: Path) -> list[Packet]:
+    with av.open(str(path)) as container:
+        return [packet for packet in container.demux(video=0) if packet.size]
+
+
+def overwritten(path: Path, start: int, count: int) -> bytes:
+    content = bytearray(path.read_bytes())
+    content[start : start + count] = bytes(count)
+    return bytes(content)
+
+
+def check(content: bytes, damaged: set[int], *, spared: int = 0) -> None:
+    """That all frames come but the damaged ones, however they are asked for.
+
+    Args:
+        content: The file.
+        damaged: The frames that must be refused.
+        spared: How many others may be refused too.
+    """
+    found = decode_intact(content, MIDDLES, size=None)
+    right = numbers(found.frames) == np.arange(FRAMES)
+    assert right[found.intact].all()
+    assert not found.frames[~found.intact].any()
+    refused = set(np.flatnonzero(~found.intact).tolist())
+    assert damaged <= refused
+    assert len(refused - damaged) <= spared
+    assert bool(refused) == bool(found.reasons)
+    for number in range(FRAMES):
+        if number in damaged:
+            with pytest.raises(FrameError):
+                decode(content, MIDDLES[[number]], size=None)
+        elif number not in refused:
+            alone = decode(content, MIDDLES[[number]], size=None)
+            np.testing.assert_array_equal(alone[0], found.frames[number])
+    first = min(refused)
+    np.testing.assert_array_equal(
+        numbers(decode(content, MIDDLES[:first], size=None)), np.arange(first)
+    )
+    with pytest.raises(FrameError):
+        decode(content, MIDDLES, size=None)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_what_leans_on_a_lost_key_frame_is_lost_and_no_more(tmp_path: Path, name: str) -> None:
+    path = make(tmp_path, name)
+    key = [packet for packet in packets(path) if packet.is_keyframe][3]
+    assert key.pos is not None
+    # all of the picture, but not what the container says of it
+    header = {"ts": 40}.get(path.suffix[1:], 0)
+    size = 100 if path.suffix == ".ts" else key.size
+    content = overwritten(path, key.pos + header, size)
+    # the frames before a key frame in presentation order may lean on it, and so may a parser be
+    # late by a packet
+    check(content, set(range(3 * GOP, 4 * GOP)), spared=4)
+
+
+def test_frames_shown_before_a_damaged_one_that_they_lean_on_are_lost(tmp_path: Path) -> None:
+    path = make(tmp_path, "a.mp4")
+    in_order = packets(path)
+    tick = in_order[0].duration or 1
+    shown = {round((packet.pts or 0) / tick): packet for packet in in_order}
+    place = next(n for n in range(25, 35) if not in_order[n].is_disposable)
+    anchor = in_order[place]
+    number = round((anchor.pts or 0) / tick)
+    following = [n for n, packet in shown.items() if in_order.index(packet) >= place]
+    lost = {n for n in following if n < 36}
+    assert min(lost) < number  # decoded after it, but shown before
+    assert anchor.pos is not None
+    content = overwritten(path, anchor.pos + anchor.size // 2, anchor.size // 2)
+    check(content, lost)
+
+
+def test_a_packet_that_cannot_be_decoded_at_all_is_not_replaced_by_the_frame_before(
+    tmp_path: Path,
+) -> None:
+    path = make_video(tmp_path / "a.mp4", FRAMES, options={"x264-params": "bframes=0"})
+    last = packets(path)[-1]
+    assert last.pos is not None
+    content = overwritten(path, last.pos, last.size)
+    found = decode_intact(content, MIDDLES, size=None)
+    assert np.flatnonzero(~found.intact).tolist() == [FRAMES - 1]
+    # nor behind the end, where the last frame stands in for a second
+    with pytest.raises(FrameError, match="is damaged"):
+        decode(content, np.array([FRAMES / FPS + 0.5]), size=None)
+    assert any("Its end cannot be decoded" in problem for problem in probe(content).problems)
+
+
+def test_packets_that_matroska_passes_over_are_missed(tmp_path: Path) -> None:
+    path = make(tmp_path, "a.mkv")
+    in_order = packets(path)
+    lost = in_order[40]
+    assert lost.pos is not None
+    assert not lost.is_keyframe
+    # the header of its block is gone: FFmpeg goes on with the next cluster and says nothing
+    content = overwritten(path, lost.pos - 8, 8)
+    (tmp_path / "damaged.mkv").write_bytes(content)
+    assert len(packets(tmp_path / "damaged.mkv")) < FRAMES - 2
+    found = decode_intact(content, MIDDLES, size=None)
+    assert (numbers(found.frames) == np.arange(FRAMES))[found.intact].all()
+    assert 5 <= (~found.intact).sum() <= 3 * GOP
+
+
+def test_avi_does_not_count_on_when_chunks_are_lost(tmp_path: Path) -> None:
+    path = make(tmp_path, "mpeg4.avi")
+    lost = packets(path)[40]
+    assert lost.pos is not None
+    content = overwritten(path, lost.pos - 8, 8)
+    found = decode_intact(content, MIDDLES, size=None)
+    assert (numbers(found.frames) == np.arange(FRAMES))[found.intact].all()
+    assert found.intact[:36].all()
+    assert found.intact[51:].all()  # it seeks to where times are right again
+    assert not found.intact[40]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
+def test_a_cut_video_gives_what_is_there(tmp_path: Path, name: str) -> None:
+    options = {"movflags": "faststart"} if name.endswith("mp4") else {}
+    path = make_video(tmp_path / name, FRAMES, container_options=options, **CODECS[name])  # type: ignore[arg-type]
+    content = path.read_bytes()[: path.stat().st_size * 6 // 10]
+    found = decode_intact(content, MIDDLES, size=None)
+    intact = int(found.intact.sum())
+    assert FRAMES // 3 < intact < FRAMES
+    right = numbers(found.frames) == np.arange(FRAMES)
+    held = int(FPS * 1.0) + 1  # the last frame stands in for a second
+    assert right[found.intact].sum() >= intact - held
+    assert (~found.intact[intact:]).all()
+    info = probe(content)
+    assert info.duration <= (intact + 5) / FPS  # the last ones may lean on what is missing
+    if not name.endswith("ts"):  # which has no header that could say more
+        assert any("though its header says 4.00" in problem for problem in info.problems)
+
+
+def test_a_video_of_damage_only_is_refused(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "a.mp4", 10)
+    content = path.read_bytes()
+    start, end = content.index(b"mdat") + 4, content.index(b"moov") - 4
+    content = content[:start] + bytes(end - start) + content[end:]
+    with pytest.raises(VideoError, match="no frame of it can be decoded"):
+        decode_intact(content, MIDDLES[:10], size=None)
+    with pytest.raises(VideoError):
+        probe(content)
+
+
+def test_nothing_is_missing_from_a_sound_video(tmp_path: Path) -> None:
+    found = decode_intact(make(tmp_path, "a.mp4"), MIDDLES, size=32)
+    assert found.intact.all()
+    assert found.reasons == ()
+    np.testing.assert_array_equal(found.frames, decode(tmp_path / "a.mp4", MIDDLES, size=32))
