@@ -5,7 +5,7 @@ import shlex
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import mlflow
@@ -65,7 +65,7 @@ def log_pictures(run: Run, plan: Plan, detections: Mapping[str, Detections]) -> 
     """Logs the curves, and timelines of some validation videos.
 
     Args:
-        run: the run, with its metrics sent.
+        run: the run, with its metrics sent; without those that did not arrive there are no curves.
         plan: classes and validation videos.
         detections: of the best checkpoint, in seconds.
     """
@@ -76,9 +76,9 @@ def log_pictures(run: Run, plan: Plan, detections: Mapping[str, Detections]) -> 
     )
     quality = {name.removeprefix(prefix): _history(run, name) for name in names}
     quality["average"] = _history(run, "val/mAP")
-    client.log_figure(
-        run.run_id, curves(_history(run, "train/loss"), quality), "pictures/curves.png"
-    )
+    loss = _history(run, "train/loss")
+    if loss and quality["average"]:
+        client.log_figure(run.run_id, curves(loss, quality), "pictures/curves.png")
     shown = plan.validation[:_SHOWN_VIDEOS]
     truth = ground_truth(shown, plan.classes)
     videos = {
@@ -163,35 +163,47 @@ def print_summary(recipe: Recipe, plan: Plan, run: Run, *, seconds: float) -> No
     Args:
         recipe: the configuration.
         plan: what it worked on, with the videos left out.
-        run: with its metrics sent.
+        run: with its metrics sent; what did not arrive is not printed.
         seconds: from the command's start to its end.
     """
-    console = Console(width=max(80, Console().width))
-    history = {f"{t:.2f}": _history(run, f"val/mAP/tiou_{t:.2f}") for t in recipe.thresholds}
     averages = _history(run, "val/mAP")
-    best = max(range(len(averages)), key=lambda i: averages[i][1])
-    table = Table(title=f"{recipe.name}: mAP of epoch {best + 1} of {len(averages)}, the best")
-    for name in (*(f"tIoU {key}" for key in history), "average"):
-        table.add_column(name, justify="right")
-    values = [points[best][1] for points in history.values()]
-    table.add_row(*(f"{value:.3f}" for value in values), f"[bold]{averages[best][1]:.3f}")
-    console.print(table)
+    if averages:
+        console = Console(width=max(80, Console().width))
+        console.print(_quality(recipe, run, averages))
+    else:
+        print(f"No mAP arrived in MLflow: what could not be sent is in {recipe.output}.")
     for label, value in _facts(plan, run, seconds):
         print(f"{label:<20}{value}")
+
+
+def _quality(recipe: Recipe, run: Run, averages: Sequence[tuple[int, float]]) -> Table:
+    """The mAP of the best epoch."""
+    best = max(range(len(averages)), key=lambda i: averages[i][1])
+    step, average = averages[best]
+    table = Table(title=f"{recipe.name}: mAP of epoch {best + 1} of {len(averages)}, the best")
+    values = []
+    for threshold in recipe.thresholds:
+        table.add_column(f"tIoU {threshold:.2f}", justify="right")
+        value = dict(_history(run, f"val/mAP/tiou_{threshold:.2f}")).get(step)
+        values.append("" if value is None else f"{value:.3f}")
+    table.add_column("average", justify="right")
+    table.add_row(*values, f"[bold]{average:.3f}")
+    return table
 
 
 def _facts(plan: Plan, run: Run, seconds: float) -> Iterator[tuple[str, str]]:
     metrics = run.client.get_run(run.run_id).data.metrics
     yield "time", f"{duration(seconds)} in all"
-    speed, waiting = metrics["train/frames_per_second"], metrics["train/data_wait_share"]
-    yield "speed", f"{speed:.0f} frames/s, {waiting:.0%} of the time waiting for data"
-    if "memory/cuda_peak_mb" in metrics:
-        yield (
-            "GPU memory",
-            f"{metrics['memory/cuda_peak_mb']:.0f} MB at the peak of a worker's step",
-        )
-    yield "host memory", f"{metrics['memory/rss_peak_mb']:.0f} MB at the peak of a worker's step"
-    yield "activations", f"{metrics['memory/predicted_activations_mb']:.0f} MB a worker (predicted)"
+    if {"train/frames_per_second", "train/data_wait_share"} <= metrics.keys():
+        speed, waiting = metrics["train/frames_per_second"], metrics["train/data_wait_share"]
+        yield "speed", f"{speed:.0f} frames/s, {waiting:.0%} of the time waiting for data"
+    for label, name, what in (
+        ("GPU memory", "memory/cuda_peak_mb", "at the peak of a worker's step"),
+        ("host memory", "memory/rss_peak_mb", "at the peak of a worker's step"),
+        ("activations", "memory/predicted_activations_mb", "a worker (predicted)"),
+    ):
+        if name in metrics:
+            yield label, f"{metrics[name]:.0f} MB {what}"
     if plan.failures:
         listed = ", ".join(f"{video_id} ({why})" for video_id, why in sorted(plan.failures.items()))
         yield "left out", f"{len(plan.failures)} videos: {listed}"

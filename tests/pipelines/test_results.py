@@ -1,0 +1,71 @@
+"""What is printed and drawn at the end of a run, also when its metrics did not arrive."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipelines.data import Video
+from pipelines.plan import Plan
+from pipelines.recipes import Recipe, toy
+from pipelines.results import log_pictures, print_summary
+from pipelines.tracking import Run, log_metrics, start_run
+from re2tal.videos.annotations import Instance, VideoAnnotation
+
+SPIN = VideoAnnotation(
+    video_id="a", subset="", duration=9.0, instances=(Instance(start=1.0, end=2.0, label="spin"),)
+)
+PLAN = Plan(
+    classes=("spin",),
+    training=(),
+    validation=(Video(annotation=SPIN, uri=""),),
+    failures={"b": "no file"},
+    fingerprint="",
+)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    output = tmp_path_factory.mktemp("results") / "runs"
+    return replace(toy(), output=str(output), thresholds=(0.3, 0.5))
+
+
+@pytest.fixture
+def run(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return start_run(recipe, output=Path(recipe.output))
+
+
+def pictures(run: Run) -> set[str]:
+    return {file.path for file in run.client.list_artifacts(run.run_id, "pictures")}
+
+
+def test_the_best_epoch_is_shown(
+    recipe: Recipe, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step, quality in ((5, 0.25), (10, 0.75), (15, 0.5)):
+        values = {"val/mAP": quality, "val/mAP/tiou_0.30": quality + 0.125, "train/loss": 1 / step}
+        log_metrics(run, values, step=step)
+    log_metrics(run, {"val/mAP/tiou_0.50": 0.125}, step=5)  # of the other steps it was lost
+    log_metrics(run, {"memory/rss_peak_mb": 123.4}, step=15)
+    print_summary(recipe, PLAN, run, seconds=61.0)
+    printed = capsys.readouterr().out
+    assert "mAP of epoch 2 of 3, the best" in printed
+    assert "0.875" in printed
+    assert "0.125" not in printed
+    assert "host memory         123 MB at the peak" in printed
+    assert "1 videos: b (no file)" in printed
+    log_pictures(run, PLAN, {})
+    assert pictures(run) == {"pictures/curves.png", "pictures/timelines.png"}
+
+
+def test_a_run_whose_metrics_did_not_arrive_says_so(
+    recipe: Recipe, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_summary(recipe, PLAN, run, seconds=61.0)
+    printed = capsys.readouterr().out
+    assert f"No mAP arrived in MLflow: what could not be sent is in {recipe.output}" in printed
+    assert run.run_id in printed
+    assert "frames/s" not in printed
+    log_pictures(run, PLAN, {})
+    assert pictures(run) == {"pictures/timelines.png"}
