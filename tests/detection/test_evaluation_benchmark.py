@@ -33,8 +33,13 @@ def test_all_ways_agree() -> None:
 
 def test_the_checksum_is_of_the_whole_test_set() -> None:
     assert TOY.checksum() == replace(TOY, title="other").checksum()
-    for other in ({"found": 21}, {"instances": 41}, {"classes": 4}, {"videos": 5}):
-        assert TOY.checksum() != replace(TOY, **other).checksum()
+    others = (
+        replace(TOY, found=21),
+        replace(TOY, instances=41),
+        replace(TOY, classes=4),
+        replace(TOY, videos=5),
+    )
+    assert TOY.checksum() not in {other.checksum() for other in others}
 
 
 def test_the_command_writes_and_prints_tables(

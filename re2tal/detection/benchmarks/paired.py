@@ -42,13 +42,14 @@ def timed(
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Seconds of each round, and results, by way.
 
-    Every round runs each way once, one after the other, so that a load from outside meets all.
+    Every round runs each way once, one after the other. Seconds are those that this process
+    computes (of all of its threads together): a load from outside adds little to them.
     """
     times: dict[str, list[float]] = {name: [] for name in ways}
     results = {}
     for _ in range(rounds):
         for name, way in ways.items():
-            start = time.perf_counter()
+            start = time.process_time()
             results[name] = way()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.process_time() - start)
     return times, results
