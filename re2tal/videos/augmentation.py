@@ -16,8 +16,8 @@ from torchvision.transforms import v2
 
 from re2tal.videos.windows import Window
 
-# Pixels that are transformed at once. The change of hue holds about 130 bytes for each, so the
-# frames of a clip go through in parts, and a step needs no more memory for it.
+# Pixels that are transformed at once. The change of hue holds about a hundred bytes for each, so
+# the frames of a clip go through in parts: whatever its length, that takes 100 MiB.
 _PIXELS = 2**20
 
 
@@ -123,7 +123,7 @@ def augment(
 
     A clip's result depends on its frames, the configuration and its seed, not on the others in the
     batch; the global generators stay as they were. Black frames, such as padding, stay black.
-    Beside the result it needs memory for about a million pixels at a time.
+    Beside the result it needs about 100 MiB, however long the clips are.
 
     Args:
         frames: uint8 `(B, T, H, W, 3)` on any device.

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from re2tal.memory.live import LiveBytes
 from re2tal.videos import augmentation
 from re2tal.videos.augmentation import AugmentationConfig, augment, clip_seed
 from re2tal.videos.timegrid import TimeGrid
@@ -87,22 +88,24 @@ def test_crops_and_flips_are_those_of_a_slow_definition() -> None:
     ramps[..., 0] = 3 * torch.arange(SOURCE)  # red tells the column, green the row
     ramps[..., 1] = 3 * torch.arange(SOURCE)[:, None]
     noise = _noise(1, 1, SOURCE, SOURCE, 3)
-    areas, flips = [], []
+    areas, aspects, flips = [], [], []
     for seed in range(24):
         frames = torch.cat([ramps, noise], dim=1)
         place, picture = augment(frames, CROP, size=SIZE, seeds=[seed])[0].numpy()
         rows, columns, flipped = _found_crop(place.astype(np.float64))
         height, width = rows.stop - rows.start, columns.stop - columns.start
-        assert 0.74 <= width / height <= 1.36  # whole pixels
         cut = Image.fromarray(noise[0, 0, rows, columns].numpy())
         expected = np.asarray(cut.resize((SIZE, SIZE), Image.Resampling.BILINEAR), np.int16)
         if flipped:
             expected = expected[:, ::-1]
         assert np.abs(picture.astype(np.int16) - expected).max() <= 1
         areas.append(width * height / SOURCE**2)
+        aspects.append(width / height)
         flips.append(flipped)
     assert 0.09 <= min(areas) < 0.4
     assert 0.6 < max(areas) <= 1
+    assert 0.73 <= min(aspects) < 0.85  # whole pixels
+    assert 1.2 < max(aspects) <= 1.37
     assert 4 < sum(flips) < 20
 
 
@@ -168,6 +171,16 @@ def test_padding_stays_black() -> None:
         result = augment(frames, FULL, size=SIZE, seeds=[seed])
         assert result[:, :2].flatten(2).any(dim=2).all()
         assert not result[:, 2:].any()
+
+
+def test_memory_beside_the_result_does_not_grow_with_the_clip() -> None:
+    beside = []
+    for length in (4, 16):
+        frames = _noise(1, length, SOURCE, SOURCE, 3)
+        with LiveBytes(torch.nn.Identity()) as live:
+            result = augment(frames, FULL, size=SIZE, seeds=[3])
+        beside.append(live.memory().peak - frames.nbytes - result.nbytes)
+    assert 0 < beside[1] <= 1.05 * beside[0]
 
 
 def test_a_seed_is_of_the_window_and_the_epoch_and_the_same_everywhere() -> None:
