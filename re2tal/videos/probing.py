@@ -26,7 +26,7 @@ _STEPS_BACK = (0.0, 2.0, 8.0, 32.0, 128.0, 512.0)
 _ENOUGH = 4
 
 # Seconds by which the picture may begin after the sound without a word.
-_LATE = 0.1
+_LATE = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +121,14 @@ def _claimed(reader: VideoReader) -> float | None:
     stream, container = reader.stream, reader.container
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
-    return container.duration / av.time_base if container.duration else None
+    # which counts from where the sound begins, if that is earlier
+    return container.duration / av.time_base - _lateness(reader) if container.duration else None
+
+
+def _lateness(reader: VideoReader) -> float:
+    """Seconds by which the picture begins after the file does."""
+    begin = reader.container.start_time
+    return 0.0 if begin is None else max(0.0, reader.start - begin / av.time_base)
 
 
 def _find_end(source: Source, limits: Limits | None) -> _End | None:
@@ -196,9 +203,7 @@ def _oddities(reader: VideoReader, frame: VideoFrame, rate: Fraction) -> list[st
         )
     if frame.interlaced_frame:
         problems.append("Its frames are interlaced, and given as they are.")
-    begin = reader.container.start_time
-    if begin is not None and reader.start - begin / av.time_base > _LATE:
-        late = reader.start - begin / av.time_base
+    if (late := _lateness(reader)) > _LATE:
         problems.append(f"Its picture begins {late:.2f} s after its sound; times count from there.")
     if any(s.disposition & Disposition.attached_pic for s in reader.container.streams.video):
         problems.append("It holds a cover picture, which is left out.")
