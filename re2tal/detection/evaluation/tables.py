@@ -141,8 +141,8 @@ def _column(parts: Sequence[Tensor], shape: tuple[int, ...]) -> Floats:
     """All parts, one after the other, in float64: exact for any label or score there is."""
     if not parts:
         return np.zeros([max(size, 0) for size in shape])
-    whole = torch.cat([part.reshape(shape).cpu() for part in parts])
-    return whole.detach().double().numpy()
+    whole = torch.cat([part.cpu() for part in parts])
+    return whole.detach().double().reshape(shape).numpy()
 
 
 def _refuse(
