@@ -15,8 +15,8 @@ from re2tal.detection import average_recall, mean_average_precision
 from re2tal.detection.benchmarks.evaluation import THUMOS, Workload
 from tests.detection.official_numbers import NUMBERS, WORKLOADS
 
-# The official code was given all videos and predictions, but not the time for all classes.
-CLASSES = {"thumos": THUMOS.classes, "activitynet": 50}
+# The official code saw all videos and predictions of a class, but not all classes: it takes long.
+CLASSES = {"thumos": THUMOS.classes, "activitynet": 74}
 OFFICIAL: dict[str, dict[str, Any]] = json.loads(NUMBERS.read_text())["workloads"]
 
 
