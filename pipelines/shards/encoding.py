@@ -75,6 +75,7 @@ def encoded(uri: str, config: TranscodeConfig, *, seconds: float) -> Iterator[En
             frames=sum(piece.frames for piece in pieces),
             width=max(piece.width for piece in pieces),  # a damaged piece has none
             height=max(piece.height for piece in pieces),
+            source=max(piece.source for piece in pieces),
             bytes=sum(sizes),
             source_bytes=source.bytes,
         )

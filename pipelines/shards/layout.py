@@ -39,6 +39,8 @@ SCHEMA = pa.schema(
         ("source", pa.string()),  # path or URI
         ("source_bytes", pa.int64()),
         ("source_codec", pa.string()),
+        ("source_width", pa.int32()),  # upright
+        ("source_height", pa.int32()),
         ("damage", pa.string()),  # what is wrong with the source there, else empty
         ("video", pa.large_binary()),  # H.264 mp4; empty where the source is damaged
     ]
@@ -58,6 +60,7 @@ class VideoEntry:
         frames: Of all pieces.
         width: Pixels across, upright.
         height: Pixels down.
+        source: Width and height, upright, of what it was made from.
         bytes: Of the encoded pieces.
         source_bytes: Of the file that it was made from.
     """
@@ -69,6 +72,7 @@ class VideoEntry:
     frames: int
     width: int
     height: int
+    source: tuple[int, int]
     bytes: int
     source_bytes: int
 
@@ -141,6 +145,8 @@ def row_of(
         "source": source.uri,
         "source_bytes": source.bytes,
         "source_codec": source.codec,
+        "source_width": entry.source[0],
+        "source_height": entry.source[1],
         "damage": piece.damage,
         "video": piece.video,
     }

@@ -83,7 +83,10 @@ class Shard:
             raise VideoError(name, reason)
         first = entry.first_row
         return Pieces(
-            name=name, starts=entry.starts, read=lambda number: self.piece(first + number)
+            name=name,
+            starts=entry.starts,
+            read=lambda number: self.piece(first + number),
+            like=entry.source,
         )
 
 

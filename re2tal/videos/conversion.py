@@ -21,10 +21,13 @@ class Converter:
     Args:
         size: The short side in pixels, keeping the aspect (the long side is rounded to an even
             number); None keeps the size.
+        like: Width and height, upright, of the video from which this one was scaled down: the shape
+            is that which a frame of it would get.
     """
 
-    def __init__(self, size: int | None) -> None:
+    def __init__(self, size: int | None, *, like: tuple[int, int] | None = None) -> None:
         self._size = size
+        self._like = like if size else None
         self._scaled: tuple[int, int] | None = None
         self._reformatter = VideoReformatter()  # keeps swscale's tables from frame to frame
 
@@ -62,7 +65,10 @@ class Converter:
     def _scaled_size(self, frame: VideoFrame) -> tuple[int, int]:
         """Width and height after scaling, as stored."""
         if self._scaled is None:
-            self._scaled = _short_side(frame.width, frame.height, self._size)
+            stored = (frame.width, frame.height)
+            if self._like is not None:
+                stored = self._like[::-1] if quarters(frame) % 2 else self._like
+            self._scaled = _short_side(*stored, self._size)
         return self._scaled
 
 

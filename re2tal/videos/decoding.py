@@ -46,6 +46,7 @@ def decode(
     size: int | None,
     threads: int = 1,
     limits: Limits | None = None,
+    like: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """Decodes the frames that a video shows at given times.
 
@@ -65,6 +66,9 @@ def decode(
             side is rounded to an even number); None keeps their size.
         threads: Decoding threads; more than one helps with large pictures only.
         limits: What it may cost; None for the usual ones.
+        like: Width and height of the video from which this one was scaled down, if it was: its
+            frames get the shape that those of the other would, and lie no part of a pixel beside
+            them.
 
     Returns:
         RGB frames, uint8 of shape (T, H, W, 3), contiguous, as the rotation metadata turn them.
@@ -74,7 +78,7 @@ def decode(
         FrameError: The video is damaged at one of the times, or shows nothing then.
         VideoError: The file is no video, no frame can be decoded, or it is over the limits.
     """
-    return _decode(source, times, size, threads, limits or Limits(), None)
+    return _decode(source, times, size, threads, limits or Limits(), None, like)
 
 
 def decode_intact(
@@ -84,6 +88,7 @@ def decode_intact(
     size: int | None,
     threads: int = 1,
     limits: Limits | None = None,
+    like: tuple[int, int] | None = None,
 ) -> PartlyDecoded:
     """Decodes as `decode` does, but goes on where the video is damaged or shows nothing.
 
@@ -92,7 +97,7 @@ def decode_intact(
         VideoError: No frame is intact, the file is no video, or it is over the limits.
     """
     faults: dict[int, FrameError] = {}
-    frames = _decode(source, times, size, threads, limits or Limits(), faults)
+    frames = _decode(source, times, size, threads, limits or Limits(), faults, like)
     intact = np.ones(len(frames), bool)
     intact[list(faults)] = False
     frames[~intact] = 0
@@ -107,6 +112,7 @@ def _decode(
     threads: int,
     limits: Limits,
     faults: dict[int, FrameError] | None,
+    like: tuple[int, int] | None,
 ) -> np.ndarray:
     """Decodes frames; notes places without one in `faults`, or raises the first if that is None."""
     times = np.asarray(times, dtype=np.float64)
@@ -116,7 +122,7 @@ def _decode(
     order = np.argsort(times, kind="stable")
     in_order = times[order].tolist()
     with VideoReader(source, threads=threads, limits=limits, times=in_order) as reader:
-        converter = Converter(size)
+        converter = Converter(size, like=like)
         last: VideoFrame | None = None
         last_place = 0
         for place in map(int, order):

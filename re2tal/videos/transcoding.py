@@ -40,7 +40,7 @@ class TranscodeConfig:
     size: int | None = 256
     fps: float | None = None
     quality: int = 23
-    gop: int = 16
+    gop: int = 32
     piece_seconds: float | None = 60.0
 
     def __post_init__(self) -> None:
@@ -67,6 +67,7 @@ class Piece:
         frames: Number of frames that come on screen in it.
         width: Pixels across, upright.
         height: Pixels down.
+        source: Width and height of the source, upright.
         video: An H.264 mp4; empty if the source is damaged there.
         damage: What is wrong with the source there, else empty.
     """
@@ -76,6 +77,7 @@ class Piece:
     frames: int
     width: int
     height: int
+    source: tuple[int, int]
     video: bytes
     damage: str = ""
 
@@ -160,6 +162,7 @@ class _Cutter:
             frames=frames,
             width=last.width if last else 0,
             height=last.height if last else 0,
+            source=self._scale.source,
             video=encoder.finish(end - self._start) if encoder else b"",
             damage=self.damage,
         )
@@ -203,10 +206,15 @@ def _first(second: Fraction, rate: Fraction) -> int:
 
 
 class _Scaler:
-    """Scales frames to the size fixed by the first one, and turns them upright."""
+    """Scales frames to the size fixed by the first one, and turns them upright.
+
+    Attributes:
+        source: Width and height of the first one, upright.
+    """
 
     def __init__(self, size: int | None) -> None:
         self._size = size
+        self.source = (0, 0)
         self._shape: tuple[int, int] | None = None
         self._reformatter = VideoReformatter()
         self._frame: VideoFrame | None = None
@@ -220,6 +228,8 @@ class _Scaler:
     def _convert(self, frame: VideoFrame) -> VideoFrame:
         if self._shape is None:
             self._shape = _even(frame.width, frame.height, self._size)
+            turned = quarters(frame) % 2
+            self.source = (frame.height, frame.width) if turned else (frame.width, frame.height)
         red_green_blue = frame.format.is_rgb
         picture = self._reformatter.reformat(
             frame,

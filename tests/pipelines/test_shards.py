@@ -144,6 +144,8 @@ def test_a_row_is_a_piece_with_its_annotations_and_its_source(
         "source": str(collection.folder / "plain.mp4"),
         "source_bytes": (collection.folder / "plain.mp4").stat().st_size,
         "source_codec": "h264",
+        "source_width": 96,
+        "source_height": 64,
         "damage": "",
     }
     upright = rows[3]
@@ -355,7 +357,7 @@ def test_other_settings_are_named() -> None:
     wanted = SETTINGS.described()
     require_equal(wanted, json.loads(json.dumps(wanted)), "there")
     changed = replace(SETTINGS, transcode=replace(SETTINGS.transcode, size=128, gop=8))
-    with pytest.raises(ShardError, match=r"size: None there, 128 asked for; gop: 16 there, 8"):
+    with pytest.raises(ShardError, match=r"size: None there, 128 asked for; gop: 32 there, 8"):
         require_equal(changed.described(), wanted, "there")
     # a number is the same however it is written
     whole = replace(SETTINGS, transcode=TranscodeConfig(fps=10, piece_seconds=60))

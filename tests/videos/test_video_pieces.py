@@ -40,7 +40,8 @@ def pieces_of(path: Path, config: TranscodeConfig) -> tuple[list[Piece], Pieces]
     with VideoReader(path) as reader:
         made = list(transcode(reader, config))
     starts = tuple(piece.start for piece in made)
-    return made, Pieces(name=path.name, starts=starts, read=lambda i: made[i].video)
+    read = [piece.video for piece in made].__getitem__
+    return made, Pieces(name=path.name, starts=starts, read=read, like=made[-1].source)
 
 
 def noise_ratio(one: np.ndarray, other: np.ndarray) -> float:
@@ -81,6 +82,18 @@ def test_every_time_shows_the_frame_of_the_source(tmp_path: Path, kind: str) -> 
         numbers(np.rot90(frames, upright, axes=(1, 2))) for frames in (found, expected)
     )
     np.testing.assert_array_equal(shown, wanted)
+
+
+@pytest.mark.parametrize("rotation", [0, 90])
+def test_scaling_twice_moves_nothing(tmp_path: Path, rotation: int) -> None:
+    # 202x128 at 60 pixels is 94x60, but 98x62, to which it is scaled first, would be 96x60
+    path = make_video(tmp_path / "a.mp4", 20, width=202, height=128, rotation=rotation)
+    (piece,), pieces = pieces_of(path, replace(PIECE, size=62))
+    assert sorted((piece.width, piece.height)) == [62, 98]
+    expected = decode(path, MIDDLES[:20], size=60)
+    found = decode_source(pieces, MIDDLES[:20], size=60)
+    assert found.shape == expected.shape
+    assert noise_ratio(found, expected) > 30
 
 
 @pytest.fixture(scope="module")
