@@ -130,9 +130,10 @@ class FrameQueue:
     def pop(self) -> None:
         """Goes past the next frame."""
         time = self._ready.popleft().time
-        for past in [at for at in self._numbers if at < time]:
-            del self._numbers[past]
-        self._damages = [d for d in self._damages if d.restored is None or d.restored > time]
+        if len(self._numbers) > _MOST_AHEAD:
+            self._numbers = {at: number for at, number in self._numbers.items() if at >= time}
+        if self._damages:
+            self._damages = [d for d in self._damages if d.restored is None or d.restored > time]
 
     def packets(self) -> Iterator[Packet[VideoStream]]:
         """The packets that come next, undecoded."""
@@ -257,15 +258,18 @@ class FrameQueue:
 
     def _is_skipped(self, packet: Packet[Any]) -> bool:
         """Whether the decoder passes over a packet, as no frame leans on it and none is wanted."""
-        skips = self._stream.codec_context.skip_frame != "DEFAULT"
-        return skips and is_unreferenced(self._stream, bytes(packet))
+        if self._targets is None or self._stream.codec_context.skip_frame == "DEFAULT":
+            return False
+        return is_unreferenced(self._stream, bytes(packet))
 
     def _account(self, time: int) -> None:
         """Notices packets that gave no frame, now that a later one is out."""
-        overdue = [number for at, number in self._expected.items() if at < time]
-        if overdue and self._begun:  # before the first one, frames lean on others from before
-            self._add_damage(min(overdue), "a packet gave no frame")
-        self._expected = {at: number for at, number in self._expected.items() if at > time}
+        self._expected.pop(time, None)
+        if self._expected and min(self._expected) < time:
+            overdue = [number for at, number in self._expected.items() if at < time]
+            if self._begun:  # before the first one, frames lean on others from before
+                self._add_damage(min(overdue), "a packet gave no frame")
+            self._expected = {at: number for at, number in self._expected.items() if at > time}
         self._begun = True
 
     def _duration(self, frame: VideoFrame) -> int:
