@@ -11,8 +11,8 @@ That takes about half an hour of one core, and writes the times of both, too
 (`re2tal/detection/benchmarks/results/official.json`). All scores of the test sets are different,
 because the official code visits equal ones in any order.
 
-What is kept now was made by these functions in several processes, each with some of the classes, and
-they were stopped before the official code had worked through all of ActivityNet's 200.
+What is kept now was made by these functions in several processes, each with some of the classes,
+and they were stopped before the official code had worked through all of ActivityNet's 200.
 """
 
 import importlib
