@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 UV_VERSION := 0.13.9
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help train test fast lint types check ui requirements clean
+.PHONY: help train test fast lint types check bench ui requirements clean
 
 help:  ## show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1|/' | column -t -s '|'
@@ -39,6 +39,17 @@ types: $(INSTALLED)  ## mypy
 	$(BIN)/mypy
 
 check: lint types test  ## all that CI runs
+
+# The peers are installed beside the environment, never into it: nothing but these commands sees them.
+PEERS := $(VENV)/peers
+$(PEERS): $(INSTALLED)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@ --no-deps decord==0.6.0 torchcodec==0.17.0
+	@touch $@
+
+bench: $(INSTALLED) $(PEERS)  ## decoding against decord and torchcodec (which needs FFmpeg's libraries), streaming, shards
+	PYTHONPATH=$(PEERS) $(BIN)/python -m re2tal.videos.benchmarks decoding
+	$(BIN)/python -m pipelines.benchmarks throughput
+	$(BIN)/python -m pipelines.benchmarks shards --threads 1
 
 ui: $(INSTALLED)  ## open the MLflow UI on the runs of this checkout
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db

@@ -1,10 +1,10 @@
-"""``python -m pipelines.benchmarks throughput|tables``."""
+"""``python -m pipelines.benchmarks throughput|shards|tables``."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.benchmarks import throughput
+from pipelines.benchmarks import shards, throughput
 from re2tal.benchmarking import Benchmark, run
 
 RESULTS = Path(__file__).parent / "results"
@@ -15,6 +15,14 @@ BENCHMARKS = {
         measure=throughput.measure,
         options={
             "processes": {"nargs": "+", "type": int, "default": [1, 2]},
+            "rounds": {"type": int, "default": 7},
+        },
+    ),
+    "shards": Benchmark(
+        text="size of shards, and reading windows from them, against raw files",
+        measure=shards.measure,
+        options={
+            "seconds": {"type": int, "default": 120, "help": "length of the video"},
             "rounds": {"type": int, "default": 7},
         },
     ),

@@ -1,0 +1,1 @@
+"""What decoding and augmentation cost: ``python -m re2tal.videos.benchmarks``."""
