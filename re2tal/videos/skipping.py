@@ -58,7 +58,8 @@ class FrameSkipper:
         self._packets = packets
         self._stream = stream
         self._targets = targets
-        self._ahead: deque[Packet[Any]] = deque()
+        # packets with their times of presentation; without a time those that show no frame
+        self._ahead: deque[tuple[Packet[Any], int | None]] = deque()
         self._times: list[int] = []  # of the packets read, sorted; those far behind are dropped
         self._decoding = -math.inf  # when the packet read last is to be decoded
         self._orderly = True  # whether the time stamps allow any conclusion
@@ -73,10 +74,14 @@ class FrameSkipper:
         if not self._ahead:
             assert self._end is not None
             raise self._end
-        needed = self._is_needed(self._ahead[0])
+        packet, time = self._ahead[0]
+        needed = time is None or self._is_needed(time)
         self._stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
-        self._forget()
-        return self._ahead.popleft()
+        self._ahead.popleft()
+        if len(self._times) > 4 * _MOST_AHEAD:
+            # no frame to come is presented before it is decoded; the last one before stays known
+            del self._times[: max(0, bisect_left(self._times, self._earliest()) - 1)]
+        return packet
 
     def _read(self) -> None:
         """Reads one more packet."""
@@ -85,25 +90,20 @@ class FrameSkipper:
         except Exception as error:  # whatever it is, it is raised in its turn
             self._end = error
             return
-        self._ahead.append(packet)
-        if not self._holds_frame(packet):
-            return
-        if packet.pts is None or (
-            packet.dts is not None and not self._decoding <= packet.dts <= packet.pts
-        ):
+        time = packet.pts
+        if packet.stream is not self._stream or not packet.size or packet.is_discard:
+            time = None
+        elif time is None or (packet.dts is not None and not self._decoding <= packet.dts <= time):
             self._orderly = False
-            return
-        insort(self._times, packet.pts)
-        if packet.dts is not None:  # Matroska does not know it of the first ones
-            self._decoding = packet.dts
+        else:
+            insort(self._times, time)
+            if packet.dts is not None:  # Matroska does not know it of the first ones
+                self._decoding = packet.dts
+        self._ahead.append((packet, time))
 
-    def _is_needed(self, packet: Packet[Any]) -> bool:
+    def _is_needed(self, time: int) -> bool:
         """Whether a target falls between a frame and the one that is presented after it."""
-        if not self._holds_frame(packet):
-            return True
         while self._orderly:
-            time = packet.pts
-            assert time is not None
             place = bisect_right(self._times, time)
             if place < len(self._times):
                 following = self._times[place]
@@ -118,11 +118,6 @@ class FrameSkipper:
             self._read()
         return True
 
-    def _holds_frame(self, packet: Packet[Any]) -> bool:
-        """Whether a packet holds a frame of the stream that will be shown."""
-        return packet.stream is self._stream and bool(packet.size) and not packet.is_discard
-
-    def _forget(self) -> None:
-        """Drops the times that no packet to come needs, but for the last of them."""
-        times = [p.pts for p in self._ahead if self._holds_frame(p) and p.pts is not None]
-        del self._times[: max(0, bisect_left(self._times, min([*times, self._decoding])) - 1)]
+    def _earliest(self) -> float:
+        """A time before which no packet to come is presented."""
+        return min([self._decoding, *(time for _, time in self._ahead if time is not None)])

@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,25 +68,37 @@ def test_what_is_left_out_changes_no_other_frame(path: Path) -> None:
 @given(targets=st.lists(st.integers(-2, 330), max_size=6).map(sorted))
 @settings(deadline=None, max_examples=60)
 def test_exactly_the_frames_that_are_shown_are_needed(path: Path, targets: list[int]) -> None:
+    presented = KINDS[path.name].get("times", range(FRAMES))
+    shown = [[i for i, at in enumerate(presented) if at <= target] for target in targets]
+    expected = {FRAMES - 1, *(found[-1] if found else 0 for found in shown)}
+    assert needed(path, targets, presented) == sorted(expected)
+
+
+def test_what_lies_far_behind_is_forgotten(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "a.mp4", 700, width=32, height=32, **KINDS["plain.mp4"])
+    targets = [-1, 3, 255, 256, 257, 300, 301, 590, 690]
+    assert needed(path, targets, range(700)) == sorted({0, 699, *targets[1:]})
+
+
+def needed(path: Path, targets: Sequence[int], presented: Sequence[int]) -> list[int]:
+    """Which frames are decoded in any case, for targets in the middle of a unit of 1 / FPS."""
     with av.open(path) as container:
         stream = container.streams.video[0]
-        tick = 1 / (FPS * float(stream.time_base or 1))
-        presented = [round(time * tick) for time in KINDS[path.name].get("times", range(FRAMES))]
+        unit = 1 / (FPS * float(stream.time_base or 1))
         start = stream.start_time or 0
-        wanted = [start + round((target + 0.5) * tick) for target in targets]
-        needed, numbers = set(), []
+        wanted = [start + round((target + 0.5) * unit) for target in targets]
+        times, decoded = 0, []
         for packet in FrameSkipper(container.demux(stream), stream, wanted):
+            state = stream.codec_context.skip_frame
             if packet.pts is None:
-                assert stream.codec_context.skip_frame == "DEFAULT"  # the decoder is emptied
-            else:
-                numbers.append(packet.pts - start)
-                if stream.codec_context.skip_frame == "DEFAULT":
-                    needed.add(packet.pts - start)
-    # time stamps of Matroska are rounded to milliseconds
-    index = [int(np.abs(np.array(presented) - number).argmin()) for number in sorted(needed)]
-    assert len(numbers) == FRAMES
-    shown = [[i for i, at in enumerate(presented) if start + at <= t] for t in wanted]
-    assert index == sorted({FRAMES - 1, *(found[-1] if found else 0 for found in shown)})
+                assert state == "DEFAULT"  # the decoder is emptied
+                continue
+            times += 1
+            if state == "DEFAULT":
+                # time stamps of Matroska are rounded to milliseconds
+                decoded.append(round((packet.pts - start) / unit))
+    assert times == len(presented)
+    return sorted(list(presented).index(time) for time in decoded)
 
 
 def test_few_frames_are_decoded_where_few_are_needed(
