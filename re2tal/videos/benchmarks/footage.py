@@ -12,6 +12,9 @@ WIDTH, HEIGHT = 640, 360
 # Frames from one cut to the next.
 _SHOT = 150
 
+# Pixels of a side of the texture over which the camera pans.
+_BACKGROUND = 1024
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Footage:
@@ -43,13 +46,13 @@ class Footage:
 def pictures(frames: int) -> Iterator[np.ndarray]:
     """A camera that pans over a texture, before which others move; RGB, uint8 (360, 640, 3)."""
     random = np.random.default_rng(0)
-    background = _texture(2048, random)
+    background = _texture(_BACKGROUND, random)
     actors = [_texture(256, random)[:height, :width] for height, width in ((160, 120), (90, 200))]
     for number in range(frames):
         if number % _SHOT == 0:
             turns = number // _SHOT
             scene = np.rot90(np.roll(background, 331 * turns, axis=0), turns)
-        top, left = _sway(number, 150, 2048 - HEIGHT), _sway(number, 190, 2048 - WIDTH)
+        top, left = _sway(number, 70, _BACKGROUND - HEIGHT), _sway(number, 90, _BACKGROUND - WIDTH)
         picture = scene[top : top + HEIGHT, left : left + WIDTH].copy()
         for place, actor in enumerate(actors, start=1):
             height, width, _ = actor.shape
