@@ -10,6 +10,7 @@ What all of it holds at a time is bounded by the node's object store: frames nev
 """
 
 import functools
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +44,7 @@ def store_needed(batch_bytes: int) -> int:
     Args:
         batch_bytes: of a batch's frames.
     """
-    return int((_HELD + _AHEAD + _IN_HAND) * batch_bytes / _STORE_SHARE)
+    return math.ceil((_HELD + _AHEAD + _IN_HAND) * batch_bytes / _STORE_SHARE)
 
 
 def portion_bytes(batch_bytes: int, store_bytes: float, streams: int) -> int:
