@@ -25,8 +25,8 @@ $(INSTALLED): requirements.txt pyproject.toml
 train: $(INSTALLED)  ## make the toy data if missing and train on it; ARGS="RECIPE --field value" changes the run
 	$(BIN)/python pipelines/train.py $(ARGS)
 
-test: $(INSTALLED)  ## the whole test suite; ARGS="-k name" selects
-	$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED)  ## the whole test suite, in two processes; ARGS="-k name" selects
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 fast: $(INSTALLED)  ## the tests that need neither Ray nor much time
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
