@@ -9,8 +9,7 @@ import mlflow.models
 import pandas as pd
 from mlflow.pyfunc.model import PythonModel
 
-from re2tal.detect import detect
-from re2tal.detection.files import rows
+from re2tal.inference import detect
 from re2tal.trained import load_detector
 
 
@@ -19,7 +18,7 @@ class DetectorModel(PythonModel):
 
     def load_context(self, context: Any) -> None:
         """Reads the saved detector that was logged with the model."""
-        self.spec, self.detector = load_detector(context.artifacts["detector"])
+        self.model = load_detector(context.artifacts["detector"])
 
     # MLflow reads these annotations: it checks the input by them, and warns of any that it does
     # not know, such as a data frame.
@@ -42,8 +41,7 @@ class DetectorModel(PythonModel):
         """
         table = []
         for path in model_input:
-            found = detect(path, self.spec, self.detector)
-            for row in rows(found, self.spec.classes):
+            for row in detect(path, self.model).to_list():
                 start, end = row.pop("segment")
                 table.append({"video": path, "start": start, "end": end, **row})
         return pd.DataFrame(table, columns=["video", "start", "end", "label", "score"])

@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 from pipelines.data import Batch, Video
 from pipelines.metric_names import safe_names
-from re2tal.detect import window_detections
 from re2tal.detection.evaluation import MapResult, average_recall, mean_average_precision
 from re2tal.detection.segments import Detections
 from re2tal.detector import Detector
+from re2tal.inference import window_detections
 from re2tal.videos.windows import Window, WindowConfig, sliding_windows
 
 _PROPOSALS = (1, 5, 10, 100)  # numbers of proposals a video at which recall is shown

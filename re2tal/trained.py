@@ -84,6 +84,25 @@ def save_detector(folder: Path, spec: DetectorSpec, detector: Detector) -> None:
     (folder / SPEC_FILE).write_bytes(_SPEC.dump_json(spec, indent=2))
 
 
+def read_spec(folder: str | Path) -> DetectorSpec:
+    """Reads what a detector that `save_detector` wrote is built of.
+
+    Args:
+        folder: where `spec.json` and `weights.safetensors` are.
+
+    Raises:
+        ValueError: if the folder holds no detector.
+    """
+    folder = Path(folder)
+    for name in (SPEC_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is not a saved detector: it has no {name}.")
+    try:
+        return _SPEC.validate_json((folder / SPEC_FILE).read_bytes())
+    except ValidationError as error:
+        raise ValueError(f"{folder / SPEC_FILE} does not describe a detector: {error}") from error
+
+
 def load_detector(
     folder: str | Path, *, device: torch.device | str = "cpu"
 ) -> tuple[DetectorSpec, Detector]:
@@ -100,13 +119,7 @@ def load_detector(
         ValueError: if the folder holds no detector, or its weights do not fit its specification.
     """
     folder = Path(folder)
-    for name in (SPEC_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} is not a saved detector: it has no {name}.")
-    try:
-        spec = _SPEC.validate_json((folder / SPEC_FILE).read_bytes())
-    except ValidationError as error:
-        raise ValueError(f"{folder / SPEC_FILE} does not describe a detector: {error}") from error
+    spec = read_spec(folder)
     detector = spec.build()
     try:
         detector.load_state_dict(load_file(folder / WEIGHTS_FILE))

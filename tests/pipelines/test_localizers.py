@@ -14,9 +14,9 @@ from pipelines.loop import DETECTIONS_FILE, RAW_FILE, Trainer
 from pipelines.model import build_detector
 from pipelines.plan import Plan
 from pipelines.recipes import Recipe
-from re2tal.detect import detect
 from re2tal.detection.raw import read_raw
 from re2tal.detection.video_scores import VideoScores
+from re2tal.inference import detect
 from re2tal.localizers.protocol import LocalizerConfig
 from re2tal.localizers.vsgn import VSGNConfig
 from re2tal.trained import load_detector
@@ -50,7 +50,7 @@ def test_it_trains_detects_and_is_saved(
     assert 0 <= metrics["val/mAP"] <= 1
     spec, detector = load_detector(checkpoint / "detector")
     assert spec.localizer == localizer
-    found = detect(tiny_plan.validation[0].uri, spec, detector)
+    found = detect(tiny_plan.validation[0].uri, (spec, detector))
     assert len(found) > 0
     predicted = activation_metrics(recipe, build_detector(recipe, tiny_plan.classes, weights=None))
     assert predicted["memory/predicted_activations_mb"] == pytest.approx(

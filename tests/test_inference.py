@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import av
 import numpy as np
@@ -10,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import re2tal
 from pipelines.recipes import thumos_re2_swin_t_vsgn
 from re2tal.backbones.swin import swin_toy
-from re2tal.detect import detect, video_detections, window_detections
 from re2tal.detection import Detections, NmsConfig
 from re2tal.detector import Detector
+from re2tal.inference import detect, detector_folder, video_detections, window_detections
 from re2tal.localizers import ActionFormerConfig, Targets
-from re2tal.trained import DetectorSpec
+from re2tal.trained import DetectorSpec, save_detector
 from re2tal.videos.annotations import Instance, VideoAnnotation
 from re2tal.videos.stitching import StitchConfig
 from re2tal.videos.timegrid import TimeGrid
@@ -94,7 +96,9 @@ SPEC = DetectorSpec(
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_finds_in_a_file_when_it_is_bright(batch_size: int) -> None:
     detector = Detector(Brightness(), Runs(), mean=(0, 0, 0), std=(1, 1, 1)).eval()
-    found = detect(film(), SPEC, detector, batch_size=batch_size)
+    video = detect(film(), (SPEC, detector), batch_size=batch_size)
+    found = video.detections
+    assert video.duration == pytest.approx(DURATION)
     assert found.labels.tolist() == [2, 2, 2]
     in_order = found.segments[found.segments[:, 0].argsort()]
     torch.testing.assert_close(in_order, torch.tensor(BRIGHT), atol=2 / 15, rtol=0)
@@ -103,7 +107,32 @@ def test_finds_in_a_file_when_it_is_bright(batch_size: int) -> None:
 
 def test_a_detector_in_training_mode_is_refused() -> None:
     with pytest.raises(ValueError, match="training mode"):
-        detect(film(), SPEC, Detector(Brightness(), Runs()))
+        detect(film(), (SPEC, Detector(Brightness(), Runs())))
+
+
+def test_a_saved_detector_is_found_by_its_folder_or_its_checkpoint(tmp_path: Path) -> None:
+    localizer = ActionFormerConfig(width=16, heads=2, levels=3, window=5, head_width=16)
+    spec = replace(SPEC, localizer=localizer, window=WindowConfig(frames=64, fps=15.0))
+    torch.manual_seed(0)
+    detector = spec.build().eval()
+    save_detector(tmp_path / "checkpoint" / "detector", spec, detector)
+    (tmp_path / "film.mp4").write_bytes(film())
+    expected = detect(film(), (spec, detector))
+    assert len(expected) > 0
+    for model in (tmp_path / "checkpoint", str(tmp_path / "checkpoint" / "detector")):
+        found = re2tal.detect(tmp_path / "film.mp4", model, device="cpu")
+        assert found.to_list() == expected.to_list()
+    first = expected.to_list()[0]
+    assert set(first) == {"segment", "score", "label"}
+    assert str(expected).splitlines()[0].split()[-1] == first["label"]
+    with pytest.raises(ValueError, match=r"holds no detector: there is no spec\.json"):
+        detector_folder(tmp_path)
+
+
+def test_an_open_file_is_read_as_its_content_is() -> None:
+    detector = Detector(Brightness(), Runs(), mean=(0, 0, 0), std=(1, 1, 1)).eval()
+    found = detect(io.BytesIO(film()), (SPEC, detector))
+    assert found.to_list() == detect(film(), (SPEC, detector)).to_list() != []
 
 
 def window_of(grid: TimeGrid, *, valid: int) -> Window:

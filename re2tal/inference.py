@@ -6,14 +6,18 @@ The steps are functions of their own because the evaluation during training take
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from re2tal.detection.files import rows
 from re2tal.detection.nms import NmsConfig, nms
 from re2tal.detection.repetitions import without_repetitions
 from re2tal.detection.segments import Detections
 from re2tal.detector import Detector
-from re2tal.trained import DetectorSpec
+from re2tal.trained import SPEC_FILE, DetectorSpec, load_detector
 from re2tal.videos.annotations import VideoAnnotation
 from re2tal.videos.decoding import Source, probe
 from re2tal.videos.windows import Window, sliding_windows, window_frames
@@ -72,37 +76,109 @@ def video_detections(windows: Sequence[Detections], config: NmsConfig) -> Detect
     return nms(Detections.concat(windows), config)
 
 
-@torch.inference_mode()
-def detect(
-    source: Source, spec: DetectorSpec, detector: Detector, *, batch_size: int = 1
-) -> Detections:
-    """Detects the actions in a video, of any length.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class DetectedVideo:
+    """What was found in a video.
+
+    Attributes:
+        detections: in seconds by falling score, on the CPU. A class-agnostic detector's are
+            proposals, all of one class: `re2tal.detection.fuse` gives them those of the video.
+        classes: class names, which the labels index.
+        duration: of the video, in seconds.
+    """
+
+    detections: Detections
+    classes: tuple[str, ...]
+    duration: float
+
+    def __len__(self) -> int:
+        return len(self.detections)
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{row['segment'][0]:9.2f} {row['segment'][1]:9.2f}  {row['score']:.3f}  {row['label']}"
+            for row in self.to_list()
+        )
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """The detections as plain data, as `re2tal.detection.files.rows` describes it."""
+        return rows(self.detections, self.classes)
+
+
+def detector_folder(folder: str | Path) -> Path:
+    """Finds a saved detector.
 
     Args:
-        source: path or content of the video file.
-        spec: how the detector reads videos; its classes are what the labels index.
-        detector: in evaluation mode, on any device.
-        batch_size: windows that go through the detector at a time.
+        folder: what `save_detector` wrote, or a checkpoint of a training run, which holds it as
+            `detector`.
 
-    Returns:
-        Detections in seconds by falling score, on the CPU. A class-agnostic detector's are
-        proposals, all of one class: `re2tal.detection.fuse` gives them those of the video.
+    Raises:
+        ValueError: if there is none.
+    """
+    folder = Path(folder)
+    for candidate in (folder, folder / "detector"):
+        if (candidate / SPEC_FILE).is_file():
+            return candidate
+    raise ValueError(
+        f"{folder} holds no detector: there is no {SPEC_FILE} in it or in its folder detector. "
+        "Give the folder of a saved detector, or of a training run's checkpoint."
+    )
+
+
+def windows_of(
+    duration: float, spec: DetectorSpec, *, stride: int, video_id: str = ""
+) -> list[Window]:
+    """The windows in which a detector searches a video that is not annotated.
+
+    Args:
+        duration: of the video, in seconds.
+        spec: of the detector.
+        stride: frames per feature: its backbone's temporal stride.
+        video_id: goes into the windows.
+    """
+    video = VideoAnnotation(video_id=video_id, subset="", duration=duration)
+    return sliding_windows(video, spec.classes, spec.window, stride=stride)
+
+
+@torch.inference_mode()
+def detect(
+    video: Source,
+    model: str | Path | tuple[DetectorSpec, Detector],
+    *,
+    batch_size: int = 1,
+    device: torch.device | str | None = None,
+) -> DetectedVideo:
+    """Detects the actions in a video, of any length.
+
+    Example:
+        found = re2tal.detect("video.mp4", "checkpoint")
+        print(found)
+
+    Args:
+        video: path, content or open binary file of the video.
+        model: folder of a saved detector or of a training run's checkpoint; or what
+            `load_detector` returned, so that it is read once for many videos.
+        batch_size: windows that go through the detector at a time.
+        device: where a detector from a folder runs; by default on a GPU if there is one.
 
     Raises:
         VideoError: if the video cannot be read.
-        ValueError: if the detector is in training mode, in which its results are random.
+        ValueError: if the folder holds no detector, or the detector is in training mode, in which
+            its results are random.
     """
+    if isinstance(model, tuple):
+        spec, detector = model
+    else:
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        spec, detector = load_detector(detector_folder(model), device=device)
     if detector.training:
         raise ValueError("The detector is in training mode: call detector.eval() first.")
-    duration = probe(source).duration
-    video = VideoAnnotation(video_id="", subset="", duration=duration)
-    windows = sliding_windows(
-        video, spec.classes, spec.window, stride=detector.backbone.temporal_stride
-    )
+    duration = probe(video).duration
+    windows = windows_of(duration, spec, stride=detector.backbone.temporal_stride)
     found = []
     for start in range(0, len(windows), batch_size):
         batch = windows[start : start + batch_size]
-        frames = [torch.from_numpy(window_frames(source, w, size=spec.size)) for w in batch]
+        frames = [torch.from_numpy(window_frames(video, w, size=spec.size)) for w in batch]
         mask = torch.stack([torch.from_numpy(window.mask()) for window in batch])
         device = detector.mean.device
         raw = detector(torch.stack(frames).to(device), mask.to(device))
@@ -110,4 +186,6 @@ def detect(
             window_detections(detections, window, duration)
             for window, detections in zip(batch, raw, strict=True)
         ]
-    return video_detections(found, spec.nms)
+    return DetectedVideo(
+        detections=video_detections(found, spec.nms), classes=spec.classes, duration=duration
+    )
