@@ -77,6 +77,8 @@ class Window:
             (N, 2), inside [-0.5, num_features - 0.5]. A stitched window has each of them twice.
         labels: Class numbers, int64 of shape (N,).
         copy: The magnified copy of the valid frames that a stitched window ends with.
+        place: Where the square that is seen of the frames lies along their longer side: 0 at the
+            left or the top, 1 at the right or the bottom.
     """
 
     video_id: str
@@ -85,6 +87,7 @@ class Window:
     segments: np.ndarray
     labels: np.ndarray
     copy: Copy | None = None
+    place: float = 0.5
 
     def mask(self) -> np.ndarray:
         """Which frames show the video, bool of shape (length,); the others are black."""
@@ -224,7 +227,7 @@ def decode_window(
 def window_frames(
     source: Source | Pieces, window: Window, *, size: int, threads: int = 1
 ) -> np.ndarray:
-    """Decodes what a detector sees of a window: the square in the middle of its frames.
+    """Decodes what a network sees of a window: a square of its frames, by default the middle one.
 
     Args:
         source: the video, in one file or in pieces.
@@ -239,7 +242,7 @@ def window_frames(
         VideoError: if the video cannot be decoded there.
     """
     frames = decode_window(source, window, size=size, threads=threads)
-    top, left = ((side - size) // 2 for side in frames.shape[1:3])
+    top, left = (int((side - size) * window.place) for side in frames.shape[1:3])
     return np.ascontiguousarray(frames[:, top : top + size, left : left + size])
 
 

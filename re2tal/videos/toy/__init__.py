@@ -8,5 +8,25 @@ from re2tal.videos.toy.dataset import (
     make_toy,
 )
 from re2tal.videos.toy.motion import ACTIONS, FRAME_SIZE
+from re2tal.videos.toy.trimmed import (
+    NO_ACTION,
+    POSES,
+    TRIMMED_CLASSES,
+    TrimmedToyConfig,
+    make_trimmed_toy,
+)
 
-__all__ = ["ACTIONS", "FPS", "FRAME_SIZE", "ToyClip", "ToyConfig", "make_clip", "make_toy"]
+__all__ = [
+    "ACTIONS",
+    "FPS",
+    "FRAME_SIZE",
+    "NO_ACTION",
+    "POSES",
+    "TRIMMED_CLASSES",
+    "ToyClip",
+    "ToyConfig",
+    "TrimmedToyConfig",
+    "make_clip",
+    "make_toy",
+    "make_trimmed_toy",
+]

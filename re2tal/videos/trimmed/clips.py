@@ -1,0 +1,141 @@
+"""Clips of a fixed number of frames, cut from trimmed videos."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from re2tal.videos.timegrid import TimeGrid
+from re2tal.videos.windows import Window
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrimmedVideo:
+    """A stretch of a video file that shows one class.
+
+    Attributes:
+        video_id: Its name; no other stretch has it.
+        label: Class number.
+        start: Where the stretch begins in the file, in seconds.
+        end: Where it ends.
+
+    Raises:
+        ValueError: The stretch has no length.
+    """
+
+    video_id: str
+    label: int
+    start: float
+    end: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end < math.inf:
+            raise ValueError(
+                f"{self.video_id}: a trimmed video needs 0 <= start < end, not {self.start:g} to "
+                f"{self.end:g} s."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipConfig:
+    """What a network sees of a video at a time.
+
+    Attributes:
+        frames: Frames of a clip, a multiple of the backbone's temporal stride.
+        fps: Frames sampled per second.
+
+    Raises:
+        ValueError: A field is out of its range.
+    """
+
+    frames: int = 32
+    fps: float = 15.0
+
+    def __post_init__(self) -> None:
+        if self.frames < 1:
+            raise ValueError(f"ClipConfig.frames must be at least 1, not {self.frames}.")
+        if not (math.isfinite(self.fps) and self.fps > 0):
+            raise ValueError(f"ClipConfig.fps must be a positive number, not {self.fps}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewConfig:
+    """Of how many clips and crops the scores of a video are averaged.
+
+    Attributes:
+        clips: Clips spread evenly over the video; one is its middle.
+        crops: Squares spread evenly over the longer side of the frames; one is their middle. Each
+            is decoded by itself.
+
+    Raises:
+        ValueError: There is less than one of either.
+    """
+
+    clips: int = 1
+    crops: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.clips, self.crops) < 1:
+            raise ValueError(
+                f"ViewConfig needs at least 1 clip and 1 crop, not {self.clips} and {self.crops}."
+            )
+
+
+def random_clip(
+    video: TrimmedVideo, config: ClipConfig, *, stride: int, random: np.random.Generator
+) -> Window:
+    """One clip at a random place of a video; a video that is shorter is padded.
+
+    Args:
+        video: The video.
+        config: Length and rate of the clip.
+        stride: Frames per feature: the backbone's temporal stride.
+        random: Draws the place, one number a video; one that follows the seed and the epoch.
+    """
+    share = random.uniform()  # drawn for a video that fits as well: those of the others stay theirs
+    return _clip(video, config, stride=stride, share=share, place=0.5)
+
+
+def views(
+    video: TrimmedVideo, config: ClipConfig, view: ViewConfig, *, stride: int
+) -> Iterator[Window]:
+    """The clips and crops of which the scores of a video are averaged, clip by clip.
+
+    Where clips may start is cut into as many equal parts as there are clips, and each starts in the
+    middle of one. Of a video no longer than a clip there is one clip.
+
+    Args:
+        video: The video.
+        config: Length and rate of a clip.
+        view: How many.
+        stride: Frames per feature: the backbone's temporal stride.
+    """
+    clips = view.clips if _room(video, config) > 0 else 1
+    places = [0.5] if view.crops == 1 else np.linspace(0.0, 1.0, view.crops).tolist()
+    for number in range(clips):
+        for place in places:
+            share = (number + 0.5) / clips
+            yield _clip(video, config, stride=stride, share=share, place=place)
+
+
+def _room(video: TrimmedVideo, config: ClipConfig) -> float:
+    """Seconds by which the start of a clip may vary."""
+    return max(0.0, video.end - video.start - config.frames / config.fps)
+
+
+def _clip(
+    video: TrimmedVideo, config: ClipConfig, *, stride: int, share: float, place: float
+) -> Window:
+    offset = video.start + share * _room(video, config)
+    grid = TimeGrid(fps=config.fps, stride=stride, length=config.frames, offset=offset)
+    valid = max(1, grid.frames_before(video.end))  # a video shorter than half a frame shows one
+    shown = grid.to_features(np.array([[offset, min(grid.end, video.end)]]))
+    return Window(
+        video_id=video.video_id,
+        grid=grid,
+        valid=valid,
+        segments=shown.astype(np.float32),
+        labels=np.array([video.label], np.int64),
+        place=place,
+    )
