@@ -1,45 +1,55 @@
 """Reading and writing the weights of a backbone: strict, and with a reason when they do not fit."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import nn
 
 from re2tal.atomic import replacing
+from re2tal.backbones.published import LAYOUTS, Layout, WeightsReport
+from re2tal.backbones.published.by_name import PREFIX, torchvision_weights
+from re2tal.backbones.published.files import read_tensors
+from re2tal.backbones.published.layout import convert, recognise
 
-# A classifier's weights are no part of a backbone; torchvision calls them so.
-_CLASSIFIER = "head."
-_LISTED = 10
+_OWN = Layout(
+    title="names of this backbone",
+    mark=re.compile(r"(?!)"),  # what has no mark is ours
+    rename=lambda name: name,
+    classifier=re.compile(r"head\."),  # torchvision's
+)
 
 
-def load_backbone_weights(backbone: nn.Module, path: str | Path) -> None:
+def load_backbone_weights(backbone: nn.Module, source: str | Path) -> WeightsReport:
     """Loads weights into a backbone, rewired or not: rewiring keeps every name.
 
     Args:
         backbone: what they are for.
-        path: `.safetensors`, or a file that `torch.save` wrote, which is read without unpickling
-            anything but tensors. torchvision's weights fit; their classifier is left out.
+        source: `.safetensors`, or a file that `torch.save` wrote, which is read without unpickling
+            anything but tensors and plain values; or the name of weights of torchvision, as in
+            `torchvision:swin3d_t/KINETICS400_V1`. Besides our own and torchvision's, files in the
+            layouts of `re2tal.backbones.published` are recognised.
+
+    Returns:
+        What became of every weight of the file.
 
     Raises:
         ValueError: if it cannot be read, or lists every weight that is missing, unknown or has
-            another shape.
+            another shape (`WeightsMismatchError`). Nothing is loaded then.
     """
-    path = Path(path)
-    state = {name: value for name, value in _read(path).items() if not name.startswith(_CLASSIFIER)}
-    problems = list(_mismatches(backbone.state_dict(), state))
-    if problems:
-        listed = "\n".join(f"  {problem}" for problem in problems[:_LISTED])
-        rest = len(problems) - _LISTED
-        more = f"\n  ... and {rest} more" if rest > 0 else ""
-        raise ValueError(
-            f"The weights in {path} are not those of this {type(backbone).__name__}: "
-            f"{len(problems)} do not fit. Is it another size?\n{listed}{more}"
-        )
+    named = str(source).startswith(PREFIX)
+    published = torchvision_weights(str(source)) if named else read_tensors(Path(source))
+    try:
+        layout, prefix = recognise(tuple(published), LAYOUTS, _OWN)
+    except ValueError as error:
+        raise ValueError(f"The weights in {source} cannot be used: {error}.") from error
+    shown = "" if layout is _OWN else f" (recognised as: {layout.title})"
+    state, report = convert(
+        published, layout, prefix, backbone, what=f"The weights in {source}{shown}"
+    )
     backbone.load_state_dict(state)
+    return report
 
 
 def save_backbone_weights(
@@ -55,33 +65,3 @@ def save_backbone_weights(
     state = {name: v.detach().cpu().contiguous() for name, v in backbone.state_dict().items()}
     with replacing(path) as partial:
         save_file(state, partial, metadata=dict(metadata))
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:  # torch's own message advises to switch the check off
-        raise ValueError(
-            f"The weights in {path} cannot be read: the file is damaged, or holds more than "
-            "tensors, which is not loaded because it could run code."
-        ) from error
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"The weights in {path} cannot be read: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{path} holds no weights: a dictionary of tensors is needed.")
-    return content
-
-
-def _mismatches(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Iterator[str]:
-    for name in sorted(wanted.keys() | given.keys()):
-        if name not in given:
-            yield f"{name} is missing"
-        elif name not in wanted:
-            yield f"{name} is unknown"
-        elif wanted[name].shape != given[name].shape:
-            yield (
-                f"{name} has shape {tuple(given[name].shape)} "
-                f"instead of {tuple(wanted[name].shape)}"
-            )

@@ -1,5 +1,7 @@
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -94,3 +96,32 @@ def test_pickles_of_anything_but_tensors_are_refused(tmp_path: Path, content: ob
     torch.save(content, path)
     with pytest.raises(ValueError, match=r"cannot be read|holds no weights"):
         load_backbone_weights(TINY.build(), path)
+
+
+@pytest.mark.parametrize("module", ["numpy._core.multiarray", "numpy.core.multiarray"])
+def test_numpy_numbers_beside_the_weights_do_no_harm(tmp_path: Path, module: str) -> None:
+    saved, loaded = TINY.build(), TINY.build()
+    path = tmp_path / "w.pth"
+    best = {"best_score": np.float64(0.7), "epoch": np.int64(30), "lr": np.float32(0.1)}
+    torch.save({"meta": best, "state_dict": saved.state_dict()}, path)
+    with_names_of(module, path)
+    load_backbone_weights(loaded, path)
+    assert torch.equal(loaded.norm.weight, saved.norm.weight)
+
+
+def with_names_of(module: str, path: Path) -> None:
+    """Calls NumPy's module in a pickle as the NumPy that wrote it would."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content.replace(b"numpy._core.multiarray", module.encode()))
+    assert module.encode() in path.read_bytes()
+
+
+def test_what_is_not_unpickled_is_named_with_the_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"state_dict": TINY.build().state_dict(), "message_hub": Unsafe()}, path)
+    with pytest.raises(ValueError, match=r"\(.*test_checkpoint\.Unsafe\)") as caught:
+        load_backbone_weights(TINY.build(), path)
+    assert "write its tensors alone to another file" in str(caught.value)

@@ -1,19 +1,17 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from re2tal.backbones.checkpoint import load_backbone_weights
 from re2tal.backbones.protocol import Backbone
 from re2tal.backbones.slowfast import (
     SlowFastBackbone,
     SlowFastConfig,
-    convert_weights,
-    published_weights,
+    pytorchvideo_slowfast_50,
+    pytorchvideo_slowfast_101,
     slowfast_50,
     slowfast_101,
     slowfast_toy,
@@ -145,15 +143,12 @@ def test_only_the_narrow_pathway_sees_every_frame() -> None:
     assert seen[1].all()
 
 
-PYTORCHVIDEO_50 = SlowFastConfig(fusion_norm=True)
-
-
 @pytest.mark.parametrize(
     ("config", "millions"),
     [  # published with the classifier, https://pytorchvideo.readthedocs.io/en/latest/model_zoo.html
-        (PYTORCHVIDEO_50, 34.57),
-        (replace(PYTORCHVIDEO_50, fusion_kernel=5, alpha=8), 34.48),  # 4x16
-        (replace(PYTORCHVIDEO_50, fusion_kernel=5, depths=(3, 4, 23, 3)), 62.83),
+        (pytorchvideo_slowfast_50(), 34.57),
+        (replace(pytorchvideo_slowfast_50(), fusion_kernel=5, alpha=8), 34.48),  # 4x16
+        (pytorchvideo_slowfast_101(), 62.83),
     ],
 )
 def test_sizes_are_those_that_are_published(config: SlowFastConfig, millions: float) -> None:
@@ -261,9 +256,6 @@ def test_impossible_shapes_are_refused(build: Callable[[], SlowFastConfig], reas
         build()
 
 
-# Published weights
-
-
 def test_names_are_those_of_mmaction2() -> None:
     with torch.device("meta"):
         state = slowfast_50().build().state_dict()
@@ -286,111 +278,6 @@ def test_names_are_those_of_mmaction2() -> None:
     assert not {name for name in state if name.endswith("conv.bias")}
     # 53 convolutions a pathway as in ResNet-50 (without the classifier), and the laterals
     assert sum(name.endswith("conv.weight") for name in state) == 2 * 53 + 4
-
-
-def test_a_checkpoint_of_mmaction2_loads(tmp_path: Path) -> None:
-    theirs = seeded(TINY).state_dict()
-    content = {
-        "meta": {"epoch": 256, "config": "..."},
-        "state_dict": {
-            **{f"backbone.{name}": value for name, value in theirs.items()},
-            "cls_head.fc_cls.weight": torch.zeros(5, 320),
-            "cls_head.fc_cls.bias": torch.zeros(5),
-        },
-    }
-    torch.save(content, tmp_path / "theirs.pth")
-    convert_weights(tmp_path / "theirs.pth", tmp_path / "ours.safetensors")
-    backbone = TINY.build()
-    rewire(backbone)
-    load_backbone_weights(backbone, tmp_path / "ours.safetensors")
-    state = backbone.state_dict()
-    assert state.keys() == theirs.keys()
-    assert all(torch.equal(value, theirs[name]) for name, value in state.items())
-    assert {f.name for f in tmp_path.iterdir()} == {"theirs.pth", "ours.safetensors"}
-
-
-def pytorchvideo_names(config: SlowFastConfig) -> dict[str, str]:
-    """PyTorchVideo's names of modules with weights, with ours."""
-    names: dict[str, str] = {}
-    for p, path in enumerate(("slow_path", "fast_path")):
-        stem = f"blocks.0.multipathway_blocks.{p}"
-        names |= {f"{stem}.conv": f"{path}.conv1.conv", f"{stem}.norm": f"{path}.conv1.bn"}
-        for s, depth in enumerate(config.depths, start=1):
-            for b in range(depth):
-                theirs = f"blocks.{s}.multipathway_blocks.{p}.res_blocks.{b}"
-                ours = f"{path}.layer{s}.{b}"
-                if b == 0:
-                    names[f"{theirs}.branch1_conv"] = f"{ours}.downsample.conv"
-                    names[f"{theirs}.branch1_norm"] = f"{ours}.downsample.bn"
-                for i, letter in enumerate("abc", start=1):
-                    names[f"{theirs}.branch2.conv_{letter}"] = f"{ours}.conv{i}.conv"
-                    names[f"{theirs}.branch2.norm_{letter}"] = f"{ours}.conv{i}.bn"
-    for s in range(len(config.depths)):
-        ours = "slow_path.conv1_lateral" if s == 0 else f"slow_path.layer{s}_lateral"
-        names[f"blocks.{s}.multipathway_fusion.conv_fast_to_slow"] = f"{ours}.conv"
-        names[f"blocks.{s}.multipathway_fusion.norm"] = f"{ours}.bn"
-    return names
-
-
-@pytest.mark.parametrize("counters", [True, False])
-def test_a_checkpoint_of_pytorchvideo_loads(tmp_path: Path, counters: bool) -> None:
-    config = replace(TINY, fusion_norm=True, fusion_kernel=5)
-    wanted = seeded(config).state_dict()
-    theirs: dict[str, Tensor] = {}
-    for name, ours in pytorchvideo_names(config).items():
-        leaves = [n.removeprefix(f"{ours}.") for n in wanted if n.startswith(f"{ours}.")]
-        assert leaves
-        theirs |= {f"{name}.{leaf}": wanted[f"{ours}.{leaf}"] for leaf in leaves}
-    assert len(theirs) == len(wanted)
-    if not counters:
-        theirs = {n: v for n, v in theirs.items() if not n.endswith("num_batches_tracked")}
-    theirs["blocks.6.proj.weight"] = torch.zeros(5, 320)
-    theirs["blocks.6.proj.bias"] = torch.zeros(5)
-    torch.save({"model_state": theirs, "epoch": 196}, tmp_path / "theirs.pyth")
-    convert_weights(tmp_path / "theirs.pyth", tmp_path / "ours.safetensors")
-    backbone = config.build()
-    load_backbone_weights(backbone, tmp_path / "ours.safetensors")
-    state = backbone.state_dict()
-    assert all(torch.equal(value, wanted[name]) for name, value in state.items())
-
-
-def test_weights_of_another_size_are_refused_when_they_are_loaded(tmp_path: Path) -> None:
-    torch.save(seeded(replace(TINY, depths=(2, 3, 1, 1))).state_dict(), tmp_path / "theirs.pth")
-    convert_weights(tmp_path / "theirs.pth", tmp_path / "ours.safetensors")
-    with pytest.raises(ValueError, match=r"fast_path\.layer4\.1\.conv1\.bn\.bias is missing"):
-        load_backbone_weights(TINY.build(), tmp_path / "ours.safetensors")
-
-
-def test_weights_of_something_else_are_refused_by_name() -> None:
-    ours = {"slow_path.conv1.conv.weight": torch.zeros(1)}
-    others = {f"blocks.{i}.attn.qkv.weight": torch.zeros(1) for i in range(12)}
-    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv\.weight.*and more"):
-        published_weights(ours | others)
-    with pytest.raises(ValueError, match="they hold nothing"):
-        published_weights({"cls_head.fc_cls.weight": torch.zeros(1)})
-
-
-class Unsafe:
-    pass
-
-
-@pytest.mark.parametrize(
-    "content", [Unsafe(), {"state_dict": {"a": 1}}, [1]], ids=["code", "numbers", "list"]
-)
-def test_files_that_hold_no_weights_are_refused(tmp_path: Path, content: object) -> None:
-    torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"cannot be read|holds no weights"):
-        convert_weights(tmp_path / "w.pth", tmp_path / "ours.safetensors")
-    assert [f.name for f in tmp_path.iterdir()] == ["w.pth"]
-
-
-def test_a_file_that_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "w.pth"
-    with pytest.raises(ValueError, match=r"w\.pth cannot be read"):
-        convert_weights(path, tmp_path / "ours.safetensors")
-    path.write_bytes(b"no weights at all")
-    with pytest.raises(ValueError, match=r"w\.pth cannot be read"):
-        convert_weights(path, tmp_path / "ours.safetensors")
 
 
 # Reversible stages

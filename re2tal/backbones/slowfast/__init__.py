@@ -7,17 +7,20 @@ import re2tal.reversible.families.slowfast  # noqa: F401
 from re2tal.backbones.slowfast.network import (
     SlowFastBackbone,
     SlowFastConfig,
+    pytorchvideo_slowfast_50,
+    pytorchvideo_slowfast_101,
+    re2_slowfast_101,
     slowfast_50,
     slowfast_101,
     slowfast_toy,
 )
-from re2tal.backbones.slowfast.weights import convert_weights, published_weights
 
 __all__ = [
     "SlowFastBackbone",
     "SlowFastConfig",
-    "convert_weights",
-    "published_weights",
+    "pytorchvideo_slowfast_50",
+    "pytorchvideo_slowfast_101",
+    "re2_slowfast_101",
     "slowfast_50",
     "slowfast_101",
     "slowfast_toy",

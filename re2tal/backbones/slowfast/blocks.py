@@ -89,10 +89,20 @@ class Bottleneck(nn.Module):
         inner: channels of the first two convolutions; four times as many come out.
         frames: that the first convolution covers: 3, or 1 for a block without a view of time.
         stride: of height and width, in the second convolution.
+        relu_before_sum: computes `skip(x) + relu(F(x))` instead.
     """
 
-    def __init__(self, inputs: int, inner: int, *, frames: int, stride: int = 1) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        inner: int,
+        *,
+        frames: int,
+        stride: int = 1,
+        relu_before_sum: bool = False,
+    ) -> None:
         super().__init__()
+        self.relu_before_sum = relu_before_sum
         outputs = EXPANSION * inner
         self.conv1 = ConvNorm(inputs, inner, (frames, 1, 1))
         self.conv2 = ConvNorm(inner, inner, (1, 3, 3), stride)
@@ -103,6 +113,8 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`(B, inputs, T, H, W)` to `(B, 4 inner, T, H / stride, W / stride)`, rounded up."""
         skip = x if self.downsample is None else self.downsample(x)
+        if self.relu_before_sum:
+            return skip + F.relu(self.residual(x), inplace=True)
         return F.relu(skip + self.residual(x), inplace=True)
 
     def residual(self, x: Tensor) -> Tensor:
@@ -113,7 +125,9 @@ class Bottleneck(nn.Module):
         return out
 
 
-def stage(inputs: int, inner: int, *, depth: int, frames: int, stride: int) -> nn.Sequential:
+def stage(
+    inputs: int, inner: int, *, depth: int, frames: int, stride: int, relu_before_sum: bool
+) -> nn.Sequential:
     """Residual blocks in a row; the first one changes the shape and has the stride.
 
     Args:
@@ -122,8 +136,9 @@ def stage(inputs: int, inner: int, *, depth: int, frames: int, stride: int) -> n
         depth: how many.
         frames: as in `Bottleneck`.
         stride: as in `Bottleneck`.
+        relu_before_sum: as in `Bottleneck`, in the first block.
     """
-    first = Bottleneck(inputs, inner, frames=frames, stride=stride)
+    first = Bottleneck(inputs, inner, frames=frames, stride=stride, relu_before_sum=relu_before_sum)
     others = (Bottleneck(EXPANSION * inner, inner, frames=frames) for _ in range(depth - 1))
     return nn.Sequential(first, *others)
 

@@ -26,6 +26,8 @@ class SlowFastConfig:
         fusion_kernel: frames that a lateral convolution covers, odd.
         fusion_norm: a BatchNorm and a ReLU after each lateral convolution, as in PyTorchVideo's
             weights; mmaction2's have none.
+        relu_before_sum: in blocks that change the shape the ReLU is applied to the branch, before
+            the sum, as it is in rewired blocks. OpenTAD's published Re2SlowFast was trained so.
         temporal_stride: frames per feature. Re2TAL takes 4 for ActivityNet and 2 for THUMOS-14.
         frozen_statistics: BatchNorms use the statistics that came with the weights, in training
             too: a batch of a few long videos has poor ones. Not for training from nothing.
@@ -37,6 +39,7 @@ class SlowFastConfig:
     channel_ratio: int = 8
     fusion_kernel: int = 7
     fusion_norm: bool = False
+    relu_before_sum: bool = False
     temporal_stride: int = 4
     frozen_statistics: bool = True
 
@@ -77,6 +80,21 @@ def slowfast_101() -> SlowFastConfig:
     return SlowFastConfig(depths=(3, 4, 23, 3))
 
 
+def pytorchvideo_slowfast_50() -> SlowFastConfig:
+    """SlowFast-50, 8x8, as PyTorchVideo's weights want it."""
+    return SlowFastConfig(fusion_norm=True)
+
+
+def pytorchvideo_slowfast_101() -> SlowFastConfig:
+    """SlowFast-101, 8x8, as PyTorchVideo's weights want it."""
+    return SlowFastConfig(depths=(3, 4, 23, 3), fusion_norm=True, fusion_kernel=5)
+
+
+def re2_slowfast_101() -> SlowFastConfig:
+    """SlowFast-101, 8x8, as OpenTAD's published Re2SlowFast-101 wants it."""
+    return SlowFastConfig(depths=(3, 4, 23, 3), relu_before_sum=True)
+
+
 def slowfast_toy() -> SlowFastConfig:
     """A small SlowFast for the toy data set, to be trained from nothing."""
     return SlowFastConfig(
@@ -95,6 +113,7 @@ class Pathway(nn.Module):
         stem_frames: frames that the stem's kernel covers.
         temporal_from: index of the first stage whose blocks convolve in time.
         joined: channels that are concatenated to the input of each stage.
+        relu_before_sum: as in `SlowFastConfig`.
     """
 
     def __init__(
@@ -105,6 +124,7 @@ class Pathway(nn.Module):
         stem_frames: int,
         temporal_from: int,
         joined: Sequence[int],
+        relu_before_sum: bool,
     ) -> None:
         super().__init__()
         self.conv1 = Stem(width, stem_frames)
@@ -116,6 +136,7 @@ class Pathway(nn.Module):
                 depth=depth,
                 frames=3 if index >= temporal_from else 1,
                 stride=1 if index == 0 else 2,
+                relu_before_sum=relu_before_sum,
             )
             self.add_module(f"layer{index + 1}", built)
 
@@ -127,7 +148,7 @@ class SlowFastBackbone(nn.Module):
     joined to the wide one's channels before each stage. Their features, averaged over space, are
     brought to one rate and concatenated, the slow ones first.
 
-    Its parameters have mmaction2's names; see `convert_weights` for published files.
+    Its parameters have mmaction2's names; see `re2tal.backbones.published` for published files.
 
     Args:
         config: the shape.
@@ -135,6 +156,7 @@ class SlowFastBackbone(nn.Module):
     Attributes:
         channels: C of the features.
         temporal_stride: frames per feature.
+        relu_before_sum: as in `SlowFastConfig`.
     """
 
     def __init__(self, config: SlowFastConfig) -> None:
@@ -149,6 +171,7 @@ class SlowFastBackbone(nn.Module):
             # Section 3.4: convolving in time in the slow pathway's early stages lowers accuracy.
             temporal_from=stages // 2,
             joined=[2 * channels for channels in spoken],
+            relu_before_sum=config.relu_before_sum,
         )
         self.fast_path = Pathway(
             width=narrow,
@@ -156,6 +179,7 @@ class SlowFastBackbone(nn.Module):
             stem_frames=5,
             temporal_from=0,
             joined=[0] * stages,
+            relu_before_sum=config.relu_before_sum,
         )
         self._layers = [f"layer{index + 1}" for index in range(stages)]
         self._laterals = [f"{name}_lateral" for name in ("conv1", *self._layers[:-1])]
@@ -169,8 +193,10 @@ class SlowFastBackbone(nn.Module):
             self.slow_path.add_module(name, lateral)
         self.channels = EXPANSION * 2 ** (stages - 1) * (config.width + narrow)
         self.temporal_stride = config.temporal_stride
+        self.relu_before_sum = config.relu_before_sum
         self._alpha = config.alpha
         self._frozen_statistics = config.frozen_statistics
+        self._depths = config.depths
         self.train()
 
     def train(self, mode: bool = True) -> SlowFastBackbone:
@@ -205,6 +231,22 @@ class SlowFastBackbone(nn.Module):
         length = frames // self.temporal_stride
         pooled = [_resample(x.mean(dim=(3, 4)), length) for x in self.places(video)]
         return torch.cat(pooled, dim=1)
+
+    def layer_of(self, name: str) -> int:
+        """The layer that a parameter belongs to: 0 for the stems, then 1 for each block in turn.
+
+        Blocks of both pathways count together; a lateral connection belongs to what it follows.
+
+        Args:
+            name: of the parameter.
+        """
+        _, part, index, *_ = name.split(".")
+        if part.startswith("conv1"):
+            return 0
+        stage = int(part.removeprefix("layer").removesuffix("_lateral"))
+        if part.endswith("_lateral"):
+            return sum(self._depths[:stage])
+        return 1 + sum(self._depths[: stage - 1]) + int(index)
 
     def places(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Features of both pathways before pooling.

@@ -1,0 +1,177 @@
+"""A published layout of weights, and the conversion from it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+CLASSIFIER = "of the classifier"
+_OUTSIDE = "not of the backbone"
+_LISTED = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How a library names the weights of a backbone.
+
+    Attributes:
+        title: what they are, for people.
+        mark: a name that every such file has and no other; what is in group 1 comes before all
+            names of the backbone, such as `backbone.`.
+        rename: gives a name, without what comes before it, ours, or None if it is unknown.
+        classifier: names of the classifier's weights if nothing sets them apart from the
+            backbone's.
+        may_lack: ends of the names of buffers that some versions did not write; the backbone keeps
+            its own.
+        note: what else one has to know to use them.
+        objection: says why a backbone would compute something else with these weights than they
+            were trained for, though they fit; None if it would not.
+    """
+
+    title: str
+    mark: re.Pattern[str]
+    rename: Callable[[str], str | None]
+    classifier: re.Pattern[str] | None = None
+    may_lack: tuple[str, ...] = ()
+    note: str = ""
+    objection: Callable[[nn.Module], str | None] = lambda _: None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightsReport:
+    """What became of the weights of a file.
+
+    Attributes:
+        layout: what they were recognised as.
+        placed: the file's names and ours.
+        left_out: the file's names and why they were not used.
+        kept: weights that the file lacks, and the backbone has by itself.
+        note: what else one has to know to use them.
+    """
+
+    layout: str
+    placed: Mapping[str, str]
+    left_out: Mapping[str, str]
+    kept: Sequence[str]
+    note: str = ""
+
+    def __str__(self) -> str:
+        """Every name on a line of its own."""
+        counts = f"{len(self.placed)} placed, {len(self.left_out)} left out"
+        lines = [f"{self.layout}: {counts}, {len(self.kept)} kept"]
+        lines += [f"  {theirs} -> {ours}" for theirs, ours in self.placed.items()]
+        lines += [f"  {theirs} left out: {reason}" for theirs, reason in self.left_out.items()]
+        lines += [f"  {ours} kept: the file has none" for ours in self.kept]
+        return "\n".join([*lines, *([self.note] if self.note else [])])
+
+
+class WeightsMismatchError(ValueError):
+    """Weights do not fit a backbone.
+
+    Attributes:
+        problems: all of them; the message lists the first few.
+    """
+
+    def __init__(self, what: str, backbone: nn.Module, problems: Sequence[str]) -> None:
+        listed = "".join(f"\n  {problem}" for problem in problems[:_LISTED])
+        rest = len(problems) - _LISTED
+        more = f"\n  ... and {rest} more" if rest > 0 else ""
+        super().__init__(
+            f"{what} are not those of this {type(backbone).__name__}: {len(problems)} do not fit. "
+            f"Is it another size?{listed}{more}"
+        )
+        self.problems = tuple(problems)
+
+
+def recognise(names: Sequence[str], layouts: Sequence[Layout], own: Layout) -> tuple[Layout, str]:
+    """Finds out the layout of a file.
+
+    Args:
+        names: of its weights.
+        layouts: that it may have.
+        own: what it is if it has none of them.
+
+    Returns:
+        The layout, and what comes before every name of the backbone.
+
+    Raises:
+        ValueError: if the file holds several backbones.
+    """
+    found = [(layout, m[1]) for layout in layouts for n in names if (m := layout.mark.fullmatch(n))]
+    if len(found) > 1:
+        listed = ", ".join(f"{layout.title} at {prefix!r}" for layout, prefix in found)
+        raise ValueError(f"it holds several backbones: {listed}. Keep the weights of one")
+    return found[0] if found else (own, "")
+
+
+def convert(
+    published: Mapping[str, Tensor], layout: Layout, prefix: str, backbone: nn.Module, what: str
+) -> tuple[dict[str, Tensor], WeightsReport]:
+    """Gives published weights our names.
+
+    Args:
+        published: weights under their names.
+        layout: of which they are.
+        prefix: what comes before every name of the backbone.
+        backbone: what they are for.
+        what: says where they come from, in the plural.
+
+    Returns:
+        All weights and buffers of the backbone, and the report.
+
+    Raises:
+        WeightsMismatchError: with every weight that is missing, unknown, there twice, or has
+            another shape, or if the backbone objects to the layout.
+    """
+    placed: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    problems: list[str] = []
+    for name in published:
+        inner = name.removeprefix(prefix)
+        if not name.startswith(prefix):
+            left_out[name] = _OUTSIDE
+        elif layout.classifier is not None and layout.classifier.match(inner):
+            left_out[name] = CLASSIFIER
+        elif ours := layout.rename(inner):
+            placed[name] = ours
+        else:
+            problems.append(f"{name} is unknown")
+    own = backbone.state_dict()
+    kept = sorted(n for n in own.keys() - placed.values() if n.endswith(layout.may_lack))
+    problems += _mismatches(own, placed, published, kept)
+    if objection := layout.objection(backbone):
+        problems.insert(0, objection)
+    if problems:
+        raise WeightsMismatchError(what, backbone, problems)
+    state = {ours: published[theirs] for theirs, ours in placed.items()}
+    state |= {name: own[name] for name in kept}
+    return state, WeightsReport(
+        layout=layout.title, placed=placed, left_out=left_out, kept=kept, note=layout.note
+    )
+
+
+def _mismatches(
+    own: Mapping[str, Tensor],
+    placed: Mapping[str, str],
+    published: Mapping[str, Tensor],
+    kept: Sequence[str],
+) -> Iterator[str]:
+    times = Counter(placed.values())
+    theirs = {ours: name for name, ours in placed.items()}
+    for ours in sorted((own.keys() | theirs.keys()) - set(kept)):
+        if ours not in theirs:
+            yield f"{ours} is missing"
+            continue
+        name = theirs[ours]
+        called = name if name == ours else f"{name} (here {ours})"
+        if ours not in own:
+            yield f"{called} is unknown"
+        elif times[ours] > 1:
+            yield f"{called} is there {times[ours]} times, under different names"
+        elif own[ours].shape != published[name].shape:
+            shapes = tuple(published[name].shape), tuple(own[ours].shape)
+            yield f"{called} has shape {shapes[0]} instead of {shapes[1]}"

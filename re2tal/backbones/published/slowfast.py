@@ -1,0 +1,110 @@
+"""SlowFasts of mmaction2 and PyTorchVideo, and OpenTAD's Re2SlowFast.
+
+What their sources say, beside the names:
+
+- mmaction2's names are ours, and its network too.
+- PyTorchVideo's has a norm and a ReLU after each lateral convolution (`fusion_norm=True`), and the
+  one of 101 layers has a `fusion_kernel` of 5: `pytorchvideo_slowfast_50()` and `..._101()`. It was
+  trained on frames of mean 0.45 and deviation 0.225 in every colour, and its slow frames are evenly
+  spaced from the first to the last, where mmaction2, OpenTAD and ours take every fourth.
+- OpenTAD's is mmaction2's, rewired. In a block that changes the shape, where there is nothing to
+  rewire, the ReLU is applied to the branch before the sum, as in the rewired ones
+  (`relu_before_sum=True`): `re2_slowfast_101()`.
+"""
+
+import re
+
+from torch import nn
+
+from re2tal.backbones.published.layout import Layout
+
+_COUNTER = "num_batches_tracked"
+_PATHWAYS = ("slow_path", "fast_path")
+_CONVOLUTIONS = {"a": "conv1", "b": "conv2", "c": "conv3"}
+_PARTS = {"conv": "conv", "norm": "bn"}
+
+_OURS = re.compile(r"(?:slow|fast)_path\.(?:conv1(?:_lateral)?|layer\d(?:_lateral|\.\d+))\..+")
+
+_STEM = re.compile(r"blocks\.0\.multipathway_blocks\.([01])\.(conv|norm)\.(\w+)")
+_FUSION = re.compile(r"blocks\.(\d)\.multipathway_fusion\.(conv|norm)(?:_fast_to_slow)?\.(\w+)")
+_BRANCH = re.compile(
+    r"blocks\.([1-9])\.multipathway_blocks\.([01])\.res_blocks\.(\d+)"
+    r"\.branch2\.(conv|norm)_([abc])\.(\w+)"
+)
+_SKIP = re.compile(
+    r"blocks\.([1-9])\.multipathway_blocks\.([01])\.res_blocks\.(\d+)"
+    r"\.branch1_(conv|norm)\.(\w+)"
+)
+
+_AROUND = re.compile(r"(?:slow|fast)_path\.(?:conv1(?:_lateral)?|layer\d_lateral)\..+")
+_COUPLED = re.compile(
+    r"((?:slow|fast)_path\.layer\d)\.blocks"
+    r"\.(?:(0)\.(?:Fm\.)?|(\d+)\.inv_block\.Fm\.)((?:conv[123]|downsample)\..+)"
+)
+
+
+def _mmaction2(name: str) -> str | None:
+    return name if _OURS.fullmatch(name) else None
+
+
+def _pytorchvideo(name: str) -> str | None:
+    if match := _STEM.fullmatch(name):
+        pathway, part, leaf = match.groups()
+        return f"{_PATHWAYS[int(pathway)]}.conv1.{_PARTS[part]}.{leaf}"
+    if match := _FUSION.fullmatch(name):
+        stage, part, leaf = match.groups()
+        before = "conv1" if stage == "0" else f"layer{stage}"
+        return f"slow_path.{before}_lateral.{_PARTS[part]}.{leaf}"
+    if match := _BRANCH.fullmatch(name):
+        stage, pathway, block, part, letter, leaf = match.groups()
+        place = f"{_PATHWAYS[int(pathway)]}.layer{stage}.{block}"
+        return f"{place}.{_CONVOLUTIONS[letter]}.{_PARTS[part]}.{leaf}"
+    if match := _SKIP.fullmatch(name):
+        stage, pathway, block, part, leaf = match.groups()
+        place = f"{_PATHWAYS[int(pathway)]}.layer{stage}.{block}"
+        return f"{place}.downsample.{_PARTS[part]}.{leaf}"
+    return None
+
+
+def _opentad(name: str) -> str | None:
+    if _AROUND.fullmatch(name):
+        return name
+    if match := _COUPLED.fullmatch(name):
+        layer, first, later, part = match.groups()
+        return f"{layer}.{first or later}.{part}"
+    return None
+
+
+def _wants_relu_before_sum(backbone: nn.Module) -> str | None:
+    if getattr(backbone, "relu_before_sum", False):
+        return None
+    return (
+        "the network of these weights has the ReLU before the sum in blocks that change the shape, "
+        "this one after it (take re2_slowfast_101(), or relu_before_sum=True)"
+    )
+
+
+MMACTION2_SLOWFAST = Layout(
+    title="mmaction2's SlowFast, whose names ours has",
+    mark=re.compile(r"(|.*\.)slow_path\.layer1\.0\.conv1\.conv\.weight"),
+    rename=_mmaction2,
+    may_lack=(_COUNTER,),
+)
+
+PYTORCHVIDEO_SLOWFAST = Layout(
+    title="PyTorchVideo's SlowFast",
+    mark=re.compile(r"(|.*\.)blocks\.0\.multipathway_blocks\.0\.conv\.weight"),
+    rename=_pytorchvideo,
+    classifier=re.compile(r"blocks\.\d+\.proj\."),
+    may_lack=(_COUNTER,),
+    note="They were trained on frames of mean 0.45 and deviation 0.225 in every colour.",
+)
+
+OPENTAD_SLOWFAST = Layout(
+    title="OpenTAD's Re2SlowFast",
+    mark=re.compile(r"(|.*\.)slow_path\.layer1\.blocks\.0\.Fm\.conv1\.conv\.weight"),
+    rename=_opentad,
+    may_lack=(_COUNTER,),
+    note="They were finetuned in the rewired network: rewire the backbone.",
+    objection=_wants_relu_before_sum,
+)
