@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from re2tal.videos.annotations import AnnotationError
 from re2tal.videos.decoding import decode
@@ -255,8 +256,10 @@ def test_the_toy_split_is_a_folder_for_each_class_and_is_made_once(tmp_path: Pat
     made = clips_in(folder)
     names = {s: [n for n in made if n.startswith(s)] for s in ("training", "validation")}
     assert {len(v) for v in names.values()} == {8, 7}
-    lists = [read_folders(s, [n.removeprefix(f"{s}/") for n in names[s]]) for s in names]
-    assert joint_classes(*lists) == TRIMMED_CLASSES
+    training, validation = (
+        read_folders(s, [n.removeprefix(f"{s}/") for n in names[s]]) for s in names
+    )
+    assert joint_classes(training, validation) == TRIMMED_CLASSES
     assert made["training/spin/training_00004.mp4"] == make_clip("spin", 1.0, 3000004).content
     shown = make_clip("spin", 1.0, 3000004, held_out=True).content
     assert made["validation/spin/validation_00004.mp4"] == shown
@@ -281,7 +284,7 @@ def test_the_poses_of_the_toy_split_are_its_actors(tmp_path: Path) -> None:
         progress=lambda done, total: counts.append((done, total)),
     )
     assert counts == [(1, 2), (2, 2)]
-    poses = np.load(folder / POSES)
+    poses = load_file(folder / POSES)
     assert sorted(poses) == ["bounce/training_00000", "orbit/training_00001"]
     pose = make_clip("bounce", 1.0, 3000000).pose
     found = poses["bounce/training_00000"]

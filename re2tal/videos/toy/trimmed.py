@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from re2tal.atomic import replacing
 from re2tal.videos.toy.dataset import make_clip
@@ -17,7 +18,7 @@ NO_ACTION = "no_action"
 
 _TURNS = (*ACTIONS, NO_ACTION)  # clip i is of class i mod 7
 TRIMMED_CLASSES = tuple(sorted(_TURNS))
-POSES = "poses.npz"
+POSES = "poses.safetensors"
 
 _SETTINGS = "settings.json"
 _VERSION = 1  # counted up when the same settings give other clips
@@ -91,9 +92,9 @@ def make_trimmed_toy(
     that what is measured on them is what the untrimmed videos will need. No seed is shared.
 
     Args:
-        folder: gets `training/<class>/*.mp4`, `validation/<class>/*.mp4` and `poses.npz`: of each
-            clip, `<class>/<name>`, where its actor is at each frame, float32 (T, 4): x and y as
-            shares of the side, logarithm of the size, angle in radians.
+        folder: gets `training/<class>/*.mp4`, `validation/<class>/*.mp4` and `poses.safetensors`:
+            of each clip, `<class>/<name>`, where its actor is at each frame, float32 (T, 4): x and
+            y as shares of the side, logarithm of the size, angle in radians.
         config: how much of it; the default takes some minutes on two cores.
         parallel_map: what runs the clips' jobs, as `map` does; it may run them in other processes
             and in any order.
@@ -122,8 +123,8 @@ def make_trimmed_toy(
         poses[video_id] = pose
         if progress is not None:
             progress(len(poses), len(jobs))
-    with replacing(folder / POSES) as partial, partial.open("wb") as stream:
-        np.savez(stream, **dict(sorted(poses.items())))
+    with replacing(folder / POSES) as partial:
+        save_file(poses, partial)
     with replacing(file) as partial:
         partial.write_text(json.dumps(settings))
     return folder

@@ -1,0 +1,178 @@
+"""Classifies clips: the simplest localizer, whose one segment is the clip itself.
+
+Behind a backbone it makes a video classifier, which is what backbones are pretrained and, once
+rewired, finetuned as. As any localizer it is part of a `Detector`, and saved and loaded with it
+(`re2tal.trained`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from re2tal.detection.segments import Detections
+from re2tal.detector import Detector
+from re2tal.localizers.losses import over_ranks
+from re2tal.localizers.protocol import Losses, Targets
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipClassifierConfig:
+    """A linear layer on the mean of the features.
+
+    Attributes:
+        dropout: probability with which a channel of the mean is left out in training.
+        label_smoothing: a share of the targets that is spread over all classes.
+
+    Raises:
+        ValueError: a field is not in [0, 1).
+    """
+
+    dropout: float = 0.5
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("dropout", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"ClipClassifierConfig.{name} must be in [0, 1), not {getattr(self, name)}."
+                )
+
+    def build(self, in_channels: int, num_classes: int) -> ClipClassifier:
+        """A classifier with random weights.
+
+        Args:
+            in_channels: C of the features.
+            num_classes: at least 1.
+        """
+        return ClipClassifier(self, in_channels, num_classes)
+
+
+class ClipClassifier(nn.Module):
+    """Mean over time, dropout, linear layer; a `Localizer`.
+
+    Args:
+        config: dropout and label smoothing.
+        in_channels: C of the features.
+        num_classes: K.
+
+    Attributes:
+        num_classes: labels are 0 to `num_classes - 1`.
+        multiple: a clip may have any number of features.
+    """
+
+    multiple = 1
+
+    def __init__(self, config: ClipClassifierConfig, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = num_classes
+        self.dropout = nn.Dropout(config.dropout)
+        self.linear = nn.Linear(in_channels, num_classes)
+        nn.init.normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+        self._passes = 0  # to come whose clips are counted already
+        self._clips_a_pass = torch.ones(())  # of them, the mean over passes and ranks
+
+    def forward(
+        self, features: Tensor, mask: Tensor, targets: Sequence[Targets] | None = None
+    ) -> Losses | list[Detections]:
+        """The cross-entropy, or of each clip all classes as detections that span it.
+
+        Args:
+            features: `(B, C, T)`.
+            mask: `(B, T)` bool, false on padding.
+            targets: of each clip one action, or none if it is to count nothing.
+
+        Returns:
+            As `re2tal.localizers.Localizer`; scores are probabilities that add up to 1.
+
+        Raises:
+            ValueError: if a clip has several actions.
+        """
+        (logits,) = self.predict(features, mask)
+        if targets is None:
+            return _spanning(logits.float().softmax(dim=1), mask)
+        labels = _labels(targets, logits.device)
+        if self.training:
+            if not self._passes:
+                self.begin_step([mask], [targets])
+            self._passes -= 1
+            count = self._clips_a_pass
+        else:
+            count = _counted(labels).clamp(min=1)
+        loss = F.cross_entropy(
+            logits.float(),
+            labels,
+            ignore_index=-1,
+            label_smoothing=self.config.label_smoothing,
+            reduction="sum",
+        )
+        return {"classification": loss / count}
+
+    def predict(self, features: Tensor, mask: Tensor) -> tuple[Tensor]:
+        """Logits `(B, K)` of features `(B, C, T)` where `mask` `(B, T)` is true."""
+        valid = mask[:, None]
+        total = torch.where(valid, features, 0).sum(dim=2)
+        mean = total / valid.sum(dim=2).clamp(min=1)
+        return (self.linear(self.dropout(mean)),)
+
+    def begin_step(self, masks: Sequence[Tensor], targets: Sequence[Sequence[Targets]]) -> None:
+        """Counts the clips of a whole step, by which its losses are divided."""
+        every = [target for of_pass in targets for target in of_pass]
+        total, ranks = over_ranks(_counted(_labels(every, self.linear.weight.device)))
+        self._passes = len(masks)
+        self._clips_a_pass = total.clamp(min=1) / (ranks * self._passes)
+
+
+Classifier: TypeAlias = Detector[Any, ClipClassifier]
+"""A backbone with a `ClipClassifier`, built by a `DetectorSpec` with a `ClipClassifierConfig`."""
+
+
+def class_scores(classifier: Classifier, frames: Tensor, mask: Tensor) -> Tensor:
+    """What a classifier says of clips.
+
+    Args:
+        classifier: in evaluation mode.
+        frames: uint8 `(B, T, H, W, 3)`, T a multiple of the backbone's temporal stride.
+        mask: `(B, T)` bool, false on padding.
+
+    Returns:
+        Probabilities, float32 `(B, K)`; each row adds up to 1.
+    """
+    features = classifier.backbone(classifier.normalized(frames))
+    (logits,) = classifier.localizer.predict(features, classifier.feature_mask(mask))
+    return logits.float().softmax(dim=1)
+
+
+def _labels(targets: Sequence[Targets], device: torch.device) -> Tensor:
+    """Class numbers `(B,)`, -1 for clips without."""
+    if any(len(target.labels) > 1 for target in targets):
+        raise ValueError("A clip that is classified has one class, but got several for one clip.")
+    labels = [
+        target.labels if len(target.labels) else target.labels.new_full((1,), -1)
+        for target in targets
+    ]
+    return torch.cat(labels).to(device)
+
+
+def _counted(labels: Tensor) -> Tensor:
+    return (labels >= 0).sum().float()
+
+
+def _spanning(scores: Tensor, mask: Tensor) -> list[Detections]:
+    """Of each clip a segment over its valid features for every class: the best first."""
+    found = []
+    for of_clip, valid in zip(scores, mask.sum(dim=1), strict=True):
+        order = of_clip.argsort(descending=True, stable=True)
+        end = valid.float() - 0.5
+        span = torch.stack([torch.full_like(end, -0.5), end])
+        found.append(
+            Detections(segments=span.expand(len(order), 2), scores=of_clip[order], labels=order)
+        )
+    return found
