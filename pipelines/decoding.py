@@ -33,6 +33,21 @@ def decode_sample(row: dict[str, Any], *, size: int, threads: int = 1) -> dict[s
     return {"index": row["index"], "frames": frames, "error": error}
 
 
+def decode_masked(row: dict[str, Any], *, size: int) -> dict[str, Any]:
+    """Decodes one window as `decode_sample` does, and tells which of its frames show the video.
+
+    Args:
+        row: `index`, `uri` and `window`.
+        size: side of the square frames in pixels.
+
+    Returns:
+        What `decode_sample` returns, and `mask`, bool (T,), all false if there is an error.
+    """
+    sample = decode_sample(row, size=size)
+    window: Window = row["window"]
+    return {**sample, "mask": window.mask() & (not sample["error"])}
+
+
 def probe_sample(row: dict[str, str]) -> dict[str, Any]:
     """Opens a video, to see whether it can be used, and what its file says.
 

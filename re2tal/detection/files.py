@@ -88,6 +88,16 @@ def write_detections(
             results[video_id] = rows(found, classes)
         except ValueError as error:
             raise ValueError(f"Video {video_id!r} cannot be written to {path}: {error}") from error
+    write_rows(path, results)
+
+
+def write_rows(path: str | Path, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Writes detections that are rows already.
+
+    Args:
+        path: the JSON file; it is replaced when the new one is whole.
+        results: video id to what `rows` returned.
+    """
     document = {"version": _VERSION, "external_data": {}, "results": results}
     with replacing(path) as partial:
         partial.write_text(json.dumps(document), encoding="utf-8")

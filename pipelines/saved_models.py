@@ -1,0 +1,107 @@
+"""The trained detector that a command line names: a folder, or a model or a run in MLflow.
+
+Only `spec.json` and `weights.safetensors` of it are ever read: nothing is unpickled, and no code
+that came with a model is run.
+"""
+
+import hashlib
+import re
+from pathlib import Path
+
+import mlflow.artifacts
+import pyarrow.fs as pafs
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from pipelines.storage import StorageError, require, resolve
+from re2tal.inference import detector_folder
+from re2tal.trained import SPEC_FILE, WEIGHTS_FILE
+
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+_IN_MLFLOW = ("runs:/", "models:/", "mlflow-artifacts:/")
+_MODEL_TAG = "model.uri"  # a training run says so where its model is
+
+
+def local_detector(model: str | None, scratch: Path, *, tracking: str, option: str) -> Path:
+    """Finds a saved detector, and fetches it if it is not on this machine.
+
+    Args:
+        model: path or URI of the folder of a saved detector, or of a training run's checkpoint;
+            `runs:/RUN/NAME`, `models:/NAME/VERSION` or the id of a training run, in MLflow.
+        scratch: where it is fetched to; it exists.
+        tracking: tracking URI of the MLflow store.
+        option: the command-line option that sets the model.
+
+    Returns:
+        The folder with `spec.json` and `weights.safetensors`.
+
+    Raises:
+        StorageError: if there is no detector.
+    """
+    if model is not None and not Path(model).exists():
+        if _RUN_ID.fullmatch(model):
+            model = _model_of_run(model, tracking, option)
+        if model.startswith(_IN_MLFLOW):
+            return _detector_in(_fetched(model, scratch, tracking, option), model, option)
+    uri = require(model, what="The model", option=option)
+    return _detector_in(_local(uri, scratch), uri, option)
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash of a saved detector: of what it is built of, and of its weights.
+
+    Args:
+        folder: what `local_detector` returned.
+    """
+    digest = hashlib.sha256()
+    for name in (SPEC_FILE, WEIGHTS_FILE):
+        with (folder / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _model_of_run(run_id: str, tracking: str, option: str) -> str:
+    try:
+        tags = MlflowClient(tracking).get_run(run_id).data.tags
+    except MlflowException as error:
+        raise StorageError(
+            f"The model: neither a file nor a run of {tracking} is named {run_id}. Correct "
+            f"{option}, or say where the runs are."
+        ) from error
+    if _MODEL_TAG not in tags:
+        raise StorageError(
+            f"The model: the run {run_id} of {tracking} has none; a training run has one once it "
+            f"has ended. Correct {option}."
+        )
+    return tags[_MODEL_TAG]
+
+
+def _fetched(uri: str, scratch: Path, tracking: str, option: str) -> Path:
+    try:
+        return Path(
+            mlflow.artifacts.download_artifacts(
+                artifact_uri=uri, dst_path=str(scratch), tracking_uri=tracking
+            )
+        )
+    except (MlflowException, OSError) as error:
+        raise StorageError(
+            f"The model: {uri} cannot be had from {tracking} ({error}). Correct {option}, or say "
+            "where the runs are."
+        ) from error
+
+
+def _local(uri: str, scratch: Path) -> Path:
+    if "://" not in uri:
+        return Path(uri)
+    filesystem, path = resolve(uri)
+    pafs.copy_files(path, str(scratch), source_filesystem=filesystem)
+    return scratch
+
+
+def _detector_in(folder: Path, name: str, option: str) -> Path:
+    # an MLflow model keeps what it was logged with in `artifacts`
+    inside = folder / "artifacts"
+    try:
+        return detector_folder(inside if inside.is_dir() else folder)
+    except ValueError as error:
+        raise StorageError(f"The model: {name}: {error} Correct {option}.") from error

@@ -1,0 +1,146 @@
+"""The files that detections are written to, and the records that they are made from."""
+
+import base64
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipelines.output.files import COLUMNS, FORMATS, OutputConfig, write_files
+from pipelines.output.picture import timeline
+from pipelines.output.records import Record, RecordError, read_records, write_record
+from re2tal.detection.files import read_detections
+from tests.pipelines.output_files import Page, table
+
+NASTY = "</script><script>alert('1')</script> <!-- $x$ \u2028 {{data}}"
+CLASSES = ("jump", NASTY, "never")
+
+
+def record(video_id: str, uri: str = "/films/a.mp4") -> Record:
+    return Record(
+        video_id=video_id,
+        uri=uri,
+        model="m",
+        duration=10.0,
+        problems=(),
+        detections=[
+            {"segment": [1.0, 2.5], "score": 0.9, "label": NASTY},
+            {"segment": [0.25, 9.0], "score": 0.5, "label": "jump"},
+            {"segment": [3.0, 4.0], "score": 0.05, "label": "jump"},
+        ],
+    )
+
+
+def write(folder: Path, *records: Record, **changes: object) -> list[Path]:
+    config = replace(OutputConfig(), **changes)  # type: ignore[arg-type]
+    failures = {"broken": "<b>no video"}
+    return write_files(folder, {r.video_id: r for r in records}, failures, CLASSES, config)
+
+
+def test_all_files_hold_the_same_detections(tmp_path: Path) -> None:
+    written = write(tmp_path, record("b"), record("a"))
+    names = ["failures.json", "detections.json", "detections.csv", "index.html"]
+    for folder, kind in (("subtitles", "vtt"), ("subtitles", "srt"), ("timelines", "png")):
+        names += [f"{folder}/{video}.{kind}" for video in "ab"]
+    assert [str(path.relative_to(tmp_path)) for path in written] == names
+    assert all(path.stat().st_size for path in written)
+    assert not list(tmp_path.rglob("*.partial"))
+    found = read_detections(tmp_path / "detections.json", CLASSES)
+    assert list(found) == ["a", "b"]
+    assert found["a"].segments.tolist() == [[1.0, 2.5], [0.25, 9.0]]
+    assert found["a"].labels.tolist() == [1, 0]
+    rows = table(tmp_path / "detections.csv")
+    assert tuple(rows[0]) == COLUMNS
+    assert [tuple(row.values()) for row in rows[:2]] == [
+        ("a", "1.0", "2.5", NASTY, "0.9"),
+        ("a", "0.25", "9.0", "jump", "0.5"),
+    ]
+    assert len(rows) == 4
+    assert json.loads((tmp_path / "failures.json").read_text()) == {"broken": "<b>no video"}
+    assert (tmp_path / "subtitles" / "a.vtt").read_text().count("-->") == 2
+    assert (tmp_path / "subtitles" / "a.srt").read_text().count("-->") == 3
+    with Image.open(tmp_path / "timelines" / "a.png") as picture:
+        assert picture.width > picture.height > 100
+
+
+def test_only_the_strongest_of_what_is_asked_for_are_written(tmp_path: Path) -> None:
+    written = write(tmp_path, record("a"), formats=("csv",), score_threshold=0.0, top_k=1)
+    assert [path.name for path in written] == ["failures.json", "detections.csv"]
+    assert [row["score"] for row in table(tmp_path / "detections.csv")] == ["0.9"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["detections.csv", "failures.json"]
+    write(tmp_path, record("a"), formats=("csv",), score_threshold=0.05)
+    assert len(table(tmp_path / "detections.csv")) == 3
+    with pytest.raises(ValueError, match="top_k must be at least 1"):
+        OutputConfig(top_k=0)
+
+
+def test_the_page_loads_nothing_and_no_name_breaks_out_of_its_data(tmp_path: Path) -> None:
+    films = tmp_path / "films #1"
+    films.mkdir()
+    (films / "a?.mp4").write_bytes(b"content")
+    output = tmp_path / "out"
+    output.mkdir()
+    shown = [record("a", str(films / "a?.mp4")), record(NASTY, "s3://bucket/b.mp4")]
+    write(output, *shown, formats=("html",))
+    page = Page(output / "index.html")
+    assert [tag for tag, _ in page.elements].count("script") == 2
+    assert not [attributes for _, attributes in page.elements if {"src", "href"} & set(attributes)]
+    (policy,) = [a["content"] for _, a in page.elements if "http-equiv" in a]
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+    assert page.data["classes"] == list(CLASSES)
+    assert page.data["threshold"] == 0.1
+    videos = {video["id"]: video for video in page.data["videos"]}
+    assert list(videos) == [NASTY, "a", "broken"]
+    assert videos["a"]["source"] == "../films%20%231/a%3F.mp4"
+    assert videos[NASTY]["source"] == ""  # browsers know no s3
+    assert videos["a"]["found"] == [[1.0, 2.5, 0.9, 1], [0.25, 9.0, 0.5, 0]]
+    assert (videos["broken"]["failed"], videos["broken"]["problems"]) == (True, ["<b>no video"])
+
+
+@pytest.mark.parametrize(("embed", "embedded"), [(1e-5, True), (1e-6, False)])
+def test_small_videos_can_be_put_into_the_page(
+    embed: float, embedded: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "a.webm").write_bytes(b"content")
+    write(tmp_path, record("a", str(tmp_path / "a.webm")), formats=("html",), embed=embed)
+    source = Page(tmp_path / "index.html").data["videos"][0]["source"]
+    content = f"data:video/webm;base64,{base64.b64encode(b'content').decode()}"
+    assert source == (content if embedded else "a.webm")
+
+
+def test_a_video_without_detections_is_written_too(tmp_path: Path) -> None:
+    write(tmp_path, replace(record("a"), detections=[]), formats=FORMATS)
+    assert json.loads((tmp_path / "detections.json").read_text())["results"] == {"a": []}
+    assert (tmp_path / "timelines" / "a.png").exists()
+
+
+def test_the_picture_has_a_lane_for_each_class_that_occurs() -> None:
+    rows = record("a").detections
+    (axes,) = timeline("$title$", rows, 10.0, CLASSES).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["jump", NASTY]
+    bars = {
+        (bar.get_x(), bar.get_width(), round(bar.get_y() + bar.get_height() / 2))
+        for bar in axes.patches
+    }
+    assert bars == {(1.0, 1.5, 1), (0.25, 8.75, 0), (3.0, 1.0, 0)}
+    assert axes.get_xlim() == (0, 10)
+
+
+def test_records_come_back_and_those_of_another_file_do_not(tmp_path: Path) -> None:
+    videos = {"a": "/films/a.mp4", "b": "/films/b.mp4", "c": "/films/c.mp4"}
+    assert read_records(tmp_path, videos, model="m") == {}
+    for video_id in ("a", "b"):
+        write_record(tmp_path, record(video_id))  # both of /films/a.mp4
+    assert read_records(tmp_path, videos, model="m") == {"a": record("a")}
+
+
+def test_records_of_another_model_and_damaged_ones_are_refused(tmp_path: Path) -> None:
+    write_record(tmp_path, record("a"))
+    with pytest.raises(RecordError, match="another model"):
+        read_records(tmp_path, {"a": "/films/a.mp4"}, model="n")
+    (tmp_path / "videos" / "a.json").write_text("{")
+    with pytest.raises(RecordError, match="cannot be read: remove it"):
+        read_records(tmp_path, {"a": "/films/a.mp4"}, model="m")
