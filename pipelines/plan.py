@@ -168,13 +168,16 @@ def _find(
     return FoundVideos(uris=files, failures=failures, durations=durations, remarks=())
 
 
-def check_failures(failures: Mapping[str, str], total: int, max_failed: float) -> None:
+def check_failures(
+    failures: Mapping[str, str], total: int, max_failed: float, *, prefix: str = "--data."
+) -> None:
     """Stops a run of which too many videos failed.
 
     Args:
         failures: video id to reason.
         total: number of videos in all.
         max_failed: the largest share that may fail, 0 to 1.
+        prefix: of the options that set videos and share, for messages.
 
     Raises:
         UnusableVideosError: if all fail, or more than that share.
@@ -187,9 +190,9 @@ def check_failures(failures: Mapping[str, str], total: int, max_failed: float) -
     more = f"\n  ... and {len(failures) - 20} more" if len(failures) > 20 else ""
     share = f"{len(failures)} of {total} videos cannot be used"
     if len(failures) == total:
-        problem = f"No usable video: {share}. Is --data.videos the right folder?"
+        problem = f"No usable video: {share}. Is {prefix}videos the right folder?"
     else:
-        problem = f"{share}, more than the allowed {max_failed:.0%} (--data.max-failed)."
+        problem = f"{share}, more than the allowed {max_failed:.0%} ({prefix}max-failed)."
     raise UnusableVideosError(f"{problem}\n{listed}{more}")
 
 
@@ -217,7 +220,13 @@ def make_plan(config: DataConfig, annotations: Annotations) -> Plan:
         for name in (config.training_subset, config.validation_subset)
     }
     evaluated = subsets[config.validation_subset]
-    scores = _video_scores(config, annotations.classes, evaluated.videos)
+    scores = read_video_scores(
+        config.video_scores,
+        annotations.classes,
+        evaluated.videos,
+        top=config.video_scores_top,
+        logits=config.video_scores_logits,
+    )
     wanted = [video for subset in subsets.values() for video in subset.videos]
     found = _find(config, folder, [v.video_id for v in wanted], annotations.fingerprint)
     failures = found.failures
@@ -243,28 +252,50 @@ def make_plan(config: DataConfig, annotations: Annotations) -> Plan:
     )
 
 
-def _video_scores(
-    config: DataConfig, classes: Sequence[str], videos: Sequence[VideoAnnotation]
+def read_video_scores(
+    place: str | None,
+    classes: Sequence[str],
+    videos: Sequence[VideoAnnotation],
+    *,
+    top: int,
+    logits: bool,
+    prefix: str = "--data.",
 ) -> VideoScores | None:
-    """What the external classifier says of all `videos`, if there is one."""
-    if config.video_scores is None:
+    """Reads what an external classifier says of videos, and checks that it says it of all.
+
+    Args:
+        place: path or URI of its file; None if there is no such classifier.
+        classes: names of the action classes.
+        videos: of the evaluated subset.
+        top: how many classes each proposal will be given.
+        logits: the file holds logits.
+        prefix: of the options that set these, for messages.
+
+    Returns:
+        The scores; None if there is no such classifier.
+
+    Raises:
+        StorageError: if there is nothing at the place.
+        RecipeError: if there are not so many classes.
+        DetectionFileError: with every problem in the file.
+        UnusableVideosError: if videos have no scores.
+    """
+    if place is None:
         return None
-    if not 1 <= config.video_scores_top <= len(classes):
+    if not 1 <= top <= len(classes):
         raise RecipeError(
-            f"A proposal can be given 1 to {len(classes)} classes, not "
-            f"{config.video_scores_top} (--data.video-scores-top)."
+            f"A proposal can be given 1 to {len(classes)} classes, not {top} "
+            f"({prefix}video-scores-top)."
         )
-    uri = require(config.video_scores, what="The video scores", option="--data.video-scores")
+    uri = require(place, what="The video scores", option=f"{prefix}video-scores")
     with tempfile.TemporaryDirectory() as folder:
-        path = local_copy(uri, Path(folder))
-        scores = load_video_scores(path, classes, logits=config.video_scores_logits)
+        scores = load_video_scores(local_copy(uri, Path(folder)), classes, logits=logits)
     missing = [video.video_id for video in videos if scores.get(video.video_id) is None]
     if missing:
         raise UnusableVideosError(
-            f"{len(missing)} of the {len(videos)} videos of the subset "
-            f"{config.validation_subset!r} have no scores in {config.video_scores}: "
-            f"{', '.join(missing[:10])}{', ...' * (len(missing) > 10)}. Take the scores of that "
-            "subset, or leave the videos out (--data.exclude)."
+            f"{len(missing)} of the {len(videos)} videos of the subset {videos[0].subset!r} have "
+            f"no scores in {place}: {', '.join(missing[:10])}{', ...' * (len(missing) > 10)}. Take "
+            f"the scores of that subset, or leave the videos out ({prefix}exclude)."
         )
     return scores
 

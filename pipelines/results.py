@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlflow
 import ray.train
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -20,10 +21,10 @@ from pipelines.loop import DETECTIONS_FILE, RAW_FILE
 from pipelines.model import reported_classes
 from pipelines.plan import Plan
 from pipelines.progress import duration
-from pipelines.recipes import Recipe
+from pipelines.recipes import Dataset, Recipe
 from pipelines.tracking import Run, log_metrics
 from pipelines.validation import ground_truth
-from re2tal.detection.diagnosis import ACTIVITYNET, THUMOS, diagnose, tables
+from re2tal.detection.diagnosis import ACTIVITYNET, THUMOS, Diagnosis, diagnose, tables
 from re2tal.detection.diagnosis import metrics as diagnosis_metrics
 from re2tal.detection.files import read_detections
 from re2tal.detection.segments import Detections
@@ -79,6 +80,17 @@ def log_pictures(run: Run, plan: Plan, detections: Mapping[str, Detections]) -> 
     loss = _history(run, "train/loss")
     if loss and quality["average"]:
         client.log_figure(run.run_id, curves(loss, quality), "pictures/curves.png")
+    figure = timelines_of(plan, detections)
+    client.log_figure(run.run_id, figure, "pictures/timelines.png")
+
+
+def timelines_of(plan: Plan, detections: Mapping[str, Detections]) -> Figure:
+    """Draws what was found in some validation videos, and what is there.
+
+    Args:
+        plan: classes and validation videos.
+        detections: in seconds.
+    """
     shown = plan.validation[:_SHOWN_VIDEOS]
     truth = ground_truth(shown, plan.classes)
     videos = {
@@ -89,32 +101,45 @@ def log_pictures(run: Run, plan: Plan, detections: Mapping[str, Detections]) -> 
         )
         for v in shown
     }
-    client.log_figure(run.run_id, timelines(videos, plan.classes), "pictures/timelines.png")
+    return timelines(videos, plan.classes)
 
 
-def log_diagnosis(
-    recipe: Recipe, plan: Plan, run: Run, detections: Mapping[str, Detections]
-) -> None:
-    """Logs what kinds of errors there are, what mAP depends on and what is missed.
-
-    Metrics and pictures, and the numbers behind them as `diagnosis/<table>.json`.
+def diagnosis_of(
+    plan: Plan,
+    detections: Mapping[str, Detections],
+    *,
+    thresholds: Sequence[float],
+    dataset: Dataset | None,
+) -> Diagnosis:
+    """Finds out what kinds of errors there are, what mAP depends on and what is missed.
 
     Args:
-        recipe: the run's configuration.
         plan: classes and validation videos.
-        run: where to.
-        detections: of the best checkpoint, in seconds.
+        detections: in seconds.
+        thresholds: tIoU thresholds.
+        dataset: which bins suit the actions.
     """
     # DETAD has bins for two data sets: actions of minutes in short videos, and of seconds in long.
-    long_actions = recipe.data.dataset in {"activitynet-1.3", "hacs-segments"}
-    diagnosis = diagnose(
+    long_actions = dataset in {"activitynet-1.3", "hacs-segments"}
+    return diagnose(
         ground_truth(plan.validation, plan.classes),
         detections,
         {v.annotation.video_id: v.annotation.duration for v in plan.validation},
         num_classes=len(plan.classes),
-        thresholds=recipe.thresholds,
+        thresholds=thresholds,
         characteristics=ACTIVITYNET if long_actions else THUMOS,
     )
+
+
+def log_diagnosis(run: Run, diagnosis: Diagnosis) -> None:
+    """Logs a diagnosis: metrics and pictures, and the numbers behind them.
+
+    The numbers are in `diagnosis/<table>.json`.
+
+    Args:
+        run: where to.
+        diagnosis: of the best checkpoint's detections.
+    """
     log_metrics(run, diagnosis_metrics(diagnosis), step=0)
     for name, table in tables(diagnosis).items():
         run.client.log_dict(run.run_id, {"rows": table}, f"diagnosis/{name}.json")
@@ -146,7 +171,10 @@ def log_results(recipe: Recipe, plan: Plan, run: Run, result: ray.train.Result) 
     epoch = metrics["epoch"]
     log_metrics(run, {"best/mAP": metrics["val/mAP"], "best/epoch": epoch}, step=epoch)
     log_pictures(run, plan, detections)
-    log_diagnosis(recipe, plan, run, detections)
+    diagnosis = diagnosis_of(
+        plan, detections, thresholds=recipe.thresholds, dataset=recipe.data.dataset
+    )
+    log_diagnosis(run, diagnosis)
 
 
 def _open_command(run: Run) -> str:

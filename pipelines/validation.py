@@ -9,13 +9,19 @@ import torch.distributed as dist
 
 from pipelines.data import Batch, Video
 from pipelines.metric_names import safe_names
-from re2tal.detection.evaluation import MapResult, average_recall, mean_average_precision
+from re2tal.detection.evaluation import (
+    MapResult,
+    ProposalRecall,
+    average_recall,
+    mean_average_precision,
+)
 from re2tal.detection.segments import Detections
 from re2tal.detector import Detector
 from re2tal.inference import window_detections
 from re2tal.videos.windows import Window, WindowConfig, sliding_windows
 
-_PROPOSALS = (1, 5, 10, 100)  # numbers of proposals a video at which recall is shown
+PROPOSALS = (1, 5, 10, 100)
+"""Numbers of proposals a video at which recall is shown."""
 
 
 def gather(value: Any) -> list[Any]:
@@ -88,10 +94,21 @@ def proposal_metrics(
         classes: class names.
 
     Returns:
+        Metrics by the names of `recall_metrics`.
+    """
+    return recall_metrics(average_recall(ground_truth(videos, classes), proposals))
+
+
+def recall_metrics(result: ProposalRecall) -> dict[str, float]:
+    """Names the numbers of an evaluation of proposals for MLflow.
+
+    Args:
+        result: recall by number of proposals.
+
+    Returns:
         `val/AR/<AN>`: average recall with AN proposals a video; `val/AR_AUC`, in percent.
     """
-    result = average_recall(ground_truth(videos, classes), proposals)
-    metrics = {f"val/AR/{n}": float(result.average_recall[n - 1]) for n in _PROPOSALS}
+    metrics = {f"val/AR/{n}": float(result.average_recall[n - 1]) for n in PROPOSALS}
     return {**metrics, "val/AR_AUC": result.auc}
 
 
@@ -146,6 +163,23 @@ def evaluate(
     *,
     ignore_ambiguous: bool = False,
 ) -> dict[str, float]:
+    """Compares detections with the annotations, as `precision` does.
+
+    Returns:
+        Metrics by the names of `map_metrics`.
+    """
+    result = precision(detections, videos, classes, thresholds, ignore_ambiguous=ignore_ambiguous)
+    return map_metrics(result, classes)
+
+
+def precision(
+    detections: Mapping[str, Detections],
+    videos: Sequence[Video],
+    classes: Sequence[str],
+    thresholds: Sequence[float],
+    *,
+    ignore_ambiguous: bool,
+) -> MapResult:
     """Compares detections with the annotations.
 
     Args:
@@ -156,7 +190,7 @@ def evaluate(
         ignore_ambiguous: see `Recipe`.
 
     Returns:
-        Metrics by the names of `map_metrics`.
+        Average precision by class and threshold.
     """
     ambiguous = {
         video.annotation.video_id: torch.tensor(
@@ -164,11 +198,10 @@ def evaluate(
         ).reshape(-1, 2)
         for video in videos
     }
-    result = mean_average_precision(
+    return mean_average_precision(
         ground_truth(videos, classes),
         detections,
         num_classes=len(classes),
         thresholds=thresholds,
         ambiguous=ambiguous if ignore_ambiguous else None,
     )
-    return map_metrics(result, classes)
