@@ -6,8 +6,9 @@ same windows. Only the decoding is left to Ray Data, which does it in parallel, 
 of the training.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,9 +109,10 @@ def share(
     return list(windows[rank : steps * batch_size * world_size : world_size])
 
 
-def _assemble(windows: Sequence[Window], frames: np.ndarray, errors: Sequence[str]) -> Batch:
+def _assemble(windows: Sequence[Window], samples: Sequence[Mapping[str, Any]]) -> Batch:
     masks, targets, failures = [], [], {}
-    for window, error in zip(windows, errors, strict=True):
+    for window, sample in zip(windows, samples, strict=True):
+        error = str(sample["error"])
         if error:
             failures[window.video_id] = error
         mask = torch.from_numpy(window.mask())
@@ -124,7 +126,7 @@ def _assemble(windows: Sequence[Window], frames: np.ndarray, errors: Sequence[st
         )
     return Batch(
         windows=tuple(windows),
-        frames=torch.from_numpy(np.array(frames)),  # a copy: Ray's arrays are read-only
+        frames=torch.from_numpy(np.stack([sample["frames"] for sample in samples])),
         mask=torch.stack(masks),
         targets=tuple(targets),
         failures=failures,
@@ -151,9 +153,8 @@ def stream_batches(
     if not windows:
         return
     rows = [{"index": i, "uri": uris[w.video_id], "window": w} for i, w in enumerate(windows)]
-    for batch in stream.batches(rows, size=size, batch_size=batch_size):
-        errors = [str(error) for error in batch["error"]]
-        yield _assemble([windows[i] for i in batch["index"]], batch["frames"], errors)
+    for samples in stream.batches(rows, size=size, batch_size=batch_size):
+        yield _assemble([windows[sample["index"]] for sample in samples], samples)
 
 
 def decode_batches(
@@ -173,6 +174,4 @@ def decode_batches(
             decode_sample({"index": 0, "uri": uris[w.video_id], "window": w}, size=size)
             for w in chunk
         ]
-        yield _assemble(
-            chunk, np.stack([s["frames"] for s in samples]), [s["error"] for s in samples]
-        )
+        yield _assemble(chunk, samples)

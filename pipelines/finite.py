@@ -1,6 +1,6 @@
 """A loss that is not finite ends a run, and what it was computed of is kept."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,23 +14,25 @@ class NonFiniteLossError(Exception):
     """The loss became NaN or infinite; the message names step, videos and the saved batch."""
 
 
-def check_finite(
-    loss: Tensor, terms: Mapping[str, Tensor], batch: Batch, *, step: int, output: Path
-) -> None:
-    """Saves the batch and stops if the loss is NaN or infinite.
+def non_finite_error(
+    passes: Sequence[Mapping[str, Tensor]], batches: Sequence[Batch], *, step: int, output: Path
+) -> NonFiniteLossError:
+    """Saves the first batch whose loss is NaN or infinite, and says so.
 
     Args:
-        loss: the sum of the terms.
-        terms: of the loss, by name.
-        batch: what it was computed of.
+        passes: of each pass of this worker the loss, first, and its terms, by name.
+        batches: what they were computed of, as they were decoded.
         step: number of the training step.
         output: folder that the batch is saved in.
-
-    Raises:
-        NonFiniteLossError: if the loss is not finite.
     """
-    if bool(torch.isfinite(loss)):
-        return
+    bad = (
+        (terms, batch)
+        for terms, batch in zip(passes, batches, strict=True)
+        if not bool(torch.isfinite(next(iter(terms.values()))))
+    )
+    terms, batch = next(bad, (None, None))
+    if terms is None or batch is None:
+        return NonFiniteLossError(f"The loss is not finite at step {step} on another worker.")
     path = output / f"non_finite_step_{step}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(
@@ -46,8 +48,8 @@ def check_finite(
         path,
     )
     videos = ", ".join(w.video_id for w in batch.windows)
-    values = ", ".join(f"{name} {float(value.detach()):g}" for name, value in terms.items())
-    raise NonFiniteLossError(
+    values = ", ".join(f"{name} {float(value):g}" for name, value in terms.items())
+    return NonFiniteLossError(
         f"The loss is not finite at step {step} ({values}), on windows of the videos {videos}. "
         f"The batch is saved in {path}. Lower the learning rates (--optim.backbone-lr, "
         "--optim.localizer-lr), or compute in float32 (--optim.precision float32)."

@@ -53,6 +53,10 @@ class LocalRuntime:
         shutil.rmtree(self._checkpoint, ignore_errors=True)
         shutil.copytree(checkpoint, self._checkpoint)
 
+    def preempted(self) -> bool:
+        """Nobody takes this process away."""
+        return False
+
     @contextmanager
     def restored(self) -> Iterator[Path | None]:
         """Gives the checkpoint that an earlier run left in the folder, if any."""

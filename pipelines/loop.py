@@ -6,25 +6,26 @@ It knows PyTorch and DDP, not Ray: a `Runtime` gives it data and takes results.
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
-from pipelines.checkpoints import TrainingState
+from pipelines.checkpoints import TrainingState, complete
 from pipelines.clock import Clock
 from pipelines.data import Batch, epoch_windows, share
-from pipelines.finite import check_finite
+from pipelines.freezing import train_mode
 from pipelines.model import build_detector, detected_classes, reported_classes, spec_of
-from pipelines.optim import build_average, build_optimizer, build_schedule
+from pipelines.optim import build_average, build_optimizer, build_schedule, fast_forward
 from pipelines.plan import Plan, check_failures
 from pipelines.progress import duration
 from pipelines.recipes import Recipe
+from pipelines.step import Stepper, in_passes, seed_step
 from pipelines.validation import (
     detect_windows,
     evaluate,
@@ -37,13 +38,16 @@ from re2tal.detection.nms import nms_videos
 from re2tal.detection.raw import write_raw
 from re2tal.detection.segments import Detections
 from re2tal.detection.video_scores import fuse_videos
-from re2tal.memory import MemoryMeter
+from re2tal.detector import Detector
 from re2tal.reversible import check, reconstruction_errors, stage_modes
 from re2tal.videos.augmentation import augment, clip_seed
 from re2tal.videos.windows import Window
 
 DETECTIONS_FILE = "detections.json"
 RAW_FILE = "raw_detections.safetensors"
+SCORE = "val/mAP"  # what makes a checkpoint the best
+UNSCORED = -1.0  # of a checkpoint in the midst of an epoch: any other is better
+PREEMPTION_STEPS = 10  # steps between looks at whether a node is going to be taken away
 
 
 class Runtime(Protocol):
@@ -63,7 +67,10 @@ class Runtime(Protocol):
         """Shows a line of progress; only rank 0's is shown."""
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path) -> None:
-        """Hands over an epoch's metrics and checkpoint folder (rank 0's); every rank calls it."""
+        """Hands over metrics and a checkpoint folder (rank 0's); every rank calls it."""
+
+    def preempted(self) -> bool:
+        """Whether a node is known to be taken away soon, once for each; every rank calls it."""
 
     def restored(self) -> AbstractContextManager[Path | None]:
         """Gives the checkpoint to go on from, if there is one."""
@@ -75,7 +82,7 @@ class Trainer:
     def __init__(
         self, recipe: Recipe, plan: Plan, runtime: Runtime, *, weights: Path | None, output: Path
     ) -> None:
-        self.recipe, self.runtime, self.output = recipe, runtime, output
+        self.recipe, self.runtime = recipe, runtime
         # what the detector is trained on: all classes, or whether there is an action at all
         self.plan = plan.restricted(detected_classes(recipe, plan.classes))
         # what its detections are compared with
@@ -84,27 +91,61 @@ class Trainer:
         torch.manual_seed(recipe.seed)  # the same weights on every rank
         detector = build_detector(recipe, plan.classes, weights).to(runtime.device)
         self.stride: int = detector.backbone.temporal_stride
-        steps = len(self._windows(0)) // recipe.batch_size
-        optimizer = build_optimizer(detector, recipe.optim)
-        self.state = TrainingState(
-            detector=detector,
-            average=build_average(detector, recipe.optim),
-            optimizer=optimizer,
-            schedule=build_schedule(
-                optimizer, recipe.optim, steps_per_epoch=steps, epochs=recipe.epochs
-            ),
-        )
+        self.state = self._begin(detector)
         with runtime.restored() as folder:
             if folder is not None:
-                self.state.load(folder)
-                runtime.say(f"going on after epoch {self.state.epoch} of {recipe.epochs}")
-        self.model: nn.Module = (
-            DistributedDataParallel(detector) if dist.is_initialized() else detector
+                self._restore(folder)
+        wrapped = DistributedDataParallel(detector) if dist.is_initialized() else detector
+        self.step = Stepper(
+            wrapped,
+            self.state,
+            recipe.optim,
+            augment=self._augmented,
+            device=runtime.device,
+            output=output,
         )
-        self.failures: dict[str, str] = {}
 
-    def _windows(self, epoch: int) -> list[Window]:
-        windows = epoch_windows(
+    @property
+    def windows_per_step(self) -> int:
+        """Windows that all workers together see in a step."""
+        return self._windows_per_worker * self.runtime.world_size
+
+    @property
+    def _windows_per_worker(self) -> int:
+        return self.recipe.batch_size * self.recipe.optim.accumulation
+
+    def _begin(self, detector: Detector) -> TrainingState:
+        optim = self.recipe.optim
+        optimizer = build_optimizer(detector, optim)
+        return TrainingState(
+            detector=detector,
+            average=build_average(detector, optim),
+            optimizer=optimizer,
+            schedule=build_schedule(
+                optimizer, optim, steps_per_epoch=self._steps(), epochs=self.recipe.epochs
+            ),
+            scaler=GradScaler(self.runtime.device.type, enabled=optim.precision == "float16"),
+            world_size=self.runtime.world_size,
+        )
+
+    def _restore(self, folder: Path) -> None:
+        state, epochs = self.state, self.recipe.epochs
+        state.load(folder)
+        if state.world_size != self.runtime.world_size:
+            steps = self._steps()
+            state.schedule = fast_forward(
+                state.optimizer,
+                self.recipe.optim,
+                steps_per_epoch=steps,
+                epochs=epochs,
+                done=state.epoch * steps + state.windows // self.windows_per_step,
+            )
+            state.world_size = self.runtime.world_size
+        into = f" and {state.windows} windows of the next" if state.windows else ""
+        self.runtime.say(f"going on after epoch {state.epoch} of {epochs}{into}")
+
+    def _all_windows(self, epoch: int) -> list[Window]:
+        return epoch_windows(
             self.plan.training,
             self.plan.classes,
             self.recipe.data.window,
@@ -112,12 +153,20 @@ class Trainer:
             seed=self.recipe.seed,
             epoch=epoch,
         )
-        return share(
-            windows,
+
+    def _steps(self) -> int:
+        """Steps of an epoch."""
+        return len(self._windows(0)) // self._windows_per_worker
+
+    def _windows(self, epoch: int, *, behind: int = 0) -> list[Window]:
+        """This worker's windows of an epoch, after the first `behind` of all workers'."""
+        windows = share(
+            self._all_windows(epoch),
             rank=self.runtime.rank,
             world_size=self.runtime.world_size,
-            batch_size=self.recipe.batch_size,
+            batch_size=self._windows_per_worker,
         )
+        return windows[behind // self.runtime.world_size :]
 
     def run(self) -> dict[str, float]:
         """Trains to the recipe's last epoch.
@@ -133,39 +182,59 @@ class Trainer:
         while self.state.epoch < self.recipe.epochs:
             self._train_epoch()
             self.state.epoch += 1
+            self.state.windows = 0
             check(self.state.detector)  # before what cannot be taken back: a checkpoint
             metrics, detections, raw = self._validate()
             seen = metrics | _reversible_metrics(self.state.detector)
             self.runtime.log(seen, step=self.state.step)
-            with tempfile.TemporaryDirectory() as folder:
-                checkpoint = Path(folder) / "checkpoint"
+            with self._checkpoint(metrics) as folder:
                 if self.runtime.rank == 0:
-                    self.state.save(checkpoint, self.spec)
-                    write_detections(
-                        checkpoint / DETECTIONS_FILE, detections, self.reported.classes
-                    )
+                    write_detections(folder / DETECTIONS_FILE, detections, self.reported.classes)
                     if self.recipe.save_raw:
-                        write_raw(checkpoint / RAW_FILE, raw, self.plan.classes)
-                self.runtime.report({**metrics, "epoch": self.state.epoch}, checkpoint)
+                        write_raw(folder / RAW_FILE, raw, self.plan.classes)
         return metrics
 
+    @contextmanager
+    def _checkpoint(self, metrics: Mapping[str, float]) -> Iterator[Path]:
+        """Hands over a checkpoint with what the block puts into its folder."""
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "checkpoint"
+            folder.mkdir()
+            if self.runtime.rank == 0:
+                self.state.save(folder, self.spec)
+            yield folder
+            complete(folder)
+            self.runtime.report({**metrics, "epoch": self.state.epoch}, folder)
+
     def _train_epoch(self) -> None:
-        # Dropout and drop path: other masks on every rank and in every epoch, and the same ones
-        # whether or not the run was interrupted before the epoch.
-        torch.manual_seed(self.recipe.seed + 1 + self.runtime.rank + 1000 * self.state.epoch)
-        windows = self._windows(self.state.epoch)
-        steps = len(windows) // self.recipe.batch_size
-        size = self.recipe.data.augmentation.decoded_size(self.recipe.data.size)
+        state, recipe = self.state, self.recipe
+        windows = self._windows(state.epoch, behind=state.windows)
+        steps, first = self._steps(), state.windows // self.windows_per_step
+        size = recipe.data.augmentation.decoded_size(recipe.data.size)
         clock = Clock()
-        self.model.train()
-        if self.recipe.model.freeze_backbone:
-            self.state.detector.backbone.eval()
-        for index, batch in enumerate(clock.timed(self.runtime.stream(windows, size=size))):
-            self.failures |= batch.failures
-            metrics = self._step(batch) | clock.metrics(self.runtime.world_size)
-            self.runtime.log(metrics, step=self.state.step)
-            if index % max(1, steps // 5) == 0 or index == steps - 1:
-                self._say_progress(index, steps, metrics, clock)
+        train_mode(state.detector, recipe.model)
+        batches = clock.timed(self.runtime.stream(windows, size=size))
+        for passes in in_passes(batches, recipe.optim.accumulation):
+            for batch in passes:
+                state.failures |= batch.failures
+            seed_step(recipe.seed, step=state.step, rank=self.runtime.rank)
+            metrics = self.step(passes) | clock.metrics(self.runtime.world_size)
+            state.windows += self.windows_per_step
+            self.runtime.log(metrics, step=state.step)
+            index = state.windows // self.windows_per_step
+            if (index - 1) % max(1, steps // 5) == 0 or index == steps:
+                self._say_progress(index, steps, metrics, clock, taken=index - first)
+            if index < steps and self._checkpoint_due():
+                with self._checkpoint({SCORE: UNSCORED}):
+                    self.runtime.say(f"checkpoint after step {index} of {steps}")
+
+    def _checkpoint_due(self) -> bool:
+        every = self.recipe.checkpoints.steps
+        due = every is not None and self.state.step % every == 0
+        if self.state.step % PREEMPTION_STEPS == 0 and self.runtime.preempted():
+            self.runtime.say("a node is going to be taken away: writing a checkpoint")
+            return True
+        return due
 
     def _augmented(self, batch: Batch) -> Tensor:
         """The frames of a training batch on the device, as the network is to see them."""
@@ -177,48 +246,13 @@ class Trainer:
             seeds=[clip_seed(window, seed=seed, epoch=epoch) for window in batch.windows],
         )
 
-    def _step(self, batch: Batch) -> dict[str, float]:
-        device, optim = self.runtime.device, self.recipe.optim
-        autocast = torch.autocast(
-            device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"
-        )
-        with MemoryMeter(device) as memory:
-            batch = replace(batch, frames=self._augmented(batch))
-            with autocast:
-                terms = self.model(
-                    batch.frames,
-                    batch.mask.to(device, non_blocking=True),
-                    [target.to(device) for target in batch.targets],
-                )
-                loss = torch.stack(list(terms.values())).sum()
-            check_finite(loss, terms, batch, step=self.state.step, output=self.output)
-            self.state.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            trained = [p for p in self.state.detector.parameters() if p.requires_grad]
-            norm = nn.utils.clip_grad_norm_(trained, optim.clip)
-            rates = {f"lr/{g['name']}": g["lr"] for g in self.state.optimizer.param_groups}
-            self.state.optimizer.step()
-            self.state.schedule.step()
-            self.state.average.update_parameters(self.state.detector)
-        self.state.step += 1
-        return {
-            "train/loss": float(loss.detach()),
-            **{f"train/loss/{name}": float(value.detach()) for name, value in terms.items()},
-            "train/gradient_norm": float(norm),
-            **rates,
-            **{f"memory/{name}": value for name, value in memory.metrics().items()},
-        }
-
     def _say_progress(
-        self, index: int, steps: int, metrics: Mapping[str, float], clock: Clock
+        self, index: int, steps: int, metrics: Mapping[str, float], clock: Clock, *, taken: int
     ) -> None:
-        left = (
-            clock.elapsed
-            / (index + 1)
-            * (steps * (self.recipe.epochs - self.state.epoch) - index - 1)
-        )
+        to_come = steps * (self.recipe.epochs - self.state.epoch) - index
+        left = clock.elapsed / taken * to_come
         self.runtime.say(
-            f"epoch {self.state.epoch + 1}/{self.recipe.epochs}  step {index + 1:>3}/{steps}  "
+            f"epoch {self.state.epoch + 1}/{self.recipe.epochs}  step {index:>3}/{steps}  "
             f"loss {metrics['train/loss']:.3f}  {metrics['train/frames_per_second']:.0f} frames/s  "
             f"waiting for data {metrics['train/data_wait_share']:.0%}  left {duration(left)}"
         )
@@ -243,7 +277,8 @@ class Trainer:
             detector, runtime.stream(windows, size=recipe.data.size), durations
         )
         suppressed = nms_videos(raw, recipe.nms)
-        shares = gather((suppressed, raw if recipe.save_raw else {}, {**self.failures, **failures}))
+        failures = {**self.state.failures, **failures}
+        shares = gather((suppressed, raw if recipe.save_raw else {}, failures))
         detections = {video: found for part in shares for video, found in part[0].items()}
         raw = {video: found for part in shares for video, found in part[1].items()}
         failed = dict(plan.failures)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipelines.freezing import freeze
 from pipelines.recipes import Recipe
 from re2tal.backbones.checkpoint import load_backbone_weights
 from re2tal.detector import Detector
@@ -61,11 +62,11 @@ def build_detector(recipe: Recipe, classes: Sequence[str], weights: Path | None)
         weights: local file of backbone weights, or None.
 
     Raises:
-        ValueError: if the weights do not fit the backbone.
+        ValueError: if the weights do not fit the backbone, or there is no part of a name that is
+            to be frozen.
     """
     detector = spec_of(recipe, classes).build()
     if weights is not None:
         load_backbone_weights(detector.backbone, weights)
-    if recipe.model.freeze_backbone:
-        detector.backbone.requires_grad_(requires_grad=False)
+    freeze(detector, recipe.model)
     return detector

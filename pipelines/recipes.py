@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from pipelines.precision import Precision
 from re2tal.backbones.protocol import BackboneConfig
 from re2tal.backbones.slowfast import slowfast_101
 from re2tal.backbones.swin import swin_t, swin_toy
@@ -102,7 +103,11 @@ class ModelConfig:
         backbone: the video backbone.
         weights: pretrained weights of the backbone (path or URI); None starts at random.
         reversible: rewire the backbone, so that its activations are recomputed.
-        freeze_backbone: train the localizer only.
+        frozen: names of modules of the detector that are not trained, such as "backbone" or
+            "backbone.patch_embed": their parameters keep their values, their BatchNorms the
+            statistics, and they are run as in evaluation.
+        norms: of the norm layers of the backbone: "trained"; "statistics" keeps the running
+            statistics of BatchNorms as they are; "frozen" keeps scale and shift of all norms too.
         localizer: what turns features into segments.
         class_agnostic: find actions of whatever class; their classes come from
             `data.video_scores` or, without it, the proposals themselves are evaluated.
@@ -111,7 +116,8 @@ class ModelConfig:
     backbone: BackboneConfig
     weights: str | None = None
     reversible: bool = True
-    freeze_backbone: bool = False
+    frozen: tuple[str, ...] = ()
+    norms: Literal["trained", "statistics", "frozen"] = "trained"
     localizer: LocalizerConfig
     class_agnostic: bool = False
 
@@ -123,22 +129,28 @@ class OptimConfig:
     Attributes:
         backbone_lr: learning rate of the backbone; far below the localizer's, as it is pretrained.
         localizer_lr: learning rate of the localizer.
+        layer_decay: the backbone's last block learns at its rate, each block before it at this
+            times the rate of the next (Clark et al., ICLR 2020).
         weight_decay: of matrices and kernels; vectors (biases, norms) are not decayed.
         warmup_epochs: epochs of linear warm-up.
         schedule_epochs: length of the cosine; None means the run's own number of epochs.
         clip: largest norm of the gradient.
         ema: decay of the moving average of the weights that is evaluated and saved.
         precision: what branches and localizer compute in; the reversible streams stay float32.
+            The loss is scaled for float16, and a step whose gradients overflow is left out.
+        accumulation: forward and backward passes of a worker whose gradients make one step.
     """
 
     backbone_lr: float
     localizer_lr: float
+    layer_decay: float = 1.0
     weight_decay: float = 0.05
     warmup_epochs: float = 5.0
     schedule_epochs: int | None = None
     clip: float = 1.0
     ema: float = 0.999
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    precision: Precision = "bfloat16"
+    accumulation: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,6 +175,22 @@ class ScaleConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When checkpoints are written, and which of them are kept beside the newest.
+
+    Attributes:
+        steps: after so many steps one is written in the midst of an epoch too; None writes one at
+            the end of each epoch only.
+        keep: how many are kept.
+        which: those with the highest mAP, or the last ones.
+    """
+
+    steps: int | None = None
+    keep: int = 2
+    which: Literal["best", "last"] = "best"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """The complete configuration of one training run.
 
@@ -172,10 +200,12 @@ class Recipe:
         output: folder of checkpoints and of the default MLflow store.
         seed: of weights, windows, order and dropout.
         epochs: passes over the training videos.
-        batch_size: windows a step and worker.
+        batch_size: windows of a worker's forward pass. A step has `scale.workers` times
+            `optim.accumulation` times as many.
         thresholds: tIoU thresholds of the mAP; the mean over them selects the best checkpoint.
         ignore_ambiguous: detections on stretches that cannot be judged count for nothing, as in
             THUMOS-14's own toolkit. Published results count them as false positives.
+        resume: go on with the last run of the same configuration and data if it did not end.
         save_raw: keep the detections before non-maximum suppression with each checkpoint, for
             ensembles and for searching its settings without training.
     """
@@ -188,12 +218,14 @@ class Recipe:
     batch_size: int
     thresholds: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
     ignore_ambiguous: bool = False
+    resume: bool = True
     save_raw: bool = False
     data: DataConfig
     model: ModelConfig
     optim: OptimConfig
     nms: NmsConfig = field(default_factory=NmsConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
 # As the authors' implementation publishes it, but for RandAugment, which follows the flip there.
@@ -244,7 +276,7 @@ def toy() -> Recipe:
             ema=0.98,
             precision="float32",
         ),
-        scale=ScaleConfig(workers=2, gpu=False, cpus_per_worker=0.5, max_failures=0),
+        scale=ScaleConfig(workers=2, gpu=False, cpus_per_worker=0.5),
     )
 
 
@@ -326,7 +358,7 @@ def thumos_re2_swin_t_vsgn() -> Recipe:
     1280 there, 512 here), self-stitching and windows every quarter included. As there, all classes
     of a video are thinned out together by Gaussian soft-NMS. What differs: they first thin out each
     class of each window by hard NMS (tIoU 0.4), where here that is done only between clip and copy
-    of stitched windows (`re2tal.detect`); and they drop detections of 50 s and more. The paper
+    of stitched windows (`re2tal.inference`); and they drop detections of 50 s and more. The paper
     pairs VSGN with these backbones but publishes no settings of the pair: frames, backbone and
     optimiser are ActionFormer's.
     """

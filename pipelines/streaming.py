@@ -17,20 +17,22 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
 import ray
 import ray.data
-from ray.data.dataset import MaterializedDataset
+from ray.data.block import BlockAccessor
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.decoding import decode_sample
 from pipelines.quiet import quiet_data
 
-# Executions whose frames are held: one that runs, one whose batches are handed out, and the one
+# Executions that run at a time: while one begins or ends, and its tasks are too few to keep all
+# decoders busy, those of the other do.
+_RUNNING = 2
+# Executions whose frames are held: those that run, one whose batches are handed out, and the one
 # before, which Ray frees a little later.
-_HELD = 3
-_AHEAD = 3  # batches that lie ready for the worker, beside those of the executions
-_IN_HAND = 2  # batches: the one that is being put together, and the one that the worker copies
+_HELD = _RUNNING + 2
+_AHEAD = 3  # batches that come to the worker's node before they are asked for
 _FIRST_BATCHES = 4  # of the first execution: training starts as soon as it is through
 _MOST_BYTES = 2**30  # of an execution's frames; more would only lie there longer
 # Of the object store. The rest is for what else goes through it, and for the frames of tasks that
@@ -44,7 +46,7 @@ def store_needed(batch_bytes: int) -> int:
     Args:
         batch_bytes: of a batch's frames.
     """
-    return math.ceil((_HELD + _AHEAD + _IN_HAND) * batch_bytes / _STORE_SHARE)
+    return math.ceil(_HELD * batch_bytes / _STORE_SHARE)
 
 
 def portion_bytes(batch_bytes: int, store_bytes: float, streams: int) -> int:
@@ -55,8 +57,8 @@ def portion_bytes(batch_bytes: int, store_bytes: float, streams: int) -> int:
         store_bytes: size of the node's object store.
         streams: workers that share it.
     """
-    left = _STORE_SHARE * store_bytes / streams - (_AHEAD + _IN_HAND) * batch_bytes
-    return max(batch_bytes, min(_MOST_BYTES, int(left / _HELD)))
+    share = int(_STORE_SHARE * store_bytes / streams / _HELD)
+    return max(batch_bytes, min(_MOST_BYTES, share))
 
 
 def portions(rows: int, batch_size: int, most: int) -> Iterator[slice]:
@@ -79,27 +81,41 @@ class _Stream:
         quiet_data()
         self._streams, self._cpus, self._threads = streams, cpus, threads
 
-    def batches(
+        self._batches: Iterator[list[ray.ObjectRef]] = iter(())
+
+    def begin(self, rows: Sequence[dict[str, Any]], size: int, batch_size: int) -> None:
+        self._batches = self._run(rows, size, batch_size)
+
+    def next(self) -> list[ray.ObjectRef]:
+        """The blocks of the next batch, a row each; none at the end."""
+        return next(self._batches, [])
+
+    def _run(
         self, rows: Sequence[dict[str, Any]], size: int, batch_size: int
-    ) -> Iterator[dict[str, np.ndarray]]:
+    ) -> Iterator[list[ray.ObjectRef]]:
         batch_bytes = batch_size * rows[0]["window"].grid.length * size * size * 3
         most = portion_bytes(batch_bytes, _store_bytes(), self._streams) // batch_bytes
         cuts = portions(len(rows), batch_size, most)
-        with ThreadPoolExecutor(max_workers=1) as ahead:
-            waiting = deque([ahead.submit(self._decode, rows[next(cuts)], size)])
-            while waiting:
-                decoded = waiting.popleft().result()
-                waiting.extend(
-                    ahead.submit(self._decode, rows[cut], size) for cut in islice(cuts, 1)
-                )
-                yield from decoded.iter_batches(batch_size=batch_size, batch_format="numpy")
+        with ThreadPoolExecutor(max_workers=_RUNNING) as ahead:
+            runs = (ahead.submit(self._decode, rows[cut], size) for cut in cuts)
+            running = deque(islice(runs, _RUNNING))
+            while running:
+                decoded = running.popleft().result()
+                running.extend(islice(runs, 1))
+                while decoded:  # no batch is held here once it is handed out
+                    yield [decoded.popleft() for _ in range(min(batch_size, len(decoded)))]
 
-    def _decode(self, rows: Sequence[dict[str, Any]], size: int) -> MaterializedDataset:
+    def _decode(self, rows: Sequence[dict[str, Any]], size: int) -> deque[ray.ObjectRef]:
         decode = functools.partial(decode_sample, size=size, threads=self._threads)
         dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows))
         dataset = dataset.map(decode, num_cpus=self._cpus)
         dataset.context.execution_options.preserve_order = True
-        return dataset.materialize()
+        # No budgets: portions bound the memory already, and logical CPUs the tasks. When several
+        # executions share a small cluster, Ray Data gives each the integer part of its share, so
+        # none; with no CPU it decodes one window at a time, and with no memory it looks at what
+        # was decoded every ten seconds and spins in between.
+        dataset.context.set_config("backpressure_policies.enabled", [])
+        return deque(dataset.materialize().to_arrow_refs())
 
 
 def _store_bytes() -> float:
@@ -126,7 +142,7 @@ class FrameStream:
 
     def batches(
         self, rows: Sequence[dict[str, Any]], *, size: int, batch_size: int
-    ) -> Iterator[dict[str, np.ndarray]]:
+    ) -> Iterator[list[dict[str, Any]]]:
         """Yields what `decode_sample` made of the rows, in batches.
 
         Args:
@@ -135,15 +151,36 @@ class FrameStream:
             batch_size: rows a batch; the last one may be smaller.
 
         Returns:
-            Columns of each batch: `index`, `frames`, uint8 (B, T, size, size, 3), and `error`. The
-            arrays are read-only.
+            Samples of each batch: `index`, `frames`, uint8 (T, size, size, 3), and `error`. The
+            frames lie in the object store, read-only, and take room there until they are dropped.
         """
-        method = self._actor.batches.options(
-            num_returns="streaming", _generator_backpressure_num_objects=_AHEAD
-        )
-        for reference in method.remote(rows, size, batch_size):
-            yield ray.get(reference)
+        for blocks in self._blocks(rows, size, batch_size):
+            yield [_sample(ray.get(block)) for block in blocks]
+
+    def _blocks(
+        self, rows: Sequence[dict[str, Any]], size: int, batch_size: int
+    ) -> Iterator[list[ray.ObjectRef]]:
+        """The blocks of each batch; while one is used, the next come from other nodes."""
+        self._actor.begin.remote(rows, size, batch_size)
+        calls = deque([self._actor.next.remote()])
+        coming: deque[list[ray.ObjectRef]] = deque()
+        while calls or coming:
+            while calls and (not coming or ray.wait([calls[0]], timeout=0)[0]):
+                if blocks := ray.get(calls.popleft()):
+                    ray.wait(blocks, num_returns=len(blocks), timeout=0, fetch_local=True)
+                    coming.append(blocks)
+                    calls.append(self._actor.next.remote())
+                if len(coming) == _AHEAD:
+                    break
+            if coming:
+                yield coming.popleft()
 
     def close(self) -> None:
         """Ends the process."""
         ray.kill(self._actor)
+
+
+def _sample(block: pa.Table) -> dict[str, Any]:
+    """The row of a block, without copying its frames."""
+    columns = BlockAccessor.for_block(block).to_numpy()
+    return {name: values[0] for name, values in columns.items()}

@@ -120,12 +120,15 @@ def _tags(recipe_name: str) -> list[RunTag]:
     return [RunTag(key, value) for key, value in tags.items()]
 
 
-def start_run(recipe: Any, *, output: Path) -> Run:
-    """Opens the store, makes it if need be, and starts a run with the whole configuration.
+def open_store(experiment: str, *, output: Path) -> tuple[MlflowClient, str, str]:
+    """Opens the store, and makes it and the experiment if need be.
 
     Args:
-        recipe: a `Recipe` dataclass with `name` and `experiment`.
+        experiment: its name.
         output: folder of the default store; it is made.
+
+    Returns:
+        A client, the tracking URI and the experiment's id.
 
     Raises:
         MlflowException: if the store cannot be reached.
@@ -135,12 +138,28 @@ def start_run(recipe: Any, *, output: Path) -> Run:
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = tracking_uri(output)
     client = MlflowClient(uri)
-    run = client.create_run(_experiment_id(client, uri, recipe.experiment, output))
+    return client, uri, _experiment_id(client, uri, experiment, output)
+
+
+def start_run(recipe: Any, *, output: Path, tags: Mapping[str, str] | None = None) -> Run:
+    """Opens the store, makes it if need be, and starts a run with the whole configuration.
+
+    Args:
+        recipe: a `Recipe` dataclass with `name` and `experiment`.
+        output: folder of the default store; it is made.
+        tags: of the run, beside those that every run has.
+
+    Raises:
+        MlflowException: if the store cannot be reached.
+    """
+    client, uri, experiment = open_store(recipe.experiment, output=output)
+    run = client.create_run(experiment)
     run_id = run.info.run_id
     params = [Param(name, str(value)) for name, value in flatten(recipe)]
     for start in range(0, len(params), _MAX_PARAMS):
         client.log_batch(run_id, params=params[start : start + _MAX_PARAMS])
-    client.log_batch(run_id, tags=_tags(recipe.name))
+    extra = [RunTag(key, value) for key, value in (tags or {}).items()]
+    client.log_batch(run_id, tags=[*_tags(recipe.name), *extra])
     return Run(uri=uri, run_id=run_id)
 
 

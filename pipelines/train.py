@@ -28,21 +28,28 @@ import tyro
 from ray.train.torch import TorchTrainer
 
 from pipelines.activations import activation_metrics
+from pipelines.loop import SCORE
 from pipelines.model import build_detector
 from pipelines.plan import Plan, RecipeError, UnusableVideosError, make_plan, read_annotations
 from pipelines.progress import ProgressPrinter
 from pipelines.quiet import init_ray
-from pipelines.recipes import RECIPES, Recipe
+from pipelines.recipes import RECIPES, CheckpointConfig, Recipe
 from pipelines.resources import ResourceError, check_resources, store_remark
 from pipelines.results import log_results, print_summary
+from pipelines.resuming import RunningError, newest_checkpoint, resume_or_start
 from pipelines.shards.settings import ShardError
 from pipelines.storage import StorageError, local_copy, require
-from pipelines.tracking import Run, finishing, log_dataset, log_metrics, log_text, start_run
-from pipelines.worker import Job, train_worker
+from pipelines.tracking import Run, finishing, log_dataset, log_metrics, log_text
+from pipelines.worker import Job, TrainingProblem, train_worker
 from re2tal.detection.files import DetectionFileError
 from re2tal.detector import Detector
 from re2tal.videos.annotations import AnnotationError, summarize
 from re2tal.videos.toy import make_toy
+
+
+class TrainingError(Exception):
+    """Training came upon what no new attempt would change; the message says what."""
+
 
 PROBLEMS = (
     StorageError,
@@ -51,6 +58,8 @@ PROBLEMS = (
     DetectionFileError,
     RecipeError,
     ResourceError,
+    RunningError,
+    TrainingError,
     UnusableVideosError,
 )
 
@@ -149,6 +158,17 @@ def check_model(recipe: Recipe, classes: Sequence[str]) -> Detector:
             raise StorageError(str(problem)) from problem
 
 
+def _kept(config: CheckpointConfig) -> ray.train.CheckpointConfig:
+    """Ray Train keeps the newest in any case, to go on from."""
+    if config.which == "last":
+        return ray.train.CheckpointConfig(num_to_keep=config.keep)
+    return ray.train.CheckpointConfig(
+        num_to_keep=config.keep,
+        checkpoint_score_attribute=SCORE,
+        checkpoint_score_order="max",
+    )
+
+
 def fit(recipe: Recipe, plan: Plan, run: Run) -> ray.train.Result:
     """Trains on the cluster and shows progress until it ends.
 
@@ -162,12 +182,14 @@ def fit(recipe: Recipe, plan: Plan, run: Run) -> ray.train.Result:
     """
     scale = recipe.scale
     with ProgressPrinter() as progress:
+        output = Path(recipe.output) / run.run_id
         job = Job(
             recipe=recipe,
             plan=plan,
             run=run,
-            output=Path(recipe.output) / run.run_id,
+            output=output,
             board=progress.board,
+            checkpoint=newest_checkpoint(output),
         )
         trainer = TorchTrainer(
             train_worker,
@@ -184,15 +206,15 @@ def fit(recipe: Recipe, plan: Plan, run: Run) -> ray.train.Result:
                 failure_config=ray.train.FailureConfig(
                     max_failures=scale.max_failures, controller_failure_limit=2
                 ),
-                checkpoint_config=ray.train.CheckpointConfig(
-                    num_to_keep=2,
-                    checkpoint_score_attribute="val/mAP",
-                    checkpoint_score_order="max",
-                ),
+                checkpoint_config=_kept(recipe.checkpoints),
                 logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             ),
         )
-        return trainer.fit()
+        result = trainer.fit()
+    problem = result.return_value
+    if isinstance(problem, TrainingProblem):
+        raise TrainingError(problem.message)
+    return result
 
 
 def train(recipe: Recipe) -> Run:
@@ -214,7 +236,9 @@ def train(recipe: Recipe) -> Run:
         print(f"warning: {remark}", flush=True)
     plan = make_plan(recipe.data, annotations)
     _show_remarks(plan)
-    run = start_run(recipe, output=Path(recipe.output))
+    run, goes_on = resume_or_start(recipe, plan)
+    if goes_on:
+        print(f"going on with the unfinished run {run.run_id}; --no-resume starts anew", flush=True)
     with finishing(run):
         log_dataset(
             run, name=recipe.name, source=str(recipe.data.annotations), digest=plan.fingerprint

@@ -14,14 +14,17 @@ import torch
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from ray.train.torch import get_device
 
+from pipelines.checkpoints import CheckpointError
 from pipelines.data import Batch, stream_batches
+from pipelines.finite import NonFiniteLossError
 from pipelines.loop import Trainer
-from pipelines.plan import Plan
+from pipelines.plan import Plan, UnusableVideosError
 from pipelines.quiet import quiet_data
 from pipelines.recipes import Recipe
 from pipelines.storage import local_copy
 from pipelines.streaming import FrameStream
 from pipelines.tracking import MetricLogger, Run
+from re2tal.reversible import ReversibleError
 from re2tal.videos.windows import Window
 
 
@@ -35,6 +38,7 @@ class Job:
         run: where metrics go.
         output: folder of this run for what is saved beside checkpoints; absolute.
         board: handle of the progress actor.
+        checkpoint: to go on from where Ray Train knows of none; None begins at the beginning.
     """
 
     recipe: Recipe
@@ -42,6 +46,17 @@ class Job:
     run: Run
     output: Path
     board: Any
+    checkpoint: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingProblem:
+    """What a worker returns when a new attempt would end in the same way.
+
+    Ray Train makes a new attempt after any exception, and shows the worker's stack with it.
+    """
+
+    message: str
 
 
 class RayRuntime:
@@ -54,6 +69,7 @@ class RayRuntime:
         self.device: torch.device = get_device()
         self._job = job
         self._metrics = metrics
+        self._leaving: frozenset[str] = frozenset()
         scale = job.recipe.scale
         self._stream = FrameStream(
             streams=context.get_local_world_size(),
@@ -87,25 +103,44 @@ class RayRuntime:
         whole = ray.train.Checkpoint.from_directory(checkpoint) if self.rank == 0 else None
         ray.train.report(dict(metrics), checkpoint=whole)
 
+    def preempted(self) -> bool:
+        """Whether Ray was told that a node goes; true once for each notice, on every rank alike."""
+        if os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") == "0":
+            return False
+        info = ray.train.get_preemption_info()
+        nodes = frozenset(info.preempted_node_to_ranks) if info else frozenset()
+        new, self._leaving = nodes - self._leaving, self._leaving | nodes
+        return bool(new)
+
     @contextmanager
     def restored(self) -> Iterator[Path | None]:
-        """Gives the checkpoint to go on from after a lost worker, if there is one."""
+        """Gives the checkpoint to go on from after a lost worker or driver, if there is one."""
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
-            yield None
+            yield self._job.checkpoint
             return
         with checkpoint.as_directory() as folder:
             yield Path(folder)
 
 
-def train_worker(config: dict[str, Job]) -> dict[str, float]:
+def _train(
+    job: Job, runtime: RayRuntime, weights: Path | None
+) -> dict[str, float] | TrainingProblem:
+    trainer = Trainer(job.recipe, job.plan, runtime, weights=weights, output=job.output)
+    try:
+        return trainer.run()
+    except (NonFiniteLossError, UnusableVideosError, CheckpointError, ReversibleError) as problem:
+        return TrainingProblem(message=str(problem))
+
+
+def train_worker(config: dict[str, Job]) -> dict[str, float] | TrainingProblem:
     """Trains one worker's share of a run; rank 0 also writes metrics to MLflow.
 
     Args:
         config: the `Job` under "job"; Ray Train hands over dictionaries.
 
     Returns:
-        The metrics of the last epoch.
+        The metrics of the last epoch, or what all workers alike came upon.
     """
     quiet_data()
     job = config["job"]
@@ -116,17 +151,14 @@ def train_worker(config: dict[str, Job]) -> dict[str, float]:
         uri = job.recipe.model.weights
         weights = local_copy(uri, Path(folder)) if uri else None
         if context.get_world_rank() > 0:
-            return Trainer(
-                job.recipe, job.plan, RayRuntime(job, None), weights=weights, output=job.output
-            ).run()
+            return _train(job, RayRuntime(job, None), weights)
         metrics = MetricLogger(job.run, fallback=job.output / "unsent_metrics.jsonl")
         monitor = SystemMetricsMonitor(
             job.run.run_id, resume_logging=True, tracking_uri=job.run.uri
         )
         monitor.start()
         try:
-            runtime = RayRuntime(job, metrics)
-            return Trainer(job.recipe, job.plan, runtime, weights=weights, output=job.output).run()
+            return _train(job, RayRuntime(job, metrics), weights)
         finally:
             monitor.finish()
             unsent = metrics.close()

@@ -18,6 +18,7 @@ from pipelines.planner.report import Profile, picture, print_profile
 from pipelines.planner.step import Workload
 from pipelines.planner.subject import Subject, backbone_alone, of_recipe
 from pipelines.planner.ways import TITLES, WAYS
+from pipelines.precision import Precision
 from pipelines.recipes import RECIPES, Recipe
 from pipelines.tracking import Run, finishing, flatten, log_metrics, start_run
 
@@ -56,7 +57,7 @@ class BackboneProfile:
     )
     frames: int = 768
     size: int = 224
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    precision: Precision = "bfloat16"
     batch: int = 1
     experiment: str = "re2tal"
     output: str = "runs"

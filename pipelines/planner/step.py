@@ -1,11 +1,11 @@
 """The step whose memory is counted: from frames as they are decoded to what the losses compare."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pipelines.precision import Precision, autocast
 from pipelines.recipes import Recipe
 from re2tal.detector import Detector
 
@@ -24,7 +24,7 @@ class Workload:
     batch: int
     frames: int
     size: int
-    precision: Literal["float32", "bfloat16"]
+    precision: Precision
 
     def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Black frames `(B, T, H, W, 3)` uint8 and a mask `(B, T)` bool that is all true."""
@@ -37,8 +37,7 @@ class Workload:
 
         The losses themselves check values, which fake tensors do not have.
         """
-        bfloat16 = self.precision == "bfloat16"
-        with torch.autocast(frames.device.type, torch.bfloat16, enabled=bfloat16):
+        with autocast(frames.device.type, self.precision):
             features = detector.backbone(detector.normalized(frames))
             predicted = detector.localizer.predict(features, detector.feature_mask(mask))
         tensors = [part for part in predicted if isinstance(part, Tensor)]

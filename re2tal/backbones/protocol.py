@@ -37,3 +37,11 @@ class Backbone(Protocol):
             `(B, C, T / temporal_stride)`.
         """
         ...
+
+    def layer_of(self, name: str) -> int:
+        """The layer that a parameter belongs to: 0 for the stem, then 1 for each block in turn.
+
+        Args:
+            name: of the parameter.
+        """
+        ...

@@ -98,6 +98,7 @@ class SwinBackbone(SwinTransformer3d):
         self.head = nn.Identity()  # features are what is wanted; an Identity has no parameters
         self.channels: int = self.num_features
         self.pooling = config.pooling
+        self._depths = config.depths
         self.temporal_stride = config.patch[0] * config.pooling
 
     def forward(self, video: Tensor) -> Tensor:
@@ -112,6 +113,23 @@ class SwinBackbone(SwinTransformer3d):
         features = self.places(video).mean(dim=(2, 3))
         pooled = features.unflatten(1, (-1, self.pooling)).mean(dim=2)
         return pooled.transpose(1, 2).contiguous()
+
+    def layer_of(self, name: str) -> int:
+        """The layer that a parameter belongs to: 0 for the stem, then 1 for each block in turn.
+
+        What merges patches belongs to the block after it, the last norm to the last block.
+
+        Args:
+            name: of the parameter.
+        """
+        depths = self._depths
+        part, *rest = name.split(".")
+        if part == "patch_embed":
+            return 0
+        if part == "features":
+            stage, merges = divmod(int(rest[0]), 2)
+            return 1 + (sum(depths[: stage + 1]) if merges else sum(depths[:stage]) + int(rest[1]))
+        return sum(depths)
 
     def places(self, video: Tensor) -> Tensor:
         """Features before pooling.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from re2tal.detection.segments import Detections
 from re2tal.localizers.heads import ConvHead, LevelScale, Strip
 from re2tal.localizers.losses import LossNormalizer, diou_loss, focal_loss
-from re2tal.localizers.points import Points, assign, make_points
+from re2tal.localizers.points import Points, PointTargets, assign, make_points
 from re2tal.localizers.protocol import Losses, Targets
 from re2tal.localizers.pyramid import Embedding, TransformerPyramid
 from re2tal.localizers.selection import best
@@ -213,13 +213,7 @@ class ActionFormer(nn.Module):
         logits, offsets, valid, points = self.predict(features, mask)
         if targets is None:
             return self._decode(logits, offsets, valid, points)
-        actual = assign(
-            points,
-            targets,
-            self.num_classes,
-            radius=self.config.centre_radius,
-            shortest_only=self.config.shortest_only,
-        )
+        actual = self._assign(points, targets)
         positive = valid & (actual.classes > 0).any(dim=2)
         count = self.normalizer(positive.sum())
         smoothing = self.config.label_smoothing
@@ -229,6 +223,25 @@ class ActionFormer(nn.Module):
             / count,
             "regression": self.config.regression_weight * regression / count,
         }
+
+    def begin_step(self, masks: Sequence[Tensor], targets: Sequence[Sequence[Targets]]) -> None:
+        """Counts the positive points of a whole step, by which its losses are divided."""
+        positives = torch.zeros((), device=self.normalizer.mean.device)
+        for mask, of_pass in zip(masks, targets, strict=True):
+            points = make_points(mask.shape[1], self.config.ranges, mask.device)
+            valid = torch.cat([mask[:, :: 2**level] for level in range(self.config.levels)], dim=1)
+            classes = self._assign(points, of_pass).classes
+            positives += (valid & (classes > 0).any(dim=2)).sum()
+        self.normalizer.count(positives, passes=len(masks))
+
+    def _assign(self, points: Points, targets: Sequence[Targets]) -> PointTargets:
+        return assign(
+            points,
+            targets,
+            self.num_classes,
+            radius=self.config.centre_radius,
+            shortest_only=self.config.shortest_only,
+        )
 
     def predict(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Points]:
         """What the network says about each point.

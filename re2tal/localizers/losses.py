@@ -53,12 +53,26 @@ def diou_loss(predicted: Tensor, actual: Tensor, positive: Tensor) -> Tensor:
     return torch.where(positive, loss, 0).sum()
 
 
-class LossNormalizer(nn.Module):
-    """A running mean of the number of positive points, by which both losses are divided.
+def over_ranks(count: Tensor) -> tuple[Tensor, int]:
+    """Sums a count over all ranks, which must all call this; returns it and their number.
 
-    It steadies the loss when a batch holds few windows. The buffer is part of the state, so a
-    resumed run continues with it. With several ranks it follows the mean over all of them: all
-    must then call it as often, which is why it does so only in training mode.
+    Args:
+        count: of this rank.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return count, 1
+    total = count.clone()
+    distributed.all_reduce(total)
+    return total, distributed.get_world_size()
+
+
+class LossNormalizer(nn.Module):
+    """A running mean of the number of a step's positive points, by which losses are divided.
+
+    It steadies the loss when a step has few windows. The buffer is part of the state, so a resumed
+    run continues with it. It follows the sum over all ranks and all passes of a step, however the
+    windows of the step are laid out: all ranks must call it as often, which is why it counts only
+    in training mode.
     """
 
     mean: Tensor
@@ -66,17 +80,29 @@ class LossNormalizer(nn.Module):
     def __init__(self, initial: float) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(float(initial)))
+        self._parts = 1  # passes of the step over all ranks
+        self._counted = 0  # passes to come whose positives are counted already
 
-    def forward(self, positives: Tensor) -> Tensor:
-        """Counts a batch when training, and returns the mean to divide by.
+    def count(self, positives: Tensor, *, passes: int) -> None:
+        """Counts a step ahead of its passes, because each is divided by what all of them hold.
 
         Args:
-            positives: scalar, the number of positive points in this rank's batch.
+            positives: scalar, the number of positive points in all of this rank's passes.
+            passes: forward passes of this rank in the step.
+        """
+        total, ranks = over_ranks(positives.detach().float())
+        self.mean.copy_(MOMENTUM * self.mean + (1 - MOMENTUM) * total.clamp(min=1))
+        self._parts, self._counted = ranks * passes, passes
+
+    def forward(self, positives: Tensor) -> Tensor:
+        """Returns what to divide a pass's losses by: the mean over the passes is then the step's.
+
+        Args:
+            positives: scalar, the number of positive points of the pass: it is a step of its own
+                unless `count` was called ahead.
         """
         if self.training:
-            count = positives.detach().float().clamp(min=1)
-            if distributed.is_available() and distributed.is_initialized():
-                distributed.all_reduce(count)
-                count = count / distributed.get_world_size()
-            self.mean.copy_(MOMENTUM * self.mean + (1 - MOMENTUM) * count)
-        return self.mean.clone()  # the next batch changes the buffer in place
+            if not self._counted:
+                self.count(positives, passes=1)
+            self._counted -= 1
+        return self.mean / self._parts

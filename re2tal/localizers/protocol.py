@@ -85,6 +85,18 @@ class Localizer(Protocol):
         """
         ...
 
+    def begin_step(self, masks: Sequence[Tensor], targets: Sequence[Sequence[Targets]]) -> None:
+        """Is told all of a rank's windows of a training step, before the step's forward passes.
+
+        The losses of many localizers are divided by what a whole step holds. Without this call each
+        forward pass with targets is a step of its own.
+
+        Args:
+            masks: of each pass `(B, T)` bool.
+            targets: of each pass those of its samples.
+        """
+        ...
+
     def predict(self, features: Tensor, mask: Tensor) -> tuple[Any, ...]:
         """What the network says, before it becomes losses or detections.
 

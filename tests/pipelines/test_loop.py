@@ -61,7 +61,7 @@ def test_both_parts_are_trained_and_a_frozen_backbone_is_not(
     tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path
 ) -> None:
     for frozen in (False, True):
-        model = replace(tiny_recipe.model, freeze_backbone=frozen)
+        model = replace(tiny_recipe.model, frozen=("backbone",) if frozen else ())
         trainer, _ = _trainer(replace(tiny_recipe, model=model), tiny_plan, tmp_path / str(frozen))
         before = _weights(trainer)
         trainer.run()
@@ -123,7 +123,7 @@ def test_videos_that_fail_while_training_are_counted(
     trainer, _ = _trainer(replace(tiny_recipe, data=data), plan, tmp_path)
     metrics = trainer.run()
     assert metrics["videos/failed"] == 1
-    assert "broken" in trainer.failures
+    assert "broken" in trainer.state.failures
 
 
 AUGMENTATION = AugmentationConfig(source_size=40, crop_area=(0.2, 0.8), flip=0.5, brightness=0.4)

@@ -204,6 +204,13 @@ class VSGN(nn.Module):
             return self._decode(predicted)
         return self._losses(predicted, mask, targets)
 
+    def begin_step(self, masks: Sequence[Tensor], targets: Sequence[Sequence[Targets]]) -> None:
+        """Nothing is counted ahead: which anchors count depends on where the network moves them.
+
+        Each pass is divided by what it holds on all ranks. The passes of an accumulated step
+        therefore weigh the same, whatever they hold.
+        """
+
     def predict(self, features: Tensor, mask: Tensor) -> Prediction:
         """What the network says, before it becomes losses or detections; see `forward`."""
         length = features.shape[2]
@@ -232,14 +239,18 @@ class VSGN(nn.Module):
         moved = predicted.segments.detach()
         classes = match(moved, valid, instances, config.match_tiou).classes
         refined = match(moved, valid, instances, config.adjust_tiou)
-        scores = score_losses(
-            predicted.yes, predicted.no, score_targets(instances, mask.shape[1]), mask
-        )
+        boundaries = score_targets(instances, mask.shape[1])
+        ranks = {"all_ranks": self.training}  # in evaluation they need not have as many windows
+        scores = score_losses(predicted.yes, predicted.no, boundaries, mask, **ranks)
         return {
-            "classification": balanced_cross_entropy(predicted.logits, classes, valid),
-            "regression": giou_loss(predicted.segments, original.segments, original.positive),
+            "classification": balanced_cross_entropy(predicted.logits, classes, valid, **ranks),
+            "regression": giou_loss(
+                predicted.segments, original.segments, original.positive, **ranks
+            ),
             # Its gradients reach the regression too.
-            "adjustment": giou_loss(predicted.adjusted, refined.segments, refined.positive),
+            "adjustment": giou_loss(
+                predicted.adjusted, refined.segments, refined.positive, **ranks
+            ),
             **{name: config.supplementary_weight * loss for name, loss in scores.items()},
         }
 

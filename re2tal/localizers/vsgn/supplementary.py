@@ -90,7 +90,9 @@ def score_targets(instances: Instances, length: int) -> Tensor:
     return (is_at & (instances.labels >= 0)[:, None, None]).any(dim=3)
 
 
-def score_losses(yes: Tensor, no: Tensor, targets: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def score_losses(
+    yes: Tensor, no: Tensor, targets: Tensor, mask: Tensor, *, all_ranks: bool = False
+) -> dict[str, Tensor]:
     """Balanced binary log loss of each score (Lin et al., ECCV 2018, equation 3).
 
     It weighs positives and negatives so that both count the same: half the mean of each.
@@ -100,11 +102,14 @@ def score_losses(yes: Tensor, no: Tensor, targets: Tensor, mask: Tensor) -> dict
         no: `(B, 3, T)` logarithms of one minus the scores.
         targets: `(B, 3, T)` bool.
         mask: `(B, T)` bool, which features count.
+        all_ranks: as `mean_over`.
     """
     losses = {}
     for i, name in enumerate(SCORES):
         positive, negative = mask & targets[:, i], mask & ~targets[:, i]
-        losses[name] = (mean_over(-yes[:, i], positive) + mean_over(-no[:, i], negative)) / 2
+        of_positives = mean_over(-yes[:, i], positive, all_ranks=all_ranks)
+        of_negatives = mean_over(-no[:, i], negative, all_ranks=all_ranks)
+        losses[name] = (of_positives + of_negatives) / 2
     return losses
 
 
