@@ -1,0 +1,105 @@
+"""A checkpoint is taken for good only if it is whole."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines.checkpoints import CheckpointError, complete, is_complete
+from pipelines.detection_task import DetectionTask
+from pipelines.local import LocalRuntime
+from pipelines.loop import Trainer
+from pipelines.plan import Plan
+from pipelines.recipes import Recipe
+from pipelines.resuming import newest_checkpoint
+
+
+def _trainer(recipe: Recipe, plan: Plan, folder: Path) -> Trainer:
+    runtime = LocalRuntime(recipe, plan, folder)
+    return Trainer(
+        DetectionTask(recipe=recipe, plan=plan), runtime, weights=None, output=folder / "output"
+    )
+
+
+@pytest.fixture
+def checkpoint(tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path) -> Path:
+    trainer = _trainer(tiny_recipe, tiny_plan, tmp_path)
+    folder = tmp_path / "checkpoint_2026-01-01"
+    trainer.state.save(folder, trainer.task.spec)
+    complete(folder)
+    return folder
+
+
+def test_what_an_interrupted_copy_leaves_is_no_checkpoint(
+    checkpoint: Path, tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path
+) -> None:
+    assert is_complete(checkpoint)
+    trainer = _trainer(tiny_recipe, tiny_plan, tmp_path)
+    trainer.state.load(checkpoint)
+    for path in [p for p in checkpoint.rglob("*") if p.is_file()]:
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        assert not is_complete(checkpoint), path
+        path.unlink()
+        assert not is_complete(checkpoint), path
+        with pytest.raises(CheckpointError, match="not whole"):
+            trainer.state.load(checkpoint)
+        path.write_bytes(content)
+    assert is_complete(checkpoint)
+
+
+def test_the_newest_whole_checkpoint_is_found(checkpoint: Path) -> None:
+    later = checkpoint.with_name("checkpoint_2026-01-02")
+    assert newest_checkpoint(checkpoint.parent) == checkpoint
+    later.mkdir()
+    (later / "training.pt").write_bytes(b"half")
+    assert newest_checkpoint(checkpoint.parent) == checkpoint
+    complete(later)
+    assert newest_checkpoint(checkpoint.parent) == later
+    assert newest_checkpoint(checkpoint.parent / "nowhere") is None
+
+
+def test_nothing_in_a_checkpoint_is_unpickled(checkpoint: Path) -> None:
+    for path in checkpoint.rglob("*.pt"):
+        torch.load(path, weights_only=True)
+    assert {p.suffix for p in checkpoint.rglob("*") if p.is_file()} == {
+        ".pt",
+        ".json",
+        ".safetensors",
+    }
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_the_midst_of_an_epoch_bit_for_bit(
+    tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path
+) -> None:
+    dropping = replace(tiny_recipe.model.localizer, drop_path=0.2)  # type: ignore[type-var]
+    recipe = replace(
+        tiny_recipe,
+        model=replace(tiny_recipe.model, localizer=dropping),
+        checkpoints=replace(tiny_recipe.checkpoints, steps=2),
+    )
+    whole = _trainer(recipe, tiny_plan, tmp_path / "whole")
+    whole.run()
+    first = _trainer(recipe, tiny_plan, tmp_path / "parts")
+    take = first.step
+    taken = []
+
+    def twice(passes):  # type: ignore[no-untyped-def]
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        taken.append(passes)
+        return take(passes)
+
+    first.step = twice  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    second = _trainer(recipe, tiny_plan, tmp_path / "parts")
+    assert (second.state.step, second.state.windows) == (2, 2 * recipe.batch_size)
+    second.run()
+    assert second.state.step == whole.state.step
+    for name, value in whole.state.detector.state_dict().items():
+        assert torch.equal(value, second.state.detector.state_dict()[name]), name
+    for name, value in whole.state.average.state_dict().items():
+        assert torch.equal(value, second.state.average.state_dict()[name]), name

@@ -1,0 +1,97 @@
+"""Which run a command goes on with."""
+
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipelines.checkpoints import complete
+from pipelines.plan import Plan
+from pipelines.recipes import Recipe
+from pipelines.resuming import RunningError, digest, resume_or_start
+from pipelines.tracking import finishing
+
+DRIVER = "re2tal.driver"
+
+
+@pytest.fixture
+def recipe(tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return replace(tiny_recipe, output=str(tmp_path))
+
+
+def _checkpoint(recipe: Recipe, run_id: str) -> None:
+    folder = Path(recipe.output) / run_id / "checkpoint_1"
+    folder.mkdir(parents=True)
+    complete(folder)
+
+
+def test_the_digest_tells_configurations_and_data_apart(recipe: Recipe, tiny_plan: Plan) -> None:
+    same = digest(recipe, tiny_plan)
+    assert digest(replace(recipe, resume=False), tiny_plan) == same
+    for other in (
+        replace(recipe, seed=1),
+        replace(recipe, optim=replace(recipe.optim, backbone_lr=1.0)),
+    ):
+        assert digest(other, tiny_plan) != same
+    assert digest(recipe, replace(tiny_plan, fingerprint="other")) != same
+    fewer = replace(tiny_plan, training=tiny_plan.training[1:])
+    assert digest(recipe, fewer) != same
+
+
+@pytest.mark.slow
+def test_a_run_that_did_not_end_is_taken_up_and_one_that_did_is_not(
+    recipe: Recipe, tiny_plan: Plan
+) -> None:
+    first, goes_on = resume_or_start(recipe, tiny_plan)
+    assert not goes_on
+    first.client.set_tag(first.run_id, DRIVER, f"{_host()} 99999999 1.00")  # it was killed
+    # without a checkpoint there is nothing to go on from
+    second, goes_on = resume_or_start(recipe, tiny_plan)
+    assert not goes_on
+    assert second.run_id != first.run_id
+    assert first.client.get_run(first.run_id).info.status == "KILLED"
+    _checkpoint(recipe, second.run_id)
+    listed = Path(recipe.output) / second.run_id / "checkpoint_manager_snapshot.json"
+    listed.write_text('{"checkpoint_res')
+    with pytest.raises(OSError, match="full"), finishing(second):
+        raise OSError("the disk is full")
+    assert second.client.get_run(second.run_id).info.status == "FAILED"
+    again, goes_on = resume_or_start(recipe, tiny_plan)
+    assert (again, goes_on) == (second, True)
+    assert not listed.exists()  # Ray Train would refuse it
+    found = again.client.get_run(again.run_id)
+    assert found.info.status == "RUNNING"
+    assert "error" not in found.data.tags
+    other, goes_on = resume_or_start(replace(recipe, resume=False), tiny_plan)
+    assert not goes_on
+    other, goes_on = resume_or_start(replace(recipe, seed=1), tiny_plan)
+    assert not goes_on
+    with finishing(again):
+        pass
+    fresh, goes_on = resume_or_start(recipe, tiny_plan)
+    assert not goes_on
+    assert fresh.run_id not in {first.run_id, second.run_id, other.run_id}
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_elsewhere_is_not_taken_up_twice(
+    recipe: Recipe, tiny_plan: Plan
+) -> None:
+    run, _ = resume_or_start(recipe, tiny_plan)
+    _checkpoint(recipe, run.run_id)
+    parent = psutil.Process().parent()
+    assert parent is not None
+    alive = f"{_host()} {parent.pid} {parent.create_time():.2f}"
+    run.client.set_tag(run.run_id, DRIVER, alive)
+    with pytest.raises(RunningError, match=rf"process {parent.pid}.*--no-resume"):
+        resume_or_start(recipe, tiny_plan)
+    # the number was given to another process since
+    run.client.set_tag(run.run_id, DRIVER, f"{_host()} {parent.pid} 1.00")
+    assert resume_or_start(recipe, tiny_plan) == (run, True)
+
+
+def _host() -> str:
+    return socket.gethostname()
