@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pipelines.classification.recipes import ClassifierModelConfig
 from pipelines.recipes import ModelConfig
 from re2tal.detector import Detector
 
 _NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
-def freeze(detector: Detector, config: ModelConfig) -> None:
+def freeze(detector: Detector, config: ModelConfig | ClassifierModelConfig) -> None:
     """Takes the gradients from what is not to be trained.
 
     Args:
@@ -29,7 +30,7 @@ def freeze(detector: Detector, config: ModelConfig) -> None:
                 module.requires_grad_(requires_grad=False)
 
 
-def train_mode(detector: Detector, config: ModelConfig) -> None:
+def train_mode(detector: Detector, config: ModelConfig | ClassifierModelConfig) -> None:
     """Training mode, out of which frozen parts stay, and BatchNorms that keep their statistics.
 
     Args:

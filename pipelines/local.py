@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from pipelines.data import Batch, decode_batches
-from pipelines.plan import Plan
-from pipelines.recipes import Recipe
+from pipelines.task import AnyPlan, AnyRecipe
 from re2tal.videos.windows import Window
 
 
@@ -25,7 +24,7 @@ class LocalRuntime:
     world_size = 1
 
     def __init__(
-        self, recipe: Recipe, plan: Plan, folder: Path, *, device: torch.device | str = "cpu"
+        self, recipe: AnyRecipe, plan: AnyPlan, folder: Path, *, device: torch.device | str = "cpu"
     ) -> None:
         """Args: recipe, plan: of the run. folder: where the newest checkpoint is kept."""
         self.device = torch.device(device)

@@ -4,11 +4,10 @@ It knows PyTorch and DDP, not Ray: a `Runtime` gives it data and takes results.
 """
 
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,34 +17,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.checkpoints import TrainingState, complete
 from pipelines.clock import Clock
-from pipelines.data import Batch, epoch_windows, share
+from pipelines.data import Batch, share
 from pipelines.freezing import train_mode
-from pipelines.model import build_detector, detected_classes, reported_classes, spec_of
 from pipelines.optim import build_average, build_optimizer, build_schedule, fast_forward
-from pipelines.plan import Plan, check_failures
 from pipelines.progress import duration
-from pipelines.recipes import Recipe
 from pipelines.step import Stepper, in_passes, seed_step
-from pipelines.validation import (
-    detect_windows,
-    evaluate,
-    gather,
-    proposal_metrics,
-    validation_share,
-)
-from re2tal.detection.files import write_detections
-from re2tal.detection.nms import nms_videos
-from re2tal.detection.raw import write_raw
-from re2tal.detection.segments import Detections
-from re2tal.detection.video_scores import fuse_videos
+from pipelines.task import Task
 from re2tal.detector import Detector
 from re2tal.reversible import check, reconstruction_errors, stage_modes
 from re2tal.videos.augmentation import augment, clip_seed
 from re2tal.videos.windows import Window
 
-DETECTIONS_FILE = "detections.json"
-RAW_FILE = "raw_detections.safetensors"
-SCORE = "val/mAP"  # what makes a checkpoint the best
 UNSCORED = -1.0  # of a checkpoint in the midst of an epoch: any other is better
 PREEMPTION_STEPS = 10  # steps between looks at whether a node is going to be taken away
 
@@ -79,17 +61,10 @@ class Runtime(Protocol):
 class Trainer:
     """One worker's share of a run: epochs of steps, each ended by validation and a checkpoint."""
 
-    def __init__(
-        self, recipe: Recipe, plan: Plan, runtime: Runtime, *, weights: Path | None, output: Path
-    ) -> None:
-        self.recipe, self.runtime = recipe, runtime
-        # what the detector is trained on: all classes, or whether there is an action at all
-        self.plan = plan.restricted(detected_classes(recipe, plan.classes))
-        # what its detections are compared with
-        self.reported = plan.restricted(reported_classes(recipe, plan.classes))
-        self.spec = spec_of(recipe, plan.classes)
-        torch.manual_seed(recipe.seed)  # the same weights on every rank
-        detector = build_detector(recipe, plan.classes, weights).to(runtime.device)
+    def __init__(self, task: Task, runtime: Runtime, *, weights: Path | None, output: Path) -> None:
+        self.task, self.recipe, self.runtime = task, task.recipe, runtime
+        torch.manual_seed(task.recipe.seed)  # the same weights on every rank
+        detector = task.build(weights).to(runtime.device)
         self.stride: int = detector.backbone.temporal_stride
         self.state = self._begin(detector)
         with runtime.restored() as folder:
@@ -99,7 +74,7 @@ class Trainer:
         self.step = Stepper(
             wrapped,
             self.state,
-            recipe.optim,
+            self.recipe.optim,
             augment=self._augmented,
             device=runtime.device,
             output=output,
@@ -144,16 +119,6 @@ class Trainer:
         into = f" and {state.windows} windows of the next" if state.windows else ""
         self.runtime.say(f"going on after epoch {state.epoch} of {epochs}{into}")
 
-    def _all_windows(self, epoch: int) -> list[Window]:
-        return epoch_windows(
-            self.plan.training,
-            self.plan.classes,
-            self.recipe.data.window,
-            stride=self.stride,
-            seed=self.recipe.seed,
-            epoch=epoch,
-        )
-
     def _steps(self) -> int:
         """Steps of an epoch."""
         return len(self._windows(0)) // self._windows_per_worker
@@ -161,7 +126,7 @@ class Trainer:
     def _windows(self, epoch: int, *, behind: int = 0) -> list[Window]:
         """This worker's windows of an epoch, after the first `behind` of all workers'."""
         windows = share(
-            self._all_windows(epoch),
+            self.task.windows(stride=self.stride, epoch=epoch),
             rank=self.runtime.rank,
             world_size=self.runtime.world_size,
             batch_size=self._windows_per_worker,
@@ -184,14 +149,13 @@ class Trainer:
             self.state.epoch += 1
             self.state.windows = 0
             check(self.state.detector)  # before what cannot be taken back: a checkpoint
-            metrics, detections, raw = self._validate()
+            evaluation = self.task.evaluate(self.state, self.runtime, steps=self._steps())
+            metrics = evaluation.metrics
             seen = metrics | _reversible_metrics(self.state.detector)
             self.runtime.log(seen, step=self.state.step)
             with self._checkpoint(metrics) as folder:
                 if self.runtime.rank == 0:
-                    write_detections(folder / DETECTIONS_FILE, detections, self.reported.classes)
-                    if self.recipe.save_raw:
-                        write_raw(folder / RAW_FILE, raw, self.plan.classes)
+                    evaluation.write(folder)
         return metrics
 
     @contextmanager
@@ -201,7 +165,7 @@ class Trainer:
             folder = Path(scratch) / "checkpoint"
             folder.mkdir()
             if self.runtime.rank == 0:
-                self.state.save(folder, self.spec)
+                self.state.save(folder, self.task.spec)
             yield folder
             complete(folder)
             self.runtime.report({**metrics, "epoch": self.state.epoch}, folder)
@@ -218,14 +182,16 @@ class Trainer:
             for batch in passes:
                 state.failures |= batch.failures
             seed_step(recipe.seed, step=state.step, rank=self.runtime.rank)
-            metrics = self.step(passes) | clock.metrics(self.runtime.world_size)
-            state.windows += self.windows_per_step
-            self.runtime.log(metrics, step=state.step)
             index = state.windows // self.windows_per_step
+            moved = self.task.before_step(state, done=state.epoch * steps + index, steps=steps)
+            metrics = self.step(passes) | clock.metrics(self.runtime.world_size) | moved
+            self.runtime.log(metrics, step=state.step)
+            state.windows += self.windows_per_step
+            index += 1
             if (index - 1) % max(1, steps // 5) == 0 or index == steps:
                 self._say_progress(index, steps, metrics, clock, taken=index - first)
             if index < steps and self._checkpoint_due():
-                with self._checkpoint({SCORE: UNSCORED}):
+                with self._checkpoint({self.task.score: UNSCORED}):
                     self.runtime.say(f"checkpoint after step {index} of {steps}")
 
     def _checkpoint_due(self) -> bool:
@@ -256,54 +222,6 @@ class Trainer:
             f"loss {metrics['train/loss']:.3f}  {metrics['train/frames_per_second']:.0f} frames/s  "
             f"waiting for data {metrics['train/data_wait_share']:.0%}  left {duration(left)}"
         )
-
-    def _validate(
-        self,
-    ) -> tuple[dict[str, float], dict[str, Detections], dict[str, Detections]]:
-        """The metrics of an epoch, the detections of all videos, and those before suppression."""
-        recipe, plan, runtime = self.recipe, self.plan, self.runtime
-        before = time.perf_counter()
-        windows = validation_share(
-            plan.validation,
-            plan.classes,
-            recipe.data.window,
-            stride=self.stride,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-        )
-        durations = {v.annotation.video_id: v.annotation.duration for v in plan.validation}
-        detector: Any = self.state.average.module.eval()
-        raw, failures = detect_windows(
-            detector, runtime.stream(windows, size=recipe.data.size), durations
-        )
-        suppressed = nms_videos(raw, recipe.nms)
-        failures = {**self.state.failures, **failures}
-        shares = gather((suppressed, raw if recipe.save_raw else {}, failures))
-        detections = {video: found for part in shares for video, found in part[0].items()}
-        raw = {video: found for part in shares for video, found in part[1].items()}
-        failed = dict(plan.failures)
-        for part in shares:
-            failed |= part[2]
-        check_failures(failed, len(plan.uris) + len(plan.failures), recipe.data.max_failed)
-        metrics = {"videos/failed": float(len(failed))}
-        if recipe.model.class_agnostic:
-            metrics |= proposal_metrics(detections, plan.validation, plan.classes)
-        if plan.video_scores is not None:
-            top = recipe.data.video_scores_top
-            detections = fuse_videos(detections, plan.video_scores, top=top)
-        reported = self.reported
-        metrics |= evaluate(
-            detections,
-            reported.validation,
-            reported.classes,
-            recipe.thresholds,
-            ignore_ambiguous=recipe.ignore_ambiguous,
-        )
-        runtime.say(
-            f"epoch {self.state.epoch}/{recipe.epochs}  validation  mAP {metrics['val/mAP']:.3f}  "
-            f"({len(detections)} videos, {duration(time.perf_counter() - before)})"
-        )
-        return metrics, detections, raw
 
 
 def _reversible_metrics(detector: nn.Module) -> dict[str, float]:

@@ -5,8 +5,9 @@ from typing import Any
 
 import ray
 
-from pipelines.recipes import Recipe, ScaleConfig
+from pipelines.recipes import ScaleConfig
 from pipelines.streaming import store_needed
+from pipelines.task import AnyRecipe
 
 
 class ResourceError(Exception):
@@ -22,11 +23,29 @@ def check_resources(scale: ScaleConfig) -> None:
     Raises:
         ResourceError: if CPUs or GPUs do not suffice for all workers and one decoding task.
     """
+    require_resources(
+        cpus=scale.workers * scale.cpus_per_worker + scale.cpus_per_decoder,
+        gpus=scale.workers if scale.gpu else 0,
+        who=f"{scale.workers} workers and the decoding",
+        advice="Lower --scale.workers or --scale.cpus-per-worker, or train without GPUs "
+        "(--scale.no-gpu).",
+    )
+
+
+def require_resources(*, cpus: float, gpus: int, who: str, advice: str) -> None:
+    """Compares what is needed with what the cluster has in all.
+
+    Args:
+        cpus: logical CPUs.
+        gpus: GPUs.
+        who: needs them, for the message.
+        advice: what to do, a sentence.
+
+    Raises:
+        ResourceError: if they do not suffice.
+    """
     have = ray.cluster_resources()
-    need = {
-        "CPU": scale.workers * scale.cpus_per_worker + scale.cpus_per_decoder,
-        "GPU": float(scale.workers if scale.gpu else 0),
-    }
+    need = {"CPU": cpus, "GPU": float(gpus)}
     missing = [
         f"{need[name]:g} {name}s (it has {have.get(name, 0.0):g})"
         for name in need
@@ -34,13 +53,11 @@ def check_resources(scale: ScaleConfig) -> None:
     ]
     if missing:
         raise ResourceError(
-            f"The cluster is too small: {scale.workers} workers and the decoding need "
-            f"{' and '.join(missing)}. Lower --scale.workers or --scale.cpus-per-worker, or train "
-            "without GPUs (--scale.no-gpu)."
+            f"The cluster is too small: {who} need {' and '.join(missing)}. {advice}"
         )
 
 
-def store_remark(recipe: Recipe, nodes: list[dict[str, Any]]) -> str | None:
+def store_remark(recipe: AnyRecipe, nodes: list[dict[str, Any]]) -> str | None:
     """What to say when frames on their way to the workers do not fit the object store.
 
     The run would work, but slowly: Ray spills to the disk what does not fit.

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.checkpoints import DETECTOR_FOLDER
+from pipelines.detection_task import DETECTIONS_FILE, RAW_FILE
 from pipelines.diagnosis_figures import pictures as diagnosis_pictures
 from pipelines.figures import curves, timelines
-from pipelines.loop import DETECTIONS_FILE, RAW_FILE
 from pipelines.model import reported_classes
 from pipelines.plan import Plan
 from pipelines.progress import duration
@@ -37,12 +37,13 @@ def _history(run: Run, name: str) -> list[tuple[int, float]]:
     return [(m.step, m.value) for m in run.client.get_metric_history(run.run_id, name)]
 
 
-def log_model(run: Run, detector: Path) -> str:
+def log_model(run: Run, detector: Path, **files: Path) -> str:
     """Logs a saved detector as an MLflow model that loads without this run's process.
 
     Args:
         run: the run it belongs to.
         detector: folder that `save_detector` wrote.
+        files: what else is to lie beside it in the model.
 
     Returns:
         The model's URI.
@@ -55,7 +56,7 @@ def log_model(run: Run, detector: Path) -> str:
         info = mlflow.pyfunc.log_model(
             name="detector",
             python_model=str(_REPOSITORY / "pipelines" / "mlflow_model.py"),
-            artifacts={"detector": str(detector)},
+            artifacts={name: str(path) for name, path in {"detector": detector, **files}.items()},
             code_paths=[str(_REPOSITORY / "re2tal")],
             pip_requirements=["torch", "torchvision", "av", "pydantic", "safetensors", "psutil"],
         )

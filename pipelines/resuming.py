@@ -16,8 +16,7 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.tracking import MlflowClient
 
 from pipelines.checkpoints import is_complete
-from pipelines.plan import Plan
-from pipelines.recipes import Recipe
+from pipelines.task import AnyPlan, AnyRecipe
 from pipelines.tracking import Run, flatten, open_store, start_run
 
 _DIGEST = "re2tal.configuration"
@@ -29,7 +28,7 @@ class RunningError(Exception):
     """The same command is being run at this moment; the message says where."""
 
 
-def digest(recipe: Recipe, plan: Plan) -> str:
+def digest(recipe: AnyRecipe, plan: AnyPlan) -> str:
     """A hash of all that the result of a run depends on, but for the code.
 
     Args:
@@ -44,7 +43,7 @@ def digest(recipe: Recipe, plan: Plan) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def resume_or_start(recipe: Recipe, plan: Plan) -> tuple[Run, bool]:
+def resume_or_start(recipe: AnyRecipe, plan: AnyPlan) -> tuple[Run, bool]:
     """Takes up the last run of this configuration if it has not ended, else starts one.
 
     Args:

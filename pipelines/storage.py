@@ -11,6 +11,13 @@ import pyarrow.fs as pafs
 PARTIAL = ".partial-"  # in the names of files that are not whole
 
 
+BACKBONE_FILE = "backbone.safetensors"
+"""Weights of a backbone, in a model or among the artifacts of a run."""
+
+# URIs of MLflow: an artifact of a run, a model, an artifact that a tracking server hands out.
+_MLFLOW = ("runs:/", "models:/", "mlflow-artifacts:/")
+
+
 class StorageError(Exception):
     """A path or URI that cannot be used: what it is for, where it points, what to do."""
 
@@ -26,7 +33,8 @@ def require(uri: str | None, *, what: str, option: str) -> str:
     """Checks that something exists at a path or URI.
 
     Args:
-        uri: the path or URI, None if none was given.
+        uri: the path or URI, None if none was given. Whether an URI of MLflow leads anywhere is
+            found out by `local_copy`.
         what: what should be there, for the message ("the annotations").
         option: the command-line option that sets it.
 
@@ -38,6 +46,8 @@ def require(uri: str | None, *, what: str, option: str) -> str:
     """
     if uri is None:
         raise StorageError(f"{what}: no path given. Say where with {option} PATH_OR_URI.")
+    if uri.startswith(_MLFLOW):
+        return uri
     try:
         filesystem, path = resolve(uri)
         found = filesystem.get_file_info(path).type != pafs.FileType.NotFound
@@ -64,7 +74,8 @@ def open_source(uri: str) -> str | BinaryIO:
 
 def absolute(uri: str) -> str:
     """Returns a URI as it is, and a path made absolute: processes elsewhere are given it."""
-    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+    remote = "://" in uri or uri.startswith(_MLFLOW)
+    return uri if remote else str(Path(uri).expanduser().absolute())
 
 
 def join(folder: str, name: str) -> str:
@@ -165,16 +176,68 @@ def list_files(uri: str) -> dict[str, str]:
     return {name: f"{folder}/{name}" for name in names}
 
 
-def local_copy(uri: str, folder: Path) -> Path:
+def is_folder(uri: str) -> bool:
+    """Whether there is a folder at a path or URI."""
+    filesystem, path = resolve(uri)
+    return bool(filesystem.get_file_info(path).type == pafs.FileType.Directory)
+
+
+def walk_files(uri: str) -> dict[str, str]:
+    """Lists the files in a folder and in all folders in it.
+
+    Args:
+        uri: path or URI of the folder.
+
+    Returns:
+        Path in the folder, with slashes, to path or URI; in the order of the former.
+    """
+    filesystem, path = resolve(uri)
+    infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
+    folder = uri.rstrip("/") if "://" in uri else path
+    files = (info.path for info in infos if info.type == pafs.FileType.File)
+    names = sorted(str(Path(file).relative_to(path)) for file in files)
+    return {name: f"{folder}/{name}" for name in names}
+
+
+def local_copy(uri: str, folder: Path, *, tracking_uri: str | None = None) -> Path:
     """Returns a local path to a file, copied into `folder` first when it is remote.
 
     Args:
-        uri: path or URI of a file.
+        uri: path or URI of a file, or an URI of MLflow: `runs:/<run>/<path>` of an artifact, or
+            `models:/<name>/<version>` or `models:/<id>` of a model with a `backbone.safetensors`.
         folder: where a copy may go; it exists.
+        tracking_uri: MLflow's store; None for the one that is set in this process.
+
+    Raises:
+        StorageError: if an URI of MLflow leads to no such file.
     """
+    if uri.startswith(_MLFLOW):
+        return _from_mlflow(uri, folder, tracking_uri)
     filesystem, path = resolve(uri)
     if "://" not in uri:
         return Path(path)
     target = folder / Path(path).name
     pafs.copy_files(path, str(target), source_filesystem=filesystem)
     return target
+
+
+def _from_mlflow(uri: str, folder: Path, tracking_uri: str | None) -> Path:
+    # here, because decoding processes import this module and should start in a moment
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = Path(
+            download_artifacts(artifact_uri=uri, dst_path=str(folder), tracking_uri=tracking_uri)
+        )
+    except (MlflowException, OSError) as error:
+        raise StorageError(f"MLflow has nothing at {uri} ({error}). Correct the URI.") from error
+    if found.is_file():
+        return found
+    inside = next(found.rglob(BACKBONE_FILE), None)
+    if inside is None:
+        raise StorageError(
+            f"There is no {BACKBONE_FILE} in {uri}: name the model of a run of "
+            "finetune_backbone.py, or one file."
+        )
+    return inside

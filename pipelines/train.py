@@ -24,11 +24,11 @@ from pathlib import Path
 
 import ray
 import ray.train
-import tyro
 from ray.train.torch import TorchTrainer
 
 from pipelines.activations import activation_metrics
-from pipelines.loop import SCORE
+from pipelines.command_line import parse_recipe
+from pipelines.detection_task import DetectionTask
 from pipelines.model import build_detector
 from pipelines.plan import Plan, RecipeError, UnusableVideosError, make_plan, read_annotations
 from pipelines.progress import ProgressPrinter
@@ -39,7 +39,15 @@ from pipelines.results import log_results, print_summary
 from pipelines.resuming import RunningError, newest_checkpoint, resume_or_start
 from pipelines.shards.settings import ShardError
 from pipelines.storage import StorageError, local_copy, require
-from pipelines.tracking import Run, finishing, log_dataset, log_metrics, log_text
+from pipelines.task import Task
+from pipelines.tracking import (
+    Run,
+    finishing,
+    log_dataset,
+    log_metrics,
+    log_text,
+    tracking_uri,
+)
 from pipelines.worker import Job, TrainingProblem, train_worker
 from re2tal.detection.files import DetectionFileError
 from re2tal.detector import Detector
@@ -70,25 +78,7 @@ def parse(arguments: Sequence[str]) -> Recipe:
     Args:
         arguments: without the program's name.
     """
-    name, rest = ("toy", list(arguments))
-    if rest and not rest[0].startswith("-"):
-        name = rest.pop(0)
-    if name not in RECIPES:
-        sys.exit(f"There is no recipe {name!r}. Choose one of: {', '.join(RECIPES)}.")
-    recipes = "\n\n".join(
-        f"{key}: {(make.__doc__ or '').splitlines()[0]}" for key, make in RECIPES.items()
-    )
-    description = (
-        f"{__doc__}\n\nRecipes (the first argument; toy if left out):\n\n{recipes}"
-        f"\n\nThe defaults below are those of {name}."
-    )
-    return tyro.cli(
-        Recipe,
-        default=RECIPES[name](),
-        args=rest,
-        prog="train.py [RECIPE]",
-        description=description,
-    )
+    return parse_recipe(arguments, RECIPES, script="train.py", description=__doc__ or "")
 
 
 def _show_toy(done: int, total: int) -> None:
@@ -150,42 +140,40 @@ def check_model(recipe: Recipe, classes: Sequence[str]) -> Detector:
             "apart itself: leave the scores out, or train it with --model.class-agnostic."
         )
     with tempfile.TemporaryDirectory() as folder:
-        uri = recipe.model.weights
-        weights = local_copy(uri, Path(folder)) if uri else None
+        uri, store = recipe.model.weights, tracking_uri(Path(recipe.output))
+        weights = local_copy(uri, Path(folder), tracking_uri=store) if uri else None
         try:
             return build_detector(recipe, classes, weights)
         except ValueError as problem:
             raise StorageError(str(problem)) from problem
 
 
-def _kept(config: CheckpointConfig) -> ray.train.CheckpointConfig:
+def _kept(config: CheckpointConfig, score: str) -> ray.train.CheckpointConfig:
     """Ray Train keeps the newest in any case, to go on from."""
     if config.which == "last":
         return ray.train.CheckpointConfig(num_to_keep=config.keep)
     return ray.train.CheckpointConfig(
         num_to_keep=config.keep,
-        checkpoint_score_attribute=SCORE,
+        checkpoint_score_attribute=score,
         checkpoint_score_order="max",
     )
 
 
-def fit(recipe: Recipe, plan: Plan, run: Run) -> ray.train.Result:
+def fit(task: Task, run: Run) -> ray.train.Result:
     """Trains on the cluster and shows progress until it ends.
 
     Args:
-        recipe: with absolute paths.
-        plan: classes and usable videos.
+        task: what is trained; the paths of its recipe are absolute.
         run: where metrics go.
 
     Returns:
         Ray's result, with the kept checkpoints.
     """
-    scale = recipe.scale
+    recipe, scale = task.recipe, task.recipe.scale
     with ProgressPrinter() as progress:
         output = Path(recipe.output) / run.run_id
         job = Job(
-            recipe=recipe,
-            plan=plan,
+            task=task,
             run=run,
             output=output,
             board=progress.board,
@@ -206,7 +194,7 @@ def fit(recipe: Recipe, plan: Plan, run: Run) -> ray.train.Result:
                 failure_config=ray.train.FailureConfig(
                     max_failures=scale.max_failures, controller_failure_limit=2
                 ),
-                checkpoint_config=_kept(recipe.checkpoints),
+                checkpoint_config=_kept(recipe.checkpoints, task.score),
                 logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             ),
         )
@@ -246,7 +234,7 @@ def train(recipe: Recipe) -> Run:
         log_text(run, [summarize(annotations)], "data/summary.txt")
         log_text(run, plan.remarks, "data/remarks.txt")
         log_metrics(run, activation_metrics(recipe, detector), step=0)
-        result = fit(recipe, plan, run)
+        result = fit(DetectionTask(recipe=recipe, plan=plan), run)
         log_results(recipe, plan, run, result)
     print_summary(recipe, plan, run, seconds=time.perf_counter() - began)
     return run

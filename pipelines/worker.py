@@ -18,11 +18,11 @@ from pipelines.checkpoints import CheckpointError
 from pipelines.data import Batch, stream_batches
 from pipelines.finite import NonFiniteLossError
 from pipelines.loop import Trainer
-from pipelines.plan import Plan, UnusableVideosError
+from pipelines.plan import UnusableVideosError
 from pipelines.quiet import quiet_data
-from pipelines.recipes import Recipe
 from pipelines.storage import local_copy
 from pipelines.streaming import FrameStream
+from pipelines.task import Task
 from pipelines.tracking import MetricLogger, Run
 from re2tal.reversible import ReversibleError
 from re2tal.videos.windows import Window
@@ -33,16 +33,14 @@ class Job:
     """What the driver hands to every worker.
 
     Attributes:
-        recipe: the run's configuration, with absolute paths.
-        plan: classes and usable videos.
+        task: what is trained; the paths of its recipe are absolute.
         run: where metrics go.
         output: folder of this run for what is saved beside checkpoints; absolute.
         board: handle of the progress actor.
         checkpoint: to go on from where Ray Train knows of none; None begins at the beginning.
     """
 
-    recipe: Recipe
-    plan: Plan
+    task: Task
     run: Run
     output: Path
     board: Any
@@ -70,7 +68,7 @@ class RayRuntime:
         self._job = job
         self._metrics = metrics
         self._leaving: frozenset[str] = frozenset()
-        scale = job.recipe.scale
+        scale = job.task.recipe.scale
         self._stream = FrameStream(
             streams=context.get_local_world_size(),
             cpus=scale.cpus_per_decoder,
@@ -79,13 +77,13 @@ class RayRuntime:
 
     def stream(self, windows: Sequence[Window], *, size: int) -> Iterator[Batch]:
         """Decodes windows with Ray Data and yields them in batches, in order."""
-        recipe = self._job.recipe
+        task = self._job.task
         return stream_batches(
             self._stream,
             windows,
-            self._job.plan.uris,
+            task.plan.uris,
             size=size,
-            batch_size=recipe.batch_size,
+            batch_size=task.recipe.batch_size,
         )
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
@@ -126,7 +124,7 @@ class RayRuntime:
 def _train(
     job: Job, runtime: RayRuntime, weights: Path | None
 ) -> dict[str, float] | TrainingProblem:
-    trainer = Trainer(job.recipe, job.plan, runtime, weights=weights, output=job.output)
+    trainer = Trainer(job.task, runtime, weights=weights, output=job.output)
     try:
         return trainer.run()
     except (NonFiniteLossError, UnusableVideosError, CheckpointError, ReversibleError) as problem:
@@ -148,8 +146,8 @@ def train_worker(config: dict[str, Job]) -> dict[str, float] | TrainingProblem:
     # Ray leaves every worker all cores, whose threads would then wait for one another
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
     with tempfile.TemporaryDirectory() as folder:
-        uri = job.recipe.model.weights
-        weights = local_copy(uri, Path(folder)) if uri else None
+        uri = job.task.recipe.model.weights
+        weights = local_copy(uri, Path(folder), tracking_uri=job.run.uri) if uri else None
         if context.get_world_rank() > 0:
             return _train(job, RayRuntime(job, None), weights)
         metrics = MetricLogger(job.run, fallback=job.output / "unsent_metrics.jsonl")

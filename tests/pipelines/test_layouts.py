@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from pipelines.detection_task import DetectionTask
 from pipelines.local import LocalRuntime
 from pipelines.loop import Trainer
 from pipelines.plan import Plan
@@ -25,7 +26,9 @@ def _train(
 ) -> Result:
     runtime = LocalRuntime(recipe, plan, folder / str(rank))
     runtime.rank, runtime.world_size = rank, world_size
-    trainer = Trainer(recipe, plan, runtime, weights=None, output=folder / "output")
+    trainer = Trainer(
+        DetectionTask(recipe=recipe, plan=plan), runtime, weights=None, output=folder / "output"
+    )
     trainer.run()
     steps = [metrics for _, metrics in runtime.history if "train/loss" in metrics]
     return steps, trainer.state.detector.state_dict()

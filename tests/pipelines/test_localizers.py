@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from pipelines.activations import activation_metrics
+from pipelines.detection_task import DETECTIONS_FILE, RAW_FILE, DetectionTask
 from pipelines.local import LocalRuntime
-from pipelines.loop import DETECTIONS_FILE, RAW_FILE, Trainer
+from pipelines.loop import Trainer
 from pipelines.model import build_detector
 from pipelines.plan import Plan
 from pipelines.recipes import Recipe
@@ -29,7 +30,9 @@ VSGN = VSGNConfig(width=16, levels=3, stem_stride=1, head_layers=1, neighbours=4
 def run(recipe: Recipe, plan: Plan, folder: Path) -> tuple[dict[str, float], Path]:
     """The last metrics, and the folder of the last checkpoint."""
     runtime = LocalRuntime(recipe, plan, folder)
-    metrics = Trainer(recipe, plan, runtime, weights=None, output=folder / "output").run()
+    metrics = Trainer(
+        DetectionTask(recipe=recipe, plan=plan), runtime, weights=None, output=folder / "output"
+    ).run()
     assert all(math.isfinite(m["train/loss"]) for _, m in runtime.history if "train/loss" in m)
     return metrics, folder / "checkpoint"
 
@@ -64,9 +67,8 @@ def test_it_trains_on_stitched_windows(
     window = replace(tiny_recipe.data.window, stitch=StitchConfig(enabled=True))
     recipe = replace(tiny_recipe, data=replace(tiny_recipe.data, window=window))
     runtime = LocalRuntime(recipe, tiny_plan, tmp_path)
-    trainer = Trainer(
-        with_localizer(recipe, VSGN), tiny_plan, runtime, weights=None, output=tmp_path / "output"
-    )
+    task = DetectionTask(recipe=with_localizer(recipe, VSGN), plan=tiny_plan)
+    trainer = Trainer(task, runtime, weights=None, output=tmp_path / "output")
     windows = trainer._windows(0)
     stitched = [w for w in windows if w.copy]
     assert 0 < len(stitched) < len(windows)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipelines.data import Batch, Video
+from pipelines.detection_task import DetectionTask
 from pipelines.finite import NonFiniteLossError
 from pipelines.local import LocalRuntime
 from pipelines.loop import Trainer
@@ -22,7 +23,9 @@ from re2tal.videos.windows import Window
 
 def _trainer(recipe: Recipe, plan: Plan, folder: Path) -> tuple[Trainer, LocalRuntime]:
     runtime = LocalRuntime(recipe, plan, folder)
-    return Trainer(recipe, plan, runtime, weights=None, output=folder / "output"), runtime
+    return Trainer(
+        DetectionTask(recipe=recipe, plan=plan), runtime, weights=None, output=folder / "output"
+    ), runtime
 
 
 def _weights(trainer: Trainer) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import pytest
 
 from pipelines import prepare as script
 from pipelines.data import decode_batches
+from pipelines.detection_task import DetectionTask
 from pipelines.local import LocalRuntime
 from pipelines.loop import Trainer
 from pipelines.plan import make_plan, read_annotations
@@ -240,7 +241,12 @@ def test_training_on_shards_is_training_on_files(
         assert float(error.max()) < 255**2 / 10**3.6  # 36 dB
         assert (one.mask == other.mask).all()
     runtime = LocalRuntime(recipe, sharded, tmp_path)
-    final = Trainer(recipe, sharded, runtime, weights=None, output=tmp_path / "output").run()
+    final = Trainer(
+        DetectionTask(recipe=recipe, plan=sharded),
+        runtime,
+        weights=None,
+        output=tmp_path / "output",
+    ).run()
     assert 0 <= final["val/mAP"] <= 1
     (tmp_path / "shards" / FOLDER / "part-00001.parquet").unlink()
     with pytest.raises(ShardError, match=r"1 of the 3 shards .* part-00001.parquet"):

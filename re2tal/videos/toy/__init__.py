@@ -12,6 +12,7 @@ from re2tal.videos.toy.trimmed import (
     NO_ACTION,
     POSES,
     TRIMMED_CLASSES,
+    UNFINISHED,
     TrimmedToyConfig,
     make_trimmed_toy,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "NO_ACTION",
     "POSES",
     "TRIMMED_CLASSES",
+    "UNFINISHED",
     "ToyClip",
     "ToyConfig",
     "TrimmedToyConfig",

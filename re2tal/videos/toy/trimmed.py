@@ -19,6 +19,8 @@ NO_ACTION = "no_action"
 _TURNS = (*ACTIONS, NO_ACTION)  # clip i is of class i mod 7
 TRIMMED_CLASSES = tuple(sorted(_TURNS))
 POSES = "poses.safetensors"
+UNFINISHED = "unfinished"
+"""A file of this name lies in the folder while it is being made."""
 
 _SETTINGS = "settings.json"
 _VERSION = 1  # counted up when the same settings give other clips
@@ -117,6 +119,8 @@ def make_trimmed_toy(
     if made and all(path.is_file() for path in (folder / POSES, *paths)):
         return folder
     file.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / UNFINISHED).touch()
     _remove_others(folder, paths)
     poses: dict[str, np.ndarray] = {}
     for video_id, pose in parallel_map(_make, jobs):
@@ -127,6 +131,7 @@ def make_trimmed_toy(
         save_file(poses, partial)
     with replacing(file) as partial:
         partial.write_text(json.dumps(settings))
+    (folder / UNFINISHED).unlink()
     return folder
 
 

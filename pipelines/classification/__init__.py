@@ -1,0 +1,1 @@
+"""Training a backbone to classify trimmed videos: what `finetune_backbone.py` is made of."""

@@ -1,0 +1,45 @@
+"""A command line that names a recipe and overrides fields of it."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import tyro
+
+RecipeT = TypeVar("RecipeT")
+
+
+def parse_recipe(
+    arguments: Sequence[str],
+    recipes: Mapping[str, Callable[[], RecipeT]],
+    *,
+    script: str,
+    description: str,
+) -> RecipeT:
+    """Reads a recipe's name and overrides of its fields from the command line.
+
+    Args:
+        arguments: without the program's name.
+        recipes: by name; "toy" is taken if none is named.
+        script: the program's name.
+        description: what the program does.
+    """
+    name, rest = ("toy", list(arguments))
+    if rest and not rest[0].startswith("-"):
+        name = rest.pop(0)
+    if name not in recipes:
+        sys.exit(f"There is no recipe {name!r}. Choose one of: {', '.join(recipes)}.")
+    listed = "\n\n".join(
+        f"{key}: {(make.__doc__ or '').splitlines()[0]}" for key, make in recipes.items()
+    )
+    default = recipes[name]()
+    return tyro.cli(
+        type(default),
+        default=default,
+        args=rest,
+        prog=f"{script} [RECIPE]",
+        description=(
+            f"{description}\n\nRecipes (the first argument; toy if left out):\n\n{listed}"
+            f"\n\nThe defaults below are those of {name}."
+        ),
+    )

@@ -1,0 +1,237 @@
+"""Finetunes a rewired backbone on trimmed videos (step 4 of Re2TAL), and writes its weights.
+
+Toy clips, from the weights that the repository ships, minutes on two CPU cores:
+
+  python pipelines/finetune_backbone.py
+
+Kinetics, from pretrained weights:
+
+  python pipelines/finetune_backbone.py kinetics_re2_swin_t --data.training train.csv
+  --data.validation validate.csv --data.videos FOLDER --model.weights W
+
+Slowly instead of at once (Dr2Net), and plain pretraining from random weights:
+
+  python pipelines/finetune_backbone.py --model.coupling-epochs 1.5
+  python pipelines/finetune_backbone.py --model.no-reversible --model.weights None
+
+train.py takes what comes out as --model.weights: the file, or its URI in MLflow; both are printed.
+"""
+
+import json
+import shlex
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import ray
+import ray.train
+
+from pipelines.checkpoints import DETECTOR_FOLDER
+from pipelines.classification.plan import Lists, make_plan, read_lists
+from pipelines.classification.recipes import RECIPES, ClassificationRecipe, TrimmedDataConfig
+from pipelines.classification.task import ClassificationTask, build_classifier
+from pipelines.command_line import parse_recipe
+from pipelines.progress import duration
+from pipelines.quiet import init_ray
+from pipelines.resources import check_resources, store_remark
+from pipelines.results import log_model
+from pipelines.resuming import resume_or_start
+from pipelines.storage import (
+    BACKBONE_FILE,
+    StorageError,
+    absolute,
+    local_copy,
+    replacing,
+    require,
+)
+from pipelines.tracking import Run, finishing, log_dataset, log_text, tracking_uri
+from pipelines.train import PROBLEMS, fit
+from re2tal.backbones.checkpoint import save_backbone_weights
+from re2tal.trained import load_detector
+from re2tal.videos.toy import UNFINISHED, make_trimmed_toy
+
+
+def parse(arguments: list[str]) -> ClassificationRecipe:
+    """Reads a recipe's name and overrides of its fields from the command line.
+
+    Args:
+        arguments: without the program's name.
+    """
+    return parse_recipe(
+        arguments, RECIPES, script="finetune_backbone.py", description=__doc__ or ""
+    )
+
+
+def _show_toy(done: int, total: int) -> None:
+    if done % 300 == 0 or done == total:
+        print(f"  {done} of {total} clips", flush=True)
+
+
+def _make_toy(data: TrimmedDataConfig) -> None:
+    """Makes the toy clips if they are not there, or were not finished."""
+    if not data.make_toy or data.training is None or "://" in data.training:
+        return
+    training = Path(data.training).absolute()
+    if not training.exists() or (training.parent / UNFINISHED).exists():
+        print(f"making the toy data set's trimmed split in {training.parent}", flush=True)
+        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+            make_trimmed_toy(training.parent, parallel_map=pool.map, progress=_show_toy)
+
+
+def prepared(recipe: ClassificationRecipe) -> ClassificationRecipe:
+    """Returns the recipe with absolute paths, because workers run elsewhere; makes the toy data.
+
+    Args:
+        recipe: as the user gave it.
+
+    Raises:
+        StorageError: if there are no weights at their path.
+    """
+    data, model = recipe.data, recipe.model
+    _make_toy(data)
+    weights = model.weights and require(
+        model.weights, what="The backbone's weights", option="--model.weights"
+    )
+    data = replace(
+        data,
+        training=data.training and absolute(data.training),
+        validation=data.validation and absolute(data.validation),
+        videos=data.videos and absolute(data.videos),
+        classes=data.classes and absolute(data.classes),
+    )
+    return replace(
+        recipe,
+        data=data,
+        model=replace(model, weights=weights),
+        output=str(Path(recipe.output).absolute()),
+    )
+
+
+def check_model(recipe: ClassificationRecipe, lists: Lists) -> None:
+    """Builds the classifier once, so that what does not fit stops the run before it starts.
+
+    Args:
+        recipe: with absolute paths.
+        lists: with the classes.
+
+    Raises:
+        StorageError: if the weights cannot be read or are another network's.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        uri = recipe.model.weights
+        store = tracking_uri(Path(recipe.output))
+        try:
+            weights = local_copy(uri, Path(folder), tracking_uri=store) if uri else None
+            build_classifier(recipe, lists.classes, weights)
+        except ValueError as problem:
+            raise StorageError(str(problem)) from problem
+
+
+def log_backbone(recipe: ClassificationRecipe, run: Run, result: ray.train.Result) -> Path:
+    """Writes the backbone's weights, and logs them and the classifier in MLflow.
+
+    Args:
+        recipe: the run's configuration.
+        run: where to.
+        result: of the training; its last checkpoint holds the averaged classifier.
+
+    Returns:
+        Where the weights are.
+    """
+    assert result.checkpoint is not None, "every epoch reports a checkpoint"
+    path = Path(recipe.output) / run.run_id / BACKBONE_FILE
+    reached = _reached(run)
+    facts = {"run": run.run_id, "command": shlex.join(sys.argv), **reached}
+    with result.checkpoint.as_directory() as folder:
+        _, classifier = load_detector(Path(folder) / DETECTOR_FOLDER)
+        save_backbone_weights(classifier.backbone, path, {"re2tal": json.dumps(facts)})
+        uri = log_model(run, Path(folder) / DETECTOR_FOLDER, backbone=path)
+    run.client.log_artifact(run.run_id, str(path))
+    run.client.set_tag(run.run_id, "model.uri", uri)
+    if recipe.weights_file is not None:
+        with replacing(absolute(recipe.weights_file)) as stream:
+            stream.write(path.read_bytes())
+    return path
+
+
+def _reached(run: Run) -> dict[str, float]:
+    """What the final test measured."""
+    metrics = run.client.get_run(run.run_id).data.metrics
+    return {name: value for name, value in metrics.items() if name.startswith("test/")}
+
+
+def print_summary(
+    recipe: ClassificationRecipe, run: Run, weights: Path, *, failed: int, seconds: float
+) -> None:
+    """Prints what a run reached, what it took, and where it is.
+
+    Args:
+        recipe: the configuration.
+        run: with its metrics sent; what did not arrive is not printed.
+        weights: file of the backbone's weights.
+        failed: number of videos that were left out.
+        seconds: from the command's start to its end.
+    """
+    views = recipe.views
+    for name, value in _reached(run).items():
+        kind = name.removeprefix("test/").replace("_", " ")
+        print(f"{kind:<20}{value:.3f} ({views.clips} clips x {views.crops} crops)")
+    uri = run.client.get_run(run.run_id).data.tags["model.uri"]
+    for label, fact in (
+        ("time", f"{duration(seconds)} in all"),
+        *([("left out", f"{failed} videos")] if failed else []),
+        ("MLflow run", f"{run.run_id} in {run.uri}"),
+        ("weights", recipe.weights_file or str(weights)),
+        ("or", f"runs:/{run.run_id}/{BACKBONE_FILE}"),
+        ("or", uri),
+    ):
+        print(f"{label:<20}{fact}")
+
+
+def finetune(recipe: ClassificationRecipe) -> Run:
+    """Runs a recipe from its videos to the backbone's weights.
+
+    Args:
+        recipe: the configuration.
+
+    Returns:
+        The MLflow run.
+    """
+    began = time.perf_counter()
+    recipe = prepared(recipe)
+    lists = read_lists(recipe.data)
+    check_model(recipe, lists)
+    init_ray()
+    check_resources(recipe.scale)
+    if remark := store_remark(recipe, ray.nodes()):
+        print(f"warning: {remark}", flush=True)
+    plan = make_plan(recipe.data, lists)
+    run, goes_on = resume_or_start(recipe, plan)
+    if goes_on:
+        print(f"going on with the unfinished run {run.run_id}; --no-resume starts anew", flush=True)
+    with finishing(run):
+        log_dataset(
+            run, name=recipe.name, source=str(recipe.data.training), digest=plan.fingerprint
+        )
+        left_out = [f"{video_id}: {reason}" for video_id, reason in sorted(plan.failures.items())]
+        log_text(run, left_out, "data/unusable_videos.txt")
+        result = fit(ClassificationTask(recipe=recipe, plan=plan), run)
+        weights = log_backbone(recipe, run, result)
+    print_summary(
+        recipe, run, weights, failed=len(plan.failures), seconds=time.perf_counter() - began
+    )
+    return run
+
+
+if __name__ == "__main__":
+    try:
+        finetune(parse(sys.argv[1:]))
+    except PROBLEMS as problem:
+        sys.exit(f"error: {problem}")
+    except ray.train.WorkerGroupError as failed:
+        first = next(iter(failed.worker_failures.values()))
+        sys.exit(f"error: a training worker failed.\n{first}")

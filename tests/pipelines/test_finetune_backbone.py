@@ -1,0 +1,360 @@
+"""Step 4 of the paper: the script as a user runs it, and the parts that it is made of."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+from safetensors import safe_open
+from torch import Tensor
+
+from pipelines.classification.evaluation import accuracy_metrics, score_videos
+from pipelines.classification.plan import ClassificationPlan, make_plan, read_lists
+from pipelines.classification.recipes import RECIPES, ClassificationRecipe, TrimmedDataConfig, toy
+from pipelines.classification.task import ClassificationTask, build_classifier
+from pipelines.data import Batch, decode_batches
+from pipelines.finetune_backbone import parse, prepared
+from pipelines.local import LocalRuntime
+from pipelines.loop import Trainer
+from pipelines.plan import UnusableVideosError
+from pipelines.storage import StorageError, local_copy
+from re2tal import rewire
+from re2tal.backbones.checkpoint import load_backbone_weights
+from re2tal.backbones.swin import SwinConfig, swin_toy
+from re2tal.classifier import Classifier
+from re2tal.reversible.controls import reversible_stages
+from re2tal.videos.toy import TRIMMED_CLASSES, TrimmedToyConfig, make_trimmed_toy
+from re2tal.videos.trimmed import ClipConfig, TrimmedVideo, ViewConfig, views
+
+SCRIPT = Path(__file__).parents[2] / "pipelines" / "finetune_backbone.py"
+TINY = SwinConfig(patch=(2, 8, 8), embed_dim=16, depths=(1, 1), heads=(1, 2), window=(4, 4, 4))
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiniest trimmed toy split."""
+    folder = tmp_path_factory.mktemp("trimmed")
+    return make_trimmed_toy(folder, TrimmedToyConfig(training=8, validation=7, seconds=1.5))
+
+
+@pytest.fixture(scope="module")
+def recipe(clips: Path) -> ClassificationRecipe:
+    """The toy recipe on it, one epoch from random weights."""
+    base = toy()
+    data = replace(
+        base.data,
+        training=str(clips / "training"),
+        validation=str(clips / "validation"),
+        size=32,
+        clip=ClipConfig(frames=8, fps=12.0),
+    )
+    model = replace(base.model, weights=None, backbone=TINY)
+    return replace(base, epochs=1, batch_size=4, data=data, model=model, views=ViewConfig(clips=2))
+
+
+@pytest.fixture(scope="module")
+def plan(recipe: ClassificationRecipe) -> ClassificationPlan:
+    """All of its clips."""
+    lists = read_lists(recipe.data)
+    found = {
+        subset: tuple(
+            TrimmedVideo(
+                video_id=f"{subset}/{entry.video_id}",
+                label=lists.classes.index(entry.label),
+                start=0.0,
+                end=1.5,
+            )
+            for entry in lists.subsets[subset].entries
+        )
+        for subset in ("training", "validation")
+    }
+    return ClassificationPlan(
+        classes=lists.classes,
+        training=found["training"],
+        validation=found["validation"],
+        uris={
+            f"{subset}/{name.removesuffix('.mp4')}": uri
+            for subset in found
+            for name, uri in lists.files[subset].items()
+        },
+        failures={},
+        fingerprint=lists.fingerprint,
+    )
+
+
+def couplings(model: Any) -> set[tuple[float, float]]:
+    stages = [stage for _, stage in reversible_stages(model)]
+    assert stages
+    found = [stage.settings.coupling for stage in stages]
+    return {(coupling.alpha, coupling.beta) for coupling in found}
+
+
+def test_an_epoch_shows_a_clip_of_every_video_and_follows_seed_and_epoch(
+    recipe: ClassificationRecipe, plan: ClassificationPlan
+) -> None:
+    def shown(seed: int, epoch: int) -> list[tuple[str, float]]:
+        task = ClassificationTask(recipe=replace(recipe, seed=seed), plan=plan)
+        return [(w.video_id, w.grid.offset) for w in task.windows(stride=2, epoch=epoch)]
+
+    first = shown(0, 0)
+    assert sorted(name for name, _ in first) == sorted(v.video_id for v in plan.training)
+    assert first == shown(0, 0)
+    assert first not in (shown(0, 1), shown(1, 0))
+    assert [name for name, _ in first] != [name for name, _ in shown(0, 1)]
+
+
+def test_a_run_trains_evaluates_and_tests(
+    recipe: ClassificationRecipe, plan: ClassificationPlan, tmp_path: Path
+) -> None:
+    runtime = LocalRuntime(recipe, plan, tmp_path)
+    task = ClassificationTask(recipe=recipe, plan=plan)
+    trainer = Trainer(task, runtime, weights=None, output=tmp_path)
+    before = [p.detach().clone() for p in trainer.state.detector.parameters()]
+    metrics = trainer.run()
+    changed = [
+        not torch.equal(old, new)
+        for old, new in zip(before, trainer.state.detector.parameters(), strict=True)
+    ]
+    assert sum(changed) > 0.8 * len(changed)
+    # the metrics are those of the averaged classifier: computed here window by window
+    classifier = cast("Classifier", trainer.state.average.module).eval()
+    for prefix, view in (("val", ViewConfig()), ("test", recipe.views)):
+        right = 0
+        for video in plan.validation:
+            windows = list(views(video, recipe.data.clip, view, stride=2))
+            batches = decode_batches(windows, plan.uris, size=32, batch_size=1)
+            with torch.no_grad():
+                scores = [clip_scores(classifier, batch.frames) for batch in batches]
+            assert len(scores) == view.clips
+            right += int(torch.stack(scores).mean(dim=0).argmax()) == video.label
+        assert metrics[f"{prefix}/top1"] == pytest.approx(right / 7)
+    assert any("test" in line and "2 x 1 views" in line for line in runtime.lines)
+
+
+def clip_scores(classifier: Classifier, frames: Tensor) -> Tensor:
+    """Probabilities (K,) of one clip without padding, from the parts of the network."""
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    video = ((frames / 255 - mean) / std).permute(0, 4, 1, 2, 3)
+    features = classifier.backbone(video).mean(dim=2)
+    return torch.as_tensor(classifier.localizer.linear(features)[0].softmax(dim=0))
+
+
+def test_scores_are_averaged_over_the_views_that_could_be_decoded(
+    recipe: ClassificationRecipe, plan: ClassificationPlan
+) -> None:
+    torch.manual_seed(0)
+    classifier = build_classifier(recipe, plan.classes, None).eval()
+    video, other = plan.validation[:2]
+    windows = [
+        *views(video, recipe.data.clip, ViewConfig(clips=3), stride=2),
+        *views(other, recipe.data.clip, ViewConfig(clips=1), stride=2),
+    ]
+    batches = list(decode_batches(windows, plan.uris, size=32, batch_size=2))
+    lost = Batch(
+        windows=batches[0].windows,
+        frames=batches[0].frames,
+        mask=batches[0].mask & torch.tensor([[True], [False]]),
+        targets=batches[0].targets,
+        failures={video.video_id: "cut off"},
+    )
+    scores, failures = score_videos(classifier, [lost, batches[1]])
+    assert failures == {video.video_id: "cut off"}
+    with torch.no_grad():
+        kept = [clip_scores(classifier, f[None]) for f in (lost.frames[0], batches[1].frames[0])]
+    torch.testing.assert_close(
+        scores[video.video_id].float(), torch.stack(kept).mean(dim=0), rtol=1e-4, atol=1e-5
+    )
+    metrics = accuracy_metrics(scores, plan.validation, prefix="x")  # of those that have scores
+    right = [int(scores[v.video_id].argmax()) == v.label for v in (video, other)]
+    assert metrics["x/top1"] == pytest.approx(sum(right) / 2)
+
+
+def test_connections_move_from_the_pretrained_ones_to_the_rewired(
+    recipe: ClassificationRecipe, plan: ClassificationPlan, tmp_path: Path
+) -> None:
+    model = replace(recipe.model, coupling_epochs=0.5)
+    moving = replace(recipe, batch_size=2, model=model)
+    task = ClassificationTask(recipe=moving, plan=plan)
+    runtime = LocalRuntime(moving, plan, tmp_path)
+    trainer = Trainer(task, runtime, weights=None, output=tmp_path)
+    seen = []
+    for step in range(5):
+        metrics = task.before_step(trainer.state, done=step, steps=4)
+        seen.append((metrics["coupling/alpha"], metrics["coupling/beta"]))
+        assert couplings(trainer.state.detector) == couplings(trainer.state.average) == {seen[-1]}
+    assert seen == [(1.0, 0.0), (0.5, 0.5), (0.0, 1.0), (0.0, 1.0), (0.0, 1.0)]
+    trainer.run()
+    logged = [m["coupling/beta"] for _, m in runtime.history if "coupling/beta" in m]
+    assert logged == [0.0, 0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"coupling_epochs": 1.0, "reversible": False}, "leave one of them out"),
+        ({"coupling_epochs": 1.5}, "at most the 1 epochs"),
+        ({"coupling_epochs": 0.0}, "above 0"),
+    ],
+)
+def test_contradictions_of_a_recipe_are_refused(
+    recipe: ClassificationRecipe, model: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ValueError, match=expected):
+        replace(recipe, model=replace(recipe.model, **model))
+    augmentation = replace(recipe.data.augmentation, source_size=16, crop_area=(0.5, 1.0))
+    with pytest.raises(ValueError, match="source_size of 16 pixels is below"):
+        replace(recipe.data, augmentation=augmentation)
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_every_recipe_can_be_overridden_and_builds(name: str) -> None:
+    chosen = parse([name, "--data.training", "t", "--optim.backbone-lr", "0.5"])
+    assert (chosen.name, chosen.data.training, chosen.optim.backbone_lr) == (name, "t", 0.5)
+    with torch.device("meta"):
+        built = chosen.model.backbone.build()
+    assert rewire(built).stages
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for option in (
+        "--data.training", "--data.classes", "--model.coupling-epochs", "--model.reversible",
+        "--views.clips", "--weights-file", "kinetics_re2_swin_t",
+    ):  # fmt: skip
+        assert option in shown
+    with pytest.raises(SystemExit, match="There is no recipe 'no'"):
+        parse(["no"])
+
+
+def test_what_is_missing_is_said_before_anything_starts(
+    recipe: ClassificationRecipe, tmp_path: Path
+) -> None:
+    lost = replace(recipe.model, weights=str(tmp_path / "lost.safetensors"))
+    with pytest.raises(StorageError, match=r"nothing at .*lost.*Correct --model.weights"):
+        prepared(replace(recipe, model=lost))
+    empty = TrimmedDataConfig(training=str(tmp_path / "no"))
+    with pytest.raises(StorageError, match=r"nothing at .*Correct --data.training"):
+        read_lists(empty)
+    (tmp_path / "list.txt").write_text("a.mp4 spin\n")
+    with pytest.raises(StorageError, match=r"Say where with --data.videos"):
+        read_lists(TrimmedDataConfig(training=str(tmp_path / "list.txt")))
+
+
+def written_lists(folder: Path, clips: Path, extra: Sequence[str]) -> TrimmedDataConfig:
+    """Lists with class numbers in `folder` of the clips."""
+    names = {subset: sorted(p.relative_to(clips) for p in (clips / subset).rglob("*.mp4"))
+             for subset in ("training", "validation")}  # fmt: skip
+    (folder / "classes.txt").write_text("\n".join(TRIMMED_CLASSES))
+    for subset, of_subset in names.items():
+        lines = [f"{name} {TRIMMED_CLASSES.index(name.parent.name)}" for name in of_subset]
+        added = extra if subset == "training" else []
+        (folder / f"{subset}.txt").write_text("\n".join([*lines, *added]) + "\n")
+    return TrimmedDataConfig(
+        training=str(folder / "training.txt"),
+        validation=str(folder / "validation.txt"),
+        videos=str(clips),
+        classes=str(folder / "classes.txt"),
+        max_failed=0.2,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_instance")
+def test_a_plan_holds_what_can_be_used_and_says_why_the_rest_cannot(
+    clips: Path, tmp_path: Path
+) -> None:
+    first = next((clips / "training").rglob("*.mp4")).relative_to(clips)
+    broken = clips / "broken.mp4"
+    broken.write_bytes(b"no video")
+    extra = ["broken.mp4 0", "lost.mp4 1", f"{first} 0 0.5 1", f"{first} 0 7 9"]
+    config = written_lists(tmp_path, clips, extra)
+    made = make_plan(config, read_lists(config))
+    broken.unlink()
+    stem = first.with_suffix("")
+    assert set(made.failures) == {"training/broken", "training/lost", f"training/{stem}@7-9"}
+    assert "no file lost.mp4" in made.failures["training/lost"]
+    assert "ends at 1.5 s, before 7 s" in made.failures[f"training/{stem}@7-9"]
+    assert made.classes == TRIMMED_CLASSES
+    assert (len(made.training), len(made.validation)) == (9, 7)
+    part = next(v for v in made.training if v.video_id.endswith("@0.5-1"))
+    assert (part.start, part.end, part.label) == (0.5, 1.0, 0)
+    whole = next(v for v in made.training if v.video_id == f"training/{stem}")
+    assert whole.start == 0.0
+    assert whole.end == pytest.approx(1.5)
+    assert made.uris[part.video_id] == made.uris[whole.video_id] == str(clips / first)
+    with pytest.raises(UnusableVideosError, match=r"3 of 19 videos .*--data.max-failed"):
+        make_plan(replace(config, max_failed=0.1), read_lists(config))
+
+
+@pytest.fixture(scope="module")
+def finished(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Folder in which the script ran, and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    env = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")}
+    done = subprocess.run(
+        [
+            sys.executable, str(SCRIPT), "toy",
+            "--data.training", str(clips / "training"),
+            "--data.validation", str(clips / "validation"),
+            "--data.size", "32", "--data.clip.frames", "8", "--epochs", "1", "--batch-size", "4",
+            "--views.clips", "2", "--scale.workers", "1", "--model.coupling-epochs", "0.5",
+            "--weights-file", "out/weights.safetensors",
+        ],
+        cwd=folder, env=env | {"HOME": str(folder)}, capture_output=True, text=True, timeout=420,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+@pytest.mark.slow
+def test_the_run_in_mlflow_is_complete(finished: tuple[Path, str]) -> None:
+    folder, printed = finished
+    store = f"sqlite:///{folder / 'runs' / 'mlflow.db'}"
+    client = MlflowClient(store)
+    (experiment,) = client.search_experiments(filter_string="name = 're2tal-backbones'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["views.clips"] == "2"
+    for name in (
+        "train/loss", "train/loss/classification", "lr/backbone_decayed", "coupling/beta",
+        "val/top1", "val/top5", "val/mean_class_accuracy", "test/top1", "videos/failed",
+        "train/frames_per_second", "memory/rss_mb", "reversible/stages_stored",
+    ):  # fmt: skip
+        assert name in run.data.metrics, name
+    assert run.data.metrics["videos/failed"] == 0
+    assert "data.fingerprint" in run.data.tags
+    for needed in ("epoch 1/1", "top-1", "2 clips x 1 crops", "runs:/", "models:/"):
+        assert needed in printed
+    # all three places hold the same weights, and they fit the plain and the rewired backbone
+    written = folder / "out" / "weights.safetensors"
+    for uri in (
+        f"runs:/{run.info.run_id}/backbone.safetensors",
+        run.data.tags["model.uri"],
+    ):
+        copy = local_copy(uri, folder, tracking_uri=store)
+        assert copy.read_bytes() == written.read_bytes()
+    with safe_open(written, "np") as file:
+        assert run.info.run_id in file.metadata()["re2tal"]
+    plain, rewired = swin_toy().build(), swin_toy().build()
+    rewire(rewired)
+    for backbone in (plain, rewired):
+        load_backbone_weights(backbone, written)
+    shipped = swin_toy().build()
+    load_backbone_weights(shipped, toy().model.weights or "")
+    moved = [
+        float((a - b).abs().max())
+        for a, b in zip(plain.parameters(), shipped.parameters(), strict=True)
+    ]
+    assert 0 < np.median(moved) < 0.01  # finetuned: not as it was, and not from random weights
+    with pytest.raises(StorageError, match="MLflow has nothing at"):
+        local_copy(f"runs:/{run.info.run_id}/no.safetensors", folder, tracking_uri=store)
