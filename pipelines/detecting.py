@@ -122,7 +122,7 @@ def _checked(resources: Resources) -> tuple[int, bool]:
     if gpu and actors > gpus:
         raise ResourceError(
             f"{actors} actors need a GPU each, but the cluster has {gpus}: lower --actors, or run "
-            "without GPUs (--no-gpu)."
+            "without GPUs (--gpu False)."
         )
     if actors + resources.cpus_per_decoder > cpus:
         raise ResourceError(
@@ -169,7 +169,6 @@ def _execute(
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=1,
         num_gpus=1 if actor.device == "cuda" else None,
-        max_restarts=0,  # Ray Data's actors might not find their arguments again, and Ray says so
     )
     # else the first windows of many videos are through before the last of any
     dataset.context.execution_options.preserve_order = True

@@ -5,11 +5,13 @@ that came with a model is run.
 """
 
 import hashlib
+import os
 import re
 from pathlib import Path
 
-import mlflow.artifacts
+import mlflow
 import pyarrow.fs as pafs
+from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -77,12 +79,11 @@ def _model_of_run(run_id: str, tracking: str, option: str) -> str:
 
 
 def _fetched(uri: str, scratch: Path, tracking: str, option: str) -> Path:
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # of this process: it would look for the models of `models:/` elsewhere
+    mlflow.set_tracking_uri(tracking)
     try:
-        return Path(
-            mlflow.artifacts.download_artifacts(
-                artifact_uri=uri, dst_path=str(scratch), tracking_uri=tracking
-            )
-        )
+        return Path(download_artifacts(artifact_uri=uri, dst_path=str(scratch)))
     except (MlflowException, OSError) as error:
         raise StorageError(
             f"The model: {uri} cannot be had from {tracking} ({error}). Correct {option}, or say "

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,7 +122,8 @@ def _write_csv(path: Path, results: Mapping[str, Sequence[Mapping[str, Any]]]) -
 
 def _draw(path: Path, record: Record, classes: Sequence[str]) -> None:
     figure = timeline(record.video_id, record.detections, record.duration, classes)
-    with replacing(path) as partial:
+    with replacing(path) as partial, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(partial, format="png", dpi=120)
 
 

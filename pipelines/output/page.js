@@ -40,8 +40,9 @@ function setColour(element, segment) {
   element.style.setProperty("--score", segment.score);
 }
 
-function laneOf(label, members) {
-  const track = make("div", { className: "track" });
+function laneOf(label, members, line) {
+  const track = make("div", { className: "track" }), name = make("span", { className: "lane", title: classes[label] }, classes[label]);
+  track.style.gridRow = name.style.gridRow = line;
   track.addEventListener("click", (event) => {
     if (event.target !== track) return;
     const box = track.getBoundingClientRect();
@@ -57,7 +58,7 @@ function laneOf(label, members) {
     segment.bar = bar;
     track.append(bar);
   }
-  return [make("span", { className: "lane", title: classes[label] }, classes[label]), track];
+  return [name, track];
 }
 
 function axis() {
@@ -78,7 +79,7 @@ function row(segment) {
   const { start, end, score, label } = segment;
   const button = make("button", { type: "button" },
     make("b", {}, classes[label]), make("span", { className: "score" }, score.toFixed(2)),
-    make("small", {}, `${clock(start, 1)} – ${clock(end, 1)}`), make("meter", { value: score, ariaHidden: "true" }));
+    make("small", {}, `${clock(start, 1)} – ${clock(end, 1)}`), make("i"));
   setColour(button, segment);
   button.addEventListener("click", () => seek(start, true));
   segment.row = button;
@@ -96,7 +97,7 @@ function showSegments() {
   const lanes = [...new Set(video.found.map((found) => found[3]))].sort((a, b) => a - b);
   const head = make("div", { className: "head" }, make("i"));
   head.style.setProperty("--rows", lanes.length + 1);
-  timeline.replaceChildren(...lanes.flatMap((label) => laneOf(label, segments.filter((s) => s.label === label))), axis(), ...(lanes.length ? [head] : []));
+  timeline.replaceChildren(...lanes.flatMap((label, line) => laneOf(label, segments.filter((s) => s.label === label), line + 1)), axis(), ...(lanes.length ? [head] : []));
   list.replaceChildren(...segments.map(row));
   showTime();
 }
@@ -104,7 +105,8 @@ function showSegments() {
 function showTime() {
   const head = one(".head i");
   if (head) head.style.left = `${(100 * at) / video.duration}%`;
-  const on = segments.filter(({ start, end }) => start <= at && at < end);
+  // players round to microseconds, and one that was sent to a start shall not stand before it
+  const on = segments.filter(({ start, end }) => start <= at + 0.001 && at < end);
   for (const segment of segments) {
     const active = on.includes(segment);
     segment.bar.classList.toggle("on", active);
@@ -147,7 +149,7 @@ function show(chosen) {
     player.removeAttribute("src");
     player.load();
   }
-  one("#found").hidden = timeline.hidden = Boolean(video.failed);
+  one("#found").hidden = one("#keys").hidden = timeline.hidden = video.failed;
   showSegments();
 }
 
@@ -167,7 +169,9 @@ player.addEventListener("play", follow);
 player.addEventListener("seeked", () => { if (wanted === null) follow(); });
 player.addEventListener("loadedmetadata", () => { if (wanted !== null) seek(wanted); });
 player.addEventListener("error", () => {
-  if (video.source) say("The browser cannot play this video: it is not where it was, or of a kind that browsers do not play. Its segments are shown all the same.");
+  if (!video.source) return;
+  player.hidden = true;
+  say("The browser cannot play this video: it is not where it was, or of a kind that browsers do not play. Its segments are shown all the same.");
 });
 slider.addEventListener("input", showSegments);
 list.addEventListener("keydown", (event) => {
@@ -203,7 +207,7 @@ function showNamed() {
 }
 
 const failed = videos.filter((candidate) => candidate.failed).length;
-one("#summary").textContent = `${videos.length - failed} of ${videos.length} videos, scores from ${threshold}`;
+one("#summary").textContent = `${videos.length - failed} videos${failed ? `, ${failed} more failed` : ""}; detections that score at least ${threshold}`;
 one("#videos").hidden = videos.length < 2;
 one("#layout").classList.toggle("many", videos.length > 1);
 slider.min = slider.value = threshold;

@@ -1,0 +1,200 @@
+"""The script that detects in new videos, as a user runs it, and what it does the second time."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+
+import pipelines.detect as script
+import re2tal
+from pipelines.detect import DetectConfig, parse
+from pipelines.output.files import OutputConfig
+from pipelines.output.records import RecordError
+from pipelines.results import log_model
+from pipelines.saved_models import fingerprint, local_detector
+from pipelines.storage import StorageError
+from pipelines.tracking import Run, start_run
+from re2tal.backbones.swin import swin_toy
+from re2tal.detection.files import read_detections
+from re2tal.localizers import ActionFormerConfig
+from re2tal.trained import DetectorSpec, save_detector
+from re2tal.videos.windows import WindowConfig
+from tests.pipelines.output_files import Page, table
+
+SCRIPT = Path(__file__).parents[2] / "pipelines" / "detect.py"
+CLASSES = ("bounce", "orbit", "pulse")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """A folder with a saved detector, an MLflow run that has it, and two videos and a text."""
+
+    folder: Path
+    run: Run
+
+    @property
+    def detector(self) -> Path:
+        return self.folder / "checkpoint" / "detector"
+
+    def config(self, **changes: object) -> DetectConfig:
+        config = DetectConfig(
+            videos=(str(self.folder / "videos"),),
+            model=str(self.folder / "checkpoint"),
+            output=str(self.folder / "found"),
+            files=OutputConfig(score_threshold=0.0),
+            runs=str(self.folder / "runs"),
+        )
+        return replace(config, **changes)  # type: ignore[arg-type]
+
+
+SPEC = DetectorSpec(
+    classes=CLASSES,
+    backbone=swin_toy(),
+    # a high prior, so that random weights detect something everywhere
+    localizer=ActionFormerConfig(width=16, heads=2, levels=3, window=5, head_width=16, prior=0.3),
+    size=32,
+    window=WindowConfig(frames=64, fps=12.0),
+)
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    folder = tmp_path_factory.mktemp("detect")
+    torch.manual_seed(0)
+    save_detector(folder / "checkpoint" / "detector", SPEC, SPEC.build())
+    run = start_run(DetectConfig(), output=folder / "runs")
+    (folder / "videos").mkdir()
+    for name in ("toy_000.mp4", "toy_001.mp4"):
+        shutil.copy(tiny_set / "videos" / name, folder / "videos")
+    (folder / "videos" / "broken.mp4").write_text("this is no video")
+    return Setting(folder=folder, run=run)
+
+
+def run_script(setting: Setting, model: str) -> str:
+    dropped = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")
+    env = {name: value for name, value in os.environ.items() if name not in dropped}
+    command = [sys.executable, str(SCRIPT), "--videos", "videos", "--model", model]
+    done = subprocess.run(
+        [*command, "--output", "found", "--score-threshold", "0", "--batch-size", "2"],
+        cwd=setting.folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    # Ray's remark on the arguments of Ray Data's actors, which are restarted, cannot be turned off
+    lines = [line for line in done.stderr.splitlines() if "has constructor arguments" not in line]
+    assert lines == []
+    return done.stdout
+
+
+def check_files(setting: Setting) -> None:
+    """All formats hold what `re2tal.detect` finds."""
+    found = setting.folder / "found"
+    detections = read_detections(found / "detections.json", CLASSES)
+    assert list(detections) == ["toy_000", "toy_001"]
+    page = Page(found / "index.html")
+    shown = {video["id"]: video for video in page.data["videos"]}
+    assert shown["broken"]["failed"]
+    rows = table(found / "detections.csv")
+    for video_id, mine in detections.items():
+        path = setting.folder / "videos" / f"{video_id}.mp4"
+        expected = re2tal.detect(path, setting.detector, device="cpu").detections[:200]
+        assert len(expected) > 0
+        assert (found / shown[video_id]["source"]).resolve() == path.resolve()
+        assert len(shown[video_id]["found"]) == len(expected)
+        torch.testing.assert_close(mine.segments.float(), expected.segments, atol=1e-3, rtol=0)
+        torch.testing.assert_close(mine.scores.float(), expected.scores)
+        assert mine.labels.equal(expected.labels)
+        mine_rows = [row for row in rows if row["video"] == video_id]
+        assert [row["label"] for row in mine_rows] == [CLASSES[i] for i in expected.labels]
+        cues = (found / "subtitles" / f"{video_id}.vtt").read_text().count(" --> ")
+        assert cues == len(expected)
+        assert (found / "subtitles" / f"{video_id}.srt").read_text().startswith("1\n00:00:")
+        assert (found / "timelines" / f"{video_id}.png").read_bytes().startswith(b"\x89PNG")
+    (reason,) = json.loads((found / "failures.json").read_text()).values()
+    assert "cannot be opened as a video" in reason
+
+
+def check_tracking(setting: Setting) -> None:
+    client: MlflowClient = setting.run.client
+    (experiment,) = client.search_experiments(filter_string="name = 're2tal'")
+    (run,) = client.search_runs([experiment.experiment_id], filter_string="params.output = 'found'")
+    assert run.info.status == "FINISHED"
+    assert run.data.params["files.score_threshold"] == "0.0"
+    metrics = run.data.metrics
+    assert (metrics["videos/detected"], metrics["videos/failed"]) == (2, 1)
+    assert metrics["windows"] >= 4
+    assert metrics["frames_per_second"] > 0
+    files = {file.path for file in client.list_artifacts(run.info.run_id)}
+    tables = {"detections.json", "detections.csv", "failures.json", "index.html"}
+    assert files == tables | {"timelines"}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_instance")
+def test_it_detects_with_a_model_of_mlflow_and_the_second_time_only_what_failed(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = log_model(setting.run, setting.detector)
+    setting.run.client.set_tag(setting.run.run_id, "model.uri", uri)
+    printed = run_script(setting, model=setting.run.run_id)
+    assert "failed: broken" in printed
+    assert "0 of 3 videos are through; 3 to do" in printed
+    check_files(setting)
+    check_tracking(setting)
+    records = setting.folder / "found" / "videos"
+    before = {path.name: path.stat().st_mtime_ns for path in records.iterdir()}
+    shutil.copy(setting.folder / "videos" / "toy_000.mp4", setting.folder / "videos" / "broken.mp4")
+    monkeypatch.setattr(script, "init_ray", lambda: None)  # it runs already
+    script.run(setting.config(files=OutputConfig(score_threshold=0.0, top_k=3, formats=("csv",))))
+    after = {path.name: path.stat().st_mtime_ns for path in records.iterdir()}
+    assert after.keys() - before.keys() == {"broken.json"}
+    assert before.items() <= after.items()
+    rows = table(setting.folder / "found" / "detections.csv")
+    assert [row["video"] for row in rows] == ["broken"] * 3 + ["toy_000"] * 3 + ["toy_001"] * 3
+    assert [[*row.values()][1:] for row in rows[:3]] == [[*row.values()][1:] for row in rows[3:6]]
+    assert json.loads((setting.folder / "found" / "failures.json").read_text()) == {}
+    save_detector(setting.folder / "other", SPEC, SPEC.build())
+    with pytest.raises(RecordError, match="another model"):
+        script.run(setting.config(model=str(setting.folder / "other")))
+
+
+@pytest.mark.slow
+def test_a_model_is_found_where_training_leaves_it(setting: Setting) -> None:
+    def find(model: str | None) -> Path:
+        scratch = setting.folder / "scratch"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        return local_detector(model, scratch, tracking=setting.run.uri, option="--model")
+
+    assert find(str(setting.folder / "checkpoint")) == setting.detector
+    assert find(str(setting.detector)) == setting.detector
+    copied = find((setting.folder / "checkpoint").as_uri())
+    assert copied.parent.name == "scratch"
+    assert fingerprint(copied) == fingerprint(setting.detector)
+    without = start_run(DetectConfig(), output=setting.folder / "runs").run_id
+    for model, message in (
+        (None, "no path given. Say where with --model"),
+        ("nowhere", "nothing at nowhere"),
+        (str(setting.folder / "videos"), "holds no detector"),
+        (without, "has none; a training run has one once it has ended"),
+        ("0" * 32, "neither a file nor a run"),
+        ("models:/nothing/1", "cannot be had from"),
+    ):
+        with pytest.raises(StorageError, match=message):
+            find(model)
+
+
+def test_the_command_line_is_read() -> None:
+    config = parse(["--videos", "a.mp4", "b", "--model", "m", "--formats", "vtt", "--gpu", "False"])
+    assert (config.videos, config.model) == (("a.mp4", "b"), "m")
+    assert (config.files.formats, config.resources.gpu) == (("vtt",), False)
