@@ -1,0 +1,275 @@
+"""Detections and detectors are held against annotations, by the script itself."""
+
+import csv
+import io
+import json
+import runpy
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+
+import re2tal
+from pipelines.evaluate import PROBLEMS, evaluate_run, evaluated_plan, parse
+from pipelines.evaluation.labelled import read_labelled
+from pipelines.evaluation.numbers import evaluate, metrics_of
+from pipelines.evaluation.thresholds import USUAL_THRESHOLDS
+from pipelines.model import spec_of
+from pipelines.recipes import Dataset, Recipe, toy
+from pipelines.tracking import Run
+from re2tal.detection.files import read_detections
+from re2tal.trained import save_detector
+
+SCRIPT = Path(__file__).parents[2] / "pipelines" / "evaluate.py"
+Row = dict[str, Any]
+
+# Of "jump" one of two instances is found, with the best score; "spin" is found, after an error.
+DATABASE: dict[str, Any] = {
+    "a": {"subset": "validation", "segments": [(1.0, 3.0, "jump"), (5.0, 9.0, "spin")]},
+    "b": {"subset": "validation", "segments": [(2.0, 4.0, "jump")]},
+    "c": {"subset": "training", "segments": [(0.0, 2.0, "spin")]},
+    "d": {"subset": "testing", "segments": []},
+}
+FOUND = {
+    "a": [(1.0, 3.0, 0.9, "jump"), (5.0, 9.0, 0.6, "spin"), (0.0, 1.0, 0.8, "spin")],
+    "c": [(0.0, 2.0, 0.99, "spin")],
+}
+
+
+def row(segment: tuple[float, float, float, str]) -> Row:
+    start, end, score, label = segment
+    return {"segment": [start, end], "score": score, "label": label}
+
+
+def write(folder: Path, found: Mapping[str, list[Any]], *options: str) -> list[str]:
+    """Writes annotations and detections, and gives the options that name them."""
+    database = {
+        name: {
+            "subset": video["subset"],
+            "duration": 10.0,
+            "annotations": [
+                {"segment": [start, end], "label": label} for start, end, label in video["segments"]
+            ],
+        }
+        for name, video in DATABASE.items()
+    }
+    (folder / "annotations.json").write_text(json.dumps({"database": database}))
+    results = {name: [row(segment) for segment in of_video] for name, of_video in found.items()}
+    (folder / "detections.json").write_text(json.dumps({"results": results}))
+    named = {"detections": "detections.json", "annotations": "annotations.json"}
+    named |= {"output": "out", "runs": "runs"}
+    places = [text for name, file in named.items() for text in (f"--{name}", str(folder / file))]
+    return [*places, *options]
+
+
+def metrics(run: Run) -> dict[str, float]:
+    return dict(run.client.get_run(run.run_id).data.metrics)
+
+
+def artifacts(run: Run, folder: str | None = None) -> set[str]:
+    return {file.path for file in run.client.list_artifacts(run.run_id, folder)}
+
+
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path, str]:
+    """The run of an evaluation, the folder of its files, and what it printed."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        run = evaluate_run(parse(write(folder, FOUND, "--thresholds", "0.5", "0.7")))
+    return run, folder / "out", printed.getvalue()
+
+
+def test_detections_are_evaluated_and_logged(evaluated: tuple[Run, Path, str]) -> None:
+    run, output, _ = evaluated
+    logged = metrics(run)
+    assert logged["val/mAP"] == logged["val/mAP/tiou_0.70"] == pytest.approx(0.5)
+    assert logged["val/AP/jump"] == logged["val/AP/spin"] == pytest.approx(0.5)
+    assert logged["val/AR/10"] == pytest.approx(2 / 3)
+    assert logged["diagnosis/missed"] == pytest.approx(1 / 3)
+    info = run.client.get_run(run.run_id)
+    assert info.info.status == "FINISHED"
+    assert info.data.params["thresholds"] == "(0.5, 0.7)"
+    assert len(info.data.tags["data.fingerprint"]) == 64
+    kinds = ("false_positives", "sensitivity", "false_negatives")
+    pictures = {"timelines", *(f"diagnosis_{kind}" for kind in kinds)}
+    assert artifacts(run, "pictures") == {f"pictures/{name}.png" for name in pictures}
+    files = {path.name for path in output.iterdir() if path.is_file()}
+    assert artifacts(run) == {*files, "pictures", "remarks.txt"}
+
+
+def test_what_was_found_is_printed(evaluated: tuple[Run, Path, str]) -> None:
+    printed = evaluated[2]
+    assert "detections of 1 videos that are not of the subset are left out" in printed
+    assert "1 videos of the subset have no detections (b)" in printed
+    assert "AR@1 0.333" in printed
+    assert "instances missed     33.3%" in printed
+    (jump,) = [line for line in printed.splitlines() if "jump" in line]
+    cells = [cell.strip() for cell in jump.split("│")[1:-1]]
+    assert cells == ["jump", "2", "0.500", "0.500", "0.500"]
+
+
+def test_tables_are_written_for_people_and_programs(evaluated: tuple[Run, Path, str]) -> None:
+    output = evaluated[1]
+    content = json.loads((output / "evaluation.json").read_text())
+    whole = {"average": 0.5, "tIoU 0.50": 0.5, "tIoU 0.70": 0.5}
+    assert content["tables"]["average_precision"] == [
+        {"class": "jump", "instances": 2} | whole,
+        {"class": "spin", "instances": 1} | whole,
+        {"class": "mAP", "instances": 3} | whole,
+    ]
+    assert len(content["tables"]["average_recall"]) == 100
+    for name, rows in content["tables"].items():
+        with (output / f"{name}.csv").open() as file:
+            read = list(csv.DictReader(file))
+        assert read == [{k: "" if v is None else str(v) for k, v in one.items()} for one in rows]
+    assert content["metrics"]["val/mAP"] == 0.5
+
+
+PROPOSALS = {name: [(*one[:3], "action") for one in rows] for name, rows in FOUND.items()}
+
+
+def evaluation(folder: Path, *options: str) -> dict[str, float]:
+    """Numbers of the proposals, without MLflow."""
+    config = parse(write(folder, PROPOSALS, *options))
+    labelled = read_labelled(
+        folder / "detections.json", evaluated_plan(config), top=config.video_scores_top
+    )
+    return metrics_of(
+        evaluate(labelled, config.levels, ignore_ambiguous=False, dataset=config.dataset)
+    )
+
+
+def test_proposals_are_evaluated_whatever_the_class(tmp_path: Path) -> None:
+    found = evaluation(tmp_path)
+    # of three instances two are found, at ranks 1 and 3
+    assert found["val/mAP"] == found["val/AP/action"] == pytest.approx((1 + 2 / 3) / 3)
+    assert "val/AP/jump" not in found
+
+
+def test_video_scores_give_proposals_their_classes(tmp_path: Path) -> None:
+    scores = {"class": ["jump", "spin"], "results": {"a": [0.9, 0.1], "b": [0.9, 0.1]}}
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    options = ("--video-scores", str(tmp_path / "scores.json"), "--video-scores-top", "1")
+    found = evaluation(tmp_path, *options)
+    assert found["val/AP/jump"] == pytest.approx(0.5)
+    assert found["val/AP/spin"] == 0
+    assert found["val/AR/10"] == pytest.approx(2 / 3)
+    with pytest.raises(PROBLEMS, match="have classes already: leave the scores out"):
+        evaluate_run(parse(write(tmp_path, FOUND, *options)))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--model", "x"), "either --detections FILE or --model MODEL"),
+        (("--thresholds", "0.5", "1.5"), "Correct --thresholds"),
+        (("--subset", "testing"), r"its 1 videos have none. Name a subset .*\(--subset\)"),
+        (("--annotations", "nowhere.json"), "nothing at .*nowhere.json. Correct --annotations"),
+        (("--detections", "nowhere.json"), "nothing at .*nowhere.json. Correct --detections"),
+        (("--video-scores", "nowhere.json"), "Correct --video-scores"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_a_run_starts(
+    tmp_path: Path, options: tuple[str, ...], reason: str
+) -> None:
+    with pytest.raises(PROBLEMS, match=reason):
+        evaluate_run(parse(write(tmp_path, FOUND, *options)))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("label", "reason"),
+    [
+        ("swim", r"video 'a'\[1\].label: is not a known class \(found 'swim'\)"),
+        ("action", "1 of the 2 detections in .* have the class 'action' of proposals"),
+    ],
+)
+def test_detections_of_other_classes_are_refused(tmp_path: Path, label: str, reason: str) -> None:
+    found = {"a": [FOUND["a"][0], (5.0, 6.0, 0.5, label)]}
+    with pytest.raises(PROBLEMS, match=reason):
+        evaluate_run(parse(write(tmp_path, found)))
+
+
+@pytest.mark.slow
+def test_the_script_evaluates(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), *write(tmp_path, FOUND)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "average recall" in done.stdout
+    assert "MLflow run" in done.stdout
+
+
+def test_the_script_ends_with_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = write(tmp_path, FOUND, "--subset", "none")
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    with pytest.raises(SystemExit, match=r"^error: "):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_instance")
+def test_a_detector_detects_in_the_subset_and_is_evaluated(
+    tiny_recipe: Recipe, tiny_set: Path, tmp_path: Path
+) -> None:
+    annotations = json.loads((tiny_set / "annotations.json").read_text())["database"]
+    labels = {one["label"] for video in annotations.values() for one in video["annotations"]}
+    classes = tuple(sorted(labels))
+    spec = spec_of(tiny_recipe, classes)
+    torch.manual_seed(0)
+    save_detector(tmp_path / "model" / "detector", spec, spec.build())
+    config = parse(
+        [
+            *("--model", str(tmp_path / "model")),
+            *("--annotations", str(tiny_set / "annotations.json")),
+            *("--videos", str(tiny_set / "videos")),
+            *("--output", str(tmp_path / "out")),
+            *("--runs", str(tmp_path / "runs")),
+            *("--actors", "1"),
+        ]
+    )
+    run = evaluate_run(config)
+    found = read_detections(tmp_path / "out" / "detections.json", classes)
+    subset = sorted(name for name, v in annotations.items() if v["subset"] == "validation")
+    assert sorted(found) == subset
+    wanted = re2tal.detect(tiny_set / "videos" / f"{subset[0]}.mp4", tmp_path / "model")
+    assert len(wanted.detections) > 0
+    torch.testing.assert_close(
+        found[subset[0]].scores.float(), wanted.detections.scores, rtol=1e-5, atol=1e-6
+    )
+    assert "detections.json" in artifacts(run)
+
+
+def test_a_detector_of_other_classes_is_refused(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    spec = spec_of(tiny_recipe, ("jump", "swim"))
+    save_detector(tmp_path / "model", spec, spec.build())
+    arguments = [
+        *write(tmp_path, {}),
+        "--model",
+        str(tmp_path / "model"),
+        "--videos",
+        str(tmp_path),
+    ]
+    del arguments[:2]  # the detections
+    with pytest.raises(PROBLEMS, match=r"1 of the 2 classes of the detector .* \(swim\)"):
+        evaluate_run(parse(arguments))
+
+
+def test_every_data_set_has_its_thresholds() -> None:
+    assert set(USUAL_THRESHOLDS) == {None, *get_args(Dataset)}
+    assert parse([]).levels == toy().thresholds
+    assert parse(["--dataset", "hacs-segments"]).levels == pytest.approx(
+        [0.5 + 0.05 * i for i in range(10)]
+    )
+    assert parse(["--dataset", "hacs-segments", "--thresholds", "0.5"]).levels == (0.5,)
