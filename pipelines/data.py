@@ -40,7 +40,7 @@ class Batch:
 
     Attributes:
         windows: where each sample comes from.
-        frames: uint8 (B, T, H, W, 3).
+        frames: uint8 (B, T, H, W, 3); or features in their place, float32 (B, T', C).
         mask: bool (B, T), false on padding and on all of a window that could not be decoded.
         targets: segments and labels of each sample, in feature-grid units.
         failures: video id to reason, for windows that could not be decoded.
@@ -109,7 +109,13 @@ def share(
     return list(windows[rank : steps * batch_size * world_size : world_size])
 
 
-def _assemble(windows: Sequence[Window], samples: Sequence[Mapping[str, Any]]) -> Batch:
+def assemble(windows: Sequence[Window], samples: Sequence[Mapping[str, Any]]) -> Batch:
+    """Puts windows and what was read of each into a batch.
+
+    Args:
+        windows: of the batch.
+        samples: `frames` and `error` of each, as `decode_sample` returns them.
+    """
     masks, targets, failures = [], [], {}
     for window, sample in zip(windows, samples, strict=True):
         error = str(sample["error"])
@@ -154,7 +160,7 @@ def stream_batches(
         return
     rows = [{"index": i, "uri": uris[w.video_id], "window": w} for i, w in enumerate(windows)]
     for samples in stream.batches(rows, size=size, batch_size=batch_size):
-        yield _assemble([windows[sample["index"]] for sample in samples], samples)
+        yield assemble([windows[sample["index"]] for sample in samples], samples)
 
 
 def decode_batches(
@@ -174,4 +180,4 @@ def decode_batches(
             decode_sample({"index": 0, "uri": uris[w.video_id], "window": w}, size=size)
             for w in chunk
         ]
-        yield _assemble(chunk, samples)
+        yield assemble(chunk, samples)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from pipelines.data import Batch, decode_batches
+from pipelines.features.training import feature_stream
 from pipelines.task import AnyPlan, AnyRecipe
 from re2tal.videos.windows import Window
 
@@ -35,6 +36,9 @@ class LocalRuntime:
 
     def stream(self, windows: Sequence[Window], *, size: int) -> Iterator[Batch]:
         """Decodes windows in this process and yields them in batches, in order."""
+        features = feature_stream(self._plan)
+        if features is not None:
+            return features.batches(windows, batch_size=self._recipe.batch_size)
         return decode_batches(
             windows, self._plan.uris, size=size, batch_size=self._recipe.batch_size
         )

@@ -21,6 +21,7 @@ from pipelines.data import Batch, share
 from pipelines.freezing import train_mode
 from pipelines.optim import build_average, build_optimizer, build_schedule, fast_forward
 from pipelines.progress import duration
+from pipelines.sharding import shard
 from pipelines.step import Stepper, in_passes, seed_step
 from pipelines.task import Task
 from re2tal.detector import Detector
@@ -61,24 +62,35 @@ class Runtime(Protocol):
 class Trainer:
     """One worker's share of a run: epochs of steps, each ended by validation and a checkpoint."""
 
-    def __init__(self, task: Task, runtime: Runtime, *, weights: Path | None, output: Path) -> None:
+    def __init__(
+        self, task: Task, runtime: Runtime, *, weights: str | Path | None, output: Path
+    ) -> None:
         self.task, self.recipe, self.runtime = task, task.recipe, runtime
         torch.manual_seed(task.recipe.seed)  # the same weights on every rank
         detector = task.build(weights).to(runtime.device)
         self.stride: int = detector.backbone.temporal_stride
-        self.state = self._begin(detector)
+        self.state = self._begin(detector, task.build(weights) if self._sharded else None)
         with runtime.restored() as folder:
             if folder is not None:
                 self._restore(folder)
-        wrapped = DistributedDataParallel(detector) if dist.is_initialized() else detector
         self.step = Stepper(
-            wrapped,
+            self._wrapped(detector),
             self.state,
             self.recipe.optim,
             augment=self._augmented,
             device=runtime.device,
             output=output,
         )
+
+    @property
+    def _sharded(self) -> bool:
+        return self.recipe.scale.sharded and dist.is_initialized()
+
+    def _wrapped(self, detector: Detector) -> nn.Module:
+        """The detector as each worker calls it to have the gradients of all."""
+        if self._sharded or not dist.is_initialized():
+            return detector
+        return DistributedDataParallel(detector)
 
     @property
     def windows_per_step(self) -> int:
@@ -89,17 +101,23 @@ class Trainer:
     def _windows_per_worker(self) -> int:
         return self.recipe.batch_size * self.recipe.optim.accumulation
 
-    def _begin(self, detector: Detector) -> TrainingState:
-        optim = self.recipe.optim
+    def _begin(self, detector: Detector, whole: Detector | None) -> TrainingState:
+        optim, device = self.recipe.optim, self.runtime.device
+        average = build_average(detector, optim)
+        if whole is not None:
+            whole.to(device)
+            for module in (detector, average.module):
+                shard(module, device=device, workers=self.runtime.world_size)
         optimizer = build_optimizer(detector, optim)
         return TrainingState(
             detector=detector,
-            average=build_average(detector, optim),
+            average=average,
+            whole=whole,
             optimizer=optimizer,
             schedule=build_schedule(
                 optimizer, optim, steps_per_epoch=self._steps(), epochs=self.recipe.epochs
             ),
-            scaler=GradScaler(self.runtime.device.type, enabled=optim.precision == "float16"),
+            scaler=GradScaler(device.type, enabled=optim.precision == "float16"),
             world_size=self.runtime.world_size,
         )
 
@@ -125,13 +143,15 @@ class Trainer:
 
     def _windows(self, epoch: int, *, behind: int = 0) -> list[Window]:
         """This worker's windows of an epoch, after the first `behind` of all workers'."""
-        windows = share(
-            self.task.windows(stride=self.stride, epoch=epoch),
+        windows = self.task.windows(stride=self.stride, epoch=epoch)[behind:]
+        if behind and len(windows) < self.windows_per_step:
+            return []  # with more workers than before, what was left may not fill a step
+        return share(
+            windows,
             rank=self.runtime.rank,
             world_size=self.runtime.world_size,
             batch_size=self._windows_per_worker,
         )
-        return windows[behind // self.runtime.world_size :]
 
     def run(self) -> dict[str, float]:
         """Trains to the recipe's last epoch.
@@ -164,8 +184,7 @@ class Trainer:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "checkpoint"
             folder.mkdir()
-            if self.runtime.rank == 0:
-                self.state.save(folder, self.task.spec)
+            self.state.save(folder, self.task.spec, write=self.runtime.rank == 0)
             yield folder
             complete(folder)
             self.runtime.report({**metrics, "epoch": self.state.epoch}, folder)
@@ -204,6 +223,8 @@ class Trainer:
 
     def _augmented(self, batch: Batch) -> Tensor:
         """The frames of a training batch on the device, as the network is to see them."""
+        if batch.frames.is_floating_point():  # features
+            return batch.frames.to(self.runtime.device, non_blocking=True)
         data, seed, epoch = self.recipe.data, self.recipe.seed, self.state.epoch
         return augment(
             batch.frames.to(self.runtime.device, non_blocking=True),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipelines.collection import probe_files
 from pipelines.data import Video
+from pipelines.features.reading import Features
 from pipelines.model import ACTION
 from pipelines.recipes import DataConfig, Dataset
 from pipelines.shards.finding import FoundVideos, find_in_shards
@@ -47,6 +48,7 @@ class Plan:
             videos whose file lasts longer or shorter than annotated. They are used: where the file
             is too short, the windows that fail are counted.
         video_scores: what an external classifier says of the validation videos.
+        features: of all usable videos, if they stand in for frames.
     """
 
     classes: tuple[str, ...]
@@ -56,6 +58,7 @@ class Plan:
     fingerprint: str
     remarks: tuple[str, ...] = ()
     video_scores: VideoScores | None = None
+    features: Features | None = None
 
     def restricted(self, classes: Sequence[str]) -> "Plan":
         """The plan for a detector or an evaluation of `classes`: these, or the one class `ACTION`.
@@ -76,6 +79,12 @@ class Plan:
     def uris(self) -> dict[str, str]:
         """Video id to path or URI, of all usable videos."""
         return {v.annotation.video_id: v.uri for v in (*self.training, *self.validation)}
+
+    @property
+    def durations(self) -> dict[str, float]:
+        """Video id to seconds, of all usable videos."""
+        videos = (v.annotation for v in (*self.training, *self.validation))
+        return {video.video_id: video.duration for video in videos}
 
 
 def _class_agnostic(video: Video) -> Video:
@@ -168,6 +177,18 @@ def _find(
     return FoundVideos(uris=files, failures=failures, durations=durations, remarks=())
 
 
+def _find_features(features: Features, videos: Sequence[VideoAnnotation]) -> FoundVideos:
+    """Finds the features of videos."""
+    missing = features.missing(video.video_id for video in videos)
+    found = {video.video_id for video in videos} - missing.keys()
+    return FoundVideos(
+        uris={video_id: features.uri(video_id) for video_id in sorted(found)},
+        failures=missing,
+        durations={},
+        remarks=tuple(features.disagreements({v.video_id: v.duration for v in videos}).values()),
+    )
+
+
 def check_failures(
     failures: Mapping[str, str], total: int, max_failed: float, *, prefix: str = "--data."
 ) -> None:
@@ -197,10 +218,11 @@ def check_failures(
 
 
 def make_plan(config: DataConfig, annotations: Annotations) -> Plan:
-    """Finds and checks the videos, and decides what a run works on.
+    """Finds and checks the videos or their features, and decides what a run works on.
 
     Every file of a video is opened once, in parallel, with Ray Data; the plan holds only those that
-    could be. What lies in shards was decoded when they were made, and is not opened.
+    could be. What lies in shards was decoded when they were made, and is not opened. Nor are
+    features.
 
     Args:
         config: where the videos are.
@@ -209,12 +231,13 @@ def make_plan(config: DataConfig, annotations: Annotations) -> Plan:
     Raises:
         StorageError: if the folder of the videos is missing.
         ShardError: if it holds shards that are not complete.
+        FeatureError: if there are no features, or they are not complete.
         RecipeError: if settings contradict one another.
         DetectionFileError: if the file of an external classifier is not usable.
         UnusableVideosError: if too many videos are missing or unreadable, or have no scores; or
             if those of the validation show no action.
     """
-    folder = require(config.videos, what="The videos", option="--data.videos")
+    features = Features(config.features) if config.features else None
     subsets = {
         name: annotations.subset(name)
         for name in (config.training_subset, config.validation_subset)
@@ -228,7 +251,11 @@ def make_plan(config: DataConfig, annotations: Annotations) -> Plan:
         logits=config.video_scores_logits,
     )
     wanted = [video for subset in subsets.values() for video in subset.videos]
-    found = _find(config, folder, [v.video_id for v in wanted], annotations.fingerprint)
+    if features is not None:
+        found = _find_features(features, wanted)
+    else:
+        folder = require(config.videos, what="The videos", option="--data.videos")
+        found = _find(config, folder, [v.video_id for v in wanted], annotations.fingerprint)
     failures = found.failures
     check_failures(failures, len({video.video_id for video in wanted}), config.max_failed)
 
@@ -249,6 +276,7 @@ def make_plan(config: DataConfig, annotations: Annotations) -> Plan:
         fingerprint=annotations.fingerprint,
         remarks=(*found.remarks, *check_durations(annotations, found.durations).values()),
         video_scores=scores,
+        features=features,
     )
 
 

@@ -53,6 +53,8 @@ class DataConfig:
         keep: ids of videos that count although `dataset` leaves them out, as they do in some
             published results.
         videos: folder of the video files, named by id; a path or a URI.
+        features: folder of features (extract_features.py, or others': `pipelines.features`); a path
+            or a URI. The localizer is then trained on them, without videos and backbone.
         make_toy: make the toy data set at these two places when it is missing.
         training_subset: name of the subset that is trained on.
         validation_subset: name of the subset that is evaluated after every epoch.
@@ -75,6 +77,7 @@ class DataConfig:
     exclude: str | None = None
     keep: tuple[str, ...] = ()
     videos: str | None = None
+    features: str | None = None
     make_toy: bool = False
     training_subset: str = "training"
     validation_subset: str = "validation"
@@ -160,6 +163,11 @@ class ScaleConfig:
     Attributes:
         workers: number of training processes.
         gpu: one GPU a worker.
+        min_workers: with fewer GPUs or nodes than `workers` need, go on with so many at least, and
+            grow again when they are back; None waits for all of them. A step then has fewer
+            windows.
+        sharded: split parameters, gradients and optimizer state over the workers (FSDP2), for
+            backbones that are large beside a GPU.
         cpus_per_worker: logical CPUs that a worker holds; what is left over decodes videos.
         cpus_per_decoder: logical CPUs that a decoding task holds, so how many of them run at once.
         decoder_threads: of a decoding task; more than one helps with large pictures only.
@@ -167,6 +175,8 @@ class ScaleConfig:
     """
 
     workers: int = 1
+    min_workers: int | None = None
+    sharded: bool = False
     gpu: bool = True
     cpus_per_worker: float = 1.0
     cpus_per_decoder: float = 0.5

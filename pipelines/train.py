@@ -8,6 +8,10 @@ Another recipe, on data of yours:
 
   python pipelines/train.py RECIPE --data.annotations A --data.videos FOLDER --model.weights W
 
+The same without videos and backbone, on features (extract_features.py):
+
+  python pipelines/train.py RECIPE --data.annotations A --data.features FEATURES
+
 Any field of a recipe, by its dotted name:
 
   python pipelines/train.py toy --epochs 3 --optim.backbone-lr 1e-4
@@ -29,8 +33,12 @@ from ray.train.torch import TorchTrainer
 from pipelines.activations import activation_metrics
 from pipelines.command_line import parse_recipe
 from pipelines.detection_task import DetectionTask
+from pipelines.features.layout import FeatureError
+from pipelines.features.reading import Features
+from pipelines.features.training import without_backbone
 from pipelines.model import build_detector
 from pipelines.plan import Plan, RecipeError, UnusableVideosError, make_plan, read_annotations
+from pipelines.pretrained import fetch_weights, require_weights
 from pipelines.progress import ProgressPrinter
 from pipelines.quiet import init_ray
 from pipelines.recipes import RECIPES, CheckpointConfig, Recipe
@@ -38,7 +46,7 @@ from pipelines.resources import ResourceError, check_resources, store_remark
 from pipelines.results import log_results, print_summary
 from pipelines.resuming import RunningError, newest_checkpoint, resume_or_start
 from pipelines.shards.settings import ShardError
-from pipelines.storage import StorageError, local_copy, require
+from pipelines.storage import StorageError, require
 from pipelines.task import Task
 from pipelines.tracking import (
     Run,
@@ -64,6 +72,7 @@ PROBLEMS = (
     ShardError,
     AnnotationError,
     DetectionFileError,
+    FeatureError,
     RecipeError,
     ResourceError,
     RunningError,
@@ -107,14 +116,17 @@ def absolute(recipe: Recipe) -> Recipe:
         print(f"making the toy data set in {folder}", flush=True)
         with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
             make_toy(folder, parallel_map=pool.map, progress=_show_toy)
-    weights = model.weights and require(
-        model.weights, what="The backbone's weights", option="--model.weights"
-    )
+    weights = require_weights(model.weights)
     data = replace(
         data,
         annotations=require(data.annotations, what="The annotations", option="--data.annotations"),
-        videos=require(data.videos, what="The videos", option="--data.videos"),
     )
+    if data.features is None:
+        videos = require(data.videos, what="The videos", option="--data.videos")
+        data = replace(data, videos=videos)
+    else:
+        features = require(data.features, what="The features", option="--data.features")
+        data = replace(data, features=features)
     return replace(
         recipe,
         data=data,
@@ -140,8 +152,8 @@ def check_model(recipe: Recipe, classes: Sequence[str]) -> Detector:
             "apart itself: leave the scores out, or train it with --model.class-agnostic."
         )
     with tempfile.TemporaryDirectory() as folder:
-        uri, store = recipe.model.weights, tracking_uri(Path(recipe.output))
-        weights = local_copy(uri, Path(folder), tracking_uri=store) if uri else None
+        store = tracking_uri(Path(recipe.output))
+        weights = fetch_weights(recipe.model.weights, Path(folder), tracking_uri=store)
         try:
             return build_detector(recipe, classes, weights)
         except ValueError as problem:
@@ -183,7 +195,11 @@ def fit(task: Task, run: Run) -> ray.train.Result:
             train_worker,
             train_loop_config={"job": job},
             scaling_config=ray.train.ScalingConfig(
-                num_workers=scale.workers,
+                num_workers=(
+                    scale.workers
+                    if scale.min_workers is None
+                    else (scale.min_workers, scale.workers)
+                ),
                 use_gpu=scale.gpu,
                 resources_per_worker={"CPU": scale.cpus_per_worker}
                 | ({"GPU": 1} if scale.gpu else {}),
@@ -217,10 +233,12 @@ def train(recipe: Recipe) -> Run:
     began = time.perf_counter()
     recipe = absolute(recipe)
     annotations = read_annotations(recipe.data)
+    if recipe.data.features:
+        recipe = without_backbone(recipe, Features(recipe.data.features))
     detector = check_model(recipe, annotations.classes)
     init_ray()
     check_resources(recipe.scale)
-    if remark := store_remark(recipe, ray.nodes()):
+    if not recipe.data.features and (remark := store_remark(recipe, ray.nodes())):
         print(f"warning: {remark}", flush=True)
     plan = make_plan(recipe.data, annotations)
     _show_remarks(plan)
@@ -233,7 +251,8 @@ def train(recipe: Recipe) -> Run:
         )
         log_text(run, [summarize(annotations)], "data/summary.txt")
         log_text(run, plan.remarks, "data/remarks.txt")
-        log_metrics(run, activation_metrics(recipe, detector), step=0)
+        if plan.features is None:
+            log_metrics(run, activation_metrics(recipe, detector), step=0)
         result = fit(DetectionTask(recipe=recipe, plan=plan), run)
         log_results(recipe, plan, run, result)
     print_summary(recipe, plan, run, seconds=time.perf_counter() - began)

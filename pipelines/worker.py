@@ -16,11 +16,12 @@ from ray.train.torch import get_device
 
 from pipelines.checkpoints import CheckpointError
 from pipelines.data import Batch, stream_batches
+from pipelines.features.training import feature_stream
 from pipelines.finite import NonFiniteLossError
 from pipelines.loop import Trainer
 from pipelines.plan import UnusableVideosError
+from pipelines.pretrained import fetch_weights
 from pipelines.quiet import quiet_data
-from pipelines.storage import local_copy
 from pipelines.streaming import FrameStream
 from pipelines.task import Task
 from pipelines.tracking import MetricLogger, Run
@@ -68,18 +69,22 @@ class RayRuntime:
         self._job = job
         self._metrics = metrics
         self._leaving: frozenset[str] = frozenset()
-        scale = job.task.recipe.scale
-        self._stream = FrameStream(
-            streams=context.get_local_world_size(),
-            cpus=scale.cpus_per_decoder,
-            threads=scale.decoder_threads,
-        )
+        self._features = feature_stream(job.task.plan)
+        if self._features is None:
+            scale = job.task.recipe.scale
+            self._frames = FrameStream(
+                streams=context.get_local_world_size(),
+                cpus=scale.cpus_per_decoder,
+                threads=scale.decoder_threads,
+            )
 
     def stream(self, windows: Sequence[Window], *, size: int) -> Iterator[Batch]:
-        """Decodes windows with Ray Data and yields them in batches, in order."""
+        """Decodes windows with Ray Data, or reads their features, in batches, in order."""
         task = self._job.task
+        if self._features is not None:
+            return self._features.batches(windows, batch_size=task.recipe.batch_size)
         return stream_batches(
-            self._stream,
+            self._frames,
             windows,
             task.plan.uris,
             size=size,
@@ -122,7 +127,7 @@ class RayRuntime:
 
 
 def _train(
-    job: Job, runtime: RayRuntime, weights: Path | None
+    job: Job, runtime: RayRuntime, weights: str | Path | None
 ) -> dict[str, float] | TrainingProblem:
     trainer = Trainer(job.task, runtime, weights=weights, output=job.output)
     try:
@@ -146,8 +151,9 @@ def train_worker(config: dict[str, Job]) -> dict[str, float] | TrainingProblem:
     # Ray leaves every worker all cores, whose threads would then wait for one another
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
     with tempfile.TemporaryDirectory() as folder:
-        uri = job.task.recipe.model.weights
-        weights = local_copy(uri, Path(folder), tracking_uri=job.run.uri) if uri else None
+        weights = fetch_weights(
+            job.task.recipe.model.weights, Path(folder), tracking_uri=job.run.uri
+        )
         if context.get_world_rank() > 0:
             return _train(job, RayRuntime(job, None), weights)
         metrics = MetricLogger(job.run, fallback=job.output / "unsent_metrics.jsonl")

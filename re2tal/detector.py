@@ -8,6 +8,7 @@ from typing import Generic, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from re2tal.backbones.precomputed import Precomputed
 from re2tal.backbones.protocol import Backbone
 from re2tal.detection.segments import Detections
 from re2tal.localizers.protocol import Localizer, Losses, Targets
@@ -82,7 +83,8 @@ class Detector(nn.Module, Generic[BackboneT, LocalizerT]):
         """Losses against `targets`, or detections without them.
 
         Args:
-            frames: `(B, T, H, W, 3)` uint8, T a multiple of the backbone's temporal stride.
+            frames: `(B, T, H, W, 3)` uint8, T a multiple of the backbone's temporal stride; or, if
+                the backbone is `Precomputed`, features `(B, T / temporal_stride, C)`.
             mask: `(B, T)` bool, true at frames of the video, false on padding.
             targets: of each window its actions, in feature-grid units.
 
@@ -93,7 +95,8 @@ class Detector(nn.Module, Generic[BackboneT, LocalizerT]):
         Raises:
             ValueError: If `frames` or `mask` have another shape or type.
         """
-        features = self.backbone(self.normalized(frames))
+        precomputed = isinstance(self.backbone, Precomputed)
+        features = self.backbone(frames if precomputed else self.normalized(frames))
         return self.localizer(features, self.feature_mask(mask), targets)
 
     def normalized(self, frames: Tensor) -> Tensor:

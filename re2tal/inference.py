@@ -163,8 +163,8 @@ def detect(
 
     Raises:
         VideoError: if the video cannot be read.
-        ValueError: if the folder holds no detector, or the detector is in training mode, in which
-            its results are random.
+        ValueError: if the folder holds no detector, or the detector was trained on features or is
+            in training mode, in which its results are random.
     """
     if isinstance(model, tuple):
         spec, detector = model

@@ -1,0 +1,217 @@
+"""The frozen backbone that features come from: which one, with which weights, computing how."""
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from math import lcm
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.planner.subject import BACKBONES
+from pipelines.storage import local_copy, require
+from re2tal.backbones.checkpoint import load_backbone_weights
+from re2tal.backbones.published.by_name import PREFIX
+from re2tal.backbones.slowfast.network import (
+    SlowFastConfig,
+    pytorchvideo_slowfast_50,
+    pytorchvideo_slowfast_101,
+    re2_slowfast_101,
+)
+from re2tal.backbones.swin import SwinConfig
+from re2tal.detector import grey_levels, normalize
+from re2tal.reversible import rewire
+from re2tal.trained import IMAGENET_MEAN, IMAGENET_STD
+
+BackboneName = Literal[
+    "swin_t",
+    "swin_s",
+    "swin_b",
+    "swin_toy",
+    "slowfast_50",
+    "slowfast_101",
+    "pytorchvideo_slowfast_50",
+    "pytorchvideo_slowfast_101",
+    "re2_slowfast_101",
+]
+Precision = Literal["float32", "bfloat16", "float16"]
+Shape = SwinConfig | SlowFastConfig
+
+_OF_PUBLISHED_WEIGHTS: dict[str, Callable[[], Shape]] = {
+    make.__name__: make
+    for make in (pytorchvideo_slowfast_50, pytorchvideo_slowfast_101, re2_slowfast_101)
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrozenBackboneConfig:
+    """Which backbone, and what it sees.
+
+    Attributes:
+        backbone: the backbone.
+        weights: its weights, without which its features would mean nothing; a path or a URI, or
+            the name of torchvision's, such as torchvision:swin3d_t/KINETICS400_V1.
+        reversible: rewire it (Re2TAL), for weights that were finetuned so.
+        size: pixels of a frame's side: the short side is resized to it, the centre is cut out.
+        precision: what it computes in; its reversible streams stay float32.
+        batch_size: clips or windows that go through it at a time.
+        mean: of red, green and blue in [0, 1] that it was pretrained with.
+        std: their standard deviation.
+    """
+
+    backbone: BackboneName = "swin_t"
+    weights: str | None = None
+    reversible: bool = False
+    size: int = 224
+    precision: Precision = "float32"
+    batch_size: int = 4
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if min(self.size, self.batch_size) < 1:
+            raise ValueError(
+                f"--size and --batch-size must be at least 1, not {self.size} and "
+                f"{self.batch_size}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenBackbone:
+    """A backbone with its weights, which travels to the processes that run it.
+
+    Attributes:
+        config: what was asked for.
+        shape: of the backbone.
+        state: its weights by name.
+        fingerprint: SHA-256 of these.
+        channels: C of its features.
+        temporal_stride: frames per feature.
+        multiple: the number of frames that it is given is a multiple of this.
+    """
+
+    config: FrozenBackboneConfig
+    shape: Shape
+    state: dict[str, Tensor]
+    fingerprint: str
+    channels: int
+    temporal_stride: int
+    multiple: int
+
+    def described(self) -> dict[str, Any]:
+        """What decides its features, for files of them."""
+        config = self.config
+        return {
+            "backbone": config.backbone,
+            "shape": asdict(self.shape),
+            "weights": self.fingerprint,
+            "reversible": config.reversible,
+            "size": config.size,
+            "precision": config.precision,
+            "mean": config.mean,
+            "std": config.std,
+        }
+
+    def build(self, device: torch.device) -> "FeatureExtractor":
+        """The module, ready to run."""
+        backbone = _build(self.shape, reversible=self.config.reversible)
+        backbone.load_state_dict(self.state)
+        return FeatureExtractor(backbone.eval().to(device), self.config)
+
+
+def load_backbone(config: FrozenBackboneConfig, *, stride: int | None) -> FrozenBackbone:
+    """Reads the weights and checks that they fit.
+
+    Args:
+        config: which backbone.
+        stride: frames per feature, if other than the backbone's own: a Swin averages its features
+            for it.
+
+    Raises:
+        StorageError: if there are no weights.
+        ValueError: if they do not fit the backbone, or it cannot have that stride.
+    """
+    shape = _with_stride((BACKBONES | _OF_PUBLISHED_WEIGHTS)[config.backbone](), stride)
+    backbone = _build(shape, reversible=config.reversible)
+    source = config.weights
+    with tempfile.TemporaryDirectory() as folder:
+        if source is None or not source.startswith(PREFIX):
+            uri = require(source, what="The backbone's weights", option="--weights")
+            source = str(local_copy(uri, Path(folder)))
+        load_backbone_weights(backbone, source)
+    state = backbone.state_dict()
+    temporal_stride = int(backbone.temporal_stride)
+    alpha = shape.alpha if isinstance(shape, SlowFastConfig) else 1
+    return FrozenBackbone(
+        config=config,
+        shape=shape,
+        state=state,
+        fingerprint=_fingerprint(state),
+        channels=int(backbone.channels),
+        temporal_stride=temporal_stride,
+        multiple=lcm(temporal_stride, alpha),
+    )
+
+
+class FeatureExtractor:
+    """Frames in, features out.
+
+    Args:
+        backbone: in evaluation mode.
+        config: what it sees.
+    """
+
+    def __init__(self, backbone: nn.Module, config: FrozenBackboneConfig) -> None:
+        self._backbone = backbone
+        self._device = next(backbone.parameters()).device
+        self._mean = grey_levels(config.mean).to(self._device)
+        self._std = grey_levels(config.std).to(self._device)
+        self._precision = getattr(torch, config.precision)
+
+    @torch.inference_mode()
+    def __call__(self, frames: Tensor) -> Tensor:
+        """The features of some clips or windows.
+
+        Args:
+            frames: `(B, T, H, W, 3)` uint8 on the CPU.
+
+        Returns:
+            `(B, C, T / temporal_stride)` float32 on the CPU.
+        """
+        frames = frames.to(self._device, non_blocking=True)
+        lower = self._precision != torch.float32
+        with torch.autocast(self._device.type, self._precision, enabled=lower):
+            features: Tensor = self._backbone(normalize(frames, self._mean, self._std))
+        return features.float().cpu()
+
+
+def _fingerprint(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _build(shape: Shape, *, reversible: bool) -> Any:
+    backbone = shape.build()
+    if reversible:
+        rewire(backbone)
+    return backbone
+
+
+def _with_stride(shape: Shape, stride: int | None) -> Shape:
+    """The same shape with another number of frames per feature."""
+    if stride is None:
+        return shape
+    if isinstance(shape, SlowFastConfig):
+        return replace(shape, temporal_stride=stride)
+    if stride % shape.patch[0]:
+        raise ValueError(
+            f"--stride must be a multiple of {shape.patch[0]}, the frames that the backbone makes "
+            f"a feature of, not {stride}."
+        )
+    return replace(shape, pooling=stride // shape.patch[0])

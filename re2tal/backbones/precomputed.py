@@ -1,0 +1,81 @@
+"""In the place of a backbone: features that were extracted before (step 2 of the usual way)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+TRAINED_ON_FEATURES = (
+    "This detector was trained on features and has no backbone, so it cannot see videos. Evaluate "
+    "the detections that its training wrote, or train a detector on frames."
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrecomputedConfig:
+    """Features instead of a backbone.
+
+    Attributes:
+        channels: C of the features.
+        temporal_stride: frames per feature, of the windows' frames.
+    """
+
+    channels: int
+    temporal_stride: int
+
+    def __post_init__(self) -> None:
+        if min(self.channels, self.temporal_stride) < 1:
+            raise ValueError(
+                "Features have at least 1 channel and stand for at least 1 frame, but this is "
+                f"{self}."
+            )
+
+    def build(self) -> Precomputed:
+        """What takes the features in; it has no weights."""
+        return Precomputed(self)
+
+
+class Precomputed(nn.Module):
+    """Takes features as they are.
+
+    Args:
+        config: how many channels, and for how many frames.
+
+    Attributes:
+        channels: C of the features.
+        temporal_stride: frames per feature.
+    """
+
+    def __init__(self, config: PrecomputedConfig) -> None:
+        super().__init__()
+        self.channels = config.channels
+        self.temporal_stride = config.temporal_stride
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The features in the layout of a backbone's.
+
+        Args:
+            features: `(B, T', C)` floating, as `re2tal.videos.features` gives them.
+
+        Returns:
+            `(B, C, T')`.
+
+        Raises:
+            ValueError: if they are frames, or have another shape.
+        """
+        if not features.is_floating_point():
+            raise ValueError(TRAINED_ON_FEATURES)
+        if features.ndim != 3 or features.shape[2] != self.channels:
+            raise ValueError(
+                f"Features must be (B, T', {self.channels}), but got {tuple(features.shape)}."
+            )
+        return features.transpose(1, 2).contiguous()
+
+    def layer_of(self, name: str) -> int:
+        """There are no parameters, so no layers.
+
+        Args:
+            name: of a parameter.
+        """
+        raise ValueError(f"Precomputed features have no parameter {name!r}.")

@@ -1,0 +1,102 @@
+"""Features that were extracted before, at the times of a window's feature grid.
+
+Wherever features lie in a video, a `TimeGrid` says it: feature `j` belongs to the middle of its
+span, second `offset + (j + 0.5) * stride / fps`. Features of clips of `frames` frames, `stride`
+frames apart, lie on such a grid too (`clip_grid`), and so do those of a video that was resampled to
+a fixed number (`resampled_grid`).
+"""
+
+import numpy as np
+
+from re2tal.videos.timegrid import TimeGrid
+from re2tal.videos.windows import Window
+
+# Of a feature: places nearer than that to a feature are meant to be there, and get it unchanged.
+_ROUNDING = 1e-3
+
+
+def clip_grid(*, fps: float, stride: int, frames: int, length: int) -> TimeGrid:
+    """The grid of features of clips, each in the middle of its clip.
+
+    ActionFormer describes its features so: `feat_stride`, `num_frames`, `default_fps`.
+
+    Args:
+        fps: Frames per second that the clips are made of.
+        stride: Frames from the start of one clip to that of the next.
+        frames: In a clip; the first clip starts with the video.
+        length: Number of features.
+
+    Raises:
+        ValueError: One of them is out of its range.
+    """
+    if frames < 1:
+        raise ValueError(f"A clip has at least 1 frame, not {frames}.")
+    offset = 0.5 * (frames - stride) / fps if fps > 0 else 0.0
+    return TimeGrid(fps=fps, stride=stride, length=length * stride, offset=offset)
+
+
+def resampled_grid(*, duration: float, length: int) -> TimeGrid:
+    """The grid of a fixed number of features that together span a video, as for ActivityNet.
+
+    Args:
+        duration: Of the video, in seconds.
+        length: Number of features.
+
+    Raises:
+        ValueError: One of them is not positive.
+    """
+    if not duration > 0:
+        raise ValueError(f"A video lasts longer than {duration} seconds.")
+    return TimeGrid(fps=length / duration, stride=1, length=length)
+
+
+def window_features(features: np.ndarray, grid: TimeGrid, window: Window) -> np.ndarray:
+    """What a backbone would have made of a window, taken from the features of its video.
+
+    Where the window's features fall on those of the video, they are these, unchanged. Elsewhere
+    they are interpolated between the two beside them; before the first and after the last one,
+    these stand in. It is what `torch.nn.functional.interpolate` does ("linear", no aligned
+    corners), which ActionFormer and VSGN resample features with. Padding, and the gap of a stitched
+    window, are zero; its copy is interpolated more densely, as in VSGN.
+
+    Args:
+        features: Of the video, of shape (T, C), of any floating type.
+        grid: Where they lie in it; `num_features` is T.
+        window: Which stretch, and how many: its grid's stride is the frames per feature.
+
+    Returns:
+        float32 of shape (window.grid.num_features, C), a new array.
+
+    Raises:
+        ValueError: The features are not as many as their grid says.
+    """
+    if features.ndim != 2 or len(features) != grid.num_features or not len(features):
+        raise ValueError(
+            f"The features must be of shape ({grid.num_features}, C), as their grid says, not "
+            f"{features.shape}."
+        )
+    shown: np.ndarray = window.mask().reshape(-1, window.grid.stride).max(axis=1)
+    places = grid.to_features(feature_times(window)[shown])
+    nearest = np.round(places)
+    places = np.where(np.abs(places - nearest) < _ROUNDING, nearest, places)
+    places = places.clip(0, len(features) - 1)
+    before = np.floor(places).astype(np.int64)
+    after = np.ceil(places).astype(np.int64)
+    share = (places - before).astype(np.float32)[:, None]
+    out = np.zeros((len(shown), features.shape[1]), np.float32)
+    out[shown] = (1 - share) * features[before] + share * features[after]
+    return out
+
+
+def feature_times(window: Window) -> np.ndarray:
+    """Seconds of the video to which a window's features belong, float64 of shape (T',).
+
+    Args:
+        window: The window. In the copy of a stitched one the times are those that it magnifies.
+    """
+    places = np.arange(window.grid.num_features)
+    times = window.grid.to_seconds(places)
+    if window.copy is not None:
+        copied = places * window.grid.stride >= window.copy.first
+        times = np.where(copied, window.copy.grid.to_seconds(places), times)
+    return times

@@ -1,0 +1,326 @@
+"""The script that makes features: killed and started again, with failures, against the backbone."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+
+from pipelines import extract_features as script
+from pipelines.extract_features import ExtractConfig, FailedVideosError, extract_features, parse
+from pipelines.features.backbone import FrozenBackboneConfig, load_backbone
+from pipelines.features.decoding import VideoJob, decode_video
+from pipelines.features.extraction import PoolConfig, pool_for, unit_features
+from pipelines.features.files import write_npy
+from pipelines.features.folder import FilesConfig
+from pipelines.features.layout import NAME, read_description
+from pipelines.features.reading import Features
+from pipelines.features.sampling import Sampling, SamplingConfig
+from pipelines.recipes import TOY_WEIGHTS
+from pipelines.resources import ResourceError
+from pipelines.storage import StorageError
+from re2tal.backbones.checkpoint import load_backbone_weights
+from re2tal.backbones.swin import swin_toy
+from re2tal.detector import grey_levels
+from re2tal.reversible import rewire
+from re2tal.trained import IMAGENET_MEAN, IMAGENET_STD
+from re2tal.videos.annotations import Annotations, load_annotations
+from re2tal.videos.decoding import decode
+from re2tal.videos.windows import WindowConfig, sliding_windows, window_frames
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = str(ROOT / "pipelines" / "extract_features.py")
+BACKBONE = FrozenBackboneConfig(backbone="swin_toy", weights=TOY_WEIGHTS, size=32, batch_size=3)
+CLIPS = SamplingConfig(fps=12.0, frames=8, stride=2)
+
+
+@pytest.fixture(scope="module")
+def annotations(tiny_set: Path) -> Annotations:
+    return load_annotations(tiny_set / "annotations.json")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of an MLflow store that is made once."""
+    return str(tmp_path_factory.mktemp("runs"))
+
+
+def config_for(tiny_set: Path, folder: Path, **changes: object) -> ExtractConfig:
+    config = ExtractConfig(
+        videos=str(tiny_set / "videos"),
+        annotations=str(tiny_set / "annotations.json"),
+        output=str(folder / "out"),
+        backbone=BACKBONE,
+        sampling=CLIPS,
+        runs=str(folder / "runs"),
+    )
+    return replace(config, **changes)  # type: ignore[arg-type]
+
+
+def arguments(config: ExtractConfig) -> list[str]:
+    return [
+        *(sys.executable, SCRIPT, "--videos", str(config.videos)),
+        *("--annotations", str(config.annotations), "--output", str(config.output)),
+        *("--backbone", "swin_toy", "--weights", TOY_WEIGHTS, "--size", "32", "--batch-size", "3"),
+        *("--fps", "12", "--frames", "8", "--stride", "2", "--runs", config.runs),
+    ]
+
+
+def undisturbed(config: ExtractConfig, annotations: Annotations, folder: Path) -> None:
+    """What the files must hold, made in this process, one after the other."""
+    folder.mkdir()
+    backbone = load_backbone(config.backbone, stride=None)
+    sampling = resolved(config.sampling)
+    extractor = backbone.build(torch.device("cpu"))
+    for video in annotations.videos:
+        sampled = sampling.of(duration=video.duration, own_fps=1.0)
+        uri = f"{config.videos}/{video.video_id}.mp4"
+        job = VideoJob(video_id=video.video_id, uri=uri, sampled=sampled)
+        units = [
+            unit_features(
+                extractor, row["frames"], row["starts"], valid=row["valid"], frames=8, clips=True,
+                batch_size=3,
+            )
+            for row in decode_video(
+                {"video": job}, size=32, batch_size=3, threads=1, notes=str(folder / "notes")
+            )
+        ]  # fmt: skip
+        write_npy(f"{folder}/{video.video_id}.npy", sampled.joined(np.concatenate(units)))
+    (folder / "notes").rmdir()
+
+
+def resolved(config: SamplingConfig) -> Sampling:
+    return config.resolved(temporal_stride=2, multiple=2)
+
+
+def slowly(config: ExtractConfig, video_id: str, clip: int) -> np.ndarray:
+    """The feature of one clip, with nothing of the code under test."""
+    times = (2 * clip + np.arange(8) + 0.5) / 12
+    frames = decode(f"{config.videos}/{video_id}.mp4", times, size=32)
+    video = torch.from_numpy(frames).permute(3, 0, 1, 2).float()
+    backbone = swin_toy().build().eval()
+    load_backbone_weights(backbone, TOY_WEIGHTS)
+    with torch.no_grad():
+        seen = (video - grey_levels(IMAGENET_MEAN)) / grey_levels(IMAGENET_STD)
+        return backbone(seen[None])[0].mean(dim=1).numpy()
+
+
+@pytest.fixture
+def in_this_process(ray_instance: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script's functions with the Ray instance of the tests."""
+    monkeypatch.setattr(script, "init_ray", lambda: None)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
+    tiny_set: Path,
+    tmp_path: Path,
+    annotations: Annotations,
+    runs: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = config_for(tiny_set, tmp_path, runs=runs)
+    out = tmp_path / "out"
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen(
+            arguments(config), env=env, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True
+        )
+        deadline = time.monotonic() + 200
+        while not list(out.glob("*.npy")) and run.poll() is None:
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.005)
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
+    assert 1 <= len(before) < 5, (tmp_path / "log").read_text()
+    assert (tmp_path / "log").read_text().splitlines()[0] == "0 of 5 videos are through"
+    assert read_description(str(out)).state == "incomplete"
+    description = extract_features(config)
+    assert "complete: 5 videos, " in capsys.readouterr().out
+    assert description == read_description(str(out))
+    undisturbed(config, annotations, tmp_path / "undisturbed")
+    for path in (tmp_path / "undisturbed").iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes()
+    for name, written in before.items():  # what was there is not made again
+        assert (out / name).stat().st_mtime_ns == written
+    assert {path.name for path in out.iterdir()} - {"being_decoded", NAME} == {
+        f"{video.video_id}.npy" for video in annotations.videos
+    }
+    features, video = Features(str(out)), annotations.videos[1]
+    found, grid = features.read(video.video_id, duration=video.duration)
+    assert len(found) == len(grid.to_seconds(np.arange(grid.num_features)))
+    for clip in (0, 7, len(found) - 1):
+        assert np.allclose(found[clip], slowly(config, video.video_id, clip), atol=1e-5)
+        assert grid.to_seconds(clip) == pytest.approx((2 * clip + 4) / 12)
+    client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
+    experiment = client.get_experiment_by_name("re2tal")
+    assert experiment is not None
+    (ended,) = client.search_runs([experiment.experiment_id], f"tags.features = '{out}'")
+    assert ended.info.status == "FINISHED"
+    assert ended.data.metrics["features/videos"] == 5
+    number = sum(entry.length for entry in description.videos.values())
+    assert ended.data.metrics["features/number"] == number
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
+def test_features_of_windows_are_those_of_the_frozen_backbone(
+    tiny_set: Path,
+    tmp_path: Path,
+    annotations: Annotations,
+    runs: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    videos = tmp_path / "videos"
+    shutil.copytree(tiny_set / "videos", videos)
+    first, second, third, *others = [video.video_id for video in annotations.videos]
+    (videos / f"{first}.mp4").rename(tmp_path / "mended.mp4")
+    (videos / f"{first}.mp4").write_text("this is no video")
+    (videos / f"{second}.mp4").unlink()
+    asked = config_for(
+        tiny_set,
+        tmp_path,
+        videos=f"file://{videos}",
+        output=f"file://{tmp_path}/out",
+        backbone=replace(BACKBONE, reversible=True),
+        sampling=SamplingConfig(way="windows", fps=12.0, frames=64, stride=4, overlap=0.5),
+        files=FilesConfig(layout="parquet", videos_per_file=3),
+        runs=runs,
+    )
+    with pytest.raises(FailedVideosError, match=r"2 of 5 videos .* allowed 5% \(--max-failed\)"):
+        extract_features(asked)
+    printed = capsys.readouterr().out
+    assert re.search(f"failed: {first}: .* cannot be opened as a video", printed)
+    assert f"failed: {second}: there is no file" in printed
+    (tmp_path / "mended.mp4").rename(videos / f"{first}.mp4")
+    (videos / f"{third}.mp4").unlink()  # it could not be made again
+    description = extract_features(replace(asked, retry_failed=True, max_failed=0.3))
+    assert description.failures.keys() == {second}
+    features = Features(f"file://{tmp_path}/out")
+    assert features.video_ids == tuple(sorted([first, third, *others]))
+    backbone = replace(swin_toy(), pooling=2).build()
+    load_backbone_weights(backbone, TOY_WEIGHTS)
+    rewire(backbone)
+    for video in annotations.videos[2:4]:
+        config = WindowConfig(frames=64, fps=12.0)
+        window, *_ = sliding_windows(video, annotations.classes, config, stride=4)
+        path = tiny_set / "videos" / f"{video.video_id}.mp4"
+        frames = torch.from_numpy(window_frames(path, window, size=32)).permute(3, 0, 1, 2).float()
+        with torch.no_grad():
+            seen = (frames - grey_levels(IMAGENET_MEAN)) / grey_levels(IMAGENET_STD)
+            expected = backbone.eval()(seen[None])[0].T.numpy()
+        found = features.window(window, duration=video.duration)
+        # the next window's middle is nearer to the features of the last quarter
+        assert np.allclose(found[:12], expected[:12], atol=1e-5)
+        assert not np.allclose(found[13:], expected[13:], atol=1e-3)
+
+
+def test_a_video_shorter_than_a_clip_repeats_its_last_frame() -> None:
+    seen = []
+
+    def look(frames: torch.Tensor) -> torch.Tensor:
+        seen.append(frames[:, :, 0, 0, 0])
+        return frames[:, :, 0, 0, :1].transpose(1, 2).float()
+
+    stretch = np.zeros((8, 1, 1, 3), np.uint8)
+    stretch[:5, ..., 0] = np.arange(5)[:, None, None] + 1
+    starts = np.array([0])
+    for clips, expected in ((True, [1, 2, 3, 4, 5, 5, 5, 5]), (False, [1, 2, 3, 4, 5, 0, 0, 0])):
+        made = unit_features(
+            look, stretch, starts, valid=5, frames=8, clips=clips, batch_size=2,
+        )  # fmt: skip
+        assert seen[-1].tolist() == [expected]
+        assert made.shape == (1, 1 if clips else 8, 1)
+    assert made[0, :, 0].tolist() == expected
+
+
+def test_a_video_that_ends_its_process_is_given_up(tiny_set: Path, tmp_path: Path) -> None:
+    sampled = resolved(CLIPS).of(duration=1.0, own_fps=12.0)
+    path = next((tiny_set / "videos").iterdir())
+    row = {"video": VideoJob(video_id="v", uri=str(path), sampled=sampled)}
+    settings = {"size": 8, "batch_size": 2, "threads": 1, "notes": str(tmp_path / "notes")}
+    for _ in range(2):
+        rows = decode_video(row, **settings)  # type: ignore[arg-type]
+        assert next(rows)["error"] == ""
+        del rows  # the process is gone
+    (given_up,) = decode_video(row, **settings)  # type: ignore[arg-type]
+    assert "ended the process that read it, 2 times" in given_up["error"]
+    assert not list((tmp_path / "notes").iterdir())
+    assert [row["error"] for row in decode_video(row, **settings)] == [""]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"annotations": "/nowhere.json"}, "nothing at /nowhere.json. Correct --annotations"),
+        ({"videos": "/nowhere"}, "nothing at /nowhere. Correct --videos"),
+        ({"videos": str(ROOT / "tests"), "annotations": None}, "holds none of them. Correct --vi"),
+        ({"output": None}, "no path given. Say where with --output"),
+        ({"backbone": replace(BACKBONE, weights=None)}, "no path given. Say where with --weights"),
+        ({"annotations": None, "subsets": ("a",)}, "--subsets are of annotations: say which with"),
+    ],
+)
+def test_what_is_missing_is_one_sentence(
+    tiny_set: Path, tmp_path: Path, changes: dict[str, object], expected: str
+) -> None:
+    with pytest.raises(StorageError, match=expected) as caught:
+        extract_features(config_for(tiny_set, tmp_path, **changes))
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("way", "stride", "frames", "expected"),
+    [
+        ("windows", 3, 48, "--stride must be a multiple of 2"),
+        ("windows", 4, 62, "--frames must be a multiple of 4, .*not 62"),
+        ("clips", 4, 15, "--frames must be a multiple of 2, .*not 15"),
+    ],
+)
+def test_what_the_backbone_cannot_take_is_refused(
+    tiny_set: Path, tmp_path: Path, way: str, stride: int, frames: int, expected: str
+) -> None:
+    sampling = SamplingConfig(way=way, stride=stride, frames=frames)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=expected):
+        extract_features(config_for(tiny_set, tmp_path, sampling=sampling))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_instance")
+def test_a_cluster_that_is_too_small_is_refused() -> None:
+    assert pool_for(PoolConfig()).actors == 1
+    with pytest.raises(ResourceError, match=r"too small: 4 actors .* 4.5 CPUs .* Lower --actors"):
+        pool_for(PoolConfig(actors=4))
+    with pytest.raises(ResourceError, match=r"1 GPUs \(it has 0\)"):
+        pool_for(PoolConfig(gpu=True))
+
+
+def test_the_command_line_explains_itself_and_refuses_nonsense(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(option in printed for option in ("--way", "--layout", "--actors", "--retry-failed"))
+    with pytest.raises(SystemExit) as ended:
+        parse(["--overlap", "1"])
+    assert ended.value.code != 0
+    assert "--overlap must be in [0, 1), not 1.0" in capsys.readouterr().err
+    windows = ["--way", "windows", "--fps", "squeeze"]
+    config = parse([*windows, "--layout", "parquet", "--gpu", "False"])
+    assert config.sampling == SamplingConfig(way="windows", fps="squeeze")
+    assert config.files == FilesConfig(layout="parquet")
+    assert config.pool == PoolConfig(gpu=False)
+    assert parse(["--fps", "12"]).sampling.fps == 12.0

@@ -1,0 +1,243 @@
+"""Training on features is training with a frozen backbone, if it sees the same windows."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.data import Batch
+from pipelines.detection_task import DetectionTask
+from pipelines.features.backbone import FrozenBackboneConfig, load_backbone
+from pipelines.features.decoding import VideoJob, decode_video
+from pipelines.features.extraction import unit_features
+from pipelines.features.files import ExtractedVideo
+from pipelines.features.folder import FeatureFolder, FilesConfig
+from pipelines.features.layout import NAME, FeatureError, VideoEntry
+from pipelines.features.reading import Features
+from pipelines.features.sampling import SamplingConfig
+from pipelines.features.training import FeatureStream, without_backbone
+from pipelines.local import LocalRuntime
+from pipelines.loop import Trainer
+from pipelines.plan import Plan, UnusableVideosError, make_plan
+from pipelines.recipes import TOY_WEIGHTS, Recipe
+from pipelines.storage import StorageError
+from pipelines.train import absolute
+from re2tal.backbones.precomputed import Precomputed, PrecomputedConfig
+from re2tal.detector import Detector
+from re2tal.inference import detect
+from re2tal.trained import load_detector
+from re2tal.videos.annotations import load_annotations
+from re2tal.videos.augmentation import AugmentationConfig
+from re2tal.videos.windows import WindowConfig, sliding_windows
+
+
+@pytest.fixture
+def recipe(tiny_recipe: Recipe) -> Recipe:
+    """With a frozen backbone, and windows that hold a whole video: there is one way to cut it."""
+    return replace(
+        tiny_recipe,
+        epochs=2,
+        batch_size=1,
+        data=replace(tiny_recipe.data, window=WindowConfig(frames=256, fps=12.0)),
+        model=replace(tiny_recipe.model, weights=TOY_WEIGHTS, frozen=("backbone",)),
+        optim=replace(tiny_recipe.optim, precision="float32", warmup_epochs=0.5),
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Features of the same windows, made without Ray."""
+    made = tmp_path_factory.mktemp("features")
+    config = FrozenBackboneConfig(
+        backbone="swin_toy", weights=TOY_WEIGHTS, reversible=True, size=32
+    )
+    backbone = load_backbone(config, stride=None)
+    extractor = backbone.build(torch.device("cpu"))
+    sampling = SamplingConfig(way="windows", fps=12.0, frames=256).resolved(
+        temporal_stride=2, multiple=2
+    )
+    videos = (*tiny_plan.training, *tiny_plan.validation)
+    files = FeatureFolder(
+        str(made),
+        FilesConfig(),
+        [v.annotation.video_id for v in videos],
+        settings=backbone.described(),
+        sampling=sampling,
+        channels=backbone.channels,
+    )
+    files.begin(retry_failed=False)
+    for video in videos:
+        video_id, duration = video.annotation.video_id, video.annotation.duration
+        sampled = sampling.of(duration=duration, own_fps=1.0)
+        job = VideoJob(video_id=video_id, uri=video.uri, sampled=sampled)
+        (row,) = decode_video(
+            {"video": job}, size=32, batch_size=4, threads=1, notes=str(made / "notes")
+        )
+        units = unit_features(
+            extractor, row["frames"], row["starts"], valid=row["valid"], frames=256, clips=False,
+            batch_size=4,
+        )  # fmt: skip
+        grid = sampled.grid
+        entry = VideoEntry(
+            file="", length=grid.num_features, fps=grid.fps, stride=grid.stride,
+            offset=grid.offset, duration=duration,
+        )  # fmt: skip
+        features = sampled.joined(units)
+        files.add(
+            video_id, ExtractedVideo(entry=entry, subset="", source=video.uri, features=features)
+        )
+    files.write_description()
+    return made
+
+
+def on_features(recipe: Recipe, folder: Path) -> Recipe:
+    data = replace(recipe.data, features=str(folder), videos=None)
+    return without_backbone(replace(recipe, data=data), Features(str(folder)))
+
+
+def plan_of(recipe: Recipe) -> Plan:
+    return make_plan(recipe.data, load_annotations(Path(str(recipe.data.annotations))))
+
+
+def trainer_of(recipe: Recipe, plan: Plan, folder: Path) -> tuple[Trainer, LocalRuntime]:
+    runtime = LocalRuntime(recipe, plan, folder)
+    weights = Path(recipe.model.weights) if recipe.model.weights else None
+    task = DetectionTask(recipe=recipe, plan=plan)
+    return Trainer(task, runtime, weights=weights, output=folder), runtime
+
+
+@pytest.mark.slow
+def test_losses_are_those_of_the_frozen_backbone(
+    recipe: Recipe, tiny_plan: Plan, folder: Path, tmp_path: Path
+) -> None:
+    end_to_end, history = trainer_of(recipe, tiny_plan, tmp_path / "frames")
+    fewer = on_features(recipe, folder)
+    plan = plan_of(fewer)
+    assert plan.features is not None
+    assert [v.annotation for v in plan.training] == [v.annotation for v in tiny_plan.training]
+    from_features, other = trainer_of(fewer, plan, tmp_path / "features")
+    assert isinstance(from_features.state.detector.backbone, Precomputed)
+    # the localizers begin alike: making a backbone draws random numbers too
+    for one, two in (
+        (end_to_end.state.detector, from_features.state.detector),
+        (end_to_end.state.average.module, from_features.state.average.module),
+    ):
+        assert isinstance(one, Detector)
+        assert isinstance(two, Detector)
+        two.localizer.load_state_dict(one.localizer.state_dict())
+    ended = end_to_end.run(), from_features.run()
+    losses = [
+        [metrics["train/loss"] for _, metrics in runtime.history if "train/loss" in metrics]
+        for runtime in (history, other)
+    ]
+    assert len(losses[0]) == 6
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert len({round(loss, 3) for loss in losses[0]}) > 3  # it does learn something
+    assert ended[1]["val/mAP"] == pytest.approx(ended[0]["val/mAP"], abs=1e-3)
+    trained = [
+        dict(trainer.state.detector.localizer.named_parameters())
+        for trainer in (end_to_end, from_features)
+    ]
+    for name, value in trained[0].items():
+        assert torch.allclose(trained[1][name], value, atol=1e-4), name
+    spec, detector = load_detector(tmp_path / "features" / "checkpoint" / "detector")
+    assert spec.backbone == PrecomputedConfig(channels=128, temporal_stride=2)
+    with pytest.raises(ValueError, match="was trained on features and has no backbone"):
+        detect(tiny_plan.validation[0].uri, (spec, detector))
+
+
+def test_only_the_backbone_and_what_needs_it_are_replaced(recipe: Recipe, folder: Path) -> None:
+    data = replace(
+        recipe.data, augmentation=AugmentationConfig(source_size=48, crop_area=(0.5, 1.0))
+    )
+    model = replace(
+        recipe.model, frozen=("backbone.patch_embed", "localizer.stem"), norms="statistics"
+    )
+    fewer = on_features(replace(recipe, data=data, model=model), folder)
+    assert fewer.model.backbone == PrecomputedConfig(channels=128, temporal_stride=2)
+    assert fewer.model.frozen == ("localizer.stem",)
+    assert (fewer.model.weights, fewer.model.reversible) == (None, False)
+    assert fewer.data.augmentation == AugmentationConfig()
+    restored = replace(
+        fewer,
+        model=replace(
+            fewer.model, backbone=recipe.model.backbone, weights=TOY_WEIGHTS, reversible=True,
+            frozen=recipe.model.frozen,
+        ),
+        data=replace(fewer.data, features=None, videos=recipe.data.videos),
+    )  # fmt: skip
+    assert restored == recipe
+
+
+def batches_of(recipe: Recipe, plan: Plan, features: Features) -> list[Batch]:
+    windows = [
+        window
+        for video in plan.training
+        for window in sliding_windows(video.annotation, plan.classes, recipe.data.window, stride=2)
+    ]
+    return list(FeatureStream(features, plan.durations).batches(windows, batch_size=2))
+
+
+def test_features_that_cannot_be_read_are_masked_and_told(
+    recipe: Recipe, folder: Path, tmp_path: Path
+) -> None:
+    for path in folder.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    fewer = on_features(recipe, tmp_path)
+    plan = plan_of(fewer)
+    features = Features(str(tmp_path))
+    first, second = batches_of(fewer, plan, features)
+    assert first.frames.dtype == torch.float32
+    assert first.frames.shape == (2, 128, 128)
+    assert not first.failures
+    assert all(bool(mask.any()) for mask in (*first.mask, *second.mask))
+    broken = plan.training[1].annotation.video_id
+    np.save(tmp_path / f"{broken}.npy", np.zeros((5, 128), np.float32))
+    first, _ = batches_of(fewer, plan, features)
+    assert first.failures.keys() == {broken}
+    assert "holds 5 features" in first.failures[broken]
+    assert not first.mask[1].any()
+    assert not first.frames[1].any()
+    assert not len(first.targets[1].labels)
+
+
+def test_videos_without_features_are_left_out(recipe: Recipe, folder: Path, tmp_path: Path) -> None:
+    said = json.loads((folder / NAME).read_text())
+    video_id, entry = said["videos"].popitem()
+    said["failures"][video_id] = "was damaged"
+    (tmp_path / NAME).write_text(json.dumps(said))
+    fewer = on_features(recipe, tmp_path)
+    with pytest.raises(UnusableVideosError, match=f"(?s)1 of 5 videos.*{video_id}: was damaged"):
+        plan_of(fewer)
+    plan = plan_of(replace(fewer, data=replace(fewer.data, max_failed=0.5)))
+    assert plan.failures == {video_id: "was damaged"}
+    said["videos"][video_id] = {**entry, "fps": 6.0}
+    (tmp_path / NAME).write_text(json.dumps(said))
+    (remark,) = plan_of(fewer).remarks
+    assert f"{video_id}: its features end at second" in remark
+
+
+def test_what_is_missing_is_one_sentence(recipe: Recipe, tmp_path: Path) -> None:
+    data = replace(recipe.data, features="/nowhere", videos=None)
+    with pytest.raises(StorageError, match=r"nothing at /nowhere. Correct --data.features"):
+        absolute(replace(recipe, data=data))
+    data = replace(recipe.data, features=str(tmp_path), videos=None)
+    with pytest.raises(FeatureError, match=r"has no features.json"):
+        plan_of(replace(recipe, data=data))
+    assert absolute(replace(recipe, data=data)).data.features == str(tmp_path)
+
+
+def test_features_take_the_place_of_a_backbones() -> None:
+    backbone = PrecomputedConfig(channels=3, temporal_stride=4).build()
+    features = torch.randn(2, 5, 3)
+    assert torch.equal(backbone(features), features.transpose(1, 2))
+    with pytest.raises(ValueError, match="cannot see videos"):
+        backbone(torch.zeros(2, 5, 8, 8, 3, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"must be \(B, T', 3\), but got \(2, 5, 4\)"):
+        backbone(torch.randn(2, 5, 4))
+    with pytest.raises(ValueError, match="at least 1 channel"):
+        PrecomputedConfig(channels=0, temporal_stride=4)
