@@ -64,11 +64,11 @@ class DetectionTask:
         """What the detector is built of."""
         return spec_of(self.recipe, self.plan.classes)
 
-    def build(self, weights: Path | None) -> Detector:
+    def build(self, weights: str | Path | None) -> Detector:
         """Builds the detector, with pretrained weights in its backbone.
 
         Args:
-            weights: local file of backbone weights, or None.
+            weights: file or name of backbone weights, or None.
 
         Raises:
             ValueError: as `build_detector`.
@@ -149,7 +149,7 @@ class DetectionTask:
     ) -> tuple[dict[str, Detections], dict[str, Detections], dict[str, str]]:
         """The detections of all videos, those before suppression, and why videos have none."""
         recipe, plan = self.recipe, self.trained
-        detector: Any = state.average.module.eval()
+        detector: Any = state.averaged().eval()
         windows = validation_share(
             plan.validation,
             plan.classes,

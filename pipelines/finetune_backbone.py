@@ -7,7 +7,8 @@ Toy clips, from the weights that the repository ships, minutes on two CPU cores:
 Kinetics, from pretrained weights:
 
   python pipelines/finetune_backbone.py kinetics_re2_swin_t --data.training train.csv
-  --data.validation validate.csv --data.videos FOLDER --model.weights W
+  --data.validation validate.csv --data.videos FOLDER
+  --model.weights torchvision:swin3d_t/KINETICS400_V1
 
 Slowly instead of at once (Dr2Net), and plain pretraining from random weights:
 
@@ -35,6 +36,7 @@ from pipelines.classification.plan import Lists, make_plan, read_lists
 from pipelines.classification.recipes import RECIPES, ClassificationRecipe, TrimmedDataConfig
 from pipelines.classification.task import ClassificationTask, build_classifier
 from pipelines.command_line import parse_recipe
+from pipelines.pretrained import fetch_weights, require_weights
 from pipelines.progress import duration
 from pipelines.quiet import init_ray
 from pipelines.resources import check_resources, store_remark
@@ -44,9 +46,7 @@ from pipelines.storage import (
     BACKBONE_FILE,
     StorageError,
     absolute,
-    local_copy,
     replacing,
-    require,
 )
 from pipelines.tracking import Run, finishing, log_dataset, log_text, tracking_uri
 from pipelines.train import PROBLEMS, fit
@@ -93,9 +93,7 @@ def prepared(recipe: ClassificationRecipe) -> ClassificationRecipe:
     """
     data, model = recipe.data, recipe.model
     _make_toy(data)
-    weights = model.weights and require(
-        model.weights, what="The backbone's weights", option="--model.weights"
-    )
+    weights = require_weights(model.weights)
     data = replace(
         data,
         training=data.training and absolute(data.training),
@@ -122,10 +120,9 @@ def check_model(recipe: ClassificationRecipe, lists: Lists) -> None:
         StorageError: if the weights cannot be read or are another network's.
     """
     with tempfile.TemporaryDirectory() as folder:
-        uri = recipe.model.weights
         store = tracking_uri(Path(recipe.output))
         try:
-            weights = local_copy(uri, Path(folder), tracking_uri=store) if uri else None
+            weights = fetch_weights(recipe.model.weights, Path(folder), tracking_uri=store)
             build_classifier(recipe, lists.classes, weights)
         except ValueError as problem:
             raise StorageError(str(problem)) from problem

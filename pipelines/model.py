@@ -53,13 +53,13 @@ def spec_of(recipe: Recipe, classes: Sequence[str]) -> DetectorSpec:
     )
 
 
-def build_detector(recipe: Recipe, classes: Sequence[str], weights: Path | None) -> Detector:
+def build_detector(recipe: Recipe, classes: Sequence[str], weights: str | Path | None) -> Detector:
     """Builds the detector, with pretrained weights in its backbone.
 
     Args:
         recipe: the run's configuration.
         classes: names of the action classes.
-        weights: local file of backbone weights, or None.
+        weights: file or name of backbone weights, or None.
 
     Raises:
         ValueError: if the weights do not fit the backbone, or there is no part of a name that is

@@ -1,5 +1,6 @@
 """Files by path or by URI: annotations, weights and videos, local or in an object store."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -223,13 +224,15 @@ def local_copy(uri: str, folder: Path, *, tracking_uri: str | None = None) -> Pa
 
 def _from_mlflow(uri: str, folder: Path, tracking_uri: str | None) -> Path:
     # here, because decoding processes import this module and should start in a moment
-    from mlflow.artifacts import download_artifacts
+    import mlflow
     from mlflow.exceptions import MlflowException
 
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    if tracking_uri is not None:
+        # of this process: given with the call, `models:/` would be looked for elsewhere
+        mlflow.set_tracking_uri(tracking_uri)
     try:
-        found = Path(
-            download_artifacts(artifact_uri=uri, dst_path=str(folder), tracking_uri=tracking_uri)
-        )
+        found = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
     except (MlflowException, OSError) as error:
         raise StorageError(f"MLflow has nothing at {uri} ({error}). Correct the URI.") from error
     if found.is_file():

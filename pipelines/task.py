@@ -53,11 +53,11 @@ class Task(Protocol):
     def spec(self) -> DetectorSpec:
         """What the detector is built of."""
 
-    def build(self, weights: Path | None) -> Any:
+    def build(self, weights: str | Path | None) -> Any:
         """The detector.
 
         Args:
-            weights: local file of weights for its backbone, or None.
+            weights: file or name of weights for its backbone, or None.
 
         Raises:
             ValueError: if the weights do not fit.

@@ -74,8 +74,8 @@ class ClassifierModelConfig:
 
     Attributes:
         backbone: the video backbone.
-        weights: pretrained weights of the backbone (path, URI, or URI of an MLflow artifact or
-            model); None starts at random.
+        weights: pretrained weights of the backbone: path or URI, also of an artifact or a model in
+            MLflow, or a name as `torchvision:swin3d_t/KINETICS400_V1`; None starts at random.
         reversible: rewire the backbone (Re2TAL); without it, this is plain pretraining.
         coupling_epochs: epochs over which the connections move from the pretrained network's to the
             rewired ones, step by step (Dr2Net's alpha from 1 to 0 and beta from 0 to 1); None

@@ -45,14 +45,14 @@ def spec_of(recipe: ClassificationRecipe, classes: Sequence[str]) -> DetectorSpe
 
 
 def build_classifier(
-    recipe: ClassificationRecipe, classes: Sequence[str], weights: Path | None
+    recipe: ClassificationRecipe, classes: Sequence[str], weights: str | Path | None
 ) -> Classifier:
     """Builds the classifier, with pretrained weights in its backbone.
 
     Args:
         recipe: the run's configuration.
         classes: names of the classes.
-        weights: local file of backbone weights, or None.
+        weights: file or name of backbone weights, or None.
 
     Raises:
         ValueError: if the weights do not fit the backbone, or there is no part of a name that is to
@@ -84,11 +84,11 @@ class ClassificationTask:
         """What the classifier is built of."""
         return spec_of(self.recipe, self.plan.classes)
 
-    def build(self, weights: Path | None) -> Classifier:
+    def build(self, weights: str | Path | None) -> Classifier:
         """Builds the classifier, with pretrained weights in its backbone.
 
         Args:
-            weights: local file of backbone weights, or None.
+            weights: file or name of backbone weights, or None.
 
         Raises:
             ValueError: as `build_classifier`.
@@ -150,7 +150,7 @@ class ClassificationTask:
     ) -> dict[str, float]:
         before = time.perf_counter()
         data, plan = self.recipe.data, self.plan
-        classifier = cast("Classifier", state.average.module).eval()
+        classifier = cast("Classifier", state.averaged()).eval()
         stride = classifier.backbone.temporal_stride
         mine = plan.validation[runtime.rank :: runtime.world_size]
         windows = [w for video in mine for w in views(video, data.clip, view, stride=stride)]
