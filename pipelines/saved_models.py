@@ -16,8 +16,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from pipelines.storage import StorageError, require, resolve
+from re2tal.backbones.precomputed import TRAINED_ON_FEATURES, PrecomputedConfig
 from re2tal.inference import detector_folder
-from re2tal.trained import SPEC_FILE, WEIGHTS_FILE
+from re2tal.trained import SPEC_FILE, WEIGHTS_FILE, read_spec
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _IN_MLFLOW = ("runs:/", "models:/", "mlflow-artifacts:/")
@@ -38,7 +39,7 @@ def local_detector(model: str | None, scratch: Path, *, tracking: str, option: s
         The folder with `spec.json` and `weights.safetensors`.
 
     Raises:
-        StorageError: if there is no detector.
+        StorageError: if there is no detector, or it was trained on features and sees no videos.
     """
     if model is not None and not Path(model).exists():
         if _RUN_ID.fullmatch(model):
@@ -103,6 +104,10 @@ def _detector_in(folder: Path, name: str, option: str) -> Path:
     # an MLflow model keeps what it was logged with in `artifacts`
     inside = folder / "artifacts"
     try:
-        return detector_folder(inside if inside.is_dir() else folder)
+        found = detector_folder(inside if inside.is_dir() else folder)
+        spec = read_spec(found)
     except ValueError as error:
         raise StorageError(f"The model: {name}: {error} Correct {option}.") from error
+    if isinstance(spec.backbone, PrecomputedConfig):
+        raise StorageError(f"The model: {name}: {TRAINED_ON_FEATURES}")
+    return found

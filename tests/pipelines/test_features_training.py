@@ -23,6 +23,7 @@ from pipelines.local import LocalRuntime
 from pipelines.loop import Trainer
 from pipelines.plan import Plan, UnusableVideosError, make_plan
 from pipelines.recipes import TOY_WEIGHTS, Recipe
+from pipelines.saved_models import local_detector
 from pipelines.storage import StorageError
 from pipelines.train import absolute
 from re2tal.backbones.precomputed import Precomputed, PrecomputedConfig
@@ -147,6 +148,9 @@ def test_losses_are_those_of_the_frozen_backbone(
     assert spec.backbone == PrecomputedConfig(channels=128, temporal_stride=2)
     with pytest.raises(ValueError, match="was trained on features and has no backbone"):
         detect(tiny_plan.validation[0].uri, (spec, detector))
+    saved = str(tmp_path / "features" / "checkpoint")
+    with pytest.raises(StorageError, match="checkpoint: This detector was trained on features"):
+        local_detector(saved, tmp_path, tracking="", option="--model")
 
 
 def test_only_the_backbone_and_what_needs_it_are_replaced(recipe: Recipe, folder: Path) -> None:
