@@ -9,7 +9,6 @@ position in the run.
 """
 
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -20,12 +19,19 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
+from pipelines.sharding import (
+    load_whole_optimizer_state,
+    load_whole_state,
+    whole_optimizer_state,
+    whole_state,
+)
 from re2tal.detector import Detector
 from re2tal.trained import DetectorSpec, save_detector
 
 DETECTOR_FOLDER = "detector"
 COMPLETE_FILE = "complete.json"
 _STATE_FILE = "training.pt"
+_POSITION = ("epoch", "windows", "step", "world_size", "failures")
 
 
 class CheckpointError(Exception):
@@ -39,6 +45,8 @@ class TrainingState:
     Attributes:
         detector: the trained model (not the DDP wrapper).
         average: its moving average.
+        whole: where detector and average are split over workers, a detector that is not, for the
+            values of the average; else None.
         optimizer: with its moments.
         schedule: of the learning rates.
         scaler: of the loss, for float16.
@@ -54,47 +62,52 @@ class TrainingState:
     optimizer: Optimizer
     schedule: LRScheduler
     scaler: GradScaler
+    whole: Detector | None = None
     epoch: int = 0
     windows: int = 0
     step: int = 0
     world_size: int = 1
     failures: dict[str, str] = field(default_factory=dict)
 
-    def _parts(self) -> dict[str, Any]:
-        return {
-            "detector": self.detector,
-            "average": self.average,
-            "optimizer": self.optimizer,
-            "schedule": self.schedule,
-            "scaler": self.scaler,
+    def averaged(self) -> Detector:
+        """The moving average as a detector of its own; every worker calls this."""
+        if self.whole is None:
+            return cast("Detector", self.average.module)
+        self.whole.load_state_dict(whole_state(self.average.module))
+        return self.whole
+
+    def _parts(self) -> dict[str, dict[str, Any]]:
+        small = {"schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict()}
+        if self.whole is None:
+            return small | {
+                "detector": self.detector.state_dict(),
+                "average": self.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+            }
+        return small | {
+            "detector": whole_state(self.detector),
+            "average": whole_state(self.average),
+            "optimizer": whole_optimizer_state(self.detector, self.optimizer),
         }
 
     def _position(self) -> dict[str, Any]:
-        return {
-            "epoch": self.epoch,
-            "windows": self.windows,
-            "step": self.step,
-            "world_size": self.world_size,
-            "failures": self.failures,
-        }
+        position = {name: getattr(self, name) for name in _POSITION}
+        return {**position, "sharded": self.whole is not None}
 
-    def save(self, folder: Path, spec: DetectorSpec) -> None:
-        """Writes a checkpoint; the folder appears only when it is whole.
+    def save(self, folder: Path, spec: DetectorSpec, *, write: bool = True) -> None:
+        """Writes a checkpoint; every worker calls this, and one writes.
 
-        What else is put into it, before `complete`, belongs to it too.
+        What else is put into the folder, before `complete`, belongs to it too.
 
         Args:
-            folder: where to; replaced if it exists.
+            folder: where to.
             spec: what the detector is built of.
+            write: whether this worker does.
         """
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        averaged = cast("Detector", self.average.module)
-        save_detector(partial / DETECTOR_FOLDER, spec, averaged)
-        state = {name: part.state_dict() for name, part in self._parts().items()}
-        torch.save({**state, **self._position()}, partial / _STATE_FILE)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.replace(folder)
+        averaged, parts = self.averaged(), self._parts()
+        if write:
+            save_detector(folder / DETECTOR_FOLDER, spec, averaged)
+            torch.save({**parts, **self._position()}, folder / _STATE_FILE)
 
     def load(self, folder: Path) -> None:
         """Reads a checkpoint into the model, optimizer and schedule that are there.
@@ -111,9 +124,23 @@ class TrainingState:
                 "it, and the run goes on from the one before."
             )
         state = torch.load(folder / _STATE_FILE, map_location="cpu", weights_only=True)
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
-        for name in self._position():
+        if bool(state["sharded"]) is not (self.whole is not None):
+            how = "with" if state["sharded"] else "without"
+            raise CheckpointError(
+                f"The checkpoint in {folder} was written {how} --scale.sharded, whose optimizer's "
+                "state is another: go on as it began."
+            )
+        if self.whole is None:
+            self.detector.load_state_dict(state["detector"])
+            self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        else:
+            load_whole_state(self.detector, state["detector"])
+            load_whole_state(self.average, state["average"])
+            load_whole_optimizer_state(self.detector, self.optimizer, state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        for name in _POSITION:
             setattr(self, name, state[name])
 
 

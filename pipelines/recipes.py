@@ -183,6 +183,13 @@ class ScaleConfig:
     decoder_threads: int = 1
     max_failures: int = 2
 
+    def __post_init__(self) -> None:
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
+            raise ValueError(
+                f"ScaleConfig.min_workers of {self.min_workers} is not from 1 to the "
+                f"{self.workers} of ScaleConfig.workers."
+            )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
@@ -236,6 +243,13 @@ class Recipe:
     nms: NmsConfig = field(default_factory=NmsConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        if self.scale.sharded and self.optim.precision == "float16":
+            raise ValueError(
+                "Recipe.scale.sharded goes with Recipe.optim.precision bfloat16 or float32: the "
+                "scale of a float16 loss is not agreed on between the workers."
+            )
 
 
 # As the authors' implementation publishes it, but for RandAugment, which follows the flip there.

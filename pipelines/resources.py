@@ -23,10 +23,11 @@ def check_resources(scale: ScaleConfig) -> None:
     Raises:
         ResourceError: if CPUs or GPUs do not suffice for all workers and one decoding task.
     """
+    workers = scale.workers if scale.min_workers is None else scale.min_workers
     require_resources(
-        cpus=scale.workers * scale.cpus_per_worker + scale.cpus_per_decoder,
-        gpus=scale.workers if scale.gpu else 0,
-        who=f"{scale.workers} workers and the decoding",
+        cpus=workers * scale.cpus_per_worker + scale.cpus_per_decoder,
+        gpus=workers if scale.gpu else 0,
+        who=f"{workers} workers and the decoding",
         advice="Lower --scale.workers or --scale.cpus-per-worker, or train without GPUs "
         "(--scale.no-gpu).",
     )

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.checkpoints import TrainingState
@@ -102,6 +104,8 @@ class Stepper:
 
     def _gradients_shared(self, last: bool) -> AbstractContextManager[None]:
         """Workers exchange gradients in the last pass of a step only."""
+        if isinstance(self._model, FSDPModule):
+            self._model.set_requires_gradient_sync(last)
         if isinstance(self._model, DistributedDataParallel) and not last:
             return self._model.no_sync()
         return nullcontext()
@@ -109,14 +113,15 @@ class Stepper:
     def _update(self) -> float:
         state = self._state
         state.scaler.unscale_(state.optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self._trained, self._config.clip))
+        norm = nn.utils.clip_grad_norm_(self._trained, self._config.clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         scale = state.scaler.get_scale()
         state.scaler.step(state.optimizer)
         state.scaler.update()
         if state.scaler.get_scale() >= scale:  # else the gradients overflowed: nothing was learnt
             state.schedule.step()
             state.average.update_parameters(state.detector)
-        return norm
+        return float(norm)
 
 
 def _averaged(passes: Sequence[dict[str, Tensor]]) -> dict[str, float]:

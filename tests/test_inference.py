@@ -54,12 +54,18 @@ class Brightness(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         return video.mean(dim=(1, 3, 4)).unflatten(1, (-1, 2)).mean(dim=2)[:, None]
 
+    def layer_of(self, name: str) -> int:
+        raise NotImplementedError(name)  # it has no parameters
+
 
 class Runs(nn.Module):
     """Finds the runs of bright features."""
 
     num_classes = 3
     multiple = 1
+
+    def begin_step(self, masks: Sequence[Tensor], targets: Sequence[Sequence[Targets]]) -> None:
+        raise NotImplementedError  # it is not trained
 
     def predict(self, features: Tensor, mask: Tensor) -> tuple[Tensor]:
         return ((features[:, 0] > 0.4) & mask,)

@@ -1,5 +1,6 @@
 """A checkpoint is taken for good only if it is whole."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from pipelines.checkpoints import CheckpointError, complete, is_complete
+from pipelines.data import Batch
 from pipelines.detection_task import DetectionTask
 from pipelines.local import LocalRuntime
 from pipelines.loop import Trainer
@@ -84,9 +86,9 @@ def test_a_run_goes_on_from_the_midst_of_an_epoch_bit_for_bit(
     whole.run()
     first = _trainer(recipe, tiny_plan, tmp_path / "parts")
     take = first.step
-    taken = []
+    taken: list[Sequence[Batch]] = []
 
-    def twice(passes):  # type: ignore[no-untyped-def]
+    def twice(passes: Sequence[Batch]) -> dict[str, float]:
         if len(taken) == 3:
             raise KeyboardInterrupt
         taken.append(passes)

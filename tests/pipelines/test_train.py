@@ -9,8 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 from mlflow.tracking import MlflowClient
+from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 TINY = (
@@ -22,6 +25,7 @@ TINY = (
     "--model.localizer.levels", "3",
     "--model.localizer.head-width", "16",
     "--epochs", "2",
+    "--batch-size", "1",
 )  # fmt: skip
 
 
@@ -151,6 +155,61 @@ def test_the_model_detects_in_a_clean_process(finished: tuple[Path, str], tiny_s
         sys.executable, "-c", code, run.data.tags["model.uri"], str(video), cwd=folder, env=env
     )
     assert re.search(r"rows \d+", printed)
+
+
+def _processes(process: subprocess.Popen[str], name: str = "") -> list[psutil.Process]:
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if child.name().startswith(name)]
+
+
+def _final_weights(folder: Path) -> dict[str, Tensor]:
+    """Of the last checkpoint of the only run: the trained detector's and its average's."""
+    *_, last = sorted((folder / "runs").glob("*/checkpoint_*"))
+    state = torch.load(last / "training.pt", weights_only=True)
+    assert (state["epoch"], state["windows"]) == (2, 0)
+    return {
+        f"{part}.{name}": value
+        for part in ("detector", "average")
+        for name, value in state[part].items()
+    }
+
+
+@pytest.mark.slow
+def test_a_killed_worker_and_a_killed_driver_change_no_bit(
+    finished: tuple[Path, str], tiny_set: Path, tmp_path: Path
+) -> None:
+    command = (
+        sys.executable, str(ROOT / "pipelines" / "train.py"), "toy", *_data(tiny_set), *TINY,
+        "--checkpoints.steps", "2",
+    )  # fmt: skip
+    killed = "nothing"
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=_environment(tmp_path), stdout=subprocess.PIPE, text=True
+    ) as driver:
+        assert driver.stdout is not None
+        for line in driver.stdout:
+            if killed == "nothing" and "step   1/" in line:  # before the first checkpoint
+                _processes(driver, "ray::RayTrainWorker")[-1].kill()
+                killed = "worker"
+            elif killed == "worker" and "checkpoint after step" in line:
+                left = _processes(driver)
+                driver.kill()
+                killed = "driver"
+    assert killed == "driver"
+    psutil.wait_procs(left, timeout=60)
+    printed = _run(*command, cwd=tmp_path, env=_environment(tmp_path))
+    assert "going on with the unfinished run" in printed
+    assert "going on after epoch 0 of 2 and 4 windows of the next" in printed
+    expected, found = _final_weights(finished[0]), _final_weights(tmp_path)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+    client = _client(tmp_path)
+    (experiment,) = client.search_experiments(filter_string="name = 're2tal'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    steps = client.get_metric_history(run.info.run_id, "train/loss")
+    assert {m.step for m in steps} == set(range(1, max(m.step for m in steps) + 1))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,76 @@
+"""Split over two workers (FSDP2), a run ends as it does unsplit, and goes on from a checkpoint."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from pipelines.detection_task import DetectionTask
+from pipelines.local import LocalRuntime
+from pipelines.loop import Trainer
+from pipelines.plan import Plan
+from pipelines.recipes import Recipe
+
+
+def _trainer(recipe: Recipe, plan: Plan, folder: Path, rank: int) -> Trainer:
+    runtime = LocalRuntime(recipe, plan, folder / str(rank))
+    runtime.rank, runtime.world_size = rank, 2
+    task = DetectionTask(recipe=recipe, plan=plan)
+    if rank > 0:  # Ray Train gives each worker what rank 0 reported
+        runtime.report = lambda metrics, checkpoint: None  # type: ignore[method-assign]
+        runtime._checkpoint = folder / "0" / "checkpoint"
+    return Trainer(task, runtime, weights=None, output=folder / "output")
+
+
+def _worker(rank: int, recipe: Recipe, plan: Plan, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    for name, sharded in (("whole", False), ("split", True)):
+        scale = replace(recipe.scale, sharded=sharded)
+        each = replace(recipe, scale=scale)
+        _trainer(replace(each, epochs=1), plan, folder / name, rank).run()
+        dist.barrier()
+        second = _trainer(each, plan, folder / name, rank)
+        assert second.state.epoch == 1
+        split = [isinstance(p, DTensor) for p in second.state.detector.parameters()]
+        assert all(split) if sharded else not any(split)
+        second.run()
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def _state(folder: Path) -> dict[str, Tensor]:
+    state = torch.load(folder / "0" / "checkpoint" / "training.pt", weights_only=True)
+    assert state["epoch"] == 2
+    return {
+        f"{part}.{name}": value
+        for part in ("detector", "average")
+        for name, value in state[part].items()
+    }
+
+
+@pytest.mark.slow
+def test_it_ends_as_it_does_unsplit(tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path) -> None:
+    optim = replace(tiny_recipe.optim, schedule_epochs=2, accumulation=2)
+    recipe = replace(tiny_recipe, epochs=2, batch_size=1, optim=optim)
+    for name in ("whole", "split"):
+        (tmp_path / name / "0").mkdir(parents=True)
+    mp.spawn(_worker, (recipe, tiny_plan, tmp_path), nprocs=2)
+    whole, split = _state(tmp_path / "whole"), _state(tmp_path / "split")
+    assert whole.keys() == split.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(split[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_float16_loss_is_refused(tiny_recipe: Recipe) -> None:
+    with pytest.raises(ValueError, match="bfloat16 or float32"):
+        replace(
+            tiny_recipe,
+            scale=replace(tiny_recipe.scale, sharded=True),
+            optim=replace(tiny_recipe.optim, precision="float16"),
+        )
