@@ -121,11 +121,9 @@ def test_the_picture_has_a_lane_for_each_class_that_occurs() -> None:
     rows = record("a").detections
     (axes,) = timeline("$title$", rows, 10.0, CLASSES).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["jump", NASTY]
-    bars = {
-        (bar.get_x(), bar.get_width(), round(bar.get_y() + bar.get_height() / 2))
-        for bar in axes.patches
-    }
-    assert bars == {(1.0, 1.5, 1), (0.25, 8.75, 0), (3.0, 1.0, 0)}
+    boxes = [bar.get_window_extent().transformed(axes.transData.inverted()) for bar in axes.patches]
+    bars = {(round(b.x0, 6), round(b.x1, 6), round((b.y0 + b.y1) / 2)) for b in boxes}
+    assert bars == {(1.0, 2.5, 1), (0.25, 9.0, 0), (3.0, 4.0, 0)}
     assert axes.get_xlim() == (0, 10)
 
 
