@@ -1,8 +1,10 @@
 """A checkpoint is taken for good only if it is whole."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from pipelines.data import Batch
 from pipelines.detection_task import DetectionTask
 from pipelines.local import LocalRuntime
 from pipelines.loop import Trainer
+from pipelines.optim import build_optimizer, build_schedule
 from pipelines.plan import Plan
 from pipelines.recipes import Recipe
 from pipelines.resuming import newest_checkpoint
+from re2tal.videos.windows import Window
 
 
 def _trainer(recipe: Recipe, plan: Plan, folder: Path) -> Trainer:
@@ -105,3 +109,66 @@ def test_a_run_goes_on_from_the_midst_of_an_epoch_bit_for_bit(
         assert torch.equal(value, second.state.detector.state_dict()[name]), name
     for name, value in whole.state.average.state_dict().items():
         assert torch.equal(value, second.state.average.state_dict()[name]), name
+
+
+def test_a_notice_that_a_node_goes_away_is_answered_by_a_checkpoint(
+    tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.loop.PREEMPTION_STEPS", 2)
+    trainer = _trainer(tiny_recipe, tiny_plan, tmp_path)
+    runtime: Any = trainer.runtime
+    asked, reported = [], []
+
+    def preempted() -> bool:
+        asked.append(trainer.state.step)
+        return len(asked) == 1
+
+    def report(metrics: dict[str, float], checkpoint: Path) -> None:
+        assert is_complete(checkpoint)
+        state = torch.load(checkpoint / "training.pt", weights_only=True)
+        reported.append((state["epoch"], state["step"], metrics["val/mAP"] >= 0))
+
+    runtime.preempted, runtime.report = preempted, report
+    trainer.run()
+    last = trainer.state.step
+    assert asked[0] == 2
+    assert all(step % 2 == 0 for step in asked)
+    assert reported == [(0, 2, False), (1, last, True)]
+
+
+def test_more_workers_take_up_what_fewer_left(
+    tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path
+) -> None:
+    recipe = replace(tiny_recipe, batch_size=1)
+    alone = _trainer(recipe, tiny_plan, tmp_path)
+    everything = alone._windows(0)
+    alone.state.windows, alone.state.step = 3, 3
+    left: list[Window] = []
+    for rank in range(2):
+        runtime = LocalRuntime(recipe, tiny_plan, tmp_path / "workers")
+        runtime.rank, runtime.world_size = rank, 2
+        if rank == 0:
+            folder = tmp_path / "workers" / "checkpoint"
+            folder.mkdir(parents=True)
+            alone.state.save(folder, alone.task.spec)
+            complete(folder)
+        task = DetectionTask(recipe=recipe, plan=tiny_plan)
+        both = Trainer(task, runtime, weights=None, output=tmp_path / "output")
+        assert (both.state.windows, both.state.world_size) == (3, 2)
+        assert both._steps() == len(everything) // 2
+        left += both._windows(0, behind=both.state.windows)
+    whole_steps = (len(everything) - 3) // 2 * 2
+    expected = [(w.video_id, w.grid) for w in everything[3 : 3 + whole_steps]]
+    assert sorted(map(str, expected)) == sorted(str((w.video_id, w.grid)) for w in left)
+    # as if two had trained all along, one step lay behind
+    schedule = build_schedule(
+        build_optimizer(both.state.detector, recipe.optim),
+        recipe.optim,
+        steps_per_epoch=both._steps(),
+        epochs=recipe.epochs,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        schedule.step()
+    assert both.state.schedule.get_last_lr() == pytest.approx(schedule.get_last_lr())
+    assert both._windows(0, behind=len(everything) - 1) == []
