@@ -77,7 +77,8 @@ class EvaluateConfig:
     """What to evaluate, and against what.
 
     Attributes:
-        detections: file of detections; a path or a URI. Either this or a model.
+        detections: file of detections; a path or a URI, or runs:/RUN/detections.json in MLflow.
+            Either this or a model.
         model: folder of a saved detector or of a checkpoint; or, in MLflow, the id of a training
             run, runs:/RUN/NAME or models:/NAME/VERSION.
         annotations: ActivityNet-style JSON, or one of the other forms that
@@ -167,12 +168,13 @@ def evaluate_run(config: EvaluateConfig) -> Run:
     plan = evaluated_plan(config)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
+        store = tracking_uri(Path(config.runs).absolute())
         if config.detections is not None:
             place = require(config.detections, what="The detections", option="--detections")
-            read = read_labelled(local_copy(place, scratch), plan, top=config.video_scores_top)
+            file = local_copy(place, scratch, tracking_uri=store)
+            read = read_labelled(file, plan, top=config.video_scores_top)
             return _tracked(config, plan, lambda: read)
-        runs = Path(config.runs).absolute()
-        model = local_detector(config.model, scratch, tracking=tracking_uri(runs), option="--model")
+        model = local_detector(config.model, scratch, tracking=store, option="--model")
         spec = read_spec(model)
         check_classes(spec, plan.classes)
         sources = find_sources(config.videos, plan, spec)

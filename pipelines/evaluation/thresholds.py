@@ -1,4 +1,4 @@
-"""The tIoU thresholds at which each data set is evaluated, by its own evaluator or in most papers."""
+"""The tIoU thresholds at which each data set is evaluated: its evaluator's, or those of papers."""
 
 from collections.abc import Mapping
 
