@@ -38,7 +38,14 @@ from pipelines.recipes import Dataset
 from pipelines.resources import ResourceError
 from pipelines.shards.settings import ShardError
 from pipelines.storage import StorageError, absolute, join
-from pipelines.tracking import Run, finishing, log_dataset, log_metrics, start_run
+from pipelines.tracking import (
+    Run,
+    finishing,
+    log_dataset,
+    log_metrics,
+    start_run,
+    tracking_uri,
+)
 from re2tal.videos.annotations import AnnotationError, Annotations, Form
 
 PROBLEMS = (StorageError, AnnotationError, ShardError, FeatureError, ResourceError, ValueError)
@@ -127,12 +134,13 @@ def extract_features(config: ExtractConfig) -> Description:
     if config.output is None:
         raise StorageError("The features: no path given. Say where with --output PATH_OR_URI.")
     stride = config.sampling.stride if config.sampling.way == "windows" else None
-    backbone = load_backbone(config.backbone, stride=stride)
+    runs = Path(config.runs).absolute()
+    backbone = load_backbone(config.backbone, stride=stride, tracking_uri=tracking_uri(runs))
     sampling = config.sampling.resolved(
         temporal_stride=backbone.temporal_stride, multiple=backbone.multiple
     )
     job = _Job(config, collection, backbone, sampling)
-    run = start_run(config, output=Path(config.runs).absolute())
+    run = start_run(config, output=runs)
     with finishing(run):
         run.client.set_tag(run.run_id, "kind", "features")
         if annotations is not None and config.annotations is not None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.planner.subject import BACKBONES
-from pipelines.storage import local_copy, require
+from pipelines.pretrained import fetch_weights, require_weights
+from pipelines.storage import StorageError
 from re2tal.backbones.checkpoint import load_backbone_weights
-from re2tal.backbones.published.by_name import PREFIX
 from re2tal.backbones.slowfast.network import (
     SlowFastConfig,
     pytorchvideo_slowfast_50,
@@ -52,8 +52,8 @@ class FrozenBackboneConfig:
 
     Attributes:
         backbone: the backbone.
-        weights: its weights, without which its features would mean nothing; a path or a URI, or
-            the name of torchvision's, such as torchvision:swin3d_t/KINETICS400_V1.
+        weights: its weights, without which its features would mean nothing; a path or a
+            URI, also of MLflow, or a name such as torchvision:swin3d_t/KINETICS400_V1.
         reversible: rewire it (Re2TAL), for weights that were finetuned so.
         size: pixels of a frame's side: the short side is resized to it, the centre is cut out.
         precision: what it computes in; its reversible streams stay float32.
@@ -122,13 +122,16 @@ class FrozenBackbone:
         return FeatureExtractor(backbone.eval().to(device), self.config)
 
 
-def load_backbone(config: FrozenBackboneConfig, *, stride: int | None) -> FrozenBackbone:
+def load_backbone(
+    config: FrozenBackboneConfig, *, stride: int | None, tracking_uri: str | None = None
+) -> FrozenBackbone:
     """Reads the weights and checks that they fit.
 
     Args:
         config: which backbone.
         stride: frames per feature, if other than the backbone's own: a Swin averages its features
             for it.
+        tracking_uri: MLflow's store, where weights may lie.
 
     Raises:
         StorageError: if there are no weights.
@@ -136,12 +139,14 @@ def load_backbone(config: FrozenBackboneConfig, *, stride: int | None) -> Frozen
     """
     shape = _with_stride((BACKBONES | _OF_PUBLISHED_WEIGHTS)[config.backbone](), stride)
     backbone = _build(shape, reversible=config.reversible)
-    source = config.weights
+    weights = require_weights(config.weights, option="--weights")
     with tempfile.TemporaryDirectory() as folder:
-        if source is None or not source.startswith(PREFIX):
-            uri = require(source, what="The backbone's weights", option="--weights")
-            source = str(local_copy(uri, Path(folder)))
-        load_backbone_weights(backbone, source)
+        fetched = fetch_weights(weights, Path(folder), tracking_uri=tracking_uri)
+        if fetched is None:
+            raise StorageError(
+                "The backbone's weights: no path given. Say where with --weights PATH_OR_URI."
+            )
+        load_backbone_weights(backbone, fetched)
     state = backbone.state_dict()
     temporal_stride = int(backbone.temporal_stride)
     alpha = shape.alpha if isinstance(shape, SlowFastConfig) else 1

@@ -99,8 +99,9 @@ def extract(
 ) -> Iterator[StretchFeatures]:
     """Makes the features of videos, in the order in which they come.
 
-    A decoding task holds two blocks at most that the backbone has not taken yet (Ray Data's
-    default), so what is decoded ahead is bounded by the number of tasks.
+    What is decoded ahead of the backbone is bounded by Ray Data's budget, a share of the object
+    store. With another execution beside this one on a small cluster the budget may be none: then
+    it works, but slowly (`pipelines.streaming` says why).
 
     Args:
         videos: of which.
