@@ -1,9 +1,9 @@
 """Pretrains a small plain backbone on the trimmed toy clips, from random weights.
 
 python pipelines/pretrain_toy.py
-    makes data/toy_trimmed if it is missing, and pretrains the Swin of the toy recipe: it made the
-    weights that the repository ships (about a quarter of an hour on two CPU cores)
-python pipelines/pretrain_toy.py --steps 400 --output /tmp/weights.safetensors
+    makes data/toy_trimmed if it is missing, and pretrains the Swin of the toy recipe, as the
+    weights that the repository ships were made
+python pipelines/pretrain_toy.py --steps 400
 
 Backbones are otherwise pretrained on what they are shown, by finetune_backbone.py without rewiring.
 From nothing, though, the class alone teaches a network motion only very slowly: after 700 steps it
@@ -16,6 +16,7 @@ moves, which the toy data know, and with that it is over 80 % right after 350 st
 import json
 import math
 import multiprocessing
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from pipelines.classification.recipes import TOY_TRIMMED
 from pipelines.progress import duration
-from pipelines.recipes import TOY_WEIGHTS
+from pipelines.tracking import Run, finishing, log_metrics, start_run
 from re2tal.backbones.checkpoint import save_backbone_weights
 from re2tal.backbones.swin import SwinBackbone, SwinConfig, swin_toy
 from re2tal.detector import grey_levels, normalize
@@ -48,6 +49,9 @@ class PretrainingConfig:
     """Classification of toy clips.
 
     Attributes:
+        name: the MLflow run is named after it.
+        experiment: MLflow experiment.
+        runs: folder of the default MLflow store.
         output: the weights, safetensors; replaced.
         folder: of the trimmed toy clips, which are made if they are not there.
         clips: how many there are.
@@ -64,7 +68,10 @@ class PretrainingConfig:
         processes: that make and decode clips.
     """
 
-    output: Path = Path(TOY_WEIGHTS)
+    name: str = "pretrain_toy"
+    experiment: str = "re2tal-backbones"
+    runs: Path = Path("runs")
+    output: Path = Path("runs/toy_backbone.safetensors")
     folder: Path = Path(TOY_TRIMMED)
     clips: TrimmedToyConfig = field(default_factory=TrimmedToyConfig)
     backbone: SwinConfig = field(default_factory=swin_toy)
@@ -273,24 +280,28 @@ def fresh_backbone(config: SwinConfig) -> SwinBackbone:
     return backbone
 
 
-def train(config: PretrainingConfig) -> float:
-    """Makes the clips, trains, writes the weights.
+def train(
+    config: PretrainingConfig, clips: Clips, held_out: Clips, run: Run
+) -> tuple[SwinBackbone, float]:
+    """Trains a backbone.
 
     Args:
         config: what to do.
+        clips: to train on.
+        held_out: to measure on.
+        run: gets loss and accuracy.
 
     Returns:
-        Top-1 accuracy on the held-out clips.
+        The backbone, and its top-1 accuracy on the held-out clips.
     """
-    torch.manual_seed(config.seed)
     random = np.random.default_rng(config.seed)
-    clips, held_out = load_data(config)
     backbone = fresh_backbone(config.backbone)
     head, guide = nn.Linear(backbone.channels, len(TRIMMED_CLASSES)), Guide(backbone.channels)
     parameters = [p for part in (backbone, head, guide) for p in part.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     schedule = OneCycleLR(optimizer, config.lr, total_steps=config.steps, pct_start=0.1)
     began, running = time.perf_counter(), math.log(len(TRIMMED_CLASSES)) * 1.5
+    reached = 0.0
     for step, (video, poses, labels) in enumerate(batches(clips, config, random), 1):
         backbone.train()
         places = backbone.places(video)
@@ -305,17 +316,32 @@ def train(config: PretrainingConfig) -> float:
         if step % max(1, config.steps // 25) == 0 or step == config.steps:
             reached = accuracy(backbone.eval(), head, held_out, config.long)
             left = (time.perf_counter() - began) / step * (config.steps - step)
+            log_metrics(run, {"train/loss": running, "val/top1": reached}, step=step)
             print(
                 f"step {step:>4}/{config.steps}  loss {running:.3f}  held out {reached:.3f}  "
                 f"left {duration(left)}",
                 flush=True,
             )
-    facts = {"command": " ".join(sys.argv), "held_out_top1": f"{reached:.4f}"}
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    save_backbone_weights(backbone, config.output, {"re2tal": json.dumps(facts)})
-    print(f"weights: {config.output}")
-    return reached
+    return backbone, reached
+
+
+def pretrain(config: PretrainingConfig) -> None:
+    """Makes the clips, trains, writes the weights and logs them.
+
+    Args:
+        config: what to do.
+    """
+    clips, held_out = load_data(config)
+    torch.manual_seed(config.seed)
+    run = start_run(config, output=config.runs.absolute())
+    with finishing(run):
+        backbone, reached = train(config, clips, held_out, run)
+        facts = {"command": shlex.join(sys.argv), "held_out_top1": f"{reached:.4f}"}
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        save_backbone_weights(backbone, config.output, {"re2tal": json.dumps(facts)})
+        run.client.log_artifact(run.run_id, str(config.output))
+    print(f"weights: {config.output}, or runs:/{run.run_id}/{config.output.name}")
 
 
 if __name__ == "__main__":
-    train(tyro.cli(PretrainingConfig, description=__doc__))
+    pretrain(tyro.cli(PretrainingConfig, description=__doc__))

@@ -24,11 +24,12 @@ from pipelines.finetune_backbone import parse, prepared
 from pipelines.local import LocalRuntime
 from pipelines.loop import Trainer
 from pipelines.plan import UnusableVideosError
+from pipelines.pretrained import fetch_weights, require_weights
 from pipelines.storage import StorageError, local_copy
 from re2tal import rewire
 from re2tal.backbones.checkpoint import load_backbone_weights
 from re2tal.backbones.swin import SwinConfig, swin_toy
-from re2tal.classifier import Classifier
+from re2tal.classifier import Classifier, ClipClassifierConfig
 from re2tal.reversible.controls import reversible_stages
 from re2tal.videos.toy import TRIMMED_CLASSES, TrimmedToyConfig, make_trimmed_toy
 from re2tal.videos.trimmed import ClipConfig, TrimmedVideo, ViewConfig, views
@@ -195,6 +196,45 @@ def test_connections_move_from_the_pretrained_ones_to_the_rewired(
     assert logged == [0.0, 0.5, 1.0, 1.0]
 
 
+def test_a_run_that_goes_on_ends_like_one_that_was_not_interrupted(
+    recipe: ClassificationRecipe, plan: ClassificationPlan, tmp_path: Path
+) -> None:
+    model = replace(recipe.model, coupling_epochs=1.5, head=ClipClassifierConfig(dropout=0.5))
+    optim = replace(recipe.optim, schedule_epochs=2)
+    whole = replace(recipe, epochs=2, model=model, optim=optim)
+    part = replace(whole, checkpoints=replace(whole.checkpoints, steps=1))
+
+    def trainer(of: ClassificationRecipe, folder: str) -> Trainer:
+        runtime = LocalRuntime(of, plan, tmp_path / folder)
+        task = ClassificationTask(recipe=of, plan=plan)
+        return Trainer(task, runtime, weights=None, output=tmp_path)
+
+    undisturbed = trainer(whole, "whole")
+    undisturbed.run()
+    killed = trainer(part, "part")
+    with pytest.raises(KeyboardInterrupt):
+        _stop_in_step(killed, 3)
+    resumed = trainer(part, "part")
+    assert resumed.state.step == 3
+    resumed.run()
+    for name, value in undisturbed.state.detector.state_dict().items():
+        assert torch.equal(resumed.state.detector.state_dict()[name], value), name
+    assert couplings(resumed.state.average) == {(0.0, 1.0)}
+
+
+def _stop_in_step(trainer: Trainer, step: int) -> None:
+    """Runs until a step is to be taken, and is interrupted there."""
+    take = trainer.step
+
+    def interrupted(batches: Sequence[Batch]) -> dict[str, float]:
+        if trainer.state.step == step:
+            raise KeyboardInterrupt
+        return take(batches)
+
+    trainer.step = interrupted  # type: ignore[assignment]
+    trainer.run()
+
+
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
@@ -248,6 +288,17 @@ def test_what_is_missing_is_said_before_anything_starts(
     (tmp_path / "list.txt").write_text("a.mp4 spin\n")
     with pytest.raises(StorageError, match=r"Say where with --data.videos"):
         read_lists(TrimmedDataConfig(training=str(tmp_path / "list.txt")))
+
+
+def test_weights_by_name_pass_and_lost_ones_do_not(tmp_path: Path) -> None:
+    name = "torchvision:swin3d_t/KINETICS400_V1"
+    assert require_weights(name) == name == fetch_weights(name, tmp_path)
+    assert require_weights(None) is fetch_weights(None, tmp_path) is None
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(StorageError, match="Correct --weights"):
+        require_weights(str(path), option="--weights")
+    path.touch()
+    assert fetch_weights(require_weights(str(path)), tmp_path) == path
 
 
 def written_lists(folder: Path, clips: Path, extra: Sequence[str]) -> TrimmedDataConfig:
@@ -352,7 +403,7 @@ def test_the_run_in_mlflow_is_complete(finished: tuple[Path, str]) -> None:
     shipped = swin_toy().build()
     load_backbone_weights(shipped, toy().model.weights or "")
     moved = [
-        float((a - b).abs().max())
+        float((a - b).detach().abs().max())
         for a, b in zip(plain.parameters(), shipped.parameters(), strict=True)
     ]
     assert 0 < np.median(moved) < 0.01  # finetuned: not as it was, and not from random weights

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -6,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tyro
+from mlflow.tracking import MlflowClient
 from safetensors import safe_open
 
-from pipelines.pretrain_toy import augmented, loss_of
+from pipelines.pretrain_toy import PretrainingConfig, augmented, loss_of
 from re2tal import rewire
 from re2tal.backbones.checkpoint import load_backbone_weights
 from re2tal.backbones.swin import swin_toy
@@ -16,21 +19,18 @@ from re2tal.backbones.swin import swin_toy
 SCRIPT = Path(__file__).parents[2] / "pipelines" / "pretrain_toy.py"
 
 
-def run(*arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.slow
 def test_the_command_writes_weights_that_a_rewired_backbone_loads(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "weights.safetensors"
     clips = "--clips.training 14 --clips.validation 7 --clips.seconds 1.5"
     sizes = f"{clips} --size 32 --steps 3 --frames 32 --short 8 --long 16"
-    out = run("--output", str(path), "--folder", str(tmp_path / "toy"), *sizes.split())
-    assert "held out" in out
+    env = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--output", "new/weights.safetensors", *sizes.split()],
+        cwd=tmp_path, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "held out" in done.stdout
+    path = tmp_path / "new" / "weights.safetensors"
     with safe_open(path, "pt") as file:
         facts = json.loads(file.metadata()["re2tal"])
     assert 0 <= float(facts["held_out_top1"]) <= 1
@@ -38,11 +38,20 @@ def test_the_command_writes_weights_that_a_rewired_backbone_loads(tmp_path: Path
     backbone = swin_toy().build()
     rewire(backbone)
     load_backbone_weights(backbone, path)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name = 're2tal-backbones'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["val/top1"] == pytest.approx(float(facts["held_out_top1"]), abs=1e-4)
+    assert run.data.params["steps"] == "3"
+    (artifact,) = client.list_artifacts(run.info.run_id)
+    assert artifact.path == "weights.safetensors"
 
 
-@pytest.mark.slow
-def test_help_names_every_option() -> None:
-    out = run("--help")
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tyro.cli(PretrainingConfig, args=["--help"])
+    out = capsys.readouterr().out
     for option in ("--output", "--clips.training", "--steps", "--lr", "--backbone.embed-dim"):
         assert option in out
 
