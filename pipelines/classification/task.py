@@ -113,19 +113,21 @@ class ClassificationTask:
         """Moves the connections to where they are to be after the steps that were taken (Dr2Net).
 
         Args:
-            state: the classifier and its average.
+            state: the classifier.
             done: steps before this one.
             steps: of an epoch.
 
         Returns:
             Metrics: where they are.
         """
+        return self._connect(state.detector, done=done, steps=steps)
+
+    def _connect(self, classifier: Classifier, *, done: int, steps: int) -> dict[str, float]:
         epochs = self.recipe.model.coupling_epochs
         if epochs is None:
             return {}
         schedule = CouplingSchedule(steps=max(1, round(epochs * steps)))
-        coupling = schedule.apply(state.detector, done)
-        schedule.apply(state.average, done)
+        coupling = schedule.apply(classifier, done)
         return {"coupling/alpha": coupling.alpha, "coupling/beta": coupling.beta}
 
     def evaluate(self, state: TrainingState, runtime: Runtime, *, steps: int) -> Evaluation:
@@ -139,18 +141,24 @@ class ClassificationTask:
         Raises:
             UnusableVideosError: if too many videos could not be decoded.
         """
-        self.before_step(state, done=state.epoch * steps, steps=steps)
-        metrics = self._evaluate(state, runtime, ViewConfig(), prefix="val")
+        classifier = cast("Classifier", state.averaged()).eval()
+        self._connect(classifier, done=state.epoch * steps, steps=steps)
+        metrics = self._test(classifier, state, runtime, ViewConfig(), prefix="val")
         if state.epoch == self.recipe.epochs:
-            metrics |= self._evaluate(state, runtime, self.recipe.views, prefix="test")
+            metrics |= self._test(classifier, state, runtime, self.recipe.views, prefix="test")
         return Evaluation(metrics=metrics, write=_nothing)
 
-    def _evaluate(
-        self, state: TrainingState, runtime: Runtime, view: ViewConfig, *, prefix: str
+    def _test(
+        self,
+        classifier: Classifier,
+        state: TrainingState,
+        runtime: Runtime,
+        view: ViewConfig,
+        *,
+        prefix: str,
     ) -> dict[str, float]:
         before = time.perf_counter()
         data, plan = self.recipe.data, self.plan
-        classifier = cast("Classifier", state.averaged()).eval()
         stride = classifier.backbone.temporal_stride
         mine = plan.validation[runtime.rank :: runtime.world_size]
         windows = [w for video in mine for w in views(video, data.clip, view, stride=stride)]
