@@ -127,7 +127,7 @@ def _checked(resources: Resources) -> tuple[int, bool]:
     if actors + resources.cpus_per_decoder > cpus:
         raise ResourceError(
             f"{actors} actors and the decoding need {actors + resources.cpus_per_decoder:g} CPUs, "
-            f"but the cluster has {cpus:g}: lower --actors."
+            f"but the cluster has {cpus:g}: lower --actors or --cpus-per-decoder."
         )
     return actors, gpu
 
