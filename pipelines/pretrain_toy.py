@@ -15,33 +15,27 @@ moves, which the toy data know, and with that it is over 80 % right after 350 st
 
 import json
 import math
-import multiprocessing
 import shlex
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from safetensors.numpy import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from pipelines.classification.recipes import TOY_TRIMMED
 from pipelines.progress import duration
+from pipelines.toy_clips import Clips, augmented, load_clips, normalised
 from pipelines.tracking import Run, finishing, log_metrics, start_run
 from re2tal.backbones.checkpoint import save_backbone_weights
 from re2tal.backbones.swin import SwinBackbone, SwinConfig, swin_toy
-from re2tal.detector import grey_levels, normalize
-from re2tal.trained import IMAGENET_MEAN, IMAGENET_STD
-from re2tal.videos.decoding import decode
-from re2tal.videos.toy import FPS, POSES, TRIMMED_CLASSES, TrimmedToyConfig, make_trimmed_toy
+from re2tal.videos.toy import TRIMMED_CLASSES, TrimmedToyConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,92 +79,6 @@ class PretrainingConfig:
     weight_decay: float = 0.02
     seed: int = 0
     processes: int = 2
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Clips:
-    """Clips in memory.
-
-    Attributes:
-        frames: uint8 (N, T, H, W, 3).
-        poses: float32 (N, T, 4): x and y as shares of the side, log of the size, angle in radians.
-        labels: class numbers, int64 (N,).
-    """
-
-    frames: np.ndarray
-    poses: np.ndarray
-    labels: Tensor
-
-
-def _decode(path: Path, *, frames: int, size: int) -> np.ndarray:
-    return decode(str(path), (np.arange(frames) + 0.5) / FPS, size=size)
-
-
-def read_clips(config: PretrainingConfig, subset: str, pool: Executor) -> Clips:
-    """Decodes a subset of the trimmed toy clips.
-
-    Args:
-        config: where they are and how large their frames are to be.
-        subset: "training" or "validation".
-        pool: where they are decoded.
-    """
-    poses = load_file(config.folder / POSES)
-    paths = sorted((config.folder / subset).glob("*/*.mp4"), key=lambda path: path.name)
-    of_each = np.stack([poses[f"{path.parent.name}/{path.stem}"] for path in paths])
-    read = partial(_decode, frames=of_each.shape[1], size=config.size)
-    frames = np.stack(list(pool.map(read, paths, chunksize=8)))
-    labels = torch.tensor([TRIMMED_CLASSES.index(path.parent.name) for path in paths])
-    return Clips(frames=frames, poses=of_each, labels=labels)
-
-
-def load_data(config: PretrainingConfig) -> tuple[Clips, Clips]:
-    """Makes the trimmed toy clips, unless they are there, and decodes them.
-
-    Args:
-        config: where they go, and how many.
-
-    Returns:
-        The training and the held-out clips.
-    """
-
-    def show(done: int, total: int) -> None:
-        if done % 300 == 0 or done == total:
-            print(f"  {done} of {total} clips made", flush=True)
-
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.processes, mp_context=spawn) as pool:
-        make_trimmed_toy(config.folder, config.clips, parallel_map=pool.map, progress=show)
-        return read_clips(config, "training", pool), read_clips(config, "validation", pool)
-
-
-def augmented(
-    frames: np.ndarray, poses: np.ndarray, random: np.random.Generator
-) -> tuple[Tensor, Tensor]:
-    """Changes how clips look, and never which motion they show.
-
-    Mirrored, brighter or darker, with more or less contrast: no action turns into another.
-
-    Args:
-        frames: uint8 (B, T, H, W, 3); changed in place.
-        poses: (B, T, 4); changed in place.
-        random: the source of choices.
-
-    Returns:
-        Normalised float (B, 3, T, H, W), and the poses.
-    """
-    mirrored = random.random(len(frames)) < 0.5
-    frames[mirrored] = frames[mirrored][:, :, :, ::-1]
-    poses[mirrored] = poses[mirrored] * (-1, 1, 1, -1) + (1, 0, 0, 0)
-    contrast = random.uniform(0.8, 1.2, (len(frames), 1, 1, 1, 1))
-    brightness = random.uniform(-0.3, 0.3, (len(frames), 3, 1, 1, 1))
-    video = normalised(frames) * torch.from_numpy(contrast).float()
-    return video + torch.from_numpy(brightness).float(), torch.from_numpy(poses)
-
-
-def normalised(frames: np.ndarray) -> Tensor:
-    """What a backbone sees of uint8 RGB frames (B, T, H, W, 3): float (B, 3, T, H, W)."""
-    mean, std = grey_levels(IMAGENET_MEAN), grey_levels(IMAGENET_STD)
-    return normalize(torch.from_numpy(frames), mean, std)
 
 
 def batches(
@@ -331,7 +239,9 @@ def pretrain(config: PretrainingConfig) -> None:
     Args:
         config: what to do.
     """
-    clips, held_out = load_data(config)
+    clips, held_out = load_clips(
+        config.folder, config.clips, size=config.size, processes=config.processes
+    )
     torch.manual_seed(config.seed)
     run = start_run(config, output=config.runs.absolute())
     with finishing(run):

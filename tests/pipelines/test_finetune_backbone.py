@@ -25,7 +25,9 @@ from pipelines.local import LocalRuntime
 from pipelines.loop import Trainer
 from pipelines.plan import UnusableVideosError
 from pipelines.pretrained import fetch_weights, require_weights
+from pipelines.recipes import toy as train_toy
 from pipelines.storage import StorageError, local_copy
+from pipelines.train import check_model
 from re2tal import rewire
 from re2tal.backbones.checkpoint import load_backbone_weights
 from re2tal.backbones.swin import SwinConfig, swin_toy
@@ -408,5 +410,13 @@ def test_the_run_in_mlflow_is_complete(finished: tuple[Path, str]) -> None:
         for a, b in zip(plain.parameters(), shipped.parameters(), strict=True)
     ]
     assert 0 < np.median(moved) < 0.01  # finetuned: not as it was, and not from random weights
+    # and train.py takes them by their URI
+    end_to_end = train_toy()
+    model = replace(end_to_end.model, weights=run.data.tags["model.uri"])
+    detector = check_model(
+        replace(end_to_end, model=model, output=str(folder / "runs")), TRIMMED_CLASSES
+    )
+    found = detector.backbone.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in plain.state_dict().items())
     with pytest.raises(StorageError, match="MLflow has nothing at"):
         local_copy(f"runs:/{run.info.run_id}/no.safetensors", folder, tracking_uri=store)
