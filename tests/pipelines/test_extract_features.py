@@ -120,32 +120,45 @@ def in_this_process(ray_instance: None, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(script, "init_ray", lambda: None)
 
 
+def run_until_killed(config: ExtractConfig, log: Path) -> None:
+    """Starts the script, and kills it once the first file is there."""
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with log.open("w") as stream:
+        run = subprocess.Popen(
+            arguments(config),
+            env=env,
+            stdout=stream,
+            stderr=stream,
+            cwd=log.parent,
+            start_new_session=True,
+        )
+        try:
+            deadline = time.monotonic() + 400
+            while not list(Path(str(config.output)).glob("*.npy")) and run.poll() is None:
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.005)
+        finally:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+
+
 @pytest.mark.slow
-@pytest.mark.usefixtures("in_this_process")
 def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
     tiny_set: Path,
     tmp_path: Path,
     annotations: Annotations,
     runs: str,
     capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     config = config_for(tiny_set, tmp_path, runs=runs)
     out = tmp_path / "out"
-    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    with (tmp_path / "log").open("w") as log:
-        run = subprocess.Popen(
-            arguments(config), env=env, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True
-        )
-        deadline = time.monotonic() + 200
-        while not list(out.glob("*.npy")) and run.poll() is None:
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-            time.sleep(0.005)
-        os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
+    run_until_killed(config, tmp_path / "log")
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
     assert 1 <= len(before) < 5, (tmp_path / "log").read_text()
     assert (tmp_path / "log").read_text().splitlines()[0] == "0 of 5 videos are through"
     assert read_description(str(out)).state == "incomplete"
+    request.getfixturevalue("in_this_process")  # not before: the script had a Ray of its own
     description = extract_features(config)
     assert "complete: 5 videos, " in capsys.readouterr().out
     assert description == read_description(str(out))
