@@ -11,9 +11,9 @@ Each layout is one small converter (`layout.py`); `load_backbone_weights` recogn
     OpenTAD's Re2SlowFast                         `slowfast.py`
 
 Names, shapes and what is computed were read in the sources of these libraries (mmaction2 1.2,
-Video-Swin-Transformer at db018fb, PyTorchVideo at its main branch, OpenTAD 1.0 at 3dd7b03). The
-published files themselves were not at hand: a file that differs from its library's source is
-refused with the list of its differences.
+Video-Swin-Transformer at db018fb, PyTorchVideo at f3142bb, OpenTAD at 3dd7b03). The published files
+themselves were not at hand: one that differs from its library's source is refused with the list of
+its differences.
 """
 
 from re2tal.backbones.published.layout import Layout, WeightsMismatchError, WeightsReport
