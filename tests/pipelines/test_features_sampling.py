@@ -115,7 +115,7 @@ def test_the_rate_may_be_the_videos_own() -> None:
     ("changes", "expected"),
     [
         ({"fps": 0.0}, "--fps must be a positive number, own or squeeze, not 0.0"),
-        ({"fps": "squeeze"}, "it goes with --way windows"),
+        ({"fps": "squeeze"}, "--fps squeeze goes with --way windows"),
         ({"frames": 0}, "--frames must be at least 1, not 0"),
         ({"stride": -1}, "--stride must be at least 1, not -1"),
         ({"overlap": 1.0}, r"--overlap must be in \[0, 1\), not 1.0"),
