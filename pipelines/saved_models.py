@@ -5,23 +5,20 @@ that came with a model is run.
 """
 
 import hashlib
-import os
 import re
 from pathlib import Path
 
-import mlflow
 import pyarrow.fs as pafs
-from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from pipelines.storage import StorageError, require, resolve
+from pipelines.mlflow_artifacts import fetch
+from pipelines.storage import MLFLOW, StorageError, require, resolve
 from re2tal.backbones.precomputed import TRAINED_ON_FEATURES, PrecomputedConfig
 from re2tal.inference import detector_folder
 from re2tal.trained import SPEC_FILE, WEIGHTS_FILE, read_spec
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
-_IN_MLFLOW = ("runs:/", "models:/", "mlflow-artifacts:/")
 _MODEL_TAG = "model.uri"  # a training run says so where its model is
 
 
@@ -44,8 +41,9 @@ def local_detector(model: str | None, scratch: Path, *, tracking: str, option: s
     if model is not None and not Path(model).exists():
         if _RUN_ID.fullmatch(model):
             model = _model_of_run(model, tracking, option)
-        if model.startswith(_IN_MLFLOW):
-            return _detector_in(_fetched(model, scratch, tracking, option), model, option)
+        if model.startswith(MLFLOW):
+            fetched = fetch(model, scratch, tracking_uri=tracking, what=f"The model ({option})")
+            return _detector_in(fetched, model, option)
     uri = require(model, what="The model", option=option)
     return _detector_in(_local(uri, scratch), uri, option)
 
@@ -77,19 +75,6 @@ def _model_of_run(run_id: str, tracking: str, option: str) -> str:
             f"has ended. Correct {option}."
         )
     return tags[_MODEL_TAG]
-
-
-def _fetched(uri: str, scratch: Path, tracking: str, option: str) -> Path:
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # of this process: it would look for the models of `models:/` elsewhere
-    mlflow.set_tracking_uri(tracking)
-    try:
-        return Path(download_artifacts(artifact_uri=uri, dst_path=str(scratch)))
-    except (MlflowException, OSError) as error:
-        raise StorageError(
-            f"The model: {uri} cannot be had from {tracking} ({error}). Correct {option}, or say "
-            "where the runs are."
-        ) from error
 
 
 def _local(uri: str, scratch: Path) -> Path:

@@ -1,6 +1,5 @@
 """Files by path or by URI: annotations, weights and videos, local or in an object store."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ BACKBONE_FILE = "backbone.safetensors"
 """Weights of a backbone, in a model or among the artifacts of a run."""
 
 # URIs of MLflow: an artifact of a run, a model, an artifact that a tracking server hands out.
-_MLFLOW = ("runs:/", "models:/", "mlflow-artifacts:/")
+MLFLOW = ("runs:/", "models:/", "mlflow-artifacts:/")
 
 
 class StorageError(Exception):
@@ -47,7 +46,7 @@ def require(uri: str | None, *, what: str, option: str) -> str:
     """
     if uri is None:
         raise StorageError(f"{what}: no path given. Say where with {option} PATH_OR_URI.")
-    if uri.startswith(_MLFLOW):
+    if uri.startswith(MLFLOW):
         return uri
     try:
         filesystem, path = resolve(uri)
@@ -75,7 +74,7 @@ def open_source(uri: str) -> str | BinaryIO:
 
 def absolute(uri: str) -> str:
     """Returns a URI as it is, and a path made absolute: processes elsewhere are given it."""
-    remote = "://" in uri or uri.startswith(_MLFLOW)
+    remote = "://" in uri or uri.startswith(MLFLOW)
     return uri if remote else str(Path(uri).expanduser().absolute())
 
 
@@ -212,7 +211,7 @@ def local_copy(uri: str, folder: Path, *, tracking_uri: str | None = None) -> Pa
     Raises:
         StorageError: if an URI of MLflow leads to no such file.
     """
-    if uri.startswith(_MLFLOW):
+    if uri.startswith(MLFLOW):
         return _from_mlflow(uri, folder, tracking_uri)
     filesystem, path = resolve(uri)
     if "://" not in uri:
@@ -224,17 +223,9 @@ def local_copy(uri: str, folder: Path, *, tracking_uri: str | None = None) -> Pa
 
 def _from_mlflow(uri: str, folder: Path, tracking_uri: str | None) -> Path:
     # here, because decoding processes import this module and should start in a moment
-    import mlflow
-    from mlflow.exceptions import MlflowException
+    from pipelines.mlflow_artifacts import fetch
 
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    if tracking_uri is not None:
-        # of this process: given with the call, `models:/` would be looked for elsewhere
-        mlflow.set_tracking_uri(tracking_uri)
-    try:
-        found = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
-    except (MlflowException, OSError) as error:
-        raise StorageError(f"MLflow has nothing at {uri} ({error}). Correct the URI.") from error
+    found = fetch(uri, folder, tracking_uri=tracking_uri, what="The weights")
     if found.is_file():
         return found
     inside = next(found.rglob(BACKBONE_FILE), None)

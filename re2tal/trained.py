@@ -56,11 +56,18 @@ class DetectorSpec:
     std: tuple[float, float, float] = IMAGENET_STD
 
     def build(self) -> Detector:
-        """Returns the detector with random weights, rewired if `reversible`."""
+        """Returns the detector with random weights, rewired if `reversible`.
+
+        Of one state of the generator, the localizer has the same weights behind any backbone, or
+        none: so that runs which differ in it begin alike.
+        """
+        seed = int(torch.randint(2**62, ()))
         backbone: Any = self.backbone.build()
         if self.reversible:
             rewire(backbone)
-        localizer = self.localizer.build(backbone.channels, len(self.classes))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            localizer = self.localizer.build(backbone.channels, len(self.classes))
         return Detector(backbone, localizer, mean=self.mean, std=self.std)
 
 
