@@ -10,7 +10,6 @@ import ray.data
 _ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DATA_LOG_LEVEL": "ERROR",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # `ray.train.report` waits for the controller's next poll: 2 s by default, for every epoch
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -25,6 +24,7 @@ def init_ray() -> None:
         environment = {"env_vars": {name: os.environ[name] for name in _ENVIRONMENT}}
         ray.init(logging_level="ERROR", log_to_driver=False, runtime_env=environment)
     else:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine
         # an idle decoding process would be ended after a second, and its imports paid for again
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
         # "local", so that a cluster left running on this machine is not joined by accident
