@@ -24,7 +24,8 @@ def init_ray() -> None:
         environment = {"env_vars": {name: os.environ[name] for name in _ENVIRONMENT}}
         ray.init(logging_level="ERROR", log_to_driver=False, runtime_env=environment)
     else:
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine
+        # nobody takes this machine away
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # an idle decoding process would be ended after a second, and its imports paid for again
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
         # "local", so that a cluster left running on this machine is not joined by accident
