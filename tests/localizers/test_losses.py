@@ -101,4 +101,14 @@ def _count_on_rank(rank: int, folder: str) -> None:
 def test_all_ranks_divide_by_the_same_mean(tmp_path: Path) -> None:
     multiprocessing.spawn(_count_on_rank, args=(str(tmp_path),), nprocs=2)
     for rank in "01":
-        assert float((tmp_path / rank).read_text()) == pytest.approx(0.9 * 100 + 0.1 * 30)
+        # the mean is that of both ranks' sum, and each rank's pass is half of the step
+        assert float((tmp_path / rank).read_text()) == pytest.approx((0.9 * 100 + 0.1 * 60) / 2)
+
+
+def test_what_a_step_holds_is_counted_once_ahead_of_its_passes() -> None:
+    normalizer = LossNormalizer(100.0)
+    normalizer.count(torch.tensor(60), passes=3)
+    divisors = [normalizer(torch.tensor(20)).item() for _ in range(3)]
+    assert divisors == pytest.approx([96 / 3] * 3)
+    # the next pass that nobody has announced is a step of its own
+    assert normalizer(torch.tensor(50)).item() == pytest.approx(0.9 * 96 + 0.1 * 50)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from re2tal.reversible.benchmarks.memory import predicted_step, resident
+from re2tal.reversible.benchmarks.memory import predicted_step
 from re2tal.reversible.benchmarks.workloads import LONG, SMALL
 
 GIB = 2**30
@@ -24,8 +24,13 @@ def test_swin_t_on_768_frames_stays_below_5_gib_at_any_depth() -> None:
 
 @pytest.mark.slow
 def test_a_small_step_takes_a_third_of_plain_and_less_than_checkpointing() -> None:
-    """Resident memory of fresh processes, 32 frames of 112 pixels in float32: 739, 352, 193 MB."""
-    rows = resident(SMALL, ("plain", "checkpoint", "ours"), repetitions=1)
-    found = {row["training"]: float(row["MB"]) for row in rows}
+    """32 frames of 112 pixels in float32; resident memory of fresh processes: 739, 352, 193 MB.
+
+    That fresh processes grow by what is predicted is tested in `test_resident`.
+    """
+    found = {}
+    for way in ("plain", "checkpoint", "ours"):
+        step = predicted_step(SMALL, way)
+        found[way] = step.peak - step.parameters - step.buffers  # what is there before the step
     assert found["ours"] < found["plain"] / 3
     assert found["ours"] < found["checkpoint"]

@@ -1,5 +1,6 @@
 """A toy data set of a few short videos, and a recipe that is through with it in seconds."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,13 @@ from re2tal.videos.annotations import load_annotations
 from re2tal.videos.files import find_videos
 from re2tal.videos.toy import ToyConfig, make_toy
 from re2tal.videos.windows import WindowConfig
+
+
+@pytest.fixture(autouse=True)
+def _no_store_is_left_over() -> Iterator[None]:
+    """MLflow leaves the last store in the environment, where the next test's run would go."""
+    yield
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 @pytest.fixture(scope="session")
