@@ -13,7 +13,7 @@ from tests.reversible.toy_blocks import tiny_swin
 CLIP = (2, 3, 8, 64, 64)
 
 
-@pytest.mark.parametrize("slice_bytes", [20_000, 100_000, 2**20, None])
+@pytest.mark.parametrize("slice_bytes", [50_000, 2**20, None])
 @pytest.mark.parametrize("reversible", [True, False])
 def test_few_pieces_peak_like_all(
     slice_bytes: int | None, reversible: bool, monkeypatch: pytest.MonkeyPatch
