@@ -200,7 +200,8 @@ def test_a_killed_worker_and_a_killed_driver_change_no_bit(
     psutil.wait_procs(left, timeout=60)
     printed = _run(*command, cwd=tmp_path, env=_environment(tmp_path))
     assert "going on with the unfinished run" in printed
-    assert "going on after epoch 0 of 2 and 4 windows of the next" in printed
+    # how far the run had come when it was killed is a matter of timing
+    assert re.search(r"going on after epoch \d of 2", printed)
     expected, found = _final_weights(finished[0]), _final_weights(tmp_path)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
