@@ -192,7 +192,7 @@ def test_a_killed_worker_and_a_killed_driver_change_no_bit(
             if killed == "nothing" and "step   1/" in line:  # before the first checkpoint
                 _processes(driver, "ray::RayTrainWorker")[-1].kill()
                 killed = "worker"
-            elif killed == "worker" and "checkpoint after step" in line:
+            elif killed == "worker" and "epoch 2/2" in line:  # after a checkpoint
                 left = _processes(driver)
                 driver.kill()
                 killed = "driver"
