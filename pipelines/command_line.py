@@ -1,12 +1,30 @@
-"""A command line that names a recipe and overrides fields of it."""
+"""A command line that names a recipe and overrides fields of it, and how its program ends."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
+import ray.train
 import tyro
 
 RecipeT = TypeVar("RecipeT")
+
+
+@contextmanager
+def told_shortly(problems: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Ends the program with one message instead of a stack, if its block comes upon a problem.
+
+    Args:
+        problems: whose messages say all that the user needs.
+    """
+    try:
+        yield
+    except problems as problem:
+        sys.exit(f"error: {problem}")
+    except ray.train.WorkerGroupError as failed:
+        first = next(iter(failed.worker_failures.values()))
+        sys.exit(f"error: a training worker failed.\n{first}")
 
 
 def parse_recipe(

@@ -35,7 +35,7 @@ from pipelines.checkpoints import DETECTOR_FOLDER
 from pipelines.classification.plan import Lists, make_plan, read_lists
 from pipelines.classification.recipes import RECIPES, ClassificationRecipe, TrimmedDataConfig
 from pipelines.classification.task import ClassificationTask, build_classifier
-from pipelines.command_line import parse_recipe
+from pipelines.command_line import parse_recipe, told_shortly
 from pipelines.pretrained import fetch_weights, require_weights
 from pipelines.progress import duration
 from pipelines.quiet import init_ray
@@ -225,10 +225,5 @@ def finetune(recipe: ClassificationRecipe) -> Run:
 
 
 if __name__ == "__main__":
-    try:
+    with told_shortly(PROBLEMS):
         finetune(parse(sys.argv[1:]))
-    except PROBLEMS as problem:
-        sys.exit(f"error: {problem}")
-    except ray.train.WorkerGroupError as failed:
-        first = next(iter(failed.worker_failures.values()))
-        sys.exit(f"error: a training worker failed.\n{first}")

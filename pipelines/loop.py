@@ -6,6 +6,7 @@ It knows PyTorch and DDP, not Ray: a `Runtime` gives it data and takes results.
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -115,7 +116,7 @@ class Trainer:
             whole=whole,
             optimizer=optimizer,
             schedule=build_schedule(
-                optimizer, optim, steps_per_epoch=self._steps(), epochs=self.recipe.epochs
+                optimizer, optim, steps_per_epoch=self._steps, epochs=self.recipe.epochs
             ),
             scaler=GradScaler(device.type, enabled=optim.precision == "float16"),
             world_size=self.runtime.world_size,
@@ -125,7 +126,7 @@ class Trainer:
         state, epochs = self.state, self.recipe.epochs
         state.load(folder)
         if state.world_size != self.runtime.world_size:
-            steps = self._steps()
+            steps = self._steps
             state.schedule = fast_forward(
                 state.optimizer,
                 self.recipe.optim,
@@ -137,8 +138,9 @@ class Trainer:
         into = f" and {state.windows} windows of the next" if state.windows else ""
         self.runtime.say(f"going on after epoch {state.epoch} of {epochs}{into}")
 
+    @cached_property
     def _steps(self) -> int:
-        """Steps of an epoch."""
+        """Steps of an epoch; to count them, all windows of one are cut."""
         return len(self._windows(0)) // self._windows_per_worker
 
     def _windows(self, epoch: int, *, behind: int = 0) -> list[Window]:
@@ -169,7 +171,7 @@ class Trainer:
             self.state.epoch += 1
             self.state.windows = 0
             check(self.state.detector)  # before what cannot be taken back: a checkpoint
-            evaluation = self.task.evaluate(self.state, self.runtime, steps=self._steps())
+            evaluation = self.task.evaluate(self.state, self.runtime, steps=self._steps)
             metrics = evaluation.metrics
             seen = metrics | _reversible_metrics(self.state.detector)
             self.runtime.log(seen, step=self.state.step)
@@ -192,7 +194,7 @@ class Trainer:
     def _train_epoch(self) -> None:
         state, recipe = self.state, self.recipe
         windows = self._windows(state.epoch, behind=state.windows)
-        steps, first = self._steps(), state.windows // self.windows_per_step
+        steps, first = self._steps, state.windows // self.windows_per_step
         size = recipe.data.augmentation.decoded_size(recipe.data.size)
         clock = Clock()
         train_mode(state.detector, recipe.model)

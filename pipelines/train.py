@@ -31,7 +31,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from pipelines.activations import activation_metrics
-from pipelines.command_line import parse_recipe
+from pipelines.command_line import parse_recipe, told_shortly
 from pipelines.detection_task import DetectionTask
 from pipelines.features.layout import FeatureError
 from pipelines.features.reading import Features
@@ -260,10 +260,5 @@ def train(recipe: Recipe) -> Run:
 
 
 if __name__ == "__main__":
-    try:
+    with told_shortly(PROBLEMS):
         train(parse(sys.argv[1:]))
-    except PROBLEMS as problem:
-        sys.exit(f"error: {problem}")
-    except ray.train.WorkerGroupError as failed:
-        first = next(iter(failed.worker_failures.values()))
-        sys.exit(f"error: a training worker failed.\n{first}")

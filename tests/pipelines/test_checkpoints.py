@@ -155,7 +155,7 @@ def test_more_workers_take_up_what_fewer_left(
         task = DetectionTask(recipe=recipe, plan=tiny_plan)
         both = Trainer(task, runtime, weights=None, output=tmp_path / "output")
         assert (both.state.windows, both.state.world_size) == (3, 2)
-        assert both._steps() == len(everything) // 2
+        assert both._steps == len(everything) // 2
         left += both._windows(0, behind=both.state.windows)
     whole_steps = (len(everything) - 3) // 2 * 2
     expected = [(w.video_id, w.grid) for w in everything[3 : 3 + whole_steps]]
@@ -164,7 +164,7 @@ def test_more_workers_take_up_what_fewer_left(
     schedule = build_schedule(
         build_optimizer(both.state.detector, recipe.optim),
         recipe.optim,
-        steps_per_epoch=both._steps(),
+        steps_per_epoch=both._steps,
         epochs=recipe.epochs,
     )
     with warnings.catch_warnings():
