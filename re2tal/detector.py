@@ -34,7 +34,9 @@ def normalize(frames: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     Returns:
         `(B, 3, T, H, W)` float32.
     """
-    values = frames.permute(0, 4, 1, 2, 3).to(torch.float32, memory_format=torch.contiguous_format)
+    # A GPU's convolutions want the channels last, as they are in frames; a CPU's want planes.
+    layout = torch.contiguous_format if frames.device.type == "cpu" else torch.preserve_format
+    values = frames.permute(0, 4, 1, 2, 3).to(torch.float32, memory_format=layout)
     return values.sub_(mean).div_(std)  # in place: hundreds of megabytes
 
 

@@ -25,10 +25,12 @@ from re2tal.reversible.replay import ReversibleError
 from re2tal.reversible.report import RewireReport
 from re2tal.reversible.rewire import rewire, unwire
 from re2tal.reversible.schedule import CouplingSchedule
+from re2tal.reversible.settings import AtLeast
 from re2tal.reversible.streams import Coupling
 from re2tal.reversible.tape import rebuildable
 
 __all__ = [
+    "AtLeast",
     "Branch",
     "BySample",
     "ByToken",

@@ -10,10 +10,15 @@ from torch.utils._pytree import tree_leaves
 from re2tal.reversible.branches import Branch
 from re2tal.reversible.cuts import Layout, Whole, per_unit, spans
 from re2tal.reversible.replay import ReversibleError, counts_statistics
-from re2tal.reversible.settings import SMALLEST_PIECE, Settings
+from re2tal.reversible.settings import Settings, bytes_of_piece
 from re2tal.reversible.streams import stream_dtype
 
 Span = tuple[int, int]
+
+
+def shaped(x: Tensor, shape: torch.Size) -> Tensor:
+    """In this shape; as it is if it has it, for `reshape` would lose the memory format."""
+    return x if x.shape == shape else x.reshape(shape)
 
 
 class Joined:
@@ -33,11 +38,11 @@ class Joined:
     def put(self, span: Span, piece: Tensor) -> None:
         """Add the result for some units."""
         if self._layout.contiguous and span == (0, self._layout.units):
-            self.tensor = piece.reshape(self._shape)
+            self.tensor = shaped(piece, self._shape)
             return
         if self.tensor is None:
             self.fresh = True
-            self.tensor = self._layout.new(piece.new_empty(()).expand(self._shape))
+            self.tensor = self._layout.new(piece, self._shape)
         self._layout.put(self.tensor, *span, piece)
 
     def result(self) -> Tensor:
@@ -94,10 +99,7 @@ class BranchCall:
         if self._settings.slice_bytes is None or cut is None or tied or stream.numel() == 0:
             return Whole(self._args, self._kwargs), [(0, 1)]
         layout = cut(stream, *self._args, **self._kwargs)
-        given = self._settings.slice_bytes
-        stream_bytes = stream.numel() * stream.element_size()
-        budget = max(SMALLEST_PIECE, stream_bytes) if given == "auto" else given
-        return layout, spans(layout, budget)
+        return layout, spans(layout, bytes_of_piece(self._settings.slice_bytes, stream))
 
     def share(self, layout: Layout, stream: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """What all pieces use: the layout's shared tensors, and stochastic depth's factors."""
@@ -201,7 +203,7 @@ def run_stored(call: BranchCall, stream: Tensor) -> Tensor:
     shared, factor = call.share(layout, stream)
     if len(cuts) == 1 and layout.contiguous:
         piece = layout.take(stream, *cuts[0])
-        return call.piece(layout, cuts[0], piece, shared, factor).reshape(stream.shape)
+        return shaped(call.piece(layout, cuts[0], piece, shared, factor), stream.shape)
     if not torch.is_grad_enabled():
         joined = Joined(layout, stream.shape)
         for span in cuts:

@@ -47,8 +47,8 @@ class Layout(Protocol):
         """What all pieces use and is computed once, with gradients: a relative position bias."""
         ...
 
-    def new(self, like: Tensor) -> Tensor:
-        """An empty tensor like one of the input's shape, for `put` to fill."""
+    def new(self, piece: Tensor, shape: torch.Size) -> Tensor:
+        """An empty tensor of the input's shape, for `put` to fill with pieces like this one."""
         ...
 
     def take(self, x: Tensor, start: int, stop: int) -> Tensor:
@@ -86,9 +86,9 @@ class _Called:
         """Nothing."""
         return ()
 
-    def new(self, like: Tensor) -> Tensor:
+    def new(self, piece: Tensor, shape: torch.Size) -> Tensor:
         """An empty tensor, contiguous."""
-        return torch.empty_like(like, memory_format=torch.contiguous_format)
+        return piece.new_empty(shape)
 
     def run(
         self,
@@ -119,20 +119,40 @@ class Whole(_Called):
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows(_Called):
-    """Units that lie one after another in memory."""
+class _Tokens(_Called):
+    """Vectors along the last dimension."""
 
     units: int
     elements: int
-    shape: tuple[int, ...]  # of a unit
 
     def take(self, x: Tensor, start: int, stop: int) -> Tensor:
         """A view, where the input is contiguous."""
-        return x.reshape(self.units, *self.shape)[start:stop]
+        return x.reshape(self.units, x.shape[-1])[start:stop]
 
     def put(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:
         """Write some rows."""
-        out.view(self.units, *self.shape)[start:stop] = piece
+        out.view(self.units, out.shape[-1])[start:stop] = piece
+
+
+@dataclass(frozen=True, slots=True)
+class _Samples(_Called):
+    """Samples of a batch, in the memory format that they have: convolutions are chosen by it."""
+
+    units: int
+    elements: int
+
+    def new(self, piece: Tensor, shape: torch.Size) -> Tensor:
+        """An empty tensor, its samples laid out as those of the piece."""
+        inner = sorted(range(1, piece.ndim), key=piece.stride, reverse=True)
+        return torch.empty_permuted(shape, (0, *inner), dtype=piece.dtype, device=piece.device)
+
+    def take(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """A view."""
+        return x[start:stop]
+
+    def put(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:
+        """Write some samples."""
+        out[start:stop] = piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +170,7 @@ class ByToken:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Layout:
         """Every vector along the last dimension is a unit."""
-        return _Rows(args, kwargs, prod(x.shape[:-1]), self.width, (x.shape[-1],))
+        return _Tokens(args, kwargs, prod(x.shape[:-1]), self.width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +187,7 @@ class BySample:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Layout:
         """Every sample of the batch is a unit."""
-        sample = tuple(x.shape[1:])
-        return _Rows(args, kwargs, x.shape[0], int(self.growth * prod(sample)), sample)
+        return _Samples(args, kwargs, x.shape[0], int(self.growth * prod(x.shape[1:])))
 
 
 def spans(layout: Layout, budget: int) -> list[tuple[int, int]]:

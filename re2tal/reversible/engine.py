@@ -124,7 +124,13 @@ def _both_streams(stream: Tensor) -> tuple[Tensor, Tensor]:
 
     The order of summation is thus the same whether activations are stored or rebuilt.
     """
-    return stream.view_as(stream), stream.view_as(stream)
+    return _alias(stream), _alias(stream)
+
+
+def _alias(x: Tensor) -> Tensor:
+    # view_as() would give a batch of one another stride, and lose the memory format with it.
+    alias: Tensor = torch.ops.aten.alias(x)
+    return alias
 
 
 def _stored(
@@ -135,7 +141,7 @@ def _stored(
         # An alias sums the gradients of all uses inside the branch before the others are added: as
         # in the reversible run, and the order of summation decides about the last bit.
         with uncached():
-            increment = run_stored(call, current.view_as(current))
+            increment = run_stored(call, _alias(current))
         if grid is not None:
             increment = grid.round(increment)
         current, previous = coupling.advance(increment, previous), current

@@ -313,7 +313,7 @@ def test_a_branch_is_the_same_sample_by_sample() -> None:
     layout = branch.cut(x)
     pieces = spans(layout, 1)
     assert pieces == [(0, 1), (1, 2), (2, 3)]
-    out = layout.new(x)
+    out = layout.new(x, x.shape)
     for start, stop in pieces:
         layout.put(
             out, start, stop, layout.run(branch, layout.take(x, start, stop), start, stop, ())

@@ -90,7 +90,8 @@ def _own_bytes() -> int:
         except (FileNotFoundError, psutil.NoSuchProcess):
             continue  # it ended in between
         if process is here or name.startswith(("ray::_Stream", "ray::IDLE", "ray::Map")):
-            total += next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+            # a process that is just ending has no such line any more
+            total += sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
     return total * 1024
 
 

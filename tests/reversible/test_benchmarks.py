@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -156,16 +157,20 @@ def test_devices_on_the_cpu() -> None:
 @pytest.mark.slow
 def test_devices_record_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
+    run = devices._run
 
-    def too_large(model: nn.Module) -> None:
-        tried.append(model)
-        raise torch.OutOfMemoryError("no room")
+    def too_large(*arguments: Any) -> Any:
+        tried.append(arguments)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return run(*arguments)
 
-    monkeypatch.setitem(VARIANTS, "plain", too_large)
+    monkeypatch.setattr(devices, "_run", too_large)
     rows = devices.compare(TOY, torch.device("cpu"), rounds=2)
     assert rows[0]["peak, GB"] == devices.OUT_OF_MEMORY
     assert rows[0]["seconds"] == ""
-    assert len(tried) == 1
+    assert len(tried) == 1 + 2 * len(rows[1:])
+    assert all(row["predicted, GB"] > 0 for row in rows)
     assert all(row["seconds"] > 0 and row["of plain"] == "" for row in rows[1:])
 
 

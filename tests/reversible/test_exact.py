@@ -40,15 +40,19 @@ class Precision(nn.Module):
         self.bf16 = bf16
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16) if self.bf16 else nullcontext():
+        device = inputs[0].device.type
+        with torch.autocast(device, torch.bfloat16) if self.bf16 else nullcontext():
             return features(self.inner(*inputs))
 
 
-def built(name: str, *, bf16: bool, depth: int = 2, drop: float = 0.2) -> Built:
+def built(
+    name: str, *, bf16: bool, depth: int = 2, drop: float = 0.2, device: str = "cpu"
+) -> Built:
     """A model of the zoo in training mode, and its inputs, which need gradients."""
     torch.manual_seed(0)
     model, inputs = ZOO[name](depth=depth, drop=drop)
-    return Precision(model.train(), bf16=bf16), tuple(x.requires_grad_() for x in inputs)
+    leaves = tuple(x.to(device).requires_grad_() for x in inputs)
+    return Precision(model.to(device).train(), bf16=bf16), leaves
 
 
 class Rebuilt:

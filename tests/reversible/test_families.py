@@ -250,7 +250,7 @@ def pieces(call: Call, branch: Branch, units: int) -> tuple[Tensor, Layout]:
     """The branch's result, put together from pieces of some units, and how they were laid out."""
     assert branch.cut is not None
     layout: Layout = branch.cut(call.x, *call.args, **call.kwargs)
-    shared, out = layout.share(), layout.new(call.x).fill_(torch.nan)
+    shared, out = layout.share(), layout.new(call.x, call.x.shape).fill_(torch.nan)
     for start, stop in spans(layout, budget=units * layout.elements * 4):
         piece = layout.take(call.x, start, stop)
         layout.put(out, start, stop, layout.run(branch, piece, start, stop, shared))

@@ -138,7 +138,7 @@ def test_every_token_is_taken_once_and_put_back(shape: str) -> None:
     made = block(window, shift)
     x = torch.arange(2 * prod(size) * WIDTH, dtype=torch.float64).view(2, *size, WIDTH) + 1
     layout = Windows(made.norm1, made.attn)(x)
-    out = layout.new(x).fill_(torch.nan)
+    out = layout.new(x, x.shape).fill_(torch.nan)
     seen = []
     for start in range(layout.units):
         piece = layout.take(x, start, start + 1)

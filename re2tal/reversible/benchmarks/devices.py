@@ -1,4 +1,4 @@
-"""Peak memory and time of a step on an accelerator, for videos of several lengths."""
+"""Peak memory, predicted and measured, and time of a step, for videos of several lengths."""
 
 import gc
 from collections.abc import Iterable, Sequence
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.benchmarking import Row, Tables
+from re2tal.memory import predict_peak
 from re2tal.reversible.benchmarks.timing import finish, timed
 from re2tal.reversible.benchmarks.variants import REFERENCE, VARIANTS, prepared
 from re2tal.reversible.benchmarks.workloads import Workload
@@ -52,10 +53,20 @@ def compare(workload: Workload, device: torch.device, rounds: int) -> list[Row]:
             _release(model, device)
     plain = None if REFERENCE in full else [seconds for seconds, _ in runs[REFERENCE]]
     return [
-        {"frames": workload.frames, "training": name}
+        {
+            "frames": workload.frames,
+            "training": name,
+            "predicted, GB": _predicted(model, workload, video, name),
+        }
         | (_FAILED if name in full else _row(runs[name], plain))
         for name in VARIANTS
     ]
+
+
+def _predicted(model: nn.Module, workload: Workload, video: Tensor, name: str) -> float:
+    """Of the same operators as on the device; model and video are included, as when measured."""
+    with prepared(model, VARIANTS[name]):
+        return predict_peak(model, video, step=workload.forward).peak / _GB
 
 
 _FAILED: Row = {"peak, GB": OUT_OF_MEMORY, "seconds": "", f"of {REFERENCE}": ""}

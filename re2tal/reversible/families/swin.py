@@ -92,10 +92,10 @@ class Windows:
             size=size,
             padded=padded,
             window=tuple(window),
-            shift=tuple(shift),
             units=count,
-            elements=tokens * (4 * heads * tokens + 12 * x.shape[-1]),
+            elements=tokens * (_scores(x.device) * heads * tokens + 12 * x.shape[-1]),
             index=_index(x.shape[0], size, padded, tuple(window), tuple(shift), x.device),
+            regions=_regions(padded, tuple(window), tuple(shift), x.device) if any(shift) else None,
         )
 
 
@@ -106,10 +106,10 @@ class _WindowLayout:
     size: tuple[int, ...]
     padded: tuple[int, ...]
     window: tuple[int, ...]
-    shift: tuple[int, ...]
     units: int
     elements: int
     index: Tensor  # (windows, tokens): each token's row in the input, behind its end for padding
+    regions: Tensor | None  # (windows of a sample, tokens), if they are shifted: see `_regions`
     contiguous: bool = False
 
     def share(self) -> tuple[Tensor, ...]:
@@ -121,10 +121,9 @@ class _WindowLayout:
         # Cut short along another axis than the first, torchvision's index means other offsets.
         return (self.attention.get_relative_position_bias(list(self.window)),)
 
-    def new(self, like: Tensor) -> Tensor:
+    def new(self, piece: Tensor, shape: torch.Size) -> Tensor:
         """An empty tensor of a shape, with a spare row behind its end for what padding yields."""
-        rows = like.new_empty(like.numel() // like.shape[-1] + 1, like.shape[-1])
-        return rows[:-1].view(like.shape)
+        return piece.new_empty(prod(shape[:-1]) + 1, shape[-1])[:-1].view(shape)
 
     def take(self, x: Tensor, start: int, stop: int) -> Tensor:
         """``(windows, tokens, C)``, zero at padding."""
@@ -162,19 +161,19 @@ class _WindowLayout:
         qkv = attention.qkv(x).view(windows, tokens, 3, attention.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         bias = bias.to(q.dtype)
-        if any(self.shift):
-            bias = bias + self._mask(start, stop, bias)
+        if self.regions is not None:
+            bias = bias + _mask(self.regions, start, stop, bias)
         dropout = attention.attention_dropout if attention.training else 0.0
         y = _attend(q, k, v, bias, dropout)
         y = y.transpose(1, 2).reshape(windows, tokens, channels)
         return F.dropout(attention.proj(y), attention.dropout, attention.training)
 
-    def _mask(self, start: int, stop: int, bias: Tensor) -> Tensor:
-        """``(windows, 1, tokens, tokens)``: what keeps apart tokens that were not neighbours."""
-        regions = _regions(self.padded, self.window, self.shift, bias.device)
-        chosen = regions[torch.arange(start, stop, device=bias.device) % regions.shape[0]]
-        apart = chosen.unsqueeze(1) != chosen.unsqueeze(2)
-        return bias.new_zeros(()).masked_fill(apart, _MASKED).unsqueeze(1)
+
+def _mask(regions: Tensor, start: int, stop: int, like: Tensor) -> Tensor:
+    """``(windows, 1, tokens, tokens)``: what keeps apart tokens that were not neighbours."""
+    chosen = regions[torch.arange(start, stop, device=regions.device) % regions.shape[0]]
+    apart = chosen.unsqueeze(1) != chosen.unsqueeze(2)
+    return like.new_zeros(()).masked_fill(apart, _MASKED).unsqueeze(1)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
@@ -184,6 +183,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Te
     # Elsewhere it falls back to these matrices, and guards them against rows that are all masked.
     scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1)) + bias
     return torch.matmul(F.dropout(scores.softmax(-1), dropout), v)
+
+
+def _scores(device: torch.device) -> int:
+    """Elements alive for each pair of tokens: fused attention holds the gradient of its bias."""
+    return 1 if device.type == "cuda" else 4
 
 
 def _rows(rows: Tensor, index: Tensor) -> Tensor:

@@ -1,0 +1,144 @@
+"""On a GPU, where there is one: the same bits, the memory that was predicted, no waiting."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from re2tal.memory import predict_peak
+from re2tal.reversible import ReversibleError, check, rewire
+from re2tal.reversible.benchmarks.variants import VARIANTS, prepared
+from re2tal.reversible.benchmarks.workloads import Workload
+from re2tal.reversible.settings import Budget
+from tests.reversible.test_exact import (
+    Precision,
+    assert_bit_equal,
+    both_precisions,
+    built,
+    every_model,
+)
+from tests.reversible.toy_blocks import MlpBlock
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+POOLED = ("mvit_v1", "mvit_v2")
+"""The gradient of their maximum pooling is summed in any order, also by the models as they were."""
+
+
+@pytest.fixture
+def _in_one_order() -> Iterator[None]:
+    """Kernels that sum in the same order whenever they run; the others are refused."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@every_model
+@both_precisions
+@pytest.mark.parametrize("budget", ["auto", 1])
+@pytest.mark.usefixtures("_in_one_order")
+def test_a_step_of_a_rewired_model(
+    name: str, bf16: bool, budget: Budget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name in POOLED:
+        torch.use_deterministic_algorithms(False)
+        pytest.skip("no two steps are equal")
+    model, inputs = built(name, bf16=bf16, device="cuda")
+    report = rewire(model, slice_bytes=budget)
+    assert_bit_equal(model, inputs, len(report.stages), monkeypatch)
+
+
+@pytest.mark.parametrize("name", POOLED)
+@both_precisions
+def test_streams_are_rebuilt_whatever_gradients_do(name: str, bf16: bool) -> None:
+    model, inputs = built(name, bf16=bf16, device="cuda")
+    rewire(model)
+    for _ in range(5):
+        model(*inputs).float().pow(2).sum().backward()
+    check(model)  # compares every bit, and raises
+
+
+def test_a_branch_that_is_not_repeated_alike_is_found_without_waiting_for_it() -> None:
+    class Drifting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return x * self.calls
+
+    block = MlpBlock()
+    block.drop = Drifting()
+    model = nn.Sequential(MlpBlock(), block, MlpBlock()).cuda()
+    rewire(model)
+    model(torch.randn(4, 6, device="cuda", requires_grad=True)).sum().backward()
+    with pytest.raises(ReversibleError, match="the rebuilt input is not the one of the forward"):
+        check(model)
+
+
+@pytest.mark.parametrize(("name", "batch"), [("r3d", 1), ("r3d", 3)])
+@both_precisions
+def test_convolutions_get_the_memory_format_that_they_had(
+    name: str, batch: int, bf16: bool
+) -> None:
+    """Else cuDNN turns every input around, and its result back."""
+    model, (x,) = built(name, bf16=bf16, device="cuda")
+    model.eval()  # so that a batch is cut
+    x = x.detach()[:1].repeat(batch, 1, 1, 1, 1).to(memory_format=torch.channels_last_3d)
+
+    def last() -> list[bool]:
+        seen: list[bool] = []
+        hooks = [
+            m.register_forward_pre_hook(
+                lambda _, args: seen.append(
+                    args[0].stride(1) == 1 and args[0].stride(0) >= args[0].stride(2)
+                )
+            )
+            for m in model.modules()
+            if isinstance(m, nn.Conv3d)
+        ]
+        model(x)
+        for hook in hooks:
+            hook.remove()
+        return seen
+
+    assert all(last())
+    rewire(model, slice_bytes=1)
+    assert all(last())
+
+
+@pytest.mark.parametrize("way", list(VARIANTS))
+def test_the_peak_is_what_was_predicted(way: str) -> None:
+    """But for the workspaces of cuBLAS in the threads of the forward and the backward."""
+    work = Workload(model="swin3d_t", frames=128, size=224, bfloat16=True)
+    model, video = work.build().cuda(), work.video("cuda")
+    with prepared(model, VARIANTS[way]):
+        predicted = predict_peak(model, video, step=work.forward).peak
+        work.step(model, video)
+        model.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        work.step(model, video)
+    measured = torch.cuda.max_memory_allocated()
+    assert 0.9 * predicted < measured < 1.1 * predicted + 128 * 2**20
+
+
+def test_a_gradient_scaler_sees_the_overflow_of_a_reversible_step() -> None:
+    torch.manual_seed(0)
+    model, inputs = built("swin3d", bf16=False, device="cuda")
+    assert isinstance(model, Precision)
+    rewire(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
+    weights = [p.detach().clone() for p in model.parameters()]
+    with torch.autocast("cuda", torch.float16):
+        loss = model.inner(*inputs).float().pow(2).sum()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() < 2.0**40
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
