@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.freezing import freeze
 from pipelines.recipes import Recipe
-from re2tal.backbones.checkpoint import load_backbone_weights
+from pipelines.start import prepare
 from re2tal.detector import Detector
 from re2tal.trained import DetectorSpec
 
@@ -50,6 +49,8 @@ def spec_of(recipe: Recipe, classes: Sequence[str]) -> DetectorSpec:
         size=recipe.data.size,
         window=recipe.data.window,
         nms=recipe.nms,
+        mean=recipe.model.mean,
+        std=recipe.model.std,
     )
 
 
@@ -62,11 +63,8 @@ def build_detector(recipe: Recipe, classes: Sequence[str], weights: str | Path |
         weights: file or name of backbone weights, or None.
 
     Raises:
-        ValueError: if the weights do not fit the backbone, or there is no part of a name that is
-            to be frozen.
+        ValueError: see `prepare`.
     """
     detector = spec_of(recipe, classes).build()
-    if weights is not None:
-        load_backbone_weights(detector.backbone, weights)
-    freeze(detector, recipe.model)
+    prepare(detector, weights, recipe.model)
     return detector

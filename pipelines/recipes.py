@@ -17,6 +17,7 @@ from re2tal.detection.nms import NmsConfig
 from re2tal.localizers.actionformer import ActionFormerConfig
 from re2tal.localizers.protocol import LocalizerConfig
 from re2tal.localizers.vsgn import VSGNConfig
+from re2tal.trained import IMAGENET_MEAN, IMAGENET_STD
 from re2tal.videos.annotations import Form
 from re2tal.videos.augmentation import AugmentationConfig
 from re2tal.videos.stitching import StitchConfig
@@ -105,6 +106,8 @@ class ModelConfig:
     Attributes:
         backbone: the video backbone.
         weights: pretrained weights of the backbone (path or URI); None starts at random.
+        mean: of red, green and blue in [0, 1] that the backbone was pretrained with.
+        std: their standard deviation.
         reversible: rewire the backbone, so that its activations are recomputed.
         frozen: names of modules of the detector that are not trained, such as "backbone" or
             "backbone.patch_embed": their parameters keep their values, their BatchNorms the
@@ -118,6 +121,8 @@ class ModelConfig:
 
     backbone: BackboneConfig
     weights: str | None = None
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
     reversible: bool = True
     frozen: tuple[str, ...] = ()
     norms: Literal["trained", "statistics", "frozen"] = "trained"

@@ -9,6 +9,7 @@ from re2tal.backbones.protocol import BackboneConfig
 from re2tal.backbones.slowfast import slowfast_101
 from re2tal.backbones.swin import swin_t, swin_toy
 from re2tal.classifier import ClipClassifierConfig
+from re2tal.trained import IMAGENET_MEAN, IMAGENET_STD
 from re2tal.videos.augmentation import AugmentationConfig
 from re2tal.videos.trimmed import ClipConfig, ViewConfig
 from re2tal.videos.windows import WindowConfig
@@ -76,6 +77,8 @@ class ClassifierModelConfig:
         backbone: the video backbone.
         weights: pretrained weights of the backbone: path or URI, also of an artifact or a model in
             MLflow, or a name as `torchvision:swin3d_t/KINETICS400_V1`; None starts at random.
+        mean: of red, green and blue in [0, 1] that the backbone was pretrained with.
+        std: their standard deviation.
         reversible: rewire the backbone (Re2TAL); without it, this is plain pretraining.
         coupling_epochs: epochs over which the connections move from the pretrained network's to the
             rewired ones, step by step (Dr2Net's alpha from 1 to 0 and beta from 0 to 1); None
@@ -88,6 +91,8 @@ class ClassifierModelConfig:
 
     backbone: BackboneConfig
     weights: str | None = None
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
     reversible: bool = True
     coupling_epochs: float | None = None
     frozen: tuple[str, ...] = ()

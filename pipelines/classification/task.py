@@ -12,13 +12,12 @@ from pipelines.checkpoints import TrainingState
 from pipelines.classification.evaluation import accuracy_metrics, score_videos
 from pipelines.classification.plan import ClassificationPlan
 from pipelines.classification.recipes import ClassificationRecipe
-from pipelines.freezing import freeze
 from pipelines.loop import Runtime
 from pipelines.plan import UnusableVideosError, check_failures
 from pipelines.progress import duration
+from pipelines.start import prepare
 from pipelines.task import Evaluation
 from pipelines.validation import gather
-from re2tal.backbones.checkpoint import load_backbone_weights
 from re2tal.classifier import Classifier
 from re2tal.reversible.schedule import CouplingSchedule
 from re2tal.trained import DetectorSpec
@@ -41,6 +40,8 @@ def spec_of(recipe: ClassificationRecipe, classes: Sequence[str]) -> DetectorSpe
         reversible=model.reversible,
         size=data.size,
         window=data.window,
+        mean=model.mean,
+        std=model.std,
     )
 
 
@@ -55,13 +56,10 @@ def build_classifier(
         weights: file or name of backbone weights, or None.
 
     Raises:
-        ValueError: if the weights do not fit the backbone, or there is no part of a name that is to
-            be frozen.
+        ValueError: see `prepare`.
     """
     classifier = spec_of(recipe, classes).build()
-    if weights is not None:
-        load_backbone_weights(classifier.backbone, weights)
-    freeze(classifier, recipe.model)
+    prepare(classifier, weights, recipe.model)
     return classifier
 
 

@@ -146,7 +146,8 @@ def load_backbone(
             raise StorageError(
                 "The backbone's weights: no path given. Say where with --weights PATH_OR_URI."
             )
-        load_backbone_weights(backbone, fetched)
+        report = load_backbone_weights(backbone, fetched)
+    report.require_normalization(config.mean, config.std, option="--")
     state = backbone.state_dict()
     temporal_stride = int(backbone.temporal_stride)
     alpha = shape.alpha if isinstance(shape, SlowFastConfig) else 1

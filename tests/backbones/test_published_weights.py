@@ -160,6 +160,17 @@ def test_pytorchvideos_classifier_lies_among_the_blocks(tmp_path: Path) -> None:
     report = load_backbone_weights(PYTORCHVIDEO.build(), saved(content, tmp_path))
     assert report.left_out == dict.fromkeys(head, "of the classifier")
     assert "mean 0.45" in report.note
+    report.require_normalization((0.45,) * 3, (0.225,) * 3, option="--model.")
+    with pytest.raises(
+        ValueError,
+        match=r"add --model.mean 0.45 0.45 0.45 --model.std 0.225 0.225 0.225\.$",
+    ):
+        report.require_normalization((0.45,) * 3, (0.229, 0.224, 0.225), option="--model.")
+
+
+def test_weights_of_imagenets_colours_are_taken_with_any(tmp_path: Path) -> None:
+    report = load_backbone_weights(SWIN.build(), saved(of_swin("mmaction2"), tmp_path))
+    report.require_normalization((0.5,) * 3, (0.5,) * 3, option="--")
 
 
 def test_of_a_detector_of_opentad_the_averaged_backbone_is_taken(tmp_path: Path) -> None:

@@ -3,9 +3,14 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
+from re2tal.memory import predict_peak
+from re2tal.reversible import AtLeast, rewire
 from re2tal.reversible.benchmarks.memory import predicted_step
-from re2tal.reversible.benchmarks.workloads import LONG, SMALL
+from re2tal.reversible.benchmarks.workloads import LONG, SMALL, Workload
+from re2tal.reversible.settings import SMALLEST_PIECE, Budget, bytes_of_piece
 
 GIB = 2**30
 
@@ -20,6 +25,28 @@ def test_swin_t_on_768_frames_stays_below_5_gib_at_any_depth() -> None:
     # What is new in the peak is what six more blocks are, and the gradients of their parameters.
     kept = [m.parameters + m.buffers + m.gradients for m in (ours, deep)]
     assert deep.peak - ours.peak <= 1.01 * (kept[1] - kept[0])
+
+
+@pytest.mark.slow
+def test_in_pieces_for_a_gpu_it_stays_there() -> None:
+    """Predicted: 3.7 GiB; measured on an H200: 4.6."""
+    model = rewired(LONG, SMALLEST_PIECE["cuda"])
+    assert predict_peak(model, LONG.video(), step=LONG.forward).peak < 5 * GIB
+
+
+@pytest.mark.parametrize("least", [1, 10**6])
+def test_pieces_are_of_a_streams_size_or_the_least(least: int) -> None:
+    stream = torch.empty(2, 4, 8, 8, 16)
+    assert bytes_of_piece(AtLeast(least), stream) == max(least, stream.numel() * 4)
+    assert bytes_of_piece(7, stream) == 7
+    assert bytes_of_piece("auto", stream) == SMALLEST_PIECE["cpu"].bytes
+    assert bytes_of_piece("auto", torch.empty(2, device="meta")) == SMALLEST_PIECE["cpu"].bytes
+
+
+def rewired(work: Workload, budget: Budget) -> nn.Module:
+    model = work.build()
+    rewire(model, slice_bytes=budget)
+    return model
 
 
 @pytest.mark.slow

@@ -13,6 +13,9 @@ CLASSIFIER = "of the classifier"
 _OUTSIDE = "not of the backbone"
 _LISTED = 10
 
+Colour = tuple[float, float, float]
+"""Of red, green and blue in [0, 1]."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
@@ -28,6 +31,8 @@ class Layout:
         may_lack: ends of the names of buffers that some versions did not write; the backbone keeps
             its own.
         note: what else one has to know to use them.
+        mean: of the frames that they were trained on, if it is not ImageNet's.
+        std: likewise their standard deviation.
         objection: says why a backbone would compute something else with these weights than they
             were trained for, though they fit; None if it would not.
     """
@@ -38,6 +43,8 @@ class Layout:
     classifier: re.Pattern[str] | None = None
     may_lack: tuple[str, ...] = ()
     note: str = ""
+    mean: Colour | None = None
+    std: Colour | None = None
     objection: Callable[[nn.Module], str | None] = lambda _: None
 
 
@@ -51,6 +58,8 @@ class WeightsReport:
         left_out: the file's names and why they were not used.
         kept: weights that the file lacks, and the backbone has by itself.
         note: what else one has to know to use them.
+        mean: of the frames that they were trained on, if it is known not to be ImageNet's.
+        std: likewise their standard deviation.
     """
 
     layout: str
@@ -58,6 +67,28 @@ class WeightsReport:
     left_out: Mapping[str, str]
     kept: Sequence[str]
     note: str = ""
+    mean: Colour | None = None
+    std: Colour | None = None
+
+    def require_normalization(self, mean: Colour, std: Colour, *, option: str) -> None:
+        """Makes sure that frames are normalized as those that the weights were trained on.
+
+        Args:
+            mean: by which they are.
+            std: likewise.
+            option: what comes before `mean` and `std` on the command line, such as `--model.`.
+
+        Raises:
+            ValueError: if they are normalized by other values, with the options to give.
+        """
+        wanted = ((self.mean, mean, "mean"), (self.std, std, "std"))
+        if all(own is None or own == given for own, given, _ in wanted):
+            return
+        needed = [f"{option}{n} {' '.join(map(str, own))}" for own, _, n in wanted if own]
+        raise ValueError(
+            f"{self.layout} was trained on frames that were normalized by other values than "
+            f"{mean} and {std}: add {' '.join(needed)}."
+        )
 
     def __str__(self) -> str:
         """Every name on a line of its own."""
@@ -150,7 +181,13 @@ def convert(
     state = {ours: published[theirs] for theirs, ours in placed.items()}
     state |= {name: own[name] for name in kept}
     return state, WeightsReport(
-        layout=layout.title, placed=placed, left_out=left_out, kept=kept, note=layout.note
+        layout=layout.title,
+        placed=placed,
+        left_out=left_out,
+        kept=kept,
+        note=layout.note,
+        mean=layout.mean,
+        std=layout.std,
     )
 
 

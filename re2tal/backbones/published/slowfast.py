@@ -98,6 +98,8 @@ PYTORCHVIDEO_SLOWFAST = Layout(
     classifier=re.compile(r"blocks\.\d+\.proj\."),
     may_lack=(_COUNTER,),
     note="They were trained on frames of mean 0.45 and deviation 0.225 in every colour.",
+    mean=(0.45, 0.45, 0.45),
+    std=(0.225, 0.225, 0.225),
 )
 
 OPENTAD_SLOWFAST = Layout(

@@ -1,0 +1,29 @@
+"""A detector as its training begins: with pretrained weights, and frozen in part."""
+
+from pathlib import Path
+
+from pipelines.classification.recipes import ClassifierModelConfig
+from pipelines.freezing import freeze
+from pipelines.recipes import ModelConfig
+from re2tal.backbones.checkpoint import load_backbone_weights
+from re2tal.detector import Detector
+
+
+def prepare(
+    detector: Detector, weights: str | Path | None, config: ModelConfig | ClassifierModelConfig
+) -> None:
+    """Loads the backbone's weights, and takes the gradients from what is not to be trained.
+
+    Args:
+        detector: the model.
+        weights: file or name of backbone weights, or None.
+        config: how frames are normalized, names of frozen parts, what becomes of norms.
+
+    Raises:
+        ValueError: if the weights do not fit the backbone, or were trained on frames normalized by
+            other values; if there is no part of a name that is to be frozen.
+    """
+    if weights is not None:
+        report = load_backbone_weights(detector.backbone, weights)
+        report.require_normalization(config.mean, config.std, option="--model.")
+    freeze(detector, config)
