@@ -7,16 +7,21 @@ from typing import TypeVar
 
 import ray.train
 import tyro
+from ray.exceptions import RayError
 
 RecipeT = TypeVar("RecipeT")
 
 
 @contextmanager
-def told_shortly(problems: tuple[type[Exception], ...]) -> Iterator[None]:
+def told_shortly(
+    problems: tuple[type[Exception], ...], *, failure: str | None = None
+) -> Iterator[None]:
     """Ends the program with one message instead of a stack, if its block comes upon a problem.
 
     Args:
         problems: whose messages say all that the user needs.
+        failure: what to say before the message of a Ray task or actor that failed; None lets it
+            through.
     """
     try:
         yield
@@ -25,6 +30,10 @@ def told_shortly(problems: tuple[type[Exception], ...]) -> Iterator[None]:
     except ray.train.WorkerGroupError as failed:
         first = next(iter(failed.worker_failures.values()))
         sys.exit(f"error: a training worker failed.\n{first}")
+    except RayError as failed:
+        if failure is None:
+            raise
+        sys.exit(f"error: {failure}\n{failed}")
 
 
 def parse_recipe(

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
-from ray.exceptions import RayError
 
+from pipelines.command_line import told_shortly
 from pipelines.detecting import Resources, VideoResult, detect_videos
 from pipelines.output.files import OutputConfig, strongest, write_files
 from pipelines.output.records import Record, RecordError, read_records, write_record
@@ -232,12 +232,9 @@ def _summary(
 
 
 if __name__ == "__main__":
-    try:
+    with told_shortly(
+        PROBLEMS,
+        failure="the detector failed; with less memory it may go through: lower --batch-size. "
+        "Start again to go on.",
+    ):
         run(parse(sys.argv[1:]))
-    except PROBLEMS as problem:
-        sys.exit(f"error: {problem}")
-    except RayError as failed:
-        sys.exit(
-            "error: the detector failed; with less memory it may go through: lower --batch-size. "
-            f"Start again to go on.\n{failed}"
-        )

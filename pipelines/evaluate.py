@@ -23,12 +23,12 @@ from pathlib import Path
 
 import ray
 import tyro
-from ray.exceptions import RayError
 
+from pipelines.command_line import told_shortly
 from pipelines.data import Video
 from pipelines.detecting import Resources
 from pipelines.detection_task import DETECTIONS_FILE
-from pipelines.evaluation.detector import Sources, check_classes, detect_all, find_sources
+from pipelines.evaluation.detector import Sources, check_classes, detect_all, sources_of
 from pipelines.evaluation.files import write_evaluation
 from pipelines.evaluation.labelled import Labelled, read_labelled
 from pipelines.evaluation.numbers import evaluate, metrics_of
@@ -177,7 +177,7 @@ def evaluate_run(config: EvaluateConfig) -> Run:
         model = local_detector(config.model, scratch, tracking=store, option="--model")
         spec = read_spec(model)
         check_classes(spec, plan.classes)
-        sources = find_sources(config.videos, plan, spec)
+        sources = sources_of(config.videos, plan, spec)
         return _tracked(config, plan, lambda: _detected(config, plan, model, sources))
 
 
@@ -287,12 +287,8 @@ def _tracked(config: EvaluateConfig, plan: Plan, source: Callable[[], Labelled])
 
 
 if __name__ == "__main__":
-    try:
+    with told_shortly(
+        PROBLEMS,
+        failure="the detector failed; with less memory it may go through: lower --batch-size.",
+    ):
         evaluate_run(parse(sys.argv[1:]))
-    except PROBLEMS as problem:
-        sys.exit(f"error: {problem}")
-    except RayError as failed:
-        sys.exit(
-            "error: the detector failed; with less memory it may go through: lower --batch-size.\n"
-            f"{failed}"
-        )

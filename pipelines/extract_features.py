@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
-from ray.exceptions import RayError
 
+from pipelines.command_line import told_shortly
 from pipelines.features.backbone import FrozenBackbone, FrozenBackboneConfig, load_backbone
 from pipelines.features.decoding import VideoJob
 from pipelines.features.extraction import Pool, PoolConfig, extract, pool_for
@@ -290,9 +290,8 @@ def _check_failures(description: Description, max_failed: float) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with told_shortly(
+        (*PROBLEMS, FailedVideosError),
+        failure="features could not be made. Start again to go on.",
+    ):
         extract_features(parse(sys.argv[1:]))
-    except (*PROBLEMS, FailedVideosError) as problem:
-        sys.exit(f"error: {problem}")
-    except RayError as failed:
-        sys.exit(f"error: features could not be made. Start again to go on.\n{failed}")

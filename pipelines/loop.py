@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.checkpoints import TrainingState, complete
 from pipelines.clock import Clock
+from pipelines.compiling import compile_parts
 from pipelines.data import Batch, share
 from pipelines.freezing import train_mode
 from pipelines.optim import build_average, build_optimizer, build_schedule, fast_forward
@@ -74,6 +75,7 @@ class Trainer:
         with runtime.restored() as folder:
             if folder is not None:
                 self._restore(folder)
+        compile_parts(detector, self.recipe.optim.compile)
         self.step = Stepper(
             self._wrapped(detector),
             self.state,

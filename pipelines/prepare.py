@@ -18,8 +18,8 @@ from typing import Any
 import ray
 import ray.data
 import tyro
-from ray.exceptions import RayError
 
+from pipelines.command_line import told_shortly
 from pipelines.plan import load_files
 from pipelines.progress import duration
 from pipelines.quiet import init_ray
@@ -265,9 +265,8 @@ def _check_failures(manifest: Manifest, max_failed: float) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with told_shortly(
+        (*PROBLEMS, FailedVideosError),
+        failure="a shard could not be written. Start again to go on.",
+    ):
         prepare(parse(sys.argv[1:]))
-    except (*PROBLEMS, FailedVideosError) as problem:
-        sys.exit(f"error: {problem}")
-    except RayError as failed:
-        sys.exit(f"error: a shard could not be written. Start again to go on.\n{failed}")

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import tyro
 
 from pipelines.collection import SCHEMA, probe_files, summary, with_disagreements
+from pipelines.command_line import told_shortly
 from pipelines.plan import load_files
 from pipelines.quiet import init_ray
 from pipelines.recipes import Dataset
@@ -125,7 +126,5 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with told_shortly(PROBLEMS):
         main(sys.argv[1:])
-    except PROBLEMS as problem:
-        sys.exit(f"error: {problem}")

@@ -23,6 +23,8 @@ from re2tal.videos.augmentation import AugmentationConfig
 from re2tal.videos.stitching import StitchConfig
 from re2tal.videos.windows import WindowConfig
 
+CompiledPart = Literal["branches", "localizer"]
+
 Dataset = Literal[
     "activitynet-1.3",
     "thumos-14",
@@ -146,6 +148,8 @@ class OptimConfig:
         ema: decay of the moving average of the weights that is evaluated and saved.
         precision: what branches and localizer compute in; the reversible streams stay float32.
             The loss is scaled for float16, and a step whose gradients overflow is left out.
+        compile: have `torch.compile` compile "branches" (the modules in the backbone's reversible
+            branches), "localizer", or both; see pipelines/README.md for what it gained.
         accumulation: forward and backward passes of a worker whose gradients make one step.
     """
 
@@ -158,6 +162,7 @@ class OptimConfig:
     clip: float = 1.0
     ema: float = 0.999
     precision: Precision = "bfloat16"
+    compile: tuple[CompiledPart, ...] = ()
     accumulation: int = 1
 
 

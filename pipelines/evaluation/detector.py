@@ -63,7 +63,7 @@ def check_classes(spec: DetectorSpec, classes: Sequence[str]) -> None:
         )
 
 
-def find_sources(folder: str | None, plan: Plan, spec: DetectorSpec) -> Sources:
+def sources_of(folder: str | None, plan: Plan, spec: DetectorSpec) -> Sources:
     """Finds the videos of the plan, as files or in shards.
 
     Args:
