@@ -4,8 +4,8 @@ It knows PyTorch and DDP, not Ray: a `Runtime` gives it data and takes results.
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -177,19 +177,19 @@ class Trainer:
             metrics = evaluation.metrics
             seen = metrics | _reversible_metrics(self.state.detector)
             self.runtime.log(seen, step=self.state.step)
-            with self._checkpoint(metrics) as folder:
-                if self.runtime.rank == 0:
-                    evaluation.write(folder)
+            self._checkpoint(metrics, evaluation.write if self.runtime.rank == 0 else None)
         return metrics
 
-    @contextmanager
-    def _checkpoint(self, metrics: Mapping[str, float]) -> Iterator[Path]:
-        """Hands over a checkpoint with what the block puts into its folder."""
+    def _checkpoint(
+        self, metrics: Mapping[str, float], add: Callable[[Path], object] | None = None
+    ) -> None:
+        """Hands over a checkpoint, with what is added to its folder."""
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "checkpoint"
             folder.mkdir()
             self.state.save(folder, self.task.spec, write=self.runtime.rank == 0)
-            yield folder
+            if add is not None:
+                add(folder)
             complete(folder)
             self.runtime.report({**metrics, "epoch": self.state.epoch}, folder)
 
@@ -214,8 +214,8 @@ class Trainer:
             if (index - 1) % max(1, steps // 5) == 0 or index == steps:
                 self._say_progress(index, steps, metrics, clock, taken=index - first)
             if index < steps and self._checkpoint_due():
-                with self._checkpoint({self.task.score: UNSCORED}):
-                    self.runtime.say(f"checkpoint after step {index} of {steps}")
+                self._checkpoint({self.task.score: UNSCORED})
+                self.runtime.say(f"checkpoint after step {index} of {steps}")
 
     def _checkpoint_due(self) -> bool:
         every = self.recipe.checkpoints.steps

@@ -34,7 +34,9 @@ _RUNNING = 2
 _HELD = _RUNNING + 2
 _AHEAD = 3  # batches that come to the worker's node before they are asked for
 _FIRST_BATCHES = 4  # of the first execution: training starts as soon as it is through
-_MOST_BYTES = 2**30  # of an execution's frames; more would only lie there longer
+# Of an execution's frames. More would only lie there longer; with less, what Ray's own services
+# keep of every execution (0.45 MB in a node's agent, 0.4 in its statistics) adds up in long runs.
+_MOST_BYTES = 4 * 2**30
 # Of the object store. The rest is for what else goes through it, and for the frames of tasks that
 # end while the batches before them are still being handed out.
 _STORE_SHARE = 0.6
