@@ -40,7 +40,7 @@ def _modules(detector: Detector, parts: Sequence[CompiledPart]) -> Iterator[nn.M
     stages = [stage for _, stage in reversible_stages(detector.backbone)]
     if not stages:
         raise ValueError(
-            "--model.compile branches needs a rewired backbone, but none of its stages is "
+            "--optim.compile branches needs a rewired backbone, but none of its stages is "
             "reversible: leave it out, or train with --model.reversible."
         )
     for stage in stages:

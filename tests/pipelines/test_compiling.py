@@ -53,5 +53,5 @@ def test_gradients_are_the_same_and_names_stay(
 
 def test_branches_of_a_plain_backbone_are_told_of(tiny_recipe: Recipe) -> None:
     recipe = replace(tiny_recipe, model=replace(tiny_recipe.model, reversible=False))
-    with pytest.raises(ValueError, match="needs a rewired backbone"):
+    with pytest.raises(ValueError, match=r"--optim\.compile branches needs a rewired backbone"):
         compile_parts(_built(recipe), ("branches",))

@@ -6,7 +6,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.video import SwinTransformer3d, r3d_18, swin3d_b, swin3d_t
+from torchvision.models.video import SwinTransformer3d, r3d_18, swin3d_t
 
 from re2tal.backbones.slowfast import SlowFastConfig, slowfast_50, slowfast_101
 from re2tal.backbones.slowfast.blocks import Bottleneck
@@ -106,7 +106,6 @@ def _slowfast(config: SlowFastConfig) -> nn.Module:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "swin3d_t": swin3d_t,
-    "swin3d_b": swin3d_b,
     "swin3d_t with 12 blocks in stage 3": lambda: _swin(2, 2, 12, 2),
     "slowfast_50": lambda: _slowfast(slowfast_50()),
     "slowfast_101": lambda: _slowfast(slowfast_101()),
