@@ -2,7 +2,7 @@
 
 import re2tal
 from pipelines.planner.step import workload_of
-from pipelines.recipes import Recipe
+from pipelines.recipe import Recipe
 from re2tal.detector import Detector
 from re2tal.memory import measure_activations, predict_peak
 from re2tal.reversible.settings import SMALLEST_PIECE

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from pipelines.recipes import CompiledPart
+from pipelines.settings import CompiledPart
 from re2tal.detector import Detector
 from re2tal.reversible import branches, reversible_stages
 

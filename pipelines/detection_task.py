@@ -13,7 +13,7 @@ from pipelines.loop import Runtime
 from pipelines.model import build_detector, detected_classes, reported_classes, spec_of
 from pipelines.plan import Plan, check_failures
 from pipelines.progress import duration
-from pipelines.recipes import Recipe
+from pipelines.recipe import Recipe
 from pipelines.task import Evaluation
 from pipelines.validation import (
     detect_windows,

@@ -43,7 +43,7 @@ from pipelines.plan import (
     read_video_scores,
 )
 from pipelines.quiet import init_ray
-from pipelines.recipes import Dataset
+from pipelines.recipe import Dataset
 from pipelines.resources import ResourceError
 from pipelines.saved_models import local_detector
 from pipelines.shards.settings import ShardError

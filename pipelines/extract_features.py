@@ -34,7 +34,7 @@ from pipelines.features.sampling import Sampling, SamplingConfig
 from pipelines.plan import load_files
 from pipelines.progress import duration
 from pipelines.quiet import init_ray
-from pipelines.recipes import Dataset
+from pipelines.recipe import Dataset
 from pipelines.resources import ResourceError
 from pipelines.shards.settings import ShardError
 from pipelines.storage import StorageError, absolute, join

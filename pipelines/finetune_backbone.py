@@ -33,7 +33,8 @@ import ray.train
 
 from pipelines.checkpoints import DETECTOR_FOLDER
 from pipelines.classification.plan import Lists, make_plan, read_lists
-from pipelines.classification.recipes import RECIPES, ClassificationRecipe, TrimmedDataConfig
+from pipelines.classification.recipe import ClassificationRecipe, TrimmedDataConfig
+from pipelines.classification.recipes import RECIPES
 from pipelines.classification.task import ClassificationTask, build_classifier
 from pipelines.command_line import parse_recipe, told_shortly
 from pipelines.pretrained import fetch_weights, require_weights

@@ -5,14 +5,13 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipelines.classification.recipes import ClassifierModelConfig
-from pipelines.recipes import ModelConfig
+from pipelines.settings import BackboneModelConfig
 from re2tal.detector import Detector
 
 _NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
-def freeze(detector: Detector, config: ModelConfig | ClassifierModelConfig) -> None:
+def freeze(detector: Detector, config: BackboneModelConfig) -> None:
     """Takes the gradients from what is not to be trained.
 
     Args:
@@ -30,7 +29,7 @@ def freeze(detector: Detector, config: ModelConfig | ClassifierModelConfig) -> N
                 module.requires_grad_(requires_grad=False)
 
 
-def train_mode(detector: Detector, config: ModelConfig | ClassifierModelConfig) -> None:
+def train_mode(detector: Detector, config: BackboneModelConfig) -> None:
     """Training mode, out of which frozen parts stay, and BatchNorms that keep their statistics.
 
     Args:

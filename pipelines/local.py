@@ -9,7 +9,8 @@ import torch
 
 from pipelines.data import Batch, decode_batches
 from pipelines.features.training import feature_stream
-from pipelines.task import AnyPlan, AnyRecipe
+from pipelines.settings import RunConfig
+from pipelines.task import AnyPlan
 from re2tal.videos.windows import Window
 
 
@@ -25,7 +26,7 @@ class LocalRuntime:
     world_size = 1
 
     def __init__(
-        self, recipe: AnyRecipe, plan: AnyPlan, folder: Path, *, device: torch.device | str = "cpu"
+        self, recipe: RunConfig, plan: AnyPlan, folder: Path, *, device: torch.device | str = "cpu"
     ) -> None:
         """Args: recipe, plan: of the run. folder: where the newest checkpoint is kept."""
         self.device = torch.device(device)

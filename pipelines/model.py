@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.recipes import Recipe
+from pipelines.recipe import Recipe
 from pipelines.start import prepare
 from re2tal.detector import Detector
 from re2tal.trained import DetectorSpec

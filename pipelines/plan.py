@@ -9,7 +9,7 @@ from pipelines.collection import probe_files
 from pipelines.data import Video
 from pipelines.features.reading import Features
 from pipelines.model import ACTION
-from pipelines.recipes import DataConfig, Dataset
+from pipelines.recipe import DataConfig, Dataset
 from pipelines.shards.finding import FoundVideos, find_in_shards
 from pipelines.shards.manifest import read_manifest
 from pipelines.storage import list_files, local_copy, require

@@ -23,7 +23,7 @@ from pipelines.command_line import told_shortly
 from pipelines.plan import load_files
 from pipelines.progress import duration
 from pipelines.quiet import init_ray
-from pipelines.recipes import Dataset
+from pipelines.recipe import Dataset
 from pipelines.shards.layout import FOLDER
 from pipelines.shards.manifest import (
     NAME,

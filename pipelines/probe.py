@@ -20,7 +20,7 @@ from pipelines.collection import SCHEMA, probe_files, summary, with_disagreement
 from pipelines.command_line import told_shortly
 from pipelines.plan import load_files
 from pipelines.quiet import init_ray
-from pipelines.recipes import Dataset
+from pipelines.recipe import Dataset
 from pipelines.storage import StorageError, absolute, list_files, replacing, require
 from re2tal.videos.annotations import AnnotationError, Annotations, Form, check_durations
 from re2tal.videos.files import EXTENSIONS, match_videos

@@ -5,7 +5,7 @@ from typing import Any
 
 import ray
 
-from pipelines.recipes import ScaleConfig
+from pipelines.settings import ScaleConfig
 from pipelines.streaming import store_needed
 from pipelines.task import AnyRecipe
 

@@ -21,7 +21,7 @@ from pipelines.figures import curves, timelines
 from pipelines.model import reported_classes
 from pipelines.plan import Plan
 from pipelines.progress import duration
-from pipelines.recipes import Dataset, Recipe
+from pipelines.recipe import Dataset, Recipe
 from pipelines.tracking import Run, log_metrics
 from pipelines.validation import ground_truth
 from re2tal.detection.diagnosis import ACTIVITYNET, THUMOS, Diagnosis, diagnose, tables

@@ -16,7 +16,8 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.tracking import MlflowClient
 
 from pipelines.checkpoints import is_complete
-from pipelines.task import AnyPlan, AnyRecipe
+from pipelines.settings import RunConfig
+from pipelines.task import AnyPlan
 from pipelines.tracking import Run, flatten, open_store, start_run
 
 _DIGEST = "re2tal.configuration"
@@ -28,7 +29,7 @@ class RunningError(Exception):
     """The same command is being run at this moment; the message says where."""
 
 
-def digest(recipe: AnyRecipe, plan: AnyPlan) -> str:
+def digest(recipe: RunConfig, plan: AnyPlan) -> str:
     """A hash of all that the result of a run depends on, but for the code.
 
     Args:
@@ -43,7 +44,7 @@ def digest(recipe: AnyRecipe, plan: AnyPlan) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def resume_or_start(recipe: AnyRecipe, plan: AnyPlan) -> tuple[Run, bool]:
+def resume_or_start(recipe: RunConfig, plan: AnyPlan) -> tuple[Run, bool]:
     """Takes up the last run of this configuration if it has not ended, else starts one.
 
     Args:

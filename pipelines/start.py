@@ -2,16 +2,13 @@
 
 from pathlib import Path
 
-from pipelines.classification.recipes import ClassifierModelConfig
 from pipelines.freezing import freeze
-from pipelines.recipes import ModelConfig
+from pipelines.settings import BackboneModelConfig
 from re2tal.backbones.checkpoint import load_backbone_weights
 from re2tal.detector import Detector
 
 
-def prepare(
-    detector: Detector, weights: str | Path | None, config: ModelConfig | ClassifierModelConfig
-) -> None:
+def prepare(detector: Detector, weights: str | Path | None, config: BackboneModelConfig) -> None:
     """Loads the backbone's weights, and takes the gradients from what is not to be trained.
 
     Args:

@@ -17,7 +17,7 @@ from pipelines.checkpoints import TrainingState
 from pipelines.data import Batch
 from pipelines.finite import non_finite_error
 from pipelines.precision import autocast
-from pipelines.recipes import OptimConfig
+from pipelines.settings import OptimConfig
 from re2tal.memory import MemoryMeter
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from pipelines.checkpoints import TrainingState
 from pipelines.classification.plan import ClassificationPlan
-from pipelines.classification.recipes import ClassificationRecipe
+from pipelines.classification.recipe import ClassificationRecipe
 from pipelines.plan import Plan
-from pipelines.recipes import Recipe
+from pipelines.recipe import Recipe
 from re2tal.trained import DetectorSpec
 from re2tal.videos.windows import Window
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
@@ -30,6 +30,18 @@ _MAX_METRICS = 1000  # per request; MLflow refuses more
 _MAX_PARAMS = 100
 _REFUSED = ErrorCode.Name(INVALID_PARAMETER_VALUE)  # of a request that is wrong whenever it is sent
 _LOG = logging.getLogger(__name__)
+
+
+class Tracked(Protocol):
+    """A configuration that a run is made of."""
+
+    @property
+    def name(self) -> str:
+        """What the run is named after."""
+
+    @property
+    def experiment(self) -> str:
+        """MLflow experiment."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,11 +153,11 @@ def open_store(experiment: str, *, output: Path) -> tuple[MlflowClient, str, str
     return client, uri, _experiment_id(client, uri, experiment, output)
 
 
-def start_run(recipe: Any, *, output: Path, tags: Mapping[str, str] | None = None) -> Run:
+def start_run(recipe: Tracked, *, output: Path, tags: Mapping[str, str] | None = None) -> Run:
     """Opens the store, makes it if need be, and starts a run with the whole configuration.
 
     Args:
-        recipe: a `Recipe` dataclass with `name` and `experiment`.
+        recipe: the configuration, a dataclass.
         output: folder of the default store; it is made.
         tags: of the run, beside those that every run has.
 

@@ -41,10 +41,12 @@ from pipelines.plan import Plan, RecipeError, UnusableVideosError, make_plan, re
 from pipelines.pretrained import fetch_weights, require_weights
 from pipelines.progress import ProgressPrinter
 from pipelines.quiet import init_ray
-from pipelines.recipes import RECIPES, CheckpointConfig, Recipe
+from pipelines.recipe import Recipe
+from pipelines.recipes import RECIPES
 from pipelines.resources import ResourceError, check_resources, store_remark
 from pipelines.results import log_results, print_summary
 from pipelines.resuming import RunningError, newest_checkpoint, resume_or_start
+from pipelines.settings import CheckpointConfig
 from pipelines.shards.settings import ShardError
 from pipelines.storage import StorageError, require
 from pipelines.task import Task

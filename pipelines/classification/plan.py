@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.classification.recipes import TrimmedDataConfig
+from pipelines.classification.recipe import TrimmedDataConfig
 from pipelines.collection import probe_files
 from pipelines.plan import UnusableVideosError, check_failures
 from pipelines.storage import is_folder, local_copy, require, walk_files

@@ -11,7 +11,7 @@ import numpy as np
 from pipelines.checkpoints import TrainingState
 from pipelines.classification.evaluation import accuracy_metrics, score_videos
 from pipelines.classification.plan import ClassificationPlan
-from pipelines.classification.recipes import ClassificationRecipe
+from pipelines.classification.recipe import ClassificationRecipe
 from pipelines.loop import Runtime
 from pipelines.plan import UnusableVideosError, check_failures
 from pipelines.progress import duration

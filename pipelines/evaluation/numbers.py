@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipelines.evaluation.labelled import Labelled
-from pipelines.recipes import Dataset
+from pipelines.recipe import Dataset
 from pipelines.results import diagnosis_of
 from pipelines.validation import ground_truth, map_metrics, precision, recall_metrics
 from re2tal.detection.diagnosis import Diagnosis, tables

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from pipelines.recipes import Dataset
+from pipelines.recipe import Dataset
 
 _LOW = (0.1, 0.2, 0.3, 0.4, 0.5)
 _MIDDLE = (0.3, 0.4, 0.5, 0.6, 0.7)

@@ -12,7 +12,7 @@ from pipelines.data import Batch, assemble
 from pipelines.features.layout import FeatureError
 from pipelines.features.reading import Features
 from pipelines.plan import Plan
-from pipelines.recipes import Recipe
+from pipelines.recipe import Recipe
 from pipelines.task import AnyPlan
 from re2tal.backbones.precomputed import PrecomputedConfig
 from re2tal.videos.augmentation import AugmentationConfig

@@ -207,7 +207,8 @@ function showNamed() {
 }
 
 const failed = videos.filter((candidate) => candidate.failed).length;
-one("#summary").textContent = `${videos.length - failed} videos${failed ? `, ${failed} more failed` : ""}; detections that score at least ${threshold}`;
+const through = videos.length - failed;
+one("#summary").textContent = `${through} ${through === 1 ? "video" : "videos"}${failed ? `, ${failed} more failed` : ""}; detections that score at least ${threshold}`;
 one("#videos").hidden = videos.length < 2;
 one("#layout").classList.toggle("many", videos.length > 1);
 slider.min = slider.value = threshold;

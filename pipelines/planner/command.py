@@ -19,7 +19,8 @@ from pipelines.planner.step import Workload
 from pipelines.planner.subject import Subject, backbone_alone, of_recipe
 from pipelines.planner.ways import TITLES, WAYS
 from pipelines.precision import Precision
-from pipelines.recipes import RECIPES, Recipe
+from pipelines.recipe import Recipe
+from pipelines.recipes import RECIPES
 from pipelines.tracking import Run, finishing, flatten, log_metrics, start_run
 
 

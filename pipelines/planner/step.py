@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipelines.precision import Precision, autocast
-from pipelines.recipes import Recipe
+from pipelines.recipe import Recipe
 from re2tal.detector import Detector
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipelines.model import build_detector
 from pipelines.planner.step import Workload, workload_of
-from pipelines.recipes import Recipe
+from pipelines.recipe import Recipe
 from re2tal.backbones.slowfast import SlowFastConfig, slowfast_50, slowfast_101
 from re2tal.backbones.swin import SwinConfig, swin_b, swin_s, swin_t, swin_toy
 from re2tal.detector import Detector

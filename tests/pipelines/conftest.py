@@ -11,7 +11,8 @@ import ray
 from pipelines.data import Video
 from pipelines.plan import Plan
 from pipelines.quiet import quiet_data
-from pipelines.recipes import Recipe, toy
+from pipelines.recipe import Recipe
+from pipelines.recipes import toy
 from re2tal.localizers.actionformer import ActionFormerConfig
 from re2tal.videos.annotations import load_annotations
 from re2tal.videos.files import find_videos

@@ -16,7 +16,7 @@ from pipelines.local import LocalRuntime
 from pipelines.loop import Trainer
 from pipelines.optim import build_optimizer, build_schedule
 from pipelines.plan import Plan
-from pipelines.recipes import Recipe
+from pipelines.recipe import Recipe
 from pipelines.resuming import newest_checkpoint
 from re2tal.videos.windows import Window
 

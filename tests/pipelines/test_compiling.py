@@ -11,7 +11,8 @@ from torch import Tensor
 from pipelines.compiling import compile_parts
 from pipelines.model import build_detector
 from pipelines.planner.step import workload_of
-from pipelines.recipes import CompiledPart, Recipe
+from pipelines.recipe import Recipe
+from pipelines.settings import CompiledPart
 from re2tal.detector import Detector
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

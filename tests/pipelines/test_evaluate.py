@@ -21,7 +21,8 @@ from pipelines.evaluation.labelled import read_labelled
 from pipelines.evaluation.numbers import evaluate, metrics_of
 from pipelines.evaluation.thresholds import USUAL_THRESHOLDS
 from pipelines.model import spec_of
-from pipelines.recipes import Dataset, Recipe, toy
+from pipelines.recipe import Dataset, Recipe
+from pipelines.recipes import toy
 from pipelines.tracking import Run
 from re2tal.detection.files import read_detections
 from re2tal.trained import save_detector

@@ -22,7 +22,8 @@ from pipelines.features.training import FeatureStream, without_backbone
 from pipelines.local import LocalRuntime
 from pipelines.loop import Trainer
 from pipelines.plan import Plan, UnusableVideosError, make_plan
-from pipelines.recipes import TOY_WEIGHTS, Recipe
+from pipelines.recipe import Recipe
+from pipelines.recipes import TOY_WEIGHTS
 from pipelines.saved_models import local_detector
 from pipelines.storage import StorageError
 from pipelines.train import absolute

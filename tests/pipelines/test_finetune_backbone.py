@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pipelines.classification.evaluation import accuracy_metrics, score_videos
 from pipelines.classification.plan import ClassificationPlan, make_plan, read_lists
-from pipelines.classification.recipes import RECIPES, ClassificationRecipe, TrimmedDataConfig, toy
+from pipelines.classification.recipe import ClassificationRecipe, TrimmedDataConfig
+from pipelines.classification.recipes import RECIPES, toy
 from pipelines.classification.task import ClassificationTask, build_classifier
 from pipelines.data import Batch, decode_batches
 from pipelines.finetune_backbone import parse, prepared

@@ -8,7 +8,7 @@ from torch import nn
 
 from pipelines.freezing import freeze, train_mode
 from pipelines.model import build_detector
-from pipelines.recipes import ModelConfig, Recipe
+from pipelines.recipe import ModelConfig, Recipe
 from re2tal.backbones.slowfast import slowfast_toy
 from re2tal.detector import Detector
 

@@ -15,7 +15,7 @@ from pipelines.detection_task import DetectionTask
 from pipelines.local import LocalRuntime
 from pipelines.loop import Trainer
 from pipelines.plan import Plan
-from pipelines.recipes import Recipe
+from pipelines.recipe import Recipe
 from re2tal.localizers.vsgn import VSGNConfig
 
 Result = tuple[list[dict[str, float]], dict[str, Tensor]]

@@ -14,7 +14,7 @@ from pipelines.local import LocalRuntime
 from pipelines.loop import Trainer
 from pipelines.model import build_detector
 from pipelines.plan import Plan
-from pipelines.recipes import Recipe
+from pipelines.recipe import Recipe
 from re2tal.detection.raw import read_raw
 from re2tal.detection.video_scores import VideoScores
 from re2tal.inference import detect

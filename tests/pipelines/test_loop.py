@@ -16,7 +16,7 @@ from pipelines.finite import NonFiniteLossError
 from pipelines.local import LocalRuntime
 from pipelines.loop import Trainer
 from pipelines.plan import Plan
-from pipelines.recipes import Recipe
+from pipelines.recipe import Recipe
 from re2tal.videos.augmentation import AugmentationConfig, augment, clip_seed
 from re2tal.videos.windows import Window
 

@@ -15,7 +15,7 @@ from pipelines.optim import (
     build_schedule,
     fast_forward,
 )
-from pipelines.recipes import OptimConfig
+from pipelines.settings import OptimConfig
 from re2tal.backbones.slowfast import slowfast_toy
 from re2tal.backbones.swin import swin_toy
 

@@ -15,7 +15,7 @@ from pipelines.plan import (
     make_plan,
     read_annotations,
 )
-from pipelines.recipes import DataConfig, Recipe
+from pipelines.recipe import DataConfig, Recipe
 from pipelines.storage import StorageError
 from re2tal.detection import DetectionFileError
 from re2tal.videos.annotations import AnnotationError

@@ -22,7 +22,7 @@ from pipelines.local import LocalRuntime
 from pipelines.loop import Trainer
 from pipelines.plan import make_plan, read_annotations
 from pipelines.prepare import FailedVideosError, PrepareConfig, parse, prepare
-from pipelines.recipes import Recipe
+from pipelines.recipe import Recipe
 from pipelines.shards.layout import FOLDER
 from pipelines.shards.manifest import NAME, read_manifest
 from pipelines.shards.settings import ShardError, ShardSettings, pack

@@ -32,7 +32,7 @@ from pipelines.planner.report import Profile, print_profile, rows
 from pipelines.planner.step import Workload
 from pipelines.planner.subject import backbone_alone, of_recipe
 from pipelines.planner.ways import WAYS, checkpointed, residual_blocks
-from pipelines.recipes import Recipe
+from pipelines.recipe import Recipe
 from re2tal.backbones.slowfast import slowfast_toy
 from re2tal.backbones.swin import swin_toy
 from re2tal.memory import predict_peak

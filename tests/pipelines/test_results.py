@@ -7,7 +7,8 @@ import pytest
 
 from pipelines.data import Video
 from pipelines.plan import Plan
-from pipelines.recipes import Recipe, toy
+from pipelines.recipe import Recipe
+from pipelines.recipes import toy
 from pipelines.results import log_pictures, print_summary
 from pipelines.tracking import Run, log_metrics, start_run
 from re2tal.videos.annotations import Instance, VideoAnnotation

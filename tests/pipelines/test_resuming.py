@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.checkpoints import complete
 from pipelines.plan import Plan
-from pipelines.recipes import Recipe
+from pipelines.recipe import Recipe
 from pipelines.resuming import RunningError, digest, resume_or_start
 from pipelines.tracking import finishing
 

@@ -14,7 +14,7 @@ from pipelines.detection_task import DetectionTask
 from pipelines.local import LocalRuntime
 from pipelines.loop import Trainer
 from pipelines.plan import Plan
-from pipelines.recipes import Recipe
+from pipelines.recipe import Recipe
 
 
 def _trainer(recipe: Recipe, plan: Plan, folder: Path, rank: int) -> Trainer:

@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -17,6 +19,7 @@ from mlflow.tracking import MlflowClient
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
+RAY = str(Path(sys.executable).parent / "ray")
 TINY = (
     "--model.weights", "None",
     "--data.size", "32",
@@ -50,15 +53,62 @@ def _data(tiny_set: Path) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _submit(*command: str, cwd: Path, env: dict[str, str]) -> str:
+    """Submits a job and waits for it; a head that has just started may not have its agent yet."""
+    for _ in range(20):
+        done = subprocess.run(
+            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=420
+        )
+        if "No available agent" not in done.stderr:
+            break
+        time.sleep(3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@contextmanager
+def _ray_head(folder: Path, env: dict[str, str]) -> Iterator[str]:
+    """Starts a Ray head with token authentication, and gives the address that jobs go to."""
+    _run(RAY, "get-auth-token", "--generate", cwd=folder, env=env)
+    dashboard = _free_port()
+    head = subprocess.Popen(
+        [RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={_free_port()}",
+         f"--dashboard-port={dashboard}",
+         f"--dashboard-agent-listen-port={_free_port()}",  # another Ray may run in this suite
+         "--disable-usage-stats", "--include-dashboard=true"],
+        cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert head.stdout is not None
+        for line in head.stdout:
+            if "Ray runtime started" in line:
+                break
+        yield f"http://127.0.0.1:{dashboard}"
+    finally:
+        head.terminate()  # ends the daemons too, which are in sessions of their own
+        head.wait(timeout=60)
+
+
 @pytest.fixture(scope="module")
 def finished(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Folder in which the script ran, and what it printed."""
+    """Folder in which the script ran as a Ray job, and what the job printed."""
     folder = tmp_path_factory.mktemp("run")
-    script = str(ROOT / "pipelines" / "train.py")
-    printed = _run(
-        sys.executable, script, "toy", *_data(tiny_set), *TINY,
-        cwd=folder, env=_environment(folder),
-    )  # fmt: skip
+    env = _environment(folder) | {"RAY_AUTH_MODE": "token"}
+    with _ray_head(folder, env) as address:
+        printed = _submit(
+            RAY, "job", "submit", "--address", address,
+            "--working-dir", str(ROOT), "--runtime-env-json", json.dumps({"excludes": ["tests"]}),
+            "--", sys.executable, "pipelines/train.py", "toy", *_data(tiny_set), *TINY,
+            "--output", str(folder / "runs"),
+            cwd=folder, env=env,
+        )  # fmt: skip
     return folder, printed
 
 
@@ -67,7 +117,7 @@ def _client(folder: Path) -> MlflowClient:
 
 
 @pytest.mark.slow
-def test_it_shows_progress_and_ends_with_the_table(finished: tuple[Path, str]) -> None:
+def test_a_job_shows_progress_and_ends_with_the_table(finished: tuple[Path, str]) -> None:
     folder, printed = finished
     for needed in ("epoch 1/2", "epoch 2/2", "frames/s", "left", "validation", "mAP"):
         assert needed in printed
@@ -75,10 +125,7 @@ def test_it_shows_progress_and_ends_with_the_table(finished: tuple[Path, str]) -
         assert needed in printed
     assert f"sqlite:///{folder / 'runs' / 'mlflow.db'}" in printed
     assert "mlflow ui" in printed
-    # Ray's advice about small machines is its daemon's own and cannot be turned off
-    advice = "PYTHON worker processes have been started"
-    lines = [line for line in printed.splitlines() if advice not in line]
-    assert [line for line in lines if "WARNING" in line or "INFO" in line or "pid=" in line] == []
+    assert "succeeded" in printed
 
 
 @pytest.mark.slow
@@ -200,6 +247,10 @@ def test_a_killed_worker_and_a_killed_driver_change_no_bit(
     psutil.wait_procs(left, timeout=60)
     printed = _run(*command, cwd=tmp_path, env=_environment(tmp_path))
     assert "going on with the unfinished run" in printed
+    # Ray's advice about small machines is its daemon's own and cannot be turned off
+    advice = "PYTHON worker processes have been started"
+    lines = [line for line in printed.splitlines() if advice not in line]
+    assert [line for line in lines if "WARNING" in line or "INFO" in line or "pid=" in line] == []
     # how far the run had come when it was killed is a matter of timing
     assert re.search(r"going on after epoch \d of 2", printed)
     expected, found = _final_weights(finished[0]), _final_weights(tmp_path)
@@ -241,60 +292,3 @@ def test_what_cannot_start_ends_in_one_clear_error(
         runpy.run_path(str(ROOT / "pipelines" / "train.py"), run_name="__main__")
     assert ended.value.code not in (None, 0)
     assert expected in f"{ended.value.code}{capsys.readouterr().err}"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _submit(*command: str, cwd: Path, env: dict[str, str]) -> str:
-    """Submits a job and waits for it; a head that has just started may not have its agent yet."""
-    for _ in range(20):
-        done = subprocess.run(
-            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=420
-        )
-        if "No available agent" not in done.stderr:
-            break
-        time.sleep(3)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-@pytest.mark.slow
-def test_it_runs_as_a_ray_job(tiny_set: Path, tmp_path: Path) -> None:
-    ray = str(Path(sys.executable).parent / "ray")
-    gcs, dashboard = _free_port(), _free_port()
-    env = _environment(tmp_path) | {"RAY_AUTH_MODE": "token"}
-    _run(ray, "get-auth-token", "--generate", cwd=tmp_path, env=env)
-    head = subprocess.Popen(
-        [ray, "start", "--head", "--block", "--num-cpus=2", f"--port={gcs}",
-         f"--dashboard-port={dashboard}",
-         f"--dashboard-agent-listen-port={_free_port()}",  # another Ray may run in this suite
-         "--disable-usage-stats", "--include-dashboard=true"],
-        cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        assert head.stdout is not None
-        for line in head.stdout:
-            if "Ray runtime started" in line:
-                break
-        printed = _submit(
-            ray, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}",
-            "--working-dir", str(ROOT), "--runtime-env-json", json.dumps({"excludes": ["tests"]}),
-            "--", sys.executable, "pipelines/train.py", "toy", *_data(tiny_set), *TINY,
-            "--epochs", "1", "--output", str(tmp_path / "runs"),
-            cwd=tmp_path, env=env,
-        )  # fmt: skip
-    finally:
-        head.terminate()  # ends the daemons too, which are in sessions of their own
-        head.wait(timeout=60)
-    assert "epoch 1/1" in printed
-    assert "average" in printed
-    assert "succeeded" in printed
-    client = _client(tmp_path)
-    (experiment,) = client.search_experiments(filter_string="name = 're2tal'")
-    (run,) = client.search_runs([experiment.experiment_id])
-    assert run.info.status == "FINISHED"

@@ -1,0 +1,152 @@
+"""What every run is configured with: model, optimizer, scale, checkpoints."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipelines.precision import Precision
+from re2tal.backbones.protocol import BackboneConfig
+from re2tal.trained import IMAGENET_MEAN, IMAGENET_STD
+
+CompiledPart = Literal["branches", "localizer"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BackboneModelConfig:
+    """A model whose backbone starts from pretrained weights.
+
+    Attributes:
+        backbone: the video backbone.
+        weights: pretrained weights of the backbone: path or URI, also of an artifact or a model in
+            MLflow, or a name as `torchvision:swin3d_t/KINETICS400_V1`; None starts at random.
+        mean: of red, green and blue in [0, 1] that the backbone was pretrained with.
+        std: their standard deviation.
+        reversible: rewire the backbone (Re2TAL), so that its activations are recomputed.
+        frozen: names of modules of the model that are not trained, such as "backbone" or
+            "backbone.patch_embed": their parameters keep their values, their BatchNorms the
+            statistics, and they are run as in evaluation.
+        norms: of the norm layers of the backbone: "trained"; "statistics" keeps the running
+            statistics of BatchNorms as they are; "frozen" keeps scale and shift of all norms too.
+    """
+
+    backbone: BackboneConfig
+    weights: str | None = None
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    reversible: bool = True
+    frozen: tuple[str, ...] = ()
+    norms: Literal["trained", "statistics", "frozen"] = "trained"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW with a learning rate each for backbone and localizer, warm-up and cosine decay.
+
+    Attributes:
+        backbone_lr: learning rate of the backbone; far below the localizer's, as it is pretrained.
+        localizer_lr: learning rate of the localizer.
+        layer_decay: the backbone's last block learns at its rate, each block before it at this
+            times the rate of the next (Clark et al., ICLR 2020).
+        weight_decay: of matrices and kernels; vectors (biases, norms) are not decayed.
+        warmup_epochs: epochs of linear warm-up.
+        schedule_epochs: length of the cosine; None means the run's own number of epochs.
+        clip: largest norm of the gradient.
+        ema: decay of the moving average of the weights that is evaluated and saved.
+        precision: what branches and localizer compute in; the reversible streams stay float32.
+            The loss is scaled for float16, and a step whose gradients overflow is left out.
+        compile: have `torch.compile` compile "branches" (the modules in the backbone's reversible
+            branches), "localizer", or both; see pipelines/README.md for what it gained.
+        accumulation: forward and backward passes of a worker whose gradients make one step.
+    """
+
+    backbone_lr: float
+    localizer_lr: float
+    layer_decay: float = 1.0
+    weight_decay: float = 0.05
+    warmup_epochs: float = 5.0
+    schedule_epochs: int | None = None
+    clip: float = 1.0
+    ema: float = 0.999
+    precision: Precision = "bfloat16"
+    compile: tuple[CompiledPart, ...] = ()
+    accumulation: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScaleConfig:
+    """How a run is laid over the cluster.
+
+    Attributes:
+        workers: number of training processes.
+        gpu: one GPU a worker.
+        min_workers: with fewer GPUs or nodes than `workers` need, go on with so many at least, and
+            grow again when they are back; None waits for all of them. A step then has fewer
+            windows.
+        sharded: split parameters, gradients and optimizer state over the workers (FSDP2), for
+            backbones that are large beside a GPU.
+        cpus_per_worker: logical CPUs that a worker holds; what is left over decodes videos.
+        cpus_per_decoder: logical CPUs that a decoding task holds, so how many of them run at once.
+        decoder_threads: of a decoding task; more than one helps with large pictures only.
+        max_failures: how often a lost worker may be replaced from the last checkpoint.
+    """
+
+    workers: int = 1
+    min_workers: int | None = None
+    sharded: bool = False
+    gpu: bool = True
+    cpus_per_worker: float = 1.0
+    cpus_per_decoder: float = 0.5
+    decoder_threads: int = 1
+    max_failures: int = 2
+
+    def __post_init__(self) -> None:
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
+            raise ValueError(
+                f"ScaleConfig.min_workers of {self.min_workers} is not from 1 to the "
+                f"{self.workers} of ScaleConfig.workers."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When checkpoints are written, and which of them are kept beside the newest.
+
+    Attributes:
+        steps: after so many steps one is written in the midst of an epoch too; None writes one at
+            the end of each epoch only.
+        keep: how many are kept.
+        which: those with the highest mAP, or the last ones.
+    """
+
+    steps: int | None = None
+    keep: int = 2
+    which: Literal["best", "last"] = "best"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """What all recipes have.
+
+    Attributes:
+        name: of the recipe; the MLflow run is named after it.
+        experiment: MLflow experiment.
+        output: folder of checkpoints and of the default MLflow store.
+        seed: of weights, windows, order and dropout.
+        epochs: passes over the training videos.
+        batch_size: windows of a worker's forward pass. A step has `scale.workers` times
+            `optim.accumulation` times as many.
+        resume: go on with the last run of the same configuration and data if it did not end.
+        optim: how weights are learnt.
+        scale: how the run is laid over the cluster.
+        checkpoints: which are written and kept.
+    """
+
+    name: str
+    experiment: str
+    output: str = "runs"
+    seed: int = 0
+    epochs: int
+    batch_size: int
+    resume: bool = True
+    optim: OptimConfig
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
