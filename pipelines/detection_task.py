@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.checkpoints import TrainingState
+from pipelines.coupling import connect
 from pipelines.data import epoch_windows
 from pipelines.loop import Runtime
 from pipelines.model import build_detector, detected_classes, reported_classes, spec_of
@@ -94,20 +95,29 @@ class DetectionTask:
 
     def before_step(
         self,
-        state: TrainingState,  # noqa: ARG002 - nothing about a detector changes but its weights
+        state: TrainingState,
         *,
-        done: int,  # noqa: ARG002
-        steps: int,  # noqa: ARG002
+        done: int,
+        steps: int,
     ) -> dict[str, float]:
-        """Does nothing."""
-        return {}
+        """Moves the connections to where they are to be after the steps that were taken (Dr2Net).
+
+        Args:
+            state: the detector.
+            done: steps before this one.
+            steps: of an epoch.
+
+        Returns:
+            Metrics: where they are.
+        """
+        return connect(state.detector, self.recipe.model, done=done, steps=steps)
 
     def evaluate(
         self,
         state: TrainingState,
         runtime: Runtime,
         *,
-        steps: int,  # noqa: ARG002 - see `before_step`
+        steps: int,  # noqa: ARG002 - what is evaluated is connected as in the end, as it is saved
     ) -> Evaluation:
         """Finds the actions of all validation videos and compares them with the annotations.
 

@@ -1,9 +1,10 @@
 """The complete, typed configuration of a training run of `train.py`."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from pipelines.settings import BackboneModelConfig, RunConfig
+from re2tal.components import Component
 from re2tal.detection.nms import NmsConfig
 from re2tal.localizers.protocol import LocalizerConfig
 from re2tal.videos.annotations import Form
@@ -92,7 +93,7 @@ class ModelConfig(BackboneModelConfig):
             `data.video_scores` or, without it, the proposals themselves are evaluated.
     """
 
-    localizer: LocalizerConfig
+    localizer: Annotated[LocalizerConfig, Component()]
     class_agnostic: bool = False
 
 
@@ -123,6 +124,7 @@ class Recipe(RunConfig):
     save_raw: bool = False
 
     def __post_init__(self) -> None:
+        self.model.check_epochs(self.epochs)
         if self.scale.sharded and self.optim.precision == "float16":
             raise ValueError(
                 "Recipe.scale.sharded goes with Recipe.optim.precision bfloat16 or float32: the "

@@ -8,17 +8,18 @@ import hashlib
 import json
 import os
 import socket
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 from mlflow.entities import Run as MlflowRun
 from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipelines.checkpoints import is_complete
 from pipelines.settings import RunConfig
 from pipelines.task import AnyPlan
-from pipelines.tracking import Run, flatten, open_store, start_run
+from pipelines.tracking import Run, Tracked, flatten, open_store, start_run
 
 _DIGEST = "re2tal.configuration"
 _DRIVER = "re2tal.driver"
@@ -29,27 +30,33 @@ class RunningError(Exception):
     """The same command is being run at this moment; the message says where."""
 
 
-def digest(recipe: RunConfig, plan: AnyPlan) -> str:
+def digest(config: Tracked, plan: AnyPlan, **more: str) -> str:
     """A hash of all that the result of a run depends on, but for the code.
 
     Args:
-        recipe: with absolute paths.
+        config: a dataclass with absolute paths; whether it says `resume` makes no difference.
         plan: what it works on.
+        more: what else tells it from others.
     """
     content = {
-        "recipe": {name: str(value) for name, value in flatten(replace(recipe, resume=True))},
+        "recipe": {name: str(value) for name, value in flatten(config) if name != "resume"},
         "annotations": plan.fingerprint,
         "videos": sorted(plan.uris.items()),
+        **more,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def resume_or_start(recipe: RunConfig, plan: AnyPlan) -> tuple[Run, bool]:
+def resume_or_start(
+    recipe: RunConfig, plan: AnyPlan, *, parent: str | None = None
+) -> tuple[Run, bool]:
     """Takes up the last run of this configuration if it has not ended, else starts one.
 
     Args:
         recipe: with absolute paths.
         plan: what it works on.
+        parent: id of the run that it is part of, such as a sweep's; a run that is not part of it is
+            another.
 
     Returns:
         The run, and whether it goes on.
@@ -58,23 +65,58 @@ def resume_or_start(recipe: RunConfig, plan: AnyPlan) -> tuple[Run, bool]:
         RunningError: if a process on this machine is at it.
     """
     output = Path(recipe.output)
-    client, uri, experiment = open_store(recipe.experiment, output=output)
-    tags = {_DIGEST: digest(recipe, plan), _DRIVER: _driver()}
-    last = _last_run(client, experiment, tags[_DIGEST]) if recipe.resume else None
+    of = {} if parent is None else {MLFLOW_PARENT_RUN_ID: parent}
+    tags = of | mark(digest(recipe, plan, **of))
+    run = unfinished(recipe, tags, output=output) if recipe.resume else None
+    if run is not None and newest_checkpoint(output / run.run_id) is not None:
+        _drop_damaged_list(output / run.run_id)
+        reopen(run)
+        return run, True
+    if run is not None and run.client.get_run(run.run_id).info.status == "RUNNING":
+        run.client.set_terminated(run.run_id, "KILLED")  # its driver was, and could not say so
+    return start_run(recipe, output=output, tags=tags), False
+
+
+def mark(configuration: str) -> dict[str, str]:
+    """The tags by which a run is found again.
+
+    Args:
+        configuration: what `digest` returned.
+    """
+    return {_DIGEST: configuration, _DRIVER: _driver()}
+
+
+def unfinished(config: Tracked, tags: Mapping[str, str], *, output: Path) -> Run | None:
+    """The last run with the mark of a configuration, if it has not ended well.
+
+    Args:
+        config: names the experiment.
+        tags: what `mark` returned.
+        output: folder of the default store.
+
+    Raises:
+        RunningError: if a process on this machine is at it.
+    """
+    client, uri, experiment = open_store(config.experiment, output=output)
+    last = _last_run(client, experiment, tags[_DIGEST])
     if last is None or last.info.status == "FINISHED":
-        return start_run(recipe, output=output, tags=tags), False
+        return None
     run = Run(uri=uri, run_id=last.info.run_id)
     _refuse_if_alive(last.data.tags.get(_DRIVER, ""), run)
-    if newest_checkpoint(output / run.run_id) is None:
-        if last.info.status == "RUNNING":  # its driver was killed, and could not say so
-            client.set_terminated(run.run_id, "KILLED")
-        return start_run(recipe, output=output, tags=tags), False
-    _drop_damaged_list(output / run.run_id)
+    return run
+
+
+def reopen(run: Run) -> None:
+    """Makes this process the one that goes on with a run.
+
+    Args:
+        run: what `unfinished` returned.
+    """
+    client = run.client
     client.update_run(run.run_id, status="RUNNING")
-    client.set_tag(run.run_id, _DRIVER, tags[_DRIVER])
-    if "error" in last.data.tags:
+    client.set_tag(run.run_id, _DRIVER, _driver())
+    if "error" in client.get_run(run.run_id).data.tags:
         client.delete_tag(run.run_id, "error")
-    return run, True
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -1,10 +1,11 @@
 """What every run is configured with: model, optimizer, scale, checkpoints."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from pipelines.precision import Precision
 from re2tal.backbones.protocol import BackboneConfig
+from re2tal.components import Component
 from re2tal.trained import IMAGENET_MEAN, IMAGENET_STD
 
 CompiledPart = Literal["branches", "localizer"]
@@ -21,6 +22,11 @@ class BackboneModelConfig:
         mean: of red, green and blue in [0, 1] that the backbone was pretrained with.
         std: their standard deviation.
         reversible: rewire the backbone (Re2TAL), so that its activations are recomputed.
+        slice_mb: branches run in pieces of about so many MiB, the smaller the less memory and the
+            slower; None takes what suits the device.
+        coupling_epochs: epochs over which the connections move from the pretrained network's to the
+            rewired ones, step by step (Dr2Net's alpha from 1 to 0 and beta from 0 to 1); None
+            rewires at once. Activations are stored until it is through.
         frozen: names of modules of the model that are not trained, such as "backbone" or
             "backbone.patch_embed": their parameters keep their values, their BatchNorms the
             statistics, and they are run as in evaluation.
@@ -28,13 +34,42 @@ class BackboneModelConfig:
             statistics of BatchNorms as they are; "frozen" keeps scale and shift of all norms too.
     """
 
-    backbone: BackboneConfig
+    backbone: Annotated[BackboneConfig, Component()]
     weights: str | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     reversible: bool = True
+    slice_mb: int | None = None
+    coupling_epochs: float | None = None
     frozen: tuple[str, ...] = ()
     norms: Literal["trained", "statistics", "frozen"] = "trained"
+
+    def __post_init__(self) -> None:
+        if self.reversible:
+            return
+        for field_name in ("slice_mb", "coupling_epochs"):
+            if getattr(self, field_name) is not None:
+                option = field_name.replace("_", "-")
+                raise ValueError(
+                    f"--model.{option} is of rewired connections, but --model.no-reversible says "
+                    "that there are none: leave one of them out."
+                )
+
+    def check_epochs(self, epochs: int) -> None:
+        """Checks that the connections have moved to their end when a run ends.
+
+        Args:
+            epochs: of the run.
+
+        Raises:
+            ValueError: if they have not.
+        """
+        moving = self.coupling_epochs
+        if moving is not None and not 0 < moving <= epochs:
+            raise ValueError(
+                f"--model.coupling-epochs must be above 0 and at most the {epochs} epochs of the "
+                f"run, not {moving:g}: the network would end between the two."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

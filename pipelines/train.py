@@ -15,14 +15,20 @@ The same without videos and backbone, on features (extract_features.py):
 Any field of a recipe, by its dotted name:
 
   python pipelines/train.py toy --epochs 3 --optim.backbone-lr 1e-4
+
+What an earlier run trained, such as the best trial of a sweep (sweeps/), with other values for
+some fields:
+
+  python pipelines/train.py --from-run RUN_ID --epochs 12
 """
 
+import argparse
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -42,6 +48,7 @@ from pipelines.pretrained import fetch_weights, require_weights
 from pipelines.progress import ProgressPrinter
 from pipelines.quiet import init_ray
 from pipelines.recipe import Recipe
+from pipelines.recipe_file import log_recipe, recipe_of
 from pipelines.recipes import RECIPES
 from pipelines.resources import ResourceError, check_resources, store_remark
 from pipelines.results import log_results, print_summary
@@ -61,7 +68,7 @@ from pipelines.tracking import (
 from pipelines.worker import Job, TrainingProblem, train_worker
 from re2tal.detection.files import DetectionFileError
 from re2tal.detector import Detector
-from re2tal.videos.annotations import AnnotationError, summarize
+from re2tal.videos.annotations import AnnotationError, Annotations, summarize
 from re2tal.videos.toy import make_toy
 
 
@@ -88,8 +95,26 @@ def parse(arguments: Sequence[str]) -> Recipe:
 
     Args:
         arguments: without the program's name.
+
+    Raises:
+        StorageError: if the run whose configuration is asked for cannot be had.
     """
-    return parse_recipe(arguments, RECIPES, script="train.py", description=__doc__ or "")
+    run_id, rest = _split_off("--from-run", arguments)
+    if run_id is None:
+        return parse_recipe(rest, RECIPES, script="train.py", description=__doc__ or "")
+    output = Path(_split_off("--output", rest)[0] or "runs")
+    recipe = recipe_of(Run(uri=tracking_uri(output.absolute()), run_id=run_id))
+    return parse_recipe(
+        ["run", *rest], {"run": lambda: recipe}, script="train.py", description=__doc__ or ""
+    )
+
+
+def _split_off(option: str, arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of an option, or None, and the arguments without it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(option, dest="value")
+    known, rest = parser.parse_known_args(arguments)
+    return known.value, rest
 
 
 def _show_toy(done: int, total: int) -> None:
@@ -173,12 +198,15 @@ def _kept(config: CheckpointConfig, score: str) -> ray.train.CheckpointConfig:
     )
 
 
-def fit(task: Task, run: Run) -> ray.train.Result:
+def fit(
+    task: Task, run: Run, *, callbacks: Sequence[ray.train.UserCallback] = ()
+) -> ray.train.Result:
     """Trains on the cluster and shows progress until it ends.
 
     Args:
         task: what is trained; the paths of its recipe are absolute.
         run: where metrics go.
+        callbacks: of Ray Train, which see what each epoch reports.
 
     Returns:
         Ray's result, with the kept checkpoints.
@@ -213,6 +241,7 @@ def fit(task: Task, run: Run) -> ray.train.Result:
                     max_failures=scale.max_failures, controller_failure_limit=2
                 ),
                 checkpoint_config=_kept(recipe.checkpoints, task.score),
+                callbacks=list(callbacks),
                 logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             ),
         )
@@ -221,6 +250,79 @@ def fit(task: Task, run: Run) -> ray.train.Result:
     if isinstance(problem, TrainingProblem):
         raise TrainingError(problem.message)
     return result
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A run that can start.
+
+    Attributes:
+        recipe: with absolute paths.
+        annotations: of the data set.
+        plan: what it works on.
+    """
+
+    recipe: Recipe
+    annotations: Annotations
+    plan: Plan
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Checks all that can be checked before a run, and starts or joins Ray.
+
+    Args:
+        recipe: as the user gave it.
+
+    Raises:
+        Exception: one of `PROBLEMS`.
+    """
+    recipe = absolute(recipe)
+    annotations = read_annotations(recipe.data)
+    if recipe.data.features:
+        recipe = without_backbone(recipe, Features(recipe.data.features))
+    check_model(recipe, annotations.classes)
+    init_ray()
+    check_resources(recipe.scale)
+    if not recipe.data.features and (remark := store_remark(recipe, ray.nodes())):
+        print(f"warning: {remark}", flush=True)
+    plan = make_plan(recipe.data, annotations)
+    _show_remarks(plan)
+    return Prepared(recipe=recipe, annotations=annotations, plan=plan)
+
+
+def train_prepared(
+    ready: Prepared,
+    *,
+    parent: str | None = None,
+    callbacks: Sequence[ray.train.UserCallback] = (),
+) -> Run:
+    """Trains, and puts into MLflow what it is trained on, how it went, and what came out.
+
+    Args:
+        ready: what is trained.
+        parent: id of the MLflow run that this one is part of.
+        callbacks: of Ray Train, which see what each epoch reports.
+
+    Returns:
+        The MLflow run.
+    """
+    recipe, plan = ready.recipe, ready.plan
+    detector = check_model(recipe, plan.classes)
+    run, goes_on = resume_or_start(recipe, plan, parent=parent)
+    if goes_on:
+        print(f"going on with the unfinished run {run.run_id}; --no-resume starts anew", flush=True)
+    with finishing(run):
+        log_recipe(run, recipe)
+        log_dataset(
+            run, name=recipe.name, source=str(recipe.data.annotations), digest=plan.fingerprint
+        )
+        log_text(run, [summarize(ready.annotations)], "data/summary.txt")
+        log_text(run, plan.remarks, "data/remarks.txt")
+        if plan.features is None:
+            log_metrics(run, activation_metrics(recipe, detector), step=0)
+        result = fit(DetectionTask(recipe=recipe, plan=plan), run, callbacks=callbacks)
+        log_results(recipe, plan, run, result)
+    return run
 
 
 def train(recipe: Recipe) -> Run:
@@ -233,31 +335,9 @@ def train(recipe: Recipe) -> Run:
         The MLflow run.
     """
     began = time.perf_counter()
-    recipe = absolute(recipe)
-    annotations = read_annotations(recipe.data)
-    if recipe.data.features:
-        recipe = without_backbone(recipe, Features(recipe.data.features))
-    detector = check_model(recipe, annotations.classes)
-    init_ray()
-    check_resources(recipe.scale)
-    if not recipe.data.features and (remark := store_remark(recipe, ray.nodes())):
-        print(f"warning: {remark}", flush=True)
-    plan = make_plan(recipe.data, annotations)
-    _show_remarks(plan)
-    run, goes_on = resume_or_start(recipe, plan)
-    if goes_on:
-        print(f"going on with the unfinished run {run.run_id}; --no-resume starts anew", flush=True)
-    with finishing(run):
-        log_dataset(
-            run, name=recipe.name, source=str(recipe.data.annotations), digest=plan.fingerprint
-        )
-        log_text(run, [summarize(annotations)], "data/summary.txt")
-        log_text(run, plan.remarks, "data/remarks.txt")
-        if plan.features is None:
-            log_metrics(run, activation_metrics(recipe, detector), step=0)
-        result = fit(DetectionTask(recipe=recipe, plan=plan), run)
-        log_results(recipe, plan, run, result)
-    print_summary(recipe, plan, run, seconds=time.perf_counter() - began)
+    ready = prepare(recipe)
+    run = train_prepared(ready)
+    print_summary(ready.recipe, ready.plan, run, seconds=time.perf_counter() - began)
     return run
 
 

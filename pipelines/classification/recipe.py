@@ -66,13 +66,9 @@ class ClassifierModelConfig(BackboneModelConfig):
     """The classifier: backbone and a linear layer. Without `reversible`, this is plain pretraining.
 
     Attributes:
-        coupling_epochs: epochs over which the connections move from the pretrained network's to the
-            rewired ones, step by step (Dr2Net's alpha from 1 to 0 and beta from 0 to 1); None
-            rewires at once. Activations are stored until it is through.
         head: what turns features into classes.
     """
 
-    coupling_epochs: float | None = None
     head: ClipClassifierConfig = field(default_factory=ClipClassifierConfig)
 
 
@@ -104,16 +100,4 @@ class ClassificationRecipe(RunConfig):
     )
 
     def __post_init__(self) -> None:
-        moving = self.model.coupling_epochs
-        if moving is None:
-            return
-        if not self.model.reversible:
-            raise ValueError(
-                "--model.coupling-epochs moves to rewired connections, but --model.no-reversible "
-                "says that there are none: leave one of them out."
-            )
-        if not 0 < moving <= self.epochs:
-            raise ValueError(
-                f"--model.coupling-epochs must be above 0 and at most the {self.epochs} epochs of "
-                f"the run, not {moving:g}: the network would end between the two."
-            )
+        self.model.check_epochs(self.epochs)

@@ -12,6 +12,7 @@ from pipelines.checkpoints import TrainingState
 from pipelines.classification.evaluation import accuracy_metrics, score_videos
 from pipelines.classification.plan import ClassificationPlan
 from pipelines.classification.recipe import ClassificationRecipe
+from pipelines.coupling import connect
 from pipelines.loop import Runtime
 from pipelines.plan import UnusableVideosError, check_failures
 from pipelines.progress import duration
@@ -19,7 +20,6 @@ from pipelines.start import prepare
 from pipelines.task import Evaluation
 from pipelines.validation import gather
 from re2tal.classifier import Classifier
-from re2tal.reversible.schedule import CouplingSchedule
 from re2tal.trained import DetectorSpec
 from re2tal.videos.trimmed import ViewConfig, random_clip, views
 from re2tal.videos.windows import Window
@@ -118,15 +118,7 @@ class ClassificationTask:
         Returns:
             Metrics: where they are.
         """
-        return self._connect(state.detector, done=done, steps=steps)
-
-    def _connect(self, classifier: Classifier, *, done: int, steps: int) -> dict[str, float]:
-        epochs = self.recipe.model.coupling_epochs
-        if epochs is None:
-            return {}
-        schedule = CouplingSchedule(steps=max(1, round(epochs * steps)))
-        coupling = schedule.apply(classifier, done)
-        return {"coupling/alpha": coupling.alpha, "coupling/beta": coupling.beta}
+        return connect(state.detector, self.recipe.model, done=done, steps=steps)
 
     def evaluate(self, state: TrainingState, runtime: Runtime, *, steps: int) -> Evaluation:
         """Evaluates the averaged classifier on the middle clips; after the last epoch on all views.
@@ -140,7 +132,7 @@ class ClassificationTask:
             UnusableVideosError: if too many videos could not be decoded.
         """
         classifier = cast("Classifier", state.averaged()).eval()
-        self._connect(classifier, done=state.epoch * steps, steps=steps)
+        connect(classifier, self.recipe.model, done=state.epoch * steps, steps=steps)
         metrics = self._test(classifier, state, runtime, ViewConfig(), prefix="val")
         if state.epoch == self.recipe.epochs:
             metrics |= self._test(classifier, state, runtime, self.recipe.views, prefix="test")

@@ -44,6 +44,8 @@ def without_backbone(recipe: Recipe, features: Features) -> Recipe:
         ),
         weights=None,
         reversible=False,
+        slice_mb=None,
+        coupling_epochs=None,
         frozen=frozen,
         norms="trained",
     )

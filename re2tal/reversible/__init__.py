@@ -18,6 +18,7 @@ from re2tal.reversible.controls import (
     reversible_stages,
     set_coupling,
     set_reversible,
+    set_slice_bytes,
     stage_modes,
 )
 from re2tal.reversible.cuts import BySample, ByToken
@@ -52,6 +53,7 @@ __all__ = [
     "rewire",
     "set_coupling",
     "set_reversible",
+    "set_slice_bytes",
     "stage_modes",
     "unwire",
 ]

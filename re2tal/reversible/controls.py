@@ -8,6 +8,7 @@ from torch import nn
 
 from re2tal.reversible.containers import Rewired
 from re2tal.reversible.recompute import Recomputed
+from re2tal.reversible.settings import Budget
 from re2tal.reversible.streams import Coupling
 
 
@@ -39,6 +40,19 @@ def set_coupling(model: nn.Module, *, alpha: float, beta: float) -> None:
         ValueError: if the coefficients are invalid or the model has no rewired stage.
     """
     _change(model, coupling=Coupling(alpha=alpha, beta=beta))
+
+
+def set_slice_bytes(model: nn.Module, slice_bytes: Budget) -> None:
+    """Change how large the pieces of a branch are that run at a time: less memory, or less time.
+
+    Args:
+        model: a rewired model.
+        slice_bytes: as for `rewire`.
+
+    Raises:
+        ValueError: if the model has no rewired stage.
+    """
+    _change(model, slice_bytes=slice_bytes)
 
 
 def check(model: nn.Module) -> None:
