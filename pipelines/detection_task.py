@@ -130,22 +130,14 @@ class DetectionTask:
             UnusableVideosError: if too many videos could not be decoded.
         """
         before = time.perf_counter()
-        recipe, plan, reported = self.recipe, self.trained, self.reported
+        recipe, plan = self.recipe, self.trained
         detections, raw, failed = self._detect(state, runtime)
         check_failures(failed, len(plan.uris) + len(plan.failures), recipe.data.max_failed)
         metrics = {"videos/failed": float(len(failed))}
         if recipe.model.class_agnostic:
             metrics |= proposal_metrics(detections, plan.validation, plan.classes)
-        if plan.video_scores is not None:
-            top = recipe.data.video_scores_top
-            detections = fuse_videos(detections, plan.video_scores, top=top)
-        metrics |= evaluate(
-            detections,
-            reported.validation,
-            reported.classes,
-            recipe.thresholds,
-            ignore_ambiguous=recipe.ignore_ambiguous,
-        )
+        detections, quality = self.judged(detections)
+        metrics |= quality
         runtime.say(
             f"epoch {state.epoch}/{recipe.epochs}  validation  mAP {metrics['val/mAP']:.3f}  "
             f"({len(detections)} videos, {duration(time.perf_counter() - before)})"
@@ -153,6 +145,29 @@ class DetectionTask:
         return Evaluation(
             metrics=metrics, write=partial(self._write, detections=detections, raw=raw)
         )
+
+    def judged(
+        self, detections: Mapping[str, Detections]
+    ) -> tuple[dict[str, Detections], dict[str, float]]:
+        """Gives proposals their classes, if an external classifier names them, and evaluates.
+
+        Args:
+            detections: video id to detections in seconds, after non-maximum suppression.
+
+        Returns:
+            The detections with classes, and the metrics of `pipelines.validation.evaluate`.
+        """
+        reported, scores = self.reported, self.plan.video_scores
+        if scores is not None:
+            detections = fuse_videos(detections, scores, top=self.recipe.data.video_scores_top)
+        metrics = evaluate(
+            detections,
+            reported.validation,
+            reported.classes,
+            self.recipe.thresholds,
+            ignore_ambiguous=self.recipe.ignore_ambiguous,
+        )
+        return dict(detections), metrics
 
     def _detect(
         self, state: TrainingState, runtime: Runtime

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
-from mlflow.entities import Run as MlflowRun
-from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipelines.checkpoints import is_complete
@@ -67,14 +65,17 @@ def resume_or_start(
     output = Path(recipe.output)
     of = {} if parent is None else {MLFLOW_PARENT_RUN_ID: parent}
     tags = of | mark(digest(recipe, plan, **of))
-    run = unfinished(recipe, tags, output=output) if recipe.resume else None
-    if run is not None and newest_checkpoint(output / run.run_id) is not None:
-        _drop_damaged_list(output / run.run_id)
-        reopen(run)
-        return run, True
-    if run is not None and run.client.get_run(run.run_id).info.status == "RUNNING":
-        run.client.set_terminated(run.run_id, "KILLED")  # its driver was, and could not say so
-    return start_run(recipe, output=output, tags=tags), False
+    run = last_run(recipe, tags, output=output) if recipe.resume else None
+    status = run and run.client.get_run(run.run_id).info.status
+    if run is None or status == "FINISHED":
+        return start_run(recipe, output=output, tags=tags), False
+    if newest_checkpoint(output / run.run_id) is None:
+        if status == "RUNNING":  # its driver was killed, and could not say so
+            run.client.set_terminated(run.run_id, "KILLED")
+        return start_run(recipe, output=output, tags=tags), False
+    _drop_damaged_list(output / run.run_id)
+    reopen(run)
+    return run, True
 
 
 def mark(configuration: str) -> dict[str, str]:
@@ -86,8 +87,8 @@ def mark(configuration: str) -> dict[str, str]:
     return {_DIGEST: configuration, _DRIVER: _driver()}
 
 
-def unfinished(config: Tracked, tags: Mapping[str, str], *, output: Path) -> Run | None:
-    """The last run with the mark of a configuration, if it has not ended well.
+def last_run(config: Tracked, tags: Mapping[str, str], *, output: Path) -> Run | None:
+    """The last run with the mark of a configuration, however it ended.
 
     Args:
         config: names the experiment.
@@ -98,11 +99,17 @@ def unfinished(config: Tracked, tags: Mapping[str, str], *, output: Path) -> Run
         RunningError: if a process on this machine is at it.
     """
     client, uri, experiment = open_store(config.experiment, output=output)
-    last = _last_run(client, experiment, tags[_DIGEST])
-    if last is None or last.info.status == "FINISHED":
+    found = client.search_runs(
+        [experiment],
+        filter_string=f"tags.`{_DIGEST}` = '{tags[_DIGEST]}'",
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+    )
+    if not found:
         return None
-    run = Run(uri=uri, run_id=last.info.run_id)
-    _refuse_if_alive(last.data.tags.get(_DRIVER, ""), run)
+    run = Run(uri=uri, run_id=found[0].info.run_id)
+    if found[0].info.status == "RUNNING":
+        _refuse_if_alive(found[0].data.tags.get(_DRIVER, ""), run)
     return run
 
 
@@ -110,7 +117,7 @@ def reopen(run: Run) -> None:
     """Makes this process the one that goes on with a run.
 
     Args:
-        run: what `unfinished` returned.
+        run: what `last_run` returned.
     """
     client = run.client
     client.update_run(run.run_id, status="RUNNING")
@@ -141,16 +148,6 @@ def _drop_damaged_list(folder: Path) -> None:
         return
     except ValueError:
         path.unlink()
-
-
-def _last_run(client: MlflowClient, experiment: str, wanted: str) -> MlflowRun | None:
-    found = client.search_runs(
-        [experiment],
-        filter_string=f"tags.`{_DIGEST}` = '{wanted}'",
-        order_by=["attributes.start_time DESC"],
-        max_results=1,
-    )
-    return found[0] if found else None
 
 
 def _driver() -> str:

@@ -290,28 +290,19 @@ def prepare(recipe: Recipe) -> Prepared:
     return Prepared(recipe=recipe, annotations=annotations, plan=plan)
 
 
-def train_prepared(
-    ready: Prepared,
-    *,
-    parent: str | None = None,
-    callbacks: Sequence[ray.train.UserCallback] = (),
-) -> Run:
+def train_run(
+    ready: Prepared, run: Run, *, callbacks: Sequence[ray.train.UserCallback] = ()
+) -> None:
     """Trains, and puts into MLflow what it is trained on, how it went, and what came out.
 
     Args:
         ready: what is trained.
-        parent: id of the MLflow run that this one is part of.
+        run: where to; it is ended.
         callbacks: of Ray Train, which see what each epoch reports.
-
-    Returns:
-        The MLflow run.
     """
     recipe, plan = ready.recipe, ready.plan
-    detector = check_model(recipe, plan.classes)
-    run, goes_on = resume_or_start(recipe, plan, parent=parent)
-    if goes_on:
-        print(f"going on with the unfinished run {run.run_id}; --no-resume starts anew", flush=True)
     with finishing(run):
+        detector = check_model(recipe, plan.classes)
         log_recipe(run, recipe)
         log_dataset(
             run, name=recipe.name, source=str(recipe.data.annotations), digest=plan.fingerprint
@@ -322,7 +313,6 @@ def train_prepared(
             log_metrics(run, activation_metrics(recipe, detector), step=0)
         result = fit(DetectionTask(recipe=recipe, plan=plan), run, callbacks=callbacks)
         log_results(recipe, plan, run, result)
-    return run
 
 
 def train(recipe: Recipe) -> Run:
@@ -336,7 +326,10 @@ def train(recipe: Recipe) -> Run:
     """
     began = time.perf_counter()
     ready = prepare(recipe)
-    run = train_prepared(ready)
+    run, goes_on = resume_or_start(ready.recipe, ready.plan)
+    if goes_on:
+        print(f"going on with the unfinished run {run.run_id}; --no-resume starts anew", flush=True)
+    train_run(ready, run)
     print_summary(ready.recipe, ready.plan, run, seconds=time.perf_counter() - began)
     return run
 

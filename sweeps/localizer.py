@@ -1,0 +1,84 @@
+"""Searches the localizer: its shape, its losses and, over saved predictions, post-processing.
+
+On the toy data, on two CPU cores:
+
+  python sweeps/localizer.py
+
+Many more trials in the same time, on features of the pretrained backbone (extract_features.py):
+
+  python sweeps/localizer.py --base.data.features FEATURES --trials 50
+
+Around another recipe, on data of yours:
+
+  python sweeps/localizer.py RECIPE --base.data.annotations A --base.data.features FEATURES
+
+Non-maximum suppression and voting need no training: at the end they are searched over what the best
+trial detected (sweeps/postprocessing.py does it for any run).
+"""
+
+from dataclasses import replace
+
+from pipelines.recipe import Recipe
+from re2tal.localizers.actionformer import ActionFormerConfig
+from re2tal.localizers.vsgn import VSGNConfig
+from sweeps.bases import one_worker
+from sweeps.search import main
+from sweeps.suggestions import Suggestions
+from sweeps.sweep import Sweep
+
+
+def space(suggest: Suggestions, base: Recipe) -> None:
+    """What the base recipe's localizer has to choose."""
+    rate = base.optim.localizer_lr
+    suggest.log_float("optim.localizer_lr", rate / 5, rate * 5)
+    localizer = base.model.localizer
+    if isinstance(localizer, ActionFormerConfig):
+        actionformer(suggest, localizer)
+    elif isinstance(localizer, VSGNConfig):
+        vsgn(suggest, localizer)
+
+
+def actionformer(suggest: Suggestions, base: ActionFormerConfig) -> None:
+    """Pyramid, widths, heads, attention window, which points are positives, weights of losses."""
+    field = "model.localizer."
+    suggest.choice(f"{field}levels", (base.levels - 1, base.levels))
+    width = suggest.choice(f"{field}width", (base.width // 2, base.width, base.width * 2))
+    heads = [n for n in (base.heads // 2, base.heads, base.heads * 2) if n and width % n == 0]
+    suggest.choice(f"{field}heads", heads)
+    suggest.choice(f"{field}head_layers", (2, base.head_layers))
+    if isinstance(base.window, int):
+        suggest.choice(f"{field}window", (0, 9, 19))
+    suggest.number(f"{field}centre_radius", 1.0, 3.0)
+    suggest.log_float(f"{field}first_range", base.first_range / 2, base.first_range * 2)
+    suggest.log_float(f"{field}regression_weight", 0.25, 4.0)
+    suggest.number(f"{field}label_smoothing", 0.0, 0.2)
+    suggest.number(f"{field}dropout", 0.0, 0.3)
+
+
+def vsgn(suggest: Suggestions, base: VSGNConfig) -> None:
+    """Pyramid, width, graph, anchors and what they match, weight of the supplementary losses."""
+    field = "model.localizer."
+    suggest.choice(f"{field}levels", (base.levels - 1, base.levels))
+    suggest.choice(f"{field}width", (base.width // 2, base.width))
+    suggest.choice(f"{field}head_layers", (2, base.head_layers))
+    if suggest.choice(f"{field}graph", (True, False)):
+        suggest.choice(f"{field}neighbours", (6, 12))
+    suggest.choice(f"{field}anchor_scales", ((1.0, 1.5), (1.5, 3.0)))
+    suggest.number(f"{field}match_tiou", 0.4, 0.7)
+    suggest.log_float(f"{field}supplementary_weight", 0.05, 1.0)
+
+
+def _with_raw(recipe: Recipe) -> Recipe:
+    return replace(one_worker(recipe), save_raw=True)
+
+
+SWEEP = Sweep(
+    name="localizer",
+    space=space,
+    epochs=lambda base: max(1, base.epochs // 2),
+    prepare=_with_raw,
+    postprocessing=True,
+)
+
+if __name__ == "__main__":
+    main(SWEEP, __doc__ or "")

@@ -1,0 +1,190 @@
+"""Searches non-maximum suppression and voting over what a run detected, without training again.
+
+The run must have kept its raw detections (train.py --save-raw; the trials of sweeps/localizer.py
+do):
+
+  python sweeps/postprocessing.py --run RUN_ID
+"""
+
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import tyro
+from mlflow.entities import Param
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+from optuna.samplers import TPESampler
+
+from pipelines.command_line import told_shortly
+from pipelines.data import Video
+from pipelines.detection_task import RAW_FILE, DetectionTask
+from pipelines.mlflow_artifacts import fetch
+from pipelines.plan import Plan, read_annotations, read_video_scores
+from pipelines.recipe import Recipe
+from pipelines.recipe_file import recipe_of
+from pipelines.tracking import Run, finishing, log_metrics, start_run, tracking_uri
+from pipelines.train import PROBLEMS
+from re2tal.detection.nms import nms_videos
+from re2tal.detection.raw import read_raw
+from re2tal.detection.segments import Detections
+from sweeps.overrides import override
+from sweeps.suggestions import Suggestions
+from sweeps.sweep import MAP
+from sweeps.trial import SEARCHED
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PostprocessingConfig:
+    """What to search for.
+
+    Attributes:
+        run: id of a training run in MLflow that kept its raw detections.
+        trials: ways to thin them out that are tried.
+        seed: of the search.
+        output: folder of the default MLflow store.
+    """
+
+    run: str
+    trials: int = 100
+    seed: int = 0
+    output: str = "runs"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Postprocessing:
+    """What a search found.
+
+    Attributes:
+        values: for fields of the recipe, by dotted name.
+        before: average mAP with the recipe's own.
+        after: with the values; not lower.
+        run: where it stands in MLflow.
+    """
+
+    values: dict[str, Any]
+    before: float
+    after: float
+    run: Run
+
+    @property
+    def options(self) -> list[str]:
+        """The values as options of `train.py`."""
+        words = []
+        for name, value in self.values.items():
+            words += [f"--{name.replace('_', '-')}", str(value)]
+        return words
+
+
+def space(suggest: Suggestions) -> None:
+    """How overlapping detections are thinned out, and whether they vote."""
+    method = suggest.choice("nms.method", ("soft", "hard"))
+    if method == "soft":
+        suggest.log_float("nms.sigma", 0.05, 2.0)
+    elif method == "hard":
+        suggest.number("nms.iou", 0.1, 0.9)
+    if suggest.choice("nms.voting", ("none", "score", "score_tiou")) != "none":
+        suggest.number("nms.voting_iou", 0.5, 0.95)
+
+
+def search_postprocessing(run: Run, *, trials: int, seed: int, parent: str) -> Postprocessing:
+    """Searches the post-processing of a run's detections; a run of its own in MLflow.
+
+    Args:
+        run: that kept its raw detections.
+        trials: to make, the recipe's own settings among them.
+        seed: of the search.
+        parent: id of the MLflow run that the search is part of.
+
+    Raises:
+        StorageError: if the run kept no raw detections, or its annotations are gone.
+        DetectionFileError: if they cannot be read.
+    """
+    recipe = recipe_of(run)
+    with tempfile.TemporaryDirectory() as folder:
+        uri = f"runs:/{run.run_id}/{RAW_FILE}"
+        what = "Raw detections, which a run keeps with --save-raw"
+        path = fetch(uri, Path(folder), tracking_uri=run.uri, what=what)
+        raw, _ = read_raw(path)
+    plan = _plan(recipe, raw)
+    tags = {MLFLOW_PARENT_RUN_ID: parent, MLFLOW_RUN_NAME: f"{recipe.name} post-processing"}
+    tracked = start_run(recipe, output=Path(recipe.output), tags=tags)
+    with finishing(tracked):
+        study = _search(recipe, plan, raw, trials=trials, seed=seed)
+        best = study.best_trial
+        before, after = study.trials[0].value or 0.0, best.value or 0.0
+        params = [Param(f"{SEARCHED}{name}", str(value)) for name, value in best.params.items()]
+        tracked.client.log_batch(tracked.run_id, params=params)
+        log_metrics(tracked, {"base/val/mAP": before, MAP: after}, step=0)
+        for number, trial in enumerate(study.trials):
+            log_metrics(tracked, {"sweep/mAP": trial.value or 0.0}, step=number)
+    values = best.user_attrs["values"]
+    return Postprocessing(values=values, before=before, after=after, run=tracked)
+
+
+def _search(
+    recipe: Recipe, plan: Plan, raw: Mapping[str, Detections], *, trials: int, seed: int
+) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction="maximize", sampler=TPESampler(seed=seed))
+    own = Suggestions(recipe)
+    space(own)
+    study.enqueue_trial(own.base_point)
+
+    def quality(trial: optuna.Trial) -> float:
+        suggestions = Suggestions(recipe, trial)
+        space(suggestions)
+        trial.set_user_attr("values", suggestions.values)
+        changed = override(recipe, suggestions.values)
+        task = DetectionTask(recipe=changed, plan=plan)
+        _, metrics = task.judged(nms_videos(raw, changed.nms))
+        return metrics[MAP]
+
+    study.optimize(quality, n_trials=trials)
+    return study
+
+
+def _plan(recipe: Recipe, raw: Mapping[str, Detections]) -> Plan:
+    """The validation videos that detections were kept of; their files are not needed."""
+    data = recipe.data
+    annotations = read_annotations(data)
+    videos = [v for v in annotations.subset(data.validation_subset).videos if v.video_id in raw]
+    scores = read_video_scores(
+        data.video_scores,
+        annotations.classes,
+        videos,
+        top=data.video_scores_top,
+        logits=data.video_scores_logits,
+    )
+    return Plan(
+        classes=annotations.classes,
+        training=(),
+        validation=tuple(Video(annotation=video, uri="") for video in videos),
+        failures={},
+        fingerprint=annotations.fingerprint,
+        video_scores=scores,
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Searches from the command line.
+
+    Args:
+        arguments: without the program's name.
+    """
+    config = tyro.cli(PostprocessingConfig, args=arguments, description=__doc__)
+    run = Run(uri=tracking_uri(Path(config.output).absolute()), run_id=config.run)
+    with told_shortly(PROBLEMS):
+        found = search_postprocessing(
+            run, trials=config.trials, seed=config.seed, parent=config.run
+        )
+        print(f"average mAP {found.before:.4f} with the recipe's own, {found.after:.4f} with")
+        print("  " + " ".join(found.options))
+        print(f"MLflow run {found.run.run_id} in {found.run.uri}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

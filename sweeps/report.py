@@ -1,0 +1,191 @@
+"""What is left of a sweep when it ends: the best trials, what they gained, pictures, a command."""
+
+import csv
+import io
+import json
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.tracking import Run, log_metrics
+from sweeps.children import FIRST_STEP, children
+from sweeps.pictures import pictures
+from sweeps.postprocessing import Postprocessing, search_postprocessing
+from sweeps.settings import SweepConfig
+from sweeps.study import ended
+from sweeps.sweep import Objective, Sweep
+from sweeps.trial import NUMBER_TAG, RUN_ID
+
+TRIALS = "sweep/trials"
+_SHOWN = 10
+_POSTPROCESSED = 100  # ways to post-process that are tried
+
+
+def report(sweep: Sweep, config: SweepConfig, run: Run, study: optuna.Study) -> None:
+    """Puts the results of a sweep into its MLflow run, and prints them.
+
+    Args:
+        sweep: what was searched.
+        config: how.
+        run: the sweep's.
+        study: its trials.
+    """
+    trials = ended(study)
+    finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    counts: dict[str, float] = {
+        TRIALS: len(trials),
+        "sweep/finished": len(finished),
+        "sweep/pruned": sum(trial.state == TrialState.PRUNED for trial in trials),
+        "sweep/failed": sum(trial.state == TrialState.FAIL for trial in trials),
+    }
+    runs = {child.data.tags.get(NUMBER_TAG): child for child in children(run)}
+    overhead = [
+        child.data.metrics[FIRST_STEP]
+        for child in runs.values()
+        if FIRST_STEP in child.data.metrics
+    ]
+    if overhead:
+        counts[FIRST_STEP] = statistics.median(overhead)
+    log_metrics(run, counts, step=0)
+    run.client.log_text(run.run_id, _csv(sweep.objectives, trials), "trials.csv")
+    if not finished:
+        print(f"No trial came to its end: {counts}. The runs of the trials say why.")
+        return
+    for name, figure in pictures(study, sweep.objectives, finished).items():
+        run.client.log_figure(run.run_id, figure, f"pictures/{name}.png")
+    best = best_trials(study, sweep.objectives, finished)
+    base = next((t for t in finished if t.number == 0), None)
+    log_metrics(run, _results(sweep.objectives, best, base), step=0)
+    found = _postprocessing(sweep, config, run, best[0])
+    command = command_of(config, best[0], found)
+    chosen = {"run": best[0].user_attrs[RUN_ID], "values": best[0].params, "command": command}
+    run.client.log_text(run.run_id, json.dumps(chosen, indent=2), "best.json")
+    run.client.set_tag(run.run_id, "best.run", chosen["run"])
+    for name, value in best[0].params.items():
+        run.client.set_tag(run.run_id, f"best.{name}", str(value))
+    _print(sweep, best, base, counts, run, found)
+    print(f"\ntrain the best in full:\n  {command}")
+
+
+def best_trials(
+    study: optuna.Study, objectives: Sequence[Objective], finished: Sequence[FrozenTrial]
+) -> list[FrozenTrial]:
+    """The trials that a sweep was for, the best first.
+
+    With several objectives these are the trials that no other beats in all of them.
+
+    Args:
+        study: its trials.
+        objectives: of the sweep.
+        finished: the trials that came to their end.
+    """
+    first = objectives[0].mode == "max"
+    chosen = study.best_trials if len(objectives) > 1 else finished
+    return sorted(chosen, key=lambda trial: trial.values[0], reverse=first)
+
+
+def _postprocessing(
+    sweep: Sweep, config: SweepConfig, run: Run, best: FrozenTrial
+) -> Postprocessing | None:
+    if not sweep.postprocessing:
+        return None
+    of = Run(uri=run.uri, run_id=best.user_attrs[RUN_ID])
+    found = search_postprocessing(of, trials=_POSTPROCESSED, seed=config.seed, parent=run.run_id)
+    log_metrics(run, {"best/postprocessed_mAP": found.after}, step=0)
+    return found
+
+
+def command_of(config: SweepConfig, trial: FrozenTrial, found: Postprocessing | None) -> str:
+    """The command that trains a trial's configuration in full.
+
+    Args:
+        config: of the sweep.
+        trial: the best one.
+        found: the post-processing that suits it, if it was searched.
+    """
+    words = ["python", "pipelines/train.py", "--from-run", trial.user_attrs[RUN_ID]]
+    words += ["--epochs", str(config.base.epochs), "--output", config.output]
+    if found is not None:
+        words += found.options
+    return shlex.join(words)
+
+
+def _results(
+    objectives: Sequence[Objective], best: Sequence[FrozenTrial], base: FrozenTrial | None
+) -> dict[str, float]:
+    metrics = {f"best/{o.metric}": v for o, v in zip(objectives, best[0].values, strict=True)}
+    if base is not None:
+        for objective, value in zip(objectives, base.values, strict=True):
+            metrics[f"base/{objective.metric}"] = value
+    return metrics
+
+
+def _csv(objectives: Sequence[Objective], trials: Sequence[FrozenTrial]) -> str:
+    names = sorted({name for trial in trials for name in trial.params})
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["number", "state", "run", *(o.metric for o in objectives), *names])
+    for trial in trials:
+        complete = trial.state == TrialState.COMPLETE
+        values = trial.values if complete else [""] * len(objectives)
+        params = [trial.params.get(name, "") for name in names]
+        state = trial.state.name.lower()
+        writer.writerow([trial.number, state, trial.user_attrs.get(RUN_ID, ""), *values, *params])
+    return text.getvalue()
+
+
+def _print(
+    sweep: Sweep,
+    best: Sequence[FrozenTrial],
+    base: FrozenTrial | None,
+    counts: Mapping[str, float],
+    run: Run,
+    found: Postprocessing | None,
+) -> None:
+    console = Console(width=max(100, Console().width))
+    several = len(sweep.objectives) > 1
+    what = "trials that no other beats in all objectives" if several else "best trials"
+    table = Table(title=f"{sweep.name}: {what}")
+    for heading in ("trial", *(o.title for o in sweep.objectives), "parameters"):
+        table.add_column(heading, justify="left" if heading == "parameters" else "right")
+    shown = [*best[:_SHOWN], *([base] if base is not None and base not in best[:_SHOWN] else [])]
+    for trial in shown:
+        number = "base" if base is not None and trial.number == base.number else str(trial.number)
+        values = [f"{value:.3f}" for value in trial.values]
+        table.add_row(number, *values, ", ".join(_short(*item) for item in trial.params.items()))
+    console.print(table)
+    for label, fact in _facts(sweep, best, base, counts, run, found):
+        print(f"{label:<20}{fact}")
+
+
+def _facts(
+    sweep: Sweep,
+    best: Sequence[FrozenTrial],
+    base: FrozenTrial | None,
+    counts: Mapping[str, float],
+    run: Run,
+    found: Postprocessing | None,
+) -> list[tuple[str, str]]:
+    kinds = ("finished", "pruned", "failed")
+    facts = [("trials", ", ".join(f"{counts[f'sweep/{kind}']:.0f} {kind}" for kind in kinds))]
+    if base is not None and len(sweep.objectives) == 1:
+        gained = best[0].values[0] - base.values[0]
+        facts.append(("gained", f"{gained:+.3f} over the base recipe's {base.values[0]:.3f}"))
+    if found is not None:
+        what = f"mAP {found.before:.3f} to {found.after:.3f} of the best trial's detections"
+        facts.append(("post-processing", what))
+    if FIRST_STEP in counts:
+        facts.append(("to the first step", f"{counts[FIRST_STEP]:.1f} s of a trial (median)"))
+    facts.append(("MLflow run", f"{run.run_id} in {run.uri}"))
+    return facts
+
+
+def _short(name: str, value: Any) -> str:
+    shown = f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{name.rsplit('.', 1)[-1]}={shown}"

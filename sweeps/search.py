@@ -1,0 +1,226 @@
+"""Runs a sweep: Ray Tune starts its trials, Optuna proposes them, MLflow holds them together."""
+
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+
+import optuna
+import ray
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import RDBStorage
+from ray import tune
+
+from pipelines.command_line import parse_recipe, told_shortly
+from pipelines.recipe import Recipe
+from pipelines.recipes import RECIPES
+from pipelines.resources import require_resources
+from pipelines.resuming import digest, last_run, mark, reopen
+from pipelines.tracking import Run, finishing, start_run
+from pipelines.train import PROBLEMS, Prepared, prepare
+from sweeps.children import Outcomes, children
+from sweeps.report import TRIALS, report
+from sweeps.schedulers import scheduler
+from sweeps.settings import SweepConfig
+from sweeps.study import SpaceError, check_space, ended, open_study, searcher
+from sweeps.sweep import Sweep
+from sweeps.trial import OUTCOME_TAG, run_trial
+
+_DRIVER_CPUS = 0.01  # of the process that watches over a trial; Ray Tune does not take 0
+
+
+def main(sweep: Sweep, description: str) -> None:
+    """Runs a sweep from the command line.
+
+    Args:
+        sweep: what is searched.
+        description: what the script does.
+    """
+    with told_shortly((*PROBLEMS, SpaceError)):
+        run_sweep(sweep, parse(sweep, sys.argv[1:], description))
+
+
+def parse(sweep: Sweep, arguments: Sequence[str], description: str) -> SweepConfig:
+    """Reads a base recipe's name, and how to search around it, from the command line.
+
+    Args:
+        sweep: what is searched.
+        arguments: without the program's name.
+        description: what the script does.
+    """
+    configs = {name: _config(sweep, make) for name, make in RECIPES.items()}
+    return parse_recipe(arguments, configs, script=f"{sweep.name}.py", description=description)
+
+
+def _config(sweep: Sweep, make: Callable[[], Recipe]) -> Callable[[], SweepConfig]:
+    @wraps(make)
+    def config() -> SweepConfig:
+        base = sweep.prepare(make())
+        return SweepConfig(
+            name=f"{sweep.name} of {base.name}",
+            trials=sweep.trials,
+            epochs=sweep.epochs(base),
+            base=base,
+        )
+
+    return config
+
+
+def run_sweep(sweep: Sweep, config: SweepConfig) -> Run:
+    """Runs a sweep to its end, or goes on with it.
+
+    Args:
+        sweep: what is searched.
+        config: how.
+
+    Returns:
+        The sweep's run in MLflow.
+
+    Raises:
+        SpaceError: if the space does not fit the base recipe.
+        ResourceError: if the cluster cannot hold a trial, or not so many at a time.
+        Exception: as `pipelines.train.prepare`, one of `PROBLEMS`.
+    """
+    config = replace(config, output=str(Path(config.output).absolute()))
+    with _quiet():
+        return _run(sweep, config)
+
+
+def _run(sweep: Sweep, config: SweepConfig) -> Run:
+    base_point = check_space(sweep, config.trial_recipe)
+    ready = prepare(config.trial_recipe)
+    at_a_time = concurrency(config, ready)
+    run = _parent(config, ready)
+    with finishing(run):
+        storage = RDBStorage(config.storage or _file(config, run))
+        study = open_study(sweep, config, storage=storage, name=run.run_id, base_point=base_point)
+        done = len(ended(study))
+        if done < config.trials:
+            _search(sweep, config, ready, run, study, storage, at_a_time=at_a_time, done=done)
+        report(sweep, config, run, study)
+    return run
+
+
+def _search(
+    sweep: Sweep,
+    config: SweepConfig,
+    ready: Prepared,
+    run: Run,
+    study: optuna.Study,
+    storage: RDBStorage,
+    *,
+    at_a_time: int,
+    done: int,
+) -> None:
+    left = config.trials - done
+    print(
+        f"{left} of {config.trials} trials of {config.epochs} epochs, {at_a_time} at a time: "
+        f"MLflow run {run.run_id} in {run.uri}",
+        flush=True,
+    )
+    tuner = tune.Tuner(
+        tune.with_resources(
+            tune.with_parameters(run_trial, ready=ready, parent=run.run_id),
+            {"CPU": _DRIVER_CPUS},
+        ),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher(sweep, study, ready.recipe, storage=storage),
+            scheduler=scheduler(sweep, config),
+            num_samples=left,
+            max_concurrent_trials=at_a_time,
+            reuse_actors=True,  # each has imported PyTorch, Ray and MLflow
+            time_budget_s=None if config.minutes is None else 60 * config.minutes,
+        ),
+        run_config=tune.RunConfig(
+            name=f"tune-{done}",  # what Ray Tune itself keeps is not gone on with: Optuna's is
+            storage_path=str(Path(config.output) / run.run_id),
+            failure_config=tune.FailureConfig(max_failures=0),
+            verbose=0,
+            callbacks=[
+                Outcomes(
+                    run,
+                    ready.recipe,
+                    total=config.trials,
+                    done=done,
+                    objectives=sweep.objectives,
+                )
+            ],
+        ),
+    )
+    tuner.fit()
+
+
+def concurrency(config: SweepConfig, ready: Prepared) -> int:
+    """How many trials run at a time.
+
+    Args:
+        config: of the sweep.
+        ready: the base recipe.
+
+    Raises:
+        ResourceError: if the cluster cannot hold one, or not as many as were asked for.
+    """
+    scale = ready.recipe.scale
+    decoding = 0.0 if ready.plan.features is not None else scale.cpus_per_decoder
+    cpus = _DRIVER_CPUS + scale.workers * scale.cpus_per_worker + decoding
+    gpus = scale.workers if scale.gpu else 0
+    wanted = config.concurrency or 1
+    require_resources(
+        cpus=wanted * cpus,
+        gpus=wanted * gpus,
+        who="one trial needs" if wanted == 1 else f"{wanted} trials at a time",
+        advice="Lower --concurrency, --base.scale.workers, --base.scale.cpus-per-worker or "
+        "--base.scale.cpus-per-decoder, or search without GPUs (--base.scale.no-gpu).",
+    )
+    if config.concurrency is not None:
+        return config.concurrency
+    have = ray.cluster_resources()
+    fits = [have["CPU"] / cpus]
+    if gpus:
+        fits.append(have["GPU"] / gpus)
+    return min(config.trials, math.floor(min(fits) + 1e-6))
+
+
+def _parent(config: SweepConfig, ready: Prepared) -> Run:
+    """The sweep's run: the last one of the same search if it is not through, else a new one."""
+    output = Path(config.output)
+    # how long a search is, and how it is laid out, does not make it another
+    search = replace(config, trials=1, concurrency=None, minutes=None, storage=None)
+    tags = mark(digest(search, ready.plan))
+    run = last_run(config, tags, output=output) if config.resume else None
+    if run is None or _is_through(run, config):
+        return start_run(config, output=output, tags=tags)
+    print(f"going on with the sweep {run.run_id}; --no-resume starts anew", flush=True)
+    reopen(run)
+    for child in children(run):
+        if child.info.status == "RUNNING":  # the sweep was killed, and could not say so
+            run.client.set_tag(child.info.run_id, OUTCOME_TAG, "interrupted")
+    return run
+
+
+def _is_through(run: Run, config: SweepConfig) -> bool:
+    last = run.client.get_run(run.run_id)
+    made = int(last.data.metrics.get(TRIALS, 0))
+    return last.info.status == "FINISHED" and made >= config.trials
+
+
+def _file(config: SweepConfig, run: Run) -> str:
+    folder = Path(config.output) / run.run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{folder / 'optuna.db'}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tables, files and remarks of Ray Tune and Optuna: a sweep prints its own."""
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=ExperimentalWarning)
+        yield

@@ -1,0 +1,187 @@
+"""What Optuna knows of a sweep, kept where a killed sweep finds it again."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import optuna
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+from ray.tune.search.optuna import OptunaSearch
+
+from pipelines.recipe import Recipe
+from sweeps.overrides import override
+from sweeps.settings import SweepConfig
+from sweeps.suggestions import Suggestions
+from sweeps.sweep import Objective, Sweep
+from sweeps.trial import FINISHED, RUN_ID, TrialConfig
+
+_INTERRUPTED = "interrupted"  # of a study: numbers of trials that were under way at a kill
+_TRIED = 100  # draws from a space before a sweep
+_ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+class SpaceError(ValueError):
+    """A search space that asks for what a recipe does not have; the message names it."""
+
+
+class SweepSearch(OptunaSearch):
+    """Ray Tune's Optuna searcher, which tells Optuna of pruned trials that they were pruned.
+
+    Ray would tell it that they were complete, with the value of the epoch that they came to.
+    """
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Tells Optuna how a trial ended.
+
+        Args:
+            trial_id: Ray Tune's.
+            result: the last one.
+            error: whether it failed.
+        """
+        if result and RUN_ID in result:
+            self._ot_trials[trial_id].set_user_attr(RUN_ID, result[RUN_ID])
+        if not (result and result.get(FINISHED)):
+            result = None
+        super().on_trial_complete(trial_id, result, error)
+
+
+def check_space(sweep: Sweep, base: Recipe) -> dict[str, Any]:
+    """Draws from a space many times, so that what is wrong in it stops the sweep before it starts.
+
+    Args:
+        sweep: with the space.
+        base: the recipe that is searched around.
+
+    Returns:
+        What Optuna would have to propose for the base recipe.
+
+    Raises:
+        SpaceError: if the space asks for a field that there is not, or for values that it cannot
+            have; the message names it.
+    """
+    own = Suggestions(base)
+    try:
+        sweep.space(own, base)
+        override(base, own.values)
+        study = optuna.create_study(sampler=RandomSampler(seed=0))
+        for _ in range(_TRIED):
+            sweep.space(Suggestions(base, study.ask()), base)
+    except ValueError as problem:
+        raise SpaceError(f"The search space of {sweep.name}: {problem}") from problem
+    if not own.base_point:
+        raise SpaceError(f"The search space of {sweep.name} is empty: it asks for nothing.")
+    return own.base_point
+
+
+def _sampler(config: SweepConfig, existing: int) -> BaseSampler:
+    # a sweep that goes on must not draw again what it has drawn
+    seed = config.seed + existing
+    if config.sampler == "random":
+        return RandomSampler(seed=seed)
+    return TPESampler(seed=seed, n_startup_trials=max(4, min(10, config.trials // 3)))
+
+
+def open_study(
+    sweep: Sweep,
+    config: SweepConfig,
+    *,
+    storage: RDBStorage,
+    name: str,
+    base_point: Mapping[str, Any],
+) -> optuna.Study:
+    """Opens the study of a sweep, or makes it with the base recipe as its first trial.
+
+    Trials that were under way when the sweep was killed are tried again first.
+
+    Args:
+        sweep: what is searched.
+        config: of the sweep.
+        storage: where it is kept.
+        name: of the study.
+        base_point: what `check_space` returned.
+    """
+    directions: list[Literal["maximize", "minimize"]]
+    directions = ["maximize" if o.mode == "max" else "minimize" for o in sweep.objectives]
+    study = optuna.create_study(
+        storage=storage, study_name=name, directions=directions, load_if_exists=True
+    )
+    trials = study.get_trials(deepcopy=False)
+    study.sampler = _sampler(config, len(trials))
+    if not trials:
+        study.enqueue_trial(dict(base_point))
+    interrupted = [trial for trial in trials if trial.state == TrialState.RUNNING]
+    for trial in interrupted:
+        study.tell(trial.number, state=TrialState.FAIL)
+        study.enqueue_trial(trial.params)
+    numbers = [trial.number for trial in interrupted]
+    study.set_user_attr(_INTERRUPTED, [*study.user_attrs.get(_INTERRUPTED, ()), *numbers])
+    return study
+
+
+def ended(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials of a sweep that ended by themselves, by being pruned or by failing."""
+    interrupted = study.user_attrs.get(_INTERRUPTED, ())
+    trials = study.get_trials(deepcopy=False, states=_ENDED)
+    return [trial for trial in trials if trial.number not in interrupted]
+
+
+def searcher(
+    sweep: Sweep, study: optuna.Study, base: Recipe, *, storage: RDBStorage
+) -> SweepSearch:
+    """What proposes the trials of a sweep to Ray Tune.
+
+    Args:
+        sweep: what is searched.
+        study: what `open_study` returned.
+        base: the recipe that is searched around.
+        storage: of the study.
+    """
+    metrics: Sequence[str] = [o.metric for o in sweep.objectives]
+    modes: Sequence[str] = [o.mode for o in sweep.objectives]
+    several = len(metrics) > 1
+    return SweepSearch(
+        space=_Proposal(sweep.space, base),
+        metric=[*metrics] if several else metrics[0],
+        mode=[*modes] if several else modes[0],
+        sampler=study.sampler,
+        study_name=study.study_name,
+        storage=storage,
+    )
+
+
+class _Proposal:
+    """A space as `OptunaSearch` wants it: a function of an Optuna trial.
+
+    An object, because Ray Tune pickles its searcher.
+    """
+
+    def __init__(self, space: Callable[[Suggestions, Recipe], None], base: Recipe) -> None:
+        self._space, self._base = space, base
+
+    def __call__(self, trial: optuna.Trial) -> dict[str, TrialConfig]:
+        suggestions = Suggestions(self._base, trial)
+        self._space(suggestions, self._base)
+        point = {name: trial.params[name] for name in suggestions.base_point}
+        config = TrialConfig(
+            number=trial.number,
+            values=suggestions.values,
+            point=point,
+            base=point == suggestions.base_point,
+        )
+        return {"trial": config}
+
+
+def value(trial: FrozenTrial, objectives: Sequence[Objective]) -> tuple[float, ...]:
+    """What a finished trial reached, so that larger is better.
+
+    Args:
+        trial: that is complete.
+        objectives: of the sweep.
+    """
+    return tuple(
+        reached if objective.mode == "max" else -reached
+        for reached, objective in zip(trial.values or (), objectives, strict=True)
+    )

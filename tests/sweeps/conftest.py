@@ -1,0 +1,8 @@
+"""The tiny data set and recipe of the pipelines' tests."""
+
+from tests.pipelines.conftest import (  # noqa: F401 - fixtures
+    _no_store_is_left_over,
+    tiny_plan,
+    tiny_recipe,
+    tiny_set,
+)

@@ -1,0 +1,74 @@
+"""What is stopped early, and that the base recipe never is."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+
+from pipelines.recipes import toy
+from sweeps.finetune import SWEEP
+from sweeps.schedulers import scheduler
+from sweeps.settings import SweepConfig
+from sweeps.sweep import HIGHEST_MAP, LOWEST_MEMORY, MAP
+from sweeps.trial import EPOCH, TrialConfig
+
+CONFIG = SweepConfig(name="small of toy", epochs=3, base=toy())
+
+
+def _trial(number: int) -> Trial:
+    config = TrialConfig(number=number, values={}, point={}, base=number == 0)
+    return Trial("train", config={"trial": config}, stub=True)
+
+
+def _decisions(rule: TrialScheduler, values: list[float]) -> list[str]:
+    """What becomes of trials that all report their first epoch, the base's first."""
+    trials = [_trial(number) for number in range(len(values))]
+    for trial in trials:
+        rule.on_trial_add(None, trial)
+    results: list[dict[str, Any]] = [
+        {MAP: value, EPOCH: 1, "time_total_s": 1.0} for value in values
+    ]
+    return [
+        rule.on_trial_result(None, trial, result)
+        for trial, result in zip(trials, results, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("pruning", ["asha", "median"])
+def test_the_worst_are_stopped(pruning: Any) -> None:
+    rule = scheduler(SWEEP, replace(CONFIG, pruning=pruning))
+    decisions = _decisions(rule, [0.5, 0.6, 0.7, 0.8, 0.1])
+    assert decisions[:4] == [TrialScheduler.CONTINUE] * 4
+    assert decisions[4] == TrialScheduler.STOP
+
+
+@pytest.mark.parametrize("pruning", ["asha", "median"])
+def test_the_base_recipe_comes_to_its_end(pruning: Any) -> None:
+    rule = scheduler(SWEEP, replace(CONFIG, pruning=pruning))
+    others = [_trial(number) for number in range(1, 6)]
+    base = _trial(0)
+    for trial in (*others, base):
+        rule.on_trial_add(None, trial)
+    for trial in others:
+        rule.on_trial_result(None, trial, {MAP: 0.9, EPOCH: 1, "time_total_s": 1.0})
+    result = {MAP: 0.0, EPOCH: 1, "time_total_s": 1.0}
+    assert rule.on_trial_result(None, base, result) == TrialScheduler.CONTINUE
+    later = {MAP: 0.0, EPOCH: 2, "time_total_s": 2.0}
+    assert rule.on_trial_result(None, base, later) == TrialScheduler.CONTINUE
+
+
+def test_the_last_epoch_stops_no_trial() -> None:
+    rule = scheduler(SWEEP, CONFIG)
+    trial = _trial(1)
+    rule.on_trial_add(None, trial)
+    for epoch in (1, 2, 3):
+        result = {MAP: 0.5, EPOCH: epoch, "time_total_s": 1.0}
+        assert rule.on_trial_result(None, trial, result) == TrialScheduler.CONTINUE
+
+
+def test_a_search_for_several_objectives_stops_none() -> None:
+    several = replace(SWEEP, objectives=(HIGHEST_MAP, LOWEST_MEMORY))
+    for rule in (scheduler(several, CONFIG), scheduler(SWEEP, replace(CONFIG, pruning="none"))):
+        assert type(rule) is FIFOScheduler

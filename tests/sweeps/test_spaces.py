@@ -1,0 +1,83 @@
+"""The sweeps that come with the product, around the recipes that come with it."""
+
+from dataclasses import replace
+
+import optuna
+import pytest
+
+from pipelines.recipe import Recipe
+from pipelines.recipes import RECIPES, toy
+from sweeps.bases import first_layers, one_worker
+from sweeps.finetune import SWEEP as FINETUNE
+from sweeps.localizer import SWEEP as LOCALIZER
+from sweeps.overrides import override
+from sweeps.pareto import SWEEP as PARETO
+from sweeps.study import SpaceError, check_space
+from sweeps.suggestions import Suggestions
+from sweeps.sweep import Sweep
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("sweep", [FINETUNE, LOCALIZER, PARETO], ids=lambda sweep: sweep.name)
+def test_every_draw_is_a_recipe_and_the_base_is_one_of_them(sweep: Sweep, recipe: str) -> None:
+    made = sweep.prepare(RECIPES[recipe]())
+    base = replace(made, epochs=sweep.epochs(made))
+    own = check_space(sweep, base)
+    assert len(own) >= 3
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = set()
+    for _ in range(20):
+        asked = Suggestions(base, study.ask())
+        sweep.space(asked, base)
+        drawn.add(str(override(base, asked.values)))
+    assert len(drawn) > 10
+
+
+def test_frozen_layers_are_those_before_a_block() -> None:
+    assert first_layers(toy(), 0) == ("backbone.patch_embed",)
+    assert first_layers(toy(), 0.5) == (
+        "backbone.patch_embed",
+        "backbone.features.0",
+    )
+
+
+def test_a_trial_without_gpus_has_one_worker() -> None:
+    assert one_worker(toy()).scale.workers == 1
+    assert one_worker(RECIPES["thumos_re2_swin_t_vsgn"]()) == RECIPES["thumos_re2_swin_t_vsgn"]()
+
+
+def _unknown(suggest: Suggestions, base: Recipe) -> None:
+    suggest.number("optim.clip", 0.5, 2.0)
+    suggest.number("optim.momentum", 0.5, 0.9)
+
+
+def _rarely_wrong(suggest: Suggestions, base: Recipe) -> None:
+    if suggest.number("optim.clip", 0.0, 1.0) < 0.1:
+        suggest.choice("optim.ema", ("high",))
+
+
+def _incompatible(suggest: Suggestions, base: Recipe) -> None:
+    suggest.set("model.localizer.heads", 7)
+    suggest.number("optim.clip", 0.5, 2.0)
+
+
+def _empty(suggest: Suggestions, base: Recipe) -> None:
+    suggest.set("optim.clip", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (_unknown, "search space of mine: There is no field optim.momentum"),
+        (_rarely_wrong, "optim.ema cannot be 'high'"),
+        (_incompatible, "cannot be cut into 7 heads"),
+        (_empty, "is empty"),
+    ],
+)
+def test_a_space_that_does_not_fit_is_refused_before_the_first_trial(
+    space: object, message: str
+) -> None:
+    sweep = replace(FINETUNE, name="mine", space=space)  # type: ignore[arg-type]
+    with pytest.raises(SpaceError) as refused:
+        check_space(sweep, toy())
+    assert message in str(refused.value)
