@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optuna
 from matplotlib.figure import Figure
+from optuna.importance import FanovaImportanceEvaluator
 from optuna.trial import FrozenTrial
 from optuna.visualization import matplotlib as draw
 
@@ -36,7 +37,13 @@ def pictures(
         prefix = f"{objective.metric.rsplit('/', 1)[-1]}_" if many else ""
         figures[f"{prefix}history"] = _figure(draw.plot_optimization_history, study, **told)
         if len(finished) > 1 and _differ([trial.values[index] for trial in finished]):
-            figures[f"{prefix}importance"] = _figure(draw.plot_param_importances, study, **told)
+            # by variance explained; Optuna's default asks what leads to low values only
+            figures[f"{prefix}importance"] = _figure(
+                draw.plot_param_importances,
+                study,
+                evaluator=FanovaImportanceEvaluator(seed=0),
+                **told,
+            )
             figures[f"{prefix}parallel"] = _figure(draw.plot_parallel_coordinate, study, **told)
     if len(objectives) > 1:
         titles = [objective.title for objective in objectives]

@@ -1,6 +1,5 @@
 """What stops trials that do worse than others, and never the base recipe's."""
 
-import sys
 from typing import Any
 
 from ray.tune.experiment import Trial
@@ -39,7 +38,8 @@ class _Median(MedianStoppingRule):
         if _is_base(trial):
             return TrialScheduler.CONTINUE
         decision: str = super().on_trial_result(tune_controller, trial, result)
-        return decision
+        # a trial that yielded its time to others would start anew
+        return TrialScheduler.CONTINUE if decision == TrialScheduler.PAUSE else decision
 
 
 def scheduler(sweep: Sweep, config: SweepConfig) -> TrialScheduler:
@@ -55,7 +55,6 @@ def scheduler(sweep: Sweep, config: SweepConfig) -> TrialScheduler:
         return FIFOScheduler()
     metric = {"metric": objectives[0].metric, "mode": objectives[0].mode, "time_attr": EPOCH}
     if config.pruning == "median":
-        # a trial that yields its time to others would start anew: it keeps it, however long
-        return _Median(**metric, grace_period=1, min_samples_required=3, min_time_slice=sys.maxsize)
+        return _Median(**metric, grace_period=1, min_samples_required=3)
     # one more than there are epochs: a trial that reaches it would be stopped before its results
     return _Halving(**metric, max_t=config.epochs + 1, grace_period=1, reduction_factor=3)

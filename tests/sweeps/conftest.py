@@ -2,6 +2,7 @@
 
 from tests.pipelines.conftest import (  # noqa: F401 - fixtures
     _no_store_is_left_over,
+    ray_instance,
     tiny_plan,
     tiny_recipe,
     tiny_set,

@@ -17,6 +17,13 @@ from sweeps.trial import EPOCH, TrialConfig
 CONFIG = SweepConfig(name="small of toy", epochs=3, base=toy())
 
 
+class _Others:
+    """What Ray Tune's controller says of the other trials: one waits for its turn."""
+
+    def get_live_trials(self) -> list[Trial]:
+        return [_trial(99)]
+
+
 def _trial(number: int) -> Trial:
     config = TrialConfig(number=number, values={}, point={}, base=number == 0)
     return Trial("train", config={"trial": config}, stub=True)
@@ -26,12 +33,12 @@ def _decisions(rule: TrialScheduler, values: list[float]) -> list[str]:
     """What becomes of trials that all report their first epoch, the base's first."""
     trials = [_trial(number) for number in range(len(values))]
     for trial in trials:
-        rule.on_trial_add(None, trial)
+        rule.on_trial_add(_Others(), trial)
     results: list[dict[str, Any]] = [
         {MAP: value, EPOCH: 1, "time_total_s": 1.0} for value in values
     ]
     return [
-        rule.on_trial_result(None, trial, result)
+        rule.on_trial_result(_Others(), trial, result)
         for trial, result in zip(trials, results, strict=True)
     ]
 
@@ -50,22 +57,22 @@ def test_the_base_recipe_comes_to_its_end(pruning: Any) -> None:
     others = [_trial(number) for number in range(1, 6)]
     base = _trial(0)
     for trial in (*others, base):
-        rule.on_trial_add(None, trial)
+        rule.on_trial_add(_Others(), trial)
     for trial in others:
-        rule.on_trial_result(None, trial, {MAP: 0.9, EPOCH: 1, "time_total_s": 1.0})
+        rule.on_trial_result(_Others(), trial, {MAP: 0.9, EPOCH: 1, "time_total_s": 1.0})
     result = {MAP: 0.0, EPOCH: 1, "time_total_s": 1.0}
-    assert rule.on_trial_result(None, base, result) == TrialScheduler.CONTINUE
+    assert rule.on_trial_result(_Others(), base, result) == TrialScheduler.CONTINUE
     later = {MAP: 0.0, EPOCH: 2, "time_total_s": 2.0}
-    assert rule.on_trial_result(None, base, later) == TrialScheduler.CONTINUE
+    assert rule.on_trial_result(_Others(), base, later) == TrialScheduler.CONTINUE
 
 
 def test_the_last_epoch_stops_no_trial() -> None:
     rule = scheduler(SWEEP, CONFIG)
     trial = _trial(1)
-    rule.on_trial_add(None, trial)
+    rule.on_trial_add(_Others(), trial)
     for epoch in (1, 2, 3):
         result = {MAP: 0.5, EPOCH: epoch, "time_total_s": 1.0}
-        assert rule.on_trial_result(None, trial, result) == TrialScheduler.CONTINUE
+        assert rule.on_trial_result(_Others(), trial, result) == TrialScheduler.CONTINUE
 
 
 def test_a_search_for_several_objectives_stops_none() -> None:

@@ -1,0 +1,90 @@
+"""How trials end in MLflow, whoever ended them."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.entities import Run as MlflowRun
+from ray.tune.experiment import Trial
+
+from pipelines.recipe import Recipe
+from pipelines.tracking import Run, log_metrics, start_run
+from sweeps.children import FIRST_STEP, Outcomes, children
+from sweeps.sweep import HIGHEST_MAP, MAP
+from sweeps.trial import EPOCH, FINISHED, RUN_ID, TrialConfig
+
+
+class _Sweep:
+    """A sweep's run, and what watches over its trials."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.parent = start_run(recipe, output=Path(recipe.output))
+        self.outcomes = Outcomes(self.parent, recipe, total=3, done=0, objectives=(HIGHEST_MAP,))
+
+    def started(self, number: int) -> Trial:
+        config = TrialConfig(number=number, values={}, point={"optim.clip": 0.7}, base=False)
+        trial = Trial("train", config={"trial": config}, stub=True)
+        self.outcomes.on_trial_start(trial=trial)
+        return trial
+
+    def run_of(self, number: int) -> Run:
+        """What the trial itself starts."""
+        tags = {"mlflow.parentRunId": self.parent.run_id, "sweep.trial": str(number)}
+        return start_run(self.recipe, output=Path(self.recipe.output), tags=tags)
+
+    def child(self) -> MlflowRun:
+        (child,) = children(self.parent)
+        return child
+
+
+@pytest.fixture
+def sweep(tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Sweep:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return _Sweep(replace(tiny_recipe, output=str(tmp_path)))
+
+
+def _result(run: Run, **more: Any) -> dict[str, Any]:
+    return {MAP: 0.25, EPOCH: 1, RUN_ID: run.run_id, **more}
+
+
+def test_a_trial_that_is_stopped_was_pruned(
+    sweep: _Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trial, run = sweep.started(1), sweep.run_of(1)
+    log_metrics(run, {"train/loss": 1.0}, step=1)
+    sweep.outcomes.on_trial_result(trial=trial, result=_result(run))
+    trial.update_last_result(_result(run))
+    sweep.outcomes.on_trial_complete(trial=trial)
+    child = sweep.child()
+    assert (child.info.status, child.data.tags["sweep.outcome"]) == ("KILLED", "pruned")
+    assert 0 < child.data.metrics[FIRST_STEP] < 60
+    printed = capsys.readouterr().out
+    assert "trial 1 starts: optim.clip=0.7" in printed
+    assert "trial 1  epoch 1/1  average mAP 0.250" in printed
+    assert "trial 1  pruned  average mAP 0.250  (1 of 3)" in printed
+
+
+def test_a_trial_that_reports_its_end_is_finished(sweep: _Sweep) -> None:
+    trial, run = sweep.started(1), sweep.run_of(1)
+    trial.update_last_result(_result(run, **{FINISHED: True}))
+    sweep.outcomes.on_trial_complete(trial=trial)
+    child = sweep.child()
+    assert (child.info.status, child.data.tags["sweep.outcome"]) == ("FINISHED", "finished")
+
+
+@pytest.mark.parametrize("began", [True, False])
+def test_a_trial_that_fails_says_why_even_if_it_made_no_run(
+    sweep: _Sweep, began: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trial = sweep.started(2)
+    if began:
+        sweep.run_of(2)
+    trial.get_pickled_error = lambda: ValueError("a width of 5\nis odd")
+    sweep.outcomes.on_trial_error(trial=trial)
+    child = sweep.child()
+    assert (child.info.status, child.data.tags["sweep.outcome"]) == ("FAILED", "failed")
+    assert child.data.tags["error"] == "a width of 5\nis odd"
+    assert child.data.tags["sweep.trial"] == "2"
+    assert "trial 2  failed: a width of 5  (1 of 3)" in capsys.readouterr().out
