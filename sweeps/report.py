@@ -18,7 +18,7 @@ from sweeps.children import FIRST_STEP, children
 from sweeps.pictures import pictures
 from sweeps.postprocessing import Postprocessing, search_postprocessing
 from sweeps.settings import SweepConfig
-from sweeps.study import ended
+from sweeps.study import BASE, ended
 from sweeps.sweep import Objective, Sweep
 from sweeps.trial import NUMBER_TAG, RUN_ID
 
@@ -60,7 +60,7 @@ def report(sweep: Sweep, config: SweepConfig, run: Run, study: optuna.Study) -> 
     for name, figure in pictures(study, sweep.objectives, finished).items():
         run.client.log_figure(run.run_id, figure, f"pictures/{name}.png")
     best = best_trials(study, sweep.objectives, finished)
-    base = next((t for t in finished if t.number == 0), None)
+    base = next((t for t in finished if BASE in t.user_attrs), None)
     log_metrics(run, _results(sweep.objectives, best, base), step=0)
     found = _postprocessing(sweep, config, run, best[0])
     command = command_of(config, best[0], found)

@@ -17,6 +17,7 @@ from sweeps.sweep import Objective, Sweep
 from sweeps.trial import FINISHED, RUN_ID, TrialConfig
 
 _INTERRUPTED = "interrupted"  # of a study: numbers of trials that were under way at a kill
+BASE = "base"  # attribute of the trial that trains the base recipe
 _TRIED = 100  # draws from a space before a sweep
 _ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -171,6 +172,8 @@ class _Proposal:
             point=point,
             base=point == suggestions.base_point,
         )
+        if config.base:
+            trial.set_user_attr(BASE, value=True)
         return {"trial": config}
 
 

@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from pipelines.recipe import Recipe
 from pipelines.recipes import toy
 from sweeps.settings import SweepConfig
-from sweeps.study import SweepSearch, check_space, ended, open_study, searcher
+from sweeps.study import BASE, SweepSearch, check_space, ended, open_study, searcher
 from sweeps.suggestions import Suggestions
 from sweeps.sweep import HIGHEST_MAP, LOWEST_MEMORY, MAP, MEMORY, Sweep
 from sweeps.trial import FINISHED, RUN_ID, TrialConfig
@@ -51,12 +51,13 @@ def _result(value: float, **more: Any) -> dict[str, Any]:
 
 
 def test_the_first_trial_is_the_base_recipe_s(storage: RDBStorage) -> None:
-    _, search = _open(storage)
+    study, search = _open(storage)
     first, second = (_suggest(search, name) for name in "ab")
     assert first.base
     assert first.number == 0
     assert first.values == {"optim.backbone_lr": toy().optim.backbone_lr, "model.frozen": ()}
     assert not second.base
+    assert [BASE in trial.user_attrs for trial in study.trials] == [True, False]
     assert second.values != first.values
 
 
