@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 
 import ray
 import ray.data
@@ -28,9 +29,26 @@ def init_ray() -> None:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # an idle decoding process would be ended after a second, and its imports paid for again
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
+        # Ray Train asks the cluster's server whether its controller lives. Without an address it
+        # would ask the cluster that was last started with `ray start`, running or not: it then
+        # waits in vain, or takes its own controller for dead and takes the workers away.
+        port = _free_port()
+        os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
         # "local", so that a cluster left running on this machine is not joined by accident
-        ray.init(address="local", logging_level="ERROR", log_to_driver=False)
+        ray.init(
+            address="local",
+            logging_level="ERROR",
+            log_to_driver=False,
+            include_dashboard=True,
+            dashboard_port=port,
+        )
     quiet_data()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def quiet_data() -> None:

@@ -39,6 +39,7 @@ from ray.train.torch import TorchTrainer
 from pipelines.activations import activation_metrics
 from pipelines.command_line import parse_recipe, told_shortly
 from pipelines.detection_task import DetectionTask
+from pipelines.entry import train_worker
 from pipelines.features.layout import FeatureError
 from pipelines.features.reading import Features
 from pipelines.features.training import without_backbone
@@ -65,7 +66,7 @@ from pipelines.tracking import (
     log_text,
     tracking_uri,
 )
-from pipelines.worker import Job, TrainingProblem, train_worker
+from pipelines.worker import Job, TrainingProblem
 from re2tal.detection.files import DetectionFileError
 from re2tal.detector import Detector
 from re2tal.videos.annotations import AnnotationError, Annotations, summarize
@@ -223,7 +224,7 @@ def fit(
         )
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config={"job": job},
+            train_loop_config={"job": ray.put(job)},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=(
                     scale.workers

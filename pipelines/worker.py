@@ -136,17 +136,16 @@ def _train(
         return TrainingProblem(message=str(problem))
 
 
-def train_worker(config: dict[str, Job]) -> dict[str, float] | TrainingProblem:
+def train(job: Job) -> dict[str, float] | TrainingProblem:
     """Trains one worker's share of a run; rank 0 also writes metrics to MLflow.
 
     Args:
-        config: the `Job` under "job"; Ray Train hands over dictionaries.
+        job: what the driver hands over.
 
     Returns:
         The metrics of the last epoch, or what all workers alike came upon.
     """
     quiet_data()
-    job = config["job"]
     context = ray.train.get_context()
     # Ray leaves every worker all cores, whose threads would then wait for one another
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))

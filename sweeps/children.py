@@ -8,7 +8,6 @@ from typing import Any
 from mlflow.entities import Run as MlflowRun
 from mlflow.entities import ViewType
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
-from ray.train import WorkerGroupError
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
@@ -90,17 +89,17 @@ class Outcomes(Callback):
 
     def on_trial_error(self, *, trial: Trial, **_: Any) -> None:
         """Marks a trial as failed, with the error's text."""
-        error = trial.get_pickled_error() or trial.get_error()
-        text = _cause(error)
-        self._end(trial, "FAILED", "failed", error=text)
-        self._say(trial, f"failed: {text.splitlines()[0]}")
+        run = self._run_of(trial)
+        # most trials said so themselves; one whose process was killed could not
+        error = run.client.get_run(run.run_id).data.tags.get("error") or _last_words(trial)
+        run.client.set_tag(run.run_id, "error", error)
+        self._end(trial, "FAILED", "failed")
+        self._say(trial, f"failed: {error.splitlines()[0]}")
 
-    def _end(self, trial: Trial, status: str, outcome: str, error: str | None = None) -> None:
+    def _end(self, trial: Trial, status: str, outcome: str) -> None:
         run = self._run_of(trial)
         client = run.client
         client.set_tag(run.run_id, OUTCOME_TAG, outcome)
-        if error is not None:
-            client.set_tag(run.run_id, "error", error[:5000])
         client.set_terminated(run.run_id, status)
         steps = client.get_metric_history(run.run_id, "train/loss")
         began = self._began.get(trial.trial_id)
@@ -145,11 +144,10 @@ def _described(config: TrialConfig) -> str:
     )
 
 
-def _cause(error: Exception | None) -> str:
-    """What went wrong, without Ray's frame around it."""
-    while error is not None and getattr(error, "cause", None) is not None:
-        error = error.cause  # type: ignore[attr-defined]
-    if isinstance(error, WorkerGroupError):
-        error = next(iter(error.worker_failures.values()), error)
-    text = str(error).strip()
-    return text or type(error).__name__
+def _last_words(trial: Trial) -> str:
+    """The end of what Ray Tune kept of a failure."""
+    path = trial.error_file
+    if path is None or not Path(path).exists():
+        return "the trial's process ended without a message"
+    lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
+    return "\n".join(lines[-1:] + lines[-20:-1])[:5000]

@@ -1,5 +1,6 @@
 """Runs a sweep: Ray Tune starts its trials, Optuna proposes them, MLflow holds them together."""
 
+import logging
 import math
 import os
 import sys
@@ -221,6 +222,7 @@ def _quiet() -> Iterator[None]:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # trials that fail are told of
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=ExperimentalWarning)
         yield

@@ -74,17 +74,48 @@ def test_a_trial_that_reports_its_end_is_finished(sweep: _Sweep) -> None:
     assert (child.info.status, child.data.tags["sweep.outcome"]) == ("FINISHED", "finished")
 
 
-@pytest.mark.parametrize("began", [True, False])
-def test_a_trial_that_fails_says_why_even_if_it_made_no_run(
-    sweep: _Sweep, began: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    trial = sweep.started(2)
-    if began:
-        sweep.run_of(2)
-    trial.get_pickled_error = lambda: ValueError("a width of 5\nis odd")
+def test_a_trial_that_fails_has_said_why(sweep: _Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    trial, run = sweep.started(2), sweep.run_of(2)
+    run.client.set_tag(run.run_id, "error", "TrainingError: the loss is not finite")
     sweep.outcomes.on_trial_error(trial=trial)
     child = sweep.child()
     assert (child.info.status, child.data.tags["sweep.outcome"]) == ("FAILED", "failed")
-    assert child.data.tags["error"] == "a width of 5\nis odd"
+    assert child.data.tags["error"] == "TrainingError: the loss is not finite"
+    assert "trial 2  failed: TrainingError: the loss" in capsys.readouterr().out
+
+
+def test_a_trial_that_fails_before_it_made_a_run_gets_one(
+    sweep: _Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trial = sweep.started(2)
+    kept = tmp_path / "error.txt"
+    kept.write_text("Traceback\n  File 1\nValueError: a width of 5 cannot be cut\n\n")
+    trial.run_metadata.error_filename = kept.name
+    trial.storage = _Storage(str(tmp_path))
+    sweep.outcomes.on_trial_error(trial=trial)
+    child = sweep.child()
+    assert (child.info.status, child.data.tags["sweep.outcome"]) == ("FAILED", "failed")
+    assert child.data.tags["error"].startswith("ValueError: a width of 5 cannot be cut\nTraceback")
     assert child.data.tags["sweep.trial"] == "2"
-    assert "trial 2  failed: a width of 5  (1 of 3)" in capsys.readouterr().out
+    assert "trial 2  failed: ValueError: a width of 5 cannot be cut  (1 of 3)" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_trial_whose_process_was_killed_is_not_left_running(
+    sweep: _Sweep, tmp_path: Path
+) -> None:
+    trial = sweep.started(2)
+    sweep.run_of(2)
+    trial.storage = _Storage(str(tmp_path))
+    sweep.outcomes.on_trial_error(trial=trial)
+    child = sweep.child()
+    assert child.info.status == "FAILED"
+    assert "without a message" in child.data.tags["error"]
+
+
+class _Storage:
+    """Where Ray Tune keeps what belongs to a trial."""
+
+    def __init__(self, folder: str) -> None:
+        self.trial_driver_staging_path = folder
