@@ -105,9 +105,12 @@ def parse(arguments: Sequence[str]) -> Recipe:
         return parse_recipe(rest, RECIPES, script="train.py", description=__doc__ or "")
     output = Path(_split_off("--output", rest)[0] or "runs")
     recipe = recipe_of(Run(uri=tracking_uri(output.absolute()), run_id=run_id))
-    return parse_recipe(
-        ["run", *rest], {"run": lambda: recipe}, script="train.py", description=__doc__ or ""
-    )
+
+    def run() -> Recipe:
+        """What a run trained."""
+        return recipe
+
+    return parse_recipe(["run", *rest], {"run": run}, script="train.py", description=__doc__ or "")
 
 
 def _split_off(option: str, arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -200,7 +203,11 @@ def _kept(config: CheckpointConfig, score: str) -> ray.train.CheckpointConfig:
 
 
 def fit(
-    task: Task, run: Run, *, callbacks: Sequence[ray.train.UserCallback] = ()
+    task: Task,
+    run: Run,
+    *,
+    callbacks: Sequence[ray.train.UserCallback] = (),
+    threads: int | None = None,
 ) -> ray.train.Result:
     """Trains on the cluster and shows progress until it ends.
 
@@ -208,6 +215,7 @@ def fit(
         task: what is trained; the paths of its recipe are absolute.
         run: where metrics go.
         callbacks: of Ray Train, which see what each epoch reports.
+        threads: of each worker's PyTorch, as in `Job`.
 
     Returns:
         Ray's result, with the kept checkpoints.
@@ -221,6 +229,7 @@ def fit(
             output=output,
             board=progress.board,
             checkpoint=newest_checkpoint(output),
+            threads=threads,
         )
         trainer = TorchTrainer(
             train_worker,
@@ -292,7 +301,11 @@ def prepare(recipe: Recipe) -> Prepared:
 
 
 def train_run(
-    ready: Prepared, run: Run, *, callbacks: Sequence[ray.train.UserCallback] = ()
+    ready: Prepared,
+    run: Run,
+    *,
+    callbacks: Sequence[ray.train.UserCallback] = (),
+    threads: int | None = None,
 ) -> None:
     """Trains, and puts into MLflow what it is trained on, how it went, and what came out.
 
@@ -300,6 +313,7 @@ def train_run(
         ready: what is trained.
         run: where to; it is ended.
         callbacks: of Ray Train, which see what each epoch reports.
+        threads: of each worker's PyTorch, as in `Job`.
     """
     recipe, plan = ready.recipe, ready.plan
     with finishing(run):
@@ -312,7 +326,8 @@ def train_run(
         log_text(run, plan.remarks, "data/remarks.txt")
         if plan.features is None:
             log_metrics(run, activation_metrics(recipe, detector), step=0)
-        result = fit(DetectionTask(recipe=recipe, plan=plan), run, callbacks=callbacks)
+        task = DetectionTask(recipe=recipe, plan=plan)
+        result = fit(task, run, callbacks=callbacks, threads=threads)
         log_results(recipe, plan, run, result)
 
 

@@ -39,6 +39,8 @@ class Job:
         output: folder of this run for what is saved beside checkpoints; absolute.
         board: handle of the progress actor.
         checkpoint: to go on from where Ray Train knows of none; None begins at the beginning.
+        threads: of PyTorch, where other runs share the node; None shares its cores between the
+            workers of this run.
     """
 
     task: Task
@@ -46,6 +48,7 @@ class Job:
     output: Path
     board: Any
     checkpoint: Path | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,7 +151,8 @@ def train(job: Job) -> dict[str, float] | TrainingProblem:
     quiet_data()
     context = ray.train.get_context()
     # Ray leaves every worker all cores, whose threads would then wait for one another
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(job.threads or max(1, cores // context.get_local_world_size()))
     with tempfile.TemporaryDirectory() as folder:
         weights = fetch_weights(
             job.task.recipe.model.weights, Path(folder), tracking_uri=job.run.uri

@@ -16,6 +16,7 @@ import ray
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage
 from ray import tune
+from ray.tune.schedulers import FIFOScheduler
 
 from pipelines.command_line import parse_recipe, told_shortly
 from pipelines.recipe import Recipe
@@ -124,17 +125,21 @@ def _search(
         f"MLflow run {run.run_id} in {run.uri}",
         flush=True,
     )
+    rule = scheduler(sweep, config)
+    threads = _threads(ready.recipe.scale.workers * at_a_time)
     tuner = tune.Tuner(
         tune.with_resources(
-            tune.with_parameters(run_trial, ready=ready, parent=run.run_id),
+            tune.with_parameters(run_trial, ready=ready, parent=run.run_id, threads=threads),
             {"CPU": _DRIVER_CPUS},
         ),
         tune_config=tune.TuneConfig(
             search_alg=searcher(sweep, study, ready.recipe, storage=storage),
-            scheduler=scheduler(sweep, config),
+            scheduler=rule,
             num_samples=left,
             max_concurrent_trials=at_a_time,
-            reuse_actors=True,  # each has imported PyTorch, Ray and MLflow
+            # what a process has imported serves the next trial; a trial that is stopped leaves its
+            # process in the midst of something
+            reuse_actors=type(rule) is FIFOScheduler,
             time_budget_s=None if config.minutes is None else 60 * config.minutes,
         ),
         run_config=tune.RunConfig(
@@ -185,6 +190,13 @@ def concurrency(config: SweepConfig, ready: Prepared) -> int:
     if gpus:
         fits.append(have["GPU"] / gpus)
     return min(config.trials, math.floor(min(fits) + 1e-6))
+
+
+def _threads(workers: int) -> int:
+    """Of each worker's PyTorch, so that all trials at a time have as many as there are cores."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    cores = min(node["Resources"].get("CPU", 1.0) for node in nodes)
+    return max(1, int(cores / math.ceil(workers / len(nodes))))
 
 
 def _parent(config: SweepConfig, ready: Prepared) -> Run:

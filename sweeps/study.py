@@ -14,7 +14,7 @@ from sweeps.overrides import override
 from sweeps.settings import SweepConfig
 from sweeps.suggestions import Suggestions
 from sweeps.sweep import Objective, Sweep
-from sweeps.trial import FINISHED, RUN_ID, TrialConfig
+from sweeps.trial import EPOCH, FINISHED, RUN_ID, TrialConfig
 
 _INTERRUPTED = "interrupted"  # of a study: numbers of trials that were under way at a kill
 BASE = "base"  # attribute of the trial that trains the base recipe
@@ -32,6 +32,22 @@ class SweepSearch(OptunaSearch):
     Ray would tell it that they were complete, with the value of the epoch that they came to.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._told: set[tuple[str, int]] = set()
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Tells Optuna what a trial has reached in an epoch, if there is one objective.
+
+        Args:
+            trial_id: Ray Tune's.
+            result: of the epoch.
+        """
+        epoch = result[EPOCH]
+        if isinstance(self.metric, str) and (trial_id, epoch) not in self._told:
+            self._told.add((trial_id, epoch))
+            self._ot_trials[trial_id].report(result[self.metric], epoch)
+
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
@@ -45,6 +61,8 @@ class SweepSearch(OptunaSearch):
         if result and RUN_ID in result:
             self._ot_trials[trial_id].set_user_attr(RUN_ID, result[RUN_ID])
         if not (result and result.get(FINISHED)):
+            if result and self.metric in result:  # Ray Tune does not pass on what it stops at
+                self.on_trial_result(trial_id, result)
             result = None
         super().on_trial_complete(trial_id, result, error)
 

@@ -61,20 +61,21 @@ class _EpochReports(TuneReportCallback):
             super().after_report(run_context, [named, *metrics[1:]], checkpoint)
 
 
-def run_trial(config: Mapping[str, Any], *, ready: Prepared, parent: str) -> None:
+def run_trial(config: Mapping[str, Any], *, ready: Prepared, parent: str, threads: int) -> None:
     """Trains a trial; what Ray Tune starts.
 
     Args:
         config: a `TrialConfig` under "trial"; Ray Tune hands over dictionaries.
         ready: the base recipe, and the videos that all trials work on.
         parent: id of the sweep's run in MLflow.
+        threads: of a worker's PyTorch.
     """
     quiet_data()
     trial: TrialConfig = config["trial"]
     ready = replace(ready, recipe=override(ready.recipe, trial.values))
     run, _ = resume_or_start(ready.recipe, ready.plan, parent=parent)
     _name(run, trial, ready.recipe.name)
-    train_run(ready, run, callbacks=[_EpochReports(run)])
+    train_run(ready, run, callbacks=[_EpochReports(run)], threads=threads)
     memory = peak_memory(run)
     log_metrics(run, memory, step=0)
     # also when all epochs were through before this trial was started again
