@@ -61,7 +61,7 @@ class SweepSearch(OptunaSearch):
         if result and RUN_ID in result:
             self._ot_trials[trial_id].set_user_attr(RUN_ID, result[RUN_ID])
         if not (result and result.get(FINISHED)):
-            if result and self.metric in result:  # Ray Tune does not pass on what it stops at
+            if result and self.metric in [*result]:  # Ray Tune does not pass on what it stops at
                 self.on_trial_result(trial_id, result)
             result = None
         super().on_trial_complete(trial_id, result, error)
