@@ -21,6 +21,7 @@ from pipelines.clock import Clock
 from pipelines.compiling import compile_parts
 from pipelines.data import Batch, share
 from pipelines.freezing import train_mode
+from pipelines.metric_names import UNSCORED
 from pipelines.optim import build_average, build_optimizer, build_schedule, fast_forward
 from pipelines.progress import duration
 from pipelines.sharding import shard
@@ -31,7 +32,6 @@ from re2tal.reversible import check, reconstruction_errors, stage_modes
 from re2tal.videos.augmentation import augment, clip_seed
 from re2tal.videos.windows import Window
 
-UNSCORED = -1.0  # of a checkpoint in the midst of an epoch: any other is better
 PREEMPTION_STEPS = 10  # steps between looks at whether a node is going to be taken away
 
 

@@ -13,8 +13,9 @@ from ray.tune.experiment import Trial
 
 from pipelines.recipe import Recipe
 from pipelines.tracking import Run, log_metrics, start_run
+from sweeps.epoch_reports import RUN_ID
 from sweeps.sweep import Objective
-from sweeps.trial import EPOCH, FINISHED, NUMBER_TAG, OUTCOME_TAG, RUN_ID, TrialConfig
+from sweeps.trial import EPOCH, FINISHED, NUMBER_TAG, OUTCOME_TAG, TrialConfig
 
 FIRST_STEP = "sweep/seconds_to_first_step"
 

@@ -22,6 +22,7 @@ from optuna.samplers import TPESampler
 from pipelines.command_line import told_shortly
 from pipelines.data import Video
 from pipelines.detection_task import RAW_FILE, DetectionTask
+from pipelines.metric_names import MAP
 from pipelines.mlflow_artifacts import fetch
 from pipelines.plan import Plan, read_annotations, read_video_scores
 from pipelines.recipe import Recipe
@@ -33,7 +34,6 @@ from re2tal.detection.raw import read_raw
 from re2tal.detection.segments import Detections
 from sweeps.overrides import override
 from sweeps.suggestions import Suggestions
-from sweeps.sweep import MAP
 from sweeps.trial import SEARCHED
 
 

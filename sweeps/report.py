@@ -15,12 +15,13 @@ from rich.table import Table
 
 from pipelines.tracking import Run, log_metrics
 from sweeps.children import FIRST_STEP, children
+from sweeps.epoch_reports import RUN_ID
 from sweeps.pictures import pictures
 from sweeps.postprocessing import Postprocessing, search_postprocessing
 from sweeps.settings import SweepConfig
 from sweeps.study import BASE, ended
 from sweeps.sweep import Objective, Sweep
-from sweeps.trial import NUMBER_TAG, RUN_ID
+from sweeps.trial import NUMBER_TAG
 
 TRIALS = "sweep/trials"
 _SHOWN = 10

@@ -10,11 +10,12 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search.optuna import OptunaSearch
 
 from pipelines.recipe import Recipe
+from sweeps.epoch_reports import RUN_ID
 from sweeps.overrides import override
 from sweeps.settings import SweepConfig
 from sweeps.suggestions import Suggestions
 from sweeps.sweep import Objective, Sweep
-from sweeps.trial import EPOCH, FINISHED, RUN_ID, TrialConfig
+from sweeps.trial import EPOCH, FINISHED, TrialConfig
 
 _INTERRUPTED = "interrupted"  # of a study: numbers of trials that were under way at a kill
 BASE = "base"  # attribute of the trial that trains the base recipe

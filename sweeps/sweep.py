@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from pipelines.metric_names import MAP
 from pipelines.recipe import Recipe
 from sweeps.suggestions import Space
 
-MAP = "val/mAP"
 MEMORY = "sweep/peak_memory_mb"
 
 

@@ -1,28 +1,27 @@
 """One trial: what `train.py` does, with other values for some fields, started by Ray Tune."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mlflow.entities import Param
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 from ray import tune
-from ray.train import Checkpoint
-from ray.tune.integration.ray_train import TuneReportCallback
 
-from pipelines.loop import UNSCORED
+from pipelines.metric_names import MAP
 from pipelines.quiet import quiet_data
 from pipelines.resuming import resume_or_start
 from pipelines.tracking import Run, log_metrics
 from pipelines.train import Prepared, train_run
+from sweeps.epoch_reports import RUN_ID, EpochReports
 from sweeps.overrides import override
-from sweeps.sweep import MAP, MEMORY
+from sweeps.sweep import MEMORY
 
 NUMBER_TAG = "sweep.trial"
 OUTCOME_TAG = "sweep.outcome"
 SEARCHED = "searched."  # before the names of searched parameters, beside those that all runs have
 
-FINISHED, RUN_ID, EPOCH = "finished", "run_id", "epoch"
+FINISHED, EPOCH = "finished", "epoch"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,25 +41,6 @@ class TrialConfig:
     base: bool
 
 
-class _EpochReports(TuneReportCallback):
-    """Passes on to Ray Tune what each epoch reports, but not checkpoints in the midst of one."""
-
-    def __init__(self, run: Run) -> None:
-        super().__init__()
-        self._run = run
-
-    def after_report(
-        self,
-        run_context: Any,
-        metrics: Sequence[Mapping[str, Any]],
-        checkpoint: Checkpoint | None,
-    ) -> None:
-        """Reports the metrics of rank 0."""
-        if metrics[0].get(MAP, UNSCORED) != UNSCORED:
-            named = {**metrics[0], RUN_ID: self._run.run_id}
-            super().after_report(run_context, [named, *metrics[1:]], checkpoint)
-
-
 def run_trial(config: Mapping[str, Any], *, ready: Prepared, parent: str, threads: int) -> None:
     """Trains a trial; what Ray Tune starts.
 
@@ -75,7 +55,7 @@ def run_trial(config: Mapping[str, Any], *, ready: Prepared, parent: str, thread
     ready = replace(ready, recipe=override(ready.recipe, trial.values))
     run, _ = resume_or_start(ready.recipe, ready.plan, parent=parent)
     _name(run, trial, ready.recipe.name)
-    train_run(ready, run, callbacks=[_EpochReports(run)], threads=threads)
+    train_run(ready, run, callbacks=[EpochReports(run.run_id)], threads=threads)
     memory = peak_memory(run)
     log_metrics(run, memory, step=0)
     # also when all epochs were through before this trial was started again

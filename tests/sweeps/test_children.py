@@ -8,11 +8,13 @@ import pytest
 from mlflow.entities import Run as MlflowRun
 from ray.tune.experiment import Trial
 
+from pipelines.metric_names import MAP
 from pipelines.recipe import Recipe
 from pipelines.tracking import Run, log_metrics, start_run
 from sweeps.children import FIRST_STEP, Outcomes, children
-from sweeps.sweep import HIGHEST_MAP, MAP
-from sweeps.trial import EPOCH, FINISHED, RUN_ID, TrialConfig
+from sweeps.epoch_reports import RUN_ID
+from sweeps.sweep import HIGHEST_MAP
+from sweeps.trial import EPOCH, FINISHED, TrialConfig
 
 
 class _Sweep:

@@ -7,11 +7,12 @@ import pytest
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
+from pipelines.metric_names import MAP
 from pipelines.recipes import toy
 from sweeps.finetune import SWEEP
 from sweeps.schedulers import scheduler
 from sweeps.settings import SweepConfig
-from sweeps.sweep import HIGHEST_MAP, LOWEST_MEMORY, MAP
+from sweeps.sweep import HIGHEST_MAP, LOWEST_MEMORY
 from sweeps.trial import EPOCH, TrialConfig
 
 CONFIG = SweepConfig(name="small of toy", epochs=3, base=toy())

@@ -9,13 +9,15 @@ import pytest
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
+from pipelines.metric_names import MAP
 from pipelines.recipe import Recipe
 from pipelines.recipes import toy
+from sweeps.epoch_reports import RUN_ID
 from sweeps.settings import SweepConfig
 from sweeps.study import BASE, SweepSearch, check_space, ended, open_study, searcher
 from sweeps.suggestions import Suggestions
-from sweeps.sweep import HIGHEST_MAP, LOWEST_MEMORY, MAP, MEMORY, Sweep
-from sweeps.trial import EPOCH, FINISHED, RUN_ID, TrialConfig
+from sweeps.sweep import HIGHEST_MAP, LOWEST_MEMORY, MEMORY, Sweep
+from sweeps.trial import EPOCH, FINISHED, TrialConfig
 
 
 def _space(suggest: Suggestions, base: Recipe) -> None:

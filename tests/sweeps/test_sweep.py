@@ -174,7 +174,10 @@ def test_the_winner_is_trained_by_the_command_that_is_printed(
     ("more", "message"),
     [
         (("--concurrency", "50"), "The cluster is too small: 50 trials at a time need"),
-        (("--base.scale.workers", "40"), "The cluster is too small: one trial needs"),
+        (
+            ("--base.scale.workers", "40"),
+            "The cluster is too small: 40 workers and the decoding need",
+        ),
         (("--base.optim.clip", "5"), "optim.clip of 5.0 is not in the range"),
         (("--trials", "0"), "--trials must be at least 1"),
     ],

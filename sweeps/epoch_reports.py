@@ -1,0 +1,37 @@
+"""What Ray Tune hears of a trial: each epoch's metrics.
+
+Ray Train's controller and workers read this module, and have no use for what a trial imports.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ray.train import Checkpoint
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from pipelines.metric_names import MAP, UNSCORED
+
+RUN_ID = "run_id"
+
+
+class EpochReports(TuneReportCallback):
+    """Passes on to Ray Tune what each epoch reports, but not checkpoints in the midst of one.
+
+    Args:
+        run_id: of the trial's run in MLflow.
+    """
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__()
+        self._run_id = run_id
+
+    def after_report(
+        self,
+        run_context: Any,
+        metrics: Sequence[Mapping[str, Any]],
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        """Reports the metrics of rank 0."""
+        if metrics[0].get(MAP, UNSCORED) != UNSCORED:
+            named = {**metrics[0], RUN_ID: self._run_id}
+            super().after_report(run_context, [named, *metrics[1:]], checkpoint)
