@@ -1,7 +1,9 @@
 """The complete configuration of a run as a file: what `train.py --from-run` trains again."""
 
+import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -37,9 +39,26 @@ def recipe_of(run: Run) -> Recipe:
     with tempfile.TemporaryDirectory() as folder:
         uri = f"runs:/{run.run_id}/{FILE}"
         path = fetch(uri, Path(folder), tracking_uri=run.uri, what="The run's configuration")
-        try:
-            return _RECIPE.validate_json(path.read_bytes())
-        except ValidationError as error:
-            raise StorageError(
-                f"{uri} is not a recipe of this version of re2tal: {error}"
-            ) from error
+        content = path.read_bytes()
+    try:
+        recipe = _RECIPE.validate_json(content)
+    except ValidationError as error:
+        raise StorageError(f"{uri} is not a recipe of this version of re2tal: {error}") from error
+    unknown = _names(json.loads(content)) - _names(json.loads(_RECIPE.dump_json(recipe)))
+    if unknown:
+        raise StorageError(
+            f"{uri} is not a recipe of this version of re2tal, which has no "
+            f"{', '.join(sorted(unknown))}: train with the version that made it."
+        )
+    return recipe
+
+
+def _names(value: Any, prefix: str = "") -> set[str]:
+    """The dotted names of all fields in nested objects."""
+    if not isinstance(value, dict):
+        return {prefix}
+    return {
+        name
+        for key, inner in value.items()
+        for name in _names(inner, f"{prefix}.{key}" if prefix else key)
+    }

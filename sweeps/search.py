@@ -211,7 +211,7 @@ def _parent(config: SweepConfig, ready: Prepared) -> Run:
     print(f"going on with the sweep {run.run_id}; --no-resume starts anew", flush=True)
     reopen(run)
     for child in children(run):
-        if child.info.status == "RUNNING":  # the sweep was killed, and could not say so
+        if OUTCOME_TAG not in child.data.tags:  # the sweep was killed, and could not say so
             run.client.set_tag(child.info.run_id, OUTCOME_TAG, "interrupted")
     return run
 

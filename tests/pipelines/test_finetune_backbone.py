@@ -243,6 +243,7 @@ def _stop_in_step(trainer: Trainer, step: int) -> None:
     ("model", "expected"),
     [
         ({"coupling_epochs": 1.0, "reversible": False}, "leave one of them out"),
+        ({"slice_mb": 4, "reversible": False}, "--model.slice-mb is of rewired connections"),
         ({"coupling_epochs": 1.5}, "at most the 1 epochs"),
         ({"coupling_epochs": 0.0}, "above 0"),
     ],

@@ -17,6 +17,7 @@ from pipelines.local import LocalRuntime
 from pipelines.loop import Trainer
 from pipelines.plan import Plan
 from pipelines.recipe import Recipe
+from re2tal.reversible import reversible_stages
 from re2tal.videos.augmentation import AugmentationConfig, augment, clip_seed
 from re2tal.videos.windows import Window
 
@@ -58,6 +59,38 @@ def test_a_run_logs_what_it_promises(tiny_recipe: Recipe, tiny_plan: Plan, tmp_p
     assert expected <= final.keys()
     assert 0 <= final["val/mAP"] <= 1
     assert any("left" in line and "frames/s" in line for line in runtime.lines)
+
+
+def test_connections_move_from_the_pretrained_ones_and_end_rewired(
+    tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path
+) -> None:
+    model = replace(tiny_recipe.model, coupling_epochs=0.5)
+    trainer, runtime = _trainer(replace(tiny_recipe, model=model), tiny_plan, tmp_path)
+    trainer.run()
+    betas = [m["coupling/beta"] for _, m in runtime.history if "coupling/beta" in m]
+    assert betas[0] == 0
+    assert betas[-1] == 1
+    assert betas == sorted(betas)
+    # what is evaluated and saved is the rewired network
+    for detector in (trainer.state.detector, trainer.state.averaged()):
+        couplings = [stage.settings.coupling for _, stage in reversible_stages(detector)]
+        assert {(coupling.alpha, coupling.beta) for coupling in couplings} == {(0.0, 1.0)}
+
+
+def test_a_slice_budget_changes_how_stages_run_and_not_what_comes_out(
+    tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path
+) -> None:
+    weights = []
+    for mb in (None, 1):
+        model = replace(tiny_recipe.model, slice_mb=mb)
+        recipe = replace(tiny_recipe, model=model)
+        trainer, _ = _trainer(recipe, tiny_plan, tmp_path / str(mb))
+        budgets = {s.settings.slice_bytes for _, s in reversible_stages(trainer.state.detector)}
+        assert budgets == {"auto" if mb is None else 2**20}
+        trainer.run()
+        weights.append(_weights(trainer))
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_both_parts_are_trained_and_a_frozen_backbone_is_not(

@@ -13,8 +13,8 @@ from pipelines.recipe import Recipe
 from pipelines.tracking import Run, log_metrics, start_run
 from sweeps.children import FIRST_STEP, Outcomes, children
 from sweeps.epoch_reports import RUN_ID
-from sweeps.sweep import HIGHEST_MAP
-from sweeps.trial import EPOCH, FINISHED, TrialConfig
+from sweeps.sweep import HIGHEST_MAP, MEMORY
+from sweeps.trial import EPOCH, FINISHED, TrialConfig, peak_memory
 
 
 class _Sweep:
@@ -114,6 +114,16 @@ def test_a_trial_whose_process_was_killed_is_not_left_running(
     child = sweep.child()
     assert child.info.status == "FAILED"
     assert "without a message" in child.data.tags["error"]
+
+
+def test_a_trial_is_judged_by_its_gpu_s_peak_or_else_by_what_was_predicted(sweep: _Sweep) -> None:
+    run = sweep.run_of(1)
+    assert peak_memory(run) == {}
+    log_metrics(run, {"memory/predicted_activations_mb": 65.0}, step=0)
+    assert peak_memory(run) == {MEMORY: 65.0}
+    for step, value in enumerate((300.0, 500.0, 400.0)):
+        log_metrics(run, {"memory/cuda_peak_mb": value}, step=step)
+    assert peak_memory(run) == {MEMORY: 500.0}
 
 
 class _Storage:
