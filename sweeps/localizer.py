@@ -16,8 +16,6 @@ Non-maximum suppression and voting need no training: at the end they are searche
 trial detected (sweeps/postprocessing.py does it for any run).
 """
 
-from dataclasses import replace
-
 from pipelines.recipe import Recipe
 from re2tal.localizers.actionformer import ActionFormerConfig
 from re2tal.localizers.vsgn import VSGNConfig
@@ -68,15 +66,11 @@ def vsgn(suggest: Suggestions, base: VSGNConfig) -> None:
     suggest.log_float(f"{field}supplementary_weight", 0.05, 1.0)
 
 
-def _with_raw(recipe: Recipe) -> Recipe:
-    return replace(one_worker(recipe), save_raw=True)
-
-
 SWEEP = Sweep(
     name="localizer",
     space=space,
     epochs=lambda base: max(1, base.epochs // 2),
-    prepare=_with_raw,
+    prepare=one_worker,
     postprocessing=True,
 )
 

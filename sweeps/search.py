@@ -31,7 +31,7 @@ from sweeps.schedulers import scheduler
 from sweeps.settings import SweepConfig
 from sweeps.study import SpaceError, check_space, ended, open_study, searcher
 from sweeps.sweep import Sweep
-from sweeps.trial import OUTCOME_TAG, run_trial
+from sweeps.trial import NUMBER_TAG, OUTCOME_TAG, run_trial
 
 _DRIVER_CPUS = 0.01  # of the process that watches over a trial; Ray Tune does not take 0
 
@@ -94,8 +94,10 @@ def run_sweep(sweep: Sweep, config: SweepConfig) -> Run:
 
 
 def _run(sweep: Sweep, config: SweepConfig) -> Run:
-    base_point = check_space(sweep, config.trial_recipe)
-    ready = prepare(config.trial_recipe)
+    base = config.trial_recipe
+    base = replace(base, save_raw=base.save_raw or sweep.postprocessing)
+    base_point = check_space(sweep, base)
+    ready = prepare(base)
     at_a_time = concurrency(config, ready)
     run = _parent(config, ready)
     with finishing(run):
@@ -204,14 +206,15 @@ def _parent(config: SweepConfig, ready: Prepared) -> Run:
     output = Path(config.output)
     # how long a search is, and how it is laid out, does not make it another
     search = replace(config, trials=1, concurrency=None, minutes=None, storage=None)
-    tags = mark(digest(search, ready.plan))
-    run = last_run(config, tags, output=output) if config.resume else None
+    marked = mark(digest(search, ready.plan))
+    run = last_run(config, marked, output=output) if config.resume else None
     if run is None or _is_through(run, config):
-        return start_run(config, output=output, tags=tags)
+        return start_run(config, output=output, tags=marked)
     print(f"going on with the sweep {run.run_id}; --no-resume starts anew", flush=True)
     reopen(run)
     for child in children(run):
-        if OUTCOME_TAG not in child.data.tags:  # the sweep was killed, and could not say so
+        tags = child.data.tags
+        if NUMBER_TAG in tags and OUTCOME_TAG not in tags:  # the sweep was killed, and said nothing
             run.client.set_tag(child.info.run_id, OUTCOME_TAG, "interrupted")
     return run
 

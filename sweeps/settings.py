@@ -26,7 +26,7 @@ class SweepConfig:
             server, which a head that is started anew still finds; None is a file in the output.
         resume: go on with the last sweep of the same configuration if it did not end, or was asked
             for fewer trials.
-        base: the recipe that is searched around, which any of its fields can be set of.
+        base: the recipe that is searched around; its experiment and output are the sweep's.
     """
 
     name: str

@@ -42,7 +42,7 @@ class Sweep:
         trials: by default.
         prepare: what is changed in the base recipe before the search.
         postprocessing: whether suppression and voting are searched, without training, over what the
-            best trial detected; trials must then keep their raw detections.
+            best trial detected; the trials then keep their raw detections.
     """
 
     name: str
