@@ -25,7 +25,6 @@ import ray
 import tyro
 
 from pipelines.command_line import told_shortly
-from pipelines.data import Video
 from pipelines.detecting import Resources
 from pipelines.detection_task import DETECTIONS_FILE
 from pipelines.evaluation.detector import Sources, check_classes, detect_all, sources_of
@@ -39,6 +38,7 @@ from pipelines.plan import (
     RecipeError,
     UnusableVideosError,
     check_failures,
+    evaluation_plan,
     load_files,
     read_video_scores,
 )
@@ -220,14 +220,7 @@ def evaluated_plan(config: EvaluateConfig) -> Plan:
         logits=config.video_scores_logits,
         prefix="--",
     )
-    return Plan(
-        classes=annotations.classes,
-        training=(),
-        validation=tuple(Video(annotation=video, uri="") for video in videos),
-        failures={},
-        fingerprint=annotations.fingerprint,
-        video_scores=scores,
-    )
+    return evaluation_plan(annotations, videos, scores)
 
 
 def _detected(config: EvaluateConfig, plan: Plan, model: Path, sources: Sources) -> Labelled:

@@ -280,6 +280,26 @@ def make_plan(config: DataConfig, annotations: Annotations) -> Plan:
     )
 
 
+def evaluation_plan(
+    annotations: Annotations, videos: Sequence[VideoAnnotation], scores: VideoScores | None
+) -> Plan:
+    """The plan of an evaluation alone, for which the files of the videos are not needed.
+
+    Args:
+        annotations: that the videos are from.
+        videos: that are evaluated.
+        scores: what an external classifier says of them.
+    """
+    return Plan(
+        classes=annotations.classes,
+        training=(),
+        validation=tuple(Video(annotation=video, uri="") for video in videos),
+        failures={},
+        fingerprint=annotations.fingerprint,
+        video_scores=scores,
+    )
+
+
 def read_video_scores(
     place: str | None,
     classes: Sequence[str],

@@ -20,11 +20,10 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 from optuna.samplers import TPESampler
 
 from pipelines.command_line import told_shortly
-from pipelines.data import Video
 from pipelines.detection_task import RAW_FILE, DetectionTask
 from pipelines.metric_names import MAP
 from pipelines.mlflow_artifacts import fetch
-from pipelines.plan import Plan, read_annotations, read_video_scores
+from pipelines.plan import Plan, evaluation_plan, read_annotations, read_video_scores
 from pipelines.recipe import Recipe
 from pipelines.recipe_file import recipe_of
 from pipelines.tracking import Run, finishing, log_metrics, start_run, tracking_uri
@@ -159,14 +158,7 @@ def _plan(recipe: Recipe, raw: Mapping[str, Detections]) -> Plan:
         top=data.video_scores_top,
         logits=data.video_scores_logits,
     )
-    return Plan(
-        classes=annotations.classes,
-        training=(),
-        validation=tuple(Video(annotation=video, uri="") for video in videos),
-        failures={},
-        fingerprint=annotations.fingerprint,
-        video_scores=scores,
-    )
+    return evaluation_plan(annotations, videos, scores)
 
 
 def main(arguments: Sequence[str]) -> None:
