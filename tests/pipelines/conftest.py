@@ -83,6 +83,9 @@ def tiny_recipe(tiny_set: Path) -> Recipe:
 @pytest.fixture(scope="session")
 def ray_instance() -> Iterator[None]:
     """A Ray instance of its own for the tests that need one in this process."""
+    if ray.is_initialized():  # by the tests of another folder, which end it
+        yield
+        return
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
     quiet_data()
     yield

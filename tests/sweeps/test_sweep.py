@@ -64,7 +64,7 @@ def _environment(home: Path) -> dict[str, str]:
 def swept(
     tiny_set: Path, features: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str]:
-    """Folder of a sweep that was killed after its first trial, and what it then printed."""
+    """Folder of a sweep that was killed half way, and what it then printed."""
     folder = tmp_path_factory.mktemp("sweep")
     command, env = _command(tiny_set, features, "--concurrency", "2"), _environment(folder)
     with subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True) as sweep:
@@ -72,7 +72,8 @@ def swept(
         printed = []
         for line in sweep.stdout:
             printed.append(line)
-            if "(1 of 4)" in line:
+            under_way = sum(" starts: " in earlier for earlier in printed) > 2
+            if under_way and "(2 of 4)" in "".join(printed):
                 left = psutil.Process(sweep.pid).children(recursive=True)
                 sweep.kill()
                 break
