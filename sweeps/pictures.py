@@ -69,6 +69,6 @@ def _differ(values: Sequence[float]) -> bool:
 def _figure(plot: Callable[..., Any], study: optuna.Study, **told: Any) -> Figure:
     axes = np.ravel(plot(study, **told))[0]
     figure: Figure = axes.figure
-    figure.set_size_inches(10, 5)
+    figure.set_size_inches(14, 6)
     plt.close(figure)  # pyplot would keep it
     return figure

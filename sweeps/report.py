@@ -59,7 +59,9 @@ def report(sweep: Sweep, config: SweepConfig, run: Run, study: optuna.Study) -> 
         print(f"No trial came to its end: {counts}. The runs of the trials say why.")
         return
     for name, figure in pictures(study, sweep.objectives, finished).items():
-        run.client.log_figure(run.run_id, figure, f"pictures/{name}.png")
+        whole = {"bbox_inches": "tight"}  # names of parameters are long
+        place = f"pictures/{name}.png"
+        run.client.log_figure(run.run_id, figure, place, save_kwargs=whole)
     best = best_trials(study, sweep.objectives, finished)
     base = next((t for t in finished if BASE in t.user_attrs), None)
     log_metrics(run, _results(sweep.objectives, best, base), step=0)
