@@ -32,7 +32,7 @@ def init_ray() -> None:
         # Ray Train asks the cluster's server whether its controller lives. Without an address it
         # would ask the cluster that was last started with `ray start`, running or not: it then
         # waits in vain, or takes its own controller for dead and takes the workers away.
-        port = _free_port()
+        port = free_port()
         os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
         # "local", so that a cluster left running on this machine is not joined by accident
         ray.init(
@@ -45,7 +45,8 @@ def init_ray() -> None:
     quiet_data()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -277,11 +277,14 @@ class Prepared:
     plan: Plan
 
 
-def prepare(recipe: Recipe) -> Prepared:
+def prepare(recipe: Recipe) -> tuple[Prepared, Detector]:
     """Checks all that can be checked before a run, and starts or joins Ray.
 
     Args:
         recipe: as the user gave it.
+
+    Returns:
+        What can start, and its detector as `check_model` built it.
 
     Raises:
         Exception: one of `PROBLEMS`.
@@ -290,20 +293,21 @@ def prepare(recipe: Recipe) -> Prepared:
     annotations = read_annotations(recipe.data)
     if recipe.data.features:
         recipe = without_backbone(recipe, Features(recipe.data.features))
-    check_model(recipe, annotations.classes)
+    detector = check_model(recipe, annotations.classes)
     init_ray()
     check_resources(recipe.scale)
     if not recipe.data.features and (remark := store_remark(recipe, ray.nodes())):
         print(f"warning: {remark}", flush=True)
     plan = make_plan(recipe.data, annotations)
     _show_remarks(plan)
-    return Prepared(recipe=recipe, annotations=annotations, plan=plan)
+    return Prepared(recipe=recipe, annotations=annotations, plan=plan), detector
 
 
 def train_run(
     ready: Prepared,
     run: Run,
     *,
+    detector: Detector | None = None,
     callbacks: Sequence[ray.train.UserCallback] = (),
     threads: int | None = None,
 ) -> None:
@@ -312,12 +316,14 @@ def train_run(
     Args:
         ready: what is trained.
         run: where to; it is ended.
+        detector: if it was built already, and its weights fetched.
         callbacks: of Ray Train, which see what each epoch reports.
         threads: of each worker's PyTorch, as in `Job`.
     """
     recipe, plan = ready.recipe, ready.plan
     with finishing(run):
-        detector = check_model(recipe, plan.classes)
+        if detector is None:
+            detector = check_model(recipe, plan.classes)
         log_recipe(run, recipe)
         log_dataset(
             run, name=recipe.name, source=str(recipe.data.annotations), digest=plan.fingerprint
@@ -341,11 +347,11 @@ def train(recipe: Recipe) -> Run:
         The MLflow run.
     """
     began = time.perf_counter()
-    ready = prepare(recipe)
+    ready, detector = prepare(recipe)
     run, goes_on = resume_or_start(ready.recipe, ready.plan)
     if goes_on:
         print(f"going on with the unfinished run {run.run_id}; --no-resume starts anew", flush=True)
-    train_run(ready, run)
+    train_run(ready, run, detector=detector)
     print_summary(ready.recipe, ready.plan, run, seconds=time.perf_counter() - began)
     return run
 

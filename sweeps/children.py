@@ -85,7 +85,7 @@ class Outcomes(Callback):
         result = trial.last_result or {}
         finished = bool(result.get(FINISHED))
         outcome = "finished" if finished else "pruned"
-        self._end(trial, "FINISHED" if finished else "KILLED", outcome)
+        self._end(self._run_of(trial), trial, "FINISHED" if finished else "KILLED", outcome)
         self._say(trial, f"{outcome}  {self._reached(result)}")
 
     def on_trial_error(self, *, trial: Trial, **_: Any) -> None:
@@ -94,11 +94,10 @@ class Outcomes(Callback):
         # most trials said so themselves; one whose process was killed could not
         error = run.client.get_run(run.run_id).data.tags.get("error") or _last_words(trial)
         run.client.set_tag(run.run_id, "error", error)
-        self._end(trial, "FAILED", "failed")
+        self._end(run, trial, "FAILED", "failed")
         self._say(trial, f"failed: {error.splitlines()[0]}")
 
-    def _end(self, trial: Trial, status: str, outcome: str) -> None:
-        run = self._run_of(trial)
+    def _end(self, run: Run, trial: Trial, status: str, outcome: str) -> None:
         client = run.client
         client.set_tag(run.run_id, OUTCOME_TAG, outcome)
         client.set_terminated(run.run_id, status)
@@ -139,10 +138,17 @@ def _config(trial: Trial) -> TrialConfig:
 
 
 def _described(config: TrialConfig) -> str:
-    return "  ".join(
-        f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
-        for name, value in config.point.items()
-    )
+    return "  ".join(assignment(name, value) for name, value in config.point.items())
+
+
+def assignment(name: str, value: Any) -> str:
+    """A parameter and its value, in few digits.
+
+    Args:
+        name: of the parameter.
+        value: of it.
+    """
+    return f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
 
 
 def _last_words(trial: Trial) -> str:

@@ -15,7 +15,6 @@ from typing import Any
 
 import optuna
 import tyro
-from mlflow.entities import Param
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 from optuna.samplers import TPESampler
 
@@ -33,7 +32,7 @@ from re2tal.detection.raw import read_raw
 from re2tal.detection.segments import Detections
 from sweeps.overrides import override
 from sweeps.suggestions import Suggestions
-from sweeps.trial import SEARCHED
+from sweeps.trial import log_searched
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,8 +114,7 @@ def search_postprocessing(run: Run, *, trials: int, seed: int, parent: str) -> P
         study = _search(recipe, plan, raw, trials=trials, seed=seed)
         best = study.best_trial
         before, after = study.trials[0].value or 0.0, best.value or 0.0
-        params = [Param(f"{SEARCHED}{name}", str(value)) for name, value in best.params.items()]
-        tracked.client.log_batch(tracked.run_id, params=params)
+        log_searched(tracked, best.params)
         log_metrics(tracked, {"base/val/mAP": before, MAP: after}, step=0)
         for number, trial in enumerate(study.trials):
             log_metrics(tracked, {"sweep/mAP": trial.value or 0.0}, step=number)

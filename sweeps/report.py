@@ -6,7 +6,6 @@ import json
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -14,14 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.tracking import Run, log_metrics
-from sweeps.children import FIRST_STEP, children
+from sweeps.children import FIRST_STEP, assignment, children
 from sweeps.epoch_reports import RUN_ID
 from sweeps.pictures import pictures
 from sweeps.postprocessing import Postprocessing, search_postprocessing
 from sweeps.settings import SweepConfig
 from sweeps.study import BASE, ended
 from sweeps.sweep import Objective, Sweep
-from sweeps.trial import NUMBER_TAG
 
 TRIALS = "sweep/trials"
 _SHOWN = 10
@@ -45,12 +43,8 @@ def report(sweep: Sweep, config: SweepConfig, run: Run, study: optuna.Study) -> 
         "sweep/pruned": sum(trial.state == TrialState.PRUNED for trial in trials),
         "sweep/failed": sum(trial.state == TrialState.FAIL for trial in trials),
     }
-    runs = {child.data.tags.get(NUMBER_TAG): child for child in children(run)}
-    overhead = [
-        child.data.metrics[FIRST_STEP]
-        for child in runs.values()
-        if FIRST_STEP in child.data.metrics
-    ]
+    metrics = [child.data.metrics for child in children(run)]
+    overhead = [of_trial[FIRST_STEP] for of_trial in metrics if FIRST_STEP in of_trial]
     if overhead:
         counts[FIRST_STEP] = statistics.median(overhead)
     log_metrics(run, counts, step=0)
@@ -72,7 +66,9 @@ def report(sweep: Sweep, config: SweepConfig, run: Run, study: optuna.Study) -> 
     run.client.set_tag(run.run_id, "best.run", chosen["run"])
     for name, value in best[0].params.items():
         run.client.set_tag(run.run_id, f"best.{name}", str(value))
-    _print(sweep, best, base, counts, run, found)
+    Console(width=max(100, Console().width)).print(_table(sweep, best, base))
+    for label, fact in _facts(sweep, best, base, counts, run, found):
+        print(f"{label:<20}{fact}")
     print(f"\ntrain the best in full:\n  {command}")
 
 
@@ -143,15 +139,8 @@ def _csv(objectives: Sequence[Objective], trials: Sequence[FrozenTrial]) -> str:
     return text.getvalue()
 
 
-def _print(
-    sweep: Sweep,
-    best: Sequence[FrozenTrial],
-    base: FrozenTrial | None,
-    counts: Mapping[str, float],
-    run: Run,
-    found: Postprocessing | None,
-) -> None:
-    console = Console(width=max(100, Console().width))
+def _table(sweep: Sweep, best: Sequence[FrozenTrial], base: FrozenTrial | None) -> Table:
+    """The best trials, and the base recipe's."""
     several = len(sweep.objectives) > 1
     what = "trials that no other beats in all objectives" if several else "best trials"
     table = Table(title=f"{sweep.name}: {what}")
@@ -161,10 +150,9 @@ def _print(
     for trial in shown:
         number = "base" if base is not None and trial.number == base.number else str(trial.number)
         values = [f"{value:.3f}" for value in trial.values]
-        table.add_row(number, *values, ", ".join(_short(*item) for item in trial.params.items()))
-    console.print(table)
-    for label, fact in _facts(sweep, best, base, counts, run, found):
-        print(f"{label:<20}{fact}")
+        params = (assignment(name.rsplit(".", 1)[-1], v) for name, v in trial.params.items())
+        table.add_row(number, *values, ", ".join(params))
+    return table
 
 
 def _facts(
@@ -187,8 +175,3 @@ def _facts(
         facts.append(("to the first step", f"{counts[FIRST_STEP]:.1f} s of a trial (median)"))
     facts.append(("MLflow run", f"{run.run_id} in {run.uri}"))
     return facts
-
-
-def _short(name: str, value: Any) -> str:
-    shown = f"{value:.3g}" if isinstance(value, float) else str(value)
-    return f"{name.rsplit('.', 1)[-1]}={shown}"

@@ -97,7 +97,7 @@ def _run(sweep: Sweep, config: SweepConfig) -> Run:
     base = config.trial_recipe
     base = replace(base, save_raw=base.save_raw or sweep.postprocessing)
     base_point = check_space(sweep, base)
-    ready = prepare(base)
+    ready, _ = prepare(base)
     at_a_time = concurrency(config, ready)
     run = _parent(config, ready)
     with finishing(run):

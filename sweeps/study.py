@@ -14,7 +14,7 @@ from sweeps.epoch_reports import RUN_ID
 from sweeps.overrides import override
 from sweeps.settings import SweepConfig
 from sweeps.suggestions import Suggestions
-from sweeps.sweep import Objective, Sweep
+from sweeps.sweep import Sweep
 from sweeps.trial import EPOCH, FINISHED, TrialConfig
 
 _INTERRUPTED = "interrupted"  # of a study: numbers of trials that were under way at a kill
@@ -62,7 +62,7 @@ class SweepSearch(OptunaSearch):
         if result and RUN_ID in result:
             self._ot_trials[trial_id].set_user_attr(RUN_ID, result[RUN_ID])
         if not (result and result.get(FINISHED)):
-            if result and self.metric in [*result]:  # Ray Tune does not pass on what it stops at
+            if result and EPOCH in result:  # Ray Tune does not pass on what it stops at
                 self.on_trial_result(trial_id, result)
             result = None
         super().on_trial_complete(trial_id, result, error)
@@ -194,16 +194,3 @@ class _Proposal:
         if config.base:
             trial.set_user_attr(BASE, value=True)
         return {"trial": config}
-
-
-def value(trial: FrozenTrial, objectives: Sequence[Objective]) -> tuple[float, ...]:
-    """What a finished trial reached, so that larger is better.
-
-    Args:
-        trial: that is complete.
-        objectives: of the sweep.
-    """
-    return tuple(
-        reached if objective.mode == "max" else -reached
-        for reached, objective in zip(trial.values or (), objectives, strict=True)
-    )

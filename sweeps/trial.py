@@ -67,9 +67,18 @@ def _name(run: Run, trial: TrialConfig, recipe: str) -> None:
     client.set_tag(run.run_id, NUMBER_TAG, trial.number)
     what = "base" if trial.base else f"trial {trial.number}"
     client.set_tag(run.run_id, MLFLOW_RUN_NAME, f"{recipe} {what}")
-    params = [Param(f"{SEARCHED}{name}", str(value)) for name, value in trial.point.items()]
-    if params:
-        client.log_batch(run.run_id, params=params)
+    log_searched(run, trial.point)
+
+
+def log_searched(run: Run, point: Mapping[str, Any]) -> None:
+    """Puts what was proposed for a run beside the parameters that all runs have.
+
+    Args:
+        run: that tries it.
+        point: names and values.
+    """
+    params = [Param(f"{SEARCHED}{name}", str(value)) for name, value in point.items()]
+    run.client.log_batch(run.run_id, params=params)
 
 
 def _last_metrics(run: Run) -> dict[str, Any]:

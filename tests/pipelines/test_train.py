@@ -4,7 +4,6 @@ import json
 import os
 import re
 import runpy
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 from torch import Tensor
+
+from pipelines.quiet import free_port
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
@@ -53,12 +54,6 @@ def _data(tiny_set: Path) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _submit(*command: str, cwd: Path, env: dict[str, str]) -> str:
     """Submits a job and waits for it; a head that has just started may not have its agent yet."""
     for _ in range(20):
@@ -76,11 +71,11 @@ def _submit(*command: str, cwd: Path, env: dict[str, str]) -> str:
 def _ray_head(folder: Path, env: dict[str, str]) -> Iterator[str]:
     """Starts a Ray head with token authentication, and gives the address that jobs go to."""
     _run(RAY, "get-auth-token", "--generate", cwd=folder, env=env)
-    dashboard = _free_port()
+    dashboard = free_port()
     head = subprocess.Popen(
-        [RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={_free_port()}",
+        [RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}",
          f"--dashboard-port={dashboard}",
-         f"--dashboard-agent-listen-port={_free_port()}",  # another Ray may run in this suite
+         f"--dashboard-agent-listen-port={free_port()}",  # another Ray may run in this suite
          "--disable-usage-stats", "--include-dashboard=true"],
         cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
