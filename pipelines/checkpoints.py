@@ -25,6 +25,7 @@ from pipelines.sharding import (
     whole_optimizer_state,
     whole_state,
 )
+from pipelines.storage import join, read_bytes, sizes_below
 from re2tal.detector import Detector
 from re2tal.trained import DetectorSpec, save_detector
 
@@ -150,26 +151,20 @@ def complete(folder: Path) -> None:
     Args:
         folder: with all of its files.
     """
-    (folder / COMPLETE_FILE).write_text(json.dumps(_sizes(folder), indent=2))
+    sizes = sizes_below(str(folder))
+    sizes.pop(COMPLETE_FILE, None)
+    (folder / COMPLETE_FILE).write_text(json.dumps(sizes, indent=2, sort_keys=True))
 
 
-def is_complete(folder: Path) -> bool:
+def is_complete(folder: str | Path) -> bool:
     """Whether all files of a checkpoint are there, as long as they were written.
 
     Args:
-        folder: what may be a checkpoint.
+        folder: path or URI of what may be a checkpoint.
     """
     try:
-        listed = json.loads((folder / COMPLETE_FILE).read_text())
+        listed = json.loads(read_bytes(join(str(folder), COMPLETE_FILE)))
     except (OSError, ValueError):
         return False
-    sizes = _sizes(folder)
+    sizes = sizes_below(str(folder))
     return all(sizes.get(name) == size for name, size in listed.items())
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    return {
-        str(path.relative_to(folder)): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != COMPLETE_FILE
-    }

@@ -43,12 +43,7 @@ from pipelines.quiet import init_ray
 from pipelines.resources import check_resources, store_remark
 from pipelines.results import log_model
 from pipelines.resuming import resume_or_start
-from pipelines.storage import (
-    BACKBONE_FILE,
-    StorageError,
-    absolute,
-    replacing,
-)
+from pipelines.storage import BACKBONE_FILE, StorageError, absolute, join, replacing
 from pipelines.tracking import Run, finishing, log_dataset, log_text, tracking_uri
 from pipelines.train import PROBLEMS, fit
 from re2tal.backbones.checkpoint import save_backbone_weights
@@ -106,7 +101,7 @@ def prepared(recipe: ClassificationRecipe) -> ClassificationRecipe:
         recipe,
         data=data,
         model=replace(model, weights=weights),
-        output=str(Path(recipe.output).absolute()),
+        output=absolute(recipe.output),
     )
 
 
@@ -121,7 +116,7 @@ def check_model(recipe: ClassificationRecipe, lists: Lists) -> None:
         StorageError: if the weights cannot be read or are another network's.
     """
     with tempfile.TemporaryDirectory() as folder:
-        store = tracking_uri(Path(recipe.output))
+        store = tracking_uri(recipe.output)
         try:
             weights = fetch_weights(recipe.model.weights, Path(folder), tracking_uri=store)
             build_classifier(recipe, lists.classes, weights)
@@ -129,7 +124,7 @@ def check_model(recipe: ClassificationRecipe, lists: Lists) -> None:
             raise StorageError(str(problem)) from problem
 
 
-def log_backbone(recipe: ClassificationRecipe, run: Run, result: ray.train.Result) -> Path:
+def log_backbone(recipe: ClassificationRecipe, run: Run, result: ray.train.Result) -> str:
     """Writes the backbone's weights, and logs them and the classifier in MLflow.
 
     Args:
@@ -138,22 +133,24 @@ def log_backbone(recipe: ClassificationRecipe, run: Run, result: ray.train.Resul
         result: of the training; its last checkpoint holds the averaged classifier.
 
     Returns:
-        Where the weights are.
+        Where the weights are, a path or URI.
     """
     assert result.checkpoint is not None, "every epoch reports a checkpoint"
-    path = Path(recipe.output) / run.run_id / BACKBONE_FILE
+    weights = join(recipe.output, join(run.run_id, BACKBONE_FILE))
     reached = _reached(run)
     facts = {"run": run.run_id, "command": shlex.join(sys.argv), **reached}
-    with result.checkpoint.as_directory() as folder:
+    with result.checkpoint.as_directory() as folder, tempfile.TemporaryDirectory() as scratch:
         _, classifier = load_detector(Path(folder) / DETECTOR_FOLDER)
+        path = Path(scratch) / BACKBONE_FILE
         save_backbone_weights(classifier.backbone, path, {"re2tal": json.dumps(facts)})
         uri = log_model(run, Path(folder) / DETECTOR_FOLDER, backbone=path)
-    run.client.log_artifact(run.run_id, str(path))
+        run.client.log_artifact(run.run_id, str(path))
+        for place in (weights, recipe.weights_file):
+            if place is not None:
+                with replacing(absolute(place)) as stream:
+                    stream.write(path.read_bytes())
     run.client.set_tag(run.run_id, "model.uri", uri)
-    if recipe.weights_file is not None:
-        with replacing(absolute(recipe.weights_file)) as stream:
-            stream.write(path.read_bytes())
-    return path
+    return weights
 
 
 def _reached(run: Run) -> dict[str, float]:
@@ -163,14 +160,14 @@ def _reached(run: Run) -> dict[str, float]:
 
 
 def print_summary(
-    recipe: ClassificationRecipe, run: Run, weights: Path, *, failed: int, seconds: float
+    recipe: ClassificationRecipe, run: Run, weights: str, *, failed: int, seconds: float
 ) -> None:
     """Prints what a run reached, what it took, and where it is.
 
     Args:
         recipe: the configuration.
         run: with its metrics sent; what did not arrive is not printed.
-        weights: file of the backbone's weights.
+        weights: path or URI of the backbone's weights.
         failed: number of videos that were left out.
         seconds: from the command's start to its end.
     """
@@ -183,7 +180,7 @@ def print_summary(
         ("time", f"{duration(seconds)} in all"),
         *([("left out", f"{failed} videos")] if failed else []),
         ("MLflow run", f"{run.run_id} in {run.uri}"),
-        ("weights", recipe.weights_file or str(weights)),
+        ("weights", recipe.weights_file or weights),
         ("or", f"runs:/{run.run_id}/{BACKBONE_FILE}"),
         ("or", uri),
     ):

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pipelines.data import Batch
+from pipelines.storage import join, replacing
 
 
 class NonFiniteLossError(Exception):
@@ -15,7 +15,7 @@ class NonFiniteLossError(Exception):
 
 
 def non_finite_error(
-    passes: Sequence[Mapping[str, Tensor]], batches: Sequence[Batch], *, step: int, output: Path
+    passes: Sequence[Mapping[str, Tensor]], batches: Sequence[Batch], *, step: int, output: str
 ) -> NonFiniteLossError:
     """Saves the first batch whose loss is NaN or infinite, and says so.
 
@@ -23,7 +23,7 @@ def non_finite_error(
         passes: of each pass of this worker the loss, first, and its terms, by name.
         batches: what they were computed of, as they were decoded.
         step: number of the training step.
-        output: folder that the batch is saved in.
+        output: path or URI of the folder that the batch is saved in.
     """
     bad = (
         (terms, batch)
@@ -33,20 +33,8 @@ def non_finite_error(
     terms, batch = next(bad, (None, None))
     if terms is None or batch is None:
         return NonFiniteLossError(f"The loss is not finite at step {step} on another worker.")
-    path = output / f"non_finite_step_{step}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(
-        {
-            "frames": batch.frames.cpu(),
-            "mask": batch.mask,
-            "targets": [asdict(target) for target in batch.targets],
-            "windows": [
-                {"video_id": w.video_id, "grid": asdict(w.grid), "copy": w.copy and asdict(w.copy)}
-                for w in batch.windows
-            ],
-        },
-        path,
-    )
+    path = join(output, f"non_finite_step_{step}.pt")
+    _save(batch, path)
     videos = ", ".join(w.video_id for w in batch.windows)
     values = ", ".join(f"{name} {float(value):g}" for name, value in terms.items())
     return NonFiniteLossError(
@@ -54,3 +42,17 @@ def non_finite_error(
         f"The batch is saved in {path}. Lower the learning rates (--optim.backbone-lr, "
         "--optim.localizer-lr), or compute in float32 (--optim.precision float32)."
     )
+
+
+def _save(batch: Batch, uri: str) -> None:
+    content = {
+        "frames": batch.frames.cpu(),
+        "mask": batch.mask,
+        "targets": [asdict(target) for target in batch.targets],
+        "windows": [
+            {"video_id": w.video_id, "grid": asdict(w.grid), "copy": w.copy and asdict(w.copy)}
+            for w in batch.windows
+        ],
+    }
+    with replacing(uri) as stream:
+        torch.save(content, stream)

@@ -65,7 +65,7 @@ class Trainer:
     """One worker's share of a run: epochs of steps, each ended by validation and a checkpoint."""
 
     def __init__(
-        self, task: Task, runtime: Runtime, *, weights: str | Path | None, output: Path
+        self, task: Task, runtime: Runtime, *, weights: str | Path | None, output: str
     ) -> None:
         self.task, self.recipe, self.runtime = task, task.recipe, runtime
         torch.manual_seed(task.recipe.seed)  # the same weights on every rank

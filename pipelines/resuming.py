@@ -9,13 +9,13 @@ import json
 import os
 import socket
 from collections.abc import Mapping
-from pathlib import Path
 
 import psutil
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipelines.checkpoints import is_complete
 from pipelines.settings import RunConfig
+from pipelines.storage import join, read_bytes, remove, sizes_below
 from pipelines.task import AnyPlan
 from pipelines.tracking import Run, Tracked, flatten, open_store, start_run
 
@@ -62,18 +62,18 @@ def resume_or_start(
     Raises:
         RunningError: if a process on this machine is at it.
     """
-    output = Path(recipe.output)
+    output = recipe.output
     of = {} if parent is None else {MLFLOW_PARENT_RUN_ID: parent}
     tags = of | mark(digest(recipe, plan, **of))
     run = last_run(recipe, tags, output=output) if recipe.resume else None
     status = run and run.client.get_run(run.run_id).info.status
     if run is None or status == "FINISHED":
         return start_run(recipe, output=output, tags=tags), False
-    if newest_checkpoint(output / run.run_id) is None:
+    if newest_checkpoint(join(output, run.run_id)) is None:
         if status == "RUNNING":  # its driver was killed, and could not say so
             run.client.set_terminated(run.run_id, "KILLED")
         return start_run(recipe, output=output, tags=tags), False
-    _drop_damaged_list(output / run.run_id)
+    _drop_damaged_list(join(output, run.run_id))
     reopen(run)
     return run, True
 
@@ -87,7 +87,7 @@ def mark(configuration: str) -> dict[str, str]:
     return {_DIGEST: configuration, _DRIVER: _driver()}
 
 
-def last_run(config: Tracked, tags: Mapping[str, str], *, output: Path) -> Run | None:
+def last_run(config: Tracked, tags: Mapping[str, str], *, output: str) -> Run | None:
     """The last run with the mark of a configuration, however it ended.
 
     Args:
@@ -126,28 +126,32 @@ def reopen(run: Run) -> None:
         client.delete_tag(run.run_id, "error")
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
+def newest_checkpoint(folder: str) -> str | None:
     """The newest whole checkpoint of a run, whatever Ray Train's list of them says.
 
     Args:
-        folder: of the run.
+        folder: of the run, a path or URI.
+
+    Returns:
+        Its path or URI.
     """
-    whole = [path for path in folder.glob("checkpoint_*") if is_complete(path)]
-    return max(whole, key=lambda path: path.name, default=None)
+    names = {name.partition("/")[0] for name in sizes_below(folder)}
+    checkpoints = sorted((name for name in names if name.startswith("checkpoint_")), reverse=True)
+    return next((uri for name in checkpoints if is_complete(uri := join(folder, name))), None)
 
 
-def _drop_damaged_list(folder: Path) -> None:
+def _drop_damaged_list(folder: str) -> None:
     """Removes Ray Train's list if a kill cut it short: it is not written in one go.
 
     Without it Ray Train begins a new one, and the run goes on from the newest whole checkpoint.
     """
-    path = folder / _SNAPSHOT
+    uri = join(folder, _SNAPSHOT)
     try:
-        json.loads(path.read_text())
+        json.loads(read_bytes(uri))
     except FileNotFoundError:
         return
     except ValueError:
-        path.unlink()
+        remove(uri)
 
 
 def _driver() -> str:

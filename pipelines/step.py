@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -45,7 +44,7 @@ class Stepper:
         *,
         augment: Callable[[Batch], Tensor],
         device: torch.device,
-        output: Path,
+        output: str,
     ) -> None:
         self._model, self._state, self._config, self._augment = model, state, config, augment
         self._device, self._output = device, output

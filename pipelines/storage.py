@@ -182,6 +182,24 @@ def is_folder(uri: str) -> bool:
     return bool(filesystem.get_file_info(path).type == pafs.FileType.Directory)
 
 
+def sizes_below(uri: str) -> dict[str, int]:
+    """Lists the files in a folder and in all folders in it; of a folder that is missing, none.
+
+    Args:
+        uri: path or URI of the folder.
+
+    Returns:
+        Path in the folder, with slashes, to bytes.
+    """
+    filesystem, path = resolve(uri)
+    selector = pafs.FileSelector(path, allow_not_found=True, recursive=True)
+    return {
+        str(Path(info.path).relative_to(path)): info.size
+        for info in filesystem.get_file_info(selector)
+        if info.type == pafs.FileType.File
+    }
+
+
 def walk_files(uri: str) -> dict[str, str]:
     """Lists the files in a folder and in all folders in it.
 

@@ -26,6 +26,8 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_GIT_COMMIT, MLFLOW_RUN_NAME
 
+from pipelines.storage import StorageError, replacing
+
 _MAX_METRICS = 1000  # per request; MLflow refuses more
 _MAX_PARAMS = 100
 _REFUSED = ErrorCode.Name(INVALID_PARAMETER_VALUE)  # of a request that is wrong whenever it is sent
@@ -62,22 +64,33 @@ class Run:
         return MlflowClient(self.uri)
 
 
-def tracking_uri(output: Path) -> str:
+def tracking_uri(output: str | Path) -> str:
     """Where runs go: the server in `MLFLOW_TRACKING_URI`, else one SQLite file in `output`.
 
     Args:
         output: folder of the default store, absolute.
+
+    Raises:
+        StorageError: if there is no server, and `output` is the URI of an object store, which
+            cannot hold a data base.
     """
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output / 'mlflow.db'}"
+    if server := os.environ.get("MLFLOW_TRACKING_URI"):
+        return server
+    if "://" in str(output):
+        raise StorageError(
+            f"{output} can hold checkpoints, but not MLflow's data base: name a tracking server in "
+            "the environment variable MLFLOW_TRACKING_URI, or a local folder."
+        )
+    return f"sqlite:///{output}/mlflow.db"
 
 
-def _experiment_id(client: MlflowClient, uri: str, name: str, output: Path) -> str:
+def _experiment_id(client: MlflowClient, uri: str, name: str, output: str | Path) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None:
         return found.experiment_id
-    local = uri.startswith("sqlite:///")
+    local = uri.startswith("sqlite:///") and "://" not in str(output)
     return client.create_experiment(
-        name, artifact_location=(output / "artifacts").as_uri() if local else None
+        name, artifact_location=(Path(output) / "artifacts").as_uri() if local else None
     )
 
 
@@ -132,20 +145,22 @@ def _tags(recipe_name: str) -> list[RunTag]:
     return [RunTag(key, value) for key, value in tags.items()]
 
 
-def open_store(experiment: str, *, output: Path) -> tuple[MlflowClient, str, str]:
+def open_store(experiment: str, *, output: str | Path) -> tuple[MlflowClient, str, str]:
     """Opens the store, and makes it and the experiment if need be.
 
     Args:
         experiment: its name.
-        output: folder of the default store; it is made.
+        output: folder of the default store; it is made. A URI, if a server is set.
 
     Returns:
         A client, the tracking URI and the experiment's id.
 
     Raises:
         MlflowException: if the store cannot be reached.
+        StorageError: as `tracking_uri`.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    if "://" not in str(output):
+        Path(output).mkdir(parents=True, exist_ok=True)
     for name in ("alembic", "mlflow.store.db.utils"):  # each table that a new store gets
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = tracking_uri(output)
@@ -153,7 +168,7 @@ def open_store(experiment: str, *, output: Path) -> tuple[MlflowClient, str, str
     return client, uri, _experiment_id(client, uri, experiment, output)
 
 
-def start_run(recipe: Tracked, *, output: Path, tags: Mapping[str, str] | None = None) -> Run:
+def start_run(recipe: Tracked, *, output: str | Path, tags: Mapping[str, str] | None = None) -> Run:
     """Opens the store, makes it if need be, and starts a run with the whole configuration.
 
     Args:
@@ -245,7 +260,7 @@ class MetricLogger:
     with characters in their names that it does not allow; they keep no other from being sent.
     """
 
-    def __init__(self, run: Run, *, fallback: Path, interval: float = 2.0) -> None:
+    def __init__(self, run: Run, *, fallback: str | Path, interval: float = 2.0) -> None:
         self._run = run
         self._fallback = fallback
         self._interval = interval
@@ -308,7 +323,7 @@ class MetricLogger:
         self._send()
         unsent = [*self._refused, *self._pending]
         if unsent:
-            self._fallback.parent.mkdir(parents=True, exist_ok=True)
-            with self._fallback.open("a") as file:
-                file.writelines(json.dumps(dict(metric)) + "\n" for metric in unsent)
+            lines = "".join(json.dumps(dict(metric)) + "\n" for metric in unsent)
+            with replacing(str(self._fallback)) as stream:
+                stream.write(lines.encode())
         return len(unsent)

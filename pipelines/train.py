@@ -56,7 +56,8 @@ from pipelines.results import log_results, print_summary
 from pipelines.resuming import RunningError, newest_checkpoint, resume_or_start
 from pipelines.settings import CheckpointConfig
 from pipelines.shards.settings import ShardError
-from pipelines.storage import StorageError, require
+from pipelines.storage import StorageError, join, require
+from pipelines.storage import absolute as absolute_path
 from pipelines.task import Task
 from pipelines.tracking import (
     Run,
@@ -103,8 +104,8 @@ def parse(arguments: Sequence[str]) -> Recipe:
     run_id, rest = _split_off("--from-run", arguments)
     if run_id is None:
         return parse_recipe(rest, RECIPES, script="train.py", description=__doc__ or "")
-    output = Path(_split_off("--output", rest)[0] or "runs")
-    recipe = recipe_of(Run(uri=tracking_uri(output.absolute()), run_id=run_id))
+    output = absolute_path(_split_off("--output", rest)[0] or "runs")
+    recipe = recipe_of(Run(uri=tracking_uri(output), run_id=run_id))
 
     def run() -> Recipe:
         """What a run trained."""
@@ -162,7 +163,7 @@ def absolute(recipe: Recipe) -> Recipe:
         recipe,
         data=data,
         model=replace(model, weights=weights),
-        output=str(Path(recipe.output).absolute()),
+        output=absolute_path(recipe.output),
     )
 
 
@@ -183,7 +184,7 @@ def check_model(recipe: Recipe, classes: Sequence[str]) -> Detector:
             "apart itself: leave the scores out, or train it with --model.class-agnostic."
         )
     with tempfile.TemporaryDirectory() as folder:
-        store = tracking_uri(Path(recipe.output))
+        store = tracking_uri(recipe.output)
         weights = fetch_weights(recipe.model.weights, Path(folder), tracking_uri=store)
         try:
             return build_detector(recipe, classes, weights)
@@ -222,7 +223,7 @@ def fit(
     """
     recipe, scale = task.recipe, task.recipe.scale
     with ProgressPrinter() as progress:
-        output = Path(recipe.output) / run.run_id
+        output = join(recipe.output, run.run_id)
         job = Job(
             task=task,
             run=run,

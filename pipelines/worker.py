@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from pipelines.loop import Trainer
 from pipelines.plan import UnusableVideosError
 from pipelines.pretrained import fetch_weights
 from pipelines.quiet import quiet_data
+from pipelines.storage import join, resolve
 from pipelines.streaming import FrameStream
 from pipelines.task import Task
 from pipelines.tracking import MetricLogger, Run
@@ -36,7 +38,7 @@ class Job:
     Attributes:
         task: what is trained; the paths of its recipe are absolute.
         run: where metrics go.
-        output: folder of this run for what is saved beside checkpoints; absolute.
+        output: folder of this run for what is saved beside checkpoints; absolute path or URI.
         board: handle of the progress actor.
         checkpoint: to go on from where Ray Train knows of none; None begins at the beginning.
         threads: of PyTorch, where other runs share the node; None shares its cores between the
@@ -45,9 +47,9 @@ class Job:
 
     task: Task
     run: Run
-    output: Path
+    output: str
     board: Any
-    checkpoint: Path | None = None
+    checkpoint: str | None = None
     threads: int | None = None
 
 
@@ -122,8 +124,11 @@ class RayRuntime:
     def restored(self) -> Iterator[Path | None]:
         """Gives the checkpoint to go on from after a lost worker or driver, if there is one."""
         checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None and self._job.checkpoint is not None:
+            filesystem, path = resolve(self._job.checkpoint)
+            checkpoint = ray.train.Checkpoint(path, filesystem)
         if checkpoint is None:
-            yield self._job.checkpoint
+            yield None
             return
         with checkpoint.as_directory() as folder:
             yield Path(folder)
@@ -159,7 +164,8 @@ def train(job: Job) -> dict[str, float] | TrainingProblem:
         )
         if context.get_world_rank() > 0:
             return _train(job, RayRuntime(job, None), weights)
-        metrics = MetricLogger(job.run, fallback=job.output / "unsent_metrics.jsonl")
+        unsent_file = join(job.output, f"unsent_metrics_{time.time():.0f}.jsonl")
+        metrics = MetricLogger(job.run, fallback=unsent_file)
         monitor = SystemMetricsMonitor(
             job.run.run_id, resume_logging=True, tracking_uri=job.run.uri
         )
@@ -171,5 +177,5 @@ def train(job: Job) -> dict[str, float] | TrainingProblem:
             unsent = metrics.close()
             if unsent:
                 job.board.post.remote(
-                    f"warning: {unsent} metrics could not be sent to MLflow: see {job.output}"
+                    f"warning: {unsent} metrics could not be sent to MLflow: see {unsent_file}"
                 )

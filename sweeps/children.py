@@ -118,7 +118,7 @@ class Outcomes(Callback):
             if run.data.tags.get(NUMBER_TAG) == number:
                 return Run(uri=self._parent.uri, run_id=run.info.run_id)
         tags = {MLFLOW_PARENT_RUN_ID: self._parent.run_id, NUMBER_TAG: number}
-        return start_run(self._base, output=Path(self._base.output), tags=tags)
+        return start_run(self._base, output=self._base.output, tags=tags)
 
     def _say(self, trial: Trial, what: str) -> None:
         self._done += 1

@@ -25,6 +25,7 @@ from pipelines.mlflow_artifacts import fetch
 from pipelines.plan import Plan, evaluation_plan, read_annotations, read_video_scores
 from pipelines.recipe import Recipe
 from pipelines.recipe_file import recipe_of
+from pipelines.storage import absolute
 from pipelines.tracking import Run, finishing, log_metrics, start_run, tracking_uri
 from pipelines.train import PROBLEMS
 from re2tal.detection.nms import nms_videos
@@ -109,7 +110,7 @@ def search_postprocessing(run: Run, *, trials: int, seed: int, parent: str) -> P
         raw, _ = read_raw(path)
     plan = _plan(recipe, raw)
     tags = {MLFLOW_PARENT_RUN_ID: parent, MLFLOW_RUN_NAME: f"{recipe.name} post-processing"}
-    tracked = start_run(recipe, output=Path(recipe.output), tags=tags)
+    tracked = start_run(recipe, output=recipe.output, tags=tags)
     with finishing(tracked):
         study = _search(recipe, plan, raw, trials=trials, seed=seed)
         best = study.best_trial
@@ -166,7 +167,7 @@ def main(arguments: Sequence[str]) -> None:
         arguments: without the program's name.
     """
     config = tyro.cli(PostprocessingConfig, args=arguments, description=__doc__)
-    run = Run(uri=tracking_uri(Path(config.output).absolute()), run_id=config.run)
+    run = Run(uri=tracking_uri(absolute(config.output)), run_id=config.run)
     with told_shortly(PROBLEMS):
         found = search_postprocessing(
             run, trials=config.trials, seed=config.seed, parent=config.run

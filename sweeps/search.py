@@ -23,6 +23,7 @@ from pipelines.recipe import Recipe
 from pipelines.recipes import RECIPES
 from pipelines.resources import require_resources
 from pipelines.resuming import digest, last_run, mark, reopen
+from pipelines.storage import StorageError, absolute, join
 from pipelines.tracking import Run, finishing, start_run
 from pipelines.train import PROBLEMS, Prepared, prepare
 from sweeps.children import Outcomes, children
@@ -88,7 +89,7 @@ def run_sweep(sweep: Sweep, config: SweepConfig) -> Run:
         ResourceError: if the cluster cannot hold a trial, or not so many at a time.
         Exception: as `pipelines.train.prepare`, one of `PROBLEMS`.
     """
-    config = replace(config, output=str(Path(config.output).absolute()))
+    config = replace(config, output=absolute(config.output))
     with _quiet():
         return _run(sweep, config)
 
@@ -146,7 +147,7 @@ def _search(
         ),
         run_config=tune.RunConfig(
             name=f"tune-{done}",  # what Ray Tune itself keeps is not gone on with: Optuna's is
-            storage_path=str(Path(config.output) / run.run_id),
+            storage_path=join(config.output, run.run_id),
             failure_config=tune.FailureConfig(max_failures=0),
             verbose=0,
             callbacks=[
@@ -203,7 +204,7 @@ def _threads(workers: int) -> int:
 
 def _parent(config: SweepConfig, ready: Prepared) -> Run:
     """The sweep's run: the last one of the same search if it is not through, else a new one."""
-    output = Path(config.output)
+    output = config.output
     # how long a search is, and how it is laid out, does not make it another
     search = replace(config, trials=1, concurrency=None, minutes=None, storage=None)
     marked = mark(digest(search, ready.plan))
@@ -226,6 +227,11 @@ def _is_through(run: Run, config: SweepConfig) -> bool:
 
 
 def _file(config: SweepConfig, run: Run) -> str:
+    if "://" in config.output:
+        raise StorageError(
+            f"{config.output} can hold checkpoints, but not what Optuna learns: name a data base "
+            "with --storage URL."
+        )
     folder = Path(config.output) / run.run_id
     folder.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{folder / 'optuna.db'}"

@@ -18,6 +18,7 @@ from re2tal.videos.annotations import load_annotations
 from re2tal.videos.files import find_videos
 from re2tal.videos.toy import ToyConfig, make_toy
 from re2tal.videos.windows import WindowConfig
+from tests.pipelines.object_store import BUCKET, object_store
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +79,23 @@ def tiny_recipe(tiny_set: Path) -> Recipe:
             ),
         ),
     )
+
+
+@pytest.fixture(scope="session")
+def store_environment() -> Iterator[dict[str, str]]:
+    """The environment of an object store that lives as long as the tests."""
+    with object_store() as environment:
+        yield environment
+
+
+@pytest.fixture
+def remote(
+    store_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> str:
+    """URI of a folder in the object store that nothing is in yet."""
+    for name, value in store_environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/{tmp_path.name}"
 
 
 @pytest.fixture(scope="session")

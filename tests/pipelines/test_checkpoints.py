@@ -24,7 +24,10 @@ from re2tal.videos.windows import Window
 def _trainer(recipe: Recipe, plan: Plan, folder: Path) -> Trainer:
     runtime = LocalRuntime(recipe, plan, folder)
     return Trainer(
-        DetectionTask(recipe=recipe, plan=plan), runtime, weights=None, output=folder / "output"
+        DetectionTask(recipe=recipe, plan=plan),
+        runtime,
+        weights=None,
+        output=str(folder / "output"),
     )
 
 
@@ -57,13 +60,14 @@ def test_what_an_interrupted_copy_leaves_is_no_checkpoint(
 
 def test_the_newest_whole_checkpoint_is_found(checkpoint: Path) -> None:
     later = checkpoint.with_name("checkpoint_2026-01-02")
-    assert newest_checkpoint(checkpoint.parent) == checkpoint
+    run = str(checkpoint.parent)
+    assert newest_checkpoint(run) == str(checkpoint)
     later.mkdir()
     (later / "training.pt").write_bytes(b"half")
-    assert newest_checkpoint(checkpoint.parent) == checkpoint
+    assert newest_checkpoint(run) == str(checkpoint)
     complete(later)
-    assert newest_checkpoint(checkpoint.parent) == later
-    assert newest_checkpoint(checkpoint.parent / "nowhere") is None
+    assert newest_checkpoint(run) == str(later)
+    assert newest_checkpoint(f"{run}/nowhere") is None
 
 
 def test_nothing_in_a_checkpoint_is_unpickled(checkpoint: Path) -> None:
@@ -153,7 +157,7 @@ def test_more_workers_take_up_what_fewer_left(
             alone.state.save(folder, alone.task.spec)
             complete(folder)
         task = DetectionTask(recipe=recipe, plan=tiny_plan)
-        both = Trainer(task, runtime, weights=None, output=tmp_path / "output")
+        both = Trainer(task, runtime, weights=None, output=str(tmp_path / "output"))
         assert (both.state.windows, both.state.world_size) == (3, 2)
         assert both._steps == len(everything) // 2
         left += both._windows(0, behind=both.state.windows)

@@ -107,7 +107,7 @@ def trainer_of(recipe: Recipe, plan: Plan, folder: Path) -> tuple[Trainer, Local
     runtime = LocalRuntime(recipe, plan, folder)
     weights = Path(recipe.model.weights) if recipe.model.weights else None
     task = DetectionTask(recipe=recipe, plan=plan)
-    return Trainer(task, runtime, weights=weights, output=folder), runtime
+    return Trainer(task, runtime, weights=weights, output=str(folder)), runtime
 
 
 @pytest.mark.slow

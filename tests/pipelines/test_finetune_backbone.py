@@ -119,7 +119,7 @@ def test_a_run_trains_evaluates_and_tests(
 ) -> None:
     runtime = LocalRuntime(recipe, plan, tmp_path)
     task = ClassificationTask(recipe=recipe, plan=plan)
-    trainer = Trainer(task, runtime, weights=None, output=tmp_path)
+    trainer = Trainer(task, runtime, weights=None, output=str(tmp_path))
     before = [p.detach().clone() for p in trainer.state.detector.parameters()]
     metrics = trainer.run()
     changed = [
@@ -187,7 +187,7 @@ def test_connections_move_from_the_pretrained_ones_to_the_rewired(
     moving = replace(recipe, batch_size=2, model=model)
     task = ClassificationTask(recipe=moving, plan=plan)
     runtime = LocalRuntime(moving, plan, tmp_path)
-    trainer = Trainer(task, runtime, weights=None, output=tmp_path)
+    trainer = Trainer(task, runtime, weights=None, output=str(tmp_path))
     seen = []
     for step in range(5):
         metrics = task.before_step(trainer.state, done=step, steps=4)
@@ -211,7 +211,7 @@ def test_a_run_that_goes_on_ends_like_one_that_was_not_interrupted(
     def trainer(of: ClassificationRecipe, folder: str) -> Trainer:
         runtime = LocalRuntime(of, plan, tmp_path / folder)
         task = ClassificationTask(recipe=of, plan=plan)
-        return Trainer(task, runtime, weights=None, output=tmp_path)
+        return Trainer(task, runtime, weights=None, output=str(tmp_path))
 
     undisturbed = trainer(whole, "whole")
     undisturbed.run()

@@ -27,7 +27,10 @@ def _train(
     runtime = LocalRuntime(recipe, plan, folder / str(rank))
     runtime.rank, runtime.world_size = rank, world_size
     trainer = Trainer(
-        DetectionTask(recipe=recipe, plan=plan), runtime, weights=None, output=folder / "output"
+        DetectionTask(recipe=recipe, plan=plan),
+        runtime,
+        weights=None,
+        output=str(folder / "output"),
     )
     trainer.run()
     steps = [metrics for _, metrics in runtime.history if "train/loss" in metrics]

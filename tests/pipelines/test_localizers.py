@@ -31,7 +31,10 @@ def run(recipe: Recipe, plan: Plan, folder: Path) -> tuple[dict[str, float], Pat
     """The last metrics, and the folder of the last checkpoint."""
     runtime = LocalRuntime(recipe, plan, folder)
     metrics = Trainer(
-        DetectionTask(recipe=recipe, plan=plan), runtime, weights=None, output=folder / "output"
+        DetectionTask(recipe=recipe, plan=plan),
+        runtime,
+        weights=None,
+        output=str(folder / "output"),
     ).run()
     assert all(math.isfinite(m["train/loss"]) for _, m in runtime.history if "train/loss" in m)
     return metrics, folder / "checkpoint"
@@ -68,7 +71,7 @@ def test_it_trains_on_stitched_windows(
     recipe = replace(tiny_recipe, data=replace(tiny_recipe.data, window=window))
     runtime = LocalRuntime(recipe, tiny_plan, tmp_path)
     task = DetectionTask(recipe=with_localizer(recipe, VSGN), plan=tiny_plan)
-    trainer = Trainer(task, runtime, weights=None, output=tmp_path / "output")
+    trainer = Trainer(task, runtime, weights=None, output=str(tmp_path / "output"))
     windows = trainer._windows(0)
     stitched = [w for w in windows if w.copy]
     assert 0 < len(stitched) < len(windows)

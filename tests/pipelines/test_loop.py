@@ -25,7 +25,10 @@ from re2tal.videos.windows import Window
 def _trainer(recipe: Recipe, plan: Plan, folder: Path) -> tuple[Trainer, LocalRuntime]:
     runtime = LocalRuntime(recipe, plan, folder)
     return Trainer(
-        DetectionTask(recipe=recipe, plan=plan), runtime, weights=None, output=folder / "output"
+        DetectionTask(recipe=recipe, plan=plan),
+        runtime,
+        weights=None,
+        output=str(folder / "output"),
     ), runtime
 
 

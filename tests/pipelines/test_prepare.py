@@ -246,7 +246,7 @@ def test_training_on_shards_is_training_on_files(
         DetectionTask(recipe=recipe, plan=sharded),
         runtime,
         weights=None,
-        output=tmp_path / "output",
+        output=str(tmp_path / "output"),
     ).run()
     assert 0 <= final["val/mAP"] <= 1
     (tmp_path / "shards" / FOLDER / "part-00001.parquet").unlink()

@@ -5,12 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import psutil
+import pyarrow.fs as pafs
 import pytest
 
 from pipelines.checkpoints import complete
 from pipelines.plan import Plan
 from pipelines.recipe import Recipe
-from pipelines.resuming import RunningError, digest, resume_or_start
+from pipelines.resuming import RunningError, digest, newest_checkpoint, resume_or_start
+from pipelines.storage import file_sizes, replacing, resolve
 from pipelines.tracking import finishing
 
 DRIVER = "re2tal.driver"
@@ -22,10 +24,28 @@ def recipe(tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return replace(tiny_recipe, output=str(tmp_path))
 
 
-def _checkpoint(recipe: Recipe, run_id: str) -> None:
-    folder = Path(recipe.output) / run_id / "checkpoint_1"
-    folder.mkdir(parents=True)
-    complete(folder)
+@pytest.fixture(params=["a folder", "an object store"])
+def stored(
+    request: pytest.FixtureRequest, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Recipe:
+    """Its checkpoints in a folder or in an object store."""
+    if request.param == "a folder":
+        return recipe
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    return replace(recipe, output=request.getfixturevalue("remote"))
+
+
+def _checkpoint(recipe: Recipe, run_id: str, scratch: Path) -> str:
+    """Puts a whole checkpoint into a run's folder, as Ray Train does."""
+    whole = scratch / "checkpoint"
+    whole.mkdir()
+    (whole / "training.pt").write_bytes(b"weights")
+    complete(whole)
+    uri = f"{recipe.output}/{run_id}/checkpoint_1"
+    filesystem, path = resolve(uri)
+    filesystem.create_dir(path, recursive=True)
+    pafs.copy_files(str(whole), path, destination_filesystem=filesystem)
+    return uri
 
 
 def test_the_digest_tells_configurations_and_data_apart(recipe: Recipe, tiny_plan: Plan) -> None:
@@ -43,8 +63,9 @@ def test_the_digest_tells_configurations_and_data_apart(recipe: Recipe, tiny_pla
 
 @pytest.mark.slow
 def test_a_run_that_did_not_end_is_taken_up_and_one_that_did_is_not(
-    recipe: Recipe, tiny_plan: Plan
+    stored: Recipe, tiny_plan: Plan, tmp_path: Path
 ) -> None:
+    recipe = stored
     first, goes_on = resume_or_start(recipe, tiny_plan)
     assert not goes_on
     first.client.set_tag(first.run_id, DRIVER, f"{_host()} 99999999 1.00")  # it was killed
@@ -53,15 +74,17 @@ def test_a_run_that_did_not_end_is_taken_up_and_one_that_did_is_not(
     assert not goes_on
     assert second.run_id != first.run_id
     assert first.client.get_run(first.run_id).info.status == "KILLED"
-    _checkpoint(recipe, second.run_id)
-    listed = Path(recipe.output) / second.run_id / "checkpoint_manager_snapshot.json"
-    listed.write_text('{"checkpoint_res')
+    checkpoint = _checkpoint(recipe, second.run_id, tmp_path)
+    listed = f"{recipe.output}/{second.run_id}/checkpoint_manager_snapshot.json"
+    with replacing(listed) as stream:
+        stream.write(b'{"checkpoint_res')
     with pytest.raises(OSError, match="full"), finishing(second):
         raise OSError("the disk is full")
     assert second.client.get_run(second.run_id).info.status == "FAILED"
     again, goes_on = resume_or_start(recipe, tiny_plan)
     assert (again, goes_on) == (second, True)
-    assert not listed.exists()  # Ray Train would refuse it
+    assert listed.rpartition("/")[2] not in file_sizes(f"{recipe.output}/{second.run_id}")
+    assert newest_checkpoint(f"{recipe.output}/{second.run_id}") == checkpoint
     found = again.client.get_run(again.run_id)
     assert found.info.status == "RUNNING"
     assert "error" not in found.data.tags
@@ -78,10 +101,10 @@ def test_a_run_that_did_not_end_is_taken_up_and_one_that_did_is_not(
 
 @pytest.mark.slow
 def test_a_run_that_goes_on_elsewhere_is_not_taken_up_twice(
-    recipe: Recipe, tiny_plan: Plan
+    recipe: Recipe, tiny_plan: Plan, tmp_path: Path
 ) -> None:
     run, _ = resume_or_start(recipe, tiny_plan)
-    _checkpoint(recipe, run.run_id)
+    _checkpoint(recipe, run.run_id, tmp_path)
     parent = psutil.Process().parent()
     assert parent is not None
     alive = f"{_host()} {parent.pid} {parent.create_time():.2f}"

@@ -24,7 +24,7 @@ def _trainer(recipe: Recipe, plan: Plan, folder: Path, rank: int) -> Trainer:
     if rank > 0:  # Ray Train gives each worker what rank 0 reported
         runtime.report = lambda metrics, checkpoint: None  # type: ignore[method-assign]
         runtime._checkpoint = folder / "0" / "checkpoint"
-    return Trainer(task, runtime, weights=None, output=folder / "output")
+    return Trainer(task, runtime, weights=None, output=str(folder / "output"))
 
 
 def _worker(rank: int, recipe: Recipe, plan: Plan, folder: Path) -> None:

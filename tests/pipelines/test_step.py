@@ -20,7 +20,7 @@ from pipelines.step import in_passes, seed_step
 def _trainer(recipe: Recipe, plan: Plan, folder: Path) -> tuple[Trainer, list[Batch]]:
     runtime = LocalRuntime(recipe, plan, folder)
     task = DetectionTask(recipe=recipe, plan=plan)
-    trainer = Trainer(task, runtime, weights=None, output=folder / "output")
+    trainer = Trainer(task, runtime, weights=None, output=str(folder / "output"))
     windows = trainer._windows(0)[: recipe.batch_size]
     trainer.state.detector.train()
     return trainer, list(runtime.stream(windows, size=recipe.data.size))

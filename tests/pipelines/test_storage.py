@@ -4,7 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.storage import StorageError, list_files, local_copy, open_source, require
+from pipelines.storage import (
+    StorageError,
+    file_sizes,
+    list_files,
+    local_copy,
+    open_source,
+    read_bytes,
+    remove,
+    replacing,
+    require,
+    sizes_below,
+)
 
 
 def test_a_missing_path_is_one_sentence_with_the_option(tmp_path: Path) -> None:
@@ -41,6 +52,28 @@ def test_listing_and_copying_work_alike_for_paths_and_uris(tmp_path: Path, prefi
     assert list(files) == ["a.mp4", "b.mp4"]
     copied = local_copy(files["a.mp4"], tmp_path)
     assert copied.read_text() == "a.mp4"
+
+
+def _write_half(uri: str) -> None:
+    with replacing(uri) as stream:
+        stream.write(b"half")
+        raise OSError("the store is full")
+
+
+def test_an_object_store_holds_what_a_folder_does(remote: str, tmp_path: Path) -> None:
+    for folder in (remote, str(tmp_path / "made")):
+        assert sizes_below(folder) == {}
+        with replacing(f"{folder}/run/a.bin") as stream:
+            stream.write(b"first")
+        with pytest.raises(OSError, match="full"):
+            _write_half(f"{folder}/run/a.bin")
+        with replacing(f"{folder}/run/in/b.bin") as stream:
+            stream.write(b"2")
+        assert read_bytes(f"{folder}/run/a.bin") == b"first"
+        assert sizes_below(folder) == {"run/a.bin": 5, "run/in/b.bin": 1}
+        assert file_sizes(f"{folder}/run") == {"a.bin": 5}
+        remove(f"{folder}/run/a.bin")
+        assert sizes_below(folder) == {"run/in/b.bin": 1}
 
 
 def test_remote_sources_are_seekable_files(tmp_path: Path) -> None:

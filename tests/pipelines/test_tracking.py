@@ -12,6 +12,7 @@ from mlflow.entities import RunStatus
 from mlflow.utils.validation import _validate_metric
 
 from pipelines.metric_names import safe_names
+from pipelines.storage import StorageError
 from pipelines.tracking import (
     MetricLogger,
     Run,
@@ -79,6 +80,13 @@ def test_the_server_in_the_environment_is_used(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert start_run(Outer(), output=tmp_path / "runs").uri == uri
     assert not (tmp_path / "runs" / "mlflow.db").exists()
+    assert start_run(Outer(), output="s3://bucket/runs").uri == uri
+
+
+def test_an_object_store_needs_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(StorageError, match=r"s3://bucket/runs .*MLFLOW_TRACKING_URI"):
+        start_run(Outer(), output="s3://bucket/runs")
 
 
 def test_metrics_arrive_whole_and_in_order(run: Run, tmp_path: Path) -> None:
