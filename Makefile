@@ -25,8 +25,8 @@ $(INSTALLED): requirements.txt pyproject.toml
 train: $(INSTALLED)  ## make the toy data if missing and train on it; ARGS="RECIPE --field value" changes the run
 	$(BIN)/python pipelines/train.py $(ARGS)
 
-# In two processes, a file in one of them: much of the suite waits for Ray and for scripts to start. In their order,
-# because the files with few tests have the long ones, which would otherwise come last and leave a process idle.
+# In two processes, a file in one of them: much of the suite waits for Ray and for scripts to start. In the order
+# that tests/conftest.py gives them, because the files with few tests have the long ones.
 test: $(INSTALLED)  ## the whole test suite; ARGS="-k name" selects
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 

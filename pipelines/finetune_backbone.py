@@ -200,7 +200,7 @@ def finetune(recipe: ClassificationRecipe) -> Run:
     recipe = prepared(recipe)
     lists = read_lists(recipe.data)
     check_model(recipe, lists)
-    init_ray()
+    init_ray(trains=True)
     check_resources(recipe.scale)
     if remark := store_remark(recipe, ray.nodes()):
         print(f"warning: {remark}", flush=True)

@@ -17,8 +17,13 @@ _ENVIRONMENT = {
 }
 
 
-def init_ray() -> None:
-    """Joins the cluster that `RAY_ADDRESS` names (as in a Ray job), else starts one here."""
+def init_ray(*, trains: bool = False) -> None:
+    """Joins the cluster that `RAY_ADDRESS` names (as in a Ray job), else starts one here.
+
+    Args:
+        trains: Ray Train is going to ask the cluster's server, which takes some seconds to start,
+            whether its controller lives.
+    """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if "RAY_ADDRESS" in os.environ:
@@ -29,17 +34,18 @@ def init_ray() -> None:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # an idle decoding process would be ended after a second, and its imports paid for again
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
-        # Ray Train asks the cluster's server whether its controller lives. Without an address it
-        # would ask the cluster that was last started with `ray start`, running or not: it then
-        # waits in vain, or takes its own controller for dead and takes the workers away.
         port = free_port()
-        os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+        if trains:
+            # Without an address Ray Train would ask the cluster that was last started with `ray
+            # start`, running or not: it then waits in vain, or takes its own controller for dead
+            # and takes the workers away.
+            os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
         # "local", so that a cluster left running on this machine is not joined by accident
         ray.init(
             address="local",
             logging_level="ERROR",
             log_to_driver=False,
-            include_dashboard=True,
+            include_dashboard=trains,
             dashboard_port=port,
         )
     quiet_data()

@@ -295,7 +295,7 @@ def prepare(recipe: Recipe) -> tuple[Prepared, Detector]:
     if recipe.data.features:
         recipe = without_backbone(recipe, Features(recipe.data.features))
     detector = check_model(recipe, annotations.classes)
-    init_ray()
+    init_ray(trains=True)
     check_resources(recipe.scale)
     if not recipe.data.features and (remark := store_remark(recipe, ray.nodes())):
         print(f"warning: {remark}", flush=True)

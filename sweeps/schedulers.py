@@ -48,10 +48,10 @@ def scheduler(sweep: Sweep, config: SweepConfig) -> TrialScheduler:
     Args:
         sweep: what is searched; a search for several objectives stops no trial, because what a
             stopped trial did not need would look cheap.
-        config: of the sweep.
+        config: of the sweep; of trials of a single epoch there is nothing to stop.
     """
     objectives: tuple[Objective, ...] = sweep.objectives
-    if config.pruning == "none" or len(objectives) > 1:
+    if config.pruning == "none" or config.epochs == 1 or len(objectives) > 1:
         return FIFOScheduler()
     metric = {"metric": objectives[0].metric, "mode": objectives[0].mode, "time_attr": EPOCH}
     if config.pruning == "median":

@@ -1,6 +1,13 @@
 """What all tests share."""
 
+import pytest
 import torch
 
 # tests run beside one another and beside Ray's workers; small tensors gain nothing from threads
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: the last to end should not be the one that takes longest."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

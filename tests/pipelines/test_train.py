@@ -31,6 +31,7 @@ TINY = (
     "--model.localizer.head-width", "16",
     "--epochs", "2",
     "--batch-size", "1",
+    "--scale.workers", "1",
 )  # fmt: skip
 
 

@@ -76,7 +76,11 @@ def test_the_last_epoch_stops_no_trial() -> None:
         assert rule.on_trial_result(_Others(), trial, result) == TrialScheduler.CONTINUE
 
 
-def test_a_search_for_several_objectives_stops_none() -> None:
+def test_where_nothing_can_be_stopped_trials_take_turns() -> None:
     several = replace(SWEEP, objectives=(HIGHEST_MAP, LOWEST_MEMORY))
-    for rule in (scheduler(several, CONFIG), scheduler(SWEEP, replace(CONFIG, pruning="none"))):
-        assert type(rule) is FIFOScheduler
+    for sweep, config in (
+        (several, CONFIG),
+        (SWEEP, replace(CONFIG, pruning="none")),
+        (SWEEP, replace(CONFIG, epochs=1)),
+    ):
+        assert type(scheduler(sweep, config)) is FIFOScheduler
