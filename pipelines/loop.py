@@ -102,7 +102,13 @@ class Trainer:
 
     @property
     def _windows_per_worker(self) -> int:
-        return self.recipe.batch_size * self.recipe.optim.accumulation
+        return self.recipe.batch_size * self._passes
+
+    @property
+    def _passes(self) -> int:
+        """Of a worker in a step: as long as some are missing, the others do their work too."""
+        scale, accumulation = self.recipe.scale, self.recipe.optim.accumulation
+        return max(1, accumulation * scale.workers // self.runtime.world_size)
 
     def _begin(self, detector: Detector, whole: Detector | None) -> TrainingState:
         optim, device = self.recipe.optim, self.runtime.device
@@ -201,7 +207,7 @@ class Trainer:
         clock = Clock()
         train_mode(state.detector, recipe.model)
         batches = clock.timed(self.runtime.stream(windows, size=size))
-        for passes in in_passes(batches, recipe.optim.accumulation):
+        for passes in in_passes(batches, self._passes):
             for batch in passes:
                 state.failures |= batch.failures
             seed_step(recipe.seed, step=state.step, rank=self.runtime.rank)

@@ -90,7 +90,8 @@ class OptimConfig:
             The loss is scaled for float16, and a step whose gradients overflow is left out.
         compile: have `torch.compile` compile "branches" (the modules in the backbone's reversible
             branches), "localizer", or both; see pipelines/README.md for what it gained.
-        accumulation: forward and backward passes of a worker whose gradients make one step.
+        accumulation: forward and backward passes of a worker whose gradients make one step; of
+            more, while workers are missing (`scale.min_workers`).
     """
 
     backbone_lr: float
@@ -114,8 +115,9 @@ class ScaleConfig:
         workers: number of training processes.
         gpu: one GPU a worker.
         min_workers: with fewer GPUs or nodes than `workers` need, go on with so many at least, and
-            grow again when they are back; None waits for all of them. A step then has fewer
-            windows.
+            grow again when they are back; None waits for all of them. The workers that are left
+            make more passes, so that a step has as many windows as ever, or a few less if the
+            passes cannot be shared out evenly.
         sharded: split parameters, gradients and optimizer state over the workers (FSDP2), for
             backbones that are large beside a GPU.
         cpus_per_worker: logical CPUs that a worker holds; what is left over decodes videos.

@@ -59,11 +59,12 @@ def tiny_plan(tiny_set: Path) -> Plan:
 
 @pytest.fixture
 def tiny_recipe(tiny_set: Path) -> Recipe:
-    """The toy recipe on the tiny set, one epoch, from random weights, with fewer pixels."""
+    """The toy recipe for one worker on the tiny set: one epoch, random weights, fewer pixels."""
     recipe = toy()
     return replace(
         recipe,
         epochs=1,
+        scale=replace(recipe.scale, workers=1),
         data=replace(
             recipe.data,
             annotations=str(tiny_set / "annotations.json"),

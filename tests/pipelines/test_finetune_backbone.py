@@ -60,7 +60,15 @@ def recipe(clips: Path) -> ClassificationRecipe:
         clip=ClipConfig(frames=8, fps=12.0),
     )
     model = replace(base.model, weights=None, backbone=TINY)
-    return replace(base, epochs=1, batch_size=4, data=data, model=model, views=ViewConfig(clips=2))
+    return replace(
+        base,
+        epochs=1,
+        batch_size=4,
+        data=data,
+        model=model,
+        views=ViewConfig(clips=2),
+        scale=replace(base.scale, workers=1),
+    )
 
 
 @pytest.fixture(scope="module")

@@ -83,6 +83,9 @@ def test_one_worker_two_workers_and_accumulated_passes_end_alike(
         jobs.append((_layout(each, 2), tmp_path / name))
     mp.spawn(_worker, (jobs, tiny_plan), nprocs=2)
     whole = _train(_layout(recipe, 4), tiny_plan, tmp_path / "whole")
+    # one of two workers is left
+    elastic = replace(recipe, scale=replace(recipe.scale, workers=2, min_workers=1))
+    _compare(whole, _train(_layout(elastic, 2), tiny_plan, tmp_path / "elastic"))
     accumulated = _train(_layout(recipe, 1, accumulation=4), tiny_plan, tmp_path / "accumulated")
     _compare(whole, accumulated)
     _compare(whole, torch.load(tmp_path / "actionformer" / "result.pt", weights_only=True))
