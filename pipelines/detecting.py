@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipelines.collection import probe_files
 from pipelines.decoding import decode_masked
-from pipelines.resources import ResourceError
+from pipelines.resources import ResourceError, capacity
 from re2tal.detection.segments import Detections
 from re2tal.inference import DetectedVideo, video_detections, window_detections, windows_of
 from re2tal.trained import DetectorSpec, load_detector
@@ -115,10 +115,10 @@ def detect_videos(
 
 def _checked(resources: Resources) -> tuple[int, bool]:
     """The number of actors and whether they have GPUs; Ray would wait for ever for too many."""
-    have = ray.cluster_resources()
+    have, now = capacity(), ray.cluster_resources()
     gpus, cpus = int(have.get("GPU", 0)), have.get("CPU", 0.0)
     gpu = gpus > 0 if resources.gpu is None else resources.gpu
-    actors = resources.actors or max(1, gpus if gpu else int(cpus // 2))
+    actors = resources.actors or max(1, int(now.get("GPU", 0) if gpu else now.get("CPU", 0) // 2))
     if gpu and actors > gpus:
         raise ResourceError(
             f"{actors} actors need a GPU each, but the cluster has {gpus}: lower --actors, or run "

@@ -133,7 +133,9 @@ class Trainer:
     def _restore(self, folder: Path) -> None:
         state, epochs = self.state, self.recipe.epochs
         state.load(folder)
+        workers = ""
         if state.world_size != self.runtime.world_size:
+            workers = f", with {self.runtime.world_size} workers instead of {state.world_size}"
             steps = self._steps
             state.schedule = fast_forward(
                 state.optimizer,
@@ -144,7 +146,7 @@ class Trainer:
             )
             state.world_size = self.runtime.world_size
         into = f" and {state.windows} windows of the next" if state.windows else ""
-        self.runtime.say(f"going on after epoch {state.epoch} of {epochs}{into}")
+        self.runtime.say(f"going on after epoch {state.epoch} of {epochs}{into}{workers}")
 
     @cached_property
     def _steps(self) -> int:

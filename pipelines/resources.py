@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import ray
+from ray._private.state import state
 
 from pipelines.settings import ScaleConfig
 from pipelines.streaming import store_needed
@@ -34,7 +35,7 @@ def check_resources(scale: ScaleConfig) -> None:
 
 
 def require_resources(*, cpus: float, gpus: int, who: str, advice: str) -> None:
-    """Compares what is needed with what the cluster has in all.
+    """Compares what is needed with what the cluster has in all, or may grow to.
 
     Args:
         cpus: logical CPUs.
@@ -45,7 +46,7 @@ def require_resources(*, cpus: float, gpus: int, who: str, advice: str) -> None:
     Raises:
         ResourceError: if they do not suffice.
     """
-    have = ray.cluster_resources()
+    have = capacity()
     need = {"CPU": cpus, "GPU": float(gpus)}
     missing = [
         f"{need[name]:g} {name}s (it has {have.get(name, 0.0):g})"
@@ -56,6 +57,14 @@ def require_resources(*, cpus: float, gpus: int, who: str, advice: str) -> None:
         raise ResourceError(
             f"The cluster is too small: {who} need {' and '.join(missing)}. {advice}"
         )
+
+
+def capacity() -> dict[str, float]:
+    """What the cluster has of each resource or, if it starts nodes by itself, may come to have."""
+    have = dict(ray.cluster_resources())
+    # Ray Train asks the same before it starts workers; nothing public tells it
+    largest = state.get_max_resources_from_cluster_config() or {}
+    return have | {name: max(most, have.get(name, 0.0)) for name, most in largest.items()}
 
 
 def store_remark(recipe: AnyRecipe, nodes: list[dict[str, Any]]) -> str | None:

@@ -118,6 +118,8 @@ class ScaleConfig:
             grow again when they are back; None waits for all of them. The workers that are left
             make more passes, so that a step has as many windows as ever, or a few less if the
             passes cannot be shared out evenly.
+        resize_seconds: between looks whether missing workers can come back; each time they do, all
+            go on from the last checkpoint.
         sharded: split parameters, gradients and optimizer state over the workers (FSDP2), for
             backbones that are large beside a GPU.
         cpus_per_worker: logical CPUs that a worker holds; what is left over decodes videos.
@@ -128,6 +130,7 @@ class ScaleConfig:
 
     workers: int = 1
     min_workers: int | None = None
+    resize_seconds: float = 60.0
     sharded: bool = False
     gpu: bool = True
     cpus_per_worker: float = 1.0

@@ -241,6 +241,7 @@ def fit(
                     if scale.min_workers is None
                     else (scale.min_workers, scale.workers)
                 ),
+                elastic_resize_monitor_interval_s=scale.resize_seconds,
                 use_gpu=scale.gpu,
                 resources_per_worker={"CPU": scale.cpus_per_worker}
                 | ({"GPU": 1} if scale.gpu else {}),

@@ -1,6 +1,7 @@
 """What Ray Train starts on every worker: the loop, with Ray, MLflow and the progress board."""
 
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from pipelines.checkpoints import CheckpointError
 from pipelines.data import Batch, stream_batches
 from pipelines.features.training import feature_stream
 from pipelines.finite import NonFiniteLossError
+from pipelines.gauges import Gauges
 from pipelines.loop import Trainer
 from pipelines.plan import UnusableVideosError
 from pipelines.pretrained import fetch_weights
@@ -73,6 +75,7 @@ class RayRuntime:
         self.device: torch.device = get_device()
         self._job = job
         self._metrics = metrics
+        self._gauges = Gauges(run_id=job.run.run_id, rank=self.rank, world_size=self.world_size)
         self._leaving: frozenset[str] = frozenset()
         self._features = feature_stream(job.task.plan)
         if self._features is None:
@@ -97,7 +100,8 @@ class RayRuntime:
         )
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Queues metrics for MLflow, on rank 0."""
+        """Queues metrics for MLflow, on rank 0; every rank shows its own as gauges."""
+        self._gauges.set(metrics)
         if self._metrics is not None:
             self._metrics.log(metrics, step=step)
 
@@ -162,20 +166,47 @@ def train(job: Job) -> dict[str, float] | TrainingProblem:
         weights = fetch_weights(
             job.task.recipe.model.weights, Path(folder), tracking_uri=job.run.uri
         )
-        if context.get_world_rank() > 0:
-            return _train(job, RayRuntime(job, None), weights)
-        unsent_file = join(job.output, f"unsent_metrics_{time.time():.0f}.jsonl")
-        metrics = MetricLogger(job.run, fallback=unsent_file)
-        monitor = SystemMetricsMonitor(
-            job.run.run_id, resume_logging=True, tracking_uri=job.run.uri
-        )
-        monitor.start()
-        try:
+        with _node_watched(job), _metrics_logged(job) as metrics:
             return _train(job, RayRuntime(job, metrics), weights)
-        finally:
-            monitor.finish()
-            unsent = metrics.close()
-            if unsent:
-                job.board.post.remote(
-                    f"warning: {unsent} metrics could not be sent to MLflow: see {unsent_file}"
-                )
+
+
+@contextmanager
+def _node_watched(job: Job) -> Iterator[None]:
+    """Logs the memory, GPUs and load of a node, from one of the run's workers on it.
+
+    The metrics bear the node's name where a run may have several.
+    """
+    context = ray.train.get_context()
+    if context.get_local_rank() > 0:
+        yield
+        return
+    several = job.task.recipe.scale.workers > context.get_local_world_size()
+    monitor = SystemMetricsMonitor(
+        job.run.run_id,
+        node_id=socket.gethostname() if several else None,
+        resume_logging=True,
+        tracking_uri=job.run.uri,
+    )
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
+@contextmanager
+def _metrics_logged(job: Job) -> Iterator[MetricLogger | None]:
+    """Sends the run's metrics from rank 0, and says so if some could not be sent."""
+    if ray.train.get_context().get_world_rank() > 0:
+        yield None
+        return
+    unsent_file = join(job.output, f"unsent_metrics_{time.time():.0f}.jsonl")
+    metrics = MetricLogger(job.run, fallback=unsent_file)
+    try:
+        yield metrics
+    finally:
+        unsent = metrics.close()
+        if unsent:
+            job.board.post.remote(
+                f"warning: {unsent} metrics could not be sent to MLflow: see {unsent_file}"
+            )

@@ -21,7 +21,7 @@ from ray.tune.schedulers import FIFOScheduler
 from pipelines.command_line import parse_recipe, told_shortly
 from pipelines.recipe import Recipe
 from pipelines.recipes import RECIPES
-from pipelines.resources import require_resources
+from pipelines.resources import capacity, require_resources
 from pipelines.resuming import digest, last_run, mark, reopen
 from pipelines.storage import StorageError, absolute, join
 from pipelines.tracking import Run, finishing, start_run
@@ -188,7 +188,7 @@ def concurrency(config: SweepConfig, ready: Prepared) -> int:
     )
     if config.concurrency is not None:
         return config.concurrency
-    have = ray.cluster_resources()
+    have = capacity()
     fits = [have["CPU"] / cpus]
     if gpus:
         fits.append(have["GPU"] / gpus)

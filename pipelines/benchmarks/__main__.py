@@ -1,10 +1,10 @@
-"""``python -m pipelines.benchmarks throughput|shards|tables``."""
+"""``python -m pipelines.benchmarks throughput|shards|scaling|tables``."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.benchmarks import shards, throughput
+from pipelines.benchmarks import scaling, shards, throughput
 from re2tal.benchmarking import Benchmark, run
 
 RESULTS = Path(__file__).parent / "results"
@@ -24,6 +24,14 @@ BENCHMARKS = {
         options={
             "seconds": {"type": int, "default": 120, "help": "length of the video"},
             "rounds": {"type": int, "default": 7},
+        },
+    ),
+    "scaling": Benchmark(
+        text="a training step with more workers, and what exchanging gradients takes of it",
+        measure=scaling.measure,
+        options={
+            "workers": {"nargs": "+", "type": int, "default": [1, 2, 4]},
+            "rounds": {"type": int, "default": 9},
         },
     ),
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 from pipelines.features.backbone import FrozenBackbone
 from pipelines.features.decoding import VideoJob, decode_video
 from pipelines.features.sampling import Sampling
-from pipelines.resources import require_resources
+from pipelines.resources import capacity, require_resources
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,9 +60,9 @@ def pool_for(config: PoolConfig) -> Pool:
     Raises:
         ResourceError: if CPUs or GPUs do not suffice for the actors and one decoding task.
     """
-    gpus = int(ray.cluster_resources().get("GPU", 0.0))
-    gpu = gpus > 0 if config.gpu is None else config.gpu
-    actors = config.actors or (max(1, gpus) if gpu else 1)
+    gpu = capacity().get("GPU", 0.0) > 0 if config.gpu is None else config.gpu
+    now = int(ray.cluster_resources().get("GPU", 0.0))
+    actors = config.actors or (max(1, now) if gpu else 1)
     require_resources(
         cpus=actors * config.cpus_per_actor + config.cpus_per_decoder,
         gpus=actors if gpu else 0,

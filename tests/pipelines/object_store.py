@@ -12,19 +12,22 @@ BUCKET = "re2tal"
 
 
 @contextmanager
-def object_store() -> Iterator[dict[str, str]]:
+def object_store(address: str = "127.0.0.1") -> Iterator[dict[str, str]]:
     """Starts an empty store with one bucket.
+
+    Args:
+        address: of this machine, at which it is to be reached.
 
     Yields:
         The environment in which `s3://re2tal/...` leads to it.
     """
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((address, 0))
         port = probe.getsockname()[1]
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line a request
-    server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
+    server = ThreadedMotoServer(address, port, verbose=False)
     server.start()
-    endpoint = f"127.0.0.1:{port}"
+    endpoint = f"{address}:{port}"
     keys = {"access_key": "tester", "secret_key": "nobody knows"}
     try:
         store = pafs.S3FileSystem(

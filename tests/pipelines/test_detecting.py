@@ -87,7 +87,16 @@ def test_actors_are_as_many_as_there_is_room_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: cluster)
+    monkeypatch.setattr("pipelines.detecting.capacity", lambda: cluster)
     assert _checked(resources) == expected
+
+
+def test_a_cluster_that_starts_gpus_when_they_are_asked_for_is_asked_for_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr("pipelines.detecting.capacity", lambda: {"CPU": 66.0, "GPU": 8.0})
+    assert _checked(Resources()) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -101,5 +110,6 @@ def test_a_cluster_that_is_too_small_is_refused(
     resources: Resources, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr("pipelines.detecting.capacity", lambda: {"CPU": 2.0})
     with pytest.raises(ResourceError, match=message):
         _checked(resources)

@@ -1,26 +1,20 @@
 """The main script as a user runs it: on files, through Ray, into MLflow, and as a Ray job."""
 
-import json
-import os
 import re
 import runpy
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from zipfile import ZipFile
 
-import psutil
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
+from ray._private.runtime_env.packaging import create_package
 from torch import Tensor
 
-from pipelines.quiet import free_port
+from tests.pipelines.ray_head import ROOT, Head, environment, ray_head, run_command
 
-ROOT = Path(__file__).parents[2]
-RAY = str(Path(sys.executable).parent / "ray")
 TINY = (
     "--model.weights", "None",
     "--data.size", "32",
@@ -35,19 +29,6 @@ TINY = (
 )  # fmt: skip
 
 
-def _environment(home: Path) -> dict[str, str]:
-    """Without what would point the script at another store or cluster; with a home of its own."""
-    dropped = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")
-    kept = {name: value for name, value in os.environ.items() if name not in dropped}
-    return kept | {"HOME": str(home), "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}
-
-
-def _run(*command: str, cwd: Path, env: dict[str, str]) -> str:
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=420)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def _data(tiny_set: Path) -> tuple[str, ...]:
     return (
         "--data.annotations", str(tiny_set / "annotations.json"),
@@ -55,57 +36,22 @@ def _data(tiny_set: Path) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _submit(*command: str, cwd: Path, env: dict[str, str]) -> str:
-    """Submits a job and waits for it; a head that has just started may not have its agent yet."""
-    for _ in range(20):
-        done = subprocess.run(
-            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=420
-        )
-        if "No available agent" not in done.stderr:
-            break
-        time.sleep(3)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """A Ray head of its own."""
+    with ray_head(tmp_path_factory.mktemp("run")) as running:
+        yield running
 
 
-@contextmanager
-def _ray_head(folder: Path, env: dict[str, str]) -> Iterator[str]:
-    """Starts a Ray head with token authentication, and gives the address that jobs go to."""
-    _run(RAY, "get-auth-token", "--generate", cwd=folder, env=env)
-    dashboard = free_port()
-    head = subprocess.Popen(
-        [RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}",
-         f"--dashboard-port={dashboard}",
-         f"--dashboard-agent-listen-port={free_port()}",  # another Ray may run in this suite
-         "--disable-usage-stats", "--include-dashboard=true"],
-        cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        assert head.stdout is not None
-        for line in head.stdout:
-            if "Ray runtime started" in line:
-                break
-        yield f"http://127.0.0.1:{dashboard}"
-    finally:
-        head.terminate()  # ends the daemons too, which are in sessions of their own
-        head.wait(timeout=60)
+def _command(tiny_set: Path, *more: str) -> tuple[str, ...]:
+    return (sys.executable, "pipelines/train.py", "toy", *_data(tiny_set), *TINY, *more)
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def finished(tiny_set: Path, head: Head) -> tuple[Path, str]:
     """Folder in which the script ran as a Ray job, and what the job printed."""
-    folder = tmp_path_factory.mktemp("run")
-    env = _environment(folder) | {"RAY_AUTH_MODE": "token"}
-    with _ray_head(folder, env) as address:
-        printed = _submit(
-            RAY, "job", "submit", "--address", address,
-            "--working-dir", str(ROOT), "--runtime-env-json", json.dumps({"excludes": ["tests"]}),
-            "--", sys.executable, "pipelines/train.py", "toy", *_data(tiny_set), *TINY,
-            "--output", str(folder / "runs"),
-            cwd=folder, env=env,
-        )  # fmt: skip
-    return folder, printed
+    printed = head.submit(*_command(tiny_set, "--output", str(head.folder / "runs")))
+    return head.folder, printed
 
 
 def _client(folder: Path) -> MlflowClient:
@@ -194,16 +140,11 @@ def test_the_model_detects_in_a_clean_process(finished: tuple[Path, str], tiny_s
         "assert (found.start < found.end).all() and found.score.between(0, 1).all()\n"
         "print('rows', len(found))\n"
     )
-    env = _environment(folder) | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/runs/mlflow.db"}
-    printed = _run(
+    env = environment(folder) | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/runs/mlflow.db"}
+    printed = run_command(
         sys.executable, "-c", code, run.data.tags["model.uri"], str(video), cwd=folder, env=env
     )
     assert re.search(r"rows \d+", printed)
-
-
-def _processes(process: subprocess.Popen[str], name: str = "") -> list[psutil.Process]:
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if child.name().startswith(name)]
 
 
 def _final_weights(folder: Path) -> dict[str, Tensor]:
@@ -219,46 +160,58 @@ def _final_weights(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_and_a_killed_driver_change_no_bit(
-    finished: tuple[Path, str], tiny_set: Path, tmp_path: Path
+def test_a_killed_worker_and_a_stopped_job_change_no_bit(
+    finished: tuple[Path, str], head: Head, tiny_set: Path, tmp_path: Path
 ) -> None:
-    command = (
-        sys.executable, str(ROOT / "pipelines" / "train.py"), "toy", *_data(tiny_set), *TINY,
-        "--checkpoints.steps", "2",
-    )  # fmt: skip
-    killed = "nothing"
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=_environment(tmp_path), stdout=subprocess.PIPE, text=True
-    ) as driver:
-        assert driver.stdout is not None
-        for line in driver.stdout:
-            if killed == "nothing" and "step   1/" in line:  # before the first checkpoint
-                _processes(driver, "ray::RayTrainWorker")[-1].kill()
-                killed = "worker"
-            elif killed == "worker" and "epoch 2/2" in line:  # after a checkpoint
-                left = _processes(driver)
-                driver.kill()
-                killed = "driver"
-    assert killed == "driver"
-    psutil.wait_procs(left, timeout=60)
-    printed = _run(*command, cwd=tmp_path, env=_environment(tmp_path))
+    output = ("--output", str(tmp_path / "runs"), "--checkpoints.steps", "2")
+    job = head.submit(*_command(tiny_set, *output), wait=False)
+    done = "nothing"
+    with head.log_of(job) as lines:
+        for line in lines:
+            if done == "nothing" and "checkpoint after step" in line:
+                head.processes("ray::RayTrainWorker")[-1].kill()
+                done = "killed a worker"
+            elif done == "killed a worker" and "going on after" in line:
+                done = "gone on"
+            elif done == "gone on" and "step" in line:
+                head.stop(job)
+                done = "stopped the job"
+    assert done == "stopped the job"
+    client = _client(tmp_path)
+    (experiment,) = client.search_experiments(filter_string="name = 're2tal'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "KILLED"
+    printed = head.submit(*_command(tiny_set, *output))
     assert "going on with the unfinished run" in printed
     # Ray's advice about small machines is its daemon's own and cannot be turned off
-    advice = "PYTHON worker processes have been started"
-    lines = [line for line in printed.splitlines() if advice not in line]
-    assert [line for line in lines if "WARNING" in line or "INFO" in line or "pid=" in line] == []
-    # how far the run had come when it was killed is a matter of timing
+    advice = ("PYTHON worker processes have been started", "job_manager", "Runtime env is setting")
+    noise = [
+        line
+        for line in printed.splitlines()
+        if ("WARNING" in line or "INFO" in line or "pid=" in line)
+        and not any(known in line for known in advice)
+    ]
+    assert noise == []
+    # how far the run had come when it was stopped is a matter of timing
     assert re.search(r"going on after epoch \d of 2", printed)
     expected, found = _final_weights(finished[0]), _final_weights(tmp_path)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         assert torch.equal(value, found[name]), name
-    client = _client(tmp_path)
-    (experiment,) = client.search_experiments(filter_string="name = 're2tal'")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
+    assert "error" not in run.data.tags
     steps = client.get_metric_history(run.info.run_id, "train/loss")
     assert {m.step for m in steps} == set(range(1, max(m.step for m in steps) + 1))
+
+
+def test_what_a_job_uploads_is_small(tmp_path: Path) -> None:
+    package = tmp_path / "package.zip"
+    create_package(str(ROOT), package, include_gitignore=True)
+    assert package.stat().st_size < 4 * 2**20
+    folders = {name.partition("/")[0] for name in ZipFile(package).namelist()}
+    assert {"re2tal", "pipelines", "sweeps", "cluster"} <= folders
+    assert folders.isdisjoint({"tests", "data", "runs", ".git", ".venv", ".github"})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,175 @@
+"""A Ray head with token authentication, and jobs on it, as a user starts them."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import requests
+
+from pipelines.quiet import free_port
+
+ROOT = Path(__file__).parents[2]
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Without what would point a script at another store or cluster; with a home of its own.
+
+    Args:
+        home: folder of what is kept for a user.
+    """
+    dropped = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    return kept | {"HOME": str(home), "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}
+
+
+def run_command(*command: str, cwd: Path, env: Mapping[str, str]) -> str:
+    """Runs a command to its end, which must be a good one.
+
+    Args:
+        command: program and arguments.
+        cwd: folder to run in.
+        env: environment.
+
+    Returns:
+        What it printed.
+    """
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=420)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A head that runs.
+
+    Attributes:
+        process: of `ray start`.
+        address: where jobs go to.
+        cluster: where other nodes join.
+        folder: jobs are submitted from here.
+        env: of the head and of who submits.
+    """
+
+    process: "subprocess.Popen[str]"
+    address: str
+    cluster: str
+    folder: Path
+    env: dict[str, str]
+
+    def job(self, *arguments: str) -> str:
+        """Runs a subcommand of `ray job`; a head that has just started may have no agent yet.
+
+        Args:
+            arguments: the subcommand, its options and arguments.
+
+        Returns:
+            What it printed.
+        """
+        command = [RAY, "job", arguments[0], "--address", self.address, *arguments[1:]]
+        for _ in range(20):
+            done = subprocess.run(
+                command, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=420
+            )
+            if "No available agent" not in done.stderr:
+                break
+            time.sleep(3)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def submit(self, *command: str, wait: bool = True) -> str:
+        """Submits a job with the checkout as its working folder.
+
+        Args:
+            command: what it runs.
+            wait: for its end.
+
+        Returns:
+            What it printed or, if it is not waited for, its id.
+        """
+        options = ["--working-dir", str(ROOT)] + ([] if wait else ["--no-wait"])
+        printed = self.job("submit", *options, "--", *command)
+        if wait:
+            return printed
+        (job,) = set(re.findall(r"raysubmit_\w+", printed))
+        return str(job)
+
+    def stop(self, job: str) -> None:
+        """Does at once what `ray job stop` does when it has started.
+
+        Args:
+            job: its id.
+        """
+        token = (self.folder / ".ray" / "auth_token").read_text().strip()
+        answer = requests.post(
+            f"{self.address}/api/jobs/{job}/stop",
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=30,
+        )
+        answer.raise_for_status()
+
+    @contextmanager
+    def log_of(self, job: str) -> Iterator[Iterator[str]]:
+        """Follows what a job prints until it ends.
+
+        Args:
+            job: its id.
+        """
+        command = [RAY, "job", "logs", "--address", self.address, "--follow", job]
+        with subprocess.Popen(
+            command, cwd=self.folder, env=self.env, stdout=subprocess.PIPE, text=True
+        ) as log:
+            assert log.stdout is not None
+            yield iter(log.stdout)
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """The processes of the head whose names begin like this, the newest last.
+
+        Args:
+            name: such as that of a class whose actor runs in it.
+        """
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        found = [child for child in children if child.name().startswith(name)]
+        return sorted(found, key=lambda process: process.create_time())
+
+
+@contextmanager
+def ray_head(
+    folder: Path, *, cpus: int = 2, ip: str | None = None, more: Mapping[str, str] | None = None
+) -> Iterator[Head]:
+    """Starts a Ray head with token authentication.
+
+    Args:
+        folder: home of its user; jobs are submitted from here.
+        cpus: logical CPUs.
+        ip: address of this machine, at which other nodes reach it.
+        more: environment variables.
+    """
+    env = environment(folder) | {"RAY_AUTH_MODE": "token", **(more or {})}
+    run_command(RAY, "get-auth-token", "--generate", cwd=folder, env=env)
+    port, dashboard = free_port(), free_port()
+    process = subprocess.Popen(
+        [RAY, "start", "--head", "--block", f"--num-cpus={cpus}", f"--port={port}",
+         f"--dashboard-port={dashboard}",
+         f"--dashboard-agent-listen-port={free_port()}",  # another Ray may run in this suite
+         "--disable-usage-stats", "--include-dashboard=true",
+         *([] if ip is None else [f"--node-ip-address={ip}"])],
+        cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "Ray runtime started" in line:
+                break
+        yield Head(process, f"http://127.0.0.1:{dashboard}", f"{ip}:{port}", folder, env)
+    finally:
+        process.terminate()  # ends the daemons too, which are in sessions of their own
+        process.wait(timeout=60)
