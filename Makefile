@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 UV_VERSION := 0.13.9
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help train test fast lint types check bench ui requirements clean
+.PHONY: help train doctor test fast lint types check bench ui requirements clean
 
 help:  ## show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1|/' | column -t -s '|'
@@ -24,6 +24,9 @@ $(INSTALLED): requirements.txt pyproject.toml
 
 train: $(INSTALLED)  ## make the toy data if missing and train on it; ARGS="RECIPE --field value" changes the run
 	$(BIN)/python pipelines/train.py $(ARGS)
+
+doctor: $(INSTALLED)  ## look at the installation, or the cluster at RAY_ADDRESS, and say what to mend; ARGS="--output URI"
+	$(BIN)/python pipelines/doctor.py $(ARGS)
 
 # In two processes, a file in one of them: much of the suite waits for Ray and for scripts to start. In the order
 # that tests/conftest.py gives them, because the files with few tests have the long ones.

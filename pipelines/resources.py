@@ -82,7 +82,13 @@ def store_remark(recipe: AnyRecipe, nodes: list[dict[str, Any]]) -> str | None:
     data = recipe.data
     size = max(data.size, data.augmentation.decoded_size(data.size))
     batch = recipe.batch_size * data.window.frames * size * size * 3
-    stores = [node["Resources"].get("object_store_memory", 0.0) for node in nodes if node["Alive"]]
+    stores = [
+        node["Resources"].get("object_store_memory", 0.0)
+        for node in nodes
+        if node["Alive"] and node["Resources"].get("CPU", 0.0) > 0  # else no worker is there
+    ]
+    if not stores:
+        return None  # they are still to be started
     workers = math.ceil(recipe.scale.workers / len(stores))
     need, have = workers * store_needed(batch), min(stores)
     if need <= have:

@@ -62,12 +62,10 @@ def _worker(rank: int, count: int, rounds: int, frames: int, size: int, folder: 
     model = DistributedDataParallel(detector)
     batch = _batch(frames, size)
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    exchanged, alone, reduced = [], [], []
-    for number in range(rounds + 1):
-        times = _step(model, batch), _alone(model, batch), _reduce(gradients)
-        if number:  # the first round warms up
-            for kept, value in zip((exchanged, alone, reduced), times, strict=True):
-                kept.append(value)
+    times = [
+        (_step(model, batch), _alone(model, batch), _reduce(gradients)) for _ in range(rounds + 1)
+    ]
+    exchanged, alone, reduced = zip(*times[1:], strict=True)  # the first round warms up
     if rank == 0:
         step, without = median(exchanged), median(alone)
         shares = [1 - b / a for a, b in zip(exchanged, alone, strict=True)]

@@ -1,9 +1,12 @@
 """A Ray head with token authentication, and jobs on it, as a user starts them."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -55,6 +58,7 @@ class Head:
         address: where jobs go to.
         cluster: where other nodes join.
         folder: jobs are submitted from here.
+        temporary: Ray's own folder.
         env: of the head and of who submits.
     """
 
@@ -62,7 +66,13 @@ class Head:
     address: str
     cluster: str
     folder: Path
+    temporary: Path
     env: dict[str, str]
+
+    @property
+    def token(self) -> str:
+        """What shows that one may use it."""
+        return (self.folder / ".ray" / "auth_token").read_text().strip()
 
     def job(self, *arguments: str) -> str:
         """Runs a subcommand of `ray job`; a head that has just started may have no agent yet.
@@ -107,13 +117,18 @@ class Head:
         Args:
             job: its id.
         """
-        token = (self.folder / ".ray" / "auth_token").read_text().strip()
         answer = requests.post(
             f"{self.address}/api/jobs/{job}/stop",
-            headers={"Authorization": f"Bearer {token}"},
+            headers={"Authorization": f"Bearer {self.token}"},
             timeout=30,
         )
         answer.raise_for_status()
+
+    def scrape(self) -> str:
+        """The metrics of all nodes, as Prometheus gets them."""
+        found = json.loads((self.temporary / "prom_metrics_service_discovery.json").read_text())
+        targets = [target for group in found for target in group["targets"]]
+        return "".join(requests.get(f"http://{t}/metrics", timeout=30).text for t in targets)
 
     @contextmanager
     def log_of(self, job: str) -> Iterator[Iterator[str]]:
@@ -155,8 +170,12 @@ def ray_head(
     env = environment(folder) | {"RAY_AUTH_MODE": "token", **(more or {})}
     run_command(RAY, "get-auth-token", "--generate", cwd=folder, env=env)
     port, dashboard = free_port(), free_port()
+    # Jobs go to the cluster that was last started with the same folder: this one has its own. Not
+    # in `folder`, because names of sockets must be short.
+    temporary = tempfile.mkdtemp(prefix="ray-")
     process = subprocess.Popen(
-        [RAY, "start", "--head", "--block", f"--num-cpus={cpus}", f"--port={port}",
+        [RAY, "start", "--head", "--block", f"--temp-dir={temporary}",
+         f"--num-cpus={cpus}", f"--port={port}",
          f"--dashboard-port={dashboard}",
          f"--dashboard-agent-listen-port={free_port()}",  # another Ray may run in this suite
          "--disable-usage-stats", "--include-dashboard=true",
@@ -169,7 +188,10 @@ def ray_head(
         for line in process.stdout:
             if "Ray runtime started" in line:
                 break
-        yield Head(process, f"http://127.0.0.1:{dashboard}", f"{ip}:{port}", folder, env)
+        yield Head(
+            process, f"http://127.0.0.1:{dashboard}", f"{ip}:{port}", folder, Path(temporary), env
+        )
     finally:
         process.terminate()  # ends the daemons too, which are in sessions of their own
         process.wait(timeout=60)
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,19 +1,20 @@
 """A sweep as a user runs it: killed, gone on with, with trials that fail; in MLflow and Optuna."""
 
 import json
-import os
 import re
 import runpy
 import shlex
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import optuna
 import psutil
 import pytest
+import sqlalchemy
 from mlflow.entities import Run as MlflowRun
 from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
@@ -21,6 +22,9 @@ from optuna.trial import TrialState
 from pipelines.plan import Plan
 from pipelines.train import parse
 from sweeps.children import FIRST_STEP
+from tests.cluster.mlflow_server import running_server
+from tests.cluster.postgres import binaries
+from tests.pipelines.ray_head import environment
 
 ROOT = Path(__file__).parents[2]
 TINY = (
@@ -54,19 +58,56 @@ def _command(tiny_set: Path, features: Path, *more: str) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _environment(home: Path) -> dict[str, str]:
-    dropped = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")
-    kept = {name: value for name, value in os.environ.items() if name not in dropped}
-    return kept | {"HOME": str(home)}
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """A sweep that was killed half way and gone on with.
+
+    Attributes:
+        printed: by the command that went on.
+        output: its folder of runs.
+        storage: of Optuna.
+        login: variables with which MLflow's server lets one in.
+    """
+
+    printed: str
+    output: Path
+    storage: str
+    login: dict[str, str]
+
+    @property
+    def client(self) -> MlflowClient:
+        """Of the store; the variables must be set."""
+        return MlflowClient(self.login["MLFLOW_TRACKING_URI"])
 
 
 @pytest.fixture(scope="module")
-def swept(
-    tiny_set: Path, features: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, str]:
-    """Folder of a sweep that was killed half way, and what it then printed."""
+def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, str], str]]:
+    """A team's MLflow server, and a schema for Optuna in its data base; else local files."""
+    folder = tmp_path_factory.mktemp("team")
+    if binaries() is None:
+        uri = f"sqlite:///{folder / 'mlflow.db'}"
+        yield {"MLFLOW_TRACKING_URI": uri}, f"sqlite:///{folder / 'optuna.db'}"
+        return
+    with running_server(folder / "mlflow") as server:
+        engine = sqlalchemy.create_engine(server.database)
+        with engine.begin() as connection:
+            connection.execute(sqlalchemy.schema.CreateSchema("optuna"))
+        engine.dispose()
+        yield server.login("ann"), f"{server.database}?options=-csearch_path%3Doptuna"
+
+
+@pytest.fixture(scope="module")
+def killed(
+    tiny_set: Path,
+    features: Path,
+    team: tuple[dict[str, str], str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Swept:
+    """A sweep whose two trials at a time log to the server, which is killed half way."""
     folder = tmp_path_factory.mktemp("sweep")
-    command, env = _command(tiny_set, features, "--concurrency", "2"), _environment(folder)
+    login, storage = team
+    command = _command(tiny_set, features, "--concurrency", "2", "--storage", storage)
+    env = environment(folder) | login
     with subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True) as sweep:
         assert sweep.stdout is not None
         printed = []
@@ -82,12 +123,20 @@ def swept(
     psutil.wait_procs(left, timeout=60)
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done.stdout
+    return Swept(done.stdout, folder / "runs", storage, login)
 
 
-def _runs(folder: Path) -> tuple[MlflowRun, list[MlflowRun]]:
+@pytest.fixture
+def swept(killed: Swept, monkeypatch: pytest.MonkeyPatch) -> Swept:
+    """That sweep, with the variables set."""
+    for name, value in killed.login.items():
+        monkeypatch.setenv(name, value)
+    return killed
+
+
+def _runs(swept: Swept) -> tuple[MlflowRun, list[MlflowRun]]:
     """The sweep's run, and those of its trials."""
-    client = MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
+    client = swept.client
     (experiment,) = client.search_experiments(filter_string="name = 're2tal-sweeps'")
     runs = client.search_runs([experiment.experiment_id])
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
@@ -98,14 +147,13 @@ def _runs(folder: Path) -> tuple[MlflowRun, list[MlflowRun]]:
 
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_tries_again_what_was_under_way(
-    swept: tuple[Path, str],
+    swept: Swept,
 ) -> None:
-    folder, printed = swept
+    printed = swept.printed
     assert "going on with the sweep" in printed
     assert "of 4 trials of 1 epochs, 2 at a time" in printed
-    parent, _ = _runs(folder)
-    storage = f"sqlite:///{folder / 'runs' / parent.info.run_id / 'optuna.db'}"
-    study = optuna.load_study(study_name=parent.info.run_id, storage=storage)
+    parent, _ = _runs(swept)
+    study = optuna.load_study(study_name=parent.info.run_id, storage=swept.storage)
     interrupted = study.user_attrs["interrupted"]
     assert interrupted
     ended = [trial for trial in study.trials if trial.number not in interrupted]
@@ -117,9 +165,8 @@ def test_a_killed_sweep_goes_on_and_tries_again_what_was_under_way(
 
 
 @pytest.mark.slow
-def test_mlflow_has_a_run_for_each_trial_under_the_sweep_s(swept: tuple[Path, str]) -> None:
-    folder, printed = swept
-    parent, children = _runs(folder)
+def test_mlflow_has_a_run_for_each_trial_under_the_sweep_s(swept: Swept) -> None:
+    parent, children = _runs(swept)
     assert parent.info.status == "FINISHED"
     metrics = parent.data.metrics
     assert metrics["sweep/trials"] == 4
@@ -141,22 +188,17 @@ def test_mlflow_has_a_run_for_each_trial_under_the_sweep_s(swept: tuple[Path, st
         else:
             assert "val/mAP" in run.data.metrics
     assert any(FIRST_STEP in run.data.metrics for run in ended)
-    client = MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
-    files = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    files = {file.path for file in swept.client.list_artifacts(parent.info.run_id)}
     assert {"trials.csv", "best.json", "pictures"} <= files
     for needed in ("best trials", "gained", "base", "to the first step", "train the best in full"):
-        assert needed in printed
+        assert needed in swept.printed
 
 
 @pytest.mark.slow
-def test_the_winner_is_trained_by_the_command_that_is_printed(
-    swept: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, printed = swept
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (command,) = re.findall(r"python pipelines/train.py (--from-run .*)", printed)
+def test_the_winner_is_trained_by_the_command_that_is_printed(swept: Swept, tmp_path: Path) -> None:
+    (command,) = re.findall(r"python pipelines/train.py (--from-run .*)", swept.printed)
     recipe = parse(shlex.split(command))
-    parent, children = _runs(folder)
+    parent, children = _runs(swept)
     (winner,) = [run for run in children if run.info.run_id == parent.data.tags["best.run"]]
     assert recipe.epochs == 4
     assert recipe.optim.clip == float(winner.data.params["optim.clip"])
@@ -164,9 +206,8 @@ def test_the_winner_is_trained_by_the_command_that_is_printed(
     again = parse([*shlex.split(command), "--optim.clip", "3", "--epochs", "2"])
     assert again == replace(recipe, epochs=2, optim=replace(recipe.optim, clip=3.0))
     with pytest.raises(Exception, match=f"runs:/{'0' * 32}"):
-        parse(["--from-run", "0" * 32, "--output", str(folder / "runs")])
-    client = MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
-    best = Path(client.download_artifacts(parent.info.run_id, "best.json", str(folder)))
+        parse(["--from-run", "0" * 32, "--output", str(swept.output)])
+    best = Path(swept.client.download_artifacts(parent.info.run_id, "best.json", str(tmp_path)))
     assert json.loads(best.read_text())["command"].endswith(command)
 
 

@@ -1,0 +1,176 @@
+"""Starts a team's MLflow server: users with passwords, PostgreSQL, artifacts through the server.
+
+  python cluster/mlflow/serve.py
+
+Everything is set by environment variables, because other users of a machine can read the arguments
+of a command:
+
+  MLFLOW_BACKEND_STORE_URI        postgresql://USER@HOST/DATABASE
+  PGPASSWORD                      the password for it, unless it stands in the URI
+  MLFLOW_ARTIFACTS_DESTINATION    where the server keeps artifacts: s3://BUCKET/mlflow, or a folder
+  MLFLOW_AUTH_ADMIN_PASSWORD      of the first user, who makes the others; used at the first start
+  MLFLOW_FLASK_SERVER_SECRET_KEY  signs forms; the same for every server of a database
+  MLFLOW_SERVER_ALLOWED_HOSTS     names by which clients call the server: mlflow:5000,localhost:*
+
+and, if the default is not right, MLFLOW_AUTH_ADMIN_USERNAME (admin), MLFLOW_HOST (127.0.0.1),
+MLFLOW_PORT (5000), MLFLOW_WORKERS (2), and whatever else `mlflow server` reads.
+"""
+
+import configparser
+import io
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import sqlalchemy
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+AUTH_SCHEMA = "mlflow_auth"
+"""Users and permissions have a schema of their own beside MLflow's tables."""
+
+REQUIRED = {
+    "MLFLOW_BACKEND_STORE_URI": "postgresql://USER@HOST/DATABASE",
+    "MLFLOW_ARTIFACTS_DESTINATION": "where artifacts are kept, such as s3://BUCKET/mlflow",
+    "MLFLOW_AUTH_ADMIN_PASSWORD": "the first user's password, of 12 characters or more",
+    "MLFLOW_FLASK_SERVER_SECRET_KEY": "any long random text, the same at every start",
+    "MLFLOW_SERVER_ALLOWED_HOSTS": "names by which clients call the server, such as mlflow:5000",
+}
+
+DEFAULTS = {
+    "MLFLOW_AUTH_ADMIN_USERNAME": "admin",
+    "MLFLOW_WORKERS": "2",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # Jobs are for evaluating language models: ten more processes and a gigabyte that nobody needs
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+}
+
+
+class ServerError(Exception):
+    """The server cannot start; the message says why, without any password."""
+
+
+def check(environment: Mapping[str, str]) -> URL:
+    """Checks that everything needed is set, before anything starts.
+
+    Args:
+        environment: variables of the process.
+
+    Returns:
+        The database.
+
+    Raises:
+        ServerError: with all that is missing, or with what is wrong with the database's URI.
+    """
+    missing = [
+        f"{name} ({meaning})" for name, meaning in REQUIRED.items() if not environment.get(name)
+    ]
+    if missing:
+        raise ServerError(f"Not set, or empty: {'; '.join(missing)}.")
+    try:
+        url = make_url(environment["MLFLOW_BACKEND_STORE_URI"])
+    except (ArgumentError, ValueError):
+        # without the cause: its message would show the URI
+        raise ServerError(
+            "MLFLOW_BACKEND_STORE_URI is no URI of a database. In a password, write @ / : % as "
+            "%40 %2F %3A %25, or set PGPASSWORD instead."
+        ) from None
+    if url.get_backend_name() != "postgresql":
+        raise ServerError(
+            f"MLFLOW_BACKEND_STORE_URI names {url.get_backend_name()}; a server for several users "
+            "needs postgresql://."
+        )
+    return url
+
+
+def make_schema(url: URL) -> None:
+    """Makes the schema of users and permissions if it is missing.
+
+    Args:
+        url: of the database.
+
+    Raises:
+        ServerError: if the database cannot be reached, or the user may not make a schema.
+    """
+    engine = sqlalchemy.create_engine(url, connect_args={"connect_timeout": 10})
+    try:
+        with engine.begin() as connection:
+            connection.execute(sqlalchemy.schema.CreateSchema(AUTH_SCHEMA, if_not_exists=True))
+    except SQLAlchemyError as error:
+        # the first line only: those after it repeat the statement
+        reason = str(error).splitlines()[0]
+        raise ServerError(f"The database {url.render_as_string()}: {reason}") from None
+    finally:
+        engine.dispose()
+
+
+def auth_settings(url: URL) -> str:
+    """Returns the text of the file that MLflow's `basic-auth` application reads.
+
+    Args:
+        url: of the database that also holds MLflow's own tables.
+    """
+    options = url.query.get("options", "")
+    given = options if isinstance(options, str) else " ".join(options)
+    auth_url = url.update_query_dict({"options": f"{given} -csearch_path={AUTH_SCHEMA}".strip()})
+    uri = auth_url.render_as_string(hide_password=False)
+    settings = {
+        "database_uri": uri.replace("%", "%%"),  # MLflow lets configparser interpolate
+        # A team shares its experiments: all log to them, only who made one deletes it
+        "default_permission": "EDIT",
+        "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth",
+    }
+    parser = configparser.RawConfigParser()
+    parser["mlflow"] = settings
+    text = io.StringIO()
+    parser.write(text)
+    return text.getvalue()
+
+
+def write_private(path: Path, text: str) -> None:
+    """Writes a file that only this user can read, from its first byte on.
+
+    Args:
+        path: of a file that does not exist.
+        text: what is in it.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
+
+
+def serve(environment: Mapping[str, str]) -> int:
+    """Runs the server until it ends or this process is told to.
+
+    Args:
+        environment: variables of the process.
+
+    Returns:
+        The server's exit status.
+
+    Raises:
+        ServerError: if it cannot start.
+    """
+    url = check(environment)
+    make_schema(url)
+    with tempfile.TemporaryDirectory(prefix="mlflow-auth-") as folder:
+        settings = Path(folder) / "basic_auth.ini"
+        write_private(settings, auth_settings(url))
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth"],
+            env={**DEFAULTS, **environment, "MLFLOW_AUTH_CONFIG_PATH": str(settings)},
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: server.terminate())
+        return server.wait()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(serve(os.environ))
+    except ServerError as error:
+        sys.exit(f"error: {error}")
