@@ -14,6 +14,7 @@ _ENVIRONMENT = {
     # `ray.train.report` waits for the controller's next poll: 2 s by default, for every epoch
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 

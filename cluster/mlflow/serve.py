@@ -122,6 +122,9 @@ def auth_settings(url: URL) -> str:
         "database_uri": uri.replace("%", "%%"),  # MLflow lets configparser interpolate
         # A team shares its experiments: all log to them, only who made one deletes it
         "default_permission": "EDIT",
+        # Else the hash of a password is computed several times a request, which is slow by design.
+        # So long an old password works after a change.
+        "auth_cache_ttl_seconds": "60",
         "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth",
     }
     parser = configparser.RawConfigParser()

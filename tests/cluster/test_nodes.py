@@ -157,6 +157,7 @@ def disturbed(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
             "RAY_health_check_period_ms": "500",
             "RAY_health_check_failure_threshold": "4",
             "RAY_metrics_report_interval_ms": "1000",
+            "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "5",
         }
         more = {**store, **server.login("ann"), **quick}
         with ray_head(folder, cpus=0, ip=net.address, more=more) as head:
@@ -177,7 +178,7 @@ def disturbed(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
             finally:
                 stop.set()
                 watch.join()
-            assert "SUCCEEDED" in head.job("status", job), "".join(printed)
+            assert "succeeded" in head.job("status", job), "".join(printed)
         client = MlflowClient(server.uri)
         (experiment,) = client.search_experiments(filter_string="name = 're2tal'")
         (run,) = client.search_runs([experiment.experiment_id])
