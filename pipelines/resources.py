@@ -1,14 +1,17 @@
 """A check that the cluster can hold the run: Ray itself would wait for ever."""
 
 import math
+import os
 from typing import Any
 
 import ray
-from ray._private.state import state
 
 from pipelines.settings import ScaleConfig
 from pipelines.streaming import store_needed
 from pipelines.task import AnyRecipe
+
+CLUSTER_MAX = "RE2TAL_CLUSTER_MAX"
+"""Variable with what a cluster that starts nodes by itself may come to have."""
 
 
 class ResourceError(Exception):
@@ -60,11 +63,25 @@ def require_resources(*, cpus: float, gpus: int, who: str, advice: str) -> None:
 
 
 def capacity() -> dict[str, float]:
-    """What the cluster has of each resource or, if it starts nodes by itself, may come to have."""
+    """What the cluster has of each resource or, if it starts nodes by itself, may come to have.
+
+    Ray does not tell jobs what its autoscaler may start, so who makes a cluster says it in the
+    environment of its head: `RE2TAL_CLUSTER_MAX=CPU=128,GPU=8`.
+
+    Raises:
+        ResourceError: if that cannot be read.
+    """
     have = dict(ray.cluster_resources())
-    # Ray Train asks the same before it starts workers; nothing public tells it
-    largest = state.get_max_resources_from_cluster_config() or {}
-    return have | {name: max(most, have.get(name, 0.0)) for name, most in largest.items()}
+    stated = os.environ.get(CLUSTER_MAX, "")
+    try:
+        pairs = [part.split("=") for part in stated.split(",") if part]
+        most = {name.strip(): float(number) for name, number in pairs}
+    except ValueError:
+        raise ResourceError(
+            f"{CLUSTER_MAX}={stated} cannot be read: give numbers of resources, such as "
+            "CPU=128,GPU=8."
+        ) from None
+    return have | {name: max(number, have.get(name, 0.0)) for name, number in most.items()}
 
 
 def store_remark(recipe: AnyRecipe, nodes: list[dict[str, Any]]) -> str | None:

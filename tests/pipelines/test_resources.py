@@ -2,17 +2,15 @@
 
 import pytest
 import ray
-from ray._private.state import state
 
-from pipelines.resources import ResourceError, capacity, require_resources
+from pipelines.resources import CLUSTER_MAX, ResourceError, capacity, require_resources
 
 
 @pytest.fixture
 def grows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A head without CPUs, whose autoscaler may start four nodes with two GPUs each."""
-    most = {"CPU": 64.0, "GPU": 8.0}
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1e9})
-    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: most)
+    monkeypatch.setenv(CLUSTER_MAX, "CPU=64, GPU=8")
 
 
 def test_what_may_be_started_counts(grows: None) -> None:
@@ -24,7 +22,15 @@ def test_what_may_be_started_counts(grows: None) -> None:
 
 def test_without_an_autoscaler_what_is_there_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
-    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: None)
+    monkeypatch.delenv(CLUSTER_MAX, raising=False)
     assert capacity() == {"CPU": 2.0}
     with pytest.raises(ResourceError, match=r"3 CPUs \(it has 2\)"):
         require_resources(cpus=3, gpus=0, who="the run", advice="Less.")
+
+
+@pytest.mark.parametrize("stated", ["GPU", "GPU=many", "GPU=1=2"])
+def test_what_cannot_be_read_is_said(stated: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setenv(CLUSTER_MAX, stated)
+    with pytest.raises(ResourceError, match=f"{CLUSTER_MAX}={stated} cannot be read"):
+        capacity()
