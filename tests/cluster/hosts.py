@@ -1,7 +1,7 @@
-"""Hosts on one machine: each with a network, an address, a core and temporary files of its own.
+"""Hosts on one machine: each with a network, an address, a core and some folders of its own.
 
 They are Linux network namespaces on one bridge; making them needs root. What runs in one reaches
-the others and this machine by their addresses alone, and shares no writable folder with them.
+the others and this machine by their addresses alone. Folders that are its own begin empty.
 """
 
 import os
@@ -17,7 +17,12 @@ import psutil
 INTERFACE = "eth0"
 """Of every host."""
 
-_TEMPORARY = 'hostname "$0" && mount -t tmpfs -o size=2g tmpfs /tmp && exec "$@"'
+_BEGIN = """
+hostname "$0" || exit
+while [ "$1" != -- ]; do mount -t tmpfs -o size=2g tmpfs "$1" || exit; shift; done
+shift
+exec "$@"
+"""
 
 
 def can_isolate() -> bool:
@@ -47,20 +52,21 @@ class Host:
         self._core = core
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, *command: str, env: Mapping[str, str], log: Path) -> None:
+    def start(self, *command: str, env: Mapping[str, str], log: Path, own: Sequence[Path]) -> None:
         """Starts a program that runs until the host dies.
 
         Args:
             command: program and arguments.
             env: environment.
             log: file for what it prints.
+            own: folders that are empty for it, and whose content is seen by nobody else.
         """
         # with threads on the cores of others all would wait for one another
         inside = ["taskset", "--cpu-list", str(self._core)]
         inside += ["ip", "netns", "exec", self.name, "unshare", "--mount", "--uts"]
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [*inside, "sh", "-c", _TEMPORARY, self.name, *command],
+                [*inside, "sh", "-c", _BEGIN, self.name, *map(str, own), "--", *command],
                 env=dict(env),
                 stdin=subprocess.DEVNULL,
                 stdout=output,

@@ -93,11 +93,11 @@ def _join(net: Network, head: Head) -> Host:
         f"--num-cpus={CPUS}", "--object-store-memory=200000000", "--disable-usage-stats", "--block",
         env=head.env | {
             # what the head's user has at home is not there: its token comes as other secrets do
-            "HOME": "/tmp", "RAY_AUTH_TOKEN": head.token,
+            "HOME": str(head.temporary), "RAY_AUTH_TOKEN": head.token,
             # no name service knows these hosts: gloo would take their names for this machine's
             "GLOO_SOCKET_IFNAME": INTERFACE,
         },
-        log=log,
+        log=log, own=[head.temporary, head.folder.parent],
     )  # fmt: skip
     for _ in range(300):
         if "Ray runtime started" in log.read_text():
