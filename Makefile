@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 UV_VERSION := 0.13.9
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help train doctor test fast lint types check bench ui requirements clean
+.PHONY: help train doctor test hosts fast lint types check bench ui requirements clean
 
 help:  ## show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1|/' | column -t -s '|'
@@ -30,11 +30,14 @@ doctor: $(INSTALLED)  ## look at the installation, or the cluster at RAY_ADDRESS
 
 # In two processes, a file in one of them: much of the suite waits for Ray and for scripts to start. In the order
 # that tests/conftest.py gives them, because the files with few tests have the long ones.
-test: $(INSTALLED)  ## the whole test suite; ARGS="-k name" selects
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+test: $(INSTALLED)  ## the test suite; ARGS="-k name" selects
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not hosts" $(ARGS)
+
+hosts: $(INSTALLED)  ## a run on several hosts, one of which dies; ten minutes, as root, the machine to itself
+	$(BIN)/python -m pytest -m hosts $(ARGS)
 
 fast: $(INSTALLED)  ## the tests that need neither Ray nor much time
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not hosts" $(ARGS)
 
 lint: $(INSTALLED)  ## ruff, format and rules
 	$(BIN)/ruff check .

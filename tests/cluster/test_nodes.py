@@ -57,7 +57,7 @@ RECIPE = (
 )  # fmt: skip
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.hosts,
     pytest.mark.skipif(not can_isolate(), reason="this system lets no process make hosts"),
     pytest.mark.skipif(binaries() is None, reason="PostgreSQL's programs are not installed"),
 ]

@@ -1,0 +1,1 @@
+"""What a search finds in so many trials, against chance and the base recipe."""

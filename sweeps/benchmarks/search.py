@@ -1,0 +1,112 @@
+"""Searches the localizer of the toy recipe with the sampler and by chance, from several seeds.
+
+What is compared is what is proposed, so the trials run one after the other in this process, to
+their ends, by the training loop that all trials have; Ray Tune, workers and pruning are left out.
+The seed is also the training's: each seed has a base recipe of its own.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+import torch
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
+
+from pipelines.detection_task import DetectionTask
+from pipelines.features.reading import Features
+from pipelines.features.training import without_backbone
+from pipelines.finite import NonFiniteLossError
+from pipelines.local import LocalRuntime
+from pipelines.loop import Trainer
+from pipelines.metric_names import MAP
+from pipelines.plan import Plan, make_plan, read_annotations
+from pipelines.recipe import Recipe
+from pipelines.recipes import toy
+from re2tal.benchmarking import Tables
+from sweeps.localizer import SWEEP
+from sweeps.overrides import override
+from sweeps.settings import SweepConfig
+from sweeps.study import check_space, open_study
+from sweeps.suggestions import Suggestions
+
+Sampler = Literal["tpe", "random"]
+SAMPLERS: tuple[Sampler, ...] = ("tpe", "random")
+
+
+def measure(
+    annotations: str, features: str, trials: int = 12, seeds: Sequence[int] = (0,)
+) -> Tables:
+    """A table with a row for each seed.
+
+    Args:
+        annotations: of the toy data set.
+        features: of it.
+        trials: of each search, the base recipe among them.
+        seeds: of samplers and training.
+    """
+    torch.set_num_threads(1)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    base = SWEEP.prepare(toy())
+    base = replace(base, data=replace(base.data, annotations=annotations, features=features))
+    base = without_backbone(replace(base, epochs=SWEEP.epochs(base)), Features(features))
+    plan = make_plan(base.data, read_annotations(base.data))
+    rows: list[dict[str, Any]] = []
+    for seed in seeds:
+        seeded = replace(base, seed=seed)
+        row: dict[str, Any] = {"seed": seed}
+        for sampler in SAMPLERS:
+            reached = search(seeded, plan, trials=trials, sampler=sampler, seed=seed)
+            row["base"] = reached[0]
+            row[f"best of {sampler}"] = max(reached)
+        rows.append(row)
+    what = f"{trials} trials of {base.epochs} epochs on features of the toy set"
+    return {f"mAP of {what}": rows}
+
+
+def search(base: Recipe, plan: Plan, *, trials: int, sampler: Sampler, seed: int) -> list[float]:
+    """What the trials of a search reach, the base recipe's first; 0 for a loss that is not finite.
+
+    Args:
+        base: the recipe that is searched around.
+        plan: what all work on.
+        trials: their number.
+        sampler: what proposes.
+        seed: of it.
+    """
+    config = SweepConfig(
+        name="search", epochs=base.epochs, trials=trials, sampler=sampler, seed=seed, base=base
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        study = open_study(
+            SWEEP,
+            config,
+            storage=RDBStorage(f"sqlite:///{folder}/optuna.db"),
+            name="search",
+            base_point=check_space(SWEEP, base),
+        )
+        return [_trial(study, base, plan) for _ in range(trials)]
+
+
+def _trial(study: optuna.Study, base: Recipe, plan: Plan) -> float:
+    trial = study.ask()
+    suggestions = Suggestions(base, trial)
+    SWEEP.space(suggestions, base)
+    recipe = override(base, suggestions.values)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            DetectionTask(recipe=recipe, plan=plan),
+            LocalRuntime(recipe, plan, Path(folder)),
+            weights=None,
+            output=folder,
+        )
+        try:
+            reached = trainer.run()[MAP]
+        except NonFiniteLossError:
+            study.tell(trial, state=TrialState.FAIL)
+            return 0.0
+    study.tell(trial, reached)
+    return reached
