@@ -132,3 +132,12 @@ def _without_code(text: str) -> str:
         f"{text}. What the driver runs is not installed there: submit with `ray job submit "
         "--working-dir .`, and set up the same environment on every node"
     )
+
+
+def all_of(nodes: int) -> str:
+    """Names them in a sentence.
+
+    Args:
+        nodes: their number, at least one.
+    """
+    return "the node" if nodes == 1 else f"all {nodes} nodes"

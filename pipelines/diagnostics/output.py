@@ -6,7 +6,7 @@ from typing import Literal
 import ray
 
 from pipelines.diagnostics.finding import Finding, fail, ok
-from pipelines.diagnostics.nodes import Answer, Node, ask
+from pipelines.diagnostics.nodes import Answer, Node, all_of, ask
 from pipelines.diagnostics.reasons import reason
 from pipelines.diagnostics.scratch import scratch
 from pipelines.storage import join, read_bytes, remove, replacing
@@ -135,5 +135,4 @@ def _refused(who: str, output: str, why: str) -> str:
 def _well(output: str, nodes: int) -> str:
     if not nodes:
         return f"{output}: the driver reads what it writes."
-    who = "the node" if nodes == 1 else f"all {nodes} nodes"
-    return f"{output}: the driver and {who} see each other's files."
+    return f"{output}: the driver and {all_of(nodes)} see each other's files."

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipelines.diagnostics.finding import Finding, fail, ok
-from pipelines.diagnostics.nodes import Answer, Node, ask
+from pipelines.diagnostics.nodes import Answer, Node, all_of, ask
 from pipelines.diagnostics.reasons import reason
 from pipelines.shards.layout import FOLDER
 from pipelines.shards.manifest import read_manifest
@@ -207,5 +207,4 @@ def _speeds(here: Decoded, answers: Sequence[Answer[Decoded]]) -> str:
 def _alike(nodes: int, video: str) -> str:
     if not nodes:
         return f"The driver decodes {video}"
-    who = "the node" if nodes == 1 else f"all {nodes} nodes"
-    return f"The driver and {who} decode the same frames of {video}"
+    return f"The driver and {all_of(nodes)} decode the same frames of {video}"

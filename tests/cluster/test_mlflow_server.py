@@ -15,9 +15,10 @@ from mlflow.exceptions import MlflowException
 from psutil import process_iter
 
 from cluster.mlflow.serve import AUTH_SCHEMA, ServerError, auth_settings, check, write_private
+from pipelines.quiet import free_port
 from tests.cluster.files import CLUSTER, documents
 from tests.cluster.mlflow_server import ADMIN, PASSWORDS, SCRIPT, Server, running_server, settings
-from tests.cluster.postgres import binaries, free_port
+from tests.cluster.postgres import binaries
 
 ARTIFACT = "/api/2.0/mlflow-artifacts/artifacts/1/x"
 

@@ -1,12 +1,13 @@
 """An object store that speaks S3, in this process; other processes reach it over HTTP."""
 
 import logging
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pyarrow.fs as pafs
 from moto.server import ThreadedMotoServer
+
+from pipelines.quiet import free_port
 
 BUCKET = "re2tal"
 
@@ -21,9 +22,7 @@ def object_store(address: str = "127.0.0.1") -> Iterator[dict[str, str]]:
     Yields:
         The environment in which `s3://re2tal/...` leads to it.
     """
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line a request
     server = ThreadedMotoServer(address, port, verbose=False)
     server.start()
