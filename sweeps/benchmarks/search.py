@@ -1,15 +1,20 @@
 """Searches the localizer of the toy recipe with the sampler and by chance, from several seeds.
 
-What is compared is what is proposed, so the trials run one after the other in this process, to
-their ends, by the training loop that all trials have; Ray Tune, workers and pruning are left out.
-The seed is also the training's: each seed has a base recipe of its own.
+What is compared is what is proposed, so the trials of a search run one after the other, to their
+ends, by the training loop that all trials have; Ray Tune, workers and pruning are left out. The
+seed is also the training's: each seed has a base recipe of its own. Searches that do not know of
+each other run beside each other, one on each core.
 """
 
+import multiprocessing
+import os
+import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import optuna
 import torch
@@ -48,37 +53,44 @@ def measure(
         trials: of each search, the base recipe among them.
         seeds: of samplers and training.
     """
-    torch.set_num_threads(1)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     base = SWEEP.prepare(toy())
     base = replace(base, data=replace(base.data, annotations=annotations, features=features))
     base = without_backbone(replace(base, epochs=SWEEP.epochs(base)), Features(features))
     plan = make_plan(base.data, read_annotations(base.data))
-    rows: list[dict[str, Any]] = []
-    for seed in seeds:
-        seeded = replace(base, seed=seed)
-        row: dict[str, Any] = {"seed": seed}
-        for sampler in SAMPLERS:
-            reached = search(seeded, plan, trials=trials, sampler=sampler, seed=seed)
-            row["base"] = reached[0]
-            row[f"best of {sampler}"] = max(reached)
-        rows.append(row)
-    what = f"{trials} trials of {base.epochs} epochs on features of the toy set"
-    return {f"mAP of {what}": rows}
+    # Not forked: PyTorch's threads do not outlive that.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        searches = {
+            (seed, sampler): pool.submit(
+                search, replace(base, seed=seed), plan, trials=trials, sampler=sampler
+            )
+            for seed in seeds
+            for sampler in SAMPLERS
+        }
+        rows = [
+            {
+                "seed": seed,
+                "base": searches[seed, "random"].result()[0],
+                **{f"best of {one}": max(searches[seed, one].result()) for one in SAMPLERS},
+            }
+            for seed in seeds
+        ]
+    return {f"mAP of {trials} trials of {base.epochs} epochs on features of the toy set": rows}
 
 
-def search(base: Recipe, plan: Plan, *, trials: int, sampler: Sampler, seed: int) -> list[float]:
+def search(base: Recipe, plan: Plan, *, trials: int, sampler: Sampler) -> list[float]:
     """What the trials of a search reach, the base recipe's first; 0 for a loss that is not finite.
 
     Args:
-        base: the recipe that is searched around.
+        base: the recipe that is searched around; its seed is the sampler's too.
         plan: what all work on.
         trials: their number.
         sampler: what proposes.
-        seed: of it.
     """
+    torch.set_num_threads(1)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     config = SweepConfig(
-        name="search", epochs=base.epochs, trials=trials, sampler=sampler, seed=seed, base=base
+        name="search", epochs=base.epochs, trials=trials, sampler=sampler, seed=base.seed, base=base
     )
     with tempfile.TemporaryDirectory() as folder:
         study = open_study(
@@ -88,7 +100,12 @@ def search(base: Recipe, plan: Plan, *, trials: int, sampler: Sampler, seed: int
             name="search",
             base_point=check_space(SWEEP, base),
         )
-        return [_trial(study, base, plan) for _ in range(trials)]
+        reached = []
+        for number in range(trials):
+            reached.append(_trial(study, base, plan))
+            text = f"seed {base.seed}, {sampler}, trial {number + 1} of {trials}: {reached[-1]:.3f}"
+            print(text, file=sys.stderr, flush=True)
+        return reached
 
 
 def _trial(study: optuna.Study, base: Recipe, plan: Plan) -> float:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,8 +150,11 @@ class Head:
         Args:
             name: such as that of a class whose actor runs in it.
         """
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        found = [child for child in children if child.name().startswith(name)]
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # it may end while it is looked at
+                if child.name().startswith(name):
+                    found.append(child)
         return sorted(found, key=lambda process: process.create_time())
 
 

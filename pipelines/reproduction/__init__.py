@@ -1,0 +1,1 @@
+"""The paper's experiments: what each computes, and what it says in the report."""
