@@ -1,4 +1,4 @@
-"""Where a worker's time goes."""
+"""Where a worker's time goes, and how times are told."""
 
 import time
 from collections.abc import Iterator
@@ -44,3 +44,15 @@ class Clock:
             "train/frames_per_second": world_size * self._frames / self.elapsed,
             "train/data_wait_share": self._waited / self.elapsed,
         }
+
+
+def duration(seconds: float) -> str:
+    """Formats seconds as minutes and seconds, or hours and minutes: `3:07`, `2 h 05`.
+
+    Args:
+        seconds: a duration, not negative.
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02d}"
+    return f"{minutes // 60} h {minutes % 60:02d}"

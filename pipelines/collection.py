@@ -1,9 +1,9 @@
 """What is known of the files of a collection: each is opened once, in parallel, with Ray Data."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
-import ray.data
 
 from pipelines.decoding import probe_sample
 
@@ -29,6 +29,10 @@ SCHEMA = pa.schema(
 video can be used; the others are then null."""
 
 
+Probe = Callable[[Mapping[str, str]], pa.Table]
+"""What opens videos: `probe_files` or `probe_files_here`."""
+
+
 def probe_files(
     files: Mapping[str, str], *, progress: Callable[[int, int], None] | None = None
 ) -> pa.Table:
@@ -41,7 +45,9 @@ def probe_files(
     Returns:
         A row of `SCHEMA` for each video, in the order of the ids.
     """
-    rows = [{"video_id": video_id, "uri": uri} for video_id, uri in sorted(files.items())]
+    import ray.data  # plans are also made where there is no Ray
+
+    rows = _rows(files)
     if not rows:
         return SCHEMA.empty_table()
     found = []
@@ -49,11 +55,30 @@ def probe_files(
         found.append(row)
         if progress is not None:
             progress(len(found), len(rows))
+    return _table(found)
+
+
+def probe_files_here(files: Mapping[str, str]) -> pa.Table:
+    """Like `probe_files`, in this process and without Ray.
+
+    Args:
+        files: video id to path or URI.
+    """
+    return _table(map(probe_sample, _rows(files)))
+
+
+def _rows(files: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [{"video_id": video_id, "uri": uri} for video_id, uri in sorted(files.items())]
+
+
+def _table(found: Iterable[dict[str, Any]]) -> pa.Table:
     # a list of sentences travels as one text, because Ray takes the type of an empty list from
     # nothing
-    for row in found:
-        row["problems"] = row["problems"].splitlines() if row["problems"] is not None else None
-    return pa.Table.from_pylist(found, schema=SCHEMA).sort_by("video_id")
+    rows = [
+        row | {"problems": row["problems"].splitlines() if row["problems"] is not None else None}
+        for row in found
+    ]
+    return pa.Table.from_pylist(rows, schema=SCHEMA).sort_by("video_id")
 
 
 def with_disagreements(table: pa.Table, sentences: Mapping[str, str]) -> pa.Table:

@@ -9,6 +9,8 @@ import ray.train
 import tyro
 from ray.exceptions import RayError
 
+from pipelines.address import ClusterError
+
 RecipeT = TypeVar("RecipeT")
 
 
@@ -25,7 +27,7 @@ def told_shortly(
     """
     try:
         yield
-    except problems as problem:
+    except (*problems, ClusterError) as problem:
         sys.exit(f"error: {problem}")
     except ray.train.WorkerGroupError as failed:
         first = next(iter(failed.worker_failures.values()))

@@ -8,17 +8,19 @@ of the training.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipelines.decoding import decode_sample
-from pipelines.streaming import FrameStream
 from re2tal.localizers.protocol import Targets
 from re2tal.videos.annotations import VideoAnnotation
 from re2tal.videos.windows import Window, WindowConfig, training_windows
+
+if TYPE_CHECKING:  # it needs Ray, which the training loop does not
+    from pipelines.streaming import FrameStream
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,7 +142,7 @@ def assemble(windows: Sequence[Window], samples: Sequence[Mapping[str, Any]]) ->
 
 
 def stream_batches(
-    stream: FrameStream,
+    stream: "FrameStream",
     windows: Sequence[Window],
     uris: dict[str, str],
     *,

@@ -21,11 +21,11 @@ from pathlib import Path
 
 import tyro
 
+from pipelines.clock import duration
 from pipelines.command_line import told_shortly
 from pipelines.detecting import Resources, VideoResult, detect_videos
 from pipelines.output.files import OutputConfig, strongest, write_files
 from pipelines.output.records import Record, RecordError, read_records, write_record
-from pipelines.progress import duration
 from pipelines.quiet import init_ray
 from pipelines.resources import ResourceError
 from pipelines.saved_models import fingerprint, local_detector

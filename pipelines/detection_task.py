@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.checkpoints import TrainingState
+from pipelines.clock import duration
 from pipelines.coupling import connect
 from pipelines.data import epoch_windows
 from pipelines.loop import Runtime
 from pipelines.model import build_detector, detected_classes, reported_classes, spec_of
 from pipelines.plan import Plan, check_failures
-from pipelines.progress import duration
 from pipelines.recipe import Recipe
 from pipelines.task import Evaluation
 from pipelines.validation import (

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import tyro
 
+from pipelines.clock import duration
 from pipelines.command_line import told_shortly
 from pipelines.features.backbone import FrozenBackbone, FrozenBackboneConfig, load_backbone
 from pipelines.features.decoding import VideoJob
@@ -32,7 +33,6 @@ from pipelines.features.layout import DESCRIPTION, NAME, Description, FeatureErr
 from pipelines.features.making import MakingProgress, VideoInTheMaking
 from pipelines.features.sampling import Sampling, SamplingConfig
 from pipelines.plan import load_files
-from pipelines.progress import duration
 from pipelines.quiet import init_ray
 from pipelines.recipe import Dataset
 from pipelines.resources import ResourceError

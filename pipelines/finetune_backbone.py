@@ -23,9 +23,7 @@ import shlex
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import ray
@@ -36,19 +34,20 @@ from pipelines.classification.plan import Lists, make_plan, read_lists
 from pipelines.classification.recipe import ClassificationRecipe, TrimmedDataConfig
 from pipelines.classification.recipes import RECIPES
 from pipelines.classification.task import ClassificationTask, build_classifier
+from pipelines.clock import duration
 from pipelines.command_line import parse_recipe, told_shortly
 from pipelines.pretrained import fetch_weights, require_weights
-from pipelines.progress import duration
 from pipelines.quiet import init_ray
 from pipelines.resources import check_resources, store_remark
 from pipelines.results import log_model
 from pipelines.resuming import resume_or_start
 from pipelines.storage import BACKBONE_FILE, StorageError, absolute, join, replacing
+from pipelines.toy_data import toy_clips
 from pipelines.tracking import Run, finishing, log_dataset, log_text, tracking_uri
 from pipelines.train import PROBLEMS, fit
 from re2tal.backbones.checkpoint import save_backbone_weights
 from re2tal.trained import load_detector
-from re2tal.videos.toy import UNFINISHED, make_trimmed_toy
+from re2tal.videos.toy import UNFINISHED
 
 
 def parse(arguments: list[str]) -> ClassificationRecipe:
@@ -62,11 +61,6 @@ def parse(arguments: list[str]) -> ClassificationRecipe:
     )
 
 
-def _show_toy(done: int, total: int) -> None:
-    if done % 300 == 0 or done == total:
-        print(f"  {done} of {total} clips", flush=True)
-
-
 def _make_toy(data: TrimmedDataConfig) -> None:
     """Makes the toy clips if they are not there, or were not finished."""
     if not data.make_toy or data.training is None or "://" in data.training:
@@ -74,8 +68,7 @@ def _make_toy(data: TrimmedDataConfig) -> None:
     training = Path(data.training).absolute()
     if not training.exists() or (training.parent / UNFINISHED).exists():
         print(f"making the toy data set's trimmed split in {training.parent}", flush=True)
-        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-            make_trimmed_toy(training.parent, parallel_map=pool.map, progress=_show_toy)
+        toy_clips(training.parent)
 
 
 def prepared(recipe: ClassificationRecipe) -> ClassificationRecipe:

@@ -17,13 +17,12 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.checkpoints import TrainingState, complete
-from pipelines.clock import Clock
+from pipelines.clock import Clock, duration
 from pipelines.compiling import compile_parts
 from pipelines.data import Batch, share
 from pipelines.freezing import train_mode
 from pipelines.metric_names import UNSCORED
 from pipelines.optim import build_average, build_optimizer, build_schedule, fast_forward
-from pipelines.progress import duration
 from pipelines.sharding import shard
 from pipelines.step import Stepper, in_passes, seed_step
 from pipelines.task import Task

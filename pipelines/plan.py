@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipelines.collection import probe_files
+from pipelines.collection import Probe, probe_files
 from pipelines.data import Video
 from pipelines.features.reading import Features
 from pipelines.model import ACTION
@@ -156,7 +156,7 @@ def load_files(
 
 
 def _find(
-    config: DataConfig, folder: str, video_ids: Sequence[str], fingerprint: str
+    config: DataConfig, folder: str, video_ids: Sequence[str], fingerprint: str, probe: Probe
 ) -> FoundVideos:
     """Finds videos in shards or as files, those that can be used and those that cannot."""
     manifest = read_manifest(folder)
@@ -170,7 +170,7 @@ def _find(
             fps=config.window.fps,
         )
     files, missing = match_videos(video_ids, list_files(folder))
-    probed = probe_files(files).select(["video_id", "duration", "error"]).to_pylist()
+    probed = probe(files).select(["video_id", "duration", "error"]).to_pylist()
     errors = {row["video_id"]: row["error"] for row in probed if row["error"]}
     durations = {row["video_id"]: row["duration"] for row in probed if not row["error"]}
     failures = {**missing, **errors}
@@ -217,16 +217,17 @@ def check_failures(
     raise UnusableVideosError(f"{problem}\n{listed}{more}")
 
 
-def make_plan(config: DataConfig, annotations: Annotations) -> Plan:
+def make_plan(config: DataConfig, annotations: Annotations, *, probe: Probe = probe_files) -> Plan:
     """Finds and checks the videos or their features, and decides what a run works on.
 
-    Every file of a video is opened once, in parallel, with Ray Data; the plan holds only those that
-    could be. What lies in shards was decoded when they were made, and is not opened. Nor are
-    features.
+    Every file of a video is opened once, by default in parallel with Ray Data; the plan holds only
+    those that could be. What lies in shards was decoded when they were made, and is not opened.
+    Nor are features.
 
     Args:
         config: where the videos are.
         annotations: what `read_annotations` returned.
+        probe: opens the files.
 
     Raises:
         StorageError: if the folder of the videos is missing.
@@ -255,7 +256,8 @@ def make_plan(config: DataConfig, annotations: Annotations) -> Plan:
         found = _find_features(features, wanted)
     else:
         folder = require(config.videos, what="The videos", option="--data.videos")
-        found = _find(config, folder, [v.video_id for v in wanted], annotations.fingerprint)
+        ids = [video.video_id for video in wanted]
+        found = _find(config, folder, ids, annotations.fingerprint, probe)
     failures = found.failures
     check_failures(failures, len({video.video_id for video in wanted}), config.max_failed)
 

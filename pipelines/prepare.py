@@ -19,9 +19,9 @@ import ray
 import ray.data
 import tyro
 
+from pipelines.clock import duration
 from pipelines.command_line import told_shortly
 from pipelines.plan import load_files
-from pipelines.progress import duration
 from pipelines.quiet import init_ray
 from pipelines.recipe import Dataset
 from pipelines.shards.layout import FOLDER

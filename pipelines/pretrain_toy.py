@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from pipelines.classification.recipes import TOY_TRIMMED
-from pipelines.progress import duration
+from pipelines.clock import duration
 from pipelines.toy_clips import Clips, augmented, load_clips, normalised
 from pipelines.tracking import Run, finishing, log_metrics, start_run
 from re2tal.backbones.checkpoint import save_backbone_weights

@@ -7,6 +7,8 @@ import socket
 import ray
 import ray.data
 
+from pipelines.address import require_cluster
+
 # Read when Ray's modules are imported or its processes start, so they are set before `ray.init`.
 _ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -24,10 +26,17 @@ def init_ray(*, trains: bool = False) -> None:
     Args:
         trains: Ray Train is going to ask the cluster's server, which takes some seconds to start,
             whether its controller lives.
+
+    Raises:
+        ClusterError: if nothing answers at `RAY_ADDRESS`.
     """
+    if ray.is_initialized():  # as in a Ray task
+        quiet_data()
+        return
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if "RAY_ADDRESS" in os.environ:
+        require_cluster()
         environment = {"env_vars": {name: os.environ[name] for name in _ENVIRONMENT}}
         ray.init(logging_level="ERROR", log_to_driver=False, runtime_env=environment)
     else:

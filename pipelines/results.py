@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.checkpoints import DETECTOR_FOLDER
+from pipelines.clock import duration
 from pipelines.detection_task import DETECTIONS_FILE, RAW_FILE
 from pipelines.diagnosis_figures import pictures as diagnosis_pictures
 from pipelines.figures import curves, timelines
 from pipelines.model import reported_classes
 from pipelines.plan import Plan
-from pipelines.progress import duration
 from pipelines.recipe import Dataset, Recipe
 from pipelines.tracking import Run, log_metrics
 from pipelines.validation import ground_truth

@@ -10,7 +10,6 @@ import logging
 import os
 import platform
 import queue
-import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_GIT_COMMIT, MLFLOW_RUN_NAME
 
+from pipelines.commit import git_commit
 from pipelines.storage import StorageError, replacing
 
 _MAX_METRICS = 1000  # per request; MLflow refuses more
@@ -110,28 +110,6 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flatten(value, f"{name}.")
         else:
             yield name, value
-
-
-def git_commit(folder: Path) -> str | None:
-    """Returns the commit of the checkout, with `-dirty` if files differ from it; None outside git.
-
-    Args:
-        folder: inside the checkout.
-    """
-    command = [
-        "git",
-        "-C",
-        str(folder),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--dirty",
-        "--exclude=*",
-    ]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _tags(recipe_name: str) -> list[RunTag]:
@@ -265,7 +243,8 @@ class MetricLogger:
         self._fallback = fallback
         self._interval = interval
         self._queue: queue.SimpleQueue[Metric] = queue.SimpleQueue()
-        self._stop = threading.Event()
+        self._waiting: queue.SimpleQueue[threading.Event] = queue.SimpleQueue()
+        self._wake, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._pending: list[Metric] = []
         self._refused: list[Metric] = []
@@ -307,9 +286,30 @@ class MetricLogger:
             _LOG.warning("MLflow refuses the metric %r: %s", metric.key, reason)
         self._refused.append(metric)
 
+    def flush(self, *, timeout: float = 10.0) -> None:
+        """Has what was logged so far sent before it returns, if the store answers in time.
+
+        What a checkpoint is past is not trained again, so that its metrics should not be lost with
+        the process.
+
+        Args:
+            timeout: seconds.
+        """
+        through = threading.Event()
+        self._waiting.put(through)
+        self._wake.set()
+        through.wait(timeout)
+
     def _loop(self) -> None:
-        while not self._stop.wait(self._interval):
+        while not self._stop.is_set():
+            self._wake.wait(self._interval)
+            self._wake.clear()
+            waiting = []
+            while not self._waiting.empty():
+                waiting.append(self._waiting.get())
             self._send()
+            for through in waiting:
+                through.set()
 
     def close(self) -> int:
         """Sends what is left.
@@ -319,6 +319,7 @@ class MetricLogger:
             JSON object a line.
         """
         self._stop.set()
+        self._wake.set()
         self._thread.join()
         self._send()
         unsent = [*self._refused, *self._pending]

@@ -27,9 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import ray
@@ -59,6 +57,7 @@ from pipelines.shards.settings import ShardError
 from pipelines.storage import StorageError, join, require
 from pipelines.storage import absolute as absolute_path
 from pipelines.task import Task
+from pipelines.toy_data import toy_videos
 from pipelines.tracking import (
     Run,
     finishing,
@@ -71,7 +70,6 @@ from pipelines.worker import Job, TrainingProblem
 from re2tal.detection.files import DetectionFileError
 from re2tal.detector import Detector
 from re2tal.videos.annotations import AnnotationError, Annotations, summarize
-from re2tal.videos.toy import make_toy
 
 
 class TrainingError(Exception):
@@ -122,11 +120,6 @@ def _split_off(option: str, arguments: Sequence[str]) -> tuple[str | None, list[
     return known.value, rest
 
 
-def _show_toy(done: int, total: int) -> None:
-    if done % 10 == 0 or done == total:
-        print(f"  {done} of {total} videos", flush=True)
-
-
 def _show_remarks(plan: Plan) -> None:
     if plan.remarks:
         print(f"{len(plan.remarks)} remarks on the videos, for example:")
@@ -146,8 +139,7 @@ def absolute(recipe: Recipe) -> Recipe:
     if data.make_toy and data.annotations and not Path(data.annotations).exists():
         folder = Path(data.annotations).absolute().parent
         print(f"making the toy data set in {folder}", flush=True)
-        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-            make_toy(folder, parallel_map=pool.map, progress=_show_toy)
+        toy_videos(folder)
     weights = require_weights(model.weights)
     data = replace(
         data,

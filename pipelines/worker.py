@@ -112,6 +112,8 @@ class RayRuntime:
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path) -> None:
         """Hands an epoch over to Ray Train; every rank calls it."""
+        if self._metrics is not None:
+            self._metrics.flush()
         whole = ray.train.Checkpoint.from_directory(checkpoint) if self.rank == 0 else None
         ray.train.report(dict(metrics), checkpoint=whole)
 

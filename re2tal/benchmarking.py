@@ -90,7 +90,7 @@ def save(tables: Tables, path: Path, command: str, device: torch.device) -> None
     record = {
         "command": command,
         "date": datetime.now(UTC).date().isoformat(),
-        "device": _name_of(device),
+        "device": name_of(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -110,11 +110,16 @@ def markdown(path: Path) -> str:
     )
     parts = [circumstances]
     for title, rows in record["tables"].items():
-        parts += [f"**{title}**", _table(rows)]
+        parts += [f"**{title}**", table(rows)]
     return "\n\n".join(parts)
 
 
-def _table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Row]) -> str:
+    """Rows as a Markdown table; what is a list is left out.
+
+    Args:
+        rows: with the same columns, at least one.
+    """
     columns = [name for name, value in rows[0].items() if not isinstance(value, list)]
     lines = [columns, ["---"] * len(columns)]
     lines += [[_text(row[name]) for name in columns] for row in rows]
@@ -127,7 +132,8 @@ def _text(value: Any) -> str:
     return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
-def _name_of(device: torch.device) -> str:
+def name_of(device: torch.device) -> str:
+    """What a GPU or this machine's processor is called."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     information = Path("/proc/cpuinfo")

@@ -27,7 +27,11 @@ def space(suggest: Suggestions, base: Recipe) -> None:
     suggest.log_float("optim.backbone_lr", optim.backbone_lr / 10, optim.backbone_lr * 10)
     suggest.log_float("optim.localizer_lr", optim.localizer_lr / 5, optim.localizer_lr * 5)
     suggest.log_float("optim.weight_decay", optim.weight_decay / 10, optim.weight_decay * 4)
-    suggest.choice("optim.ema", (0.9, 0.98, 0.999))
+    forgotten = 1 - optim.ema  # of the average in a step
+    shorter, longer = max(0.0, 1 - 4 * forgotten), 1 - forgotten / 4
+    suggest.choice(
+        "optim.ema", tuple(dict.fromkeys((round(shorter, 6), optim.ema, round(longer, 6))))
+    )
     if "drop_path" in {field.name for field in fields(base.model.backbone)}:  # type: ignore[arg-type]
         suggest.number("model.backbone.drop_path", 0.0, 0.3)
     suggest.choice("model.frozen", ((), first_layers(base, 0), first_layers(base, 0.3)))

@@ -1,5 +1,6 @@
 """Pictures of a sweep, drawn by Optuna with matplotlib."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,7 +68,10 @@ def _differ(values: Sequence[float]) -> bool:
 
 
 def _figure(plot: Callable[..., Any], study: optuna.Study, **told: Any) -> Figure:
-    axes = np.ravel(plot(study, **told))[0]
+    with warnings.catch_warnings():
+        # a parameter of which all trials that ended have the same value
+        warnings.filterwarnings("ignore", "Attempting to set identical", UserWarning)
+        axes = np.ravel(plot(study, **told))[0]
     figure: Figure = axes.figure
     figure.set_size_inches(14, 6)
     plt.close(figure)  # pyplot would keep it

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.classification.recipe import TrimmedDataConfig
-from pipelines.collection import probe_files
+from pipelines.collection import Probe, probe_files
 from pipelines.plan import UnusableVideosError, check_failures
 from pipelines.storage import is_folder, local_copy, require, walk_files
 from re2tal.videos.trimmed import (
@@ -119,14 +119,17 @@ def _fingerprint(classes: tuple[str, ...], subsets: Mapping[str, TrimmedList]) -
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def make_plan(config: TrimmedDataConfig, lists: Lists) -> ClassificationPlan:
+def make_plan(
+    config: TrimmedDataConfig, lists: Lists, *, probe: Probe = probe_files
+) -> ClassificationPlan:
     """Finds and opens the videos, and decides what a run works on.
 
-    Every file is opened once, in parallel, with Ray Data.
+    Every file is opened once, by default in parallel with Ray Data.
 
     Args:
         config: how many videos may fail.
         lists: what `read_lists` returned.
+        probe: opens the files.
 
     Raises:
         UnusableVideosError: if too many videos are missing or unreadable, or all of a subset.
@@ -137,7 +140,7 @@ def make_plan(config: TrimmedDataConfig, lists: Lists) -> ClassificationPlan:
         found, missing = find_files(lists.subsets[subset].entries, lists.files[subset])
         files |= {f"{subset}/{name}": place for name, place in found.items()}
         failures |= {f"{subset}/{name}": reason for name, reason in missing.items()}
-    durations, errors = _durations({uri for uri, _ in files.values()})
+    durations, errors = _durations({uri for uri, _ in files.values()}, probe)
     number = {name: i for i, name in enumerate(lists.classes)}
     usable: dict[str, list[TrimmedVideo]] = {subset: [] for subset in _SUBSETS}
     for subset in _SUBSETS:
@@ -171,8 +174,8 @@ def make_plan(config: TrimmedDataConfig, lists: Lists) -> ClassificationPlan:
     )
 
 
-def _durations(uris: set[str]) -> tuple[dict[str, float], dict[str, str]]:
+def _durations(uris: set[str], probe: Probe) -> tuple[dict[str, float], dict[str, str]]:
     """Seconds that each file lasts, and why others cannot be read."""
-    rows = probe_files({uri: uri for uri in uris}).select(["uri", "duration", "error"]).to_pylist()
+    rows = probe({uri: uri for uri in uris}).select(["uri", "duration", "error"]).to_pylist()
     durations = {row["uri"]: row["duration"] for row in rows if not row["error"]}
     return durations, {row["uri"]: row["error"] for row in rows if row["error"]}

@@ -12,10 +12,10 @@ from pipelines.checkpoints import TrainingState
 from pipelines.classification.evaluation import accuracy_metrics, score_videos
 from pipelines.classification.plan import ClassificationPlan
 from pipelines.classification.recipe import ClassificationRecipe
+from pipelines.clock import duration
 from pipelines.coupling import connect
 from pipelines.loop import Runtime
 from pipelines.plan import UnusableVideosError, check_failures
-from pipelines.progress import duration
 from pipelines.start import prepare
 from pipelines.task import Evaluation
 from pipelines.validation import gather

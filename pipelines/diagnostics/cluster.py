@@ -1,19 +1,18 @@
 """Joins the cluster, or starts a local Ray, and ends it."""
 
 import os
-import socket
 import threading
 from collections.abc import Sequence
 
 import ray
 
+from pipelines.address import unreachable
 from pipelines.diagnostics.finding import Finding, fail, ok
 from pipelines.diagnostics.nodes import Node, alive_nodes
 from pipelines.diagnostics.reasons import reason
 from pipelines.quiet import init_ray
 
 CHECK = "ray"
-_KNOCK_SECONDS = 5.0
 
 
 def check_ray(*, seconds: float) -> tuple[list[Finding], list[Node]]:
@@ -33,25 +32,6 @@ def check_ray(*, seconds: float) -> tuple[list[Finding], list[Node]]:
     what = f"the cluster at {address}" if address else "a Ray started here"
     count = "1 node" if len(nodes) == 1 else f"{len(nodes)} nodes"
     return [ok(CHECK, f"{ray.__version__}, {what}: {count}.")], nodes
-
-
-def unreachable(address: str) -> str:
-    """Knocks at the cluster's address: Ray itself would wait for minutes, and say nothing.
-
-    Args:
-        address: as in `RAY_ADDRESS`.
-
-    Returns:
-        Why nothing answers; empty if something does, or the address is no host and port.
-    """
-    host, _, port = address.rpartition("/")[2].rpartition(":")
-    if not host or not port.isdigit():
-        return ""
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS):
-            return ""
-    except OSError as error:
-        return reason(error)
 
 
 def _start() -> str:

@@ -5,11 +5,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from pipelines.clock import duration
 from pipelines.features.files import ExtractedVideo
 from pipelines.features.finding import FoundVideo
 from pipelines.features.layout import VideoEntry
 from pipelines.features.sampling import SampledVideo
-from pipelines.progress import duration
 
 _INTERVAL = 5.0  # seconds from line to line
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import ray
 
-from pipelines.progress import duration
+from pipelines.clock import duration
 
 
 class _Board:

@@ -137,8 +137,8 @@ def _disturb(head: Head, net: Network, hosts: list[Host], job: str) -> tuple[lis
             elif done == 2 and "checkpoint after step" in line:
                 hosts.append(_join(net, head))
                 done = 3
-            elif done == 3 and "epoch 4/4" in line and "step" in line and not scraped:
-                scraped = head.scrape()
+            elif done == 3 and "epoch 4/4" in line:
+                scraped += head.scrape()  # again and again, as Prometheus does
     return printed, scraped
 
 

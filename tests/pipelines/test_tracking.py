@@ -1,6 +1,7 @@
 """The MLflow store: complete configuration, batched metrics, honest ends, nothing lost."""
 
 import json
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.entities import RunStatus
+from mlflow.tracking import MlflowClient
 from mlflow.utils.validation import _validate_metric
 
+from pipelines.commit import git_commit
 from pipelines.metric_names import safe_names
 from pipelines.storage import StorageError
 from pipelines.tracking import (
@@ -18,7 +21,6 @@ from pipelines.tracking import (
     Run,
     finishing,
     flatten,
-    git_commit,
     log_dataset,
     start_run,
 )
@@ -97,6 +99,29 @@ def test_metrics_arrive_whole_and_in_order(run: Run, tmp_path: Path) -> None:
     history = run.client.get_metric_history(run.run_id, "train/loss")
     assert sorted((m.step, m.value) for m in history) == [(i, float(i)) for i in range(1500)]
     assert not (tmp_path / "unsent.jsonl").exists()
+
+
+def test_what_was_logged_is_in_the_store_after_a_flush(run: Run, tmp_path: Path) -> None:
+    logger = MetricLogger(run, fallback=tmp_path / "unsent.jsonl", interval=600)
+    for step in range(3):
+        logger.log({"train/loss": float(step)}, step=step)
+        logger.flush()
+        history = run.client.get_metric_history(run.run_id, "train/loss")
+        assert [m.step for m in history] == list(range(step + 1))
+    assert logger.close() == 0
+
+
+def test_a_flush_waits_no_longer_than_it_is_told(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = threading.Event()
+    monkeypatch.setattr(MlflowClient, "log_batch", lambda *args, **kwargs: answer.wait(60))
+    logger = MetricLogger(run, fallback=tmp_path / "unsent.jsonl", interval=600)
+    logger.log({"train/loss": 1.0}, step=1)
+    logger.flush(timeout=0.05)
+    assert not answer.is_set()  # the store has not answered yet, and the step goes on
+    answer.set()
+    assert logger.close() == 0
 
 
 def test_metrics_that_cannot_be_sent_are_kept(

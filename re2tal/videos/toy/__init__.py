@@ -1,7 +1,9 @@
 """A toy data set that the project makes itself: actions that only their motion tells apart."""
 
 from re2tal.videos.toy.dataset import (
+    ANNOTATIONS,
     FPS,
+    VIDEOS,
     ToyClip,
     ToyConfig,
     make_clip,
@@ -19,12 +21,14 @@ from re2tal.videos.toy.trimmed import (
 
 __all__ = [
     "ACTIONS",
+    "ANNOTATIONS",
     "FPS",
     "FRAME_SIZE",
     "NO_ACTION",
     "POSES",
     "TRIMMED_CLASSES",
     "UNFINISHED",
+    "VIDEOS",
     "ToyClip",
     "ToyConfig",
     "TrimmedToyConfig",
