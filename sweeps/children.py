@@ -1,5 +1,6 @@
 """The runs of trials in MLflow: how each ended, and a line for each where the sweep was started."""
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -128,7 +129,7 @@ class Outcomes(Callback):
         return "  ".join(
             f"{objective.title} {result[objective.metric]:.3f}"
             for objective in self._objectives
-            if objective.metric in result
+            if not math.isnan(result.get(objective.metric, math.nan))
         )
 
 

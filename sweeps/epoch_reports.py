@@ -3,6 +3,7 @@
 Ray Train's controller and workers read this module, and have no use for what a trial imports.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from pipelines.metric_names import MAP, UNSCORED
 
 RUN_ID = "run_id"
+MEMORY = "sweep/peak_memory_mb"
 
 
 class EpochReports(TuneReportCallback):
@@ -23,7 +25,8 @@ class EpochReports(TuneReportCallback):
 
     def __init__(self, run_id: str) -> None:
         super().__init__()
-        self._run_id = run_id
+        # Ray Tune wants whatever it searches for in every report; the memory is known in the end
+        self._always = {RUN_ID: run_id, MEMORY: math.nan}
 
     def after_report(
         self,
@@ -33,5 +36,5 @@ class EpochReports(TuneReportCallback):
     ) -> None:
         """Reports the metrics of rank 0."""
         if metrics[0].get(MAP, UNSCORED) != UNSCORED:
-            named = {**metrics[0], RUN_ID: self._run_id}
-            super().after_report(run_context, [named, *metrics[1:]], checkpoint)
+            whole = {**self._always, **metrics[0]}
+            super().after_report(run_context, [whole, *metrics[1:]], checkpoint)

@@ -6,9 +6,8 @@ from typing import Literal
 
 from pipelines.metric_names import MAP
 from pipelines.recipe import Recipe
+from sweeps.epoch_reports import MEMORY
 from sweeps.suggestions import Space
-
-MEMORY = "sweep/peak_memory_mb"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,9 +13,8 @@ from pipelines.quiet import quiet_data
 from pipelines.resuming import resume_or_start
 from pipelines.tracking import Run, log_metrics
 from pipelines.train import Prepared, train_run
-from sweeps.epoch_reports import RUN_ID, EpochReports
+from sweeps.epoch_reports import MEMORY, RUN_ID, EpochReports
 from sweeps.overrides import override
-from sweeps.sweep import MEMORY
 
 NUMBER_TAG = "sweep.trial"
 OUTCOME_TAG = "sweep.outcome"

@@ -12,8 +12,8 @@ from pipelines.metric_names import MAP
 from pipelines.recipe import Recipe
 from pipelines.tracking import Run, log_metrics, start_run
 from sweeps.children import FIRST_STEP, Outcomes, children
-from sweeps.epoch_reports import RUN_ID
-from sweeps.sweep import HIGHEST_MAP, MEMORY
+from sweeps.epoch_reports import MEMORY, RUN_ID
+from sweeps.sweep import HIGHEST_MAP
 from sweeps.trial import EPOCH, FINISHED, TrialConfig, peak_memory
 
 
