@@ -1,9 +1,13 @@
 """Where a worker's time goes, and how times are told."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from pipelines.data import Batch
+if TYPE_CHECKING:  # who only tells times needs no localizers
+    from pipelines.data import Batch
 
 
 class Clock:

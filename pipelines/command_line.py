@@ -25,9 +25,10 @@ def told_shortly(
         failure: what to say before the message of a Ray task or actor that failed; None lets it
             through.
     """
+    told: tuple[type[Exception], ...] = (*problems, ClusterError)
     try:
         yield
-    except (*problems, ClusterError) as problem:
+    except told as problem:
         sys.exit(f"error: {problem}")
     except ray.train.WorkerGroupError as failed:
         first = next(iter(failed.worker_failures.values()))

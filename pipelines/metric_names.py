@@ -35,6 +35,15 @@ def safe_names(names: Sequence[str]) -> list[str]:
     return result
 
 
+def safe_path(name: str) -> str:
+    """Makes a name that MLflow takes of one with groups, whose slashes stay.
+
+    Args:
+        name: such as `accuracy/plain, pretrained`.
+    """
+    return "/".join(_safe(part) for part in name.split("/"))
+
+
 def _safe(name: str) -> str:
     allowed = re.sub(r"[^\w.\- ]", "_", name)[:_MAX_LENGTH]
     return allowed if allowed.strip(". ") else "_"  # "." and ".." mean folders

@@ -1,8 +1,9 @@
 """What a step costs with more workers, and how much of it is exchanging gradients.
 
-The toy recipe's detector, rewired, on frames that are in memory: no decoding. Every round times a
-step whose gradients are exchanged and one whose are not, one after the other, on all workers; what
-the first takes longer is the communication that backward does not hide. One thread a worker.
+The toy recipe's detector, rewired, on frames that are in memory. Every round times a step whose
+gradients are exchanged and one whose are not, one after the other, on all workers; what the first
+takes longer is the communication that backward does not hide. Then each worker decodes the frames
+of a step from a toy video: what the data cost a core. One thread a worker.
 """
 
 import tempfile
@@ -24,6 +25,8 @@ from pipelines.model import build_detector
 from pipelines.recipes import toy
 from re2tal.benchmarking import Tables
 from re2tal.localizers import Targets
+from re2tal.videos.decoding import decode
+from re2tal.videos.toy import FPS, make_clip
 
 CLASSES = ("bounce", "orbit", "shake", "spin", "zigzag")
 
@@ -62,10 +65,12 @@ def _worker(rank: int, count: int, rounds: int, frames: int, size: int, folder: 
     model = DistributedDataParallel(detector)
     batch = _batch(frames, size)
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    video = make_clip(CLASSES[0], frames / FPS, seed=0).content
     times = [
-        (_step(model, batch), _alone(model, batch), _reduce(gradients)) for _ in range(rounds + 1)
+        (_step(model, batch), _alone(model, batch), _reduce(gradients), _decode(video, batch[0]))
+        for _ in range(rounds + 1)
     ]
-    exchanged, alone, reduced = zip(*times[1:], strict=True)  # the first round warms up
+    exchanged, alone, reduced, decoded = zip(*times[1:], strict=True)  # the first round warms up
     if rank == 0:
         step, without = median(exchanged), median(alone)
         shares = [1 - b / a for a, b in zip(exchanged, alone, strict=True)]
@@ -75,6 +80,7 @@ def _worker(rank: int, count: int, rounds: int, frames: int, size: int, folder: 
             "without exchange, s": without,
             "exchange not hidden": median(shares),
             "all-reduce alone, s": median(reduced),
+            "decoding, s": median(decoded),
             "gradients, MB": gradients / 1e6,
             "frames a second": count * frames / step,
         }
@@ -108,6 +114,15 @@ def _step(model: nn.Module, batch: tuple[Tensor, Tensor, list[Targets]]) -> floa
 def _alone(model: DistributedDataParallel, batch: tuple[Tensor, Tensor, list[Targets]]) -> float:
     with model.no_sync():
         return _step(model, batch)
+
+
+def _decode(video: bytes, like: Tensor) -> float:
+    """As many frames of a video as a batch has, as large."""
+    _, frames, size, *_ = like.shape
+    times = (np.arange(frames) + 0.5) / FPS
+    began = _together()
+    decode(video, times, size=size)
+    return time.perf_counter() - began
 
 
 def _reduce(size: int) -> float:

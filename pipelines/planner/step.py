@@ -1,13 +1,18 @@
 """The step whose memory is counted: from frames as they are decoded to what the losses compare."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pipelines.precision import Precision, autocast
-from pipelines.recipe import Recipe
 from re2tal.detector import Detector
+
+if TYPE_CHECKING:  # a backbone by itself is also profiled where there is no PyAV
+    from pipelines.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,18 +1,21 @@
 """What is profiled: a recipe's detector, or a backbone by itself."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import lcm
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from pipelines.model import build_detector
 from pipelines.planner.step import Workload, workload_of
-from pipelines.recipe import Recipe
 from re2tal.backbones.slowfast import SlowFastConfig, slowfast_50, slowfast_101
 from re2tal.backbones.swin import SwinConfig, swin_b, swin_s, swin_t, swin_toy
 from re2tal.detector import Detector
+
+if TYPE_CHECKING:
+    from pipelines.recipe import Recipe
 
 # Backbones whose depth can be changed and whose windows are known.
 Shape = SwinConfig | SlowFastConfig
@@ -95,6 +98,8 @@ def of_recipe(recipe: Recipe) -> Subject:
     Raises:
         ValueError: If its backbone is none that can be made deeper and shallower.
     """
+    # Here, because a backbone by itself is also profiled where there is no PyAV.
+    from pipelines.model import build_detector
 
     def assemble(shape: Any) -> Detector:  # of the class that the recipe has
         model = replace(recipe.model, backbone=shape, reversible=False)

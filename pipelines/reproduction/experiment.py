@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from matplotlib.figure import Figure
 
@@ -20,13 +20,15 @@ class Job:
         name: what is shown while it is done; no other job of its experiment has it.
         work: a function of a module, so that any process finds it.
         arguments: of it, which JSON can hold: a result is kept for as long as they stay the same.
-        alone: nothing else is to run meanwhile, because it measures time.
+        alone: nothing else is to run meanwhile: it measures time, or spreads over the cluster.
+        spreads: it asks the cluster for what it needs by itself, as Ray Train does.
     """
 
     name: str
     work: Callable[..., Result]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     alone: bool = False
+    spreads: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +65,33 @@ class Section:
     tables: Tables
     figures: Mapping[str, Figure] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a job ended.
+
+    Attributes:
+        experiment: name of the experiment.
+        job: what was done.
+        result: what came out; None if it failed.
+        seconds: that it took.
+        error: why it failed; empty if it did not.
+    """
+
+    experiment: str
+    job: Job
+    result: Result
+    seconds: float
+    error: str = ""
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """An experiment on data that the project makes."""
+
+    def prepare(self) -> None:
+        """Makes the data, if they are not there."""
 
 
 class Experiment(Protocol):

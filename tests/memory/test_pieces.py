@@ -13,7 +13,8 @@ from tests.reversible.toy_blocks import tiny_swin
 CLIP = (2, 3, 8, 64, 64)
 
 
-@pytest.mark.parametrize("slice_bytes", [50_000, 2**20, None])
+# With 2**20, branches are of one to three pieces: there a wrong choice of pieces peaks lower.
+@pytest.mark.parametrize("slice_bytes", [200_000, 2**20, None])
 @pytest.mark.parametrize("reversible", [True, False])
 def test_few_pieces_peak_like_all(
     slice_bytes: int | None, reversible: bool, monkeypatch: pytest.MonkeyPatch

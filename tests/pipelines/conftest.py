@@ -1,12 +1,16 @@
 """A toy data set of a few short videos, and a recipe that is through with it in seconds."""
 
 import os
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+import mlflow.store.db.utils as mlflow_db
 import pytest
 import ray
+from sqlalchemy import Engine
 
 from pipelines.data import Video
 from pipelines.plan import Plan
@@ -26,6 +30,36 @@ def _no_store_is_left_over() -> Iterator[None]:
     """MLflow leaves the last store in the environment, where the next test's run would go."""
     yield
     os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _new_stores_are_copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """MLflow makes the tables of this process's first store: all its migrations take seconds.
+
+    The next ones begin as copies of that. Scripts that are started make theirs themselves.
+    """
+    empty = tmp_path_factory.mktemp("store") / "mlflow.db"
+    made = mlflow_db._initialize_tables
+
+    def copied(engine: Engine) -> None:
+        new = engine.url.database
+        if engine.dialect.name != "sqlite" or not new:
+            made(engine)
+        elif empty.exists():
+            _copy(empty, new)
+        else:
+            made(engine)
+            _copy(new, empty)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlflow_db, "_initialize_tables", copied)
+        yield
+
+
+def _copy(one: str | Path, other: str | Path) -> None:
+    """Copies a data base, also one that is open."""
+    with closing(sqlite3.connect(one)) as source, closing(sqlite3.connect(other)) as target:
+        source.backup(target)
 
 
 @pytest.fixture(scope="session")

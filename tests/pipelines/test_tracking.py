@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.validation import _validate_metric
 
 from pipelines.commit import git_commit
-from pipelines.metric_names import safe_names
+from pipelines.metric_names import safe_names, safe_path
 from pipelines.storage import StorageError
 from pipelines.tracking import (
     MetricLogger,
@@ -176,6 +176,14 @@ def test_safe_names_are_different_and_taken_by_mlflow(names: list[str]) -> None:
     assert len(set(safe)) == len(names)
     for name in safe:
         _validate_metric(f"val/AP/{name}", 0.5, timestamp=1, step=1)
+
+
+@given(st.text(max_size=100))
+def test_groups_of_a_name_stay(name: str) -> None:
+    safe = safe_path(f"accuracy/{name}/a, b")
+    assert safe.startswith("accuracy/")
+    assert safe.endswith("/a_ b")
+    _validate_metric(safe, 0.5, timestamp=1, step=1)
 
 
 def test_a_metric_that_is_refused_keeps_no_other_back(

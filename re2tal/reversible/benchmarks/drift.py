@@ -45,19 +45,21 @@ def measure() -> Tables:
     }
 
 
-def drift(family: str, count: int, precision: str) -> Row:
+def drift(family: str, count: int, precision: str, device: torch.device | str = "cpu") -> Row:
     """Errors of one stack whose branches compute in one precision; streams are float32.
 
     Args:
         family: a key of `STACKS`.
         count: residual branches.
         precision: a key of `PRECISIONS`.
+        device: where the stack is.
 
     Returns:
         Norms of differences over norms. "grid" streams against those without one; "precision alone"
         is how far gradients of stored activations are from those of float32, to compare with.
     """
     model, x = stack(family, count)
+    model, x = model.to(device), x.to(device)
     dtype = PRECISIONS[precision]
     rewire(model, exact=False)
     output, rebuilt = _gradients(model, x, dtype)
@@ -74,10 +76,10 @@ def drift(family: str, count: int, precision: str) -> Row:
         "branches": count,
         "precision": precision,
         "rebuilt input, float": rebuilt_error,
-        "gradients, float": _error(rebuilt, stored),
-        "gradients, grid": _error(rebuilt_on_grid, stored_on_grid),
-        "gradients, precision alone": _error(stored, precise),
-        "output, grid against float": _error(output_on_grid, output),
+        "gradients, float": relative_error(rebuilt, stored),
+        "gradients, grid": relative_error(rebuilt_on_grid, stored_on_grid),
+        "gradients, precision alone": relative_error(stored, precise),
+        "output, grid against float": relative_error(output_on_grid, output),
     }
 
 
@@ -88,7 +90,7 @@ def coupling_row(
     row: Row = {"family": family, "precision": precision, "alpha": alpha, "beta": beta}
     for count in depths:
         model, x = stack(family, count)
-        with _autocast(PRECISIONS[precision]):
+        with autocast(x.device, PRECISIONS[precision]):
             error = rebuilt_error(model, x, alpha, beta)
         row[f"{count} branches"] = error if math.isfinite(error) else "overflow"
     return row
@@ -108,23 +110,24 @@ def rebuilt_error(model: nn.Sequential, x: Tensor, alpha: float, beta: float) ->
     for function in reversed(functions):
         before = (current - function(previous) - alpha * previous) / beta
         current, previous = previous, before
-    return max(_error(current, x), _error(previous, x))
+    return max(relative_error(current, x), relative_error(previous, x))
 
 
 def _gradients(model: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The output, and the gradients of all parameters one after another."""
-    with _autocast(dtype):
+    with autocast(x.device, dtype):
         output = model(x)
     found = torch.autograd.grad(output.float().pow(2).mean(), list(model.parameters()))
     return output.detach(), torch.cat([gradient.flatten() for gradient in found])
 
 
-def _autocast(dtype: torch.dtype) -> torch.autocast:
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Computes in a precision while the block runs."""
     # float32 is no precision that autocast knows
-    return torch.autocast(
-        "cpu", dtype=dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32
-    )
+    low = dtype != torch.float32
+    return torch.autocast(device.type, dtype=dtype if low else None, enabled=low)
 
 
-def _error(found: Tensor, wanted: Tensor) -> float:
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """Norm of the difference over the norm of what is wanted."""
     return float((found - wanted).double().norm() / wanted.double().norm())

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 
@@ -21,7 +21,7 @@ _MB, _GB = 1e6, 1e9
 
 # glibc keeps freed blocks below a size that it raises as it goes; with a fixed one, whatever is
 # larger returns to the system at once, and resident memory follows the tensors.
-_FOLLOWING = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+FOLLOWING = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def measure() -> Tables:
@@ -47,10 +47,10 @@ def resident(workload: Workload, variants: Iterable[str], repetitions: int = 3) 
     rows = []
     for name in variants:
         row: Row = {"training": name}
-        for column, extra in (("MB", _FOLLOWING), ("MB, allocator's default", {})):
-            runs = [_in_a_process(workload, name, extra) for _ in range(repetitions)]
+        for column, extra in (("MB", FOLLOWING), ("MB, allocator's default", {})):
+            runs = [added_in_a_process(workload, name, extra) for _ in range(repetitions)]
             row[column] = median(runs) / _MB
-        row["MB, predicted"] = _added(predicted_step(workload, name)) / _MB
+        row["MB, predicted"] = added(predicted_step(workload, name)) / _MB
         rows.append(row)
     return rows
 
@@ -79,12 +79,21 @@ def predicted_step(workload: Workload, variant: str) -> StepMemory:
         return predict_peak(model, workload.video(), step=workload.forward)
 
 
-def _added(memory: StepMemory) -> int:
+def added(memory: StepMemory) -> int:
     """What comes on top of the model and the frames."""
     return memory.peak - memory.parameters - memory.buffers - memory.inputs
 
 
-def _in_a_process(workload: Workload, variant: str, extra: dict[str, str]) -> int:
+def added_in_a_process(
+    workload: Workload, variant: str, environment: Mapping[str, str] = FOLLOWING
+) -> int:
+    """Bytes that a step adds to the resident memory of a fresh process that has built the model.
+
+    Args:
+        workload: the step.
+        variant: name of the way to train.
+        environment: variables for the process, such as settings of its allocator.
+    """
     task = {
         "model": workload.model,
         "frames": workload.frames,
@@ -92,9 +101,10 @@ def _in_a_process(workload: Workload, variant: str, extra: dict[str, str]) -> in
         "bfloat16": workload.bfloat16,
     }
     command = [sys.executable, "-m", __spec__.name, json.dumps(task), variant]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())} | extra
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    variables = {**os.environ, **threads, **environment}
     done = subprocess.run(  # noqa: S603 - this module itself
-        command, env=environment, stdout=subprocess.PIPE, check=True, text=True
+        command, env=variables, stdout=subprocess.PIPE, check=True, text=True
     )
     return int(done.stdout)
 

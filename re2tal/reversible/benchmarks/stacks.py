@@ -1,6 +1,6 @@
 """Stacks of residual blocks of one shape and any depth, of four families."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import cycle, islice
 
 import torch
@@ -47,19 +47,29 @@ def _mlp_stack(count: int) -> Stack:
     return nn.Sequential(*(MlpBlock(64) for _ in range(count))), torch.randn(64, 64)
 
 
-def _swin_stack(count: int) -> Stack:
+def swin_stack(
+    count: int, *, width: int = 32, heads: int = 2, grid: Sequence[int] = (4, 8, 8)
+) -> Stack:
+    """Video Swin's blocks, every other one shifted, and one clip of random tokens.
+
+    Args:
+        count: residual branches, an even number.
+        width: channels.
+        heads: of an attention, whose windows are ``(2, 4, 4)``.
+        grid: tokens in time, height and width.
+    """
     shifts = islice(cycle(([0, 0, 0], [1, 2, 2])), count // 2)
     blocks = (
         SwinTransformerBlock(
-            dim=32,
-            num_heads=2,
+            dim=width,
+            num_heads=heads,
             window_size=[2, 4, 4],
             shift_size=shift,
             attn_layer=ShiftedWindowAttention3d,
         )
         for shift in shifts
     )
-    return nn.Sequential(*blocks), torch.randn(1, 4, 8, 8, 32)
+    return nn.Sequential(*blocks), torch.randn(1, *grid, width)
 
 
 def _vit_stack(count: int) -> Stack:
@@ -77,7 +87,7 @@ def _resnet_stack(count: int) -> Stack:
 
 STACKS: dict[str, Callable[[int], Stack]] = {
     "LayerNorm-MLP": _mlp_stack,
-    "Video Swin": _swin_stack,
+    "Video Swin": swin_stack,
     "ViT": _vit_stack,
     "R3D": _resnet_stack,
 }

@@ -4,6 +4,7 @@ import gc
 import time
 from collections.abc import Mapping
 from statistics import median, quantiles
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,13 @@ from re2tal.reversible.benchmarks.variants import REFERENCE, VARIANTS, Prepare, 
 from re2tal.reversible.benchmarks.workloads import SMALL, Workload
 
 Times = dict[str, list[float]]
+
+
+class Step(Protocol):
+    """What is timed; a `Workload` is one."""
+
+    def step(self, model: nn.Module, video: Tensor) -> None:
+        """Forward and backward."""
 
 
 def measure() -> Tables:
@@ -34,7 +42,7 @@ def against(
 
 
 def paired(
-    model: nn.Module, workload: Workload, video: Tensor, ways: Mapping[str, Prepare], *, rounds: int
+    model: nn.Module, workload: Step, video: Tensor, ways: Mapping[str, Prepare], *, rounds: int
 ) -> Times:
     """Seconds of a step, for each way to train and each round.
 
@@ -60,7 +68,7 @@ def paired(
     return times
 
 
-def timed(model: nn.Module, workload: Workload, video: Tensor) -> float:
+def timed(model: nn.Module, workload: Step, video: Tensor) -> float:
     """Seconds of one step, until the device has finished it."""
     model.zero_grad(set_to_none=True)
     gc.collect()

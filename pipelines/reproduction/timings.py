@@ -1,0 +1,91 @@
+"""Times of training steps, paired: the work of the experiment `speed`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.reproduction.device import device
+from re2tal.benchmarking import name_of
+from re2tal.memory import MemoryMeter, measure_activations
+from re2tal.reversible.benchmarks.stacks import swin_stack
+from re2tal.reversible.benchmarks.timing import paired
+from re2tal.reversible.benchmarks.variants import VARIANTS, prepared
+from re2tal.reversible.benchmarks.workloads import Workload
+
+# A stage that a device is busy with, and that the slowest way still runs in seconds.
+_STAGES: dict[str, dict[str, Any]] = {
+    "cpu": {"width": 64, "heads": 2, "grid": (4, 16, 16)},
+    "cuda": {"width": 192, "heads": 6, "grid": (64, 28, 28)},
+}
+
+
+def steps(
+    *, on_cpu: Sequence[Mapping[str, Any]], on_gpu: Sequence[Mapping[str, Any]], rounds: int
+) -> dict[str, Any]:
+    """Times of a step of whole models.
+
+    Args:
+        on_cpu: fields of `Workload`s, if there is no GPU.
+        on_gpu: likewise, if there is one.
+        rounds: how often each way takes its turn.
+
+    Returns:
+        The device, and in "times" the seconds of every round, by step and way.
+    """
+    here = device()
+    workloads = [Workload(**one) for one in (on_gpu if here.type == "cuda" else on_cpu)]
+    times = {}
+    for work in workloads:
+        model = work.build().to(here)
+        times[str(work)] = paired(model, work, work.video(here), VARIANTS, rounds=rounds)
+    return _told(here) | {"times": times}
+
+
+def against_depth(*, depths: Sequence[int], rounds: int) -> dict[str, Any]:
+    """Times and peaks of a step of stacks of Swin blocks.
+
+    Args:
+        depths: numbers of residual branches.
+        rounds: how often each way takes its turn.
+
+    Returns:
+        The device, the shape of the stack, and for each of the depths in "times" the seconds of
+        every round and in "peaks" the bytes, by way.
+    """
+    here = device()
+    stage = _STAGES[here.type]
+    times, peaks = [], []
+    for depth in depths:
+        stack, x = swin_stack(depth, **stage)
+        stack, x = stack.to(here), x.to(here)
+        times.append(paired(stack, _Sum(), x, VARIANTS, rounds=rounds))
+        peaks.append({name: _peak(stack, x, name) for name in VARIANTS})
+    return _told(here) | {"stage": stage, "times": times, "peaks": peaks}
+
+
+class _Sum:
+    """A step of a stack."""
+
+    def step(self, model: nn.Module, video: Tensor) -> None:
+        with torch.autocast(video.device.type, torch.bfloat16, enabled=video.is_cuda):
+            output = model(video)
+        output.float().sum().backward()
+
+
+def _peak(stack: nn.Module, x: Tensor, way: str) -> int:
+    """Bytes of tensors at the peak of a step, parameters and gradients included."""
+    with prepared(stack, VARIANTS[way]):
+        if not x.is_cuda:
+            return measure_activations(stack, x).peak
+        stack.zero_grad(set_to_none=True)
+        with MemoryMeter(x.device) as meter:
+            _Sum().step(stack, x)
+    assert meter.cuda_peak is not None
+    return meter.cuda_peak
+
+
+def _told(here: torch.device) -> dict[str, Any]:
+    threads = "" if here.type == "cuda" else f", {torch.get_num_threads()} threads"
+    return {"device": f"{name_of(here)}{threads}"}
