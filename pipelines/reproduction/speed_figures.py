@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from pipelines.reproduction.drawing import COLOURS, lines, tidy
+from pipelines.reproduction.speed_numbers import PEAK
 from re2tal.benchmarking import Row
 
 
@@ -49,7 +50,7 @@ def over_depth(rows: Sequence[Row]) -> Figure:
     depths = sorted({row["branches"] for row in rows})
     for axes, column, label, unit in (
         (left, "seconds", "time of a step, seconds", "s"),
-        (right, "peak, MB", "peak of a step, MB", "MB"),
+        (right, PEAK, "peak of a step, MB", "MB"),
     ):
         curves: dict[str, list[float]] = {}
         for row in rows:

@@ -52,17 +52,19 @@ def against_depth(*, depths: Sequence[int], rounds: int) -> dict[str, Any]:
 
     Returns:
         The device, the shape of the stack, and for each of the depths in "times" the seconds of
-        every round and in "peaks" the bytes, by way.
+        every round and in "peaks" the bytes, both by way, and in "parameters" their bytes.
     """
     here = device()
     stage = _STAGES[here.type]
-    times, peaks = [], []
+    times, peaks, parameters = [], [], []
     for depth in depths:
         stack, x = swin_stack(depth, **stage)
         stack, x = stack.to(here), x.to(here)
         times.append(paired(stack, _Sum(), x, VARIANTS, rounds=rounds))
         peaks.append({name: _peak(stack, x, name) for name in VARIANTS})
-    return _told(here) | {"stage": stage, "times": times, "peaks": peaks}
+        parameters.append(sum(p.nbytes for p in stack.parameters()))
+    found = {"stage": stage, "times": times, "peaks": peaks, "parameters": parameters}
+    return _told(here) | found
 
 
 class _Sum:

@@ -3,6 +3,7 @@
 import socket
 
 import pytest
+import ray
 
 from pipelines.address import ClusterError, require_cluster, unreachable
 from pipelines.command_line import told_shortly
@@ -30,6 +31,7 @@ def test_a_program_whose_cluster_is_gone_ends_with_one_message(
 ) -> None:
     address = f"127.0.0.1:{free_port()}"
     monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # other tests may have a Ray here
     with pytest.raises(ClusterError):
         init_ray()
     with (
