@@ -140,7 +140,7 @@ class Accuracy:
 def quick() -> Accuracy:
     """One epoch of few clips: it shows that everything runs, and no more."""
     return Accuracy(
-        seeds=(0, 1),
+        seeds=(0,),
         epochs=(1,),
         clips=TrimmedToyConfig(training=14, validation=14, seconds=3.0),
         folder="data/toy_accuracy_quick",

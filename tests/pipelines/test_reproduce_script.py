@@ -64,7 +64,7 @@ def test_each_piece_of_work_is_a_run_below_that_of_all(quick: tuple[Path, str]) 
     assert any(name.endswith(".png") for name in artifacts)
     (finetuned,) = [
         child for child in children if child.data.params.get("kind") == "scratch"
-        and child.data.params["seed"] == "1"
+        and child.data.params["seed"] == "0"
     ]  # fmt: skip
     assert 0 <= finetuned.data.metrics["top1"] <= 1
 
