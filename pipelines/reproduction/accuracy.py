@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from pipelines.reproduction.classifying import PLAIN, REWIRED, before_finetuning, finetuned
 from pipelines.reproduction.experiment import Finding, Job, Result, Section
-from pipelines.reproduction.statistics import Measured, at_least
+from pipelines.reproduction.statistics import Measured, at_least, finding
 from pipelines.toy_data import toy_clips
 from re2tal.videos.toy import TrimmedToyConfig
 
@@ -119,20 +119,23 @@ class Accuracy:
                 holds=at_least(best, plain, margin=_MARGIN),
                 evidence=f"{best} against {plain.mean:.3f}",
             ),
-            Finding(
-                claim="It is as accurate as the plain network finetuned for as long",
-                holds=at_least(best, control, margin=_MARGIN),
-                evidence=f"{best} against {control}",
+            finding(
+                "It is as accurate as the plain network finetuned for as long",
+                best,
+                control,
+                margin=_MARGIN,
             ),
-            Finding(
-                claim="Dr2Net's schedule does as well as finetuning after rewiring at once",
-                holds=at_least(moved, best, margin=_MARGIN),
-                evidence=f"{moved} against {best}",
+            finding(
+                "Dr2Net's schedule does as well as finetuning after rewiring at once",
+                moved,
+                best,
+                margin=_MARGIN,
             ),
-            Finding(
-                claim="The pretrained weights are what makes it so: from scratch it is worse",
-                holds=at_least(best, scratch, margin=-_MARGIN),
-                evidence=f"{best} against {scratch}",
+            finding(
+                "The pretrained weights are what makes it so: from scratch it is worse",
+                best,
+                scratch,
+                margin=-_MARGIN,
             ),
         ]
 

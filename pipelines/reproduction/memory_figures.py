@@ -21,9 +21,7 @@ def over_frames(found: Numbers, title: str) -> Figure:
         found: the numbers.
         title: of the picture.
     """
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    figure.suptitle(title, fontsize=10, color="0.35")
-    left, right = figure.subplots(1, 2, width_ratios=(5, 4))
+    figure, left, right = _two_panels(title)
     curves = {TITLES[way]: in_gib(result["frames"]) for way, result in found.close.items()}
     near = [card for card in found.cards if card < 2 * max(map(max, curves.values()))]
     _gpus(left, near)
@@ -41,15 +39,20 @@ def over_depth(found: Numbers, title: str) -> Figure:
         found: the numbers.
         title: of the picture.
     """
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    figure.suptitle(title, fontsize=10, color="0.35")
-    left, right = figure.subplots(1, 2, width_ratios=(5, 4))
+    figure, left, right = _two_panels(title)
     left.set(xlabel=f"blocks of the deepest stage of {found.backbone}", ylabel=_PEAK)
     curves = {TITLES[way]: in_gib(result["depths"]) for way, result in found.close.items()}
     left.set_title("Memory against depth", loc="left", fontweight="bold")
     lines(left, found.depths, curves, unit="GiB")
     _bars(right, found)
     return figure
+
+
+def _two_panels(title: str) -> tuple[Figure, Axes, Axes]:
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure.suptitle(title, fontsize=10, color="0.35")
+    left, right = figure.subplots(1, 2, width_ratios=(5, 4))
+    return figure, left, right
 
 
 def _gpus(axes: Axes, cards: Sequence[float]) -> None:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from math import sqrt
 from statistics import mean, stdev
 
+from pipelines.reproduction.experiment import Finding
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
@@ -55,3 +57,15 @@ def at_least(a: Measured, b: Measured, *, margin: float = 0.0) -> bool | None:
     if abs(above) <= 2 * apart.deviation / sqrt(len(apart.values)):
         return None
     return above > 0
+
+
+def finding(claim: str, a: Measured, b: Measured, *, margin: float = 0.0) -> Finding:
+    """The claim that one is at least as large as the other.
+
+    Args:
+        claim: in a sentence.
+        a: as of `at_least`.
+        b: likewise.
+        margin: likewise.
+    """
+    return Finding(claim=claim, holds=at_least(a, b, margin=margin), evidence=f"{a} against {b}")

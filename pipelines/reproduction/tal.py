@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from pipelines.recipes import RECIPES
 from pipelines.reproduction.experiment import Finding, Job, Result, Section
 from pipelines.reproduction.localizing import WAYS, Way, configured, localize
-from pipelines.reproduction.statistics import Measured, at_least
+from pipelines.reproduction.statistics import Measured, at_least, finding
 from pipelines.toy_data import toy_videos
 from re2tal.benchmarking import Row, Tables
 from re2tal.videos.toy import ANNOTATIONS, VIDEOS, ToyConfig
@@ -185,15 +185,12 @@ def _findings(
 ) -> list[Finding]:
     features, plain, ours = (reached[WAYS[way]] for way in ("features", "plain", "reversible"))
     findings = [
-        Finding(
-            claim=f"{recipe}: end to end improves over features",
-            holds=at_least(ours, features),
-            evidence=f"{ours} against {features}",
-        ),
-        Finding(
-            claim=f"{recipe}: reversible training is as accurate as plain training",
-            holds=at_least(ours, plain, margin=_MARGIN),
-            evidence=f"{ours} against {plain}",
+        finding(f"{recipe}: end to end improves over features", ours, features),
+        finding(
+            f"{recipe}: reversible training is as accurate as plain training",
+            ours,
+            plain,
+            margin=_MARGIN,
         ),
     ]
     if LARGER in reached:
