@@ -23,9 +23,11 @@ from pipelines.data import Batch, share
 from pipelines.freezing import train_mode
 from pipelines.metric_names import UNSCORED
 from pipelines.optim import build_average, build_optimizer, build_schedule, fast_forward
+from pipelines.plan import check_failures
 from pipelines.sharding import shard
 from pipelines.step import Stepper, in_passes, seed_step
 from pipelines.task import Task
+from pipelines.validation import gather
 from re2tal.detector import Detector
 from re2tal.reversible import check, reconstruction_errors, stage_modes
 from re2tal.videos.augmentation import augment, clip_seed
@@ -180,12 +182,24 @@ class Trainer:
             self.state.epoch += 1
             self.state.windows = 0
             check(self.state.detector)  # before what cannot be taken back: a checkpoint
+            if self.state.epoch < self.recipe.evaluate_from:
+                self._check_videos()
+                self._checkpoint({self.task.score: UNSCORED})
+                continue
             evaluation = self.task.evaluate(self.state, self.runtime, steps=self._steps)
             metrics = evaluation.metrics
             seen = metrics | _reversible_metrics(self.state.detector)
             self.runtime.log(seen, step=self.state.step)
             self._checkpoint(metrics, evaluation.write if self.runtime.rank == 0 else None)
         return metrics
+
+    def _check_videos(self) -> None:
+        """Stops, as an evaluation does, if too many videos could not be decoded by all workers."""
+        plan = self.task.plan
+        failed = dict(plan.failures)
+        for of_worker in gather(self.state.failures):
+            failed |= of_worker
+        check_failures(failed, len(plan.uris) + len(plan.failures), self.recipe.data.max_failed)
 
     def _checkpoint(
         self, metrics: Mapping[str, float], add: Callable[[Path], object] | None = None

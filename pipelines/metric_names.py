@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 MAP = "val/mAP"
-UNSCORED = -1.0  # of a checkpoint in the midst of an epoch: any other is better
+UNSCORED = -1.0  # of a checkpoint that was not evaluated: any other is better
 
 _MAX_LENGTH = 200  # MLflow's own limit is 250, with the groups in front
 

@@ -124,6 +124,7 @@ class Recipe(RunConfig):
     save_raw: bool = False
 
     def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
         self.model.check_epochs(self.epochs)
         if self.scale.sharded and self.optim.precision == "float16":
             raise ValueError(

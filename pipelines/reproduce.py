@@ -32,6 +32,7 @@ from pipelines.metric_names import safe_path
 from pipelines.quiet import init_ray
 from pipelines.reproduction.execution import Work, attempt
 from pipelines.reproduction.experiment import Job, Outcome
+from pipelines.reproduction.report import NUMBERS
 from pipelines.reproduction.running import Reproduced, reproduce
 from pipelines.reproduction.settings import Reproduction, parse
 from pipelines.storage import StorageError
@@ -121,7 +122,8 @@ def log_report(run: Run, found: Reproduced) -> None:
         found: what came out.
     """
     client = run.client
-    client.log_artifact(run.run_id, str(found.report))
+    for file in (found.report, found.report.with_name(NUMBERS)):
+        client.log_artifact(run.run_id, str(file))
     for chapter in found.chapters:
         if chapter.section is None:
             continue

@@ -209,7 +209,8 @@ def _quality(recipe: Recipe, run: Run, averages: Sequence[tuple[int, float]]) ->
     """The mAP of the best epoch."""
     best = max(range(len(averages)), key=lambda i: averages[i][1])
     step, average = averages[best]
-    table = Table(title=f"{recipe.name}: mAP of epoch {best + 1} of {len(averages)}, the best")
+    epoch = recipe.evaluate_from + best
+    table = Table(title=f"{recipe.name}: mAP of epoch {epoch} of {recipe.epochs}, the best")
     values = []
     for threshold in recipe.thresholds:
         table.add_column(f"tIoU {threshold:.2f}", justify="right")

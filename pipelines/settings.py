@@ -172,12 +172,17 @@ class RunConfig:
         output: folder of checkpoints and of the default MLflow store.
         seed: of weights, windows, order and dropout.
         epochs: passes over the training videos.
+        evaluate_from: the first epoch that ends with an evaluation; where that takes long, early
+            ones can do without. The best checkpoint is one of those that were evaluated.
         batch_size: windows of a worker's forward pass. A step has `scale.workers` times
             `optim.accumulation` times as many.
         resume: go on with the last run of the same configuration and data if it did not end.
         optim: how weights are learnt.
         scale: how the run is laid over the cluster.
         checkpoints: which are written and kept.
+
+    Raises:
+        ValueError: no epoch would be evaluated.
     """
 
     name: str
@@ -185,8 +190,16 @@ class RunConfig:
     output: str = "runs"
     seed: int = 0
     epochs: int
+    evaluate_from: int = 1
     batch_size: int
     resume: bool = True
     optim: OptimConfig
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.evaluate_from <= self.epochs:
+            raise ValueError(
+                f"--evaluate-from must be from 1 to the {self.epochs} epochs of the run, not "
+                f"{self.evaluate_from}: its last epoch has to be evaluated."
+            )

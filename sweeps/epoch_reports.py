@@ -17,7 +17,7 @@ MEMORY = "sweep/peak_memory_mb"
 
 
 class EpochReports(TuneReportCallback):
-    """Passes on to Ray Tune what each epoch reports, but not checkpoints in the midst of one.
+    """Passes on to Ray Tune what each epoch reports, but not checkpoints without evaluation.
 
     Args:
         run_id: of the trial's run in MLflow.

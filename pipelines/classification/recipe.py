@@ -100,4 +100,5 @@ class ClassificationRecipe(RunConfig):
     )
 
     def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
         self.model.check_epochs(self.epochs)

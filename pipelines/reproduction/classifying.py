@@ -1,10 +1,14 @@
 """Classifiers of toy clips: the pretrained one as it is, and trained further in several ways."""
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor
 
 from pipelines.classification.evaluation import accuracy_metrics, score_videos
@@ -16,7 +20,8 @@ from pipelines.collection import probe_files_here
 from pipelines.data import Batch, decode_batches
 from pipelines.reproduction.device import device
 from pipelines.reproduction.experiment import Result
-from pipelines.reproduction.training import train_here
+from pipelines.reproduction.training import Trained, train_here
+from re2tal.backbones.checkpoint import save_backbone_weights
 from re2tal.classifier import Classifier
 from re2tal.videos.trimmed import TrimmedVideo, ViewConfig, views
 
@@ -51,6 +56,38 @@ def finetuned(*, kind: str, epochs: int, seed: int, folder: str) -> Result:
         seed: of clips, order and random weights.
         folder: of the toy clips.
     """
+    trained = _trained(kind, epochs, seed, folder)
+    return {"top1": trained.metrics["test/top1"], "seconds": trained.seconds}
+
+
+def finetune_backbone(
+    path: Path, *, epochs: int, folder: str, made_with: Mapping[str, Any]
+) -> None:
+    """Rewires the pretrained backbone, finetunes it on clips, and writes its weights.
+
+    Step 4 of Re2TAL: what detectors with a reversible backbone start from.
+
+    Args:
+        path: of the weights, safetensors. What is there and was made with the same stays.
+        epochs: how long.
+        folder: of the toy clips.
+        made_with: whatever else they depend on; JSON can hold it.
+    """
+    facts = json.dumps({"epochs": epochs, **made_with}, sort_keys=True)
+    if path.exists():
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("made_with") == facts:
+                return
+    trained = _trained("rewired", epochs, 0, folder)
+    save_backbone_weights(trained.detector.backbone, path, {"made_with": facts})
+    print(
+        f"rewired and finetuned for {epochs} epochs: top-1 {trained.metrics['test/top1']:.3f}",
+        flush=True,
+    )
+
+
+def _trained(kind: str, epochs: int, seed: int, folder: str) -> Trained:
+    """See `finetuned`."""
     recipe, plan = _configured(folder)
     model = replace(
         recipe.model,
@@ -60,9 +97,7 @@ def finetuned(*, kind: str, epochs: int, seed: int, folder: str) -> Result:
     )
     head = None if kind == "scratch" else _fitted_head(recipe, plan)
     recipe = replace(recipe, model=model, epochs=epochs, seed=seed)
-    task = ClassificationTask(recipe=recipe, plan=plan)
-    metrics, seconds = train_here(task, model.weights, head=head)
-    return {"top1": metrics["test/top1"], "seconds": seconds}
+    return train_here(ClassificationTask(recipe=recipe, plan=plan), model.weights, head=head)
 
 
 def _configured(folder: str) -> tuple[ClassificationRecipe, ClassificationPlan]:

@@ -35,9 +35,7 @@ def configured(recipe: str, options: Sequence[str]) -> Recipe:
     return tyro.cli(Recipe, default=default, args=options, prog=f"reproduce.py ... -- [{recipe}]")
 
 
-def localize(
-    *, recipe: str, options: Sequence[str], way: Way, seed: int, size: int | None = None
-) -> Result:
+def localize(*, recipe: str, options: Sequence[str], way: Way, seed: int) -> Result:
     """Trains a detector and evaluates it.
 
     A toy recipe is trained in this process; any other by Ray Train, as `train.py` does it, in a run
@@ -48,15 +46,12 @@ def localize(
         options: as of `train.py`.
         way: a key of `WAYS`.
         seed: of windows, order and random weights.
-        size: pixels of a frame's side, instead of the recipe's.
 
     Returns:
         mAP, that at every threshold, the predicted memory of a worker's step in MB, seconds; and of
         a run in MLflow its id.
     """
     asked = trained_in(configured(recipe, options), way, seed)
-    if size is not None:
-        asked = replace(asked, data=replace(asked.data, size=size))
     return _here(asked) if asked.data.make_toy else _on_the_cluster(asked)
 
 
@@ -84,8 +79,8 @@ def _here(recipe: Recipe) -> Result:
     plan = make_plan(recipe.data, annotations, probe=probe_files_here)
     detector = build_detector(recipe, plan.classes, recipe.model.weights)
     memory = activation_metrics(recipe, detector)["memory/predicted_activations_mb"]
-    metrics, seconds = train_here(DetectionTask(recipe=recipe, plan=plan), recipe.model.weights)
-    return _reached(metrics) | {"activations_mb": memory, "seconds": seconds}
+    trained = train_here(DetectionTask(recipe=recipe, plan=plan), recipe.model.weights)
+    return _reached(trained.metrics) | {"activations_mb": memory, "seconds": trained.seconds}
 
 
 def _on_the_cluster(recipe: Recipe) -> Result:

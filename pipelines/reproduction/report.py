@@ -1,11 +1,13 @@
 """The report: what was claimed, what came out, and the numbers and pictures behind it."""
 
+import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +17,7 @@ from re2tal.atomic import replacing
 from re2tal.benchmarking import Row, table
 
 REPORT = "report.md"
+NUMBERS = "report.json"
 VERDICTS = {True: "holds", False: "does not hold", None: "cannot be told"}
 
 
@@ -79,7 +82,7 @@ def chapters(experiments: Sequence[Experiment], outcomes: Sequence[Outcome]) -> 
 
 
 def write_report(folder: Path, found: Sequence[Chapter], circumstances: Circumstances) -> Path:
-    """Writes the report and its pictures.
+    """Writes the report, its pictures, and the same numbers as JSON.
 
     Args:
         folder: where to; files of the same names are replaced.
@@ -99,10 +102,29 @@ def write_report(folder: Path, found: Sequence[Chapter], circumstances: Circumst
         parts += _written(chapter.section, folder)
         seconds = sum(outcome.seconds for outcome in chapter.outcomes)
         parts.append(f"{len(chapter.outcomes)} jobs, {duration(seconds)} of computing.")
-    path = folder / REPORT
-    with replacing(path) as partial:
-        partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return path
+    numbers = {"circumstances": str(circumstances), "experiments": _numbers(found)}
+    for name, text in (
+        (NUMBERS, json.dumps(numbers, indent=1)),
+        (REPORT, "\n\n".join(parts)),
+    ):
+        with replacing(folder / name) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
+    return folder / REPORT
+
+
+def _numbers(found: Sequence[Chapter]) -> dict[str, Any]:
+    """Of the experiments that are complete, what the report says."""
+    return {
+        chapter.name: {
+            "text": chapter.section.text,
+            "findings": [asdict(finding) for finding in chapter.section.findings],
+            "tables": chapter.section.tables,
+            "jobs": len(chapter.outcomes),
+            "seconds": sum(outcome.seconds for outcome in chapter.outcomes),
+        }
+        for chapter in found
+        if chapter.section is not None
+    }
 
 
 def _summary(found: Sequence[Chapter]) -> str:

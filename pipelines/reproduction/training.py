@@ -2,29 +2,42 @@
 
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipelines.local import LocalRuntime
 from pipelines.loop import Trainer
 from pipelines.reproduction.device import device
 from pipelines.task import Task
+from re2tal.detector import Detector
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Trained:
+    """How a training ended.
+
+    Attributes:
+        metrics: of the last epoch.
+        detector: the average over the last steps, which the metrics are of.
+        seconds: that it all took.
+    """
+
+    metrics: dict[str, float]
+    detector: Detector
+    seconds: float
 
 
 def train_here(
-    task: Task, weights: str | None, *, head: dict[str, torch.Tensor] | None = None
-) -> tuple[dict[str, float], float]:
+    task: Task, weights: str | None, *, head: dict[str, Tensor] | None = None
+) -> Trained:
     """Trains to the recipe's last epoch in this process, on a GPU if there is one.
 
     Args:
         task: what is trained.
         weights: of the backbone, or None.
         head: weights of what follows the backbone, to begin with; at random if None.
-
-    Returns:
-        The metrics of the last epoch, and the seconds that it all took.
     """
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -34,7 +47,8 @@ def train_here(
             for model in (trainer.state.detector, trainer.state.average.module):
                 _localizer(model).load_state_dict(head)
         metrics = trainer.run()
-    return metrics, time.perf_counter() - began
+        detector = trainer.state.averaged()
+    return Trained(metrics=metrics, detector=detector, seconds=time.perf_counter() - began)
 
 
 def _localizer(detector: nn.Module) -> nn.Module:

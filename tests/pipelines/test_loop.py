@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from pipelines.detection_task import DetectionTask
 from pipelines.finite import NonFiniteLossError
 from pipelines.local import LocalRuntime
 from pipelines.loop import Trainer
-from pipelines.plan import Plan
+from pipelines.metric_names import UNSCORED
+from pipelines.plan import Plan, UnusableVideosError
 from pipelines.recipe import Recipe
 from re2tal.reversible import reversible_stages
 from re2tal.videos.augmentation import AugmentationConfig, augment, clip_seed
@@ -163,6 +164,34 @@ def test_videos_that_fail_while_training_are_counted(
     metrics = trainer.run()
     assert metrics["videos/failed"] == 1
     assert "broken" in trainer.state.failures
+    # an epoch that is not evaluated sees to it too
+    data = replace(tiny_recipe.data, max_failed=0.0)
+    two = replace(tiny_recipe, data=data, epochs=2, evaluate_from=2)
+    trainer, _ = _trainer(two, plan, tmp_path / "two")
+    with pytest.raises(UnusableVideosError, match="broken"):
+        trainer.run()
+    assert trainer.state.epoch == 1
+
+
+def test_early_epochs_can_do_without_evaluation(
+    tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path
+) -> None:
+    reported: list[dict[str, float]] = []
+
+    class Reporting(LocalRuntime):
+        def report(self, metrics: Mapping[str, float], checkpoint: Path) -> None:
+            reported.append(dict(metrics))
+            super().report(metrics, checkpoint)
+
+    recipe = replace(tiny_recipe, epochs=3, evaluate_from=3)
+    runtime = Reporting(recipe, tiny_plan, tmp_path)
+    task = DetectionTask(recipe=recipe, plan=tiny_plan)
+    metrics = Trainer(task, runtime, weights=None, output=str(tmp_path)).run()
+    assert [epoch["val/mAP"] for epoch in reported] == [UNSCORED, UNSCORED, metrics["val/mAP"]]
+    assert [epoch["epoch"] for epoch in reported] == [1, 2, 3]
+    assert sum("val/mAP" in logged for _, logged in runtime.history) == 1
+    with pytest.raises(ValueError, match=r"--evaluate-from must be from 1 to the 3 epochs"):
+        replace(recipe, evaluate_from=4)
 
 
 AUGMENTATION = AugmentationConfig(source_size=40, crop_area=(0.2, 0.8), flip=0.5, brightness=0.4)

@@ -9,15 +9,22 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.figure import Figure
+from safetensors.torch import load_file
 
 from pipelines.model import build_detector
 from pipelines.plan import Plan
-from pipelines.recipes import toy
+from pipelines.recipes import TOY_WEIGHTS, toy
 from pipelines.reproduction.accuracy import Accuracy
-from pipelines.reproduction.classifying import PLAIN, REWIRED, before_finetuning, finetuned
+from pipelines.reproduction.classifying import (
+    PLAIN,
+    REWIRED,
+    before_finetuning,
+    finetune_backbone,
+    finetuned,
+)
 from pipelines.reproduction.execution import carry_out, execute_here
 from pipelines.reproduction.experiment import Experiment, Finding, Job, Outcome, Result, Section
-from pipelines.reproduction.localizing import WAYS, localize, trained_in
+from pipelines.reproduction.localizing import WAYS, configured, localize, trained_in
 from pipelines.reproduction.records import Records
 from pipelines.reproduction.report import Circumstances, chapters, write_report
 from pipelines.reproduction.settings import parse
@@ -144,6 +151,13 @@ def test_the_report_has_verdicts_tables_pictures_and_circumstances(tmp_path: Pat
     assert "| of 2 | 4 |" in report
     assert "![squares](squares.png)" in report
     assert (tmp_path / "out" / "squares.png").stat().st_size > 1000
+    numbers = json.loads((tmp_path / "out" / "report.json").read_text())
+    squares = numbers["experiments"]["squares"]
+    assert squares["tables"] == {
+        "All of them": [{"of": "of 1", "square": 1}, {"of": "of 2", "square": 4}]
+    }
+    assert squares["findings"] == [{"claim": "They grow", "holds": True, "evidence": "see below"}]
+    assert "an abacus" in numbers["circumstances"]
 
 
 # Accuracy.
@@ -169,6 +183,22 @@ def test_finetuning_starts_from_the_pretrained_network(clips: str) -> None:
     assert plain["top1"] >= 0.7  # after two steps
     scratch = finetuned(kind="scratch", epochs=1, seed=0, folder=clips)
     assert scratch["top1"] < 0.5
+
+
+@pytest.mark.slow
+def test_a_backbone_is_rewired_and_finetuned_once_for_the_same_settings(
+    clips: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "rewired.safetensors"
+    finetune_backbone(path, epochs=1, folder=clips, made_with={"code": "a"})
+    first, made = load_file(path), path.stat().st_mtime_ns
+    before = load_file(TOY_WEIGHTS)
+    assert first.keys() == before.keys()
+    assert any(not torch.equal(first[name], before[name]) for name in first)
+    finetune_backbone(path, epochs=1, folder=clips, made_with={"code": "a"})
+    assert path.stat().st_mtime_ns == made
+    finetune_backbone(path, epochs=1, folder=clips, made_with={"code": "b"})
+    assert path.stat().st_mtime_ns > made
 
 
 def _accuracies(experiment: Accuracy, **of_kind: float) -> dict[str, Any]:
@@ -231,11 +261,12 @@ def test_a_detector_is_trained_here_and_evaluated(tiny_set: Path) -> None:
 def _localized(experiment: Tal, reached: Mapping[str, float], larger_mb: float) -> dict[str, Any]:
     results = {}
     for job in experiment.jobs():
-        title = LARGER if job.arguments["size"] else WAYS[job.arguments["way"]]
+        larger = LARGER in job.name
+        title = LARGER if larger else WAYS[job.arguments["way"]]
         results[job.name] = {
             "mAP": reached[title] + 0.001 * job.arguments["seed"],
             "mAP/tiou_0.50": 0.5,
-            "activations_mb": larger_mb if title == LARGER else 100.0,
+            "activations_mb": larger_mb if larger else 100.0,
             "seconds": 1.0,
         }
     return results
@@ -252,6 +283,41 @@ def test_localization_says_what_holds() -> None:
     # more memory than plain training has is no fair comparison
     unfair = experiment.section(_localized(experiment, reached, larger_mb=110.0))
     assert [finding.holds for finding in unfair.findings] == [True, True, False, True, True]
+
+
+def test_reversible_training_begins_with_a_rewired_backbone_that_was_finetuned() -> None:
+    def weights(experiment: Tal) -> dict[str, str | None]:
+        jobs = {
+            job.name.split(": ")[1].rsplit(",", 1)[0]: job.arguments for job in experiment.jobs()
+        }
+        return {
+            title: configured(job["recipe"], job["options"]).model.weights
+            for title, job in jobs.items()
+        }
+
+    toy_weights = Path("data/toy_tal/rewired.safetensors")
+    plain = {WAYS["features"]: TOY_WEIGHTS, WAYS["plain"]: TOY_WEIGHTS}
+    ours = {WAYS["reversible"]: str(toy_weights), LARGER: str(toy_weights)}
+    assert weights(Tal()) == plain | ours
+    given = Tal(rewired="mine.safetensors", larger=None)
+    assert weights(given) == plain | {WAYS["reversible"]: "mine.safetensors"}
+    real = Tal(
+        recipes=("thumos_re2_swin_t_actionformer",),
+        larger=None,
+        options=("--model.weights", "swin3d_t.pth"),
+    )
+    assert set(weights(real).values()) == {"swin3d_t.pth"}
+    real = replace(real, rewired="re2_swin_t.pth")
+    assert weights(real)[WAYS["reversible"]] == "re2_swin_t.pth"
+
+
+def test_larger_frames_are_an_option_of_the_recipe() -> None:
+    sizes = {
+        job.name: configured("toy", job.arguments["options"]).data.size
+        for job in Tal(recipes=("toy",), seeds=(0,), larger=96, options=()).jobs()
+    }
+    assert [size for name, size in sizes.items() if LARGER in name] == [96]
+    assert {size for name, size in sizes.items() if LARGER not in name} == {64}
 
 
 def test_a_recipe_that_does_not_exist_is_refused() -> None:

@@ -49,9 +49,11 @@ def test_the_best_epoch_is_shown(
         log_metrics(run, values, step=step)
     log_metrics(run, {"val/mAP/tiou_0.50": 0.125}, step=5)  # of the other steps it was lost
     log_metrics(run, {"memory/rss_peak_mb": 123.4}, step=15)
-    print_summary(recipe, PLAN, run, seconds=61.0)
+    print_summary(replace(recipe, epochs=3), PLAN, run, seconds=61.0)
     printed = capsys.readouterr().out
     assert "mAP of epoch 2 of 3, the best" in printed
+    print_summary(replace(recipe, epochs=9, evaluate_from=7), PLAN, run, seconds=61.0)
+    assert "mAP of epoch 8 of 9, the best" in capsys.readouterr().out
     assert "0.875" in printed
     assert "0.125" not in printed
     assert "host memory         123 MB at the peak" in printed
