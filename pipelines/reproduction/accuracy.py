@@ -11,10 +11,15 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from pipelines.reproduction.classifying import PLAIN, REWIRED, before_finetuning, finetuned
+from pipelines.reproduction.classifying import (
+    PLAIN,
+    REWIRED,
+    before_finetuning,
+    finetuned,
+    make_clips,
+)
 from pipelines.reproduction.experiment import Finding, Job, Result, Section
 from pipelines.reproduction.statistics import Measured, at_least, finding
-from pipelines.toy_data import toy_clips
 from re2tal.videos.toy import TrimmedToyConfig
 
 _MARGIN = 0.02  # of top-1: what counts as preserved
@@ -34,7 +39,7 @@ class Accuracy:
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: tuple[int, ...] = (1, 2, 5)
     clips: TrimmedToyConfig = field(
-        default_factory=lambda: TrimmedToyConfig(training=210, validation=210)
+        default_factory=lambda: TrimmedToyConfig(training=210, validation=420)
     )
     folder: str = "data/toy_accuracy"
 
@@ -55,8 +60,8 @@ class Accuracy:
         }
 
     def prepare(self) -> None:
-        """Makes the clips, if they are not there."""
-        toy_clips(Path(self.folder), self.clips)
+        """Makes the clips and what reads the classes off them, if they are not there."""
+        make_clips(Path(self.folder), self.clips)
 
     def jobs(self) -> Sequence[Job]:
         """The network as it is, and each training with each seed."""

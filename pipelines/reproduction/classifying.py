@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipelines.classification.evaluation import accuracy_metrics, score_videos
@@ -20,22 +20,44 @@ from pipelines.collection import probe_files_here
 from pipelines.data import Batch, decode_batches
 from pipelines.reproduction.device import device
 from pipelines.reproduction.experiment import Result
+from pipelines.reproduction.records import code_fingerprint
 from pipelines.reproduction.training import Trained, train_here
+from pipelines.toy_data import toy_clips
+from re2tal.atomic import replacing
 from re2tal.backbones.checkpoint import save_backbone_weights
 from re2tal.classifier import Classifier
+from re2tal.videos.toy import TrimmedToyConfig
 from re2tal.videos.trimmed import TrimmedVideo, ViewConfig, views
 
 PLAIN, REWIRED = "plain, pretrained", "rewired, not finetuned"
+_HEAD = "head.safetensors"
+
+
+def make_clips(folder: Path, clips: TrimmedToyConfig) -> None:
+    """Makes the clips, and fits the classifier's head to the plain network's features of them.
+
+    The weights that the repository ships are those of a backbone alone.
+
+    Args:
+        folder: where to; what is there and was made with the same settings and code stays.
+        clips: how many.
+    """
+    toy_clips(folder, clips)
+    facts = _facts(clips)
+    if not _is_made(folder / _HEAD, facts):
+        recipe, plan = _configured(str(folder))
+        with replacing(folder / _HEAD) as partial:
+            save_file(_fitted_head(recipe, plan), partial, metadata=facts)
 
 
 def before_finetuning(*, folder: str) -> Result:
     """Top-1 of the pretrained network, and of the same weights with rewired connections.
 
     Args:
-        folder: of the toy clips.
+        folder: of the clips, see `make_clips`.
     """
     recipe, plan = _configured(folder)
-    head = _fitted_head(recipe, plan)
+    head = load_file(Path(folder) / _HEAD)
     reached = {}
     for name, reversible in ((PLAIN, False), (REWIRED, True)):
         model = replace(recipe.model, reversible=reversible)
@@ -54,36 +76,42 @@ def finetuned(*, kind: str, epochs: int, seed: int, folder: str) -> Result:
             or "scratch": rewired with random weights.
         epochs: how long.
         seed: of clips, order and random weights.
-        folder: of the toy clips.
+        folder: of the clips, see `make_clips`.
     """
     trained = _trained(kind, epochs, seed, folder)
     return {"top1": trained.metrics["test/top1"], "seconds": trained.seconds}
 
 
-def finetune_backbone(
-    path: Path, *, epochs: int, folder: str, made_with: Mapping[str, Any]
-) -> None:
+def finetune_backbone(path: Path, *, epochs: int, folder: Path, clips: TrimmedToyConfig) -> None:
     """Rewires the pretrained backbone, finetunes it on clips, and writes its weights.
 
     Step 4 of Re2TAL: what detectors with a reversible backbone start from.
 
     Args:
-        path: of the weights, safetensors. What is there and was made with the same stays.
+        path: of the weights, safetensors. What was made with the same settings and code stays.
         epochs: how long.
-        folder: of the toy clips.
-        made_with: whatever else they depend on; JSON can hold it.
+        folder: of the clips, see `make_clips`.
+        clips: how many they are.
     """
-    facts = json.dumps({"epochs": epochs, **made_with}, sort_keys=True)
-    if path.exists():
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("made_with") == facts:
-                return
-    trained = _trained("rewired", epochs, 0, folder)
-    save_backbone_weights(trained.detector.backbone, path, {"made_with": facts})
-    print(
-        f"rewired and finetuned for {epochs} epochs: top-1 {trained.metrics['test/top1']:.3f}",
-        flush=True,
-    )
+    facts = _facts(clips, epochs=epochs)
+    if not _is_made(path, facts):
+        trained = _trained("rewired", epochs, 0, str(folder))
+        save_backbone_weights(trained.detector.backbone, path, facts)
+        reached = trained.metrics["test/top1"]
+        print(f"rewired and finetuned for {epochs} epochs: top-1 {reached:.3f}", flush=True)
+
+
+def _facts(clips: TrimmedToyConfig, **settings: int) -> dict[str, str]:
+    """What weights depend on, as it is kept with them."""
+    of = {"clips": asdict(clips), "code": code_fingerprint(), **settings}
+    return {"made_with": json.dumps(of, sort_keys=True)}
+
+
+def _is_made(path: Path, facts: Mapping[str, str]) -> bool:
+    if not path.exists():
+        return False
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}) == facts
 
 
 def _trained(kind: str, epochs: int, seed: int, folder: str) -> Trained:
@@ -95,8 +123,8 @@ def _trained(kind: str, epochs: int, seed: int, folder: str) -> Trained:
         coupling_epochs=epochs / 2 if kind == "moving" else None,
         weights=None if kind == "scratch" else recipe.model.weights,
     )
-    head = None if kind == "scratch" else _fitted_head(recipe, plan)
-    recipe = replace(recipe, model=model, epochs=epochs, seed=seed)
+    head = None if kind == "scratch" else load_file(Path(folder) / _HEAD)
+    recipe = replace(recipe, model=model, epochs=epochs, evaluate_from=epochs, seed=seed)
     return train_here(ClassificationTask(recipe=recipe, plan=plan), model.weights, head=head)
 
 
@@ -113,10 +141,7 @@ def _configured(folder: str) -> tuple[ClassificationRecipe, ClassificationPlan]:
 
 
 def _fitted_head(recipe: ClassificationRecipe, plan: ClassificationPlan) -> dict[str, Tensor]:
-    """A linear layer that reads the classes off the plain network's features.
-
-    The weights that the repository ships are those of a backbone alone.
-    """
+    """A linear layer that reads the classes off the plain network's features."""
     plain = replace(recipe, model=replace(recipe.model, reversible=False))
     classifier = _built(plain, plan)
     features = _features(classifier, recipe, plan)

@@ -7,19 +7,18 @@ memory buys is tried out too: larger frames within the memory of plain training.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from pipelines.recipes import RECIPES
-from pipelines.reproduction.classifying import finetune_backbone
+from pipelines.reproduction.classifying import finetune_backbone, make_clips
 from pipelines.reproduction.drawing import tidy
 from pipelines.reproduction.experiment import Finding, Job, Result, Section
 from pipelines.reproduction.localizing import WAYS, Way, configured, localize
-from pipelines.reproduction.records import code_fingerprint
 from pipelines.reproduction.statistics import Measured, at_least, finding
-from pipelines.toy_data import toy_clips, toy_videos
+from pipelines.toy_data import toy_videos
 from re2tal.benchmarking import Row, Tables
 from re2tal.videos.toy import ANNOTATIONS, VIDEOS, ToyConfig, TrimmedToyConfig
 
@@ -52,12 +51,13 @@ class Tal:
         clips: that the toy backbone is finetuned on.
         videos: how many.
         options: of `train.py`, for all recipes; on the command line they follow "--". The default's
-            frames have fewer pixels than the toy recipes', to have something to spend memory on.
+            frames have half the side of those that the toy backbone was pretrained on: something to
+            learn for a backbone that may, and something to spend memory on.
     """
 
     recipes: tuple[str, ...] = ("toy", "toy_vsgn")
     seeds: tuple[int, ...] = (0, 1, 2)
-    larger: int | None = 64
+    larger: int | None = 48
     rewired: str | None = None
     finetuning_epochs: int = 5
     folder: str = "data/toy_tal"
@@ -65,7 +65,7 @@ class Tal:
         default_factory=lambda: TrimmedToyConfig(training=210, validation=70)
     )
     videos: ToyConfig = field(default_factory=lambda: ToyConfig(training=24))
-    options: tuple[str, ...] = ("--epochs", "2", "--data.size", "48")
+    options: tuple[str, ...] = ("--epochs", "6", "--evaluate-from", "6", "--data.size", "32")
 
     def __post_init__(self) -> None:
         for recipe in self.recipes:
@@ -85,13 +85,10 @@ class Tal:
             return
         toy_videos(Path(self.folder), self.videos)
         if self.rewired is None:
-            clips = f"{self.folder}/clips"
-            toy_clips(Path(clips), self.clips)
+            folder = Path(self.folder) / "clips"
+            make_clips(folder, self.clips)
             finetune_backbone(
-                self._rewired_toy,
-                epochs=self.finetuning_epochs,
-                folder=clips,
-                made_with={"clips": asdict(self.clips), "code": code_fingerprint()},
+                self._rewired_toy, epochs=self.finetuning_epochs, folder=folder, clips=self.clips
             )
 
     @property

@@ -21,6 +21,7 @@ from pipelines.reproduction.classifying import (
     before_finetuning,
     finetune_backbone,
     finetuned,
+    make_clips,
 )
 from pipelines.reproduction.execution import carry_out, execute_here
 from pipelines.reproduction.experiment import Experiment, Finding, Job, Outcome, Result, Section
@@ -163,11 +164,16 @@ def test_the_report_has_verdicts_tables_pictures_and_circumstances(tmp_path: Pat
 # Accuracy.
 
 
+CLIPS = TrimmedToyConfig(training=14, validation=14, seconds=3.0)
+
+
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a few toy clips."""
     folder = tmp_path_factory.mktemp("clips")
-    return str(make_trimmed_toy(folder, TrimmedToyConfig(training=14, validation=14, seconds=3.0)))
+    make_trimmed_toy(folder, CLIPS)  # in this process, which has imported all that it needs
+    make_clips(folder, CLIPS)
+    return str(folder)
 
 
 @pytest.mark.slow
@@ -187,17 +193,18 @@ def test_finetuning_starts_from_the_pretrained_network(clips: str) -> None:
 
 @pytest.mark.slow
 def test_a_backbone_is_rewired_and_finetuned_once_for_the_same_settings(
-    clips: str, tmp_path: Path
+    clips: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "rewired.safetensors"
-    finetune_backbone(path, epochs=1, folder=clips, made_with={"code": "a"})
+    finetune_backbone(path, epochs=1, folder=Path(clips), clips=CLIPS)
     first, made = load_file(path), path.stat().st_mtime_ns
     before = load_file(TOY_WEIGHTS)
     assert first.keys() == before.keys()
     assert any(not torch.equal(first[name], before[name]) for name in first)
-    finetune_backbone(path, epochs=1, folder=clips, made_with={"code": "a"})
+    finetune_backbone(path, epochs=1, folder=Path(clips), clips=CLIPS)
     assert path.stat().st_mtime_ns == made
-    finetune_backbone(path, epochs=1, folder=clips, made_with={"code": "b"})
+    monkeypatch.setattr("pipelines.reproduction.classifying.code_fingerprint", lambda: "other")
+    finetune_backbone(path, epochs=1, folder=Path(clips), clips=CLIPS)
     assert path.stat().st_mtime_ns > made
 
 
