@@ -1,7 +1,6 @@
 """Trimmed toy clips in memory, where a training on two CPU cores needs them."""
 
-import multiprocessing
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,10 +10,11 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
+from pipelines.toy_data import toy_clips
 from re2tal.detector import grey_levels, normalize
 from re2tal.trained import IMAGENET_MEAN, IMAGENET_STD
 from re2tal.videos.decoding import decode
-from re2tal.videos.toy import FPS, POSES, TRIMMED_CLASSES, TrimmedToyConfig, make_trimmed_toy
+from re2tal.videos.toy import FPS, POSES, TRIMMED_CLASSES, TrimmedToyConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,25 +35,19 @@ class Clips:
 def load_clips(
     folder: Path, config: TrimmedToyConfig, *, size: int, processes: int
 ) -> tuple[Clips, Clips]:
-    """Makes the trimmed toy clips, unless they are there, and decodes them in several processes.
+    """Makes the trimmed toy clips, unless they are there, and decodes them.
 
     Args:
         folder: where they go.
         config: how many.
         size: pixels of a frame's side.
-        processes: how many.
+        processes: that make them, and threads that decode them.
 
     Returns:
         The training and the validation clips.
     """
-
-    def show(done: int, total: int) -> None:
-        if done % 300 == 0 or done == total:
-            print(f"  {done} of {total} clips made", flush=True)
-
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
-        make_trimmed_toy(folder, config, parallel_map=pool.map, progress=show)
+    toy_clips(folder, config, processes=processes)
+    with ThreadPoolExecutor(processes) as pool:  # FFmpeg leaves Python's lock to the others
         return _read(folder, "training", size, pool), _read(folder, "validation", size, pool)
 
 
@@ -62,7 +56,7 @@ def _read(folder: Path, subset: str, size: int, pool: Executor) -> Clips:
     paths = sorted((folder / subset).glob("*/*.mp4"), key=lambda path: path.name)
     of_each = np.stack([poses[f"{path.parent.name}/{path.stem}"] for path in paths])
     decoding = partial(_decode, frames=of_each.shape[1], size=size)
-    frames = np.stack(list(pool.map(decoding, paths, chunksize=8)))
+    frames = np.stack(list(pool.map(decoding, paths)))
     labels = torch.tensor([TRIMMED_CLASSES.index(path.parent.name) for path in paths])
     return Clips(frames=frames, poses=of_each, labels=labels)
 

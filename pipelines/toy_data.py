@@ -1,11 +1,15 @@
-"""The toy data sets, made in several processes when they are missing."""
+"""The toy data sets, made when they are missing.
 
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+A script's own pool of processes would have each of them import all that the script has imported, a
+matter of ten seconds; so a program that needs little has the pool.
+"""
+
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
-from re2tal.videos.toy import ToyConfig, TrimmedToyConfig, make_toy, make_trimmed_toy
+from re2tal.videos.toy import ToyConfig, TrimmedToyConfig
 
 
 def toy_videos(folder: Path, config: ToyConfig | None = None) -> None:
@@ -15,24 +19,29 @@ def toy_videos(folder: Path, config: ToyConfig | None = None) -> None:
         folder: where to; what is there with the same settings stays.
         config: how many.
     """
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        make_toy(folder, config, parallel_map=pool.map, progress=_shown("videos", 10))
+    _make("videos", folder, config or ToyConfig())
 
 
-def toy_clips(folder: Path, config: TrimmedToyConfig | None = None) -> None:
+def toy_clips(
+    folder: Path, config: TrimmedToyConfig | None = None, *, processes: int | None = None
+) -> None:
     """Makes the trimmed clips.
 
     Args:
         folder: where to; what is there with the same settings stays.
         config: how many.
+        processes: that make them; by default one a core.
     """
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        make_trimmed_toy(folder, config, parallel_map=pool.map, progress=_shown("clips", 300))
+    _make("clips", folder, config or TrimmedToyConfig(), processes)
 
 
-def _shown(what: str, every: int) -> Callable[[int, int], None]:
-    def show(done: int, total: int) -> None:
-        if done % every == 0 or done == total:
-            print(f"  {done} of {total} {what}", flush=True)
-
-    return show
+def _make(
+    kind: str, folder: Path, config: ToyConfig | TrimmedToyConfig, processes: int | None = None
+) -> None:
+    command = [sys.executable, "-m", "re2tal.videos.toy", kind, str(folder)]
+    if processes is not None:
+        command += ["--processes", str(processes)]
+    for name, value in asdict(config).items():
+        values = value if isinstance(value, tuple) else (value,)
+        command += [f"--{name}", *map(str, values)]
+    subprocess.run(command, check=True)  # noqa: S603 - a module of ours

@@ -6,10 +6,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipelines.toy_data import toy_clips, toy_videos
 from re2tal.videos.annotations import load_annotations
 from re2tal.videos.decoding import decode, probe
 from re2tal.videos.files import find_videos
-from re2tal.videos.toy import ACTIONS, FPS, FRAME_SIZE, ToyConfig, make_clip, make_toy
+from re2tal.videos.toy import (
+    ACTIONS,
+    FPS,
+    FRAME_SIZE,
+    ToyConfig,
+    TrimmedToyConfig,
+    make_clip,
+    make_toy,
+)
 from re2tal.videos.toy.looks import DETECTION_GALLERY, PRETRAINING_GALLERY
 from re2tal.videos.toy.scene import ACTION_SECONDS, GAP_SECONDS
 
@@ -64,6 +73,18 @@ def test_the_same_settings_give_the_same_bytes_in_any_order(folder: Path, tmp_pa
 
     make_toy(tmp_path, SMALL, parallel_map=backwards)
     assert contents(tmp_path) == contents(folder)
+
+
+def test_the_command_makes_the_same(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    toy_videos(tmp_path / "set", SMALL)
+    assert contents(tmp_path / "set") == contents(folder)
+    assert "3 of 3 videos" in capfd.readouterr().out
+    toy_clips(tmp_path / "clips", TrimmedToyConfig(training=7, validation=0, seconds=1.5, seed=3))
+    settings = json.loads((tmp_path / "clips" / "settings.json").read_text())
+    assert (settings["training"], settings["seconds"], settings["seed"]) == (7, 1.5, 3)
+    assert len(list((tmp_path / "clips" / "training").glob("*/*.mp4"))) == 7
 
 
 def test_making_it_again_does_nothing(folder: Path) -> None:
