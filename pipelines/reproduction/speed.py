@@ -28,6 +28,7 @@ class Speed:
         gpu_frames: likewise.
         gpu_size: likewise.
         depths: numbers of residual branches of a stack of Swin blocks, each even.
+        grid: tokens of that stack in time, height and width on a CPU.
         rounds: how often each way takes its turn, at least 3 times.
     """
 
@@ -38,6 +39,7 @@ class Speed:
     gpu_frames: int = 256
     gpu_size: int = 224
     depths: tuple[int, ...] = (12, 24, 48, 96)
+    grid: tuple[int, int, int] = (4, 16, 16)
     rounds: int = 5
 
     def __post_init__(self) -> None:
@@ -66,7 +68,7 @@ class Speed:
             "on_gpu": [{"model": model, **gpu} for model in self.gpu_models],
             "rounds": self.rounds,
         }
-        stacks = {"depths": sorted(self.depths), "rounds": self.rounds}
+        stacks = {"depths": sorted(self.depths), "grid": self.grid, "rounds": self.rounds}
         return [
             Job(name=_STEPS, work=steps, arguments=models, alone=True),
             Job(name=_DEPTH, work=against_depth, arguments=stacks, alone=True),
@@ -98,4 +100,4 @@ class Speed:
 
 def quick() -> Speed:
     """A toy model and shallow stacks: it shows that everything runs, and no more."""
-    return Speed(models=("toy_swin",), frames=8, size=32, depths=(4, 12), rounds=3)
+    return Speed(models=("toy_swin",), frames=8, size=32, depths=(4, 12), grid=(4, 8, 8), rounds=3)

@@ -14,11 +14,8 @@ from re2tal.reversible.benchmarks.timing import paired
 from re2tal.reversible.benchmarks.variants import VARIANTS, prepared
 from re2tal.reversible.benchmarks.workloads import Workload
 
-# A stage that a device is busy with, and that the slowest way still runs in seconds.
-_STAGES: dict[str, dict[str, Any]] = {
-    "cpu": {"width": 64, "heads": 2, "grid": (4, 16, 16)},
-    "cuda": {"width": 192, "heads": 6, "grid": (64, 28, 28)},
-}
+# A stage that a GPU is busy with.
+_ON_GPU: dict[str, Any] = {"width": 192, "heads": 6, "grid": (64, 28, 28)}
 
 
 def steps(
@@ -43,11 +40,12 @@ def steps(
     return _told(here) | {"times": times}
 
 
-def against_depth(*, depths: Sequence[int], rounds: int) -> dict[str, Any]:
+def against_depth(*, depths: Sequence[int], grid: Sequence[int], rounds: int) -> dict[str, Any]:
     """Times and peaks of a step of stacks of Swin blocks.
 
     Args:
         depths: numbers of residual branches.
+        grid: tokens in time, height and width, if there is no GPU.
         rounds: how often each way takes its turn.
 
     Returns:
@@ -55,7 +53,8 @@ def against_depth(*, depths: Sequence[int], rounds: int) -> dict[str, Any]:
         every round and in "peaks" the bytes, both by way, and in "parameters" their bytes.
     """
     here = device()
-    stage = _STAGES[here.type]
+    on_cpu = {"width": 64, "heads": 2, "grid": tuple(grid)}
+    stage = _ON_GPU if here.type == "cuda" else on_cpu
     times, peaks, parameters = [], [], []
     for depth in depths:
         stack, x = swin_stack(depth, **stage)

@@ -2,7 +2,8 @@
 
 import gc
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from statistics import median, quantiles
 from typing import Protocol
 
@@ -58,14 +59,29 @@ def paired(
     """
     times: Times = {name: [] for name in ways}
     order = list(ways)
-    for turn in range(rounds + 1):
-        for name in order:
-            with prepared(model, ways[name]):
-                seconds = timed(model, workload, video)
-            if turn > 0:
-                times[name].append(seconds)
-        order = [*order[1:], order[0]]
+    with _all_kept():
+        for turn in range(rounds + 1):
+            for name in order:
+                with prepared(model, ways[name]):
+                    seconds = timed(model, workload, video)
+                if turn > 0:
+                    times[name].append(seconds)
+            order = [*order[1:], order[0]]
     return times
+
+
+@contextmanager
+def _all_kept() -> Iterator[None]:
+    """Spares the garbage collector, before each step, what is there: a million objects of imports.
+
+    To look through them takes longer than a small step.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def timed(model: nn.Module, workload: Step, video: Tensor) -> float:
