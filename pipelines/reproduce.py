@@ -8,11 +8,12 @@ On data that the project makes, an hour on two CPU cores, or five minutes:
 The paper's own tables, with real videos and weights; what follows "--" is for `train.py`:
 
   python pipelines/reproduce.py --only tal --tal.larger None --tal.recipes
-  thumos_re2_swin_t_actionformer thumos_re2_swin_t_vsgn -- --data.annotations thumos14.json
-  --data.videos thumos/ --model.weights swin3d_t.pth
+  thumos_re2_swin_t_actionformer thumos_re2_swin_t_vsgn --tal.rewired re2_swin3d_t.safetensors --
+  --data.annotations thumos14.json --data.videos thumos/ --model.weights swin3d_t.pth
 
-The report is OUTPUT/reproduction/report.md; in MLflow it is a run, with one below it for each piece
-of work. The same command goes on with what it has. Without Ray and MLflow:
+The rewired weights are what finetune_backbone.py made of the plain ones. The report is
+OUTPUT/reproduction/report.md; in MLflow it is a run, with one below it for each piece of work. The
+same command goes on with what it has. Without Ray and MLflow:
 
   python -m pipelines.reproduction
 """
