@@ -52,12 +52,8 @@ class Accuracy:
     def ways(self) -> dict[str, tuple[str, int]]:
         """To the name of each training what it is, and its epochs."""
         most = max(self.epochs)
-        finetuned = {f"rewired, finetuned {n} epochs": ("rewired", n) for n in self.epochs}
-        return finetuned | {
-            f"Dr2Net's schedule, {most} epochs": ("moving", most),
-            f"rewired, from scratch, {most} epochs": ("scratch", most),
-            f"plain, finetuned {most} epochs": ("plain", most),
-        }
+        of = {_named(kind, most): (kind, most) for kind in ("moving", "scratch", "plain")}
+        return {_named("rewired", n): ("rewired", n) for n in self.epochs} | of
 
     def prepare(self) -> None:
         """Makes the clips and what reads the classes off them, if they are not there."""
@@ -114,10 +110,9 @@ class Accuracy:
 
     def _findings(self, reached: Mapping[str, Measured]) -> list[Finding]:
         most = max(self.epochs)
-        plain, best = reached[PLAIN], reached[f"rewired, finetuned {most} epochs"]
-        control = reached[f"plain, finetuned {most} epochs"]
-        moved = reached[f"Dr2Net's schedule, {most} epochs"]
-        scratch = reached[f"rewired, from scratch, {most} epochs"]
+        plain = reached[PLAIN]
+        kinds = ("rewired", "plain", "moving", "scratch")
+        best, control, moved, scratch = (reached[_named(kind, most)] for kind in kinds)
         return [
             Finding(
                 claim="Rewired and finetuned, the network is as accurate as the pretrained one",
@@ -143,6 +138,17 @@ class Accuracy:
                 margin=-_MARGIN,
             ),
         ]
+
+
+def _named(kind: str, epochs: int) -> str:
+    """What a training is called; its kinds are those of `finetuned`."""
+    titles = {
+        "rewired": "rewired, finetuned",
+        "moving": "Dr2Net's schedule,",
+        "scratch": "rewired, from scratch,",
+        "plain": "plain, finetuned",
+    }
+    return f"{titles[kind]} {epochs} {'epoch' if epochs == 1 else 'epochs'}"
 
 
 def quick() -> Accuracy:

@@ -255,6 +255,12 @@ def _findings(
     return findings
 
 
+def _titled(recipe: str) -> str:
+    """The localizer of a recipe, and its name."""
+    localizer = type(RECIPES[recipe]().model.localizer).__name__.removesuffix("Config")
+    return f"{localizer} ({recipe})"
+
+
 def _picture(points: Mapping[str, Sequence[tuple[str, float, Measured]]]) -> Figure:
     """Average mAP against memory, a panel for each recipe."""
     figure = Figure(figsize=(4.6 * len(points), 4.0), layout="constrained")
@@ -273,7 +279,9 @@ def _picture(points: Mapping[str, Sequence[tuple[str, float, Measured]]]) -> Fig
                 label=title,
             )
         most = max(memory for _, memory, _ in found)
-        axes.set(title=recipe, xlabel="activations of a worker's step, MB", xlim=(0, 1.1 * most))
+        axes.set(
+            title=_titled(recipe), xlabel="activations of a worker's step, MB", xlim=(0, 1.1 * most)
+        )
         tidy(axes)
     panels[0].set_ylabel("average mAP")
     handles, labels = panels[0].get_legend_handles_labels()
