@@ -13,7 +13,7 @@ from pipelines.coupling import connect
 from pipelines.data import epoch_windows
 from pipelines.loop import Runtime
 from pipelines.model import build_detector, detected_classes, reported_classes, spec_of
-from pipelines.plan import Plan, check_failures
+from pipelines.plan import Plan, all_failures
 from pipelines.recipe import Recipe
 from pipelines.task import Evaluation
 from pipelines.validation import (
@@ -132,7 +132,6 @@ class DetectionTask:
         before = time.perf_counter()
         recipe, plan = self.recipe, self.trained
         detections, raw, failed = self._detect(state, runtime)
-        check_failures(failed, len(plan.uris) + len(plan.failures), recipe.data.max_failed)
         metrics = {"videos/failed": float(len(failed))}
         if recipe.model.class_agnostic:
             metrics |= proposal_metrics(detections, plan.validation, plan.classes)
@@ -192,9 +191,7 @@ class DetectionTask:
         shares = gather((suppressed, raw if recipe.save_raw else {}, failures))
         detections = {video: found for part in shares for video, found in part[0].items()}
         raw = {video: found for part in shares for video, found in part[1].items()}
-        failed = dict(plan.failures)
-        for part in shares:
-            failed |= part[2]
+        failed = all_failures(plan, (part[2] for part in shares), recipe.data.max_failed)
         return detections, raw, failed
 
     def _write(

@@ -23,7 +23,7 @@ from pipelines.data import Batch, share
 from pipelines.freezing import train_mode
 from pipelines.metric_names import UNSCORED
 from pipelines.optim import build_average, build_optimizer, build_schedule, fast_forward
-from pipelines.plan import check_failures
+from pipelines.plan import all_failures
 from pipelines.sharding import shard
 from pipelines.step import Stepper, in_passes, seed_step
 from pipelines.task import Task
@@ -183,7 +183,8 @@ class Trainer:
             self.state.windows = 0
             check(self.state.detector)  # before what cannot be taken back: a checkpoint
             if self.state.epoch < self.recipe.evaluate_from:
-                self._check_videos()
+                data = self.recipe.data
+                all_failures(self.task.plan, gather(self.state.failures), data.max_failed)
                 self._checkpoint({self.task.score: UNSCORED})
                 continue
             evaluation = self.task.evaluate(self.state, self.runtime, steps=self._steps)
@@ -192,14 +193,6 @@ class Trainer:
             self.runtime.log(seen, step=self.state.step)
             self._checkpoint(metrics, evaluation.write if self.runtime.rank == 0 else None)
         return metrics
-
-    def _check_videos(self) -> None:
-        """Stops, as an evaluation does, if too many videos could not be decoded by all workers."""
-        plan = self.task.plan
-        failed = dict(plan.failures)
-        for of_worker in gather(self.state.failures):
-            failed |= of_worker
-        check_failures(failed, len(plan.uris) + len(plan.failures), self.recipe.data.max_failed)
 
     def _checkpoint(
         self, metrics: Mapping[str, float], add: Callable[[Path], object] | None = None

@@ -1,9 +1,10 @@
 """Before a run starts: check the annotations, find the files, leave out what is unusable."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from pipelines.collection import Probe, probe_files
 from pipelines.data import Video
@@ -187,6 +188,41 @@ def _find_features(features: Features, videos: Sequence[VideoAnnotation]) -> Fou
         durations={},
         remarks=tuple(features.disagreements({v.video_id: v.duration for v in videos}).values()),
     )
+
+
+class KnownVideos(Protocol):
+    """A plan, of whatever task."""
+
+    @property
+    def uris(self) -> Mapping[str, str]:
+        """Video id to its file, of the usable ones."""
+
+    @property
+    def failures(self) -> Mapping[str, str]:
+        """Video id to the reason, of those left out."""
+
+
+def all_failures(
+    plan: KnownVideos, of_workers: Iterable[Mapping[str, str]], max_failed: float
+) -> dict[str, str]:
+    """The videos that failed before training or on any worker; stops a run with too many of them.
+
+    Args:
+        plan: of the run.
+        of_workers: what each worker came upon: video id to reason.
+        max_failed: the largest share that may fail, 0 to 1.
+
+    Returns:
+        Video id to reason.
+
+    Raises:
+        UnusableVideosError: see `check_failures`.
+    """
+    failed = dict(plan.failures)
+    for of_worker in of_workers:
+        failed |= of_worker
+    check_failures(failed, len(plan.uris) + len(plan.failures), max_failed)
+    return failed
 
 
 def check_failures(

@@ -15,7 +15,7 @@ from pipelines.classification.recipe import ClassificationRecipe
 from pipelines.clock import duration
 from pipelines.coupling import connect
 from pipelines.loop import Runtime
-from pipelines.plan import UnusableVideosError, check_failures
+from pipelines.plan import UnusableVideosError, all_failures
 from pipelines.start import prepare
 from pipelines.task import Evaluation
 from pipelines.validation import gather
@@ -154,10 +154,7 @@ class ClassificationTask:
         windows = [w for video in mine for w in views(video, data.clip, view, stride=stride)]
         scores, failures = score_videos(classifier, runtime.stream(windows, size=data.size))
         shares = gather((scores, {**state.failures, **failures}))
-        failed: dict[str, str] = dict(plan.failures)
-        for _, of_worker in shares:
-            failed |= of_worker
-        check_failures(failed, len(plan.uris) + len(plan.failures), data.max_failed)
+        failed = all_failures(plan, (of_worker for _, of_worker in shares), data.max_failed)
         everyone = {video_id: found for part, _ in shares for video_id, found in part.items()}
         if not everyone:
             raise UnusableVideosError("No validation video can be decoded.")
