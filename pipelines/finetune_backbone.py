@@ -38,7 +38,7 @@ from pipelines.clock import duration
 from pipelines.command_line import parse_recipe, told_shortly
 from pipelines.pretrained import fetch_weights, require_weights
 from pipelines.quiet import init_ray
-from pipelines.resources import check_resources, store_remark
+from pipelines.resources import check_resources, remarks
 from pipelines.results import log_model
 from pipelines.resuming import resume_or_start
 from pipelines.storage import BACKBONE_FILE, StorageError, absolute, join, replacing
@@ -195,7 +195,7 @@ def finetune(recipe: ClassificationRecipe) -> Run:
     check_model(recipe, lists)
     init_ray(trains=True)
     check_resources(recipe.scale)
-    if remark := store_remark(recipe, ray.nodes()):
+    for remark in remarks(recipe, ray.nodes()):
         print(f"warning: {remark}", flush=True)
     plan = make_plan(recipe.data, lists)
     run, goes_on = resume_or_start(recipe, plan)

@@ -9,6 +9,7 @@ import ray
 from pipelines.settings import ScaleConfig
 from pipelines.streaming import store_needed
 from pipelines.task import AnyRecipe
+from re2tal.reversible.convolutions import WRONG_GRADIENTS, wrong_gradients
 
 CLUSTER_MAX = "RE2TAL_CLUSTER_MAX"
 """Variable with what a cluster that starts nodes by itself may come to have."""
@@ -84,7 +85,20 @@ def capacity() -> dict[str, float]:
     return have | {name: max(number, have.get(name, 0.0)) for name, number in most.items()}
 
 
-def store_remark(recipe: AnyRecipe, nodes: list[dict[str, Any]]) -> str | None:
+def remarks(recipe: AnyRecipe, nodes: list[dict[str, Any]]) -> list[str]:
+    """List, in sentences, what makes a run with a backbone slower than it looks.
+
+    Args:
+        recipe: configuration of the run.
+        nodes: nodes of the cluster, as `ray.nodes` lists them.
+    """
+    found = [remark] if (remark := _store_remark(recipe, nodes)) else []
+    if recipe.optim.precision == "bfloat16" and not recipe.scale.gpu and wrong_gradients():
+        found.append(WRONG_GRADIENTS)
+    return found
+
+
+def _store_remark(recipe: AnyRecipe, nodes: list[dict[str, Any]]) -> str | None:
     """What to say when frames on their way to the workers do not fit the object store.
 
     The run would work, but slowly: Ray spills to the disk what does not fit.

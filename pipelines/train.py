@@ -49,7 +49,7 @@ from pipelines.quiet import init_ray
 from pipelines.recipe import Recipe
 from pipelines.recipe_file import log_recipe, recipe_of
 from pipelines.recipes import RECIPES
-from pipelines.resources import ResourceError, check_resources, store_remark
+from pipelines.resources import ResourceError, check_resources, remarks
 from pipelines.results import log_results, print_summary
 from pipelines.resuming import RunningError, newest_checkpoint, resume_or_start
 from pipelines.settings import CheckpointConfig
@@ -290,7 +290,7 @@ def prepare(recipe: Recipe) -> tuple[Prepared, Detector]:
     detector = check_model(recipe, annotations.classes)
     init_ray(trains=True)
     check_resources(recipe.scale)
-    if not recipe.data.features and (remark := store_remark(recipe, ray.nodes())):
+    for remark in [] if recipe.data.features else remarks(recipe, ray.nodes()):
         print(f"warning: {remark}", flush=True)
     plan = make_plan(recipe.data, annotations)
     _show_remarks(plan)

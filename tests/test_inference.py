@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -20,6 +19,7 @@ from re2tal.inference import detect, detector_folder, video_detections, window_d
 from re2tal.localizers import ActionFormerConfig, Targets
 from re2tal.trained import DetectorSpec, save_detector
 from re2tal.videos.annotations import Instance, VideoAnnotation
+from re2tal.videos.encoding import encode
 from re2tal.videos.stitching import StitchConfig
 from re2tal.videos.timegrid import TimeGrid
 from re2tal.videos.windows import Window, WindowConfig, sliding_windows, window_frames
@@ -31,17 +31,14 @@ FPS = 20
 
 def film() -> bytes:
     """A dark film, twice as wide as high, that is bright in its middle at `BRIGHT`."""
+    pictures = []
+    for index in range(int(DURATION * FPS)):
+        picture = np.full((32, 64, 3), 20, np.uint8)
+        if any(start <= (index + 0.5) / FPS < end for start, end in BRIGHT):
+            picture[:, 16:48] = 220
+        pictures.append(picture)
     file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"crf": "10"})
-        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
-        for index in range(int(DURATION * FPS)):
-            picture = np.full((32, 64, 3), 20, np.uint8)
-            if any(start <= (index + 0.5) / FPS < end for start, end in BRIGHT):
-                picture[:, 16:48] = 220
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    encode(file, pictures, fps=FPS, quality=10)
     return file.getvalue()
 
 

@@ -12,6 +12,7 @@ import ray
 from pipelines.diagnostics.finding import Finding, fail, note, ok
 from pipelines.diagnostics.nodes import Node
 from pipelines.streaming import store_needed
+from re2tal.reversible.convolutions import WRONG_GRADIENTS, wrong_gradients
 
 CHECK = "machine"
 
@@ -37,6 +38,7 @@ class Machine:
         shm: bytes of /dev/shm, free or not.
         disk: bytes of the disk on which Ray's folder is.
         disk_free: bytes of it that are free.
+        wrong_gradients: whether PyTorch computes wrong ones on its CPU, as `wrong_gradients` says.
     """
 
     threads: int
@@ -46,6 +48,7 @@ class Machine:
     shm: int
     disk: int
     disk_free: int
+    wrong_gradients: bool = False
 
 
 def examine(folders: Mapping[str, str]) -> Machine:
@@ -64,6 +67,7 @@ def examine(folders: Mapping[str, str]) -> Machine:
         shm=shutil.disk_usage(_SHM).total if _SHM.is_dir() else 0,
         disk=disk.total,
         disk_free=disk.free,
+        wrong_gradients=wrong_gradients(),
     )
 
 
@@ -94,6 +98,8 @@ def check_machine(node: Node, machine: Machine) -> list[Finding]:
     )
     found = [*_processors(node, machine), *_store(node, machine), *_memory(node, machine)]
     found += _disk(node, machine)
+    if machine.wrong_gradients:
+        found.append(note(CHECK, f"{node.name}: {WRONG_GRADIENTS}"))
     failed = any(finding.verdict == "FAIL" for finding in found)
     return [note(CHECK, facts) if failed else ok(CHECK, facts), *found]
 

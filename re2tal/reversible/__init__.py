@@ -21,6 +21,7 @@ from re2tal.reversible.controls import (
     set_slice_bytes,
     stage_modes,
 )
+from re2tal.reversible.convolutions import correct_gradients
 from re2tal.reversible.cuts import BySample, ByToken
 from re2tal.reversible.replay import ReversibleError
 from re2tal.reversible.report import RewireReport
@@ -57,3 +58,5 @@ __all__ = [
     "stage_modes",
     "unwire",
 ]
+
+correct_gradients()

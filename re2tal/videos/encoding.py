@@ -1,7 +1,7 @@
 """Writing H.264: videos that the project makes, and frames that keep the times of their source."""
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
@@ -12,6 +12,8 @@ from av.container import OutputContainer
 from av.packet import Packet
 from av.video.frame import PictureType, VideoFrame
 from av.video.stream import VideoStream
+
+_EVERYWHERE = "cpu-independent=1"
 
 
 def encode(
@@ -122,5 +124,19 @@ def _add_stream(
     stream.pix_fmt = "yuv420p"
     # one thread, because x264's output depends on their number
     stream.thread_count = 1
-    stream.options = {"crf": str(quality), "preset": "veryfast", "g": str(gop), **options}
+    settings = {"crf": str(quality), "preset": "veryfast", "g": str(gop), **options}
+    stream.options = {**reproducible(settings)}
     return stream
+
+
+def reproducible(options: Mapping[str, str]) -> dict[str, str]:
+    """Add to libx264's options the one with which all processors write the same bytes.
+
+    x264's code for AVX-512 gives other bytes than its code for AVX2, on some processors even other
+    bytes from run to run, unless it is told to use only what rounds alike everywhere.
+
+    Args:
+        options: options of the encoder, by FFmpeg's names; x264's own stand in "x264-params".
+    """
+    own = options.get("x264-params")
+    return {**options, "x264-params": f"{own}:{_EVERYWHERE}" if own else _EVERYWHERE}

@@ -45,6 +45,7 @@ from pipelines.diagnostics.reasons import reason
 from pipelines.diagnostics.scratch import scratch
 from pipelines.quiet import free_port
 from pipelines.tracking import Run, open_store
+from re2tal.reversible.convolutions import wrong_gradients
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -306,6 +307,7 @@ def test_a_small_object_store_fails_and_a_middling_one_is_noted() -> None:
         (ONE, {"disk_free": 8 * GIB}, "note", "start Ray with --temp-dir"),
         (ONE, {"memory_used": 0.97}, "FAIL", "97% of the memory of one (10.0.0.1) is in use"),
         (replace(ONE, cpus=16), {}, "note", "offers 16 CPUs, but has 8 threads"),
+        (ONE, {"wrong_gradients": True}, "note", "wrong weight gradients of 3-D convolutions"),
     ],
 )
 def test_what_is_short_on_a_machine_is_told(
@@ -323,6 +325,7 @@ def test_this_machine_can_be_looked_at(tmp_path: Path, monkeypatch: pytest.Monke
     assert 0 < found.disk_free < found.disk
     assert found.threads >= 1
     assert 0 < found.memory <= psutil.virtual_memory().total
+    assert found.wrong_gradients is wrong_gradients()
 
 
 # --- GPUs ---

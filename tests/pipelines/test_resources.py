@@ -1,9 +1,20 @@
 """What a cluster has, and may grow to."""
 
+from dataclasses import replace
+
 import pytest
 import ray
 
-from pipelines.resources import CLUSTER_MAX, ResourceError, capacity, require_resources
+from pipelines import resources
+from pipelines.recipes import toy
+from pipelines.resources import (
+    CLUSTER_MAX,
+    ResourceError,
+    capacity,
+    remarks,
+    require_resources,
+)
+from re2tal.reversible.convolutions import WRONG_GRADIENTS
 
 
 @pytest.fixture
@@ -34,3 +45,15 @@ def test_what_cannot_be_read_is_said(stated: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(CLUSTER_MAX, stated)
     with pytest.raises(ResourceError, match=f"{CLUSTER_MAX}={stated} cannot be read"):
         capacity()
+
+
+@pytest.mark.parametrize("wrong", [True, False])
+def test_a_run_whose_gradients_would_be_wrong_on_this_processor_says_so_once(
+    wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "wrong_gradients", lambda: wrong)
+    recipe = toy()
+    bfloat16 = replace(recipe, optim=replace(recipe.optim, precision="bfloat16"))
+    assert remarks(bfloat16, []) == [WRONG_GRADIENTS] * wrong
+    assert remarks(replace(bfloat16, scale=replace(recipe.scale, gpu=True)), []) == []
+    assert remarks(replace(recipe, optim=replace(recipe.optim, precision="float32")), []) == []

@@ -11,6 +11,8 @@ from av.audio.frame import AudioFrame
 from av.audio.stream import AudioStream
 from av.video.stream import VideoStream
 
+from re2tal.videos.encoding import reproducible
+
 BITS = (2, 6)  # rows and columns of blocks; each is one bit of the frame's number
 FPS = 25
 
@@ -76,7 +78,8 @@ def make_video(
         video = cast("VideoStream", container.add_stream(codec, rate=fps))
         video.width, video.height, video.pix_fmt = width, height, pixels
         video.codec_context.gop_size = gop
-        video.codec_context.options = options or {}
+        settings = options or {}
+        video.codec_context.options = reproducible(settings) if codec == "libx264" else settings
         video.codec_context.time_base = Fraction(1, fps)
         if rotation:
             video.set_display_rotation(rotation)

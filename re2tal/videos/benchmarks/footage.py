@@ -7,6 +7,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from re2tal.videos.encoding import reproducible
+
 WIDTH, HEIGHT = 640, 360
 
 # Frames from one cut to the next.
@@ -37,7 +39,7 @@ class Footage:
         with av.open(path, "w") as container:
             stream = container.add_stream("libx264", rate=self.fps)
             stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-            stream.options = {"crf": str(self.quality), "g": str(self.gop)}
+            stream.options = {**reproducible({"crf": str(self.quality), "g": str(self.gop)})}
             for picture in pictures(frames):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             container.mux(stream.encode())

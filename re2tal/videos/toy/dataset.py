@@ -22,7 +22,7 @@ FPS = 12
 ANNOTATIONS = "annotations.json"
 VIDEOS = "videos"
 
-_VERSION = 1  # counted up when the same settings give other videos
+_VERSION = 2  # counted up when the same settings give other videos
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,7 +23,7 @@ UNFINISHED = "unfinished"
 """A file of this name lies in the folder while it is being made."""
 
 _SETTINGS = "settings.json"
-_VERSION = 1  # counted up when the same settings give other clips
+_VERSION = 2  # counted up when the same settings give other clips
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

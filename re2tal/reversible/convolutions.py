@@ -1,0 +1,93 @@
+"""Weight gradients of 3-D convolutions on CPUs where PyTorch computes wrong ones in bfloat16.
+
+oneDNN 3.13.3, which PyTorch 2.15 uses, reads memory that nobody wrote when it sums up the weight
+gradient of a 3-D convolution in bfloat16 with AVX-512 instructions and the video is shorter than
+the kernel: the gradient differs from call to call, by as much as 1e36 times its largest value, or
+is NaN. Outputs and gradients of inputs are right, so are 1-D and 2-D convolutions, float32 and
+float16. A network trained that way learns nothing, reversible or not.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WRONG_GRADIENTS = (
+    "PyTorch computes wrong weight gradients of 3-D convolutions in bfloat16 on this CPU; re2tal "
+    "computes them in float32 instead."
+)
+
+# A gradient that is right differs from float32's by 5e-3 of its largest value, by rounding.
+_TOLERANCE = 2e-2
+
+_OPERATOR = torch.ops.aten.convolution_backward.default
+
+# PyTorch's own kernel, and what keeps ours in its place.
+_original = torch.library.get_kernel(_OPERATOR, "CPU")
+_registration: list[torch.library.Library] = []
+
+
+@cache
+def wrong_gradients() -> bool:
+    """Try once a process whether this CPU's weight gradients are wrong; takes milliseconds."""
+    return any(_is_wrong(channels, frames) for channels in (16, 32) for frames in (2, 4))
+
+
+def correct_gradients() -> None:
+    """Have PyTorch compute right weight gradients in this process, where it would not.
+
+    Calls again change nothing. Where PyTorch's own are right, nothing is changed.
+    """
+    if not _registration and wrong_gradients():
+        library = torch.library.Library("aten", "IMPL")
+        library.impl("convolution_backward", _backward, "CPU", with_keyset=True)
+        _registration.append(library)
+
+
+def _backward(
+    keys: torch.DispatchKeySet, gradient: Tensor, x: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    """Gradients of a convolution as `aten::convolution_backward` has them, the weight's in float32.
+
+    Args:
+        keys: dispatch keys of the call.
+        gradient: gradient of the output (B, C_out, T', H', W'), or of other dimensions.
+        x: input (B, C_in, T, H, W).
+        weight: weight (C_out, C_in / groups, k_t, k_h, k_w).
+        rest: sizes of the bias, stride, padding, dilation, transposition, output padding, groups,
+            and which gradients (input, weight, bias) are wanted.
+
+    Returns:
+        Gradients of input, weight and bias; None where none is wanted.
+    """
+    *settings, (of_input, of_weight, of_bias) = rest
+    if weight.dtype is not torch.bfloat16 or weight.ndim != 5 or not of_weight:
+        found: tuple[Tensor | None, ...] = _original.call_boxed(keys, gradient, x, weight, *rest)
+        return found
+    # float32's kernel is right, and its gradient nearer to the true one than bfloat16's
+    wide = (t.float() for t in (gradient, x, weight))
+    _, in_float, _ = _original.call_boxed(keys, *wide, *settings, [False, True, False])
+    others = [of_input, False, of_bias]
+    in_x, _, in_bias = _original.call_boxed(keys, gradient, x, weight, *settings, others)
+    return in_x, in_float.to(weight.dtype), in_bias
+
+
+def _is_wrong(channels: int, frames: int) -> bool:
+    """Whether the weight gradient of a convolution longer than its video is not float32's."""
+    source, kernel = torch.Generator().manual_seed(0), 2 * (frames // 2) + 1
+    shape = (2, channels, frames, 4, 4)
+    gradient, x = (torch.randn(shape, generator=source, device="cpu") for _ in range(2))
+    weight = torch.zeros(channels, channels, kernel, 1, 1, device="cpu")
+    settings = None, [1, 1, 1], [kernel // 2, 0, 0], [1, 1, 1], False, [0, 0, 0], 1
+    found = []
+    for precision in (torch.float32, torch.bfloat16):
+        tensors = (t.to(precision) for t in (gradient, x, weight))
+        # what the kernel reads without having written it should be found wrong: memory that was
+        # never used before is zero
+        for size in range(8, 17):
+            torch.full((2**size,), torch.nan, device="cpu")
+        _, of_weight, _ = _OPERATOR(*tensors, *settings, [False, True, False])
+        found.append(of_weight.float())
+    right, tried = found
+    return not bool((tried - right).abs().max() <= _TOLERANCE * right.abs().max())
