@@ -21,17 +21,24 @@ from pathlib import Path
 
 import tyro
 
-from pipelines.clock import duration
-from pipelines.command_line import told_shortly
-from pipelines.detecting import Resources, VideoResult, detect_videos
-from pipelines.output.files import OutputConfig, strongest, write_files
-from pipelines.output.records import Record, RecordError, read_records, write_record
-from pipelines.quiet import init_ray
-from pipelines.resources import ResourceError
-from pipelines.saved_models import fingerprint, local_detector
-from pipelines.sources import find_sources
-from pipelines.storage import StorageError
-from pipelines.tracking import Run, finishing, log_metrics, start_run, tracking_uri
+from pipelines.config.command_line import told_shortly
+from pipelines.core.clock import duration
+from pipelines.core.cluster import init_ray
+from pipelines.core.models import fingerprint, local_detector
+from pipelines.core.resources import ResourceError
+from pipelines.core.storage import StorageError
+from pipelines.core.tracking import Run, finishing, log_metrics, start_run, tracking_uri
+from pipelines.data.videos import find_sources
+from pipelines.inference.detecting import Resources, VideoResult, detect_videos
+from pipelines.inference.output import (
+    OutputConfig,
+    Record,
+    RecordError,
+    read_records,
+    strongest,
+    write_files,
+    write_record,
+)
 from re2tal.trained import read_spec
 
 _LOGGED_PICTURES = 4  # in MLflow; all of them are in the folder

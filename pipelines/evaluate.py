@@ -24,16 +24,21 @@ from pathlib import Path
 import ray
 import tyro
 
-from pipelines.command_line import told_shortly
-from pipelines.detecting import Resources
-from pipelines.detection_task import DETECTIONS_FILE
-from pipelines.evaluation.detector import Sources, check_classes, detect_all, sources_of
-from pipelines.evaluation.files import write_evaluation
-from pipelines.evaluation.labelled import Labelled, read_labelled
-from pipelines.evaluation.numbers import evaluate, metrics_of
-from pipelines.evaluation.printing import print_evaluation
-from pipelines.evaluation.thresholds import USUAL_THRESHOLDS
-from pipelines.plan import (
+from pipelines.config.command_line import told_shortly
+from pipelines.config.recipe import Dataset
+from pipelines.core.cluster import init_ray
+from pipelines.core.models import local_detector
+from pipelines.core.resources import ResourceError
+from pipelines.core.storage import StorageError, local_copy, require
+from pipelines.core.tracking import (
+    Run,
+    finishing,
+    log_metrics,
+    log_text,
+    start_run,
+    tracking_uri,
+)
+from pipelines.data.plan import (
     Plan,
     RecipeError,
     UnusableVideosError,
@@ -42,24 +47,29 @@ from pipelines.plan import (
     load_files,
     read_video_scores,
 )
-from pipelines.quiet import init_ray
-from pipelines.recipe import Dataset
-from pipelines.resources import ResourceError
-from pipelines.saved_models import local_detector
-from pipelines.shards.settings import ShardError
-from pipelines.storage import StorageError, local_copy, require
-from pipelines.tracking import (
-    Run,
-    finishing,
-    log_metrics,
-    log_text,
-    start_run,
-    tracking_uri,
+from pipelines.data.shards import ShardError
+from pipelines.inference.detecting import Resources
+from pipelines.inference.evaluating import (
+    Sources,
+    check_classes,
+    detect_all,
+    sources_of,
+    write_evaluation,
 )
-from re2tal.detection.evaluation.matching import checked_levels
+from pipelines.inference.evaluation import (
+    USUAL_THRESHOLDS,
+    Labelled,
+    evaluate,
+    metrics_of,
+    print_evaluation,
+    read_labelled,
+)
+from pipelines.training.detection import DETECTIONS_FILE
+from re2tal.annotations import AnnotationError
+from re2tal.datasets import Form
+from re2tal.detection.evaluation.tables import checked_levels
 from re2tal.detection.files import DetectionFileError
 from re2tal.trained import read_spec
-from re2tal.videos.annotations import AnnotationError, Form
 
 PROBLEMS = (
     StorageError,
@@ -82,7 +92,7 @@ class EvaluateConfig:
         model: folder of a saved detector or of a checkpoint; or, in MLflow, the id of a training
             run, runs:/RUN/NAME or models:/NAME/VERSION.
         annotations: ActivityNet-style JSON, or one of the other forms that
-            `re2tal.videos.annotations` reads; a path or a URI.
+            `re2tal.datasets` reads; a path or a URI.
         form: how the annotations are laid out; "auto" looks at them.
         dataset: what is known to be wrong in this data set is repaired, and its usual thresholds
             and bins are taken; by default any fault in the annotations is an error.

@@ -22,23 +22,13 @@ from pathlib import Path
 
 import tyro
 
-from pipelines.clock import duration
-from pipelines.command_line import told_shortly
-from pipelines.features.backbone import FrozenBackbone, FrozenBackboneConfig, load_backbone
-from pipelines.features.decoding import VideoJob
-from pipelines.features.extraction import Pool, PoolConfig, extract, pool_for
-from pipelines.features.finding import Collection, collect
-from pipelines.features.folder import FeatureFolder, FilesConfig
-from pipelines.features.layout import DESCRIPTION, NAME, Description, FeatureError
-from pipelines.features.making import MakingProgress, VideoInTheMaking
-from pipelines.features.sampling import Sampling, SamplingConfig
-from pipelines.plan import load_files
-from pipelines.quiet import init_ray
-from pipelines.recipe import Dataset
-from pipelines.resources import ResourceError
-from pipelines.shards.settings import ShardError
-from pipelines.storage import StorageError, absolute, join
-from pipelines.tracking import (
+from pipelines.config.command_line import told_shortly
+from pipelines.config.recipe import Dataset
+from pipelines.core.clock import duration
+from pipelines.core.cluster import init_ray
+from pipelines.core.resources import ResourceError
+from pipelines.core.storage import StorageError, absolute, join
+from pipelines.core.tracking import (
     Run,
     finishing,
     log_dataset,
@@ -46,7 +36,36 @@ from pipelines.tracking import (
     start_run,
     tracking_uri,
 )
-from re2tal.videos.annotations import AnnotationError, Annotations, Form
+from pipelines.data.decoding import VideoJob
+from pipelines.data.feature_extraction import (
+    FrozenBackbone,
+    FrozenBackboneConfig,
+    Pool,
+    PoolConfig,
+    extract,
+    load_backbone,
+    pool_for,
+)
+from pipelines.data.feature_writing import (
+    Collection,
+    FeatureFolder,
+    FilesConfig,
+    MakingProgress,
+    VideoInTheMaking,
+    collect,
+)
+from pipelines.data.features import (
+    DESCRIPTION,
+    NAME,
+    Description,
+    FeatureError,
+    Sampling,
+    SamplingConfig,
+)
+from pipelines.data.plan import load_files
+from pipelines.data.shards import ShardError
+from re2tal.annotations import AnnotationError, Annotations
+from re2tal.datasets import Form
 
 PROBLEMS = (StorageError, AnnotationError, ShardError, FeatureError, ResourceError, ValueError)
 
@@ -58,7 +77,7 @@ class ExtractConfig:
     Attributes:
         videos: folder of the video files, named by id, or of shards; a path or a URI.
         annotations: only of the annotated videos, as long as annotated: ActivityNet-style JSON, or
-            one of the other forms that `re2tal.videos.annotations` reads; a path or a URI.
+            one of the other forms that `re2tal.datasets` reads; a path or a URI.
         form: how the annotations are laid out; "auto" looks at them.
         dataset: what is known to be wrong in this data set is repaired; by default any fault in the
             annotations is an error.

@@ -29,25 +29,26 @@ from pathlib import Path
 import ray
 import ray.train
 
-from pipelines.checkpoints import DETECTOR_FOLDER
-from pipelines.classification.plan import Lists, make_plan, read_lists
-from pipelines.classification.recipe import ClassificationRecipe, TrimmedDataConfig
-from pipelines.classification.recipes import RECIPES
-from pipelines.classification.task import ClassificationTask, build_classifier
-from pipelines.clock import duration
-from pipelines.command_line import parse_recipe, told_shortly
-from pipelines.pretrained import fetch_weights, require_weights
-from pipelines.quiet import init_ray
-from pipelines.resources import check_resources, remarks
-from pipelines.results import log_model
-from pipelines.resuming import resume_or_start
-from pipelines.storage import BACKBONE_FILE, StorageError, absolute, join, replacing
-from pipelines.toy_data import toy_clips
-from pipelines.tracking import Run, finishing, log_dataset, log_text, tracking_uri
+from pipelines.config.clip_recipes import RECIPES
+from pipelines.config.command_line import parse_recipe, told_shortly
+from pipelines.config.recipe import ClassificationRecipe, TrimmedDataConfig
+from pipelines.core.clock import duration
+from pipelines.core.cluster import init_ray
+from pipelines.core.models import fetch_weights, require_weights
+from pipelines.core.resources import check_resources
+from pipelines.core.storage import BACKBONE_FILE, StorageError, absolute, join, replacing
+from pipelines.core.tracking import Run, finishing, log_dataset, log_text, tracking_uri
+from pipelines.data.clip_plan import Lists, make_plan, read_lists
+from pipelines.data.toy import toy_clips
 from pipelines.train import PROBLEMS, fit
+from pipelines.training.checkpoints import DETECTOR_FOLDER
+from pipelines.training.classification import ClassificationTask, build_classifier
+from pipelines.training.model import remarks
+from pipelines.training.results import log_model
+from pipelines.training.resuming import resume_or_start
 from re2tal.backbones.checkpoint import save_backbone_weights
+from re2tal.datasets.toy import UNFINISHED
 from re2tal.trained import load_detector
-from re2tal.videos.toy import UNFINISHED
 
 
 def parse(arguments: list[str]) -> ClassificationRecipe:

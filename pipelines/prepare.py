@@ -19,25 +19,29 @@ import ray
 import ray.data
 import tyro
 
-from pipelines.clock import duration
-from pipelines.command_line import told_shortly
-from pipelines.plan import load_files
-from pipelines.quiet import init_ray
-from pipelines.recipe import Dataset
-from pipelines.shards.layout import FOLDER
-from pipelines.shards.manifest import (
+from pipelines.config.command_line import told_shortly
+from pipelines.config.recipe import Dataset
+from pipelines.core.clock import duration
+from pipelines.core.cluster import init_ray
+from pipelines.core.progress import ShardProgress
+from pipelines.core.storage import StorageError, absolute, file_sizes, join, list_files, require
+from pipelines.data.plan import load_files
+from pipelines.data.shard_writing import ShardTask, write_shard
+from pipelines.data.shards import (
+    FOLDER,
     NAME,
     Manifest,
+    ShardError,
+    ShardSettings,
     make_manifest,
+    pack,
     read_shards,
     remove_leftovers,
+    require_equal,
     write_manifest,
 )
-from pipelines.shards.progress import ShardProgress
-from pipelines.shards.settings import ShardError, ShardSettings, pack, require_equal
-from pipelines.shards.writing import ShardTask, write_shard
-from pipelines.storage import StorageError, absolute, file_sizes, join, list_files, require
-from re2tal.videos.annotations import AnnotationError, Annotations, Form, VideoAnnotation
+from re2tal.annotations import AnnotationError, Annotations, VideoAnnotation
+from re2tal.datasets import Form
 from re2tal.videos.files import match_videos
 from re2tal.videos.transcoding import TranscodeConfig
 
@@ -52,7 +56,7 @@ class PrepareConfig:
 
     Attributes:
         annotations: ActivityNet-style JSON, or one of the other forms that
-            `re2tal.videos.annotations` reads; a path or a URI that pyarrow opens (s3://, ...).
+            `re2tal.datasets` reads; a path or a URI that pyarrow opens (s3://, ...).
         form: how the annotations are laid out; "auto" looks at them.
         dataset: what is known to be wrong in this data set is repaired; by default any fault in the
             annotations is an error.

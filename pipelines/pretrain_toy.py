@@ -29,13 +29,13 @@ import tyro
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from pipelines.classification.recipes import TOY_TRIMMED
-from pipelines.clock import duration
-from pipelines.toy_clips import Clips, augmented, load_clips, normalised
-from pipelines.tracking import Run, finishing, log_metrics, start_run
+from pipelines.config.clip_recipes import TOY_TRIMMED
+from pipelines.core.clock import duration
+from pipelines.core.tracking import Run, finishing, log_metrics, start_run
+from pipelines.data.toy import Clips, augmented, load_clips, normalised
 from re2tal.backbones.checkpoint import save_backbone_weights
 from re2tal.backbones.swin import SwinBackbone, SwinConfig, swin_toy
-from re2tal.videos.toy import TRIMMED_CLASSES, TrimmedToyConfig
+from re2tal.datasets.toy import TRIMMED_CLASSES, TrimmedToyConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

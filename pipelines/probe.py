@@ -16,13 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
-from pipelines.collection import SCHEMA, probe_files, summary, with_disagreements
-from pipelines.command_line import told_shortly
-from pipelines.plan import load_files
-from pipelines.quiet import init_ray
-from pipelines.recipe import Dataset
-from pipelines.storage import StorageError, absolute, list_files, replacing, require
-from re2tal.videos.annotations import AnnotationError, Annotations, Form, check_durations
+from pipelines.config.command_line import told_shortly
+from pipelines.config.recipe import Dataset
+from pipelines.core.cluster import init_ray
+from pipelines.core.storage import StorageError, absolute, list_files, replacing, require
+from pipelines.data.plan import load_files
+from pipelines.data.videos import SCHEMA, probe_files, summary, with_disagreements
+from re2tal.annotations import AnnotationError, Annotations
+from re2tal.datasets import Form, check_durations
 from re2tal.videos.files import EXTENSIONS, match_videos
 
 PROBLEMS = (StorageError, AnnotationError)
@@ -55,7 +56,7 @@ def probe_collection(config: ProbeConfig) -> pa.Table:
         config: what to look at.
 
     Returns:
-        The table, as `pipelines.collection` describes it.
+        The table, as `pipelines.data.videos` describes it.
 
     Raises:
         StorageError: if something is not there, or the folder holds no video.

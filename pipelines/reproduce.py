@@ -28,16 +28,16 @@ import ray
 from mlflow.entities import Param, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
-from pipelines.command_line import told_shortly
-from pipelines.metric_names import safe_path
-from pipelines.quiet import init_ray
+from pipelines.config.command_line import told_shortly
+from pipelines.core.cluster import init_ray
+from pipelines.core.metric_names import safe_path
+from pipelines.core.storage import StorageError
+from pipelines.core.tracking import Run, finishing, log_metrics, start_run
 from pipelines.reproduction.execution import Work, attempt
 from pipelines.reproduction.experiment import Job, Outcome
 from pipelines.reproduction.report import NUMBERS
 from pipelines.reproduction.running import Reproduced, reproduce
 from pipelines.reproduction.settings import Reproduction, parse
-from pipelines.storage import StorageError
-from pipelines.tracking import Run, finishing, log_metrics, start_run
 
 
 class ReproductionError(Exception):

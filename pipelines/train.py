@@ -34,42 +34,42 @@ import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from pipelines.activations import activation_metrics
-from pipelines.command_line import parse_recipe, told_shortly
-from pipelines.detection_task import DetectionTask
-from pipelines.entry import train_worker
-from pipelines.features.layout import FeatureError
-from pipelines.features.reading import Features
-from pipelines.features.training import without_backbone
-from pipelines.model import build_detector
-from pipelines.plan import Plan, RecipeError, UnusableVideosError, make_plan, read_annotations
-from pipelines.pretrained import fetch_weights, require_weights
-from pipelines.progress import ProgressPrinter
-from pipelines.quiet import init_ray
-from pipelines.recipe import Recipe
-from pipelines.recipe_file import log_recipe, recipe_of
-from pipelines.recipes import RECIPES
-from pipelines.resources import ResourceError, check_resources, remarks
-from pipelines.results import log_results, print_summary
-from pipelines.resuming import RunningError, newest_checkpoint, resume_or_start
-from pipelines.settings import CheckpointConfig
-from pipelines.shards.settings import ShardError
-from pipelines.storage import StorageError, join, require
-from pipelines.storage import absolute as absolute_path
-from pipelines.task import Task
-from pipelines.toy_data import toy_videos
-from pipelines.tracking import (
+from pipelines.config.command_line import parse_recipe, told_shortly
+from pipelines.config.recipe import CheckpointConfig, Recipe
+from pipelines.config.recipes import RECIPES
+from pipelines.core.cluster import init_ray
+from pipelines.core.models import fetch_weights, require_weights
+from pipelines.core.progress import ProgressPrinter
+from pipelines.core.resources import ResourceError, check_resources
+from pipelines.core.storage import StorageError, join, require
+from pipelines.core.storage import absolute as absolute_path
+from pipelines.core.tracking import (
     Run,
     finishing,
     log_dataset,
     log_metrics,
+    log_recipe,
     log_text,
+    recipe_of,
     tracking_uri,
 )
-from pipelines.worker import Job, TrainingProblem
+from pipelines.data.feature_stream import without_backbone
+from pipelines.data.features import FeatureError, Features
+from pipelines.data.plan import Plan, RecipeError, UnusableVideosError, make_plan, read_annotations
+from pipelines.data.shards import ShardError
+from pipelines.data.toy import toy_videos
+from pipelines.training.activations import activation_metrics
+from pipelines.training.detection import DetectionTask
+from pipelines.training.entry import train_worker
+from pipelines.training.model import build_detector, remarks
+from pipelines.training.results import log_results, print_summary
+from pipelines.training.resuming import RunningError, newest_checkpoint, resume_or_start
+from pipelines.training.trainer import Task
+from pipelines.training.worker import Job, TrainingProblem
+from re2tal.annotations import AnnotationError, Annotations
+from re2tal.datasets import summarize
 from re2tal.detection.files import DetectionFileError
 from re2tal.detector import Detector
-from re2tal.videos.annotations import AnnotationError, Annotations, summarize
 
 
 class TrainingError(Exception):

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
+from re2tal.annotations import VideoAnnotation
 from re2tal.detection.files import rows
-from re2tal.detection.nms import NmsConfig, nms
-from re2tal.detection.repetitions import without_repetitions
-from re2tal.detection.segments import Detections
+from re2tal.detection.segments import Detections, without_repetitions
+from re2tal.detection.suppression import NmsConfig, nms
 from re2tal.detector import Detector
 from re2tal.trained import SPEC_FILE, DetectorSpec, load_detector
-from re2tal.videos.annotations import VideoAnnotation
 from re2tal.videos.decoding import Source, probe
 from re2tal.videos.windows import Window, sliding_windows, window_frames
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from re2tal.backbones.protocol import BackboneConfig
 from re2tal.components import Component
-from re2tal.detection.nms import NmsConfig
+from re2tal.detection.suppression import NmsConfig
 from re2tal.detector import Detector
 from re2tal.localizers.protocol import LocalizerConfig
 from re2tal.reversible import rewire

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipelines.recipe import Recipe
+from pipelines.config.recipe import Recipe
 
 
 def one_worker(recipe: Recipe) -> Recipe:

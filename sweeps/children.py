@@ -12,8 +12,8 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
-from pipelines.recipe import Recipe
-from pipelines.tracking import Run, log_metrics, start_run
+from pipelines.config.recipe import Recipe
+from pipelines.core.tracking import Run, log_metrics, start_run
 from sweeps.epoch_reports import RUN_ID
 from sweeps.sweep import Objective
 from sweeps.trial import EPOCH, FINISHED, NUMBER_TAG, OUTCOME_TAG, TrialConfig

@@ -10,7 +10,7 @@ from typing import Any
 from ray.train import Checkpoint
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from pipelines.metric_names import MAP, UNSCORED
+from pipelines.core.metric_names import MAP, UNSCORED
 
 RUN_ID = "run_id"
 MEMORY = "sweep/peak_memory_mb"

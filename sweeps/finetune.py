@@ -14,7 +14,7 @@ The same command goes on with a sweep that was stopped; more --trials go on with
 
 from dataclasses import fields
 
-from pipelines.recipe import Recipe
+from pipelines.config.recipe import Recipe
 from sweeps.bases import first_layers, one_worker
 from sweeps.search import main
 from sweeps.suggestions import Suggestions

@@ -16,7 +16,7 @@ Non-maximum suppression and voting need no training: at the end they are searche
 trial detected (sweeps/postprocessing.py does it for any run).
 """
 
-from pipelines.recipe import Recipe
+from pipelines.config.recipe import Recipe
 from re2tal.localizers.actionformer import ActionFormerConfig
 from re2tal.localizers.vsgn import VSGNConfig
 from sweeps.bases import one_worker

@@ -12,7 +12,7 @@ and for Video Swin of torchvision's sizes which of them, with torchvision's Kine
 
 from dataclasses import replace
 
-from pipelines.recipe import Recipe
+from pipelines.config.recipe import Recipe
 from re2tal.backbones.swin import SwinConfig, swin_b, swin_s, swin_t
 from sweeps.bases import one_worker
 from sweeps.search import main

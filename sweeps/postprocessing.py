@@ -18,19 +18,18 @@ import tyro
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 from optuna.samplers import TPESampler
 
-from pipelines.command_line import told_shortly
-from pipelines.detection_task import RAW_FILE, DetectionTask
-from pipelines.metric_names import MAP
-from pipelines.mlflow_artifacts import fetch
-from pipelines.plan import Plan, evaluation_plan, read_annotations, read_video_scores
-from pipelines.recipe import Recipe
-from pipelines.recipe_file import recipe_of
-from pipelines.storage import absolute
-from pipelines.tracking import Run, finishing, log_metrics, start_run, tracking_uri
+from pipelines.config.command_line import told_shortly
+from pipelines.config.recipe import Recipe
+from pipelines.core.metric_names import MAP
+from pipelines.core.models import fetch
+from pipelines.core.storage import absolute
+from pipelines.core.tracking import Run, finishing, log_metrics, recipe_of, start_run, tracking_uri
+from pipelines.data.plan import Plan, evaluation_plan, read_annotations, read_video_scores
 from pipelines.train import PROBLEMS
-from re2tal.detection.nms import nms_videos
+from pipelines.training.detection import RAW_FILE, DetectionTask
 from re2tal.detection.raw import read_raw
 from re2tal.detection.segments import Detections
+from re2tal.detection.suppression import nms_videos
 from sweeps.overrides import override
 from sweeps.suggestions import Suggestions
 from sweeps.trial import log_searched

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.tracking import Run, log_metrics
+from pipelines.core.tracking import Run, log_metrics
 from sweeps.children import FIRST_STEP, assignment, children
 from sweeps.epoch_reports import RUN_ID
 from sweeps.pictures import pictures

@@ -18,14 +18,14 @@ from optuna.storages import RDBStorage
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler
 
-from pipelines.command_line import parse_recipe, told_shortly
-from pipelines.recipe import Recipe
-from pipelines.recipes import RECIPES
-from pipelines.resources import capacity, require_resources
-from pipelines.resuming import digest, last_run, mark, reopen
-from pipelines.storage import StorageError, absolute, join
-from pipelines.tracking import Run, finishing, start_run
+from pipelines.config.command_line import parse_recipe, told_shortly
+from pipelines.config.recipe import Recipe
+from pipelines.config.recipes import RECIPES
+from pipelines.core.resources import capacity, require_resources
+from pipelines.core.storage import StorageError, absolute, join
+from pipelines.core.tracking import Run, finishing, start_run
 from pipelines.train import PROBLEMS, Prepared, prepare
+from pipelines.training.resuming import digest, last_run, mark, reopen
 from sweeps.children import Outcomes, children
 from sweeps.report import TRIALS, report
 from sweeps.schedulers import scheduler

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pipelines.recipe import Recipe
+from pipelines.config.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search.optuna import OptunaSearch
 
-from pipelines.recipe import Recipe
+from pipelines.config.recipe import Recipe
 from sweeps.epoch_reports import RUN_ID
 from sweeps.overrides import override
 from sweeps.settings import SweepConfig

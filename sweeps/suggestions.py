@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from pipelines.recipe import Recipe
+from pipelines.config.recipe import Recipe
 from sweeps.overrides import OverrideError, check, value_of
 
 Primitive = None | bool | int | float | str

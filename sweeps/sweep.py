@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from pipelines.metric_names import MAP
-from pipelines.recipe import Recipe
+from pipelines.config.recipe import Recipe
+from pipelines.core.metric_names import MAP
 from sweeps.epoch_reports import MEMORY
 from sweeps.suggestions import Space
 

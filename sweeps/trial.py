@@ -8,11 +8,11 @@ from mlflow.entities import Param
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 from ray import tune
 
-from pipelines.metric_names import MAP
-from pipelines.quiet import quiet_data
-from pipelines.resuming import resume_or_start
-from pipelines.tracking import Run, log_metrics
+from pipelines.core.cluster import quiet_data
+from pipelines.core.metric_names import MAP
+from pipelines.core.tracking import Run, log_metrics
 from pipelines.train import Prepared, train_run
+from pipelines.training.resuming import resume_or_start
 from sweeps.epoch_reports import MEMORY, RUN_ID, EpochReports
 from sweeps.overrides import override
 

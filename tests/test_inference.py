@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import re2tal
-from pipelines.recipes import thumos_re2_swin_t_vsgn
+from pipelines.config.recipes import thumos_re2_swin_t_vsgn
+from re2tal.annotations import Instance, VideoAnnotation
 from re2tal.backbones.swin import swin_toy
 from re2tal.detection import Detections, NmsConfig
 from re2tal.detector import Detector
 from re2tal.inference import detect, detector_folder, video_detections, window_detections
 from re2tal.localizers import ActionFormerConfig, Targets
 from re2tal.trained import DetectorSpec, save_detector
-from re2tal.videos.annotations import Instance, VideoAnnotation
 from re2tal.videos.encoding import encode
 from re2tal.videos.stitching import StitchConfig
 from re2tal.videos.timegrid import TimeGrid

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.memory import LiveBytes, MemoryMeter, StepMemory, measure_activations, predict_peak
-from re2tal.memory import meter as meter_module
+from re2tal.memory import live as meter_module
 from re2tal.reversible import rewire, set_reversible
 from tests.reversible.toy_blocks import MlpBlock, tiny_swin
 

@@ -21,12 +21,12 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipelines.model import build_detector
-from pipelines.recipes import toy
+from pipelines.config.recipes import toy
+from pipelines.training.model import build_detector
 from re2tal.benchmarking import Tables
+from re2tal.datasets.toy import FPS, make_clip
 from re2tal.localizers import Targets
 from re2tal.videos.decoding import decode
-from re2tal.videos.toy import FPS, make_clip
 
 CLASSES = ("bounce", "orbit", "shake", "spin", "zigzag")
 

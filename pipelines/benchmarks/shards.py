@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.decoding import decode_sample
-from pipelines.shards.reading import video_uri
-from pipelines.shards.settings import ShardSettings
-from pipelines.shards.writing import ShardTask, write_shard
+from pipelines.data.decoding import decode_sample
+from pipelines.data.shard_writing import ShardTask, write_shard
+from pipelines.data.shards import ShardSettings, video_uri
+from re2tal.annotations import VideoAnnotation
 from re2tal.benchmarking import Tables
-from re2tal.videos.annotations import VideoAnnotation
 from re2tal.videos.benchmarks.footage import HEIGHT, WIDTH, Footage
 from re2tal.videos.timegrid import TimeGrid
 from re2tal.videos.transcoding import TranscodeConfig

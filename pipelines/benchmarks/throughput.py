@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import ray
 
-from pipelines.data import stream_batches
-from pipelines.decoding import decode_sample
-from pipelines.quiet import quiet_data
-from pipelines.streaming import FrameStream
+from pipelines.core.cluster import quiet_data
+from pipelines.data.batches import stream_batches
+from pipelines.data.decoding import decode_sample
+from pipelines.data.streaming import FrameStream
 from re2tal.benchmarking import Tables
 from re2tal.videos.encoding import encode
 from re2tal.videos.timegrid import TimeGrid

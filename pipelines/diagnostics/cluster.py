@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import ray
 
-from pipelines.address import unreachable
+from pipelines.config.command_line import unreachable
+from pipelines.core.cluster import init_ray
 from pipelines.diagnostics.finding import Finding, fail, ok
 from pipelines.diagnostics.nodes import Node, alive_nodes
 from pipelines.diagnostics.reasons import reason
-from pipelines.quiet import init_ray
 
 CHECK = "ray"
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+from pipelines.core.storage import absolute
 from pipelines.diagnostics.all_reduce import CHECK as ALL_REDUCE
 from pipelines.diagnostics.all_reduce import check_all_reduce
 from pipelines.diagnostics.cluster import check_ray, end_ray
@@ -21,7 +22,6 @@ from pipelines.diagnostics.tracking import CHECK as MLFLOW
 from pipelines.diagnostics.tracking import check_tracking
 from pipelines.diagnostics.videos import CHECK as VIDEO
 from pipelines.diagnostics.videos import CHECK_OWN, check_own, check_video, make_video
-from pipelines.storage import absolute
 
 Check = Callable[[], Sequence[Finding]]
 _GRACE = 10.0  # seconds, so that a check can still tell what it waited for

@@ -9,9 +9,9 @@ from pathlib import Path
 import psutil
 import ray
 
+from pipelines.data.streaming import store_needed
 from pipelines.diagnostics.finding import Finding, fail, note, ok
 from pipelines.diagnostics.nodes import Node
-from pipelines.streaming import store_needed
 from re2tal.reversible.convolutions import WRONG_GRADIENTS, wrong_gradients
 
 CHECK = "machine"

@@ -5,11 +5,11 @@ from typing import Literal
 
 import ray
 
+from pipelines.core.storage import join, read_bytes, remove, replacing
 from pipelines.diagnostics.finding import Finding, fail, ok
 from pipelines.diagnostics.nodes import Answer, Node, all_of, ask
 from pipelines.diagnostics.reasons import reason
 from pipelines.diagnostics.scratch import scratch
-from pipelines.storage import join, read_bytes, remove, replacing
 
 CHECK = "storage"
 _DRIVER = "driver"

@@ -7,7 +7,7 @@ from uuid import uuid4
 
 import pyarrow.fs as pafs
 
-from pipelines.storage import join, resolve
+from pipelines.core.storage import join, resolve
 
 
 @contextmanager

@@ -19,12 +19,12 @@ from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
+from pipelines.core.storage import StorageError
+from pipelines.core.tracking import Run, open_store, tracking_uri
 from pipelines.diagnostics.finding import Finding, fail, note, ok
 from pipelines.diagnostics.nodes import Answer, Node, ask
 from pipelines.diagnostics.reasons import reason, without_password
 from pipelines.diagnostics.scratch import scratch
-from pipelines.storage import StorageError
-from pipelines.tracking import Run, open_store, tracking_uri
 
 CHECK = "mlflow"
 _FOLDER = "doctor"

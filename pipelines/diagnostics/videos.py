@@ -7,17 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipelines.core.storage import StorageError, absolute, is_folder, join
+from pipelines.data.shards import FOLDER, ShardError, open_video, read_manifest, video_uri
+from pipelines.data.videos import find_sources
 from pipelines.diagnostics.finding import Finding, fail, ok
 from pipelines.diagnostics.nodes import Answer, Node, all_of, ask
 from pipelines.diagnostics.reasons import reason
-from pipelines.shards.layout import FOLDER
-from pipelines.shards.manifest import read_manifest
-from pipelines.shards.reading import open_video, video_uri
-from pipelines.shards.settings import ShardError
-from pipelines.sources import find_sources
-from pipelines.storage import StorageError, absolute, is_folder, join
 from re2tal.videos.encoding import encode
-from re2tal.videos.errors import VideoError
+from re2tal.videos.limits import VideoError
 from re2tal.videos.pieces import decode_source
 
 CHECK = "video"

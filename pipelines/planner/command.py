@@ -12,16 +12,15 @@ import torch
 import tyro
 from rich.console import Console
 
+from pipelines.config.recipe import Precision, Recipe
+from pipelines.config.recipes import RECIPES
+from pipelines.core.tracking import Run, finishing, flatten, log_metrics, start_run
 from pipelines.planner.fit import parse_size
 from pipelines.planner.plan import Planner
 from pipelines.planner.report import Profile, picture, print_profile
 from pipelines.planner.step import Workload
 from pipelines.planner.subject import Subject, backbone_alone, of_recipe
 from pipelines.planner.ways import TITLES, WAYS
-from pipelines.precision import Precision
-from pipelines.recipe import Recipe
-from pipelines.recipes import RECIPES
-from pipelines.tracking import Run, finishing, flatten, log_metrics, start_run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

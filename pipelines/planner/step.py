@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pipelines.precision import Precision, autocast
+from pipelines.config.recipe import Precision, autocast
 from re2tal.detector import Detector
 
 if TYPE_CHECKING:  # a backbone by itself is also profiled where there is no PyAV
-    from pipelines.recipe import Recipe
+    from pipelines.config.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

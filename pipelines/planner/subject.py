@@ -15,7 +15,7 @@ from re2tal.backbones.swin import SwinConfig, swin_b, swin_s, swin_t, swin_toy
 from re2tal.detector import Detector
 
 if TYPE_CHECKING:
-    from pipelines.recipe import Recipe
+    from pipelines.config.recipe import Recipe
 
 # Backbones whose depth can be changed and whose windows are known.
 Shape = SwinConfig | SlowFastConfig
@@ -99,7 +99,7 @@ def of_recipe(recipe: Recipe) -> Subject:
         ValueError: If its backbone is none that can be made deeper and shallower.
     """
     # Here, because a backbone by itself is also profiled where there is no PyAV.
-    from pipelines.model import build_detector
+    from pipelines.training.model import build_detector
 
     def assemble(shape: Any) -> Detector:  # of the class that the recipe has
         model = replace(recipe.model, backbone=shape, reversible=False)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import re2tal
 from re2tal.reversible import branches
-from re2tal.reversible.settings import SMALLEST_PIECE
+from re2tal.reversible.coupling import SMALLEST_PIECE
 
 
 def plain(backbone: nn.Module) -> None:

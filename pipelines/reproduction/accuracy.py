@@ -20,7 +20,7 @@ from pipelines.reproduction.classifying import (
 )
 from pipelines.reproduction.experiment import Finding, Job, Result, Section
 from pipelines.reproduction.statistics import Measured, at_least, finding
-from re2tal.videos.toy import TrimmedToyConfig
+from re2tal.datasets.toy import TrimmedToyConfig
 
 _MARGIN = 0.02  # of top-1: what counts as preserved
 

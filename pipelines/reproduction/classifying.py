@@ -11,23 +11,27 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipelines.classification.evaluation import accuracy_metrics, score_videos
-from pipelines.classification.plan import ClassificationPlan, make_plan, read_lists
-from pipelines.classification.recipe import ClassificationRecipe
-from pipelines.classification.recipes import toy
-from pipelines.classification.task import ClassificationTask, build_classifier
-from pipelines.collection import probe_files_here
-from pipelines.data import Batch, decode_batches
+from pipelines.config.clip_recipes import toy
+from pipelines.config.recipe import ClassificationRecipe
+from pipelines.data.batches import Batch, decode_batches
+from pipelines.data.clip_plan import ClassificationPlan, make_plan, read_lists
+from pipelines.data.toy import toy_clips
+from pipelines.data.videos import probe_files_here
 from pipelines.reproduction.device import device
 from pipelines.reproduction.experiment import Result
 from pipelines.reproduction.records import code_fingerprint
 from pipelines.reproduction.training import Trained, train_here
-from pipelines.toy_data import toy_clips
+from pipelines.training.classification import (
+    ClassificationTask,
+    accuracy_metrics,
+    build_classifier,
+    score_videos,
+)
 from re2tal.atomic import replacing
 from re2tal.backbones.checkpoint import save_backbone_weights
 from re2tal.classifier import Classifier
-from re2tal.videos.toy import TrimmedToyConfig
-from re2tal.videos.trimmed import TrimmedVideo, ViewConfig, views
+from re2tal.datasets.toy import TrimmedToyConfig
+from re2tal.datasets.trimmed import TrimmedVideo, ViewConfig, views
 
 PLAIN, REWIRED = "plain, pretrained", "rewired, not finetuned"
 _HEAD = "head.safetensors"

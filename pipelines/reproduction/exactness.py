@@ -8,7 +8,7 @@ the public libraries. On this project's grid they come back as they were.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipelines.precision import Precision
+from pipelines.config.recipe import Precision
 from pipelines.reproduction.exactness_figure import picture
 from pipelines.reproduction.experiment import Finding, Job, Result, Section
 from pipelines.reproduction.gradients import ERROR, FLOAT, OURS, errors_of, our_errors

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from pipelines.clock import duration
+from pipelines.core.clock import duration
 from pipelines.reproduction.experiment import Experiment, Job, Outcome, Prepares
 from pipelines.reproduction.records import Records
 

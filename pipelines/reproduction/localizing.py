@@ -6,15 +6,15 @@ from typing import Literal
 
 import tyro
 
-from pipelines.activations import activation_metrics
-from pipelines.collection import probe_files_here
-from pipelines.detection_task import DetectionTask
-from pipelines.model import build_detector
-from pipelines.plan import make_plan, read_annotations
-from pipelines.recipe import Recipe
-from pipelines.recipes import RECIPES
+from pipelines.config.recipe import Recipe
+from pipelines.config.recipes import RECIPES
+from pipelines.data.plan import make_plan, read_annotations
+from pipelines.data.videos import probe_files_here
 from pipelines.reproduction.experiment import Result
 from pipelines.reproduction.training import train_here
+from pipelines.training.activations import activation_metrics
+from pipelines.training.detection import DetectionTask
+from pipelines.training.model import build_detector
 
 Way = Literal["features", "plain", "reversible"]
 WAYS: dict[Way, str] = {

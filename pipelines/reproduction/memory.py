@@ -8,9 +8,9 @@ and the longest clip that fits the memory of a GPU.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pipelines.config.recipe import Precision
 from pipelines.planner.subject import BACKBONES
 from pipelines.planner.ways import TITLES, WAYS
-from pipelines.precision import Precision
 from pipelines.reproduction.experiment import Job, Result, Section
 from pipelines.reproduction.memory_figures import over_depth, over_frames
 from pipelines.reproduction.memory_numbers import ByWay, Numbers, findings, metrics, tables

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
+from pipelines.config.recipe import Precision
 from pipelines.planner.fit import GIBIBYTE
 from pipelines.planner.plan import Planner
 from pipelines.planner.step import Workload
 from pipelines.planner.subject import backbone_alone
-from pipelines.precision import Precision
 from re2tal.reversible.benchmarks.memory import added, added_in_a_process, predicted_step
 from re2tal.reversible.benchmarks.workloads import Workload as SmallStep
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pipelines.clock import duration
+from pipelines.core.clock import duration
 from pipelines.reproduction.experiment import Experiment, Finding, Outcome, Section
 from re2tal.atomic import replacing
 from re2tal.benchmarking import Row, table

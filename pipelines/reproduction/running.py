@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.commit import git_commit
+from pipelines.core.tracking import git_commit
 from pipelines.reproduction.device import device
 from pipelines.reproduction.execution import Execute, carry_out
 from pipelines.reproduction.experiment import Outcome

@@ -12,15 +12,15 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from pipelines.recipes import RECIPES
+from pipelines.config.recipes import RECIPES
+from pipelines.data.toy import toy_videos
 from pipelines.reproduction.classifying import finetune_backbone, make_clips
 from pipelines.reproduction.drawing import tidy
 from pipelines.reproduction.experiment import Finding, Job, Result, Section
 from pipelines.reproduction.localizing import WAYS, Way, configured, localize
 from pipelines.reproduction.statistics import Measured, at_least, finding
-from pipelines.toy_data import toy_videos
 from re2tal.benchmarking import Row, Tables
-from re2tal.videos.toy import ANNOTATIONS, VIDEOS, ToyConfig, TrimmedToyConfig
+from re2tal.datasets.toy import ANNOTATIONS, VIDEOS, ToyConfig, TrimmedToyConfig
 
 _MARGIN = 0.02  # of average mAP: what counts as preserved
 LARGER = "end to end, reversible, larger frames"

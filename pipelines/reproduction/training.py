@@ -7,10 +7,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from pipelines.local import LocalRuntime
-from pipelines.loop import Trainer
 from pipelines.reproduction.device import device
-from pipelines.task import Task
+from pipelines.training.local import LocalRuntime
+from pipelines.training.trainer import Task, Trainer
 from re2tal.detector import Detector
 
 

@@ -1,6 +1,5 @@
 """From scored segments to a video's detections, and how good those are."""
 
-from re2tal.detection.ensemble import ensemble
 from re2tal.detection.evaluation import (
     ClassRecall,
     MapResult,
@@ -10,9 +9,9 @@ from re2tal.detection.evaluation import (
     recall_at,
 )
 from re2tal.detection.files import DetectionFileError, read_detections, rows, write_detections
-from re2tal.detection.nms import NmsConfig, nms, nms_videos
-from re2tal.detection.raw import read_raw, write_raw
+from re2tal.detection.raw import ensemble, read_raw, write_raw
 from re2tal.detection.segments import Detections, LabelledSegments, tiou
+from re2tal.detection.suppression import NmsConfig, nms, nms_videos
 from re2tal.detection.video_scores import VideoScores, fuse, fuse_videos, load_video_scores
 
 __all__ = [

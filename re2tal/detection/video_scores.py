@@ -29,8 +29,8 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, Validation
 from torch import Tensor
 
 from re2tal.detection.files import DetectionFileError, read_json
+from re2tal.detection.raw import listed
 from re2tal.detection.segments import Detections
-from re2tal.detection.wording import listed
 from re2tal.json_files import in_words
 
 _PREFIX = "v_"

@@ -12,13 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from re2tal.detection.segments import Detections
-from re2tal.localizers.heads import ConvHead, LevelScale, Strip
-from re2tal.localizers.losses import LossNormalizer, diou_loss, focal_loss
-from re2tal.localizers.points import Points, PointTargets, assign, make_points
-from re2tal.localizers.protocol import Losses, Targets
-from re2tal.localizers.pyramid import Embedding, TransformerPyramid
-from re2tal.localizers.selection import best
-from re2tal.localizers.settings import check_at_least
+from re2tal.localizers.blocks import ConvHead, Embedding, LevelScale, Strip, TransformerPyramid
+from re2tal.localizers.losses import (
+    LossNormalizer,
+    Points,
+    PointTargets,
+    assign,
+    diou_loss,
+    focal_loss,
+    make_points,
+)
+from re2tal.localizers.protocol import Losses, Targets, best, check_at_least
 
 # Of classes that have no training data.
 EMPTY_PRIOR = 1e-6

@@ -2,12 +2,80 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from re2tal.localizers.attention import local_attention
+# Up to this length one dense attention with a band mask is faster than blocks (CPU and GPU).
+DENSE_LENGTH = 128
+
+
+def local_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, window: int) -> Tensor:
+    """Scaled dot-product attention of each time step to the valid steps near it.
+
+    Step i attends to the valid steps j with `|i - j| <= window // 2`, and always to itself, so
+    that the results at padded steps are finite (and mean nothing).
+
+    Args:
+        query: `(B, H, T, D)`.
+        key: `(B, H, T, D)`.
+        value: `(B, H, T, D)`.
+        mask: `(B, T)` bool, true at valid steps.
+        window: an odd width, or 0 to attend to all valid steps.
+
+    Returns:
+        `(B, H, T, D)`.
+    """
+    length = query.shape[2]
+    reach = length if window == 0 else window // 2
+    if window == 0 or length <= max(DENSE_LENGTH, 2 * window):
+        step = torch.arange(length, device=query.device)
+        allowed = _allowed(step[:, None], step[None, :], mask[:, None, :], reach)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed[:, None])
+    return _attention_in_blocks(query, key, value, mask, reach)
+
+
+def _allowed(query_step: Tensor, key_step: Tensor, key_mask: Tensor, reach: int) -> Tensor:
+    distance = query_step - key_step
+    return ((distance.abs() <= reach) & key_mask) | (distance == 0)
+
+
+def _attention_in_blocks(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, reach: int
+) -> Tensor:
+    """The same in O(T x window): blocks of queries against the keys of the block and around it.
+
+    A block holds at least twice the reach in queries, so that half or more of what is computed is
+    used.
+    """
+    batch, heads, length, size = query.shape
+    block = max(2 * reach, 32)  # tiny blocks do not fill a kernel
+    count = -(-length // block)
+    tail = count * block - length
+    span = block + 2 * reach
+
+    def around(x: Tensor, steps: int) -> Tensor:
+        """`(..., T, D)` to `(..., count, span, D)`, from `reach` steps before each block."""
+        padded = F.pad(x, (0, 0, reach, reach + tail))
+        return padded.unfold(steps, span, block).transpose(-1, -2)
+
+    queries = F.pad(query, (0, 0, 0, tail)).view(batch, heads, count, block, size)
+    # SDPA wants four dimensions for its fused kernels: (B x count, H, steps, D).
+    queries = queries.transpose(1, 2).flatten(0, 1)
+    keys = around(key, 2).transpose(1, 2).flatten(0, 1)
+    values = around(value, 2).transpose(1, 2).flatten(0, 1)
+    key_mask = around(mask[..., None], 1)[..., 0].flatten(0, 1)[:, None, :]
+    query_step = torch.arange(block, device=query.device)[:, None] + reach
+    key_step = torch.arange(span, device=query.device)[None, :]
+    allowed = _allowed(query_step, key_step, key_mask, reach)
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed[:, None])
+    out = out.view(batch, count, heads, block, size).transpose(1, 2)
+    return out.reshape(batch, heads, count * block, size)[:, :, :length]
 
 
 def zero_padding(x: Tensor, mask: Tensor) -> Tensor:
@@ -166,3 +234,235 @@ class TransformerBlock(nn.Module):
             skip = F.max_pool1d(x.transpose(1, 2), 3, self.stride, padding=1).transpose(1, 2)
         x = zero_padding(skip, mask) + self.scale_attn(self.attn(self.ln1(x), mask))
         return x + self.scale_mlp(zero_padding(self.mlp(self.ln2(x)), mask)), mask
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pyramid:
+    """Features at several rates.
+
+    Attributes:
+        features: of level l `(B, T / 2^l, C)`.
+        masks: of level l `(B, T / 2^l)` bool.
+    """
+
+    features: tuple[Tensor, ...]
+    masks: tuple[Tensor, ...]
+
+
+class Embedding(nn.Module):
+    """Convolutions that bring the backbone's channels to the transformer's width.
+
+    With `streams` the input is several kinds of features side by side, each of which a matrix of
+    its own first brings to its share of the width. With `positions` it adds sinusoids of that
+    length (Vaswani et al., 2017), divided by the square root of the width; longer sequences
+    stretch them.
+    """
+
+    positions: Tensor | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        *,
+        streams: Sequence[tuple[int, int]],
+        layers: int,
+        positions: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.stream_channels = [before for before, _ in streams]
+        if streams and sum(self.stream_channels) != in_channels:
+            raise ValueError(
+                f"The localizer gets features of {in_channels} channels, but its streams "
+                f"{tuple(streams)} have {sum(self.stream_channels)} together."
+            )
+        projections = [nn.Linear(before, after) for before, after in streams]
+        for projection in projections:
+            nn.init.zeros_(projection.bias)
+        self.streams = nn.ModuleList(projections)
+        self.drop = nn.Dropout1d(dropout)  # whole channels
+        channels = [width if streams else in_channels, *[width] * layers]
+        self.convs = nn.ModuleList(
+            Convolution(before, after, bias=False)  # the norm has one
+            for before, after in pairwise(channels)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers))
+        table = sinusoids(positions, width) / width**0.5 if positions else None
+        self.register_buffer("positions", table, persistent=False)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """`x` `(B, T, C)`, `mask` `(B, T)` to `(B, T, width)`."""
+        x = x.masked_fill(~mask[..., None], 0)  # padding may hold anything, NaN too
+        if self.streams:
+            parts = x.split(self.stream_channels, dim=2)
+            joined = [stream(part) for stream, part in zip(self.streams, parts, strict=True)]
+            x = zero_padding(torch.cat(joined, dim=2), mask)
+        x = self.drop(x.transpose(1, 2)).transpose(1, 2)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.relu(norm(zero_padding(conv(x), mask)))
+        if self.positions is None:
+            return x
+        table = self.positions
+        if x.shape[1] > table.shape[0]:
+            table = F.interpolate(table.t()[None], x.shape[1], mode="linear")[0].t()
+        return x + zero_padding(table[None, : x.shape[1]], mask).to(x.dtype)
+
+
+class TransformerPyramid(nn.Module):
+    """ActionFormer's encoder: embedding, stem at full rate, one halving block for each level.
+
+    The masks of level l are every 2^l-th value of the input's. Features of padded steps are those
+    of the published model: finite, and the same whatever the padding held. As there, the last
+    steps of a video see a little of whether padding follows (it takes the biases of the layer
+    norms) or the end of the tensor (zeros), so how much is padded is part of the model.
+
+    Args:
+        embed: what comes before the transformer.
+        width: of the transformer.
+        stem_layers: blocks at full rate.
+        windows: of each level the attention's width, 0 for global; the first is the stem's.
+        heads: of the attention.
+        residual_scale: see `ResidualScale`.
+        dropout: see `TransformerBlock`.
+        drop_path: see `ResidualScale`.
+    """
+
+    def __init__(
+        self,
+        embed: Embedding,
+        width: int,
+        *,
+        stem_layers: int,
+        windows: Sequence[int],
+        heads: int,
+        residual_scale: float,
+        dropout: float,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+
+        def block(window: int, stride: int) -> TransformerBlock:
+            return TransformerBlock(
+                width,
+                heads=heads,
+                window=window,
+                stride=stride,
+                residual_scale=residual_scale,
+                dropout=dropout,
+                drop_path=drop_path,
+            )
+
+        self.embed = embed
+        self.stem = nn.ModuleList(block(windows[0], 1) for _ in range(stem_layers))
+        self.branch = nn.ModuleList(block(window, 2) for window in windows[1:])
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in windows)
+
+    def forward(self, features: Tensor, mask: Tensor) -> Pyramid:
+        """Encodes.
+
+        Args:
+            features: `(B, C, T)`.
+            mask: `(B, T)` bool.
+
+        Returns:
+            A level for each window, normalised.
+
+        Raises:
+            ValueError: If T is not a multiple of the top level's stride.
+        """
+        top = 2 ** len(self.branch)
+        if features.shape[2] % top:
+            raise ValueError(
+                f"The localizer got {features.shape[2]} features, but its pyramid of "
+                f"{len(self.branch) + 1} levels needs a multiple of {top}: change the window's "
+                "length or the number of levels."
+            )
+        x = self.embed(features.transpose(1, 2), mask)
+        for block in self.stem:
+            x, mask = block(x, mask)
+        levels, masks = [x], [mask]
+        for block in self.branch:
+            x, mask = block(x, mask)
+            levels.append(x)
+            masks.append(mask)
+        normed = tuple(norm(level) for norm, level in zip(self.norms, levels, strict=True))
+        return Pyramid(features=normed, masks=tuple(masks))
+
+
+def sinusoids(length: int, width: int) -> Tensor:
+    """Position encodings `(length, width)`, sine and cosine of a frequency side by side."""
+    channel = torch.arange(width, dtype=torch.float64)
+    frequency = 10000 ** (-2 * (channel // 2) / width)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Strip:
+    """All levels of a pyramid one after the other, a zero after each.
+
+    A convolution of kernel 3 over the strip then equals one over each level by itself, in one
+    call in place of one a level, as long as the gaps are kept zero.
+
+    Attributes:
+        features: `(B, S, C)`, S = the levels' lengths + 1 each.
+        valid: `(B, S)` bool, false on padding and gaps.
+        inside: `(S,)` bool, false on gaps.
+        points: `(P,)` positions in the strip that are not gaps, level by level.
+    """
+
+    features: Tensor
+    valid: Tensor
+    inside: Tensor
+    points: Tensor
+
+    @staticmethod
+    def lay_out(pyramid: Pyramid) -> Strip:
+        """Lays out a pyramid."""
+        features = torch.cat([F.pad(level, (0, 0, 0, 1)) for level in pyramid.features], dim=1)
+        valid = torch.cat([F.pad(mask, (0, 1)) for mask in pyramid.masks], dim=1)
+        inside = torch.cat(
+            [F.pad(torch.ones_like(mask[0]), (0, 1)) for mask in pyramid.masks], dim=0
+        )
+        starts, position = [], 0
+        for mask in pyramid.masks:
+            starts.append(torch.arange(position, position + mask.shape[1], device=mask.device))
+            position += mask.shape[1] + 1
+        return Strip(features=features, valid=valid, inside=inside, points=torch.cat(starts))
+
+
+class ConvHead(nn.Module):
+    """`layers` convolutions, all but the last with layer norm and ReLU, shared by all levels."""
+
+    def __init__(self, in_channels: int, width: int, out_channels: int, *, layers: int) -> None:
+        super().__init__()
+        channels = [in_channels, *[width] * (layers - 1)]
+        self.convs = nn.ModuleList(
+            Convolution(before, after, bias=False)  # the norm has one
+            for before, after in pairwise(channels)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers - 1))
+        self.last = Convolution(channels[-1], out_channels, bias=True)
+
+    def forward(self, strip: Strip) -> Tensor:
+        """Predicts `(B, P, out_channels)` float32 for the points of all levels."""
+        x = strip.features
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.relu(norm(zero_padding(conv(x), strip.valid)))
+            x = zero_padding(x, strip.inside)
+        predicted: Tensor = self.last(x).index_select(1, strip.points)
+        return predicted.float()
+
+
+class LevelScale(nn.Module):
+    """A learnt factor for each level, since one head predicts for lengths of all scales."""
+
+    def __init__(self, levels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(levels))
+
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Scales `x` `(B, P, C)`, whose levels have `lengths` points."""
+        parts = x.split(list(lengths), dim=1)
+        return torch.cat([part * scale for part, scale in zip(parts, self.scale, strict=True)], 1)

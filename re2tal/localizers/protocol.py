@@ -110,3 +110,36 @@ class Localizer(Protocol):
             Anything; the losses are functions of the tensors among it that need gradients.
         """
         ...
+
+
+def check_at_least(settings: object, **least: int) -> None:
+    """Refuses settings that are too small.
+
+    Args:
+        settings: a dataclass.
+        least: names of its fields, and of each the smallest value that works.
+
+    Raises:
+        ValueError: If a field is smaller.
+    """
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if value < bound:
+            raise ValueError(f"{name} must be at least {bound}, but is {value}.")
+
+
+def best(scores: Tensor, segments: Tensor, counted: Tensor, *, most: int) -> Detections:
+    """Detections of one sample by falling score; of equal scores the first place and class first.
+
+    Args:
+        scores: `(P, K)` of K classes at P places.
+        segments: `(P, 2)` what was found at each place, in feature-grid units.
+        counted: `(P, K)` bool, which of them may be detections.
+        most: detections that are kept.
+    """
+    classes = scores.shape[1]
+    flat = scores.flatten()
+    candidates = counted.flatten().nonzero()[:, 0]
+    order = flat[candidates].argsort(descending=True, stable=True)[:most]
+    kept = candidates[order]
+    return Detections(segments=segments[kept // classes], scores=flat[kept], labels=kept % classes)

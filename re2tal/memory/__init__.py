@@ -1,9 +1,13 @@
 """Meters: what a training step did use, and what it will use."""
 
-from re2tal.memory.breakdown import Breakdown, Origin
-from re2tal.memory.live import LiveBytes, StepMemory
-from re2tal.memory.meter import MemoryMeter
-from re2tal.memory.prediction import explain_peak, measure_activations, predict_peak
+from re2tal.memory.live import LiveBytes, MemoryMeter, StepMemory
+from re2tal.memory.prediction import (
+    Breakdown,
+    Origin,
+    explain_peak,
+    measure_activations,
+    predict_peak,
+)
 
 __all__ = [
     "Breakdown",

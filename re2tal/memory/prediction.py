@@ -6,21 +6,209 @@ the peak over the whole step, not what autograd holds when the forward ends. Siz
 """
 
 import copy
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeCopyMode,
     FakeTensorMode,
 )
+from torch.autograd.graph import Node
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 
-from re2tal.memory.breakdown import Breakdown, Record
 from re2tal.memory.live import LiveBytes, StepMemory, tensors_in
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """What made a tensor.
+
+    Attributes:
+        kind: a field of `StepMemory`: parameters, buffers, inputs, gradients or activations.
+        module: name of the innermost module that was running, or whose backward was; "" is the
+            model itself.
+        operator: of PyTorch's ATen library, such as "native_layer_norm"; "" like the module for
+            what is no activation.
+        phase: "forward" or "backward"; a forward that is repeated in the backward is part of it.
+    """
+
+    kind: str
+    module: str
+    operator: str
+    phase: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Breakdown:
+    """The peak of a step.
+
+    Attributes:
+        memory: the sizes of the step.
+        peak: what made the tensor with which the peak was reached.
+        parts: bytes that are alive at the peak, by what made them, the largest first. Their sum is
+            ``memory.peak``.
+    """
+
+    memory: StepMemory
+    peak: Origin
+    parts: tuple[tuple[Origin, int], ...]
+
+
+class Record:
+    """Keeps a log of what `LiveBytes` sees, and of the modules that run meanwhile.
+
+    To be entered around the step as a context manager, and given to `LiveBytes`.
+
+    Args:
+        model: whose modules are named. Its backward must run in the thread of its forward, which it
+            does on a CPU, and inside this context elsewhere too.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._places = _Places(model)
+        self._operator = ""
+        self._alive: dict[int, tuple[Origin, int]] = {}
+        self._log: list[tuple[Origin, int]] = []
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> Self:
+        places = self._places
+        hooks = (
+            register_module_forward_pre_hook(places.enter),
+            register_module_forward_hook(places.leave, always_call=True),
+        )
+        for hook in hooks:
+            self._hooks.callback(hook.remove)
+        self._hooks.enter_context(torch.autograd.set_multithreading_enabled(False))
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._hooks.close()
+
+    def running(self, operator: Any, inputs: list[Tensor]) -> None:
+        """Note the operator, and the parameters that it uses."""
+        self._operator = operator.overloadpacket.__name__
+        self._places.use(inputs)
+
+    def made(self, storage: int, kind: str, size: int) -> None:
+        """Note what made a storage."""
+        module, phase = self._places.now()
+        if kind == "activations":
+            origin = Origin(kind=kind, module=module, operator=self._operator, phase=phase)
+        else:
+            origin = Origin(kind=kind, module="", operator="", phase=phase)
+        self._alive[storage] = origin, size
+        self._log.append((origin, size))
+
+    def gone(self, storage: int) -> None:
+        """Note that a storage is no more."""
+        origin, size = self._alive.pop(storage)
+        self._log.append((origin, -size))
+
+    def breakdown(self, memory: StepMemory) -> Breakdown:
+        """What was alive when it was most.
+
+        Args:
+            memory: the sizes that `LiveBytes` has found meanwhile.
+        """
+        total = most = end = 0
+        for index, (_, change) in enumerate(self._log):
+            total += change
+            if total > most:
+                most, end = total, index
+        parts: Counter[Origin] = Counter()
+        for origin, change in self._log[: end + 1]:
+            parts[origin] += change
+        alive = tuple((origin, size) for origin, size in parts.most_common() if size > 0)
+        return Breakdown(memory=memory, peak=self._log[end][0], parts=alive)
+
+
+class _Places:
+    """The module that is running, in the forward and in the backward.
+
+    A node of the autograd graph has a number, which grows with every node that a thread makes. So
+    the module that a node belongs to is the one that was running when its number was due.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = dict(model.named_modules())
+        self._names = {id(module): name for name, module in modules.items()}
+        self._containers = {
+            name
+            for name, module in modules.items()
+            if isinstance(module, (nn.Sequential, nn.ModuleList))
+        }
+        self._owners = {
+            id(parameter): name
+            for name, module in modules.items()
+            for parameter in module.parameters(recurse=False)
+        }
+        self._stack = [""]
+        self._numbers = [0]
+        self._marks = [("", "")]  # for each number the module, and the refined one
+        self._last_used = ""
+
+    def enter(self, module: nn.Module, _args: Any) -> None:
+        self._stack.append(self._names.get(id(module), self._stack[-1]))
+        self._mark(0, self._stack[-1], self._stack[-1])
+
+    def leave(self, _module: nn.Module, _args: Any, _result: Any) -> None:
+        self._stack.pop()
+        self._mark(0, self._stack[-1], self._stack[-1])
+
+    def use(self, inputs: list[Tensor]) -> None:
+        """Note the parameters that an operator uses; its node has its number already."""
+        for tensor in inputs:
+            if id(tensor) in self._owners:
+                self._last_used = self._owners[id(tensor)]
+        if torch.is_grad_enabled():
+            module, _ = self._running()
+            refined = self._refined(module)
+            if refined not in (module, self._marks[-1][1]):
+                self._mark(-1, module, refined)
+
+    def now(self) -> tuple[str, str]:
+        """Module and phase."""
+        module, phase = self._running()
+        return self._refined(module), phase
+
+    def _running(self) -> tuple[str, str]:
+        node: Node | None = torch._C._current_autograd_node()
+        if node is None:
+            return self._stack[-1], "forward"
+        if len(self._stack) > 1 and torch.is_grad_enabled():
+            return self._stack[-1], "backward"  # a forward is repeated
+        index = bisect_right(self._numbers, node._sequence_nr()) - 1
+        module, refined = self._marks[index]
+        # What a custom node does in its backward is not what ran last before its forward.
+        own = isinstance(node, torch.autograd.function.FunctionCtx)
+        return module if own else refined, "backward"
+
+    def _mark(self, offset: int, module: str, refined: str) -> None:
+        self._numbers.append(torch.autograd._get_sequence_nr() + offset)
+        self._marks.append((module, refined))
+
+    def _refined(self, name: str) -> str:
+        """In a container that runs its blocks by their parts: the part whose parameters were used.
+
+        Rewired containers do not call their blocks, and some of the blocks' parts neither.
+        """
+        inside = f"{name}." if name else ""
+        if name not in self._containers or not self._last_used.startswith(inside):
+            return name
+        return inside + ".".join(self._last_used.removeprefix(inside).split(".")[:2])
+
 
 Step = Callable[..., Any]
 

@@ -5,6 +5,8 @@ See README.md in this folder for what the pieces are and how to add a family of 
 
 from re2tal.reversible.branches import (
     Branch,
+    BySample,
+    ByToken,
     ChangesShapeError,
     NotReversibleError,
     branches,
@@ -13,6 +15,7 @@ from re2tal.reversible.branches import (
 )
 from re2tal.reversible.containers import ReversibleModuleList, ReversibleSequential
 from re2tal.reversible.controls import (
+    CouplingSchedule,
     check,
     reconstruction_errors,
     reversible_stages,
@@ -22,13 +25,9 @@ from re2tal.reversible.controls import (
     stage_modes,
 )
 from re2tal.reversible.convolutions import correct_gradients
-from re2tal.reversible.cuts import BySample, ByToken
+from re2tal.reversible.coupling import AtLeast, Coupling
 from re2tal.reversible.replay import ReversibleError
-from re2tal.reversible.report import RewireReport
-from re2tal.reversible.rewire import rewire, unwire
-from re2tal.reversible.schedule import CouplingSchedule
-from re2tal.reversible.settings import AtLeast
-from re2tal.reversible.streams import Coupling
+from re2tal.reversible.rewire import RewireReport, rewire, unwire
 from re2tal.reversible.tape import rebuildable
 
 __all__ = [

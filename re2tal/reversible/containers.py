@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from re2tal.reversible.branches import NotReversibleError, returned, split
-from re2tal.reversible.call import BranchCall
+from re2tal.reversible.coupling import Settings
 from re2tal.reversible.engine import run_stage
 from re2tal.reversible.replay import ReversibleError
-from re2tal.reversible.report import joined, span_of
-from re2tal.reversible.settings import Settings
+from re2tal.reversible.step import BranchCall
 from re2tal.reversible.tape import version_of
 from re2tal.reversible.watch import Watch
 
@@ -225,3 +224,13 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
     return bool(a is b or a == b)
+
+
+def span_of(blocks: Sequence[str]) -> str:
+    """Name of a run of blocks: of the first and the last."""
+    return blocks[0] if len(blocks) == 1 else f"{blocks[0]}…{blocks[-1]}"
+
+
+def joined(container: str, name: str) -> str:
+    """Name in the model of a module that a container calls ``name``."""
+    return f"{container}.{name}" if container else name

@@ -14,12 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from re2tal.reversible.call import BranchCall, run_stored
-from re2tal.reversible.grid import Grid
+from re2tal.reversible.coupling import Coupling, Grid, Settings, stream_dtype
 from re2tal.reversible.replay import ReversibleError, uncached
-from re2tal.reversible.settings import Settings
-from re2tal.reversible.step import Step, steps_of
-from re2tal.reversible.streams import Coupling, stream_dtype
+from re2tal.reversible.step import BranchCall, Step, run_stored, steps_of
 from re2tal.reversible.tape import Tape, no_gradients_of_gradients, rebuildable
 from re2tal.reversible.watch import Watch, Witness
 

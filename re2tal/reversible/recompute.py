@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from re2tal.reversible.randomness import Draws
-from re2tal.reversible.replay import Autocast, Conditions, ReversibleError, uncached
+from re2tal.reversible.replay import Autocast, Conditions, Draws, ReversibleError, uncached
 from re2tal.reversible.step import differentiate, hooks_paused
 from re2tal.reversible.tape import no_gradients_of_gradients, rebuild_of
 

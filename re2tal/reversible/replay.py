@@ -7,13 +7,78 @@ trace: BatchNorm statistics have already been counted once. Random draws are in 
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _NormBase
 
-from re2tal.reversible.kernels import AttentionKernels, ConvolutionKernels, repeatable_kernels
+_ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionKernels:
+    """Which kernels `scaled_dot_product_attention` may choose from, as `sdpa_kernel` sets them."""
+
+    enabled: tuple[bool, ...]
+
+    @classmethod
+    def now(cls) -> "AttentionKernels":
+        """At this moment."""
+        return cls(tuple(getattr(torch.backends.cuda, f"{k}_sdp_enabled")() for k in _ATTENTION))
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """These, for a block of code."""
+        found = self.now()
+        self._set()
+        try:
+            yield
+        finally:
+            found._set()
+
+    def _set(self) -> None:
+        for kernel, enabled in zip(_ATTENTION, self.enabled, strict=True):
+            getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(enabled)
+
+
+@dataclass(frozen=True, slots=True)
+class ConvolutionKernels:
+    """Whether cuDNN times its kernels, and whether it may use those that add in any order."""
+
+    benchmark: bool
+    deterministic: bool
+
+    @classmethod
+    def now(cls) -> "ConvolutionKernels":
+        """At this moment."""
+        return cls(torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """These, for a block of code."""
+        found = self.now()
+        self._set()
+        try:
+            yield
+        finally:
+            found._set()
+
+    def _set(self) -> None:
+        torch.backends.cudnn.benchmark = self.benchmark
+        torch.backends.cudnn.deterministic = self.deterministic
+
+
+@contextmanager
+def repeatable_kernels(device: torch.device) -> Iterator[None]:
+    """Keep cuDNN from choosing one kernel for the forward and another for its repetition."""
+    if device.type != "cuda":
+        yield
+        return
+    with ConvolutionKernels(benchmark=False, deterministic=True).restored():
+        yield
 
 
 class ReversibleError(RuntimeError):
@@ -249,3 +314,70 @@ def _refuse_sharded(modules: Iterable[nn.Module], hooked: Sequence[nn.Module], w
 def _parameters(modules: Sequence[nn.Module]) -> tuple[nn.Parameter, ...]:
     """The parameters that these modules hold themselves, each once."""
     return tuple(dict.fromkeys(p for m in modules for p in m._parameters.values() if p is not None))
+
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorStates:
+    """States of the default generators of some devices, as uint8 tensors on the host."""
+
+    states: tuple[tuple[torch.device, Tensor], ...]
+
+    @classmethod
+    def now(cls, devices: Iterable[torch.device]) -> "GeneratorStates":
+        """The states at this moment, of the CPU's generator and of those of `devices`."""
+        chosen = dict.fromkeys([CPU, *(d for d in devices if d.type not in ("cpu", "meta"))])
+        return cls(tuple((device, _get(device)) for device in chosen))
+
+    def moved(self) -> bool:
+        """Whether any of these generators has been drawn from since."""
+        return any(not torch.equal(state, _get(device)) for device, state in self.states)
+
+    def set(self) -> None:
+        """Put the generators back to these states."""
+        for device, state in self.states:
+            if device == CPU:
+                torch.set_rng_state(state)
+            else:
+                torch.get_device_module(device).set_rng_state(state, device)
+
+    @contextmanager
+    def revisited(self) -> Iterator[None]:
+        """Run a block of code from these states, then leave the generators as they were found."""
+        found = GeneratorStates.now(device for device, _ in self.states)
+        self.set()
+        try:
+            yield
+        finally:
+            found.set()
+
+
+class Draws:
+    """Where the generators stood before each part of a run, so that any part can be repeated."""
+
+    def __init__(self) -> None:
+        self._marks: list[GeneratorStates] = []
+
+    def mark(self, stream: Tensor, devices: Iterable[torch.device]) -> None:
+        """A part of the run begins, on this tensor and with generators of these devices."""
+        # Fake tensors draw nothing, and cannot be mixed with real generator states.
+        if not isinstance(stream, FakeTensor):
+            self._marks.append(GeneratorStates.now(devices))
+
+    def settle(self) -> None:
+        """The run has ended: forget the states if it drew nothing."""
+        if self._marks and not self._marks[0].moved():
+            self._marks.clear()
+
+    def revisited(self, part: int) -> AbstractContextManager[None]:
+        """The generators as they stood before a part; as they are if the run drew nothing."""
+        return self._marks[part].revisited() if self._marks else nullcontext()
+
+
+def _get(device: torch.device) -> Tensor:
+    if device == CPU:
+        return torch.get_rng_state()
+    state: Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state

@@ -1,15 +1,234 @@
 """Rewire the residual blocks of a model in place, and take it back."""
 
+from dataclasses import dataclass, field
+from itertools import groupby
+
 from torch import nn
 
+from re2tal.reversible.branches import (
+    ChangesShapeError,
+    NoFamilyError,
+    NotReversibleError,
+    check_complete,
+    recomputed,
+    split,
+)
+from re2tal.reversible.containers import (
+    ReversibleModuleList,
+    ReversibleSequential,
+    Rewired,
+    joined,
+    span_of,
+)
 from re2tal.reversible.controls import recomputed_modules, reversible_stages
-from re2tal.reversible.grid import Bits
-from re2tal.reversible.plan import CONTAINERS, Plan, left_out
+from re2tal.reversible.coupling import Bits, Budget, Coupling, Settings
+from re2tal.reversible.families import load_families
 from re2tal.reversible.recompute import Recomputed
 from re2tal.reversible.replay import ReversibleError
-from re2tal.reversible.report import RewireReport
-from re2tal.reversible.settings import Budget, Settings
-from re2tal.reversible.streams import Coupling
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """A run of consecutive blocks that became one reversible stage.
+
+    Attributes:
+        container: name of the sequential container in the model; "" is the model itself.
+        blocks: names of its blocks in the container, in order.
+        kind: class of the blocks.
+        branches: how many residual branches the stage runs.
+    """
+
+    container: str
+    blocks: tuple[str, ...]
+    kind: str
+    branches: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeftOut:
+    """A module with parameters that stays as it was.
+
+    Attributes:
+        name: its name in the model.
+        kind: its class.
+        reason: why it is not part of a reversible stage.
+        recomputed: whether it is recomputed in the backward pass instead of stored.
+    """
+
+    name: str
+    kind: str
+    reason: str
+    recomputed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewireReport:
+    """What `rewire` did; ``print(report)`` is a table.
+
+    Attributes:
+        coupling: alpha and beta of the stages.
+        exact: whether streams are on the fixed-point grid.
+        stages: what became reversible.
+        left_out: what did not; of nested modules the outermost.
+    """
+
+    coupling: Coupling
+    exact: bool
+    stages: tuple[Stage, ...]
+    left_out: tuple[LeftOut, ...]
+
+    def __str__(self) -> str:
+        rows = [("module", "class", "what became of it"), *map(_stage_row, self.stages)]
+        rows += map(_left_row, self.left_out)
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
+        lines.insert(1, "-" * max(map(len, lines)))
+        return "\n".join([*lines, self._summary()])
+
+    def _summary(self) -> str:
+        weights = f"alpha = {self.coupling.alpha:g}, beta = {self.coupling.beta:g}"
+        if not self.coupling.invertible:
+            return f"{weights}: not invertible, so activations are stored and no memory is saved"
+        if not self.exact:
+            return f"{weights}: activations are rebuilt in the backward pass, up to rounding"
+        if self.coupling.beta == 1:
+            return f"{weights}: activations are rebuilt in the backward pass, bit for bit"
+        return f"{weights}: activations are stored, for exact streams need beta = 1"
+
+
+def _left_row(left: LeftOut) -> tuple[str, str, str]:
+    became = "recomputed" if left.recomputed else "as it was"
+    return left.name, left.kind, f"{became}: {left.reason}"
+
+
+def _stage_row(stage: Stage) -> tuple[str, str, str]:
+    count = len(stage.blocks)
+    became = f"reversible: {count} block{'s' * (count > 1)}, {stage.branches} branches"
+    return joined(stage.container, span_of(stage.blocks)), stage.kind, became
+
+
+CONTAINERS: dict[type[nn.Module], type[Rewired]] = {
+    nn.Sequential: ReversibleSequential,
+    nn.ModuleList: ReversibleModuleList,
+}
+"""What the containers of blocks become."""
+
+
+@dataclass
+class Plan:
+    """What a model's modules can become.
+
+    Attributes:
+        containers: those with stages, with their name and their stages.
+        recomputed: modules to recompute, by name.
+        refused: why blocks and containers are left out, by name.
+    """
+
+    containers: list[tuple[nn.Module, str, list[Stage]]] = field(default_factory=list)
+    recomputed: dict[str, nn.Module] = field(default_factory=dict)
+    refused: dict[str, NotReversibleError] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> set[str]:
+        """Names of all blocks in a stage."""
+        return {
+            joined(name, block)
+            for _, name, stages in self.containers
+            for stage in stages
+            for block in stage.blocks
+        }
+
+    def consider(self, name: str, module: nn.Module) -> None:
+        """Look for stages among the children of a module."""
+        if not isinstance(module, (nn.Sequential, nn.ModuleList)):
+            return
+        stages = _stages(name, module, self.refused)
+        own = type(module) not in (*CONTAINERS, *CONTAINERS.values())
+        if stages and own:
+            kind = nn.Sequential if isinstance(module, nn.Sequential) else nn.ModuleList
+            self.refused[name] = NotReversibleError(
+                f"only nn.{kind.__name__} itself is rewired, not its subclass "
+                f"{type(module).__name__}"
+            )
+        elif stages:
+            self.containers.append((module, name, stages))
+
+    def find_recomputed(self, model: nn.Module) -> None:
+        """Look for what can be recomputed: stems, and blocks that change the shape."""
+        blocks = self.blocks
+
+        def visit(name: str, module: nn.Module) -> None:
+            if name in blocks:
+                return
+            load_families(type(module))
+            if isinstance(self.refused.get(name), ChangesShapeError) or recomputed(module):
+                self.recomputed[name] = module
+                return
+            for child, submodule in module.named_children():
+                visit(joined(name, child), submodule)
+
+        visit("", model)
+
+
+def _stages(
+    container: str, module: nn.Module, refused: dict[str, NotReversibleError]
+) -> list[Stage]:
+    """The maximal runs of reversible children; notes in `refused` why the others are none."""
+    counts: dict[str, int] = {}
+    for name, child in module._modules.items():
+        try:
+            counts[name] = _count_branches(child)
+        except NotReversibleError as error:
+            counts[name] = 0
+            refused[joined(container, name)] = error
+    stages = []
+    for reversible, run in groupby(counts, key=lambda name: counts[name] > 0):
+        if reversible:
+            blocks = tuple(run)
+            kinds = dict.fromkeys(type(module._modules[name]).__name__ for name in blocks)
+            stages.append(
+                Stage(
+                    container=container,
+                    blocks=blocks,
+                    kind=", ".join(kinds),
+                    branches=sum(counts[name] for name in blocks),
+                )
+            )
+    return stages
+
+
+def _count_branches(block: nn.Module | None) -> int:
+    found = split(block)
+    assert block is not None
+    check_complete(block, found)
+    return len(found)
+
+
+def left_out(model: nn.Module, plan: Plan) -> tuple[LeftOut, ...]:
+    """The outermost modules with parameters that hold nothing rewired, and why.
+
+    A block that was refused for a reason of its own is named itself, not by what holds it.
+    """
+    rewired, refused = plan.blocks, plan.refused
+    named = rewired | plan.recomputed.keys()
+    named |= {n for n, e in refused.items() if not isinstance(e, NoFamilyError)}
+    rows: list[LeftOut] = []
+
+    def visit(name: str, module: nn.Module) -> None:
+        if name in rewired:
+            return
+        inside = joined(name, "")
+        if any(inside != other and other.startswith(inside) for other in named):
+            for child, submodule in module.named_children():
+                visit(joined(name, child), submodule)
+        elif any(True for _ in module.parameters()):
+            kind = type(module).__name__
+            reason = str(refused.get(name, f"no family is registered for {kind}"))
+            again = name in plan.recomputed
+            rows.append(LeftOut(name=name, kind=kind, reason=reason, recomputed=again))
+
+    visit("", model)
+    return tuple(rows)
 
 
 def rewire(

@@ -1,12 +1,5 @@
-"""Videos and what happens in them: annotations, time, decoding, windows and the toy data set."""
+"""Videos: files, time, decoding, and the windows that are cut from them."""
 
-from re2tal.videos.annotations import (
-    AnnotationError,
-    Annotations,
-    Instance,
-    VideoAnnotation,
-    load_annotations,
-)
 from re2tal.videos.decoding import VideoError, VideoInfo, decode, probe
 from re2tal.videos.files import find_videos, match_videos
 from re2tal.videos.timegrid import TimeGrid
@@ -19,11 +12,7 @@ from re2tal.videos.windows import (
 )
 
 __all__ = [
-    "AnnotationError",
-    "Annotations",
-    "Instance",
     "TimeGrid",
-    "VideoAnnotation",
     "VideoError",
     "VideoInfo",
     "Window",
@@ -31,7 +20,6 @@ __all__ = [
     "decode",
     "decode_window",
     "find_videos",
-    "load_annotations",
     "match_videos",
     "probe",
     "sliding_windows",

@@ -6,8 +6,7 @@ import numpy as np
 from av.video.frame import VideoFrame
 
 from re2tal.videos.conversion import Converter
-from re2tal.videos.errors import FrameError, VideoError
-from re2tal.videos.limits import Limits
+from re2tal.videos.limits import FrameError, Limits, VideoError
 from re2tal.videos.probing import VideoInfo, probe
 from re2tal.videos.reader import Source, VideoReader
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from re2tal.videos.annotations import Annotations
+from re2tal.annotations import Annotations
 
 # In the order in which they are looked for when a video is there in several formats.
 EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov")

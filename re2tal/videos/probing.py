@@ -8,8 +8,7 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 
 from re2tal.videos.conversion import quarters
-from re2tal.videos.errors import VideoError
-from re2tal.videos.limits import Limits
+from re2tal.videos.limits import Limits, VideoError
 from re2tal.videos.reader import TAIL, Source, VideoReader
 
 # Seconds and frames between key frames beyond which a video counts as one that is slow to seek in.

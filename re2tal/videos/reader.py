@@ -15,9 +15,8 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from re2tal.videos.errors import FrameError, VideoError
 from re2tal.videos.frame_queue import FrameQueue, Shown
-from re2tal.videos.limits import Deadline, Limits
+from re2tal.videos.limits import Deadline, FrameError, Limits, VideoError
 
 # What a video may be given as: the path of a local file, its content, or an open seekable file.
 Source = str | Path | bytes | BinaryIO

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from re2tal.videos.annotations import Instance
+from re2tal.annotations import Instance
 from re2tal.videos.timegrid import TimeGrid
 
 

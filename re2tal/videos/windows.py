@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from re2tal.videos.annotations import VideoAnnotation
+from re2tal.annotations import VideoAnnotation
 from re2tal.videos.decoding import Source
 from re2tal.videos.pieces import Pieces, decode_source
 from re2tal.videos.stitching import Copy, StitchConfig, clip_starts, magnified

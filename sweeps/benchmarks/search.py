@@ -21,16 +21,15 @@ import torch
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
-from pipelines.detection_task import DetectionTask
-from pipelines.features.reading import Features
-from pipelines.features.training import without_backbone
-from pipelines.finite import NonFiniteLossError
-from pipelines.local import LocalRuntime
-from pipelines.loop import Trainer
-from pipelines.metric_names import MAP
-from pipelines.plan import Plan, make_plan, read_annotations
-from pipelines.recipe import Recipe
-from pipelines.recipes import toy
+from pipelines.config.recipe import Recipe
+from pipelines.config.recipes import toy
+from pipelines.core.metric_names import MAP
+from pipelines.data.feature_stream import without_backbone
+from pipelines.data.features import Features
+from pipelines.data.plan import Plan, make_plan, read_annotations
+from pipelines.training.detection import DetectionTask
+from pipelines.training.local import LocalRuntime
+from pipelines.training.trainer import NonFiniteLossError, Trainer
 from re2tal.benchmarking import Tables
 from sweeps.localizer import SWEEP
 from sweeps.overrides import override

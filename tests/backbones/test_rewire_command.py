@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.recipes import TOY_WEIGHTS
+from pipelines.config.recipes import TOY_WEIGHTS
 from re2tal.backbones.checkpoint import save_backbone_weights
 from re2tal.backbones.rewire import main
 from re2tal.backbones.slowfast import slowfast_toy

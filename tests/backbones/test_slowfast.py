@@ -23,9 +23,9 @@ from re2tal.reversible.branches import (
     branches,
     check_complete,
     recomputed,
+    spans,
     split,
 )
-from re2tal.reversible.cuts import spans
 
 TINY = SlowFastConfig(depths=(2, 3, 1, 2), width=8, channel_ratio=4)
 KINETICS_CLASSES = 400

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import requests
 
-from pipelines.quiet import free_port
+from pipelines.core.cluster import free_port
 from tests.cluster.postgres import running_postgres
 
 SCRIPT = Path(__file__).parents[2] / "cluster" / "mlflow" / "serve.py"

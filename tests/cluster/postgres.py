@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
-from pipelines.quiet import free_port
+from pipelines.core.cluster import free_port
 
 USER = "re2tal"
 

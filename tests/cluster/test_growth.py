@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.resources import CLUSTER_MAX
+from pipelines.core.resources import CLUSTER_MAX
 from tests.cluster.files import CLUSTER, documents
 
 CPUS_OF_A_MACHINE = {"g6.4xlarge": 16, "g2-standard-16": 16}

@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 from psutil import process_iter
 
 from cluster.mlflow.serve import AUTH_SCHEMA, ServerError, auth_settings, check, write_private
-from pipelines.quiet import free_port
+from pipelines.core.cluster import free_port
 from tests.cluster.files import CLUSTER, documents
 from tests.cluster.mlflow_server import ADMIN, PASSWORDS, SCRIPT, Server, running_server, settings
 from tests.cluster.postgres import binaries

@@ -20,13 +20,12 @@ import torch
 from mlflow.entities import Run as MlflowRun
 from mlflow.tracking import MlflowClient
 
-from pipelines.detection_task import DetectionTask
-from pipelines.local import LocalRuntime
-from pipelines.loop import Trainer
-from pipelines.plan import Plan
-from pipelines.recipe_file import recipe_of
-from pipelines.storage import resolve, sizes_below
-from pipelines.tracking import Run
+from pipelines.core.storage import resolve, sizes_below
+from pipelines.core.tracking import Run, recipe_of
+from pipelines.data.plan import Plan
+from pipelines.training.detection import DetectionTask
+from pipelines.training.local import LocalRuntime
+from pipelines.training.trainer import Trainer
 from tests.cluster.hosts import INTERFACE, Host, Network, can_isolate, network
 from tests.cluster.mlflow_server import Server, running_server
 from tests.cluster.postgres import binaries

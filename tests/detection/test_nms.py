@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from re2tal.detection import Detections, NmsConfig, nms, nms_videos, suppression, voting
+from re2tal.detection import Detections, NmsConfig, nms, nms_videos, suppression
 
 Row = tuple[float, float, float, int]
 
@@ -155,7 +155,7 @@ def test_no_bit_depends_on_the_other_videos(method: str, how: str, per_class: bo
     backwards = nms_videos(videos[::-1], config)[::-1]
     assert all(same(a, b) for a, b in zip(together, backwards, strict=True))
     # Voting in small parts is the same sum for each segment.
-    with mock.patch.object(voting, "_PAIRS", 700):
+    with mock.patch.object(suppression, "_PAIRS", 700):
         assert all(same(a, nms(v, config)) for a, v in zip(together, videos, strict=True))
 
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from re2tal.detection import Detections, tiou
-from re2tal.detection.repetitions import without_repetitions
+from re2tal.detection.segments import without_repetitions
 
 Row = tuple[float, float, float, int, bool]
 

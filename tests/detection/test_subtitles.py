@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from re2tal.detection.subtitles import srt, webvtt
+from re2tal.detection.files import srt, webvtt
 
 CLOCK = r"(\d{2,}):([0-5]\d):([0-5]\d)[.,](\d{3})"
 

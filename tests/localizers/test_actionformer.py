@@ -9,10 +9,8 @@ from torch import Tensor, nn
 
 from re2tal.detection import Detections
 from re2tal.localizers import ActionFormer, ActionFormerConfig, Localizer, Targets
-from re2tal.localizers.blocks import TransformerBlock
-from re2tal.localizers.heads import Strip
-from re2tal.localizers.points import assign
-from re2tal.localizers.pyramid import Embedding
+from re2tal.localizers.blocks import Embedding, Strip, TransformerBlock
+from re2tal.localizers.losses import assign
 from tests.localizers.learning import learnt
 
 SMALL = ActionFormerConfig(

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from re2tal.localizers import attention
-from re2tal.localizers.attention import local_attention
+from re2tal.localizers import blocks as attention
+from re2tal.localizers.blocks import local_attention
 
 
 def slow_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, window: int) -> Tensor:

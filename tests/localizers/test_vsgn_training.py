@@ -9,13 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from re2tal.localizers.vsgn.adjustment import BoundaryAdjustment
-from re2tal.localizers.vsgn.anchors import GREATEST_GROWTH, anchors_of_nodes, make_anchors
-from re2tal.localizers.vsgn.losses import balanced_cross_entropy, giou_loss
-from re2tal.localizers.vsgn.matching import Instances, match
-from re2tal.localizers.vsgn.supplementary import (
+from re2tal.localizers.vsgn.stages import (
+    GREATEST_GROWTH,
+    BoundaryAdjustment,
+    Instances,
+    anchors_of_nodes,
+    balanced_cross_entropy,
     boundary_scores,
+    giou_loss,
     log_interpolated,
+    make_anchors,
+    match,
     score_losses,
     score_targets,
 )

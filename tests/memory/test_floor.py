@@ -10,7 +10,7 @@ from re2tal.memory import predict_peak
 from re2tal.reversible import AtLeast, rewire
 from re2tal.reversible.benchmarks.memory import predicted_step
 from re2tal.reversible.benchmarks.workloads import LONG, SMALL, Workload
-from re2tal.reversible.settings import SMALLEST_PIECE, Budget, bytes_of_piece
+from re2tal.reversible.coupling import SMALLEST_PIECE, Budget, bytes_of_piece
 
 GIB = 2**30
 

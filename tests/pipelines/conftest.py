@@ -12,15 +12,15 @@ import pytest
 import ray
 from sqlalchemy import Engine
 
-from pipelines.data import Video
-from pipelines.plan import Plan
-from pipelines.quiet import quiet_data
-from pipelines.recipe import Recipe
-from pipelines.recipes import toy
+from pipelines.config.recipe import Recipe
+from pipelines.config.recipes import toy
+from pipelines.core.cluster import quiet_data
+from pipelines.data.batches import Video
+from pipelines.data.plan import Plan
+from re2tal.datasets import load_annotations
+from re2tal.datasets.toy import ToyConfig, make_toy
 from re2tal.localizers.actionformer import ActionFormerConfig
-from re2tal.videos.annotations import load_annotations
 from re2tal.videos.files import find_videos
-from re2tal.videos.toy import ToyConfig, make_toy
 from re2tal.videos.windows import WindowConfig
 from tests.pipelines.object_store import BUCKET, object_store
 

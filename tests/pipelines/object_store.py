@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pyarrow.fs as pafs
 from moto.server import ThreadedMotoServer
 
-from pipelines.quiet import free_port
+from pipelines.core.cluster import free_port
 
 BUCKET = "re2tal"
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import requests
 
-from pipelines.quiet import free_port
+from pipelines.core.cluster import free_port
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).parent / "ray")

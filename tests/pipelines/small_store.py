@@ -12,9 +12,9 @@ import psutil
 import ray
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
-from pipelines.data import stream_batches
-from pipelines.quiet import quiet_data
-from pipelines.streaming import FrameStream
+from pipelines.core.cluster import quiet_data
+from pipelines.data.batches import stream_batches
+from pipelines.data.streaming import FrameStream
 from re2tal.videos.encoding import encode
 from re2tal.videos.timegrid import TimeGrid
 from re2tal.videos.windows import Window

@@ -5,9 +5,8 @@ import socket
 import pytest
 import ray
 
-from pipelines.address import ClusterError, require_cluster, unreachable
-from pipelines.command_line import told_shortly
-from pipelines.quiet import free_port, init_ray
+from pipelines.config.command_line import ClusterError, require_cluster, told_shortly, unreachable
+from pipelines.core.cluster import free_port, init_ray
 
 
 def test_whether_something_answers_is_found_out() -> None:

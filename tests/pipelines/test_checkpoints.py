@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.checkpoints import CheckpointError, complete, is_complete
-from pipelines.data import Batch
-from pipelines.detection_task import DetectionTask
-from pipelines.local import LocalRuntime
-from pipelines.loop import Trainer
-from pipelines.optim import build_optimizer, build_schedule
-from pipelines.plan import Plan
-from pipelines.recipe import Recipe
-from pipelines.resuming import newest_checkpoint
+from pipelines.config.recipe import Recipe
+from pipelines.data.batches import Batch
+from pipelines.data.plan import Plan
+from pipelines.training.checkpoints import CheckpointError, complete, is_complete
+from pipelines.training.detection import DetectionTask
+from pipelines.training.local import LocalRuntime
+from pipelines.training.optimizer import build_optimizer, build_schedule
+from pipelines.training.resuming import newest_checkpoint
+from pipelines.training.trainer import Trainer
 from re2tal.videos.windows import Window
 
 
@@ -118,7 +118,7 @@ def test_a_run_goes_on_from_the_midst_of_an_epoch_bit_for_bit(
 def test_a_notice_that_a_node_goes_away_is_answered_by_a_checkpoint(
     tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.loop.PREEMPTION_STEPS", 2)
+    monkeypatch.setattr("pipelines.training.trainer.PREEMPTION_STEPS", 2)
     trainer = _trainer(tiny_recipe, tiny_plan, tmp_path)
     runtime: Any = trainer.runtime
     asked, reported = [], []

@@ -4,7 +4,7 @@ import pytest
 from ray.exceptions import RayError
 from ray.train import WorkerGroupError
 
-from pipelines.command_line import told_shortly
+from pipelines.config.command_line import told_shortly
 
 
 def test_a_problem_is_one_message() -> None:

@@ -8,11 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.compiling import compile_parts
-from pipelines.model import build_detector
+from pipelines.config.recipe import CompiledPart, Recipe
 from pipelines.planner.step import workload_of
-from pipelines.recipe import Recipe
-from pipelines.settings import CompiledPart
+from pipelines.training.model import build_detector, compile_parts
 from re2tal.detector import Detector
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

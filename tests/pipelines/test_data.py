@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.data import Video, decode_batches, epoch_windows, share, stream_batches
-from pipelines.plan import Plan
-from pipelines.streaming import FrameStream
+from pipelines.data.batches import Video, decode_batches, epoch_windows, share, stream_batches
+from pipelines.data.plan import Plan
+from pipelines.data.streaming import FrameStream
 from re2tal.videos.windows import Window, WindowConfig
 
 CONFIG = WindowConfig(frames=64, fps=12.0)

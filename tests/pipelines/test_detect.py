@@ -14,13 +14,12 @@ from mlflow.tracking import MlflowClient
 
 import pipelines.detect as script
 import re2tal
+from pipelines.core.models import fingerprint, local_detector
+from pipelines.core.storage import StorageError
+from pipelines.core.tracking import Run, start_run
 from pipelines.detect import DetectConfig, parse
-from pipelines.output.files import OutputConfig
-from pipelines.output.records import RecordError
-from pipelines.results import log_model
-from pipelines.saved_models import fingerprint, local_detector
-from pipelines.storage import StorageError
-from pipelines.tracking import Run, start_run
+from pipelines.inference.output import OutputConfig, RecordError
+from pipelines.training.results import log_model
 from re2tal.backbones.swin import swin_toy
 from re2tal.detection.files import read_detections
 from re2tal.localizers import ActionFormerConfig

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import ray
 
-from pipelines.detecting import Resources, VideoResult, _by_video, _checked
-from pipelines.resources import ResourceError
+from pipelines.core.resources import ResourceError
+from pipelines.inference.detecting import Resources, VideoResult, _by_video, _checked
 from re2tal.backbones.swin import swin_toy
-from re2tal.detection.nms import NmsConfig
+from re2tal.detection.suppression import NmsConfig
 from re2tal.inference import windows_of
 from re2tal.localizers import ActionFormerConfig
 from re2tal.trained import DetectorSpec
@@ -87,7 +87,7 @@ def test_actors_are_as_many_as_there_is_room_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: cluster)
-    monkeypatch.setattr("pipelines.detecting.capacity", lambda: cluster)
+    monkeypatch.setattr("pipelines.inference.detecting.capacity", lambda: cluster)
     assert _checked(resources) == expected
 
 
@@ -95,7 +95,7 @@ def test_a_cluster_that_starts_gpus_when_they_are_asked_for_is_asked_for_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
-    monkeypatch.setattr("pipelines.detecting.capacity", lambda: {"CPU": 66.0, "GPU": 8.0})
+    monkeypatch.setattr("pipelines.inference.detecting.capacity", lambda: {"CPU": 66.0, "GPU": 8.0})
     assert _checked(Resources()) == (1, True)
 
 
@@ -110,6 +110,6 @@ def test_a_cluster_that_is_too_small_is_refused(
     resources: Resources, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
-    monkeypatch.setattr("pipelines.detecting.capacity", lambda: {"CPU": 2.0})
+    monkeypatch.setattr("pipelines.inference.detecting.capacity", lambda: {"CPU": 2.0})
     with pytest.raises(ResourceError, match=message):
         _checked(resources)

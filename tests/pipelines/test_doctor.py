@@ -24,6 +24,8 @@ from ray.exceptions import GetTimeoutError, WorkerCrashedError
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipelines import doctor
+from pipelines.core.cluster import free_port
+from pipelines.core.tracking import Run, open_store
 from pipelines.diagnostics import (
     all_reduce,
     cluster,
@@ -43,8 +45,6 @@ from pipelines.diagnostics.missing import check_missing
 from pipelines.diagnostics.nodes import Answer, Node
 from pipelines.diagnostics.reasons import reason
 from pipelines.diagnostics.scratch import scratch
-from pipelines.quiet import free_port
-from pipelines.tracking import Run, open_store
 from re2tal.reversible.convolutions import wrong_gradients
 
 ROOT = Path(__file__).parents[2]

@@ -16,14 +16,12 @@ import pytest
 import torch
 
 import re2tal
+from pipelines.config.recipe import Dataset, Recipe
+from pipelines.config.recipes import toy
+from pipelines.core.tracking import Run
 from pipelines.evaluate import PROBLEMS, evaluate_run, evaluated_plan, parse
-from pipelines.evaluation.labelled import read_labelled
-from pipelines.evaluation.numbers import evaluate, metrics_of
-from pipelines.evaluation.thresholds import USUAL_THRESHOLDS
-from pipelines.model import spec_of
-from pipelines.recipe import Dataset, Recipe
-from pipelines.recipes import toy
-from pipelines.tracking import Run
+from pipelines.inference.evaluation import USUAL_THRESHOLDS, evaluate, metrics_of, read_labelled
+from pipelines.training.model import spec_of
 from re2tal.detection.files import read_detections
 from re2tal.trained import save_detector
 

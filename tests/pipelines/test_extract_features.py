@@ -16,24 +16,34 @@ import torch
 from mlflow.tracking import MlflowClient
 
 from pipelines import extract_features as script
+from pipelines.config.recipes import TOY_WEIGHTS
+from pipelines.core.resources import ResourceError
+from pipelines.core.storage import StorageError
+from pipelines.data.decoding import VideoJob, decode_video
+from pipelines.data.feature_extraction import (
+    FrozenBackboneConfig,
+    PoolConfig,
+    load_backbone,
+    pool_for,
+    unit_features,
+)
+from pipelines.data.feature_writing import FilesConfig
+from pipelines.data.features import (
+    NAME,
+    Features,
+    Sampling,
+    SamplingConfig,
+    read_description,
+    write_npy,
+)
 from pipelines.extract_features import ExtractConfig, FailedVideosError, extract_features, parse
-from pipelines.features.backbone import FrozenBackboneConfig, load_backbone
-from pipelines.features.decoding import VideoJob, decode_video
-from pipelines.features.extraction import PoolConfig, pool_for, unit_features
-from pipelines.features.files import write_npy
-from pipelines.features.folder import FilesConfig
-from pipelines.features.layout import NAME, read_description
-from pipelines.features.reading import Features
-from pipelines.features.sampling import Sampling, SamplingConfig
-from pipelines.recipes import TOY_WEIGHTS
-from pipelines.resources import ResourceError
-from pipelines.storage import StorageError
+from re2tal.annotations import Annotations
 from re2tal.backbones.checkpoint import load_backbone_weights
 from re2tal.backbones.swin import swin_toy
+from re2tal.datasets import load_annotations
 from re2tal.detector import grey_levels
 from re2tal.reversible import rewire
 from re2tal.trained import IMAGENET_MEAN, IMAGENET_STD
-from re2tal.videos.annotations import Annotations, load_annotations
 from re2tal.videos.decoding import decode
 from re2tal.videos.windows import WindowConfig, sliding_windows, window_frames
 

@@ -9,12 +9,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.features.files import ExtractedVideo
-from pipelines.features.folder import FeatureFolder, FilesConfig
-from pipelines.features.layout import FOLDER, NAME, FeatureError, VideoEntry
-from pipelines.features.reading import Features
-from pipelines.features.sampling import Sampling, SamplingConfig
-from re2tal.videos.annotations import VideoAnnotation
+from pipelines.data.feature_writing import FeatureFolder, FilesConfig
+from pipelines.data.features import (
+    FOLDER,
+    NAME,
+    ExtractedVideo,
+    FeatureError,
+    Features,
+    Sampling,
+    SamplingConfig,
+    VideoEntry,
+)
+from re2tal.annotations import VideoAnnotation
 from re2tal.videos.windows import WindowConfig, sliding_windows
 
 CLIPS = SamplingConfig(fps=10.0).resolved(temporal_stride=2, multiple=2)

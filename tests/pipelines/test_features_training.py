@@ -8,29 +8,32 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.data import Batch
-from pipelines.detection_task import DetectionTask
-from pipelines.features.backbone import FrozenBackboneConfig, load_backbone
-from pipelines.features.decoding import VideoJob, decode_video
-from pipelines.features.extraction import unit_features
-from pipelines.features.files import ExtractedVideo
-from pipelines.features.folder import FeatureFolder, FilesConfig
-from pipelines.features.layout import NAME, FeatureError, VideoEntry
-from pipelines.features.reading import Features
-from pipelines.features.sampling import SamplingConfig
-from pipelines.features.training import FeatureStream, without_backbone
-from pipelines.local import LocalRuntime
-from pipelines.loop import Trainer
-from pipelines.plan import Plan, UnusableVideosError, make_plan
-from pipelines.recipe import Recipe
-from pipelines.recipes import TOY_WEIGHTS
-from pipelines.saved_models import local_detector
-from pipelines.storage import StorageError
+from pipelines.config.recipe import Recipe
+from pipelines.config.recipes import TOY_WEIGHTS
+from pipelines.core.models import local_detector
+from pipelines.core.storage import StorageError
+from pipelines.data.batches import Batch
+from pipelines.data.decoding import VideoJob, decode_video
+from pipelines.data.feature_extraction import FrozenBackboneConfig, load_backbone, unit_features
+from pipelines.data.feature_stream import FeatureStream, without_backbone
+from pipelines.data.feature_writing import FeatureFolder, FilesConfig
+from pipelines.data.features import (
+    NAME,
+    ExtractedVideo,
+    FeatureError,
+    Features,
+    SamplingConfig,
+    VideoEntry,
+)
+from pipelines.data.plan import Plan, UnusableVideosError, make_plan
 from pipelines.train import absolute
+from pipelines.training.detection import DetectionTask
+from pipelines.training.local import LocalRuntime
+from pipelines.training.trainer import Trainer
 from re2tal.backbones.precomputed import Precomputed, PrecomputedConfig
+from re2tal.datasets import load_annotations
 from re2tal.inference import detect
 from re2tal.trained import load_detector
-from re2tal.videos.annotations import load_annotations
 from re2tal.videos.augmentation import AugmentationConfig
 from re2tal.videos.windows import WindowConfig, sliding_windows
 

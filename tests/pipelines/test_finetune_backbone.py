@@ -15,27 +15,31 @@ from mlflow.tracking import MlflowClient
 from safetensors import safe_open
 from torch import Tensor
 
-from pipelines.classification.evaluation import accuracy_metrics, score_videos
-from pipelines.classification.plan import ClassificationPlan, make_plan, read_lists
-from pipelines.classification.recipe import ClassificationRecipe, TrimmedDataConfig
-from pipelines.classification.recipes import RECIPES, toy
-from pipelines.classification.task import ClassificationTask, build_classifier
-from pipelines.data import Batch, decode_batches
+from pipelines.config.clip_recipes import RECIPES, toy
+from pipelines.config.recipe import ClassificationRecipe, TrimmedDataConfig
+from pipelines.config.recipes import toy as train_toy
+from pipelines.core.models import fetch_weights, require_weights
+from pipelines.core.storage import StorageError, local_copy
+from pipelines.data.batches import Batch, decode_batches
+from pipelines.data.clip_plan import ClassificationPlan, make_plan, read_lists
+from pipelines.data.plan import UnusableVideosError
 from pipelines.finetune_backbone import parse, prepared
-from pipelines.local import LocalRuntime
-from pipelines.loop import Trainer
-from pipelines.plan import UnusableVideosError
-from pipelines.pretrained import fetch_weights, require_weights
-from pipelines.recipes import toy as train_toy
-from pipelines.storage import StorageError, local_copy
 from pipelines.train import check_model
+from pipelines.training.classification import (
+    ClassificationTask,
+    accuracy_metrics,
+    build_classifier,
+    score_videos,
+)
+from pipelines.training.local import LocalRuntime
+from pipelines.training.trainer import Trainer
 from re2tal import rewire
 from re2tal.backbones.checkpoint import load_backbone_weights
 from re2tal.backbones.swin import SwinConfig, swin_toy
 from re2tal.classifier import Classifier, ClipClassifierConfig
+from re2tal.datasets.toy import TRIMMED_CLASSES, TrimmedToyConfig, make_trimmed_toy
+from re2tal.datasets.trimmed import ClipConfig, TrimmedVideo, ViewConfig, views
 from re2tal.reversible.controls import reversible_stages
-from re2tal.videos.toy import TRIMMED_CLASSES, TrimmedToyConfig, make_trimmed_toy
-from re2tal.videos.trimmed import ClipConfig, TrimmedVideo, ViewConfig, views
 
 SCRIPT = Path(__file__).parents[2] / "pipelines" / "finetune_backbone.py"
 TINY = SwinConfig(patch=(2, 8, 8), embed_dim=16, depths=(1, 1), heads=(1, 2), window=(4, 4, 4))

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines.freezing import freeze, train_mode
-from pipelines.model import build_detector
-from pipelines.recipe import ModelConfig, Recipe
+from pipelines.config.recipe import ModelConfig, Recipe
+from pipelines.training.model import build_detector, freeze, train_mode
 from re2tal.backbones.slowfast import slowfast_toy
 from re2tal.detector import Detector
 

@@ -11,11 +11,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from pipelines.detection_task import DetectionTask
-from pipelines.local import LocalRuntime
-from pipelines.loop import Trainer
-from pipelines.plan import Plan
-from pipelines.recipe import Recipe
+from pipelines.config.recipe import Recipe
+from pipelines.data.plan import Plan
+from pipelines.training.detection import DetectionTask
+from pipelines.training.local import LocalRuntime
+from pipelines.training.trainer import Trainer
 from re2tal.localizers.vsgn import VSGNConfig
 
 Result = tuple[list[dict[str, float]], dict[str, Tensor]]

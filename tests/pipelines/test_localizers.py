@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.activations import activation_metrics
-from pipelines.detection_task import DETECTIONS_FILE, RAW_FILE, DetectionTask
-from pipelines.local import LocalRuntime
-from pipelines.loop import Trainer
-from pipelines.model import build_detector
-from pipelines.plan import Plan
-from pipelines.recipe import Recipe
+from pipelines.config.recipe import Recipe
+from pipelines.data.plan import Plan
+from pipelines.training.activations import activation_metrics
+from pipelines.training.detection import DETECTIONS_FILE, RAW_FILE, DetectionTask
+from pipelines.training.local import LocalRuntime
+from pipelines.training.model import build_detector
+from pipelines.training.trainer import Trainer
 from re2tal.detection.raw import read_raw
 from re2tal.detection.video_scores import VideoScores
 from re2tal.inference import detect

@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.data import Batch, Video
-from pipelines.detection_task import DetectionTask
-from pipelines.finite import NonFiniteLossError
-from pipelines.local import LocalRuntime
-from pipelines.loop import Trainer
-from pipelines.metric_names import UNSCORED
-from pipelines.plan import Plan, UnusableVideosError
-from pipelines.recipe import Recipe
+from pipelines.config.recipe import Recipe
+from pipelines.core.metric_names import UNSCORED
+from pipelines.data.batches import Batch, Video
+from pipelines.data.plan import Plan, UnusableVideosError
+from pipelines.training.detection import DetectionTask
+from pipelines.training.local import LocalRuntime
+from pipelines.training.trainer import NonFiniteLossError, Trainer
 from re2tal.reversible import reversible_stages
 from re2tal.videos.augmentation import AugmentationConfig, augment, clip_seed
 from re2tal.videos.windows import Window

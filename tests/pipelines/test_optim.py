@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from torch import nn
 
-from pipelines.optim import (
+from pipelines.config.recipe import OptimConfig
+from pipelines.training.optimizer import (
     backbone_groups,
     build_average,
     build_optimizer,
     build_schedule,
     fast_forward,
 )
-from pipelines.settings import OptimConfig
 from re2tal.backbones.slowfast import slowfast_toy
 from re2tal.backbones.swin import swin_toy
 

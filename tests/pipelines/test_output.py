@@ -8,9 +8,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipelines.output.files import COLUMNS, FORMATS, OutputConfig, write_files
-from pipelines.output.picture import timeline
-from pipelines.output.records import Record, RecordError, read_records, write_record
+from pipelines.core.figures import timeline
+from pipelines.inference.output import (
+    COLUMNS,
+    FORMATS,
+    OutputConfig,
+    Record,
+    RecordError,
+    read_records,
+    write_files,
+    write_record,
+)
 from re2tal.detection.files import read_detections
 from tests.pipelines.output_files import Page, table
 

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from pipelines.plan import (
+from pipelines.config.recipe import DataConfig, Recipe
+from pipelines.core.storage import StorageError
+from pipelines.data.plan import (
     RecipeError,
     UnusableVideosError,
     check_failures,
     make_plan,
     read_annotations,
 )
-from pipelines.recipe import DataConfig, Recipe
-from pipelines.storage import StorageError
+from re2tal.annotations import AnnotationError
 from re2tal.detection import DetectionFileError
-from re2tal.videos.annotations import AnnotationError
 
 
 def test_a_missing_annotation_file_is_one_sentence(tiny_recipe: Recipe) -> None:

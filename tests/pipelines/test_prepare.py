@@ -16,19 +16,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import prepare as script
-from pipelines.data import decode_batches
-from pipelines.detection_task import DetectionTask
-from pipelines.local import LocalRuntime
-from pipelines.loop import Trainer
-from pipelines.plan import make_plan, read_annotations
+from pipelines.config.recipe import Recipe
+from pipelines.core.storage import StorageError
+from pipelines.data.batches import decode_batches
+from pipelines.data.plan import make_plan, read_annotations
+from pipelines.data.shard_writing import ShardTask, write_shard
+from pipelines.data.shards import FOLDER, NAME, ShardError, ShardSettings, pack, read_manifest
 from pipelines.prepare import FailedVideosError, PrepareConfig, parse, prepare
-from pipelines.recipe import Recipe
-from pipelines.shards.layout import FOLDER
-from pipelines.shards.manifest import NAME, read_manifest
-from pipelines.shards.settings import ShardError, ShardSettings, pack
-from pipelines.shards.writing import ShardTask, write_shard
-from pipelines.storage import StorageError
-from re2tal.videos.annotations import AnnotationError, load_annotations
+from pipelines.training.detection import DetectionTask
+from pipelines.training.local import LocalRuntime
+from pipelines.training.trainer import Trainer
+from re2tal.annotations import AnnotationError
+from re2tal.datasets import load_annotations
 from re2tal.videos.transcoding import TranscodeConfig
 from re2tal.videos.windows import training_windows
 from tests.videos.made_videos import make_video

@@ -11,8 +11,8 @@ import tyro
 from mlflow.tracking import MlflowClient
 from safetensors import safe_open
 
+from pipelines.data.toy import augmented
 from pipelines.pretrain_toy import PretrainingConfig, loss_of
-from pipelines.toy_clips import augmented
 from re2tal import rewire
 from re2tal.backbones.checkpoint import load_backbone_weights
 from re2tal.backbones.swin import swin_toy

@@ -7,9 +7,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.collection import SCHEMA, probe_files, summary
+from pipelines.core.storage import StorageError
+from pipelines.data.videos import SCHEMA, probe_files, summary
 from pipelines.probe import ProbeConfig, parse, probe_collection
-from pipelines.storage import StorageError
 
 
 @pytest.fixture

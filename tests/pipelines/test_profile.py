@@ -17,7 +17,7 @@ from mlflow.tracking import MlflowClient
 from rich.console import Console
 from torch import nn
 
-from pipelines.model import build_detector
+from pipelines.config.recipe import Recipe
 from pipelines.planner.command import (
     BackboneProfile,
     Questions,
@@ -32,7 +32,7 @@ from pipelines.planner.report import Profile, print_profile, rows
 from pipelines.planner.step import Workload
 from pipelines.planner.subject import BACKBONES, backbone_alone, of_recipe
 from pipelines.planner.ways import WAYS, checkpointed, residual_blocks
-from pipelines.recipe import Recipe
+from pipelines.training.model import build_detector
 from re2tal.backbones.slowfast import slowfast_toy
 from re2tal.backbones.swin import SwinConfig, swin_toy
 from re2tal.memory import predict_peak

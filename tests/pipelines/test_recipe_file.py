@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.recipe import Recipe
-from pipelines.recipe_file import FILE, log_recipe, recipe_of
-from pipelines.recipes import RECIPES
-from pipelines.storage import StorageError
-from pipelines.tracking import Run, start_run
+from pipelines.config.recipe import Recipe
+from pipelines.config.recipes import RECIPES
+from pipelines.core.storage import StorageError
+from pipelines.core.tracking import FILE, Run, log_recipe, recipe_of, start_run
 from re2tal.backbones.precomputed import PrecomputedConfig
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.model import ACTION, build_detector, reported_classes
-from pipelines.plan import RecipeError
-from pipelines.recipes import RECIPES
+from pipelines.config.recipes import RECIPES
+from pipelines.data.plan import RecipeError
 from pipelines.train import check_model, parse
+from pipelines.training.model import ACTION, build_detector, reported_classes
 from re2tal.detection import Detections
 from re2tal.localizers.vsgn import VSGNConfig
 from re2tal.videos.augmentation import AugmentationConfig

@@ -11,9 +11,8 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
-from pipelines.model import build_detector
-from pipelines.plan import Plan
-from pipelines.recipes import TOY_WEIGHTS, toy
+from pipelines.config.recipes import TOY_WEIGHTS, toy
+from pipelines.data.plan import Plan
 from pipelines.reproduction.accuracy import Accuracy
 from pipelines.reproduction.classifying import (
     PLAIN,
@@ -31,7 +30,8 @@ from pipelines.reproduction.report import Circumstances, chapters, write_report
 from pipelines.reproduction.settings import parse
 from pipelines.reproduction.statistics import Measured, at_least
 from pipelines.reproduction.tal import LARGER, Tal
-from re2tal.videos.toy import TrimmedToyConfig, make_trimmed_toy
+from pipelines.training.model import build_detector
+from re2tal.datasets.toy import TrimmedToyConfig, make_trimmed_toy
 
 CIRCUMSTANCES = Circumstances(command="python this.py", device="an abacus", commit="abcdef")
 

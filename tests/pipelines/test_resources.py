@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 import ray
 
-from pipelines import resources
-from pipelines.recipes import toy
-from pipelines.resources import (
+from pipelines.config.recipes import toy
+from pipelines.core.resources import (
     CLUSTER_MAX,
     ResourceError,
     capacity,
-    remarks,
     require_resources,
 )
+from pipelines.training import model
+from pipelines.training.model import remarks
 from re2tal.reversible.convolutions import WRONG_GRADIENTS
 
 
@@ -51,7 +51,7 @@ def test_what_cannot_be_read_is_said(stated: str, monkeypatch: pytest.MonkeyPatc
 def test_a_run_whose_gradients_would_be_wrong_on_this_processor_says_so_once(
     wrong: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resources, "wrong_gradients", lambda: wrong)
+    monkeypatch.setattr(model, "wrong_gradients", lambda: wrong)
     recipe = toy()
     bfloat16 = replace(recipe, optim=replace(recipe.optim, precision="bfloat16"))
     assert remarks(bfloat16, []) == [WRONG_GRADIENTS] * wrong

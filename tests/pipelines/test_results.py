@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.data import Video
-from pipelines.plan import Plan
-from pipelines.recipe import Recipe
-from pipelines.recipes import toy
-from pipelines.results import log_pictures, print_summary
-from pipelines.tracking import Run, log_metrics, start_run
-from re2tal.videos.annotations import Instance, VideoAnnotation
+from pipelines.config.recipe import Recipe
+from pipelines.config.recipes import toy
+from pipelines.core.tracking import Run, log_metrics, start_run
+from pipelines.data.batches import Video
+from pipelines.data.plan import Plan
+from pipelines.training.results import log_pictures, print_summary
+from re2tal.annotations import Instance, VideoAnnotation
 
 SPIN = VideoAnnotation(
     video_id="a", subset="", duration=9.0, instances=(Instance(start=1.0, end=2.0, label="spin"),)

@@ -8,12 +8,12 @@ import psutil
 import pyarrow.fs as pafs
 import pytest
 
-from pipelines.checkpoints import complete
-from pipelines.plan import Plan
-from pipelines.recipe import Recipe
-from pipelines.resuming import RunningError, digest, newest_checkpoint, resume_or_start
-from pipelines.storage import file_sizes, replacing, resolve
-from pipelines.tracking import finishing
+from pipelines.config.recipe import Recipe
+from pipelines.core.storage import file_sizes, replacing, resolve
+from pipelines.core.tracking import finishing
+from pipelines.data.plan import Plan
+from pipelines.training.checkpoints import complete
+from pipelines.training.resuming import RunningError, digest, newest_checkpoint, resume_or_start
 
 DRIVER = "re2tal.driver"
 

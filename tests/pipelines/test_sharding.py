@@ -10,11 +10,11 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from pipelines.detection_task import DetectionTask
-from pipelines.local import LocalRuntime
-from pipelines.loop import Trainer
-from pipelines.plan import Plan
-from pipelines.recipe import Recipe
+from pipelines.config.recipe import Recipe
+from pipelines.data.plan import Plan
+from pipelines.training.detection import DetectionTask
+from pipelines.training.local import LocalRuntime
+from pipelines.training.trainer import Trainer
 
 
 def _trainer(recipe: Recipe, plan: Plan, folder: Path, rank: int) -> Trainer:

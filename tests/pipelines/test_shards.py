@@ -17,26 +17,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import storage
-from pipelines.decoding import decode_sample
-from pipelines.shards import encoding, reading
-from pipelines.shards.finding import find_in_shards
-from pipelines.shards.layout import FOLDER, SCHEMA
-from pipelines.shards.manifest import (
+from pipelines.core import storage
+from pipelines.data import shard_writing
+from pipelines.data import shards as reading
+from pipelines.data.decoding import decode_sample
+from pipelines.data.shard_writing import ShardTask, write_shard
+from pipelines.data.shards import (
+    FOLDER,
     NAME,
+    SCHEMA,
     Manifest,
+    Shard,
+    ShardError,
+    ShardSettings,
+    find_in_shards,
     make_manifest,
+    open_video,
+    pack,
     read_manifest,
     read_shards,
     remove_leftovers,
+    require_equal,
+    video_uri,
     write_manifest,
 )
-from pipelines.shards.reading import Shard, open_video, video_uri
-from pipelines.shards.settings import ShardError, ShardSettings, pack, require_equal
-from pipelines.shards.writing import ShardTask, write_shard
-from re2tal.videos.annotations import Instance, VideoAnnotation
+from re2tal.annotations import Instance, VideoAnnotation
 from re2tal.videos.decoding import VideoError, decode
-from re2tal.videos.errors import FrameError
+from re2tal.videos.limits import FrameError
 from re2tal.videos.pieces import Pieces, decode_source
 from re2tal.videos.timegrid import TimeGrid
 from re2tal.videos.transcoding import TranscodeConfig
@@ -226,13 +233,13 @@ def test_a_failed_video_is_left_out_and_encoded_alone_once_it_is_mended(
     with pytest.raises(VideoError, match="there is no file"):
         open_video(video_uri(str(path), "uneven"))
     encoded: list[str] = []
-    original = encoding.transcode
+    original = shard_writing.transcode
 
     def noted(reader: Any, config: TranscodeConfig) -> Iterator[Any]:
         encoded.append(Path(reader.name).stem)
         return original(reader, config)
 
-    monkeypatch.setattr(encoding, "transcode", noted)
+    monkeypatch.setattr(shard_writing, "transcode", noted)
     contents = write_shard(collection.task(path, kept=True))
     assert encoded == ["plain", "uneven"]
     assert not contents.failures
@@ -258,17 +265,17 @@ def test_a_shard_that_cannot_be_written_leaves_the_old_one(
 CRASH = """
 import os, pickle, sys
 from pathlib import Path
-from pipelines.shards import encoding, writing
+from pipelines.data import shard_writing
 
-original = encoding.transcode
+original = shard_writing.transcode
 
 def transcode(reader, config):
     if "rotated" in reader.name:
         os._exit(9)
     return original(reader, config)
 
-encoding.transcode = transcode
-writing.write_shard(pickle.loads(Path(sys.argv[1]).read_bytes()))
+shard_writing.transcode = transcode
+shard_writing.write_shard(pickle.loads(Path(sys.argv[1]).read_bytes()))
 """
 
 

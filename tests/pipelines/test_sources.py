@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.sources import find_sources
-from pipelines.storage import StorageError
+from pipelines.core.storage import StorageError
+from pipelines.data.videos import find_sources
 
 
 @pytest.fixture

@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.data import Batch
-from pipelines.detection_task import DetectionTask
-from pipelines.local import LocalRuntime
-from pipelines.loop import Trainer
-from pipelines.plan import Plan
-from pipelines.recipe import Recipe
-from pipelines.step import in_passes, seed_step
+from pipelines.config.recipe import Recipe
+from pipelines.data.batches import Batch
+from pipelines.data.plan import Plan
+from pipelines.training.detection import DetectionTask
+from pipelines.training.local import LocalRuntime
+from pipelines.training.trainer import Trainer, in_passes, seed_step
 
 
 def _trainer(recipe: Recipe, plan: Plan, folder: Path) -> tuple[Trainer, list[Batch]]:

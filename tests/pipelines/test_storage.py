@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.storage import (
+from pipelines.core.storage import (
     StorageError,
     file_sizes,
     list_files,

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.data import Batch, epoch_windows, stream_batches
-from pipelines.plan import Plan
-from pipelines.streaming import FrameStream, portion_bytes, portions, store_needed
+from pipelines.data.batches import Batch, epoch_windows, stream_batches
+from pipelines.data.plan import Plan
+from pipelines.data.streaming import FrameStream, portion_bytes, portions, store_needed
 from re2tal.videos.windows import WindowConfig
 
 MIB = 2**20

@@ -13,18 +13,18 @@ from mlflow.entities import RunStatus
 from mlflow.tracking import MlflowClient
 from mlflow.utils.validation import _validate_metric
 
-from pipelines.commit import git_commit
-from pipelines.metric_names import safe_names, safe_path
-from pipelines.storage import StorageError
-from pipelines.tracking import (
+from pipelines.core.metric_names import safe_names, safe_path
+from pipelines.core.storage import StorageError
+from pipelines.core.tracking import (
     MetricLogger,
     Run,
     finishing,
     flatten,
+    git_commit,
     log_dataset,
     start_run,
 )
-from pipelines.validation import map_metrics
+from pipelines.training.validation import map_metrics
 from re2tal.detection.evaluation import MapResult
 
 

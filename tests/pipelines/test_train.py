@@ -15,11 +15,11 @@ from ray._private.ray_constants import get_runtime_env_default_excludes
 from ray._private.runtime_env.packaging import create_package
 from torch import Tensor
 
-from pipelines.detection_task import DetectionTask
-from pipelines.local import LocalRuntime
-from pipelines.loop import Trainer
-from pipelines.plan import Plan
+from pipelines.data.plan import Plan
 from pipelines.train import parse
+from pipelines.training.detection import DetectionTask
+from pipelines.training.local import LocalRuntime
+from pipelines.training.trainer import Trainer
 from tests.pipelines.ray_head import ROOT, Head, environment, ray_head, run_command
 
 TINY = (

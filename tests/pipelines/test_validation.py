@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from pipelines.data import Video
-from pipelines.validation import evaluate
+from pipelines.data.batches import Video
+from pipelines.training.validation import evaluate
+from re2tal.annotations import Instance, VideoAnnotation
 from re2tal.detection import Detections
-from re2tal.videos.annotations import Instance, VideoAnnotation
 
 
 def test_ambiguous_stretches_end_where_they_are_annotated_to_end() -> None:

@@ -11,7 +11,7 @@ from re2tal.memory import predict_peak
 from re2tal.reversible import ReversibleError, check, rewire
 from re2tal.reversible.benchmarks.variants import VARIANTS, prepared
 from re2tal.reversible.benchmarks.workloads import Workload
-from re2tal.reversible.settings import Budget
+from re2tal.reversible.coupling import Budget
 from tests.reversible.test_exact import (
     Precision,
     assert_bit_equal,

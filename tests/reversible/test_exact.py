@@ -17,8 +17,7 @@ from torchvision.models.video.resnet import (
 
 from re2tal.backbones.slowfast.blocks import Bottleneck
 from re2tal.reversible import rewire, set_reversible
-from re2tal.reversible.grid import Bits
-from re2tal.reversible.settings import Budget
+from re2tal.reversible.coupling import Bits, Budget
 from re2tal.reversible.watch import Witness
 from tests.reversible.test_families import scrambled
 from tests.reversible.toy_blocks import assert_same_step, one_step

@@ -22,12 +22,14 @@ from torchvision.models.video.resnet import (
 from re2tal.reversible.branches import (
     Branch,
     ChangesShapeError,
+    Layout,
+    Whole,
     branches,
     check_complete,
     recomputed,
     returned,
+    spans,
 )
-from re2tal.reversible.cuts import Layout, Whole, spans
 from re2tal.reversible.families import load_families
 from tests.reversible.zoo import ZOO
 

@@ -17,9 +17,9 @@ from re2tal.reversible import (
     watch,
 )
 from re2tal.reversible.branches import split
-from re2tal.reversible.call import BranchCall
-from re2tal.reversible.gate import reconstruction_error
-from re2tal.reversible.settings import TOLERANCE, Settings
+from re2tal.reversible.coupling import TOLERANCE, Settings
+from re2tal.reversible.step import BranchCall
+from re2tal.reversible.watch import reconstruction_error
 from tests.reversible.test_families import scrambled
 from tests.reversible.toy_blocks import MlpBlock, PairBlock, one_step
 from tests.reversible.zoo import ZOO, features

@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from re2tal.reversible.grid import FINEST, HEADROOM, Grid
-from re2tal.reversible.streams import Coupling
+from re2tal.reversible.coupling import FINEST, HEADROOM, Coupling, Grid
 
 finite = st.floats(-100, 100, width=32)
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.reversible import BySample, rewire, set_reversible
-from re2tal.reversible.cuts import spans
+from re2tal.reversible.branches import spans
 from tests.reversible.toy_blocks import PairBlock
 
 

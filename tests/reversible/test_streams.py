@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from re2tal.reversible.streams import Coupling, stream_dtype
+from re2tal.reversible.coupling import Coupling, stream_dtype
 
 values = st.floats(-4, 4, width=32)
 

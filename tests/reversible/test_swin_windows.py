@@ -17,9 +17,9 @@ from torchvision.models.video.swin_transformer import (
 
 from re2tal.reversible import Branch, rewire
 from re2tal.reversible.branches import split
-from re2tal.reversible.call import BranchCall, run_stored
+from re2tal.reversible.coupling import Budget, Settings
 from re2tal.reversible.families.swin import RelativeBias, Windows
-from re2tal.reversible.settings import Budget, Settings
+from re2tal.reversible.step import BranchCall, run_stored
 from tests.reversible.test_families import scrambled
 from tests.reversible.toy_blocks import assert_reversible_is_stored, tiny_swin
 

@@ -1,6 +1,6 @@
 """A sweep of one's own is one small file."""
 
-from pipelines.recipe import Recipe
+from pipelines.config.recipe import Recipe
 from sweeps.bases import one_worker
 from sweeps.search import main
 from sweeps.suggestions import Suggestions

@@ -8,9 +8,9 @@ import pytest
 from mlflow.entities import Run as MlflowRun
 from ray.tune.experiment import Trial
 
-from pipelines.metric_names import MAP
-from pipelines.recipe import Recipe
-from pipelines.tracking import Run, log_metrics, start_run
+from pipelines.config.recipe import Recipe
+from pipelines.core.metric_names import MAP
+from pipelines.core.tracking import Run, log_metrics, start_run
 from sweeps.children import FIRST_STEP, Outcomes, children
 from sweeps.epoch_reports import MEMORY, RUN_ID
 from sweeps.sweep import HIGHEST_MAP

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from pipelines.metric_names import MAP, UNSCORED
+from pipelines.core.metric_names import MAP, UNSCORED
 from sweeps import finetune, localizer, pareto
 from sweeps.epoch_reports import RUN_ID, EpochReports
 

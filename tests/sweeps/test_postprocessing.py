@@ -6,17 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.detection_task import RAW_FILE, DetectionTask
-from pipelines.model import ACTION
-from pipelines.plan import Plan
-from pipelines.recipe import Recipe
-from pipelines.recipe_file import log_recipe
-from pipelines.storage import StorageError
-from pipelines.tracking import Run, start_run
-from pipelines.validation import ground_truth
-from re2tal.detection.nms import NmsConfig, nms_videos
+from pipelines.config.recipe import Recipe
+from pipelines.core.storage import StorageError
+from pipelines.core.tracking import Run, log_recipe, start_run
+from pipelines.data.plan import Plan
+from pipelines.training.detection import RAW_FILE, DetectionTask
+from pipelines.training.model import ACTION
+from pipelines.training.validation import ground_truth
 from re2tal.detection.raw import write_raw
 from re2tal.detection.segments import Detections
+from re2tal.detection.suppression import NmsConfig, nms_videos
 from sweeps.overrides import override
 from sweeps.postprocessing import main, search_postprocessing
 

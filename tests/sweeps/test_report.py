@@ -7,7 +7,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import create_trial
 
-from pipelines.recipes import toy
+from pipelines.config.recipes import toy
 from sweeps.epoch_reports import RUN_ID
 from sweeps.pictures import pictures
 from sweeps.report import best_trials, command_of

@@ -7,8 +7,8 @@ import pytest
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from pipelines.metric_names import MAP
-from pipelines.recipes import toy
+from pipelines.config.recipes import toy
+from pipelines.core.metric_names import MAP
 from sweeps.finetune import SWEEP
 from sweeps.schedulers import scheduler
 from sweeps.settings import SweepConfig

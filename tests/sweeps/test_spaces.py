@@ -5,8 +5,8 @@ from dataclasses import replace
 import optuna
 import pytest
 
-from pipelines.recipe import Recipe
-from pipelines.recipes import RECIPES, toy
+from pipelines.config.recipe import Recipe
+from pipelines.config.recipes import RECIPES, toy
 from sweeps.bases import first_layers, one_worker
 from sweeps.finetune import SWEEP as FINETUNE
 from sweeps.localizer import SWEEP as LOCALIZER

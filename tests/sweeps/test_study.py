@@ -9,9 +9,9 @@ import pytest
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
-from pipelines.metric_names import MAP
-from pipelines.recipe import Recipe
-from pipelines.recipes import toy
+from pipelines.config.recipe import Recipe
+from pipelines.config.recipes import toy
+from pipelines.core.metric_names import MAP
 from sweeps.epoch_reports import RUN_ID
 from sweeps.settings import SweepConfig
 from sweeps.study import BASE, SweepSearch, check_space, ended, open_study, searcher

@@ -5,8 +5,8 @@ from typing import Any
 import optuna
 import pytest
 
-from pipelines.recipe import Recipe
-from pipelines.recipes import toy
+from pipelines.config.recipe import Recipe
+from pipelines.config.recipes import toy
 from sweeps.overrides import OverrideError
 from sweeps.suggestions import Suggestions
 

@@ -19,7 +19,7 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
-from pipelines.plan import Plan
+from pipelines.data.plan import Plan
 from pipelines.train import parse
 from sweeps.children import FIRST_STEP
 from tests.cluster.mlflow_server import running_server

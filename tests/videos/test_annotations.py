@@ -5,14 +5,8 @@ from typing import Any
 
 import pytest
 
-from re2tal.videos.annotations import (
-    DURATION_TOLERANCE,
-    AnnotationError,
-    Annotations,
-    Instance,
-    VideoAnnotation,
-    load_annotations,
-)
+from re2tal.annotations import AnnotationError, Annotations, Instance, VideoAnnotation
+from re2tal.datasets import DURATION_TOLERANCE, load_annotations
 
 
 def action(start: Any, end: Any, label: str = "run") -> dict[str, Any]:

@@ -7,17 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from re2tal.videos.annotations import (
-    DATASETS,
-    FINEACTION,
-    HACS_SEGMENTS,
-    MULTITHUMOS,
-    AnnotationError,
-    Instance,
-    VideoAnnotation,
-    load_annotations,
-)
-from re2tal.videos.annotations.__main__ import main
+from re2tal.annotations import AnnotationError, Instance, VideoAnnotation
+from re2tal.datasets import DATASETS, FINEACTION, HACS_SEGMENTS, MULTITHUMOS, load_annotations
+from re2tal.datasets.__main__ import main
 from tests.videos import published_layouts as layouts
 
 

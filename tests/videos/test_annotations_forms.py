@@ -8,15 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from re2tal.videos.annotations import (
-    EGO4D_MQ,
-    AnnotationError,
-    Exclusion,
-    Form,
-    Instance,
-    load_annotations,
-)
-from re2tal.videos.annotations.epic_kitchens import _seconds
+from re2tal.annotations import AnnotationError, Exclusion, Instance
+from re2tal.datasets import EGO4D_MQ, Form, load_annotations
+from re2tal.datasets.epic_kitchens import _seconds
 from tests.videos.published_layouts import COLUMNS, clip, ego4d, epic, moment, row
 
 

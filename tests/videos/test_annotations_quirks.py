@@ -11,18 +11,15 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from re2tal.videos.annotations import (
+from re2tal.annotations import AnnotationError, Instance, Repair, VideoAnnotation
+from re2tal.datasets import (
     ACTIVITYNET13,
     DATASETS,
     DURATION_TOLERANCE,
     MULTITHUMOS,
     THUMOS14,
-    AnnotationError,
     DatasetQuirks,
     Fault,
-    Instance,
-    Repair,
-    VideoAnnotation,
     load_annotations,
     read_ids,
 )

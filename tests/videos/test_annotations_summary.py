@@ -11,17 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from re2tal.videos.annotations import (
-    Annotations,
-    Exclusion,
-    Instance,
-    Repair,
-    VideoAnnotation,
-    check_durations,
-    read_durations,
-    summarize,
-)
-from re2tal.videos.annotations.__main__ import main
+from re2tal.annotations import Annotations, Exclusion, Instance, Repair, VideoAnnotation
+from re2tal.datasets import check_durations, read_durations, summarize
+from re2tal.datasets.__main__ import main
 
 
 def instances(*segments: tuple[float, float], label: str = "run") -> tuple[Instance, ...]:
@@ -216,7 +208,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.slow
 def test_the_module_runs_as_a_script(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "re2tal.videos.annotations", str(files(tmp_path))]
+    command = [sys.executable, "-m", "re2tal.datasets", str(files(tmp_path))]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 1
     assert "2 problems" in refused.stderr

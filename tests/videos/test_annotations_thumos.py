@@ -5,13 +5,8 @@ from typing import Any
 
 import pytest
 
-from re2tal.videos.annotations import (
-    MULTITHUMOS,
-    THUMOS14,
-    AnnotationError,
-    Exclusion,
-    load_annotations,
-)
+from re2tal.annotations import AnnotationError, Exclusion
+from re2tal.datasets import MULTITHUMOS, THUMOS14, load_annotations
 from tests.videos.published_layouts import action, written
 
 FALSE, EMPTY, UNSEEN = "video_test_0000270", "video_test_0001292", "video_test_0001496"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from re2tal.videos.annotations import VideoAnnotation
+from re2tal.annotations import VideoAnnotation
 from re2tal.videos.features import (
     clip_grid,
     feature_times,

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from re2tal.videos.annotations import Annotations, VideoAnnotation
+from re2tal.annotations import Annotations, VideoAnnotation
 from re2tal.videos.files import find_videos, match_videos
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from re2tal.videos.annotations import ACTIVITYNET13, THUMOS14, DatasetQuirks, load_annotations
+from re2tal.datasets import ACTIVITYNET13, THUMOS14, DatasetQuirks, load_annotations
 
 
 def load(folder: Path, quirks: DatasetQuirks | None, *segments: tuple[float, float, str]) -> Any:

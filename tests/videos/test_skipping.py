@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from re2tal.videos.decoding import decode
+from re2tal.videos.frame_queue import FrameSkipper, can_skip
 from re2tal.videos.reader import VideoReader
-from re2tal.videos.skipping import FrameSkipper, can_skip
 from tests.videos.made_videos import FPS, make_video
 from tests.videos.test_decoding import Decoder
 

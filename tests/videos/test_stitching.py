@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from re2tal.videos.annotations import Instance, VideoAnnotation
+from re2tal.annotations import Instance, VideoAnnotation
 from re2tal.videos.stitching import StitchConfig, clip_starts, magnified
 from re2tal.videos.timegrid import TimeGrid
 from re2tal.videos.windows import (

@@ -7,11 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.toy_data import toy_clips, toy_videos
-from re2tal.videos.annotations import load_annotations
-from re2tal.videos.decoding import decode, probe
-from re2tal.videos.files import find_videos
-from re2tal.videos.toy import (
+from pipelines.data.toy import toy_clips, toy_videos
+from re2tal.datasets import load_annotations
+from re2tal.datasets.toy import (
     ACTIONS,
     FPS,
     FRAME_SIZE,
@@ -20,8 +18,10 @@ from re2tal.videos.toy import (
     make_clip,
     make_toy,
 )
-from re2tal.videos.toy.looks import DETECTION_GALLERY, PRETRAINING_GALLERY
-from re2tal.videos.toy.scene import ACTION_SECONDS, GAP_SECONDS
+from re2tal.datasets.toy.looks import DETECTION_GALLERY, PRETRAINING_GALLERY
+from re2tal.datasets.toy.scene import ACTION_SECONDS, GAP_SECONDS
+from re2tal.videos.decoding import decode, probe
+from re2tal.videos.files import find_videos
 
 DIGEST = "8fac0a6d7ff62fd2ca2cdbe539f43d6e7c3ba875d21982351e8d4452ed87b9d3"
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from re2tal.videos.toy.motion import ACTIONS, FRAME_SIZE, action, distractor
-from re2tal.videos.toy.scene import ACTION_SECONDS
+from re2tal.datasets.toy.motion import ACTIONS, FRAME_SIZE, action, distractor
+from re2tal.datasets.toy.scene import ACTION_SECONDS
 
 FPS = 12
 

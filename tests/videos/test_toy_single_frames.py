@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from re2tal.datasets.toy import ACTIONS, FPS, FRAME_SIZE, make_clip
 from re2tal.videos.decoding import decode
-from re2tal.videos.toy import ACTIONS, FPS, FRAME_SIZE, make_clip
 
 CLIPS = 210
 SECONDS = 2.5

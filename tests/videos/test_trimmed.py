@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from re2tal.videos.annotations import AnnotationError
-from re2tal.videos.decoding import decode
-from re2tal.videos.toy import (
+from re2tal.annotations import AnnotationError
+from re2tal.datasets.toy import (
     FPS,
     FRAME_SIZE,
     POSES,
@@ -19,7 +18,7 @@ from re2tal.videos.toy import (
     make_clip,
     make_trimmed_toy,
 )
-from re2tal.videos.trimmed import (
+from re2tal.datasets.trimmed import (
     ClipConfig,
     Entry,
     Place,
@@ -34,6 +33,7 @@ from re2tal.videos.trimmed import (
     read_list,
     views,
 )
+from re2tal.videos.decoding import decode
 from re2tal.videos.windows import window_frames
 from tests.videos.made_videos import make_video
 

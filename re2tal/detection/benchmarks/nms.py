@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from re2tal.benchmarking import Row, Tables
 from re2tal.detection.benchmarks import paired
-from re2tal.detection.nms import NmsConfig, nms, nms_videos
 from re2tal.detection.segments import Detections
+from re2tal.detection.suppression import NmsConfig, nms, nms_videos
 
 Floats = NDArray[np.float32]
 Videos = dict[str, Detections]

@@ -210,3 +210,179 @@ def _scores(predictions: Mapping[str, Detections]) -> Floats:
         if np.isnan(scores[-1]).any():
             raise ValueError(f"A prediction in video {video!r} has a score that is not a number.")
     return np.concatenate(scores)
+
+
+def normalised_precision(outcomes: Outcomes, hits: Bools, false: Bools, counts: Ints) -> Floats:
+    """Precision after each prediction as if every class had as many instances as the average.
+
+    With N = instances per class on average, R = recall of the class so far, F = its false
+    positives so far: P_N = R N / (R N + F), and 0 before the first of either. Plain precision
+    would have the class's own number of instances in the place of N, so that of two classes whose
+    detections are equally good the rarer one scores worse (Hoiem et al., ECCV 2012).
+
+    Args:
+        outcomes: the predictions.
+        hits: `(K, P)` which predictions count as true positives.
+        false: `(K, P)` which count as false positives. Those that are neither have been removed.
+        counts: `(C,)` instances that each class's recall refers to.
+
+    Returns:
+        `(K, P)`.
+    """
+    typical = len(outcomes.truth) / np.count_nonzero(outcomes.counts)
+    precision = np.zeros(hits.shape)
+    for label in np.flatnonzero(counts):
+        part = slice(outcomes.starts[label], outcomes.starts[label + 1])
+        weight = hits[:, part].cumsum(axis=1) * (typical / counts[label])
+        total = weight + false[:, part].cumsum(axis=1)
+        np.divide(weight, total, out=precision[:, part], where=total > 0)
+    return precision
+
+
+def average_precision(outcomes: Outcomes, hits: Bools, false: Bools, counts: Ints) -> Floats:
+    """Normalised average precision AP_N: the area under interpolated P_N over recall.
+
+    Args:
+        outcomes: the predictions.
+        hits: `(K, P)` true positives.
+        false: `(K, P)` false positives.
+        counts: `(C,)` instances to be found.
+
+    Returns:
+        `(K, C)`; nan for classes without instances, 0 for those without predictions.
+    """
+    precision = normalised_precision(outcomes, hits, false, counts)
+    area = np.full((len(hits), len(counts)), np.nan)
+    for label in np.flatnonzero(counts):
+        part = slice(outcomes.starts[label], outcomes.starts[label + 1])
+        # Interpolation: at each recall the best precision at that recall or a higher one.
+        best = np.maximum.accumulate(precision[:, part][:, ::-1], axis=1)[:, ::-1]
+        area[:, label] = np.where(hits[:, part], best, 0.0).sum(axis=1) / counts[label]
+    return area
+
+
+def mean_average_precision(
+    outcomes: Outcomes, hits: Bools, false: Bools, counts: Ints | None = None
+) -> Floats:
+    """mAP_N `(K,)`: the mean of AP_N over the classes that `counts` (default: all) has."""
+    counts = outcomes.counts if counts is None else counts
+    if not counts.any():
+        return np.full(len(hits), np.nan)
+    of_class = average_precision(outcomes, hits, false, counts)
+    return of_class[:, counts > 0].mean(axis=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bins:
+    """Intervals of a characteristic, open below and closed above.
+
+    Bin i holds values in `(edges[i - 1], edges[i]]`; the first and the last have no outer limit.
+
+    Attributes:
+        edges: B - 1 inner limits, rising.
+        names: B names.
+    """
+
+    edges: tuple[float, ...]
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.edges) + 1 or list(self.edges) != sorted(set(self.edges)):
+            raise ValueError(
+                f"Bins need rising inner limits and one name more than those, but got "
+                f"{self.edges} and {self.names}."
+            )
+
+    def place(self, values: Floats) -> Ints:
+        """Index of the bin of each of the `values` `(N,)`."""
+        return np.searchsorted(self.edges, values, side="left")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Characteristics:
+    """How each characteristic is cut into bins.
+
+    Attributes:
+        coverage: an instance's length as a share of its video's duration. Instances that are
+            annotated beyond their video's end fall into the last bin (DETAD drops them).
+        length: in seconds.
+        instances: how many instances of any class the instance's video holds, as DETAD's own
+            annotation files count them.
+    """
+
+    coverage: Bins
+    length: Bins
+    instances: Bins
+
+
+_FIVE = ("XS", "S", "M", "L", "XL")
+_FOUR = ("XS", "S", "M", "L")
+
+ACTIVITYNET = Characteristics(
+    coverage=Bins(edges=(0.2, 0.4, 0.6, 0.8), names=_FIVE),
+    length=Bins(edges=(30, 60, 120, 180), names=_FIVE),
+    instances=Bins(edges=(1, 4, 8), names=_FOUR),
+)
+"""DETAD's bins for ActivityNet."""
+
+THUMOS = Characteristics(
+    coverage=Bins(edges=(0.02, 0.04, 0.06, 0.08), names=_FIVE),
+    length=Bins(edges=(3, 6, 12, 18), names=_FIVE),
+    instances=Bins(edges=(1, 40, 80), names=_FOUR),
+)
+"""DETAD's bins for THUMOS-14, whose videos are long and whose actions are short."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placed:
+    """One characteristic of every instance.
+
+    Attributes:
+        bins: its bins.
+        index: `(G,)` the bin of each instance.
+    """
+
+    bins: Bins
+    index: Ints
+
+    @property
+    def counts(self) -> Ints:
+        """`(B,)` instances in each bin."""
+        return np.bincount(self.index, minlength=len(self.bins.names))
+
+
+def characterise(
+    outcomes: Outcomes, durations: Mapping[str, float], characteristics: Characteristics
+) -> dict[str, Placed]:
+    """Puts every instance into its bin of each characteristic.
+
+    Args:
+        outcomes: the instances.
+        durations: seconds of every video that has instances.
+        characteristics: the bins.
+
+    Returns:
+        By name, in the order coverage, length, instances.
+
+    Raises:
+        ValueError: If the duration of a video with instances is missing or not positive.
+    """
+    of_video = np.ones(len(outcomes.videos))
+    for video in np.unique(outcomes.truth.videos):
+        name = outcomes.videos[video]
+        of_video[video] = durations.get(name, np.nan)
+        if not of_video[video] > 0:
+            raise ValueError(
+                f"Video {name!r} has instances but no positive duration, so their coverage is "
+                "unknown: give the durations of all videos with ground truth, in seconds."
+            )
+    lengths = outcomes.truth.segments[:, 1] - outcomes.truth.segments[:, 0]
+    together = np.bincount(outcomes.truth.videos, minlength=len(outcomes.videos))
+    values = {
+        "coverage": (characteristics.coverage, lengths / of_video[outcomes.truth.videos]),
+        "length": (characteristics.length, lengths),
+        "instances": (characteristics.instances, together[outcomes.truth.videos].astype(float)),
+    }
+    return {
+        name: Placed(bins=bins, index=bins.place(value)) for name, (bins, value) in values.items()
+    }

@@ -1,8 +1,12 @@
 """How good detections are: mean average precision, and recall in its two usual forms."""
 
 from re2tal.detection.evaluation.average_precision import MapResult, mean_average_precision
-from re2tal.detection.evaluation.proposals import ProposalRecall, average_recall
-from re2tal.detection.evaluation.recall import ClassRecall, recall_at
+from re2tal.detection.evaluation.recall import (
+    ClassRecall,
+    ProposalRecall,
+    average_recall,
+    recall_at,
+)
 
 __all__ = [
     "ClassRecall",

@@ -33,8 +33,16 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from re2tal.detection.evaluation.matching import checked_levels, match, overlapping
-from re2tal.detection.evaluation.tables import Floats, Ints, Tables, tabulate, tabulate_segments
+from re2tal.detection.evaluation.tables import (
+    Floats,
+    Ints,
+    Tables,
+    checked_levels,
+    match,
+    overlapping,
+    tabulate,
+    tabulate_segments,
+)
 from re2tal.detection.segments import Detections, LabelledSegments
 
 

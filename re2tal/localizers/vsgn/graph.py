@@ -2,11 +2,54 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from re2tal.localizers.vsgn.geometry import Nodes, rows, zero_padding
+
+def zero_padding(x: Tensor, valid: Tensor) -> Tensor:
+    """Finite `x` `(B, C, N)` with zeros where `valid` `(B, N)` is false."""
+    return x * valid[:, None].to(x.dtype)
+
+
+def rows(x: Tensor, index: Tensor) -> Tensor:
+    """Of `x` `(B, N, C)` the rows `index` `(B, M)`: `(B, M, C)`."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Nodes:
+    """The N nodes of one level, each of which stands for a cell of `T / N` features in a row.
+
+    Attributes:
+        valid: `(B, N)` bool, whether any feature of the cell is no padding.
+        parts: `(B, N)` int64, in which run of valid features the cell ends, from 0 on.
+        stitched: `(B,)` bool, whether the sample has several such runs: a clip and, behind a gap,
+            its magnified copy (Zhao et al., ICCV 2021, section 3.2).
+    """
+
+    valid: Tensor
+    parts: Tensor
+    stitched: Tensor
+
+    @staticmethod
+    def of(mask: Tensor, stride: int) -> Nodes:
+        """The nodes of a level whose cells hold `stride` features.
+
+        Args:
+            mask: `(B, T)` bool, T a multiple of `stride`.
+            stride: features in a cell.
+        """
+        rising = mask.clone()
+        rising[:, 1:] &= ~mask[:, :-1]
+        runs = rising.cumsum(dim=1)
+        return Nodes(
+            valid=mask.unflatten(1, (-1, stride)).any(dim=2),
+            parts=runs[:, stride - 1 :: stride] - 1,
+            stitched=runs[:, -1] > 1,
+        )
 
 
 @torch.no_grad()
@@ -110,3 +153,81 @@ class PlainBlock(nn.Module):
         """`x` `(B, C, N)`, zero where padded, to `(B, C, N / 2)`, zero where padded."""
         halved = nodes.valid.unflatten(1, (-1, 2)).any(dim=2)
         return zero_padding(F.relu(self.conv(x)), halved)
+
+
+class GraphPyramid(nn.Module):
+    """VSGN's xGPN (Zhao et al., ICCV 2021, section 3.3).
+
+    Level l has a node for each `2 * stem_stride * 2^l` features.
+
+    Args:
+        in_channels: of the features.
+        width: channels of all levels.
+        stem_stride: of the first convolution.
+        levels: of the pyramid.
+        neighbours: of a node in the graph, 0 for no graph.
+    """
+
+    def __init__(
+        self, in_channels: int, width: int, *, stem_stride: int, levels: int, neighbours: int
+    ) -> None:
+        super().__init__()
+
+        def conv() -> nn.Conv1d:
+            return nn.Conv1d(width, width, 3, padding=1)
+
+        def block() -> nn.Module:
+            return GraphBlock(width, neighbours=neighbours) if neighbours else PlainBlock(width)
+
+        self.strides = tuple(2 * stem_stride * 2**level for level in range(levels))
+        self.stem = nn.Conv1d(in_channels, width, 3, stride=stem_stride, padding=1)
+        self.encoder = nn.ModuleList(block() for _ in range(levels))
+        # Of the decoder the first is that of the coarsest level.
+        self.ups = nn.ModuleList(
+            nn.ConvTranspose1d(width, width, 3, stride=2, padding=1, output_padding=1)
+            for _ in range(levels - 1)
+        )
+        self.laterals = nn.ModuleList(conv() for _ in range(levels - 1))
+        self.outs = nn.ModuleList(conv() for _ in range(levels))
+
+    def forward(self, features: Tensor, mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Encodes and decodes.
+
+        Args:
+            features: `(B, C, T)`.
+            mask: `(B, T)` bool.
+
+        Returns:
+            Of each level, the finest first, features `(B, width, N)`, zero where padded, and
+            which nodes are no padding `(B, N)`.
+
+        Raises:
+            ValueError: If T is not a multiple of the coarsest level's stride.
+        """
+        if features.shape[2] % self.strides[-1]:
+            raise ValueError(
+                f"The localizer got {features.shape[2]} features, but its pyramid of "
+                f"{len(self.strides)} levels needs a multiple of {self.strides[-1]}: change the "
+                "window's length, the number of levels or the stem's stride."
+            )
+        nodes = [Nodes.of(mask, stride) for stride in (self.strides[0] // 2, *self.strides)]
+        x = features.masked_fill(~mask[:, None], 0)  # padding may hold anything, NaN too
+        x = zero_padding(F.relu(self.stem(x)), nodes[0].valid)
+        encoded = []
+        for block, before in zip(self.encoder, nodes, strict=False):
+            x = block(x, before)
+            encoded.append(x)
+        valid = [level.valid for level in nodes[1:]]
+        return self._decode(encoded, valid), valid
+
+    def _decode(self, encoded: list[Tensor], valid: list[Tensor]) -> list[Tensor]:
+        """The decoder's levels, the finest first."""
+        x = zero_padding(F.relu(self.outs[0](encoded[-1])), valid[-1])
+        decoded = [x]
+        for up, lateral, out, level, inside in zip(
+            self.ups, self.laterals, self.outs[1:], encoded[-2::-1], valid[-2::-1], strict=True
+        ):
+            joined = F.relu(lateral(level)) + F.relu(up(x))
+            x = zero_padding(F.relu(out(zero_padding(joined, inside))), inside)
+            decoded.append(x)
+        return decoded[::-1]

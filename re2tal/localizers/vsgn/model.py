@@ -10,19 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.detection.segments import Detections
-from re2tal.localizers.points import pad_targets
-from re2tal.localizers.protocol import Losses, Targets
-from re2tal.localizers.selection import best
-from re2tal.localizers.settings import check_at_least
-from re2tal.localizers.vsgn.adjustment import BoundaryAdjustment, inside_window
-from re2tal.localizers.vsgn.anchors import Anchors, anchors_of_nodes, make_anchors
-from re2tal.localizers.vsgn.heads import Head
-from re2tal.localizers.vsgn.losses import balanced_cross_entropy, giou_loss
-from re2tal.localizers.vsgn.matching import Instances, match
-from re2tal.localizers.vsgn.pyramid import GraphPyramid
-from re2tal.localizers.vsgn.supplementary import (
+from re2tal.localizers.losses import pad_targets
+from re2tal.localizers.protocol import Losses, Targets, best, check_at_least
+from re2tal.localizers.vsgn.graph import GraphPyramid
+from re2tal.localizers.vsgn.stages import (
+    Anchors,
+    BoundaryAdjustment,
+    Head,
+    Instances,
     SupplementaryScores,
+    anchors_of_nodes,
+    balanced_cross_entropy,
     boundary_scores,
+    giou_loss,
+    inside_window,
+    make_anchors,
+    match,
     score_losses,
     score_targets,
 )

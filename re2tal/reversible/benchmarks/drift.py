@@ -7,12 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.benchmarking import Row, Tables
-from re2tal.reversible import (
-    branches,
-    reconstruction_errors,
-    rewire,
-    set_reversible,
-)
+from re2tal.reversible import branches, reconstruction_errors, rewire, set_reversible
 from re2tal.reversible.benchmarks.stacks import STACKS, stack
 
 PRECISIONS = {

@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.models.video.mvit import MultiscaleAttention, MultiscaleBlock
 
-from re2tal.reversible.branches import Branch, ChangesShapeError, branches, returned
-from re2tal.reversible.cuts import BySample, Cut
+from re2tal.reversible.branches import Branch, BySample, ChangesShapeError, Cut, branches, returned
 from re2tal.reversible.families.vit import SelfAttention, mlp_cut, scores
 
 

@@ -7,8 +7,7 @@ the branch.
 import torch.nn.functional as F
 
 from re2tal.backbones.slowfast.blocks import Bottleneck, Lateral, Stem
-from re2tal.reversible.branches import Branch, ChangesShapeError, branches, recomputed
-from re2tal.reversible.cuts import BySample
+from re2tal.reversible.branches import Branch, BySample, ChangesShapeError, branches, recomputed
 
 _GROWTH = 6.0
 """The input (1), the results of three convolutions and their norms, of which two have a quarter of

@@ -20,8 +20,7 @@ from torchvision.models.swin_transformer import (
 )
 from torchvision.models.video.swin_transformer import PatchEmbed3d, ShiftedWindowAttention3d
 
-from re2tal.reversible.branches import Branch, branches, has_hooks, recomputed
-from re2tal.reversible.cuts import ByToken, Layout
+from re2tal.reversible.branches import Branch, ByToken, Layout, branches, has_hooks, recomputed
 
 _MASKED = -100.0
 """What torchvision adds to the scores of tokens that the cyclic shift brought together."""

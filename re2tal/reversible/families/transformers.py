@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from re2tal.reversible.branches import Branch, branches, returned
-from re2tal.reversible.cuts import Cut
+from re2tal.reversible.branches import Branch, Cut, branches, returned
 from re2tal.reversible.families.vit import SelfAttention, mlp_cut, scores
 
 

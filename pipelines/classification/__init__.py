@@ -1,1 +1,0 @@
-"""Training a backbone to classify trimmed videos: what `finetune_backbone.py` is made of."""

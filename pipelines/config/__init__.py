@@ -1,0 +1,1 @@
+"""Recipes, their fields, and the command line that overrides them."""

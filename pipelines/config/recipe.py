@@ -1,0 +1,450 @@
+"""The complete, typed configuration of a training run of `train.py`."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeAlias
+
+import torch
+
+from re2tal.backbones.protocol import BackboneConfig
+from re2tal.classifier import ClipClassifierConfig
+from re2tal.components import Component
+from re2tal.datasets import Form
+from re2tal.datasets.trimmed import ClipConfig, ViewConfig
+from re2tal.detection.suppression import NmsConfig
+from re2tal.localizers.protocol import LocalizerConfig
+from re2tal.trained import IMAGENET_MEAN, IMAGENET_STD
+from re2tal.videos.augmentation import AugmentationConfig
+from re2tal.videos.windows import WindowConfig
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def autocast(device_type: str, precision: Precision) -> AbstractContextManager[Any]:
+    """Computes in a precision while the block runs; parameters stay float32.
+
+    Args:
+        device_type: "cuda" or "cpu".
+        precision: of matrix products and convolutions.
+    """
+    computed = _TYPES[precision]
+    return torch.autocast(device_type, computed, enabled=computed is not torch.float32)
+
+
+CompiledPart = Literal["branches", "localizer"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BackboneModelConfig:
+    """A model whose backbone starts from pretrained weights.
+
+    Attributes:
+        backbone: the video backbone.
+        weights: pretrained weights of the backbone: path or URI, also of an artifact or a model in
+            MLflow, or a name as `torchvision:swin3d_t/KINETICS400_V1`; None starts at random.
+        mean: of red, green and blue in [0, 1] that the backbone was pretrained with.
+        std: their standard deviation.
+        reversible: rewire the backbone (Re2TAL), so that its activations are recomputed.
+        slice_mb: branches run in pieces of about so many MiB, the smaller the less memory and the
+            slower; None takes what suits the device.
+        coupling_epochs: epochs over which the connections move from the pretrained network's to the
+            rewired ones, step by step (Dr2Net's alpha from 1 to 0 and beta from 0 to 1); None
+            rewires at once. Activations are stored until it is through.
+        frozen: names of modules of the model that are not trained, such as "backbone" or
+            "backbone.patch_embed": their parameters keep their values, their BatchNorms the
+            statistics, and they are run as in evaluation.
+        norms: of the norm layers of the backbone: "trained"; "statistics" keeps the running
+            statistics of BatchNorms as they are; "frozen" keeps scale and shift of all norms too.
+    """
+
+    backbone: Annotated[BackboneConfig, Component()]
+    weights: str | None = None
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    reversible: bool = True
+    slice_mb: int | None = None
+    coupling_epochs: float | None = None
+    frozen: tuple[str, ...] = ()
+    norms: Literal["trained", "statistics", "frozen"] = "trained"
+
+    def __post_init__(self) -> None:
+        if self.reversible:
+            return
+        for field_name in ("slice_mb", "coupling_epochs"):
+            if getattr(self, field_name) is not None:
+                option = field_name.replace("_", "-")
+                raise ValueError(
+                    f"--model.{option} is of rewired connections, but --model.no-reversible says "
+                    "that there are none: leave one of them out."
+                )
+
+    def check_epochs(self, epochs: int) -> None:
+        """Checks that the connections have moved to their end when a run ends.
+
+        Args:
+            epochs: of the run.
+
+        Raises:
+            ValueError: if they have not.
+        """
+        moving = self.coupling_epochs
+        if moving is not None and not 0 < moving <= epochs:
+            raise ValueError(
+                f"--model.coupling-epochs must be above 0 and at most the {epochs} epochs of the "
+                f"run, not {moving:g}: the network would end between the two."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW with a learning rate each for backbone and localizer, warm-up and cosine decay.
+
+    Attributes:
+        backbone_lr: learning rate of the backbone; far below the localizer's, as it is pretrained.
+        localizer_lr: learning rate of the localizer.
+        layer_decay: the backbone's last block learns at its rate, each block before it at this
+            times the rate of the next (Clark et al., ICLR 2020).
+        weight_decay: of matrices and kernels; vectors (biases, norms) are not decayed.
+        warmup_epochs: epochs of linear warm-up.
+        schedule_epochs: length of the cosine; None means the run's own number of epochs.
+        clip: largest norm of the gradient.
+        ema: decay of the moving average of the weights that is evaluated and saved.
+        precision: what branches and localizer compute in; the reversible streams stay float32.
+            The loss is scaled for float16, and a step whose gradients overflow is left out.
+        compile: have `torch.compile` compile "branches" (the modules in the backbone's reversible
+            branches), "localizer", or both; see pipelines/README.md for what it gained.
+        accumulation: forward and backward passes of a worker whose gradients make one step; of
+            more, while workers are missing (`scale.min_workers`).
+    """
+
+    backbone_lr: float
+    localizer_lr: float
+    layer_decay: float = 1.0
+    weight_decay: float = 0.05
+    warmup_epochs: float = 5.0
+    schedule_epochs: int | None = None
+    clip: float = 1.0
+    ema: float = 0.999
+    precision: Precision = "bfloat16"
+    compile: tuple[CompiledPart, ...] = ()
+    accumulation: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScaleConfig:
+    """How a run is laid over the cluster.
+
+    Attributes:
+        workers: number of training processes.
+        gpu: one GPU a worker.
+        min_workers: with fewer GPUs or nodes than `workers` need, go on with so many at least, and
+            grow again when they are back; None waits for all of them. The workers that are left
+            make more passes, so that a step has as many windows as ever, or a few less if the
+            passes cannot be shared out evenly.
+        resize_seconds: between looks whether missing workers can come back; each time they do, all
+            go on from the last checkpoint.
+        sharded: split parameters, gradients and optimizer state over the workers (FSDP2), for
+            backbones that are large beside a GPU.
+        cpus_per_worker: logical CPUs that a worker holds; what is left over decodes videos.
+        cpus_per_decoder: logical CPUs that a decoding task holds, so how many of them run at once.
+        decoder_threads: of a decoding task; more than one helps with large pictures only.
+        max_failures: how often a lost worker may be replaced from the last checkpoint.
+    """
+
+    workers: int = 1
+    min_workers: int | None = None
+    resize_seconds: float = 60.0
+    sharded: bool = False
+    gpu: bool = True
+    cpus_per_worker: float = 1.0
+    cpus_per_decoder: float = 0.5
+    decoder_threads: int = 1
+    max_failures: int = 2
+
+    def __post_init__(self) -> None:
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
+            raise ValueError(
+                f"ScaleConfig.min_workers of {self.min_workers} is not from 1 to the "
+                f"{self.workers} of ScaleConfig.workers."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When checkpoints are written, and which of them are kept beside the newest.
+
+    Attributes:
+        steps: after so many steps one is written in the midst of an epoch too; None writes one at
+            the end of each epoch only.
+        keep: how many are kept.
+        which: those with the highest mAP, or the last ones.
+    """
+
+    steps: int | None = None
+    keep: int = 2
+    which: Literal["best", "last"] = "best"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """What all recipes have.
+
+    Attributes:
+        name: of the recipe; the MLflow run is named after it.
+        experiment: MLflow experiment.
+        output: folder of checkpoints and of the default MLflow store.
+        seed: of weights, windows, order and dropout.
+        epochs: passes over the training videos.
+        evaluate_from: the first epoch that ends with an evaluation; where that takes long, early
+            ones can do without. The best checkpoint is one of those that were evaluated.
+        batch_size: windows of a worker's forward pass. A step has `scale.workers` times
+            `optim.accumulation` times as many.
+        resume: go on with the last run of the same configuration and data if it did not end.
+        optim: how weights are learnt.
+        scale: how the run is laid over the cluster.
+        checkpoints: which are written and kept.
+
+    Raises:
+        ValueError: no epoch would be evaluated.
+    """
+
+    name: str
+    experiment: str
+    output: str = "runs"
+    seed: int = 0
+    epochs: int
+    evaluate_from: int = 1
+    batch_size: int
+    resume: bool = True
+    optim: OptimConfig
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.evaluate_from <= self.epochs:
+            raise ValueError(
+                f"--evaluate-from must be from 1 to the {self.epochs} epochs of the run, not "
+                f"{self.evaluate_from}: its last epoch has to be evaluated."
+            )
+
+
+Dataset = Literal[
+    "activitynet-1.3",
+    "thumos-14",
+    "multithumos",
+    "hacs-segments",
+    "fineaction",
+    "epic-kitchens-100",
+    "ego4d-mq",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which videos, and how they are cut into windows.
+
+    Attributes:
+        annotations: ActivityNet-style JSON, or one of the other forms that
+            `re2tal.datasets` reads; a path or, for a single file, a URI that pyarrow
+            opens (s3://, gs://, ...).
+        form: how the annotations are laid out; "auto" looks at them.
+        dataset: what is known to be wrong in this data set is repaired, listed and logged; by
+            default any fault in the annotations is an error.
+        exclude: file with ids of videos to leave out, such as those that cannot be had any more:
+            one a line, or JSON.
+        keep: ids of videos that count although `dataset` leaves them out, as they do in some
+            published results.
+        videos: folder of the video files, named by id; a path or a URI.
+        features: folder of features (extract_features.py, or others': pipelines/data/README.md); a
+            path or a URI. The localizer is then trained on them, without videos and backbone.
+        make_toy: make the toy data set at these two places when it is missing.
+        training_subset: name of the subset that is trained on.
+        validation_subset: name of the subset that is evaluated after every epoch.
+        size: pixels of a frame's side: the short side is resized to it, the centre is cut out.
+        window: cut at random places for training, overlapping for the evaluation.
+        augmentation: what is changed at random in training windows.
+        max_failed: stop when more than this share of the videos cannot be used.
+        video_scores: for a class-agnostic model, what an external classifier says of the
+            validation videos (`re2tal.detection.video_scores`); a path or a URI.
+        video_scores_top: of each video so many of these classes are given to each proposal.
+        video_scores_logits: the file holds logits (HACS), of which a softmax makes scores.
+
+    Raises:
+        ValueError: crops would be taken from frames smaller than `size`.
+    """
+
+    annotations: str | None = None
+    form: Form = "auto"
+    dataset: Dataset | None = None
+    exclude: str | None = None
+    keep: tuple[str, ...] = ()
+    videos: str | None = None
+    features: str | None = None
+    make_toy: bool = False
+    training_subset: str = "training"
+    validation_subset: str = "validation"
+    size: int = 224
+    window: WindowConfig
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    max_failed: float = 0.05
+    video_scores: str | None = None
+    video_scores_top: int = 2
+    video_scores_logits: bool = False
+
+    def __post_init__(self) -> None:
+        decoded = self.augmentation.decoded_size(self.size)
+        if decoded < self.size:
+            raise ValueError(
+                f"DataConfig.augmentation.source_size of {decoded} pixels is below "
+                f"DataConfig.size of {self.size}: crops are taken from frames at least as large."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig(BackboneModelConfig):
+    """The detector: backbone and localizer.
+
+    Attributes:
+        localizer: what turns features into segments.
+        class_agnostic: find actions of whatever class; their classes come from
+            `data.video_scores` or, without it, the proposals themselves are evaluated.
+    """
+
+    localizer: Annotated[LocalizerConfig, Component()]
+    class_agnostic: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe(RunConfig):
+    """The complete configuration of one training run.
+
+    Attributes:
+        data: which videos.
+        model: what is trained.
+        nms: how detections that overlap are thinned out.
+        thresholds: tIoU thresholds of the mAP; the mean over them selects the best checkpoint.
+        ignore_ambiguous: detections on stretches that cannot be judged count for nothing, as in
+            THUMOS-14's own toolkit. Published results count them as false positives.
+        save_raw: keep the detections before non-maximum suppression with each checkpoint, for
+            ensembles and for searching its settings without training.
+
+    Raises:
+        ValueError: settings contradict one another.
+    """
+
+    experiment: str = "re2tal"
+    data: DataConfig
+    model: ModelConfig
+    nms: NmsConfig = field(default_factory=NmsConfig)
+    thresholds: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
+    ignore_ambiguous: bool = False
+    save_raw: bool = False
+
+    def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
+        self.model.check_epochs(self.epochs)
+        if self.scale.sharded and self.optim.precision == "float16":
+            raise ValueError(
+                "Recipe.scale.sharded goes with Recipe.optim.precision bfloat16 or float32: the "
+                "scale of a float16 loss is not agreed on between the workers."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrimmedDataConfig:
+    """Which trimmed videos, and how clips are cut from them.
+
+    Attributes:
+        training: a folder with a folder of videos for each class, or a list of videos: Kinetics'
+            own CSV, a CSV with `path` and `label`, or lines of `path label` (described in
+            `re2tal.datasets.trimmed.lists`); a path or a URI.
+        validation: likewise, what is evaluated after every epoch.
+        videos: folder that the paths in lists are in; a path or a URI.
+        classes: file with the names of all classes, one a line; needed where lists have numbers.
+            None takes the classes of the training videos, sorted.
+        training_split: of a list with a column `split` only these rows; None for all.
+        validation_split: likewise.
+        make_toy: make the toy data set's trimmed split when there is nothing at `training`.
+        size: pixels of a frame's side: the short side is resized to it.
+        clip: frames of a clip and their rate.
+        augmentation: what is changed at random in training clips.
+        max_failed: stop when more than this share of the videos cannot be used. Of Kinetics some
+            are always lost.
+
+    Raises:
+        ValueError: crops would be taken from frames smaller than `size`.
+    """
+
+    training: str | None = None
+    validation: str | None = None
+    videos: str | None = None
+    classes: str | None = None
+    training_split: str | None = None
+    validation_split: str | None = None
+    make_toy: bool = False
+    size: int = 224
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    max_failed: float = 0.05
+
+    def __post_init__(self) -> None:
+        decoded = self.augmentation.decoded_size(self.size)
+        if decoded < self.size:
+            raise ValueError(
+                f"TrimmedDataConfig.augmentation.source_size of {decoded} pixels is below "
+                f"TrimmedDataConfig.size of {self.size}: crops are taken from frames at least as "
+                "large."
+            )
+
+    @property
+    def window(self) -> WindowConfig:
+        """How a classifier cuts longer videos than clips."""
+        return WindowConfig(frames=self.clip.frames, fps=self.clip.fps)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassifierModelConfig(BackboneModelConfig):
+    """The classifier: backbone and a linear layer. Without `reversible`, this is plain pretraining.
+
+    Attributes:
+        head: what turns features into classes.
+    """
+
+    head: ClipClassifierConfig = field(default_factory=ClipClassifierConfig)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassificationRecipe(RunConfig):
+    """The complete configuration of one run of `finetune_backbone.py`.
+
+    An epoch shows one clip of each training video. `optim.localizer_lr` is the learning rate of the
+    classifier's head. Whatever checkpoints are kept, the result is the last epoch's.
+
+    Attributes:
+        data: which videos.
+        model: what is trained.
+        views: of which the scores are averaged in the last evaluation; those after every epoch look
+            at the middle clip.
+        weights_file: where the backbone's weights are written as well; replaced.
+
+    Raises:
+        ValueError: settings contradict one another.
+    """
+
+    experiment: str = "re2tal-backbones"
+    data: TrimmedDataConfig
+    model: ClassifierModelConfig
+    views: ViewConfig = field(default_factory=lambda: ViewConfig(clips=4, crops=3))
+    weights_file: str | None = None
+    checkpoints: CheckpointConfig = field(
+        default_factory=lambda: CheckpointConfig(keep=1, which="last")
+    )
+
+    def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
+        self.model.check_epochs(self.epochs)
+
+
+AnyRecipe: TypeAlias = Recipe | ClassificationRecipe

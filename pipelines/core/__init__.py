@@ -1,0 +1,1 @@
+"""What all scripts share: storage, Ray, MLflow, progress, pictures."""

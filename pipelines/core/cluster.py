@@ -1,0 +1,76 @@
+"""Ray with its noise turned down: a run prints its own progress, and errors, and nothing else."""
+
+import logging
+import os
+import socket
+
+import ray
+import ray.data
+
+from pipelines.config.command_line import require_cluster
+
+# Read when Ray's modules are imported or its processes start, so they are set before `ray.init`.
+_ENVIRONMENT = {
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DATA_LOG_LEVEL": "ERROR",
+    # `ray.train.report` waits for the controller's next poll: 2 s by default, for every epoch
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+
+def init_ray(*, trains: bool = False) -> None:
+    """Joins the cluster that `RAY_ADDRESS` names (as in a Ray job), else starts one here.
+
+    Args:
+        trains: Ray Train is going to ask the cluster's server, which takes some seconds to start,
+            whether its controller lives.
+
+    Raises:
+        ClusterError: if nothing answers at `RAY_ADDRESS`.
+    """
+    if ray.is_initialized():  # as in a Ray task
+        quiet_data()
+        return
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if "RAY_ADDRESS" in os.environ:
+        require_cluster()
+        environment = {"env_vars": {name: os.environ[name] for name in _ENVIRONMENT}}
+        ray.init(logging_level="ERROR", log_to_driver=False, runtime_env=environment)
+    else:
+        # nobody takes this machine away
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # an idle decoding process would be ended after a second, and its imports paid for again
+        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
+        port = free_port()
+        if trains:
+            # Without an address Ray Train would ask the cluster that was last started with `ray
+            # start`, running or not: it then waits in vain, or takes its own controller for dead
+            # and takes the workers away.
+            os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+        # "local", so that a cluster left running on this machine is not joined by accident
+        ray.init(
+            address="local",
+            logging_level="ERROR",
+            log_to_driver=False,
+            include_dashboard=trains,
+            dashboard_port=port,
+        )
+    quiet_data()
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def quiet_data() -> None:
+    """Turns Ray Data's own progress, and its remark that it is off, off in this process."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False

@@ -1,0 +1,301 @@
+"""Pictures of a run: curves of loss and mAP, and timelines of detections against the truth."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+
+from re2tal.detection.diagnosis import ERRORS, Diagnosis, Kind, Placed
+from re2tal.detection.segments import Detections
+
+_COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+
+
+def curves(
+    loss: Sequence[tuple[int, float]], quality: Mapping[str, Sequence[tuple[int, float]]]
+) -> Figure:
+    """Draws the training loss and the validation mAP over the steps.
+
+    Args:
+        loss: step and loss.
+        quality: name of a curve (a tIoU threshold, or "average") to step and mAP.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps, values = zip(*loss, strict=True)
+    left.plot(steps, values, color="0.8", linewidth=1)
+    left.plot(steps, _smooth(values), color=_COLOURS[0], linewidth=2)
+    left.set(xlabel="step", ylabel="training loss", ylim=(0, None))
+    for name, points in quality.items():
+        average = name == "average"
+        right.plot(
+            *zip(*points, strict=True),
+            label=name,
+            marker="o",
+            markersize=4 if average else 2,
+            color="black" if average else None,
+            linewidth=2 if average else 1,
+        )
+    right.set(xlabel="step", ylabel="validation mAP", ylim=(0, 1))
+    right.legend(title="tIoU", fontsize=8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _smooth(values: Sequence[float], decay: float = 0.9) -> list[float]:
+    smoothed, mean = [], values[0]
+    for value in values:
+        mean = decay * mean + (1 - decay) * value
+        smoothed.append(mean)
+    return smoothed
+
+
+def timelines(
+    videos: Mapping[str, tuple[float, Detections, Detections]],
+    classes: Sequence[str],
+    *,
+    min_score: float = 0.2,
+) -> Figure:
+    """Draws ground truth above detections, a strip a video.
+
+    Args:
+        videos: name to duration in seconds, ground truth and detections in seconds.
+        classes: class names.
+        min_score: weaker detections are left out; the lower a score, the fainter its bar.
+    """
+    figure = Figure(figsize=(12, 1 + 1.1 * len(videos)), layout="constrained")
+    strips = figure.subplots(len(videos), 1, squeeze=False)[:, 0]
+    for axes, (name, (duration, truth, found)) in zip(strips, videos.items(), strict=True):
+        _bars(axes, truth, row=1, opacity=torch.ones_like(truth.scores))
+        strong = found.scores >= min_score
+        shown = Detections(
+            segments=found.segments[strong],
+            scores=found.scores[strong],
+            labels=found.labels[strong],
+        )
+        _bars(axes, shown, row=0, opacity=0.3 + 0.7 * shown.scores)
+        axes.set(
+            xlim=(0, duration), ylim=(-0.5, 1.5), yticks=[0, 1], yticklabels=["detected", "true"]
+        )
+        axes.set_title(name, loc="left", fontsize=9)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(labelsize=8, length=2)
+    strips[-1].set_xlabel("seconds")
+    handles = [
+        Patch(color=_COLOURS[i % len(_COLOURS)], label=name) for i, name in enumerate(classes)
+    ]
+    figure.legend(
+        handles=handles,
+        loc="outside upper center",
+        ncols=min(10, len(classes)),
+        fontsize=8,
+        frameon=False,
+    )
+    return figure
+
+
+def _bars(
+    axes: matplotlib.axes.Axes, detections: Detections, *, row: int, opacity: torch.Tensor
+) -> None:
+    rows = zip(
+        detections.segments.tolist(), detections.labels.tolist(), opacity.tolist(), strict=True
+    )
+    for (start, end), label, alpha in sorted(rows, key=lambda item: item[2]):
+        colour = _COLOURS[label % len(_COLOURS)]
+        axes.barh(row, end - start, left=start, height=0.7, color=colour, alpha=alpha)
+
+
+_TAB = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+_OF_KIND = {
+    Kind.TRUE_POSITIVE: _TAB[2],
+    Kind.DOUBLE_DETECTION: _TAB[8],
+    Kind.WRONG_LABEL: _TAB[1],
+    Kind.LOCALIZATION: _TAB[0],
+    Kind.CONFUSION: _TAB[4],
+    Kind.BACKGROUND: "0.72",
+}
+_TITLES = {"coverage": "coverage", "length": "length", "instances": "instances in video"}
+_GAP = 1.0  # between the bars of two characteristics, in bars
+
+
+def pictures(diagnosis: Diagnosis) -> dict[str, Figure]:
+    """All pictures of a diagnosis by name: `false_positives`, `sensitivity`, `false_negatives`."""
+    return {
+        "false_positives": false_positives(diagnosis),
+        "sensitivity": sensitivity(diagnosis),
+        "false_negatives": false_negatives(diagnosis),
+    }
+
+
+def false_positives(diagnosis: Diagnosis) -> Figure:
+    """Draws what the top predictions are, and what mAP_N gains without each kind of error."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    shares = 100 * np.nan_to_num(diagnosis.false_positives.shares.mean(axis=0))  # (10, 6)
+    names = [f"{group + 1}G" for group in range(len(shares))]
+    below = np.zeros(len(shares))
+    for kind in Kind:
+        left.bar(
+            names, shares[:, kind], 0.85, below, color=_OF_KIND[kind], label=_name(kind), zorder=2
+        )
+        below += shares[:, kind]
+    left.set(ylim=(0, 100), ylabel="share of predictions (%)")
+    left.set_xlabel("predictions by score, in instances of their class (G)")
+    gains = 100 * diagnosis.false_positives.gains.mean(axis=0)
+    bars = right.bar(
+        [_name(kind).replace(" ", "\n") for kind in ERRORS],
+        gains,
+        0.7,
+        color=[_OF_KIND[kind] for kind in ERRORS],
+        zorder=2,
+    )
+    right.bar_label(bars, fmt="%.1f", fontsize=9, padding=2)
+    right.set(ylabel="mAP gained without these (points)", ylim=(0, max(1.0, 1.15 * gains.max())))
+    for axes in (left, right):
+        _tidy(axes)
+    figure.legend(loc="outside upper center", ncols=len(Kind), fontsize=9, frameon=False)
+    return figure
+
+
+def sensitivity(diagnosis: Diagnosis) -> Figure:
+    """Draws mAP_N over the bins of each characteristic, and the range relative to overall mAP_N."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(4, 1))
+    overall = 100 * float(diagnosis.mAP.mean())
+    values = {name: 100 * one.average for name, one in diagnosis.sensitivity.items()}
+    _bars_by_bin(left, diagnosis.placed, values)
+    left.axhline(overall, color="black", linestyle="--", linewidth=1, zorder=3)
+    left.set_ylabel("normalised mAP (%)")
+    left.set_title(f"dashed: all instances, {overall:.1f}", fontsize=9, loc="left")
+    for place, one in enumerate(diagnosis.sensitivity.values()):
+        if np.isnan(one.relative).all():
+            continue
+        low, high = np.nanmin(one.relative), np.nanmax(one.relative)
+        right.plot(
+            [place, place], [low, high], color=_TAB[place], linewidth=5, marker="_", markersize=16
+        )
+        for value in (low, high):
+            right.annotate(f"{value:.1f}", (place, value), (9, -3), textcoords="offset points")
+    right.axhline(1, color="black", linestyle="--", linewidth=1)
+    right.set(xlim=(-0.5, len(values) - 0.2), ylim=(0, None), ylabel="bin / all instances")
+    right.set_xticks(range(len(values)), [_TITLES[name].replace(" ", "\n") for name in values])
+    _tidy(right)
+    return figure
+
+
+def false_negatives(diagnosis: Diagnosis) -> Figure:
+    """Draws the share of instances missed in each bin, and in pairs of coverage and length."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    missed = diagnosis.false_negatives
+    overall = 100 * float(missed.overall.mean())
+    _bars_by_bin(
+        left, diagnosis.placed, {name: 100 * one.average for name, one in missed.by.items()}
+    )
+    left.axhline(overall, color="black", linestyle="--", linewidth=1, zorder=3)
+    left.set_ylabel("instances missed (%)")
+    left.set_title(f"dashed: all instances, {overall:.1f}", fontsize=9, loc="left")
+    pair = missed.by_pair["coverage", "length"]
+    right.imshow(100 * pair.average, cmap="Blues", vmin=0, vmax=100, aspect="auto", origin="lower")
+    for (row, column), share in np.ndenumerate(100 * pair.average):
+        if pair.counts[row, column]:
+            text = f"{share:.0f}\n({pair.counts[row, column]})"
+            colour = "white" if share > 60 else "black"
+            right.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+    coverage, length = (diagnosis.placed[name].bins.names for name in ("coverage", "length"))
+    right.set_xticks(range(len(length)), length)
+    right.set_yticks(range(len(coverage)), coverage)
+    right.set(xlabel="length", ylabel="coverage")
+    right.set_title("missed (%) and number of instances", fontsize=9, loc="left")
+    right.tick_params(length=0)
+    right.spines[:].set_visible(False)
+    return figure
+
+
+def _bars_by_bin(
+    axes: Axes, placed: Mapping[str, Placed], values: Mapping[str, NDArray[np.float64]]
+) -> None:
+    """A bar for each bin, side by side by characteristic; empty bins say that they are empty."""
+    start, ticks, names = 0.0, [], []
+    for colour, (name, heights) in zip(_TAB, values.items(), strict=False):
+        places = start + np.arange(len(heights))
+        bars = axes.bar(places, np.nan_to_num(heights), 0.85, color=colour, zorder=2)
+        labels = ["none" if np.isnan(height) else f"{height:.1f}" for height in heights]
+        axes.bar_label(bars, labels, fontsize=9, padding=2)
+        axes.annotate(
+            _TITLES[name],
+            (places.mean(), 0),
+            (0, -24),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            color=colour,
+        )
+        ticks += list(places)
+        names += list(placed[name].bins.names)
+        start = places[-1] + 1 + _GAP
+    axes.set_xticks(ticks, names)
+    highest = max(float(np.nan_to_num(heights).max()) for heights in values.values())
+    axes.set_ylim(0, max(1.0, 1.12 * highest))
+    _tidy(axes)
+
+
+def _tidy(axes: Axes) -> None:
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="x", length=0, labelsize=9)
+
+
+def _name(kind: Kind) -> str:
+    return kind.name.lower().replace("_", " ")
+
+
+_TIMELINE_COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+
+
+def timeline(
+    title: str, rows: Sequence[Mapping[str, Any]], duration: float, classes: Sequence[str]
+) -> Figure:
+    """Draws the detections of a video, a lane for each class that occurs.
+
+    Args:
+        title: of the picture.
+        rows: detections as `re2tal.detection.files.rows` makes them; the lower a score, the
+            fainter its bar.
+        duration: of the video, in seconds.
+        classes: class names, whose order gives lanes and colours.
+    """
+    present = {row["label"] for row in rows}
+    lanes = [name for name in classes if name in present]
+    figure = Figure(figsize=(12, 1.2 + 0.32 * max(1, len(lanes))), layout="constrained")
+    axes = figure.subplots()
+    for row in sorted(rows, key=lambda row: row["score"]):
+        start, end = row["segment"]
+        axes.barh(
+            lanes.index(row["label"]),
+            end - start,
+            left=start,
+            height=0.7,
+            color=_TIMELINE_COLOURS[classes.index(row["label"]) % len(_TIMELINE_COLOURS)],
+            alpha=0.2 + 0.8 * min(1.0, max(0.0, row["score"])),
+        )
+    axes.set(xlim=(0, duration), ylim=(max(1, len(lanes)) - 0.4, -0.6), yticks=[*range(len(lanes))])
+    # names are not mathematics, whatever signs they hold
+    axes.set_yticklabels(lanes, parse_math=False)
+    axes.set_title(title, loc="left", fontsize=10, parse_math=False)
+    axes.set_xlabel("seconds")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(labelsize=9, length=2)
+    axes.grid(axis="x", alpha=0.3)
+    if not lanes:
+        axes.text(0.5, 0.5, "nothing detected", transform=axes.transAxes, ha="center", va="center")
+    return figure

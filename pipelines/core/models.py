@@ -1,0 +1,168 @@
+"""The trained detector that a command line names: a folder, or a model or a run in MLflow.
+
+Only `spec.json` and `weights.safetensors` of it are ever read: nothing is unpickled, and no code
+that came with a model is run.
+"""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+import mlflow
+import pyarrow.fs as pafs
+from mlflow.artifacts import download_artifacts
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from pipelines.core.storage import MLFLOW, StorageError, local_copy, require, resolve
+from re2tal.backbones.checkpoint import PREFIX
+from re2tal.backbones.precomputed import TRAINED_ON_FEATURES, PrecomputedConfig
+from re2tal.inference import detector_folder
+from re2tal.trained import SPEC_FILE, WEIGHTS_FILE, read_spec
+
+
+def fetch(uri: str, folder: Path, *, tracking_uri: str | None, what: str) -> Path:
+    """Downloads an artifact.
+
+    Args:
+        uri: `runs:/RUN/NAME`, `models:/NAME/VERSION` or `mlflow-artifacts:/...`.
+        folder: where to; it exists.
+        tracking_uri: of the store; None for that of this process.
+        what: it is, for the message ("The model").
+
+    Raises:
+        StorageError: if there is nothing.
+    """
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    if tracking_uri is not None:
+        # of this process: given with the call, `models:/` would be looked for elsewhere
+        mlflow.set_tracking_uri(tracking_uri)
+    try:
+        return Path(download_artifacts(artifact_uri=uri, dst_path=str(folder)))
+    except (MlflowException, OSError) as error:
+        store = mlflow.get_tracking_uri()
+        raise StorageError(
+            f"{what}: {uri} cannot be had from MLflow's store {store} ({error}). Correct the URI, "
+            "or say where the runs are."
+        ) from error
+
+
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+_MODEL_TAG = "model.uri"  # a training run says so where its model is
+
+
+def local_detector(model: str | None, scratch: Path, *, tracking: str, option: str) -> Path:
+    """Finds a saved detector, and fetches it if it is not on this machine.
+
+    Args:
+        model: path or URI of the folder of a saved detector, or of a training run's checkpoint;
+            `runs:/RUN/NAME`, `models:/NAME/VERSION` or the id of a training run, in MLflow.
+        scratch: where it is fetched to; it exists.
+        tracking: tracking URI of the MLflow store.
+        option: the command-line option that sets the model.
+
+    Returns:
+        The folder with `spec.json` and `weights.safetensors`.
+
+    Raises:
+        StorageError: if there is no detector, or it was trained on features and sees no videos.
+    """
+    if model is not None and not Path(model).exists():
+        if _RUN_ID.fullmatch(model):
+            model = _model_of_run(model, tracking, option)
+        if model.startswith(MLFLOW):
+            fetched = fetch(model, scratch, tracking_uri=tracking, what=f"The model ({option})")
+            return _detector_in(fetched, model, option)
+    uri = require(model, what="The model", option=option)
+    return _detector_in(_local(uri, scratch), uri, option)
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash of a saved detector: of what it is built of, and of its weights.
+
+    Args:
+        folder: what `local_detector` returned.
+    """
+    digest = hashlib.sha256()
+    for name in (SPEC_FILE, WEIGHTS_FILE):
+        with (folder / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _model_of_run(run_id: str, tracking: str, option: str) -> str:
+    try:
+        tags = MlflowClient(tracking).get_run(run_id).data.tags
+    except MlflowException as error:
+        raise StorageError(
+            f"The model: neither a file nor a run of {tracking} is named {run_id}. Correct "
+            f"{option}, or say where the runs are."
+        ) from error
+    if _MODEL_TAG not in tags:
+        raise StorageError(
+            f"The model: the run {run_id} of {tracking} has none; a training run has one once it "
+            f"has ended. Correct {option}."
+        )
+    return tags[_MODEL_TAG]
+
+
+def _local(uri: str, scratch: Path) -> Path:
+    if "://" not in uri:
+        return Path(uri)
+    filesystem, path = resolve(uri)
+    pafs.copy_files(path, str(scratch), source_filesystem=filesystem)
+    return scratch
+
+
+def _detector_in(folder: Path, name: str, option: str) -> Path:
+    # an MLflow model keeps what it was logged with in `artifacts`
+    inside = folder / "artifacts"
+    try:
+        found = detector_folder(inside if inside.is_dir() else folder)
+        spec = read_spec(found)
+    except ValueError as error:
+        raise StorageError(f"The model: {name}: {error} Correct {option}.") from error
+    if isinstance(spec.backbone, PrecomputedConfig):
+        raise StorageError(f"The model: {name}: {TRAINED_ON_FEATURES}")
+    return found
+
+
+def require_weights(weights: str | None, *, option: str = "--model.weights") -> str | None:
+    """Checks that there is something where the weights should be.
+
+    Args:
+        weights: path or URI, URI of an artifact or a model in MLflow, or name of torchvision's such
+            as `torchvision:swin3d_t/KINETICS400_V1`; None for a random beginning.
+        option: the command-line option that sets them.
+
+    Returns:
+        The same, paths absolute.
+
+    Raises:
+        StorageError: if there is nothing.
+    """
+    if weights is None or weights.startswith(PREFIX):
+        return weights
+    return require(weights, what="The backbone's weights", option=option)
+
+
+def fetch_weights(
+    weights: str | None, folder: Path, *, tracking_uri: str | None = None
+) -> str | Path | None:
+    """Brings weights onto this machine.
+
+    Args:
+        weights: what `require_weights` returned.
+        folder: where a copy may go; it exists.
+        tracking_uri: MLflow's store.
+
+    Returns:
+        What `load_backbone_weights` takes; None for a random beginning.
+
+    Raises:
+        StorageError: if there is nothing in MLflow.
+    """
+    if weights is None or weights.startswith(PREFIX):
+        return weights
+    return local_copy(weights, folder, tracking_uri=tracking_uri)

@@ -1,0 +1,255 @@
+"""Files by path or by URI: annotations, weights and videos, local or in an object store."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+from uuid import uuid4
+
+import pyarrow.fs as pafs
+
+PARTIAL = ".partial-"  # in the names of files that are not whole
+
+
+BACKBONE_FILE = "backbone.safetensors"
+"""Weights of a backbone, in a model or among the artifacts of a run."""
+
+# URIs of MLflow: an artifact of a run, a model, an artifact that a tracking server hands out.
+MLFLOW = ("runs:/", "models:/", "mlflow-artifacts:/")
+
+
+class StorageError(Exception):
+    """A path or URI that cannot be used: what it is for, where it points, what to do."""
+
+
+def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+    """Returns the file system of a path or URI, and the path in it."""
+    if "://" in uri:
+        return pafs.FileSystem.from_uri(uri)
+    return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+
+
+def require(uri: str | None, *, what: str, option: str) -> str:
+    """Checks that something exists at a path or URI.
+
+    Args:
+        uri: the path or URI, None if none was given. Whether an URI of MLflow leads anywhere is
+            found out by `local_copy`.
+        what: what should be there, for the message ("the annotations").
+        option: the command-line option that sets it.
+
+    Returns:
+        The same URI, or the absolute path.
+
+    Raises:
+        StorageError: with one sentence if it was not given, is not there or cannot be reached.
+    """
+    if uri is None:
+        raise StorageError(f"{what}: no path given. Say where with {option} PATH_OR_URI.")
+    if uri.startswith(MLFLOW):
+        return uri
+    try:
+        filesystem, path = resolve(uri)
+        found = filesystem.get_file_info(path).type != pafs.FileType.NotFound
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"{what}: {uri} cannot be reached ({error}). Correct {option}."
+        ) from error
+    if not found:
+        raise StorageError(f"{what}: nothing at {uri}. Correct {option}.")
+    return uri if "://" in uri else path
+
+
+def open_source(uri: str) -> str | BinaryIO:
+    """Returns what PyAV can open: a local path as it is, a remote object as a seekable file.
+
+    Args:
+        uri: path or URI of a file.
+    """
+    if "://" not in uri:
+        return uri
+    filesystem, path = resolve(uri)
+    return filesystem.open_input_file(path)
+
+
+def absolute(uri: str) -> str:
+    """Returns a URI as it is, and a path made absolute: processes elsewhere are given it."""
+    remote = "://" in uri or uri.startswith(MLFLOW)
+    return uri if remote else str(Path(uri).expanduser().absolute())
+
+
+def join(folder: str, name: str) -> str:
+    """Returns the path or URI of something in a folder.
+
+    Args:
+        folder: path or URI of the folder.
+        name: what is in it; may hold slashes.
+    """
+    return f"{folder.rstrip('/')}/{name}"
+
+
+def file_sizes(uri: str) -> dict[str, int]:
+    """Lists the files directly in a folder with their sizes; of a folder that is missing, none.
+
+    Args:
+        uri: path or URI of the folder.
+
+    Returns:
+        File name to bytes, in the order of the names.
+    """
+    filesystem, path = resolve(uri)
+    infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return {
+        info.base_name: info.size
+        for info in sorted(infos, key=lambda info: info.base_name)
+        if info.type == pafs.FileType.File
+    }
+
+
+def file_size(uri: str) -> int:
+    """Returns the number of bytes of a file.
+
+    Args:
+        uri: path or URI of a file.
+    """
+    filesystem, path = resolve(uri)
+    return int(filesystem.get_file_info(path).size)
+
+
+def read_bytes(uri: str) -> bytes:
+    """Returns the content of a file.
+
+    Args:
+        uri: path or URI of a file.
+    """
+    filesystem, path = resolve(uri)
+    with filesystem.open_input_stream(path) as stream:
+        return bytes(stream.read())
+
+
+@contextmanager
+def replacing(uri: str) -> Iterator[Any]:
+    """Opens a file for writing that gets its name only once it is whole.
+
+    Until then it lies beside it, under a name of its own that contains `PARTIAL`. If writing fails,
+    what had the name before keeps it. The folder is made if it is missing.
+
+    Args:
+        uri: path or URI of the file.
+    """
+    filesystem, path = resolve(uri)
+    filesystem.create_dir(str(Path(path).parent), recursive=True)
+    partial = f"{path}{PARTIAL}{uuid4().hex}"
+    try:
+        with filesystem.open_output_stream(partial) as stream:
+            yield stream
+        filesystem.move(partial, path)
+    except BaseException:
+        if filesystem.get_file_info(partial).type == pafs.FileType.File:
+            filesystem.delete_file(partial)
+        raise
+
+
+def remove(uri: str) -> None:
+    """Deletes a file.
+
+    Args:
+        uri: path or URI of a file.
+    """
+    filesystem, path = resolve(uri)
+    filesystem.delete_file(path)
+
+
+def list_files(uri: str) -> dict[str, str]:
+    """Lists the files directly in a folder.
+
+    Args:
+        uri: path or URI of the folder.
+
+    Returns:
+        File name to its path or URI, in the order of the names.
+    """
+    filesystem, path = resolve(uri)
+    infos = filesystem.get_file_info(pafs.FileSelector(path))
+    names = sorted(info.base_name for info in infos if info.type == pafs.FileType.File)
+    folder = uri.rstrip("/") if "://" in uri else path
+    return {name: f"{folder}/{name}" for name in names}
+
+
+def is_folder(uri: str) -> bool:
+    """Whether there is a folder at a path or URI."""
+    filesystem, path = resolve(uri)
+    return bool(filesystem.get_file_info(path).type == pafs.FileType.Directory)
+
+
+def sizes_below(uri: str) -> dict[str, int]:
+    """Lists the files in a folder and in all folders in it; of a folder that is missing, none.
+
+    Args:
+        uri: path or URI of the folder.
+
+    Returns:
+        Path in the folder, with slashes, to bytes.
+    """
+    filesystem, path = resolve(uri)
+    selector = pafs.FileSelector(path, allow_not_found=True, recursive=True)
+    return {
+        str(Path(info.path).relative_to(path)): info.size
+        for info in filesystem.get_file_info(selector)
+        if info.type == pafs.FileType.File
+    }
+
+
+def walk_files(uri: str) -> dict[str, str]:
+    """Lists the files in a folder and in all folders in it.
+
+    Args:
+        uri: path or URI of the folder.
+
+    Returns:
+        Path in the folder, with slashes, to path or URI; in the order of the former.
+    """
+    filesystem, path = resolve(uri)
+    infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
+    folder = uri.rstrip("/") if "://" in uri else path
+    files = (info.path for info in infos if info.type == pafs.FileType.File)
+    names = sorted(str(Path(file).relative_to(path)) for file in files)
+    return {name: f"{folder}/{name}" for name in names}
+
+
+def local_copy(uri: str, folder: Path, *, tracking_uri: str | None = None) -> Path:
+    """Returns a local path to a file, copied into `folder` first when it is remote.
+
+    Args:
+        uri: path or URI of a file, or an URI of MLflow: `runs:/<run>/<path>` of an artifact, or
+            `models:/<name>/<version>` or `models:/<id>` of a model with a `backbone.safetensors`.
+        folder: where a copy may go; it exists.
+        tracking_uri: MLflow's store; None for the one that is set in this process.
+
+    Raises:
+        StorageError: if an URI of MLflow leads to no such file.
+    """
+    if uri.startswith(MLFLOW):
+        return _from_mlflow(uri, folder, tracking_uri)
+    filesystem, path = resolve(uri)
+    if "://" not in uri:
+        return Path(path)
+    target = folder / Path(path).name
+    pafs.copy_files(path, str(target), source_filesystem=filesystem)
+    return target
+
+
+def _from_mlflow(uri: str, folder: Path, tracking_uri: str | None) -> Path:
+    # here, because decoding processes import this module and should start in a moment
+    from pipelines.core.models import fetch
+
+    found = fetch(uri, folder, tracking_uri=tracking_uri, what="The weights")
+    if found.is_file():
+        return found
+    inside = next(found.rglob(BACKBONE_FILE), None)
+    if inside is None:
+        raise StorageError(
+            f"There is no {BACKBONE_FILE} in {uri}: name the model of a run of "
+            "finetune_backbone.py, or one file."
+        )
+    return inside

@@ -1,0 +1,1 @@
+"""From annotations and videos, shards or features to batches of windows."""

@@ -1,0 +1,185 @@
+"""From annotations to batches: which windows an epoch sees, and their frames.
+
+The windows of an epoch are a pure function of seed and epoch, and a worker's share of them one of
+its rank: so every worker takes the same number of steps, and a run that is started again sees the
+same windows. Only the decoding is left to Ray Data, which does it in parallel, in order, just ahead
+of the training.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.data.decoding import decode_sample
+from re2tal.annotations import VideoAnnotation
+from re2tal.localizers.protocol import Targets
+from re2tal.videos.windows import Window, WindowConfig, training_windows
+
+if TYPE_CHECKING:  # it needs Ray, which the training loop does not
+    from pipelines.data.streaming import FrameStream
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Video:
+    """A usable video: its annotation and where its file is.
+
+    Attributes:
+        annotation: what happens in it.
+        uri: path or URI of the file.
+    """
+
+    annotation: VideoAnnotation
+    uri: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Windows of one step of one worker.
+
+    Attributes:
+        windows: where each sample comes from.
+        frames: uint8 (B, T, H, W, 3); or features in their place, float32 (B, T', C).
+        mask: bool (B, T), false on padding and on all of a window that could not be decoded.
+        targets: segments and labels of each sample, in feature-grid units.
+        failures: video id to reason, for windows that could not be decoded.
+    """
+
+    windows: tuple[Window, ...]
+    frames: Tensor
+    mask: Tensor
+    targets: tuple[Targets, ...]
+    failures: dict[str, str]
+
+
+def epoch_windows(
+    videos: Sequence[Video],
+    classes: Sequence[str],
+    config: WindowConfig,
+    *,
+    stride: int,
+    seed: int,
+    epoch: int,
+) -> list[Window]:
+    """Cuts the training videos into an epoch's windows and shuffles them.
+
+    Args:
+        videos: the training videos.
+        classes: class names; labels are indices into it.
+        config: how windows are cut.
+        stride: frames per feature, of the backbone.
+        seed: of the run.
+        epoch: from 0; another epoch has other windows in another order.
+
+    Returns:
+        The windows of all workers.
+    """
+    random = np.random.default_rng((seed, epoch))
+    windows = [
+        window
+        for video in videos
+        for window in training_windows(
+            video.annotation, classes, config, stride=stride, random=random
+        )
+    ]
+    return [windows[i] for i in random.permutation(len(windows))]
+
+
+def share(
+    windows: Sequence[Window], *, rank: int, world_size: int, batch_size: int
+) -> list[Window]:
+    """Returns the windows of one worker: as many for each, a whole number of batches.
+
+    Args:
+        windows: of all workers.
+        rank: of this worker.
+        world_size: number of workers.
+        batch_size: windows a step and worker.
+
+    Raises:
+        ValueError: if there are too few windows for one step.
+    """
+    steps = len(windows) // (batch_size * world_size)
+    if steps == 0:
+        raise ValueError(
+            f"{len(windows)} training windows do not fill one step of {world_size} workers x "
+            f"batch {batch_size}: lower --batch-size or --scale.workers, or add videos."
+        )
+    return list(windows[rank : steps * batch_size * world_size : world_size])
+
+
+def assemble(windows: Sequence[Window], samples: Sequence[Mapping[str, Any]]) -> Batch:
+    """Puts windows and what was read of each into a batch.
+
+    Args:
+        windows: of the batch.
+        samples: `frames` and `error` of each, as `decode_sample` returns them.
+    """
+    masks, targets, failures = [], [], {}
+    for window, sample in zip(windows, samples, strict=True):
+        error = str(sample["error"])
+        if error:
+            failures[window.video_id] = error
+        mask = torch.from_numpy(window.mask())
+        masks.append(torch.zeros_like(mask) if error else mask)
+        keep = slice(0, 0) if error else slice(None)
+        targets.append(
+            Targets(
+                segments=torch.from_numpy(np.array(window.segments[keep], np.float32)),
+                labels=torch.from_numpy(np.array(window.labels[keep], np.int64)),
+            )
+        )
+    return Batch(
+        windows=tuple(windows),
+        frames=torch.from_numpy(np.stack([sample["frames"] for sample in samples])),
+        mask=torch.stack(masks),
+        targets=tuple(targets),
+        failures=failures,
+    )
+
+
+def stream_batches(
+    stream: "FrameStream",
+    windows: Sequence[Window],
+    uris: dict[str, str],
+    *,
+    size: int,
+    batch_size: int,
+) -> Iterator[Batch]:
+    """Decodes windows with Ray Data, in parallel and in order, and yields them in batches.
+
+    Args:
+        stream: what decodes them.
+        windows: of this worker, in the order in which they are wanted.
+        uris: video id to path or URI.
+        size: side of the square frames in pixels.
+        batch_size: windows a batch; the last one may be smaller.
+    """
+    if not windows:
+        return
+    rows = [{"index": i, "uri": uris[w.video_id], "window": w} for i, w in enumerate(windows)]
+    for samples in stream.batches(rows, size=size, batch_size=batch_size):
+        yield assemble([windows[sample["index"]] for sample in samples], samples)
+
+
+def decode_batches(
+    windows: Sequence[Window], uris: dict[str, str], *, size: int, batch_size: int
+) -> Iterator[Batch]:
+    """Like `stream_batches`, in this process and without Ray; for notebooks and tests.
+
+    Args:
+        windows: in the order in which they are wanted.
+        uris: video id to path or URI.
+        size: side of the square frames in pixels.
+        batch_size: windows a batch; the last one may be smaller.
+    """
+    for start in range(0, len(windows), batch_size):
+        chunk = windows[start : start + batch_size]
+        samples = [
+            decode_sample({"index": 0, "uri": uris[w.video_id], "window": w}, size=size)
+            for w in chunk
+        ]
+        yield assemble(chunk, samples)

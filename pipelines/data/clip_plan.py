@@ -1,0 +1,185 @@
+"""Before a run starts: check the lists, find the files, leave out what is unusable."""
+
+import functools
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from pipelines.config.recipe import TrimmedDataConfig
+from pipelines.core.storage import is_folder, local_copy, require, walk_files
+from pipelines.data.plan import Plan, UnusableVideosError, check_failures
+from pipelines.data.videos import Probe, probe_files
+from re2tal.datasets.trimmed import (
+    Place,
+    TrimmedList,
+    TrimmedVideo,
+    find_files,
+    joint_classes,
+    read_classes,
+    read_folders,
+    read_list,
+)
+
+_SUBSETS = ("training", "validation")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lists:
+    """What is to be classified, before any file is opened.
+
+    Attributes:
+        classes: names of the classes; a label is an index into it.
+        subsets: "training" and "validation": the list of each.
+        files: of each the files of its folder: path in the folder to path or URI.
+        fingerprint: hash of classes and lists.
+    """
+
+    classes: tuple[str, ...]
+    subsets: Mapping[str, TrimmedList]
+    files: Mapping[str, Mapping[str, str]]
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassificationPlan:
+    """What a run works on.
+
+    Attributes:
+        classes: names of the classes; a label is an index into it.
+        training: usable training videos.
+        validation: usable validation videos.
+        uris: video id to path or URI, of all of them.
+        failures: video id to the reason why it is left out.
+        fingerprint: hash of classes and lists.
+    """
+
+    classes: tuple[str, ...]
+    training: tuple[TrimmedVideo, ...]
+    validation: tuple[TrimmedVideo, ...]
+    uris: dict[str, str]
+    failures: Mapping[str, str]
+    fingerprint: str
+
+
+def read_lists(config: TrimmedDataConfig) -> Lists:
+    """Reads both lists, local or remote, and checks them whole.
+
+    Args:
+        config: where they are.
+
+    Raises:
+        StorageError: if there is nothing there.
+        AnnotationError: with every problem in them.
+    """
+    classes = None
+    if config.classes is not None:
+        uri = require(config.classes, what="The names of the classes", option="--data.classes")
+        classes = read_classes(uri, _text(uri))
+    walk = functools.cache(walk_files)  # both lists may be of the same folder
+    subsets: dict[str, TrimmedList] = {}
+    files: dict[str, Mapping[str, str]] = {}
+    for subset, given, split in (
+        ("training", config.training, config.training_split),
+        ("validation", config.validation, config.validation_split),
+    ):
+        uri = require(given, what=f"The {subset} videos", option=f"--data.{subset}")
+        if is_folder(uri):
+            files[subset] = walk(uri)
+            subsets[subset] = read_folders(uri, files[subset])
+        else:
+            source = uri if split is None else f"{uri} ({split})"
+            subsets[subset] = read_list(source, _text(uri), classes=classes, split=split)
+            files[subset] = walk(require(config.videos, what="The videos", option="--data.videos"))
+    known = joint_classes(subsets["training"], subsets["validation"], classes)
+    return Lists(
+        classes=known,
+        subsets=subsets,
+        files=files,
+        fingerprint=_fingerprint(known, subsets),
+    )
+
+
+def _text(uri: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        return local_copy(uri, Path(folder)).read_text(encoding="utf-8-sig")
+
+
+def _fingerprint(classes: tuple[str, ...], subsets: Mapping[str, TrimmedList]) -> str:
+    content = [
+        classes,
+        *(
+            [[e.video_id, e.label] for e in sorted(subsets[name].entries, key=lambda e: e.video_id)]
+            for name in _SUBSETS
+        ),
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def make_plan(
+    config: TrimmedDataConfig, lists: Lists, *, probe: Probe = probe_files
+) -> ClassificationPlan:
+    """Finds and opens the videos, and decides what a run works on.
+
+    Every file is opened once, by default in parallel with Ray Data.
+
+    Args:
+        config: how many videos may fail.
+        lists: what `read_lists` returned.
+        probe: opens the files.
+
+    Raises:
+        UnusableVideosError: if too many videos are missing or unreadable, or all of a subset.
+    """
+    files: dict[str, tuple[str, Place]] = {}
+    failures: dict[str, str] = {}
+    for subset in _SUBSETS:
+        found, missing = find_files(lists.subsets[subset].entries, lists.files[subset])
+        files |= {f"{subset}/{name}": place for name, place in found.items()}
+        failures |= {f"{subset}/{name}": reason for name, reason in missing.items()}
+    durations, errors = _durations({uri for uri, _ in files.values()}, probe)
+    number = {name: i for i, name in enumerate(lists.classes)}
+    usable: dict[str, list[TrimmedVideo]] = {subset: [] for subset in _SUBSETS}
+    for subset in _SUBSETS:
+        for entry in lists.subsets[subset].entries:
+            video_id = f"{subset}/{entry.video_id}"
+            if video_id in failures:
+                continue
+            uri, place = files[video_id]
+            end = min(place.end or math.inf, durations.get(uri, 0.0))
+            if uri in errors:
+                failures[video_id] = errors[uri]
+            elif end <= place.start:
+                failures[video_id] = f"{uri} ends at {end:g} s, before {place.start:g} s"
+            else:
+                label = number[entry.label]
+                usable[subset].append(
+                    TrimmedVideo(video_id=video_id, label=label, start=place.start, end=end)
+                )
+    total = sum(len(lists.subsets[subset].entries) for subset in _SUBSETS)
+    check_failures(failures, total, config.max_failed)
+    for subset, videos in usable.items():
+        if not videos:
+            raise UnusableVideosError(f"No {subset} video can be used: all of them failed.")
+    return ClassificationPlan(
+        classes=lists.classes,
+        training=tuple(usable["training"]),
+        validation=tuple(usable["validation"]),
+        uris={v.video_id: files[v.video_id][0] for of in usable.values() for v in of},
+        failures=failures,
+        fingerprint=lists.fingerprint,
+    )
+
+
+def _durations(uris: set[str], probe: Probe) -> tuple[dict[str, float], dict[str, str]]:
+    """Seconds that each file lasts, and why others cannot be read."""
+    rows = probe({uri: uri for uri in uris}).select(["uri", "duration", "error"]).to_pylist()
+    durations = {row["uri"]: row["duration"] for row in rows if not row["error"]}
+    return durations, {row["uri"]: row["error"] for row in rows if row["error"]}
+
+
+AnyPlan: TypeAlias = Plan | ClassificationPlan

@@ -1,0 +1,139 @@
+"""What Ray's decoding tasks run; without torch, so that their processes start in a moment."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from pipelines.core.storage import file_size, join, open_source
+from pipelines.data.features import SampledVideo
+from pipelines.data.shards import Attempts, open_video
+from re2tal.videos.limits import VideoError
+from re2tal.videos.probing import VideoInfo, probe
+from re2tal.videos.windows import Window, window_frames
+
+
+def decode_sample(row: dict[str, Any], *, size: int, threads: int = 1) -> dict[str, Any]:
+    """Decodes one window; what cannot be decoded comes back black, with the reason.
+
+    Args:
+        row: `index`, `uri` and `window`.
+        size: side of the square frames in pixels.
+        threads: of the decoder.
+
+    Returns:
+        `index`; `frames`, uint8 (T, size, size, 3); `error`, empty if all went well.
+    """
+    window: Window = row["window"]
+    try:
+        frames = window_frames(open_video(row["uri"]), window, size=size, threads=threads)
+        error = ""
+    except (VideoError, OSError) as problem:
+        frames = np.zeros((window.grid.length, size, size, 3), np.uint8)
+        error = str(problem)
+    return {"index": row["index"], "frames": frames, "error": error}
+
+
+def decode_masked(row: dict[str, Any], *, size: int) -> dict[str, Any]:
+    """Decodes one window as `decode_sample` does, and tells which of its frames show the video.
+
+    Args:
+        row: `index`, `uri` and `window`.
+        size: side of the square frames in pixels.
+
+    Returns:
+        What `decode_sample` returns, and `mask`, bool (T,), all false if there is an error.
+    """
+    sample = decode_sample(row, size=size)
+    window: Window = row["window"]
+    return {**sample, "mask": window.mask() & (not sample["error"])}
+
+
+def probe_sample(row: dict[str, str]) -> dict[str, Any]:
+    """Opens a video, to see whether it can be used, and what its file says.
+
+    Args:
+        row: `video_id` and `uri`.
+
+    Returns:
+        The row with the fields of `VideoInfo`, its problems as lines of one text, the file's
+        `bytes`, and `error`, empty if it is readable; if it is not, the others are None.
+    """
+    try:
+        found = asdict(probe(open_source(row["uri"]))) | {"bytes": file_size(row["uri"])}
+    except (VideoError, OSError) as problem:
+        unknown = dict.fromkeys(["bytes", *(field.name for field in fields(VideoInfo))])
+        return {**row, **unknown, "error": str(problem)}
+    return {**row, **found, "problems": "\n".join(found["problems"]), "error": ""}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoJob:
+    """A video of which features are made.
+
+    Attributes:
+        video_id: the video.
+        uri: path or URI of its file, or of the video in a shard.
+        sampled: which frames the features are made of.
+    """
+
+    video_id: str
+    uri: str
+    sampled: SampledVideo
+
+
+def decode_video(
+    row: dict[str, Any], *, size: int, batch_size: int, threads: int, notes: str
+) -> Iterator[dict[str, Any]]:
+    """Decodes a video stretch by stretch, up to the first that cannot be decoded.
+
+    Args:
+        row: `video`, a `VideoJob`.
+        size: side of the square frames in pixels.
+        batch_size: units that go through the backbone at a time.
+        threads: of the decoder.
+        notes: folder in which videos are noted while they are decoded.
+
+    Returns:
+        Of each stretch `video_id`; `number`, from 0 on; `frames`, uint8 (T, size, size, 3);
+        `valid`, how many of these show the video; `starts`, the first frame of each unit; and
+        `error`, empty if all went well.
+    """
+    job: VideoJob = row["video"]
+    # a video that ends this process, time and again, is given up: Ray would go on for ever
+    attempts = Attempts(join(notes, job.video_id))
+    attempts.begin(job.video_id)
+    if reason := attempts.reason(job.video_id):
+        yield _failed(job, 0, reason)
+    else:
+        stretches = job.sampled.stretches(size=size, batch_size=batch_size)
+        for number, stretch in enumerate(stretches):
+            sample = decode_sample(
+                {"index": number, "uri": job.uri, "window": stretch.window},
+                size=size,
+                threads=threads,
+            )
+            if sample["error"]:
+                yield _failed(job, number, sample["error"])
+                break
+            yield {
+                "video_id": job.video_id,
+                "number": number,
+                "frames": sample["frames"],
+                "valid": stretch.window.valid,
+                "starts": stretch.starts,
+                "error": "",
+            }
+    attempts.clear()
+
+
+def _failed(job: VideoJob, number: int, error: str) -> dict[str, Any]:
+    return {
+        "video_id": job.video_id,
+        "number": number,
+        "frames": np.zeros((1, 1, 1, 3), np.uint8),
+        "valid": 0,
+        "starts": np.zeros(1, np.int64),
+        "error": error,
+    }

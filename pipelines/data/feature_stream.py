@@ -1,0 +1,112 @@
+"""Training on features instead of frames: the recipe that it takes, and batches of windows."""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.config.recipe import Recipe
+from pipelines.data.batches import Batch, assemble
+from pipelines.data.clip_plan import AnyPlan
+from pipelines.data.features import FeatureError, Features
+from pipelines.data.plan import Plan
+from re2tal.backbones.precomputed import PrecomputedConfig
+from re2tal.videos.augmentation import AugmentationConfig
+from re2tal.videos.features import window_features
+from re2tal.videos.timegrid import TimeGrid
+from re2tal.videos.windows import Window
+
+_KEPT_BYTES = 2**30  # of features that a worker keeps for the next epoch
+
+
+def without_backbone(recipe: Recipe, features: Features) -> Recipe:
+    """The recipe with features in the place of frames and backbone, and all else as it is.
+
+    A window keeps as many features as its backbone would have made. What only makes sense with a
+    backbone or with frames is switched off: weights, rewiring, frozen parts of the backbone,
+    augmentation.
+
+    Args:
+        recipe: with a backbone.
+        features: that the localizer is trained on.
+    """
+    with torch.device("meta"):  # only its stride is of interest
+        backbone: Any = recipe.model.backbone.build()
+    frozen = tuple(part for part in recipe.model.frozen if part.split(".")[0] != "backbone")
+    model = replace(
+        recipe.model,
+        backbone=PrecomputedConfig(
+            channels=features.channels, temporal_stride=backbone.temporal_stride
+        ),
+        weights=None,
+        reversible=False,
+        slice_mb=None,
+        coupling_epochs=None,
+        frozen=frozen,
+        norms="trained",
+    )
+    data = replace(recipe.data, augmentation=AugmentationConfig())
+    return replace(recipe, model=model, data=data)
+
+
+def feature_stream(plan: AnyPlan) -> "FeatureStream | None":
+    """Gives the features of a run that works on them; None if it works on frames.
+
+    Args:
+        plan: what the run works on.
+    """
+    if isinstance(plan, Plan) and plan.features is not None:
+        return FeatureStream(plan.features, plan.durations)
+    return None
+
+
+class FeatureStream:
+    """Gives the features of windows, and keeps those of some videos in memory.
+
+    Args:
+        features: of all videos.
+        durations: video id to seconds.
+    """
+
+    def __init__(self, features: Features, durations: Mapping[str, float]) -> None:
+        self._features, self._durations = features, durations
+        self._kept: OrderedDict[str, tuple[np.ndarray, TimeGrid]] = OrderedDict()
+        self._bytes = 0
+
+    def batches(self, windows: Sequence[Window], *, batch_size: int) -> Iterator[Batch]:
+        """Yields the features of windows in batches, in order.
+
+        Args:
+            windows: in the order in which they are wanted.
+            batch_size: windows a batch; the last one may be smaller.
+
+        Returns:
+            Batches whose frames are features, float32 (B, T', C). Those of a window that could not
+            be read are zero, and its mask false.
+        """
+        for start in range(0, len(windows), batch_size):
+            chunk = windows[start : start + batch_size]
+            yield assemble(chunk, [self._sample(window) for window in chunk])
+
+    def _sample(self, window: Window) -> dict[str, Any]:
+        """What `decode_sample` gives, with features as frames."""
+        try:
+            features, grid = self._video(window.video_id)
+        except (FeatureError, OSError) as problem:
+            shape = window.grid.num_features, self._features.channels
+            return {"frames": np.zeros(shape, np.float32), "error": str(problem)}
+        return {"frames": window_features(features, grid, window), "error": ""}
+
+    def _video(self, video_id: str) -> tuple[np.ndarray, TimeGrid]:
+        if video_id in self._kept:
+            self._kept.move_to_end(video_id)
+            return self._kept[video_id]
+        found = self._features.read(video_id, duration=self._durations[video_id])
+        self._kept[video_id] = found
+        self._bytes += found[0].nbytes
+        while self._bytes > _KEPT_BYTES:
+            self._bytes -= self._kept.popitem(last=False)[1][0].nbytes
+        return found

@@ -1,0 +1,397 @@
+"""Before a run starts: check the annotations, find the files, leave out what is unusable."""
+
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from pipelines.config.recipe import DataConfig, Dataset
+from pipelines.core.storage import list_files, local_copy, require
+from pipelines.data.batches import Video
+from pipelines.data.features import Features
+from pipelines.data.shards import FoundVideos, find_in_shards, read_manifest
+from pipelines.data.videos import Probe, probe_files
+from pipelines.training.model import ACTION
+from re2tal.annotations import Annotations, VideoAnnotation
+from re2tal.datasets import DATASETS, Form, check_durations, load_annotations, read_ids
+from re2tal.detection.video_scores import VideoScores, load_video_scores
+from re2tal.videos.files import match_videos
+
+
+class RecipeError(Exception):
+    """Settings of a recipe that contradict one another; the message says which."""
+
+
+class UnusableVideosError(Exception):
+    """Too many videos are missing or cannot be read; the message lists them with the reasons."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a run works on.
+
+    Attributes:
+        classes: names of the action classes, sorted.
+        training: usable training videos.
+        validation: usable validation videos.
+        failures: video id to the reason why it is left out.
+        fingerprint: hash of the annotations that are used.
+        remarks: what may surprise, a sentence each: shards that were made for something else, and
+            videos whose file lasts longer or shorter than annotated. They are used: where the file
+            is too short, the windows that fail are counted.
+        video_scores: what an external classifier says of the validation videos.
+        features: of all usable videos, if they stand in for frames.
+    """
+
+    classes: tuple[str, ...]
+    training: tuple[Video, ...]
+    validation: tuple[Video, ...]
+    failures: Mapping[str, str]
+    fingerprint: str
+    remarks: tuple[str, ...] = ()
+    video_scores: VideoScores | None = None
+    features: Features | None = None
+
+    def restricted(self, classes: Sequence[str]) -> "Plan":
+        """The plan for a detector or an evaluation of `classes`: these, or the one class `ACTION`.
+
+        Args:
+            classes: what `detected_classes` or `reported_classes` returns.
+        """
+        if tuple(classes) == self.classes:
+            return self
+        return replace(
+            self,
+            classes=(ACTION,),
+            training=tuple(_class_agnostic(video) for video in self.training),
+            validation=tuple(_class_agnostic(video) for video in self.validation),
+        )
+
+    @property
+    def uris(self) -> dict[str, str]:
+        """Video id to path or URI, of all usable videos."""
+        return {v.annotation.video_id: v.uri for v in (*self.training, *self.validation)}
+
+    @property
+    def durations(self) -> dict[str, float]:
+        """Video id to seconds, of all usable videos."""
+        videos = (v.annotation for v in (*self.training, *self.validation))
+        return {video.video_id: video.duration for video in videos}
+
+
+def _class_agnostic(video: Video) -> Video:
+    old = video.annotation
+    relabelled = replace(
+        old,
+        instances=tuple(replace(i, label=ACTION) for i in old.instances),
+        published=old.published and tuple(replace(i, label=ACTION) for i in old.published),
+    )
+    return replace(video, annotation=relabelled)
+
+
+def read_annotations(config: DataConfig) -> Annotations:
+    """Reads the annotations, local or remote, and checks them whole.
+
+    Args:
+        config: where they are.
+
+    Raises:
+        StorageError: if there is nothing there.
+        AnnotationError: with every problem in them.
+    """
+    return load_files(
+        config.annotations,
+        form=config.form,
+        dataset=config.dataset,
+        exclude=config.exclude,
+        keep=config.keep,
+        prefix="--data.",
+    )
+
+
+def load_files(
+    annotations: str | None,
+    *,
+    form: Form,
+    dataset: Dataset | None,
+    exclude: str | None,
+    keep: Sequence[str] = (),
+    prefix: str,
+) -> Annotations:
+    """Reads annotations and the ids to exclude from paths or URIs, and checks them whole.
+
+    Args:
+        annotations: where they are.
+        form: how they are laid out.
+        dataset: whose known faults are repaired.
+        exclude: file of the ids to leave out.
+        keep: ids of videos that count although `dataset` leaves them out.
+        prefix: of the options that set these, for messages.
+
+    Raises:
+        StorageError: if there is nothing there.
+        AnnotationError: with every problem in them.
+    """
+    uri = require(annotations, what="The annotations", option=f"{prefix}annotations")
+    with tempfile.TemporaryDirectory() as folder:
+        excluded: frozenset[str] = frozenset()
+        if exclude is not None:
+            ids = require(exclude, what="The ids to exclude", option=f"{prefix}exclude")
+            excluded = read_ids(local_copy(ids, Path(folder)))
+        return load_annotations(
+            local_copy(uri, Path(folder)),
+            form=form,
+            quirks=DATASETS[dataset] if dataset else None,
+            exclude=excluded,
+            keep=keep,
+        )
+
+
+def _find(
+    config: DataConfig, folder: str, video_ids: Sequence[str], fingerprint: str, probe: Probe
+) -> FoundVideos:
+    """Finds videos in shards or as files, those that can be used and those that cannot."""
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        return find_in_shards(
+            folder,
+            manifest,
+            video_ids,
+            fingerprint=fingerprint,
+            size=config.size,
+            fps=config.window.fps,
+        )
+    files, missing = match_videos(video_ids, list_files(folder))
+    probed = probe(files).select(["video_id", "duration", "error"]).to_pylist()
+    errors = {row["video_id"]: row["error"] for row in probed if row["error"]}
+    durations = {row["video_id"]: row["duration"] for row in probed if not row["error"]}
+    failures = {**missing, **errors}
+    return FoundVideos(uris=files, failures=failures, durations=durations, remarks=())
+
+
+def _find_features(features: Features, videos: Sequence[VideoAnnotation]) -> FoundVideos:
+    """Finds the features of videos."""
+    missing = features.missing(video.video_id for video in videos)
+    found = {video.video_id for video in videos} - missing.keys()
+    return FoundVideos(
+        uris={video_id: features.uri(video_id) for video_id in sorted(found)},
+        failures=missing,
+        durations={},
+        remarks=tuple(features.disagreements({v.video_id: v.duration for v in videos}).values()),
+    )
+
+
+class KnownVideos(Protocol):
+    """A plan, of whatever task."""
+
+    @property
+    def uris(self) -> Mapping[str, str]:
+        """Video id to its file, of the usable ones."""
+
+    @property
+    def failures(self) -> Mapping[str, str]:
+        """Video id to the reason, of those left out."""
+
+
+def all_failures(
+    plan: KnownVideos, of_workers: Iterable[Mapping[str, str]], max_failed: float
+) -> dict[str, str]:
+    """The videos that failed before training or on any worker; stops a run with too many of them.
+
+    Args:
+        plan: of the run.
+        of_workers: what each worker came upon: video id to reason.
+        max_failed: the largest share that may fail, 0 to 1.
+
+    Returns:
+        Video id to reason.
+
+    Raises:
+        UnusableVideosError: see `check_failures`.
+    """
+    failed = dict(plan.failures)
+    for of_worker in of_workers:
+        failed |= of_worker
+    check_failures(failed, len(plan.uris) + len(plan.failures), max_failed)
+    return failed
+
+
+def check_failures(
+    failures: Mapping[str, str], total: int, max_failed: float, *, prefix: str = "--data."
+) -> None:
+    """Stops a run of which too many videos failed.
+
+    Args:
+        failures: video id to reason.
+        total: number of videos in all.
+        max_failed: the largest share that may fail, 0 to 1.
+        prefix: of the options that set videos and share, for messages.
+
+    Raises:
+        UnusableVideosError: if all fail, or more than that share.
+    """
+    if len(failures) < total and len(failures) <= max_failed * total:
+        return
+    listed = "\n".join(
+        f"  {video_id}: {reason}" for video_id, reason in sorted(failures.items())[:20]
+    )
+    more = f"\n  ... and {len(failures) - 20} more" if len(failures) > 20 else ""
+    share = f"{len(failures)} of {total} videos cannot be used"
+    if len(failures) == total:
+        problem = f"No usable video: {share}. Is {prefix}videos the right folder?"
+    else:
+        problem = f"{share}, more than the allowed {max_failed:.0%} ({prefix}max-failed)."
+    raise UnusableVideosError(f"{problem}\n{listed}{more}")
+
+
+def make_plan(config: DataConfig, annotations: Annotations, *, probe: Probe = probe_files) -> Plan:
+    """Finds and checks the videos or their features, and decides what a run works on.
+
+    Every file of a video is opened once, by default in parallel with Ray Data; the plan holds only
+    those that could be. What lies in shards was decoded when they were made, and is not opened.
+    Nor are features.
+
+    Args:
+        config: where the videos are.
+        annotations: what `read_annotations` returned.
+        probe: opens the files.
+
+    Raises:
+        StorageError: if the folder of the videos is missing.
+        ShardError: if it holds shards that are not complete.
+        FeatureError: if there are no features, or they are not complete.
+        RecipeError: if settings contradict one another.
+        DetectionFileError: if the file of an external classifier is not usable.
+        UnusableVideosError: if too many videos are missing or unreadable, or have no scores; or
+            if those of the validation show no action.
+    """
+    features = Features(config.features) if config.features else None
+    subsets = {
+        name: annotations.subset(name)
+        for name in (config.training_subset, config.validation_subset)
+    }
+    evaluated = subsets[config.validation_subset]
+    scores = read_video_scores(
+        config.video_scores,
+        annotations.classes,
+        evaluated.videos,
+        top=config.video_scores_top,
+        logits=config.video_scores_logits,
+    )
+    wanted = [video for subset in subsets.values() for video in subset.videos]
+    if features is not None:
+        found = _find_features(features, wanted)
+    else:
+        folder = require(config.videos, what="The videos", option="--data.videos")
+        ids = [video.video_id for video in wanted]
+        found = _find(config, folder, ids, annotations.fingerprint, probe)
+    failures = found.failures
+    check_failures(failures, len({video.video_id for video in wanted}), config.max_failed)
+
+    def usable(subset: str) -> tuple[Video, ...]:
+        return tuple(
+            Video(annotation=video, uri=found.uris[video.video_id])
+            for video in subsets[subset].videos
+            if video.video_id not in failures
+        )
+
+    training, validation = usable(config.training_subset), usable(config.validation_subset)
+    _require_some(config, training, validation)
+    return Plan(
+        classes=annotations.classes,
+        training=training,
+        validation=validation,
+        failures=failures,
+        fingerprint=annotations.fingerprint,
+        remarks=(*found.remarks, *check_durations(annotations, found.durations).values()),
+        video_scores=scores,
+        features=features,
+    )
+
+
+def evaluation_plan(
+    annotations: Annotations, videos: Sequence[VideoAnnotation], scores: VideoScores | None
+) -> Plan:
+    """The plan of an evaluation alone, for which the files of the videos are not needed.
+
+    Args:
+        annotations: that the videos are from.
+        videos: that are evaluated.
+        scores: what an external classifier says of them.
+    """
+    return Plan(
+        classes=annotations.classes,
+        training=(),
+        validation=tuple(Video(annotation=video, uri="") for video in videos),
+        failures={},
+        fingerprint=annotations.fingerprint,
+        video_scores=scores,
+    )
+
+
+def read_video_scores(
+    place: str | None,
+    classes: Sequence[str],
+    videos: Sequence[VideoAnnotation],
+    *,
+    top: int,
+    logits: bool,
+    prefix: str = "--data.",
+) -> VideoScores | None:
+    """Reads what an external classifier says of videos, and checks that it says it of all.
+
+    Args:
+        place: path or URI of its file; None if there is no such classifier.
+        classes: names of the action classes.
+        videos: of the evaluated subset.
+        top: how many classes each proposal will be given.
+        logits: the file holds logits.
+        prefix: of the options that set these, for messages.
+
+    Returns:
+        The scores; None if there is no such classifier.
+
+    Raises:
+        StorageError: if there is nothing at the place.
+        RecipeError: if there are not so many classes.
+        DetectionFileError: with every problem in the file.
+        UnusableVideosError: if videos have no scores.
+    """
+    if place is None:
+        return None
+    if not 1 <= top <= len(classes):
+        raise RecipeError(
+            f"A proposal can be given 1 to {len(classes)} classes, not {top} "
+            f"({prefix}video-scores-top)."
+        )
+    uri = require(place, what="The video scores", option=f"{prefix}video-scores")
+    with tempfile.TemporaryDirectory() as folder:
+        scores = load_video_scores(local_copy(uri, Path(folder)), classes, logits=logits)
+    missing = [video.video_id for video in videos if scores.get(video.video_id) is None]
+    if missing:
+        raise UnusableVideosError(
+            f"{len(missing)} of the {len(videos)} videos of the subset {videos[0].subset!r} have "
+            f"no scores in {place}: {', '.join(missing[:10])}{', ...' * (len(missing) > 10)}. Take "
+            f"the scores of that subset, or leave the videos out ({prefix}exclude)."
+        )
+    return scores
+
+
+def _require_some(
+    config: DataConfig, training: Sequence[Video], validation: Sequence[Video]
+) -> None:
+    for name, videos in (
+        (config.training_subset, training),
+        (config.validation_subset, validation),
+    ):
+        if not videos:
+            raise UnusableVideosError(
+                f"No usable video in subset {name!r}: all of its videos failed."
+            )
+    if not any(video.annotation.evaluated for video in validation):
+        raise UnusableVideosError(
+            f"No instance to evaluate detections against in subset {config.validation_subset!r}: "
+            f"its {len(validation)} usable videos have none. Name a subset with annotated actions "
+            "(--data.validation-subset)."
+        )

@@ -1,0 +1,188 @@
+"""Ray Data's executions, in a process of its own beside each worker.
+
+Ray Data schedules its tasks from a thread of the process that consumes them. In a training process
+that thread and PyTorch's wait for each other's interpreter lock, so an actor runs the executions
+and the worker only fetches finished batches. And while a consumer is slower than the decoding,
+which is how it should be, that thread spins: so what is decoded ahead is bounded by running short
+executions to their ends, one after the other, instead of holding a long one back.
+
+What all of it holds at a time is bounded by the node's object store: frames never spill to disk.
+"""
+
+import functools
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data.block import BlockAccessor
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipelines.core.cluster import quiet_data
+from pipelines.data.decoding import decode_sample
+
+# Executions that run at a time: while one begins or ends, and its tasks are too few to keep all
+# decoders busy, those of the other do.
+_RUNNING = 2
+# Executions whose frames are held: those that run, one whose batches are handed out, and the one
+# before, which Ray frees a little later.
+_HELD = _RUNNING + 2
+_AHEAD = 3  # batches that come to the worker's node before they are asked for
+_FIRST_BATCHES = 4  # of the first execution: training starts as soon as it is through
+# Of an execution's frames. More would only lie there longer; with less, what Ray's own services
+# keep of every execution (0.45 MB in a node's agent, 0.4 in its statistics) adds up in long runs.
+_MOST_BYTES = 4 * 2**30
+# Of the object store. The rest is for what else goes through it, and for the frames of tasks that
+# end while the batches before them are still being handed out.
+_STORE_SHARE = 0.6
+
+
+def store_needed(batch_bytes: int) -> int:
+    """The least object store of a node, in bytes, with which one worker's frames do not spill.
+
+    Args:
+        batch_bytes: of a batch's frames.
+    """
+    return math.ceil(_HELD * batch_bytes / _STORE_SHARE)
+
+
+def portion_bytes(batch_bytes: int, store_bytes: float, streams: int) -> int:
+    """How many bytes of frames one execution may decode, at least a batch.
+
+    Args:
+        batch_bytes: of a batch's frames.
+        store_bytes: size of the node's object store.
+        streams: workers that share it.
+    """
+    share = int(_STORE_SHARE * store_bytes / streams / _HELD)
+    return max(batch_bytes, min(_MOST_BYTES, share))
+
+
+def portions(rows: int, batch_size: int, most: int) -> Iterator[slice]:
+    """Cuts an epoch's rows into executions: a short one first, each then twice as long.
+
+    Args:
+        rows: their number.
+        batch_size: rows a batch; executions hold whole batches.
+        most: batches of an execution at most, at least one.
+    """
+    start, batches = 0, min(_FIRST_BATCHES, most)
+    while start < rows:
+        end = min(rows, start + batches * batch_size)
+        yield slice(start, end)
+        start, batches = end, min(2 * batches, most)
+
+
+class _Stream:
+    def __init__(self, streams: int, cpus: float, threads: int) -> None:
+        quiet_data()
+        self._streams, self._cpus, self._threads = streams, cpus, threads
+
+        self._batches: Iterator[list[ray.ObjectRef]] = iter(())
+
+    def begin(self, rows: Sequence[dict[str, Any]], size: int, batch_size: int) -> None:
+        self._batches = self._run(rows, size, batch_size)
+
+    def next(self) -> list[ray.ObjectRef]:
+        """The blocks of the next batch, a row each; none at the end."""
+        return next(self._batches, [])
+
+    def _run(
+        self, rows: Sequence[dict[str, Any]], size: int, batch_size: int
+    ) -> Iterator[list[ray.ObjectRef]]:
+        batch_bytes = batch_size * rows[0]["window"].grid.length * size * size * 3
+        most = portion_bytes(batch_bytes, _store_bytes(), self._streams) // batch_bytes
+        cuts = portions(len(rows), batch_size, most)
+        with ThreadPoolExecutor(max_workers=_RUNNING) as ahead:
+            runs = (ahead.submit(self._decode, rows[cut], size) for cut in cuts)
+            running = deque(islice(runs, _RUNNING))
+            while running:
+                decoded = running.popleft().result()
+                running.extend(islice(runs, 1))
+                while decoded:  # no batch is held here once it is handed out
+                    yield [decoded.popleft() for _ in range(min(batch_size, len(decoded)))]
+
+    def _decode(self, rows: Sequence[dict[str, Any]], size: int) -> deque[ray.ObjectRef]:
+        decode = functools.partial(decode_sample, size=size, threads=self._threads)
+        dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows))
+        dataset = dataset.map(decode, num_cpus=self._cpus)
+        dataset.context.execution_options.preserve_order = True
+        # No budgets: portions bound the memory already, and logical CPUs the tasks. When several
+        # executions share a small cluster, Ray Data gives each the integer part of its share, so
+        # none; with no CPU it decodes one window at a time, and with no memory it looks at what
+        # was decoded every ten seconds and spins in between.
+        dataset.context.set_config("backpressure_policies.enabled", [])
+        return deque(dataset.materialize().to_arrow_refs())
+
+
+def _store_bytes() -> float:
+    """Size of this node's object store."""
+    here = ray.get_runtime_context().get_node_id()
+    node = next(node for node in ray.nodes() if node["NodeID"] == here)
+    return float(node["Resources"]["object_store_memory"])
+
+
+class FrameStream:
+    """Decodes windows with Ray Data, in parallel and in order, just ahead of whoever takes them.
+
+    Args:
+        streams: workers on this node, which share its object store.
+        cpus: logical CPUs that a decoding task holds, so how many of them run at once.
+        threads: of the decoder in a task.
+    """
+
+    def __init__(self, *, streams: int = 1, cpus: float = 0.5, threads: int = 1) -> None:
+        # on the node of the worker, into whose object store the batches are to go
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(num_cpus=0, scheduling_strategy=here)(_Stream)
+        self._actor: Any = actor.remote(streams, cpus, threads)
+
+    def batches(
+        self, rows: Sequence[dict[str, Any]], *, size: int, batch_size: int
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Yields what `decode_sample` made of the rows, in batches.
+
+        Args:
+            rows: `index`, `uri` and `window` each.
+            size: side of the square frames in pixels.
+            batch_size: rows a batch; the last one may be smaller.
+
+        Returns:
+            Samples of each batch: `index`, `frames`, uint8 (T, size, size, 3), and `error`. The
+            frames lie in the object store, read-only, and take room there until they are dropped.
+        """
+        for blocks in self._blocks(rows, size, batch_size):
+            yield [_sample(ray.get(block)) for block in blocks]
+
+    def _blocks(
+        self, rows: Sequence[dict[str, Any]], size: int, batch_size: int
+    ) -> Iterator[list[ray.ObjectRef]]:
+        """The blocks of each batch; while one is used, the next come from other nodes."""
+        self._actor.begin.remote(rows, size, batch_size)
+        calls = deque([self._actor.next.remote()])
+        coming: deque[list[ray.ObjectRef]] = deque()
+        while calls or coming:
+            while calls and (not coming or ray.wait([calls[0]], timeout=0)[0]):
+                if blocks := ray.get(calls.popleft()):
+                    ray.wait(blocks, num_returns=len(blocks), timeout=0, fetch_local=True)
+                    coming.append(blocks)
+                    calls.append(self._actor.next.remote())
+                if len(coming) == _AHEAD:
+                    break
+            if coming:
+                yield coming.popleft()
+
+    def close(self) -> None:
+        """Ends the process."""
+        ray.kill(self._actor)
+
+
+def _sample(block: pa.Table) -> dict[str, Any]:
+    """The row of a block, without copying its frames."""
+    columns = BlockAccessor.for_block(block).to_numpy()
+    return {name: values[0] for name, values in columns.items()}

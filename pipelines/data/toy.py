@@ -1,0 +1,135 @@
+"""The toy data sets, made when they are missing.
+
+A script's own pool of processes would have each of them import all that the script has imported, a
+matter of ten seconds; so a program that needs little has the pool.
+"""
+
+import subprocess
+import sys
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from torch import Tensor
+
+from re2tal.datasets.toy import FPS, POSES, TRIMMED_CLASSES, ToyConfig, TrimmedToyConfig
+from re2tal.detector import grey_levels, normalize
+from re2tal.trained import IMAGENET_MEAN, IMAGENET_STD
+from re2tal.videos.decoding import decode
+
+
+def toy_videos(folder: Path, config: ToyConfig | None = None) -> None:
+    """Makes the untrimmed videos and their annotations.
+
+    Args:
+        folder: where to; what is there with the same settings stays.
+        config: how many.
+    """
+    _make("videos", folder, config or ToyConfig())
+
+
+def toy_clips(
+    folder: Path, config: TrimmedToyConfig | None = None, *, processes: int | None = None
+) -> None:
+    """Makes the trimmed clips.
+
+    Args:
+        folder: where to; what is there with the same settings stays.
+        config: how many.
+        processes: that make them; by default one a core.
+    """
+    _make("clips", folder, config or TrimmedToyConfig(), processes)
+
+
+def _make(
+    kind: str, folder: Path, config: ToyConfig | TrimmedToyConfig, processes: int | None = None
+) -> None:
+    command = [sys.executable, "-m", "re2tal.datasets.toy", kind, str(folder)]
+    if processes is not None:
+        command += ["--processes", str(processes)]
+    for name, value in asdict(config).items():
+        values = value if isinstance(value, tuple) else (value,)
+        command += [f"--{name}", *map(str, values)]
+    subprocess.run(command, check=True)  # noqa: S603 - a module of ours
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Clips:
+    """Clips in memory.
+
+    Attributes:
+        frames: uint8 (N, T, H, W, 3).
+        poses: float32 (N, T, 4): x and y as shares of the side, log of the size, angle in radians.
+        labels: class numbers, int64 (N,).
+    """
+
+    frames: np.ndarray
+    poses: np.ndarray
+    labels: Tensor
+
+
+def load_clips(
+    folder: Path, config: TrimmedToyConfig, *, size: int, processes: int
+) -> tuple[Clips, Clips]:
+    """Makes the trimmed toy clips, unless they are there, and decodes them.
+
+    Args:
+        folder: where they go.
+        config: how many.
+        size: pixels of a frame's side.
+        processes: that make them, and threads that decode them.
+
+    Returns:
+        The training and the validation clips.
+    """
+    toy_clips(folder, config, processes=processes)
+    with ThreadPoolExecutor(processes) as pool:  # FFmpeg leaves Python's lock to the others
+        return _read(folder, "training", size, pool), _read(folder, "validation", size, pool)
+
+
+def _read(folder: Path, subset: str, size: int, pool: Executor) -> Clips:
+    poses = load_file(folder / POSES)
+    paths = sorted((folder / subset).glob("*/*.mp4"), key=lambda path: path.name)
+    of_each = np.stack([poses[f"{path.parent.name}/{path.stem}"] for path in paths])
+    decoding = partial(_decode, frames=of_each.shape[1], size=size)
+    frames = np.stack(list(pool.map(decoding, paths)))
+    labels = torch.tensor([TRIMMED_CLASSES.index(path.parent.name) for path in paths])
+    return Clips(frames=frames, poses=of_each, labels=labels)
+
+
+def _decode(path: Path, *, frames: int, size: int) -> np.ndarray:
+    return decode(str(path), (np.arange(frames) + 0.5) / FPS, size=size)
+
+
+def augmented(
+    frames: np.ndarray, poses: np.ndarray, random: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Changes how clips look, and never which motion they show.
+
+    Mirrored, brighter or darker, with more or less contrast: no action turns into another.
+
+    Args:
+        frames: uint8 (B, T, H, W, 3); changed in place.
+        poses: (B, T, 4); changed in place.
+        random: the source of choices.
+
+    Returns:
+        Normalised float (B, 3, T, H, W), and the poses.
+    """
+    mirrored = random.random(len(frames)) < 0.5
+    frames[mirrored] = frames[mirrored][:, :, :, ::-1]
+    poses[mirrored] = poses[mirrored] * (-1, 1, 1, -1) + (1, 0, 0, 0)
+    contrast = random.uniform(0.8, 1.2, (len(frames), 1, 1, 1, 1))
+    brightness = random.uniform(-0.3, 0.3, (len(frames), 3, 1, 1, 1))
+    video = normalised(frames) * torch.from_numpy(contrast).float()
+    return video + torch.from_numpy(brightness).float(), torch.from_numpy(poses)
+
+
+def normalised(frames: np.ndarray) -> Tensor:
+    """What a backbone sees of uint8 RGB frames (B, T, H, W, 3): float (B, 3, T, H, W)."""
+    mean, std = grey_levels(IMAGENET_MEAN), grey_levels(IMAGENET_STD)
+    return normalize(torch.from_numpy(frames), mean, std)

@@ -1,0 +1,214 @@
+"""What is known of the files of a collection: each is opened once, in parallel, with Ray Data."""
+
+import glob
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines.core.storage import StorageError, is_folder, list_files, require
+from pipelines.data.decoding import probe_sample
+from re2tal.videos.files import EXTENSIONS
+
+_CPUS = 0.5  # logical CPUs of a task that opens a video; it waits for the storage a good part
+
+SCHEMA = pa.schema(
+    [
+        ("video_id", pa.string()),
+        ("uri", pa.string()),
+        ("bytes", pa.int64()),
+        ("duration", pa.float64()),
+        ("fps", pa.float64()),
+        ("frames", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("codec", pa.string()),
+        ("rotation", pa.int32()),
+        ("problems", pa.list_(pa.string())),
+        ("error", pa.string()),
+    ]
+)
+"""Columns of a table of videos: `re2tal.videos.probing.VideoInfo`'s, and `error`, empty if the
+video can be used; the others are then null."""
+
+
+Probe = Callable[[Mapping[str, str]], pa.Table]
+"""What opens videos: `probe_files` or `probe_files_here`."""
+
+
+def probe_files(
+    files: Mapping[str, str], *, progress: Callable[[int, int], None] | None = None
+) -> pa.Table:
+    """Opens videos, and reads what their files say.
+
+    Args:
+        files: video id to path or URI.
+        progress: is told after each video how many are through, and of how many.
+
+    Returns:
+        A row of `SCHEMA` for each video, in the order of the ids.
+    """
+    import ray.data  # plans are also made where there is no Ray
+
+    rows = _rows(files)
+    if not rows:
+        return SCHEMA.empty_table()
+    found = []
+    for row in ray.data.from_items(rows).map(probe_sample, num_cpus=_CPUS).iter_rows():
+        found.append(row)
+        if progress is not None:
+            progress(len(found), len(rows))
+    return _table(found)
+
+
+def probe_files_here(files: Mapping[str, str]) -> pa.Table:
+    """Like `probe_files`, in this process and without Ray.
+
+    Args:
+        files: video id to path or URI.
+    """
+    return _table(map(probe_sample, _rows(files)))
+
+
+def _rows(files: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [{"video_id": video_id, "uri": uri} for video_id, uri in sorted(files.items())]
+
+
+def _table(found: Iterable[dict[str, Any]]) -> pa.Table:
+    # a list of sentences travels as one text, because Ray takes the type of an empty list from
+    # nothing
+    rows = [
+        row | {"problems": row["problems"].splitlines() if row["problems"] is not None else None}
+        for row in found
+    ]
+    return pa.Table.from_pylist(rows, schema=SCHEMA).sort_by("video_id")
+
+
+def with_disagreements(table: pa.Table, sentences: Mapping[str, str]) -> pa.Table:
+    """Adds a column `disagrees`: what is wrong between a file and its annotation.
+
+    Args:
+        table: what `probe_files` returned.
+        sentences: video id to what is wrong.
+    """
+    column = pa.array([sentences.get(name, "") for name in table["video_id"].to_pylist()])
+    return table.append_column("disagrees", column)
+
+
+def summary(table: pa.Table) -> Sequence[str]:
+    """Describes a table of videos in a few lines.
+
+    Args:
+        table: what `probe_files` returned, perhaps with disagreements.
+    """
+    rows = table.to_pylist()
+    usable = [row for row in rows if not row["error"]]
+    hours = sum(row["duration"] for row in usable) / 3600
+    gigabytes = sum(row["bytes"] for row in usable) / 1e9
+    lines = [
+        f"{len(usable)} of {len(rows)} videos can be used: {hours:.2f} hours, {gigabytes:.2f} GB"
+    ]
+    if usable:
+        lines += [
+            "  codecs: " + _counts([row["codec"] for row in usable]),
+            "  sizes: " + _counts([f"{row['width']}x{row['height']}" for row in usable]),
+            "  frames/s: " + _counts([f"{row['fps']:.4g}" for row in usable]),
+        ]
+    lines += _listed("cannot be used", {r["video_id"]: r["error"] for r in rows if r["error"]})
+    odd = {row["video_id"]: " ".join(row["problems"]) for row in usable if row["problems"]}
+    lines += _listed("can be used, but are odd", odd)
+    if "disagrees" in table.column_names:
+        other = {row["video_id"]: row["disagrees"] for row in rows if row["disagrees"]}
+        lines += _listed("disagree with their annotations", other)
+    return lines
+
+
+def _counts(values: Sequence[str], most: int = 5) -> str:
+    """The commonest values with their numbers."""
+    numbers = {value: values.count(value) for value in sorted(set(values))}
+    ordered = sorted(numbers.items(), key=lambda item: -item[1])
+    shown = [f"{value} ({number})" for value, number in ordered[:most]]
+    return ", ".join(shown + ["..."] * (len(ordered) > most))
+
+
+def _listed(what: str, sentences: Mapping[str, str], most: int = 10) -> list[str]:
+    if not sentences:
+        return []
+    shown = [f"  {video_id}: {text}" for video_id, text in list(sentences.items())[:most]]
+    more = [f"  ... and {len(sentences) - most} more"] * (len(sentences) > most)
+    return [f"{len(sentences)} videos {what}:", *shown, *more]
+
+
+def find_sources(places: Sequence[str], *, option: str) -> dict[str, str]:
+    """Finds videos, and names them by their files.
+
+    Args:
+        places: files, whatever their ending; folders, of which the files with the ending of a video
+            count; patterns with `*`, `?`, `[...]` and, in paths, `**`. Paths or URIs.
+        option: the command-line option that sets them.
+
+    Returns:
+        Video id, which is the file's name without its ending, to absolute path or URI.
+
+    Raises:
+        StorageError: if a place does not exist or holds no video, or two videos have one name.
+    """
+    if not places:
+        raise StorageError(f"The videos: none given. Say which with {option} FILE_OR_FOLDER ...")
+    uris = [uri for place in places for uri in _files(place, option)]
+    found: dict[str, str] = {}
+    for uri in dict.fromkeys(uris):  # one that two patterns match is one video
+        video_id = Path(uri).stem
+        if video_id in found:
+            raise StorageError(
+                f"The videos: {found[video_id]} and {uri} have one name, which would make their "
+                f"results one. Rename one, or give them to {option} of separate runs."
+            )
+        found[video_id] = uri
+    return dict(sorted(found.items()))
+
+
+def _files(place: str, option: str) -> list[str]:
+    """The videos of one place."""
+    if _is_pattern(place):
+        found = _matches(place, option)
+    else:
+        uri = require(place, what="The videos", option=option)
+        found = _videos(uri) if is_folder(uri) else [uri]
+    if not found:
+        what = "matches no file" if _is_pattern(place) else f"holds no video ({_ENDINGS})"
+        raise StorageError(f"The videos: {place} {what}. Correct {option}.")
+    return found
+
+
+_ENDINGS = ", ".join(EXTENSIONS)
+
+
+def _is_pattern(place: str) -> bool:
+    """A file may be named with brackets; then it is no pattern."""
+    return glob.has_magic(place) and ("://" in place or not Path(place).expanduser().exists())
+
+
+def _matches(pattern: str, option: str) -> list[str]:
+    if "://" not in pattern:
+        whole = Path(pattern).expanduser().absolute()
+        paths = Path(whole.anchor).glob(str(whole.relative_to(whole.anchor)))
+        return sorted(str(path) for path in paths if path.is_file())
+    folder, _, name = pattern.rpartition("/")
+    if glob.has_magic(folder):
+        raise StorageError(
+            f"The videos: {pattern} has a wildcard in the name of a folder, and in a URI only that "
+            f"of the file may have one. Correct {option}."
+        )
+    files = list_files(require(folder, what="The videos", option=option))
+    return [uri for file, uri in files.items() if fnmatchcase(file, name)]
+
+
+def _videos(folder: str) -> list[str]:
+    return [uri for name, uri in list_files(folder).items() if _is_video(name)]
+
+
+def _is_video(name: str) -> bool:
+    return Path(name).suffix.lower() in EXTENSIONS

@@ -1,0 +1,1 @@
+"""From a trained detector to detections, their evaluation, and files that show them."""

@@ -1,0 +1,272 @@
+"""Batch inference: many videos through a detector, with Ray Data.
+
+One execution does all of it. Tasks decode windows; a pool of actors, each of which loads the
+detector once, runs it on them; and what the windows of a video show is put together as soon as the
+last of them is through. Ray Data holds the decoding back while the actors are slower, so memory
+does not grow with the length or the number of the videos.
+"""
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+import torch
+from torch import Tensor
+
+from pipelines.core.resources import ResourceError, capacity
+from pipelines.data.decoding import decode_masked
+from pipelines.data.videos import probe_files
+from re2tal.detection.segments import Detections
+from re2tal.inference import DetectedVideo, video_detections, window_detections, windows_of
+from re2tal.trained import DetectorSpec, load_detector
+from re2tal.videos.windows import Window
+
+# More would cost more to hand out than they save by ending at different times.
+_MOST_TASKS = 2000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """What detection runs on.
+
+    Attributes:
+        batch_size: windows that go through the detector at a time.
+        actors: processes with a detector each; by default as many as there are GPUs, or half as
+            many as CPUs.
+        gpu: run the detector on GPUs, one an actor; by default if there are any.
+        cpus_per_decoder: logical CPUs of a decoding task, so how many of them run at once.
+    """
+
+    batch_size: int = 1
+    actors: int | None = None
+    gpu: bool | None = None
+    cpus_per_decoder: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class VideoResult:
+    """What became of a video.
+
+    Attributes:
+        video_id: the video.
+        found: its detections; None if nothing of it could be decoded.
+        windows: its windows that went through the detector.
+        problems: why it, or some windows of it, could not be decoded; without repetitions.
+    """
+
+    video_id: str
+    found: DetectedVideo | None
+    windows: int
+    problems: tuple[str, ...]
+
+
+def detect_videos(
+    videos: Mapping[str, str],
+    model: str | Path,
+    resources: Resources,
+    *,
+    durations: Mapping[str, float] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[VideoResult]:
+    """Detects the actions in videos, as `re2tal.detect` does in one; Ray is running.
+
+    Args:
+        videos: video id to path or URI of its file, or to that of a video in a shard.
+        model: folder of a saved detector.
+        resources: what to run on.
+        durations: video id to seconds, where they are known, as from annotations; other videos are
+            opened first to find theirs.
+        progress: is told after each window how many are through, and of how many.
+
+    Yields:
+        Each video as soon as it is through, first those that cannot be opened.
+
+    Raises:
+        ValueError: if the folder holds no detector.
+        ResourceError: if the cluster is too small.
+    """
+    spec, detector = load_detector(model)
+    actors, gpu = _checked(resources)
+    seconds, unusable = _durations(videos, durations or {})
+    for video_id, reason in unusable.items():
+        yield VideoResult(video_id=video_id, found=None, windows=0, problems=(reason,))
+    stride = detector.backbone.temporal_stride
+    windows = [
+        window
+        for video_id, duration in seconds.items()
+        for window in windows_of(duration, spec, stride=stride, video_id=video_id)
+    ]
+    if not windows:
+        return
+    actor = _Actor(
+        spec=spec,
+        weights=detector.state_dict(),
+        device="cuda" if gpu else "cpu",
+    )
+    rows = _execute(windows, videos, actor, resources, actors=actors)
+    yield from _by_video(rows, windows, seconds, spec, progress)
+
+
+def _checked(resources: Resources) -> tuple[int, bool]:
+    """The number of actors and whether they have GPUs; Ray would wait for ever for too many."""
+    have, now = capacity(), ray.cluster_resources()
+    gpus, cpus = int(have.get("GPU", 0)), have.get("CPU", 0.0)
+    gpu = gpus > 0 if resources.gpu is None else resources.gpu
+    actors = resources.actors or max(1, int(now.get("GPU", 0) if gpu else now.get("CPU", 0) // 2))
+    if gpu and actors > gpus:
+        raise ResourceError(
+            f"{actors} actors need a GPU each, but the cluster has {gpus}: lower --actors, or run "
+            "without GPUs (--gpu False)."
+        )
+    if actors + resources.cpus_per_decoder > cpus:
+        raise ResourceError(
+            f"{actors} actors and the decoding need {actors + resources.cpus_per_decoder:g} CPUs, "
+            f"but the cluster has {cpus:g}: lower --actors or --cpus-per-decoder."
+        )
+    return actors, gpu
+
+
+def _durations(
+    videos: Mapping[str, str], known: Mapping[str, float]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Seconds of the videos that can be opened, and why the others cannot."""
+    asked = {video_id: uri for video_id, uri in videos.items() if video_id not in known}
+    table = probe_files(asked).select(["video_id", "duration", "error"]).to_pylist()
+    errors = {row["video_id"]: row["error"] for row in table if row["error"]}
+    found = {row["video_id"]: row["duration"] for row in table if not row["error"]}
+    found |= {video_id: known[video_id] for video_id in videos if video_id in known}
+    return dict(sorted(found.items())), errors
+
+
+def _execute(
+    windows: Sequence[Window],
+    videos: Mapping[str, str],
+    actor: "_Actor",
+    resources: Resources,
+    *,
+    actors: int,
+) -> Iterator[dict[str, Any]]:
+    """Rows of all windows, as `_Detecting` makes them, in the order of the windows."""
+    rows = [
+        {"index": index, "uri": videos[window.video_id], "window": window}
+        for index, window in enumerate(windows)
+    ]
+    dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), _MOST_TASKS)).map(
+        functools.partial(decode_masked, size=actor.spec.size),
+        num_cpus=resources.cpus_per_decoder,
+    )
+    dataset = dataset.map_batches(
+        _Detecting,
+        fn_constructor_args=(actor,),
+        batch_size=resources.batch_size,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=1,
+        num_gpus=1 if actor.device == "cuda" else None,
+    )
+    # else the first windows of many videos are through before the last of any
+    dataset.context.execution_options.preserve_order = True
+    return iter(dataset.iter_rows())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Actor:
+    """What an actor is given; the weights themselves, because it may run on another machine."""
+
+    spec: DetectorSpec
+    weights: dict[str, Tensor]
+    device: str
+
+
+class _Detecting:
+    """Runs a detector in an actor of Ray Data's."""
+
+    def __init__(self, actor: _Actor) -> None:
+        detector = actor.spec.build()
+        detector.load_state_dict(actor.weights)
+        self._detector = detector.to(actor.device).eval()
+        self._device = actor.device
+
+    @torch.inference_mode()
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Windows to their detections, in feature-grid units."""
+        frames, mask = (torch.from_numpy(batch[name].copy()) for name in ("frames", "mask"))
+        found = [
+            raw.to("cpu") for raw in self._detector(frames.to(self._device), mask.to(self._device))
+        ]
+        return {
+            "index": batch["index"],
+            "error": batch["error"],
+            "segments": _column([raw.segments for raw in found]),
+            "scores": _column([raw.scores for raw in found]),
+            "labels": _column([raw.labels for raw in found]),
+        }
+
+
+def _column(values: Sequence[Tensor]) -> np.ndarray:
+    """A column of arrays of any shapes."""
+    column = np.empty(len(values), object)
+    for place, value in enumerate(values):
+        column[place] = value.numpy()
+    return column
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A video of which some windows are through."""
+
+    found: list[Detections] = field(default_factory=list)
+    problems: dict[str, None] = field(default_factory=dict)
+    through: int = 0
+
+
+def _by_video(
+    rows: Iterator[dict[str, Any]],
+    windows: Sequence[Window],
+    durations: Mapping[str, float],
+    spec: DetectorSpec,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[VideoResult]:
+    """Puts the windows of each video together."""
+    counts: dict[str, int] = defaultdict(int)
+    for window in windows:
+        counts[window.video_id] += 1
+    pending: dict[str, _Pending] = defaultdict(_Pending)
+    for done, row in enumerate(rows, start=1):
+        window = windows[row["index"]]
+        video_id, duration = window.video_id, durations[window.video_id]
+        video = pending[video_id]
+        video.through += 1
+        if row["error"]:
+            video.problems[str(row["error"])] = None
+        else:
+            video.found.append(window_detections(_detections(row), window, duration))
+        if progress is not None:
+            progress(done, len(windows))
+        if video.through == counts[video_id]:
+            yield _result(video_id, pending.pop(video_id), duration, spec)
+
+
+def _detections(row: Mapping[str, Any]) -> Detections:
+    segments, scores, labels = (
+        torch.from_numpy(np.array(row[name])) for name in ("segments", "scores", "labels")
+    )
+    return Detections(segments=segments.reshape(-1, 2), scores=scores, labels=labels)
+
+
+def _result(video_id: str, video: _Pending, duration: float, spec: DetectorSpec) -> VideoResult:
+    found = DetectedVideo(
+        detections=video_detections(video.found, spec.nms), classes=spec.classes, duration=duration
+    )
+    return VideoResult(
+        video_id=video_id,
+        found=found if video.found else None,
+        windows=len(video.found),
+        problems=tuple(video.problems),
+    )

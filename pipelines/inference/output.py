@@ -1,0 +1,305 @@
+"""The files that detections are written to, all of them made anew from the records."""
+
+import base64
+import csv
+import json
+import mimetypes
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+from pydantic import TypeAdapter, ValidationError
+
+from pipelines.core.figures import timeline
+from pipelines.core.storage import file_size, read_bytes
+from re2tal.atomic import replacing
+from re2tal.detection.files import srt, webvtt, write_rows
+
+FOLDER = "videos"
+
+
+class RecordError(Exception):
+    """Records that cannot be gone on from; the message says why, and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """A video that is through.
+
+    Attributes:
+        video_id: the video.
+        uri: where its file is.
+        model: fingerprint of the detector.
+        duration: in seconds.
+        problems: why parts of it could not be decoded.
+        detections: rows of `re2tal.detection.files.rows`, by falling score.
+    """
+
+    video_id: str
+    uri: str
+    model: str
+    duration: float
+    problems: tuple[str, ...]
+    detections: list[dict[str, Any]]
+
+
+_RECORD = TypeAdapter(Record)
+
+
+def write_record(output: Path, record: Record) -> None:
+    """Writes a record; it is there whole or not at all.
+
+    Args:
+        output: folder of the run's results; it is made.
+        record: of a video.
+    """
+    folder = output / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / f"{record.video_id}.json") as partial:
+        partial.write_bytes(_RECORD.dump_json(record))
+
+
+def read_records(output: Path, videos: Mapping[str, str], *, model: str) -> dict[str, Record]:
+    """Reads the records of those videos that are through.
+
+    Args:
+        output: folder of the run's results.
+        videos: video id to path or URI; one whose file is another than then is not through.
+        model: fingerprint of the detector.
+
+    Raises:
+        RecordError: if they are of another detector, or cannot be read.
+    """
+    found = {}
+    for video_id, uri in videos.items():
+        path = output / FOLDER / f"{video_id}.json"
+        if not path.exists():
+            continue
+        try:
+            record = _RECORD.validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise RecordError(f"{path} cannot be read: remove it ({error}).") from error
+        if record.model != model:
+            raise RecordError(
+                f"{output} holds what another model detected. Give another --output, or remove "
+                f"{output / FOLDER} to begin anew."
+            )
+        if record.uri == uri:
+            found[video_id] = record
+    return found
+
+
+_HERE = Path(__file__).parent
+
+
+def page(
+    records: Mapping[str, Record],
+    failures: Mapping[str, str],
+    *,
+    classes: Sequence[str],
+    threshold: float,
+    sources: Mapping[str, str],
+) -> str:
+    """The page of some videos.
+
+    Args:
+        records: by video; all of their detections are shown.
+        failures: video id to why it could not be read.
+        classes: class names.
+        threshold: lowest score of the detections.
+        sources: video id to what a browser plays (`video_source`), empty if it cannot.
+    """
+    index = {name: place for place, name in enumerate(classes)}
+    videos = [
+        {
+            "id": record.video_id,
+            "source": sources[record.video_id],
+            "duration": record.duration,
+            "problems": record.problems,
+            "failed": False,
+            "found": [
+                [*row["segment"], row["score"], index[row["label"]]] for row in record.detections
+            ],
+        }
+        for record in records.values()
+    ]
+    videos += [
+        {
+            "id": video_id,
+            "source": "",
+            "duration": 1,
+            "problems": [reason],
+            "failed": True,
+            "found": [],
+        }
+        for video_id, reason in failures.items()
+    ]
+    data = {"classes": list(classes), "threshold": threshold, "videos": videos}
+    text = (_HERE / "page.html").read_text(encoding="utf-8")
+    for name, content in (
+        ("style", (_HERE / "page.css").read_text(encoding="utf-8")),
+        ("script", (_HERE / "page.js").read_text(encoding="utf-8")),
+        ("data", _json(data)),  # last: names in it may look like anything
+    ):
+        text = text.replace("{{" + name + "}}", content)
+    return text
+
+
+def _json(data: Any) -> str:
+    """JSON that can stand in a script element: nothing in it ends that, or begins a comment."""
+    text = json.dumps(data, separators=(",", ":"))
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text
+
+
+def video_source(uri: str, folder: Path, *, embed: float) -> str:
+    """What a browser can play a video from.
+
+    Args:
+        uri: path or URI of its file.
+        folder: where the page is going to lie.
+        embed: megabytes up to which a video is put into the page.
+
+    Returns:
+        A URL: the video itself, or its place relative to the page; empty for other URIs, which
+        browsers do not know.
+    """
+    if embed and file_size(uri) <= embed * 1e6:
+        kind = mimetypes.guess_type(uri)[0] or "video/mp4"
+        return f"data:{kind};base64,{base64.b64encode(read_bytes(uri)).decode()}"
+    if "://" in uri:
+        return ""
+    return quote(Path(os.path.relpath(uri, folder)).as_posix())
+
+
+Format = Literal["json", "csv", "vtt", "srt", "png", "html"]
+FORMATS: tuple[Format, ...] = ("json", "csv", "vtt", "srt", "png", "html")
+
+COLUMNS = ("video", "start", "end", "label", "score")
+"""Of the CSV file; the times are seconds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputConfig:
+    """What is written of the detections.
+
+    Attributes:
+        score_threshold: weaker detections are left out.
+        top_k: so many detections of a video at most, the best.
+        formats: what to write.
+        embed: megabytes up to which a video is put into the page, instead of its path.
+    """
+
+    score_threshold: float = 0.1
+    top_k: int = 200
+    formats: tuple[Format, ...] = FORMATS
+    embed: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, not {self.top_k}.")
+
+
+def strongest(record: Record, config: OutputConfig) -> Record:
+    """The record with those detections only that are to be written.
+
+    Args:
+        record: of a video, its detections by falling score.
+        config: which these are.
+    """
+    strong = [row for row in record.detections if row["score"] >= config.score_threshold]
+    return replace(record, detections=strong[: config.top_k])
+
+
+def write_files(
+    output: Path,
+    records: Mapping[str, Record],
+    failures: Mapping[str, str],
+    classes: Sequence[str],
+    config: OutputConfig,
+) -> list[Path]:
+    """Writes the detections in all formats that are asked for, and which videos failed.
+
+    Args:
+        output: folder for them; it exists.
+        records: by video, with all of their detections.
+        failures: video id to why it could not be read.
+        classes: class names.
+        config: what to write.
+
+    Returns:
+        The files, those of all videos together first.
+    """
+    shown = {video_id: strongest(record, config) for video_id, record in sorted(records.items())}
+    tables: dict[Format, tuple[str, Callable[[Path], None]]] = {
+        "json": ("detections.json", lambda path: write_rows(path, _rows(shown))),
+        "csv": ("detections.csv", lambda path: _write_csv(path, _rows(shown))),
+        "html": ("index.html", lambda path: _write_page(path, shown, failures, classes, config)),
+    }
+    pictures: dict[Format, tuple[str, Callable[[Path, Record], None]]] = {
+        "vtt": ("subtitles", lambda path, record: _write(path, webvtt(record.detections))),
+        "srt": ("subtitles", lambda path, record: _write(path, srt(record.detections))),
+        "png": ("timelines", lambda path, record: _draw(path, record, classes)),
+    }
+    written = [output / "failures.json"]
+    _write(written[0], json.dumps(dict(sorted(failures.items())), indent=2))
+    for kind in config.formats:
+        if kind in tables:
+            name, write = tables[kind]
+            write(output / name)
+            written.append(output / name)
+    for kind in config.formats:
+        if kind in pictures:
+            folder, draw = pictures[kind]
+            (output / folder).mkdir(exist_ok=True)
+            for video_id, record in shown.items():
+                written.append(output / folder / f"{video_id}.{kind}")
+                draw(written[-1], record)
+    return written
+
+
+def _rows(records: Mapping[str, Record]) -> dict[str, list[dict[str, Any]]]:
+    return {video_id: record.detections for video_id, record in records.items()}
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _write_csv(path: Path, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for video_id, rows in results.items():
+            writer.writerows(
+                (video_id, *row["segment"], row["label"], row["score"]) for row in rows
+            )
+
+
+def _draw(path: Path, record: Record, classes: Sequence[str]) -> None:
+    figure = timeline(record.video_id, record.detections, record.duration, classes)
+    with replacing(path) as partial, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(partial, format="png", dpi=120)
+
+
+def _write_page(
+    path: Path,
+    records: Mapping[str, Record],
+    failures: Mapping[str, str],
+    classes: Sequence[str],
+    config: OutputConfig,
+) -> None:
+    sources = {
+        video_id: video_source(record.uri, path.parent, embed=config.embed)
+        for video_id, record in records.items()
+    }
+    threshold = config.score_threshold
+    text = page(records, failures, classes=classes, threshold=threshold, sources=sources)
+    _write(path, text)

@@ -1,1 +1,0 @@
-"""Videos encoded anew and packed into Parquet files: writing, finding and reading them."""

@@ -1,0 +1,40 @@
+"""The activations of one training step of a recipe, predicted and, where it is cheap, measured."""
+
+import re2tal
+from pipelines.config.recipe import Recipe
+from pipelines.planner.step import workload_of
+from re2tal.detector import Detector
+from re2tal.memory import measure_activations, predict_peak
+from re2tal.reversible.coupling import SMALLEST_PIECE
+
+# Measuring runs a step on the driver's CPU: one that is made for a GPU would take it minutes.
+_MEASURED_UP_TO = 500_000_000
+
+
+def activation_metrics(recipe: Recipe, detector: Detector) -> dict[str, float]:
+    """Counts the bytes that one worker's step keeps alive.
+
+    Args:
+        recipe: the run's configuration.
+        detector: what it builds; its weights do not matter and stay as they are. For a GPU it is
+            rewired to run in pieces of a GPU's size.
+
+    Returns:
+        `memory/predicted_activations_mb` and `memory/predicted_peak_mb` from fake tensors; if the
+        peak is below 500 MB also `memory/measured_...`, from real ones. Megabytes of 10^6 bytes.
+    """
+    detector.train()
+    if recipe.scale.gpu and recipe.model.reversible:
+        re2tal.rewire(detector.backbone, slice_bytes=SMALLEST_PIECE["cuda"])  # as it will run there
+    work = workload_of(recipe)
+    inputs = work.inputs()
+    predicted = predict_peak(detector, *inputs, step=work.step)
+    metrics = {
+        "memory/predicted_activations_mb": predicted.metrics()["activations_mb"],
+        "memory/predicted_peak_mb": predicted.metrics()["peak_mb"],
+    }
+    if predicted.peak < _MEASURED_UP_TO:
+        measured = measure_activations(detector, *inputs, step=work.step).metrics()
+        metrics["memory/measured_activations_mb"] = measured["activations_mb"]
+        metrics["memory/measured_peak_mb"] = measured["peak_mb"]
+    return metrics

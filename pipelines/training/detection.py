@@ -1,0 +1,210 @@
+"""What the training loop does to train a detector: windows of untrimmed videos, mAP."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipelines.config.recipe import Recipe
+from pipelines.core.clock import duration
+from pipelines.data.batches import epoch_windows
+from pipelines.data.plan import Plan, all_failures
+from pipelines.training.checkpoints import TrainingState
+from pipelines.training.model import (
+    build_detector,
+    connect,
+    detected_classes,
+    reported_classes,
+    spec_of,
+)
+from pipelines.training.trainer import Evaluation, Runtime
+from pipelines.training.validation import (
+    detect_windows,
+    evaluate,
+    gather,
+    proposal_metrics,
+    validation_share,
+)
+from re2tal.detection.files import write_detections
+from re2tal.detection.raw import write_raw
+from re2tal.detection.segments import Detections
+from re2tal.detection.suppression import nms_videos
+from re2tal.detection.video_scores import fuse_videos
+from re2tal.detector import Detector
+from re2tal.trained import DetectorSpec
+from re2tal.videos.windows import Window
+
+DETECTIONS_FILE = "detections.json"
+RAW_FILE = "raw_detections.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DetectionTask:
+    """Temporal action localization, a `pipelines.training.trainer.Task`.
+
+    Attributes:
+        recipe: the run's configuration.
+        plan: classes and usable videos.
+        score: the metric that makes a checkpoint the best.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    score: str = "val/mAP"
+
+    @property
+    def trained(self) -> Plan:
+        """What the detector is trained on: all classes, or whether there is an action at all."""
+        return self.plan.restricted(detected_classes(self.recipe, self.plan.classes))
+
+    @property
+    def reported(self) -> Plan:
+        """What its detections are compared with."""
+        return self.plan.restricted(reported_classes(self.recipe, self.plan.classes))
+
+    @property
+    def spec(self) -> DetectorSpec:
+        """What the detector is built of."""
+        return spec_of(self.recipe, self.plan.classes)
+
+    def build(self, weights: str | Path | None) -> Detector:
+        """Builds the detector, with pretrained weights in its backbone.
+
+        Args:
+            weights: file or name of backbone weights, or None.
+
+        Raises:
+            ValueError: as `build_detector`.
+        """
+        return build_detector(self.recipe, self.plan.classes, weights)
+
+    def windows(self, *, stride: int, epoch: int) -> list[Window]:
+        """Windows of all training videos at random places, shuffled.
+
+        Args:
+            stride: frames per feature, of the backbone.
+            epoch: from 0; another epoch has other windows in another order.
+        """
+        trained = self.trained
+        return epoch_windows(
+            trained.training,
+            trained.classes,
+            self.recipe.data.window,
+            stride=stride,
+            seed=self.recipe.seed,
+            epoch=epoch,
+        )
+
+    def before_step(
+        self,
+        state: TrainingState,
+        *,
+        done: int,
+        steps: int,
+    ) -> dict[str, float]:
+        """Moves the connections to where they are to be after the steps that were taken (Dr2Net).
+
+        Args:
+            state: the detector.
+            done: steps before this one.
+            steps: of an epoch.
+
+        Returns:
+            Metrics: where they are.
+        """
+        return connect(state.detector, self.recipe.model, done=done, steps=steps)
+
+    def evaluate(
+        self,
+        state: TrainingState,
+        runtime: Runtime,
+        *,
+        steps: int,  # noqa: ARG002 - what is evaluated is connected as in the end, as it is saved
+    ) -> Evaluation:
+        """Finds the actions of all validation videos and compares them with the annotations.
+
+        Args:
+            state: the detector after an epoch.
+            runtime: gives windows and shows progress.
+            steps: of an epoch.
+
+        Raises:
+            UnusableVideosError: if too many videos could not be decoded.
+        """
+        before = time.perf_counter()
+        recipe, plan = self.recipe, self.trained
+        detections, raw, failed = self._detect(state, runtime)
+        metrics = {"videos/failed": float(len(failed))}
+        if recipe.model.class_agnostic:
+            metrics |= proposal_metrics(detections, plan.validation, plan.classes)
+        detections, quality = self.judged(detections)
+        metrics |= quality
+        runtime.say(
+            f"epoch {state.epoch}/{recipe.epochs}  validation  mAP {metrics['val/mAP']:.3f}  "
+            f"({len(detections)} videos, {duration(time.perf_counter() - before)})"
+        )
+        return Evaluation(
+            metrics=metrics, write=partial(self._write, detections=detections, raw=raw)
+        )
+
+    def judged(
+        self, detections: Mapping[str, Detections]
+    ) -> tuple[dict[str, Detections], dict[str, float]]:
+        """Gives proposals their classes, if an external classifier names them, and evaluates.
+
+        Args:
+            detections: video id to detections in seconds, after non-maximum suppression.
+
+        Returns:
+            The detections with classes, and the metrics of `validation.evaluate`.
+        """
+        reported, scores = self.reported, self.plan.video_scores
+        if scores is not None:
+            detections = fuse_videos(detections, scores, top=self.recipe.data.video_scores_top)
+        metrics = evaluate(
+            detections,
+            reported.validation,
+            reported.classes,
+            self.recipe.thresholds,
+            ignore_ambiguous=self.recipe.ignore_ambiguous,
+        )
+        return dict(detections), metrics
+
+    def _detect(
+        self, state: TrainingState, runtime: Runtime
+    ) -> tuple[dict[str, Detections], dict[str, Detections], dict[str, str]]:
+        """The detections of all videos, those before suppression, and why videos have none."""
+        recipe, plan = self.recipe, self.trained
+        detector: Any = state.averaged().eval()
+        windows = validation_share(
+            plan.validation,
+            plan.classes,
+            recipe.data.window,
+            stride=detector.backbone.temporal_stride,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+        )
+        durations = {v.annotation.video_id: v.annotation.duration for v in plan.validation}
+        raw, failures = detect_windows(
+            detector, runtime.stream(windows, size=recipe.data.size), durations
+        )
+        suppressed = nms_videos(raw, recipe.nms)
+        failures = {**state.failures, **failures}
+        shares = gather((suppressed, raw if recipe.save_raw else {}, failures))
+        detections = {video: found for part in shares for video, found in part[0].items()}
+        raw = {video: found for part in shares for video, found in part[1].items()}
+        failed = all_failures(plan, (part[2] for part in shares), recipe.data.max_failed)
+        return detections, raw, failed
+
+    def _write(
+        self,
+        folder: Path,
+        *,
+        detections: Mapping[str, Detections],
+        raw: Mapping[str, Detections],
+    ) -> None:
+        write_detections(folder / DETECTIONS_FILE, detections, self.reported.classes)
+        if self.recipe.save_raw:
+            write_raw(folder / RAW_FILE, raw, self.trained.classes)

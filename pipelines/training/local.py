@@ -1,0 +1,67 @@
+"""The training loop in one process, without Ray: for notebooks, debuggers and tests."""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from pipelines.config.recipe import RunConfig
+from pipelines.data.batches import Batch, decode_batches
+from pipelines.data.clip_plan import AnyPlan
+from pipelines.data.feature_stream import feature_stream
+from re2tal.videos.windows import Window
+
+
+class LocalRuntime:
+    """A `Runtime` of one worker that decodes as it goes and keeps everything in memory.
+
+    Attributes:
+        history: step and metrics of each call of `log`, in order.
+        lines: the lines of progress.
+    """
+
+    rank = 0
+    world_size = 1
+
+    def __init__(
+        self, recipe: RunConfig, plan: AnyPlan, folder: Path, *, device: torch.device | str = "cpu"
+    ) -> None:
+        """Args: recipe, plan: of the run. folder: where the newest checkpoint is kept."""
+        self.device = torch.device(device)
+        self.history: list[tuple[int, dict[str, float]]] = []
+        self.lines: list[str] = []
+        self._recipe, self._plan = recipe, plan
+        self._checkpoint = folder / "checkpoint"
+
+    def stream(self, windows: Sequence[Window], *, size: int) -> Iterator[Batch]:
+        """Decodes windows in this process and yields them in batches, in order."""
+        features = feature_stream(self._plan)
+        if features is not None:
+            return features.batches(windows, batch_size=self._recipe.batch_size)
+        return decode_batches(
+            windows, self._plan.uris, size=size, batch_size=self._recipe.batch_size
+        )
+
+    def log(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Appends to `history`."""
+        self.history.append((step, dict(metrics)))
+
+    def say(self, line: str) -> None:
+        """Appends to `lines`."""
+        self.lines.append(line)
+
+    def report(self, metrics: Mapping[str, float], checkpoint: Path) -> None:  # noqa: ARG002
+        """Keeps the checkpoint; an older one is replaced."""
+        shutil.rmtree(self._checkpoint, ignore_errors=True)
+        shutil.copytree(checkpoint, self._checkpoint)
+
+    def preempted(self) -> bool:
+        """Nobody takes this process away."""
+        return False
+
+    @contextmanager
+    def restored(self) -> Iterator[Path | None]:
+        """Gives the checkpoint that an earlier run left in the folder, if any."""
+        yield self._checkpoint if self._checkpoint.exists() else None

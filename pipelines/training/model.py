@@ -1,0 +1,255 @@
+"""The detector that a recipe describes."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pipelines.config.recipe import AnyRecipe, BackboneModelConfig, CompiledPart, Recipe
+from pipelines.data.streaming import store_needed
+from re2tal.backbones.checkpoint import load_backbone_weights
+from re2tal.detector import Detector
+from re2tal.reversible import branches, reversible_stages
+from re2tal.reversible.controls import CouplingSchedule, set_slice_bytes
+from re2tal.reversible.convolutions import WRONG_GRADIENTS, wrong_gradients
+from re2tal.trained import DetectorSpec
+
+_NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
+
+
+def freeze(detector: Detector, config: BackboneModelConfig) -> None:
+    """Takes the gradients from what is not to be trained.
+
+    Args:
+        detector: the model.
+        config: names of frozen parts, and what becomes of the backbone's norms.
+
+    Raises:
+        ValueError: if the detector has no part of a name.
+    """
+    for part in _parts(detector, config.frozen):
+        part.requires_grad_(requires_grad=False)
+    if config.norms == "frozen":
+        for module in detector.backbone.modules():
+            if isinstance(module, _NORMS):
+                module.requires_grad_(requires_grad=False)
+
+
+def train_mode(detector: Detector, config: BackboneModelConfig) -> None:
+    """Training mode, out of which frozen parts stay, and BatchNorms that keep their statistics.
+
+    Args:
+        detector: the model.
+        config: as for `freeze`.
+    """
+    detector.train()
+    for part in _parts(detector, config.frozen):
+        part.eval()
+    if config.norms != "trained":
+        for module in detector.backbone.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+
+
+def _parts(detector: Detector, names: tuple[str, ...]) -> Iterator[nn.Module]:
+    modules = dict(detector.named_modules())
+    for name in names:
+        if name not in modules:
+            known = ", ".join(n for n in modules if n.count(".") < 2 and n)
+            raise ValueError(
+                f"--model.frozen: the detector has no part {name!r}. It has {known} and parts of "
+                "these."
+            )
+        yield modules[name]
+
+
+def prepare(detector: Detector, weights: str | Path | None, config: BackboneModelConfig) -> None:
+    """Loads the backbone's weights, says how it runs, and freezes what is not to be trained.
+
+    Args:
+        detector: the model.
+        weights: file or name of backbone weights, or None.
+        config: how frames are normalized, how large pieces are, names of frozen parts, what becomes
+            of norms.
+
+    Raises:
+        ValueError: if the weights do not fit the backbone, or were trained on frames normalized by
+            other values; if there is no part of a name that is to be frozen.
+    """
+    if weights is not None:
+        report = load_backbone_weights(detector.backbone, weights)
+        report.require_normalization(config.mean, config.std, option="--model.")
+    if config.slice_mb is not None:
+        set_slice_bytes(detector, config.slice_mb * 2**20)
+    freeze(detector, config)
+
+
+# The one class of a class-agnostic detector.
+ACTION = "action"
+
+
+def detected_classes(recipe: Recipe, classes: Sequence[str]) -> tuple[str, ...]:
+    """Returns the classes that the recipe's detector tells apart.
+
+    Args:
+        recipe: the run's configuration.
+        classes: names of the action classes of the data set.
+    """
+    return (ACTION,) if recipe.model.class_agnostic else tuple(classes)
+
+
+def reported_classes(recipe: Recipe, classes: Sequence[str]) -> tuple[str, ...]:
+    """Returns the classes of the detections that the recipe's evaluation makes.
+
+    They are the detector's, unless an external classifier names the class of its proposals.
+
+    Args:
+        recipe: the run's configuration.
+        classes: names of the action classes of the data set.
+    """
+    return tuple(classes) if recipe.data.video_scores else detected_classes(recipe, classes)
+
+
+def spec_of(recipe: Recipe, classes: Sequence[str]) -> DetectorSpec:
+    """Returns what the recipe's detector is built of.
+
+    Args:
+        recipe: the run's configuration.
+        classes: names of the action classes.
+    """
+    return DetectorSpec(
+        classes=detected_classes(recipe, classes),
+        backbone=recipe.model.backbone,
+        localizer=recipe.model.localizer,
+        reversible=recipe.model.reversible,
+        size=recipe.data.size,
+        window=recipe.data.window,
+        nms=recipe.nms,
+        mean=recipe.model.mean,
+        std=recipe.model.std,
+    )
+
+
+def build_detector(recipe: Recipe, classes: Sequence[str], weights: str | Path | None) -> Detector:
+    """Builds the detector, with pretrained weights in its backbone.
+
+    Args:
+        recipe: the run's configuration.
+        classes: names of the action classes.
+        weights: file or name of backbone weights, or None.
+
+    Raises:
+        ValueError: see `prepare`.
+    """
+    detector = spec_of(recipe, classes).build()
+    prepare(detector, weights, recipe.model)
+    return detector
+
+
+def connect(
+    model: nn.Module, config: BackboneModelConfig, *, done: int, steps: int
+) -> dict[str, float]:
+    """Moves the connections to where they are to be after the steps that were taken.
+
+    Args:
+        model: with a rewired backbone.
+        config: says over how many epochs; nothing is done if over none.
+        done: steps before this one.
+        steps: of an epoch.
+
+    Returns:
+        Metrics: where they are.
+    """
+    if config.coupling_epochs is None:
+        return {}
+    schedule = CouplingSchedule(steps=max(1, round(config.coupling_epochs * steps)))
+    coupling = schedule.apply(model, done)
+    return {"coupling/alpha": coupling.alpha, "coupling/beta": coupling.beta}
+
+
+def compile_parts(
+    detector: Detector,
+    parts: Sequence[CompiledPart],
+    *,
+    backend: str | Callable[..., Any] = "inductor",
+) -> None:
+    """Has modules compiled when they first run.
+
+    Args:
+        detector: the model.
+        parts: "branches" are the modules inside the residual branches of a rewired backbone, whose
+            stages run as they are; window attention, which runs in pieces, stays uncompiled.
+            "localizer" are its submodules.
+        backend: of `torch.compile`.
+
+    Raises:
+        ValueError: if branches are to be compiled and there are none.
+    """
+    for module in _modules(detector, parts):
+        module.compile(backend=backend)
+
+
+def _modules(detector: Detector, parts: Sequence[CompiledPart]) -> Iterator[nn.Module]:
+    if "localizer" in parts:
+        yield from detector.localizer.children()
+    if "branches" not in parts:
+        return
+    stages = [stage for _, stage in reversible_stages(detector.backbone)]
+    if not stages:
+        raise ValueError(
+            "--optim.compile branches needs a rewired backbone, but none of its stages is "
+            "reversible: leave it out, or train with --model.reversible."
+        )
+    for stage in stages:
+        for name in stage.rewired:
+            for branch in branches(stage.get_submodule(name)):
+                yield from branch.modules
+
+
+def remarks(recipe: AnyRecipe, nodes: list[dict[str, Any]]) -> list[str]:
+    """List, in sentences, what makes a run with a backbone slower than it looks.
+
+    Args:
+        recipe: configuration of the run.
+        nodes: nodes of the cluster, as `ray.nodes` lists them.
+    """
+    found = [remark] if (remark := _store_remark(recipe, nodes)) else []
+    if recipe.optim.precision == "bfloat16" and not recipe.scale.gpu and wrong_gradients():
+        found.append(WRONG_GRADIENTS)
+    return found
+
+
+def _store_remark(recipe: AnyRecipe, nodes: list[dict[str, Any]]) -> str | None:
+    """What to say when frames on their way to the workers do not fit the object store.
+
+    The run would work, but slowly: Ray spills to the disk what does not fit.
+
+    Args:
+        recipe: the run's configuration.
+        nodes: of the cluster, as `ray.nodes` lists them.
+
+    Returns:
+        A sentence, or None if they fit.
+    """
+    data = recipe.data
+    size = max(data.size, data.augmentation.decoded_size(data.size))
+    batch = recipe.batch_size * data.window.frames * size * size * 3
+    stores = [
+        node["Resources"].get("object_store_memory", 0.0)
+        for node in nodes
+        if node["Alive"] and node["Resources"].get("CPU", 0.0) > 0  # else no worker is there
+    ]
+    if not stores:
+        return None  # they are still to be started
+    workers = math.ceil(recipe.scale.workers / len(stores))
+    need, have = workers * store_needed(batch), min(stores)
+    if need <= have:
+        return None
+    return (
+        f"The frames on their way to {workers} workers of a node need an object store of "
+        f"{need / 2**30:.1f} GiB, but it has {have / 2**30:.1f}: Ray will spill to the disk. Start "
+        "it with a larger one (ray start --object-store-memory), or lower --batch-size."
+    )

@@ -1,0 +1,241 @@
+"""What is left of a run when it ends: the best checkpoint as a model, pictures, a table."""
+
+import json
+import shlex
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import mlflow
+import ray.train
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.config.recipe import Dataset, Recipe
+from pipelines.core.clock import duration
+from pipelines.core.figures import curves, timelines
+from pipelines.core.figures import pictures as diagnosis_pictures
+from pipelines.core.tracking import Run, log_metrics
+from pipelines.data.plan import Plan
+from pipelines.training.checkpoints import DETECTOR_FOLDER
+from pipelines.training.detection import DETECTIONS_FILE, RAW_FILE
+from pipelines.training.model import reported_classes
+from pipelines.training.validation import ground_truth
+from re2tal.detection.diagnosis import ACTIVITYNET, THUMOS, Diagnosis, diagnose, tables
+from re2tal.detection.diagnosis import metrics as diagnosis_metrics
+from re2tal.detection.files import read_detections
+from re2tal.detection.segments import Detections
+
+_SHOWN_VIDEOS = 4
+_REPOSITORY = Path(__file__).parents[2]
+
+
+def _history(run: Run, name: str) -> list[tuple[int, float]]:
+    return [(m.step, m.value) for m in run.client.get_metric_history(run.run_id, name)]
+
+
+def log_model(run: Run, detector: Path, **files: Path) -> str:
+    """Logs a saved detector as an MLflow model that loads without this run's process.
+
+    Args:
+        run: the run it belongs to.
+        detector: folder that `save_detector` wrote.
+        files: what else is to lie beside it in the model.
+
+    Returns:
+        The model's URI.
+    """
+    mlflow.set_tracking_uri(run.uri)
+    with mlflow.start_run(run_id=run.run_id), warnings.catch_warnings():
+        # an example would be a video file of the user's; the type hints say what is needed
+        warnings.filterwarnings("ignore", message=".*input example was not provided")
+        warnings.filterwarnings("ignore", message=".*Any type hint is inferred as AnyType")
+        info = mlflow.pyfunc.log_model(
+            name="detector",
+            python_model=str(_REPOSITORY / "pipelines" / "core" / "mlflow_model.py"),
+            artifacts={name: str(path) for name, path in {"detector": detector, **files}.items()},
+            code_paths=[str(_REPOSITORY / "re2tal")],
+            pip_requirements=["torch", "torchvision", "av", "pydantic", "safetensors", "psutil"],
+        )
+    return info.model_uri
+
+
+def log_pictures(run: Run, plan: Plan, detections: Mapping[str, Detections]) -> None:
+    """Logs the curves, and timelines of some validation videos.
+
+    Args:
+        run: the run, with its metrics sent; without those that did not arrive there are no curves.
+        plan: classes and validation videos.
+        detections: of the best checkpoint, in seconds.
+    """
+    client = run.client
+    prefix = "val/mAP/tiou_"
+    names = sorted(
+        name for name in client.get_run(run.run_id).data.metrics if name.startswith(prefix)
+    )
+    quality = {name.removeprefix(prefix): _history(run, name) for name in names}
+    quality["average"] = _history(run, "val/mAP")
+    loss = _history(run, "train/loss")
+    if loss and quality["average"]:
+        client.log_figure(run.run_id, curves(loss, quality), "pictures/curves.png")
+    figure = timelines_of(plan, detections)
+    client.log_figure(run.run_id, figure, "pictures/timelines.png")
+
+
+def timelines_of(plan: Plan, detections: Mapping[str, Detections]) -> Figure:
+    """Draws what was found in some validation videos, and what is there.
+
+    Args:
+        plan: classes and validation videos.
+        detections: in seconds.
+    """
+    shown = plan.validation[:_SHOWN_VIDEOS]
+    truth = ground_truth(shown, plan.classes)
+    videos = {
+        v.annotation.video_id: (
+            v.annotation.duration,
+            truth[v.annotation.video_id],
+            detections.get(v.annotation.video_id, Detections.empty()),
+        )
+        for v in shown
+    }
+    return timelines(videos, plan.classes)
+
+
+def diagnosis_of(
+    plan: Plan,
+    detections: Mapping[str, Detections],
+    *,
+    thresholds: Sequence[float],
+    dataset: Dataset | None,
+) -> Diagnosis:
+    """Finds out what kinds of errors there are, what mAP depends on and what is missed.
+
+    Args:
+        plan: classes and validation videos.
+        detections: in seconds.
+        thresholds: tIoU thresholds.
+        dataset: which bins suit the actions.
+    """
+    # DETAD has bins for two data sets: actions of minutes in short videos, and of seconds in long.
+    long_actions = dataset in {"activitynet-1.3", "hacs-segments"}
+    return diagnose(
+        ground_truth(plan.validation, plan.classes),
+        detections,
+        {v.annotation.video_id: v.annotation.duration for v in plan.validation},
+        num_classes=len(plan.classes),
+        thresholds=thresholds,
+        characteristics=ACTIVITYNET if long_actions else THUMOS,
+    )
+
+
+def log_diagnosis(run: Run, diagnosis: Diagnosis) -> None:
+    """Logs a diagnosis: metrics and pictures, and the numbers behind them.
+
+    The numbers are in `diagnosis/<table>.json`.
+
+    Args:
+        run: where to.
+        diagnosis: of the best checkpoint's detections.
+    """
+    log_metrics(run, diagnosis_metrics(diagnosis), step=0)
+    for name, table in tables(diagnosis).items():
+        run.client.log_dict(run.run_id, {"rows": table}, f"diagnosis/{name}.json")
+    for name, figure in diagnosis_pictures(diagnosis).items():
+        run.client.log_figure(run.run_id, figure, f"pictures/diagnosis_{name}.png")
+
+
+def log_results(recipe: Recipe, plan: Plan, run: Run, result: ray.train.Result) -> None:
+    """Logs the best checkpoint as a model, its detections, pictures and what its errors are.
+
+    Args:
+        recipe: the run's configuration.
+        plan: what the run worked on.
+        run: where to.
+        result: of the training; it holds at least one checkpoint.
+    """
+    plan = plan.restricted(reported_classes(recipe, plan.classes))
+    best, metrics = max(result.best_checkpoints, key=lambda kept: kept[1]["val/mAP"])
+    client = run.client
+    with best.as_directory() as folder, tempfile.TemporaryDirectory() as scratch:
+        client.log_artifact(run.run_id, str(Path(folder) / DETECTIONS_FILE))
+        detections = read_detections(Path(folder) / DETECTIONS_FILE, plan.classes)
+        failures = Path(scratch) / "unusable_videos.json"
+        failures.write_text(json.dumps(dict(plan.failures), indent=2))
+        client.log_artifact(run.run_id, str(failures))
+        if recipe.save_raw:
+            client.log_artifact(run.run_id, str(Path(folder) / RAW_FILE))
+        client.set_tag(run.run_id, "model.uri", log_model(run, Path(folder) / DETECTOR_FOLDER))
+    epoch = metrics["epoch"]
+    log_metrics(run, {"best/mAP": metrics["val/mAP"], "best/epoch": epoch}, step=epoch)
+    log_pictures(run, plan, detections)
+    diagnosis = diagnosis_of(
+        plan, detections, thresholds=recipe.thresholds, dataset=recipe.data.dataset
+    )
+    log_diagnosis(run, diagnosis)
+
+
+def _open_command(run: Run) -> str:
+    if run.uri.startswith("sqlite:"):
+        return shlex.join(
+            [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--backend-store-uri", run.uri]
+        )
+    return f"open {run.uri}"
+
+
+def print_summary(recipe: Recipe, plan: Plan, run: Run, *, seconds: float) -> None:
+    """Prints what a run reached, what it took, and where it is.
+
+    Args:
+        recipe: the configuration.
+        plan: what it worked on, with the videos left out.
+        run: with its metrics sent; what did not arrive is not printed.
+        seconds: from the command's start to its end.
+    """
+    averages = _history(run, "val/mAP")
+    if averages:
+        console = Console(width=max(80, Console().width))
+        console.print(_quality(recipe, run, averages))
+    else:
+        print(f"No mAP arrived in MLflow: what could not be sent is in {recipe.output}.")
+    for label, value in _facts(plan, run, seconds):
+        print(f"{label:<20}{value}")
+
+
+def _quality(recipe: Recipe, run: Run, averages: Sequence[tuple[int, float]]) -> Table:
+    """The mAP of the best epoch."""
+    best = max(range(len(averages)), key=lambda i: averages[i][1])
+    step, average = averages[best]
+    epoch = recipe.evaluate_from + best
+    table = Table(title=f"{recipe.name}: mAP of epoch {epoch} of {recipe.epochs}, the best")
+    values = []
+    for threshold in recipe.thresholds:
+        table.add_column(f"tIoU {threshold:.2f}", justify="right")
+        value = dict(_history(run, f"val/mAP/tiou_{threshold:.2f}")).get(step)
+        values.append("" if value is None else f"{value:.3f}")
+    table.add_column("average", justify="right")
+    table.add_row(*values, f"[bold]{average:.3f}")
+    return table
+
+
+def _facts(plan: Plan, run: Run, seconds: float) -> Iterator[tuple[str, str]]:
+    metrics = run.client.get_run(run.run_id).data.metrics
+    yield "time", f"{duration(seconds)} in all"
+    if {"train/frames_per_second", "train/data_wait_share"} <= metrics.keys():
+        speed, waiting = metrics["train/frames_per_second"], metrics["train/data_wait_share"]
+        yield "speed", f"{speed:.0f} frames/s, {waiting:.0%} of the time waiting for data"
+    for label, name, what in (
+        ("GPU memory", "memory/cuda_peak_mb", "at the peak of a worker's step"),
+        ("host memory", "memory/rss_peak_mb", "at the peak of a worker's step"),
+        ("activations", "memory/predicted_activations_mb", "a worker (predicted)"),
+    ):
+        if name in metrics:
+            yield label, f"{metrics[name]:.0f} MB {what}"
+    if plan.failures:
+        listed = ", ".join(f"{video_id} ({why})" for video_id, why in sorted(plan.failures.items()))
+        yield "left out", f"{len(plan.failures)} videos: {listed}"
+    yield "MLflow run", f"{run.run_id} in {run.uri}"
+    yield "open it", _open_command(run)

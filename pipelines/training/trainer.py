@@ -1,0 +1,552 @@
+"""The training loop of one worker.
+
+It knows PyTorch and DDP, not Ray: a `Runtime` gives it data and takes results.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from pipelines.config.recipe import AnyRecipe, OptimConfig, autocast
+from pipelines.core.clock import Clock, duration
+from pipelines.core.metric_names import UNSCORED
+from pipelines.core.storage import join, replacing
+from pipelines.data.batches import Batch, share
+from pipelines.data.clip_plan import AnyPlan
+from pipelines.data.plan import all_failures
+from pipelines.training.checkpoints import TrainingState, complete, shard
+from pipelines.training.model import compile_parts, train_mode
+from pipelines.training.optimizer import (
+    build_average,
+    build_optimizer,
+    build_schedule,
+    fast_forward,
+)
+from pipelines.training.validation import gather
+from re2tal.detector import Detector
+from re2tal.memory import MemoryMeter
+from re2tal.reversible import check, reconstruction_errors, stage_modes
+from re2tal.trained import DetectorSpec
+from re2tal.videos.augmentation import augment, clip_seed
+from re2tal.videos.windows import Window
+
+
+class NonFiniteLossError(Exception):
+    """The loss became NaN or infinite; the message names step, videos and the saved batch."""
+
+
+def non_finite_error(
+    passes: Sequence[Mapping[str, Tensor]], batches: Sequence[Batch], *, step: int, output: str
+) -> NonFiniteLossError:
+    """Saves the first batch whose loss is NaN or infinite, and says so.
+
+    Args:
+        passes: of each pass of this worker the loss, first, and its terms, by name.
+        batches: what they were computed of, as they were decoded.
+        step: number of the training step.
+        output: path or URI of the folder that the batch is saved in.
+    """
+    bad = (
+        (terms, batch)
+        for terms, batch in zip(passes, batches, strict=True)
+        if not bool(torch.isfinite(next(iter(terms.values()))))
+    )
+    terms, batch = next(bad, (None, None))
+    if terms is None or batch is None:
+        return NonFiniteLossError(f"The loss is not finite at step {step} on another worker.")
+    path = join(output, f"non_finite_step_{step}.pt")
+    _save(batch, path)
+    videos = ", ".join(w.video_id for w in batch.windows)
+    values = ", ".join(f"{name} {float(value):g}" for name, value in terms.items())
+    return NonFiniteLossError(
+        f"The loss is not finite at step {step} ({values}), on windows of the videos {videos}. "
+        f"The batch is saved in {path}. Lower the learning rates (--optim.backbone-lr, "
+        "--optim.localizer-lr), or compute in float32 (--optim.precision float32)."
+    )
+
+
+def _save(batch: Batch, uri: str) -> None:
+    content = {
+        "frames": batch.frames.cpu(),
+        "mask": batch.mask,
+        "targets": [asdict(target) for target in batch.targets],
+        "windows": [
+            {"video_id": w.video_id, "grid": asdict(w.grid), "copy": w.copy and asdict(w.copy)}
+            for w in batch.windows
+        ],
+    }
+    with replacing(uri) as stream:
+        torch.save(content, stream)
+
+
+class Stepper:
+    """Trains on the windows of one step at a time.
+
+    However the windows of a step are laid out over workers and passes, the losses are those of all
+    of them: the gradients of passes and workers are averaged, and what the losses are divided by is
+    counted over the step.
+
+    Args:
+        model: what computes losses: the detector, or what wraps it for several workers.
+        state: the detector, its optimizer and all that goes with it.
+        config: precision, accumulation and clipping.
+        augment: gives the frames of a batch as the network is to see them, on the device.
+        device: where the detector is.
+        output: folder for a batch whose loss is not finite.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        state: TrainingState,
+        config: OptimConfig,
+        *,
+        augment: Callable[[Batch], Tensor],
+        device: torch.device,
+        output: str,
+    ) -> None:
+        self._model, self._state, self._config, self._augment = model, state, config, augment
+        self._device, self._output = device, output
+        self._trained = [p for p in state.detector.parameters() if p.requires_grad]
+
+    def __call__(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Takes a step.
+
+        Args:
+            batches: of each pass the windows.
+
+        Returns:
+            Metrics: the loss and its terms over all workers and passes, the norm of the gradient
+            before clipping, learning rates, memory.
+
+        Raises:
+            NonFiniteLossError: if a loss is not finite, on all workers alike.
+        """
+        state = self._state
+        with MemoryMeter(self._device) as memory:
+            state.detector.localizer.begin_step(
+                [state.detector.feature_mask(batch.mask).to(self._device) for batch in batches],
+                [[target.to(self._device) for target in batch.targets] for batch in batches],
+            )
+            state.optimizer.zero_grad(set_to_none=True)
+            terms = [
+                self._pass(batch, of=len(batches), last=batch is batches[-1]) for batch in batches
+            ]
+            losses = _averaged(terms)
+            if not math.isfinite(losses["train/loss"]):
+                raise non_finite_error(terms, batches, step=state.step, output=self._output)
+            rates = {f"lr/{group['name']}": group["lr"] for group in state.optimizer.param_groups}
+            norm = self._update()
+        state.step += 1
+        return {
+            **losses,
+            "train/gradient_norm": norm,
+            **rates,
+            **({"train/loss_scale": state.scaler.get_scale()} if state.scaler.is_enabled() else {}),
+            **{f"memory/{name}": value for name, value in memory.metrics().items()},
+        }
+
+    def _pass(self, batch: Batch, *, of: int, last: bool) -> dict[str, Tensor]:
+        with self._gradients_shared(last):
+            with autocast(self._device.type, self._config.precision):
+                terms: dict[str, Tensor] = self._model(
+                    self._augment(batch),
+                    batch.mask.to(self._device, non_blocking=True),
+                    [target.to(self._device) for target in batch.targets],
+                )
+                loss = torch.stack(list(terms.values())).sum()
+            self._state.scaler.scale(loss / of).backward()
+        return {"train/loss": loss.detach()} | {
+            f"train/loss/{name}": value.detach() for name, value in terms.items()
+        }
+
+    def _gradients_shared(self, last: bool) -> AbstractContextManager[None]:
+        """Workers exchange gradients in the last pass of a step only."""
+        if isinstance(self._model, FSDPModule):
+            self._model.set_requires_gradient_sync(last)
+        if isinstance(self._model, DistributedDataParallel) and not last:
+            return self._model.no_sync()
+        return nullcontext()
+
+    def _update(self) -> float:
+        state = self._state
+        state.scaler.unscale_(state.optimizer)
+        norm = nn.utils.clip_grad_norm_(self._trained, self._config.clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        scale = state.scaler.get_scale()
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        if state.scaler.get_scale() >= scale:  # else the gradients overflowed: nothing was learnt
+            state.schedule.step()
+            state.average.update_parameters(state.detector)
+        return float(norm)
+
+
+def _averaged(passes: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """The mean over passes and workers."""
+    names = list(passes[0])
+    values = torch.stack([torch.stack([terms[name] for name in names]) for terms in passes])
+    mean = values.float().mean(dim=0)
+    if dist.is_initialized():
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
+    return dict(zip(names, mean.tolist(), strict=True))
+
+
+def in_passes(batches: Iterator[Batch], accumulation: int) -> Iterator[list[Batch]]:
+    """Groups batches into steps; batches that do not fill a step at the end are left out.
+
+    Args:
+        batches: of an epoch.
+        accumulation: batches a step.
+    """
+    step: list[Batch] = []
+    for batch in batches:
+        step.append(batch)
+        if len(step) == accumulation:
+            yield step
+            step = []
+
+
+def seed_step(seed: int, *, step: int, rank: int) -> None:
+    """Seeds dropout and drop path of a step, as a function of where in the run it is.
+
+    So a run that goes on from a checkpoint needs no generator's state to draw the same masks.
+
+    Args:
+        seed: of the run.
+        step: finished steps.
+        rank: of the worker, each of which draws masks of its own.
+    """
+    (mixed,) = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
+    torch.manual_seed(int(mixed >> 1))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """What an epoch ends with.
+
+    Attributes:
+        metrics: name to value, those that MLflow gets.
+        write: puts what is to be kept of it into the folder of the checkpoint, on rank 0.
+    """
+
+    metrics: dict[str, float]
+    write: Callable[[Path], None]
+
+
+class Task(Protocol):
+    """What a detector is trained for. It travels to the workers."""
+
+    @property
+    def score(self) -> str:
+        """The metric that makes a checkpoint the best."""
+
+    @property
+    def recipe(self) -> AnyRecipe:
+        """The run's configuration."""
+
+    @property
+    def plan(self) -> AnyPlan:
+        """What it works on."""
+
+    @property
+    def spec(self) -> DetectorSpec:
+        """What the detector is built of."""
+
+    def build(self, weights: str | Path | None) -> Any:
+        """The detector.
+
+        Args:
+            weights: file or name of weights for its backbone, or None.
+
+        Raises:
+            ValueError: if the weights do not fit.
+        """
+
+    def windows(self, *, stride: int, epoch: int) -> list[Window]:
+        """The windows of an epoch, of all workers, in order; a function of seed and epoch.
+
+        Args:
+            stride: frames per feature, of the backbone.
+            epoch: from 0; each has as many.
+        """
+
+    def before_step(self, state: TrainingState, *, done: int, steps: int) -> dict[str, float]:
+        """Is called before each step, and may change the detector as a function of the step.
+
+        Args:
+            state: of the run.
+            done: steps before this one, as many as with today's number of workers all along.
+            steps: of an epoch.
+
+        Returns:
+            Metrics of the step.
+        """
+
+    def evaluate(self, state: TrainingState, runtime: "Runtime", *, steps: int) -> Evaluation:
+        """Evaluates the average of an epoch's end; every rank calls it.
+
+        Args:
+            state: of the run.
+            runtime: gives the frames and shows progress.
+            steps: of an epoch.
+
+        Raises:
+            UnusableVideosError: if too many videos could not be decoded.
+        """
+
+
+PREEMPTION_STEPS = 10  # steps between looks at whether a node is going to be taken away
+
+
+class Runtime(Protocol):
+    """What surrounds a worker."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def stream(self, windows: Sequence[Window], *, size: int) -> Iterator[Batch]:
+        """Decodes windows, `size` pixels square, and yields them in batches, in order."""
+
+    def log(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Appends metrics to the run; only rank 0's are kept."""
+
+    def say(self, line: str) -> None:
+        """Shows a line of progress; only rank 0's is shown."""
+
+    def report(self, metrics: Mapping[str, float], checkpoint: Path) -> None:
+        """Hands over metrics and a checkpoint folder (rank 0's); every rank calls it."""
+
+    def preempted(self) -> bool:
+        """Whether a node is known to be taken away soon, once for each; every rank calls it."""
+
+    def restored(self) -> AbstractContextManager[Path | None]:
+        """Gives the checkpoint to go on from, if there is one."""
+
+
+class Trainer:
+    """One worker's share of a run: epochs of steps, each ended by validation and a checkpoint."""
+
+    def __init__(
+        self, task: Task, runtime: Runtime, *, weights: str | Path | None, output: str
+    ) -> None:
+        self.task, self.recipe, self.runtime = task, task.recipe, runtime
+        torch.manual_seed(task.recipe.seed)  # the same weights on every rank
+        detector = task.build(weights).to(runtime.device)
+        self.stride: int = detector.backbone.temporal_stride
+        self.state = self._begin(detector, task.build(weights) if self._sharded else None)
+        with runtime.restored() as folder:
+            if folder is not None:
+                self._restore(folder)
+        compile_parts(detector, self.recipe.optim.compile)
+        self.step = Stepper(
+            self._wrapped(detector),
+            self.state,
+            self.recipe.optim,
+            augment=self._augmented,
+            device=runtime.device,
+            output=output,
+        )
+
+    @property
+    def _sharded(self) -> bool:
+        return self.recipe.scale.sharded and dist.is_initialized()
+
+    def _wrapped(self, detector: Detector) -> nn.Module:
+        """The detector as each worker calls it to have the gradients of all."""
+        if self._sharded or not dist.is_initialized():
+            return detector
+        return DistributedDataParallel(detector)
+
+    @property
+    def windows_per_step(self) -> int:
+        """Windows that all workers together see in a step."""
+        return self._windows_per_worker * self.runtime.world_size
+
+    @property
+    def _windows_per_worker(self) -> int:
+        return self.recipe.batch_size * self._passes
+
+    @property
+    def _passes(self) -> int:
+        """Of a worker in a step: as long as some are missing, the others do their work too."""
+        scale, accumulation = self.recipe.scale, self.recipe.optim.accumulation
+        return max(1, accumulation * scale.workers // self.runtime.world_size)
+
+    def _begin(self, detector: Detector, whole: Detector | None) -> TrainingState:
+        optim, device = self.recipe.optim, self.runtime.device
+        average = build_average(detector, optim)
+        if whole is not None:
+            whole.to(device)
+            for module in (detector, average.module):
+                shard(module, device=device, workers=self.runtime.world_size)
+        optimizer = build_optimizer(detector, optim)
+        return TrainingState(
+            detector=detector,
+            average=average,
+            whole=whole,
+            optimizer=optimizer,
+            schedule=build_schedule(
+                optimizer, optim, steps_per_epoch=self._steps, epochs=self.recipe.epochs
+            ),
+            scaler=GradScaler(device.type, enabled=optim.precision == "float16"),
+            world_size=self.runtime.world_size,
+        )
+
+    def _restore(self, folder: Path) -> None:
+        state, epochs = self.state, self.recipe.epochs
+        state.load(folder)
+        workers = ""
+        if state.world_size != self.runtime.world_size:
+            workers = f", with {self.runtime.world_size} workers instead of {state.world_size}"
+            steps = self._steps
+            state.schedule = fast_forward(
+                state.optimizer,
+                self.recipe.optim,
+                steps_per_epoch=steps,
+                epochs=epochs,
+                done=state.epoch * steps + state.windows // self.windows_per_step,
+            )
+            state.world_size = self.runtime.world_size
+        into = f" and {state.windows} windows of the next" if state.windows else ""
+        self.runtime.say(f"going on after epoch {state.epoch} of {epochs}{into}{workers}")
+
+    @cached_property
+    def _steps(self) -> int:
+        """Steps of an epoch; to count them, all windows of one are cut."""
+        return len(self._windows(0)) // self._windows_per_worker
+
+    def _windows(self, epoch: int, *, behind: int = 0) -> list[Window]:
+        """This worker's windows of an epoch, after the first `behind` of all workers'."""
+        windows = self.task.windows(stride=self.stride, epoch=epoch)[behind:]
+        if behind and len(windows) < self.windows_per_step:
+            return []  # with more workers than before, what was left may not fill a step
+        return share(
+            windows,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+            batch_size=self._windows_per_worker,
+        )
+
+    def run(self) -> dict[str, float]:
+        """Trains to the recipe's last epoch.
+
+        Returns:
+            The metrics of the last epoch.
+
+        Raises:
+            NonFiniteLossError: if a loss is not finite.
+            UnusableVideosError: if too many videos cannot be decoded.
+        """
+        metrics: dict[str, float] = {}
+        while self.state.epoch < self.recipe.epochs:
+            self._train_epoch()
+            self.state.epoch += 1
+            self.state.windows = 0
+            check(self.state.detector)  # before what cannot be taken back: a checkpoint
+            if self.state.epoch < self.recipe.evaluate_from:
+                data = self.recipe.data
+                all_failures(self.task.plan, gather(self.state.failures), data.max_failed)
+                self._checkpoint({self.task.score: UNSCORED})
+                continue
+            evaluation = self.task.evaluate(self.state, self.runtime, steps=self._steps)
+            metrics = evaluation.metrics
+            seen = metrics | _reversible_metrics(self.state.detector)
+            self.runtime.log(seen, step=self.state.step)
+            self._checkpoint(metrics, evaluation.write if self.runtime.rank == 0 else None)
+        return metrics
+
+    def _checkpoint(
+        self, metrics: Mapping[str, float], add: Callable[[Path], object] | None = None
+    ) -> None:
+        """Hands over a checkpoint, with what is added to its folder."""
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "checkpoint"
+            folder.mkdir()
+            self.state.save(folder, self.task.spec, write=self.runtime.rank == 0)
+            if add is not None:
+                add(folder)
+            complete(folder)
+            self.runtime.report({**metrics, "epoch": self.state.epoch}, folder)
+
+    def _train_epoch(self) -> None:
+        state, recipe = self.state, self.recipe
+        windows = self._windows(state.epoch, behind=state.windows)
+        steps, first = self._steps, state.windows // self.windows_per_step
+        size = recipe.data.augmentation.decoded_size(recipe.data.size)
+        clock = Clock()
+        train_mode(state.detector, recipe.model)
+        batches = clock.timed(self.runtime.stream(windows, size=size))
+        for passes in in_passes(batches, self._passes):
+            for batch in passes:
+                state.failures |= batch.failures
+            seed_step(recipe.seed, step=state.step, rank=self.runtime.rank)
+            index = state.windows // self.windows_per_step
+            moved = self.task.before_step(state, done=state.epoch * steps + index, steps=steps)
+            metrics = self.step(passes) | clock.metrics(self.runtime.world_size) | moved
+            self.runtime.log(metrics, step=state.step)
+            state.windows += self.windows_per_step
+            index += 1
+            if (index - 1) % max(1, steps // 5) == 0 or index == steps:
+                self._say_progress(index, steps, metrics, clock, taken=index - first)
+            if index < steps and self._checkpoint_due():
+                self._checkpoint({self.task.score: UNSCORED})
+                self.runtime.say(f"checkpoint after step {index} of {steps}")
+
+    def _checkpoint_due(self) -> bool:
+        every = self.recipe.checkpoints.steps
+        due = every is not None and self.state.step % every == 0
+        if self.state.step % PREEMPTION_STEPS == 0 and self.runtime.preempted():
+            self.runtime.say("a node is going to be taken away: writing a checkpoint")
+            return True
+        return due
+
+    def _augmented(self, batch: Batch) -> Tensor:
+        """The frames of a training batch on the device, as the network is to see them."""
+        if batch.frames.is_floating_point():  # features
+            return batch.frames.to(self.runtime.device, non_blocking=True)
+        data, seed, epoch = self.recipe.data, self.recipe.seed, self.state.epoch
+        return augment(
+            batch.frames.to(self.runtime.device, non_blocking=True),
+            data.augmentation,
+            size=data.size,
+            seeds=[clip_seed(window, seed=seed, epoch=epoch) for window in batch.windows],
+        )
+
+    def _say_progress(
+        self, index: int, steps: int, metrics: Mapping[str, float], clock: Clock, *, taken: int
+    ) -> None:
+        to_come = steps * (self.recipe.epochs - self.state.epoch) - index
+        left = clock.elapsed / taken * to_come
+        self.runtime.say(
+            f"epoch {self.state.epoch + 1}/{self.recipe.epochs}  step {index:>3}/{steps}  "
+            f"loss {metrics['train/loss']:.3f}  {metrics['train/frames_per_second']:.0f} frames/s  "
+            f"waiting for data {metrics['train/data_wait_share']:.0%}  left {duration(left)}"
+        )
+
+
+def _reversible_metrics(detector: nn.Module) -> dict[str, float]:
+    """How well the stages rebuild their activations, and how many have to store them instead."""
+    modes, errors = stage_modes(detector), reconstruction_errors(detector)
+    # MLflow takes letters, digits and a few signs for a metric's name.
+    metrics = {f"reversible/error/{name.replace('…', '-')}": e for name, e in errors.items()}
+    if modes:
+        stored = sum(mode != "reversible" for mode in modes.values())
+        metrics["reversible/stages_stored"] = float(stored)
+    return metrics

@@ -1,0 +1,207 @@
+"""Sliding-window evaluation of a detector over the validation videos, shared by the workers."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipelines.core.metric_names import safe_names
+from pipelines.data.batches import Batch, Video
+from re2tal.detection.evaluation import (
+    MapResult,
+    ProposalRecall,
+    average_recall,
+    mean_average_precision,
+)
+from re2tal.detection.segments import Detections
+from re2tal.detector import Detector
+from re2tal.inference import window_detections
+from re2tal.videos.windows import Window, WindowConfig, sliding_windows
+
+PROPOSALS = (1, 5, 10, 100)
+"""Numbers of proposals a video at which recall is shown."""
+
+
+def gather(value: Any) -> list[Any]:
+    """Collects a picklable value of every worker, by rank; without workers, just this one's."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def validation_share(
+    videos: Sequence[Video],
+    classes: Sequence[str],
+    config: WindowConfig,
+    *,
+    stride: int,
+    rank: int,
+    world_size: int,
+) -> list[Window]:
+    """Returns the sliding windows of every world_size-th video, from the rank-th on.
+
+    Args:
+        videos: all validation videos.
+        classes: class names.
+        config: how windows are cut.
+        stride: frames per feature, of the backbone.
+        rank: of this worker.
+        world_size: number of workers.
+    """
+    mine = videos[rank::world_size]
+    return [w for v in mine for w in sliding_windows(v.annotation, classes, config, stride=stride)]
+
+
+@torch.inference_mode()
+def detect_windows(
+    detector: Detector, batches: Iterable[Batch], durations: Mapping[str, float]
+) -> tuple[dict[str, Detections], dict[str, str]]:
+    """Runs a detector over windows and puts those of each video together.
+
+    Args:
+        detector: in evaluation mode.
+        batches: windows; a video's may lie in several batches.
+        durations: video id to seconds.
+
+    Returns:
+        Video id to what its windows showed, in seconds and before non-maximum suppression; video
+        id to reason where decoding failed.
+    """
+    device = next(detector.parameters()).device
+    found: dict[str, list[Detections]] = defaultdict(list)
+    failures: dict[str, str] = {}
+    for batch in batches:
+        failures |= batch.failures
+        raw = detector(batch.frames.to(device), batch.mask.to(device))
+        for window, detections in zip(batch.windows, raw, strict=True):
+            seconds = window_detections(detections, window, durations[window.video_id])
+            found[window.video_id].append(seconds)
+    return {video_id: Detections.concat(parts) for video_id, parts in found.items()}, failures
+
+
+def proposal_metrics(
+    proposals: Mapping[str, Detections], videos: Sequence[Video], classes: Sequence[str]
+) -> dict[str, float]:
+    """How many of the actions the proposals find, whatever their class, as ActivityNet counts it.
+
+    Args:
+        proposals: video id to proposals in seconds.
+        videos: annotated videos.
+        classes: class names.
+
+    Returns:
+        Metrics by the names of `recall_metrics`.
+    """
+    return recall_metrics(average_recall(ground_truth(videos, classes), proposals))
+
+
+def recall_metrics(result: ProposalRecall) -> dict[str, float]:
+    """Names the numbers of an evaluation of proposals for MLflow.
+
+    Args:
+        result: recall by number of proposals.
+
+    Returns:
+        `val/AR/<AN>`: average recall with AN proposals a video; `val/AR_AUC`, in percent.
+    """
+    metrics = {f"val/AR/{n}": float(result.average_recall[n - 1]) for n in PROPOSALS}
+    return {**metrics, "val/AR_AUC": result.auc}
+
+
+def ground_truth(videos: Sequence[Video], classes: Sequence[str]) -> dict[str, Detections]:
+    """Returns the annotated instances of videos as published, in seconds, each with score 1.
+
+    Args:
+        videos: annotated videos.
+        classes: class names; labels are indices into it.
+    """
+    index = {name: i for i, name in enumerate(classes)}
+    return {
+        video.annotation.video_id: Detections(
+            # float64: overlaps that lie on a threshold are decided by the last digit
+            segments=torch.tensor(
+                [[i.start, i.end] for i in video.annotation.evaluated], dtype=torch.float64
+            ).reshape(-1, 2),
+            scores=torch.ones(len(video.annotation.evaluated)),
+            labels=torch.tensor(
+                [index[i.label] for i in video.annotation.evaluated], dtype=torch.int64
+            ),
+        )
+        for video in videos
+    }
+
+
+def map_metrics(result: MapResult, classes: Sequence[str]) -> dict[str, float]:
+    """Names the numbers of an evaluation for MLflow.
+
+    Args:
+        result: mAP per threshold and class.
+        classes: class names.
+
+    Returns:
+        `val/mAP` (mean over thresholds), `val/mAP/tiou_0.50`, ..., and `val/AP/<class>`, with the
+        classes named as MLflow takes them (`safe_names`).
+    """
+    metrics = {"val/mAP": float(result.average)}
+    for threshold, value in zip(result.thresholds, result.mAP, strict=True):
+        metrics[f"val/mAP/tiou_{float(threshold):.2f}"] = float(value)
+    for name, value in zip(safe_names(classes), result.per_class.mean(0), strict=True):
+        if torch.isfinite(torch.as_tensor(value)):  # a class without ground truth has no AP
+            metrics[f"val/AP/{name}"] = float(value)
+    return metrics
+
+
+def evaluate(
+    detections: Mapping[str, Detections],
+    videos: Sequence[Video],
+    classes: Sequence[str],
+    thresholds: Sequence[float],
+    *,
+    ignore_ambiguous: bool = False,
+) -> dict[str, float]:
+    """Compares detections with the annotations, as `precision` does.
+
+    Returns:
+        Metrics by the names of `map_metrics`.
+    """
+    result = precision(detections, videos, classes, thresholds, ignore_ambiguous=ignore_ambiguous)
+    return map_metrics(result, classes)
+
+
+def precision(
+    detections: Mapping[str, Detections],
+    videos: Sequence[Video],
+    classes: Sequence[str],
+    thresholds: Sequence[float],
+    *,
+    ignore_ambiguous: bool,
+) -> MapResult:
+    """Compares detections with the annotations.
+
+    Args:
+        detections: video id to detections in seconds.
+        videos: annotated videos.
+        classes: class names.
+        thresholds: tIoU thresholds.
+        ignore_ambiguous: see `Recipe`.
+
+    Returns:
+        Average precision by class and threshold.
+    """
+    ambiguous = {
+        video.annotation.video_id: torch.tensor(
+            [[i.start, i.end] for i in video.annotation.ambiguous], dtype=torch.float64
+        ).reshape(-1, 2)
+        for video in videos
+    }
+    return mean_average_precision(
+        ground_truth(videos, classes),
+        detections,
+        num_classes=len(classes),
+        thresholds=thresholds,
+        ambiguous=ambiguous if ignore_ambiguous else None,
+    )

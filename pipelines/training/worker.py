@@ -1,0 +1,255 @@
+"""What Ray Train starts on every worker: the loop, with Ray, MLflow and the progress board."""
+
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.data
+import ray.train
+import torch
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from ray.train.torch import get_device
+from ray.util.metrics import Gauge
+
+from pipelines.core.cluster import quiet_data
+from pipelines.core.models import fetch_weights
+from pipelines.core.storage import join, resolve
+from pipelines.core.tracking import MetricLogger, Run
+from pipelines.data.batches import Batch, stream_batches
+from pipelines.data.feature_stream import feature_stream
+from pipelines.data.plan import UnusableVideosError
+from pipelines.data.streaming import FrameStream
+from pipelines.training.checkpoints import CheckpointError
+from pipelines.training.trainer import NonFiniteLossError, Task, Trainer
+from re2tal.memory.live import MEGABYTE
+from re2tal.reversible import ReversibleError
+from re2tal.videos.windows import Window
+
+# Metric of a step, gauge, what it is, and what a metric's unit is in Prometheus' base units.
+_GAUGES = (
+    ("train/frames_per_second", "frames_per_second", "Frames a second that a worker trains on.", 1),
+    ("train/data_wait_share", "data_wait_share", "Share of the time spent waiting for frames.", 1),
+    ("train/loss", "loss", "Loss of the last step, over all workers.", 1),
+    ("memory/cuda_peak_mb", "cuda_peak_bytes", "Peak of PyTorch's GPU memory, step.", MEGABYTE),
+    ("memory/rss_peak_mb", "rss_peak_bytes", "Peak of a worker's host memory, step.", MEGABYTE),
+)
+PREFIX = "re2tal_"
+"""Before the names of gauges; Ray puts `ray_` before that."""
+
+
+class Gauges:
+    """What a worker of a run shows of itself.
+
+    Args:
+        run_id: of the MLflow run.
+        rank: of the worker.
+        world_size: number of workers; speeds that are those of all are divided by it.
+    """
+
+    def __init__(self, *, run_id: str, rank: int, world_size: int) -> None:
+        tags = {"run": run_id, "rank": str(rank)}
+        self._world_size = world_size
+        self._gauges: dict[str, tuple[Gauge, float]] = {}
+        for metric, name, description, unit in _GAUGES:
+            gauge = Gauge(f"{PREFIX}{name}", description=description, tag_keys=tuple(tags))
+            gauge.set_default_tags(tags)
+            self._gauges[metric] = (gauge, unit)
+
+    def set(self, metrics: Mapping[str, float]) -> None:
+        """Shows what a step measured.
+
+        Args:
+            metrics: as the training loop logs them.
+        """
+        for name, value in metrics.items():
+            if name in self._gauges:
+                gauge, unit = self._gauges[name]
+                share = self._world_size if name == "train/frames_per_second" else 1
+                gauge.set(value * unit / share)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What the driver hands to every worker.
+
+    Attributes:
+        task: what is trained; the paths of its recipe are absolute.
+        run: where metrics go.
+        output: folder of this run for what is saved beside checkpoints; absolute path or URI.
+        board: handle of the progress actor.
+        checkpoint: to go on from where Ray Train knows of none; None begins at the beginning.
+        threads: of PyTorch, where other runs share the node; None shares its cores between the
+            workers of this run.
+    """
+
+    task: Task
+    run: Run
+    output: str
+    board: Any
+    checkpoint: str | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingProblem:
+    """What a worker returns when a new attempt would end in the same way.
+
+    Ray Train makes a new attempt after any exception, and shows the worker's stack with it.
+    """
+
+    message: str
+
+
+class RayRuntime:
+    """Gives a worker its data through Ray Data and takes its results to Ray Train and MLflow."""
+
+    def __init__(self, job: Job, metrics: MetricLogger | None) -> None:
+        context = ray.train.get_context()
+        self.rank: int = context.get_world_rank()
+        self.world_size: int = context.get_world_size()
+        self.device: torch.device = get_device()
+        self._job = job
+        self._metrics = metrics
+        self._gauges = Gauges(run_id=job.run.run_id, rank=self.rank, world_size=self.world_size)
+        self._leaving: frozenset[str] = frozenset()
+        self._features = feature_stream(job.task.plan)
+        if self._features is None:
+            scale = job.task.recipe.scale
+            self._frames = FrameStream(
+                streams=context.get_local_world_size(),
+                cpus=scale.cpus_per_decoder,
+                threads=scale.decoder_threads,
+            )
+
+    def stream(self, windows: Sequence[Window], *, size: int) -> Iterator[Batch]:
+        """Decodes windows with Ray Data, or reads their features, in batches, in order."""
+        task = self._job.task
+        if self._features is not None:
+            return self._features.batches(windows, batch_size=task.recipe.batch_size)
+        return stream_batches(
+            self._frames,
+            windows,
+            task.plan.uris,
+            size=size,
+            batch_size=task.recipe.batch_size,
+        )
+
+    def log(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Queues metrics for MLflow, on rank 0; every rank shows its own as gauges."""
+        self._gauges.set(metrics)
+        if self._metrics is not None:
+            self._metrics.log(metrics, step=step)
+
+    def say(self, line: str) -> None:
+        """Posts a line of progress, on rank 0."""
+        if self.rank == 0:
+            self._job.board.post.remote(line)
+
+    def report(self, metrics: Mapping[str, float], checkpoint: Path) -> None:
+        """Hands an epoch over to Ray Train; every rank calls it."""
+        if self._metrics is not None:
+            self._metrics.flush()
+        whole = ray.train.Checkpoint.from_directory(checkpoint) if self.rank == 0 else None
+        ray.train.report(dict(metrics), checkpoint=whole)
+
+    def preempted(self) -> bool:
+        """Whether Ray was told that a node goes; true once for each notice, on every rank alike."""
+        if os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") == "0":
+            return False
+        info = ray.train.get_preemption_info()
+        nodes = frozenset(info.preempted_node_to_ranks) if info else frozenset()
+        new, self._leaving = nodes - self._leaving, self._leaving | nodes
+        return bool(new)
+
+    @contextmanager
+    def restored(self) -> Iterator[Path | None]:
+        """Gives the checkpoint to go on from after a lost worker or driver, if there is one."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None and self._job.checkpoint is not None:
+            filesystem, path = resolve(self._job.checkpoint)
+            checkpoint = ray.train.Checkpoint(path, filesystem)
+        if checkpoint is None:
+            yield None
+            return
+        with checkpoint.as_directory() as folder:
+            yield Path(folder)
+
+
+def _train(
+    job: Job, runtime: RayRuntime, weights: str | Path | None
+) -> dict[str, float] | TrainingProblem:
+    trainer = Trainer(job.task, runtime, weights=weights, output=job.output)
+    try:
+        return trainer.run()
+    except (NonFiniteLossError, UnusableVideosError, CheckpointError, ReversibleError) as problem:
+        return TrainingProblem(message=str(problem))
+
+
+def train(job: Job) -> dict[str, float] | TrainingProblem:
+    """Trains one worker's share of a run; rank 0 also writes metrics to MLflow.
+
+    Args:
+        job: what the driver hands over.
+
+    Returns:
+        The metrics of the last epoch, or what all workers alike came upon.
+    """
+    quiet_data()
+    context = ray.train.get_context()
+    # Ray leaves every worker all cores, whose threads would then wait for one another
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(job.threads or max(1, cores // context.get_local_world_size()))
+    with tempfile.TemporaryDirectory() as folder:
+        weights = fetch_weights(
+            job.task.recipe.model.weights, Path(folder), tracking_uri=job.run.uri
+        )
+        with _node_watched(job), _metrics_logged(job) as metrics:
+            return _train(job, RayRuntime(job, metrics), weights)
+
+
+@contextmanager
+def _node_watched(job: Job) -> Iterator[None]:
+    """Logs the memory, GPUs and load of a node, from one of the run's workers on it.
+
+    The metrics bear the node's name where a run may have several.
+    """
+    context = ray.train.get_context()
+    if context.get_local_rank() > 0:
+        yield
+        return
+    several = job.task.recipe.scale.workers > context.get_local_world_size()
+    monitor = SystemMetricsMonitor(
+        job.run.run_id,
+        node_id=socket.gethostname() if several else None,
+        resume_logging=True,
+        tracking_uri=job.run.uri,
+    )
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
+@contextmanager
+def _metrics_logged(job: Job) -> Iterator[MetricLogger | None]:
+    """Sends the run's metrics from rank 0, and says so if some could not be sent."""
+    if ray.train.get_context().get_world_rank() > 0:
+        yield None
+        return
+    unsent_file = join(job.output, f"unsent_metrics_{time.time():.0f}.jsonl")
+    metrics = MetricLogger(job.run, fallback=unsent_file)
+    try:
+        yield metrics
+    finally:
+        unsent = metrics.close()
+        if unsent:
+            job.board.post.remote(
+                f"warning: {unsent} metrics could not be sent to MLflow: see {unsent_file}"
+            )

@@ -1,0 +1,193 @@
+"""What a collection of annotated videos is, whatever data set it comes from."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from re2tal import json_files
+from re2tal.json_files import FileError, RepeatedKey
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Instance:
+    """One action: its `label`, from second `start` to second `end` of its video."""
+
+    start: float
+    end: float
+    label: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoAnnotation:
+    """One video: its `duration` in seconds and its instances by start; there may be none.
+
+    Attributes:
+        ambiguous: Stretches of which the annotators could not say whether they are an action. They
+            belong to no class: nothing is learnt from them, and a detection there is no mistake.
+        published: The instances as the file has them, where any of `instances` was clipped or left
+            out; published results are of these. None where they are the same.
+    """
+
+    video_id: str
+    subset: str
+    duration: float
+    instances: tuple[Instance, ...] = ()
+    ambiguous: tuple[Instance, ...] = ()
+    published: tuple[Instance, ...] | None = None
+
+    @property
+    def evaluated(self) -> tuple[Instance, ...]:
+        """What detections are compared with: the instances as published."""
+        return self.instances if self.published is None else self.published
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exclusion:
+    """A video of the file that is not used, and why."""
+
+    video_id: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Repair:
+    """What was done to one instance so that the data set could be used.
+
+    Attributes:
+        instance: The instance as the file has it or, where `action` is "added", would have it.
+        reason: What was wrong with it, as a phrase.
+    """
+
+    video_id: str
+    action: Literal["clipped", "dropped", "added"]
+    instance: Instance
+    reason: str
+
+
+class AnnotationError(FileError):
+    """Annotations that cannot be used; each problem names the video and the reason.
+
+    Its text lists all of them: they are to be corrected by hand.
+    """
+
+    def __str__(self) -> str:
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        heading = f"{self.source}: {count}. Correct or remove what is listed here, then run again."
+        return "\n  - ".join((heading, *self.problems))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Annotations:
+    """A collection of annotated videos.
+
+    Attributes:
+        classes: Every label, sorted: the index in this tuple is the class number.
+        videos: The videos, sorted by id.
+        excluded: The videos of the file that were left out, sorted by id.
+        repairs: What was changed in the videos that are used, in the order of the videos.
+    """
+
+    classes: tuple[str, ...]
+    videos: tuple[VideoAnnotation, ...]
+    excluded: tuple[Exclusion, ...] = ()
+    repairs: tuple[Repair, ...] = ()
+
+    @property
+    def ambiguous(self) -> dict[str, tuple[Instance, ...]]:
+        """Video id -> its ambiguous stretches, for the videos that have any."""
+        return {video.video_id: video.ambiguous for video in self.videos if video.ambiguous}
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of all that is used: it ignores order, layout and keys not read.
+
+        What was excluded, repaired or set apart is part of it, so that two runs with one
+        fingerprint saw the same data and treated it alike. The wording of reasons is not.
+        """
+        videos = sorted(
+            [v.video_id, v.subset, v.duration, _instances(v.instances)] for v in self.videos
+        )
+        content: list[Any] = [sorted(self.classes), videos]
+        treatment = [
+            sorted([video_id, _instances(found)] for video_id, found in self.ambiguous.items()),
+            sorted(exclusion.video_id for exclusion in self.excluded),
+            sorted([r.video_id, r.action, *_instances([r.instance])] for r in self.repairs),
+            sorted([v.video_id, _instances(v.published)] for v in self.videos if v.published),
+        ]
+        if any(treatment):  # files that need no treatment keep the fingerprint they always had
+            content.append(treatment)
+        text = json.dumps(content, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def subset(self, name: str) -> "Annotations":
+        """The videos of one subset, with the classes of the whole and their own repairs.
+
+        Args:
+            name: The subset, as the file calls it ("training", "validation", ...).
+
+        Raises:
+            AnnotationError: No video is in that subset; the message lists those that exist.
+        """
+        videos = tuple(video for video in self.videos if video.subset == name)
+        if not videos:
+            there = ", ".join(repr(s) for s in sorted({v.subset for v in self.videos})) or "none"
+            raise AnnotationError(
+                "annotations", [f"no video is in the subset {name!r}; subsets there are: {there}"]
+            )
+        kept = {video.video_id for video in videos}
+        repairs = tuple(repair for repair in self.repairs if repair.video_id in kept)
+        return replace(self, videos=videos, repairs=repairs)
+
+
+def _instances(instances: Iterable[Instance]) -> list[list[float | str]]:
+    """Instances as plain lists, sorted."""
+    return sorted([i.start, i.end, i.label] for i in instances)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RawCollection:
+    """What the reader of one form returns.
+
+    Attributes:
+        videos: Video id -> an entry in ActivityNet's shape, `{"subset", "duration", "annotations":
+            [{"segment": [start, end], "label"}]}`. Anything in it may be missing or wrong: it is
+            judged in one place, whatever the form. An annotation may have an "id" of its own.
+        problems: What is wrong with the file itself.
+        repeated: Video id -> a phrase for each key that its entry, or an object in it, has more
+            than once; this too is judged only where the video is used.
+        classes: Every label of the data set, where the files list them.
+        excluded: Video id -> why the data set's own rules leave it out.
+    """
+
+    videos: Mapping[str, Any]
+    problems: tuple[str, ...] = ()
+    repeated: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    classes: tuple[str, ...] | None = None
+    excluded: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        AnnotationError: It cannot be read.
+    """
+    try:
+        return json_files.read_text(path)
+    except FileError as error:
+        raise AnnotationError(error.source, error.problems) from error
+
+
+def read_json(path: Path) -> tuple[Any, tuple[RepeatedKey, ...]]:
+    """A JSON document, and the keys that objects in it have more than once.
+
+    Raises:
+        AnnotationError: The file cannot be read or holds no JSON text.
+    """
+    try:
+        return json_files.read_json(path)
+    except FileError as error:
+        raise AnnotationError(error.source, error.problems) from error

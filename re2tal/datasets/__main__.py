@@ -1,0 +1,77 @@
+"""Describes annotations, or lists everything that is wrong with them.
+
+    python -m re2tal.datasets FILE [--dataset thumos-14] [--exclude missing_files.txt]
+
+FILE is a JSON file, or the folder of a data set that comes as several files. The summary shows
+videos and hours by subset, instances, the largest and smallest classes, the lengths of instances,
+the share of time in which an action happens, and all that was left out or repaired. Without
+--dataset nothing is repaired and every fault is an error. The exit code is 1 where there are any.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from re2tal.annotations import AnnotationError
+from re2tal.datasets.durations import check_durations
+from re2tal.datasets.loading import FORMS, load_annotations, read_durations, read_ids
+from re2tal.datasets.quirks import DATASETS, DatasetQuirks
+from re2tal.datasets.summary import summarize
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    quirks = DATASETS[options.dataset] if options.dataset else DatasetQuirks()
+    try:
+        durations = read_durations(options.durations) if options.durations else {}
+        annotations = load_annotations(
+            options.file,
+            form=options.form,
+            quirks=quirks,
+            exclude=read_ids(options.exclude) if options.exclude else (),
+            keep=options.keep,
+            durations=durations,
+        )
+    except AnnotationError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    sys.stdout.write(f"{options.file}\n\n{summarize(annotations)}\n")
+    sys.stdout.write(f"\nfingerprint {annotations.fingerprint}\n")
+    if problems := list(check_durations(annotations, durations).values()):
+        sys.stderr.write(f"{AnnotationError(str(options.durations), problems)}\n")
+    return 1 if problems else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    description, _, rest = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m re2tal.datasets",
+        description=description,
+        epilog=rest.strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", metavar="FILE", type=Path)
+    parser.add_argument("--form", choices=FORMS, default="auto", help="how the files are laid out")
+    parser.add_argument("--dataset", choices=sorted(DATASETS), help="whose known faults to repair")
+    parser.add_argument(
+        "--exclude", type=Path, help="ids of videos to leave out: one a line, or JSON"
+    )
+    parser.add_argument(
+        "--keep",
+        metavar="ID",
+        nargs="+",
+        default=(),
+        help="videos to use although the data set's known faults leave them out",
+    )
+    parser.add_argument(
+        "--durations",
+        type=Path,
+        help="JSON object, id -> seconds of the file: used where FILE has none, compared elsewhere",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""One raw entry of a collection: checked, repaired where that is asked for, and typed."""
+
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from re2tal.annotations import Instance, Repair, VideoAnnotation
+from re2tal.datasets.quirks import DatasetQuirks, Fault
+
+# Seconds that a segment may reach past the duration: durations are rounded, and containers and
+# streams disagree by as much. Such a segment is clipped; what reaches further is a fault.
+DURATION_TOLERANCE = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rules:
+    """What the entries of a file are checked against.
+
+    Attributes:
+        classes: The labels that are allowed; any, where None.
+        durations: Video id -> seconds, for entries that have no duration of their own.
+    """
+
+    quirks: DatasetQuirks
+    classes: frozenset[str] | None
+    durations: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checked:
+    """What became of one entry; there is no video where there are problems."""
+
+    video: VideoAnnotation | None
+    repairs: tuple[Repair, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+def check_video(video_id: str, raw: Any, rules: Rules) -> Checked:
+    """One typed video, or everything that is wrong with it."""
+    problems = list(_id_problems(video_id))
+    if isinstance(raw, dict) and raw.get("duration") is None:
+        known = {"duration": rules.durations[video_id]} if video_id in rules.durations else {}
+        raw = {key: value for key, value in raw.items() if key != "duration"} | known
+    subset, duration = "", None
+    try:
+        entry = _Video.model_validate(raw)
+        subset, duration = entry.subset, entry.duration
+    except ValidationError as error:
+        problems += [_reason(**details) for details in error.errors()]
+    # the actions of a video that is wrong itself are checked too: every problem is to be listed
+    actions = raw.get("annotations") if isinstance(raw, dict) else None
+    instances: list[Instance] = []
+    published: list[Instance] = []
+    repairs: list[Repair] = []
+    for number, action in enumerate(actions if isinstance(actions, list) else ()):
+        found, written, repair, wrong = _check_action(
+            video_id, _place(number, action), action, duration, rules
+        )
+        instances += [found] if found else []
+        published += [written] if written else []
+        repairs += [repair] if repair else []
+        problems += wrong
+    if problems or duration is None:
+        return Checked(video=None, problems=tuple(problems))
+    # each from its own, so that the twin of what is as published is as published too
+    added = [*_implied(video_id, published, rules)]
+    instances += [repair.instance for repair in _implied(video_id, instances, rules)]
+    published += [repair.instance for repair in added]
+    instances, published = sorted(instances, key=_order), sorted(published, key=_order)
+    ambiguous = rules.quirks.ambiguous
+    used = tuple(i for i in instances if i.label not in ambiguous)
+    as_written = tuple(i for i in published if i.label not in ambiguous)
+    video = VideoAnnotation(
+        video_id=video_id,
+        subset=subset,
+        duration=duration,
+        instances=used,
+        ambiguous=tuple(i for i in instances if i.label in ambiguous),
+        published=None if as_written == used else as_written,
+    )
+    return Checked(video=video, repairs=(*repairs, *added))
+
+
+def _check_number(value: Any) -> Any:
+    """Lets pydantic read numbers and numeric strings, but not true and false, as numbers."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "must be a number")
+    return value
+
+
+_Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_check_number)]
+_Name = Annotated[str, Field(min_length=1)]
+
+
+class _Action(BaseModel):
+    """One entry of "annotations" as the file has it."""
+
+    segment: tuple[_Number, _Number]
+    label: _Name
+
+
+class _Video(BaseModel):
+    """One value of "database" as the file has it; its actions are checked one by one."""
+
+    subset: _Name
+    duration: _Number = Field(gt=0)
+    annotations: list[Any] = []
+
+
+def _check_action(
+    video_id: str, place: str, raw: Any, duration: float | None, rules: Rules
+) -> tuple[Instance | None, Instance | None, Repair | None, list[str]]:
+    """One action as it can be used and as it is written, its repair, and what is wrong with it."""
+    try:
+        action = _Action.model_validate(raw)
+    except ValidationError as error:
+        return None, None, None, [_reason(place, **details) for details in error.errors()]
+    start, end = action.segment
+    limit = float("inf") if duration is None else duration
+    faults = _faults(start, end, limit)
+    problems = [
+        f"{place}.segment: {_phrase(fault, limit)} (found {raw['segment']!r:.60})"
+        for fault in faults
+        if fault not in rules.quirks.repaired
+    ]
+    known = rules.classes is None or action.label in rules.classes | rules.quirks.ambiguous
+    if not known:
+        problems.append(f"{place}.label: is not a known class (found {action.label!r:.60})")
+    if problems:
+        return None, None, None, problems
+    inside = Instance(start=max(start, 0.0), end=min(end, limit), label=action.label)
+    written = Instance(start=start, end=end, label=action.label)
+    if not faults:
+        return inside, written, None, []
+    kept = 2 * (inside.end - inside.start) >= end - start > 0
+    repair = Repair(
+        video_id=video_id,
+        action="clipped" if kept else "dropped",
+        instance=written,
+        reason=" and ".join(_phrase(fault, limit) for fault in faults),
+    )
+    return inside if kept else None, written, repair, []
+
+
+def _faults(start: float, end: float, duration: float) -> list[Fault]:
+    """What is wrong with a segment of a video of `duration` seconds, if anything."""
+    if end == start:
+        return [Fault.EMPTY]
+    if end < start:
+        return [Fault.REVERSED]
+    late = start >= duration or end > duration + DURATION_TOLERANCE
+    return [*([Fault.EARLY] if start < 0 else []), *([Fault.LATE] if late else [])]
+
+
+def _phrase(fault: Fault, duration: float) -> str:
+    return f"{fault.value} of {duration:g} s" if fault is Fault.LATE else fault.value
+
+
+def _implied(video_id: str, instances: Iterable[Instance], rules: Rules) -> Iterator[Repair]:
+    """The instances of wider labels that the data set promises and the file lacks."""
+    there = set(instances)
+    for instance in sorted(there, key=_order):
+        wider = rules.quirks.implied.get(instance.label)
+        if wider is None or (rules.classes is not None and wider not in rules.classes):
+            continue
+        twin = Instance(start=instance.start, end=instance.end, label=wider)
+        if twin not in there:
+            reason = f"every {instance.label} is {wider} as well"
+            yield Repair(video_id=video_id, action="added", instance=twin, reason=reason)
+
+
+def _order(instance: Instance) -> tuple[float, float, str]:
+    return instance.start, instance.end, instance.label
+
+
+def _place(number: int, action: Any) -> str:
+    """Where an action stands, with its own id where it has one: rows of a table have no number."""
+    own = action.get("id") if isinstance(action, dict) else None
+    return f"annotations[{number}]" if own is None else f"annotation {own!r:.60}"
+
+
+def _reason(place: str = "", /, *, loc: tuple[int | str, ...], **details: Any) -> str:
+    """One pydantic error as a phrase: `annotations[3].segment: has no length (found [2, 2])`."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc]
+    place = "".join((place, *parts)).removeprefix(".") or "the entry"
+    if details["type"] == "missing":
+        hint = "; durations can be given apart from the file" if place == "duration" else ""
+        return f"{place}: is missing{hint}"
+    message = "must be an object" if details["type"] == "model_type" else details["msg"]
+    return f"{place}: {message[0].lower()}{message[1:]} (found {details['input']!r:.60})"
+
+
+def _id_problems(video_id: str) -> Iterator[str]:
+    """What keeps an id from being the plain name of a file in the video folder, if anything."""
+    if not video_id or video_id in {".", ".."}:
+        yield "the id does not name a file"
+    elif any(character in "/\\" for character in video_id):
+        yield "the id holds a path separator and could point outside the video folder"
+    elif any(unicodedata.category(character) in {"Cc", "Cs"} for character in video_id):
+        yield "the id holds a control character, which no file name should"

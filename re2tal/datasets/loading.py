@@ -1,0 +1,200 @@
+"""From a file or a folder to `Annotations`: which form it has, what is left out, what is wrong."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from re2tal.annotations import (
+    AnnotationError,
+    Annotations,
+    Exclusion,
+    RawCollection,
+    read_json,
+    read_text,
+)
+from re2tal.datasets import class_files, ego4d, epic_kitchens
+from re2tal.datasets.activitynet import read_activitynet
+from re2tal.datasets.checking import Checked, Rules, check_video
+from re2tal.datasets.quirks import DatasetQuirks
+
+Form = Literal[
+    "auto", "activitynet", "epic-verb", "epic-noun", "epic-action", "ego4d-mq", "class-files"
+]
+FORMS: tuple[Form, ...] = get_args(Form)
+
+_Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_DURATIONS = TypeAdapter(dict[str, _Seconds])
+
+
+def load_annotations(
+    path: str | Path,
+    *,
+    form: Form = "auto",
+    classes: Sequence[str] | None = None,
+    quirks: DatasetQuirks | None = None,
+    exclude: Collection[str] = (),
+    keep: Collection[str] = (),
+    durations: Mapping[str, float] | None = None,
+) -> Annotations:
+    """Reads the annotations of a data set and checks all of them before any is used.
+
+    Numbers may be written as strings, as some THUMOS-14 files do. A segment that reaches past the
+    duration by at most `DURATION_TOLERANCE` seconds is clipped to it.
+
+    Args:
+        path: The JSON file, or the folder of a data set that comes as several files.
+        form: How the files are laid out. "auto" looks at them; EPIC-Kitchens-100 has three
+            readings, of which one must be named.
+        classes: The labels that are allowed; by default those that the data set lists or uses.
+        quirks: What is known to be wrong in this data set, to be repaired and reported. By default
+            nothing is repaired: every fault is an error.
+        exclude: Ids of videos to leave out, such as those that cannot be had any more; see
+            `read_ids`. They are not checked. An id may have the `v_` of its video file.
+        keep: Ids of videos to use although `quirks` leave them out, to compare with results that
+            count them.
+        durations: Video id -> seconds, for videos to which the files give no duration.
+
+    Returns:
+        The annotations of all subsets.
+
+    Raises:
+        AnnotationError: A file cannot be read, or anything in it is wrong. It lists everything.
+    """
+    source = str(path)
+    quirks = quirks or DatasetQuirks()
+    raw = _reader(Path(path), form)(Path(path))
+    reasons, problems = _left_out(raw, quirks, exclude, keep)
+    problems = [*raw.problems, *problems]
+    known = classes if classes is not None else raw.classes
+    rules = Rules(
+        quirks=quirks,
+        classes=None if known is None else frozenset(known),
+        durations=durations or {},
+    )
+    checked = {v: check_video(v, raw.videos[v], rules) for v in raw.videos if v not in reasons}
+    for video_id, result in checked.items():
+        reasons_against = (*raw.repeated.get(video_id, ()), *result.problems)
+        problems += [f"video {video_id!r}: {reason}" for reason in reasons_against]
+    annotations = _assemble(checked, known, {v: reasons[v] for v in raw.videos if v in reasons})
+    if not problems and not known and not any(v.instances for v in annotations.videos):
+        problems.append("there is nothing to learn: no video has an annotated instance")
+    if problems:
+        raise AnnotationError(source, problems)
+    return annotations
+
+
+def read_ids(path: str | Path) -> frozenset[str]:
+    """The ids in a file of videos to exclude: one a line, or a JSON list, or an object's keys.
+
+    The first is what feature extractors leave as missing_files.txt, the others are how lists of
+    blocked videos are published.
+
+    Raises:
+        AnnotationError: The file cannot be read or is of another shape.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".json":
+        return frozenset(line.strip() for line in read_text(path).splitlines() if line.strip())
+    document, _ = read_json(path)  # an id that is there twice is as good as one
+    if not isinstance(document, list | dict) or not all(isinstance(i, str) for i in document):
+        raise AnnotationError(str(path), ["must be a list of video ids or an object keyed by them"])
+    return frozenset(document)
+
+
+def read_durations(path: str | Path) -> dict[str, float]:
+    """Durations in seconds by video id, from a JSON object.
+
+    Raises:
+        AnnotationError: The file cannot be read, has an id twice or holds something else.
+    """
+    document, repeated = read_json(Path(path))
+    problems = [*map(str, repeated)]
+    try:
+        durations = _DURATIONS.validate_python(document)
+    except ValidationError as error:
+        problems += [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+    if problems:
+        raise AnnotationError(str(path), problems)
+    return durations
+
+
+def _left_out(
+    raw: RawCollection, quirks: DatasetQuirks, exclude: Collection[str], keep: Collection[str]
+) -> tuple[dict[str, str], list[str]]:
+    """Video id -> why it is not used, and what is wrong with `exclude` and `keep`."""
+    listed = {
+        video_id if video_id in raw.videos else video_id.removeprefix("v_") for video_id in exclude
+    }
+    problems = [
+        f"video {video_id!r}: is to be kept, but "
+        + ("nothing leaves it out" if video_id in raw.videos else "is not there")
+        for video_id in sorted(keep)
+        if video_id not in quirks.unusable or video_id not in raw.videos
+    ]
+    if listed and listed.isdisjoint(raw.videos):
+        problems.append(f"none of the {len(listed)} videos to exclude is there: are these its ids?")
+    reasons = {
+        **dict.fromkeys(listed, "is on the list to exclude"),
+        **raw.excluded,
+        **{v: why for v, why in quirks.unusable.items() if v not in keep},
+    }
+    return reasons, problems
+
+
+def _reader(path: Path, form: Form) -> Callable[[Path], RawCollection]:
+    """The function that reads this form."""
+    match form:
+        case "auto":
+            return _reader(path, _recognise(path))
+        case "activitynet":
+            return read_activitynet
+        case "ego4d-mq":
+            return ego4d.read_ego4d
+        case "class-files":
+            return class_files.read_class_files
+        case "epic-verb":
+            return partial(epic_kitchens.read_epic_kitchens, kind="verb")
+        case "epic-noun":
+            return partial(epic_kitchens.read_epic_kitchens, kind="noun")
+        case "epic-action":
+            return partial(epic_kitchens.read_epic_kitchens, kind="action")
+        case _:
+            raise ValueError(f"There is no form {form!r}. Give one of {', '.join(FORMS)}.")
+
+
+def _recognise(path: Path) -> Form:
+    """The form of a file or a folder, by the names in it and what the file holds."""
+    names = {file.name for file in path.iterdir()} if path.is_dir() else {path.name}
+    if names & set(epic_kitchens.FILES.values()):
+        reason = "these are EPIC-Kitchens-100: say which labels, form epic-verb, -noun or -action"
+        raise AnnotationError(str(path), [reason])
+    if names & set(ego4d.FILES):
+        return "ego4d-mq"
+    if path.is_dir():
+        if any(path.rglob("*.txt")):
+            return "class-files"
+        raise AnnotationError(
+            str(path), ["cannot be read: no data set that is known has this folder"]
+        )
+    document, _ = read_json(path)
+    holds_videos = isinstance(document, dict) and isinstance(document.get("videos"), list)
+    return "ego4d-mq" if holds_videos else "activitynet"
+
+
+def _assemble(
+    checked: Mapping[str, Checked], classes: Collection[str] | None, excluded: Mapping[str, str]
+) -> Annotations:
+    """The collection of all that could be typed."""
+    videos = sorted((r.video for r in checked.values() if r.video), key=lambda v: v.video_id)
+    used = {i.label for video in videos for i in video.evaluated}
+    return Annotations(
+        classes=tuple(sorted(used if classes is None else set(classes))),
+        videos=tuple(videos),
+        excluded=tuple(Exclusion(video_id=v, reason=excluded[v]) for v in sorted(excluded)),
+        repairs=tuple(
+            repair for video_id in sorted(checked) for repair in checked[video_id].repairs
+        ),
+    )

@@ -1,0 +1,70 @@
+"""Makes the toy data sets in several processes; what is there with the same settings stays.
+
+python -m re2tal.datasets.toy videos data/toy
+python -m re2tal.datasets.toy clips data/toy_trimmed --training 210 --validation 70
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+from re2tal.datasets.toy import ToyConfig, TrimmedToyConfig, make_toy, make_trimmed_toy
+
+_SETS: dict[str, tuple[Any, Callable[..., Any], int]] = {
+    "videos": (ToyConfig(), make_toy, 10),
+    "clips": (TrimmedToyConfig(), make_trimmed_toy, 300),
+}
+"""To each set its settings, what makes it, and after how many files progress is shown."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Makes a set.
+
+    Args:
+        arguments: of the command line.
+    """
+    options = vars(_parser().parse_args(arguments))
+    name, folder, processes = (options.pop(key) for key in ("set", "folder", "processes"))
+    default, make, every = _SETS[name]
+    if isinstance(options["seconds"], list):
+        options["seconds"] = tuple(options["seconds"])
+
+    def show(done: int, total: int) -> None:
+        if done % every == 0 or done == total:
+            sys.stdout.write(f"  {done} of {total} {name}\n")
+            sys.stdout.flush()
+
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        make(folder, type(default)(**options), parallel_map=pool.map, progress=show)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m re2tal.datasets.toy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = parser.add_subparsers(dest="set", required=True)
+    for name, (default, _, _) in _SETS.items():
+        kind = kinds.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        kind.add_argument("folder", help="where they go")
+        for subset in ("training", "validation"):
+            value = getattr(default, subset)
+            kind.add_argument(f"--{subset}", type=int, default=value, help="how many")
+        if isinstance(default.seconds, tuple):
+            text, count = "the shortest and the longest", len(default.seconds)
+            kind.add_argument(
+                "--seconds", type=float, nargs=count, default=default.seconds, help=text
+            )
+        else:
+            kind.add_argument("--seconds", type=float, default=default.seconds, help="of each")
+        kind.add_argument("--seed", type=int, default=default.seed, help="of everything random")
+        kind.add_argument("--processes", type=int, default=None, help="by default one a core")
+    return parser
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,175 @@
+"""The toy data set on disk: untrimmed videos with annotations, and trimmed clips."""
+
+import io
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from re2tal.atomic import replacing
+from re2tal.datasets.toy.looks import DETECTION_GALLERY, PRETRAINING_GALLERY
+from re2tal.datasets.toy.motion import Pose
+from re2tal.datasets.toy.render import render
+from re2tal.datasets.toy.scene import draw_scene
+from re2tal.videos.encoding import encode
+
+FPS = 12
+"""Frames per second of every toy video."""
+
+ANNOTATIONS = "annotations.json"
+VIDEOS = "videos"
+
+_VERSION = 2  # counted up when the same settings give other videos
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToyConfig:
+    """How much of it there is.
+
+    Attributes:
+        training: number of training videos.
+        validation: number of validation videos.
+        seconds: shortest and longest video.
+        seed: of everything random in it.
+    """
+
+    training: int = 32
+    validation: int = 12
+    seconds: tuple[float, float] = (24.0, 52.0)
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Job:
+    """One video to make: everything that a process of its own needs to know."""
+
+    video_id: str
+    subset: str
+    seconds: float
+    seed: tuple[int, int]
+    folder: str
+
+
+def _times(seconds: float) -> np.ndarray:
+    return (np.arange(round(seconds * FPS)) + 0.5) / FPS
+
+
+def _make_video(job: _Job) -> tuple[str, dict[str, Any]]:
+    """Renders and writes one video, under a temporary name until it is whole."""
+    rng = np.random.default_rng(job.seed)
+    scene = draw_scene(DETECTION_GALLERY, _times(job.seconds), rng)
+    path = Path(job.folder) / f"{job.video_id}.mp4"
+    with replacing(path) as partial:
+        encode(partial, render(scene), fps=FPS)
+    return job.video_id, {
+        "subset": job.subset,
+        "duration": round(len(scene.background_path) / FPS, 3),
+        "annotations": [
+            {"segment": [start, end], "label": label} for start, end, label in scene.instances
+        ],
+    }
+
+
+def _jobs(config: ToyConfig, folder: Path) -> list[_Job]:
+    rng = np.random.default_rng(config.seed)
+    jobs = []
+    for number in range(config.training + config.validation):
+        subset = "training" if number < config.training else "validation"
+        jobs.append(
+            _Job(
+                video_id=f"toy_{number:03d}",
+                subset=subset,
+                seconds=float(rng.uniform(*config.seconds)),
+                seed=(config.seed, number),
+                folder=str(folder),
+            )
+        )
+    return jobs
+
+
+def _is_complete(annotations: Path, settings: dict[str, Any]) -> bool:
+    """Whether the set was made with these settings; the annotations are written last of all."""
+    if not annotations.is_file():
+        return False
+    content = json.loads(annotations.read_text())
+    files = (annotations.parent / VIDEOS / f"{name}.mp4" for name in content["database"])
+    return content.get("settings") == settings and all(file.is_file() for file in files)
+
+
+def make_toy(
+    folder: str | Path,
+    config: ToyConfig | None = None,
+    *,
+    parallel_map: Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]] = map,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Makes the toy data set, unless it is there already with the same settings.
+
+    Classes (`ACTIONS`) differ by motion over time and not by how a frame looks. The videos have 112
+    by 112 pixels and 12 frames a second, H.264 with visible compression noise.
+
+    Args:
+        folder: gets `annotations.json` (ActivityNet-style, subsets `training` and `validation`) and
+            `videos/*.mp4`.
+        config: how much of it; the default takes under a minute on two cores.
+        parallel_map: what runs the videos' jobs, as `map` does; it may run them in other processes
+            and in any order.
+        progress: called with the number of videos made and the number in all.
+
+    Returns:
+        Path of the annotations.
+    """
+    config = config or ToyConfig()
+    folder = Path(folder)
+    annotations = folder / ANNOTATIONS
+    # through JSON, as they are read back
+    settings = json.loads(json.dumps({"version": _VERSION, **asdict(config)}))
+    if _is_complete(annotations, settings):
+        return annotations
+    (folder / VIDEOS).mkdir(parents=True, exist_ok=True)
+    annotations.unlink(missing_ok=True)
+    database: dict[str, Any] = {}
+    jobs = _jobs(config, folder / VIDEOS)
+    for video_id, entry in parallel_map(_make_video, jobs):
+        database[video_id] = entry
+        if progress is not None:
+            progress(len(database), len(jobs))
+    content = {"settings": settings, "database": dict(sorted(database.items()))}
+    with replacing(annotations) as partial:
+        partial.write_text(json.dumps(content, indent=1))
+    return annotations
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToyClip:
+    """A trimmed clip of one action, and where its actor is.
+
+    Attributes:
+        content: of an mp4 file, compressed like the untrimmed videos.
+        pose: of the actor at each frame.
+    """
+
+    content: bytes
+    pose: Pose
+
+
+def make_clip(label: str | None, seconds: float, seed: int, *, held_out: bool = False) -> ToyClip:
+    """A clip in which an actor performs one action from the first frame to the last.
+
+    Args:
+        label: one of `ACTIONS`, or None for motion that is no action.
+        seconds: its length.
+        seed: of everything random in it.
+        held_out: draw it with the sprites and backgrounds of the untrimmed videos; otherwise with
+            others, which have none in common with them.
+    """
+    gallery = DETECTION_GALLERY if held_out else PRETRAINING_GALLERY
+    instances = [] if label is None else [(0.0, seconds, label)]
+    rng = np.random.default_rng((seed, int(held_out), 7))  # apart from the untrimmed videos' seeds
+    scene = draw_scene(gallery, _times(seconds), rng, instances)
+    file = io.BytesIO()
+    encode(file, render(scene), fps=FPS)
+    return ToyClip(content=file.getvalue(), pose=scene.sprites[-1].pose)

@@ -1,0 +1,181 @@
+"""Lists of trimmed videos in text files.
+
+Three forms, told apart by what is in them:
+
+- Kinetics' own CSV: a header with `label`, `youtube_id`, `time_start`, `time_end` and `split`. The
+  file of a video is named as the usual downloads do it, `<label>/<id>_<start>_<end>.mp4` with six
+  digits for each second, with or without the folder; or it is the whole video, `<id>.mp4`, of which
+  that stretch is taken.
+- A CSV with a header that has `path` and `label`, and perhaps `start`, `end` and `split`.
+- Lines of `path label` or `path label start end`, as MMAction2 and PySlowFast have them; the label
+  is a class number, or a name without spaces. There may be spaces in the path.
+
+Seconds are those of the video file.
+"""
+
+import csv
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
+
+from re2tal.annotations import AnnotationError
+from re2tal.datasets.trimmed.listing import Entry, Place, TrimmedList
+
+_KINETICS = {"label", "youtube_id", "time_start", "time_end"}
+_PATHS = {"path", "label"}
+# The path is what comes before the last one or three words: it may hold spaces itself.
+_NUMBER = r"[-+]?\d+(?:\.\d*)?"
+_LINE = re.compile(
+    rf"(?P<path>\S.*?)[\s,]+(?P<label>[^\s,]+?)(?:[\s,]+(?P<start>{_NUMBER})[\s,]+(?P<end>{_NUMBER}))?"
+)
+
+
+def read_classes(source: str, text: str) -> tuple[str, ...]:
+    """Reads names of classes, one a line; the number of a class is that of its line, from 0.
+
+    Args:
+        source: Where the text is from, for messages.
+        text: The content.
+
+    Raises:
+        AnnotationError: There is no name, or one stands twice.
+    """
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    repeated = [name for name, number in Counter(names).items() if number > 1]
+    problems = [f"{name!r} stands in it more than once" for name in repeated]
+    if problems or not names:
+        raise AnnotationError(source, problems or ["it names no class"])
+    return tuple(names)
+
+
+def read_list(
+    source: str, text: str, *, classes: Sequence[str] | None = None, split: str | None = None
+) -> TrimmedList:
+    """Reads a list in one of the three forms.
+
+    Args:
+        source: Where the text is from, for messages.
+        text: The content.
+        classes: Names of the classes, for labels that are numbers.
+        split: Only rows with this in their column `split`; None for all rows.
+
+    Returns:
+        The entries that could be read, and what is wrong with the others.
+    """
+    lines = text.splitlines()
+    header = [name.strip() for name in lines[0].split(",")] if lines else []
+    if set(header) >= _KINETICS or set(header) >= _PATHS:
+        rows = _table(lines, header, split)
+    elif split is not None:
+        problem = f"it has no column 'split', of which {split!r} is wanted"
+        return TrimmedList(source=source, entries=(), problems=(problem,))
+    else:
+        rows = _lines(lines)
+    entries, problems = [], []
+    for number, row in rows:
+        try:
+            entries.append(_entry(row, classes))
+        except ValueError as error:
+            problems.append(f"line {number}: {error}")
+    if split is not None and not (entries or problems):
+        problems.append(f"no row has {split!r} in its column 'split'")
+    return TrimmedList(source=source, entries=tuple(entries), problems=tuple(problems))
+
+
+def _table(
+    lines: Sequence[str], header: Sequence[str], split: str | None
+) -> Iterator[tuple[int, Mapping[str, str]]]:
+    reader = csv.DictReader(lines[1:], fieldnames=header, restval="")
+    for raw in reader:
+        row = {name: value.strip() for name, value in raw.items() if isinstance(value, str)}
+        if split is None or row.get("split") == split:
+            yield reader.line_num + 1, row
+
+
+def _lines(lines: Sequence[str]) -> Iterator[tuple[int, Mapping[str, str]]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        match = _LINE.fullmatch(line.strip())
+        row = match.groupdict(default="") if match else {"path": line.strip()}
+        yield number, row
+
+
+def _entry(row: Mapping[str, str], classes: Sequence[str] | None) -> Entry:
+    """One row as an entry.
+
+    Raises:
+        ValueError: What is wrong with it.
+    """
+    label = _label(row.get("label", ""), classes)
+    if "youtube_id" in row:
+        start, end = (_seconds(row[name], name) for name in ("time_start", "time_end"))
+        if start is None or end is None:
+            raise ValueError("has no time_start or no time_end")
+        _check_stretch(start, end)
+        return _kinetics(row["youtube_id"], row["label"], label, start, end)
+    name = row.get("path", "")
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{name!r} is not the path of a file in the folder of the videos")
+    start, end = _seconds(row.get("start", ""), "start"), _seconds(row.get("end", ""), "end")
+    _check_stretch(start or 0.0, end)
+    stretch = "" if start is None and end is None else f"@{start or 0:g}-{_ending(end)}"
+    return Entry(
+        video_id=f"{path.with_suffix('')}{stretch}",
+        label=label,
+        places=(Place(name=str(path), start=start or 0.0, end=end),),
+    )
+
+
+def _kinetics(youtube_id: str, folder: str, label: str, start: float, end: float) -> Entry:
+    if not youtube_id or "/" in youtube_id:
+        raise ValueError(f"{youtube_id!r} is no id of a video")
+    name = f"{youtube_id}_{start:06.0f}_{end:06.0f}"
+    folders = dict.fromkeys((folder, folder.replace(" ", "_")))
+    return Entry(
+        video_id=name,
+        label=label,
+        places=(
+            *(Place(name=f"{part}/{name}") for part in folders),
+            Place(name=name),
+            Place(name=youtube_id, start=start, end=end),
+        ),
+    )
+
+
+def _ending(end: float | None) -> str:
+    return "" if end is None else f"{end:g}"
+
+
+def _label(text: str, classes: Sequence[str] | None) -> str:
+    if not text:
+        raise ValueError("has no label")
+    if classes is not None and text in classes:
+        return text
+    if not re.fullmatch(r"\d+", text):
+        return text  # if there are classes, `joint_classes` lists it as unknown
+    if classes is None:
+        raise ValueError(f"the label {text} is a number: give the names of the classes as well")
+    if int(text) >= len(classes):
+        raise ValueError(f"the label {text} is not one of 0 to {len(classes) - 1}")
+    return classes[int(text)]
+
+
+def _seconds(text: str, name: str) -> float | None:
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is no number of seconds: {text!r}")
+    return value
+
+
+def _check_stretch(start: float, end: float | None) -> None:
+    if start < 0 or (end is not None and end <= start):
+        raise ValueError(f"the stretch {start:g} to {_ending(end)} s has no length in the video")

@@ -1,0 +1,292 @@
+"""Which instances no prediction finds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from itertools import combinations
+
+import numpy as np
+
+from re2tal.detection.diagnosis.outcomes import (
+    Bools,
+    Floats,
+    Ints,
+    Outcomes,
+    Placed,
+    mean_average_precision,
+    normalised_precision,
+    overlaps,
+    padded,
+)
+
+MIN_PRECISION = 0.05
+"""Predictions from where normalised precision is this low or lower find nothing (DETAD)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Missed:
+    """Instances by bin, and the share of them that is missed.
+
+    Attributes:
+        counts: `(*B)` instances in each bin (of one characteristic), or in each pair of bins.
+        shares: `(K, *B)` the share that is missed at each threshold; nan for empty bins.
+    """
+
+    counts: Ints
+    shares: Floats
+
+    @property
+    def average(self) -> Floats:
+        """`(*B)` mean share over the thresholds."""
+        return self.shares.mean(axis=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FalseNegatives:
+    """The instances that are missed.
+
+    Attributes:
+        overall: `(K,)` share of all instances.
+        by: characteristic to the shares in its bins `(B,)`.
+        by_pair: two characteristics to the shares in their pairs of bins `(B1, B2)`.
+    """
+
+    overall: Floats
+    by: Mapping[str, Missed]
+    by_pair: Mapping[tuple[str, str], Missed]
+
+
+def false_negatives(outcomes: Outcomes, placed: Mapping[str, Placed]) -> FalseNegatives:
+    """Counts the missed instances by bin, as DETAD does.
+
+    An instance is missed when no prediction has found it, or only one at whose rank in its class
+    normalised precision is at most 0.05: any detector finds everything if it may guess forever.
+
+    Args:
+        outcomes: instances and predictions.
+        placed: of each characteristic, the bin of each instance.
+    """
+    missed = _missed(outcomes)
+    return FalseNegatives(
+        overall=missed.mean(axis=1),
+        by={name: _by_bin(missed, one) for name, one in placed.items()},
+        by_pair={
+            (first, second): _by_pair(missed, placed[first], placed[second])
+            for first, second in combinations(placed, 2)
+        },
+    )
+
+
+def _missed(outcomes: Outcomes) -> Bools:
+    """Whether each instance is missed: `(K, G)`."""
+    hits = outcomes.matched >= 0
+    precision = normalised_precision(outcomes, hits, ~hits, outcomes.counts)
+    level, row = np.nonzero(hits & (precision > MIN_PRECISION))
+    missed = np.ones((len(hits), len(outcomes.truth)), dtype=bool)
+    missed[level, outcomes.matched[level, row]] = False
+    return missed
+
+
+def _by_bin(missed: Bools, placed: Placed) -> Missed:
+    return _shares(missed, placed.index, (len(placed.bins.names),))
+
+
+def _by_pair(missed: Bools, first: Placed, second: Placed) -> Missed:
+    shape = (len(first.bins.names), len(second.bins.names))
+    return _shares(missed, first.index * shape[1] + second.index, shape)
+
+
+def _shares(missed: Bools, index: Ints, shape: tuple[int, ...]) -> Missed:
+    """Groups `missed` `(K, G)` by flat bin `index` `(G,)` into bins of `shape`."""
+    size = int(np.prod(shape))
+    counts = np.bincount(index, minlength=size)
+    sums = np.stack([np.bincount(index, weights=row, minlength=size) for row in missed])
+    shares = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    return Missed(counts=counts.reshape(shape), shares=shares.reshape(-1, *shape))
+
+
+MIN_OVERLAP = 0.1
+"""Below this tIoU with every instance, a false positive has nothing to do with any (DETAD)."""
+
+GROUPS = 10
+"""How many times as many predictions as instances are looked at (DETAD: the top 10G)."""
+
+_CHUNK = 1 << 20  # overlaps computed at a time, so that memory stays in the tens of megabytes
+
+
+class Kind(IntEnum):
+    """What a prediction is, at a tIoU threshold t (the definitions of DETAD).
+
+    A true positive has found an instance. Otherwise let o be the largest tIoU of the prediction
+    with any instance of its video, whatever its class, and let that instance be the nearest one:
+
+    - double detection: o >= t, and the nearest instance has the predicted class (a prediction of
+      higher score has taken it);
+    - wrong label: o >= t, and the nearest instance is of another class;
+    - localization: 0.1 <= o < t, and the nearest instance has the predicted class;
+    - confusion: 0.1 <= o < t, and the nearest instance is of another class;
+    - background: o < 0.1.
+
+    Of instances equally near, the first counts. (DETAD's published code judges predictions of a
+    video without instances, all but the first, by the instances of another video; here they
+    are all background.)
+    """
+
+    TRUE_POSITIVE = 0
+    DOUBLE_DETECTION = 1
+    WRONG_LABEL = 2
+    LOCALIZATION = 3
+    CONFUSION = 4
+    BACKGROUND = 5
+
+
+ERRORS = tuple(kind for kind in Kind if kind is not Kind.TRUE_POSITIVE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FalsePositives:
+    """The profile of the top predictions.
+
+    Of a class with G_c instances, group i holds the predictions with ranks i G_c to
+    (i + 1) G_c - 1: the top 1G, the next 1G and so on to 10G.
+
+    Attributes:
+        counts: `(K, 10, 6)` predictions of each threshold, group and kind.
+        base: `(K,)` mAP_N of the top 10G predictions.
+        gains: `(K, 5)` how much mAP_N rises when all top predictions of one kind of error are
+            removed.
+    """
+
+    counts: Ints
+    base: Floats
+    gains: Floats
+
+    @property
+    def shares(self) -> Floats:
+        """`(K, 10, 6)` of a group's predictions, the share of each kind; nan in empty groups."""
+        total = self.counts.sum(axis=2, keepdims=True)
+        return np.where(total > 0, self.counts / np.maximum(total, 1), np.nan)
+
+
+def false_positives(outcomes: Outcomes) -> FalsePositives:
+    """Profiles the top predictions of every class and removes one kind of error at a time."""
+    groups = outcomes.ranks // outcomes.counts[outcomes.found.labels]
+    top = groups < GROUPS
+    kinds = classify(outcomes, top)
+    counts = np.zeros((len(kinds), GROUPS, len(Kind)), dtype=np.int64)
+    for level, of_level in enumerate(kinds):
+        np.add.at(counts[level], (groups[top], of_level[top]), 1)
+    hits = kinds == Kind.TRUE_POSITIVE
+    false = top & ~hits
+    hits &= top
+    base = mean_average_precision(outcomes, hits, false)
+    gains = [
+        mean_average_precision(outcomes, hits, false & (kinds != kind)) - base for kind in ERRORS
+    ]
+    return FalsePositives(counts=counts, base=base, gains=np.stack(gains, axis=1))
+
+
+def classify(outcomes: Outcomes, wanted: Bools) -> Ints:
+    """The `Kind` of the `wanted` `(P,)` predictions at each threshold.
+
+    Returns:
+        `(K, P)`; of predictions that are not wanted, only whether they are true positives or
+        not: these are called background.
+    """
+    kinds = np.full(outcomes.matched.shape, int(Kind.BACKGROUND), dtype=np.int64)
+    rows = np.flatnonzero(wanted & (outcomes.matched < 0).any(axis=0))
+    overlap, same = _nearest(outcomes, rows)
+    levels = outcomes.thresholds[:, None]
+    near = np.where(same, int(Kind.LOCALIZATION), int(Kind.CONFUSION))
+    found = np.where(same, int(Kind.DOUBLE_DETECTION), int(Kind.WRONG_LABEL))
+    below = np.where(overlap >= MIN_OVERLAP, near, int(Kind.BACKGROUND))
+    kinds[:, rows] = np.where(overlap >= levels, found, below)
+    kinds[outcomes.matched >= 0] = Kind.TRUE_POSITIVE
+    return kinds
+
+
+def _nearest(outcomes: Outcomes, rows: Ints) -> tuple[Floats, Bools]:
+    """Largest tIoU of predictions with an instance, and whether that has their class: `(R,)`."""
+    members = padded(outcomes.truth.videos, len(outcomes.videos))
+    overlap = np.zeros(len(rows))
+    same = np.zeros(len(rows), dtype=bool)
+    step = max(1, _CHUNK // members.shape[1])
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        found = outcomes.found[rows[part]]
+        nearby = members[found.videos]
+        all_overlaps = overlaps(found.segments, outcomes.truth.segments[nearby])
+        all_overlaps[nearby < 0] = -1.0
+        best = all_overlaps.argmax(axis=1)[:, None]
+        overlap[part] = np.take_along_axis(all_overlaps, best, axis=1)[:, 0]
+        nearest = np.take_along_axis(nearby, best, axis=1)[:, 0]
+        same[part] = outcomes.truth.labels[nearest] == found.labels
+    return overlap, same
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sensitivity:
+    """mAP_N over the bins of one characteristic.
+
+    Attributes:
+        mAP: `(K, B)` mAP_N of each bin's instances alone; nan for bins without any.
+        base: `(K,)` mAP_N of all instances.
+    """
+
+    mAP: Floats  # noqa: N815 - the field writes it so
+    base: Floats
+
+    @property
+    def average(self) -> Floats:
+        """`(B,)` average-mAP_N: the mean over the thresholds."""
+        return self.mAP.mean(axis=0)
+
+    @property
+    def relative(self) -> Floats:
+        """`(B,)` average-mAP_N of each bin, divided by that of all instances; nan if that is 0."""
+        base = self.base.mean()
+        return self.average / base if base > 0 else np.full_like(self.average, np.nan)
+
+    @property
+    def sensitivity(self) -> float:
+        """Difference between the best and the worst bin's average-mAP_N."""
+        return float(np.nanmax(self.average) - np.nanmin(self.average))
+
+    @property
+    def impact(self) -> float:
+        """What average-mAP_N would gain if all instances were found as well as the best bin's."""
+        return float(np.nanmax(self.average) - self.base.mean())
+
+
+def base_map(outcomes: Outcomes) -> Floats:
+    """mAP_N `(K,)` of all predictions and instances."""
+    return mean_average_precision(outcomes, outcomes.matched >= 0, outcomes.matched < 0)
+
+
+def sensitivity(outcomes: Outcomes, placed: Placed, base: Floats) -> Sensitivity:
+    """mAP_N of the instances of each bin, as DETAD defines it.
+
+    Recall refers to the bin's instances. Predictions that have found an instance of another bin,
+    at whatever threshold, are removed; all others that have found none are false positives. The
+    mean is taken over the classes that the bin has.
+
+    Args:
+        outcomes: instances and predictions.
+        placed: the bin of each instance.
+        base: `(K,)` mAP_N of all instances.
+    """
+    of_bins = [
+        _map_of(outcomes, placed.index == number) for number in range(len(placed.bins.names))
+    ]
+    return Sensitivity(mAP=np.stack(of_bins, axis=1), base=base)
+
+
+def _map_of(outcomes: Outcomes, inside: Bools) -> Floats:
+    """mAP_N `(K,)` of the instances that are `inside` `(G,)`."""
+    matched = outcomes.matched
+    # The entry that -1 points to stands for predictions that found nothing: they stay.
+    kept = np.append(inside, True)[matched].all(axis=0)
+    counts = np.bincount(outcomes.truth.labels[inside], minlength=len(outcomes.counts))
+    return mean_average_precision(outcomes, (matched >= 0) & kept, (matched < 0) & kept, counts)

@@ -1,0 +1,267 @@
+"""The coupling: how a stage's two streams go forward through a branch, and back again.
+
+A stage with the residual branches ``F_1 ... F_n`` computes, from its input ``x``,
+
+    x_{-1} = x_0 = x
+    x_i    = a_i(F_i(x_{i-1}) + alpha x_{i-1}) + beta x_{i-2}     i = 1 ... n
+    output = (x_n + beta x_{n-1}) / (1 + beta)
+
+where ``a_i`` is what the block applies after its addition: nothing, or the ReLU of a ResNet.
+``(alpha, beta) = (0, 1)`` is Re2TAL: the skip connection starts one branch earlier, a ReLU is moved
+into the branch, and the output is the mean of the two streams (Zhao et al., CVPR 2023, arXiv
+2211.14053, section 3). The general form is Dr2Net (Zhao et al., CVPR 2024, arXiv 2401.04105), whose
+second stream is ``y_i = beta x_{i-1}``; ``(1, 0)`` is the pretrained residual network itself, which
+is why the output weighs the streams by 1 and beta. For ``beta != 0`` two neighbours determine the
+one before,
+
+    x_{i-2} = (x_i - a_i(F_i(x_{i-1}) + alpha x_{i-1})) / beta,
+
+so a stage can be run backwards from its last two streams. A gradient ``g`` of ``x_i`` reaches
+``x_{i-2}`` as ``beta g``, and ``x_{i-1}`` through the increment ``a_i(...)``.
+
+In floating point the way back is exact only up to rounding. It is exact to the bit on a grid: if
+the stage's input and every increment are rounded to multiples of 2^-k, and beta is 1, then each
+``x_i`` is a sum of two grid points, which float32 holds exactly below 2^(24-k), and so is each
+difference on the way back. Rounding passes gradients on unchanged. See `grid`.
+
+Everything here is a pure function of tensors of one shape.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+
+def stream_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the streams of a stage whose input has this dtype: at least float32.
+
+    A stream is rebuilt by subtraction, branch after branch; in bfloat16 the rounding of 12 branches
+    already changes it by one percent, in float32 by 3e-7 (measured).
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Coupling:
+    """The two coefficients of a stage, and the equations above.
+
+    Attributes:
+        alpha: weight of the pretrained skip connection, from ``x_{i-1}``.
+        beta: weight of the reversible skip connection, from ``x_{i-2}``; not negative.
+
+    Raises:
+        ValueError: if a coefficient is not finite or beta is negative.
+    """
+
+    alpha: float = 0.0
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.alpha) and math.isfinite(self.beta)) or self.beta < 0:
+            raise ValueError(
+                f"A coupling needs a finite alpha and a finite beta >= 0, but got "
+                f"alpha={self.alpha}, beta={self.beta}. Re2TAL is (0, 1), the plain network (1, 0)."
+            )
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is the pretrained residual network itself."""
+        return self.alpha == 1 and self.beta == 0
+
+    @property
+    def invertible(self) -> bool:
+        """Whether ``x_{i-2}`` follows from ``x_{i-1}`` and ``x_i``."""
+        return self.beta != 0
+
+    def increment(
+        self,
+        branch: Tensor,
+        current: Tensor,
+        activation: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """``a(F_i(x_{i-1}) + alpha x_{i-1})``."""
+        if self.alpha != 0:
+            branch = torch.add(branch, current, alpha=self.alpha)
+        return branch if activation is None else activation(branch)
+
+    def advance(self, increment: Tensor, previous: Tensor) -> Tensor:
+        """``x_i`` from its increment and ``x_{i-2}``."""
+        if self.beta == 0:
+            return increment
+        return torch.add(increment, previous, alpha=self.beta)
+
+    def rewind(self, increment: Tensor, following: Tensor, *, overwrite: bool = False) -> Tensor:
+        """``x_{i-2}`` from ``x_i`` and its increment, whose memory may be reused."""
+        out = increment if overwrite else None
+        previous = torch.sub(following, increment, out=out)
+        if self.beta == 1:
+            return previous
+        return previous.div_(self.beta)
+
+    def skip_gradient(self, gradient: Tensor) -> Tensor | None:
+        """What the skip connection passes of the gradient of ``x_i`` to ``x_{i-2}``.
+
+        None stands for zero.
+        """
+        if self.beta == 0:
+            return None
+        return gradient if self.beta == 1 else gradient * self.beta
+
+    def merge(self, last: Tensor, before: Tensor) -> Tensor:
+        """The stage's output from ``x_n`` and ``x_{n-1}``; autograd stores nothing for it."""
+        if self.beta == 0:
+            return last
+        return torch.add(last, before, alpha=self.beta).mul(1 / (1 + self.beta))
+
+
+Bits = int | Literal["auto"]
+
+HEADROOM = 8
+"""Bits by which "auto" lets a stream outgrow its stage's input: 256 times. The other 16 hold the
+input: it is rounded by less than 2^-17 of its largest value, and bfloat16 rounds by 2^-9."""
+
+FINEST = 16
+"""Most bits that "auto" chooses: streams of any input may reach 256."""
+
+_FLOAT32_BIAS, _FLOAT32_FRACTION = 127, 23
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Multiples of a power of two.
+
+    Attributes:
+        scale: ``2**k``, a number or a float32 tensor of no dimensions.
+        spacing: ``2**-k``, likewise.
+    """
+
+    scale: float | Tensor
+    spacing: float | Tensor
+
+    @classmethod
+    def of(cls, bits: Bits, stream: Tensor) -> "Grid":
+        """The grid of one forward of a stage.
+
+        Args:
+            bits: k, or "auto" for one that suits the stage's input.
+            stream: that input.
+        """
+        if bits != "auto":
+            return cls(2.0**bits, 2.0**-bits)
+        largest = torch.stack(torch.aminmax(stream.detach())).abs().amax().float()
+        # The exponent stands in the bits: largest < 2^(exponent + 1).
+        exponent = (largest.view(torch.int32) >> _FLOAT32_FRACTION) - _FLOAT32_BIAS
+        # A small input does not mean small increments, for most branches normalize it first.
+        k = (23 - HEADROOM - exponent).clamp(-64, FINEST)
+        return cls(_power_of_two(k), _power_of_two(-k))
+
+    @property
+    def limit(self) -> float | Tensor:
+        """Streams below this are held exactly."""
+        return 2.0**24 * self.spacing
+
+    def round(self, x: Tensor) -> Tensor:
+        """The nearest points, as a new tensor; differentiable as the identity."""
+        if x.requires_grad and torch.is_grad_enabled():
+            rounded: Tensor = _Round.apply(x, self.scale, self.spacing)
+            return rounded
+        return _rounded(x, self.scale, self.spacing)
+
+
+class _Round(torch.autograd.Function):
+    """Rounding as a part of a differentiable network: its gradient is the identity."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, scale: float | Tensor, spacing: float | Tensor) -> Tensor:
+        return _rounded(x, scale, spacing)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is needed in the backward."""
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # noqa: ARG004
+        return gradients[0], None, None
+
+
+def _rounded(x: Tensor, scale: float | Tensor, spacing: float | Tensor) -> Tensor:
+    # Powers of two scale without rounding, so that round() alone decides.
+    return torch.mul(x, scale).round_().mul_(spacing)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """``2**exponent`` as float32, exactly: the function pow() of a device may be off by a bit."""
+    return ((exponent + _FLOAT32_BIAS) << _FLOAT32_FRACTION).view(torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class AtLeast:
+    """Pieces as large as one of the stage's streams, of which a backward holds six in any case.
+
+    Attributes:
+        bytes: of the smallest; of a smaller stream a piece holds several times as much.
+    """
+
+    bytes: int
+
+
+Budget = int | AtLeast | Literal["auto"] | None
+"""Bytes of a piece of a branch. "auto" is `SMALLEST_PIECE` of the device. None does not cut."""
+
+SMALLEST_PIECE = {"cpu": AtLeast(32 * 2**20), "cuda": AtLeast(2 * 2**30)}
+"""By kind of device. Small pieces leave a GPU waiting for the next: on an H200, Swin-T's step on
+768 frames took 2.2 s in pieces of 128 MiB, 0.4 s in pieces of 2 GiB, and 0.3 s stored."""
+
+
+def bytes_of_piece(budget: int | AtLeast | Literal["auto"], stream: Tensor) -> int:
+    """What a budget means for a stage with these streams."""
+    if budget == "auto":
+        budget = SMALLEST_PIECE.get(stream.device.type, SMALLEST_PIECE["cpu"])
+    if isinstance(budget, AtLeast):
+        return max(budget.bytes, stream.numel() * stream.element_size())
+    return budget
+
+
+TOLERANCE = 1e-3
+"""Largest relative error (root mean square) of a rebuilt input that a coupling may have; above it
+activations are stored. In bfloat16 a branch rounds its input by up to 4e-3 of each value."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What `rewire` was asked for.
+
+    Attributes:
+        coupling: alpha and beta.
+        reversible: rebuild activations (True) or store them (False); the function is the same.
+        grid: fractional bits of the fixed-point grid, or "auto"; None is plain floating point.
+        slice_bytes: budget of a piece of a branch; None runs branches whole, by their own code.
+        verify: compare what was rebuilt with what was there.
+    """
+
+    coupling: Coupling = field(default_factory=Coupling)
+    reversible: bool = True
+    grid: Bits | None = None
+    slice_bytes: Budget = "auto"
+    verify: bool = True
+
+    @property
+    def exact(self) -> bool:
+        """Whether the way back is exact to the bit."""
+        return self.grid is not None and self.coupling.beta == 1
+
+    def stored_because(self) -> str | None:
+        """Why activations are stored whatever is measured; None if they may be rebuilt."""
+        if not self.reversible:
+            return "asked for by set_reversible"
+        if not self.coupling.invertible:
+            return "beta = 0 is not invertible"
+        if self.grid is not None and not self.exact:
+            return "exact streams need beta = 1"
+        return None
