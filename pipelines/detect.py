@@ -25,15 +25,12 @@ from pipelines.config.command_line import told_shortly
 from pipelines.core.clock import duration
 from pipelines.core.cluster import init_ray
 from pipelines.core.models import fingerprint, local_detector
-from pipelines.core.resources import ResourceError
-from pipelines.core.storage import StorageError
 from pipelines.core.tracking import Run, finishing, log_metrics, start_run, tracking_uri
 from pipelines.data.videos import find_sources
 from pipelines.inference.detecting import Resources, VideoResult, detect_videos
 from pipelines.inference.output import (
     OutputConfig,
     Record,
-    RecordError,
     read_records,
     strongest,
     write_files,
@@ -76,9 +73,6 @@ class DetectConfig:
         return "detect"
 
 
-PROBLEMS = (StorageError, RecordError, ResourceError)
-
-
 def parse(arguments: Sequence[str]) -> DetectConfig:
     """Reads the command line.
 
@@ -98,9 +92,8 @@ def run(config: DetectConfig) -> Run:
         The MLflow run.
 
     Raises:
-        StorageError: if there is no such model or video.
-        RecordError: if the output folder is of another model.
-        ResourceError: if the cluster is too small.
+        UserError: if there is no such model or video; if the output folder is of another model; if
+            the cluster is too small.
     """
     output, runs = Path(config.output).absolute(), Path(config.runs).absolute()
     videos = find_sources(config.videos, option="--videos")
@@ -240,7 +233,6 @@ def _summary(
 
 if __name__ == "__main__":
     with told_shortly(
-        PROBLEMS,
         failure="the detector failed; with less memory it may go through: lower --batch-size. "
         "Start again to go on.",
     ):

@@ -28,8 +28,7 @@ from pipelines.config.command_line import told_shortly
 from pipelines.config.recipe import Dataset
 from pipelines.core.cluster import init_ray
 from pipelines.core.models import local_detector
-from pipelines.core.resources import ResourceError
-from pipelines.core.storage import StorageError, local_copy, require
+from pipelines.core.storage import local_copy, require
 from pipelines.core.tracking import (
     Run,
     finishing,
@@ -38,16 +37,7 @@ from pipelines.core.tracking import (
     start_run,
     tracking_uri,
 )
-from pipelines.data.plan import (
-    Plan,
-    RecipeError,
-    UnusableVideosError,
-    check_failures,
-    evaluation_plan,
-    load_files,
-    read_video_scores,
-)
-from pipelines.data.shards import ShardError
+from pipelines.data.plan import Plan, check_failures, evaluation_plan, load_files, read_video_scores
 from pipelines.inference.detecting import Resources
 from pipelines.inference.evaluating import (
     Sources,
@@ -65,21 +55,10 @@ from pipelines.inference.evaluation import (
     read_labelled,
 )
 from pipelines.training.detection import DETECTIONS_FILE
-from re2tal.annotations import AnnotationError
 from re2tal.datasets import Form
 from re2tal.detection.evaluation.tables import checked_levels
-from re2tal.detection.files import DetectionFileError
+from re2tal.errors import UserError
 from re2tal.trained import read_spec
-
-PROBLEMS = (
-    StorageError,
-    ShardError,
-    AnnotationError,
-    DetectionFileError,
-    RecipeError,
-    ResourceError,
-    UnusableVideosError,
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,16 +143,15 @@ def evaluate_run(config: EvaluateConfig) -> Run:
         The MLflow run.
 
     Raises:
-        StorageError: if something is not there.
+        UserError: if something is not there.
         AnnotationError: with every problem in the annotations.
-        DetectionFileError: with every problem in the detections or video scores.
-        RecipeError: if settings contradict one another.
-        UnusableVideosError: if there is nothing to find, or too many videos cannot be decoded.
-        ShardError: if the videos lie in shards that are not complete.
-        ResourceError: if the cluster is too small.
+        FileError: with every problem in the detections or video scores.
+        UserError: if settings contradict one another; if there is nothing to find, or too many
+            videos cannot be decoded; if the videos lie in shards that are not complete; if the
+            cluster is too small.
     """
     if (config.detections is None) == (config.model is None):
-        raise RecipeError("Say what to evaluate: either --detections FILE or --model MODEL.")
+        raise UserError("Say what to evaluate: either --detections FILE or --model MODEL.")
     _check_levels(config.levels)
     plan = evaluated_plan(config)
     with tempfile.TemporaryDirectory() as folder:
@@ -195,7 +173,7 @@ def _check_levels(levels: Sequence[float]) -> None:
     try:
         checked_levels(levels)
     except ValueError as error:
-        raise RecipeError(f"{error} Correct --thresholds.") from error
+        raise UserError(f"{error} Correct --thresholds.") from error
 
 
 def evaluated_plan(config: EvaluateConfig) -> Plan:
@@ -205,7 +183,7 @@ def evaluated_plan(config: EvaluateConfig) -> Plan:
         config: what to evaluate against.
 
     Raises:
-        StorageError, AnnotationError, DetectionFileError, RecipeError, UnusableVideosError: as
+        UserError: as
             `evaluate_run`.
     """
     annotations = load_files(
@@ -218,7 +196,7 @@ def evaluated_plan(config: EvaluateConfig) -> Plan:
     )
     videos = annotations.subset(config.subset).videos
     if not any(video.evaluated for video in videos):
-        raise UnusableVideosError(
+        raise UserError(
             f"No instance to evaluate detections against in subset {config.subset!r}: its "
             f"{len(videos)} videos have none. Name a subset with annotated actions (--subset)."
         )
@@ -291,7 +269,6 @@ def _tracked(config: EvaluateConfig, plan: Plan, source: Callable[[], Labelled])
 
 if __name__ == "__main__":
     with told_shortly(
-        PROBLEMS,
         failure="the detector failed; with less memory it may go through: lower --batch-size.",
     ):
         evaluate_run(parse(sys.argv[1:]))

@@ -26,8 +26,7 @@ from pipelines.config.command_line import told_shortly
 from pipelines.config.recipe import Dataset
 from pipelines.core.clock import duration
 from pipelines.core.cluster import init_ray
-from pipelines.core.resources import ResourceError
-from pipelines.core.storage import StorageError, absolute, join
+from pipelines.core.storage import absolute, join
 from pipelines.core.tracking import (
     Run,
     finishing,
@@ -54,20 +53,11 @@ from pipelines.data.feature_writing import (
     VideoInTheMaking,
     collect,
 )
-from pipelines.data.features import (
-    DESCRIPTION,
-    NAME,
-    Description,
-    FeatureError,
-    Sampling,
-    SamplingConfig,
-)
+from pipelines.data.features import DESCRIPTION, NAME, Description, Sampling, SamplingConfig
 from pipelines.data.plan import load_files
-from pipelines.data.shards import ShardError
-from re2tal.annotations import AnnotationError, Annotations
+from re2tal.annotations import Annotations
 from re2tal.datasets import Form
-
-PROBLEMS = (StorageError, AnnotationError, ShardError, FeatureError, ResourceError, ValueError)
+from re2tal.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,10 +107,6 @@ class ExtractConfig:
         return f"features-{self.backbone.backbone}-{self.sampling.way}"
 
 
-class FailedVideosError(Exception):
-    """Too many videos have no features; the message lists them with the reasons."""
-
-
 def parse(arguments: Sequence[str]) -> ExtractConfig:
     """Reads the command line.
 
@@ -140,24 +126,26 @@ def extract_features(config: ExtractConfig) -> Description:
         What the folder holds.
 
     Raises:
-        StorageError: if something is not there.
+        UserError: if something is not there.
         AnnotationError: with every problem in the annotations.
-        ShardError: if the videos lie in shards that are not whole.
-        FeatureError: if the folder holds features of other settings, or damaged ones.
-        ResourceError: if the cluster is too small.
-        ValueError: if weights, stride or frames do not fit the backbone.
-        FailedVideosError: if more videos failed than may; all others have their features.
+        UserError: if the videos lie in shards that are not whole; if the folder holds features of
+            other settings, or damaged ones; if the cluster is too small; if weights, stride or
+            frames do not fit the backbone; if more videos failed than may; all others have their
+            features.
     """
     annotations = _annotations(config)
     collection = collect(config.videos, annotations, config.subsets)
     if config.output is None:
-        raise StorageError("The features: no path given. Say where with --output PATH_OR_URI.")
+        raise UserError("The features: no path given. Say where with --output PATH_OR_URI.")
     stride = config.sampling.stride if config.sampling.way == "windows" else None
     runs = Path(config.runs).absolute()
-    backbone = load_backbone(config.backbone, stride=stride, tracking_uri=tracking_uri(runs))
-    sampling = config.sampling.resolved(
-        temporal_stride=backbone.temporal_stride, multiple=backbone.multiple
-    )
+    try:
+        backbone = load_backbone(config.backbone, stride=stride, tracking_uri=tracking_uri(runs))
+        sampling = config.sampling.resolved(
+            temporal_stride=backbone.temporal_stride, multiple=backbone.multiple
+        )
+    except ValueError as problem:
+        raise UserError(str(problem)) from problem
     job = _Job(config, collection, backbone, sampling)
     run = start_run(config, output=runs)
     with finishing(run):
@@ -255,7 +243,7 @@ class _Job:
 def _annotations(config: ExtractConfig) -> Annotations | None:
     if config.annotations is None:
         if config.subsets:
-            raise StorageError("--subsets are of annotations: say which with --annotations.")
+            raise UserError("--subsets are of annotations: say which with --annotations.")
         return None
     return load_files(
         config.annotations,
@@ -302,7 +290,7 @@ def _check_failures(description: Description, max_failed: float) -> None:
     shown = sorted(description.failures.items())[:20]
     listed = "\n".join(f"  {video_id}: {reason}" for video_id, reason in shown)
     more = f"\n  ... and {failed - 20} more, in {NAME}" if failed > 20 else ""
-    raise FailedVideosError(
+    raise UserError(
         f"{failed} of {total} videos have no features, more than the allowed {max_failed:.0%} "
         f"(--max-failed). Mend them and give the same command with --retry-failed.\n{listed}{more}"
     )
@@ -310,7 +298,6 @@ def _check_failures(description: Description, max_failed: float) -> None:
 
 if __name__ == "__main__":
     with told_shortly(
-        (*PROBLEMS, FailedVideosError),
         failure="features could not be made. Start again to go on.",
     ):
         extract_features(parse(sys.argv[1:]))

@@ -36,11 +36,11 @@ from pipelines.core.clock import duration
 from pipelines.core.cluster import init_ray
 from pipelines.core.models import fetch_weights, require_weights
 from pipelines.core.resources import check_resources
-from pipelines.core.storage import BACKBONE_FILE, StorageError, absolute, join, replacing
+from pipelines.core.storage import BACKBONE_FILE, absolute, join, replacing
 from pipelines.core.tracking import Run, finishing, log_dataset, log_text, tracking_uri
 from pipelines.data.clip_plan import Lists, make_plan, read_lists
 from pipelines.data.toy import toy_clips
-from pipelines.train import PROBLEMS, fit
+from pipelines.train import fit
 from pipelines.training.checkpoints import DETECTOR_FOLDER
 from pipelines.training.classification import ClassificationTask, build_classifier
 from pipelines.training.model import remarks
@@ -48,6 +48,7 @@ from pipelines.training.results import log_model
 from pipelines.training.resuming import resume_or_start
 from re2tal.backbones.checkpoint import save_backbone_weights
 from re2tal.datasets.toy import UNFINISHED
+from re2tal.errors import UserError
 from re2tal.trained import load_detector
 
 
@@ -79,7 +80,7 @@ def prepared(recipe: ClassificationRecipe) -> ClassificationRecipe:
         recipe: as the user gave it.
 
     Raises:
-        StorageError: if there are no weights at their path.
+        UserError: if there are no weights at their path.
     """
     data, model = recipe.data, recipe.model
     _make_toy(data)
@@ -107,7 +108,7 @@ def check_model(recipe: ClassificationRecipe, lists: Lists) -> None:
         lists: with the classes.
 
     Raises:
-        StorageError: if the weights cannot be read or are another network's.
+        UserError: if the weights cannot be read or are another network's.
     """
     with tempfile.TemporaryDirectory() as folder:
         store = tracking_uri(recipe.output)
@@ -115,7 +116,7 @@ def check_model(recipe: ClassificationRecipe, lists: Lists) -> None:
             weights = fetch_weights(recipe.model.weights, Path(folder), tracking_uri=store)
             build_classifier(recipe, lists.classes, weights)
         except ValueError as problem:
-            raise StorageError(str(problem)) from problem
+            raise UserError(str(problem)) from problem
 
 
 def log_backbone(recipe: ClassificationRecipe, run: Run, result: ray.train.Result) -> str:
@@ -217,5 +218,5 @@ def finetune(recipe: ClassificationRecipe) -> Run:
 
 
 if __name__ == "__main__":
-    with told_shortly(PROBLEMS):
+    with told_shortly():
         finetune(parse(sys.argv[1:]))

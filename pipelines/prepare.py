@@ -24,14 +24,13 @@ from pipelines.config.recipe import Dataset
 from pipelines.core.clock import duration
 from pipelines.core.cluster import init_ray
 from pipelines.core.progress import ShardProgress
-from pipelines.core.storage import StorageError, absolute, file_sizes, join, list_files, require
+from pipelines.core.storage import absolute, file_sizes, join, list_files, require
 from pipelines.data.plan import load_files
 from pipelines.data.shard_writing import ShardTask, write_shard
 from pipelines.data.shards import (
     FOLDER,
     NAME,
     Manifest,
-    ShardError,
     ShardSettings,
     make_manifest,
     pack,
@@ -40,14 +39,13 @@ from pipelines.data.shards import (
     require_equal,
     write_manifest,
 )
-from re2tal.annotations import AnnotationError, Annotations, VideoAnnotation
+from re2tal.annotations import Annotations, VideoAnnotation
 from re2tal.datasets import Form
+from re2tal.errors import UserError
 from re2tal.videos.files import match_videos
 from re2tal.videos.transcoding import TranscodeConfig
 
 _MANIFEST_SECONDS = 30.0  # from one writing of the manifest to the next: it may have megabytes
-
-PROBLEMS = (StorageError, AnnotationError, ShardError)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,10 +85,6 @@ class PrepareConfig:
     max_failed: float = 0.05
 
 
-class FailedVideosError(Exception):
-    """Too many videos could not be encoded; the message lists them with the reasons."""
-
-
 def parse(arguments: Sequence[str]) -> PrepareConfig:
     """Reads the command line.
 
@@ -110,10 +104,10 @@ def prepare(config: PrepareConfig) -> Manifest:
         What the folder holds.
 
     Raises:
-        StorageError: if something is not there.
+        UserError: if something is not there.
         AnnotationError: with every problem in the annotations.
-        ShardError: if the folder holds shards of other settings, or damaged ones.
-        FailedVideosError: if more videos failed than may; all others are in their shards.
+        UserError: if the folder holds shards of other settings, or damaged ones; if more videos
+            failed than may; all others are in their shards.
     """
     annotations = load_files(
         config.annotations,
@@ -125,7 +119,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     )
     require(config.videos, what="The videos", option="--videos")
     if config.output is None:
-        raise StorageError("The shards: no path given. Say where with --output PATH_OR_URI.")
+        raise UserError("The shards: no path given. Say where with --output PATH_OR_URI.")
     job = _Job(config, absolute(config.output), annotations)
     job.run()
     _check_failures(job.manifest, config.max_failed)
@@ -261,7 +255,7 @@ def _check_failures(manifest: Manifest, max_failed: float) -> None:
     shown = sorted(manifest.failures.items())[:20]
     listed = "\n".join(f"  {video_id}: {reason}" for video_id, reason in shown)
     more = f"\n  ... and {failed - 20} more, in {NAME}" if failed > 20 else ""
-    raise FailedVideosError(
+    raise UserError(
         f"{failed} of {total} videos could not be encoded, more than the allowed "
         f"{max_failed:.0%} (--max-failed). Mend them and give the same command with "
         f"--retry-failed.\n{listed}{more}"
@@ -270,7 +264,6 @@ def _check_failures(manifest: Manifest, max_failed: float) -> None:
 
 if __name__ == "__main__":
     with told_shortly(
-        (*PROBLEMS, FailedVideosError),
         failure="a shard could not be written. Start again to go on.",
     ):
         prepare(parse(sys.argv[1:]))

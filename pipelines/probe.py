@@ -19,14 +19,13 @@ import tyro
 from pipelines.config.command_line import told_shortly
 from pipelines.config.recipe import Dataset
 from pipelines.core.cluster import init_ray
-from pipelines.core.storage import StorageError, absolute, list_files, replacing, require
+from pipelines.core.storage import absolute, list_files, replacing, require
 from pipelines.data.plan import load_files
 from pipelines.data.videos import SCHEMA, probe_files, summary, with_disagreements
-from re2tal.annotations import AnnotationError, Annotations
+from re2tal.annotations import Annotations
 from re2tal.datasets import Form, check_durations
+from re2tal.errors import UserError
 from re2tal.videos.files import EXTENSIONS, match_videos
-
-PROBLEMS = (StorageError, AnnotationError)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +58,7 @@ def probe_collection(config: ProbeConfig) -> pa.Table:
         The table, as `pipelines.data.videos` describes it.
 
     Raises:
-        StorageError: if something is not there, or the folder holds no video.
+        UserError: if something is not there, or the folder holds no video.
         AnnotationError: with every problem in the annotations.
     """
     folder = require(config.videos, what="The videos", option="--videos")
@@ -71,7 +70,7 @@ def probe_collection(config: ProbeConfig) -> pa.Table:
     else:
         found, missing = match_videos((v.video_id for v in annotations.videos), files)
     if not found:
-        raise StorageError(f"The videos: {folder} holds none of them. Correct --videos.")
+        raise UserError(f"The videos: {folder} holds none of them. Correct --videos.")
     table = probe_files(found, progress=_show)
     table = pa.concat_tables([table, _missing(missing)]).sort_by("video_id")
     if annotations is not None:
@@ -127,5 +126,5 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    with told_shortly(PROBLEMS):
+    with told_shortly():
         main(sys.argv[1:])

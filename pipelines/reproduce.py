@@ -31,17 +31,13 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 from pipelines.config.command_line import told_shortly
 from pipelines.core.cluster import init_ray
 from pipelines.core.metric_names import safe_path
-from pipelines.core.storage import StorageError
 from pipelines.core.tracking import Run, finishing, log_metrics, start_run
 from pipelines.reproduction.execution import Work, attempt
 from pipelines.reproduction.experiment import Job, Outcome
 from pipelines.reproduction.report import NUMBERS
 from pipelines.reproduction.running import Reproduced, reproduce
 from pipelines.reproduction.settings import Reproduction, parse
-
-
-class ReproductionError(Exception):
-    """Pieces of work failed; the message says how many."""
+from re2tal.errors import UserError
 
 
 def execute_on_ray(works: Sequence[Work]) -> Iterator[Outcome]:
@@ -141,7 +137,7 @@ def main(asked: Reproduction) -> None:
         asked: which, and how large.
 
     Raises:
-        ReproductionError: if a piece of work failed; the others are done all the same.
+        UserError: if a piece of work failed; the others are done all the same.
     """
     init_ray(trains=any(job.spreads for one in asked.experiments for job in one.jobs()))
     run = start_run(asked, output=Path(asked.output).absolute())
@@ -150,12 +146,12 @@ def main(asked: Reproduction) -> None:
         log_report(run, found)
         print(f"MLflow run {run.run_id} in {run.uri}", flush=True)
         if found.failures:
-            raise ReproductionError(
+            raise UserError(
                 f"{found.failures} pieces of work failed, as listed above; the same command tries "
                 "them again."
             )
 
 
 if __name__ == "__main__":
-    with told_shortly((ReproductionError, StorageError)):
+    with told_shortly():
         main(parse(sys.argv[1:], __doc__ or ""))

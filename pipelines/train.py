@@ -40,9 +40,9 @@ from pipelines.config.recipes import RECIPES
 from pipelines.core.cluster import init_ray
 from pipelines.core.models import fetch_weights, require_weights
 from pipelines.core.progress import ProgressPrinter
-from pipelines.core.resources import ResourceError, check_resources
-from pipelines.core.storage import StorageError, join, require
+from pipelines.core.resources import check_resources
 from pipelines.core.storage import absolute as absolute_path
+from pipelines.core.storage import join, require
 from pipelines.core.tracking import (
     Run,
     finishing,
@@ -54,40 +54,21 @@ from pipelines.core.tracking import (
     tracking_uri,
 )
 from pipelines.data.feature_stream import without_backbone
-from pipelines.data.features import FeatureError, Features
-from pipelines.data.plan import Plan, RecipeError, UnusableVideosError, make_plan, read_annotations
-from pipelines.data.shards import ShardError
+from pipelines.data.features import Features
+from pipelines.data.plan import Plan, make_plan, read_annotations
 from pipelines.data.toy import toy_videos
 from pipelines.training.activations import activation_metrics
 from pipelines.training.detection import DetectionTask
 from pipelines.training.entry import train_worker
 from pipelines.training.model import build_detector, remarks
 from pipelines.training.results import log_results, print_summary
-from pipelines.training.resuming import RunningError, newest_checkpoint, resume_or_start
+from pipelines.training.resuming import newest_checkpoint, resume_or_start
 from pipelines.training.trainer import Task
 from pipelines.training.worker import Job, TrainingProblem
-from re2tal.annotations import AnnotationError, Annotations
+from re2tal.annotations import Annotations
 from re2tal.datasets import summarize
-from re2tal.detection.files import DetectionFileError
 from re2tal.detector import Detector
-
-
-class TrainingError(Exception):
-    """Training came upon what no new attempt would change; the message says what."""
-
-
-PROBLEMS = (
-    StorageError,
-    ShardError,
-    AnnotationError,
-    DetectionFileError,
-    FeatureError,
-    RecipeError,
-    ResourceError,
-    RunningError,
-    TrainingError,
-    UnusableVideosError,
-)
+from re2tal.errors import UserError
 
 
 def parse(arguments: Sequence[str]) -> Recipe:
@@ -97,7 +78,7 @@ def parse(arguments: Sequence[str]) -> Recipe:
         arguments: without the program's name.
 
     Raises:
-        StorageError: if the run whose configuration is asked for cannot be had.
+        UserError: if the run whose configuration is asked for cannot be had.
     """
     run_id, rest = _split_off("--from-run", arguments)
     if run_id is None:
@@ -133,7 +114,7 @@ def absolute(recipe: Recipe) -> Recipe:
         recipe: as the user gave it.
 
     Raises:
-        StorageError: if a path is missing.
+        UserError: if a path is missing.
     """
     data, model = recipe.data, recipe.model
     if data.make_toy and data.annotations and not Path(data.annotations).exists():
@@ -167,11 +148,11 @@ def check_model(recipe: Recipe, classes: Sequence[str]) -> Detector:
         classes: names of the action classes.
 
     Raises:
-        RecipeError: if settings contradict one another.
-        StorageError: if the weights cannot be read or are another network's.
+        UserError: if settings contradict one another; if the weights cannot be read or are another
+            network's.
     """
     if recipe.data.video_scores and not recipe.model.class_agnostic:
-        raise RecipeError(
+        raise UserError(
             "--data.video-scores gives proposals their classes, but this model tells the classes "
             "apart itself: leave the scores out, or train it with --model.class-agnostic."
         )
@@ -181,7 +162,7 @@ def check_model(recipe: Recipe, classes: Sequence[str]) -> Detector:
         try:
             return build_detector(recipe, classes, weights)
         except ValueError as problem:
-            raise StorageError(str(problem)) from problem
+            raise UserError(str(problem)) from problem
 
 
 def _kept(config: CheckpointConfig, score: str) -> ray.train.CheckpointConfig:
@@ -252,7 +233,7 @@ def fit(
         result = trainer.fit()
     problem = result.return_value
     if isinstance(problem, TrainingProblem):
-        raise TrainingError(problem.message)
+        raise UserError(problem.message)
     return result
 
 
@@ -281,7 +262,7 @@ def prepare(recipe: Recipe) -> tuple[Prepared, Detector]:
         What can start, and its detector as `check_model` built it.
 
     Raises:
-        Exception: one of `PROBLEMS`.
+        UserError: if something is missing or does not fit.
     """
     recipe = absolute(recipe)
     annotations = read_annotations(recipe.data)
@@ -351,5 +332,5 @@ def train(recipe: Recipe) -> Run:
 
 
 if __name__ == "__main__":
-    with told_shortly(PROBLEMS):
+    with told_shortly():
         train(parse(sys.argv[1:]))

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from re2tal.errors import UserError
+
 _SHOWN = 100  # a file of another data set has a problem in each of a million rows
 
 Place = tuple[str | int, ...]
 
 
-class FileError(ValueError):
+class FileError(UserError):
     """A file that cannot be used.
 
     Attributes:

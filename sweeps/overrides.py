@@ -8,11 +8,9 @@ from typing import Any, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from re2tal.errors import UserError
+
 ConfigT = TypeVar("ConfigT")
-
-
-class OverrideError(ValueError):
-    """A field that there is not, or a value that is not its type's; the message names it."""
 
 
 def override(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
@@ -24,7 +22,7 @@ def override(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
             component; names of its fields then change those of the new one.
 
     Raises:
-        OverrideError: if there is no such field, or the value is of another type.
+        UserError: if there is no such field, or the value is of another type.
         ValueError: if values that are of the right type do not go together.
     """
     for name, value in values.items():
@@ -40,7 +38,7 @@ def value_of(config: Any, name: str) -> Any:
         name: dotted.
 
     Raises:
-        OverrideError: if there is no such field.
+        UserError: if there is no such field.
     """
     here = config
     for part in name.split("."):
@@ -60,7 +58,7 @@ def check(config: Any, name: str, value: Any, others: Mapping[str, Any] | None =
             field is in, it is the new component that has to have the field.
 
     Raises:
-        OverrideError: if it does not, or cannot.
+        UserError: if it does not, or cannot.
     """
     *path, last = name.split(".")
     owner = config
@@ -74,7 +72,7 @@ def check(config: Any, name: str, value: Any, others: Mapping[str, Any] | None =
         adapter.validate_python(value, strict=True)
     except ValidationError as error:
         why = "; ".join(f"{problem['msg']}" for problem in error.errors()[:3])
-        raise OverrideError(f"{name} cannot be {value!r}: {why}.") from error
+        raise UserError(f"{name} cannot be {value!r}: {why}.") from error
 
 
 def _replaced(config: Any, values: Mapping[str, Any]) -> Any:
@@ -95,10 +93,10 @@ def _require_field(owner: Any, part: str, name: str) -> None:
         return
     kind = type(owner).__name__
     if not known:
-        raise OverrideError(f"There is no field {name}: a {kind} has no fields.")
+        raise UserError(f"There is no field {name}: a {kind} has no fields.")
     close = difflib.get_close_matches(part, known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}."
-    raise OverrideError(f"There is no field {name}: {kind} has no {part!r}; {hint}")
+    raise UserError(f"There is no field {name}: {kind} has no {part!r}; {hint}")
 
 
 def _is_config(value: Any) -> bool:

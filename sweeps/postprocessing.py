@@ -25,7 +25,6 @@ from pipelines.core.models import fetch
 from pipelines.core.storage import absolute
 from pipelines.core.tracking import Run, finishing, log_metrics, recipe_of, start_run, tracking_uri
 from pipelines.data.plan import Plan, evaluation_plan, read_annotations, read_video_scores
-from pipelines.train import PROBLEMS
 from pipelines.training.detection import RAW_FILE, DetectionTask
 from re2tal.detection.raw import read_raw
 from re2tal.detection.segments import Detections
@@ -98,8 +97,8 @@ def search_postprocessing(run: Run, *, trials: int, seed: int, parent: str) -> P
         parent: id of the MLflow run that the search is part of.
 
     Raises:
-        StorageError: if the run kept no raw detections, or its annotations are gone.
-        DetectionFileError: if they cannot be read.
+        UserError: if the run kept no raw detections, or its annotations are gone.
+        FileError: if they cannot be read.
     """
     recipe = recipe_of(run)
     with tempfile.TemporaryDirectory() as folder:
@@ -167,7 +166,7 @@ def main(arguments: Sequence[str]) -> None:
     """
     config = tyro.cli(PostprocessingConfig, args=arguments, description=__doc__)
     run = Run(uri=tracking_uri(absolute(config.output)), run_id=config.run)
-    with told_shortly(PROBLEMS):
+    with told_shortly():
         found = search_postprocessing(
             run, trials=config.trials, seed=config.seed, parent=config.run
         )

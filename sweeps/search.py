@@ -22,15 +22,16 @@ from pipelines.config.command_line import parse_recipe, told_shortly
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import RECIPES
 from pipelines.core.resources import capacity, require_resources
-from pipelines.core.storage import StorageError, absolute, join
+from pipelines.core.storage import absolute, join
 from pipelines.core.tracking import Run, finishing, start_run
-from pipelines.train import PROBLEMS, Prepared, prepare
+from pipelines.train import Prepared, prepare
 from pipelines.training.resuming import digest, last_run, mark, reopen
+from re2tal.errors import UserError
 from sweeps.children import Outcomes, children
 from sweeps.report import TRIALS, report
 from sweeps.schedulers import scheduler
 from sweeps.settings import SweepConfig
-from sweeps.study import SpaceError, check_space, ended, open_study, searcher
+from sweeps.study import check_space, ended, open_study, searcher
 from sweeps.sweep import Sweep
 from sweeps.trial import NUMBER_TAG, OUTCOME_TAG, run_trial
 
@@ -44,7 +45,7 @@ def main(sweep: Sweep, description: str) -> None:
         sweep: what is searched.
         description: what the script does.
     """
-    with told_shortly((*PROBLEMS, SpaceError)):
+    with told_shortly():
         run_sweep(sweep, parse(sweep, sys.argv[1:], description))
 
 
@@ -85,9 +86,8 @@ def run_sweep(sweep: Sweep, config: SweepConfig) -> Run:
         The sweep's run in MLflow.
 
     Raises:
-        SpaceError: if the space does not fit the base recipe.
-        ResourceError: if the cluster cannot hold a trial, or not so many at a time.
-        Exception: as `pipelines.train.prepare`, one of `PROBLEMS`.
+        UserError: if the space does not fit the base recipe; if the cluster cannot hold a trial, or
+            not so many at a time; as `pipelines.train.prepare`.
     """
     config = replace(config, output=absolute(config.output))
     with _quiet():
@@ -172,7 +172,7 @@ def concurrency(config: SweepConfig, ready: Prepared) -> int:
         ready: the base recipe.
 
     Raises:
-        ResourceError: if the cluster cannot hold one, or not as many as were asked for.
+        UserError: if the cluster cannot hold one, or not as many as were asked for.
     """
     scale = ready.recipe.scale
     decoding = 0.0 if ready.plan.features is not None else scale.cpus_per_decoder
@@ -228,7 +228,7 @@ def _is_through(run: Run, config: SweepConfig) -> bool:
 
 def _file(config: SweepConfig, run: Run) -> str:
     if "://" in config.output:
-        raise StorageError(
+        raise UserError(
             f"{config.output} can hold checkpoints, but not what Optuna learns: name a data base "
             "with --storage URL."
         )

@@ -10,6 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search.optuna import OptunaSearch
 
 from pipelines.config.recipe import Recipe
+from re2tal.errors import UserError
 from sweeps.epoch_reports import RUN_ID
 from sweeps.overrides import override
 from sweeps.settings import SweepConfig
@@ -21,10 +22,6 @@ _INTERRUPTED = "interrupted"  # of a study: numbers of trials that were under wa
 BASE = "base"  # attribute of the trial that trains the base recipe
 _TRIED = 100  # draws from a space before a sweep
 _ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-
-
-class SpaceError(ValueError):
-    """A search space that asks for what a recipe does not have; the message names it."""
 
 
 class SweepSearch(OptunaSearch):
@@ -79,7 +76,7 @@ def check_space(sweep: Sweep, base: Recipe) -> dict[str, Any]:
         What Optuna would have to propose for the base recipe.
 
     Raises:
-        SpaceError: if the space asks for a field that there is not, or for values that it cannot
+        UserError: if the space asks for a field that there is not, or for values that it cannot
             have; the message names it.
     """
     own = Suggestions(base)
@@ -90,9 +87,9 @@ def check_space(sweep: Sweep, base: Recipe) -> dict[str, Any]:
         for _ in range(_TRIED):
             sweep.space(Suggestions(base, study.ask()), base)
     except ValueError as problem:
-        raise SpaceError(f"The search space of {sweep.name}: {problem}") from problem
+        raise UserError(f"The search space of {sweep.name}: {problem}") from problem
     if not own.base_point:
-        raise SpaceError(f"The search space of {sweep.name} is empty: it asks for nothing.")
+        raise UserError(f"The search space of {sweep.name} is empty: it asks for nothing.")
     return own.base_point
 
 

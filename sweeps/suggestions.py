@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from pipelines.config.recipe import Recipe
-from sweeps.overrides import OverrideError, check, value_of
+from re2tal.errors import UserError
+from sweeps.overrides import check, value_of
 
 Primitive = None | bool | int | float | str
 
@@ -77,7 +78,7 @@ class Suggestions:
         """
         own = self._in_range(name, low, high)
         if (own - low) % step:
-            raise OverrideError(
+            raise UserError(
                 f"The base's {name} of {own} is none of {low}, {low + step}, ... {high}."
             )
         return self._take(
@@ -119,7 +120,7 @@ class Suggestions:
             check(self._base, name, end, self.values)
         own = value_of(self._base, name)
         if own is None or not low <= own <= high:
-            raise OverrideError(
+            raise UserError(
                 f"The base's {name} of {own} is not in the range that is searched, {low:g} to "
                 f"{high:g}: the first trial is the base recipe. Change either."
             )
@@ -131,7 +132,7 @@ class Suggestions:
 
     def _propose(self, name: str, own: Primitive, propose: Callable[[Proposer], Any]) -> Any:
         if name in self.base_point:
-            raise OverrideError(f"{name} is asked for twice.")
+            raise UserError(f"{name} is asked for twice.")
         self.base_point[name] = own
         return own if self._proposer is None else propose(self._proposer)
 

@@ -11,22 +11,20 @@ import ray.train
 import tyro
 from ray.exceptions import RayError
 
+from re2tal.errors import UserError
+
 _KNOCK_SECONDS = 5.0
-
-
-class ClusterError(ConnectionError):
-    """There is no cluster where there should be one; the message says where, and what to do."""
 
 
 def require_cluster() -> None:
     """Ends a program in seconds whose cluster is gone.
 
     Raises:
-        ClusterError: if nothing answers at `RAY_ADDRESS`.
+        UserError: if nothing answers at `RAY_ADDRESS`.
     """
     address = os.environ.get("RAY_ADDRESS", "")
     if problem := unreachable(address):
-        raise ClusterError(
+        raise UserError(
             f"The cluster at {address} (RAY_ADDRESS) cannot be joined ({problem}). Start it (ray "
             "start --head), correct the variable, or unset it to use this machine alone."
         )
@@ -55,20 +53,16 @@ RecipeT = TypeVar("RecipeT")
 
 
 @contextmanager
-def told_shortly(
-    problems: tuple[type[Exception], ...], *, failure: str | None = None
-) -> Iterator[None]:
-    """Ends the program with one message instead of a stack, if its block comes upon a problem.
+def told_shortly(*, failure: str | None = None) -> Iterator[None]:
+    """End the program with one message instead of a stack where its block raises a `UserError`.
 
     Args:
-        problems: whose messages say all that the user needs.
-        failure: what to say before the message of a Ray task or actor that failed; None lets it
-            through.
+        failure: sentence before the message of a Ray task or actor that failed; without it such an
+            error passes through.
     """
-    told: tuple[type[Exception], ...] = (*problems, ClusterError)
     try:
         yield
-    except told as problem:
+    except UserError as problem:
         sys.exit(f"error: {problem}")
     except ray.train.WorkerGroupError as failed:
         first = next(iter(failed.worker_failures.values()))

@@ -28,7 +28,7 @@ def init_ray(*, trains: bool = False) -> None:
             whether its controller lives.
 
     Raises:
-        ClusterError: if nothing answers at `RAY_ADDRESS`.
+        UserError: if nothing answers at `RAY_ADDRESS`.
     """
     if ray.is_initialized():  # as in a Ray task
         quiet_data()

@@ -15,9 +15,10 @@ from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from pipelines.core.storage import MLFLOW, StorageError, local_copy, require, resolve
+from pipelines.core.storage import MLFLOW, local_copy, require, resolve
 from re2tal.backbones.checkpoint import PREFIX
 from re2tal.backbones.precomputed import TRAINED_ON_FEATURES, PrecomputedConfig
+from re2tal.errors import UserError
 from re2tal.inference import detector_folder
 from re2tal.trained import SPEC_FILE, WEIGHTS_FILE, read_spec
 
@@ -32,7 +33,7 @@ def fetch(uri: str, folder: Path, *, tracking_uri: str | None, what: str) -> Pat
         what: it is, for the message ("The model").
 
     Raises:
-        StorageError: if there is nothing.
+        UserError: if there is nothing.
     """
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     if tracking_uri is not None:
@@ -42,7 +43,7 @@ def fetch(uri: str, folder: Path, *, tracking_uri: str | None, what: str) -> Pat
         return Path(download_artifacts(artifact_uri=uri, dst_path=str(folder)))
     except (MlflowException, OSError) as error:
         store = mlflow.get_tracking_uri()
-        raise StorageError(
+        raise UserError(
             f"{what}: {uri} cannot be had from MLflow's store {store} ({error}). Correct the URI, "
             "or say where the runs are."
         ) from error
@@ -66,7 +67,7 @@ def local_detector(model: str | None, scratch: Path, *, tracking: str, option: s
         The folder with `spec.json` and `weights.safetensors`.
 
     Raises:
-        StorageError: if there is no detector, or it was trained on features and sees no videos.
+        UserError: if there is no detector, or it was trained on features and sees no videos.
     """
     if model is not None and not Path(model).exists():
         if _RUN_ID.fullmatch(model):
@@ -95,12 +96,12 @@ def _model_of_run(run_id: str, tracking: str, option: str) -> str:
     try:
         tags = MlflowClient(tracking).get_run(run_id).data.tags
     except MlflowException as error:
-        raise StorageError(
+        raise UserError(
             f"The model: neither a file nor a run of {tracking} is named {run_id}. Correct "
             f"{option}, or say where the runs are."
         ) from error
     if _MODEL_TAG not in tags:
-        raise StorageError(
+        raise UserError(
             f"The model: the run {run_id} of {tracking} has none; a training run has one once it "
             f"has ended. Correct {option}."
         )
@@ -122,9 +123,9 @@ def _detector_in(folder: Path, name: str, option: str) -> Path:
         found = detector_folder(inside if inside.is_dir() else folder)
         spec = read_spec(found)
     except ValueError as error:
-        raise StorageError(f"The model: {name}: {error} Correct {option}.") from error
+        raise UserError(f"The model: {name}: {error} Correct {option}.") from error
     if isinstance(spec.backbone, PrecomputedConfig):
-        raise StorageError(f"The model: {name}: {TRAINED_ON_FEATURES}")
+        raise UserError(f"The model: {name}: {TRAINED_ON_FEATURES}")
     return found
 
 
@@ -140,7 +141,7 @@ def require_weights(weights: str | None, *, option: str = "--model.weights") -> 
         The same, paths absolute.
 
     Raises:
-        StorageError: if there is nothing.
+        UserError: if there is nothing.
     """
     if weights is None or weights.startswith(PREFIX):
         return weights
@@ -161,7 +162,7 @@ def fetch_weights(
         What `load_backbone_weights` takes; None for a random beginning.
 
     Raises:
-        StorageError: if there is nothing in MLflow.
+        UserError: if there is nothing in MLflow.
     """
     if weights is None or weights.startswith(PREFIX):
         return weights

@@ -5,13 +5,10 @@ import os
 import ray
 
 from pipelines.config.recipe import ScaleConfig
+from re2tal.errors import UserError
 
 CLUSTER_MAX = "RE2TAL_CLUSTER_MAX"
 """Variable with what a cluster that starts nodes by itself may come to have."""
-
-
-class ResourceError(Exception):
-    """The cluster is too small for the run; the message says by how much."""
 
 
 def check_resources(scale: ScaleConfig) -> None:
@@ -21,7 +18,7 @@ def check_resources(scale: ScaleConfig) -> None:
         scale: how the run is laid out.
 
     Raises:
-        ResourceError: if CPUs or GPUs do not suffice for all workers and one decoding task.
+        UserError: if CPUs or GPUs do not suffice for all workers and one decoding task.
     """
     workers = scale.workers if scale.min_workers is None else scale.min_workers
     require_resources(
@@ -43,7 +40,7 @@ def require_resources(*, cpus: float, gpus: int, who: str, advice: str) -> None:
         advice: what to do, a sentence.
 
     Raises:
-        ResourceError: if they do not suffice.
+        UserError: if they do not suffice.
     """
     have = capacity()
     need = {"CPU": cpus, "GPU": float(gpus)}
@@ -53,9 +50,7 @@ def require_resources(*, cpus: float, gpus: int, who: str, advice: str) -> None:
         if need[name] > have.get(name, 0.0)
     ]
     if missing:
-        raise ResourceError(
-            f"The cluster is too small: {who} need {' and '.join(missing)}. {advice}"
-        )
+        raise UserError(f"The cluster is too small: {who} need {' and '.join(missing)}. {advice}")
 
 
 def capacity() -> dict[str, float]:
@@ -65,7 +60,7 @@ def capacity() -> dict[str, float]:
     environment of its head: `RE2TAL_CLUSTER_MAX=CPU=128,GPU=8`.
 
     Raises:
-        ResourceError: if that cannot be read.
+        UserError: if that cannot be read.
     """
     have = dict(ray.cluster_resources())
     stated = os.environ.get(CLUSTER_MAX, "")
@@ -73,7 +68,7 @@ def capacity() -> dict[str, float]:
         pairs = [part.split("=") for part in stated.split(",") if part]
         most = {name.strip(): float(number) for name, number in pairs}
     except ValueError:
-        raise ResourceError(
+        raise UserError(
             f"{CLUSTER_MAX}={stated} cannot be read: give numbers of resources, such as "
             "CPU=128,GPU=8."
         ) from None

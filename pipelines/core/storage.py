@@ -8,6 +8,8 @@ from uuid import uuid4
 
 import pyarrow.fs as pafs
 
+from re2tal.errors import UserError
+
 PARTIAL = ".partial-"  # in the names of files that are not whole
 
 
@@ -16,10 +18,6 @@ BACKBONE_FILE = "backbone.safetensors"
 
 # URIs of MLflow: an artifact of a run, a model, an artifact that a tracking server hands out.
 MLFLOW = ("runs:/", "models:/", "mlflow-artifacts:/")
-
-
-class StorageError(Exception):
-    """A path or URI that cannot be used: what it is for, where it points, what to do."""
 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -42,21 +40,19 @@ def require(uri: str | None, *, what: str, option: str) -> str:
         The same URI, or the absolute path.
 
     Raises:
-        StorageError: with one sentence if it was not given, is not there or cannot be reached.
+        UserError: with one sentence if it was not given, is not there or cannot be reached.
     """
     if uri is None:
-        raise StorageError(f"{what}: no path given. Say where with {option} PATH_OR_URI.")
+        raise UserError(f"{what}: no path given. Say where with {option} PATH_OR_URI.")
     if uri.startswith(MLFLOW):
         return uri
     try:
         filesystem, path = resolve(uri)
         found = filesystem.get_file_info(path).type != pafs.FileType.NotFound
     except (OSError, ValueError) as error:
-        raise StorageError(
-            f"{what}: {uri} cannot be reached ({error}). Correct {option}."
-        ) from error
+        raise UserError(f"{what}: {uri} cannot be reached ({error}). Correct {option}.") from error
     if not found:
-        raise StorageError(f"{what}: nothing at {uri}. Correct {option}.")
+        raise UserError(f"{what}: nothing at {uri}. Correct {option}.")
     return uri if "://" in uri else path
 
 
@@ -227,7 +223,7 @@ def local_copy(uri: str, folder: Path, *, tracking_uri: str | None = None) -> Pa
         tracking_uri: MLflow's store; None for the one that is set in this process.
 
     Raises:
-        StorageError: if an URI of MLflow leads to no such file.
+        UserError: if an URI of MLflow leads to no such file.
     """
     if uri.startswith(MLFLOW):
         return _from_mlflow(uri, folder, tracking_uri)
@@ -248,7 +244,7 @@ def _from_mlflow(uri: str, folder: Path, tracking_uri: str | None) -> Path:
         return found
     inside = next(found.rglob(BACKBONE_FILE), None)
     if inside is None:
-        raise StorageError(
+        raise UserError(
             f"There is no {BACKBONE_FILE} in {uri}: name the model of a run of "
             "finetune_backbone.py, or one file."
         )

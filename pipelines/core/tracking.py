@@ -30,7 +30,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipelines.config.recipe import Recipe
 from pipelines.core.models import fetch
-from pipelines.core.storage import StorageError, replacing
+from pipelines.core.storage import replacing
+from re2tal.errors import UserError
 
 
 def git_commit(folder: Path) -> str | None:
@@ -98,13 +99,13 @@ def tracking_uri(output: str | Path) -> str:
         output: folder of the default store, absolute.
 
     Raises:
-        StorageError: if there is no server, and `output` is the URI of an object store, which
-            cannot hold a data base.
+        UserError: if there is no server, and `output` is the URI of an object store, which cannot
+            hold a data base.
     """
     if server := os.environ.get("MLFLOW_TRACKING_URI"):
         return server
     if "://" in str(output):
-        raise StorageError(
+        raise UserError(
             f"{output} can hold checkpoints, but not MLflow's data base: name a tracking server in "
             "the environment variable MLFLOW_TRACKING_URI, or a local folder."
         )
@@ -162,7 +163,7 @@ def open_store(experiment: str, *, output: str | Path) -> tuple[MlflowClient, st
 
     Raises:
         MlflowException: if the store cannot be reached.
-        StorageError: as `tracking_uri`.
+        UserError: as `tracking_uri`.
     """
     if "://" not in str(output):
         Path(output).mkdir(parents=True, exist_ok=True)
@@ -378,8 +379,8 @@ def recipe_of(run: Run) -> Recipe:
         run: in a store that exists.
 
     Raises:
-        StorageError: if there is no such run, it was another script's, or its configuration has
-            fields that this version does not have.
+        UserError: if there is no such run, it was another script's, or its configuration has fields
+            that this version does not have.
     """
     with tempfile.TemporaryDirectory() as folder:
         uri = f"runs:/{run.run_id}/{FILE}"
@@ -388,10 +389,10 @@ def recipe_of(run: Run) -> Recipe:
     try:
         recipe = _RECIPE.validate_json(content)
     except ValidationError as error:
-        raise StorageError(f"{uri} is not a recipe of this version of re2tal: {error}") from error
+        raise UserError(f"{uri} is not a recipe of this version of re2tal: {error}") from error
     unknown = _names(json.loads(content)) - _names(json.loads(_RECIPE.dump_json(recipe)))
     if unknown:
-        raise StorageError(
+        raise UserError(
             f"{uri} is not a recipe of this version of re2tal, which has no "
             f"{', '.join(sorted(unknown))}: train with the version that made it."
         )

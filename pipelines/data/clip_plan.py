@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from pipelines.config.recipe import TrimmedDataConfig
 from pipelines.core.storage import is_folder, local_copy, require, walk_files
-from pipelines.data.plan import Plan, UnusableVideosError, check_failures
+from pipelines.data.plan import Plan, check_failures
 from pipelines.data.videos import Probe, probe_files
 from re2tal.datasets.trimmed import (
     Place,
@@ -24,6 +24,7 @@ from re2tal.datasets.trimmed import (
     read_folders,
     read_list,
 )
+from re2tal.errors import UserError
 
 _SUBSETS = ("training", "validation")
 
@@ -73,7 +74,7 @@ def read_lists(config: TrimmedDataConfig) -> Lists:
         config: where they are.
 
     Raises:
-        StorageError: if there is nothing there.
+        UserError: if there is nothing there.
         AnnotationError: with every problem in them.
     """
     classes = None
@@ -133,7 +134,7 @@ def make_plan(
         probe: opens the files.
 
     Raises:
-        UnusableVideosError: if too many videos are missing or unreadable, or all of a subset.
+        UserError: if too many videos are missing or unreadable, or all of a subset.
     """
     files: dict[str, tuple[str, Place]] = {}
     failures: dict[str, str] = {}
@@ -164,7 +165,7 @@ def make_plan(
     check_failures(failures, total, config.max_failed)
     for subset, videos in usable.items():
         if not videos:
-            raise UnusableVideosError(f"No {subset} video can be used: all of them failed.")
+            raise UserError(f"No {subset} video can be used: all of them failed.")
     return ClassificationPlan(
         classes=lists.classes,
         training=tuple(usable["training"]),

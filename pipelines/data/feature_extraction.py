@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from pipelines.core.models import fetch_weights, require_weights
 from pipelines.core.resources import capacity, require_resources
-from pipelines.core.storage import StorageError
 from pipelines.data.decoding import VideoJob, decode_video
 from pipelines.data.features import Sampling
 from pipelines.planner.subject import BACKBONES
@@ -30,6 +29,7 @@ from re2tal.backbones.slowfast.network import (
 )
 from re2tal.backbones.swin import SwinConfig
 from re2tal.detector import grey_levels, normalize
+from re2tal.errors import UserError
 from re2tal.reversible import rewire
 from re2tal.trained import IMAGENET_MEAN, IMAGENET_STD
 
@@ -80,7 +80,7 @@ class FrozenBackboneConfig:
 
     def __post_init__(self) -> None:
         if min(self.size, self.batch_size) < 1:
-            raise ValueError(
+            raise UserError(
                 f"--size and --batch-size must be at least 1, not {self.size} and "
                 f"{self.batch_size}."
             )
@@ -141,7 +141,7 @@ def load_backbone(
         tracking_uri: MLflow's store, where weights may lie.
 
     Raises:
-        StorageError: if there are no weights.
+        UserError: if there are no weights.
         ValueError: if they do not fit the backbone, or it cannot have that stride.
     """
     shape = _with_stride((BACKBONES | _OF_PUBLISHED_WEIGHTS)[config.backbone](), stride)
@@ -150,7 +150,7 @@ def load_backbone(
     with tempfile.TemporaryDirectory() as folder:
         fetched = fetch_weights(weights, Path(folder), tracking_uri=tracking_uri)
         if fetched is None:
-            raise StorageError(
+            raise UserError(
                 "The backbone's weights: no path given. Say where with --weights PATH_OR_URI."
             )
         report = load_backbone_weights(backbone, fetched)
@@ -271,7 +271,7 @@ def pool_for(config: PoolConfig) -> Pool:
         config: what was asked for.
 
     Raises:
-        ResourceError: if CPUs or GPUs do not suffice for the actors and one decoding task.
+        UserError: if CPUs or GPUs do not suffice for the actors and one decoding task.
     """
     gpu = capacity().get("GPU", 0.0) > 0 if config.gpu is None else config.gpu
     now = int(ray.cluster_resources().get("GPU", 0.0))

@@ -11,9 +11,10 @@ import torch
 from pipelines.config.recipe import Recipe
 from pipelines.data.batches import Batch, assemble
 from pipelines.data.clip_plan import AnyPlan
-from pipelines.data.features import FeatureError, Features
+from pipelines.data.features import Features
 from pipelines.data.plan import Plan
 from re2tal.backbones.precomputed import PrecomputedConfig
+from re2tal.errors import UserError
 from re2tal.videos.augmentation import AugmentationConfig
 from re2tal.videos.features import window_features
 from re2tal.videos.timegrid import TimeGrid
@@ -95,7 +96,7 @@ class FeatureStream:
         """What `decode_sample` gives, with features as frames."""
         try:
             features, grid = self._video(window.video_id)
-        except (FeatureError, OSError) as problem:
+        except (UserError, OSError) as problem:
             shape = window.grid.num_features, self._features.channels
             return {"frames": np.zeros(shape, np.float32), "error": str(problem)}
         return {"frames": window_features(features, grid, window), "error": ""}

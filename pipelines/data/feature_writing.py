@@ -14,21 +14,12 @@ import av
 import numpy as np
 
 from pipelines.core.clock import duration
-from pipelines.core.storage import (
-    PARTIAL,
-    StorageError,
-    file_sizes,
-    join,
-    list_files,
-    remove,
-    require,
-)
+from pipelines.core.storage import PARTIAL, file_sizes, join, list_files, remove, require
 from pipelines.data.features import (
     FOLDER,
     NAME,
     Description,
     ExtractedVideo,
-    FeatureError,
     FeatureType,
     Layout,
     SampledVideo,
@@ -45,6 +36,7 @@ from pipelines.data.features import (
 from pipelines.data.shards import Manifest, find_in_shards, read_manifest
 from pipelines.data.videos import probe_files
 from re2tal.annotations import Annotations
+from re2tal.errors import UserError
 from re2tal.videos.files import EXTENSIONS, match_videos
 from re2tal.videos.reader import TAIL
 
@@ -101,7 +93,7 @@ class FeatureFolder:
         channels: C.
 
     Raises:
-        FeatureError: if the folder holds features of other settings, or damaged ones.
+        UserError: if the folder holds features of other settings, or damaged ones.
     """
 
     def __init__(
@@ -269,7 +261,7 @@ class FeatureFolder:
             there = read_description(self._uri)
             _require_equal(self._uri, self._settings, there.settings)
             if there.layout != self._config.layout or there.prefix != self._config.prefix:
-                raise FeatureError(
+                raise UserError(
                     f"{self._uri} holds features as {there.layout} files with the prefix "
                     f"{there.prefix!r}. Give the same to go on with them, or another --output."
                 )
@@ -277,7 +269,7 @@ class FeatureFolder:
                 self._entries = {k: v for k, v in there.videos.items() if v.file in names}
             self._failures = {k: v for k, v in there.failures.items() if k in self._of}
         elif any(name.endswith(".npy") for name in names):
-            raise FeatureError(
+            raise UserError(
                 f"{self._uri} holds .npy files, and no {NAME} that says what they are. Give "
                 "another --output."
             )
@@ -300,7 +292,7 @@ def _require_equal(folder: str, wanted: dict[str, Any], there: dict[str, Any]) -
         listed = "; ".join(
             f"{name}: {there.get(name)} there, {wanted.get(name)} asked for" for name in names
         )
-        raise FeatureError(
+        raise UserError(
             f"{folder} holds features of other settings ({listed}). Give the same settings to go "
             "on with them, or another --output."
         )
@@ -351,7 +343,7 @@ class Collection:
             Video id to what was found; and, for the others, video id to why it cannot be used.
 
         Raises:
-            ShardError: if shards are missing, or not whole.
+            UserError: if shards are missing, or not whole.
         """
         if self.shards is not None:
             return self._in_shards(self.shards, video_ids)
@@ -402,9 +394,9 @@ def collect(
         subsets: names of the subsets that are wanted; none for all.
 
     Raises:
-        StorageError: if the folder is missing, or holds no videos.
+        UserError: if the folder is missing, or holds no videos.
         AnnotationError: if there is no subset of that name.
-        ShardError: if the manifest of shards is damaged.
+        UserError: if the manifest of shards is damaged.
     """
     folder = require(videos, what="The videos", option="--videos")
     manifest = read_manifest(folder)
@@ -413,7 +405,7 @@ def collect(
         names = {Path(n).stem: uri for n, uri in files.items() if Path(n).suffix in EXTENSIONS}
         held = [v for file in manifest.shards for v in file.videos] if manifest else []
         if not names and not held:
-            raise StorageError(f"The videos: {folder} holds none of them. Correct --videos.")
+            raise UserError(f"The videos: {folder} holds none of them. Correct --videos.")
         return Collection(
             folder=folder,
             subsets=dict.fromkeys(sorted([*names, *held]), ""),

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 
 from pipelines.core.storage import absolute, file_sizes, join, read_bytes, replacing, resolve
+from re2tal.errors import UserError
 from re2tal.videos.features import clip_grid, resampled_grid, window_features
 from re2tal.videos.timegrid import TimeGrid
 from re2tal.videos.windows import Window
@@ -276,10 +277,6 @@ HOW_TO_SAY = (
 )
 
 
-class FeatureError(Exception):
-    """Features that cannot be used; the message says which, why and what to do."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoEntry:
     """A video's features.
@@ -450,11 +447,11 @@ def read_description(folder: str) -> Description:
         folder: path or URI of the folder.
 
     Raises:
-        FeatureError: if nothing says it, or what does is damaged.
+        UserError: if nothing says it, or what does is damaged.
     """
     uri = join(folder, NAME)
     if NAME not in file_sizes(folder):
-        raise FeatureError(
+        raise UserError(
             f"{folder} has no {NAME}, which says where in their videos features lie. If "
             f"extract_features.py did not make them, {HOW_TO_SAY}."
         )
@@ -463,7 +460,7 @@ def read_description(folder: str) -> Description:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise FeatureError(
+        raise UserError(
             f"{uri} is not of the form {FORMAT!r}, or is damaged: {error.error_count()} problems, "
             f"the first in {where}: {first['msg']}. If extract_features.py did not make them, "
             f"{HOW_TO_SAY}."
@@ -518,7 +515,7 @@ def read_array(uri: str) -> np.ndarray:
         uri: path or URI of the file.
 
     Raises:
-        FeatureError: if it holds none of shape (T, C).
+        UserError: if it holds none of shape (T, C).
         OSError: if it cannot be reached.
     """
     try:
@@ -528,13 +525,13 @@ def read_array(uri: str) -> np.ndarray:
             name = "feats" if "feats" in found.files or len(found.files) != 1 else found.files[0]
             found = found[name]
     except (ValueError, EOFError, KeyError) as error:
-        raise FeatureError(f"{uri} cannot be read as an array: {error}") from error
+        raise UserError(f"{uri} cannot be read as an array: {error}") from error
     return _checked(uri, found)
 
 
 def _checked(uri: str, features: np.ndarray) -> np.ndarray:
     if features.ndim != 2 or not features.size or features.dtype.kind != "f":
-        raise FeatureError(
+        raise UserError(
             f"{uri} must hold floating numbers of shape (T, C), but holds {features.dtype} of "
             f"shape {features.shape}."
         )
@@ -621,7 +618,7 @@ def read_contents(uri: str) -> FileContents:
         uri: path or URI of the file.
 
     Raises:
-        FeatureError: if it is no file of features.
+        UserError: if it is no file of features.
         OSError: if it cannot be reached.
     """
     with _opened(uri) as parquet:
@@ -643,7 +640,7 @@ def read_rows(uri: str, rows: Sequence[int]) -> dict[str, ExtractedVideo]:
         Video id to its features.
 
     Raises:
-        FeatureError: if it is damaged.
+        UserError: if it is damaged.
         OSError: if it cannot be reached.
     """
     with _opened(uri) as parquet:
@@ -681,8 +678,8 @@ def _opened(uri: str) -> pq.ParquetFile:
         raise _unreadable(uri, error) from error
 
 
-def _unreadable(uri: str, error: Exception) -> FeatureError:
-    return FeatureError(
+def _unreadable(uri: str, error: Exception) -> UserError:
+    return UserError(
         f"{uri} is no file of the form {FORMAT!r}, or is damaged ({error}). Remove it, and run "
         "extract_features.py again."
     )
@@ -706,19 +703,19 @@ class Features:
         channels: C, of all videos.
 
     Raises:
-        FeatureError: if it holds no features, or does not say where in their videos they lie.
+        UserError: if it holds no features, or does not say where in their videos they lie.
     """
 
     def __init__(self, folder: str) -> None:
         self._folder = absolute(folder)
         self._said = read_description(self._folder)
         if self._said.state != "complete":
-            raise FeatureError(
+            raise UserError(
                 f"{self._folder} is not complete. Give the command with extract_features.py that "
                 "made it again: it goes on."
             )
         if not self._said.says_where:
-            raise FeatureError(
+            raise UserError(
                 f"{join(self._folder, NAME)} does not say where in their videos the features lie, "
                 f"or there are none: {HOW_TO_SAY}."
             )
@@ -767,32 +764,32 @@ class Features:
             Floating numbers of shape (T, C), and their grid.
 
         Raises:
-            FeatureError: if it has none, or they are damaged.
+            UserError: if it has none, or they are damaged.
             OSError: if their file cannot be reached.
         """
         if video_id not in self._files:
-            raise FeatureError(f"{video_id}: {self.missing([video_id])[video_id]}")
+            raise UserError(f"{video_id}: {self.missing([video_id])[video_id]}")
         uri = self.uri(video_id)
         if self._said.layout == "parquet":
             row = self._said.videos[video_id].row
             found = read_rows(uri, [row])
             if video_id not in found:
-                raise FeatureError(f"{uri} has another video than {video_id} in row {row}.")
+                raise UserError(f"{uri} has another video than {video_id} in row {row}.")
             features = found[video_id].features
         else:
             features = read_array(uri)
         if features.shape[1] != self.channels:
-            raise FeatureError(
+            raise UserError(
                 f"{uri} has {features.shape[1]} channels where others have {self.channels}."
             )
         grid = self._said.grid(video_id, length=len(features), duration=duration)
         if grid.num_features != len(features):
-            raise FeatureError(
+            raise UserError(
                 f"{uri} holds {len(features)} features of {video_id}, but {NAME} says that there "
                 f"are {grid.num_features}."
             )
         if abs(grid.end - duration) > max(_SECONDS, _WRONG * duration):
-            raise FeatureError(
+            raise UserError(
                 f"{uri} holds features up to second {grid.end:.1f} of a video of {duration:.1f} s, "
                 f"if {NAME} is right: correct its fps and stride."
             )
@@ -809,7 +806,7 @@ class Features:
             float32 of shape (T', C).
 
         Raises:
-            FeatureError: if there are none, or they are damaged.
+            UserError: if there are none, or they are damaged.
             OSError: if their file cannot be reached.
         """
         features, grid = self.read(window.video_id, duration=duration)
@@ -848,7 +845,7 @@ class Features:
     def _measured(self) -> int:
         """The channels of a folder that does not say them: those of its first video."""
         if not self._files:
-            raise FeatureError(
+            raise UserError(
                 f"{self._folder} holds no features: no file is named {self._said.prefix}"
                 f"ID{self._said.ending}."
             )

@@ -16,15 +16,8 @@ from pipelines.training.model import ACTION
 from re2tal.annotations import Annotations, VideoAnnotation
 from re2tal.datasets import DATASETS, Form, check_durations, load_annotations, read_ids
 from re2tal.detection.video_scores import VideoScores, load_video_scores
+from re2tal.errors import UserError
 from re2tal.videos.files import match_videos
-
-
-class RecipeError(Exception):
-    """Settings of a recipe that contradict one another; the message says which."""
-
-
-class UnusableVideosError(Exception):
-    """Too many videos are missing or cannot be read; the message lists them with the reasons."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +90,7 @@ def read_annotations(config: DataConfig) -> Annotations:
         config: where they are.
 
     Raises:
-        StorageError: if there is nothing there.
+        UserError: if there is nothing there.
         AnnotationError: with every problem in them.
     """
     return load_files(
@@ -130,7 +123,7 @@ def load_files(
         prefix: of the options that set these, for messages.
 
     Raises:
-        StorageError: if there is nothing there.
+        UserError: if there is nothing there.
         AnnotationError: with every problem in them.
     """
     uri = require(annotations, what="The annotations", option=f"{prefix}annotations")
@@ -208,7 +201,7 @@ def all_failures(
         Video id to reason.
 
     Raises:
-        UnusableVideosError: see `check_failures`.
+        UserError: see `check_failures`.
     """
     failed = dict(plan.failures)
     for of_worker in of_workers:
@@ -229,7 +222,7 @@ def check_failures(
         prefix: of the options that set videos and share, for messages.
 
     Raises:
-        UnusableVideosError: if all fail, or more than that share.
+        UserError: if all fail, or more than that share.
     """
     if len(failures) < total and len(failures) <= max_failed * total:
         return
@@ -242,7 +235,7 @@ def check_failures(
         problem = f"No usable video: {share}. Is {prefix}videos the right folder?"
     else:
         problem = f"{share}, more than the allowed {max_failed:.0%} ({prefix}max-failed)."
-    raise UnusableVideosError(f"{problem}\n{listed}{more}")
+    raise UserError(f"{problem}\n{listed}{more}")
 
 
 def make_plan(config: DataConfig, annotations: Annotations, *, probe: Probe = probe_files) -> Plan:
@@ -258,13 +251,11 @@ def make_plan(config: DataConfig, annotations: Annotations, *, probe: Probe = pr
         probe: opens the files.
 
     Raises:
-        StorageError: if the folder of the videos is missing.
-        ShardError: if it holds shards that are not complete.
-        FeatureError: if there are no features, or they are not complete.
-        RecipeError: if settings contradict one another.
-        DetectionFileError: if the file of an external classifier is not usable.
-        UnusableVideosError: if too many videos are missing or unreadable, or have no scores; or
-            if those of the validation show no action.
+        UserError: if the folder of the videos is missing; if it holds shards that are not complete;
+            if there are no features, or they are not complete; if settings contradict one another.
+        FileError: if the file of an external classifier is not usable.
+        UserError: if too many videos are missing or unreadable, or have no scores; or if those of
+            the validation show no action.
     """
     features = Features(config.features) if config.features else None
     subsets = {
@@ -353,15 +344,14 @@ def read_video_scores(
         The scores; None if there is no such classifier.
 
     Raises:
-        StorageError: if there is nothing at the place.
-        RecipeError: if there are not so many classes.
-        DetectionFileError: with every problem in the file.
-        UnusableVideosError: if videos have no scores.
+        UserError: if there is nothing at the place; if there are not so many classes.
+        FileError: with every problem in the file.
+        UserError: if videos have no scores.
     """
     if place is None:
         return None
     if not 1 <= top <= len(classes):
-        raise RecipeError(
+        raise UserError(
             f"A proposal can be given 1 to {len(classes)} classes, not {top} "
             f"({prefix}video-scores-top)."
         )
@@ -370,7 +360,7 @@ def read_video_scores(
         scores = load_video_scores(local_copy(uri, Path(folder)), classes, logits=logits)
     missing = [video.video_id for video in videos if scores.get(video.video_id) is None]
     if missing:
-        raise UnusableVideosError(
+        raise UserError(
             f"{len(missing)} of the {len(videos)} videos of the subset {videos[0].subset!r} have "
             f"no scores in {place}: {', '.join(missing[:10])}{', ...' * (len(missing) > 10)}. Take "
             f"the scores of that subset, or leave the videos out ({prefix}exclude)."
@@ -386,11 +376,9 @@ def _require_some(
         (config.validation_subset, validation),
     ):
         if not videos:
-            raise UnusableVideosError(
-                f"No usable video in subset {name!r}: all of its videos failed."
-            )
+            raise UserError(f"No usable video in subset {name!r}: all of its videos failed.")
     if not any(video.annotation.evaluated for video in validation):
-        raise UnusableVideosError(
+        raise UserError(
             f"No instance to evaluate detections against in subset {config.validation_subset!r}: "
             f"its {len(validation)} usable videos have none. Name a subset with annotated actions "
             "(--data.validation-subset)."

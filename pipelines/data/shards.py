@@ -28,6 +28,7 @@ from pipelines.core.storage import (
     resolve,
 )
 from re2tal.annotations import Instance, VideoAnnotation
+from re2tal.errors import UserError
 from re2tal.videos.limits import FrameError, VideoError
 from re2tal.videos.pieces import Pieces
 from re2tal.videos.transcoding import Piece, TranscodeConfig
@@ -182,10 +183,6 @@ def _instances(instances: tuple[Instance, ...]) -> list[dict[str, Any]]:
 FORMAT = "re2tal shards 1"
 
 
-class ShardError(Exception):
-    """Shards that cannot be used; the message says which, why and what to do."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardSettings:
     """What decides, with the videos, what shards hold.
@@ -227,14 +224,14 @@ def require_equal(wanted: dict[str, Any], there: dict[str, Any], folder: str) ->
         folder: Of the shards, for the message.
 
     Raises:
-        ShardError: It says what differs.
+        UserError: It says what differs.
     """
     names = [name for name in {**wanted, **there} if wanted.get(name) != there.get(name)]
     if names:
         listed = "; ".join(
             f"{name}: {there.get(name)} there, {wanted.get(name)} asked for" for name in names
         )
-        raise ShardError(
+        raise UserError(
             f"{folder} holds shards of other settings ({listed}). Give the same settings to go on "
             "with them, or another --output."
         )
@@ -279,7 +276,7 @@ class Shard:
         uri: Path or URI of it.
 
     Raises:
-        ShardError: It is no shard, or is damaged.
+        UserError: It is no shard, or is damaged.
         OSError: It cannot be reached.
     """
 
@@ -291,7 +288,7 @@ class Shard:
             metadata = self._parquet.metadata.metadata or {}
             self.contents = CONTENTS.validate_json(metadata[FOOTER_KEY.encode()])
         except (pa.ArrowInvalid, KeyError, ValueError) as error:
-            raise ShardError(
+            raise UserError(
                 f"{uri} is no shard of the form {FORMAT!r}, or is damaged ({error}). Remove it, "
                 "and run prepare.py again."
             ) from error
@@ -362,7 +359,7 @@ def open_video(uri: str) -> str | BinaryIO | Pieces:
     folder, _, video_id = uri.partition(_MARK)
     try:
         return _opened(folder + _MARK[:-1]).pieces(video_id)
-    except ShardError as error:
+    except UserError as error:
         raise VideoError(uri, str(error)) from error
 
 
@@ -586,7 +583,7 @@ def read_manifest(folder: str) -> Manifest | None:
         None if it holds no manifest, or another program's.
 
     Raises:
-        ShardError: The manifest is of another form, or damaged.
+        UserError: The manifest is of another form, or damaged.
     """
     if NAME not in file_sizes(folder):
         return None
@@ -596,7 +593,7 @@ def read_manifest(folder: str) -> Manifest | None:
     try:
         return _MANIFEST.validate_json(content)
     except ValidationError as error:
-        raise ShardError(
+        raise UserError(
             f"{join(folder, NAME)} is not a manifest of the form {FORMAT!r}, or is damaged: "
             f"{error.error_count()} problems, the first: {error.errors()[0]['msg']}. Run "
             "prepare.py again, which makes it anew from the shards."
@@ -613,7 +610,7 @@ def read_shards(folder: str) -> dict[str, Contents]:
         File name to what is in it, in the order of the names.
 
     Raises:
-        ShardError: One of them is no shard.
+        UserError: One of them is no shard.
     """
     shards = join(folder, FOLDER)
     names = [name for name in file_sizes(shards) if name.endswith(".parquet")]
@@ -671,7 +668,7 @@ def find_in_shards(
         fps: Frames per second at which they are wanted; None if that depends on the video.
 
     Raises:
-        ShardError: Shards are missing, or not whole.
+        UserError: Shards are missing, or not whole.
     """
     _require_whole(folder, manifest)
     held = {
@@ -693,14 +690,14 @@ def find_in_shards(
 
 def _require_whole(folder: str, manifest: Manifest) -> None:
     if manifest.state != "complete":
-        raise ShardError(
+        raise UserError(
             f"{folder} is not complete: {manifest.totals.shards} of {manifest.expected_shards} "
             "shards are there. Give the command with prepare.py that made them again: it goes on."
         )
     sizes = file_sizes(join(folder, FOLDER))
     wrong = [file.name for file in manifest.shards if sizes.get(file.name) != file.bytes]
     if wrong:
-        raise ShardError(
+        raise UserError(
             f"{len(wrong)} of the {len(manifest.shards)} shards in {folder} are missing, or not "
             f"those that {NAME} lists: {', '.join(wrong[:5])}{', ...' * (len(wrong) > 5)}. Give "
             "the command with prepare.py that made them again: it makes the missing ones."

@@ -8,8 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.core.storage import StorageError, is_folder, list_files, require
+from pipelines.core.storage import is_folder, list_files, require
 from pipelines.data.decoding import probe_sample
+from re2tal.errors import UserError
 from re2tal.videos.files import EXTENSIONS
 
 _CPUS = 0.5  # logical CPUs of a task that opens a video; it waits for the storage a good part
@@ -153,16 +154,16 @@ def find_sources(places: Sequence[str], *, option: str) -> dict[str, str]:
         Video id, which is the file's name without its ending, to absolute path or URI.
 
     Raises:
-        StorageError: if a place does not exist or holds no video, or two videos have one name.
+        UserError: if a place does not exist or holds no video, or two videos have one name.
     """
     if not places:
-        raise StorageError(f"The videos: none given. Say which with {option} FILE_OR_FOLDER ...")
+        raise UserError(f"The videos: none given. Say which with {option} FILE_OR_FOLDER ...")
     uris = [uri for place in places for uri in _files(place, option)]
     found: dict[str, str] = {}
     for uri in dict.fromkeys(uris):  # one that two patterns match is one video
         video_id = Path(uri).stem
         if video_id in found:
-            raise StorageError(
+            raise UserError(
                 f"The videos: {found[video_id]} and {uri} have one name, which would make their "
                 f"results one. Rename one, or give them to {option} of separate runs."
             )
@@ -179,7 +180,7 @@ def _files(place: str, option: str) -> list[str]:
         found = _videos(uri) if is_folder(uri) else [uri]
     if not found:
         what = "matches no file" if _is_pattern(place) else f"holds no video ({_ENDINGS})"
-        raise StorageError(f"The videos: {place} {what}. Correct {option}.")
+        raise UserError(f"The videos: {place} {what}. Correct {option}.")
     return found
 
 
@@ -198,7 +199,7 @@ def _matches(pattern: str, option: str) -> list[str]:
         return sorted(str(path) for path in paths if path.is_file())
     folder, _, name = pattern.rpartition("/")
     if glob.has_magic(folder):
-        raise StorageError(
+        raise UserError(
             f"The videos: {pattern} has a wildcard in the name of a folder, and in a URI only that "
             f"of the file may have one. Correct {option}."
         )

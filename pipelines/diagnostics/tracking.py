@@ -19,12 +19,12 @@ from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipelines.core.storage import StorageError
 from pipelines.core.tracking import Run, open_store, tracking_uri
 from pipelines.diagnostics.finding import Finding, fail, note, ok
 from pipelines.diagnostics.nodes import Answer, Node, ask
 from pipelines.diagnostics.reasons import reason, without_password
 from pipelines.diagnostics.scratch import scratch
+from re2tal.errors import UserError
 
 CHECK = "mlflow"
 _FOLDER = "doctor"
@@ -33,7 +33,7 @@ _SQLITE = "sqlite:///"
 # MLflow's client would ask a server that is not there for minutes
 _IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 # an ImportError is of the module with which SQLAlchemy reaches a data base
-_ERRORS = (MlflowException, StorageError, SQLAlchemyError, ImportError, OSError)
+_ERRORS = (MlflowException, UserError, SQLAlchemyError, ImportError, OSError)
 
 
 def write(run: Run, who: str) -> None:
@@ -89,7 +89,7 @@ def check_tracking(output: str, nodes: Sequence[Node], *, seconds: float) -> lis
             return _try(name, output, nodes, seconds)
         with scratch(output) as folder:
             return _try(name, folder, nodes, seconds)
-    except StorageError as error:
+    except UserError as error:
         return [fail(CHECK, str(error))]
     except _ERRORS as error:
         return [fail(CHECK, _refused("the driver", name, reason(error)))]

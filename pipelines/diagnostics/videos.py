@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipelines.core.storage import StorageError, absolute, is_folder, join
-from pipelines.data.shards import FOLDER, ShardError, open_video, read_manifest, video_uri
+from pipelines.core.storage import absolute, is_folder, join
+from pipelines.data.shards import FOLDER, open_video, read_manifest, video_uri
 from pipelines.data.videos import find_sources
 from pipelines.diagnostics.finding import Finding, fail, ok
 from pipelines.diagnostics.nodes import Answer, Node, all_of, ask
 from pipelines.diagnostics.reasons import reason
+from re2tal.errors import UserError
 from re2tal.videos.encoding import encode
 from re2tal.videos.limits import VideoError
 from re2tal.videos.pieces import decode_source
@@ -125,9 +126,9 @@ def check_own(places: Sequence[str], nodes: Sequence[Node], *, seconds: float) -
         try:
             uri = first_video(place)
             here = decode_own(uri)
-        except StorageError as error:
+        except UserError as error:
             findings.append(fail(CHECK_OWN, str(error)))
-        except (VideoError, ShardError, OSError, ValueError) as error:
+        except (VideoError, OSError, ValueError) as error:
             text = f"The driver cannot decode the first video of {place}: {reason(error)}. Mend or "
             findings.append(fail(CHECK_OWN, f"{text}remove it; probe.py tells of all of them."))
         else:
@@ -144,8 +145,7 @@ def first_video(place: str) -> str:
         place: a file, folder, pattern or folder of shards; a path or URI.
 
     Raises:
-        StorageError: if there is none.
-        ShardError: if the shards' manifest is damaged.
+        UserError: if there is none; if the shards' manifest is damaged.
     """
     folder = absolute(place)
     manifest = read_manifest(folder) if is_folder(folder) else None
@@ -154,7 +154,7 @@ def first_video(place: str) -> str:
     for shard in manifest.shards:
         for video_id in shard.videos:
             return video_uri(join(join(folder, FOLDER), shard.name), video_id)
-    raise StorageError(f"The videos: the shards in {place} hold none. Correct --videos.")
+    raise UserError(f"The videos: the shards in {place} hold none. Correct --videos.")
 
 
 def compare(

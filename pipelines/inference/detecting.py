@@ -19,10 +19,11 @@ import ray.data
 import torch
 from torch import Tensor
 
-from pipelines.core.resources import ResourceError, capacity
+from pipelines.core.resources import capacity
 from pipelines.data.decoding import decode_masked
 from pipelines.data.videos import probe_files
 from re2tal.detection.segments import Detections
+from re2tal.errors import UserError
 from re2tal.inference import DetectedVideo, video_detections, window_detections, windows_of
 from re2tal.trained import DetectorSpec, load_detector
 from re2tal.videos.windows import Window
@@ -89,7 +90,7 @@ def detect_videos(
 
     Raises:
         ValueError: if the folder holds no detector.
-        ResourceError: if the cluster is too small.
+        UserError: if the cluster is too small.
     """
     spec, detector = load_detector(model)
     actors, gpu = _checked(resources)
@@ -120,12 +121,12 @@ def _checked(resources: Resources) -> tuple[int, bool]:
     gpu = gpus > 0 if resources.gpu is None else resources.gpu
     actors = resources.actors or max(1, int(now.get("GPU", 0) if gpu else now.get("CPU", 0) // 2))
     if gpu and actors > gpus:
-        raise ResourceError(
+        raise UserError(
             f"{actors} actors need a GPU each, but the cluster has {gpus}: lower --actors, or run "
             "without GPUs (--gpu False)."
         )
     if actors + resources.cpus_per_decoder > cpus:
-        raise ResourceError(
+        raise UserError(
             f"{actors} actors and the decoding need {actors + resources.cpus_per_decoder:g} CPUs, "
             f"but the cluster has {cpus:g}: lower --actors or --cpus-per-decoder."
         )

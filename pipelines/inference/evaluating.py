@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipelines.core.figures import pictures
 from pipelines.core.storage import list_files, require
-from pipelines.data.plan import Plan, RecipeError
+from pipelines.data.plan import Plan
 from pipelines.data.shards import find_in_shards, read_manifest
 from pipelines.inference.detecting import Resources, detect_videos
 from pipelines.inference.evaluation import Evaluation, Labelled, Row, metrics_of, tables_of
@@ -16,6 +16,7 @@ from pipelines.training.model import ACTION
 from pipelines.training.results import timelines_of
 from re2tal.atomic import replacing
 from re2tal.detection.files import write_detections
+from re2tal.errors import UserError
 from re2tal.trained import DetectorSpec, read_spec
 from re2tal.videos.files import match_videos
 
@@ -56,12 +57,12 @@ def check_classes(spec: DetectorSpec, classes: Sequence[str]) -> None:
         classes: of the annotations.
 
     Raises:
-        RecipeError: naming some of its classes.
+        UserError: naming some of its classes.
     """
     unknown = sorted(set(spec.classes) - set(classes) - {ACTION})
     if unknown:
         listed = ", ".join(unknown[:5]) + ", ..." * (len(unknown) > 5)
-        raise RecipeError(
+        raise UserError(
             f"{len(unknown)} of the {len(spec.classes)} classes of the detector are none of the "
             f"annotations' ({listed}): was it trained on another data set? Correct --model or "
             "--annotations."
@@ -77,8 +78,7 @@ def sources_of(folder: str | None, plan: Plan, spec: DetectorSpec) -> Sources:
         spec: of the detector: it says which shards suit.
 
     Raises:
-        StorageError: if the folder is missing.
-        ShardError: if it holds shards that are not complete.
+        UserError: if the folder is missing; if it holds shards that are not complete.
     """
     place = require(folder, what="The videos", option="--videos")
     video_ids = [video.annotation.video_id for video in plan.validation]
@@ -117,7 +117,7 @@ def detect_all(
         progress: is told how many windows are through, and of how many.
 
     Raises:
-        ResourceError: if the cluster is too small.
+        UserError: if the cluster is too small.
     """
     durations = {v.annotation.video_id: v.annotation.duration for v in plan.validation}
     known = {video_id: durations[video_id] for video_id in sources.uris}

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.config.recipe import Dataset
-from pipelines.data.plan import Plan, RecipeError
+from pipelines.data.plan import Plan
 from pipelines.training.model import ACTION
 from pipelines.training.results import diagnosis_of
 from pipelines.training.validation import (
@@ -26,6 +26,7 @@ from re2tal.detection.evaluation import MapResult, ProposalRecall, average_recal
 from re2tal.detection.files import read_detections
 from re2tal.detection.segments import Detections
 from re2tal.detection.video_scores import fuse_videos
+from re2tal.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,9 +56,9 @@ def read_labelled(path: Path, plan: Plan, *, top: int) -> Labelled:
         top: how many classes each proposal is given by them.
 
     Raises:
-        DetectionFileError: with everything that is wrong in the file.
-        RecipeError: if proposals and detections with classes are mixed, or there are video scores
-            for the latter.
+        FileError: with everything that is wrong in the file.
+        UserError: if proposals and detections with classes are mixed, or there are video scores for
+            the latter.
     """
     names = plan.classes if ACTION in plan.classes else (*plan.classes, ACTION)
     found = read_detections(path, names)
@@ -66,7 +67,7 @@ def read_labelled(path: Path, plan: Plan, *, top: int) -> Labelled:
     remarks = tuple(_remarks(found, proposals, evaluated))
     if not _agnostic(proposals, names, plan.classes, path):
         if plan.video_scores is not None:
-            raise RecipeError(
+            raise UserError(
                 f"--video-scores gives proposals their classes, but the detections in {path} have "
                 "classes already: leave the scores out."
             )
@@ -92,7 +93,7 @@ def _agnostic(
     if ACTION in classes or not without.any():
         return False
     if not without.all():
-        raise RecipeError(
+        raise UserError(
             f"{int(without.sum())} of the {len(labels)} detections in {path} have the class "
             f"{ACTION!r} of proposals, the others classes of the annotations: evaluate them apart."
         )

@@ -18,12 +18,9 @@ from pipelines.core.figures import timeline
 from pipelines.core.storage import file_size, read_bytes
 from re2tal.atomic import replacing
 from re2tal.detection.files import srt, webvtt, write_rows
+from re2tal.errors import UserError
 
 FOLDER = "videos"
-
-
-class RecordError(Exception):
-    """Records that cannot be gone on from; the message says why, and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +69,7 @@ def read_records(output: Path, videos: Mapping[str, str], *, model: str) -> dict
         model: fingerprint of the detector.
 
     Raises:
-        RecordError: if they are of another detector, or cannot be read.
+        UserError: if they are of another detector, or cannot be read.
     """
     found = {}
     for video_id, uri in videos.items():
@@ -82,9 +79,9 @@ def read_records(output: Path, videos: Mapping[str, str], *, model: str) -> dict
         try:
             record = _RECORD.validate_json(path.read_bytes())
         except ValidationError as error:
-            raise RecordError(f"{path} cannot be read: remove it ({error}).") from error
+            raise UserError(f"{path} cannot be read: remove it ({error}).") from error
         if record.model != model:
-            raise RecordError(
+            raise UserError(
                 f"{output} holds what another model detected. Give another --output, or remove "
                 f"{output / FOLDER} to begin anew."
             )

@@ -31,6 +31,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from pipelines.core.storage import join, read_bytes, sizes_below
 from re2tal.detector import Detector
+from re2tal.errors import UserError
 from re2tal.reversible import reversible_stages
 from re2tal.trained import DetectorSpec, save_detector
 
@@ -77,10 +78,6 @@ DETECTOR_FOLDER = "detector"
 COMPLETE_FILE = "complete.json"
 _STATE_FILE = "training.pt"
 _POSITION = ("epoch", "windows", "step", "world_size", "failures")
-
-
-class CheckpointError(Exception):
-    """A checkpoint that is not whole or does not fit; the message says what is wrong."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -161,17 +158,17 @@ class TrainingState:
             folder: written by `save` and `complete`.
 
         Raises:
-            CheckpointError: if it is not whole.
+            UserError: if it is not whole.
         """
         if not is_complete(folder):
-            raise CheckpointError(
+            raise UserError(
                 f"The checkpoint in {folder} is not whole: files are missing or cut short. Remove "
                 "it, and the run goes on from the one before."
             )
         state = torch.load(folder / _STATE_FILE, map_location="cpu", weights_only=True)
         if bool(state["sharded"]) is not (self.whole is not None):
             how = "with" if state["sharded"] else "without"
-            raise CheckpointError(
+            raise UserError(
                 f"The checkpoint in {folder} was written {how} --scale.sharded, whose optimizer's "
                 "state is another: go on as it began."
             )

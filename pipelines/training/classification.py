@@ -15,7 +15,7 @@ from pipelines.config.recipe import ClassificationRecipe
 from pipelines.core.clock import duration
 from pipelines.data.batches import Batch
 from pipelines.data.clip_plan import ClassificationPlan
-from pipelines.data.plan import UnusableVideosError, all_failures
+from pipelines.data.plan import all_failures
 from pipelines.training.checkpoints import TrainingState
 from pipelines.training.model import connect, prepare
 from pipelines.training.trainer import Evaluation, Runtime
@@ -23,6 +23,7 @@ from pipelines.training.validation import gather
 from re2tal.accuracy import mean_class_accuracy, top_k_accuracy
 from re2tal.classifier import Classifier, class_scores
 from re2tal.datasets.trimmed import TrimmedVideo, ViewConfig, random_clip, views
+from re2tal.errors import UserError
 from re2tal.trained import DetectorSpec
 from re2tal.videos.windows import Window
 
@@ -181,7 +182,7 @@ class ClassificationTask:
             steps: of an epoch.
 
         Raises:
-            UnusableVideosError: if too many videos could not be decoded.
+            UserError: if too many videos could not be decoded.
         """
         classifier = cast("Classifier", state.averaged()).eval()
         connect(classifier, self.recipe.model, done=state.epoch * steps, steps=steps)
@@ -209,7 +210,7 @@ class ClassificationTask:
         failed = all_failures(plan, (of_worker for _, of_worker in shares), data.max_failed)
         everyone = {video_id: found for part, _ in shares for video_id, found in part.items()}
         if not everyone:
-            raise UnusableVideosError("No validation video can be decoded.")
+            raise UserError("No validation video can be decoded.")
         metrics = accuracy_metrics(everyone, plan.validation, prefix=prefix)
         metrics["videos/failed"] = float(len(failed))
         of = f"{view.clips} x {view.crops} views, " if prefix == "test" else ""

@@ -131,7 +131,7 @@ class DetectionTask:
             steps: of an epoch.
 
         Raises:
-            UnusableVideosError: if too many videos could not be decoded.
+            UserError: if too many videos could not be decoded.
         """
         before = time.perf_counter()
         recipe, plan = self.recipe, self.trained

@@ -18,14 +18,11 @@ from pipelines.core.storage import join, read_bytes, remove, sizes_below
 from pipelines.core.tracking import Run, Tracked, flatten, open_store, start_run
 from pipelines.data.clip_plan import AnyPlan
 from pipelines.training.checkpoints import is_complete
+from re2tal.errors import UserError
 
 _DIGEST = "re2tal.configuration"
 _DRIVER = "re2tal.driver"
 _SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of a run's checkpoints
-
-
-class RunningError(Exception):
-    """The same command is being run at this moment; the message says where."""
 
 
 def digest(config: Tracked, plan: AnyPlan, **more: str) -> str:
@@ -60,7 +57,7 @@ def resume_or_start(
         The run, and whether it goes on.
 
     Raises:
-        RunningError: if a process on this machine is at it.
+        UserError: if a process on this machine is at it.
     """
     output = recipe.output
     of = {} if parent is None else {MLFLOW_PARENT_RUN_ID: parent}
@@ -96,7 +93,7 @@ def last_run(config: Tracked, tags: Mapping[str, str], *, output: str) -> Run | 
         output: folder of the default store.
 
     Raises:
-        RunningError: if a process on this machine is at it.
+        UserError: if a process on this machine is at it.
     """
     client, uri, experiment = open_store(config.experiment, output=output)
     found = client.search_runs(
@@ -169,7 +166,7 @@ def _refuse_if_alive(driver: str, run: Run) -> None:
     except psutil.NoSuchProcess:
         return
     if alive and int(number) != os.getpid():
-        raise RunningError(
+        raise UserError(
             f"This very run is going on in process {number}: MLflow run {run.run_id} in {run.uri}. "
             "Wait for it or end it; for a second run beside it give --no-resume."
         )

@@ -38,6 +38,7 @@ from pipelines.training.optimizer import (
 )
 from pipelines.training.validation import gather
 from re2tal.detector import Detector
+from re2tal.errors import UserError
 from re2tal.memory import MemoryMeter
 from re2tal.reversible import check, reconstruction_errors, stage_modes
 from re2tal.trained import DetectorSpec
@@ -45,7 +46,7 @@ from re2tal.videos.augmentation import augment, clip_seed
 from re2tal.videos.windows import Window
 
 
-class NonFiniteLossError(Exception):
+class NonFiniteLossError(UserError):
     """The loss became NaN or infinite; the message names step, videos and the saved batch."""
 
 
@@ -307,7 +308,7 @@ class Task(Protocol):
             steps: of an epoch.
 
         Raises:
-            UnusableVideosError: if too many videos could not be decoded.
+            UserError: if too many videos could not be decoded.
         """
 
 
@@ -452,7 +453,7 @@ class Trainer:
 
         Raises:
             NonFiniteLossError: if a loss is not finite.
-            UnusableVideosError: if too many videos cannot be decoded.
+            UserError: if too many videos cannot be decoded.
         """
         metrics: dict[str, float] = {}
         while self.state.epoch < self.recipe.epochs:

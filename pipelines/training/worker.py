@@ -23,10 +23,9 @@ from pipelines.core.storage import join, resolve
 from pipelines.core.tracking import MetricLogger, Run
 from pipelines.data.batches import Batch, stream_batches
 from pipelines.data.feature_stream import feature_stream
-from pipelines.data.plan import UnusableVideosError
 from pipelines.data.streaming import FrameStream
-from pipelines.training.checkpoints import CheckpointError
-from pipelines.training.trainer import NonFiniteLossError, Task, Trainer
+from pipelines.training.trainer import Task, Trainer
+from re2tal.errors import UserError
 from re2tal.memory.live import MEGABYTE
 from re2tal.reversible import ReversibleError
 from re2tal.videos.windows import Window
@@ -187,7 +186,7 @@ def _train(
     trainer = Trainer(job.task, runtime, weights=weights, output=job.output)
     try:
         return trainer.run()
-    except (NonFiniteLossError, UnusableVideosError, CheckpointError, ReversibleError) as problem:
+    except (UserError, ReversibleError) as problem:
         return TrainingProblem(message=str(problem))
 
 

@@ -35,10 +35,6 @@ from re2tal.json_files import FileError
 _VERSION = "re2tal"
 
 
-class DetectionFileError(FileError):
-    """A file of detections, or of what belongs to them, that cannot be used."""
-
-
 def rows(detections: Detections, classes: Sequence[str]) -> list[dict[str, Any]]:
     """Detections as the rows of the JSON file.
 
@@ -115,22 +111,22 @@ def read_detections(path: str | Path, classes: Sequence[str]) -> dict[str, Detec
         Video id to detections in seconds, float64, in the order of the file.
 
     Raises:
-        DetectionFileError: If the file cannot be read or anything in it is wrong: a label that is
+        FileError: If the file cannot be read or anything in it is wrong: a label that is
             no class, a number that is none, a reversed segment, a missing key, a key (such
             as a video) that is there twice. It lists everything.
     """
     document, problems = read_json(path)
     if not isinstance(document, dict) or "results" not in document:
         shape = 'the top level must be an object with the key "results" (video id -> detections)'
-        raise DetectionFileError(str(path), [*problems, shape])
+        raise FileError(str(path), [*problems, shape])
     index = {name: i for i, name in enumerate(classes)}
     try:
         results = _RESULTS.validate_python(document["results"], context=index)
     except ValidationError as error:
         found = (_reason(details) for details in error.errors(include_url=False))
-        raise DetectionFileError(str(path), [*problems, *found]) from error
+        raise FileError(str(path), [*problems, *found]) from error
     if problems:
-        raise DetectionFileError(str(path), problems)
+        raise FileError(str(path), problems)
     return {
         video_id: Detections(
             segments=torch.tensor([row.segment for row in found], dtype=torch.float64).reshape(
@@ -147,12 +143,12 @@ def read_json(path: str | Path) -> tuple[Any, list[str]]:
     """A JSON file, and a phrase for each key that one of its objects has more than once.
 
     Raises:
-        DetectionFileError: If there is no such file, or it is no JSON.
+        FileError: If there is no such file, or it is no JSON.
     """
     try:
         document, repeated = json_files.read_json(path)
     except FileError as error:
-        raise DetectionFileError(error.source, error.problems) from error
+        raise FileError(error.source, error.problems) from error
     return document, [str(key) for key in repeated]
 
 

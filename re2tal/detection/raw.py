@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from re2tal.atomic import replacing
-from re2tal.detection.files import DetectionFileError
 from re2tal.detection.segments import Detections
+from re2tal.json_files import FileError
 
 _LISTED = 10
 
@@ -78,12 +78,12 @@ def read_raw(path: str | Path) -> tuple[dict[str, Detections], tuple[str, ...]]:
         Video id to predictions in the order written, bit for bit; the class names.
 
     Raises:
-        DetectionFileError: If the file cannot be read, or holds something else. It lists
+        FileError: If the file cannot be read, or holds something else. It lists
             everything that does not fit.
     """
     tensors, names = _content(path)
     if problems := [*_misnamed(names)] or [*_misfits(tensors, names)]:
-        raise DetectionFileError(str(path), problems)
+        raise FileError(str(path), problems)
     counts = tensors["counts"].tolist()
     parts = zip(
         names["videos"],
@@ -108,13 +108,13 @@ def _content(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             missing = [name for name in (*_TENSORS, *_NAMES) if name not in there]
             if missing:
                 listed = ", ".join(missing)
-                raise DetectionFileError(str(path), [f"holds no raw predictions: no {listed}"])
+                raise FileError(str(path), [f"holds no raw predictions: no {listed}"])
             tensors = {name: file.get_tensor(name) for name in _TENSORS}
             names = {name: json.loads(metadata[name]) for name in _NAMES}
     except FileNotFoundError as error:
-        raise DetectionFileError(str(path), ["there is no such file"]) from error
+        raise FileError(str(path), ["there is no such file"]) from error
     except (OSError, SafetensorError, ValueError) as error:
-        raise DetectionFileError(str(path), [f"cannot be read: {error}"]) from error
+        raise FileError(str(path), [f"cannot be read: {error}"]) from error
     return tensors, names
 
 

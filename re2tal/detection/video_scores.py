@@ -28,10 +28,10 @@ import torch
 from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, ValidationError
 from torch import Tensor
 
-from re2tal.detection.files import DetectionFileError, read_json
+from re2tal.detection.files import read_json
 from re2tal.detection.raw import listed
 from re2tal.detection.segments import Detections
-from re2tal.json_files import in_words
+from re2tal.json_files import FileError, in_words
 
 _PREFIX = "v_"
 
@@ -86,7 +86,7 @@ def load_video_scores(
         Scores of all videos of the file, float32, in the order of `classes`.
 
     Raises:
-        DetectionFileError: If the file cannot be read or anything in it is wrong: a class is
+        FileError: If the file cannot be read or anything in it is wrong: a class is
             missing or there twice, a video has another number of scores, or one that is negative
             or not finite. It lists everything.
     """
@@ -95,7 +95,7 @@ def load_video_scores(
         content = _File.model_validate(document)
     except ValidationError as error:
         found = [_reason(details["loc"], details["msg"]) for details in error.errors()]
-        raise DetectionFileError(str(path), [*problems, *found]) from error
+        raise FileError(str(path), [*problems, *found]) from error
     names = content.classes
     problems += [f"class {name!r}: is missing" for name in classes if name not in names]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -111,7 +111,7 @@ def load_video_scores(
                 "(logits=True)"
             )
     if problems:
-        raise DetectionFileError(str(path), problems)
+        raise FileError(str(path), problems)
     columns = [names.index(name) for name in classes]
     scores = {}
     for video_id, values in content.results.items():

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 
 from re2tal.detection import (
-    DetectionFileError,
     Detections,
     read_detections,
     read_raw,
@@ -18,6 +17,7 @@ from re2tal.detection import (
     write_detections,
     write_raw,
 )
+from re2tal.json_files import FileError
 
 CLASSES = ("Long jump", "Diving", "Ünïcode")
 
@@ -133,7 +133,7 @@ def test_all_problems_of_a_file_are_listed(tmp_path: Path) -> None:
         "c": [],
         "c": [{"segment": [1, "2", 3], "score": "0.3", "label": "Diving"}]}}"""
     )
-    with pytest.raises(DetectionFileError) as error:
+    with pytest.raises(FileError) as error:
         read_detections(path, CLASSES)
     expected = [
         ("results", "key 'c' is there more than once"),
@@ -162,7 +162,7 @@ def test_a_message_shows_only_the_first_hundred_problems(tmp_path: Path) -> None
     path = tmp_path / "theirs.json"
     row = {"segment": [0, 1], "score": 1, "label": "?"}
     path.write_text(json.dumps({"results": {"a": [row] * 250}}))
-    with pytest.raises(DetectionFileError) as error:
+    with pytest.raises(FileError) as error:
         read_detections(path, CLASSES)
     assert len(error.value.problems) == 250
     assert str(error.value).endswith("... and 150 more")
@@ -182,7 +182,7 @@ def test_files_of_another_kind(text: str | None, reason: str, tmp_path: Path) ->
     path = tmp_path / "theirs.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(DetectionFileError, match=reason):
+    with pytest.raises(FileError, match=reason):
         read_detections(path, CLASSES)
 
 
@@ -202,13 +202,13 @@ def test_raw_predictions_that_are_none(tmp_path: Path) -> None:
     path = tmp_path / "raw.safetensors"
     with pytest.raises(ValueError, match="labels outside 0 to 1"):
         write_raw(path, VIDEOS, CLASSES[:2])
-    with pytest.raises(DetectionFileError, match="no such file"):
+    with pytest.raises(FileError, match="no such file"):
         read_raw(path)
     path.write_bytes(b"no tensors")
-    with pytest.raises(DetectionFileError, match="cannot be read"):
+    with pytest.raises(FileError, match="cannot be read"):
         read_raw(path)
     save_file({"segments": torch.zeros(1, 2)}, path)
-    with pytest.raises(DetectionFileError, match="no scores, labels, counts, videos, classes"):
+    with pytest.raises(FileError, match="no scores, labels, counts, videos, classes"):
         read_raw(path)
 
 
@@ -244,7 +244,7 @@ def test_raw_predictions_that_do_not_fit_together(
     save_file(tensors, path, metadata=metadata)
     assert [len(part) for part in read_raw(path)[0].values()] == [1, 0]
     save_file(tensors | change, path, metadata=metadata | names)
-    with pytest.raises(DetectionFileError) as error:
+    with pytest.raises(FileError) as error:
         read_raw(path)
     assert len(error.value.problems) == len(reasons)
     for problem, reason in zip(error.value.problems, reasons, strict=True):

@@ -8,14 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from re2tal.detection import (
-    DetectionFileError,
-    Detections,
-    VideoScores,
-    fuse,
-    fuse_videos,
-    load_video_scores,
-)
+from re2tal.detection import Detections, VideoScores, fuse, fuse_videos, load_video_scores
+from re2tal.json_files import FileError
 
 CLASSES = ("Diving", "Long jump", "Surfing")
 
@@ -48,7 +42,7 @@ def test_logits_become_shares_of_all_classes_of_the_file(tmp_path: Path) -> None
     total = sum(math.exp(value) for value in (-1.0, 2.0, 0.5, 0.0))
     expected = [math.exp(value) / total for value in (0.5, 0.0, -1.0)]
     assert found.tolist() == pytest.approx(expected)
-    with pytest.raises(DetectionFileError, match=r"video 'x': has a negative score; .*logits"):
+    with pytest.raises(FileError, match=r"video 'x': has a negative score; .*logits"):
         load_video_scores(path, CLASSES)
 
 
@@ -56,7 +50,7 @@ def test_all_problems_of_a_file_are_listed(tmp_path: Path) -> None:
     path = tmp_path / "scores.json"
     shape = '{"results": {"a": [1, NaN], "b": [[0.1, "x"]], "c": 4, "d": [[1], [2]]}, "class": [3]}'
     path.write_text(shape)
-    with pytest.raises(DetectionFileError) as error:
+    with pytest.raises(FileError) as error:
         load_video_scores(path, CLASSES)
     places = [problem.split(":")[0] for problem in error.value.problems]
     expected = ["a[1]", "b[1]", "c", "d[0]", "d[1]"]
@@ -64,7 +58,7 @@ def test_all_problems_of_a_file_are_listed(tmp_path: Path) -> None:
 
     content = '{"results": {"a": [1, 2], "a": [1, 2, 3], "b": [1, -2, 3]},'
     path.write_text(content + ' "class": ["Diving", "Diving", "Long jump"]}')
-    with pytest.raises(DetectionFileError) as error:
+    with pytest.raises(FileError) as error:
         load_video_scores(path, CLASSES)
     assert [problem.split(":")[0] for problem in error.value.problems] == [
         "results",
@@ -73,11 +67,11 @@ def test_all_problems_of_a_file_are_listed(tmp_path: Path) -> None:
         "video 'b'",
     ]
     written(path, {"results": {"a": [1.0]}, "class": list(CLASSES)})
-    with pytest.raises(DetectionFileError, match="video 'a': has 1 scores for 3 classes"):
+    with pytest.raises(FileError, match="video 'a': has 1 scores for 3 classes"):
         load_video_scores(path, CLASSES)
     others: list[Any] = [[], {"results": {}}]
     for other in others:
-        with pytest.raises(DetectionFileError):
+        with pytest.raises(FileError):
             load_video_scores(written(path, other), CLASSES)
 
 

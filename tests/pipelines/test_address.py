@@ -5,8 +5,9 @@ import socket
 import pytest
 import ray
 
-from pipelines.config.command_line import ClusterError, require_cluster, told_shortly, unreachable
+from pipelines.config.command_line import require_cluster, told_shortly, unreachable
 from pipelines.core.cluster import free_port, init_ray
+from re2tal.errors import UserError
 
 
 def test_whether_something_answers_is_found_out() -> None:
@@ -31,10 +32,10 @@ def test_a_program_whose_cluster_is_gone_ends_with_one_message(
     address = f"127.0.0.1:{free_port()}"
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)  # other tests may have a Ray here
-    with pytest.raises(ClusterError):
+    with pytest.raises(UserError):
         init_ray()
     with (
         pytest.raises(SystemExit, match=rf"error: The cluster at {address} \(RAY_ADDRESS\)"),
-        told_shortly(()),
+        told_shortly(),
     ):
         init_ray()

@@ -12,12 +12,13 @@ import torch
 from pipelines.config.recipe import Recipe
 from pipelines.data.batches import Batch
 from pipelines.data.plan import Plan
-from pipelines.training.checkpoints import CheckpointError, complete, is_complete
+from pipelines.training.checkpoints import complete, is_complete
 from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
 from pipelines.training.optimizer import build_optimizer, build_schedule
 from pipelines.training.resuming import newest_checkpoint
 from pipelines.training.trainer import Trainer
+from re2tal.errors import UserError
 from re2tal.videos.windows import Window
 
 
@@ -52,7 +53,7 @@ def test_what_an_interrupted_copy_leaves_is_no_checkpoint(
         assert not is_complete(checkpoint), path
         path.unlink()
         assert not is_complete(checkpoint), path
-        with pytest.raises(CheckpointError, match="not whole"):
+        with pytest.raises(UserError, match="not whole"):
             trainer.state.load(checkpoint)
         path.write_bytes(content)
     assert is_complete(checkpoint)

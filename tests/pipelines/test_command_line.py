@@ -5,15 +5,16 @@ from ray.exceptions import RayError
 from ray.train import WorkerGroupError
 
 from pipelines.config.command_line import told_shortly
+from re2tal.errors import UserError
 
 
 def test_a_problem_is_one_message() -> None:
-    with pytest.raises(SystemExit, match=r"^error: no such folder$"), told_shortly((OSError,)):
-        raise OSError("no such folder")
+    with pytest.raises(SystemExit, match=r"^error: no such folder$"), told_shortly():
+        raise UserError("no such folder")
 
 
 def test_a_mistake_of_ours_keeps_its_stack() -> None:
-    with pytest.raises(KeyError), told_shortly((OSError,)):
+    with pytest.raises(KeyError), told_shortly():
         raise KeyError("layer")
 
 
@@ -21,16 +22,16 @@ def test_of_failed_workers_the_first_one_is_told() -> None:
     failed = WorkerGroupError("2 failed", {1: ValueError("loss is nan"), 3: ValueError("later")})
     with (
         pytest.raises(SystemExit, match=r"^error: a training worker failed.\nloss is nan$"),
-        told_shortly(()),
+        told_shortly(),
     ):
         raise failed
 
 
 def test_a_failed_task_is_told_by_those_who_know_what_it_means() -> None:
-    with pytest.raises(RayError), told_shortly(()):
+    with pytest.raises(RayError), told_shortly():
         raise RayError("a task died")
     with (
         pytest.raises(SystemExit, match=r"^error: start again\.\na task died$"),
-        told_shortly((), failure="start again."),
+        told_shortly(failure="start again."),
     ):
         raise RayError("a task died")

@@ -15,13 +15,13 @@ from mlflow.tracking import MlflowClient
 import pipelines.detect as script
 import re2tal
 from pipelines.core.models import fingerprint, local_detector
-from pipelines.core.storage import StorageError
 from pipelines.core.tracking import Run, start_run
 from pipelines.detect import DetectConfig, parse
-from pipelines.inference.output import OutputConfig, RecordError
+from pipelines.inference.output import OutputConfig
 from pipelines.training.results import log_model
 from re2tal.backbones.swin import swin_toy
 from re2tal.detection.files import read_detections
+from re2tal.errors import UserError
 from re2tal.localizers import ActionFormerConfig
 from re2tal.trained import DetectorSpec, save_detector
 from re2tal.videos.windows import WindowConfig
@@ -165,7 +165,7 @@ def test_it_detects_with_a_model_of_mlflow_and_the_second_time_only_what_failed(
     assert scores[:3] == pytest.approx(scores[3:6], abs=1e-5)
     assert json.loads((setting.folder / "found" / "failures.json").read_text()) == {}
     save_detector(setting.folder / "other", SPEC, SPEC.build())
-    with pytest.raises(RecordError, match="another model"):
+    with pytest.raises(UserError, match="another model"):
         script.run(setting.config(model=str(setting.folder / "other")))
 
 
@@ -191,7 +191,7 @@ def test_a_model_is_found_where_training_leaves_it(setting: Setting) -> None:
         ("0" * 32, "neither a file nor a run"),
         ("models:/nothing/1", "cannot be had from"),
     ):
-        with pytest.raises(StorageError, match=message):
+        with pytest.raises(UserError, match=message):
             find(model)
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import ray
 
-from pipelines.core.resources import ResourceError
 from pipelines.inference.detecting import Resources, VideoResult, _by_video, _checked
 from re2tal.backbones.swin import swin_toy
 from re2tal.detection.suppression import NmsConfig
+from re2tal.errors import UserError
 from re2tal.inference import windows_of
 from re2tal.localizers import ActionFormerConfig
 from re2tal.trained import DetectorSpec
@@ -111,5 +111,5 @@ def test_a_cluster_that_is_too_small_is_refused(
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.setattr("pipelines.inference.detecting.capacity", lambda: {"CPU": 2.0})
-    with pytest.raises(ResourceError, match=message):
+    with pytest.raises(UserError, match=message):
         _checked(resources)

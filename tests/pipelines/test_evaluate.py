@@ -19,10 +19,11 @@ import re2tal
 from pipelines.config.recipe import Dataset, Recipe
 from pipelines.config.recipes import toy
 from pipelines.core.tracking import Run
-from pipelines.evaluate import PROBLEMS, evaluate_run, evaluated_plan, parse
+from pipelines.evaluate import evaluate_run, evaluated_plan, parse
 from pipelines.inference.evaluation import USUAL_THRESHOLDS, evaluate, metrics_of, read_labelled
 from pipelines.training.model import spec_of
 from re2tal.detection.files import read_detections
+from re2tal.errors import UserError
 from re2tal.trained import save_detector
 
 SCRIPT = Path(__file__).parents[2] / "pipelines" / "evaluate.py"
@@ -166,7 +167,7 @@ def test_video_scores_give_proposals_their_classes(tmp_path: Path) -> None:
     assert found["val/AP/jump"] == pytest.approx(0.5)
     assert found["val/AP/spin"] == 0
     assert found["val/AR/10"] == pytest.approx(2 / 3)
-    with pytest.raises(PROBLEMS, match="have classes already: leave the scores out"):
+    with pytest.raises(UserError, match="have classes already: leave the scores out"):
         evaluate_run(parse(write(tmp_path, FOUND, *options)))
 
 
@@ -184,7 +185,7 @@ def test_video_scores_give_proposals_their_classes(tmp_path: Path) -> None:
 def test_what_cannot_be_evaluated_is_refused_before_a_run_starts(
     tmp_path: Path, options: tuple[str, ...], reason: str
 ) -> None:
-    with pytest.raises(PROBLEMS, match=reason):
+    with pytest.raises(UserError, match=reason):
         evaluate_run(parse(write(tmp_path, FOUND, *options)))
     assert not (tmp_path / "runs").exists()
 
@@ -198,7 +199,7 @@ def test_what_cannot_be_evaluated_is_refused_before_a_run_starts(
 )
 def test_detections_of_other_classes_are_refused(tmp_path: Path, label: str, reason: str) -> None:
     found = {"a": [FOUND["a"][0], (5.0, 6.0, 0.5, label)]}
-    with pytest.raises(PROBLEMS, match=reason):
+    with pytest.raises(UserError, match=reason):
         evaluate_run(parse(write(tmp_path, found)))
 
 
@@ -238,7 +239,7 @@ def test_a_detector_detects_in_the_subset_and_is_evaluated(
         return evaluate_run(parse([*named, "--thresholds", "0.1", *options]))
 
     source = ("--model", str(tmp_path / "model"), "--videos", str(tmp_path / "set" / "videos"))
-    with pytest.raises(PROBLEMS, match=r"1 of 2 videos cannot be used.* \(--max-failed\)"):
+    with pytest.raises(UserError, match=r"1 of 2 videos cannot be used.* \(--max-failed\)"):
         evaluated_run(*source, "--actors", "1")
     run = evaluated_run(*source, "--actors", "1", "--max-failed", "0.5")
     found = read_detections(tmp_path / "out" / "detections.json", classes)
@@ -271,7 +272,7 @@ def test_a_detector_of_other_classes_is_refused(tiny_recipe: Recipe, tmp_path: P
         str(tmp_path),
     ]
     del arguments[:2]  # the detections
-    with pytest.raises(PROBLEMS, match=r"1 of the 2 classes of the detector .* \(swim\)"):
+    with pytest.raises(UserError, match=r"1 of the 2 classes of the detector .* \(swim\)"):
         evaluate_run(parse(arguments))
 
 

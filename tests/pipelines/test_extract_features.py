@@ -17,8 +17,6 @@ from mlflow.tracking import MlflowClient
 
 from pipelines import extract_features as script
 from pipelines.config.recipes import TOY_WEIGHTS
-from pipelines.core.resources import ResourceError
-from pipelines.core.storage import StorageError
 from pipelines.data.decoding import VideoJob, decode_video
 from pipelines.data.feature_extraction import (
     FrozenBackboneConfig,
@@ -36,12 +34,13 @@ from pipelines.data.features import (
     read_description,
     write_npy,
 )
-from pipelines.extract_features import ExtractConfig, FailedVideosError, extract_features, parse
+from pipelines.extract_features import ExtractConfig, extract_features, parse
 from re2tal.annotations import Annotations
 from re2tal.backbones.checkpoint import load_backbone_weights
 from re2tal.backbones.swin import swin_toy
 from re2tal.datasets import load_annotations
 from re2tal.detector import grey_levels
+from re2tal.errors import UserError
 from re2tal.reversible import rewire
 from re2tal.trained import IMAGENET_MEAN, IMAGENET_STD
 from re2tal.videos.decoding import decode
@@ -220,7 +219,7 @@ def test_features_of_windows_are_those_of_the_frozen_backbone(
         files=FilesConfig(layout="parquet", videos_per_file=3),
         runs=runs,
     )
-    with pytest.raises(FailedVideosError, match=r"2 of 5 videos .* allowed 5% \(--max-failed\)"):
+    with pytest.raises(UserError, match=r"2 of 5 videos .* allowed 5% \(--max-failed\)"):
         extract_features(asked)
     printed = capsys.readouterr().out
     assert re.search(f"failed: {first}: .* cannot be opened as a video", printed)
@@ -293,7 +292,7 @@ def test_a_video_that_ends_its_process_is_given_up(tiny_set: Path, tmp_path: Pat
 def test_what_is_missing_is_one_sentence(
     tiny_set: Path, tmp_path: Path, changes: dict[str, object], expected: str
 ) -> None:
-    with pytest.raises(StorageError, match=expected) as caught:
+    with pytest.raises(UserError, match=expected) as caught:
         extract_features(config_for(tiny_set, tmp_path, **changes))
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
@@ -319,9 +318,9 @@ def test_what_the_backbone_cannot_take_is_refused(
 @pytest.mark.usefixtures("ray_instance")
 def test_a_cluster_that_is_too_small_is_refused() -> None:
     assert pool_for(PoolConfig()).actors == 1
-    with pytest.raises(ResourceError, match=r"too small: 4 actors .* 4.5 CPUs .* Lower --actors"):
+    with pytest.raises(UserError, match=r"too small: 4 actors .* 4.5 CPUs .* Lower --actors"):
         pool_for(PoolConfig(actors=4))
-    with pytest.raises(ResourceError, match=r"1 GPUs \(it has 0\)"):
+    with pytest.raises(UserError, match=r"1 GPUs \(it has 0\)"):
         pool_for(PoolConfig(gpu=True))
 
 

@@ -14,13 +14,13 @@ from pipelines.data.features import (
     FOLDER,
     NAME,
     ExtractedVideo,
-    FeatureError,
     Features,
     Sampling,
     SamplingConfig,
     VideoEntry,
 )
 from re2tal.annotations import VideoAnnotation
+from re2tal.errors import UserError
 from re2tal.videos.windows import WindowConfig, sliding_windows
 
 CLIPS = SamplingConfig(fps=10.0).resolved(temporal_stride=2, multiple=2)
@@ -80,7 +80,7 @@ def test_what_is_written_is_read_again(tmp_path: Path, config: FilesConfig, kind
         assert np.array_equal(found, expected.features)
         assert grid == expected.entry.grid
     assert features.missing(["a", "x"]) == {"x": f"{tmp_path} has no features of it"}
-    with pytest.raises(FeatureError, match=r"x: .* has no features of it"):
+    with pytest.raises(UserError, match=r"x: .* has no features of it"):
         features.read("x", duration=1.0)
 
 
@@ -134,7 +134,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
     for video_id in ("d", "c", "a"):  # a's file is not whole, if b belongs into it
         killed.add(video_id, made(video_id))
     (tmp_path / "killed" / f"e.npy.partial-{'0' * 32}").write_bytes(b"half")
-    with pytest.raises(FeatureError, match="is not complete"):
+    with pytest.raises(UserError, match="is not complete"):
         Features(str(tmp_path / "killed"))
     again = folder_at(tmp_path / "killed", config)
     left = again.begin(retry_failed=False)
@@ -176,15 +176,15 @@ def test_failed_videos_are_known_and_made_when_asked_for(
 
 def test_features_of_other_settings_are_refused(tmp_path: Path) -> None:
     fill(folder_at(tmp_path / "npy", FilesConfig()))
-    with pytest.raises(FeatureError, match=r"other settings \(size: None there, 224 asked for\)"):
+    with pytest.raises(UserError, match=r"other settings \(size: None there, 224 asked for\)"):
         folder_at(tmp_path / "npy", FilesConfig(), size=224)
-    with pytest.raises(FeatureError, match=r"as npy files with the prefix ''"):
+    with pytest.raises(UserError, match=r"as npy files with the prefix ''"):
         folder_at(tmp_path / "npy", FilesConfig(prefix="v_"))
     fill(folder_at(tmp_path / "parquet", PARQUET))
-    with pytest.raises(FeatureError, match=r"other settings \(videos: "):
+    with pytest.raises(UserError, match=r"other settings \(videos: "):
         folder_at(tmp_path / "parquet", PARQUET, IDS[:3])
     (tmp_path / "npy" / NAME).unlink()
-    with pytest.raises(FeatureError, match=r"holds .npy files, and no features.json"):
+    with pytest.raises(UserError, match=r"holds .npy files, and no features.json"):
         folder_at(tmp_path / "npy", FilesConfig())
 
 
@@ -197,9 +197,9 @@ def test_more_videos_may_come_to_npy_files(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     fill(folder_at(tmp_path, PARQUET))
     (tmp_path / FOLDER / "part-00001.parquet").write_bytes(b"PAR1")
-    with pytest.raises(FeatureError, match=r"part-00001.parquet is no file of the form"):
+    with pytest.raises(UserError, match=r"part-00001.parquet is no file of the form"):
         folder_at(tmp_path, PARQUET)
-    with pytest.raises(FeatureError, match=r"part-00001.parquet is no file of the form"):
+    with pytest.raises(UserError, match=r"part-00001.parquet is no file of the form"):
         Features(str(tmp_path)).read("c", duration=6.0)
 
 
@@ -212,7 +212,7 @@ def describe(folder: Path, **said: object) -> Features:
 def test_features_of_others_need_one_file_that_says_where_they_lie(tmp_path: Path) -> None:
     array = np.random.default_rng(0).normal(size=(72, 4)).astype(np.float32)
     np.save(tmp_path / "v_one.npy", array)
-    with pytest.raises(FeatureError, match=r'has no features.json.*"clips": {"fps": 30.0'):
+    with pytest.raises(UserError, match=r'has no features.json.*"clips": {"fps": 30.0'):
         Features(str(tmp_path))
     clips = {"fps": 30.0, "stride": 4, "frames": 16}
     features = describe(tmp_path, prefix="v_", clips=clips)
@@ -220,15 +220,15 @@ def test_features_of_others_need_one_file_that_says_where_they_lie(tmp_path: Pat
     found, grid = features.read("one", duration=10.0)
     assert np.array_equal(found, array)
     assert grid.to_seconds(3) == pytest.approx((3 * 4 + 8) / 30)
-    with pytest.raises(FeatureError, match=r"up to second 9.8 of a video of 20.0 s"):
+    with pytest.raises(UserError, match=r"up to second 9.8 of a video of 20.0 s"):
         features.read("one", duration=20.0)
     features = describe(tmp_path, prefix="v_", resampled=True)
     assert features.read("one", duration=20.0)[1].to_seconds(71.5) == pytest.approx(20.0)
-    with pytest.raises(FeatureError, match=r"features.json does not say where .* \"resampled\": t"):
+    with pytest.raises(UserError, match=r"features.json does not say where .* \"resampled\": t"):
         describe(tmp_path, prefix="v_")
-    with pytest.raises(FeatureError, match=r"no file is named w_ID.npy"):
+    with pytest.raises(UserError, match=r"no file is named w_ID.npy"):
         describe(tmp_path, prefix="w_", clips=clips)
-    with pytest.raises(FeatureError, match=r"damaged: 1 problems, the first in layout"):
+    with pytest.raises(UserError, match=r"damaged: 1 problems, the first in layout"):
         describe(tmp_path, layout="hdf5")
 
 
@@ -242,11 +242,11 @@ def test_compressed_arrays_are_read_and_others_refused(tmp_path: Path) -> None:
     features = describe(tmp_path, ending=".npz", resampled=True)
     for video_id in ("one", "two"):
         assert np.array_equal(features.read(video_id, duration=9.0)[0], array)
-    with pytest.raises(FeatureError, match=r"six.npz cannot be read as an array"):
+    with pytest.raises(UserError, match=r"six.npz cannot be read as an array"):
         features.read("six", duration=9.0)
-    with pytest.raises(FeatureError, match=r"of shape \(T, C\), but holds float32 of shape \(2,\)"):
+    with pytest.raises(UserError, match=r"of shape \(T, C\), but holds float32 of shape \(2,\)"):
         features.read("ten", duration=9.0)
-    with pytest.raises(FeatureError, match=r"text.npz cannot be read as an array"):
+    with pytest.raises(UserError, match=r"text.npz cannot be read as an array"):
         features.read("text", duration=9.0)
 
 

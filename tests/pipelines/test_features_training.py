@@ -11,27 +11,20 @@ import torch
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import TOY_WEIGHTS
 from pipelines.core.models import local_detector
-from pipelines.core.storage import StorageError
 from pipelines.data.batches import Batch
 from pipelines.data.decoding import VideoJob, decode_video
 from pipelines.data.feature_extraction import FrozenBackboneConfig, load_backbone, unit_features
 from pipelines.data.feature_stream import FeatureStream, without_backbone
 from pipelines.data.feature_writing import FeatureFolder, FilesConfig
-from pipelines.data.features import (
-    NAME,
-    ExtractedVideo,
-    FeatureError,
-    Features,
-    SamplingConfig,
-    VideoEntry,
-)
-from pipelines.data.plan import Plan, UnusableVideosError, make_plan
+from pipelines.data.features import NAME, ExtractedVideo, Features, SamplingConfig, VideoEntry
+from pipelines.data.plan import Plan, make_plan
 from pipelines.train import absolute
 from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
 from pipelines.training.trainer import Trainer
 from re2tal.backbones.precomputed import Precomputed, PrecomputedConfig
 from re2tal.datasets import load_annotations
+from re2tal.errors import UserError
 from re2tal.inference import detect
 from re2tal.trained import load_detector
 from re2tal.videos.augmentation import AugmentationConfig
@@ -148,7 +141,7 @@ def test_losses_are_those_of_the_frozen_backbone(
     with pytest.raises(ValueError, match="was trained on features and has no backbone"):
         detect(tiny_plan.validation[0].uri, (spec, detector))
     saved = str(tmp_path / "features" / "checkpoint")
-    with pytest.raises(StorageError, match="checkpoint: This detector was trained on features"):
+    with pytest.raises(UserError, match="checkpoint: This detector was trained on features"):
         local_detector(saved, tmp_path, tracking="", option="--model")
 
 
@@ -214,7 +207,7 @@ def test_videos_without_features_are_left_out(recipe: Recipe, folder: Path, tmp_
     said["failures"][video_id] = "was damaged"
     (tmp_path / NAME).write_text(json.dumps(said))
     fewer = on_features(recipe, tmp_path)
-    with pytest.raises(UnusableVideosError, match=f"(?s)1 of 5 videos.*{video_id}: was damaged"):
+    with pytest.raises(UserError, match=f"(?s)1 of 5 videos.*{video_id}: was damaged"):
         plan_of(fewer)
     plan = plan_of(replace(fewer, data=replace(fewer.data, max_failed=0.5)))
     assert plan.failures == {video_id: "was damaged"}
@@ -226,10 +219,10 @@ def test_videos_without_features_are_left_out(recipe: Recipe, folder: Path, tmp_
 
 def test_what_is_missing_is_one_sentence(recipe: Recipe, tmp_path: Path) -> None:
     data = replace(recipe.data, features="/nowhere", videos=None)
-    with pytest.raises(StorageError, match=r"nothing at /nowhere. Correct --data.features"):
+    with pytest.raises(UserError, match=r"nothing at /nowhere. Correct --data.features"):
         absolute(replace(recipe, data=data))
     data = replace(recipe.data, features=str(tmp_path), videos=None)
-    with pytest.raises(FeatureError, match=r"has no features.json"):
+    with pytest.raises(UserError, match=r"has no features.json"):
         plan_of(replace(recipe, data=data))
     assert absolute(replace(recipe, data=data)).data.features == str(tmp_path)
 

@@ -19,10 +19,9 @@ from pipelines.config.clip_recipes import RECIPES, toy
 from pipelines.config.recipe import ClassificationRecipe, TrimmedDataConfig
 from pipelines.config.recipes import toy as train_toy
 from pipelines.core.models import fetch_weights, require_weights
-from pipelines.core.storage import StorageError, local_copy
+from pipelines.core.storage import local_copy
 from pipelines.data.batches import Batch, decode_batches
 from pipelines.data.clip_plan import ClassificationPlan, make_plan, read_lists
-from pipelines.data.plan import UnusableVideosError
 from pipelines.finetune_backbone import parse, prepared
 from pipelines.train import check_model
 from pipelines.training.classification import (
@@ -39,6 +38,7 @@ from re2tal.backbones.swin import SwinConfig, swin_toy
 from re2tal.classifier import Classifier, ClipClassifierConfig
 from re2tal.datasets.toy import TRIMMED_CLASSES, TrimmedToyConfig, make_trimmed_toy
 from re2tal.datasets.trimmed import ClipConfig, TrimmedVideo, ViewConfig, views
+from re2tal.errors import UserError
 from re2tal.reversible.controls import reversible_stages
 
 SCRIPT = Path(__file__).parents[2] / "pipelines" / "finetune_backbone.py"
@@ -297,13 +297,13 @@ def test_what_is_missing_is_said_before_anything_starts(
     recipe: ClassificationRecipe, tmp_path: Path
 ) -> None:
     lost = replace(recipe.model, weights=str(tmp_path / "lost.safetensors"))
-    with pytest.raises(StorageError, match=r"nothing at .*lost.*Correct --model.weights"):
+    with pytest.raises(UserError, match=r"nothing at .*lost.*Correct --model.weights"):
         prepared(replace(recipe, model=lost))
     empty = TrimmedDataConfig(training=str(tmp_path / "no"))
-    with pytest.raises(StorageError, match=r"nothing at .*Correct --data.training"):
+    with pytest.raises(UserError, match=r"nothing at .*Correct --data.training"):
         read_lists(empty)
     (tmp_path / "list.txt").write_text("a.mp4 spin\n")
-    with pytest.raises(StorageError, match=r"Say where with --data.videos"):
+    with pytest.raises(UserError, match=r"Say where with --data.videos"):
         read_lists(TrimmedDataConfig(training=str(tmp_path / "list.txt")))
 
 
@@ -312,7 +312,7 @@ def test_weights_by_name_pass_and_lost_ones_do_not(tmp_path: Path) -> None:
     assert require_weights(name) == name == fetch_weights(name, tmp_path)
     assert require_weights(None) is fetch_weights(None, tmp_path) is None
     path = tmp_path / "w.safetensors"
-    with pytest.raises(StorageError, match="Correct --weights"):
+    with pytest.raises(UserError, match="Correct --weights"):
         require_weights(str(path), option="--weights")
     path.touch()
     assert fetch_weights(require_weights(str(path)), tmp_path) == path
@@ -360,7 +360,7 @@ def test_a_plan_holds_what_can_be_used_and_says_why_the_rest_cannot(
     assert whole.start == 0.0
     assert whole.end == pytest.approx(1.5)
     assert made.uris[part.video_id] == made.uris[whole.video_id] == str(clips / first)
-    with pytest.raises(UnusableVideosError, match=r"3 of 19 videos .*--data.max-failed"):
+    with pytest.raises(UserError, match=r"3 of 19 videos .*--data.max-failed"):
         make_plan(replace(config, max_failed=0.1), read_lists(config))
 
 
@@ -432,5 +432,5 @@ def test_the_run_in_mlflow_is_complete(finished: tuple[Path, str]) -> None:
     )
     found = detector.backbone.state_dict()
     assert all(torch.equal(found[name], value) for name, value in plain.state_dict().items())
-    with pytest.raises(StorageError, match="cannot be had from MLflow's store"):
+    with pytest.raises(UserError, match="cannot be had from MLflow's store"):
         local_copy(f"runs:/{run.info.run_id}/no.safetensors", folder, tracking_uri=store)

@@ -13,10 +13,11 @@ from torch import Tensor
 from pipelines.config.recipe import Recipe
 from pipelines.core.metric_names import UNSCORED
 from pipelines.data.batches import Batch, Video
-from pipelines.data.plan import Plan, UnusableVideosError
+from pipelines.data.plan import Plan
 from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
 from pipelines.training.trainer import NonFiniteLossError, Trainer
+from re2tal.errors import UserError
 from re2tal.reversible import reversible_stages
 from re2tal.videos.augmentation import AugmentationConfig, augment, clip_seed
 from re2tal.videos.windows import Window
@@ -167,7 +168,7 @@ def test_videos_that_fail_while_training_are_counted(
     data = replace(tiny_recipe.data, max_failed=0.0)
     two = replace(tiny_recipe, data=data, epochs=2, evaluate_from=2)
     trainer, _ = _trainer(two, plan, tmp_path / "two")
-    with pytest.raises(UnusableVideosError, match="broken"):
+    with pytest.raises(UserError, match="broken"):
         trainer.run()
     assert trainer.state.epoch == 1
 

@@ -14,12 +14,12 @@ from pipelines.inference.output import (
     FORMATS,
     OutputConfig,
     Record,
-    RecordError,
     read_records,
     write_files,
     write_record,
 )
 from re2tal.detection.files import read_detections
+from re2tal.errors import UserError
 from tests.pipelines.output_files import Page, table
 
 NASTY = "\u4f60</script><script>alert('1')</script> <!-- $x$ \u2028 {{data}}"
@@ -145,8 +145,8 @@ def test_records_come_back_and_those_of_another_file_do_not(tmp_path: Path) -> N
 
 def test_records_of_another_model_and_damaged_ones_are_refused(tmp_path: Path) -> None:
     write_record(tmp_path, record("a"))
-    with pytest.raises(RecordError, match="another model"):
+    with pytest.raises(UserError, match="another model"):
         read_records(tmp_path, {"a": "/films/a.mp4"}, model="n")
     (tmp_path / "videos" / "a.json").write_text("{")
-    with pytest.raises(RecordError, match="cannot be read: remove it"):
+    with pytest.raises(UserError, match="cannot be read: remove it"):
         read_records(tmp_path, {"a": "/films/a.mp4"}, model="m")

@@ -9,21 +9,15 @@ from typing import Any
 import pytest
 
 from pipelines.config.recipe import DataConfig, Recipe
-from pipelines.core.storage import StorageError
-from pipelines.data.plan import (
-    RecipeError,
-    UnusableVideosError,
-    check_failures,
-    make_plan,
-    read_annotations,
-)
+from pipelines.data.plan import check_failures, make_plan, read_annotations
 from re2tal.annotations import AnnotationError
-from re2tal.detection import DetectionFileError
+from re2tal.errors import UserError
+from re2tal.json_files import FileError
 
 
 def test_a_missing_annotation_file_is_one_sentence(tiny_recipe: Recipe) -> None:
     config = replace(tiny_recipe.data, annotations="/nowhere/a.json")
-    with pytest.raises(StorageError, match=r"nothing at /nowhere/a.json. Correct --data.annot"):
+    with pytest.raises(UserError, match=r"nothing at /nowhere/a.json. Correct --data.annot"):
         read_annotations(config)
 
 
@@ -50,12 +44,12 @@ def test_every_problem_of_the_annotations_is_listed(tiny_recipe: Recipe, tmp_pat
 def test_failures_up_to_the_share_are_tolerated() -> None:
     check_failures({"a": "damaged"}, total=20, max_failed=0.05)
     check_failures({}, total=1, max_failed=0.0)
-    with pytest.raises(UnusableVideosError, match=r"2 of 20 videos .* more than the allowed 5%"):
+    with pytest.raises(UserError, match=r"2 of 20 videos .* more than the allowed 5%"):
         check_failures({"a": "damaged", "b": "gone"}, total=20, max_failed=0.05)
 
 
 def test_no_usable_video_at_all_is_an_error_whatever_the_share() -> None:
-    with pytest.raises(UnusableVideosError, match=r"No usable video: 2 of 2"):
+    with pytest.raises(UserError, match=r"No usable video: 2 of 2"):
         check_failures({"a": "damaged", "b": "gone"}, total=2, max_failed=1.0)
 
 
@@ -84,7 +78,7 @@ def test_missing_and_unreadable_videos_are_left_out_and_named(damaged: DataConfi
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_instance")
 def test_too_many_of_them_stop_the_run(damaged: DataConfig) -> None:
-    with pytest.raises(UnusableVideosError, match=r"2 of 5 videos") as caught:
+    with pytest.raises(UserError, match=r"2 of 5 videos") as caught:
         make_plan(damaged, read_annotations(damaged))
     assert "toy_000" in str(caught.value)
     assert "toy_001" in str(caught.value)
@@ -95,7 +89,7 @@ def test_too_many_of_them_stop_the_run(damaged: DataConfig) -> None:
 def test_a_subset_without_a_usable_video_is_an_error(damaged: DataConfig) -> None:
     (Path(str(damaged.videos)) / "toy_002.mp4").unlink()
     config = replace(damaged, max_failed=0.9)
-    with pytest.raises(UnusableVideosError, match=r"No usable video in subset 'training'"):
+    with pytest.raises(UserError, match=r"No usable video in subset 'training'"):
         make_plan(config, read_annotations(config))
 
 
@@ -111,9 +105,7 @@ def test_a_validation_without_instances_is_an_error_before_training(
     path = tmp_path / "annotations.json"
     path.write_text(json.dumps(document))
     config = replace(tiny_recipe.data, annotations=str(path))
-    with pytest.raises(
-        UnusableVideosError, match=r"No instance .* in subset 'validation': its 2 usable"
-    ):
+    with pytest.raises(UserError, match=r"No instance .* in subset 'validation': its 2 usable"):
         make_plan(config, read_annotations(config))
 
 
@@ -193,12 +185,12 @@ def test_every_validation_video_needs_its_external_scores(
     found = scores.get(videos[0])
     assert found is not None
     assert int(found.argmax()) == 0  # the file has the classes in another order
-    with pytest.raises(RecipeError, match=f"1 to {len(names)} classes, not 9"):
+    with pytest.raises(UserError, match=f"1 to {len(names)} classes, not 9"):
         make_plan(replace(config, video_scores_top=9), annotations)
     del results[f"v_{videos[0]}"]
     path.write_text(json.dumps({"class": names, "results": results}))
-    with pytest.raises(UnusableVideosError, match=videos[0]):
+    with pytest.raises(UserError, match=videos[0]):
         make_plan(config, annotations)
     path.write_text(json.dumps({"class": names[1:], "results": results}))
-    with pytest.raises(DetectionFileError, match="is missing"):
+    with pytest.raises(FileError, match="is missing"):
         make_plan(config, annotations)

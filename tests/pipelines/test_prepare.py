@@ -17,17 +17,17 @@ import pytest
 
 from pipelines import prepare as script
 from pipelines.config.recipe import Recipe
-from pipelines.core.storage import StorageError
 from pipelines.data.batches import decode_batches
 from pipelines.data.plan import make_plan, read_annotations
 from pipelines.data.shard_writing import ShardTask, write_shard
-from pipelines.data.shards import FOLDER, NAME, ShardError, ShardSettings, pack, read_manifest
-from pipelines.prepare import FailedVideosError, PrepareConfig, parse, prepare
+from pipelines.data.shards import FOLDER, NAME, ShardSettings, pack, read_manifest
+from pipelines.prepare import PrepareConfig, parse, prepare
 from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
 from pipelines.training.trainer import Trainer
 from re2tal.annotations import AnnotationError
 from re2tal.datasets import load_annotations
+from re2tal.errors import UserError
 from re2tal.videos.transcoding import TranscodeConfig
 from re2tal.videos.windows import training_windows
 from tests.videos.made_videos import make_video
@@ -168,9 +168,7 @@ def test_failed_videos_are_listed_and_only_they_are_made_again(
     three: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_for(three, shard_seconds=6.5)  # a and b together, c alone
-    with pytest.raises(
-        FailedVideosError, match=r"2 of 3 videos .* allowed 5% \(--max-failed\)"
-    ) as caught:
+    with pytest.raises(UserError, match=r"2 of 3 videos .* allowed 5% \(--max-failed\)") as caught:
         prepare(config)
     assert "b: cannot be opened as a video" in str(caught.value)
     assert "c: there is no file" in str(caught.value)
@@ -196,13 +194,13 @@ def test_failed_videos_are_listed_and_only_they_are_made_again(
     assert prepare(retry).failures == {}
     assert contents(shards) == undisturbed(config, three / "undisturbed")
     other = replace(config, transcode=replace(TRANSCODE, quality=30))
-    with pytest.raises(ShardError, match=r"holds shards of other settings \(quality: 23 there, 30"):
+    with pytest.raises(UserError, match=r"holds shards of other settings \(quality: 23 there, 30"):
         prepare(other)
     annotate(three, a=4.0, b=2.0, c=3.5)
-    with pytest.raises(ShardError, match=r"other settings \(annotations: "):
+    with pytest.raises(UserError, match=r"other settings \(annotations: "):
         prepare(config)
     (shards / "part-00001.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ShardError, match=r"part-00001.parquet is no shard"):
+    with pytest.raises(UserError, match=r"part-00001.parquet is no shard"):
         prepare(config)
 
 
@@ -256,7 +254,7 @@ def test_training_on_shards_is_training_on_files(
     ).run()
     assert 0 <= final["val/mAP"] <= 1
     (tmp_path / "shards" / FOLDER / "part-00001.parquet").unlink()
-    with pytest.raises(ShardError, match=r"1 of the 3 shards .* part-00001.parquet"):
+    with pytest.raises(UserError, match=r"1 of the 3 shards .* part-00001.parquet"):
         make_plan(recipe.data, annotations)
 
 
@@ -274,7 +272,7 @@ def test_what_is_missing_is_one_sentence(
 ) -> None:
     (tmp_path / "videos").mkdir()
     annotate(tmp_path, a=4.0)
-    with pytest.raises(StorageError, match=expected) as caught:
+    with pytest.raises(UserError, match=expected) as caught:
         prepare(config_for(tmp_path, **changes))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()

@@ -7,9 +7,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.core.storage import StorageError
 from pipelines.data.videos import SCHEMA, probe_files, summary
 from pipelines.probe import ProbeConfig, parse, probe_collection
+from re2tal.errors import UserError
 
 
 @pytest.fixture
@@ -87,9 +87,9 @@ def test_what_is_odd_about_a_file_is_a_list_of_sentences(tiny_set: Path, tmp_pat
 
 def test_no_files_are_an_empty_table_and_no_folder_is_an_error(tmp_path: Path) -> None:
     assert probe_files({}).schema.equals(SCHEMA)
-    with pytest.raises(StorageError, match="Say where with --videos"):
+    with pytest.raises(UserError, match="Say where with --videos"):
         probe_collection(ProbeConfig())
-    with pytest.raises(StorageError, match="holds none of them"):
+    with pytest.raises(UserError, match="holds none of them"):
         probe_collection(ProbeConfig(videos=str(tmp_path)))
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import RECIPES
-from pipelines.core.storage import StorageError
 from pipelines.core.tracking import FILE, Run, log_recipe, recipe_of, start_run
 from re2tal.backbones.precomputed import PrecomputedConfig
+from re2tal.errors import UserError
 
 
 @pytest.fixture
@@ -29,10 +29,10 @@ def test_every_recipe_is_read_as_it_was_written(run: Run, tiny_recipe: Recipe) -
 
 
 def test_what_is_no_recipe_is_refused(run: Run) -> None:
-    with pytest.raises(StorageError, match="The run's configuration: runs:/"):
+    with pytest.raises(UserError, match="The run's configuration: runs:/"):
         recipe_of(run)
     run.client.log_text(run.run_id, '{"name": "toy", "epochs": "many"}', FILE)
-    with pytest.raises(StorageError, match=f"{FILE} is not a recipe of this version"):
+    with pytest.raises(UserError, match=f"{FILE} is not a recipe of this version"):
         recipe_of(run)
 
 
@@ -40,5 +40,5 @@ def test_a_field_of_another_version_is_not_lost_in_silence(run: Run, tiny_recipe
     log_recipe(run, tiny_recipe)
     text = Path(run.client.download_artifacts(run.run_id, FILE)).read_text()
     run.client.log_text(run.run_id, text.replace('"clip"', '"clip_to"'), FILE)
-    with pytest.raises(StorageError, match=r"optim.clip_to"):
+    with pytest.raises(UserError, match=r"optim.clip_to"):
         recipe_of(run)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from pipelines.config.recipes import RECIPES
-from pipelines.data.plan import RecipeError
 from pipelines.train import check_model, parse
 from pipelines.training.model import ACTION, build_detector, reported_classes
 from re2tal.detection import Detections
+from re2tal.errors import UserError
 from re2tal.localizers.vsgn import VSGNConfig
 from re2tal.videos.augmentation import AugmentationConfig
 from re2tal.videos.stitching import StitchConfig
@@ -131,7 +131,7 @@ def test_published_settings_of_activitynet_are_class_agnostic() -> None:
 def test_external_scores_are_for_class_agnostic_models() -> None:
     recipe = RECIPES["toy"]()
     scored = replace(recipe, data=replace(recipe.data, video_scores="scores.json"))
-    with pytest.raises(RecipeError, match=r"--model\.class-agnostic"):
+    with pytest.raises(UserError, match=r"--model\.class-agnostic"):
         check_model(scored, CLASSES)
 
 

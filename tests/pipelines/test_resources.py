@@ -6,14 +6,10 @@ import pytest
 import ray
 
 from pipelines.config.recipes import toy
-from pipelines.core.resources import (
-    CLUSTER_MAX,
-    ResourceError,
-    capacity,
-    require_resources,
-)
+from pipelines.core.resources import CLUSTER_MAX, capacity, require_resources
 from pipelines.training import model
 from pipelines.training.model import remarks
+from re2tal.errors import UserError
 from re2tal.reversible.convolutions import WRONG_GRADIENTS
 
 
@@ -27,7 +23,7 @@ def grows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_may_be_started_counts(grows: None) -> None:
     assert capacity() == {"memory": 1e9, "CPU": 64.0, "GPU": 8.0}
     require_resources(cpus=64, gpus=8, who="the run", advice="Less.")
-    with pytest.raises(ResourceError, match=r"the run need 9 GPUs \(it has 8\)"):
+    with pytest.raises(UserError, match=r"the run need 9 GPUs \(it has 8\)"):
         require_resources(cpus=1, gpus=9, who="the run", advice="Less.")
 
 
@@ -35,7 +31,7 @@ def test_without_an_autoscaler_what_is_there_counts(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.delenv(CLUSTER_MAX, raising=False)
     assert capacity() == {"CPU": 2.0}
-    with pytest.raises(ResourceError, match=r"3 CPUs \(it has 2\)"):
+    with pytest.raises(UserError, match=r"3 CPUs \(it has 2\)"):
         require_resources(cpus=3, gpus=0, who="the run", advice="Less.")
 
 
@@ -43,7 +39,7 @@ def test_without_an_autoscaler_what_is_there_counts(monkeypatch: pytest.MonkeyPa
 def test_what_cannot_be_read_is_said(stated: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.setenv(CLUSTER_MAX, stated)
-    with pytest.raises(ResourceError, match=f"{CLUSTER_MAX}={stated} cannot be read"):
+    with pytest.raises(UserError, match=f"{CLUSTER_MAX}={stated} cannot be read"):
         capacity()
 
 

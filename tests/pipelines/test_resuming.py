@@ -13,7 +13,8 @@ from pipelines.core.storage import file_sizes, replacing, resolve
 from pipelines.core.tracking import finishing
 from pipelines.data.plan import Plan
 from pipelines.training.checkpoints import complete
-from pipelines.training.resuming import RunningError, digest, newest_checkpoint, resume_or_start
+from pipelines.training.resuming import digest, newest_checkpoint, resume_or_start
+from re2tal.errors import UserError
 
 DRIVER = "re2tal.driver"
 
@@ -109,7 +110,7 @@ def test_a_run_that_goes_on_elsewhere_is_not_taken_up_twice(
     assert parent is not None
     alive = f"{_host()} {parent.pid} {parent.create_time():.2f}"
     run.client.set_tag(run.run_id, DRIVER, alive)
-    with pytest.raises(RunningError, match=rf"process {parent.pid}.*--no-resume"):
+    with pytest.raises(UserError, match=rf"process {parent.pid}.*--no-resume"):
         resume_or_start(recipe, tiny_plan)
     # the number was given to another process since
     run.client.set_tag(run.run_id, DRIVER, f"{_host()} {parent.pid} 1.00")

@@ -28,7 +28,6 @@ from pipelines.data.shards import (
     SCHEMA,
     Manifest,
     Shard,
-    ShardError,
     ShardSettings,
     find_in_shards,
     make_manifest,
@@ -42,6 +41,7 @@ from pipelines.data.shards import (
     write_manifest,
 )
 from re2tal.annotations import Instance, VideoAnnotation
+from re2tal.errors import UserError
 from re2tal.videos.decoding import VideoError, decode
 from re2tal.videos.limits import FrameError
 from re2tal.videos.pieces import Pieces, decode_source
@@ -364,7 +364,7 @@ def test_other_settings_are_named() -> None:
     wanted = SETTINGS.described()
     require_equal(wanted, json.loads(json.dumps(wanted)), "there")
     changed = replace(SETTINGS, transcode=replace(SETTINGS.transcode, size=128, gop=8))
-    with pytest.raises(ShardError, match=r"size: None there, 128 asked for; gop: 32 there, 8"):
+    with pytest.raises(UserError, match=r"size: None there, 128 asked for; gop: 32 there, 8"):
         require_equal(changed.described(), wanted, "there")
     # a number is the same however it is written
     whole = replace(SETTINGS, transcode=TranscodeConfig(fps=10, piece_seconds=60))
@@ -411,7 +411,7 @@ def test_other_files_of_that_name_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / NAME).write_text('{"name": "an app"}')
     assert read_manifest(str(tmp_path)) is None
     (tmp_path / NAME).write_text('{"format": "re2tal shards 1", "state": "half"}')
-    with pytest.raises(ShardError, match=r"manifest.json is not a manifest .* prepare.py"):
+    with pytest.raises(UserError, match=r"manifest.json is not a manifest .* prepare.py"):
         read_manifest(str(tmp_path))
 
 
@@ -432,10 +432,10 @@ def test_what_is_missing_is_said_before_a_run(collection: Collection, tmp_path: 
     ).remarks
     assert len(remarks) == 3
     assert "32 pixels and are enlarged to 64" in remarks[1]
-    with pytest.raises(ShardError, match="not complete: 1 of 3 shards"):
+    with pytest.raises(UserError, match="not complete: 1 of 3 shards"):
         find_in_shards(str(tmp_path), manifest_of(tmp_path, expected=3), [], **options)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ShardError, match=r"1 of the 1 shards .* part-00000"):
+    with pytest.raises(UserError, match=r"1 of the 1 shards .* part-00000"):
         find_in_shards(str(tmp_path), manifest, [], **options)
 
 

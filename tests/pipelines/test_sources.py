@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.core.storage import StorageError
 from pipelines.data.videos import find_sources
+from re2tal.errors import UserError
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_uris_are_files_folders_or_patterns(folder: Path) -> None:
     uri = folder.as_uri()
     assert find(uri)["a"] == f"{uri}/a.mp4"
     assert find(f"{uri}/a.mp4") == find(f"{uri}/a*.mp4") == {"a": f"{uri}/a.mp4"}
-    with pytest.raises(StorageError, match="wildcard in the name of a folder"):
+    with pytest.raises(UserError, match="wildcard in the name of a folder"):
         find(f"{uri}/*/c.webm")
 
 
@@ -56,13 +56,13 @@ def test_relative_paths_become_absolute(folder: Path, monkeypatch: pytest.Monkey
     ],
 )
 def test_a_place_without_a_video_is_named(place: str, message: str, folder: Path) -> None:
-    with pytest.raises(StorageError, match=message):
+    with pytest.raises(UserError, match=message):
         find(place if "://" in place else folder / place)
 
 
 def test_two_videos_of_one_name_and_none_at_all_are_refused(folder: Path) -> None:
     (folder / "deep" / "a.mp4").touch()
-    with pytest.raises(StorageError, match="have one name"):
+    with pytest.raises(UserError, match="have one name"):
         find(folder, folder / "deep")
-    with pytest.raises(StorageError, match="none given"):
+    with pytest.raises(UserError, match="none given"):
         find()

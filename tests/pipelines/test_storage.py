@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from pipelines.core.storage import (
-    StorageError,
     file_sizes,
     list_files,
     local_copy,
@@ -16,23 +15,24 @@ from pipelines.core.storage import (
     require,
     sizes_below,
 )
+from re2tal.errors import UserError
 
 
 def test_a_missing_path_is_one_sentence_with_the_option(tmp_path: Path) -> None:
     with pytest.raises(
-        StorageError, match=r"The videos: nothing at .*nowhere. Correct --data.videos"
+        UserError, match=r"The videos: nothing at .*nowhere. Correct --data.videos"
     ) as caught:
         require(str(tmp_path / "nowhere"), what="The videos", option="--data.videos")
     assert "\n" not in str(caught.value)
 
 
 def test_a_path_that_was_not_given_names_the_option() -> None:
-    with pytest.raises(StorageError, match=r"no path given. Say where with --model.weights"):
+    with pytest.raises(UserError, match=r"no path given. Say where with --model.weights"):
         require(None, what="The weights", option="--model.weights")
 
 
 def test_a_uri_of_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(StorageError, match="cannot be reached"):
+    with pytest.raises(UserError, match="cannot be reached"):
         require("gopher://host/videos", what="The videos", option="--data.videos")
 
 

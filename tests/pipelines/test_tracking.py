@@ -14,7 +14,6 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.validation import _validate_metric
 
 from pipelines.core.metric_names import safe_names, safe_path
-from pipelines.core.storage import StorageError
 from pipelines.core.tracking import (
     MetricLogger,
     Run,
@@ -26,6 +25,7 @@ from pipelines.core.tracking import (
 )
 from pipelines.training.validation import map_metrics
 from re2tal.detection.evaluation import MapResult
+from re2tal.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def test_the_server_in_the_environment_is_used(
 
 def test_an_object_store_needs_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(StorageError, match=r"s3://bucket/runs .*MLFLOW_TRACKING_URI"):
+    with pytest.raises(UserError, match=r"s3://bucket/runs .*MLFLOW_TRACKING_URI"):
         start_run(Outer(), output="s3://bucket/runs")
 
 

@@ -78,12 +78,12 @@ def test_a_trial_that_reports_its_end_is_finished(sweep: _Sweep) -> None:
 
 def test_a_trial_that_fails_has_said_why(sweep: _Sweep, capsys: pytest.CaptureFixture[str]) -> None:
     trial, run = sweep.started(2), sweep.run_of(2)
-    run.client.set_tag(run.run_id, "error", "TrainingError: the loss is not finite")
+    run.client.set_tag(run.run_id, "error", "UserError: the loss is not finite")
     sweep.outcomes.on_trial_error(trial=trial)
     child = sweep.child()
     assert (child.info.status, child.data.tags["sweep.outcome"]) == ("FAILED", "failed")
-    assert child.data.tags["error"] == "TrainingError: the loss is not finite"
-    assert "trial 2  failed: TrainingError: the loss" in capsys.readouterr().out
+    assert child.data.tags["error"] == "UserError: the loss is not finite"
+    assert "trial 2  failed: UserError: the loss" in capsys.readouterr().out
 
 
 def test_a_trial_that_fails_before_it_made_a_run_gets_one(

@@ -7,8 +7,9 @@ import pytest
 
 from pipelines.config.recipes import thumos_re2_swin_t_vsgn, toy
 from re2tal.backbones.swin import swin_s
+from re2tal.errors import UserError
 from re2tal.localizers.vsgn import VSGNConfig
-from sweeps.overrides import OverrideError, override, value_of
+from sweeps.overrides import override, value_of
 
 
 def test_fields_at_any_depth_change_together() -> None:
@@ -70,7 +71,7 @@ def test_nothing_to_change_changes_nothing() -> None:
     ],
 )
 def test_what_does_not_fit_is_named(name: str, value: Any, message: str) -> None:
-    with pytest.raises(OverrideError) as refused:
+    with pytest.raises(UserError) as refused:
         override(toy(), {name: value})
     assert message in str(refused.value)
 
@@ -82,5 +83,5 @@ def test_values_that_do_not_go_together_are_refused() -> None:
 
 def test_a_value_is_found_by_its_name() -> None:
     assert value_of(toy(), "optim.clip") == toy().optim.clip
-    with pytest.raises(OverrideError, match=r"no field optim\.clap"):
+    with pytest.raises(UserError, match=r"no field optim\.clap"):
         value_of(toy(), "optim.clap")

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from pipelines.config.recipe import Recipe
-from pipelines.core.storage import StorageError
 from pipelines.core.tracking import Run, log_recipe, start_run
 from pipelines.data.plan import Plan
 from pipelines.training.detection import RAW_FILE, DetectionTask
@@ -16,6 +15,7 @@ from pipelines.training.validation import ground_truth
 from re2tal.detection.raw import write_raw
 from re2tal.detection.segments import Detections
 from re2tal.detection.suppression import NmsConfig, nms_videos
+from re2tal.errors import UserError
 from sweeps.overrides import override
 from sweeps.postprocessing import main, search_postprocessing
 
@@ -89,5 +89,5 @@ def test_a_run_without_raw_detections_is_refused(tiny_recipe: Recipe, tmp_path: 
     recipe = replace(tiny_recipe, output=str(tmp_path))
     bare = start_run(recipe, output=tmp_path)
     log_recipe(bare, recipe)
-    with pytest.raises(StorageError, match="--save-raw"):
+    with pytest.raises(UserError, match="--save-raw"):
         search_postprocessing(bare, trials=1, seed=0, parent=bare.run_id)

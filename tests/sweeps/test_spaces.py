@@ -7,12 +7,13 @@ import pytest
 
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import RECIPES, toy
+from re2tal.errors import UserError
 from sweeps.bases import first_layers, one_worker
 from sweeps.finetune import SWEEP as FINETUNE
 from sweeps.localizer import SWEEP as LOCALIZER
 from sweeps.overrides import override
 from sweeps.pareto import SWEEP as PARETO
-from sweeps.study import SpaceError, check_space
+from sweeps.study import check_space
 from sweeps.suggestions import Suggestions
 from sweeps.sweep import Sweep
 
@@ -78,6 +79,6 @@ def test_a_space_that_does_not_fit_is_refused_before_the_first_trial(
     space: object, message: str
 ) -> None:
     sweep = replace(FINETUNE, name="mine", space=space)  # type: ignore[arg-type]
-    with pytest.raises(SpaceError) as refused:
+    with pytest.raises(UserError) as refused:
         check_space(sweep, toy())
     assert message in str(refused.value)

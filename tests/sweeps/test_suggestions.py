@@ -7,7 +7,7 @@ import pytest
 
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import toy
-from sweeps.overrides import OverrideError
+from re2tal.errors import UserError
 from sweeps.suggestions import Suggestions
 
 
@@ -66,20 +66,20 @@ def test_values_that_follow_from_others_are_checked_too() -> None:
     asked = Suggestions(toy())
     asked.set("model.weights", "torchvision:swin3d_t/KINETICS400_V1")
     assert asked.values == {"model.weights": "torchvision:swin3d_t/KINETICS400_V1"}
-    with pytest.raises(OverrideError, match=r"model.weights cannot be 3"):
+    with pytest.raises(UserError, match=r"model.weights cannot be 3"):
         asked.set("model.weights", 3)
 
 
 def test_ranges_are_checked_at_both_ends_and_hold_the_base() -> None:
     asked = Suggestions(toy())
-    with pytest.raises(OverrideError, match=r"epochs cannot be 0.5"):
+    with pytest.raises(UserError, match=r"epochs cannot be 0.5"):
         asked.number("epochs", 0.5, 9)
-    with pytest.raises(OverrideError, match=r"optim.clip of 1.0 is not in the range.*2 to 3"):
+    with pytest.raises(UserError, match=r"optim.clip of 1.0 is not in the range.*2 to 3"):
         asked.number("optim.clip", 2.0, 3.0)
-    with pytest.raises(OverrideError, match=r"levels of 5 is none of 2, 4"):
+    with pytest.raises(UserError, match=r"levels of 5 is none of 2, 4"):
         asked.integer("model.localizer.levels", 2, 8, step=2)
-    with pytest.raises(OverrideError, match=r"optim.precision cannot be 'float8'"):
+    with pytest.raises(UserError, match=r"optim.precision cannot be 'float8'"):
         asked.choice("optim.precision", ("float8",))
     asked.number("optim.ema", 0.5, 1.0)
-    with pytest.raises(OverrideError, match=r"optim.ema is asked for twice"):
+    with pytest.raises(UserError, match=r"optim.ema is asked for twice"):
         asked.number("optim.ema", 0.5, 1.0)
