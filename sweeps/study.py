@@ -86,7 +86,7 @@ def check_space(sweep: Sweep, base: Recipe) -> dict[str, Any]:
         study = optuna.create_study(sampler=RandomSampler(seed=0))
         for _ in range(_TRIED):
             sweep.space(Suggestions(base, study.ask()), base)
-    except ValueError as problem:
+    except (ValueError, UserError) as problem:
         raise UserError(f"The search space of {sweep.name}: {problem}") from problem
     if not own.base_point:
         raise UserError(f"The search space of {sweep.name} is empty: it asks for nothing.")

@@ -310,7 +310,7 @@ def test_what_the_backbone_cannot_take_is_refused(
     tiny_set: Path, tmp_path: Path, way: str, stride: int, frames: int, expected: str
 ) -> None:
     sampling = SamplingConfig(way=way, stride=stride, frames=frames)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(UserError, match=expected):
         extract_features(config_for(tiny_set, tmp_path, sampling=sampling))
 
 
