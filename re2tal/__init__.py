@@ -7,7 +7,9 @@ if TYPE_CHECKING:
     from re2tal.inference import detect
     from re2tal.reversible import rewire, unwire
 
-__all__ = ["detect", "rewire", "unwire"]
+__version__ = "0.2.0"
+
+__all__ = ["__version__", "detect", "rewire", "unwire"]
 
 _MODULES = {
     "detect": "re2tal.inference",
