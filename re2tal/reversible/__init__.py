@@ -1,6 +1,6 @@
 """Train a pretrained residual network without storing the activations of its stages.
 
-See README.md in this folder for what the pieces are and how to add a family of blocks.
+README.md in this folder describes the files, and how to add a family of blocks.
 """
 
 from re2tal.reversible.branches import (
@@ -26,9 +26,9 @@ from re2tal.reversible.controls import (
 )
 from re2tal.reversible.convolutions import correct_gradients
 from re2tal.reversible.coupling import AtLeast, Coupling
+from re2tal.reversible.engine import rebuildable
 from re2tal.reversible.replay import ReversibleError
 from re2tal.reversible.rewire import RewireReport, rewire, unwire
-from re2tal.reversible.tape import rebuildable
 
 __all__ = [
     "AtLeast",

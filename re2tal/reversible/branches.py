@@ -1,8 +1,13 @@
-"""How a residual block splits into the branches whose skip connections are moved.
+"""The branches of a residual block, whose skip connections are moved, and their pieces.
 
 A family of blocks is one function registered with `branches`. It says what is added to the skip
 connection, and nothing else: the engine does the rest. The families of other libraries are in
 `families`.
+
+A branch that treats the units of its input alike (the tokens of an MLP, the windows of a window
+attention, the samples of a convolution) gives the same result piece by piece, so that the
+activations of only one piece are in memory. The number of units in a piece follows from a budget of
+bytes, and from shapes only: a forward and its replay cut alike, which bit-exact replays need.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,39 +27,33 @@ BYTES_PER_ELEMENT = 4
 
 
 class Layout(Protocol):
-    """The units of one input.
-
-    Attributes:
-        units: how many there are; the same number for each sample of the batch, sample by sample.
-        elements: elements that a unit keeps alive while the branch is differentiated.
-        contiguous: whether the piece of all units is the input itself, in another shape.
-    """
+    """The units of one input."""
 
     @property
     def units(self) -> int:
-        """See above."""
+        """Number of units; the same for each sample of the batch, sample by sample."""
         ...
 
     @property
     def elements(self) -> int:
-        """See above."""
+        """Elements that a unit keeps alive while the branch is differentiated."""
         ...
 
     @property
     def contiguous(self) -> bool:
-        """See above."""
+        """Whether the piece of all units is the input itself, in another shape."""
         ...
 
     def share(self) -> tuple[Tensor, ...]:
-        """What all pieces use and is computed once, with gradients: a relative position bias."""
+        """Compute once, with gradients, what all pieces use: a relative position bias."""
         ...
 
     def new(self, piece: Tensor, shape: torch.Size) -> Tensor:
-        """An empty tensor of the input's shape, for `put` to fill with pieces like this one."""
+        """Make an empty tensor of the input's shape, for `put` to fill with pieces like this."""
         ...
 
     def take(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """The units ``start:stop`` of a tensor shaped like the input; units come first."""
+        """Return the units ``start:stop`` of a tensor shaped like the input; units come first."""
         ...
 
     def put(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:
@@ -64,32 +63,32 @@ class Layout(Protocol):
     def run(
         self, branch: Any, piece: Tensor, start: int, stop: int, shared: Sequence[Tensor]
     ) -> Tensor:
-        """The branch's result for a piece, of the piece's shape."""
+        """Run the branch on a piece; the result has the piece's shape."""
         ...
 
 
 class Cut(Protocol):
-    """How to lay out the units of an input: ``cut(x, *args, **kwargs)``, with the block's call."""
+    """Function that lays out an input in units."""
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Layout:
-        """The layout of this input."""
+        """Lay out an input; called with the arguments of the block's call."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Called:
-    """What layouts share whose pieces the branch itself is called with."""
+    """Parts that layouts share whose pieces the branch itself is called with."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     contiguous = True
 
     def share(self) -> tuple[Tensor, ...]:
-        """Nothing."""
+        """Share nothing."""
         return ()
 
     def new(self, piece: Tensor, shape: torch.Size) -> Tensor:
-        """An empty tensor, contiguous."""
+        """Make an empty tensor, contiguous."""
         return piece.new_empty(shape)
 
     def run(
@@ -100,7 +99,7 @@ class _Called:
         stop: int,  # noqa: ARG002
         shared: Sequence[Tensor],  # noqa: ARG002
     ) -> Tensor:
-        """The branch's result."""
+        """Call the branch."""
         return branch(piece, *self.args, **self.kwargs)
 
 
@@ -112,7 +111,7 @@ class Whole(_Called):
     elements = 0
 
     def take(self, x: Tensor, start: int, stop: int) -> Tensor:  # noqa: ARG002
-        """The input itself."""
+        """Return the input itself."""
         return x
 
     def put(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:  # noqa: ARG002
@@ -128,7 +127,7 @@ class _Tokens(_Called):
     elements: int
 
     def take(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """A view, where the input is contiguous."""
+        """Return a view, where the input is contiguous."""
         return x.reshape(self.units, x.shape[-1])[start:stop]
 
     def put(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:
@@ -144,12 +143,12 @@ class _Samples(_Called):
     elements: int
 
     def new(self, piece: Tensor, shape: torch.Size) -> Tensor:
-        """An empty tensor, its samples laid out as those of the piece."""
+        """Make an empty tensor, its samples laid out as those of the piece."""
         inner = sorted(range(1, piece.ndim), key=piece.stride, reverse=True)
         return torch.empty_permuted(shape, (0, *inner), dtype=piece.dtype, device=piece.device)
 
     def take(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """A view."""
+        """Return a view."""
         return x[start:stop]
 
     def put(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:
@@ -159,7 +158,7 @@ class _Samples(_Called):
 
 @dataclass(frozen=True, slots=True)
 class ByToken:
-    """For a branch that treats all positions alike: LayerNorm over the last dimension, an MLP.
+    """Cut for a branch that treats all positions alike: LayerNorm over the last dimension, an MLP.
 
     The branch is called with ``(tokens, C)``.
 
@@ -171,29 +170,29 @@ class ByToken:
     width: int
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Layout:
-        """Every vector along the last dimension is a unit."""
+        """Make every vector along the last dimension a unit."""
         return _Tokens(args, kwargs, prod(x.shape[:-1]), self.width)
 
 
 @dataclass(frozen=True, slots=True)
 class BySample:
-    """For a branch that treats the samples of a batch alike: convolutions, global attention.
+    """Cut for a branch that treats the samples of a batch alike: convolutions, global attention.
 
     Batch statistics tie samples together: a branch with a BatchNorm in training mode is not cut.
 
     Attributes:
-        growth: elements that are alive while the branch is differentiated, per element of input.
+        growth: elements that are kept alive in the backward per element of input.
     """
 
     growth: float
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Layout:
-        """Every sample of the batch is a unit."""
+        """Make every sample of the batch a unit."""
         return _Samples(args, kwargs, x.shape[0], int(self.growth * prod(x.shape[1:])))
 
 
 def spans(layout: Layout, budget: int) -> list[tuple[int, int]]:
-    """First and last unit of each piece: as many units as the budget of bytes holds, at least one.
+    """Cut the units into pieces of as many as the budget of bytes holds, at least one each.
 
     The pieces are of equal size up to one unit, so that none is left with a handful of units.
     """
@@ -204,7 +203,7 @@ def spans(layout: Layout, budget: int) -> list[tuple[int, int]]:
 
 
 def per_unit(factor: Tensor, layout: Layout, start: int, stop: int, dims: int) -> Tensor:
-    """A factor for each sample, ``(B, 1)``, as one for each unit of a piece, ``(n, 1, ..., 1)``."""
+    """Spread a factor a sample, ``(B, 1)``, to one a unit of a piece, ``(n, 1, ..., 1)``."""
     if layout.units > 1:
         per_sample = layout.units // factor.shape[0]
         index = torch.arange(start, stop, device=factor.device) // per_sample
@@ -229,16 +228,16 @@ class Branch:
     """One residual branch ``F``, where the block computes ``x + F(x)``.
 
     Attributes:
-        name: what errors and reports call it.
+        name: name in errors and reports.
         modules: every module whose parameters and buffers the branch uses.
         function: ``F``, from a tensor to one of the same shape, called as
             ``function(x, *args, **kwargs)`` with whatever else the block is called with; without
             it, the modules in a row on ``x`` alone.
-        activation: what the block applies after adding its skip connection, where it computes
+        activation: activation after the addition, where the block computes
             ``activation(x + F(x))``. It moves into the branch.
         drop_path: stochastic depth of the whole branch, which scales the result sample by sample
             (``F(x) * drop_path(ones)``). Not to be applied by ``function``.
-        cut: how the branch runs in pieces; None runs it whole.
+        cut: cut into pieces; None runs the branch whole.
     """
 
     name: str
@@ -249,7 +248,7 @@ class Branch:
     cut: Cut | None = None
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``F(x)`` before stochastic depth and activation."""
+        """Compute ``F(x)``, before stochastic depth and activation."""
         if self.function is not None:
             return self.function(x, *args, **kwargs)
         for module in self.modules:
@@ -259,7 +258,7 @@ class Branch:
 
 @singledispatch
 def branches(block: nn.Module) -> list[Branch]:
-    """The residual branches of a block, in the order in which it applies them.
+    """List the residual branches of a block, in the order in which it applies them.
 
     Register a function for a class of blocks to make the class rewirable. The function describes
     that class's own ``forward``; a subclass with another one needs a function of its own. It raises
@@ -270,7 +269,7 @@ def branches(block: nn.Module) -> list[Branch]:
 
 @singledispatch
 def returned(block: nn.Module, y: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG001
-    """What the block's ``forward`` returns when its result is ``y``: by default ``y`` itself.
+    """Return what the block's ``forward`` would for a result ``y``: by default ``y`` itself.
 
     Register a function for blocks that return more, such as ``(y, thw)``; it is called with the
     block, ``y`` and whatever else the block was called with.
@@ -280,7 +279,7 @@ def returned(block: nn.Module, y: Tensor, *args: Any, **kwargs: Any) -> Any:  # 
 
 @singledispatch
 def recomputed(module: nn.Module) -> bool:  # noqa: ARG001
-    """Whether a module between stages is recomputed in the backward pass instead of stored.
+    """Tell whether a module between stages is recomputed in the backward pass instead of stored.
 
     Register a function that returns True for stems and down-sampling layers: modules that turn one
     tensor into one tensor, cheaply compared with the stages around them.
@@ -289,7 +288,7 @@ def recomputed(module: nn.Module) -> bool:  # noqa: ARG001
 
 
 def split(block: nn.Module | None) -> list[Branch]:
-    """The branches of a block, once it is sure that running them replaces running the block.
+    """List the branches of a block, once it is sure that running them replaces its forward.
 
     Raises:
         NotReversibleError: if no family describes the block, its ``forward`` is not the one that
@@ -314,7 +313,7 @@ def split(block: nn.Module | None) -> list[Branch]:
 
 
 def _own_forward(block: nn.Module) -> bool:
-    """Whether somebody else than `rewire` has given this very block a forward."""
+    """Tell whether somebody else than `rewire` has given this very block a forward."""
     forward = vars(block).get("forward")
     return forward is not None and not type(forward).__module__.startswith(__package__ or "")
 
@@ -332,7 +331,7 @@ def check_complete(block: nn.Module, found: Sequence[Branch]) -> None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something is called when the module is."""
+    """Tell whether something is called when the module is."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

@@ -14,38 +14,37 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from re2tal.reversible.branches import NotReversibleError, returned, split
+from re2tal.reversible.branches import Branch, NotReversibleError, returned, split
 from re2tal.reversible.coupling import Settings
-from re2tal.reversible.engine import run_stage
+from re2tal.reversible.engine import run_stage, version_of
 from re2tal.reversible.replay import ReversibleError
-from re2tal.reversible.step import BranchCall
-from re2tal.reversible.tape import version_of
+from re2tal.reversible.step import Step
 from re2tal.reversible.watch import Watch
 
 
 class Rewired(nn.Module):
-    """What both kinds of rewired containers have.
+    """Container whose runs of residual blocks are reversible stages.
 
     Attributes:
-        settings: how its stages run.
+        settings: settings of its stages.
         rewired: names of the children that take part; the others are called as they are.
-        place: name of the container in the rewired model, for errors.
+        where: name of the container in the rewired model, for errors.
         watch: checks and measurements of its stages.
     """
 
     settings: Settings
     rewired: frozenset[str]
-    place: str
+    where: str
     watch: Watch
     original: type[nn.Module]
 
     @classmethod
     def adopt(
-        cls, module: nn.Module, *, settings: Settings, rewired: frozenset[str], place: str
+        cls, module: nn.Module, *, settings: Settings, rewired: frozenset[str], where: str
     ) -> None:
         """Turn a container into a rewired one, in place; its blocks get a forward of their own."""
         module.__class__ = cls
-        vars(module).update(settings=settings, rewired=rewired, place=place, watch=Watch())
+        vars(module).update(settings=settings, rewired=rewired, where=where, watch=Watch())
         assert isinstance(module, Rewired)
         for name in rewired:
             vars(module._modules[name])["forward"] = Passage(module, name)
@@ -55,12 +54,12 @@ class Rewired(nn.Module):
         for block in self._modules.values():
             if block is not None and isinstance(vars(block).get("forward"), Passage):
                 del vars(block)["forward"]
-        for attribute in ("settings", "rewired", "place", "watch"):
+        for attribute in ("settings", "rewired", "where", "watch"):
             vars(self).pop(attribute, None)
         self.__class__ = self.original  # type: ignore[assignment]
 
     def __getitem__(self, index: Any) -> Any:
-        """A child, or for a slice a container of the original class with these children.
+        """Return a child, or for a slice a container of the original class with these children.
 
         Their stages are still whole: leaving one early, or entering it late, is an error.
         """
@@ -70,7 +69,7 @@ class Rewired(nn.Module):
         return self.original(chosen if self.original is nn.Sequential else chosen.values())
 
     def runs(self) -> Iterator[tuple[bool, tuple[str, ...]]]:
-        """The children in order, as runs of names that are rewired or not."""
+        """Yield the children in order, as runs of names that are rewired or not."""
         for rewired, names in groupby(self._modules, key=self.rewired.__contains__):
             yield rewired, tuple(names)
 
@@ -82,37 +81,37 @@ class Rewired(nn.Module):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """Run the blocks of these names as one stage."""
-        calls = [
-            BranchCall(branch, f"{place} ({branch.name})", x.dtype, self.settings, args, kwargs)
-            for place, block in ((joined(self.place, n), self._modules[n]) for n in names)
-            for branch in _branches_of(place, block)
+        steps = [
+            Step(branch, f"{where} ({branch.name})", x.dtype, self.settings, args, kwargs)
+            for where, block in ((dotted(self.where, n), self._modules[n]) for n in names)
+            for branch in _branches_of(where, block)
         ]
-        return run_stage(calls, x, self.settings, self.watch, self._where(names))
+        return run_stage(steps, x, self.settings, self.watch, self._stage(names))
 
     def plain(self, names: Sequence[str]) -> bool:
-        """Whether the blocks of a run are called as they were before rewiring."""
+        """Tell whether the blocks of a run are called as they were before rewiring."""
         if not self.settings.coupling.plain:
             return False
-        self.watch.note(self._where(names), "stored: the network as it was", self.settings)
+        self.watch.note(self._stage(names), "stored: the network as it was", self.settings)
         return True
 
-    def _where(self, names: Sequence[str]) -> str:
-        return joined(self.place, span_of(names))
+    def _stage(self, names: Sequence[str]) -> str:
+        return dotted(self.where, first_to_last(names))
 
     def extra_repr(self) -> str:
-        """The coupling and the mode, for `print(model)`."""
+        """Describe the coupling and the mode, for `print(model)`."""
         coupling = self.settings.coupling
         because = self.settings.stored_because()
         mode = "reversible" if because is None else f"stored: {because}"
         return f"alpha={coupling.alpha:g}, beta={coupling.beta:g}, {mode}"
 
 
-def _branches_of(place: str, block: nn.Module | None) -> list[Any]:
+def _branches_of(where: str, block: nn.Module | None) -> list[Branch]:
     try:
         return split(block)
     except NotReversibleError as error:
         raise ReversibleError(
-            f"Block {place} was rewired, but cannot run reversibly now: {error}."
+            f"Block {where} was rewired, but cannot run reversibly now: {error}."
         ) from error
 
 
@@ -146,8 +145,8 @@ class ReversibleModuleList(Rewired, nn.ModuleList):
     original = nn.ModuleList
 
 
-# What a run has returned and not yet passed to its end; beside the tensors, so that one that is
-# pickled does not take the container along.
+# Results that a stage's blocks pass on. Beside the tensors, not on them: a tensor that is pickled
+# takes its attributes along.
 _PASSED: MutableMapping[Tensor, tuple[Any, ...]] = WeakTensorKeyDictionary()
 
 
@@ -157,8 +156,8 @@ class Passage:
     The first block of a run that is called runs the whole stage; the others pass its result on.
 
     Args:
-        container: where the block is.
-        name: of the block in it.
+        container: container of the block.
+        name: name of the block in it.
     """
 
     def __init__(self, container: Rewired, name: str) -> None:
@@ -167,11 +166,11 @@ class Passage:
 
     @torch.compiler.disable
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The stage's result at its first block, what came in at the others.
+        """Return the stage's result at its first block, the input at the others.
 
         Raises:
-            ReversibleError: if a block is not given what the block before it has returned, or is
-                called with other arguments than the first, or if one was replaced.
+            ReversibleError: if a block is not given the result of the block before it, or is called
+                with other arguments than the first, or if one was replaced.
         """
         block = self.container._modules[self.name]
         assert block is not None
@@ -189,29 +188,29 @@ class Passage:
         return returned(block, x, *args, **kwargs)
 
     def _check_others(self, names: Sequence[str]) -> None:
-        """The other blocks of the stage have to know that they only pass its result on."""
+        """Make sure that the stage's other blocks only pass its result on."""
         for name in names:
             passage = vars(self.container._modules[name]).get("forward")
             here = (self.container, name)
             if not isinstance(passage, Passage) or (passage.container, passage.name) != here:
                 raise ReversibleError(
-                    f"Block {joined(self.container.place, name)} is not the one that was rewired: "
+                    f"Block {dotted(self.container.where, name)} is not the one that was rewired: "
                     "call rewire(model) again. (A block that stands in it twice cannot be "
                     "called by itself: call unwire(model).)"
                 )
 
     def _check(self, x: Tensor, before: str, args: Any, kwargs: Any) -> None:
-        place = joined(self.container.place, self.name)
+        where = dotted(self.container.where, self.name)
         container, name, version, *arguments = _PASSED.get(x, (None, "", 0))
         if container is not self.container or name != before or version != version_of(x):
             raise ReversibleError(
-                f"Block {place} is in the middle of a reversible stage, but its input is not what "
+                f"Block {where} is in the middle of a reversible stage, but its input is not what "
                 "the block before it has returned. Call the blocks of a stage one after another, "
                 "with nothing in between, or unwire(model)."
             )
         if not _same(arguments, [args, kwargs]):
             raise ReversibleError(
-                f"Block {place} is called with other arguments than the first block of its stage, "
+                f"Block {where} is called with other arguments than the first block of its stage, "
                 "but a reversible stage runs all its blocks with those."
             )
 
@@ -226,11 +225,11 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a is b or a == b)
 
 
-def span_of(blocks: Sequence[str]) -> str:
-    """Name of a run of blocks: of the first and the last."""
+def first_to_last(blocks: Sequence[str]) -> str:
+    """Name of a run of blocks: that of the first and that of the last."""
     return blocks[0] if len(blocks) == 1 else f"{blocks[0]}…{blocks[-1]}"
 
 
-def joined(container: str, name: str) -> str:
-    """Name in the model of a module that a container calls ``name``."""
+def dotted(container: str, name: str) -> str:
+    """Name in the model of a module that its container calls ``name``."""
     return f"{container}.{name}" if container else name

@@ -1,4 +1,4 @@
-"""What a rewired model can be told and asked: how its stages run, and whether they run well."""
+"""Functions on a rewired model: choose how its stages run, and ask whether they run well."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -12,7 +12,7 @@ from re2tal.reversible.recompute import Recomputed
 
 
 def reversible_stages(model: nn.Module) -> Iterator[tuple[str, Rewired]]:
-    """The rewired containers of a model, with their names."""
+    """Yield the rewired containers of a model, with their names."""
     for name, module in model.named_modules():
         if isinstance(module, Rewired):
             yield name, module
@@ -46,7 +46,7 @@ def set_slice_bytes(model: nn.Module, slice_bytes: Budget) -> None:
 
     Args:
         model: a rewired model.
-        slice_bytes: as for `rewire`.
+        slice_bytes: bytes of a piece, as for `rewire`.
 
     Raises:
         ValueError: if the model has no rewired stage.
@@ -69,10 +69,10 @@ def check(model: nn.Module) -> None:
 
 
 def reconstruction_errors(model: nn.Module) -> dict[str, float]:
-    """The relative error (root mean square, over a sample) of the last input that was rebuilt.
+    """Read the relative error (root mean square, over a sample) of the last input that was rebuilt.
 
     Returns:
-        By the name of the stage; those that rebuilt nothing are left out. 0 in exact mode.
+        Errors by the name of the stage, 0 in exact mode. Stages that rebuilt nothing are left out.
     """
     return {
         where: float(error)
@@ -82,7 +82,7 @@ def reconstruction_errors(model: nn.Module) -> dict[str, float]:
 
 
 def stage_modes(model: nn.Module) -> dict[str, str]:
-    """How each stage ran last: "reversible", or "stored: " and the reason."""
+    """Read the mode in which each stage ran last: "reversible", or "stored: " and the reason."""
     return {
         where: mode
         for _, stage in reversible_stages(model)
@@ -99,13 +99,18 @@ def _change(model: nn.Module, **changes: Any) -> None:
 
 
 def recomputed_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules between the stages that are recomputed."""
+    """List the modules between the stages that are recomputed."""
     return [m for m in model.modules() if isinstance(vars(m).get("forward"), Recomputed)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CouplingSchedule:
     """Alpha and beta over training: a straight line, then constant.
+
+    Dr2Net's dynamic finetuning (Zhao et al., CVPR 2024, arXiv 2401.04105): training starts close to
+    the pretrained network and moves alpha and beta a little with every step, so that the weights
+    follow the change of the function that they compute. It takes the place of Re2TAL's finetuning
+    on the pretraining task.
 
     While beta is small a stage cannot be run backwards precisely enough, and with exact streams it
     can not be at all before beta is 1: it stores its activations until then, and says so
@@ -114,8 +119,8 @@ class CouplingSchedule:
 
     Attributes:
         steps: optimizer steps from start to end.
-        start: (1, 0) is the pretrained network.
-        end: (0, 1) is Re2TAL.
+        start: coupling of the first step; (1, 0) is the pretrained network.
+        end: coupling from step `steps` on; (0, 1) is Re2TAL.
 
     Raises:
         ValueError: if there is less than one step.
@@ -132,7 +137,7 @@ class CouplingSchedule:
             )
 
     def at(self, step: int) -> Coupling:
-        """The coupling of a step, counted from 0; exactly `end` from step `steps` on."""
+        """Compute the coupling of a step, counted from 0; exactly `end` from step `steps` on."""
         done = min(max(step / self.steps, 0.0), 1.0)
         if done == 1:
             return self.end

@@ -30,7 +30,7 @@ _registration: list[torch.library.Library] = []
 
 @cache
 def wrong_gradients() -> bool:
-    """Try once a process whether this CPU's weight gradients are wrong; takes milliseconds."""
+    """Tell whether this CPU's weight gradients are wrong; tried once a process, in milliseconds."""
     return any(_is_wrong(channels, frames) for channels in (16, 32) for frames in (2, 4))
 
 
@@ -48,7 +48,7 @@ def correct_gradients() -> None:
 def _backward(
     keys: torch.DispatchKeySet, gradient: Tensor, x: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of a convolution as `aten::convolution_backward` has them, the weight's in float32.
+    """Compute what `aten::convolution_backward` does, the weight's gradient in float32.
 
     Args:
         keys: dispatch keys of the call.
@@ -65,7 +65,7 @@ def _backward(
     if weight.dtype is not torch.bfloat16 or weight.ndim != 5 or not of_weight:
         found: tuple[Tensor | None, ...] = _original.call_boxed(keys, gradient, x, weight, *rest)
         return found
-    # float32's kernel is right, and its gradient nearer to the true one than bfloat16's
+    # The kernel of float32 is right, and its gradient nearer to the true one than bfloat16's.
     wide = (t.float() for t in (gradient, x, weight))
     _, in_float, _ = _original.call_boxed(keys, *wide, *settings, [False, True, False])
     others = [of_input, False, of_bias]
@@ -74,7 +74,7 @@ def _backward(
 
 
 def _is_wrong(channels: int, frames: int) -> bool:
-    """Whether the weight gradient of a convolution longer than its video is not float32's."""
+    """Tell whether the weight gradient of a kernel longer than its video is not float32's."""
     source, kernel = torch.Generator().manual_seed(0), 2 * (frames // 2) + 1
     shape = (2, channels, frames, 4, 4)
     gradient, x = (torch.randn(shape, generator=source, device="cpu") for _ in range(2))
@@ -83,8 +83,7 @@ def _is_wrong(channels: int, frames: int) -> bool:
     found = []
     for precision in (torch.float32, torch.bfloat16):
         tensors = (t.to(precision) for t in (gradient, x, weight))
-        # what the kernel reads without having written it should be found wrong: memory that was
-        # never used before is zero
+        # The kernel reads memory that it has not written. Fresh memory is zero and would hide that.
         for size in range(8, 17):
             torch.full((2**size,), torch.nan, device="cpu")
         _, of_weight, _ = _OPERATOR(*tensors, *settings, [False, True, False])

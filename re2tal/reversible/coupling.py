@@ -1,4 +1,4 @@
-"""The coupling: how a stage's two streams go forward through a branch, and back again.
+"""The coupling: equations by which the two streams of a stage go forward, and back again.
 
 A stage with the residual branches ``F_1 ... F_n`` computes, from its input ``x``,
 
@@ -22,7 +22,7 @@ so a stage can be run backwards from its last two streams. A gradient ``g`` of `
 In floating point the way back is exact only up to rounding. It is exact to the bit on a grid: if
 the stage's input and every increment are rounded to multiples of 2^-k, and beta is 1, then each
 ``x_i`` is a sum of two grid points, which float32 holds exactly below 2^(24-k), and so is each
-difference on the way back. Rounding passes gradients on unchanged. See `grid`.
+difference on the way back. Rounding passes gradients on unchanged. See `Grid`.
 
 Everything here is a pure function of tensors of one shape.
 """
@@ -37,7 +37,7 @@ from torch import Tensor
 
 
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the streams of a stage whose input has this dtype: at least float32.
+    """Choose the dtype of the streams of a stage for its input's dtype: at least float32.
 
     A stream is rebuilt by subtraction, branch after branch; in bfloat16 the rounding of 12 branches
     already changes it by one percent, in float32 by 3e-7 (measured).
@@ -47,7 +47,7 @@ def stream_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Coupling:
-    """The two coefficients of a stage, and the equations above.
+    """The two coefficients of a stage, and the equations above with them.
 
     Attributes:
         alpha: weight of the pretrained skip connection, from ``x_{i-1}``.
@@ -83,19 +83,19 @@ class Coupling:
         current: Tensor,
         activation: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """``a(F_i(x_{i-1}) + alpha x_{i-1})``."""
+        """Compute ``a(F_i(x_{i-1}) + alpha x_{i-1})`` from the branch's result."""
         if self.alpha != 0:
             branch = torch.add(branch, current, alpha=self.alpha)
         return branch if activation is None else activation(branch)
 
     def advance(self, increment: Tensor, previous: Tensor) -> Tensor:
-        """``x_i`` from its increment and ``x_{i-2}``."""
+        """Compute ``x_i`` from its increment and ``x_{i-2}``."""
         if self.beta == 0:
             return increment
         return torch.add(increment, previous, alpha=self.beta)
 
     def rewind(self, increment: Tensor, following: Tensor, *, overwrite: bool = False) -> Tensor:
-        """``x_{i-2}`` from ``x_i`` and its increment, whose memory may be reused."""
+        """Compute ``x_{i-2}`` from ``x_i`` and its increment, whose memory may be reused."""
         out = increment if overwrite else None
         previous = torch.sub(following, increment, out=out)
         if self.beta == 1:
@@ -103,16 +103,13 @@ class Coupling:
         return previous.div_(self.beta)
 
     def skip_gradient(self, gradient: Tensor) -> Tensor | None:
-        """What the skip connection passes of the gradient of ``x_i`` to ``x_{i-2}``.
-
-        None stands for zero.
-        """
+        """Compute the gradient of ``x_{i-2}`` through the skip connection; None for zero."""
         if self.beta == 0:
             return None
         return gradient if self.beta == 1 else gradient * self.beta
 
     def merge(self, last: Tensor, before: Tensor) -> Tensor:
-        """The stage's output from ``x_n`` and ``x_{n-1}``; autograd stores nothing for it."""
+        """Compute the stage's output from ``x_n`` and ``x_{n-1}``; autograd stores nothing."""
         if self.beta == 0:
             return last
         return torch.add(last, before, alpha=self.beta).mul(1 / (1 + self.beta))
@@ -144,11 +141,11 @@ class Grid:
 
     @classmethod
     def of(cls, bits: Bits, stream: Tensor) -> "Grid":
-        """The grid of one forward of a stage.
+        """Choose the grid of one forward of a stage.
 
         Args:
             bits: k, or "auto" for one that suits the stage's input.
-            stream: that input.
+            stream: the stage's input.
         """
         if bits != "auto":
             return cls(2.0**bits, 2.0**-bits)
@@ -165,7 +162,7 @@ class Grid:
         return 2.0**24 * self.spacing
 
     def round(self, x: Tensor) -> Tensor:
-        """The nearest points, as a new tensor; differentiable as the identity."""
+        """Round to the nearest points, in a new tensor; differentiable as the identity."""
         if x.requires_grad and torch.is_grad_enabled():
             rounded: Tensor = _Round.apply(x, self.scale, self.spacing)
             return rounded
@@ -196,7 +193,7 @@ def _rounded(x: Tensor, scale: float | Tensor, spacing: float | Tensor) -> Tenso
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
-    """``2**exponent`` as float32, exactly: the function pow() of a device may be off by a bit."""
+    """Compute ``2**exponent`` in float32, exactly: a device's pow() may be off by a bit."""
     return ((exponent + _FLOAT32_BIAS) << _FLOAT32_FRACTION).view(torch.float32)
 
 
@@ -205,22 +202,22 @@ class AtLeast:
     """Pieces as large as one of the stage's streams, of which a backward holds six in any case.
 
     Attributes:
-        bytes: of the smallest; of a smaller stream a piece holds several times as much.
+        bytes: bytes of the smallest piece, however small the stream.
     """
 
     bytes: int
 
 
 Budget = int | AtLeast | Literal["auto"] | None
-"""Bytes of a piece of a branch. "auto" is `SMALLEST_PIECE` of the device. None does not cut."""
+"""Bytes of a piece of a branch; "auto" is the device's `SMALLEST_PIECE`, None does not cut."""
 
 SMALLEST_PIECE = {"cpu": AtLeast(32 * 2**20), "cuda": AtLeast(2 * 2**30)}
-"""By kind of device. Small pieces leave a GPU waiting for the next: on an H200, Swin-T's step on
-768 frames took 2.2 s in pieces of 128 MiB, 0.4 s in pieces of 2 GiB, and 0.3 s stored."""
+"""Default budgets by kind of device. Small pieces leave a GPU waiting for the next: on an H200,
+Swin-T's step on 768 frames took 2.2 s in pieces of 128 MiB, 0.4 s of 2 GiB, and 0.3 s stored."""
 
 
 def bytes_of_piece(budget: int | AtLeast | Literal["auto"], stream: Tensor) -> int:
-    """What a budget means for a stage with these streams."""
+    """Compute the bytes of a piece of a stage with these streams."""
     if budget == "auto":
         budget = SMALLEST_PIECE.get(stream.device.type, SMALLEST_PIECE["cpu"])
     if isinstance(budget, AtLeast):
@@ -235,14 +232,14 @@ activations are stored. In bfloat16 a branch rounds its input by up to 4e-3 of e
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What `rewire` was asked for.
+    """Settings of the stages of a container, as `rewire` was given them.
 
     Attributes:
         coupling: alpha and beta.
         reversible: rebuild activations (True) or store them (False); the function is the same.
         grid: fractional bits of the fixed-point grid, or "auto"; None is plain floating point.
         slice_bytes: budget of a piece of a branch; None runs branches whole, by their own code.
-        verify: compare what was rebuilt with what was there.
+        verify: compare the rebuilt inputs of the stages with those of the forward.
     """
 
     coupling: Coupling = field(default_factory=Coupling)
@@ -257,7 +254,7 @@ class Settings:
         return self.grid is not None and self.coupling.beta == 1
 
     def stored_because(self) -> str | None:
-        """Why activations are stored whatever is measured; None if they may be rebuilt."""
+        """Name the reason why activations have to be stored; None if they may be rebuilt."""
         if not self.reversible:
             return "asked for by set_reversible"
         if not self.coupling.invertible:

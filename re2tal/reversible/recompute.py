@@ -1,6 +1,6 @@
 """Modules between the stages: their activations are computed anew instead of stored.
 
-A stem or a down-sampling layer is not reversible. Its node keeps the way to its input, and repeats
+A stem or a down-sampling layer is not reversible. Its node keeps the way to its input, and replays
 the module when its gradients are asked for. Where the input is a stage's merged streams, or frames
 that are normalised from ``uint8``, nothing has to be kept for it at all.
 """
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from re2tal.reversible.engine import no_gradients_of_gradients, rebuild_of
 from re2tal.reversible.replay import Autocast, Conditions, Draws, ReversibleError, uncached
 from re2tal.reversible.step import differentiate, hooks_paused
-from re2tal.reversible.tape import no_gradients_of_gradients, rebuild_of
 
 
 class Recomputed:
@@ -24,19 +24,22 @@ class Recomputed:
     call with another tensor that needs a gradient is not recomputed: it would not get one.
 
     Args:
-        module: whose forward it is.
-        place: the module's name in the model, for errors.
+        module: the module.
+        where: name of the module in the model, for errors.
+
+    Attributes:
+        active: whether activations are recomputed; otherwise they are stored.
     """
 
-    def __init__(self, module: nn.Module, place: str) -> None:
+    def __init__(self, module: nn.Module, where: str) -> None:
         self.module = module
-        self.place = place
+        self.where = where
         self.active = True
 
     # A node with state cannot be traced.
     @torch.compiler.disable
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The module's result."""
+        """Run the module."""
         needs = x.requires_grad or any(p.requires_grad for p in self.module.parameters())
         more = any(isinstance(a, Tensor) and a.requires_grad for a in tree_leaves((args, kwargs)))
         if more or not (self.active and needs and torch.is_grad_enabled()):
@@ -46,18 +49,18 @@ class Recomputed:
         return y if run.others is None else (y, *run.others)
 
     def plain(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward."""
+        """Run the module's own forward."""
         return type(self.module).forward(self.module, x, *args, **kwargs)
 
 
 class _Run:
-    """One call, with what its repetition needs."""
+    """One run of a module, and all that its replay needs."""
 
     def __init__(self, owner: Recomputed, x: Tensor, args: Any, kwargs: Any) -> None:
         self.owner = owner
-        self.where = owner.place
+        self.where = owner.where
         self.conditions = Conditions(
-            [owner.module], x.device, Autocast(x.device), owner.place, hooked=[owner.module]
+            [owner.module], x.device, Autocast(x.device), owner.where, hooked=[owner.module]
         )
         self.others: tuple[Any, ...] | None = None
         self._arguments = args, kwargs
@@ -65,7 +68,7 @@ class _Run:
         self.rebuild = rebuild_of(x)
         self._draws = Draws()
 
-    def first(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         with self.conditions.noted(), torch.enable_grad():
             self._draws.mark(x, self.conditions.devices)
             _, y, self.others = self._once(x)
@@ -77,9 +80,9 @@ class _Run:
             )
         return y.detach()
 
-    def again(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The input as a leaf, and the result with its history."""
-        with self.conditions.repeated(), torch.enable_grad(), self._draws.revisited(0):
+    def replay(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the input as a leaf, and the result with its history."""
+        with self.conditions.met_again(), torch.enable_grad(), self._draws.replayed(0):
             leaf, y, _ = self._once(x)
         return leaf, y
 
@@ -94,14 +97,14 @@ class _Run:
 
 
 class _RecomputedNode(torch.autograd.Function):
-    """The result of a module from its input and its parameters."""
+    """Result of a module from its input and its parameters."""
 
     @staticmethod
     def forward(ctx: Any, run: _Run, x: Tensor, *_parameters: Tensor) -> Tensor:
         ctx.run = run
         if run.rebuild is None:
             ctx.save_for_backward(x)  # autograd lets go of it with the graph
-        return run.first(x)
+        return run.forward(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -110,7 +113,7 @@ class _RecomputedNode(torch.autograd.Function):
         _, needs_input, *needs_parameters = ctx.needs_input_grad
         parameters = zip(run.conditions.parameters, needs_parameters, strict=True)
         wanted = [p for p, needed in parameters if needed]
-        leaf, y = run.again(_input(ctx))
+        leaf, y = run.replay(_input(ctx))
         inputs = [*([leaf] if needs_input else []), *wanted]
         with hooks_paused(wanted):
             found = iter(differentiate(y, inputs, gradients[0]))

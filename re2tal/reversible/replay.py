@@ -1,92 +1,102 @@
-"""The conditions of a run, met again when it is repeated, and no trace of the repetition.
+"""Replays: the conditions of a forward are met again, and no trace is left.
 
-The backward pass of a reversible stage repeats every branch. The repetition must meet the first
-run's conditions (autocast, train or eval mode, parameters, choice of kernels), and must leave no
-trace: BatchNorm statistics have already been counted once. Random draws are in `randomness`.
+The backward pass of a reversible stage replays every branch. The replay must meet the forward's
+conditions (autocast, train or eval mode, parameters, choice of kernels), and must leave no trace:
+BatchNorm statistics have already been counted once. It must draw the forward's dropout and
+drop-path masks, and the generators that the rest of the program uses must not notice. PyTorch's
+default generators of the CPU and of the devices in use are covered; Python's `random`, NumPy and a
+module's private generator are not.
 """
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _NormBase
 
-_ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionKernels:
-    """Which kernels `scaled_dot_product_attention` may choose from, as `sdpa_kernel` sets them."""
-
-    enabled: tuple[bool, ...]
-
-    @classmethod
-    def now(cls) -> "AttentionKernels":
-        """At this moment."""
-        return cls(tuple(getattr(torch.backends.cuda, f"{k}_sdp_enabled")() for k in _ATTENTION))
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """These, for a block of code."""
-        found = self.now()
-        self._set()
-        try:
-            yield
-        finally:
-            found._set()
-
-    def _set(self) -> None:
-        for kernel, enabled in zip(_ATTENTION, self.enabled, strict=True):
-            getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(enabled)
-
-
-@dataclass(frozen=True, slots=True)
-class ConvolutionKernels:
-    """Whether cuDNN times its kernels, and whether it may use those that add in any order."""
-
-    benchmark: bool
-    deterministic: bool
-
-    @classmethod
-    def now(cls) -> "ConvolutionKernels":
-        """At this moment."""
-        return cls(torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic)
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """These, for a block of code."""
-        found = self.now()
-        self._set()
-        try:
-            yield
-        finally:
-            found._set()
-
-    def _set(self) -> None:
-        torch.backends.cudnn.benchmark = self.benchmark
-        torch.backends.cudnn.deterministic = self.deterministic
-
-
-@contextmanager
-def repeatable_kernels(device: torch.device) -> Iterator[None]:
-    """Keep cuDNN from choosing one kernel for the forward and another for its repetition."""
-    if device.type != "cuda":
-        yield
-        return
-    with ConvolutionKernels(benchmark=False, deterministic=True).restored():
-        yield
-
 
 class ReversibleError(RuntimeError):
     """A reversible stage cannot compute what was asked for; computing on would be wrong."""
 
 
+class _State(Protocol):
+    """Copy of a state that is global in PyTorch."""
+
+    def set(self) -> None:
+        """Make it the state of the moment."""
+        ...
+
+
+@contextmanager
+def _exchanged(found: _State, wanted: _State) -> Iterator[None]:
+    """Set a state for a block of code, and the one found before again behind it."""
+    wanted.set()
+    try:
+        yield
+    finally:
+        found.set()
+
+
+_ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
+
+
+@dataclass(frozen=True, slots=True)
+class _AttentionKernels:
+    """Kernels that `scaled_dot_product_attention` may choose from, as `sdpa_kernel` sets them."""
+
+    enabled: tuple[bool, ...]
+
+    @classmethod
+    def now(cls) -> "_AttentionKernels":
+        """Read the choice of the moment."""
+        return cls(tuple(getattr(torch.backends.cuda, f"{k}_sdp_enabled")() for k in _ATTENTION))
+
+    def restored(self) -> AbstractContextManager[None]:
+        """Allow these kernels for a block of code."""
+        return _exchanged(self.now(), self)
+
+    def set(self) -> None:
+        """Allow these kernels."""
+        for kernel, enabled in zip(_ATTENTION, self.enabled, strict=True):
+            getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(enabled)
+
+
+@dataclass(frozen=True, slots=True)
+class _ConvolutionKernels:
+    """Settings of cuDNN: time its kernels, use only those that add in a fixed order."""
+
+    benchmark: bool
+    deterministic: bool
+
+    @classmethod
+    def now(cls) -> "_ConvolutionKernels":
+        """Read the settings of the moment."""
+        return cls(torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic)
+
+    def restored(self) -> AbstractContextManager[None]:
+        """Use these settings for a block of code."""
+        return _exchanged(self.now(), self)
+
+    def set(self) -> None:
+        """Use these settings."""
+        torch.backends.cudnn.benchmark = self.benchmark
+        torch.backends.cudnn.deterministic = self.deterministic
+
+
+def _same_convolutions(device: torch.device) -> AbstractContextManager[None]:
+    """Keep cuDNN from choosing one kernel for the forward and another for its replay."""
+    if device.type != "cuda":
+        return nullcontext()
+    return _ConvolutionKernels(benchmark=False, deterministic=True).restored()
+
+
 class Autocast:
-    """Which types of device compute in which lower precision: captured on construction."""
+    """Autocast state of some types of device, captured on construction."""
 
     def __init__(self, device: torch.device) -> None:
         self._states = tuple(
@@ -97,7 +107,7 @@ class Autocast:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """The captured state, without the cache of cast weights (see `uncached`)."""
+        """Use the captured state, without the cache of cast weights (see `uncached`)."""
         with ExitStack() as stack:
             for kind, dtype, enabled in self._states:
                 stack.enter_context(
@@ -131,26 +141,86 @@ class Surroundings:
 
     def __init__(self, device: torch.device) -> None:
         self._autocast = Autocast(device)
-        self._kernels = ConvolutionKernels.now() if device.type == "cuda" else None
+        self._kernels = _ConvolutionKernels.now() if device.type == "cuda" else None
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Back to them, for a part of a repetition."""
-        with self._autocast.restored(), ExitStack() as stack:
-            if self._kernels is not None:
-                stack.enter_context(self._kernels.restored())
+        """Return to the surroundings for a part of a replay."""
+        kernels = nullcontext() if self._kernels is None else self._kernels.restored()
+        with self._autocast.restored(), kernels:
             yield
 
 
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorStates:
+    """States of the default generators of some devices, as uint8 tensors on the host."""
+
+    states: tuple[tuple[torch.device, Tensor], ...]
+
+    @classmethod
+    def now(cls, devices: Iterable[torch.device]) -> "GeneratorStates":
+        """Read the states of the CPU's generator and of those of `devices`."""
+        chosen = dict.fromkeys([_CPU, *(d for d in devices if d.type not in ("cpu", "meta"))])
+        return cls(tuple((device, _generator_state(device)) for device in chosen))
+
+    def moved(self) -> bool:
+        """Tell whether any of these generators has been drawn from since."""
+        return any(not torch.equal(state, _generator_state(d)) for d, state in self.states)
+
+    def restored(self) -> AbstractContextManager[None]:
+        """Run a block of code from these states, then leave the generators as they were found."""
+        return _exchanged(GeneratorStates.now(device for device, _ in self.states), self)
+
+    def set(self) -> None:
+        """Put the generators back to these states."""
+        for device, state in self.states:
+            if device == _CPU:
+                torch.set_rng_state(state)
+            else:
+                torch.get_device_module(device).set_rng_state(state, device)
+
+
+def _generator_state(device: torch.device) -> Tensor:
+    if device == _CPU:
+        return torch.get_rng_state()
+    state: Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+class Draws:
+    """States of the generators before each part of a forward, so that any part can be replayed."""
+
+    def __init__(self) -> None:
+        self._marks: list[GeneratorStates] = []
+
+    def mark(self, stream: Tensor, devices: Iterable[torch.device]) -> None:
+        """Note that a part begins, on this tensor and with generators of these devices."""
+        # Fake tensors draw nothing, and cannot be mixed with real generator states.
+        if not isinstance(stream, FakeTensor):
+            self._marks.append(GeneratorStates.now(devices))
+
+    def settle(self) -> None:
+        """Forget the states if the forward, which has ended, drew nothing."""
+        if self._marks and not self._marks[0].moved():
+            self._marks.clear()
+
+    def replayed(self, part: int) -> AbstractContextManager[None]:
+        """Return to the states before a part; change nothing if the forward drew nothing."""
+        return self._marks[part].restored() if self._marks else nullcontext()
+
+
 class Conditions:
-    """Of one run of some modules, for its repetition.
+    """Conditions of the forward of some modules, for its replay.
 
     Args:
         modules: the modules that run; those inside them are found.
-        device: where they run.
-        autocast: the state in which they run.
-        where: their place in the model, for errors.
-        hooked: those of them whose own hooks run around the first run and around its backward.
+        device: device on which they run.
+        autocast: autocast state in which they run.
+        where: their name in the model, for errors.
+        hooked: those of them whose own hooks run around the forward and around its backward.
 
     Raises:
         ReversibleError: if FSDP shards one of the others on its own, or flattens parameters.
@@ -173,49 +243,50 @@ class Conditions:
         _refuse_sharded(self._modules, hooked, where)
         self.parameters = _parameters(self._modules)
         self._training: Sequence[bool] = ()
-        self._attention = AttentionKernels.now()
+        self._attention = _AttentionKernels.now()
         self._counted: list[tuple[nn.Module, str]] = []
         self._unchanged: list[tuple[str, Tensor, int]] = []
 
     @property
     def devices(self) -> set[torch.device]:
-        """Where random numbers may be drawn."""
+        """Devices whose generators may be drawn from."""
         return {self._device, *(p.device for p in self.parameters)}
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """The first run.
+        """Note the conditions, around the forward.
 
         Raises:
             ReversibleError: if a buffer changes, other than statistics that can be kept.
         """
         self._training = [m.training for m in self._modules]
-        self._attention = AttentionKernels.now()
+        self._attention = _AttentionKernels.now()
         watched = self._watch_buffers()
-        with uncached(), repeatable_kernels(self._device):
+        with uncached(), _same_convolutions(self._device):
             yield
         self._refuse_changed(watched)
         self._unchanged += [(f"the buffer {name!r}", b, v) for _, name, b, v in watched]
         self._unchanged += [("a parameter", p, p._version) for p in self.parameters]
 
     @contextmanager
-    def repeated(self) -> Iterator[None]:
-        """A repetition, with gradients or without as the caller has it.
+    def met_again(self) -> Iterator[None]:
+        """Meet the conditions again, around a replay with gradients or without.
 
         Raises:
-            ReversibleError: if the modules are no longer those that ran first.
+            ReversibleError: if the modules are no longer those of the forward.
         """
         self._check_unchanged()
-        with ExitStack() as stack:
-            stack.enter_context(self._modes())
-            stack.enter_context(statistics_kept(self._counted))
-            stack.enter_context(repeatable_kernels(self._device))
-            stack.enter_context(self._attention.restored())
-            stack.enter_context(self._autocast.restored())
+        with (
+            self._modes(),
+            statistics_kept(self._counted),
+            _same_convolutions(self._device),
+            self._attention.restored(),
+            self._autocast.restored(),
+        ):
             yield
 
     def _watch_buffers(self) -> list[tuple[nn.Module, str, Tensor, int]]:
-        """Every buffer that the run should not change, with its version.
+        """List every buffer that the forward should not change, with its version.
 
         Running statistics in training mode are set apart: they do not enter the result, so that the
         replay may start from other values. (Their kernels do not even count a new version.)
@@ -258,7 +329,7 @@ class Conditions:
 
     @contextmanager
     def _modes(self) -> Iterator[None]:
-        """Train and eval mode of every module as in the first run."""
+        """Set the train or eval mode of every module as in the forward."""
         found = [m.training for m in self._modules]
         self._set_modes(self._training)
         try:
@@ -273,7 +344,7 @@ class Conditions:
 
 @contextmanager
 def statistics_kept(counted: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
-    """Throwaway copies in place of running statistics, given as modules and names of buffers."""
+    """Run a block of code on copies of running statistics, given by module and name."""
     real = [(module, name, module._buffers[name]) for module, name in counted]
     for module, name, buffer in real:
         module._buffers[name] = None if buffer is None else buffer.clone()
@@ -285,12 +356,12 @@ def statistics_kept(counted: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
 
 
 def counts_statistics(module: nn.Module) -> bool:
-    """Whether the module takes statistics over the batch, and counts them in its buffers."""
+    """Tell whether the module takes statistics over the batch, and counts them in its buffers."""
     return isinstance(module, _NormBase) and module.training
 
 
 def _refuse_sharded(modules: Iterable[nn.Module], hooked: Sequence[nn.Module], where: str) -> None:
-    """Refuse parameters that are not there when a branch looks for them."""
+    """Refuse modules whose parameters FSDP keeps elsewhere while a branch is replayed."""
     # Importing FSDP to find out would take long; whoever uses it has.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
@@ -312,72 +383,5 @@ def _refuse_sharded(modules: Iterable[nn.Module], hooked: Sequence[nn.Module], w
 
 
 def _parameters(modules: Sequence[nn.Module]) -> tuple[nn.Parameter, ...]:
-    """The parameters that these modules hold themselves, each once."""
+    """List the parameters that these modules hold themselves, each once."""
     return tuple(dict.fromkeys(p for m in modules for p in m._parameters.values() if p is not None))
-
-
-CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True, slots=True)
-class GeneratorStates:
-    """States of the default generators of some devices, as uint8 tensors on the host."""
-
-    states: tuple[tuple[torch.device, Tensor], ...]
-
-    @classmethod
-    def now(cls, devices: Iterable[torch.device]) -> "GeneratorStates":
-        """The states at this moment, of the CPU's generator and of those of `devices`."""
-        chosen = dict.fromkeys([CPU, *(d for d in devices if d.type not in ("cpu", "meta"))])
-        return cls(tuple((device, _get(device)) for device in chosen))
-
-    def moved(self) -> bool:
-        """Whether any of these generators has been drawn from since."""
-        return any(not torch.equal(state, _get(device)) for device, state in self.states)
-
-    def set(self) -> None:
-        """Put the generators back to these states."""
-        for device, state in self.states:
-            if device == CPU:
-                torch.set_rng_state(state)
-            else:
-                torch.get_device_module(device).set_rng_state(state, device)
-
-    @contextmanager
-    def revisited(self) -> Iterator[None]:
-        """Run a block of code from these states, then leave the generators as they were found."""
-        found = GeneratorStates.now(device for device, _ in self.states)
-        self.set()
-        try:
-            yield
-        finally:
-            found.set()
-
-
-class Draws:
-    """Where the generators stood before each part of a run, so that any part can be repeated."""
-
-    def __init__(self) -> None:
-        self._marks: list[GeneratorStates] = []
-
-    def mark(self, stream: Tensor, devices: Iterable[torch.device]) -> None:
-        """A part of the run begins, on this tensor and with generators of these devices."""
-        # Fake tensors draw nothing, and cannot be mixed with real generator states.
-        if not isinstance(stream, FakeTensor):
-            self._marks.append(GeneratorStates.now(devices))
-
-    def settle(self) -> None:
-        """The run has ended: forget the states if it drew nothing."""
-        if self._marks and not self._marks[0].moved():
-            self._marks.clear()
-
-    def revisited(self, part: int) -> AbstractContextManager[None]:
-        """The generators as they stood before a part; as they are if the run drew nothing."""
-        return self._marks[part].revisited() if self._marks else nullcontext()
-
-
-def _get(device: torch.device) -> Tensor:
-    if device == CPU:
-        return torch.get_rng_state()
-    state: Tensor = torch.get_device_module(device).get_rng_state(device)
-    return state

@@ -17,8 +17,8 @@ from re2tal.reversible.containers import (
     ReversibleModuleList,
     ReversibleSequential,
     Rewired,
-    joined,
-    span_of,
+    dotted,
+    first_to_last,
 )
 from re2tal.reversible.controls import recomputed_modules, reversible_stages
 from re2tal.reversible.coupling import Bits, Budget, Coupling, Settings
@@ -32,10 +32,10 @@ class Stage:
     """A run of consecutive blocks that became one reversible stage.
 
     Attributes:
-        container: name of the sequential container in the model; "" is the model itself.
-        blocks: names of its blocks in the container, in order.
+        container: name of the container in the model; "" is the model itself.
+        blocks: names of the blocks in the container, in order.
         kind: class of the blocks.
-        branches: how many residual branches the stage runs.
+        branches: number of residual branches.
     """
 
     container: str
@@ -49,9 +49,9 @@ class LeftOut:
     """A module with parameters that stays as it was.
 
     Attributes:
-        name: its name in the model.
-        kind: its class.
-        reason: why it is not part of a reversible stage.
+        name: name in the model.
+        kind: class of the module.
+        reason: reason why it is not part of a reversible stage.
         recomputed: whether it is recomputed in the backward pass instead of stored.
     """
 
@@ -63,13 +63,13 @@ class LeftOut:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewireReport:
-    """What `rewire` did; ``print(report)`` is a table.
+    """Result of `rewire`; ``print(report)`` is a table.
 
     Attributes:
         coupling: alpha and beta of the stages.
         exact: whether streams are on the fixed-point grid.
-        stages: what became reversible.
-        left_out: what did not; of nested modules the outermost.
+        stages: the reversible stages.
+        left_out: modules that are in none; of nested ones the outermost.
     """
 
     coupling: Coupling
@@ -78,7 +78,7 @@ class RewireReport:
     left_out: tuple[LeftOut, ...]
 
     def __str__(self) -> str:
-        rows = [("module", "class", "what became of it"), *map(_stage_row, self.stages)]
+        rows = [("module", "class", "result"), *map(_stage_row, self.stages)]
         rows += map(_left_row, self.left_out)
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
         lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
@@ -97,31 +97,30 @@ class RewireReport:
 
 
 def _left_row(left: LeftOut) -> tuple[str, str, str]:
-    became = "recomputed" if left.recomputed else "as it was"
-    return left.name, left.kind, f"{became}: {left.reason}"
+    result = "recomputed" if left.recomputed else "as it was"
+    return left.name, left.kind, f"{result}: {left.reason}"
 
 
 def _stage_row(stage: Stage) -> tuple[str, str, str]:
     count = len(stage.blocks)
-    became = f"reversible: {count} block{'s' * (count > 1)}, {stage.branches} branches"
-    return joined(stage.container, span_of(stage.blocks)), stage.kind, became
+    result = f"reversible: {count} block{'s' * (count > 1)}, {stage.branches} branches"
+    return dotted(stage.container, first_to_last(stage.blocks)), stage.kind, result
 
 
-CONTAINERS: dict[type[nn.Module], type[Rewired]] = {
+_CONTAINERS: dict[type[nn.Module], type[Rewired]] = {
     nn.Sequential: ReversibleSequential,
     nn.ModuleList: ReversibleModuleList,
 }
-"""What the containers of blocks become."""
 
 
 @dataclass
-class Plan:
-    """What a model's modules can become.
+class _Plan:
+    """Stages and modules to recompute that were found in a model.
 
     Attributes:
-        containers: those with stages, with their name and their stages.
+        containers: containers with stages, each with its name and its stages.
         recomputed: modules to recompute, by name.
-        refused: why blocks and containers are left out, by name.
+        refused: reasons why blocks and containers are left out, by name.
     """
 
     containers: list[tuple[nn.Module, str, list[Stage]]] = field(default_factory=list)
@@ -132,7 +131,7 @@ class Plan:
     def blocks(self) -> set[str]:
         """Names of all blocks in a stage."""
         return {
-            joined(name, block)
+            dotted(name, block)
             for _, name, stages in self.containers
             for stage in stages
             for block in stage.blocks
@@ -143,7 +142,7 @@ class Plan:
         if not isinstance(module, (nn.Sequential, nn.ModuleList)):
             return
         stages = _stages(name, module, self.refused)
-        own = type(module) not in (*CONTAINERS, *CONTAINERS.values())
+        own = type(module) not in (*_CONTAINERS, *_CONTAINERS.values())
         if stages and own:
             kind = nn.Sequential if isinstance(module, nn.Sequential) else nn.ModuleList
             self.refused[name] = NotReversibleError(
@@ -165,7 +164,7 @@ class Plan:
                 self.recomputed[name] = module
                 return
             for child, submodule in module.named_children():
-                visit(joined(name, child), submodule)
+                visit(dotted(name, child), submodule)
 
         visit("", model)
 
@@ -173,14 +172,14 @@ class Plan:
 def _stages(
     container: str, module: nn.Module, refused: dict[str, NotReversibleError]
 ) -> list[Stage]:
-    """The maximal runs of reversible children; notes in `refused` why the others are none."""
+    """Find the maximal runs of reversible children; note in `refused` why others are in none."""
     counts: dict[str, int] = {}
     for name, child in module._modules.items():
         try:
             counts[name] = _count_branches(child)
         except NotReversibleError as error:
             counts[name] = 0
-            refused[joined(container, name)] = error
+            refused[dotted(container, name)] = error
     stages = []
     for reversible, run in groupby(counts, key=lambda name: counts[name] > 0):
         if reversible:
@@ -204,8 +203,8 @@ def _count_branches(block: nn.Module | None) -> int:
     return len(found)
 
 
-def left_out(model: nn.Module, plan: Plan) -> tuple[LeftOut, ...]:
-    """The outermost modules with parameters that hold nothing rewired, and why.
+def _left_out(model: nn.Module, plan: _Plan) -> tuple[LeftOut, ...]:
+    """List the outermost modules with parameters that hold nothing rewired, and why.
 
     A block that was refused for a reason of its own is named itself, not by what holds it.
     """
@@ -217,10 +216,10 @@ def left_out(model: nn.Module, plan: Plan) -> tuple[LeftOut, ...]:
     def visit(name: str, module: nn.Module) -> None:
         if name in rewired:
             return
-        inside = joined(name, "")
+        inside = dotted(name, "")
         if any(inside != other and other.startswith(inside) for other in named):
             for child, submodule in module.named_children():
-                visit(joined(name, child), submodule)
+                visit(dotted(name, child), submodule)
         elif any(True for _ in module.parameters()):
             kind = type(module).__name__
             reason = str(refused.get(name, f"no family is registered for {kind}"))
@@ -275,7 +274,7 @@ def rewire(
             `reconstruction_errors`.
 
     Returns:
-        What became reversible, what did not, and why.
+        A report of what became reversible, and why the rest did not.
 
     Raises:
         ValueError: if the coefficients are invalid or nothing in the model can be rewired.
@@ -286,7 +285,7 @@ def rewire(
         slice_bytes=slice_bytes,
         verify=verify,
     )
-    plan = Plan()
+    plan = _Plan()
     for name, module in model.named_modules():
         plan.consider(name, module)
     if recompute:
@@ -295,7 +294,7 @@ def rewire(
         coupling=settings.coupling,
         exact=settings.grid is not None,
         stages=tuple(stage for *_, stages in plan.containers for stage in stages),
-        left_out=left_out(model, plan),
+        left_out=_left_out(model, plan),
     )
     if not plan.containers:
         raise ValueError(
@@ -306,7 +305,7 @@ def rewire(
     unwire(model)
     for module, name, stages in plan.containers:
         blocks = frozenset(block for stage in stages for block in stage.blocks)
-        CONTAINERS[type(module)].adopt(module, settings=settings, rewired=blocks, place=name)
+        _CONTAINERS[type(module)].adopt(module, settings=settings, rewired=blocks, where=name)
     for name, module in plan.recomputed.items():
         vars(module)["forward"] = Recomputed(module, name)
     return report
@@ -321,7 +320,7 @@ def unwire(model: nn.Module) -> None:
     """
     found = list(reversible_stages(model))
     for name, stage in found:
-        if type(stage) not in CONTAINERS.values():
+        if type(stage) not in _CONTAINERS.values():
             raise ReversibleError(
                 f"{name or 'The model'} has become a {type(stage).__name__}, and cannot be given "
                 "back as it was. Call rewire and unwire before fully_shard."

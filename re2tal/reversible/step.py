@@ -1,4 +1,10 @@
-"""One branch of one forward: its first run, and the repetition that yields its gradients."""
+"""A step: ``x_i`` from ``x_{i-1}``, one branch in one forward of its stage.
+
+A `Step` computes the increment as autograd does, storing activations. A `ReversibleStep` stores
+none: its forward keeps only the increment, and its replay in the backward pass computes the
+increment again, now with gradients. Both run the branch piece by piece, so that the activations of
+one piece are all that is alive.
+"""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,53 +30,19 @@ from re2tal.reversible.replay import (
 )
 
 Span = tuple[int, int]
+"""First unit of a piece, and the one behind its last."""
 
 
-def shaped(x: Tensor, shape: torch.Size) -> Tensor:
-    """In this shape; as it is if it has it, for `reshape` would lose the memory format."""
-    return x if x.shape == shape else x.reshape(shape)
-
-
-class Joined:
-    """A result of the input's shape, put together from its pieces.
-
-    Args:
-        layout: of the pieces.
-        shape: of the result.
-    """
-
-    def __init__(self, layout: Layout, shape: torch.Size) -> None:
-        self._layout = layout
-        self._shape = shape
-        self.fresh = False  # whether nothing else can hold the result's memory
-        self.tensor: Tensor | None = None
-
-    def put(self, span: Span, piece: Tensor) -> None:
-        """Add the result for some units."""
-        if self._layout.contiguous and span == (0, self._layout.units):
-            self.tensor = shaped(piece, self._shape)
-            return
-        if self.tensor is None:
-            self.fresh = True
-            self.tensor = self._layout.new(piece, self._shape)
-        self._layout.put(self.tensor, *span, piece)
-
-    def result(self) -> Tensor:
-        """The whole, when every piece is there."""
-        assert self.tensor is not None
-        return self.tensor
-
-
-class BranchCall:
-    """A branch, the place where it stands, and what its block was called with.
+class Step:
+    """A branch in one forward of its stage, with the arguments of its block's call.
 
     Args:
         branch: the branch.
-        where: its place in the model, for errors.
-        dtype: of the stage's input, which the block was made for.
-        settings: how its stage runs.
-        args: what the block was called with after its first argument.
-        kwargs: what it was called with by name.
+        where: name in the model, for errors.
+        dtype: dtype of the stage's input, which the block was made for.
+        settings: settings of the stage.
+        args: positional arguments of the block's call after the first.
+        kwargs: keyword arguments of the block's call.
     """
 
     def __init__(
@@ -103,8 +75,29 @@ class BranchCall:
                 "set_reversible(model, False)."
             )
 
+    def increment(self, stream: Tensor) -> Tensor:
+        """Compute the increment, storing activations where gradients are on."""
+        layout, cuts = self.layout(stream)
+        shared, factor = self.share(layout, stream)
+        if len(cuts) == 1 and layout.contiguous:
+            piece = layout.take(stream, *cuts[0])
+            return _shaped(self.piece(layout, cuts[0], piece, shared, factor), stream.shape)
+        if not torch.is_grad_enabled():
+            joined = _Joined(layout, stream.shape)
+            for span in cuts:
+                piece = layout.take(stream, *span)
+                joined.put(span, self.piece(layout, span, piece, shared, factor))
+            return joined.result()
+        taken = _Take.apply(layout, cuts, stream)
+        pieces = [
+            self.piece(layout, span, piece, shared, factor)
+            for span, piece in zip(cuts, taken, strict=True)
+        ]
+        result: Tensor = _Join.apply(layout, cuts, stream.shape, *pieces)
+        return result
+
     def layout(self, stream: Tensor) -> tuple[Layout, list[Span]]:
-        """The units of an input ``(B, ...)`` and the spans of them that run at once."""
+        """Lay out an input ``(B, ...)`` in units, and cut these into the spans of pieces."""
         cut, tied = self.branch.cut, any(map(counts_statistics, self._submodules()))
         if self._settings.slice_bytes is None or cut is None or tied or stream.numel() == 0:
             return Whole(self._args, self._kwargs), [(0, 1)]
@@ -112,7 +105,7 @@ class BranchCall:
         return layout, spans(layout, bytes_of_piece(self._settings.slice_bytes, stream))
 
     def share(self, layout: Layout, stream: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """What all pieces use: the layout's shared tensors, and stochastic depth's factors."""
+        """Compute the tensors that all pieces use: the layout's, and stochastic depth's factors."""
         factor = None
         if self.branch.drop_path is not None:
             ones = stream.new_ones(stream.shape[0], 1)
@@ -128,7 +121,7 @@ class BranchCall:
         shared: Sequence[Tensor],
         factor: Tensor | None,
     ) -> Tensor:
-        """The increment for a piece of the stream, ``a(F(x) + alpha x)``, not yet on the grid.
+        """Compute the increment of a piece, ``a(F(x) + alpha x)``, not yet on the grid.
 
         Raises:
             ReversibleError: if the branch changes the shape, or its input.
@@ -163,6 +156,41 @@ class BranchCall:
         )
 
 
+class _Joined:
+    """Tensor of the input's shape that is put together from pieces.
+
+    Attributes:
+        fresh: whether nothing else can hold the tensor's memory.
+        tensor: the tensor so far; None before the first piece.
+    """
+
+    def __init__(self, layout: Layout, shape: torch.Size) -> None:
+        self._layout = layout
+        self._shape = shape
+        self.fresh = False
+        self.tensor: Tensor | None = None
+
+    def put(self, span: Span, piece: Tensor) -> None:
+        """Write a piece to its place."""
+        if self._layout.contiguous and span == (0, self._layout.units):
+            self.tensor = _shaped(piece, self._shape)
+            return
+        if self.tensor is None:
+            self.fresh = True
+            self.tensor = self._layout.new(piece, self._shape)
+        self._layout.put(self.tensor, *span, piece)
+
+    def result(self) -> Tensor:
+        """Return the whole, once every piece is there."""
+        assert self.tensor is not None
+        return self.tensor
+
+
+def _shaped(x: Tensor, shape: torch.Size) -> Tensor:
+    # reshape() to the shape that a tensor has already would lose its memory format.
+    return x if x.shape == shape else x.reshape(shape)
+
+
 class _Take(torch.autograd.Function):
     """All pieces of a tensor; the backward joins their gradients."""
 
@@ -179,20 +207,20 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, Tensor]:
-        joined = Joined(ctx.layout, ctx.shape)
+        joined = _Joined(ctx.layout, ctx.shape)
         for span, gradient in zip(ctx.cuts, gradients, strict=True):
             joined.put(span, gradient)
         return None, None, joined.result()
 
 
 class _Join(torch.autograd.Function):
-    """A result from its pieces; the backward takes the gradient apart."""
+    """Tensor from its pieces; the backward takes the gradient apart."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(layout: Layout, cuts: Sequence[Span], shape: torch.Size, *pieces: Tensor) -> Tensor:
-        joined = Joined(layout, shape)
+        joined = _Joined(layout, shape)
         for span, piece in zip(cuts, pieces, strict=True):
             joined.put(span, piece)
         return joined.result()
@@ -207,36 +235,15 @@ class _Join(torch.autograd.Function):
         return None, None, None, *taken
 
 
-def run_stored(call: BranchCall, stream: Tensor) -> Tensor:
-    """A branch's increment as autograd has it, storing activations where gradients are on."""
-    layout, cuts = call.layout(stream)
-    shared, factor = call.share(layout, stream)
-    if len(cuts) == 1 and layout.contiguous:
-        piece = layout.take(stream, *cuts[0])
-        return shaped(call.piece(layout, cuts[0], piece, shared, factor), stream.shape)
-    if not torch.is_grad_enabled():
-        joined = Joined(layout, stream.shape)
-        for span in cuts:
-            joined.put(span, call.piece(layout, span, layout.take(stream, *span), shared, factor))
-        return joined.result()
-    taken = _Take.apply(layout, cuts, stream)
-    pieces = [
-        call.piece(layout, span, piece, shared, factor)
-        for span, piece in zip(cuts, taken, strict=True)
-    ]
-    result: Tensor = _Join.apply(layout, cuts, stream.shape, *pieces)
-    return result
-
-
 @dataclass(frozen=True, slots=True)
-class Repetition:
-    """What repeating a branch yields.
+class Replay:
+    """Results of a replayed step.
 
     Attributes:
-        increment: of ``x_i``, as in the first run.
+        increment: the increment of ``x_i``, as in the forward.
         owned: whether nothing else holds the increment's memory.
-        to_input: the gradient that the increment passes to its input; None for zero.
-        to_parameters: the gradients of the wanted parameters; None where a parameter is not used.
+        to_input: gradient that the increment passes to ``x_{i-1}``; None for zero.
+        to_parameters: gradients of the wanted parameters; None where a parameter is not used.
     """
 
     increment: Tensor
@@ -245,97 +252,96 @@ class Repetition:
     to_parameters: list[Tensor | None]
 
 
-class Step:
-    """A branch of one forward.
-
-    The first run records gradients and drops the record piece by piece: kernels may be chosen by
-    whether an input needs a gradient, and the repetition must meet the same ones.
+class ReversibleStep:
+    """A step that stores no activations, and is replayed for its gradients.
 
     Args:
-        call: the branch as it is called.
-        grid: of its stage's streams; None is plain floating point.
-        autocast: the state in which it runs.
-        needs_gradient: whether its input needs a gradient.
-        device: where it runs.
+        step: the step.
+        grid: grid of the stage's streams; None is plain floating point.
+        autocast: autocast state of the forward.
+        device: device of the streams.
+        needs_gradient: whether the step's input needs a gradient.
     """
 
     def __init__(
         self,
-        call: BranchCall,
+        step: Step,
         grid: Grid | None,
         autocast: Autocast,
         device: torch.device,
         *,
         needs_gradient: bool,
     ) -> None:
-        self.where = call.where
-        self._call = call
+        self.where = step.where
+        self._step = step
         self._grid = grid
         self._needs_gradient = needs_gradient
-        self._conditions = Conditions(call.branch.modules, device, autocast, call.where)
+        self._conditions = Conditions(step.branch.modules, device, autocast, step.where)
         self._draws = Draws()
         self._cuts: list[Span] = []
 
     @property
     def parameters(self) -> tuple[torch.nn.Parameter, ...]:
-        """Of the branch, each once."""
+        """Parameters of the branch, each once."""
         return self._conditions.parameters
 
-    def first(self, current: Tensor) -> Tensor:
-        """Run the branch on ``x_{i-1}``: its increment."""
+    def forward(self, current: Tensor) -> Tensor:
+        """Compute the increment from ``x_{i-1}``."""
+        # Kernels may be chosen by whether an input needs a gradient, and the replay must meet the
+        # same ones: so gradients are recorded here too, and the record dropped piece by piece.
         with self._conditions.noted(), torch.enable_grad():
             self._mark(current)
-            layout, cuts = self._call.layout(current.detach())
-            self._cuts = _telling(cuts) if isinstance(current, FakeTensor) else cuts
-            shared, factor = self._call.share(layout, current.detach())
-            joined = Joined(layout, current.shape)
+            layout, cuts = self._step.layout(current.detach())
+            self._cuts = _decisive(cuts) if isinstance(current, FakeTensor) else cuts
+            shared, factor = self._step.share(layout, current.detach())
+            joined = _Joined(layout, current.shape)
             for span in self._cuts:
                 self._mark(current)
                 leaf = self._leaf(layout, span, current)
-                result = self._call.piece(layout, span, leaf, shared, factor)
+                result = self._step.piece(layout, span, leaf, shared, factor)
                 if span == self._cuts[0]:
                     self._refuse_others(result, leaf)
-                joined.put(span, self._increment(result))
+                joined.put(span, self._on_grid(result))
                 del result, leaf  # and with them what autograd has stored for the piece
         self._draws.settle()
         return joined.result()
 
-    def again(
+    def replay(
         self,
         current: Tensor,
         gradient: Tensor | None,
         wanted: Sequence[Tensor] = (),
         *,
         to_input: bool = False,
-    ) -> Repetition:
-        """Repeat the run, piece by piece.
+    ) -> Replay:
+        """Compute the increment again, and its gradients, piece by piece.
 
         Args:
             current: ``x_{i-1}``, as it was.
-            gradient: of ``x_i``; None repeats without gradients.
-            wanted: the parameters whose gradients are wanted.
-            to_input: whether the input's is.
+            gradient: gradient of ``x_i``; None computes no gradients.
+            wanted: parameters whose gradients are wanted.
+            to_input: whether the gradient of ``x_{i-1}`` is wanted.
 
         Raises:
-            ReversibleError: if the branch is no longer the one that ran first.
+            ReversibleError: if the branch is no longer the one of the forward.
         """
         surroundings = Surroundings(current.device)
-        with self._conditions.repeated(), torch.enable_grad(), hooks_paused(wanted):
-            with self._draws.revisited(0):
-                layout, _ = self._call.layout(current)
-                shared, factor = self._call.share(layout, current)
+        with self._conditions.met_again(), torch.enable_grad(), hooks_paused(wanted):
+            with self._draws.replayed(0):
+                layout, _ = self._step.layout(current)
+                shared, factor = self._step.share(layout, current)
             leaves = [s.detach().requires_grad_(s.requires_grad) for s in shared]
-            joined, passed = Joined(layout, current.shape), Joined(layout, current.shape)
+            joined, passed = _Joined(layout, current.shape), _Joined(layout, current.shape)
             needing = [s for s in leaves if s.requires_grad]
-            sums = _Sums(len(wanted) + len(needing))
+            totals: list[Tensor | None] = [None] * (len(wanted) + len(needing))
             # Autograd sums over the uses of a parameter from the last to the first, and sums of
             # floating-point numbers depend on their order.
             for part in reversed(range(len(self._cuts))):
                 span = self._cuts[part]
-                with self._draws.revisited(1 + part):
+                with self._draws.replayed(1 + part):
                     leaf = self._leaf(layout, span, current)
-                    result = self._call.piece(layout, span, leaf, leaves, factor)
-                joined.put(span, self._increment(result))
+                    result = self._step.piece(layout, span, leaf, leaves, factor)
+                joined.put(span, self._on_grid(result))
                 if gradient is None or not result.requires_grad:
                     continue
                 edge = get_gradient_edge(result)  # not the tensor: its values are spent
@@ -345,12 +351,13 @@ class Step:
                     found = differentiate(edge, inputs, layout.take(gradient, *span))
                 if to_input and (into := found.pop()) is not None:
                     passed.put(span, into)
-                sums.add(found)
-            total = sums.totals[: len(wanted)]
+                totals = _sums(totals, found)
             with surroundings.restored():
-                _through_shared(shared, sums.totals[len(wanted) :], wanted, total)
+                to_parameters = _through_shared(
+                    shared, totals[len(wanted) :], wanted, totals[: len(wanted)]
+                )
         owned = joined.fresh or self._grid is not None
-        return Repetition(joined.result(), owned, passed.tensor, total)
+        return Replay(joined.result(), owned, passed.tensor, to_parameters)
 
     def _leaf(self, layout: Layout, span: Span, stream: Tensor) -> Tensor:
         piece = layout.take(stream.detach(), *span)
@@ -368,7 +375,7 @@ class Step:
                     "set_reversible(model, False)."
                 )
 
-    def _increment(self, result: Tensor) -> Tensor:
+    def _on_grid(self, result: Tensor) -> Tensor:
         result = result.detach()
         return result if self._grid is None else self._grid.round(result)
 
@@ -376,18 +383,20 @@ class Step:
         self._draws.mark(stream, self._conditions.devices)
 
 
-def steps_of(calls: Sequence[BranchCall], stream: Tensor, grid: Grid | None) -> list[Step]:
-    """The steps of one forward, with all that needs a gradient marked as such."""
-    autocast, needs, steps = Autocast(stream.device), stream.requires_grad, []
-    for call in calls:
-        step = Step(call, grid, autocast, stream.device, needs_gradient=needs)
-        needs = needs or any(p.requires_grad for p in step.parameters)
-        steps.append(step)
-    return steps
+def reversible_steps(
+    steps: Sequence[Step], stream: Tensor, grid: Grid | None
+) -> list[ReversibleStep]:
+    """Make the steps of one forward reversible, and mark those whose input needs a gradient."""
+    autocast, needs, made = Autocast(stream.device), stream.requires_grad, []
+    for step in steps:
+        one = ReversibleStep(step, grid, autocast, stream.device, needs_gradient=needs)
+        needs = needs or any(p.requires_grad for p in one.parameters)
+        made.append(one)
+    return made
 
 
 def _leaves(result: Tensor) -> Iterator[Tensor]:
-    """The tensors that a result passes gradients to and that were not computed themselves."""
+    """Yield the tensors that a result passes gradients to and that no operator computed."""
     found: list[Any] = [result.grad_fn]
     seen: set[Any] = set()
     while found:
@@ -400,8 +409,8 @@ def _leaves(result: Tensor) -> Iterator[Tensor]:
             yield node.variable
 
 
-def _telling(cuts: list[Span]) -> list[Span]:
-    """The pieces that decide how much memory is needed, for tensors without values.
+def _decisive(cuts: list[Span]) -> list[Span]:
+    """Choose the pieces that decide how much memory is needed, for tensors without values.
 
     The last two, with which a backward begins, and the largest of the others: from the third piece
     on, the sums of gradients, the last piece's gradients and the present one's live side by side.
@@ -409,27 +418,10 @@ def _telling(cuts: list[Span]) -> list[Span]:
     return sorted(cuts[:-2], key=lambda span: span[0] - span[1])[:1] + cuts[-2:]
 
 
-class _Sums:
-    """Running sums of gradients; None stands for zero."""
-
-    def __init__(self, count: int) -> None:
-        self.totals: list[Tensor | None] = [None] * count
-
-    def add(self, gradients: Sequence[Tensor | None]) -> None:
-        self.totals = [add(a, b) for a, b in zip(self.totals, gradients, strict=True)]
-
-
-def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """The sum; None stands for zero."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
-
-
 def differentiate(
     result: Tensor | GradientEdge, inputs: Sequence[Tensor], gradient: Tensor
 ) -> list[Tensor | None]:
-    """The gradients of the inputs; None where the result does not depend on one."""
+    """Compute the gradients of the inputs; None where the result does not depend on one."""
     if not inputs:
         return []
     return list(torch.autograd.grad(result, inputs, gradient, allow_unused=True))
@@ -440,15 +432,22 @@ def _through_shared(
     gradients: Sequence[Tensor | None],
     wanted: Sequence[Tensor],
     totals: list[Tensor | None],
-) -> None:
-    """Pass the gradients of what the pieces shared on to the parameters, in place of `totals`."""
+) -> list[Tensor | None]:
+    """Add to the parameters' gradients what reaches them through the pieces' shared tensors."""
     needing = [s for s in shared if s.requires_grad]
     used = [(s, g) for s, g in zip(needing, gradients, strict=True) if g is not None]
     if not used or not wanted:
-        return
+        return totals
     tensors, grads = zip(*used, strict=True)
-    found = torch.autograd.grad(tensors, wanted, grads, allow_unused=True)
-    totals[:] = [add(a, b) for a, b in zip(totals, found, strict=True)]
+    return _sums(totals, torch.autograd.grad(tensors, wanted, grads, allow_unused=True))
+
+
+def _sums(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Add gradients one by one; None stands for zero."""
+    return [
+        (y if x is None else x) if x is None or y is None else x + y
+        for x, y in zip(a, b, strict=True)
+    ]
 
 
 @contextmanager

@@ -4,12 +4,17 @@ Each stage keeps a few numbers about its input: in exact mode a sum over all of 
 a sample of its values. At the end of its backward they are compared with the rebuilt input. On a
 GPU the verdict travels to the host while the device works on, and is read when it has arrived: at
 the next forward of the stage, or at once by `check`.
+
+How well a coupling that divides by beta can be run backwards is measured, not assumed. The way back
+of Dr2Net, ``x_{i-2} = (x_i - F_i(x_{i-1}) - alpha x_{i-1}) / beta``, multiplies the rounding errors
+of every branch by ``1 / beta`` and by how strongly the branches react. While alpha and beta move
+over training the answer changes, so a stage is tried out whenever alpha has moved by a twentieth,
+or beta by a twentieth of itself.
 """
 
 import logging
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -23,69 +28,10 @@ from re2tal.reversible.replay import (
     counts_statistics,
     statistics_kept,
 )
-from re2tal.reversible.step import BranchCall, steps_of
-
-_STEP = 0.05
-
-
-def gate_key(
-    settings: Settings, stream: Tensor, calls: Sequence[BranchCall], where: str
-) -> tuple[Any, ...]:
-    """What a measurement holds for."""
-    coupling = settings.coupling
-    precision = torch.get_autocast_dtype(stream.device.type)
-    if not torch.is_autocast_enabled(stream.device.type):
-        precision = stream.dtype
-    return (
-        where,
-        len(calls),
-        round(coupling.alpha / _STEP),
-        round(math.log(coupling.beta) / _STEP),  # the error grows with powers of 1 / beta
-        precision,
-        tuple(m.training for call in calls for m in call.branch.modules),
-    )
-
-
-@torch.no_grad()
-def reconstruction_error(calls: Sequence[BranchCall], stream: Tensor, settings: Settings) -> float:
-    """Run a stage forward and back again, without a trace.
-
-    Args:
-        calls: its branches.
-        stream: its input.
-        settings: with the coupling to try.
-
-    Returns:
-        The relative error (root mean square) of the rebuilt input; infinite if it is not finite.
-    """
-    modules = {m for call in calls for top in call.branch.modules for m in top.modules()}
-    counted = [(m, name) for m in modules if counts_statistics(m) for name in m._buffers]
-    coupling, stream = settings.coupling, stream.detach()
-    steps = steps_of(calls, stream, grid=None)
-    devices = {stream.device, *(p.device for step in steps for p in step.parameters)}
-    with ExitStack() as stack:
-        stack.enter_context(GeneratorStates.now(devices).revisited())
-        stack.enter_context(statistics_kept(counted))
-        current, previous = stream, stream
-        for step in steps:
-            increment = step.first(current)
-            current, previous = coupling.advance(increment, previous), current
-        last = current.double().norm()
-        for step in reversed(steps):
-            increment = step.again(previous, None).increment
-            current, previous = previous, coupling.rewind(increment, current)
-    # An input of zeros is measured by what the stage made of it.
-    size = stream.double().norm() if bool(stream.any()) else last
-    worst = max(float(difference(x, stream) / size) for x in (current, previous))
-    return math.inf if math.isnan(worst) else worst
-
-
-def difference(found: Tensor, truth: Tensor) -> Tensor:
-    """The norm of a difference, as a tensor."""
-    return (found - truth).double().norm()
-
+from re2tal.reversible.step import Step, reversible_steps
 
 _LOG = logging.getLogger(__name__)
+_COUPLING_CHANGE = 0.05  # of alpha, and of beta's logarithm, after which a stage is tried anew
 _SAMPLE = 2**16
 
 
@@ -93,9 +39,9 @@ class Watch:
     """Checks and measurements of one container; a copy or an unpickled one starts anew.
 
     Attributes:
-        errors: for each stage, by place, the relative error (root mean square) of the last input
-            that it rebuilt, as a tensor on the device; 0 in exact mode.
-        modes: for each stage, by place, how it ran last: "reversible" or "stored: why".
+        errors: relative error (root mean square) of the last input that a stage rebuilt, by the
+            stage's name, as a tensor on the device; 0 in exact mode.
+        modes: mode in which a stage ran last, by its name: "reversible" or "stored: why".
     """
 
     def __init__(self) -> None:
@@ -121,7 +67,7 @@ class Watch:
             self._pending.pop(0).read()
 
     def begins(self) -> None:
-        """A stage is run whose blocks are called one by one.
+        """Note that a stage begins whose blocks are called one by one.
 
         Raises:
             ReversibleError: if the last one was left before its end.
@@ -135,25 +81,23 @@ class Watch:
             )
 
     def left_at(self, name: str, *, at_end: bool) -> None:
-        """The block of this name has passed the stage's result on."""
+        """Note that the block of this name has passed the stage's result on."""
         self._left_at = None if at_end else name
 
     def forget(self, where: str) -> None:
         """Try a stage's coupling out anew at its next forward."""
         self._measured = {key: e for key, e in self._measured.items() if key[0] != where}
 
-    def stores(
-        self, calls: Sequence[BranchCall], stream: Tensor, settings: Settings, where: str
-    ) -> bool:
-        """Whether this stage stores its activations now; notes and logs the reason.
+    def stores(self, steps: Sequence[Step], stream: Tensor, settings: Settings, where: str) -> bool:
+        """Tell whether this stage stores its activations now; notes and logs the reason.
 
         A coupling that divides by beta is tried out on the stream at hand.
         """
         reason = settings.stored_because()
         if reason is None and self._inexact(settings) and not isinstance(stream, FakeTensor):
-            key = gate_key(settings, stream, calls, where)
+            key = _measurement_key(settings, stream, steps, where)
             if key not in self._measured:
-                self._measured[key] = reconstruction_error(calls, stream, settings)
+                self._measured[key] = reconstruction_error(steps, stream, settings)
             error = self._measured[key]
             if not error <= TOLERANCE:
                 reason = f"rebuilding would be off by {error:.1e}, more than {TOLERANCE:.0e}"
@@ -161,20 +105,20 @@ class Watch:
         return reason is not None
 
     def note(self, where: str, mode: str, settings: Settings) -> None:
-        """Note how a stage runs, and log it if that is new."""
+        """Note the mode of a stage, and log it if it is new."""
         if self.modes.get(where) != mode:
             self.modes[where] = mode
             weights = f"alpha={settings.coupling.alpha:g}, beta={settings.coupling.beta:g}"
             _LOG.info("%s: %s (%s)", where or "model", mode, weights)
 
-    def extent(self, grid: Grid | None, stream: Tensor, where: str) -> "Extent":
-        """What watches the magnitude of a forward's streams."""
-        return Extent(self, grid, stream, where)
+    def extent(self, grid: Grid | None, stream: Tensor, where: str) -> "_Extent":
+        """Watch the magnitude of a forward's streams."""
+        return _Extent(self, grid, stream, where)
 
     def witness(
         self, current: Tensor, previous: Tensor, settings: Settings, where: str
     ) -> "Witness | None":
-        """What remembers the streams at the bottom of a tape; None if nothing is to be compared."""
+        """Remember the streams at the bottom of a tape; None if nothing is to be compared."""
         if not settings.verify or isinstance(current, FakeTensor):
             return None
         return Witness(self, current, previous, settings, where)
@@ -190,8 +134,65 @@ class Watch:
         return not settings.exact and (coupling.alpha != 0 or coupling.beta != 1)
 
 
-class Extent:
-    """The largest magnitude of the streams of one forward on the grid."""
+@torch.no_grad()
+def reconstruction_error(steps: Sequence[Step], stream: Tensor, settings: Settings) -> float:
+    """Run a stage forward and back again, without a trace.
+
+    Args:
+        steps: steps of the stage.
+        stream: input of the stage.
+        settings: settings with the coupling to try.
+
+    Returns:
+        The relative error (root mean square) of the rebuilt input; infinite if it is not finite.
+    """
+    modules = {m for step in steps for top in step.branch.modules for m in top.modules()}
+    counted = [(m, name) for m in modules if counts_statistics(m) for name in m._buffers]
+    coupling, stream = settings.coupling, stream.detach()
+    reversible = reversible_steps(steps, stream, grid=None)
+    devices = {stream.device, *(p.device for step in reversible for p in step.parameters)}
+    with GeneratorStates.now(devices).restored(), statistics_kept(counted):
+        current, previous = stream, stream
+        for step in reversible:
+            increment = step.forward(current)
+            current, previous = coupling.advance(increment, previous), current
+        last = current.double().norm()
+        for step in reversed(reversible):
+            increment = step.replay(previous, None).increment
+            current, previous = previous, coupling.rewind(increment, current)
+    # An input of zeros is measured by what the stage made of it.
+    size = stream.double().norm() if bool(stream.any()) else last
+    worst = max(float(_difference(x, stream) / size) for x in (current, previous))
+    return math.inf if math.isnan(worst) else worst
+
+
+def _measurement_key(
+    settings: Settings, stream: Tensor, steps: Sequence[Step], where: str
+) -> tuple[Any, ...]:
+    """Describe the runs of a stage for which a measured error holds."""
+    coupling = settings.coupling
+    precision = torch.get_autocast_dtype(stream.device.type)
+    if not torch.is_autocast_enabled(stream.device.type):
+        precision = stream.dtype
+    return (
+        where,
+        len(steps),
+        round(coupling.alpha / _COUPLING_CHANGE),
+        round(
+            math.log(coupling.beta) / _COUPLING_CHANGE
+        ),  # the error grows with powers of 1 / beta
+        precision,
+        tuple(m.training for step in steps for m in step.branch.modules),
+    )
+
+
+def _difference(found: Tensor, truth: Tensor) -> Tensor:
+    """Norm of a difference, as a tensor."""
+    return (found - truth).double().norm()
+
+
+class _Extent:
+    """Largest magnitude of the streams of one forward on the grid."""
 
     def __init__(self, watch: Watch, grid: Grid | None, stream: Tensor, where: str) -> None:
         self._watch = watch
@@ -206,7 +207,7 @@ class Extent:
             self._largest += torch.aminmax(stream.detach())
 
     def judge(self) -> Tensor | None:
-        """Compare with what the grid can hold; returns the largest magnitude there was."""
+        """Compare the largest magnitude with the grid's limit, and return it."""
         if self._grid is None:
             return None
         largest = torch.stack(self._largest).abs().amax().double()
@@ -226,10 +227,10 @@ class Extent:
 
 
 class Witness:
-    """Remembers the streams ``x_{d-1}`` and ``x_{d-2}`` below the first branch ``d`` of a tape.
+    """Memory of the streams ``x_{d-1}`` and ``x_{d-2}`` below the first step ``d`` of a tape.
 
     Attributes:
-        largest: the largest magnitude of the forward's streams, once it is known.
+        largest: largest magnitude of the forward's streams, once it is known.
     """
 
     largest: Tensor | None = None
@@ -246,10 +247,10 @@ class Witness:
         self._before = before if same else self._read(current), before
 
     def compare(self, current: Tensor, previous: Tensor) -> None:
-        """Compare with the rebuilt ones."""
+        """Compare the rebuilt streams with those of the forward."""
         pairs = list(zip((self._read(current), self._read(previous)), self._before, strict=True))
         if not self._exact:
-            errors = [difference(a, b) / b.double().norm() for a, b in pairs]
+            errors = [_difference(a, b) / b.double().norm() for a, b in pairs]
             error = self._watch.errors[self._where] = torch.stack(errors).amax()
             bad = (error > TOLERANCE) | error.isnan()
             verdict = torch.stack([bad.to(error.dtype), error, error])
@@ -276,7 +277,7 @@ class Witness:
 
 
 class _Verdict:
-    """Whether something went wrong, and two numbers about it, on their way to the host."""
+    """Verdict of a check and two numbers for its error message, on their way to the host."""
 
     def __init__(self, answer: Tensor, if_so: Callable[[float, float], None]) -> None:
         self._if_so = if_so
@@ -301,7 +302,7 @@ class _Verdict:
 
 
 def _bits(stream: Tensor) -> Tensor:
-    """The sum of the bit patterns, which any bit changes, whatever the order of summation."""
+    """Sum up the bit patterns: any bit changes the sum, and no order of summation does."""
     whole = {4: torch.int32, 8: torch.int64}[stream.element_size()]
     return stream.detach().view(whole).sum(dtype=torch.int64)
 

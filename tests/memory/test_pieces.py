@@ -23,7 +23,7 @@ def test_few_pieces_peak_like_all(
     rewire(model, slice_bytes=slice_bytes)
     set_reversible(model, reversible)
     few = predict_peak(model, x)
-    monkeypatch.setattr(step, "_telling", lambda cuts: cuts)
+    monkeypatch.setattr(step, "_decisive", lambda cuts: cuts)
     every = predict_peak(model, x)
     assert few.activations > 3 * few.parameters
     assert few == every

@@ -18,7 +18,7 @@ from re2tal.reversible import (
 )
 from re2tal.reversible.branches import split
 from re2tal.reversible.coupling import TOLERANCE, Settings
-from re2tal.reversible.step import BranchCall
+from re2tal.reversible.step import Step
 from re2tal.reversible.watch import reconstruction_error
 from tests.reversible.test_families import scrambled
 from tests.reversible.toy_blocks import MlpBlock, PairBlock, one_step
@@ -52,8 +52,8 @@ def mode(model: nn.Module) -> str:
 
 def measured(chain: list[MlpBlock], x: Tensor, alpha: float, beta: float) -> float:
     settings = Settings(coupling=Coupling(alpha=alpha, beta=beta))
-    calls = [BranchCall(branch, "", x.dtype, settings) for b in chain for branch in split(b)]
-    return reconstruction_error(calls, x, settings)
+    steps = [Step(branch, "", x.dtype, settings) for b in chain for branch in split(b)]
+    return reconstruction_error(steps, x, settings)
 
 
 @torch.no_grad()
@@ -193,9 +193,9 @@ def measurements(monkeypatch: pytest.MonkeyPatch) -> list[Coupling]:
     tried: list[Coupling] = []
     real = watch.reconstruction_error
 
-    def noting(calls: list[BranchCall], stream: Tensor, settings: Settings) -> float:
+    def noting(steps: list[Step], stream: Tensor, settings: Settings) -> float:
         tried.append(settings.coupling)
-        return real(calls, stream, settings)
+        return real(steps, stream, settings)
 
     monkeypatch.setattr(watch, "reconstruction_error", noting)
     return tried

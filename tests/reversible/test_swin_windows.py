@@ -19,7 +19,7 @@ from re2tal.reversible import Branch, rewire
 from re2tal.reversible.branches import split
 from re2tal.reversible.coupling import Budget, Settings
 from re2tal.reversible.families.swin import RelativeBias, Windows
-from re2tal.reversible.step import BranchCall, run_stored
+from re2tal.reversible.step import Step
 from tests.reversible.test_families import scrambled
 from tests.reversible.toy_blocks import assert_reversible_is_stored, tiny_swin
 
@@ -70,7 +70,7 @@ def attention(of: SwinTransformerBlock) -> Branch:
 
 def cut(branch: Branch, x: Tensor, budget: Budget) -> Tensor:
     """The branch in pieces, with gradients."""
-    return run_stored(BranchCall(branch, "block", x.dtype, Settings(slice_bytes=budget)), x)
+    return Step(branch, "block", x.dtype, Settings(slice_bytes=budget)).increment(x)
 
 
 def video(size: tuple[int, ...], batch: int = 2) -> Tensor:

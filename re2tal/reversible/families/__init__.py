@@ -1,7 +1,7 @@
-"""The families of blocks of other libraries, each in a file of its own.
+"""Families of blocks of other libraries, each in a file of its own.
 
-A library is not imported to know its blocks: `load_families` reads the file that fits a class which
-is there already.
+A library is not imported to know its blocks: `load_families` reads only the files of the library
+that a class at hand comes from.
 """
 
 from importlib import import_module
@@ -20,7 +20,7 @@ def load_families(cls: type) -> None:
     Calling it again costs nothing.
 
     Args:
-        cls: the class of a module.
+        cls: class of a module.
     """
     for base in cls.__mro__:
         package = ".".join(base.__module__.split(".")[:2])

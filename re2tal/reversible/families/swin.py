@@ -23,7 +23,7 @@ from torchvision.models.video.swin_transformer import PatchEmbed3d, ShiftedWindo
 from re2tal.reversible.branches import Branch, ByToken, Layout, branches, has_hooks, recomputed
 
 _MASKED = -100.0
-"""What torchvision adds to the scores of tokens that the cyclic shift brought together."""
+"""Added by torchvision to the scores of tokens that the cyclic shift brought together."""
 
 
 @branches.register
@@ -60,10 +60,10 @@ def _between_stages(module: nn.Module) -> bool:  # noqa: ARG001
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """Cuts the attention of a Swin block, after its norm, into windows.
+    """Cut of the attention of a Swin block, with its norm, into windows.
 
     Attributes:
-        norm: applied to every token before the attention.
+        norm: norm of every token before the attention.
         attention: torchvision's module, for images or video.
     """
 
@@ -112,7 +112,7 @@ class _WindowLayout:
     contiguous: bool = False
 
     def share(self) -> tuple[Tensor, ...]:
-        """The relative position bias, ``(1, heads, tokens, tokens)``."""
+        """Compute the relative position bias, ``(1, heads, tokens, tokens)``."""
         table, own = self.attention.relative_position_bias_table, self.attention.window_size
         if self.window[1:] == tuple(own[1:]):
             index = self.attention.relative_position_index
@@ -121,11 +121,11 @@ class _WindowLayout:
         return (self.attention.get_relative_position_bias(list(self.window)),)
 
     def new(self, piece: Tensor, shape: torch.Size) -> Tensor:
-        """An empty tensor of a shape, with a spare row behind its end for what padding yields."""
+        """Make an empty tensor of a shape, with a spare row behind its end for padding."""
         return piece.new_empty(prod(shape[:-1]) + 1, shape[-1])[:-1].view(shape)
 
     def take(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """``(windows, tokens, C)``, zero at padding."""
+        """Gather windows ``(windows, tokens, C)``, zero at padding."""
         index, rows = self.index[start:stop], x.reshape(-1, x.shape[-1])
         if self.padded == self.size:
             return _rows(rows, index)
@@ -151,7 +151,7 @@ class _WindowLayout:
         stop: int,
         shared: Sequence[Tensor],
     ) -> Tensor:
-        """Attention within each window of a piece: torchvision's, with a fused kernel."""
+        """Compute the attention within each window of a piece, with a fused kernel on a GPU."""
         attention, (bias,) = self.attention, shared
         x = self.norm(piece)
         if self.padded != self.size:
@@ -169,14 +169,14 @@ class _WindowLayout:
 
 
 def _mask(regions: Tensor, start: int, stop: int, like: Tensor) -> Tensor:
-    """``(windows, 1, tokens, tokens)``: what keeps apart tokens that were not neighbours."""
+    """Make the mask ``(windows, 1, tokens, tokens)`` of tokens that were not neighbours."""
     chosen = regions[torch.arange(start, stop, device=regions.device) % regions.shape[0]]
     apart = chosen.unsqueeze(1) != chosen.unsqueeze(2)
     return like.new_zeros(()).masked_fill(apart, _MASKED).unsqueeze(1)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
-    """``(windows, heads, tokens, C / heads)``: fused where the bias can get a gradient."""
+    """Attend, ``(windows, heads, tokens, C / heads)``; fused where the bias gets a gradient."""
     if q.device.type == "cuda":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
     # Elsewhere it falls back to these matrices, and guards them against rows that are all masked.
@@ -185,7 +185,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Te
 
 
 def _scores(device: torch.device) -> int:
-    """Elements alive for each pair of tokens: fused attention holds the gradient of its bias."""
+    """Count the elements alive for each pair of tokens; a fused one is the bias's gradient."""
     return 1 if device.type == "cuda" else 4
 
 
@@ -195,7 +195,7 @@ def _rows(rows: Tensor, index: Tensor) -> Tensor:
 
 
 class RelativeBias(torch.autograd.Function):
-    """The bias between all pairs of tokens of a window, from the table of offsets.
+    """Bias between all pairs of tokens of a window, from the table of offsets.
 
     The gradient of an offset is the sum over a diagonal of each axis. It is taken with shears,
     axis by axis, many times as fast as the scattered additions of an index, and always in the same
@@ -208,13 +208,13 @@ class RelativeBias(torch.autograd.Function):
     def forward(
         table: Tensor, index: Tensor, own: tuple[int, ...], window: tuple[int, ...]
     ) -> Tensor:
-        """``(1, heads, tokens, tokens)``.
+        """Look up the bias, ``(1, heads, tokens, tokens)``.
 
         Args:
             table: ``(offsets, heads)`` over all axes of the module's own window.
             index: ``(tokens, tokens)`` of the own window: the row of each pair.
-            own: that window.
-            window: the one in use; it may be shorter along the first axis.
+            own: the module's own window.
+            window: the window in use; it may be shorter along the first axis.
         """
         tokens = prod(window)
         pairs = index.view(prod(own), prod(own))[:tokens, :tokens]
@@ -227,7 +227,7 @@ class RelativeBias(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        """The gradient of the table."""
+        """Compute the gradient of the table."""
         own, window = ctx.own, ctx.window
         heads, axes = gradients[0].shape[1], len(window)
         gradient = gradients[0].reshape(heads, *window, *window)
@@ -241,7 +241,7 @@ class RelativeBias(torch.autograd.Function):
 
 
 def _sheared_sum(pairs: Tensor) -> Tensor:
-    """Sums over ``i - j``: ``(..., w, w)`` to ``(..., 2 w - 1)``, from ``1 - w`` to ``w - 1``."""
+    """Sum over ``i - j``: ``(..., w, w)`` to ``(..., 2 w - 1)``, from ``1 - w`` to ``w - 1``."""
     w = pairs.shape[-1]
     padded = F.pad(pairs.flip(-1), (0, w)).flatten(-2)
     # Rows of one less than their length: each row starts one place further to the right.
@@ -256,7 +256,7 @@ def _index(
     shift: tuple[int, ...],
     device: torch.device,
 ) -> Tensor:
-    """The row of every token of every window, ``(windows, tokens)``; one behind the end if none."""
+    """List the row of each window's tokens, ``(windows, tokens)``; behind the end for padding."""
     axes = len(size)
     row = torch.zeros((1,) * (2 * axes), dtype=torch.long, device=device)
     inside = torch.ones((1,) * (2 * axes), dtype=torch.bool, device=device)
@@ -275,7 +275,7 @@ def _index(
 def _regions(
     padded: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], device: torch.device
 ) -> Tensor:
-    """Which parts of the unshifted input meet in a window: ``(windows of a sample, tokens)``."""
+    """Number the parts of the unshifted input in windows: ``(windows of a sample, tokens)``."""
     axes = len(padded)
     region = torch.zeros((1,) * (2 * axes), dtype=torch.int, device=device)
     for axis in range(axes):

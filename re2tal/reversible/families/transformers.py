@@ -18,7 +18,7 @@ def register(cls: type) -> None:
     """Register the family of a class, if this file describes one.
 
     Args:
-        cls: a class of transformers.
+        cls: class of a layer.
     """
     name = f"{cls.__module__.removeprefix('transformers.models.')}.{cls.__qualname__}"
     if name in _BRANCHES and cls not in branches.registry:
@@ -195,8 +195,8 @@ def _spatial(block: Any, frames: int) -> Callable[..., Tensor]:
 
 
 _WIDTH = 13
-"""Channels that a token of an attention keeps alive, in those of the block: norm; q, k and v; the
-result, once more with the heads joined; projection, dropout and masks; gradients of q, k and v."""
+"""Elements that a token of an attention keeps alive, per channel: norm; q, k and v; the result, with
+the heads apart and joined; projection, dropout and masks; gradients of q, k and v."""
 
 
 def _attention_cut(attention: Any, channels: int, dropout: float, more: int = 0) -> SelfAttention:

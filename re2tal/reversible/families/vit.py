@@ -1,4 +1,4 @@
-"""How the branches of a vision transformer are cut, whichever library it comes from."""
+"""Cuts of the branches of a vision transformer, whichever library it comes from."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,13 +8,13 @@ from torch import Tensor
 from re2tal.reversible.branches import BySample, ByToken, Cut, Layout, Whole
 
 _COPIES = 4
-"""Of an attention matrix, kept alive without a fused kernel: the scores or their mask of dropout,
-their softmax, and a gradient of each."""
+"""Copies of an attention matrix that an unfused kernel keeps alive: the scores or their mask of
+dropout, their softmax, and a gradient of each."""
 
 
 @dataclass(frozen=True, slots=True)
 class SelfAttention:
-    """For attention among the tokens of a sample, ``(B, N, C)``; a sample is a unit.
+    """Cut for attention among the tokens of a sample, ``(B, N, C)``; a sample is a unit.
 
     An argument with a row for each sample, such as a mask of padding, would have to be cut along:
     with one, the branch runs whole.
@@ -30,7 +30,7 @@ class SelfAttention:
     spread: int = 1
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Layout:
-        """The samples of ``(B, N, C)``."""
+        """Lay out the samples of ``(B, N, C)``."""
         given = (*args, *kwargs.values())
         if any(isinstance(value, Tensor) and value.shape[:1] == x.shape[:1] for value in given):
             return Whole(args, kwargs)
@@ -40,25 +40,25 @@ class SelfAttention:
 
 
 def scores(heads: int, *, fused: bool = False, dropout: float = 0.0, more: int = 0) -> int:
-    """Elements that an attention keeps alive for each pair of a token and a key.
+    """Count the elements that an attention keeps alive for each pair of a token and a key.
 
     Args:
-        heads: of the attention.
+        heads: number of heads.
         fused: whether the scores are left to `scaled_dot_product_attention`, which never holds the
             matrix of all of them, except with dropout on a CPU.
-        dropout: its probability in the attention matrix.
+        dropout: probability of dropout in the attention matrix.
         more: copies of the matrix beside those that every attention needs.
     """
     return 0 if fused and dropout == 0 else (_COPIES + more) * heads
 
 
 def mlp_cut(channels: int, hidden: int, copies: int = 4) -> Cut:
-    """The tokens of a norm and an MLP with one hidden layer.
+    """Cut a norm and an MLP with one hidden layer into tokens.
 
     Args:
-        channels: C of the block.
+        channels: channels of the block.
         hidden: width of the hidden layer.
-        copies: of the hidden layer that are kept alive. Four are for an activation with a kernel of
-            its own: before and after it, a gradient of the one, and what dropout keeps.
+        copies: copies of the hidden layer that are kept alive. Four are for an activation with a
+            kernel of its own: its input and output, a gradient, and the copy that dropout keeps.
     """
     return ByToken(4 * channels + copies * hidden)  # C: input, norm, output and a gradient
