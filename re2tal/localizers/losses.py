@@ -1,19 +1,16 @@
-"""The losses of a point-based localizer and their common normaliser."""
+"""Losses of localizers, and the counts by which they are divided."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
-from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import sigmoid_focal_loss
 
-from re2tal.localizers.protocol import Targets
-
 MOMENTUM = 0.9
+
+# Denominators of overlaps are at least this.
+SMALLEST = 1e-8
 
 
 def focal_loss(logits: Tensor, classes: Tensor, valid: Tensor, *, smoothing: float) -> Tensor:
@@ -31,6 +28,26 @@ def focal_loss(logits: Tensor, classes: Tensor, valid: Tensor, *, smoothing: flo
     soft = classes * (1 - smoothing) + smoothing / (logits.shape[-1] + 1)
     loss = sigmoid_focal_loss(logits.float(), soft, alpha=0.25, gamma=2.0, reduction="none")
     return torch.where(valid[..., None], loss, 0).sum()
+
+
+def balanced_cross_entropy(
+    logits: Tensor, classes: Tensor, valid: Tensor, *, all_ranks: bool = False
+) -> Tensor:
+    """Mean cross entropy of the positives plus that of the negatives.
+
+    Args:
+        logits: `(B, A, K + 1)`, of which the first is that of the background.
+        classes: `(B, A)` int64 in 0 to K.
+        valid: `(B, A)` bool, false at anchors that count nothing.
+        all_ranks: as `mean_over`.
+
+    Returns:
+        A scalar in float32.
+    """
+    loss = F.cross_entropy(logits.float().transpose(1, 2), classes, reduction="none")
+    positive = classes > 0
+    negatives = mean_over(loss, valid & ~positive, all_ranks=all_ranks)
+    return mean_over(loss, valid & positive, all_ranks=all_ranks) + negatives
 
 
 def diou_loss(predicted: Tensor, actual: Tensor, positive: Tensor) -> Tensor:
@@ -58,6 +75,45 @@ def diou_loss(predicted: Tensor, actual: Tensor, positive: Tensor) -> Tensor:
     overlap = shared / union.clamp(min=smallest)
     loss = 1 - overlap + (distance / around.clamp(min=smallest)).square()
     return torch.where(positive, loss, 0).sum()
+
+
+def giou_loss(
+    predicted: Tensor, actual: Tensor, positive: Tensor, *, all_ranks: bool = False
+) -> Tensor:
+    """Mean of the generalised IoU loss in one dimension (Rezatofighi et al., CVPR 2019).
+
+    `1 - IoU + (length of the smallest segment around both - union) / the former`.
+
+    Args:
+        predicted: `(..., 2)` segments; one given the wrong way round counts as turned.
+        actual: `(..., 2)` segments where `positive`.
+        positive: `(...)` bool, which pairs count. The others may hold anything finite.
+        all_ranks: as `mean_over`.
+
+    Returns:
+        A scalar in float32, zero when nothing is positive.
+    """
+    start, end = predicted.float().amin(dim=-1), predicted.float().amax(dim=-1)
+    actual_start, actual_end = actual.float().unbind(dim=-1)
+    shared = (torch.minimum(end, actual_end) - torch.maximum(start, actual_start)).clamp(min=0)
+    union = (end - start) + (actual_end - actual_start) - shared
+    around = torch.maximum(end, actual_end) - torch.minimum(start, actual_start)
+    overlap = shared / union.clamp(min=SMALLEST)
+    loss = 1 - overlap + (around - union) / around.clamp(min=SMALLEST)
+    return mean_over(loss, positive, all_ranks=all_ranks)
+
+
+def mean_over(loss: Tensor, chosen: Tensor, *, all_ranks: bool) -> Tensor:
+    """The mean of `loss` where `chosen`, zero when nothing is.
+
+    Args:
+        loss: of any shape.
+        chosen: bool of the same shape.
+        all_ranks: divide by what is chosen on all ranks, which then must all call this, so that the
+            mean of the ranks' results is that of all of it.
+    """
+    total, ranks = over_ranks(chosen.sum()) if all_ranks else (chosen.sum(), 1)
+    return torch.where(chosen, loss, 0).sum() * ranks / total.clamp(min=1)
 
 
 def over_ranks(count: Tensor) -> tuple[Tensor, int]:
@@ -113,145 +169,3 @@ class LossNormalizer(nn.Module):
                 self.count(positives, passes=1)
             self._counted -= 1
         return self.mean / self._parts
-
-
-# Instances at most this much longer (grid units) than a point's shortest one share the point:
-# THUMOS-14 annotates some actions twice, under two classes.
-SAME_LENGTH = 1e-3
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Points:
-    """The P time steps of all pyramid levels, level by level.
-
-    Attributes:
-        times: `(P,)` positions in feature-grid units.
-        strides: `(P,)` the distance to the level's next point.
-        ranges: `(P, 2)` least and greatest distance that a point may regress, grid units.
-        lengths: of each level its number of points.
-    """
-
-    times: Tensor
-    strides: Tensor
-    ranges: Tensor
-    lengths: tuple[int, ...]
-
-
-def make_points(length: int, ranges: Sequence[tuple[float, float]], device: torch.device) -> Points:
-    """The points of a pyramid of stride 2 over `length` features, one level for each range.
-
-    Level l has a point at each multiple of 2^l.
-    """
-    lengths = tuple(length >> level for level in range(len(ranges)))
-    count = torch.tensor(lengths, device=device)
-    strides = 2 ** torch.arange(len(ranges), device=device)
-    times = [torch.arange(n, device=device) * 2**level for level, n in enumerate(lengths)]
-    return Points(
-        times=torch.cat(times).float(),
-        strides=strides.float().repeat_interleave(count, output_size=sum(lengths)),
-        ranges=torch.tensor(ranges, device=device).repeat_interleave(
-            count, dim=0, output_size=sum(lengths)
-        ),
-        lengths=lengths,
-    )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PointTargets:
-    """What each point has to predict.
-
-    Attributes:
-        classes: `(B, P, K)` float32, one for each class that the point is a positive of.
-        offsets: `(B, P, 2)` distances to the start and the end of its action, in strides; they
-            mean something at positive points only.
-    """
-
-    classes: Tensor
-    offsets: Tensor
-
-
-@torch.no_grad()
-def assign(
-    points: Points,
-    targets: Sequence[Targets],
-    num_classes: int,
-    *,
-    radius: float,
-    shortest_only: bool = True,
-) -> PointTargets:
-    """Gives each point the action that it has to find (Zhang et al., ECCV 2022, section 3.3).
-
-    A point is positive for an instance when it lies inside it, within `radius` strides of its
-    centre, and its greater distance to the instance's two ends lies in its level's range. Of
-    several instances it takes the shortest, of equally short ones the classes of all and the
-    offsets of the first.
-
-    Args:
-        points: P points.
-        targets: of B samples the instances.
-        num_classes: K.
-        radius: of the centre sampling, in strides of the point's level.
-        shortest_only: false to give a point the classes of all instances that it is positive for,
-            and still the offsets of the shortest.
-
-    Raises:
-        ValueError: If a label is not one of the K.
-    """
-    device = points.times.device
-    segments, labels = pad_targets(targets, num_classes, device)
-    start, end = segments[:, None, :, 0], segments[:, None, :, 1]  # (B, 1, N)
-    time = points.times[None, :, None]
-    reach = radius * points.strides[None, :, None]
-    centre = (start + end) / 2
-    left, right = time - start, end - time  # (B, P, N)
-    from_left = time - torch.maximum(start, centre - reach)
-    from_right = torch.minimum(end, centre + reach) - time
-    farthest = torch.maximum(left, right)
-    least, most = points.ranges[None, :, None, 0], points.ranges[None, :, None, 1]
-    candidate = (
-        (torch.minimum(from_left, from_right) > 0)
-        & (farthest >= least)
-        & (farthest <= most)
-        & (labels >= 0)[:, None]
-    )
-    length = torch.where(candidate, end - start, torch.inf)
-    shortest, chosen = length.min(dim=2, keepdim=True)  # of equals the first
-    shared = candidate & (length <= shortest + SAME_LENGTH) if shortest_only else candidate
-    # Padding has no class: its row of the one-hot matrix is never selected.
-    one_hot = F.one_hot(labels.clamp(min=0), num_classes).to(start.dtype)
-    offsets = torch.cat([left.gather(2, chosen), right.gather(2, chosen)], dim=2)
-    return PointTargets(
-        classes=(shared.to(start.dtype) @ one_hot).clamp(max=1.0),
-        offsets=offsets / points.strides[None, :, None],
-    )
-
-
-def pad_targets(
-    targets: Sequence[Targets], num_classes: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The targets of a batch as tensors.
-
-    Args:
-        targets: of B samples the instances.
-        num_classes: K.
-        device: where the tensors go.
-
-    Returns:
-        Segments `(B, N, 2)` float32 and labels `(B, N)`, -1 where padded; N is at least one.
-
-    Raises:
-        ValueError: If a label is not one of the K.
-    """
-    for target in targets:
-        wrong = target.labels[(target.labels < 0) | (target.labels >= num_classes)]
-        if len(wrong):
-            raise ValueError(
-                f"A target has label {int(wrong[0])}, but the localizer was built for "
-                f"{num_classes} classes (0 to {num_classes - 1})."
-            )
-    nothing = torch.zeros(1, 2, device=device), torch.full((1,), -1, device=device)
-    segments = [target.segments.to(device, torch.float32) for target in targets]
-    labels = [target.labels.to(device) for target in targets]
-    padded_segments = pad_sequence([*segments, nothing[0]], batch_first=True)
-    padded_labels = pad_sequence([*labels, nothing[1]], batch_first=True, padding_value=-1)
-    return padded_segments[:-1], padded_labels[:-1]

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from re2tal.detection.segments import Detections
 
@@ -37,6 +38,46 @@ class Targets:
     def to(self, device: torch.device | str) -> Targets:
         """A copy on `device` (itself when it is there already)."""
         return Targets(segments=self.segments.to(device), labels=self.labels.to(device))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Instances:
+    """The actions of B windows as tensors, at most N each.
+
+    Attributes:
+        segments: `(B, N, 2)` float32 in feature-grid units.
+        labels: `(B, N)` int64, -1 where a window has fewer; the segment there is an instant, which
+            overlaps nothing.
+    """
+
+    segments: Tensor
+    labels: Tensor
+
+    @staticmethod
+    def of(targets: Sequence[Targets], num_classes: int, device: torch.device) -> Instances:
+        """Pad the targets of a batch to a common number, at least one.
+
+        Args:
+            targets: targets of B windows.
+            num_classes: number of classes K, for the check of the labels.
+            device: device of the result.
+
+        Raises:
+            ValueError: if a label is not one of the K.
+        """
+        for target in targets:
+            wrong = target.labels[(target.labels < 0) | (target.labels >= num_classes)]
+            if len(wrong):
+                raise ValueError(
+                    f"A target has label {int(wrong[0])}, but the localizer was built for "
+                    f"{num_classes} classes (0 to {num_classes - 1})."
+                )
+        nothing = torch.zeros(1, 2, device=device), torch.full((1,), -1, device=device)
+        segments = [target.segments.to(device, torch.float32) for target in targets]
+        labels = [target.labels.to(device) for target in targets]
+        padded_segments = pad_sequence([*segments, nothing[0]], batch_first=True)
+        padded_labels = pad_sequence([*labels, nothing[1]], batch_first=True, padding_value=-1)
+        return Instances(segments=padded_segments[:-1], labels=padded_labels[:-1])
 
 
 @runtime_checkable

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from re2tal.detection import Detections
 from re2tal.localizers import ActionFormer, ActionFormerConfig, Localizer, Targets
-from re2tal.localizers.blocks import Embedding, Strip, TransformerBlock
-from re2tal.localizers.losses import assign
+from re2tal.localizers.actionformer import assign
+from re2tal.localizers.transformer import Embedding, Strip, TransformerBlock
 from tests.localizers.learning import learnt
 
 SMALL = ActionFormerConfig(

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from re2tal.localizers import blocks as attention
-from re2tal.localizers.blocks import local_attention
+from re2tal.localizers import transformer
+from re2tal.localizers.transformer import local_attention
 
 
 def slow_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, window: int) -> Tensor:
@@ -34,7 +34,7 @@ def test_equals_softmax_over_the_band(
     window: int, length: int, in_blocks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if in_blocks:
-        monkeypatch.setattr(attention, "DENSE_LENGTH", 0)
+        monkeypatch.setattr(transformer, "DENSE_LENGTH", 0)
     query, key, value = torch.randn(3, 2, 2, length, 4, dtype=torch.float64)
     mask = torch.rand(2, length) < 0.7
     mask[1] = False  # a sample that is all padding has finite results too
@@ -54,7 +54,7 @@ def test_long_sequences_go_in_blocks_with_the_same_gradients(
         return torch.autograd.grad((out * weights).sum(), inputs)[0]
 
     in_blocks = gradient()
-    monkeypatch.setattr(attention, "DENSE_LENGTH", 1000)
+    monkeypatch.setattr(transformer, "DENSE_LENGTH", 1000)
     torch.testing.assert_close(in_blocks, gradient())
 
 
@@ -64,7 +64,7 @@ def test_gradients_are_those_of_the_definition_and_finite_at_gaps_and_padding(
     window: int, in_blocks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if in_blocks:
-        monkeypatch.setattr(attention, "DENSE_LENGTH", 0)
+        monkeypatch.setattr(transformer, "DENSE_LENGTH", 0)
     inputs = torch.randn(3, 3, 1, 44, 4, dtype=torch.float64, requires_grad=True)
     mask = torch.ones(3, 44, dtype=torch.bool)
     mask[0, 15:29] = False  # a stitched window; the gap is wider than the attention

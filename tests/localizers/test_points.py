@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from re2tal.localizers import Targets
-from re2tal.localizers.losses import assign, make_points
+from re2tal.localizers.actionformer import assign, make_points
 
 RANGES = ((0.0, 4.0), (4.0, 8.0), (8.0, math.inf))
 Instance = tuple[float, float, int]

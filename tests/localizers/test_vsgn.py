@@ -12,7 +12,7 @@ from re2tal.detection import Detections
 from re2tal.localizers import Localizer, Targets
 from re2tal.localizers.protocol import LocalizerConfig
 from re2tal.localizers.vsgn import VSGN, VSGNConfig
-from re2tal.localizers.vsgn.stages import boundary_scores, inside_window
+from re2tal.localizers.vsgn.heads import boundary_scores, inside_window
 from tests.localizers.learning import learnt
 
 SMALL = VSGNConfig(width=16, levels=3, stem_stride=1, neighbours=4, head_layers=2)

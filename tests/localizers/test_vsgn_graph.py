@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from re2tal.localizers.vsgn.graph import GraphBlock, Nodes, maximum, nearest
-from re2tal.localizers.vsgn.stages import Head, MaskedGroupNorm
+from re2tal.localizers.vsgn.heads import Head, MaskedGroupNorm
 
 
 def runs(*pieces: tuple[int, bool]) -> list[bool]:

@@ -9,15 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from re2tal.localizers.vsgn.stages import (
+from re2tal.localizers.losses import balanced_cross_entropy, giou_loss
+from re2tal.localizers.protocol import Instances
+from re2tal.localizers.vsgn.heads import BoundaryAdjustment, boundary_scores, log_interpolated
+from re2tal.localizers.vsgn.matching import (
     GREATEST_GROWTH,
-    BoundaryAdjustment,
-    Instances,
     anchors_of_nodes,
-    balanced_cross_entropy,
-    boundary_scores,
-    giou_loss,
-    log_interpolated,
     make_anchors,
     match,
     score_losses,

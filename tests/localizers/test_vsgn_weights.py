@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from re2tal.localizers.vsgn import VSGN, VSGNConfig
+from re2tal.localizers.vsgn.heads import boundary_scores, inside_window
 from re2tal.localizers.vsgn.public_weights import convert, load_public_weights
-from re2tal.localizers.vsgn.stages import boundary_scores, inside_window
 
 SMALL = VSGNConfig(width=16, levels=3, neighbours=4, head_layers=2)
 

@@ -10,20 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.detection.segments import Detections
-from re2tal.localizers.losses import pad_targets
-from re2tal.localizers.protocol import Losses, Targets, best, check_at_least
+from re2tal.localizers.losses import balanced_cross_entropy, giou_loss
+from re2tal.localizers.protocol import Instances, Losses, Targets, best, check_at_least
 from re2tal.localizers.vsgn.graph import GraphPyramid
-from re2tal.localizers.vsgn.stages import (
-    Anchors,
+from re2tal.localizers.vsgn.heads import (
     BoundaryAdjustment,
     Head,
-    Instances,
     SupplementaryScores,
-    anchors_of_nodes,
-    balanced_cross_entropy,
     boundary_scores,
-    giou_loss,
     inside_window,
+)
+from re2tal.localizers.vsgn.matching import (
+    Anchors,
+    anchors_of_nodes,
     make_anchors,
     match,
     score_losses,
@@ -235,8 +234,7 @@ class VSGN(nn.Module):
 
     def _losses(self, predicted: Prediction, mask: Tensor, targets: Sequence[Targets]) -> Losses:
         config, valid = self.config, predicted.valid
-        segments, labels = pad_targets(targets, self.num_classes, mask.device)
-        instances = Instances(segments=segments, labels=labels)
+        instances = Instances.of(targets, self.num_classes, mask.device)
         original = match(predicted.anchors.segments[None], valid, instances, config.match_tiou)
         # Classes are those of where the anchors are moved to, not of where they start from.
         moved = predicted.segments.detach()

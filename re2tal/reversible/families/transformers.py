@@ -195,8 +195,8 @@ def _spatial(block: Any, frames: int) -> Callable[..., Tensor]:
 
 
 _WIDTH = 13
-"""Elements that a token of an attention keeps alive, per channel: norm; q, k and v; the result, with
-the heads apart and joined; projection, dropout and masks; gradients of q, k and v."""
+"""Elements that a token of an attention keeps alive, per channel: norm; q, k and v; the result, its
+heads apart and joined; projection, dropout and masks; gradients of q, k and v."""
 
 
 def _attention_cut(attention: Any, channels: int, dropout: float, more: int = 0) -> SelfAttention:

@@ -1,0 +1,221 @@
+"""VSGN's heads: classes and segments of anchors, their boundaries once more, and three scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from re2tal.localizers.vsgn.graph import rows, zero_padding
+
+
+class MaskedGroupNorm(nn.GroupNorm):
+    """Group normalisation whose statistics leave padding out; its results there are zero."""
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
+        """`x` `(B, C, N)`, `valid` `(B, N)` bool to float32 of the same shape."""
+        groups = x.float().unflatten(1, (self.num_groups, -1))  # (B, G, C / G, N)
+        inside = valid[:, None, None].to(groups.dtype)
+        count = (inside.sum(dim=3, keepdim=True) * groups.shape[2]).clamp(min=1)
+        mean = (groups * inside).sum(dim=(2, 3), keepdim=True) / count
+        centred = (groups - mean) * inside
+        variance = centred.square().sum(dim=(2, 3), keepdim=True) / count
+        normed = (centred * (variance + self.eps).rsqrt()).flatten(1, 2)
+        return zero_padding(normed * self.weight[:, None] + self.bias[:, None], valid)
+
+
+class Head(nn.Module):
+    """`layers` convolutions with group norm and ReLU, and one that predicts.
+
+    Args:
+        width: channels of the features and of the layers.
+        per_anchor: numbers that are predicted for an anchor.
+        anchors: of a node.
+        layers: convolutions before the last.
+        groups: of the group norm.
+    """
+
+    def __init__(
+        self, width: int, per_anchor: int, *, anchors: int, layers: int, groups: int
+    ) -> None:
+        super().__init__()
+        self.per_anchor = per_anchor
+        self.convs = nn.ModuleList(nn.Conv1d(width, width, 3, padding=1) for _ in range(layers))
+        self.norms = nn.ModuleList(MaskedGroupNorm(groups, width) for _ in range(layers))
+        self.last = nn.Conv1d(width, anchors * per_anchor, 3, padding=1)
+
+    def forward(self, levels: Sequence[Tensor], valid: Sequence[Tensor]) -> Tensor:
+        """Predicts for the A anchors of all levels, in the order of `make_anchors`.
+
+        Args:
+            levels: of each level features `(B, width, N)`, zero where padded.
+            valid: of each level `(B, N)` bool.
+
+        Returns:
+            `(B, A, per_anchor)` float32.
+        """
+        predicted = torch.cat(
+            [self._level(x, inside) for x, inside in zip(levels, valid, strict=True)], dim=2
+        )
+        return predicted.float().transpose(1, 2).unflatten(2, (-1, self.per_anchor)).flatten(1, 2)
+
+    def _level(self, x: Tensor, valid: Tensor) -> Tensor:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.relu(norm(conv(x), valid))
+        predicted: Tensor = self.last(x)
+        return predicted
+
+
+# How far before and behind a boundary the features are looked at: this share of the length.
+REACH = 1 / 8
+
+
+class BoundaryAdjustment(nn.Module):
+    """Moves starts and ends (Zhao et al., ICCV 2021, section 3.4).
+
+    Args:
+        channels: of the pyramid's finest level.
+        stride: of its nodes, in features.
+    """
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.start = Shift(channels)
+        self.end = Shift(channels)
+
+    def forward(self, segments: Tensor, finest: Tensor) -> Tensor:
+        """Adjusts.
+
+        Args:
+            segments: `(B, A, 2)` in feature-grid units. Gradients pass through to them.
+            finest: `(B, C, N)`, the finest level.
+
+        Returns:
+            `(B, A, 2)`; an end may come before its start.
+        """
+        nodes = finest.transpose(1, 2)
+        clamped = inside_window(segments.detach(), finest.shape[2] * self.stride)
+        reach = REACH * (clamped[..., 1] - clamped[..., 0])
+        shifts = []
+        for module, position in zip((self.start, self.end), first_and_last(clamped), strict=True):
+            around = (position - reach, position, position + reach)
+            shifts.append(module(nodes, *(self._node(p, finest.shape[2]) for p in around)))
+        return segments + torch.stack(shifts, dim=-1)
+
+    def _node(self, position: Tensor, count: int) -> Tensor:
+        """Which of `count` nodes has the feature at `position` in its cell."""
+        return (position / self.stride).floor().long().clamp(0, count - 1)
+
+
+class Shift(nn.Module):
+    """How far one boundary moves, from the features of three nodes around it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.taps = nn.Conv1d(channels, channels, 3)
+        self.last = nn.Conv1d(channels, 1, 1)
+
+    def forward(self, nodes: Tensor, before: Tensor, at: Tensor, behind: Tensor) -> Tensor:
+        """Predicts from `nodes` `(B, N, C)` and indices `(B, A)` of them: `(B, A)` float32."""
+        # Every tap is applied to the N nodes, in place of the 3 A that are looked at.
+        weight = self.taps.weight.permute(2, 0, 1).flatten(0, 1)
+        left, centre, right = F.linear(nodes, weight).chunk(3, dim=2)
+        assert self.taps.bias is not None
+        hidden = rows(left, before) + rows(centre, at) + rows(right, behind) + self.taps.bias
+        shift: Tensor = self.last(F.relu(hidden).transpose(1, 2))
+        return shift[:, 0].float()
+
+
+def inside_window(segments: Tensor, length: int) -> Tensor:
+    """`segments` `(..., 2)` with boundaries clamped to a window of `length` features.
+
+    A segment that lies outside keeps the window's first or last feature.
+    """
+    start, end = segments.unbind(dim=-1)
+    return torch.stack([start.clamp(-0.5, length - 1.5), end.clamp(0.5, length - 0.5)], dim=-1)
+
+
+def first_and_last(segments: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the first and the last feature inside `segments` `(..., 2)` sit, not rounded."""
+    return segments[..., 0] + 0.5, segments[..., 1] - 0.5
+
+
+# The order of the scores in every tensor.
+SCORES = ("start", "end", "action")
+
+
+class SupplementaryScores(nn.Module):
+    """The three scores (Zhao et al., ICCV 2021, section 3.4)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({name: ScoreHead(channels) for name in SCORES})
+
+    def forward(self, finest: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Scores `length` features from the finest level `(B, C, N)`.
+
+        Returns:
+            `(B, 3, T)` float32 each: the logarithm of each score, and of one minus it.
+        """
+        logits = torch.cat([head(finest) for head in self.heads.values()], dim=1)
+        return (
+            log_interpolated(F.logsigmoid(logits), length),
+            log_interpolated(F.logsigmoid(-logits), length),
+        )
+
+
+class ScoreHead(nn.Module):
+    """The logit of one score for each node of the pyramid's finest level."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(channels, channels, 3, padding=1)
+        self.last = nn.Conv1d(channels, 1, 1)
+
+    def forward(self, finest: Tensor) -> Tensor:
+        """`(B, C, N)` to `(B, 1, N)` float32."""
+        logits: Tensor = self.last(F.relu(self.conv(finest)))
+        return logits.float()
+
+
+def log_interpolated(logs: Tensor, length: int) -> Tensor:
+    """The logarithm of the linear interpolation of `exp(logs)`.
+
+    Scores are interpolated, not their logits, but the loss of a score next to 0 or 1 needs its
+    logarithm to full precision. The first and the last value stay where they are.
+
+    Args:
+        logs: `(..., N)`.
+        length: T.
+
+    Returns:
+        `(..., T)`.
+    """
+    count = logs.shape[-1]
+    position = torch.linspace(0, count - 1, length, device=logs.device)
+    before = position.long().clamp(max=max(count - 2, 0))
+    behind = (before + 1).clamp(max=count - 1)
+    share = position - before
+    return torch.logaddexp(logs[..., before] + (1 - share).log(), logs[..., behind] + share.log())
+
+
+def boundary_scores(yes: Tensor, segments: Tensor) -> Tensor:
+    """Start score times end score of segments that lie inside the window.
+
+    Each is the mean over the two features next to where the first, or last, one inside would be.
+
+    Args:
+        yes: `(B, 3, T)` logarithms of the scores.
+        segments: `(B, A, 2)` in feature-grid units.
+
+    Returns:
+        `(B, A)`.
+    """
+    means = []
+    for score, place in zip(yes.exp().unbind(dim=1), first_and_last(segments), strict=False):
+        below, above = place.floor().long(), place.ceil().long()
+        means.append((score.gather(1, below) + score.gather(1, above)) / 2)
+    return means[0] * means[1]

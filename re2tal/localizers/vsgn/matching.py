@@ -1,0 +1,179 @@
+"""VSGN's anchors, and the actions and scores that they are trained to find."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from re2tal.detection.segments import tiou
+from re2tal.localizers.losses import mean_over
+from re2tal.localizers.protocol import Instances
+from re2tal.localizers.vsgn.heads import SCORES
+
+# What the network predicts is the shift of the centre in tenths of the anchor's length and five
+# times the logarithm of how much longer it gets, at most this much.
+SHIFT_SCALE = 10.0
+GROWTH_SCALE = 5.0
+GREATEST_GROWTH = math.log(1000 / 16)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Anchors:
+    """The A anchors of all levels: level by level, node by node, scale by scale.
+
+    Attributes:
+        centres: `(A,)` in feature-grid units; whole numbers.
+        lengths: `(A,)` in feature-grid units.
+    """
+
+    centres: Tensor
+    lengths: Tensor
+
+    @property
+    def segments(self) -> Tensor:
+        """`(A, 2)` starts and ends."""
+        return torch.stack(
+            [self.centres - self.lengths / 2, self.centres + self.lengths / 2], dim=1
+        )
+
+    def decode(self, regression: Tensor) -> Tensor:
+        """Segments in feature-grid units for predictions.
+
+        The centre moves by a tenth of the anchor's length times the first number, the length is
+        multiplied by the exponential of a fifth of the second.
+
+        Args:
+            regression: `(B, A, 2)` float32.
+
+        Returns:
+            `(B, A, 2)` starts and ends, every one of them of positive length.
+        """
+        centre = self.centres + regression[..., 0] / SHIFT_SCALE * self.lengths
+        growth = (regression[..., 1] / GROWTH_SCALE).clamp(max=GREATEST_GROWTH)
+        half = growth.exp() * self.lengths / 2
+        return torch.stack([centre - half, centre + half], dim=-1)
+
+
+def make_anchors(
+    length: int, strides: Sequence[int], scales: Sequence[float], device: torch.device
+) -> Anchors:
+    """The anchors over `length` features.
+
+    A node of stride s has anchors of length s times each scale. Their centre is at k s + s / 2 for
+    the level's k-th node: half a feature behind the middle of its cell, as in the authors' release.
+    """
+    centres, lengths = [], []
+    for stride in strides:
+        node = torch.arange(length // stride, device=device) * stride + stride / 2
+        centres.append(node.repeat_interleave(len(scales)))
+        lengths.append(stride * torch.tensor(scales, device=device).repeat(length // stride))
+    return Anchors(centres=torch.cat(centres), lengths=torch.cat(lengths))
+
+
+def anchors_of_nodes(levels: Sequence[Tensor], scales: int) -> Tensor:
+    """What holds for an anchor because it holds for its node.
+
+    Args:
+        levels: of each level `(B, N)`.
+        scales: anchors of a node.
+
+    Returns:
+        `(B, A)` in the order of `make_anchors`.
+    """
+    return torch.cat(list(levels), dim=1).repeat_interleave(scales, dim=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Matches:
+    """What each of A segments has to become.
+
+    Attributes:
+        classes: `(B, A)` int64, 0 for the background and 1 + the action's label.
+        segments: `(B, A, 2)` those of the actions; they mean something at positives only.
+    """
+
+    classes: Tensor
+    segments: Tensor
+
+    @property
+    def positive(self) -> Tensor:
+        """`(B, A)` bool, which have an action."""
+        return self.classes > 0
+
+
+@torch.no_grad()
+def match(segments: Tensor, valid: Tensor, instances: Instances, threshold: float) -> Matches:
+    """Gives segments the action that they overlap most (Zhao et al., ICCV 2021, section 3.4).
+
+    A segment is positive when the overlap reaches `threshold`, or when no segment overlaps some
+    action more than it does: so every action that anything overlaps is trained on. Such a segment
+    still gets the action that it itself overlaps most.
+
+    The overlap is the plain tIoU. An action that nothing overlaps has no positives.
+
+    Args:
+        segments: `(B, A, 2)`.
+        valid: `(B, A)` bool; others are never positive.
+        instances: the actions.
+        threshold: tIoU.
+    """
+    overlap = tiou(segments[:, :, None], instances.segments[:, None])  # (B, A, N)
+    overlap = torch.where(valid[:, :, None], overlap, 0)
+    best, chosen = overlap.max(dim=2)
+    unsurpassed = (overlap == overlap.amax(dim=1, keepdim=True)).logical_and(overlap > 0)
+    positive = (best >= threshold) | unsurpassed.any(dim=2)
+    classes = instances.labels.gather(1, chosen) + 1
+    return Matches(
+        classes=torch.where(positive, classes, 0),
+        segments=instances.segments.gather(1, chosen[..., None].expand(-1, -1, 2)),
+    )
+
+
+# Width of the region around a start or an end that counts as such, in features.
+REGION = 3.0
+
+
+@torch.no_grad()
+def score_targets(instances: Instances, length: int) -> Tensor:
+    """At which features actions start, end or go on: `(B, 3, T)` bool.
+
+    An action starts or ends at the features of whose cell, half a unit to either side, more than
+    half lies in a region of three features around the boundary (Lin et al., ECCV 2018, section
+    3.3): those less than half the region's width away. It goes on at those of whose cell more than
+    half lies inside the action.
+    """
+    feature = torch.arange(length, device=instances.labels.device)[None, :, None]
+    start, end = instances.segments[:, None].unbind(dim=-1)  # (B, 1, N)
+    inside = torch.minimum(feature + 0.5, end) - torch.maximum(feature - 0.5, start)
+    is_at = torch.stack(
+        [(feature - start).abs() < REGION / 2, (feature - end).abs() < REGION / 2, inside > 0.5],
+        dim=1,
+    )
+    return (is_at & (instances.labels >= 0)[:, None, None]).any(dim=3)
+
+
+def score_losses(
+    yes: Tensor, no: Tensor, targets: Tensor, mask: Tensor, *, all_ranks: bool = False
+) -> dict[str, Tensor]:
+    """Balanced binary log loss of each score (Lin et al., ECCV 2018, equation 3).
+
+    It weighs positives and negatives so that both count the same: half the mean of each.
+
+    Args:
+        yes: `(B, 3, T)` logarithms of the scores.
+        no: `(B, 3, T)` logarithms of one minus the scores.
+        targets: `(B, 3, T)` bool.
+        mask: `(B, T)` bool, which features count.
+        all_ranks: as `mean_over`.
+    """
+    losses = {}
+    for i, name in enumerate(SCORES):
+        positive, negative = mask & targets[:, i], mask & ~targets[:, i]
+        of_positives = mean_over(-yes[:, i], positive, all_ranks=all_ranks)
+        of_negatives = mean_over(-no[:, i], negative, all_ranks=all_ranks)
+        losses[name] = (of_positives + of_negatives) / 2
+    return losses
