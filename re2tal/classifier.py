@@ -1,4 +1,4 @@
-"""Classifies clips: the simplest localizer, whose one segment is the clip itself.
+"""Classification of clips: the simplest localizer, whose one segment is the clip itself.
 
 Behind a backbone it makes a video classifier, which is what backbones are pretrained and, once
 rewired, finetuned as. As any localizer it is part of a `Detector`, and saved and loaded with it
@@ -23,14 +23,14 @@ from re2tal.localizers.protocol import Losses, Targets
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipClassifierConfig:
-    """A linear layer on the mean of the features.
+    """Settings of a linear layer on the mean of the features.
 
     Attributes:
         dropout: probability with which a channel of the mean is left out in training.
-        label_smoothing: a share of the targets that is spread over all classes.
+        label_smoothing: share of the targets that is spread over all classes.
 
     Raises:
-        ValueError: a field is not in [0, 1).
+        ValueError: if a field is not in [0, 1).
     """
 
     dropout: float = 0.5
@@ -44,26 +44,26 @@ class ClipClassifierConfig:
                 )
 
     def build(self, in_channels: int, num_classes: int) -> ClipClassifier:
-        """A classifier with random weights.
+        """Build a classifier with random weights.
 
         Args:
-            in_channels: C of the features.
-            num_classes: at least 1.
+            in_channels: channels C of the features.
+            num_classes: number of classes, at least 1.
         """
         return ClipClassifier(self, in_channels, num_classes)
 
 
 class ClipClassifier(nn.Module):
-    """Mean over time, dropout, linear layer; a `Localizer`.
+    """Localizer of whole clips: mean over time, dropout, linear layer.
 
     Args:
         config: dropout and label smoothing.
-        in_channels: C of the features.
-        num_classes: K.
+        in_channels: channels C of the features.
+        num_classes: number of classes K.
 
     Attributes:
-        num_classes: labels are 0 to `num_classes - 1`.
-        multiple: a clip may have any number of features.
+        num_classes: number of classes; labels are 0 to `num_classes - 1`.
+        multiple: 1, since a clip may have any number of features.
     """
 
     multiple = 1
@@ -82,12 +82,12 @@ class ClipClassifier(nn.Module):
     def forward(
         self, features: Tensor, mask: Tensor, targets: Sequence[Targets] | None = None
     ) -> Losses | list[Detections]:
-        """The cross-entropy, or of each clip all classes as detections that span it.
+        """Compute the cross-entropy, or all classes of each clip as detections that span it.
 
         Args:
             features: `(B, C, T)`.
             mask: `(B, T)` bool, false on padding.
-            targets: of each clip one action, or none if it is to count nothing.
+            targets: one action for each clip, or none if it is to count nothing.
 
         Returns:
             As `re2tal.localizers.Localizer`; scores are probabilities that add up to 1.
@@ -116,14 +116,14 @@ class ClipClassifier(nn.Module):
         return {"classification": loss / count}
 
     def predict(self, features: Tensor, mask: Tensor) -> tuple[Tensor]:
-        """Logits `(B, K)` of features `(B, C, T)` where `mask` `(B, T)` is true."""
+        """Compute logits `(B, K)` of features `(B, C, T)` where `mask` `(B, T)` is true."""
         valid = mask[:, None]
         total = torch.where(valid, features, 0).sum(dim=2)
         mean = total / valid.sum(dim=2).clamp(min=1)
         return (self.linear(self.dropout(mean)),)
 
     def begin_step(self, masks: Sequence[Tensor], targets: Sequence[Sequence[Targets]]) -> None:
-        """Counts the clips of a whole step, by which its losses are divided."""
+        """Count the clips of a whole step, by which its losses are divided."""
         every = [target for of_pass in targets for target in of_pass]
         total, ranks = over_ranks(_counted(_labels(every, self.linear.weight.device)))
         self._passes = len(masks)
@@ -135,10 +135,10 @@ Classifier: TypeAlias = Detector[Any, ClipClassifier]
 
 
 def class_scores(classifier: Classifier, frames: Tensor, mask: Tensor) -> Tensor:
-    """What a classifier says of clips.
+    """Compute the class probabilities of clips.
 
     Args:
-        classifier: in evaluation mode.
+        classifier: classifier in evaluation mode.
         frames: uint8 `(B, T, H, W, 3)`, T a multiple of the backbone's temporal stride.
         mask: `(B, T)` bool, false on padding.
 
@@ -151,7 +151,7 @@ def class_scores(classifier: Classifier, frames: Tensor, mask: Tensor) -> Tensor
 
 
 def _labels(targets: Sequence[Targets], device: torch.device) -> Tensor:
-    """Class numbers `(B,)`, -1 for clips without."""
+    """List class numbers `(B,)`, -1 for clips without a class."""
     if any(len(target.labels) > 1 for target in targets):
         raise ValueError("A clip that is classified has one class, but got several for one clip.")
     labels = [
@@ -166,7 +166,7 @@ def _counted(labels: Tensor) -> Tensor:
 
 
 def _spanning(scores: Tensor, mask: Tensor) -> list[Detections]:
-    """Of each clip a segment over its valid features for every class: the best first."""
+    """Make a segment over each clip's valid features for every class, the best first."""
     found = []
     for of_clip, valid in zip(scores, mask.sum(dim=1), strict=True):
         order = of_clip.argsort(descending=True, stable=True)

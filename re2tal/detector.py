@@ -19,17 +19,17 @@ LocalizerT = TypeVar("LocalizerT", bound=Localizer)
 
 
 def grey_levels(values: Sequence[float]) -> Tensor:
-    """A mean or deviation of red, green and blue in [0, 1] as grey levels `(3, 1, 1, 1)`."""
+    """Convert a mean or deviation of colours in [0, 1] to grey levels `(3, 1, 1, 1)`."""
     return 255 * torch.tensor(values).view(3, 1, 1, 1)
 
 
 def normalize(frames: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """What a backbone sees of frames.
+    """Normalise frames for a backbone.
 
     Args:
         frames: `(B, T, H, W, 3)` uint8.
-        mean: `(3, 1, 1, 1)` grey levels.
-        std: likewise.
+        mean: `(3, 1, 1, 1)` mean in grey levels.
+        std: `(3, 1, 1, 1)` standard deviation in grey levels.
 
     Returns:
         `(B, 3, T, H, W)` float32.
@@ -41,14 +41,14 @@ def normalize(frames: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 class Detector(nn.Module, Generic[BackboneT, LocalizerT]):
-    """Temporal action localization, end to end.
+    """Backbone and localizer as one model, trained end to end.
 
     Args:
-        backbone: `(B, 3, T, H, W) -> (B, C, T / temporal_stride)`, a module.
-        localizer: features to losses or detections, a module built for the backbone's channels.
-        mean: of the red, green and blue values in [0, 1] that the backbone was pretrained with;
-            by default ImageNet's, as torchvision's Video Swin weights want it.
-        std: their standard deviation, likewise.
+        backbone: module `(B, 3, T, H, W) -> (B, C, T / temporal_stride)`.
+        localizer: module from features to losses or detections, built for the backbone's channels.
+        mean: mean of red, green and blue in [0, 1] in the backbone's pretraining; by default
+            ImageNet's, as torchvision's Video Swin weights want it.
+        std: standard deviation, likewise.
     """
 
     mean: Tensor
@@ -71,7 +71,7 @@ class Detector(nn.Module, Generic[BackboneT, LocalizerT]):
 
     @property
     def num_classes(self) -> int:
-        """Labels are 0 to `num_classes - 1`."""
+        """Number of classes; labels are 0 to `num_classes - 1`."""
         return self.localizer.num_classes
 
     @overload
@@ -82,27 +82,27 @@ class Detector(nn.Module, Generic[BackboneT, LocalizerT]):
     def forward(
         self, frames: Tensor, mask: Tensor, targets: Sequence[Targets] | None = None
     ) -> Losses | list[Detections]:
-        """Losses against `targets`, or detections without them.
+        """Compute losses against `targets`, or detections without them.
 
         Args:
             frames: `(B, T, H, W, 3)` uint8, T a multiple of the backbone's temporal stride; or, if
                 the backbone is `Precomputed`, features `(B, T / temporal_stride, C)`.
             mask: `(B, T)` bool, true at frames of the video, false on padding.
-            targets: of each window its actions, in feature-grid units.
+            targets: actions of each window, in feature-grid units.
 
         Returns:
-            As `re2tal.localizers.Localizer`: loss terms, or of each window its detections in
-            feature-grid units before non-maximum suppression.
+            As `re2tal.localizers.Localizer`: loss terms, or the detections of each window in
+            feature-grid units, before non-maximum suppression.
 
         Raises:
-            ValueError: If `frames` or `mask` have another shape or type.
+            ValueError: if `frames` or `mask` have another shape or type.
         """
         precomputed = isinstance(self.backbone, Precomputed)
         features = self.backbone(frames if precomputed else self.normalized(frames))
         return self.localizer(features, self.feature_mask(mask), targets)
 
     def normalized(self, frames: Tensor) -> Tensor:
-        """What the backbone sees of `frames` `(B, T, H, W, 3)`: float32 `(B, 3, T, H, W)`.
+        """Normalise `frames` `(B, T, H, W, 3)` to float32 `(B, 3, T, H, W)`.
 
         A rewired backbone keeps the frames, a quarter of the size, and calls this once more in its
         backward pass.
@@ -119,7 +119,7 @@ class Detector(nn.Module, Generic[BackboneT, LocalizerT]):
         return rebuildable(pixels(), pixels)
 
     def feature_mask(self, mask: Tensor) -> Tensor:
-        """`(B, T)` valid frames to `(B, T / stride)` features: those that saw a valid frame."""
+        """Reduce the frames' mask `(B, T)` to `(B, T / stride)` features that see a valid frame."""
         stride = self.backbone.temporal_stride
         if mask.dtype != torch.bool or mask.ndim != 2 or mask.shape[1] % stride:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""From a video file to its detections: sliding windows, detector, one set of segments.
+"""Detection in a video file: sliding windows, detector, one set of segments.
 
 The steps are functions of their own because the evaluation during training takes the same ones.
 """
@@ -27,18 +27,17 @@ REPETITION = 0.4
 
 
 def window_detections(raw: Detections, window: Window, duration: float) -> Detections:
-    """What a localizer found in one window, in seconds of the video.
+    """Convert the detections of one window to seconds of the video.
 
-    What it found in the copy of a stitched window is put where the clip shows it. A detection
-    belongs to the part that its centre lies in or, in the gap, next to. Of an action that both
-    parts show there are then two detections, and the one with the lower score is removed, however
-    a video's detections are thinned out later: detections of one class in different parts that
-    overlap by at least `REPETITION`.
+    Detections in the copy of a stitched window are put where the clip shows them. A detection
+    belongs to the part that its centre lies in or, in the gap, next to. An action that both parts
+    show is then detected twice. Of detections of one class in different parts that overlap by at
+    least `REPETITION`, the one with the lower score is removed, whatever suppression follows.
 
     Args:
         raw: detections in feature-grid units of the window, on any device.
-        window: where it lies in the video.
-        duration: of the video, in seconds.
+        window: place of the window in the video.
+        duration: duration of the video in seconds.
 
     Returns:
         Detections on the CPU, in their order, cut to the video and to the clip of a stitched
@@ -60,14 +59,14 @@ def window_detections(raw: Detections, window: Window, duration: float) -> Detec
 
 
 def video_detections(windows: Sequence[Detections], config: NmsConfig) -> Detections:
-    """The detections of a whole video.
+    """Combine the detections of a video's windows.
 
     Windows overlap, so that most actions are found several times: non-maximum suppression removes
     or weakens these repetitions with all others.
 
     Args:
-        windows: of each window its detections in seconds of the video.
-        config: of the suppression.
+        windows: detections of each window in seconds of the video.
+        config: settings of the suppression.
 
     Returns:
         Detections in seconds by falling score.
@@ -77,13 +76,13 @@ def video_detections(windows: Sequence[Detections], config: NmsConfig) -> Detect
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class DetectedVideo:
-    """What was found in a video.
+    """Detections in a video.
 
     Attributes:
-        detections: in seconds by falling score, on the CPU. A class-agnostic detector's are
-            proposals, all of one class: `re2tal.detection.fuse` gives them those of the video.
+        detections: detections in seconds by falling score, on the CPU. A class-agnostic detector's
+            are proposals, all of one class: `re2tal.detection.fuse` gives them the video's classes.
         classes: class names, which the labels index.
-        duration: of the video, in seconds.
+        duration: duration of the video in seconds.
     """
 
     detections: Detections
@@ -100,16 +99,16 @@ class DetectedVideo:
         )
 
     def to_list(self) -> list[dict[str, Any]]:
-        """The detections as plain data, as `re2tal.detection.files.rows` describes it."""
+        """List the detections as plain data, as `re2tal.detection.files.rows` describes it."""
         return rows(self.detections, self.classes)
 
 
 def detector_folder(folder: str | Path) -> Path:
-    """Finds a saved detector.
+    """Find a saved detector.
 
     Args:
-        folder: what `save_detector` wrote, or a checkpoint of a training run, which holds it as
-            `detector`.
+        folder: folder that `save_detector` wrote, or a checkpoint of a training run, which holds
+            it as `detector`.
 
     Raises:
         ValueError: if there is none.
@@ -127,13 +126,13 @@ def detector_folder(folder: str | Path) -> Path:
 def windows_of(
     duration: float, spec: DetectorSpec, *, stride: int, video_id: str = ""
 ) -> list[Window]:
-    """The windows in which a detector searches a video that is not annotated.
+    """List the windows in which a detector searches a video that is not annotated.
 
     Args:
-        duration: of the video, in seconds.
-        spec: of the detector.
-        stride: frames per feature: its backbone's temporal stride.
-        video_id: goes into the windows.
+        duration: duration of the video in seconds.
+        spec: specification of the detector.
+        stride: frames per feature: the backbone's temporal stride.
+        video_id: name of the video in the windows.
     """
     video = VideoAnnotation(video_id=video_id, subset="", duration=duration)
     return sliding_windows(video, spec.classes, spec.window, stride=stride)
@@ -147,7 +146,7 @@ def detect(
     batch_size: int = 1,
     device: torch.device | str | None = None,
 ) -> DetectedVideo:
-    """Detects the actions in a video, of any length.
+    """Detect the actions in a video, of any length.
 
     Example:
         found = re2tal.detect("video.mp4", "checkpoint")
@@ -155,10 +154,10 @@ def detect(
 
     Args:
         video: path, content or open binary file of the video.
-        model: folder of a saved detector or of a training run's checkpoint; or what
-            `load_detector` returned, so that it is read once for many videos.
-        batch_size: windows that go through the detector at a time.
-        device: where a detector from a folder runs; by default on a GPU if there is one.
+        model: folder of a saved detector or of a training run's checkpoint; or the result of
+            `load_detector`, so that it is read once for many videos.
+        batch_size: number of windows that go through the detector at a time.
+        device: device of a detector from a folder; by default a GPU if there is one.
 
     Raises:
         VideoError: if the video cannot be read.

@@ -1,4 +1,4 @@
-"""A detector with all that is needed to use it: parts, how it reads videos, weights.
+"""Saved detectors: parts, weights, and the way in which videos are read.
 
 On disk it is a folder with `spec.json` and `weights.safetensors`: nothing in it is unpickled.
 """
@@ -23,26 +23,26 @@ from re2tal.videos.windows import WindowConfig
 SPEC_FILE = "spec.json"
 WEIGHTS_FILE = "weights.safetensors"
 
-# What torchvision's video models were trained with.
+# Mean and deviation of the data that torchvision's video models were trained with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DetectorSpec:
-    """What a detector is built of and how it reads a video.
+    """Parts of a detector, and the way in which it reads a video.
 
     Attributes:
         classes: names of the action classes; a label is an index into it. A class-agnostic
             detector has one.
         backbone: the video backbone.
-        localizer: what turns features into segments.
+        localizer: the localizer behind it.
         reversible: whether the backbone's residual connections are rewired (Re2TAL).
-        size: pixels of the side of the square frames that the backbone sees.
+        size: side in pixels of the square frames that the backbone sees.
         window: sliding windows over a video.
-        nms: what is done to the raw detections.
-        mean: of red, green and blue in [0, 1] in the backbone's pretraining (torchvision's).
-        std: their standard deviation.
+        nms: suppression of repeated detections.
+        mean: mean of red, green and blue in [0, 1] in the backbone's pretraining (torchvision's).
+        std: standard deviation of red, green and blue.
     """
 
     classes: tuple[str, ...]
@@ -56,10 +56,10 @@ class DetectorSpec:
     std: tuple[float, float, float] = IMAGENET_STD
 
     def build(self) -> Detector:
-        """Returns the detector with random weights, rewired if `reversible`.
+        """Build the detector with random weights, rewired if `reversible`.
 
-        Of one state of the generator, the localizer has the same weights behind any backbone, or
-        none: so that runs which differ in it begin alike.
+        For one state of the generator the localizer has the same weights behind any backbone, or
+        none, so that runs which differ in the backbone begin alike.
         """
         seed = int(torch.randint(2**62, ()))
         backbone: Any = self.backbone.build()
@@ -75,15 +75,15 @@ _SPEC = TypeAdapter(DetectorSpec)
 
 
 def save_detector(folder: Path, spec: DetectorSpec, detector: Detector) -> None:
-    """Writes a detector to a folder, which is made.
+    """Write a detector to a folder, which is made.
 
     Args:
-        folder: where to; existing files of the same names are replaced.
-        spec: what `detector` was built from.
-        detector: the weights; they are written in the precision they have.
+        folder: folder of the detector; existing files of the same names are replaced.
+        spec: specification that `detector` was built from.
+        detector: detector, whose weights are written in the precision they have.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # contiguous copies: safetensors refuses views and shared storages
+    # Contiguous copies: safetensors refuses views and shared storages
     state = {
         name: value.detach().cpu().contiguous() for name, value in detector.state_dict().items()
     }
@@ -92,10 +92,10 @@ def save_detector(folder: Path, spec: DetectorSpec, detector: Detector) -> None:
 
 
 def read_spec(folder: str | Path) -> DetectorSpec:
-    """Reads what a detector that `save_detector` wrote is built of.
+    """Read the specification of a detector that `save_detector` wrote.
 
     Args:
-        folder: where `spec.json` and `weights.safetensors` are.
+        folder: folder with `spec.json` and `weights.safetensors`.
 
     Raises:
         ValueError: if the folder holds no detector.
@@ -113,11 +113,11 @@ def read_spec(folder: str | Path) -> DetectorSpec:
 def load_detector(
     folder: str | Path, *, device: torch.device | str = "cpu"
 ) -> tuple[DetectorSpec, Detector]:
-    """Reads a detector that `save_detector` wrote.
+    """Read a detector that `save_detector` wrote.
 
     Args:
-        folder: where `spec.json` and `weights.safetensors` are.
-        device: where the weights go.
+        folder: folder with `spec.json` and `weights.safetensors`.
+        device: device of the weights.
 
     Returns:
         The specification and the detector in evaluation mode.

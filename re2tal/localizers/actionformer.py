@@ -22,7 +22,7 @@ from re2tal.localizers.transformer import (
     TransformerPyramid,
 )
 
-# Of classes that have no training data.
+# Initial probability of classes that have no training data.
 EMPTY_PRIOR = 1e-6
 
 
@@ -32,13 +32,13 @@ class ActionFormerConfig:
 
     Attributes:
         width: channels of the transformer and of the pyramid, a multiple of `heads`.
-        streams: when the features are of several kinds side by side, of each kind its channels and
-            its share of `width`, to which it is projected by itself first; empty for one kind.
+        streams: channels and share of `width` of each kind of features, where several kinds stand
+            side by side, each of which is first projected by itself; empty for one kind.
         embed_layers: convolutions that project the features; 0 only with `streams`.
         stem_layers: transformer blocks at full rate, 0 for none.
-        levels: of the pyramid, each at half the rate of the one before.
+        levels: levels of the pyramid, each at half the rate of the one before.
         window: width of the local attention, odd; one for all levels or one a level; 0 is global.
-        heads: of the attention.
+        heads: heads of the attention.
         positions: length of the table of absolute position encodings; 0 for none.
         residual_scale: initial factor of the residual branches.
         input_dropout: share of the features' channels left out in training.
@@ -50,17 +50,17 @@ class ActionFormerConfig:
             takes over where the last ends and doubles it, the top level has no bound.
         overlapping_ranges: let each level take over at half of where the last ends, so that most
             actions have positives on two levels.
-        centre_radius: how many strides from an instance's centre a point may be its positive.
+        centre_radius: greatest distance of a positive point from its instance's centre, in strides.
         shortest_only: a point that fits several instances has the classes of the shortest only;
             otherwise those of all.
         prior: initial probability that a point belongs to a class.
         empty_classes: labels without training data, which start out next to impossible.
         label_smoothing: share of the classification targets that is spread over all classes.
         regression_weight: factor of the regression loss.
-        initial_normalizer: what the running mean of positive points starts from.
-        score_threshold: detections must score more than this.
+        initial_normalizer: start of the running mean of positive points.
+        score_threshold: score that detections must exceed.
         top_k: detections that a level passes on at most, the best first.
-        min_duration: detections must be longer than this, in feature-grid units.
+        min_duration: length that detections must exceed, in feature-grid units.
     """
 
     width: int = 512
@@ -112,28 +112,28 @@ class ActionFormerConfig:
 
     @property
     def multiple(self) -> int:
-        """The number of features is a multiple of this: each level halves it."""
+        """Number of which the number of features is a multiple: each level halves it."""
         return 2 ** (self.levels - 1)
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """The attention's width at each level."""
+        """Width of the attention at each level."""
         return (self.window,) * self.levels if isinstance(self.window, int) else self.window
 
     @property
     def ranges(self) -> tuple[tuple[float, float], ...]:
-        """Of each level the least and the greatest distance that it regresses, grid units."""
+        """Least and greatest distance that each level regresses, in feature-grid units."""
         most = [*(self.first_range * 2**level for level in range(self.levels - 1)), math.inf]
         share = 0.5 if self.overlapping_ranges else 1.0
         return tuple(zip([0.0, *(share * bound for bound in most[:-1])], most, strict=True))
 
     def build(self, in_channels: int, num_classes: int) -> ActionFormer:
-        """An ActionFormer for features of `in_channels` channels and `num_classes` classes."""
+        """Build an ActionFormer for `in_channels` channels and `num_classes` classes."""
         return ActionFormer(self, in_channels, num_classes)
 
 
 class ActionFormer(nn.Module):
-    """Classifies every point of a feature pyramid and regresses the ends of its action.
+    """Localizer that classifies every point of a feature pyramid and regresses its action's ends.
 
     A `re2tal.localizers.Localizer`. Losses are "classification" (focal) and "regression"
     (distance-IoU of the positive points, times `regression_weight`), both divided by a running
@@ -144,9 +144,9 @@ class ActionFormer(nn.Module):
     10000), and that of equal scores the earlier point comes first.
 
     Args:
-        config: the settings.
-        in_channels: of the features.
-        num_classes: K.
+        config: settings.
+        in_channels: channels C of the features.
+        num_classes: number of classes K.
     """
 
     def __init__(self, config: ActionFormerConfig, in_channels: int, num_classes: int) -> None:
@@ -202,15 +202,15 @@ class ActionFormer(nn.Module):
     def forward(
         self, features: Tensor, mask: Tensor, targets: Sequence[Targets] | None = None
     ) -> Losses | list[Detections]:
-        """Losses against `targets`, or detections without them; see `Localizer`.
+        """Compute losses against `targets`, or detections without them; see `Localizer`.
 
         Args:
             features: `(B, C, T)`, T a multiple of `2 ** (levels - 1)`.
             mask: `(B, T)` bool, false on padding.
-            targets: of each sample its actions, in feature-grid units.
+            targets: actions of each window, in feature-grid units.
 
         Raises:
-            ValueError: If T is no such multiple, or a label is not below `num_classes`.
+            ValueError: if T is no such multiple, or a label is not below `num_classes`.
         """
         logits, offsets, valid, points = self.predict(features, mask)
         if targets is None:
@@ -227,7 +227,7 @@ class ActionFormer(nn.Module):
         }
 
     def begin_step(self, masks: Sequence[Tensor], targets: Sequence[Sequence[Targets]]) -> None:
-        """Counts the positive points of a whole step, by which its losses are divided."""
+        """Count the positive points of a whole step, by which its losses are divided."""
         positives = torch.zeros((), device=self.normalizer.mean.device)
         for mask, of_pass in zip(masks, targets, strict=True):
             points = make_points(mask.shape[1], self.config.ranges, mask.device)
@@ -246,7 +246,7 @@ class ActionFormer(nn.Module):
         )
 
     def predict(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Points]:
-        """What the network says about each point.
+        """Run the network, up to the logits and distances of each point.
 
         Args:
             features: `(B, C, T)`.
@@ -254,7 +254,7 @@ class ActionFormer(nn.Module):
 
         Returns:
             Logits of the classes `(B, P, K)`, distances to start and end in strides
-            `(B, P, 2)`, which points are no padding `(B, P)`, and the points.
+            `(B, P, 2)`, the mask of points that are no padding `(B, P)`, and the points.
         """
         pyramid = self.pyramid(features, mask)
         strip = Strip.lay_out(pyramid)
@@ -267,7 +267,7 @@ class ActionFormer(nn.Module):
     def _decode(
         self, logits: Tensor, offsets: Tensor, valid: Tensor, points: Points
     ) -> list[Detections]:
-        """Detections of each sample, level by level, by falling score within a level."""
+        """Decode the detections of each sample, level by level, by falling score within a level."""
         lengths = list(points.lengths)
         scores = torch.where(valid[..., None], logits.sigmoid(), 0)
         distances = offsets * points.strides[:, None]
@@ -286,7 +286,7 @@ class ActionFormer(nn.Module):
         ]
 
     def _decode_level(self, scores: Tensor, segments: Tensor) -> Detections:
-        """The best of one level: scores `(L, K)`, segments `(L, 2)`."""
+        """Choose the best of one level: scores `(L, K)`, segments `(L, 2)`."""
         counted = scores > self.config.score_threshold
         found = best(scores, segments, counted, most=self.config.top_k)
         lengths = found.segments[:, 1] - found.segments[:, 0]
@@ -299,9 +299,9 @@ class Points:
 
     Attributes:
         times: `(P,)` positions in feature-grid units.
-        strides: `(P,)` the distance to the level's next point.
-        ranges: `(P, 2)` least and greatest distance that a point may regress, grid units.
-        lengths: of each level its number of points.
+        strides: `(P,)` distances to the level's next point.
+        ranges: `(P, 2)` least and greatest distances that a point may regress, grid units.
+        lengths: number of points of each level.
     """
 
     times: Tensor
@@ -311,7 +311,7 @@ class Points:
 
 
 def make_points(length: int, ranges: Sequence[tuple[float, float]], device: torch.device) -> Points:
-    """The points of a pyramid of stride 2 over `length` features, one level for each range.
+    """Lay out the points of a pyramid over `length` features, one level for each range.
 
     Level l has a point at each multiple of 2^l.
     """
@@ -331,7 +331,7 @@ def make_points(length: int, ranges: Sequence[tuple[float, float]], device: torc
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PointTargets:
-    """What each point has to predict.
+    """Classes and offsets that the points have to predict.
 
     Attributes:
         classes: `(B, P, K)` float32, one for each class that the point is a positive of.
@@ -357,7 +357,7 @@ def assign(
     radius: float,
     shortest_only: bool = True,
 ) -> PointTargets:
-    """Gives each point the action that it has to find (Zhang et al., ECCV 2022, section 3.3).
+    """Give each point the action that it has to find (Zhang et al., ECCV 2022, section 3.3).
 
     A point is positive for an instance when it lies inside it, within `radius` strides of its
     centre, and its greater distance to the instance's two ends lies in its level's range. Of
@@ -366,14 +366,14 @@ def assign(
 
     Args:
         points: P points.
-        targets: of B samples the instances.
-        num_classes: K.
-        radius: of the centre sampling, in strides of the point's level.
+        targets: instances of B windows.
+        num_classes: number of classes K.
+        radius: radius of the centre sampling, in strides of the point's level.
         shortest_only: false to give a point the classes of all instances that it is positive for,
             and still the offsets of the shortest.
 
     Raises:
-        ValueError: If a label is not one of the K.
+        ValueError: if a label is not one of the K.
     """
     device = points.times.device
     instances = Instances.of(targets, num_classes, device)

@@ -14,13 +14,13 @@ SMALLEST = 1e-8
 
 
 def focal_loss(logits: Tensor, classes: Tensor, valid: Tensor, *, smoothing: float) -> Tensor:
-    """Sum of the sigmoid focal loss (Lin et al., ICCV 2017; alpha 0.25, gamma 2).
+    """Sum up the sigmoid focal loss (Lin et al., ICCV 2017; alpha 0.25, gamma 2).
 
     Args:
         logits: `(B, P, K)`.
         classes: `(B, P, K)` in {0, 1}.
         valid: `(B, P)` bool, false at points that lie on padding and count nothing.
-        smoothing: a share of the targets that is spread over the K classes and the background.
+        smoothing: share of the targets that is spread over the K classes and the background.
 
     Returns:
         A scalar in float32.
@@ -33,13 +33,13 @@ def focal_loss(logits: Tensor, classes: Tensor, valid: Tensor, *, smoothing: flo
 def balanced_cross_entropy(
     logits: Tensor, classes: Tensor, valid: Tensor, *, all_ranks: bool = False
 ) -> Tensor:
-    """Mean cross entropy of the positives plus that of the negatives.
+    """Average the cross entropy over the positives, and add its average over the negatives.
 
     Args:
         logits: `(B, A, K + 1)`, of which the first is that of the background.
         classes: `(B, A)` int64 in 0 to K.
         valid: `(B, A)` bool, false at anchors that count nothing.
-        all_ranks: as `mean_over`.
+        all_ranks: see `mean_over`.
 
     Returns:
         A scalar in float32.
@@ -51,7 +51,7 @@ def balanced_cross_entropy(
 
 
 def diou_loss(predicted: Tensor, actual: Tensor, positive: Tensor) -> Tensor:
-    """Sum of the distance-IoU loss in one dimension (Zheng et al., AAAI 2020, eq. 7).
+    """Sum up the distance-IoU loss in one dimension (Zheng et al., AAAI 2020, eq. 7).
 
     `1 - IoU + (distance of the centres / length of the smallest segment around both)^2` of
     segments given by their distances to the left and to the right of a common point.
@@ -59,7 +59,7 @@ def diou_loss(predicted: Tensor, actual: Tensor, positive: Tensor) -> Tensor:
     Args:
         predicted: `(..., 2)` non-negative distances.
         actual: `(..., 2)` non-negative distances where `positive`.
-        positive: `(...)` bool, which pairs count. The others may hold anything finite.
+        positive: `(...)` bool, true for pairs that count. The others may hold anything finite.
 
     Returns:
         A scalar in float32, zero when nothing is positive.
@@ -80,15 +80,15 @@ def diou_loss(predicted: Tensor, actual: Tensor, positive: Tensor) -> Tensor:
 def giou_loss(
     predicted: Tensor, actual: Tensor, positive: Tensor, *, all_ranks: bool = False
 ) -> Tensor:
-    """Mean of the generalised IoU loss in one dimension (Rezatofighi et al., CVPR 2019).
+    """Average the generalised IoU loss in one dimension (Rezatofighi et al., CVPR 2019).
 
     `1 - IoU + (length of the smallest segment around both - union) / the former`.
 
     Args:
         predicted: `(..., 2)` segments; one given the wrong way round counts as turned.
         actual: `(..., 2)` segments where `positive`.
-        positive: `(...)` bool, which pairs count. The others may hold anything finite.
-        all_ranks: as `mean_over`.
+        positive: `(...)` bool, true for pairs that count. The others may hold anything finite.
+        all_ranks: see `mean_over`.
 
     Returns:
         A scalar in float32, zero when nothing is positive.
@@ -104,23 +104,23 @@ def giou_loss(
 
 
 def mean_over(loss: Tensor, chosen: Tensor, *, all_ranks: bool) -> Tensor:
-    """The mean of `loss` where `chosen`, zero when nothing is.
+    """Average `loss` where `chosen`; zero when nothing is.
 
     Args:
-        loss: of any shape.
-        chosen: bool of the same shape.
-        all_ranks: divide by what is chosen on all ranks, which then must all call this, so that the
-            mean of the ranks' results is that of all of it.
+        loss: tensor of any shape.
+        chosen: bool tensor of the same shape.
+        all_ranks: divide by the number chosen on all ranks, which then must all call this, so that
+            the mean of the ranks' results is the mean over all that is chosen.
     """
     total, ranks = over_ranks(chosen.sum()) if all_ranks else (chosen.sum(), 1)
     return torch.where(chosen, loss, 0).sum() * ranks / total.clamp(min=1)
 
 
 def over_ranks(count: Tensor) -> tuple[Tensor, int]:
-    """Sums a count over all ranks, which must all call this; returns it and their number.
+    """Sum a count over all ranks, which must all call this; return it and their number.
 
     Args:
-        count: of this rank.
+        count: count of this rank.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return count, 1
@@ -130,7 +130,7 @@ def over_ranks(count: Tensor) -> tuple[Tensor, int]:
 
 
 class LossNormalizer(nn.Module):
-    """A running mean of the number of a step's positive points, by which losses are divided.
+    """Running mean of the number of a step's positive points, by which losses are divided.
 
     It steadies the loss when a step has few windows. The buffer is part of the state, so a resumed
     run continues with it. It follows the sum over all ranks and all passes of a step, however the
@@ -147,21 +147,21 @@ class LossNormalizer(nn.Module):
         self._counted = 0  # passes to come whose positives are counted already
 
     def count(self, positives: Tensor, *, passes: int) -> None:
-        """Counts a step ahead of its passes, because each is divided by what all of them hold.
+        """Count a step ahead of its passes, because each is divided by what all of them hold.
 
         Args:
-            positives: scalar, the number of positive points in all of this rank's passes.
-            passes: forward passes of this rank in the step.
+            positives: scalar number of positive points in all of this rank's passes.
+            passes: number of forward passes of this rank in the step.
         """
         total, ranks = over_ranks(positives.detach().float())
         self.mean.copy_(MOMENTUM * self.mean + (1 - MOMENTUM) * total.clamp(min=1))
         self._parts, self._counted = ranks * passes, passes
 
     def forward(self, positives: Tensor) -> Tensor:
-        """Returns what to divide a pass's losses by: the mean over the passes is then the step's.
+        """Return the divisor of a pass's losses: their mean over the passes is then the step's.
 
         Args:
-            positives: scalar, the number of positive points of the pass: it is a step of its own
+            positives: scalar number of positive points of the pass, which is a step of its own
                 unless `count` was called ahead.
         """
         if self.training:

@@ -1,4 +1,4 @@
-"""What a localizer is: temporal features in, losses or detections out."""
+"""Protocol of localizers: temporal features in, losses or detections out."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Targets:
             )
 
     def to(self, device: torch.device | str) -> Targets:
-        """A copy on `device` (itself when it is there already)."""
+        """Copy to `device` (itself when it is there already)."""
         return Targets(segments=self.segments.to(device), labels=self.labels.to(device))
 
 
@@ -82,28 +82,28 @@ class Instances:
 
 @runtime_checkable
 class LocalizerConfig(Protocol):
-    """The settings of a localizer: a frozen dataclass that builds it.
+    """Settings of a localizer: a frozen dataclass that builds it.
 
     A new localizer is one file with such a class and the module that it builds; a recipe or a
     `DetectorSpec` takes it as it is.
     """
 
     def build(self, in_channels: int, num_classes: int) -> Any:
-        """A `Localizer` with random weights, a module.
+        """Build a `Localizer` with random weights, a module.
 
         Args:
-            in_channels: C of the features.
-            num_classes: of the actions; 1 for a class-agnostic localizer, which makes proposals.
+            in_channels: channels C of the features.
+            num_classes: number of classes; 1 for a class-agnostic localizer, which makes proposals.
         """
         ...
 
 
 class Localizer(Protocol):
-    """Finds actions in temporal features. A `torch.nn.Module` in practice.
+    """Model that finds actions in temporal features; a `torch.nn.Module` in practice.
 
     Attributes:
         num_classes: labels are 0 to `num_classes - 1`.
-        multiple: the number of features of a window is a multiple of this.
+        multiple: number of which the number of features of a window is a multiple.
     """
 
     num_classes: int
@@ -112,34 +112,34 @@ class Localizer(Protocol):
     def __call__(
         self, features: Tensor, mask: Tensor, targets: Sequence[Targets] | None = None
     ) -> Losses | list[Detections]:
-        """Losses against `targets`, or detections without them.
+        """Compute losses against `targets`, or detections without them.
 
         Args:
             features: `(B, C, T)` features.
             mask: `(B, T)` bool, true where a feature is of the video and not padding. Padded
                 features must not influence the result, whatever they hold.
-            targets: of each sample its actions.
+            targets: actions of each window.
 
         Returns:
-            With targets: scalar loss terms, whose sum is to be minimised. Without: of each sample
-            the detections in feature-grid units, before non-maximum suppression.
+            With targets: scalar loss terms, whose sum is to be minimised. Without: the
+            detections of each window in feature-grid units, before non-maximum suppression.
         """
         ...
 
     def begin_step(self, masks: Sequence[Tensor], targets: Sequence[Sequence[Targets]]) -> None:
-        """Is told all of a rank's windows of a training step, before the step's forward passes.
+        """Take note of all of a rank's windows of a training step, before its forward passes.
 
         The losses of many localizers are divided by what a whole step holds. Without this call each
         forward pass with targets is a step of its own.
 
         Args:
-            masks: of each pass `(B, T)` bool.
-            targets: of each pass those of its samples.
+            masks: masks of each pass, `(B, T)` bool.
+            targets: targets of each pass.
         """
         ...
 
     def predict(self, features: Tensor, mask: Tensor) -> tuple[Any, ...]:
-        """What the network says, before it becomes losses or detections.
+        """Run the network, up to the tensors that become losses or detections.
 
         Memory is predicted over this part alone, with tensors that hold no values.
 
@@ -148,20 +148,20 @@ class Localizer(Protocol):
             mask: `(B, T)` bool.
 
         Returns:
-            Anything; the losses are functions of the tensors among it that need gradients.
+            A tuple of anything; the losses are functions of its tensors that need gradients.
         """
         ...
 
 
 def check_at_least(settings: object, **least: int) -> None:
-    """Refuses settings that are too small.
+    """Refuse settings that are too small.
 
     Args:
         settings: a dataclass.
-        least: names of its fields, and of each the smallest value that works.
+        least: smallest value that works of each field named.
 
     Raises:
-        ValueError: If a field is smaller.
+        ValueError: if a field is smaller.
     """
     for name, bound in least.items():
         value = getattr(settings, name)
@@ -170,13 +170,13 @@ def check_at_least(settings: object, **least: int) -> None:
 
 
 def best(scores: Tensor, segments: Tensor, counted: Tensor, *, most: int) -> Detections:
-    """Detections of one sample by falling score; of equal scores the first place and class first.
+    """Choose the detections of one window by falling score; equal scores by place, then class.
 
     Args:
-        scores: `(P, K)` of K classes at P places.
-        segments: `(P, 2)` what was found at each place, in feature-grid units.
-        counted: `(P, K)` bool, which of them may be detections.
-        most: detections that are kept.
+        scores: `(P, K)` scores of K classes at P places.
+        segments: `(P, 2)` segments found at the places, in feature-grid units.
+        counted: `(P, K)` bool, true where a score may become a detection.
+        most: greatest number of detections.
     """
     classes = scores.shape[1]
     flat = scores.flatten()

@@ -1,4 +1,4 @@
-"""The blocks of a masked temporal transformer, all on `(B, T, C)` with a mask `(B, T)`."""
+"""The masked temporal transformer of ActionFormer, on `(B, T, C)` with a mask `(B, T)`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DENSE_LENGTH = 128
 
 
 def local_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, window: int) -> Tensor:
-    """Scaled dot-product attention of each time step to the valid steps near it.
+    """Attend from each time step to the valid steps near it, by scaled dot products.
 
     Step i attends to the valid steps j with `|i - j| <= window // 2`, and always to itself, so
     that the results at padded steps are finite (and mean nothing).
@@ -48,7 +48,7 @@ def _allowed(query_step: Tensor, key_step: Tensor, key_mask: Tensor, reach: int)
 def _attention_in_blocks(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, reach: int
 ) -> Tensor:
-    """The same in O(T x window): blocks of queries against the keys of the block and around it.
+    """Attend in O(T x window): blocks of queries to the keys in the block and around it.
 
     A block holds at least twice the reach in queries, so that half or more of what is computed is
     used.
@@ -60,7 +60,7 @@ def _attention_in_blocks(
     span = block + 2 * reach
 
     def around(x: Tensor, steps: int) -> Tensor:
-        """`(..., T, D)` to `(..., count, span, D)`, from `reach` steps before each block."""
+        """Cut `(..., T, D)` into `(..., count, span, D)`, from `reach` steps before each block."""
         padded = F.pad(x, (0, 0, reach, reach + tail))
         return padded.unfold(steps, span, block).transpose(-1, -2)
 
@@ -79,12 +79,12 @@ def _attention_in_blocks(
 
 
 def zero_padding(x: Tensor, mask: Tensor) -> Tensor:
-    """Finite `x` `(B, T, C)` with zeros where `mask` `(B, T)` is false."""
+    """Put zeros into finite `x` `(B, T, C)` where `mask` `(B, T)` is false."""
     return x * mask[..., None].to(x.dtype)  # several times as fast as masked_fill on a CPU
 
 
 class Convolution(nn.Conv1d):
-    """A convolution of kernel 3 over the time of `(B, T, C)`, without change of length."""
+    """Convolution of kernel 3 over the time of `(B, T, C)`, without change of length."""
 
     def __init__(self, in_channels: int, out_channels: int, *, bias: bool) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1, bias=bias)
@@ -92,12 +92,12 @@ class Convolution(nn.Conv1d):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, T, C)` to `(B, T, C')`."""
+        """Convolve `(B, T, C)` to `(B, T, C')`."""
         return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
 
 class DepthwiseConvolution(nn.Module):
-    """One filter of kernel 3 a channel over the time of `(B, T, C)`, with a stride.
+    """Filter of kernel 3 for each channel over the time of `(B, T, C)`, with a stride.
 
     With stride 2 the output's step i sits at the input's step 2i.
     """
@@ -109,7 +109,7 @@ class DepthwiseConvolution(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)  # as in torch.nn.Conv1d
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, T, C)` to `(B, T / stride, C)`."""
+        """Convolve `(B, T, C)` to `(B, T / stride, C)`."""
         # As an image of height 1 whose channels come last, `x` needs no copy; depthwise kernels
         # are up to five times faster in this layout on a CPU.
         image = x.transpose(1, 2).unsqueeze(2)
@@ -145,11 +145,11 @@ class ConvAttention(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Attends.
+        """Attend.
 
         Args:
             x: `(B, T, C)`.
-            mask: `(B, T / stride)`, that of the output.
+            mask: `(B, T / stride)` mask of the output.
 
         Returns:
             `(B, T / stride, C)`, zero where padded.
@@ -165,12 +165,12 @@ class ConvAttention(nn.Module):
         return zero_padding(self.drop(self.proj(attended.transpose(1, 2).flatten(2))), mask)
 
     def _split(self, x: Tensor) -> Tensor:
-        """`(B, T, C)` to `(B, heads, T, C / heads)`."""
+        """Split `(B, T, C)` into heads, `(B, heads, T, C / heads)`."""
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
 class ResidualScale(nn.Module):
-    """What ends a residual branch: a learnt factor a channel, and stochastic depth a sample.
+    """End of a residual branch: a learnt factor a channel, and stochastic depth a sample.
 
     The factors start near zero so that a deep network starts near the identity (LayerScale,
     Touvron et al., ICCV 2021).
@@ -182,13 +182,13 @@ class ResidualScale(nn.Module):
         self.drop = StochasticDepth(drop_path, "row")
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, T, C)` to the same shape."""
+        """Scale `(B, T, C)`."""
         dropped: Tensor = self.drop(x * self.scale)
         return dropped
 
 
 class TransformerBlock(nn.Module):
-    """A pre-norm transformer block: local attention, then an MLP four times as wide.
+    """Pre-norm transformer block: local attention, then an MLP four times as wide.
 
     With `stride` 2 it halves the sequence: attention does so in its convolutions, the skip
     connection by a maximum over three steps. `dropout` is that of the attention's output and of
@@ -227,7 +227,7 @@ class TransformerBlock(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """`x` `(B, T, C)`, `mask` `(B, T)` to the same for `T / stride`; zero where padded."""
+        """Map `x` `(B, T, C)`, `mask` `(B, T)` to the same for `T / stride`, zero where padded."""
         skip = x
         if self.stride > 1:
             mask = mask[:, :: self.stride]
@@ -241,8 +241,8 @@ class Pyramid:
     """Features at several rates.
 
     Attributes:
-        features: of level l `(B, T / 2^l, C)`.
-        masks: of level l `(B, T / 2^l)` bool.
+        features: features of level l, `(B, T / 2^l, C)`.
+        masks: masks of level l, `(B, T / 2^l)` bool.
     """
 
     features: tuple[Tensor, ...]
@@ -292,7 +292,7 @@ class Embedding(nn.Module):
         self.register_buffer("positions", table, persistent=False)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """`x` `(B, T, C)`, `mask` `(B, T)` to `(B, T, width)`."""
+        """Embed `x` `(B, T, C)`, with `mask` `(B, T)`, as `(B, T, width)`."""
         x = x.masked_fill(~mask[..., None], 0)  # padding may hold anything, NaN too
         if self.streams:
             parts = x.split(self.stream_channels, dim=2)
@@ -318,11 +318,11 @@ class TransformerPyramid(nn.Module):
     norms) or the end of the tensor (zeros), so how much is padded is part of the model.
 
     Args:
-        embed: what comes before the transformer.
-        width: of the transformer.
+        embed: embedding of the features.
+        width: channels of the transformer.
         stem_layers: blocks at full rate.
-        windows: of each level the attention's width, 0 for global; the first is the stem's.
-        heads: of the attention.
+        windows: width of each level's attention, 0 for global; the first is the stem's.
+        heads: heads of the attention.
         residual_scale: see `ResidualScale`.
         dropout: see `TransformerBlock`.
         drop_path: see `ResidualScale`.
@@ -359,17 +359,17 @@ class TransformerPyramid(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in windows)
 
     def forward(self, features: Tensor, mask: Tensor) -> Pyramid:
-        """Encodes.
+        """Encode features as a pyramid.
 
         Args:
             features: `(B, C, T)`.
             mask: `(B, T)` bool.
 
         Returns:
-            A level for each window, normalised.
+            The pyramid with a level for each attention window, normalised.
 
         Raises:
-            ValueError: If T is not a multiple of the top level's stride.
+            ValueError: if T is not a multiple of the top level's stride.
         """
         top = 2 ** len(self.branch)
         if features.shape[2] % top:
@@ -391,7 +391,7 @@ class TransformerPyramid(nn.Module):
 
 
 def sinusoids(length: int, width: int) -> Tensor:
-    """Position encodings `(length, width)`, sine and cosine of a frequency side by side."""
+    """Make position encodings `(length, width)`, sine and cosine of a frequency side by side."""
     channel = torch.arange(width, dtype=torch.float64)
     frequency = 10000 ** (-2 * (channel // 2) / width)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
@@ -419,7 +419,7 @@ class Strip:
 
     @staticmethod
     def lay_out(pyramid: Pyramid) -> Strip:
-        """Lays out a pyramid."""
+        """Lay out a pyramid."""
         features = torch.cat([F.pad(level, (0, 0, 0, 1)) for level in pyramid.features], dim=1)
         valid = torch.cat([F.pad(mask, (0, 1)) for mask in pyramid.masks], dim=1)
         inside = torch.cat(
@@ -433,7 +433,7 @@ class Strip:
 
 
 class ConvHead(nn.Module):
-    """`layers` convolutions, all but the last with layer norm and ReLU, shared by all levels."""
+    """Head of convolutions, all but the last with layer norm and ReLU, shared by all levels."""
 
     def __init__(self, in_channels: int, width: int, out_channels: int, *, layers: int) -> None:
         super().__init__()
@@ -446,7 +446,7 @@ class ConvHead(nn.Module):
         self.last = Convolution(channels[-1], out_channels, bias=True)
 
     def forward(self, strip: Strip) -> Tensor:
-        """Predicts `(B, P, out_channels)` float32 for the points of all levels."""
+        """Predict `(B, P, out_channels)` float32 for the points of all levels."""
         x = strip.features
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.relu(norm(zero_padding(conv(x), strip.valid)))
@@ -456,13 +456,13 @@ class ConvHead(nn.Module):
 
 
 class LevelScale(nn.Module):
-    """A learnt factor for each level, since one head predicts for lengths of all scales."""
+    """Learnt factor for each level, since one head predicts for lengths of all scales."""
 
     def __init__(self, levels: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(levels))
 
     def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Scales `x` `(B, P, C)`, whose levels have `lengths` points."""
+        """Scale `x` `(B, P, C)`, whose levels have `lengths` points."""
         parts = x.split(list(lengths), dim=1)
         return torch.cat([part * scale for part, scale in zip(parts, self.scale, strict=True)], 1)

@@ -1,4 +1,4 @@
-"""Meters: what a training step did use, and what it will use."""
+"""Memory of a training step: measured, counted, and predicted."""
 
 from re2tal.memory.live import LiveBytes, MemoryMeter, StepMemory
 from re2tal.memory.prediction import (

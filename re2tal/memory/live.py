@@ -1,4 +1,8 @@
-"""What a step keeps alive: the bytes of the storages of tensors, counted as operators make them."""
+"""Memory in use: bytes of tensors, counted as operators make them, and of the process.
+
+`LiveBytes` counts storages, whose sizes do not depend on the machine; `MemoryMeter` reads the bytes
+that this process and its GPU have used.
+"""
 
 import threading
 import weakref
@@ -15,24 +19,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 MEGABYTE = 10**6
-"""Bytes; metrics named ``..._mb`` are in this unit."""
+"""Bytes in the unit of metrics named ``..._mb``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepMemory:
     """Bytes of one forward and backward, without the optimizer.
 
-    Counted are the storages of tensors, each once. An operator's own scratch space, fragmentation
-    and what the allocator keeps in reserve are not visible to the count.
+    The storages of tensors are counted, each once. An operator's scratch space, fragmentation and
+    the allocator's reserve are not visible to the count.
 
     Attributes:
         parameters: the model's parameters.
         buffers: the model's buffers.
         inputs: every other tensor that existed before the step and was used in it.
         gradients: the parameters' ``.grad`` at the end of the step.
-        activations: everything else, when it was most.
-        peak: all of these together, when they were most. Less than their sum, since gradients grow
-            while activations shrink.
+        activations: everything else, at its peak.
+        peak: all of these together, at their peak. Less than the sum, since gradients grow while
+            activations shrink.
     """
 
     parameters: int
@@ -43,36 +47,36 @@ class StepMemory:
     peak: int
 
     def metrics(self) -> dict[str, float]:
-        """The sizes in megabytes (10^6 bytes), as ``name_mb``."""
+        """Convert the sizes to megabytes (10^6 bytes), as ``name_mb``."""
         return {f"{name}_mb": getattr(self, name) / MEGABYTE for name in self.__slots__}
 
 
 class Observer(Protocol):
-    """Is told by `LiveBytes` what happens to every storage, in order."""
+    """Observer to which `LiveBytes` reports what happens to every storage, in order."""
 
     def running(self, operator: Any, inputs: list[Tensor]) -> None:
-        """An operator is about to run on these tensors."""
+        """Report that an operator is about to run on these tensors."""
         ...
 
     def made(self, storage: int, kind: str, size: int) -> None:
-        """A storage of so many bytes is new, or new in this kind (a field of `StepMemory`)."""
+        """Report a storage that is new, or new in this kind (a field of `StepMemory`)."""
         ...
 
     def gone(self, storage: int) -> None:
-        """A storage was freed, or is about to be made anew in another kind or size."""
+        """Report a storage that was freed, or is about to be made anew in another kind or size."""
         ...
 
 
 class LiveBytes(TorchDispatchMode):
-    """While active, counts the bytes of the storages that operators make, until they are freed.
+    """Count of the bytes of the storages that operators make, until they are freed.
 
     A step of the real training loop is measured with ``with LiveBytes(model) as live: ...`` and
     ``live.memory()``. It slows every operator down, so it is for single steps. Inside a
     `FakeTensorMode` it counts fake tensors.
 
     Args:
-        model: its parameters, buffers and gradients are counted apart.
-        observer: is told what happens.
+        model: model whose parameters, buffers and gradients are counted apart.
+        observer: observer of the storages.
     """
 
     def __init__(self, model: nn.Module, observer: Observer | None = None) -> None:
@@ -86,7 +90,7 @@ class LiveBytes(TorchDispatchMode):
         self._hooks = ExitStack()
 
     def memory(self) -> StepMemory:
-        """Peaks so far for activations and the whole, what is alive now for the rest."""
+        """Sum up: peaks so far for activations and the whole, live bytes for the rest."""
         return StepMemory(
             parameters=self._live["parameters"],
             buffers=self._live["buffers"],
@@ -114,7 +118,7 @@ class LiveBytes(TorchDispatchMode):
         self._hooks.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator; whatever it was given and is new here existed before the step."""
+        """Run the operator; inputs of it that are new here existed before the step."""
         kwargs = kwargs or {}
         given = tensors_in((args, kwargs))
         for tensor in given:
@@ -168,7 +172,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """The tensors in nested containers."""
+    """List the tensors in nested containers."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
@@ -179,14 +183,14 @@ class MemoryMeter:
     most that a thread saw every 5 ms. Meters may be nested; they belong to one thread.
 
     Args:
-        device: the accelerator to read as well; None or a CPU reads the host alone.
+        device: accelerator to read as well; None or a CPU reads the host alone.
 
     Attributes:
         rss: resident bytes of the process at the end.
-        rss_peak: the most resident bytes since the start.
+        rss_peak: greatest number of resident bytes since the start.
         cuda_allocated: bytes in tensors on the device at the end; None without a CUDA device.
         cuda_reserved: bytes that the caching allocator held at the end.
-        cuda_peak: the most bytes in tensors since the start.
+        cuda_peak: greatest number of bytes in tensors since the start.
     """
 
     _active: ClassVar[list["MemoryMeter"]] = []
@@ -218,7 +222,7 @@ class MemoryMeter:
         self._active.remove(self)
 
     def metrics(self) -> dict[str, float]:
-        """The attributes that were read, in megabytes (10^6 bytes), as ``name_mb``."""
+        """Convert the attributes that were read to megabytes (10^6 bytes), as ``name_mb``."""
         names = ("rss", "rss_peak", "cuda_allocated", "cuda_reserved", "cuda_peak")
         sizes = {name: getattr(self, name) for name in names}
         return {f"{k}_mb": size / MEGABYTE for k, size in sizes.items() if size is not None}
@@ -244,7 +248,7 @@ def _reset_high_water_mark() -> bool:
 
 
 def _high_water_mark() -> int:
-    """The kernel's record in bytes; 0 if it keeps none."""
+    """Read the kernel's record in bytes; 0 if it keeps none."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -252,7 +256,7 @@ def _high_water_mark() -> int:
 
 
 class _Sampler:
-    """A thread that watches the resident memory."""
+    """Thread that watches the resident memory."""
 
     def __init__(self) -> None:
         self.peak = 0

@@ -1,4 +1,4 @@
-"""What a training step will use: the bytes of the tensors that it keeps alive.
+"""Prediction of a training step's memory: bytes of the tensors that it keeps alive.
 
 `predict_peak` counts with fake tensors, which have shapes and no data, so a step of hundreds of
 gigabytes can be predicted on a laptop; `measure_activations` counts with real ones. What counts is
@@ -32,14 +32,14 @@ from re2tal.memory.live import LiveBytes, StepMemory, tensors_in
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origin:
-    """What made a tensor.
+    """Operator and module that made a tensor.
 
     Attributes:
-        kind: a field of `StepMemory`: parameters, buffers, inputs, gradients or activations.
+        kind: field of `StepMemory`: parameters, buffers, inputs, gradients or activations.
         module: name of the innermost module that was running, or whose backward was; "" is the
             model itself.
-        operator: of PyTorch's ATen library, such as "native_layer_norm"; "" like the module for
-            what is no activation.
+        operator: operator of PyTorch's ATen library, such as "native_layer_norm"; it and the
+            module are "" for all but activations.
         phase: "forward" or "backward"; a forward that is repeated in the backward is part of it.
     """
 
@@ -51,13 +51,12 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Breakdown:
-    """The peak of a step.
+    """Peak of a step, by the origins of what is alive there.
 
     Attributes:
-        memory: the sizes of the step.
-        peak: what made the tensor with which the peak was reached.
-        parts: bytes that are alive at the peak, by what made them, the largest first. Their sum is
-            ``memory.peak``.
+        memory: sizes of the step.
+        peak: origin of the tensor with which the peak was reached.
+        parts: bytes alive at the peak, by origin, the largest first. Their sum is ``memory.peak``.
     """
 
     memory: StepMemory
@@ -66,13 +65,13 @@ class Breakdown:
 
 
 class Record:
-    """Keeps a log of what `LiveBytes` sees, and of the modules that run meanwhile.
+    """Log of the storages that `LiveBytes` sees, and of the modules that run meanwhile.
 
     To be entered around the step as a context manager, and given to `LiveBytes`.
 
     Args:
-        model: whose modules are named. Its backward must run in the thread of its forward, which it
-            does on a CPU, and inside this context elsewhere too.
+        model: model whose modules are named. Its backward must run in the thread of its forward,
+            which it does on a CPU, and inside this context elsewhere too.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -117,10 +116,10 @@ class Record:
         self._log.append((origin, -size))
 
     def breakdown(self, memory: StepMemory) -> Breakdown:
-        """What was alive when it was most.
+        """List what was alive at the peak.
 
         Args:
-            memory: the sizes that `LiveBytes` has found meanwhile.
+            memory: sizes that `LiveBytes` has found meanwhile.
         """
         total = most = end = 0
         for index, (_, change) in enumerate(self._log):
@@ -135,7 +134,7 @@ class Record:
 
 
 class _Places:
-    """The module that is running, in the forward and in the backward.
+    """Names of the modules that run, in the forward and in the backward.
 
     A node of the autograd graph has a number, which grows with every node that a thread makes. So
     the module that a node belongs to is the one that was running when its number was due.
@@ -179,7 +178,7 @@ class _Places:
                 self._mark(-1, module, refined)
 
     def now(self) -> tuple[str, str]:
-        """Module and phase."""
+        """Name the module and the phase of the moment."""
         module, phase = self._running()
         return self._refined(module), phase
 
@@ -200,7 +199,7 @@ class _Places:
         self._marks.append((module, refined))
 
     def _refined(self, name: str) -> str:
-        """In a container that runs its blocks by their parts: the part whose parameters were used.
+        """Refine a container that runs its blocks by their parts to the part last used.
 
         Rewired containers do not call their blocks, and some of the blocks' parts neither.
         """
@@ -214,14 +213,14 @@ Step = Callable[..., Any]
 
 
 def predict_peak(model: nn.Module, *inputs: Any, step: Step | None = None) -> StepMemory:
-    """The memory of a training step, from fake tensors: nothing is computed or allocated.
+    """Predict the memory of a training step from fake tensors: nothing is computed or allocated.
 
     Args:
-        model: the model, as it would be trained (device, dtype, train mode, rewired or not). A
+        model: model as it would be trained (device, dtype, train mode, rewired or not). A
             model on a GPU needs a GPU to be present, for autocast's sake; sizes are the same on a
             CPU where the same operators run.
-        inputs: examples of what it is called with; only shapes, dtypes and devices matter.
-        step: the forward, called as ``step(model, *inputs)`` with fake copies: the place for
+        inputs: examples of the model's inputs; only shapes, dtypes and devices matter.
+        step: forward, called as ``step(model, *inputs)`` with fake copies: the place for
             autocast or keyword arguments. By default the model is called. Every tensor in the
             result that needs a gradient is taken as a loss term.
 
@@ -235,15 +234,15 @@ def predict_peak(model: nn.Module, *inputs: Any, step: Step | None = None) -> St
 
 
 def explain_peak(model: nn.Module, *inputs: Any, step: Step | None = None) -> Breakdown:
-    """The prediction of `predict_peak`, with the place of the peak and what it is made of.
+    """Predict as `predict_peak` does, and name the place of the peak and its parts.
 
     Args:
-        model: as in `predict_peak`.
-        inputs: likewise.
-        step: likewise.
+        model: as for `predict_peak`.
+        inputs: as for `predict_peak`.
+        step: as for `predict_peak`.
 
     Raises:
-        ValueError: as `predict_peak`.
+        ValueError: as `predict_peak` does.
     """
     with (
         _faked(model, inputs) as (fake_model, fake_inputs),
@@ -255,15 +254,15 @@ def explain_peak(model: nn.Module, *inputs: Any, step: Step | None = None) -> Br
 
 
 def measure_activations(model: nn.Module, *inputs: Any, step: Step | None = None) -> StepMemory:
-    """The same count as `predict_peak` over a real forward and backward.
+    """Count as `predict_peak` does, over a real forward and backward.
 
     The model's gradients and the random generators are left as they were; running statistics of
     normalisation layers advance, as in any forward in training mode.
 
     Args:
         model: the model.
-        inputs: what it is called with.
-        step: as in `predict_peak`.
+        inputs: the model's inputs.
+        step: as for `predict_peak`.
 
     Raises:
         ValueError: if nothing in the result needs a gradient.
@@ -293,7 +292,7 @@ def _faked(model: nn.Module, inputs: Any) -> Iterator[tuple[nn.Module, Any]]:
 
 
 def _run(model: nn.Module, inputs: Any, step: Step | None) -> None:
-    """Forward and backward, of the sum of all that needs a gradient."""
+    """Run a forward, and a backward of the sum of all that needs a gradient."""
     result = model(*inputs) if step is None else step(model, *inputs)
     terms = [t.sum() for t in tensors_in(result) if t.requires_grad]
     if not terms:

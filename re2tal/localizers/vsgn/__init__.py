@@ -1,4 +1,4 @@
-"""VSGN: a graph over features of two scales, anchors, and boundaries that are looked at twice."""
+"""VSGN: a graph over features of two scales, anchors, and boundaries that are adjusted."""
 
 from re2tal.localizers.vsgn.model import VSGN, VSGNConfig
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 
 def zero_padding(x: Tensor, valid: Tensor) -> Tensor:
-    """Finite `x` `(B, C, N)` with zeros where `valid` `(B, N)` is false."""
+    """Put zeros into finite `x` `(B, C, N)` where `valid` `(B, N)` is false."""
     return x * valid[:, None].to(x.dtype)
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
-    """Of `x` `(B, N, C)` the rows `index` `(B, M)`: `(B, M, C)`."""
+    """Gather the rows `index` `(B, M)` of `x` `(B, N, C)`: `(B, M, C)`."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
@@ -25,7 +25,7 @@ class Nodes:
 
     Attributes:
         valid: `(B, N)` bool, whether any feature of the cell is no padding.
-        parts: `(B, N)` int64, in which run of valid features the cell ends, from 0 on.
+        parts: `(B, N)` int64, number from 0 on of the run of valid features where the cell ends.
         stitched: `(B,)` bool, whether the sample has several such runs: a clip and, behind a gap,
             its magnified copy (Zhao et al., ICCV 2021, section 3.2).
     """
@@ -36,11 +36,11 @@ class Nodes:
 
     @staticmethod
     def of(mask: Tensor, stride: int) -> Nodes:
-        """The nodes of a level whose cells hold `stride` features.
+        """Make the nodes of a level whose cells hold `stride` features.
 
         Args:
             mask: `(B, T)` bool, T a multiple of `stride`.
-            stride: features in a cell.
+            stride: number of features in a cell.
         """
         rising = mask.clone()
         rising[:, 1:] &= ~mask[:, :-1]
@@ -54,7 +54,7 @@ class Nodes:
 
 @torch.no_grad()
 def nearest(features: Tensor, nodes: Nodes, count: int) -> Tensor:
-    """The neighbours of each node (Zhao et al., ICCV 2021, section 3.3).
+    """Find the neighbours of each node (Zhao et al., ICCV 2021, section 3.3).
 
     Half of them are the nodes with the most similar features, itself included: free edges. The
     other half are the most similar of the rest; in a stitched sample, of the rest's nodes in
@@ -64,7 +64,7 @@ def nearest(features: Tensor, nodes: Nodes, count: int) -> Tensor:
     Args:
         features: `(B, N, C)`.
         nodes: the N nodes.
-        count: neighbours of a node, at least 2.
+        count: number of neighbours of a node, at least 2.
 
     Returns:
         `(B, N, k)` int64. Where there are fewer than `count` neighbours the nearest one is
@@ -90,7 +90,7 @@ def nearest(features: Tensor, nodes: Nodes, count: int) -> Tensor:
 
 
 def maximum(values: Tensor, neighbours: Tensor) -> Tensor:
-    """Of each node and channel the greatest value among the node's neighbours.
+    """Take the greatest value among the neighbours of each node, channel by channel.
 
     The winners are searched one neighbour at a time and without gradients; only they are then
     gathered. Neither pass holds a tensor with a value for each edge and channel.
@@ -114,15 +114,15 @@ def maximum(values: Tensor, neighbours: Tensor) -> Tensor:
 
 
 class GraphBlock(nn.Module):
-    """An xGN layer: convolution and graph convolution side by side, ReLU, halved by a maximum.
+    """xGN layer: convolution and graph convolution side by side, ReLU, halved by a maximum.
 
     An edge from node j to node i carries `W [x_j; x_i] + b` (Zhao et al., ICCV 2021, equation 1).
     With `W = [N M]` that is `N x_j + (M x_i + b)`: each node is projected once in place of each
     edge, and only the first summand depends on the neighbour.
 
     Args:
-        channels: of the features.
-        neighbours: of each node.
+        channels: channels of the features.
+        neighbours: number of neighbours of a node.
     """
 
     def __init__(self, channels: int, *, neighbours: int) -> None:
@@ -132,7 +132,7 @@ class GraphBlock(nn.Module):
         self.edge = nn.Linear(2 * channels, channels)
 
     def forward(self, x: Tensor, nodes: Nodes) -> Tensor:
-        """`x` `(B, C, N)`, zero where padded, to `(B, C, N / 2)`, zero where padded."""
+        """Halve `x` `(B, C, N)`, zero where padded, to `(B, C, N / 2)`, zero where padded."""
         sequence = x.transpose(1, 2)
         from_neighbour, from_centre = self.edge.weight.chunk(2, dim=1)
         neighbours = nearest(sequence, nodes, self.neighbours)
@@ -143,14 +143,14 @@ class GraphBlock(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """What stands in for a `GraphBlock` when there is no graph: a convolution of stride 2."""
+    """Block in place of a `GraphBlock` when there is no graph: a convolution of stride 2."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv1d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor, nodes: Nodes) -> Tensor:
-        """`x` `(B, C, N)`, zero where padded, to `(B, C, N / 2)`, zero where padded."""
+        """Halve `x` `(B, C, N)`, zero where padded, to `(B, C, N / 2)`, zero where padded."""
         halved = nodes.valid.unflatten(1, (-1, 2)).any(dim=2)
         return zero_padding(F.relu(self.conv(x)), halved)
 
@@ -161,11 +161,11 @@ class GraphPyramid(nn.Module):
     Level l has a node for each `2 * stem_stride * 2^l` features.
 
     Args:
-        in_channels: of the features.
+        in_channels: channels C of the features.
         width: channels of all levels.
-        stem_stride: of the first convolution.
-        levels: of the pyramid.
-        neighbours: of a node in the graph, 0 for no graph.
+        stem_stride: stride of the first convolution.
+        levels: number of levels.
+        neighbours: number of neighbours of a node in the graph, 0 for no graph.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class GraphPyramid(nn.Module):
         self.strides = tuple(2 * stem_stride * 2**level for level in range(levels))
         self.stem = nn.Conv1d(in_channels, width, 3, stride=stem_stride, padding=1)
         self.encoder = nn.ModuleList(block() for _ in range(levels))
-        # Of the decoder the first is that of the coarsest level.
+        # The decoder's first layer is that of the coarsest level.
         self.ups = nn.ModuleList(
             nn.ConvTranspose1d(width, width, 3, stride=2, padding=1, output_padding=1)
             for _ in range(levels - 1)
@@ -191,18 +191,18 @@ class GraphPyramid(nn.Module):
         self.outs = nn.ModuleList(conv() for _ in range(levels))
 
     def forward(self, features: Tensor, mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Encodes and decodes.
+        """Encode and decode features.
 
         Args:
             features: `(B, C, T)`.
             mask: `(B, T)` bool.
 
         Returns:
-            Of each level, the finest first, features `(B, width, N)`, zero where padded, and
-            which nodes are no padding `(B, N)`.
+            Features of each level, the finest first, `(B, width, N)`, zero where padded, and masks
+            of the nodes that are no padding, `(B, N)`.
 
         Raises:
-            ValueError: If T is not a multiple of the coarsest level's stride.
+            ValueError: if T is not a multiple of the coarsest level's stride.
         """
         if features.shape[2] % self.strides[-1]:
             raise ValueError(
@@ -221,7 +221,7 @@ class GraphPyramid(nn.Module):
         return self._decode(encoded, valid), valid
 
     def _decode(self, encoded: list[Tensor], valid: list[Tensor]) -> list[Tensor]:
-        """The decoder's levels, the finest first."""
+        """Decode the levels; return the finest first."""
         x = zero_padding(F.relu(self.outs[0](encoded[-1])), valid[-1])
         decoded = [x]
         for up, lateral, out, level, inside in zip(

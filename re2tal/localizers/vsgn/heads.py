@@ -1,4 +1,4 @@
-"""VSGN's heads: classes and segments of anchors, their boundaries once more, and three scores."""
+"""VSGN's heads: classes and segments of anchors, adjusted boundaries, and supplementary scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class MaskedGroupNorm(nn.GroupNorm):
     """Group normalisation whose statistics leave padding out; its results there are zero."""
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
-        """`x` `(B, C, N)`, `valid` `(B, N)` bool to float32 of the same shape."""
+        """Normalise `x` `(B, C, N)` where `valid` `(B, N)`, to float32 of the same shape."""
         groups = x.float().unflatten(1, (self.num_groups, -1))  # (B, G, C / G, N)
         inside = valid[:, None, None].to(groups.dtype)
         count = (inside.sum(dim=3, keepdim=True) * groups.shape[2]).clamp(min=1)
@@ -27,14 +27,14 @@ class MaskedGroupNorm(nn.GroupNorm):
 
 
 class Head(nn.Module):
-    """`layers` convolutions with group norm and ReLU, and one that predicts.
+    """Head of `layers` convolutions with group norm and ReLU, and one that predicts.
 
     Args:
         width: channels of the features and of the layers.
         per_anchor: numbers that are predicted for an anchor.
-        anchors: of a node.
+        anchors: anchors of a node.
         layers: convolutions before the last.
-        groups: of the group norm.
+        groups: groups of the group norm.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class Head(nn.Module):
         self.last = nn.Conv1d(width, anchors * per_anchor, 3, padding=1)
 
     def forward(self, levels: Sequence[Tensor], valid: Sequence[Tensor]) -> Tensor:
-        """Predicts for the A anchors of all levels, in the order of `make_anchors`.
+        """Predict for the A anchors of all levels, in the order of `make_anchors`.
 
         Args:
-            levels: of each level features `(B, width, N)`, zero where padded.
-            valid: of each level `(B, N)` bool.
+            levels: features of each level, `(B, width, N)`, zero where padded.
+            valid: masks of each level, `(B, N)` bool.
 
         Returns:
             `(B, A, per_anchor)` float32.
@@ -68,16 +68,18 @@ class Head(nn.Module):
         return predicted
 
 
-# How far before and behind a boundary the features are looked at: this share of the length.
+# Distance before and behind a boundary at which features are looked at, as a share of the length.
 REACH = 1 / 8
 
 
 class BoundaryAdjustment(nn.Module):
-    """Moves starts and ends (Zhao et al., ICCV 2021, section 3.4).
+    """Second look at the features around starts and ends, which moves them.
+
+    Boundary adjustment of Zhao et al., ICCV 2021, section 3.4.
 
     Args:
-        channels: of the pyramid's finest level.
-        stride: of its nodes, in features.
+        channels: channels of the pyramid's finest level.
+        stride: stride of its nodes, in features.
     """
 
     def __init__(self, channels: int, stride: int) -> None:
@@ -87,11 +89,11 @@ class BoundaryAdjustment(nn.Module):
         self.end = Shift(channels)
 
     def forward(self, segments: Tensor, finest: Tensor) -> Tensor:
-        """Adjusts.
+        """Move the starts and ends of segments.
 
         Args:
             segments: `(B, A, 2)` in feature-grid units. Gradients pass through to them.
-            finest: `(B, C, N)`, the finest level.
+            finest: `(B, C, N)` finest level.
 
         Returns:
             `(B, A, 2)`; an end may come before its start.
@@ -106,12 +108,12 @@ class BoundaryAdjustment(nn.Module):
         return segments + torch.stack(shifts, dim=-1)
 
     def _node(self, position: Tensor, count: int) -> Tensor:
-        """Which of `count` nodes has the feature at `position` in its cell."""
+        """Find which of `count` nodes has the feature at `position` in its cell."""
         return (position / self.stride).floor().long().clamp(0, count - 1)
 
 
 class Shift(nn.Module):
-    """How far one boundary moves, from the features of three nodes around it."""
+    """Head that moves one boundary, from the features of three nodes around it."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -119,7 +121,7 @@ class Shift(nn.Module):
         self.last = nn.Conv1d(channels, 1, 1)
 
     def forward(self, nodes: Tensor, before: Tensor, at: Tensor, behind: Tensor) -> Tensor:
-        """Predicts from `nodes` `(B, N, C)` and indices `(B, A)` of them: `(B, A)` float32."""
+        """Predict shifts `(B, A)`, float32, from `nodes` `(B, N, C)` and `(B, A)` indices."""
         # Every tap is applied to the N nodes, in place of the 3 A that are looked at.
         weight = self.taps.weight.permute(2, 0, 1).flatten(0, 1)
         left, centre, right = F.linear(nodes, weight).chunk(3, dim=2)
@@ -130,7 +132,7 @@ class Shift(nn.Module):
 
 
 def inside_window(segments: Tensor, length: int) -> Tensor:
-    """`segments` `(..., 2)` with boundaries clamped to a window of `length` features.
+    """Clamp the boundaries of `segments` `(..., 2)` to a window of `length` features.
 
     A segment that lies outside keeps the window's first or last feature.
     """
@@ -139,26 +141,26 @@ def inside_window(segments: Tensor, length: int) -> Tensor:
 
 
 def first_and_last(segments: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the first and the last feature inside `segments` `(..., 2)` sit, not rounded."""
+    """Locate the first and the last feature in `segments` `(..., 2)`, not rounded."""
     return segments[..., 0] + 0.5, segments[..., 1] - 0.5
 
 
-# The order of the scores in every tensor.
+# Order of the scores in every tensor.
 SCORES = ("start", "end", "action")
 
 
 class SupplementaryScores(nn.Module):
-    """The three scores (Zhao et al., ICCV 2021, section 3.4)."""
+    """Scores of starts, ends and actions (Zhao et al., ICCV 2021, section 3.4)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.heads = nn.ModuleDict({name: ScoreHead(channels) for name in SCORES})
 
     def forward(self, finest: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Scores `length` features from the finest level `(B, C, N)`.
+        """Score `length` features from the finest level `(B, C, N)`.
 
         Returns:
-            `(B, 3, T)` float32 each: the logarithm of each score, and of one minus it.
+            Logarithms of the scores, and of one minus the scores, `(B, 3, T)` float32 each.
         """
         logits = torch.cat([head(finest) for head in self.heads.values()], dim=1)
         return (
@@ -168,7 +170,7 @@ class SupplementaryScores(nn.Module):
 
 
 class ScoreHead(nn.Module):
-    """The logit of one score for each node of the pyramid's finest level."""
+    """Head of one score: a logit for each node of the pyramid's finest level."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -176,20 +178,20 @@ class ScoreHead(nn.Module):
         self.last = nn.Conv1d(channels, 1, 1)
 
     def forward(self, finest: Tensor) -> Tensor:
-        """`(B, C, N)` to `(B, 1, N)` float32."""
+        """Predict logits `(B, 1, N)` in float32 from `(B, C, N)`."""
         logits: Tensor = self.last(F.relu(self.conv(finest)))
         return logits.float()
 
 
 def log_interpolated(logs: Tensor, length: int) -> Tensor:
-    """The logarithm of the linear interpolation of `exp(logs)`.
+    """Interpolate `exp(logs)` linearly, and return the logarithm.
 
     Scores are interpolated, not their logits, but the loss of a score next to 0 or 1 needs its
     logarithm to full precision. The first and the last value stay where they are.
 
     Args:
         logs: `(..., N)`.
-        length: T.
+        length: length T of the result.
 
     Returns:
         `(..., T)`.
@@ -203,7 +205,7 @@ def log_interpolated(logs: Tensor, length: int) -> Tensor:
 
 
 def boundary_scores(yes: Tensor, segments: Tensor) -> Tensor:
-    """Start score times end score of segments that lie inside the window.
+    """Multiply the start and the end score of segments that lie inside the window.
 
     Each is the mean over the two features next to where the first, or last, one inside would be.
 

@@ -1,4 +1,4 @@
-"""VSGN's anchors, and the actions and scores that they are trained to find."""
+"""VSGN's anchors, the actions that they are matched with, and the targets of its scores."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from re2tal.localizers.losses import mean_over
 from re2tal.localizers.protocol import Instances
 from re2tal.localizers.vsgn.heads import SCORES
 
-# What the network predicts is the shift of the centre in tenths of the anchor's length and five
-# times the logarithm of how much longer it gets, at most this much.
+# The network predicts the shift of the centre in tenths of the anchor's length, and five times the
+# logarithm of the growth of its length, which is bounded.
 SHIFT_SCALE = 10.0
 GROWTH_SCALE = 5.0
 GREATEST_GROWTH = math.log(1000 / 16)
@@ -35,13 +35,13 @@ class Anchors:
 
     @property
     def segments(self) -> Tensor:
-        """`(A, 2)` starts and ends."""
+        """Starts and ends, `(A, 2)`."""
         return torch.stack(
             [self.centres - self.lengths / 2, self.centres + self.lengths / 2], dim=1
         )
 
     def decode(self, regression: Tensor) -> Tensor:
-        """Segments in feature-grid units for predictions.
+        """Decode predictions into segments in feature-grid units.
 
         The centre moves by a tenth of the anchor's length times the first number, the length is
         multiplied by the exponential of a fifth of the second.
@@ -61,7 +61,7 @@ class Anchors:
 def make_anchors(
     length: int, strides: Sequence[int], scales: Sequence[float], device: torch.device
 ) -> Anchors:
-    """The anchors over `length` features.
+    """Lay out the anchors over `length` features.
 
     A node of stride s has anchors of length s times each scale. Their centre is at k s + s / 2 for
     the level's k-th node: half a feature behind the middle of its cell, as in the authors' release.
@@ -75,11 +75,11 @@ def make_anchors(
 
 
 def anchors_of_nodes(levels: Sequence[Tensor], scales: int) -> Tensor:
-    """What holds for an anchor because it holds for its node.
+    """Give anchors the values of their nodes.
 
     Args:
-        levels: of each level `(B, N)`.
-        scales: anchors of a node.
+        levels: values of the nodes of each level, `(B, N)`.
+        scales: number of anchors of a node.
 
     Returns:
         `(B, A)` in the order of `make_anchors`.
@@ -89,11 +89,11 @@ def anchors_of_nodes(levels: Sequence[Tensor], scales: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Matches:
-    """What each of A segments has to become.
+    """Classes and segments that A segments have to become.
 
     Attributes:
         classes: `(B, A)` int64, 0 for the background and 1 + the action's label.
-        segments: `(B, A, 2)` those of the actions; they mean something at positives only.
+        segments: `(B, A, 2)` segments of the actions; they mean something at positives only.
     """
 
     classes: Tensor
@@ -101,13 +101,13 @@ class Matches:
 
     @property
     def positive(self) -> Tensor:
-        """`(B, A)` bool, which have an action."""
+        """Mask `(B, A)` of the segments that have an action."""
         return self.classes > 0
 
 
 @torch.no_grad()
 def match(segments: Tensor, valid: Tensor, instances: Instances, threshold: float) -> Matches:
-    """Gives segments the action that they overlap most (Zhao et al., ICCV 2021, section 3.4).
+    """Give segments the action that they overlap most (Zhao et al., ICCV 2021, section 3.4).
 
     A segment is positive when the overlap reaches `threshold`, or when no segment overlaps some
     action more than it does: so every action that anything overlaps is trained on. Such a segment
@@ -119,7 +119,7 @@ def match(segments: Tensor, valid: Tensor, instances: Instances, threshold: floa
         segments: `(B, A, 2)`.
         valid: `(B, A)` bool; others are never positive.
         instances: the actions.
-        threshold: tIoU.
+        threshold: tIoU from which on a segment is positive.
     """
     overlap = tiou(segments[:, :, None], instances.segments[:, None])  # (B, A, N)
     overlap = torch.where(valid[:, :, None], overlap, 0)
@@ -139,7 +139,7 @@ REGION = 3.0
 
 @torch.no_grad()
 def score_targets(instances: Instances, length: int) -> Tensor:
-    """At which features actions start, end or go on: `(B, 3, T)` bool.
+    """Mark the features at which actions start, end or go on: `(B, 3, T)` bool.
 
     An action starts or ends at the features of whose cell, half a unit to either side, more than
     half lies in a region of three features around the boundary (Lin et al., ECCV 2018, section
@@ -159,7 +159,7 @@ def score_targets(instances: Instances, length: int) -> Tensor:
 def score_losses(
     yes: Tensor, no: Tensor, targets: Tensor, mask: Tensor, *, all_ranks: bool = False
 ) -> dict[str, Tensor]:
-    """Balanced binary log loss of each score (Lin et al., ECCV 2018, equation 3).
+    """Compute the balanced binary log loss of each score (Lin et al., ECCV 2018, equation 3).
 
     It weighs positives and negatives so that both count the same: half the mean of each.
 
@@ -167,8 +167,8 @@ def score_losses(
         yes: `(B, 3, T)` logarithms of the scores.
         no: `(B, 3, T)` logarithms of one minus the scores.
         targets: `(B, 3, T)` bool.
-        mask: `(B, T)` bool, which features count.
-        all_ranks: as `mean_over`.
+        mask: `(B, T)` bool, true at features that count.
+        all_ranks: see `mean_over`.
     """
     losses = {}
     for i, name in enumerate(SCORES):

@@ -36,18 +36,18 @@ class VSGNConfig:
 
     Attributes:
         width: channels of the pyramid and of the heads; a multiple of 32, below 128 of 4.
-        stem_stride: of the first convolution.
-        levels: of the pyramid; level l has a node for each `2 * stem_stride * 2^l` features.
+        stem_stride: stride of the first convolution.
+        levels: levels of the pyramid; level l has a node for each `2 * stem_stride * 2^l` features.
         graph: connect similar nodes in the encoder; false for plain convolutions of stride 2.
-        neighbours: of a node in the graph, itself among them.
+        neighbours: neighbours of a node in the graph, itself among them.
         head_layers: convolutions of each head before the one that predicts, 0 for none.
         anchor_scales: lengths of a node's anchors, in strides of its level.
         match_tiou: overlap with an action that makes an anchor, or what it is moved to, a positive.
         adjust_tiou: overlap that makes a segment a positive of the boundary adjustment.
         supplementary_weight: factor of the losses of start, end and action scores.
-        score_threshold: of the probability of a detection's class, which must be greater.
+        score_threshold: probability that a detection's class must exceed.
         top_k: detections of a sample at most, the best first.
-        min_duration: detections must be longer than this, in feature-grid units.
+        min_duration: length that detections must exceed, in feature-grid units.
     """
 
     width: int = 256
@@ -86,7 +86,7 @@ class VSGNConfig:
 
     @property
     def multiple(self) -> int:
-        """The number of features is a multiple of this: the stem and each level thin it out."""
+        """Number of which the number of features is a multiple: stem and levels thin it out."""
         return self.stem_stride * 2**self.levels
 
     @property
@@ -95,20 +95,20 @@ class VSGNConfig:
         return max(1, min(32, self.width // 4))
 
     def build(self, in_channels: int, num_classes: int) -> VSGN:
-        """A VSGN for features of `in_channels` channels and `num_classes` classes."""
+        """Build a VSGN for features of `in_channels` channels and `num_classes` classes."""
         return VSGN(self, in_channels, num_classes)
 
 
 class Prediction(NamedTuple):
-    """What the network says about A anchors and T features.
+    """Predictions for A anchors and T features.
 
     Attributes:
         logits: `(B, A, K + 1)`, of which the first is that of the background.
-        segments: `(B, A, 2)` what the anchors are moved to, in feature-grid units.
+        segments: `(B, A, 2)` moved anchors, in feature-grid units.
         adjusted: `(B, A, 2)` these with adjusted boundaries; an end may come before its start.
         yes: `(B, 3, T)` logarithms of the supplementary scores, see `SCORES`.
-        no: `(B, 3, T)` logarithms of one minus them.
-        valid: `(B, A)` bool, which anchors count: those of nodes with any feature in their cell.
+        no: `(B, 3, T)` logarithms of one minus the scores.
+        valid: `(B, A)` bool, true for anchors of nodes with any feature in their cell.
         anchors: the anchors.
     """
 
@@ -122,7 +122,7 @@ class Prediction(NamedTuple):
 
 
 class VSGN(nn.Module):
-    """Classifies and regresses anchors on a pyramid of graphs, and adjusts their boundaries.
+    """Localizer that classifies and moves anchors on a pyramid of graphs, and adjusts boundaries.
 
     A `re2tal.localizers.Localizer`. That a sample is stitched, a clip and its magnified copy, it
     knows from its mask: a gap between two runs of features. Losses are "classification" (cross
@@ -151,9 +151,9 @@ class VSGN(nn.Module):
     measured).
 
     Args:
-        config: the settings.
-        in_channels: of the features.
-        num_classes: K.
+        config: settings.
+        in_channels: channels C of the features.
+        num_classes: number of classes K.
     """
 
     def __init__(self, config: VSGNConfig, in_channels: int, num_classes: int) -> None:
@@ -191,15 +191,15 @@ class VSGN(nn.Module):
     def forward(
         self, features: Tensor, mask: Tensor, targets: Sequence[Targets] | None = None
     ) -> Losses | list[Detections]:
-        """Losses against `targets`, or detections without them; see `Localizer`.
+        """Compute losses against `targets`, or detections without them; see `Localizer`.
 
         Args:
             features: `(B, C, T)`, T a multiple of `stem_stride * 2 ** levels`.
             mask: `(B, T)` bool, false on padding and in the gap of a stitched sample.
-            targets: of each sample its actions, in feature-grid units.
+            targets: actions of each window, in feature-grid units.
 
         Raises:
-            ValueError: If T is no such multiple, or a label is not below `num_classes`.
+            ValueError: if T is no such multiple, or a label is not below `num_classes`.
         """
         predicted = self.predict(features, mask)
         if targets is None:
@@ -207,14 +207,14 @@ class VSGN(nn.Module):
         return self._losses(predicted, mask, targets)
 
     def begin_step(self, masks: Sequence[Tensor], targets: Sequence[Sequence[Targets]]) -> None:
-        """Nothing is counted ahead: which anchors count depends on where the network moves them.
+        """Count nothing ahead: which anchors count depends on where the network moves them.
 
         Each pass is divided by what it holds on all ranks. The passes of an accumulated step
         therefore weigh the same, whatever they hold.
         """
 
     def predict(self, features: Tensor, mask: Tensor) -> Prediction:
-        """What the network says, before it becomes losses or detections; see `forward`."""
+        """Run the network, up to the tensors that become losses or detections; see `forward`."""
         length = features.shape[2]
         levels, valid = self.pyramid(features, mask)
         anchors = make_anchors(
@@ -257,7 +257,7 @@ class VSGN(nn.Module):
 
     @torch.no_grad()
     def _decode(self, predicted: Prediction) -> list[Detections]:
-        """Detections of each sample by falling score."""
+        """Decode the detections of each sample by falling score."""
         segments = inside_window(predicted.adjusted, predicted.yes.shape[2])
         classes = predicted.logits.softmax(dim=2)[..., 1:]
         scores = classes * boundary_scores(predicted.yes, segments)[..., None]
