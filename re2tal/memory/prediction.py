@@ -64,7 +64,114 @@ class Breakdown:
     parts: tuple[tuple[Origin, int], ...]
 
 
-class Record:
+Step = Callable[..., Any]
+
+
+def predict_peak(model: nn.Module, *inputs: Any, step: Step | None = None) -> StepMemory:
+    """Predict the memory of a training step from fake tensors: nothing is computed or allocated.
+
+    Args:
+        model: model as it would be trained (device, dtype, train mode, rewired or not). A
+            model on a GPU needs a GPU to be present, for autocast's sake; sizes are the same on a
+            CPU where the same operators run.
+        inputs: examples of the model's inputs; only shapes, dtypes and devices matter.
+        step: forward, called as ``step(model, *inputs)`` with fake copies: the place for
+            autocast or keyword arguments. By default the model is called. Every tensor in the
+            result that needs a gradient is taken as a loss term.
+
+    Raises:
+        ValueError: if nothing in the result needs a gradient, or if shapes in the forward depend on
+            values, which fake tensors do not have.
+    """
+    with _faked(model, inputs) as (fake_model, fake_inputs), LiveBytes(fake_model) as live:
+        _run(fake_model, fake_inputs, step)
+    return live.memory()
+
+
+def explain_peak(model: nn.Module, *inputs: Any, step: Step | None = None) -> Breakdown:
+    """Predict as `predict_peak` does, and name the place of the peak and its parts.
+
+    Args:
+        model: as for `predict_peak`.
+        inputs: as for `predict_peak`.
+        step: as for `predict_peak`.
+
+    Raises:
+        ValueError: as `predict_peak` does.
+    """
+    with (
+        _faked(model, inputs) as (fake_model, fake_inputs),
+        _Record(fake_model) as record,
+        LiveBytes(fake_model, record) as live,
+    ):
+        _run(fake_model, fake_inputs, step)
+    return record.breakdown(live.memory())
+
+
+def measure_activations(model: nn.Module, *inputs: Any, step: Step | None = None) -> StepMemory:
+    """Count as `predict_peak` does, over a real forward and backward.
+
+    The model's gradients and the random generators are left as they were; running statistics of
+    normalisation layers advance, as in any forward in training mode.
+
+    Args:
+        model: the model.
+        inputs: the model's inputs.
+        step: as for `predict_peak`.
+
+    Raises:
+        ValueError: if nothing in the result needs a gradient.
+    """
+    with _gradients_set_aside(model), torch.random.fork_rng(), LiveBytes(model) as live:
+        _run(model, inputs, step)
+        return live.memory()
+
+
+@contextmanager
+def _faked(model: nn.Module, inputs: Any) -> Iterator[tuple[nn.Module, Any]]:
+    fake = FakeTensorMode()
+    with FakeCopyMode(fake):
+        # One copy of both: a tensor that they share stays shared.
+        fake_model, fake_inputs = copy.deepcopy((model, inputs))
+    for parameter in fake_model.parameters():
+        parameter.grad = None
+    try:
+        with fake:
+            yield fake_model, fake_inputs
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ValueError(
+            f"The memory of this {type(model).__name__} cannot be predicted: {error} depends on "
+            "values. Write it with fixed shapes (torch.where instead of boolean indexing), or give "
+            "a step that runs only the part without it."
+        ) from error
+
+
+def _run(model: nn.Module, inputs: Any, step: Step | None) -> None:
+    """Run a forward, and a backward of the sum of all that needs a gradient."""
+    result = model(*inputs) if step is None else step(model, *inputs)
+    terms = [t.sum() for t in tensors_in(result) if t.requires_grad]
+    if not terms:
+        raise ValueError(
+            f"The forward of this {type(model).__name__} returned nothing that needs a "
+            "gradient. Put it in training mode, or give a step that returns the loss."
+        )
+    del result
+    torch.stack(terms).sum().backward()
+
+
+@contextmanager
+def _gradients_set_aside(model: nn.Module) -> Iterator[None]:
+    found = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in found:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in found:
+            parameter.grad = gradient
+
+
+class _Record:
     """Log of the storages that `LiveBytes` sees, and of the modules that run meanwhile.
 
     To be entered around the step as a context manager, and given to `LiveBytes`.
@@ -207,110 +314,3 @@ class _Places:
         if name not in self._containers or not self._last_used.startswith(inside):
             return name
         return inside + ".".join(self._last_used.removeprefix(inside).split(".")[:2])
-
-
-Step = Callable[..., Any]
-
-
-def predict_peak(model: nn.Module, *inputs: Any, step: Step | None = None) -> StepMemory:
-    """Predict the memory of a training step from fake tensors: nothing is computed or allocated.
-
-    Args:
-        model: model as it would be trained (device, dtype, train mode, rewired or not). A
-            model on a GPU needs a GPU to be present, for autocast's sake; sizes are the same on a
-            CPU where the same operators run.
-        inputs: examples of the model's inputs; only shapes, dtypes and devices matter.
-        step: forward, called as ``step(model, *inputs)`` with fake copies: the place for
-            autocast or keyword arguments. By default the model is called. Every tensor in the
-            result that needs a gradient is taken as a loss term.
-
-    Raises:
-        ValueError: if nothing in the result needs a gradient, or if shapes in the forward depend on
-            values, which fake tensors do not have.
-    """
-    with _faked(model, inputs) as (fake_model, fake_inputs), LiveBytes(fake_model) as live:
-        _run(fake_model, fake_inputs, step)
-    return live.memory()
-
-
-def explain_peak(model: nn.Module, *inputs: Any, step: Step | None = None) -> Breakdown:
-    """Predict as `predict_peak` does, and name the place of the peak and its parts.
-
-    Args:
-        model: as for `predict_peak`.
-        inputs: as for `predict_peak`.
-        step: as for `predict_peak`.
-
-    Raises:
-        ValueError: as `predict_peak` does.
-    """
-    with (
-        _faked(model, inputs) as (fake_model, fake_inputs),
-        Record(fake_model) as record,
-        LiveBytes(fake_model, record) as live,
-    ):
-        _run(fake_model, fake_inputs, step)
-    return record.breakdown(live.memory())
-
-
-def measure_activations(model: nn.Module, *inputs: Any, step: Step | None = None) -> StepMemory:
-    """Count as `predict_peak` does, over a real forward and backward.
-
-    The model's gradients and the random generators are left as they were; running statistics of
-    normalisation layers advance, as in any forward in training mode.
-
-    Args:
-        model: the model.
-        inputs: the model's inputs.
-        step: as for `predict_peak`.
-
-    Raises:
-        ValueError: if nothing in the result needs a gradient.
-    """
-    with _gradients_set_aside(model), torch.random.fork_rng(), LiveBytes(model) as live:
-        _run(model, inputs, step)
-        return live.memory()
-
-
-@contextmanager
-def _faked(model: nn.Module, inputs: Any) -> Iterator[tuple[nn.Module, Any]]:
-    fake = FakeTensorMode()
-    with FakeCopyMode(fake):
-        # One copy of both: a tensor that they share stays shared.
-        fake_model, fake_inputs = copy.deepcopy((model, inputs))
-    for parameter in fake_model.parameters():
-        parameter.grad = None
-    try:
-        with fake:
-            yield fake_model, fake_inputs
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise ValueError(
-            f"The memory of this {type(model).__name__} cannot be predicted: {error} depends on "
-            "values. Write it with fixed shapes (torch.where instead of boolean indexing), or give "
-            "a step that runs only the part without it."
-        ) from error
-
-
-def _run(model: nn.Module, inputs: Any, step: Step | None) -> None:
-    """Run a forward, and a backward of the sum of all that needs a gradient."""
-    result = model(*inputs) if step is None else step(model, *inputs)
-    terms = [t.sum() for t in tensors_in(result) if t.requires_grad]
-    if not terms:
-        raise ValueError(
-            f"The forward of this {type(model).__name__} returned nothing that needs a "
-            "gradient. Put it in training mode, or give a step that returns the loss."
-        )
-    del result
-    torch.stack(terms).sum().backward()
-
-
-@contextmanager
-def _gradients_set_aside(model: nn.Module) -> Iterator[None]:
-    found = [(parameter, parameter.grad) for parameter in model.parameters()]
-    for parameter, _ in found:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, gradient in found:
-            parameter.grad = gradient
