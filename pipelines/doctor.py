@@ -1,4 +1,4 @@
-"""Looks at an installation or a cluster, and says what to mend.
+"""Look at an installation or a cluster, and say what to mend.
 
   python pipelines/doctor.py
   RAY_ADDRESS=HEAD:6379 python pipelines/doctor.py --output s3://bucket/runs --videos FOLDER
@@ -11,14 +11,16 @@ re2tal-doctor.
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 # Not more: a package may be missing, and this is what tells so.
 from pipelines.diagnostics.findings import Finding, note, run_check, summary
 from pipelines.diagnostics.packages import check_missing, check_versions, requirements
 
+Check = Callable[[Any], Iterable[Finding]]  # of a `Cluster`, which cannot be imported yet
 _GRACE = 10.0  # seconds, so that a check can still tell what it waited for
 
 
@@ -58,13 +60,13 @@ def diagnose(config: DoctorConfig) -> Iterator[tuple[str, Finding]]:
     output = absolute(config.output)
     with nodes.joined(seconds=config.timeout) as (finding, cluster):
         yield "ray", finding
-        on_nodes = {
+        on_nodes: dict[str, Check] = {
             "software": machines.check_software,
             "machine": machines.check_machines,
             "gpu": machines.check_gpus,
             "all-reduce": nodes.check_all_reduce,
         }
-        anywhere = {
+        anywhere: dict[str, Check] = {
             "storage": partial(writing.check_output, output),
             "mlflow": partial(writing.check_mlflow, output),
             "video": frames.check_video,
