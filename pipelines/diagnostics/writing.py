@@ -114,8 +114,8 @@ def check_output(output: str, cluster: Cluster) -> list[Finding]:
         if answer.value is False
     ]
     findings += [
-        fail(f"The driver does not see what {node.name} wrote to {output}: {apart}")
-        for node in unseen
+        fail(f"The driver does not see what {whose} wrote to {output}: {apart}")
+        for whose in ("it" if node == DRIVER else node.name for node in unseen)
     ]
     others = ", who see each other's files" if cluster.nodes else ""
     return findings or [ok(f"{output} can be written by {cluster.everyone}{others}.")]
@@ -189,8 +189,8 @@ def _try(name: str, output: str, cluster: Cluster) -> list[Finding]:
     findings = [_refused(one.node, name, one.error) for one in answers if one.error]
     for node in (answer.node for answer in answers if not answer.error):
         if f"{_FOLDER}/{node.id}" not in metrics or node.id not in files:
-            text = f"What {node.name} writes does not arrive in MLflow at {name}: its artifacts go "
-            text += "to a folder of its own. Start the server with --serve-artifacts, or with a "
+            text = f"{node.name} writes to MLflow at {name}, but it does not arrive: its artifacts "
+            text += "go to a folder of its own. Start the server with --serve-artifacts, or with a "
             findings.append(fail(f"{text}--default-artifact-root in an object store."))
     if findings:
         return findings

@@ -663,7 +663,8 @@ def test_nodes_that_cannot_write_and_artifacts_that_are_lost_are_told(
     first, second = _told(_check_mlflow(tmp_path, answering(refused, Answer(node=ONE))))
     assert "two (10.0.0.2) cannot write to MLflow at the default store" in first
     assert "the server refuses" in first
-    assert "What one (10.0.0.1) writes does not arrive" in second
+    assert "one (10.0.0.1) writes to MLflow at the default store" in second
+    assert "but it does not arrive" in second
     assert "--serve-artifacts" in second
     assert _everything_in(tmp_path) == []
 
