@@ -1,26 +1,32 @@
-"""Looks at an installation or a cluster, and says what to mend.
+"""Look at an installation or a cluster, and say what to mend.
 
   python pipelines/doctor.py
   RAY_ADDRESS=HEAD:6379 python pipelines/doctor.py --output s3://bucket/runs --videos FOLDER
 
-Versions, machines, GPUs, the output, MLflow, the network between two workers, and decoding: each on
+Versions, machines, GPUs, the network between two workers, the output, MLflow, and decoding: each on
 every node of the cluster that RAY_ADDRESS names, else of a Ray that is started for it. One line a
-finding: ok, note, or FAIL with what to do; the exit code is 1 if anything failed. Nothing stays of
-what it tries out, but that an MLflow server keeps a deleted run until `mlflow gc`.
+finding: ok, note, or FAIL with what to do; the exit code is 1 if anything failed. It leaves nothing
+behind but, in an MLflow store that exists, a run tagged re2tal.doctor in the experiment
+re2tal-doctor.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 # Not more: a package may be missing, and this is what tells so.
-from pipelines.diagnostics.finding import Finding, summary
-from pipelines.diagnostics.missing import check_missing, stated_requirements
+from pipelines.diagnostics.findings import Finding, note, run_check, summary
+from pipelines.diagnostics.packages import check_missing, check_versions, requirements
+
+Check = Callable[[Any], Iterable[Finding]]  # of a `Cluster`, which cannot be imported yet
+_GRACE = 10.0  # seconds, so that a check can still tell what it waited for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DoctorConfig:
-    """What to look at.
+    """Places to look at.
 
     Attributes:
         output: where runs go, as in train.py; a path or a URI.
@@ -35,60 +41,70 @@ class DoctorConfig:
 
 
 def parse(arguments: Sequence[str]) -> DoctorConfig:
-    """Reads the command line.
-
-    Args:
-        arguments: without the program's name.
-    """
+    """Read the command line, without the program's name."""
     import tyro  # see above
 
     return tyro.cli(DoctorConfig, args=arguments, prog="doctor.py", description=__doc__)
 
 
-def diagnose(config: DoctorConfig) -> Iterator[Finding]:
-    """Runs all checks, one after the other.
-
-    Args:
-        config: what to look at.
+def diagnose(config: DoctorConfig) -> Iterator[tuple[str, Finding]]:
+    """Run all checks but that of missing packages, one after the other.
 
     Yields:
-        What they find.
+        Name of a check, and a finding of it.
     """
-    from pipelines.diagnostics.examination import examine_all  # see above
-    from pipelines.diagnostics.versions import check_installation
+    from pipelines.core.storage import absolute  # see above
+    from pipelines.diagnostics import frames, machines, nodes, writing
 
-    yield from check_installation()
-    yield from examine_all(config.output, config.videos, seconds=config.timeout)
+    yield from (("versions", finding) for finding in check_versions(requirements()))
+    output = absolute(config.output)
+    with nodes.joined(seconds=config.timeout) as (finding, cluster):
+        yield "ray", finding
+        on_nodes: dict[str, Check] = {
+            "software": machines.check_software,
+            "machine": machines.check_machines,
+            "gpu": machines.check_gpus,
+            "all-reduce": nodes.check_all_reduce,
+        }
+        anywhere: dict[str, Check] = {
+            "storage": partial(writing.check_output, output),
+            "mlflow": partial(writing.check_mlflow, output),
+            "video": frames.check_video,
+            "videos": partial(frames.check_own, config.videos),
+        }
+        # some wait for two things, one after the other
+        seconds = 2 * config.timeout + _GRACE
+        for name, check in (on_nodes | anywhere).items():
+            if name in on_nodes and not cluster.nodes:
+                yield name, note("Not tried, because there is no Ray.")
+                continue
+            for finding in run_check(partial(check, cluster), seconds=seconds):
+                yield name, finding
 
 
-def show(findings: Iterator[Finding]) -> int:
-    """Prints findings as they come, and a last line about all of them.
+def show(findings: Iterable[tuple[str, Finding]]) -> int:
+    """Print findings as they come, and a last line about all of them.
 
     Args:
-        findings: of the checks.
+        findings: name of the check, and what it found.
 
     Returns:
         The exit code.
     """
-    all_of_them = []
-    for finding in findings:
-        print(finding, flush=True)
-        all_of_them.append(finding)
-    print(summary(all_of_them))
-    return int(any(finding.verdict == "FAIL" for finding in all_of_them))
+    seen = []
+    for check, finding in findings:
+        print(f"{finding.verdict:<4}  {check:<10}  {' '.join(finding.text.split())}", flush=True)
+        seen.append(finding)
+    print(summary(seen))
+    return int(any(finding.verdict == "FAIL" for finding in seen))
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Looks, and prints what was found.
-
-    Args:
-        arguments: without the program's name.
-
-    Returns:
-        The exit code.
-    """
-    missing = check_missing(stated_requirements())
-    return show(iter(missing) if missing else diagnose(parse(arguments)))
+    """Look, print what was found, and return the exit code."""
+    missing = check_missing(requirements())
+    if missing:
+        return show(("versions", finding) for finding in missing)
+    return show(diagnose(parse(arguments)))
 
 
 if __name__ == "__main__":

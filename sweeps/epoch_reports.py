@@ -1,4 +1,4 @@
-"""What Ray Tune hears of a trial: each epoch's metrics.
+"""Reports of a trial's epochs to Ray Tune.
 
 Ray Train's controller and workers read this module, and have no use for what a trial imports.
 """
@@ -20,7 +20,7 @@ class EpochReports(TuneReportCallback):
     """Passes on to Ray Tune what each epoch reports, but not checkpoints without evaluation.
 
     Args:
-        run_id: of the trial's run in MLflow.
+        run_id: id of the trial's run in MLflow.
     """
 
     def __init__(self, run_id: str) -> None:
@@ -34,7 +34,7 @@ class EpochReports(TuneReportCallback):
         metrics: Sequence[Mapping[str, Any]],
         checkpoint: Checkpoint | None,
     ) -> None:
-        """Reports the metrics of rank 0."""
+        """Report the metrics of rank 0."""
         if metrics[0].get(MAP, UNSCORED) != UNSCORED:
             whole = {**self._always, **metrics[0]}
             super().after_report(run_context, [whole, *metrics[1:]], checkpoint)

@@ -15,14 +15,13 @@ The same command goes on with a sweep that was stopped; more --trials go on with
 from dataclasses import fields
 
 from pipelines.config.recipe import Recipe
-from sweeps.bases import first_layers, one_worker
 from sweeps.search import main
 from sweeps.suggestions import Suggestions
-from sweeps.sweep import Sweep
+from sweeps.sweep import Sweep, first_layers, one_worker
 
 
 def space(suggest: Suggestions, base: Recipe) -> None:
-    """Learning rates, regularization, what is frozen, how connections move, and augmentation."""
+    """Ask for learning rates, regularization, frozen layers, coupling, and augmentation."""
     optim = base.optim
     suggest.log_float("optim.backbone_lr", optim.backbone_lr / 10, optim.backbone_lr * 10)
     suggest.log_float("optim.localizer_lr", optim.localizer_lr / 5, optim.localizer_lr * 5)

@@ -19,14 +19,13 @@ trial detected (sweeps/postprocessing.py does it for any run).
 from pipelines.config.recipe import Recipe
 from re2tal.localizers.actionformer import ActionFormerConfig
 from re2tal.localizers.vsgn import VSGNConfig
-from sweeps.bases import one_worker
 from sweeps.search import main
 from sweeps.suggestions import Suggestions
-from sweeps.sweep import Sweep
+from sweeps.sweep import Sweep, one_worker
 
 
 def space(suggest: Suggestions, base: Recipe) -> None:
-    """What the base recipe's localizer has to choose."""
+    """Ask for the learning rate and the fields of the base recipe's localizer."""
     rate = base.optim.localizer_lr
     suggest.log_float("optim.localizer_lr", rate / 5, rate * 5)
     localizer = base.model.localizer
@@ -37,7 +36,7 @@ def space(suggest: Suggestions, base: Recipe) -> None:
 
 
 def actionformer(suggest: Suggestions, base: ActionFormerConfig) -> None:
-    """Pyramid, widths, heads, attention window, which points are positives, weights of losses."""
+    """Ask for pyramid, widths, heads, attention window, positive points, weights of losses."""
     field = "model.localizer."
     suggest.choice(f"{field}levels", (base.levels - 1, base.levels))
     width = suggest.choice(f"{field}width", (base.width // 2, base.width, base.width * 2))
@@ -54,7 +53,7 @@ def actionformer(suggest: Suggestions, base: ActionFormerConfig) -> None:
 
 
 def vsgn(suggest: Suggestions, base: VSGNConfig) -> None:
-    """Pyramid, width, graph, anchors and what they match, weight of the supplementary losses."""
+    """Ask for pyramid, width, graph, anchors, their matching, weight of supplementary losses."""
     field = "model.localizer."
     suggest.choice(f"{field}levels", (base.levels - 1, base.levels))
     suggest.choice(f"{field}width", (base.width // 2, base.width))

@@ -14,16 +14,15 @@ from dataclasses import replace
 
 from pipelines.config.recipe import Recipe
 from re2tal.backbones.swin import SwinConfig, swin_b, swin_s, swin_t
-from sweeps.bases import one_worker
 from sweeps.search import main
 from sweeps.suggestions import Suggestions
-from sweeps.sweep import HIGHEST_MAP, LOWEST_MEMORY, Sweep
+from sweeps.sweep import HIGHEST_MAP, LOWEST_MEMORY, Sweep, one_worker
 
 _SIZES = {"swin3d_t": swin_t(), "swin3d_s": swin_s(), "swin3d_b": swin_b()}
 
 
 def space(suggest: Suggestions, base: Recipe) -> None:
-    """Frames, resolution, size of the backbone, slice budget."""
+    """Ask for frames, resolution, size of the backbone, slice budget."""
     frames, size = base.data.window.frames, base.data.size
     suggest.choice("data.window.frames", (frames // 2, frames * 3 // 4, frames))
     suggest.choice("data.size", [size * part // 4 // 16 * 16 for part in (2, 3)])

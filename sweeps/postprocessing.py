@@ -29,19 +29,18 @@ from pipelines.training.detection import RAW_FILE, DetectionTask
 from re2tal.detection.raw import read_raw
 from re2tal.detection.segments import Detections
 from re2tal.detection.suppression import nms_videos
-from sweeps.overrides import override
-from sweeps.suggestions import Suggestions
+from sweeps.suggestions import Suggestions, override
 from sweeps.trial import log_searched
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PostprocessingConfig:
-    """What to search for.
+    """Configuration of a search of post-processing.
 
     Attributes:
         run: id of a training run in MLflow that kept its raw detections.
-        trials: ways to thin them out that are tried.
-        seed: of the search.
+        trials: number of ways to thin them out that are tried.
+        seed: seed of the search.
         output: folder of the default MLflow store.
     """
 
@@ -53,13 +52,13 @@ class PostprocessingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Postprocessing:
-    """What a search found.
+    """Result of a search.
 
     Attributes:
-        values: for fields of the recipe, by dotted name.
-        before: average mAP with the recipe's own.
-        after: with the values; not lower.
-        run: where it stands in MLflow.
+        values: values for fields of the recipe, by dotted name.
+        before: average mAP with the recipe's own values.
+        after: average mAP with these; not lower.
+        run: the search's run in MLflow.
     """
 
     values: dict[str, Any]
@@ -69,7 +68,7 @@ class Postprocessing:
 
     @property
     def options(self) -> list[str]:
-        """The values as options of `train.py`."""
+        """Values as options of `train.py`."""
         words = []
         for name, value in self.values.items():
             words += [f"--{name.replace('_', '-')}", str(value)]
@@ -77,7 +76,7 @@ class Postprocessing:
 
 
 def space(suggest: Suggestions) -> None:
-    """How overlapping detections are thinned out, and whether they vote."""
+    """Ask how overlapping detections are thinned out, and whether they vote."""
     method = suggest.choice("nms.method", ("soft", "hard"))
     if method == "soft":
         suggest.log_float("nms.sigma", 0.05, 2.0)
@@ -88,17 +87,16 @@ def space(suggest: Suggestions) -> None:
 
 
 def search_postprocessing(run: Run, *, trials: int, seed: int, parent: str) -> Postprocessing:
-    """Searches the post-processing of a run's detections; a run of its own in MLflow.
+    """Search the post-processing of a run's detections, in a run of its own in MLflow.
 
     Args:
-        run: that kept its raw detections.
-        trials: to make, the recipe's own settings among them.
-        seed: of the search.
+        run: run that kept its raw detections.
+        trials: number of trials, the recipe's own settings among them.
+        seed: seed of the search.
         parent: id of the MLflow run that the search is part of.
 
     Raises:
-        UserError: if the run kept no raw detections, or its annotations are gone.
-        FileError: if they cannot be read.
+        UserError: The run kept no raw detections, or these or its annotations cannot be read.
     """
     recipe = recipe_of(run)
     with tempfile.TemporaryDirectory() as folder:
@@ -144,7 +142,7 @@ def _search(
 
 
 def _plan(recipe: Recipe, raw: Mapping[str, Detections]) -> Plan:
-    """The validation videos that detections were kept of; their files are not needed."""
+    """Plan the validation videos that have detections; their files are not needed."""
     data = recipe.data
     annotations = read_annotations(data)
     videos = [v for v in annotations.subset(data.validation_subset).videos if v.video_id in raw]
@@ -159,11 +157,7 @@ def _plan(recipe: Recipe, raw: Mapping[str, Detections]) -> Plan:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Searches from the command line.
-
-    Args:
-        arguments: without the program's name.
-    """
+    """Search from the command line, without the program's name."""
     config = tyro.cli(PostprocessingConfig, args=arguments, description=__doc__)
     run = Run(uri=tracking_uri(absolute(config.output)), run_id=config.run)
     with told_shortly():

@@ -1,25 +1,30 @@
-"""What is left of a sweep when it ends: the best trials, what they gained, pictures, a command."""
+"""Results of a sweep: the best trials, what they gained, pictures by Optuna, a command."""
 
 import csv
 import io
 import json
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import matplotlib.pyplot as plt
+import numpy as np
 import optuna
+from matplotlib.figure import Figure
+from optuna.importance import FanovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState
+from optuna.visualization import matplotlib as draw
 from rich.console import Console
 from rich.table import Table
 
 from pipelines.core.tracking import Run, log_metrics
-from sweeps.children import FIRST_STEP, assignment, children
 from sweeps.epoch_reports import RUN_ID
-from sweeps.pictures import pictures
 from sweeps.postprocessing import Postprocessing, search_postprocessing
-from sweeps.settings import SweepConfig
 from sweeps.study import BASE, ended
-from sweeps.sweep import Objective, Sweep
+from sweeps.sweep import Objective, Sweep, SweepConfig
+from sweeps.trial import FIRST_STEP, assignment, children
 
 TRIALS = "sweep/trials"
 _SHOWN = 10
@@ -27,14 +32,7 @@ _POSTPROCESSED = 100  # ways to post-process that are tried
 
 
 def report(sweep: Sweep, config: SweepConfig, run: Run, study: optuna.Study) -> None:
-    """Puts the results of a sweep into its MLflow run, and prints them.
-
-    Args:
-        sweep: what was searched.
-        config: how.
-        run: the sweep's.
-        study: its trials.
-    """
+    """Put the results of a sweep into its MLflow run, and print them."""
     trials = ended(study)
     finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     counts: dict[str, float] = {
@@ -75,14 +73,9 @@ def report(sweep: Sweep, config: SweepConfig, run: Run, study: optuna.Study) -> 
 def best_trials(
     study: optuna.Study, objectives: Sequence[Objective], finished: Sequence[FrozenTrial]
 ) -> list[FrozenTrial]:
-    """The trials that a sweep was for, the best first.
+    """Sort the trials that came to their end, the best first.
 
-    With several objectives these are the trials that no other beats in all of them.
-
-    Args:
-        study: its trials.
-        objectives: of the sweep.
-        finished: the trials that came to their end.
+    With several objectives only those are kept that no other beats in all of them.
     """
     first = objectives[0].mode == "max"
     chosen = study.best_trials if len(objectives) > 1 else finished
@@ -101,11 +94,11 @@ def _postprocessing(
 
 
 def command_of(config: SweepConfig, trial: FrozenTrial, found: Postprocessing | None) -> str:
-    """The command that trains a trial's configuration in full.
+    """Return the command that trains a trial's configuration in full.
 
     Args:
-        config: of the sweep.
-        trial: the best one.
+        config: configuration of the sweep.
+        trial: the best trial.
         found: the post-processing that suits it, if it was searched.
     """
     words = ["python", "pipelines/train.py", "--from-run", trial.user_attrs[RUN_ID]]
@@ -140,7 +133,7 @@ def _csv(objectives: Sequence[Objective], trials: Sequence[FrozenTrial]) -> str:
 
 
 def _table(sweep: Sweep, best: Sequence[FrozenTrial], base: FrozenTrial | None) -> Table:
-    """The best trials, and the base recipe's."""
+    """List the best trials, and the base recipe's."""
     several = len(sweep.objectives) > 1
     what = "trials that no other beats in all objectives" if several else "best trials"
     table = Table(title=f"{sweep.name}: {what}")
@@ -175,3 +168,66 @@ def _facts(
         facts.append(("to the first step", f"{counts[FIRST_STEP]:.1f} s of a trial (median)"))
     facts.append(("MLflow run", f"{run.run_id} in {run.uri}"))
     return facts
+
+
+def pictures(
+    study: optuna.Study, objectives: Sequence[Objective], finished: Sequence[FrozenTrial]
+) -> dict[str, Figure]:
+    """Draw history, importance, parallel coordinates of each objective, and the front of several.
+
+    Args:
+        study: all trials.
+        objectives: objectives of the sweep.
+        finished: trials that came to their end; with fewer than two there is little to draw.
+
+    Returns:
+        Name to picture.
+    """
+    plt.switch_backend("agg")
+    figures = {}
+    for index, objective in enumerate(objectives):
+        many = len(objectives) > 1
+        told: dict[str, Any] = {"target_name": objective.title}
+        if many:
+            told["target"] = _ValueOf(index)
+        prefix = f"{objective.metric.rsplit('/', 1)[-1]}_" if many else ""
+        figures[f"{prefix}history"] = _figure(draw.plot_optimization_history, study, **told)
+        if len(finished) > 1 and _differ([trial.values[index] for trial in finished]):
+            # by variance explained; Optuna's default asks what leads to low values only
+            figures[f"{prefix}importance"] = _figure(
+                draw.plot_param_importances,
+                study,
+                evaluator=FanovaImportanceEvaluator(seed=0),
+                **told,
+            )
+            figures[f"{prefix}parallel"] = _figure(draw.plot_parallel_coordinate, study, **told)
+    if len(objectives) > 1:
+        titles = [objective.title for objective in objectives]
+        figures["front"] = _figure(draw.plot_pareto_front, study, target_names=titles)
+    return figures
+
+
+class _ValueOf:
+    """Value of one objective of a trial."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def __call__(self, trial: FrozenTrial) -> float:
+        value: float = trial.values[self._index]
+        return value
+
+
+def _differ(values: Sequence[float]) -> bool:
+    return len(set(values)) > 1
+
+
+def _figure(plot: Callable[..., Any], study: optuna.Study, **told: Any) -> Figure:
+    with warnings.catch_warnings():
+        # a parameter of which all trials that ended have the same value
+        warnings.filterwarnings("ignore", "Attempting to set identical", UserWarning)
+        axes = np.ravel(plot(study, **told))[0]
+    figure: Figure = axes.figure
+    figure.set_size_inches(14, 6)
+    plt.close(figure)  # pyplot would keep it
+    return figure

@@ -10,13 +10,20 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import optuna
 import ray
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage
 from ray import tune
-from ray.tune.schedulers import FIFOScheduler
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    TrialScheduler,
+)
 
 from pipelines.config.command_line import parse_recipe, told_shortly
 from pipelines.config.recipe import Recipe
@@ -27,35 +34,32 @@ from pipelines.core.tracking import Run, finishing, start_run
 from pipelines.train import Prepared, prepare
 from pipelines.training.resuming import digest, last_run, mark, reopen
 from re2tal.errors import UserError
-from sweeps.children import Outcomes, children
 from sweeps.report import TRIALS, report
-from sweeps.schedulers import scheduler
-from sweeps.settings import SweepConfig
 from sweeps.study import check_space, ended, open_study, searcher
-from sweeps.sweep import Sweep
-from sweeps.trial import NUMBER_TAG, OUTCOME_TAG, run_trial
+from sweeps.sweep import Objective, Sweep, SweepConfig
+from sweeps.trial import EPOCH, NUMBER_TAG, OUTCOME_TAG, Outcomes, children, run_trial
 
 _DRIVER_CPUS = 0.01  # of the process that watches over a trial; Ray Tune does not take 0
 
 
 def main(sweep: Sweep, description: str) -> None:
-    """Runs a sweep from the command line.
+    """Run a sweep from the command line.
 
     Args:
-        sweep: what is searched.
-        description: what the script does.
+        sweep: the sweep.
+        description: text for `--help`.
     """
     with told_shortly():
         run_sweep(sweep, parse(sweep, sys.argv[1:], description))
 
 
 def parse(sweep: Sweep, arguments: Sequence[str], description: str) -> SweepConfig:
-    """Reads a base recipe's name, and how to search around it, from the command line.
+    """Read a base recipe's name, and how to search around it, from the command line.
 
     Args:
-        sweep: what is searched.
-        arguments: without the program's name.
-        description: what the script does.
+        sweep: the sweep.
+        arguments: command line without the program's name.
+        description: text for `--help`.
     """
     configs = {name: _config(sweep, make) for name, make in RECIPES.items()}
     return parse_recipe(arguments, configs, script=f"{sweep.name}.py", description=description)
@@ -76,18 +80,14 @@ def _config(sweep: Sweep, make: Callable[[], Recipe]) -> Callable[[], SweepConfi
 
 
 def run_sweep(sweep: Sweep, config: SweepConfig) -> Run:
-    """Runs a sweep to its end, or goes on with it.
-
-    Args:
-        sweep: what is searched.
-        config: how.
+    """Run a sweep to its end, or go on with it.
 
     Returns:
         The sweep's run in MLflow.
 
     Raises:
-        UserError: if the space does not fit the base recipe; if the cluster cannot hold a trial, or
-            not so many at a time; as `pipelines.train.prepare`.
+        UserError: The space does not fit the base recipe; the cluster cannot hold a trial, or not
+            so many at a time; something is wrong with the recipe or the data.
     """
     config = replace(config, output=absolute(config.output))
     with _quiet():
@@ -165,14 +165,10 @@ def _search(
 
 
 def concurrency(config: SweepConfig, ready: Prepared) -> int:
-    """How many trials run at a time.
-
-    Args:
-        config: of the sweep.
-        ready: the base recipe.
+    """Return the number of trials at a time.
 
     Raises:
-        UserError: if the cluster cannot hold one, or not as many as were asked for.
+        UserError: The cluster cannot hold one, or not as many as were asked for.
     """
     scale = ready.recipe.scale
     decoding = 0.0 if ready.plan.features is not None else scale.cpus_per_decoder
@@ -196,14 +192,14 @@ def concurrency(config: SweepConfig, ready: Prepared) -> int:
 
 
 def _threads(workers: int) -> int:
-    """Of each worker's PyTorch, so that all trials at a time have as many as there are cores."""
+    """Divide the cores among the workers of all trials that run at a time."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     cores = min(node["Resources"].get("CPU", 1.0) for node in nodes)
     return max(1, int(cores / math.ceil(workers / len(nodes))))
 
 
 def _parent(config: SweepConfig, ready: Prepared) -> Run:
-    """The sweep's run: the last one of the same search if it is not through, else a new one."""
+    """Return the last run of the same search if it is not through, else a new one."""
     output = config.output
     # how long a search is, and how it is laid out, does not make it another
     search = replace(config, trials=1, concurrency=None, minutes=None, storage=None)
@@ -239,7 +235,7 @@ def _file(config: SweepConfig, run: Run) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the tables, files and remarks of Ray Tune and Optuna: a sweep prints its own."""
+    """Turn off the tables, files and remarks of Ray Tune and Optuna: a sweep prints its own."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -247,3 +243,46 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=ExperimentalWarning)
         yield
+
+
+def _is_base(trial: Trial) -> bool:
+    # a trial has no configuration before the searcher made it one
+    return bool(trial.config and "trial" in trial.config and trial.config["trial"].base)
+
+
+class _Halving(ASHAScheduler):
+    """Asynchronous successive halving (Li et al., MLSys 2020) that lets the base recipe end.
+
+    What a sweep gained is what it gained over that.
+    """
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        return TrialScheduler.CONTINUE if _is_base(trial) else decision
+
+
+class _Median(MedianStoppingRule):
+    """The median stopping rule (Golovin et al., KDD 2017) that lets the base recipe end."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        if _is_base(trial):
+            return TrialScheduler.CONTINUE
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        # a trial that yielded its time to others would start anew
+        return TrialScheduler.CONTINUE if decision == TrialScheduler.PAUSE else decision
+
+
+def scheduler(sweep: Sweep, config: SweepConfig) -> TrialScheduler:
+    """Return the rule that stops trials that do worse than others.
+
+    A search for several objectives stops no trial, because what a stopped trial did not need would
+    look cheap; of trials of a single epoch there is nothing to stop.
+    """
+    objectives: tuple[Objective, ...] = sweep.objectives
+    if config.pruning == "none" or config.epochs == 1 or len(objectives) > 1:
+        return FIFOScheduler()
+    metric = {"metric": objectives[0].metric, "mode": objectives[0].mode, "time_attr": EPOCH}
+    if config.pruning == "median":
+        return _Median(**metric, grace_period=1, min_samples_required=3)
+    # one more than there are epochs: a trial that reaches it would be stopped before its results
+    return _Halving(**metric, max_t=config.epochs + 1, grace_period=1, reduction_factor=3)

@@ -1,4 +1,4 @@
-"""What Optuna knows of a sweep, kept where a killed sweep finds it again."""
+"""Optuna's study of a sweep, kept where a killed sweep finds it again."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -12,10 +12,8 @@ from ray.tune.search.optuna import OptunaSearch
 from pipelines.config.recipe import Recipe
 from re2tal.errors import UserError
 from sweeps.epoch_reports import RUN_ID
-from sweeps.overrides import override
-from sweeps.settings import SweepConfig
-from sweeps.suggestions import Suggestions
-from sweeps.sweep import Sweep
+from sweeps.suggestions import Suggestions, override
+from sweeps.sweep import Sweep, SweepConfig
 from sweeps.trial import EPOCH, FINISHED, TrialConfig
 
 _INTERRUPTED = "interrupted"  # of a study: numbers of trials that were under way at a kill
@@ -35,12 +33,7 @@ class SweepSearch(OptunaSearch):
         self._told: set[tuple[str, int]] = set()
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Tells Optuna what a trial has reached in an epoch, if there is one objective.
-
-        Args:
-            trial_id: Ray Tune's.
-            result: of the epoch.
-        """
+        """Tell Optuna what a trial has reached in an epoch, if there is one objective."""
         epoch = result[EPOCH]
         if isinstance(self.metric, str) and (trial_id, epoch) not in self._told:
             self._told.add((trial_id, epoch))
@@ -49,13 +42,7 @@ class SweepSearch(OptunaSearch):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Tells Optuna how a trial ended.
-
-        Args:
-            trial_id: Ray Tune's.
-            result: the last one.
-            error: whether it failed.
-        """
+        """Tell Optuna how a trial ended, with its last result."""
         if result and RUN_ID in result:
             self._ot_trials[trial_id].set_user_attr(RUN_ID, result[RUN_ID])
         if not (result and result.get(FINISHED)):
@@ -66,18 +53,14 @@ class SweepSearch(OptunaSearch):
 
 
 def check_space(sweep: Sweep, base: Recipe) -> dict[str, Any]:
-    """Draws from a space many times, so that what is wrong in it stops the sweep before it starts.
-
-    Args:
-        sweep: with the space.
-        base: the recipe that is searched around.
+    """Draw from a space many times, so that what is wrong in it stops the sweep before it starts.
 
     Returns:
-        What Optuna would have to propose for the base recipe.
+        Optuna's proposals for the base recipe.
 
     Raises:
-        UserError: if the space asks for a field that there is not, or for values that it cannot
-            have; the message names it.
+        UserError: The space asks for a field that there is not, or for values that it cannot have;
+            the message names it.
     """
     own = Suggestions(base)
     try:
@@ -109,16 +92,16 @@ def open_study(
     name: str,
     base_point: Mapping[str, Any],
 ) -> optuna.Study:
-    """Opens the study of a sweep, or makes it with the base recipe as its first trial.
+    """Open the study of a sweep, or make it with the base recipe as its first trial.
 
     Trials that were under way when the sweep was killed are tried again first.
 
     Args:
-        sweep: what is searched.
-        config: of the sweep.
-        storage: where it is kept.
-        name: of the study.
-        base_point: what `check_space` returned.
+        sweep: the sweep.
+        config: its configuration.
+        storage: place of the study.
+        name: name of the study.
+        base_point: result of `check_space`.
     """
     directions: list[Literal["maximize", "minimize"]]
     directions = ["maximize" if o.mode == "max" else "minimize" for o in sweep.objectives]
@@ -139,7 +122,7 @@ def open_study(
 
 
 def ended(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials of a sweep that ended by themselves, by being pruned or by failing."""
+    """List the trials of a sweep that ended by themselves, by being pruned or by failing."""
     interrupted = study.user_attrs.get(_INTERRUPTED, ())
     trials = study.get_trials(deepcopy=False, states=_ENDED)
     return [trial for trial in trials if trial.number not in interrupted]
@@ -148,14 +131,7 @@ def ended(study: optuna.Study) -> list[FrozenTrial]:
 def searcher(
     sweep: Sweep, study: optuna.Study, base: Recipe, *, storage: RDBStorage
 ) -> SweepSearch:
-    """What proposes the trials of a sweep to Ray Tune.
-
-    Args:
-        sweep: what is searched.
-        study: what `open_study` returned.
-        base: the recipe that is searched around.
-        storage: of the study.
-    """
+    """Make what proposes the trials of a sweep to Ray Tune, out of an open study."""
     metrics: Sequence[str] = [o.metric for o in sweep.objectives]
     modes: Sequence[str] = [o.mode for o in sweep.objectives]
     several = len(metrics) > 1
@@ -170,7 +146,7 @@ def searcher(
 
 
 class _Proposal:
-    """A space as `OptunaSearch` wants it: a function of an Optuna trial.
+    """Space as `OptunaSearch` wants it: a function of an Optuna trial.
 
     An object, because Ray Tune pickles its searcher.
     """

@@ -1,26 +1,124 @@
-"""What a search space asks for: values for fields of a recipe, proposed by an Optuna trial."""
+"""Search spaces: ask for values of fields of a recipe; put them into it, by dotted name."""
 
+import dataclasses
+import difflib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from functools import cache
+from typing import Any, Protocol, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from pipelines.config.recipe import Recipe
 from re2tal.errors import UserError
-from sweeps.overrides import check, value_of
+
+ConfigT = TypeVar("ConfigT")
+
+
+def override(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
+    """Return a configuration with other values for some fields.
+
+    Args:
+        config: nested frozen dataclass.
+        values: values by dotted name, such as `{"optim.clip": 0.5}`. A name may stand for a whole
+            component; names of its fields then change those of the new one.
+
+    Raises:
+        UserError: There is no such field, or the value is of another type.
+        ValueError: Values that are of the right type do not go together.
+    """
+    for name, value in values.items():
+        check(config, name, value, values)
+    return _replaced(config, values)
+
+
+def value_of(config: Any, name: str) -> Any:
+    """Return the value of a field of a nested dataclass, by its dotted name.
+
+    Raises:
+        UserError: There is no such field.
+    """
+    here = config
+    for part in name.split("."):
+        _require_field(here, part, name)
+        here = getattr(here, part)
+    return here
+
+
+def check(config: Any, name: str, value: Any, others: Mapping[str, Any] | None = None) -> None:
+    """Check that a field exists and can have a value.
+
+    Args:
+        config: nested dataclass.
+        name: dotted name of the field.
+        value: value to check.
+        others: values of other fields that change with it; if one of them is the component that the
+            field is in, it is the new component that has to have the field.
+
+    Raises:
+        UserError: It does not, or cannot.
+    """
+    *path, last = name.split(".")
+    owner = config
+    for depth, part in enumerate(path, start=1):
+        _require_field(owner, part, name)
+        whole = ".".join(path[:depth])
+        owner = (others or {}).get(whole, getattr(owner, part))
+    _require_field(owner, last, name)
+    try:
+        adapter = _adapter(type(owner), last)  # type: ignore[arg-type]
+        adapter.validate_python(value, strict=True)
+    except ValidationError as error:
+        why = "; ".join(f"{problem['msg']}" for problem in error.errors()[:3])
+        raise UserError(f"{name} cannot be {value!r}: {why}.") from error
+
+
+def _replaced(config: Any, values: Mapping[str, Any]) -> Any:
+    whole = {name: value for name, value in values.items() if "." not in name}
+    within: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        first, dot, rest = name.partition(".")
+        if dot:
+            within.setdefault(first, {})[rest] = value
+    for first, parts in within.items():
+        whole[first] = _replaced(whole.get(first, getattr(config, first)), parts)
+    return dataclasses.replace(config, **whole) if whole else config
+
+
+def _require_field(owner: Any, part: str, name: str) -> None:
+    known = [field.name for field in dataclasses.fields(owner)] if _is_config(owner) else []
+    if part in known:
+        return
+    kind = type(owner).__name__
+    if not known:
+        raise UserError(f"There is no field {name}: a {kind} has no fields.")
+    close = difflib.get_close_matches(part, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}."
+    raise UserError(f"There is no field {name}: {kind} has no {part!r}; {hint}")
+
+
+def _is_config(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+@cache
+def _adapter(kind: Any, field: str) -> TypeAdapter[Any]:
+    return TypeAdapter(get_type_hints(kind, include_extras=True)[field])
+
 
 Primitive = None | bool | int | float | str
 
 
 class Proposer(Protocol):
-    """Proposes values: an `optuna.Trial`, or something that looks like one."""
+    """Source of proposals: an `optuna.Trial`, or something that looks like one."""
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        """A number in [low, high]."""
+        """Propose a number in [low, high]."""
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1) -> int:
-        """A whole number in [low, high]."""
+        """Propose a whole number in [low, high]."""
 
     def suggest_categorical(self, name: str, choices: Sequence[Primitive]) -> Any:
-        """One of the choices."""
+        """Propose one of the choices."""
 
 
 class Suggestions:
@@ -30,12 +128,12 @@ class Suggestions:
     base recipe's own value must lie in it, because a sweep's first trial is the base recipe.
 
     Args:
-        base: the recipe that is searched around.
-        proposer: proposes values; None takes the base's own.
+        base: recipe that is searched around.
+        proposer: source of proposals; None takes the base's own values.
 
     Attributes:
-        values: dotted name to value, all that differs from or equals the base's by suggestion.
-        base_point: what an Optuna trial would have to propose to train the base recipe.
+        values: value of each field that was asked for, by dotted name.
+        base_point: proposals with which an Optuna trial trains the base recipe.
     """
 
     def __init__(self, base: Recipe, proposer: Proposer | None = None) -> None:
@@ -44,38 +142,19 @@ class Suggestions:
         self._base, self._proposer = base, proposer
 
     def log_float(self, name: str, low: float, high: float) -> float:
-        """A number whose magnitude is searched, such as a learning rate.
-
-        Args:
-            name: dotted, of the field.
-            low: smallest, above 0.
-            high: largest.
-        """
+        """Ask for a number whose magnitude is searched, such as a learning rate, above 0."""
         own = self._in_range(name, low, high)
         return self._take(
             name, own, lambda proposer: proposer.suggest_float(name, low, high, log=True)
         )
 
     def number(self, name: str, low: float, high: float) -> float:
-        """A number.
-
-        Args:
-            name: dotted, of the field.
-            low: smallest.
-            high: largest.
-        """
+        """Ask for a number."""
         own = self._in_range(name, low, high)
         return self._take(name, own, lambda proposer: proposer.suggest_float(name, low, high))
 
     def integer(self, name: str, low: int, high: int, *, step: int = 1) -> int:
-        """A whole number.
-
-        Args:
-            name: dotted, of the field.
-            low: smallest.
-            high: largest.
-            step: between two.
-        """
+        """Ask for a whole number: low, low + step, ... high."""
         own = self._in_range(name, low, high)
         if (own - low) % step:
             raise UserError(
@@ -86,11 +165,11 @@ class Suggestions:
         )
 
     def choice(self, name: str, options: Sequence[Any] | Mapping[str, Any]) -> Any:
-        """One of several values of whatever type; the base's own is among them in any case.
+        """Ask for one of several values of whatever type; the base's own is always among them.
 
         Args:
-            name: dotted, of the field.
-            options: the values; with names for those that are long, such as whole components.
+            name: dotted name of the field.
+            options: values; with names for those that are long, such as whole components.
         """
         labelled = _labelled(options)
         own = value_of(self._base, name)
@@ -106,12 +185,7 @@ class Suggestions:
         return labelled[label]
 
     def set(self, name: str, value: Any) -> None:
-        """A value that follows from others.
-
-        Args:
-            name: dotted, of the field.
-            value: for it.
-        """
+        """Set a field to a value that follows from others."""
         check(self._base, name, value, self.values)
         self.values[name] = value
 

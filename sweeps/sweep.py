@@ -1,8 +1,12 @@
-"""What one file of this folder defines: where to search, and what for."""
+"""Definition of a sweep by its file, and its configuration by the command line."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import nn
 
 from pipelines.config.recipe import Recipe
 from pipelines.core.metric_names import MAP
@@ -12,12 +16,12 @@ from sweeps.suggestions import Space
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
-    """A metric of a finished trial, and which way it is better.
+    """Metric of a finished trial, and which way it is better.
 
     Attributes:
         metric: its name in MLflow.
-        mode: larger or smaller.
-        title: in tables and pictures.
+        mode: whether larger or smaller is better.
+        title: its name in tables and pictures.
     """
 
     metric: str
@@ -31,17 +35,17 @@ LOWEST_MEMORY = Objective(metric=MEMORY, mode="min", title="peak memory, MB")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sweep:
-    """A search.
+    """Search that one file of this folder defines.
 
     Attributes:
-        name: of the script, without its ending.
-        space: which fields of a recipe are searched, and where.
-        objectives: what is wanted; with several, a front of trials is the result.
-        epochs: of a trial, by default: a function of the base recipe.
-        trials: by default.
-        prepare: what is changed in the base recipe before the search.
-        postprocessing: whether suppression and voting are searched, without training, over what the
-            best trial detected; the trials then keep their raw detections.
+        name: file name of the script, without its ending.
+        space: fields of a recipe that are searched, and their ranges.
+        objectives: metrics to improve; with several, a front of trials is the result.
+        epochs: default length of a trial, from the base recipe.
+        trials: default number.
+        prepare: change of the base recipe before the search.
+        postprocessing: search suppression and voting, without training, over the detections of the
+            best trial; the trials then keep their raw detections.
     """
 
     name: str
@@ -51,3 +55,95 @@ class Sweep:
     trials: int = 12
     prepare: Callable[[Recipe], Recipe]
     postprocessing: bool = False
+
+
+def one_worker(recipe: Recipe) -> Recipe:
+    """Give a trial one worker where there are no GPUs, so that two trials fit two cores."""
+    if recipe.scale.gpu:
+        return recipe
+    return replace(recipe, scale=replace(recipe.scale, workers=1, cpus_per_decoder=0.4))
+
+
+def first_layers(recipe: Recipe, share: float) -> tuple[str, ...]:
+    """Name the modules that hold the first layers of a recipe's backbone, for `model.frozen`.
+
+    Args:
+        recipe: the recipe.
+        share: share of its blocks; 0 is what comes before the first block.
+    """
+    return _first_layers(recipe.model.backbone, share)  # type: ignore[arg-type]
+
+
+@cache
+def _first_layers(config: Any, share: float) -> tuple[str, ...]:
+    with torch.device("meta"):  # only the names are of interest
+        backbone = config.build()
+    layers = {name: backbone.layer_of(name) for name, _ in backbone.named_parameters()}
+    if not layers:  # features in its place
+        return ()
+    last = round(share * max(layers.values()))
+    return tuple(f"backbone.{name}" for name in _within(backbone, "", layers, last))
+
+
+def _within(module: nn.Module, prefix: str, layers: dict[str, int], last: int) -> Iterator[str]:
+    """Yield the largest modules all of whose parameters lie in the first layers."""
+    for name, child in module.named_children():
+        whole = f"{prefix}{name}"
+        own = [layer for parameter, layer in layers.items() if parameter.startswith(f"{whole}.")]
+        if own and max(own) <= last:
+            yield whole
+        elif own and min(own) <= last:
+            yield from _within(child, f"{whole}.", layers, last)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepConfig:
+    """Configuration of a sweep.
+
+    Attributes:
+        name: names of the sweep and of its base recipe.
+        experiment: MLflow experiment.
+        output: folder of checkpoints and of the default MLflow store.
+        trials: number of trials, the base recipe's own among them.
+        concurrency: trials at a time; None for as many as the cluster holds.
+        epochs: length of a trial. The base recipe's own is for the winner.
+        pruning: rule that stops trials that do worse than others: asynchronous successive halving,
+            the median of the others, or none. A search for several objectives stops none.
+        sampler: source of proposals: the tree-structured Parzen estimator, or chance, to compare.
+        seed: seed of the sampler.
+        minutes: time after which no trial goes on; None for no such budget.
+        storage: URL of a data base for Optuna's trials, such as a schema of MLflow's PostgreSQL
+            server, which a head that is started anew still finds; None for a file in the output.
+        resume: go on with the last sweep of the same configuration if it did not end, or was asked
+            for fewer trials.
+        base: recipe that is searched around; its experiment and output are the sweep's.
+    """
+
+    name: str
+    experiment: str = "re2tal-sweeps"
+    output: str = "runs"
+    trials: int = 12
+    concurrency: int | None = None
+    epochs: int
+    pruning: Literal["asha", "median", "none"] = "asha"
+    sampler: Literal["tpe", "random"] = "tpe"
+    seed: int = 0
+    minutes: float | None = None
+    storage: str | None = None
+    resume: bool = True
+    base: Recipe
+
+    def __post_init__(self) -> None:
+        for name, least in (("trials", 1), ("epochs", 1), ("concurrency", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name} must be at least {least}, not {value}.")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"--minutes must be above 0, not {self.minutes:g}.")
+
+    @property
+    def trial_recipe(self) -> Recipe:
+        """Recipe of a trial that changes nothing."""
+        return replace(
+            self.base, experiment=self.experiment, output=self.output, epochs=self.epochs
+        )

@@ -1,20 +1,28 @@
-"""One trial: what `train.py` does, with other values for some fields, started by Ray Tune."""
+"""Trials: each trains as `train.py` does, started by Ray Tune; how each ended stands in MLflow."""
 
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from mlflow.entities import Param
-from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
+from mlflow.entities import Param, ViewType
+from mlflow.entities import Run as MlflowRun
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 from ray import tune
+from ray.tune import Callback
+from ray.tune.experiment import Trial
 
+from pipelines.config.recipe import Recipe
 from pipelines.core.cluster import quiet_data
 from pipelines.core.metric_names import MAP
-from pipelines.core.tracking import Run, log_metrics
+from pipelines.core.tracking import Run, log_metrics, start_run
 from pipelines.train import Prepared, train_run
 from pipelines.training.resuming import resume_or_start
 from sweeps.epoch_reports import MEMORY, RUN_ID, EpochReports
-from sweeps.overrides import override
+from sweeps.suggestions import override
+from sweeps.sweep import Objective
 
 NUMBER_TAG = "sweep.trial"
 OUTCOME_TAG = "sweep.outcome"
@@ -25,13 +33,13 @@ FINISHED, EPOCH = "finished", "epoch"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialConfig:
-    """What a trial is told.
+    """Configuration of a trial.
 
     Attributes:
-        number: of the Optuna trial.
-        values: for fields of the recipe, by dotted name.
-        point: what Optuna proposed: names and primitive values.
-        base: whether it trains the base recipe.
+        number: number of the Optuna trial.
+        values: values for fields of the recipe, by dotted name.
+        point: Optuna's proposals: names and primitive values.
+        base: it trains the base recipe.
     """
 
     number: int
@@ -41,13 +49,13 @@ class TrialConfig:
 
 
 def run_trial(config: Mapping[str, Any], *, ready: Prepared, parent: str, threads: int) -> None:
-    """Trains a trial; what Ray Tune starts.
+    """Train a trial, started by Ray Tune.
 
     Args:
-        config: a `TrialConfig` under "trial"; Ray Tune hands over dictionaries.
-        ready: the base recipe, and the videos that all trials work on.
+        config: `TrialConfig` under "trial"; Ray Tune hands over dictionaries.
+        ready: base recipe, and the videos that all trials work on.
         parent: id of the sweep's run in MLflow.
-        threads: of a worker's PyTorch.
+        threads: number of PyTorch's threads in a worker.
     """
     quiet_data()
     trial: TrialConfig = config["trial"]
@@ -70,30 +78,22 @@ def _name(run: Run, trial: TrialConfig, recipe: str) -> None:
 
 
 def log_searched(run: Run, point: Mapping[str, Any]) -> None:
-    """Puts what was proposed for a run beside the parameters that all runs have.
-
-    Args:
-        run: that tries it.
-        point: names and values.
-    """
+    """Put what was proposed for a run beside the parameters that all runs have."""
     params = [Param(f"{SEARCHED}{name}", str(value)) for name, value in point.items()]
     run.client.log_batch(run.run_id, params=params)
 
 
 def _last_metrics(run: Run) -> dict[str, Any]:
-    """The last epoch's quality, which is what all trials are compared by."""
+    """Return the last epoch's quality, by which all trials are compared."""
     metrics = run.client.get_run(run.run_id).data.metrics
     return {MAP: metrics[MAP], RUN_ID: run.run_id}
 
 
 def peak_memory(run: Run) -> dict[str, float]:
-    """The memory that a trial is judged by.
+    """Return the memory by which a trial that has ended is judged.
 
     It is the measured peak of a GPU or, without one, the predicted peak of the activations of a
     worker's step.
-
-    Args:
-        run: that has ended.
 
     Returns:
         One metric in MB; none if the run trained on features on a CPU.
@@ -103,3 +103,137 @@ def peak_memory(run: Run) -> dict[str, float]:
         if values:
             return {MEMORY: max(values)}
     return {}
+
+
+FIRST_STEP = "sweep/seconds_to_first_step"
+
+
+def children(parent: Run) -> list[MlflowRun]:
+    """List the runs of a sweep's trials in the order of their starts."""
+    client = parent.client
+    experiment = client.get_run(parent.run_id).info.experiment_id
+    found: list[MlflowRun] = []
+    token = None
+    while True:
+        page = client.search_runs(
+            [experiment],
+            filter_string=f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent.run_id}'",
+            run_view_type=ViewType.ACTIVE_ONLY,
+            order_by=["attributes.start_time ASC"],
+            max_results=1000,
+            page_token=token,
+        )
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+class Outcomes(Callback):
+    """Ends the run of each trial in MLflow with what became of it, and prints a line.
+
+    A trial that is pruned is stopped from outside, and one that is killed cannot say so: both would
+    stay RUNNING.
+
+    Args:
+        parent: the sweep's run.
+        base: recipe of a trial that changes nothing.
+        total: number of trials.
+        done: number of those that ended before this process started.
+        objectives: objectives of the sweep.
+    """
+
+    def __init__(
+        self, parent: Run, base: Recipe, *, total: int, done: int, objectives: Sequence[Objective]
+    ) -> None:
+        self._parent, self._base, self._objectives = parent, base, objectives
+        self._total, self._done = total, done
+        self._began: dict[str, float] = {}
+
+    def on_trial_start(self, *, trial: Trial, **_: Any) -> None:
+        """Say what a trial is going to try."""
+        self._began[trial.trial_id] = time.time()
+        config = _config(trial)
+        what = "the base recipe" if config.base else _described(config)
+        print(f"trial {config.number} starts: {what}", flush=True)
+
+    def on_trial_result(self, *, trial: Trial, result: dict[str, Any], **_: Any) -> None:
+        """Say what an epoch reached."""
+        if not result.get(FINISHED):
+            reached = self._reached(result)
+            epoch = f"epoch {result[EPOCH]}/{self._base.epochs}"
+            print(f"trial {_config(trial).number}  {epoch}  {reached}", flush=True)
+
+    def on_trial_complete(self, *, trial: Trial, **_: Any) -> None:
+        """Mark a trial as finished or, if it did not come to its end, as pruned."""
+        result = trial.last_result or {}
+        finished = bool(result.get(FINISHED))
+        outcome = "finished" if finished else "pruned"
+        self._end(self._run_of(trial), trial, "FINISHED" if finished else "KILLED", outcome)
+        self._say(trial, f"{outcome}  {self._reached(result)}")
+
+    def on_trial_error(self, *, trial: Trial, **_: Any) -> None:
+        """Mark a trial as failed, with the error's text."""
+        run = self._run_of(trial)
+        # most trials said so themselves; one whose process was killed could not
+        error = run.client.get_run(run.run_id).data.tags.get("error") or _last_words(trial)
+        run.client.set_tag(run.run_id, "error", error)
+        self._end(run, trial, "FAILED", "failed")
+        self._say(trial, f"failed: {error.splitlines()[0]}")
+
+    def _end(self, run: Run, trial: Trial, status: str, outcome: str) -> None:
+        client = run.client
+        client.set_tag(run.run_id, OUTCOME_TAG, outcome)
+        client.set_terminated(run.run_id, status)
+        steps = client.get_metric_history(run.run_id, "train/loss")
+        began = self._began.get(trial.trial_id)
+        if steps and began is not None:
+            first = min(m.timestamp for m in steps) / 1000 - began
+            if first > 0:  # else the trial went on where a killed sweep had come to
+                log_metrics(run, {FIRST_STEP: first}, step=0)
+
+    def _run_of(self, trial: Trial) -> Run:
+        """Return the trial's run; it is made now if the trial ended before it made one."""
+        number = str(_config(trial).number)
+        reported = (trial.last_result or {}).get(RUN_ID)
+        if reported:
+            return Run(uri=self._parent.uri, run_id=reported)
+        for run in children(self._parent):
+            if run.data.tags.get(NUMBER_TAG) == number:
+                return Run(uri=self._parent.uri, run_id=run.info.run_id)
+        tags = {MLFLOW_PARENT_RUN_ID: self._parent.run_id, NUMBER_TAG: number}
+        return start_run(self._base, output=self._base.output, tags=tags)
+
+    def _say(self, trial: Trial, what: str) -> None:
+        self._done += 1
+        print(f"trial {_config(trial).number}  {what}  ({self._done} of {self._total})", flush=True)
+
+    def _reached(self, result: dict[str, Any]) -> str:
+        return "  ".join(
+            f"{objective.title} {result[objective.metric]:.3f}"
+            for objective in self._objectives
+            if not math.isnan(result.get(objective.metric, math.nan))
+        )
+
+
+def _config(trial: Trial) -> TrialConfig:
+    config: TrialConfig = trial.config["trial"]
+    return config
+
+
+def _described(config: TrialConfig) -> str:
+    return "  ".join(assignment(name, value) for name, value in config.point.items())
+
+
+def assignment(name: str, value: Any) -> str:
+    """Write a parameter and its value, in few digits."""
+    return f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
+
+
+def _last_words(trial: Trial) -> str:
+    """Return the end of what Ray Tune kept of a failure."""
+    path = trial.error_file
+    if path is None or not Path(path).exists():
+        return "the trial's process ended without a message"
+    lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
+    return "\n".join(lines[-1:] + lines[-20:-1])[:5000]

@@ -1,5 +1,5 @@
-"""What `pipelines/doctor.py` looks at: a file a check, each of which returns findings.
+"""Checks of `pipelines/doctor.py`; each returns findings.
 
-What has to be seen on a node is gathered there as plain data (`nodes.ask`); what it means is told
-by functions of that data, which need no cluster.
+Facts of a node are gathered there as plain data (`Cluster.ask`); functions of that data, which need
+no cluster, judge them.
 """

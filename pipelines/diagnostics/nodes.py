@@ -1,50 +1,56 @@
-"""Asks every node of the cluster something, and waits no longer than told."""
+"""Nodes of the cluster: how each is asked something, and whether two of them reach each other."""
 
+import os
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
+from ray.util import get_node_ip_address
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipelines.diagnostics.reasons import reason
+from pipelines.diagnostics.findings import Finding, fail, ok, reason, within
+from re2tal.errors import UserError
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Node:
-    """A machine of the cluster.
+    """Machine of the cluster.
 
     Attributes:
-        id: Ray's.
-        name: for people.
-        cpus: that Ray hands out there.
-        gpus: that Ray hands out there.
+        id: Ray's name for it.
+        name: host name and address.
+        cpus: number that Ray hands out there.
+        gpus: number that Ray hands out there.
         store: bytes of the object store.
-        folder: where Ray keeps its files there.
+        folder: Ray's folder for its files there.
     """
 
     id: str
     name: str
-    cpus: float
-    gpus: float
-    store: float
-    folder: str
+    cpus: float = 0.0
+    gpus: float = 0.0
+    store: float = 0.0
+    folder: str = ""
+
+
+DRIVER = Node(id="driver", name="The driver")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer(Generic[T]):
-    """What came back from a node.
+    """Result of a function on a node.
 
     Attributes:
-        node: which one.
-        value: what the function returned; None if it failed.
-        error: why it failed, in one line; empty if it did not.
+        value: what it returned; None if it failed.
+        error: reason in one line; empty if it did not fail.
     """
 
     node: Node
@@ -52,92 +58,203 @@ class Answer(Generic[T]):
     error: str = ""
 
 
-def alive_nodes() -> list[Node]:
-    """Lists the nodes of the cluster that this process has joined, in the order of their names."""
-    nodes = [_node(entry) for entry in ray.nodes() if entry["Alive"]]
-    counts = Counter(node.name for node in nodes)
-    told_apart = [
-        node if counts[node.name] == 1 else replace(node, name=f"{node.name} {node.id[:6]}")
-        for node in nodes
-    ]
-    return sorted(told_apart, key=lambda node: node.name)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """Nodes, and how long to wait for them.
+
+    Attributes:
+        nodes: machines in the order of their names; none if there is no Ray.
+        seconds: time for all of them to answer.
+    """
+
+    nodes: tuple[Node, ...] = ()
+    seconds: float
+
+    @property
+    def everyone(self) -> str:
+        """The driver and the nodes in a sentence."""
+        others = {0: "", 1: " and the only node"}
+        return f"the driver{others.get(len(self.nodes), f' and all {len(self.nodes)} nodes')}"
+
+    def ask(
+        self, function: Callable[..., T], *arguments: Any, alone: bool = False
+    ) -> list[Answer[T]]:
+        """Call a function on every node at the same time.
+
+        It takes no CPU from Ray: a cluster that is busy answers too.
+
+        Args:
+            function: function of a module of the project, which gets the node and the arguments.
+            arguments: anything that can be pickled.
+            alone: run in processes that end afterwards; others keep what they hold of the GPUs.
+        """
+        options = {"num_cpus": 0, "max_retries": 0, "max_calls": int(alone)}
+        references = []
+        for node in self.nodes:
+            there = NodeAffinitySchedulingStrategy(node.id, soft=False)
+            task = ray.remote(**options, scheduling_strategy=there)(attempt)
+            references.append(task.remote(function, node, arguments))
+        end = time.monotonic() + self.seconds
+        return [
+            self._await(node, reference, max(0.0, end - time.monotonic()))
+            for node, reference in zip(self.nodes, references, strict=True)
+        ]
+
+    def ask_after_driver(self, function: Callable[..., T], *arguments: Any) -> list[Answer[T]]:
+        """Call a function in this process, and on every node if it succeeded here.
+
+        Returns:
+            The driver's answer, and those of the nodes.
+        """
+        here: Answer[T] = attempt(function, DRIVER, arguments)
+        return [here] if here.error else [here, *self.ask(function, *arguments)]
+
+    def _await(self, node: Node, reference: Any, seconds: float) -> Answer[Any]:
+        try:
+            answer: Answer[Any] = ray.get(reference, timeout=seconds)
+        except GetTimeoutError:
+            ray.cancel(reference, force=True)
+            error = f"no answer within {self.seconds:g} s (give more with --timeout)"
+            return Answer(node=node, error=error)
+        except RayError as failed:
+            error = reason(failed)
+            if "No module named" in error:
+                error += ". What the driver runs is not installed there: submit with `ray job "
+                error += "submit --working-dir .`, and set up the same environment on every node"
+            return Answer(node=node, error=error)
+        return answer
 
 
-def _node(entry: dict[str, Any]) -> Node:
-    resources = entry["Resources"]
-    return Node(
-        id=entry["NodeID"],
-        name=f"{entry['NodeManagerHostname']} ({entry['NodeManagerAddress']})",
-        cpus=resources.get("CPU", 0.0),
-        gpus=resources.get("GPU", 0.0),
-        store=resources.get("object_store_memory", 0.0),
-        # the socket lies in a folder of the session's
-        folder=str(Path(entry["ObjectStoreSocketName"]).parents[1]),
-    )
-
-
-def _attempt(function: Callable[..., T], arguments: tuple[Any, ...]) -> tuple[T | None, str]:
-    """Runs on the node; an exception travels as text, since not every one can be pickled."""
+def attempt(function: Callable[..., T], node: Node, arguments: Sequence[Any]) -> Answer[T]:
+    """Call a function; an exception becomes text, since not every one can be pickled."""
     try:
-        return function(*arguments), ""
+        return Answer(node=node, value=function(node, *arguments))
     except Exception as error:
-        return None, reason(error)
+        return Answer(node=node, error=reason(error))
 
 
-def ask(
-    nodes: Sequence[Node], function: Callable[..., T], *arguments: Any, seconds: float
-) -> list[Answer[T]]:
-    """Calls a function on each node at the same time.
+@contextmanager
+def joined(*, seconds: float) -> Iterator[tuple[Finding, Cluster]]:
+    """Join the cluster that `RAY_ADDRESS` names, or start a Ray here; leave or end it at the end.
 
-    It takes no CPU from Ray: a cluster that is busy answers too.
+    Ray's folder stays, as after any program: another Ray on this machine may be using its link.
 
     Args:
-        nodes: which ones.
-        function: of a module of the project.
-        arguments: that it gets.
-        seconds: to wait for all of them.
+        seconds: time to wait for the cluster, and for its nodes later.
+
+    Yields:
+        A finding, and the cluster, without nodes if there is no Ray.
+    """
+    from pipelines.core.cluster import init_ray  # here: nodes that are asked start in a moment
+
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            within(seconds, init_ray)
+        else:  # in the main thread, with which a Ray that is started here ends
+            init_ray()
+        cluster = Cluster(nodes=alive_nodes(), seconds=seconds)
+    except UserError as error:
+        yield fail(str(error)), Cluster(seconds=seconds)
+    except Exception as error:
+        text = f"Ray does not start on this machine ({reason(error)}). End what an earlier Ray "
+        text += "left behind (ray stop), and see that its folder for temporary files is writable."
+        if address:
+            text = f"The cluster at {address} (RAY_ADDRESS) cannot be joined ({reason(error)}). "
+            text += "Start it again, and give RAY_AUTH_MODE the value that it was started with."
+        yield fail(text), Cluster(seconds=seconds)
+    else:
+        where = f"the cluster at {address}" if address else "a Ray started here"
+        count = "1 node" if len(cluster.nodes) == 1 else f"{len(cluster.nodes)} nodes"
+        try:
+            yield ok(f"{ray.__version__}, {where}: {count}."), cluster
+        finally:
+            ray.shutdown()
+
+
+def alive_nodes() -> tuple[Node, ...]:
+    """List the nodes of the cluster that this process has joined."""
+    nodes = []
+    for entry in (entry for entry in ray.nodes() if entry["Alive"]):
+        resources = entry["Resources"]
+        node = Node(
+            id=entry["NodeID"],
+            name=f"{entry['NodeManagerHostname']} ({entry['NodeManagerAddress']})",
+            cpus=resources.get("CPU", 0.0),
+            gpus=resources.get("GPU", 0.0),
+            store=resources.get("object_store_memory", 0.0),
+            # the socket lies in a folder of the session's
+            folder=str(Path(entry["ObjectStoreSocketName"]).parents[1]),
+        )
+        nodes.append(node)
+    return tuple(sorted(nodes, key=lambda node: node.name))
+
+
+_NUMBERS = 16 * 2**20  # float32: 64 MiB
+
+
+def reduce(_: Node, address: tuple[str, int], backend: str, seconds: float) -> tuple[bool, float]:
+    """Meet another worker, and add up 64 MiB with it as DDP does.
+
+    Args:
+        address: host and port of the store at which they meet.
+        backend: "gloo" or "nccl".
+        seconds: time to wait for the other.
 
     Returns:
-        An answer of each node, in their order.
+        Whether the sum was right, and the seconds that it took, the fewest of three times.
     """
-    references = [_start(node, function, arguments) for node in nodes]
-    end = time.monotonic() + seconds
-    return [
-        _await(node, reference, max(0.0, end - time.monotonic()), seconds)
-        for node, reference in zip(nodes, references, strict=True)
-    ]
+    import torch
+    from torch import distributed
+
+    patience = timedelta(seconds=seconds)
+    store = distributed.TCPStore(*address, is_master=False, timeout=patience)
+    rank = store.add("rank", 1) - 1
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=patience)
+    # two workers on one node must have a GPU each
+    device = f"cuda:{rank % torch.cuda.device_count()}" if backend == "nccl" else "cpu"
+    numbers = torch.full((_NUMBERS,), rank + 1.0, device=device)
+    distributed.all_reduce(numbers)
+    right = bool((numbers == 3).all())
+    times = []
+    for _round in range(3):
+        began = time.perf_counter()
+        distributed.all_reduce(numbers)
+        numbers[0].item()  # waits for a GPU
+        times.append(time.perf_counter() - began)
+    distributed.destroy_process_group()
+    return right, min(times)
 
 
-def _start(node: Node, function: Callable[..., T], arguments: tuple[Any, ...]) -> Any:
-    there = NodeAffinitySchedulingStrategy(node.id, soft=False)
-    task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_attempt)
-    return task.remote(function, arguments)
+def choose_pair(nodes: Sequence[Node]) -> tuple[tuple[Node, ...], str]:
+    """Choose the nodes of two workers, one twice if no other has CPUs, and their backend."""
+    working = [node for node in nodes if node.cpus > 0] or list(nodes)
+    pair = (working[0], working[1 % len(working)])
+    enough = sum(node.gpus for node in set(pair)) >= len(pair)
+    return pair, "nccl" if enough and all(node.gpus >= 1 for node in working) else "gloo"
 
 
-def _await(node: Node, reference: Any, seconds: float, asked: float) -> Answer[T]:
-    try:
-        value, error = ray.get(reference, timeout=seconds)
-    except GetTimeoutError:
-        ray.cancel(reference, force=True)
-        return Answer(node=node, error=f"it did not answer within {asked:g} s (--timeout)")
-    except RayError as failed:
-        return Answer(node=node, error=_without_code(reason(failed)))
-    return Answer(node=node, value=value, error=error)
+def check_all_reduce(cluster: Cluster) -> list[Finding]:
+    """Check that two workers, on two nodes where there are two, reach each other, and how fast."""
+    from torch.distributed import TCPStore
 
-
-def _without_code(text: str) -> str:
-    if "No module named" not in text:
-        return text
-    return (
-        f"{text}. What the driver runs is not installed there: submit with `ray job submit "
-        "--working-dir .`, and set up the same environment on every node"
-    )
-
-
-def all_of(nodes: int) -> str:
-    """Names them in a sentence.
-
-    Args:
-        nodes: their number, at least one.
-    """
-    return "the node" if nodes == 1 else f"all {nodes} nodes"
+    pair, backend = choose_pair(cluster.nodes)
+    host = get_node_ip_address()
+    store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    workers = replace(cluster, nodes=pair)
+    answers = workers.ask(reduce, (host, store.port), backend, cluster.seconds / 2, alone=True)
+    where = " and ".join(dict.fromkeys(node.name for node in pair))
+    interface = f"{backend.upper()}_SOCKET_IFNAME"
+    reduced = [answer.value for answer in answers if answer.value]
+    if len(reduced) < len(pair):
+        why = next(answer.error for answer in answers if answer.error)
+        text = f"Two workers with {backend} on {where} did not get through: {why}. Open all ports "
+        text += "between the nodes, and name the network interface that joins them in "
+        return [fail(f"{text}{interface} on every node, before Ray starts there.")]
+    seconds = max(took for _, took in reduced)
+    facts = f"two workers on {where}, {backend}, 64 MiB in {seconds * 1e3:.0f} ms "
+    facts += f"({_NUMBERS * 4 / seconds / 1e9:.2f} GB/s)"
+    if not all(right for right, _ in reduced):
+        text = f"The sum is wrong: {facts}. The network or a GPU alters what it carries: try other "
+        return [fail(f"{text}nodes, and another {interface}.")]
+    return [ok(f"{facts}.")]

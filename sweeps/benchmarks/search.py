@@ -32,10 +32,9 @@ from pipelines.training.local import LocalRuntime
 from pipelines.training.trainer import NonFiniteLossError, Trainer
 from re2tal.benchmarking import Tables
 from sweeps.localizer import SWEEP
-from sweeps.overrides import override
-from sweeps.settings import SweepConfig
 from sweeps.study import check_space, open_study
-from sweeps.suggestions import Suggestions
+from sweeps.suggestions import Suggestions, override
+from sweeps.sweep import SweepConfig
 
 Sampler = Literal["tpe", "random"]
 SAMPLERS: tuple[Sampler, ...] = ("tpe", "random")

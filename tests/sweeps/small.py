@@ -1,10 +1,9 @@
 """A sweep of one's own is one small file."""
 
 from pipelines.config.recipe import Recipe
-from sweeps.bases import one_worker
 from sweeps.search import main
 from sweeps.suggestions import Suggestions
-from sweeps.sweep import Sweep
+from sweeps.sweep import Sweep, one_worker
 
 
 def space(suggest: Suggestions, base: Recipe) -> None:

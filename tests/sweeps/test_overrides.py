@@ -9,7 +9,7 @@ from pipelines.config.recipes import thumos_re2_swin_t_vsgn, toy
 from re2tal.backbones.swin import swin_s
 from re2tal.errors import UserError
 from re2tal.localizers.vsgn import VSGNConfig
-from sweeps.overrides import override, value_of
+from sweeps.suggestions import override, value_of
 
 
 def test_fields_at_any_depth_change_together() -> None:

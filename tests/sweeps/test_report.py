@@ -9,10 +9,8 @@ from optuna.trial import create_trial
 
 from pipelines.config.recipes import toy
 from sweeps.epoch_reports import RUN_ID
-from sweeps.pictures import pictures
-from sweeps.report import best_trials, command_of
-from sweeps.settings import SweepConfig
-from sweeps.sweep import HIGHEST_MAP, LOWEST_MEMORY
+from sweeps.report import best_trials, command_of, pictures
+from sweeps.sweep import HIGHEST_MAP, LOWEST_MEMORY, SweepConfig
 
 RATES = FloatDistribution(1e-4, 1e-1, log=True)
 KINDS = CategoricalDistribution(["none", "some"])

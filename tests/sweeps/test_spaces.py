@@ -8,14 +8,12 @@ import pytest
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import RECIPES, toy
 from re2tal.errors import UserError
-from sweeps.bases import first_layers, one_worker
 from sweeps.finetune import SWEEP as FINETUNE
 from sweeps.localizer import SWEEP as LOCALIZER
-from sweeps.overrides import override
 from sweeps.pareto import SWEEP as PARETO
 from sweeps.study import check_space
-from sweeps.suggestions import Suggestions
-from sweeps.sweep import Sweep
+from sweeps.suggestions import Suggestions, override
+from sweeps.sweep import Sweep, first_layers, one_worker
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -13,10 +13,9 @@ from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import toy
 from pipelines.core.metric_names import MAP
 from sweeps.epoch_reports import RUN_ID
-from sweeps.settings import SweepConfig
 from sweeps.study import BASE, SweepSearch, check_space, ended, open_study, searcher
 from sweeps.suggestions import Suggestions
-from sweeps.sweep import HIGHEST_MAP, LOWEST_MEMORY, MEMORY, Sweep
+from sweeps.sweep import HIGHEST_MAP, LOWEST_MEMORY, MEMORY, Sweep, SweepConfig
 from sweeps.trial import EPOCH, FINISHED, TrialConfig
 
 

@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 
 from pipelines.data.plan import Plan
 from pipelines.train import parse
-from sweeps.children import FIRST_STEP
+from sweeps.trial import FIRST_STEP
 from tests.cluster.mlflow_server import running_server
 from tests.cluster.postgres import binaries
 from tests.pipelines.ray_head import environment

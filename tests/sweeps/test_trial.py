@@ -11,10 +11,9 @@ from ray.tune.experiment import Trial
 from pipelines.config.recipe import Recipe
 from pipelines.core.metric_names import MAP
 from pipelines.core.tracking import Run, log_metrics, start_run
-from sweeps.children import FIRST_STEP, Outcomes, children
 from sweeps.epoch_reports import MEMORY, RUN_ID
 from sweeps.sweep import HIGHEST_MAP
-from sweeps.trial import EPOCH, FINISHED, TrialConfig, peak_memory
+from sweeps.trial import EPOCH, FINISHED, FIRST_STEP, Outcomes, TrialConfig, children, peak_memory
 
 
 class _Sweep:

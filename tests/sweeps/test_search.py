@@ -10,9 +10,8 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from pipelines.config.recipes import toy
 from pipelines.core.metric_names import MAP
 from sweeps.finetune import SWEEP
-from sweeps.schedulers import scheduler
-from sweeps.settings import SweepConfig
-from sweeps.sweep import HIGHEST_MAP, LOWEST_MEMORY
+from sweeps.search import scheduler
+from sweeps.sweep import HIGHEST_MAP, LOWEST_MEMORY, SweepConfig
 from sweeps.trial import EPOCH, TrialConfig
 
 CONFIG = SweepConfig(name="small of toy", epochs=3, base=toy())
