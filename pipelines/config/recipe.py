@@ -33,9 +33,6 @@ def autocast(device_type: str, precision: Precision) -> AbstractContextManager[A
     return torch.autocast(device_type, computed, enabled=computed is not torch.float32)
 
 
-CompiledPart = Literal["branches", "localizer"]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BackboneModelConfig:
     """A model whose backbone starts from pretrained weights.
@@ -113,8 +110,6 @@ class OptimConfig:
         ema: decay of the moving average of the weights that is evaluated and saved.
         precision: what branches and localizer compute in; the reversible streams stay float32.
             The loss is scaled for float16, and a step whose gradients overflow is left out.
-        compile: have `torch.compile` compile "branches" (the modules in the backbone's reversible
-            branches), "localizer", or both; see pipelines/README.md for what it gained.
         accumulation: forward and backward passes of a worker whose gradients make one step; of
             more, while workers are missing (`scale.min_workers`).
     """
@@ -128,7 +123,6 @@ class OptimConfig:
     clip: float = 1.0
     ema: float = 0.999
     precision: Precision = "bfloat16"
-    compile: tuple[CompiledPart, ...] = ()
     accumulation: int = 1
 
 
