@@ -1,4 +1,4 @@
-"""The command line of `profile.py`."""
+"""The command line of `memory.py`."""
 
 import io
 import json
@@ -124,7 +124,7 @@ def parse(arguments: Sequence[str], description: str = "") -> BackboneProfile | 
     listed = "\n".join(f"  {name}" for name in RECIPES)
     description = f"{description}\nRecipes:\n\n{listed}\n"
     if not arguments or arguments[0].startswith("-"):
-        return tyro.cli(BackboneProfile, args=arguments, prog="profile.py", description=description)
+        return tyro.cli(BackboneProfile, args=arguments, prog="memory.py", description=description)
     name, *rest = arguments
     if name not in RECIPES:
         sys.exit(f"There is no recipe {name!r}. Choose one of: {', '.join(RECIPES)}.")
@@ -132,7 +132,7 @@ def parse(arguments: Sequence[str], description: str = "") -> BackboneProfile | 
         RecipeProfile,
         default=RecipeProfile(recipe=RECIPES[name]()),
         args=rest,
-        prog=f"profile.py {name}",
+        prog=f"memory.py {name}",
         description=description,
     )
 
