@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal, TypeAlias
 import torch
 
 from re2tal.backbones.protocol import BackboneConfig
+from re2tal.backbones.table import IMAGENET_MEAN, IMAGENET_STD
 from re2tal.classifier import ClipClassifierConfig
 from re2tal.components import Component
 from re2tal.datasets import Form
 from re2tal.datasets.trimmed import ClipConfig, ViewConfig
 from re2tal.detection.suppression import NmsConfig
 from re2tal.localizers.protocol import LocalizerConfig
-from re2tal.trained import IMAGENET_MEAN, IMAGENET_STD
 from re2tal.videos.augmentation import AugmentationConfig
 from re2tal.videos.windows import WindowConfig
 

@@ -16,8 +16,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from pipelines.core.storage import MLFLOW, local_copy, require, resolve
-from re2tal.backbones.checkpoint import PREFIX
 from re2tal.backbones.precomputed import TRAINED_ON_FEATURES, PrecomputedConfig
+from re2tal.backbones.weights import PREFIX
 from re2tal.errors import UserError
 from re2tal.inference import detector_folder
 from re2tal.trained import SPEC_FILE, WEIGHTS_FILE, read_spec

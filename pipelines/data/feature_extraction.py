@@ -20,7 +20,6 @@ from pipelines.core.resources import capacity, require_resources
 from pipelines.data.decoding import VideoJob, decode_video
 from pipelines.data.features import Sampling
 from pipelines.planner.subject import BACKBONES
-from re2tal.backbones.checkpoint import load_backbone_weights
 from re2tal.backbones.slowfast.network import (
     SlowFastConfig,
     pytorchvideo_slowfast_50,
@@ -28,10 +27,11 @@ from re2tal.backbones.slowfast.network import (
     re2_slowfast_101,
 )
 from re2tal.backbones.swin import SwinConfig
+from re2tal.backbones.table import IMAGENET_MEAN, IMAGENET_STD
+from re2tal.backbones.weights import load_backbone_weights
 from re2tal.detector import grey_levels, normalize
 from re2tal.errors import UserError
 from re2tal.reversible import rewire
-from re2tal.trained import IMAGENET_MEAN, IMAGENET_STD
 
 BackboneName = Literal[
     "swin_t",

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipelines.config.recipe import AnyRecipe, BackboneModelConfig, Recipe
 from pipelines.data.streaming import store_needed
-from re2tal.backbones.checkpoint import load_backbone_weights
+from re2tal.backbones.weights import load_backbone_weights
 from re2tal.detector import Detector
 from re2tal.reversible.controls import CouplingSchedule, set_slice_bytes
 from re2tal.reversible.convolutions import WRONG_GRADIENTS, wrong_gradients

@@ -31,8 +31,21 @@ class PrecomputedConfig:
                 f"{self}."
             )
 
+    @property
+    def multiple(self) -> int:
+        """Number of which a window's frames are a multiple."""
+        return self.temporal_stride
+
+    def with_stride(self, stride: int) -> PrecomputedConfig:
+        """Refuses: features have the stride that they were extracted with.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"These features have a stride of {self.temporal_stride}, not {stride}.")
+
     def build(self) -> Precomputed:
-        """What takes the features in; it has no weights."""
+        """A module that takes the features in; it has no weights."""
         return Precomputed(self)
 
 

@@ -1,18 +1,40 @@
-"""What a backbone is: frames in, temporal features out."""
+"""Protocols of a backbone and its configuration: frames in, temporal features out."""
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @runtime_checkable
 class BackboneConfig(Protocol):
-    """The shape of a backbone: a frozen dataclass that builds it."""
+    """The shape of a backbone: a frozen dataclass that builds it.
 
-    def build(self) -> nn.Module:
-        """A `Backbone` with random weights."""
+    One with a field `depths`, the blocks of each stage, can also be made deeper and shallower, as
+    the memory planner does.
+    """
+
+    @property
+    def temporal_stride(self) -> int:
+        """Frames per feature."""
+        ...
+
+    @property
+    def multiple(self) -> int:
+        """Number of which a window's frames are a multiple."""
+        ...
+
+    def with_stride(self, stride: int) -> Any:
+        """The same backbone with another number of frames per feature.
+
+        Raises:
+            ValueError: it cannot have that stride.
+        """
+        ...
+
+    def build(self) -> Any:
+        """A `Backbone` with random weights, a module."""
         ...
 
 

@@ -33,8 +33,8 @@ from pipelines.training.classification import (
 from pipelines.training.local import LocalRuntime
 from pipelines.training.trainer import Trainer
 from re2tal import rewire
-from re2tal.backbones.checkpoint import load_backbone_weights
 from re2tal.backbones.swin import SwinConfig, swin_toy
+from re2tal.backbones.weights import load_backbone_weights
 from re2tal.classifier import Classifier, ClipClassifierConfig
 from re2tal.datasets.toy import TRIMMED_CLASSES, TrimmedToyConfig, make_trimmed_toy
 from re2tal.datasets.trimmed import ClipConfig, TrimmedVideo, ViewConfig, views
