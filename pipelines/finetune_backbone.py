@@ -58,9 +58,14 @@ def parse(arguments: list[str]) -> ClassificationRecipe:
     Args:
         arguments: without the program's name.
     """
-    return parse_recipe(
-        arguments, RECIPES, script="finetune_backbone.py", description=__doc__ or ""
+    recipe: ClassificationRecipe = parse_recipe(
+        arguments,
+        RECIPES,
+        ClassificationRecipe,
+        script="finetune_backbone.py",
+        description=__doc__ or "",
     )
+    return recipe
 
 
 def _make_toy(data: TrimmedDataConfig) -> None:

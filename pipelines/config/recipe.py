@@ -302,11 +302,15 @@ class ModelConfig(BackboneModelConfig):
 
     Attributes:
         localizer: what turns features into segments.
+        localizer_weights: weights that the localizer begins with: of a detector of ours
+            (`weights.safetensors`), or of its authors' release; path or URI, also of an artifact in
+            MLflow; None begins at random.
         class_agnostic: find actions of whatever class; their classes come from
             `data.video_scores` or, without it, the proposals themselves are evaluated.
     """
 
     localizer: Annotated[LocalizerConfig, Component()]
+    localizer_weights: str | None = None
     class_agnostic: bool = False
 
 

@@ -8,13 +8,15 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipelines.config.recipe import AnyRecipe, BackboneModelConfig, Recipe
+from pipelines.config.recipe import AnyRecipe, BackboneModelConfig, ModelConfig, Recipe
 from pipelines.data.streaming import store_needed
 from re2tal.backbones.weights import load_backbone_weights
 from re2tal.detector import Detector
+from re2tal.localizers.weights import load_localizer_weights
 from re2tal.reversible.controls import CouplingSchedule, set_slice_bytes
 from re2tal.reversible.convolutions import WRONG_GRADIENTS, wrong_gradients
 from re2tal.trained import DetectorSpec
+from re2tal.weights import WeightsReport
 
 _NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
@@ -84,6 +86,21 @@ def prepare(detector: Detector, weights: str | Path | None, config: BackboneMode
     if config.slice_mb is not None:
         set_slice_bytes(detector, config.slice_mb * 2**20)
     freeze(detector, config)
+
+
+def load_localizer(detector: Detector, config: ModelConfig) -> WeightsReport | None:
+    """Load the weights that the localizer begins with, if the configuration names some.
+
+    Args:
+        detector: the model.
+        config: names them, on this machine.
+
+    Raises:
+        ValueError: they do not fit the localizer.
+    """
+    if config.localizer_weights is None:
+        return None
+    return load_localizer_weights(detector.localizer, config.localizer_weights)
 
 
 # The one class of a class-agnostic detector.

@@ -44,8 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _list() -> int:
     for name, entry in backbones().items():
         weights = [*entry.weights, *(f"files of {layout.title}" for layout in entry.layouts)]
-        facts = f"a {entry.input} of {entry.make().multiple} n frames, a feature for each "
-        sys.stdout.write(f"{name}: {facts}{entry.make().temporal_stride}\n")
+        with torch.device("meta"):
+            built = entry.make().build()
+        facts = f"a {entry.input} of {built.multiple} n frames"
+        sys.stdout.write(f"{name}: {facts}, a feature for each {built.temporal_stride}\n")
         sys.stdout.write(f"  mean {entry.mean}, deviation {entry.std}\n")
         sys.stdout.write("".join(f"  weights: {known}\n" for known in weights))
     return 0

@@ -31,19 +31,6 @@ class PrecomputedConfig:
                 f"{self}."
             )
 
-    @property
-    def multiple(self) -> int:
-        """Number of which a window's frames are a multiple."""
-        return self.temporal_stride
-
-    def with_stride(self, stride: int) -> PrecomputedConfig:
-        """Refuses: features have the stride that they were extracted with.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(f"These features have a stride of {self.temporal_stride}, not {stride}.")
-
     def build(self) -> Precomputed:
         """A module that takes the features in; it has no weights."""
         return Precomputed(self)
@@ -58,12 +45,13 @@ class Precomputed(nn.Module):
     Attributes:
         channels: C of the features.
         temporal_stride: frames per feature.
+        multiple: of which the number of frames is a multiple.
     """
 
     def __init__(self, config: PrecomputedConfig) -> None:
         super().__init__()
         self.channels = config.channels
-        self.temporal_stride = config.temporal_stride
+        self.temporal_stride = self.multiple = config.temporal_stride
 
     def forward(self, features: Tensor) -> Tensor:
         """The features in the layout of a backbone's.

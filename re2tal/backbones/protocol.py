@@ -15,26 +15,21 @@ class BackboneConfig(Protocol):
     the memory planner does.
     """
 
-    @property
-    def temporal_stride(self) -> int:
-        """Frames per feature."""
+    def build(self) -> Any:
+        """A `Backbone` with random weights, a module."""
         ...
 
-    @property
-    def multiple(self) -> int:
-        """Number of which a window's frames are a multiple."""
-        ...
 
-    def with_stride(self, stride: int) -> Any:
+@runtime_checkable
+class Strided(BackboneConfig, Protocol):
+    """The shape of a backbone that can have several numbers of frames per feature."""
+
+    def with_stride(self, stride: int) -> BackboneConfig:
         """The same backbone with another number of frames per feature.
 
         Raises:
-            ValueError: it cannot have that stride.
+            ValueError: it cannot have that number.
         """
-        ...
-
-    def build(self) -> Any:
-        """A `Backbone` with random weights, a module."""
         ...
 
 
@@ -44,16 +39,18 @@ class Backbone(Protocol):
     Attributes:
         channels: C of the features.
         temporal_stride: frames per feature.
+        multiple: the number of frames of a window is a multiple of this.
     """
 
     channels: int
     temporal_stride: int
+    multiple: int
 
     def __call__(self, video: Tensor) -> Tensor:
         """Spatially pooled features.
 
         Args:
-            video: `(B, 3, T, H, W)` normalised frames, T a multiple of `temporal_stride`.
+            video: `(B, 3, T, H, W)` normalised frames, T a multiple of `multiple`.
 
         Returns:
             `(B, C, T / temporal_stride)`.

@@ -107,16 +107,6 @@ class SwinConfig:
                 f"{len(self.depths)} stages."
             )
 
-    @property
-    def temporal_stride(self) -> int:
-        """Frames per feature."""
-        return self.patch[0] * self.pooling
-
-    @property
-    def multiple(self) -> int:
-        """Number of which a window's frames are a multiple."""
-        return self.temporal_stride
-
     def with_stride(self, stride: int) -> SwinConfig:
         """The same backbone whose features are averaged to another number of frames per feature.
 
@@ -188,6 +178,7 @@ class SwinBackbone(SwinTransformer3d):
     Attributes:
         channels: C of the features.
         temporal_stride: frames per feature.
+        multiple: of which the number of frames is a multiple.
     """
 
     def __init__(self, config: SwinConfig) -> None:
@@ -203,7 +194,7 @@ class SwinBackbone(SwinTransformer3d):
         self.channels: int = self.num_features
         self.pooling = config.pooling
         self._depths = config.depths
-        self.temporal_stride = config.temporal_stride
+        self.temporal_stride = self.multiple = config.patch[0] * config.pooling
 
     def forward(self, video: Tensor) -> Tensor:
         """Spatially pooled features.

@@ -69,7 +69,7 @@ class Entry:
     Attributes:
         name: on command lines.
         make: gives its configuration.
-        input: "window" for any multiple of `BackboneConfig.multiple` frames, "clip" for clips of a
+        input: "window" for any multiple of `Backbone.multiple` frames, "clip" for clips of a
             fixed length only, of which no detector can be made that sees long windows.
         mean: of red, green and blue in [0, 1] that it is pretrained with.
         std: their standard deviation.

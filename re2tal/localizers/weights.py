@@ -62,8 +62,8 @@ def place(localizer: nn.Module, state: Mapping[str, Tensor], *, what: str) -> We
     if any(name.startswith(_OURS) for name in given):
         left_out = {n: "not of the localizer" for n in given if not n.startswith(_OURS)}
         given = {n.removeprefix(_OURS): v for n, v in given.items() if n not in left_out}
-    elif hasattr(localizer, "published") and not given.keys() & own.keys():
-        layout = localizer.published()
+    elif not given.keys() & own.keys():
+        layout = getattr(localizer, "published", lambda: layout)()
         left_out = {
             n: "follows from the configuration" for n in given if n.startswith(layout.left_out)
         }

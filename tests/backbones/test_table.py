@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from re2tal.backbones import table
+from re2tal.backbones.protocol import Strided
 from re2tal.backbones.swin import SwinConfig
 from re2tal.backbones.table import Entry, backbone, backbones, entry_of
 from re2tal.backbones.weights import PREFIX, torchvision_weights
@@ -17,20 +18,22 @@ from re2tal.errors import UserError
 @pytest.mark.parametrize("entry", backbones().values(), ids=backbones().keys())
 def test_an_entry_tells_the_truth_about_its_backbone(entry: Entry) -> None:
     config = entry.make()
+    assert isinstance(config, Strided)
     with torch.device("meta"):
-        built = config.build()
-        assert built.temporal_stride == config.temporal_stride
-        frames = torch.empty(1, 3, 8 * config.multiple, 32, 32)
-        features = built.eval()(frames)
-    assert features.shape == (1, built.channels, frames.shape[2] // config.temporal_stride)
-    slower = config.with_stride(4 * config.temporal_stride)
-    assert slower.temporal_stride == 4 * config.temporal_stride
+        built = config.build().eval()
+        frames = torch.empty(1, 3, 8 * built.multiple, 32, 32)
+        features = built(frames)
+        slower = config.with_stride(4 * built.temporal_stride).build()
+    assert features.shape == (1, built.channels, frames.shape[2] // built.temporal_stride)
+    assert slower.temporal_stride == 4 * built.temporal_stride
+    assert slower.multiple % slower.temporal_stride == 0
     assert entry_of(entry.name) is entry
 
 
 @pytest.mark.parametrize("entry", backbones().values(), ids=backbones().keys())
 def test_known_weights_exist(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda url, **_: {"from": url})
+    source = "torchvision.models._api.load_state_dict_from_url"
+    monkeypatch.setattr(source, lambda url, **options: {"from": url, **options})
     for weights in entry.weights:
         if weights.startswith(PREFIX):
             assert torchvision_weights(weights)

@@ -300,7 +300,7 @@ def test_what_is_missing_is_one_sentence(
 @pytest.mark.parametrize(
     ("way", "stride", "frames", "expected"),
     [
-        ("windows", 3, 48, "--stride must be a multiple of 2"),
+        ("windows", 3, 48, "stride must be a multiple of 2"),
         ("windows", 4, 62, "--frames must be a multiple of 4, .*not 62"),
         ("clips", 4, 15, "--frames must be a multiple of 2, .*not 15"),
     ],

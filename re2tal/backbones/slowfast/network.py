@@ -73,11 +73,6 @@ class SlowFastConfig:
                 f"{self.fusion_kernel}."
             )
 
-    @property
-    def multiple(self) -> int:
-        """Number of which a window's frames are a multiple."""
-        return lcm(self.temporal_stride, self.alpha)
-
     def with_stride(self, stride: int) -> SlowFastConfig:
         """The same backbone whose features are resampled to another number of frames per feature.
 
@@ -183,6 +178,7 @@ class SlowFastBackbone(nn.Module):
     Attributes:
         channels: C of the features.
         temporal_stride: frames per feature.
+        multiple: of which the number of frames is a multiple.
         relu_before_sum: as in `SlowFastConfig`.
     """
 
@@ -221,7 +217,8 @@ class SlowFastBackbone(nn.Module):
         self.channels = EXPANSION * 2 ** (stages - 1) * (config.width + narrow)
         self.temporal_stride = config.temporal_stride
         self.relu_before_sum = config.relu_before_sum
-        self._alpha, self._multiple = config.alpha, config.multiple
+        self.multiple = lcm(config.temporal_stride, config.alpha)
+        self._alpha = config.alpha
         self._frozen_statistics = config.frozen_statistics
         self._depths = config.depths
         self.train()
@@ -249,7 +246,7 @@ class SlowFastBackbone(nn.Module):
             ValueError: if T is no such multiple.
         """
         frames = video.shape[2]
-        whole = self._multiple
+        whole = self.multiple
         if frames == 0 or frames % whole:
             raise ValueError(
                 f"This SlowFast takes a multiple of {whole} frames, but got {frames}. Choose "
