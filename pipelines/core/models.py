@@ -9,7 +9,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import mlflow
 import pyarrow.fs as pafs
@@ -192,10 +192,11 @@ def with_weights_here(recipe: RecipeT, folder: Path, *, tracking_uri: str | None
     Raises:
         UserError: there is nothing in MLflow.
     """
-    found = {}
+    model: Any = recipe.model
     for field in ("weights", "localizer_weights"):
         (folder / field).mkdir()
-        given = getattr(recipe.model, field, None)  # classifiers have no localizer
+        given = getattr(model, field, None)  # classifiers have no localizer
         if given is not None:
-            found[field] = fetch_weights(given, folder / field, tracking_uri=tracking_uri)
-    return replace(recipe, model=replace(recipe.model, **found))
+            copy = fetch_weights(given, folder / field, tracking_uri=tracking_uri)
+            model = replace(model, **{field: copy})
+    return replace(recipe, model=model)
