@@ -34,15 +34,16 @@ def space(suggest: Suggestions, base: Recipe) -> None:
 
 def _size(suggest: Suggestions, own: Any) -> None:
     """Other backbones of the same family with weights of torchvision, if this is one of them."""
+    kept = {name: getattr(own, name) for name in ("drop_path", "pooling") if hasattr(own, name)}
     sizes, weights = {}, {}
     for entry in backbones().values():
         known = [name.removeprefix(PREFIX) for name in entry.weights if name.startswith(PREFIX)]
         config: Any = entry.make()
         if known and type(config) is type(own):
             name = known[0].partition("/")[0]
-            sizes[name] = replace(config, drop_path=own.drop_path, pooling=own.pooling)
+            sizes[name] = replace(config, **kept)
             weights[name] = entry.weights[0]
-    if own not in sizes.values():
+    if len(sizes) < 2 or own not in sizes.values():
         return
     chosen = suggest.choice("model.backbone", sizes)
     if chosen != own:

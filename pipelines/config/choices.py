@@ -56,8 +56,7 @@ def _imported(reference: str) -> ModuleType:
     if path is not None and not path.is_file():
         raise UserError(f"There is no file {reference}.")
     name = path.stem if path else reference
-    folder = path.parent if path else Path.cwd()
-    sys.path.append(str(folder))  # last: it hides nothing
+    sys.path.append(str(path.parent if path else Path.cwd()))  # last: it hides nothing
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -71,17 +70,23 @@ def _imported(reference: str) -> ModuleType:
         raise UserError(
             f"{reference} has the name of another module, {module.__file__}: rename the file."
         )
-    _FOLDERS.add(folder)
+    folder = _folder(sys.modules[name.partition(".")[0]])
+    if not {"site-packages", "dist-packages"} & set(folder.parts):  # else it is installed
+        _FOLDERS.add(folder)
     return module
+
+
+def _folder(module: ModuleType) -> Path:
+    """The folder that a top-level module or package lies in."""
+    file = Path(getattr(module, "__file__", None) or "/")
+    return file.parent.parent if file.name == "__init__.py" else file.parent
 
 
 def own_modules() -> Iterator[ModuleType]:
     """Modules of the user's own that are imported: those that were named, and what lies beside."""
     for name, module in list(sys.modules.items()):
-        file = Path(getattr(module, "__file__", None) or "/")
-        folder = file.parent.parent if file.name == "__init__.py" else file.parent
         ours = name in ("__main__", "re2tal", "pipelines", "sweeps")
-        if "." not in name and not ours and folder in _FOLDERS:
+        if "." not in name and not ours and _folder(module) in _FOLDERS:
             yield module
 
 
