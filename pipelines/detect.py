@@ -9,6 +9,8 @@ checkpoint, a training run's id in MLflow, or runs:/RUN/detector or models:/NAME
 A run that was stopped goes on when the same command is given again: videos that are through are
 kept, those that failed are tried once more. Another --score-threshold or other --formats detect
 nothing anew.
+
+A detector with a backbone or localizer of your own needs its module: --import MODULE_OR_FILE.
 """
 
 import shlex
@@ -21,6 +23,7 @@ from pathlib import Path
 
 import tyro
 
+from pipelines.config.choices import import_own
 from pipelines.config.command_line import told_shortly
 from pipelines.core.clock import duration
 from pipelines.core.cluster import init_ray
@@ -79,7 +82,7 @@ def parse(arguments: Sequence[str]) -> DetectConfig:
     Args:
         arguments: without the program's name.
     """
-    return tyro.cli(DetectConfig, args=arguments, prog="detect.py", description=__doc__)
+    return tyro.cli(DetectConfig, args=import_own(arguments), prog="detect.py", description=__doc__)
 
 
 def run(config: DetectConfig) -> Run:

@@ -9,6 +9,8 @@ A detector: the folder of a checkpoint, or a run or model in MLflow. It detects 
 
   python pipelines/evaluate.py --model RUN_ID --annotations A --videos FOLDER
 
+(--import MODULE_OR_FILE first imports the module of a backbone or localizer of your own.)
+
 Prints average precision of every class at every tIoU, average recall by the number of proposals,
 and a diagnosis of the errors in short. All of it goes to MLflow, and to --output: tables as CSV and
 in evaluation.json, pictures, and a detector's detections. Detections of the one class "action" are
@@ -24,6 +26,7 @@ from pathlib import Path
 import ray
 import tyro
 
+from pipelines.config.choices import import_own
 from pipelines.config.command_line import told_shortly
 from pipelines.config.recipe import Dataset
 from pipelines.core.cluster import init_ray
@@ -130,7 +133,9 @@ def parse(arguments: Sequence[str]) -> EvaluateConfig:
     Args:
         arguments: without the program's name.
     """
-    return tyro.cli(EvaluateConfig, args=arguments, prog="evaluate.py", description=__doc__)
+    return tyro.cli(
+        EvaluateConfig, args=import_own(arguments), prog="evaluate.py", description=__doc__
+    )
 
 
 def evaluate_run(config: EvaluateConfig) -> Run:

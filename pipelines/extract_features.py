@@ -12,6 +12,8 @@ All places may be URIs (s3://, gs://, ...), and the videos may lie in shards (pr
 that was stopped, however hard, goes on when the same command is given again. Videos that cannot be
 decoded are listed in features.json; once they are mended, the same command with --retry-failed
 makes only theirs.
+
+`python -m re2tal.backbones` lists the backbones; one of your own needs --import MODULE_OR_FILE.
 """
 
 import sys
@@ -22,6 +24,7 @@ from pathlib import Path
 
 import tyro
 
+from pipelines.config.choices import import_own
 from pipelines.config.command_line import told_shortly
 from pipelines.config.recipe import Dataset
 from pipelines.core.clock import duration
@@ -113,7 +116,9 @@ def parse(arguments: Sequence[str]) -> ExtractConfig:
     Args:
         arguments: without the program's name.
     """
-    return tyro.cli(ExtractConfig, args=arguments, prog="extract_features.py", description=__doc__)
+    return tyro.cli(
+        ExtractConfig, args=import_own(arguments), prog="extract_features.py", description=__doc__
+    )
 
 
 def extract_features(config: ExtractConfig) -> Description:

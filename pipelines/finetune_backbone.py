@@ -46,7 +46,7 @@ from pipelines.training.classification import ClassificationTask, build_classifi
 from pipelines.training.model import remarks
 from pipelines.training.results import log_model
 from pipelines.training.resuming import resume_or_start
-from re2tal.backbones.checkpoint import save_backbone_weights
+from re2tal.backbones.weights import save_backbone_weights
 from re2tal.datasets.toy import UNFINISHED
 from re2tal.errors import UserError
 from re2tal.trained import load_detector
@@ -58,9 +58,14 @@ def parse(arguments: list[str]) -> ClassificationRecipe:
     Args:
         arguments: without the program's name.
     """
-    return parse_recipe(
-        arguments, RECIPES, script="finetune_backbone.py", description=__doc__ or ""
+    recipe: ClassificationRecipe = parse_recipe(
+        arguments,
+        RECIPES,
+        ClassificationRecipe,
+        script="finetune_backbone.py",
+        description=__doc__ or "",
     )
+    return recipe
 
 
 def _make_toy(data: TrimmedDataConfig) -> None:

@@ -33,8 +33,8 @@ from pipelines.config.clip_recipes import TOY_TRIMMED
 from pipelines.core.clock import duration
 from pipelines.core.tracking import Run, finishing, log_metrics, start_run
 from pipelines.data.toy import Clips, augmented, load_clips, normalised
-from re2tal.backbones.checkpoint import save_backbone_weights
 from re2tal.backbones.swin import SwinBackbone, SwinConfig, swin_toy
+from re2tal.backbones.weights import save_backbone_weights
 from re2tal.datasets.toy import TRIMMED_CLASSES, TrimmedToyConfig
 
 

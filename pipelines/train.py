@@ -12,9 +12,14 @@ The same without videos and backbone, on features (extract_features.py):
 
   python pipelines/train.py RECIPE --data.annotations A --data.features FEATURES
 
-Any field of a recipe, by its dotted name:
+Any field of a recipe, by its dotted name; a backbone, by its own:
 
   python pipelines/train.py toy --epochs 3 --optim.backbone-lr 1e-4
+  python pipelines/train.py toy --model.backbone slowfast_toy --model.weights None
+
+A recipe of your own, without touching this repository (pipelines/README.md):
+
+  python pipelines/train.py my_recipe.py
 
 What an earlier run trained, such as the best trial of a sweep (sweeps/), with other values for
 some fields:
@@ -22,7 +27,6 @@ some fields:
   python pipelines/train.py --from-run RUN_ID --epochs 12
 """
 
-import argparse
 import sys
 import tempfile
 import time
@@ -34,11 +38,12 @@ import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
+from pipelines.config.choices import import_own, take
 from pipelines.config.command_line import parse_recipe, told_shortly
 from pipelines.config.recipe import CheckpointConfig, Recipe
 from pipelines.config.recipes import RECIPES
 from pipelines.core.cluster import init_ray
-from pipelines.core.models import fetch_weights, require_weights
+from pipelines.core.models import require_weights, with_weights_here
 from pipelines.core.progress import ProgressPrinter
 from pipelines.core.resources import check_resources
 from pipelines.core.storage import absolute as absolute_path
@@ -60,7 +65,7 @@ from pipelines.data.toy import toy_videos
 from pipelines.training.activations import activation_metrics
 from pipelines.training.detection import DetectionTask
 from pipelines.training.entry import train_worker
-from pipelines.training.model import build_detector, remarks
+from pipelines.training.model import build_detector, load_localizer, remarks
 from pipelines.training.results import log_results, print_summary
 from pipelines.training.resuming import newest_checkpoint, resume_or_start
 from pipelines.training.trainer import Task
@@ -72,33 +77,30 @@ from re2tal.errors import UserError
 
 
 def parse(arguments: Sequence[str]) -> Recipe:
-    """Reads a recipe's name and overrides of its fields from the command line.
+    """Read a recipe's name and overrides of its fields from the command line.
 
     Args:
         arguments: without the program's name.
 
     Raises:
-        UserError: if the run whose configuration is asked for cannot be had.
+        UserError: there is no such recipe, backbone or module, or the run whose configuration is
+            asked for cannot be had.
     """
-    run_id, rest = _split_off("--from-run", arguments)
-    if run_id is None:
-        return parse_recipe(rest, RECIPES, script="train.py", description=__doc__ or "")
-    output = absolute_path(_split_off("--output", rest)[0] or "runs")
-    recipe = recipe_of(Run(uri=tracking_uri(output), run_id=run_id))
+    run_ids, rest = take("--from-run", import_own(arguments))
+    recipes = RECIPES
+    if run_ids:
+        output = absolute_path((take("--output", rest)[0] or ["runs"])[-1])
+        earlier = recipe_of(Run(uri=tracking_uri(output), run_id=run_ids[-1]))
 
-    def run() -> Recipe:
-        """What a run trained."""
-        return recipe
+        def run() -> Recipe:
+            """Configuration of an earlier run."""
+            return earlier
 
-    return parse_recipe(["run", *rest], {"run": run}, script="train.py", description=__doc__ or "")
-
-
-def _split_off(option: str, arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The value of an option, or None, and the arguments without it."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(option, dest="value")
-    known, rest = parser.parse_known_args(arguments)
-    return known.value, rest
+        recipes, rest = {"run": run}, ["run", *rest]
+    recipe: Recipe = parse_recipe(
+        rest, recipes, Recipe, script="train.py", description=__doc__ or ""
+    )
+    return recipe
 
 
 def _show_remarks(plan: Plan) -> None:
@@ -122,6 +124,11 @@ def absolute(recipe: Recipe) -> Recipe:
         print(f"making the toy data set in {folder}", flush=True)
         toy_videos(folder)
     weights = require_weights(model.weights)
+    of_localizer = require_weights(
+        model.localizer_weights,
+        option="--model.localizer-weights",
+        what="The localizer's weights",
+    )
     data = replace(
         data,
         annotations=require(data.annotations, what="The annotations", option="--data.annotations"),
@@ -135,7 +142,7 @@ def absolute(recipe: Recipe) -> Recipe:
     return replace(
         recipe,
         data=data,
-        model=replace(model, weights=weights),
+        model=replace(model, weights=weights, localizer_weights=of_localizer),
         output=absolute_path(recipe.output),
     )
 
@@ -158,11 +165,15 @@ def check_model(recipe: Recipe, classes: Sequence[str]) -> Detector:
         )
     with tempfile.TemporaryDirectory() as folder:
         store = tracking_uri(recipe.output)
-        weights = fetch_weights(recipe.model.weights, Path(folder), tracking_uri=store)
+        recipe = with_weights_here(recipe, Path(folder), tracking_uri=store)
         try:
-            return build_detector(recipe, classes, weights)
+            detector = build_detector(recipe, classes, recipe.model.weights)
+            report = load_localizer(detector, recipe.model)
         except ValueError as problem:
             raise UserError(str(problem)) from problem
+    if report is not None:
+        print(f"weights of the localizer: {report.summary}", flush=True)
+    return detector
 
 
 def _kept(config: CheckpointConfig, score: str) -> ray.train.CheckpointConfig:

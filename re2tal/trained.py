@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from re2tal.backbones.protocol import BackboneConfig
+from re2tal.backbones.table import IMAGENET_MEAN, IMAGENET_STD
 from re2tal.components import Component
 from re2tal.detection.suppression import NmsConfig
 from re2tal.detector import Detector
@@ -22,10 +23,6 @@ from re2tal.videos.windows import WindowConfig
 
 SPEC_FILE = "spec.json"
 WEIGHTS_FILE = "weights.safetensors"
-
-# Mean and deviation of the data that torchvision's video models were trained with.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

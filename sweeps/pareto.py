@@ -11,14 +11,14 @@ and for Video Swin of torchvision's sizes which of them, with torchvision's Kine
 """
 
 from dataclasses import replace
+from typing import Any
 
 from pipelines.config.recipe import Recipe
-from re2tal.backbones.swin import SwinConfig, swin_b, swin_s, swin_t
+from re2tal.backbones.table import backbones
+from re2tal.backbones.weights import PREFIX
 from sweeps.search import main
 from sweeps.suggestions import Suggestions
 from sweeps.sweep import HIGHEST_MAP, LOWEST_MEMORY, Sweep, one_worker
-
-_SIZES = {"swin3d_t": swin_t(), "swin3d_s": swin_s(), "swin3d_b": swin_b()}
 
 
 def space(suggest: Suggestions, base: Recipe) -> None:
@@ -26,24 +26,28 @@ def space(suggest: Suggestions, base: Recipe) -> None:
     frames, size = base.data.window.frames, base.data.size
     suggest.choice("data.window.frames", (frames // 2, frames * 3 // 4, frames))
     suggest.choice("data.size", [size * part // 4 // 16 * 16 for part in (2, 3)])
-    backbone = base.model.backbone
-    if isinstance(backbone, SwinConfig):
-        _swin(suggest, backbone)
+    _size(suggest, base.model.backbone)
     if suggest.choice("model.reversible", (True, False)):
         suggest.choice("model.slice_mb", (None, 1, 4))
 
 
-def _swin(suggest: Suggestions, own: SwinConfig) -> None:
-    sizes = {
-        name: replace(size, drop_path=own.drop_path, pooling=own.pooling)
-        for name, size in _SIZES.items()
-    }
-    if own not in sizes.values():
+def _size(suggest: Suggestions, own: Any) -> None:
+    """Other backbones of the same family with weights of torchvision, if this is one of them."""
+    kept = {name: getattr(own, name) for name in ("drop_path", "pooling") if hasattr(own, name)}
+    sizes, weights = {}, {}
+    for entry in backbones().values():
+        known = [name.removeprefix(PREFIX) for name in entry.weights if name.startswith(PREFIX)]
+        config: Any = entry.make()
+        if known and type(config) is type(own):
+            name = known[0].partition("/")[0]
+            sizes[name] = replace(config, **kept)
+            weights[name] = entry.weights[0]
+    if len(sizes) < 2 or own not in sizes.values():
         return
     chosen = suggest.choice("model.backbone", sizes)
     if chosen != own:
         (name,) = [name for name, size in sizes.items() if size == chosen]
-        suggest.set("model.weights", f"torchvision:{name}/KINETICS400_V1")
+        suggest.set("model.weights", weights[name])
 
 
 SWEEP = Sweep(

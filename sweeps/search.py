@@ -5,10 +5,9 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +60,9 @@ def parse(sweep: Sweep, arguments: Sequence[str], description: str) -> SweepConf
         arguments: command line without the program's name.
         description: text for `--help`.
     """
-    configs = {name: _config(sweep, make) for name, make in RECIPES.items()}
-    return parse_recipe(arguments, configs, script=f"{sweep.name}.py", description=description)
 
-
-def _config(sweep: Sweep, make: Callable[[], Recipe]) -> Callable[[], SweepConfig]:
-    @wraps(make)
-    def config() -> SweepConfig:
-        base = sweep.prepare(make())
+    def around(recipe: Recipe) -> SweepConfig:
+        base = sweep.prepare(recipe)
         return SweepConfig(
             name=f"{sweep.name} of {base.name}",
             trials=sweep.trials,
@@ -76,6 +70,15 @@ def _config(sweep: Sweep, make: Callable[[], Recipe]) -> Callable[[], SweepConfi
             base=base,
         )
 
+    config: SweepConfig = parse_recipe(
+        arguments,
+        RECIPES,
+        Recipe,
+        script=f"{sweep.name}.py",
+        description=description,
+        finish=around,
+        prefix="--base.",
+    )
     return config
 
 

@@ -47,6 +47,7 @@ class Brightness(nn.Module):
 
     channels = 1
     temporal_stride = 2
+    multiple = 2
 
     def forward(self, video: Tensor) -> Tensor:
         return video.mean(dim=(1, 3, 4)).unflatten(1, (-1, 2)).mean(dim=2)[:, None]

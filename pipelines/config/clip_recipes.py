@@ -10,9 +10,8 @@ from pipelines.config.recipe import (
     ScaleConfig,
     TrimmedDataConfig,
 )
-from pipelines.config.recipes import TOY_WEIGHTS
 from re2tal.backbones.slowfast import slowfast_101
-from re2tal.backbones.swin import swin_t, swin_toy
+from re2tal.backbones.swin import TOY_WEIGHTS, swin_t, swin_toy
 from re2tal.classifier import ClipClassifierConfig
 from re2tal.datasets.trimmed import ClipConfig, ViewConfig
 from re2tal.videos.augmentation import AugmentationConfig

@@ -5,12 +5,13 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray.train
 import tyro
 from ray.exceptions import RayError
 
+from pipelines.config.choices import choices_help, import_own, recipe_named, with_backbone
 from re2tal.errors import UserError
 
 _KNOCK_SECONDS = 5.0
@@ -76,34 +77,44 @@ def told_shortly(*, failure: str | None = None) -> Iterator[None]:
 def parse_recipe(
     arguments: Sequence[str],
     recipes: Mapping[str, Callable[[], RecipeT]],
+    kind: type[RecipeT],
     *,
     script: str,
     description: str,
-) -> RecipeT:
-    """Reads a recipe's name and overrides of its fields from the command line.
+    finish: Callable[[RecipeT], Any] = lambda recipe: recipe,
+    prefix: str = "--",
+) -> Any:
+    """Read a recipe's name and overrides of its fields from the command line.
 
     Args:
         arguments: without the program's name.
-        recipes: by name; "toy" is taken if none is named.
+        recipes: those of ours by name; "toy" is taken if none is named.
+        kind: class of the recipes.
         script: the program's name.
-        description: what the program does.
+        description: text above the help.
+        finish: makes the program's configuration of a recipe.
+        prefix: comes before the recipe's fields in that configuration.
+
+    Raises:
+        UserError: there is no such recipe, backbone or module.
     """
-    name, rest = ("toy", list(arguments))
+    name, rest = ("toy", import_own(arguments))
     if rest and not rest[0].startswith("-"):
         name = rest.pop(0)
-    if name not in recipes:
-        sys.exit(f"There is no recipe {name!r}. Choose one of: {', '.join(recipes)}.")
+    option = f"{prefix}model.backbone"
+    recipe, rest = with_backbone(recipe_named(name, recipes, kind), rest, option)
+    default = finish(recipe)
     listed = "\n\n".join(
         f"{key}: {(make.__doc__ or '').splitlines()[0]}" for key, make in recipes.items()
     )
-    default = recipes[name]()
     return tyro.cli(
         type(default),
         default=default,
         args=rest,
         prog=f"{script} [RECIPE]",
         description=(
-            f"{description}\n\nRecipes (the first argument; toy if left out):\n\n{listed}"
+            f"{description}\n\nRecipes (the first argument; toy if left out; one of your own is "
+            f"my_module:my_recipe or file.py):\n\n{listed}\n\n{choices_help(option)}"
             f"\n\nThe defaults below are those of {name}."
         ),
     )

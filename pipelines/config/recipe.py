@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal, TypeAlias
 import torch
 
 from re2tal.backbones.protocol import BackboneConfig
+from re2tal.backbones.table import IMAGENET_MEAN, IMAGENET_STD
 from re2tal.classifier import ClipClassifierConfig
 from re2tal.components import Component
 from re2tal.datasets import Form
 from re2tal.datasets.trimmed import ClipConfig, ViewConfig
 from re2tal.detection.suppression import NmsConfig
 from re2tal.localizers.protocol import LocalizerConfig
-from re2tal.trained import IMAGENET_MEAN, IMAGENET_STD
 from re2tal.videos.augmentation import AugmentationConfig
 from re2tal.videos.windows import WindowConfig
 
@@ -31,9 +31,6 @@ def autocast(device_type: str, precision: Precision) -> AbstractContextManager[A
     """
     computed = _TYPES[precision]
     return torch.autocast(device_type, computed, enabled=computed is not torch.float32)
-
-
-CompiledPart = Literal["branches", "localizer"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,8 +110,6 @@ class OptimConfig:
         ema: decay of the moving average of the weights that is evaluated and saved.
         precision: what branches and localizer compute in; the reversible streams stay float32.
             The loss is scaled for float16, and a step whose gradients overflow is left out.
-        compile: have `torch.compile` compile "branches" (the modules in the backbone's reversible
-            branches), "localizer", or both; see pipelines/README.md for what it gained.
         accumulation: forward and backward passes of a worker whose gradients make one step; of
             more, while workers are missing (`scale.min_workers`).
     """
@@ -128,7 +123,6 @@ class OptimConfig:
     clip: float = 1.0
     ema: float = 0.999
     precision: Precision = "bfloat16"
-    compile: tuple[CompiledPart, ...] = ()
     accumulation: int = 1
 
 
@@ -308,11 +302,15 @@ class ModelConfig(BackboneModelConfig):
 
     Attributes:
         localizer: what turns features into segments.
+        localizer_weights: weights that the localizer begins with: of a detector of ours
+            (`weights.safetensors`), or of its authors' release; path or URI, also of an artifact in
+            MLflow; None begins at random.
         class_agnostic: find actions of whatever class; their classes come from
             `data.video_scores` or, without it, the proposals themselves are evaluated.
     """
 
     localizer: Annotated[LocalizerConfig, Component()]
+    localizer_weights: str | None = None
     class_agnostic: bool = False
 
 

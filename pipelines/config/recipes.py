@@ -6,21 +6,16 @@ fields. Nothing else configures a run: no file inheritance, no globals.
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from pipelines.config.recipe import DataConfig, ModelConfig, OptimConfig, Recipe, ScaleConfig
 from re2tal.backbones.slowfast import slowfast_101
-from re2tal.backbones.swin import swin_t, swin_toy
+from re2tal.backbones.swin import TOY_WEIGHTS, swin_t, swin_toy
 from re2tal.detection.suppression import NmsConfig
 from re2tal.localizers.actionformer import ActionFormerConfig
 from re2tal.localizers.vsgn import VSGNConfig
 from re2tal.videos.augmentation import AugmentationConfig
 from re2tal.videos.stitching import StitchConfig
 from re2tal.videos.windows import WindowConfig
-
-TOY_WEIGHTS = str(
-    Path(__file__).parents[2] / "re2tal" / "backbones" / "weights" / "toy_swin.safetensors"
-)
 
 # As the authors' implementation publishes it, but for RandAugment, which follows the flip there.
 # Their crops are shares of the whole frame, ours of the square in its middle, which is also what

@@ -6,7 +6,9 @@ import socket
 
 import ray
 import ray.data
+from ray import cloudpickle
 
+from pipelines.config.choices import own_modules
 from pipelines.config.command_line import require_cluster
 
 # Read when Ray's modules are imported or its processes start, so they are set before `ray.init`.
@@ -30,6 +32,8 @@ def init_ray(*, trains: bool = False) -> None:
     Raises:
         UserError: if nothing answers at `RAY_ADDRESS`.
     """
+    for module in own_modules():
+        cloudpickle.register_pickle_by_value(module)  # no other process may have it
     if ray.is_initialized():  # as in a Ray task
         quiet_data()
         return

@@ -7,7 +7,9 @@ that came with a model is run.
 import hashlib
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import mlflow
 import pyarrow.fs as pafs
@@ -15,9 +17,10 @@ from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from pipelines.config.recipe import AnyRecipe
 from pipelines.core.storage import MLFLOW, local_copy, require, resolve
-from re2tal.backbones.checkpoint import PREFIX
 from re2tal.backbones.precomputed import TRAINED_ON_FEATURES, PrecomputedConfig
+from re2tal.backbones.weights import PREFIX
 from re2tal.errors import UserError
 from re2tal.inference import detector_folder
 from re2tal.trained import SPEC_FILE, WEIGHTS_FILE, read_spec
@@ -129,13 +132,19 @@ def _detector_in(folder: Path, name: str, option: str) -> Path:
     return found
 
 
-def require_weights(weights: str | None, *, option: str = "--model.weights") -> str | None:
-    """Checks that there is something where the weights should be.
+def require_weights(
+    weights: str | None,
+    *,
+    option: str = "--model.weights",
+    what: str = "The backbone's weights",
+) -> str | None:
+    """Check that there is something where weights should be.
 
     Args:
         weights: path or URI, URI of an artifact or a model in MLflow, or name of torchvision's such
             as `torchvision:swin3d_t/KINETICS400_V1`; None for a random beginning.
         option: the command-line option that sets them.
+        what: they are, for the message.
 
     Returns:
         The same, paths absolute.
@@ -145,13 +154,13 @@ def require_weights(weights: str | None, *, option: str = "--model.weights") -> 
     """
     if weights is None or weights.startswith(PREFIX):
         return weights
-    return require(weights, what="The backbone's weights", option=option)
+    return require(weights, what=what, option=option)
 
 
 def fetch_weights(
     weights: str | None, folder: Path, *, tracking_uri: str | None = None
-) -> str | Path | None:
-    """Brings weights onto this machine.
+) -> str | None:
+    """Bring weights onto this machine.
 
     Args:
         weights: what `require_weights` returned.
@@ -159,11 +168,35 @@ def fetch_weights(
         tracking_uri: MLflow's store.
 
     Returns:
-        What `load_backbone_weights` takes; None for a random beginning.
+        The path, or the name of torchvision's; None for a random beginning.
 
     Raises:
-        UserError: if there is nothing in MLflow.
+        UserError: there is nothing in MLflow.
     """
     if weights is None or weights.startswith(PREFIX):
         return weights
-    return local_copy(weights, folder, tracking_uri=tracking_uri)
+    return str(local_copy(weights, folder, tracking_uri=tracking_uri))
+
+
+RecipeT = TypeVar("RecipeT", bound=AnyRecipe)
+
+
+def with_weights_here(recipe: RecipeT, folder: Path, *, tracking_uri: str | None) -> RecipeT:
+    """Bring the weights that a recipe names onto this machine, and name their copies instead.
+
+    Args:
+        recipe: with absolute paths.
+        folder: where copies may go; it exists.
+        tracking_uri: MLflow's store.
+
+    Raises:
+        UserError: there is nothing in MLflow.
+    """
+    model: Any = recipe.model
+    for field in ("weights", "localizer_weights"):
+        (folder / field).mkdir()
+        given = getattr(model, field, None)  # classifiers have no localizer
+        if given is not None:
+            copy = fetch_weights(given, folder / field, tracking_uri=tracking_uri)
+            model = replace(model, **{field: copy})
+    return replace(recipe, model=model)

@@ -372,6 +372,10 @@ def log_recipe(run: Run, recipe: Recipe) -> None:
     run.client.log_text(run.run_id, _RECIPE.dump_json(recipe, indent=2).decode(), FILE)
 
 
+# Fields of recipes that earlier versions wrote, which changed no result.
+_DROPPED = {"optim.compile"}
+
+
 def recipe_of(run: Run) -> Recipe:
     """Reads the configuration of a run of `train.py`, or of a trial of a sweep.
 
@@ -390,7 +394,8 @@ def recipe_of(run: Run) -> Recipe:
         recipe = _RECIPE.validate_json(content)
     except ValidationError as error:
         raise UserError(f"{uri} is not a recipe of this version of re2tal: {error}") from error
-    unknown = _names(json.loads(content)) - _names(json.loads(_RECIPE.dump_json(recipe)))
+    known = _names(json.loads(_RECIPE.dump_json(recipe))) | _DROPPED
+    unknown = _names(json.loads(content)) - known
     if unknown:
         raise UserError(
             f"{uri} is not a recipe of this version of re2tal, which has no "

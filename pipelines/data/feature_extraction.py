@@ -4,8 +4,7 @@ import functools
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from math import lcm
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,38 +18,15 @@ from pipelines.core.models import fetch_weights, require_weights
 from pipelines.core.resources import capacity, require_resources
 from pipelines.data.decoding import VideoJob, decode_video
 from pipelines.data.features import Sampling
-from pipelines.planner.subject import BACKBONES
-from re2tal.backbones.checkpoint import load_backbone_weights
-from re2tal.backbones.slowfast.network import (
-    SlowFastConfig,
-    pytorchvideo_slowfast_50,
-    pytorchvideo_slowfast_101,
-    re2_slowfast_101,
-)
-from re2tal.backbones.swin import SwinConfig
+from re2tal.backbones.protocol import BackboneConfig, Strided
+from re2tal.backbones.table import entry_of
+from re2tal.backbones.weights import load_backbone_weights
 from re2tal.detector import grey_levels, normalize
 from re2tal.errors import UserError
 from re2tal.reversible import rewire
-from re2tal.trained import IMAGENET_MEAN, IMAGENET_STD
+from re2tal.weights import Colour
 
-BackboneName = Literal[
-    "swin_t",
-    "swin_s",
-    "swin_b",
-    "swin_toy",
-    "slowfast_50",
-    "slowfast_101",
-    "pytorchvideo_slowfast_50",
-    "pytorchvideo_slowfast_101",
-    "re2_slowfast_101",
-]
 Precision = Literal["float32", "bfloat16", "float16"]
-Shape = SwinConfig | SlowFastConfig
-
-_OF_PUBLISHED_WEIGHTS: dict[str, Callable[[], Shape]] = {
-    make.__name__: make
-    for make in (pytorchvideo_slowfast_50, pytorchvideo_slowfast_101, re2_slowfast_101)
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,25 +34,26 @@ class FrozenBackboneConfig:
     """Which backbone, and what it sees.
 
     Attributes:
-        backbone: the backbone.
+        backbone: its name, of those that `python -m re2tal.backbones` lists.
         weights: its weights, without which its features would mean nothing; a path or a
             URI, also of MLflow, or a name such as torchvision:swin3d_t/KINETICS400_V1.
         reversible: rewire it (Re2TAL), for weights that were finetuned so.
         size: pixels of a frame's side: the short side is resized to it, the centre is cut out.
         precision: what it computes in; its reversible streams stay float32.
         batch_size: clips or windows that go through it at a time.
-        mean: of red, green and blue in [0, 1] that it was pretrained with.
+        mean: of red, green and blue in [0, 1] that it was pretrained with; by default as the table
+            of backbones has it.
         std: their standard deviation.
     """
 
-    backbone: BackboneName = "swin_t"
+    backbone: str = "swin_t"
     weights: str | None = None
     reversible: bool = False
     size: int = 224
     precision: Precision = "float32"
     batch_size: int = 4
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: Colour | None = None
+    std: Colour | None = None
 
     def __post_init__(self) -> None:
         if min(self.size, self.batch_size) < 1:
@@ -93,6 +70,8 @@ class FrozenBackbone:
     Attributes:
         config: what was asked for.
         shape: of the backbone.
+        mean: of the frames that it is given.
+        std: their standard deviation.
         state: its weights by name.
         fingerprint: SHA-256 of these.
         channels: C of its features.
@@ -101,7 +80,9 @@ class FrozenBackbone:
     """
 
     config: FrozenBackboneConfig
-    shape: Shape
+    shape: BackboneConfig
+    mean: Colour
+    std: Colour
     state: dict[str, Tensor]
     fingerprint: str
     channels: int
@@ -113,20 +94,20 @@ class FrozenBackbone:
         config = self.config
         return {
             "backbone": config.backbone,
-            "shape": asdict(self.shape),
+            "shape": asdict(self.shape),  # type: ignore[call-overload]
             "weights": self.fingerprint,
             "reversible": config.reversible,
             "size": config.size,
             "precision": config.precision,
-            "mean": config.mean,
-            "std": config.std,
+            "mean": self.mean,
+            "std": self.std,
         }
 
     def build(self, device: torch.device) -> "FeatureExtractor":
         """The module, ready to run."""
         backbone = _build(self.shape, reversible=self.config.reversible)
         backbone.load_state_dict(self.state)
-        return FeatureExtractor(backbone.eval().to(device), self.config)
+        return FeatureExtractor(backbone.eval().to(device), self)
 
 
 def load_backbone(
@@ -136,15 +117,22 @@ def load_backbone(
 
     Args:
         config: which backbone.
-        stride: frames per feature, if other than the backbone's own: a Swin averages its features
-            for it.
+        stride: frames per feature of windows, if other than the backbone's own; None for clips.
         tracking_uri: MLflow's store, where weights may lie.
 
     Raises:
         UserError: if there are no weights.
         ValueError: if they do not fit the backbone, or it cannot have that stride.
     """
-    shape = _with_stride((BACKBONES | _OF_PUBLISHED_WEIGHTS)[config.backbone](), stride)
+    entry = entry_of(config.backbone)
+    shape = entry.make()
+    if stride is not None:
+        if entry.input == "clip":
+            raise ValueError(f"--way windows: {entry.name} takes clips only; take --way clips.")
+        if not isinstance(shape, Strided):
+            raise ValueError(f"--stride: that of {entry.name} cannot be changed.")
+        shape = shape.with_stride(stride)
+    mean, std = config.mean or entry.mean, config.std or entry.std
     backbone = _build(shape, reversible=config.reversible)
     weights = require_weights(config.weights, option="--weights")
     with tempfile.TemporaryDirectory() as folder:
@@ -154,18 +142,19 @@ def load_backbone(
                 "The backbone's weights: no path given. Say where with --weights PATH_OR_URI."
             )
         report = load_backbone_weights(backbone, fetched)
-    report.require_normalization(config.mean, config.std, option="--")
+    report.require_normalization(mean, std, option="--")
     state = backbone.state_dict()
     temporal_stride = int(backbone.temporal_stride)
-    alpha = shape.alpha if isinstance(shape, SlowFastConfig) else 1
     return FrozenBackbone(
         config=config,
         shape=shape,
+        mean=mean,
+        std=std,
         state=state,
         fingerprint=_fingerprint(state),
         channels=int(backbone.channels),
         temporal_stride=temporal_stride,
-        multiple=lcm(temporal_stride, alpha),
+        multiple=int(backbone.multiple),
     )
 
 
@@ -174,15 +163,15 @@ class FeatureExtractor:
 
     Args:
         backbone: in evaluation mode.
-        config: what it sees.
+        frozen: says what it sees.
     """
 
-    def __init__(self, backbone: nn.Module, config: FrozenBackboneConfig) -> None:
+    def __init__(self, backbone: nn.Module, frozen: FrozenBackbone) -> None:
         self._backbone = backbone
         self._device = next(backbone.parameters()).device
-        self._mean = grey_levels(config.mean).to(self._device)
-        self._std = grey_levels(config.std).to(self._device)
-        self._precision = getattr(torch, config.precision)
+        self._mean = grey_levels(frozen.mean).to(self._device)
+        self._std = grey_levels(frozen.std).to(self._device)
+        self._precision = getattr(torch, frozen.config.precision)
 
     @torch.inference_mode()
     def __call__(self, frames: Tensor) -> Tensor:
@@ -209,25 +198,11 @@ def _fingerprint(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _build(shape: Shape, *, reversible: bool) -> Any:
+def _build(shape: BackboneConfig, *, reversible: bool) -> Any:
     backbone = shape.build()
     if reversible:
         rewire(backbone)
     return backbone
-
-
-def _with_stride(shape: Shape, stride: int | None) -> Shape:
-    """The same shape with another number of frames per feature."""
-    if stride is None:
-        return shape
-    if isinstance(shape, SlowFastConfig):
-        return replace(shape, temporal_stride=stride)
-    if stride % shape.patch[0]:
-        raise ValueError(
-            f"--stride must be a multiple of {shape.patch[0]}, the frames that the backbone makes "
-            f"a feature of, not {stride}."
-        )
-    return replace(shape, pooling=stride // shape.patch[0])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

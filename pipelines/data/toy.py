@@ -16,9 +16,9 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
+from re2tal.backbones.table import IMAGENET_MEAN, IMAGENET_STD
 from re2tal.datasets.toy import FPS, POSES, TRIMMED_CLASSES, ToyConfig, TrimmedToyConfig
 from re2tal.detector import grey_levels, normalize
-from re2tal.trained import IMAGENET_MEAN, IMAGENET_STD
 from re2tal.videos.decoding import decode
 
 

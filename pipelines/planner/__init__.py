@@ -1,1 +1,1 @@
-"""What `profile.py` consists of: the memory of a training step, run in four ways."""
+"""What `memory.py` consists of: the memory of a training step, run in four ways."""

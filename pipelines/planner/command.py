@@ -1,4 +1,4 @@
-"""The command line of `profile.py`."""
+"""The command line of `memory.py`."""
 
 import io
 import json
@@ -6,12 +6,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import tyro
 from rich.console import Console
 
+from pipelines.config.choices import choices_help, import_own, recipe_named, with_backbone
 from pipelines.config.recipe import Precision, Recipe
 from pipelines.config.recipes import RECIPES
 from pipelines.core.tracking import Run, finishing, flatten, log_metrics, start_run
@@ -21,6 +22,7 @@ from pipelines.planner.report import Profile, picture, print_profile
 from pipelines.planner.step import Workload
 from pipelines.planner.subject import Subject, backbone_alone, of_recipe
 from pipelines.planner.ways import TITLES, WAYS
+from re2tal.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +45,7 @@ class BackboneProfile:
     """A backbone by itself.
 
     Attributes:
-        backbone: the backbone.
+        backbone: its name, of those that `python -m re2tal.backbones` lists.
         frames: of a window.
         size: pixels of a frame's side.
         precision: what the branches compute in.
@@ -52,9 +54,7 @@ class BackboneProfile:
         output: folder of the results and of the default MLflow store.
     """
 
-    backbone: Literal["swin_t", "swin_s", "swin_b", "swin_toy", "slowfast_50", "slowfast_101"] = (
-        "swin_t"
-    )
+    backbone: str = "swin_t"
     frames: int = 768
     size: int = 224
     precision: Precision = "bfloat16"
@@ -122,17 +122,18 @@ def parse(arguments: Sequence[str], description: str = "") -> BackboneProfile | 
         description: printed above the help.
     """
     listed = "\n".join(f"  {name}" for name in RECIPES)
-    description = f"{description}\nRecipes:\n\n{listed}\n"
+    option = "--model.backbone"
+    description = f"{description}\nRecipes:\n\n{listed}\n\n{choices_help(option)}\n"
+    arguments = import_own(arguments)
     if not arguments or arguments[0].startswith("-"):
-        return tyro.cli(BackboneProfile, args=arguments, prog="profile.py", description=description)
+        return tyro.cli(BackboneProfile, args=arguments, prog="memory.py", description=description)
     name, *rest = arguments
-    if name not in RECIPES:
-        sys.exit(f"There is no recipe {name!r}. Choose one of: {', '.join(RECIPES)}.")
+    recipe, rest = with_backbone(recipe_named(name, RECIPES, Recipe), rest, option)
     return tyro.cli(
         RecipeProfile,
-        default=RecipeProfile(recipe=RECIPES[name]()),
+        default=RecipeProfile(recipe=recipe),
         args=rest,
-        prog=f"profile.py {name}",
+        prog=f"memory.py {name}",
         description=description,
     )
 
@@ -211,7 +212,7 @@ def main(arguments: Sequence[str], description: str) -> None:
     try:
         asked = parse(arguments, description)
         found = profile(asked)
-    except ValueError as problem:
+    except (UserError, ValueError) as problem:
         sys.exit(f"error: {problem}")
     console = Console()
     print_profile(found, Console(width=max(100, console.width)))

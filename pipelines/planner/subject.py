@@ -7,22 +7,18 @@ from dataclasses import dataclass, replace
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from pipelines.planner.step import Workload, workload_of
-from re2tal.backbones.slowfast import SlowFastConfig, slowfast_50, slowfast_101
-from re2tal.backbones.swin import SwinConfig, swin_b, swin_s, swin_t, swin_toy
+from re2tal.backbones.table import entry_of
 from re2tal.detector import Detector
 
 if TYPE_CHECKING:
     from pipelines.config.recipe import Recipe
 
-# Backbones whose depth can be changed and whose windows are known.
-Shape = SwinConfig | SlowFastConfig
-
-BACKBONES: dict[str, Callable[[], Shape]] = {
-    make.__name__: make for make in (swin_t, swin_s, swin_b, swin_toy, slowfast_50, slowfast_101)
-}
+# What Video Swins attend to at a time, and a multiple of what others want.
+_UNIT = 16
 
 # A recipe says nothing about classes; each costs a few hundred parameters and a row of logits.
 _CLASSES = tuple(f"class {i}" for i in range(20))
@@ -42,9 +38,9 @@ class Subject:
 
     name: str
     work: Workload
-    backbone: Shape
+    backbone: Any  # a `BackboneConfig` with `depths`
     unit: int
-    assemble: Callable[[Shape], Detector]
+    assemble: Callable[[Any], Detector]
 
     @property
     def depth(self) -> int:
@@ -76,15 +72,22 @@ def backbone_alone(name: str, work: Workload) -> Subject:
     """A backbone without a localizer, from uint8 frames to features.
 
     Args:
-        name: one of `BACKBONES`.
+        name: a name of the table of backbones.
         work: what its step is given.
+
+    Raises:
+        UserError: there is none of that name.
+        ValueError: it cannot be made deeper and shallower.
     """
-    config = BACKBONES[name]()
+    config: Any = entry_of(name).make()
+    _check_depths(config)
+    with torch.device("meta"):  # only a number is of interest
+        multiple = config.build().multiple
     return Subject(
         name=name,
         work=work,
         backbone=config,
-        unit=_unit(config),
+        unit=lcm(_UNIT, multiple),
         assemble=lambda shape: Detector(shape.build(), _Features()),
     )
 
@@ -105,25 +108,22 @@ def of_recipe(recipe: Recipe) -> Subject:
         model = replace(recipe.model, backbone=shape, reversible=False)
         return build_detector(replace(recipe, model=model), _CLASSES, weights=None)
 
-    config = recipe.model.backbone
-    if not isinstance(config, Shape):
-        raise ValueError(  # noqa: TRY004 - it is a setting that is wrong
-            f"A {type(config).__name__} cannot be profiled: its depth has to be changed for that. "
-            "Profiled are recipes with a SwinConfig or a SlowFastConfig."
-        )
+    config: Any = recipe.model.backbone
+    _check_depths(config)
     backbone = config.build()
     localizer = recipe.model.localizer.build(backbone.channels, len(_CLASSES))
     return Subject(
         name=recipe.name,
         work=workload_of(recipe),
         backbone=config,
-        unit=lcm(_unit(config), backbone.temporal_stride * localizer.multiple),
+        unit=lcm(_UNIT, backbone.multiple, backbone.temporal_stride * localizer.multiple),
         assemble=assemble,
     )
 
 
-def _unit(config: Shape) -> int:
-    """Frames that a backbone takes without padding."""
-    if isinstance(config, SwinConfig):
-        return config.patch[0] * config.window[0]
-    return lcm(config.temporal_stride, config.alpha)
+def _check_depths(config: Any) -> None:
+    if not hasattr(config, "depths"):
+        raise ValueError(
+            f"A {type(config).__name__} cannot be profiled: its depth has to be changed for that, "
+            "and it has no field `depths`."
+        )

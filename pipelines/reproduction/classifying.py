@@ -28,7 +28,7 @@ from pipelines.training.classification import (
     score_videos,
 )
 from re2tal.atomic import replacing
-from re2tal.backbones.checkpoint import save_backbone_weights
+from re2tal.backbones.weights import save_backbone_weights
 from re2tal.classifier import Classifier
 from re2tal.datasets.toy import TrimmedToyConfig
 from re2tal.datasets.trimmed import TrimmedVideo, ViewConfig, views

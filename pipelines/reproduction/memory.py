@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipelines.config.recipe import Precision
-from pipelines.planner.subject import BACKBONES
 from pipelines.planner.ways import TITLES, WAYS
 from pipelines.reproduction.experiment import Job, Result, Section
 from pipelines.reproduction.memory_figures import over_depth, over_frames
 from pipelines.reproduction.memory_numbers import ByWay, Numbers, findings, metrics, tables
 from pipelines.reproduction.peaks import peaks, resident
+from re2tal.backbones.table import backbones
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,11 +49,11 @@ class Memory:
     resident_size: int = 112
 
     def __post_init__(self) -> None:
-        unknown = {self.backbone, *self.others} - BACKBONES.keys()
+        unknown = {self.backbone, *self.others} - backbones().keys()
         if unknown:
             raise ValueError(
                 f"There is no backbone {', '.join(sorted(unknown))}: choose of "
-                f"{', '.join(BACKBONES)}."
+                f"{', '.join(backbones())}."
             )
         if not self.frames or not self.cards or len(set(self.depths)) < 2:
             raise ValueError(

@@ -33,7 +33,7 @@ def peaks(
     """Predicts peaks of a step in one way, and measures one if there is a GPU.
 
     Args:
-        backbone: one of `BACKBONES`.
+        backbone: a name of the table of backbones.
         way: one of `WAYS`.
         size: height and width of a frame.
         precision: what the branches compute in.

@@ -16,6 +16,7 @@ from pipelines.training.model import (
     build_detector,
     connect,
     detected_classes,
+    load_localizer,
     reported_classes,
     spec_of,
 )
@@ -70,15 +71,17 @@ class DetectionTask:
         return spec_of(self.recipe, self.plan.classes)
 
     def build(self, weights: str | Path | None) -> Detector:
-        """Builds the detector, with pretrained weights in its backbone.
+        """Build the detector, with the weights that its backbone and its localizer begin with.
 
         Args:
             weights: file or name of backbone weights, or None.
 
         Raises:
-            ValueError: as `build_detector`.
+            ValueError: as `build_detector` and `load_localizer`.
         """
-        return build_detector(self.recipe, self.plan.classes, weights)
+        detector = build_detector(self.recipe, self.plan.classes, weights)
+        load_localizer(detector, self.recipe.model)
+        return detector
 
     def windows(self, *, stride: int, epoch: int) -> list[Window]:
         """Windows of all training videos at random places, shuffled.

@@ -1,21 +1,22 @@
 """The detector that a recipe describes."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipelines.config.recipe import AnyRecipe, BackboneModelConfig, CompiledPart, Recipe
+from pipelines.config.recipe import AnyRecipe, BackboneModelConfig, ModelConfig, Recipe
 from pipelines.data.streaming import store_needed
-from re2tal.backbones.checkpoint import load_backbone_weights
+from re2tal.backbones.weights import load_backbone_weights
 from re2tal.detector import Detector
-from re2tal.reversible import branches, reversible_stages
+from re2tal.localizers.weights import load_localizer_weights
 from re2tal.reversible.controls import CouplingSchedule, set_slice_bytes
 from re2tal.reversible.convolutions import WRONG_GRADIENTS, wrong_gradients
 from re2tal.trained import DetectorSpec
+from re2tal.weights import WeightsReport
 
 _NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
@@ -85,6 +86,21 @@ def prepare(detector: Detector, weights: str | Path | None, config: BackboneMode
     if config.slice_mb is not None:
         set_slice_bytes(detector, config.slice_mb * 2**20)
     freeze(detector, config)
+
+
+def load_localizer(detector: Detector, config: ModelConfig) -> WeightsReport | None:
+    """Load the weights that the localizer begins with, if the configuration names some.
+
+    Args:
+        detector: the model.
+        config: names them, on this machine.
+
+    Raises:
+        ValueError: they do not fit the localizer.
+    """
+    if config.localizer_weights is None:
+        return None
+    return load_localizer_weights(detector.localizer, config.localizer_weights)
 
 
 # The one class of a class-agnostic detector.
@@ -168,45 +184,6 @@ def connect(
     schedule = CouplingSchedule(steps=max(1, round(config.coupling_epochs * steps)))
     coupling = schedule.apply(model, done)
     return {"coupling/alpha": coupling.alpha, "coupling/beta": coupling.beta}
-
-
-def compile_parts(
-    detector: Detector,
-    parts: Sequence[CompiledPart],
-    *,
-    backend: str | Callable[..., Any] = "inductor",
-) -> None:
-    """Has modules compiled when they first run.
-
-    Args:
-        detector: the model.
-        parts: "branches" are the modules inside the residual branches of a rewired backbone, whose
-            stages run as they are; window attention, which runs in pieces, stays uncompiled.
-            "localizer" are its submodules.
-        backend: of `torch.compile`.
-
-    Raises:
-        ValueError: if branches are to be compiled and there are none.
-    """
-    for module in _modules(detector, parts):
-        module.compile(backend=backend)
-
-
-def _modules(detector: Detector, parts: Sequence[CompiledPart]) -> Iterator[nn.Module]:
-    if "localizer" in parts:
-        yield from detector.localizer.children()
-    if "branches" not in parts:
-        return
-    stages = [stage for _, stage in reversible_stages(detector.backbone)]
-    if not stages:
-        raise ValueError(
-            "--optim.compile branches needs a rewired backbone, but none of its stages is "
-            "reversible: leave it out, or train with --model.reversible."
-        )
-    for stage in stages:
-        for name in stage.rewired:
-            for branch in branches(stage.get_submodule(name)):
-                yield from branch.modules
 
 
 def remarks(recipe: AnyRecipe, nodes: list[dict[str, Any]]) -> list[str]:

@@ -29,7 +29,7 @@ from pipelines.data.batches import Batch, share
 from pipelines.data.clip_plan import AnyPlan
 from pipelines.data.plan import all_failures
 from pipelines.training.checkpoints import TrainingState, complete, shard
-from pipelines.training.model import compile_parts, train_mode
+from pipelines.training.model import train_mode
 from pipelines.training.optimizer import (
     build_average,
     build_optimizer,
@@ -355,7 +355,6 @@ class Trainer:
         with runtime.restored() as folder:
             if folder is not None:
                 self._restore(folder)
-        compile_parts(detector, self.recipe.optim.compile)
         self.step = Stepper(
             self._wrapped(detector),
             self.state,

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ray.train.torch import get_device
 from ray.util.metrics import Gauge
 
 from pipelines.core.cluster import quiet_data
-from pipelines.core.models import fetch_weights
+from pipelines.core.models import with_weights_here
 from pipelines.core.storage import join, resolve
 from pipelines.core.tracking import MetricLogger, Run
 from pipelines.data.batches import Batch, stream_batches
@@ -180,10 +180,9 @@ class RayRuntime:
             yield Path(folder)
 
 
-def _train(
-    job: Job, runtime: RayRuntime, weights: str | Path | None
-) -> dict[str, float] | TrainingProblem:
-    trainer = Trainer(job.task, runtime, weights=weights, output=job.output)
+def _train(job: Job, task: Task, runtime: RayRuntime) -> dict[str, float] | TrainingProblem:
+    weights = task.recipe.model.weights
+    trainer = Trainer(task, runtime, weights=weights, output=job.output)
     try:
         return trainer.run()
     except (UserError, ReversibleError) as problem:
@@ -205,11 +204,10 @@ def train(job: Job) -> dict[str, float] | TrainingProblem:
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(job.threads or max(1, cores // context.get_local_world_size()))
     with tempfile.TemporaryDirectory() as folder:
-        weights = fetch_weights(
-            job.task.recipe.model.weights, Path(folder), tracking_uri=job.run.uri
-        )
+        recipe = with_weights_here(job.task.recipe, Path(folder), tracking_uri=job.run.uri)
         with _node_watched(job), _metrics_logged(job) as metrics:
-            return _train(job, RayRuntime(job, metrics), weights)
+            task = replace(job.task, recipe=recipe)  # type: ignore[type-var]
+            return _train(job, task, RayRuntime(job, metrics))
 
 
 @contextmanager

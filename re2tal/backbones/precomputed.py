@@ -32,7 +32,7 @@ class PrecomputedConfig:
             )
 
     def build(self) -> Precomputed:
-        """What takes the features in; it has no weights."""
+        """A module that takes the features in; it has no weights."""
         return Precomputed(self)
 
 
@@ -45,12 +45,13 @@ class Precomputed(nn.Module):
     Attributes:
         channels: C of the features.
         temporal_stride: frames per feature.
+        multiple: of which the number of frames is a multiple.
     """
 
     def __init__(self, config: PrecomputedConfig) -> None:
         super().__init__()
         self.channels = config.channels
-        self.temporal_stride = config.temporal_stride
+        self.temporal_stride = self.multiple = config.temporal_stride
 
     def forward(self, features: Tensor) -> Tensor:
         """The features in the layout of a backbone's.

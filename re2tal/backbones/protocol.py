@@ -1,18 +1,35 @@
-"""What a backbone is: frames in, temporal features out."""
+"""Protocols of a backbone and its configuration: frames in, temporal features out."""
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @runtime_checkable
 class BackboneConfig(Protocol):
-    """The shape of a backbone: a frozen dataclass that builds it."""
+    """The shape of a backbone: a frozen dataclass that builds it.
 
-    def build(self) -> nn.Module:
-        """A `Backbone` with random weights."""
+    One with a field `depths`, the blocks of each stage, can also be made deeper and shallower, as
+    the memory planner does.
+    """
+
+    def build(self) -> Any:
+        """A `Backbone` with random weights, a module."""
+        ...
+
+
+@runtime_checkable
+class Strided(BackboneConfig, Protocol):
+    """The shape of a backbone that can have several numbers of frames per feature."""
+
+    def with_stride(self, stride: int) -> BackboneConfig:
+        """The same backbone with another number of frames per feature.
+
+        Raises:
+            ValueError: it cannot have that number.
+        """
         ...
 
 
@@ -22,16 +39,18 @@ class Backbone(Protocol):
     Attributes:
         channels: C of the features.
         temporal_stride: frames per feature.
+        multiple: the number of frames of a window is a multiple of this.
     """
 
     channels: int
     temporal_stride: int
+    multiple: int
 
     def __call__(self, video: Tensor) -> Tensor:
         """Spatially pooled features.
 
         Args:
-            video: `(B, 3, T, H, W)` normalised frames, T a multiple of `temporal_stride`.
+            video: `(B, 3, T, H, W)` normalised frames, T a multiple of `multiple`.
 
         Returns:
             `(B, C, T / temporal_stride)`.

@@ -1,11 +1,78 @@
-"""Video Swin Transformer (Liu et al., CVPR 2022, arXiv 2106.13230), torchvision's own classes."""
+"""Video Swin Transformer (Liu et al., CVPR 2022, arXiv 2106.13230), torchvision's own classes.
+
+Published weights: torchvision's as they are; those of mmaction2, of the paper's authors, and of
+OpenTAD's Re2Swin under other names. torchvision's network is theirs, so weights are renamed and
+nothing else. That was read in the sources: patch merging concatenates its four neighbours in the
+same order, the rows of the relative position table and of `qkv` have the same one, and norms have
+the same epsilon. OpenTAD's blocks have two functions, F (attention) and G (the MLP), whose sums run
+over two streams, ``y1 = x1 + F(x2); y2 = x2 + G(y1)``: the same as ours when rewired.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import Tensor, nn
 from torchvision.models.video import SwinTransformer3d
+
+from re2tal.backbones.table import Layout, backbone
+
+_POSITIONS = "relative_position_index"
+# torchvision's MLP is a sequence: linear, GELU, dropout, linear, dropout.
+_LAYERS = {"mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3"}
+
+_STEM = re.compile(r"patch_embed\.(?:proj|norm)\.(?:weight|bias)")
+_NORM = re.compile(r"norm3?\.(weight|bias)")  # 3: mmaction2's, of its fourth stage
+_MERGING = re.compile(r"layers\.(\d+)\.downsample\.(norm|reduction)\.(weight|bias)")
+_PLAIN = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.((?:norm1|attn|norm2|mlp)\..+)")
+_COUPLED = re.compile(
+    r"layers\.(\d+)\.blocks\.(\d+)\.inv_block\.(?:Fm\.((?:norm1|attn)\..+)|Gm\.((?:norm2|mlp)\..+))"
+)
+
+
+def _around(name: str) -> str | None:
+    """Our name of a weight that is in no block."""
+    if _STEM.fullmatch(name):
+        return name
+    if match := _NORM.fullmatch(name):
+        return f"norm.{match[1]}"
+    if match := _MERGING.fullmatch(name):
+        # stages and the mergings between them take turns
+        return f"features.{2 * int(match[1]) + 1}.{match[2]}.{match[3]}"
+    return None
+
+
+def _in_block(stage: str, block: str, part: str) -> str:
+    layer, _, leaf = part.rpartition(".")
+    return f"features.{2 * int(stage)}.{block}.{_LAYERS.get(layer, layer)}.{leaf}"
+
+
+def _plain(name: str) -> str | None:
+    match = _PLAIN.fullmatch(name)
+    return _in_block(match[1], match[2], match[3]) if match else _around(name)
+
+
+def _coupled(name: str) -> str | None:
+    match = _COUPLED.fullmatch(name)
+    return _in_block(match[1], match[2], match[3] or match[4]) if match else _around(name)
+
+
+VIDEO_SWIN = Layout(
+    title="Video Swin of mmaction2 or of its authors",
+    mark=re.compile(r"(|.*\.)layers\.0\.blocks\.0\.attn\.qkv\.weight"),
+    rename=_plain,
+    may_lack=(_POSITIONS,),
+)
+
+OPENTAD_SWIN = Layout(
+    title="OpenTAD's Re2Swin",
+    mark=re.compile(r"(|.*\.)layers\.0\.blocks\.0\.inv_block\.Fm\.attn\.qkv\.weight"),
+    rename=_coupled,
+    may_lack=(_POSITIONS,),
+    note="They were finetuned in the rewired network: rewire the backbone.",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,26 +107,53 @@ class SwinConfig:
                 f"{len(self.depths)} stages."
             )
 
+    def with_stride(self, stride: int) -> SwinConfig:
+        """The same backbone whose features are averaged to another number of frames per feature.
+
+        Raises:
+            ValueError: it cannot have that stride.
+        """
+        if stride % self.patch[0]:
+            raise ValueError(
+                f"The stride must be a multiple of {self.patch[0]}, the frames that the backbone "
+                f"makes a feature of, not {stride}."
+            )
+        return replace(self, pooling=stride // self.patch[0])
+
     def build(self) -> SwinBackbone:
         """A backbone of this shape, with random weights."""
         return SwinBackbone(self)
 
 
+TOY_WEIGHTS = str(Path(__file__).parent / "weights" / "toy_swin.safetensors")
+_LAYOUTS = (VIDEO_SWIN, OPENTAD_SWIN)
+
+
+@backbone(weights=("torchvision:swin3d_t/KINETICS400_V1",), layouts=_LAYOUTS)
 def swin_t() -> SwinConfig:
     """Swin-T, the shape of torchvision's `swin3d_t`."""
     return SwinConfig()
 
 
+@backbone(weights=("torchvision:swin3d_s/KINETICS400_V1",), layouts=_LAYOUTS)
 def swin_s() -> SwinConfig:
     """Swin-S, the shape of torchvision's `swin3d_s`."""
     return SwinConfig(depths=(2, 2, 18, 2))
 
 
+@backbone(
+    weights=(
+        "torchvision:swin3d_b/KINETICS400_V1",
+        "torchvision:swin3d_b/KINETICS400_IMAGENET22K_V1",
+    ),
+    layouts=_LAYOUTS,
+)
 def swin_b() -> SwinConfig:
     """Swin-B, the shape of torchvision's `swin3d_b`."""
     return SwinConfig(embed_dim=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32))
 
 
+@backbone(weights=(TOY_WEIGHTS,), layouts=_LAYOUTS)
 def swin_toy() -> SwinConfig:
     """A small Swin for the toy data set: 64 pixels, minutes on two CPU cores."""
     return SwinConfig(
@@ -84,6 +178,7 @@ class SwinBackbone(SwinTransformer3d):
     Attributes:
         channels: C of the features.
         temporal_stride: frames per feature.
+        multiple: of which the number of frames is a multiple.
     """
 
     def __init__(self, config: SwinConfig) -> None:
@@ -99,7 +194,7 @@ class SwinBackbone(SwinTransformer3d):
         self.channels: int = self.num_features
         self.pooling = config.pooling
         self._depths = config.depths
-        self.temporal_stride = config.patch[0] * config.pooling
+        self.temporal_stride = self.multiple = config.patch[0] * config.pooling
 
     def forward(self, video: Tensor) -> Tensor:
         """Spatially pooled features.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -21,9 +22,27 @@ from re2tal.localizers.transformer import (
     Strip,
     TransformerPyramid,
 )
+from re2tal.localizers.weights import Published
 
 # Initial probability of classes that have no training data.
 EMPTY_PRIOR = 1e-6
+
+# From our names of weights to those of the authors' release; each rule changes another part.
+_RENAMED = (
+    (r"^pyramid\.embed\.streams\.(\d+)\.", r"backbone.proj.\1.conv."),
+    (r"^pyramid\.embed\.convs\.(\d+)\.", r"backbone.embd.\1.conv."),
+    (r"^pyramid\.embed\.norms\.", "backbone.embd_norm."),
+    (r"^pyramid\.(stem|branch)\.", r"backbone.\1."),
+    (r"^pyramid\.norms\.", "neck.fpn_norms."),
+    (r"\.(query|key|value)_conv\.", r".\1_conv.conv."),
+    (r"\.scale_(attn|mlp)\.", r".drop_path_\1."),
+    (r"^class_head\.last\.", "cls_head.cls_head.conv."),
+    (r"^class_head\.norms\.", "cls_head.norm."),
+    (r"^class_head\.convs\.(\d+)\.", r"cls_head.head.\1.conv."),
+    (r"^offset_head\.last\.", "reg_head.offset_head.conv."),
+    (r"^offset_head\.norms\.", "reg_head.norm."),
+    (r"^offset_head\.convs\.(\d+)\.", r"reg_head.head.\1.conv."),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -292,6 +311,23 @@ class ActionFormer(nn.Module):
         lengths = found.segments[:, 1] - found.segments[:, 0]
         return found[lengths > self.config.min_duration]
 
+    def published(self) -> Published:
+        """Names of the weights in the public implementation, whose function is the same.
+
+        To get what its evaluation gets, pad each video as it does: to the length of the training's
+        windows, or when it is longer to the next multiple of the largest
+        `2^level * (attention window - 1)` (`2^level` where attention is global); see
+        `TransformerPyramid`. Trained with a drop path of 0, it has no residual scales; such weights
+        do not fit. It does not save the running mean of positive points.
+        """
+        names = {name: (_renamed(name),) for name in self.state_dict()}
+        scales = tuple(f"reg_head.scale.{level}.scale" for level in range(self.config.levels))
+        return Published(
+            title="ActionFormer of its authors",
+            names={**names, "offset_scale.scale": scales, "normalizer.mean": ()},
+            left_out=("point_generator.", "backbone.pos_embd"),
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Points:
@@ -403,3 +439,9 @@ def assign(
         classes=(shared.to(start.dtype) @ one_hot).clamp(max=1.0),
         offsets=offsets / points.strides[None, :, None],
     )
+
+
+def _renamed(name: str) -> str:
+    for pattern, replacement in _RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return name

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from re2tal import rewire
-from re2tal.backbones.checkpoint import load_backbone_weights
-from re2tal.backbones.published import WeightsMismatchError
 from re2tal.backbones.slowfast import (
     SlowFastConfig,
     pytorchvideo_slowfast_101,
     re2_slowfast_101,
 )
 from re2tal.backbones.swin import SwinConfig
+from re2tal.backbones.weights import load_backbone_weights
+from re2tal.weights import WeightsMismatchError
 from tests.backbones import published_slowfast as slowfast
 from tests.backbones import published_swin as swin
 

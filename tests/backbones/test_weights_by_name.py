@@ -4,8 +4,8 @@ import pytest
 import torch
 from torchvision.models.video import Swin3D_T_Weights, SwinTransformer3d
 
-from re2tal.backbones.checkpoint import load_backbone_weights
 from re2tal.backbones.swin import SwinConfig
+from re2tal.backbones.weights import load_backbone_weights
 
 TINY = SwinConfig(patch=(2, 4, 4), embed_dim=8, depths=(2,), heads=(1,), window=(2, 2, 2))
 NAME = "torchvision:swin3d_t/KINETICS400_V1"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from re2tal.localizers import ActionFormer, ActionFormerConfig, Targets
-from re2tal.localizers.actionformer_weights import convert, load_public_weights
+from re2tal.localizers.weights import load_localizer_weights, place
 
 DATA = Path(__file__).parent / "data"
 PLAIN = ActionFormerConfig(
@@ -66,7 +66,7 @@ def published(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def loaded(weights: dict[str, Tensor], config: ActionFormerConfig, classes: int) -> ActionFormer:
     model = config.build(6, classes).eval()
-    model.load_state_dict(convert(weights, config))
+    place(model, weights, what="They")
     return model
 
 
@@ -129,8 +129,11 @@ def test_their_checkpoints_load(weights_in: str | None, tmp_path: Path) -> None:
     path = tmp_path / "epoch_035.pth.tar"
     torch.save(state, path)
     model = PLAIN.build(6, 2)
-    model.normalizer.mean.fill_(7.0)
-    load_public_weights(model, path)
+    report = load_localizer_weights(model, path)
+    assert report.layout == "ActionFormer of its authors"
+    assert set(report.left_out) == {"point_generator.buffer_points.0"}
+    assert report.kept == ["normalizer.mean"]
+    assert len(report.placed) == len(weights)
     expected = loaded(weights, PLAIN, 2).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     assert model.normalizer.mean == 20.0
@@ -146,15 +149,13 @@ def test_every_weight_that_does_not_fit_is_named_and_none_is_loaded(tmp_path: Pa
     model = PLAIN.build(6, 2)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match="3 do not fit") as caught:
-        load_public_weights(model, path)
+        load_localizer_weights(model, path)
     message = str(caught.value)
     assert str(path) in message
     assert "backbone.rel_pe is unknown" in message
     assert "reg_head.scale.2.scale is missing" in message
     assert "neck.fpn_norms.0.bias has shape (1, 13, 1) instead of (12,)" in message
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    with pytest.raises(ValueError, match="3 do not fit"):
-        convert(weights, PLAIN)
 
 
 def test_weights_for_other_classes_or_settings_are_refused(tmp_path: Path) -> None:
@@ -163,28 +164,41 @@ def test_weights_for_other_classes_or_settings_are_refused(tmp_path: Path) -> No
     save_file(weights, path)
     classes = r"cls_head.cls_head.conv.bias has shape \(2,\) instead of \(3,\)"
     with pytest.raises(ValueError, match=classes):
-        load_public_weights(PLAIN.build(6, 3), path)
+        load_localizer_weights(PLAIN.build(6, 3), path)
     with pytest.raises(ValueError, match=r"backbone.proj.0.conv.bias is missing"):
-        convert(weights, replace(PLAIN, streams=((4, 8), (2, 4))))
+        place(replace(PLAIN, streams=((4, 8), (2, 4))).build(6, 2), weights, what="They")
     weights, _ = published("actionformer_streams")
     with pytest.raises(ValueError, match=r"backbone.proj.0.conv.weight has shape \(8, 4, 1\)"):
-        convert(weights, replace(STREAMS, streams=((4, 6), (2, 6))))
+        place(replace(STREAMS, streams=((4, 6), (2, 6))).build(6, 1), weights, what="They")
     with pytest.raises(ValueError, match=r"missing\n  \.\.\. and \d+ more"):
-        convert({}, PLAIN)
+        place(PLAIN.build(6, 2), {}, what="They")
 
 
 def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     model = PLAIN.build(6, 2)
     path = tmp_path / "epoch_035.pth.tar"
     with pytest.raises(ValueError, match="cannot be read"):
-        load_public_weights(model, path)
+        load_localizer_weights(model, path)
     torch.save({"state_dict_ema": {"a": Path("code")}}, path)
     with pytest.raises(ValueError, match="could run code") as caught:
-        load_public_weights(model, path)
+        load_localizer_weights(model, path)
     assert "weights_only" not in str(caught.value)
     torch.save({"state_dict_ema": {"a": 1}}, path)
     with pytest.raises(ValueError, match="holds no weights"):
-        load_public_weights(model, path)
+        load_localizer_weights(model, path)
     path.write_text("weights")
     with pytest.raises(ValueError, match="epoch_035"):
-        load_public_weights(model, path)
+        load_localizer_weights(model, path)
+
+
+def test_weights_of_our_own_detectors_load(tmp_path: Path) -> None:
+    theirs, model = PLAIN.build(6, 2), PLAIN.build(6, 2)
+    state = {f"localizer.{name}": value for name, value in theirs.state_dict().items()}
+    save_file({**state, "backbone.norm.weight": torch.zeros(3)}, tmp_path / "weights.safetensors")
+    report = load_localizer_weights(model, tmp_path / "weights.safetensors")
+    assert report.left_out == {"backbone.norm.weight": "not of the localizer"}
+    expected = theirs.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    save_file(expected, tmp_path / "alone.safetensors")
+    alone = load_localizer_weights(PLAIN.build(6, 2), tmp_path / "alone.safetensors")
+    assert alone.summary == f"names of this localizer: {len(expected)} placed, 0 left out, 0 kept"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from re2tal.localizers.vsgn import VSGN, VSGNConfig
 from re2tal.localizers.vsgn.heads import boundary_scores, inside_window
-from re2tal.localizers.vsgn.public_weights import convert, load_public_weights
+from re2tal.localizers.weights import load_localizer_weights, place
 
 SMALL = VSGNConfig(width=16, levels=3, neighbours=4, head_layers=2)
 
@@ -31,7 +31,7 @@ def published() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def loaded(weights: dict[str, Tensor]) -> VSGN:
     model = SMALL.build(4, 2).eval()
-    model.load_state_dict(convert(weights))
+    place(model, weights, what="They")
     return model
 
 
@@ -74,13 +74,13 @@ def test_every_weight_that_does_not_fit_is_named() -> None:
     del weights["module.xGPN.levels_enc.1.nconv1.mlp.weight"]
     weights["module.head_enc.cls_logits.bias"] = torch.zeros(6)
     with pytest.raises(ValueError, match="3 do not fit") as caught:
-        convert(weights)
+        place(SMALL.build(4, 2), weights, what="They")
     message = str(caught.value)
     assert "head_dec.bbox_tower.4.bias is missing" in message
     assert "xGPN.levels_enc.1.nconv1.mlp.weight is missing" in message
     assert "head_enc.cls_logits.bias is unknown" in message
     with pytest.raises(ValueError, match=r"start_conv.0.weight is missing(.|\n)*and \d+ more"):
-        convert({})
+        place(SMALL.build(4, 2), {}, what="They")
 
 
 def test_plain_networks_are_converted_too() -> None:
@@ -91,7 +91,7 @@ def test_plain_networks_are_converted_too() -> None:
         if "nconv1" not in name
     }
     model = VSGNConfig(width=16, levels=3, head_layers=2, graph=False).build(4, 2)
-    model.load_state_dict(convert(plain))
+    place(model, plain, what="They")
     given = weights["module.xGPN.levels_enc.2.tconv1.weight"]
     assert torch.equal(model.state_dict()["pyramid.encoder.2.conv.weight"], given)
 
@@ -111,10 +111,10 @@ def test_their_checkpoints_load(name: str, graph: bool, tmp_path: Path) -> None:
     else:
         torch.save(weights, path)
     model = replace(SMALL, graph=graph).build(4, 2)
-    load_public_weights(model, path)
-    expected = convert(weights)
-    assert expected.keys() == model.state_dict().keys()
-    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    report = load_localizer_weights(model, path)
+    assert set(report.placed.values()) == model.state_dict().keys()
+    for theirs, ours in report.placed.items():
+        assert torch.equal(model.state_dict()[ours], weights[f"module.{theirs}"])
 
 
 def test_checkpoints_of_other_settings_are_refused_and_nothing_is_loaded(tmp_path: Path) -> None:
@@ -130,12 +130,12 @@ def test_checkpoints_of_other_settings_are_refused_and_nothing_is_loaded(tmp_pat
         model = config.build(4, classes)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         with pytest.raises(ValueError, match=problem) as caught:
-            load_public_weights(model, path)
+            load_localizer_weights(model, path)
         assert f"{path} are not those of this VSGN" in str(caught.value)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     path.write_text("weights")
     with pytest.raises(ValueError, match="cannot be read"):
-        load_public_weights(SMALL.build(4, 2), path)
+        load_localizer_weights(SMALL.build(4, 2), path)
 
 
 def test_the_published_configuration_has_the_published_number_of_parameters() -> None:

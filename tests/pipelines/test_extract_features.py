@@ -16,7 +16,6 @@ import torch
 from mlflow.tracking import MlflowClient
 
 from pipelines import extract_features as script
-from pipelines.config.recipes import TOY_WEIGHTS
 from pipelines.data.decoding import VideoJob, decode_video
 from pipelines.data.feature_extraction import (
     FrozenBackboneConfig,
@@ -36,13 +35,13 @@ from pipelines.data.features import (
 )
 from pipelines.extract_features import ExtractConfig, extract_features, parse
 from re2tal.annotations import Annotations
-from re2tal.backbones.checkpoint import load_backbone_weights
-from re2tal.backbones.swin import swin_toy
+from re2tal.backbones.swin import TOY_WEIGHTS, swin_toy
+from re2tal.backbones.table import IMAGENET_MEAN, IMAGENET_STD
+from re2tal.backbones.weights import load_backbone_weights
 from re2tal.datasets import load_annotations
 from re2tal.detector import grey_levels
 from re2tal.errors import UserError
 from re2tal.reversible import rewire
-from re2tal.trained import IMAGENET_MEAN, IMAGENET_STD
 from re2tal.videos.decoding import decode
 from re2tal.videos.windows import WindowConfig, sliding_windows, window_frames
 
@@ -301,7 +300,7 @@ def test_what_is_missing_is_one_sentence(
 @pytest.mark.parametrize(
     ("way", "stride", "frames", "expected"),
     [
-        ("windows", 3, 48, "--stride must be a multiple of 2"),
+        ("windows", 3, 48, "stride must be a multiple of 2"),
         ("windows", 4, 62, "--frames must be a multiple of 4, .*not 62"),
         ("clips", 4, 15, "--frames must be a multiple of 2, .*not 15"),
     ],

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from pipelines.config.recipe import Recipe
-from pipelines.config.recipes import TOY_WEIGHTS
 from pipelines.core.models import local_detector
 from pipelines.data.batches import Batch
 from pipelines.data.decoding import VideoJob, decode_video
@@ -23,6 +22,7 @@ from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
 from pipelines.training.trainer import Trainer
 from re2tal.backbones.precomputed import Precomputed, PrecomputedConfig
+from re2tal.backbones.swin import TOY_WEIGHTS
 from re2tal.datasets import load_annotations
 from re2tal.errors import UserError
 from re2tal.inference import detect

@@ -33,8 +33,8 @@ from pipelines.training.classification import (
 from pipelines.training.local import LocalRuntime
 from pipelines.training.trainer import Trainer
 from re2tal import rewire
-from re2tal.backbones.checkpoint import load_backbone_weights
 from re2tal.backbones.swin import SwinConfig, swin_toy
+from re2tal.backbones.weights import load_backbone_weights
 from re2tal.classifier import Classifier, ClipClassifierConfig
 from re2tal.datasets.toy import TRIMMED_CLASSES, TrimmedToyConfig, make_trimmed_toy
 from re2tal.datasets.trimmed import ClipConfig, TrimmedVideo, ViewConfig, views
@@ -289,7 +289,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         "--views.clips", "--weights-file", "kinetics_re2_swin_t",
     ):  # fmt: skip
         assert option in shown
-    with pytest.raises(SystemExit, match="There is no recipe 'no'"):
+    with pytest.raises(UserError, match="There is no recipe 'no'"):
         parse(["no"])
 
 
@@ -315,7 +315,7 @@ def test_weights_by_name_pass_and_lost_ones_do_not(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Correct --weights"):
         require_weights(str(path), option="--weights")
     path.touch()
-    assert fetch_weights(require_weights(str(path)), tmp_path) == path
+    assert fetch_weights(require_weights(str(path)), tmp_path) == str(path)
 
 
 def written_lists(folder: Path, clips: Path, extra: Sequence[str]) -> TrimmedDataConfig:

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from pipelines.config.recipe import Recipe
+from pipelines.core.models import with_weights_here
 from pipelines.data.plan import Plan
+from pipelines.train import absolute, check_model
 from pipelines.training.activations import activation_metrics
 from pipelines.training.detection import DETECTIONS_FILE, RAW_FILE, DetectionTask
 from pipelines.training.local import LocalRuntime
@@ -17,6 +20,7 @@ from pipelines.training.model import build_detector
 from pipelines.training.trainer import Trainer
 from re2tal.detection.raw import read_raw
 from re2tal.detection.video_scores import VideoScores
+from re2tal.errors import UserError
 from re2tal.inference import detect
 from re2tal.localizers.protocol import LocalizerConfig
 from re2tal.localizers.vsgn import VSGNConfig
@@ -62,6 +66,32 @@ def test_it_trains_detects_and_is_saved(
     assert predicted["memory/predicted_activations_mb"] == pytest.approx(
         predicted["memory/measured_activations_mb"], rel=0.05
     )
+
+
+def test_a_localizer_begins_with_given_weights(
+    tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = with_localizer(tiny_recipe, VSGN)
+    detector = build_detector(recipe, tiny_plan.classes, weights=None)
+    path = tmp_path / "weights.safetensors"
+    save_file(detector.state_dict(), path)
+    names = {name for name in detector.state_dict() if name.startswith("localizer.")}
+    recipe = absolute(replace(recipe, model=replace(recipe.model, localizer_weights=str(path))))
+    torch.manual_seed(7)
+    checked = check_model(recipe, tiny_plan.classes)
+    assert f"names of this localizer: {len(names)} placed" in capsys.readouterr().out
+    with_weights = with_weights_here(recipe, tmp_path, tracking_uri=None)
+    built = DetectionTask(recipe=with_weights, plan=tiny_plan).build(None)
+    for other in (checked, built):
+        for name, value in detector.state_dict().items():
+            random = name.startswith("backbone.") and name.endswith("qkv.weight")
+            if name in names or random:
+                assert torch.equal(value, other.state_dict()[name]) is (name in names), name
+    with pytest.raises(UserError, match=r"The weights in .* are not those of this VSGN"):
+        check_model(recipe, (*tiny_plan.classes, "one more"))
+    lost = replace(recipe.model, localizer_weights=str(tmp_path / "lost.pth"))
+    with pytest.raises(UserError, match=r"The localizer's weights: .*--model.localizer-weights"):
+        absolute(replace(recipe, model=lost))
 
 
 def test_it_trains_on_stitched_windows(

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from pipelines.data.toy import augmented
 from pipelines.pretrain_toy import PretrainingConfig, loss_of
 from re2tal import rewire
-from re2tal.backbones.checkpoint import load_backbone_weights
 from re2tal.backbones.swin import swin_toy
+from re2tal.backbones.weights import load_backbone_weights
 
 SCRIPT = Path(__file__).parents[2] / "pipelines" / "pretrain_toy.py"
 

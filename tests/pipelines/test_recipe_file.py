@@ -42,3 +42,12 @@ def test_a_field_of_another_version_is_not_lost_in_silence(run: Run, tiny_recipe
     run.client.log_text(run.run_id, text.replace('"clip"', '"clip_to"'), FILE)
     with pytest.raises(UserError, match=r"optim.clip_to"):
         recipe_of(run)
+
+
+def test_fields_that_are_gone_and_changed_nothing_are_passed_over(
+    run: Run, tiny_recipe: Recipe
+) -> None:
+    log_recipe(run, tiny_recipe)
+    text = Path(run.client.download_artifacts(run.run_id, FILE)).read_text()
+    run.client.log_text(run.run_id, text.replace('"clip":', '"compile": [], "clip":', 1), FILE)
+    assert recipe_of(run) == tiny_recipe

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
-from pipelines.config.recipes import TOY_WEIGHTS, toy
+from pipelines.config.recipes import toy
 from pipelines.data.plan import Plan
 from pipelines.reproduction.accuracy import Accuracy
 from pipelines.reproduction.classifying import (
@@ -31,6 +31,7 @@ from pipelines.reproduction.settings import parse
 from pipelines.reproduction.statistics import Measured, at_least
 from pipelines.reproduction.tal import LARGER, Tal
 from pipelines.training.model import build_detector
+from re2tal.backbones.swin import TOY_WEIGHTS
 from re2tal.datasets.toy import TrimmedToyConfig, make_trimmed_toy
 
 CIRCUMSTANCES = Circumstances(command="python this.py", device="an abacus", commit="abcdef")

@@ -1,9 +1,5 @@
-"""SlowFast (Feichtenhofer et al., ICCV 2019, arXiv 1812.03982), without mmaction2.
+"""SlowFast (Feichtenhofer et al., ICCV 2019, arXiv 1812.03982), without mmaction2."""
 
-Importing it tells `re2tal.rewire` how its blocks split into branches.
-"""
-
-import re2tal.reversible.families.slowfast  # noqa: F401
 from re2tal.backbones.slowfast.network import (
     SlowFastBackbone,
     SlowFastConfig,

@@ -1,13 +1,15 @@
-"""What a SlowFast is made of. Submodules are called as in mmaction2's weights.
+"""Blocks of a SlowFast, and how `re2tal.rewire` splits them into branches.
 
-Convolutions have no bias: a BatchNorm follows. The ReLUs work in place, always on the fresh result
-of a BatchNorm or a sum.
+Submodules are called as in mmaction2's weights. Convolutions have no bias: a BatchNorm follows. The
+ReLUs work in place, always on the fresh result of a BatchNorm or a sum.
 """
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from re2tal.reversible.branches import Branch, BySample, ChangesShapeError, branches, recomputed
 
 EXPANSION = 4
 """Output channels of a bottleneck, relative to its inner ones."""
@@ -150,3 +152,36 @@ def _conv(
     conv = nn.Conv3d(inputs, outputs, kernel, stride, padding, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
+
+
+_GROWTH = 6.0
+"""The input (1), the results of three convolutions and their norms, of which two have a quarter of
+its channels (3), and the gradients of the last two (2)."""
+
+
+def _branches(block: Bottleneck) -> list[Branch]:
+    """As in Re2TAL's SlowFast (arXiv 2211.14053) the ReLU after the sum moves into the branch."""
+    if block.downsample is not None:
+        inner, inputs = block.conv1.conv, block.downsample.conv
+        raise ChangesShapeError(
+            f"it turns {inner.in_channels} channels into {inputs.out_channels}, with stride "
+            f"{inputs.stride[1]}"
+        )
+    return [
+        Branch(
+            "residual",
+            (block.conv1, block.conv2, block.conv3),
+            function=block.residual,
+            activation=F.relu,
+            cut=BySample(_GROWTH),
+        )
+    ]
+
+
+def _always(module: nn.Module) -> bool:  # noqa: ARG001
+    return True
+
+
+branches.register(Bottleneck, _branches)
+recomputed.register(Stem, _always)
+recomputed.register(Lateral, _always)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm
 
 import torch
@@ -11,6 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from re2tal.backbones.slowfast.blocks import EXPANSION, Lateral, Stem, stage
+from re2tal.backbones.slowfast.published import (
+    MMACTION2_SLOWFAST,
+    OPENTAD_SLOWFAST,
+    PYTORCHVIDEO_MEAN,
+    PYTORCHVIDEO_SLOWFAST,
+    PYTORCHVIDEO_STD,
+)
+from re2tal.backbones.table import backbone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,36 +73,50 @@ class SlowFastConfig:
                 f"{self.fusion_kernel}."
             )
 
+    def with_stride(self, stride: int) -> SlowFastConfig:
+        """The same backbone whose features are resampled to another number of frames per feature.
+
+        Raises:
+            ValueError: the stride is below 1.
+        """
+        return replace(self, temporal_stride=stride)
+
     def build(self) -> SlowFastBackbone:
         """A backbone of this shape, with random weights."""
         return SlowFastBackbone(self)
 
 
+@backbone(layouts=(MMACTION2_SLOWFAST,))
 def slowfast_50() -> SlowFastConfig:
     """SlowFast-50, 8x8: of 32 frames the slow pathway sees 8."""
     return SlowFastConfig()
 
 
+@backbone(layouts=(MMACTION2_SLOWFAST,))
 def slowfast_101() -> SlowFastConfig:
     """SlowFast-101, 8x8, the larger backbone of Re2TAL."""
     return SlowFastConfig(depths=(3, 4, 23, 3))
 
 
+@backbone(mean=PYTORCHVIDEO_MEAN, std=PYTORCHVIDEO_STD, layouts=(PYTORCHVIDEO_SLOWFAST,))
 def pytorchvideo_slowfast_50() -> SlowFastConfig:
     """SlowFast-50, 8x8, as PyTorchVideo's weights want it."""
     return SlowFastConfig(fusion_norm=True)
 
 
+@backbone(mean=PYTORCHVIDEO_MEAN, std=PYTORCHVIDEO_STD, layouts=(PYTORCHVIDEO_SLOWFAST,))
 def pytorchvideo_slowfast_101() -> SlowFastConfig:
     """SlowFast-101, 8x8, as PyTorchVideo's weights want it."""
     return SlowFastConfig(depths=(3, 4, 23, 3), fusion_norm=True, fusion_kernel=5)
 
 
+@backbone(layouts=(OPENTAD_SLOWFAST,))
 def re2_slowfast_101() -> SlowFastConfig:
     """SlowFast-101, 8x8, as OpenTAD's published Re2SlowFast-101 wants it."""
     return SlowFastConfig(depths=(3, 4, 23, 3), relu_before_sum=True)
 
 
+@backbone()
 def slowfast_toy() -> SlowFastConfig:
     """A small SlowFast for the toy data set, to be trained from nothing."""
     return SlowFastConfig(
@@ -148,7 +170,7 @@ class SlowFastBackbone(nn.Module):
     joined to the wide one's channels before each stage. Their features, averaged over space, are
     brought to one rate and concatenated, the slow ones first.
 
-    Its parameters have mmaction2's names; see `re2tal.backbones.published` for published files.
+    Its parameters have mmaction2's names; published files: `published.py`.
 
     Args:
         config: the shape.
@@ -156,6 +178,7 @@ class SlowFastBackbone(nn.Module):
     Attributes:
         channels: C of the features.
         temporal_stride: frames per feature.
+        multiple: of which the number of frames is a multiple.
         relu_before_sum: as in `SlowFastConfig`.
     """
 
@@ -194,6 +217,7 @@ class SlowFastBackbone(nn.Module):
         self.channels = EXPANSION * 2 ** (stages - 1) * (config.width + narrow)
         self.temporal_stride = config.temporal_stride
         self.relu_before_sum = config.relu_before_sum
+        self.multiple = lcm(config.temporal_stride, config.alpha)
         self._alpha = config.alpha
         self._frozen_statistics = config.frozen_statistics
         self._depths = config.depths
@@ -222,7 +246,7 @@ class SlowFastBackbone(nn.Module):
             ValueError: if T is no such multiple.
         """
         frames = video.shape[2]
-        whole = lcm(self.temporal_stride, self._alpha)
+        whole = self.multiple
         if frames == 0 or frames % whole:
             raise ValueError(
                 f"This SlowFast takes a multiple of {whole} frames, but got {frames}. Choose "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, overload
 
@@ -28,6 +28,7 @@ from re2tal.localizers.vsgn.matching import (
     score_losses,
     score_targets,
 )
+from re2tal.localizers.weights import Published
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -267,3 +268,45 @@ class VSGN(nn.Module):
             best(*sample, most=self.config.top_k)
             for sample in zip(scores, segments, kept, strict=True)
         ]
+
+    def published(self) -> Published:
+        """Names of the weights in the authors' release."""
+        config = self.config
+        layers = _layers(config.levels, config.head_layers, graph=config.graph)
+        return Published(
+            title="VSGN of its authors",
+            names={
+                f"{ours}.{kind}": (f"{theirs}.{kind}",)
+                for theirs, ours in layers
+                for kind in ("weight", "bias")
+            },
+        )
+
+
+def _layers(levels: int, head_layers: int, *, graph: bool) -> Iterator[tuple[str, str]]:
+    """Their name of each layer and ours."""
+    yield "xGPN.conv0.0", "pyramid.stem"
+    for i in range(levels):
+        if graph:
+            yield f"xGPN.levels_enc.{i}.tconv1", f"pyramid.encoder.{i}.conv"
+            yield f"xGPN.levels_enc.{i}.nconv1.mlp", f"pyramid.encoder.{i}.edge"
+        else:
+            yield f"xGPN.levels_enc.{i}.0", f"pyramid.encoder.{i}.conv"
+        yield f"xGPN.levels1.{i}.0", f"pyramid.outs.{i}"
+    for i in range(levels - 1):
+        yield f"xGPN.levels2.{i}.0", f"pyramid.laterals.{i}"
+        yield f"xGPN.levels_dec.{i}.0", f"pyramid.ups.{i}"
+    for tower, last, head in (
+        ("cls_tower", "cls_logits", "class_head"),
+        ("bbox_tower", "bbox_pred", "segment_head"),
+    ):
+        for i in range(head_layers):
+            yield f"head_dec.{tower}.{3 * i}", f"{head}.convs.{i}"
+            yield f"head_dec.{tower}.{3 * i + 1}", f"{head}.norms.{i}"
+        yield f"head_dec.{last}", f"{head}.last"
+    for side in ("start", "end"):
+        yield f"bd_adjust.{side}_conv.0", f"adjustment.{side}.taps"
+        yield f"bd_adjust.{side}_conv.2", f"adjustment.{side}.last"
+    for theirs, name in (("startness", "start"), ("endness", "end"), ("actionness", "action")):
+        yield f"head_{theirs}.0", f"supplementary.heads.{name}.conv"
+        yield f"head_{theirs}.2", f"supplementary.heads.{name}.last"

@@ -1,12 +1,15 @@
+"""`python -m re2tal.backbones`: the table, conversion of weights, and what becomes reversible."""
+
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from re2tal.backbones.checkpoint import load_backbone_weights
-from re2tal.backbones.convert import main
+from re2tal.backbones.__main__ import main
 from re2tal.backbones.slowfast import slowfast_toy
+from re2tal.backbones.swin import TOY_WEIGHTS
+from re2tal.backbones.weights import load_backbone_weights, save_backbone_weights
 
 
 def theirs(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
@@ -22,7 +25,7 @@ def test_a_file_is_converted_and_every_name_printed(
 ) -> None:
     path, state = theirs(tmp_path)
     target = tmp_path / "ours.safetensors"
-    assert main([str(path), str(target), "--backbone", "slowfast_toy"]) == 0
+    assert main(["convert", str(path), str(target), "--backbone", "slowfast_toy"]) == 0
     printed = capsys.readouterr().out
     assert f"{len(state)} placed, 0 left out, 0 kept" in printed
     assert all(f"backbone.{name} -> {name}\n" in printed for name in state)
@@ -39,10 +42,34 @@ def test_all_that_does_not_fit_is_printed_and_nothing_written(
 ) -> None:
     path, state = theirs(tmp_path)
     target = tmp_path / "ours.safetensors"
-    assert main([str(path), str(target), "--backbone", "swin_toy"]) == 1
+    assert main(["convert", str(path), str(target), "--backbone", "swin_toy"]) == 1
     printed = capsys.readouterr().err
     assert "are not those of this SwinBackbone" in printed
     assert all(f"  backbone.{name} (here {name}) is unknown\n" in printed for name in state)
-    assert main([str(tmp_path / "none.pth"), str(target), "--backbone", "swin_toy"]) == 1
+    assert main(["convert", str(tmp_path / "none.pth"), str(target), "--backbone", "swin_toy"]) == 1
     assert "none.pth cannot be read" in capsys.readouterr().err
     assert not target.exists()
+
+
+def test_rewiring_is_reported_and_keeps_every_weight(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rewire", "swin_toy", "--weights", TOY_WEIGHTS]) == 0
+    printed = capsys.readouterr().out
+    assert "features.0" in printed
+    assert "features.2" in printed
+    assert "each with its name and value" in printed
+
+
+def test_weights_of_another_network_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "slowfast.safetensors"
+    save_backbone_weights(slowfast_toy().build(), path, {})
+    assert main(["rewire", "swin_toy", "--weights", str(path)]) == 1
+    assert "SwinBackbone" in capsys.readouterr().err
+
+
+def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert "swin_t: a window of 2 n frames, a feature for each 2\n" in printed
+    assert "weights: torchvision:swin3d_t/KINETICS400_V1\n" in printed

@@ -6,11 +6,11 @@ parameters and gradients, without the optimizer.
 
 A backbone by itself:
 
-  python pipelines/profile.py --backbone swin_t --frames 768 --size 224 --fits 24GiB
+  python pipelines/memory.py --backbone swin_t --frames 768 --size 224 --fits 24GiB
 
 The detector of a recipe, with overrides of its fields:
 
-  python pipelines/profile.py RECIPE --data.window.frames 512 --fits 24GiB
+  python pipelines/memory.py RECIPE --data.window.frames 512 --fits 24GiB
 
 With a GPU the steps are also run, and predicted stands beside measured. All numbers go to a JSON
 file and, with the tables and the picture, to MLflow.
@@ -18,12 +18,7 @@ file and, with the tables and the picture, to MLflow.
 
 import sys
 
-if __name__ == "profile":
-    # Python's own module of this name was meant, and this folder came first on the path.
-    from pipelines.planner.standard_library import standard_library_profile
+from pipelines.planner.command import main
 
-    sys.modules[__name__] = standard_library_profile()
-elif __name__ == "__main__":
-    from pipelines.planner.command import main
-
-    main(sys.argv[1:], description=__doc__)
+if __name__ == "__main__":
+    main(sys.argv[1:], description=__doc__ or "")

@@ -1,4 +1,4 @@
-"""SlowFasts of mmaction2 and PyTorchVideo, and OpenTAD's Re2SlowFast.
+"""Names of the weights of mmaction2's and PyTorchVideo's SlowFasts, and of OpenTAD's Re2SlowFast.
 
 What their sources say, beside the names:
 
@@ -16,7 +16,8 @@ import re
 
 from torch import nn
 
-from re2tal.backbones.published.layout import Layout
+from re2tal.backbones.table import Layout
+from re2tal.weights import Colour
 
 _COUNTER = "num_batches_tracked"
 _PATHWAYS = ("slow_path", "fast_path")
@@ -91,6 +92,8 @@ MMACTION2_SLOWFAST = Layout(
     may_lack=(_COUNTER,),
 )
 
+PYTORCHVIDEO_MEAN: Colour = (0.45, 0.45, 0.45)
+PYTORCHVIDEO_STD: Colour = (0.225, 0.225, 0.225)
 PYTORCHVIDEO_SLOWFAST = Layout(
     title="PyTorchVideo's SlowFast",
     mark=re.compile(r"(|.*\.)blocks\.0\.multipathway_blocks\.0\.conv\.weight"),
@@ -98,8 +101,8 @@ PYTORCHVIDEO_SLOWFAST = Layout(
     classifier=re.compile(r"blocks\.\d+\.proj\."),
     may_lack=(_COUNTER,),
     note="They were trained on frames of mean 0.45 and deviation 0.225 in every colour.",
-    mean=(0.45, 0.45, 0.45),
-    std=(0.225, 0.225, 0.225),
+    mean=PYTORCHVIDEO_MEAN,
+    std=PYTORCHVIDEO_STD,
 )
 
 OPENTAD_SLOWFAST = Layout(

@@ -1,0 +1,172 @@
+"""Choices by name on a command line: recipes, backbones, and modules of the user's own."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from inspect import getmembers, isfunction
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar, get_type_hints
+
+from re2tal.backbones.table import backbones, entry_of
+from re2tal.errors import UserError
+
+# Folders of the modules of the user's own that were named.
+_FOLDERS: set[Path] = set()
+
+RecipeT = TypeVar("RecipeT")
+
+
+def take(option: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split the values of an option from the other arguments.
+
+    Args:
+        option: its name, such as "--import"; it may be given several times.
+        arguments: without the program's name.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(option, dest="values", action="append", default=[])
+    known, rest = parser.parse_known_args(arguments)
+    return known.values, rest
+
+
+def import_own(arguments: Sequence[str]) -> list[str]:
+    """Import what `--import` names, such as the module of a detector's localizer.
+
+    Args:
+        arguments: without the program's name.
+
+    Returns:
+        The other arguments.
+
+    Raises:
+        UserError: there is no such module.
+    """
+    references, rest = take("--import", arguments)
+    for reference in references:
+        _imported(reference)
+    return rest
+
+
+def _imported(reference: str) -> ModuleType:
+    """A module that `my_package.my_module` or `path/to/file.py` names."""
+    path = Path(reference).resolve() if reference.endswith(".py") else None
+    if path is not None and not path.is_file():
+        raise UserError(f"There is no file {reference}.")
+    name = path.stem if path else reference
+    sys.path.append(str(path.parent if path else Path.cwd()))  # last: it hides nothing
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # of what the user's module imports
+        raise UserError(
+            f"There is no module {name!r}: give one that this folder or the environment has, or "
+            "the path of its file (file.py)."
+        ) from error
+    if path is not None and Path(str(module.__file__)).resolve() != path:
+        raise UserError(
+            f"{reference} has the name of another module, {module.__file__}: rename the file."
+        )
+    folder = _folder(sys.modules[name.partition(".")[0]])
+    if not {"site-packages", "dist-packages"} & set(folder.parts):  # else it is installed
+        _FOLDERS.add(folder)
+    return module
+
+
+def _folder(module: ModuleType) -> Path:
+    """The folder that a top-level module or package lies in."""
+    file = Path(getattr(module, "__file__", None) or "/")
+    return file.parent.parent if file.name == "__init__.py" else file.parent
+
+
+def own_modules() -> Iterator[ModuleType]:
+    """Modules of the user's own that are imported: those that were named, and what lies beside."""
+    for name, module in list(sys.modules.items()):
+        ours = name in ("__main__", "re2tal", "pipelines", "sweeps")
+        if "." not in name and not ours and _folder(module) in _FOLDERS:
+            yield module
+
+
+def recipe_named(
+    name: str, recipes: Mapping[str, Callable[[], RecipeT]], kind: type[RecipeT]
+) -> RecipeT:
+    """Return a recipe of ours, or one of the user's own.
+
+    Args:
+        name: a key of `recipes`, `my_module:my_recipe`, `file.py:my_recipe`, or `file.py` with one
+            function that is annotated to return the kind.
+        recipes: those of ours.
+        kind: class of the recipes.
+
+    Raises:
+        UserError: there is none of that name, or it is of another kind.
+    """
+    if name in recipes:
+        return recipes[name]()
+    reference, colon, function = name.partition(":")
+    if not colon and not name.endswith(".py"):
+        raise UserError(
+            f"There is no recipe {name!r}. Choose one of: {', '.join(recipes)}; or give one of "
+            "your own as my_module:my_recipe or file.py:my_recipe."
+        )
+    module = _imported(reference)
+    found: Any = getattr(module, function, None) if colon else _only_recipe(module, kind)
+    if not callable(found):
+        raise UserError(f"{reference} has no function {function!r}.")
+    recipe = found()
+    if not isinstance(recipe, kind):
+        raise UserError(f"{name} gives a {type(recipe).__name__} and no {kind.__name__}.")
+    return recipe
+
+
+def _only_recipe(module: ModuleType, kind: type[Any]) -> Callable[[], Any]:
+    makes = [
+        function
+        for _, function in getmembers(module, isfunction)
+        if function.__module__ == module.__name__ and get_type_hints(function).get("return") is kind
+    ]
+    if len(makes) != 1:
+        listed = ", ".join(make.__name__ for make in makes) or "none"
+        raise UserError(
+            f"{module.__file__} needs one function that is annotated to return a {kind.__name__}, "
+            f"but has {listed}: name one as {Path(str(module.__file__)).name}:my_recipe."
+        )
+    return makes[0]
+
+
+def with_backbone(recipe: RecipeT, arguments: Sequence[str], option: str) -> tuple[RecipeT, Any]:
+    """Put the backbone that an option names, and its normalisation, into a recipe.
+
+    Args:
+        recipe: of detectors or of classifiers.
+        arguments: without the program's name.
+        option: such as "--model.backbone".
+
+    Returns:
+        The recipe, whose fields other arguments may still override, and these.
+
+    Raises:
+        UserError: the table has no such backbone.
+    """
+    names, rest = take(option, arguments)
+    if names:
+        entry = entry_of(names[-1])
+        model: Any = recipe.model  # type: ignore[attr-defined]
+        chosen = replace(model, backbone=entry.make(), mean=entry.mean, std=entry.std)
+        recipe = replace(recipe, model=chosen)  # type: ignore[type-var]
+    return recipe, rest
+
+
+def choices_help(option: str) -> str:
+    """Lines of a script's help on the options that are read here.
+
+    Args:
+        option: that chooses a backbone, such as "--model.backbone".
+    """
+    return (
+        f"{option} NAME takes another backbone, with the normalisation that it was pretrained "
+        f"with: {', '.join(backbones())}. --import MODULE_OR_FILE imports code of yours first."
+    )

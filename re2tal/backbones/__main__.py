@@ -1,0 +1,103 @@
+"""The table of backbones; published weights converted to ours; what rewiring makes of a backbone.
+
+    python -m re2tal.backbones
+    python -m re2tal.backbones convert SOURCE TARGET --backbone swin_t
+    python -m re2tal.backbones rewire swin_t --weights torchvision:swin3d_t/KINETICS400_V1
+
+SOURCE is a file of torchvision, mmaction2, PyTorchVideo or OpenTAD, or the name of weights of
+torchvision (torchvision:swin3d_t/KINETICS400_V1). Training takes SOURCE itself, too: conversion
+makes a file that is loaded without PyTorch's pickles, and prints what became of each weight. If
+anything does not fit, all of it is listed and the exit code is 1.
+
+Rewiring changes connections and no parameter, so finetuning and training take pretrained weights as
+they are, and rewire the backbone that they load them into: `rewire` writes nothing.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from re2tal.backbones.table import backbones
+from re2tal.backbones.weights import load_backbone_weights, save_backbone_weights
+from re2tal.reversible import rewire
+from re2tal.weights import WeightsMismatchError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.command is None:
+            return _list()
+        return _convert(options) if options.command == "convert" else _rewire(options)
+    except WeightsMismatchError as error:
+        listed = "".join(f"  {problem}\n" for problem in error.problems)
+        sys.stderr.write(f"{str(error).splitlines()[0]}\n{listed}")
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+    return 1
+
+
+def _list() -> int:
+    for name, entry in backbones().items():
+        weights = [*entry.weights, *(f"files of {layout.title}" for layout in entry.layouts)]
+        with torch.device("meta"):
+            built = entry.make().build()
+        facts = f"a {entry.input} of {built.multiple} n frames"
+        sys.stdout.write(f"{name}: {facts}, a feature for each {built.temporal_stride}\n")
+        sys.stdout.write(f"  mean {entry.mean}, deviation {entry.std}\n")
+        sys.stdout.write("".join(f"  weights: {known}\n" for known in weights))
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    backbone = backbones()[options.backbone].make().build()
+    report = load_backbone_weights(backbone, options.source)
+    facts = {"layout": report.layout, "source": Path(options.source).name}
+    save_backbone_weights(backbone, options.target, facts)
+    sys.stdout.write(f"{report}\n{options.target} is written.\n")
+    return 0
+
+
+def _rewire(options: argparse.Namespace) -> int:
+    backbone = backbones()[options.backbone].make().build()
+    if options.weights is not None:
+        load_backbone_weights(backbone, options.weights)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    report = rewire(backbone)
+    if options.weights is not None:
+        load_backbone_weights(backbone, options.weights)
+    after = backbone.state_dict()
+    same = before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    parameters = sum(parameter.numel() for parameter in backbone.parameters())
+    sys.stdout.write(f"{report}\n\n{parameters:,} parameters, ")
+    sys.stdout.write("each with its name and value\n" if same else "changed\n")
+    return 0 if same else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    description, _, rest = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m re2tal.backbones",
+        description=description,
+        epilog=rest.strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command")
+    convert = commands.add_parser("convert", help="write published weights as safetensors")
+    convert.add_argument("source", metavar="SOURCE", help="a file, or torchvision:MODEL/WEIGHTS")
+    convert.add_argument("target", metavar="TARGET", type=Path, help="the .safetensors file")
+    convert.add_argument(
+        "--backbone", required=True, choices=backbones(), help="what the weights are for"
+    )
+    shown = commands.add_parser("rewire", help="show what becomes reversible")
+    shown.add_argument("backbone", choices=backbones())
+    shown.add_argument("--weights", help="a file, or torchvision:MODEL/WEIGHTS; else random")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

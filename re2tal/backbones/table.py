@@ -1,0 +1,135 @@
+"""The table of backbones: a name stands for a network, how it is fed, and the weights that fit it.
+
+A family is one module of this package, whose functions enter themselves:
+
+    @backbone(weights=("torchvision:swin3d_t/KINETICS400_V1",), layouts=(VIDEO_SWIN,))
+    def swin_t() -> SwinConfig:
+        return SwinConfig()
+
+Nothing else has to know of it: every script reads this table. A module of a user's own enters its
+backbones in the same way, and is imported with `--import my_module`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Literal, TypeVar
+
+from torch import nn
+
+from re2tal.backbones.protocol import BackboneConfig
+from re2tal.errors import UserError
+from re2tal.weights import Colour
+
+# What torchvision's video models were trained with.
+IMAGENET_MEAN: Colour = (0.485, 0.456, 0.406)
+IMAGENET_STD: Colour = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Names that a library gives to the weights of a backbone.
+
+    Attributes:
+        title: what they are, for people.
+        mark: a name that every such file has and no other; what is in group 1 comes before all
+            names of the backbone, such as `backbone.`.
+        rename: gives a name, without what comes before it, ours, or None if it is unknown.
+        classifier: names of the classifier's weights if nothing sets them apart from the
+            backbone's.
+        may_lack: ends of the names of buffers that some versions did not write; the backbone keeps
+            its own.
+        note: what else one has to know to use them.
+        mean: of the frames that they were trained on, if it is not ImageNet's.
+        std: standard deviation of these frames, if it is not ImageNet's.
+        objection: says why a backbone would compute something else with these weights than they
+            were trained for, though they fit; None if it would not.
+    """
+
+    title: str
+    mark: re.Pattern[str]
+    rename: Callable[[str], str | None]
+    classifier: re.Pattern[str] | None = None
+    may_lack: tuple[str, ...] = ()
+    note: str = ""
+    mean: Colour | None = None
+    std: Colour | None = None
+    objection: Callable[[nn.Module], str | None] = lambda _: None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """A backbone that has a name.
+
+    Attributes:
+        name: on command lines.
+        make: gives its configuration.
+        input: "window" for any multiple of `Backbone.multiple` frames, "clip" for clips of a
+            fixed length only, of which no detector can be made that sees long windows.
+        mean: of red, green and blue in [0, 1] that it is pretrained with.
+        std: their standard deviation.
+        weights: names or paths of weights that fit it.
+        layouts: of files that others publish for it.
+    """
+
+    name: str
+    make: Callable[[], BackboneConfig]
+    input: Literal["clip", "window"] = "window"
+    mean: Colour = IMAGENET_MEAN
+    std: Colour = IMAGENET_STD
+    weights: tuple[str, ...] = ()
+    layouts: tuple[Layout, ...] = ()
+
+
+_ENTRIES: dict[str, Entry] = {}
+MakeT = TypeVar("MakeT", bound=Callable[[], BackboneConfig])
+
+
+def backbone(
+    *,
+    input: Literal["clip", "window"] = "window",  # noqa: A002 - the name of the field
+    mean: Colour = IMAGENET_MEAN,
+    std: Colour = IMAGENET_STD,
+    weights: tuple[str, ...] = (),
+    layouts: tuple[Layout, ...] = (),
+) -> Callable[[MakeT], MakeT]:
+    """Enter the function below into the table, under its own name; arguments as in `Entry`."""
+
+    def enter(make: MakeT) -> MakeT:
+        _ENTRIES[make.__name__] = Entry(
+            name=make.__name__,
+            make=make,
+            input=input,
+            mean=mean,
+            std=std,
+            weights=weights,
+            layouts=layouts,
+        )
+        return make
+
+    return enter
+
+
+def backbones() -> Mapping[str, Entry]:
+    """All entries by name: those of this package's modules, and of what else was imported."""
+    for module in iter_modules([str(Path(__file__).parent)], f"{__package__}."):
+        if not module.name.endswith("__main__"):
+            import_module(module.name)
+    return _ENTRIES
+
+
+def entry_of(name: str) -> Entry:
+    """Return the entry of a name.
+
+    Raises:
+        UserError: there is none.
+    """
+    known = backbones()
+    if name not in known:
+        raise UserError(f"There is no backbone {name!r}. Choose one of: {', '.join(known)}.")
+    return known[name]

@@ -1,0 +1,187 @@
+"""Weights of a backbone: read, recognised by their names, checked, converted, and written.
+
+    file                                          layout
+    torchvision's Video Swin, ours                (as they are)
+    mmaction2's, and the Video Swin authors'      `swin.py`
+    OpenTAD's Re2Swin                             `swin.py`
+    mmaction2's SlowFast                          `slowfast/published.py`
+    PyTorchVideo's SlowFast                       `slowfast/published.py`
+    OpenTAD's Re2SlowFast                         `slowfast/published.py`
+
+Names, shapes and what is computed were read in the sources of these libraries (mmaction2 1.2,
+Video-Swin-Transformer at db018fb, PyTorchVideo at f3142bb, OpenTAD at 3dd7b03). The published files
+themselves were not at hand: one that differs from its library's source is refused with the list of
+its differences.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.models import get_model_weights
+
+from re2tal.atomic import replacing
+from re2tal.backbones.table import Layout, backbones
+from re2tal.weights import WeightsMismatchError, WeightsReport, read_tensors
+
+CLASSIFIER = "of the classifier"
+_OUTSIDE = "not of the backbone"
+PREFIX = "torchvision:"
+
+
+def torchvision_weights(name: str) -> dict[str, Tensor]:
+    """Return weights of torchvision, downloaded the first time into the cache of `torch.hub`.
+
+    Args:
+        name: `torchvision:MODEL/WEIGHTS`, such as `torchvision:swin3d_t/KINETICS400_V1`.
+
+    Raises:
+        ValueError: if there are none of this name, listing those that there are, or they cannot be
+            downloaded.
+    """
+    model, _, wanted = name.removeprefix(PREFIX).partition("/")
+    try:
+        known = get_model_weights(model)
+    except ValueError as error:
+        raise ValueError(
+            f"torchvision has no model {model!r}, which {name} names. Video Swins are called "
+            "swin3d_t, swin3d_s and swin3d_b."
+        ) from error
+    if wanted not in known.__members__:
+        listed = ", ".join(f"{PREFIX}{model}/{key}" for key in known.__members__)
+        raise ValueError(f"torchvision has no weights {name}, but {listed}.")
+    weights = known[wanted]
+    try:
+        state: dict[str, Tensor] = weights.get_state_dict(
+            progress=False, check_hash=True, map_location="cpu", weights_only=True
+        )
+    except (OSError, RuntimeError) as error:  # no network, or not the file that was promised
+        raise ValueError(
+            f"{name} cannot be downloaded from {weights.url}: {error}. Without a network, copy the "
+            f"file to {torch.hub.get_dir()}/checkpoints, or give its path instead of its name."
+        ) from error
+    return state
+
+
+_OWN = Layout(
+    title="names of this backbone",
+    mark=re.compile(r"(?!)"),  # what has no mark is ours
+    rename=lambda name: name,
+    classifier=re.compile(r"head\."),  # torchvision's
+)
+
+
+def load_backbone_weights(backbone: nn.Module, source: str | Path) -> WeightsReport:
+    """Load weights into a backbone, rewired or not: rewiring keeps every name.
+
+    Args:
+        backbone: what they are for.
+        source: a file as for `read_tensors`, or the name of weights of torchvision, as in
+            `torchvision:swin3d_t/KINETICS400_V1`. Besides our own and torchvision's names, those of
+            every layout in the table of backbones are recognised.
+
+    Raises:
+        ValueError: it cannot be read; or it lists every weight that is missing, unknown or has
+            another shape (`WeightsMismatchError`). Nothing is loaded then.
+    """
+    named = str(source).startswith(PREFIX)
+    published = torchvision_weights(str(source)) if named else read_tensors(Path(source))
+    try:
+        layout, prefix = _recognise(tuple(published))
+    except ValueError as error:
+        raise ValueError(f"The weights in {source} cannot be used: {error}.") from error
+    shown = "" if layout is _OWN else f" (recognised as: {layout.title})"
+    state, report = _converted(
+        published, layout, prefix, backbone, what=f"The weights in {source}{shown}"
+    )
+    backbone.load_state_dict(state)
+    return report
+
+
+def save_backbone_weights(
+    backbone: nn.Module, path: str | Path, metadata: Mapping[str, str]
+) -> None:
+    """Write a backbone's weights as safetensors, under another name until the file is whole.
+
+    Args:
+        backbone: whose weights.
+        path: the file; it is replaced.
+        metadata: facts to keep with them, such as the command and what it reached.
+    """
+    state = {name: v.detach().cpu().contiguous() for name, v in backbone.state_dict().items()}
+    with replacing(path) as partial:
+        save_file(state, partial, metadata=dict(metadata))
+
+
+def _recognise(names: Sequence[str]) -> tuple[Layout, str]:
+    """The layout of a file with weights of these names, and what comes before each of them."""
+    layouts = dict.fromkeys(layout for entry in backbones().values() for layout in entry.layouts)
+    found = [(layout, m[1]) for layout in layouts for n in names if (m := layout.mark.fullmatch(n))]
+    if len(found) > 1:
+        listed = ", ".join(f"{layout.title} at {prefix!r}" for layout, prefix in found)
+        raise ValueError(f"it holds several backbones: {listed}. Keep the weights of one")
+    return found[0] if found else (_OWN, "")
+
+
+def _converted(
+    published: Mapping[str, Tensor], layout: Layout, prefix: str, backbone: nn.Module, what: str
+) -> tuple[dict[str, Tensor], WeightsReport]:
+    """All weights and buffers of the backbone by our names, and the report."""
+    placed: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    problems: list[str] = []
+    for name in published:
+        inner = name.removeprefix(prefix)
+        if not name.startswith(prefix):
+            left_out[name] = _OUTSIDE
+        elif layout.classifier is not None and layout.classifier.match(inner):
+            left_out[name] = CLASSIFIER
+        elif ours := layout.rename(inner):
+            placed[name] = ours
+        else:
+            problems.append(f"{name} is unknown")
+    own = backbone.state_dict()
+    kept = sorted(n for n in own.keys() - placed.values() if n.endswith(layout.may_lack))
+    problems += _mismatches(own, placed, published, kept)
+    if objection := layout.objection(backbone):
+        problems.insert(0, objection)
+    if problems:
+        raise WeightsMismatchError(what, backbone, problems)
+    state = {ours: published[theirs] for theirs, ours in placed.items()}
+    state |= {name: own[name] for name in kept}
+    return state, WeightsReport(
+        layout=layout.title,
+        placed=placed,
+        left_out=left_out,
+        kept=kept,
+        note=layout.note,
+        mean=layout.mean,
+        std=layout.std,
+    )
+
+
+def _mismatches(
+    own: Mapping[str, Tensor],
+    placed: Mapping[str, str],
+    published: Mapping[str, Tensor],
+    kept: Sequence[str],
+) -> Iterator[str]:
+    times = Counter(placed.values())
+    theirs = {ours: name for name, ours in placed.items()}
+    for ours in sorted((own.keys() | theirs.keys()) - set(kept)):
+        if ours not in theirs:
+            yield f"{ours} is missing"
+            continue
+        name = theirs[ours]
+        called = name if name == ours else f"{name} (here {ours})"
+        if ours not in own:
+            yield f"{called} is unknown"
+        elif times[ours] > 1:
+            yield f"{called} is there {times[ours]} times, under different names"
+        elif own[ours].shape != published[name].shape:
+            shapes = tuple(published[name].shape), tuple(own[ours].shape)
+            yield f"{called} has shape {shapes[0]} instead of {shapes[1]}"

@@ -1,0 +1,156 @@
+"""Reading files of weights, and the report or the refusal that follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+Colour = tuple[float, float, float]
+"""Red, green and blue in [0, 1]."""
+
+_LISTED = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightsReport:
+    """Account of the weights of a file.
+
+    Attributes:
+        layout: what they were recognised as.
+        placed: the file's names and ours.
+        left_out: the file's names and why they were not used.
+        kept: weights that the file lacks, and the network has by itself.
+        note: what else one has to know to use them.
+        mean: of the frames that they were trained on, if it is known not to be ImageNet's.
+        std: standard deviation of these frames, if it is known not to be ImageNet's.
+    """
+
+    layout: str
+    placed: Mapping[str, str]
+    left_out: Mapping[str, str]
+    kept: Sequence[str]
+    note: str = ""
+    mean: Colour | None = None
+    std: Colour | None = None
+
+    def require_normalization(self, mean: Colour, std: Colour, *, option: str) -> None:
+        """Check that frames are normalized as those that the weights were trained on.
+
+        Args:
+            mean: mean of the frames that the network is given.
+            std: their standard deviation.
+            option: what comes before `mean` and `std` on the command line, such as `--model.`.
+
+        Raises:
+            ValueError: if they are normalized by other values, with the options to give.
+        """
+        wanted = ((self.mean, mean, "mean"), (self.std, std, "std"))
+        if all(own is None or own == given for own, given, _ in wanted):
+            return
+        needed = [f"{option}{n} {' '.join(map(str, own))}" for own, _, n in wanted if own]
+        raise ValueError(
+            f"{self.layout} was trained on frames that were normalized by other values than "
+            f"{mean} and {std}: add {' '.join(needed)}."
+        )
+
+    @property
+    def summary(self) -> str:
+        """The layout and how many weights were placed, left out and kept."""
+        counts = f"{len(self.placed)} placed, {len(self.left_out)} left out"
+        return f"{self.layout}: {counts}, {len(self.kept)} kept"
+
+    def __str__(self) -> str:
+        """Every name on a line of its own."""
+        lines = [self.summary]
+        lines += [f"  {theirs} -> {ours}" for theirs, ours in self.placed.items()]
+        lines += [f"  {theirs} left out: {reason}" for theirs, reason in self.left_out.items()]
+        lines += [f"  {ours} kept: the file has none" for ours in self.kept]
+        return "\n".join([*lines, *([self.note] if self.note else [])])
+
+
+class WeightsMismatchError(ValueError):
+    """Weights do not fit a network.
+
+    Attributes:
+        problems: all of them; the message lists the first few.
+    """
+
+    def __init__(self, what: str, network: object, problems: Sequence[str]) -> None:
+        listed = "".join(f"\n  {problem}" for problem in problems[:_LISTED])
+        rest = len(problems) - _LISTED
+        more = f"\n  ... and {rest} more" if rest > 0 else ""
+        super().__init__(
+            f"{what} are not those of this {type(network).__name__}: {len(problems)} do not fit. "
+            f"Is it another size, or were they trained with other settings?{listed}{more}"
+        )
+        self.problems = tuple(problems)
+
+
+# Where the libraries keep the weights, the first that is there: OpenTAD and ActionFormer evaluate
+# with the averaged ones, the others have one kind.
+_NESTED = ("state_dict_ema", "state_dict", "model_state")
+
+# Checkpoints of mmcv keep the best score so far as a NumPy number. These make numbers out of bytes,
+# under the names of NumPy 1 and 2.
+_SCALAR: Any = np.float64(0).__reduce__()[0]
+_NUMBERS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    np.dtypes.Float64DType,
+    np.dtypes.Float32DType,
+    np.dtypes.Int64DType,
+]
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the weights in a file.
+
+    Args:
+        path: `.safetensors`, or a file that `torch.save` wrote: a dictionary of tensors, or a
+            checkpoint of mmaction2, PyTorchVideo, OpenTAD, ActionFormer or VSGN that holds one. It
+            is read without unpickling anything but tensors and plain values.
+
+    Raises:
+        ValueError: if it cannot be read, or holds no weights.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with safe_globals(_NUMBERS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:  # torch's own message advises to switch the check off
+        raise ValueError(
+            f"The weights in {path} cannot be read: the file is damaged, or holds more than "
+            f"tensors and plain values{_refused(path)}, which is not loaded because it could run "
+            "code. If you trust it, write its tensors alone to another file where it was made: "
+            'torch.save(checkpoint["state_dict"], file).'
+        ) from error
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"The weights in {path} cannot be read: {error}") from error
+    for key in _NESTED:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"{path} holds no weights: a dictionary of tensors is needed.")
+    return dict(content)
+
+
+def _refused(path: Path) -> str:
+    try:
+        with safe_globals(_NUMBERS):
+            names = get_unsafe_globals_in_checkpoint(path)
+    except (ValueError, RuntimeError, UnpicklingError):  # of a form that torch cannot look into
+        return ""
+    return f" ({', '.join(sorted(names))})" if names else ""

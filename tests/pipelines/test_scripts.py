@@ -1,0 +1,39 @@
+"""Scripts: names that nothing else has, and the code of their own checkout."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("folder", ["pipelines", "sweeps"])
+def test_no_script_hides_a_module_of_python_or_of_a_dependency(folder: str) -> None:
+    """A script's folder comes first on its path."""
+    names = {path.stem for path in (ROOT / folder).iterdir() if path.suffix in ("", ".py")}
+    assert "train" in names or folder == "sweeps"
+    others = {name for name, owners in packages_distributions().items() if owners != ["re2tal"]}
+    assert not names & (sys.stdlib_module_names | others)
+
+
+@pytest.mark.parametrize("folder", ["pipelines", "sweeps"])
+def test_a_script_refuses_the_code_of_another_checkout(folder: str, tmp_path: Path) -> None:
+    for name in ("re2tal", folder):
+        (tmp_path / name).mkdir()
+    script = tmp_path / folder / "script.py"
+    script.write_text("import pipelines\nprint('ran')\n")
+    done = subprocess.run(
+        [sys.executable, script],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert f"{script} would run the code of another checkout, {ROOT}" in done.stderr
