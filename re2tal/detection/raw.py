@@ -21,16 +21,8 @@ from torch import Tensor
 
 from re2tal.atomic import replacing
 from re2tal.detection.segments import Detections
+from re2tal.errors import shortened
 from re2tal.json_files import FileError
-
-_LISTED = 10
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first ten names, and how many there are besides: `a, b, c and 5 more`."""
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
-
 
 _TENSORS = ("segments", "scores", "labels", "counts")
 _NAMES = ("videos", "classes")
@@ -124,7 +116,7 @@ def _misnamed(names: Mapping[str, Any]) -> Iterator[str]:
         if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
             yield f'"{kind}" must be a JSON list of names (found {found!r:.60})'
         elif twice := sorted({name for name in found if found.count(name) > 1}):
-            yield f'"{kind}" has names more than once: {listed(twice)}'
+            yield f'"{kind}" has names more than once: {', '.join(shortened(twice, 10))}'
 
 
 def _misfits(tensors: Mapping[str, Tensor], names: Mapping[str, Sequence[str]]) -> Iterator[str]:
@@ -206,7 +198,7 @@ def _check_videos(runs: Sequence[Mapping[str, Detections]]) -> None:
     for number, run in enumerate(runs):
         missing = [video_id for video_id in everything if video_id not in run]
         if missing:
-            problems.append(f"run {number} lacks {listed(missing)}")
+            problems.append(f"run {number} lacks {', '.join(shortened(missing, 10))}")
     if problems:
         raise ValueError(
             "The runs of an ensemble must have predictions of the same videos (maybe empty ones), "

@@ -29,8 +29,8 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, Validation
 from torch import Tensor
 
 from re2tal.detection.files import read_json
-from re2tal.detection.raw import listed
 from re2tal.detection.segments import Detections
+from re2tal.errors import shortened
 from re2tal.json_files import FileError, in_words
 
 _PREFIX = "v_"
@@ -61,7 +61,7 @@ class VideoScores:
         if wrong:
             raise ValueError(
                 f"Videos need a score of each of the {len(self.classes)} classes, finite and not "
-                f"negative, but {listed(wrong)} have others."
+                f"negative, but {', '.join(shortened(wrong, 10))} have others."
             )
 
     def get(self, video_id: str) -> Tensor | None:
@@ -172,7 +172,7 @@ def fuse_videos(
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(proposals)} videos have no video-level scores: "
-            f"{listed(missing)}. Leave them out of the proposals, or use the "
+            f"{', '.join(shortened(missing, 10))}. Leave them out of the proposals, or use the "
             "scores of their subset."
         )
     return {

@@ -1,4 +1,4 @@
-"""Ground truth and predictions of all videos in two tables, checked."""
+"""Ground truth and predictions of all videos in two checked tables, and which matches which."""
 
 from __future__ import annotations
 
