@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipelines.core.figures import timeline
+from pipelines.core.figures import Timeline, timelines
 from pipelines.core.storage import file_size, read_bytes
 from re2tal.atomic import replacing
 from re2tal.detection.files import srt, webvtt, write_rows
@@ -280,7 +280,8 @@ def _write_csv(path: Path, results: Mapping[str, Sequence[Mapping[str, Any]]]) -
 
 
 def _draw(path: Path, record: Record, classes: Sequence[str]) -> None:
-    figure = timeline(record.video_id, record.detections, record.duration, classes)
+    shown = Timeline(duration=record.duration, found=record.detections)
+    figure = timelines({record.video_id: shown}, classes)
     with replacing(path) as partial, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(partial, format="png", dpi=120)

@@ -10,10 +10,12 @@ import torch.distributed as dist
 from pipelines.core.metric_names import safe_names
 from pipelines.data.batches import Batch, Video
 from re2tal.detection.evaluation import (
+    ClassRecall,
     MapResult,
     ProposalRecall,
     average_recall,
     mean_average_precision,
+    recall_at,
 )
 from re2tal.detection.segments import Detections
 from re2tal.detector import Detector
@@ -155,6 +157,23 @@ def map_metrics(result: MapResult, classes: Sequence[str]) -> dict[str, float]:
     return metrics
 
 
+def instance_recall_metrics(result: ClassRecall) -> dict[str, float]:
+    """Names the numbers of Recall@kx for MLflow, which takes no "@" in names.
+
+    Args:
+        result: recall by threshold and number of predictions an instance.
+
+    Returns:
+        `val/recall_1x` (mean over thresholds), `val/recall_1x/tiou_0.50`, ...
+    """
+    metrics = {}
+    for k, of_k in zip(result.ks, result.recall.T, strict=True):
+        metrics[f"val/recall_{k}x"] = float(of_k.mean())
+        for threshold, value in zip(result.thresholds, of_k, strict=True):
+            metrics[f"val/recall_{k}x/tiou_{float(threshold):.2f}"] = float(value)
+    return metrics
+
+
 def evaluate(
     detections: Mapping[str, Detections],
     videos: Sequence[Video],
@@ -162,14 +181,42 @@ def evaluate(
     thresholds: Sequence[float],
     *,
     ignore_ambiguous: bool = False,
+    ks: Sequence[int] = (),
 ) -> dict[str, float]:
-    """Compares detections with the annotations, as `precision` does.
+    """Compares detections with the annotations, as `precision` and `instance_recall` do.
 
     Returns:
-        Metrics by the names of `map_metrics`.
+        Metrics by the names of `map_metrics` and `instance_recall_metrics`.
     """
     result = precision(detections, videos, classes, thresholds, ignore_ambiguous=ignore_ambiguous)
-    return map_metrics(result, classes)
+    recall = instance_recall(detections, videos, classes, thresholds, ks=ks)
+    return map_metrics(result, classes) | (instance_recall_metrics(recall) if recall else {})
+
+
+def instance_recall(
+    detections: Mapping[str, Detections],
+    videos: Sequence[Video],
+    classes: Sequence[str],
+    thresholds: Sequence[float],
+    *,
+    ks: Sequence[int],
+) -> ClassRecall | None:
+    """Recall@kx of detections, where it is asked for.
+
+    Args:
+        detections: video id to detections in seconds.
+        videos: annotated videos.
+        classes: class names.
+        thresholds: tIoU thresholds.
+        ks: each k.
+
+    Returns:
+        Recall by class, threshold and k; None without any k.
+    """
+    if not ks:
+        return None
+    truth = ground_truth(videos, classes)
+    return recall_at(truth, detections, num_classes=len(classes), ks=ks, thresholds=thresholds)
 
 
 def precision(

@@ -116,7 +116,8 @@ def _misnamed(names: Mapping[str, Any]) -> Iterator[str]:
         if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
             yield f'"{kind}" must be a JSON list of names (found {found!r:.60})'
         elif twice := sorted({name for name in found if found.count(name) > 1}):
-            yield f'"{kind}" has names more than once: {', '.join(shortened(twice, 10))}'
+            names_twice = ", ".join(shortened(twice, 10))
+            yield f'"{kind}" has names more than once: {names_twice}'
 
 
 def _misfits(tensors: Mapping[str, Tensor], names: Mapping[str, Sequence[str]]) -> Iterator[str]:

@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from re2tal.errors import shortened
+
 # What DataParallel puts before each name.
 _PREFIX = "module."
 _LISTED = 10
@@ -75,12 +77,10 @@ def fitted(
     """
     problems = list(_problems(wanted, given))
     if problems:
-        listed = "\n".join(f"  {problem}" for problem in problems[:_LISTED])
-        rest = len(problems) - _LISTED
-        more = f"\n  ... and {rest} more" if rest > 0 else ""
+        listed = "\n".join(f"  {line}" for line in shortened(problems, _LISTED))
         raise ValueError(
             f"The weights in {source} are not those of this {localizer}: {len(problems)} do not "
-            f"fit. Was it trained with other settings?\n{listed}{more}"
+            f"fit. Was it trained with other settings?\n{listed}"
         )
     return {
         name: given[name] if value is None else given[name].reshape(value.shape)
