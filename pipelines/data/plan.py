@@ -6,14 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from pipelines.config.annotations import AnnotationConfig, ScoredAnnotationConfig
+from pipelines.config.annotations import ACTION, AnnotationConfig, ScoredAnnotationConfig
 from pipelines.config.recipe import DataConfig
 from pipelines.core.storage import list_files, local_copy, require
 from pipelines.data.batches import Video
 from pipelines.data.features import Features
 from pipelines.data.shards import FoundVideos, find_in_shards, read_manifest
 from pipelines.data.videos import Probe, probe_files
-from pipelines.training.model import ACTION
 from re2tal.annotations import Annotations, VideoAnnotation
 from re2tal.datasets import check_durations, load_annotations, read_ids
 from re2tal.detection.video_scores import VideoScores, load_video_scores

@@ -9,7 +9,7 @@ import ray
 import torch
 import tyro
 
-from pipelines.config.annotations import ScoredAnnotationConfig
+from pipelines.config.annotations import ACTION, ScoredAnnotationConfig
 from pipelines.core.cluster import init_ray
 from pipelines.core.models import local_detector
 from pipelines.core.storage import list_files, local_copy, require
@@ -31,7 +31,6 @@ from pipelines.inference.report import (
     write_evaluation,
 )
 from pipelines.training.detection import DETECTIONS_FILE, RAW_FILE
-from pipelines.training.model import ACTION
 from re2tal.detection.evaluation.matching import checked_levels
 from re2tal.detection.files import read_detections, write_detections
 from re2tal.detection.raw import ensemble, read_raw

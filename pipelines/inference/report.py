@@ -22,8 +22,8 @@ from pipelines.training.validation import (
     precision,
     recall_metrics,
 )
+from re2tal.annotations import Characteristics
 from re2tal.atomic import replacing
-from re2tal.datasets import Characteristics
 from re2tal.detection.diagnosis import Diagnosis, tables
 from re2tal.detection.diagnosis import metrics as diagnosis_metrics
 from re2tal.detection.evaluation import ClassRecall, MapResult, ProposalRecall, average_recall

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pipelines.config.annotations import ACTION
 from pipelines.config.recipe import AnyRecipe, BackboneModelConfig, CompiledPart, Recipe
 from pipelines.data.streaming import store_needed
 from re2tal.backbones.checkpoint import load_backbone_weights
@@ -85,10 +86,6 @@ def prepare(detector: Detector, weights: str | Path | None, config: BackboneMode
     if config.slice_mb is not None:
         set_slice_bytes(detector, config.slice_mb * 2**20)
     freeze(detector, config)
-
-
-# The one class of a class-agnostic detector.
-ACTION = "action"
 
 
 def detected_classes(recipe: Recipe, classes: Sequence[str]) -> tuple[str, ...]:

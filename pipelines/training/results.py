@@ -24,7 +24,7 @@ from pipelines.training.checkpoints import DETECTOR_FOLDER
 from pipelines.training.detection import DETECTIONS_FILE, RAW_FILE
 from pipelines.training.model import reported_classes
 from pipelines.training.validation import ground_truth
-from re2tal.datasets import Characteristics
+from re2tal.annotations import Characteristics
 from re2tal.detection.diagnosis import Diagnosis, diagnose, tables
 from re2tal.detection.diagnosis import metrics as diagnosis_metrics
 from re2tal.detection.files import read_detections, rows

@@ -22,8 +22,6 @@ from re2tal.datasets.published import (
     MULTITHUMOS,
     THUMOS14,
     THUMOS_BINS,
-    Bins,
-    Characteristics,
     Dataset,
     Fault,
 )
@@ -43,8 +41,6 @@ __all__ = [
     "MULTITHUMOS",
     "THUMOS14",
     "THUMOS_BINS",
-    "Bins",
-    "Characteristics",
     "Dataset",
     "Fault",
     "check_durations",

@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-import numpy as np
-from numpy.typing import NDArray
-
+from re2tal.annotations import Bins, Characteristics
 from re2tal.datasets.forms import (
     ACTIVITYNET_JSON,
     CLASS_FILES,
@@ -28,49 +26,6 @@ class Fault(Enum):
     REVERSED = "is reversed: it ends before it starts"
     EARLY = "starts before the video does"
     LATE = "reaches past the video's duration"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bins:
-    """Intervals of a characteristic, open below and closed above.
-
-    Bin i holds values in `(edges[i - 1], edges[i]]`; the first and the last have no outer limit.
-
-    Attributes:
-        edges: B - 1 inner limits, rising.
-        names: B names.
-    """
-
-    edges: tuple[float, ...]
-    names: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.names) != len(self.edges) + 1 or list(self.edges) != sorted(set(self.edges)):
-            raise ValueError(
-                f"Bins need rising inner limits and one name more than those, but got "
-                f"{self.edges} and {self.names}."
-            )
-
-    def place(self, values: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Index of the bin of each of the `values` `(N,)`."""
-        return np.searchsorted(self.edges, values, side="left")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Characteristics:
-    """Bins of the characteristics of an instance, for the diagnosis of a detector's errors.
-
-    Attributes:
-        coverage: An instance's length as a share of its video's duration. Instances that are
-            annotated beyond their video's end fall into the last bin (DETAD drops them).
-        length: In seconds.
-        instances: Number of instances of any class in the instance's video, as DETAD's own
-            annotation files count them.
-    """
-
-    coverage: Bins
-    length: Bins
-    instances: Bins
 
 
 _FIVE = ("XS", "S", "M", "L", "XL")

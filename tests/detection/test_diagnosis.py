@@ -4,12 +4,14 @@ import itertools
 import json
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from re2tal.datasets import ACTIVITYNET_BINS, THUMOS_BINS, Bins
+from re2tal.annotations import Bins
+from re2tal.datasets import ACTIVITYNET_BINS, THUMOS_BINS
 from re2tal.detection import Detections, mean_average_precision
 from re2tal.detection.diagnosis import (
     ERRORS,
@@ -31,6 +33,9 @@ BIN_NAMES = {
 LIMITS = {"coverage": (0.2, 0.4, 0.6, 0.8), "length": (30, 60, 120, 180), "instances": (1, 4, 8)}
 
 
+diagnosed = partial(diagnose, characteristics=ACTIVITYNET_BINS)
+
+
 def by_video(rows: list[Instance] | list[Guess]) -> dict[str, Detections]:
     videos: dict[str, list[tuple[float, ...]]] = {}
     for video, start, end, label, *score in rows:
@@ -46,7 +51,7 @@ def run(
     truth: list[Instance], guesses: list[Guess], thresholds: tuple[float, ...] = (0.5,)
 ) -> Diagnosis:
     durations = {row[0]: 200.0 for row in truth}
-    return diagnose(
+    return diagnosed(
         by_video(truth), by_video(guesses), durations, num_classes=4, thresholds=thresholds
     )
 
@@ -349,7 +354,9 @@ def test_what_cannot_be_diagnosed_says_so() -> None:
     guess: list[Guess] = [("a", 0.0, 1.0, 0, 0.5)]
     for durations in ({}, {"a": 0.0}):
         with pytest.raises(ValueError, match="'a' has instances but no positive duration"):
-            diagnose(by_video([("a", 0.0, 1.0, 0)]), {}, durations, num_classes=1, thresholds=[0.5])
+            diagnosed(
+                by_video([("a", 0.0, 1.0, 0)]), {}, durations, num_classes=1, thresholds=[0.5]
+            )
     with pytest.raises(ValueError, match="nothing to diagnose"):
         run([("a", 3.0, 3.0, 0)], guess)
     with pytest.raises(ValueError, match=r"lie in \(0, 1\]"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from re2tal.datasets.published import Bins, Characteristics
+from re2tal.annotations import Bins, Characteristics
 from re2tal.detection.evaluation.matching import (
     Bools,
     Floats,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from re2tal.datasets.published import ACTIVITYNET_BINS, Characteristics
+from re2tal.annotations import Characteristics
 from re2tal.detection.diagnosis.errors import (
     ERRORS,
     GROUPS,
@@ -56,7 +56,7 @@ def diagnose(
     *,
     num_classes: int,
     thresholds: Sequence[float],
-    characteristics: Characteristics = ACTIVITYNET_BINS,
+    characteristics: Characteristics,
 ) -> Diagnosis:
     """Diagnose detections in the manner of DETAD (Alwassel et al., ECCV 2018).
 
@@ -69,7 +69,8 @@ def diagnose(
         durations: seconds of every video with instances.
         num_classes: C; labels are 0 to C - 1.
         thresholds: K tIoU thresholds in (0, 1].
-        characteristics: how length, coverage and number of instances are cut into bins.
+        characteristics: bins of length, coverage and number of instances, as of a data set's
+            record.
 
     Returns:
         The diagnosis.
