@@ -1,4 +1,4 @@
-"""Each of the seven data sets in the layout in which it is published, with its own quirks."""
+"""Each of the seven data sets in the layout in which it is published, with its own faults."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from re2tal.annotations import AnnotationError, Instance, VideoAnnotation
-from re2tal.datasets import DATASETS, FINEACTION, HACS_SEGMENTS, MULTITHUMOS, load_annotations
+from re2tal.datasets import FINEACTION, HACS_SEGMENTS, MULTITHUMOS, load_annotations
 from re2tal.datasets.__main__ import main
 from tests.videos import published_layouts as layouts
 
@@ -18,7 +18,7 @@ def segments(instances: Sequence[Instance]) -> list[tuple[float, float]]:
 
 
 def problems_of(path: Path) -> int:
-    """How many problems a file has for whom is told of no quirks."""
+    """Number of problems that a file has without the record of its data set."""
     with pytest.raises(AnnotationError) as caught:
         load_annotations(path)
     return len(caught.value.problems)
@@ -182,7 +182,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dataset", sorted(DATASETS))
+@pytest.mark.parametrize("dataset", sorted(CASES))
 def test_the_command_describes(
     dataset: str,
     tmp_path: Path,
