@@ -41,7 +41,7 @@ class ProbeConfig(AnnotationConfig):
 
 
 def probe_collection(config: ProbeConfig) -> pa.Table:
-    """Opens the videos and writes the table.
+    """Open the videos and write the table.
 
     Args:
         config: what to look at.
@@ -90,7 +90,7 @@ def _show(done: int, total: int) -> None:
 
 
 def parse(arguments: Sequence[str]) -> ProbeConfig:
-    """Reads the command line.
+    """Read the command line.
 
     Args:
         arguments: without the program's name.

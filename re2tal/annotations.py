@@ -43,7 +43,7 @@ class VideoAnnotation:
 
     @property
     def evaluated(self) -> tuple[Instance, ...]:
-        """What detections are compared with: the instances as published."""
+        """Instances as published, with which detections are compared."""
         return self.instances if self.published is None else self.published
 
 
@@ -57,7 +57,7 @@ class Exclusion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Repair:
-    """What was done to one instance so that the data set could be used.
+    """Change of one instance without which the data set could not be used.
 
     Attributes:
         instance: The instance as the file has it or, where `action` is "added", would have it.

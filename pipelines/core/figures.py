@@ -20,7 +20,7 @@ _COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
 def curves(
     loss: Sequence[tuple[int, float]], quality: Mapping[str, Sequence[tuple[int, float]]]
 ) -> Figure:
-    """Draws the training loss and the validation mAP over the steps.
+    """Draw the training loss and the validation mAP over the steps.
 
     Args:
         loss: step and loss.
@@ -74,7 +74,7 @@ class Timeline:
 
 
 def timelines(videos: Mapping[str, Timeline], classes: Sequence[str]) -> Figure:
-    """Draws the detections of videos, a strip a video with a lane for each class that occurs.
+    """Draw the detections of videos, a strip a video with a lane for each class that occurs.
 
     The lower a score, the fainter its bar. With annotations, an instance is a hatched bar above the
     detections of its lane.
@@ -163,7 +163,7 @@ def pictures(diagnosis: Diagnosis) -> dict[str, Figure]:
 
 
 def false_positives(diagnosis: Diagnosis) -> Figure:
-    """Draws what the top predictions are, and what mAP_N gains without each kind of error."""
+    """Draw the kinds of the top predictions, and the gain of mAP_N without each kind of error."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     shares = 100 * np.nan_to_num(diagnosis.false_positives.shares.mean(axis=0))  # (10, 6)
@@ -193,7 +193,7 @@ def false_positives(diagnosis: Diagnosis) -> Figure:
 
 
 def sensitivity(diagnosis: Diagnosis) -> Figure:
-    """Draws mAP_N over the bins of each characteristic, and the range relative to overall mAP_N."""
+    """Draw mAP_N over the bins of each characteristic, and the range relative to overall mAP_N."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(4, 1))
     overall = 100 * float(diagnosis.mAP.mean())
@@ -224,7 +224,7 @@ def sensitivity(diagnosis: Diagnosis) -> Figure:
 
 
 def false_negatives(diagnosis: Diagnosis) -> Figure:
-    """Draws the share of instances missed in each bin, and in pairs of coverage and length."""
+    """Draw the share of instances missed in each bin, and in pairs of coverage and length."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     missed = diagnosis.false_negatives

@@ -22,7 +22,7 @@ from re2tal.videos.files import match_videos
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What a run works on.
+    """Classes and videos that a run works on.
 
     Attributes:
         classes: names of the action classes, sorted.
@@ -112,7 +112,7 @@ def read_annotations(config: AnnotationConfig, *, prefix: str = "--data.") -> An
 def _find(
     config: DataConfig, folder: str, video_ids: Sequence[str], fingerprint: str, probe: Probe
 ) -> FoundVideos:
-    """Finds videos in shards or as files, those that can be used and those that cannot."""
+    """Find videos in shards or as files, those that can be used and those that cannot."""
     manifest = read_manifest(folder)
     if manifest is not None:
         return find_in_shards(
@@ -132,7 +132,7 @@ def _find(
 
 
 def _find_features(features: Features, videos: Sequence[VideoAnnotation]) -> FoundVideos:
-    """Finds the features of videos."""
+    """Find the features of videos."""
     missing = features.missing(video.video_id for video in videos)
     found = {video.video_id for video in videos} - missing.keys()
     return FoundVideos(
@@ -181,7 +181,7 @@ def all_failures(
 def check_failures(
     failures: Mapping[str, str], total: int, max_failed: float, *, prefix: str = "--data."
 ) -> None:
-    """Stops a run of which too many videos failed.
+    """Stop a run of which too many videos failed.
 
     Args:
         failures: video id to reason.
@@ -205,7 +205,7 @@ def check_failures(
 
 
 def make_plan(config: DataConfig, annotations: Annotations, *, probe: Probe = probe_files) -> Plan:
-    """Finds and checks the videos or their features, and decides what a run works on.
+    """Find and check the videos or their features, and decide what a run works on.
 
     Every file of a video is opened once, by default in parallel with Ray Data; the plan holds only
     those that could be. What lies in shards was decoded when they were made, and is not opened.

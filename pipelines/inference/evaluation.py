@@ -46,7 +46,7 @@ _RAW = Path(RAW_FILE).suffix
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig(ScoredAnnotationConfig):
-    """What to evaluate, and against what.
+    """Detections or detector, and the annotations that they are compared with.
 
     Attributes:
         detections: file of detections (JSON), or raw detections of one run or of several, which

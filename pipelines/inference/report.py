@@ -32,7 +32,7 @@ from re2tal.detection.segments import Detections
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Labelled:
-    """What is evaluated against what.
+    """Detections, and the annotations that they are compared with.
 
     Attributes:
         plan: the annotated videos; of class-agnostic proposals without video scores, all their

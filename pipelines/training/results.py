@@ -1,4 +1,4 @@
-"""What is left of a run when it ends: the best checkpoint as a model, pictures, a table."""
+"""Results of a run when it ends: the best checkpoint as a model, pictures, a table."""
 
 import json
 import shlex
@@ -40,7 +40,7 @@ def _history(run: Run, name: str) -> list[tuple[int, float]]:
 
 
 def log_model(run: Run, detector: Path, **files: Path) -> str:
-    """Logs a saved detector as an MLflow model that loads without this run's process.
+    """Log a saved detector as an MLflow model that loads without this run's process.
 
     Args:
         run: the run it belongs to.
@@ -66,7 +66,7 @@ def log_model(run: Run, detector: Path, **files: Path) -> str:
 
 
 def log_pictures(run: Run, plan: Plan, detections: Mapping[str, Detections]) -> None:
-    """Logs the curves, and timelines of some validation videos.
+    """Log the curves, and timelines of some validation videos.
 
     Args:
         run: the run, with its metrics sent; without those that did not arrive there are no curves.
@@ -88,7 +88,7 @@ def log_pictures(run: Run, plan: Plan, detections: Mapping[str, Detections]) -> 
 
 
 def timelines_of(plan: Plan, detections: Mapping[str, Detections]) -> Figure:
-    """Draws what was found in some validation videos, and what is there.
+    """Draw detections and annotated instances of some validation videos.
 
     Args:
         plan: classes and validation videos.
@@ -113,7 +113,7 @@ def diagnosis_of(
     thresholds: Sequence[float],
     bins: Characteristics,
 ) -> Diagnosis:
-    """Finds out what kinds of errors there are, what mAP depends on and what is missed.
+    """Diagnose kinds of errors, what mAP depends on and what is missed.
 
     Args:
         plan: classes and validation videos.
@@ -132,7 +132,7 @@ def diagnosis_of(
 
 
 def log_diagnosis(run: Run, diagnosis: Diagnosis) -> None:
-    """Logs a diagnosis: metrics and pictures, and the numbers behind them.
+    """Log a diagnosis: metrics and pictures, and the numbers behind them.
 
     The numbers are in `diagnosis/<table>.json`.
 
@@ -148,7 +148,7 @@ def log_diagnosis(run: Run, diagnosis: Diagnosis) -> None:
 
 
 def log_results(recipe: Recipe, plan: Plan, run: Run, result: ray.train.Result) -> None:
-    """Logs the best checkpoint as a model, its detections, pictures and what its errors are.
+    """Log the best checkpoint as a model, its detections, pictures and what its errors are.
 
     Args:
         recipe: the run's configuration.
@@ -186,7 +186,7 @@ def _open_command(run: Run) -> str:
 
 
 def print_summary(recipe: Recipe, plan: Plan, run: Run, *, seconds: float) -> None:
-    """Prints what a run reached, what it took, and where it is.
+    """Print the quality of a run, its time and memory, and its place in MLflow.
 
     Args:
         recipe: the configuration.

@@ -27,7 +27,7 @@ PROPOSALS = (1, 5, 10, 100)
 
 
 def gather(value: Any) -> list[Any]:
-    """Collects a picklable value of every worker, by rank; without workers, just this one's."""
+    """Collect a picklable value of every worker, by rank; without workers, just this one's."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -44,7 +44,7 @@ def validation_share(
     rank: int,
     world_size: int,
 ) -> list[Window]:
-    """Returns the sliding windows of every world_size-th video, from the rank-th on.
+    """Return the sliding windows of every world_size-th video, from the rank-th on.
 
     Args:
         videos: all validation videos.
@@ -62,7 +62,7 @@ def validation_share(
 def detect_windows(
     detector: Detector, batches: Iterable[Batch], durations: Mapping[str, float]
 ) -> tuple[dict[str, Detections], dict[str, str]]:
-    """Runs a detector over windows and puts those of each video together.
+    """Run a detector over windows and put those of each video together.
 
     Args:
         detector: in evaluation mode.
@@ -88,7 +88,7 @@ def detect_windows(
 def proposal_metrics(
     proposals: Mapping[str, Detections], videos: Sequence[Video], classes: Sequence[str]
 ) -> dict[str, float]:
-    """How many of the actions the proposals find, whatever their class, as ActivityNet counts it.
+    """Share of the actions that proposals find, whatever their class, as ActivityNet counts it.
 
     Args:
         proposals: video id to proposals in seconds.
@@ -102,7 +102,7 @@ def proposal_metrics(
 
 
 def recall_metrics(result: ProposalRecall) -> dict[str, float]:
-    """Names the numbers of an evaluation of proposals for MLflow.
+    """Name the numbers of an evaluation of proposals for MLflow.
 
     Args:
         result: recall by number of proposals.
@@ -115,7 +115,7 @@ def recall_metrics(result: ProposalRecall) -> dict[str, float]:
 
 
 def ground_truth(videos: Sequence[Video], classes: Sequence[str]) -> dict[str, Detections]:
-    """Returns the annotated instances of videos as published, in seconds, each with score 1.
+    """Return the annotated instances of videos as published, in seconds, each with score 1.
 
     Args:
         videos: annotated videos.
@@ -138,7 +138,7 @@ def ground_truth(videos: Sequence[Video], classes: Sequence[str]) -> dict[str, D
 
 
 def map_metrics(result: MapResult, classes: Sequence[str]) -> dict[str, float]:
-    """Names the numbers of an evaluation for MLflow.
+    """Name the numbers of an evaluation for MLflow.
 
     Args:
         result: mAP per threshold and class.
@@ -158,7 +158,7 @@ def map_metrics(result: MapResult, classes: Sequence[str]) -> dict[str, float]:
 
 
 def instance_recall_metrics(result: ClassRecall) -> dict[str, float]:
-    """Names the numbers of Recall@kx for MLflow, which takes no "@" in names.
+    """Name the numbers of Recall@kx for MLflow, which takes no "@" in names.
 
     Args:
         result: recall by threshold and number of predictions an instance.
@@ -183,7 +183,7 @@ def evaluate(
     ignore_ambiguous: bool = False,
     ks: Sequence[int] = (),
 ) -> dict[str, float]:
-    """Compares detections with the annotations, as `precision` and `instance_recall` do.
+    """Compare detections with the annotations, as `precision` and `instance_recall` do.
 
     Returns:
         Metrics by the names of `map_metrics` and `instance_recall_metrics`.
@@ -227,7 +227,7 @@ def precision(
     *,
     ignore_ambiguous: bool,
 ) -> MapResult:
-    """Compares detections with the annotations.
+    """Compare detections with the annotations.
 
     Args:
         detections: video id to detections in seconds.

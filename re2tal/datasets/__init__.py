@@ -1,4 +1,4 @@
-"""What happens when in which video, for seven data sets, read and checked whole.
+"""Annotations of seven data sets, read and checked whole.
 
 `load_annotations` reads ActivityNet-1.3, THUMOS-14, MultiTHUMOS, HACS Segments, FineAction,
 EPIC-Kitchens-100 and Ego4D Moment Queries into one `Annotations`. Everything that is wrong is

@@ -87,7 +87,7 @@ def check_video(video_id: str, raw: Any, rules: Rules) -> Checked:
 
 
 def _check_number(value: Any) -> Any:
-    """Lets pydantic read numbers and numeric strings, but not true and false, as numbers."""
+    """Let pydantic read numbers and numeric strings, but not true and false, as numbers."""
     if isinstance(value, bool):
         raise PydanticCustomError("number", "must be a number")
     return value
@@ -148,7 +148,7 @@ def _check_action(
 
 
 def _faults(start: float, end: float, duration: float) -> list[Fault]:
-    """What is wrong with a segment of a video of `duration` seconds, if anything."""
+    """Faults of a segment of a video of `duration` seconds."""
     if end == start:
         return [Fault.EMPTY]
     if end < start:
@@ -179,7 +179,7 @@ def _order(instance: Instance) -> tuple[float, float, str]:
 
 
 def _place(number: int, action: Any) -> str:
-    """Where an action stands, with its own id where it has one: rows of a table have no number."""
+    """Place of an action, by its own id where it has one: rows of a table have no number."""
     own = action.get("id") if isinstance(action, dict) else None
     return f"annotations[{number}]" if own is None else f"annotation {own!r:.60}"
 
@@ -196,7 +196,7 @@ def _reason(place: str = "", /, *, loc: tuple[int | str, ...], **details: Any) -
 
 
 def _id_problems(video_id: str) -> Iterator[str]:
-    """What keeps an id from being the plain name of a file in the video folder, if anything."""
+    """Reasons why an id cannot be the plain name of a file in the video folder."""
     if not video_id or video_id in {".", ".."}:
         yield "the id does not name a file"
     elif any(character in "/\\" for character in video_id):

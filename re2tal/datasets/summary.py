@@ -101,7 +101,7 @@ def _quantile(ranked: Sequence[float], q: float) -> float:
 
 
 def _remarks(annotations: Annotations) -> Iterator[str]:
-    """What need not be wrong and yet is good to know."""
+    """Remarks on things that need not be wrong."""
     twice = sum(len(v.instances) - len(set(v.instances)) for v in annotations.videos)
     if twice:
         yield f"{_count(twice, 'instance')} with the times and the label of another"

@@ -32,7 +32,7 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 def write_raw(
     path: str | Path, predictions: Mapping[str, Detections], classes: Sequence[str]
 ) -> None:
-    """Writes the predictions of videos, in their order.
+    """Write the predictions of videos, in their order.
 
     Args:
         path: the file; it is replaced when the new one is whole.
@@ -61,7 +61,7 @@ def write_raw(
 
 
 def read_raw(path: str | Path) -> tuple[dict[str, Detections], tuple[str, ...]]:
-    """Reads what `write_raw` wrote.
+    """Read a file of `write_raw`.
 
     Args:
         path: the file.
@@ -111,7 +111,7 @@ def _content(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _misnamed(names: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the names of a file."""
+    """Problems of the names in a file."""
     for kind, found in names.items():
         if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
             yield f'"{kind}" must be a JSON list of names (found {found!r:.60})'
@@ -121,7 +121,7 @@ def _misnamed(names: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _misfits(tensors: Mapping[str, Tensor], names: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """Where the parts of a file do not belong together."""
+    """Parts of a file that do not belong together."""
     segments, scores, labels, counts = (tensors[name] for name in _TENSORS)
     videos, classes = (len(names[kind]) for kind in _NAMES)
     if scores.ndim != 1:
@@ -150,7 +150,7 @@ def _misfits(tensors: Mapping[str, Tensor], names: Mapping[str, Sequence[str]]) 
 def ensemble(
     runs: Sequence[Mapping[str, Detections]], weights: Sequence[float]
 ) -> dict[str, Detections]:
-    """Puts the detections of several runs side by side, before non-maximum suppression.
+    """Put the detections of several runs side by side, before non-maximum suppression.
 
     A score becomes `score * weight / sum of weights`: what averaging gives if a run scores 0 what
     it did not find. Scores shrink so; a minimum score has to shrink with them.

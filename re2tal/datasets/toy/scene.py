@@ -41,7 +41,7 @@ _IDLE_TURN = 0.35
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pose:
-    """Where the actor is at each of T times.
+    """Position, size and angle of the actor at each of T times.
 
     Attributes:
         x: (T,) horizontal centre in pixels.
@@ -64,7 +64,7 @@ class Pose:
 
 
 Motion: TypeAlias = Callable[[Floats], Pose]
-"""Maps seconds since the motion began, (T,), to the pose at those times."""
+"""Map seconds since the motion began, (T,), to the pose at those times."""
 
 
 def _triangle(phase: Floats) -> Floats:

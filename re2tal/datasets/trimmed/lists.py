@@ -28,7 +28,7 @@ from re2tal.videos.files import EXTENSIONS
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where a trimmed video may lie.
+    """Possible place of a trimmed video.
 
     Attributes:
         name: Path of the file in the folder of the videos, with slashes; with or without its
@@ -118,7 +118,7 @@ def _ids(listing: TrimmedList) -> set[str]:
 
 
 def _problems(listing: TrimmedList, classes: Sequence[str]) -> Iterator[str]:
-    """What is wrong with the entries among themselves and with their labels."""
+    """Problems of the entries among themselves and with their labels."""
     if not listing.entries and not listing.problems:
         yield "has no video"
     numbers = Counter(entry.video_id for entry in listing.entries)

@@ -95,7 +95,7 @@ def _by_pair(missed: Bools, first: Placed, second: Placed) -> Missed:
 
 
 def _shares(missed: Bools, index: Ints, shape: tuple[int, ...]) -> Missed:
-    """Groups `missed` `(K, G)` by flat bin `index` `(G,)` into bins of `shape`."""
+    """Group `missed` `(K, G)` by flat bin `index` `(G,)` into bins of `shape`."""
     size = int(np.prod(shape))
     counts = np.bincount(index, minlength=size)
     sums = np.stack([np.bincount(index, weights=row, minlength=size) for row in missed])
@@ -107,7 +107,7 @@ MIN_OVERLAP = 0.1
 """Below this tIoU with every instance, a false positive has nothing to do with any (DETAD)."""
 
 GROUPS = 10
-"""How many times as many predictions as instances are looked at (DETAD: the top 10G)."""
+"""Number of predictions for each instance that are looked at (DETAD: the top 10G)."""
 
 
 class Kind(IntEnum):
@@ -252,7 +252,7 @@ class Sensitivity:
 
     @property
     def impact(self) -> float:
-        """What average-mAP_N would gain if all instances were found as well as the best bin's."""
+        """Gain of average-mAP_N if all instances were found as well as the best bin's."""
         return float(np.nanmax(self.average) - self.base.mean())
 
 

@@ -1,4 +1,4 @@
-"""How good detections are: mean average precision, and recall in its two usual forms."""
+"""Metrics of detections: mean average precision, and recall in its two usual forms."""
 
 from re2tal.detection.evaluation.metrics import (
     ClassRecall,

@@ -333,7 +333,7 @@ def average_recall(
 
 
 def _budgets(available: Ints, total: int, most: int) -> tuple[Ints, Floats]:
-    """How many proposals each video keeps at each average number.
+    """Number of proposals that each video keeps at each average number.
 
     The order of the products and the cuts to integers are the official code's, since they decide.
 
