@@ -13,10 +13,6 @@ else:  # the command line offers, and refuses all but, what there is a record of
     FormName = Literal["auto", *FORMS]
 
 
-ACTION = "action"
-"""The one class of a class-agnostic detector, and of its proposals."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnnotationConfig:
     """Annotations, and the videos of them that count.

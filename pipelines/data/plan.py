@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from pipelines.config.annotations import ACTION, AnnotationConfig, ScoredAnnotationConfig
+from pipelines.config.annotations import AnnotationConfig, ScoredAnnotationConfig
 from pipelines.config.recipe import DataConfig
 from pipelines.core.storage import list_files, local_copy, require
 from pipelines.data.batches import Video
@@ -18,6 +18,9 @@ from re2tal.datasets import check_durations, load_annotations, read_ids
 from re2tal.detection.video_scores import VideoScores, load_video_scores
 from re2tal.errors import UserError, shortened
 from re2tal.videos.files import match_videos
+
+ACTION = "action"
+"""The one class of a class-agnostic detector."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,12 +9,13 @@ import ray
 import torch
 import tyro
 
-from pipelines.config.annotations import ACTION, ScoredAnnotationConfig
+from pipelines.config.annotations import ScoredAnnotationConfig
 from pipelines.core.cluster import init_ray
 from pipelines.core.models import local_detector
 from pipelines.core.storage import list_files, local_copy, require
 from pipelines.core.tracking import Run, finishing, log_metrics, log_text, start_run, tracking_uri
 from pipelines.data.plan import (
+    ACTION,
     Plan,
     check_failures,
     evaluation_plan,

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipelines.config.annotations import ACTION
 from pipelines.config.recipe import AnyRecipe, BackboneModelConfig, CompiledPart, Recipe
+from pipelines.data.plan import ACTION
 from pipelines.data.streaming import store_needed
 from re2tal.backbones.checkpoint import load_backbone_weights
 from re2tal.detector import Detector

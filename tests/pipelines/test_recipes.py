@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.config.annotations import ACTION
 from pipelines.config.recipes import RECIPES
+from pipelines.data.plan import ACTION
 from pipelines.train import check_model, parse
 from pipelines.training.model import build_detector, reported_classes
 from re2tal.detection import Detections
