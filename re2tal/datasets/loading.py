@@ -143,7 +143,7 @@ def _form(path: Path, name: str) -> FileForm:
     if name != "auto":
         raise ValueError(f"There is no form {name!r}. Give one of auto, {', '.join(FORMS)}.")
     # the last of the list first: any folder with texts could hold class files
-    looked_at = [form for form in reversed(FORMS.values()) if form.suits is not None]
+    looked_at = [form for form in reversed([*FORMS.values()]) if form.suits is not None]
     found = next((form for form in looked_at if form.suits and form.suits(path)), None)
     if found is None and path.is_dir():
         unknown = "cannot be read: no data set that is known has this folder"
