@@ -39,6 +39,7 @@ from pipelines.inference.output import (
     write_files,
     write_record,
 )
+from re2tal.errors import shortened
 from re2tal.trained import read_spec
 
 _LOGGED_PICTURES = 4  # in MLflow; all of them are in the folder
@@ -226,9 +227,8 @@ def _summary(
     length = duration(sum(record.duration for record in shown))
     strong = f"{number} detections with a score of {config.files.score_threshold:g} or more"
     lines = [f"{strong} in {len(records)} videos, {length} together"]
-    lines += [f"failed: {video_id}: {reason}" for video_id, reason in sorted(failures.items())[:20]]
-    if len(failures) > 20:
-        lines.append(f"... and {len(failures) - 20} more, in failures.json")
+    failed = [f"failed: {video_id}: {reason}" for video_id, reason in sorted(failures.items())]
+    lines += shortened(failed, rest=", in failures.json")
     if "html" in config.files.formats:
         lines.append(f"open {shlex.quote(str(Path(config.output).absolute() / 'index.html'))}")
     return "\n".join([*lines, f"MLflow run {tracked.run_id} in {tracked.uri}"])

@@ -24,9 +24,9 @@ from pathlib import Path
 
 import tyro
 
+from pipelines.config.annotations import AnnotationConfig
 from pipelines.config.choices import import_own
 from pipelines.config.command_line import told_shortly
-from pipelines.config.recipe import Dataset
 from pipelines.core.clock import duration
 from pipelines.core.cluster import init_ray
 from pipelines.core.storage import absolute, join
@@ -57,26 +57,19 @@ from pipelines.data.feature_writing import (
     collect,
 )
 from pipelines.data.features import DESCRIPTION, NAME, Description, Sampling, SamplingConfig
-from pipelines.data.plan import load_files
+from pipelines.data.plan import read_annotations
 from re2tal.annotations import Annotations
-from re2tal.datasets import Form
-from re2tal.errors import UserError
+from re2tal.errors import UserError, shortened
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExtractConfig:
-    """Of which videos, with which backbone, and how.
+class ExtractConfig(AnnotationConfig):
+    """Of which videos, with which backbone, and how. Annotations are not needed.
 
     Attributes:
         videos: folder of the video files, named by id, or of shards; a path or a URI.
-        annotations: only of the annotated videos, as long as annotated: ActivityNet-style JSON, or
-            one of the other forms that `re2tal.datasets` reads; a path or a URI.
-        form: how the annotations are laid out; "auto" looks at them.
-        dataset: what is known to be wrong in this data set is repaired; by default any fault in the
-            annotations is an error.
-        exclude: file with ids of videos to leave out: one a line, or JSON.
-        keep: ids of videos that count although `dataset` leaves them out.
-        subsets: names of the subsets; all of them by default.
+        subsets: names of the subsets; all of them by default. With annotations, features are made
+            of the annotated videos only, as long as annotated.
         output: folder for the features; a path or a URI.
         retry_failed: also try the videos that failed before once more.
         max_failed: end with an error when more than this share of the videos failed; the features
@@ -86,11 +79,6 @@ class ExtractConfig:
     """
 
     videos: str | None = None
-    annotations: str | None = None
-    form: Form = "auto"
-    dataset: Dataset | None = None
-    exclude: str | None = None
-    keep: tuple[str, ...] = ()
     subsets: tuple[str, ...] = ()
     output: str | None = None
     backbone: tyro.conf.OmitArgPrefixes[FrozenBackboneConfig] = field(
@@ -250,14 +238,7 @@ def _annotations(config: ExtractConfig) -> Annotations | None:
         if config.subsets:
             raise UserError("--subsets are of annotations: say which with --annotations.")
         return None
-    return load_files(
-        config.annotations,
-        form=config.form,
-        dataset=config.dataset,
-        exclude=config.exclude,
-        keep=config.keep,
-        prefix="--",
-    )
+    return read_annotations(config, prefix="--")
 
 
 def _log(run: Run, job: _Job, description: Description) -> None:
@@ -292,12 +273,11 @@ def _check_failures(description: Description, max_failed: float) -> None:
     total = failed + len(description.videos)
     if failed <= max_failed * total:
         return
-    shown = sorted(description.failures.items())[:20]
-    listed = "\n".join(f"  {video_id}: {reason}" for video_id, reason in shown)
-    more = f"\n  ... and {failed - 20} more, in {NAME}" if failed > 20 else ""
+    reasons = [f"{video_id}: {reason}" for video_id, reason in sorted(description.failures.items())]
+    listed = "\n".join(f"  {line}" for line in shortened(reasons, rest=f", in {NAME}"))
     raise UserError(
         f"{failed} of {total} videos have no features, more than the allowed {max_failed:.0%} "
-        f"(--max-failed). Mend them and give the same command with --retry-failed.\n{listed}{more}"
+        f"(--max-failed). Mend them and give the same command with --retry-failed.\n{listed}"
     )
 
 

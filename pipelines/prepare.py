@@ -19,13 +19,13 @@ import ray
 import ray.data
 import tyro
 
+from pipelines.config.annotations import AnnotationConfig
 from pipelines.config.command_line import told_shortly
-from pipelines.config.recipe import Dataset
 from pipelines.core.clock import duration
 from pipelines.core.cluster import init_ray
 from pipelines.core.progress import ShardProgress
 from pipelines.core.storage import absolute, file_sizes, join, list_files, require
-from pipelines.data.plan import load_files
+from pipelines.data.plan import read_annotations
 from pipelines.data.shard_writing import ShardTask, write_shard
 from pipelines.data.shards import (
     FOLDER,
@@ -40,8 +40,7 @@ from pipelines.data.shards import (
     write_manifest,
 )
 from re2tal.annotations import Annotations, VideoAnnotation
-from re2tal.datasets import Form
-from re2tal.errors import UserError
+from re2tal.errors import UserError, shortened
 from re2tal.videos.files import match_videos
 from re2tal.videos.transcoding import TranscodeConfig
 
@@ -49,17 +48,10 @@ _MANIFEST_SECONDS = 30.0  # from one writing of the manifest to the next: it may
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PrepareConfig:
+class PrepareConfig(AnnotationConfig):
     """What to encode, and how.
 
     Attributes:
-        annotations: ActivityNet-style JSON, or one of the other forms that
-            `re2tal.datasets` reads; a path or a URI that pyarrow opens (s3://, ...).
-        form: how the annotations are laid out; "auto" looks at them.
-        dataset: what is known to be wrong in this data set is repaired; by default any fault in the
-            annotations is an error.
-        exclude: file with ids of videos to leave out: one a line, or JSON.
-        keep: ids of videos to encode although `dataset` leaves them out.
         videos: folder of the video files, named by id; a path or a URI.
         output: folder for the shards and their manifest; a path or a URI.
         subsets: names of the subsets to encode; all of them by default.
@@ -71,11 +63,6 @@ class PrepareConfig:
             encoded is kept.
     """
 
-    annotations: str | None = None
-    form: Form = "auto"
-    dataset: Dataset | None = None
-    exclude: str | None = None
-    keep: tuple[str, ...] = ()
     videos: str | None = None
     output: str | None = None
     subsets: tuple[str, ...] = ()
@@ -109,14 +96,7 @@ def prepare(config: PrepareConfig) -> Manifest:
         UserError: if the folder holds shards of other settings, or damaged ones; if more videos
             failed than may; all others are in their shards.
     """
-    annotations = load_files(
-        config.annotations,
-        form=config.form,
-        dataset=config.dataset,
-        exclude=config.exclude,
-        keep=config.keep,
-        prefix="--",
-    )
+    annotations = read_annotations(config, prefix="--")
     require(config.videos, what="The videos", option="--videos")
     if config.output is None:
         raise UserError("The shards: no path given. Say where with --output PATH_OR_URI.")
@@ -252,13 +232,12 @@ def _check_failures(manifest: Manifest, max_failed: float) -> None:
     failed, total = manifest.totals.failed, manifest.totals.failed + manifest.totals.videos
     if failed <= max_failed * total:
         return
-    shown = sorted(manifest.failures.items())[:20]
-    listed = "\n".join(f"  {video_id}: {reason}" for video_id, reason in shown)
-    more = f"\n  ... and {failed - 20} more, in {NAME}" if failed > 20 else ""
+    reasons = [f"{video_id}: {reason}" for video_id, reason in sorted(manifest.failures.items())]
+    listed = "\n".join(f"  {line}" for line in shortened(reasons, rest=f", in {NAME}"))
     raise UserError(
         f"{failed} of {total} videos could not be encoded, more than the allowed "
         f"{max_failed:.0%} (--max-failed). Mend them and give the same command with "
-        f"--retry-failed.\n{listed}{more}"
+        f"--retry-failed.\n{listed}"
     )
 
 

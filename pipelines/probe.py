@@ -16,40 +16,32 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
+from pipelines.config.annotations import AnnotationConfig
 from pipelines.config.command_line import told_shortly
-from pipelines.config.recipe import Dataset
 from pipelines.core.cluster import init_ray
 from pipelines.core.storage import absolute, list_files, replacing, require
-from pipelines.data.plan import load_files
+from pipelines.data.plan import read_annotations
 from pipelines.data.videos import SCHEMA, probe_files, summary, with_disagreements
-from re2tal.annotations import Annotations
-from re2tal.datasets import Form, check_durations
+from re2tal.datasets import check_durations
 from re2tal.errors import UserError
 from re2tal.videos.files import EXTENSIONS, match_videos
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ProbeConfig:
-    """What to look at.
+class ProbeConfig(AnnotationConfig):
+    """Videos to open: all files of a folder, or with annotations the annotated ones.
 
     Attributes:
         videos: folder of the video files; a path or a URI.
-        annotations: look at the annotated videos only, and compare them; a path or a URI.
-        form: how the annotations are laid out; "auto" looks at them.
-        dataset: what is known to be wrong in this data set's annotations is repaired; by default
-            any fault in them is an error.
         output: Parquet file for the table; a path or a URI.
     """
 
     videos: str | None = None
-    annotations: str | None = None
-    form: Form = "auto"
-    dataset: Dataset | None = None
     output: str = "videos.parquet"
 
 
 def probe_collection(config: ProbeConfig) -> pa.Table:
-    """Opens the videos and writes the table.
+    """Open the videos and write the table.
 
     Args:
         config: what to look at.
@@ -63,7 +55,9 @@ def probe_collection(config: ProbeConfig) -> pa.Table:
     """
     folder = require(config.videos, what="The videos", option="--videos")
     files = list_files(folder)
-    annotations = _annotations(config)
+    annotations = None
+    if config.annotations is not None:
+        annotations = read_annotations(config, prefix="--")
     if annotations is None:
         found = {Path(n).stem: uri for n, uri in files.items() if Path(n).suffix in EXTENSIONS}
         missing: Mapping[str, str] = {}
@@ -78,18 +72,6 @@ def probe_collection(config: ProbeConfig) -> pa.Table:
     with replacing(absolute(config.output)) as stream:
         pq.write_table(table, stream)
     return table
-
-
-def _annotations(config: ProbeConfig) -> Annotations | None:
-    if config.annotations is None:
-        return None
-    return load_files(
-        config.annotations,
-        form=config.form,
-        dataset=config.dataset,
-        exclude=None,
-        prefix="--",
-    )
 
 
 def _missing(reasons: Mapping[str, str]) -> pa.Table:
@@ -108,7 +90,7 @@ def _show(done: int, total: int) -> None:
 
 
 def parse(arguments: Sequence[str]) -> ProbeConfig:
-    """Reads the command line.
+    """Read the command line.
 
     Args:
         arguments: without the program's name.

@@ -1,4 +1,4 @@
-"""What a collection of annotated videos is, whatever data set it comes from."""
+"""Collection of annotated videos, whatever data set it comes from, and what describes it."""
 
 import hashlib
 import json
@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from re2tal import json_files
 from re2tal.json_files import FileError, RepeatedKey
@@ -40,7 +43,7 @@ class VideoAnnotation:
 
     @property
     def evaluated(self) -> tuple[Instance, ...]:
-        """What detections are compared with: the instances as published."""
+        """Instances as published, with which detections are compared."""
         return self.instances if self.published is None else self.published
 
 
@@ -54,7 +57,7 @@ class Exclusion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Repair:
-    """What was done to one instance so that the data set could be used.
+    """Change of one instance without which the data set could not be used.
 
     Attributes:
         instance: The instance as the file has it or, where `action` is "added", would have it.
@@ -149,7 +152,7 @@ def _instances(instances: Iterable[Instance]) -> list[list[float | str]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RawCollection:
-    """What the reader of one form returns.
+    """Result of the reader of one form.
 
     Attributes:
         videos: Video id -> an entry in ActivityNet's shape, `{"subset", "duration", "annotations":
@@ -167,6 +170,49 @@ class RawCollection:
     repeated: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     classes: tuple[str, ...] | None = None
     excluded: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bins:
+    """Intervals of a characteristic, open below and closed above.
+
+    Bin i holds values in `(edges[i - 1], edges[i]]`; the first and the last have no outer limit.
+
+    Attributes:
+        edges: B - 1 inner limits, rising.
+        names: B names.
+    """
+
+    edges: tuple[float, ...]
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.edges) + 1 or list(self.edges) != sorted(set(self.edges)):
+            raise ValueError(
+                f"Bins need rising inner limits and one name more than those, but got "
+                f"{self.edges} and {self.names}."
+            )
+
+    def place(self, values: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Index of the bin of each of the `values` `(N,)`."""
+        return np.searchsorted(self.edges, values, side="left")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Characteristics:
+    """Bins of the characteristics of an instance, for the diagnosis of a detector's errors.
+
+    Attributes:
+        coverage: An instance's length as a share of its video's duration. Instances that are
+            annotated beyond their video's end fall into the last bin (DETAD drops them).
+        length: In seconds.
+        instances: Number of instances of any class in the instance's video, as DETAD's own
+            annotation files count them.
+    """
+
+    coverage: Bins
+    length: Bins
+    instances: Bins
 
 
 def read_text(path: Path) -> str:

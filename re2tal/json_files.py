@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from re2tal.errors import UserError
+from re2tal.errors import UserError, shortened
 
 _SHOWN = 100  # a file of another data set has a problem in each of a million rows
 
@@ -30,9 +30,7 @@ class FileError(UserError):
 
     def __str__(self) -> str:
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        shown = list(self.problems[:_SHOWN])
-        if len(self.problems) > _SHOWN:
-            shown.append(f"... and {len(self.problems) - _SHOWN} more")
+        shown = shortened(self.problems, _SHOWN)
         return "\n  - ".join((f"{self.source}: {count}.", *shown))
 
 

@@ -145,14 +145,8 @@ def _plan(recipe: Recipe, raw: Mapping[str, Detections]) -> Plan:
     """Plan the validation videos that have detections; their files are not needed."""
     data = recipe.data
     annotations = read_annotations(data)
-    videos = [v for v in annotations.subset(data.validation_subset).videos if v.video_id in raw]
-    scores = read_video_scores(
-        data.video_scores,
-        annotations.classes,
-        videos,
-        top=data.video_scores_top,
-        logits=data.video_scores_logits,
-    )
+    videos = [v for v in annotations.subset(data.evaluated_on).videos if v.video_id in raw]
+    scores = read_video_scores(data, annotations.classes, videos)
     return evaluation_plan(annotations, videos, scores)
 
 

@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 
+from pipelines.config.annotations import ScoredAnnotationConfig
 from re2tal.backbones.protocol import BackboneConfig
 from re2tal.backbones.table import IMAGENET_MEAN, IMAGENET_STD
 from re2tal.classifier import ClipClassifierConfig
 from re2tal.components import Component
-from re2tal.datasets import Form
 from re2tal.datasets.trimmed import ClipConfig, ViewConfig
 from re2tal.detection.suppression import NmsConfig
 from re2tal.localizers.protocol import LocalizerConfig
@@ -224,68 +224,46 @@ class RunConfig:
             )
 
 
-Dataset = Literal[
-    "activitynet-1.3",
-    "thumos-14",
-    "multithumos",
-    "hacs-segments",
-    "fineaction",
-    "epic-kitchens-100",
-    "ego4d-mq",
-]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
+class DataConfig(ScoredAnnotationConfig):
     """Which videos, and how they are cut into windows.
 
     Attributes:
-        annotations: ActivityNet-style JSON, or one of the other forms that
-            `re2tal.datasets` reads; a path or, for a single file, a URI that pyarrow
-            opens (s3://, gs://, ...).
-        form: how the annotations are laid out; "auto" looks at them.
-        dataset: what is known to be wrong in this data set is repaired, listed and logged; by
-            default any fault in the annotations is an error.
-        exclude: file with ids of videos to leave out, such as those that cannot be had any more:
-            one a line, or JSON.
-        keep: ids of videos that count although `dataset` leaves them out, as they do in some
-            published results.
         videos: folder of the video files, named by id; a path or a URI.
         features: folder of features (extract_features.py, or others': pipelines/data/README.md); a
             path or a URI. The localizer is then trained on them, without videos and backbone.
         make_toy: make the toy data set at these two places when it is missing.
-        training_subset: name of the subset that is trained on.
-        validation_subset: name of the subset that is evaluated after every epoch.
+        training_subset: subset that is trained on; by default that of the data set, or "training".
+        validation_subset: subset that is evaluated after every epoch; by default that of the data
+            set, or "validation".
         size: pixels of a frame's side: the short side is resized to it, the centre is cut out.
         window: cut at random places for training, overlapping for the evaluation.
         augmentation: what is changed at random in training windows.
         max_failed: stop when more than this share of the videos cannot be used.
-        video_scores: for a class-agnostic model, what an external classifier says of the
-            validation videos (`re2tal.detection.video_scores`); a path or a URI.
-        video_scores_top: of each video so many of these classes are given to each proposal.
-        video_scores_logits: the file holds logits (HACS), of which a softmax makes scores.
 
     Raises:
         ValueError: crops would be taken from frames smaller than `size`.
     """
 
-    annotations: str | None = None
-    form: Form = "auto"
-    dataset: Dataset | None = None
-    exclude: str | None = None
-    keep: tuple[str, ...] = ()
     videos: str | None = None
     features: str | None = None
     make_toy: bool = False
-    training_subset: str = "training"
-    validation_subset: str = "validation"
+    training_subset: str | None = None
+    validation_subset: str | None = None
     size: int = 224
     window: WindowConfig
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     max_failed: float = 0.05
-    video_scores: str | None = None
-    video_scores_top: int = 2
-    video_scores_logits: bool = False
+
+    @property
+    def trained_on(self) -> str:
+        """Name of the training subset."""
+        return self.training_subset or self.record.training
+
+    @property
+    def evaluated_on(self) -> str:
+        """Name of the validation subset."""
+        return self.validation_subset or self.record.validation
 
     def __post_init__(self) -> None:
         decoded = self.augmentation.decoded_size(self.size)

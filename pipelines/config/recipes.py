@@ -10,6 +10,7 @@ from dataclasses import replace
 from pipelines.config.recipe import DataConfig, ModelConfig, OptimConfig, Recipe, ScaleConfig
 from re2tal.backbones.slowfast import slowfast_101
 from re2tal.backbones.swin import TOY_WEIGHTS, swin_t, swin_toy
+from re2tal.datasets import ACTIVITYNET13
 from re2tal.detection.suppression import NmsConfig
 from re2tal.localizers.actionformer import ActionFormerConfig
 from re2tal.localizers.vsgn import VSGNConfig
@@ -176,7 +177,7 @@ def anet_re2_swin_t_actionformer() -> Recipe:
         name="anet_re2_swin_t_actionformer",
         epochs=15,
         batch_size=8,
-        thresholds=tuple(0.5 + 0.05 * i for i in range(10)),
+        thresholds=ACTIVITYNET13.thresholds,
         data=DataConfig(
             dataset="activitynet-1.3",
             window=WindowConfig(frames=768, fps=None),

@@ -1,18 +1,18 @@
 """Pictures of a run: curves of loss and mAP, and timelines of detections against the truth."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
+from re2tal.annotations import Instance
 from re2tal.detection.diagnosis import ERRORS, Diagnosis, Kind, Placed
-from re2tal.detection.segments import Detections
 
 _COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
 
@@ -20,7 +20,7 @@ _COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
 def curves(
     loss: Sequence[tuple[int, float]], quality: Mapping[str, Sequence[tuple[int, float]]]
 ) -> Figure:
-    """Draws the training loss and the validation mAP over the steps.
+    """Draw the training loss and the validation mAP over the steps.
 
     Args:
         loss: step and loss.
@@ -58,68 +58,95 @@ def _smooth(values: Sequence[float], decay: float = 0.9) -> list[float]:
     return smoothed
 
 
-def timelines(
-    videos: Mapping[str, tuple[float, Detections, Detections]],
-    classes: Sequence[str],
-    *,
-    min_score: float = 0.2,
-) -> Figure:
-    """Draws ground truth above detections, a strip a video.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timeline:
+    """One video in a picture.
+
+    Attributes:
+        duration: seconds.
+        found: rows of detections, as `re2tal.detection.files.rows` makes them.
+        truth: annotated instances; None where there are no annotations.
+    """
+
+    duration: float
+    found: Sequence[Mapping[str, Any]]
+    truth: Sequence[Instance] | None = None
+
+
+def timelines(videos: Mapping[str, Timeline], classes: Sequence[str]) -> Figure:
+    """Draw the detections of videos, a strip a video with a lane for each class that occurs.
+
+    The lower a score, the fainter its bar. With annotations, an instance is a hatched bar above the
+    detections of its lane.
 
     Args:
-        videos: name to duration in seconds, ground truth and detections in seconds.
-        classes: class names.
-        min_score: weaker detections are left out; the lower a score, the fainter its bar.
+        videos: title of a strip to the video.
+        classes: class names, whose order gives lanes and colours.
     """
-    figure = Figure(figsize=(12, 1 + 1.1 * len(videos)), layout="constrained")
-    strips = figure.subplots(len(videos), 1, squeeze=False)[:, 0]
-    for axes, (name, (duration, truth, found)) in zip(strips, videos.items(), strict=True):
-        _bars(axes, truth, row=1, opacity=torch.ones_like(truth.scores))
-        strong = found.scores >= min_score
-        shown = Detections(
-            segments=found.segments[strong],
-            scores=found.scores[strong],
-            labels=found.labels[strong],
-        )
-        _bars(axes, shown, row=0, opacity=0.3 + 0.7 * shown.scores)
-        axes.set(
-            xlim=(0, duration), ylim=(-0.5, 1.5), yticks=[0, 1], yticklabels=["detected", "true"]
-        )
-        axes.set_title(name, loc="left", fontsize=9)
+    lanes = [_lanes(video, classes) for video in videos.values()]
+    heights = [0.5 + 0.32 * max(1, len(names)) for names in lanes]
+    figure = Figure(figsize=(12, 0.7 + sum(heights)), layout="constrained")
+    strips = figure.subplots(len(videos), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, names, (title, video) in zip(strips, lanes, videos.items(), strict=True):
+        whole = video.truth is None
+        place, height = (0.0, 0.7) if whole else (0.2, 0.4)
+        for row in sorted(video.found, key=lambda row: row["score"]):
+            _bar(axes, names, classes, row["segment"], row["label"], place, height, row["score"])
+        for instance in video.truth or ():
+            segment = (instance.start, instance.end)
+            _bar(axes, names, classes, segment, instance.label, -0.2, 0.3, None)
+        axes.set(xlim=(0, video.duration), ylim=(max(1, len(names)) - 0.4, -0.6))
+        # names are not mathematics, whatever signs they hold
+        axes.set_yticks([*range(len(names))], names, parse_math=False)
+        axes.set_title(title, loc="left", fontsize=10, parse_math=False)
         axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(labelsize=8, length=2)
+        axes.tick_params(labelsize=9, length=2)
+        axes.grid(axis="x", alpha=0.3)
+        if not names:
+            nothing = "nothing detected"
+            axes.text(0.5, 0.5, nothing, transform=axes.transAxes, ha="center", va="center")
     strips[-1].set_xlabel("seconds")
-    handles = [
-        Patch(color=_COLOURS[i % len(_COLOURS)], label=name) for i, name in enumerate(classes)
-    ]
-    figure.legend(
-        handles=handles,
-        loc="outside upper center",
-        ncols=min(10, len(classes)),
-        fontsize=8,
-        frameon=False,
-    )
+    if any(video.truth is not None for video in videos.values()):
+        handles = [
+            Patch(facecolor="0.9", edgecolor="0.3", hatch="////", label="annotated"),
+            Patch(facecolor="0.6", label="detected"),
+        ]
+        figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False)
     return figure
 
 
-def _bars(
-    axes: matplotlib.axes.Axes, detections: Detections, *, row: int, opacity: torch.Tensor
+def _lanes(video: Timeline, classes: Sequence[str]) -> list[str]:
+    """The classes that occur."""
+    present = {row["label"] for row in video.found} | {i.label for i in video.truth or ()}
+    return [name for name in classes if name in present]
+
+
+def _bar(
+    axes: Axes,
+    lanes: Sequence[str],
+    classes: Sequence[str],
+    segment: Sequence[float],
+    label: str,
+    place: float,
+    height: float,
+    score: float | None,
 ) -> None:
-    rows = zip(
-        detections.segments.tolist(), detections.labels.tolist(), opacity.tolist(), strict=True
-    )
-    for (start, end), label, alpha in sorted(rows, key=lambda item: item[2]):
-        colour = _COLOURS[label % len(_COLOURS)]
-        axes.barh(row, end - start, left=start, height=0.7, color=colour, alpha=alpha)
+    """One segment in the lane of its class; hatched, if it has no score."""
+    colour = _COLOURS[classes.index(label) % len(_COLOURS)]
+    start, end = segment
+    if score is None:
+        style: dict[str, Any] = {"facecolor": (*colour, 0.25), "edgecolor": colour, "hatch": "////"}
+    else:
+        style = {"color": colour, "alpha": 0.2 + 0.8 * min(1.0, max(0.0, score))}
+    axes.barh(lanes.index(label) + place, end - start, left=start, height=height, **style)
 
 
-_TAB = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
 _OF_KIND = {
-    Kind.TRUE_POSITIVE: _TAB[2],
-    Kind.DOUBLE_DETECTION: _TAB[8],
-    Kind.WRONG_LABEL: _TAB[1],
-    Kind.LOCALIZATION: _TAB[0],
-    Kind.CONFUSION: _TAB[4],
+    Kind.TRUE_POSITIVE: _COLOURS[2],
+    Kind.DOUBLE_DETECTION: _COLOURS[8],
+    Kind.WRONG_LABEL: _COLOURS[1],
+    Kind.LOCALIZATION: _COLOURS[0],
+    Kind.CONFUSION: _COLOURS[4],
     Kind.BACKGROUND: "0.72",
 }
 _TITLES = {"coverage": "coverage", "length": "length", "instances": "instances in video"}
@@ -136,7 +163,7 @@ def pictures(diagnosis: Diagnosis) -> dict[str, Figure]:
 
 
 def false_positives(diagnosis: Diagnosis) -> Figure:
-    """Draws what the top predictions are, and what mAP_N gains without each kind of error."""
+    """Draw the kinds of the top predictions, and the gain of mAP_N without each kind of error."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     shares = 100 * np.nan_to_num(diagnosis.false_positives.shares.mean(axis=0))  # (10, 6)
@@ -166,7 +193,7 @@ def false_positives(diagnosis: Diagnosis) -> Figure:
 
 
 def sensitivity(diagnosis: Diagnosis) -> Figure:
-    """Draws mAP_N over the bins of each characteristic, and the range relative to overall mAP_N."""
+    """Draw mAP_N over the bins of each characteristic, and the range relative to overall mAP_N."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(4, 1))
     overall = 100 * float(diagnosis.mAP.mean())
@@ -180,7 +207,12 @@ def sensitivity(diagnosis: Diagnosis) -> Figure:
             continue
         low, high = np.nanmin(one.relative), np.nanmax(one.relative)
         right.plot(
-            [place, place], [low, high], color=_TAB[place], linewidth=5, marker="_", markersize=16
+            [place, place],
+            [low, high],
+            color=_COLOURS[place],
+            linewidth=5,
+            marker="_",
+            markersize=16,
         )
         for value in (low, high):
             right.annotate(f"{value:.1f}", (place, value), (9, -3), textcoords="offset points")
@@ -192,7 +224,7 @@ def sensitivity(diagnosis: Diagnosis) -> Figure:
 
 
 def false_negatives(diagnosis: Diagnosis) -> Figure:
-    """Draws the share of instances missed in each bin, and in pairs of coverage and length."""
+    """Draw the share of instances missed in each bin, and in pairs of coverage and length."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     missed = diagnosis.false_negatives
@@ -225,7 +257,7 @@ def _bars_by_bin(
 ) -> None:
     """A bar for each bin, side by side by characteristic; empty bins say that they are empty."""
     start, ticks, names = 0.0, [], []
-    for colour, (name, heights) in zip(_TAB, values.items(), strict=False):
+    for colour, (name, heights) in zip(_COLOURS, values.items(), strict=False):
         places = start + np.arange(len(heights))
         bars = axes.bar(places, np.nan_to_num(heights), 0.85, color=colour, zorder=2)
         labels = ["none" if np.isnan(height) else f"{height:.1f}" for height in heights]
@@ -257,45 +289,3 @@ def _tidy(axes: Axes) -> None:
 
 def _name(kind: Kind) -> str:
     return kind.name.lower().replace("_", " ")
-
-
-_TIMELINE_COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
-
-
-def timeline(
-    title: str, rows: Sequence[Mapping[str, Any]], duration: float, classes: Sequence[str]
-) -> Figure:
-    """Draws the detections of a video, a lane for each class that occurs.
-
-    Args:
-        title: of the picture.
-        rows: detections as `re2tal.detection.files.rows` makes them; the lower a score, the
-            fainter its bar.
-        duration: of the video, in seconds.
-        classes: class names, whose order gives lanes and colours.
-    """
-    present = {row["label"] for row in rows}
-    lanes = [name for name in classes if name in present]
-    figure = Figure(figsize=(12, 1.2 + 0.32 * max(1, len(lanes))), layout="constrained")
-    axes = figure.subplots()
-    for row in sorted(rows, key=lambda row: row["score"]):
-        start, end = row["segment"]
-        axes.barh(
-            lanes.index(row["label"]),
-            end - start,
-            left=start,
-            height=0.7,
-            color=_TIMELINE_COLOURS[classes.index(row["label"]) % len(_TIMELINE_COLOURS)],
-            alpha=0.2 + 0.8 * min(1.0, max(0.0, row["score"])),
-        )
-    axes.set(xlim=(0, duration), ylim=(max(1, len(lanes)) - 0.4, -0.6), yticks=[*range(len(lanes))])
-    # names are not mathematics, whatever signs they hold
-    axes.set_yticklabels(lanes, parse_math=False)
-    axes.set_title(title, loc="left", fontsize=10, parse_math=False)
-    axes.set_xlabel("seconds")
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(labelsize=9, length=2)
-    axes.grid(axis="x", alpha=0.3)
-    if not lanes:
-        axes.text(0.5, 0.5, "nothing detected", transform=axes.transAxes, ha="center", va="center")
-    return figure

@@ -6,23 +6,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from pipelines.config.recipe import DataConfig, Dataset
+from pipelines.config.annotations import AnnotationConfig, ScoredAnnotationConfig
+from pipelines.config.recipe import DataConfig
 from pipelines.core.storage import list_files, local_copy, require
 from pipelines.data.batches import Video
 from pipelines.data.features import Features
 from pipelines.data.shards import FoundVideos, find_in_shards, read_manifest
 from pipelines.data.videos import Probe, probe_files
-from pipelines.training.model import ACTION
 from re2tal.annotations import Annotations, VideoAnnotation
-from re2tal.datasets import DATASETS, Form, check_durations, load_annotations, read_ids
+from re2tal.datasets import check_durations, load_annotations, read_ids
 from re2tal.detection.video_scores import VideoScores, load_video_scores
-from re2tal.errors import UserError
+from re2tal.errors import UserError, shortened
 from re2tal.videos.files import match_videos
+
+ACTION = "action"
+"""The one class of a class-agnostic detector."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What a run works on.
+    """Classes and videos that a run works on.
 
     Attributes:
         classes: names of the action classes, sorted.
@@ -83,68 +86,36 @@ def _class_agnostic(video: Video) -> Video:
     return replace(video, annotation=relabelled)
 
 
-def read_annotations(config: DataConfig) -> Annotations:
-    """Reads the annotations, local or remote, and checks them whole.
+def read_annotations(config: AnnotationConfig, *, prefix: str = "--data.") -> Annotations:
+    """Read annotations and the ids to exclude from paths or URIs, and check them whole.
 
     Args:
-        config: where they are.
+        config: places, and the data set whose known faults are repaired.
+        prefix: start of the names of these options, for messages.
 
     Raises:
         UserError: if there is nothing there.
         AnnotationError: with every problem in them.
     """
-    return load_files(
-        config.annotations,
-        form=config.form,
-        dataset=config.dataset,
-        exclude=config.exclude,
-        keep=config.keep,
-        prefix="--data.",
-    )
-
-
-def load_files(
-    annotations: str | None,
-    *,
-    form: Form,
-    dataset: Dataset | None,
-    exclude: str | None,
-    keep: Sequence[str] = (),
-    prefix: str,
-) -> Annotations:
-    """Reads annotations and the ids to exclude from paths or URIs, and checks them whole.
-
-    Args:
-        annotations: where they are.
-        form: how they are laid out.
-        dataset: whose known faults are repaired.
-        exclude: file of the ids to leave out.
-        keep: ids of videos that count although `dataset` leaves them out.
-        prefix: of the options that set these, for messages.
-
-    Raises:
-        UserError: if there is nothing there.
-        AnnotationError: with every problem in them.
-    """
-    uri = require(annotations, what="The annotations", option=f"{prefix}annotations")
+    uri = require(config.annotations, what="The annotations", option=f"{prefix}annotations")
     with tempfile.TemporaryDirectory() as folder:
         excluded: frozenset[str] = frozenset()
-        if exclude is not None:
-            ids = require(exclude, what="The ids to exclude", option=f"{prefix}exclude")
+        if config.exclude is not None:
+            ids = require(config.exclude, what="The ids to exclude", option=f"{prefix}exclude")
             excluded = read_ids(local_copy(ids, Path(folder)))
         return load_annotations(
             local_copy(uri, Path(folder)),
-            form=form,
-            quirks=DATASETS[dataset] if dataset else None,
+            form=config.form,
+            dataset=config.record,
             exclude=excluded,
-            keep=keep,
+            keep=config.keep,
         )
 
 
 def _find(
     config: DataConfig, folder: str, video_ids: Sequence[str], fingerprint: str, probe: Probe
 ) -> FoundVideos:
-    """Finds videos in shards or as files, those that can be used and those that cannot."""
+    """Find videos in shards or as files, those that can be used and those that cannot."""
     manifest = read_manifest(folder)
     if manifest is not None:
         return find_in_shards(
@@ -164,7 +135,7 @@ def _find(
 
 
 def _find_features(features: Features, videos: Sequence[VideoAnnotation]) -> FoundVideos:
-    """Finds the features of videos."""
+    """Find the features of videos."""
     missing = features.missing(video.video_id for video in videos)
     found = {video.video_id for video in videos} - missing.keys()
     return FoundVideos(
@@ -213,7 +184,7 @@ def all_failures(
 def check_failures(
     failures: Mapping[str, str], total: int, max_failed: float, *, prefix: str = "--data."
 ) -> None:
-    """Stops a run of which too many videos failed.
+    """Stop a run of which too many videos failed.
 
     Args:
         failures: video id to reason.
@@ -226,20 +197,18 @@ def check_failures(
     """
     if len(failures) < total and len(failures) <= max_failed * total:
         return
-    listed = "\n".join(
-        f"  {video_id}: {reason}" for video_id, reason in sorted(failures.items())[:20]
-    )
-    more = f"\n  ... and {len(failures) - 20} more" if len(failures) > 20 else ""
+    reasons = [f"{video_id}: {reason}" for video_id, reason in sorted(failures.items())]
+    listed = "\n".join(f"  {line}" for line in shortened(reasons))
     share = f"{len(failures)} of {total} videos cannot be used"
     if len(failures) == total:
         problem = f"No usable video: {share}. Is {prefix}videos the right folder?"
     else:
         problem = f"{share}, more than the allowed {max_failed:.0%} ({prefix}max-failed)."
-    raise UserError(f"{problem}\n{listed}{more}")
+    raise UserError(f"{problem}\n{listed}")
 
 
 def make_plan(config: DataConfig, annotations: Annotations, *, probe: Probe = probe_files) -> Plan:
-    """Finds and checks the videos or their features, and decides what a run works on.
+    """Find and check the videos or their features, and decide what a run works on.
 
     Every file of a video is opened once, by default in parallel with Ray Data; the plan holds only
     those that could be. What lies in shards was decoded when they were made, and is not opened.
@@ -258,18 +227,8 @@ def make_plan(config: DataConfig, annotations: Annotations, *, probe: Probe = pr
             the validation show no action.
     """
     features = Features(config.features) if config.features else None
-    subsets = {
-        name: annotations.subset(name)
-        for name in (config.training_subset, config.validation_subset)
-    }
-    evaluated = subsets[config.validation_subset]
-    scores = read_video_scores(
-        config.video_scores,
-        annotations.classes,
-        evaluated.videos,
-        top=config.video_scores_top,
-        logits=config.video_scores_logits,
-    )
+    subsets = {name: annotations.subset(name) for name in (config.trained_on, config.evaluated_on)}
+    scores = read_video_scores(config, annotations.classes, subsets[config.evaluated_on].videos)
     wanted = [video for subset in subsets.values() for video in subset.videos]
     if features is not None:
         found = _find_features(features, wanted)
@@ -287,7 +246,7 @@ def make_plan(config: DataConfig, annotations: Annotations, *, probe: Probe = pr
             if video.video_id not in failures
         )
 
-    training, validation = usable(config.training_subset), usable(config.validation_subset)
+    training, validation = usable(config.trained_on), usable(config.evaluated_on)
     _require_some(config, training, validation)
     return Plan(
         classes=annotations.classes,
@@ -322,32 +281,29 @@ def evaluation_plan(
 
 
 def read_video_scores(
-    place: str | None,
+    config: ScoredAnnotationConfig,
     classes: Sequence[str],
     videos: Sequence[VideoAnnotation],
     *,
-    top: int,
-    logits: bool,
     prefix: str = "--data.",
 ) -> VideoScores | None:
-    """Reads what an external classifier says of videos, and checks that it says it of all.
+    """Read an external classifier's scores of videos, and check that there are some of each.
 
     Args:
-        place: path or URI of its file; None if there is no such classifier.
+        config: place and kind of the scores.
         classes: names of the action classes.
         videos: of the evaluated subset.
-        top: how many classes each proposal will be given.
-        logits: the file holds logits.
-        prefix: of the options that set these, for messages.
+        prefix: start of the names of these options, for messages.
 
     Returns:
         The scores; None if there is no such classifier.
 
     Raises:
-        UserError: if there is nothing at the place; if there are not so many classes.
+        UserError: if there is nothing at the place; if there are not so many classes; if videos
+            have no scores.
         FileError: with every problem in the file.
-        UserError: if videos have no scores.
     """
+    place, top = config.video_scores, config.video_scores_top
     if place is None:
         return None
     if not 1 <= top <= len(classes):
@@ -357,12 +313,13 @@ def read_video_scores(
         )
     uri = require(place, what="The video scores", option=f"{prefix}video-scores")
     with tempfile.TemporaryDirectory() as folder:
-        scores = load_video_scores(local_copy(uri, Path(folder)), classes, logits=logits)
+        file = local_copy(uri, Path(folder))
+        scores = load_video_scores(file, classes, logits=config.video_scores_logits)
     missing = [video.video_id for video in videos if scores.get(video.video_id) is None]
     if missing:
         raise UserError(
             f"{len(missing)} of the {len(videos)} videos of the subset {videos[0].subset!r} have "
-            f"no scores in {place}: {', '.join(missing[:10])}{', ...' * (len(missing) > 10)}. Take "
+            f"no scores in {place}: {', '.join(shortened(missing, 10))}. Take "
             f"the scores of that subset, or leave the videos out ({prefix}exclude)."
         )
     return scores
@@ -372,14 +329,14 @@ def _require_some(
     config: DataConfig, training: Sequence[Video], validation: Sequence[Video]
 ) -> None:
     for name, videos in (
-        (config.training_subset, training),
-        (config.validation_subset, validation),
+        (config.trained_on, training),
+        (config.evaluated_on, validation),
     ):
         if not videos:
             raise UserError(f"No usable video in subset {name!r}: all of its videos failed.")
     if not any(video.annotation.evaluated for video in validation):
         raise UserError(
-            f"No instance to evaluate detections against in subset {config.validation_subset!r}: "
+            f"No instance to evaluate detections against in subset {config.evaluated_on!r}: "
             f"its {len(validation)} usable videos have none. Name a subset with annotated actions "
             "(--data.validation-subset)."
         )

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from pipelines.core.storage import is_folder, list_files, require
 from pipelines.data.decoding import probe_sample
-from re2tal.errors import UserError
+from re2tal.errors import UserError, shortened
 from re2tal.videos.files import EXTENSIONS
 
 _CPUS = 0.5  # logical CPUs of a task that opens a video; it waits for the storage a good part
@@ -137,9 +137,8 @@ def _counts(values: Sequence[str], most: int = 5) -> str:
 def _listed(what: str, sentences: Mapping[str, str], most: int = 10) -> list[str]:
     if not sentences:
         return []
-    shown = [f"  {video_id}: {text}" for video_id, text in list(sentences.items())[:most]]
-    more = [f"  ... and {len(sentences) - most} more"] * (len(sentences) > most)
-    return [f"{len(sentences)} videos {what}:", *shown, *more]
+    lines = shortened([f"{video_id}: {text}" for video_id, text in sentences.items()], most)
+    return [f"{len(sentences)} videos {what}:", *(f"  {line}" for line in lines)]
 
 
 def find_sources(places: Sequence[str], *, option: str) -> dict[str, str]:

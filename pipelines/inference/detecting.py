@@ -34,7 +34,7 @@ _MOST_TASKS = 2000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resources:
-    """What detection runs on.
+    """Hardware and batches of detection.
 
     Attributes:
         batch_size: windows that go through the detector at a time.
@@ -52,7 +52,7 @@ class Resources:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class VideoResult:
-    """What became of a video.
+    """Outcome for a video.
 
     Attributes:
         video_id: the video.
@@ -75,7 +75,7 @@ def detect_videos(
     durations: Mapping[str, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[VideoResult]:
-    """Detects the actions in videos, as `re2tal.detect` does in one; Ray is running.
+    """Detect the actions in videos, as `re2tal.detect` does in one; Ray is running.
 
     Args:
         videos: video id to path or URI of its file, or to that of a video in a shard.
@@ -178,7 +178,7 @@ def _execute(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Actor:
-    """What an actor is given; the weights themselves, because it may run on another machine."""
+    """Detector of an actor; the weights themselves, because it may run on another machine."""
 
     spec: DetectorSpec
     weights: dict[str, Tensor]
@@ -186,7 +186,7 @@ class _Actor:
 
 
 class _Detecting:
-    """Runs a detector in an actor of Ray Data's."""
+    """Run a detector in an actor of Ray Data's."""
 
     def __init__(self, actor: _Actor) -> None:
         detector = actor.spec.build()
@@ -234,7 +234,7 @@ def _by_video(
     spec: DetectorSpec,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[VideoResult]:
-    """Puts the windows of each video together."""
+    """Put the windows of each video together."""
     counts: dict[str, int] = defaultdict(int)
     for window in windows:
         counts[window.video_id] += 1

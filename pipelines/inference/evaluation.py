@@ -1,79 +1,244 @@
-"""How good detections are, and what is wrong with them, in one place."""
+"""Evaluation of detections, or of a trained detector, against annotations."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
+import ray
 import torch
-from rich.console import Console
-from rich.table import Table
+import tyro
 
-from pipelines.config.recipe import Dataset
-from pipelines.data.plan import Plan
-from pipelines.training.model import ACTION
-from pipelines.training.results import diagnosis_of
-from pipelines.training.validation import (
-    PROPOSALS,
-    ground_truth,
-    map_metrics,
-    precision,
-    recall_metrics,
+from pipelines.config.annotations import ScoredAnnotationConfig
+from pipelines.core.cluster import init_ray
+from pipelines.core.models import local_detector
+from pipelines.core.storage import list_files, local_copy, require
+from pipelines.core.tracking import Run, finishing, log_metrics, log_text, start_run, tracking_uri
+from pipelines.data.plan import (
+    ACTION,
+    Plan,
+    check_failures,
+    evaluation_plan,
+    read_annotations,
+    read_video_scores,
 )
-from re2tal.detection.diagnosis import Diagnosis, tables
-from re2tal.detection.diagnosis import metrics as diagnosis_metrics
-from re2tal.detection.evaluation import MapResult, ProposalRecall, average_recall
-from re2tal.detection.files import read_detections
+from pipelines.data.shards import FoundVideos, find_in_shards, read_manifest
+from pipelines.inference.detecting import Resources, detect_videos
+from pipelines.inference.report import (
+    Labelled,
+    evaluate,
+    metrics_of,
+    print_evaluation,
+    write_evaluation,
+)
+from pipelines.training.detection import DETECTIONS_FILE, RAW_FILE
+from re2tal.detection.evaluation.matching import checked_levels
+from re2tal.detection.files import read_detections, write_detections
+from re2tal.detection.raw import ensemble, read_raw
 from re2tal.detection.segments import Detections
+from re2tal.detection.suppression import NmsConfig, nms_videos
 from re2tal.detection.video_scores import fuse_videos
-from re2tal.errors import UserError
+from re2tal.errors import UserError, shortened
+from re2tal.trained import DetectorSpec, read_spec
+from re2tal.videos.files import match_videos
+
+_RAW = Path(RAW_FILE).suffix
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Labelled:
-    """What is evaluated against what.
+class EvaluateConfig(ScoredAnnotationConfig):
+    """Detections or detector, and the annotations that they are compared with.
 
     Attributes:
-        plan: the annotated videos; of class-agnostic proposals without video scores, all their
-            actions have the one class `ACTION`.
-        detections: video id to detections in seconds, with the classes of the plan.
-        proposals: video id to the same before an external classifier named their classes.
-        remarks: what may surprise, a sentence each.
+        detections: file of detections (JSON), or raw detections of one run or of several, which
+            become an ensemble (raw_detections.safetensors, kept by train.py --save-raw). Paths or
+            URIs, or runs:/RUN/detections.json in MLflow. Either this or a model.
+        weights: weight of each run in an ensemble; by default all count alike.
+        nms: how raw detections are thinned out. For an ensemble, whose scores are shares of a
+            run's, `min_score` shrinks by the smallest share.
+        model: folder of a saved detector or of a checkpoint; or, in MLflow, the id of a training
+            run, runs:/RUN/NAME or models:/NAME/VERSION.
+        videos: for a model, folder of the video files, named by id, or of shards; a path or a URI.
+        subset: subset that is evaluated; by default that of the data set, or "validation".
+        thresholds: tIoU thresholds of the mAP; by default those of the data set, or 0.3 to 0.7.
+        recall_at: each k of Recall@kx, at the same thresholds; by default those of the data set (1
+            for Ego4D), or none.
+        ignore_ambiguous: detections on stretches that cannot be judged count for nothing, as in
+            THUMOS-14's own toolkit.
+        max_failed: stop when more than this share of the videos cannot be decoded.
+        output: folder of tables and pictures.
+        resources: hardware and batches of a model.
+        experiment: MLflow experiment.
+        runs: folder of the default MLflow store; MLFLOW_TRACKING_URI names another store.
     """
 
-    plan: Plan
-    detections: Mapping[str, Detections]
-    proposals: Mapping[str, Detections]
-    remarks: tuple[str, ...]
+    detections: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    nms: NmsConfig = field(default_factory=NmsConfig)
+    model: str | None = None
+    videos: str | None = None
+    subset: str | None = None
+    thresholds: tuple[float, ...] | None = None
+    recall_at: tuple[int, ...] | None = None
+    ignore_ambiguous: bool = False
+    max_failed: float = 0.05
+    output: str = "evaluation"
+    resources: tyro.conf.OmitArgPrefixes[Resources] = field(default_factory=Resources)
+    experiment: str = "re2tal"
+    runs: str = "runs"
+
+    @property
+    def name(self) -> str:
+        """Name of the run in MLflow."""
+        return "evaluate"
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The tIoU thresholds."""
+        return self.thresholds or self.record.thresholds
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """Each k of Recall@kx."""
+        return self.record.recall_at if self.recall_at is None else self.recall_at
+
+    @property
+    def evaluated_on(self) -> str:
+        """Name of the subset."""
+        return self.subset or self.record.validation
 
 
-def read_labelled(path: Path, plan: Plan, *, top: int) -> Labelled:
-    """Reads detections of the plan's videos; those of other videos are left out.
+def evaluate_run(config: EvaluateConfig) -> Run:
+    """Evaluate, print, write and log.
 
-    Args:
-        path: JSON in ActivityNet's form, with the classes of the plan or the one class `ACTION`.
-        plan: the videos and classes, and the video scores if there are any.
-        top: how many classes each proposal is given by them.
+    Returns:
+        The MLflow run.
 
     Raises:
-        FileError: with everything that is wrong in the file.
-        UserError: if proposals and detections with classes are mixed, or there are video scores for
-            the latter.
+        UserError: if something is not there; if settings contradict one another; if there is
+            nothing to find, or too many videos cannot be decoded; if the videos lie in shards that
+            are not complete; if the cluster is too small.
+        AnnotationError: with every problem in the annotations.
+        FileError: with every problem in the detections or video scores.
+    """
+    if bool(config.detections) == bool(config.model):
+        raise UserError("Say what to evaluate: either --detections FILE or --model MODEL.")
+    try:
+        checked_levels(config.levels)
+    except ValueError as error:
+        raise UserError(f"{error} Correct --thresholds.") from error
+    if any(k < 1 for k in config.ks):
+        raise UserError(f"Recall@kx needs every k to be at least 1, not {config.ks} (--recall-at).")
+    plan = evaluated_plan(config)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        store = tracking_uri(Path(config.runs).absolute())
+        if config.detections:
+            read = read_labelled(_local(config.detections, scratch, store), plan, config)
+            return _tracked(config, plan, lambda: read)
+        model = local_detector(config.model, scratch, tracking=store, option="--model")
+        spec = read_spec(model)
+        _check_classes(spec.classes, plan.classes, "the detector", option="--model")
+        sources = _sources(config.videos, plan, spec)
+        return _tracked(config, plan, lambda: _detected(config, plan, model, sources))
+
+
+def evaluated_plan(config: EvaluateConfig) -> Plan:
+    """Annotated videos of the subset, with video scores; where their files are is not asked.
+
+    Raises:
+        UserError: as `evaluate_run`, like all errors here.
+    """
+    annotations = read_annotations(config, prefix="--")
+    videos = annotations.subset(config.evaluated_on).videos
+    if not any(video.evaluated for video in videos):
+        raise UserError(
+            f"No instance to evaluate detections against in subset {config.evaluated_on!r}: its "
+            f"{len(videos)} videos have none. Name a subset with annotated actions (--subset)."
+        )
+    scores = read_video_scores(config, annotations.classes, videos, prefix="--")
+    return evaluation_plan(annotations, videos, scores)
+
+
+def _tracked(config: EvaluateConfig, plan: Plan, source: Callable[[], Labelled]) -> Run:
+    """Evaluate what the source has, in a run of MLflow."""
+    output = Path(config.output).absolute()
+    tags = {"data.fingerprint": plan.fingerprint}
+    run = start_run(config, output=Path(config.runs).absolute(), tags=tags)
+    with finishing(run):
+        labelled = source()
+        evaluation = evaluate(
+            labelled,
+            config.levels,
+            ks=config.ks,
+            bins=config.record.bins,
+            ignore_ambiguous=config.ignore_ambiguous,
+        )
+        for remark in labelled.remarks:
+            print(f"remark: {remark}")
+        evaluated = " + ".join(config.detections) or config.model
+        title = f"{evaluated}: average precision, {config.evaluated_on}"
+        print_evaluation(evaluation, title=title)
+        written = write_evaluation(output, evaluation, labelled)
+        if config.model is not None:
+            written.append(Path(DETECTIONS_FILE))
+        log_metrics(run, metrics_of(evaluation), step=0)
+        log_text(run, labelled.remarks, "remarks.txt")
+        for path in written:
+            folder = None if path.parent == Path() else str(path.parent)
+            run.client.log_artifact(run.run_id, str(output / path), folder)
+    print(f"tables and pictures  {output}")
+    print(f"MLflow run           {run.run_id} in {run.uri}")
+    return run
+
+
+# --- detections that are there --------------------------------------------------------------------
+
+
+def _local(places: Sequence[str], scratch: Path, store: str) -> list[Path]:
+    """Local paths of the files of detections, each copied to a folder of its own if need be."""
+    paths = []
+    for number, place in enumerate(places):
+        uri = require(place, what="The detections", option="--detections")
+        (folder := scratch / str(number)).mkdir()
+        paths.append(local_copy(uri, folder, tracking_uri=store))
+    return paths
+
+
+def read_labelled(paths: Sequence[Path], plan: Plan, config: EvaluateConfig) -> Labelled:
+    """Read detections of the plan's videos; those of other videos are left out.
+
+    Args:
+        paths: one JSON file in ActivityNet's form, or files of raw detections, with the classes of
+            the plan or the one class `ACTION`.
+        plan: the videos and classes, and the video scores if there are any.
+        config: how raw detections are put together and thinned out, and how many classes a
+            proposal is given.
+
+    Raises:
+        FileError: with everything that is wrong in a file.
+        UserError: if files that are thinned out already are to become an ensemble; if its runs do
+            not fit; if proposals and detections with classes are mixed, or there are video scores
+            for the latter.
     """
     names = plan.classes if ACTION in plan.classes else (*plan.classes, ACTION)
-    found = read_detections(path, names)
     evaluated = {video.annotation.video_id for video in plan.validation}
+    if any(path.suffix == _RAW for path in paths) or len(paths) > 1:
+        found = _thinned(paths, names, evaluated, config)
+    else:
+        found = read_detections(paths[0], names)
+    where = " and ".join(map(str, paths))
     proposals = {video_id: one for video_id, one in found.items() if video_id in evaluated}
     remarks = tuple(_remarks(found, proposals, evaluated))
-    if not _agnostic(proposals, names, plan.classes, path):
+    if not _agnostic(proposals, names, plan.classes, where):
         if plan.video_scores is not None:
             raise UserError(
-                f"--video-scores gives proposals their classes, but the detections in {path} have "
+                f"--video-scores gives proposals their classes, but the detections in {where} have "
                 "classes already: leave the scores out."
             )
         return Labelled(plan=plan, detections=proposals, proposals=proposals, remarks=remarks)
     if plan.video_scores is not None:
-        fused = fuse_videos(proposals, plan.video_scores, top=top)
+        fused = fuse_videos(proposals, plan.video_scores, top=config.video_scores_top)
         return Labelled(plan=plan, detections=fused, proposals=proposals, remarks=remarks)
     whatever = {
         video_id: replace(one, labels=torch.zeros_like(one.labels))
@@ -84,8 +249,49 @@ def read_labelled(path: Path, plan: Plan, *, top: int) -> Labelled:
     )
 
 
+def _thinned(
+    paths: Sequence[Path], names: Sequence[str], evaluated: set[str], config: EvaluateConfig
+) -> dict[str, Detections]:
+    """Raw detections of one run or of an ensemble, after non-maximum suppression.
+
+    Videos that are not evaluated are there, for the remarks, and empty.
+    """
+    if thin := [path.name for path in paths if path.suffix != _RAW]:
+        raise UserError(
+            f"An ensemble is made of detections before non-maximum suppression, but "
+            f"{', '.join(thin)} is what was left after it: give the {RAW_FILE} of every run "
+            "(train.py --save-raw), or evaluate the files one by one."
+        )
+    weights = config.weights or (1.0,) * len(paths)
+    runs = []
+    for path in paths:
+        raw, classes = read_raw(path)
+        _check_classes(classes, names, str(path), option="--detections")
+        number = torch.tensor([names.index(name) for name in classes], dtype=torch.int64)
+        runs.append({v: replace(one, labels=number[one.labels]) for v, one in raw.items()})
+    others = dict.fromkeys(v for run in runs for v in run if v not in evaluated)
+    try:
+        whole = ensemble([{v: run[v] for v in run if v in evaluated} for run in runs], weights)
+    except ValueError as error:
+        raise UserError(f"{error} Correct --detections or --weights.") from error
+    share = min(weights) / sum(weights)
+    nms = replace(config.nms, min_score=config.nms.min_score * share)
+    return nms_videos(whole, nms) | dict.fromkeys(others, Detections.empty())
+
+
+def _check_classes(found: Sequence[str], known: Sequence[str], what: str, *, option: str) -> None:
+    """Refuse classes that the annotations do not have."""
+    unknown = sorted(set(found) - set(known) - {ACTION})
+    if unknown:
+        raise UserError(
+            f"{len(unknown)} of the {len(found)} classes of {what} are none of the annotations' "
+            f"({', '.join(shortened(unknown, 5))}): are they of another data set? Correct {option} "
+            "or --annotations."
+        )
+
+
 def _agnostic(
-    proposals: Mapping[str, Detections], names: Sequence[str], classes: Sequence[str], path: Path
+    proposals: Mapping[str, Detections], names: Sequence[str], classes: Sequence[str], where: str
 ) -> bool:
     """Whether all detections have the one class that is none of the annotations'."""
     labels = torch.cat([torch.zeros(0, dtype=torch.int64), *(p.labels for p in proposals.values())])
@@ -94,7 +300,7 @@ def _agnostic(
         return False
     if not without.all():
         raise UserError(
-            f"{int(without.sum())} of the {len(labels)} detections in {path} have the class "
+            f"{int(without.sum())} of the {len(labels)} detections in {where} have the class "
             f"{ACTION!r} of proposals, the others classes of the annotations: evaluate them apart."
         )
     return True
@@ -103,198 +309,69 @@ def _agnostic(
 def _remarks(
     found: Mapping[str, Detections], kept: Mapping[str, Detections], evaluated: set[str]
 ) -> list[str]:
-    """What the file holds too much and what it lacks."""
+    """Videos that the file has too many, or lacks."""
     remarks = []
     if left_out := len(found) - len(kept):
         remarks.append(f"detections of {left_out} videos that are not of the subset are left out")
     if missing := sorted(evaluated - kept.keys()):
-        listed = ", ".join(missing[:5]) + ", ..." * (len(missing) > 5)
+        listed = ", ".join(shortened(missing, 5))
         remarks.append(f"{len(missing)} videos of the subset have no detections ({listed})")
     return remarks
 
 
-Row = dict[str, str | int | float | None]
+# --- a detector that is to detect first -----------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
-    """The numbers of an evaluation.
-
-    Attributes:
-        classes: class names.
-        instances: of each class, how many there are to find.
-        precision: average precision by class and threshold.
-        recall: of the proposals, whatever their class, by their number.
-        diagnosis: what kinds of errors there are, what mAP depends on and what is missed.
-    """
-
-    classes: tuple[str, ...]
-    instances: tuple[int, ...]
-    precision: MapResult
-    recall: ProposalRecall
-    diagnosis: Diagnosis
-
-
-def evaluate(
-    labelled: Labelled,
-    thresholds: Sequence[float],
-    *,
-    ignore_ambiguous: bool,
-    dataset: Dataset | None,
-) -> Evaluation:
-    """Holds detections against the annotations.
-
-    Args:
-        labelled: detections and annotated videos.
-        thresholds: tIoU thresholds of mAP and diagnosis; those of recall are ActivityNet's.
-        ignore_ambiguous: detections on stretches that cannot be judged count for nothing.
-        dataset: which bins the diagnosis takes.
-
-    Raises:
-        ValueError: if a threshold is none, or there is no instance to find.
-    """
-    plan = labelled.plan
-    truth = ground_truth(plan.validation, plan.classes)
-    labels = [label for one in truth.values() for label in one.labels.tolist()]
-    return Evaluation(
-        classes=plan.classes,
-        instances=tuple(np.bincount(labels, minlength=len(plan.classes)).tolist()),
-        precision=precision(
-            labelled.detections,
-            plan.validation,
-            plan.classes,
-            thresholds,
-            ignore_ambiguous=ignore_ambiguous,
-        ),
-        recall=average_recall(truth, labelled.proposals),
-        diagnosis=diagnosis_of(plan, labelled.detections, thresholds=thresholds, dataset=dataset),
+def _sources(folder: str | None, plan: Plan, spec: DetectorSpec) -> FoundVideos:
+    """Videos of the plan, as files or in shards."""
+    place = require(folder, what="The videos", option="--videos")
+    video_ids = [video.annotation.video_id for video in plan.validation]
+    manifest = read_manifest(place)
+    if manifest is None:
+        uris, failures = match_videos(video_ids, list_files(place))
+        return FoundVideos(uris=uris, failures=failures, durations={}, remarks=())
+    return find_in_shards(
+        place,
+        manifest,
+        video_ids,
+        fingerprint=plan.fingerprint,
+        size=spec.size,
+        fps=spec.window.fps,
     )
 
 
-def metrics_of(evaluation: Evaluation) -> dict[str, float]:
-    """The numbers by the names that they have in training, for MLflow."""
-    return {
-        **map_metrics(evaluation.precision, evaluation.classes),
-        **recall_metrics(evaluation.recall),
-        **diagnosis_metrics(evaluation.diagnosis),
-    }
-
-
-def tables_of(evaluation: Evaluation) -> dict[str, list[Row]]:
-    """The numbers as rows of plain values.
-
-    Returns:
-        `average_precision` (class, instances, average, one column a threshold; mAP comes last),
-        `average_recall` (proposals, average, one column a threshold), and the tables of the
-        diagnosis with `diagnosis_` in front.
-    """
-    return {
-        "average_precision": _precision_rows(evaluation),
-        "average_recall": _recall_rows(evaluation.recall),
-        **{f"diagnosis_{name}": rows for name, rows in tables(evaluation.diagnosis).items()},
-    }
-
-
-def _precision_rows(evaluation: Evaluation) -> list[Row]:
-    result = evaluation.precision
-    rows = [
-        _row({"class": name, "instances": count}, result.thresholds, result.per_class[:, index])
-        for index, (name, count) in enumerate(
-            zip(evaluation.classes, evaluation.instances, strict=True)
+def _detected(config: EvaluateConfig, plan: Plan, model: Path, sources: FoundVideos) -> Labelled:
+    """Run the detector; videos of which nothing can be decoded are left out."""
+    total = len(plan.validation)
+    check_failures(sources.failures, total, config.max_failed, prefix="--")
+    if not ray.is_initialized():  # it is in a notebook that uses it already
+        init_ray()
+    output = Path(config.output).absolute()
+    output.mkdir(parents=True, exist_ok=True)
+    durations = {v.annotation.video_id: v.annotation.duration for v in plan.validation}
+    known = {video_id: durations[video_id] for video_id in sources.uris}
+    results = [
+        *detect_videos(
+            sources.uris, model, config.resources, durations=known, progress=_show_progress
         )
     ]
-    whole: Row = {"class": "mAP", "instances": sum(evaluation.instances)}
-    return [*rows, _row(whole, result.thresholds, result.mAP)]
-
-
-def _recall_rows(result: ProposalRecall) -> list[Row]:
-    return [
-        _row({"proposals": index + 1}, result.thresholds, result.recall[:, index])
-        for index in range(len(result.average_recall))
-    ]
-
-
-def _row(head: Row, thresholds: np.ndarray, values: np.ndarray) -> Row:
-    """A mean, then a value for each threshold; None where there is none."""
-    numbers = {
-        "average": values.mean(),
-        **{f"tIoU {float(t):.2f}": value for t, value in zip(thresholds, values, strict=True)},
-    }
-    return head | {
-        name: float(value) if np.isfinite(value) else None for name, value in numbers.items()
-    }
-
-
-_LOW = (0.1, 0.2, 0.3, 0.4, 0.5)
-_MIDDLE = (0.3, 0.4, 0.5, 0.6, 0.7)
-_HIGH = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
-
-USUAL_THRESHOLDS: Mapping[Dataset | None, tuple[float, ...]] = {
-    None: _MIDDLE,
-    "thumos-14": _MIDDLE,
-    "multithumos": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
-    "activitynet-1.3": _HIGH,
-    "hacs-segments": _HIGH,
-    "fineaction": _HIGH,
-    "epic-kitchens-100": _LOW,
-    "ego4d-mq": _LOW,
-}
-"""By data set; None is any other."""
-
-
-_PERCENT = ".1%"
-
-
-def print_evaluation(evaluation: Evaluation, *, title: str) -> None:
-    """Prints average precision of each class at each threshold, recall, and the diagnosis in short.
-
-    Args:
-        evaluation: the numbers.
-        title: above the table.
-    """
-    table = _precision(evaluation, title)
-    # as wide as the table: a pipe has 80 columns, which would leave numbers out
-    console = Console(width=max(Console().width, 40 + 11 * len(table.columns)))
-    console.print(table)
-    for line in _lines(evaluation):
-        print(line)
-
-
-def _precision(evaluation: Evaluation, title: str) -> Table:
-    table = Table(title=title)
-    rows = tables_of(evaluation)["average_precision"]
-    for name in rows[0]:
-        table.add_column(name, justify="left" if name == "class" else "right")
-    for row in rows:
-        last = row is rows[-1]
-        cells = [_cell(value) for value in row.values()]
-        table.add_row(*cells, style="bold" if last else None, end_section=row is rows[-2])
-    return table
-
-
-def _cell(value: str | float | None) -> str:
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    return "" if value is None else str(value)
-
-
-def _lines(evaluation: Evaluation) -> Iterator[str]:
-    recall = evaluation.recall
-    numbers = (f"AR@{n} {recall.average_recall[n - 1]:.3f}" for n in PROPOSALS)
-    yield f"average recall       {', '.join(numbers)}, area {recall.auc:.1f} %"
-    values = diagnosis_metrics(evaluation.diagnosis)
-    yield f"top predictions      {_share(values, 'diagnosis/top_1G/', _PERCENT)}"
-    yield f"mAP lost by errors   {_share(values, 'diagnosis/effect/', '.3f')}"
-    yield f"instances missed     {values['diagnosis/missed']:{_PERCENT}}"
-    for name in evaluation.diagnosis.placed:
-        missed = _share(values, f"diagnosis/missed/{name}/", _PERCENT)
-        yield f"  by {name:<16}{missed}"
-
-
-def _share(values: dict[str, float], prefix: str, form: str) -> str:
-    """Values by the ends of their names, of those that begin with `prefix`."""
-    return ", ".join(
-        f"{name.removeprefix(prefix).replace('_', ' ')} {value:{form}}"
-        for name, value in values.items()
-        if name.startswith(prefix)
+    detections = {r.video_id: r.found.detections for r in results if r.found is not None}
+    write_detections(output / DETECTIONS_FILE, detections, read_spec(model).classes)
+    reasons = {r.video_id: "; ".join(r.problems) for r in results if r.problems}
+    failures = {**sources.failures, **{n: w for n, w in reasons.items() if n not in detections}}
+    check_failures(failures, total, config.max_failed, prefix="--")
+    usable = tuple(v for v in plan.validation if v.annotation.video_id not in failures)
+    seen = replace(plan, validation=usable, failures=failures)
+    labelled = read_labelled([output / DETECTIONS_FILE], seen, config)
+    remarks = (
+        *sources.remarks,
+        *(f"{n} is damaged in part: {w}" for n, w in reasons.items() if n in detections),
+        *(f"{name} is left out: {why}" for name, why in failures.items()),
+        *labelled.remarks,
     )
+    return replace(labelled, remarks=remarks)
+
+
+def _show_progress(done: int, total: int) -> None:
+    if done % max(1, total // 20) == 0 or done == total:
+        print(f"  {done} of {total} windows", flush=True)

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipelines.core.figures import timeline
+from pipelines.core.figures import Timeline, timelines
 from pipelines.core.storage import file_size, read_bytes
 from re2tal.atomic import replacing
 from re2tal.detection.files import srt, webvtt, write_rows
@@ -48,7 +48,7 @@ _RECORD = TypeAdapter(Record)
 
 
 def write_record(output: Path, record: Record) -> None:
-    """Writes a record; it is there whole or not at all.
+    """Write a record; it is there whole or not at all.
 
     Args:
         output: folder of the run's results; it is made.
@@ -61,7 +61,7 @@ def write_record(output: Path, record: Record) -> None:
 
 
 def read_records(output: Path, videos: Mapping[str, str], *, model: str) -> dict[str, Record]:
-    """Reads the records of those videos that are through.
+    """Read the records of those videos that are through.
 
     Args:
         output: folder of the run's results.
@@ -155,7 +155,7 @@ def _json(data: Any) -> str:
 
 
 def video_source(uri: str, folder: Path, *, embed: float) -> str:
-    """What a browser can play a video from.
+    """Source from which a browser can play a video.
 
     Args:
         uri: path or URI of its file.
@@ -178,12 +178,12 @@ Format = Literal["json", "csv", "vtt", "srt", "png", "html"]
 FORMATS: tuple[Format, ...] = ("json", "csv", "vtt", "srt", "png", "html")
 
 COLUMNS = ("video", "start", "end", "label", "score")
-"""Of the CSV file; the times are seconds."""
+"""Columns of the CSV file; the times are seconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutputConfig:
-    """What is written of the detections.
+    """Formats and detections that are written.
 
     Attributes:
         score_threshold: weaker detections are left out.
@@ -220,7 +220,7 @@ def write_files(
     classes: Sequence[str],
     config: OutputConfig,
 ) -> list[Path]:
-    """Writes the detections in all formats that are asked for, and which videos failed.
+    """Write the detections in all formats that are asked for, and which videos failed.
 
     Args:
         output: folder for them; it exists.
@@ -280,7 +280,8 @@ def _write_csv(path: Path, results: Mapping[str, Sequence[Mapping[str, Any]]]) -
 
 
 def _draw(path: Path, record: Record, classes: Sequence[str]) -> None:
-    figure = timeline(record.video_id, record.detections, record.duration, classes)
+    shown = Timeline(duration=record.duration, found=record.detections)
+    figure = timelines({record.video_id: shown}, classes)
     with replacing(path) as partial, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(partial, format="png", dpi=120)

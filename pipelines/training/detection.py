@@ -172,6 +172,7 @@ class DetectionTask:
             reported.classes,
             self.recipe.thresholds,
             ignore_ambiguous=self.recipe.ignore_ambiguous,
+            ks=self.recipe.data.record.recall_at,
         )
         return dict(detections), metrics
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipelines.config.recipe import AnyRecipe, BackboneModelConfig, ModelConfig, Recipe
+from pipelines.data.plan import ACTION
 from pipelines.data.streaming import store_needed
 from re2tal.backbones.weights import load_backbone_weights
 from re2tal.detector import Detector
@@ -101,10 +102,6 @@ def load_localizer(detector: Detector, config: ModelConfig) -> WeightsReport | N
     if config.localizer_weights is None:
         return None
     return load_localizer_weights(detector.localizer, config.localizer_weights)
-
-
-# The one class of a class-agnostic detector.
-ACTION = "action"
 
 
 def detected_classes(recipe: Recipe, classes: Sequence[str]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What is left of a run when it ends: the best checkpoint as a model, pictures, a table."""
+"""Results of a run when it ends: the best checkpoint as a model, pictures, a table."""
 
 import json
 import shlex
@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.config.recipe import Dataset, Recipe
+from pipelines.config.recipe import Recipe
 from pipelines.core.clock import duration
-from pipelines.core.figures import curves, timelines
+from pipelines.core.figures import Timeline, curves, timelines
 from pipelines.core.figures import pictures as diagnosis_pictures
 from pipelines.core.tracking import Run, log_metrics
 from pipelines.data.plan import Plan
@@ -24,12 +24,14 @@ from pipelines.training.checkpoints import DETECTOR_FOLDER
 from pipelines.training.detection import DETECTIONS_FILE, RAW_FILE
 from pipelines.training.model import reported_classes
 from pipelines.training.validation import ground_truth
-from re2tal.detection.diagnosis import ACTIVITYNET, THUMOS, Diagnosis, diagnose, tables
+from re2tal.annotations import Characteristics
+from re2tal.detection.diagnosis import Diagnosis, diagnose, tables
 from re2tal.detection.diagnosis import metrics as diagnosis_metrics
-from re2tal.detection.files import read_detections
+from re2tal.detection.files import read_detections, rows
 from re2tal.detection.segments import Detections
 
 _SHOWN_VIDEOS = 4
+_SHOWN_SCORE = 0.2  # weaker detections are left out of pictures
 _REPOSITORY = Path(__file__).parents[2]
 
 
@@ -38,7 +40,7 @@ def _history(run: Run, name: str) -> list[tuple[int, float]]:
 
 
 def log_model(run: Run, detector: Path, **files: Path) -> str:
-    """Logs a saved detector as an MLflow model that loads without this run's process.
+    """Log a saved detector as an MLflow model that loads without this run's process.
 
     Args:
         run: the run it belongs to.
@@ -64,7 +66,7 @@ def log_model(run: Run, detector: Path, **files: Path) -> str:
 
 
 def log_pictures(run: Run, plan: Plan, detections: Mapping[str, Detections]) -> None:
-    """Logs the curves, and timelines of some validation videos.
+    """Log the curves, and timelines of some validation videos.
 
     Args:
         run: the run, with its metrics sent; without those that did not arrive there are no curves.
@@ -86,22 +88,21 @@ def log_pictures(run: Run, plan: Plan, detections: Mapping[str, Detections]) -> 
 
 
 def timelines_of(plan: Plan, detections: Mapping[str, Detections]) -> Figure:
-    """Draws what was found in some validation videos, and what is there.
+    """Draw detections and annotated instances of some validation videos.
 
     Args:
         plan: classes and validation videos.
         detections: in seconds.
     """
-    shown = plan.validation[:_SHOWN_VIDEOS]
-    truth = ground_truth(shown, plan.classes)
-    videos = {
-        v.annotation.video_id: (
-            v.annotation.duration,
-            truth[v.annotation.video_id],
-            detections.get(v.annotation.video_id, Detections.empty()),
+    videos = {}
+    for video in plan.validation[:_SHOWN_VIDEOS]:
+        known = video.annotation
+        found = detections.get(known.video_id, Detections.empty())
+        videos[known.video_id] = Timeline(
+            duration=known.duration,
+            found=rows(found[found.scores >= _SHOWN_SCORE], plan.classes),
+            truth=known.evaluated,
         )
-        for v in shown
-    }
     return timelines(videos, plan.classes)
 
 
@@ -110,30 +111,28 @@ def diagnosis_of(
     detections: Mapping[str, Detections],
     *,
     thresholds: Sequence[float],
-    dataset: Dataset | None,
+    bins: Characteristics,
 ) -> Diagnosis:
-    """Finds out what kinds of errors there are, what mAP depends on and what is missed.
+    """Diagnose kinds of errors, what mAP depends on and what is missed.
 
     Args:
         plan: classes and validation videos.
         detections: in seconds.
         thresholds: tIoU thresholds.
-        dataset: which bins suit the actions.
+        bins: sizes into which the actions are sorted.
     """
-    # DETAD has bins for two data sets: actions of minutes in short videos, and of seconds in long.
-    long_actions = dataset in {"activitynet-1.3", "hacs-segments"}
     return diagnose(
         ground_truth(plan.validation, plan.classes),
         detections,
         {v.annotation.video_id: v.annotation.duration for v in plan.validation},
         num_classes=len(plan.classes),
         thresholds=thresholds,
-        characteristics=ACTIVITYNET if long_actions else THUMOS,
+        characteristics=bins,
     )
 
 
 def log_diagnosis(run: Run, diagnosis: Diagnosis) -> None:
-    """Logs a diagnosis: metrics and pictures, and the numbers behind them.
+    """Log a diagnosis: metrics and pictures, and the numbers behind them.
 
     The numbers are in `diagnosis/<table>.json`.
 
@@ -149,7 +148,7 @@ def log_diagnosis(run: Run, diagnosis: Diagnosis) -> None:
 
 
 def log_results(recipe: Recipe, plan: Plan, run: Run, result: ray.train.Result) -> None:
-    """Logs the best checkpoint as a model, its detections, pictures and what its errors are.
+    """Log the best checkpoint as a model, its detections, pictures and what its errors are.
 
     Args:
         recipe: the run's configuration.
@@ -173,7 +172,7 @@ def log_results(recipe: Recipe, plan: Plan, run: Run, result: ray.train.Result) 
     log_metrics(run, {"best/mAP": metrics["val/mAP"], "best/epoch": epoch}, step=epoch)
     log_pictures(run, plan, detections)
     diagnosis = diagnosis_of(
-        plan, detections, thresholds=recipe.thresholds, dataset=recipe.data.dataset
+        plan, detections, thresholds=recipe.thresholds, bins=recipe.data.record.bins
     )
     log_diagnosis(run, diagnosis)
 
@@ -187,7 +186,7 @@ def _open_command(run: Run) -> str:
 
 
 def print_summary(recipe: Recipe, plan: Plan, run: Run, *, seconds: float) -> None:
-    """Prints what a run reached, what it took, and where it is.
+    """Print the quality of a run, its time and memory, and its place in MLflow.
 
     Args:
         recipe: the configuration.

@@ -10,10 +10,12 @@ import torch.distributed as dist
 from pipelines.core.metric_names import safe_names
 from pipelines.data.batches import Batch, Video
 from re2tal.detection.evaluation import (
+    ClassRecall,
     MapResult,
     ProposalRecall,
     average_recall,
     mean_average_precision,
+    recall_at,
 )
 from re2tal.detection.segments import Detections
 from re2tal.detector import Detector
@@ -25,7 +27,7 @@ PROPOSALS = (1, 5, 10, 100)
 
 
 def gather(value: Any) -> list[Any]:
-    """Collects a picklable value of every worker, by rank; without workers, just this one's."""
+    """Collect a picklable value of every worker, by rank; without workers, just this one's."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -42,7 +44,7 @@ def validation_share(
     rank: int,
     world_size: int,
 ) -> list[Window]:
-    """Returns the sliding windows of every world_size-th video, from the rank-th on.
+    """Return the sliding windows of every world_size-th video, from the rank-th on.
 
     Args:
         videos: all validation videos.
@@ -60,7 +62,7 @@ def validation_share(
 def detect_windows(
     detector: Detector, batches: Iterable[Batch], durations: Mapping[str, float]
 ) -> tuple[dict[str, Detections], dict[str, str]]:
-    """Runs a detector over windows and puts those of each video together.
+    """Run a detector over windows and put those of each video together.
 
     Args:
         detector: in evaluation mode.
@@ -86,7 +88,7 @@ def detect_windows(
 def proposal_metrics(
     proposals: Mapping[str, Detections], videos: Sequence[Video], classes: Sequence[str]
 ) -> dict[str, float]:
-    """How many of the actions the proposals find, whatever their class, as ActivityNet counts it.
+    """Share of the actions that proposals find, whatever their class, as ActivityNet counts it.
 
     Args:
         proposals: video id to proposals in seconds.
@@ -100,7 +102,7 @@ def proposal_metrics(
 
 
 def recall_metrics(result: ProposalRecall) -> dict[str, float]:
-    """Names the numbers of an evaluation of proposals for MLflow.
+    """Name the numbers of an evaluation of proposals for MLflow.
 
     Args:
         result: recall by number of proposals.
@@ -113,7 +115,7 @@ def recall_metrics(result: ProposalRecall) -> dict[str, float]:
 
 
 def ground_truth(videos: Sequence[Video], classes: Sequence[str]) -> dict[str, Detections]:
-    """Returns the annotated instances of videos as published, in seconds, each with score 1.
+    """Return the annotated instances of videos as published, in seconds, each with score 1.
 
     Args:
         videos: annotated videos.
@@ -136,7 +138,7 @@ def ground_truth(videos: Sequence[Video], classes: Sequence[str]) -> dict[str, D
 
 
 def map_metrics(result: MapResult, classes: Sequence[str]) -> dict[str, float]:
-    """Names the numbers of an evaluation for MLflow.
+    """Name the numbers of an evaluation for MLflow.
 
     Args:
         result: mAP per threshold and class.
@@ -155,6 +157,23 @@ def map_metrics(result: MapResult, classes: Sequence[str]) -> dict[str, float]:
     return metrics
 
 
+def instance_recall_metrics(result: ClassRecall) -> dict[str, float]:
+    """Name the numbers of Recall@kx for MLflow, which takes no "@" in names.
+
+    Args:
+        result: recall by threshold and number of predictions an instance.
+
+    Returns:
+        `val/recall_1x` (mean over thresholds), `val/recall_1x/tiou_0.50`, ...
+    """
+    metrics = {}
+    for k, of_k in zip(result.ks, result.recall.T, strict=True):
+        metrics[f"val/recall_{k}x"] = float(of_k.mean())
+        for threshold, value in zip(result.thresholds, of_k, strict=True):
+            metrics[f"val/recall_{k}x/tiou_{float(threshold):.2f}"] = float(value)
+    return metrics
+
+
 def evaluate(
     detections: Mapping[str, Detections],
     videos: Sequence[Video],
@@ -162,14 +181,42 @@ def evaluate(
     thresholds: Sequence[float],
     *,
     ignore_ambiguous: bool = False,
+    ks: Sequence[int] = (),
 ) -> dict[str, float]:
-    """Compares detections with the annotations, as `precision` does.
+    """Compare detections with the annotations, as `precision` and `instance_recall` do.
 
     Returns:
-        Metrics by the names of `map_metrics`.
+        Metrics by the names of `map_metrics` and `instance_recall_metrics`.
     """
     result = precision(detections, videos, classes, thresholds, ignore_ambiguous=ignore_ambiguous)
-    return map_metrics(result, classes)
+    recall = instance_recall(detections, videos, classes, thresholds, ks=ks)
+    return map_metrics(result, classes) | (instance_recall_metrics(recall) if recall else {})
+
+
+def instance_recall(
+    detections: Mapping[str, Detections],
+    videos: Sequence[Video],
+    classes: Sequence[str],
+    thresholds: Sequence[float],
+    *,
+    ks: Sequence[int],
+) -> ClassRecall | None:
+    """Recall@kx of detections, where it is asked for.
+
+    Args:
+        detections: video id to detections in seconds.
+        videos: annotated videos.
+        classes: class names.
+        thresholds: tIoU thresholds.
+        ks: each k.
+
+    Returns:
+        Recall by class, threshold and k; None without any k.
+    """
+    if not ks:
+        return None
+    truth = ground_truth(videos, classes)
+    return recall_at(truth, detections, num_classes=len(classes), ks=ks, thresholds=thresholds)
 
 
 def precision(
@@ -180,7 +227,7 @@ def precision(
     *,
     ignore_ambiguous: bool,
 ) -> MapResult:
-    """Compares detections with the annotations.
+    """Compare detections with the annotations.
 
     Args:
         detections: video id to detections in seconds.

@@ -1,38 +1,36 @@
-"""What happens when in which video, for seven data sets, read and checked whole.
+"""Annotations of seven data sets, read and checked whole.
 
 `load_annotations` reads ActivityNet-1.3, THUMOS-14, MultiTHUMOS, HACS Segments, FineAction,
 EPIC-Kitchens-100 and Ego4D Moment Queries into one `Annotations`. Everything that is wrong is
 listed in one `AnnotationError`; what is known to be wrong in a published data set is repaired and
-reported when its quirks are passed (`THUMOS14`, `ACTIVITYNET13`, ...). Each form has one file with
-one reader, and one function checks them all. `python -m re2tal.datasets FILE` describes
-a file.
+reported when its record is passed (`THUMOS14`, `ACTIVITYNET13`, ...). `published` holds a record a
+data set, `forms` a reader a form. `python -m re2tal.datasets FILE` describes a file.
 """
 
-from re2tal.datasets.checking import DURATION_TOLERANCE
-from re2tal.datasets.durations import check_durations
-from re2tal.datasets.loading import (
-    FORMS,
-    Form,
-    load_annotations,
-    read_durations,
-    read_ids,
-)
-from re2tal.datasets.quirks import (
+from re2tal.datasets.checking import DURATION_TOLERANCE, check_durations
+from re2tal.datasets.loading import load_annotations, read_durations, read_ids
+from re2tal.datasets.published import (
     ACTIVITYNET13,
+    ACTIVITYNET_BINS,
+    ANY_OTHER,
     DATASETS,
     EGO4D_MQ,
     EPIC_KITCHENS100,
     FINEACTION,
+    FORMS,
     HACS_SEGMENTS,
     MULTITHUMOS,
     THUMOS14,
-    DatasetQuirks,
+    THUMOS_BINS,
+    Dataset,
     Fault,
 )
 from re2tal.datasets.summary import summarize
 
 __all__ = [
     "ACTIVITYNET13",
+    "ACTIVITYNET_BINS",
+    "ANY_OTHER",
     "DATASETS",
     "DURATION_TOLERANCE",
     "EGO4D_MQ",
@@ -42,9 +40,9 @@ __all__ = [
     "HACS_SEGMENTS",
     "MULTITHUMOS",
     "THUMOS14",
-    "DatasetQuirks",
+    "THUMOS_BINS",
+    "Dataset",
     "Fault",
-    "Form",
     "check_durations",
     "load_annotations",
     "read_durations",

@@ -1,4 +1,4 @@
-"""Describes annotations, or lists everything that is wrong with them.
+"""Describe annotations, or lists everything that is wrong with them.
 
     python -m re2tal.datasets FILE [--dataset thumos-14] [--exclude missing_files.txt]
 
@@ -14,22 +14,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from re2tal.annotations import AnnotationError
-from re2tal.datasets.durations import check_durations
-from re2tal.datasets.loading import FORMS, load_annotations, read_durations, read_ids
-from re2tal.datasets.quirks import DATASETS, DatasetQuirks
+from re2tal.datasets.checking import check_durations
+from re2tal.datasets.loading import load_annotations, read_durations, read_ids
+from re2tal.datasets.published import ANY_OTHER, DATASETS, FORMS
 from re2tal.datasets.summary import summarize
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
+    """Run the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    quirks = DATASETS[options.dataset] if options.dataset else DatasetQuirks()
     try:
         durations = read_durations(options.durations) if options.durations else {}
         annotations = load_annotations(
             options.file,
             form=options.form,
-            quirks=quirks,
+            dataset=DATASETS.get(options.dataset, ANY_OTHER),
             exclude=read_ids(options.exclude) if options.exclude else (),
             keep=options.keep,
             durations=durations,
@@ -53,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", metavar="FILE", type=Path)
-    parser.add_argument("--form", choices=FORMS, default="auto", help="how the files are laid out")
+    parser.add_argument(
+        "--form", choices=("auto", *FORMS), default="auto", help="layout of the files"
+    )
     parser.add_argument("--dataset", choices=sorted(DATASETS), help="whose known faults to repair")
     parser.add_argument(
         "--exclude", type=Path, help="ids of videos to leave out: one a line, or JSON"

@@ -1,4 +1,4 @@
-"""One raw entry of a collection: checked, repaired where that is asked for, and typed."""
+"""Checks of entries: repaired where that is asked for, typed, and compared with video files."""
 
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from re2tal.annotations import Instance, Repair, VideoAnnotation
-from re2tal.datasets.quirks import DatasetQuirks, Fault
+from re2tal.annotations import Annotations, Instance, Repair, VideoAnnotation
+from re2tal.datasets.published import Dataset, Fault
 
 # Seconds that a segment may reach past the duration: durations are rounded, and containers and
 # streams disagree by as much. Such a segment is clipped; what reaches further is a fault.
@@ -18,21 +18,22 @@ DURATION_TOLERANCE = 1.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rules:
-    """What the entries of a file are checked against.
+    """Rules for the entries of a file.
 
     Attributes:
+        dataset: Its known faults are repaired.
         classes: The labels that are allowed; any, where None.
         durations: Video id -> seconds, for entries that have no duration of their own.
     """
 
-    quirks: DatasetQuirks
+    dataset: Dataset
     classes: frozenset[str] | None
     durations: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checked:
-    """What became of one entry; there is no video where there are problems."""
+    """Outcome for one entry; there is no video where there are problems."""
 
     video: VideoAnnotation | None
     repairs: tuple[Repair, ...] = ()
@@ -71,7 +72,7 @@ def check_video(video_id: str, raw: Any, rules: Rules) -> Checked:
     instances += [repair.instance for repair in _implied(video_id, instances, rules)]
     published += [repair.instance for repair in added]
     instances, published = sorted(instances, key=_order), sorted(published, key=_order)
-    ambiguous = rules.quirks.ambiguous
+    ambiguous = rules.dataset.ambiguous
     used = tuple(i for i in instances if i.label not in ambiguous)
     as_written = tuple(i for i in published if i.label not in ambiguous)
     video = VideoAnnotation(
@@ -86,7 +87,7 @@ def check_video(video_id: str, raw: Any, rules: Rules) -> Checked:
 
 
 def _check_number(value: Any) -> Any:
-    """Lets pydantic read numbers and numeric strings, but not true and false, as numbers."""
+    """Let pydantic read numbers and numeric strings, but not true and false, as numbers."""
     if isinstance(value, bool):
         raise PydanticCustomError("number", "must be a number")
     return value
@@ -125,9 +126,9 @@ def _check_action(
     problems = [
         f"{place}.segment: {_phrase(fault, limit)} (found {raw['segment']!r:.60})"
         for fault in faults
-        if fault not in rules.quirks.repaired
+        if fault not in rules.dataset.repaired
     ]
-    known = rules.classes is None or action.label in rules.classes | rules.quirks.ambiguous
+    known = rules.classes is None or action.label in rules.classes | rules.dataset.ambiguous
     if not known:
         problems.append(f"{place}.label: is not a known class (found {action.label!r:.60})")
     if problems:
@@ -147,7 +148,7 @@ def _check_action(
 
 
 def _faults(start: float, end: float, duration: float) -> list[Fault]:
-    """What is wrong with a segment of a video of `duration` seconds, if anything."""
+    """Faults of a segment of a video of `duration` seconds."""
     if end == start:
         return [Fault.EMPTY]
     if end < start:
@@ -164,7 +165,7 @@ def _implied(video_id: str, instances: Iterable[Instance], rules: Rules) -> Iter
     """The instances of wider labels that the data set promises and the file lacks."""
     there = set(instances)
     for instance in sorted(there, key=_order):
-        wider = rules.quirks.implied.get(instance.label)
+        wider = rules.dataset.implied.get(instance.label)
         if wider is None or (rules.classes is not None and wider not in rules.classes):
             continue
         twin = Instance(start=instance.start, end=instance.end, label=wider)
@@ -178,7 +179,7 @@ def _order(instance: Instance) -> tuple[float, float, str]:
 
 
 def _place(number: int, action: Any) -> str:
-    """Where an action stands, with its own id where it has one: rows of a table have no number."""
+    """Place of an action, by its own id where it has one: rows of a table have no number."""
     own = action.get("id") if isinstance(action, dict) else None
     return f"annotations[{number}]" if own is None else f"annotation {own!r:.60}"
 
@@ -195,10 +196,42 @@ def _reason(place: str = "", /, *, loc: tuple[int | str, ...], **details: Any) -
 
 
 def _id_problems(video_id: str) -> Iterator[str]:
-    """What keeps an id from being the plain name of a file in the video folder, if anything."""
+    """Reasons why an id cannot be the plain name of a file in the video folder."""
     if not video_id or video_id in {".", ".."}:
         yield "the id does not name a file"
     elif any(character in "/\\" for character in video_id):
         yield "the id holds a path separator and could point outside the video folder"
     elif any(unicodedata.category(character) in {"Cc", "Cs"} for character in video_id):
         yield "the id holds a control character, which no file name should"
+
+
+def check_durations(
+    annotations: Annotations,
+    measured: Mapping[str, float],
+    *,
+    tolerance: float = DURATION_TOLERANCE,
+) -> dict[str, str]:
+    """Compare the annotated duration of each video with that of its file.
+
+    A file that was cut, or converted to another frame rate without its time, puts every action of
+    the video in the wrong place, and nothing else shows it.
+
+    Args:
+        annotations: The annotations that are to be used.
+        measured: Video id -> duration of its file in seconds; videos that are not in it pass.
+        tolerance: Seconds by which the two may differ.
+
+    Returns:
+        Id to a sentence, of each video whose durations differ by more, in the order of the videos.
+    """
+    problems = {}
+    for video in annotations.videos:
+        seconds = measured.get(video.video_id, video.duration)
+        if not abs(seconds - video.duration) <= tolerance:  # so that NaN is a problem as well
+            last = max((i.end for i in video.instances), default=0.0)
+            lost = f", and actions in it reach up to {last:g} s" if last > seconds else ""
+            problems[video.video_id] = (
+                f"video {video.video_id!r}: its file lasts {seconds:g} s, its annotation says "
+                f"{video.duration:g} s{lost}; get the original file, or exclude it"
+            )
+    return problems

@@ -1,9 +1,8 @@
-"""From a file or a folder to `Annotations`: which form it has, what is left out, what is wrong."""
+"""From a file or a folder to `Annotations`: its form, what is left out, what is wrong."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -15,15 +14,9 @@ from re2tal.annotations import (
     read_json,
     read_text,
 )
-from re2tal.datasets import class_files, ego4d, epic_kitchens
-from re2tal.datasets.activitynet import read_activitynet
 from re2tal.datasets.checking import Checked, Rules, check_video
-from re2tal.datasets.quirks import DatasetQuirks
-
-Form = Literal[
-    "auto", "activitynet", "epic-verb", "epic-noun", "epic-action", "ego4d-mq", "class-files"
-]
-FORMS: tuple[Form, ...] = get_args(Form)
+from re2tal.datasets.forms import ACTIVITYNET_JSON, FileForm
+from re2tal.datasets.published import ANY_OTHER, FORMS, Dataset
 
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _DURATIONS = TypeAdapter(dict[str, _Seconds])
@@ -32,28 +25,28 @@ _DURATIONS = TypeAdapter(dict[str, _Seconds])
 def load_annotations(
     path: str | Path,
     *,
-    form: Form = "auto",
+    form: str = "auto",
     classes: Sequence[str] | None = None,
-    quirks: DatasetQuirks | None = None,
+    dataset: Dataset = ANY_OTHER,
     exclude: Collection[str] = (),
     keep: Collection[str] = (),
     durations: Mapping[str, float] | None = None,
 ) -> Annotations:
-    """Reads the annotations of a data set and checks all of them before any is used.
+    """Read the annotations of a data set and checks all of them before any is used.
 
     Numbers may be written as strings, as some THUMOS-14 files do. A segment that reaches past the
     duration by at most `DURATION_TOLERANCE` seconds is clipped to it.
 
     Args:
         path: The JSON file, or the folder of a data set that comes as several files.
-        form: How the files are laid out. "auto" looks at them; EPIC-Kitchens-100 has three
-            readings, of which one must be named.
+        form: Layout of the files, a key of `FORMS`. "auto" looks at them; EPIC-Kitchens-100 has
+            three readings, of which one must be named.
         classes: The labels that are allowed; by default those that the data set lists or uses.
-        quirks: What is known to be wrong in this data set, to be repaired and reported. By default
+        dataset: Record of the data set, whose known faults are repaired and reported. By default
             nothing is repaired: every fault is an error.
         exclude: Ids of videos to leave out, such as those that cannot be had any more; see
             `read_ids`. They are not checked. An id may have the `v_` of its video file.
-        keep: Ids of videos to use although `quirks` leave them out, to compare with results that
+        keep: Ids of videos to use although `dataset` leaves them out, to compare with results that
             count them.
         durations: Video id -> seconds, for videos to which the files give no duration.
 
@@ -64,13 +57,12 @@ def load_annotations(
         AnnotationError: A file cannot be read, or anything in it is wrong. It lists everything.
     """
     source = str(path)
-    quirks = quirks or DatasetQuirks()
-    raw = _reader(Path(path), form)(Path(path))
-    reasons, problems = _left_out(raw, quirks, exclude, keep)
+    raw = _form(Path(path), form).read(Path(path))
+    reasons, problems = _left_out(raw, dataset, exclude, keep)
     problems = [*raw.problems, *problems]
     known = classes if classes is not None else raw.classes
     rules = Rules(
-        quirks=quirks,
+        dataset=dataset,
         classes=None if known is None else frozenset(known),
         durations=durations or {},
     )
@@ -87,7 +79,7 @@ def load_annotations(
 
 
 def read_ids(path: str | Path) -> frozenset[str]:
-    """The ids in a file of videos to exclude: one a line, or a JSON list, or an object's keys.
+    """Video ids in a file of those to exclude: one a line, or a JSON list, or an object's keys.
 
     The first is what feature extractors leave as missing_files.txt, the others are how lists of
     blocked videos are published.
@@ -122,7 +114,7 @@ def read_durations(path: str | Path) -> dict[str, float]:
 
 
 def _left_out(
-    raw: RawCollection, quirks: DatasetQuirks, exclude: Collection[str], keep: Collection[str]
+    raw: RawCollection, dataset: Dataset, exclude: Collection[str], keep: Collection[str]
 ) -> tuple[dict[str, str], list[str]]:
     """Video id -> why it is not used, and what is wrong with `exclude` and `keep`."""
     listed = {
@@ -132,56 +124,37 @@ def _left_out(
         f"video {video_id!r}: is to be kept, but "
         + ("nothing leaves it out" if video_id in raw.videos else "is not there")
         for video_id in sorted(keep)
-        if video_id not in quirks.unusable or video_id not in raw.videos
+        if video_id not in dataset.unusable or video_id not in raw.videos
     ]
     if listed and listed.isdisjoint(raw.videos):
         problems.append(f"none of the {len(listed)} videos to exclude is there: are these its ids?")
     reasons = {
         **dict.fromkeys(listed, "is on the list to exclude"),
         **raw.excluded,
-        **{v: why for v, why in quirks.unusable.items() if v not in keep},
+        **{v: why for v, why in dataset.unusable.items() if v not in keep},
     }
     return reasons, problems
 
 
-def _reader(path: Path, form: Form) -> Callable[[Path], RawCollection]:
-    """The function that reads this form."""
-    match form:
-        case "auto":
-            return _reader(path, _recognise(path))
-        case "activitynet":
-            return read_activitynet
-        case "ego4d-mq":
-            return ego4d.read_ego4d
-        case "class-files":
-            return class_files.read_class_files
-        case "epic-verb":
-            return partial(epic_kitchens.read_epic_kitchens, kind="verb")
-        case "epic-noun":
-            return partial(epic_kitchens.read_epic_kitchens, kind="noun")
-        case "epic-action":
-            return partial(epic_kitchens.read_epic_kitchens, kind="action")
-        case _:
-            raise ValueError(f"There is no form {form!r}. Give one of {', '.join(FORMS)}.")
-
-
-def _recognise(path: Path) -> Form:
-    """The form of a file or a folder, by the names in it and what the file holds."""
-    names = {file.name for file in path.iterdir()} if path.is_dir() else {path.name}
-    if names & set(epic_kitchens.FILES.values()):
-        reason = "these are EPIC-Kitchens-100: say which labels, form epic-verb, -noun or -action"
-        raise AnnotationError(str(path), [reason])
-    if names & set(ego4d.FILES):
-        return "ego4d-mq"
-    if path.is_dir():
-        if any(path.rglob("*.txt")):
-            return "class-files"
-        raise AnnotationError(
-            str(path), ["cannot be read: no data set that is known has this folder"]
-        )
-    document, _ = read_json(path)
-    holds_videos = isinstance(document, dict) and isinstance(document.get("videos"), list)
-    return "ego4d-mq" if holds_videos else "activitynet"
+def _form(path: Path, name: str) -> FileForm:
+    """The form of that name; of "auto", the one that the path has."""
+    if name in FORMS:
+        return FORMS[name]
+    if name != "auto":
+        raise ValueError(f"There is no form {name!r}. Give one of auto, {', '.join(FORMS)}.")
+    # the last of the list first: any folder with texts could hold class files
+    looked_at = [form for form in reversed([*FORMS.values()]) if form.suits is not None]
+    found = next((form for form in looked_at if form.suits and form.suits(path)), None)
+    if found is None and path.is_dir():
+        unknown = "cannot be read: no data set that is known has this folder"
+        raise AnnotationError(str(path), [unknown])
+    if found is None:
+        return ACTIVITYNET_JSON
+    alike = [form.name for form in FORMS.values() if form.suits is found.suits]
+    if len(alike) > 1:
+        reason = "can be read in several ways: say which labels are meant, form "
+        raise AnnotationError(str(path), [f"{reason}{', '.join(alike[:-1])} or {alike[-1]}"])
+    return found
 
 
 def _assemble(

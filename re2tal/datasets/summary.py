@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from re2tal.annotations import Annotations, Instance, VideoAnnotation
+from re2tal.errors import shortened
 
 WIDTH = 80
 _BAR = 40  # characters of the longest bar
@@ -100,7 +101,7 @@ def _quantile(ranked: Sequence[float], q: float) -> float:
 
 
 def _remarks(annotations: Annotations) -> Iterator[str]:
-    """What need not be wrong and yet is good to know."""
+    """Remarks on things that need not be wrong."""
     twice = sum(len(v.instances) - len(set(v.instances)) for v in annotations.videos)
     if twice:
         yield f"{_count(twice, 'instance')} with the times and the label of another"
@@ -114,10 +115,8 @@ def _list(title: str, items: Sequence[str]) -> Iterator[str]:
     if not items:
         return
     yield f"{title}: {len(items):,}"
-    for item in items[:_LISTED]:
+    for item in shortened(items, _LISTED):
         yield from _wrap(item)
-    if len(items) > _LISTED:
-        yield f"  ... and {len(items) - _LISTED:,} more"
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:

@@ -69,7 +69,7 @@ def rows(detections: Detections, classes: Sequence[str]) -> list[dict[str, Any]]
 def write_detections(
     path: str | Path, detections: Mapping[str, Detections], classes: Sequence[str]
 ) -> None:
-    """Writes the detections of videos, sorted by id.
+    """Write the detections of videos, sorted by id.
 
     Args:
         path: the JSON file; it is replaced when the new one is whole.
@@ -89,7 +89,7 @@ def write_detections(
 
 
 def write_rows(path: str | Path, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Writes detections that are rows already.
+    """Write detections that are rows already.
 
     Args:
         path: the JSON file; it is replaced when the new one is whole.
@@ -101,7 +101,7 @@ def write_rows(path: str | Path, results: Mapping[str, Sequence[Mapping[str, Any
 
 
 def read_detections(path: str | Path, classes: Sequence[str]) -> dict[str, Detections]:
-    """Reads detections and checks all of them before any is used.
+    """Read detections and check all of them before any is used.
 
     Args:
         path: the JSON file.
@@ -153,7 +153,7 @@ def read_json(path: str | Path) -> tuple[Any, list[str]]:
 
 
 def _check_numbers(detections: Detections) -> None:
-    """Refuses what `read_detections` would refuse."""
+    """Refuse what `read_detections` would refuse."""
     segments, scores = detections.segments, detections.scores
     infinite = ~(segments.isfinite().all(dim=1) & scores.isfinite())
     wrong = infinite | (segments[:, 1] < segments[:, 0])
@@ -169,7 +169,7 @@ def _check_numbers(detections: Detections) -> None:
 
 
 def _writer(numbers: Tensor) -> Callable[[float], float]:
-    """What shortens a number to the digits that its precision needs."""
+    """Function that shortens a number to the digits that its precision needs."""
     if numbers.dtype == torch.float64:
         return float
     return lambda number: float(f"{number:.9g}")

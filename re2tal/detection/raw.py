@@ -21,16 +21,8 @@ from torch import Tensor
 
 from re2tal.atomic import replacing
 from re2tal.detection.segments import Detections
+from re2tal.errors import shortened
 from re2tal.json_files import FileError
-
-_LISTED = 10
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first ten names, and how many there are besides: `a, b, c and 5 more`."""
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
-
 
 _TENSORS = ("segments", "scores", "labels", "counts")
 _NAMES = ("videos", "classes")
@@ -40,7 +32,7 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 def write_raw(
     path: str | Path, predictions: Mapping[str, Detections], classes: Sequence[str]
 ) -> None:
-    """Writes the predictions of videos, in their order.
+    """Write the predictions of videos, in their order.
 
     Args:
         path: the file; it is replaced when the new one is whole.
@@ -69,7 +61,7 @@ def write_raw(
 
 
 def read_raw(path: str | Path) -> tuple[dict[str, Detections], tuple[str, ...]]:
-    """Reads what `write_raw` wrote.
+    """Read a file of `write_raw`.
 
     Args:
         path: the file.
@@ -119,16 +111,17 @@ def _content(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _misnamed(names: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the names of a file."""
+    """Problems of the names in a file."""
     for kind, found in names.items():
         if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
             yield f'"{kind}" must be a JSON list of names (found {found!r:.60})'
         elif twice := sorted({name for name in found if found.count(name) > 1}):
-            yield f'"{kind}" has names more than once: {listed(twice)}'
+            names_twice = ", ".join(shortened(twice, 10))
+            yield f'"{kind}" has names more than once: {names_twice}'
 
 
 def _misfits(tensors: Mapping[str, Tensor], names: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """Where the parts of a file do not belong together."""
+    """Parts of a file that do not belong together."""
     segments, scores, labels, counts = (tensors[name] for name in _TENSORS)
     videos, classes = (len(names[kind]) for kind in _NAMES)
     if scores.ndim != 1:
@@ -157,7 +150,7 @@ def _misfits(tensors: Mapping[str, Tensor], names: Mapping[str, Sequence[str]]) 
 def ensemble(
     runs: Sequence[Mapping[str, Detections]], weights: Sequence[float]
 ) -> dict[str, Detections]:
-    """Puts the detections of several runs side by side, before non-maximum suppression.
+    """Put the detections of several runs side by side, before non-maximum suppression.
 
     A score becomes `score * weight / sum of weights`: what averaging gives if a run scores 0 what
     it did not find. Scores shrink so; a minimum score has to shrink with them.
@@ -206,7 +199,7 @@ def _check_videos(runs: Sequence[Mapping[str, Detections]]) -> None:
     for number, run in enumerate(runs):
         missing = [video_id for video_id in everything if video_id not in run]
         if missing:
-            problems.append(f"run {number} lacks {listed(missing)}")
+            problems.append(f"run {number} lacks {', '.join(shortened(missing, 10))}")
     if problems:
         raise ValueError(
             "The runs of an ensemble must have predictions of the same videos (maybe empty ones), "

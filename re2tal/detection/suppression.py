@@ -36,7 +36,7 @@ REMOVED = float("-inf")
 _TABLE = 1 << 17
 
 Weaken = Callable[[Tensor, Tensor], None]
-"""Changes the first, scores `(G, L)`, according to their overlaps `(G, L)` with what was taken; the
+"""Change the first, scores `(G, L)`, according to their overlaps `(G, L)` with what was taken; the
 second is free to be written to. A score must not rise, and what overlaps nothing must stay."""
 
 
@@ -137,7 +137,7 @@ class _Table:
         return _Table(*(like.new_full(shape, number) for number in _NOTHING))
 
     def pop(self, pick: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Removes a segment of each group, `pick` `(G, 1)`: starts, ends and lengths `(G, 1)`."""
+        """Remove a segment of each group, `pick` `(G, 1)`: starts, ends and lengths `(G, 1)`."""
         fields = (self.starts, self.ends, self.lengths, self.scores)
         start, end, length, _ = (field.gather(1, pick) for field in fields)
         for field, number in zip(fields, _NOTHING, strict=True):
@@ -149,7 +149,7 @@ _NOTHING = (float("inf"), float("-inf"), 1.0, REMOVED)
 
 
 def _take(table: _Table, weaken: Weaken, min_score: float, picks: int) -> Tensor:
-    """Takes segments until no group has any left: the scores they were taken with, `(G, L)`."""
+    """Take segments until no group has any left: the scores they were taken with, `(G, L)`."""
     taken = torch.full_like(table.scores, REMOVED)
     instants = bool((table.lengths == 0).any())
     for _ in range(min(taken.shape[1], picks)):
@@ -233,7 +233,7 @@ Voting = Literal["none", "score_tiou", "score"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NmsConfig:
-    """How the detections of one video are thinned out.
+    """Settings of non-maximum suppression for one video.
 
     Attributes:
         method: "soft": Gaussian soft-NMS (Bodla et al., ICCV 2017, section 3), which multiplies
@@ -289,7 +289,7 @@ class NmsConfig:
 
 
 def nms(detections: Detections, config: NmsConfig) -> Detections:
-    """Thins out the detections of one video.
+    """Thin out the detections of one video.
 
     Deterministic: of equal scores the one given first is taken first, and the result lists equal
     scores in the order given.
@@ -321,7 +321,7 @@ def nms_videos(detections: Sequence[Detections], config: NmsConfig) -> list[Dete
 def nms_videos(
     detections: Mapping[str, Detections] | Sequence[Detections], config: NmsConfig
 ) -> dict[str, Detections] | list[Detections]:
-    """Thins out the detections of many videos in one pass.
+    """Thin out the detections of many videos in one pass.
 
     The result for a video is that of `nms` for it alone, bit for bit. Beside input and output it
     needs memory for a table of bounded size and for the detections of all videos once more.
@@ -346,7 +346,7 @@ def nms_videos(
 
 @torch.no_grad()
 def _thin(names: list[str], videos: list[Detections], config: NmsConfig) -> list[Detections]:
-    """What is left of the `videos`; errors say where they happened by `names`."""
+    """Detections of each video after suppression; errors name a video by `names`."""
     filled = [i for i, video in enumerate(videos) if len(video)]
     result = [video[:0] for video in videos]
     if filled:
@@ -369,7 +369,7 @@ class _Pool:
         return _Pool(self.detections[index], self.videos[index], self.count)
 
     def parts(self) -> Iterator[slice]:
-        """Where each video's detections are."""
+        """Places of each video's detections."""
         first = 0
         for size in self.videos.bincount(minlength=self.count).tolist():
             yield slice(first, first + size)
@@ -399,7 +399,7 @@ def _joined(names: list[str], videos: list[Detections]) -> _Pool:
 
 
 def _thin_pool(given: _Pool, config: NmsConfig) -> list[Detections]:
-    """What is left of each video of a pool."""
+    """Detections of each video of a pool after suppression."""
     precisions = given.detections.segments.dtype, given.detections.scores.dtype
     pool = _computable(given, config)
     groups = _groups(pool, config)

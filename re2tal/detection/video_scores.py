@@ -29,8 +29,8 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, Validation
 from torch import Tensor
 
 from re2tal.detection.files import read_json
-from re2tal.detection.raw import listed
 from re2tal.detection.segments import Detections
+from re2tal.errors import shortened
 from re2tal.json_files import FileError, in_words
 
 _PREFIX = "v_"
@@ -38,7 +38,7 @@ _PREFIX = "v_"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoScores:
-    """What a classifier says about whole videos.
+    """Scores that a classifier gives to whole videos.
 
     Attributes:
         classes: K class names.
@@ -61,7 +61,7 @@ class VideoScores:
         if wrong:
             raise ValueError(
                 f"Videos need a score of each of the {len(self.classes)} classes, finite and not "
-                f"negative, but {listed(wrong)} have others."
+                f"negative, but {', '.join(shortened(wrong, 10))} have others."
             )
 
     def get(self, video_id: str) -> Tensor | None:
@@ -75,7 +75,7 @@ class VideoScores:
 def load_video_scores(
     path: str | Path, classes: Sequence[str], *, logits: bool = False
 ) -> VideoScores:
-    """Reads a file of video-level scores and checks all of it.
+    """Read a file of video-level scores and check all of it.
 
     Args:
         path: the JSON file (format: module docstring).
@@ -121,7 +121,7 @@ def load_video_scores(
 
 
 def fuse(proposals: Detections, scores: Tensor, *, top: int) -> Detections:
-    """Gives the proposals of one video the classes that the video has.
+    """Give the proposals of one video the classes that the video has.
 
     Args:
         proposals: N detections; their labels are not looked at.
@@ -154,7 +154,7 @@ def fuse(proposals: Detections, scores: Tensor, *, top: int) -> Detections:
 def fuse_videos(
     proposals: Mapping[str, Detections], scores: VideoScores, *, top: int
 ) -> dict[str, Detections]:
-    """Gives the proposals of many videos the classes that each video has.
+    """Give the proposals of many videos the classes that each video has.
 
     Args:
         proposals: by video, usually after class-agnostic NMS.
@@ -172,7 +172,7 @@ def fuse_videos(
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(proposals)} videos have no video-level scores: "
-            f"{listed(missing)}. Leave them out of the proposals, or use the "
+            f"{', '.join(shortened(missing, 10))}. Leave them out of the proposals, or use the "
             "scores of their subset."
         )
     return {

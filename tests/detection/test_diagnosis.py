@@ -4,17 +4,17 @@ import itertools
 import json
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from re2tal.annotations import Bins
+from re2tal.datasets import ACTIVITYNET_BINS, THUMOS_BINS
 from re2tal.detection import Detections, mean_average_precision
 from re2tal.detection.diagnosis import (
-    ACTIVITYNET,
     ERRORS,
-    THUMOS,
-    Bins,
     Diagnosis,
     Kind,
     diagnose,
@@ -27,8 +27,13 @@ Guess = tuple[str, float, float, int, float]  # video, start, end, label, score
 THRESHOLDS = (0.5, 0.6, 0.75)
 # So many wrong guesses that precision ends below 0.05.
 FLOOD: list[Guess] = [("a", 0.01 * i, 0.5 + 0.01 * i, 0, 0.501) for i in range(300)]
-BIN_NAMES = {name: getattr(ACTIVITYNET, name).names for name in ("coverage", "length", "instances")}
+BIN_NAMES = {
+    name: getattr(ACTIVITYNET_BINS, name).names for name in ("coverage", "length", "instances")
+}
 LIMITS = {"coverage": (0.2, 0.4, 0.6, 0.8), "length": (30, 60, 120, 180), "instances": (1, 4, 8)}
+
+
+diagnosed = partial(diagnose, characteristics=ACTIVITYNET_BINS)
 
 
 def by_video(rows: list[Instance] | list[Guess]) -> dict[str, Detections]:
@@ -46,7 +51,7 @@ def run(
     truth: list[Instance], guesses: list[Guess], thresholds: tuple[float, ...] = (0.5,)
 ) -> Diagnosis:
     durations = {row[0]: 200.0 for row in truth}
-    return diagnose(
+    return diagnosed(
         by_video(truth), by_video(guesses), durations, num_classes=4, thresholds=thresholds
     )
 
@@ -305,9 +310,9 @@ def test_the_random_sets_hold_every_case() -> None:
 
 
 def test_bins_are_closed_above_and_open_at_the_ends() -> None:
-    lengths = ACTIVITYNET.length.place(np.array([0.1, 30.0, 30.1, 60.0, 180.0, 180.1, 1e9]))
+    lengths = ACTIVITYNET_BINS.length.place(np.array([0.1, 30.0, 30.1, 60.0, 180.0, 180.1, 1e9]))
     assert lengths.tolist() == [0, 0, 1, 1, 3, 4, 4]
-    assert THUMOS.instances.place(np.array([1.0, 2.0, 40.0, 80.0, 81.0])).tolist() == [
+    assert THUMOS_BINS.instances.place(np.array([1.0, 2.0, 40.0, 80.0, 81.0])).tolist() == [
         *(0, 1, 1, 2, 3)
     ]
     with pytest.raises(ValueError, match="one name more"):
@@ -349,7 +354,9 @@ def test_what_cannot_be_diagnosed_says_so() -> None:
     guess: list[Guess] = [("a", 0.0, 1.0, 0, 0.5)]
     for durations in ({}, {"a": 0.0}):
         with pytest.raises(ValueError, match="'a' has instances but no positive duration"):
-            diagnose(by_video([("a", 0.0, 1.0, 0)]), {}, durations, num_classes=1, thresholds=[0.5])
+            diagnosed(
+                by_video([("a", 0.0, 1.0, 0)]), {}, durations, num_classes=1, thresholds=[0.5]
+            )
     with pytest.raises(ValueError, match="nothing to diagnose"):
         run([("a", 3.0, 3.0, 0)], guess)
     with pytest.raises(ValueError, match=r"lie in \(0, 1\]"):
@@ -358,7 +365,7 @@ def test_what_cannot_be_diagnosed_says_so() -> None:
         run([("a", 0.0, 1.0, 4)], guess)
     with pytest.raises(ValueError, match="'b' have a segment that is not finite"):
         run([("a", 0.0, 1.0, 0)], [("b", 0.0, math.inf, 0, 0.5)])
-    with pytest.raises(ValueError, match="video 'b' has a score that is not a number"):
+    with pytest.raises(ValueError, match="video 'b' have a score that is not a number"):
         run([("a", 0.0, 1.0, 0)], [("b", 0.0, 1.0, 0, math.nan)])
 
 

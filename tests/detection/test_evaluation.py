@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from re2tal.detection import Detections, mean_average_precision
 from re2tal.detection.benchmarks.evaluation import ACTIVITYNET, THUMOS, Workload, sequential
-from re2tal.detection.evaluation import tables as matching
+from re2tal.detection.evaluation import matching
 
 THRESHOLDS = (0.3, 0.5, 0.7, 1.0)
 Truth = dict[str, list[tuple[float, float, int]]]

@@ -10,19 +10,23 @@ import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 
 import re2tal
-from pipelines.config.recipe import Dataset, Recipe
+from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import toy
 from pipelines.core.tracking import Run
-from pipelines.evaluate import evaluate_run, evaluated_plan, parse
-from pipelines.inference.evaluation import USUAL_THRESHOLDS, evaluate, metrics_of, read_labelled
+from pipelines.evaluate import parse
+from pipelines.inference.evaluation import evaluate_run, evaluated_plan, read_labelled
+from pipelines.inference.report import evaluate, metrics_of
 from pipelines.training.model import spec_of
+from re2tal.datasets import DATASETS
 from re2tal.detection.files import read_detections
+from re2tal.detection.raw import write_raw
+from re2tal.detection.segments import Detections
 from re2tal.errors import UserError
 from re2tal.trained import save_detector
 
@@ -60,6 +64,10 @@ def write(folder: Path, found: Mapping[str, list[Any]], *options: str) -> list[s
         for name, video in DATABASE.items()
     }
     (folder / "annotations.json").write_text(json.dumps({"database": database}))
+    return write_found(folder, found, *options)
+
+
+def write_found(folder: Path, found: Mapping[str, list[Any]], *options: str) -> list[str]:
     results = {name: [row(segment) for segment in of_video] for name, of_video in found.items()}
     (folder / "detections.json").write_text(json.dumps({"results": results}))
     named = {"detections": "detections.json", "annotations": "annotations.json"}
@@ -141,14 +149,21 @@ def test_tables_are_written_for_people_and_programs(evaluated: tuple[Run, Path, 
 PROPOSALS = {name: [(*one[:3], "action") for one in rows] for name, rows in FOUND.items()}
 
 
-def evaluation(folder: Path, *options: str) -> dict[str, float]:
-    """Numbers of the proposals, without MLflow."""
-    config = parse(write(folder, PROPOSALS, *options))
-    labelled = read_labelled(
-        folder / "detections.json", evaluated_plan(config), top=config.video_scores_top
-    )
+def evaluation(
+    folder: Path, *options: str, found: Mapping[str, list[Any]] = PROPOSALS
+) -> dict[str, float]:
+    """Numbers of what was found, without MLflow."""
+    config = parse(write(folder, found, *options))
+    paths = [Path(place) for place in config.detections]
+    labelled = read_labelled(paths, evaluated_plan(config), config)
     return metrics_of(
-        evaluate(labelled, config.levels, ignore_ambiguous=False, dataset=config.dataset)
+        evaluate(
+            labelled,
+            config.levels,
+            ks=config.ks,
+            bins=config.record.bins,
+            ignore_ambiguous=False,
+        )
     )
 
 
@@ -276,10 +291,82 @@ def test_a_detector_of_other_classes_is_refused(tiny_recipe: Recipe, tmp_path: P
         evaluate_run(parse(arguments))
 
 
-def test_every_data_set_has_its_thresholds() -> None:
-    assert set(USUAL_THRESHOLDS) == {None, *get_args(Dataset)}
+def test_thresholds_subset_and_recall_are_those_of_the_data_set() -> None:
     assert parse([]).levels == toy().thresholds
+    for name, record in DATASETS.items():
+        config = parse(["--dataset", name])
+        assert (config.levels, config.ks) == (record.thresholds, record.recall_at)
+        assert config.evaluated_on == record.validation
     assert parse(["--dataset", "hacs-segments"]).levels == pytest.approx(
         [0.5 + 0.05 * i for i in range(10)]
     )
-    assert parse(["--dataset", "hacs-segments", "--thresholds", "0.5"]).levels == (0.5,)
+    own = parse(["--dataset", "ego4d-mq", "--thresholds", "0.5", "--subset", "x", "--recall-at"])
+    assert (own.levels, own.evaluated_on, own.ks) == ((0.5,), "x", ())
+
+
+def test_recall_of_as_many_detections_as_instances(tmp_path: Path) -> None:
+    # of spin's one instance the second best detection finds it, of jump's two one is found
+    found = evaluation(tmp_path, "--recall-at", "1", "2", "--thresholds", "0.5", found=FOUND)
+    assert found["val/recall_1x"] == found["val/recall_1x/tiou_0.50"] == pytest.approx(0.25)
+    assert found["val/recall_2x/tiou_0.50"] == pytest.approx(0.75)
+    with pytest.raises(UserError, match="--recall-at"):
+        evaluate_run(parse(write(tmp_path, FOUND, "--recall-at", "0")))
+
+
+def test_ego4d_is_reported_by_recall_at_1x(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, {})
+    annotations = tmp_path / "annotations.json"
+    annotations.write_text(annotations.read_text().replace('"validation"', '"val"'))
+    run = evaluate_run(parse(write_found(tmp_path, FOUND, "--dataset", "ego4d-mq")))
+    assert metrics(run)["val/recall_1x/tiou_0.50"] == pytest.approx(0.25)
+    assert "recall@1x            tIoU 0.10 0.250" in capsys.readouterr().out
+    tables = json.loads((tmp_path / "out" / "evaluation.json").read_text())["tables"]
+    assert [row["class"] for row in tables["instance_recall"]] == ["jump", "spin", "mean"]
+    assert tables["instance_recall"][-1]["average"] == pytest.approx(0.25)
+
+
+def raw(path: Path, found: Mapping[str, list[Any]], classes: tuple[str, ...]) -> str:
+    path.parent.mkdir()
+    videos = {
+        name: Detections(
+            segments=torch.tensor([one[:2] for one in of_video]).reshape(-1, 2),
+            scores=torch.tensor([float(one[2]) for one in of_video]),
+            labels=torch.tensor([classes.index(one[3]) for one in of_video], dtype=torch.int64),
+        )
+        for name, of_video in found.items()
+    }
+    write_raw(path, videos, classes)
+    return str(path)
+
+
+def test_raw_detections_of_runs_become_an_ensemble(tmp_path: Path) -> None:
+    # each run finds another instance of jump; their files have one name and other class numbers
+    other = {"a": [(7.0, 8.0, 0.4, "jump")], "b": [(2.0, 4.0, 0.9, "jump")], "z": []}
+    first = raw(tmp_path / "1" / "raw.safetensors", {"b": [], **FOUND}, ("jump", "spin"))
+    second = raw(tmp_path / "2" / "raw.safetensors", other, ("spin", "jump"))
+
+    def ap(*options: str) -> float:
+        arguments = ["--thresholds", "0.5", "--nms.method", "hard", *options]
+        return evaluation(tmp_path, *arguments, found=FOUND)["val/AP/jump"]
+
+    assert ap("--detections", first) == ap("--detections", second) == pytest.approx(0.5)
+    assert ap("--detections", first, second) == pytest.approx(1.0)
+    # weights of 1 to 999 leave 0.0009 of the first run's best score, which still counts
+    light = ap("--detections", first, second, "--weights", "1", "999")
+    assert light == pytest.approx((1 + 2 / 3) / 2)
+    for options, reason in (
+        (("--weights", "1"), "2 runs and 1 weights.*Correct --detections or --weights"),
+        (("--weights", "1", "0"), "must be above 0"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            ap("--detections", first, second, *options)
+    with pytest.raises(UserError, match=r"detections\.json is what was left after it"):
+        ap("--detections", first, str(tmp_path / "detections.json"))
+    lacking = raw(tmp_path / "3" / "raw.safetensors", {"a": []}, ("jump", "spin"))
+    with pytest.raises(UserError, match="run 1 lacks b"):
+        ap("--detections", first, lacking)
+    swim = raw(tmp_path / "4" / "raw.safetensors", {"a": []}, ("swim",))
+    with pytest.raises(UserError, match=r"1 of the 1 classes of .* \(swim\).*--detections"):
+        ap("--detections", swim)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipelines.core.figures import timeline
+from pipelines.core.figures import Timeline, timelines
 from pipelines.inference.output import (
     COLUMNS,
     FORMATS,
@@ -127,7 +127,7 @@ def test_a_video_without_detections_is_written_too(tmp_path: Path) -> None:
 
 def test_the_picture_has_a_lane_for_each_class_that_occurs() -> None:
     rows = record("a").detections
-    (axes,) = timeline("$title$", rows, 10.0, CLASSES).axes
+    (axes,) = timelines({"$title$": Timeline(duration=10.0, found=rows)}, CLASSES).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["jump", NASTY]
     boxes = [bar.get_window_extent().transformed(axes.transData.inverted()) for bar in axes.patches]
     bars = {(round(b.x0, 6), round(b.x1, 6), round((b.y0 + b.y1) / 2)) for b in boxes}

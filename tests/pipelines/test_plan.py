@@ -122,7 +122,7 @@ def changed(config: DataConfig, folder: Path, **duration: float) -> DataConfig:
     return replace(config, annotations=str(path))
 
 
-def test_quirks_of_the_data_set_and_a_list_of_videos_to_exclude(
+def test_faults_of_the_data_set_and_a_list_of_videos_to_exclude(
     tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
     config = changed(tiny_recipe.data, tmp_path, toy_000=30.0)

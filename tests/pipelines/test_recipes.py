@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pipelines.config.recipes import RECIPES
+from pipelines.data.plan import ACTION
 from pipelines.train import check_model, parse
-from pipelines.training.model import ACTION, build_detector, reported_classes
+from pipelines.training.model import build_detector, reported_classes
 from re2tal.detection import Detections
 from re2tal.errors import UserError
 from re2tal.localizers.vsgn import VSGNConfig

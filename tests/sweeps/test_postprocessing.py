@@ -8,9 +8,8 @@ import torch
 
 from pipelines.config.recipe import Recipe
 from pipelines.core.tracking import Run, log_recipe, start_run
-from pipelines.data.plan import Plan
+from pipelines.data.plan import ACTION, Plan
 from pipelines.training.detection import RAW_FILE, DetectionTask
-from pipelines.training.model import ACTION
 from pipelines.training.validation import ground_truth
 from re2tal.detection.raw import write_raw
 from re2tal.detection.segments import Detections

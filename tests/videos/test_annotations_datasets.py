@@ -1,4 +1,4 @@
-"""Each of the seven data sets in the layout in which it is published, with its own quirks."""
+"""Each of the seven data sets in the layout in which it is published, with its own faults."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from re2tal.annotations import AnnotationError, Instance, VideoAnnotation
-from re2tal.datasets import DATASETS, FINEACTION, HACS_SEGMENTS, MULTITHUMOS, load_annotations
+from re2tal.datasets import FINEACTION, HACS_SEGMENTS, MULTITHUMOS, load_annotations
 from re2tal.datasets.__main__ import main
 from tests.videos import published_layouts as layouts
 
@@ -18,7 +18,7 @@ def segments(instances: Sequence[Instance]) -> list[tuple[float, float]]:
 
 
 def problems_of(path: Path) -> int:
-    """How many problems a file has for whom is told of no quirks."""
+    """Number of problems that a file has without the record of its data set."""
     with pytest.raises(AnnotationError) as caught:
         load_annotations(path)
     return len(caught.value.problems)
@@ -27,7 +27,7 @@ def problems_of(path: Path) -> int:
 def test_hacs_segments(tmp_path: Path) -> None:
     path = layouts.hacs(tmp_path)
     assert problems_of(path) == 3
-    annotations = load_annotations(path, quirks=HACS_SEGMENTS)
+    annotations = load_annotations(path, dataset=HACS_SEGMENTS)
     training, testing, validation = annotations.videos
     assert annotations.classes == ("Dodgeball", "Ironing clothes")
     assert testing == VideoAnnotation(video_id="NKB_CEA5jNQ", subset="testing", duration=120.5)
@@ -46,7 +46,7 @@ def test_hacs_segments(tmp_path: Path) -> None:
 def test_fineaction(tmp_path: Path) -> None:
     path = layouts.fineaction(tmp_path)
     assert problems_of(path) == 2
-    annotations = load_annotations(path, quirks=FINEACTION)
+    annotations = load_annotations(path, dataset=FINEACTION)
     assert [(v.video_id, v.subset) for v in annotations.videos] == [
         ("v_00000102", "training"),
         ("v_00004276", "validation"),
@@ -57,19 +57,19 @@ def test_fineaction(tmp_path: Path) -> None:
     assert segments(training.evaluated) == [(1.0, 1.4), (1.2, 1.2)]
     assert segments(validation.instances) == [(7.0, 9.5)]
     assert testing.instances == ()
-    fewer = load_annotations(path, quirks=FINEACTION, exclude=["v_00004276"])  # `v_` is of the id
+    fewer = load_annotations(path, dataset=FINEACTION, exclude=["v_00004276"])  # `v_` is of the id
     assert [e.video_id for e in fewer.excluded] == ["v_00004276"]
     reversed_one = json.loads(path.read_text())
     reversed_one["database"]["v_00000102"]["annotations"][0]["segment"] = [3, 2]
     path.write_text(json.dumps(reversed_one))
     with pytest.raises(AnnotationError, match=r"v_00000102.*is reversed"):
-        load_annotations(path, quirks=FINEACTION)
+        load_annotations(path, dataset=FINEACTION)
 
 
 def test_multithumos_as_class_files_and_as_a_conversion(tmp_path: Path) -> None:
     durations = layouts.MULTITHUMOS_DURATIONS
     annotations = load_annotations(
-        layouts.multithumos(tmp_path), quirks=MULTITHUMOS, durations=durations
+        layouts.multithumos(tmp_path), dataset=MULTITHUMOS, durations=durations
     )
     assert annotations.classes == ("CloseUpTalkToCamera", "CricketShot", "Stand")
     assert [(v.video_id, v.subset, len(v.instances)) for v in annotations.videos] == [
@@ -93,7 +93,7 @@ def test_multithumos_as_class_files_and_as_a_conversion(tmp_path: Path) -> None:
     }
     conversion = layouts.written(tmp_path / "multithumos_anno.json", {"database": database})
     assert problems_of(conversion) == 2
-    assert load_annotations(conversion, quirks=MULTITHUMOS) == annotations
+    assert load_annotations(conversion, dataset=MULTITHUMOS) == annotations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +182,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dataset", sorted(DATASETS))
+@pytest.mark.parametrize("dataset", sorted(CASES))
 def test_the_command_describes(
     dataset: str,
     tmp_path: Path,

@@ -18,13 +18,13 @@ from re2tal.datasets import (
     DURATION_TOLERANCE,
     MULTITHUMOS,
     THUMOS14,
-    DatasetQuirks,
+    Dataset,
     Fault,
     load_annotations,
     read_ids,
 )
 
-EVERYTHING = DatasetQuirks(repaired=frozenset(Fault))
+EVERYTHING = Dataset(name="any", repaired=frozenset(Fault))
 
 
 def action(start: Any, end: Any, label: str = "run") -> dict[str, Any]:
@@ -54,7 +54,7 @@ def test_activitynet_loses_segments_without_length_and_says_so(tmp_path: Path) -
     )
     (problem,) = problems_of(path)
     assert problem == "video 'b': annotations[1].segment: has no length (found [0.0, 0.0])"
-    annotations = load_annotations(path, quirks=ACTIVITYNET13)
+    annotations = load_annotations(path, dataset=ACTIVITYNET13)
     assert annotations.repairs == (
         Repair(
             video_id="b",
@@ -66,11 +66,11 @@ def test_activitynet_loses_segments_without_length_and_says_so(tmp_path: Path) -
     # the dropped instance is evaluated as published, so its label counts as a class
     assert annotations.classes == ("jump", "run")
     nothing = write(tmp_path, {"a": video(action(1, 1))})
-    assert "nothing to learn" in problems_of(nothing, quirks=ACTIVITYNET13)[0]
+    assert "nothing to learn" in problems_of(nothing, dataset=ACTIVITYNET13)[0]
     assert annotations.videos[0].instances == (Instance(start=2.0, end=10.0, label="run"),)
     assert (
         "is reversed"
-        in problems_of(write(tmp_path, {"a": video(action(3, 2))}), quirks=ACTIVITYNET13)[0]
+        in problems_of(write(tmp_path, {"a": video(action(3, 2))}), dataset=ACTIVITYNET13)[0]
     )
 
 
@@ -78,7 +78,7 @@ def test_a_late_segment_is_cut_if_half_of_it_is_there_and_dropped_otherwise(tmp_
     segments = [(14.13, 21.33), (398.44, 4000.36), (19.0, 22.0), (20.24, 20.5)]
     path = write(tmp_path, {"a": video(*(action(*s) for s in segments), duration=20.24)})
     assert len(problems_of(path)) == 4
-    annotations = load_annotations(path, quirks=MULTITHUMOS)
+    annotations = load_annotations(path, dataset=MULTITHUMOS)
     assert annotations.videos[0].instances == (Instance(start=14.13, end=20.24, label="run"),)
     assert [(r.action, r.instance.start) for r in annotations.repairs] == [
         ("clipped", 14.13),
@@ -114,7 +114,7 @@ def test_all_instances_end_up_inside_or_in_the_list_of_repairs(
         tmp_path,
         {"a": video(*(action(*s) for s in segments), duration=duration), "b": video(action(1, 2))},
     )
-    annotations = load_annotations(path, quirks=EVERYTHING)
+    annotations = load_annotations(path, dataset=EVERYTHING)
     assert [(i.start, i.end) for i in annotations.videos[0].instances] == sorted(kept)
     assert [(r.instance.start, r.instance.end) for r in annotations.repairs] == changed
     if changed:
@@ -125,10 +125,10 @@ def test_all_instances_end_up_inside_or_in_the_list_of_repairs(
 
 def test_what_is_both_early_and_late_needs_both_repairs(tmp_path: Path) -> None:
     path = write(tmp_path, {"a": video(action(-2, 12))})
-    late = DatasetQuirks(repaired=frozenset({Fault.LATE}))
-    (problem,) = problems_of(path, quirks=late)
+    late = Dataset(name="any", repaired=frozenset({Fault.LATE}))
+    (problem,) = problems_of(path, dataset=late)
     assert "starts before the video does" in problem
-    (repair,) = load_annotations(path, quirks=EVERYTHING).repairs
+    (repair,) = load_annotations(path, dataset=EVERYTHING).repairs
     assert (
         repair.reason
         == "starts before the video does and reaches past the video's duration of 10 s"
@@ -146,7 +146,7 @@ def test_ambiguous_stretches_are_no_class_but_are_there(tmp_path: Path) -> None:
         },
     )
     assert load_annotations(path).classes == ("Ambiguous", "Diving")
-    annotations = load_annotations(path, quirks=THUMOS14, classes=["Diving"])
+    annotations = load_annotations(path, dataset=THUMOS14, classes=["Diving"])
     unclear = tuple(Instance(start=s, end=s + 1.0, label="Ambiguous") for s in (1.0, 3.0))
     assert annotations.classes == ("Diving",)
     assert annotations.ambiguous == {"a": unclear}
@@ -158,13 +158,13 @@ def test_ambiguous_stretches_are_no_class_but_are_there(tmp_path: Path) -> None:
         ambiguous=unclear,
     )
     only = write(tmp_path, {"a": video(action(3, 4, "Ambiguous"))})
-    assert "nothing to learn" in problems_of(only, quirks=THUMOS14)[0]
+    assert "nothing to learn" in problems_of(only, dataset=THUMOS14)[0]
 
 
 def test_every_cliff_dive_is_a_dive(tmp_path: Path) -> None:
     dives = (action(1, 2, "CliffDiving"), action(1, 2, "Diving"), action(5, 6, "CliffDiving"))
     path = write(tmp_path, {"a": video(*dives)})
-    annotations = load_annotations(path, quirks=THUMOS14)
+    annotations = load_annotations(path, dataset=THUMOS14)
     twin = Instance(start=5.0, end=6.0, label="Diving")
     assert [(i.start, i.label) for i in annotations.videos[0].instances] == [
         (1.0, "CliffDiving"),
@@ -175,7 +175,7 @@ def test_every_cliff_dive_is_a_dive(tmp_path: Path) -> None:
     (repair,) = annotations.repairs
     assert (repair.action, repair.instance) == ("added", twin)
     narrow = load_annotations(
-        write(tmp_path, {"a": video(dives[0])}), quirks=THUMOS14, classes=["CliffDiving"]
+        write(tmp_path, {"a": video(dives[0])}), dataset=THUMOS14, classes=["CliffDiving"]
     )
     assert narrow.repairs == ()
 
@@ -218,19 +218,19 @@ def test_durations_that_the_file_lacks(tmp_path: Path) -> None:
 def test_the_fingerprint_tells_what_was_done_but_not_how_it_is_worded(tmp_path: Path) -> None:
     database = {"a": video(action(1, 2), action(5, 12)), "b": video(action(1, 2))}
     path = write(tmp_path, database)
-    clipped = load_annotations(path, quirks=EVERYTHING)
+    clipped = load_annotations(path, dataset=EVERYTHING)
     plain = load_annotations(write(tmp_path, database | {"a": video(action(1, 2), action(5, 10))}))
     assert [v.instances for v in clipped.videos] == [v.instances for v in plain.videos]
     assert clipped.fingerprint != plain.fingerprint
     (repair,) = clipped.repairs
     reworded = replace(clipped, repairs=(replace(repair, reason="was late"),))
     assert reworded.fingerprint == clipped.fingerprint
-    excluded = load_annotations(write(tmp_path, database), quirks=EVERYTHING, exclude=["b"])
-    alone = load_annotations(write(tmp_path, {"a": database["a"]}), quirks=EVERYTHING)
+    excluded = load_annotations(write(tmp_path, database), dataset=EVERYTHING, exclude=["b"])
+    alone = load_annotations(write(tmp_path, {"a": database["a"]}), dataset=EVERYTHING)
     assert excluded.videos == alone.videos
     assert excluded.fingerprint != alone.fingerprint
     unclear = {"a": video(action(1, 2), action(5, 10), action(3, 4, "Ambiguous"))}
-    apart = load_annotations(write(tmp_path, database | unclear), quirks=THUMOS14)
+    apart = load_annotations(write(tmp_path, database | unclear), dataset=THUMOS14)
     assert apart.classes == plain.classes
     assert apart.fingerprint != plain.fingerprint
     # what needs no treatment has the fingerprint that it had before there was any
@@ -248,10 +248,10 @@ def test_the_fingerprint_tells_what_was_done_but_not_how_it_is_worded(tmp_path: 
 def test_a_subset_keeps_only_its_own_repairs(tmp_path: Path) -> None:
     late = video(action(1, 2), action(5, 12))
     path = write(tmp_path, {"a": late, "b": {**late, "subset": "validation"}})
-    part = load_annotations(path, quirks=EVERYTHING).subset("validation")
+    part = load_annotations(path, dataset=EVERYTHING).subset("validation")
     assert [r.video_id for r in part.repairs] == ["b"]
 
 
 def test_nothing_is_implied_by_what_is_no_class() -> None:
-    for quirks in DATASETS.values():
-        assert not quirks.ambiguous & set(quirks.implied)
+    for record in DATASETS.values():
+        assert not record.ambiguous & set(record.implied)

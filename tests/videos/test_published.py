@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from re2tal.datasets import ACTIVITYNET13, THUMOS14, DatasetQuirks, load_annotations
+from re2tal.datasets import ACTIVITYNET13, ANY_OTHER, THUMOS14, Dataset, load_annotations
 
 
-def load(folder: Path, quirks: DatasetQuirks | None, *segments: tuple[float, float, str]) -> Any:
+def load(folder: Path, dataset: Dataset, *segments: tuple[float, float, str]) -> Any:
     actions = [{"segment": [start, end], "label": label} for start, end, label in segments]
     entry = {"subset": "validation", "duration": 10.0, "annotations": actions}
     path = folder / "annotations.json"
     path.write_text(json.dumps({"database": {"v": entry}}))
-    (video,) = load_annotations(path, quirks=quirks).videos
+    (video,) = load_annotations(path, dataset=dataset).videos
     return video
 
 
@@ -62,12 +62,12 @@ def test_a_file_without_some_twins_is_read_as_one_with_all(
     (lacking := tmp_path / "lacking").mkdir()
     video = load(lacking, THUMOS14, *dives, *(twins[number] for number in there))
     assert video == load(tmp_path, THUMOS14, *dives, *twins)
-    repairs = load_annotations(lacking / "annotations.json", quirks=THUMOS14).repairs
+    repairs = load_annotations(lacking / "annotations.json", dataset=THUMOS14).repairs
     added = [(r.instance.start, r.instance.end) for r in repairs if r.action == "added"]
     assert added == [s for number, s in enumerate(CLIFF_DIVES) if number not in there]
 
 
 def test_without_repairs_nothing_is_kept_twice(tmp_path: Path) -> None:
-    video = load(tmp_path, None, (1, 2, "run"), (4, 5, "jump"))
+    video = load(tmp_path, ANY_OTHER, (1, 2, "run"), (4, 5, "jump"))
     assert video.published is None
     assert video.evaluated == video.instances

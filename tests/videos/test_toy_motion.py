@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from re2tal.datasets.toy.motion import ACTIONS, FRAME_SIZE, action, distractor
-from re2tal.datasets.toy.scene import ACTION_SECONDS
+from re2tal.datasets.toy.scene import ACTION_SECONDS, ACTIONS, FRAME_SIZE, action, distractor
 
 FPS = 12
 

@@ -3,21 +3,19 @@
 from re2tal.datasets.toy.dataset import (
     ANNOTATIONS,
     FPS,
-    VIDEOS,
-    ToyClip,
-    ToyConfig,
-    make_clip,
-    make_toy,
-)
-from re2tal.datasets.toy.motion import ACTIONS, FRAME_SIZE
-from re2tal.datasets.toy.trimmed import (
     NO_ACTION,
     POSES,
     TRIMMED_CLASSES,
     UNFINISHED,
+    VIDEOS,
+    ToyClip,
+    ToyConfig,
     TrimmedToyConfig,
+    make_clip,
+    make_toy,
     make_trimmed_toy,
 )
+from re2tal.datasets.toy.scene import ACTIONS, FRAME_SIZE
 
 __all__ = [
     "ACTIONS",

@@ -21,7 +21,7 @@ _SETS: dict[str, tuple[Any, Callable[..., Any], int]] = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Makes a set.
+    """Make a set.
 
     Args:
         arguments: of the command line.

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from re2tal.atomic import replacing
 from re2tal.datasets.toy.looks import DETECTION_GALLERY, PRETRAINING_GALLERY
-from re2tal.datasets.toy.motion import Pose
 from re2tal.datasets.toy.render import render
-from re2tal.datasets.toy.scene import draw_scene
+from re2tal.datasets.toy.scene import ACTIONS, FRAME_SIZE, Pose, draw_scene
 from re2tal.videos.encoding import encode
 
 FPS = 12
@@ -27,7 +27,7 @@ _VERSION = 2  # counted up when the same settings give other videos
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ToyConfig:
-    """How much of it there is.
+    """Size of the untrimmed set.
 
     Attributes:
         training: number of training videos.
@@ -58,7 +58,7 @@ def _times(seconds: float) -> np.ndarray:
 
 
 def _make_video(job: _Job) -> tuple[str, dict[str, Any]]:
-    """Renders and writes one video, under a temporary name until it is whole."""
+    """Render and write one video, under a temporary name until it is whole."""
     rng = np.random.default_rng(job.seed)
     scene = draw_scene(DETECTION_GALLERY, _times(job.seconds), rng)
     path = Path(job.folder) / f"{job.video_id}.mp4"
@@ -106,7 +106,7 @@ def make_toy(
     parallel_map: Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]] = map,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Makes the toy data set, unless it is there already with the same settings.
+    """Make the toy data set, unless it is there already with the same settings.
 
     Classes (`ACTIONS`) differ by motion over time and not by how a frame looks. The videos have 112
     by 112 pixels and 12 frames a second, H.264 with visible compression noise.
@@ -173,3 +173,133 @@ def make_clip(label: str | None, seconds: float, seed: int, *, held_out: bool = 
     file = io.BytesIO()
     encode(file, render(scene), fps=FPS)
     return ToyClip(content=file.getvalue(), pose=scene.sprites[-1].pose)
+
+
+NO_ACTION = "no_action"
+"""The class of clips whose actor moves but performs no action. A detector has to tell it apart."""
+
+_TURNS = (*ACTIONS, NO_ACTION)  # clip i is of class i mod 7
+TRIMMED_CLASSES = tuple(sorted(_TURNS))
+POSES = "poses.safetensors"
+UNFINISHED = "unfinished"
+"""A file of this name lies in the folder while it is being made."""
+
+_SETTINGS = "settings.json"
+_TRIMMED_VERSION = 2  # counted up when the same settings give other clips
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrimmedToyConfig:
+    """Size of the trimmed split.
+
+    Attributes:
+        training: number of training clips; the classes take turns.
+        validation: number of validation clips.
+        seconds: length of a clip.
+        seed: of everything random in it.
+    """
+
+    training: int = 2100
+    validation: int = 210
+    seconds: float = 5.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _ClipJob:
+    """One clip to make: everything that a process of its own needs to know."""
+
+    folder: str
+    subset: str
+    number: int
+    config: TrimmedToyConfig
+
+    @property
+    def video_id(self) -> str:
+        """Name of the clip in its subset: `spin/training_00004`."""
+        label = _TURNS[self.number % len(_TURNS)]
+        return f"{label}/{self.subset}_{self.number:05d}"
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder) / self.subset / f"{self.video_id}.mp4"
+
+
+def _make_clip(job: _ClipJob) -> tuple[str, np.ndarray]:
+    """Render and write a clip, and give its id and poses (T, 4)."""
+    label = job.path.parent.name
+    clip = make_clip(
+        None if label == NO_ACTION else label,
+        job.config.seconds,
+        job.config.seed * 10**6 + job.number,
+        held_out=job.subset == "validation",
+    )
+    job.path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(job.path) as partial:
+        partial.write_bytes(clip.content)
+    pose = clip.pose
+    place = (pose.x / FRAME_SIZE, pose.y / FRAME_SIZE, pose.log_size, pose.angle)
+    return job.video_id, np.stack(place, 1).astype(np.float32)
+
+
+def make_trimmed_toy(
+    folder: str | Path,
+    config: TrimmedToyConfig | None = None,
+    *,
+    parallel_map: Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]] = map,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Make the trimmed split, unless it is there already with the same settings.
+
+    An actor performs one action from the first frame to the last, or none. Training clips show
+    other sprites and other backgrounds than the untrimmed videos; validation clips show theirs, so
+    that what is measured on them is what the untrimmed videos will need. No seed is shared.
+
+    Args:
+        folder: gets `training/<class>/*.mp4`, `validation/<class>/*.mp4` and `poses.safetensors`:
+            of each clip, `<class>/<name>`, where its actor is at each frame, float32 (T, 4): x and
+            y as shares of the side, logarithm of the size, angle in radians.
+        config: how much of it; the default takes some minutes on two cores.
+        parallel_map: what runs the clips' jobs, as `map` does; it may run them in other processes
+            and in any order.
+        progress: called with the number of clips made and the number in all.
+
+    Returns:
+        The folder.
+    """
+    config = config or TrimmedToyConfig()
+    folder = Path(folder)
+    jobs = [
+        _ClipJob(folder=str(folder), subset=subset, number=number, config=config)
+        for subset, count in (("training", config.training), ("validation", config.validation))
+        for number in range(count)
+    ]
+    settings = {"version": _TRIMMED_VERSION, **asdict(config)}
+    file = folder / _SETTINGS
+    paths = {job.path for job in jobs}
+    made = file.is_file() and json.loads(file.read_text()) == settings
+    if made and all(path.is_file() for path in (folder / POSES, *paths)):
+        return folder
+    file.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / UNFINISHED).touch()
+    _remove_others(folder, paths)
+    poses: dict[str, np.ndarray] = {}
+    for video_id, pose in parallel_map(_make_clip, jobs):
+        poses[video_id] = pose
+        if progress is not None:
+            progress(len(poses), len(jobs))
+    with replacing(folder / POSES) as partial:
+        save_file(poses, partial)
+    with replacing(file) as partial:
+        partial.write_text(json.dumps(settings))
+    (folder / UNFINISHED).unlink()
+    return folder
+
+
+def _remove_others(folder: Path, wanted: set[Path]) -> None:
+    """Delete clips that other settings made: a folder for each class is read as it is."""
+    for subset in ("training", "validation"):
+        for path in (folder / subset).glob(f"*/{subset}_*.mp4"):
+            if path not in wanted:
+                path.unlink()

@@ -1,4 +1,4 @@
-"""What toy videos look like: palettes, sprites and backgrounds, drawn procedurally.
+"""Looks of toy videos: palettes, sprites and backgrounds, drawn procedurally.
 
 Two galleries exist, with no palette, sprite shape or background pattern in common: one for the
 untrimmed detection videos, one for the clips that a backbone is pretrained on.

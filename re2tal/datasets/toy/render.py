@@ -11,8 +11,7 @@ from re2tal.datasets.toy.looks import (
     SPRITE_TEXTURE,
     Image,
 )
-from re2tal.datasets.toy.motion import FRAME_SIZE
-from re2tal.datasets.toy.scene import Scene, Sprite
+from re2tal.datasets.toy.scene import FRAME_SIZE, Scene, Sprite
 
 _SHADOW_OFFSET = (2.5, 4.0)
 _SHADOW_REACH = 1.15

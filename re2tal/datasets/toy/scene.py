@@ -1,8 +1,20 @@
-"""A toy video before it is drawn: who moves where, and which actions happen when."""
+"""A toy video before it is drawn: who moves where, and which actions happen when.
 
+An action is a periodic pattern on top of a slow straight carrier. What a single frame can show
+(position, size, angle) is drawn from one common distribution whatever the action: an action that
+does not move a quantity holds it at a random phase of the actions that do. Only the change over
+time tells the classes apart.
+
+Units: pixels of the rendered frame, seconds, radians; ``y`` points down as in images.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import pi
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from re2tal.datasets.toy.looks import (
     Gallery,
@@ -11,15 +23,150 @@ from re2tal.datasets.toy.looks import (
     bokeh_texture,
     sprite_texture,
 )
-from re2tal.datasets.toy.motion import (
-    ACTIONS,
-    FRAME_SIZE,
-    Floats,
-    Motion,
-    Pose,
-    action,
-    distractor,
-)
+
+FRAME_SIZE = 112
+"""Height and width of a rendered frame, in pixels."""
+
+ACTIONS = ("bounce", "orbit", "pulse", "shake", "spin", "zigzag")
+"""The classes, sorted by name."""
+
+Floats: TypeAlias = NDArray[np.float64]
+
+_CENTRE_RANGE = (30.0, FRAME_SIZE - 30.0)
+_CARRIER_SPEED = (2.0, 9.0)
+_SIZE_SWING = (0.30, 0.42)
+_IDLE_TURN = 0.35
+"""Largest angular speed outside `spin`, radians a second."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pose:
+    """Position, size and angle of the actor at each of T times.
+
+    Attributes:
+        x: (T,) horizontal centre in pixels.
+        y: (T,) vertical centre in pixels, downwards.
+        log_size: (T,) natural logarithm of the size relative to the actor's own radius.
+        angle: (T,) radians.
+    """
+
+    x: Floats
+    y: Floats
+    log_size: Floats
+    angle: Floats
+
+    def at(self, index: int) -> "Pose":
+        """The pose at one time, as arrays of shape (1,)."""
+        pick = slice(index, index + 1 or None)
+        return Pose(
+            x=self.x[pick], y=self.y[pick], log_size=self.log_size[pick], angle=self.angle[pick]
+        )
+
+
+Motion: TypeAlias = Callable[[Floats], Pose]
+"""Map seconds since the motion began, (T,), to the pose at those times."""
+
+
+def _triangle(phase: Floats) -> Floats:
+    """Triangle wave in [-1, 1] with period 1 and mean zero."""
+    return np.asarray(4.0 * np.abs(phase - np.floor(phase + 0.5)) - 1.0)
+
+
+def action(name: str, duration: float, angle: float, rng: np.random.Generator) -> Motion:
+    """Draw one instance of an action.
+
+    Args:
+        name: One of `ACTIONS`.
+        duration: Seconds that it will last; the carrier is centred in it.
+        angle: The actor's angle when it begins, radians.
+        rng: Source of every random choice. The number of draws does not depend on `name`.
+
+    Returns:
+        The motion, defined for times in [0, duration].
+
+    Raises:
+        ValueError: If `name` is none of `ACTIONS`.
+    """
+    if name not in ACTIONS:
+        raise ValueError(f"unknown toy action {name!r}; the actions are {', '.join(ACTIONS)}")
+    middle = rng.uniform(*_CENTRE_RANGE, size=2)
+    heading = rng.uniform(0.0, 2.0 * pi)
+    if name == "zigzag":  # sideways swings need a carrier across them to read as a zigzag
+        heading = pi / 2 * np.sign(np.sin(heading)) + rng.uniform(-0.6, 0.6)
+    velocity = rng.uniform(*_CARRIER_SPEED) * np.array([np.cos(heading), np.sin(heading)])
+    hold = rng.uniform(5.0, 14.0) * np.exp(1j * rng.uniform(0.0, 2.0 * pi))
+    swing = rng.uniform(*_SIZE_SWING)
+    phase, amount, speed, turn = rng.uniform(size=4)
+    sign = rng.choice([-1.0, 1.0])
+
+    def pose(t: Floats) -> Pose:
+        dx, dy = np.full_like(t, hold.real), np.full_like(t, hold.imag)
+        size = np.full_like(t, swing * np.sin(2.0 * pi * phase))
+        rate = _IDLE_TURN * (2.0 * turn - 1.0)
+        if name == "orbit":
+            turns = 2.0 * pi * (phase + sign * (0.65 + 0.35 * speed) * t)
+            radius = 11.0 + 4.0 * amount
+            dx, dy = radius * np.cos(turns), radius * np.sin(turns)
+        elif name == "bounce":
+            arc = (phase + (0.9 + 0.4 * speed) * t) % 1.0
+            dy = (22.0 + 8.0 * amount) * ((2.0 * arc - 1.0) ** 2 - 1.0 / 3.0)
+        elif name == "shake":
+            dx = (5.5 + 2.5 * amount) * np.sin(2.0 * pi * (phase + (2.0 + 0.6 * speed) * t))
+        elif name == "zigzag":
+            dx = (14.0 + 5.0 * amount) * _triangle(phase + (0.65 + 0.25 * speed) * t)
+        elif name == "pulse":
+            size = swing * np.sin(2.0 * pi * (phase + (0.8 + 0.5 * speed) * t))
+        else:
+            rate = sign * 2.0 * pi * (0.65 + 0.45 * speed)
+        since_middle = t - 0.5 * duration
+        return Pose(
+            x=middle[0] + velocity[0] * since_middle + dx,
+            y=middle[1] + velocity[1] * since_middle + dy,
+            log_size=size,
+            angle=angle + rate * t,
+        )
+
+    return pose
+
+
+def distractor(begin: Pose, end: Pose, duration: float, rng: np.random.Generator) -> Motion:
+    """Draw motion that is no action and leads from one pose to another.
+
+    One of: a straight drift, a smooth curve, or standing still before or after a short move.
+
+    Args:
+        begin: Pose of shape (1,) at time 0.
+        end: Pose of shape (1,) whose position and size are reached at `duration`. Its angle is not
+            used: the actor keeps turning slowly.
+        duration: Seconds.
+        rng: Source of every random choice.
+
+    Returns:
+        The motion, defined for times in [0, duration].
+    """
+    kind = rng.choice(["drift", "wander", "idle"])
+    bend = rng.uniform(-16.0, 16.0)
+    rate = rng.uniform(-_IDLE_TURN, _IDLE_TURN)
+    still_first = rng.uniform() < 0.5
+
+    def pose(t: Floats) -> Pose:
+        share = t / max(duration, 1e-6)  # an action may begin with the video
+        if kind == "idle":  # the move takes half of the time
+            share = np.clip(2.0 * share - (1.0 if still_first else 0.0), 0.0, 1.0)
+        if kind != "drift":
+            share = share * share * (3.0 - 2.0 * share)
+        bow = bend * np.sin(pi * share) if kind == "wander" else np.zeros_like(t)
+        step = np.array([end.x[0] - begin.x[0], end.y[0] - begin.y[0]])
+        aside = np.array([-step[1], step[0]]) / max(float(np.hypot(*step)), 1.0)
+        return Pose(
+            x=begin.x[0] + share * step[0] + bow * aside[0],
+            y=begin.y[0] + share * step[1] + bow * aside[1],
+            log_size=begin.log_size[0] + share * (end.log_size[0] - begin.log_size[0]),
+            angle=begin.angle[0] + rate * t,
+        )
+
+    return pose
+
 
 ACTION_SECONDS = (1.5, 6.0)
 GAP_SECONDS = (1.0, 4.5)

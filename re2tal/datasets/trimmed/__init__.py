@@ -1,9 +1,16 @@
 """Trimmed videos, each of one class, as in Kinetics: lists of them, and clips cut from them."""
 
 from re2tal.datasets.trimmed.clips import ClipConfig, TrimmedVideo, ViewConfig, random_clip, views
-from re2tal.datasets.trimmed.folders import read_folders
-from re2tal.datasets.trimmed.listing import Entry, Place, TrimmedList, find_files, joint_classes
-from re2tal.datasets.trimmed.lists import read_classes, read_list
+from re2tal.datasets.trimmed.lists import (
+    Entry,
+    Place,
+    TrimmedList,
+    find_files,
+    joint_classes,
+    read_classes,
+    read_folders,
+    read_list,
+)
 
 __all__ = [
     "ClipConfig",

@@ -39,7 +39,7 @@ class TrimmedVideo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipConfig:
-    """What a network sees of a video at a time.
+    """Frames that a network sees of a video at a time.
 
     Attributes:
         frames: Frames of a clip, a multiple of the backbone's temporal stride.
@@ -61,7 +61,7 @@ class ClipConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ViewConfig:
-    """Of how many clips and crops the scores of a video are averaged.
+    """Number of clips and crops over which the scores of a video are averaged.
 
     Attributes:
         clips: Clips spread evenly over the video; one is its middle.

@@ -1,6 +1,7 @@
-"""Lists of trimmed videos in text files.
+"""Lists of trimmed videos, each of one class, and the files that they mean.
 
-Three forms, told apart by what is in them:
+A list is a folder with a folder of videos for each class (`read_folders`), or a text file
+(`read_list`). Three forms of the latter are told apart by what is in them:
 
 - Kinetics' own CSV: a header with `label`, `youtube_id`, `time_start`, `time_end` and `split`. The
   file of a video is named as the usual downloads do it, `<label>/<id>_<start>_<end>.mp4` with six
@@ -17,11 +18,184 @@ import csv
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from re2tal.annotations import AnnotationError
-from re2tal.datasets.trimmed.listing import Entry, Place, TrimmedList
+from re2tal.videos.files import EXTENSIONS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Possible place of a trimmed video.
+
+    Attributes:
+        name: Path of the file in the folder of the videos, with slashes; with or without its
+            ending.
+        start: Where the stretch begins in that file, in seconds.
+        end: Where it ends; None for the end of the file.
+    """
+
+    name: str
+    start: float = 0.0
+    end: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One line of a list.
+
+    Attributes:
+        video_id: Its name; no other entry of the list has it.
+        label: Name of its class.
+        places: Where it may lie; the first where there is a file counts.
+    """
+
+    video_id: str
+    label: str
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrimmedList:
+    """The trimmed videos of a subset.
+
+    Attributes:
+        source: Where the list is, for messages.
+        root: Of lists with the same root, equal ids mean the same video.
+        entries: In the order of the list.
+        problems: What is wrong with it, a sentence each.
+    """
+
+    source: str
+    root: str = ""
+    entries: tuple[Entry, ...]
+    problems: tuple[str, ...] = ()
+
+
+def joint_classes(
+    training: TrimmedList, validation: TrimmedList, classes: Sequence[str] | None = None
+) -> tuple[str, ...]:
+    """The classes of two lists, once both are without fault.
+
+    Args:
+        training: What is trained on.
+        validation: What is evaluated.
+        classes: All classes in the order of their numbers; None for those of the training list,
+            sorted.
+
+    Raises:
+        AnnotationError: With every problem of both lists: their own, entries that stand twice, or
+            in both, and labels that are no class.
+    """
+    lists = (training,) if training == validation else (training, validation)
+    known = tuple(classes) if classes is not None else _labels(training)
+    problems = [
+        f"{listing.source}: {problem}"
+        for listing in lists
+        for problem in (*listing.problems, *_problems(listing, known))
+    ]
+    if training == validation:
+        problems.append(f"{training.source}: is both the training and the validation list")
+    elif training.root == validation.root:
+        both = _ids(training) & _ids(validation)
+        problems += [
+            f"{validation.source}: {video_id} is in the training list too"
+            for video_id in sorted(both)
+        ]
+    if problems:
+        raise AnnotationError("The lists of trimmed videos", problems)
+    return known
+
+
+def _labels(listing: TrimmedList) -> tuple[str, ...]:
+    return tuple(sorted({entry.label for entry in listing.entries}))
+
+
+def _ids(listing: TrimmedList) -> set[str]:
+    return {entry.video_id for entry in listing.entries}
+
+
+def _problems(listing: TrimmedList, classes: Sequence[str]) -> Iterator[str]:
+    """Problems of the entries among themselves and with their labels."""
+    if not listing.entries and not listing.problems:
+        yield "has no video"
+    numbers = Counter(entry.video_id for entry in listing.entries)
+    for video_id, number in numbers.items():
+        if number > 1:
+            yield f"{video_id} stands in it {number} times"
+    for label in _labels(listing):
+        if label not in classes:
+            yield f"{label!r} is not among the {len(classes)} classes"
+
+
+def find_files(
+    entries: Sequence[Entry], files: Mapping[str, str]
+) -> tuple[dict[str, tuple[str, Place]], dict[str, str]]:
+    """Find the file of every entry among those that a folder holds.
+
+    Names are compared and never joined to a path, so that none can point outside the folder. A name
+    is looked for as it is, and then with each of `EXTENSIONS` in the place of its ending.
+
+    Args:
+        entries: What to look for.
+        files: The folder's files: path in it, with slashes -> path or URI.
+
+    Returns:
+        Video id -> file, and the place that was found; for the others, video id -> why there is no
+        file.
+    """
+    by_stem: dict[str, str] = {}
+    for extension in reversed(EXTENSIONS):  # the first of them counts
+        endings = {n: u for n, u in files.items() if PurePosixPath(n).suffix.lower() == extension}
+        by_stem |= {_stem(name): uri for name, uri in endings.items()}
+    found: dict[str, tuple[str, Place]] = {}
+    missing: dict[str, str] = {}
+    for entry in entries:
+        for place in entry.places:
+            uri = files.get(place.name) or by_stem.get(place.name) or by_stem.get(_stem(place.name))
+            if uri is not None:
+                found[entry.video_id] = uri, place
+                break
+        else:
+            names = " or ".join(place.name for place in entry.places)
+            missing[entry.video_id] = f"there is no file {names}"
+    return found, missing
+
+
+def _stem(name: str) -> str:
+    """A path without the ending of a video; what follows another dot belongs to the name."""
+    path = PurePosixPath(name)
+    return str(path.with_suffix("")) if path.suffix.lower() in EXTENSIONS else name
+
+
+def read_folders(source: str, names: Iterable[str]) -> TrimmedList:
+    """List the files of a folder; the folder in it where a file lies names its class.
+
+    Files that are no videos, by their ending, are passed over.
+
+    Args:
+        source: Where the folder is, for messages.
+        names: Paths of the files in it, with slashes.
+    """
+    entries, problems = [], []
+    for name in sorted(names):
+        path = PurePosixPath(name)
+        if path.suffix.lower() not in EXTENSIONS:
+            continue
+        if len(path.parts) < 2:
+            problems.append(f"{name} lies in no folder of a class")
+            continue
+        entries.append(
+            Entry(
+                video_id=str(path.with_suffix("")),
+                label=path.parts[0],
+                places=(Place(name=name),),
+            )
+        )
+    return TrimmedList(source=source, root=source, entries=tuple(entries), problems=tuple(problems))
+
 
 _KINETICS = {"label", "youtube_id", "time_start", "time_end"}
 _PATHS = {"path", "label"}
@@ -33,7 +207,7 @@ _LINE = re.compile(
 
 
 def read_classes(source: str, text: str) -> tuple[str, ...]:
-    """Reads names of classes, one a line; the number of a class is that of its line, from 0.
+    """Read names of classes, one a line; the number of a class is that of its line, from 0.
 
     Args:
         source: Where the text is from, for messages.
@@ -53,7 +227,7 @@ def read_classes(source: str, text: str) -> tuple[str, ...]:
 def read_list(
     source: str, text: str, *, classes: Sequence[str] | None = None, split: str | None = None
 ) -> TrimmedList:
-    """Reads a list in one of the three forms.
+    """Read a list in one of the three forms.
 
     Args:
         source: Where the text is from, for messages.

@@ -8,21 +8,11 @@ from re2tal.detection.diagnosis.errors import (
     Missed,
     Sensitivity,
 )
-from re2tal.detection.diagnosis.outcomes import (
-    ACTIVITYNET,
-    THUMOS,
-    Bins,
-    Characteristics,
-    Placed,
-)
+from re2tal.detection.diagnosis.outcomes import Placed
 from re2tal.detection.diagnosis.report import Diagnosis, diagnose, metrics, tables
 
 __all__ = [
-    "ACTIVITYNET",
     "ERRORS",
-    "THUMOS",
-    "Bins",
-    "Characteristics",
     "Diagnosis",
     "FalseNegatives",
     "FalsePositives",

@@ -1,4 +1,4 @@
-"""Which instances no prediction finds."""
+"""Kinds of errors: what false positives are, what is missed, and what mAP depends on."""
 
 from __future__ import annotations
 
@@ -10,16 +10,12 @@ from itertools import combinations
 import numpy as np
 
 from re2tal.detection.diagnosis.outcomes import (
-    Bools,
-    Floats,
-    Ints,
     Outcomes,
     Placed,
     mean_average_precision,
     normalised_precision,
-    overlaps,
-    padded,
 )
+from re2tal.detection.evaluation.matching import Bools, Floats, Ints, overlapping
 
 MIN_PRECISION = 0.05
 """Predictions from where normalised precision is this low or lower find nothing (DETAD)."""
@@ -59,7 +55,7 @@ class FalseNegatives:
 
 
 def false_negatives(outcomes: Outcomes, placed: Mapping[str, Placed]) -> FalseNegatives:
-    """Counts the missed instances by bin, as DETAD does.
+    """Count the missed instances by bin, as DETAD does.
 
     An instance is missed when no prediction has found it, or only one at whose rank in its class
     normalised precision is at most 0.05: any detector finds everything if it may guess forever.
@@ -99,7 +95,7 @@ def _by_pair(missed: Bools, first: Placed, second: Placed) -> Missed:
 
 
 def _shares(missed: Bools, index: Ints, shape: tuple[int, ...]) -> Missed:
-    """Groups `missed` `(K, G)` by flat bin `index` `(G,)` into bins of `shape`."""
+    """Group `missed` `(K, G)` by flat bin `index` `(G,)` into bins of `shape`."""
     size = int(np.prod(shape))
     counts = np.bincount(index, minlength=size)
     sums = np.stack([np.bincount(index, weights=row, minlength=size) for row in missed])
@@ -111,13 +107,11 @@ MIN_OVERLAP = 0.1
 """Below this tIoU with every instance, a false positive has nothing to do with any (DETAD)."""
 
 GROUPS = 10
-"""How many times as many predictions as instances are looked at (DETAD: the top 10G)."""
-
-_CHUNK = 1 << 20  # overlaps computed at a time, so that memory stays in the tens of megabytes
+"""Number of predictions for each instance that are looked at (DETAD: the top 10G)."""
 
 
 class Kind(IntEnum):
-    """What a prediction is, at a tIoU threshold t (the definitions of DETAD).
+    """Kind of a prediction at a tIoU threshold t (the definitions of DETAD).
 
     A true positive has found an instance. Otherwise let o be the largest tIoU of the prediction
     with any instance of its video, whatever its class, and let that instance be the nearest one:
@@ -171,7 +165,7 @@ class FalsePositives:
 
 
 def false_positives(outcomes: Outcomes) -> FalsePositives:
-    """Profiles the top predictions of every class and removes one kind of error at a time."""
+    """Profile the top predictions of every class and removes one kind of error at a time."""
     groups = outcomes.ranks // outcomes.counts[outcomes.found.labels]
     top = groups < GROUPS
     kinds = classify(outcomes, top)
@@ -208,21 +202,23 @@ def classify(outcomes: Outcomes, wanted: Bools) -> Ints:
 
 
 def _nearest(outcomes: Outcomes, rows: Ints) -> tuple[Floats, Bools]:
-    """Largest tIoU of predictions with an instance, and whether that has their class: `(R,)`."""
-    members = padded(outcomes.truth.videos, len(outcomes.videos))
-    overlap = np.zeros(len(rows))
-    same = np.zeros(len(rows), dtype=bool)
-    step = max(1, _CHUNK // members.shape[1])
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        found = outcomes.found[rows[part]]
-        nearby = members[found.videos]
-        all_overlaps = overlaps(found.segments, outcomes.truth.segments[nearby])
-        all_overlaps[nearby < 0] = -1.0
-        best = all_overlaps.argmax(axis=1)[:, None]
-        overlap[part] = np.take_along_axis(all_overlaps, best, axis=1)[:, 0]
-        nearest = np.take_along_axis(nearby, best, axis=1)[:, 0]
-        same[part] = outcomes.truth.labels[nearest] == found.labels
+    """Largest tIoU of predictions with an instance, and whether that has their class: `(R,)`.
+
+    Overlaps that are below all limits are 0.
+    """
+    found, truth = outcomes.found[rows], outcomes.truth
+    pairs = overlapping(
+        (found.segments, found.videos),
+        (truth.segments, truth.videos),
+        least=min(MIN_OVERLAP, float(outcomes.thresholds.min())),
+        instants=0.0,
+    )
+    by_overlap = np.lexsort((-pairs.overlap, pairs.found))  # of equals the first instance
+    row, first = np.unique(pairs.found[by_overlap], return_index=True)
+    best = by_overlap[first]
+    overlap, same = np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
+    overlap[row] = pairs.overlap[best]
+    same[row] = truth.labels[pairs.actual[best]] == found.labels[row]
     return overlap, same
 
 
@@ -256,7 +252,7 @@ class Sensitivity:
 
     @property
     def impact(self) -> float:
-        """What average-mAP_N would gain if all instances were found as well as the best bin's."""
+        """Gain of average-mAP_N if all instances were found as well as the best bin's."""
         return float(np.nanmax(self.average) - self.base.mean())
 
 

@@ -1,4 +1,4 @@
-"""Which prediction found which instance: what all parts of the diagnosis start from."""
+"""Which prediction found which instance, normalised precision, and bins of the instances."""
 
 from __future__ import annotations
 
@@ -6,38 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from re2tal.detection.segments import Detections, LabelledSegments, tiou
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rows:
-    """Segments of all videos in one table.
-
-    Attributes:
-        segments: `(N, 2)` starts and ends in seconds.
-        videos: `(N,)` indices of the videos.
-        labels: `(N,)` class indices.
-    """
-
-    segments: Floats
-    videos: Ints
-    labels: Ints
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, rows: Ints | Bools) -> Rows:
-        """The rows that an index `(M,)` or a mask `(N,)` picks."""
-        return Rows(
-            segments=self.segments[rows], videos=self.videos[rows], labels=self.labels[rows]
-        )
+from re2tal.annotations import Bins, Characteristics
+from re2tal.detection.evaluation.matching import (
+    Bools,
+    Floats,
+    Ints,
+    Table,
+    Tables,
+    checked_levels,
+    match,
+    overlapping,
+    tabulate,
+)
+from re2tal.detection.segments import Detections, LabelledSegments
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,8 +44,8 @@ class Outcomes:
 
     thresholds: Floats
     videos: tuple[str, ...]
-    truth: Rows
-    found: Rows
+    truth: Table
+    found: Table
     counts: Ints
     starts: Ints
     matched: Ints
@@ -82,7 +64,7 @@ def collect(
     num_classes: int,
     thresholds: Sequence[float],
 ) -> Outcomes:
-    """Matches predictions with instances as ActivityNet's official evaluator does.
+    """Match predictions with instances as ActivityNet's official evaluator does.
 
     By falling score (equal scores in their given order), each prediction takes the instance of
     its video and class that it overlaps most among those that are free and overlapped by at least
@@ -98,118 +80,39 @@ def collect(
         ValueError: If there is no instance with a length, or a label, segment, score or threshold
             is not one.
     """
-    levels = np.asarray(thresholds, dtype=np.float64)
-    if levels.size == 0 or not bool(((levels > 0) & (levels <= 1)).all()):
-        raise ValueError(f"Thresholds must lie in (0, 1], but got {list(thresholds)}.")
-    videos = tuple(dict.fromkeys((*truth, *predictions)))
-    every = _rows(truth, videos, num_classes, what="ground truth")
-    lengths = every.segments[:, 1] - every.segments[:, 0]
-    actual = every[lengths > 0]
+    levels = checked_levels(thresholds)
+    tables = tabulate(truth, predictions, num_classes=num_classes)
+    lengths = tables.actual.segments[:, 1] - tables.actual.segments[:, 0]
+    actual = tables.actual[lengths > 0]
     if len(actual) == 0:
         raise ValueError(
             f"There is no instance with a length in any of the {len(truth)} videos, so there is "
             "nothing to diagnose: check the subset and the class names."
         )
     counts = np.bincount(actual.labels, minlength=num_classes)
-    found = _rows(predictions, videos, num_classes, what="predictions")
-    order = np.lexsort((-_scores(predictions), found.labels))
-    found = found[order[counts[found.labels[order]] > 0]]
+    found = tables.found[counts[tables.found.labels] > 0]
+    compared = Tables(actual=actual, found=found, numbers=tables.numbers)
+    of_found, of_actual = compared.groups()
+    pairs = overlapping(
+        (found.segments, of_found),
+        (actual.segments, of_actual),
+        least=float(levels.min()),
+        instants=0.0,
+    )
+    matched = np.full((len(levels), len(found)), -1, dtype=np.int64)
+    taken = match(pairs, num_found=len(found), num_actual=len(actual), levels=levels)
+    for of_level, rows in zip(matched, taken, strict=True):
+        of_level[pairs.found[rows]] = pairs.actual[rows]
     return Outcomes(
         thresholds=levels,
-        videos=videos,
+        videos=tuple(tables.numbers),
         truth=actual,
         found=found,
         counts=counts,
         starts=np.searchsorted(found.labels, np.arange(num_classes + 1)),
-        matched=_match(actual, found, num_classes, levels),
-        left_out=len(every) - len(actual),
+        matched=matched,
+        left_out=len(tables.actual) - len(actual),
     )
-
-
-def overlaps(segments: Floats, candidates: Floats) -> Floats:
-    """The tIoU `(N, M)` of segments `(N, 2)` with each one's own candidates `(N, M, 2)`."""
-    return tiou(torch.from_numpy(segments[:, None]), torch.from_numpy(candidates)).numpy()
-
-
-def padded(keys: Ints, num_keys: int) -> Ints:
-    """The positions that hold each key, in order, padded with -1: `(num_keys, most)`."""
-    order = np.argsort(keys, kind="stable")
-    members = np.full((num_keys, np.bincount(keys, minlength=num_keys).max()), -1, dtype=np.int64)
-    members[keys[order], _occurrence(keys)[order]] = order
-    return members
-
-
-def _occurrence(keys: Ints) -> Ints:
-    """How often each entry's key occurred before it: `(N,)`."""
-    order = np.argsort(keys, kind="stable")
-    in_order = keys[order]
-    seen = np.empty_like(keys)
-    seen[order] = np.arange(len(keys)) - np.searchsorted(in_order, in_order)
-    return seen
-
-
-def _match(truth: Rows, found: Rows, num_classes: int, levels: Floats) -> Ints:
-    """The instance that each prediction takes, or -1: `(K, P)`.
-
-    Videos and classes do not interfere, so all of them advance together: their first predictions,
-    then their second ones, and so on.
-    """
-    matched = np.full((len(levels), len(found)), -1, dtype=np.int64)
-    keys, of_truth = np.unique(truth.videos * num_classes + truth.labels, return_inverse=True)
-    of_found = found.videos * num_classes + found.labels
-    position = np.searchsorted(keys, of_found).clip(max=len(keys) - 1)
-    candidates = np.flatnonzero(keys[position] == of_found)
-    members = padded(of_truth, len(keys))
-    turn = _occurrence(of_found[candidates])
-    by_turn = candidates[np.argsort(turn, kind="stable")]
-    # One column more than there are instances: index -1, the padding, is never free.
-    free = np.ones((len(levels), len(truth) + 1), dtype=bool)
-    free[:, -1] = False
-    for rows in np.split(by_turn, np.cumsum(np.bincount(turn))[:-1]) if len(turn) else []:
-        nearby = members[position[rows]]  # (R, M)
-        overlap = overlaps(found.segments[rows], truth.segments[nearby])
-        open_to = free[:, nearby] & (overlap >= levels[:, None, None])  # (K, R, M)
-        best = np.where(open_to, overlap, -1.0).argmax(axis=2)  # (K, R), of equals the first
-        taken = nearby[np.arange(len(rows)), best]
-        hit = open_to.any(axis=2)
-        matched[:, rows] = np.where(hit, taken, -1)
-        level, row = np.nonzero(hit)
-        free[level, taken[level, row]] = False
-    return matched
-
-
-def _rows(
-    parts: Mapping[str, LabelledSegments], videos: Sequence[str], num_classes: int, what: str
-) -> Rows:
-    """One table of all videos' segments; complains about labels and segments out of range."""
-    index = {video: number for number, video in enumerate(videos)}
-    segments = [np.zeros((0, 2))]
-    labels = [np.zeros(0, dtype=np.int64)]
-    for video, part in parts.items():
-        segments.append(part.segments.detach().double().cpu().numpy().reshape(-1, 2))
-        labels.append(part.labels.detach().cpu().numpy().astype(np.int64))
-        if ((labels[-1] < 0) | (labels[-1] >= num_classes)).any():
-            raise ValueError(
-                f"The {what} of video {video!r} have labels outside 0 to {num_classes - 1}."
-            )
-        if not np.isfinite(segments[-1]).all():
-            raise ValueError(f"The {what} of video {video!r} have a segment that is not finite.")
-    of_part = np.array([index[video] for video in parts], dtype=np.int64)
-    return Rows(
-        segments=np.concatenate(segments),
-        videos=of_part.repeat([len(part) for part in labels[1:]]),
-        labels=np.concatenate(labels),
-    )
-
-
-def _scores(predictions: Mapping[str, Detections]) -> Floats:
-    """The scores of all predictions, in the order of their table."""
-    scores = [np.zeros(0)]
-    for video, part in predictions.items():
-        scores.append(part.scores.detach().double().cpu().numpy())
-        if np.isnan(scores[-1]).any():
-            raise ValueError(f"A prediction in video {video!r} has a score that is not a number.")
-    return np.concatenate(scores)
 
 
 def normalised_precision(outcomes: Outcomes, hits: Bools, false: Bools, counts: Ints) -> Floats:
@@ -273,67 +176,6 @@ def mean_average_precision(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Bins:
-    """Intervals of a characteristic, open below and closed above.
-
-    Bin i holds values in `(edges[i - 1], edges[i]]`; the first and the last have no outer limit.
-
-    Attributes:
-        edges: B - 1 inner limits, rising.
-        names: B names.
-    """
-
-    edges: tuple[float, ...]
-    names: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.names) != len(self.edges) + 1 or list(self.edges) != sorted(set(self.edges)):
-            raise ValueError(
-                f"Bins need rising inner limits and one name more than those, but got "
-                f"{self.edges} and {self.names}."
-            )
-
-    def place(self, values: Floats) -> Ints:
-        """Index of the bin of each of the `values` `(N,)`."""
-        return np.searchsorted(self.edges, values, side="left")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Characteristics:
-    """How each characteristic is cut into bins.
-
-    Attributes:
-        coverage: an instance's length as a share of its video's duration. Instances that are
-            annotated beyond their video's end fall into the last bin (DETAD drops them).
-        length: in seconds.
-        instances: how many instances of any class the instance's video holds, as DETAD's own
-            annotation files count them.
-    """
-
-    coverage: Bins
-    length: Bins
-    instances: Bins
-
-
-_FIVE = ("XS", "S", "M", "L", "XL")
-_FOUR = ("XS", "S", "M", "L")
-
-ACTIVITYNET = Characteristics(
-    coverage=Bins(edges=(0.2, 0.4, 0.6, 0.8), names=_FIVE),
-    length=Bins(edges=(30, 60, 120, 180), names=_FIVE),
-    instances=Bins(edges=(1, 4, 8), names=_FOUR),
-)
-"""DETAD's bins for ActivityNet."""
-
-THUMOS = Characteristics(
-    coverage=Bins(edges=(0.02, 0.04, 0.06, 0.08), names=_FIVE),
-    length=Bins(edges=(3, 6, 12, 18), names=_FIVE),
-    instances=Bins(edges=(1, 40, 80), names=_FOUR),
-)
-"""DETAD's bins for THUMOS-14, whose videos are long and whose actions are short."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Placed:
     """One characteristic of every instance.
 
@@ -354,7 +196,7 @@ class Placed:
 def characterise(
     outcomes: Outcomes, durations: Mapping[str, float], characteristics: Characteristics
 ) -> dict[str, Placed]:
-    """Puts every instance into its bin of each characteristic.
+    """Put every instance into its bin of each characteristic.
 
     Args:
         outcomes: the instances.

@@ -1,4 +1,4 @@
-"""A diagnosis as rows of plain values and as named metrics, for trackers and files."""
+"""The whole diagnosis, and its numbers as rows of plain values and as named metrics."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from re2tal.annotations import Characteristics
 from re2tal.detection.diagnosis.errors import (
     ERRORS,
     GROUPS,
@@ -19,20 +20,14 @@ from re2tal.detection.diagnosis.errors import (
     false_positives,
     sensitivity,
 )
-from re2tal.detection.diagnosis.outcomes import (
-    ACTIVITYNET,
-    Characteristics,
-    Floats,
-    Placed,
-    characterise,
-    collect,
-)
+from re2tal.detection.diagnosis.outcomes import Placed, characterise, collect
+from re2tal.detection.evaluation.matching import Floats
 from re2tal.detection.segments import Detections, LabelledSegments
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Diagnosis:
-    """What a detector gets wrong.
+    """Errors of a detector.
 
     Attributes:
         thresholds: `(K,)` tIoU thresholds.
@@ -61,9 +56,9 @@ def diagnose(
     *,
     num_classes: int,
     thresholds: Sequence[float],
-    characteristics: Characteristics = ACTIVITYNET,
+    characteristics: Characteristics,
 ) -> Diagnosis:
-    """Diagnoses detections in the manner of DETAD (Alwassel et al., ECCV 2018).
+    """Diagnose detections in the manner of DETAD (Alwassel et al., ECCV 2018).
 
     Every number is given at each threshold; DETAD's figures show the means over the thresholds
     (for ActivityNet 0.5, 0.55, ..., 0.95; for THUMOS-14 0.5 alone).
@@ -74,7 +69,8 @@ def diagnose(
         durations: seconds of every video with instances.
         num_classes: C; labels are 0 to C - 1.
         thresholds: K tIoU thresholds in (0, 1].
-        characteristics: how length, coverage and number of instances are cut into bins.
+        characteristics: bins of length, coverage and number of instances, as of a data set's
+            record.
 
     Returns:
         The diagnosis.

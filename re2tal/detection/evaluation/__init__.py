@@ -1,10 +1,11 @@
-"""How good detections are: mean average precision, and recall in its two usual forms."""
+"""Metrics of detections: mean average precision, and recall in its two usual forms."""
 
-from re2tal.detection.evaluation.average_precision import MapResult, mean_average_precision
-from re2tal.detection.evaluation.recall import (
+from re2tal.detection.evaluation.metrics import (
     ClassRecall,
+    MapResult,
     ProposalRecall,
     average_recall,
+    mean_average_precision,
     recall_at,
 )
 

@@ -1,4 +1,4 @@
-"""Ground truth and predictions of all videos in two tables, checked."""
+"""Ground truth and predictions of all videos in two checked tables, and which matches which."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tables:
-    """What is compared.
+    """Instances and predictions that are compared.
 
     Attributes:
         actual: the instances.
@@ -69,7 +69,7 @@ def tabulate(
     num_classes: int | None = None,
     exclude: Collection[str] = (),
 ) -> Tables:
-    """Puts all videos in tables.
+    """Put all videos in tables.
 
     Predictions of equal score keep their order; scores may be infinite.
 
@@ -148,7 +148,7 @@ def _column(parts: Sequence[Tensor], shape: tuple[int, ...]) -> Floats:
 def _refuse(
     bad: Bools, videos: Ints, numbers: Mapping[str, int], subject: str, complaint: str
 ) -> None:
-    """Complains about the first bad row, with the name of its video."""
+    """Complain about the first bad row, with the name of its video."""
     if bad.any():
         number = videos[bad.argmax()]
         name = next(name for name, of_video in numbers.items() if of_video == number)
@@ -206,7 +206,7 @@ def overlapping(
 
 
 def match(pairs: Pairs, *, num_found: int, num_actual: int, levels: Floats) -> list[Ints]:
-    """Gives each prediction an instance of its own, with predictions served in their order.
+    """Give each prediction an instance of its own, with predictions served in their order.
 
     Each prediction takes the free instance that it overlaps most (of equals the first), if the
     overlap reaches the level. Served one by one that would be a long loop. But a prediction can
@@ -245,7 +245,7 @@ def match(pairs: Pairs, *, num_found: int, num_actual: int, levels: Floats) -> l
 
 
 def first_ranks(pairs: Pairs, groups: Ints, *, num_actual: int, levels: Floats) -> Ints:
-    """How many predictions of its group come before the first that covers an instance.
+    """Number of predictions of its group before the first that covers an instance.
 
     Args:
         pairs: with every overlap that reaches the lowest level.

@@ -1,0 +1,58 @@
+"""Options of the annotations, which every script that reads them has."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from re2tal.datasets import ANY_OTHER, DATASETS, FORMS, Dataset
+
+if TYPE_CHECKING:
+    DatasetName: TypeAlias = str
+    FormName: TypeAlias = str
+else:  # the command line offers, and refuses all but, what there is a record of
+    DatasetName = Literal[*DATASETS]
+    FormName = Literal["auto", *FORMS]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnnotationConfig:
+    """Annotations, and the videos of them that count.
+
+    Attributes:
+        annotations: ActivityNet-style JSON, or one of the other forms that `re2tal.datasets` reads;
+            a path or, for a single file, a URI that pyarrow opens (s3://, gs://, ...).
+        form: layout of the annotations; "auto" looks at them.
+        dataset: data set whose known faults are repaired, listed and logged, and whose subsets and
+            metrics are taken; without it any fault in the annotations
+            is an error.
+        exclude: file with ids of videos to leave out, such as those that cannot be had any more:
+            one a line, or JSON.
+        keep: ids of videos that count although `dataset` leaves them out, as they do in some
+            published results.
+    """
+
+    annotations: str | None = None
+    form: FormName = "auto"
+    dataset: DatasetName | None = None
+    exclude: str | None = None
+    keep: tuple[str, ...] = ()
+
+    @property
+    def record(self) -> Dataset:
+        """Record of the data set."""
+        return DATASETS[self.dataset] if self.dataset else ANY_OTHER
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredAnnotationConfig(AnnotationConfig):
+    """Annotations, and an external classifier of whole videos.
+
+    Attributes:
+        video_scores: for class-agnostic proposals, file of the scores that an external classifier
+            gives the evaluated videos (`re2tal.detection.video_scores`); a path or a URI.
+        video_scores_top: number of the best of these classes that each proposal is given.
+        video_scores_logits: the file holds logits (HACS), of which a softmax makes scores.
+    """
+
+    video_scores: str | None = None
+    video_scores_top: int = 2
+    video_scores_logits: bool = False

@@ -1,0 +1,330 @@
+"""Forms in which annotations are handed out, and the reader of each.
+
+Every reader brings its files into ActivityNet's shape, `{"subset", "duration", "annotations":
+[{"segment": [start, end], "label"}]}` by video id. What cannot be understood stays as it is: all
+entries are judged in one place (`re2tal.datasets.checking`), whatever their form.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from re2tal.annotations import AnnotationError, RawCollection, read_json, read_text
+from re2tal.json_files import RepeatedKey
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileForm:
+    """Layout of annotation files.
+
+    Attributes:
+        name: Value of the options that choose a form.
+        read: Reader of a file or folder; it raises an `AnnotationError` where files are missing or
+            of another shape.
+        suits: Whether a file or folder has this layout, by its names and what it holds. None for
+            the form that any other file is taken to have.
+    """
+
+    name: str
+    read: Callable[[Path], RawCollection]
+    suits: Callable[[Path], bool] | None = None
+
+
+def _names(path: Path) -> set[str]:
+    """Names of the files in a folder, or of the file itself."""
+    return {file.name for file in path.iterdir()} if path.is_dir() else {path.name}
+
+
+# --- ActivityNet-1.3, HACS Segments, FineAction, and THUMOS-14 as most convert it -----------------
+
+
+def read_activitynet(path: Path) -> RawCollection:
+    """Read `{"database": {id: {"subset", "duration", "annotations": [...]}}}`, one JSON file.
+
+    Times are in seconds. Other keys ("taxonomy", "version", "url", "label_id", ...) are not read;
+    keys that an object has more than once are problems. Subsets are called "training",
+    "validation" and "testing", the last without annotations; conversions of THUMOS-14 also say
+    "train" and "test".
+    """
+    document, repeated = read_json(path)
+    of_videos, problems = _sorted_out(repeated)
+    database = document.get("database") if isinstance(document, dict) else None
+    if not isinstance(database, dict):
+        shape = 'the top level must be an object that holds the object "database" (id -> video)'
+        raise AnnotationError(str(path), [*problems, shape])
+    if not database:
+        raise AnnotationError(str(path), [*problems, '"database" is empty'])
+    return RawCollection(videos=database, problems=tuple(problems), repeated=of_videos)
+
+
+def _sorted_out(
+    repeated: Iterable[RepeatedKey],
+) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """Repeated keys inside a video as phrases by its id, and those of the rest of the file."""
+    of_videos: dict[str, tuple[str, ...]] = {}
+    others: list[str] = []
+    for key in repeated:
+        match key.place:
+            case ("database",):
+                video_id, phrase = key.key, "is there more than once"
+            case ("database", str(video_id), *inside):
+                phrase = str(replace(key, place=tuple(inside)))
+            case _:
+                others.append(str(key))
+                continue
+        of_videos[video_id] = (*of_videos.get(video_id, ()), phrase)
+    return of_videos, others
+
+
+# --- THUMOS-14 and MultiTHUMOS: one text file a class ---------------------------------------------
+
+
+_SUBSETS = ("validation", "test")
+
+
+def read_class_files(path: Path) -> RawCollection:
+    """Read the text files of a folder and of the folders in it: one a class.
+
+    Each line is `video_name start end`, in seconds, and the file's name is the label:
+    `Diving_val.txt` and `Diving_test.txt` of THUMOS-14 (Jiang et al., 2014), `Diving.txt` of
+    MultiTHUMOS (Yeung et al., IJCV 2018). The subset is in the name of the video:
+    video_validation_0000051, video_test_0000004. There are no durations: give those of the files.
+    """
+    files = [
+        p for p in sorted(path.rglob("*.txt")) if p.name not in {"readme.txt", "class_list.txt"}
+    ]
+    if not files:
+        raise AnnotationError(str(path), ["there is no text file of a class in this folder"])
+    videos: dict[str, Any] = {}
+    problems: list[str] = []
+    for file in files:
+        label = file.stem.removesuffix("_val").removesuffix("_test")
+        for number, line in enumerate(read_text(file).splitlines(), start=1):
+            words = line.split()
+            if not words:
+                continue
+            subset = next(
+                (s for s in ("validation", "test") if words[0].startswith(f"video_{s}_")), None
+            )
+            place = f"{file.name}:{number}"
+            if len(words) != 3 or subset is None:
+                problems.append(f"{place}: must be a THUMOS video, a start and an end: {line:.60}")
+                continue
+            entry = videos.setdefault(words[0], {"subset": subset, "annotations": []})
+            entry["annotations"].append({"id": place, "segment": words[1:], "label": label})
+    return RawCollection(videos=videos, problems=tuple(problems))
+
+
+# --- Ego4D Moment Queries ------------------------------------------------------------------------
+
+_EGO4D_FILES = ("moments_train.json", "moments_val.json", "moments_test_unannotated.json")
+
+
+def read_ego4d(path: Path) -> RawCollection:
+    """Read one of the `moments_*.json`, or those of them that lie in a folder.
+
+    `{"videos": [{"video_uid", "split", "clips": [{"clip_uid", "clip_start_sec", "clip_end_sec",
+    "annotations": [{"annotator_uid", "labels": [{"start_time", "end_time", "label",
+    "primary"}]}]}]}]}` (Grauman et al., CVPR 2022; annotation schemas of the data set). A clip of
+    up to eight minutes is what is annotated, so a clip is a video here: its id is `clip_uid`, which
+    is what the files of the data set's own clips are called, and `start_time` and `end_time` count
+    from the clip's start. Several annotators saw each clip and all their labels count, so that one
+    moment may be there twice with slightly different times. Labels that are not `primary` are not
+    part of the benchmark, and clips of which no label is primary are left out, both as in the
+    benchmark's own code.
+    """
+    paths = (
+        [path / name for name in _EGO4D_FILES if (path / name).exists()]
+        if path.is_dir()
+        else [path]
+    )
+    if not paths:
+        raise AnnotationError(str(path), [f"none of {', '.join(_EGO4D_FILES)} is in this folder"])
+    videos: dict[str, Any] = {}
+    problems: list[str] = []
+    excluded: dict[str, str] = {}
+    for file in paths:
+        document, repeated = read_json(file)
+        twice = [f"{file.name}, {key}" for key in repeated]
+        problems += twice
+        for place, split, clip in _clips(document, file, twice):
+            uid = clip.get("clip_uid") if isinstance(clip, dict) else None
+            if not isinstance(uid, str):
+                problems.append(f"{file.name}, {place}: must be an object with a clip_uid")
+            elif uid in videos:
+                problems.append(f"video {uid!r}: is there more than once")
+            else:
+                videos[uid] = _clip_entry(split, clip)
+                if "annotations" in clip and not videos[uid]["annotations"]:
+                    excluded[uid] = "none of its labels is primary"
+    return RawCollection(videos=videos, problems=tuple(problems), excluded=excluded)
+
+
+def _clips(document: Any, path: Path, problems: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
+    """Every clip of a file: its place, the split of its video, and its raw object."""
+    videos = document.get("videos") if isinstance(document, dict) else None
+    if not isinstance(videos, list):
+        shape = 'the top level must be an object that holds the list "videos"'
+        raise AnnotationError(str(path), [*problems, shape])
+    for number, video in enumerate(videos):
+        clips = video.get("clips") if isinstance(video, dict) else None
+        if not isinstance(clips, list):
+            shape = f'videos[{number}] must be an object that holds the list "clips"'
+            raise AnnotationError(str(path), [*problems, shape])
+        for index, clip in enumerate(clips):
+            yield f"videos[{number}].clips[{index}]", video.get("split"), clip
+
+
+def _clip_entry(split: Any, clip: dict[str, Any]) -> dict[str, Any]:
+    """One clip in ActivityNet's shape."""
+    start, end = clip.get("clip_start_sec"), clip.get("clip_end_sec")
+    annotators = clip.get("annotations")
+    return {
+        "subset": split,
+        "duration": _difference(end, start),
+        "annotations": [
+            {
+                "segment": [label.get("start_time"), label.get("end_time")],
+                "label": label.get("label"),
+            }
+            for annotator in (annotators if isinstance(annotators, list) else ())
+            if isinstance(annotator, dict)
+            for label in annotator.get("labels") or ()
+            if isinstance(label, dict) and label.get("primary")
+        ],
+    }
+
+
+def _difference(end: Any, start: Any) -> Any:
+    """`end - start` of two numbers; `end` as it is where that is no number, to be refused later."""
+    numbers = all(isinstance(value, int | float) for value in (start, end))
+    return end - start if numbers else end
+
+
+# --- EPIC-Kitchens-100 ---------------------------------------------------------------------------
+
+_EPIC_FILES = {
+    "train": "EPIC_100_train.csv",
+    "validation": "EPIC_100_validation.csv",
+    "test": "EPIC_100_test_timestamps.csv",
+}
+_Part = Literal["verb", "noun", "action"]
+
+_TIMESTAMP = re.compile(r"([0-9]+):([0-5][0-9]):([0-5][0-9](?:\.[0-9]+)?)")
+_TIMES = ("narration_id", "video_id", "start_timestamp", "stop_timestamp")
+
+
+def read_epic_kitchens(path: Path, kind: _Part) -> RawCollection:
+    """Read the CSV files of the annotation repository (Damen et al., IJCV 2022).
+
+    - EPIC_100_train.csv and EPIC_100_validation.csv: one action a row, with narration_id, video_id,
+      start_timestamp and stop_timestamp (HH:MM:SS.ss), verb_class and noun_class. Its noun is the
+      first of the sentence that was narrated; the others (all_noun_classes) are not read.
+    - EPIC_100_test_timestamps.csv: the same without classes. These times are given so that trimmed
+      actions can be recognised; for localisation they are an answer, so only the video ids count.
+    - EPIC_100_video_info.csv: video_id, duration in seconds, fps, resolution, of all 700 videos.
+    - EPIC_100_verb_classes.csv, EPIC_100_noun_classes.csv: id and key of 97 verbs, 300 nouns.
+
+    Args:
+        path: The folder, or one of the files in it. A subset whose file is not there is left out.
+        kind: Part of the action that is its class: verb, noun, or both, as "take plate".
+    """
+    folder = path if path.is_dir() else path.parent
+    there = {
+        subset: folder / name for subset, name in _EPIC_FILES.items() if (folder / name).exists()
+    }
+    if not there:
+        raise AnnotationError(str(path), [f"none of {', '.join(_EPIC_FILES.values())} is there"])
+    info = _table(folder / "EPIC_100_video_info.csv", ("video_id", "duration"))
+    durations = {row["video_id"]: row["duration"] for row in info}
+    names = {
+        part: {
+            row["id"]: row["key"]
+            for row in _table(folder / f"EPIC_100_{part}_classes.csv", ("id", "key"))
+        }
+        for part in (("verb", "noun") if kind == "action" else (kind,))
+    }
+    videos: dict[str, Any] = {}
+    problems: list[str] = []
+    for subset, file in there.items():
+        columns = _TIMES if subset == "test" else (*_TIMES, *(f"{part}_class" for part in names))
+        for row in _table(file, columns):
+            video_id = row["video_id"]
+            entry = videos.setdefault(
+                video_id,
+                {"subset": subset, "duration": durations.get(video_id), "annotations": []},
+            )
+            if entry["subset"] != subset:
+                problems.append(f"video {video_id!r}: is in {entry['subset']} and in {subset}")
+            if subset != "test":
+                entry["annotations"].append(_annotation(row, names))
+    return RawCollection(
+        videos=videos,
+        problems=tuple(dict.fromkeys(problems)),
+        classes=None if kind == "action" else tuple(names[kind].values()),
+    )
+
+
+def _annotation(row: Mapping[str, str], names: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """One row in ActivityNet's shape; what cannot be understood stays as it is, to be refused."""
+    numbers = [row[f"{part}_class"] for part in names]
+    keys = [names[part].get(number) for part, number in zip(names, numbers, strict=True)]
+    return {
+        "id": row["narration_id"],
+        "segment": [_seconds(row["start_timestamp"]), _seconds(row["stop_timestamp"])],
+        "label": " ".join(
+            key or f"(class {number})" for key, number in zip(keys, numbers, strict=True)
+        ),
+    }
+
+
+def _seconds(timestamp: str) -> float | str:
+    """`01:02:03.45` as 3723.45; what is no timestamp, as it is."""
+    match = _TIMESTAMP.fullmatch(timestamp)
+    if match is None:
+        return timestamp
+    hours, minutes, seconds = match.groups()
+    return round(int(hours) * 3600 + int(minutes) * 60 + float(seconds), 6)
+
+
+def _table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """The rows of a CSV file that has at least these columns, none of them cut short."""
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), restval="")
+    missing = [name for name in columns if name not in (reader.fieldnames or ())]
+    if missing:
+        raise AnnotationError(str(path), [f"the column {name!r} is missing" for name in missing])
+    return list(reader)
+
+
+# --- the forms ------------------------------------------------------------------------------------
+
+
+def _is_ego4d(path: Path) -> bool:
+    if path.suffix != ".json" or path.name in _EGO4D_FILES:
+        return not _names(path).isdisjoint(_EGO4D_FILES)
+    document, _ = read_json(path)
+    return isinstance(document, dict) and isinstance(document.get("videos"), list)
+
+
+def _is_epic_kitchens(path: Path) -> bool:
+    return not _names(path).isdisjoint(_EPIC_FILES.values())
+
+
+def _is_class_files(path: Path) -> bool:
+    return path.is_dir() and any(path.rglob("*.txt"))
+
+
+ACTIVITYNET_JSON = FileForm(name="activitynet", read=read_activitynet)
+CLASS_FILES = FileForm(name="class-files", read=read_class_files, suits=_is_class_files)
+EGO4D_MOMENTS = FileForm(name="ego4d-mq", read=read_ego4d, suits=_is_ego4d)
+EPIC_CSV = tuple(
+    FileForm(
+        name=f"epic-{part}", read=partial(read_epic_kitchens, kind=part), suits=_is_epic_kitchens
+    )
+    for part in get_args(_Part)
+)
