@@ -18,6 +18,7 @@ class TinyBackbone(nn.Module):
 
     channels = 6
     temporal_stride = 4
+    multiple = 4
 
     def __init__(self) -> None:
         super().__init__()
