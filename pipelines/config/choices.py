@@ -3,7 +3,7 @@
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from inspect import getmembers, isfunction
 from pathlib import Path
@@ -70,24 +70,27 @@ def _imported(reference: str) -> ModuleType:
         raise UserError(
             f"{reference} has the name of another module, {module.__file__}: rename the file."
         )
-    folder = _folder(sys.modules[name.partition(".")[0]])
-    if not {"site-packages", "dist-packages"} & set(folder.parts):  # else it is installed
-        _FOLDERS.add(folder)
+    place = _place(sys.modules[name.partition(".")[0]])
+    if place and not {"site-packages", "dist-packages"} & set(place.parts):  # else it is installed
+        _FOLDERS.add(place.parent)
     return module
 
 
-def _folder(module: ModuleType) -> Path:
-    """The folder that a top-level module or package lies in."""
-    file = Path(getattr(module, "__file__", None) or "/")
-    return file.parent.parent if file.name == "__init__.py" else file.parent
+def _place(module: ModuleType) -> Path | None:
+    """The file of a top-level module, or the folder of a package."""
+    places = [*getattr(module, "__path__", ()), getattr(module, "__file__", None)]
+    return Path(places[0]) if places[0] else None
 
 
-def own_modules() -> Iterator[ModuleType]:
-    """Modules of the user's own that are imported: those that were named, and what lies beside."""
-    for name, module in list(sys.modules.items()):
-        ours = name in ("__main__", "re2tal", "pipelines", "sweeps")
-        if "." not in name and not ours and _folder(module) in _FOLDERS:
-            yield module
+def own_code() -> list[str]:
+    """Files and packages of the user's own code: what was named, and what it imports beside it."""
+    ours = ("__main__", "re2tal", "pipelines", "sweeps")
+    places = [
+        _place(module)
+        for name, module in list(sys.modules.items())
+        if "." not in name and name not in ours
+    ]
+    return sorted({str(place) for place in places if place and place.parent in _FOLDERS})
 
 
 def recipe_named(

@@ -3,12 +3,12 @@
 import logging
 import os
 import socket
+from typing import Any
 
 import ray
 import ray.data
-from ray import cloudpickle
 
-from pipelines.config.choices import own_modules
+from pipelines.config.choices import own_code
 from pipelines.config.command_line import require_cluster
 
 # Read when Ray's modules are imported or its processes start, so they are set before `ray.init`.
@@ -32,16 +32,16 @@ def init_ray(*, trains: bool = False) -> None:
     Raises:
         UserError: if nothing answers at `RAY_ADDRESS`.
     """
-    for module in own_modules():
-        cloudpickle.register_pickle_by_value(module)  # no other process may have it
     if ray.is_initialized():  # as in a Ray task
         quiet_data()
         return
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # uploaded, because no other machine has it
+    environment: dict[str, Any] = {"py_modules": code} if (code := own_code()) else {}
     if "RAY_ADDRESS" in os.environ:
         require_cluster()
-        environment = {"env_vars": {name: os.environ[name] for name in _ENVIRONMENT}}
+        environment["env_vars"] = {name: os.environ[name] for name in _ENVIRONMENT}
         ray.init(logging_level="ERROR", log_to_driver=False, runtime_env=environment)
     else:
         # nobody takes this machine away
@@ -61,6 +61,7 @@ def init_ray(*, trains: bool = False) -> None:
             log_to_driver=False,
             include_dashboard=trains,
             dashboard_port=port,
+            runtime_env=environment or None,
         )
     quiet_data()
 

@@ -13,7 +13,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from pipelines import detect, evaluate, extract_features, finetune_backbone, train
-from pipelines.config.choices import own_modules
+from pipelines.config.choices import own_code
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import RECIPES, toy
 from pipelines.data.plan import Plan
@@ -44,7 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     found = re.search(r"## A recipe of your own.*?```python\n(.*?)```", text, re.DOTALL)
     assert found is not None
     (tmp_path / "my_recipe.py").write_text(found[1])
-    shutil.copy(ROOT / "tests" / "localizers" / "tiny.py", tmp_path)
+    shutil.copy(ROOT / "tests" / "localizers" / "tiny.py", tmp_path / "my_localizer.py")
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
     yield tmp_path
@@ -101,7 +101,8 @@ def test_a_recipe_of_ones_own_trains_and_its_detector_is_read_again(
     before = set(sys.modules)
     recipe = train.parse([str(folder / "my_recipe.py"), *SMALL, "--model.localizer.kernel", "7"])
     assert recipe.name == "mine"
-    assert {module.__name__ for module in own_modules()} >= {"my_recipe", "tiny"}
+    beside = {str(folder / name) for name in ("my_recipe.py", "my_localizer.py")}
+    assert {path for path in own_code() if Path(path).parent == folder} == beside
     runtime = LocalRuntime(recipe, tiny_plan, folder)
     task = DetectionTask(recipe=recipe, plan=tiny_plan)
     Trainer(task, runtime, weights=None, output=str(folder / "output")).run()
@@ -109,11 +110,11 @@ def test_a_recipe_of_ones_own_trains_and_its_detector_is_read_again(
     forget(folder, before)
     with pytest.raises(ValueError, match="import its module first"):
         load_detector(saved)
-    evaluate.parse(["--import", str(folder / "tiny.py"), "--model", str(saved)])
+    evaluate.parse(["--import", str(folder / "my_localizer.py"), "--model", str(saved)])
     assert str(load_detector(saved)[0].localizer) == str(recipe.model.localizer)
     forget(folder, before)
     monkeypatch.chdir(folder)
-    detect.parse(["--import", "tiny", "--model", str(saved)])
+    detect.parse(["--import", "my_localizer", "--model", str(saved)])
     assert str(load_detector(saved)[0].localizer) == str(recipe.model.localizer)
 
 
