@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from re2tal.errors import shortened
+
 Colour = tuple[float, float, float]
 """Red, green and blue in [0, 1]."""
-
-_LISTED = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,12 +86,10 @@ class WeightsMismatchError(ValueError):
     """
 
     def __init__(self, what: str, network: object, problems: Sequence[str]) -> None:
-        listed = "".join(f"\n  {problem}" for problem in problems[:_LISTED])
-        rest = len(problems) - _LISTED
-        more = f"\n  ... and {rest} more" if rest > 0 else ""
+        listed = "".join(f"\n  {line}" for line in shortened(problems, most=10))
         super().__init__(
             f"{what} are not those of this {type(network).__name__}: {len(problems)} do not fit. "
-            f"Is it another size, or were they trained with other settings?{listed}{more}"
+            f"Is it another size, or were they trained with other settings?{listed}"
         )
         self.problems = tuple(problems)
 

@@ -18,6 +18,7 @@ from pipelines.inference.output import (
     write_files,
     write_record,
 )
+from re2tal.annotations import Instance
 from re2tal.detection.files import read_detections
 from re2tal.errors import UserError
 from tests.pipelines.output_files import Page, table
@@ -133,6 +134,24 @@ def test_the_picture_has_a_lane_for_each_class_that_occurs() -> None:
     bars = {(round(b.x0, 6), round(b.x1, 6), round((b.y0 + b.y1) / 2)) for b in boxes}
     assert bars == {(1.0, 2.5, 1), (0.25, 9.0, 0), (3.0, 4.0, 0)}
     assert axes.get_xlim() == (0, 10)
+
+
+def test_annotated_instances_lie_above_the_detections_of_their_lane() -> None:
+    truth = [Instance(start=5.0, end=6.0, label="jump"), Instance(start=1.0, end=2.0, label=NASTY)]
+    found = [row for row in record("a").detections if row["label"] == "jump"]
+    videos = {
+        "a": Timeline(duration=10.0, found=found, truth=truth),
+        "b": Timeline(duration=4.0, found=[], truth=[]),
+    }
+    first, second = timelines(videos, CLASSES).axes
+    assert [label.get_text() for label in first.get_yticklabels()] == ["jump", NASTY]
+    bars = set()
+    for bar in first.patches:
+        box = bar.get_path().transformed(bar.get_patch_transform()).get_extents()
+        bars.add((round(box.x0, 3), round((box.y0 + box.y1) / 2, 3), bool(bar.get_hatch())))
+    detected = {(row["segment"][0], 0.2, False) for row in found}
+    assert bars == detected | {(5.0, -0.2, True), (1.0, 0.8, True)}  # y points down
+    assert [text.get_text() for text in second.texts] == ["nothing detected"]
 
 
 def test_records_come_back_and_those_of_another_file_do_not(tmp_path: Path) -> None:
