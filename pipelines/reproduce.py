@@ -15,7 +15,7 @@ The rewired weights are what finetune_backbone.py made of the plain ones. The re
 OUTPUT/reproduction/report.md; in MLflow it is a run, with one below it for each piece of work. The
 same command goes on with what it has. Without Ray and MLflow:
 
-  python -m pipelines.reproduction
+  python -m pipelines.experiments
 """
 
 import os
@@ -32,11 +32,11 @@ from pipelines.config.command_line import told_shortly
 from pipelines.core.cluster import init_ray
 from pipelines.core.metric_names import safe_path
 from pipelines.core.tracking import Run, finishing, log_metrics, start_run
-from pipelines.reproduction.execution import Work, attempt
-from pipelines.reproduction.experiment import Job, Outcome
-from pipelines.reproduction.report import NUMBERS
-from pipelines.reproduction.running import Reproduced, reproduce
-from pipelines.reproduction.settings import Reproduction, parse
+from pipelines.experiments.execution import Work, attempt
+from pipelines.experiments.experiment import Job, Outcome
+from pipelines.experiments.report import NUMBERS
+from pipelines.experiments.running import Reproduced, reproduce
+from pipelines.experiments.settings import Reproduction, parse
 from re2tal.errors import UserError
 
 

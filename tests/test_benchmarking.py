@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from re2tal.benchmarking import Benchmark, Tables, markdown, run, save
+from pipelines.experiments.benchmarking import Benchmark, Tables, markdown, run, save
 
 
 def test_markdown_of_a_table(tmp_path: Path) -> None:

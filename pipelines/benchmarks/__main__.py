@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.benchmarks import scaling, shards, throughput
-from re2tal.benchmarking import Benchmark, run
+from pipelines.experiments.benchmarking import Benchmark, run
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -2,7 +2,7 @@
 
 import re2tal
 from pipelines.config.recipe import Recipe
-from pipelines.planner.step import workload_of
+from pipelines.training.workload import workload_of
 from re2tal.detector import Detector
 from re2tal.memory import measure_activations, predict_peak
 from re2tal.reversible.coupling import SMALLEST_PIECE

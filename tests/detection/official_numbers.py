@@ -28,10 +28,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from re2tal.benchmarking import Row, save
+from pipelines.experiments.benchmarking import Row, save
 from re2tal.detection import Detections, average_recall, mean_average_precision
 from re2tal.detection.benchmarks.__main__ import RESULTS
-from re2tal.detection.benchmarks.evaluation import ACTIVITYNET, THUMOS, Videos, Workload
+from pipelines.experiments.evaluation import ACTIVITYNET, THUMOS, Videos, Workload
 
 COMMIT = "82304fa9f4a7219421df13dae6347a445c4cf5bc"
 NUMBERS = Path(__file__).parent / "data" / "official_evaluation.json"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from re2tal.detection import Detections, mean_average_precision
-from re2tal.detection.benchmarks.evaluation import ACTIVITYNET, THUMOS, Workload, sequential
+from pipelines.experiments.evaluation import ACTIVITYNET, THUMOS, Workload, sequential
 from re2tal.detection.evaluation import matching
 
 THRESHOLDS = (0.3, 0.5, 0.7, 1.0)

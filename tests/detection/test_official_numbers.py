@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from re2tal.detection import average_recall, mean_average_precision
-from re2tal.detection.benchmarks.evaluation import THUMOS, Workload
+from pipelines.experiments.evaluation import THUMOS, Workload
 from tests.detection.official_numbers import NUMBERS, WORKLOADS
 
 # The official code saw all videos and predictions of a class, but not all classes: it takes long.

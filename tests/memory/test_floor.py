@@ -8,8 +8,8 @@ from torch import nn
 
 from re2tal.memory import predict_peak
 from re2tal.reversible import AtLeast, rewire
-from re2tal.reversible.benchmarks.memory import predicted_step
-from re2tal.reversible.benchmarks.workloads import LONG, SMALL, Workload
+from pipelines.experiments.resident import predicted_step
+from pipelines.experiments.models import LONG, SMALL, Workload
 from re2tal.reversible.coupling import SMALLEST_PIECE, Budget, bytes_of_piece
 
 GIB = 2**30

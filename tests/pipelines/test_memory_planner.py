@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import nn
 
 from pipelines.config.recipe import Recipe
-from pipelines.planner.command import (
+from pipelines.experiments.plan_command import (
     BackboneProfile,
     Questions,
     RecipeProfile,
@@ -26,12 +26,12 @@ from pipelines.planner.command import (
     parse,
     profile,
 )
-from pipelines.planner.fit import largest_that_fits, parse_size
-from pipelines.planner.plan import Planner
-from pipelines.planner.report import Profile, print_profile, rows
-from pipelines.planner.step import Workload
-from pipelines.planner.subject import backbone_alone, of_recipe
-from pipelines.planner.ways import WAYS, checkpointed, residual_blocks
+from re2tal.memory.fit import largest_that_fits, parse_size
+from pipelines.experiments.planner import Planner
+from pipelines.experiments.plan_report import Profile, print_profile, rows
+from pipelines.training.workload import Workload
+from pipelines.experiments.subject import backbone_alone, of_recipe
+from re2tal.memory.ways import WAYS, checkpointed, residual_blocks
 from pipelines.training.model import build_detector
 from re2tal.backbones import table
 from re2tal.backbones.slowfast import slowfast_toy

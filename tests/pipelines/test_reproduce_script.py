@@ -76,7 +76,7 @@ def test_without_ray_it_takes_up_what_is_there(quick: tuple[Path, str], tmp_path
         (tmp_path / f"{name}.py").write_text("raise ImportError('there is none here')\n")
     env = environment(folder) | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     printed = run_command(
-        sys.executable, "-m", "pipelines.reproduction", "--quick", cwd=folder, env=env
+        sys.executable, "-m", "pipelines.experiments", "--quick", cwd=folder, env=env
     )
     done, jobs = re.search(r"(\d+) of (\d+) jobs were done before", printed).groups()  # type: ignore[union-attr]
     assert done == jobs

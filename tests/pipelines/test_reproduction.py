@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from pipelines.config.recipes import toy
 from pipelines.data.plan import Plan
-from pipelines.reproduction.accuracy import Accuracy
-from pipelines.reproduction.classifying import (
+from pipelines.experiments.accuracy import Accuracy
+from pipelines.experiments.classifying import (
     PLAIN,
     REWIRED,
     before_finetuning,
@@ -22,14 +22,14 @@ from pipelines.reproduction.classifying import (
     finetuned,
     make_clips,
 )
-from pipelines.reproduction.execution import carry_out, execute_here
-from pipelines.reproduction.experiment import Experiment, Finding, Job, Outcome, Result, Section
-from pipelines.reproduction.localizing import WAYS, configured, localize, trained_in
-from pipelines.reproduction.records import Records
-from pipelines.reproduction.report import Circumstances, chapters, write_report
-from pipelines.reproduction.settings import parse
-from pipelines.reproduction.statistics import Measured, at_least
-from pipelines.reproduction.tal import LARGER, Tal
+from pipelines.experiments.execution import carry_out, execute_here
+from pipelines.experiments.experiment import Experiment, Finding, Job, Outcome, Result, Section
+from pipelines.experiments.localizing import WAYS, configured, localize, trained_in
+from pipelines.experiments.records import Records
+from pipelines.experiments.report import Circumstances, chapters, write_report
+from pipelines.experiments.settings import parse
+from pipelines.experiments.statistics import Measured, at_least
+from pipelines.experiments.tal import LARGER, Tal
 from pipelines.training.model import build_detector
 from re2tal.backbones.swin import TOY_WEIGHTS
 from re2tal.datasets.toy import TrimmedToyConfig, make_trimmed_toy
@@ -204,7 +204,7 @@ def test_a_backbone_is_rewired_and_finetuned_once_for_the_same_settings(
     assert any(not torch.equal(first[name], before[name]) for name in first)
     finetune_backbone(path, epochs=1, folder=Path(clips), clips=CLIPS)
     assert path.stat().st_mtime_ns == made
-    monkeypatch.setattr("pipelines.reproduction.classifying.code_fingerprint", lambda: "other")
+    monkeypatch.setattr("pipelines.experiments.classifying.code_fingerprint", lambda: "other")
     finetune_backbone(path, epochs=1, folder=Path(clips), clips=CLIPS)
     assert path.stat().st_mtime_ns > made
 

@@ -12,9 +12,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from pipelines.reproduction.exactness import Exactness, quick
-from pipelines.reproduction.gradients import ERROR, errors_of
-from pipelines.reproduction.peers import PEERS, Peer, Recomputing, stored
+from pipelines.experiments.exactness import Exactness, quick
+from pipelines.experiments.gradients import ERROR, errors_of
+from pipelines.experiments.peers import PEERS, Peer, Recomputing, stored
 
 ROOT = Path(__file__).parents[2]
 
@@ -179,7 +179,7 @@ def test_three_experiments_need_neither_ray_nor_mlflow_nor_pyav() -> None:
     program = f"""
 import sys
 sys.modules.update(dict.fromkeys({BLOCKED}))
-from pipelines.reproduction import exactness, memory, speed
+from pipelines.experiments import exactness, memory, speed
 asked = exactness.Exactness(depths=(2,), precisions=("float32",))
 results = {{job.name: job.work(**job.arguments) for job in asked.jobs()}}
 assert memory.quick().jobs() and speed.quick().jobs()

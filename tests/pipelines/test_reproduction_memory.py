@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from pipelines.planner.fit import GIBIBYTE
-from pipelines.planner.ways import TITLES, WAYS
-from pipelines.reproduction.drawing import apart
-from pipelines.reproduction.memory import Memory, quick
-from pipelines.reproduction.peaks import NO_GPU, OUT_OF_MEMORY, peaks, resident
+from re2tal.memory.fit import GIBIBYTE
+from re2tal.memory.ways import TITLES, WAYS
+from pipelines.experiments.drawing import apart
+from pipelines.experiments.memory import Memory, quick
+from pipelines.experiments.peaks import NO_GPU, OUT_OF_MEMORY, peaks, resident
 
 CARD = quick().cards[0]
 UNIT = 16  # frames that the toy backbone takes without padding

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from pipelines.reproduction.speed import Speed, quick
-from pipelines.reproduction.speed_numbers import TITLES, findings, of_models
-from pipelines.reproduction.timings import against_depth
-from re2tal.reversible.benchmarks.variants import VARIANTS
+from pipelines.experiments.speed import Speed, quick
+from pipelines.experiments.speed_numbers import TITLES, findings, of_models
+from pipelines.experiments.timings import against_depth
+from pipelines.experiments.variants import VARIANTS
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from re2tal.benchmarking import markdown
+from pipelines.experiments.benchmarking import markdown
 from re2tal.reversible import branches, reversible_stages
 from re2tal.reversible.benchmarks import devices, memory
 from re2tal.reversible.benchmarks.__main__ import RESULTS, main
-from re2tal.reversible.benchmarks.drift import drift, rebuilt_error
-from re2tal.reversible.benchmarks.stacks import STACKS, stack
-from re2tal.reversible.benchmarks.timing import compared, paired
-from re2tal.reversible.benchmarks.variants import VARIANTS, prepared
-from re2tal.reversible.benchmarks.verification import checks_alone
-from re2tal.reversible.benchmarks.workloads import Workload
+from pipelines.experiments.drift import drift, rebuilt_error
+from pipelines.experiments.stacks import STACKS, stack
+from pipelines.experiments.timing import compared, paired
+from pipelines.experiments.variants import VARIANTS, prepared
+from pipelines.experiments.verify import checks_alone
+from pipelines.experiments.models import Workload
 from re2tal.reversible.watch import Watch, Witness
 
 TOY = Workload(model="toy_swin", frames=4, size=32)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from re2tal.memory import predict_peak
 from re2tal.reversible import ReversibleError, check, rewire
-from re2tal.reversible.benchmarks.variants import VARIANTS, prepared
-from re2tal.reversible.benchmarks.workloads import Workload
+from pipelines.experiments.variants import VARIANTS, prepared
+from pipelines.experiments.models import Workload
 from re2tal.reversible.coupling import Budget
 from tests.reversible.test_exact import (
     Precision,

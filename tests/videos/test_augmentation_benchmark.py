@@ -2,7 +2,7 @@
 
 from re2tal.backbones.swin import swin_toy
 from re2tal.videos.augmentation import AugmentationConfig
-from re2tal.videos.benchmarks.augmentation import compared
+from pipelines.experiments.augmentation import compared
 
 
 def test_each_configuration_is_compared_with_the_step() -> None:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from re2tal.benchmarking import markdown
+from pipelines.experiments.benchmarking import markdown
 from re2tal.videos.benchmarks import __main__, decoders, decoding
-from re2tal.videos.benchmarks.decoders import Request
-from re2tal.videos.benchmarks.decoding import Access, difference
-from re2tal.videos.benchmarks.footage import HEIGHT, WIDTH, Footage, pictures
+from pipelines.experiments.decoders import Request
+from pipelines.experiments.decoding import Access, difference
+from pipelines.experiments.footage import HEIGHT, WIDTH, Footage, pictures
 
 COLUMNS = [
     "video",

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from re2tal.benchmarking import Benchmark, run
+from pipelines.experiments.benchmarking import Benchmark, run
 from re2tal.detection.benchmarks import evaluation, nms
 
 RESULTS = Path(__file__).parent / "results"

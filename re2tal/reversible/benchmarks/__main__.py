@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from re2tal.benchmarking import Benchmark, Tables, run
+from pipelines.experiments.benchmarking import Benchmark, Tables, run
 from re2tal.reversible.benchmarks import devices, drift, memory, timing, verification
-from re2tal.reversible.benchmarks.workloads import MODELS, Workload
+from pipelines.experiments.models import MODELS, Workload
 
 RESULTS = Path(__file__).parent / "results"
 
