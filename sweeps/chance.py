@@ -1,4 +1,6 @@
-"""Searches the localizer of the toy recipe with the sampler and by chance, from several seeds.
+"""The sampler against chance: searches of the toy recipe's localizer, from several seeds.
+
+  python -m sweeps.chance --annotations data/toy/annotations.json --features data/toy_features
 
 What is compared is what is proposed, so the trials of a search run one after the other, to their
 ends, by the training loop that all trials have; Ray Tune, workers and pruning are left out. The
@@ -27,10 +29,12 @@ from pipelines.core.metric_names import MAP
 from pipelines.data.feature_stream import without_backbone
 from pipelines.data.features import Features
 from pipelines.data.plan import Plan, make_plan, read_annotations
+from pipelines.experiments.command import carry_out, of_function
+from pipelines.experiments.experiment import Tables
 from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
 from pipelines.training.trainer import NonFiniteLossError, Trainer
-from pipelines.experiments.benchmarking import Tables
+from re2tal.errors import UserError
 from sweeps.localizer import SWEEP
 from sweeps.study import check_space, open_study
 from sweeps.suggestions import Suggestions, override
@@ -41,15 +45,15 @@ SAMPLERS: tuple[Sampler, ...] = ("tpe", "random")
 
 
 def measure(
-    annotations: str, features: str, trials: int = 12, seeds: Sequence[int] = (0,)
+    *, annotations: str, features: str, trials: int = 12, seeds: Sequence[int] = (0, 1, 2)
 ) -> Tables:
-    """A table with a row for each seed.
+    """Compare the best of so many trials with the base recipe.
 
     Args:
-        annotations: of the toy data set.
-        features: of it.
-        trials: of each search, the base recipe among them.
-        seeds: of samplers and training.
+        annotations: annotations of the toy data set.
+        features: its features, by extract_features.py.
+        trials: number of trials of each search, the base recipe among them.
+        seeds: seeds of samplers and training.
     """
     base = SWEEP.prepare(toy())
     base = replace(base, data=replace(base.data, annotations=annotations, features=features))
@@ -77,13 +81,13 @@ def measure(
 
 
 def search(base: Recipe, plan: Plan, *, trials: int, sampler: Sampler) -> list[float]:
-    """What the trials of a search reach, the base recipe's first; 0 for a loss that is not finite.
+    """List mAP of the trials of a search, the base recipe's first; 0 for a loss that is not finite.
 
     Args:
-        base: the recipe that is searched around; its seed is the sampler's too.
-        plan: what all work on.
-        trials: their number.
-        sampler: what proposes.
+        base: recipe that is searched around; its seed is the sampler's too.
+        plan: data of all trials.
+        trials: number of trials.
+        sampler: way to propose the next trial.
     """
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -125,3 +129,12 @@ def _trial(study: optuna.Study, base: Recipe, plan: Plan) -> float:
             return 0.0
     study.tell(trial, reached)
     return reached
+
+
+if __name__ == "__main__":
+    prog = "python -m sweeps.chance"
+    results = Path(__file__).parent / "results" / "chance.json"
+    try:
+        carry_out(sys.argv[1:], of_function(measure, prog), prog=prog, output=results)
+    except UserError as problem:
+        sys.exit(f"error: {problem}")

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import ray
@@ -23,10 +23,9 @@ from re2tal.backbones.table import entry_of
 from re2tal.backbones.weights import load_backbone_weights
 from re2tal.detector import grey_levels, normalize
 from re2tal.errors import UserError
+from re2tal.precision import Precision
 from re2tal.reversible import rewire
 from re2tal.weights import Colour
-
-Precision = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,1 +1,1 @@
-"""The paper's experiments: what each computes, and what it says in the report."""
+"""All that measures, an experiment a file; `python -m pipelines.experiments` runs one by name."""

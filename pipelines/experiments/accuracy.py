@@ -5,23 +5,54 @@ epochs of finetuning (step 4 of Re2TAL), or moving its connections slowly (Dr2Ne
 accuracy back. Training the rewired network from nothing for as long does not.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from pipelines.experiments.classifying import (
-    PLAIN,
-    REWIRED,
-    before_finetuning,
-    finetuned,
-    make_clips,
+from pipelines.config.clip_recipes import toy
+from pipelines.config.recipe import ClassificationRecipe
+from pipelines.core.checkout import code_fingerprint
+from pipelines.data.batches import Batch, decode_batches
+from pipelines.data.clip_plan import ClassificationPlan, make_plan, read_lists
+from pipelines.data.toy import toy_clips
+from pipelines.data.videos import probe_files_here
+from pipelines.experiments.experiment import (
+    Finding,
+    Job,
+    Measured,
+    Result,
+    Section,
+    at_least,
+    device,
+    finding,
 )
-from pipelines.experiments.experiment import Finding, Job, Result, Section
-from pipelines.experiments.statistics import Measured, at_least, finding
+from pipelines.training.classification import (
+    ClassificationTask,
+    accuracy_metrics,
+    build_classifier,
+    score_videos,
+)
+from pipelines.training.local import LocalRuntime
+from pipelines.training.trainer import Task, Trainer
+from re2tal.atomic import replacing
+from re2tal.backbones.weights import save_backbone_weights
+from re2tal.classifier import Classifier
 from re2tal.datasets.toy import TrimmedToyConfig
+from re2tal.datasets.trimmed import TrimmedVideo, ViewConfig, views
+from re2tal.detector import Detector
 
+PLAIN, REWIRED = "plain, pretrained", "rewired, not finetuned"
+_HEAD = "head.safetensors"
 _MARGIN = 0.02  # of top-1: what counts as preserved
 
 
@@ -30,10 +61,10 @@ class Accuracy:
     """Accuracy of a pretrained backbone before and after rewiring.
 
     Attributes:
-        seeds: of clips, their order and the weights of whatever starts at random.
-        epochs: of finetuning that are tried.
-        clips: how many there are: those of an epoch, and those that top-1 is measured on.
-        folder: of the clips; they are made.
+        seeds: seeds of clips, their order and the weights of whatever starts at random.
+        epochs: lengths of finetuning.
+        clips: numbers of clips: those of an epoch, and those that top-1 is measured on.
+        folder: folder of the clips; they are made.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -44,23 +75,18 @@ class Accuracy:
     folder: str = "data/toy_accuracy"
 
     @property
-    def name(self) -> str:
-        """On the command line and in files."""
-        return "accuracy"
-
-    @property
     def ways(self) -> dict[str, tuple[str, int]]:
-        """To the name of each training what it is, and its epochs."""
+        """Kind and epochs of each training, by its name."""
         most = max(self.epochs)
         of = {_named(kind, most): (kind, most) for kind in ("moving", "scratch", "plain")}
         return {_named("rewired", n): ("rewired", n) for n in self.epochs} | of
 
     def prepare(self) -> None:
-        """Makes the clips and what reads the classes off them, if they are not there."""
+        """Make the clips and what reads the classes off them, if they are not there."""
         make_clips(Path(self.folder), self.clips)
 
     def jobs(self) -> Sequence[Job]:
-        """The network as it is, and each training with each seed."""
+        """List the network as it is, and each training with each seed."""
         data = {"folder": self.folder}
         before = Job(name="before finetuning", work=before_finetuning, arguments=data)
         return [before] + [
@@ -74,7 +100,7 @@ class Accuracy:
         ]
 
     def section(self, results: Mapping[str, Result]) -> Section:
-        """What the report says."""
+        """Report on accuracy."""
         before = results["before finetuning"]
         constant = len(self.seeds)
         reached = {name: Measured(values=(before[name],) * constant) for name in (PLAIN, REWIRED)}
@@ -141,7 +167,6 @@ class Accuracy:
 
 
 def _named(kind: str, epochs: int) -> str:
-    """What a training is called; its kinds are those of `finetuned`."""
     titles = {
         "rewired": "rewired, finetuned",
         "moving": "Dr2Net's schedule,",
@@ -152,7 +177,7 @@ def _named(kind: str, epochs: int) -> str:
 
 
 def quick() -> Accuracy:
-    """One epoch of few clips: it shows that everything runs, and no more."""
+    """Configure one epoch of few clips: it shows that everything runs, and no more."""
     return Accuracy(
         seeds=(0,),
         epochs=(1,),
@@ -175,3 +200,191 @@ def _picture(reached: Mapping[str, Measured]) -> Figure:
     axes.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1), xlabel="top-1")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+# The work.
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Trained:
+    """End of a training.
+
+    Attributes:
+        metrics: metrics of the last epoch.
+        detector: average over the last steps, which the metrics are of.
+        seconds: seconds of all of it.
+    """
+
+    metrics: dict[str, float]
+    detector: Detector
+    seconds: float
+
+
+def train_here(
+    task: Task, weights: str | None, *, head: dict[str, Tensor] | None = None
+) -> Trained:
+    """Train to the recipe's last epoch in this process, by the loop that `train.py` has.
+
+    Args:
+        task: model and data.
+        weights: weights of the backbone, or None.
+        head: first weights of what follows the backbone; at random if None.
+    """
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        runtime = LocalRuntime(task.recipe, task.plan, Path(folder), device=device())
+        trainer = Trainer(task, runtime, weights=weights, output=folder)
+        if head is not None:
+            for model in (trainer.state.detector, trainer.state.average.module):
+                model.get_submodule("localizer").load_state_dict(head)
+        metrics = trainer.run()
+        detector = trainer.state.averaged()
+    return Trained(metrics=metrics, detector=detector, seconds=time.perf_counter() - began)
+
+
+def make_clips(folder: Path, clips: TrimmedToyConfig) -> None:
+    """Make the clips, and fit the classifier's head to the plain network's features of them.
+
+    The weights that the repository ships are those of a backbone alone. What is in the folder and
+    was made with the same settings and code stays.
+    """
+    toy_clips(folder, clips)
+    facts = _facts(clips)
+    if not _is_made(folder / _HEAD, facts):
+        recipe, plan = _configured(str(folder))
+        with replacing(folder / _HEAD) as partial:
+            save_file(_fitted_head(recipe, plan), partial, metadata=facts)
+
+
+def before_finetuning(*, folder: str) -> Result:
+    """Measure top-1 of the pretrained network, and of the same weights with rewired connections."""
+    recipe, plan = _configured(folder)
+    head = load_file(Path(folder) / _HEAD)
+    reached = {}
+    for name, reversible in ((PLAIN, False), (REWIRED, True)):
+        model = replace(recipe.model, reversible=reversible)
+        classifier = _built(replace(recipe, model=model), plan)
+        classifier.localizer.load_state_dict(head)
+        scores, _ = score_videos(classifier, _clips_of(plan.validation, classifier, recipe, plan))
+        reached[name] = accuracy_metrics(scores, plan.validation, prefix="test")["test/top1"]
+    return reached
+
+
+def finetuned(*, kind: str, epochs: int, seed: int, folder: str) -> Result:
+    """Measure top-1 after a training.
+
+    Args:
+        kind: "rewired" at once, "moving" from plain to rewired in the first half (Dr2Net), "plain",
+            or "scratch": rewired with random weights.
+        epochs: length of the training.
+        seed: seed of clips, order and random weights.
+        folder: folder of `make_clips`.
+    """
+    trained = _trained(kind, epochs, seed, folder)
+    return {"top1": trained.metrics["test/top1"], "seconds": trained.seconds}
+
+
+def finetune_backbone(path: Path, *, epochs: int, folder: Path, clips: TrimmedToyConfig) -> None:
+    """Rewire the pretrained backbone, finetune it on clips, and write its weights.
+
+    Step 4 of Re2TAL, from which detectors with a reversible backbone start.
+
+    Args:
+        path: safetensors file. What was made with the same settings and code stays.
+        epochs: length of the training.
+        folder: folder of `make_clips`.
+        clips: numbers of its clips.
+    """
+    facts = _facts(clips, epochs=epochs)
+    if not _is_made(path, facts):
+        trained = _trained("rewired", epochs, 0, str(folder))
+        save_backbone_weights(trained.detector.backbone, path, facts)
+        reached = trained.metrics["test/top1"]
+        print(f"rewired and finetuned for {epochs} epochs: top-1 {reached:.3f}", flush=True)
+
+
+def _facts(clips: TrimmedToyConfig, **settings: int) -> dict[str, str]:
+    """Settings that weights depend on, as they are kept with them."""
+    of = {"clips": asdict(clips), "code": code_fingerprint(), **settings}
+    return {"made_with": json.dumps(of, sort_keys=True)}
+
+
+def _is_made(path: Path, facts: Mapping[str, str]) -> bool:
+    if not path.exists():
+        return False
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}) == facts
+
+
+def _trained(kind: str, epochs: int, seed: int, folder: str) -> Trained:
+    recipe, plan = _configured(folder)
+    model = replace(
+        recipe.model,
+        reversible=kind != "plain",
+        coupling_epochs=epochs / 2 if kind == "moving" else None,
+        weights=None if kind == "scratch" else recipe.model.weights,
+    )
+    head = None if kind == "scratch" else load_file(Path(folder) / _HEAD)
+    recipe = replace(recipe, model=model, epochs=epochs, evaluate_from=epochs, seed=seed)
+    return train_here(ClassificationTask(recipe=recipe, plan=plan), model.weights, head=head)
+
+
+def _configured(folder: str) -> tuple[ClassificationRecipe, ClassificationPlan]:
+    """The toy recipe for one process, on the clips of a folder."""
+    recipe = toy()
+    recipe = replace(
+        recipe,
+        data=replace(recipe.data, training=f"{folder}/training", validation=f"{folder}/validation"),
+        views=ViewConfig(),
+        scale=replace(recipe.scale, workers=1),
+    )
+    return recipe, make_plan(recipe.data, read_lists(recipe.data), probe=probe_files_here)
+
+
+def _fitted_head(recipe: ClassificationRecipe, plan: ClassificationPlan) -> dict[str, Tensor]:
+    """A linear layer that reads the classes off the plain network's features."""
+    plain = replace(recipe, model=replace(recipe.model, reversible=False))
+    classifier = _built(plain, plan)
+    features = _features(classifier, recipe, plan)
+    labels = torch.tensor([video.label for video in plan.training], device=features.device)
+    head = classifier.localizer.linear
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        penalty = 1e-3 * head.weight.square().sum()
+        loss = F.cross_entropy(head(features), labels) + penalty
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return {name: value.cpu() for name, value in classifier.localizer.state_dict().items()}
+
+
+@torch.no_grad()
+def _features(
+    classifier: Classifier, recipe: ClassificationRecipe, plan: ClassificationPlan
+) -> Tensor:
+    """Mean of the features of each training clip, (N, C)."""
+    means = [
+        classifier.backbone(classifier.normalized(batch.frames.to(device()))).mean(dim=2)
+        for batch in _clips_of(plan.training, classifier, recipe, plan)
+    ]
+    return torch.cat(means)
+
+
+def _built(recipe: ClassificationRecipe, plan: ClassificationPlan) -> Classifier:
+    return build_classifier(recipe, plan.classes, recipe.model.weights).eval().to(device())
+
+
+def _clips_of(
+    videos: Sequence[TrimmedVideo],
+    classifier: Classifier,
+    recipe: ClassificationRecipe,
+    plan: ClassificationPlan,
+) -> Iterator[Batch]:
+    """Middle of each video, in order."""
+    data = recipe.data
+    stride = classifier.backbone.temporal_stride
+    windows = [w for video in videos for w in views(video, data.clip, ViewConfig(), stride=stride)]
+    return decode_batches(windows, plan.uris, size=data.size, batch_size=recipe.batch_size)

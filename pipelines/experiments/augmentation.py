@@ -1,4 +1,8 @@
-"""What augmentation adds to a training step of a reversible backbone, paired in one run."""
+"""Time that augmentation adds to a training step of a reversible backbone, paired in one run.
+
+Seconds are those that the process computes on a CPU, all its threads together, so that a load from
+outside adds little to them; on a GPU they are those until it has finished.
+"""
 
 import time
 from collections.abc import Callable, Mapping
@@ -7,9 +11,9 @@ from statistics import median
 
 import torch
 
+from pipelines.experiments.experiment import Row, Tables
 from re2tal.backbones.protocol import BackboneConfig
 from re2tal.backbones.swin import swin_t
-from pipelines.experiments.benchmarking import Row, Tables
 from re2tal.detector import grey_levels, normalize
 from re2tal.reversible import rewire
 from re2tal.videos.augmentation import AugmentationConfig, augment
@@ -24,8 +28,13 @@ CONFIGS = {
 }
 
 
-def measure(device: str, rounds: int) -> Tables:
-    """The table of the command ``augmentation``."""
+def measure(*, device: str = "cpu", rounds: int = 5) -> Tables:
+    """Time augmentation and the step that follows it.
+
+    Args:
+        device: device of both.
+        rounds: rounds that count; one comes before them.
+    """
     title = f"A clip of {FRAMES} frames, 256 to {SIZE} pixels, and a step of Swin-T"
     rows = compared(swin_t(), CONFIGS, FRAMES, SIZE, device=device, rounds=rounds)
     return {title: rows}
@@ -40,18 +49,15 @@ def compared(
     device: str,
     rounds: int,
 ) -> list[Row]:
-    """A row for each configuration: what it takes, and as a share of the step that follows it.
-
-    Seconds are those that the process computes on a CPU, all its threads together, so that a load
-    from outside adds little to them; on a GPU they are those until it has finished.
+    """Compare configurations: the time of each, and as a share of the step that follows it.
 
     Args:
-        backbone: what is trained, rewired.
-        configs: by name.
-        frames: of the clip.
+        backbone: backbone that is trained, rewired.
+        configs: configurations by name.
+        frames: length of the clip.
         size: side in pixels that the backbone sees.
-        device: where both run.
-        rounds: that count; one comes before them. A round runs the step and each configuration.
+        device: device of both.
+        rounds: rounds that count, each of the step and all configurations; one comes before them.
     """
     model = backbone.build().to(device)
     rewire(model, verify=False)

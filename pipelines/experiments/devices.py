@@ -1,17 +1,23 @@
-"""Peak memory, predicted and measured, and time of a step, for videos of several lengths."""
+"""Peak memory and time of a step on an accelerator, for videos of several lengths.
+
+Peak memory is `torch.cuda.max_memory_allocated`, the model included, in bfloat16 autocast, beside
+the peak that is predicted for the operators of the same device; what does not fit is listed.
+"""
 
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pipelines.experiments.benchmarking import Row, Tables
+from pipelines.experiments.experiment import Row, Tables, refuse_unknown
+from pipelines.experiments.models import MODELS, build
+from pipelines.experiments.timing import finish, ratios, timed
+from pipelines.training.workload import Workload
 from re2tal.memory import predict_peak
-from pipelines.experiments.timing import finish, timed
-from pipelines.experiments.variants import REFERENCE, VARIANTS, prepared
-from pipelines.experiments.models import Workload
+from re2tal.memory.ways import PLAIN, WAYS, prepared
 
 OUT_OF_MEMORY = "out of memory"
 
@@ -19,84 +25,83 @@ _GB = 1e9
 
 
 def measure(
-    workloads: Iterable[Workload], frames: Sequence[int], device: torch.device, rounds: int
+    *,
+    device: str = "cuda",
+    models: Sequence[str] = ("swin3d_t", "slowfast_101"),
+    frames: Sequence[int] = (64, 256, 768),
+    size: int = 224,
+    rounds: int = 5,
 ) -> Tables:
-    """The tables of the command ``devices``.
+    """Measure memory and time of steps.
 
     Args:
-        workloads: what is trained.
+        device: device that computes; only CUDA counts memory.
+        models: networks of `pipelines/experiments/models.py`.
         frames: lengths of the video, tried in this order.
-        device: where; only CUDA counts memory.
-        rounds: how often each way to train takes its turn.
+        size: height and width of a frame.
+        rounds: rounds in which each way to train takes its turn.
     """
+    refuse_unknown("model", models, MODELS)
+    work = Workload(frames=frames[0], size=size, precision="bfloat16")
     return {
-        f"{w.model}, frames of {w.size}x{w.size}, {w.precision}": [
-            row for length in frames for row in compare(w.of(length), device, rounds)
+        f"{model}, frames of {size}x{size}, {work.computing}": [
+            row
+            for length in frames
+            for row in compare(model, replace(work, frames=length), torch.device(device), rounds)
         ]
-        for w in workloads
+        for model in models
     }
 
 
-def compare(workload: Workload, device: torch.device, rounds: int) -> list[Row]:
-    """All ways to train one model, in turns; one that ran out of memory is not tried again."""
-    model, video = workload.build().to(device), workload.video(device)
-    runs: dict[str, list[tuple[float, int | None]]] = {name: [] for name in VARIANTS}
+def compare(model: str, work: Workload, device: torch.device, rounds: int) -> list[Row]:
+    """Train one model in all ways, in turns; one that ran out of memory is not tried again."""
+    network, inputs = build(model).to(device), work.noise(device)
+    runs: dict[str, list[tuple[float, int | None]]] = {name: [] for name in WAYS}
     full: set[str] = set()
     for _ in range(rounds):
-        for name in [name for name in VARIANTS if name not in full]:
+        for name in [name for name in WAYS if name not in full]:
             try:
-                with prepared(model, VARIANTS[name]):
-                    runs[name].append(_run(model, workload, video))
+                with prepared(network, WAYS[name].prepare):
+                    runs[name].append(_run(network, work, inputs))
             except torch.OutOfMemoryError:
                 full.add(name)
             # Behind the except clause, whose error holds the tensors of the step.
-            _release(model, device)
-    plain = None if REFERENCE in full else [seconds for seconds, _ in runs[REFERENCE]]
-    return [
-        {
-            "frames": workload.frames,
-            "training": name,
-            "predicted, GB": _predicted(model, workload, video, name),
-        }
-        | (_FAILED if name in full else _row(runs[name], plain))
-        for name in VARIANTS
-    ]
+            network.zero_grad(set_to_none=True)
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    plain = None if PLAIN in full else [seconds for seconds, _ in runs[PLAIN]]
+    rows: list[Row] = []
+    for name, way in WAYS.items():
+        with prepared(network, way.prepare):
+            predicted = predict_peak(network, *inputs, step=work.forward).peak
+        row = {"frames": work.frames, "training": way.title, "predicted, GB": predicted / _GB}
+        rows.append(row | (_FAILED if name in full else _row(runs[name], plain)))
+    return rows
 
 
-def _predicted(model: nn.Module, workload: Workload, video: Tensor, name: str) -> float:
-    """Of the same operators as on the device; model and video are included, as when measured."""
-    with prepared(model, VARIANTS[name]):
-        return predict_peak(model, video, step=workload.forward).peak / _GB
-
-
-_FAILED: Row = {"peak, GB": OUT_OF_MEMORY, "seconds": "", f"of {REFERENCE}": ""}
+_FAILED: Row = {"peak, GB": OUT_OF_MEMORY, "seconds": "", f"of {PLAIN}": ""}
 
 
 def _row(runs: Sequence[tuple[float, int | None]], plain: Sequence[float] | None) -> Row:
     seconds = [time for time, _ in runs]
     peaks = [peak for _, peak in runs if peak is not None]
-    ratio = median(a / b for a, b in zip(seconds, plain, strict=True)) if plain else ""
     return {
         "peak, GB": max(peaks) / _GB if peaks else "not counted",
         "seconds": median(seconds),
-        f"of {REFERENCE}": ratio,
+        f"of {PLAIN}": median(ratios(seconds, plain)) if plain else "",
     }
 
 
-def _run(model: nn.Module, workload: Workload, video: Tensor) -> tuple[float, int | None]:
+def _run(
+    network: nn.Module, work: Workload, inputs: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[float, int | None]:
     """Seconds and peak bytes of a step (model and video included), after one that is not timed."""
-    workload.step(model, video)
-    model.zero_grad(set_to_none=True)
-    cuda = video.device.type == "cuda"
-    if cuda:
-        finish(video.device)
-        torch.cuda.reset_peak_memory_stats(video.device)
-    seconds = timed(model, workload, video)
-    return seconds, torch.cuda.max_memory_allocated(video.device) if cuda else None
-
-
-def _release(model: nn.Module, device: torch.device) -> None:
-    model.zero_grad(set_to_none=True)
-    gc.collect()
+    work.step(network, *inputs)
+    network.zero_grad(set_to_none=True)
+    device = inputs[0].device
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        finish(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = timed(network, lambda: work.step(network, *inputs))
+    return seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -1,53 +1,58 @@
-"""What rebuilding activations does to gradients: nothing on the grid, drift in floating point."""
+"""Drift of gradients when activations are rebuilt: none on the grid, some in floating point.
+
+Errors are norms of differences over norms, with random weights and streams in float32 under
+autocast of the branches; "overflow" means that nothing finite was rebuilt.
+"""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from pipelines.experiments.benchmarking import Row, Tables
+from pipelines.experiments.experiment import Row, Tables
+from pipelines.experiments.models import STACKS, stack
+from re2tal.precision import Precision, autocast
 from re2tal.reversible import branches, reconstruction_errors, rewire, set_reversible
-from pipelines.experiments.stacks import STACKS, stack
 
-PRECISIONS = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "bfloat16")
 
 COUPLINGS = ((0.0, 1.0), (0.3, 0.7), (0.5, 0.5), (0.7, 0.3), (0.9, 0.1), (1.0, 0.1))
 """(alpha, beta): Re2TAL, and steps on Dr2Net's way from the pretrained network to it."""
 
-DEPTHS = (12, 24, 96)
+COARSE: tuple[Precision, ...] = ("float32", "bfloat16")
 
 
-def measure() -> Tables:
-    """The tables of the command ``drift``."""
+def measure(*, depths: Sequence[int] = (12, 24, 96)) -> Tables:
+    """Measure drift of stacks of several families, and by coupling.
+
+    Args:
+        depths: numbers of residual branches, each even.
+    """
     return {
         "Relative errors of what is rebuilt and of gradients": [
             drift(family, count, precision)
             for family in STACKS
-            for count in DEPTHS
+            for count in depths
             for precision in PRECISIONS
         ],
         "Relative error of the rebuilt input of a stack, by coupling": [
-            coupling_row(family, precision, alpha, beta, DEPTHS)
+            coupling_row(family, precision, alpha, beta, depths)
             for family in ("LayerNorm-MLP", "Video Swin")
-            for precision in ("float32", "bfloat16")
+            for precision in COARSE
             for alpha, beta in COUPLINGS
         ],
     }
 
 
-def drift(family: str, count: int, precision: str, device: torch.device | str = "cpu") -> Row:
-    """Errors of one stack whose branches compute in one precision; streams are float32.
+def drift(family: str, count: int, precision: Precision, device: torch.device | str = "cpu") -> Row:
+    """Measure errors of one stack whose branches compute in one precision; streams are float32.
 
     Args:
-        family: a key of `STACKS`.
-        count: residual branches.
-        precision: a key of `PRECISIONS`.
-        device: where the stack is.
+        family: key of `STACKS`.
+        count: number of residual branches.
+        precision: number format of the branches.
+        device: device that computes.
 
     Returns:
         Norms of differences over norms. "grid" streams against those without one; "precision alone"
@@ -55,17 +60,16 @@ def drift(family: str, count: int, precision: str, device: torch.device | str = 
     """
     model, x = stack(family, count)
     model, x = model.to(device), x.to(device)
-    dtype = PRECISIONS[precision]
     rewire(model, exact=False)
-    output, rebuilt = _gradients(model, x, dtype)
+    output, rebuilt = _gradients(model, x, precision)
     rebuilt_error = max(reconstruction_errors(model).values())
     set_reversible(model, False)
-    _, stored = _gradients(model, x, dtype)
-    _, precise = _gradients(model, x, torch.float32)
+    _, stored = _gradients(model, x, precision)
+    _, precise = _gradients(model, x, "float32")
     rewire(model)
-    output_on_grid, rebuilt_on_grid = _gradients(model, x, dtype)
+    output_on_grid, rebuilt_on_grid = _gradients(model, x, precision)
     set_reversible(model, False)
-    _, stored_on_grid = _gradients(model, x, dtype)
+    _, stored_on_grid = _gradients(model, x, precision)
     return {
         "family": family,
         "branches": count,
@@ -79,13 +83,13 @@ def drift(family: str, count: int, precision: str, device: torch.device | str = 
 
 
 def coupling_row(
-    family: str, precision: str, alpha: float, beta: float, depths: Iterable[int]
+    family: str, precision: Precision, alpha: float, beta: float, depths: Iterable[int]
 ) -> Row:
-    """Errors of `rebuilt_error` for some depths."""
+    """Tabulate `rebuilt_error` for some depths."""
     row: Row = {"family": family, "precision": precision, "alpha": alpha, "beta": beta}
     for count in depths:
         model, x = stack(family, count)
-        with autocast(x.device, PRECISIONS[precision]):
+        with autocast(x.device.type, precision):
             error = rebuilt_error(model, x, alpha, beta)
         row[f"{count} branches"] = error if math.isfinite(error) else "overflow"
     return row
@@ -108,21 +112,14 @@ def rebuilt_error(model: nn.Sequential, x: Tensor, alpha: float, beta: float) ->
     return max(relative_error(current, x), relative_error(previous, x))
 
 
-def _gradients(model: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _gradients(model: nn.Module, x: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
     """The output, and the gradients of all parameters one after another."""
-    with autocast(x.device, dtype):
+    with autocast(x.device.type, precision):
         output = model(x)
     found = torch.autograd.grad(output.float().pow(2).mean(), list(model.parameters()))
     return output.detach(), torch.cat([gradient.flatten() for gradient in found])
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Computes in a precision while the block runs."""
-    # float32 is no precision that autocast knows
-    low = dtype != torch.float32
-    return torch.autocast(device.type, dtype=dtype if low else None, enabled=low)
-
-
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Norm of the difference over the norm of what is wanted."""
+    """Compute the norm of the difference over the norm of what is wanted."""
     return float((found - wanted).double().norm() / wanted.double().norm())

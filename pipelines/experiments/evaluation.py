@@ -1,4 +1,7 @@
-"""Evaluation of whole test sets, against the definition followed one prediction at a time."""
+"""Evaluation of whole test sets, against the definition followed one prediction at a time.
+
+Seconds are those that the process computes, in all its threads; the ways take turns.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.experiments.benchmarking import Row, Tables
-from pipelines.experiments import paired
+from pipelines.experiments.experiment import Row, Tables
+from pipelines.experiments.timing import against_the_first, computed
 from re2tal.detection.evaluation import average_recall, mean_average_precision, recall_at
 from re2tal.detection.segments import Detections
 
@@ -25,7 +28,7 @@ Segment = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Workload:
+class RandomTestSet:
     """A test set of `videos` with `instances`, and `found` predictions in each video."""
 
     title: str
@@ -70,7 +73,7 @@ class Workload:
         )
 
     def checksum(self) -> str:
-        """SHA-256 of what `build` makes, which tells a change of it from one of an evaluator."""
+        """SHA-256 of the test set, which tells a change of it from one of an evaluator."""
         digest = hashlib.sha256()
         for videos in self.build():
             for name, part in videos.items():
@@ -82,7 +85,7 @@ class Workload:
 
 TENTHS = tuple(float(level) for level in np.linspace(0.3, 0.7, 5))
 TWENTIETHS = tuple(float(level) for level in np.linspace(0.5, 0.95, 10))
-ACTIVITYNET = Workload(
+ACTIVITYNET = RandomTestSet(
     title="ActivityNet-1.3: 4,728 videos, 7,654 instances, 200 classes, 100 predictions a video",
     videos=4728,
     instances=7654,
@@ -90,7 +93,7 @@ ACTIVITYNET = Workload(
     found=100,
     thresholds=TWENTIETHS,
 )
-THUMOS = Workload(
+THUMOS = RandomTestSet(
     title="THUMOS-14: 213 videos, 3,358 instances, 20 classes, 200 predictions a video",
     videos=213,
     instances=3358,
@@ -100,30 +103,34 @@ THUMOS = Workload(
 )
 
 
-def measure() -> Tables:
-    """Two tables for each workload: mAP against the definition, and recall."""
+def measure(*, rounds: int = 3) -> Tables:
+    """Time mAP and recall of two test sets.
+
+    Args:
+        rounds: number of turns of each way.
+    """
     tables = {}
     for load in (ACTIVITYNET, THUMOS):
-        tables[f"mAP, {load.title}"] = compare(load, rounds=3)
-        tables[f"Recall, {load.title}"] = recall_times(load, rounds=3)
+        tables[f"mAP, {load.title}"] = compare(load, rounds=rounds)
+        tables[f"Recall, {load.title}"] = recall_times(load, rounds=rounds)
     return tables
 
 
-def compare(load: Workload, *, rounds: int) -> list[Row]:
-    """A row for each way to compute the average precisions of all classes."""
+def compare(load: RandomTestSet, *, rounds: int) -> list[Row]:
+    """Compare the ways to compute the average precisions of all classes."""
     truth, found = load.build()
     sizes: dict[str, Any] = {"num_classes": load.classes, "thresholds": load.thresholds}
     ways: Mapping[str, Callable[[], NDArray[np.float64]]] = {
         "a prediction at a time": lambda: sequential(truth, found, **sizes),
         "all videos in one pass": lambda: mean_average_precision(truth, found, **sizes).per_class,
     }
-    return paired.compare(ways, rounds, lambda a, b: float(np.nanmax(abs(a - b))))
+    return against_the_first(ways, rounds, lambda a, b: float(np.nanmax(abs(a - b))))
 
 
-def recall_times(load: Workload, *, rounds: int) -> list[Row]:
-    """A row for each kind of recall."""
+def recall_times(load: RandomTestSet, *, rounds: int) -> list[Row]:
+    """Time each kind of recall."""
     truth, found = load.build()
-    times, _ = paired.timed(
+    times, _ = computed(
         {
             "average recall of up to 100 proposals": lambda: average_recall(truth, found),
             "recall at 1x and 5x": lambda: recall_at(

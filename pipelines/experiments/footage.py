@@ -1,13 +1,17 @@
 """Videos such as people upload, as far as a decoder can tell: textures that move, and cuts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 
+from pipelines.data.decoding import decode_sample
 from re2tal.videos.encoding import reproducible
+from re2tal.videos.timegrid import TimeGrid
+from re2tal.videos.windows import Window
 
 WIDTH, HEIGHT = 640, 360
 
@@ -23,10 +27,10 @@ class Footage:
     """An H.264 video of 360p, with x264's defaults but for these.
 
     Attributes:
-        title: What is special about it.
-        gop: Largest number of frames from one key frame to the next.
-        fps: Frames per second.
-        quality: Constant rate factor.
+        title: difference from other footage.
+        gop: largest number of frames from one key frame to the next.
+        fps: frames per second.
+        quality: constant rate factor.
     """
 
     title: str
@@ -35,7 +39,7 @@ class Footage:
     quality: int = 26
 
     def write(self, path: Path, frames: int) -> None:
-        """Writes an mp4 of so many frames."""
+        """Write an mp4 of so many frames."""
         with av.open(path, "w") as container:
             stream = container.add_stream("libx264", rate=self.fps)
             stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
@@ -46,7 +50,7 @@ class Footage:
 
 
 def pictures(frames: int) -> Iterator[np.ndarray]:
-    """A camera that pans over a texture, before which others move; RGB, uint8 (360, 640, 3)."""
+    """Draw a texture that pans, before which others move; RGB, uint8 (360, 640, 3)."""
     random = np.random.default_rng(0)
     background = _texture(_BACKGROUND, random)
     actors = [_texture(256, random)[:height, :width] for height, width in ((160, 120), (90, 200))]
@@ -65,7 +69,7 @@ def pictures(frames: int) -> Iterator[np.ndarray]:
 
 
 def _sway(number: int, pace: float, reach: int) -> int:
-    """Goes to and fro between 0 and `reach`; slower with a larger pace."""
+    """Move to and fro between 0 and `reach`; slower with a larger pace."""
     return round(reach * (0.5 + 0.5 * np.sin(number / pace)))
 
 
@@ -82,3 +86,49 @@ def _texture(side: int, random: np.random.Generator) -> np.ndarray:
     grey, red, blue = channels
     colours = np.stack([grey + 0.3 * red, grey, grey + 0.3 * blue], axis=-1)
     return np.clip(128 + 40 * colours, 0, 255).astype(np.uint8)
+
+
+def windows_of(
+    video_id: str, seconds: float, *, frames: int, fps: float | None, count: int
+) -> list[Window]:
+    """Draw windows at random places of a video.
+
+    Args:
+        video_id: name of the video.
+        seconds: its length.
+        frames: number of frames of a window.
+        fps: frames of a window per second; None spreads them over the whole video.
+        count: number of windows, unless each is the whole video.
+    """
+    fps = fps or frames / seconds
+    last = max(0.0, seconds - frames / fps)
+    offsets = np.random.default_rng(1).uniform(0, last, count) if last else np.zeros(1)
+    return [
+        Window(
+            video_id=video_id,
+            grid=TimeGrid(fps=fps, stride=2, length=frames, offset=float(offset)),
+            valid=frames,
+            segments=np.zeros((0, 2), np.float32),
+            labels=np.zeros(0, np.int64),
+        )
+        for offset in offsets
+    ]
+
+
+def decoded(rows: Iterable[dict[str, Any]], *, size: int) -> int:
+    """Decode windows as a decoding task does it, and count their frames.
+
+    Args:
+        rows: rows that `decode_sample` takes.
+        size: pixels of the square frames.
+
+    Raises:
+        RuntimeError: if a window cannot be decoded.
+    """
+    frames = 0
+    for row in rows:
+        sample = decode_sample(row, size=size)
+        if sample["error"]:
+            raise RuntimeError(sample["error"])
+        frames += len(sample["frames"])
+    return frames

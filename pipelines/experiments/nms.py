@@ -1,4 +1,7 @@
-"""NMS of many videos in one pass, against a video at a time and a detection at a time."""
+"""NMS of many videos in one pass, against a video at a time and a detection at a time.
+
+Seconds are those that the process computes, in all its threads; the ways take turns.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines.experiments.benchmarking import Row, Tables
-from pipelines.experiments import paired
+from pipelines.experiments.experiment import Row, Tables
+from pipelines.experiments.timing import against_the_first
 from re2tal.detection.segments import Detections
 from re2tal.detection.suppression import NmsConfig, nms, nms_videos
 
@@ -19,7 +22,7 @@ Videos = dict[str, Detections]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Workload:
+class RawDetections:
     """Raw detections of `videos`, `raw` of each in `classes`, and what is done to them."""
 
     title: str
@@ -44,14 +47,14 @@ class Workload:
 
 
 WORKLOADS = (
-    Workload(
+    RawDetections(
         title="THUMOS-14: 100 videos x 2000, 20 classes, best 200",
         videos=100,
         raw=2000,
         classes=20,
         config=NmsConfig(),
     ),
-    Workload(
+    RawDetections(
         title="ActivityNet: 300 videos x 2000, all classes together, best 100",
         videos=300,
         raw=2000,
@@ -61,20 +64,24 @@ WORKLOADS = (
 )
 
 
-def measure() -> Tables:
-    """The table of each workload."""
-    return {f"Soft-NMS, {load.title}": compare(load, rounds=3) for load in WORKLOADS}
+def measure(*, rounds: int = 3) -> Tables:
+    """Time soft-NMS of the detections of two data sets.
+
+    Args:
+        rounds: number of turns of each way.
+    """
+    return {f"Soft-NMS, {load.title}": compare(load, rounds=rounds) for load in WORKLOADS}
 
 
-def compare(load: Workload, *, rounds: int) -> list[Row]:
-    """A row for each way to do it."""
+def compare(load: RawDetections, *, rounds: int) -> list[Row]:
+    """Compare the ways to do it."""
     videos = load.build()
     ways: Mapping[str, Callable[[], Mapping[str, Detections]]] = {
         "a detection at a time (NumPy)": lambda: sequential(videos, load.config),
         "a video at a time": lambda: {v: nms(found, load.config) for v, found in videos.items()},
         "all videos in one pass": lambda: nms_videos(videos, load.config),
     }
-    return paired.compare(ways, rounds, _difference)
+    return against_the_first(ways, rounds, _difference)
 
 
 def sequential(videos: Mapping[str, Detections], config: NmsConfig) -> Videos:

@@ -1,106 +1,72 @@
-"""Memory of one training step: of fresh processes, and predicted."""
+"""Memory that a small training step adds to a fresh process, and its prediction."""
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from statistics import median
+from typing import Any
 
 import psutil
 import torch
 from torch import nn
 
-from pipelines.experiments.benchmarking import Row, Tables
+from pipelines.experiments.models import build
+from pipelines.training.workload import Workload
 from re2tal.memory import MemoryMeter, StepMemory, predict_peak
-from pipelines.experiments.variants import VARIANTS, prepared
-from pipelines.experiments.models import LONG, SMALL, Workload
-
-_MB, _GB = 1e6, 1e9
+from re2tal.memory.ways import WAYS, prepared
 
 # glibc keeps freed blocks below a size that it raises as it goes; with a fixed one, whatever is
 # larger returns to the system at once, and resident memory follows the tensors.
 FOLLOWING = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
-def measure() -> Tables:
-    """The tables of the command ``memory``."""
-    deep = "swin3d_t with 12 blocks in stage 3"
+def resident(*, model: str, step: Mapping[str, Any], way: str, repetitions: int) -> dict[str, Any]:
+    """Measure and predict the bytes that a step adds, beside parameters and frames, on the CPU.
+
+    Args:
+        model: key of `MODELS`.
+        step: fields of a `Workload`.
+        way: key of `WAYS`.
+        repetitions: number of processes, of which the median is taken.
+
+    Returns:
+        Bytes: predicted, measured, and measured with the default settings of the allocator.
+    """
+    work = Workload(**step)
+
+    def added(environment: Mapping[str, str]) -> float:
+        runs = [added_in_a_process(model, work, way, environment) for _ in range(repetitions)]
+        return median(runs)
+
+    memory = predicted_step(model, work, way)
     return {
-        f"Increase of resident memory over a step: {SMALL}": resident(SMALL, VARIANTS),
-        f"Predicted memory of a step: {LONG}": predicted(LONG, VARIANTS),
-        f"Predicted memory of a step: {replace(LONG, model=deep)}": predicted(
-            replace(LONG, model=deep), VARIANTS
-        ),
+        "predicted": memory.peak - memory.parameters - memory.buffers - memory.inputs,
+        "measured": added(FOLLOWING),
+        "allocator's default": added({}),
     }
 
 
-def resident(workload: Workload, variants: Iterable[str], repetitions: int = 3) -> list[Row]:
-    """Resident memory that a step adds to a fresh process that has built the model.
-
-    Args:
-        workload: the step.
-        variants: names of the ways to train.
-        repetitions: processes for each number, of which the median is taken.
-    """
-    rows = []
-    for name in variants:
-        row: Row = {"training": name}
-        for column, extra in (("MB", FOLLOWING), ("MB, allocator's default", {})):
-            runs = [added_in_a_process(workload, name, extra) for _ in range(repetitions)]
-            row[column] = median(runs) / _MB
-        row["MB, predicted"] = added(predicted_step(workload, name)) / _MB
-        rows.append(row)
-    return rows
-
-
-def predicted(workload: Workload, variants: Iterable[str]) -> list[Row]:
-    """Predicted memory of a step, by what takes it."""
-    rows = []
-    for name in variants:
-        memory = predicted_step(workload, name)
-        rows.append(
-            {
-                "training": name,
-                "peak, GB": memory.peak / _GB,
-                "activations, GB": memory.activations / _GB,
-                "parameters, GB": (memory.parameters + memory.buffers) / _GB,
-                "gradients, GB": memory.gradients / _GB,
-                "frames, GB": memory.inputs / _GB,
-            }
-        )
-    return rows
-
-
-def predicted_step(workload: Workload, variant: str) -> StepMemory:
-    """What a step will use."""
-    with prepared(workload.build(), VARIANTS[variant]) as model:
-        return predict_peak(model, workload.video(), step=workload.forward)
-
-
-def added(memory: StepMemory) -> int:
-    """What comes on top of the model and the frames."""
-    return memory.peak - memory.parameters - memory.buffers - memory.inputs
+def predicted_step(model: str, work: Workload, way: str) -> StepMemory:
+    """Predict the memory of a step of a model of `MODELS`."""
+    with prepared(build(model), WAYS[way].prepare) as network:
+        return predict_peak(network, *work.inputs(), step=work.forward)
 
 
 def added_in_a_process(
-    workload: Workload, variant: str, environment: Mapping[str, str] = FOLLOWING
+    model: str, work: Workload, way: str, environment: Mapping[str, str] = FOLLOWING
 ) -> int:
-    """Bytes that a step adds to the resident memory of a fresh process that has built the model.
+    """Measure the bytes that a step adds to a fresh process that has built the model.
 
     Args:
-        workload: the step.
-        variant: name of the way to train.
+        model: key of `MODELS`.
+        work: the step.
+        way: key of `WAYS`.
         environment: variables for the process, such as settings of its allocator.
     """
-    task = {
-        "model": workload.model,
-        "frames": workload.frames,
-        "size": workload.size,
-        "bfloat16": workload.bfloat16,
-    }
-    command = [sys.executable, "-m", __spec__.name, json.dumps(task), variant]
+    command = [sys.executable, "-m", __spec__.name, model, json.dumps(asdict(work)), way]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     variables = {**os.environ, **threads, **environment}
     done = subprocess.run(  # noqa: S603 - this module itself
@@ -109,13 +75,13 @@ def added_in_a_process(
     return int(done.stdout)
 
 
-def added_by_a_step(workload: Workload, variant: str) -> int:
-    """Bytes by which the resident memory of this process grows at most over one step."""
-    model, video = workload.build(), workload.video()
+def _added_here(model: str, work: Workload, way: str) -> int:
+    """Measure the bytes by which this process grows at most over one step."""
+    network, inputs = build(model), work.noise()
     _load_libraries()
-    with prepared(model, VARIANTS[variant]), MemoryMeter() as meter:
+    with prepared(network, WAYS[way].prepare), MemoryMeter() as meter:
         before = psutil.Process().memory_info().rss
-        workload.step(model, video)
+        work.step(network, *inputs)
     return meter.rss_peak - before
 
 
@@ -127,8 +93,8 @@ def _load_libraries() -> None:
 
 
 def _child(arguments: Sequence[str]) -> None:
-    task, variant = arguments
-    sys.stdout.write(str(added_by_a_step(Workload(**json.loads(task)), variant)))
+    model, step, way = arguments
+    sys.stdout.write(str(_added_here(model, Workload(**json.loads(step)), way)))
 
 
 if __name__ == "__main__":

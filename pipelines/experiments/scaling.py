@@ -1,4 +1,4 @@
-"""What a step costs with more workers, and how much of it is exchanging gradients.
+"""Time of a step with more workers, and the share of it that exchanging gradients takes.
 
 The toy recipe's detector, rewired, on frames that are in memory. Every round times a step whose
 gradients are exchanged and one whose are not, one after the other, on all workers; what the first
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.config.recipes import toy
+from pipelines.experiments.experiment import Tables
 from pipelines.training.model import build_detector
-from pipelines.experiments.benchmarking import Tables
 from re2tal.datasets.toy import FPS, make_clip
 from re2tal.localizers import Targets
 from re2tal.videos.decoding import decode
@@ -32,14 +32,14 @@ CLASSES = ("bounce", "orbit", "shake", "spin", "zigzag")
 
 
 def measure(
-    workers: Sequence[int] = (1, 2, 4), rounds: int = 9, frames: int = 128, size: int = 64
+    *, workers: Sequence[int] = (1, 2, 4), rounds: int = 9, frames: int = 128, size: int = 64
 ) -> Tables:
-    """One table with a row for each number of workers.
+    """Time steps of several numbers of workers.
 
     Args:
         workers: numbers of processes, the first of which the others are compared with.
-        rounds: of a step with and one without exchange.
-        frames: of a window; a worker has one.
+        rounds: rounds of a step with and one without exchange.
+        frames: length of a window; a worker has one.
         size: pixels of the square frames.
     """
     rows = []
@@ -97,7 +97,7 @@ def _batch(frames: int, size: int) -> tuple[Tensor, Tensor, list[Targets]]:
 
 
 def _together() -> float:
-    """The time at which all workers begin."""
+    """Time at which all workers begin."""
     dist.barrier()
     return time.perf_counter()
 
@@ -117,7 +117,7 @@ def _alone(model: DistributedDataParallel, batch: tuple[Tensor, Tensor, list[Tar
 
 
 def _decode(video: bytes, like: Tensor) -> float:
-    """As many frames of a video as a batch has, as large."""
+    """Seconds of decoding as many frames of a video as a batch has, as large."""
     _, frames, size, *_ = like.shape
     times = (np.arange(frames) + 0.5) / FPS
     began = _together()
@@ -126,7 +126,7 @@ def _decode(video: bytes, like: Tensor) -> float:
 
 
 def _reduce(size: int) -> float:
-    """Of so many bytes, by themselves."""
+    """Seconds of exchanging so many bytes by themselves."""
     content = torch.zeros(size // 4)
     began = _together()
     dist.all_reduce(content)

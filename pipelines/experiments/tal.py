@@ -7,27 +7,50 @@ memory buys is tried out too: larger frames within the memory of plain training.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
+import tyro
 from matplotlib.figure import Figure
 
+from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import RECIPES
+from pipelines.data.plan import make_plan, read_annotations
 from pipelines.data.toy import toy_videos
-from pipelines.experiments.classifying import finetune_backbone, make_clips
-from pipelines.experiments.drawing import tidy
-from pipelines.experiments.experiment import Finding, Job, Result, Section
-from pipelines.experiments.localizing import WAYS, Way, configured, localize
-from pipelines.experiments.statistics import Measured, at_least, finding
-from pipelines.experiments.benchmarking import Row, Tables
+from pipelines.data.videos import probe_files_here
+from pipelines.experiments.accuracy import finetune_backbone, make_clips, train_here
+from pipelines.experiments.experiment import (
+    Finding,
+    Job,
+    Measured,
+    Result,
+    Row,
+    Section,
+    Tables,
+    at_least,
+    finding,
+    refuse_unknown,
+)
+from pipelines.experiments.pictures import tidy
+from pipelines.training.activations import activation_metrics
+from pipelines.training.detection import DetectionTask
+from pipelines.training.model import build_detector
 from re2tal.datasets.toy import ANNOTATIONS, VIDEOS, ToyConfig, TrimmedToyConfig
+
+Training = Literal["features", "plain", "reversible"]
+TRAININGS: dict[Training, str] = {
+    "features": "features of a frozen backbone",
+    "plain": "end to end, plain",
+    "reversible": "end to end, reversible",
+}
 
 _MARGIN = 0.02  # of average mAP: what counts as preserved
 LARGER = "end to end, reversible, larger frames"
 _LOOKS = {
-    WAYS["features"]: ("0.6", "s"),
-    WAYS["plain"]: ("#4d4d4d", "o"),
-    WAYS["reversible"]: ("#c2182b", "o"),
+    TRAININGS["features"]: ("0.6", "s"),
+    TRAININGS["plain"]: ("#4d4d4d", "o"),
+    TRAININGS["reversible"]: ("#c2182b", "o"),
     LARGER: ("#c2182b", "^"),
 }
 """Colour and marker of each training."""
@@ -38,21 +61,21 @@ class Tal:
     """Localization on features, end to end plain, and end to end reversible.
 
     Attributes:
-        recipes: of `train.py`. A toy recipe is trained in one process, several of them beside each
-            other; others by Ray Train, one after the other.
-        seeds: of windows, order and the weights of the localizer.
+        recipes: recipes of `train.py`. A toy recipe is trained in one process, several of them
+            beside each other; others by Ray Train, one after the other.
+        seeds: seeds of windows, order and the weights of the localizer.
         larger: pixels of a frame's side that the saved memory is spent on, for the first recipe;
             None spends none.
         rewired: weights of the backbone that reversible training begins with: rewired and then
             finetuned (finetune_backbone.py). By default they are made on toy clips for a toy
             recipe; any other begins with its own weights, rewired at that moment.
-        finetuning_epochs: of the toy backbone, when it is rewired.
-        folder: of the toy videos and clips, which are made.
-        clips: that the toy backbone is finetuned on.
-        videos: how many.
-        options: of `train.py`, for all recipes; on the command line they follow "--". The default's
-            frames have half the side of those that the toy backbone was pretrained on: something to
-            learn for a backbone that may, and something to spend memory on.
+        finetuning_epochs: length of the toy backbone's finetuning, when it is rewired.
+        folder: folder of the toy videos and clips, which are made.
+        clips: numbers of clips that the toy backbone is finetuned on.
+        videos: numbers of videos.
+        options: options of `train.py`, for all recipes; on the command line they follow "--". The
+            default's frames have half the side of those that the toy backbone was pretrained on:
+            something to learn for a backbone that may, and something to spend memory on.
     """
 
     recipes: tuple[str, ...] = ("toy", "toy_vsgn")
@@ -68,19 +91,10 @@ class Tal:
     options: tuple[str, ...] = ("--epochs", "6", "--evaluate-from", "6", "--data.size", "32")
 
     def __post_init__(self) -> None:
-        for recipe in self.recipes:
-            if recipe not in RECIPES:
-                raise ValueError(
-                    f"There is no recipe {recipe!r}. Choose from: {', '.join(RECIPES)}."
-                )
-
-    @property
-    def name(self) -> str:
-        """On the command line and in files."""
-        return "tal"
+        refuse_unknown("recipe", self.recipes, RECIPES)
 
     def prepare(self) -> None:
-        """Makes toy videos and clips and finetunes the rewired backbone, where it is needed."""
+        """Make toy videos and clips and finetune the rewired backbone, where it is needed."""
         if not any(self._on_toy(recipe) for recipe in self.recipes):
             return
         toy_videos(Path(self.folder), self.videos)
@@ -98,8 +112,8 @@ class Tal:
     def _on_toy(self, recipe: str) -> bool:
         return RECIPES[recipe]().data.make_toy and "--data.annotations" not in self.options
 
-    def _options(self, recipe: str, way: Way) -> list[str]:
-        """Of `train.py`, for all seeds."""
+    def _options(self, recipe: str, way: Training) -> list[str]:
+        """Options of `train.py`, for all seeds."""
         on_toy, options = self._on_toy(recipe), []
         if on_toy:
             options += ["--data.annotations", f"{self.folder}/{ANNOTATIONS}"]
@@ -111,7 +125,7 @@ class Tal:
         return options
 
     def jobs(self) -> Sequence[Job]:
-        """Each recipe in each way with each seed."""
+        """List each recipe in each way with each seed."""
         return [
             self._job(recipe, title, way, size, seed)
             for recipe in self.recipes
@@ -119,7 +133,7 @@ class Tal:
             for title, way, size in self._trained(recipe)
         ]
 
-    def _job(self, recipe: str, title: str, way: Way, size: int | None, seed: int) -> Job:
+    def _job(self, recipe: str, title: str, way: Training, size: int | None, seed: int) -> Job:
         options = self._options(recipe, way)
         if size is not None:
             options += ["--data.size", str(size)]
@@ -128,16 +142,18 @@ class Tal:
         name = _name(recipe, title, seed)
         return Job(name=name, work=localize, arguments=arguments, alone=spreads, spreads=spreads)
 
-    def _trained(self, recipe: str) -> list[tuple[str, Way, int | None]]:
-        """Of a recipe the titles of what is trained, the way, and the size of frames."""
-        trained: list[tuple[str, Way, int | None]] = [(t, way, None) for way, t in WAYS.items()]
+    def _trained(self, recipe: str) -> list[tuple[str, Training, int | None]]:
+        """Title, way and size of frames of each training of a recipe."""
+        trained: list[tuple[str, Training, int | None]] = [
+            (t, way, None) for way, t in TRAININGS.items()
+        ]
         if self.larger is not None and recipe == self.recipes[0]:
             trained.append((LARGER, "reversible", self.larger))
         return trained
 
     @property
     def _begins(self) -> str:
-        """With which weights reversible training does, as the report says it."""
+        """First weights of reversible training, as the report says it."""
         if self.rewired is not None:
             return f"Reversible training begins with the weights in {self.rewired}."
         if all(self._on_toy(recipe) for recipe in self.recipes):
@@ -148,7 +164,7 @@ class Tal:
         return "Without --tal.rewired, reversible training begins with the plain network's weights."
 
     def section(self, results: Mapping[str, Result]) -> Section:
-        """What the report says."""
+        """Report on localization."""
         tables: Tables = {}
         findings: list[Finding] = []
         metrics: dict[str, float] = {}
@@ -187,7 +203,7 @@ class Tal:
 
 
 def quick() -> Tal:
-    """One epoch of few videos: it shows that everything runs, and no more."""
+    """Configure one epoch of few videos: it shows that everything runs, and no more."""
     return Tal(
         recipes=("toy",),
         seeds=(0,),
@@ -229,7 +245,7 @@ def _row(title: str, runs: Sequence[Result], reached: Measured) -> Row:
 def _findings(
     recipe: str, reached: Mapping[str, Measured], memory: Mapping[str, float]
 ) -> list[Finding]:
-    features, plain, ours = (reached[WAYS[way]] for way in ("features", "plain", "reversible"))
+    features, plain, ours = (reached[TRAININGS[way]] for way in ("features", "plain", "reversible"))
     findings = [
         finding(f"{recipe}: end to end improves over features", ours, features),
         finding(
@@ -240,7 +256,7 @@ def _findings(
         ),
     ]
     if LARGER in reached:
-        within = memory[LARGER] <= memory[WAYS["plain"]]
+        within = memory[LARGER] <= memory[TRAININGS["plain"]]
         gained = at_least(reached[LARGER], plain)
         findings.append(
             Finding(
@@ -248,7 +264,7 @@ def _findings(
                 holds=gained if within else False,
                 evidence=(
                     f"{reached[LARGER]} against {plain}, with {memory[LARGER]:.0f} against "
-                    f"{memory[WAYS['plain']]:.0f} MB of activations"
+                    f"{memory[TRAININGS['plain']]:.0f} MB of activations"
                 ),
             )
         )
@@ -256,7 +272,7 @@ def _findings(
 
 
 def _titled(recipe: str) -> str:
-    """The localizer of a recipe, and its name."""
+    """Localizer of a recipe, and the recipe's name."""
     localizer = type(RECIPES[recipe]().model.localizer).__name__.removesuffix("Config")
     return f"{localizer} ({recipe})"
 
@@ -287,3 +303,76 @@ def _picture(points: Mapping[str, Sequence[tuple[str, float, Measured]]]) -> Fig
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return figure
+
+
+# The work.
+
+
+def configured(recipe: str, options: Sequence[str]) -> Recipe:
+    """Read a recipe with options of `train.py`; ends the program if one does not exist."""
+    default = RECIPES[recipe]()
+    return tyro.cli(Recipe, default=default, args=options, prog=f"reproduce.py ... -- [{recipe}]")
+
+
+def localize(*, recipe: str, options: Sequence[str], way: Training, seed: int) -> Result:
+    """Train a detector and evaluate it.
+
+    A toy recipe is trained in this process; any other by Ray Train, as `train.py` does it, in a run
+    of its own.
+
+    Args:
+        recipe: key of `RECIPES`.
+        options: options of `train.py`.
+        way: key of `TRAININGS`.
+        seed: seed of windows, order and random weights.
+
+    Returns:
+        mAP, that at every threshold, the predicted memory of a worker's step in MB, seconds; and of
+        a run in MLflow its id.
+    """
+    asked = trained_in(configured(recipe, options), way, seed)
+    return _here(asked) if asked.data.make_toy else _on_the_cluster(asked)
+
+
+def trained_in(recipe: Recipe, way: Training, seed: int) -> Recipe:
+    """Have a recipe trained in one way.
+
+    Only the backbone differs: the windows, their order and the localizer's first weights are the
+    same. The features of a frozen backbone are computed anew, those of the very same windows.
+    """
+    model = replace(
+        recipe.model,
+        reversible=way == "reversible",
+        frozen=("backbone",) if way == "features" else recipe.model.frozen,
+    )
+    return replace(recipe, seed=seed, model=model)
+
+
+def _here(recipe: Recipe) -> Result:
+    annotations = read_annotations(recipe.data)
+    plan = make_plan(recipe.data, annotations, probe=probe_files_here)
+    detector = build_detector(recipe, plan.classes, recipe.model.weights)
+    memory = activation_metrics(recipe, detector)["memory/predicted_activations_mb"]
+    trained = train_here(DetectionTask(recipe=recipe, plan=plan), recipe.model.weights)
+    return _reached(trained.metrics) | {"activations_mb": memory, "seconds": trained.seconds}
+
+
+def _on_the_cluster(recipe: Recipe) -> Result:
+    from pipelines.train import train  # the toy experiments run without Ray
+
+    run = train(recipe)
+    found = run.client.get_run(run.run_id)
+    metrics = found.data.metrics
+    return _reached(metrics) | {
+        "activations_mb": metrics["memory/predicted_activations_mb"],
+        "seconds": ((found.info.end_time or 0) - found.info.start_time) / 1000,
+        "run_id": run.run_id,
+    }
+
+
+def _reached(metrics: dict[str, float]) -> dict[str, float]:
+    return {
+        name.removeprefix("val/"): value
+        for name, value in metrics.items()
+        if name.startswith("val/mAP")
+    }

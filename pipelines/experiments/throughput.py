@@ -11,102 +11,58 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import ray
 
 from pipelines.core.cluster import quiet_data
 from pipelines.data.batches import stream_batches
-from pipelines.data.decoding import decode_sample
 from pipelines.data.streaming import FrameStream
-from pipelines.experiments.benchmarking import Tables
-from re2tal.videos.encoding import encode
-from re2tal.videos.timegrid import TimeGrid
+from pipelines.experiments.experiment import Row, Tables
+from pipelines.experiments.footage import HEIGHT, WIDTH, Footage, decoded, windows_of
+from pipelines.experiments.timing import in_turns, ratios
 from re2tal.videos.windows import Window
 
+FOOTAGE = Footage(title="one", gop=250)
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Workload:
-    """Windows of consecutive frames at random places of a video.
-
-    Attributes:
-        width, height: of the video, in pixels.
-        seconds: its length, at 25 frames a second.
-        windows: their number.
-        frames: of each window.
-        size: pixels of the square frames.
-        batch_size: windows that are delivered at a time.
-    """
-
-    width: int = 640
-    height: int = 360
-    seconds: int = 60
-    windows: int = 48
-    frames: int = 256
-    size: int = 160
-    batch_size: int = 2
-
-    def write(self, path: Path) -> None:
-        """Makes the video: a texture that moves under noise."""
-        random = np.random.default_rng(0)
-        margin = 64
-        shape = (self.height // 4 + margin, self.width // 4 + margin, 3)
-        texture = random.integers(0, 224, shape, np.uint8).repeat(4, 0).repeat(4, 1)
-
-        def pictures() -> Iterator[np.ndarray]:
-            for number in range(self.seconds * 25):
-                top, left = (number * 3) % (4 * margin), (number * 2) % (4 * margin)
-                cut = texture[top : top + self.height, left : left + self.width]
-                yield cut + random.integers(0, 16, cut.shape, np.uint8)
-
-        encode(path, pictures(), fps=25, quality=26)
-
-    def draw(self, video_id: str) -> list[Window]:
-        """The windows, all of whose frames are of the video."""
-        random = np.random.default_rng(1)
-        last = self.seconds - self.frames / 25
-        return [
-            Window(
-                video_id=video_id,
-                grid=TimeGrid(fps=25.0, stride=2, length=self.frames, offset=float(offset)),
-                valid=self.frames,
-                segments=np.zeros((0, 2), np.float32),
-                labels=np.zeros(0, np.int64),
-            )
-            for offset in random.uniform(0, last, self.windows)
-        ]
+_BATCH = 2  # windows that are delivered at a time
 
 
 def measure(
-    processes: Sequence[int] = (1, 2), rounds: int = 7, load: Workload | None = None
+    *,
+    processes: Sequence[int] = (1, 2),
+    rounds: int = 7,
+    seconds: int = 60,
+    windows: int = 48,
+    frames: int = 256,
+    size: int = 160,
 ) -> Tables:
-    """A row for each number of decoding processes.
+    """Compare the pipeline with plain decoding.
 
     Args:
         processes: numbers of decoding processes.
         rounds: pairs of measurements.
-        load: what is decoded.
+        seconds: length of the video.
+        windows: number of windows, at random places of it.
+        frames: number of consecutive frames of each window.
+        size: pixels of the square frames.
     """
-    load = load or Workload()
-    title = (
-        f"{load.windows} windows of {load.frames} frames, H.264 {load.width}x{load.height}, "
-        f"to {load.size} pixels"
-    )
+    fps = float(FOOTAGE.fps)
+    drawn = windows_of("video", seconds, frames=frames, fps=fps, count=windows)
+    title = f"{windows} windows of {frames} frames, H.264 {WIDTH}x{HEIGHT}, to {size} pixels"
     with tempfile.TemporaryDirectory() as folder, _ray(max(processes)):
         path = Path(folder) / "video.mp4"
-        load.write(path)
-        return {title: [_compare(load, str(path), number, rounds) for number in processes]}
+        FOOTAGE.write(path, seconds * FOOTAGE.fps)
+        return {title: [_compare(str(path), drawn, size, n, rounds) for n in processes]}
 
 
 @contextmanager
 def _ray(cpus: int) -> Iterator[None]:
-    """A Ray instance of as many CPUs, unless there is one."""
+    """Have a Ray instance of as many CPUs, unless there is one."""
     began = not ray.is_initialized()
     if began:
         ray.init(address="local", num_cpus=cpus, logging_level="ERROR", log_to_driver=False)
@@ -116,24 +72,24 @@ def _ray(cpus: int) -> Iterator[None]:
         ray.shutdown()
 
 
-def _compare(load: Workload, path: str, processes: int, rounds: int) -> dict[str, Any]:
-    windows = load.draw("video")
+def _compare(path: str, windows: list[Window], size: int, processes: int, rounds: int) -> Row:
     stream = FrameStream(cpus=ray.cluster_resources()["CPU"] / processes)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         ways: dict[str, Callable[[list[Window]], int]] = {
-            "plain": partial(_decode_plainly, load, path, pool),
-            "pipeline": partial(_deliver, load, path, stream),
+            "plain": partial(_decode_plainly, path, size, pool),
+            "pipeline": partial(_deliver, path, size, stream),
         }
         for way in ways.values():
             way(windows[: 4 * processes])
-        speeds = [{name: _speed(way, windows) for name, way in ways.items()} for _ in range(rounds)]
+        turns = {name: partial(_speed, way, windows) for name, way in ways.items()}
+        speeds = in_turns(turns, rounds, before=0)
     stream.close()
-    ratios = [speed["pipeline"] / speed["plain"] for speed in speeds]
+    found = ratios(speeds["pipeline"], speeds["plain"])
     return {
         "processes": processes,
-        **{f"{name}, frames/s": median(speed[name] for speed in speeds) for name in ways},
-        "ratio": median(ratios),
-        "ratios": ratios,
+        **{f"{name}, frames/s": median(of_way) for name, of_way in speeds.items()},
+        "ratio": median(found),
+        "ratios": found,
     }
 
 
@@ -143,22 +99,15 @@ def _speed(way: Callable[[list[Window]], int], windows: list[Window]) -> float:
     return frames / (time.perf_counter() - before)
 
 
-def _decode_plainly(
-    load: Workload, path: str, pool: ProcessPoolExecutor, windows: list[Window]
-) -> int:
+def _decode_plainly(path: str, size: int, pool: ProcessPoolExecutor, windows: list[Window]) -> int:
     rows = [{"index": i, "uri": path, "window": window} for i, window in enumerate(windows)]
-    return sum(pool.map(partial(_count_decoded, size=load.size), rows))
+    return sum(pool.map(partial(_decode_one, size=size), rows))
 
 
-def _count_decoded(row: dict[str, Any], *, size: int) -> int:
-    sample = decode_sample(row, size=size)
-    if sample["error"]:
-        raise RuntimeError(sample["error"])
-    return len(sample["frames"])
+def _decode_one(row: dict[str, Any], *, size: int) -> int:
+    return decoded([row], size=size)
 
 
-def _deliver(load: Workload, path: str, stream: FrameStream, windows: list[Window]) -> int:
-    batches = stream_batches(
-        stream, windows, {"video": path}, size=load.size, batch_size=load.batch_size
-    )
+def _deliver(path: str, size: int, stream: FrameStream, windows: list[Window]) -> int:
+    batches = stream_batches(stream, windows, {"video": path}, size=size, batch_size=_BATCH)
     return sum(batch.mask.numel() for batch in batches)

@@ -9,13 +9,10 @@ _UNITS = {"GiB": 2**30, "MiB": 2**20, "TiB": 2**40, "GB": 10**9, "MB": 10**6, "T
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as "24GiB" or "80 GB".
-
-    Args:
-        text: a number and a unit.
+    """Read a size such as "24GiB" or "80 GB" as bytes.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if the text is not a number and a unit.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     units = {name.lower(): size for name, size in _UNITS.items()}
@@ -28,7 +25,7 @@ def parse_size(text: str) -> int:
 
 
 def largest_that_fits(peak: Callable[[int], int], budget: int, *, start: int) -> int:
-    """The largest number of units whose peak is within a budget; 0 if one unit is too much.
+    """Find the largest number of units whose peak is within a budget; 0 if one is too much.
 
     A peak is close to a straight line over the length of a video, so the next guess is where the
     line through the last two would meet the budget: a handful of predictions.
@@ -50,7 +47,7 @@ def largest_that_fits(peak: Callable[[int], int], budget: int, *, start: int) ->
 
 
 def _guess(known: dict[int, int], budget: int, low: int, high: int | None) -> int:
-    """A number above `low` and below `high` that was not tried."""
+    """Choose a number above `low` and below `high` that was not tried."""
     if len(known) == 1:
         (only,) = known
         return max(1, only // 2) if high is not None else only * 2
