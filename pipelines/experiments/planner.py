@@ -21,7 +21,7 @@ from re2tal.memory.ways import PLAIN, prepare, residual_blocks
 if TYPE_CHECKING:
     from pipelines.config.recipe import Recipe
 
-# What Video Swins attend to at a time, and a multiple of what others want.
+# Frames that Video Swins attend to at a time, and a multiple of the number that others want.
 _UNIT = 16
 
 # A recipe says nothing about classes; each costs a few hundred parameters and a row of logits.
@@ -81,11 +81,13 @@ def backbone_alone(name: str, work: Workload) -> Subject:
     """
     config: Any = entry_of(name).make()
     _check_depths(config)
+    with torch.device("meta"):  # only a number is of interest
+        multiple = config.build().multiple
     return Subject(
         name=name,
         work=work,
         backbone=config,
-        unit=lcm(_UNIT, config.multiple),
+        unit=lcm(_UNIT, multiple),
         assemble=lambda shape: Detector(shape.build(), _Features()),
     )
 
@@ -111,7 +113,7 @@ def of_recipe(recipe: Recipe) -> Subject:
         name=recipe.name,
         work=workload_of(recipe),
         backbone=config,
-        unit=lcm(_UNIT, config.multiple, backbone.temporal_stride * localizer.multiple),
+        unit=lcm(_UNIT, backbone.multiple, backbone.temporal_stride * localizer.multiple),
         assemble=assemble,
     )
 
