@@ -14,12 +14,12 @@ class Workload:
     """End-to-end training of the recipe `thumos_re2_swin_t_actionformer`.
 
     Attributes:
-        step_seconds: of a clip, measured (H200, re2tal/reversible/benchmarks).
+        step_seconds: of a clip, measured (H200, pipelines/experiments/devices.py).
         frames: of it.
         pixels: side of the square frames.
         parameters: of the detector, counted.
-        decoded_a_second: frames a core and second, measured (re2tal/videos/benchmarks).
-        compressed: bytes a frame in a file, measured (pipelines/benchmarks, shards).
+        decoded_a_second: frames a core and second, measured (pipelines/experiments/decoding.py).
+        compressed: bytes a frame in a file, measured (pipelines/experiments/shards.py).
         plan_bytes: of the plan, a video, measured (toy annotations, 5.7 instances each).
         window_bytes: of a window in a worker, measured.
         window_seconds: to cut it, measured.

@@ -18,7 +18,7 @@ file and, with the tables and the picture, to MLflow.
 
 import sys
 
-from pipelines.planner.command import main
+from pipelines.experiments.profiles import main
 
 if __name__ == "__main__":
     main(sys.argv[1:], description=__doc__ or "")

@@ -1,4 +1,4 @@
-"""Runs the paper's experiments, as Ray tasks, and writes one report.
+"""Run the paper's experiments as Ray tasks, and write one report.
 
 On data that the project makes, an hour on two CPU cores, or five minutes:
 
@@ -15,7 +15,7 @@ The rewired weights are what finetune_backbone.py made of the plain ones. The re
 OUTPUT/reproduction/report.md; in MLflow it is a run, with one below it for each piece of work. The
 same command goes on with what it has. Without Ray and MLflow:
 
-  python -m pipelines.reproduction
+  python -m pipelines.experiments paper
 """
 
 import os
@@ -25,27 +25,19 @@ from functools import partial
 from pathlib import Path
 
 import ray
-from mlflow.entities import Param, RunTag
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
 from pipelines.config.command_line import told_shortly
 from pipelines.core.cluster import init_ray
-from pipelines.core.metric_names import safe_path
-from pipelines.core.tracking import Run, finishing, log_metrics, start_run
-from pipelines.reproduction.execution import Work, attempt
-from pipelines.reproduction.experiment import Job, Outcome
-from pipelines.reproduction.report import NUMBERS
-from pipelines.reproduction.running import Reproduced, reproduce
-from pipelines.reproduction.settings import Reproduction, parse
-from re2tal.errors import UserError
+from pipelines.core.tracking import finishing, start_run
+from pipelines.experiments.command import refuse_failures
+from pipelines.experiments.experiment import Job, Outcome
+from pipelines.experiments.harness import Work, attempt
+from pipelines.experiments.paper import Reproduction, carry_out, parse
+from pipelines.experiments.tracked import log_outcome, log_results
 
 
 def execute_on_ray(works: Sequence[Work]) -> Iterator[Outcome]:
-    """Does jobs on the cluster, each on a core (and a GPU, if there are any), or by itself.
-
-    Args:
-        works: experiment and job.
-    """
+    """Do jobs on the cluster, each on a core (and a GPU, if there are any), or by itself."""
     together = [work for work in works if not work[1].alone]
     yield from _gathered(together, cpus=1)
     for work in works:
@@ -54,7 +46,7 @@ def execute_on_ray(works: Sequence[Work]) -> Iterator[Outcome]:
 
 
 def _gathered(works: Sequence[Work], *, cpus: float) -> Iterator[Outcome]:
-    """Outcomes in the order in which they come."""
+    """Yield outcomes in the order in which they come."""
     running = {_started(*work, cpus=cpus): work for work in works}
     while running:
         (done, *_), _ = ray.wait(list(running), num_returns=1)
@@ -78,78 +70,23 @@ def _attempt(experiment: str, job: Job, folder: str) -> Outcome:
 
 
 def _cores() -> float:
-    """Of the largest node: what measures time has one to itself."""
+    """Cores of the largest node: what measures time has one to itself."""
     return max(float(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
 
 
-def log_outcome(parent: Run, outcome: Outcome) -> None:
-    """Makes an MLflow run of a piece of work, below that of all; one that it made itself is moved.
-
-    Args:
-        parent: the run of the experiments.
-        outcome: how it ended.
-    """
-    client, job = parent.client, outcome.job
-    result = outcome.result if isinstance(outcome.result, dict) else {}
-    if "run_id" in result:
-        client.set_tag(result["run_id"], MLFLOW_PARENT_RUN_ID, parent.run_id)
-        return
-    experiment = client.get_run(parent.run_id).info.experiment_id
-    run = Run(uri=parent.uri, run_id=client.create_run(experiment).info.run_id)
-    params = [Param(name, str(value)) for name, value in job.arguments.items()]
-    tags = {
-        MLFLOW_PARENT_RUN_ID: parent.run_id,
-        MLFLOW_RUN_NAME: f"{outcome.experiment}: {job.name}",
-        "kind": outcome.experiment,
-    }
-    client.log_batch(run.run_id, params=params, tags=[RunTag(*tag) for tag in tags.items()])
-    numbers = {safe_path(name): v for name, v in result.items() if isinstance(v, int | float)}
-    log_metrics(run, numbers | {"seconds": outcome.seconds}, step=0)
-    client.log_dict(run.run_id, {"result": outcome.result}, "result.json")
-    if outcome.error:
-        client.set_tag(run.run_id, "error", outcome.error[:5000])
-    client.set_terminated(run.run_id, "FAILED" if outcome.error else "FINISHED")
-
-
-def log_report(run: Run, found: Reproduced) -> None:
-    """Puts report, pictures and the numbers that claims rest on into MLflow.
-
-    Args:
-        run: of the experiments.
-        found: what came out.
-    """
-    client = run.client
-    for file in (found.report, found.report.with_name(NUMBERS)):
-        client.log_artifact(run.run_id, str(file))
-    for chapter in found.chapters:
-        if chapter.section is None:
-            continue
-        for name in chapter.section.figures:
-            client.log_artifact(run.run_id, str(found.report.with_name(f"{name}.png")))
-        metrics = {safe_path(name): value for name, value in chapter.section.metrics.items()}
-        log_metrics(run, metrics, step=0)
-
-
 def main(asked: Reproduction) -> None:
-    """Does the experiments.
-
-    Args:
-        asked: which, and how large.
+    """Carry the experiments out.
 
     Raises:
-        UserError: if a piece of work failed; the others are done all the same.
+        UserError: if a job failed; the others are done all the same.
     """
-    init_ray(trains=any(job.spreads for one in asked.experiments for job in one.jobs()))
+    init_ray(trains=any(job.spreads for one in asked.experiments.values() for job in one.jobs()))
     run = start_run(asked, output=Path(asked.output).absolute())
     with finishing(run):
-        found = reproduce(asked, execute_on_ray, seen=partial(log_outcome, run))
-        log_report(run, found)
+        done = carry_out(asked, execute_on_ray, seen=partial(log_outcome, run))
+        log_results(run, done)
         print(f"MLflow run {run.run_id} in {run.uri}", flush=True)
-        if found.failures:
-            raise UserError(
-                f"{found.failures} pieces of work failed, as listed above; the same command tries "
-                "them again."
-            )
+        refuse_failures(done.failures)
 
 
 if __name__ == "__main__":

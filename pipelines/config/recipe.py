@@ -1,10 +1,7 @@
 """The complete, typed configuration of a training run of `train.py`."""
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeAlias
-
-import torch
+from typing import Annotated, Literal, TypeAlias
 
 from pipelines.config.annotations import ScoredAnnotationConfig
 from re2tal.backbones.protocol import BackboneConfig
@@ -14,23 +11,9 @@ from re2tal.components import Component
 from re2tal.datasets.trimmed import ClipConfig, ViewConfig
 from re2tal.detection.suppression import NmsConfig
 from re2tal.localizers.protocol import LocalizerConfig
+from re2tal.precision import Precision
 from re2tal.videos.augmentation import AugmentationConfig
 from re2tal.videos.windows import WindowConfig
-
-Precision = Literal["float32", "bfloat16", "float16"]
-
-_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def autocast(device_type: str, precision: Precision) -> AbstractContextManager[Any]:
-    """Computes in a precision while the block runs; parameters stay float32.
-
-    Args:
-        device_type: "cuda" or "cpu".
-        precision: of matrix products and convolutions.
-    """
-    computed = _TYPES[precision]
-    return torch.autocast(device_type, computed, enabled=computed is not torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,6 @@ import logging
 import os
 import platform
 import queue
-import subprocess
 import tempfile
 import threading
 import time
@@ -29,31 +28,9 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_GIT_COMMIT, 
 from pydantic import TypeAdapter, ValidationError
 
 from pipelines.config.recipe import Recipe
+from pipelines.core.checkout import git_commit
 from pipelines.core.storage import fetch, replacing
 from re2tal.errors import UserError
-
-
-def git_commit(folder: Path) -> str | None:
-    """Returns the commit of the checkout, with `-dirty` if files differ from it; None outside git.
-
-    Args:
-        folder: inside the checkout.
-    """
-    command = [
-        "git",
-        "-C",
-        str(folder),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--dirty",
-        "--exclude=*",
-    ]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
 
 _MAX_METRICS = 1000  # per request; MLflow refuses more
 _MAX_PARAMS = 100

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import ray.data
@@ -32,11 +32,10 @@ from re2tal.backbones.table import entry_of
 from re2tal.backbones.weights import load_backbone_weights
 from re2tal.detector import grey_levels, normalize
 from re2tal.errors import UserError
+from re2tal.precision import Precision
 from re2tal.reversible import rewire
 from re2tal.videos.reader import TAIL
 from re2tal.weights import Colour
-
-Precision = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

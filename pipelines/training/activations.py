@@ -2,7 +2,7 @@
 
 import re2tal
 from pipelines.config.recipe import Recipe
-from pipelines.planner.step import workload_of
+from pipelines.training.workload import workload_of
 from re2tal.detector import Detector
 from re2tal.memory import measure_activations, predict_peak
 from re2tal.reversible.coupling import SMALLEST_PIECE
@@ -28,13 +28,13 @@ def activation_metrics(recipe: Recipe, detector: Detector) -> dict[str, float]:
         re2tal.rewire(detector.backbone, slice_bytes=SMALLEST_PIECE["cuda"])  # as it will run there
     work = workload_of(recipe)
     inputs = work.inputs()
-    predicted = predict_peak(detector, *inputs, step=work.step)
+    predicted = predict_peak(detector, *inputs, step=work.forward)
     metrics = {
         "memory/predicted_activations_mb": predicted.metrics()["activations_mb"],
         "memory/predicted_peak_mb": predicted.metrics()["peak_mb"],
     }
     if predicted.peak < _MEASURED_UP_TO:
-        measured = measure_activations(detector, *inputs, step=work.step).metrics()
+        measured = measure_activations(detector, *inputs, step=work.forward).metrics()
         metrics["memory/measured_activations_mb"] = measured["activations_mb"]
         metrics["memory/measured_peak_mb"] = measured["peak_mb"]
     return metrics

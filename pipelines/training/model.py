@@ -10,7 +10,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipelines.config.recipe import AnyRecipe, BackboneModelConfig, ModelConfig, Recipe
 from pipelines.data.plan import ACTION
-from pipelines.data.streaming import store_needed
 from re2tal.backbones.weights import load_backbone_weights
 from re2tal.detector import Detector
 from re2tal.localizers.weights import load_localizer_weights
@@ -218,6 +217,8 @@ def _store_remark(recipe: AnyRecipe, nodes: list[dict[str, Any]]) -> str | None:
     ]
     if not stores:
         return None  # they are still to be started
+    from pipelines.data.streaming import store_needed  # a training in one process needs no Ray
+
     workers = math.ceil(recipe.scale.workers / len(stores))
     need, have = workers * store_needed(batch), min(stores)
     if need <= have:

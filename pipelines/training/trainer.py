@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pipelines.config.recipe import AnyRecipe, OptimConfig, autocast
+from pipelines.config.recipe import AnyRecipe, OptimConfig
 from pipelines.core.clock import duration
 from pipelines.core.metric_names import UNSCORED
 from pipelines.core.storage import join, replacing
@@ -40,6 +40,7 @@ from pipelines.training.validation import gather
 from re2tal.detector import Detector
 from re2tal.errors import UserError
 from re2tal.memory import MemoryMeter
+from re2tal.precision import autocast
 from re2tal.reversible import check, reconstruction_errors, stage_modes
 from re2tal.trained import DetectorSpec
 from re2tal.videos.augmentation import augment, clip_seed

@@ -1,4 +1,4 @@
-"""Runs the official ActivityNet evaluators on the benchmark's test sets, and keeps their numbers.
+"""Runs the official ActivityNet evaluators on whole test sets, and keeps their numbers.
 
 Run by hand: those evaluators are no part of this repository. To make
 `data/official_evaluation.json` again, check out github.com/activitynet/ActivityNet at `COMMIT`,
@@ -7,9 +7,9 @@ make `Evaluation/eval_detection.py`, `eval_proposal.py` and `utils.py` run under
 
     python -m tests.detection.official_numbers ActivityNet/Evaluation
 
-That takes about half an hour of one core, and writes the times of both, too
-(`re2tal/detection/benchmarks/results/official.json`). All scores of the test sets are different,
-because the official code visits equal ones in any order.
+That takes about half an hour of one core, and writes the times of both, too, to
+`pipelines/experiments/results/evaluation_official.json`. All scores of the test sets are
+different, because the official code visits equal ones in any order.
 
 What is kept now was made by these functions in several processes, each with some of the classes,
 and they were stopped before the official code had worked through all of ActivityNet's 200.
@@ -28,10 +28,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from re2tal.benchmarking import Row, save
+from pipelines.experiments.__main__ import RESULTS
+from pipelines.experiments.evaluation import ACTIVITYNET, THUMOS, RandomTestSet, Videos
+from pipelines.experiments.experiment import Row
+from pipelines.experiments.harness import save
 from re2tal.detection import Detections, average_recall, mean_average_precision
-from re2tal.detection.benchmarks.__main__ import RESULTS
-from re2tal.detection.benchmarks.evaluation import ACTIVITYNET, THUMOS, Videos, Workload
 
 COMMIT = "82304fa9f4a7219421df13dae6347a445c4cf5bc"
 NUMBERS = Path(__file__).parent / "data" / "official_evaluation.json"
@@ -60,7 +61,7 @@ def timed(way: Callable[..., Any], *arguments: Any, **settings: Any) -> tuple[An
 
 
 def average_precisions(
-    load: Workload, truth: Videos, found: Videos, official: Any
+    load: RandomTestSet, truth: Videos, found: Videos, official: Any
 ) -> tuple[dict[str, list[float]], Row]:
     """By class the average precisions `(K,)` of the official code; seconds of both."""
     sides = [frame(videos).groupby("label") for videos in (truth, found)]
@@ -130,7 +131,8 @@ def main(folder: str) -> None:
     NUMBERS.parent.mkdir(exist_ok=True)
     NUMBERS.write_text(json.dumps({"commit": COMMIT, "workloads": numbers}) + "\n")
     command = "python -m tests.detection.official_numbers ActivityNet/Evaluation"
-    save(tables, RESULTS / "official.json", command, torch.device("cpu"))
+    title = "Evaluation of whole test sets, against the official ActivityNet code"
+    save(tables, RESULTS / "evaluation_official.json", command, title=title)
 
 
 if __name__ == "__main__":

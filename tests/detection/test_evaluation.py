@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines.experiments.evaluation import ACTIVITYNET, THUMOS, RandomTestSet, sequential
 from re2tal.detection import Detections, mean_average_precision
-from re2tal.detection.benchmarks.evaluation import ACTIVITYNET, THUMOS, Workload, sequential
 from re2tal.detection.evaluation import matching
 
 THRESHOLDS = (0.3, 0.5, 0.7, 1.0)
@@ -124,7 +124,7 @@ def test_equals_one_prediction_at_a_time(
 @pytest.mark.parametrize(
     "load", [THUMOS, pytest.param(ACTIVITYNET, marks=pytest.mark.slow)], ids=["thumos", "anet"]
 )
-def test_whole_test_sets_equal_one_prediction_at_a_time(load: Workload) -> None:
+def test_whole_test_sets_equal_one_prediction_at_a_time(load: RandomTestSet) -> None:
     truth, found = load.build()
     assert sum(len(part) for part in truth.values()) == load.instances
     result = mean_average_precision(

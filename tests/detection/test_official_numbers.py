@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipelines.experiments.evaluation import THUMOS, RandomTestSet
 from re2tal.detection import average_recall, mean_average_precision
-from re2tal.detection.benchmarks.evaluation import THUMOS, Workload
 from tests.detection.official_numbers import NUMBERS, WORKLOADS
 
 # The official code saw all videos and predictions of a class, but not all classes: it takes long.
@@ -29,7 +29,7 @@ def test_the_numbers_are_of_these_test_sets(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "load"), WORKLOADS.items(), ids=[*WORKLOADS])
-def test_average_precision_is_the_official_one(name: str, load: Workload) -> None:
+def test_average_precision_is_the_official_one(name: str, load: RandomTestSet) -> None:
     truth, found = load.build()
     ours = mean_average_precision(
         truth, found, num_classes=load.classes, thresholds=load.thresholds
@@ -43,7 +43,7 @@ def test_average_precision_is_the_official_one(name: str, load: Workload) -> Non
 
 
 @pytest.mark.parametrize(("name", "load"), WORKLOADS.items(), ids=[*WORKLOADS])
-def test_average_recall_of_proposals_is_the_official_one(name: str, load: Workload) -> None:
+def test_average_recall_of_proposals_is_the_official_one(name: str, load: RandomTestSet) -> None:
     ours = average_recall(*load.build())
     theirs = OFFICIAL[name]
     np.testing.assert_allclose(ours.recall, theirs["recall"], rtol=0, atol=1e-6)

@@ -17,7 +17,7 @@ from pipelines.config.choices import own_code
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import RECIPES, toy
 from pipelines.data.plan import Plan
-from pipelines.planner import command as planner
+from pipelines.experiments import profiles as planner
 from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
 from pipelines.training.trainer import Trainer

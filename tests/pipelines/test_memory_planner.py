@@ -1,7 +1,6 @@
 """The memory planner: four ways, what fits, tables, files, the command line."""
 
 import copy
-import io
 import json
 import math
 import subprocess
@@ -14,30 +13,30 @@ import mlflow
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
-from rich.console import Console
 from torch import nn
 
 from pipelines.config.recipe import Recipe
-from pipelines.planner.command import (
+from pipelines.experiments.planner import Planner, backbone_alone, of_recipe
+from pipelines.experiments.profiles import (
     BackboneProfile,
+    Profile,
     Questions,
     RecipeProfile,
     main,
     parse,
     profile,
+    rows,
+    section,
 )
-from pipelines.planner.fit import largest_that_fits, parse_size
-from pipelines.planner.plan import Planner
-from pipelines.planner.report import Profile, print_profile, rows
-from pipelines.planner.step import Workload
-from pipelines.planner.subject import backbone_alone, of_recipe
-from pipelines.planner.ways import WAYS, checkpointed, residual_blocks
 from pipelines.training.model import build_detector
+from pipelines.training.workload import Workload
 from re2tal.backbones import table
 from re2tal.backbones.slowfast import slowfast_toy
 from re2tal.backbones.swin import SwinConfig, swin_toy
 from re2tal.backbones.table import entry_of
 from re2tal.memory import predict_peak
+from re2tal.memory.fit import largest_that_fits, parse_size
+from re2tal.memory.ways import KEEPING, WAYS, residual_blocks
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,7 +101,7 @@ def test_checkpointing_changes_memory_and_nothing_else() -> None:
     torch.manual_seed(0)
     model, x = swin_toy().build(), torch.randn(1, 3, 8, 32, 32)
     other = copy.deepcopy(model)
-    checkpointed(other)
+    WAYS["checkpointed"].prepare(other)
     again = copy.deepcopy(other)  # a copy runs its own blocks
     nn.init.zeros_(other.features[0][0].mlp[0].weight)
     outputs = [m(x) for m in (model, again)]
@@ -132,10 +131,10 @@ def test_the_step_begins_with_the_frames_as_decoded() -> None:
     detector = subject.build(subject.depth)
     frames, mask = work.inputs()
     assert frames.dtype == torch.uint8
-    (features,) = work.step(detector, frames.random_(), mask)
+    (features,) = work.forward(detector, frames.random_(), mask)
     expected = detector.backbone(detector.normalized(frames))
     assert torch.allclose(features, expected)
-    found = predict_peak(detector, frames, mask, step=work.step)
+    found = predict_peak(detector, frames, mask, step=work.forward)
     assert found.inputs == 2 * 16 * 32 * 32 * 3 + 2 * 16
 
 
@@ -162,9 +161,9 @@ def test_the_depth_of_the_deepest_stage_alone_is_changed() -> None:
 def test_a_recipe_is_profiled_whole_and_reversible_or_not(tiny_recipe: Recipe) -> None:
     tiny_recipe = replace(tiny_recipe, model=replace(tiny_recipe.model, backbone=shallow()))
     planner = Planner(of_recipe(tiny_recipe))
-    found = {way: planner.explain(way) for way in WAYS}
+    found = {way: planner.explain(way) for way in KEEPING}
     peaks = {way: breakdown.memory.peak for way, breakdown in found.items()}
-    assert len(set(peaks.values())) == len(WAYS)
+    assert len(set(peaks.values())) == len(KEEPING)
     assert max(peaks, key=lambda way: peaks[way]) == "plain"
     detector = build_detector(tiny_recipe, ["class"] * 20, weights=None)
     parameters = sum(p.numel() for p in detector.parameters())
@@ -206,50 +205,51 @@ def test_a_profile_without_a_gpu_says_so_everywhere(
     printed = capsys.readouterr().out
     assert "per-block checkpointing" in printed
     assert "measured" not in printed
-    (file,) = (tmp_path / "profiles").iterdir()
+    (file,) = (tmp_path / "profiles").glob("*.json")
     found = json.loads(file.read_text())
-    assert list(found["ways"]) == list(WAYS)
-    assert found["settings"]["frames"] == 32
     assert found["torch"] == torch.__version__
-    assert found["device"].startswith("no GPU")
-    for way, result in found["ways"].items():
-        predicted = result["predicted"]["peak"]
-        assert [32, predicted] in result["against_frames"]
-        assert [1, predicted] in result["against_depth"]
-        assert result["measured_peak"] is None
-        assert result["frames_that_fit"] % 16 == 0, way
-        assert sum(part["bytes"] for part in result["made_of"]) <= predicted
-    planner = Planner(small().subject())
-    for way in WAYS:
-        frames, budget = found["ways"][way]["frames_that_fit"], 12 * 2**20
+    assert arguments in found["command"]
+    peaks = found["tables"]["Peak of the step"]
+    assert [row["way to run it"] for row in peaks] == [WAYS[way].title for way in KEEPING]
+    planner, budget = Planner(small().subject()), 12 * 2**20
+    for way, row in zip(KEEPING, peaks, strict=True):
+        predicted = row["bytes"][0]["peak"]
+        assert row["predicted, GiB"] == predicted / 2**30
+        assert [32, predicted] in row["against frames"]
+        assert [1, predicted] in row["against depth"]
+        assert sum(part["bytes"] for part in row["made of"]) <= predicted
+        frames = row["frames in 0.01172 GiB"]
+        assert frames % 16 == 0, way
         assert planner.peak(way, frames=frames) <= budget < planner.peak(way, frames=frames + 16)
     run_id = printed.split("MLflow run ")[1].split()[0]
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
-    for way in WAYS:
-        expected = found["ways"][way]["predicted"]["peak"] / 2**30
-        assert run.data.metrics[f"peak_gib/{way}"] == pytest.approx(expected)
+    for way, row in zip(KEEPING, peaks, strict=True):
+        assert run.data.metrics[f"peak_gib/{way}"] == pytest.approx(row["predicted, GiB"])
+        assert run.data.metrics[f"frames_that_fit/{way}"] == row["frames in 0.01172 GiB"]
     assert run.data.params["backbone"] == "swin_toy"
-    logged = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/profile.txt")
+    logged = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/profile.md")
     assert "naive reversible" in logged
     artifacts = {item.path for item in client.list_artifacts(run_id)}
-    assert artifacts == {file.name, "profile.txt", "pictures"}
+    assert artifacts == {file.name, "profile.md", "profile-swin_toy.png"}
 
 
-def test_measured_stands_beside_predicted() -> None:
+def test_measured_stands_beside_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an abacus")
     subject = small().subject()
-    found = Profile(subject=subject, blocks=[])
     breakdown = Planner(subject).explain("plain")
-    found.predicted = {"plain": breakdown, "ours": breakdown}
-    found.measured = {"plain": 3 * 2**30, "ours": None}
-    printed = io.StringIO()
-    print_profile(found, Console(width=140, file=printed))
-    text = printed.getvalue()
-    assert "3.00 GiB" in text
-    assert "out of memory" in text
-    assert found.metrics()["measured_gib/plain"] == 3.0
-    assert "measured_gib/ours" not in found.metrics()
+    found = {
+        "plain": Profile(predicted=breakdown, measured=3 * 2**30),
+        "ours": Profile(predicted=breakdown),
+    }
+    told = section(subject, found, None, [])
+    plain, ours = told.tables["Peak of the step"]
+    assert plain["measured, GiB, an abacus"] == 3.0
+    assert ours["measured, GiB, an abacus"] == "out of memory"
+    assert told.metrics["measured_gib/plain"] == 3.0
+    assert "measured_gib/ours" not in told.metrics
 
 
 def test_the_command_line_reads_recipes_and_backbones() -> None:

@@ -13,13 +13,13 @@ from mlflow.entities import RunStatus
 from mlflow.tracking import MlflowClient
 from mlflow.utils.validation import _validate_metric
 
+from pipelines.core.checkout import git_commit
 from pipelines.core.metric_names import safe_names, safe_path
 from pipelines.core.tracking import (
     MetricLogger,
     Run,
     finishing,
     flatten,
-    git_commit,
     log_dataset,
     start_run,
 )

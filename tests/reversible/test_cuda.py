@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipelines.experiments.models import build
+from pipelines.training.workload import Workload
 from re2tal.memory import predict_peak
+from re2tal.memory.ways import WAYS, prepared
 from re2tal.reversible import ReversibleError, check, rewire
-from re2tal.reversible.benchmarks.variants import VARIANTS, prepared
-from re2tal.reversible.benchmarks.workloads import Workload
 from re2tal.reversible.coupling import Budget
 from tests.reversible.test_exact import (
     Precision,
@@ -109,15 +110,15 @@ def test_convolutions_get_the_memory_format_that_they_had(batch: int, bf16: bool
 @pytest.mark.parametrize("way", ["plain", "ours", "ours, float"])
 def test_the_peak_is_what_was_predicted(way: str) -> None:
     """But for workspaces of cuBLAS; materialised attention takes more than its kernels tell."""
-    work = Workload(model="swin3d_t", frames=128, size=224, bfloat16=True)
-    model, video = work.build().cuda(), work.video("cuda")
-    with prepared(model, VARIANTS[way]):
-        predicted = predict_peak(model, video, step=work.forward).peak
-        work.step(model, video)
+    work = Workload(frames=128, size=224, precision="bfloat16")
+    model, inputs = build("swin3d_t").cuda(), work.noise("cuda")
+    with prepared(model, WAYS[way].prepare):
+        predicted = predict_peak(model, *inputs, step=work.forward).peak
+        work.step(model, *inputs)
         model.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        work.step(model, video)
+        work.step(model, *inputs)
     measured = torch.cuda.max_memory_allocated()
     assert 0.9 * predicted < measured < 1.1 * predicted + 128 * 2**20
 

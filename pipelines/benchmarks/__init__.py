@@ -1,1 +1,0 @@
-"""How fast frames reach the training; ``python -m pipelines.benchmarks`` measures it."""

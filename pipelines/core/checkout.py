@@ -1,0 +1,39 @@
+"""The checkout that runs: its commit, and a fingerprint of its code."""
+
+import hashlib
+import subprocess
+from pathlib import Path
+
+_ROOT = Path(__file__).parents[2]
+
+
+def git_commit(folder: Path) -> str | None:
+    """Returns the commit of the checkout, with `-dirty` if files differ from it; None outside git.
+
+    Args:
+        folder: inside the checkout.
+    """
+    command = [
+        "git",
+        "-C",
+        str(folder),
+        "describe",
+        "--always",
+        "--abbrev=40",
+        "--dirty",
+        "--exclude=*",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def code_fingerprint() -> str:
+    """Hash all code that a result may depend on."""
+    digest = hashlib.sha256()
+    for package in ("re2tal", "pipelines"):
+        for path in sorted((_ROOT / package).rglob("*.py")):
+            digest.update(str(path.relative_to(_ROOT)).encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,83 @@
+"""Experiments by name, in this process: `python -m pipelines.experiments NAME --help`.
+
+  python -m pipelines.experiments NAME [--output FILE.json] [--threads N] [--resume] [options]
+  python -m pipelines.experiments paper [options of pipelines/reproduce.py]
+  python -m pipelines.experiments tables [FOLDER]
+
+Results go to results/NAME.json beside this file. `--resume` takes up jobs that the same code did
+before. `paper` makes the report of pipelines/reproduce.py without Ray and MLflow, and `tables`
+prints all results as Markdown.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+import tyro
+
+from pipelines.experiments.command import Configure, carry_out, of_function, refuse_failures
+from pipelines.experiments.harness import all_results
+from re2tal.errors import UserError
+
+RESULTS = Path(__file__).parent / "results"
+_PROG = "python -m pipelines.experiments"
+
+EXPERIMENTS = {
+    "memory": "the paper's claim on memory: peaks of four ways to train, and what fits",
+    "accuracy": "the paper's claim on rewired backbones: top-1 before and after finetuning",
+    "tal": "the paper's claim on localization: features, end to end plain and reversible",
+    "exactness": "gradients against those of stored activations, also of other libraries",
+    "speed": "time of a step, each way to train paired with every other, and over depth",
+    "drift": "errors of gradients, on the grid and without it, over families and couplings",
+    "verify": "time that comparing the rebuilt input takes",
+    "devices": "peak memory and time of a step on an accelerator",
+    "decoding": "frames per second, paired with those of other decoders that can be imported",
+    "augmentation": "time that augmentation adds to a training step",
+    "throughput": "frames that Ray Data delivers, against plain decoding in as many processes",
+    "shards": "size of shards, and reading windows from them, against raw files",
+    "scaling": "a training step with more workers, and the share of exchanging gradients",
+    "nms": "soft-NMS of many videos, against a detection at a time",
+    "evaluation": "mAP and recall of whole test sets, against a prediction at a time",
+}
+"""A module of this package each: it has `measure`, or a class with the experiment's settings."""
+
+
+def _configure(name: str) -> Configure:
+    module, prog = import_module(f"pipelines.experiments.{name}"), f"{_PROG} {name}"
+    if hasattr(module, "measure"):
+        return of_function(module.measure, prog)
+    settings = getattr(module, name.capitalize())
+    return lambda arguments: tyro.cli(settings, args=arguments, prog=prog)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run an experiment and print its results, or print all results.
+
+    Raises:
+        UserError: if there is no such experiment, or jobs of it failed.
+    """
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        print(f"{__doc__}\n" + "\n".join(f"  {n:<13} {text}" for n, text in EXPERIMENTS.items()))
+    elif name == "tables":
+        print(all_results(Path(rest[0]) if rest else RESULTS))
+    elif name == "paper":
+        paper = import_module("pipelines.experiments.paper")
+        asked = paper.parse(rest, __doc__ or "", prog=f"{_PROG} paper")
+        refuse_failures(paper.carry_out(asked).failures)
+    elif name in EXPERIMENTS:
+        output = RESULTS / f"{name}.json"
+        carry_out(rest, _configure(name), prog=f"{_PROG} {name}", output=output)
+    else:
+        raise UserError(
+            f"There is no experiment {name!r}. Choose one of: {', '.join(EXPERIMENTS)}; or paper, "
+            "all five of the paper; or tables."
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as problem:
+        sys.exit(f"error: {problem}")

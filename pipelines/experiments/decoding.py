@@ -1,0 +1,281 @@
+"""Frames per second of decoders, from opening the file to the array of frames.
+
+Of each round, all decoders read the same frames of the same file in the same process, in an order
+that turns from round to round; a ratio is the median over rounds of how many times as long as
+re2tal each takes: above 1, re2tal is faster.
+"""
+
+import importlib
+import importlib.metadata
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+
+from pipelines.experiments.experiment import Row, Tables
+from pipelines.experiments.footage import HEIGHT, WIDTH, Footage
+from pipelines.experiments.timing import in_turns, quartiles, ratios
+from re2tal.videos.decoding import decode
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """Frames of a video of a constant frame rate, by their indices.
+
+    Attributes:
+        path: file of the video.
+        fps: frames per second.
+        indices: rising indices of the frames, shape (T,).
+        size: width and height to which they are scaled; None keeps their size.
+        threads: number of decoding threads.
+    """
+
+    path: Path
+    fps: int
+    indices: np.ndarray
+    size: tuple[int, int] | None
+    threads: int
+
+
+Decoder = Callable[[Request], np.ndarray]
+"""Opens the file and gives the frames: RGB, uint8 of shape (T, H, W, 3)."""
+
+OURS = "re2tal"
+
+
+def available() -> tuple[dict[str, Decoder], list[dict[str, str]]]:
+    """Load the decoders that can be imported, and tabulate the versions of all of them."""
+    decoders: dict[str, Decoder] = {OURS: _ours}
+    libraries = av.library_versions
+    note = f"PyAV {av.__version__}, libavcodec {'.'.join(map(str, libraries['libavcodec']))}"
+    rows = [{"decoder": OURS, "version": note}]
+    for package, load in _PEERS.items():
+        try:
+            decoders |= load()
+        except (ImportError, OSError, RuntimeError) as error:  # without FFmpeg's libraries
+            reason = str(error).strip().splitlines()[0]
+            rows.append({"decoder": package, "version": f"left out: {reason}"})
+        else:
+            rows.append({"decoder": package, "version": importlib.metadata.version(package)})
+    return decoders, rows
+
+
+def _ours(request: Request) -> np.ndarray:
+    return decode(
+        request.path,
+        (request.indices + 0.5) / request.fps,
+        size=min(request.size) if request.size else None,
+        threads=request.threads,
+    )
+
+
+def _decord() -> dict[str, Decoder]:
+    decord: Any = importlib.import_module("decord")
+
+    def read(request: Request) -> np.ndarray:
+        width, height = request.size or (-1, -1)
+        reader = decord.VideoReader(
+            str(request.path), num_threads=request.threads, width=width, height=height
+        )
+        frames: np.ndarray = reader.get_batch(request.indices).asnumpy()
+        return frames
+
+    return {"decord": read}
+
+
+def _torchcodec() -> dict[str, Decoder]:
+    decoders: Any = importlib.import_module("torchcodec.decoders")
+    transforms: Any = importlib.import_module("torchcodec.transforms")
+
+    def read(request: Request, *, seek_mode: str) -> np.ndarray:
+        decoder = decoders.VideoDecoder(
+            request.path,
+            dimension_order="NHWC",
+            num_ffmpeg_threads=request.threads,
+            seek_mode=seek_mode,
+            transforms=[transforms.Resize(request.size[::-1])] if request.size else None,
+        )
+        frames: np.ndarray = decoder.get_frames_at(request.indices.tolist()).data.numpy()
+        return frames
+
+    return {
+        f"torchcodec, {mode}": partial(read, seek_mode=mode) for mode in ("exact", "approximate")
+    }
+
+
+_PEERS: Mapping[str, Callable[[], dict[str, Decoder]]] = {
+    "decord": _decord,
+    "torchcodec": _torchcodec,
+}
+
+
+FOOTAGE = (
+    Footage(title="key frames up to 250 apart", gop=250),
+    Footage(title="key frames up to 30 apart", gop=30),
+)
+
+# The short side that training asks for most, and what it makes of the long one.
+SCALED = (284, 160)
+
+# Threads and size of the frames.
+SETTINGS = ((1, SCALED), (1, None), (2, SCALED))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Access:
+    """A choice of frames.
+
+    Attributes:
+        title: description.
+        frames: number of frames in a request.
+        requests: number of requests that are measured together.
+        evenly: whether they are spread over the whole video, or follow one another.
+    """
+
+    title: str
+    frames: int
+    requests: int
+    evenly: bool
+
+    def indices(self, frames: int, random: np.random.Generator) -> Iterator[np.ndarray]:
+        """Draw the frames of each request from a video of so many; windows start at random."""
+        for _ in range(self.requests):
+            if self.evenly:
+                yield np.floor((np.arange(self.frames) + 0.5) * frames / self.frames).astype(int)
+            else:
+                yield random.integers(frames - self.frames + 1) + np.arange(self.frames)
+
+
+ACCESSES = (
+    Access(title="768 of the whole video", frames=768, requests=1, evenly=True),
+    Access(title="256 that follow one another", frames=256, requests=4, evenly=False),
+)
+
+
+class _Took(NamedTuple):
+    """Seconds of the clock, and seconds for which the process computed, in all its threads."""
+
+    seconds: float
+    computed: float
+
+
+def measure(*, seconds: int = 120, rounds: int = 7) -> Tables:
+    """Time decoders that can be imported, ours among them.
+
+    Args:
+        seconds: length of the videos.
+        rounds: rounds that count; one comes before them.
+    """
+    decoders, versions = available()
+    tables: Tables = {"What is compared": list[Row](versions), "Videos": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, footage in enumerate(FOOTAGE):
+            path = Path(folder) / f"{number}.mp4"
+            footage.write(path, seconds * footage.fps)
+            tables["Videos"].append(described(path, footage))
+            whole = Request(path=path, fps=footage.fps, indices=np.array([]), size=None, threads=1)
+            for threads, size in SETTINGS:
+                shape = "x".join(map(str, size or (WIDTH, HEIGHT)))
+                rows = tables.setdefault(f"Frames of {shape}, threads: {threads}", [])
+                request = replace(whole, size=size, threads=threads)
+                for access in ACCESSES:
+                    for row in compared(decoders, request, access, seconds, rounds):
+                        rows.append({"video": footage.title, "frames": access.title, **row})
+    return tables
+
+
+def described(path: Path, footage: Footage) -> Row:
+    """Describe a video, and the processors on which it is decoded."""
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.skip_frame = "NONREF"
+        leaned_on = sum(1 for _ in container.decode(stream))
+        seconds = float((stream.duration or 0) * (stream.time_base or 0))
+    return {
+        "video": footage.title,
+        "pixels": f"{WIDTH}x{HEIGHT}",
+        "fps": footage.fps,
+        "seconds": seconds,
+        "kbit/s": path.stat().st_size * 8e-3 / seconds,
+        "share that others lean on": leaned_on / (seconds * footage.fps),
+        "processors": len(os.sched_getaffinity(0)),
+    }
+
+
+def compared(
+    decoders: Mapping[str, Decoder], request: Request, access: Access, seconds: int, rounds: int
+) -> list[Row]:
+    """Compare each decoder with ours in every round; see `difference` for the last columns."""
+    differences = _differences(decoders, request, access, seconds)
+
+    def turns(decoder: Decoder) -> Callable[[], _Took]:
+        random = np.random.default_rng(0)  # the same frames of a round for each decoder
+
+        def take() -> _Took:
+            drawn = list(access.indices(seconds * request.fps, random))
+            start, computed = time.perf_counter(), time.process_time()
+            for indices in drawn:
+                decoder(replace(request, indices=indices))
+            return _Took(time.perf_counter() - start, time.process_time() - computed)
+
+        return take
+
+    took = in_turns({name: turns(d) for name, d in decoders.items()}, rounds, before=0)
+    number = access.frames * access.requests
+    return [_row(name, took[name], took[OURS], number, differences[name]) for name in decoders]
+
+
+def _differences(
+    decoders: Mapping[str, Decoder], request: Request, access: Access, seconds: int
+) -> dict[str, float]:
+    """Differences of each decoder's frames from ours; to take them also warms everything up."""
+    indices = next(access.indices(seconds * request.fps, np.random.default_rng(1)))
+    asked = replace(request, indices=indices)
+    ours = decoders[OURS](asked)
+    return {name: difference(ours, decoder(asked)) for name, decoder in decoders.items()}
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Compute the mean difference of frames, in grey levels.
+
+    Raises:
+        ValueError: One is nearer to another frame of the same request than to its counterpart, or
+            the shapes differ: then the two do not do the same work.
+    """
+    if ours.shape != theirs.shape:
+        raise ValueError(f"Frames of shapes {ours.shape} and {theirs.shape} cannot be compared.")
+    some = np.linspace(1, len(ours) - 1, 32).astype(int)
+    reference = ours[some].astype(np.int16)
+    same = np.abs(reference - theirs[some]).mean(axis=(1, 2, 3))
+    before = np.abs(reference - theirs[some - 1]).mean(axis=(1, 2, 3))
+    if not (same < before).all():
+        raise ValueError("Decoders give different frames, so that their speeds say nothing.")
+    return float(same.mean())
+
+
+def _row(
+    name: str, took: Sequence[_Took], ours: Sequence[_Took], frames: int, difference: float
+) -> Row:
+    seconds, ours_seconds = ([one.seconds for one in side] for side in (took, ours))
+    low, middle, high = quartiles(ratios(seconds, ours_seconds))
+    return {
+        "decoder": name,
+        "frames/s": frames / median(seconds),
+        "times as long as re2tal": middle,
+        "lower quartile": low,
+        "upper quartile": high,
+        "computes times as long": median(
+            ratios([one.computed for one in took], [one.computed for one in ours])
+        ),
+        "difference": difference,
+        "rounds": len(seconds),
+        "all seconds": seconds,
+    }

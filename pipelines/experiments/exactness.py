@@ -1,0 +1,317 @@
+"""The paper's fourth claim: gradients of reversible networks equal those of stored activations.
+
+A reversible network rebuilds its activations. In floating point they come back a little different,
+the more so the deeper it is and the lower the precision, and with them the gradients: also those of
+the public libraries. On this project's grid they come back as they were.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from itertools import product
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+from torch import Tensor, nn
+
+from pipelines.experiments.drift import drift, relative_error
+from pipelines.experiments.experiment import (
+    Finding,
+    Job,
+    Result,
+    Row,
+    Section,
+    device,
+    refuse_unknown,
+)
+from pipelines.experiments.harness import name_of
+from pipelines.experiments.models import MlpBlock, stack
+from pipelines.experiments.peers import PEERS, stored
+from pipelines.experiments.pictures import COLOURS, End, label_ends, tidy
+from re2tal.errors import UserError
+from re2tal.precision import Precision, autocast
+
+OURS, FLOAT = "ours", "ours, float"
+
+ERROR = "relative error of gradients"
+NOT_INSTALLED = "not installed"
+
+_FAMILY = "LayerNorm-MLP"  # streams of its stacks are (B, C), which all libraries can split
+
+# Lines lie upon one another: each library has a mark that leaves those below it visible.
+_STYLES = {
+    OURS: ("o", 6, COLOURS["ours"]),
+    FLOAT: ("o", 13, COLOURS["ours, float"]),
+    "memcnn": ("s", 9, "#2b7bba"),
+    "RevTorch": ("D", 6, "#d98a1f"),
+    "revlib": ("+", 11, "#3a9a5b"),
+    "minREV's form": (".", 5, "#4d4d4d"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exactness:
+    """Errors of gradients, of this project and of others.
+
+    Attributes:
+        depths: numbers of residual branches, each even.
+        precisions: number formats of the branches.
+        libraries: libraries that are compared; what is not installed is left out, and listed.
+    """
+
+    depths: tuple[int, ...] = (12, 24, 96)
+    precisions: tuple[Precision, ...] = ("float32", "float16", "bfloat16")
+    libraries: tuple[str, ...] = tuple(PEERS)
+
+    def __post_init__(self) -> None:
+        odd = [depth for depth in self.depths if depth % 2]
+        if odd:
+            raise UserError(f"Branches come in pairs, but a depth is {odd[0]}: give even ones.")
+        refuse_unknown("library", self.libraries, PEERS)
+
+    def jobs(self) -> Sequence[Job]:
+        """List this project, and each library."""
+        cases = {"depths": sorted(self.depths), "precisions": list(self.precisions)}
+        return [Job(name=OURS, work=our_errors, arguments=cases)] + [
+            Job(name=library, work=errors_of, arguments={"library": library, **cases})
+            for library in self.libraries
+        ]
+
+    def section(self, results: Mapping[str, Result]) -> Section:
+        """Report on errors of gradients."""
+        rows = [row for name in (OURS, *self.libraries) for row in results[name]["rows"]]
+        return Section(
+            title="Gradients are those of stored activations",
+            text=(
+                "A stack of residual branches LayerNorm-Linear-GELU-Linear of width 64 on a batch "
+                "of 64, random weights, seed 0; streams in float32, branches under autocast. The "
+                "error is the norm of the difference over the norm, of the gradients of all "
+                "parameters, against the same equations in the same precision with stored "
+                "activations. All libraries run the same branches from the same input, on "
+                f"{results[OURS]['device']}; autocast is entered inside the branches, because not "
+                "every library enters it again in its backward. Where branches round their input "
+                "to 16 bits, they round the errors of shallow stacks away, mostly. minREV's form "
+                "is what minREV does, written anew: it cannot be installed."
+            ),
+            findings=[_exact(rows), _drifting(rows)],
+            tables={"Errors of gradients": rows},
+            figures={"exactness": _picture(_measured(rows))},
+            metrics={
+                f"exactness/{_plain(library)}": error for library, error in _largest(rows).items()
+            },
+        )
+
+
+def quick() -> Exactness:
+    """Configure shallow stacks: it shows that everything runs, and no more."""
+    return Exactness(depths=(4, 12))
+
+
+def _measured(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if not isinstance(row[ERROR], str)]
+
+
+def _largest(rows: Sequence[Row]) -> dict[str, float]:
+    """The largest error of each library that ran."""
+    found: dict[str, float] = {}
+    for row in _measured(rows):
+        found[row["library"]] = max(row[ERROR], found.get(row["library"], 0.0))
+    return found
+
+
+def _plain(name: str) -> str:
+    """A name as MLflow takes it."""
+    return "".join(letter if letter.isalnum() else "_" for letter in name)
+
+
+def _exact(rows: Sequence[Row]) -> Finding:
+    errors = [row[ERROR] for row in rows if row["library"] == OURS]
+    exact = sum(error == 0 for error in errors)
+    return Finding(
+        claim="On the grid gradients equal those of stored activations bit for bit",
+        holds=exact == len(errors),
+        evidence=f"{exact} of {len(errors)} cases of depth and precision have an error of 0",
+    )
+
+
+def _drifting(rows: Sequence[Row]) -> Finding:
+    largest = _largest(rows)
+    others = {library: error for library, error in largest.items() if library != OURS}
+    versions = {row["library"]: row["version"] for row in rows}
+    silent = {row["library"] for row in rows} - largest.keys()
+    listed = [
+        f"{library}{'' if library == FLOAT else f' ({versions[library]})'} {error:.1e}"
+        for library, error in others.items()
+    ]
+    listed += [f"{library}: {versions[library]}" for library in sorted(silent)]
+    return Finding(
+        claim="In floating point they drift, in the public libraries as well",
+        holds=all(error > 0 for error in others.values()),
+        evidence=f"largest errors: {', '.join(listed)}",
+    )
+
+
+# The work.
+
+
+def our_errors(*, depths: Sequence[int], precisions: Sequence[Precision]) -> dict[str, Any]:
+    """Measure errors of this project, on the grid and in floating point.
+
+    Returns:
+        The device, and in "rows" one for each depth and precision.
+    """
+    here = device()
+    rows = []
+    for depth, precision in product(depths, precisions):
+        errors = drift(_FAMILY, depth, precision, here)
+        for library, column in ((OURS, "gradients, grid"), (FLOAT, "gradients, float")):
+            rows.append(_row(library, "this one", depth, precision, errors[column]))
+    return {"device": name_of(here), "rows": rows}
+
+
+def errors_of(
+    *, library: str, depths: Sequence[int], precisions: Sequence[Precision]
+) -> dict[str, Any]:
+    """Measure errors of another implementation, one of `PEERS`.
+
+    Returns:
+        As `our_errors`. If the library is not there, or does not run, rows say so.
+    """
+    package = PEERS[library].package
+    try:
+        version = metadata.version(package) if package else "this one"
+    except metadata.PackageNotFoundError:
+        rows = [_row(library, NOT_INSTALLED, "", "", NOT_INSTALLED)]
+    else:
+        rows = [
+            _row(library, version, depth, precision, _error(library, depth, precision))
+            for depth, precision in product(depths, precisions)
+        ]
+    return {"device": name_of(device()), "rows": rows}
+
+
+def _row(library: str, version: str, depth: int | str, precision: str, error: float | str) -> Row:
+    # A norm of differences is 0 if all of them are, and only then.
+    equal = "" if isinstance(error, str) else "yes" if error == 0 else "no"
+    return {
+        "library": library,
+        "version": version,
+        "branches": depth,
+        "precision": precision,
+        ERROR: error,
+        "bit for bit": equal,
+    }
+
+
+def _error(library: str, depth: int, precision: Precision) -> float | str:
+    """Error against the same branches with stored activations; a failure in a line."""
+    blocks, x = stack(_FAMILY, depth)
+    blocks, x = blocks.to(device()), x.to(device())
+    branches = [_Branch(block, precision) for block in blocks]
+    wanted = _gradients(branches, lambda streams: stored(streams, branches), x)
+    try:
+        # What these libraries use of PyTorch that is going out of use is not the question here.
+        with warnings.catch_warnings(action="ignore"):
+            found = _gradients(branches, PEERS[library].build(branches), x)
+    except Exception as problem:  # whatever it is, it goes into the report
+        return f"{type(problem).__name__}: {problem}".splitlines()[0]
+    return relative_error(found, wanted)
+
+
+class _Branch(nn.Module):
+    """Residual branch of a block, without its skip connection.
+
+    Autocast is entered inside, because not every library enters it again in the backward.
+    """
+
+    def __init__(self, block: nn.Module, precision: Precision) -> None:
+        super().__init__()
+        assert isinstance(block, MlpBlock)
+        self.block = block
+        self.precision: Precision = precision
+
+    def forward(self, x: Tensor) -> Tensor:
+        with autocast(x.device.type, self.precision):
+            return self.block.branch(x).to(x.dtype)
+
+
+def _gradients(
+    branches: Sequence[nn.Module], network: Callable[[Tensor], Tensor], x: Tensor
+) -> Tensor:
+    """Gradients of all parameters one after another, where both streams begin with x."""
+    parameters = [p for branch in branches for p in branch.parameters()]
+    for parameter in parameters:
+        parameter.grad = None
+    streams = torch.cat([x, x], dim=1).requires_grad_()
+    # A copy, for a library may give away the memory of its input.
+    first, second = network(streams.clone()).chunk(2, dim=1)
+    ((first + second) / 2).pow(2).mean().backward()
+    found = [p.grad for p in parameters if p.grad is not None]
+    if len(found) < len(parameters):
+        raise RuntimeError(f"{len(parameters) - len(found)} parameters have no gradient")
+    return torch.cat([gradient.flatten() for gradient in found])
+
+
+# The picture.
+
+
+def _picture(rows: Sequence[Row]) -> Figure:
+    """Errors against depth, for each precision and library."""
+    precisions = list(dict.fromkeys(row["precision"] for row in rows))
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(precisions), sharey=True, squeeze=False)[0]
+    floor = _scale(panels[0], rows)
+    panels[0].set_ylabel("relative error of gradients")
+    for axes, precision in zip(panels, precisions, strict=True):
+        ends = _lines(axes, [row for row in rows if row["precision"] == precision], floor)
+        axes.set_title(f"branches in {precision}", fontsize=10)
+        if axes is panels[-1]:
+            label_ends(axes, ends)
+    return figure
+
+
+def _scale(axes: Axes, rows: Sequence[Row]) -> float:
+    """Logarithmic, with a place for zero below all that is not; returns that place."""
+    errors = [row[ERROR] for row in rows if row[ERROR] > 0]
+    low, high = (math.floor(math.log10(limit)) for limit in (min(errors), max(errors)))
+    decades = range(low, high + 2)
+    floor = 10.0 ** (low - 1.5)
+    axes.set(yscale="log", ylim=(10.0 ** (low - 2), 10.0 ** (high + 1)))
+    axes.set_yticks(
+        [floor, *(10.0**n for n in decades)], ["exactly 0", *(f"$10^{{{n}}}$" for n in decades)]
+    )
+    axes.yaxis.set_minor_locator(NullLocator())
+    return floor
+
+
+def _lines(axes: Axes, rows: Sequence[Row], floor: float) -> list[End]:
+    """A line for each library; where they end."""
+    ends = []
+    for library in dict.fromkeys(row["library"] for row in rows):
+        mark, size, colour = _STYLES[library]
+        points = [(r["branches"], r[ERROR] or floor) for r in rows if r["library"] == library]
+        axes.plot(
+            *zip(*points, strict=True),
+            color=colour,
+            marker=mark,
+            markersize=size,
+            markerfacecolor=colour if library == OURS else "none",
+            linewidth=2.6 if library == OURS else 1.2,
+            clip_on=False,
+        )
+        ends.append(End(*points[-1], _label(library), colour))
+    depths = sorted({row["branches"] for row in rows})
+    axes.set(xscale="log", xlabel="residual branches")
+    axes.set_xticks(depths, [str(depth) for depth in depths])
+    axes.xaxis.set_minor_locator(NullLocator())
+    tidy(axes)
+    return ends
+
+
+def _label(library: str) -> str:
+    return {OURS: "ours, on the grid", FLOAT: "without the grid"}.get(library, library)

@@ -1,0 +1,134 @@
+"""Videos such as people upload, as far as a decoder can tell: textures that move, and cuts."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from pipelines.data.decoding import decode_sample
+from re2tal.videos.encoding import reproducible
+from re2tal.videos.timegrid import TimeGrid
+from re2tal.videos.windows import Window
+
+WIDTH, HEIGHT = 640, 360
+
+# Frames from one cut to the next.
+_SHOT = 150
+
+# Pixels of a side of the texture over which the camera pans.
+_BACKGROUND = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Footage:
+    """An H.264 video of 360p, with x264's defaults but for these.
+
+    Attributes:
+        title: difference from other footage.
+        gop: largest number of frames from one key frame to the next.
+        fps: frames per second.
+        quality: constant rate factor.
+    """
+
+    title: str
+    gop: int
+    fps: int = 30
+    quality: int = 26
+
+    def write(self, path: Path, frames: int) -> None:
+        """Write an mp4 of so many frames."""
+        with av.open(path, "w") as container:
+            stream = container.add_stream("libx264", rate=self.fps)
+            stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+            stream.options = {**reproducible({"crf": str(self.quality), "g": str(self.gop)})}
+            for picture in pictures(frames):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+
+
+def pictures(frames: int) -> Iterator[np.ndarray]:
+    """Draw a texture that pans, before which others move; RGB, uint8 (360, 640, 3)."""
+    random = np.random.default_rng(0)
+    background = _texture(_BACKGROUND, random)
+    actors = [_texture(256, random)[:height, :width] for height, width in ((160, 120), (90, 200))]
+    for number in range(frames):
+        if number % _SHOT == 0:
+            turns = number // _SHOT
+            scene = np.rot90(np.roll(background, 331 * turns, axis=0), turns)
+        top, left = _sway(number, 70, _BACKGROUND - HEIGHT), _sway(number, 90, _BACKGROUND - WIDTH)
+        picture = scene[top : top + HEIGHT, left : left + WIDTH].copy()
+        for place, actor in enumerate(actors, start=1):
+            height, width, _ = actor.shape
+            top = _sway(number, 23 * place, HEIGHT - height)
+            left = _sway(number, 31 * place, WIDTH - width)
+            picture[top : top + height, left : left + width] = actor
+        yield picture
+
+
+def _sway(number: int, pace: float, reach: int) -> int:
+    """Move to and fro between 0 and `reach`; slower with a larger pace."""
+    return round(reach * (0.5 + 0.5 * np.sin(number / pace)))
+
+
+def _texture(side: int, random: np.random.Generator) -> np.ndarray:
+    """Noise with the spectrum of natural pictures: amplitudes fall with the frequency."""
+    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
+    frequency[0, 0] = np.inf
+    channels = []
+    for _ in range(3):
+        phase = np.exp(2j * np.pi * random.random(frequency.shape))
+        channel = np.fft.irfft2(phase / frequency, s=(side, side))
+        channels.append(channel / channel.std())
+    # most of the contrast of natural pictures is in their brightness
+    grey, red, blue = channels
+    colours = np.stack([grey + 0.3 * red, grey, grey + 0.3 * blue], axis=-1)
+    return np.clip(128 + 40 * colours, 0, 255).astype(np.uint8)
+
+
+def windows_of(
+    video_id: str, seconds: float, *, frames: int, fps: float | None, count: int
+) -> list[Window]:
+    """Draw windows at random places of a video.
+
+    Args:
+        video_id: name of the video.
+        seconds: its length.
+        frames: number of frames of a window.
+        fps: frames of a window per second; None spreads them over the whole video.
+        count: number of windows, unless each is the whole video.
+    """
+    fps = fps or frames / seconds
+    last = max(0.0, seconds - frames / fps)
+    offsets = np.random.default_rng(1).uniform(0, last, count) if last else np.zeros(1)
+    return [
+        Window(
+            video_id=video_id,
+            grid=TimeGrid(fps=fps, stride=2, length=frames, offset=float(offset)),
+            valid=frames,
+            segments=np.zeros((0, 2), np.float32),
+            labels=np.zeros(0, np.int64),
+        )
+        for offset in offsets
+    ]
+
+
+def decoded(rows: Iterable[dict[str, Any]], *, size: int) -> int:
+    """Decode windows as a decoding task does it, and count their frames.
+
+    Args:
+        rows: rows that `decode_sample` takes.
+        size: pixels of the square frames.
+
+    Raises:
+        RuntimeError: if a window cannot be decoded.
+    """
+    frames = 0
+    for row in rows:
+        sample = decode_sample(row, size=size)
+        if sample["error"]:
+            raise RuntimeError(sample["error"])
+        frames += len(sample["frames"])
+    return frames

@@ -1,0 +1,395 @@
+"""The harness of all experiments: jobs with kept results, JSON files, tables and reports."""
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+from pipelines.core.checkout import code_fingerprint, git_commit
+from pipelines.core.clock import duration
+from pipelines.experiments.experiment import (
+    Experiment,
+    Job,
+    Measurement,
+    Outcome,
+    Prepares,
+    Row,
+    Section,
+    Tables,
+    device,
+)
+from re2tal.atomic import replacing
+
+Work = tuple[str, Job]
+"""Name of an experiment, and one of its jobs."""
+
+Execute = Callable[[Sequence[Work]], Iterator[Outcome]]
+"""Does jobs, and yields how each ended as it does."""
+
+VERDICTS = {True: "holds", False: "does not hold", None: "cannot be told"}
+REPORT = "report.md"
+
+
+# Jobs.
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Records:
+    """A folder of results of jobs: the same command goes on with what it has.
+
+    Attributes:
+        folder: folder of the files; it is made.
+        code: fingerprint of the code; what other code computed is computed again.
+        device: name of the device; likewise.
+    """
+
+    folder: Path
+    code: str
+    device: str
+
+    def find(self, experiment: str, job: Job) -> Outcome | None:
+        """Look up a job with the same arguments; None if it was not done, or failed."""
+        path = self._path(experiment, job)
+        if not path.exists():
+            return None
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if (kept["code"], kept["device"]) != (self.code, self.device):
+            return None
+        return Outcome(
+            experiment=experiment, job=job, result=kept["result"], seconds=kept["seconds"]
+        )
+
+    def keep(self, outcome: Outcome) -> None:
+        """Write the result of a job, unless it failed."""
+        if outcome.error:
+            return
+        record = {
+            "job": outcome.job.name,
+            "arguments": outcome.job.arguments,
+            "code": self.code,
+            "device": self.device,
+            "seconds": outcome.seconds,
+            "result": outcome.result,
+        }
+        _write(self._path(outcome.experiment, outcome.job), json.dumps(record, indent=1))
+
+    def _path(self, experiment: str, job: Job) -> Path:
+        what = json.dumps([job.name, dict(job.arguments)], sort_keys=True)
+        return self.folder / experiment / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
+
+
+def execute_here(works: Sequence[Work]) -> Iterator[Outcome]:
+    """Do jobs in this process, one after the other."""
+    for experiment, job in works:
+        yield attempt(experiment, job)
+
+
+def attempt(experiment: str, job: Job) -> Outcome:
+    """Do a job; its failure is reported, and keeps no other job from being done."""
+    began = time.perf_counter()
+    try:
+        result, error = job.work(**job.arguments), ""
+    except Exception as problem:  # whatever it is, it goes into the report
+        result, error = None, f"{type(problem).__name__}: {problem}"
+    seconds = time.perf_counter() - began
+    return Outcome(experiment=experiment, job=job, result=result, seconds=seconds, error=error)
+
+
+def carry_out(
+    experiments: Mapping[str, Experiment], execute: Execute, records: Records, *, resume: bool
+) -> Iterator[Outcome]:
+    """Make what the experiments need, and do their jobs that were not done before.
+
+    Args:
+        experiments: experiments by name.
+        execute: `execute_here`, or the like on Ray.
+        records: results of before; new ones are added.
+        resume: take up results of before.
+    """
+    for experiment in experiments.values():
+        if isinstance(experiment, Prepares):
+            experiment.prepare()
+    works = [(name, job) for name, one in experiments.items() for job in one.jobs()]
+    left = []
+    for name, job in works:
+        known = records.find(name, job) if resume else None
+        if known is None:
+            left.append((name, job))
+        else:
+            yield known
+    if len(left) < len(works):
+        print(f"{len(works) - len(left)} of {len(works)} jobs were done before", flush=True)
+    began = time.perf_counter()
+    for done, outcome in enumerate(execute(left), start=1):
+        records.keep(outcome)
+        to_come = (time.perf_counter() - began) / done * (len(left) - done)
+        how = f"FAILED: {outcome.error}" if outcome.error else duration(outcome.seconds)
+        print(
+            f"{outcome.experiment:<10} {outcome.job.name}: {how}  ({done} of {len(left)}, "
+            f"left {duration(to_come)})",
+            flush=True,
+        )
+        yield outcome
+
+
+# Results of experiments.
+
+
+def circumstances(command: str, where: torch.device) -> dict[str, Any]:
+    """Describe under which circumstances numbers are measured.
+
+    Args:
+        command: command that measures them.
+        where: device that is measured.
+    """
+    return {
+        "command": command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": git_commit(Path(__file__).parent) or "",
+        "device": name_of(where),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def name_of(where: torch.device) -> str:
+    """Name a GPU or this machine's processor."""
+    if where.type == "cuda":
+        return torch.cuda.get_device_name(where)
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chapter:
+    """An experiment that was carried out.
+
+    Attributes:
+        name: name of the experiment.
+        section: its report; None if jobs of it failed.
+        outcomes: ends of all its jobs.
+    """
+
+    name: str
+    section: Section | None
+    outcomes: Sequence[Outcome]
+
+    @property
+    def failed(self) -> list[Outcome]:
+        """Jobs without a result."""
+        return [outcome for outcome in self.outcomes if outcome.error]
+
+    def record(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Put all that is kept of a complete experiment into one record, as JSON takes it.
+
+        Args:
+            facts: circumstances of the measurement.
+        """
+        assert self.section is not None
+        return {
+            "experiment": self.name,
+            "title": self.section.title,
+            "text": self.section.text,
+            **facts,
+            "jobs": len(self.outcomes),
+            "seconds": sum(outcome.seconds for outcome in self.outcomes),
+            "findings": [asdict(finding) for finding in self.section.findings],
+            "figures": list(self.section.figures),
+            "tables": self.section.tables,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Done:
+    """Experiments that were carried out.
+
+    Attributes:
+        chapters: one an experiment.
+        files: the files that were written.
+        sections: Markdown, one an experiment.
+    """
+
+    chapters: Sequence[Chapter]
+    files: Sequence[Path]
+    sections: Sequence[str]
+
+    @property
+    def failures(self) -> int:
+        """Number of jobs that failed."""
+        return sum(len(chapter.failed) for chapter in self.chapters)
+
+
+def run(
+    experiments: Mapping[str, Experiment],
+    *,
+    command: str,
+    kept: Path,
+    results: Path,
+    execute: Execute = execute_here,
+    resume: bool,
+    seen: Callable[[Outcome], object] = lambda _: None,
+) -> Done:
+    """Carry experiments out, and write and print their results.
+
+    Args:
+        experiments: experiments by name.
+        command: command that was given.
+        kept: folder of results of jobs.
+        results: JSON file of the one experiment; or a folder, which also gets a report of all.
+        execute: `execute_here`, or the like on Ray.
+        resume: take up results of jobs that the same code computed before.
+        seen: is given each outcome as it is known.
+    """
+    facts = circumstances(command, _measured_device(next(iter(experiments.values()))))
+    records = Records(folder=kept, code=code_fingerprint(), device=facts["device"])
+    outcomes = []
+    for outcome in carry_out(experiments, execute, records, resume=resume):
+        outcomes.append(outcome)
+        seen(outcome)
+    done = write(chapters(experiments, outcomes), facts, results)
+    for chapter in done.chapters:
+        for finding in chapter.section.findings if chapter.section else ():
+            print(f"{VERDICTS[finding.holds]:<16} {finding.claim}: {finding.evidence}")
+        for outcome in chapter.failed:
+            print(f"FAILED           {chapter.name}, {outcome.job.name}: {outcome.error}")
+    print(f"results: {done.files[-1]}" if done.files else "there are no results", flush=True)
+    return done
+
+
+def _measured_device(experiment: Experiment) -> torch.device:
+    if isinstance(experiment, Measurement):  # what is asked for; most of them need no GPU
+        return torch.device(experiment.arguments.get("device", "cpu"))
+    return device()
+
+
+def chapters(experiments: Mapping[str, Experiment], outcomes: Sequence[Outcome]) -> list[Chapter]:
+    """Report on experiments, in their order, from the outcomes of all their jobs."""
+    found = []
+    for name, experiment in experiments.items():
+        own = [outcome for outcome in outcomes if outcome.experiment == name]
+        whole = not any(outcome.error for outcome in own)
+        results = {outcome.job.name: outcome.result for outcome in own}
+        section = experiment.section(results) if whole else None
+        found.append(Chapter(name=name, section=section, outcomes=own))
+    return found
+
+
+def write(found: Sequence[Chapter], facts: dict[str, Any], results: Path) -> Done:
+    """Write the results of complete experiments as JSON, their pictures, and perhaps a report.
+
+    Args:
+        found: the chapters.
+        facts: circumstances of all numbers.
+        results: JSON file of the one chapter; or a folder, which also gets a report of all.
+    """
+    one = results.suffix == ".json"
+    folder = results.parent if one else results
+    files: list[Path] = []
+    sections = []
+    for chapter in found:
+        if chapter.section is None:
+            lines = "\n".join(f"- {o.job.name}: {o.error.splitlines()[0]}" for o in chapter.failed)
+            sections.append(f"## {chapter.name}\n\nIt is not complete. What failed:\n\n{lines}")
+            continue
+        record = chapter.record(facts)
+        files.append(results if one else folder / f"{chapter.name}.json")
+        _write(files[-1], json.dumps(record, indent=1))
+        for name, figure in chapter.section.figures.items():
+            files.append(folder / f"{name}.png")
+            figure.savefig(files[-1], dpi=150)
+        sections.append(markdown(record))
+    if not one:
+        findings = [asdict(f) for c in found if c.section for f in c.section.findings]
+        head = ["# Re2TAL, reproduced", _told(facts), summary(findings)]
+        files.append(folder / REPORT)
+        _write(files[-1], "\n\n".join(head + sections))
+    return Done(chapters=found, files=files, sections=sections)
+
+
+def save(tables: Tables, path: Path, command: str, *, title: str, text: str = "") -> None:
+    """Write tables that were measured elsewhere as the results of an experiment.
+
+    Args:
+        tables: the tables.
+        path: JSON file; it is replaced.
+        command: command that measures them.
+        title: title of their section.
+        text: description of the measurement.
+    """
+    section = Section(title=title, text=text, tables=tables)
+    chapter = Chapter(name=path.stem, section=section, outcomes=())
+    write([chapter], circumstances(command, torch.device("cpu")), path)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
+# Markdown.
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """Format the record of an experiment as a section: circumstances, pictures and tables."""
+    parts = [f"## {record['title']}", _told(record), record["text"]]
+    parts += [summary(record["findings"])] if record["findings"] else []
+    parts += [f"![{name}]({name}.png)" for name in record["figures"]]
+    for title, rows in record["tables"].items():
+        parts += [f"**{title}**", table(rows)]
+    if record["jobs"] > 1:
+        parts.append(f"{record['jobs']} jobs, {duration(record['seconds'])} of computing.")
+    return "\n\n".join(part for part in parts if part)
+
+
+def all_results(folder: Path) -> str:
+    """Format all results in a folder, one section each."""
+    files = sorted(folder.glob("*.json"))
+    return "\n\n".join(markdown(json.loads(path.read_text(encoding="utf-8"))) for path in files)
+
+
+def _told(facts: dict[str, Any]) -> str:
+    at = f", commit {facts['commit'][:12]}" if facts["commit"] else ""
+    return (
+        f"`{facts['command']}`, {facts['date']}{at}: {facts['device']}, {facts['threads']} "
+        f"threads, torch {facts['torch']}, Python {facts['python']}."
+    )
+
+
+def summary(findings: Sequence[dict[str, Any]]) -> str:
+    """Format the verdicts on claims as a table."""
+    rows: list[Row] = [
+        {"claim": f["claim"], "at this scale": VERDICTS[f["holds"]], "evidence": f["evidence"]}
+        for f in findings
+    ]
+    return table(rows) if rows else "There are no verdicts."
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Format rows, at least one, as a Markdown table; what is a list is left out."""
+    columns = [name for name, value in rows[0].items() if not isinstance(value, list)]
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[_text(row[name]) for name in columns] for row in rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"

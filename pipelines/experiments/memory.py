@@ -1,0 +1,538 @@
+"""The paper's first claim: memory consumption is reduced.
+
+The peak of one training step, plain, with per-block checkpointing, with the connections rewired and
+no more, and as this project does it: over frames, resolution and depth, and for several backbones;
+and the longest clip that fits the memory of a GPU.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+from pipelines.experiments.experiment import (
+    Finding,
+    Job,
+    Result,
+    Row,
+    Section,
+    Tables,
+    refuse_unknown,
+)
+from pipelines.experiments.pictures import COLOURS, lines, tidy
+from pipelines.experiments.planner import Planner, backbone_alone
+from pipelines.experiments.resident import resident
+from pipelines.training.workload import Workload
+from re2tal.backbones.table import backbones
+from re2tal.errors import UserError
+from re2tal.memory.fit import GIBIBYTE
+from re2tal.memory.ways import KEEPING, WAYS
+from re2tal.precision import Precision
+
+ByWay = Mapping[str, Result]
+"""Results of `peaks` or `resident`, by way to train."""
+
+NO_GPU = "no GPU"
+OUT_OF_MEMORY = "out of memory"
+
+_MB = 1e6
+_HARDLY = 0.1  # of what one more block costs plain training
+_PEAK = "predicted peak of a step, GiB"
+_BELOW = "naive"  # whose number stands below its dot, for it is close to checkpointing's
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Peak memory of one training step, in four ways.
+
+    Attributes:
+        backbone: backbone that is looked at over frames, resolution and depth, and for what fits.
+        others: backbones of which one step is looked at, that with the most frames.
+        frames: lengths of the one clip in the batch.
+        size: height and width of a frame.
+        smaller: other sizes of a frame.
+        depths: numbers of blocks of the deepest stage.
+        precision: number format of the branches.
+        cards: memory of GPUs in GiB, for each of which the longest clip is looked for.
+        resident: network of `pipelines/experiments/models.py` of which the memory of fresh
+            processes is measured, too, on the CPU; with "" that is left out.
+        resident_frames: length of its clip.
+        resident_size: height and width of its frames.
+        resident_repetitions: number of processes, of which the median is taken.
+    """
+
+    backbone: str = "swin_t"
+    others: tuple[str, ...] = ("swin_s", "swin_b", "slowfast_50", "slowfast_101")
+    frames: tuple[int, ...] = (192, 384, 768)
+    size: int = 224
+    smaller: tuple[int, ...] = (112,)
+    depths: tuple[int, ...] = (6, 18)
+    precision: Precision = "bfloat16"
+    cards: tuple[float, ...] = (12, 24, 80)
+    resident: str = "swin3d_t"
+    resident_frames: int = 32
+    resident_size: int = 112
+    resident_repetitions: int = 1
+
+    def __post_init__(self) -> None:
+        refuse_unknown("backbone", (self.backbone, *self.others), backbones())
+        if not self.frames or not self.cards or len(set(self.depths)) < 2:
+            raise UserError(
+                "Give frames, cards and at least two depths: memory is looked at over each of them."
+            )
+
+    def jobs(self) -> Sequence[Job]:
+        """List every backbone in every way."""
+        more = {name: sorted(getattr(self, name)) for name in ("frames", "depths", "cards")}
+        found = []
+        for way in KEEPING:
+            found.append(self._job(self.backbone, self.size, way, **more))
+            found += [self._job(self.backbone, size, way) for size in self.smaller]
+            found += [self._job(other, self.size, way) for other in self.others]
+            if self.resident:
+                found.append(self._resident(way))
+        return found
+
+    def _job(self, backbone: str, size: int, way: str, **more: Any) -> Job:
+        arguments = {
+            "backbone": backbone,
+            "way": way,
+            "size": size,
+            "precision": self.precision,
+            "frames": [max(self.frames)],
+            "depths": [],
+            "cards": [],
+        }
+        return Job(name=_named(backbone, size, way), work=peaks, arguments=arguments | more)
+
+    def _resident(self, way: str) -> Job:
+        arguments = {
+            "model": self.resident,
+            "step": {"frames": self.resident_frames, "size": self.resident_size},
+            "way": way,
+            "repetitions": self.resident_repetitions,
+        }
+        return Job(name=_named_resident(way), work=resident, arguments=arguments)
+
+    def section(self, results: Mapping[str, Result]) -> Section:
+        """Report on memory."""
+        found = self._numbers(results)
+        step = f"{self.size} px, {self.precision}, one clip"
+        return Section(
+            title="Memory consumption is reduced",
+            text=self._text(step),
+            findings=_findings(found),
+            tables=_tables(found),
+            figures={
+                "memory": _over_frames(found, f"{self.backbone}, {step}"),
+                "memory_depth": _over_depth(found, f"{found.frames[-1]} frames, {step}"),
+            },
+            metrics=_metrics(found),
+        )
+
+    def _numbers(self, results: Mapping[str, Result]) -> "_Numbers":
+        def ways(backbone: str, size: int) -> ByWay:
+            return {way: results[_named(backbone, size, way)] for way in KEEPING}
+
+        processes = {way: results[_named_resident(way)] for way in KEEPING if self.resident}
+        return _Numbers(
+            backbone=self.backbone,
+            frames=sorted(self.frames),
+            depths=sorted(self.depths),
+            cards=sorted(self.cards),
+            backbones={name: ways(name, self.size) for name in (self.backbone, *self.others)},
+            sizes={size: ways(self.backbone, size) for size in sorted({*self.smaller, self.size})},
+            processes=processes,
+        )
+
+    def _text(self, step: str) -> str:
+        text = (
+            "The most bytes that tensors take during a forward and backward, from `uint8` frames "
+            "to the gradients of the backbone's parameters; parameters and gradients are in it, an "
+            f"optimizer is not. {step}, unless a table says otherwise. Predicted with fake tensors "
+            "(`re2tal.memory.predict_peak`), which compute nothing, for the operators of a CPU. "
+            "Those of a GPU take more: on an H200, 6 % more with plain training, 34 % with "
+            "checkpoints, 27 % with rewiring alone and 23 % with ours (README.md). Naive "
+            "reversible is rewiring and no more: branches run whole, stems and down-sampling "
+            "layers store."
+        )
+        if not self.resident:
+            return text
+        return (
+            f"{text} For the small step {self.resident} is trained on {self.resident_frames} "
+            f"frames of {self.resident_size} px in float32, each way in a process of its own; "
+            "parameters and frames are not counted. By default glibc keeps freed blocks of up to "
+            "32 MB, which then count as if they were in use; measured is without that."
+        )
+
+
+def quick() -> Memory:
+    """Configure a toy backbone, and nothing measured: it shows that everything runs, and no more.
+
+    Its card lies between what plain training and the others need.
+    """
+    return Memory(
+        backbone="swin_toy",
+        others=(),
+        frames=(32, 64),
+        size=64,
+        smaller=(32,),
+        depths=(2, 4),
+        cards=(0.0115,),
+        resident="",
+    )
+
+
+def _named(backbone: str, size: int, way: str) -> str:
+    return f"{backbone}, {size} px, {WAYS[way].title}"
+
+
+def _named_resident(way: str) -> str:
+    return f"a fresh process, {WAYS[way].title}"
+
+
+# The work.
+
+
+def peaks(
+    *,
+    backbone: str,
+    way: str,
+    size: int,
+    precision: Precision,
+    frames: Sequence[int],
+    depths: Sequence[int],
+    cards: Sequence[float],
+) -> dict[str, Any]:
+    """Predict peaks of a step in one way, and measure one if there is a GPU.
+
+    Args:
+        backbone: name of the table of backbones.
+        way: key of `WAYS`.
+        size: height and width of a frame.
+        precision: number format of the branches.
+        frames: lengths of the clip; with the longest, depths are compared and the GPU is measured.
+        depths: numbers of blocks of the deepest stage.
+        cards: memory in GiB that a clip is to fit.
+
+    Returns:
+        Bytes for each of `frames` and of `depths`; in "parts", those that the longest clip consists
+        of; in "fits", frames for each of `cards`; in "measured", bytes or why there are none.
+    """
+    work = Workload(frames=max(frames), size=size, precision=precision)
+    planner = Planner(backbone_alone(backbone, work))
+    return {
+        "frames": [planner.peak(way, frames=count) for count in frames],
+        "parts": asdict(planner.predict(way)),
+        "depths": [planner.peak(way, depth=depth) for depth in depths],
+        "fits": [planner.frames_that_fit(way, int(card * GIBIBYTE)) for card in cards],
+        "measured": _measured(planner, way),
+    }
+
+
+def _measured(planner: Planner, way: str) -> int | str:
+    if not torch.cuda.is_available():
+        return NO_GPU
+    size = planner.measure(way)
+    return OUT_OF_MEMORY if size is None else size
+
+
+# Tables, metrics and verdicts.
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Numbers:
+    """All results: of every backbone, of one by the size of a frame, and of fresh processes.
+
+    Frames, depths and cards are in ascending order; the last of frames is that of all else.
+    """
+
+    backbone: str
+    frames: Sequence[int]
+    depths: Sequence[int]
+    cards: Sequence[float]
+    backbones: Mapping[str, ByWay]
+    sizes: Mapping[int, ByWay]
+    processes: ByWay
+
+    @property
+    def close(self) -> ByWay:
+        """Results of the backbone that was looked at closely."""
+        return self.backbones[self.backbone]
+
+
+def _tables(found: _Numbers) -> Tables:
+    close, step = found.close, f"{found.backbone}, {found.frames[-1]} frames"
+    by_size = {way: [ways[way] for ways in found.sizes.values()] for way in close}
+    parts = ("peak", "activations", "parameters", "gradients", "inputs")
+    made = {
+        f"Peak of a step with {found.frames[-1]} frames": _by_backbone(found.backbones),
+        f"{found.backbone}: predicted peak, by frames": _over(
+            [f"{count} frames, GiB" for count in found.frames],
+            close,
+            lambda result: _in_gib(result["frames"]),
+        ),
+        f"{step}: predicted peak, by height and width": _over(
+            [f"{size} px, GiB" for size in found.sizes],
+            by_size,
+            lambda results: _in_gib([_last(result) for result in results]),
+        ),
+        f"{step}: predicted peak, by blocks of the deepest stage": _over(
+            [f"{depth} blocks, GiB" for depth in found.depths],
+            close,
+            lambda result: _in_gib(result["depths"]),
+        ),
+        f"{step}: predicted bytes, each kind when it is most": _over(
+            [f"{part}, GiB" for part in parts],
+            close,
+            lambda result: _in_gib([result["parts"][part] for part in parts]),
+        ),
+        f"{found.backbone}: frames of the longest clip that fits": _over(
+            [f"{card:g} GiB" for card in found.cards], close, lambda result: result["fits"]
+        ),
+    }
+    if found.processes:
+        columns = ("predicted", "measured", "allocator's default")
+        made["A small step on the CPU: what it adds to a fresh process"] = _over(
+            [f"{column}, MB" for column in columns],
+            found.processes,
+            lambda result: [result[column] / _MB for column in columns],
+        )
+    return made
+
+
+def _by_backbone(backbones: Mapping[str, ByWay]) -> list[Row]:
+    rows = [
+        {
+            "backbone": name,
+            "training": WAYS[way].title,
+            "predicted, GiB": _last(result) / GIBIBYTE,
+            "of plain": _last(result) / _last(ways["plain"]),
+            "measured, GiB": _size(result),
+        }
+        for name, ways in backbones.items()
+        for way, result in ways.items()
+    ]
+    if all(row["measured, GiB"] == NO_GPU for row in rows):
+        for row in rows:
+            del row["measured, GiB"]
+    return rows
+
+
+def _size(result: Result) -> float | str:
+    """Measured GiB, or why there are none."""
+    size = result["measured"]
+    return size if isinstance(size, str) else size / GIBIBYTE
+
+
+def _over(
+    columns: Sequence[str], found: ByWay, values: Callable[[Result], Sequence[float]]
+) -> list[Row]:
+    """A row for each way; `values` gives the columns of a result."""
+    return [
+        {"training": WAYS[way].title} | dict(zip(columns, values(result), strict=True))
+        for way, result in found.items()
+    ]
+
+
+def _last(result: Result) -> int:
+    """Bytes of the step with the most frames."""
+    return int(result["frames"][-1])
+
+
+def _in_gib(sizes: Sequence[int]) -> list[float]:
+    return [size / GIBIBYTE for size in sizes]
+
+
+def _metrics(found: _Numbers) -> dict[str, float]:
+    sizes = {
+        f"memory/{name}/{way}_gib": _last(result) / GIBIBYTE
+        for name, ways in found.backbones.items()
+        for way, result in ways.items()
+    }
+    fits = {
+        f"memory/{found.backbone}/{way}_frames_in_{card:g}_gib": float(frames)
+        for way, result in found.close.items()
+        for card, frames in zip(found.cards, result["fits"], strict=True)
+    }
+    return sizes | fits
+
+
+def _findings(found: _Numbers) -> list[Finding]:
+    made = [_less_than_plain(found), _less_than_the_others(found), _depth(found), _longer(found)]
+    return [*made, _processes(found.processes)] if found.processes else made
+
+
+def _less_than_plain(found: _Numbers) -> Finding:
+    factors = {name: _factor(ways, "plain") for name, ways in found.backbones.items()}
+    ours, plain = found.close["ours"], found.close["plain"]
+    sizes = f"{_last(ours) / GIBIBYTE:.3g} GiB instead of {_last(plain) / GIBIBYTE:.3g}"
+    if ours["measured"] != NO_GPU:
+        sizes += f" (measured: {_text(_size(ours))} instead of {_text(_size(plain))})"
+    others = ", ".join(f"{name} {factor:.1f}" for name, factor in factors.items())
+    return Finding(
+        claim="Memory consumption is reduced",
+        holds=min(factors.values()) > 1,
+        evidence=(
+            f"{found.backbone}, {found.frames[-1]} frames: {sizes}; plain needs so many times as "
+            f"much: {others}"
+        ),
+    )
+
+
+def _text(size: float | str) -> str:
+    return size if isinstance(size, str) else f"{size:.3g} GiB"
+
+
+def _less_than_the_others(found: _Numbers) -> Finding:
+    evidence, holds = [], True
+    for way in ("checkpointed", "naive"):
+        factors = [_factor(ways, way) for ways in found.backbones.values()]
+        holds = holds and min(factors) > 1
+        needs = f"{min(factors):.1f} to {max(factors):.1f} times as much"
+        evidence.append(f"{WAYS[way].title} needs {needs}")
+    return Finding(
+        claim="It is less than with checkpoints, and than rewiring alone needs",
+        holds=holds,
+        evidence=", ".join(evidence),
+    )
+
+
+def _factor(ways: ByWay, way: str) -> float:
+    return _last(ways[way]) / _last(ways["ours"])
+
+
+def _depth(found: _Numbers) -> Finding:
+    blocks = found.depths[-1] - found.depths[0]
+    added = {
+        way: (result["depths"][-1] - result["depths"][0]) / blocks / 2**20
+        for way, result in found.close.items()
+    }
+    ours, plain = (f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in (added["ours"], added["plain"]))
+    return Finding(
+        claim="Memory hardly grows with depth",
+        holds=added["ours"] < _HARDLY * added["plain"],
+        evidence=(
+            f"one more block of {found.backbone}: {ours} MiB instead of {plain}, its parameters "
+            "and their gradients included"
+        ),
+    )
+
+
+def _longer(found: _Numbers) -> Finding:
+    fits = {way: result["fits"] for way, result in found.close.items()}
+    others = [way for way in fits if way != "ours"]
+    pairs = zip(found.cards, fits["ours"], fits["plain"], strict=True)
+    return Finding(
+        claim="Longer clips fit",
+        holds=all(
+            ours > max(fits[way][i] for way in others) for i, ours in enumerate(fits["ours"])
+        ),
+        evidence="; ".join(
+            f"{card:g} GiB: {ours} frames instead of {plain}" for card, ours, plain in pairs
+        ),
+    )
+
+
+def _processes(found: ByWay) -> Finding:
+    sizes = {way: result["measured"] / _MB for way, result in found.items()}
+    return Finding(
+        claim="Fresh processes grow as predicted: ours least, plain most",
+        holds=sizes["ours"] < sizes["checkpointed"] < sizes["plain"],
+        evidence=", ".join(f"{WAYS[way].title} {size:.0f} MB" for way, size in sizes.items()),
+    )
+
+
+# Pictures.
+
+
+def _over_frames(found: _Numbers, title: str) -> Figure:
+    """Memory against frames, and the longest clip that fits the memory of each GPU."""
+    figure, left, right = _two_panels(title)
+    curves = {WAYS[way].title: _in_gib(result["frames"]) for way, result in found.close.items()}
+    near = [card for card in found.cards if card < 2 * max(map(max, curves.values()))]
+    for card in near:
+        left.axhline(card, color="0.6", linewidth=0.9, linestyle=(0, (5, 3)))
+        left.annotate(
+            f"a GPU of {card:g} GiB",
+            (0, card),
+            xytext=(5, 2),
+            textcoords="offset points",
+            fontsize=8,
+            color="0.4",
+        )
+    left.set(xlabel="frames of the clip", ylabel=_PEAK)
+    left.set_title("Memory of a training step", loc="left", fontweight="bold")
+    lines(left, found.frames, curves, unit="GiB", at_least=max(near, default=0))
+    _fitting(right, found)
+    return figure
+
+
+def _over_depth(found: _Numbers, title: str) -> Figure:
+    """Memory against depth, and of all backbones."""
+    figure, left, right = _two_panels(title)
+    left.set(xlabel=f"blocks of the deepest stage of {found.backbone}", ylabel=_PEAK)
+    curves = {WAYS[way].title: _in_gib(result["depths"]) for way, result in found.close.items()}
+    left.set_title("Memory against depth", loc="left", fontweight="bold")
+    lines(left, found.depths, curves, unit="GiB")
+    _bars(right, found)
+    return figure
+
+
+def _two_panels(title: str) -> tuple[Figure, Axes, Axes]:
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure.suptitle(title, fontsize=10, color="0.35")
+    left, right = figure.subplots(1, 2, width_ratios=(5, 4))
+    return figure, left, right
+
+
+def _fitting(axes: Axes, found: _Numbers) -> None:
+    """A row for each GPU, in it a dot for each way at the longest clip that fits."""
+    for row in range(len(found.cards)):
+        fits = {way: r["fits"][row] for way, r in found.close.items() if r["fits"][row]}
+        axes.plot([min(fits.values()), max(fits.values())], [row, row], color="0.8", zorder=1)
+        for way, frames in fits.items():
+            ours = way == "ours"
+            colour = COLOURS[WAYS[way].title]
+            axes.plot(frames, row, "o", color=colour, markersize=9 if ours else 6)
+            axes.annotate(
+                f"{frames:,}",
+                (frames, row),
+                xytext=(0, -16 if way == _BELOW else 8),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+                color=colour,
+                fontweight="bold" if ours else "normal",
+            )
+    rows = range(len(found.cards))
+    axes.set_title("Longest clip that fits a GPU", loc="left", fontweight="bold")
+    axes.set(xscale="log", xlabel="frames")
+    axes.set(yticks=rows, yticklabels=[f"{card:g} GiB" for card in found.cards])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.margins(x=0.1)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda n, _: f"{n / 1000:g}k" if n >= 1000 else f"{n:g}")
+    tidy(axes)
+    axes.grid(visible=False, axis="y")
+
+
+def _bars(axes: Axes, found: _Numbers) -> None:
+    """For each backbone a bar for each way."""
+    for row, way in enumerate(found.close):
+        colour = COLOURS[WAYS[way].title]
+        values = _in_gib([_last(ways[way]) for ways in found.backbones.values()])
+        places = [place + 0.21 * (row - 1.5) for place in range(len(values))]
+        bars = axes.barh(places, values, 0.19, color=colour)
+        axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=8, color=colour)
+    axes.set_title("Memory of other backbones", loc="left", fontweight="bold")
+    axes.set(yticks=range(len(found.backbones)), yticklabels=list(found.backbones), xlabel=_PEAK)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    tidy(axes)
+    axes.grid(visible=False, axis="y")

@@ -1,0 +1,164 @@
+"""Networks that experiments train: whole models, and stacks of residual blocks of any depth."""
+
+from collections.abc import Callable, Sequence
+from itertools import cycle, islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.swin_transformer import SwinTransformerBlock
+from torchvision.models.video import SwinTransformer3d, r3d_18, swin3d_t
+from torchvision.models.video.resnet import BasicBlock, Conv3DSimple
+from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
+from torchvision.models.vision_transformer import EncoderBlock
+
+from pipelines.training.workload import Workload
+from re2tal.backbones.slowfast import SlowFastConfig, slowfast_50, slowfast_101
+from re2tal.backbones.slowfast.blocks import Bottleneck
+from re2tal.reversible import Branch, branches
+
+
+def _swin(*depths: int) -> nn.Module:
+    return SwinTransformer3d(
+        patch_size=[2, 4, 4],
+        embed_dim=96,
+        depths=list(depths),
+        num_heads=[3, 6, 12, 24],
+        window_size=[8, 7, 7],
+        stochastic_depth_prob=0.1,
+    )
+
+
+def _toy_swin() -> nn.Module:
+    return SwinTransformer3d(
+        patch_size=[2, 4, 4],
+        embed_dim=8,
+        depths=[2, 2],
+        num_heads=[2, 2],
+        window_size=[2, 4, 4],
+        num_classes=3,
+    )
+
+
+def _slowfast(config: SlowFastConfig) -> nn.Module:
+    """Make a SlowFast with branches as small as those of a trained network.
+
+    Its norms use the statistics that they were loaded with. Those of random weights normalize
+    nothing, and every branch would multiply the streams by 1.3: by 500 over the 22 of a stage.
+    """
+    model = config.build()
+    for module in model.modules():
+        if isinstance(module, Bottleneck):
+            nn.init.constant_(module.conv3.bn.weight, 0.1)
+    return model
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "swin3d_t": swin3d_t,
+    "swin3d_t with 12 blocks in stage 3": lambda: _swin(2, 2, 12, 2),
+    "slowfast_50": lambda: _slowfast(slowfast_50()),
+    "slowfast_101": lambda: _slowfast(slowfast_101()),
+    "r3d_18": r3d_18,
+    "toy_swin": _toy_swin,
+}
+
+
+def build(name: str) -> nn.Module:
+    """Make a model of `MODELS` with random weights, in training mode; the same at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return MODELS[name]().train()
+
+
+SMALL = Workload(frames=32, size=112)
+"""Step of `swin3d_t` that two CPU cores train in seconds."""
+
+LONG = Workload(frames=768, size=224, precision="bfloat16")
+"""Step that Re2TAL trains end to end, of which the memory can be predicted anywhere."""
+
+Stack = tuple[nn.Sequential, Tensor]
+
+
+class MlpBlock(nn.Module):
+    """``x + two(gelu(one(norm(x))))`` for x ``(B, C)``.
+
+    Args:
+        width: C.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.one = nn.Linear(width, 4 * width)
+        self.two = nn.Linear(4 * width, width)
+
+    def branch(self, x: Tensor) -> Tensor:
+        """What is added to x."""
+        return self.two(F.gelu(self.one(self.norm(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block."""
+        return x + self.branch(x)
+
+
+@branches.register
+def _mlp(block: MlpBlock) -> list[Branch]:
+    return [Branch("mlp", (block.norm, block.one, block.two), block.branch)]
+
+
+def _mlp_stack(count: int) -> Stack:
+    return nn.Sequential(*(MlpBlock(64) for _ in range(count))), torch.randn(64, 64)
+
+
+def swin_stack(
+    count: int, *, width: int = 32, heads: int = 2, grid: Sequence[int] = (4, 8, 8)
+) -> Stack:
+    """Video Swin's blocks, every other one shifted, and one clip of random tokens.
+
+    Args:
+        count: residual branches, an even number.
+        width: channels.
+        heads: of an attention, whose windows are ``(2, 4, 4)``.
+        grid: tokens in time, height and width.
+    """
+    shifts = islice(cycle(([0, 0, 0], [1, 2, 2])), count // 2)
+    blocks = (
+        SwinTransformerBlock(
+            dim=width,
+            num_heads=heads,
+            window_size=[2, 4, 4],
+            shift_size=shift,
+            attn_layer=ShiftedWindowAttention3d,
+        )
+        for shift in shifts
+    )
+    return nn.Sequential(*blocks), torch.randn(1, *grid, width)
+
+
+def _vit_stack(count: int) -> Stack:
+    blocks = (
+        EncoderBlock(num_heads=2, hidden_dim=32, mlp_dim=128, dropout=0.0, attention_dropout=0.0)
+        for _ in range(count // 2)
+    )
+    return nn.Sequential(*blocks), torch.randn(4, 32, 32)
+
+
+def _resnet_stack(count: int) -> Stack:
+    blocks = (BasicBlock(16, 16, Conv3DSimple) for _ in range(count))
+    return nn.Sequential(*blocks), torch.randn(2, 16, 4, 8, 8)
+
+
+STACKS: dict[str, Callable[[int], Stack]] = {
+    "LayerNorm-MLP": _mlp_stack,
+    "Video Swin": swin_stack,
+    "ViT": _vit_stack,
+    "R3D": _resnet_stack,
+}
+"""A stack with so many residual branches (an even number), and an input; weights are random."""
+
+
+def stack(family: str, count: int) -> Stack:
+    """A stack and an input; the same at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return STACKS[family](count)

@@ -1,0 +1,122 @@
+"""Elements of all pictures: a colour a way, and names at the ends of lines."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+from matplotlib.axes import Axes
+from matplotlib.transforms import ScaledTranslation
+
+COLOURS = {
+    "plain": "#4d4d4d",
+    "per-block checkpointing": "#2b7bba",
+    "naive reversible": "#d98a1f",
+    "ours": "#c2182b",
+    "ours, float": "#8a5fbf",
+}
+"""Colour of each way to train, by its title."""
+
+_GAP = 0.06  # between the middles of two names, as a share of the height of the axes
+_BOLD = ("ours:", "ours, on the grid")
+_BESIDE = 0.26  # between the axes and the names, in inches
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The last point of a line.
+
+    Attributes:
+        x: place in the axes' data.
+        y: likewise.
+        text: name of the line.
+        colour: colour of the line.
+    """
+
+    x: float
+    y: float
+    text: str
+    colour: str
+
+
+def tidy(axes: Axes) -> None:
+    """Take away what a picture can do without."""
+    axes.grid(color="0.92", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def lines(
+    axes: Axes,
+    x: Sequence[int],
+    curves: Mapping[str, Sequence[float]],
+    *,
+    unit: str,
+    at_least: float = 0,
+) -> None:
+    """Draw a line for each way, with its name and its last value at its end, from zero on.
+
+    Args:
+        axes: axes that get the lines.
+        x: places of the values, in ascending order.
+        curves: values by the titles of the ways.
+        unit: unit of the values.
+        at_least: value that the axis has to reach.
+    """
+    highest = max(at_least, *map(max, curves.values()))
+    axes.set(xlim=(0, x[-1]), xticks=[0, *x], ylim=(0, 1.06 * highest))
+    ends = []
+    for title, values in curves.items():
+        colour, width = COLOURS[title], 2.6 if title == "ours" else 1.6
+        axes.plot(x, values, "o-", color=colour, linewidth=width, markersize=4, clip_on=False)
+        ends.append(End(x[-1], values[-1], f"{title}: {values[-1]:.3g} {unit}", colour))
+    tidy(axes)
+    label_ends(axes, ends)
+
+
+def label_ends(axes: Axes, ends: Sequence[End]) -> None:
+    """Write the names of lines right of the axes, each at the height of its end.
+
+    Names that would overlap are moved apart, and tied to their ends with a thin line.
+
+    Args:
+        axes: axes with the limits and the scales that they will have.
+        ends: ends of the lines.
+    """
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    beside = axes.transAxes + ScaledTranslation(_BESIDE, 0, figure.dpi_scale_trans)
+    inverse = axes.transAxes.inverted()
+    points = [inverse.transform(axes.transData.transform((end.x, end.y))) for end in ends]
+    order = sorted(range(len(ends)), key=lambda i: points[i][1])
+    heights = apart([float(points[i][1]) for i in order], _GAP)
+    for i, height in zip(order, heights, strict=True):
+        axes.annotate(
+            ends[i].text,
+            xy=tuple(points[i]),
+            xytext=(1, height),
+            xycoords="axes fraction",
+            textcoords=beside,
+            color=ends[i].colour,
+            fontweight="bold" if ends[i].text.startswith(_BOLD) else "normal",
+            verticalalignment="center",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": ends[i].colour,
+                "linewidth": 0.6,
+                "relpos": (0, 0.5),
+            },
+        )
+
+
+def apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Move ascending heights at least a gap apart, as little as can be (least squares)."""
+    # Without the gaps before it, a height may stay where it is or be pooled with its neighbours.
+    groups: list[list[float]] = []
+    for i, height in enumerate(heights):
+        groups.append([height - i * gap])
+        while len(groups) > 1 and mean(groups[-2]) > mean(groups[-1]):
+            last = groups.pop()
+            groups[-1] += last
+    pooled = [mean(group) for group in groups for _ in group]
+    return [height + i * gap for i, height in enumerate(pooled)]

@@ -1,0 +1,224 @@
+"""Predictions of the memory of a step: of a recipe's detector, or of a backbone by itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from math import lcm
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.training.workload import Workload, workload_of
+from re2tal.backbones.table import entry_of
+from re2tal.detector import Detector
+from re2tal.memory import Breakdown, StepMemory, explain_peak, predict_peak
+from re2tal.memory.fit import largest_that_fits
+from re2tal.memory.ways import PLAIN, prepare, residual_blocks
+
+if TYPE_CHECKING:
+    from pipelines.config.recipe import Recipe
+
+# Frames that Video Swins attend to at a time, and a multiple of the number that others want.
+_UNIT = 16
+
+# A recipe says nothing about classes; each costs a few hundred parameters and a row of logits.
+_CLASSES = tuple(f"class {i}" for i in range(20))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model whose training step is predicted.
+
+    Attributes:
+        name: title.
+        work: frames of its step.
+        backbone: shape of its backbone.
+        unit: number of frames of which windows are multiples.
+        assemble: makes a detector with a backbone of a given shape, not rewired.
+    """
+
+    name: str
+    work: Workload
+    backbone: Any  # a `BackboneConfig` with `depths`
+    unit: int
+    assemble: Callable[[Any], Detector]
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the deepest stage."""
+        return max(self.backbone.depths)
+
+    def build(self, depth: int) -> Detector:
+        """Make the detector in training mode, not rewired, with random weights.
+
+        Args:
+            depth: number of blocks of the deepest stage.
+        """
+        depths = list(self.backbone.depths)
+        depths[depths.index(self.depth)] = depth
+        return self.assemble(replace(self.backbone, depths=tuple(depths))).train()
+
+
+class _Features(nn.Module):
+    """In the place of a localizer: the features themselves."""
+
+    num_classes = 0
+    multiple = 1
+
+    def predict(self, features: Tensor, mask: Tensor) -> tuple[Tensor]:  # noqa: ARG002
+        return (features,)
+
+
+def backbone_alone(name: str, work: Workload) -> Subject:
+    """Describe a backbone of the table without a localizer, from uint8 frames to features.
+
+    Raises:
+        UserError: if there is none of that name.
+        ValueError: if it cannot be made deeper and shallower.
+    """
+    config: Any = entry_of(name).make()
+    _check_depths(config)
+    with torch.device("meta"):  # only a number is of interest
+        multiple = config.build().multiple
+    return Subject(
+        name=name,
+        work=work,
+        backbone=config,
+        unit=lcm(_UNIT, multiple),
+        assemble=lambda shape: Detector(shape.build(), _Features()),
+    )
+
+
+def of_recipe(recipe: Recipe) -> Subject:
+    """Describe the detector of a recipe, reversible or not, with random weights and 20 classes.
+
+    Raises:
+        ValueError: If its backbone is none that can be made deeper and shallower.
+    """
+    # Here, because a backbone by itself is also looked at where there is no PyAV.
+    from pipelines.training.model import build_detector
+
+    def assemble(shape: Any) -> Detector:  # of the class that the recipe has
+        model = replace(recipe.model, backbone=shape, reversible=False)
+        return build_detector(replace(recipe, model=model), _CLASSES, weights=None)
+
+    config: Any = recipe.model.backbone
+    _check_depths(config)
+    backbone = config.build()
+    localizer = recipe.model.localizer.build(backbone.channels, len(_CLASSES))
+    return Subject(
+        name=recipe.name,
+        work=workload_of(recipe),
+        backbone=config,
+        unit=lcm(_UNIT, backbone.multiple, backbone.temporal_stride * localizer.multiple),
+        assemble=assemble,
+    )
+
+
+def _check_depths(config: Any) -> None:
+    if not hasattr(config, "depths"):
+        raise ValueError(
+            f"A {type(config).__name__} cannot be profiled: its depth has to be changed for that, "
+            "and it has no field `depths`."
+        )
+
+
+@dataclass
+class Planner:
+    """Predicts, and remembers its predictions; ways to train are keys of `WAYS`.
+
+    Attributes:
+        subject: model whose step is predicted.
+    """
+
+    subject: Subject
+    _detectors: dict[str, Detector] = field(default_factory=dict)
+    _steps: dict[tuple[str, int, int], StepMemory] = field(default_factory=dict)
+
+    def blocks(self) -> list[str]:
+        """Name the backbone's residual blocks, as they are called in the detector."""
+        backbone = self._detector(PLAIN, self.subject.depth).backbone
+        return [f"backbone.{name}" for name in residual_blocks(backbone)]
+
+    def explain(self, way: str) -> Breakdown:
+        """Break down the peak of the subject's own step."""
+        work, depth = self.subject.work, self.subject.depth
+        found = explain_peak(self._detector(way, depth), *work.inputs(), step=work.forward)
+        self._steps[way, work.frames, depth] = found.memory
+        return found
+
+    def predict(
+        self, way: str, *, frames: int | None = None, depth: int | None = None
+    ) -> StepMemory:
+        """Predict the memory of a step.
+
+        Args:
+            way: way to train.
+            frames: length of a window; by default the subject's.
+            depth: number of blocks of the deepest stage; by default the subject's.
+        """
+        key = way, frames or self.subject.work.frames, depth or self.subject.depth
+        if key not in self._steps:
+            work = replace(self.subject.work, frames=key[1])
+            detector = self._detector(way, key[2])
+            self._steps[key] = predict_peak(detector, *work.inputs(), step=work.forward)
+        return self._steps[key]
+
+    def peak(self, way: str, *, frames: int | None = None, depth: int | None = None) -> int:
+        """Predict the bytes at the peak of a step, see `predict`."""
+        return self.predict(way, frames=frames, depth=depth).peak
+
+    def measure(self, way: str) -> int | None:
+        """Measure the bytes at the peak of a real step on the GPU; None if it has too few.
+
+        They are those that the CUDA allocator has handed out at most. Parameters, gradients and
+        inputs are included, as in a prediction; what else this process has on the GPU is not.
+        """
+        work = self.subject.work
+        before = torch.cuda.memory_allocated()
+        try:
+            model = copy.deepcopy(self._detector(way, self.subject.depth)).to("cuda")
+            inputs = work.inputs("cuda")
+            torch.cuda.reset_peak_memory_stats()
+            work.step(model, *inputs)
+            torch.cuda.synchronize()
+        except torch.OutOfMemoryError:
+            return None
+        finally:
+            torch.cuda.empty_cache()
+        return torch.cuda.max_memory_allocated() - before
+
+    def frames_that_fit(self, way: str, budget: int) -> int:
+        """Find the longest window whose step fits so many bytes; 0 frames if none does."""
+        unit = self.subject.unit
+        return unit * largest_that_fits(
+            lambda units: self.peak(way, frames=units * unit),
+            budget,
+            start=max(1, self.subject.work.frames // unit),
+        )
+
+    def against_frames(self, way: str) -> list[tuple[int, int]]:
+        """List points of a curve: frames of a window, and bytes."""
+        unit, frames = self.subject.unit, self.subject.work.frames
+        rounded = {max(1, round(share * frames / unit)) * unit for share in (0.25, 0.5, 2.0)}
+        return [(n, self.peak(way, frames=n)) for n in sorted(rounded | {frames})]
+
+    def against_depth(self, way: str) -> list[tuple[int, int]]:
+        """List points of a curve: blocks of the deepest stage, and bytes."""
+        depth = self.subject.depth
+        return [(n, self.peak(way, depth=n)) for n in (depth, 2 * depth, 3 * depth)]
+
+    def _detector(self, way: str, depth: int) -> Detector:
+        if depth != self.subject.depth:
+            return self._prepared(self.subject.build(depth), way)
+        if way not in self._detectors:
+            plain = self._detectors.setdefault(PLAIN, self.subject.build(depth))
+            self._detectors[way] = self._prepared(copy.deepcopy(plain), way)
+        return self._detectors[way]
+
+    def _prepared(self, plain: Detector, way: str) -> Detector:
+        prepare(plain.backbone, way, for_gpu=True)
+        return plain

@@ -1,0 +1,324 @@
+"""Memory profiles: what a step of a backbone or of a recipe's detector will need, and what fits.
+
+Counted is one forward and backward, with parameters, gradients and inputs, without the optimizer;
+predicted with fake tensors, and measured where there is a GPU.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+
+from pipelines.config.choices import choices_help, import_own, recipe_named, with_backbone
+from pipelines.config.recipe import Recipe
+from pipelines.config.recipes import RECIPES
+from pipelines.core.tracking import finishing, start_run
+from pipelines.experiments.experiment import Row, Section, device
+from pipelines.experiments.harness import Chapter, circumstances, name_of, write
+from pipelines.experiments.pictures import COLOURS, tidy
+from pipelines.experiments.planner import Planner, Subject, backbone_alone, of_recipe
+from pipelines.experiments.tracked import log_results
+from pipelines.training.workload import Workload
+from re2tal.errors import UserError
+from re2tal.memory import Breakdown, Origin
+from re2tal.memory.fit import GIBIBYTE, parse_size
+from re2tal.memory.ways import KEEPING, WAYS
+from re2tal.precision import Precision
+
+_ROWS = 6
+_KEPT = 40
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Questions:
+    """What else to find out, and where to write it.
+
+    Attributes:
+        fits: also find the longest window whose step fits this much memory, such as 24GiB.
+        curves: also draw memory against frames and against depth; most of the time goes there.
+        json: file of all numbers; by default OUTPUT/profiles/NAME.json.
+    """
+
+    fits: str | None = None
+    curves: bool = True
+    json: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BackboneProfile:
+    """A backbone by itself.
+
+    Attributes:
+        backbone: its name, of those that `python -m re2tal.backbones` lists.
+        frames: number of frames of a window.
+        size: pixels of a frame's side.
+        precision: number format of the branches.
+        batch: number of windows.
+        experiment: MLflow experiment.
+        output: folder of the results and of the default MLflow store.
+    """
+
+    backbone: str = "swin_t"
+    frames: int = 768
+    size: int = 224
+    precision: Precision = "bfloat16"
+    batch: int = 1
+    experiment: str = "re2tal"
+    output: str = "runs"
+    questions: Annotated[Questions, tyro.conf.arg(name="")] = Questions()
+
+    def __post_init__(self) -> None:
+        if min(self.frames, self.size, self.batch) < 1:
+            raise ValueError(
+                "The frames, size and batch of a step are at least 1, but these are "
+                f"{self.frames}, {self.size} and {self.batch}."
+            )
+
+    @property
+    def name(self) -> str:
+        """Name of the run and its files."""
+        return f"profile-{self.backbone}"
+
+    def subject(self) -> Subject:
+        """Describe the backbone and its step."""
+        work = Workload(
+            batch=self.batch, frames=self.frames, size=self.size, precision=self.precision
+        )
+        return backbone_alone(self.backbone, work)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecipeProfile:
+    """The detector of a recipe.
+
+    Attributes:
+        recipe: the recipe.
+    """
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    questions: Annotated[Questions, tyro.conf.arg(name="")] = Questions()
+
+    @property
+    def name(self) -> str:
+        """Name of the run and its files."""
+        return f"profile-{self.recipe.name}"
+
+    @property
+    def experiment(self) -> str:
+        """MLflow experiment."""
+        return self.recipe.experiment
+
+    @property
+    def output(self) -> str:
+        """Folder of the results and of the default MLflow store."""
+        return self.recipe.output
+
+    def subject(self) -> Subject:
+        """Describe the detector and its step."""
+        return of_recipe(self.recipe)
+
+
+Asked = BackboneProfile | RecipeProfile
+
+
+def parse(arguments: Sequence[str], description: str = "", *, prog: str = "memory.py") -> Asked:
+    """Read the command line: a recipe's name and its fields, or a backbone and a step.
+
+    Args:
+        arguments: arguments without the program's name.
+        description: text above the help.
+        prog: name of the program.
+    """
+    listed = "\n".join(f"  {name}" for name in RECIPES)
+    option = "--model.backbone"
+    description = f"{description}\nRecipes:\n\n{listed}\n\n{choices_help(option)}\n"
+    arguments = import_own(arguments)
+    if not arguments or arguments[0].startswith("-"):
+        return tyro.cli(BackboneProfile, args=arguments, prog=prog, description=description)
+    name, *rest = arguments
+    recipe, rest = with_backbone(recipe_named(name, RECIPES, Recipe), rest, option)
+    default = RecipeProfile(recipe=recipe)
+    return tyro.cli(
+        RecipeProfile, default=default, args=rest, prog=f"{prog} {name}", description=description
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Profile:
+    """Predictions and measurements of one way to train.
+
+    Attributes:
+        predicted: predicted peak.
+        measured: bytes on the GPU; None where there is no GPU or it has too little memory.
+        fits: frames of the longest window within the memory that was asked about.
+        frames: frames of a window, and bytes.
+        depth: blocks of the deepest stage, and bytes.
+    """
+
+    predicted: Breakdown
+    measured: int | None = None
+    fits: int | None = None
+    frames: Sequence[tuple[int, int]] = ()
+    depth: Sequence[tuple[int, int]] = ()
+
+
+def profile(asked: Asked) -> Section:
+    """Predict what was asked for, with a line of progress for each way.
+
+    Raises:
+        ValueError: if a size is none, or the step cannot be run.
+    """
+    questions = asked.questions
+    budget = parse_size(questions.fits) if questions.fits else None
+    planner = Planner(asked.subject())
+    found = {}
+    for way in KEEPING:
+        print(f"predicting: {WAYS[way].title}", flush=True)
+        found[way] = Profile(
+            predicted=planner.explain(way),
+            fits=None if budget is None else planner.frames_that_fit(way, budget),
+            frames=planner.against_frames(way) if questions.curves else (),
+            depth=planner.against_depth(way) if questions.curves else (),
+            measured=planner.measure(way) if torch.cuda.is_available() else None,
+        )
+    return section(planner.subject, found, budget, planner.blocks())
+
+
+def main(arguments: Sequence[str], description: str) -> None:
+    """Predict, print, write a JSON file and a picture, and make an MLflow run.
+
+    Args:
+        arguments: arguments without the program's name.
+        description: text of the program's help.
+    """
+    try:
+        asked = parse(arguments, description)
+        found = profile(asked)
+    except (UserError, ValueError) as problem:
+        sys.exit(f"error: {problem}")
+    file = Path(asked.questions.json or Path(asked.output) / "profiles" / f"{asked.name}.json")
+    facts = circumstances(" ".join(["python", sys.argv[0], *arguments]), device())
+    done = write([Chapter(name=asked.name, section=found, outcomes=())], facts, file)
+    print(done.sections[0], flush=True)
+    run = start_run(asked, output=Path(asked.output).absolute())
+    with finishing(run):
+        run.client.set_tag(run.run_id, "kind", "profile")
+        run.client.log_text(run.run_id, done.sections[0], "profile.md")
+        log_results(run, done)
+    print(f"numbers    {file}\nMLflow run {run.run_id} in {run.uri}")
+
+
+# Tables and the picture.
+
+
+def section(
+    subject: Subject, found: Mapping[str, Profile], budget: int | None, blocks: Sequence[str]
+) -> Section:
+    """Report on a step.
+
+    Args:
+        subject: model whose step it is.
+        found: profiles by way to train.
+        budget: bytes that were asked about.
+        blocks: names of residual blocks; those in one container are put together.
+    """
+    peaks = [_peak(WAYS[way].title, one, budget) for way, one in found.items()]
+    parts: list[Row] = [
+        {
+            "way to run it": WAYS[way].title,
+            "GiB": size / GIBIBYTE,
+            "%": round(100 * size / one.predicted.memory.peak),
+            "what": what,
+        }
+        for way, one in found.items()
+        for what, size in rows(one.predicted, blocks)
+    ]
+    metrics = {f"peak_gib/{w}": p.predicted.memory.peak / GIBIBYTE for w, p in found.items()}
+    metrics |= {f"measured_gib/{w}": p.measured / GIBIBYTE for w, p in found.items() if p.measured}
+    metrics |= {f"frames_that_fit/{w}": p.fits for w, p in found.items() if p.fits is not None}
+    curves = all(one.frames for one in found.values())
+    return Section(
+        title=f"{subject.name}, {subject.work}",
+        text=(
+            "One forward and backward; parameters, gradients and inputs are included, an optimizer "
+            "is not."
+        ),
+        tables={"Peak of the step": peaks, "What is in memory at the peak": parts},
+        figures={f"profile-{subject.name}": _picture(subject, found, budget)} if curves else {},
+        metrics=metrics,
+    )
+
+
+def _peak(title: str, found: Profile, budget: int | None) -> Row:
+    at = found.predicted.peak
+    where = f"{at.phase} of {at.module or 'the model itself'}"
+    row: Row = {
+        "way to run it": title,
+        "predicted, GiB": found.predicted.memory.peak / GIBIBYTE,
+    }
+    if torch.cuda.is_available():
+        size = found.measured
+        row[f"measured, GiB, {name_of(device())}"] = size / GIBIBYTE if size else "out of memory"
+    if budget is not None:
+        row[f"frames in {budget / GIBIBYTE:.4g} GiB"] = found.fits or "none"
+    parts = [asdict(origin) | {"bytes": size} for origin, size in found.predicted.parts[:_KEPT]]
+    return row | {
+        "the peak is in the": f"{where} ({at.operator})" if at.operator else where,
+        "bytes": [asdict(found.predicted.memory)],
+        "made of": parts,
+        "against frames": list(found.frames),
+        "against depth": list(found.depth),
+    }
+
+
+def rows(found: Breakdown, blocks: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """List the parts of a peak, the largest first: a few rows and the rest.
+
+    Args:
+        found: the peak.
+        blocks: names of residual blocks; those in one container are put together.
+    """
+    sums: Counter[str] = Counter()
+    for origin, size in found.parts:
+        sums[_what(origin, blocks)] += size
+    listed = sums.most_common(_ROWS)
+    yield from listed
+    if len(sums) > len(listed):
+        yield "everything else", found.memory.peak - sum(size for _, size in listed)
+
+
+def _what(origin: Origin, blocks: Sequence[str]) -> str:
+    if origin.kind != "activations":
+        return origin.kind
+    module = origin.module
+    for block in blocks:
+        if module == block or module.startswith(f"{block}."):
+            module = f"{block.rpartition('.')[0]}.*{module.removeprefix(block)}"
+            break
+    return f"{origin.phase} of {module or 'the model itself'}: {origin.operator}"
+
+
+def _picture(subject: Subject, found: Mapping[str, Profile], budget: int | None) -> Figure:
+    """Memory against frames and against depth, a curve a way."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for way, one in found.items():
+        title = WAYS[way].title
+        for axes, points in ((left, one.frames), (right, one.depth)):
+            counts, sizes = zip(*points, strict=True)
+            gib = [size / GIBIBYTE for size in sizes]
+            axes.plot(counts, gib, "o-", color=COLOURS[title], markersize=4, label=title)
+    for axes, label in ((left, "frames of a window"), (right, "blocks of the deepest stage")):
+        if budget is not None:
+            axes.axhline(budget / GIBIBYTE, color="0.6", linestyle="--", linewidth=1)
+        axes.set(xlabel=label, ylabel="predicted peak in GiB", ylim=(0, None), xlim=(0, None))
+        tidy(axes)
+    left.legend(frameon=False)
+    figure.suptitle(f"{subject.name}, {subject.work}")
+    return figure

@@ -1,0 +1,346 @@
+"""The paper's fifth question: what reversible training costs in time.
+
+Each way to train takes its turn in every round, on one model in one process, so that the ratios of
+a round tell the ways apart whatever else the machine does.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from pipelines.experiments.experiment import (
+    Finding,
+    Job,
+    Result,
+    Row,
+    Section,
+    device,
+    refuse_unknown,
+)
+from pipelines.experiments.harness import name_of
+from pipelines.experiments.models import MODELS, build, swin_stack
+from pipelines.experiments.pictures import COLOURS, lines, tidy
+from pipelines.experiments.timing import Times, compared, paired
+from pipelines.training.workload import Workload
+from re2tal.errors import UserError
+from re2tal.memory import MemoryMeter, measure_activations
+from re2tal.memory.ways import PLAIN, WAYS, prepared
+
+_STEPS, _DEPTH = "steps", "depth"
+
+_ONE_MORE_FORWARD = 4 / 3  # of plain, if a backward takes twice as long as a forward
+_LITTLE = 0.05  # of what plain training needs more
+
+_PEAK = "peak, MB"
+_WEIGHTS = "parameters and gradients, MB"
+
+# A stage that a GPU is busy with.
+_ON_GPU: dict[str, Any] = {"width": 192, "heads": 6, "grid": (64, 28, 28)}
+
+_PREPARE = {name: way.prepare for name, way in WAYS.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Speed:
+    """Time of a training step, in five ways, and how it grows with depth.
+
+    Attributes:
+        models: networks of `pipelines/experiments/models.py` that a CPU trains, in float32.
+        frames: length of the one clip in the batch.
+        size: height and width of a frame.
+        gpu_models: networks that are trained instead if there is a GPU, in bfloat16.
+        gpu_frames: likewise.
+        gpu_size: likewise.
+        depths: numbers of residual branches of a stack of Swin blocks, each even; perhaps none.
+        grid: tokens of that stack in time, height and width on a CPU.
+        rounds: number of turns of each way, at least 3.
+    """
+
+    models: tuple[str, ...] = ("swin3d_t", "slowfast_50")
+    frames: int = 32
+    size: int = 112
+    gpu_models: tuple[str, ...] = ("swin3d_t", "slowfast_101")
+    gpu_frames: int = 256
+    gpu_size: int = 224
+    depths: tuple[int, ...] = (12, 24, 48, 96)
+    grid: tuple[int, int, int] = (4, 16, 16)
+    rounds: int = 5
+
+    def __post_init__(self) -> None:
+        refuse_unknown("model", (*self.models, *self.gpu_models), MODELS)
+        odd = [depth for depth in self.depths if depth % 2]
+        if odd:
+            raise UserError(f"A Swin block has two branches, so that no depth is {odd[0]}.")
+        if self.rounds < 3:
+            raise UserError(f"Quartiles need 3 rounds, but rounds is {self.rounds}.")
+
+    def jobs(self) -> Sequence[Job]:
+        """List whole models, and stacks of several depths."""
+        cpu = Workload(frames=self.frames, size=self.size)
+        gpu = Workload(frames=self.gpu_frames, size=self.gpu_size, precision="bfloat16")
+        models = {
+            "on_cpu": {"models": list(self.models), "step": asdict(cpu)},
+            "on_gpu": {"models": list(self.gpu_models), "step": asdict(gpu)},
+            "rounds": self.rounds,
+        }
+        stacks = {"depths": sorted(self.depths), "grid": self.grid, "rounds": self.rounds}
+        found = [Job(name=_STEPS, work=steps, arguments=models, alone=True)]
+        if self.depths:
+            found.append(Job(name=_DEPTH, work=against_depth, arguments=stacks, alone=True))
+        return found
+
+    def section(self, results: Mapping[str, Result]) -> Section:
+        """Report on time."""
+        models, stacks = results[_STEPS], results.get(_DEPTH)
+        rows = of_models(models["times"])
+        tables = {f"Time of a step: {step}": r for step, r in rows.items()}
+        found, figures = _findings_of_models(models["times"]), {"speed": _ratios(rows)}
+        text = (
+            f"A step is a forward and a backward without an optimizer, on {models['device']}. "
+            f"The ways take turns in one process, in {self.rounds} rounds after one that does "
+            "not count; ratios are medians over the rounds, with their quartiles."
+        )
+        if stacks:
+            width, grid = stacks["stage"]["width"], "x".join(map(str, stacks["stage"]["grid"]))
+            tables["Depth"] = deeper = _of_stacks(sorted(self.depths), stacks)
+            found.append(growth(deeper))
+            figures["speed_depth"] = _over_depth(deeper)
+            text += (
+                " Against depth: a stack of Video Swin blocks of width "
+                f"{width} on {grid} tokens; its peak is that of the tensors, "
+                "parameters and gradients included. To run the replay of one branch beside the "
+                "gradients of the next on two CUDA streams, as PaReprop does (arXiv 2306.09342), "
+                "is not tried: that can be judged on a GPU only."
+            )
+        metrics = {
+            f"speed/{step.partition(',')[0]}/{row['training'].replace(',', '')}": row["of plain"]
+            for step, of_step in rows.items()
+            for row in of_step
+        }
+        return Section(
+            title="What it costs in time",
+            text=text,
+            findings=found,
+            tables=tables,
+            figures=figures,
+            metrics=metrics,
+        )
+
+
+def quick() -> Speed:
+    """Configure a toy model and shallow stacks: it shows that everything runs, and no more."""
+    return Speed(models=("toy_swin",), frames=8, size=32, depths=(4, 12), grid=(4, 8, 8), rounds=3)
+
+
+# The work.
+
+
+def steps(*, on_cpu: Mapping[str, Any], on_gpu: Mapping[str, Any], rounds: int) -> dict[str, Any]:
+    """Time a step of whole models.
+
+    Args:
+        on_cpu: names of models, and the fields of their `Workload`, if there is no GPU.
+        on_gpu: likewise, if there is one.
+        rounds: number of turns of each way.
+
+    Returns:
+        The device, and in "times" the seconds of every round, by step and way.
+    """
+    here = device()
+    asked = on_gpu if here.type == "cuda" else on_cpu
+    work, times = Workload(**asked["step"]), {}
+    for name in asked["models"]:
+        model, inputs = build(name).to(here), work.noise(here)
+        step = lambda: work.step(model, *inputs)  # noqa: E731, B023
+        times[f"{name}, {work}"] = paired(model, step, _PREPARE, rounds=rounds)
+    return _told(here) | {"times": times}
+
+
+def against_depth(*, depths: Sequence[int], grid: Sequence[int], rounds: int) -> dict[str, Any]:
+    """Measure times and peaks of a step of stacks of Swin blocks.
+
+    Args:
+        depths: numbers of residual branches.
+        grid: tokens in time, height and width, if there is no GPU.
+        rounds: number of turns of each way.
+
+    Returns:
+        The device, the shape of the stack, and for each of the depths in "times" the seconds of
+        every round and in "peaks" the bytes, both by way, and in "parameters" their bytes.
+    """
+    here = device()
+    on_cpu = {"width": 64, "heads": 2, "grid": tuple(grid)}
+    stage = _ON_GPU if here.type == "cuda" else on_cpu
+    times, peaks, parameters = [], [], []
+    for depth in depths:
+        stack, x = swin_stack(depth, **stage)
+        stack, x = stack.to(here), x.to(here)
+        times.append(paired(stack, lambda: _step(stack, x), _PREPARE, rounds=rounds))  # noqa: B023
+        peaks.append({name: _peak(stack, x, name) for name in WAYS})
+        parameters.append(sum(p.nbytes for p in stack.parameters()))
+    found = {"stage": stage, "times": times, "peaks": peaks, "parameters": parameters}
+    return _told(here) | found
+
+
+def _step(stack: nn.Module, x: Tensor) -> None:
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+        output = stack(x)
+    output.float().sum().backward()
+
+
+def _peak(stack: nn.Module, x: Tensor, way: str) -> int:
+    """Bytes of tensors at the peak of a step, parameters and gradients included."""
+    with prepared(stack, WAYS[way].prepare):
+        if not x.is_cuda:
+            return measure_activations(stack, x).peak
+        stack.zero_grad(set_to_none=True)
+        with MemoryMeter(x.device) as meter:
+            _step(stack, x)
+    assert meter.cuda_peak is not None
+    return meter.cuda_peak
+
+
+def _told(here: torch.device) -> dict[str, Any]:
+    threads = "" if here.type == "cuda" else f", {torch.get_num_threads()} threads"
+    return {"device": f"{name_of(here)}{threads}"}
+
+
+# Tables and verdicts.
+
+
+def of_models(times: Mapping[str, Times]) -> dict[str, list[Row]]:
+    """Tabulate the times of each step, given by step and way."""
+    return {step: _titled(compared(of_ways, PLAIN)) for step, of_ways in times.items()}
+
+
+def _of_stacks(depths: Sequence[int], stacks: Result) -> list[Row]:
+    """A row for each depth and way."""
+    columns = zip(depths, stacks["times"], stacks["peaks"], stacks["parameters"], strict=True)
+    return [
+        {"branches": depth, **row, _PEAK: peaks[way] / 1e6, _WEIGHTS: 2 * weights / 1e6}
+        for depth, times, peaks, weights in columns
+        for way, row in zip(times, _titled(compared(times, PLAIN)), strict=True)
+    ]
+
+
+def _titled(rows: Sequence[Row]) -> list[Row]:
+    return [row | {"training": WAYS[row["training"]].title} for row in rows]
+
+
+def _findings_of_models(times: Mapping[str, Times]) -> list[Finding]:
+    return [
+        finding
+        for step, of_ways in times.items()
+        for finding in verdicts(step.partition(",")[0], of_ways)
+    ]
+
+
+def verdicts(model: str, times: Times) -> list[Finding]:
+    """Judge ours against checkpoints and plain training.
+
+    Args:
+        model: name for the claims.
+        times: seconds of every round, by way.
+    """
+    return [
+        _at_most(f"{model}: ours takes no longer than checkpoints", times, "checkpointed", 1),
+        _at_most(
+            f"{model}: ours costs at most one more forward, a third of plain training",
+            times,
+            PLAIN,
+            _ONE_MORE_FORWARD,
+        ),
+    ]
+
+
+def _at_most(claim: str, times: Times, reference: str, limit: float) -> Finding:
+    """Judge whether ours takes so many times as long as a reference; the quartiles tell."""
+    (row,) = [row for row in compared(times, reference) if row["training"] == "ours"]
+    low, high = row["lower quartile"], row["upper quartile"]
+    return Finding(
+        claim=claim,
+        holds=True if high <= limit else False if low > limit else None,
+        evidence=(
+            f"{row[f'of {reference}']:.2f} times {WAYS[reference].title} (quartiles {low:.2f} to "
+            f"{high:.2f}, {row['rounds']} rounds)"
+        ),
+    )
+
+
+def growth(deeper: Sequence[Row]) -> Finding:
+    """Judge the growth of memory from the shallowest stack to the deepest, of the table `Depth`."""
+
+    def ends(title: str, column: str) -> tuple[float, float]:
+        values = [row[column] for row in deeper if row["training"] == title]
+        return values[0], values[-1]
+
+    def grown(title: str, column: str) -> float:
+        first, last = ends(title, column)
+        return last - first
+
+    def longer(title: str) -> str:
+        first, last = ends(title, "seconds")
+        return f"{last / first:.1f} times as long"
+
+    ours, plain = WAYS["ours"].title, WAYS[PLAIN].title
+    weights = grown(plain, _WEIGHTS)
+    first, last = ends(ours, "branches")
+    return Finding(
+        claim="In a deep stack memory grows by little more than parameters and their gradients",
+        holds=grown(ours, _PEAK) - weights < _LITTLE * (grown(plain, _PEAK) - weights),
+        evidence=(
+            f"from {first} to {last} branches these grow by {weights:.1f} MB, ours by "
+            f"{grown(ours, _PEAK):.1f} and plain by {grown(plain, _PEAK):.1f}; a step of ours "
+            f"takes {longer(ours)}, of plain {longer(plain)}"
+        ),
+    )
+
+
+# Pictures.
+
+
+def _ratios(tables: Mapping[str, Sequence[Row]]) -> Figure:
+    """Times relative to plain training, with their quartiles, a panel for each step."""
+    figure = Figure(figsize=(11, 2.6), layout="constrained")
+    panels = figure.subplots(1, len(tables), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, (step, rows) in zip(panels, tables.items(), strict=True):
+        for place, row in enumerate(rows):
+            colour, middle = COLOURS[row["training"]], row["of plain"]
+            sides = [[middle - row["lower quartile"]], [row["upper quartile"] - middle]]
+            axes.errorbar(middle, place, xerr=sides, fmt="o", color=colour, capsize=3, markersize=7)
+            axes.annotate(
+                f"{middle:.2f}",
+                (middle, place),
+                xytext=(0, 7),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+                color=colour,
+            )
+        axes.set_title(step, fontsize=10)
+        axes.set_xlabel("time of a step, relative to plain training")
+        tidy(axes)
+    names = [row["training"] for row in next(iter(tables.values()))]
+    panels[0].set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.7))
+    return figure
+
+
+def _over_depth(rows: Sequence[Row]) -> Figure:
+    """Time and memory against depth."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    depths = sorted({row["branches"] for row in rows})
+    for axes, column, label, unit in (
+        (left, "seconds", "time of a step, seconds", "s"),
+        (right, _PEAK, "peak of a step, MB", "MB"),
+    ):
+        curves: dict[str, list[float]] = {}
+        for row in rows:
+            curves.setdefault(row["training"], []).append(row[column])
+        lines(axes, depths, curves, unit=unit)
+        axes.set(xlabel="residual branches", ylabel=label)
+    return figure

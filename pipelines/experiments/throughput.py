@@ -1,0 +1,113 @@
+"""Frames a second that Ray Data delivers to a worker, against plain decoding.
+
+Both decode the same windows in as many processes, one thread each. Plain decoding drops the frames
+where they are made; the pipeline hands them, in order and in batches, to the process that asked.
+Rounds alternate, and the ratio is the median over the pairs. What both leave out is the start:
+each decodes a few windows first, so that processes run and libraries are loaded.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import ray
+
+from pipelines.core.cluster import quiet_data
+from pipelines.data.batches import stream_batches
+from pipelines.data.streaming import FrameStream
+from pipelines.experiments.experiment import Row, Tables
+from pipelines.experiments.footage import HEIGHT, WIDTH, Footage, decoded, windows_of
+from pipelines.experiments.timing import in_turns, ratios
+from re2tal.videos.windows import Window
+
+FOOTAGE = Footage(title="one", gop=250)
+
+_BATCH = 2  # windows that are delivered at a time
+
+
+def measure(
+    *,
+    processes: Sequence[int] = (1, 2),
+    rounds: int = 7,
+    seconds: int = 60,
+    windows: int = 48,
+    frames: int = 256,
+    size: int = 160,
+) -> Tables:
+    """Compare the pipeline with plain decoding.
+
+    Args:
+        processes: numbers of decoding processes.
+        rounds: pairs of measurements.
+        seconds: length of the video.
+        windows: number of windows, at random places of it.
+        frames: number of consecutive frames of each window.
+        size: pixels of the square frames.
+    """
+    fps = float(FOOTAGE.fps)
+    drawn = windows_of("video", seconds, frames=frames, fps=fps, count=windows)
+    title = f"{windows} windows of {frames} frames, H.264 {WIDTH}x{HEIGHT}, to {size} pixels"
+    with tempfile.TemporaryDirectory() as folder, _ray(max(processes)):
+        path = Path(folder) / "video.mp4"
+        FOOTAGE.write(path, seconds * FOOTAGE.fps)
+        return {title: [_compare(str(path), drawn, size, n, rounds) for n in processes]}
+
+
+@contextmanager
+def _ray(cpus: int) -> Iterator[None]:
+    """Have a Ray instance of as many CPUs, unless there is one."""
+    began = not ray.is_initialized()
+    if began:
+        ray.init(address="local", num_cpus=cpus, logging_level="ERROR", log_to_driver=False)
+        quiet_data()
+    yield
+    if began:
+        ray.shutdown()
+
+
+def _compare(path: str, windows: list[Window], size: int, processes: int, rounds: int) -> Row:
+    stream = FrameStream(cpus=ray.cluster_resources()["CPU"] / processes)
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        ways: dict[str, Callable[[list[Window]], int]] = {
+            "plain": partial(_decode_plainly, path, size, pool),
+            "pipeline": partial(_deliver, path, size, stream),
+        }
+        for way in ways.values():
+            way(windows[: 4 * processes])
+        turns = {name: partial(_speed, way, windows) for name, way in ways.items()}
+        speeds = in_turns(turns, rounds, before=0)
+    stream.close()
+    found = ratios(speeds["pipeline"], speeds["plain"])
+    return {
+        "processes": processes,
+        **{f"{name}, frames/s": median(of_way) for name, of_way in speeds.items()},
+        "ratio": median(found),
+        "ratios": found,
+    }
+
+
+def _speed(way: Callable[[list[Window]], int], windows: list[Window]) -> float:
+    before = time.perf_counter()
+    frames = way(windows)
+    return frames / (time.perf_counter() - before)
+
+
+def _decode_plainly(path: str, size: int, pool: ProcessPoolExecutor, windows: list[Window]) -> int:
+    rows = [{"index": i, "uri": path, "window": window} for i, window in enumerate(windows)]
+    return sum(pool.map(partial(_decode_one, size=size), rows))
+
+
+def _decode_one(row: dict[str, Any], *, size: int) -> int:
+    return decoded([row], size=size)
+
+
+def _deliver(path: str, size: int, stream: FrameStream, windows: list[Window]) -> int:
+    batches = stream_batches(stream, windows, {"video": path}, size=size, batch_size=_BATCH)
+    return sum(batch.mask.numel() for batch in batches)

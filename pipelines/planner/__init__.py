@@ -1,1 +1,0 @@
-"""What `memory.py` consists of: the memory of a training step, run in four ways."""

@@ -1,0 +1,99 @@
+"""The step that is counted and timed: from frames as they are decoded to gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from re2tal.detector import Detector
+from re2tal.precision import Precision, autocast
+from re2tal.reversible import rebuildable
+
+if TYPE_CHECKING:  # a backbone by itself is also measured where there is no PyAV
+    from pipelines.config.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """Frames that one worker's step is given, without an optimizer.
+
+    Attributes:
+        batch: windows.
+        frames: of each window.
+        size: pixels of a frame's side.
+        precision: number format that branches and localizer compute in.
+    """
+
+    frames: int
+    size: int
+    batch: int = 1
+    precision: Precision = "float32"
+
+    def __str__(self) -> str:
+        return f"{self.batch}x3x{self.frames}x{self.size}x{self.size}, {self.computing}"
+
+    @property
+    def computing(self) -> str:
+        """Precision, for titles."""
+        return f"{self.precision}{'' if self.precision == 'float32' else ' autocast'}"
+
+    def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Black frames `(B, T, H, W, 3)` uint8 and a mask `(B, T)` bool that is all true."""
+        shape = self.batch, self.frames, self.size, self.size, 3
+        frames = torch.zeros(shape, dtype=torch.uint8, device=device)
+        return frames, torch.ones(shape[:2], dtype=torch.bool, device=device)
+
+    def noise(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """`inputs` with frames of noise, the same at every call."""
+        frames, mask = self.inputs()
+        frames.random_(256, generator=torch.Generator().manual_seed(0))
+        return frames.to(device), mask.to(device)
+
+    def forward(self, model: nn.Module, frames: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        """Compute what the losses compare; they check values, which fake tensors do not have.
+
+        Args:
+            model: a `Detector`, or a network of another library for `(B, 3, T, H, W)` floats.
+            frames: as of `inputs`.
+            mask: likewise.
+        """
+        with autocast(frames.device.type, self.precision):
+            if isinstance(model, Detector):
+                features = model.backbone(model.normalized(frames))
+                predicted = model.localizer.predict(features, model.feature_mask(mask))
+            else:
+                predicted = (model(_normalized(frames)),)
+        tensors = [part for part in predicted if isinstance(part, Tensor)]
+        return tuple(tensor for tensor in tensors if tensor.requires_grad)
+
+    def step(self, model: nn.Module, frames: Tensor, mask: Tensor) -> None:
+        """Run forward and backward.
+
+        Args:
+            model: as in `forward`.
+            frames: as of `inputs`.
+            mask: likewise.
+        """
+        torch.stack([t.float().sum() for t in self.forward(model, frames, mask)]).sum().backward()
+
+
+def _normalized(frames: Tensor) -> Tensor:
+    """Floats of frames, of which the step keeps only the uint8 ones."""
+
+    def build() -> Tensor:
+        return (frames.permute(0, 4, 1, 2, 3).float() / 255 - 0.45) / 0.225
+
+    return rebuildable(build(), build)
+
+
+def workload_of(recipe: Recipe) -> Workload:
+    """Take a worker's step from a recipe."""
+    return Workload(
+        batch=recipe.batch_size,
+        frames=recipe.data.window.frames,
+        size=recipe.data.size,
+        precision=recipe.optim.precision,
+    )

@@ -1,1 +1,0 @@
-"""How fast post-processing and evaluation are, against their sequential definitions."""

@@ -1,0 +1,65 @@
+"""Sizes of memory, and the longest video that fits into one."""
+
+import re
+from collections.abc import Callable
+
+GIBIBYTE = 2**30
+
+_UNITS = {"GiB": 2**30, "MiB": 2**20, "TiB": 2**40, "GB": 10**9, "MB": 10**6, "TB": 10**12}
+
+
+def parse_size(text: str) -> int:
+    """Read a size such as "24GiB" or "80 GB" as bytes.
+
+    Raises:
+        ValueError: if the text is not a number and a unit.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    units = {name.lower(): size for name, size in _UNITS.items()}
+    if found is None or found[2].lower() not in units:
+        raise ValueError(
+            f"{text!r} is no size of memory: give --fits a number and one of {', '.join(_UNITS)}, "
+            "for example 24GiB."
+        )
+    return int(float(found[1]) * units[found[2].lower()])
+
+
+def largest_that_fits(peak: Callable[[int], int], budget: int, *, start: int) -> int:
+    """Find the largest number of units whose peak is within a budget; 0 if one is too much.
+
+    A peak is close to a straight line over the length of a video, so the next guess is where the
+    line through the last two would meet the budget: a handful of predictions.
+
+    Args:
+        peak: bytes for a number of units, at least 1; it grows with them.
+        budget: bytes.
+        start: the first guess, at least 1.
+    """
+    known = {start: peak(start)}
+    while True:
+        fits = [n for n, size in known.items() if size <= budget]
+        bursts = [n for n, size in known.items() if size > budget]
+        low, high = max(fits, default=0), min(bursts, default=None)
+        if high == low + 1:
+            return low
+        guess = _guess(known, budget, low, high)
+        known[guess] = peak(guess)
+
+
+def _guess(known: dict[int, int], budget: int, low: int, high: int | None) -> int:
+    """Choose a number above `low` and below `high` that was not tried."""
+    if len(known) == 1:
+        (only,) = known
+        return max(1, only // 2) if high is not None else only * 2
+    # A line that misses again and again is left for halving.
+    if high is not None and len(known) > 8:
+        return (low + high) // 2
+    near = sorted(known, key=lambda n: abs(known[n] - budget))[:2]
+    (a, b), (size_a, size_b) = near, (known[near[0]], known[near[1]])
+    slope = (size_b - size_a) / (b - a)
+    guess = int(a + (budget - size_a) / slope) if slope > 0 else 2 * max(near)
+    if high is None:
+        return max(low + 1, min(guess, 64 * max(known)))
+    if guess <= low:
+        return low + 1
+    return min(guess, high - 1)

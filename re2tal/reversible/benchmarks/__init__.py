@@ -1,1 +1,0 @@
-"""What reversible training costs and saves, measured: see README.md in this folder."""

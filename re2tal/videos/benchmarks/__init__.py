@@ -1,1 +1,0 @@
-"""What decoding and augmentation cost: ``python -m re2tal.videos.benchmarks``."""

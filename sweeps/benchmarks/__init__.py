@@ -1,1 +1,0 @@
-"""What a search finds in so many trials, against chance and the base recipe."""

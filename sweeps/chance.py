@@ -1,0 +1,140 @@
+"""The sampler against chance: searches of the toy recipe's localizer, from several seeds.
+
+  python -m sweeps.chance --annotations data/toy/annotations.json --features data/toy_features
+
+What is compared is what is proposed, so the trials of a search run one after the other, to their
+ends, by the training loop that all trials have; Ray Tune, workers and pruning are left out. The
+seed is also the training's: each seed has a base recipe of its own. Searches that do not know of
+each other run beside each other, one on each core.
+"""
+
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import optuna
+import torch
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
+
+from pipelines.config.recipe import Recipe
+from pipelines.config.recipes import toy
+from pipelines.core.metric_names import MAP
+from pipelines.data.feature_stream import without_backbone
+from pipelines.data.features import Features
+from pipelines.data.plan import Plan, make_plan, read_annotations
+from pipelines.experiments.command import carry_out, of_function
+from pipelines.experiments.experiment import Tables
+from pipelines.training.detection import DetectionTask
+from pipelines.training.local import LocalRuntime
+from pipelines.training.trainer import NonFiniteLossError, Trainer
+from re2tal.errors import UserError
+from sweeps.localizer import SWEEP
+from sweeps.study import check_space, open_study
+from sweeps.suggestions import Suggestions, override
+from sweeps.sweep import SweepConfig
+
+Sampler = Literal["tpe", "random"]
+SAMPLERS: tuple[Sampler, ...] = ("tpe", "random")
+
+
+def measure(
+    *, annotations: str, features: str, trials: int = 12, seeds: Sequence[int] = (0, 1, 2)
+) -> Tables:
+    """Compare the best of so many trials with the base recipe.
+
+    Args:
+        annotations: annotations of the toy data set.
+        features: its features, by extract_features.py.
+        trials: number of trials of each search, the base recipe among them.
+        seeds: seeds of samplers and training.
+    """
+    base = SWEEP.prepare(toy())
+    base = replace(base, data=replace(base.data, annotations=annotations, features=features))
+    base = without_backbone(replace(base, epochs=SWEEP.epochs(base)), Features(features))
+    plan = make_plan(base.data, read_annotations(base.data))
+    # Not forked: PyTorch's threads do not outlive that.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        searches = {
+            (seed, sampler): pool.submit(
+                search, replace(base, seed=seed), plan, trials=trials, sampler=sampler
+            )
+            for seed in seeds
+            for sampler in SAMPLERS
+        }
+        rows = [
+            {
+                "seed": seed,
+                "base": searches[seed, "random"].result()[0],
+                **{f"best of {one}": max(searches[seed, one].result()) for one in SAMPLERS},
+            }
+            for seed in seeds
+        ]
+    return {f"mAP of {trials} trials of {base.epochs} epochs on features of the toy set": rows}
+
+
+def search(base: Recipe, plan: Plan, *, trials: int, sampler: Sampler) -> list[float]:
+    """List mAP of the trials of a search, the base recipe's first; 0 for a loss that is not finite.
+
+    Args:
+        base: recipe that is searched around; its seed is the sampler's too.
+        plan: data of all trials.
+        trials: number of trials.
+        sampler: way to propose the next trial.
+    """
+    torch.set_num_threads(1)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    config = SweepConfig(
+        name="search", epochs=base.epochs, trials=trials, sampler=sampler, seed=base.seed, base=base
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        study = open_study(
+            SWEEP,
+            config,
+            storage=RDBStorage(f"sqlite:///{folder}/optuna.db"),
+            name="search",
+            base_point=check_space(SWEEP, base),
+        )
+        reached = []
+        for number in range(trials):
+            reached.append(_trial(study, base, plan))
+            text = f"seed {base.seed}, {sampler}, trial {number + 1} of {trials}: {reached[-1]:.3f}"
+            print(text, file=sys.stderr, flush=True)
+        return reached
+
+
+def _trial(study: optuna.Study, base: Recipe, plan: Plan) -> float:
+    trial = study.ask()
+    suggestions = Suggestions(base, trial)
+    SWEEP.space(suggestions, base)
+    recipe = override(base, suggestions.values)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            DetectionTask(recipe=recipe, plan=plan),
+            LocalRuntime(recipe, plan, Path(folder)),
+            weights=None,
+            output=folder,
+        )
+        try:
+            reached = trainer.run()[MAP]
+        except NonFiniteLossError:
+            study.tell(trial, state=TrialState.FAIL)
+            return 0.0
+    study.tell(trial, reached)
+    return reached
+
+
+if __name__ == "__main__":
+    prog = "python -m sweeps.chance"
+    results = Path(__file__).parent / "results" / "chance.json"
+    try:
+        carry_out(sys.argv[1:], of_function(measure, prog), prog=prog, output=results)
+    except UserError as problem:
+        sys.exit(f"error: {problem}")
