@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 # Where there are more threads than free cores, PyTorch's wait for one another by spinning: beside
@@ -13,6 +14,8 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 import numpy as np
 import pytest
 import torch
+
+from tests.ranks import Ranks
 
 # tests run beside one another and beside Ray's workers; small tensors gain nothing from threads
 torch.set_num_threads(1)
@@ -56,7 +59,32 @@ def _version(name: str) -> str | None:
         return None
 
 
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Two processes of one gloo group."""
+    started = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield started
+    started.stop()
+
+
+SHARED = ("ray_instance", "ranks")
+"""Fixtures of a test run that take seconds to start: all their tests go to one xdist worker."""
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: the last to end should not be the one that takes longest."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Put tests into groups that stay together, and the groups that take longest first.
+
+    A group is a file or the users of a shared fixture. xdist hands them out one after the other, so
+    short ones at the end keep all its workers busy.
+    """
+    group = {item: _group(item) for item in items}
+    slow = {group[item] for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (group[item] not in SHARED, group[item] not in slow))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group[item]))
+
+
+def _group(item: pytest.Item) -> str:
+    fixtures = getattr(item, "fixturenames", ())
+    return next((name for name in SHARED if name in fixtures), item.path.stem)

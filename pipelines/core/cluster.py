@@ -22,12 +22,13 @@ _ENVIRONMENT = {
 }
 
 
-def init_ray(*, trains: bool = False) -> None:
+def init_ray(*, trains: bool = False, cpus: int | None = None) -> None:
     """Joins the cluster that `RAY_ADDRESS` names (as in a Ray job), else starts one here.
 
     Args:
         trains: Ray Train is going to ask the cluster's server, which takes some seconds to start,
             whether its controller lives.
+        cpus: number that a cluster started here has; None for those of this machine.
 
     Raises:
         UserError: if nothing answers at `RAY_ADDRESS`.
@@ -57,6 +58,7 @@ def init_ray(*, trains: bool = False) -> None:
         # "local", so that a cluster left running on this machine is not joined by accident
         ray.init(
             address="local",
+            num_cpus=cpus,
             logging_level="ERROR",
             log_to_driver=False,
             include_dashboard=trains,

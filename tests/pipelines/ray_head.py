@@ -28,7 +28,7 @@ def environment(home: Path) -> dict[str, str]:
     Args:
         home: folder of what is kept for a user.
     """
-    dropped = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")
+    dropped = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return kept | {"HOME": str(home), "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}
 
