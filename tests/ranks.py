@@ -1,4 +1,4 @@
-"""Two processes of one gloo group, which run function after function: their imports are made once."""
+"""Two processes of one gloo group that run function after function and import once."""
 
 import traceback
 from collections.abc import Callable

@@ -66,12 +66,12 @@ def _copy(one: str | Path, other: str | Path) -> None:
 @pytest.fixture(scope="session")
 def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a toy data set of three training and two validation videos."""
-    return _tiny_set(tmp_path_factory)
+    return _tiny_set(tmp_path_factory.getbasetemp())
 
 
-@cache  # the tests of another folder have a fixture of this name of their own
-def _tiny_set(folders: pytest.TempPathFactory) -> Path:
-    folder = folders.mktemp("toy")
+@cache  # for the tests of other folders too, which have this fixture of their own
+def _tiny_set(parent: Path) -> Path:
+    folder = parent / "tiny_set"
     make_toy(folder, ToyConfig(training=3, validation=2, seconds=(14.0, 16.0)))
     return folder
 
@@ -148,6 +148,9 @@ def ray_instance() -> Iterator[None]:
     if ray.is_initialized():  # by the tests of another folder, which end it
         yield
         return
-    init_ray(trains=True, cpus=2)
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
+        init_ray(trains=True, cpus=2)
+        yield
+        ray.shutdown()

@@ -49,6 +49,21 @@ def run_command(*command: str, cwd: Path, env: Mapping[str, str]) -> str:
     return done.stdout
 
 
+def processes(pid: int, name: str) -> list[psutil.Process]:
+    """Descendants of a process whose names begin like this, the newest last.
+
+    Args:
+        pid: of the process.
+        name: such as that of a class whose actor runs in a descendant.
+    """
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it may end while it is looked at
+            if child.name().startswith(name):
+                found.append(child)
+    return sorted(found, key=lambda process: process.create_time())
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """A head that runs.
@@ -143,19 +158,6 @@ class Head:
         ) as log:
             assert log.stdout is not None
             yield iter(log.stdout)
-
-    def processes(self, name: str) -> list[psutil.Process]:
-        """The processes of the head whose names begin like this, the newest last.
-
-        Args:
-            name: such as that of a class whose actor runs in it.
-        """
-        found = []
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):  # it may end while it is looked at
-                if child.name().startswith(name):
-                    found.append(child)
-        return sorted(found, key=lambda process: process.create_time())
 
 
 @contextmanager

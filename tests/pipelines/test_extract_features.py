@@ -151,12 +151,12 @@ def run_until_killed(config: ExtractConfig, log: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
     tiny_set: Path,
     tmp_path: Path,
     annotations: Annotations,
     runs: str,
-    capsys: pytest.CaptureFixture[str],
     request: pytest.FixtureRequest,
 ) -> None:
     config = config_for(tiny_set, tmp_path, runs=runs)
@@ -167,17 +167,37 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
     assert (tmp_path / "log").read_text().splitlines()[0] == "0 of 5 videos are through"
     assert read_description(str(out)).state == "incomplete"
     request.getfixturevalue("in_this_process")  # not before: the script had a Ray of its own
-    description = extract_features(config)
-    assert "complete: 5 videos, " in capsys.readouterr().out
-    assert description == read_description(str(out))
-    undisturbed(config, annotations, tmp_path / "undisturbed")
-    for path in (tmp_path / "undisturbed").iterdir():
-        assert (out / path.name).read_bytes() == path.read_bytes()
+    assert extract_features(config) == read_description(str(out))
+    check_features(config, annotations, tmp_path)
     for name, written in before.items():  # what was there is not made again
         assert (out / name).stat().st_mtime_ns == written
+
+
+def check_features(config: ExtractConfig, annotations: Annotations, folder: Path) -> None:
+    """Files hold what extraction in this process, one after the other, gives, and nothing else."""
+    out = Path(str(config.output))
+    undisturbed(config, annotations, folder / "undisturbed")
+    for path in (folder / "undisturbed").iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes()
     assert {path.name for path in out.iterdir()} - {"being_decoded", NAME} == {
         f"{video.video_id}.npy" for video in annotations.videos
     }
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
+def test_features_of_clips_are_those_of_the_frozen_backbone(
+    tiny_set: Path,
+    tmp_path: Path,
+    annotations: Annotations,
+    runs: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = config_for(tiny_set, tmp_path, runs=runs)
+    description = extract_features(config)
+    assert "complete: 5 videos, " in capsys.readouterr().out
+    check_features(config, annotations, tmp_path)
+    out = Path(str(config.output))
     features, video = Features(str(out)), annotations.videos[1]
     found, grid = features.read(video.video_id, duration=video.duration)
     assert len(found) == len(grid.to_seconds(np.arange(grid.num_features)))
