@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import ray.train
 import tyro
-from ray.exceptions import RayError
 
 from pipelines.config.choices import choices_help, import_own, recipe_named, with_backbone
 from re2tal.errors import UserError
@@ -65,11 +63,15 @@ def told_shortly(*, failure: str | None = None) -> Iterator[None]:
         yield
     except UserError as problem:
         sys.exit(f"error: {problem}")
-    except ray.train.WorkerGroupError as failed:
-        first = next(iter(failed.worker_failures.values()))
-        sys.exit(f"error: a training worker failed.\n{first}")
-    except RayError as failed:
-        if failure is None:
+    except Exception as failed:
+        # here, because `--help` needs neither
+        from ray.exceptions import RayError
+        from ray.train import WorkerGroupError
+
+        if isinstance(failed, WorkerGroupError):
+            first = next(iter(failed.worker_failures.values()))
+            sys.exit(f"error: a training worker failed.\n{first}")
+        if failure is None or not isinstance(failed, RayError):
             raise
         sys.exit(f"error: {failure}\n{failed}")
 

@@ -11,11 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import mlflow
 import pyarrow.fs as pafs
-from mlflow.artifacts import download_artifacts
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
 
 from pipelines.config.recipe import AnyRecipe
 from pipelines.core.storage import MLFLOW, local_copy, require, resolve
@@ -38,6 +34,11 @@ def fetch(uri: str, folder: Path, *, tracking_uri: str | None, what: str) -> Pat
     Raises:
         UserError: if there is nothing.
     """
+    # here and below, because it takes longer to import than the rest of a `--help`
+    import mlflow
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     if tracking_uri is not None:
         # of this process: given with the call, `models:/` would be looked for elsewhere
@@ -96,6 +97,9 @@ def fingerprint(folder: Path) -> str:
 
 
 def _model_of_run(run_id: str, tracking: str, option: str) -> str:
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
     try:
         tags = MlflowClient(tracking).get_run(run_id).data.tags
     except MlflowException as error:
