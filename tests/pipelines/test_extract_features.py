@@ -15,7 +15,6 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 
-from pipelines import extract_features as script
 from pipelines.data.decoding import VideoJob, decode_video
 from pipelines.data.feature_extraction import (
     FrozenBackboneConfig,
@@ -122,12 +121,6 @@ def slowly(config: ExtractConfig, video_id: str, clip: int) -> np.ndarray:
         return backbone(seen[None])[0].mean(dim=1).numpy()
 
 
-@pytest.fixture
-def in_this_process(ray_instance: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The script's functions with the Ray instance of the tests."""
-    monkeypatch.setattr(script, "init_ray", lambda: None)
-
-
 def run_until_killed(config: ExtractConfig, log: Path) -> None:
     """Starts the script, and kills it once the first file is there."""
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -157,7 +150,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
     tmp_path: Path,
     annotations: Annotations,
     runs: str,
-    request: pytest.FixtureRequest,
+    ray_instance: None,
 ) -> None:
     config = config_for(tiny_set, tmp_path, runs=runs)
     out = tmp_path / "out"
@@ -166,7 +159,6 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
     assert 1 <= len(before) < 5, (tmp_path / "log").read_text()
     assert (tmp_path / "log").read_text().splitlines()[0] == "0 of 5 videos are through"
     assert read_description(str(out)).state == "incomplete"
-    request.getfixturevalue("in_this_process")  # not before: the script had a Ray of its own
     assert extract_features(config) == read_description(str(out))
     check_features(config, annotations, tmp_path)
     for name, written in before.items():  # what was there is not made again
@@ -185,7 +177,7 @@ def check_features(config: ExtractConfig, annotations: Annotations, folder: Path
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.usefixtures("ray_instance")
 def test_features_of_clips_are_those_of_the_frozen_backbone(
     tiny_set: Path,
     tmp_path: Path,
@@ -215,7 +207,7 @@ def test_features_of_clips_are_those_of_the_frozen_backbone(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.usefixtures("ray_instance")
 def test_features_of_windows_are_those_of_the_frozen_backbone(
     tiny_set: Path,
     tmp_path: Path,
