@@ -62,16 +62,16 @@ class Ranks:
             pipe.send((function, arguments))
         running = set(self._ranks)
         while running:
-            for pipe in wait(list(running)):
-                assert isinstance(pipe, Connection)
+            for ready in wait(list(running)):
+                assert isinstance(ready, Connection)
                 try:
-                    failed = pipe.recv()
+                    failed = ready.recv()
                 except EOFError:
                     failed = "a rank's process ended"
                 if failed is not None:
                     self.stop()  # the other may wait for it
                     raise AssertionError(failed)
-                running.remove(pipe)
+                running.remove(ready)
 
     def _start(self) -> None:
         self._starts += 1
