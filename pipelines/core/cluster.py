@@ -8,8 +8,9 @@ import ray
 import ray.data
 from ray import cloudpickle
 
-from pipelines.config.choices import own_modules
-from pipelines.config.command_line import require_cluster
+from re2tal.errors import UserError
+
+_KNOCK_SECONDS = 5.0
 
 # Read when Ray's modules are imported or its processes start, so they are set before `ray.init`.
 _ENVIRONMENT = {
@@ -33,6 +34,9 @@ def init_ray(*, trains: bool = False, cpus: int | None = None) -> None:
     Raises:
         UserError: if nothing answers at `RAY_ADDRESS`.
     """
+    # here, because a process that streams frames has no command line, and need not import PyTorch
+    from pipelines.config.choices import own_modules
+
     for module in own_modules():
         cloudpickle.register_pickle_by_value(module)  # no other process may have it
     if ray.is_initialized():  # as in a Ray task
@@ -40,8 +44,12 @@ def init_ray(*, trains: bool = False, cpus: int | None = None) -> None:
         return
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if "RAY_ADDRESS" in os.environ:
-        require_cluster()
+    if (address := os.environ.get("RAY_ADDRESS")) is not None:
+        if problem := unreachable(address):
+            raise UserError(
+                f"The cluster at {address} (RAY_ADDRESS) cannot be joined ({problem}). Start it "
+                "(ray start --head), correct the variable, or unset it to use this machine alone."
+            )
         environment = {"env_vars": {name: os.environ[name] for name in _ENVIRONMENT}}
         ray.init(logging_level="ERROR", log_to_driver=False, runtime_env=environment)
     else:
@@ -65,6 +73,25 @@ def init_ray(*, trains: bool = False, cpus: int | None = None) -> None:
             dashboard_port=port,
         )
     quiet_data()
+
+
+def unreachable(address: str) -> str:
+    """Knock at a cluster's address: Ray itself would wait for minutes, and say nothing.
+
+    Args:
+        address: as in `RAY_ADDRESS`.
+
+    Returns:
+        Why nothing answers; empty if something does, or the address is no host and port.
+    """
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if not host or not port.isdigit():
+        return ""
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS):
+            return ""
+    except OSError as error:
+        return str(error) or type(error).__name__
 
 
 def free_port() -> int:

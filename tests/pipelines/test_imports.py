@@ -8,8 +8,6 @@ from pathlib import Path
 CHAIN = """
 import importlib, sys
 for module, *unused in (
-    # what reads a command line, before it is known what is to be done
-    ("pipelines.config.command_line", "torch", "ray", "mlflow", "optuna", "matplotlib"),
     # Ray's decoding tasks
     ("pipelines.data.decoding", "torch", "ray", "mlflow", "matplotlib"),
     ("pipelines.data.shard_writing", "torch", "ray", "mlflow", "matplotlib"),
@@ -17,6 +15,7 @@ for module, *unused in (
     ("pipelines.training.entry", "torch", "mlflow", "matplotlib"),
     ("pipelines.data.streaming", "torch", "mlflow", "matplotlib"),
     # `--help` of what trains
+    ("pipelines.config.command_line", "ray.train", "mlflow", "optuna", "matplotlib"),
     ("pipelines.config.recipes", "mlflow", "optuna", "matplotlib"),
     ("pipelines.core.tracking", "mlflow", "optuna", "matplotlib"),
     ("pipelines.core.models", "mlflow", "optuna", "matplotlib"),
