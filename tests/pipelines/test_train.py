@@ -77,7 +77,8 @@ def finished(
 def job(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Folder of a Ray job that was stopped and submitted again, and what it printed in the end."""
     command = (sys.executable, "pipelines/train.py", "toy", *_data(tiny_set), *TINY)
-    with ray_head(tmp_path_factory.mktemp("job")) as head:
+    patient = {"RAY_JOB_STOP_WAIT_TIME_S": "60"}  # by default a job on a busy machine is killed
+    with ray_head(tmp_path_factory.mktemp("job"), more=patient) as head:
         command += ("--output", str(head.folder / "runs"))
         _stop(head, head.submit(*command, wait=False))
         assert _run(head.folder).info.status == "KILLED"
