@@ -33,13 +33,13 @@ doctor: $(INSTALLED)  ## look at the installation, or the cluster at RAY_ADDRESS
 
 # In two processes: much of the suite waits for Ray and for scripts to start. tests/conftest.py says which tests
 # share a process, and in which order.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --dist
 
 test: $(INSTALLED)  ## the test suite but for its longest chains; ARGS="-k name" selects
-	$(PYTEST) -m "not hosts and not long" $(ARGS)
+	$(PYTEST) loadscope -m "not hosts and not long" $(ARGS)
 
 slow: $(INSTALLED)  ## the longest chains: a job and a sweep that are killed, reproduce.py --quick
-	$(PYTEST) -m long $(ARGS)
+	$(PYTEST) loadfile -m long $(ARGS)
 
 hosts: $(INSTALLED)  ## a run on several hosts, one of which dies; ten minutes, as root, the machine to itself
 	$(BIN)/python -m pytest -m hosts $(ARGS)

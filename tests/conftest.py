@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 # Where there are more threads than free cores, PyTorch's wait for one another by spinning: beside
@@ -14,8 +15,12 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 import numpy as np
 import pytest
 import torch
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.ranks import Ranks
+
+ROOT = Path(__file__).parents[1]
 
 # tests run beside one another and beside Ray's workers; small tensors gain nothing from threads
 torch.set_num_threads(1)
@@ -67,24 +72,31 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     started.stop()
 
 
-SHARED = ("ray_instance", "ranks")
-"""Fixtures of a test run that take seconds to start: all their tests go to one xdist worker."""
+SHARED = ("ray_instance", "ranks: Ranks")
+"""Fixtures that take seconds to start, as test files name them: one xdist worker has each."""
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
+@cache
+def _group(file: str) -> str:
+    """The group of a test file: the users of a shared fixture, or the file itself."""
+    text = (ROOT / file).read_text()
+    return next((name for name in SHARED if name in text), file)
+
+
+class _Groups(LoadScopeScheduling):
+    """Groups of files stay together; the marker `xdist_group` would group single tests."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _group(nodeid.partition("::")[0])
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling | None:
+    """Scheduler of `--dist loadscope`, whose scopes are the groups."""
+    return _Groups(config, log) if config.getoption("dist") == "loadscope" else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put tests into groups that stay together, and the groups that take longest first.
-
-    A group is a file or the users of a shared fixture. xdist hands them out one after the other, so
-    short ones at the end keep all its workers busy.
-    """
-    group = {item: _group(item) for item in items}
+    """Groups with slow tests first: the last to end should not be the one that takes longest."""
+    group = {item: _group(item.path.relative_to(ROOT).as_posix()) for item in items}
     slow = {group[item] for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (group[item] not in SHARED, group[item] not in slow))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group[item]))
-
-
-def _group(item: pytest.Item) -> str:
-    fixtures = getattr(item, "fixturenames", ())
-    return next((name for name in SHARED if name in fixtures), item.path.stem)
