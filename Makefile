@@ -7,7 +7,10 @@ BIN := $(VENV)/bin
 UV_VERSION := 0.13.9
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help train doctor test hosts fast lint types check bench ui requirements clean
+# Each process would otherwise compile this project's own modules again; a job even in its unpacked copy.
+export PYTHONDONTWRITEBYTECODE :=
+
+.PHONY: help train doctor test slow hosts fast lint types check bench ui requirements clean
 
 help:  ## show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1|/' | column -t -s '|'
@@ -28,10 +31,15 @@ train: $(INSTALLED)  ## make the toy data if missing and train on it; ARGS="RECI
 doctor: $(INSTALLED)  ## look at the installation, or the cluster at RAY_ADDRESS, and say what to mend; ARGS="--output URI"
 	$(BIN)/python pipelines/doctor.py $(ARGS)
 
-# In two processes, a file in one of them: much of the suite waits for Ray and for scripts to start. In the order
-# that tests/conftest.py gives them, because the files with few tests have the long ones.
-test: $(INSTALLED)  ## the test suite; ARGS="-k name" selects
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not hosts" $(ARGS)
+# In two processes: much of the suite waits for Ray and for scripts to start. tests/conftest.py says which tests
+# share a process, and in which order.
+PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --dist
+
+test: $(INSTALLED)  ## the test suite but for its longest chains; ARGS="-k name" selects
+	$(PYTEST) loadscope -m "not hosts and not long" $(ARGS)
+
+slow: $(INSTALLED)  ## the longest chains: a job and a sweep that are killed, reproduce.py --quick
+	$(PYTEST) loadfile -m long $(ARGS)
 
 hosts: $(INSTALLED)  ## a run on several hosts, one of which dies; ten minutes, as root, the machine to itself
 	$(BIN)/python -m pytest -m hosts $(ARGS)
@@ -46,7 +54,7 @@ lint: $(INSTALLED)  ## ruff, format and rules
 types: $(INSTALLED)  ## mypy
 	$(BIN)/mypy
 
-check: lint types test  ## all that CI runs
+check: lint types test slow  ## all that CI runs
 
 # The peers are installed beside the environment, never into it: nothing but these commands sees them.
 PEERS := $(VENV)/peers

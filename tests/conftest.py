@@ -3,6 +3,8 @@
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 # Where there are more threads than free cores, PyTorch's wait for one another by spinning: beside
@@ -13,6 +15,12 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 import numpy as np
 import pytest
 import torch
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
+
+from tests.ranks import Ranks
+
+ROOT = Path(__file__).parents[1]
 
 # tests run beside one another and beside Ray's workers; small tensors gain nothing from threads
 torch.set_num_threads(1)
@@ -56,7 +64,39 @@ def _version(name: str) -> str | None:
         return None
 
 
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Two processes of one gloo group."""
+    started = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield started
+    started.stop()
+
+
+SHARED = ("ray_instance", "ranks: Ranks")
+"""Fixtures that take seconds to start, as test files name them: one xdist worker has each."""
+
+
+@cache
+def _group(file: str) -> str:
+    """The group of a test file: the users of a shared fixture, or the file itself."""
+    text = (ROOT / file).read_text()
+    return next((name for name in SHARED if name in text), file)
+
+
+class _Groups(LoadScopeScheduling):
+    """Groups of files stay together; the marker `xdist_group` would group single tests."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _group(nodeid.partition("::")[0])
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling | None:
+    """Scheduler of `--dist loadscope`, whose scopes are the groups."""
+    return _Groups(config, log) if config.getoption("dist") == "loadscope" else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: the last to end should not be the one that takes longest."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Groups with slow tests first: the last to end should not be the one that takes longest."""
+    group = {item: _group(item.path.relative_to(ROOT).as_posix()) for item in items}
+    slow = {group[item] for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (group[item] not in SHARED, group[item] not in slow))

@@ -1,54 +1,14 @@
 """A command line that names a recipe and overrides fields of it, and how its program ends."""
 
-import os
-import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import ray.train
 import tyro
-from ray.exceptions import RayError
 
 from pipelines.config.choices import choices_help, import_own, recipe_named, with_backbone
 from re2tal.errors import UserError
-
-_KNOCK_SECONDS = 5.0
-
-
-def require_cluster() -> None:
-    """Ends a program in seconds whose cluster is gone.
-
-    Raises:
-        UserError: if nothing answers at `RAY_ADDRESS`.
-    """
-    address = os.environ.get("RAY_ADDRESS", "")
-    if problem := unreachable(address):
-        raise UserError(
-            f"The cluster at {address} (RAY_ADDRESS) cannot be joined ({problem}). Start it (ray "
-            "start --head), correct the variable, or unset it to use this machine alone."
-        )
-
-
-def unreachable(address: str) -> str:
-    """Knocks at a cluster's address: Ray itself would wait for minutes, and say nothing.
-
-    Args:
-        address: as in `RAY_ADDRESS`.
-
-    Returns:
-        Why nothing answers; empty if something does, or the address is no host and port.
-    """
-    host, _, port = address.rpartition("/")[2].rpartition(":")
-    if not host or not port.isdigit():
-        return ""
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS):
-            return ""
-    except OSError as error:
-        return str(error) or type(error).__name__
-
 
 RecipeT = TypeVar("RecipeT")
 
@@ -65,11 +25,15 @@ def told_shortly(*, failure: str | None = None) -> Iterator[None]:
         yield
     except UserError as problem:
         sys.exit(f"error: {problem}")
-    except ray.train.WorkerGroupError as failed:
-        first = next(iter(failed.worker_failures.values()))
-        sys.exit(f"error: a training worker failed.\n{first}")
-    except RayError as failed:
-        if failure is None:
+    except Exception as failed:
+        # here, because `--help` needs neither
+        from ray.exceptions import RayError
+        from ray.train import WorkerGroupError
+
+        if isinstance(failed, WorkerGroupError):
+            first = next(iter(failed.worker_failures.values()))
+            sys.exit(f"error: a training worker failed.\n{first}")
+        if failure is None or not isinstance(failed, RayError):
             raise
         sys.exit(f"error: {failure}\n{failed}")
 

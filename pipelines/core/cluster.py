@@ -8,8 +8,9 @@ from typing import Any
 import ray
 import ray.data
 
-from pipelines.config.choices import own_code
-from pipelines.config.command_line import require_cluster
+from re2tal.errors import UserError
+
+_KNOCK_SECONDS = 5.0
 
 # Read when Ray's modules are imported or its processes start, so they are set before `ray.init`.
 _ENVIRONMENT = {
@@ -22,16 +23,20 @@ _ENVIRONMENT = {
 }
 
 
-def init_ray(*, trains: bool = False) -> None:
+def init_ray(*, trains: bool = False, cpus: int | None = None) -> None:
     """Joins the cluster that `RAY_ADDRESS` names (as in a Ray job), else starts one here.
 
     Args:
         trains: Ray Train is going to ask the cluster's server, which takes some seconds to start,
             whether its controller lives.
+        cpus: number that a cluster started here has; None for those of this machine.
 
     Raises:
         UserError: if nothing answers at `RAY_ADDRESS`.
     """
+    # here, because a process that streams frames has no command line, and need not import PyTorch
+    from pipelines.config.choices import own_code
+
     if ray.is_initialized():  # as in a Ray task
         quiet_data()
         return
@@ -39,8 +44,12 @@ def init_ray(*, trains: bool = False) -> None:
         os.environ.setdefault(name, value)
     # uploaded, because no other machine has it
     environment: dict[str, Any] = {"py_modules": code} if (code := own_code()) else {}
-    if "RAY_ADDRESS" in os.environ:
-        require_cluster()
+    if (address := os.environ.get("RAY_ADDRESS")) is not None:
+        if problem := unreachable(address):
+            raise UserError(
+                f"The cluster at {address} (RAY_ADDRESS) cannot be joined ({problem}). Start it "
+                "(ray start --head), correct the variable, or unset it to use this machine alone."
+            )
         environment["env_vars"] = {name: os.environ[name] for name in _ENVIRONMENT}
         ray.init(logging_level="ERROR", log_to_driver=False, runtime_env=environment)
     else:
@@ -57,6 +66,7 @@ def init_ray(*, trains: bool = False) -> None:
         # "local", so that a cluster left running on this machine is not joined by accident
         ray.init(
             address="local",
+            num_cpus=cpus,
             logging_level="ERROR",
             log_to_driver=False,
             include_dashboard=trains,
@@ -64,6 +74,25 @@ def init_ray(*, trains: bool = False) -> None:
             runtime_env=environment or None,
         )
     quiet_data()
+
+
+def unreachable(address: str) -> str:
+    """Knock at a cluster's address: Ray itself would wait for minutes, and say nothing.
+
+    Args:
+        address: as in `RAY_ADDRESS`.
+
+    Returns:
+        Why nothing answers; empty if something does, or the address is no host and port.
+    """
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if not host or not port.isdigit():
+        return ""
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS):
+            return ""
+    except OSError as error:
+        return str(error) or type(error).__name__
 
 
 def free_port() -> int:

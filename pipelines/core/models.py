@@ -64,7 +64,6 @@ def fingerprint(folder: Path) -> str:
 
 
 def _model_of_run(run_id: str, tracking: str, option: str) -> str:
-    # here, because it takes seconds, and most scripts that check weights have no use for it
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 

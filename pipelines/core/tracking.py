@@ -2,6 +2,8 @@
 
 The driver opens the store and makes the run (a new data base that several processes open at once is
 corrupted); rank 0 only appends metrics, through a client of its own.
+
+MLflow is imported in the functions that need it: it takes longer than the rest of a `--help`.
 """
 
 import dataclasses
@@ -18,13 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
-from mlflow.tracking import MlflowClient
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_GIT_COMMIT, MLFLOW_RUN_NAME
 from pydantic import TypeAdapter, ValidationError
 
 from pipelines.config.recipe import Recipe
@@ -32,9 +29,14 @@ from pipelines.core.checkout import git_commit
 from pipelines.core.storage import fetch, replacing
 from re2tal.errors import UserError
 
+if TYPE_CHECKING:
+    from mlflow.entities import Metric, RunTag
+    from mlflow.tracking import MlflowClient
+
+
 _MAX_METRICS = 1000  # per request; MLflow refuses more
 _MAX_PARAMS = 100
-_REFUSED = ErrorCode.Name(INVALID_PARAMETER_VALUE)  # of a request that is wrong whenever it is sent
+_REFUSED = "INVALID_PARAMETER_VALUE"  # of a request that is wrong whenever it is sent
 _LOG = logging.getLogger(__name__)
 
 
@@ -63,8 +65,10 @@ class Run:
     run_id: str
 
     @property
-    def client(self) -> MlflowClient:
+    def client(self) -> "MlflowClient":
         """A client of its store."""
+        from mlflow.tracking import MlflowClient
+
         return MlflowClient(self.uri)
 
 
@@ -88,7 +92,7 @@ def tracking_uri(output: str | Path) -> str:
     return f"sqlite:///{output}/mlflow.db"
 
 
-def _experiment_id(client: MlflowClient, uri: str, name: str, output: str | Path) -> str:
+def _experiment_id(client: "MlflowClient", uri: str, name: str, output: str | Path) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None:
         return found.experiment_id
@@ -116,7 +120,10 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _tags(recipe_name: str) -> list[RunTag]:
+def _tags(recipe_name: str) -> "list[RunTag]":
+    from mlflow.entities import RunTag
+    from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_RUN_NAME
+
     packages = ("torch", "torchvision", "ray", "mlflow", "av")
     tags = {MLFLOW_RUN_NAME: f"{recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}"}
     tags |= {f"version.{name}": version(name) for name in packages}
@@ -127,7 +134,7 @@ def _tags(recipe_name: str) -> list[RunTag]:
     return [RunTag(key, value) for key, value in tags.items()]
 
 
-def open_store(experiment: str, *, output: str | Path) -> tuple[MlflowClient, str, str]:
+def open_store(experiment: str, *, output: str | Path) -> "tuple[MlflowClient, str, str]":
     """Opens the store, and makes it and the experiment if need be.
 
     Args:
@@ -141,6 +148,8 @@ def open_store(experiment: str, *, output: str | Path) -> tuple[MlflowClient, st
         MlflowException: if the store cannot be reached.
         UserError: as `tracking_uri`.
     """
+    from mlflow.tracking import MlflowClient
+
     if "://" not in str(output):
         Path(output).mkdir(parents=True, exist_ok=True)
     for name in ("alembic", "mlflow.store.db.utils"):  # each table that a new store gets
@@ -161,6 +170,8 @@ def start_run(recipe: Tracked, *, output: str | Path, tags: Mapping[str, str] | 
     Raises:
         MlflowException: if the store cannot be reached.
     """
+    from mlflow.entities import Param, RunTag
+
     client, uri, experiment = open_store(recipe.experiment, output=output)
     run = client.create_run(experiment)
     run_id = run.info.run_id
@@ -181,6 +192,9 @@ def log_dataset(run: Run, *, name: str, source: str, digest: str) -> None:
         source: where its annotations are.
         digest: fingerprint of the annotations.
     """
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
     dataset = Dataset(
         name=name,
         digest=digest[:36],  # as much as the store keeps
@@ -212,6 +226,8 @@ def log_metrics(run: Run, metrics: Mapping[str, float], *, step: int) -> None:
         metrics: name to value.
         step: global step.
     """
+    from mlflow.entities import Metric
+
     now = int(time.time() * 1000)
     entries = [Metric(name, float(value), now, step) for name, value in metrics.items()]
     run.client.log_batch(run.run_id, metrics=entries)
@@ -261,11 +277,15 @@ class MetricLogger:
             metrics: name to value; names with the characters that MLflow allows (`safe_names`).
             step: global step.
         """
+        from mlflow.entities import Metric
+
         now = int(time.time() * 1000)
         for name, value in metrics.items():
             self._queue.put(Metric(name, float(value), now, step))
 
     def _send(self) -> bool:
+        from mlflow.exceptions import MlflowException
+
         while not self._queue.empty():
             self._pending.append(self._queue.get())
         size = _MAX_METRICS
@@ -285,7 +305,7 @@ class MetricLogger:
             size = min(max(1, 2 * size), _MAX_METRICS)
         return True
 
-    def _refuse(self, metric: Metric, reason: str) -> None:
+    def _refuse(self, metric: "Metric", reason: str) -> None:
         if metric.key not in {other.key for other in self._refused}:
             _LOG.warning("MLflow refuses the metric %r: %s", metric.key, reason)
         self._refused.append(metric)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from re2tal.localizers import ActionFormerConfig, Targets
 from re2tal.localizers.protocol import LocalizerConfig
 from re2tal.localizers.vsgn import VSGNConfig
+from tests.ranks import Ranks
 
 CONFIGS: list[LocalizerConfig] = [
     # Global attention, too: a window without a valid step leaves it nothing to attend to.
@@ -34,8 +32,6 @@ STEPS = {
     "no action on rank 1": ((WHOLE, ACTIONS), (WHOLE, NOTHING)),
     "nothing decoded on rank 1": ((STITCHED, ACTIONS), (UNREADABLE, ACTIONS)),
 }
-# Far above what a step takes; a rank that waits for a gradient which never comes ends by it.
-PATIENCE = timedelta(seconds=30)
 
 
 def state_of(model: nn.Module) -> dict[str, bytes]:
@@ -49,7 +45,7 @@ def gathered(mine: Any) -> list[Any]:
     return everybody
 
 
-def train(config: LocalizerConfig, rank: int) -> None:
+def train(rank: int, config: LocalizerConfig) -> None:
     torch.manual_seed(rank)  # weights and features differ, of which DDP evens out the weights
     localizer = config.build(6, 4)
     assert isinstance(localizer, nn.Module)
@@ -79,17 +75,7 @@ def train(config: LocalizerConfig, rank: int) -> None:
         assert gathered(list(losses)) == [list(terms)] * 2, what
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=PATIENCE)
-    try:
-        for config in CONFIGS:
-            train(config, rank)
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.mark.slow
-def test_ranks_agree_whatever_windows_they_have(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
+def test_ranks_agree_whatever_windows_they_have(config: LocalizerConfig, ranks: Ranks) -> None:
+    ranks.run(train, config)

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
 
 from re2tal.localizers.losses import LossNormalizer, diou_loss, focal_loss
+from tests.ranks import Ranks
 
 
 def slow_focal(logit: float, target: float) -> float:
@@ -88,21 +87,15 @@ def test_two_batches_may_be_differentiated_together() -> None:
     assert weight.grad.item() == pytest.approx(1 / 92 + 1 / 84.8)
 
 
-def _count_on_rank(rank: int, folder: str) -> None:
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
+def _count_on_rank(rank: int) -> None:
     mean = LossNormalizer(100.0)(torch.tensor([20, 40][rank]))
-    Path(folder, str(rank)).write_text(str(mean.item()))
-    distributed.destroy_process_group()
+    # the mean is that of both ranks' sum, and each rank's pass is half of the step
+    assert mean.item() == pytest.approx((0.9 * 100 + 0.1 * 60) / 2)
 
 
 @pytest.mark.slow
-def test_all_ranks_divide_by_the_same_mean(tmp_path: Path) -> None:
-    multiprocessing.spawn(_count_on_rank, args=(str(tmp_path),), nprocs=2)
-    for rank in "01":
-        # the mean is that of both ranks' sum, and each rank's pass is half of the step
-        assert float((tmp_path / rank).read_text()) == pytest.approx((0.9 * 100 + 0.1 * 60) / 2)
+def test_all_ranks_divide_by_the_same_mean(ranks: Ranks) -> None:
+    ranks.run(_count_on_rank)
 
 
 def test_what_a_step_holds_is_counted_once_ahead_of_its_passes() -> None:

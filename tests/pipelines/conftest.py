@@ -5,6 +5,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import mlflow.store.db.utils as mlflow_db
@@ -14,7 +15,7 @@ from sqlalchemy import Engine
 
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import toy
-from pipelines.core.cluster import quiet_data
+from pipelines.core.cluster import init_ray
 from pipelines.data.batches import Video
 from pipelines.data.plan import Plan
 from re2tal.datasets import load_annotations
@@ -65,7 +66,12 @@ def _copy(one: str | Path, other: str | Path) -> None:
 @pytest.fixture(scope="session")
 def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a toy data set of three training and two validation videos."""
-    folder = tmp_path_factory.mktemp("toy")
+    return _tiny_set(tmp_path_factory.getbasetemp())
+
+
+@cache  # for the tests of other folders too, which have this fixture of their own
+def _tiny_set(parent: Path) -> Path:
+    folder = parent / "tiny_set"
     make_toy(folder, ToyConfig(training=3, validation=2, seconds=(14.0, 16.0)))
     return folder
 
@@ -135,11 +141,16 @@ def remote(
 
 @pytest.fixture(scope="session")
 def ray_instance() -> Iterator[None]:
-    """A Ray instance of its own for the tests that need one in this process."""
+    """The Ray instance of this test run, for tests that work or train through it in this process.
+
+    Scripts that are called here find it running and do not start another.
+    """
     if ray.is_initialized():  # by the tests of another folder, which end it
         yield
         return
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
-    quiet_data()
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
+        init_ray(trains=True, cpus=2)
+        yield
+        ray.shutdown()

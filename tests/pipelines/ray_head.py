@@ -28,7 +28,7 @@ def environment(home: Path) -> dict[str, str]:
     Args:
         home: folder of what is kept for a user.
     """
-    dropped = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")
+    dropped = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return kept | {"HOME": str(home), "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}
 
@@ -47,6 +47,21 @@ def run_command(*command: str, cwd: Path, env: Mapping[str, str]) -> str:
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=420)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def processes(pid: int, name: str) -> list[psutil.Process]:
+    """Descendants of a process whose names begin like this, the newest last.
+
+    Args:
+        pid: of the process.
+        name: such as that of a class whose actor runs in a descendant.
+    """
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it may end while it is looked at
+            if child.name().startswith(name):
+                found.append(child)
+    return sorted(found, key=lambda process: process.create_time())
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,19 +158,6 @@ class Head:
         ) as log:
             assert log.stdout is not None
             yield iter(log.stdout)
-
-    def processes(self, name: str) -> list[psutil.Process]:
-        """The processes of the head whose names begin like this, the newest last.
-
-        Args:
-            name: such as that of a class whose actor runs in it.
-        """
-        found = []
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):  # it may end while it is looked at
-                if child.name().startswith(name):
-                    found.append(child)
-        return sorted(found, key=lambda process: process.create_time())
 
 
 @contextmanager

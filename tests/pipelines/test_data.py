@@ -80,20 +80,6 @@ def test_a_window_that_cannot_be_decoded_is_masked_and_reported(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_instance")
-def test_ray_data_delivers_what_decoding_here_gives(tiny_plan: Plan) -> None:
-    windows = _windows(tiny_plan)[:7]
-    stream = FrameStream()
-    streamed = list(stream_batches(stream, windows, tiny_plan.uris, size=32, batch_size=2))
-    local = list(decode_batches(windows, tiny_plan.uris, size=32, batch_size=2))
-    assert len(streamed) == len(local) == 4
-    for ours, theirs in zip(streamed, local, strict=True):
-        assert _places(list(ours.windows)) == _places(list(theirs.windows))
-        assert torch.equal(ours.frames, theirs.frames)
-        assert torch.equal(ours.mask, theirs.mask)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_instance")
 def test_videos_are_read_by_uri(tiny_plan: Plan) -> None:
     window = _windows(tiny_plan)[0]
     path = tiny_plan.uris[window.video_id]

@@ -5,7 +5,6 @@ import io
 import json
 import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -29,6 +28,7 @@ from re2tal.detection.raw import write_raw
 from re2tal.detection.segments import Detections
 from re2tal.errors import UserError
 from re2tal.trained import save_detector
+from tests.pipelines.scripts import run_here
 
 SCRIPT = Path(__file__).parents[2] / "pipelines" / "evaluate.py"
 Row = dict[str, Any]
@@ -218,13 +218,10 @@ def test_detections_of_other_classes_are_refused(tmp_path: Path, label: str, rea
         evaluate_run(parse(write(tmp_path, found)))
 
 
-@pytest.mark.slow
 def test_the_script_evaluates(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), *write(tmp_path, FOUND)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "average recall" in done.stdout
-    assert "MLflow run" in done.stdout
+    printed = run_here(SCRIPT, *write(tmp_path, FOUND), folder=tmp_path)
+    assert "average recall" in printed
+    assert "MLflow run" in printed
 
 
 def test_the_script_ends_with_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,6 @@ import torch
 from mlflow.tracking import MlflowClient
 
 from pipelines.core.resources import PoolConfig, pool_for
-from pipelines.data import feature_extraction
 from pipelines.data.decoding import VideoJob, decode_video
 from pipelines.data.feature_extraction import FrozenBackboneConfig, load_backbone, unit_features
 from pipelines.data.feature_writing import FilesConfig
@@ -111,12 +110,6 @@ def slowly(config: ExtractConfig, video_id: str, clip: int) -> np.ndarray:
         return backbone(seen[None])[0].mean(dim=1).numpy()
 
 
-@pytest.fixture
-def in_this_process(ray_instance: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The script's functions with the Ray instance of the tests."""
-    monkeypatch.setattr(feature_extraction, "init_ray", lambda: None)
-
-
 def run_until_killed(config: ExtractConfig, log: Path) -> None:
     """Starts the script, and kills it once the first file is there."""
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -140,13 +133,13 @@ def run_until_killed(config: ExtractConfig, log: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
     tiny_set: Path,
     tmp_path: Path,
     annotations: Annotations,
     runs: str,
-    capsys: pytest.CaptureFixture[str],
-    request: pytest.FixtureRequest,
+    ray_instance: None,
 ) -> None:
     config = config_for(tiny_set, tmp_path, runs=runs)
     out = tmp_path / "out"
@@ -155,18 +148,37 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
     assert 1 <= len(before) < 5, (tmp_path / "log").read_text()
     assert (tmp_path / "log").read_text().splitlines()[0] == "0 of 5 videos are through"
     assert read_description(str(out)).state == "incomplete"
-    request.getfixturevalue("in_this_process")  # not before: the script had a Ray of its own
-    description = extract_features(config)
-    assert "complete: 5 videos, " in capsys.readouterr().out
-    assert description == read_description(str(out))
-    undisturbed(config, annotations, tmp_path / "undisturbed")
-    for path in (tmp_path / "undisturbed").iterdir():
-        assert (out / path.name).read_bytes() == path.read_bytes()
+    assert extract_features(config) == read_description(str(out))
+    check_features(config, annotations, tmp_path)
     for name, written in before.items():  # what was there is not made again
         assert (out / name).stat().st_mtime_ns == written
+
+
+def check_features(config: ExtractConfig, annotations: Annotations, folder: Path) -> None:
+    """Files hold what extraction in this process, one after the other, gives, and nothing else."""
+    out = Path(str(config.output))
+    undisturbed(config, annotations, folder / "undisturbed")
+    for path in (folder / "undisturbed").iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes()
     assert {path.name for path in out.iterdir()} - {"being_decoded", NAME} == {
         f"{video.video_id}.npy" for video in annotations.videos
     }
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_instance")
+def test_features_of_clips_are_those_of_the_frozen_backbone(
+    tiny_set: Path,
+    tmp_path: Path,
+    annotations: Annotations,
+    runs: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = config_for(tiny_set, tmp_path, runs=runs)
+    description = extract_features(config)
+    assert "complete: 5 videos, " in capsys.readouterr().out
+    check_features(config, annotations, tmp_path)
+    out = Path(str(config.output))
     features, video = Features(str(out)), annotations.videos[1]
     found, grid = features.read(video.video_id, duration=video.duration)
     assert len(found) == len(grid.to_seconds(np.arange(grid.num_features)))
@@ -184,7 +196,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.usefixtures("ray_instance")
 def test_features_of_windows_are_those_of_the_frozen_backbone(
     tiny_set: Path,
     tmp_path: Path,

@@ -1,8 +1,5 @@
 """Step 4 of the paper: the script as a user runs it, and the parts that it is made of."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +38,7 @@ from re2tal.datasets.toy import TRIMMED_CLASSES, TrimmedToyConfig, make_trimmed_
 from re2tal.datasets.trimmed import ClipConfig, TrimmedVideo, ViewConfig, views
 from re2tal.errors import UserError
 from re2tal.reversible.controls import reversible_stages
+from tests.pipelines.scripts import run_here
 
 SCRIPT = Path(__file__).parents[2] / "pipelines" / "finetune_backbone.py"
 TINY = SwinConfig(patch=(2, 8, 8), embed_dim=16, depths=(1, 1), heads=(1, 2), window=(4, 4, 4))
@@ -367,29 +365,19 @@ def test_a_plan_holds_what_can_be_used_and_says_why_the_rest_cannot(
         make_plan(replace(config, max_failed=0.1), read_lists(config))
 
 
-@pytest.fixture(scope="module")
-def finished(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Folder in which the script ran, and what it printed."""
-    folder = tmp_path_factory.mktemp("run")
-    env = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")}
-    done = subprocess.run(
-        [
-            sys.executable, str(SCRIPT), "toy",
-            "--data.training", str(clips / "training"),
-            "--data.validation", str(clips / "validation"),
-            "--data.size", "32", "--data.clip.frames", "8", "--epochs", "1", "--batch-size", "4",
-            "--views.clips", "2", "--scale.workers", "1", "--model.coupling-epochs", "0.5",
-            "--weights-file", "out/weights.safetensors",
-        ],
-        cwd=folder, env=env | {"HOME": str(folder)}, capture_output=True, text=True, timeout=420,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done.stdout
-
-
 @pytest.mark.slow
-def test_the_run_in_mlflow_is_complete(finished: tuple[Path, str]) -> None:
-    folder, printed = finished
+@pytest.mark.usefixtures("ray_instance")
+def test_the_run_in_mlflow_is_complete(clips: Path, tmp_path: Path) -> None:
+    folder = tmp_path
+    printed = run_here(
+        SCRIPT, "toy",
+        "--data.training", str(clips / "training"),
+        "--data.validation", str(clips / "validation"),
+        "--data.size", "32", "--data.clip.frames", "8", "--epochs", "1", "--batch-size", "4",
+        "--views.clips", "2", "--scale.workers", "1", "--model.coupling-epochs", "0.5",
+        "--weights-file", "out/weights.safetensors",
+        folder=folder,
+    )  # fmt: skip
     store = f"sqlite:///{folder / 'runs' / 'mlflow.db'}"
     client = MlflowClient(store)
     (experiment,) = client.search_experiments(filter_string="name = 're2tal-backbones'")

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from pipelines.config.recipe import Recipe
@@ -17,6 +15,7 @@ from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
 from pipelines.training.trainer import Trainer
 from re2tal.localizers.vsgn import VSGNConfig
+from tests.ranks import Ranks
 
 Result = tuple[list[dict[str, float]], dict[str, Tensor]]
 
@@ -38,14 +37,10 @@ def _train(
 
 
 def _worker(rank: int, jobs: Sequence[tuple[Recipe, Path]], plan: Plan) -> None:
-    torch.set_num_threads(1)
     for recipe, folder in jobs:
-        meeting = f"file://{folder}/meeting"
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
         result = _train(recipe, plan, folder, rank=rank, world_size=2)
         if rank == 0:
             torch.save(result, folder / "result.pt")
-        dist.destroy_process_group()
 
 
 def _layout(recipe: Recipe, batch_size: int, accumulation: int = 1) -> Recipe:
@@ -66,7 +61,7 @@ def _compare(one: Result, other: Result) -> None:
 
 @pytest.mark.slow
 def test_one_worker_two_workers_and_accumulated_passes_end_alike(
-    tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path
+    tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path, ranks: Ranks
 ) -> None:
     # AdamW's first steps are as long whatever the gradient: of noise too. A larger epsilon is not
     # an option of the recipe, so few steps at a small rate.
@@ -81,7 +76,7 @@ def test_one_worker_two_workers_and_accumulated_passes_end_alike(
     for name, each in (("actionformer", recipe), ("vsgn", with_vsgn)):
         (tmp_path / name).mkdir()
         jobs.append((_layout(each, 2), tmp_path / name))
-    mp.spawn(_worker, (jobs, tiny_plan), nprocs=2)
+    ranks.run(_worker, jobs, tiny_plan)
     whole = _train(_layout(recipe, 4), tiny_plan, tmp_path / "whole")
     # one of two workers is left
     elastic = replace(recipe, scale=replace(recipe.scale, workers=2, min_workers=1))

@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.config.recipe import Recipe
-from pipelines.data import shard_writing
 from pipelines.data.batches import decode_batches
 from pipelines.data.plan import make_plan, read_annotations
 from pipelines.data.shard_writing import ShardTask, write_shard
@@ -101,7 +100,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
+    ray_instance: None,
 ) -> None:
     (tmp_path / "videos").mkdir()
     names = [f"video{number}" for number in range(8)]
@@ -127,7 +126,6 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
     manifest = read_manifest(str(tmp_path / "out"))
     assert manifest is not None
     assert manifest.state == "incomplete"
-    request.getfixturevalue("ray_instance")  # not before: the script had a Ray of its own
     # the same command; in this process, which has Ray and has imported everything
     monkeypatch.setattr(sys, "argv", arguments(config)[1:])
     capsys.readouterr()
@@ -147,12 +145,6 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
 
 
 @pytest.fixture
-def in_this_process(ray_instance: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The script's functions with the Ray instance of the tests."""
-    monkeypatch.setattr(shard_writing, "init_ray", lambda: None)
-
-
-@pytest.fixture
 def three(tmp_path: Path) -> Path:
     """Folder of three videos of which one is not there and one cannot be read."""
     (tmp_path / "videos").mkdir()
@@ -163,7 +155,7 @@ def three(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.usefixtures("ray_instance")
 def test_failed_videos_are_listed_and_only_they_are_made_again(
     three: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,7 +197,7 @@ def test_failed_videos_are_listed_and_only_they_are_made_again(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.usefixtures("ray_instance")
 def test_training_on_shards_is_training_on_files(
     tiny_recipe: Recipe, tiny_set: Path, tmp_path: Path
 ) -> None:

@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,21 +13,16 @@ from pipelines.pretrain_toy import PretrainingConfig, loss_of
 from re2tal import rewire
 from re2tal.backbones.swin import swin_toy
 from re2tal.backbones.weights import load_backbone_weights
+from tests.pipelines.scripts import run_here
 
 SCRIPT = Path(__file__).parents[2] / "pipelines" / "pretrain_toy.py"
 
 
-@pytest.mark.slow
 def test_the_command_writes_weights_that_a_rewired_backbone_loads(tmp_path: Path) -> None:
     clips = "--clips.training 14 --clips.validation 7 --clips.seconds 1.5"
     sizes = f"{clips} --size 32 --steps 3 --frames 32 --short 8 --long 16"
-    env = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--output", "new/weights.safetensors", *sizes.split()],
-        cwd=tmp_path, env=env, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "held out" in done.stdout
+    output = ("--output", "new/weights.safetensors")
+    assert "held out" in run_here(SCRIPT, *output, *sizes.split(), folder=tmp_path)
     path = tmp_path / "new" / "weights.safetensors"
     with safe_open(path, "pt") as file:
         facts = json.loads(file.metadata()["re2tal"])

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -15,6 +14,7 @@ from pipelines.data.plan import Plan
 from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
 from pipelines.training.trainer import Trainer
+from tests.ranks import Ranks
 
 
 def _trainer(recipe: Recipe, plan: Plan, folder: Path, rank: int) -> Trainer:
@@ -28,8 +28,6 @@ def _trainer(recipe: Recipe, plan: Plan, folder: Path, rank: int) -> Trainer:
 
 
 def _worker(rank: int, recipe: Recipe, plan: Plan, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     for name, sharded in (("whole", False), ("split", True)):
         scale = replace(recipe.scale, sharded=sharded)
         each = replace(recipe, scale=scale)
@@ -41,7 +39,6 @@ def _worker(rank: int, recipe: Recipe, plan: Plan, folder: Path) -> None:
         assert all(split) if sharded else not any(split)
         second.run()
         dist.barrier()
-    dist.destroy_process_group()
 
 
 def _state(folder: Path) -> dict[str, Tensor]:
@@ -55,12 +52,14 @@ def _state(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-def test_it_ends_as_it_does_unsplit(tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path) -> None:
+def test_it_ends_as_it_does_unsplit(
+    tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path, ranks: Ranks
+) -> None:
     optim = replace(tiny_recipe.optim, schedule_epochs=2, accumulation=2)
     recipe = replace(tiny_recipe, epochs=2, batch_size=1, optim=optim)
     for name in ("whole", "split"):
         (tmp_path / name / "0").mkdir(parents=True)
-    mp.spawn(_worker, (recipe, tiny_plan, tmp_path), nprocs=2)
+    ranks.run(_worker, recipe, tiny_plan, tmp_path)
     whole, split = _state(tmp_path / "whole"), _state(tmp_path / "split")
     assert whole.keys() == split.keys()
     for name, value in whole.items():

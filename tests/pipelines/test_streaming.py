@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.data.batches import Batch, epoch_windows, stream_batches
+from pipelines.data.batches import decode_batches, epoch_windows, stream_batches
 from pipelines.data.plan import Plan
 from pipelines.data.streaming import FrameStream, portion_bytes, portions, store_needed
 from re2tal.videos.windows import WindowConfig
@@ -51,23 +51,26 @@ def test_an_execution_in_a_large_store_is_not_larger_than_is_useful() -> None:
     assert portion_bytes(MIB, 2**40, streams=1) == 4 * 2**30
 
 
-def _stream(plan: Plan, *, cpus: float, threads: int = 1) -> list[Batch]:
-    windows = epoch_windows(
-        plan.training, plan.classes, WindowConfig(frames=64, fps=12.0), stride=2, seed=3, epoch=1
-    )
-    stream = FrameStream(cpus=cpus, threads=threads)
-    batches = list(stream_batches(stream, windows, plan.uris, size=32, batch_size=2))
-    stream.close()
-    return batches
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_instance")
-def test_batches_are_the_same_whatever_the_number_of_decoding_tasks(tiny_plan: Plan) -> None:
-    one_at_a_time = _stream(tiny_plan, cpus=2.0)
-    eight_at_a_time = _stream(tiny_plan, cpus=0.25, threads=2)
-    assert len(one_at_a_time) == len(eight_at_a_time) > 2
-    for one, other in zip(one_at_a_time, eight_at_a_time, strict=True):
+@pytest.mark.parametrize(("cpus", "threads"), [(2.0, 1), (0.25, 2)])
+def test_batches_are_those_of_decoding_here_whatever_the_number_of_tasks(
+    tiny_plan: Plan, cpus: float, threads: int
+) -> None:
+    windows = epoch_windows(
+        tiny_plan.training,
+        tiny_plan.classes,
+        WindowConfig(frames=64, fps=12.0),
+        stride=2,
+        seed=3,
+        epoch=1,
+    )[:7]
+    stream = FrameStream(cpus=cpus, threads=threads)
+    streamed = list(stream_batches(stream, windows, tiny_plan.uris, size=32, batch_size=2))
+    stream.close()
+    local = list(decode_batches(windows, tiny_plan.uris, size=32, batch_size=2))
+    assert len(streamed) == len(local) > 2
+    for one, other in zip(streamed, local, strict=True):
         assert [w.grid for w in one.windows] == [w.grid for w in other.windows]
         assert [w.video_id for w in one.windows] == [w.video_id for w in other.windows]
         assert torch.equal(one.frames, other.frames)
@@ -78,6 +81,7 @@ def test_batches_are_the_same_whatever_the_number_of_decoding_tasks(tiny_plan: P
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_twenty_times_the_object_store_neither_spills_nor_grows() -> None:
     script = Path(__file__).parent / "small_store.py"
     ran = subprocess.run(

@@ -1,5 +1,6 @@
 """The main script as a user runs it: on files, through Ray, into MLflow, and as a Ray job."""
 
+import io
 import os
 import re
 import runpy
@@ -20,8 +21,10 @@ from pipelines.train import parse
 from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
 from pipelines.training.trainer import Trainer
-from tests.pipelines.ray_head import ROOT, Head, environment, ray_head, run_command
+from tests.pipelines.ray_head import ROOT, Head, environment, processes, ray_head, run_command
+from tests.pipelines.scripts import run_here
 
+SCRIPT = ROOT / "pipelines" / "train.py"
 TINY = (
     "--model.weights", "None",
     "--data.size", "32",
@@ -44,35 +47,57 @@ def _data(tiny_set: Path) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def finished(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Folder in which the script ran as a Ray job, and what it printed in the end.
+class _Disturbed(io.StringIO):
+    """Output of a training in this process; kills the worker when that has its second checkpoint.
 
-    It lost a worker and went on, was stopped, and was submitted again.
+    The first is then with Ray Train for certain.
     """
+
+    checkpoints = 0
+
+    def write(self, text: str) -> int:
+        if "checkpoint after step" in text:
+            self.checkpoints += 1
+            if self.checkpoints == 2:
+                processes(os.getpid(), "ray::RayTrainWorker")[-1].kill()
+        return super().write(text)
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tiny_set: Path, tmp_path_factory: pytest.TempPathFactory, ray_instance: None
+) -> tuple[Path, str]:
+    """Folder in which the script lost a worker and went on to the end, and what it printed."""
+    folder, printed = tmp_path_factory.mktemp("run"), _Disturbed()
+    run_here(SCRIPT, "toy", *_data(tiny_set), *TINY, folder=folder, printed=printed)
+    return folder, printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def job(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Folder of a Ray job that was stopped and submitted again, and what it printed in the end."""
     command = (sys.executable, "pipelines/train.py", "toy", *_data(tiny_set), *TINY)
-    with ray_head(tmp_path_factory.mktemp("run")) as head:
+    patient = {"RAY_JOB_STOP_WAIT_TIME_S": "60"}  # by default a job on a busy machine is killed
+    with ray_head(tmp_path_factory.mktemp("job"), more=patient) as head:
         command += ("--output", str(head.folder / "runs"))
-        _disturb(head, head.submit(*command, wait=False))
+        _stop(head, head.submit(*command, wait=False))
         assert _run(head.folder).info.status == "KILLED"
         printed = head.submit(*command)
     return head.folder, printed
 
 
-def _disturb(head: Head, job: str) -> None:
-    """Kills a worker of a job and, when the job has gone on, stops it."""
-    done = "nothing"
+def _stop(head: Head, job: str) -> None:
+    """Stops a job after its second checkpoint: the first is then with Ray Train for certain."""
+    checkpoints = 0
     with head.log_of(job) as lines:
         for line in lines:
-            if done == "nothing" and "checkpoint after step" in line:
-                head.processes("ray::RayTrainWorker")[-1].kill()
-                done = "killed a worker"
-            elif done == "killed a worker" and "going on after" in line:
-                done = "gone on"
-            elif done == "gone on" and "step" in line:
+            checkpoints += "checkpoint after step" in line
+            if checkpoints == 2:
                 head.stop(job)
-                done = "stopped the job"
-    assert done == "stopped the job"
+                break
+        else:
+            raise AssertionError("the job ended by itself")
+        assert "succeeded" not in "".join(lines)
 
 
 def _run(folder: Path) -> MlflowRun:
@@ -88,7 +113,7 @@ def _client(folder: Path) -> MlflowClient:
 
 
 @pytest.mark.slow
-def test_a_job_shows_progress_and_ends_with_the_table(finished: tuple[Path, str]) -> None:
+def test_it_shows_progress_and_ends_with_the_table(finished: tuple[Path, str]) -> None:
     folder, printed = finished
     for needed in ("epoch 2/2", "frames/s", "left", "validation", "mAP"):
         assert needed in printed
@@ -96,7 +121,6 @@ def test_a_job_shows_progress_and_ends_with_the_table(finished: tuple[Path, str]
         assert needed in printed
     assert f"sqlite:///{folder / 'runs' / 'mlflow.db'}" in printed
     assert "mlflow ui" in printed
-    assert "succeeded" in printed
 
 
 @pytest.mark.slow
@@ -189,13 +213,26 @@ def _named(detector: dict[str, Tensor], average: dict[str, Tensor]) -> dict[str,
 
 
 @pytest.mark.slow
-def test_a_killed_worker_and_a_stopped_job_change_no_bit(
+def test_a_killed_worker_changes_no_bit(
     finished: tuple[Path, str], tiny_set: Path, tiny_plan: Plan, tmp_path: Path
 ) -> None:
     folder, printed = finished
-    assert "going on with the unfinished run" in printed
-    # how far the run had come when it was stopped is a matter of timing
+    # how far the run had come when it lost the worker is a matter of timing
     assert re.search(r"going on after epoch \d of 2", printed)
+    _assert_same(_final_weights(folder), _undisturbed(tiny_set, tiny_plan, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_stopped_job_that_is_submitted_again_changes_no_bit(
+    job: tuple[Path, str], tiny_set: Path, tiny_plan: Plan, tmp_path: Path
+) -> None:
+    folder, printed = job
+    assert "going on with the unfinished run" in printed
+    assert re.search(r"going on after epoch \d of 2", printed)
+    assert _run(folder).info.status == "FINISHED"
+    for needed in ("epoch 2/2", "tIoU 0.30", "succeeded"):
+        assert needed in printed
     # Ray's advice about small machines is its daemon's own and cannot be turned off
     advice = ("PYTHON worker processes have been started", "job_manager", "cli.py")
     noise = [
@@ -205,7 +242,10 @@ def test_a_killed_worker_and_a_stopped_job_change_no_bit(
         and not any(known in line for known in advice)
     ]
     assert noise == []
-    expected, found = _undisturbed(tiny_set, tiny_plan, tmp_path), _final_weights(folder)
+    _assert_same(_final_weights(folder), _undisturbed(tiny_set, tiny_plan, tmp_path))
+
+
+def _assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         assert torch.equal(value, found[name]), name
@@ -265,6 +305,6 @@ def test_what_cannot_start_ends_in_one_clear_error(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments, *data])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "pipelines" / "train.py"), run_name="__main__")
+        runpy.run_path(str(SCRIPT), run_name="__main__")
     assert ended.value.code not in (None, 0)
     assert expected in f"{ended.value.code}{capsys.readouterr().err}"

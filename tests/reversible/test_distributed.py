@@ -4,17 +4,16 @@ Of two ranks the sum does not depend on the order, and halving is exact.
 """
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from re2tal.reversible import rewire, set_reversible
+from tests.ranks import Ranks
 from tests.reversible.toy_blocks import MlpBlock, tiny_swin
 
 MODES: dict[str, dict[str, Any]] = {
@@ -72,37 +71,31 @@ def compare(found: dict[str, Tensor], truth: dict[str, Tensor], what: str) -> No
     assert sum(float(g.abs().sum()) for g in found.values()) > 0
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        for mode, options in MODES.items():
-            torch.manual_seed(0)
-            model = Net(spare=mode == "find_unused_parameters")
-            rewire(model, slice_bytes=PIECE)
-            batches = list(torch.randn(2, 2, 3, 4, 32, 32) + rank)
-            seed = 10 + rank
-            truth = expected(model, batches[:1], seed)
-            parallel = DistributedDataParallel(model, **options)
-            for step in range(3):  # static_graph changes its ways after the first step
-                parallel.zero_grad(set_to_none=True)
-                torch.manual_seed(seed)
-                parallel(batches[0]).pow(2).sum().backward()
-                compare(gradients_of(model), truth, f"{mode}, step {step}")
-            if mode == "static_graph":
-                continue  # DDP itself wants the same synchronisation in every step there
-            truth = expected(model, batches, seed)
-            parallel.zero_grad(set_to_none=True)
-            torch.manual_seed(seed)
-            with parallel.no_sync():
-                parallel(batches[0]).pow(2).sum().backward()
-            parallel(batches[1]).pow(2).sum().backward()
-            compare(gradients_of(model), truth, f"{mode}, accumulated")
-    finally:
-        dist.destroy_process_group()
+def worker(rank: int, mode: str) -> None:
+    torch.manual_seed(0)
+    model = Net(spare=mode == "find_unused_parameters")
+    rewire(model, slice_bytes=PIECE)
+    batches = list(torch.randn(2, 2, 3, 4, 32, 32) + rank)
+    seed = 10 + rank
+    truth = expected(model, batches[:1], seed)
+    parallel = DistributedDataParallel(model, **MODES[mode])
+    for step in range(3):  # static_graph changes its ways after the first step
+        parallel.zero_grad(set_to_none=True)
+        torch.manual_seed(seed)
+        parallel(batches[0]).pow(2).sum().backward()
+        compare(gradients_of(model), truth, f"{mode}, step {step}")
+    if mode == "static_graph":
+        return  # DDP itself wants the same synchronisation in every step there
+    truth = expected(model, batches, seed)
+    parallel.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    with parallel.no_sync():
+        parallel(batches[0]).pow(2).sum().backward()
+    parallel(batches[1]).pow(2).sum().backward()
+    compare(gradients_of(model), truth, f"{mode}, accumulated")
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_ddp_gradients_are_the_mean_over_ranks(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("mode", MODES)
+def test_ddp_gradients_are_the_mean_over_ranks(mode: str, ranks: Ranks) -> None:
+    ranks.run(worker, mode)

@@ -6,13 +6,11 @@ Of two ranks the sum does not depend on the order, and halving is exact: all is 
 import copy
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -32,6 +30,7 @@ from re2tal.reversible import (
     stage_modes,
     unwire,
 )
+from tests.ranks import Ranks
 from tests.reversible.toy_blocks import MlpBlock, tiny_swin
 
 CPU = torch.device("cpu")
@@ -316,21 +315,11 @@ SCENARIOS: dict[str, Callable[[], None]] = {
 }
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        for name, scenario in SCENARIOS.items():
-            try:
-                scenario()
-            except BaseException as error:
-                error.add_note(f"scenario: {name}")
-                raise
-    finally:
-        dist.destroy_process_group()
+def worker(rank: int, scenario: str) -> None:
+    SCENARIOS[scenario]()
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_sharded_model_is_the_unsharded_one(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_sharded_model_is_the_unsharded_one(scenario: str, ranks: Ranks) -> None:
+    ranks.run(worker, scenario)

@@ -1,4 +1,4 @@
-"""A sweep as a user runs it: killed, gone on with, with trials that fail; in MLflow and Optuna."""
+"""A sweep as a user runs it: with trials that fail, killed and gone on with; in MLflow, Optuna."""
 
 import json
 import re
@@ -25,6 +25,7 @@ from sweeps.trial import FIRST_STEP
 from tests.cluster.mlflow_server import running_server
 from tests.cluster.postgres import binaries
 from tests.pipelines.ray_head import environment
+from tests.pipelines.scripts import run_here
 
 ROOT = Path(__file__).parents[2]
 TINY = (
@@ -60,10 +61,10 @@ def _command(tiny_set: Path, features: Path, *more: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """A sweep that was killed half way and gone on with.
+    """A sweep that has ended.
 
     Attributes:
-        printed: by the command that went on.
+        printed: by the command that ended it.
         output: its folder of runs.
         storage: of Optuna.
         login: variables with which MLflow's server lets one in.
@@ -97,6 +98,23 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, s
 
 
 @pytest.fixture(scope="module")
+def swept(
+    tiny_set: Path,
+    features: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    ray_instance: None,
+) -> Swept:
+    """A sweep of two trials, of which one fails, with local files."""
+    folder = tmp_path_factory.mktemp("swept")
+    command = _command(tiny_set, features, "--trials", "2")
+    printed = run_here(Path(command[1]), *command[2:], folder=folder)
+    output = folder / "runs"
+    (storage,) = output.glob("*/optuna.db")
+    uri = f"sqlite:///{output / 'mlflow.db'}"
+    return Swept(printed, output, f"sqlite:///{storage}", {"MLFLOW_TRACKING_URI": uri})
+
+
+@pytest.fixture(scope="module")
 def killed(
     tiny_set: Path,
     features: Path,
@@ -106,7 +124,8 @@ def killed(
     """A sweep whose two trials at a time log to the server, which is killed half way."""
     folder = tmp_path_factory.mktemp("sweep")
     login, storage = team
-    command = _command(tiny_set, features, "--concurrency", "2", "--storage", storage)
+    more = ("--trials", "3", "--concurrency", "2", "--storage", storage)
+    command = _command(tiny_set, features, *more)
     env = environment(folder) | login
     with subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True) as sweep:
         assert sweep.stdout is not None
@@ -114,7 +133,7 @@ def killed(
         for line in sweep.stdout:
             printed.append(line)
             under_way = sum(" starts: " in earlier for earlier in printed) > 2
-            if under_way and "(2 of 4)" in "".join(printed):
+            if under_way and "(1 of 3)" in "".join(printed):
                 left = psutil.Process(sweep.pid).children(recursive=True)
                 sweep.kill()
                 break
@@ -124,14 +143,6 @@ def killed(
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     return Swept(done.stdout, folder / "runs", storage, login)
-
-
-@pytest.fixture
-def swept(killed: Swept, monkeypatch: pytest.MonkeyPatch) -> Swept:
-    """That sweep, with the variables set."""
-    for name, value in killed.login.items():
-        monkeypatch.setenv(name, value)
-    return killed
 
 
 def _runs(swept: Swept) -> tuple[MlflowRun, list[MlflowRun]]:
@@ -146,19 +157,22 @@ def _runs(swept: Swept) -> tuple[MlflowRun, list[MlflowRun]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_sweep_goes_on_and_tries_again_what_was_under_way(
-    swept: Swept,
+    killed: Swept, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    printed = swept.printed
-    assert "going on with the sweep" in printed
-    assert "of 4 trials of 1 epochs, 2 at a time" in printed
-    parent, _ = _runs(swept)
-    study = optuna.load_study(study_name=parent.info.run_id, storage=swept.storage)
+    for name, value in killed.login.items():
+        monkeypatch.setenv(name, value)
+    assert "going on with the sweep" in killed.printed
+    assert "of 3 trials of 1 epochs, 2 at a time" in killed.printed
+    _check_runs(killed, trials=3)
+    parent, _ = _runs(killed)
+    study = optuna.load_study(study_name=parent.info.run_id, storage=killed.storage)
     interrupted = study.user_attrs["interrupted"]
     assert interrupted
     ended = [trial for trial in study.trials if trial.number not in interrupted]
     assert [t for t in study.trials if t.state in (TrialState.RUNNING, TrialState.WAITING)] == []
-    assert len(ended) == 4
+    assert len(ended) == 3
     for number in interrupted:
         again = [trial for trial in ended if trial.params == study.trials[number].params]
         assert len(again) == 1
@@ -166,15 +180,19 @@ def test_a_killed_sweep_goes_on_and_tries_again_what_was_under_way(
 
 @pytest.mark.slow
 def test_mlflow_has_a_run_for_each_trial_under_the_sweep_s(swept: Swept) -> None:
+    _check_runs(swept, trials=2)
+
+
+def _check_runs(swept: Swept, *, trials: int) -> None:
     parent, children = _runs(swept)
     assert parent.info.status == "FINISHED"
     metrics = parent.data.metrics
-    assert metrics["sweep/trials"] == 4
-    assert metrics["sweep/finished"] + metrics["sweep/failed"] == 4
+    assert metrics["sweep/trials"] == trials
+    assert metrics["sweep/finished"] + metrics["sweep/failed"] == trials
     assert metrics["best/val/mAP"] >= metrics["base/val/mAP"]
     ended = [run for run in children if run.data.tags.get("sweep.outcome") != "interrupted"]
     outcomes = sorted(run.data.tags["sweep.outcome"] for run in ended)
-    assert len(ended) == 4
+    assert len(ended) == trials
     assert set(outcomes) == {"failed", "finished"}
     for run in ended:
         assert run.data.params["searched.optim.clip"] == run.data.params["optim.clip"]
@@ -195,7 +213,10 @@ def test_mlflow_has_a_run_for_each_trial_under_the_sweep_s(swept: Swept) -> None
 
 
 @pytest.mark.slow
-def test_the_winner_is_trained_by_the_command_that_is_printed(swept: Swept, tmp_path: Path) -> None:
+def test_the_winner_is_trained_by_the_command_that_is_printed(
+    swept: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", swept.login["MLFLOW_TRACKING_URI"])
     (command,) = re.findall(r"python pipelines/train.py (--from-run .*)", swept.printed)
     recipe = parse(shlex.split(command))
     parent, children = _runs(swept)
@@ -236,7 +257,6 @@ def test_what_cannot_be_searched_ends_in_one_clear_error(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr("pipelines.training.run.init_ray", lambda **_: None)  # it runs already
     command = _command(tiny_set, features, *more)[1:]
     monkeypatch.setattr(sys, "argv", [*command])
     with pytest.raises(SystemExit) as ended:

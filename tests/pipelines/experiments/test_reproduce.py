@@ -10,6 +10,7 @@ from mlflow.tracking import MlflowClient
 
 from tests.pipelines.ray_head import ROOT, environment, run_command
 
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 EXPERIMENTS = ("memory", "accuracy", "tal", "exactness", "speed")
 
 
@@ -34,8 +35,6 @@ def _runs(folder: Path) -> tuple[Run, list[Run]]:
     return parent, children
 
 
-@pytest.mark.slow
-@pytest.mark.long
 def test_the_report_has_all_experiments(quick: tuple[Path, str]) -> None:
     folder, printed = quick
     report = folder / "runs" / "reproduction-quick" / "report.md"
@@ -53,8 +52,6 @@ def test_the_report_has_all_experiments(quick: tuple[Path, str]) -> None:
     assert f"results: {report.relative_to(folder)}" in printed
 
 
-@pytest.mark.slow
-@pytest.mark.long
 def test_each_piece_of_work_is_a_run_below_that_of_all(quick: tuple[Path, str]) -> None:
     parent, children = _runs(quick[0])
     assert parent.info.status == "FINISHED"
@@ -71,8 +68,6 @@ def test_each_piece_of_work_is_a_run_below_that_of_all(quick: tuple[Path, str]) 
     assert 0 <= finetuned.data.metrics["top1"] <= 1
 
 
-@pytest.mark.slow
-@pytest.mark.long
 def test_without_ray_it_takes_up_what_is_there(quick: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = quick
     for name in ("ray", "mlflow"):

@@ -1,0 +1,34 @@
+"""Processes import what they use: whatever a module imports is paid for at each start."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+# In an order in which each needs more than those before it.
+CHAIN = """
+import importlib, sys
+for module, *unused in (
+    # Ray's decoding tasks
+    ("pipelines.data.decoding", "torch", "ray", "mlflow", "matplotlib"),
+    ("pipelines.data.shard_writing", "torch", "ray", "mlflow", "matplotlib"),
+    # the controllers of Ray Train and of a stream of frames
+    ("pipelines.training.entry", "torch", "mlflow", "matplotlib"),
+    ("pipelines.data.streaming", "torch", "mlflow", "matplotlib"),
+    # `--help` of what trains
+    ("pipelines.config.command_line", "ray.train", "mlflow", "optuna", "matplotlib"),
+    ("pipelines.config.recipes", "mlflow", "optuna", "matplotlib"),
+    ("pipelines.core.tracking", "mlflow", "optuna", "matplotlib"),
+    ("pipelines.core.models", "mlflow", "optuna", "matplotlib"),
+    # Ray's workers
+    ("pipelines.training.worker", "optuna", "matplotlib", "rich"),
+):
+    importlib.import_module(module)
+    found = [name for name in unused if name in sys.modules]
+    assert not found, f"{module} imports {found}"
+"""
+
+
+def test_a_process_imports_what_it_uses() -> None:
+    root = Path(__file__).parents[2]
+    ran = subprocess.run([sys.executable, "-c", CHAIN], cwd=root, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
