@@ -23,7 +23,6 @@ import sys
 from pipelines.config.clip_recipes import RECIPES
 from pipelines.config.command_line import parse_recipe, told_shortly
 from pipelines.config.recipe import ClassificationRecipe
-from pipelines.training.run import finetune
 
 
 def parse(arguments: list[str]) -> ClassificationRecipe:
@@ -44,4 +43,8 @@ def parse(arguments: list[str]) -> ClassificationRecipe:
 
 if __name__ == "__main__":
     with told_shortly():
-        finetune(parse(sys.argv[1:]))
+        recipe = parse(sys.argv[1:])
+        # here, because `--help` needs neither Ray nor MLflow, which take seconds to import
+        from pipelines.training.run import finetune
+
+        finetune(recipe)

@@ -36,7 +36,6 @@ from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import RECIPES
 from pipelines.core.storage import absolute as absolute_path
 from pipelines.core.tracking import Run, recipe_of, tracking_uri
-from pipelines.training.run import train
 
 
 def parse(arguments: Sequence[str]) -> Recipe:
@@ -68,4 +67,8 @@ def parse(arguments: Sequence[str]) -> Recipe:
 
 if __name__ == "__main__":
     with told_shortly():
-        train(parse(sys.argv[1:]))
+        recipe = parse(sys.argv[1:])
+        # here, because `--help` needs neither Ray nor MLflow, which take seconds to import
+        from pipelines.training.run import train
+
+        train(recipe)

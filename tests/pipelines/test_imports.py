@@ -10,7 +10,7 @@ import importlib, sys
 for module, *unused in (
     # Ray's decoding tasks
     ("pipelines.data.decoding", "torch", "ray", "mlflow", "matplotlib"),
-    ("pipelines.data.shard_writing", "torch", "ray", "mlflow", "matplotlib"),
+    ("pipelines.data.shard_writing", "torch", "mlflow", "matplotlib"),
     # the controllers of Ray Train and of a stream of frames
     ("pipelines.training.entry", "torch", "mlflow", "matplotlib"),
     ("pipelines.data.streaming", "torch", "mlflow", "matplotlib"),
@@ -19,6 +19,8 @@ for module, *unused in (
     ("pipelines.config.recipes", "mlflow", "optuna", "matplotlib"),
     ("pipelines.core.tracking", "mlflow", "optuna", "matplotlib"),
     ("pipelines.core.models", "mlflow", "optuna", "matplotlib"),
+    ("pipelines.train", "ray.train", "mlflow", "optuna", "matplotlib"),
+    ("pipelines.finetune_backbone", "ray.train", "mlflow", "optuna", "matplotlib"),
     # Ray's workers
     ("pipelines.training.worker", "optuna", "matplotlib", "rich"),
 ):
