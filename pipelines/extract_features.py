@@ -17,7 +17,6 @@ makes only theirs.
 """
 
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,39 +26,16 @@ import tyro
 from pipelines.config.annotations import AnnotationConfig
 from pipelines.config.choices import import_own
 from pipelines.config.command_line import told_shortly
-from pipelines.core.clock import duration
-from pipelines.core.cluster import init_ray
-from pipelines.core.storage import absolute, join
-from pipelines.core.tracking import (
-    Run,
-    finishing,
-    log_dataset,
-    log_metrics,
-    start_run,
-    tracking_uri,
-)
-from pipelines.data.decoding import VideoJob
-from pipelines.data.feature_extraction import (
-    FrozenBackbone,
-    FrozenBackboneConfig,
-    Pool,
-    PoolConfig,
-    extract,
-    load_backbone,
-    pool_for,
-)
-from pipelines.data.feature_writing import (
-    Collection,
-    FeatureFolder,
-    FilesConfig,
-    MakingProgress,
-    VideoInTheMaking,
-    collect,
-)
-from pipelines.data.features import DESCRIPTION, NAME, Description, Sampling, SamplingConfig
+from pipelines.core.resources import PoolConfig
+from pipelines.core.tracking import finishing, log_dataset, start_run, tracking_uri
+from pipelines.data.feature_extraction import FeatureJob, FrozenBackboneConfig, load_backbone
+from pipelines.data.feature_writing import FilesConfig
+from pipelines.data.features import FEATURES, Description
+from pipelines.data.inputs import resolved
 from pipelines.data.plan import read_annotations
+from pipelines.data.sampling import SamplingConfig
 from re2tal.annotations import Annotations
-from re2tal.errors import UserError, shortened
+from re2tal.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,111 +102,48 @@ def extract_features(config: ExtractConfig) -> Description:
             frames do not fit the backbone; if more videos failed than may; all others have their
             features.
     """
+    config = resolved(
+        config,
+        needed=("videos",),
+        optional=("annotations", "exclude"),
+        written=("output", "runs"),
+    )
     annotations = _annotations(config)
-    collection = collect(config.videos, annotations, config.subsets)
-    if config.output is None:
-        raise UserError("The features: no path given. Say where with --output PATH_OR_URI.")
     stride = config.sampling.stride if config.sampling.way == "windows" else None
-    runs = Path(config.runs).absolute()
+    store = tracking_uri(config.runs)
     try:
-        backbone = load_backbone(config.backbone, stride=stride, tracking_uri=tracking_uri(runs))
+        backbone = load_backbone(config.backbone, stride=stride, tracking_uri=store)
         sampling = config.sampling.resolved(
             temporal_stride=backbone.temporal_stride, multiple=backbone.multiple
         )
     except ValueError as problem:
         raise UserError(str(problem)) from problem
-    job = _Job(config, collection, backbone, sampling)
-    run = start_run(config, output=runs)
+    job = FeatureJob(
+        str(config.output),
+        str(config.videos),
+        annotations,
+        config.subsets,
+        backbone=backbone,
+        sampling=sampling,
+        files=config.files,
+        pool=config.pool,
+    )
+    run = start_run(config, output=config.runs)
     with finishing(run):
         run.client.set_tag(run.run_id, "kind", "features")
-        if annotations is not None and config.annotations is not None:
-            source = absolute(config.annotations)
-            name = Path(source).stem
-            log_dataset(run, name=name, source=source, digest=annotations.fingerprint)
-        description = job.run()
-        _log(run, job, description)
-        _check_failures(description, config.max_failed)
-    return description
-
-
-class _Job:
-    """One run: what is to be made, and how far it is."""
-
-    def __init__(
-        self,
-        config: ExtractConfig,
-        collection: Collection,
-        backbone: FrozenBackbone,
-        sampling: Sampling,
-    ) -> None:
-        self._config, self._collection = config, collection
-        self._backbone, self._sampling = backbone, sampling
-        self.uri = absolute(str(config.output))
-        self.speed = 0.0  # seconds of video per second
-        self._folder = FeatureFolder(
-            self.uri,
-            config.files,
-            tuple(collection.subsets),
-            settings={**backbone.described(), **sampling.described()},
-            sampling=sampling,
-            channels=backbone.channels,
+        if annotations is not None:
+            source = str(config.annotations)
+            digest = annotations.fingerprint
+            log_dataset(run, name=Path(source).stem, source=source, digest=digest)
+        made = job.run(retry_failed=config.retry_failed)
+        job.log(run, made)
+        FEATURES.check_failures(
+            made.failures,
+            len(made.failures) + len(made.videos),
+            config.max_failed,
+            problem="have no features",
         )
-
-    def run(self) -> Description:
-        """Makes what is missing."""
-        began = time.perf_counter()
-        to_make = self._folder.begin(retry_failed=self._config.retry_failed)
-        total = len(self._collection.subsets)
-        print(f"{total - len(to_make)} of {total} videos are through", flush=True)
-        if to_make:
-            init_ray()
-            self._make(to_make)
-            self._folder.write_description()
-        description = self._folder.description
-        print(_summary(description, self.uri, time.perf_counter() - began), flush=True)
-        return description
-
-    def _make(self, video_ids: Sequence[str]) -> None:
-        """Makes the features of some videos."""
-        pool = pool_for(self._config.pool)
-        found, failures = self._collection.look_at(video_ids)
-        for video_id, reason in failures.items():
-            self._fail(video_id, reason)
-        videos = {
-            video_id: VideoInTheMaking(
-                video,
-                self._sampling.of(duration=video.duration, own_fps=video.fps),
-                self._collection.subsets[video_id],
-            )
-            for video_id, video in found.items()
-        }
-        for video_id in [v for v in videos if self._folder.holds(v)]:
-            self._folder.adopt(video_id, videos.pop(video_id).entry)
-        if videos:
-            self._extract(videos, pool)
-
-    def _extract(self, videos: dict[str, VideoInTheMaking], pool: Pool) -> None:
-        """Runs the backbone over some videos, and writes what it makes of each."""
-        progress = MakingProgress(videos.values())
-        jobs = [VideoJob(video_id=k, uri=v.found.uri, sampled=v.sampled) for k, v in videos.items()]
-        notes = self._folder.notes
-        for made in extract(jobs, self._backbone, self._sampling, pool, notes=notes):
-            video = videos[made.video_id]
-            if made.error:
-                self._fail(made.video_id, made.error)
-                progress.through(not_made=video.seconds(video.units_left))
-                continue
-            whole = video.take(made.number, made.units)
-            progress.made(video.seconds(len(made.units)))
-            if whole is not None:
-                self._folder.add(made.video_id, whole)
-                del videos[made.video_id]
-                progress.through()
-        self.speed = progress.speed
-
-    def _fail(self, video_id: str, reason: str) -> None:
-        print(f"  failed: {video_id}: {reason}", flush=True)
-        self._folder.fail(video_id, reason)
+    return made
 
 
 def _annotations(config: ExtractConfig) -> Annotations | None:
@@ -238,47 +151,7 @@ def _annotations(config: ExtractConfig) -> Annotations | None:
         if config.subsets:
             raise UserError("--subsets are of annotations: say which with --annotations.")
         return None
-    return read_annotations(config, prefix="--")
-
-
-def _log(run: Run, job: _Job, description: Description) -> None:
-    """Writes to MLflow what was made."""
-    metrics = {
-        "features/videos": len(description.videos),
-        "features/failed": len(description.failures),
-        "features/number": sum(entry.length for entry in description.videos.values()),
-        "features/video_seconds": sum(entry.duration for entry in description.videos.values()),
-    }
-    if job.speed:
-        metrics["features/video_seconds_per_second"] = job.speed
-    log_metrics(run, metrics, step=0)
-    run.client.set_tag(run.run_id, "features", job.uri)
-    text = DESCRIPTION.dump_json(description, indent=1).decode()
-    run.client.log_text(run.run_id, text, NAME)
-
-
-def _summary(description: Description, folder: str, seconds: float) -> str:
-    entries = description.videos.values()
-    took = f"{duration(sum(e.duration for e in entries))} of video; {duration(seconds)} in all"
-    number = sum(entry.length for entry in entries)
-    made = f"{len(entries)} videos, {number} features of {description.channels} channels"
-    lines = [f"{description.state}: {made}, {took}"]
-    if description.failures:
-        lines.append(f"{len(description.failures)} videos failed: {join(folder, NAME)} says why")
-    return "\n".join(lines)
-
-
-def _check_failures(description: Description, max_failed: float) -> None:
-    failed = len(description.failures)
-    total = failed + len(description.videos)
-    if failed <= max_failed * total:
-        return
-    reasons = [f"{video_id}: {reason}" for video_id, reason in sorted(description.failures.items())]
-    listed = "\n".join(f"  {line}" for line in shortened(reasons, rest=f", in {NAME}"))
-    raise UserError(
-        f"{failed} of {total} videos have no features, more than the allowed {max_failed:.0%} "
-        f"(--max-failed). Mend them and give the same command with --retry-failed.\n{listed}"
-    )
+    return read_annotations(config)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ import tyro
 from pipelines.config.annotations import AnnotationConfig
 from pipelines.config.command_line import told_shortly
 from pipelines.core.cluster import init_ray
-from pipelines.core.storage import absolute, list_files, replacing, require
+from pipelines.core.storage import list_files, replacing
+from pipelines.data.inputs import resolved
 from pipelines.data.plan import read_annotations
 from pipelines.data.videos import SCHEMA, probe_files, summary, with_disagreements
 from re2tal.datasets import check_durations
@@ -53,11 +54,14 @@ def probe_collection(config: ProbeConfig) -> pa.Table:
         UserError: if something is not there, or the folder holds no video.
         AnnotationError: with every problem in the annotations.
     """
-    folder = require(config.videos, what="The videos", option="--videos")
+    config = resolved(
+        config, needed=("videos",), optional=("annotations", "exclude"), written=("output",)
+    )
+    folder = str(config.videos)
     files = list_files(folder)
     annotations = None
     if config.annotations is not None:
-        annotations = read_annotations(config, prefix="--")
+        annotations = read_annotations(config)
     if annotations is None:
         found = {Path(n).stem: uri for n, uri in files.items() if Path(n).suffix in EXTENSIONS}
         missing: Mapping[str, str] = {}
@@ -69,7 +73,7 @@ def probe_collection(config: ProbeConfig) -> pa.Table:
     table = pa.concat_tables([table, _missing(missing)]).sort_by("video_id")
     if annotations is not None:
         table = with_disagreements(table, check_durations(annotations, _measured(table)))
-    with replacing(absolute(config.output)) as stream:
+    with replacing(config.output) as stream:
         pq.write_table(table, stream)
     return table
 

@@ -144,6 +144,14 @@ class Annotations:
         repairs = tuple(repair for repair in self.repairs if repair.video_id in kept)
         return replace(self, videos=videos, repairs=repairs)
 
+    def chosen(self, subsets: Iterable[str]) -> tuple[VideoAnnotation, ...]:
+        """Return the videos of some subsets, or all videos if none is named.
+
+        Raises:
+            AnnotationError: as `subset`.
+        """
+        return tuple(v for name in subsets for v in self.subset(name).videos) or self.videos
+
 
 def _instances(instances: Iterable[Instance]) -> list[list[float | str]]:
     """Instances as plain lists, sorted."""

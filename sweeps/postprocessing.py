@@ -21,9 +21,9 @@ from optuna.samplers import TPESampler
 from pipelines.config.command_line import told_shortly
 from pipelines.config.recipe import Recipe
 from pipelines.core.metric_names import MAP
-from pipelines.core.models import fetch
-from pipelines.core.storage import absolute
+from pipelines.core.storage import absolute, fetch
 from pipelines.core.tracking import Run, finishing, log_metrics, recipe_of, start_run, tracking_uri
+from pipelines.data.inputs import resolved
 from pipelines.data.plan import Plan, evaluation_plan, read_annotations, read_video_scores
 from pipelines.training.detection import RAW_FILE, DetectionTask
 from re2tal.detection.raw import read_raw
@@ -143,7 +143,12 @@ def _search(
 
 def _plan(recipe: Recipe, raw: Mapping[str, Detections]) -> Plan:
     """Plan the validation videos that have detections; their files are not needed."""
-    data = recipe.data
+    data = resolved(
+        recipe.data,
+        needed=("annotations",),
+        optional=("exclude", "video_scores"),
+        prefix="--data.",
+    )
     annotations = read_annotations(data)
     videos = [v for v in annotations.subset(data.evaluated_on).videos if v.video_id in raw]
     scores = read_video_scores(data, annotations.classes, videos)

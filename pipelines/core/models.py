@@ -5,52 +5,20 @@ that came with a model is run.
 """
 
 import hashlib
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import mlflow
 import pyarrow.fs as pafs
-from mlflow.artifacts import download_artifacts
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
 
 from pipelines.config.recipe import AnyRecipe
-from pipelines.core.storage import MLFLOW, local_copy, require, resolve
+from pipelines.core.storage import MLFLOW, fetch, local_copy, require, resolve
 from re2tal.backbones.precomputed import TRAINED_ON_FEATURES, PrecomputedConfig
 from re2tal.backbones.weights import PREFIX
 from re2tal.errors import UserError
 from re2tal.inference import detector_folder
 from re2tal.trained import SPEC_FILE, WEIGHTS_FILE, read_spec
-
-
-def fetch(uri: str, folder: Path, *, tracking_uri: str | None, what: str) -> Path:
-    """Downloads an artifact.
-
-    Args:
-        uri: `runs:/RUN/NAME`, `models:/NAME/VERSION` or `mlflow-artifacts:/...`.
-        folder: where to; it exists.
-        tracking_uri: of the store; None for that of this process.
-        what: it is, for the message ("The model").
-
-    Raises:
-        UserError: if there is nothing.
-    """
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    if tracking_uri is not None:
-        # of this process: given with the call, `models:/` would be looked for elsewhere
-        mlflow.set_tracking_uri(tracking_uri)
-    try:
-        return Path(download_artifacts(artifact_uri=uri, dst_path=str(folder)))
-    except (MlflowException, OSError) as error:
-        store = mlflow.get_tracking_uri()
-        raise UserError(
-            f"{what}: {uri} cannot be had from MLflow's store {store} ({error}). Correct the URI, "
-            "or say where the runs are."
-        ) from error
-
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _MODEL_TAG = "model.uri"  # a training run says so where its model is
@@ -96,6 +64,10 @@ def fingerprint(folder: Path) -> str:
 
 
 def _model_of_run(run_id: str, tracking: str, option: str) -> str:
+    # here, because it takes seconds, and most scripts that check weights have no use for it
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
     try:
         tags = MlflowClient(tracking).get_run(run_id).data.tags
     except MlflowException as error:

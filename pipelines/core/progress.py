@@ -1,11 +1,12 @@
-"""Progress of a run, sent by the workers and shown where the command was started.
+"""Progress of a run, posted by its processes and shown where the command was started.
 
-Ray prefixes and repeats what workers print. So rank 0 posts lines to a small actor, and the driver,
-whose standard output the user sees (or `ray job logs -f` shows), prints them.
+Ray prefixes and repeats what workers print. So they post to a small actor, and the driver, whose
+standard output the user sees (or `ray job logs -f` shows), prints.
 """
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -14,21 +15,28 @@ from pipelines.core.clock import duration
 
 
 class _Board:
-    """Keeps lines until the driver fetches them."""
+    """Keeps what is posted until the driver fetches it."""
 
     def __init__(self) -> None:
-        self._lines: list[str] = []
+        self._posted: list[Any] = []
 
-    def post(self, line: str) -> None:
-        self._lines.append(line)
+    def post(self, what: Any) -> None:
+        self._posted.append(what)
 
-    def take(self) -> list[str]:
-        lines, self._lines = self._lines, []
-        return lines
+    def take(self) -> list[Any]:
+        posted, self._posted = self._posted, []
+        return posted
 
 
 class ProgressPrinter:
-    """Prints in the driver what workers post, while the `with` block runs.
+    """Shows in the driver what other processes post, while the `with` block runs.
+
+    Args:
+        show: is given each post; by default they are lines to print.
+        interval: seconds from one look to the next.
+
+    Attributes:
+        board: actor to post to, with `post.remote`.
 
     Example:
         with ProgressPrinter() as progress:
@@ -36,15 +44,16 @@ class ProgressPrinter:
             trainer.fit()
     """
 
-    def __init__(self, *, interval: float = 1.0) -> None:
+    def __init__(self, show: Callable[[Any], None] | None = None, *, interval: float = 1.0) -> None:
         self.board: Any = ray.remote(num_cpus=0)(_Board).remote()
+        self._show = show or _print
         self._interval = interval
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _flush(self) -> None:
-        for line in ray.get(self.board.take.remote()):
-            print(line, flush=True)
+        for posted in ray.get(self.board.take.remote()):
+            self._show(posted)
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval):
@@ -61,76 +70,48 @@ class ProgressPrinter:
         ray.kill(self.board)
 
 
-class _Counts:
-    """Counts what the tasks have done, and keeps the failures until they are fetched."""
-
-    def __init__(self) -> None:
-        self._videos, self._seconds = 0, 0.0
-        self._failures: list[str] = []
-
-    def done(self, video_id: str, seconds: float, reason: str) -> None:
-        self._videos += 1
-        self._seconds += seconds
-        if reason:
-            self._failures.append(f"{video_id}: {reason}")
-
-    def take(self) -> tuple[int, float, list[str]]:
-        failures, self._failures = self._failures, []
-        return self._videos, self._seconds, failures
+def _print(line: str) -> None:
+    print(line, flush=True)
 
 
-class ShardProgress:
-    """Prints, while the `with` block runs, how far it is and which videos fail.
+class VideoCounter:
+    """Counts the videos that are through, and prints now and then how far a run is.
 
     Args:
-        shards: Number of shards to make.
-        videos: Number of videos in them.
-        seconds: Of these videos.
-        interval: Seconds from line to line.
-
-    Attributes:
-        board: Actor that tasks tell of each video: `done(video_id, seconds, reason)`.
+        videos: number of videos.
+        seconds: their length.
+        interval: seconds from line to line.
     """
 
-    def __init__(self, *, shards: int, videos: int, seconds: float, interval: float = 5.0) -> None:
-        self.board: Any = ray.remote(num_cpus=0)(_Counts).remote()
-        self._shards, self._videos, self._seconds = shards, videos, seconds
-        self._done = 0
+    def __init__(self, videos: int, seconds: float, *, interval: float = 5.0) -> None:
+        self._videos, self._left = videos, seconds
+        self._through, self._made = 0, 0.0
         self._interval = interval
-        self._began = time.perf_counter()
-        self._shown: tuple[int, int] | None = None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._began = self._shown = time.perf_counter()
 
-    def shard_done(self) -> None:
-        """Counts a shard that is whole."""
-        self._done += 1
+    @property
+    def speed(self) -> float:
+        """Seconds of video per second so far."""
+        return self._made / (time.perf_counter() - self._began)
 
-    def _run(self) -> None:
-        while not self._stop.wait(self._interval):
-            self._show()
+    def made(self, seconds: float) -> None:
+        """Count a part of a video that is through."""
+        self._made += seconds
+        self._left -= seconds
 
-    def _show(self) -> None:
-        videos, seconds, failures = ray.get(self.board.take.remote())
-        for failure in failures:
-            print(f"  failed: {failure}", flush=True)
-        if (self._done, videos) == self._shown or not videos:
-            return
-        self._shown = self._done, videos
-        speed = seconds / (time.perf_counter() - self._began)
-        left = max(0.0, self._seconds - seconds) / speed
-        print(
-            f"shard {self._done}/{self._shards}  video {videos}/{self._videos}  "
-            f"{speed:.1f} s of video per second  {duration(left)} left",
-            flush=True,
-        )
+    def through(self, *, not_made: float = 0.0) -> None:
+        """Count a video that is through.
 
-    def __enter__(self) -> "ShardProgress":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._show()
-        ray.kill(self.board)
+        Args:
+            not_made: seconds of it of which nothing will be made, as it failed.
+        """
+        self._through += 1
+        self._left -= not_made
+        if time.perf_counter() - self._shown > self._interval or self._through == self._videos:
+            self._shown = time.perf_counter()
+            left = f"  {duration(max(0.0, self._left) / self.speed)} left" if self._made else ""
+            print(
+                f"video {self._through}/{self._videos}  {self.speed:.1f} s of video per second"
+                f"{left}",
+                flush=True,
+            )

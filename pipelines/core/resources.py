@@ -1,8 +1,11 @@
-"""A check that the cluster can hold the run: Ray itself would wait for ever."""
+"""Resources of the cluster, and checks that it can hold a run: Ray itself would wait for ever."""
 
 import os
+from dataclasses import dataclass
+from typing import Any
 
 import ray
+import ray.data
 
 from pipelines.config.recipe import ScaleConfig
 from re2tal.errors import UserError
@@ -73,3 +76,80 @@ def capacity() -> dict[str, float]:
             "CPU=128,GPU=8."
         ) from None
     return have | {name: max(number, have.get(name, 0.0)) for name, number in most.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolConfig:
+    """Actors that run a model, and the tasks that decode for them.
+
+    Attributes:
+        actors: processes that run the model; by default one a GPU.
+        gpu: one GPU for each of them; by default if the cluster has any.
+        cpus_per_actor: logical CPUs that each of them holds; what is left over decodes videos.
+        cpus_per_decoder: logical CPUs that a decoding task holds, so how many of them run at once.
+        decoder_threads: of a decoding task; more than one helps with large pictures only.
+    """
+
+    actors: int | None = None
+    gpu: bool | None = None
+    cpus_per_actor: float = 1.0
+    cpus_per_decoder: float = 0.5
+    decoder_threads: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pool:
+    """`PoolConfig` for a cluster."""
+
+    actors: int
+    gpu: bool
+    config: PoolConfig
+
+    @property
+    def device(self) -> str:
+        """Device of each actor."""
+        return "cuda" if self.gpu else "cpu"
+
+    def map_batches(
+        self, dataset: Any, actor: type, *, batch_size: int = 1, **arguments: Any
+    ) -> Any:
+        """Have the actors work on the rows of a Ray Dataset.
+
+        Args:
+            dataset: rows that were decoded.
+            actor: class whose objects are called with batches of NumPy arrays.
+            batch_size: number of rows in a batch.
+            arguments: of its `__init__`.
+        """
+        return dataset.map_batches(
+            actor,
+            fn_constructor_kwargs=arguments,
+            batch_size=batch_size,
+            compute=ray.data.ActorPoolStrategy(size=self.actors),
+            num_cpus=self.config.cpus_per_actor,
+            num_gpus=1 if self.gpu else None,
+        )
+
+
+def pool_for(config: PoolConfig, *, cpu_share: float = 0.0) -> Pool:
+    """Decide what is left open, and check that the cluster can hold it.
+
+    Args:
+        config: options of the pool.
+        cpu_share: share of the CPUs that so many actors may take without GPUs by default; there is
+            one in any case.
+
+    Raises:
+        UserError: if CPUs or GPUs do not suffice for the actors and one decoding task.
+    """
+    gpu = capacity().get("GPU", 0.0) > 0 if config.gpu is None else config.gpu
+    now = ray.cluster_resources()
+    there = now.get("GPU", 0.0) if gpu else cpu_share * now.get("CPU", 0.0)
+    actors = config.actors or max(1, int(there))
+    require_resources(
+        cpus=actors * config.cpus_per_actor + config.cpus_per_decoder,
+        gpus=actors if gpu else 0,
+        who=f"{actors} actors and the decoding",
+        advice="Lower --actors or --cpus-per-actor, or go without GPUs (--gpu False).",
+    )
+    return Pool(actors=actors, gpu=gpu, config=config)

@@ -1,5 +1,6 @@
 """Files by path or by URI: annotations, weights and videos, local or in an object store."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,14 +22,14 @@ MLFLOW = ("runs:/", "models:/", "mlflow-artifacts:/")
 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
-    """Returns the file system of a path or URI, and the path in it."""
+    """Return the file system of a path or URI, and the path in it."""
     if "://" in uri:
         return pafs.FileSystem.from_uri(uri)
     return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
 
 
 def require(uri: str | None, *, what: str, option: str) -> str:
-    """Checks that something exists at a path or URI.
+    """Check that something exists at a path or URI.
 
     Args:
         uri: the path or URI, None if none was given. Whether an URI of MLflow leads anywhere is
@@ -57,11 +58,7 @@ def require(uri: str | None, *, what: str, option: str) -> str:
 
 
 def open_source(uri: str) -> str | BinaryIO:
-    """Returns what PyAV can open: a local path as it is, a remote object as a seekable file.
-
-    Args:
-        uri: path or URI of a file.
-    """
+    """Return what PyAV can open: a local path as it is, a remote object as a seekable file."""
     if "://" not in uri:
         return uri
     filesystem, path = resolve(uri)
@@ -69,55 +66,64 @@ def open_source(uri: str) -> str | BinaryIO:
 
 
 def absolute(uri: str) -> str:
-    """Returns a URI as it is, and a path made absolute: processes elsewhere are given it."""
+    """Return a URI as it is, and a path made absolute: processes elsewhere are given it."""
     remote = "://" in uri or uri.startswith(MLFLOW)
     return uri if remote else str(Path(uri).expanduser().absolute())
 
 
 def join(folder: str, name: str) -> str:
-    """Returns the path or URI of something in a folder.
-
-    Args:
-        folder: path or URI of the folder.
-        name: what is in it; may hold slashes.
-    """
+    """Return the path or URI of something in a folder; its name may hold slashes."""
     return f"{folder.rstrip('/')}/{name}"
 
 
-def file_sizes(uri: str) -> dict[str, int]:
-    """Lists the files directly in a folder with their sizes; of a folder that is missing, none.
+def _files(
+    uri: str, *, recursive: bool = False, missing: bool = False
+) -> dict[str, tuple[str, int]]:
+    """Return the path or URI and the bytes of the files in a folder, in the order of their names.
 
-    Args:
-        uri: path or URI of the folder.
-
-    Returns:
-        File name to bytes, in the order of the names.
+    They are named by their path in the folder, with slashes. With `missing` there are none in a
+    folder that is not there; else that is an error.
     """
     filesystem, path = resolve(uri)
-    infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-    return {
-        info.base_name: info.size
-        for info in sorted(infos, key=lambda info: info.base_name)
+    selector = pafs.FileSelector(path, allow_not_found=missing, recursive=recursive)
+    folder = uri.rstrip("/") if "://" in uri else path
+    sizes = {
+        str(Path(info.path).relative_to(path)): info.size
+        for info in filesystem.get_file_info(selector)
         if info.type == pafs.FileType.File
     }
+    return {name: (f"{folder}/{name}", size) for name, size in sorted(sizes.items())}
+
+
+def list_files(uri: str) -> dict[str, str]:
+    """Return the path or URI of the files directly in a folder, by name."""
+    return {name: place for name, (place, _) in _files(uri).items()}
+
+
+def walk_files(uri: str) -> dict[str, str]:
+    """Return the path or URI of the files in a folder and all folders in it, by path in it."""
+    return {name: place for name, (place, _) in _files(uri, recursive=True).items()}
+
+
+def file_sizes(uri: str) -> dict[str, int]:
+    """Return the bytes of the files directly in a folder, which may be missing, by name."""
+    return {name: size for name, (_, size) in _files(uri, missing=True).items()}
+
+
+def sizes_below(uri: str) -> dict[str, int]:
+    """Return the bytes of the files in a folder, which may be missing, and all folders in it."""
+    files = _files(uri, recursive=True, missing=True)
+    return {name: size for name, (_, size) in files.items()}
 
 
 def file_size(uri: str) -> int:
-    """Returns the number of bytes of a file.
-
-    Args:
-        uri: path or URI of a file.
-    """
+    """Return the number of bytes of a file."""
     filesystem, path = resolve(uri)
     return int(filesystem.get_file_info(path).size)
 
 
 def read_bytes(uri: str) -> bytes:
-    """Returns the content of a file.
-
-    Args:
-        uri: path or URI of a file.
-    """
+    """Return the content of a file."""
     filesystem, path = resolve(uri)
     with filesystem.open_input_stream(path) as stream:
         return bytes(stream.read())
@@ -125,7 +131,7 @@ def read_bytes(uri: str) -> bytes:
 
 @contextmanager
 def replacing(uri: str) -> Iterator[Any]:
-    """Opens a file for writing that gets its name only once it is whole.
+    """Open a file for writing that gets its name only once it is whole.
 
     Until then it lies beside it, under a name of its own that contains `PARTIAL`. If writing fails,
     what had the name before keeps it. The folder is made if it is missing.
@@ -147,29 +153,9 @@ def replacing(uri: str) -> Iterator[Any]:
 
 
 def remove(uri: str) -> None:
-    """Deletes a file.
-
-    Args:
-        uri: path or URI of a file.
-    """
+    """Delete a file."""
     filesystem, path = resolve(uri)
     filesystem.delete_file(path)
-
-
-def list_files(uri: str) -> dict[str, str]:
-    """Lists the files directly in a folder.
-
-    Args:
-        uri: path or URI of the folder.
-
-    Returns:
-        File name to its path or URI, in the order of the names.
-    """
-    filesystem, path = resolve(uri)
-    infos = filesystem.get_file_info(pafs.FileSelector(path))
-    names = sorted(info.base_name for info in infos if info.type == pafs.FileType.File)
-    folder = uri.rstrip("/") if "://" in uri else path
-    return {name: f"{folder}/{name}" for name in names}
 
 
 def is_folder(uri: str) -> bool:
@@ -178,43 +164,8 @@ def is_folder(uri: str) -> bool:
     return bool(filesystem.get_file_info(path).type == pafs.FileType.Directory)
 
 
-def sizes_below(uri: str) -> dict[str, int]:
-    """Lists the files in a folder and in all folders in it; of a folder that is missing, none.
-
-    Args:
-        uri: path or URI of the folder.
-
-    Returns:
-        Path in the folder, with slashes, to bytes.
-    """
-    filesystem, path = resolve(uri)
-    selector = pafs.FileSelector(path, allow_not_found=True, recursive=True)
-    return {
-        str(Path(info.path).relative_to(path)): info.size
-        for info in filesystem.get_file_info(selector)
-        if info.type == pafs.FileType.File
-    }
-
-
-def walk_files(uri: str) -> dict[str, str]:
-    """Lists the files in a folder and in all folders in it.
-
-    Args:
-        uri: path or URI of the folder.
-
-    Returns:
-        Path in the folder, with slashes, to path or URI; in the order of the former.
-    """
-    filesystem, path = resolve(uri)
-    infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
-    folder = uri.rstrip("/") if "://" in uri else path
-    files = (info.path for info in infos if info.type == pafs.FileType.File)
-    names = sorted(str(Path(file).relative_to(path)) for file in files)
-    return {name: f"{folder}/{name}" for name in names}
-
-
 def local_copy(uri: str, folder: Path, *, tracking_uri: str | None = None) -> Path:
-    """Returns a local path to a file, copied into `folder` first when it is remote.
+    """Return a local path to a file, copied into `folder` first when it is remote.
 
     Args:
         uri: path or URI of a file, or an URI of MLflow: `runs:/<run>/<path>` of an artifact, or
@@ -236,9 +187,6 @@ def local_copy(uri: str, folder: Path, *, tracking_uri: str | None = None) -> Pa
 
 
 def _from_mlflow(uri: str, folder: Path, tracking_uri: str | None) -> Path:
-    # here, because decoding processes import this module and should start in a moment
-    from pipelines.core.models import fetch
-
     found = fetch(uri, folder, tracking_uri=tracking_uri, what="The weights")
     if found.is_file():
         return found
@@ -249,3 +197,34 @@ def _from_mlflow(uri: str, folder: Path, tracking_uri: str | None) -> Path:
             "finetune_backbone.py, or one file."
         )
     return inside
+
+
+def fetch(uri: str, folder: Path, *, tracking_uri: str | None, what: str) -> Path:
+    """Download an artifact from MLflow.
+
+    Args:
+        uri: `runs:/RUN/NAME`, `models:/NAME/VERSION` or `mlflow-artifacts:/...`.
+        folder: existing folder that receives it.
+        tracking_uri: MLflow's store; None for that of this process.
+        what: name of the thing, for the message ("The model").
+
+    Raises:
+        UserError: if there is nothing.
+    """
+    # here, because decoding processes import this module and should start in a moment
+    import mlflow
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    if tracking_uri is not None:
+        # of this process: given with the call, `models:/` would be looked for elsewhere
+        mlflow.set_tracking_uri(tracking_uri)
+    try:
+        return Path(download_artifacts(artifact_uri=uri, dst_path=str(folder)))
+    except (MlflowException, OSError) as error:
+        store = mlflow.get_tracking_uri()
+        raise UserError(
+            f"{what}: {uri} cannot be had from MLflow's store {store} ({error}). Correct the URI, "
+            "or say where the runs are."
+        ) from error

@@ -29,8 +29,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_GIT_COMMIT, 
 from pydantic import TypeAdapter, ValidationError
 
 from pipelines.config.recipe import Recipe
-from pipelines.core.models import fetch
-from pipelines.core.storage import replacing
+from pipelines.core.storage import fetch, replacing
 from re2tal.errors import UserError
 
 

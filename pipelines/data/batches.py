@@ -6,6 +6,7 @@ same windows. Only the decoding is left to Ray Data, which does it in parallel, 
 of the training.
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -183,3 +184,39 @@ def decode_batches(
             for w in chunk
         ]
         yield assemble(chunk, samples)
+
+
+class Clock:
+    """Splits a worker's time into waiting for data and working on it, and counts frames."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._waited = 0.0
+        self._frames = 0
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Pass the batches of an epoch on and add up how long each was waited for."""
+        while True:
+            before = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - before
+            if batch is None:
+                return
+            self._frames += batch.mask.numel()
+            yield batch
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the epoch began."""
+        return time.perf_counter() - self._start
+
+    def metrics(self, world_size: int) -> dict[str, float]:
+        """Return speed and waiting so far, as MLflow names them.
+
+        Args:
+            world_size: number of workers, all as fast as this one.
+        """
+        return {
+            "train/frames_per_second": world_size * self._frames / self.elapsed,
+            "train/data_wait_share": self._waited / self.elapsed,
+        }

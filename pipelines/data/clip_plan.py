@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from pipelines.config.recipe import TrimmedDataConfig
-from pipelines.core.storage import is_folder, local_copy, require, walk_files
+from pipelines.core.storage import is_folder, local_copy, walk_files
 from pipelines.data.plan import Plan, check_failures
 from pipelines.data.videos import Probe, probe_files
 from re2tal.datasets.trimmed import (
@@ -68,34 +68,31 @@ class ClassificationPlan:
 
 
 def read_lists(config: TrimmedDataConfig) -> Lists:
-    """Reads both lists, local or remote, and checks them whole.
+    """Read both lists, local or remote, and check them whole.
 
     Args:
-        config: where they are.
+        config: with the paths that `inputs` resolved.
 
     Raises:
-        UserError: if there is nothing there.
         AnnotationError: with every problem in them.
     """
     classes = None
     if config.classes is not None:
-        uri = require(config.classes, what="The names of the classes", option="--data.classes")
-        classes = read_classes(uri, _text(uri))
+        classes = read_classes(config.classes, _text(config.classes))
     walk = functools.cache(walk_files)  # both lists may be of the same folder
     subsets: dict[str, TrimmedList] = {}
     files: dict[str, Mapping[str, str]] = {}
-    for subset, given, split in (
-        ("training", config.training, config.training_split),
-        ("validation", config.validation, config.validation_split),
+    for subset, uri, split in (
+        ("training", str(config.training), config.training_split),
+        ("validation", str(config.validation), config.validation_split),
     ):
-        uri = require(given, what=f"The {subset} videos", option=f"--data.{subset}")
         if is_folder(uri):
             files[subset] = walk(uri)
             subsets[subset] = read_folders(uri, files[subset])
         else:
             source = uri if split is None else f"{uri} ({split})"
             subsets[subset] = read_list(source, _text(uri), classes=classes, split=split)
-            files[subset] = walk(require(config.videos, what="The videos", option="--data.videos"))
+            files[subset] = walk(str(config.videos))
     known = joint_classes(subsets["training"], subsets["validation"], classes)
     return Lists(
         classes=known,

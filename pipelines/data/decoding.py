@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from pipelines.core.storage import file_size, join, open_source
-from pipelines.data.features import SampledVideo
-from pipelines.data.shards import Attempts, open_video
+from pipelines.data.sampling import SampledVideo
+from pipelines.data.shards import open_video
+from pipelines.data.store import Attempts
 from re2tal.videos.limits import VideoError
 from re2tal.videos.probing import VideoInfo, probe
 from re2tal.videos.windows import Window, window_frames
@@ -35,17 +36,18 @@ def decode_sample(row: dict[str, Any], *, size: int, threads: int = 1) -> dict[s
     return {"index": row["index"], "frames": frames, "error": error}
 
 
-def decode_masked(row: dict[str, Any], *, size: int) -> dict[str, Any]:
+def decode_masked(row: dict[str, Any], *, size: int, threads: int = 1) -> dict[str, Any]:
     """Decodes one window as `decode_sample` does, and tells which of its frames show the video.
 
     Args:
         row: `index`, `uri` and `window`.
         size: side of the square frames in pixels.
+        threads: of the decoder.
 
     Returns:
         What `decode_sample` returns, and `mask`, bool (T,), all false if there is an error.
     """
-    sample = decode_sample(row, size=size)
+    sample = decode_sample(row, size=size, threads=threads)
     window: Window = row["window"]
     return {**sample, "mask": window.mask() & (not sample["error"])}
 
@@ -103,8 +105,7 @@ def decode_video(
     job: VideoJob = row["video"]
     # a video that ends this process, time and again, is given up: Ray would go on for ever
     attempts = Attempts(join(notes, job.video_id))
-    attempts.begin(job.video_id)
-    if reason := attempts.reason(job.video_id):
+    if reason := attempts.begin(job.video_id):
         yield _failed(job, 0, reason)
     else:
         stretches = job.sampled.stretches(size=size, batch_size=batch_size)

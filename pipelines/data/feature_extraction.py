@@ -3,27 +3,37 @@
 import functools
 import hashlib
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import ray
 import ray.data
 import torch
 from torch import Tensor, nn
 
+from pipelines.core.clock import duration
+from pipelines.core.cluster import init_ray
 from pipelines.core.models import fetch_weights, require_weights
-from pipelines.core.resources import capacity, require_resources
+from pipelines.core.progress import VideoCounter
+from pipelines.core.resources import Pool, PoolConfig, pool_for
+from pipelines.core.storage import join
+from pipelines.core.tracking import Run, log_metrics
 from pipelines.data.decoding import VideoJob, decode_video
-from pipelines.data.features import Sampling
+from pipelines.data.feature_writing import FeatureFolder, FilesConfig, VideoInTheMaking
+from pipelines.data.features import FEATURES, NAME, Description
+from pipelines.data.sampling import Sampling
+from pipelines.data.videos import FoundVideos, find_videos, opened
+from re2tal.annotations import Annotations
 from re2tal.backbones.protocol import BackboneConfig, Strided
 from re2tal.backbones.table import entry_of
 from re2tal.backbones.weights import load_backbone_weights
 from re2tal.detector import grey_levels, normalize
 from re2tal.errors import UserError
 from re2tal.reversible import rewire
+from re2tal.videos.reader import TAIL
 from re2tal.weights import Colour
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -205,61 +215,6 @@ def _build(shape: BackboneConfig, *, reversible: bool) -> Any:
     return backbone
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PoolConfig:
-    """How the work is laid over the cluster.
-
-    Attributes:
-        actors: processes that run the backbone; by default one a GPU, or one without GPUs.
-        gpu: one GPU for each of them; by default if the cluster has any.
-        cpus_per_actor: logical CPUs that each of them holds; what is left over decodes videos.
-        cpus_per_decoder: logical CPUs that a decoding task holds, so how many of them run at once.
-        decoder_threads: of a decoding task; more than one helps with large pictures only.
-    """
-
-    actors: int | None = None
-    gpu: bool | None = None
-    cpus_per_actor: float = 1.0
-    cpus_per_decoder: float = 0.5
-    decoder_threads: int = 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pool:
-    """`PoolConfig` for a cluster.
-
-    Attributes:
-        actors: processes that run the backbone.
-        gpu: one GPU for each of them.
-        config: the rest.
-    """
-
-    actors: int
-    gpu: bool
-    config: PoolConfig
-
-
-def pool_for(config: PoolConfig) -> Pool:
-    """Decides what is left open, and checks that the cluster can hold it: Ray itself would wait.
-
-    Args:
-        config: what was asked for.
-
-    Raises:
-        UserError: if CPUs or GPUs do not suffice for the actors and one decoding task.
-    """
-    gpu = capacity().get("GPU", 0.0) > 0 if config.gpu is None else config.gpu
-    now = int(ray.cluster_resources().get("GPU", 0.0))
-    actors = config.actors or (max(1, now) if gpu else 1)
-    require_resources(
-        cpus=actors * config.cpus_per_actor + config.cpus_per_decoder,
-        gpus=actors if gpu else 0,
-        who=f"{actors} actors and the decoding",
-        advice="Lower --actors or --cpus-per-actor, or go without GPUs (--gpu False).",
-    )
-    return Pool(actors=actors, gpu=gpu, config=config)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StretchFeatures:
     """The features of the units in a stretch of a video.
@@ -305,22 +260,11 @@ def extract(
         threads=pool.config.decoder_threads,
         notes=notes,
     )
-    dataset = (
-        ray.data.from_items([{"video": video} for video in videos], override_num_blocks=len(videos))
-        .flat_map(decode, num_cpus=pool.config.cpus_per_decoder)
-        .map_batches(
-            _Actor,
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=pool.actors),
-            num_cpus=pool.config.cpus_per_actor,
-            num_gpus=1 if pool.gpu else None,
-            fn_constructor_kwargs={
-                "backbone": backbone,
-                "clips": sampling.way == "clips",
-                "frames": sampling.frames,
-                "gpu": pool.gpu,
-            },
-        )
+    dataset = ray.data.from_items(
+        [{"video": video} for video in videos], override_num_blocks=len(videos)
+    ).flat_map(decode, num_cpus=pool.config.cpus_per_decoder)
+    dataset = pool.map_batches(
+        dataset, _Actor, backbone=backbone, sampling=sampling, device=pool.device
     )
     for row in dataset.iter_rows():
         yield StretchFeatures(
@@ -334,13 +278,12 @@ def extract(
 class _Actor:
     """Runs the backbone on one stretch after the other."""
 
-    def __init__(self, *, backbone: FrozenBackbone, clips: bool, frames: int, gpu: bool) -> None:
-        device = torch.device("cuda" if gpu else "cpu")
-        self._extract, self._batch = backbone.build(device), backbone.config.batch_size
-        self._clips, self._frames = clips, frames
+    def __init__(self, *, backbone: FrozenBackbone, sampling: Sampling, device: str) -> None:
+        self._extract = backbone.build(torch.device(device))
+        self._batch, self._sampling = backbone.config.batch_size, sampling
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """What Ray runs: a row of `decode_video` to its features."""
+        """Make the features of a row of `decode_video`; what Ray runs."""
         units = np.zeros((0, 1, 1), np.float32)
         if not batch["error"][0]:
             units = unit_features(
@@ -348,8 +291,8 @@ class _Actor:
                 batch["frames"][0],
                 batch["starts"][0],
                 valid=int(batch["valid"][0]),
-                frames=self._frames,
-                clips=self._clips,
+                frames=self._sampling.frames,
+                clips=self._sampling.way == "clips",
                 batch_size=self._batch,
             )
         kept = {name: batch[name] for name in ("video_id", "number", "error")}
@@ -389,3 +332,157 @@ def unit_features(
         found = extractor(torch.from_numpy(stretch[places]))
         made.append(found.mean(dim=2, keepdim=True) if clips else found)
     return torch.cat(made).transpose(1, 2).contiguous().numpy()
+
+
+class FeatureJob:
+    """Fills a folder with the features of videos; a killed run goes on with it.
+
+    Args:
+        uri: path or URI of the folder.
+        videos: path or URI of the folder of the videos.
+        annotations: annotations of the videos; without them, features are made of all videos.
+        subsets: names of the subsets; none for all videos.
+        backbone: frozen backbone.
+        sampling: how videos are sampled.
+        files: how features are written.
+        pool: actors and decoding tasks.
+
+    Attributes:
+        speed: seconds of video per second of the last run.
+
+    Raises:
+        UserError: if there are no videos; if they lie in shards that are not whole; if the folder
+            holds features of other settings, or damaged ones.
+        AnnotationError: if there is no subset of a name.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        videos: str,
+        annotations: Annotations | None,
+        subsets: Sequence[str] = (),
+        *,
+        backbone: FrozenBackbone,
+        sampling: Sampling,
+        files: FilesConfig,
+        pool: PoolConfig,
+    ) -> None:
+        chosen = annotations.chosen(subsets) if annotations is not None else ()
+        ids = None if annotations is None else [video.video_id for video in chosen]
+        self._uri, self._found = uri, find_videos(videos, ids)
+        self._backbone, self._sampling, self._pool = backbone, sampling, pool
+        self._durations = {v.video_id: v.duration for v in chosen}
+        self._subsets = dict.fromkeys(self._found.uris, "") | {v.video_id: v.subset for v in chosen}
+        self.speed = 0.0
+        self._folder = FeatureFolder(
+            uri,
+            files,
+            tuple(self._subsets),
+            settings={**backbone.described(), **sampling.described()},
+            sampling=sampling,
+            channels=backbone.channels,
+        )
+
+    def run(self, *, retry_failed: bool) -> Description:
+        """Make what is missing.
+
+        Args:
+            retry_failed: try the videos that failed before once more.
+        """
+        began = time.perf_counter()
+        to_make = self._folder.begin(retry_failed=retry_failed)
+        total = len(self._subsets)
+        print(f"{total - len(to_make)} of {total} videos are through", flush=True)
+        if to_make:
+            init_ray()
+            self._make(to_make)
+            self._folder.write_description()
+        description = self._folder.description
+        print(_summary(description, self._uri, time.perf_counter() - began), flush=True)
+        return description
+
+    def log(self, run: Run, description: Description) -> None:
+        """Send to MLflow what was made.
+
+        Args:
+            run: MLflow run that receives it.
+            description: what `run` returned.
+        """
+        metrics = {
+            "features/videos": len(description.videos),
+            "features/failed": len(description.failures),
+            "features/number": sum(entry.length for entry in description.videos.values()),
+            "features/video_seconds": sum(entry.duration for entry in description.videos.values()),
+        }
+        if self.speed:
+            metrics["features/video_seconds_per_second"] = self.speed
+        log_metrics(run, metrics, step=0)
+        run.client.set_tag(run.run_id, "features", self._uri)
+        text = FEATURES.description.dump_json(description, indent=1).decode()
+        run.client.log_text(run.run_id, text, NAME)
+
+    def _make(self, video_ids: Sequence[str]) -> None:
+        """Make the features of some videos."""
+        pool = pool_for(self._pool)
+        known = self._found.uris
+        found = opened(replace(self._found, uris={v: known[v] for v in video_ids if v in known}))
+        videos: dict[str, VideoInTheMaking] = {}
+        for video_id in video_ids:
+            if video_id in found.failures:
+                self._fail(video_id, found.failures[video_id])
+                continue
+            video = self._video(video_id, found)
+            if self._folder.holds(video_id):
+                self._folder.adopt(video_id, video.entry)
+            else:
+                videos[video_id] = video
+        if videos:
+            self._extract(videos, pool)
+
+    def _video(self, video_id: str, found: FoundVideos) -> VideoInTheMaking:
+        """Lay the units over a video: as long as annotated, so that they fit the windows."""
+        measured = found.durations[video_id]
+        seconds = self._durations.get(video_id, measured)
+        if seconds > measured + TAIL:  # what lies behind could not be decoded
+            seconds = measured
+        return VideoInTheMaking(
+            uri=found.uris[video_id],
+            duration=seconds,
+            sampled=self._sampling.of(duration=seconds, own_fps=found.rates[video_id]),
+            subset=self._subsets[video_id],
+        )
+
+    def _extract(self, videos: dict[str, VideoInTheMaking], pool: Pool) -> None:
+        """Run the backbone over some videos, and write what it makes of each."""
+        counter = VideoCounter(len(videos), sum(video.duration for video in videos.values()))
+        jobs = [VideoJob(video_id=k, uri=v.uri, sampled=v.sampled) for k, v in videos.items()]
+        notes = self._folder.notes
+        for made in extract(jobs, self._backbone, self._sampling, pool, notes=notes):
+            video = videos[made.video_id]
+            if made.error:
+                self._fail(made.video_id, made.error)
+                counter.through(not_made=video.seconds(video.units_left))
+                continue
+            whole = video.take(made.number, made.units)
+            counter.made(video.seconds(len(made.units)))
+            if whole is not None:
+                self._folder.add(made.video_id, whole)
+                del videos[made.video_id]
+                counter.through()
+        self.speed = counter.speed
+
+    def _fail(self, video_id: str, reason: str) -> None:
+        print(f"  failed: {video_id}: {reason}", flush=True)
+        self._folder.fail(video_id, reason)
+
+
+def _summary(description: Description, folder: str, seconds: float) -> str:
+    entries = description.videos.values()
+    took = f"{duration(sum(e.duration for e in entries))} of video; {duration(seconds)} in all"
+    number = sum(entry.length for entry in entries)
+    made = f"{len(entries)} videos, {number} features of {description.channels} channels"
+    lines = [f"{description.state}: {made}, {took}"]
+    if description.failures:
+        lines.append(f"{len(description.failures)} videos failed: {join(folder, NAME)} says why")
+    return "\n".join(lines)

@@ -8,16 +8,14 @@ from typing import Protocol
 
 from pipelines.config.annotations import AnnotationConfig, ScoredAnnotationConfig
 from pipelines.config.recipe import DataConfig
-from pipelines.core.storage import list_files, local_copy, require
+from pipelines.core.storage import local_copy
 from pipelines.data.batches import Video
 from pipelines.data.features import Features
-from pipelines.data.shards import FoundVideos, find_in_shards, read_manifest
-from pipelines.data.videos import Probe, probe_files
+from pipelines.data.videos import FoundVideos, Probe, find_videos, opened, probe_files
 from re2tal.annotations import Annotations, VideoAnnotation
 from re2tal.datasets import check_durations, load_annotations, read_ids
 from re2tal.detection.video_scores import VideoScores, load_video_scores
 from re2tal.errors import UserError, shortened
-from re2tal.videos.files import match_videos
 
 ACTION = "action"
 """The one class of a class-agnostic detector."""
@@ -86,52 +84,26 @@ def _class_agnostic(video: Video) -> Video:
     return replace(video, annotation=relabelled)
 
 
-def read_annotations(config: AnnotationConfig, *, prefix: str = "--data.") -> Annotations:
-    """Read annotations and the ids to exclude from paths or URIs, and check them whole.
+def read_annotations(config: AnnotationConfig) -> Annotations:
+    """Read annotations and the ids to exclude, local or remote, and check them whole.
 
     Args:
-        config: places, and the data set whose known faults are repaired.
-        prefix: start of the names of these options, for messages.
+        config: paths that `inputs` resolved, and the data set whose known faults are repaired.
 
     Raises:
-        UserError: if there is nothing there.
         AnnotationError: with every problem in them.
     """
-    uri = require(config.annotations, what="The annotations", option=f"{prefix}annotations")
     with tempfile.TemporaryDirectory() as folder:
         excluded: frozenset[str] = frozenset()
         if config.exclude is not None:
-            ids = require(config.exclude, what="The ids to exclude", option=f"{prefix}exclude")
-            excluded = read_ids(local_copy(ids, Path(folder)))
+            excluded = read_ids(local_copy(config.exclude, Path(folder)))
         return load_annotations(
-            local_copy(uri, Path(folder)),
+            local_copy(str(config.annotations), Path(folder)),
             form=config.form,
             dataset=config.record,
             exclude=excluded,
             keep=config.keep,
         )
-
-
-def _find(
-    config: DataConfig, folder: str, video_ids: Sequence[str], fingerprint: str, probe: Probe
-) -> FoundVideos:
-    """Find videos in shards or as files, those that can be used and those that cannot."""
-    manifest = read_manifest(folder)
-    if manifest is not None:
-        return find_in_shards(
-            folder,
-            manifest,
-            video_ids,
-            fingerprint=fingerprint,
-            size=config.size,
-            fps=config.window.fps,
-        )
-    files, missing = match_videos(video_ids, list_files(folder))
-    probed = probe(files).select(["video_id", "duration", "error"]).to_pylist()
-    errors = {row["video_id"]: row["error"] for row in probed if row["error"]}
-    durations = {row["video_id"]: row["duration"] for row in probed if not row["error"]}
-    failures = {**missing, **errors}
-    return FoundVideos(uris=files, failures=failures, durations=durations, remarks=())
 
 
 def _find_features(features: Features, videos: Sequence[VideoAnnotation]) -> FoundVideos:
@@ -142,6 +114,7 @@ def _find_features(features: Features, videos: Sequence[VideoAnnotation]) -> Fou
         uris={video_id: features.uri(video_id) for video_id in sorted(found)},
         failures=missing,
         durations={},
+        rates={},
         remarks=tuple(features.disagreements({v.video_id: v.duration for v in videos}).values()),
     )
 
@@ -215,13 +188,13 @@ def make_plan(config: DataConfig, annotations: Annotations, *, probe: Probe = pr
     Nor are features.
 
     Args:
-        config: where the videos are.
+        config: with the paths that `inputs` resolved.
         annotations: what `read_annotations` returned.
         probe: opens the files.
 
     Raises:
-        UserError: if the folder of the videos is missing; if it holds shards that are not complete;
-            if there are no features, or they are not complete; if settings contradict one another.
+        UserError: if the videos lie in shards that are not complete; if there are no features, or
+            they are not complete; if settings contradict one another.
         FileError: if the file of an external classifier is not usable.
         UserError: if too many videos are missing or unreadable, or have no scores; or if those of
             the validation show no action.
@@ -233,9 +206,14 @@ def make_plan(config: DataConfig, annotations: Annotations, *, probe: Probe = pr
     if features is not None:
         found = _find_features(features, wanted)
     else:
-        folder = require(config.videos, what="The videos", option="--data.videos")
-        ids = [video.video_id for video in wanted]
-        found = _find(config, folder, ids, annotations.fingerprint, probe)
+        found = find_videos(
+            str(config.videos),
+            [video.video_id for video in wanted],
+            fingerprint=annotations.fingerprint,
+            size=config.size,
+            fps=config.window.fps,
+        )
+        found = opened(found, probe)
     failures = found.failures
     check_failures(failures, len({video.video_id for video in wanted}), config.max_failed)
 
@@ -290,7 +268,7 @@ def read_video_scores(
     """Read an external classifier's scores of videos, and check that there are some of each.
 
     Args:
-        config: place and kind of the scores.
+        config: path that `inputs` resolved, and kind of the scores.
         classes: names of the action classes.
         videos: of the evaluated subset.
         prefix: start of the names of these options, for messages.
@@ -299,8 +277,7 @@ def read_video_scores(
         The scores; None if there is no such classifier.
 
     Raises:
-        UserError: if there is nothing at the place; if there are not so many classes; if videos
-            have no scores.
+        UserError: if there are not so many classes; if videos have no scores.
         FileError: with every problem in the file.
     """
     place, top = config.video_scores, config.video_scores_top
@@ -311,9 +288,8 @@ def read_video_scores(
             f"A proposal can be given 1 to {len(classes)} classes, not {top} "
             f"({prefix}video-scores-top)."
         )
-    uri = require(place, what="The video scores", option=f"{prefix}video-scores")
     with tempfile.TemporaryDirectory() as folder:
-        file = local_copy(uri, Path(folder))
+        file = local_copy(place, Path(folder))
         scores = load_video_scores(file, classes, logits=config.video_scores_logits)
     missing = [video.video_id for video in videos if scores.get(video.video_id) is None]
     if missing:

@@ -1,29 +1,35 @@
-"""Writing one shard: its videos are encoded one after the other, and a failed one is left out."""
+"""Making shards: each task encodes the videos of one, and leaves out those that fail."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import IO, Any
 
 import av
 import pyarrow as pa
-import pyarrow.parquet as pq
+import ray.data
 
-from pipelines.core.storage import file_size, open_source, replacing
+from pipelines.core.clock import duration
+from pipelines.core.cluster import init_ray
+from pipelines.core.progress import ProgressPrinter, VideoCounter
+from pipelines.core.storage import file_size, file_sizes, join, list_files, open_source
 from pipelines.data.shards import (
-    CONTENTS,
-    FOOTER_KEY,
+    NAME,
     SCHEMA,
-    Attempts,
-    Contents,
-    Provenance,
+    SHARDS,
+    Manifest,
     Shard,
     ShardSettings,
     VideoEntry,
-    row_of,
+    make_manifest,
+    pack,
 )
-from re2tal.annotations import VideoAnnotation
+from pipelines.data.store import Attempts, Contents, FileWriter, Refreshed
+from re2tal.annotations import Annotations, Instance, VideoAnnotation
+from re2tal.videos.files import match_videos
 from re2tal.videos.limits import Limits, VideoError
 from re2tal.videos.reader import VideoReader
 from re2tal.videos.transcoding import Piece, TranscodeConfig, transcode
@@ -38,13 +44,50 @@ _SECONDS, _SECONDS_PER_SECOND = 600.0, 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EncodedVideo:
-    """A video that is encoded whole.
+class Provenance:
+    """The file that a video was made from."""
 
-    Attributes:
-        entry: What it is; its first row is not known yet.
-        source: What it was made from.
-    """
+    uri: str
+    bytes: int
+    codec: str
+
+
+def _row(
+    video: VideoAnnotation, entry: VideoEntry, number: int, piece: Piece, source: Provenance
+) -> dict[str, Any]:
+    """Return a piece as a row of `SCHEMA`, but for the fingerprint."""
+    return {
+        "video_id": video.video_id,
+        "subset": video.subset,
+        "piece": number,
+        "pieces": len(entry.starts),
+        "start": piece.start,
+        "end": piece.end,
+        "frames": piece.frames,
+        "duration": entry.duration,
+        "width": piece.width,
+        "height": piece.height,
+        "fps": entry.frames / entry.duration,
+        "annotated_duration": video.duration,
+        "annotations": _instances(video.instances),
+        "ambiguous": _instances(video.ambiguous),
+        "source": source.uri,
+        "source_bytes": source.bytes,
+        "source_codec": source.codec,
+        "source_width": entry.source[0],
+        "source_height": entry.source[1],
+        "damage": piece.damage,
+        "video": piece.video,
+    }
+
+
+def _instances(instances: tuple[Instance, ...]) -> list[dict[str, Any]]:
+    return [{"start": i.start, "end": i.end, "label": i.label} for i in instances]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedVideo:
+    """A video that is encoded whole; its first row is not known yet."""
 
     entry: VideoEntry
     source: Provenance
@@ -53,7 +96,7 @@ class EncodedVideo:
     _spool: IO[bytes]
 
     def pieces(self) -> Iterator[Piece]:
-        """Its pieces, one after the other, so that only one has to be in memory."""
+        """Yield its pieces, so that only one has to be in memory."""
         self._spool.seek(0)
         for piece, size in zip(self._pieces, self._sizes, strict=True):
             yield replace(piece, video=self._spool.read(size))
@@ -61,16 +104,16 @@ class EncodedVideo:
 
 @contextmanager
 def encoded(uri: str, config: TranscodeConfig, *, seconds: float) -> Iterator[EncodedVideo]:
-    """Encodes a video; what is made of it is kept in a temporary file in the meantime.
+    """Encode a video; what is made of it is kept in a temporary file in the meantime.
 
     Args:
-        uri: Path or URI of its file.
-        config: How to encode it.
-        seconds: About how long it lasts: the time that it may take goes with that.
+        uri: path or URI of its file.
+        config: encoding.
+        seconds: about how long it lasts: the time that it may take goes with that.
 
     Raises:
-        VideoError: It cannot be read or encoded.
-        OSError: There is no space for temporary files.
+        VideoError: if it cannot be read or encoded.
+        OSError: if there is no space for temporary files.
     """
     with tempfile.SpooledTemporaryFile(max_size=_BYTES_IN_MEMORY) as spool:
         pieces, sizes = [], []
@@ -96,7 +139,7 @@ def encoded(uri: str, config: TranscodeConfig, *, seconds: float) -> Iterator[En
 
 
 def _transcoded(uri: str, config: TranscodeConfig, seconds: float) -> Iterator[tuple[Piece, str]]:
-    """The pieces of a video, each with the codec of its source."""
+    """Yield the pieces of a video, each with the codec of its source."""
     limits = Limits(seconds=_SECONDS + _SECONDS_PER_SECOND * seconds)
     try:
         with VideoReader(open_source(uri), limits=limits) as reader:
@@ -117,12 +160,12 @@ class ShardTask:
     """A shard that is to be written.
 
     Attributes:
-        uri: Path or URI of it.
-        settings: What it is made with.
-        videos: All that belong into it, sorted by id.
-        sources: Video id to path or URI of its file.
-        missing: Video id to why it has none.
-        kept: Take the videos that the shard holds already as they are, and encode the others only.
+        uri: path or URI of it.
+        settings: what it is made with.
+        videos: all that belong into it, sorted by id.
+        sources: path or URI of their files, by video id.
+        missing: reasons of those that have none, by video id.
+        kept: take the videos that the shard holds already as they are, and encode the others only.
     """
 
     uri: str
@@ -133,91 +176,206 @@ class ShardTask:
     kept: bool = False
 
 
-def write_shard(task: ShardTask, *, board: Any = None) -> Contents:
-    """Writes a shard, which gets its name once it is whole.
+def write_shard(task: ShardTask, *, board: Any = None) -> Contents[VideoEntry]:
+    """Write a shard, which gets its name once it is whole.
 
     The same task gives the same bytes, whatever was there before.
 
     Args:
-        task: What to write.
-        board: Actor that is told of each video that is done (`shards.progress`).
-
-    Returns:
-        What it holds.
+        task: the shard.
+        board: actor to which each video that is through is posted: id, seconds, reason.
 
     Raises:
-        OSError: The shard cannot be written. What is wrong with a video is a failure of that video.
+        OSError: if the shard cannot be written. What is wrong with a video is a failure of that
+            video.
     """
     attempts = Attempts(task.uri)
     old = Shard(task.uri) if task.kept else None
-    with replacing(task.uri) as stream, _Writer(stream, task.settings) as writer:
+    with SHARDS.writing(task.uri, SCHEMA, task.settings.described()) as writer:
         for video in task.videos:
             if old is not None and video.video_id in old.contents.videos:
-                writer.copy(old, video.video_id)
+                _copy(writer, old, video.video_id)
                 continue
             reason = task.missing.get(video.video_id, "")
             if not reason:
-                attempts.begin(video.video_id)
-                reason = attempts.reason(video.video_id) or _write_video(writer, task, video)
+                reason = attempts.begin(video.video_id) or _encode(writer, task, video)
                 attempts.end(video.video_id)
             if reason:
                 writer.contents.failures[video.video_id] = reason
             if board is not None:
-                board.done.remote(video.video_id, video.duration, reason)
+                board.post.remote((video.video_id, video.duration, reason))
     attempts.clear()
     return writer.contents
 
 
-class _Writer:
-    """A shard that is being written, video by video."""
-
-    def __init__(self, stream: Any, settings: ShardSettings) -> None:
-        # the videos are compressed already, and there is nothing to know of their bytes
-        self._parquet = pq.ParquetWriter(
-            stream, SCHEMA, compression="none", use_dictionary=False, write_statistics=False
-        )
-        self._fingerprint = settings.fingerprint
-        self._rows = 0
-        self.contents = Contents(settings=settings.described(), videos={}, failures={})
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is None:
-            footer = CONTENTS.dump_json(self.contents).decode()
-            self._parquet.add_key_value_metadata({FOOTER_KEY: footer})
-        self._parquet.close()
-
-    def add(self, video: VideoAnnotation, made: EncodedVideo) -> None:
-        """Writes a video that was encoded."""
-        self._enter(video.video_id, made.entry)
-        for number, piece in enumerate(made.pieces()):
-            row = row_of(video, made.entry, number, piece, made.source)
-            row["annotations_fingerprint"] = self._fingerprint
-            self._write(pa.Table.from_pylist([row], schema=SCHEMA))
-
-    def copy(self, old: Shard, video_id: str) -> None:
-        """Takes a video from another shard."""
-        entry = old.contents.videos[video_id]
-        self._enter(video_id, entry)
-        for number in range(len(entry.starts)):
-            self._write(old.row(entry.first_row + number))
-
-    def _enter(self, video_id: str, entry: VideoEntry) -> None:
-        self.contents.videos[video_id] = replace(entry, first_row=self._rows)
-
-    def _write(self, table: pa.Table) -> None:
-        self._parquet.write_table(table)
-        self._rows += 1
-
-
-def _write_video(writer: _Writer, task: ShardTask, video: VideoAnnotation) -> str:
-    """Encodes a video and writes it; returns why if that is not possible."""
+def _encode(writer: FileWriter[VideoEntry], task: ShardTask, video: VideoAnnotation) -> str:
+    """Encode a video and write it; returns why if that is not possible."""
     uri = task.sources[video.video_id]
     try:
         with encoded(uri, task.settings.transcode, seconds=video.duration) as made:
-            writer.add(video, made)
+            entry = replace(made.entry, first_row=writer.rows)
+            writer.contents.videos[video.video_id] = entry
+            for number, piece in enumerate(made.pieces()):
+                row = _row(video, entry, number, piece, made.source)
+                row["annotations_fingerprint"] = task.settings.fingerprint
+                writer.write(pa.Table.from_pylist([row], schema=SCHEMA))
     except VideoError as error:
         return error.reason
     return ""
+
+
+def _copy(writer: FileWriter[VideoEntry], old: Shard, video_id: str) -> None:
+    """Take a video from another shard."""
+    entry = old.contents.videos[video_id]
+    writer.contents.videos[video_id] = replace(entry, first_row=writer.rows)
+    for number in range(len(entry.starts)):
+        writer.write(old.row(entry.first_row + number))
+
+
+class ShardFolder:
+    """A folder that is being filled with shards; a killed run goes on with it.
+
+    Args:
+        uri: path or URI of the folder.
+        annotations: annotations of the videos.
+        source: path or URI of the annotations.
+        videos: path or URI of the folder of the videos.
+        subsets: names of the subsets to encode; none for all videos.
+        transcode: encoding of the videos.
+        shard_seconds: about so many seconds of video lie in a shard.
+
+    Raises:
+        UserError: if the folder holds shards of other settings, or damaged ones.
+        AnnotationError: if there is no subset of a name.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        annotations: Annotations,
+        *,
+        source: str,
+        videos: str,
+        subsets: Sequence[str],
+        transcode: TranscodeConfig,
+        shard_seconds: float,
+    ) -> None:
+        self._uri, self._source, self._videos = uri, source, videos
+        chosen = annotations.chosen(subsets)
+        self._settings = ShardSettings(
+            fingerprint=annotations.fingerprint,
+            subsets=tuple(sorted({video.subset for video in chosen})),
+            transcode=transcode,
+            shard_seconds=shard_seconds,
+        )
+        self._packed = pack(chosen, shard_seconds)
+        self._there = SHARDS.read(uri, self._settings.described())
+
+    @property
+    def manifest(self) -> Manifest:
+        """Content of the folder."""
+        return make_manifest(
+            self._settings.described(),
+            self._there,
+            file_sizes(SHARDS.place(self._uri)),
+            expected=len(self._packed),
+            annotations=self._source,
+            videos=self._videos,
+        )
+
+    def fill(self, *, retry_failed: bool) -> Manifest:
+        """Make the shards that are missing.
+
+        Args:
+            retry_failed: encode the videos that failed before once more, and no others of their
+                shards.
+        """
+        began = time.perf_counter()
+        tasks = self._tasks(retry_failed=retry_failed)
+        there = f"{len(self._there)} of {len(self._packed)} shards are there"
+        print(f"{there}; {len(tasks)} to make", flush=True)
+        SHARDS.remove_leftovers(self._uri)
+        described = Refreshed(lambda: SHARDS.write_description(self._uri, self.manifest))
+        described.refresh(now=True)
+        if tasks:
+            init_ray()
+            self._write(tasks, described)
+            described.refresh(now=True)
+        manifest = self.manifest
+        print(_summary(manifest, self._uri, time.perf_counter() - began), flush=True)
+        return manifest
+
+    def _tasks(self, *, retry_failed: bool) -> list[ShardTask]:
+        wanted = {
+            name: videos
+            for name, videos in self._packed.items()
+            if name not in self._there or (retry_failed and self._there[name].failures)
+        }
+        ids = [video.video_id for videos in wanted.values() for video in videos]
+        sources, missing = match_videos(ids, list_files(self._videos))
+        return [
+            ShardTask(
+                uri=join(SHARDS.place(self._uri), name),
+                settings=self._settings,
+                videos=videos,
+                sources=_of(videos, sources),
+                missing=_of(videos, missing),
+                kept=name in self._there,
+            )
+            for name, videos in wanted.items()
+        ]
+
+    def _write(self, tasks: Sequence[ShardTask], described: Refreshed) -> None:
+        """Make shards in parallel, and keep the manifest up to date."""
+        coming = [
+            video.duration
+            for task in tasks
+            for video in task.videos
+            if not task.kept or video.video_id not in self._there[_name(task)].videos
+        ]
+        counter = VideoCounter(len(coming), sum(coming))
+
+        def show(posted: tuple[str, float, str]) -> None:
+            video_id, seconds, reason = posted
+            if reason:
+                print(f"  failed: {video_id}: {reason}", flush=True)
+            counter.made(seconds)
+            counter.through()
+
+        with ProgressPrinter(show) as progress:
+            rows = ray.data.from_items(
+                [{"task": task} for task in tasks], override_num_blocks=len(tasks)
+            ).map(partial(_run_task, board=progress.board), num_cpus=1)
+            for row in rows.iter_rows():
+                self._there[row["name"]] = row["contents"]
+                described.refresh()
+
+
+def _run_task(row: dict[str, Any], *, board: Any) -> dict[str, Any]:
+    """Write a shard; what Ray runs."""
+    return {"name": _name(row["task"]), "contents": write_shard(row["task"], board=board)}
+
+
+def _name(task: ShardTask) -> str:
+    return task.uri.rpartition("/")[2]
+
+
+def _of(videos: Sequence[VideoAnnotation], values: Mapping[str, str]) -> dict[str, str]:
+    return {v.video_id: values[v.video_id] for v in videos if v.video_id in values}
+
+
+def _summary(manifest: Manifest, folder: str, seconds: float) -> str:
+    totals = manifest.totals
+    made = f"{totals.shards} shards, {totals.videos} videos, {totals.rows} pieces"
+    share = totals.bytes / max(1, totals.source_bytes)
+    raw = f"{share:.0%} of the {totals.source_bytes / 1e6:.1f} MB of the files"
+    took = f"{duration(totals.seconds)} of video; {duration(seconds)} in all"
+    lines = [
+        f"{manifest.state}: {made}, {took}",
+        f"{totals.bytes / 1e6:.1f} MB, {raw}",
+    ]
+    if totals.damaged_seconds:
+        lines.append(f"{totals.damaged_seconds:.1f} s are left out: the files are damaged there")
+    if totals.failed:
+        lines.append(f"{totals.failed} videos failed: {join(folder, NAME)} says why")
+    return "\n".join([*lines, f"train on them with --data.videos {folder}"])

@@ -1,17 +1,29 @@
-"""What is known of the files of a collection: each is opened once, in parallel, with Ray Data."""
+"""Videos of a folder, as files or in shards: finding them, and opening each file once.
+
+Whether a folder holds files or shards is asked in `find_videos` alone.
+"""
 
 import glob
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from pipelines.core.storage import is_folder, list_files, require
+from pipelines.core.storage import is_folder, join, list_files, require
 from pipelines.data.decoding import probe_sample
+from pipelines.data.shards import (
+    SHARDS,
+    Manifest,
+    read_manifest,
+    remarks_on,
+    require_whole,
+    video_uri,
+)
 from re2tal.errors import UserError, shortened
-from re2tal.videos.files import EXTENSIONS
+from re2tal.videos.files import EXTENSIONS, match_videos
 
 _CPUS = 0.5  # logical CPUs of a task that opens a video; it waits for the storage a good part
 
@@ -139,6 +151,105 @@ def _listed(what: str, sentences: Mapping[str, str], most: int = 10) -> list[str
         return []
     lines = shortened([f"{video_id}: {text}" for video_id, text in sentences.items()], most)
     return [f"{len(sentences)} videos {what}:", *(f"  {line}" for line in lines)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FoundVideos:
+    """Videos that were looked for in a folder.
+
+    Attributes:
+        uris: video id to path or URI of its file, or of the video in its shard.
+        failures: video id to the reason why it is not there.
+        durations: video id to seconds of picture, as far as they are known.
+        rates: video id to mean frames per second, likewise.
+        remarks: sentences on what may surprise.
+    """
+
+    uris: dict[str, str]
+    failures: dict[str, str]
+    durations: dict[str, float]
+    rates: dict[str, float]
+    remarks: tuple[str, ...] = ()
+
+
+def find_videos(
+    folder: str,
+    video_ids: Collection[str] | None,
+    *,
+    fingerprint: str | None = None,
+    size: int = 0,
+    fps: float | None = None,
+) -> FoundVideos:
+    """Find videos in a folder of files or of shards, and open none of them.
+
+    Args:
+        folder: path or URI of the folder.
+        video_ids: ids of the videos; None for all that there are.
+        fingerprint: hash of the annotations that go with the videos, if there are any.
+        size: pixels of the short side for which the videos are wanted.
+        fps: frames per second at which they are wanted; None if that depends on the video.
+
+    Raises:
+        UserError: if there are no videos at all; if shards are missing, or not whole.
+    """
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        require_whole(folder, manifest)
+        remarks = remarks_on(manifest, fingerprint=fingerprint, size=size, fps=fps)
+        found = replace(_in_shards(folder, manifest, video_ids), remarks=remarks)
+    else:
+        files = list_files(folder)
+        if video_ids is None:
+            named = {Path(uri).stem: uri for name, uri in files.items() if _is_video(name)}
+            found = _unopened(dict(sorted(named.items())), {})
+        else:
+            found = _unopened(*match_videos(video_ids, files))
+    if video_ids is None and not found.uris:
+        raise UserError(f"The videos: {folder} holds none of them. Correct --videos.")
+    return found
+
+
+def _unopened(uris: dict[str, str], missing: dict[str, str]) -> FoundVideos:
+    return FoundVideos(uris=uris, failures=missing, durations={}, rates={})
+
+
+def _in_shards(folder: str, manifest: Manifest, video_ids: Collection[str] | None) -> FoundVideos:
+    held = {
+        video_id: (video_uri(join(SHARDS.place(folder), file.name), video_id), entry)
+        for file in manifest.shards
+        for video_id, entry in file.videos.items()
+    }
+    wanted = sorted(held) if video_ids is None else video_ids
+    found = {video_id: held[video_id] for video_id in wanted if video_id in held}
+    nowhere = f"no shard in {folder} holds it"
+    return FoundVideos(
+        uris={video_id: uri for video_id, (uri, _) in found.items()},
+        failures={v: manifest.failures.get(v, nowhere) for v in wanted if v not in held},
+        durations={video_id: entry.duration for video_id, (_, entry) in found.items()},
+        rates={video_id: entry.frames / entry.duration for video_id, (_, entry) in found.items()},
+    )
+
+
+def opened(found: FoundVideos, probe: Probe = probe_files) -> FoundVideos:
+    """Open the videos of which nothing is known yet; those that cannot be read become failures.
+
+    Args:
+        found: what `find_videos` returned.
+        probe: opens the files, by default in parallel with Ray Data.
+    """
+    unknown = {v: uri for v, uri in found.uris.items() if v not in found.durations}
+    if not unknown:
+        return found
+    rows = probe(unknown).select(["video_id", "duration", "fps", "error"]).to_pylist()
+    errors = {row["video_id"]: row["error"] for row in rows if row["error"]}
+    usable = [row for row in rows if not row["error"]]
+    return replace(
+        found,
+        uris={v: uri for v, uri in found.uris.items() if v not in errors},
+        failures=found.failures | errors,
+        durations=found.durations | {row["video_id"]: row["duration"] for row in usable},
+        rates=found.rates | {row["video_id"]: row["fps"] for row in usable},
+    )
 
 
 def find_sources(places: Sequence[str], *, option: str) -> dict[str, str]:

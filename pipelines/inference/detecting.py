@@ -14,22 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import ray.data
 import torch
+import tyro
 from torch import Tensor
 
-from pipelines.core.resources import capacity
+from pipelines.core.resources import Pool, PoolConfig, pool_for
 from pipelines.data.decoding import decode_masked
-from pipelines.data.videos import probe_files
+from pipelines.data.videos import FoundVideos, opened
 from re2tal.detection.segments import Detections
-from re2tal.errors import UserError
 from re2tal.inference import DetectedVideo, video_detections, window_detections, windows_of
 from re2tal.trained import DetectorSpec, load_detector
 from re2tal.videos.windows import Window
 
 # More would cost more to hand out than they save by ending at different times.
 _MOST_TASKS = 2000
+_CPU_SHARE = 0.5  # of actors; the others decode
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,16 +38,11 @@ class Resources:
 
     Attributes:
         batch_size: windows that go through the detector at a time.
-        actors: processes with a detector each; by default as many as there are GPUs, or half as
-            many as CPUs.
-        gpu: run the detector on GPUs, one an actor; by default if there are any.
-        cpus_per_decoder: logical CPUs of a decoding task, so how many of them run at once.
+        pool: actors with a detector each; without GPUs by default half as many as CPUs.
     """
 
     batch_size: int = 1
-    actors: int | None = None
-    gpu: bool | None = None
-    cpus_per_decoder: float = 0.5
+    pool: tyro.conf.OmitArgPrefixes[PoolConfig] = field(default_factory=PoolConfig)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -93,9 +88,11 @@ def detect_videos(
         UserError: if the cluster is too small.
     """
     spec, detector = load_detector(model)
-    actors, gpu = _checked(resources)
-    seconds, unusable = _durations(videos, durations or {})
-    for video_id, reason in unusable.items():
+    pool = pool_for(resources.pool, cpu_share=_CPU_SHARE)
+    known = {v: seconds for v, seconds in (durations or {}).items() if v in videos}
+    found = opened(FoundVideos(uris=dict(videos), failures={}, durations=known, rates={}))
+    seconds = dict(sorted(found.durations.items()))
+    for video_id, reason in found.failures.items():
         yield VideoResult(video_id=video_id, found=None, windows=0, problems=(reason,))
     stride = detector.backbone.temporal_stride
     windows = [
@@ -105,94 +102,48 @@ def detect_videos(
     ]
     if not windows:
         return
-    actor = _Actor(
-        spec=spec,
-        weights=detector.state_dict(),
-        device="cuda" if gpu else "cpu",
-    )
-    rows = _execute(windows, videos, actor, resources, actors=actors)
+    rows = _execute(windows, videos, resources, pool, spec, detector.state_dict())
     yield from _by_video(rows, windows, seconds, spec, progress)
-
-
-def _checked(resources: Resources) -> tuple[int, bool]:
-    """The number of actors and whether they have GPUs; Ray would wait for ever for too many."""
-    have, now = capacity(), ray.cluster_resources()
-    gpus, cpus = int(have.get("GPU", 0)), have.get("CPU", 0.0)
-    gpu = gpus > 0 if resources.gpu is None else resources.gpu
-    actors = resources.actors or max(1, int(now.get("GPU", 0) if gpu else now.get("CPU", 0) // 2))
-    if gpu and actors > gpus:
-        raise UserError(
-            f"{actors} actors need a GPU each, but the cluster has {gpus}: lower --actors, or run "
-            "without GPUs (--gpu False)."
-        )
-    if actors + resources.cpus_per_decoder > cpus:
-        raise UserError(
-            f"{actors} actors and the decoding need {actors + resources.cpus_per_decoder:g} CPUs, "
-            f"but the cluster has {cpus:g}: lower --actors or --cpus-per-decoder."
-        )
-    return actors, gpu
-
-
-def _durations(
-    videos: Mapping[str, str], known: Mapping[str, float]
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Seconds of the videos that can be opened, and why the others cannot."""
-    asked = {video_id: uri for video_id, uri in videos.items() if video_id not in known}
-    table = probe_files(asked).select(["video_id", "duration", "error"]).to_pylist()
-    errors = {row["video_id"]: row["error"] for row in table if row["error"]}
-    found = {row["video_id"]: row["duration"] for row in table if not row["error"]}
-    found |= {video_id: known[video_id] for video_id in videos if video_id in known}
-    return dict(sorted(found.items())), errors
 
 
 def _execute(
     windows: Sequence[Window],
     videos: Mapping[str, str],
-    actor: "_Actor",
     resources: Resources,
-    *,
-    actors: int,
+    pool: Pool,
+    spec: DetectorSpec,
+    weights: dict[str, Tensor],
 ) -> Iterator[dict[str, Any]]:
-    """Rows of all windows, as `_Detecting` makes them, in the order of the windows."""
+    """Yield a row for each window, as `_Detecting` makes it, in the order of the windows."""
     rows = [
         {"index": index, "uri": videos[window.video_id], "window": window}
         for index, window in enumerate(windows)
     ]
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), _MOST_TASKS)).map(
-        functools.partial(decode_masked, size=actor.spec.size),
-        num_cpus=resources.cpus_per_decoder,
+        functools.partial(decode_masked, size=spec.size, threads=pool.config.decoder_threads),
+        num_cpus=pool.config.cpus_per_decoder,
     )
-    dataset = dataset.map_batches(
+    dataset = pool.map_batches(
+        dataset,
         _Detecting,
-        fn_constructor_args=(actor,),
         batch_size=resources.batch_size,
-        batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=1,
-        num_gpus=1 if actor.device == "cuda" else None,
+        spec=spec,
+        weights=weights,  # themselves, because an actor may run on another machine
+        device=pool.device,
     )
     # else the first windows of many videos are through before the last of any
     dataset.context.execution_options.preserve_order = True
     return iter(dataset.iter_rows())
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Actor:
-    """Detector of an actor; the weights themselves, because it may run on another machine."""
-
-    spec: DetectorSpec
-    weights: dict[str, Tensor]
-    device: str
-
-
 class _Detecting:
     """Run a detector in an actor of Ray Data's."""
 
-    def __init__(self, actor: _Actor) -> None:
-        detector = actor.spec.build()
-        detector.load_state_dict(actor.weights)
-        self._detector = detector.to(actor.device).eval()
-        self._device = actor.device
+    def __init__(self, *, spec: DetectorSpec, weights: dict[str, Tensor], device: str) -> None:
+        detector = spec.build()
+        detector.load_state_dict(weights)
+        self._detector = detector.to(device).eval()
+        self._device = device
 
     @torch.inference_mode()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:

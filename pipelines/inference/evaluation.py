@@ -12,8 +12,9 @@ import tyro
 from pipelines.config.annotations import ScoredAnnotationConfig
 from pipelines.core.cluster import init_ray
 from pipelines.core.models import local_detector
-from pipelines.core.storage import list_files, local_copy, require
+from pipelines.core.storage import local_copy
 from pipelines.core.tracking import Run, finishing, log_metrics, log_text, start_run, tracking_uri
+from pipelines.data.inputs import resolved
 from pipelines.data.plan import (
     ACTION,
     Plan,
@@ -22,7 +23,7 @@ from pipelines.data.plan import (
     read_annotations,
     read_video_scores,
 )
-from pipelines.data.shards import FoundVideos, find_in_shards, read_manifest
+from pipelines.data.videos import FoundVideos, find_videos
 from pipelines.inference.detecting import Resources, detect_videos
 from pipelines.inference.report import (
     Labelled,
@@ -39,8 +40,7 @@ from re2tal.detection.segments import Detections
 from re2tal.detection.suppression import NmsConfig, nms_videos
 from re2tal.detection.video_scores import fuse_videos
 from re2tal.errors import UserError, shortened
-from re2tal.trained import DetectorSpec, read_spec
-from re2tal.videos.files import match_videos
+from re2tal.trained import read_spec
 
 _RAW = Path(RAW_FILE).suffix
 
@@ -129,6 +129,11 @@ def evaluate_run(config: EvaluateConfig) -> Run:
         raise UserError(f"{error} Correct --thresholds.") from error
     if any(k < 1 for k in config.ks):
         raise UserError(f"Recall@kx needs every k to be at least 1, not {config.ks} (--recall-at).")
+    config = resolved(
+        config,
+        needed=("annotations", "detections" if config.detections else "videos"),
+        optional=("exclude", "video_scores"),
+    )
     plan = evaluated_plan(config)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -139,7 +144,13 @@ def evaluate_run(config: EvaluateConfig) -> Run:
         model = local_detector(config.model, scratch, tracking=store, option="--model")
         spec = read_spec(model)
         _check_classes(spec.classes, plan.classes, "the detector", option="--model")
-        sources = _sources(config.videos, plan, spec)
+        sources = find_videos(
+            str(config.videos),
+            [video.annotation.video_id for video in plan.validation],
+            fingerprint=plan.fingerprint,
+            size=spec.size,
+            fps=spec.window.fps,
+        )
         return _tracked(config, plan, lambda: _detected(config, plan, model, sources))
 
 
@@ -149,7 +160,7 @@ def evaluated_plan(config: EvaluateConfig) -> Plan:
     Raises:
         UserError: as `evaluate_run`, like all errors here.
     """
-    annotations = read_annotations(config, prefix="--")
+    annotations = read_annotations(config)
     videos = annotations.subset(config.evaluated_on).videos
     if not any(video.evaluated for video in videos):
         raise UserError(
@@ -199,9 +210,8 @@ def _local(places: Sequence[str], scratch: Path, store: str) -> list[Path]:
     """Local paths of the files of detections, each copied to a folder of its own if need be."""
     paths = []
     for number, place in enumerate(places):
-        uri = require(place, what="The detections", option="--detections")
         (folder := scratch / str(number)).mkdir()
-        paths.append(local_copy(uri, folder, tracking_uri=store))
+        paths.append(local_copy(place, folder, tracking_uri=store))
     return paths
 
 
@@ -320,24 +330,6 @@ def _remarks(
 
 
 # --- a detector that is to detect first -----------------------------------------------------------
-
-
-def _sources(folder: str | None, plan: Plan, spec: DetectorSpec) -> FoundVideos:
-    """Videos of the plan, as files or in shards."""
-    place = require(folder, what="The videos", option="--videos")
-    video_ids = [video.annotation.video_id for video in plan.validation]
-    manifest = read_manifest(place)
-    if manifest is None:
-        uris, failures = match_videos(video_ids, list_files(place))
-        return FoundVideos(uris=uris, failures=failures, durations={}, remarks=())
-    return find_in_shards(
-        place,
-        manifest,
-        video_ids,
-        fingerprint=plan.fingerprint,
-        size=spec.size,
-        fps=spec.window.fps,
-    )
 
 
 def _detected(config: EvaluateConfig, plan: Plan, model: Path, sources: FoundVideos) -> Labelled:

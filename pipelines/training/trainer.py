@@ -22,10 +22,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.config.recipe import AnyRecipe, OptimConfig, autocast
-from pipelines.core.clock import Clock, duration
+from pipelines.core.clock import duration
 from pipelines.core.metric_names import UNSCORED
 from pipelines.core.storage import join, replacing
-from pipelines.data.batches import Batch, share
+from pipelines.data.batches import Batch, Clock, share
 from pipelines.data.clip_plan import AnyPlan
 from pipelines.data.plan import all_failures
 from pipelines.training.checkpoints import TrainingState, complete, shard

@@ -198,4 +198,4 @@ def test_a_model_is_found_where_training_leaves_it(setting: Setting) -> None:
 def test_the_command_line_is_read() -> None:
     config = parse(["--videos", "a.mp4", "b", "--model", "m", "--formats", "vtt", "--gpu", "False"])
     assert (config.videos, config.model) == (("a.mp4", "b"), "m")
-    assert (config.files.formats, config.resources.gpu) == (("vtt",), False)
+    assert (config.files.formats, config.resources.pool.gpu) == (("vtt",), False)

@@ -3,13 +3,10 @@
 from typing import Any
 
 import numpy as np
-import pytest
-import ray
 
-from pipelines.inference.detecting import Resources, VideoResult, _by_video, _checked
+from pipelines.inference.detecting import VideoResult, _by_video
 from re2tal.backbones.swin import swin_toy
 from re2tal.detection.suppression import NmsConfig
-from re2tal.errors import UserError
 from re2tal.inference import windows_of
 from re2tal.localizers import ActionFormerConfig
 from re2tal.trained import DetectorSpec
@@ -69,47 +66,3 @@ def test_what_is_damaged_is_told_and_the_rest_is_found() -> None:
     assert x.found.detections.segments.tolist() == [[0.0, 2.0]]
     assert (x.windows, x.problems) == (1, ("bad",))
     assert (z.found, z.windows, z.problems) == (None, 0, ("worse",))
-
-
-@pytest.mark.parametrize(
-    ("cluster", "resources", "expected"),
-    [
-        ({"CPU": 8.0}, Resources(), (4, False)),
-        ({"CPU": 2.0}, Resources(), (1, False)),
-        ({"CPU": 8.0, "GPU": 2.0}, Resources(), (2, True)),
-        ({"CPU": 8.0, "GPU": 2.0}, Resources(gpu=False, actors=3), (3, False)),
-    ],
-)
-def test_actors_are_as_many_as_there_is_room_for(
-    cluster: dict[str, float],
-    resources: Resources,
-    expected: tuple[int, bool],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: cluster)
-    monkeypatch.setattr("pipelines.inference.detecting.capacity", lambda: cluster)
-    assert _checked(resources) == expected
-
-
-def test_a_cluster_that_starts_gpus_when_they_are_asked_for_is_asked_for_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
-    monkeypatch.setattr("pipelines.inference.detecting.capacity", lambda: {"CPU": 66.0, "GPU": 8.0})
-    assert _checked(Resources()) == (1, True)
-
-
-@pytest.mark.parametrize(
-    ("resources", "message"),
-    [
-        (Resources(gpu=True), "1 actors need a GPU each, but the cluster has 0"),
-        (Resources(actors=2), r"need 2\.5 CPUs, but the cluster has 2"),
-    ],
-)
-def test_a_cluster_that_is_too_small_is_refused(
-    resources: Resources, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
-    monkeypatch.setattr("pipelines.inference.detecting.capacity", lambda: {"CPU": 2.0})
-    with pytest.raises(UserError, match=message):
-        _checked(resources)

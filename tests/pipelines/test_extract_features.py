@@ -15,24 +15,13 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 
-from pipelines import extract_features as script
+from pipelines.core.resources import PoolConfig, pool_for
+from pipelines.data import feature_extraction
 from pipelines.data.decoding import VideoJob, decode_video
-from pipelines.data.feature_extraction import (
-    FrozenBackboneConfig,
-    PoolConfig,
-    load_backbone,
-    pool_for,
-    unit_features,
-)
+from pipelines.data.feature_extraction import FrozenBackboneConfig, load_backbone, unit_features
 from pipelines.data.feature_writing import FilesConfig
-from pipelines.data.features import (
-    NAME,
-    Features,
-    Sampling,
-    SamplingConfig,
-    read_description,
-    write_npy,
-)
+from pipelines.data.features import NAME, Features, read_description, write_npy
+from pipelines.data.sampling import Sampling, SamplingConfig
 from pipelines.extract_features import ExtractConfig, extract_features, parse
 from re2tal.annotations import Annotations
 from re2tal.backbones.swin import TOY_WEIGHTS, swin_toy
@@ -125,7 +114,7 @@ def slowly(config: ExtractConfig, video_id: str, clip: int) -> np.ndarray:
 @pytest.fixture
 def in_this_process(ray_instance: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script's functions with the Ray instance of the tests."""
-    monkeypatch.setattr(script, "init_ray", lambda: None)
+    monkeypatch.setattr(feature_extraction, "init_ray", lambda: None)
 
 
 def run_until_killed(config: ExtractConfig, log: Path) -> None:

@@ -10,15 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.data.feature_writing import FeatureFolder, FilesConfig
-from pipelines.data.features import (
-    FOLDER,
-    NAME,
-    ExtractedVideo,
-    Features,
-    Sampling,
-    SamplingConfig,
-    VideoEntry,
-)
+from pipelines.data.features import FOLDER, NAME, ExtractedVideo, Features, VideoEntry
+from pipelines.data.sampling import Sampling, SamplingConfig
 from re2tal.annotations import VideoAnnotation
 from re2tal.errors import UserError
 from re2tal.videos.windows import WindowConfig, sliding_windows

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.data.features import SampledVideo, Sampling, SamplingConfig
+from pipelines.data.sampling import SampledVideo, Sampling, SamplingConfig
 
 
 def clips(**changes: object) -> Sampling:

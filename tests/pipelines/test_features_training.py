@@ -15,9 +15,10 @@ from pipelines.data.decoding import VideoJob, decode_video
 from pipelines.data.feature_extraction import FrozenBackboneConfig, load_backbone, unit_features
 from pipelines.data.feature_stream import FeatureStream, without_backbone
 from pipelines.data.feature_writing import FeatureFolder, FilesConfig
-from pipelines.data.features import NAME, ExtractedVideo, Features, SamplingConfig, VideoEntry
+from pipelines.data.features import NAME, ExtractedVideo, Features, VideoEntry
+from pipelines.data.inputs import detection_inputs
 from pipelines.data.plan import Plan, make_plan
-from pipelines.train import absolute
+from pipelines.data.sampling import SamplingConfig
 from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
 from pipelines.training.trainer import Trainer
@@ -220,11 +221,11 @@ def test_videos_without_features_are_left_out(recipe: Recipe, folder: Path, tmp_
 def test_what_is_missing_is_one_sentence(recipe: Recipe, tmp_path: Path) -> None:
     data = replace(recipe.data, features="/nowhere", videos=None)
     with pytest.raises(UserError, match=r"nothing at /nowhere. Correct --data.features"):
-        absolute(replace(recipe, data=data))
+        detection_inputs(replace(recipe, data=data))
     data = replace(recipe.data, features=str(tmp_path), videos=None)
     with pytest.raises(UserError, match=r"has no features.json"):
         plan_of(replace(recipe, data=data))
-    assert absolute(replace(recipe, data=data)).data.features == str(tmp_path)
+    assert detection_inputs(replace(recipe, data=data)).data.features == str(tmp_path)
 
 
 def test_features_take_the_place_of_a_backbones() -> None:

@@ -15,12 +15,6 @@ from re2tal.errors import UserError
 from re2tal.json_files import FileError
 
 
-def test_a_missing_annotation_file_is_one_sentence(tiny_recipe: Recipe) -> None:
-    config = replace(tiny_recipe.data, annotations="/nowhere/a.json")
-    with pytest.raises(UserError, match=r"nothing at /nowhere/a.json. Correct --data.annot"):
-        read_annotations(config)
-
-
 def test_every_problem_of_the_annotations_is_listed(tiny_recipe: Recipe, tmp_path: Path) -> None:
     def entry(start: Any, end: Any) -> dict[str, Any]:
         instance = {"segment": [start, end], "label": "spin"}

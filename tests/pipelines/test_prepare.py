@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import prepare as script
 from pipelines.config.recipe import Recipe
+from pipelines.data import shard_writing
 from pipelines.data.batches import decode_batches
 from pipelines.data.plan import make_plan, read_annotations
 from pipelines.data.shard_writing import ShardTask, write_shard
@@ -149,7 +149,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
 @pytest.fixture
 def in_this_process(ray_instance: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script's functions with the Ray instance of the tests."""
-    monkeypatch.setattr(script, "init_ray", lambda: None)
+    monkeypatch.setattr(shard_writing, "init_ray", lambda: None)
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_failed_videos_are_listed_and_only_they_are_made_again(
     with pytest.raises(UserError, match=r"other settings \(annotations: "):
         prepare(config)
     (shards / "part-00001.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"part-00001.parquet is no shard"):
+    with pytest.raises(UserError, match=r"part-00001.parquet is no file of the form"):
         prepare(config)
 
 

@@ -6,7 +6,13 @@ import pytest
 import ray
 
 from pipelines.config.recipes import toy
-from pipelines.core.resources import CLUSTER_MAX, capacity, require_resources
+from pipelines.core.resources import (
+    CLUSTER_MAX,
+    PoolConfig,
+    capacity,
+    pool_for,
+    require_resources,
+)
 from pipelines.training import model
 from pipelines.training.model import remarks
 from re2tal.errors import UserError
@@ -33,6 +39,50 @@ def test_without_an_autoscaler_what_is_there_counts(monkeypatch: pytest.MonkeyPa
     assert capacity() == {"CPU": 2.0}
     with pytest.raises(UserError, match=r"3 CPUs \(it has 2\)"):
         require_resources(cpus=3, gpus=0, who="the run", advice="Less.")
+
+
+@pytest.mark.parametrize(
+    ("cluster", "config", "expected"),
+    [
+        ({"CPU": 8.0}, PoolConfig(), (4, "cpu")),
+        ({"CPU": 2.0}, PoolConfig(), (1, "cpu")),
+        ({"CPU": 8.0, "GPU": 2.0}, PoolConfig(), (2, "cuda")),
+        ({"CPU": 8.0, "GPU": 2.0}, PoolConfig(gpu=False, actors=3), (3, "cpu")),
+    ],
+)
+def test_actors_are_as_many_as_there_is_room_for(
+    cluster: dict[str, float],
+    config: PoolConfig,
+    expected: tuple[int, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: cluster)
+    pool = pool_for(config, cpu_share=0.5)
+    assert (pool.actors, pool.device) == expected
+    assert pool_for(config).actors == (expected[0] if "GPU" in cluster else 1)
+
+
+def test_a_cluster_that_starts_gpus_when_they_are_asked_for_is_asked_for_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setenv(CLUSTER_MAX, "CPU=66,GPU=8")
+    assert (pool_for(PoolConfig()).actors, pool_for(PoolConfig()).gpu) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (PoolConfig(gpu=True), r"1 actors and the decoding need 1 GPUs \(it has 0\)"),
+        (PoolConfig(actors=2), r"need 2\.5 CPUs \(it has 2\)\. Lower --actors"),
+    ],
+)
+def test_a_cluster_that_is_too_small_for_the_actors_is_refused(
+    config: PoolConfig, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    with pytest.raises(UserError, match=message):
+        pool_for(config)
 
 
 @pytest.mark.parametrize("stated", ["GPU", "GPU=many", "GPU=1=2"])

@@ -26,20 +26,17 @@ from pipelines.data.shards import (
     FOLDER,
     NAME,
     SCHEMA,
+    SHARDS,
     Manifest,
     Shard,
     ShardSettings,
-    find_in_shards,
     make_manifest,
     open_video,
     pack,
     read_manifest,
-    read_shards,
-    remove_leftovers,
-    require_equal,
     video_uri,
-    write_manifest,
 )
+from pipelines.data.videos import find_videos
 from re2tal.annotations import Instance, VideoAnnotation
 from re2tal.errors import UserError
 from re2tal.videos.decoding import VideoError, decode
@@ -297,7 +294,7 @@ def test_a_video_that_ends_the_process_is_given_up(
     assert "ended the process" in contents.failures["rotated"]
     # what is left of the crashes goes when a run starts, and with it the count
     assert [p for p in path.parent.iterdir() if storage.PARTIAL in p.name]
-    remove_leftovers(str(tmp_path))
+    SHARDS.remove_leftovers(str(tmp_path))
     assert [p.name for p in path.parent.iterdir()] == [written.name]
 
 
@@ -332,7 +329,7 @@ def test_damaged_sources_and_shards_are_errors_of_the_windows(
     assert decode_sample(row, size=32)["error"]
     path.write_bytes(data[:1000])
     reading._opened.cache_clear()
-    assert "is no shard" in decode_sample(row, size=32)["error"]
+    assert "is no file of the form" in decode_sample(row, size=32)["error"]
 
 
 @given(
@@ -362,10 +359,10 @@ def test_videos_are_packed_alike_in_whatever_order(
 
 def test_other_settings_are_named() -> None:
     wanted = SETTINGS.described()
-    require_equal(wanted, json.loads(json.dumps(wanted)), "there")
+    SHARDS.require_equal("there", wanted, json.loads(json.dumps(wanted)))
     changed = replace(SETTINGS, transcode=replace(SETTINGS.transcode, size=128, gop=8))
     with pytest.raises(UserError, match=r"size: None there, 128 asked for; gop: 32 there, 8"):
-        require_equal(changed.described(), wanted, "there")
+        SHARDS.require_equal("there", changed.described(), wanted)
     # a number is the same however it is written
     whole = replace(SETTINGS, transcode=TranscodeConfig(fps=10, piece_seconds=60))
     other = replace(SETTINGS, transcode=TranscodeConfig(fps=10.0, piece_seconds=60.0))
@@ -375,13 +372,13 @@ def test_other_settings_are_named() -> None:
 def manifest_of(folder: Path, *, expected: int = 1) -> Manifest:
     manifest = make_manifest(
         SETTINGS.described(),
-        read_shards(str(folder)),
+        SHARDS.read(str(folder), SETTINGS.described()),
         storage.file_sizes(str(folder / FOLDER)),
         expected=expected,
         annotations="a.json",
         videos="videos",
     )
-    write_manifest(str(folder), manifest)
+    SHARDS.write_description(str(folder), manifest)
     return manifest
 
 
@@ -411,7 +408,7 @@ def test_other_files_of_that_name_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / NAME).write_text('{"name": "an app"}')
     assert read_manifest(str(tmp_path)) is None
     (tmp_path / NAME).write_text('{"format": "re2tal shards 1", "state": "half"}')
-    with pytest.raises(UserError, match=r"manifest.json is not a manifest .* prepare.py"):
+    with pytest.raises(UserError, match=r"manifest.json is not of the form .* prepare.py"):
         read_manifest(str(tmp_path))
 
 
@@ -420,23 +417,24 @@ def test_what_is_missing_is_said_before_a_run(collection: Collection, tmp_path: 
     write_shard(broken(collection, tmp_path).task(path))
     options: dict[str, Any] = {"fingerprint": "f" * 64, "size": 64, "fps": 12.0}
     manifest = manifest_of(tmp_path)
-    found = find_in_shards(str(tmp_path), manifest, ["short", "plain", "other"], **options)
+    found = find_videos(str(tmp_path), ["short", "plain", "other"], **options)
     assert found.uris == {"short": f"{path}#short"}
     assert found.durations == {"short": pytest.approx(0.4)}
     assert "cannot be opened" in found.failures["plain"]
     assert "no shard" in found.failures["other"]
     assert found.remarks == ()
     small = replace(manifest, settings={**manifest.settings, "size": 32, "fps": 5.0})
-    remarks = find_in_shards(
-        str(tmp_path), small, [], **{**options, "fingerprint": "other"}
-    ).remarks
+    SHARDS.write_description(str(tmp_path), small)
+    remarks = find_videos(str(tmp_path), [], **{**options, "fingerprint": "other"}).remarks
     assert len(remarks) == 3
     assert "32 pixels and are enlarged to 64" in remarks[1]
+    manifest_of(tmp_path, expected=3)
     with pytest.raises(UserError, match="not complete: 1 of 3 shards"):
-        find_in_shards(str(tmp_path), manifest_of(tmp_path, expected=3), [], **options)
+        find_videos(str(tmp_path), [], **options)
+    manifest_of(tmp_path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"1 of the 1 shards .* part-00000"):
-        find_in_shards(str(tmp_path), manifest, [], **options)
+        find_videos(str(tmp_path), [], **options)
 
 
 @pytest.mark.parametrize("kind", ["file://", "memory://"])
@@ -452,8 +450,7 @@ def test_any_file_system_will_do(
     def resolved(uri: str) -> tuple[pafs.FileSystem, str]:
         return (memory, uri[len(kind) :]) if uri.startswith("memory://") else resolve(uri)
 
-    for module in (storage, reading):
-        monkeypatch.setattr(module, "resolve", resolved)
+    monkeypatch.setattr(storage, "resolve", resolved)
     root = f"{kind}{tmp_path}/out" if kind == "file://" else f"{kind}bucket/out"
     uri = f"{root}/{FOLDER}/{written.name}"
     sources = {}
@@ -463,11 +460,11 @@ def test_any_file_system_will_do(
             stream.write(Path(path).read_bytes())
     contents = write_shard(collection.task(uri, sources=sources))
     assert not contents.failures
-    assert read_shards(root) == {written.name: contents}
+    assert SHARDS.read(root, SETTINGS.described()) == {written.name: contents}
     source = open_video(video_uri(uri, "plain"))
     assert isinstance(source, Pieces)
     assert numbers(shown(source, 0.1, 3.9)).tolist() == [2, 97]
-    write_manifest(
+    SHARDS.write_description(
         root,
         make_manifest(
             SETTINGS.described(),
@@ -478,9 +475,7 @@ def test_any_file_system_will_do(
             videos="v",
         ),
     )
-    manifest = read_manifest(root)
-    assert manifest is not None
-    found = find_in_shards(root, manifest, NAMES, fingerprint="f" * 64, size=32, fps=None)
+    found = find_videos(root, NAMES, fingerprint="f" * 64, size=32)
     assert found.uris["plain"] == f"{uri}#plain"
     write_shard(collection.task(uri, sources=sources, kept=True))
     assert storage.read_bytes(uri)[:4] == b"PAR1"

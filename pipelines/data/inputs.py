@@ -1,0 +1,116 @@
+"""Paths of a run: each is resolved and checked here, once, and nothing below asks again.
+
+Processes of a run work in other folders, so every path becomes absolute.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipelines.config.recipe import ClassificationRecipe, Recipe
+from pipelines.core.models import require_weights
+from pipelines.core.storage import absolute, is_folder, require
+from pipelines.data.toy import toy_clips, toy_videos
+from re2tal.datasets.toy import UNFINISHED
+
+_WHAT = {
+    "annotations": "The annotations",
+    "classes": "The names of the classes",
+    "detections": "The detections",
+    "exclude": "The ids to exclude",
+    "features": "The features",
+    "output": "The output",
+    "runs": "The runs",
+    "training": "The training videos",
+    "validation": "The validation videos",
+    "video_scores": "The video scores",
+    "videos": "The videos",
+}
+
+ConfigT = TypeVar("ConfigT")
+
+
+def resolved(
+    config: ConfigT,
+    *,
+    needed: Sequence[str] = (),
+    optional: Sequence[str] = (),
+    written: Sequence[str] = (),
+    prefix: str = "--",
+) -> ConfigT:
+    """Resolve and check paths that stand in a configuration.
+
+    Args:
+        config: a dataclass.
+        needed: names of its fields with paths or URIs of what must be there.
+        optional: names of those that may be None.
+        written: names of those that need not be there yet.
+        prefix: beginning of the options that set them, for messages.
+
+    Raises:
+        UserError: if one was not given, is not there or cannot be reached.
+    """
+    fields: Any = config
+    found: dict[str, str | tuple[str, ...]] = {}
+    for name in (*needed, *optional, *written):
+        uri, option = getattr(fields, name), f"{prefix}{name.replace('_', '-')}"
+        if uri is None and name in optional:
+            continue
+        if name in written and uri is not None:
+            found[name] = absolute(uri)
+        elif isinstance(uri, tuple):
+            found[name] = tuple(require(one, what=_WHAT[name], option=option) for one in uri)
+        else:
+            found[name] = require(uri, what=_WHAT[name], option=option)
+    whole: ConfigT = replace(fields, **found)
+    return whole
+
+
+def detection_inputs(recipe: Recipe) -> Recipe:
+    """Resolve and check the paths of a recipe for a detector; make the toy data if missing.
+
+    Raises:
+        UserError: if something was not given, is not there or cannot be reached.
+    """
+    data, model = recipe.data, recipe.model
+    if data.make_toy and data.annotations and not Path(data.annotations).exists():
+        folder = Path(data.annotations).absolute().parent
+        print(f"making the toy data set in {folder}", flush=True)
+        toy_videos(folder)
+    model = replace(model, weights=require_weights(model.weights))
+    seen = "videos" if data.features is None else "features"
+    data = resolved(
+        data,
+        needed=("annotations", seen),
+        optional=("exclude", "video_scores"),
+        prefix="--data.",
+    )
+    return resolved(replace(recipe, data=data, model=model), written=("output",))
+
+
+def classification_inputs(recipe: ClassificationRecipe) -> ClassificationRecipe:
+    """Resolve and check the paths of a recipe for a classifier; make the toy clips if missing.
+
+    Raises:
+        UserError: if something was not given, is not there or cannot be reached.
+    """
+    data, model = recipe.data, recipe.model
+    if data.make_toy and data.training and "://" not in data.training:
+        training = Path(data.training).absolute()
+        if not training.exists() or (training.parent / UNFINISHED).exists():
+            print(f"making the toy data set's trimmed split in {training.parent}", flush=True)
+            toy_clips(training.parent)
+    model = replace(model, weights=require_weights(model.weights))
+    data = resolved(
+        data, needed=("training", "validation"), optional=("classes",), prefix="--data."
+    )
+    lists = [uri for uri in (data.training, data.validation) if not is_folder(str(uri))]
+    place: tuple[str, ...] = ("videos",)
+    data = resolved(
+        data, needed=place if lists else (), optional=() if lists else place, prefix="--data."
+    )
+    return resolved(
+        replace(recipe, data=data, model=model),
+        written=("output", "weights_file") if recipe.weights_file else ("output",),
+    )
