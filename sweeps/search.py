@@ -30,8 +30,8 @@ from pipelines.config.recipes import RECIPES
 from pipelines.core.resources import capacity, require_resources
 from pipelines.core.storage import absolute, join
 from pipelines.core.tracking import Run, finishing, start_run
-from pipelines.train import Prepared, prepare
 from pipelines.training.resuming import digest, last_run, mark, reopen
+from pipelines.training.run import Prepared, prepare
 from re2tal.errors import UserError
 from sweeps.report import TRIALS, report
 from sweeps.study import check_space, ended, open_study, searcher

@@ -18,8 +18,8 @@ from pipelines.config.recipe import Recipe
 from pipelines.core.cluster import quiet_data
 from pipelines.core.metric_names import MAP
 from pipelines.core.tracking import Run, log_metrics, start_run
-from pipelines.train import Prepared, train_run
 from pipelines.training.resuming import resume_or_start
+from pipelines.training.run import Prepared, train_run
 from sweeps.epoch_reports import MEMORY, RUN_ID, EpochReports
 from sweeps.suggestions import override
 from sweeps.sweep import Objective

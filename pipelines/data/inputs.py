@@ -78,7 +78,15 @@ def detection_inputs(recipe: Recipe) -> Recipe:
         folder = Path(data.annotations).absolute().parent
         print(f"making the toy data set in {folder}", flush=True)
         toy_videos(folder)
-    model = replace(model, weights=require_weights(model.weights))
+    model = replace(
+        model,
+        weights=require_weights(model.weights),
+        localizer_weights=require_weights(
+            model.localizer_weights,
+            option="--model.localizer-weights",
+            what="The localizer's weights",
+        ),
+    )
     seen = "videos" if data.features is None else "features"
     data = resolved(
         data,

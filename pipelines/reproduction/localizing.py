@@ -84,7 +84,7 @@ def _here(recipe: Recipe) -> Result:
 
 
 def _on_the_cluster(recipe: Recipe) -> Result:
-    from pipelines.train import train  # the toy experiments run without Ray
+    from pipelines.training.run import train  # the toy experiments run without Ray
 
     run = train(recipe)
     found = run.client.get_run(run.run_id)

@@ -22,8 +22,8 @@ from pipelines.core.models import fetch_weights, require_weights
 from pipelines.core.storage import local_copy
 from pipelines.data.batches import Batch, decode_batches
 from pipelines.data.clip_plan import ClassificationPlan, make_plan, read_lists
-from pipelines.finetune_backbone import parse, prepared
-from pipelines.train import check_model
+from pipelines.data.inputs import classification_inputs
+from pipelines.finetune_backbone import parse
 from pipelines.training.classification import (
     ClassificationTask,
     accuracy_metrics,
@@ -31,6 +31,7 @@ from pipelines.training.classification import (
     score_videos,
 )
 from pipelines.training.local import LocalRuntime
+from pipelines.training.run import check_model
 from pipelines.training.trainer import Trainer
 from re2tal import rewire
 from re2tal.backbones.swin import SwinConfig, swin_toy
@@ -298,13 +299,15 @@ def test_what_is_missing_is_said_before_anything_starts(
 ) -> None:
     lost = replace(recipe.model, weights=str(tmp_path / "lost.safetensors"))
     with pytest.raises(UserError, match=r"nothing at .*lost.*Correct --model.weights"):
-        prepared(replace(recipe, model=lost))
+        classification_inputs(replace(recipe, model=lost))
     empty = TrimmedDataConfig(training=str(tmp_path / "no"))
     with pytest.raises(UserError, match=r"nothing at .*Correct --data.training"):
-        read_lists(empty)
+        classification_inputs(replace(recipe, data=empty))
     (tmp_path / "list.txt").write_text("a.mp4 spin\n")
+    listed = str(tmp_path / "list.txt")
+    data = TrimmedDataConfig(training=listed, validation=listed)
     with pytest.raises(UserError, match=r"Say where with --data.videos"):
-        read_lists(TrimmedDataConfig(training=str(tmp_path / "list.txt")))
+        classification_inputs(replace(recipe, data=data))
 
 
 def test_weights_by_name_pass_and_lost_ones_do_not(tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ from safetensors.torch import save_file
 
 from pipelines.config.recipe import Recipe
 from pipelines.core.models import with_weights_here
+from pipelines.data.inputs import detection_inputs
 from pipelines.data.plan import Plan
-from pipelines.train import absolute, check_model
 from pipelines.training.activations import activation_metrics
 from pipelines.training.detection import DETECTIONS_FILE, RAW_FILE, DetectionTask
 from pipelines.training.local import LocalRuntime
 from pipelines.training.model import build_detector
+from pipelines.training.run import check_model
 from pipelines.training.trainer import Trainer
 from re2tal.detection.raw import read_raw
 from re2tal.detection.video_scores import VideoScores
@@ -76,7 +77,9 @@ def test_a_localizer_begins_with_given_weights(
     path = tmp_path / "weights.safetensors"
     save_file(detector.state_dict(), path)
     names = {name for name in detector.state_dict() if name.startswith("localizer.")}
-    recipe = absolute(replace(recipe, model=replace(recipe.model, localizer_weights=str(path))))
+    recipe = detection_inputs(
+        replace(recipe, model=replace(recipe.model, localizer_weights=str(path)))
+    )
     torch.manual_seed(7)
     checked = check_model(recipe, tiny_plan.classes)
     assert f"names of this localizer: {len(names)} placed" in capsys.readouterr().out
@@ -91,7 +94,7 @@ def test_a_localizer_begins_with_given_weights(
         check_model(recipe, (*tiny_plan.classes, "one more"))
     lost = replace(recipe.model, localizer_weights=str(tmp_path / "lost.pth"))
     with pytest.raises(UserError, match=r"The localizer's weights: .*--model.localizer-weights"):
-        absolute(replace(recipe, model=lost))
+        detection_inputs(replace(recipe, model=lost))
 
 
 def test_it_trains_on_stitched_windows(

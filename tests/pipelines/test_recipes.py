@@ -8,8 +8,9 @@ import torch
 
 from pipelines.config.recipes import RECIPES
 from pipelines.data.plan import ACTION
-from pipelines.train import check_model, parse
+from pipelines.train import parse
 from pipelines.training.model import build_detector, reported_classes
+from pipelines.training.run import check_model
 from re2tal.detection import Detections
 from re2tal.errors import UserError
 from re2tal.localizers.vsgn import VSGNConfig

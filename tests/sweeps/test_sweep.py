@@ -236,7 +236,7 @@ def test_what_cannot_be_searched_ends_in_one_clear_error(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr("pipelines.train.init_ray", lambda **_: None)  # it runs already
+    monkeypatch.setattr("pipelines.training.run.init_ray", lambda **_: None)  # it runs already
     command = _command(tiny_set, features, *more)[1:]
     monkeypatch.setattr(sys, "argv", [*command])
     with pytest.raises(SystemExit) as ended:

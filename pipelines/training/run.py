@@ -1,0 +1,358 @@
+"""A run of a recipe, from its data to its results in MLflow: checks, Ray Train, what comes out."""
+
+import json
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import ray
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from pipelines.config.recipe import AnyRecipe, CheckpointConfig, ClassificationRecipe, Recipe
+from pipelines.core.clock import duration
+from pipelines.core.cluster import init_ray
+from pipelines.core.models import with_weights_here
+from pipelines.core.progress import ProgressPrinter
+from pipelines.core.resources import check_resources
+from pipelines.core.storage import BACKBONE_FILE, join, replacing
+from pipelines.core.tracking import (
+    Run,
+    finishing,
+    log_dataset,
+    log_metrics,
+    log_recipe,
+    log_text,
+    tracking_uri,
+)
+from pipelines.data.clip_plan import AnyPlan, read_lists
+from pipelines.data.clip_plan import make_plan as make_clip_plan
+from pipelines.data.feature_stream import without_backbone
+from pipelines.data.features import Features
+from pipelines.data.inputs import classification_inputs, detection_inputs
+from pipelines.data.plan import Plan, make_plan, read_annotations
+from pipelines.training.activations import activation_metrics
+from pipelines.training.checkpoints import DETECTOR_FOLDER
+from pipelines.training.classification import ClassificationTask, build_classifier
+from pipelines.training.detection import DetectionTask
+from pipelines.training.entry import train_worker
+from pipelines.training.model import build_detector, load_localizer, remarks
+from pipelines.training.results import log_model, log_results, print_summary
+from pipelines.training.resuming import newest_checkpoint, resume_or_start
+from pipelines.training.trainer import Task
+from pipelines.training.worker import Job, TrainingProblem
+from re2tal.annotations import Annotations
+from re2tal.backbones.weights import save_backbone_weights
+from re2tal.datasets import summarize
+from re2tal.detector import Detector
+from re2tal.errors import UserError
+from re2tal.trained import load_detector
+from re2tal.weights import WeightsReport
+
+ModelT = TypeVar("ModelT")
+RecipeT = TypeVar("RecipeT", bound=AnyRecipe)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A run of a detector that can start.
+
+    Attributes:
+        recipe: configuration with absolute paths.
+        annotations: annotations of the data set.
+        plan: videos that it works on.
+    """
+
+    recipe: Recipe
+    annotations: Annotations
+    plan: Plan
+
+
+def train(recipe: Recipe) -> Run:
+    """Train a detector, from its data to its results in MLflow.
+
+    Args:
+        recipe: the configuration as the user gave it.
+
+    Raises:
+        UserError: if something is missing or does not fit.
+    """
+    began = time.perf_counter()
+    ready, detector = prepare(recipe)
+    run = _resumed(ready.recipe, ready.plan)
+    train_run(ready, run, detector=detector)
+    print_summary(ready.recipe, ready.plan, run, seconds=time.perf_counter() - began)
+    return run
+
+
+def prepare(recipe: Recipe) -> tuple[Prepared, Detector]:
+    """Check all that can be checked before a run, and start or join Ray.
+
+    Args:
+        recipe: the configuration as the user gave it.
+
+    Returns:
+        The run, and its detector as `check_model` built it.
+
+    Raises:
+        UserError: if something is missing or does not fit.
+    """
+    recipe = detection_inputs(recipe)
+    annotations = read_annotations(recipe.data)
+    if recipe.data.features:
+        recipe = without_backbone(recipe, Features(recipe.data.features))
+    detector = check_model(recipe, annotations.classes)
+    _start_ray(recipe, frames=not recipe.data.features)
+    plan = make_plan(recipe.data, annotations)
+    if plan.remarks:
+        print(f"{len(plan.remarks)} remarks on the videos, for example:")
+        print(f"  {plan.remarks[0]}", flush=True)
+    return Prepared(recipe=recipe, annotations=annotations, plan=plan), detector
+
+
+def check_model(recipe: Recipe, classes: Sequence[str]) -> Detector:
+    """Build the detector once, so that what does not fit stops the run before it starts.
+
+    Args:
+        recipe: the configuration with absolute paths.
+        classes: names of the action classes.
+
+    Raises:
+        UserError: if settings contradict one another; if the weights cannot be read or are another
+            network's.
+    """
+    if recipe.data.video_scores and not recipe.model.class_agnostic:
+        raise UserError(
+            "--data.video-scores gives proposals their classes, but this model tells the classes "
+            "apart itself: leave the scores out, or train it with --model.class-agnostic."
+        )
+    detector, report = _built(recipe, lambda here: _begun(here, classes))
+    if report is not None:
+        print(f"weights of the localizer: {report.summary}", flush=True)
+    return detector
+
+
+def _begun(recipe: Recipe, classes: Sequence[str]) -> tuple[Detector, WeightsReport | None]:
+    """Build the detector, with the weights that its localizer begins with."""
+    detector = build_detector(recipe, classes, recipe.model.weights)
+    return detector, load_localizer(detector, recipe.model)
+
+
+def _built(recipe: RecipeT, build: Callable[[RecipeT], ModelT]) -> ModelT:
+    """Build a model from the recipe with its weights on this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = tracking_uri(recipe.output)
+        try:
+            return build(with_weights_here(recipe, Path(folder), tracking_uri=store))
+        except ValueError as problem:
+            raise UserError(str(problem)) from problem
+
+
+def _start_ray(recipe: AnyRecipe, *, frames: bool = True) -> None:
+    """Start or join Ray, and check that it can hold the run."""
+    init_ray(trains=True)
+    check_resources(recipe.scale)
+    for remark in remarks(recipe, ray.nodes()) if frames else []:
+        print(f"warning: {remark}", flush=True)
+
+
+def _resumed(recipe: AnyRecipe, plan: AnyPlan) -> Run:
+    """Go on with the unfinished run of a configuration, or start one."""
+    run, goes_on = resume_or_start(recipe, plan)
+    if goes_on:
+        print(f"going on with the unfinished run {run.run_id}; --no-resume starts anew", flush=True)
+    return run
+
+
+def train_run(
+    ready: Prepared,
+    run: Run,
+    *,
+    detector: Detector | None = None,
+    callbacks: Sequence[ray.train.UserCallback] = (),
+    threads: int | None = None,
+) -> None:
+    """Train, and put into MLflow what it is trained on, how it went, and what came out.
+
+    Args:
+        ready: the run.
+        run: MLflow run that receives the results and is ended.
+        detector: the detector, if it was built already, and its weights fetched.
+        callbacks: callbacks of Ray Train, which see what each epoch reports.
+        threads: threads of each worker's PyTorch, as in `Job`.
+    """
+    recipe, plan = ready.recipe, ready.plan
+    with finishing(run):
+        if detector is None:
+            detector = check_model(recipe, plan.classes)
+        log_recipe(run, recipe)
+        log_dataset(
+            run, name=recipe.name, source=str(recipe.data.annotations), digest=plan.fingerprint
+        )
+        log_text(run, [summarize(ready.annotations)], "data/summary.txt")
+        log_text(run, plan.remarks, "data/remarks.txt")
+        if plan.features is None:
+            log_metrics(run, activation_metrics(recipe, detector), step=0)
+        task = DetectionTask(recipe=recipe, plan=plan)
+        result = fit(task, run, callbacks=callbacks, threads=threads)
+        log_results(recipe, plan, run, result)
+
+
+def fit(
+    task: Task,
+    run: Run,
+    *,
+    callbacks: Sequence[ray.train.UserCallback] = (),
+    threads: int | None = None,
+) -> ray.train.Result:
+    """Train on the cluster and show progress until it ends.
+
+    Args:
+        task: the task; the paths of its recipe are absolute.
+        run: MLflow run that receives metrics.
+        callbacks: callbacks of Ray Train, which see what each epoch reports.
+        threads: threads of each worker's PyTorch, as in `Job`.
+
+    Returns:
+        Ray's result, with the kept checkpoints.
+
+    Raises:
+        UserError: if workers came upon what another attempt would not mend.
+    """
+    recipe, scale = task.recipe, task.recipe.scale
+    with ProgressPrinter() as progress:
+        output = join(recipe.output, run.run_id)
+        job = Job(
+            task=task,
+            run=run,
+            output=output,
+            board=progress.board,
+            checkpoint=newest_checkpoint(output),
+            threads=threads,
+        )
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"job": ray.put(job)},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=(
+                    scale.workers
+                    if scale.min_workers is None
+                    else (scale.min_workers, scale.workers)
+                ),
+                elastic_resize_monitor_interval_s=scale.resize_seconds,
+                use_gpu=scale.gpu,
+                resources_per_worker={"CPU": scale.cpus_per_worker}
+                | ({"GPU": 1} if scale.gpu else {}),
+            ),
+            run_config=ray.train.RunConfig(
+                name=run.run_id,
+                storage_path=recipe.output,
+                failure_config=ray.train.FailureConfig(
+                    max_failures=scale.max_failures, controller_failure_limit=2
+                ),
+                checkpoint_config=_kept(recipe.checkpoints, task.score),
+                callbacks=list(callbacks),
+                logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            ),
+        )
+        result = trainer.fit()
+    problem = result.return_value
+    if isinstance(problem, TrainingProblem):
+        raise UserError(problem.message)
+    return result
+
+
+def _kept(config: CheckpointConfig, score: str) -> ray.train.CheckpointConfig:
+    """Ray Train keeps the newest in any case, to go on from."""
+    if config.which == "last":
+        return ray.train.CheckpointConfig(num_to_keep=config.keep)
+    return ray.train.CheckpointConfig(
+        num_to_keep=config.keep,
+        checkpoint_score_attribute=score,
+        checkpoint_score_order="max",
+    )
+
+
+def finetune(recipe: ClassificationRecipe) -> Run:
+    """Finetune a backbone, from its videos to its weights in MLflow.
+
+    Args:
+        recipe: the configuration as the user gave it.
+
+    Raises:
+        UserError: if something is missing or does not fit.
+    """
+    began = time.perf_counter()
+    recipe = classification_inputs(recipe)
+    lists = read_lists(recipe.data)
+    _built(recipe, lambda here: build_classifier(here, lists.classes, here.model.weights))
+    _start_ray(recipe)
+    plan = make_clip_plan(recipe.data, lists)
+    run = _resumed(recipe, plan)
+    with finishing(run):
+        log_dataset(
+            run, name=recipe.name, source=str(recipe.data.training), digest=plan.fingerprint
+        )
+        left_out = [f"{video_id}: {reason}" for video_id, reason in sorted(plan.failures.items())]
+        log_text(run, left_out, "data/unusable_videos.txt")
+        result = fit(ClassificationTask(recipe=recipe, plan=plan), run)
+        weights = _log_backbone(recipe, run, result)
+    seconds = time.perf_counter() - began
+    _print_weights(recipe, run, weights, failed=len(plan.failures), seconds=seconds)
+    return run
+
+
+def _log_backbone(recipe: ClassificationRecipe, run: Run, result: ray.train.Result) -> str:
+    """Write the backbone's weights of the last checkpoint, which holds the averaged classifier.
+
+    They and the classifier are logged in MLflow.
+
+    Returns:
+        Path or URI of the weights.
+    """
+    assert result.checkpoint is not None, "every epoch reports a checkpoint"
+    weights = join(recipe.output, join(run.run_id, BACKBONE_FILE))
+    facts = {"run": run.run_id, "command": shlex.join(sys.argv), **_reached(run)}
+    with result.checkpoint.as_directory() as folder, tempfile.TemporaryDirectory() as scratch:
+        _, classifier = load_detector(Path(folder) / DETECTOR_FOLDER)
+        path = Path(scratch) / BACKBONE_FILE
+        save_backbone_weights(classifier.backbone, path, {"re2tal": json.dumps(facts)})
+        uri = log_model(run, Path(folder) / DETECTOR_FOLDER, backbone=path)
+        run.client.log_artifact(run.run_id, str(path))
+        for place in (weights, recipe.weights_file):
+            if place is not None:
+                with replacing(place) as stream:
+                    stream.write(path.read_bytes())
+    run.client.set_tag(run.run_id, "model.uri", uri)
+    return weights
+
+
+def _reached(run: Run) -> dict[str, float]:
+    """Return what the final test measured, as far as it arrived in MLflow."""
+    metrics = run.client.get_run(run.run_id).data.metrics
+    return {name: value for name, value in metrics.items() if name.startswith("test/")}
+
+
+def _print_weights(
+    recipe: ClassificationRecipe, run: Run, weights: str, *, failed: int, seconds: float
+) -> None:
+    """Print what a run reached, what it took, and where its weights are."""
+    views = recipe.views
+    for name, value in _reached(run).items():
+        kind = name.removeprefix("test/").replace("_", " ")
+        print(f"{kind:<20}{value:.3f} ({views.clips} clips x {views.crops} crops)")
+    uri = run.client.get_run(run.run_id).data.tags["model.uri"]
+    for label, fact in (
+        ("time", f"{duration(seconds)} in all"),
+        *([("left out", f"{failed} videos")] if failed else []),
+        ("MLflow run", f"{run.run_id} in {run.uri}"),
+        ("weights", recipe.weights_file or weights),
+        ("or", f"runs:/{run.run_id}/{BACKBONE_FILE}"),
+        ("or", uri),
+    ):
+        print(f"{label:<20}{fact}")
