@@ -63,9 +63,9 @@ $(PEERS): $(INSTALLED)
 	@touch $@
 
 bench: $(INSTALLED) $(PEERS)  ## decoding against decord and torchcodec (which needs FFmpeg's libraries), streaming, shards
-	PYTHONPATH=$(PEERS) $(BIN)/python -m re2tal.videos.benchmarks decoding
-	$(BIN)/python -m pipelines.benchmarks throughput
-	$(BIN)/python -m pipelines.benchmarks shards --threads 1
+	PYTHONPATH=$(PEERS) $(BIN)/python -m pipelines.experiments decoding
+	$(BIN)/python -m pipelines.experiments throughput
+	$(BIN)/python -m pipelines.experiments shards --threads 1
 
 ui: $(INSTALLED)  ## open the MLflow UI on the runs of this checkout
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db

@@ -13,14 +13,13 @@ bytes, and from shapes only: a forward and its replay cut alike, which bit-exact
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
+from importlib import import_module
 from itertools import pairwise
 from math import prod
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-
-from re2tal.reversible.families import load_families
 
 BYTES_PER_ELEMENT = 4
 """Counted for every element; under autocast a piece stays below its budget."""
@@ -285,6 +284,33 @@ def recomputed(module: nn.Module) -> bool:  # noqa: ARG001
     tensor into one tensor, cheaply compared with the stages around them.
     """
     return False
+
+
+_FAMILIES = "re2tal.reversible.families"
+
+# Files with the families of a library.
+_FILES = {
+    "torchvision.models": ("mvit", "swin", "video_resnet", "vision_transformer"),
+    "timm.models": ("timm",),
+    "transformers.models": ("transformers",),
+}
+
+
+def load_families(cls: type) -> None:
+    """Register the families of the library that a class, or one that it derives from, belongs to.
+
+    To be called before asking `branches`, `returned` or `recomputed` about a module of the class.
+    Calling it again costs nothing.
+
+    Args:
+        cls: class of a module.
+    """
+    for base in cls.__mro__:
+        package = ".".join(base.__module__.split(".")[:2])
+        for name in _FILES.get(package, ()):
+            import_module(f"{_FAMILIES}.{name}")
+        if package == "transformers.models":
+            import_module(f"{_FAMILIES}.transformers").register(base)
 
 
 def split(block: nn.Module | None) -> list[Branch]:

@@ -10,6 +10,7 @@ from re2tal.reversible.branches import (
     NoFamilyError,
     NotReversibleError,
     check_complete,
+    load_families,
     recomputed,
     split,
 )
@@ -22,7 +23,6 @@ from re2tal.reversible.containers import (
 )
 from re2tal.reversible.controls import recomputed_modules, reversible_stages
 from re2tal.reversible.coupling import Bits, Budget, Coupling, Settings
-from re2tal.reversible.families import load_families
 from re2tal.reversible.recompute import Recomputed
 from re2tal.reversible.replay import ReversibleError
 

@@ -1,11 +1,11 @@
 """The services for a team on one machine."""
 
-import tomllib
 from typing import Any
 
 import jsonschema
 import pytest
 
+import re2tal
 from tests.cluster.compose import faults, validate
 from tests.cluster.files import CLUSTER, ROOT, changed, documents
 
@@ -55,8 +55,7 @@ def test_a_careless_file_is_found(where: str, value: Any, fault: str) -> None:
 
 def test_it_builds_the_image_of_this_version() -> None:
     service = DOCUMENT["services"]["mlflow"]
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert service["image"] == f"re2tal:{project['version']}"
+    assert service["image"] == f"re2tal:{re2tal.__version__}"
     context = CLUSTER / service["build"]["context"]
     assert context.resolve() == ROOT
     assert (context / service["build"]["dockerfile"]).exists()

@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.config.recipe import Recipe
-from pipelines.data import shard_writing
 from pipelines.data.batches import decode_batches
 from pipelines.data.plan import make_plan, read_annotations
 from pipelines.data.shard_writing import ShardTask, write_shard

@@ -26,11 +26,11 @@ from re2tal.reversible.branches import (
     Whole,
     branches,
     check_complete,
+    load_families,
     recomputed,
     returned,
     spans,
 )
-from re2tal.reversible.families import load_families
 from tests.reversible.zoo import ZOO
 
 
@@ -417,10 +417,10 @@ def imported(code: str) -> set[str]:
 def test_no_library_is_imported_before_one_of_its_blocks_is_met() -> None:
     modules = imported(
         "import re2tal.reversible, torch\n"
-        "from re2tal.reversible.families import load_families\n"
+        "from re2tal.reversible.branches import load_families\n"
         "load_families(torch.nn.Linear)"
     )
-    assert "re2tal.reversible.families" in modules
+    assert "re2tal.reversible.branches" in modules
     assert not {"timm", "transformers"} & modules
 
 
@@ -430,7 +430,7 @@ def test_a_layer_of_one_model_imports_no_other_model() -> None:
         "from transformers.models.vjepa2.modeling_vjepa2 import VJEPA2Layer as Layer\n"
         "import sys; before = set(sys.modules)\n"
         "from re2tal.reversible.branches import branches\n"
-        "from re2tal.reversible.families import load_families\n"
+        "from re2tal.reversible.branches import load_families\n"
         "load_families(Layer)\n"
         "assert Layer in branches.registry\n"
         "new = set(sys.modules) - before\n"
