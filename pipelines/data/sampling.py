@@ -180,9 +180,9 @@ class SampledVideo:
     def stretches(self, *, size: int, batch_size: int) -> Iterator[Stretch]:
         """Cut the video into stretches of whole batches of units.
 
-        Stretches are as long as memory allows, which goes with `size`, the pixels of a frame's
-        side. Frames that units of a stretch have in common are decoded once. Frames behind the
-        video's end are padding: the mask of the stretch's window is false there.
+        A stretch has at most 64 MiB of frames (`size` pixels a side), unless one batch has more.
+        Frames that units of a stretch have in common are decoded once. Frames behind the video's
+        end are padding: the mask of the stretch's window is false there.
         """
         most = max(0, _MOST_BYTES // (size * size * 3) - self.frames) // self.step + 1
         together = max(1, most // batch_size) * batch_size

@@ -239,7 +239,7 @@ class Store(Generic[Entry, Description]):
     def check_failures(
         self, failures: Mapping[str, str], total: int, max_failed: float, *, problem: str
     ) -> None:
-        """End a run of which too many videos failed; `problem` describes their fault in the message.
+        """End a run of which too many videos failed; `problem` names their fault in the message.
 
         Raises:
             UserError: if more than the share `max_failed` of them failed.
