@@ -1,9 +1,9 @@
-"""From annotations to batches: which windows an epoch sees, and their frames.
+"""Batches of an epoch: its windows, and their frames.
 
-The windows of an epoch are a pure function of seed and epoch, and a worker's share of them one of
-its rank: so every worker takes the same number of steps, and a run that is started again sees the
-same windows. Only the decoding is left to Ray Data, which does it in parallel, in order, just ahead
-of the training.
+The windows of an epoch follow from seed and epoch alone, and a worker's share of them from its
+rank: so every worker takes the same number of steps, and a restarted run sees the same windows.
+Only the decoding is left to Ray Data, which does it in parallel, in order, just ahead of the
+training.
 """
 
 import time
@@ -20,18 +20,13 @@ from re2tal.annotations import VideoAnnotation
 from re2tal.localizers.protocol import Targets
 from re2tal.videos.windows import Window, WindowConfig, training_windows
 
-if TYPE_CHECKING:  # it needs Ray, which the training loop does not
+if TYPE_CHECKING:  # it needs Ray; the training loop does not
     from pipelines.data.streaming import FrameStream
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Video:
-    """A usable video: its annotation and where its file is.
-
-    Attributes:
-        annotation: what happens in it.
-        uri: path or URI of the file.
-    """
+    """Usable video: its annotation, and the path or URI of its file."""
 
     annotation: VideoAnnotation
     uri: str
@@ -42,10 +37,9 @@ class Batch:
     """Windows of one step of one worker.
 
     Attributes:
-        windows: where each sample comes from.
         frames: uint8 (B, T, H, W, 3); or features in their place, float32 (B, T', C).
         mask: bool (B, T), false on padding and on all of a window that could not be decoded.
-        targets: segments and labels of each sample, in feature-grid units.
+        targets: segments and labels of each window, in feature-grid units.
         failures: video id to reason, for windows that could not be decoded.
     """
 
@@ -65,18 +59,10 @@ def epoch_windows(
     seed: int,
     epoch: int,
 ) -> list[Window]:
-    """Cuts the training videos into an epoch's windows and shuffles them.
+    """Cut the training videos into an epoch's windows, those of all workers, and shuffle them.
 
-    Args:
-        videos: the training videos.
-        classes: class names; labels are indices into it.
-        config: how windows are cut.
-        stride: frames per feature, of the backbone.
-        seed: of the run.
-        epoch: from 0; another epoch has other windows in another order.
-
-    Returns:
-        The windows of all workers.
+    Labels are indices into `classes`; `stride` is the backbone's number of frames per feature.
+    Another epoch (the first is 0) has other windows in another order.
     """
     random = np.random.default_rng((seed, epoch))
     windows = [
@@ -92,13 +78,7 @@ def epoch_windows(
 def share(
     windows: Sequence[Window], *, rank: int, world_size: int, batch_size: int
 ) -> list[Window]:
-    """Returns the windows of one worker: as many for each, a whole number of batches.
-
-    Args:
-        windows: of all workers.
-        rank: of this worker.
-        world_size: number of workers.
-        batch_size: windows a step and worker.
+    """Return the windows of one worker: as many for each, a whole number of batches.
 
     Raises:
         ValueError: if there are too few windows for one step.
@@ -113,12 +93,7 @@ def share(
 
 
 def assemble(windows: Sequence[Window], samples: Sequence[Mapping[str, Any]]) -> Batch:
-    """Puts windows and what was read of each into a batch.
-
-    Args:
-        windows: of the batch.
-        samples: `frames` and `error` of each, as `decode_sample` returns them.
-    """
+    """Put windows and what `decode_sample` returned for each (`frames`, `error`) into a batch."""
     masks, targets, failures = [], [], {}
     for window, sample in zip(windows, samples, strict=True):
         error = str(sample["error"])
@@ -150,14 +125,9 @@ def stream_batches(
     size: int,
     batch_size: int,
 ) -> Iterator[Batch]:
-    """Decodes windows with Ray Data, in parallel and in order, and yields them in batches.
+    """Decode a worker's windows with Ray Data, in parallel and in order, and yield them in batches.
 
-    Args:
-        stream: what decodes them.
-        windows: of this worker, in the order in which they are wanted.
-        uris: video id to path or URI.
-        size: side of the square frames in pixels.
-        batch_size: windows a batch; the last one may be smaller.
+    Frames have `size` pixels a side; the last batch may be smaller than `batch_size`.
     """
     if not windows:
         return
@@ -169,14 +139,7 @@ def stream_batches(
 def decode_batches(
     windows: Sequence[Window], uris: dict[str, str], *, size: int, batch_size: int
 ) -> Iterator[Batch]:
-    """Like `stream_batches`, in this process and without Ray; for notebooks and tests.
-
-    Args:
-        windows: in the order in which they are wanted.
-        uris: video id to path or URI.
-        size: side of the square frames in pixels.
-        batch_size: windows a batch; the last one may be smaller.
-    """
+    """Decode windows as `stream_batches` does, in this process and without Ray."""
     for start in range(0, len(windows), batch_size):
         chunk = windows[start : start + batch_size]
         samples = [
@@ -187,7 +150,7 @@ def decode_batches(
 
 
 class Clock:
-    """Splits a worker's time into waiting for data and working on it, and counts frames."""
+    """Stopwatch of a worker: time spent waiting for data and working, and number of frames."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -195,7 +158,7 @@ class Clock:
         self._frames = 0
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Pass the batches of an epoch on and add up how long each was waited for."""
+        """Pass the batches of an epoch on, and add up the time that is spent waiting for them."""
         while True:
             before = time.perf_counter()
             batch = next(batches, None)
@@ -211,11 +174,7 @@ class Clock:
         return time.perf_counter() - self._start
 
     def metrics(self, world_size: int) -> dict[str, float]:
-        """Return speed and waiting so far, as MLflow names them.
-
-        Args:
-            world_size: number of workers, all as fast as this one.
-        """
+        """Return speed and share of waiting by MLflow's names, if all workers are as fast."""
         return {
             "train/frames_per_second": world_size * self._frames / self.elapsed,
             "train/data_wait_share": self._waited / self.elapsed,

@@ -1,4 +1,4 @@
-"""Before a run starts: check the lists, find the files, leave out what is unusable."""
+"""Plan of a classifier's run: check the lists, find the files, leave out what is unusable."""
 
 import functools
 import hashlib
@@ -31,12 +31,12 @@ _SUBSETS = ("training", "validation")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lists:
-    """What is to be classified, before any file is opened.
+    """Content of the lists of trimmed videos, before any file is opened.
 
     Attributes:
-        classes: names of the classes; a label is an index into it.
-        subsets: "training" and "validation": the list of each.
-        files: of each the files of its folder: path in the folder to path or URI.
+        classes: names of the classes; a label is an index into them.
+        subsets: "training" and "validation" to their lists.
+        files: subset to the files of its folder: path in the folder to path or URI.
         fingerprint: hash of classes and lists.
     """
 
@@ -48,13 +48,11 @@ class Lists:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassificationPlan:
-    """What a run works on.
+    """Classes and usable videos of a run.
 
     Attributes:
-        classes: names of the classes; a label is an index into it.
-        training: usable training videos.
-        validation: usable validation videos.
-        uris: video id to path or URI, of all of them.
+        classes: names of the classes; a label is an index into them.
+        uris: video id to path or URI, of all usable videos.
         failures: video id to the reason why it is left out.
         fingerprint: hash of classes and lists.
     """
@@ -68,10 +66,7 @@ class ClassificationPlan:
 
 
 def read_lists(config: TrimmedDataConfig) -> Lists:
-    """Read both lists, local or remote, and check them whole.
-
-    Args:
-        config: with the paths that `inputs` resolved.
+    """Read both lists, local or remote, and check them whole; `inputs` has resolved their paths.
 
     Raises:
         AnnotationError: with every problem in them.
@@ -121,14 +116,7 @@ def _fingerprint(classes: tuple[str, ...], subsets: Mapping[str, TrimmedList]) -
 def make_plan(
     config: TrimmedDataConfig, lists: Lists, *, probe: Probe = probe_files
 ) -> ClassificationPlan:
-    """Finds and opens the videos, and decides what a run works on.
-
-    Every file is opened once, by default in parallel with Ray Data.
-
-    Args:
-        config: how many videos may fail.
-        lists: what `read_lists` returned.
-        probe: opens the files.
+    """Find and open the videos, each file once, by default in parallel with Ray Data.
 
     Raises:
         UserError: if too many videos are missing or unreadable, or all of a subset.
@@ -174,7 +162,7 @@ def make_plan(
 
 
 def _durations(uris: set[str], probe: Probe) -> tuple[dict[str, float], dict[str, str]]:
-    """Seconds that each file lasts, and why others cannot be read."""
+    """Open files; return the seconds that each lasts, and the reasons why others cannot be read."""
     rows = probe({uri: uri for uri in uris}).select(["uri", "duration", "error"]).to_pylist()
     durations = {row["uri"]: row["duration"] for row in rows if not row["error"]}
     return durations, {row["uri"]: row["error"] for row in rows if row["error"]}

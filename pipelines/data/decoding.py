@@ -1,4 +1,4 @@
-"""What Ray's decoding tasks run; without torch, so that their processes start in a moment."""
+"""Functions of Ray's decoding tasks; without torch, so that their processes start in a moment."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -16,15 +16,12 @@ from re2tal.videos.windows import Window, window_frames
 
 
 def decode_sample(row: dict[str, Any], *, size: int, threads: int = 1) -> dict[str, Any]:
-    """Decodes one window; what cannot be decoded comes back black, with the reason.
+    """Decode the window of a row; if it cannot be decoded, its frames are black.
 
-    Args:
-        row: `index`, `uri` and `window`.
-        size: side of the square frames in pixels.
-        threads: of the decoder.
+    The row has `index`, `uri` and `window`; frames get `size` pixels a side.
 
     Returns:
-        `index`; `frames`, uint8 (T, size, size, 3); `error`, empty if all went well.
+        `index`; `frames`, uint8 (T, size, size, 3); `error`, the reason, empty if all went well.
     """
     window: Window = row["window"]
     try:
@@ -37,15 +34,10 @@ def decode_sample(row: dict[str, Any], *, size: int, threads: int = 1) -> dict[s
 
 
 def decode_masked(row: dict[str, Any], *, size: int, threads: int = 1) -> dict[str, Any]:
-    """Decodes one window as `decode_sample` does, and tells which of its frames show the video.
-
-    Args:
-        row: `index`, `uri` and `window`.
-        size: side of the square frames in pixels.
-        threads: of the decoder.
+    """Decode one window as `decode_sample` does, and mark the frames that show the video.
 
     Returns:
-        What `decode_sample` returns, and `mask`, bool (T,), all false if there is an error.
+        The fields that `decode_sample` returns, and `mask`, bool (T,), all false after an error.
     """
     sample = decode_sample(row, size=size, threads=threads)
     window: Window = row["window"]
@@ -53,10 +45,7 @@ def decode_masked(row: dict[str, Any], *, size: int, threads: int = 1) -> dict[s
 
 
 def probe_sample(row: dict[str, str]) -> dict[str, Any]:
-    """Opens a video, to see whether it can be used, and what its file says.
-
-    Args:
-        row: `video_id` and `uri`.
+    """Open the video of a row (`video_id`, `uri`) and read the facts in its file.
 
     Returns:
         The row with the fields of `VideoInfo`, its problems as lines of one text, the file's
@@ -72,12 +61,11 @@ def probe_sample(row: dict[str, str]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoJob:
-    """A video of which features are made.
+    """Video whose features are to be made.
 
     Attributes:
-        video_id: the video.
         uri: path or URI of its file, or of the video in a shard.
-        sampled: which frames the features are made of.
+        sampled: frames that the features are made of.
     """
 
     video_id: str
@@ -88,22 +76,17 @@ class VideoJob:
 def decode_video(
     row: dict[str, Any], *, size: int, batch_size: int, threads: int, notes: str
 ) -> Iterator[dict[str, Any]]:
-    """Decodes a video stretch by stretch, up to the first that cannot be decoded.
+    """Decode a video (`row["video"]`) stretch by stretch, up to the first that cannot be decoded.
 
-    Args:
-        row: `video`, a `VideoJob`.
-        size: side of the square frames in pixels.
-        batch_size: units that go through the backbone at a time.
-        threads: of the decoder.
-        notes: folder in which videos are noted while they are decoded.
+    Stretches hold whole batches of units; `notes` is a folder of notes on the videos being decoded.
 
-    Returns:
-        Of each stretch `video_id`; `number`, from 0 on; `frames`, uint8 (T, size, size, 3);
-        `valid`, how many of these show the video; `starts`, the first frame of each unit; and
-        `error`, empty if all went well.
+    Yields:
+        For each stretch `video_id`; `number`, counted from 0; `frames`, uint8 (T, size, size, 3);
+        `valid`, the number of these that show the video; `starts`, the first frame of each unit;
+        and `error`, empty if all went well.
     """
     job: VideoJob = row["video"]
-    # a video that ends this process, time and again, is given up: Ray would go on for ever
+    # a video that ends this process again and again is given up: Ray would retry it for ever
     attempts = Attempts(join(notes, job.video_id))
     if reason := attempts.begin(job.video_id):
         yield _failed(job, 0, reason)

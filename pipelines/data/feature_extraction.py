@@ -1,4 +1,4 @@
-"""Frames to features with Ray Data: decoding in tasks, the backbone in a pool of actors."""
+"""Extraction of features with Ray Data: decoding in tasks, the backbone in a pool of actors."""
 
 import functools
 import hashlib
@@ -40,19 +40,19 @@ from re2tal.weights import Colour
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FrozenBackboneConfig:
-    """Which backbone, and what it sees.
+    """Backbone that makes features, and the form of its frames.
 
     Attributes:
         backbone: its name, of those that `python -m re2tal.backbones` lists.
-        weights: its weights, without which its features would mean nothing; a path or a
-            URI, also of MLflow, or a name such as torchvision:swin3d_t/KINETICS400_V1.
+        weights: its weights, without which its features would mean nothing; a path or a URI, also
+            of MLflow, or a name such as torchvision:swin3d_t/KINETICS400_V1.
         reversible: rewire it (Re2TAL), for weights that were finetuned so.
         size: pixels of a frame's side: the short side is resized to it, the centre is cut out.
-        precision: what it computes in; its reversible streams stay float32.
-        batch_size: clips or windows that go through it at a time.
-        mean: of red, green and blue in [0, 1] that it was pretrained with; by default as the table
-            of backbones has it.
-        std: their standard deviation.
+        precision: number format of its computation; its reversible streams stay float32.
+        batch_size: number of clips or windows that go through it at a time.
+        mean: means of red, green and blue in [0, 1] that it was pretrained with; by default those
+            in the table of backbones.
+        std: standard deviations of the same.
     """
 
     backbone: str = "swin_t"
@@ -74,18 +74,17 @@ class FrozenBackboneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenBackbone:
-    """A backbone with its weights, which travels to the processes that run it.
+    """Backbone with its weights, which travels to the processes that run it.
 
     Attributes:
-        config: what was asked for.
-        shape: of the backbone.
-        mean: of the frames that it is given.
-        std: their standard deviation.
-        state: its weights by name.
-        fingerprint: SHA-256 of these.
-        channels: C of its features.
+        config: options that it was loaded with.
+        shape: configuration of the backbone's layers.
+        mean: means of red, green and blue in [0, 1]; `std` are their standard deviations.
+        state: weights by name.
+        fingerprint: SHA-256 of the weights.
+        channels: C of the features.
         temporal_stride: frames per feature.
-        multiple: the number of frames that it is given is a multiple of this.
+        multiple: divisor of the number of frames that it takes.
     """
 
     config: FrozenBackboneConfig
@@ -99,7 +98,7 @@ class FrozenBackbone:
     multiple: int
 
     def described(self) -> dict[str, Any]:
-        """What decides its features, for files of them."""
+        """Return the settings that decide its features, for files of them."""
         config = self.config
         return {
             "backbone": config.backbone,
@@ -113,7 +112,7 @@ class FrozenBackbone:
         }
 
     def build(self, device: torch.device) -> "FeatureExtractor":
-        """The module, ready to run."""
+        """Build the module, ready to run."""
         backbone = _build(self.shape, reversible=self.config.reversible)
         backbone.load_state_dict(self.state)
         return FeatureExtractor(backbone.eval().to(device), self)
@@ -122,10 +121,10 @@ class FrozenBackbone:
 def load_backbone(
     config: FrozenBackboneConfig, *, stride: int | None, tracking_uri: str | None = None
 ) -> FrozenBackbone:
-    """Reads the weights and checks that they fit.
+    """Read the weights and check that they fit.
 
     Args:
-        config: which backbone.
+        config: backbone and its weights.
         stride: frames per feature of windows, if other than the backbone's own; None for clips.
         tracking_uri: MLflow's store, where weights may lie.
 
@@ -168,12 +167,7 @@ def load_backbone(
 
 
 class FeatureExtractor:
-    """Frames in, features out.
-
-    Args:
-        backbone: in evaluation mode.
-        frozen: says what it sees.
-    """
+    """Backbone in evaluation mode that turns frames into features."""
 
     def __init__(self, backbone: nn.Module, frozen: FrozenBackbone) -> None:
         self._backbone = backbone
@@ -184,7 +178,7 @@ class FeatureExtractor:
 
     @torch.inference_mode()
     def __call__(self, frames: Tensor) -> Tensor:
-        """The features of some clips or windows.
+        """Make the features of some clips or windows.
 
         Args:
             frames: `(B, T, H, W, 3)` uint8 on the CPU.
@@ -216,13 +210,12 @@ def _build(shape: BackboneConfig, *, reversible: bool) -> Any:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StretchFeatures:
-    """The features of the units in a stretch of a video.
+    """Features of the units in a stretch of a video.
 
     Attributes:
-        video_id: the video.
-        number: of the stretch, from 0 on.
+        number: position of the stretch in the video, counted from 0.
         units: float32 of shape (U, per_unit, C).
-        error: why there are none; empty if all went well.
+        error: reason why there are none; empty if all went well.
     """
 
     video_id: str
@@ -239,18 +232,12 @@ def extract(
     *,
     notes: str,
 ) -> Iterator[StretchFeatures]:
-    """Makes the features of videos, in the order in which they come.
+    """Make the features of videos, in the order in which they come.
 
-    What is decoded ahead of the backbone is bounded by Ray Data's budget, a share of the object
-    store. With another execution beside this one on a small cluster the budget may be none: then
-    it works, but slowly (`pipelines.data.streaming` says why).
-
-    Args:
-        videos: of which.
-        backbone: that makes them.
-        sampling: how videos are sampled.
-        pool: of the actors.
-        notes: path or URI of a folder for notes on what is being decoded.
+    Frames that are decoded ahead of the backbone are bounded by Ray Data's budget, a share of the
+    object store. With another execution beside this one on a small cluster the budget may be none:
+    then it works, but slowly (`pipelines.data.streaming` says why). `notes` is the path or URI of a
+    folder for notes on the videos that are being decoded.
     """
     decode = functools.partial(
         decode_video,
@@ -275,14 +262,14 @@ def extract(
 
 
 class _Actor:
-    """Runs the backbone on one stretch after the other."""
+    """Actor that runs the backbone on one stretch after the other."""
 
     def __init__(self, *, backbone: FrozenBackbone, sampling: Sampling, device: str) -> None:
         self._extract = backbone.build(torch.device(device))
         self._batch, self._sampling = backbone.config.batch_size, sampling
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Make the features of a row of `decode_video`; what Ray runs."""
+        """Make the features of a row of `decode_video`; Ray calls this."""
         units = np.zeros((0, 1, 1), np.float32)
         if not batch["error"][0]:
             units = unit_features(
@@ -308,17 +295,17 @@ def unit_features(
     clips: bool,
     batch_size: int,
 ) -> np.ndarray:
-    """The features of the units in a stretch.
+    """Make the features of the units in a stretch.
 
     Args:
-        extractor: the backbone, as `FeatureExtractor`.
+        extractor: backbone, as `FeatureExtractor`.
         stretch: decoded frames, uint8 (T, H, W, 3).
         starts: first frame of each unit.
-        valid: so many frames show the video; a clip that is longer than its video repeats the last
-            one, a window is black behind it, as for a detector.
-        frames: of a unit.
-        clips: average over time what the backbone makes of a unit.
-        batch_size: units that go through it at a time.
+        valid: number of frames that show the video; a clip that is longer than its video repeats
+            the last one, a window is black behind it, as for a detector.
+        frames: number of frames of a unit.
+        clips: average the features of a unit over time.
+        batch_size: number of units that go through the backbone at a time.
 
     Returns:
         float32 of shape (U, 1 or T' / temporal_stride, C).
@@ -334,16 +321,16 @@ def unit_features(
 
 
 class FeatureJob:
-    """Fills a folder with the features of videos; a killed run goes on with it.
+    """Job that fills a folder with the features of videos; a killed run goes on with it.
 
     Args:
         uri: path or URI of the folder.
         videos: path or URI of the folder of the videos.
         annotations: annotations of the videos; without them, features are made of all videos.
         subsets: names of the subsets; none for all videos.
-        backbone: frozen backbone.
-        sampling: how videos are sampled.
-        files: how features are written.
+        backbone: backbone that makes the features.
+        sampling: units that each video is cut into.
+        files: form of the files.
         pool: actors and decoding tasks.
 
     Attributes:
@@ -384,11 +371,7 @@ class FeatureJob:
         )
 
     def run(self, *, retry_failed: bool) -> Description:
-        """Make what is missing.
-
-        Args:
-            retry_failed: try the videos that failed before once more.
-        """
+        """Make the features that are missing; `retry_failed` tries the failed videos once more."""
         began = time.perf_counter()
         to_make = self._folder.begin(retry_failed=retry_failed)
         total = len(self._subsets)
@@ -402,12 +385,7 @@ class FeatureJob:
         return description
 
     def log(self, run: Run, description: Description) -> None:
-        """Send to MLflow what was made.
-
-        Args:
-            run: MLflow run that receives it.
-            description: what `run` returned.
-        """
+        """Send the numbers of a run, and the description that it returned, to MLflow."""
         metrics = {
             "features/videos": len(description.videos),
             "features/failed": len(description.failures),
@@ -422,7 +400,6 @@ class FeatureJob:
         run.client.log_text(run.run_id, text, NAME)
 
     def _make(self, video_ids: Sequence[str]) -> None:
-        """Make the features of some videos."""
         pool = pool_for(self._pool)
         known = self._found.uris
         found = opened(replace(self._found, uris={v: known[v] for v in video_ids if v in known}))

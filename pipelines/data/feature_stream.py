@@ -20,21 +20,16 @@ from re2tal.videos.features import window_features
 from re2tal.videos.timegrid import TimeGrid
 from re2tal.videos.windows import Window
 
-_KEPT_BYTES = 2**30  # of features that a worker keeps for the next epoch
+_KEPT_BYTES = 2**30  # limit on the features that a worker keeps for the next epoch
 
 
 def without_backbone(recipe: Recipe, features: Features) -> Recipe:
-    """The recipe with features in the place of frames and backbone, and all else as it is.
+    """Put features in the place of a recipe's frames and backbone, and keep all else.
 
-    A window keeps as many features as its backbone would have made. What only makes sense with a
-    backbone or with frames is switched off: weights, rewiring, frozen parts of the backbone,
-    augmentation.
-
-    Args:
-        recipe: with a backbone.
-        features: that the localizer is trained on.
+    A window keeps as many features as its backbone would have made. Settings that need a backbone
+    or frames are switched off: weights, rewiring, frozen parts of the backbone, augmentation.
     """
-    with torch.device("meta"):  # only its stride is of interest
+    with torch.device("meta"):  # only its stride is needed
         backbone: Any = recipe.model.backbone.build()
     frozen = tuple(part for part in recipe.model.frozen if part.split(".")[0] != "backbone")
     model = replace(
@@ -54,21 +49,17 @@ def without_backbone(recipe: Recipe, features: Features) -> Recipe:
 
 
 def feature_stream(plan: AnyPlan) -> "FeatureStream | None":
-    """Gives the features of a run that works on them; None if it works on frames.
-
-    Args:
-        plan: what the run works on.
-    """
+    """Return the features of a run that works on them; None if it works on frames."""
     if isinstance(plan, Plan) and plan.features is not None:
         return FeatureStream(plan.features, plan.durations)
     return None
 
 
 class FeatureStream:
-    """Gives the features of windows, and keeps those of some videos in memory.
+    """Source of the features of windows, which keeps those of some videos in memory.
 
     Args:
-        features: of all videos.
+        features: features of all videos.
         durations: video id to seconds.
     """
 
@@ -78,13 +69,9 @@ class FeatureStream:
         self._bytes = 0
 
     def batches(self, windows: Sequence[Window], *, batch_size: int) -> Iterator[Batch]:
-        """Yields the features of windows in batches, in order.
+        """Yield the features of windows in batches, in order; the last batch may be smaller.
 
-        Args:
-            windows: in the order in which they are wanted.
-            batch_size: windows a batch; the last one may be smaller.
-
-        Returns:
+        Yields:
             Batches whose frames are features, float32 (B, T', C). Those of a window that could not
             be read are zero, and its mask false.
         """
@@ -93,7 +80,7 @@ class FeatureStream:
             yield assemble(chunk, [self._sample(window) for window in chunk])
 
     def _sample(self, window: Window) -> dict[str, Any]:
-        """What `decode_sample` gives, with features as frames."""
+        """Return a sample as `decode_sample` does, with features as frames."""
         try:
             features, grid = self._video(window.video_id)
         except (UserError, OSError) as problem:

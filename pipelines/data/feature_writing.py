@@ -1,4 +1,4 @@
-"""A folder that is being filled with features, video by video; a killed run goes on with it."""
+"""Folder that is being filled with features, video by video; a killed run goes on with it."""
 
 import hashlib
 import json
@@ -32,14 +32,15 @@ from re2tal.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FilesConfig:
-    """How features are written.
+    """Form of the files of features.
 
     Attributes:
         layout: "npy", a file for each video, as ActionFormer reads them; "parquet", files of some
             videos each.
-        prefix: of the names of `.npy` files, before the video's id; `v_` is usual for ActivityNet.
+        prefix: start of the names of `.npy` files, before the video's id; `v_` is usual for
+            ActivityNet.
         feature_type: float32, as published features are, or float16, half as large.
-        videos_per_file: of a Parquet file.
+        videos_per_file: number of videos in a Parquet file.
     """
 
     layout: Layout = "npy"
@@ -54,7 +55,7 @@ class FilesConfig:
 
 @dataclass(kw_only=True)
 class _Part:
-    """The videos that one file is to hold: those still to be made, and those that are."""
+    """Videos of one file: those still to be made, and those that are."""
 
     video_ids: tuple[str, ...]
     waiting: set[str] = field(default_factory=set)
@@ -62,14 +63,14 @@ class _Part:
 
 
 class FeatureFolder:
-    """Collects the features of videos, and writes each file once all of its videos are through.
+    """Folder that collects features of videos, and writes a file once its videos are through.
 
     Args:
         uri: path or URI of the folder.
-        config: how features are written.
+        config: form of the files.
         video_ids: all videos.
-        settings: what decides their features.
-        sampling: how videos are sampled.
+        settings: settings that decide the features.
+        sampling: units that each video is cut into.
         channels: C.
 
     Raises:
@@ -88,7 +89,7 @@ class FeatureFolder:
     ) -> None:
         self._uri, self._config = uri, config
         self.notes = join(uri, NOTES)
-        # as they come back from a file: tuples are lists there
+        # as a file gives them back: tuples become lists in JSON
         self._settings = json.loads(json.dumps({**settings, "feature_type": config.feature_type}))
         self._all = tuple(sorted(video_ids))
         npy = config.layout == "npy"
@@ -122,8 +123,7 @@ class FeatureFolder:
     def begin(self, *, retry_failed: bool) -> list[str]:
         """Remove what a killed run left behind, and list the videos to be made.
 
-        Args:
-            retry_failed: try the videos that failed before once more.
+        `retry_failed` puts the videos that failed before on the list once more.
         """
         FEATURES.remove_leftovers(self._uri)
         if retry_failed:
@@ -146,16 +146,11 @@ class FeatureFolder:
         self._through(video_id)
 
     def holds(self, video_id: str) -> bool:
-        """Whether the file of a video is there, though `features.json` does not know of it yet."""
+        """Tell whether a video's file is there, though `features.json` does not know of it yet."""
         return self._config.layout == "npy" and self._of[video_id] in self._names
 
     def adopt(self, video_id: str, entry: VideoEntry) -> None:
-        """Take a file that is there.
-
-        Args:
-            video_id: id of the video.
-            entry: place of its features.
-        """
+        """Take a file that is there; `entry` is the place of its features."""
         name = self._of[video_id]
         self._entries[video_id] = replace(entry, file=name)
         self._parts[name].waiting.discard(video_id)
@@ -195,7 +190,7 @@ class FeatureFolder:
         """Decide by the ids alone which videos go into which file."""
         if self._config.layout == "npy":
             return {f"{self._config.prefix}{v}.npy": _Part(video_ids=(v,)) for v in self._all}
-        # which file holds which video depends on all of them
+        # the assignment of videos to files depends on all ids
         listed = hashlib.sha256("\n".join(self._all).encode()).hexdigest()
         step = self._config.videos_per_file
         self._settings |= {"videos": listed, "videos_per_file": step}
@@ -205,7 +200,7 @@ class FeatureFolder:
         }
 
     def _read(self) -> None:
-        """Look at what is there."""
+        """Take over the entries and failures of an earlier run."""
         names = file_sizes(self._uri)
         self._names = frozenset(names)
         there = FEATURES.read_description(self._uri)
@@ -232,12 +227,11 @@ class FeatureFolder:
 
 @dataclass(kw_only=True, slots=True)
 class VideoInTheMaking:
-    """Keeps the features of a video's units until all of them are there.
+    """Video whose features are kept until those of all its units are there.
 
     Attributes:
         uri: path or URI of the video.
         duration: seconds over which features are made.
-        sampled: units of the video.
         subset: name in the annotations; empty without.
     """
 
@@ -266,16 +260,11 @@ class VideoInTheMaking:
         return self.sampled.units - sum(len(units) for units in self._stretches.values())
 
     def seconds(self, units: int) -> float:
-        """Return about how much of the video a number of its units are."""
+        """Return the approximate length in seconds of a number of the video's units."""
         return self.duration * units / self.sampled.units
 
     def take(self, number: int, units: np.ndarray) -> ExtractedVideo | None:
-        """Take the features of a stretch; returns those of the video once they are whole.
-
-        Args:
-            number: of the stretch, from 0 on.
-            units: shape (U, per_unit, C).
-        """
+        """Take a stretch's features (U, per_unit, C); return the video's once they are whole."""
         self._stretches[number] = units
         if self.units_left:
             return None

@@ -1,8 +1,8 @@
-"""Features of videos on the disk: the form of their files, and reading them.
+"""Files of features: their form, and reading them.
 
 Features lie in `.npy` files, one a video, as ActionFormer and many others read them, or in Parquet
-files of some videos each. `features.json` beside them says where in their videos they lie, so that
-a reader has nothing to guess.
+files of some videos each. `features.json` beside them gives their places in the videos, so that a
+reader has nothing to guess.
 """
 
 import io
@@ -66,7 +66,7 @@ class VideoEntry:
 
     @property
     def grid(self) -> TimeGrid:
-        """Their places in the video."""
+        """Places of the features in the video."""
         length = self.length * self.stride
         return TimeGrid(fps=self.fps, stride=self.stride, length=length, offset=self.offset)
 
@@ -99,8 +99,8 @@ class Description:
         centres: meaning of `fps`, `stride` and `offset`, in words.
         channels: C; None if it is not known.
         actionformer: the same in ActionFormer's words, as far as it has any.
-        settings: what decides the features.
-        software: versions of what made them.
+        settings: settings that decide the features.
+        software: versions of the software that made them.
         clips: places of the features of videos that are not in `videos`.
         resampled: these span their whole video, however many they are.
         failures: video id to the reason why it has no features.
@@ -123,17 +123,11 @@ class Description:
 
     @property
     def says_where(self) -> bool:
-        """Whether it says where the features of any video lie."""
+        """Tell whether it gives the places of any video's features."""
         return bool(self.videos or self.clips or self.resampled)
 
     def grid(self, video_id: str, *, length: int, duration: float) -> TimeGrid:
-        """Return the places of a video's features.
-
-        Args:
-            video_id: id of the video.
-            length: number of its features.
-            duration: length of the video in seconds.
-        """
+        """Return the places of a video's features, `length` of them over `duration` seconds."""
         if video_id in self.videos:
             return self.videos[video_id].grid
         if self.clips is not None:
@@ -166,7 +160,7 @@ def schema(kind: FeatureType) -> pa.Schema:
             ("offset", pa.float64()),  # `CENTRES` says what these three mean
             ("duration", pa.float64()),  # of the video, in seconds
             ("source", pa.string()),  # path or URI of the video
-            ("features", pa.large_list(pa.type_for_alias(kind))),  # T x C values, C of each first
+            ("features", pa.large_list(pa.type_for_alias(kind))),  # T x C values, row by row
         ]
     )
 
@@ -174,7 +168,7 @@ def schema(kind: FeatureType) -> pa.Schema:
 def in_actionformers_words(sampling: Sampling, channels: int) -> dict[str, Any]:
     """Describe features in `.npy` files as ActionFormer's configuration files do."""
     squeezed = sampling.fps == "squeeze"
-    # of features that span their video, a share of the distance between two; a feature of a window
+    # where features span their video, a share of the distance between two; a feature of a window
     # belongs to the middle of the frames that it was made for
     frames = 1 if squeezed else sampling.frames if sampling.way == "clips" else sampling.stride
     return {
@@ -202,10 +196,10 @@ def read_description(folder: str) -> Description:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ExtractedVideo:
-    """A video's features, and what goes into a Parquet file with them.
+    """Features of a video, and what goes into a Parquet file with them.
 
     Attributes:
-        entry: their place; its file and row may be unknown yet.
+        entry: place of the features; its file and row may be unknown yet.
         subset: name in the annotations; empty without.
         source: path or URI of the video.
         features: shape (T, C).
@@ -263,13 +257,8 @@ def write_parquet(
 ) -> Contents[VideoEntry]:
     """Write some videos' features, in the order of their ids.
 
-    Args:
-        folder: path or URI of the folder of `features.json`.
-        name: path of the file in the folder.
-        videos: features by video id.
-        kind: type of the features.
-        settings: what decides the features.
-        failures: reasons of the videos that belong into the file and have none, by video id.
+    `name` is the path of the file in `folder`, where `features.json` is; `failures` are the reasons
+    of the file's videos that have no features.
     """
     columns = schema(kind)
     with FEATURES.writing(join(folder, name), columns, settings, dictionaries=["subset"]) as writer:
@@ -328,11 +317,11 @@ def read_row(uri: str, row: int) -> tuple[str, ExtractedVideo]:
     )
 
 
-# Features may end so long before or after their video, as a share of it or in seconds, before it
-# is a disagreement: clips end early, and files and annotations do not last equally long.
+# Largest accepted gap between the ends of features and of their video, as a share of it or in
+# seconds: clips end early, and files and annotations do not last equally long.
 _SHARE, _SECONDS = 0.1, 5.0
-# Where the places of features follow from a rule that somebody wrote down, a larger share means
-# that the rule is another folder's: half as many frames a second, or twice the stride.
+# Share from which the rule that gives the features' places must be that of another folder: half as
+# many frames a second, or twice the stride.
 _WRONG = 0.4
 
 
@@ -364,7 +353,7 @@ class Features:
 
     @property
     def video_ids(self) -> tuple[str, ...]:
-        """The videos that have features, sorted."""
+        """Sorted ids of the videos that have features."""
         return tuple(sorted(self._files))
 
     def uri(self, video_id: str) -> str:
@@ -372,17 +361,13 @@ class Features:
         return join(self._folder, self._files[video_id])
 
     def missing(self, video_ids: Iterable[str]) -> dict[str, str]:
-        """Return the reasons of those of some videos that have no features, by video id."""
+        """Return the reason for each of some videos that has no features, by video id."""
         why = self._said.failures
         nothing = f"{self._folder} has no features of it"
         return {v: why.get(v, nothing) for v in video_ids if v not in self._files}
 
     def read(self, video_id: str, *, duration: float) -> tuple[np.ndarray, TimeGrid]:
-        """Read the features of a video.
-
-        Args:
-            video_id: id of the video.
-            duration: length of the video in seconds.
+        """Read the features of a video, and their grid; `duration` is the video's, in seconds.
 
         Returns:
             Floating numbers of shape (T, C), and their grid.
@@ -420,14 +405,10 @@ class Features:
         return features, grid
 
     def window(self, window: Window, *, duration: float) -> np.ndarray:
-        """Read the features of a window, as `re2tal.videos.features.window_features` takes them.
-
-        Args:
-            window: stretch of the video.
-            duration: length of the video in seconds.
+        """Read the features of a window of a video of `duration` seconds.
 
         Returns:
-            float32 of shape (T', C).
+            float32 of shape (T', C), as `re2tal.videos.features.window_features` takes them.
 
         Raises:
             UserError, OSError: as `read`.
@@ -436,7 +417,7 @@ class Features:
         return window_features(features, grid, window)
 
     def disagreements(self, durations: Mapping[str, float]) -> dict[str, str]:
-        """Find videos whose features do not last about as long as they do, if that is known.
+        """Find videos whose features do not last about as long as annotated, if that is known.
 
         Args:
             durations: annotated seconds by video id.
@@ -454,7 +435,7 @@ class Features:
         return found
 
     def _find_files(self) -> dict[str, str]:
-        """Video id to the name of its file."""
+        """Map video ids to the names of their files."""
         said = self._said
         if said.clips is None and not said.resampled:
             return {video_id: entry.file for video_id, entry in said.videos.items()}
@@ -466,7 +447,7 @@ class Features:
         return {name[len(said.prefix) : len(name) - len(said.ending)]: name for name in names}
 
     def _measured(self) -> int:
-        """The channels of a folder that does not say them: those of its first video."""
+        """Count the channels of the first video, for a folder that does not say them."""
         if not self._files:
             raise UserError(
                 f"{self._folder} holds no features: no file is named {self._said.prefix}"

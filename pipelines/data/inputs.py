@@ -43,9 +43,9 @@ def resolved(
 
     Args:
         config: a dataclass.
-        needed: names of its fields with paths or URIs of what must be there.
-        optional: names of those that may be None.
-        written: names of those that need not be there yet.
+        needed: names of its fields with paths or URIs that must exist.
+        optional: names of fields that may be None.
+        written: names of fields whose paths need not exist yet.
         prefix: beginning of the options that set them, for messages.
 
     Raises:
@@ -101,7 +101,7 @@ def classification_inputs(recipe: ClassificationRecipe) -> ClassificationRecipe:
     """Resolve and check the paths of a recipe for a classifier; make the toy clips if missing.
 
     Raises:
-        UserError: if something was not given, is not there or cannot be reached.
+        UserError: as `detection_inputs`.
     """
     data, model = recipe.data, recipe.model
     if data.make_toy and data.training and "://" not in data.training:

@@ -1,4 +1,4 @@
-"""Before a run starts: check the annotations, find the files, leave out what is unusable."""
+"""Plan of a detector's run: check the annotations, find the files, leave out what is unusable."""
 
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,15 +27,13 @@ class Plan:
 
     Attributes:
         classes: names of the action classes, sorted.
-        training: usable training videos.
-        validation: usable validation videos.
         failures: video id to the reason why it is left out.
         fingerprint: hash of the annotations that are used.
-        remarks: what may surprise, a sentence each: shards that were made for something else, and
+        remarks: sentences about unexpected facts: shards that were made for something else, and
             videos whose file lasts longer or shorter than annotated. They are used: where the file
             is too short, the windows that fail are counted.
-        video_scores: what an external classifier says of the validation videos.
-        features: of all usable videos, if they stand in for frames.
+        video_scores: an external classifier's scores of the validation videos.
+        features: features of all usable videos, if they stand in for frames.
     """
 
     classes: tuple[str, ...]
@@ -48,11 +46,7 @@ class Plan:
     features: Features | None = None
 
     def restricted(self, classes: Sequence[str]) -> "Plan":
-        """The plan for a detector or an evaluation of `classes`: these, or the one class `ACTION`.
-
-        Args:
-            classes: what `detected_classes` or `reported_classes` returns.
-        """
+        """Return the plan for `classes`, which are those of the plan or the one class `ACTION`."""
         if tuple(classes) == self.classes:
             return self
         return replace(
@@ -87,8 +81,7 @@ def _class_agnostic(video: Video) -> Video:
 def read_annotations(config: AnnotationConfig) -> Annotations:
     """Read annotations and the ids to exclude, local or remote, and check them whole.
 
-    Args:
-        config: paths that `inputs` resolved, and the data set whose known faults are repaired.
+    `inputs` has resolved their paths. Known faults of the data set are repaired.
 
     Raises:
         AnnotationError: with every problem in them.
@@ -120,29 +113,21 @@ def _find_features(features: Features, videos: Sequence[VideoAnnotation]) -> Fou
 
 
 class KnownVideos(Protocol):
-    """A plan, of whatever task."""
+    """Plan of any task."""
 
     @property
     def uris(self) -> Mapping[str, str]:
-        """Video id to its file, of the usable ones."""
+        """Video id to path or URI, of the usable videos."""
 
     @property
     def failures(self) -> Mapping[str, str]:
-        """Video id to the reason, of those left out."""
+        """Video id to the reason why it is left out."""
 
 
 def all_failures(
     plan: KnownVideos, of_workers: Iterable[Mapping[str, str]], max_failed: float
 ) -> dict[str, str]:
-    """The videos that failed before training or on any worker; stops a run with too many of them.
-
-    Args:
-        plan: of the run.
-        of_workers: what each worker came upon: video id to reason.
-        max_failed: the largest share that may fail, 0 to 1.
-
-    Returns:
-        Video id to reason.
+    """Collect the videos that failed before training or on any worker; refuse too many of them.
 
     Raises:
         UserError: see `check_failures`.
@@ -159,11 +144,8 @@ def check_failures(
 ) -> None:
     """Stop a run of which too many videos failed.
 
-    Args:
-        failures: video id to reason.
-        total: number of videos in all.
-        max_failed: the largest share that may fail, 0 to 1.
-        prefix: of the options that set videos and share, for messages.
+    `max_failed` is the largest share that may fail, 0 to 1; `prefix` starts the names of the
+    options of videos and share in messages.
 
     Raises:
         UserError: if all fail, or more than that share.
@@ -183,21 +165,15 @@ def check_failures(
 def make_plan(config: DataConfig, annotations: Annotations, *, probe: Probe = probe_files) -> Plan:
     """Find and check the videos or their features, and decide what a run works on.
 
-    Every file of a video is opened once, by default in parallel with Ray Data; the plan holds only
-    those that could be. What lies in shards was decoded when they were made, and is not opened.
-    Nor are features.
-
-    Args:
-        config: with the paths that `inputs` resolved.
-        annotations: what `read_annotations` returned.
-        probe: opens the files.
+    Every file of a video is opened once (`probe`), by default in parallel with Ray Data; the plan
+    holds only those that could be opened. Videos in shards were decoded when the shards were made,
+    and are not opened. Nor are features.
 
     Raises:
         UserError: if the videos lie in shards that are not complete; if there are no features, or
-            they are not complete; if settings contradict one another.
+            they are not complete; if settings contradict one another; if too many videos are
+            missing or unreadable, or have no scores; or if those of the validation show no action.
         FileError: if the file of an external classifier is not usable.
-        UserError: if too many videos are missing or unreadable, or have no scores; or if those of
-            the validation show no action.
     """
     features = Features(config.features) if config.features else None
     subsets = {name: annotations.subset(name) for name in (config.trained_on, config.evaluated_on)}
@@ -241,13 +217,7 @@ def make_plan(config: DataConfig, annotations: Annotations, *, probe: Probe = pr
 def evaluation_plan(
     annotations: Annotations, videos: Sequence[VideoAnnotation], scores: VideoScores | None
 ) -> Plan:
-    """The plan of an evaluation alone, for which the files of the videos are not needed.
-
-    Args:
-        annotations: that the videos are from.
-        videos: that are evaluated.
-        scores: what an external classifier says of them.
-    """
+    """Make the plan of an evaluation alone, for which the files of the videos are not needed."""
     return Plan(
         classes=annotations.classes,
         training=(),
@@ -265,13 +235,9 @@ def read_video_scores(
     *,
     prefix: str = "--data.",
 ) -> VideoScores | None:
-    """Read an external classifier's scores of videos, and check that there are some of each.
+    """Read an external classifier's scores of videos, and check that every video has some.
 
-    Args:
-        config: path that `inputs` resolved, and kind of the scores.
-        classes: names of the action classes.
-        videos: of the evaluated subset.
-        prefix: start of the names of these options, for messages.
+    `inputs` has resolved the path; `prefix` starts the names of the options in messages.
 
     Returns:
         The scores; None if there is no such classifier.

@@ -1,4 +1,4 @@
-"""Which frames of a video its features are made of, and where in the video they lie."""
+"""Sampling of videos: the frames that features are made of, and their places in the video."""
 
 import math
 from collections.abc import Iterator
@@ -13,22 +13,22 @@ from re2tal.videos.windows import Window
 
 Way = Literal["clips", "windows"]
 
-_MOST_BYTES = 64 * 2**20  # of frames that are decoded at a time, if a batch of units takes less
+_MOST_BYTES = 64 * 2**20  # of frames decoded at a time, unless one batch takes more
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
-    """How a video becomes a sequence of features.
+    """Way in which a video becomes a sequence of features.
 
     Attributes:
         way: "clips": a short clip for every feature, averaged over its time, as published features
             for ActionFormer and VSGN are made. "windows": long windows, of which the backbone makes
-            features at its own rate: what a detector that is trained end to end sees.
+            features at its own rate, as a detector that is trained end to end sees them.
         fps: sampled frames per second; "own" is each video's own rate, "squeeze" gives every video,
             whatever its duration, one window (as is usual for ActivityNet).
-        frames: of a clip or window; by default 16 of a clip, 768 of a window.
-        stride: frames per feature. Of clips, from the start of one to that of the next, by default
-            4; of windows the backbone's own, or a multiple of it, to which features are averaged.
+        frames: number of frames; by default 16 of a clip, 768 of a window.
+        stride: frames per feature. For clips, from the start of one to that of the next, by default
+            4; for windows the backbone's own, or a multiple of it, to which features are averaged.
         overlap: share of a window that the next one repeats, from 0 to below 1. Each feature is
             taken from the window in whose middle it is.
 
@@ -62,7 +62,7 @@ class SamplingConfig:
 
         Args:
             temporal_stride: frames per feature of the backbone.
-            multiple: number of frames that the backbone takes at a time.
+            multiple: divisor of the number of frames that the backbone takes.
 
         Raises:
             ValueError: if the backbone cannot take so many frames.
@@ -90,19 +90,14 @@ class Sampling:
     overlap: float
 
     def described(self) -> dict[str, Any]:
-        """Return what decides where features lie, and what they see, for files of them."""
+        """Return the settings that decide places and content of features, for files of them."""
         described = asdict(self)
         if self.way == "clips":
-            del described["overlap"]  # they have none
+            del described["overlap"]  # clips ignore it
         return described
 
     def of(self, *, duration: float, own_fps: float) -> "SampledVideo":
-        """Lay the units over one video.
-
-        Args:
-            duration: length of the video in seconds.
-            own_fps: frames per second of its file.
-        """
+        """Lay the units over a video of `duration` seconds with `own_fps` frames per second."""
         fps = self.fps
         if fps == "own":
             fps = own_fps
@@ -115,7 +110,7 @@ class Sampling:
         return self._windows(fps, shown)
 
     def _clips(self, fps: float, shown: int) -> "SampledVideo":
-        """As many clips as lie whole in the video, and one of a shorter video."""
+        """Lay as many clips as fit over the video, and one over a shorter video."""
         number = max(0, shown - self.frames) // self.stride + 1
         return SampledVideo(
             grid=clip_grid(fps=fps, stride=self.stride, frames=self.frames, length=number),
@@ -127,7 +122,7 @@ class Sampling:
         )
 
     def _windows(self, fps: float, shown: int) -> "SampledVideo":
-        """Windows that start on features, so that all of the video's lie on one grid."""
+        """Lay windows that start on features, so that all features of the video lie on one grid."""
         features, window = math.ceil(shown / self.stride), self.frames // self.stride
         return SampledVideo(
             grid=TimeGrid(fps=fps, stride=self.stride, length=features * self.stride),
@@ -185,12 +180,9 @@ class SampledVideo:
     def stretches(self, *, size: int, batch_size: int) -> Iterator[Stretch]:
         """Cut the video into stretches of whole batches of units.
 
-        What units of a stretch have in common is decoded once. Frames behind the video's end are
-        padding: its window's mask is false there.
-
-        Args:
-            size: side of the square frames in pixels.
-            batch_size: number of units that go through the backbone at a time.
+        A stretch has at most 64 MiB of frames (`size` pixels a side), unless one batch has more.
+        Frames that units of a stretch have in common are decoded once. Frames behind the video's
+        end are padding: the mask of the stretch's window is false there.
         """
         most = max(0, _MOST_BYTES // (size * size * 3) - self.frames) // self.step + 1
         together = max(1, most // batch_size) * batch_size
@@ -224,12 +216,12 @@ class SampledVideo:
         first = self.starts() // self.grid.stride
         place = np.arange(self.grid.num_features)
         middles = first + (self.per_unit - 1) / 2
-        # of two that are as near, the first
+        # of two equally near windows, the first
         chosen = np.searchsorted((middles[1:] + middles[:-1]) / 2, place, side="left")
         joined: np.ndarray = units[chosen, place - first[chosen]]
         return joined
 
 
 def _frame_grid(fps: float, first: int, length: int) -> TimeGrid:
-    """The grid of some sampled frames of a video."""
+    """Return the grid of some sampled frames of a video."""
     return TimeGrid(fps=fps, stride=1, length=length, offset=first / fps)

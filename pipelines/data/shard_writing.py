@@ -1,4 +1,4 @@
-"""Making shards: each task encodes the videos of one, and leaves out those that fail."""
+"""Making of shards: each task encodes the videos of one, and leaves out those that fail."""
 
 import tempfile
 import time
@@ -34,18 +34,18 @@ from re2tal.videos.limits import Limits, VideoError
 from re2tal.videos.reader import VideoReader
 from re2tal.videos.transcoding import Piece, TranscodeConfig, transcode
 
-_BYTES_IN_MEMORY = 2**26  # more of a video waits on the disk
+_BYTES_IN_MEMORY = 2**26  # larger videos wait on the disk
 
-# Of a piece: Parquet counts the bytes of a page in 31 bits.
+# Limit for a piece: Parquet counts the bytes of a page in 31 bits.
 _MOST_BYTES = 2**31 - 2**20
 
-# Wall time that a video may take, and for each second of it.
+# Wall time that encoding may take: for a video, and in addition for each second of it.
 _SECONDS, _SECONDS_PER_SECOND = 600.0, 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Provenance:
-    """The file that a video was made from."""
+    """File that a video was made from."""
 
     uri: str
     bytes: int
@@ -55,7 +55,7 @@ class Provenance:
 def _row(
     video: VideoAnnotation, entry: VideoEntry, number: int, piece: Piece, source: Provenance
 ) -> dict[str, Any]:
-    """Return a piece as a row of `SCHEMA`, but for the fingerprint."""
+    """Return a piece as a row of `SCHEMA`, without the fingerprint."""
     return {
         "video_id": video.video_id,
         "subset": video.subset,
@@ -87,7 +87,7 @@ def _instances(instances: tuple[Instance, ...]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedVideo:
-    """A video that is encoded whole; its first row is not known yet."""
+    """Video that is encoded whole; its first row is not known yet."""
 
     entry: VideoEntry
     source: Provenance
@@ -104,12 +104,9 @@ class EncodedVideo:
 
 @contextmanager
 def encoded(uri: str, config: TranscodeConfig, *, seconds: float) -> Iterator[EncodedVideo]:
-    """Encode a video; what is made of it is kept in a temporary file in the meantime.
+    """Encode a video, and keep the result in a temporary file in the meantime.
 
-    Args:
-        uri: path or URI of its file.
-        config: encoding.
-        seconds: about how long it lasts: the time that it may take goes with that.
+    `seconds` is the video's approximate length; the time that encoding may take grows with it.
 
     Raises:
         VideoError: if it cannot be read or encoded.
@@ -157,14 +154,14 @@ def _transcoded(uri: str, config: TranscodeConfig, seconds: float) -> Iterator[t
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardTask:
-    """A shard that is to be written.
+    """Shard that is to be written.
 
     Attributes:
-        uri: path or URI of it.
-        settings: what it is made with.
-        videos: all that belong into it, sorted by id.
-        sources: path or URI of their files, by video id.
-        missing: reasons of those that have none, by video id.
+        uri: path or URI of the shard.
+        settings: settings that the shard is made with.
+        videos: all videos of the shard, sorted by id.
+        sources: path or URI of the videos' files, by video id.
+        missing: reasons of the videos that have no file, by video id.
         kept: take the videos that the shard holds already as they are, and encode the others only.
     """
 
@@ -179,15 +176,15 @@ class ShardTask:
 def write_shard(task: ShardTask, *, board: Any = None) -> Contents[VideoEntry]:
     """Write a shard, which gets its name once it is whole.
 
-    The same task gives the same bytes, whatever was there before.
+    The same task gives the same bytes, whatever was there before. A fault of a video is a failure
+    of that video, not an error.
 
     Args:
         task: the shard.
         board: actor to which each video that is through is posted: id, seconds, reason.
 
     Raises:
-        OSError: if the shard cannot be written. What is wrong with a video is a failure of that
-            video.
+        OSError: if the shard cannot be written.
     """
     attempts = Attempts(task.uri)
     old = Shard(task.uri) if task.kept else None
@@ -209,7 +206,7 @@ def write_shard(task: ShardTask, *, board: Any = None) -> Contents[VideoEntry]:
 
 
 def _encode(writer: FileWriter[VideoEntry], task: ShardTask, video: VideoAnnotation) -> str:
-    """Encode a video and write it; returns why if that is not possible."""
+    """Encode a video and write it; return the reason if that is not possible."""
     uri = task.sources[video.video_id]
     try:
         with encoded(uri, task.settings.transcode, seconds=video.duration) as made:
@@ -233,7 +230,7 @@ def _copy(writer: FileWriter[VideoEntry], old: Shard, video_id: str) -> None:
 
 
 class ShardFolder:
-    """A folder that is being filled with shards; a killed run goes on with it.
+    """Folder that is being filled with shards; a killed run goes on with it.
 
     Args:
         uri: path or URI of the folder.
@@ -242,7 +239,7 @@ class ShardFolder:
         videos: path or URI of the folder of the videos.
         subsets: names of the subsets to encode; none for all videos.
         transcode: encoding of the videos.
-        shard_seconds: about so many seconds of video lie in a shard.
+        shard_seconds: as in `ShardSettings`.
 
     Raises:
         UserError: if the folder holds shards of other settings, or damaged ones.
@@ -286,9 +283,7 @@ class ShardFolder:
     def fill(self, *, retry_failed: bool) -> Manifest:
         """Make the shards that are missing.
 
-        Args:
-            retry_failed: encode the videos that failed before once more, and no others of their
-                shards.
+        `retry_failed` also encodes the videos that failed before, and no others of their shards.
         """
         began = time.perf_counter()
         tasks = self._tasks(retry_failed=retry_failed)
@@ -352,7 +347,7 @@ class ShardFolder:
 
 
 def _run_task(row: dict[str, Any], *, board: Any) -> dict[str, Any]:
-    """Write a shard; what Ray runs."""
+    """Write a shard; Ray calls this."""
     return {"name": _name(row["task"]), "contents": write_shard(row["task"], board=board)}
 
 

@@ -1,7 +1,7 @@
-"""Shards: what is in Parquet files of videos that were encoded for random access; reading them.
+"""Shards: content of Parquet files of videos that were encoded for random access; reading them.
 
 A video in a shard has a URI of its own: that of the shard, and the video's id as its fragment. So
-wherever the URI of a video's file is expected, one in a shard can stand.
+it can stand wherever the URI of a video's file is expected.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,24 +36,24 @@ SCHEMA = pa.schema(
         ("video_id", pa.string()),
         ("subset", pa.string()),
         ("piece", pa.int32()),  # from 0 on
-        ("pieces", pa.int32()),  # of the video
+        ("pieces", pa.int32()),  # number of pieces of the video
         ("start", pa.float64()),  # second of the video at which the piece starts
         ("end", pa.float64()),
-        ("frames", pa.int32()),  # that come on screen in the piece
+        ("frames", pa.int32()),  # number that comes on screen in the piece
         ("duration", pa.float64()),  # seconds of picture of the video, as measured
         ("width", pa.int32()),
         ("height", pa.int32()),
-        ("fps", pa.float64()),  # mean of the video
+        ("fps", pa.float64()),  # mean over the video
         ("annotated_duration", pa.float64()),
-        ("annotations", _INSTANCES),  # of the whole video, in its seconds
+        ("annotations", _INSTANCES),  # those of the whole video, in its seconds
         ("ambiguous", _INSTANCES),
-        ("annotations_fingerprint", pa.string()),  # of the whole collection
+        ("annotations_fingerprint", pa.string()),  # of the collection's annotations
         ("source", pa.string()),  # path or URI
         ("source_bytes", pa.int64()),
         ("source_codec", pa.string()),
         ("source_width", pa.int32()),  # upright
         ("source_height", pa.int32()),
-        ("damage", pa.string()),  # what is wrong with the source there, else empty
+        ("damage", pa.string()),  # fault of the source there, else empty
         ("video", pa.large_binary()),  # H.264 mp4; empty where the source is damaged
     ]
 )
@@ -62,17 +62,17 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoEntry:
-    """A video in a shard.
+    """Place and facts of a video in a shard.
 
     Attributes:
         first_row: row of its first piece; the others follow.
         starts: second at which each piece starts.
-        end: second at which the last one ends.
-        damaged: seconds of those that hold no frames, as the source is damaged there.
+        end: second at which the last piece ends.
+        damaged: seconds of the pieces that hold no frames, as the source is damaged there.
         frames: number of frames of all pieces.
         width: pixels across, upright.
         height: pixels down.
-        source: width and height, upright, of what it was made from.
+        source: width and height, upright, of the file that it was made from.
         bytes: size of the encoded pieces.
         source_bytes: size of the file that it was made from.
     """
@@ -96,13 +96,13 @@ class VideoEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardSettings:
-    """What decides, with the videos, what shards hold.
+    """Settings that decide, with the videos, the content of shards.
 
     Attributes:
         fingerprint: hash of the annotations.
         subsets: names of the subsets that are encoded, sorted.
         transcode: encoding of the videos.
-        shard_seconds: about so many seconds of video lie in a shard.
+        shard_seconds: approximate length of the videos in a shard.
     """
 
     fingerprint: str
@@ -131,12 +131,9 @@ def pack(
 ) -> dict[str, tuple[VideoAnnotation, ...]]:
     """Put videos into shards: in the order of their ids, about as many seconds into each.
 
-    Args:
-        videos: all of them.
-        seconds: length of a shard; a longer video has one for itself.
-
     Returns:
-        File name of each shard to its videos. It depends on nothing else.
+        File name of each shard to its videos; a video longer than `seconds` has one for itself. The
+        result depends on nothing else.
     """
     shards: list[list[VideoAnnotation]] = []
     filled = 0.0
@@ -151,15 +148,12 @@ def pack(
 
 _MARK = ".parquet#"
 
-# Shards that a process keeps open: of each the footer, some hundred KB, and nothing of the videos.
+# Shards that a process keeps open: the footer of each, some hundred KB, and nothing of the videos.
 _OPEN = 16
 
 
 class Shard:
-    """An open shard.
-
-    Args:
-        uri: path or URI.
+    """Open shard.
 
     Raises:
         UserError: if it is no shard, or is damaged.
@@ -217,10 +211,10 @@ def video_uri(shard: str, video_id: str) -> str:
 
 
 def open_video(uri: str) -> str | BinaryIO | Pieces:
-    """Return what `window_frames` takes: a video in a file as `open_source` does, or its pieces.
+    """Return a video for `window_frames`: a file as `open_source` opens it, or its pieces.
 
     Args:
-        uri: path or URI of a file, or what `video_uri` returned.
+        uri: path or URI of a file, or of a video in a shard (`video_uri`).
 
     Raises:
         VideoError: if the shard cannot be read.
@@ -243,14 +237,7 @@ def _opened(uri: str) -> Shard:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardFile:
-    """A shard.
-
-    Attributes:
-        name: name of the file.
-        bytes: its size.
-        rows: number of its rows.
-        videos: entries of its videos by video id.
-    """
+    """Entry of a shard in the manifest; `videos` are its videos by id."""
 
     name: str
     bytes: int
@@ -263,15 +250,13 @@ class Totals:
     """Sums over all shards.
 
     Attributes:
-        shards: number of those that are there.
-        videos: number of videos in them.
+        shards: number of shards that are there.
         failed: number of videos that could not be encoded.
         rows: number of pieces of videos.
         seconds: length of all videos.
         damaged_seconds: length of the parts without frames, because the source is damaged.
-        frames: number of frames in the pieces.
         bytes: size of the shards.
-        source_bytes: size of the files that their videos were made from.
+        source_bytes: size of the files that the videos were made from.
     """
 
     shards: int
@@ -292,14 +277,13 @@ class Manifest:
     Attributes:
         format: form of the shards.
         state: "complete" once every shard is there, whether or not videos in it failed.
-        settings: what `ShardSettings.described` returned.
+        settings: settings of the shards, from `ShardSettings.described`.
         annotations: path or URI of the annotations.
         videos: path or URI of the folder of the videos.
-        software: versions of what made the newest shard.
+        software: versions of the software that made the newest shard.
         expected_shards: number of shards when all are done.
-        totals: sums.
         failures: video id to the reason why it could not be encoded.
-        shards: those that are there, sorted by name.
+        shards: shards that are there, sorted by name.
     """
 
     format: str
@@ -326,7 +310,7 @@ SHARDS: Store[VideoEntry, Manifest] = Store(
 
 
 def software() -> dict[str, str]:
-    """Return the versions of what decides the bytes of a shard."""
+    """Return the versions of the software that decides the bytes of a shard."""
     codec = ".".join(map(str, av.library_versions["libavcodec"]))
     return {"re2tal": version("re2tal"), "av": av.__version__, "libavcodec": codec}
 
@@ -340,16 +324,7 @@ def make_manifest(
     annotations: str,
     videos: str,
 ) -> Manifest:
-    """Sum up shards.
-
-    Args:
-        settings: what `ShardSettings.described` returned.
-        shards: contents of those that are there, by file name.
-        sizes: their bytes, by file name.
-        expected: number of shards when all are there.
-        annotations: path or URI of the annotations.
-        videos: path or URI of the folder of the videos.
-    """
+    """Sum up shards: `shards` and `sizes` map file names to contents and bytes."""
     files = tuple(
         ShardFile(
             name=name,
@@ -398,7 +373,7 @@ def require_whole(folder: str, manifest: Manifest) -> None:
     """Refuse a folder of which shards are missing.
 
     Raises:
-        UserError: it names some of them.
+        UserError: with the names of some of them.
     """
     if manifest.state != "complete":
         there = f": {manifest.totals.shards} of {manifest.expected_shards} shards are there"
@@ -416,13 +391,9 @@ def require_whole(folder: str, manifest: Manifest) -> None:
 def remarks_on(
     manifest: Manifest, *, fingerprint: str | None, size: int, fps: float | None
 ) -> tuple[str, ...]:
-    """Say in sentences what may surprise who uses shards.
+    """Say in sentences what may surprise a user of shards.
 
-    Args:
-        manifest: of the shards.
-        fingerprint: hash of the annotations that go with the videos, if there are any.
-        size: pixels of the short side for which they are wanted.
-        fps: frames per second at which they are wanted; None if that depends on the video.
+    `fingerprint` is that of the annotations in use; `size` and `fps` are as in `find_videos`.
     """
     settings = manifest.settings
     remarks = []

@@ -1,7 +1,7 @@
-"""A folder of Parquet files that is filled file by file, and gone on with after a kill.
+"""Folder of Parquet files that is filled file by file, and gone on with after a kill.
 
-The ids of the videos alone decide which file a video belongs into. A file has its name only once it
-is whole, and its footer says what it holds: the description beside the files can always be made
+The ids of the videos alone decide which file a video belongs into. A file gets its name only once
+it is whole, and its footer lists its contents: the description beside the files can always be made
 anew from them.
 """
 
@@ -28,12 +28,12 @@ from pipelines.core.storage import (
 )
 from re2tal.errors import UserError, shortened
 
-FOOTER_KEY = "re2tal"  # of the metadata in a footer that hold the file's `Contents` as JSON
-NOTES = "being_decoded"  # folder for notes on videos of which no file is being written
+FOOTER_KEY = "re2tal"  # key in a footer's metadata of the file's `Contents` as JSON
+NOTES = "being_decoded"  # folder of notes on videos that are decoded, but not into a file
 _ENDING = ".attempts"
 _MOST_ATTEMPTS = 2
-_READERS = 16  # footers are waited for more than they are read
-_DESCRIPTION_SECONDS = 30.0  # from one writing of it to the next: it may have megabytes
+_READERS = 16  # threads: reading footers is mostly waiting
+_DESCRIPTION_SECONDS = 30.0  # between two writings: it may have megabytes
 
 Entry = TypeVar("Entry")
 Description = TypeVar("Description")
@@ -41,12 +41,12 @@ Description = TypeVar("Description")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contents(Generic[Entry]):
-    """What a Parquet file holds, as its footer says.
+    """Contents of a Parquet file, as its footer lists them.
 
     Attributes:
-        settings: what decides what is made of a video.
-        videos: video id to where it lies in the file, and what it is.
-        failures: video id to why there is nothing of it.
+        settings: settings that decide what is made of a video.
+        videos: video id to its place in the file and its facts.
+        failures: video id to the reason why there is nothing of it.
     """
 
     settings: dict[str, Any]
@@ -55,20 +55,16 @@ class Contents(Generic[Entry]):
 
 
 def part(number: int) -> str:
-    """The name of a Parquet file.
-
-    Args:
-        number: of the file, from 0 on.
-    """
+    """Return the name of a Parquet file by its number, counted from 0."""
     return f"part-{number:05d}.parquet"
 
 
 class FileWriter(Generic[Entry]):
-    """A Parquet file that is being written, one row group a row.
+    """Parquet file that is being written, one row group a row.
 
     Attributes:
-        contents: goes into the footer; `videos` and `failures` are filled in by the caller.
-        rows: that are written.
+        contents: content of the footer; the caller fills in `videos` and `failures`.
+        rows: number of rows that are written.
     """
 
     def __init__(self, parquet: pq.ParquetWriter, settings: dict[str, Any]) -> None:
@@ -77,22 +73,22 @@ class FileWriter(Generic[Entry]):
         self.rows = 0
 
     def write(self, table: pa.Table) -> None:
-        """Writes a table of one row."""
+        """Write a table of one row."""
         self._parquet.write_table(table)
         self.rows += 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Store(Generic[Entry, Description]):
-    """One kind of folder: what its files and its description are called, and how they are read.
+    """Kind of folder: the names of its files and its description, and the ways to read them.
 
     Attributes:
-        format: of files and description, with its version.
-        folder: name of the folder of the Parquet files, and word for what they hold.
-        name: of the file with the description.
-        script: that fills such folders.
-        contents: reads footers.
-        description: reads and writes the description.
+        format: form of files and description, with its version.
+        folder: name of the folder of the Parquet files, and word for their content.
+        name: name of the file with the description.
+        script: name of the script that fills such folders.
+        contents: reader of footers.
+        description: reader and writer of the description.
         advice: what to do about a damaged description.
     """
 
@@ -105,18 +101,15 @@ class Store(Generic[Entry, Description]):
     advice: str
 
     def place(self, folder: str) -> str:
-        """The folder of the Parquet files."""
+        """Return the folder of the Parquet files."""
         return join(folder, self.folder)
 
     def read_description(self, folder: str, *, mark: bytes = b"") -> Description | None:
-        """Reads the description of a folder.
+        """Read the description of a folder; None if there is none.
 
         Args:
             folder: path or URI.
-            mark: stands near the beginning of each, if other programs' files bear the same name.
-
-        Returns:
-            None if there is none.
+            mark: bytes near the beginning of each, if other programs' files bear the same name.
 
         Raises:
             UserError: if it is damaged, or of another form.
@@ -138,7 +131,7 @@ class Store(Generic[Entry, Description]):
             ) from error
 
     def write_description(self, folder: str, description: Description) -> None:
-        """Writes the description of a folder, in the place of an older one."""
+        """Write the description of a folder, in the place of an older one."""
         with replacing(join(folder, self.name)) as stream:
             stream.write(self.description.dump_json(description, indent=1))
 
@@ -151,18 +144,14 @@ class Store(Generic[Entry, Description]):
         *,
         dictionaries: list[str] | bool = False,
     ) -> Iterator[FileWriter[Entry]]:
-        """Writes a file, which gets its name and its footer when the block ends.
+        """Write a file, which gets its name and its footer when the block ends.
 
-        Args:
-            uri: path or URI of the file.
-            schema: its columns.
-            settings: what decides what is made of a video.
-            dictionaries: columns whose values repeat.
+        `settings` decide what is made of a video; `dictionaries` are columns whose values repeat.
         """
         with (
             replacing(uri) as stream,
-            # videos are compressed already, and features compress by a tenth; nobody asks for the
-            # smallest and largest of their bytes
+            # videos are compressed already, and features shrink by a tenth only; nobody needs the
+            # minima and maxima of their bytes
             pq.ParquetWriter(
                 stream,
                 schema,
@@ -177,7 +166,7 @@ class Store(Generic[Entry, Description]):
             parquet.add_key_value_metadata({FOOTER_KEY: footer})
 
     def open(self, uri: str) -> tuple[pq.ParquetFile, Contents[Entry]]:
-        """Opens a file and reads its footer.
+        """Open a file and read its footer.
 
         Raises:
             UserError: if it is no such file, or is damaged.
@@ -191,18 +180,14 @@ class Store(Generic[Entry, Description]):
             raise self.unreadable(uri, error) from error
 
     def unreadable(self, uri: str, error: Exception) -> UserError:
-        """The error of a file that is damaged."""
+        """Return the error of a file that is damaged."""
         return UserError(
             f"{uri} is no file of the form {self.format!r}, or is damaged ({error}). Remove it, "
             f"and run {self.script} again."
         )
 
     def read(self, folder: str, settings: Mapping[str, Any]) -> dict[str, Contents[Entry]]:
-        """Reads what the files of a folder hold, from their footers.
-
-        Args:
-            folder: path or URI.
-            settings: with which all of them must have been made.
+        """Read the contents of a folder's files from their footers; `settings` are theirs.
 
         Returns:
             File name to its contents, in the order of the names.
@@ -222,10 +207,10 @@ class Store(Generic[Entry, Description]):
     def require_equal(
         self, folder: str, wanted: Mapping[str, Any], there: Mapping[str, Any]
     ) -> None:
-        """Refuses to go on with what was made with other settings.
+        """Refuse to go on with files that were made with other settings.
 
         Raises:
-            UserError: it says what differs.
+            UserError: with the settings that differ.
         """
         names = [name for name in {**wanted, **there} if wanted.get(name) != there.get(name)]
         if names:
@@ -238,14 +223,14 @@ class Store(Generic[Entry, Description]):
             )
 
     def incomplete(self, folder: str, reason: str = "") -> UserError:
-        """The error of a folder that is used before it is whole."""
+        """Return the error of a folder that is used before it is whole."""
         return UserError(
             f"{folder} is not complete{reason}. Give the command with {self.script} that made it "
             "again: it goes on."
         )
 
     def remove_leftovers(self, folder: str) -> None:
-        """Removes what a killed run left behind."""
+        """Remove what a killed run left behind."""
         for place in (folder, self.place(folder), join(folder, NOTES)):
             for name in file_sizes(place):
                 if PARTIAL in name or name.endswith(_ENDING):
@@ -254,16 +239,10 @@ class Store(Generic[Entry, Description]):
     def check_failures(
         self, failures: Mapping[str, str], total: int, max_failed: float, *, problem: str
     ) -> None:
-        """Ends a run of which too many videos failed.
-
-        Args:
-            failures: video id to reason.
-            total: number of videos in all.
-            max_failed: the largest share that may fail, 0 to 1.
-            problem: of these videos, for the message.
+        """End a run of which too many videos failed; `problem` names their fault in the message.
 
         Raises:
-            UserError: if more failed.
+            UserError: if more than the share `max_failed` of them failed.
         """
         failed = len(failures)
         if failed <= max_failed * total:
@@ -278,30 +257,23 @@ class Store(Generic[Entry, Description]):
 
 
 class Refreshed:
-    """Writes a description again while a run goes on, though not after each video."""
+    """Description that is written again while a run goes on, though not after each video."""
 
     def __init__(self, write: Callable[[], None]) -> None:
         self._write, self._written = write, time.perf_counter()
 
     def refresh(self, *, now: bool = False) -> None:
-        """Writes it if it is old.
-
-        Args:
-            now: however new it is.
-        """
+        """Write it if it is old; `now` writes it however new it is."""
         if now or time.perf_counter() - self._written > _DESCRIPTION_SECONDS:
             self._write()
             self._written = time.perf_counter()
 
 
 class Attempts:
-    """Notes which video is being decoded, for the process that comes after a crash.
+    """Note of the video that is being decoded, for the process that comes after a crash.
 
     Ray starts a task again whose process died. Without a note it would die of the same video again,
-    for ever.
-
-    Args:
-        uri: path or URI of the file that is being made, beside which the note lies.
+    for ever. The note lies beside the file that is being made, `uri`.
     """
 
     def __init__(self, uri: str) -> None:
@@ -311,7 +283,7 @@ class Attempts:
         self._counts: dict[str, int] = json.loads(read_bytes(self._uri)) if self._noted else {}
 
     def begin(self, video_id: str) -> str:
-        """Notes that a video is begun; returns why it must not be, empty if it may be."""
+        """Note that a video is begun; return the reason why it must not be, empty if it may be."""
         self._counts[video_id] = self._counts.get(video_id, 0) + 1
         with replacing(self._uri) as stream:
             stream.write(json.dumps(self._counts).encode())
@@ -322,10 +294,10 @@ class Attempts:
         return f"ended the process that read it, {times}: a crash, or too little memory"
 
     def end(self, video_id: str) -> None:
-        """Forgets a video that is through."""
+        """Forget a video that is through."""
         del self._counts[video_id]
 
     def clear(self) -> None:
-        """Removes the note: the file is whole."""
+        """Remove the note: the file is whole."""
         if self._noted:
             remove(self._uri)

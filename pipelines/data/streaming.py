@@ -2,11 +2,11 @@
 
 Ray Data schedules its tasks from a thread of the process that consumes them. In a training process
 that thread and PyTorch's wait for each other's interpreter lock, so an actor runs the executions
-and the worker only fetches finished batches. And while a consumer is slower than the decoding,
-which is how it should be, that thread spins: so what is decoded ahead is bounded by running short
-executions to their ends, one after the other, instead of holding a long one back.
+and the worker only fetches finished batches. And while a consumer is slower than the decoding, as
+it should be, that thread spins: so decoding ahead is bounded by running short executions to their
+ends, one after the other, instead of holding a long one back.
 
-What all of it holds at a time is bounded by the node's object store: frames never spill to disk.
+The node's object store bounds the frames that are held at a time: they never spill to disk.
 """
 
 import functools
@@ -26,50 +26,41 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipelines.core.cluster import quiet_data
 from pipelines.data.decoding import decode_sample
 
-# Executions that run at a time: while one begins or ends, and its tasks are too few to keep all
-# decoders busy, those of the other do.
+# Executions that run at a time: while one begins or ends and has too few tasks to keep all
+# decoders busy, the tasks of the other do.
 _RUNNING = 2
 # Executions whose frames are held: those that run, one whose batches are handed out, and the one
 # before, which Ray frees a little later.
 _HELD = _RUNNING + 2
 _AHEAD = 3  # batches that come to the worker's node before they are asked for
-_FIRST_BATCHES = 4  # of the first execution: training starts as soon as it is through
-# Of an execution's frames. More would only lie there longer; with less, what Ray's own services
-# keep of every execution (0.45 MB in a node's agent, 0.4 in its statistics) adds up in long runs.
+_FIRST_BATCHES = 4  # in the first execution: training starts as soon as it ends
+# Limit on an execution's frames. More would only lie there longer; with less, the memory that
+# Ray's own services keep of every execution (0.45 MB in a node's agent, 0.4 in its statistics) adds
+# up in long runs.
 _MOST_BYTES = 4 * 2**30
-# Of the object store. The rest is for what else goes through it, and for the frames of tasks that
-# end while the batches before them are still being handed out.
+# Share of the object store for frames. The rest is for all else that goes through it, and for the
+# frames of tasks that end while the batches before them are still being handed out.
 _STORE_SHARE = 0.6
 
 
 def store_needed(batch_bytes: int) -> int:
-    """The least object store of a node, in bytes, with which one worker's frames do not spill.
-
-    Args:
-        batch_bytes: of a batch's frames.
-    """
+    """Return the least size of an object store, in bytes, with which one worker does not spill."""
     return math.ceil(_HELD * batch_bytes / _STORE_SHARE)
 
 
 def portion_bytes(batch_bytes: int, store_bytes: float, streams: int) -> int:
-    """How many bytes of frames one execution may decode, at least a batch.
+    """Return the bytes of frames that one execution may decode, at least a batch.
 
-    Args:
-        batch_bytes: of a batch's frames.
-        store_bytes: size of the node's object store.
-        streams: workers that share it.
+    `streams` workers share the node's object store.
     """
     share = int(_STORE_SHARE * store_bytes / streams / _HELD)
     return max(batch_bytes, min(_MOST_BYTES, share))
 
 
 def portions(rows: int, batch_size: int, most: int) -> Iterator[slice]:
-    """Cuts an epoch's rows into executions: a short one first, each then twice as long.
+    """Cut an epoch's rows into executions: a short one first, each then twice as long.
 
-    Args:
-        rows: their number.
-        batch_size: rows a batch; executions hold whole batches.
-        most: batches of an execution at most, at least one.
+    Executions hold whole batches, at least one and `most` at most.
     """
     start, batches = 0, min(_FIRST_BATCHES, most)
     while start < rows:
@@ -89,7 +80,7 @@ class _Stream:
         self._batches = self._run(rows, size, batch_size)
 
     def next(self) -> list[ray.ObjectRef]:
-        """The blocks of the next batch, a row each; none at the end."""
+        """Return the blocks of the next batch, a row each; none at the end."""
         return next(self._batches, [])
 
     def _run(
@@ -121,19 +112,19 @@ class _Stream:
 
 
 def _store_bytes() -> float:
-    """Size of this node's object store."""
+    """Return the size of this node's object store."""
     here = ray.get_runtime_context().get_node_id()
     node = next(node for node in ray.nodes() if node["NodeID"] == here)
     return float(node["Resources"]["object_store_memory"])
 
 
 class FrameStream:
-    """Decodes windows with Ray Data, in parallel and in order, just ahead of whoever takes them.
+    """Decoder of windows with Ray Data, in parallel and in order, just ahead of its consumer.
 
     Args:
-        streams: workers on this node, which share its object store.
-        cpus: logical CPUs that a decoding task holds, so how many of them run at once.
-        threads: of the decoder in a task.
+        streams: number of workers on this node, which share its object store.
+        cpus: logical CPUs of a decoding task; they limit the number of tasks at a time.
+        threads: number of the decoder's threads in a task.
     """
 
     def __init__(self, *, streams: int = 1, cpus: float = 0.5, threads: int = 1) -> None:
@@ -145,16 +136,13 @@ class FrameStream:
     def batches(
         self, rows: Sequence[dict[str, Any]], *, size: int, batch_size: int
     ) -> Iterator[list[dict[str, Any]]]:
-        """Yields what `decode_sample` made of the rows, in batches.
+        """Decode rows (`index`, `uri`, `window`) as `decode_sample` does; yield samples in batches.
 
-        Args:
-            rows: `index`, `uri` and `window` each.
-            size: side of the square frames in pixels.
-            batch_size: rows a batch; the last one may be smaller.
+        The last batch may be smaller.
 
-        Returns:
-            Samples of each batch: `index`, `frames`, uint8 (T, size, size, 3), and `error`. The
-            frames lie in the object store, read-only, and take room there until they are dropped.
+        Yields:
+            Samples of a batch: `index`, `frames`, uint8 (T, size, size, 3), and `error`. The frames
+                lie in the object store, read-only, and take room there until they are dropped.
         """
         for blocks in self._blocks(rows, size, batch_size):
             yield [_sample(ray.get(block)) for block in blocks]
@@ -162,7 +150,7 @@ class FrameStream:
     def _blocks(
         self, rows: Sequence[dict[str, Any]], size: int, batch_size: int
     ) -> Iterator[list[ray.ObjectRef]]:
-        """The blocks of each batch; while one is used, the next come from other nodes."""
+        """Yield the blocks of each batch; while one is used, the next come from other nodes."""
         self._actor.begin.remote(rows, size, batch_size)
         calls = deque([self._actor.next.remote()])
         coming: deque[list[ray.ObjectRef]] = deque()
@@ -178,11 +166,11 @@ class FrameStream:
                 yield coming.popleft()
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         ray.kill(self._actor)
 
 
 def _sample(block: pa.Table) -> dict[str, Any]:
-    """The row of a block, without copying its frames."""
+    """Return the row of a block, without copying its frames."""
     columns = BlockAccessor.for_block(block).to_numpy()
     return {name: values[0] for name, values in columns.items()}

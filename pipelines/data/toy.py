@@ -1,7 +1,7 @@
-"""The toy data sets, made when they are missing.
+"""Toy data sets, made when they are missing.
 
-A script's own pool of processes would have each of them import all that the script has imported, a
-matter of ten seconds; so a program that needs little has the pool.
+A script's own pool of processes would have each of them import all that the script has imported,
+which takes ten seconds; so a program that needs little has the pool.
 """
 
 import subprocess
@@ -23,25 +23,14 @@ from re2tal.videos.decoding import decode
 
 
 def toy_videos(folder: Path, config: ToyConfig | None = None) -> None:
-    """Makes the untrimmed videos and their annotations.
-
-    Args:
-        folder: where to; what is there with the same settings stays.
-        config: how many.
-    """
+    """Make the untrimmed videos and their annotations, unless they are there."""
     _make("videos", folder, config or ToyConfig())
 
 
 def toy_clips(
     folder: Path, config: TrimmedToyConfig | None = None, *, processes: int | None = None
 ) -> None:
-    """Makes the trimmed clips.
-
-    Args:
-        folder: where to; what is there with the same settings stays.
-        config: how many.
-        processes: that make them; by default one a core.
-    """
+    """Make the trimmed clips, unless they are there, with `processes` or one process a core."""
     _make("clips", folder, config or TrimmedToyConfig(), processes)
 
 
@@ -75,13 +64,9 @@ class Clips:
 def load_clips(
     folder: Path, config: TrimmedToyConfig, *, size: int, processes: int
 ) -> tuple[Clips, Clips]:
-    """Makes the trimmed toy clips, unless they are there, and decodes them.
+    """Make the trimmed toy clips, unless they are there, and decode them at `size` pixels a side.
 
-    Args:
-        folder: where they go.
-        config: how many.
-        size: pixels of a frame's side.
-        processes: that make them, and threads that decode them.
+    `processes` processes make them, and as many threads decode them.
 
     Returns:
         The training and the validation clips.
@@ -108,14 +93,14 @@ def _decode(path: Path, *, frames: int, size: int) -> np.ndarray:
 def augmented(
     frames: np.ndarray, poses: np.ndarray, random: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Changes how clips look, and never which motion they show.
+    """Change the look of clips, and never the motion that they show.
 
     Mirrored, brighter or darker, with more or less contrast: no action turns into another.
 
     Args:
         frames: uint8 (B, T, H, W, 3); changed in place.
         poses: (B, T, 4); changed in place.
-        random: the source of choices.
+        random: source of choices.
 
     Returns:
         Normalised float (B, 3, T, H, W), and the poses.
@@ -130,6 +115,6 @@ def augmented(
 
 
 def normalised(frames: np.ndarray) -> Tensor:
-    """What a backbone sees of uint8 RGB frames (B, T, H, W, 3): float (B, 3, T, H, W)."""
+    """Turn uint8 RGB frames (B, T, H, W, 3) into a backbone's input: float (B, 3, T, H, W)."""
     mean, std = grey_levels(IMAGENET_MEAN), grey_levels(IMAGENET_STD)
     return normalize(torch.from_numpy(frames), mean, std)

@@ -25,7 +25,7 @@ from pipelines.data.shards import (
 from re2tal.errors import UserError, shortened
 from re2tal.videos.files import EXTENSIONS, match_videos
 
-_CPUS = 0.5  # logical CPUs of a task that opens a video; it waits for the storage a good part
+_CPUS = 0.5  # logical CPUs of a task that opens a video; it often waits for storage
 
 SCHEMA = pa.schema(
     [
@@ -44,21 +44,21 @@ SCHEMA = pa.schema(
     ]
 )
 """Columns of a table of videos: `re2tal.videos.probing.VideoInfo`'s, and `error`, empty if the
-video can be used; the others are then null."""
+video can be used; if it cannot, the others are null."""
 
 
 Probe = Callable[[Mapping[str, str]], pa.Table]
-"""What opens videos: `probe_files` or `probe_files_here`."""
+"""Function that opens videos: `probe_files` or `probe_files_here`."""
 
 
 def probe_files(
     files: Mapping[str, str], *, progress: Callable[[int, int], None] | None = None
 ) -> pa.Table:
-    """Opens videos, and reads what their files say.
+    """Open videos, and read the facts in their files.
 
     Args:
         files: video id to path or URI.
-        progress: is told after each video how many are through, and of how many.
+        progress: function that gets the numbers of finished and of all videos, after each video.
 
     Returns:
         A row of `SCHEMA` for each video, in the order of the ids.
@@ -77,11 +77,7 @@ def probe_files(
 
 
 def probe_files_here(files: Mapping[str, str]) -> pa.Table:
-    """Like `probe_files`, in this process and without Ray.
-
-    Args:
-        files: video id to path or URI.
-    """
+    """Open videos as `probe_files` does, in this process and without Ray."""
     return _table(map(probe_sample, _rows(files)))
 
 
@@ -90,8 +86,7 @@ def _rows(files: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def _table(found: Iterable[dict[str, Any]]) -> pa.Table:
-    # a list of sentences travels as one text, because Ray takes the type of an empty list from
-    # nothing
+    # a list of sentences travels as one text: Ray cannot infer the type of an empty list
     rows = [
         row | {"problems": row["problems"].splitlines() if row["problems"] is not None else None}
         for row in found
@@ -100,22 +95,13 @@ def _table(found: Iterable[dict[str, Any]]) -> pa.Table:
 
 
 def with_disagreements(table: pa.Table, sentences: Mapping[str, str]) -> pa.Table:
-    """Adds a column `disagrees`: what is wrong between a file and its annotation.
-
-    Args:
-        table: what `probe_files` returned.
-        sentences: video id to what is wrong.
-    """
+    """Add a column `disagrees`: a sentence on what differs between a file and its annotation."""
     column = pa.array([sentences.get(name, "") for name in table["video_id"].to_pylist()])
     return table.append_column("disagrees", column)
 
 
 def summary(table: pa.Table) -> Sequence[str]:
-    """Describes a table of videos in a few lines.
-
-    Args:
-        table: what `probe_files` returned, perhaps with disagreements.
-    """
+    """Describe a table of `probe_files`, perhaps with disagreements, in a few lines."""
     rows = table.to_pylist()
     usable = [row for row in rows if not row["error"]]
     hours = sum(row["duration"] for row in usable) / 3600
@@ -139,7 +125,7 @@ def summary(table: pa.Table) -> Sequence[str]:
 
 
 def _counts(values: Sequence[str], most: int = 5) -> str:
-    """The commonest values with their numbers."""
+    """Return the commonest values with their numbers."""
     numbers = {value: values.count(value) for value in sorted(set(values))}
     ordered = sorted(numbers.items(), key=lambda item: -item[1])
     shown = [f"{value} ({number})" for value, number in ordered[:most]]
@@ -161,8 +147,8 @@ class FoundVideos:
         uris: video id to path or URI of its file, or of the video in its shard.
         failures: video id to the reason why it is not there.
         durations: video id to seconds of picture, as far as they are known.
-        rates: video id to mean frames per second, likewise.
-        remarks: sentences on what may surprise.
+        rates: video id to mean frames per second, as far as they are known.
+        remarks: sentences about unexpected facts.
     """
 
     uris: dict[str, str]
@@ -231,12 +217,7 @@ def _in_shards(folder: str, manifest: Manifest, video_ids: Collection[str] | Non
 
 
 def opened(found: FoundVideos, probe: Probe = probe_files) -> FoundVideos:
-    """Open the videos of which nothing is known yet; those that cannot be read become failures.
-
-    Args:
-        found: what `find_videos` returned.
-        probe: opens the files, by default in parallel with Ray Data.
-    """
+    """Open the videos of which nothing is known yet; those that cannot be read become failures."""
     unknown = {v: uri for v, uri in found.uris.items() if v not in found.durations}
     if not unknown:
         return found
@@ -253,12 +234,12 @@ def opened(found: FoundVideos, probe: Probe = probe_files) -> FoundVideos:
 
 
 def find_sources(places: Sequence[str], *, option: str) -> dict[str, str]:
-    """Finds videos, and names them by their files.
+    """Find videos, and name them by their files.
 
     Args:
         places: files, whatever their ending; folders, of which the files with the ending of a video
             count; patterns with `*`, `?`, `[...]` and, in paths, `**`. Paths or URIs.
-        option: the command-line option that sets them.
+        option: command-line option that sets them.
 
     Returns:
         Video id, which is the file's name without its ending, to absolute path or URI.
@@ -270,7 +251,7 @@ def find_sources(places: Sequence[str], *, option: str) -> dict[str, str]:
         raise UserError(f"The videos: none given. Say which with {option} FILE_OR_FOLDER ...")
     uris = [uri for place in places for uri in _files(place, option)]
     found: dict[str, str] = {}
-    for uri in dict.fromkeys(uris):  # one that two patterns match is one video
+    for uri in dict.fromkeys(uris):  # a file that two patterns match is one video
         video_id = Path(uri).stem
         if video_id in found:
             raise UserError(
@@ -282,7 +263,7 @@ def find_sources(places: Sequence[str], *, option: str) -> dict[str, str]:
 
 
 def _files(place: str, option: str) -> list[str]:
-    """The videos of one place."""
+    """Return the videos of one place."""
     if _is_pattern(place):
         found = _matches(place, option)
     else:
@@ -298,7 +279,7 @@ _ENDINGS = ", ".join(EXTENSIONS)
 
 
 def _is_pattern(place: str) -> bool:
-    """A file may be named with brackets; then it is no pattern."""
+    """Tell patterns from files: a file may be named with brackets."""
     return glob.has_magic(place) and ("://" in place or not Path(place).expanduser().exists())
 
 

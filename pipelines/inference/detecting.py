@@ -1,8 +1,8 @@
 """Batch inference: many videos through a detector, with Ray Data.
 
 One execution does all of it. Tasks decode windows; a pool of actors, each of which loads the
-detector once, runs it on them; and what the windows of a video show is put together as soon as the
-last of them is through. Ray Data holds the decoding back while the actors are slower, so memory
+detector once, runs it on them; and the detections of a video are put together as soon as the last
+of its windows is through. Ray Data holds the decoding back while the actors are slower, so memory
 does not grow with the length or the number of the videos.
 """
 
@@ -27,9 +27,9 @@ from re2tal.inference import DetectedVideo, video_detections, window_detections,
 from re2tal.trained import DetectorSpec, load_detector
 from re2tal.videos.windows import Window
 
-# More would cost more to hand out than they save by ending at different times.
+# Limit on decoding tasks: more would cost more to hand out than they save by ending apart.
 _MOST_TASKS = 2000
-_CPU_SHARE = 0.5  # of actors; the others decode
+_CPU_SHARE = 0.5  # share of the CPUs for actors; the others decode
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +37,7 @@ class Resources:
     """Hardware and batches of detection.
 
     Attributes:
-        batch_size: windows that go through the detector at a time.
+        batch_size: number of windows that go through the detector at a time.
         pool: actors with a detector each; without GPUs by default half as many as CPUs.
     """
 
@@ -50,10 +50,9 @@ class VideoResult:
     """Outcome for a video.
 
     Attributes:
-        video_id: the video.
         found: its detections; None if nothing of it could be decoded.
-        windows: its windows that went through the detector.
-        problems: why it, or some windows of it, could not be decoded; without repetitions.
+        windows: number of its windows that went through the detector.
+        problems: reasons why it, or some windows of it, could not be decoded; without repetitions.
     """
 
     video_id: str
@@ -75,10 +74,10 @@ def detect_videos(
     Args:
         videos: video id to path or URI of its file, or to that of a video in a shard.
         model: folder of a saved detector.
-        resources: what to run on.
+        resources: hardware and batches.
         durations: video id to seconds, where they are known, as from annotations; other videos are
             opened first to find theirs.
-        progress: is told after each window how many are through, and of how many.
+        progress: function that gets the numbers of finished and of all windows, after each window.
 
     Yields:
         Each video as soon as it is through, first those that cannot be opened.
@@ -128,16 +127,16 @@ def _execute(
         _Detecting,
         batch_size=resources.batch_size,
         spec=spec,
-        weights=weights,  # themselves, because an actor may run on another machine
+        weights=weights,  # not their path: an actor may run on another machine
         device=pool.device,
     )
-    # else the first windows of many videos are through before the last of any
+    # otherwise the first windows of many videos are through before the last of any
     dataset.context.execution_options.preserve_order = True
     return iter(dataset.iter_rows())
 
 
 class _Detecting:
-    """Run a detector in an actor of Ray Data's."""
+    """Actor of Ray Data that runs a detector."""
 
     def __init__(self, *, spec: DetectorSpec, weights: dict[str, Tensor], device: str) -> None:
         detector = spec.build()
@@ -147,7 +146,7 @@ class _Detecting:
 
     @torch.inference_mode()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Windows to their detections, in feature-grid units."""
+        """Detect the actions in a batch of windows; segments are in feature-grid units."""
         frames, mask = (torch.from_numpy(batch[name].copy()) for name in ("frames", "mask"))
         found = [
             raw.to("cpu") for raw in self._detector(frames.to(self._device), mask.to(self._device))
@@ -162,7 +161,7 @@ class _Detecting:
 
 
 def _column(values: Sequence[Tensor]) -> np.ndarray:
-    """A column of arrays of any shapes."""
+    """Make a column of arrays of any shapes."""
     column = np.empty(len(values), object)
     for place, value in enumerate(values):
         column[place] = value.numpy()
@@ -171,7 +170,7 @@ def _column(values: Sequence[Tensor]) -> np.ndarray:
 
 @dataclass(slots=True)
 class _Pending:
-    """A video of which some windows are through."""
+    """Video of which some windows are through."""
 
     found: list[Detections] = field(default_factory=list)
     problems: dict[str, None] = field(default_factory=dict)

@@ -54,18 +54,19 @@ class EvaluateConfig(ScoredAnnotationConfig):
             become an ensemble (raw_detections.safetensors, kept by train.py --save-raw). Paths or
             URIs, or runs:/RUN/detections.json in MLflow. Either this or a model.
         weights: weight of each run in an ensemble; by default all count alike.
-        nms: how raw detections are thinned out. For an ensemble, whose scores are shares of a
-            run's, `min_score` shrinks by the smallest share.
+        nms: suppression of overlapping raw detections. For an ensemble, whose scores are shares of
+            a run's, `min_score` shrinks by the smallest share.
         model: folder of a saved detector or of a checkpoint; or, in MLflow, the id of a training
             run, runs:/RUN/NAME or models:/NAME/VERSION.
-        videos: for a model, folder of the video files, named by id, or of shards; a path or a URI.
+        videos: folder of the video files that a model is run on, named by id, or of shards; a path
+            or a URI.
         subset: subset that is evaluated; by default that of the data set, or "validation".
         thresholds: tIoU thresholds of the mAP; by default those of the data set, or 0.3 to 0.7.
         recall_at: each k of Recall@kx, at the same thresholds; by default those of the data set (1
             for Ego4D), or none.
         ignore_ambiguous: detections on stretches that cannot be judged count for nothing, as in
             THUMOS-14's own toolkit.
-        max_failed: stop when more than this share of the videos cannot be decoded.
+        max_failed: largest share of the videos that may fail to be decoded; above it the run stops.
         output: folder of tables and pictures.
         resources: hardware and batches of a model.
         experiment: MLflow experiment.
@@ -94,7 +95,7 @@ class EvaluateConfig(ScoredAnnotationConfig):
 
     @property
     def levels(self) -> tuple[float, ...]:
-        """The tIoU thresholds."""
+        """Thresholds of tIoU."""
         return self.thresholds or self.record.thresholds
 
     @property
@@ -109,10 +110,7 @@ class EvaluateConfig(ScoredAnnotationConfig):
 
 
 def evaluate_run(config: EvaluateConfig) -> Run:
-    """Evaluate, print, write and log.
-
-    Returns:
-        The MLflow run.
+    """Evaluate, print, write and log the numbers; return the MLflow run.
 
     Raises:
         UserError: if something is not there; if settings contradict one another; if there is
@@ -155,7 +153,7 @@ def evaluate_run(config: EvaluateConfig) -> Run:
 
 
 def evaluated_plan(config: EvaluateConfig) -> Plan:
-    """Annotated videos of the subset, with video scores; where their files are is not asked.
+    """Plan the evaluation of the subset, with video scores; the videos' files are not needed.
 
     Raises:
         UserError: as `evaluate_run`, like all errors here.
@@ -172,7 +170,7 @@ def evaluated_plan(config: EvaluateConfig) -> Plan:
 
 
 def _tracked(config: EvaluateConfig, plan: Plan, source: Callable[[], Labelled]) -> Run:
-    """Evaluate what the source has, in a run of MLflow."""
+    """Evaluate the detections of a source, in a run of MLflow."""
     output = Path(config.output).absolute()
     tags = {"data.fingerprint": plan.fingerprint}
     run = start_run(config, output=Path(config.runs).absolute(), tags=tags)
@@ -207,7 +205,7 @@ def _tracked(config: EvaluateConfig, plan: Plan, source: Callable[[], Labelled])
 
 
 def _local(places: Sequence[str], scratch: Path, store: str) -> list[Path]:
-    """Local paths of the files of detections, each copied to a folder of its own if need be."""
+    """Return local paths of files of detections, each in a folder of its own if it is a copy."""
     paths = []
     for number, place in enumerate(places):
         (folder := scratch / str(number)).mkdir()
@@ -221,15 +219,14 @@ def read_labelled(paths: Sequence[Path], plan: Plan, config: EvaluateConfig) -> 
     Args:
         paths: one JSON file in ActivityNet's form, or files of raw detections, with the classes of
             the plan or the one class `ACTION`.
-        plan: the videos and classes, and the video scores if there are any.
-        config: how raw detections are put together and thinned out, and how many classes a
-            proposal is given.
+        plan: videos and classes, and the video scores if there are any.
+        config: ensemble and suppression of raw detections, and number of classes of a proposal.
 
     Raises:
-        FileError: with everything that is wrong in a file.
-        UserError: if files that are thinned out already are to become an ensemble; if its runs do
-            not fit; if proposals and detections with classes are mixed, or there are video scores
-            for the latter.
+        FileError: with every problem in a file.
+        UserError: if detections after suppression are to become an ensemble; if its runs do not
+            fit; if proposals and detections with classes are mixed, or there are video scores for
+            the latter.
     """
     names = plan.classes if ACTION in plan.classes else (*plan.classes, ACTION)
     evaluated = {video.annotation.video_id for video in plan.validation}
@@ -262,7 +259,7 @@ def read_labelled(paths: Sequence[Path], plan: Plan, config: EvaluateConfig) -> 
 def _thinned(
     paths: Sequence[Path], names: Sequence[str], evaluated: set[str], config: EvaluateConfig
 ) -> dict[str, Detections]:
-    """Raw detections of one run or of an ensemble, after non-maximum suppression.
+    """Combine raw detections of one run or of an ensemble, and suppress those that overlap.
 
     Videos that are not evaluated are there, for the remarks, and empty.
     """
@@ -303,7 +300,7 @@ def _check_classes(found: Sequence[str], known: Sequence[str], what: str, *, opt
 def _agnostic(
     proposals: Mapping[str, Detections], names: Sequence[str], classes: Sequence[str], where: str
 ) -> bool:
-    """Whether all detections have the one class that is none of the annotations'."""
+    """Tell whether all detections have the one class that is none of the annotations'."""
     labels = torch.cat([torch.zeros(0, dtype=torch.int64), *(p.labels for p in proposals.values())])
     without = labels == names.index(ACTION)
     if ACTION in classes or not without.any():
@@ -319,7 +316,7 @@ def _agnostic(
 def _remarks(
     found: Mapping[str, Detections], kept: Mapping[str, Detections], evaluated: set[str]
 ) -> list[str]:
-    """Videos that the file has too many, or lacks."""
+    """Report the videos that only the file or only the subset has."""
     remarks = []
     if left_out := len(found) - len(kept):
         remarks.append(f"detections of {left_out} videos that are not of the subset are left out")
@@ -336,7 +333,7 @@ def _detected(config: EvaluateConfig, plan: Plan, model: Path, sources: FoundVid
     """Run the detector; videos of which nothing can be decoded are left out."""
     total = len(plan.validation)
     check_failures(sources.failures, total, config.max_failed, prefix="--")
-    if not ray.is_initialized():  # it is in a notebook that uses it already
+    if not ray.is_initialized():  # a notebook may use it already
         init_ray()
     output = Path(config.output).absolute()
     output.mkdir(parents=True, exist_ok=True)

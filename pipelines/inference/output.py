@@ -1,4 +1,4 @@
-"""The files that detections are written to, all of them made anew from the records."""
+"""Files that detections are written to, all of them made anew from the records."""
 
 import base64
 import csv
@@ -25,14 +25,13 @@ FOLDER = "videos"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """A video that is through.
+    """Record of a video that is through.
 
     Attributes:
-        video_id: the video.
-        uri: where its file is.
+        uri: path or URI of its file.
         model: fingerprint of the detector.
-        duration: in seconds.
-        problems: why parts of it could not be decoded.
+        duration: length in seconds.
+        problems: reasons why parts of it could not be decoded.
         detections: rows of `re2tal.detection.files.rows`, by falling score.
     """
 
@@ -48,12 +47,7 @@ _RECORD = TypeAdapter(Record)
 
 
 def write_record(output: Path, record: Record) -> None:
-    """Write a record; it is there whole or not at all.
-
-    Args:
-        output: folder of the run's results; it is made.
-        record: of a video.
-    """
+    """Write a record into the folder of the run's results; it is there whole or not at all."""
     folder = output / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / f"{record.video_id}.json") as partial:
@@ -65,7 +59,7 @@ def read_records(output: Path, videos: Mapping[str, str], *, model: str) -> dict
 
     Args:
         output: folder of the run's results.
-        videos: video id to path or URI; one whose file is another than then is not through.
+        videos: video id to path or URI; a video whose file has changed its place is not through.
         model: fingerprint of the detector.
 
     Raises:
@@ -101,14 +95,10 @@ def page(
     threshold: float,
     sources: Mapping[str, str],
 ) -> str:
-    """The page of some videos.
+    """Make the page of some videos, which shows all detections of the records.
 
-    Args:
-        records: by video; all of their detections are shown.
-        failures: video id to why it could not be read.
-        classes: class names.
-        threshold: lowest score of the detections.
-        sources: video id to what a browser plays (`video_source`), empty if it cannot.
+    Records, failures (reasons) and sources (`video_source`) are by video id; `threshold` is the
+    lowest score of the detections.
     """
     index = {name: place for place, name in enumerate(classes)}
     videos = [
@@ -140,14 +130,14 @@ def page(
     for name, content in (
         ("style", (_HERE / "page.css").read_text(encoding="utf-8")),
         ("script", (_HERE / "page.js").read_text(encoding="utf-8")),
-        ("data", _json(data)),  # last: names in it may look like anything
+        ("data", _json(data)),  # last: names in it may look like a placeholder
     ):
         text = text.replace("{{" + name + "}}", content)
     return text
 
 
 def _json(data: Any) -> str:
-    """JSON that can stand in a script element: nothing in it ends that, or begins a comment."""
+    """Write JSON that can stand in a script element, and neither ends it nor begins a comment."""
     text = json.dumps(data, separators=(",", ":"))
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
@@ -155,16 +145,16 @@ def _json(data: Any) -> str:
 
 
 def video_source(uri: str, folder: Path, *, embed: float) -> str:
-    """Source from which a browser can play a video.
+    """Return a source from which a browser can play a video.
 
     Args:
         uri: path or URI of its file.
-        folder: where the page is going to lie.
+        folder: folder of the page.
         embed: megabytes up to which a video is put into the page.
 
     Returns:
         A URL: the video itself, or its place relative to the page; empty for other URIs, which
-        browsers do not know.
+            browsers do not know.
     """
     if embed and file_size(uri) <= embed * 1e6:
         kind = mimetypes.guess_type(uri)[0] or "video/mp4"
@@ -186,9 +176,9 @@ class OutputConfig:
     """Formats and detections that are written.
 
     Attributes:
-        score_threshold: weaker detections are left out.
-        top_k: so many detections of a video at most, the best.
-        formats: what to write.
+        score_threshold: lowest score of a detection; weaker ones are left out.
+        top_k: largest number of detections of a video, the best.
+        formats: formats that are written.
         embed: megabytes up to which a video is put into the page, instead of its path.
     """
 
@@ -203,12 +193,7 @@ class OutputConfig:
 
 
 def strongest(record: Record, config: OutputConfig) -> Record:
-    """The record with those detections only that are to be written.
-
-    Args:
-        record: of a video, its detections by falling score.
-        config: which these are.
-    """
+    """Return the record with its strongest detections only; they are sorted by falling score."""
     strong = [row for row in record.detections if row["score"] >= config.score_threshold]
     return replace(record, detections=strong[: config.top_k])
 
@@ -220,14 +205,9 @@ def write_files(
     classes: Sequence[str],
     config: OutputConfig,
 ) -> list[Path]:
-    """Write the detections in all formats that are asked for, and which videos failed.
+    """Write the detections in all formats that are asked for, and the reasons of failures.
 
-    Args:
-        output: folder for them; it exists.
-        records: by video, with all of their detections.
-        failures: video id to why it could not be read.
-        classes: class names.
-        config: what to write.
+    The folder exists; records, with all of their detections, and failures are by video id.
 
     Returns:
         The files, those of all videos together first.

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation: computed, printed, and written as tables and pictures."""
+"""Numbers of an evaluation: computed, printed, and written as tables and pictures."""
 
 import csv
 import json
@@ -35,11 +35,11 @@ class Labelled:
     """Detections, and the annotations that they are compared with.
 
     Attributes:
-        plan: the annotated videos; of class-agnostic proposals without video scores, all their
+        plan: the annotated videos; for class-agnostic proposals without video scores, all their
             actions have the one class `ACTION`.
         detections: video id to detections in seconds, with the classes of the plan.
         proposals: video id to the same before an external classifier named their classes.
-        remarks: what may surprise, a sentence each.
+        remarks: sentences about unexpected facts.
     """
 
     plan: Plan
@@ -53,15 +53,14 @@ Row = dict[str, str | int | float | None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """The numbers of an evaluation.
+    """Numbers of an evaluation.
 
     Attributes:
-        classes: class names.
-        instances: of each class, how many there are to find.
+        instances: number of instances of each class.
         precision: average precision by class and threshold.
-        recall: of the proposals, whatever their class, by their number.
+        recall: recall of the proposals, whatever their class, by their number.
         instance_recall: Recall@kx, of data sets whose benchmark reports it.
-        diagnosis: what kinds of errors there are, what mAP depends on and what is missed.
+        diagnosis: kinds of errors, characteristics on which mAP depends, and missed instances.
     """
 
     classes: tuple[str, ...]
@@ -87,11 +86,11 @@ def evaluate(
         thresholds: tIoU thresholds of mAP, Recall@kx and diagnosis; average recall has
             ActivityNet's.
         ks: each k of Recall@kx.
-        bins: of the diagnosis.
+        bins: size bins of the diagnosis.
         ignore_ambiguous: detections on stretches that cannot be judged count for nothing.
 
     Raises:
-        ValueError: if a threshold is none, or there is no instance to find.
+        ValueError: if a threshold is not in (0, 1], or there is no instance to find.
     """
     plan = labelled.plan
     compared = (labelled.detections, plan.validation, plan.classes, thresholds)
@@ -108,7 +107,7 @@ def evaluate(
 
 
 def metrics_of(evaluation: Evaluation) -> dict[str, float]:
-    """The numbers by the names that they have in training, for MLflow."""
+    """Return the numbers by the names that they have in training, for MLflow."""
     by_instance = evaluation.instance_recall
     return {
         **map_metrics(evaluation.precision, evaluation.classes),
@@ -119,7 +118,7 @@ def metrics_of(evaluation: Evaluation) -> dict[str, float]:
 
 
 def tables_of(evaluation: Evaluation) -> dict[str, list[Row]]:
-    """The numbers as rows of plain values.
+    """Return the numbers as rows of plain values.
 
     Returns:
         `average_precision` (class, instances, average, one column a threshold; mAP comes last),
@@ -167,7 +166,7 @@ def _instance_rows(evaluation: Evaluation, result: ClassRecall) -> list[Row]:
 
 
 def _row(head: Row, thresholds: np.ndarray, values: np.ndarray) -> Row:
-    """A mean, then a value for each threshold; None where there is none."""
+    """Return a row of a mean, and a value for each threshold; None where there is none."""
     numbers = {
         "average": values.mean(),
         **{f"tIoU {float(t):.2f}": value for t, value in zip(thresholds, values, strict=True)},
@@ -181,12 +180,7 @@ _PERCENT = ".1%"
 
 
 def print_evaluation(evaluation: Evaluation, *, title: str) -> None:
-    """Print average precision of each class and threshold, recall, and the diagnosis in short.
-
-    Args:
-        evaluation: the numbers.
-        title: above the table.
-    """
+    """Print average precision of each class and threshold, recall, and the diagnosis in short."""
     table = _precision(evaluation, title)
     # as wide as the table: a pipe has 80 columns, which would leave numbers out
     console = Console(width=max(Console().width, 40 + 11 * len(table.columns)))
@@ -232,7 +226,7 @@ def _lines(evaluation: Evaluation) -> Iterator[str]:
 
 
 def _share(values: dict[str, float], prefix: str, form: str) -> str:
-    """Values by the ends of their names, of those that begin with `prefix`."""
+    """List the values whose names begin with `prefix`, by the ends of their names."""
     return ", ".join(
         f"{name.removeprefix(prefix).replace('_', ' ')} {value:{form}}"
         for name, value in values.items()
@@ -247,10 +241,7 @@ _PICTURES = "pictures"
 def write_evaluation(folder: Path, evaluation: Evaluation, labelled: Labelled) -> list[Path]:
     """Write all tables as CSV and in `evaluation.json`, and the pictures.
 
-    Args:
-        folder: where to; it is made. Files of an earlier evaluation are replaced.
-        evaluation: the numbers.
-        labelled: the detections.
+    The folder is made; files of an earlier evaluation in it are replaced.
 
     Returns:
         The files, relative to the folder.
