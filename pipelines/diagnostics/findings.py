@@ -86,4 +86,4 @@ def run_check(check: Callable[[], Iterable[Finding]], *, seconds: float) -> list
     try:
         return within(seconds, lambda: list(check()))
     except Exception as error:
-        return [fail(f"The check itself could not be done: {reason(error)}.")]
+        return [fail(f"The check itself failed: {reason(error)}.")]

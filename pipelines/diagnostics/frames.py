@@ -92,8 +92,8 @@ def check_own(places: Sequence[str], cluster: Cluster) -> Iterator[Finding]:
             continue
         first, *others = cluster.ask_after_driver(decode, uri, _OWN_TIMES)
         if first.value is None:
-            text = f"The driver cannot decode the first video of {place}: {first.error}. Mend or "
-            yield fail(f"{text}remove it; probe.py tells of all of them.")
+            text = f"The driver cannot decode the first video of {place}: {first.error}. Repair or "
+            yield fail(f"{text}remove it; probe.py checks all videos.")
         else:
             well = [ok(f"The same frames of {uri} for {cluster.everyone}.")]
             yield from compare(uri, first.value[0], others) or well

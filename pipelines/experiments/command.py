@@ -80,5 +80,5 @@ def refuse_failures(failures: int) -> None:
     """
     if failures:
         raise UserError(
-            f"{failures} pieces of work failed, as listed above; the same command tries them again."
+            f"{failures} jobs failed, as listed above; the same command tries them again."
         )

@@ -257,7 +257,7 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     same = np.abs(reference - theirs[some]).mean(axis=(1, 2, 3))
     before = np.abs(reference - theirs[some - 1]).mean(axis=(1, 2, 3))
     if not (same < before).all():
-        raise ValueError("Decoders give different frames, so that their speeds say nothing.")
+        raise ValueError("Decoders give different frames, so that their speeds cannot be compared.")
     return float(same.mean())
 
 

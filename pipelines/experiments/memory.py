@@ -82,7 +82,7 @@ class Memory:
         refuse_unknown("backbone", (self.backbone, *self.others), backbones())
         if not self.frames or not self.cards or len(set(self.depths)) < 2:
             raise UserError(
-                "Give frames, cards and at least two depths: memory is looked at over each of them."
+                "Give frames, cards and at least two depths: memory is compared over each of them."
             )
 
     def jobs(self) -> Sequence[Job]:

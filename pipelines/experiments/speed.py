@@ -74,7 +74,7 @@ class Speed:
         refuse_unknown("model", (*self.models, *self.gpu_models), MODELS)
         odd = [depth for depth in self.depths if depth % 2]
         if odd:
-            raise UserError(f"A Swin block has two branches, so that no depth is {odd[0]}.")
+            raise UserError(f"Depths are even, two branches per Swin block, but one is {odd[0]}.")
         if self.rounds < 3:
             raise UserError(f"Quartiles need 3 rounds, but rounds is {self.rounds}.")
 

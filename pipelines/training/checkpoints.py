@@ -166,8 +166,8 @@ class TrainingState:
         if bool(state["sharded"]) is not (self.whole is not None):
             how = "with" if state["sharded"] else "without"
             raise UserError(
-                f"The checkpoint in {folder} was written {how} --scale.sharded, whose optimizer's "
-                "state is another: go on as it began."
+                f"The checkpoint in {folder} was written {how} --scale.sharded, which "
+                "changes the optimizer's state: resume with the setting that the run began with."
             )
         if self.whole is None:
             self.detector.load_state_dict(state["detector"])

@@ -159,6 +159,6 @@ def _refuse_if_alive(driver: str, run: Run) -> None:
         return
     if alive and int(number) != os.getpid():
         raise UserError(
-            f"This very run is going on in process {number}: MLflow run {run.run_id} in {run.uri}. "
+            f"This run is going on in process {number}: MLflow run {run.run_id} in {run.uri}. "
             "Wait for it or end it; for a second run beside it give --no-resume."
         )
