@@ -1,5 +1,4 @@
-"""Checks of `pipelines/doctor.py`; each returns findings.
+"""Checks of `pipelines/doctor.py`, each of which returns findings.
 
-Facts of a node are gathered there as plain data (`Cluster.ask`); functions of that data, which need
-no cluster, judge them.
+`Cluster.ask` gathers facts of nodes as plain data; functions that need no cluster judge them.
 """

@@ -1,6 +1,6 @@
-"""Findings of the checks, and how an exception or a check that hangs becomes one.
+"""Findings of the checks; exceptions and checks that hang become findings too.
 
-Only the standard library is imported: this runs where packages are missing, too.
+Only the standard library is imported: this module also runs where packages are missing.
 """
 
 import re
@@ -48,8 +48,8 @@ def without_password(text: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Put an exception, of this process or of a Ray task, into one line without passwords."""
-    # Ray writes the stack first, and what was raised on the last line
+    """Describe an exception, of this process or of a Ray task, in one line without passwords."""
+    # Ray writes the stack first, and the exception on the last line
     lines = [line for line in str(error).splitlines() if line.strip()]
     text = lines[-1] if hasattr(error, "cause") and lines else " ".join(lines)
     name = type(error).__name__
@@ -65,7 +65,7 @@ def within(seconds: float, function: Callable[[], T]) -> T:
     """Call a function in a thread, and give it up if it takes too long.
 
     Raises:
-        TimeoutError: It did not end in time; it may still go on in its thread.
+        TimeoutError: if it did not end in time; it may still run in its thread.
     """
     future: Future[T] = Future()
 
@@ -82,8 +82,8 @@ def within(seconds: float, function: Callable[[], T]) -> T:
 
 
 def run_check(check: Callable[[], Iterable[Finding]], *, seconds: float) -> list[Finding]:
-    """Run a check; one that breaks or hangs is a failure like any other."""
+    """Run a check; one that raises or hangs becomes a failure."""
     try:
         return within(seconds, lambda: list(check()))
     except Exception as error:
-        return [fail(f"The check itself could not be done: {reason(error)}.")]
+        return [fail(f"The check itself failed: {reason(error)}.")]

@@ -1,4 +1,4 @@
-"""Decoding: every node decodes a test video, and videos of the user's, to the driver's frames."""
+"""Decoding: every node decodes a test video, and the user's videos, to the driver's frames."""
 
 import io
 import time
@@ -17,7 +17,7 @@ from re2tal.videos.pieces import decode_source
 
 _SIDE, _FRAMES, _FPS = 112, 96, 12
 _TIMES = (np.arange(_FRAMES) + 0.5) / _FPS
-_LOSS = 8.0  # grey levels that the codec may be off on average; it is 1.3
+_LOSS = 8.0  # largest accepted mean error of the codec in grey levels; it is 1.3
 _OWN_TIMES = np.arange(8) / 8  # of the first second, which every video has
 
 
@@ -49,21 +49,21 @@ def decode(_: Node, video: bytes | str, times: np.ndarray) -> Decoded:
         times: seconds of the frames.
 
     Raises:
-        VideoError: It cannot be decoded.
-        OSError: It cannot be read.
+        VideoError: if it cannot be decoded.
+        OSError: if it cannot be read.
     """
 
     def read(times: np.ndarray) -> np.ndarray:
         source = video if isinstance(video, bytes) else open_video(video)
         return decode_source(source, times, size=_SIDE)
 
-    read(times[:1])  # what is loaded once is not timed
+    read(times[:1])  # loads libraries, which is not timed
     began = time.perf_counter()
     return read(times), time.perf_counter() - began
 
 
 def check_video(cluster: Cluster) -> list[Finding]:
-    """Check that the driver decodes what it encoded, and every node the same."""
+    """Check that the driver decodes the video that it encoded, and every node the same frames."""
     again = "Install PyAV anew: `pip install --force-reinstall av`, in the range of pyproject.toml."
     first, *others = cluster.ask_after_driver(decode, make_video(), _TIMES)
     if first.value is None:
@@ -80,7 +80,7 @@ def check_video(cluster: Cluster) -> list[Finding]:
 
 
 def check_own(places: Sequence[str], cluster: Cluster) -> Iterator[Finding]:
-    """Check that all decode the first video of each place, as `first_video` takes them."""
+    """Check that driver and nodes decode the first video of each place alike; see `first_video`."""
     for place in places:
         try:
             uri = first_video(place)
@@ -92,21 +92,21 @@ def check_own(places: Sequence[str], cluster: Cluster) -> Iterator[Finding]:
             continue
         first, *others = cluster.ask_after_driver(decode, uri, _OWN_TIMES)
         if first.value is None:
-            text = f"The driver cannot decode the first video of {place}: {first.error}. Mend or "
-            yield fail(f"{text}remove it; probe.py tells of all of them.")
+            text = f"The driver cannot decode the first video of {place}: {first.error}. Repair or "
+            yield fail(f"{text}remove it; probe.py checks all videos.")
         else:
             well = [ok(f"The same frames of {uri} for {cluster.everyone}.")]
             yield from compare(uri, first.value[0], others) or well
 
 
 def first_video(place: str) -> str:
-    """Find a video.
+    """Find the first video of a place.
 
     Args:
         place: file, folder, pattern or folder of shards; a path or URI.
 
     Raises:
-        UserError: There is none, or the shards' manifest is damaged.
+        UserError: if there is none, or the shards' manifest is damaged.
     """
     folder = absolute(place)
     manifest = read_manifest(folder) if is_folder(folder) else None
@@ -119,12 +119,12 @@ def first_video(place: str) -> str:
 
 
 def compare(name: str, expected: np.ndarray, answers: Sequence[Answer[Decoded]]) -> list[Finding]:
-    """Compare what the nodes decoded with the driver's frames.
+    """Compare the nodes' frames with the driver's.
 
     Args:
         name: name of the video.
         expected: frames of the driver.
-        answers: those of the nodes.
+        answers: answers of the nodes.
 
     Returns:
         Failures; none if all is well.

@@ -21,13 +21,13 @@ _FOLDERS = ("re2tal", "pipelines")
 
 
 def software(_: Node) -> dict[str, str]:
-    """Return the versions of what a process on the node runs, and a fingerprint of the code."""
+    """Return the versions of the software on the node, and a fingerprint of the code."""
     versions = {name: installed(name) or "none" for name in _PACKAGES}
     return {"Python": platform.python_version(), **versions, CODE: fingerprint(_FOLDERS)}
 
 
 def fingerprint(packages: Sequence[str]) -> str:
-    """Return a few digits that change with any line of the code of importable packages."""
+    """Return a short hash of all code of importable packages."""
     digest = hashlib.sha256()
     for name in packages:
         spec = find_spec(name)
@@ -65,9 +65,9 @@ _SHM = Path("/dev/shm")  # noqa: S108
 _PIXELS = 224 * 224 * 3
 _SMALLEST_BATCH = 128 * _PIXELS  # one window of a small run
 _USUAL_BATCH = 768 * _PIXELS  # one window of the recipes for THUMOS-14 and ActivityNet
-_FULL_DISK = 0.95  # Ray's own limit: it then makes no objects any more
+_FULL_DISK = 0.95  # Ray's own limit, above which it makes no objects
 _LITTLE_DISK = 10 * _GIB
-_FULL_MEMORY = 0.95  # Ray's own limit: it then ends tasks
+_FULL_MEMORY = 0.95  # Ray's own limit, above which it ends tasks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,14 +75,14 @@ class Machine:
     """Facts of a node.
 
     Attributes:
-        threads: hardware threads that a process may use.
-        cores: cores of the machine; 0 if that cannot be told.
-        memory: bytes that there are, or that the container may use.
+        threads: number of hardware threads that a process may use.
+        cores: number of cores of the machine; 0 if unknown.
+        memory: bytes of memory, within the container's limit.
         memory_used: share of the machine's memory that is in use.
         shm: bytes of /dev/shm, free or not.
         disk: bytes of the disk with Ray's folder.
-        disk_free: free bytes of it.
-        wrong_gradients: PyTorch computes wrong ones on this CPU, as `wrong_gradients` found.
+        disk_free: free bytes of that disk.
+        wrong_gradients: PyTorch computes wrong gradients on this CPU, as `wrong_gradients` found.
     """
 
     threads: int
@@ -96,7 +96,7 @@ class Machine:
 
 
 def examine(node: Node) -> Machine:
-    """Look at the machine that this runs on."""
+    """Gather the facts of the machine that this runs on."""
     from re2tal.reversible.convolutions import wrong_gradients  # imports torch
 
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(node.folder)
@@ -113,7 +113,7 @@ def examine(node: Node) -> Machine:
 
 
 def _memory_limit() -> int:
-    """Return the container's limit in bytes; without one a number larger than any machine."""
+    """Return the container's limit in bytes; without one, more than any machine has."""
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         file = Path("/sys/fs/cgroup") / name
         if file.is_file() and (text := file.read_text().strip()).isdigit():
@@ -122,7 +122,7 @@ def _memory_limit() -> int:
 
 
 def check_machines(cluster: Cluster) -> Iterator[Finding]:
-    """Check what every node is made of."""
+    """Check the hardware of every node."""
     for answer in cluster.ask(examine):
         if answer.value is None:
             yield fail(f"{answer.node.name} was not seen: {answer.error}.")
@@ -131,7 +131,7 @@ def check_machines(cluster: Cluster) -> Iterator[Finding]:
 
 
 def judge_machine(node: Node, machine: Machine) -> list[Finding]:
-    """Return one line of facts, and one for each thing that is too small."""
+    """Return one line of facts, and one for each resource that is too small."""
     facts = (
         f"{node.name}: {node.cpus:g} CPUs for Ray, {machine.threads} threads on "
         f"{machine.cores or 'an unknown number of'} cores, {_gib(machine.memory)} of memory "

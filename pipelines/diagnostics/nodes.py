@@ -1,4 +1,4 @@
-"""Nodes of the cluster: how each is asked something, and whether two of them reach each other."""
+"""Nodes of the cluster: functions run on each of them, and a check that two reach each other."""
 
 import os
 import time
@@ -27,8 +27,8 @@ class Node:
     Attributes:
         id: Ray's name for it.
         name: host name and address.
-        cpus: number that Ray hands out there.
-        gpus: number that Ray hands out there.
+        cpus: number of CPUs that Ray hands out there.
+        gpus: number of GPUs that Ray hands out there.
         store: bytes of the object store.
         folder: Ray's folder for its files there.
     """
@@ -49,7 +49,7 @@ class Answer(Generic[T]):
     """Result of a function on a node.
 
     Attributes:
-        value: what it returned; None if it failed.
+        value: returned value; None if the function failed.
         error: reason in one line; empty if it did not fail.
     """
 
@@ -60,7 +60,7 @@ class Answer(Generic[T]):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
-    """Nodes, and how long to wait for them.
+    """Nodes, and the time to wait for them.
 
     Attributes:
         nodes: machines in the order of their names; none if there is no Ray.
@@ -72,7 +72,7 @@ class Cluster:
 
     @property
     def everyone(self) -> str:
-        """The driver and the nodes in a sentence."""
+        """Name the driver and the nodes in a sentence."""
         others = {0: "", 1: " and the only node"}
         return f"the driver{others.get(len(self.nodes), f' and all {len(self.nodes)} nodes')}"
 
@@ -81,12 +81,12 @@ class Cluster:
     ) -> list[Answer[T]]:
         """Call a function on every node at the same time.
 
-        It takes no CPU from Ray: a cluster that is busy answers too.
+        It takes no CPU from Ray, so that a busy cluster answers too.
 
         Args:
             function: function of a module of the project, which gets the node and the arguments.
             arguments: anything that can be pickled.
-            alone: run in processes that end afterwards; others keep what they hold of the GPUs.
+            alone: run in processes that end afterwards; others keep their memory on GPUs.
         """
         options = {"num_cpus": 0, "max_retries": 0, "max_calls": int(alone)}
         references = []
@@ -145,13 +145,13 @@ def joined(*, seconds: float) -> Iterator[tuple[Finding, Cluster]]:
     Yields:
         A finding, and the cluster, without nodes if there is no Ray.
     """
-    from pipelines.core.cluster import init_ray  # here: nodes that are asked start in a moment
+    from pipelines.core.cluster import init_ray  # here, so that tasks on nodes start fast
 
     address = os.environ.get("RAY_ADDRESS")
     try:
         if address:
             within(seconds, init_ray)
-        else:  # in the main thread, with which a Ray that is started here ends
+        else:  # in the main thread, since a Ray started here ends with its thread
             init_ray()
         cluster = Cluster(nodes=alive_nodes(), seconds=seconds)
     except UserError as error:
@@ -183,7 +183,7 @@ def alive_nodes() -> tuple[Node, ...]:
             cpus=resources.get("CPU", 0.0),
             gpus=resources.get("GPU", 0.0),
             store=resources.get("object_store_memory", 0.0),
-            # the socket lies in a folder of the session's
+            # the socket lies in a subfolder of the session's folder
             folder=str(Path(entry["ObjectStoreSocketName"]).parents[1]),
         )
         nodes.append(node)
@@ -202,7 +202,7 @@ def reduce(_: Node, address: tuple[str, int], backend: str, seconds: float) -> t
         seconds: time to wait for the other.
 
     Returns:
-        Whether the sum was right, and the seconds that it took, the fewest of three times.
+        True if the sum was right, and the seconds of the fastest of three times.
     """
     import torch
     from torch import distributed

@@ -1,6 +1,6 @@
-"""Packages that are missing, or not in the ranges that pyproject.toml states.
+"""Packages that are missing, or outside the ranges that pyproject.toml states.
 
-Only the standard library is imported before it is known that nothing is missing.
+Only the standard library is imported before all packages are known to be there.
 """
 
 import platform
@@ -18,7 +18,7 @@ Find = Callable[[str], str | None]
 
 
 def installed(name: str) -> str | None:
-    """Return the version of a package by the name that pip knows, None if it is not installed."""
+    """Return the version of a package by its name in pip; None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -26,7 +26,7 @@ def installed(name: str) -> str | None:
 
 
 def requirements(project: str = PROJECT) -> list[str]:
-    """List what the scripts need, as pyproject.toml states it; nothing if it is not installed."""
+    """List the requirements of the scripts in pyproject.toml; none if it is not installed."""
     try:
         stated = requires(project) or []
     except PackageNotFoundError:
@@ -40,7 +40,7 @@ def _counts(stated: str) -> bool:
 
 
 def check_missing(needed: Sequence[str], *, find: Find = installed) -> list[Finding]:
-    """Look for packages without which the other checks cannot even be imported.
+    """Look for packages without which the other checks cannot be imported.
 
     Returns:
         A failure if some are missing, else nothing.
@@ -62,13 +62,13 @@ def check_versions(
     """Compare the versions of Python and of all packages with the ranges.
 
     Args:
-        needed: requirements, of which none is missing.
+        needed: requirements, none of them missing.
         project: name of the package that states the range of Python.
         python: version of Python.
-        find: as `installed`.
+        find: function like `installed`.
 
     Returns:
-        A failure for each that does not fit, or one line that lists the most important.
+        A failure for each version out of range, or one line that lists the most important.
     """
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
@@ -83,7 +83,7 @@ def check_versions(
     found = {}
     for one in map(Requirement, needed):
         found[one.name] = there = find(one.name) or "none"
-        # builds of the day count: who has them chose them
+        # nightly builds are accepted: their user chose them
         if not one.specifier.contains(there, prereleases=True):
             text = f"{one.name} {there} is installed, but {project} needs {one.name}{one.specifier}"
             advice = f"run `make train`, or `pip install '{one.name}{one.specifier}'`"

@@ -1,4 +1,4 @@
-"""Places that runs write to, tried by the driver and by every node: the output, and MLflow."""
+"""Places that runs write to, the output and MLflow, tried by the driver and by every node."""
 
 import os
 import re
@@ -33,7 +33,7 @@ def scratch(output: str) -> Iterator[str]:
         Path or URI of the folder.
 
     Raises:
-        OSError: It cannot be made.
+        OSError: if it cannot be made.
     """
     filesystem, path = resolve(output)
     chain = takewhile(lambda one: one not in ("", "."), [path, *map(str, Path(path).parents)])
@@ -67,7 +67,7 @@ def _content(node: Node) -> bytes:
 
 
 def _sees(folder: str, node: Node) -> bool:
-    """Whether the file that a node wrote is in a folder."""
+    """Tell whether a node's file is in a folder."""
     try:
         return read_bytes(join(folder, node.id)) == _content(node)
     except FileNotFoundError:
@@ -78,7 +78,7 @@ def exchange(node: Node, folder: str) -> bool:
     """Write a file named after the node.
 
     Returns:
-        False if the driver's file is not there: then none is written.
+        False, and no file is written, if the driver's file is not there.
     """
     if node != DRIVER and not _sees(folder, DRIVER):
         return False
@@ -125,9 +125,9 @@ EXPERIMENT = "re2tal-doctor"
 TAG = "re2tal.doctor"
 _FOLDER = "doctor"
 _SQLITE = "sqlite:///"
-# MLflow's client would ask a server that is not there for minutes
+# by default MLflow's client retries an absent server for minutes
 _IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-# an ImportError is of the module with which SQLAlchemy reaches a data base
+# ImportError: SQLAlchemy's driver for the database is missing
 _ERRORS = (MlflowException, SQLAlchemyError, ImportError, OSError)
 
 
@@ -135,8 +135,8 @@ def write(node: Node, run: Run) -> None:
     """Write a metric and an artifact named after the node.
 
     Raises:
-        FileNotFoundError: The store is a file that is not on this machine: it would be made.
-        MlflowException: The store refuses.
+        FileNotFoundError: if the store is a file that is not on this machine; MLflow would make it.
+        MlflowException: if the store refuses.
     """
     os.environ.update(_IMPATIENT)
     file = run.uri.removeprefix(_SQLITE)
@@ -152,8 +152,8 @@ def write(node: Node, run: Run) -> None:
 def check_mlflow(output: str, cluster: Cluster) -> list[Finding]:
     """Check that the driver and every node can write to a run.
 
-    The run stays in the experiment `EXPERIMENT` with the tag `TAG`. A default store is not made for
-    it: without one, a store in a folder beside it is tried.
+    The run stays in the experiment `EXPERIMENT` with the tag `TAG`. If the default store does not
+    exist yet, it is not made: a store in a folder beside it is tried instead.
     """
     os.environ.update(_IMPATIENT)
     server = os.environ.get("MLFLOW_TRACKING_URI", "")
@@ -165,7 +165,7 @@ def check_mlflow(output: str, cluster: Cluster) -> list[Finding]:
                 return [note(f"{name} is a file that is not there yet, and was not tried.")]
             return _try(name, str(file.parent), cluster)
         if server:
-            return _try(name, tempfile.gettempdir(), cluster)  # which it does not need
+            return _try(name, tempfile.gettempdir(), cluster)  # a server does not need the folder
         if "://" in output or (Path(output) / "mlflow.db").is_file():
             return _try(name, output, cluster)
         with scratch(output) as folder:
@@ -203,14 +203,14 @@ def _try(name: str, output: str, cluster: Cluster) -> list[Finding]:
 
 
 def _open_database(uri: str) -> None:
-    """Raise at once what MLflow would try again and again for minutes."""
+    """Raise at once any error that MLflow would retry for minutes."""
     if uri.partition(":")[0].partition("+")[0] in DATABASE_ENGINES:
         engine = sqlalchemy.create_engine(uri)
         sqlalchemy.inspect(engine)  # connects
         engine.dispose()
 
 
-# advice by a pattern in the error
+# advice by pattern of the error
 _ADVICE = {
     "error code 401|unauthenticated": "the server refuses the credentials. Set "
     "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, where the "
@@ -230,6 +230,6 @@ _ADVICE = {
 
 def _refused(node: Node, name: str, error: str) -> Finding:
     told = [advice for words, advice in _ADVICE.items() if re.search(words, error.lower())]
-    cause = re.search(r"\[Errno[^\"')]*", error)  # the rest tells of requests and retries
+    cause = re.search(r"\[Errno[^\"')]*", error)  # without its requests and retries
     why = f"{told[0]} ({cause[0] if cause else error})" if told else error
     return fail(f"{node.name} cannot write to MLflow at {name}: {why}.")

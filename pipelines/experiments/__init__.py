@@ -1,1 +1,1 @@
-"""All that measures, an experiment a file; `python -m pipelines.experiments` runs one by name."""
+"""Everything that measures, one experiment per file: `python -m pipelines.experiments NAME`."""

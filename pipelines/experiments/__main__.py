@@ -40,7 +40,7 @@ EXPERIMENTS = {
     "nms": "soft-NMS of many videos, against a detection at a time",
     "evaluation": "mAP and recall of whole test sets, against a prediction at a time",
 }
-"""A module of this package each: it has `measure`, or a class with the experiment's settings."""
+"""Modules of this package, each with `measure` or a class with the experiment's settings."""
 
 
 def _configure(name: str) -> Configure:

@@ -53,7 +53,7 @@ from re2tal.detector import Detector
 
 PLAIN, REWIRED = "plain, pretrained", "rewired, not finetuned"
 _HEAD = "head.safetensors"
-_MARGIN = 0.02  # of top-1: what counts as preserved
+_MARGIN = 0.02  # loss of top-1 that still counts as preserved
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,17 +76,17 @@ class Accuracy:
 
     @property
     def ways(self) -> dict[str, tuple[str, int]]:
-        """Kind and epochs of each training, by its name."""
+        """Kind and number of epochs of each training, by its name."""
         most = max(self.epochs)
         of = {_named(kind, most): (kind, most) for kind in ("moving", "scratch", "plain")}
         return {_named("rewired", n): ("rewired", n) for n in self.epochs} | of
 
     def prepare(self) -> None:
-        """Make the clips and what reads the classes off them, if they are not there."""
+        """Make the clips, and fit the classifier's head, if they are not there."""
         make_clips(Path(self.folder), self.clips)
 
     def jobs(self) -> Sequence[Job]:
-        """List the network as it is, and each training with each seed."""
+        """List the evaluation of the pretrained network, and each training with each seed."""
         data = {"folder": self.folder}
         before = Job(name="before finetuning", work=before_finetuning, arguments=data)
         return [before] + [
@@ -177,7 +177,7 @@ def _named(kind: str, epochs: int) -> str:
 
 
 def quick() -> Accuracy:
-    """Configure one epoch of few clips: it shows that everything runs, and no more."""
+    """Configure one epoch of few clips, to show that everything runs, and no more."""
     return Accuracy(
         seeds=(0,),
         epochs=(1,),
@@ -187,7 +187,7 @@ def quick() -> Accuracy:
 
 
 def _picture(reached: Mapping[str, Measured]) -> Figure:
-    """A bar for each network, and a dot for each seed."""
+    """Draw a bar for each network, and a dot for each seed."""
     figure = Figure(figsize=(8, 0.6 + 0.4 * len(reached)), layout="constrained")
     axes = figure.subplots()
     names = list(reached)[::-1]
@@ -207,12 +207,12 @@ def _picture(reached: Mapping[str, Measured]) -> Figure:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Trained:
-    """End of a training.
+    """Result of a training.
 
     Attributes:
         metrics: metrics of the last epoch.
-        detector: average over the last steps, which the metrics are of.
-        seconds: seconds of all of it.
+        detector: average of the weights over the last steps, which the metrics belong to.
+        seconds: duration of the whole training.
     """
 
     metrics: dict[str, float]
@@ -223,12 +223,12 @@ class Trained:
 def train_here(
     task: Task, weights: str | None, *, head: dict[str, Tensor] | None = None
 ) -> Trained:
-    """Train to the recipe's last epoch in this process, by the loop that `train.py` has.
+    """Train to the recipe's last epoch in this process, with the training loop of `train.py`.
 
     Args:
         task: model and data.
         weights: weights of the backbone, or None.
-        head: first weights of what follows the backbone; at random if None.
+        head: first weights of the layers after the backbone; None draws them at random.
     """
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -245,8 +245,8 @@ def train_here(
 def make_clips(folder: Path, clips: TrimmedToyConfig) -> None:
     """Make the clips, and fit the classifier's head to the plain network's features of them.
 
-    The weights that the repository ships are those of a backbone alone. What is in the folder and
-    was made with the same settings and code stays.
+    The weights that the repository ships are of a backbone alone. Files in the folder that were
+    made with the same settings and code are kept.
     """
     toy_clips(folder, clips)
     facts = _facts(clips)
@@ -290,7 +290,7 @@ def finetune_backbone(path: Path, *, epochs: int, folder: Path, clips: TrimmedTo
     Step 4 of Re2TAL, from which detectors with a reversible backbone start.
 
     Args:
-        path: safetensors file. What was made with the same settings and code stays.
+        path: safetensors file; one that was made with the same settings and code is kept.
         epochs: length of the training.
         folder: folder of `make_clips`.
         clips: numbers of its clips.
@@ -304,7 +304,7 @@ def finetune_backbone(path: Path, *, epochs: int, folder: Path, clips: TrimmedTo
 
 
 def _facts(clips: TrimmedToyConfig, **settings: int) -> dict[str, str]:
-    """Settings that weights depend on, as they are kept with them."""
+    """Return the settings that weights depend on, as they are stored in the weights' file."""
     of = {"clips": asdict(clips), "code": code_fingerprint(), **settings}
     return {"made_with": json.dumps(of, sort_keys=True)}
 
@@ -330,7 +330,7 @@ def _trained(kind: str, epochs: int, seed: int, folder: str) -> Trained:
 
 
 def _configured(folder: str) -> tuple[ClassificationRecipe, ClassificationPlan]:
-    """The toy recipe for one process, on the clips of a folder."""
+    """Configure the toy recipe for one process, on the clips of a folder."""
     recipe = toy()
     recipe = replace(
         recipe,
@@ -342,7 +342,7 @@ def _configured(folder: str) -> tuple[ClassificationRecipe, ClassificationPlan]:
 
 
 def _fitted_head(recipe: ClassificationRecipe, plan: ClassificationPlan) -> dict[str, Tensor]:
-    """A linear layer that reads the classes off the plain network's features."""
+    """Fit a linear layer from the plain network's features to the classes."""
     plain = replace(recipe, model=replace(recipe.model, reversible=False))
     classifier = _built(plain, plan)
     features = _features(classifier, recipe, plan)
@@ -365,7 +365,7 @@ def _fitted_head(recipe: ClassificationRecipe, plan: ClassificationPlan) -> dict
 def _features(
     classifier: Classifier, recipe: ClassificationRecipe, plan: ClassificationPlan
 ) -> Tensor:
-    """Mean of the features of each training clip, (N, C)."""
+    """Compute the mean features of each training clip, (N, C)."""
     means = [
         classifier.backbone(classifier.normalized(batch.frames.to(device()))).mean(dim=2)
         for batch in _clips_of(plan.training, classifier, recipe, plan)
@@ -383,7 +383,7 @@ def _clips_of(
     recipe: ClassificationRecipe,
     plan: ClassificationPlan,
 ) -> Iterator[Batch]:
-    """Middle of each video, in order."""
+    """Yield the middle clip of each video, in order."""
     data = recipe.data
     stride = classifier.backbone.temporal_stride
     windows = [w for video in videos for w in views(video, data.clip, ViewConfig(), stride=stride)]

@@ -1,7 +1,7 @@
 """Time that augmentation adds to a training step of a reversible backbone, paired in one run.
 
-Seconds are those that the process computes on a CPU, all its threads together, so that a load from
-outside adds little to them; on a GPU they are those until it has finished.
+On a CPU, times are CPU seconds of all threads together, so that other load on the machine adds
+little to them; on a GPU they last until it has finished.
 """
 
 import time
@@ -33,7 +33,7 @@ def measure(*, device: str = "cpu", rounds: int = 5) -> Tables:
 
     Args:
         device: device of both.
-        rounds: rounds that count; one comes before them.
+        rounds: number of rounds that count, after one that does not.
     """
     title = f"A clip of {FRAMES} frames, 256 to {SIZE} pixels, and a step of Swin-T"
     rows = compared(swin_t(), CONFIGS, FRAMES, SIZE, device=device, rounds=rounds)
@@ -55,9 +55,10 @@ def compared(
         backbone: backbone that is trained, rewired.
         configs: configurations by name.
         frames: length of the clip.
-        size: side in pixels that the backbone sees.
+        size: side in pixels of the backbone's input.
         device: device of both.
-        rounds: rounds that count, each of the step and all configurations; one comes before them.
+        rounds: number of rounds of the step and all configurations that count, after one that does
+            not.
     """
     model = backbone.build().to(device)
     rewire(model, verify=False)
@@ -76,7 +77,7 @@ def compared(
         whole = _seconds(step, device)
         for name, config in configs.items():
             source = clip(config.decoded_size(size))
-            # another seed each round: how much a crop costs depends on its place
+            # another seed each round, since the cost of a crop depends on its place
             taken = _seconds(lambda: augment(source, config, size=size, seeds=[turn]), device)  # noqa: B023
             if turn > 0:
                 times[name].append((taken, taken / whole))

@@ -1,4 +1,4 @@
-"""The command line of one experiment: what all of them take, and its own options."""
+"""The command line of one experiment: common options, and its own."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -17,14 +17,14 @@ JOBS = Path("runs/experiments")
 """Folder of results of jobs."""
 
 Configure = Callable[[Sequence[str]], Experiment]
-"""Makes an experiment of its own options."""
+"""Function that makes an experiment from its own options."""
 
 
 def of_function(measure: Callable[..., Tables], prog: str) -> Configure:
     """Make a function's parameters the options of an experiment.
 
     Args:
-        measure: function whose result is tables.
+        measure: function that returns tables.
         prog: beginning of the command line.
     """
 
@@ -44,10 +44,9 @@ def carry_out(arguments: Sequence[str], configure: Configure, *, prog: str, outp
 
     Args:
         arguments: --output, --threads, --resume, and the experiment's own options.
-        configure: makes the experiment of the latter.
+        configure: function that makes the experiment from its own options.
         prog: beginning of the command line.
-        output: JSON file of the results, unless `--output` names one; it bears the name of the
-            experiment.
+        output: JSON file of the results, unless `--output` names one; its name is the experiment's.
 
     Raises:
         UserError: if jobs failed.
@@ -59,7 +58,7 @@ def carry_out(arguments: Sequence[str], configure: Configure, *, prog: str, outp
     asked, own = common.parse_known_args(arguments)
     experiment = configure(own)
     torch.set_num_threads(asked.threads)
-    # Where the file lies is no circumstance of the measurement.
+    # The results' path does not affect the measurement, so the recorded command leaves it out.
     told = [word for word in arguments if word not in ("--output", str(asked.output), "--resume")]
     command = " ".join([prog, *told])
     done = run(
@@ -74,12 +73,12 @@ def carry_out(arguments: Sequence[str], configure: Configure, *, prog: str, outp
 
 
 def refuse_failures(failures: int) -> None:
-    """End with a sentence if jobs failed.
+    """Raise an error if any jobs failed.
 
     Raises:
-        UserError: if any did.
+        UserError: with their number.
     """
     if failures:
         raise UserError(
-            f"{failures} pieces of work failed, as listed above; the same command tries them again."
+            f"{failures} jobs failed, as listed above; the same command tries them again."
         )

@@ -28,7 +28,7 @@ from re2tal.videos.decoding import decode
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """Frames of a video of a constant frame rate, by their indices.
+    """Frames of a video with a constant frame rate, by their indices.
 
     Attributes:
         path: file of the video.
@@ -46,7 +46,7 @@ class Request:
 
 
 Decoder = Callable[[Request], np.ndarray]
-"""Opens the file and gives the frames: RGB, uint8 of shape (T, H, W, 3)."""
+"""Function that opens the file and returns RGB frames, uint8 of shape (T, H, W, 3)."""
 
 OURS = "re2tal"
 
@@ -122,7 +122,7 @@ FOOTAGE = (
     Footage(title="key frames up to 30 apart", gop=30),
 )
 
-# The short side that training asks for most, and what it makes of the long one.
+# Width and height of 640 x 360 frames when the short side is scaled to training's usual 160.
 SCALED = (284, 160)
 
 # Threads and size of the frames.
@@ -131,13 +131,13 @@ SETTINGS = ((1, SCALED), (1, None), (2, SCALED))
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Access:
-    """A choice of frames.
+    """Pattern of frames to read.
 
     Attributes:
         title: description.
         frames: number of frames in a request.
         requests: number of requests that are measured together.
-        evenly: whether they are spread over the whole video, or follow one another.
+        evenly: true spreads the frames over the whole video; otherwise they follow one another.
     """
 
     title: str
@@ -146,7 +146,7 @@ class Access:
     evenly: bool
 
     def indices(self, frames: int, random: np.random.Generator) -> Iterator[np.ndarray]:
-        """Draw the frames of each request from a video of so many; windows start at random."""
+        """Draw the indices of each request from a video of `frames` frames, at random places."""
         for _ in range(self.requests):
             if self.evenly:
                 yield np.floor((np.arange(self.frames) + 0.5) * frames / self.frames).astype(int)
@@ -161,18 +161,18 @@ ACCESSES = (
 
 
 class _Took(NamedTuple):
-    """Seconds of the clock, and seconds for which the process computed, in all its threads."""
+    """Wall-clock seconds, and CPU seconds of all threads of the process."""
 
     seconds: float
     computed: float
 
 
 def measure(*, seconds: int = 120, rounds: int = 7) -> Tables:
-    """Time decoders that can be imported, ours among them.
+    """Time the decoders that can be imported, ours among them.
 
     Args:
         seconds: length of the videos.
-        rounds: rounds that count; one comes before them.
+        rounds: number of rounds that count, after one that does not.
     """
     decoders, versions = available()
     tables: Tables = {"What is compared": list[Row](versions), "Videos": []}
@@ -236,7 +236,7 @@ def compared(
 def _differences(
     decoders: Mapping[str, Decoder], request: Request, access: Access, seconds: int
 ) -> dict[str, float]:
-    """Differences of each decoder's frames from ours; to take them also warms everything up."""
+    """Compute the difference of each decoder's frames from ours, which also warms everything up."""
     indices = next(access.indices(seconds * request.fps, np.random.default_rng(1)))
     asked = replace(request, indices=indices)
     ours = decoders[OURS](asked)
@@ -247,8 +247,8 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     """Compute the mean difference of frames, in grey levels.
 
     Raises:
-        ValueError: One is nearer to another frame of the same request than to its counterpart, or
-            the shapes differ: then the two do not do the same work.
+        ValueError: if the shapes differ, or a frame is nearer to another frame of the request than
+            to its counterpart: then the two do not do the same work.
     """
     if ours.shape != theirs.shape:
         raise ValueError(f"Frames of shapes {ours.shape} and {theirs.shape} cannot be compared.")
@@ -257,7 +257,7 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     same = np.abs(reference - theirs[some]).mean(axis=(1, 2, 3))
     before = np.abs(reference - theirs[some - 1]).mean(axis=(1, 2, 3))
     if not (same < before).all():
-        raise ValueError("Decoders give different frames, so that their speeds say nothing.")
+        raise ValueError("Decoders give different frames, so that their speeds cannot be compared.")
     return float(same.mean())
 
 

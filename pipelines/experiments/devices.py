@@ -1,7 +1,7 @@
 """Peak memory and time of a step on an accelerator, for videos of several lengths.
 
-Peak memory is `torch.cuda.max_memory_allocated`, the model included, in bfloat16 autocast, beside
-the peak that is predicted for the operators of the same device; what does not fit is listed.
+Peak memory is `torch.cuda.max_memory_allocated`, model included, in bfloat16 autocast, beside the
+peak predicted for the operators of the same device; lengths that do not fit are listed.
 """
 
 import gc
@@ -54,7 +54,7 @@ def measure(
 
 
 def compare(model: str, work: Workload, device: torch.device, rounds: int) -> list[Row]:
-    """Train one model in all ways, in turns; one that ran out of memory is not tried again."""
+    """Train one model in all ways, in turns; a way that ran out of memory is not tried again."""
     network, inputs = build(model).to(device), work.noise(device)
     runs: dict[str, list[tuple[float, int | None]]] = {name: [] for name in WAYS}
     full: set[str] = set()
@@ -65,7 +65,7 @@ def compare(model: str, work: Workload, device: torch.device, rounds: int) -> li
                     runs[name].append(_run(network, work, inputs))
             except torch.OutOfMemoryError:
                 full.add(name)
-            # Behind the except clause, whose error holds the tensors of the step.
+            # After the except clause, because its error keeps the tensors of the step alive.
             network.zero_grad(set_to_none=True)
             gc.collect()
             if device.type == "cuda":
@@ -96,7 +96,7 @@ def _row(runs: Sequence[tuple[float, int | None]], plain: Sequence[float] | None
 def _run(
     network: nn.Module, work: Workload, inputs: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[float, int | None]:
-    """Seconds and peak bytes of a step (model and video included), after one that is not timed."""
+    """Measure seconds and peak bytes of a step (model and video included), after a warm-up step."""
     work.step(network, *inputs)
     network.zero_grad(set_to_none=True)
     device = inputs[0].device

@@ -24,10 +24,10 @@ COARSE: tuple[Precision, ...] = ("float32", "bfloat16")
 
 
 def measure(*, depths: Sequence[int] = (12, 24, 96)) -> Tables:
-    """Measure drift of stacks of several families, and by coupling.
+    """Measure the drift in stacks of several families, and by coupling.
 
     Args:
-        depths: numbers of residual branches, each even.
+        depths: even numbers of residual branches.
     """
     return {
         "Relative errors of what is rebuilt and of gradients": [
@@ -55,8 +55,8 @@ def drift(family: str, count: int, precision: Precision, device: torch.device | 
         device: device that computes.
 
     Returns:
-        Norms of differences over norms. "grid" streams against those without one; "precision alone"
-        is how far gradients of stored activations are from those of float32, to compare with.
+        Norms of differences over norms, for streams with the grid and without. For comparison,
+        "precision alone" is the error of gradients with stored activations against float32.
     """
     model, x = stack(family, count)
     model, x = model.to(device), x.to(device)
@@ -97,7 +97,7 @@ def coupling_row(
 
 @torch.no_grad()
 def rebuilt_error(model: nn.Sequential, x: Tensor, alpha: float, beta: float) -> float:
-    """Run a stack forward and back by the equations in floating point, apart from the engine.
+    """Run a stack forward and back by the equations in floating point, without the engine.
 
     Returns:
         The larger relative error of the two rebuilt streams; NaN or infinity after an overflow.
@@ -113,7 +113,7 @@ def rebuilt_error(model: nn.Sequential, x: Tensor, alpha: float, beta: float) ->
 
 
 def _gradients(model: nn.Module, x: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
-    """The output, and the gradients of all parameters one after another."""
+    """Compute the output, and the gradients of all parameters in one vector."""
     with autocast(x.device.type, precision):
         output = model(x)
     found = torch.autograd.grad(output.float().pow(2).mean(), list(model.parameters()))
@@ -121,5 +121,5 @@ def _gradients(model: nn.Module, x: Tensor, precision: Precision) -> tuple[Tenso
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Compute the norm of the difference over the norm of what is wanted."""
+    """Compute the norm of the difference over the norm of `wanted`."""
     return float((found - wanted).double().norm() / wanted.double().norm())

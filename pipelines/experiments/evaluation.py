@@ -1,6 +1,6 @@
 """Evaluation of whole test sets, against the definition followed one prediction at a time.
 
-Seconds are those that the process computes, in all its threads; the ways take turns.
+Times are CPU seconds of all threads; the ways take turns.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Segment = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RandomTestSet:
-    """A test set of `videos` with `instances`, and `found` predictions in each video."""
+    """Test set of `videos` with `instances`, and `found` predictions in each video."""
 
     title: str
     videos: int
@@ -39,9 +39,10 @@ class RandomTestSet:
     thresholds: tuple[float, ...]
 
     def build(self) -> tuple[Videos, Videos]:
-        """Ground truth and predictions: most of these near an instance, mostly of its class.
+        """Draw ground truth and predictions: most near an instance, most of its class.
 
-        The same numbers on every machine: what follows the generator is exact or rounded alike.
+        The numbers are the same on every machine: after the generator, operations are exact or
+        rounded.
         """
         g = torch.Generator().manual_seed(0)
         extra = torch.randint(self.videos, (self.instances - self.videos,), generator=g)
@@ -73,7 +74,7 @@ class RandomTestSet:
         )
 
     def checksum(self) -> str:
-        """SHA-256 of the test set, which tells a change of it from one of an evaluator."""
+        """SHA-256 of the test set, which tells changes of the set from changes of an evaluator."""
         digest = hashlib.sha256()
         for videos in self.build():
             for name, part in videos.items():
@@ -104,7 +105,7 @@ THUMOS = RandomTestSet(
 
 
 def measure(*, rounds: int = 3) -> Tables:
-    """Time mAP and recall of two test sets.
+    """Time mAP and recall on two test sets.
 
     Args:
         rounds: number of turns of each way.
@@ -149,7 +150,7 @@ def sequential(
     num_classes: int,
     thresholds: Sequence[float],
 ) -> NDArray[np.float64]:
-    """Average precision `(K, C)` as it is defined: class by class, one prediction at a time."""
+    """Compute average precision `(K, C)` as defined: class by class, one prediction at a time."""
     instances: dict[int, dict[str, list[Segment]]] = defaultdict(lambda: defaultdict(list))
     for video, (start, end), _, label in _rows(truth):
         instances[label][video].append((start, end))
@@ -170,7 +171,7 @@ def _visit(
     guesses: Sequence[tuple[float, str, Segment]],
     thresholds: Sequence[float],
 ) -> list[list[bool]]:
-    """Whether each guess takes an instance, by threshold."""
+    """Tell whether each guess takes an instance, by threshold."""
     hits: list[list[bool]] = [[] for _ in thresholds]
     taken: list[set[tuple[str, int]]] = [set() for _ in thresholds]
     for _, video, guess in guesses:
@@ -193,7 +194,7 @@ def _overlap(a: Segment, b: Segment) -> float:
 
 
 def _area(hits: Sequence[bool], count: int) -> float:
-    """Area under the precision at each recall, or the best at a higher one."""
+    """Integrate, over recall, the best precision at each recall or a higher one."""
     found, curve = 0, []
     for visited, hit in enumerate(hits, start=1):
         found += hit
@@ -220,7 +221,7 @@ def _segments(start: Tensor, length: Tensor) -> Tensor:
 
 
 def _by_video(video: Tensor, segments: Tensor, scores: Tensor, labels: Tensor) -> Videos:
-    """One entry a video; `video` rises."""
+    """Split into one entry per video; `video` rises."""
     names, counts = video.unique_consecutive(return_counts=True)
     sizes = counts.tolist()
     parts = zip(segments.split(sizes), scores.split(sizes), labels.split(sizes), strict=True)

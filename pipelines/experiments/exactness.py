@@ -1,8 +1,8 @@
 """The paper's fourth claim: gradients of reversible networks equal those of stored activations.
 
-A reversible network rebuilds its activations. In floating point they come back a little different,
-the more so the deeper it is and the lower the precision, and with them the gradients: also those of
-the public libraries. On this project's grid they come back as they were.
+A reversible network rebuilds its activations. In floating point, those of the public libraries too,
+they come back slightly different, more so with depth and with lower precision, and so do the
+gradients. On this project's grid they come back exactly.
 """
 
 import math
@@ -43,7 +43,7 @@ NOT_INSTALLED = "not installed"
 
 _FAMILY = "LayerNorm-MLP"  # streams of its stacks are (B, C), which all libraries can split
 
-# Lines lie upon one another: each library has a mark that leaves those below it visible.
+# Lines overlap: the marker of each library leaves those below it visible.
 _STYLES = {
     OURS: ("o", 6, COLOURS["ours"]),
     FLOAT: ("o", 13, COLOURS["ours, float"]),
@@ -59,9 +59,9 @@ class Exactness:
     """Errors of gradients, of this project and of others.
 
     Attributes:
-        depths: numbers of residual branches, each even.
+        depths: even numbers of residual branches.
         precisions: number formats of the branches.
-        libraries: libraries that are compared; what is not installed is left out, and listed.
+        libraries: libraries to compare; those that are not installed are listed as such.
     """
 
     depths: tuple[int, ...] = (12, 24, 96)
@@ -75,7 +75,7 @@ class Exactness:
         refuse_unknown("library", self.libraries, PEERS)
 
     def jobs(self) -> Sequence[Job]:
-        """List this project, and each library."""
+        """List one job for this project, and one for each library."""
         cases = {"depths": sorted(self.depths), "precisions": list(self.precisions)}
         return [Job(name=OURS, work=our_errors, arguments=cases)] + [
             Job(name=library, work=errors_of, arguments={"library": library, **cases})
@@ -108,7 +108,7 @@ class Exactness:
 
 
 def quick() -> Exactness:
-    """Configure shallow stacks: it shows that everything runs, and no more."""
+    """Configure shallow stacks, to show that everything runs, and no more."""
     return Exactness(depths=(4, 12))
 
 
@@ -117,7 +117,7 @@ def _measured(rows: Sequence[Row]) -> list[Row]:
 
 
 def _largest(rows: Sequence[Row]) -> dict[str, float]:
-    """The largest error of each library that ran."""
+    """Return the largest error of each library that ran."""
     found: dict[str, float] = {}
     for row in _measured(rows):
         found[row["library"]] = max(row[ERROR], found.get(row["library"], 0.0))
@@ -125,7 +125,7 @@ def _largest(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def _plain(name: str) -> str:
-    """A name as MLflow takes it."""
+    """Turn a name into one that MLflow takes."""
     return "".join(letter if letter.isalnum() else "_" for letter in name)
 
 
@@ -163,7 +163,7 @@ def our_errors(*, depths: Sequence[int], precisions: Sequence[Precision]) -> dic
     """Measure errors of this project, on the grid and in floating point.
 
     Returns:
-        The device, and in "rows" one for each depth and precision.
+        The device, and in "rows" one row for each depth and precision.
     """
     here = device()
     rows = []
@@ -180,7 +180,7 @@ def errors_of(
     """Measure errors of another implementation, one of `PEERS`.
 
     Returns:
-        As `our_errors`. If the library is not there, or does not run, rows say so.
+        Same as `our_errors`; if the library is not installed or does not run, the rows say so.
     """
     package = PEERS[library].package
     try:
@@ -196,7 +196,7 @@ def errors_of(
 
 
 def _row(library: str, version: str, depth: int | str, precision: str, error: float | str) -> Row:
-    # A norm of differences is 0 if all of them are, and only then.
+    # A norm is 0 exactly if all differences are 0.
     equal = "" if isinstance(error, str) else "yes" if error == 0 else "no"
     return {
         "library": library,
@@ -209,13 +209,13 @@ def _row(library: str, version: str, depth: int | str, precision: str, error: fl
 
 
 def _error(library: str, depth: int, precision: Precision) -> float | str:
-    """Error against the same branches with stored activations; a failure in a line."""
+    """Compute the error against stored activations of the same branches; a failure is one line."""
     blocks, x = stack(_FAMILY, depth)
     blocks, x = blocks.to(device()), x.to(device())
     branches = [_Branch(block, precision) for block in blocks]
     wanted = _gradients(branches, lambda streams: stored(streams, branches), x)
     try:
-        # What these libraries use of PyTorch that is going out of use is not the question here.
+        # The libraries' warnings about deprecated parts of PyTorch do not matter here.
         with warnings.catch_warnings(action="ignore"):
             found = _gradients(branches, PEERS[library].build(branches), x)
     except Exception as problem:  # whatever it is, it goes into the report
@@ -243,12 +243,12 @@ class _Branch(nn.Module):
 def _gradients(
     branches: Sequence[nn.Module], network: Callable[[Tensor], Tensor], x: Tensor
 ) -> Tensor:
-    """Gradients of all parameters one after another, where both streams begin with x."""
+    """Compute the gradients of all parameters in one vector, with x as input of both streams."""
     parameters = [p for branch in branches for p in branch.parameters()]
     for parameter in parameters:
         parameter.grad = None
     streams = torch.cat([x, x], dim=1).requires_grad_()
-    # A copy, for a library may give away the memory of its input.
+    # A copy, because a library may free the memory of its input.
     first, second = network(streams.clone()).chunk(2, dim=1)
     ((first + second) / 2).pow(2).mean().backward()
     found = [p.grad for p in parameters if p.grad is not None]
@@ -261,7 +261,7 @@ def _gradients(
 
 
 def _picture(rows: Sequence[Row]) -> Figure:
-    """Errors against depth, for each precision and library."""
+    """Draw errors against depth, for each precision and library."""
     precisions = list(dict.fromkeys(row["precision"] for row in rows))
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     panels = figure.subplots(1, len(precisions), sharey=True, squeeze=False)[0]
@@ -276,7 +276,7 @@ def _picture(rows: Sequence[Row]) -> Figure:
 
 
 def _scale(axes: Axes, rows: Sequence[Row]) -> float:
-    """Logarithmic, with a place for zero below all that is not; returns that place."""
+    """Set a logarithmic scale with a place for zero below it, and return that place."""
     errors = [row[ERROR] for row in rows if row[ERROR] > 0]
     low, high = (math.floor(math.log10(limit)) for limit in (min(errors), max(errors)))
     decades = range(low, high + 2)
@@ -290,7 +290,7 @@ def _scale(axes: Axes, rows: Sequence[Row]) -> float:
 
 
 def _lines(axes: Axes, rows: Sequence[Row], floor: float) -> list[End]:
-    """A line for each library; where they end."""
+    """Draw a line for each library, and return their ends."""
     ends = []
     for library in dict.fromkeys(row["library"] for row in rows):
         mark, size, colour = _STYLES[library]

@@ -1,4 +1,4 @@
-"""The parts of an experiment: jobs that do not need each other, and claims about their results."""
+"""Parts of an experiment: independent jobs, and claims about their results."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,13 +31,13 @@ def device() -> torch.device:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """A piece of work that a process does by itself.
+    """Piece of work that one process does by itself.
 
     Attributes:
-        name: title while it is done, different from those of the experiment's other jobs.
-        work: function of a module, so that any process finds it.
+        name: title, different from those of the experiment's other jobs.
+        work: function of a module, so that any process can import it.
         arguments: arguments that JSON can hold; a result is kept for as long as they stay the same.
-        alone: nothing else is to run meanwhile: it measures time, or spreads over the cluster.
+        alone: nothing else runs meanwhile, because it measures time or spreads over the cluster.
         spreads: it asks the cluster for resources by itself, as Ray Train does.
     """
 
@@ -50,12 +50,12 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """A claim and the numbers about it.
+    """Verdict on a claim.
 
     Attributes:
-        claim: sentence.
-        holds: whether it does at this scale; None if that cannot be told.
-        evidence: numbers that say so.
+        claim: claim in a sentence.
+        holds: verdict at this scale; None if the numbers cannot tell.
+        evidence: numbers behind the verdict.
     """
 
     claim: str
@@ -90,9 +90,9 @@ class Outcome:
 
     Attributes:
         experiment: name of the experiment.
-        job: the job.
-        result: its result; None if it failed.
-        seconds: seconds that it took.
+        job: job that ended.
+        result: result of the job; None if it failed.
+        seconds: duration of the job.
         error: reason of its failure; empty if it did not fail.
     """
 
@@ -105,14 +105,14 @@ class Outcome:
 
 @runtime_checkable
 class Prepares(Protocol):
-    """An experiment on data that the project makes."""
+    """Experiment on data that the project makes."""
 
     def prepare(self) -> None:
-        """Make the data, if they are not there."""
+        """Make the data if they are missing."""
 
 
 class Experiment(Protocol):
-    """A configured experiment."""
+    """Configured experiment."""
 
     def jobs(self) -> Sequence[Job]:
         """List all pieces of work."""
@@ -126,10 +126,10 @@ _TABLES = "tables"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """An experiment of one job, whose result is tables.
+    """Experiment of one job, whose result is tables.
 
     Attributes:
-        measure: function of a module whose docstring says what is measured.
+        measure: function of a module whose docstring describes the measurement.
         arguments: arguments of the function.
     """
 
@@ -137,11 +137,11 @@ class Measurement:
     arguments: Mapping[str, Any]
 
     def jobs(self) -> Sequence[Job]:
-        """List the one job; time may be measured in it."""
+        """List the one job, which runs alone since it may measure time."""
         return [Job(name=_TABLES, work=self.measure, arguments=self.arguments, alone=True)]
 
     def section(self, results: Mapping[str, Result]) -> Section:
-        """Report the tables, under the text of the module."""
+        """Report the tables, below the docstring of the module."""
         module = inspect.getmodule(self.measure)
         title, _, text = (inspect.getdoc(module) or "").partition("\n")
         text = " ".join(text.split())
@@ -152,7 +152,7 @@ def refuse_unknown(what: str, names: Iterable[str], choices: Iterable[str]) -> N
     """Refuse names that are not among the choices.
 
     Raises:
-        UserError: with the choices.
+        UserError: if there are any; it lists the choices.
     """
     listed = list(choices)
     unknown = sorted(set(names) - set(listed))
@@ -164,10 +164,10 @@ def refuse_unknown(what: str, names: Iterable[str], choices: Iterable[str]) -> N
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """The same thing measured with several seeds.
+    """Values of one quantity, measured with several seeds.
 
     Attributes:
-        values: one a seed, in the order of the seeds.
+        values: one value per seed, in the order of the seeds.
     """
 
     values: tuple[float, ...]
@@ -179,11 +179,11 @@ class Measured:
 
     @property
     def deviation(self) -> float:
-        """Standard deviation of a single seed's value; 0 with one seed."""
+        """Standard deviation over the seeds; 0 with one seed."""
         return stdev(self.values) if len(self.values) > 1 else 0.0
 
     def __sub__(self, other: "Measured") -> "Measured":
-        """Differences, seed by seed."""
+        """Subtract seed by seed."""
         pairs = zip(self.values, other.values, strict=True)
         return Measured(values=tuple(a - b for a, b in pairs))
 
@@ -192,14 +192,14 @@ class Measured:
 
 
 def at_least(a: Measured, b: Measured, *, margin: float = 0.0) -> bool | None:
-    """Judge whether one is at least as large as the other, as far as the seeds can tell.
+    """Judge whether `a` is at least as large as `b`, as far as the seeds can tell.
 
     The difference of each seed is a sample; its mean is told from the limit if it is two of its
     standard errors away from it.
 
     Args:
         a: values of the same seeds as `b`.
-        b: values that it is compared with.
+        b: reference values.
         margin: amount by which `a` may fall short and still count as being as large.
 
     Returns:
@@ -215,5 +215,5 @@ def at_least(a: Measured, b: Measured, *, margin: float = 0.0) -> bool | None:
 
 
 def finding(claim: str, a: Measured, b: Measured, *, margin: float = 0.0) -> Finding:
-    """Judge the claim that one is at least as large as the other, see `at_least`."""
+    """Judge the claim that `a` is at least as large as `b`; see `at_least`."""
     return Finding(claim=claim, holds=at_least(a, b, margin=margin), evidence=f"{a} against {b}")

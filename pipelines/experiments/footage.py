@@ -1,4 +1,4 @@
-"""Videos such as people upload, as far as a decoder can tell: textures that move, and cuts."""
+"""Synthetic videos that cost a decoder as much as uploaded ones: moving textures, and cuts."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _BACKGROUND = 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Footage:
-    """An H.264 video of 360p, with x264's defaults but for these.
+    """H.264 video of 360p, with x264's defaults except for these settings.
 
     Attributes:
         title: difference from other footage.
@@ -39,7 +39,7 @@ class Footage:
     quality: int = 26
 
     def write(self, path: Path, frames: int) -> None:
-        """Write an mp4 of so many frames."""
+        """Write an mp4 with that number of frames."""
         with av.open(path, "w") as container:
             stream = container.add_stream("libx264", rate=self.fps)
             stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
@@ -50,7 +50,7 @@ class Footage:
 
 
 def pictures(frames: int) -> Iterator[np.ndarray]:
-    """Draw a texture that pans, before which others move; RGB, uint8 (360, 640, 3)."""
+    """Draw a panning texture with others moving in front of it; RGB, uint8 (360, 640, 3)."""
     random = np.random.default_rng(0)
     background = _texture(_BACKGROUND, random)
     actors = [_texture(256, random)[:height, :width] for height, width in ((160, 120), (90, 200))]
@@ -74,7 +74,7 @@ def _sway(number: int, pace: float, reach: int) -> int:
 
 
 def _texture(side: int, random: np.random.Generator) -> np.ndarray:
-    """Noise with the spectrum of natural pictures: amplitudes fall with the frequency."""
+    """Draw noise with the spectrum of natural pictures: amplitudes fall with the frequency."""
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
     frequency[0, 0] = np.inf
     channels = []
@@ -95,10 +95,10 @@ def windows_of(
 
     Args:
         video_id: name of the video.
-        seconds: its length.
+        seconds: length of the video.
         frames: number of frames of a window.
         fps: frames of a window per second; None spreads them over the whole video.
-        count: number of windows, unless each is the whole video.
+        count: number of windows; a window of the whole video is drawn once.
     """
     fps = fps or frames / seconds
     last = max(0.0, seconds - frames / fps)
@@ -120,7 +120,7 @@ def decoded(rows: Iterable[dict[str, Any]], *, size: int) -> int:
 
     Args:
         rows: rows that `decode_sample` takes.
-        size: pixels of the square frames.
+        size: side of the square frames in pixels.
 
     Raises:
         RuntimeError: if a window cannot be decoded.

@@ -1,4 +1,4 @@
-"""The harness of all experiments: jobs with kept results, JSON files, tables and reports."""
+"""Harness of all experiments: jobs with kept results, JSON files, tables and reports."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ Work = tuple[str, Job]
 """Name of an experiment, and one of its jobs."""
 
 Execute = Callable[[Sequence[Work]], Iterator[Outcome]]
-"""Does jobs, and yields how each ended as it does."""
+"""Function that does jobs and yields the outcome of each as it ends."""
 
 VERDICTS = {True: "holds", False: "does not hold", None: "cannot be told"}
 REPORT = "report.md"
@@ -44,12 +44,12 @@ REPORT = "report.md"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Records:
-    """A folder of results of jobs: the same command goes on with what it has.
+    """Folder of the results of jobs, with which the same command resumes.
 
     Attributes:
         folder: folder of the files; it is made.
-        code: fingerprint of the code; what other code computed is computed again.
-        device: name of the device; likewise.
+        code: fingerprint of the code; results of other code are computed again.
+        device: name of the device; results of other devices are computed again.
     """
 
     folder: Path
@@ -57,7 +57,7 @@ class Records:
     device: str
 
     def find(self, experiment: str, job: Job) -> Outcome | None:
-        """Look up a job with the same arguments; None if it was not done, or failed."""
+        """Look up the result of a job with the same arguments; None if it is missing or failed."""
         path = self._path(experiment, job)
         if not path.exists():
             return None
@@ -88,13 +88,13 @@ class Records:
 
 
 def execute_here(works: Sequence[Work]) -> Iterator[Outcome]:
-    """Do jobs in this process, one after the other."""
+    """Do jobs in this process, one after another."""
     for experiment, job in works:
         yield attempt(experiment, job)
 
 
 def attempt(experiment: str, job: Job) -> Outcome:
-    """Do a job; its failure is reported, and keeps no other job from being done."""
+    """Do a job; a failure becomes its outcome, and does not stop other jobs."""
     began = time.perf_counter()
     try:
         result, error = job.work(**job.arguments), ""
@@ -107,13 +107,13 @@ def attempt(experiment: str, job: Job) -> Outcome:
 def carry_out(
     experiments: Mapping[str, Experiment], execute: Execute, records: Records, *, resume: bool
 ) -> Iterator[Outcome]:
-    """Make what the experiments need, and do their jobs that were not done before.
+    """Prepare the experiments' data, and do the jobs that were not done before.
 
     Args:
         experiments: experiments by name.
-        execute: `execute_here`, or the like on Ray.
-        records: results of before; new ones are added.
-        resume: take up results of before.
+        execute: `execute_here`, or its counterpart on Ray.
+        records: earlier results, to which new ones are added.
+        resume: use earlier results.
     """
     for experiment in experiments.values():
         if isinstance(experiment, Prepares):
@@ -145,10 +145,10 @@ def carry_out(
 
 
 def circumstances(command: str, where: torch.device) -> dict[str, Any]:
-    """Describe under which circumstances numbers are measured.
+    """Describe the circumstances of a measurement.
 
     Args:
-        command: command that measures them.
+        command: command that measures.
         where: device that is measured.
     """
     return {
@@ -178,12 +178,12 @@ def name_of(where: torch.device) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chapter:
-    """An experiment that was carried out.
+    """Experiment that was carried out.
 
     Attributes:
         name: name of the experiment.
-        section: its report; None if jobs of it failed.
-        outcomes: ends of all its jobs.
+        section: report; None if jobs of the experiment failed.
+        outcomes: outcomes of all its jobs.
     """
 
     name: str
@@ -196,7 +196,7 @@ class Chapter:
         return [outcome for outcome in self.outcomes if outcome.error]
 
     def record(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """Put all that is kept of a complete experiment into one record, as JSON takes it.
+        """Put everything to keep of a complete experiment into one record, as JSON takes it.
 
         Args:
             facts: circumstances of the measurement.
@@ -220,9 +220,9 @@ class Done:
     """Experiments that were carried out.
 
     Attributes:
-        chapters: one an experiment.
-        files: the files that were written.
-        sections: Markdown, one an experiment.
+        chapters: one chapter per experiment.
+        files: files that were written.
+        sections: Markdown, one section per experiment.
     """
 
     chapters: Sequence[Chapter]
@@ -250,11 +250,11 @@ def run(
     Args:
         experiments: experiments by name.
         command: command that was given.
-        kept: folder of results of jobs.
+        kept: folder of the results of jobs.
         results: JSON file of the one experiment; or a folder, which also gets a report of all.
-        execute: `execute_here`, or the like on Ray.
-        resume: take up results of jobs that the same code computed before.
-        seen: is given each outcome as it is known.
+        execute: see `carry_out`.
+        resume: use results of jobs that the same code computed before.
+        seen: callback that receives each outcome as it is known.
     """
     facts = circumstances(command, _measured_device(next(iter(experiments.values()))))
     records = Records(folder=kept, code=code_fingerprint(), device=facts["device"])
@@ -294,9 +294,9 @@ def write(found: Sequence[Chapter], facts: dict[str, Any], results: Path) -> Don
     """Write the results of complete experiments as JSON, their pictures, and perhaps a report.
 
     Args:
-        found: the chapters.
+        found: chapters of the experiments.
         facts: circumstances of all numbers.
-        results: JSON file of the one chapter; or a folder, which also gets a report of all.
+        results: see `run`.
     """
     one = results.suffix == ".json"
     folder = results.parent if one else results
@@ -326,7 +326,7 @@ def save(tables: Tables, path: Path, command: str, *, title: str, text: str = ""
     """Write tables that were measured elsewhere as the results of an experiment.
 
     Args:
-        tables: the tables.
+        tables: tables by their titles.
         path: JSON file; it is replaced.
         command: command that measures them.
         title: title of their section.
@@ -382,7 +382,7 @@ def summary(findings: Sequence[dict[str, Any]]) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Format rows, at least one, as a Markdown table; what is a list is left out."""
+    """Format rows, at least one, as a Markdown table; values that are lists are left out."""
     columns = [name for name, value in rows[0].items() if not isinstance(value, list)]
     lines = [columns, ["---"] * len(columns)]
     lines += [[_text(row[name]) for name in columns] for row in rows]

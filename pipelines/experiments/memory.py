@@ -40,9 +40,9 @@ NO_GPU = "no GPU"
 OUT_OF_MEMORY = "out of memory"
 
 _MB = 1e6
-_HARDLY = 0.1  # of what one more block costs plain training
+_HARDLY = 0.1  # share of the memory that one more block costs plain training
 _PEAK = "predicted peak of a step, GiB"
-_BELOW = "naive"  # whose number stands below its dot, for it is close to checkpointing's
+_BELOW = "naive"  # its number is written below its dot, since checkpointing's dot is close
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,17 +50,17 @@ class Memory:
     """Peak memory of one training step, in four ways.
 
     Attributes:
-        backbone: backbone that is looked at over frames, resolution and depth, and for what fits.
-        others: backbones of which one step is looked at, that with the most frames.
+        backbone: backbone that is varied in frames, resolution and depth, and fitted to GPUs.
+        others: backbones of which only the step with the most frames is predicted.
         frames: lengths of the one clip in the batch.
         size: height and width of a frame.
         smaller: other sizes of a frame.
         depths: numbers of blocks of the deepest stage.
         precision: number format of the branches.
-        cards: memory of GPUs in GiB, for each of which the longest clip is looked for.
-        resident: network of `pipelines/experiments/models.py` of which the memory of fresh
-            processes is measured, too, on the CPU; with "" that is left out.
-        resident_frames: length of its clip.
+        cards: memory of GPUs in GiB, for each of which the longest clip is sought.
+        resident: network of `pipelines/experiments/models.py` that is also measured in fresh
+            processes on the CPU; "" leaves that out.
+        resident_frames: length of the clip in that measurement.
         resident_size: height and width of its frames.
         resident_repetitions: number of processes, of which the median is taken.
     """
@@ -82,7 +82,7 @@ class Memory:
         refuse_unknown("backbone", (self.backbone, *self.others), backbones())
         if not self.frames or not self.cards or len(set(self.depths)) < 2:
             raise UserError(
-                "Give frames, cards and at least two depths: memory is looked at over each of them."
+                "Give frames, cards and at least two depths: memory is compared over each of them."
             )
 
     def jobs(self) -> Sequence[Job]:
@@ -171,9 +171,9 @@ class Memory:
 
 
 def quick() -> Memory:
-    """Configure a toy backbone, and nothing measured: it shows that everything runs, and no more.
+    """Configure a toy backbone and no measurement, to show that everything runs, and no more.
 
-    Its card lies between what plain training and the others need.
+    The size of its GPU lies between the needs of plain training and of the other ways.
     """
     return Memory(
         backbone="swin_toy",
@@ -211,17 +211,18 @@ def peaks(
     """Predict peaks of a step in one way, and measure one if there is a GPU.
 
     Args:
-        backbone: name of the table of backbones.
+        backbone: name in the table of backbones.
         way: key of `WAYS`.
         size: height and width of a frame.
         precision: number format of the branches.
-        frames: lengths of the clip; with the longest, depths are compared and the GPU is measured.
+        frames: lengths of the clip; depths are compared and the GPU is measured with the longest.
         depths: numbers of blocks of the deepest stage.
         cards: memory in GiB that a clip is to fit.
 
     Returns:
-        Bytes for each of `frames` and of `depths`; in "parts", those that the longest clip consists
-        of; in "fits", frames for each of `cards`; in "measured", bytes or why there are none.
+        Bytes for each of `frames` and of `depths`; in "parts", the parts of the longest clip's
+        bytes; in "fits", frames for each of `cards`; in "measured", bytes or the reason why there
+        are none.
     """
     work = Workload(frames=max(frames), size=size, precision=precision)
     planner = Planner(backbone_alone(backbone, work))
@@ -246,9 +247,9 @@ def _measured(planner: Planner, way: str) -> int | str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Numbers:
-    """All results: of every backbone, of one by the size of a frame, and of fresh processes.
+    """Results of all backbones, of one of them by the size of a frame, and of fresh processes.
 
-    Frames, depths and cards are in ascending order; the last of frames is that of all else.
+    Frames, depths and cards are in ascending order; all else was predicted with the most frames.
     """
 
     backbone: str
@@ -261,7 +262,7 @@ class _Numbers:
 
     @property
     def close(self) -> ByWay:
-        """Results of the backbone that was looked at closely."""
+        """Results of the backbone that is varied."""
         return self.backbones[self.backbone]
 
 
@@ -324,7 +325,7 @@ def _by_backbone(backbones: Mapping[str, ByWay]) -> list[Row]:
 
 
 def _size(result: Result) -> float | str:
-    """Measured GiB, or why there are none."""
+    """Return the measured GiB, or the reason why there are none."""
     size = result["measured"]
     return size if isinstance(size, str) else size / GIBIBYTE
 
@@ -332,7 +333,7 @@ def _size(result: Result) -> float | str:
 def _over(
     columns: Sequence[str], found: ByWay, values: Callable[[Result], Sequence[float]]
 ) -> list[Row]:
-    """A row for each way; `values` gives the columns of a result."""
+    """Tabulate one row per way; `values` gives the columns of a result."""
     return [
         {"training": WAYS[way].title} | dict(zip(columns, values(result), strict=True))
         for way, result in found.items()
@@ -340,7 +341,7 @@ def _over(
 
 
 def _last(result: Result) -> int:
-    """Bytes of the step with the most frames."""
+    """Return the bytes of the step with the most frames."""
     return int(result["frames"][-1])
 
 
@@ -451,7 +452,7 @@ def _processes(found: ByWay) -> Finding:
 
 
 def _over_frames(found: _Numbers, title: str) -> Figure:
-    """Memory against frames, and the longest clip that fits the memory of each GPU."""
+    """Draw memory against frames, and the longest clip that fits the memory of each GPU."""
     figure, left, right = _two_panels(title)
     curves = {WAYS[way].title: _in_gib(result["frames"]) for way, result in found.close.items()}
     near = [card for card in found.cards if card < 2 * max(map(max, curves.values()))]
@@ -473,7 +474,7 @@ def _over_frames(found: _Numbers, title: str) -> Figure:
 
 
 def _over_depth(found: _Numbers, title: str) -> Figure:
-    """Memory against depth, and of all backbones."""
+    """Draw memory against depth, and memory of all backbones."""
     figure, left, right = _two_panels(title)
     left.set(xlabel=f"blocks of the deepest stage of {found.backbone}", ylabel=_PEAK)
     curves = {WAYS[way].title: _in_gib(result["depths"]) for way, result in found.close.items()}
@@ -491,7 +492,7 @@ def _two_panels(title: str) -> tuple[Figure, Axes, Axes]:
 
 
 def _fitting(axes: Axes, found: _Numbers) -> None:
-    """A row for each GPU, in it a dot for each way at the longest clip that fits."""
+    """Draw a row for each GPU, with a dot for each way at the longest clip that fits."""
     for row in range(len(found.cards)):
         fits = {way: r["fits"][row] for way, r in found.close.items() if r["fits"][row]}
         axes.plot([min(fits.values()), max(fits.values())], [row, row], color="0.8", zorder=1)
@@ -523,7 +524,7 @@ def _fitting(axes: Axes, found: _Numbers) -> None:
 
 
 def _bars(axes: Axes, found: _Numbers) -> None:
-    """For each backbone a bar for each way."""
+    """Draw a bar for each way and backbone."""
     for row, way in enumerate(found.close):
         colour = COLOURS[WAYS[way].title]
         values = _in_gib([_last(ways[way]) for ways in found.backbones.values()])

@@ -43,8 +43,8 @@ def _toy_swin() -> nn.Module:
 def _slowfast(config: SlowFastConfig) -> nn.Module:
     """Make a SlowFast with branches as small as those of a trained network.
 
-    Its norms use the statistics that they were loaded with. Those of random weights normalize
-    nothing, and every branch would multiply the streams by 1.3: by 500 over the 22 of a stage.
+    Its norms keep their initial statistics. With random weights those normalize nothing, and every
+    branch would multiply the streams by 1.3: by 500 over the 22 of a stage.
     """
     model = config.build()
     for module in model.modules():
@@ -93,11 +93,11 @@ class MlpBlock(nn.Module):
         self.two = nn.Linear(4 * width, width)
 
     def branch(self, x: Tensor) -> Tensor:
-        """What is added to x."""
+        """Compute the residual that is added to x."""
         return self.two(F.gelu(self.one(self.norm(x))))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The block."""
+        """Add the residual to x."""
         return x + self.branch(x)
 
 
@@ -113,12 +113,12 @@ def _mlp_stack(count: int) -> Stack:
 def swin_stack(
     count: int, *, width: int = 32, heads: int = 2, grid: Sequence[int] = (4, 8, 8)
 ) -> Stack:
-    """Video Swin's blocks, every other one shifted, and one clip of random tokens.
+    """Make a stack of Video Swin's blocks, every other one shifted, and one clip of random tokens.
 
     Args:
-        count: residual branches, an even number.
-        width: channels.
-        heads: of an attention, whose windows are ``(2, 4, 4)``.
+        count: even number of residual branches.
+        width: number of channels.
+        heads: number of heads of an attention, whose windows are ``(2, 4, 4)``.
         grid: tokens in time, height and width.
     """
     shifts = islice(cycle(([0, 0, 0], [1, 2, 2])), count // 2)
@@ -154,11 +154,11 @@ STACKS: dict[str, Callable[[int], Stack]] = {
     "ViT": _vit_stack,
     "R3D": _resnet_stack,
 }
-"""A stack with so many residual branches (an even number), and an input; weights are random."""
+"""Function from an even number of residual branches to a stack with random weights and an input."""
 
 
 def stack(family: str, count: int) -> Stack:
-    """A stack and an input; the same at every call."""
+    """Make a stack and an input; the same at every call."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return STACKS[family](count)

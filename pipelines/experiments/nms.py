@@ -1,6 +1,6 @@
 """NMS of many videos in one pass, against a video at a time and a detection at a time.
 
-Seconds are those that the process computes, in all its threads; the ways take turns.
+Times are CPU seconds of all threads; the ways take turns.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Videos = dict[str, Detections]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RawDetections:
-    """Raw detections of `videos`, `raw` of each in `classes`, and what is done to them."""
+    """Load: `raw` detections in `classes` for each of `videos`, and settings of their NMS."""
 
     title: str
     videos: int
@@ -32,7 +32,7 @@ class RawDetections:
     config: NmsConfig
 
     def build(self) -> Videos:
-        """The detections, at random in 200 seconds; most scores are low, as a detector's are."""
+        """Draw detections at random in 200 seconds; most scores are low, as a detector's are."""
         generator = torch.Generator().manual_seed(0)
         found = {}
         for number in range(self.videos):
@@ -74,7 +74,7 @@ def measure(*, rounds: int = 3) -> Tables:
 
 
 def compare(load: RawDetections, *, rounds: int) -> list[Row]:
-    """Compare the ways to do it."""
+    """Compare the implementations."""
     videos = load.build()
     ways: Mapping[str, Callable[[], Mapping[str, Detections]]] = {
         "a detection at a time (NumPy)": lambda: sequential(videos, load.config),
@@ -85,7 +85,7 @@ def compare(load: RawDetections, *, rounds: int) -> list[Row]:
 
 
 def sequential(videos: Mapping[str, Detections], config: NmsConfig) -> Videos:
-    """Soft-NMS as it is defined: class by class, one detection at a time."""
+    """Apply soft-NMS by its definition: class by class, one detection at a time."""
     result = {}
     for video_id, found in videos.items():
         labels = found.labels.numpy() if config.per_class else np.zeros(len(found), np.int64)
@@ -109,7 +109,7 @@ def sequential(videos: Mapping[str, Detections], config: NmsConfig) -> Videos:
 def _one_class(
     segments: Floats, scores: Floats, config: NmsConfig
 ) -> tuple[list[int], list[np.float32]]:
-    """The picks in their order, at most `top_k`, and the scores they were taken with."""
+    """Return the picks in their order, at most `top_k`, and their scores when they were picked."""
     starts, ends = segments.T.copy()
     lengths, waiting = ends - starts, scores.copy()
     picks: list[int] = []
@@ -129,7 +129,7 @@ def _one_class(
 
 
 def _difference(a: Mapping[str, Detections], b: Mapping[str, Detections]) -> float:
-    """The largest difference of scores; infinite if other segments are kept."""
+    """Return the largest difference of scores; infinite if other segments are kept."""
     largest = 0.0
     for video_id, found in a.items():
         other = b[video_id]

@@ -1,4 +1,4 @@
-"""The paper's five experiments together: which of them, and how large each is."""
+"""The paper's five experiments together: their choice and their sizes."""
 
 import shlex
 import sys
@@ -53,7 +53,7 @@ class Reproduction:
 
     @property
     def experiments(self) -> dict[str, Experiment]:
-        """Experiments that are done, in the order in which they are named."""
+        """Chosen experiments, in the order in which they are named."""
         return {name: getattr(self, name) for name in self.only}
 
     @property
@@ -80,8 +80,8 @@ def parse(
     """Read the command line.
 
     Args:
-        arguments: arguments without the program's name. What follows "--" are options of
-            `train.py`, for the recipes of the experiment `tal`.
+        arguments: arguments without the program's name; those after "--" are options of `train.py`,
+            for the recipes of the experiment `tal`.
         description: text above the help.
         prog: name of the program.
     """
@@ -102,13 +102,7 @@ def carry_out(
     *,
     seen: Callable[[Outcome], object] = lambda _: None,
 ) -> Done:
-    """Carry the experiments out, and write and print the report.
-
-    Args:
-        asked: the experiments.
-        execute: `execute_here`, or the like on Ray.
-        seen: is given each outcome as it is known.
-    """
+    """Carry the experiments out, and write and print the report; see `harness.run`."""
     return run(
         asked.experiments,
         command=shlex.join(["python", *sys.argv]),

@@ -1,4 +1,4 @@
-"""Public libraries for reversible networks, and how each builds one of the same branches.
+"""Public libraries for reversible networks, each building a network of the same branches.
 
 A network is a row of branches F1, G1, F2, G2, ... on two streams that lie beside each other in the
 channels:
@@ -20,11 +20,11 @@ Branches = Sequence[nn.Module]
 
 
 def stored(streams: Tensor, branches: Branches) -> Tensor:
-    """The equations themselves, of which autograd stores all activations.
+    """Compute the equations themselves; autograd stores all activations.
 
     Args:
         streams: x1 and x2, ``(B, 2 C)``.
-        branches: an even number.
+        branches: an even number of branches.
 
     Returns:
         y1 and y2 of the last pair, ``(B, 2 C)``.
@@ -36,13 +36,13 @@ def stored(streams: Tensor, branches: Branches) -> Tensor:
 
 
 class Recomputing(nn.Module):
-    """minREV's form: one autograd function for all branches, run backwards from its output.
+    """One autograd function for all branches, run backwards from its output, as in minREV.
 
-    As in "Reversible Vision Transformers" (Mangalam et al., CVPR 2022), but with parameters among
-    the function's inputs.
+    See "Reversible Vision Transformers" (Mangalam et al., CVPR 2022); here parameters are among the
+    function's inputs.
 
     Args:
-        branches: an even number.
+        branches: an even number of branches.
     """
 
     def __init__(self, branches: Branches) -> None:
@@ -50,7 +50,7 @@ class Recomputing(nn.Module):
         self.branches = nn.ModuleList(branches)
 
     def forward(self, streams: Tensor) -> Tensor:
-        """The streams ``(B, 2 C)`` after all branches."""
+        """Map the streams ``(B, 2 C)`` through all branches."""
         result: Tensor = _Recompute.apply(streams, self.branches, *self.parameters())
         return result
 
@@ -59,7 +59,7 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, streams: Tensor, branches: Branches, *_parameters: Tensor) -> Tensor:
         ctx.branches = branches
-        output = stored(streams, branches)  # in a Function's forward nothing is stored
+        output = stored(streams, branches)  # autograd stores nothing in a Function's forward
         ctx.save_for_backward(output)
         return output
 
@@ -104,8 +104,8 @@ class Peer:
     """Another implementation.
 
     Attributes:
-        package: what has to be installed; empty if nothing has.
-        build: makes a network of branches, from streams ``(B, 2 C)`` to streams.
+        package: package that has to be installed; empty for none.
+        build: function that makes a network of branches, from streams ``(B, 2 C)`` to streams.
     """
 
     package: str

@@ -1,4 +1,4 @@
-"""Elements of all pictures: a colour a way, and names at the ends of lines."""
+"""Elements of all pictures: one colour per way, and names at the ends of lines."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,18 +16,18 @@ COLOURS = {
 }
 """Colour of each way to train, by its title."""
 
-_GAP = 0.06  # between the middles of two names, as a share of the height of the axes
+_GAP = 0.06  # distance of the middles of two names, as a share of the axes' height
 _BOLD = ("ours:", "ours, on the grid")
-_BESIDE = 0.26  # between the axes and the names, in inches
+_BESIDE = 0.26  # distance from the axes to the names, in inches
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The last point of a line.
+    """Last point of a line.
 
     Attributes:
-        x: place in the axes' data.
-        y: likewise.
+        x: horizontal position in the axes' data.
+        y: vertical position in the axes' data.
         text: name of the line.
         colour: colour of the line.
     """
@@ -39,7 +39,7 @@ class End:
 
 
 def tidy(axes: Axes) -> None:
-    """Take away what a picture can do without."""
+    """Remove frame lines and ticks that a picture does not need."""
     axes.grid(color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -53,11 +53,11 @@ def lines(
     unit: str,
     at_least: float = 0,
 ) -> None:
-    """Draw a line for each way, with its name and its last value at its end, from zero on.
+    """Draw a line for each way from zero on, with its name and its last value at its end.
 
     Args:
         axes: axes that get the lines.
-        x: places of the values, in ascending order.
+        x: horizontal positions of the values, in ascending order.
         curves: values by the titles of the ways.
         unit: unit of the values.
         at_least: value that the axis has to reach.
@@ -79,7 +79,7 @@ def label_ends(axes: Axes, ends: Sequence[End]) -> None:
     Names that would overlap are moved apart, and tied to their ends with a thin line.
 
     Args:
-        axes: axes with the limits and the scales that they will have.
+        axes: axes with their final limits and scales.
         ends: ends of the lines.
     """
     figure = axes.get_figure(root=True)
@@ -110,8 +110,8 @@ def label_ends(axes: Axes, ends: Sequence[End]) -> None:
 
 
 def apart(heights: Sequence[float], gap: float) -> list[float]:
-    """Move ascending heights at least a gap apart, as little as can be (least squares)."""
-    # Without the gaps before it, a height may stay where it is or be pooled with its neighbours.
+    """Move ascending heights at least a gap apart, with the least squared movement."""
+    # Isotonic regression of the heights less the gaps below them, by pooling adjacent violators.
     groups: list[list[float]] = []
     for i, height in enumerate(heights):
         groups.append([height - i * gap])

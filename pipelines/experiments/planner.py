@@ -21,23 +21,23 @@ from re2tal.memory.ways import PLAIN, prepare, residual_blocks
 if TYPE_CHECKING:
     from pipelines.config.recipe import Recipe
 
-# Frames that Video Swins attend to at a time, and a multiple of the number that others want.
+# Frames of Video Swin's attention window, and a multiple of what other backbones require.
 _UNIT = 16
 
-# A recipe says nothing about classes; each costs a few hundred parameters and a row of logits.
+# A recipe names no classes; each costs only a few hundred parameters and a row of logits.
 _CLASSES = tuple(f"class {i}" for i in range(20))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model whose training step is predicted.
+    """Model whose training step is predicted.
 
     Attributes:
         name: title.
-        work: frames of its step.
-        backbone: shape of its backbone.
+        work: input of its step.
+        backbone: configuration of its backbone.
         unit: number of frames of which windows are multiples.
-        assemble: makes a detector with a backbone of a given shape, not rewired.
+        assemble: function that makes a detector with a given backbone, not rewired.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Subject:
 
     @property
     def depth(self) -> int:
-        """Blocks of the deepest stage."""
+        """Number of blocks of the deepest stage."""
         return max(self.backbone.depths)
 
     def build(self, depth: int) -> Detector:
@@ -63,7 +63,7 @@ class Subject:
 
 
 class _Features(nn.Module):
-    """In the place of a localizer: the features themselves."""
+    """Placeholder of a localizer that returns the features themselves."""
 
     num_classes = 0
     multiple = 1
@@ -76,12 +76,12 @@ def backbone_alone(name: str, work: Workload) -> Subject:
     """Describe a backbone of the table without a localizer, from uint8 frames to features.
 
     Raises:
-        UserError: if there is none of that name.
-        ValueError: if it cannot be made deeper and shallower.
+        UserError: if the table has no such name.
+        ValueError: if its depth cannot be changed.
     """
     config: Any = entry_of(name).make()
     _check_depths(config)
-    with torch.device("meta"):  # only a number is of interest
+    with torch.device("meta"):  # only `multiple` is read, so no memory is needed
         multiple = config.build().multiple
     return Subject(
         name=name,
@@ -96,9 +96,9 @@ def of_recipe(recipe: Recipe) -> Subject:
     """Describe the detector of a recipe, reversible or not, with random weights and 20 classes.
 
     Raises:
-        ValueError: If its backbone is none that can be made deeper and shallower.
+        ValueError: if the depth of its backbone cannot be changed.
     """
-    # Here, because a backbone by itself is also looked at where there is no PyAV.
+    # Imported here, because a backbone by itself is also predicted where there is no PyAV.
     from pipelines.training.model import build_detector
 
     def assemble(shape: Any) -> Detector:  # of the class that the recipe has
@@ -128,7 +128,7 @@ def _check_depths(config: Any) -> None:
 
 @dataclass
 class Planner:
-    """Predicts, and remembers its predictions; ways to train are keys of `WAYS`.
+    """Predictor of the memory of steps, with a cache; its ways to train are keys of `WAYS`.
 
     Attributes:
         subject: model whose step is predicted.
@@ -139,7 +139,7 @@ class Planner:
     _steps: dict[tuple[str, int, int], StepMemory] = field(default_factory=dict)
 
     def blocks(self) -> list[str]:
-        """Name the backbone's residual blocks, as they are called in the detector."""
+        """Name the backbone's residual blocks, by their names in the detector."""
         backbone = self._detector(PLAIN, self.subject.depth).backbone
         return [f"backbone.{name}" for name in residual_blocks(backbone)]
 
@@ -168,14 +168,14 @@ class Planner:
         return self._steps[key]
 
     def peak(self, way: str, *, frames: int | None = None, depth: int | None = None) -> int:
-        """Predict the bytes at the peak of a step, see `predict`."""
+        """Predict the bytes at the peak of a step; see `predict`."""
         return self.predict(way, frames=frames, depth=depth).peak
 
     def measure(self, way: str) -> int | None:
-        """Measure the bytes at the peak of a real step on the GPU; None if it has too few.
+        """Measure the peak bytes of a real step on the GPU; None if it has too little memory.
 
-        They are those that the CUDA allocator has handed out at most. Parameters, gradients and
-        inputs are included, as in a prediction; what else this process has on the GPU is not.
+        They are the most that the CUDA allocator has handed out. Parameters, gradients and inputs
+        are included, as in a prediction; other memory of this process on the GPU is not.
         """
         work = self.subject.work
         before = torch.cuda.memory_allocated()
@@ -192,7 +192,7 @@ class Planner:
         return torch.cuda.max_memory_allocated() - before
 
     def frames_that_fit(self, way: str, budget: int) -> int:
-        """Find the longest window whose step fits so many bytes; 0 frames if none does."""
+        """Find the longest window whose step fits into `budget` bytes; 0 frames if none does."""
         unit = self.subject.unit
         return unit * largest_that_fits(
             lambda units: self.peak(way, frames=units * unit),

@@ -1,6 +1,6 @@
-"""Memory profiles: what a step of a backbone or of a recipe's detector will need, and what fits.
+"""Memory profiles: memory of a step of a backbone or of a recipe's detector, and clips that fit.
 
-Counted is one forward and backward, with parameters, gradients and inputs, without the optimizer;
+One forward and backward are counted, with parameters, gradients and inputs, without the optimizer;
 predicted with fake tensors, and measured where there is a GPU.
 """
 
@@ -37,7 +37,7 @@ _KEPT = 40
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Questions:
-    """What else to find out, and where to write it.
+    """Further questions, and the file of the answers.
 
     Attributes:
         fits: also find the longest window whose step fits this much memory, such as 24GiB.
@@ -106,7 +106,7 @@ class RecipeProfile:
 
     @property
     def name(self) -> str:
-        """Name of the run and its files."""
+        """See `BackboneProfile.name`."""
         return f"profile-{self.recipe.name}"
 
     @property
@@ -156,9 +156,9 @@ class Profile:
     Attributes:
         predicted: predicted peak.
         measured: bytes on the GPU; None where there is no GPU or it has too little memory.
-        fits: frames of the longest window within the memory that was asked about.
-        frames: frames of a window, and bytes.
-        depth: blocks of the deepest stage, and bytes.
+        fits: frames of the longest window within the given memory.
+        frames: points of a curve: frames of a window, and bytes.
+        depth: points of a curve: blocks of the deepest stage, and bytes.
     """
 
     predicted: Breakdown
@@ -169,10 +169,10 @@ class Profile:
 
 
 def profile(asked: Asked) -> Section:
-    """Predict what was asked for, with a line of progress for each way.
+    """Predict what the command line asks for, with a line of progress for each way.
 
     Raises:
-        ValueError: if a size is none, or the step cannot be run.
+        ValueError: if a memory size cannot be read, or the step cannot be run.
     """
     questions = asked.questions
     budget = parse_size(questions.fits) if questions.fits else None
@@ -191,12 +191,7 @@ def profile(asked: Asked) -> Section:
 
 
 def main(arguments: Sequence[str], description: str) -> None:
-    """Predict, print, write a JSON file and a picture, and make an MLflow run.
-
-    Args:
-        arguments: arguments without the program's name.
-        description: text of the program's help.
-    """
+    """Predict, print, write a JSON file and a picture, and make an MLflow run; see `parse`."""
     try:
         asked = parse(arguments, description)
         found = profile(asked)
@@ -225,7 +220,7 @@ def section(
     Args:
         subject: model whose step it is.
         found: profiles by way to train.
-        budget: bytes that were asked about.
+        budget: bytes of memory that the longest window was to fit.
         blocks: names of residual blocks; those in one container are put together.
     """
     peaks = [_peak(WAYS[way].title, one, budget) for way, one in found.items()]
@@ -281,8 +276,8 @@ def rows(found: Breakdown, blocks: Sequence[str]) -> Iterator[tuple[str, int]]:
     """List the parts of a peak, the largest first: a few rows and the rest.
 
     Args:
-        found: the peak.
-        blocks: names of residual blocks; those in one container are put together.
+        found: parts of the peak.
+        blocks: see `section`.
     """
     sums: Counter[str] = Counter()
     for origin, size in found.parts:
@@ -305,7 +300,7 @@ def _what(origin: Origin, blocks: Sequence[str]) -> str:
 
 
 def _picture(subject: Subject, found: Mapping[str, Profile], budget: int | None) -> Figure:
-    """Memory against frames and against depth, a curve a way."""
+    """Draw memory against frames and against depth, one curve per way."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for way, one in found.items():

@@ -18,8 +18,8 @@ from pipelines.training.workload import Workload
 from re2tal.memory import MemoryMeter, StepMemory, predict_peak
 from re2tal.memory.ways import WAYS, prepared
 
-# glibc keeps freed blocks below a size that it raises as it goes; with a fixed one, whatever is
-# larger returns to the system at once, and resident memory follows the tensors.
+# glibc keeps freed blocks below a threshold that it raises as it goes; with a fixed one, larger
+# blocks return to the system at once, and resident memory follows the tensors.
 FOLLOWING = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
@@ -62,7 +62,7 @@ def added_in_a_process(
 
     Args:
         model: key of `MODELS`.
-        work: the step.
+        work: input of the step.
         way: key of `WAYS`.
         environment: variables for the process, such as settings of its allocator.
     """
@@ -86,7 +86,7 @@ def _added_here(model: str, work: Workload, way: str) -> int:
 
 
 def _load_libraries() -> None:
-    """Have the code of matrix products and convolutions in memory."""
+    """Load the code of matrix products and convolutions into memory."""
     linear, video = nn.Linear(8, 8), torch.randn(1, 3, 4, 8, 8)
     linear(torch.randn(2, 8)).sum().backward()
     nn.functional.conv3d(video, torch.randn(4, 3, 2, 4, 4), stride=(2, 4, 4))

@@ -1,9 +1,9 @@
 """Time of a step with more workers, and the share of it that exchanging gradients takes.
 
-The toy recipe's detector, rewired, on frames that are in memory. Every round times a step whose
-gradients are exchanged and one whose are not, one after the other, on all workers; what the first
-takes longer is the communication that backward does not hide. Then each worker decodes the frames
-of a step from a toy video: what the data cost a core. One thread a worker.
+The toy recipe's detector, rewired, trains on frames in memory. Every round times a step with and
+one without exchange of gradients, one after the other, on all workers; the difference is the
+communication that backward does not hide. Then each worker decodes the frames of a step from a toy
+video: the cost of the data per core. One thread a worker.
 """
 
 import tempfile
@@ -37,10 +37,10 @@ def measure(
     """Time steps of several numbers of workers.
 
     Args:
-        workers: numbers of processes, the first of which the others are compared with.
-        rounds: rounds of a step with and one without exchange.
-        frames: length of a window; a worker has one.
-        size: pixels of the square frames.
+        workers: numbers of processes; the others are compared with the first.
+        rounds: number of rounds, each a step with and one without exchange.
+        frames: length of the one window of a worker.
+        size: side of the square frames in pixels.
     """
     rows = []
     for count in workers:
@@ -97,7 +97,7 @@ def _batch(frames: int, size: int) -> tuple[Tensor, Tensor, list[Targets]]:
 
 
 def _together() -> float:
-    """Time at which all workers begin."""
+    """Return the time at which all workers begin."""
     dist.barrier()
     return time.perf_counter()
 
@@ -117,7 +117,7 @@ def _alone(model: DistributedDataParallel, batch: tuple[Tensor, Tensor, list[Tar
 
 
 def _decode(video: bytes, like: Tensor) -> float:
-    """Seconds of decoding as many frames of a video as a batch has, as large."""
+    """Time decoding of as many frames as a batch has, in its size."""
     _, frames, size, *_ = like.shape
     times = (np.arange(frames) + 0.5) / FPS
     began = _together()
@@ -126,7 +126,7 @@ def _decode(video: bytes, like: Tensor) -> float:
 
 
 def _reduce(size: int) -> float:
-    """Seconds of exchanging so many bytes by themselves."""
+    """Time the exchange of that many bytes alone."""
     content = torch.zeros(size // 4)
     began = _together()
     dist.all_reduce(content)

@@ -39,7 +39,7 @@ SAMPLINGS: Mapping[str, tuple[int, float | None]] = {
     "256 frames at 15 frames/s": (256, 15.0),
     "768 frames of the whole video": (768, None),
 }
-"""Frames of a window, and how many a second; None spreads them over the whole video."""
+"""Frames of a window, and frames per second; None spreads them over the whole video."""
 
 
 def measure(*, seconds: int = 120, rounds: int = 7, windows: int = 4, size: int = 224) -> Tables:
@@ -47,9 +47,9 @@ def measure(*, seconds: int = 120, rounds: int = 7, windows: int = 4, size: int 
 
     Args:
         seconds: length of the video.
-        rounds: rounds of measurements.
-        windows: windows that are decoded in each of them, where they do not span the whole video.
-        size: pixels of the square frames.
+        rounds: number of rounds of measurements.
+        windows: number of windows decoded in each round, where they do not span the whole video.
+        size: side of the square frames in pixels.
     """
     with tempfile.TemporaryDirectory() as name:
         raw = Path(name) / f"{_ID}.mp4"
@@ -75,7 +75,7 @@ def measure(*, seconds: int = 120, rounds: int = 7, windows: int = 4, size: int 
 
 
 def _write(raw: Path, title: str, seconds: int) -> tuple[dict[str, Any], str]:
-    """Write a shard; a row about it, and the URI of the video in it."""
+    """Write a shard; return a row about it, and the URI of the video in it."""
     settings = ShardSettings(fingerprint="", subsets=("training",), transcode=SHARDS[title])
     uri = str(raw.parent / title / "part-00000.parquet")
     task = ShardTask(
@@ -102,7 +102,7 @@ def _write(raw: Path, title: str, seconds: int) -> tuple[dict[str, Any], str]:
 def _compare(
     uris: Mapping[str, str], windows: Sequence[Window], *, size: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """A row for each of the shards; each round measures the raw file and all of them."""
+    """Return a row for each of the shards; each round measures the raw file and all of them."""
     ways = {}
     for name, uri in uris.items():
         rows = [{"index": i, "window": w, "uri": uri} for i, w in enumerate(windows)]

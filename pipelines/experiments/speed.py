@@ -32,13 +32,13 @@ from re2tal.memory.ways import PLAIN, WAYS, prepared
 
 _STEPS, _DEPTH = "steps", "depth"
 
-_ONE_MORE_FORWARD = 4 / 3  # of plain, if a backward takes twice as long as a forward
-_LITTLE = 0.05  # of what plain training needs more
+_ONE_MORE_FORWARD = 4 / 3  # times plain, if a backward takes twice as long as a forward
+_LITTLE = 0.05  # share of plain training's growth, parameters and gradients aside
 
 _PEAK = "peak, MB"
 _WEIGHTS = "parameters and gradients, MB"
 
-# A stage that a GPU is busy with.
+# A stage large enough to keep a GPU busy.
 _ON_GPU: dict[str, Any] = {"width": 192, "heads": 6, "grid": (64, 28, 28)}
 
 _PREPARE = {name: way.prepare for name, way in WAYS.items()}
@@ -46,16 +46,16 @@ _PREPARE = {name: way.prepare for name, way in WAYS.items()}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speed:
-    """Time of a training step, in five ways, and how it grows with depth.
+    """Time of a training step, in five ways, and its growth with depth.
 
     Attributes:
         models: networks of `pipelines/experiments/models.py` that a CPU trains, in float32.
         frames: length of the one clip in the batch.
         size: height and width of a frame.
         gpu_models: networks that are trained instead if there is a GPU, in bfloat16.
-        gpu_frames: likewise.
-        gpu_size: likewise.
-        depths: numbers of residual branches of a stack of Swin blocks, each even; perhaps none.
+        gpu_frames: length of the clip on a GPU.
+        gpu_size: height and width of a frame on a GPU.
+        depths: even numbers of residual branches of a stack of Swin blocks; perhaps none.
         grid: tokens of that stack in time, height and width on a CPU.
         rounds: number of turns of each way, at least 3.
     """
@@ -74,7 +74,7 @@ class Speed:
         refuse_unknown("model", (*self.models, *self.gpu_models), MODELS)
         odd = [depth for depth in self.depths if depth % 2]
         if odd:
-            raise UserError(f"A Swin block has two branches, so that no depth is {odd[0]}.")
+            raise UserError(f"Depths are even, two branches per Swin block, but one is {odd[0]}.")
         if self.rounds < 3:
             raise UserError(f"Quartiles need 3 rounds, but rounds is {self.rounds}.")
 
@@ -132,7 +132,7 @@ class Speed:
 
 
 def quick() -> Speed:
-    """Configure a toy model and shallow stacks: it shows that everything runs, and no more."""
+    """Configure a toy model and shallow stacks, to show that everything runs, and no more."""
     return Speed(models=("toy_swin",), frames=8, size=32, depths=(4, 12), grid=(4, 8, 8), rounds=3)
 
 
@@ -144,7 +144,7 @@ def steps(*, on_cpu: Mapping[str, Any], on_gpu: Mapping[str, Any], rounds: int) 
 
     Args:
         on_cpu: names of models, and the fields of their `Workload`, if there is no GPU.
-        on_gpu: likewise, if there is one.
+        on_gpu: the same if there is a GPU.
         rounds: number of turns of each way.
 
     Returns:
@@ -193,7 +193,7 @@ def _step(stack: nn.Module, x: Tensor) -> None:
 
 
 def _peak(stack: nn.Module, x: Tensor, way: str) -> int:
-    """Bytes of tensors at the peak of a step, parameters and gradients included."""
+    """Measure the bytes of tensors at the peak of a step, parameters and gradients included."""
     with prepared(stack, WAYS[way].prepare):
         if not x.is_cuda:
             return measure_activations(stack, x).peak
@@ -218,7 +218,7 @@ def of_models(times: Mapping[str, Times]) -> dict[str, list[Row]]:
 
 
 def _of_stacks(depths: Sequence[int], stacks: Result) -> list[Row]:
-    """A row for each depth and way."""
+    """Tabulate one row for each depth and way."""
     columns = zip(depths, stacks["times"], stacks["peaks"], stacks["parameters"], strict=True)
     return [
         {"branches": depth, **row, _PEAK: peaks[way] / 1e6, _WEIGHTS: 2 * weights / 1e6}
@@ -258,7 +258,7 @@ def verdicts(model: str, times: Times) -> list[Finding]:
 
 
 def _at_most(claim: str, times: Times, reference: str, limit: float) -> Finding:
-    """Judge whether ours takes so many times as long as a reference; the quartiles tell."""
+    """Judge, by the quartiles, whether ours takes at most `limit` times as long as a reference."""
     (row,) = [row for row in compared(times, reference) if row["training"] == "ours"]
     low, high = row["lower quartile"], row["upper quartile"]
     return Finding(
@@ -272,7 +272,7 @@ def _at_most(claim: str, times: Times, reference: str, limit: float) -> Finding:
 
 
 def growth(deeper: Sequence[Row]) -> Finding:
-    """Judge the growth of memory from the shallowest stack to the deepest, of the table `Depth`."""
+    """Judge the growth of memory from the shallowest stack to the deepest, by the table `Depth`."""
 
     def ends(title: str, column: str) -> tuple[float, float]:
         values = [row[column] for row in deeper if row["training"] == title]
@@ -304,7 +304,7 @@ def growth(deeper: Sequence[Row]) -> Finding:
 
 
 def _ratios(tables: Mapping[str, Sequence[Row]]) -> Figure:
-    """Times relative to plain training, with their quartiles, a panel for each step."""
+    """Draw times relative to plain training, with their quartiles, a panel for each step."""
     figure = Figure(figsize=(11, 2.6), layout="constrained")
     panels = figure.subplots(1, len(tables), sharex=True, sharey=True, squeeze=False)[0]
     for axes, (step, rows) in zip(panels, tables.items(), strict=True):
@@ -330,7 +330,7 @@ def _ratios(tables: Mapping[str, Sequence[Row]]) -> Figure:
 
 
 def _over_depth(rows: Sequence[Row]) -> Figure:
-    """Time and memory against depth."""
+    """Draw time and memory against depth."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     depths = sorted({row["branches"] for row in rows})

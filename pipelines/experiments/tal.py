@@ -2,8 +2,8 @@
 
 The same detector with the same seeds, windows and order is trained on the features of a frozen
 plain backbone, end to end plain, and end to end reversible. As in the paper, the reversible one
-begins with a backbone that was rewired and then finetuned on trimmed clips (step 4). What the saved
-memory buys is tried out too: larger frames within the memory of plain training.
+begins with a backbone that was rewired and then finetuned on trimmed clips (step 4). A fourth
+training spends the saved memory on larger frames, within the memory of plain training.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,7 +45,7 @@ TRAININGS: dict[Training, str] = {
     "reversible": "end to end, reversible",
 }
 
-_MARGIN = 0.02  # of average mAP: what counts as preserved
+_MARGIN = 0.02  # loss of average mAP that still counts as preserved
 LARGER = "end to end, reversible, larger frames"
 _LOOKS = {
     TRAININGS["features"]: ("0.6", "s"),
@@ -62,20 +62,20 @@ class Tal:
 
     Attributes:
         recipes: recipes of `train.py`. A toy recipe is trained in one process, several of them
-            beside each other; others by Ray Train, one after the other.
+            beside each other; others by Ray Train, one after another.
         seeds: seeds of windows, order and the weights of the localizer.
-        larger: pixels of a frame's side that the saved memory is spent on, for the first recipe;
-            None spends none.
+        larger: side in pixels of the larger frames that the saved memory is spent on, for the first
+            recipe; None spends none.
         rewired: weights of the backbone that reversible training begins with: rewired and then
             finetuned (finetune_backbone.py). By default they are made on toy clips for a toy
-            recipe; any other begins with its own weights, rewired at that moment.
-        finetuning_epochs: length of the toy backbone's finetuning, when it is rewired.
+            recipe; any other begins with its own weights, rewired without finetuning.
+        finetuning_epochs: length of the toy backbone's finetuning.
         folder: folder of the toy videos and clips, which are made.
         clips: numbers of clips that the toy backbone is finetuned on.
         videos: numbers of videos.
-        options: options of `train.py`, for all recipes; on the command line they follow "--". The
-            default's frames have half the side of those that the toy backbone was pretrained on:
-            something to learn for a backbone that may, and something to spend memory on.
+        options: options of `train.py`, for all recipes; on the command line they follow "--". By
+            default frames have half the side of those that the toy backbone was pretrained on,
+            which leaves something to learn for the backbone, and room for larger frames.
     """
 
     recipes: tuple[str, ...] = ("toy", "toy_vsgn")
@@ -113,7 +113,7 @@ class Tal:
         return RECIPES[recipe]().data.make_toy and "--data.annotations" not in self.options
 
     def _options(self, recipe: str, way: Training) -> list[str]:
-        """Options of `train.py`, for all seeds."""
+        """Return options of `train.py`, for all seeds."""
         on_toy, options = self._on_toy(recipe), []
         if on_toy:
             options += ["--data.annotations", f"{self.folder}/{ANNOTATIONS}"]
@@ -143,7 +143,7 @@ class Tal:
         return Job(name=name, work=localize, arguments=arguments, alone=spreads, spreads=spreads)
 
     def _trained(self, recipe: str) -> list[tuple[str, Training, int | None]]:
-        """Title, way and size of frames of each training of a recipe."""
+        """List title, way and size of frames of each training of a recipe."""
         trained: list[tuple[str, Training, int | None]] = [
             (t, way, None) for way, t in TRAININGS.items()
         ]
@@ -153,7 +153,7 @@ class Tal:
 
     @property
     def _begins(self) -> str:
-        """First weights of reversible training, as the report says it."""
+        """Describe the first weights of reversible training, for the report."""
         if self.rewired is not None:
             return f"Reversible training begins with the weights in {self.rewired}."
         if all(self._on_toy(recipe) for recipe in self.recipes):
@@ -203,7 +203,7 @@ class Tal:
 
 
 def quick() -> Tal:
-    """Configure one epoch of few videos: it shows that everything runs, and no more."""
+    """Configure one epoch of few videos, to show that everything runs, and no more."""
     return Tal(
         recipes=("toy",),
         seeds=(0,),
@@ -272,13 +272,13 @@ def _findings(
 
 
 def _titled(recipe: str) -> str:
-    """Localizer of a recipe, and the recipe's name."""
+    """Name the localizer of a recipe, and the recipe."""
     localizer = type(RECIPES[recipe]().model.localizer).__name__.removesuffix("Config")
     return f"{localizer} ({recipe})"
 
 
 def _picture(points: Mapping[str, Sequence[tuple[str, float, Measured]]]) -> Figure:
-    """Average mAP against memory, a panel for each recipe."""
+    """Draw average mAP against memory, a panel for each recipe."""
     figure = Figure(figsize=(4.6 * len(points), 4.0), layout="constrained")
     panels = figure.subplots(1, len(points), squeeze=False, sharey=True)[0]
     for axes, (recipe, found) in zip(panels, points.items(), strict=True):
@@ -309,7 +309,7 @@ def _picture(points: Mapping[str, Sequence[tuple[str, float, Measured]]]) -> Fig
 
 
 def configured(recipe: str, options: Sequence[str]) -> Recipe:
-    """Read a recipe with options of `train.py`; ends the program if one does not exist."""
+    """Read a recipe with options of `train.py`; end the program if one does not exist."""
     default = RECIPES[recipe]()
     return tyro.cli(Recipe, default=default, args=options, prog=f"reproduce.py ... -- [{recipe}]")
 
@@ -327,18 +327,18 @@ def localize(*, recipe: str, options: Sequence[str], way: Training, seed: int) -
         seed: seed of windows, order and random weights.
 
     Returns:
-        mAP, that at every threshold, the predicted memory of a worker's step in MB, seconds; and of
-        a run in MLflow its id.
+        Average mAP, mAP at every threshold, predicted memory of a worker's step in MB, seconds; and
+        the id of an MLflow run, if there is one.
     """
     asked = trained_in(configured(recipe, options), way, seed)
     return _here(asked) if asked.data.make_toy else _on_the_cluster(asked)
 
 
 def trained_in(recipe: Recipe, way: Training, seed: int) -> Recipe:
-    """Have a recipe trained in one way.
+    """Change a recipe to one way of training.
 
     Only the backbone differs: the windows, their order and the localizer's first weights are the
-    same. The features of a frozen backbone are computed anew, those of the very same windows.
+    same. The features of a frozen backbone are computed anew, for the very same windows.
     """
     model = replace(
         recipe.model,

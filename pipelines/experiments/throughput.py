@@ -1,8 +1,8 @@
 """Frames a second that Ray Data delivers to a worker, against plain decoding.
 
-Both decode the same windows in as many processes, one thread each. Plain decoding drops the frames
-where they are made; the pipeline hands them, in order and in batches, to the process that asked.
-Rounds alternate, and the ratio is the median over the pairs. What both leave out is the start:
+Both decode the same windows in the same number of processes, one thread each. Plain decoding drops
+the frames where they are decoded; the pipeline hands them, in order and in batches, to the process
+that asked. Rounds alternate, and the ratio is the median over the pairs. The start is not counted:
 each decodes a few windows first, so that processes run and libraries are loaded.
 """
 
@@ -45,11 +45,11 @@ def measure(
 
     Args:
         processes: numbers of decoding processes.
-        rounds: pairs of measurements.
+        rounds: number of pairs of measurements.
         seconds: length of the video.
-        windows: number of windows, at random places of it.
+        windows: number of windows, at random places of the video.
         frames: number of consecutive frames of each window.
-        size: pixels of the square frames.
+        size: side of the square frames in pixels.
     """
     fps = float(FOOTAGE.fps)
     drawn = windows_of("video", seconds, frames=frames, fps=fps, count=windows)
@@ -62,7 +62,7 @@ def measure(
 
 @contextmanager
 def _ray(cpus: int) -> Iterator[None]:
-    """Have a Ray instance of as many CPUs, unless there is one."""
+    """Start a Ray instance with that number of CPUs, unless there is one; end it afterwards."""
     began = not ray.is_initialized()
     if began:
         ray.init(address="local", num_cpus=cpus, logging_level="ERROR", log_to_driver=False)

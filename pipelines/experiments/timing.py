@@ -1,4 +1,4 @@
-"""Times of several ways to do the same, which take turns in one process."""
+"""Times of several ways to do the same thing, which take turns in one process."""
 
 import gc
 import time
@@ -22,15 +22,15 @@ Times = dict[str, list[float]]
 def in_turns(
     ways: Mapping[str, Callable[[], T]], rounds: int, *, before: int = 1
 ) -> dict[str, list[T]]:
-    """Call each way once a round, and list what it returns.
+    """Call each way once a round, and list its results.
 
-    The order turns from round to round, so that a load from outside, or the way before, favours
-    none; ratios of one round tell the ways apart whatever else the machine does.
+    The order turns from round to round, so that neither load from outside nor the preceding way
+    favours any; ratios within a round compare the ways whatever else the machine does.
 
     Args:
-        ways: the ways by name.
-        rounds: rounds that count.
-        before: rounds that come before them.
+        ways: functions by name.
+        rounds: number of rounds that count.
+        before: number of rounds before them that do not count.
     """
     found: dict[str, list[T]] = {name: [] for name in ways}
     order = list(ways)
@@ -55,7 +55,7 @@ def ratios(seconds: Sequence[float], reference: Sequence[float]) -> list[float]:
 
 
 def compared(times: Times, reference: str) -> list[Row]:
-    """Tabulate medians, and of the ratios of each round to a reference the quartiles."""
+    """Tabulate medians, and the quartiles of each round's ratio to a reference."""
     rows: list[Row] = []
     for name, seconds in times.items():
         low, middle, high = quartiles(ratios(seconds, times[reference]))
@@ -79,10 +79,10 @@ def paired(
     """Time a training step in every way, on the same model at the same place in memory.
 
     Args:
-        model: the model.
-        step: forward and backward.
-        ways: changes of the model, by way.
-        rounds: rounds that count; one comes before them.
+        model: model that is trained.
+        step: function that runs forward and backward.
+        ways: functions that prepare the model, by way.
+        rounds: number of rounds that count, after one that does not.
     """
 
     def time_in(way: Prepare) -> float:
@@ -95,9 +95,9 @@ def paired(
 
 @contextmanager
 def _all_kept() -> Iterator[None]:
-    """Spare the garbage collector, before each step, what is there: a million objects of imports.
+    """Exclude existing objects from garbage collection during each step: imports make a million.
 
-    To look through them takes longer than a small step.
+    Scanning them takes longer than a small step.
     """
     gc.collect()
     gc.freeze()
@@ -120,19 +120,19 @@ def timed(model: nn.Module, step: Callable[[], object]) -> float:
 
 
 def finish(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def computed(ways: Mapping[str, Callable[[], T]], rounds: int) -> tuple[Times, dict[str, T]]:
-    """Measure the seconds that this process computes, in all of its threads, and keep the results.
+    """Measure CPU seconds of all threads of this process, and keep the results.
 
-    A load from outside adds little to them.
+    Other load on the machine adds little to them.
 
     Args:
-        ways: the ways by name.
-        rounds: rounds, all of which count.
+        ways: functions by name.
+        rounds: number of rounds, all of which count.
     """
     results: dict[str, T] = {}
 
@@ -148,7 +148,7 @@ def computed(ways: Mapping[str, Callable[[], T]], rounds: int) -> tuple[Times, d
 def against_the_first(
     ways: Mapping[str, Callable[[], T]], rounds: int, difference: Callable[[T, T], float]
 ) -> list[Row]:
-    """Tabulate seconds as of `computed`, and by how much results differ from the first way's."""
+    """Tabulate seconds as in `computed`, and the difference of results from the first way's."""
     times, results = computed(ways, rounds)
     first, *_ = ways
     return [

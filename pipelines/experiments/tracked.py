@@ -10,12 +10,7 @@ from pipelines.experiments.harness import Done
 
 
 def log_outcome(parent: Run, outcome: Outcome) -> None:
-    """Make an MLflow run of a job, below that of all; one that the job made itself is moved.
-
-    Args:
-        parent: run of the experiments.
-        outcome: end of the job.
-    """
+    """Make a job's MLflow run below the parent's; a run that the job itself made is moved there."""
     client, job = parent.client, outcome.job
     result = outcome.result if isinstance(outcome.result, dict) else {}
     if "run_id" in result:
@@ -39,7 +34,7 @@ def log_outcome(parent: Run, outcome: Outcome) -> None:
 
 
 def log_results(run: Run, done: Done) -> None:
-    """Put report, pictures and the numbers that claims rest on into the run of the experiments."""
+    """Log report, pictures and the numbers behind the claims in the run of the experiments."""
     for file in done.files:
         run.client.log_artifact(run.run_id, str(file))
     for chapter in done.chapters:

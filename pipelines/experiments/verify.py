@@ -1,9 +1,9 @@
 """Time that comparing the rebuilt inputs takes: of paired steps, and in the checks themselves.
 
-Paired steps say that `verify=True` costs little, and no more: with other jobs on the cores the
-median ratio is good to about 1.5 %. So the checks are timed by themselves as well. One subtraction
-a stage, of the streams at its bottom, comes on top. The magnitudes of the streams on the grid are
-watched in either case.
+Paired steps show only that `verify=True` costs little: with other jobs on the cores the median
+ratio is good to about 1.5 %. So the checks are timed by themselves as well. One subtraction per
+stage, of the streams at its bottom, is not among them. The magnitudes of the streams on the grid
+are watched with and without `verify`.
 """
 
 import time
@@ -47,7 +47,7 @@ def measure(*, model: str = "swin3d_t", rounds: int = 25) -> Tables:
 
 
 def checks_alone(model: str, work: Workload, rounds: int) -> Row:
-    """Measure the seconds that a step spends in checks; on a host, where calls return when done."""
+    """Measure the seconds that a step spends in checks, on a CPU, where calls return when done."""
     spent: list[float] = []
     steps: list[float] = []
     network, inputs = build(model), work.noise()

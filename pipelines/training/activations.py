@@ -7,17 +7,17 @@ from re2tal.detector import Detector
 from re2tal.memory import measure_activations, predict_peak
 from re2tal.reversible.coupling import SMALLEST_PIECE
 
-# Measuring runs a step on the driver's CPU: one that is made for a GPU would take it minutes.
+# Measuring runs a step on the driver's CPU, which takes minutes for a step made for a GPU.
 _MEASURED_UP_TO = 500_000_000
 
 
 def activation_metrics(recipe: Recipe, detector: Detector) -> dict[str, float]:
-    """Counts the bytes that one worker's step keeps alive.
+    """Count the bytes that one worker's step keeps alive.
 
     Args:
-        recipe: the run's configuration.
-        detector: what it builds; its weights do not matter and stay as they are. For a GPU it is
-            rewired to run in pieces of a GPU's size.
+        recipe: configuration of the run.
+        detector: detector that the recipe builds; its weights do not matter and stay as they are.
+            For a GPU it is rewired to run in pieces of a GPU's size.
 
     Returns:
         `memory/predicted_activations_mb` and `memory/predicted_peak_mb` from fake tensors; if the

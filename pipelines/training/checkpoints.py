@@ -1,8 +1,8 @@
-"""What a run needs to go on from where it is, as a folder that is safe to load.
+"""Checkpoints: the complete state of a run in a folder that is safe to load.
 
 `detector/` is the averaged model, usable by itself; `training.pt` holds the rest. Everything loads
 with `weights_only=True` or is safetensors. `complete.json` is written last and names each file with
-its size: a folder without it, or with other files, is what an interrupted copy left behind.
+its size: a folder without it, or with other files, was left behind by an interrupted copy.
 
 No generator's state is kept: windows, augmentation and dropout are functions of the seed and of the
 position in the run.
@@ -39,12 +39,9 @@ _WHOLE = StateDictOptions(full_state_dict=True)
 
 
 def shard(detector: nn.Module, *, device: torch.device, workers: int) -> None:
-    """Splits a detector in place: each reversible stage by itself, and the rest together.
+    """Split a detector in place over all workers: one unit per reversible stage, one for the rest.
 
-    Args:
-        detector: the same on all workers, which all call this.
-        device: where it is.
-        workers: their number.
+    Every worker calls this, with the same weights.
     """
     mesh = init_device_mesh(device.type, (workers,))
     for _, stage in list(reversible_stages(detector)):
@@ -53,24 +50,24 @@ def shard(detector: nn.Module, *, device: torch.device, workers: int) -> None:
 
 
 def whole_state(module: nn.Module) -> dict[str, Any]:
-    """The state of a split module, gathered on every worker; all of them call this."""
+    """Gather the state of a split module on every worker; all of them call this."""
     return get_model_state_dict(module, options=_WHOLE)
 
 
 def load_whole_state(module: nn.Module, state: dict[str, Any]) -> None:
-    """Splits a state over the workers, each of which has all of it."""
+    """Split a state over the workers, each of which has all of it."""
     set_model_state_dict(module, state, options=_WHOLE)
 
 
 def whole_optimizer_state(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """The state of a split module's optimizer, gathered on every worker; all of them call this."""
+    """Gather the state of a split module's optimizer on every worker; all of them call this."""
     return get_optimizer_state_dict(module, optimizer, options=_WHOLE)
 
 
 def load_whole_optimizer_state(
     module: nn.Module, optimizer: Optimizer, state: dict[str, Any]
 ) -> None:
-    """Splits an optimizer's state over the workers, each of which has all of it."""
+    """Split an optimizer's state over the workers, each of which has all of it."""
     set_optimizer_state_dict(module, optimizer, state, options=_WHOLE)
 
 
@@ -85,18 +82,18 @@ class TrainingState:
     """Everything that changes while a run goes on.
 
     Attributes:
-        detector: the trained model (not the DDP wrapper).
-        average: its moving average.
-        whole: where detector and average are split over workers, a detector that is not, for the
-            values of the average; else None.
-        optimizer: with its moments.
-        schedule: of the learning rates.
-        scaler: of the loss, for float16.
-        epoch: finished epochs.
-        windows: of the epoch that goes on, how many all workers together are through with.
-        step: finished steps.
+        detector: trained model, not its DDP wrapper.
+        average: moving average of the detector's weights.
+        whole: unsplit detector that receives the values of the average, where detector and average
+            are split over workers; else None.
+        optimizer: optimizer with its moments.
+        schedule: schedule of the learning rates.
+        scaler: scaler of the loss, for float16.
+        epoch: number of finished epochs.
+        windows: number of windows of the current epoch that all workers together have finished.
+        step: number of finished steps.
         world_size: number of workers that took the steps.
-        failures: video id to reason, of windows that could not be decoded.
+        failures: reasons by video id, of windows that could not be decoded.
     """
 
     detector: Detector
@@ -112,7 +109,7 @@ class TrainingState:
     failures: dict[str, str] = field(default_factory=dict)
 
     def averaged(self) -> Detector:
-        """The moving average as a detector of its own; every worker calls this."""
+        """Return the moving average as a detector of its own; every worker calls this."""
         if self.whole is None:
             return cast("Detector", self.average.module)
         self.whole.load_state_dict(whole_state(self.average.module))
@@ -137,14 +134,14 @@ class TrainingState:
         return {**position, "sharded": self.whole is not None}
 
     def save(self, folder: Path, spec: DetectorSpec, *, write: bool = True) -> None:
-        """Writes a checkpoint; every worker calls this, and one writes.
+        """Write a checkpoint; every worker calls this, and one writes.
 
-        What else is put into the folder, before `complete`, belongs to it too.
+        Other files that are put into the folder before `complete` belong to the checkpoint too.
 
         Args:
-            folder: where to.
-            spec: what the detector is built of.
-            write: whether this worker does.
+            folder: folder of the checkpoint.
+            spec: specification from which the detector can be built again.
+            write: true on the one worker that writes.
         """
         averaged, parts = self.averaged(), self._parts()
         if write:
@@ -152,13 +149,13 @@ class TrainingState:
             torch.save({**parts, **self._position()}, folder / _STATE_FILE)
 
     def load(self, folder: Path) -> None:
-        """Reads a checkpoint into the model, optimizer and schedule that are there.
+        """Read a checkpoint into the existing model, optimizer and schedule.
 
         Args:
-            folder: written by `save` and `complete`.
+            folder: folder written by `save` and `complete`.
 
         Raises:
-            UserError: if it is not whole.
+            UserError: if the checkpoint is not whole, or only one of it and this run is sharded.
         """
         if not is_complete(folder):
             raise UserError(
@@ -169,8 +166,8 @@ class TrainingState:
         if bool(state["sharded"]) is not (self.whole is not None):
             how = "with" if state["sharded"] else "without"
             raise UserError(
-                f"The checkpoint in {folder} was written {how} --scale.sharded, whose optimizer's "
-                "state is another: go on as it began."
+                f"The checkpoint in {folder} was written {how} --scale.sharded, which "
+                "changes the optimizer's state: resume with the setting that the run began with."
             )
         if self.whole is None:
             self.detector.load_state_dict(state["detector"])
@@ -187,21 +184,17 @@ class TrainingState:
 
 
 def complete(folder: Path) -> None:
-    """Says that a checkpoint is whole.
-
-    Args:
-        folder: with all of its files.
-    """
+    """Mark a checkpoint as whole, once all of its files are in the folder."""
     sizes = sizes_below(str(folder))
     sizes.pop(COMPLETE_FILE, None)
     (folder / COMPLETE_FILE).write_text(json.dumps(sizes, indent=2, sort_keys=True))
 
 
 def is_complete(folder: str | Path) -> bool:
-    """Whether all files of a checkpoint are there, as long as they were written.
+    """Tell whether all files of a checkpoint are there, as long as they were written.
 
     Args:
-        folder: path or URI of what may be a checkpoint.
+        folder: path or URI of a possible checkpoint.
     """
     try:
         listed = json.loads(read_bytes(join(str(folder), COMPLETE_FILE)))

@@ -1,4 +1,4 @@
-"""What the training loop does to classify trimmed videos: clips, evaluation, moving connections."""
+"""Task of the training loop for trimmed videos: clips, top-1, moving connections."""
 
 import time
 from collections import defaultdict
@@ -32,15 +32,15 @@ from re2tal.videos.windows import Window
 def score_videos(
     classifier: Classifier, batches: Iterable[Batch]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Averages the scores of the views of each video.
+    """Average the scores of the views of each video.
 
     Args:
-        classifier: in evaluation mode.
-        batches: views; a video's may lie in several batches.
+        classifier: classifier in evaluation mode.
+        batches: views; those of one video may lie in several batches.
 
     Returns:
-        Video id to its mean probabilities `(K,)`, float64, over the views that could be decoded;
-        video id to reason where one could not.
+        Mean probabilities `(K,)`, float64, by video id, over the views that could be decoded;
+        reasons by video id where one could not.
     """
     device = next(classifier.parameters()).device
     views: dict[str, list[Tensor]] = defaultdict(list)
@@ -58,12 +58,12 @@ def score_videos(
 def accuracy_metrics(
     scores: Mapping[str, Tensor], videos: Sequence[TrimmedVideo], *, prefix: str
 ) -> dict[str, float]:
-    """How often the classes of videos are recognised.
+    """Measure how often the classes of videos are recognised.
 
     Args:
-        scores: video id to scores `(K,)`; videos without count nothing.
-        videos: with their labels; at least one has scores.
-        prefix: of the metrics' names.
+        scores: scores `(K,)` by video id; videos without scores are not counted.
+        videos: videos with their labels; at least one has scores.
+        prefix: first part of the metrics' names.
 
     Returns:
         `<prefix>/top1`, `<prefix>/top5`, `<prefix>/mean_class_accuracy`.
@@ -79,12 +79,7 @@ def accuracy_metrics(
 
 
 def spec_of(recipe: ClassificationRecipe, classes: Sequence[str]) -> DetectorSpec:
-    """Returns what the recipe's classifier is built of.
-
-    Args:
-        recipe: the run's configuration.
-        classes: names of the classes.
-    """
+    """Return the specification from which the recipe's classifier is built."""
     model, data = recipe.model, recipe.data
     return DetectorSpec(
         classes=tuple(classes),
@@ -101,10 +96,10 @@ def spec_of(recipe: ClassificationRecipe, classes: Sequence[str]) -> DetectorSpe
 def build_classifier(
     recipe: ClassificationRecipe, classes: Sequence[str], weights: str | Path | None
 ) -> Classifier:
-    """Builds the classifier, with pretrained weights in its backbone.
+    """Build the classifier, with pretrained weights in its backbone.
 
     Args:
-        recipe: the run's configuration.
+        recipe: configuration of the run.
         classes: names of the classes.
         weights: file or name of backbone weights, or None.
 
@@ -121,9 +116,9 @@ class ClassificationTask:
     """Classification of trimmed videos, a `pipelines.training.trainer.Task`.
 
     Attributes:
-        recipe: the run's configuration.
+        recipe: configuration of the run.
         plan: classes and usable videos.
-        score: the metric that makes a checkpoint the best.
+        score: metric by which the best checkpoint is chosen.
     """
 
     recipe: ClassificationRecipe
@@ -132,27 +127,15 @@ class ClassificationTask:
 
     @property
     def spec(self) -> DetectorSpec:
-        """What the classifier is built of."""
+        """Specification from which the classifier is built."""
         return spec_of(self.recipe, self.plan.classes)
 
     def build(self, weights: str | Path | None) -> Classifier:
-        """Builds the classifier, with pretrained weights in its backbone.
-
-        Args:
-            weights: file or name of backbone weights, or None.
-
-        Raises:
-            ValueError: as `build_classifier`.
-        """
+        """See `build_classifier`."""
         return build_classifier(self.recipe, self.plan.classes, weights)
 
     def windows(self, *, stride: int, epoch: int) -> list[Window]:
-        """One random clip of every training video, shuffled.
-
-        Args:
-            stride: frames per feature, of the backbone.
-            epoch: from 0; another epoch has other clips in another order.
-        """
+        """Draw one random clip of every training video, shuffled; see `Task.windows`."""
         random = np.random.default_rng((self.recipe.seed, epoch))
         clip = self.recipe.data.clip
         windows = [
@@ -161,25 +144,11 @@ class ClassificationTask:
         return [windows[i] for i in random.permutation(len(windows))]
 
     def before_step(self, state: TrainingState, *, done: int, steps: int) -> dict[str, float]:
-        """Moves the connections to where they are to be after the steps that were taken (Dr2Net).
-
-        Args:
-            state: the classifier.
-            done: steps before this one.
-            steps: of an epoch.
-
-        Returns:
-            Metrics: where they are.
-        """
+        """Move the connections as far as the steps taken so far ask for (Dr2Net); see `connect`."""
         return connect(state.detector, self.recipe.model, done=done, steps=steps)
 
     def evaluate(self, state: TrainingState, runtime: Runtime, *, steps: int) -> Evaluation:
-        """Evaluates the averaged classifier on the middle clips; after the last epoch on all views.
-
-        Args:
-            state: the classifier after an epoch.
-            runtime: gives clips and shows progress.
-            steps: of an epoch.
+        """Evaluate the averaged classifier on the middle clips; after the last epoch on all views.
 
         Raises:
             UserError: if too many videos could not be decoded.
@@ -223,4 +192,4 @@ class ClassificationTask:
 
 
 def _nothing(folder: Path) -> None:
-    """Nothing but the classifier itself is kept with its checkpoint."""
+    """Keep nothing but the classifier itself with its checkpoint."""

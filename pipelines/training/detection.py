@@ -1,4 +1,4 @@
-"""What the training loop does to train a detector: windows of untrimmed videos, mAP."""
+"""Task of the training loop for detection: windows of untrimmed videos, mAP."""
 
 import time
 from collections.abc import Mapping
@@ -46,9 +46,9 @@ class DetectionTask:
     """Temporal action localization, a `pipelines.training.trainer.Task`.
 
     Attributes:
-        recipe: the run's configuration.
+        recipe: configuration of the run.
         plan: classes and usable videos.
-        score: the metric that makes a checkpoint the best.
+        score: metric by which the best checkpoint is chosen.
     """
 
     recipe: Recipe
@@ -57,17 +57,17 @@ class DetectionTask:
 
     @property
     def trained(self) -> Plan:
-        """What the detector is trained on: all classes, or whether there is an action at all."""
+        """Plan with the classes that the detector learns: all, or only "action"."""
         return self.plan.restricted(detected_classes(self.recipe, self.plan.classes))
 
     @property
     def reported(self) -> Plan:
-        """What its detections are compared with."""
+        """Plan with the classes that its detections are evaluated on."""
         return self.plan.restricted(reported_classes(self.recipe, self.plan.classes))
 
     @property
     def spec(self) -> DetectorSpec:
-        """What the detector is built of."""
+        """Specification from which the detector is built."""
         return spec_of(self.recipe, self.plan.classes)
 
     def build(self, weights: str | Path | None) -> Detector:
@@ -77,19 +77,14 @@ class DetectionTask:
             weights: file or name of backbone weights, or None.
 
         Raises:
-            ValueError: as `build_detector` and `load_localizer`.
+            ValueError: see `build_detector` and `load_localizer`.
         """
         detector = build_detector(self.recipe, self.plan.classes, weights)
         load_localizer(detector, self.recipe.model)
         return detector
 
     def windows(self, *, stride: int, epoch: int) -> list[Window]:
-        """Windows of all training videos at random places, shuffled.
-
-        Args:
-            stride: frames per feature, of the backbone.
-            epoch: from 0; another epoch has other windows in another order.
-        """
+        """Draw windows of all training videos at random places, shuffled; see `Task.windows`."""
         trained = self.trained
         return epoch_windows(
             trained.training,
@@ -107,16 +102,7 @@ class DetectionTask:
         done: int,
         steps: int,
     ) -> dict[str, float]:
-        """Moves the connections to where they are to be after the steps that were taken (Dr2Net).
-
-        Args:
-            state: the detector.
-            done: steps before this one.
-            steps: of an epoch.
-
-        Returns:
-            Metrics: where they are.
-        """
+        """Move the connections as far as the steps taken so far ask for (Dr2Net); see `connect`."""
         return connect(state.detector, self.recipe.model, done=done, steps=steps)
 
     def evaluate(
@@ -124,14 +110,9 @@ class DetectionTask:
         state: TrainingState,
         runtime: Runtime,
         *,
-        steps: int,  # noqa: ARG002 - what is evaluated is connected as in the end, as it is saved
+        steps: int,  # noqa: ARG002 - evaluated with the connections of the end, as it is saved
     ) -> Evaluation:
-        """Finds the actions of all validation videos and compares them with the annotations.
-
-        Args:
-            state: the detector after an epoch.
-            runtime: gives windows and shows progress.
-            steps: of an epoch.
+        """Find the actions of all validation videos and compare them with the annotations.
 
         Raises:
             UserError: if too many videos could not be decoded.
@@ -155,10 +136,10 @@ class DetectionTask:
     def judged(
         self, detections: Mapping[str, Detections]
     ) -> tuple[dict[str, Detections], dict[str, float]]:
-        """Gives proposals their classes, if an external classifier names them, and evaluates.
+        """Evaluate detections, after an external classifier, if any, has named their classes.
 
         Args:
-            detections: video id to detections in seconds, after non-maximum suppression.
+            detections: detections in seconds by video id, after non-maximum suppression.
 
         Returns:
             The detections with classes, and the metrics of `validation.evaluate`.
@@ -179,7 +160,7 @@ class DetectionTask:
     def _detect(
         self, state: TrainingState, runtime: Runtime
     ) -> tuple[dict[str, Detections], dict[str, Detections], dict[str, str]]:
-        """The detections of all videos, those before suppression, and why videos have none."""
+        """Return detections of all videos, the same before suppression, and reasons of failures."""
         recipe, plan = self.recipe, self.trained
         detector: Any = state.averaged().eval()
         windows = validation_share(

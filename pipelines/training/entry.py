@@ -1,8 +1,8 @@
-"""What Ray Train starts on every worker.
+"""Function that Ray Train starts on every worker.
 
-Ray Train's controller, a process of its own, reads this function and its configuration too. It has
-no use for what a worker imports, which takes ten seconds: so that is imported by the worker alone,
-and what it is told lies in the object store.
+Ray Train's controller, a process of its own, also loads this function and its configuration, but
+needs none of a worker's imports, which take ten seconds. So only the worker imports them, and its
+configuration lies in the object store.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 def train_worker(config: dict[str, Any]) -> "dict[str, float] | TrainingProblem":
-    """Trains one worker's share of a run.
+    """Train one worker's share of a run.
 
     Args:
-        config: under "job" a reference to a `pipelines.training.worker.Job`; Ray Train hands over
-            dictionaries.
+        config: dictionary, as Ray Train asks for, with a reference to a
+            `pipelines.training.worker.Job` under "job".
 
     Returns:
-        The metrics of the last epoch, or what all workers alike came upon.
+        The metrics of the last epoch, or the problem that stopped all workers alike.
     """
     from pipelines.training.worker import train  # see above
 

@@ -15,11 +15,11 @@ from re2tal.videos.windows import Window
 
 
 class LocalRuntime:
-    """A `Runtime` of one worker that decodes as it goes and keeps everything in memory.
+    """`Runtime` of one worker that decodes in its own process and keeps everything in memory.
 
     Attributes:
         history: step and metrics of each call of `log`, in order.
-        lines: the lines of progress.
+        lines: lines of progress.
     """
 
     rank = 0
@@ -28,7 +28,7 @@ class LocalRuntime:
     def __init__(
         self, recipe: RunConfig, plan: AnyPlan, folder: Path, *, device: torch.device | str = "cpu"
     ) -> None:
-        """Args: recipe, plan: of the run. folder: where the newest checkpoint is kept."""
+        """Keep the newest checkpoint of the run in `folder`."""
         self.device = torch.device(device)
         self.history: list[tuple[int, dict[str, float]]] = []
         self.lines: list[str] = []
@@ -36,7 +36,7 @@ class LocalRuntime:
         self._checkpoint = folder / "checkpoint"
 
     def stream(self, windows: Sequence[Window], *, size: int) -> Iterator[Batch]:
-        """Decodes windows in this process and yields them in batches, in order."""
+        """Decode windows in this process and yield them in batches, in order."""
         features = feature_stream(self._plan)
         if features is not None:
             return features.batches(windows, batch_size=self._recipe.batch_size)
@@ -45,23 +45,23 @@ class LocalRuntime:
         )
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Appends to `history`."""
+        """Append to `history`."""
         self.history.append((step, dict(metrics)))
 
     def say(self, line: str) -> None:
-        """Appends to `lines`."""
+        """Append to `lines`."""
         self.lines.append(line)
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path) -> None:  # noqa: ARG002
-        """Keeps the checkpoint; an older one is replaced."""
+        """Keep the checkpoint in place of the one before."""
         shutil.rmtree(self._checkpoint, ignore_errors=True)
         shutil.copytree(checkpoint, self._checkpoint)
 
     def preempted(self) -> bool:
-        """Nobody takes this process away."""
+        """Return False: nobody takes this process away."""
         return False
 
     @contextmanager
     def restored(self) -> Iterator[Path | None]:
-        """Gives the checkpoint that an earlier run left in the folder, if any."""
+        """Yield the checkpoint that an earlier run left in the folder, if any."""
         yield self._checkpoint if self._checkpoint.exists() else None

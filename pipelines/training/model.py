@@ -22,14 +22,14 @@ _NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
 def freeze(detector: Detector, config: BackboneModelConfig) -> None:
-    """Takes the gradients from what is not to be trained.
+    """Turn off the gradients of frozen parts.
 
     Args:
-        detector: the model.
-        config: names of frozen parts, and what becomes of the backbone's norms.
+        detector: detector that is changed.
+        config: names of frozen parts, and treatment of the backbone's norms.
 
     Raises:
-        ValueError: if the detector has no part of a name.
+        ValueError: if the detector has no part of that name.
     """
     for part in _parts(detector, config.frozen):
         part.requires_grad_(requires_grad=False)
@@ -40,12 +40,7 @@ def freeze(detector: Detector, config: BackboneModelConfig) -> None:
 
 
 def train_mode(detector: Detector, config: BackboneModelConfig) -> None:
-    """Training mode, out of which frozen parts stay, and BatchNorms that keep their statistics.
-
-    Args:
-        detector: the model.
-        config: as for `freeze`.
-    """
+    """Set training mode, except for frozen parts and BatchNorms that keep their statistics."""
     detector.train()
     for part in _parts(detector, config.frozen):
         part.eval()
@@ -68,17 +63,16 @@ def _parts(detector: Detector, names: tuple[str, ...]) -> Iterator[nn.Module]:
 
 
 def prepare(detector: Detector, weights: str | Path | None, config: BackboneModelConfig) -> None:
-    """Loads the backbone's weights, says how it runs, and freezes what is not to be trained.
+    """Load the backbone's weights, set its way to run, and freeze parts.
 
     Args:
-        detector: the model.
+        detector: detector that is changed.
         weights: file or name of backbone weights, or None.
-        config: how frames are normalized, how large pieces are, names of frozen parts, what becomes
-            of norms.
+        config: normalization of frames, size of pieces, names of frozen parts, treatment of norms.
 
     Raises:
         ValueError: if the weights do not fit the backbone, or were trained on frames normalized by
-            other values; if there is no part of a name that is to be frozen.
+            other values; if there is no part with the name of a frozen one.
     """
     if weights is not None:
         report = load_backbone_weights(detector.backbone, weights)
@@ -92,11 +86,11 @@ def load_localizer(detector: Detector, config: ModelConfig) -> WeightsReport | N
     """Load the weights that the localizer begins with, if the configuration names some.
 
     Args:
-        detector: the model.
-        config: names them, on this machine.
+        detector: detector that receives them.
+        config: configuration that names a file on this machine.
 
     Raises:
-        ValueError: they do not fit the localizer.
+        ValueError: if they do not fit the localizer.
     """
     if config.localizer_weights is None:
         return None
@@ -104,34 +98,20 @@ def load_localizer(detector: Detector, config: ModelConfig) -> WeightsReport | N
 
 
 def detected_classes(recipe: Recipe, classes: Sequence[str]) -> tuple[str, ...]:
-    """Returns the classes that the recipe's detector tells apart.
-
-    Args:
-        recipe: the run's configuration.
-        classes: names of the action classes of the data set.
-    """
+    """Return the classes that the recipe's detector tells apart, of those of the data set."""
     return (ACTION,) if recipe.model.class_agnostic else tuple(classes)
 
 
 def reported_classes(recipe: Recipe, classes: Sequence[str]) -> tuple[str, ...]:
-    """Returns the classes of the detections that the recipe's evaluation makes.
+    """Return the classes of the detections that the recipe's evaluation makes.
 
     They are the detector's, unless an external classifier names the class of its proposals.
-
-    Args:
-        recipe: the run's configuration.
-        classes: names of the action classes of the data set.
     """
     return tuple(classes) if recipe.data.video_scores else detected_classes(recipe, classes)
 
 
 def spec_of(recipe: Recipe, classes: Sequence[str]) -> DetectorSpec:
-    """Returns what the recipe's detector is built of.
-
-    Args:
-        recipe: the run's configuration.
-        classes: names of the action classes.
-    """
+    """Return the specification from which the recipe's detector is built."""
     return DetectorSpec(
         classes=detected_classes(recipe, classes),
         backbone=recipe.model.backbone,
@@ -146,10 +126,10 @@ def spec_of(recipe: Recipe, classes: Sequence[str]) -> DetectorSpec:
 
 
 def build_detector(recipe: Recipe, classes: Sequence[str], weights: str | Path | None) -> Detector:
-    """Builds the detector, with pretrained weights in its backbone.
+    """Build the detector, with pretrained weights in its backbone.
 
     Args:
-        recipe: the run's configuration.
+        recipe: configuration of the run.
         classes: names of the action classes.
         weights: file or name of backbone weights, or None.
 
@@ -164,16 +144,16 @@ def build_detector(recipe: Recipe, classes: Sequence[str], weights: str | Path |
 def connect(
     model: nn.Module, config: BackboneModelConfig, *, done: int, steps: int
 ) -> dict[str, float]:
-    """Moves the connections to where they are to be after the steps that were taken.
+    """Move the connections as far as the steps taken so far ask for (Dr2Net).
 
     Args:
-        model: with a rewired backbone.
-        config: says over how many epochs; nothing is done if over none.
-        done: steps before this one.
-        steps: of an epoch.
+        model: model with a rewired backbone.
+        config: number of epochs over which they move; with none, nothing is done.
+        done: number of steps before this one.
+        steps: number of steps of an epoch.
 
     Returns:
-        Metrics: where they are.
+        Metrics: the connections' coefficients.
     """
     if config.coupling_epochs is None:
         return {}
@@ -183,7 +163,7 @@ def connect(
 
 
 def remarks(recipe: AnyRecipe, nodes: list[dict[str, Any]]) -> list[str]:
-    """List, in sentences, what makes a run with a backbone slower than it looks.
+    """List, in sentences, reasons why a run with a backbone is slower than it looks.
 
     Args:
         recipe: configuration of the run.
@@ -196,16 +176,9 @@ def remarks(recipe: AnyRecipe, nodes: list[dict[str, Any]]) -> list[str]:
 
 
 def _store_remark(recipe: AnyRecipe, nodes: list[dict[str, Any]]) -> str | None:
-    """What to say when frames on their way to the workers do not fit the object store.
+    """Warn in a sentence when frames on their way to the workers do not fit the object store.
 
     The run would work, but slowly: Ray spills to the disk what does not fit.
-
-    Args:
-        recipe: the run's configuration.
-        nodes: of the cluster, as `ray.nodes` lists them.
-
-    Returns:
-        A sentence, or None if they fit.
     """
     data = recipe.data
     size = max(data.size, data.augmentation.decoded_size(data.size))

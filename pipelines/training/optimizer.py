@@ -16,13 +16,13 @@ from re2tal.detector import Detector
 def parameter_groups(
     parameters: Iterable[nn.Parameter], *, lr: float, decay: float, name: str
 ) -> Iterator[dict[str, Any]]:
-    """Splits parameters into those that are decayed and vectors, which are not.
+    """Split parameters into those with weight decay and vectors, which have none.
 
     Args:
-        parameters: of which frozen ones are left out.
+        parameters: parameters, of which frozen ones are left out.
         lr: learning rate.
         decay: weight decay of matrices and kernels.
-        name: of the groups, before `_decayed` and `_free`.
+        name: name of the groups, before `_decayed` and `_free`.
     """
     trained = [p for p in parameters if p.requires_grad]
     for suffix, chosen, weight_decay in (
@@ -39,10 +39,10 @@ def parameter_groups(
 
 
 def backbone_groups(backbone: Any, config: OptimConfig) -> Iterator[dict[str, Any]]:
-    """The parameters of a backbone, whose layers learn the slower the earlier they are.
+    """Group the parameters of a backbone, with smaller learning rates for earlier layers.
 
     Args:
-        backbone: with `layer_of`, which is asked only if the rates differ.
+        backbone: network with `layer_of`, which is called only if the rates differ.
         config: learning rate, its decay over the layers, weight decay.
     """
     layers: dict[int, list[nn.Parameter]] = {}
@@ -60,11 +60,9 @@ def backbone_groups(backbone: Any, config: OptimConfig) -> Iterator[dict[str, An
 
 
 def build_optimizer(detector: Detector, config: OptimConfig) -> Optimizer:
-    """AdamW with a learning rate each for backbone and localizer; vectors are not decayed.
+    """Build AdamW with one learning rate for the backbone and one for the localizer.
 
-    Args:
-        detector: the model; frozen parameters are left out.
-        config: learning rates and decay.
+    Vectors have no weight decay; frozen parameters are left out.
     """
     return AdamW(
         [
@@ -82,13 +80,13 @@ def build_optimizer(detector: Detector, config: OptimConfig) -> Optimizer:
 def build_schedule(
     optimizer: Optimizer, config: OptimConfig, *, steps_per_epoch: int, epochs: int
 ) -> LRScheduler:
-    """Linear warm-up from a hundredth of the rate, then a cosine to zero; stepped every step.
+    """Build a linear warm-up from a hundredth of the rate, then a cosine to zero.
 
     Args:
-        optimizer: whose learning rates are scheduled.
+        optimizer: optimizer whose learning rates are scheduled.
         config: length of the warm-up, and of the cosine if it is not `epochs`.
-        steps_per_epoch: optimizer steps an epoch.
-        epochs: of the run.
+        steps_per_epoch: number of optimizer steps per epoch; the schedule is stepped after each.
+        epochs: number of epochs of the run.
     """
     total = (config.schedule_epochs or epochs) * steps_per_epoch
     warmup = min(max(1, round(config.warmup_epochs * steps_per_epoch)), max(1, total - 1))
@@ -105,14 +103,14 @@ def build_schedule(
 def fast_forward(
     optimizer: Optimizer, config: OptimConfig, *, steps_per_epoch: int, epochs: int, done: int
 ) -> LRScheduler:
-    """The schedule of a run that goes on with another number of steps an epoch.
+    """Build the schedule of a run that goes on with another number of steps per epoch.
 
     Args:
-        optimizer: whose learning rates are set to where the schedule is.
-        config: as for `build_schedule`.
-        steps_per_epoch: from now on.
-        epochs: of the run.
-        done: steps that lie behind, as if all had been laid out like those to come.
+        optimizer: optimizer whose learning rates are set to the schedule's position.
+        config: see `build_schedule`.
+        steps_per_epoch: number of steps per epoch from now on.
+        epochs: number of epochs of the run.
+        done: number of steps taken, as if all epochs had had `steps_per_epoch` steps.
     """
     for group in optimizer.param_groups:
         group["lr"] = group.pop("initial_lr")
@@ -126,10 +124,5 @@ def fast_forward(
 
 
 def build_average(detector: Detector, config: OptimConfig) -> AveragedModel:
-    """Exponential moving average of the weights; buffers are copied.
-
-    Args:
-        detector: the model that is trained.
-        config: the decay.
-    """
+    """Build an exponential moving average of the weights; buffers are copied."""
     return AveragedModel(detector, multi_avg_fn=get_ema_multi_avg_fn(config.ema))

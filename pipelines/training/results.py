@@ -43,9 +43,9 @@ def log_model(run: Run, detector: Path, **files: Path) -> str:
     """Log a saved detector as an MLflow model that loads without this run's process.
 
     Args:
-        run: the run it belongs to.
+        run: run of the model.
         detector: folder that `save_detector` wrote.
-        files: what else is to lie beside it in the model.
+        files: further files of the model, by name.
 
     Returns:
         The model's URI.
@@ -69,9 +69,9 @@ def log_pictures(run: Run, plan: Plan, detections: Mapping[str, Detections]) -> 
     """Log the curves, and timelines of some validation videos.
 
     Args:
-        run: the run, with its metrics sent; without those that did not arrive there are no curves.
+        run: run whose metrics were sent; without those that did not arrive there are no curves.
         plan: classes and validation videos.
-        detections: of the best checkpoint, in seconds.
+        detections: detections of the best checkpoint, in seconds.
     """
     client = run.client
     prefix = "val/mAP/tiou_"
@@ -88,12 +88,7 @@ def log_pictures(run: Run, plan: Plan, detections: Mapping[str, Detections]) -> 
 
 
 def timelines_of(plan: Plan, detections: Mapping[str, Detections]) -> Figure:
-    """Draw detections and annotated instances of some validation videos.
-
-    Args:
-        plan: classes and validation videos.
-        detections: in seconds.
-    """
+    """Draw detections, in seconds, and annotated instances of some validation videos."""
     videos = {}
     for video in plan.validation[:_SHOWN_VIDEOS]:
         known = video.annotation
@@ -113,11 +108,11 @@ def diagnosis_of(
     thresholds: Sequence[float],
     bins: Characteristics,
 ) -> Diagnosis:
-    """Diagnose kinds of errors, what mAP depends on and what is missed.
+    """Diagnose kinds of errors, properties of actions that mAP depends on, and missed actions.
 
     Args:
         plan: classes and validation videos.
-        detections: in seconds.
+        detections: detections in seconds.
         thresholds: tIoU thresholds.
         bins: sizes into which the actions are sorted.
     """
@@ -132,14 +127,7 @@ def diagnosis_of(
 
 
 def log_diagnosis(run: Run, diagnosis: Diagnosis) -> None:
-    """Log a diagnosis: metrics and pictures, and the numbers behind them.
-
-    The numbers are in `diagnosis/<table>.json`.
-
-    Args:
-        run: where to.
-        diagnosis: of the best checkpoint's detections.
-    """
+    """Log the metrics and pictures of a diagnosis, and its numbers in `diagnosis/<table>.json`."""
     log_metrics(run, diagnosis_metrics(diagnosis), step=0)
     for name, table in tables(diagnosis).items():
         run.client.log_dict(run.run_id, {"rows": table}, f"diagnosis/{name}.json")
@@ -148,13 +136,13 @@ def log_diagnosis(run: Run, diagnosis: Diagnosis) -> None:
 
 
 def log_results(recipe: Recipe, plan: Plan, run: Run, result: ray.train.Result) -> None:
-    """Log the best checkpoint as a model, its detections, pictures and what its errors are.
+    """Log the best checkpoint as a model, its detections, pictures and the diagnosis of its errors.
 
     Args:
-        recipe: the run's configuration.
-        plan: what the run worked on.
-        run: where to.
-        result: of the training; it holds at least one checkpoint.
+        recipe: configuration of the run.
+        plan: classes and videos of the run.
+        run: MLflow run that receives the results.
+        result: result of the training; it holds at least one checkpoint.
     """
     plan = plan.restricted(reported_classes(recipe, plan.classes))
     best, metrics = max(result.best_checkpoints, key=lambda kept: kept[1]["val/mAP"])
@@ -189,10 +177,10 @@ def print_summary(recipe: Recipe, plan: Plan, run: Run, *, seconds: float) -> No
     """Print the quality of a run, its time and memory, and its place in MLflow.
 
     Args:
-        recipe: the configuration.
-        plan: what it worked on, with the videos left out.
-        run: with its metrics sent; what did not arrive is not printed.
-        seconds: from the command's start to its end.
+        recipe: configuration of the run.
+        plan: its plan, with the videos that were left out.
+        run: run whose metrics were sent; those that did not arrive are not printed.
+        seconds: seconds from the command's start to its end.
     """
     averages = _history(run, "val/mAP")
     if averages:
@@ -205,7 +193,7 @@ def print_summary(recipe: Recipe, plan: Plan, run: Run, *, seconds: float) -> No
 
 
 def _quality(recipe: Recipe, run: Run, averages: Sequence[tuple[int, float]]) -> Table:
-    """The mAP of the best epoch."""
+    """Tabulate the mAP of the best epoch."""
     best = max(range(len(averages)), key=lambda i: averages[i][1])
     step, average = averages[best]
     epoch = recipe.evaluate_from + best

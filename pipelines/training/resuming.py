@@ -1,6 +1,6 @@
-"""A command that is given again goes on with the run that it did not finish.
+"""Resuming: a command that is given again goes on with the run that it did not finish.
 
-Which run that is stands in MLflow, where a cluster's other machines see it too: each run is tagged
+MLflow says which run that is, so that other machines of a cluster see it too: each run is tagged
 with a digest of its configuration and data, and with the process that drives it.
 """
 
@@ -26,12 +26,12 @@ _SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of a run's ch
 
 
 def digest(config: Tracked, plan: AnyPlan, **more: str) -> str:
-    """A hash of all that the result of a run depends on, but for the code.
+    """Compute a hash of everything that the result of a run depends on, except the code.
 
     Args:
-        config: a dataclass with absolute paths; whether it says `resume` makes no difference.
-        plan: what it works on.
-        more: what else tells it from others.
+        config: dataclass with absolute paths; its field `resume` makes no difference.
+        plan: classes and videos of the run.
+        more: further facts that tell the run from others.
     """
     content = {
         "recipe": {name: str(value) for name, value in flatten(config) if name != "resume"},
@@ -45,19 +45,19 @@ def digest(config: Tracked, plan: AnyPlan, **more: str) -> str:
 def resume_or_start(
     recipe: RunConfig, plan: AnyPlan, *, parent: str | None = None
 ) -> tuple[Run, bool]:
-    """Takes up the last run of this configuration if it has not ended, else starts one.
+    """Continue the last run of this configuration if it has not ended, else start one.
 
     Args:
-        recipe: with absolute paths.
-        plan: what it works on.
-        parent: id of the run that it is part of, such as a sweep's; a run that is not part of it is
-            another.
+        recipe: recipe with absolute paths.
+        plan: classes and videos of the run.
+        parent: id of the run that it belongs to, such as a sweep's; only runs of that parent are
+            continued.
 
     Returns:
-        The run, and whether it goes on.
+        The run, and whether it was continued.
 
     Raises:
-        UserError: if a process on this machine is at it.
+        UserError: if a process on this machine is working on it.
     """
     output = recipe.output
     of = {} if parent is None else {MLFLOW_PARENT_RUN_ID: parent}
@@ -67,7 +67,7 @@ def resume_or_start(
     if run is None or status == "FINISHED":
         return start_run(recipe, output=output, tags=tags), False
     if newest_checkpoint(join(output, run.run_id)) is None:
-        if status == "RUNNING":  # its driver was killed, and could not say so
+        if status == "RUNNING":  # its driver was killed before it could end the run
             run.client.set_terminated(run.run_id, "KILLED")
         return start_run(recipe, output=output, tags=tags), False
     _drop_damaged_list(join(output, run.run_id))
@@ -76,24 +76,20 @@ def resume_or_start(
 
 
 def mark(configuration: str) -> dict[str, str]:
-    """The tags by which a run is found again.
-
-    Args:
-        configuration: what `digest` returned.
-    """
+    """Return the tags by which a run is found again, for a configuration's `digest`."""
     return {_DIGEST: configuration, _DRIVER: _driver()}
 
 
 def last_run(config: Tracked, tags: Mapping[str, str], *, output: str) -> Run | None:
-    """The last run with the mark of a configuration, however it ended.
+    """Find the last run with the mark of a configuration, however it ended.
 
     Args:
-        config: names the experiment.
-        tags: what `mark` returned.
+        config: configuration that names the experiment.
+        tags: tags that `mark` returned.
         output: folder of the default store.
 
     Raises:
-        UserError: if a process on this machine is at it.
+        UserError: if a process on this machine is working on it.
     """
     client, uri, experiment = open_store(config.experiment, output=output)
     found = client.search_runs(
@@ -111,11 +107,7 @@ def last_run(config: Tracked, tags: Mapping[str, str], *, output: str) -> Run | 
 
 
 def reopen(run: Run) -> None:
-    """Makes this process the one that goes on with a run.
-
-    Args:
-        run: what `last_run` returned.
-    """
+    """Make this process the driver of a run that `last_run` returned."""
     client = run.client
     client.update_run(run.run_id, status="RUNNING")
     client.set_tag(run.run_id, _DRIVER, _driver())
@@ -124,13 +116,13 @@ def reopen(run: Run) -> None:
 
 
 def newest_checkpoint(folder: str) -> str | None:
-    """The newest whole checkpoint of a run, whatever Ray Train's list of them says.
+    """Find the newest whole checkpoint of a run, whatever Ray Train's list of them says.
 
     Args:
-        folder: of the run, a path or URI.
+        folder: folder of the run, a path or URI.
 
     Returns:
-        Its path or URI.
+        Path or URI of the checkpoint; None without any.
     """
     names = {name.partition("/")[0] for name in sizes_below(folder)}
     checkpoints = sorted((name for name in names if name.startswith("checkpoint_")), reverse=True)
@@ -138,7 +130,7 @@ def newest_checkpoint(folder: str) -> str | None:
 
 
 def _drop_damaged_list(folder: str) -> None:
-    """Removes Ray Train's list if a kill cut it short: it is not written in one go.
+    """Remove Ray Train's list if a kill cut it short: it is not written atomically.
 
     Without it Ray Train begins a new one, and the run goes on from the newest whole checkpoint.
     """
@@ -159,7 +151,7 @@ def _driver() -> str:
 def _refuse_if_alive(driver: str, run: Run) -> None:
     host, _, process = driver.partition(" ")
     if host != socket.gethostname():
-        return  # whether it lives cannot be seen from here
+        return  # it runs on another machine, which this one cannot look into
     number, created = process.split()
     try:
         alive = f"{psutil.Process(int(number)).create_time():.2f}" == created
@@ -167,6 +159,6 @@ def _refuse_if_alive(driver: str, run: Run) -> None:
         return
     if alive and int(number) != os.getpid():
         raise UserError(
-            f"This very run is going on in process {number}: MLflow run {run.run_id} in {run.uri}. "
+            f"This run is going on in process {number}: MLflow run {run.run_id} in {run.uri}. "
             "Wait for it or end it; for a second run beside it give --no-resume."
         )

@@ -1,4 +1,4 @@
-"""A run of a recipe, from its data to its results in MLflow: checks, Ray Train, what comes out."""
+"""A run of a recipe, from its data to its results in MLflow: checks, Ray Train, results."""
 
 import json
 import shlex
@@ -65,7 +65,7 @@ class Prepared:
     Attributes:
         recipe: configuration with absolute paths.
         annotations: annotations of the data set.
-        plan: videos that it works on.
+        plan: classes and videos of the run.
     """
 
     recipe: Recipe
@@ -116,15 +116,15 @@ def prepare(recipe: Recipe) -> tuple[Prepared, Detector]:
 
 
 def check_model(recipe: Recipe, classes: Sequence[str]) -> Detector:
-    """Build the detector once, so that what does not fit stops the run before it starts.
+    """Build the detector once, so that a model that does not fit stops the run before it starts.
 
     Args:
-        recipe: the configuration with absolute paths.
+        recipe: configuration with absolute paths.
         classes: names of the action classes.
 
     Raises:
-        UserError: if settings contradict one another; if the weights cannot be read or are another
-            network's.
+        UserError: if settings contradict one another; if the weights cannot be read or belong to
+            another network.
     """
     if recipe.data.video_scores and not recipe.model.class_agnostic:
         raise UserError(
@@ -177,12 +177,12 @@ def train_run(
     callbacks: Sequence[ray.train.UserCallback] = (),
     threads: int | None = None,
 ) -> None:
-    """Train, and put into MLflow what it is trained on, how it went, and what came out.
+    """Train, and log the data, the metrics and the results in MLflow.
 
     Args:
-        ready: the run.
+        ready: run that can start.
         run: MLflow run that receives the results and is ended.
-        detector: the detector, if it was built already, and its weights fetched.
+        detector: detector, if it was built already and its weights fetched.
         callbacks: callbacks of Ray Train, which see what each epoch reports.
         threads: threads of each worker's PyTorch, as in `Job`.
     """
@@ -213,16 +213,16 @@ def fit(
     """Train on the cluster and show progress until it ends.
 
     Args:
-        task: the task; the paths of its recipe are absolute.
+        task: task whose recipe has absolute paths.
         run: MLflow run that receives metrics.
-        callbacks: callbacks of Ray Train, which see what each epoch reports.
-        threads: threads of each worker's PyTorch, as in `Job`.
+        callbacks: see `train_run`.
+        threads: see `train_run`.
 
     Returns:
         Ray's result, with the kept checkpoints.
 
     Raises:
-        UserError: if workers came upon what another attempt would not mend.
+        UserError: if the workers met a problem that another attempt would meet again.
     """
     recipe, scale = task.recipe, task.recipe.scale
     with ProgressPrinter() as progress:
@@ -268,7 +268,7 @@ def fit(
 
 
 def _kept(config: CheckpointConfig, score: str) -> ray.train.CheckpointConfig:
-    """Ray Train keeps the newest in any case, to go on from."""
+    """Configure which checkpoints stay; Ray Train keeps the newest in any case, to resume from."""
     if config.which == "last":
         return ray.train.CheckpointConfig(num_to_keep=config.keep)
     return ray.train.CheckpointConfig(
@@ -308,12 +308,10 @@ def finetune(recipe: ClassificationRecipe) -> Run:
 
 
 def _log_backbone(recipe: ClassificationRecipe, run: Run, result: ray.train.Result) -> str:
-    """Write the backbone's weights of the last checkpoint, which holds the averaged classifier.
-
-    They and the classifier are logged in MLflow.
+    """Write the backbone's weights of the last checkpoint, and log them with the classifier.
 
     Returns:
-        Path or URI of the weights.
+        Path or URI of the weights, of the averaged classifier.
     """
     assert result.checkpoint is not None, "every epoch reports a checkpoint"
     weights = join(recipe.output, join(run.run_id, BACKBONE_FILE))
@@ -333,7 +331,7 @@ def _log_backbone(recipe: ClassificationRecipe, run: Run, result: ray.train.Resu
 
 
 def _reached(run: Run) -> dict[str, float]:
-    """Return what the final test measured, as far as it arrived in MLflow."""
+    """Return the metrics of the final test, as far as they arrived in MLflow."""
     metrics = run.client.get_run(run.run_id).data.metrics
     return {name: value for name, value in metrics.items() if name.startswith("test/")}
 
@@ -341,7 +339,7 @@ def _reached(run: Run) -> dict[str, float]:
 def _print_weights(
     recipe: ClassificationRecipe, run: Run, weights: str, *, failed: int, seconds: float
 ) -> None:
-    """Print what a run reached, what it took, and where its weights are."""
+    """Print the quality of a run, its time and memory, and the place of its weights."""
     views = recipe.views
     for name, value in _reached(run).items():
         kind = name.removeprefix("test/").replace("_", " ")

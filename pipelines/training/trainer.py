@@ -54,13 +54,13 @@ class NonFiniteLossError(UserError):
 def non_finite_error(
     passes: Sequence[Mapping[str, Tensor]], batches: Sequence[Batch], *, step: int, output: str
 ) -> NonFiniteLossError:
-    """Saves the first batch whose loss is NaN or infinite, and says so.
+    """Save the first batch whose loss is NaN or infinite, and return the error to raise.
 
     Args:
-        passes: of each pass of this worker the loss, first, and its terms, by name.
-        batches: what they were computed of, as they were decoded.
+        passes: for each pass of this worker the loss, first, and its terms, by name.
+        batches: decoded batches of the passes.
         step: number of the training step.
-        output: path or URI of the folder that the batch is saved in.
+        output: path or URI of the folder that receives the batch.
     """
     bad = (
         (terms, batch)
@@ -96,18 +96,18 @@ def _save(batch: Batch, uri: str) -> None:
 
 
 class Stepper:
-    """Trains on the windows of one step at a time.
+    """Trainer of one step at a time.
 
-    However the windows of a step are laid out over workers and passes, the losses are those of all
-    of them: the gradients of passes and workers are averaged, and what the losses are divided by is
-    counted over the step.
+    However the windows of a step are laid out over workers and passes, its loss is that of all of
+    them together: the gradients of passes and workers are averaged, and the normalizers of the
+    losses are counted over the whole step.
 
     Args:
-        model: what computes losses: the detector, or what wraps it for several workers.
-        state: the detector, its optimizer and all that goes with it.
+        model: module that computes the losses: the detector, or its wrapper for several workers.
+        state: detector, optimizer and the rest of the training state.
         config: precision, accumulation and clipping.
-        augment: gives the frames of a batch as the network is to see them, on the device.
-        device: where the detector is.
+        augment: function from a batch to its augmented frames on the device.
+        device: device of the detector.
         output: folder for a batch whose loss is not finite.
     """
 
@@ -126,10 +126,7 @@ class Stepper:
         self._trained = [p for p in state.detector.parameters() if p.requires_grad]
 
     def __call__(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """Takes a step.
-
-        Args:
-            batches: of each pass the windows.
+        """Take a step on one batch per pass.
 
         Returns:
             Metrics: the loss and its terms over all workers and passes, the norm of the gradient
@@ -177,7 +174,7 @@ class Stepper:
         }
 
     def _gradients_shared(self, last: bool) -> AbstractContextManager[None]:
-        """Workers exchange gradients in the last pass of a step only."""
+        """Let workers exchange gradients in the last pass of a step only."""
         if isinstance(self._model, FSDPModule):
             self._model.set_requires_gradient_sync(last)
         if isinstance(self._model, DistributedDataParallel) and not last:
@@ -199,7 +196,7 @@ class Stepper:
 
 
 def _averaged(passes: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """The mean over passes and workers."""
+    """Average over passes and workers."""
     names = list(passes[0])
     values = torch.stack([torch.stack([terms[name] for name in names]) for terms in passes])
     mean = values.float().mean(dim=0)
@@ -210,12 +207,7 @@ def _averaged(passes: Sequence[dict[str, Tensor]]) -> dict[str, float]:
 
 
 def in_passes(batches: Iterator[Batch], accumulation: int) -> Iterator[list[Batch]]:
-    """Groups batches into steps; batches that do not fill a step at the end are left out.
-
-    Args:
-        batches: of an epoch.
-        accumulation: batches a step.
-    """
+    """Group `accumulation` batches into each step; an incomplete last step is left out."""
     step: list[Batch] = []
     for batch in batches:
         step.append(batch)
@@ -225,14 +217,14 @@ def in_passes(batches: Iterator[Batch], accumulation: int) -> Iterator[list[Batc
 
 
 def seed_step(seed: int, *, step: int, rank: int) -> None:
-    """Seeds dropout and drop path of a step, as a function of where in the run it is.
+    """Seed dropout and drop path of a step, as a function of its position in the run.
 
     So a run that goes on from a checkpoint needs no generator's state to draw the same masks.
 
     Args:
-        seed: of the run.
-        step: finished steps.
-        rank: of the worker, each of which draws masks of its own.
+        seed: seed of the run.
+        step: number of finished steps.
+        rank: rank of the worker, each of which draws masks of its own.
     """
     (mixed,) = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
     torch.manual_seed(int(mixed >> 1))
@@ -240,11 +232,11 @@ def seed_step(seed: int, *, step: int, rank: int) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """What an epoch ends with.
+    """Result of the evaluation at the end of an epoch.
 
     Attributes:
-        metrics: name to value, those that MLflow gets.
-        write: puts what is to be kept of it into the folder of the checkpoint, on rank 0.
+        metrics: values for MLflow, by name.
+        write: function that writes files worth keeping into the checkpoint's folder, on rank 0.
     """
 
     metrics: dict[str, float]
@@ -252,26 +244,26 @@ class Evaluation:
 
 
 class Task(Protocol):
-    """What a detector is trained for. It travels to the workers."""
+    """Goal that a detector is trained for. It travels to the workers."""
 
     @property
     def score(self) -> str:
-        """The metric that makes a checkpoint the best."""
+        """Metric by which the best checkpoint is chosen."""
 
     @property
     def recipe(self) -> AnyRecipe:
-        """The run's configuration."""
+        """Configuration of the run."""
 
     @property
     def plan(self) -> AnyPlan:
-        """What it works on."""
+        """Classes and videos of the run."""
 
     @property
     def spec(self) -> DetectorSpec:
-        """What the detector is built of."""
+        """Specification from which the detector is built."""
 
     def build(self, weights: str | Path | None) -> Any:
-        """The detector.
+        """Build the detector.
 
         Args:
             weights: file or name of weights for its backbone, or None.
@@ -281,65 +273,66 @@ class Task(Protocol):
         """
 
     def windows(self, *, stride: int, epoch: int) -> list[Window]:
-        """The windows of an epoch, of all workers, in order; a function of seed and epoch.
+        """List an epoch's windows of all workers, in order; a function of seed and epoch.
 
         Args:
-            stride: frames per feature, of the backbone.
-            epoch: from 0; each has as many.
+            stride: frames per feature of the backbone.
+            epoch: number of the epoch, from 0; each has equally many windows.
         """
 
     def before_step(self, state: TrainingState, *, done: int, steps: int) -> dict[str, float]:
-        """Is called before each step, and may change the detector as a function of the step.
+        """Prepare a step; may change the detector as a function of the step.
 
         Args:
-            state: of the run.
-            done: steps before this one, as many as with today's number of workers all along.
-            steps: of an epoch.
+            state: training state of the run.
+            done: number of steps before this one, counted as if today's number of workers had taken
+                all.
+            steps: number of steps of an epoch.
 
         Returns:
             Metrics of the step.
         """
 
     def evaluate(self, state: TrainingState, runtime: "Runtime", *, steps: int) -> Evaluation:
-        """Evaluates the average of an epoch's end; every rank calls it.
+        """Evaluate the averaged detector at an epoch's end; every rank calls it.
 
         Args:
-            state: of the run.
-            runtime: gives the frames and shows progress.
-            steps: of an epoch.
+            state: training state of the run.
+            runtime: source of the frames; it shows progress.
+            steps: number of steps of an epoch.
 
         Raises:
             UserError: if too many videos could not be decoded.
         """
 
 
-PREEMPTION_STEPS = 10  # steps between looks at whether a node is going to be taken away
+PREEMPTION_STEPS = 10  # steps between checks for a node that is about to be taken away
 
 
 class Runtime(Protocol):
-    """What surrounds a worker."""
+    """Surroundings of a worker: its data, its results and its checkpoints."""
 
     rank: int
     world_size: int
     device: torch.device
 
     def stream(self, windows: Sequence[Window], *, size: int) -> Iterator[Batch]:
-        """Decodes windows, `size` pixels square, and yields them in batches, in order."""
+        """Decode windows, `size` pixels square, and yield them in batches, in order."""
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Appends metrics to the run; only rank 0's are kept."""
+        """Append metrics to the run; only rank 0's are kept."""
 
     def say(self, line: str) -> None:
-        """Shows a line of progress; only rank 0's is shown."""
+        """Show a line of progress; only rank 0's is shown."""
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path) -> None:
-        """Hands over metrics and a checkpoint folder (rank 0's); every rank calls it."""
+        """Hand over metrics and a checkpoint folder (rank 0's); every rank calls it."""
 
     def preempted(self) -> bool:
-        """Whether a node is known to be taken away soon, once for each; every rank calls it."""
+        """Tell, once for each node, that it is about to be taken away; every rank calls it."""
 
     def restored(self) -> AbstractContextManager[Path | None]:
-        """Gives the checkpoint to go on from, if there is one."""
+        """Give the checkpoint to resume from, if there is one."""
 
 
 class Trainer:
@@ -370,14 +363,14 @@ class Trainer:
         return self.recipe.scale.sharded and dist.is_initialized()
 
     def _wrapped(self, detector: Detector) -> nn.Module:
-        """The detector as each worker calls it to have the gradients of all."""
+        """Wrap the detector so that calling it averages the gradients of all workers."""
         if self._sharded or not dist.is_initialized():
             return detector
         return DistributedDataParallel(detector)
 
     @property
     def windows_per_step(self) -> int:
-        """Windows that all workers together see in a step."""
+        """Number of windows that all workers together see in a step."""
         return self._windows_per_worker * self.runtime.world_size
 
     @property
@@ -386,7 +379,7 @@ class Trainer:
 
     @property
     def _passes(self) -> int:
-        """Of a worker in a step: as long as some are missing, the others do their work too."""
+        """Passes of a worker per step; with workers missing, the others take over theirs."""
         scale, accumulation = self.recipe.scale, self.recipe.optim.accumulation
         return max(1, accumulation * scale.workers // self.runtime.world_size)
 
@@ -430,11 +423,11 @@ class Trainer:
 
     @cached_property
     def _steps(self) -> int:
-        """Steps of an epoch; to count them, all windows of one are cut."""
+        """Number of steps of an epoch; to count them, all of its windows are cut."""
         return len(self._windows(0)) // self._windows_per_worker
 
     def _windows(self, epoch: int, *, behind: int = 0) -> list[Window]:
-        """This worker's windows of an epoch, after the first `behind` of all workers'."""
+        """Return this worker's windows of an epoch, after the first `behind` of all workers'."""
         windows = self.task.windows(stride=self.stride, epoch=epoch)[behind:]
         if behind and len(windows) < self.windows_per_step:
             return []  # with more workers than before, what was left may not fill a step
@@ -446,7 +439,7 @@ class Trainer:
         )
 
     def run(self) -> dict[str, float]:
-        """Trains to the recipe's last epoch.
+        """Train to the recipe's last epoch.
 
         Returns:
             The metrics of the last epoch.
@@ -460,7 +453,7 @@ class Trainer:
             self._train_epoch()
             self.state.epoch += 1
             self.state.windows = 0
-            check(self.state.detector)  # before what cannot be taken back: a checkpoint
+            check(self.state.detector)  # before a checkpoint makes the error permanent
             if self.state.epoch < self.recipe.evaluate_from:
                 data = self.recipe.data
                 all_failures(self.task.plan, gather(self.state.failures), data.max_failed)
@@ -476,7 +469,7 @@ class Trainer:
     def _checkpoint(
         self, metrics: Mapping[str, float], add: Callable[[Path], object] | None = None
     ) -> None:
-        """Hands over a checkpoint, with what is added to its folder."""
+        """Hand over a checkpoint, with the files that `add` puts into its folder."""
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "checkpoint"
             folder.mkdir()
@@ -519,7 +512,7 @@ class Trainer:
         return due
 
     def _augmented(self, batch: Batch) -> Tensor:
-        """The frames of a training batch on the device, as the network is to see them."""
+        """Return the augmented frames of a training batch on the device."""
         if batch.frames.is_floating_point():  # features
             return batch.frames.to(self.runtime.device, non_blocking=True)
         data, seed, epoch = self.recipe.data, self.recipe.seed, self.state.epoch
@@ -543,7 +536,7 @@ class Trainer:
 
 
 def _reversible_metrics(detector: nn.Module) -> dict[str, float]:
-    """How well the stages rebuild their activations, and how many have to store them instead."""
+    """Measure how well the stages rebuild their activations, and count those that store them."""
     modes, errors = stage_modes(detector), reconstruction_errors(detector)
     # MLflow takes letters, digits and a few signs for a metric's name.
     metrics = {f"reversible/error/{name.replace('…', '-')}": e for name, e in errors.items()}

@@ -27,7 +27,7 @@ PROPOSALS = (1, 5, 10, 100)
 
 
 def gather(value: Any) -> list[Any]:
-    """Collect a picklable value of every worker, by rank; without workers, just this one's."""
+    """Collect one picklable value from every worker, by rank; without workers, just this one's."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -49,9 +49,9 @@ def validation_share(
     Args:
         videos: all validation videos.
         classes: class names.
-        config: how windows are cut.
-        stride: frames per feature, of the backbone.
-        rank: of this worker.
+        config: length and overlap of windows.
+        stride: frames per feature of the backbone.
+        rank: rank of this worker.
         world_size: number of workers.
     """
     mine = videos[rank::world_size]
@@ -65,13 +65,13 @@ def detect_windows(
     """Run a detector over windows and put those of each video together.
 
     Args:
-        detector: in evaluation mode.
-        batches: windows; a video's may lie in several batches.
-        durations: video id to seconds.
+        detector: detector in evaluation mode.
+        batches: windows; those of one video may lie in several batches.
+        durations: seconds by video id.
 
     Returns:
-        Video id to what its windows showed, in seconds and before non-maximum suppression; video
-        id to reason where decoding failed.
+        Detections of all windows by video id, in seconds and before non-maximum suppression;
+        reasons by video id where decoding failed.
     """
     device = next(detector.parameters()).device
     found: dict[str, list[Detections]] = defaultdict(list)
@@ -88,10 +88,10 @@ def detect_windows(
 def proposal_metrics(
     proposals: Mapping[str, Detections], videos: Sequence[Video], classes: Sequence[str]
 ) -> dict[str, float]:
-    """Share of the actions that proposals find, whatever their class, as ActivityNet counts it.
+    """Measure the share of actions that proposals find, whatever their class, as ActivityNet does.
 
     Args:
-        proposals: video id to proposals in seconds.
+        proposals: proposals in seconds by video id.
         videos: annotated videos.
         classes: class names.
 
@@ -104,9 +104,6 @@ def proposal_metrics(
 def recall_metrics(result: ProposalRecall) -> dict[str, float]:
     """Name the numbers of an evaluation of proposals for MLflow.
 
-    Args:
-        result: recall by number of proposals.
-
     Returns:
         `val/AR/<AN>`: average recall with AN proposals a video; `val/AR_AUC`, in percent.
     """
@@ -117,9 +114,7 @@ def recall_metrics(result: ProposalRecall) -> dict[str, float]:
 def ground_truth(videos: Sequence[Video], classes: Sequence[str]) -> dict[str, Detections]:
     """Return the annotated instances of videos as published, in seconds, each with score 1.
 
-    Args:
-        videos: annotated videos.
-        classes: class names; labels are indices into it.
+    Labels are indices into `classes`.
     """
     index = {name: i for i, name in enumerate(classes)}
     return {
@@ -140,10 +135,6 @@ def ground_truth(videos: Sequence[Video], classes: Sequence[str]) -> dict[str, D
 def map_metrics(result: MapResult, classes: Sequence[str]) -> dict[str, float]:
     """Name the numbers of an evaluation for MLflow.
 
-    Args:
-        result: mAP per threshold and class.
-        classes: class names.
-
     Returns:
         `val/mAP` (mean over thresholds), `val/mAP/tiou_0.50`, ..., and `val/AP/<class>`, with the
         classes named as MLflow takes them (`safe_names`).
@@ -159,9 +150,6 @@ def map_metrics(result: MapResult, classes: Sequence[str]) -> dict[str, float]:
 
 def instance_recall_metrics(result: ClassRecall) -> dict[str, float]:
     """Name the numbers of Recall@kx for MLflow, which takes no "@" in names.
-
-    Args:
-        result: recall by threshold and number of predictions an instance.
 
     Returns:
         `val/recall_1x` (mean over thresholds), `val/recall_1x/tiou_0.50`, ...
@@ -201,14 +189,14 @@ def instance_recall(
     *,
     ks: Sequence[int],
 ) -> ClassRecall | None:
-    """Recall@kx of detections, where it is asked for.
+    """Compute Recall@kx of detections, if any k is given.
 
     Args:
-        detections: video id to detections in seconds.
+        detections: detections in seconds by video id.
         videos: annotated videos.
         classes: class names.
         thresholds: tIoU thresholds.
-        ks: each k.
+        ks: numbers of predictions per instance.
 
     Returns:
         Recall by class, threshold and k; None without any k.
@@ -230,7 +218,7 @@ def precision(
     """Compare detections with the annotations.
 
     Args:
-        detections: video id to detections in seconds.
+        detections: detections in seconds by video id.
         videos: annotated videos.
         classes: class names.
         thresholds: tIoU thresholds.

@@ -1,4 +1,4 @@
-"""What Ray Train starts on every worker: the loop, with Ray, MLflow and the progress board."""
+"""Work of one Ray Train worker: the loop, with Ray, MLflow and the progress board."""
 
 import os
 import socket
@@ -30,7 +30,7 @@ from re2tal.memory.live import MEGABYTE
 from re2tal.reversible import ReversibleError
 from re2tal.videos.windows import Window
 
-# Metric of a step, gauge, what it is, and what a metric's unit is in Prometheus' base units.
+# Metric of a step: its gauge, description, and factor from its unit to Prometheus' base unit.
 _GAUGES = (
     ("train/frames_per_second", "frames_per_second", "Frames a second that a worker trains on.", 1),
     ("train/data_wait_share", "data_wait_share", "Share of the time spent waiting for frames.", 1),
@@ -43,12 +43,12 @@ PREFIX = "re2tal_"
 
 
 class Gauges:
-    """What a worker of a run shows of itself.
+    """Prometheus gauges of one worker.
 
     Args:
-        run_id: of the MLflow run.
-        rank: of the worker.
-        world_size: number of workers; speeds that are those of all are divided by it.
+        run_id: id of the MLflow run.
+        rank: rank of the worker.
+        world_size: number of workers; speeds of all workers together are divided by it.
     """
 
     def __init__(self, *, run_id: str, rank: int, world_size: int) -> None:
@@ -61,11 +61,7 @@ class Gauges:
             self._gauges[metric] = (gauge, unit)
 
     def set(self, metrics: Mapping[str, float]) -> None:
-        """Shows what a step measured.
-
-        Args:
-            metrics: as the training loop logs them.
-        """
+        """Show the metrics of a step, by the names that the training loop logs."""
         for name, value in metrics.items():
             if name in self._gauges:
                 gauge, unit = self._gauges[name]
@@ -75,16 +71,16 @@ class Gauges:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What the driver hands to every worker.
+    """Work that the driver hands to every worker.
 
     Attributes:
-        task: what is trained; the paths of its recipe are absolute.
-        run: where metrics go.
-        output: folder of this run for what is saved beside checkpoints; absolute path or URI.
+        task: task whose recipe has absolute paths.
+        run: MLflow run that receives the metrics.
+        output: folder of this run for files beside the checkpoints; absolute path or URI.
         board: handle of the progress actor.
-        checkpoint: to go on from where Ray Train knows of none; None begins at the beginning.
-        threads: of PyTorch, where other runs share the node; None shares its cores between the
-            workers of this run.
+        checkpoint: checkpoint to begin from where Ray Train knows of none; None begins anew.
+        threads: number of PyTorch's threads, where other runs share the node; None shares its cores
+            between the workers of this run.
     """
 
     task: Task
@@ -97,7 +93,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingProblem:
-    """What a worker returns when a new attempt would end in the same way.
+    """Returned by a worker when a new attempt would end in the same way.
 
     Ray Train makes a new attempt after any exception, and shows the worker's stack with it.
     """
@@ -106,7 +102,7 @@ class TrainingProblem:
 
 
 class RayRuntime:
-    """Gives a worker its data through Ray Data and takes its results to Ray Train and MLflow."""
+    """`Runtime` with data from Ray Data and results for Ray Train and MLflow."""
 
     def __init__(self, job: Job, metrics: MetricLogger | None) -> None:
         context = ray.train.get_context()
@@ -127,7 +123,7 @@ class RayRuntime:
             )
 
     def stream(self, windows: Sequence[Window], *, size: int) -> Iterator[Batch]:
-        """Decodes windows with Ray Data, or reads their features, in batches, in order."""
+        """Decode windows with Ray Data, or read their features, in batches, in order."""
         task = self._job.task
         if self._features is not None:
             return self._features.batches(windows, batch_size=task.recipe.batch_size)
@@ -140,25 +136,25 @@ class RayRuntime:
         )
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Queues metrics for MLflow, on rank 0; every rank shows its own as gauges."""
+        """Queue metrics for MLflow, on rank 0; every rank shows its own as gauges."""
         self._gauges.set(metrics)
         if self._metrics is not None:
             self._metrics.log(metrics, step=step)
 
     def say(self, line: str) -> None:
-        """Posts a line of progress, on rank 0."""
+        """Post a line of progress, on rank 0."""
         if self.rank == 0:
             self._job.board.post.remote(line)
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path) -> None:
-        """Hands an epoch over to Ray Train; every rank calls it."""
+        """Hand an epoch over to Ray Train; every rank calls it."""
         if self._metrics is not None:
             self._metrics.flush()
         whole = ray.train.Checkpoint.from_directory(checkpoint) if self.rank == 0 else None
         ray.train.report(dict(metrics), checkpoint=whole)
 
     def preempted(self) -> bool:
-        """Whether Ray was told that a node goes; true once for each notice, on every rank alike."""
+        """Tell, once for each notice and on every rank alike, that Ray announced a node's end."""
         if os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") == "0":
             return False
         info = ray.train.get_preemption_info()
@@ -168,7 +164,7 @@ class RayRuntime:
 
     @contextmanager
     def restored(self) -> Iterator[Path | None]:
-        """Gives the checkpoint to go on from after a lost worker or driver, if there is one."""
+        """Yield the checkpoint to resume from after a lost worker or driver, if there is one."""
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None and self._job.checkpoint is not None:
             filesystem, path = resolve(self._job.checkpoint)
@@ -190,17 +186,14 @@ def _train(job: Job, task: Task, runtime: RayRuntime) -> dict[str, float] | Trai
 
 
 def train(job: Job) -> dict[str, float] | TrainingProblem:
-    """Trains one worker's share of a run; rank 0 also writes metrics to MLflow.
-
-    Args:
-        job: what the driver hands over.
+    """Train one worker's share of a run; rank 0 also writes metrics to MLflow.
 
     Returns:
-        The metrics of the last epoch, or what all workers alike came upon.
+        The metrics of the last epoch, or the problem that stopped all workers alike.
     """
     quiet_data()
     context = ray.train.get_context()
-    # Ray leaves every worker all cores, whose threads would then wait for one another
+    # Ray gives every worker all cores; without a limit their threads would compete for them
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(job.threads or max(1, cores // context.get_local_world_size()))
     with tempfile.TemporaryDirectory() as folder:
@@ -212,7 +205,7 @@ def train(job: Job) -> dict[str, float] | TrainingProblem:
 
 @contextmanager
 def _node_watched(job: Job) -> Iterator[None]:
-    """Logs the memory, GPUs and load of a node, from one of the run's workers on it.
+    """Log the memory, GPUs and load of a node, from one of the run's workers on it.
 
     The metrics bear the node's name where a run may have several.
     """
@@ -236,7 +229,7 @@ def _node_watched(job: Job) -> Iterator[None]:
 
 @contextmanager
 def _metrics_logged(job: Job) -> Iterator[MetricLogger | None]:
-    """Sends the run's metrics from rank 0, and says so if some could not be sent."""
+    """Send the run's metrics from rank 0, and warn if some could not be sent."""
     if ray.train.get_context().get_world_rank() > 0:
         yield None
         return

@@ -1,4 +1,4 @@
-"""The step that is counted and timed: from frames as they are decoded to gradients."""
+"""The training step that is measured: from frames as they are decoded to gradients."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:  # a backbone by itself is also measured where there is no PyA
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """Frames that one worker's step is given, without an optimizer.
+    """Input of one worker's step; no optimizer is involved.
 
     Attributes:
-        batch: windows.
-        frames: of each window.
+        batch: number of windows.
+        frames: number of frames of each window.
         size: pixels of a frame's side.
         precision: number format that branches and localizer compute in.
     """
@@ -41,24 +41,24 @@ class Workload:
         return f"{self.precision}{'' if self.precision == 'float32' else ' autocast'}"
 
     def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """Black frames `(B, T, H, W, 3)` uint8 and a mask `(B, T)` bool that is all true."""
+        """Return black frames `(B, T, H, W, 3)` uint8 and a mask `(B, T)` bool that is all true."""
         shape = self.batch, self.frames, self.size, self.size, 3
         frames = torch.zeros(shape, dtype=torch.uint8, device=device)
         return frames, torch.ones(shape[:2], dtype=torch.bool, device=device)
 
     def noise(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """`inputs` with frames of noise, the same at every call."""
+        """Return `inputs` with frames of noise, the same at every call."""
         frames, mask = self.inputs()
         frames.random_(256, generator=torch.Generator().manual_seed(0))
         return frames.to(device), mask.to(device)
 
     def forward(self, model: nn.Module, frames: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        """Compute what the losses compare; they check values, which fake tensors do not have.
+        """Compute the inputs of the losses, which check values that fake tensors do not have.
 
         Args:
-            model: a `Detector`, or a network of another library for `(B, 3, T, H, W)` floats.
-            frames: as of `inputs`.
-            mask: likewise.
+            model: `Detector`, or a network of another library for `(B, 3, T, H, W)` floats.
+            frames: frames as returned by `inputs`.
+            mask: mask as returned by `inputs`.
         """
         with autocast(frames.device.type, self.precision):
             if isinstance(model, Detector):
@@ -70,18 +70,12 @@ class Workload:
         return tuple(tensor for tensor in tensors if tensor.requires_grad)
 
     def step(self, model: nn.Module, frames: Tensor, mask: Tensor) -> None:
-        """Run forward and backward.
-
-        Args:
-            model: as in `forward`.
-            frames: as of `inputs`.
-            mask: likewise.
-        """
+        """Run forward and backward; see `forward` for the arguments."""
         torch.stack([t.float().sum() for t in self.forward(model, frames, mask)]).sum().backward()
 
 
 def _normalized(frames: Tensor) -> Tensor:
-    """Floats of frames, of which the step keeps only the uint8 ones."""
+    """Convert frames to floats; for the backward only the uint8 ones are kept."""
 
     def build() -> Tensor:
         return (frames.permute(0, 4, 1, 2, 3).float() / 255 - 0.45) / 0.225
@@ -90,7 +84,7 @@ def _normalized(frames: Tensor) -> Tensor:
 
 
 def workload_of(recipe: Recipe) -> Workload:
-    """Take a worker's step from a recipe."""
+    """Return the step of one worker of a recipe."""
     return Workload(
         batch=recipe.batch_size,
         frames=recipe.data.window.frames,
