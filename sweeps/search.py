@@ -170,7 +170,7 @@ def concurrency(config: SweepConfig, ready: Prepared) -> int:
     require_resources(
         cpus=wanted * cpus,
         gpus=wanted * gpus,
-        who="one trial needs" if wanted == 1 else f"{wanted} trials at a time",
+        who="the processes of one trial" if wanted == 1 else f"{wanted} trials at a time",
         advice="Lower --concurrency, --base.scale.workers, --base.scale.cpus-per-worker or "
         "--base.scale.cpus-per-decoder, or search without GPUs (--base.scale.no-gpu).",
     )
