@@ -1,6 +1,6 @@
-"""Computes the tables of SCALING.md from what was measured: ``python -m cluster.scaling``.
+"""Compute the tables of SCALING.md from measurements: ``python -m cluster.scaling``.
 
-Every number that is not a measurement of ours is an assumption, and stands here with its source.
+Every number that we did not measure is an assumption, with its source here.
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ class Workload:
     """End-to-end training of the recipe `thumos_re2_swin_t_actionformer`.
 
     Attributes:
-        step_seconds: of a clip, measured (H200, pipelines/experiments/devices.py).
-        frames: of it.
+        step_seconds: seconds for a clip, measured (H200, pipelines/experiments/devices.py).
+        frames: frames of the clip.
         pixels: side of the square frames.
-        parameters: of the detector, counted.
-        decoded_a_second: frames a core and second, measured (pipelines/experiments/decoding.py).
-        compressed: bytes a frame in a file, measured (pipelines/experiments/shards.py).
-        plan_bytes: of the plan, a video, measured (toy annotations, 5.7 instances each).
-        window_bytes: of a window in a worker, measured.
-        window_seconds: to cut it, measured.
-        windows: of a video, with its gaps (two minutes, 1024 frames at 15 a second).
+        parameters: number of the detector's parameters.
+        decoded_a_second: frames per core and second, measured (pipelines/experiments/decoding.py).
+        compressed: bytes per frame in a file, measured (pipelines/experiments/shards.py).
+        plan_bytes: bytes of the plan per video, measured (toy annotations, 5.7 instances each).
+        window_bytes: bytes of a window in a worker, measured.
+        window_seconds: seconds to cut a window, measured.
+        windows: windows of a video, with its gaps (two minutes, 1024 frames at 15 per second).
     """
 
     step_seconds: float = 0.36
@@ -39,22 +39,22 @@ class Workload:
 
     @property
     def speed(self) -> float:
-        """Frames a GPU and second."""
+        """Frames per GPU and second."""
         return self.frames / self.step_seconds
 
     @property
     def raw(self) -> float:
-        """Bytes of decoded frames a GPU and second."""
+        """Bytes of decoded frames per GPU and second."""
         return self.speed * self.pixels**2 * 3
 
     @property
     def gradients(self) -> float:
-        """Bytes that a step exchanges; float32."""
+        """Bytes that a step exchanges, in float32."""
         return self.parameters * 4
 
     @property
     def checkpoint(self) -> float:
-        """Bytes: weights twice (the average, too), its file for users, AdamW's two moments."""
+        """Bytes of weights, their average, its file for users, and AdamW's two moments."""
         return self.parameters * 4 * 5
 
 
@@ -63,12 +63,12 @@ class Machine:
     """A node with eight GPUs.
 
     Attributes:
-        gpus: of a node.
-        cores: real ones (a p5.48xlarge has 96).
-        inside: bytes a second and GPU over NVLink (vendor, one direction).
-        network: bytes a second of a node to others (100 Gbit/s; EFA and InfiniBand have 32 times
-            that).
-        price: dollars a GPU and hour (order of large clouds' on-demand price in 2025).
+        gpus: number of GPUs.
+        cores: number of physical cores (a p5.48xlarge has 96).
+        inside: bytes per second and GPU over NVLink (vendor, one direction).
+        network: bytes per second from a node to others (100 Gbit/s; EFA and InfiniBand have 32
+            times that).
+        price: dollars per GPU and hour (order of large clouds' on-demand price in 2025).
     """
 
     gpus: int = 8
@@ -84,13 +84,7 @@ HIDDEN = 0.7
 
 
 def exchange(gpus: int, work: Workload = WORKLOAD, node: Machine = MACHINE) -> float:
-    """Seconds of an all-reduce of the gradients: a ring within nodes, and one between them.
-
-    Args:
-        gpus: in all.
-        work: what is trained.
-        node: what it is trained on.
-    """
+    """Seconds of an all-reduce of the gradients: a ring within nodes, and one between them."""
 
     def ring(members: int, speed: float) -> float:
         return 2 * (members - 1) / members * work.gradients / speed
@@ -100,14 +94,7 @@ def exchange(gpus: int, work: Workload = WORKLOAD, node: Machine = MACHINE) -> f
 
 
 def rows(gpus: Sequence[int] = (8, 64, 512)) -> list[list[str]]:
-    """The large table: what each number of GPUs asks for.
-
-    Args:
-        gpus: numbers of them.
-
-    Returns:
-        A heading, and a row for each quantity.
-    """
+    """Make the large table: a heading with numbers of GPUs, and a row for each quantity."""
     work, node = WORKLOAD, MACHINE
     table = [["", *(f"{n} GPUs" for n in gpus)]]
 
@@ -143,7 +130,7 @@ def rows(gpus: Sequence[int] = (8, 64, 512)) -> list[list[str]]:
 
 
 def million() -> list[list[str]]:
-    """The small table: what a million videos cost before the first step."""
+    """Make the small table: the costs of a million videos before the first step."""
     work, videos = WORKLOAD, 1e6
     windows = videos * work.windows
     return [
@@ -161,11 +148,7 @@ def _pairs(gpus: Sequence[int], values: Sequence[float]) -> list[tuple[int, floa
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:
-    """A table as SCALING.md has it.
-
-    Args:
-        table: heading and rows.
-    """
+    """Format a heading and rows as a table of SCALING.md."""
     lines = ["| " + " | ".join(row) + " |" for row in table]
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
 

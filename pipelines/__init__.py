@@ -1,4 +1,4 @@
-"""Ray, MLflow and command lines around `re2tal`: what scales, tracks and is run by hand."""
+"""Ray, MLflow and command lines around `re2tal`: scaling, tracking, and the scripts."""
 
 import sys
 from pathlib import Path

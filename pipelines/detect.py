@@ -1,4 +1,4 @@
-"""Detects actions in videos: tables, subtitles, pictures, and a page that plays what was found.
+"""Detect actions in videos: tables, subtitles, pictures, and a page that plays the detections.
 
   python pipelines/detect.py --videos video.mp4 --model CHECKPOINT --output found
   python pipelines/detect.py --videos FOLDER "more/*.mkv" s3://bucket/videos --model RUN_ID
@@ -6,7 +6,7 @@
 Then open found/index.html. The model is the folder of a saved detector or of a training run's
 checkpoint, a training run's id in MLflow, or runs:/RUN/detector or models:/NAME/VERSION there.
 
-A run that was stopped goes on when the same command is given again: videos that are through are
+A run that was stopped goes on when the same command is given again: videos that are done are
 kept, those that failed are tried once more. Another --score-threshold or other --formats detect
 nothing anew.
 
@@ -43,12 +43,12 @@ from re2tal.errors import shortened
 from re2tal.trained import read_spec
 
 _LOGGED_PICTURES = 4  # in MLflow; all of them are in the folder
-_SHOW_SECONDS = 2.0  # from one line of progress to the next
+_SHOW_SECONDS = 2.0  # between lines of progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DetectConfig:
-    """Which videos, with which model, and where to.
+    """Videos, detector and output of a run.
 
     Attributes:
         videos: files, folders, and patterns such as "clips/*.mp4"; paths or URIs that pyarrow opens
@@ -56,8 +56,8 @@ class DetectConfig:
         model: folder of a saved detector or of a checkpoint; or, in MLflow, the id of a training
             run, runs:/RUN/NAME or models:/NAME/VERSION.
         output: folder of the results.
-        files: what is written.
-        resources: what detection runs on.
+        files: formats and detections that are written.
+        resources: hardware and batches of detection.
         experiment: MLflow experiment.
         runs: folder of the default MLflow store, where the training runs are; MLFLOW_TRACKING_URI
             names another store.
@@ -73,31 +73,21 @@ class DetectConfig:
 
     @property
     def name(self) -> str:
-        """Of the run in MLflow."""
+        """Name of the run in MLflow."""
         return "detect"
 
 
 def parse(arguments: Sequence[str]) -> DetectConfig:
-    """Reads the command line.
-
-    Args:
-        arguments: without the program's name.
-    """
+    """Read the command line, without the program's name."""
     return tyro.cli(DetectConfig, args=import_own(arguments), prog="detect.py", description=__doc__)
 
 
 def run(config: DetectConfig) -> Run:
-    """Detects in the videos that are not through yet, and writes the files of all of them.
-
-    Args:
-        config: which videos, with which model, and where to.
-
-    Returns:
-        The MLflow run.
+    """Detect in the videos that are not done yet, write the files of all, and return the run.
 
     Raises:
-        UserError: if there is no such model or video; if the output folder is of another model; if
-            the cluster is too small.
+        UserError: there is no such model or video, the output folder is of another model, or the
+            cluster is too small.
     """
     output, runs = Path(config.output).absolute(), Path(config.runs).absolute()
     videos = find_sources(config.videos, option="--videos")
@@ -124,7 +114,7 @@ def run(config: DetectConfig) -> Run:
 def _detect(
     videos: Mapping[str, str], folder: Path, model: str, config: DetectConfig
 ) -> tuple[dict[str, Record], dict[str, str], dict[str, float]]:
-    """Records of the videos, which are written at once; failures; and metrics of the speed."""
+    """Return records of the videos (written at once), failures, and metrics of the speed."""
     records: dict[str, Record] = {}
     failures: dict[str, str] = {}
     if not videos:
@@ -164,16 +154,16 @@ def _record(result: VideoResult, *, uri: str, model: str) -> Record:
 
 
 class _Progress:
-    """Prints how far it is, and which videos fail."""
+    """Printed progress, with the videos that fail."""
 
     def __init__(self, videos: int) -> None:
         self.began = time.perf_counter()
         self._videos, self._through = videos, 0
-        self._first: float | None = None  # when the first window was through: Ray takes its time
+        self._first: float | None = None  # time of the first window: Ray starts slowly
         self._shown = self.began
 
     def window(self, done: int, total: int) -> None:
-        """Counts the windows."""
+        """Count the windows."""
         now = time.perf_counter()
         self._first = self._first or now
         if now - self._shown > _SHOW_SECONDS and done < total:
@@ -186,7 +176,7 @@ class _Progress:
             )
 
     def video(self, result: VideoResult) -> None:
-        """Counts a video, and tells what is wrong with it."""
+        """Count a video, and print its first problem."""
         self._through += 1
         if result.problems:
             what = "failed" if result.found is None else "damaged in part"
@@ -201,7 +191,7 @@ def _log(
     written: Sequence[Path],
     speed: Mapping[str, float],
 ) -> None:
-    """Sends counts and files to MLflow."""
+    """Send counts and files to MLflow."""
     shown = [strongest(record, config.files) for record in records.values()]
     counts = {
         "videos/detected": len(records),

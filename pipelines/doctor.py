@@ -16,20 +16,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-# Not more: a package may be missing, and this is what tells so.
+# Nothing else: a package may be missing, which this script has to report.
 from pipelines.diagnostics.findings import Finding, note, run_check, summary
 from pipelines.diagnostics.packages import check_missing, check_versions, requirements
 
-Check = Callable[[Any], Iterable[Finding]]  # of a `Cluster`, which cannot be imported yet
-_GRACE = 10.0  # seconds, so that a check can still tell what it waited for
+Check = Callable[[Any], Iterable[Finding]]  # takes a `Cluster`, which cannot be imported yet
+_GRACE = 10.0  # seconds in which a check can still report that it waited in vain
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DoctorConfig:
-    """Places to look at.
+    """Places that the checks look at.
 
     Attributes:
-        output: where runs go, as in train.py; a path or a URI.
+        output: folder of runs, as in train.py; a path or a URI.
         videos: files, folders, patterns, or folders of shards, of which each node decodes the first
             video; paths or URIs.
         timeout: seconds to wait for a node, a store or a server before it counts as failed.
@@ -51,7 +51,7 @@ def diagnose(config: DoctorConfig) -> Iterator[tuple[str, Finding]]:
     """Run all checks but that of missing packages, one after the other.
 
     Yields:
-        Name of a check, and a finding of it.
+        A check's name, and one of its findings.
     """
     from pipelines.core.storage import absolute  # see above
     from pipelines.diagnostics import frames, machines, nodes, writing
@@ -83,14 +83,7 @@ def diagnose(config: DoctorConfig) -> Iterator[tuple[str, Finding]]:
 
 
 def show(findings: Iterable[tuple[str, Finding]]) -> int:
-    """Print findings as they come, and a last line about all of them.
-
-    Args:
-        findings: name of the check, and what it found.
-
-    Returns:
-        The exit code.
-    """
+    """Print findings, each with its check's name, and a summary; return the exit code."""
     seen = []
     for check, finding in findings:
         print(f"{finding.verdict:<4}  {check:<10}  {' '.join(finding.text.split())}", flush=True)
@@ -100,7 +93,7 @@ def show(findings: Iterable[tuple[str, Finding]]) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Look, print what was found, and return the exit code."""
+    """Run the checks, print their findings, and return the exit code."""
     missing = check_missing(requirements())
     if missing:
         return show(("versions", finding) for finding in missing)

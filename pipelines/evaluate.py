@@ -1,11 +1,11 @@
-r"""Evaluates detections, or a trained detector, against annotations.
+r"""Evaluate detections, or a trained detector, against annotations.
 
 A file of detections, as detect.py and training write it (ActivityNet's results JSON); no video is
 needed:
 
   python pipelines/evaluate.py --detections detections.json --annotations A --dataset thumos-14
 
-An ensemble of several runs, of what they detected before non-maximum suppression (--save-raw):
+An ensemble of several runs' detections before non-maximum suppression (--save-raw):
 
   python pipelines/evaluate.py --detections runs:/RUN/raw_detections.safetensors FILE ... \
       --annotations A
@@ -16,11 +16,11 @@ A detector: the folder of a checkpoint, or a run or model in MLflow. It detects 
 
 (--import MODULE_OR_FILE first imports the module of a backbone or localizer of your own.)
 
-Prints average precision of every class at every tIoU, average recall by the number of proposals,
-Recall@kx for data sets that are compared by it (Ego4D), and a diagnosis of the errors in short. All
-of it goes to MLflow, and to --output: tables as CSV and in evaluation.json, pictures, and a
-detector's detections. Detections of the one class "action" are proposals: --video-scores gives them
-classes, else they are evaluated whatever the class.
+Printed are average precision of every class at every tIoU, average recall by the number of
+proposals, Recall@kx for data sets that are compared by it (Ego4D), and a short diagnosis of the
+errors. All of it goes to MLflow, and to --output: tables as CSV and in evaluation.json, pictures,
+and a detector's detections. Detections of the one class "action" are proposals: --video-scores
+gives them classes, else they are evaluated without classes.
 """
 
 import sys
@@ -34,11 +34,7 @@ from pipelines.inference.evaluation import EvaluateConfig, evaluate_run
 
 
 def parse(arguments: Sequence[str]) -> EvaluateConfig:
-    """Read the command line.
-
-    Args:
-        arguments: without the program's name.
-    """
+    """Read the command line, without the program's name."""
     return tyro.cli(
         EvaluateConfig, args=import_own(arguments), prog="evaluate.py", description=__doc__
     )

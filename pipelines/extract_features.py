@@ -1,12 +1,12 @@
-r"""Makes features of videos with a frozen backbone, to train a localizer on them without frames.
+r"""Make features of videos with a frozen backbone, to train a localizer on them without frames.
 
   python pipelines/extract_features.py --videos FOLDER --annotations A --output FEATURES \
       --backbone swin_t --weights torchvision:swin3d_t/KINETICS400_V1
   python pipelines/extract_features.py --way windows --fps 15 --frames 1024 ...
 
-Either of short clips, one for each feature, as published features are made (--way clips), or of
-long windows, as a detector sees them that is trained end to end (--way windows). features.json
-beside the files says where in their videos the features lie.
+They are made of short clips, one for each feature, like published features (--way clips), or of
+long windows, like those of a detector trained end to end (--way windows). features.json beside the
+files says where in their videos the features lie.
 
 All places may be URIs (s3://, gs://, ...), and the videos may lie in shards (prepare.py). A run
 that was stopped, however hard, goes on when the same command is given again. Videos that cannot be
@@ -40,15 +40,15 @@ from re2tal.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtractConfig(AnnotationConfig):
-    """Of which videos, with which backbone, and how. Annotations are not needed.
+    """Videos, backbone and sampling of features. Annotations are optional.
 
     Attributes:
         videos: folder of the video files, named by id, or of shards; a path or a URI.
         subsets: names of the subsets; all of them by default. With annotations, features are made
-            of the annotated videos only, as long as annotated.
+            only of the annotated videos, and of their annotated length.
         output: folder for the features; a path or a URI.
-        retry_failed: also try the videos that failed before once more.
-        max_failed: end with an error when more than this share of the videos failed; the features
+        retry_failed: try the videos that failed before once more.
+        max_failed: share of failed videos above which the script ends with an error; the features
             of the others are kept.
         experiment: MLflow experiment.
         runs: folder of the default MLflow store.
@@ -70,37 +70,26 @@ class ExtractConfig(AnnotationConfig):
 
     @property
     def name(self) -> str:
-        """Of the MLflow run."""
+        """Name of the MLflow run."""
         return f"features-{self.backbone.backbone}-{self.sampling.way}"
 
 
 def parse(arguments: Sequence[str]) -> ExtractConfig:
-    """Reads the command line.
-
-    Args:
-        arguments: without the program's name.
-    """
+    """Read the command line, without the program's name."""
     return tyro.cli(
         ExtractConfig, args=import_own(arguments), prog="extract_features.py", description=__doc__
     )
 
 
 def extract_features(config: ExtractConfig) -> Description:
-    """Makes the features that are not there yet.
-
-    Args:
-        config: of which videos, and how.
-
-    Returns:
-        What the folder holds.
+    """Make the features that are missing, and return the description of their folder.
 
     Raises:
-        UserError: if something is not there.
-        AnnotationError: with every problem in the annotations.
-        UserError: if the videos lie in shards that are not whole; if the folder holds features of
-            other settings, or damaged ones; if the cluster is too small; if weights, stride or
-            frames do not fit the backbone; if more videos failed than may; all others have their
-            features.
+        AnnotationError: the annotations have problems; all of them are listed.
+        UserError: something is missing; the videos lie in incomplete shards; the folder holds
+            features of other settings, or damaged ones; the cluster is too small; weights, stride
+            or frames do not fit the backbone; or too many videos failed (the others have their
+            features).
     """
     config = resolved(
         config,

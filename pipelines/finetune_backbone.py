@@ -1,4 +1,4 @@
-"""Finetunes a rewired backbone on trimmed videos (step 4 of Re2TAL), and writes its weights.
+"""Finetune a rewired backbone on trimmed videos (step 4 of Re2TAL), and write its weights.
 
 Toy clips, from the weights that the repository ships, minutes on two CPU cores:
 
@@ -15,7 +15,7 @@ Slowly instead of at once (Dr2Net), and plain pretraining from random weights:
   python pipelines/finetune_backbone.py --model.coupling-epochs 1.5
   python pipelines/finetune_backbone.py --model.no-reversible --model.weights None
 
-train.py takes what comes out as --model.weights: the file, or its URI in MLflow; both are printed.
+train.py takes the result as --model.weights: the file, or its URI in MLflow; both are printed.
 """
 
 import sys
@@ -26,11 +26,7 @@ from pipelines.config.recipe import ClassificationRecipe
 
 
 def parse(arguments: list[str]) -> ClassificationRecipe:
-    """Reads a recipe's name and overrides of its fields from the command line.
-
-    Args:
-        arguments: without the program's name.
-    """
+    """Read the recipe of a run from the command line, without the program's name."""
     recipe: ClassificationRecipe = parse_recipe(
         arguments,
         RECIPES,

@@ -1,4 +1,4 @@
-"""Predicts the peak memory of a training step, without a GPU and without running it.
+"""Predict the peak memory of a training step, without a GPU and without running it.
 
 Four ways to train the same backbone are compared: plain, with per-block checkpointing, naively
 reversible, and reversible as this project does it. Counted is one forward and backward, with

@@ -1,4 +1,4 @@
-"""Encodes videos anew for random access and packs them into shards, from which training reads.
+"""Encode videos anew for random access, and pack them into shards, from which training reads.
 
   python pipelines/prepare.py --annotations A --videos FOLDER --output SHARDS
   python pipelines/train.py RECIPE --data.annotations A --data.videos SHARDS
@@ -25,18 +25,17 @@ from re2tal.videos.transcoding import TranscodeConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareConfig(AnnotationConfig):
-    """What to encode, and how.
+    """Videos to encode, and the settings.
 
     Attributes:
         videos: folder of the video files, named by id; a path or a URI.
         output: folder for the shards and their manifest; a path or a URI.
         subsets: names of the subsets to encode; all of them by default.
         transcode: size, frame rate, quality and key frames.
-        shard_seconds: about so many seconds of video lie in a shard; one task makes it.
-        retry_failed: also encode the videos that failed before once more, and no others of their
-            shards.
-        max_failed: end with an error when more than this share of the videos failed; what could be
-            encoded is kept.
+        shard_seconds: approximate seconds of video in a shard, which one task makes.
+        retry_failed: encode the videos that failed before once more, and no others of their shards.
+        max_failed: share of failed videos above which the script ends with an error; the others are
+            kept.
     """
 
     videos: str | None = None
@@ -49,28 +48,17 @@ class PrepareConfig(AnnotationConfig):
 
 
 def parse(arguments: Sequence[str]) -> PrepareConfig:
-    """Reads the command line.
-
-    Args:
-        arguments: without the program's name.
-    """
+    """Read the command line, without the program's name."""
     return tyro.cli(PrepareConfig, args=arguments, prog="prepare.py", description=__doc__)
 
 
 def prepare(config: PrepareConfig) -> Manifest:
-    """Makes the shards that are not there yet.
-
-    Args:
-        config: what to encode, and how.
-
-    Returns:
-        What the folder holds.
+    """Make the shards that are missing, and return the manifest of their folder.
 
     Raises:
-        UserError: if something is not there.
-        AnnotationError: with every problem in the annotations.
-        UserError: if the folder holds shards of other settings, or damaged ones; if more videos
-            failed than may; all others are in their shards.
+        AnnotationError: the annotations have problems; all of them are listed.
+        UserError: something is missing; the folder holds shards of other settings, or damaged ones;
+            or too many videos failed (the others are in their shards).
     """
     config = resolved(
         config, needed=("annotations", "videos"), optional=("exclude",), written=("output",)

@@ -1,14 +1,15 @@
-"""Pretrains a small plain backbone on the trimmed toy clips, from random weights.
+"""Pretrain a small plain backbone on the trimmed toy clips, from random weights.
 
-python pipelines/pretrain_toy.py
-    makes data/toy_trimmed if it is missing, and pretrains the Swin of the toy recipe, as the
-    weights that the repository ships were made
-python pipelines/pretrain_toy.py --steps 400
+  python pipelines/pretrain_toy.py
+  python pipelines/pretrain_toy.py --steps 400
 
-Backbones are otherwise pretrained on what they are shown, by finetune_backbone.py without rewiring.
-From nothing, though, the class alone teaches a network motion only very slowly: after 700 steps it
-was still at chance. So while it learns the class it is also asked where the actor is and how it
-moves, which the toy data know, and with that it is over 80 % right after 350 steps.
+The first command made the weights of the toy recipe's Swin that the repository ships. Clips are
+made in data/toy_trimmed if they are missing.
+
+Other backbones are pretrained by finetune_backbone.py without rewiring, on classes alone. From
+random weights, though, these teach a network motion very slowly: after 700 steps it was still at
+chance. So this network also learns the actor's place and motion, which the toy data know, and with
+them it is over 80 % right after 350 steps.
 
 "held out" is measured on the validation clips, which look like the untrimmed toy videos.
 """
@@ -43,23 +44,23 @@ class PretrainingConfig:
     """Classification of toy clips.
 
     Attributes:
-        name: the MLflow run is named after it.
+        name: start of the MLflow run's name.
         experiment: MLflow experiment.
         runs: folder of the default MLflow store.
-        output: the weights, safetensors; replaced.
-        folder: of the trimmed toy clips, which are made if they are not there.
-        clips: how many there are.
-        backbone: the shape of the backbone.
+        output: safetensors file of the weights; replaced.
+        folder: folder of the trimmed toy clips, which are made if they are missing.
+        clips: number and length of the clips.
+        backbone: shape of the backbone.
         size: pixels of a frame's side.
         steps: optimizer steps.
-        frames: frames that a step sees in all: many short parts at first, fewer long ones later.
+        frames: frames of a step in total: many short parts at first, fewer long ones later.
         short: frames of a part in the first three fifths of the steps.
         long: frames of a part after that.
         guide: weight of the losses on the actor's place and motion; 0 learns from classes alone.
         lr: highest learning rate.
-        weight_decay: of AdamW.
-        seed: of weights and order.
-        processes: that make and decode clips.
+        weight_decay: weight decay of AdamW.
+        seed: seed of weights and order.
+        processes: number of processes that make and decode clips.
     """
 
     name: str = "pretrain_toy"
@@ -84,13 +85,7 @@ class PretrainingConfig:
 def batches(
     clips: Clips, config: PretrainingConfig, random: np.random.Generator
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yields augmented parts of clips, the actor's poses in them, and labels: one batch a step.
-
-    Args:
-        clips: the training clips.
-        config: lengths of the parts.
-        random: the source of choices.
-    """
+    """Yield augmented parts of clips, the actor's poses in them, and labels: one batch a step."""
     order: list[int] = []
     for step in range(config.steps):
         length = config.short if step < 0.6 * config.steps else config.long
@@ -107,11 +102,7 @@ def batches(
 
 
 class Guide(nn.Module):
-    """Asks the features of each place whether the actor is there, and how it moves.
-
-    Args:
-        channels: of the features.
-    """
+    """Linear layers that predict the actor's place and motion from the features of each place."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -121,7 +112,7 @@ class Guide(nn.Module):
         self.register_buffer("scale", torch.tensor([64.0, 64.0, 10.0, 10.0]), persistent=False)
 
     def forward(self, features: Tensor, poses: Tensor) -> Tensor:
-        """The loss.
+        """Return the loss.
 
         Args:
             features: (B, T', H', W', C), not pooled.
@@ -141,7 +132,7 @@ class Guide(nn.Module):
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of the clip and of each of its features: where, not only whether, is learnt.
+    """Cross-entropy of the clip and of each of its features, so that places in time are learnt.
 
     Args:
         logits: (B, T', K).
@@ -154,14 +145,7 @@ def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def accuracy(backbone: SwinBackbone, head: nn.Linear, clips: Clips, length: int) -> float:
-    """Top-1 accuracy on the middle of each clip.
-
-    Args:
-        backbone: in evaluation mode.
-        head: its classifier.
-        clips: held-out clips.
-        length: frames of a clip that are looked at.
-    """
+    """Return the top-1 accuracy on the middle `length` frames of each clip."""
     start = (clips.frames.shape[1] - length) // 2
     right = 0
     for first in range(0, len(clips.frames), 16):
@@ -172,14 +156,10 @@ def accuracy(backbone: SwinBackbone, head: nn.Linear, clips: Clips, length: int)
 
 
 def fresh_backbone(config: SwinConfig) -> SwinBackbone:
-    """A backbone that can learn from nothing.
+    """Build a backbone with random weights whose scale follows each layer's width.
 
-    Args:
-        config: its shape.
-
-    Returns:
-        Random weights whose scale follows each layer's width (Glorot and Bengio, 2010):
-        torchvision's one scale for all, 0.02, leaves the branches of a narrow network silent.
+    The rule is that of Glorot and Bengio (2010); torchvision's one scale for all layers, 0.02,
+    leaves the branches of a narrow network silent.
     """
     backbone = config.build()
     for module in backbone.modules():
@@ -191,17 +171,7 @@ def fresh_backbone(config: SwinConfig) -> SwinBackbone:
 def train(
     config: PretrainingConfig, clips: Clips, held_out: Clips, run: Run
 ) -> tuple[SwinBackbone, float]:
-    """Trains a backbone.
-
-    Args:
-        config: what to do.
-        clips: to train on.
-        held_out: to measure on.
-        run: gets loss and accuracy.
-
-    Returns:
-        The backbone, and its top-1 accuracy on the held-out clips.
-    """
+    """Train a backbone; return it, and its top-1 accuracy on the held-out clips."""
     random = np.random.default_rng(config.seed)
     backbone = fresh_backbone(config.backbone)
     head, guide = nn.Linear(backbone.channels, len(TRIMMED_CLASSES)), Guide(backbone.channels)
@@ -234,11 +204,7 @@ def train(
 
 
 def pretrain(config: PretrainingConfig) -> None:
-    """Makes the clips, trains, writes the weights and logs them.
-
-    Args:
-        config: what to do.
-    """
+    """Make the clips, train, and write and log the weights."""
     clips, held_out = load_clips(
         config.folder, config.clips, size=config.size, processes=config.processes
     )

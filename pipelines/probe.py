@@ -1,4 +1,4 @@
-"""Opens every video of a collection and writes what was found to a Parquet table.
+"""Open every video of a collection, and write length, rate, size and errors to a Parquet table.
 
   python pipelines/probe.py --videos FOLDER --output videos.parquet
   python pipelines/probe.py --videos FOLDER --annotations A --output videos.parquet
@@ -42,17 +42,11 @@ class ProbeConfig(AnnotationConfig):
 
 
 def probe_collection(config: ProbeConfig) -> pa.Table:
-    """Open the videos and write the table.
-
-    Args:
-        config: what to look at.
-
-    Returns:
-        The table, as `pipelines.data.videos` describes it.
+    """Open the videos, and write and return the table that `pipelines.data.videos` describes.
 
     Raises:
-        UserError: if something is not there, or the folder holds no video.
-        AnnotationError: with every problem in the annotations.
+        UserError: something is missing, or the folder holds no video.
+        AnnotationError: the annotations have problems; all of them are listed.
     """
     config = resolved(
         config, needed=("videos",), optional=("annotations", "exclude"), written=("output",)
@@ -94,16 +88,12 @@ def _show(done: int, total: int) -> None:
 
 
 def parse(arguments: Sequence[str]) -> ProbeConfig:
-    """Read the command line.
-
-    Args:
-        arguments: without the program's name.
-    """
+    """Read the command line, without the program's name."""
     return tyro.cli(ProbeConfig, args=arguments, prog="probe.py", description=__doc__)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Probes, and prints what was found."""
+    """Probe the videos, and print a summary."""
     config = parse(arguments)
     init_ray()
     for line in summary(probe_collection(config)):

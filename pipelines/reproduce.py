@@ -11,9 +11,9 @@ The paper's own tables, with real videos and weights; what follows "--" is for `
   thumos_re2_swin_t_actionformer thumos_re2_swin_t_vsgn --tal.rewired re2_swin3d_t.safetensors --
   --data.annotations thumos14.json --data.videos thumos/ --model.weights swin3d_t.pth
 
-The rewired weights are what finetune_backbone.py made of the plain ones. The report is
-OUTPUT/reproduction/report.md; in MLflow it is a run, with one below it for each piece of work. The
-same command goes on with what it has. Without Ray and MLflow:
+The rewired weights are the plain ones after finetune_backbone.py. The report is
+OUTPUT/reproduction/report.md; in MLflow it is a run, with a child for each piece of work. The same
+command goes on where it was stopped. Without Ray and MLflow:
 
   python -m pipelines.experiments paper
 """
@@ -46,7 +46,7 @@ def execute_on_ray(works: Sequence[Work]) -> Iterator[Outcome]:
 
 
 def _gathered(works: Sequence[Work], *, cpus: float) -> Iterator[Outcome]:
-    """Yield outcomes in the order in which they come."""
+    """Yield outcomes as jobs end."""
     running = {_started(*work, cpus=cpus): work for work in works}
     while running:
         (done, *_), _ = ray.wait(list(running), num_returns=1)
@@ -70,7 +70,7 @@ def _attempt(experiment: str, job: Job, folder: str) -> Outcome:
 
 
 def _cores() -> float:
-    """Cores of the largest node: what measures time has one to itself."""
+    """Count the cores of the largest node, which a job that measures time has to itself."""
     return max(float(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
 
 
@@ -78,7 +78,7 @@ def main(asked: Reproduction) -> None:
     """Carry the experiments out.
 
     Raises:
-        UserError: if a job failed; the others are done all the same.
+        UserError: a job failed; the others are done all the same.
     """
     init_ray(trains=any(job.spreads for one in asked.experiments.values() for job in one.jobs()))
     run = start_run(asked, output=Path(asked.output).absolute())

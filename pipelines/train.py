@@ -1,4 +1,4 @@
-"""Trains a detector end to end, from video files to segments, and tracks the run in MLflow.
+"""Train a detector end to end, from video files to segments, and track the run in MLflow.
 
 The toy data set, minutes on two CPU cores:
 
@@ -21,7 +21,7 @@ A recipe of your own, without touching this repository (pipelines/README.md):
 
   python pipelines/train.py my_recipe.py
 
-What an earlier run trained, such as the best trial of a sweep (sweeps/), with other values for
+The recipe of an earlier run, such as the best trial of a sweep (sweeps/), with other values for
 some fields:
 
   python pipelines/train.py --from-run RUN_ID --epochs 12
@@ -39,10 +39,7 @@ from pipelines.core.tracking import Run, recipe_of, tracking_uri
 
 
 def parse(arguments: Sequence[str]) -> Recipe:
-    """Read a recipe's name and overrides of its fields from the command line.
-
-    Args:
-        arguments: without the program's name.
+    """Read the recipe of a run, new or that of an earlier run, from the command line.
 
     Raises:
         UserError: there is no such recipe, backbone or module, or the run whose configuration is

@@ -2,10 +2,10 @@
 
   python -m sweeps.chance --annotations data/toy/annotations.json --features data/toy_features
 
-What is compared is what is proposed, so the trials of a search run one after the other, to their
-ends, by the training loop that all trials have; Ray Tune, workers and pruning are left out. The
-seed is also the training's: each seed has a base recipe of its own. Searches that do not know of
-each other run beside each other, one on each core.
+Only the proposals are compared, so the trials of a search run one after the other, to their ends,
+in the training loop that all trials have, without Ray Tune, workers and pruning. The seed is also
+the training's: each seed has a base recipe of its own. Independent searches run in parallel, one on
+each core.
 """
 
 import multiprocessing
@@ -47,7 +47,7 @@ SAMPLERS: tuple[Sampler, ...] = ("tpe", "random")
 def measure(
     *, annotations: str, features: str, trials: int = 12, seeds: Sequence[int] = (0, 1, 2)
 ) -> Tables:
-    """Compare the best of so many trials with the base recipe.
+    """Compare the best trial of each search with the base recipe.
 
     Args:
         annotations: annotations of the toy data set.
@@ -59,7 +59,7 @@ def measure(
     base = replace(base, data=replace(base.data, annotations=annotations, features=features))
     base = without_backbone(replace(base, epochs=SWEEP.epochs(base)), Features(features))
     plan = make_plan(base.data, read_annotations(base.data))
-    # Not forked: PyTorch's threads do not outlive that.
+    # Not forked: PyTorch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         searches = {
@@ -81,13 +81,9 @@ def measure(
 
 
 def search(base: Recipe, plan: Plan, *, trials: int, sampler: Sampler) -> list[float]:
-    """List mAP of the trials of a search, the base recipe's first; 0 for a loss that is not finite.
+    """List the mAP of a search's trials, the base recipe's first; 0 for a loss that is not finite.
 
-    Args:
-        base: recipe that is searched around; its seed is the sampler's too.
-        plan: data of all trials.
-        trials: number of trials.
-        sampler: way to propose the next trial.
+    The seed of the base recipe is the sampler's too.
     """
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -17,15 +17,11 @@ MEMORY = "sweep/peak_memory_mb"
 
 
 class EpochReports(TuneReportCallback):
-    """Passes on to Ray Tune what each epoch reports, but not checkpoints without evaluation.
-
-    Args:
-        run_id: id of the trial's run in MLflow.
-    """
+    """Callback that passes each evaluated epoch's report on to Ray Tune."""
 
     def __init__(self, run_id: str) -> None:
         super().__init__()
-        # Ray Tune wants whatever it searches for in every report; the memory is known in the end
+        # Ray Tune wants all searched metrics in every report; the memory is only known in the end
         self._always = {RUN_ID: run_id, MEMORY: math.nan}
 
     def after_report(

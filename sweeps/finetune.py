@@ -1,4 +1,4 @@
-"""Searches how a pretrained backbone is finetuned end to end, for the highest mAP.
+"""Search settings that finetune a pretrained backbone end to end to the highest mAP.
 
 On the toy data, on two CPU cores:
 
@@ -26,7 +26,7 @@ def space(suggest: Suggestions, base: Recipe) -> None:
     suggest.log_float("optim.backbone_lr", optim.backbone_lr / 10, optim.backbone_lr * 10)
     suggest.log_float("optim.localizer_lr", optim.localizer_lr / 5, optim.localizer_lr * 5)
     suggest.log_float("optim.weight_decay", optim.weight_decay / 10, optim.weight_decay * 4)
-    forgotten = 1 - optim.ema  # of the average in a step
+    forgotten = 1 - optim.ema  # share of the average that a step replaces
     shorter, longer = max(0.0, 1 - 4 * forgotten), 1 - forgotten / 4
     suggest.choice(
         "optim.ema", tuple(dict.fromkeys((round(shorter, 6), optim.ema, round(longer, 6))))

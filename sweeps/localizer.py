@@ -1,4 +1,4 @@
-"""Searches the localizer: its shape, its losses and, over saved predictions, post-processing.
+"""Search a localizer's shape and losses and, on saved predictions, its post-processing.
 
 On the toy data, on two CPU cores:
 
@@ -12,8 +12,8 @@ Around another recipe, on data of yours:
 
   python sweeps/localizer.py RECIPE --base.data.annotations A --base.data.features FEATURES
 
-Non-maximum suppression and voting need no training: at the end they are searched over what the best
-trial detected (sweeps/postprocessing.py does it for any run).
+Non-maximum suppression and voting need no training: they are searched at the end, on the best
+trial's detections (sweeps/postprocessing.py does it for any run).
 """
 
 from pipelines.config.recipe import Recipe

@@ -1,4 +1,4 @@
-"""Searches for the highest mAP and the lowest memory at once, and draws the front between them.
+"""Search for the highest mAP and the lowest memory at once, and draw the front between them.
 
 On the toy data, on two CPU cores, where memory is the predicted peak of a worker's activations; on
 a GPU it is the measured peak:
@@ -6,8 +6,8 @@ a GPU it is the measured peak:
   python sweeps/pareto.py
   python sweeps/pareto.py RECIPE --base.data.annotations A --base.data.videos FOLDER
 
-Frames, resolution, how large the pieces of a branch are, whether the backbone is reversible at all,
-and for Video Swin of torchvision's sizes which of them, with torchvision's Kinetics-400 weights.
+The search covers frames, resolution, the size of a branch's pieces, a backbone with and without
+reversible connections, and Video Swin's sizes with torchvision's Kinetics-400 weights.
 """
 
 from dataclasses import replace
@@ -32,7 +32,7 @@ def space(suggest: Suggestions, base: Recipe) -> None:
 
 
 def _size(suggest: Suggestions, own: Any) -> None:
-    """Other backbones of the same family with weights of torchvision, if this is one of them."""
+    """Ask for a size of the family that has torchvision weights, if the backbone has one too."""
     kept = {name: getattr(own, name) for name in ("drop_path", "pooling") if hasattr(own, name)}
     sizes, weights = {}, {}
     for entry in backbones().values():

@@ -1,4 +1,4 @@
-"""Searches non-maximum suppression and voting over what a run detected, without training again.
+"""Search non-maximum suppression and voting on a run's detections, without training again.
 
 The run must have kept its raw detections (train.py --save-raw; the trials of sweeps/localizer.py
 do):
@@ -39,7 +39,7 @@ class PostprocessingConfig:
 
     Attributes:
         run: id of a training run in MLflow that kept its raw detections.
-        trials: number of ways to thin them out that are tried.
+        trials: number of settings that are tried.
         seed: seed of the search.
         output: folder of the default MLflow store.
     """
@@ -76,7 +76,7 @@ class Postprocessing:
 
 
 def space(suggest: Suggestions) -> None:
-    """Ask how overlapping detections are thinned out, and whether they vote."""
+    """Ask for the suppression of overlapping detections, and for their voting."""
     method = suggest.choice("nms.method", ("soft", "hard"))
     if method == "soft":
         suggest.log_float("nms.sigma", 0.05, 2.0)
@@ -96,7 +96,7 @@ def search_postprocessing(run: Run, *, trials: int, seed: int, parent: str) -> P
         parent: id of the MLflow run that the search is part of.
 
     Raises:
-        UserError: The run kept no raw detections, or these or its annotations cannot be read.
+        UserError: the run kept no raw detections, or these or its annotations cannot be read.
     """
     recipe = recipe_of(run)
     with tempfile.TemporaryDirectory() as folder:

@@ -28,7 +28,7 @@ from sweeps.trial import FIRST_STEP, assignment, children
 
 TRIALS = "sweep/trials"
 _SHOWN = 10
-_POSTPROCESSED = 100  # ways to post-process that are tried
+_POSTPROCESSED = 100  # settings of post-processing that are tried
 
 
 def report(sweep: Sweep, config: SweepConfig, run: Run, study: optuna.Study) -> None:
@@ -75,7 +75,7 @@ def best_trials(
 ) -> list[FrozenTrial]:
     """Sort the trials that came to their end, the best first.
 
-    With several objectives only those are kept that no other beats in all of them.
+    With several objectives, only trials that no other beats in all of them are kept.
     """
     first = objectives[0].mode == "max"
     chosen = study.best_trials if len(objectives) > 1 else finished
@@ -94,13 +94,7 @@ def _postprocessing(
 
 
 def command_of(config: SweepConfig, trial: FrozenTrial, found: Postprocessing | None) -> str:
-    """Return the command that trains a trial's configuration in full.
-
-    Args:
-        config: configuration of the sweep.
-        trial: the best trial.
-        found: the post-processing that suits it, if it was searched.
-    """
+    """Return the command that trains a trial in full, with post-processing if it was searched."""
     words = ["python", "pipelines/train.py", "--from-run", trial.user_attrs[RUN_ID]]
     words += ["--epochs", str(config.base.epochs), "--output", config.output]
     if found is not None:
@@ -175,13 +169,7 @@ def pictures(
 ) -> dict[str, Figure]:
     """Draw history, importance, parallel coordinates of each objective, and the front of several.
 
-    Args:
-        study: all trials.
-        objectives: objectives of the sweep.
-        finished: trials that came to their end; with fewer than two there is little to draw.
-
-    Returns:
-        Name to picture.
+    With fewer than two finished trials of different values, an objective only has its history.
     """
     plt.switch_backend("agg")
     figures = {}
@@ -193,7 +181,7 @@ def pictures(
         prefix = f"{objective.metric.rsplit('/', 1)[-1]}_" if many else ""
         figures[f"{prefix}history"] = _figure(draw.plot_optimization_history, study, **told)
         if len(finished) > 1 and _differ([trial.values[index] for trial in finished]):
-            # by variance explained; Optuna's default asks what leads to low values only
+            # by variance explained; Optuna's default ranks by their effect on low values only
             figures[f"{prefix}importance"] = _figure(
                 draw.plot_param_importances,
                 study,
@@ -208,7 +196,7 @@ def pictures(
 
 
 class _ValueOf:
-    """Value of one objective of a trial."""
+    """Function from a trial to its value of one objective."""
 
     def __init__(self, index: int) -> None:
         self._index = index
@@ -224,7 +212,7 @@ def _differ(values: Sequence[float]) -> bool:
 
 def _figure(plot: Callable[..., Any], study: optuna.Study, **told: Any) -> Figure:
     with warnings.catch_warnings():
-        # a parameter of which all trials that ended have the same value
+        # a parameter may have the same value in all trials that ended
         warnings.filterwarnings("ignore", "Attempting to set identical", UserWarning)
         axes = np.ravel(plot(study, **told))[0]
     figure: Figure = axes.figure

@@ -1,4 +1,4 @@
-"""Runs a sweep: Ray Tune starts its trials, Optuna proposes them, MLflow holds them together."""
+"""Run a sweep: Ray Tune starts its trials, Optuna proposes them, MLflow records them."""
 
 import logging
 import math
@@ -38,28 +38,17 @@ from sweeps.study import check_space, ended, open_study, searcher
 from sweeps.sweep import Objective, Sweep, SweepConfig
 from sweeps.trial import EPOCH, NUMBER_TAG, OUTCOME_TAG, Outcomes, children, run_trial
 
-_DRIVER_CPUS = 0.01  # of the process that watches over a trial; Ray Tune does not take 0
+_DRIVER_CPUS = 0.01  # share of the process that watches over a trial; Ray Tune does not take 0
 
 
 def main(sweep: Sweep, description: str) -> None:
-    """Run a sweep from the command line.
-
-    Args:
-        sweep: the sweep.
-        description: text for `--help`.
-    """
+    """Run a sweep from the command line, with a description for `--help`."""
     with told_shortly():
         run_sweep(sweep, parse(sweep, sys.argv[1:], description))
 
 
 def parse(sweep: Sweep, arguments: Sequence[str], description: str) -> SweepConfig:
-    """Read a base recipe's name, and how to search around it, from the command line.
-
-    Args:
-        sweep: the sweep.
-        arguments: command line without the program's name.
-        description: text for `--help`.
-    """
+    """Read a base recipe's name, and the options of the search around it."""
 
     def around(recipe: Recipe) -> SweepConfig:
         base = sweep.prepare(recipe)
@@ -89,7 +78,7 @@ def run_sweep(sweep: Sweep, config: SweepConfig) -> Run:
         The sweep's run in MLflow.
 
     Raises:
-        UserError: The space does not fit the base recipe; the cluster cannot hold a trial, or not
+        UserError: the space does not fit the base recipe; the cluster cannot hold a trial, or not
             so many at a time; something is wrong with the recipe or the data.
     """
     config = replace(config, output=absolute(config.output))
@@ -143,13 +132,13 @@ def _search(
             scheduler=rule,
             num_samples=left,
             max_concurrent_trials=at_a_time,
-            # what a process has imported serves the next trial; a trial that is stopped leaves its
-            # process in the midst of something
+            # a process's imports serve the next trial; a trial that is stopped leaves its process
+            # in an unknown state
             reuse_actors=type(rule) is FIFOScheduler,
             time_budget_s=None if config.minutes is None else 60 * config.minutes,
         ),
         run_config=tune.RunConfig(
-            name=f"tune-{done}",  # what Ray Tune itself keeps is not gone on with: Optuna's is
+            name=f"tune-{done}",  # a new one: sweeps resume from Optuna's study, not Ray Tune's
             storage_path=join(config.output, run.run_id),
             failure_config=tune.FailureConfig(max_failures=0),
             verbose=0,
@@ -171,7 +160,7 @@ def concurrency(config: SweepConfig, ready: Prepared) -> int:
     """Return the number of trials at a time.
 
     Raises:
-        UserError: The cluster cannot hold one, or not as many as were asked for.
+        UserError: the cluster cannot hold one, or not as many as were asked for.
     """
     scale = ready.recipe.scale
     decoding = 0.0 if ready.plan.features is not None else scale.cpus_per_decoder
@@ -181,7 +170,7 @@ def concurrency(config: SweepConfig, ready: Prepared) -> int:
     require_resources(
         cpus=wanted * cpus,
         gpus=wanted * gpus,
-        who="one trial needs" if wanted == 1 else f"{wanted} trials at a time",
+        who="the processes of one trial" if wanted == 1 else f"{wanted} trials at a time",
         advice="Lower --concurrency, --base.scale.workers, --base.scale.cpus-per-worker or "
         "--base.scale.cpus-per-decoder, or search without GPUs (--base.scale.no-gpu).",
     )
@@ -204,7 +193,7 @@ def _threads(workers: int) -> int:
 def _parent(config: SweepConfig, ready: Prepared) -> Run:
     """Return the last run of the same search if it is not through, else a new one."""
     output = config.output
-    # how long a search is, and how it is laid out, does not make it another
+    # a sweep stays the same with another length or layout on the cluster
     search = replace(config, trials=1, concurrency=None, minutes=None, storage=None)
     marked = mark(digest(search, ready.plan))
     run = last_run(config, marked, output=output) if config.resume else None
@@ -214,7 +203,7 @@ def _parent(config: SweepConfig, ready: Prepared) -> Run:
     reopen(run)
     for child in children(run):
         tags = child.data.tags
-        if NUMBER_TAG in tags and OUTCOME_TAG not in tags:  # the sweep was killed, and said nothing
+        if NUMBER_TAG in tags and OUTCOME_TAG not in tags:  # the sweep was killed
             run.client.set_tag(child.info.run_id, OUTCOME_TAG, "interrupted")
     return run
 
@@ -242,7 +231,7 @@ def _quiet() -> Iterator[None]:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # trials that fail are told of
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a sweep reports failed trials itself
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=ExperimentalWarning)
         yield
@@ -256,7 +245,7 @@ def _is_base(trial: Trial) -> bool:
 class _Halving(ASHAScheduler):
     """Asynchronous successive halving (Li et al., MLSys 2020) that lets the base recipe end.
 
-    What a sweep gained is what it gained over that.
+    A sweep's gain is measured against it.
     """
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
@@ -271,15 +260,15 @@ class _Median(MedianStoppingRule):
         if _is_base(trial):
             return TrialScheduler.CONTINUE
         decision: str = super().on_trial_result(tune_controller, trial, result)
-        # a trial that yielded its time to others would start anew
+        # no pause: the trial would start anew after it
         return TrialScheduler.CONTINUE if decision == TrialScheduler.PAUSE else decision
 
 
 def scheduler(sweep: Sweep, config: SweepConfig) -> TrialScheduler:
     """Return the rule that stops trials that do worse than others.
 
-    A search for several objectives stops no trial, because what a stopped trial did not need would
-    look cheap; of trials of a single epoch there is nothing to stop.
+    A search for several objectives stops no trial, because a stopped trial would look cheap; trials
+    of a single epoch have nothing to stop.
     """
     objectives: tuple[Objective, ...] = sweep.objectives
     if config.pruning == "none" or config.epochs == 1 or len(objectives) > 1:

@@ -16,16 +16,16 @@ from sweeps.suggestions import Suggestions, override
 from sweeps.sweep import Sweep, SweepConfig
 from sweeps.trial import EPOCH, FINISHED, TrialConfig
 
-_INTERRUPTED = "interrupted"  # of a study: numbers of trials that were under way at a kill
+_INTERRUPTED = "interrupted"  # attribute of a study: numbers of trials that a kill interrupted
 BASE = "base"  # attribute of the trial that trains the base recipe
-_TRIED = 100  # draws from a space before a sweep
+_TRIED = 100  # draws that check a space before a sweep
 _ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 class SweepSearch(OptunaSearch):
-    """Ray Tune's Optuna searcher, which tells Optuna of pruned trials that they were pruned.
+    """Ray Tune's Optuna searcher, which reports pruned trials to Optuna as pruned.
 
-    Ray would tell it that they were complete, with the value of the epoch that they came to.
+    Ray would report them as complete, with the value of the epoch that they came to.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -33,7 +33,7 @@ class SweepSearch(OptunaSearch):
         self._told: set[tuple[str, int]] = set()
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Tell Optuna what a trial has reached in an epoch, if there is one objective."""
+        """Report a trial's value after an epoch to Optuna, if there is one objective."""
         epoch = result[EPOCH]
         if isinstance(self.metric, str) and (trial_id, epoch) not in self._told:
             self._told.add((trial_id, epoch))
@@ -42,25 +42,25 @@ class SweepSearch(OptunaSearch):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Tell Optuna how a trial ended, with its last result."""
+        """Report the end of a trial to Optuna, with its last result."""
         if result and RUN_ID in result:
             self._ot_trials[trial_id].set_user_attr(RUN_ID, result[RUN_ID])
         if not (result and result.get(FINISHED)):
-            if result and EPOCH in result:  # Ray Tune does not pass on what it stops at
+            if result and EPOCH in result:  # Ray Tune withholds the result it stops at
                 self.on_trial_result(trial_id, result)
             result = None
         super().on_trial_complete(trial_id, result, error)
 
 
 def check_space(sweep: Sweep, base: Recipe) -> dict[str, Any]:
-    """Draw from a space many times, so that what is wrong in it stops the sweep before it starts.
+    """Draw from a space many times, so that an error in it stops the sweep before it starts.
 
     Returns:
         Optuna's proposals for the base recipe.
 
     Raises:
-        UserError: The space asks for a field that there is not, or for values that it cannot have;
-            the message names it.
+        UserError: the space asks for a field that does not exist, or for values that it cannot
+            have; the message names it.
     """
     own = Suggestions(base)
     try:
@@ -94,14 +94,7 @@ def open_study(
 ) -> optuna.Study:
     """Open the study of a sweep, or make it with the base recipe as its first trial.
 
-    Trials that were under way when the sweep was killed are tried again first.
-
-    Args:
-        sweep: the sweep.
-        config: its configuration.
-        storage: place of the study.
-        name: name of the study.
-        base_point: result of `check_space`.
+    Trials that a kill interrupted are tried again first. `check_space` gives `base_point`.
     """
     directions: list[Literal["maximize", "minimize"]]
     directions = ["maximize" if o.mode == "max" else "minimize" for o in sweep.objectives]
@@ -131,7 +124,7 @@ def ended(study: optuna.Study) -> list[FrozenTrial]:
 def searcher(
     sweep: Sweep, study: optuna.Study, base: Recipe, *, storage: RDBStorage
 ) -> SweepSearch:
-    """Make what proposes the trials of a sweep to Ray Tune, out of an open study."""
+    """Make the searcher that proposes trials to Ray Tune from an open study."""
     metrics: Sequence[str] = [o.metric for o in sweep.objectives]
     modes: Sequence[str] = [o.mode for o in sweep.objectives]
     several = len(metrics) > 1
@@ -146,10 +139,7 @@ def searcher(
 
 
 class _Proposal:
-    """Space as `OptunaSearch` wants it: a function of an Optuna trial.
-
-    An object, because Ray Tune pickles its searcher.
-    """
+    """Space as `OptunaSearch` wants it, a function of a trial; Ray Tune pickles this object."""
 
     def __init__(self, space: Callable[[Suggestions, Recipe], None], base: Recipe) -> None:
         self._space, self._base = space, base

@@ -1,4 +1,4 @@
-"""Search spaces: ask for values of fields of a recipe; put them into it, by dotted name."""
+"""Search spaces: ask for values of a recipe's fields, and set them by dotted name."""
 
 import dataclasses
 import difflib
@@ -23,8 +23,8 @@ def override(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
             component; names of its fields then change those of the new one.
 
     Raises:
-        UserError: There is no such field, or the value is of another type.
-        ValueError: Values that are of the right type do not go together.
+        UserError: there is no such field, or the value is of another type.
+        ValueError: values that are of the right type do not go together.
     """
     for name, value in values.items():
         check(config, name, value, values)
@@ -35,7 +35,7 @@ def value_of(config: Any, name: str) -> Any:
     """Return the value of a field of a nested dataclass, by its dotted name.
 
     Raises:
-        UserError: There is no such field.
+        UserError: there is no such field.
     """
     here = config
     for part in name.split("."):
@@ -52,10 +52,10 @@ def check(config: Any, name: str, value: Any, others: Mapping[str, Any] | None =
         name: dotted name of the field.
         value: value to check.
         others: values of other fields that change with it; if one of them is the component that the
-            field is in, it is the new component that has to have the field.
+            field is in, the new component has to have the field.
 
     Raises:
-        UserError: It does not, or cannot.
+        UserError: there is no such field, or it cannot have the value.
     """
     *path, last = name.split(".")
     owner = config
@@ -122,10 +122,10 @@ class Proposer(Protocol):
 
 
 class Suggestions:
-    """Gives a search space its values, and keeps what the trial is to train with.
+    """Source of values for a search space, and record of those that the trial trains with.
 
-    Every range is checked against the field's type when it is asked for, both of its ends; and the
-    base recipe's own value must lie in it, because a sweep's first trial is the base recipe.
+    Both ends of a range are checked against the field's type when it is asked for; and the base
+    recipe's own value must lie in it, because a sweep's first trial is the base recipe.
 
     Args:
         base: recipe that is searched around.
@@ -169,7 +169,7 @@ class Suggestions:
 
         Args:
             name: dotted name of the field.
-            options: values; with names for those that are long, such as whole components.
+            options: values, or a mapping from short names to long values such as components.
         """
         labelled = _labelled(options)
         own = value_of(self._base, name)
@@ -185,7 +185,7 @@ class Suggestions:
         return labelled[label]
 
     def set(self, name: str, value: Any) -> None:
-        """Set a field to a value that follows from others."""
+        """Set a field to a value that follows from those of other fields."""
         check(self._base, name, value, self.values)
         self.values[name] = value
 
@@ -212,8 +212,8 @@ class Suggestions:
 
 
 Space = Callable[[Suggestions, Recipe], None]
-"""A search space: asks `Suggestions` for values, given the base recipe. What it asks for may depend
-on values that it was given."""
+"""Search space: a function that asks `Suggestions` for values, given the base recipe. Its questions
+may depend on values that it was given."""
 
 
 def _labelled(options: Sequence[Any] | Mapping[str, Any]) -> dict[Any, Any]:

@@ -16,12 +16,12 @@ from sweeps.suggestions import Space
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
-    """Metric of a finished trial, and which way it is better.
+    """Metric of a finished trial, and the direction in which it gets better.
 
     Attributes:
-        metric: its name in MLflow.
-        mode: whether larger or smaller is better.
-        title: its name in tables and pictures.
+        metric: name of the metric in MLflow.
+        mode: direction of better values.
+        title: name of the metric in tables and pictures.
     """
 
     metric: str
@@ -42,7 +42,7 @@ class Sweep:
         space: fields of a recipe that are searched, and their ranges.
         objectives: metrics to improve; with several, a front of trials is the result.
         epochs: default length of a trial, from the base recipe.
-        trials: default number.
+        trials: default number of trials.
         prepare: change of the base recipe before the search.
         postprocessing: search suppression and voting, without training, over the detections of the
             best trial; the trials then keep their raw detections.
@@ -65,11 +65,9 @@ def one_worker(recipe: Recipe) -> Recipe:
 
 
 def first_layers(recipe: Recipe, share: float) -> tuple[str, ...]:
-    """Name the modules that hold the first layers of a recipe's backbone, for `model.frozen`.
+    """Name the modules that hold the first share of a backbone's blocks, for `model.frozen`.
 
-    Args:
-        recipe: the recipe.
-        share: share of its blocks; 0 is what comes before the first block.
+    A share of 0 stands for all that comes before the first block.
     """
     return _first_layers(recipe.model.backbone, share)  # type: ignore[arg-type]
 
@@ -79,7 +77,7 @@ def _first_layers(config: Any, share: float) -> tuple[str, ...]:
     with torch.device("meta"):  # only the names are of interest
         backbone = config.build()
     layers = {name: backbone.layer_of(name) for name, _ in backbone.named_parameters()}
-    if not layers:  # features in its place
+    if not layers:  # precomputed features in its place
         return ()
     last = round(share * max(layers.values()))
     return tuple(f"backbone.{name}" for name in _within(backbone, "", layers, last))
@@ -112,10 +110,10 @@ class SweepConfig:
         sampler: source of proposals: the tree-structured Parzen estimator, or chance, to compare.
         seed: seed of the sampler.
         minutes: time after which no trial goes on; None for no such budget.
-        storage: URL of a data base for Optuna's trials, such as a schema of MLflow's PostgreSQL
-            server, which a head that is started anew still finds; None for a file in the output.
-        resume: go on with the last sweep of the same configuration if it did not end, or was asked
-            for fewer trials.
+        storage: URL of a database for Optuna's trials, such as a schema of MLflow's PostgreSQL
+            server, which a restarted head node still finds; None for a file in the output.
+        resume: go on with the last sweep of the same configuration if it did not end, or had fewer
+            trials to do.
         base: recipe that is searched around; its experiment and output are the sweep's.
     """
 

@@ -1,4 +1,4 @@
-"""Trials: each trains as `train.py` does, started by Ray Tune; how each ended stands in MLflow."""
+"""Trials that Ray Tune starts: each trains as `train.py` does, and its outcome goes to MLflow."""
 
 import math
 import time
@@ -26,7 +26,7 @@ from sweeps.sweep import Objective
 
 NUMBER_TAG = "sweep.trial"
 OUTCOME_TAG = "sweep.outcome"
-SEARCHED = "searched."  # before the names of searched parameters, beside those that all runs have
+SEARCHED = "searched."  # prefix of searched parameters, beside those that all runs have
 
 FINISHED, EPOCH = "finished", "epoch"
 
@@ -39,7 +39,7 @@ class TrialConfig:
         number: number of the Optuna trial.
         values: values for fields of the recipe, by dotted name.
         point: Optuna's proposals: names and primitive values.
-        base: it trains the base recipe.
+        base: true for the trial of the base recipe.
     """
 
     number: int
@@ -49,7 +49,7 @@ class TrialConfig:
 
 
 def run_trial(config: Mapping[str, Any], *, ready: Prepared, parent: str, threads: int) -> None:
-    """Train a trial, started by Ray Tune.
+    """Train a trial that Ray Tune starts.
 
     Args:
         config: `TrialConfig` under "trial"; Ray Tune hands over dictionaries.
@@ -78,7 +78,7 @@ def _name(run: Run, trial: TrialConfig, recipe: str) -> None:
 
 
 def log_searched(run: Run, point: Mapping[str, Any]) -> None:
-    """Put what was proposed for a run beside the parameters that all runs have."""
+    """Log the values proposed for a run beside the parameters that all runs have."""
     params = [Param(f"{SEARCHED}{name}", str(value)) for name, value in point.items()]
     run.client.log_batch(run.run_id, params=params)
 
@@ -90,13 +90,10 @@ def _last_metrics(run: Run) -> dict[str, Any]:
 
 
 def peak_memory(run: Run) -> dict[str, float]:
-    """Return the memory by which a trial that has ended is judged.
+    """Return the metric of memory, in MB, by which a trial that has ended is judged.
 
     It is the measured peak of a GPU or, without one, the predicted peak of the activations of a
-    worker's step.
-
-    Returns:
-        One metric in MB; none if the run trained on features on a CPU.
+    worker's step; there is none if the run trained on features on a CPU.
     """
     for name in ("memory/cuda_peak_mb", "memory/predicted_activations_mb"):
         values = [m.value for m in run.client.get_metric_history(run.run_id, name)]
@@ -130,10 +127,9 @@ def children(parent: Run) -> list[MlflowRun]:
 
 
 class Outcomes(Callback):
-    """Ends the run of each trial in MLflow with what became of it, and prints a line.
+    """Callback that ends each trial's MLflow run with its outcome, and prints a line.
 
-    A trial that is pruned is stopped from outside, and one that is killed cannot say so: both would
-    stay RUNNING.
+    A trial that is pruned or killed is stopped from outside: its run would stay RUNNING.
 
     Args:
         parent: the sweep's run.
@@ -151,14 +147,14 @@ class Outcomes(Callback):
         self._began: dict[str, float] = {}
 
     def on_trial_start(self, *, trial: Trial, **_: Any) -> None:
-        """Say what a trial is going to try."""
+        """Print the values that a trial is going to try."""
         self._began[trial.trial_id] = time.time()
         config = _config(trial)
         what = "the base recipe" if config.base else _described(config)
         print(f"trial {config.number} starts: {what}", flush=True)
 
     def on_trial_result(self, *, trial: Trial, result: dict[str, Any], **_: Any) -> None:
-        """Say what an epoch reached."""
+        """Print the values that an epoch reached."""
         if not result.get(FINISHED):
             reached = self._reached(result)
             epoch = f"epoch {result[EPOCH]}/{self._base.epochs}"
@@ -175,7 +171,7 @@ class Outcomes(Callback):
     def on_trial_error(self, *, trial: Trial, **_: Any) -> None:
         """Mark a trial as failed, with the error's text."""
         run = self._run_of(trial)
-        # most trials said so themselves; one whose process was killed could not
+        # a trial logs its own error, unless its process was killed
         error = run.client.get_run(run.run_id).data.tags.get("error") or _last_words(trial)
         run.client.set_tag(run.run_id, "error", error)
         self._end(run, trial, "FAILED", "failed")
@@ -189,7 +185,7 @@ class Outcomes(Callback):
         began = self._began.get(trial.trial_id)
         if steps and began is not None:
             first = min(m.timestamp for m in steps) / 1000 - began
-            if first > 0:  # else the trial went on where a killed sweep had come to
+            if first > 0:  # else the trial resumed that of a killed sweep
                 log_metrics(run, {FIRST_STEP: first}, step=0)
 
     def _run_of(self, trial: Trial) -> Run:
@@ -231,7 +227,7 @@ def assignment(name: str, value: Any) -> str:
 
 
 def _last_words(trial: Trial) -> str:
-    """Return the end of what Ray Tune kept of a failure."""
+    """Return the end of the traceback that Ray Tune kept of a failure."""
     path = trial.error_file
     if path is None or not Path(path).exists():
         return "the trial's process ended without a message"

@@ -1,4 +1,4 @@
-"""Starts a team's MLflow server: users with passwords, PostgreSQL, artifacts through the server.
+"""Start a team's MLflow server: users with passwords, PostgreSQL, artifacts through the server.
 
   python cluster/mlflow/serve.py
 
@@ -8,7 +8,7 @@ of a command:
   MLFLOW_BACKEND_STORE_URI        postgresql://USER@HOST/DATABASE
   PGPASSWORD                      the password for it, unless it stands in the URI
   MLFLOW_ARTIFACTS_DESTINATION    where the server keeps artifacts: s3://BUCKET/mlflow, or a folder
-  MLFLOW_AUTH_ADMIN_PASSWORD      of the first user, who makes the others; used at the first start
+  MLFLOW_AUTH_ADMIN_PASSWORD      password of the first user, who makes the others; used once
   MLFLOW_FLASK_SERVER_SECRET_KEY  signs forms; the same for every server of a database
   MLFLOW_SERVER_ALLOWED_HOSTS     names by which clients call the server: mlflow:5000,localhost:*
 
@@ -31,7 +31,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 AUTH_SCHEMA = "mlflow_auth"
-"""Users and permissions have a schema of their own beside MLflow's tables."""
+"""Schema of users and permissions, beside MLflow's tables."""
 
 REQUIRED = {
     "MLFLOW_BACKEND_STORE_URI": "postgresql://USER@HOST/DATABASE",
@@ -45,26 +45,20 @@ DEFAULTS = {
     "MLFLOW_AUTH_ADMIN_USERNAME": "admin",
     "MLFLOW_WORKERS": "2",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # Jobs are for evaluating language models: ten more processes and a gigabyte that nobody needs
+    # Jobs evaluate language models: ten more processes and a gigabyte that nobody needs here
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
 }
 
 
 class ServerError(Exception):
-    """The server cannot start; the message says why, without any password."""
+    """Reason why the server cannot start, in words without any password."""
 
 
 def check(environment: Mapping[str, str]) -> URL:
-    """Checks that everything needed is set, before anything starts.
-
-    Args:
-        environment: variables of the process.
-
-    Returns:
-        The database.
+    """Check that all variables are set before anything starts, and return the database's URL.
 
     Raises:
-        ServerError: with all that is missing, or with what is wrong with the database's URI.
+        ServerError: variables are missing, all of which are listed, or the database's URI is wrong.
     """
     missing = [
         f"{name} ({meaning})" for name, meaning in REQUIRED.items() if not environment.get(name)
@@ -88,13 +82,10 @@ def check(environment: Mapping[str, str]) -> URL:
 
 
 def make_schema(url: URL) -> None:
-    """Makes the schema of users and permissions if it is missing.
-
-    Args:
-        url: of the database.
+    """Make the schema of users and permissions if it is missing.
 
     Raises:
-        ServerError: if the database cannot be reached, or the user may not make a schema.
+        ServerError: the database cannot be reached, or the user may not make a schema.
     """
     engine = sqlalchemy.create_engine(url, connect_args={"connect_timeout": 10})
     try:
@@ -109,11 +100,7 @@ def make_schema(url: URL) -> None:
 
 
 def auth_settings(url: URL) -> str:
-    """Returns the text of the file that MLflow's `basic-auth` application reads.
-
-    Args:
-        url: of the database that also holds MLflow's own tables.
-    """
+    """Return the configuration of MLflow's `basic-auth` application, in the same database."""
     options = url.query.get("options", "")
     given = options if isinstance(options, str) else " ".join(options)
     auth_url = url.update_query_dict({"options": f"{given} -csearch_path={AUTH_SCHEMA}".strip()})
@@ -122,8 +109,8 @@ def auth_settings(url: URL) -> str:
         "database_uri": uri.replace("%", "%%"),  # MLflow lets configparser interpolate
         # A team shares its experiments: all log to them, only who made one deletes it
         "default_permission": "EDIT",
-        # Else the hash of a password is computed several times a request, which is slow by design.
-        # So long an old password works after a change.
+        # Else each request hashes a password several times, which is slow by design. After a
+        # change, the old password works for this long.
         "auth_cache_ttl_seconds": "60",
         "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth",
     }
@@ -135,28 +122,17 @@ def auth_settings(url: URL) -> str:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Writes a file that only this user can read, from its first byte on.
-
-    Args:
-        path: of a file that does not exist.
-        text: what is in it.
-    """
+    """Write a new file that only this user can read, from its first byte on."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(text)
 
 
 def serve(environment: Mapping[str, str]) -> int:
-    """Runs the server until it ends or this process is told to.
-
-    Args:
-        environment: variables of the process.
-
-    Returns:
-        The server's exit status.
+    """Run the server until it or this process ends, and return its exit status.
 
     Raises:
-        ServerError: if it cannot start.
+        ServerError: it cannot start.
     """
     url = check(environment)
     make_schema(url)

@@ -1,4 +1,4 @@
-"""Options of the annotations, which every script that reads them has."""
+"""Command-line options that all scripts reading annotations share."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -8,7 +8,7 @@ from re2tal.datasets import ANY_OTHER, DATASETS, FORMS, Dataset
 if TYPE_CHECKING:
     DatasetName: TypeAlias = str
     FormName: TypeAlias = str
-else:  # the command line offers, and refuses all but, what there is a record of
+else:  # the command line offers, and accepts, only data sets that have a record
     DatasetName = Literal[*DATASETS]
     FormName = Literal["auto", *FORMS]
 
@@ -22,12 +22,11 @@ class AnnotationConfig:
             a path or, for a single file, a URI that pyarrow opens (s3://, gs://, ...).
         form: layout of the annotations; "auto" looks at them.
         dataset: data set whose known faults are repaired, listed and logged, and whose subsets and
-            metrics are taken; without it any fault in the annotations
-            is an error.
+            metrics are taken; without it any fault in the annotations is an error.
         exclude: file with ids of videos to leave out, such as those that cannot be had any more:
             one a line, or JSON.
-        keep: ids of videos that count although `dataset` leaves them out, as they do in some
-            published results.
+        keep: ids of videos that count, as in some published results, although `dataset` leaves
+            them out.
     """
 
     annotations: str | None = None
@@ -47,10 +46,10 @@ class ScoredAnnotationConfig(AnnotationConfig):
     """Annotations, and an external classifier of whole videos.
 
     Attributes:
-        video_scores: for class-agnostic proposals, file of the scores that an external classifier
-            gives the evaluated videos (`re2tal.detection.video_scores`); a path or a URI.
-        video_scores_top: number of the best of these classes that each proposal is given.
-        video_scores_logits: the file holds logits (HACS), of which a softmax makes scores.
+        video_scores: file with an external classifier's scores of the evaluated videos, for
+            class-agnostic proposals (`re2tal.detection.video_scores`); a path or a URI.
+        video_scores_top: number of the video's best classes that each proposal is given.
+        video_scores_logits: apply a softmax, because the file holds logits (HACS).
     """
 
     video_scores: str | None = None

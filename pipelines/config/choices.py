@@ -13,19 +13,14 @@ from typing import Any, TypeVar, get_type_hints
 from re2tal.backbones.table import backbones, entry_of
 from re2tal.errors import UserError
 
-# Folders of the modules of the user's own that were named.
+# Folders of the user's own modules that the command line named.
 _FOLDERS: set[Path] = set()
 
 RecipeT = TypeVar("RecipeT")
 
 
 def take(option: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split the values of an option from the other arguments.
-
-    Args:
-        option: its name, such as "--import"; it may be given several times.
-        arguments: without the program's name.
-    """
+    """Split the values of an option, which may be given several times, from other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(option, dest="values", action="append", default=[])
     known, rest = parser.parse_known_args(arguments)
@@ -33,10 +28,7 @@ def take(option: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def import_own(arguments: Sequence[str]) -> list[str]:
-    """Import what `--import` names, such as the module of a detector's localizer.
-
-    Args:
-        arguments: without the program's name.
+    """Import the modules that `--import` names, such as that of a detector's localizer.
 
     Returns:
         The other arguments.
@@ -51,7 +43,7 @@ def import_own(arguments: Sequence[str]) -> list[str]:
 
 
 def _imported(reference: str) -> ModuleType:
-    """A module that `my_package.my_module` or `path/to/file.py` names."""
+    """Import the module that `my_package.my_module` or `path/to/file.py` names."""
     path = Path(reference).resolve() if reference.endswith(".py") else None
     if path is not None and not path.is_file():
         raise UserError(f"There is no file {reference}.")
@@ -61,7 +53,7 @@ def _imported(reference: str) -> ModuleType:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # of what the user's module imports
+            raise  # an import inside the user's module failed
         raise UserError(
             f"There is no module {name!r}: give one that this folder or the environment has, or "
             "the path of its file (file.py)."
@@ -77,13 +69,13 @@ def _imported(reference: str) -> ModuleType:
 
 
 def _place(module: ModuleType) -> Path | None:
-    """The file of a top-level module, or the folder of a package."""
+    """Return the file of a top-level module, or the folder of a package."""
     places = [*getattr(module, "__path__", ()), getattr(module, "__file__", None)]
     return Path(places[0]) if places[0] else None
 
 
 def own_code() -> list[str]:
-    """Files and packages of the user's own code: what was named, and what it imports beside it."""
+    """List files and packages of the user's own: those named, and those they import beside them."""
     ours = ("__main__", "re2tal", "pipelines", "sweeps")
     places = [
         _place(module)
@@ -101,11 +93,11 @@ def recipe_named(
     Args:
         name: a key of `recipes`, `my_module:my_recipe`, `file.py:my_recipe`, or `file.py` with one
             function that is annotated to return the kind.
-        recipes: those of ours.
-        kind: class of the recipes.
+        recipes: built-in recipes by name.
+        kind: class that the recipe must have.
 
     Raises:
-        UserError: there is none of that name, or it is of another kind.
+        UserError: there is none of that name, or it is of another class.
     """
     if name in recipes:
         return recipes[name]()
@@ -144,12 +136,12 @@ def with_backbone(recipe: RecipeT, arguments: Sequence[str], option: str) -> tup
     """Put the backbone that an option names, and its normalisation, into a recipe.
 
     Args:
-        recipe: of detectors or of classifiers.
-        arguments: without the program's name.
-        option: such as "--model.backbone".
+        recipe: recipe of a detector or a classifier.
+        arguments: command line without the program's name.
+        option: name of the option, such as "--model.backbone".
 
     Returns:
-        The recipe, whose fields other arguments may still override, and these.
+        The recipe, and the other arguments, which may still override its fields.
 
     Raises:
         UserError: the table has no such backbone.
@@ -164,11 +156,7 @@ def with_backbone(recipe: RecipeT, arguments: Sequence[str], option: str) -> tup
 
 
 def choices_help(option: str) -> str:
-    """Lines of a script's help on the options that are read here.
-
-    Args:
-        option: that chooses a backbone, such as "--model.backbone".
-    """
+    """Return a script's help on `option`, such as "--model.backbone", and on `--import`."""
     return (
         f"{option} NAME takes another backbone, with the normalisation that it was pretrained "
         f"with: {', '.join(backbones())}. --import MODULE_OR_FILE imports code of yours first."

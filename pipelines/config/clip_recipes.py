@@ -1,4 +1,4 @@
-"""The recipes of `finetune_backbone.py`: a run is a function that returns its configuration."""
+"""Recipes of `finetune_backbone.py`: functions that return a run's configuration."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +20,7 @@ TOY_TRIMMED = "data/toy_trimmed"
 
 
 def toy() -> ClassificationRecipe:
-    """Finetunes the rewired toy backbone on toy clips: minutes on two CPU cores."""
+    """The toy clips and the rewired toy backbone: minutes on two CPU cores."""
     return ClassificationRecipe(
         name="toy",
         epochs=2,
@@ -49,7 +49,7 @@ def toy() -> ClassificationRecipe:
     )
 
 
-# What the papers of both backbones pretrain with, but for RandAugment, mixing and erasing.
+# The augmentation of both backbones' papers, without RandAugment, mixing and erasing.
 _AUGMENTATION = AugmentationConfig(source_size=256, crop_area=(0.3, 1.0), flip=0.5)
 
 

@@ -1,4 +1,4 @@
-"""A command line that names a recipe and overrides fields of it, and how its program ends."""
+"""Command line that names a recipe and overrides its fields; one message where a program fails."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,15 +18,15 @@ def told_shortly(*, failure: str | None = None) -> Iterator[None]:
     """End the program with one message instead of a stack where its block raises a `UserError`.
 
     Args:
-        failure: sentence before the message of a Ray task or actor that failed; without it such an
-            error passes through.
+        failure: sentence before the message of a failed Ray task or actor; None lets such an error
+            pass through.
     """
     try:
         yield
     except UserError as problem:
         sys.exit(f"error: {problem}")
     except Exception as failed:
-        # here, because `--help` needs neither
+        # imported here, because `--help` needs neither
         from ray.exceptions import RayError
         from ray.train import WorkerGroupError
 
@@ -51,13 +51,13 @@ def parse_recipe(
     """Read a recipe's name and overrides of its fields from the command line.
 
     Args:
-        arguments: without the program's name.
-        recipes: those of ours by name; "toy" is taken if none is named.
+        arguments: command line without the program's name.
+        recipes: built-in recipes by name; "toy" is taken if none is named.
         kind: class of the recipes.
-        script: the program's name.
+        script: file name of the program.
         description: text above the help.
-        finish: makes the program's configuration of a recipe.
-        prefix: comes before the recipe's fields in that configuration.
+        finish: function that makes the program's configuration from a recipe.
+        prefix: start of the options for the recipe's fields in that configuration.
 
     Raises:
         UserError: there is no such recipe, backbone or module.

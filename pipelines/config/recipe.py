@@ -24,18 +24,18 @@ class BackboneModelConfig:
         backbone: the video backbone.
         weights: pretrained weights of the backbone: path or URI, also of an artifact or a model in
             MLflow, or a name as `torchvision:swin3d_t/KINETICS400_V1`; None starts at random.
-        mean: of red, green and blue in [0, 1] that the backbone was pretrained with.
+        mean: mean of red, green and blue in [0, 1] that the backbone was pretrained with.
         std: their standard deviation.
         reversible: rewire the backbone (Re2TAL), so that its activations are recomputed.
-        slice_mb: branches run in pieces of about so many MiB, the smaller the less memory and the
-            slower; None takes what suits the device.
+        slice_mb: size in MiB of the pieces in which branches run; smaller ones take less memory and
+            more time. None takes the size that suits the device.
         coupling_epochs: epochs over which the connections move from the pretrained network's to the
             rewired ones, step by step (Dr2Net's alpha from 1 to 0 and beta from 0 to 1); None
             rewires at once. Activations are stored until it is through.
         frozen: names of modules of the model that are not trained, such as "backbone" or
             "backbone.patch_embed": their parameters keep their values, their BatchNorms the
             statistics, and they are run as in evaluation.
-        norms: of the norm layers of the backbone: "trained"; "statistics" keeps the running
+        norms: training of the backbone's norm layers: "trained"; "statistics" keeps the running
             statistics of BatchNorms as they are; "frozen" keeps scale and shift of all norms too.
     """
 
@@ -61,13 +61,10 @@ class BackboneModelConfig:
                 )
 
     def check_epochs(self, epochs: int) -> None:
-        """Checks that the connections have moved to their end when a run ends.
-
-        Args:
-            epochs: of the run.
+        """Check that the connections reach their end within a run's epochs.
 
         Raises:
-            ValueError: if they have not.
+            ValueError: they do not.
         """
         moving = self.coupling_epochs
         if moving is not None and not 0 < moving <= epochs:
@@ -84,17 +81,17 @@ class OptimConfig:
     Attributes:
         backbone_lr: learning rate of the backbone; far below the localizer's, as it is pretrained.
         localizer_lr: learning rate of the localizer.
-        layer_decay: the backbone's last block learns at its rate, each block before it at this
-            times the rate of the next (Clark et al., ICLR 2020).
-        weight_decay: of matrices and kernels; vectors (biases, norms) are not decayed.
+        layer_decay: factor from the learning rate of a backbone's block to that of the block before
+            it; the last block learns at `backbone_lr` (Clark et al., ICLR 2020).
+        weight_decay: decay of matrices and kernels; vectors (biases, norms) are not decayed.
         warmup_epochs: epochs of linear warm-up.
         schedule_epochs: length of the cosine; None means the run's own number of epochs.
         clip: largest norm of the gradient.
         ema: decay of the moving average of the weights that is evaluated and saved.
-        precision: what branches and localizer compute in; the reversible streams stay float32.
+        precision: number format of branches and localizer; the reversible streams stay float32.
             The loss is scaled for float16, and a step whose gradients overflow is left out.
-        accumulation: forward and backward passes of a worker whose gradients make one step; of
-            more, while workers are missing (`scale.min_workers`).
+        accumulation: forward and backward passes of a worker in one step; more of them while
+            workers are missing (`scale.min_workers`).
     """
 
     backbone_lr: float
@@ -111,23 +108,23 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScaleConfig:
-    """How a run is laid over the cluster.
+    """Layout of a run on the cluster.
 
     Attributes:
         workers: number of training processes.
-        gpu: one GPU a worker.
-        min_workers: with fewer GPUs or nodes than `workers` need, go on with so many at least, and
-            grow again when they are back; None waits for all of them. The workers that are left
-            make more passes, so that a step has as many windows as ever, or a few less if the
-            passes cannot be shared out evenly.
-        resize_seconds: between looks whether missing workers can come back; each time they do, all
-            go on from the last checkpoint.
+        gpu: give each worker a GPU.
+        min_workers: smallest number of workers with which a run goes on while GPUs or nodes are
+            missing; None waits for all of them. The workers that are left make more passes, so that
+            a step keeps its number of windows, or a few less if the passes cannot be divided
+            evenly.
+        resize_seconds: seconds between checks whether missing workers can come back; each time they
+            do, all go on from the last checkpoint.
         sharded: split parameters, gradients and optimizer state over the workers (FSDP2), for
             backbones that are large beside a GPU.
         cpus_per_worker: logical CPUs that a worker holds; what is left over decodes videos.
         cpus_per_decoder: logical CPUs that a decoding task holds, so how many of them run at once.
-        decoder_threads: of a decoding task; more than one helps with large pictures only.
-        max_failures: how often a lost worker may be replaced from the last checkpoint.
+        decoder_threads: threads of a decoding task; more than one only helps with large pictures.
+        max_failures: most times that a lost worker is replaced from the last checkpoint.
     """
 
     workers: int = 1
@@ -150,13 +147,13 @@ class ScaleConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """When checkpoints are written, and which of them are kept beside the newest.
+    """Checkpoints that are written, and those that are kept beside the newest.
 
     Attributes:
-        steps: after so many steps one is written in the midst of an epoch too; None writes one at
-            the end of each epoch only.
-        keep: how many are kept.
-        which: those with the highest mAP, or the last ones.
+        steps: number of steps between checkpoints within an epoch; None writes one at the end of
+            each epoch only.
+        keep: number of checkpoints that are kept.
+        which: choice of those that are kept: the highest mAP, or the last.
     """
 
     steps: int | None = None
@@ -166,22 +163,22 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """What all recipes have.
+    """Fields that all recipes have.
 
     Attributes:
-        name: of the recipe; the MLflow run is named after it.
+        name: name of the recipe, from which the MLflow run has its name.
         experiment: MLflow experiment.
         output: folder of checkpoints and of the default MLflow store.
-        seed: of weights, windows, order and dropout.
+        seed: seed of weights, windows, order and dropout.
         epochs: passes over the training videos.
         evaluate_from: the first epoch that ends with an evaluation; where that takes long, early
             ones can do without. The best checkpoint is one of those that were evaluated.
         batch_size: windows of a worker's forward pass. A step has `scale.workers` times
             `optim.accumulation` times as many.
         resume: go on with the last run of the same configuration and data if it did not end.
-        optim: how weights are learnt.
-        scale: how the run is laid over the cluster.
-        checkpoints: which are written and kept.
+        optim: learning rates, schedule and precision.
+        scale: layout of the run on the cluster.
+        checkpoints: checkpoints that are written and kept.
 
     Raises:
         ValueError: no epoch would be evaluated.
@@ -209,20 +206,20 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig(ScoredAnnotationConfig):
-    """Which videos, and how they are cut into windows.
+    """Videos, and the windows that are cut from them.
 
     Attributes:
         videos: folder of the video files, named by id; a path or a URI.
         features: folder of features (extract_features.py, or others': pipelines/data/README.md); a
             path or a URI. The localizer is then trained on them, without videos and backbone.
-        make_toy: make the toy data set at these two places when it is missing.
+        make_toy: make the toy data set at `annotations` and `videos` when it is missing.
         training_subset: subset that is trained on; by default that of the data set, or "training".
         validation_subset: subset that is evaluated after every epoch; by default that of the data
             set, or "validation".
         size: pixels of a frame's side: the short side is resized to it, the centre is cut out.
-        window: cut at random places for training, overlapping for the evaluation.
-        augmentation: what is changed at random in training windows.
-        max_failed: stop when more than this share of the videos cannot be used.
+        window: windows, cut at random places for training, overlapping for the evaluation.
+        augmentation: random changes of training windows.
+        max_failed: share of unusable videos above which the run stops.
 
     Raises:
         ValueError: crops would be taken from frames smaller than `size`.
@@ -262,9 +259,9 @@ class ModelConfig(BackboneModelConfig):
     """The detector: backbone and localizer.
 
     Attributes:
-        localizer: what turns features into segments.
-        localizer_weights: weights that the localizer begins with: of a detector of ours
-            (`weights.safetensors`), or of its authors' release; path or URI, also of an artifact in
+        localizer: network that turns features into segments.
+        localizer_weights: initial weights of the localizer, from a detector of ours
+            (`weights.safetensors`) or its authors' release; path or URI, also of an artifact in
             MLflow; None begins at random.
         class_agnostic: find actions of whatever class; their classes come from
             `data.video_scores` or, without it, the proposals themselves are evaluated.
@@ -280,11 +277,11 @@ class Recipe(RunConfig):
     """The complete configuration of one training run.
 
     Attributes:
-        data: which videos.
-        model: what is trained.
-        nms: how detections that overlap are thinned out.
+        data: annotations, videos and windows.
+        model: backbone and localizer.
+        nms: suppression of detections that overlap.
         thresholds: tIoU thresholds of the mAP; the mean over them selects the best checkpoint.
-        ignore_ambiguous: detections on stretches that cannot be judged count for nothing, as in
+        ignore_ambiguous: do not count detections on stretches that cannot be judged, as in
             THUMOS-14's own toolkit. Published results count them as false positives.
         save_raw: keep the detections before non-maximum suppression with each checkpoint, for
             ensembles and for searching its settings without training.
@@ -313,24 +310,24 @@ class Recipe(RunConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrimmedDataConfig:
-    """Which trimmed videos, and how clips are cut from them.
+    """Trimmed videos, and the clips that are cut from them.
 
     Attributes:
         training: a folder with a folder of videos for each class, or a list of videos: Kinetics'
             own CSV, a CSV with `path` and `label`, or lines of `path label` (described in
             `re2tal.datasets.trimmed.lists`); a path or a URI.
-        validation: likewise, what is evaluated after every epoch.
+        validation: folder or list, as above, of the videos that are evaluated after every epoch.
         videos: folder that the paths in lists are in; a path or a URI.
         classes: file with the names of all classes, one a line; needed where lists have numbers.
             None takes the classes of the training videos, sorted.
-        training_split: of a list with a column `split` only these rows; None for all.
-        validation_split: likewise.
+        training_split: value of the training list's column `split` in the rows that are taken; None
+            takes all rows.
+        validation_split: the same value in the validation list.
         make_toy: make the toy data set's trimmed split when there is nothing at `training`.
         size: pixels of a frame's side: the short side is resized to it.
         clip: frames of a clip and their rate.
-        augmentation: what is changed at random in training clips.
-        max_failed: stop when more than this share of the videos cannot be used. Of Kinetics some
-            are always lost.
+        augmentation: random changes of training clips.
+        max_failed: share of unusable videos above which the run stops. Kinetics always lacks some.
 
     Raises:
         ValueError: crops would be taken from frames smaller than `size`.
@@ -359,7 +356,7 @@ class TrimmedDataConfig:
 
     @property
     def window(self) -> WindowConfig:
-        """How a classifier cuts longer videos than clips."""
+        """Windows that a classifier cuts from videos longer than a clip."""
         return WindowConfig(frames=self.clip.frames, fps=self.clip.fps)
 
 
@@ -368,7 +365,7 @@ class ClassifierModelConfig(BackboneModelConfig):
     """The classifier: backbone and a linear layer. Without `reversible`, this is plain pretraining.
 
     Attributes:
-        head: what turns features into classes.
+        head: network that turns features into classes.
     """
 
     head: ClipClassifierConfig = field(default_factory=ClipClassifierConfig)
@@ -382,11 +379,11 @@ class ClassificationRecipe(RunConfig):
     classifier's head. Whatever checkpoints are kept, the result is the last epoch's.
 
     Attributes:
-        data: which videos.
-        model: what is trained.
-        views: of which the scores are averaged in the last evaluation; those after every epoch look
-            at the middle clip.
-        weights_file: where the backbone's weights are written as well; replaced.
+        data: trimmed videos and clips.
+        model: backbone and classifying head.
+        views: views whose scores the last evaluation averages; those after every epoch look at the
+            middle clip.
+        weights_file: path of another copy of the backbone's weights; an existing file is replaced.
 
     Raises:
         ValueError: settings contradict one another.

@@ -1,4 +1,4 @@
-"""A run is a function that returns a complete, typed configuration.
+"""Recipes of `train.py`: functions that return a complete, typed configuration of a run.
 
 `train.py RECIPE` picks the function by its name; `--field.sub value` and a sweep override single
 fields. Nothing else configures a run: no file inheritance, no globals.

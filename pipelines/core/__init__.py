@@ -1,1 +1,1 @@
-"""What all scripts share: storage, Ray, MLflow, progress, pictures."""
+"""Modules that all scripts share: storage, Ray, MLflow, progress, pictures."""

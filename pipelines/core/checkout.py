@@ -8,11 +8,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 def git_commit(folder: Path) -> str | None:
-    """Returns the commit of the checkout, with `-dirty` if files differ from it; None outside git.
-
-    Args:
-        folder: inside the checkout.
-    """
+    """Return a checkout's commit, with `-dirty` if files differ from it; None outside git."""
     command = [
         "git",
         "-C",

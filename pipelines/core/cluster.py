@@ -1,4 +1,4 @@
-"""Ray with its noise turned down: a run prints its own progress, and errors, and nothing else."""
+"""Ray without its own output: a run prints its progress, and errors, and nothing else."""
 
 import logging
 import os
@@ -24,15 +24,15 @@ _ENVIRONMENT = {
 
 
 def init_ray(*, trains: bool = False, cpus: int | None = None) -> None:
-    """Joins the cluster that `RAY_ADDRESS` names (as in a Ray job), else starts one here.
+    """Join the cluster that `RAY_ADDRESS` names (as in a Ray job), else start one here.
 
     Args:
-        trains: Ray Train is going to ask the cluster's server, which takes some seconds to start,
-            whether its controller lives.
-        cpus: number that a cluster started here has; None for those of this machine.
+        trains: start the cluster's server too, which takes some seconds: Ray Train asks it whether
+            its controller lives.
+        cpus: logical CPUs of a cluster started here; None for those of this machine.
 
     Raises:
-        UserError: if nothing answers at `RAY_ADDRESS`.
+        UserError: nothing answers at `RAY_ADDRESS`.
     """
     # here, because a process that streams frames has no command line, and need not import PyTorch
     from pipelines.config.choices import own_code
@@ -53,7 +53,7 @@ def init_ray(*, trains: bool = False, cpus: int | None = None) -> None:
         environment["env_vars"] = {name: os.environ[name] for name in _ENVIRONMENT}
         ray.init(logging_level="ERROR", log_to_driver=False, runtime_env=environment)
     else:
-        # nobody takes this machine away
+        # this machine is not taken away, as a preemptible node is
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # an idle decoding process would be ended after a second, and its imports paid for again
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
@@ -77,13 +77,10 @@ def init_ray(*, trains: bool = False, cpus: int | None = None) -> None:
 
 
 def unreachable(address: str) -> str:
-    """Knock at a cluster's address: Ray itself would wait for minutes, and say nothing.
-
-    Args:
-        address: as in `RAY_ADDRESS`.
+    """Try to connect to a cluster's address: Ray itself would wait for minutes, and say nothing.
 
     Returns:
-        Why nothing answers; empty if something does, or the address is no host and port.
+        The reason why nothing answers; empty if something does, or `address` is no host and port.
     """
     host, _, port = address.rpartition("/")[2].rpartition(":")
     if not host or not port.isdigit():
@@ -96,14 +93,14 @@ def unreachable(address: str) -> str:
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on."""
+    """Return a port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def quiet_data() -> None:
-    """Turns Ray Data's own progress, and its remark that it is off, off in this process."""
+    """Turn off Ray Data's progress bars, and its remark that they are off, in this process."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -60,10 +60,10 @@ def _smooth(values: Sequence[float], decay: float = 0.9) -> list[float]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timeline:
-    """One video in a picture.
+    """Detections and annotations of a video in a picture.
 
     Attributes:
-        duration: seconds.
+        duration: length of the video in seconds.
         found: rows of detections, as `re2tal.detection.files.rows` makes them.
         truth: annotated instances; None where there are no annotations.
     """
@@ -80,7 +80,7 @@ def timelines(videos: Mapping[str, Timeline], classes: Sequence[str]) -> Figure:
     detections of its lane.
 
     Args:
-        videos: title of a strip to the video.
+        videos: videos by the titles of their strips.
         classes: class names, whose order gives lanes and colours.
     """
     lanes = [_lanes(video, classes) for video in videos.values()]
@@ -96,7 +96,7 @@ def timelines(videos: Mapping[str, Timeline], classes: Sequence[str]) -> Figure:
             segment = (instance.start, instance.end)
             _bar(axes, names, classes, segment, instance.label, -0.2, 0.3, None)
         axes.set(xlim=(0, video.duration), ylim=(max(1, len(names)) - 0.4, -0.6))
-        # names are not mathematics, whatever signs they hold
+        # names may hold $ and are no formulas
         axes.set_yticks([*range(len(names))], names, parse_math=False)
         axes.set_title(title, loc="left", fontsize=10, parse_math=False)
         axes.spines[["top", "right", "left"]].set_visible(False)
@@ -116,7 +116,7 @@ def timelines(videos: Mapping[str, Timeline], classes: Sequence[str]) -> Figure:
 
 
 def _lanes(video: Timeline, classes: Sequence[str]) -> list[str]:
-    """The classes that occur."""
+    """List the classes that occur."""
     present = {row["label"] for row in video.found} | {i.label for i in video.truth or ()}
     return [name for name in classes if name in present]
 
@@ -131,7 +131,7 @@ def _bar(
     height: float,
     score: float | None,
 ) -> None:
-    """One segment in the lane of its class; hatched, if it has no score."""
+    """Draw a segment in the lane of its class, hatched if it has no score."""
     colour = _COLOURS[classes.index(label) % len(_COLOURS)]
     start, end = segment
     if score is None:
@@ -154,7 +154,7 @@ _GAP = 1.0  # between the bars of two characteristics, in bars
 
 
 def pictures(diagnosis: Diagnosis) -> dict[str, Figure]:
-    """All pictures of a diagnosis by name: `false_positives`, `sensitivity`, `false_negatives`."""
+    """Draw all pictures of a diagnosis, by the names of the functions below."""
     return {
         "false_positives": false_positives(diagnosis),
         "sensitivity": sensitivity(diagnosis),
@@ -255,7 +255,7 @@ def false_negatives(diagnosis: Diagnosis) -> Figure:
 def _bars_by_bin(
     axes: Axes, placed: Mapping[str, Placed], values: Mapping[str, NDArray[np.float64]]
 ) -> None:
-    """A bar for each bin, side by side by characteristic; empty bins say that they are empty."""
+    """Draw a bar for each bin, grouped by characteristic; empty bins are labelled as such."""
     start, ticks, names = 0.0, [], []
     for colour, (name, heights) in zip(_COLOURS, values.items(), strict=False):
         places = start + np.arange(len(heights))

@@ -8,19 +8,16 @@ import re
 from collections.abc import Sequence
 
 MAP = "val/mAP"
-UNSCORED = -1.0  # of a checkpoint that was not evaluated: any other is better
+UNSCORED = -1.0  # score of a checkpoint that was not evaluated: any other is better
 
 _MAX_LENGTH = 200  # MLflow's own limit is 250, with the groups in front
 
 
 def safe_names(names: Sequence[str]) -> list[str]:
-    """Makes each of several names a part of a metric's name, different from all others.
+    """Turn different names, such as those of classes, into different parts of metrics' names.
 
-    What cannot stand there becomes `_`; of names that are then equal, the later ones get a number.
-    A name that can stay as it is does.
-
-    Args:
-        names: different names, such as those of classes.
+    Characters that are refused become `_`; of names that are then equal, the later ones get a
+    number. A name that is allowed stays as it is.
     """
     safe = [_safe(name) for name in names]
     taken = {name for name, made in zip(names, safe, strict=True) if name == made}
@@ -36,11 +33,7 @@ def safe_names(names: Sequence[str]) -> list[str]:
 
 
 def safe_path(name: str) -> str:
-    """Makes a name that MLflow takes of one with groups, whose slashes stay.
-
-    Args:
-        name: such as `accuracy/plain, pretrained`.
-    """
+    """Turn a name such as `accuracy/plain, pretrained` into one that MLflow takes; slashes stay."""
     return "/".join(_safe(part) for part in name.split("/"))
 
 

@@ -14,10 +14,10 @@ from re2tal.trained import load_detector
 
 
 class DetectorModel(PythonModel):
-    """Detects actions in video files."""
+    """Detector of actions in video files."""
 
     def load_context(self, context: Any) -> None:
-        """Reads the saved detector that was logged with the model."""
+        """Read the saved detector that was logged with the model."""
         self.model = load_detector(context.artifacts["detector"])
 
     # MLflow reads these annotations: it checks the input by them, and warns of any that it does
@@ -28,16 +28,11 @@ class DetectorModel(PythonModel):
         model_input: list[str],
         params=None,  # noqa: ARG002
     ):
-        """Detects actions.
-
-        Args:
-            context: of MLflow; not used.
-            model_input: paths of video files.
-            params: not used.
+        """Detect actions in the video files at the paths of `model_input`.
 
         Returns:
-            A row a detection: `video`, `start` and `end` in seconds, `label`, `score`; the best
-            of a video first.
+            A row for each detection: `video`, `start` and `end` in seconds, `label`, `score`; the
+            best of a video first.
         """
         table = []
         for path in model_input:

@@ -21,16 +21,16 @@ from re2tal.inference import detector_folder
 from re2tal.trained import SPEC_FILE, WEIGHTS_FILE, read_spec
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
-_MODEL_TAG = "model.uri"  # a training run says so where its model is
+_MODEL_TAG = "model.uri"  # tag of a training run that names its model
 
 
 def local_detector(model: str | None, scratch: Path, *, tracking: str, option: str) -> Path:
-    """Finds a saved detector, and fetches it if it is not on this machine.
+    """Find a saved detector, and fetch it if it is not on this machine.
 
     Args:
         model: path or URI of the folder of a saved detector, or of a training run's checkpoint;
             `runs:/RUN/NAME`, `models:/NAME/VERSION` or the id of a training run, in MLflow.
-        scratch: where it is fetched to; it exists.
+        scratch: existing folder that receives a copy.
         tracking: tracking URI of the MLflow store.
         option: the command-line option that sets the model.
 
@@ -38,7 +38,7 @@ def local_detector(model: str | None, scratch: Path, *, tracking: str, option: s
         The folder with `spec.json` and `weights.safetensors`.
 
     Raises:
-        UserError: if there is no detector, or it was trained on features and sees no videos.
+        UserError: there is no detector, or it was trained on features and sees no videos.
     """
     if model is not None and not Path(model).exists():
         if _RUN_ID.fullmatch(model):
@@ -51,11 +51,7 @@ def local_detector(model: str | None, scratch: Path, *, tracking: str, option: s
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash of a saved detector: of what it is built of, and of its weights.
-
-    Args:
-        folder: what `local_detector` returned.
-    """
+    """Hash specification and weights of a saved detector, which `local_detector` found."""
     digest = hashlib.sha256()
     for name in (SPEC_FILE, WEIGHTS_FILE):
         with (folder / name).open("rb") as file:
@@ -109,19 +105,19 @@ def require_weights(
     option: str = "--model.weights",
     what: str = "The backbone's weights",
 ) -> str | None:
-    """Check that there is something where weights should be.
+    """Check that there are weights at a path or URI.
 
     Args:
         weights: path or URI, URI of an artifact or a model in MLflow, or name of torchvision's such
             as `torchvision:swin3d_t/KINETICS400_V1`; None for a random beginning.
         option: the command-line option that sets them.
-        what: they are, for the message.
+        what: their name in the error's message.
 
     Returns:
-        The same, paths absolute.
+        The same; a path is made absolute.
 
     Raises:
-        UserError: if there is nothing.
+        UserError: there is nothing.
     """
     if weights is None or weights.startswith(PREFIX):
         return weights
@@ -134,8 +130,8 @@ def fetch_weights(
     """Bring weights onto this machine.
 
     Args:
-        weights: what `require_weights` returned.
-        folder: where a copy may go; it exists.
+        weights: result of `require_weights`.
+        folder: existing folder that receives a copy.
         tracking_uri: MLflow's store.
 
     Returns:
@@ -156,12 +152,12 @@ def with_weights_here(recipe: RecipeT, folder: Path, *, tracking_uri: str | None
     """Bring the weights that a recipe names onto this machine, and name their copies instead.
 
     Args:
-        recipe: with absolute paths.
-        folder: where copies may go; it exists.
+        recipe: recipe with absolute paths.
+        folder: existing folder that receives copies.
         tracking_uri: MLflow's store.
 
     Raises:
-        UserError: there is nothing in MLflow.
+        UserError: see `fetch_weights`.
     """
     model: Any = recipe.model
     for field in ("weights", "localizer_weights"):

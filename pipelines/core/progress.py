@@ -15,7 +15,7 @@ from pipelines.core.clock import duration
 
 
 class _Board:
-    """Keeps what is posted until the driver fetches it."""
+    """Posts that wait until the driver fetches them."""
 
     def __init__(self) -> None:
         self._posted: list[Any] = []
@@ -29,11 +29,11 @@ class _Board:
 
 
 class ProgressPrinter:
-    """Shows in the driver what other processes post, while the `with` block runs.
+    """Display, in the driver, of what other processes post while the `with` block runs.
 
     Args:
-        show: is given each post; by default they are lines to print.
-        interval: seconds from one look to the next.
+        show: function that is given each post; by default posts are lines to print.
+        interval: seconds between fetches.
 
     Attributes:
         board: actor to post to, with `post.remote`.
@@ -75,12 +75,12 @@ def _print(line: str) -> None:
 
 
 class VideoCounter:
-    """Counts the videos that are through, and prints now and then how far a run is.
+    """Count of the videos that are done, with a line of progress now and then.
 
     Args:
         videos: number of videos.
-        seconds: their length.
-        interval: seconds from line to line.
+        seconds: length of all of them.
+        interval: seconds between lines.
     """
 
     def __init__(self, videos: int, seconds: float, *, interval: float = 5.0) -> None:
@@ -95,15 +95,15 @@ class VideoCounter:
         return self._made / (time.perf_counter() - self._began)
 
     def made(self, seconds: float) -> None:
-        """Count a part of a video that is through."""
+        """Count seconds of a video that are done."""
         self._made += seconds
         self._left -= seconds
 
     def through(self, *, not_made: float = 0.0) -> None:
-        """Count a video that is through.
+        """Count a video that is done.
 
         Args:
-            not_made: seconds of it of which nothing will be made, as it failed.
+            not_made: seconds of it that will never be done, because it failed.
         """
         self._through += 1
         self._left -= not_made

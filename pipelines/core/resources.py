@@ -11,17 +11,14 @@ from pipelines.config.recipe import ScaleConfig
 from re2tal.errors import UserError
 
 CLUSTER_MAX = "RE2TAL_CLUSTER_MAX"
-"""Variable with what a cluster that starts nodes by itself may come to have."""
+"""Environment variable with the largest resources of a cluster that starts nodes by itself."""
 
 
 def check_resources(scale: ScaleConfig) -> None:
-    """Compares what a run needs with what the cluster has in all.
-
-    Args:
-        scale: how the run is laid out.
+    """Compare the needs of a run with the resources of the whole cluster.
 
     Raises:
-        UserError: if CPUs or GPUs do not suffice for all workers and one decoding task.
+        UserError: CPUs or GPUs do not suffice for all workers and one decoding task.
     """
     workers = scale.workers if scale.min_workers is None else scale.min_workers
     require_resources(
@@ -34,16 +31,16 @@ def check_resources(scale: ScaleConfig) -> None:
 
 
 def require_resources(*, cpus: float, gpus: int, who: str, advice: str) -> None:
-    """Compares what is needed with what the cluster has in all, or may grow to.
+    """Compare needs with what the whole cluster has, or may grow to.
 
     Args:
-        cpus: logical CPUs.
-        gpus: GPUs.
-        who: needs them, for the message.
-        advice: what to do, a sentence.
+        cpus: number of logical CPUs that are needed.
+        gpus: number of GPUs that are needed.
+        who: subject of the error's message, in the plural.
+        advice: sentence on what to do.
 
     Raises:
-        UserError: if they do not suffice.
+        UserError: the cluster is too small.
     """
     have = capacity()
     need = {"CPU": cpus, "GPU": float(gpus)}
@@ -57,13 +54,13 @@ def require_resources(*, cpus: float, gpus: int, who: str, advice: str) -> None:
 
 
 def capacity() -> dict[str, float]:
-    """What the cluster has of each resource or, if it starts nodes by itself, may come to have.
+    """Return the cluster's resources by name, with nodes that it may still start by itself.
 
-    Ray does not tell jobs what its autoscaler may start, so who makes a cluster says it in the
+    Ray does not tell jobs what its autoscaler may start, so the maker of a cluster states it in the
     environment of its head: `RE2TAL_CLUSTER_MAX=CPU=128,GPU=8`.
 
     Raises:
-        UserError: if that cannot be read.
+        UserError: the variable cannot be read.
     """
     have = dict(ray.cluster_resources())
     stated = os.environ.get(CLUSTER_MAX, "")
@@ -84,10 +81,10 @@ class PoolConfig:
 
     Attributes:
         actors: processes that run the model; by default one a GPU.
-        gpu: one GPU for each of them; by default if the cluster has any.
+        gpu: give each of them a GPU; by default if the cluster has any.
         cpus_per_actor: logical CPUs that each of them holds; what is left over decodes videos.
         cpus_per_decoder: logical CPUs that a decoding task holds, so how many of them run at once.
-        decoder_threads: of a decoding task; more than one helps with large pictures only.
+        decoder_threads: threads of a decoding task; more than one only helps with large pictures.
     """
 
     actors: int | None = None
@@ -99,7 +96,7 @@ class PoolConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pool:
-    """`PoolConfig` for a cluster."""
+    """`PoolConfig` with all choices made for a cluster."""
 
     actors: int
     gpu: bool
@@ -116,10 +113,10 @@ class Pool:
         """Have the actors work on the rows of a Ray Dataset.
 
         Args:
-            dataset: rows that were decoded.
+            dataset: decoded rows.
             actor: class whose objects are called with batches of NumPy arrays.
             batch_size: number of rows in a batch.
-            arguments: of its `__init__`.
+            arguments: arguments of the actor's `__init__`.
         """
         return dataset.map_batches(
             actor,
@@ -132,15 +129,14 @@ class Pool:
 
 
 def pool_for(config: PoolConfig, *, cpu_share: float = 0.0) -> Pool:
-    """Decide what is left open, and check that the cluster can hold it.
+    """Make the open choices of a pool, and check that the cluster can hold it.
 
     Args:
         config: options of the pool.
-        cpu_share: share of the CPUs that so many actors may take without GPUs by default; there is
-            one in any case.
+        cpu_share: default number of actors without GPUs, as a share of the CPUs; at least one.
 
     Raises:
-        UserError: if CPUs or GPUs do not suffice for the actors and one decoding task.
+        UserError: CPUs or GPUs do not suffice for the actors and one decoding task.
     """
     gpu = capacity().get("GPU", 0.0) > 0 if config.gpu is None else config.gpu
     now = ray.cluster_resources()

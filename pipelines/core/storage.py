@@ -32,16 +32,16 @@ def require(uri: str | None, *, what: str, option: str) -> str:
     """Check that something exists at a path or URI.
 
     Args:
-        uri: the path or URI, None if none was given. Whether an URI of MLflow leads anywhere is
+        uri: the path or URI, None if none was given. Whether a URI of MLflow leads anywhere is
             found out by `local_copy`.
-        what: what should be there, for the message ("the annotations").
-        option: the command-line option that sets it.
+        what: name of the thing in the message ("the annotations").
+        option: command-line option that sets it.
 
     Returns:
         The same URI, or the absolute path.
 
     Raises:
-        UserError: with one sentence if it was not given, is not there or cannot be reached.
+        UserError: it was not given, is not there or cannot be reached.
     """
     if uri is None:
         raise UserError(f"{what}: no path given. Say where with {option} PATH_OR_URI.")
@@ -58,7 +58,7 @@ def require(uri: str | None, *, what: str, option: str) -> str:
 
 
 def open_source(uri: str) -> str | BinaryIO:
-    """Return what PyAV can open: a local path as it is, a remote object as a seekable file."""
+    """Return a source for PyAV: a local path as it is, a remote object as a seekable file."""
     if "://" not in uri:
         return uri
     filesystem, path = resolve(uri)
@@ -66,7 +66,7 @@ def open_source(uri: str) -> str | BinaryIO:
 
 
 def absolute(uri: str) -> str:
-    """Return a URI as it is, and a path made absolute: processes elsewhere are given it."""
+    """Return a URI as it is, and a path made absolute for processes in other folders."""
     remote = "://" in uri or uri.startswith(MLFLOW)
     return uri if remote else str(Path(uri).expanduser().absolute())
 
@@ -159,7 +159,7 @@ def remove(uri: str) -> None:
 
 
 def is_folder(uri: str) -> bool:
-    """Whether there is a folder at a path or URI."""
+    """Return whether there is a folder at a path or URI."""
     filesystem, path = resolve(uri)
     return bool(filesystem.get_file_info(path).type == pafs.FileType.Directory)
 
@@ -168,13 +168,13 @@ def local_copy(uri: str, folder: Path, *, tracking_uri: str | None = None) -> Pa
     """Return a local path to a file, copied into `folder` first when it is remote.
 
     Args:
-        uri: path or URI of a file, or an URI of MLflow: `runs:/<run>/<path>` of an artifact, or
+        uri: path or URI of a file, or a URI of MLflow: `runs:/<run>/<path>` of an artifact, or
             `models:/<name>/<version>` or `models:/<id>` of a model with a `backbone.safetensors`.
-        folder: where a copy may go; it exists.
+        folder: existing folder that receives a copy.
         tracking_uri: MLflow's store; None for the one that is set in this process.
 
     Raises:
-        UserError: if an URI of MLflow leads to no such file.
+        UserError: a URI of MLflow leads to no such file.
     """
     if uri.startswith(MLFLOW):
         return _from_mlflow(uri, folder, tracking_uri)
@@ -206,10 +206,10 @@ def fetch(uri: str, folder: Path, *, tracking_uri: str | None, what: str) -> Pat
         uri: `runs:/RUN/NAME`, `models:/NAME/VERSION` or `mlflow-artifacts:/...`.
         folder: existing folder that receives it.
         tracking_uri: MLflow's store; None for that of this process.
-        what: name of the thing, for the message ("The model").
+        what: name of the thing in the message ("The model").
 
     Raises:
-        UserError: if there is nothing.
+        UserError: there is nothing.
     """
     # here, because decoding processes import this module and should start in a moment
     import mlflow
@@ -218,7 +218,7 @@ def fetch(uri: str, folder: Path, *, tracking_uri: str | None, what: str) -> Pat
 
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     if tracking_uri is not None:
-        # of this process: given with the call, `models:/` would be looked for elsewhere
+        # set for this process: with only an argument, `models:/` would be looked for elsewhere
         mlflow.set_tracking_uri(tracking_uri)
     try:
         return Path(download_artifacts(artifact_uri=uri, dst_path=str(folder)))

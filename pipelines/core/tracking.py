@@ -1,6 +1,6 @@
-"""MLflow: one run a training run, written in batches and never in the way of a step.
+"""MLflow: one run for each training run, written in batches that no step waits for.
 
-The driver opens the store and makes the run (a new data base that several processes open at once is
+The driver opens the store and makes the run (a new database that several processes open at once is
 corrupted); rank 0 only appends metrics, through a client of its own.
 
 MLflow is imported in the functions that need it: it takes longer than the rest of a `--help`.
@@ -36,16 +36,16 @@ if TYPE_CHECKING:
 
 _MAX_METRICS = 1000  # per request; MLflow refuses more
 _MAX_PARAMS = 100
-_REFUSED = "INVALID_PARAMETER_VALUE"  # of a request that is wrong whenever it is sent
+_REFUSED = "INVALID_PARAMETER_VALUE"  # code of a request that is wrong whenever it is sent
 _LOG = logging.getLogger(__name__)
 
 
 class Tracked(Protocol):
-    """A configuration that a run is made of."""
+    """Configuration of an MLflow run."""
 
     @property
     def name(self) -> str:
-        """What the run is named after."""
+        """Start of the run's name; the time follows."""
 
     @property
     def experiment(self) -> str:
@@ -54,33 +54,28 @@ class Tracked(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """Names a run for whoever writes to it; plain strings, so it travels to any process.
-
-    Attributes:
-        uri: tracking URI.
-        run_id: of the MLflow run.
-    """
+    """Tracking URI and id of an MLflow run: plain strings, which any process can receive."""
 
     uri: str
     run_id: str
 
     @property
     def client(self) -> "MlflowClient":
-        """A client of its store."""
+        """Client of the run's store."""
         from mlflow.tracking import MlflowClient
 
         return MlflowClient(self.uri)
 
 
 def tracking_uri(output: str | Path) -> str:
-    """Where runs go: the server in `MLFLOW_TRACKING_URI`, else one SQLite file in `output`.
+    """Return the store's URI: the server in `MLFLOW_TRACKING_URI`, else a SQLite file in `output`.
 
     Args:
         output: folder of the default store, absolute.
 
     Raises:
-        UserError: if there is no server, and `output` is the URI of an object store, which cannot
-            hold a data base.
+        UserError: there is no server, and `output` is the URI of an object store, which cannot hold
+            a database.
     """
     if server := os.environ.get("MLFLOW_TRACKING_URI"):
         return server
@@ -103,12 +98,7 @@ def _experiment_id(client: "MlflowClient", uri: str, name: str, output: str | Pa
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the leaves of a nested dataclass by dotted name: `("optim.clip", 1.0)`.
-
-    Args:
-        config: the dataclass.
-        prefix: put before each name.
-    """
+    """Yield the leaves of a nested dataclass by dotted name: `("optim.clip", 1.0)`."""
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         name = f"{prefix}{item.name}"
@@ -135,24 +125,24 @@ def _tags(recipe_name: str) -> "list[RunTag]":
 
 
 def open_store(experiment: str, *, output: str | Path) -> "tuple[MlflowClient, str, str]":
-    """Opens the store, and makes it and the experiment if need be.
+    """Open the store; make it and the experiment if they are missing.
 
     Args:
-        experiment: its name.
-        output: folder of the default store; it is made. A URI, if a server is set.
+        experiment: name of the experiment.
+        output: folder of the default store; a URI only if a server is set.
 
     Returns:
         A client, the tracking URI and the experiment's id.
 
     Raises:
-        MlflowException: if the store cannot be reached.
-        UserError: as `tracking_uri`.
+        MlflowException: the store cannot be reached.
+        UserError: see `tracking_uri`.
     """
     from mlflow.tracking import MlflowClient
 
     if "://" not in str(output):
         Path(output).mkdir(parents=True, exist_ok=True)
-    for name in ("alembic", "mlflow.store.db.utils"):  # each table that a new store gets
+    for name in ("alembic", "mlflow.store.db.utils"):  # they log each table of a new store
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = tracking_uri(output)
     client = MlflowClient(uri)
@@ -160,15 +150,15 @@ def open_store(experiment: str, *, output: str | Path) -> "tuple[MlflowClient, s
 
 
 def start_run(recipe: Tracked, *, output: str | Path, tags: Mapping[str, str] | None = None) -> Run:
-    """Opens the store, makes it if need be, and starts a run with the whole configuration.
+    """Open the store, and start a run with the whole configuration.
 
     Args:
         recipe: the configuration, a dataclass.
-        output: folder of the default store; it is made.
-        tags: of the run, beside those that every run has.
+        output: folder of the default store; made if it is missing.
+        tags: tags of this run, beside those that every run has.
 
     Raises:
-        MlflowException: if the store cannot be reached.
+        MlflowException: the store cannot be reached.
     """
     from mlflow.entities import Param, RunTag
 
@@ -184,14 +174,7 @@ def start_run(recipe: Tracked, *, output: str | Path, tags: Mapping[str, str] | 
 
 
 def log_dataset(run: Run, *, name: str, source: str, digest: str) -> None:
-    """Records which data a run used.
-
-    Args:
-        run: the run.
-        name: of the data set.
-        source: where its annotations are.
-        digest: fingerprint of the annotations.
-    """
+    """Record a run's data set: its name, and path or URI and fingerprint of its annotations."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
     from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
@@ -207,25 +190,13 @@ def log_dataset(run: Run, *, name: str, source: str, digest: str) -> None:
 
 
 def log_text(run: Run, lines: Sequence[str], name: str) -> None:
-    """Writes an artifact of lines; none at all when there are no lines.
-
-    Args:
-        run: the run.
-        lines: the content.
-        name: path among the run's artifacts.
-    """
+    """Write lines to the artifact `name` of a run; no artifact if there are no lines."""
     if lines:
         run.client.log_text(run.run_id, "\n".join(lines) + "\n", name)
 
 
 def log_metrics(run: Run, metrics: Mapping[str, float], *, step: int) -> None:
-    """Writes a few metrics at once and waits for it; in the loop use a `MetricLogger`.
-
-    Args:
-        run: the run.
-        metrics: name to value.
-        step: global step.
-    """
+    """Write a few metrics at once and wait for it; in the loop use a `MetricLogger`."""
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
@@ -235,11 +206,7 @@ def log_metrics(run: Run, metrics: Mapping[str, float], *, step: int) -> None:
 
 @contextmanager
 def finishing(run: Run) -> Iterator[None]:
-    """Ends a run as its block ends: FINISHED, KILLED (interrupted), FAILED with the error's text.
-
-    Args:
-        run: a started run.
-    """
+    """End a run as its block ends: FINISHED, KILLED (interrupted), FAILED with the error's text."""
     try:
         yield
     except BaseException as error:
@@ -251,11 +218,11 @@ def finishing(run: Run) -> Iterator[None]:
 
 
 class MetricLogger:
-    """Appends metrics to a run from a thread of its own; a step never waits for the store.
+    """Thread that appends metrics to a run, so that a step never waits for the store.
 
-    A store that does not answer loses nothing: what could not be sent stays queued, and what is
-    left at the end is written to `fallback`. So are metrics that the store refuses, such as those
-    with characters in their names that it does not allow; they keep no other from being sent.
+    Nothing is lost while the store does not answer: metrics that could not be sent stay queued, and
+    those left at the end are written to `fallback`. So are metrics that the store refuses, such as
+    those with a character in their name that it does not allow; all others are sent.
     """
 
     def __init__(self, run: Run, *, fallback: str | Path, interval: float = 2.0) -> None:
@@ -271,12 +238,7 @@ class MetricLogger:
         self._thread.start()
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Queues metrics; returns at once.
-
-        Args:
-            metrics: name to value; names with the characters that MLflow allows (`safe_names`).
-            step: global step.
-        """
+        """Queue metrics, whose names MLflow must allow (`safe_names`), and return at once."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -311,13 +273,10 @@ class MetricLogger:
         self._refused.append(metric)
 
     def flush(self, *, timeout: float = 10.0) -> None:
-        """Has what was logged so far sent before it returns, if the store answers in time.
+        """Send all metrics logged so far, and wait for it up to `timeout` seconds.
 
-        What a checkpoint is past is not trained again, so that its metrics should not be lost with
+        Steps before a checkpoint are not trained again, so that their metrics must not be lost with
         the process.
-
-        Args:
-            timeout: seconds.
         """
         through = threading.Event()
         self._waiting.put(through)
@@ -336,11 +295,11 @@ class MetricLogger:
                 through.set()
 
     def close(self) -> int:
-        """Sends what is left.
+        """Send the metrics that are left.
 
         Returns:
-            How many metrics could not be sent, or were refused; they are in the fallback file, a
-            JSON object a line.
+            Number of metrics that could not be sent, or were refused; they are in the fallback
+            file, a JSON object a line.
         """
         self._stop.set()
         self._wake.set()
@@ -359,12 +318,7 @@ _RECIPE = TypeAdapter(Recipe)
 
 
 def log_recipe(run: Run, recipe: Recipe) -> None:
-    """Writes a run's configuration to its artifacts.
-
-    Args:
-        run: the run.
-        recipe: its configuration.
-    """
+    """Write a run's configuration to its artifacts."""
     run.client.log_text(run.run_id, _RECIPE.dump_json(recipe, indent=2).decode(), FILE)
 
 
@@ -373,13 +327,10 @@ _DROPPED = {"optim.compile"}
 
 
 def recipe_of(run: Run) -> Recipe:
-    """Reads the configuration of a run of `train.py`, or of a trial of a sweep.
-
-    Args:
-        run: in a store that exists.
+    """Read the configuration of a run of `train.py`, or of a trial of a sweep.
 
     Raises:
-        UserError: if there is no such run, it was another script's, or its configuration has fields
+        UserError: there is no such run, it was another script's, or its configuration has fields
             that this version does not have.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -401,7 +352,7 @@ def recipe_of(run: Run) -> Recipe:
 
 
 def _names(value: Any, prefix: str = "") -> set[str]:
-    """The dotted names of all fields in nested objects."""
+    """Return the dotted names of all fields in nested objects."""
     if not isinstance(value, dict):
         return {prefix}
     return {
