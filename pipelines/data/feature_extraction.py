@@ -5,26 +5,37 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray.data
 import torch
+import tyro
 from torch import Tensor, nn
 
+from pipelines.config.annotations import AnnotationConfig
 from pipelines.core.clock import duration
 from pipelines.core.cluster import init_ray
 from pipelines.core.models import fetch_weights, require_weights
 from pipelines.core.progress import VideoCounter
 from pipelines.core.resources import Pool, PoolConfig, pool_for
 from pipelines.core.storage import join
-from pipelines.core.tracking import Run, log_metrics
+from pipelines.core.tracking import (
+    Run,
+    finishing,
+    log_dataset,
+    log_metrics,
+    start_run,
+    tracking_uri,
+)
 from pipelines.data.decoding import VideoJob, decode_video
 from pipelines.data.feature_writing import FeatureFolder, FilesConfig, VideoInTheMaking
 from pipelines.data.features import FEATURES, NAME, Description
-from pipelines.data.sampling import Sampling
+from pipelines.data.inputs import resolved
+from pipelines.data.plan import read_annotations
+from pipelines.data.sampling import Sampling, SamplingConfig
 from pipelines.data.videos import FoundVideos, find_videos, opened
 from re2tal.annotations import Annotations
 from re2tal.backbones.protocol import BackboneConfig, Strided
@@ -462,3 +473,101 @@ def _summary(description: Description, folder: str, seconds: float) -> str:
     if description.failures:
         lines.append(f"{len(description.failures)} videos failed: {join(folder, NAME)} says why")
     return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtractConfig(AnnotationConfig):
+    """Videos, backbone and sampling of features. Annotations are optional.
+
+    Attributes:
+        videos: folder of the video files, named by id, or of shards; a path or a URI.
+        subsets: names of the subsets; all of them by default. With annotations, features are made
+            only of the annotated videos, and of their annotated length.
+        output: folder for the features; a path or a URI.
+        retry_failed: try the videos that failed before once more.
+        max_failed: share of failed videos above which the script ends with an error; the features
+            of the others are kept.
+        experiment: MLflow experiment.
+        runs: folder of the default MLflow store.
+    """
+
+    videos: str | None = None
+    subsets: tuple[str, ...] = ()
+    output: str | None = None
+    backbone: tyro.conf.OmitArgPrefixes[FrozenBackboneConfig] = field(
+        default_factory=FrozenBackboneConfig
+    )
+    sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = field(default_factory=SamplingConfig)
+    files: tyro.conf.OmitArgPrefixes[FilesConfig] = field(default_factory=FilesConfig)
+    pool: tyro.conf.OmitArgPrefixes[PoolConfig] = field(default_factory=PoolConfig)
+    retry_failed: bool = False
+    max_failed: float = 0.05
+    experiment: str = "re2tal"
+    runs: str = "runs"
+
+    @property
+    def name(self) -> str:
+        """Name of the MLflow run."""
+        return f"features-{self.backbone.backbone}-{self.sampling.way}"
+
+
+def extract_features(config: ExtractConfig) -> Description:
+    """Make the features that are missing, and return the description of their folder.
+
+    Raises:
+        AnnotationError: the annotations have problems; all of them are listed.
+        UserError: something is missing; the videos lie in incomplete shards; the folder holds
+            features of other settings, or damaged ones; the cluster is too small; weights, stride
+            or frames do not fit the backbone; or too many videos failed (the others have their
+            features).
+    """
+    config = resolved(
+        config,
+        needed=("videos",),
+        optional=("annotations", "exclude"),
+        written=("output", "runs"),
+    )
+    annotations = _annotations(config)
+    stride = config.sampling.stride if config.sampling.way == "windows" else None
+    store = tracking_uri(config.runs)
+    try:
+        backbone = load_backbone(config.backbone, stride=stride, tracking_uri=store)
+        sampling = config.sampling.resolved(
+            temporal_stride=backbone.temporal_stride, multiple=backbone.multiple
+        )
+    except ValueError as problem:
+        raise UserError(str(problem)) from problem
+    job = FeatureJob(
+        str(config.output),
+        str(config.videos),
+        annotations,
+        config.subsets,
+        backbone=backbone,
+        sampling=sampling,
+        files=config.files,
+        pool=config.pool,
+    )
+    run = start_run(config, output=config.runs)
+    with finishing(run):
+        run.client.set_tag(run.run_id, "kind", "features")
+        if annotations is not None:
+            source = str(config.annotations)
+            digest = annotations.fingerprint
+            log_dataset(run, name=Path(source).stem, source=source, digest=digest)
+        made = job.run(retry_failed=config.retry_failed)
+        job.log(run, made)
+        FEATURES.check_failures(
+            made.failures,
+            len(made.failures) + len(made.videos),
+            config.max_failed,
+            problem="have no features",
+        )
+    return made
+
+
+def _annotations(config: ExtractConfig) -> Annotations | None:
+    if config.annotations is None:
+        if config.subsets:
+            raise UserError("--subsets are of annotations: say which with --annotations.")
+        return None
+    return read_annotations(config)

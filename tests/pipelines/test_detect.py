@@ -12,12 +12,13 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 
-import pipelines.detect as script
+import pipelines.inference.run as script
 import re2tal
 from pipelines.core.models import fingerprint, local_detector
 from pipelines.core.tracking import Run, start_run
-from pipelines.detect import DetectConfig, parse
+from pipelines.detect import parse
 from pipelines.inference.output import OutputConfig
+from pipelines.inference.run import DetectConfig
 from pipelines.training.results import log_model
 from re2tal.backbones.swin import swin_toy
 from re2tal.detection.files import read_detections

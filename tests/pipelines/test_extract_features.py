@@ -17,11 +17,17 @@ from mlflow.tracking import MlflowClient
 
 from pipelines.core.resources import PoolConfig, pool_for
 from pipelines.data.decoding import VideoJob, decode_video
-from pipelines.data.feature_extraction import FrozenBackboneConfig, load_backbone, unit_features
+from pipelines.data.feature_extraction import (
+    ExtractConfig,
+    FrozenBackboneConfig,
+    extract_features,
+    load_backbone,
+    unit_features,
+)
 from pipelines.data.feature_writing import FilesConfig
 from pipelines.data.features import NAME, Features, read_description, write_npy
 from pipelines.data.sampling import Sampling, SamplingConfig
-from pipelines.extract_features import ExtractConfig, extract_features, parse
+from pipelines.extract_features import parse
 from re2tal.annotations import Annotations
 from re2tal.backbones.swin import TOY_WEIGHTS, swin_toy
 from re2tal.backbones.table import IMAGENET_MEAN, IMAGENET_STD

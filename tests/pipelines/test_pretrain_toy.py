@@ -9,7 +9,7 @@ from mlflow.tracking import MlflowClient
 from safetensors import safe_open
 
 from pipelines.data.toy import augmented
-from pipelines.pretrain_toy import PretrainingConfig, loss_of
+from pipelines.training.pretraining import PretrainingConfig, loss_of
 from re2tal import rewire
 from re2tal.backbones.swin import swin_toy
 from re2tal.backbones.weights import load_backbone_weights

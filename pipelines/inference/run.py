@@ -1,0 +1,205 @@
+"""A run of detection: videos that are not done yet, the files of all of them, and MLflow."""
+
+import shlex
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from pipelines.core.clock import duration
+from pipelines.core.cluster import init_ray
+from pipelines.core.models import fingerprint, local_detector
+from pipelines.core.tracking import Run, finishing, log_metrics, start_run, tracking_uri
+from pipelines.data.videos import find_sources
+from pipelines.inference.detecting import Resources, VideoResult, detect_videos
+from pipelines.inference.output import (
+    OutputConfig,
+    Record,
+    read_records,
+    strongest,
+    write_files,
+    write_record,
+)
+from re2tal.errors import shortened
+from re2tal.trained import read_spec
+
+_LOGGED_PICTURES = 4  # in MLflow; all of them are in the folder
+
+
+_SHOW_SECONDS = 2.0  # between lines of progress
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DetectConfig:
+    """Videos, detector and output of a run.
+
+    Attributes:
+        videos: files, folders, and patterns such as "clips/*.mp4"; paths or URIs that pyarrow opens
+            (s3://, gs://, ...).
+        model: folder of a saved detector or of a checkpoint; or, in MLflow, the id of a training
+            run, runs:/RUN/NAME or models:/NAME/VERSION.
+        output: folder of the results.
+        files: formats and detections that are written.
+        resources: hardware and batches of detection.
+        experiment: MLflow experiment.
+        runs: folder of the default MLflow store, where the training runs are; MLFLOW_TRACKING_URI
+            names another store.
+    """
+
+    videos: tuple[str, ...] = ()
+    model: str | None = None
+    output: str = "detections"
+    files: tyro.conf.OmitArgPrefixes[OutputConfig] = field(default_factory=OutputConfig)
+    resources: tyro.conf.OmitArgPrefixes[Resources] = field(default_factory=Resources)
+    experiment: str = "re2tal"
+    runs: str = "runs"
+
+    @property
+    def name(self) -> str:
+        """Name of the run in MLflow."""
+        return "detect"
+
+
+def run(config: DetectConfig) -> Run:
+    """Detect in the videos that are not done yet, write the files of all, and return the run.
+
+    Raises:
+        UserError: there is no such model or video, the output folder is of another model, or the
+            cluster is too small.
+    """
+    output, runs = Path(config.output).absolute(), Path(config.runs).absolute()
+    videos = find_sources(config.videos, option="--videos")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = local_detector(
+            config.model, Path(scratch), tracking=tracking_uri(runs), option="--model"
+        )
+        model = fingerprint(folder)
+        classes = read_spec(folder).classes
+        records = read_records(output, videos, model=model)
+        output.mkdir(parents=True, exist_ok=True)
+        tracked = start_run(config, output=runs)
+        with finishing(tracked):
+            left = {video_id: uri for video_id, uri in videos.items() if video_id not in records}
+            print(f"{len(records)} of {len(videos)} videos are through; {len(left)} to do")
+            found, failures, speed = _detect(left, folder, model, config)
+            records |= found
+            written = write_files(output, records, failures, classes, config.files)
+            _log(tracked, config, records, failures, written, speed)
+    print(_summary(config, records, failures, tracked))
+    return tracked
+
+
+def _detect(
+    videos: Mapping[str, str], folder: Path, model: str, config: DetectConfig
+) -> tuple[dict[str, Record], dict[str, str], dict[str, float]]:
+    """Return records of the videos (written at once), failures, and metrics of the speed."""
+    records: dict[str, Record] = {}
+    failures: dict[str, str] = {}
+    if not videos:
+        return records, failures, {}
+    init_ray()
+    progress = _Progress(len(videos))
+    windows = 0
+    for result in detect_videos(videos, folder, config.resources, progress=progress.window):
+        windows += result.windows
+        if result.found is None:
+            failures[result.video_id] = "; ".join(result.problems)
+        else:
+            record = _record(result, uri=videos[result.video_id], model=model)
+            write_record(Path(config.output).absolute(), record)
+            records[result.video_id] = record
+        progress.video(result)
+    seconds = time.perf_counter() - progress.began
+    frames = windows * read_spec(folder).window.frames
+    return records, failures, {
+        "windows": windows,
+        "seconds": seconds,
+        "frames_per_second": frames / seconds,
+        "video_seconds_per_second": sum(r.duration for r in records.values()) / seconds,
+    }  # fmt: skip
+
+
+def _record(result: VideoResult, *, uri: str, model: str) -> Record:
+    assert result.found is not None
+    return Record(
+        video_id=result.video_id,
+        uri=uri,
+        model=model,
+        duration=result.found.duration,
+        problems=result.problems,
+        detections=result.found.to_list(),
+    )
+
+
+class _Progress:
+    """Printed progress, with the videos that fail."""
+
+    def __init__(self, videos: int) -> None:
+        self.began = time.perf_counter()
+        self._videos, self._through = videos, 0
+        self._first: float | None = None  # time of the first window: Ray starts slowly
+        self._shown = self.began
+
+    def window(self, done: int, total: int) -> None:
+        """Count the windows."""
+        now = time.perf_counter()
+        self._first = self._first or now
+        if now - self._shown > _SHOW_SECONDS and done < total:
+            self._shown = now
+            left = (now - self._first) / max(1, done - 1) * (total - done)
+            print(
+                f"  video {self._through}/{self._videos}  window {done}/{total}  "
+                f"{duration(left)} left",
+                flush=True,
+            )
+
+    def video(self, result: VideoResult) -> None:
+        """Count a video, and print its first problem."""
+        self._through += 1
+        if result.problems:
+            what = "failed" if result.found is None else "damaged in part"
+            print(f"  {what}: {result.video_id}: {result.problems[0]}", flush=True)
+
+
+def _log(
+    tracked: Run,
+    config: DetectConfig,
+    records: Mapping[str, Record],
+    failures: Mapping[str, str],
+    written: Sequence[Path],
+    speed: Mapping[str, float],
+) -> None:
+    """Send counts and files to MLflow."""
+    shown = [strongest(record, config.files) for record in records.values()]
+    counts = {
+        "videos/detected": len(records),
+        "videos/failed": len(failures),
+        "videos/damaged": sum(bool(record.problems) for record in shown),
+        "detections": sum(len(record.detections) for record in shown),
+    }
+    log_metrics(tracked, {**counts, **speed}, step=0)
+    output = Path(config.output).absolute()
+    tables = [path for path in written if path.parent == output]
+    for path in tables:
+        tracked.client.log_artifact(tracked.run_id, str(path))
+    pictures = [path for path in written if path.suffix == ".png"]
+    for path in pictures[:_LOGGED_PICTURES]:
+        tracked.client.log_artifact(tracked.run_id, str(path), "timelines")
+
+
+def _summary(
+    config: DetectConfig, records: Mapping[str, Record], failures: Mapping[str, str], tracked: Run
+) -> str:
+    shown = [strongest(record, config.files) for record in records.values()]
+    number = sum(len(record.detections) for record in shown)
+    length = duration(sum(record.duration for record in shown))
+    strong = f"{number} detections with a score of {config.files.score_threshold:g} or more"
+    lines = [f"{strong} in {len(records)} videos, {length} together"]
+    failed = [f"failed: {video_id}: {reason}" for video_id, reason in sorted(failures.items())]
+    lines += shortened(failed, rest=", in failures.json")
+    if "html" in config.files.formats:
+        lines.append(f"open {shlex.quote(str(Path(config.output).absolute() / 'index.html'))}")
+    return "\n".join([*lines, f"MLflow run {tracked.run_id} in {tracked.uri}"])
