@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 Image: TypeAlias = NDArray[np.floating[Any]]
 
 TEXELS = 4
-"""Texture points per pixel. At four, looking up the nearest one is as good as interpolating."""
+"""Texture points per pixel. At four, the nearest point is as good as interpolation."""
 
 SPRITE_TEXTURE = 160
 """Height and width of a sprite's texture."""
@@ -40,9 +40,9 @@ class Gallery:
     """The looks that a set of videos may use.
 
     Attributes:
-        palettes: Colour schemes.
+        palettes: colour schemes.
         shapes: (family, lobes) of the sprites' outlines.
-        patterns: Names of background patterns.
+        patterns: names of background patterns.
     """
 
     palettes: tuple[Palette, ...]
