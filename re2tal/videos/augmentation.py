@@ -132,7 +132,7 @@ def augment(
         uint8 `(B, T, size, size, 3)` on the same device; `frames` itself if nothing may change.
 
     Raises:
-        ValueError: if the arguments do not fit together.
+        ValueError: the arguments do not fit together.
     """
     batch, length, height, width = _shape(frames, seeds)
     if config.crop_area is None and (height, width) != (size, size):

@@ -28,7 +28,7 @@ def encode(
         quality: x264's constant rate factor; higher is smaller and noisier, 30 shows its blocks.
 
     Raises:
-        ValueError: if there are no frames.
+        ValueError: there are no frames.
     """
     with av.open(target, "w", format="mp4") as container:
         stream = _add_stream(container, rate=Fraction(fps), quality=quality, gop=2 * fps)

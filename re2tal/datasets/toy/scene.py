@@ -85,7 +85,7 @@ def action(name: str, duration: float, angle: float, rng: np.random.Generator) -
         The motion, defined for times in [0, duration].
 
     Raises:
-        ValueError: if `name` is none of `ACTIONS`.
+        ValueError: `name` is none of `ACTIONS`.
     """
     if name not in ACTIONS:
         raise ValueError(f"unknown toy action {name!r}; the actions are {', '.join(ACTIONS)}")
