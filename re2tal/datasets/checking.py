@@ -12,7 +12,7 @@ from re2tal.annotations import Annotations, Instance, Repair, VideoAnnotation
 from re2tal.datasets.published import Dataset, Fault
 
 # Seconds that a segment may reach past the duration: durations are rounded, and containers and
-# streams disagree by as much. Such a segment is clipped; what reaches further is a fault.
+# streams disagree by as much. Such a segment is clipped; one that reaches further is a fault.
 DURATION_TOLERANCE = 1.0
 
 

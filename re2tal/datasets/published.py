@@ -131,7 +131,7 @@ THUMOS14 = Dataset(
 # conversion: 7 segments without length, 65 that reach more than a second past the video, of which
 # 5 start inside it and look like a slipped digit (398.4 to 4000.4 in a video of 1315 s). All 413
 # videos are used, as in published results: its annotators saw each of them anew, 1292 too has
-# instances, and what is wrong in 270 and 1496 are those of THUMOS' classes only.
+# instances, and the faults of 270 and 1496 concern THUMOS' classes only.
 MULTITHUMOS = Dataset(
     name="multithumos",
     forms=(ACTIVITYNET_JSON, CLASS_FILES),

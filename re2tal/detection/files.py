@@ -1,4 +1,4 @@
-"""Detections as ActivityNet's results JSON, which its evaluation server and most tools take.
+"""Files in ActivityNet's results JSON, which its evaluation server and most tools take.
 
 `{"version": ..., "external_data": {}, "results": {video id: [{"segment": [s, e], "score": p,
 "label": class name}, ...]}}`, in seconds. Of files from elsewhere only "results" is read.
@@ -72,7 +72,7 @@ def write_detections(
     """Write the detections of videos, sorted by id.
 
     Args:
-        path: the JSON file; it is replaced when the new one is whole.
+        path: JSON file; it is replaced when the new one is whole.
         detections: video id -> detections in seconds.
         classes: class names, which the labels index.
 
@@ -92,7 +92,7 @@ def write_rows(path: str | Path, results: Mapping[str, Sequence[Mapping[str, Any
     """Write detections that are rows already.
 
     Args:
-        path: the JSON file; it is replaced when the new one is whole.
+        path: JSON file; it is replaced when the new one is whole.
         results: video id -> result of `rows`.
     """
     document = {"version": _VERSION, "external_data": {}, "results": results}
@@ -104,7 +104,7 @@ def read_detections(path: str | Path, classes: Sequence[str]) -> dict[str, Detec
     """Read detections and check all of them before any is used.
 
     Args:
-        path: the JSON file.
+        path: JSON file.
         classes: class names; the labels of the result index them.
 
     Returns:

@@ -35,7 +35,7 @@ def write_raw(
     """Write the predictions of videos, in their order.
 
     Args:
-        path: the file; it is replaced when the new one is whole.
+        path: file; it is replaced when the new one is whole.
         predictions: video id -> detections in seconds, on any device; of several precisions the
             widest is written.
         classes: class names, which the labels index.
@@ -154,7 +154,7 @@ def ensemble(
 
     Args:
         runs: for each run, video id -> detections in seconds, before NMS, with the same classes.
-        weights: a weight above 0 for each run; only their ratios matter.
+        weights: weight above 0 for each run; only their ratios matter.
 
     Returns:
         Video id -> detections of all runs in their order; videos in the first run's order.

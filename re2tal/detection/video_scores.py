@@ -78,7 +78,7 @@ def load_video_scores(
     """Read a file of video-level scores and check all of it.
 
     Args:
-        path: the JSON file (format: module docstring).
+        path: JSON file (format: module docstring).
         classes: K class names in the order that labels index; the file may have more.
         logits: true for a file of logits, which become scores by a softmax over all its classes.
 

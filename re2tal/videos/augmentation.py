@@ -80,7 +80,7 @@ class AugmentationConfig:
         return size if self.crop_area is None else self.source_size or size
 
     def transforms(self, size: int) -> list[v2.Transform]:
-        """Transforms of a clip `(T, 3, H, W)` for a network that sees `size` x `size` pixels."""
+        """Build the transforms of a clip `(T, 3, H, W)` for frames of `size` x `size` pixels."""
         chosen: list[v2.Transform] = []
         if self.crop_area is not None:
             chosen.append(v2.RandomResizedCrop(size, self.crop_area, self.crop_aspect))

@@ -19,7 +19,7 @@ class Converter:
     """Converter of frames to upright RGB pictures of the size fixed by the first frame.
 
     Args:
-        size: the short side in pixels, keeping the aspect (the long side is rounded to an even
+        size: short side in pixels, keeping the aspect (the long side is rounded to an even
             number); None keeps the size.
         like: width and height, upright, of the video from which this one was scaled down; the
             result has the shape that a frame of that video would get.

@@ -51,7 +51,7 @@ def decode(
 
     The frame shown at a time is the last one presented by then, by its time stamp and counting
     from the first frame of the video: variable frame rates need no care. It is the same whichever
-    other times are asked for. Only what lies between the key frame before a time and the time is
+    other times are asked for. Only the stretch between the key frame before a time and the time is
     decoded, and only frames that are asked for are converted. Memory goes with their number.
     Interlaced frames are given as they are, both fields woven into one.
 
@@ -61,7 +61,7 @@ def decode(
     Args:
         source: path, content, or open binary file of the video.
         times: seconds, of shape (T,), in any order.
-        size: the short side in pixels to which frames are scaled, keeping the aspect (the long
+        size: short side in pixels to which frames are scaled, keeping the aspect (the long
             side is rounded to an even number); None keeps their size.
         threads: decoding threads; more than one helps with large pictures only.
         limits: limits of the cost; None for the default ones.

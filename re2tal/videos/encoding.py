@@ -55,7 +55,7 @@ class Encoder:
         tick: seconds in a unit of time; time stamps are exact multiples of it.
         rate: approximate frames per second, for the rate control alone.
         quality: x264's constant rate factor.
-        gop: the largest number of frames from one key frame to the next.
+        gop: largest number of frames from one key frame to the next.
     """
 
     def __init__(
@@ -80,9 +80,7 @@ class Encoder:
     def add(self, frame: VideoFrame, time: int) -> None:
         """Add the next frame, of the first one's size and format.
 
-        Args:
-            frame: the frame.
-            time: time of presentation in ticks: 0 for the first frame, then rising.
+        Its `time` of presentation is in ticks: 0 for the first frame, then rising.
         """
         self._times.append(time)
         self._held.append((frame, time))

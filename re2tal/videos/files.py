@@ -24,7 +24,7 @@ def match_videos(
 
     Args:
         video_ids: ids of the videos to find.
-        files: the folder's files: name -> path, URI or anything else that stands for the file.
+        files: files of the folder: name -> path, URI or anything else that stands for the file.
 
     Returns:
         Video id -> its file; and, for the others, video id -> reason why it has none.

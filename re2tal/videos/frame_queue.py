@@ -124,7 +124,7 @@ class FrameSkipper:
         return True
 
     def _earliest(self) -> float:
-        """A time before which no packet to come is presented."""
+        """Time before which no packet to come is presented."""
         return min([self._decoding, *(time for _, time in self._ahead if time is not None)])
 
 
@@ -228,7 +228,7 @@ _LATE = 2
 
 
 class Shown(NamedTuple):
-    """A frame, when it is presented (ticks), and the place of its packet in decoding order."""
+    """Frame, time of its presentation (ticks), and place of its packet in decoding order."""
 
     frame: VideoFrame
     time: int
@@ -256,7 +256,7 @@ class FrameQueue:
 
     Args:
         name: name of the video in errors.
-        container: the open file.
+        container: open file.
         stream: stream of pictures in it.
         deadline: time limit of all reading and decoding.
         targets: times at which frames are wanted, rising, as time stamps of the stream; None if

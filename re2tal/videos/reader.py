@@ -47,7 +47,7 @@ class Span(NamedTuple):
         begin: tick at which it appears: `VideoReader.stream.time_base` seconds, counted from the
             first frame of the video.
         end: tick at which it disappears.
-        frame: the decoded frame.
+        frame: decoded frame.
         damage: fault of it, or of a frame that was to follow before `end`; else empty.
     """
 

@@ -56,7 +56,7 @@ class Copy:
     Attributes:
         grid: frames of a window that would be the copy from start to end; the copy is its last
             part.
-        first: the copy's first frame, a multiple of the stride.
+        first: copy's first frame, a multiple of the stride.
     """
 
     grid: TimeGrid
@@ -94,7 +94,7 @@ def clip_starts(
     alone, their places on the generator.
 
     Args:
-        instances: the video's actions; those longer than a clip are left to the windows.
+        instances: video's actions; those longer than a clip are left to the windows.
         duration: duration of the video in seconds, at least `length`.
         length: length of a clip in seconds.
         random: generator that draws the places.

@@ -1,4 +1,4 @@
-"""The only place that maps frames, features and seconds of a window to one another."""
+"""Mapping between frames, features and seconds of a window, in this one place."""
 
 import math
 from dataclasses import dataclass

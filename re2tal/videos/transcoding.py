@@ -68,7 +68,7 @@ class Piece:
         width: pixels across, upright.
         height: pixels down.
         source: width and height of the source, upright.
-        video: an H.264 mp4; empty if the source is damaged there.
+        video: H.264 mp4; empty if the source is damaged there.
         damage: fault of the source there, else empty.
     """
 

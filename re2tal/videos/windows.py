@@ -15,7 +15,7 @@ from re2tal.videos.timegrid import TimeGrid
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WindowConfig:
-    """Settings with which videos are cut into windows.
+    """Settings of the cutting of videos into windows.
 
     Attributes:
         frames: frames in a window, a multiple of the backbone's temporal stride.

@@ -37,7 +37,7 @@ class Palette:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gallery:
-    """The looks that a set of videos may use.
+    """Looks that a set of videos may use.
 
     Attributes:
         palettes: colour schemes.
@@ -179,7 +179,7 @@ def _clouds(cells: int, rng: np.random.Generator) -> Image:
 
 
 def _pattern(name: str, rng: np.random.Generator) -> Image:
-    """A pattern in [0, 1], (BACKGROUND_TEXTURE, BACKGROUND_TEXTURE), that repeats seamlessly."""
+    """Draw a seamless pattern in [0, 1], (BACKGROUND_TEXTURE, BACKGROUND_TEXTURE)."""
     axis = np.arange(BACKGROUND_TEXTURE) * (2.0 * pi / BACKGROUND_TEXTURE)
     x, y = np.meshgrid(axis, axis)
     count = int(rng.integers(5, 9))

@@ -78,7 +78,7 @@ def action(name: str, duration: float, angle: float, rng: np.random.Generator) -
     Args:
         name: one of `ACTIONS`.
         duration: seconds that the action lasts; the carrier is centred in it.
-        angle: the actor's angle at the start, radians.
+        angle: actor's angle at the start, radians.
         rng: source of every random choice. The number of draws does not depend on `name`.
 
     Returns:
@@ -174,7 +174,7 @@ GAP_SECONDS = (1.0, 4.5)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sprite:
-    """A sprite and its path: `texture` premultiplied RGBA, `radius` (T,) pixels, `pose` (T,)."""
+    """Sprite and its path: `texture` premultiplied RGBA, `radius` (T,) pixels, `pose` (T,)."""
 
     texture: Image
     radius: Floats

@@ -140,7 +140,7 @@ def find_files(
 
     Args:
         entries: entries to find.
-        files: the folder's files: path in it, with slashes -> path or URI.
+        files: files of the folder: path in it, with slashes -> path or URI.
 
     Returns:
         Video id -> file, and the place that was found; for the others, video id -> reason.
@@ -277,7 +277,7 @@ def _lines(lines: Sequence[str]) -> Iterator[tuple[int, Mapping[str, str]]]:
 
 
 def _entry(row: Mapping[str, str], classes: Sequence[str] | None) -> Entry:
-    """Read one row as an entry; a ValueError says what is wrong with it."""
+    """Read one row as an entry, or raise a ValueError with its fault."""
     label = _label(row.get("label", ""), classes)
     if "youtube_id" in row:
         start, end = (_seconds(row[name], name) for name in ("time_start", "time_end"))

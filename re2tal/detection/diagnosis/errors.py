@@ -138,7 +138,7 @@ ERRORS = tuple(kind for kind in Kind if kind is not Kind.TRUE_POSITIVE)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FalsePositives:
-    """The profile of the top predictions.
+    """Profile of the top predictions.
 
     Of a class with G_c instances, group i holds the predictions with ranks i G_c to
     (i + 1) G_c - 1: the top 1G, the next 1G and so on to 10G.
@@ -262,7 +262,7 @@ def sensitivity(outcomes: Outcomes, placed: Placed, base: Floats) -> Sensitivity
 
     Args:
         outcomes: instances and predictions.
-        placed: the bin of each instance.
+        placed: bin of each instance.
         base: `(K,)` mAP_N of all instances.
     """
     of_bins = [

@@ -149,7 +149,7 @@ def _name(kind: Kind) -> str:
 
 
 def _number(value: float) -> float | None:
-    """A Python float; None instead of nan, which JSON does not know."""
+    """Convert to a Python float; None instead of nan, which JSON does not know."""
     return float(value) if np.isfinite(value) else None
 
 

@@ -298,7 +298,7 @@ def average_recall(
         truth: video id -> instances (maybe none), in the unit of the proposals, for every video of
             the evaluated subset.
         proposals: video id -> proposals; videos may be missing or unknown.
-        max_average: a, the largest average number of proposals. All from 1 to A are evaluated;
+        max_average: A, the largest average number of proposals. All from 1 to A are evaluated;
             for A = 100 these are the 100 points of the official curve.
         thresholds: K tIoU thresholds above 0.
         exclude: ids of videos that do not count.
@@ -341,7 +341,7 @@ def _budgets(available: Ints, total: int, most: int) -> tuple[Ints, Floats]:
     Args:
         available: `(V,)` proposals of each video with ground truth.
         total: proposals of all videos.
-        most: a, the largest average number.
+        most: A, the largest average number.
 
     Returns:
         `(V, A)` kept proposals and `(A,)` average numbers.
