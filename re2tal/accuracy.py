@@ -1,11 +1,11 @@
-"""How often classification is right: top-k accuracy and mean class accuracy."""
+"""Top-k accuracy and mean class accuracy of a classification."""
 
 import torch
 from torch import Tensor
 
 
 def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """How many classes come before the right one; of equal scores the lower class number is first.
+    """Number of classes before the right one; of equal scores the lower class number is first.
 
     Args:
         scores: `(N, K)`, finite.
@@ -15,7 +15,7 @@ def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
         int64 `(N,)`, 0 where the right class is the best.
 
     Raises:
-        ValueError: if scores are not finite: they could be sorted in any way.
+        ValueError: scores are not finite, so that their order is undefined.
     """
     if not torch.isfinite(scores).all():
         raise ValueError("Scores of classes must be finite to be compared.")
@@ -26,18 +26,18 @@ def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def top_k_accuracy(scores: Tensor, labels: Tensor, k: int) -> float:
-    """The share of samples whose class is among the `k` with the highest scores.
+    """Share of samples whose class is among the `k` with the highest scores.
 
     Args:
         scores: `(N, K)`, N at least 1.
         labels: `(N,)` class numbers.
-        k: with fewer than `k` classes every answer is right.
+        k: number of classes in an answer; with fewer classes every answer is right.
     """
     return float((label_ranks(scores, labels) < k).double().mean())
 
 
 def mean_class_accuracy(scores: Tensor, labels: Tensor) -> float:
-    """The top-1 accuracy of each class that has samples, averaged over these classes.
+    """Top-1 accuracy of each class that has samples, averaged over these classes.
 
     Args:
         scores: `(N, K)`, N at least 1.

@@ -1,4 +1,4 @@
-"""Collection of annotated videos, whatever data set it comes from, and what describes it."""
+"""Collection of annotated videos, whatever data set it comes from, and its parts."""
 
 import hashlib
 import json
@@ -28,10 +28,10 @@ class VideoAnnotation:
     """One video: its `duration` in seconds and its instances by start; there may be none.
 
     Attributes:
-        ambiguous: Stretches of which the annotators could not say whether they are an action. They
+        ambiguous: stretches of which the annotators could not say if they are an action. They
             belong to no class: nothing is learnt from them, and a detection there is no mistake.
-        published: The instances as the file has them, where any of `instances` was clipped or left
-            out; published results are of these. None where they are the same.
+        published: instances as in the file, where any of `instances` was clipped or left out;
+            published results refer to these. None where they are the same.
     """
 
     video_id: str
@@ -49,7 +49,7 @@ class VideoAnnotation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exclusion:
-    """A video of the file that is not used, and why."""
+    """Video of the file that is not used, and the reason."""
 
     video_id: str
     reason: str
@@ -60,8 +60,8 @@ class Repair:
     """Change of one instance without which the data set could not be used.
 
     Attributes:
-        instance: The instance as the file has it or, where `action` is "added", would have it.
-        reason: What was wrong with it, as a phrase.
+        instance: instance as in the file or, where `action` is "added", as it should be there.
+        reason: fault of the instance, as a phrase.
     """
 
     video_id: str
@@ -84,13 +84,13 @@ class AnnotationError(FileError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Annotations:
-    """A collection of annotated videos.
+    """Collection of annotated videos.
 
     Attributes:
-        classes: Every label, sorted: the index in this tuple is the class number.
-        videos: The videos, sorted by id.
-        excluded: The videos of the file that were left out, sorted by id.
-        repairs: What was changed in the videos that are used, in the order of the videos.
+        classes: all labels, sorted: the index in this tuple is the class number.
+        videos: videos, sorted by id.
+        excluded: videos of the file that were left out, sorted by id.
+        repairs: changes in the videos that are used, in the order of the videos.
     """
 
     classes: tuple[str, ...]
@@ -105,9 +105,9 @@ class Annotations:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of all that is used: it ignores order, layout and keys not read.
+        """SHA-256, in hex, of everything that is used, whatever its order and layout.
 
-        What was excluded, repaired or set apart is part of it, so that two runs with one
+        Exclusions, repairs and ambiguous stretches are part of it, so that two runs with one
         fingerprint saw the same data and treated it alike. The wording of reasons is not.
         """
         videos = sorted(
@@ -126,13 +126,13 @@ class Annotations:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def subset(self, name: str) -> "Annotations":
-        """The videos of one subset, with the classes of the whole and their own repairs.
+        """Select the videos of one subset, with the classes of the whole and their own repairs.
 
         Args:
-            name: The subset, as the file calls it ("training", "validation", ...).
+            name: name of the subset in the file ("training", "validation", ...).
 
         Raises:
-            AnnotationError: No video is in that subset; the message lists those that exist.
+            AnnotationError: no video is in that subset; the message lists the existing ones.
         """
         videos = tuple(video for video in self.videos if video.subset == name)
         if not videos:
@@ -148,7 +148,7 @@ class Annotations:
         """Return the videos of some subsets, or all videos if none is named.
 
         Raises:
-            AnnotationError: as `subset`.
+            AnnotationError: a subset has no video; see `subset`.
         """
         return tuple(v for name in subsets for v in self.subset(name).videos) or self.videos
 
@@ -163,14 +163,14 @@ class RawCollection:
     """Result of the reader of one form.
 
     Attributes:
-        videos: Video id -> an entry in ActivityNet's shape, `{"subset", "duration", "annotations":
+        videos: video id -> an entry in ActivityNet's shape, `{"subset", "duration", "annotations":
             [{"segment": [start, end], "label"}]}`. Anything in it may be missing or wrong: it is
             judged in one place, whatever the form. An annotation may have an "id" of its own.
-        problems: What is wrong with the file itself.
-        repeated: Video id -> a phrase for each key that its entry, or an object in it, has more
+        problems: problems of the file itself.
+        repeated: video id -> a phrase for each key that its entry, or an object in it, has more
             than once; this too is judged only where the video is used.
-        classes: Every label of the data set, where the files list them.
-        excluded: Video id -> why the data set's own rules leave it out.
+        classes: all labels of the data set, where the files list them.
+        excluded: video id -> reason why the data set's own rules leave it out.
     """
 
     videos: Mapping[str, Any]
@@ -211,11 +211,11 @@ class Characteristics:
     """Bins of the characteristics of an instance, for the diagnosis of a detector's errors.
 
     Attributes:
-        coverage: An instance's length as a share of its video's duration. Instances that are
+        coverage: bins of the length as a share of the video's duration. Instances that are
             annotated beyond their video's end fall into the last bin (DETAD drops them).
-        length: In seconds.
-        instances: Number of instances of any class in the instance's video, as DETAD's own
-            annotation files count them.
+        length: bins of the length in seconds.
+        instances: bins of the number of instances of any class in the instance's video, as DETAD's
+            own annotation files count them.
     """
 
     coverage: Bins
@@ -224,11 +224,7 @@ class Characteristics:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, without a byte order mark.
-
-    Raises:
-        AnnotationError: It cannot be read.
-    """
+    """Read a UTF-8 file, without a byte order mark; an `AnnotationError` if it cannot be read."""
     try:
         return json_files.read_text(path)
     except FileError as error:
@@ -236,11 +232,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> tuple[Any, tuple[RepeatedKey, ...]]:
-    """A JSON document, and the keys that objects in it have more than once.
-
-    Raises:
-        AnnotationError: The file cannot be read or holds no JSON text.
-    """
+    """Read a JSON file as `re2tal.json_files.read_json` does, with an `AnnotationError` instead."""
     try:
         return json_files.read_json(path)
     except FileError as error:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there complete or not at all."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,10 +7,9 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Gives another name to write to, and the file its own name once it is whole.
+    """Give a temporary name to write `path` under; the file gets its name once it is complete.
 
-    Args:
-        path: the file; it is replaced, unless what writes it fails.
+    An existing file is replaced, unless the writing fails.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")

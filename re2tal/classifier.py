@@ -1,7 +1,7 @@
 """Classification of clips: the simplest localizer, whose one segment is the clip itself.
 
-Behind a backbone it makes a video classifier, which is what backbones are pretrained and, once
-rewired, finetuned as. As any localizer it is part of a `Detector`, and saved and loaded with it
+Behind a backbone it makes a video classifier, the form in which backbones are pretrained and, once
+rewired, finetuned. As any localizer it is part of a `Detector`, and saved and loaded with it
 (`re2tal.trained`).
 """
 
@@ -30,7 +30,7 @@ class ClipClassifierConfig:
         label_smoothing: share of the targets that is spread over all classes.
 
     Raises:
-        ValueError: if a field is not in [0, 1).
+        ValueError: a field is not in [0, 1).
     """
 
     dropout: float = 0.5
@@ -76,8 +76,8 @@ class ClipClassifier(nn.Module):
         self.linear = nn.Linear(in_channels, num_classes)
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
-        self._passes = 0  # to come whose clips are counted already
-        self._clips_a_pass = torch.ones(())  # of them, the mean over passes and ranks
+        self._passes = 0  # later passes of the step whose clips are counted already
+        self._clips_a_pass = torch.ones(())  # mean number of clips over passes and ranks
 
     def forward(
         self, features: Tensor, mask: Tensor, targets: Sequence[Targets] | None = None
@@ -87,13 +87,13 @@ class ClipClassifier(nn.Module):
         Args:
             features: `(B, C, T)`.
             mask: `(B, T)` bool, false on padding.
-            targets: one action for each clip, or none if it is to count nothing.
+            targets: one action for each clip, or none if the clip is not to count.
 
         Returns:
-            As `re2tal.localizers.Localizer`; scores are probabilities that add up to 1.
+            Result of a `re2tal.localizers.Localizer`; scores are probabilities that add up to 1.
 
         Raises:
-            ValueError: if a clip has several actions.
+            ValueError: a clip has several actions.
         """
         (logits,) = self.predict(features, mask)
         if targets is None:
@@ -131,7 +131,7 @@ class ClipClassifier(nn.Module):
 
 
 Classifier: TypeAlias = Detector[Any, ClipClassifier]
-"""A backbone with a `ClipClassifier`, built by a `DetectorSpec` with a `ClipClassifierConfig`."""
+"""Backbone with a `ClipClassifier`, built by a `DetectorSpec` with a `ClipClassifierConfig`."""
 
 
 def class_scores(classifier: Classifier, frames: Tensor, mask: Tensor) -> Tensor:

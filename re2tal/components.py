@@ -1,4 +1,4 @@
-"""Parts of a detector as JSON: which class, and its fields.
+"""Parts of a detector as JSON: the name of a class, and its fields.
 
 `{"class": "re2tal.localizers.actionformer:ActionFormerConfig", "width": 512, ...}`. Reading a file
 must not run code that came with it: a class is looked up in this package, or in a module that the
@@ -17,7 +17,7 @@ _CLASS = "class"
 
 
 class Component:
-    """Marks a field of a dataclass that pydantic reads: `Annotated[LocalizerConfig, Component()]`.
+    """Mark of a field that pydantic reads so: `Annotated[LocalizerConfig, Component()]`.
 
     The field holds any frozen dataclass with a method `build`.
     """
@@ -27,7 +27,7 @@ class Component:
         source: Any,
         handler: GetCoreSchemaHandler,
     ) -> CoreSchema:
-        """How pydantic reads and writes such a field."""
+        """Schema by which pydantic reads and writes such a field."""
         return core_schema.no_info_plain_validator_function(
             _read, serialization=core_schema.plain_serializer_function_ser_schema(_write)
         )
@@ -59,7 +59,7 @@ def _read(value: Any) -> Any:
 
 
 def _find(name: str) -> Any:
-    """The dataclass of that name.
+    """Find the dataclass of that name.
 
     Raises:
         ValueError: there is none, or its module was not imported.

@@ -1,4 +1,4 @@
-"""From pixels to segments: a backbone and a localizer as one model."""
+"""Model from pixels to segments: a backbone and a localizer."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Detector(nn.Module, Generic[BackboneT, LocalizerT]):
         localizer: module from features to losses or detections, built for the backbone's channels.
         mean: mean of red, green and blue in [0, 1] in the backbone's pretraining; by default
             ImageNet's, as torchvision's Video Swin weights want it.
-        std: standard deviation, likewise.
+        std: standard deviation of the same colours.
     """
 
     mean: Tensor
@@ -91,11 +91,11 @@ class Detector(nn.Module, Generic[BackboneT, LocalizerT]):
             targets: actions of each window, in feature-grid units.
 
         Returns:
-            As `re2tal.localizers.Localizer`: loss terms, or the detections of each window in
-            feature-grid units, before non-maximum suppression.
+            Result of the localizer (`re2tal.localizers.Localizer`): loss terms, or the detections
+            of each window in feature-grid units, before non-maximum suppression.
 
         Raises:
-            ValueError: if `frames` or `mask` have another shape or type.
+            ValueError: `frames` or `mask` have another shape or type.
         """
         precomputed = isinstance(self.backbone, Precomputed)
         features = self.backbone(frames if precomputed else self.normalized(frames))

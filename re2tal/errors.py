@@ -1,4 +1,4 @@
-"""The error of which programs show the message alone, and long lists in messages."""
+"""Error of which programs show the message alone, and shortening of long lists in messages."""
 
 from collections.abc import Sequence
 
@@ -12,12 +12,12 @@ class UserError(Exception):
 
 
 def shortened(items: Sequence[str], most: int = 20, *, rest: str = "") -> list[str]:
-    """The first items of a list for a message, and how many more there are.
+    """Shorten a list for a message to its first items and the number of the others.
 
     Args:
         items: lines or names.
         most: number of items that are shown.
-        rest: place of the others, as ", in failures.json".
+        rest: place where the others are listed, such as ", in failures.json".
     """
     left = len(items) - most
     return [*items[:most], *([f"... and {left:,} more{rest}"] if left > 0 else [])]

@@ -111,7 +111,7 @@ def detector_folder(folder: str | Path) -> Path:
             it as `detector`.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: there is none.
     """
     folder = Path(folder)
     for candidate in (folder, folder / "detector"):
@@ -160,8 +160,8 @@ def detect(
         device: device of a detector from a folder; by default a GPU if there is one.
 
     Raises:
-        VideoError: if the video cannot be read.
-        ValueError: if the folder holds no detector, or the detector was trained on features or is
+        VideoError: the video cannot be read.
+        ValueError: the folder holds no detector, or the detector was trained on features or is
             in training mode, in which its results are random.
     """
     if isinstance(model, tuple):

@@ -1,4 +1,4 @@
-"""JSON files that others wrote: read whole, with everything that is wrong in them in one error."""
+"""JSON files from elsewhere: read as a whole, with all of their problems in one error."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Place = tuple[str | int, ...]
 
 
 class FileError(UserError):
-    """A file that cannot be used.
+    """Error of a file that cannot be used.
 
     Attributes:
-        source: The file.
-        problems: Every problem found in it, each naming the place and the reason.
+        source: path of the file.
+        problems: all problems found in it, each with its place and reason.
     """
 
     def __init__(self, source: str, problems: Iterable[str]) -> None:
@@ -36,11 +36,11 @@ class FileError(UserError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RepeatedKey:
-    """A key that one object has more than once; JSON readers keep only the last value.
+    """Key that one object has more than once; JSON readers keep only the last value.
 
     Attributes:
-        place: Keys and indices that lead to the object; none for the top level.
-        key: The key.
+        place: keys and indices that lead to the object; none for the top level.
+        key: name of the repeated key.
     """
 
     place: Place
@@ -52,10 +52,10 @@ class RepeatedKey:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, without a byte order mark.
+    """Read a UTF-8 file, without a byte order mark.
 
     Raises:
-        FileError: It cannot be read.
+        FileError: it cannot be read.
     """
     source = str(path)
     try:
@@ -69,14 +69,14 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path) -> tuple[Any, tuple[RepeatedKey, ...]]:
-    """A JSON document, and the keys that objects in it have more than once.
+    """Read a JSON document, and the keys that objects in it have more than once.
 
     Returns:
-        The document; its repeated keys in the order of the document. What stands in a value that a
-        later one of the same key replaced is lost, and its repeated keys are not told.
+        The document; its repeated keys in the order of the document, except those in a value that a
+        later value of the same key replaced.
 
     Raises:
-        FileError: The file cannot be read or holds no JSON text.
+        FileError: the file cannot be read or holds no JSON text.
     """
     # The objects are kept alive so that none of them gets the id of one that is gone.
     repeating: dict[int, tuple[dict[str, Any], list[str]]] = {}
@@ -104,13 +104,13 @@ def read_json(path: str | Path) -> tuple[Any, tuple[RepeatedKey, ...]]:
 
 
 def in_words(place: Place) -> str:
-    """A place as a path: `database.v_1.annotations[3]`."""
+    """Write a place as a path: `database.v_1.annotations[3]`."""
     parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in place]
     return "".join(parts).removeprefix(".")
 
 
 def _places(document: Any) -> Iterator[tuple[Place, Any]]:
-    """Every object of a document and where it stands, without recursion."""
+    """Yield every object of a document and its place, without recursion."""
     waiting: list[tuple[Place, Any]] = [((), document)]
     while waiting:
         place, value = waiting.pop()

@@ -32,12 +32,12 @@ class DetectorSpec:
     Attributes:
         classes: names of the action classes; a label is an index into it. A class-agnostic
             detector has one.
-        backbone: the video backbone.
-        localizer: the localizer behind it.
-        reversible: whether the backbone's residual connections are rewired (Re2TAL).
+        backbone: configuration of the video backbone.
+        localizer: configuration of the localizer behind it.
+        reversible: true if the backbone's residual connections are rewired (Re2TAL).
         size: side in pixels of the square frames that the backbone sees.
-        window: sliding windows over a video.
-        nms: suppression of repeated detections.
+        window: settings of the sliding windows over a video.
+        nms: settings of the suppression of repeated detections.
         mean: mean of red, green and blue in [0, 1] in the backbone's pretraining (torchvision's).
         std: standard deviation of red, green and blue.
     """
@@ -95,7 +95,7 @@ def read_spec(folder: str | Path) -> DetectorSpec:
         folder: folder with `spec.json` and `weights.safetensors`.
 
     Raises:
-        ValueError: if the folder holds no detector.
+        ValueError: the folder holds no detector.
     """
     folder = Path(folder)
     for name in (SPEC_FILE, WEIGHTS_FILE):
@@ -120,7 +120,7 @@ def load_detector(
         The specification and the detector in evaluation mode.
 
     Raises:
-        ValueError: if the folder holds no detector, or its weights do not fit its specification.
+        ValueError: the folder holds no detector, or its weights do not fit its specification.
     """
     folder = Path(folder)
     spec = read_spec(folder)

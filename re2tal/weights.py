@@ -1,4 +1,4 @@
-"""Reading files of weights, and the report or the refusal that follows."""
+"""Reading of weight files, and the report or refusal that follows."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class WeightsReport:
     """Account of the weights of a file.
 
     Attributes:
-        layout: what they were recognised as.
-        placed: the file's names and ours.
-        left_out: the file's names and why they were not used.
+        layout: title of the layout that they were recognised as.
+        placed: name in the file -> our name.
+        left_out: name in the file -> reason why it was not used.
         kept: weights that the file lacks, and the network has by itself.
-        note: what else one has to know to use them.
-        mean: of the frames that they were trained on, if it is known not to be ImageNet's.
+        note: further facts needed to use them.
+        mean: mean of the frames of their training, if it is known not to be ImageNet's.
         std: standard deviation of these frames, if it is known not to be ImageNet's.
     """
 
@@ -44,15 +44,15 @@ class WeightsReport:
     std: Colour | None = None
 
     def require_normalization(self, mean: Colour, std: Colour, *, option: str) -> None:
-        """Check that frames are normalized as those that the weights were trained on.
+        """Check that frames are normalized as in the training of the weights.
 
         Args:
             mean: mean of the frames that the network is given.
-            std: their standard deviation.
-            option: what comes before `mean` and `std` on the command line, such as `--model.`.
+            std: standard deviation of these frames.
+            option: prefix of `mean` and `std` on the command line, such as `--model.`.
 
         Raises:
-            ValueError: if they are normalized by other values, with the options to give.
+            ValueError: they are normalized by other values; the message has the options to give.
         """
         wanted = ((self.mean, mean, "mean"), (self.std, std, "std"))
         if all(own is None or own == given for own, given, _ in wanted):
@@ -65,12 +65,12 @@ class WeightsReport:
 
     @property
     def summary(self) -> str:
-        """The layout and how many weights were placed, left out and kept."""
+        """Describe the layout and the number of weights that were placed, left out and kept."""
         counts = f"{len(self.placed)} placed, {len(self.left_out)} left out"
         return f"{self.layout}: {counts}, {len(self.kept)} kept"
 
     def __str__(self) -> str:
-        """Every name on a line of its own."""
+        """List every name on a line of its own."""
         lines = [self.summary]
         lines += [f"  {theirs} -> {ours}" for theirs, ours in self.placed.items()]
         lines += [f"  {theirs} left out: {reason}" for theirs, reason in self.left_out.items()]
@@ -79,10 +79,10 @@ class WeightsReport:
 
 
 class WeightsMismatchError(ValueError):
-    """Weights do not fit a network.
+    """Error of weights that do not fit a network.
 
     Attributes:
-        problems: all of them; the message lists the first few.
+        problems: all problems; the message lists the first few.
     """
 
     def __init__(self, what: str, network: object, problems: Sequence[str]) -> None:
@@ -94,12 +94,12 @@ class WeightsMismatchError(ValueError):
         self.problems = tuple(problems)
 
 
-# Where the libraries keep the weights, the first that is there: OpenTAD and ActionFormer evaluate
-# with the averaged ones, the others have one kind.
+# Keys of the weights in the libraries' checkpoints; the first that is there counts: OpenTAD and
+# ActionFormer evaluate with the averaged weights, the others have one kind.
 _NESTED = ("state_dict_ema", "state_dict", "model_state")
 
-# Checkpoints of mmcv keep the best score so far as a NumPy number. These make numbers out of bytes,
-# under the names of NumPy 1 and 2.
+# Checkpoints of mmcv keep the best score so far as a NumPy number. These functions make numbers out
+# of bytes, under the names of NumPy 1 and 2.
 _SCALAR: Any = np.float64(0).__reduce__()[0]
 _NUMBERS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_SCALAR, "numpy.core.multiarray.scalar"),
@@ -116,11 +116,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Args:
         path: `.safetensors`, or a file that `torch.save` wrote: a dictionary of tensors, or a
-            checkpoint of mmaction2, PyTorchVideo, OpenTAD, ActionFormer or VSGN that holds one. It
-            is read without unpickling anything but tensors and plain values.
+            checkpoint of mmaction2, PyTorchVideo, OpenTAD, ActionFormer or VSGN that holds one.
+            Only tensors and plain values are unpickled.
 
     Raises:
-        ValueError: if it cannot be read, or holds no weights.
+        ValueError: it cannot be read, or holds no weights.
     """
     try:
         if path.suffix == ".safetensors":

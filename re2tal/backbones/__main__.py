@@ -1,4 +1,4 @@
-"""The table of backbones; published weights converted to ours; what rewiring makes of a backbone.
+"""Show the table of backbones, convert published weights to ours, or show a rewired backbone.
 
     python -m re2tal.backbones
     python -m re2tal.backbones convert SOURCE TARGET --backbone swin_t
@@ -6,7 +6,7 @@
 
 SOURCE is a file of torchvision, mmaction2, PyTorchVideo or OpenTAD, or the name of weights of
 torchvision (torchvision:swin3d_t/KINETICS400_V1). Training takes SOURCE itself, too: conversion
-makes a file that is loaded without PyTorch's pickles, and prints what became of each weight. If
+makes a file that is loaded without PyTorch's pickles, and prints the fate of each weight. If
 anything does not fit, all of it is listed and the exit code is 1.
 
 Rewiring changes connections and no parameter, so finetuning and training take pretrained weights as

@@ -1,4 +1,4 @@
-"""In the place of a backbone: features that were extracted before (step 2 of the usual way)."""
+"""Features that were extracted before, in the place of a backbone (step 2 of the usual way)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ TRAINED_ON_FEATURES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrecomputedConfig:
-    """Features instead of a backbone.
+    """Settings of features instead of a backbone.
 
     Attributes:
-        channels: C of the features.
-        temporal_stride: frames per feature, of the windows' frames.
+        channels: channels C of the features.
+        temporal_stride: frames of a window per feature.
     """
 
     channels: int
@@ -32,21 +32,12 @@ class PrecomputedConfig:
             )
 
     def build(self) -> Precomputed:
-        """A module that takes the features in; it has no weights."""
+        """Build a module that takes the features in; it has no weights."""
         return Precomputed(self)
 
 
 class Precomputed(nn.Module):
-    """Takes features as they are.
-
-    Args:
-        config: how many channels, and for how many frames.
-
-    Attributes:
-        channels: C of the features.
-        temporal_stride: frames per feature.
-        multiple: of which the number of frames is a multiple.
-    """
+    """Module that passes features on, with the attributes of a `Backbone`."""
 
     def __init__(self, config: PrecomputedConfig) -> None:
         super().__init__()
@@ -54,16 +45,10 @@ class Precomputed(nn.Module):
         self.temporal_stride = self.multiple = config.temporal_stride
 
     def forward(self, features: Tensor) -> Tensor:
-        """The features in the layout of a backbone's.
-
-        Args:
-            features: `(B, T', C)` floating, as `re2tal.videos.features` gives them.
-
-        Returns:
-            `(B, C, T')`.
+        """Transpose features `(B, T', C)`, floating, to a backbone's layout `(B, C, T')`.
 
         Raises:
-            ValueError: if they are frames, or have another shape.
+            ValueError: the input holds frames, or has another shape.
         """
         if not features.is_floating_point():
             raise ValueError(TRAINED_ON_FEATURES)
@@ -74,9 +59,5 @@ class Precomputed(nn.Module):
         return features.transpose(1, 2).contiguous()
 
     def layer_of(self, name: str) -> int:
-        """There are no parameters, so no layers.
-
-        Args:
-            name: of a parameter.
-        """
+        """Refuse: there are no parameters, so no layers."""
         raise ValueError(f"Precomputed features have no parameter {name!r}.")

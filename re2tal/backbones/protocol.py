@@ -9,23 +9,23 @@ from torch import Tensor
 
 @runtime_checkable
 class BackboneConfig(Protocol):
-    """The shape of a backbone: a frozen dataclass that builds it.
+    """Shape of a backbone: a frozen dataclass that builds it.
 
     One with a field `depths`, the blocks of each stage, can also be made deeper and shallower, as
-    the memory planner does.
+    in the memory planner.
     """
 
     def build(self) -> Any:
-        """A `Backbone` with random weights, a module."""
+        """Build a `Backbone`, a module, with random weights."""
         ...
 
 
 @runtime_checkable
 class Strided(BackboneConfig, Protocol):
-    """The shape of a backbone that can have several numbers of frames per feature."""
+    """Shape of a backbone that can have several numbers of frames per feature."""
 
     def with_stride(self, stride: int) -> BackboneConfig:
-        """The same backbone with another number of frames per feature.
+        """Return the same backbone with another number of frames per feature.
 
         Raises:
             ValueError: it cannot have that number.
@@ -34,12 +34,12 @@ class Strided(BackboneConfig, Protocol):
 
 
 class Backbone(Protocol):
-    """Turns frames into temporal features. A `torch.nn.Module` in practice.
+    """Map from frames to temporal features; a `torch.nn.Module` in practice.
 
     Attributes:
         channels: C of the features.
         temporal_stride: frames per feature.
-        multiple: the number of frames of a window is a multiple of this.
+        multiple: number whose multiples are the possible numbers of frames of a window.
     """
 
     channels: int
@@ -47,7 +47,7 @@ class Backbone(Protocol):
     multiple: int
 
     def __call__(self, video: Tensor) -> Tensor:
-        """Spatially pooled features.
+        """Compute spatially pooled features.
 
         Args:
             video: `(B, 3, T, H, W)` normalised frames, T a multiple of `multiple`.
@@ -58,9 +58,5 @@ class Backbone(Protocol):
         ...
 
     def layer_of(self, name: str) -> int:
-        """The layer that a parameter belongs to: 0 for the stem, then 1 for each block in turn.
-
-        Args:
-            name: of the parameter.
-        """
+        """Layer of the parameter `name`: 0 for the stem, then 1 for each block in turn."""
         ...

@@ -1,11 +1,11 @@
 """Video Swin Transformer (Liu et al., CVPR 2022, arXiv 2106.13230), torchvision's own classes.
 
 Published weights: torchvision's as they are; those of mmaction2, of the paper's authors, and of
-OpenTAD's Re2Swin under other names. torchvision's network is theirs, so weights are renamed and
-nothing else. That was read in the sources: patch merging concatenates its four neighbours in the
-same order, the rows of the relative position table and of `qkv` have the same one, and norms have
-the same epsilon. OpenTAD's blocks have two functions, F (attention) and G (the MLP), whose sums run
-over two streams, ``y1 = x1 + F(x2); y2 = x2 + G(y1)``: the same as ours when rewired.
+OpenTAD's Re2Swin under other names. torchvision's network is theirs, so weights are only renamed.
+That was read in the sources: patch merging concatenates its four neighbours in the same order, the
+rows of the relative position table and of `qkv` have the same one, and norms have the same epsilon.
+OpenTAD's blocks have two functions, F (attention) and G (the MLP), whose sums run over two streams,
+``y1 = x1 + F(x2); y2 = x2 + G(y1)``: the same as ours when rewired.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _COUPLED = re.compile(
 
 
 def _around(name: str) -> str | None:
-    """Our name of a weight that is in no block."""
+    """Our name of a weight outside all blocks."""
     if _STEM.fullmatch(name):
         return name
     if match := _NORM.fullmatch(name):
         return f"norm.{match[1]}"
     if match := _MERGING.fullmatch(name):
-        # stages and the mergings between them take turns
+        # stages and the mergings between them alternate
         return f"features.{2 * int(match[1]) + 1}.{match[2]}.{match[3]}"
     return None
 
@@ -77,7 +77,7 @@ OPENTAD_SWIN = Layout(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SwinConfig:
-    """The shape of a Video Swin.
+    """Shape of a Video Swin.
 
     Attributes:
         patch: frames, height and width of a patch; the first is the temporal stride.
@@ -85,7 +85,7 @@ class SwinConfig:
         depths: blocks of each stage.
         heads: attention heads of each stage.
         window: frames (in patches), height and width of an attention window.
-        drop_path: probability of leaving out the last block's branches; it grows with depth.
+        drop_path: probability of leaving out the last block's branches, growing with depth.
         pooling: consecutive features that are averaged into one. Re2TAL takes 2 for ActivityNet,
             where 768 frames become 192 features, and 1 elsewhere.
     """
@@ -108,7 +108,7 @@ class SwinConfig:
             )
 
     def with_stride(self, stride: int) -> SwinConfig:
-        """The same backbone whose features are averaged to another number of frames per feature.
+        """Return the same backbone, its features averaged to another number of frames a feature.
 
         Raises:
             ValueError: it cannot have that stride.
@@ -121,7 +121,7 @@ class SwinConfig:
         return replace(self, pooling=stride // self.patch[0])
 
     def build(self) -> SwinBackbone:
-        """A backbone of this shape, with random weights."""
+        """Build a backbone of this shape, with random weights."""
         return SwinBackbone(self)
 
 
@@ -155,7 +155,7 @@ def swin_b() -> SwinConfig:
 
 @backbone(weights=(TOY_WEIGHTS,), layouts=_LAYOUTS)
 def swin_toy() -> SwinConfig:
-    """A small Swin for the toy data set: 64 pixels, minutes on two CPU cores."""
+    """Small Swin for the toy data set: 64 pixels, minutes on two CPU cores."""
     return SwinConfig(
         patch=(2, 8, 8),
         embed_dim=64,
@@ -172,13 +172,7 @@ class SwinBackbone(SwinTransformer3d):
     Its parameters have torchvision's names, and its stages are torchvision's modules, so that
     `re2tal.rewire` makes them reversible in place.
 
-    Args:
-        config: the shape.
-
-    Attributes:
-        channels: C of the features.
-        temporal_stride: frames per feature.
-        multiple: of which the number of frames is a multiple.
+    See `re2tal.backbones.protocol.Backbone` for the attributes.
     """
 
     def __init__(self, config: SwinConfig) -> None:
@@ -190,33 +184,20 @@ class SwinBackbone(SwinTransformer3d):
             window_size=list(config.window),
             stochastic_depth_prob=config.drop_path,
         )
-        self.head = nn.Identity()  # features are what is wanted; an Identity has no parameters
+        self.head = nn.Identity()  # an Identity has no parameters
         self.channels: int = self.num_features
         self.pooling = config.pooling
         self._depths = config.depths
         self.temporal_stride = self.multiple = config.patch[0] * config.pooling
 
     def forward(self, video: Tensor) -> Tensor:
-        """Spatially pooled features.
-
-        Args:
-            video: `(B, 3, T, H, W)` normalised frames, T a multiple of `temporal_stride`.
-
-        Returns:
-            `(B, C, T / temporal_stride)`.
-        """
+        """Compute spatially pooled features; see `Backbone`."""
         features = self.places(video).mean(dim=(2, 3))
         pooled = features.unflatten(1, (-1, self.pooling)).mean(dim=2)
         return pooled.transpose(1, 2).contiguous()
 
     def layer_of(self, name: str) -> int:
-        """The layer that a parameter belongs to: 0 for the stem, then 1 for each block in turn.
-
-        What merges patches belongs to the block after it, the last norm to the last block.
-
-        Args:
-            name: of the parameter.
-        """
+        """Layer as in `Backbone`; mergings belong to the next block, the last norm to the last."""
         depths = self._depths
         part, *rest = name.split(".")
         if part == "patch_embed":
@@ -227,13 +208,6 @@ class SwinBackbone(SwinTransformer3d):
         return sum(depths)
 
     def places(self, video: Tensor) -> Tensor:
-        """Features before pooling.
-
-        Args:
-            video: as in `forward`.
-
-        Returns:
-            `(B, T / patch[0], H', W', C)`.
-        """
+        """Compute features before pooling, `(B, T / patch[0], H', W', C)`, of `forward`'s input."""
         features: Tensor = self.norm(self.features(self.pos_drop(self.patch_embed(video))))
         return features

@@ -1,4 +1,4 @@
-"""The table of backbones: a name stands for a network, how it is fed, and the weights that fit it.
+"""Table of backbones: a name stands for a network, its input, and the weights that fit it.
 
 A family is one module of this package, whose functions enter themselves:
 
@@ -26,7 +26,7 @@ from re2tal.backbones.protocol import BackboneConfig
 from re2tal.errors import UserError
 from re2tal.weights import Colour
 
-# What torchvision's video models were trained with.
+# Mean and deviation in the training of torchvision's video models.
 IMAGENET_MEAN: Colour = (0.485, 0.456, 0.406)
 IMAGENET_STD: Colour = (0.229, 0.224, 0.225)
 
@@ -36,19 +36,19 @@ class Layout:
     """Names that a library gives to the weights of a backbone.
 
     Attributes:
-        title: what they are, for people.
-        mark: a name that every such file has and no other; what is in group 1 comes before all
-            names of the backbone, such as `backbone.`.
-        rename: gives a name, without what comes before it, ours, or None if it is unknown.
+        title: readable name of the layout.
+        mark: name that every such file has and no other; group 1 is the prefix of all names of
+            the backbone, such as `backbone.`.
+        rename: function from a name without its prefix to our name, or None if it is unknown.
         classifier: names of the classifier's weights if nothing sets them apart from the
             backbone's.
         may_lack: ends of the names of buffers that some versions did not write; the backbone keeps
             its own.
-        note: what else one has to know to use them.
-        mean: of the frames that they were trained on, if it is not ImageNet's.
+        note: further facts needed to use the weights.
+        mean: mean of the frames of their training, if it is not ImageNet's.
         std: standard deviation of these frames, if it is not ImageNet's.
-        objection: says why a backbone would compute something else with these weights than they
-            were trained for, though they fit; None if it would not.
+        objection: function that says why a backbone would compute something else with these weights
+            than they were trained for, though they fit; None if it would not.
     """
 
     title: str
@@ -64,17 +64,17 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """A backbone that has a name.
+    """Named backbone.
 
     Attributes:
-        name: on command lines.
-        make: gives its configuration.
+        name: name on command lines.
+        make: function that returns its configuration.
         input: "window" for any multiple of `Backbone.multiple` frames, "clip" for clips of a
             fixed length only, of which no detector can be made that sees long windows.
-        mean: of red, green and blue in [0, 1] that it is pretrained with.
-        std: their standard deviation.
+        mean: mean of red, green and blue in [0, 1] in its pretraining.
+        std: standard deviation of the same colours.
         weights: names or paths of weights that fit it.
-        layouts: of files that others publish for it.
+        layouts: layouts of files that others publish for it.
     """
 
     name: str
@@ -116,7 +116,7 @@ def backbone(
 
 
 def backbones() -> Mapping[str, Entry]:
-    """All entries by name: those of this package's modules, and of what else was imported."""
+    """Return all entries by name: this package's, and those of other imported modules."""
     for module in iter_modules([str(Path(__file__).parent)], f"{__package__}."):
         if not module.name.endswith("__main__"):
             import_module(module.name)

@@ -8,10 +8,10 @@
     PyTorchVideo's SlowFast                       `slowfast/published.py`
     OpenTAD's Re2SlowFast                         `slowfast/published.py`
 
-Names, shapes and what is computed were read in the sources of these libraries (mmaction2 1.2,
+Names, shapes and computations were read in the sources of these libraries (mmaction2 1.2,
 Video-Swin-Transformer at db018fb, PyTorchVideo at f3142bb, OpenTAD at 3dd7b03). The published files
-themselves were not at hand: one that differs from its library's source is refused with the list of
-its differences.
+themselves were not available: one that differs from its library's source is refused with the list
+of its differences.
 """
 
 import re
@@ -40,7 +40,7 @@ def torchvision_weights(name: str) -> dict[str, Tensor]:
         name: `torchvision:MODEL/WEIGHTS`, such as `torchvision:swin3d_t/KINETICS400_V1`.
 
     Raises:
-        ValueError: if there are none of this name, listing those that there are, or they cannot be
+        ValueError: there are none of this name (it lists those that exist), or they cannot be
             downloaded.
     """
     model, _, wanted = name.removeprefix(PREFIX).partition("/")
@@ -59,7 +59,7 @@ def torchvision_weights(name: str) -> dict[str, Tensor]:
         state: dict[str, Tensor] = weights.get_state_dict(
             progress=False, check_hash=True, map_location="cpu", weights_only=True
         )
-    except (OSError, RuntimeError) as error:  # no network, or not the file that was promised
+    except (OSError, RuntimeError) as error:  # no network, or another file than promised
         raise ValueError(
             f"{name} cannot be downloaded from {weights.url}: {error}. Without a network, copy the "
             f"file to {torch.hub.get_dir()}/checkpoints, or give its path instead of its name."
@@ -69,7 +69,7 @@ def torchvision_weights(name: str) -> dict[str, Tensor]:
 
 _OWN = Layout(
     title="names of this backbone",
-    mark=re.compile(r"(?!)"),  # what has no mark is ours
+    mark=re.compile(r"(?!)"),  # a file without any mark is ours
     rename=lambda name: name,
     classifier=re.compile(r"head\."),  # torchvision's
 )
@@ -79,14 +79,14 @@ def load_backbone_weights(backbone: nn.Module, source: str | Path) -> WeightsRep
     """Load weights into a backbone, rewired or not: rewiring keeps every name.
 
     Args:
-        backbone: what they are for.
-        source: a file as for `read_tensors`, or the name of weights of torchvision, as in
+        backbone: module to load them into.
+        source: file as for `read_tensors`, or the name of weights of torchvision, as in
             `torchvision:swin3d_t/KINETICS400_V1`. Besides our own and torchvision's names, those of
             every layout in the table of backbones are recognised.
 
     Raises:
-        ValueError: it cannot be read; or it lists every weight that is missing, unknown or has
-            another shape (`WeightsMismatchError`). Nothing is loaded then.
+        ValueError: it cannot be read; or a weight is missing, unknown or has another shape
+            (`WeightsMismatchError`, which lists them all). Nothing is loaded then.
     """
     named = str(source).startswith(PREFIX)
     published = torchvision_weights(str(source)) if named else read_tensors(Path(source))
@@ -108,9 +108,9 @@ def save_backbone_weights(
     """Write a backbone's weights as safetensors, under another name until the file is whole.
 
     Args:
-        backbone: whose weights.
-        path: the file; it is replaced.
-        metadata: facts to keep with them, such as the command and what it reached.
+        backbone: module whose weights are written.
+        path: path of the file; an existing one is replaced.
+        metadata: facts to keep with them, such as the command and its results.
     """
     state = {name: v.detach().cpu().contiguous() for name, v in backbone.state_dict().items()}
     with replacing(path) as partial:
@@ -118,7 +118,7 @@ def save_backbone_weights(
 
 
 def _recognise(names: Sequence[str]) -> tuple[Layout, str]:
-    """The layout of a file with weights of these names, and what comes before each of them."""
+    """Find the layout of a file with weights of these names, and the prefix of each of them."""
     layouts = dict.fromkeys(layout for entry in backbones().values() for layout in entry.layouts)
     found = [(layout, m[1]) for layout in layouts for n in names if (m := layout.mark.fullmatch(n))]
     if len(found) > 1:
@@ -130,7 +130,7 @@ def _recognise(names: Sequence[str]) -> tuple[Layout, str]:
 def _converted(
     published: Mapping[str, Tensor], layout: Layout, prefix: str, backbone: nn.Module, what: str
 ) -> tuple[dict[str, Tensor], WeightsReport]:
-    """All weights and buffers of the backbone by our names, and the report."""
+    """Collect all weights and buffers of the backbone by our names, and the report."""
     placed: dict[str, str] = {}
     left_out: dict[str, str] = {}
     problems: list[str] = []

@@ -1,10 +1,10 @@
-"""Annotations of seven data sets, read and checked whole.
+"""Annotations of seven data sets, read and checked as a whole.
 
 `load_annotations` reads ActivityNet-1.3, THUMOS-14, MultiTHUMOS, HACS Segments, FineAction,
-EPIC-Kitchens-100 and Ego4D Moment Queries into one `Annotations`. Everything that is wrong is
-listed in one `AnnotationError`; what is known to be wrong in a published data set is repaired and
-reported when its record is passed (`THUMOS14`, `ACTIVITYNET13`, ...). `published` holds a record a
-data set, `forms` a reader a form. `python -m re2tal.datasets FILE` describes a file.
+EPIC-Kitchens-100 and Ego4D Moment Queries into one `Annotations`. All faults are listed in one
+`AnnotationError`; known faults of a published data set are repaired and reported when its record is
+passed (`THUMOS14`, `ACTIVITYNET13`, ...). `published` holds a record for each data set, `forms` a
+reader for each form. `python -m re2tal.datasets FILE` describes a file.
 """
 
 from re2tal.datasets.checking import DURATION_TOLERANCE, check_durations

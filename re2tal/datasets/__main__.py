@@ -1,10 +1,10 @@
-"""Describe annotations, or lists everything that is wrong with them.
+"""Describe annotations, or list everything that is wrong with them.
 
     python -m re2tal.datasets FILE [--dataset thumos-14] [--exclude missing_files.txt]
 
 FILE is a JSON file, or the folder of a data set that comes as several files. The summary shows
 videos and hours by subset, instances, the largest and smallest classes, the lengths of instances,
-the share of time in which an action happens, and all that was left out or repaired. Without
+the share of time in which an action happens, and all exclusions and repairs. Without
 --dataset nothing is repaired and every fault is an error. The exit code is 1 where there are any.
 """
 
@@ -21,7 +21,7 @@ from re2tal.datasets.summary import summarize
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     options = _parser().parse_args(arguments)
     try:
         durations = read_durations(options.durations) if options.durations else {}

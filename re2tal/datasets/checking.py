@@ -1,4 +1,4 @@
-"""Checks of entries: repaired where that is asked for, typed, and compared with video files."""
+"""Checks of entries: repair where a record asks for it, types, and comparison with video files."""
 
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +12,7 @@ from re2tal.annotations import Annotations, Instance, Repair, VideoAnnotation
 from re2tal.datasets.published import Dataset, Fault
 
 # Seconds that a segment may reach past the duration: durations are rounded, and containers and
-# streams disagree by as much. Such a segment is clipped; what reaches further is a fault.
+# streams disagree by as much. Such a segment is clipped; one that reaches further is a fault.
 DURATION_TOLERANCE = 1.0
 
 
@@ -21,9 +21,9 @@ class Rules:
     """Rules for the entries of a file.
 
     Attributes:
-        dataset: Its known faults are repaired.
-        classes: The labels that are allowed; any, where None.
-        durations: Video id -> seconds, for entries that have no duration of their own.
+        dataset: record of the data set, whose known faults are repaired.
+        classes: permitted labels; None permits any.
+        durations: video id -> seconds, for entries without a duration of their own.
     """
 
     dataset: Dataset
@@ -33,7 +33,7 @@ class Rules:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checked:
-    """Outcome for one entry; there is no video where there are problems."""
+    """Result for one entry; without a video where there are problems."""
 
     video: VideoAnnotation | None
     repairs: tuple[Repair, ...] = ()
@@ -41,7 +41,7 @@ class Checked:
 
 
 def check_video(video_id: str, raw: Any, rules: Rules) -> Checked:
-    """One typed video, or everything that is wrong with it."""
+    """Return one typed video, or all of its problems."""
     problems = list(_id_problems(video_id))
     if isinstance(raw, dict) and raw.get("duration") is None:
         known = {"duration": rules.durations[video_id]} if video_id in rules.durations else {}
@@ -52,7 +52,7 @@ def check_video(video_id: str, raw: Any, rules: Rules) -> Checked:
         subset, duration = entry.subset, entry.duration
     except ValidationError as error:
         problems += [_reason(**details) for details in error.errors()]
-    # the actions of a video that is wrong itself are checked too: every problem is to be listed
+    # actions of a video that is wrong itself are checked too: every problem is to be listed
     actions = raw.get("annotations") if isinstance(raw, dict) else None
     instances: list[Instance] = []
     published: list[Instance] = []
@@ -67,7 +67,7 @@ def check_video(video_id: str, raw: Any, rules: Rules) -> Checked:
         problems += wrong
     if problems or duration is None:
         return Checked(video=None, problems=tuple(problems))
-    # each from its own, so that the twin of what is as published is as published too
+    # each from its own form, so that the twin of a published instance is as published too
     added = [*_implied(video_id, published, rules)]
     instances += [repair.instance for repair in _implied(video_id, instances, rules)]
     published += [repair.instance for repair in added]
@@ -115,7 +115,7 @@ class _Video(BaseModel):
 def _check_action(
     video_id: str, place: str, raw: Any, duration: float | None, rules: Rules
 ) -> tuple[Instance | None, Instance | None, Repair | None, list[str]]:
-    """One action as it can be used and as it is written, its repair, and what is wrong with it."""
+    """Return an action for use and as written, its repair, and its problems."""
     try:
         action = _Action.model_validate(raw)
     except ValidationError as error:
@@ -162,7 +162,7 @@ def _phrase(fault: Fault, duration: float) -> str:
 
 
 def _implied(video_id: str, instances: Iterable[Instance], rules: Rules) -> Iterator[Repair]:
-    """The instances of wider labels that the data set promises and the file lacks."""
+    """Instances of wider labels that the data set promises and the file lacks."""
     there = set(instances)
     for instance in sorted(there, key=_order):
         wider = rules.dataset.implied.get(instance.label)
@@ -179,13 +179,13 @@ def _order(instance: Instance) -> tuple[float, float, str]:
 
 
 def _place(number: int, action: Any) -> str:
-    """Place of an action, by its own id where it has one: rows of a table have no number."""
+    """Name the place of an action, by its own id if it has one: rows of a table have no number."""
     own = action.get("id") if isinstance(action, dict) else None
     return f"annotations[{number}]" if own is None else f"annotation {own!r:.60}"
 
 
 def _reason(place: str = "", /, *, loc: tuple[int | str, ...], **details: Any) -> str:
-    """One pydantic error as a phrase: `annotations[3].segment: has no length (found [2, 2])`."""
+    """Put a pydantic error into words: `annotations[3].segment: has no length (found [2, 2])`."""
     parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc]
     place = "".join((place, *parts)).removeprefix(".") or "the entry"
     if details["type"] == "missing":
@@ -217,12 +217,12 @@ def check_durations(
     the video in the wrong place, and nothing else shows it.
 
     Args:
-        annotations: The annotations that are to be used.
-        measured: Video id -> duration of its file in seconds; videos that are not in it pass.
-        tolerance: Seconds by which the two may differ.
+        annotations: annotations to check.
+        measured: video id -> duration of its file in seconds; other videos pass.
+        tolerance: seconds by which the two may differ.
 
     Returns:
-        Id to a sentence, of each video whose durations differ by more, in the order of the videos.
+        Video id -> sentence, for each video whose durations differ by more, in the order of videos.
     """
     problems = {}
     for video in annotations.videos:

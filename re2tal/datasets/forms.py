@@ -1,8 +1,8 @@
-"""Forms in which annotations are handed out, and the reader of each.
+"""Forms in which annotations are published, and the reader of each.
 
 Every reader brings its files into ActivityNet's shape, `{"subset", "duration", "annotations":
-[{"segment": [start, end], "label"}]}` by video id. What cannot be understood stays as it is: all
-entries are judged in one place (`re2tal.datasets.checking`), whatever their form.
+[{"segment": [start, end], "label"}]}` by video id. Values that cannot be understood stay as they
+are: all entries are judged in one place (`re2tal.datasets.checking`), whatever their form.
 """
 
 import csv
@@ -23,11 +23,11 @@ class FileForm:
     """Layout of annotation files.
 
     Attributes:
-        name: Value of the options that choose a form.
-        read: Reader of a file or folder; it raises an `AnnotationError` where files are missing or
+        name: value of the options that choose a form.
+        read: reader of a file or folder; it raises an `AnnotationError` where files are missing or
             of another shape.
-        suits: Whether a file or folder has this layout, by its names and what it holds. None for
-            the form that any other file is taken to have.
+        suits: test for this layout by the names and content of a file or folder. None for the form
+            that any other file is assumed to have.
     """
 
     name: str
@@ -65,7 +65,7 @@ def read_activitynet(path: Path) -> RawCollection:
 def _sorted_out(
     repeated: Iterable[RepeatedKey],
 ) -> tuple[dict[str, tuple[str, ...]], list[str]]:
-    """Repeated keys inside a video as phrases by its id, and those of the rest of the file."""
+    """Split repeated keys into phrases by video id, and those of the rest of the file."""
     of_videos: dict[str, tuple[str, ...]] = {}
     others: list[str] = []
     for key in repeated:
@@ -93,7 +93,7 @@ def read_class_files(path: Path) -> RawCollection:
     Each line is `video_name start end`, in seconds, and the file's name is the label:
     `Diving_val.txt` and `Diving_test.txt` of THUMOS-14 (Jiang et al., 2014), `Diving.txt` of
     MultiTHUMOS (Yeung et al., IJCV 2018). The subset is in the name of the video:
-    video_validation_0000051, video_test_0000004. There are no durations: give those of the files.
+    video_validation_0000051, video_test_0000004. There are no durations: pass those of the files.
     """
     files = [
         p for p in sorted(path.rglob("*.txt")) if p.name not in {"readme.txt", "class_list.txt"}
@@ -126,17 +126,16 @@ _EGO4D_FILES = ("moments_train.json", "moments_val.json", "moments_test_unannota
 
 
 def read_ego4d(path: Path) -> RawCollection:
-    """Read one of the `moments_*.json`, or those of them that lie in a folder.
+    """Read one of the `moments_*.json`, or all of them that lie in a folder.
 
     `{"videos": [{"video_uid", "split", "clips": [{"clip_uid", "clip_start_sec", "clip_end_sec",
     "annotations": [{"annotator_uid", "labels": [{"start_time", "end_time", "label",
-    "primary"}]}]}]}]}` (Grauman et al., CVPR 2022; annotation schemas of the data set). A clip of
-    up to eight minutes is what is annotated, so a clip is a video here: its id is `clip_uid`, which
-    is what the files of the data set's own clips are called, and `start_time` and `end_time` count
-    from the clip's start. Several annotators saw each clip and all their labels count, so that one
-    moment may be there twice with slightly different times. Labels that are not `primary` are not
-    part of the benchmark, and clips of which no label is primary are left out, both as in the
-    benchmark's own code.
+    "primary"}]}]}]}]}` (Grauman et al., CVPR 2022; annotation schemas of the data set). Clips of up
+    to eight minutes are annotated, so a clip is a video here: its id is `clip_uid`, the name of the
+    data set's own clip files, and `start_time` and `end_time` count from the clip's start. Several
+    annotators saw each clip and all their labels count, so that one moment may be there twice with
+    slightly different times. Labels that are not `primary` are not part of the benchmark, and clips
+    without a primary label are left out, both as in the benchmark's own code.
     """
     paths = (
         [path / name for name in _EGO4D_FILES if (path / name).exists()]
@@ -166,7 +165,7 @@ def read_ego4d(path: Path) -> RawCollection:
 
 
 def _clips(document: Any, path: Path, problems: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
-    """Every clip of a file: its place, the split of its video, and its raw object."""
+    """Yield every clip of a file: its place, the split of its video, and its raw object."""
     videos = document.get("videos") if isinstance(document, dict) else None
     if not isinstance(videos, list):
         shape = 'the top level must be an object that holds the list "videos"'
@@ -181,7 +180,7 @@ def _clips(document: Any, path: Path, problems: Sequence[str]) -> Iterator[tuple
 
 
 def _clip_entry(split: Any, clip: dict[str, Any]) -> dict[str, Any]:
-    """One clip in ActivityNet's shape."""
+    """Bring one clip into ActivityNet's shape."""
     start, end = clip.get("clip_start_sec"), clip.get("clip_end_sec")
     annotators = clip.get("annotations")
     return {
@@ -201,7 +200,7 @@ def _clip_entry(split: Any, clip: dict[str, Any]) -> dict[str, Any]:
 
 
 def _difference(end: Any, start: Any) -> Any:
-    """`end - start` of two numbers; `end` as it is where that is no number, to be refused later."""
+    """`end - start` of two numbers; `end` itself if that is no number, to be refused later."""
     numbers = all(isinstance(value, int | float) for value in (start, end))
     return end - start if numbers else end
 
@@ -224,15 +223,15 @@ def read_epic_kitchens(path: Path, kind: _Part) -> RawCollection:
 
     - EPIC_100_train.csv and EPIC_100_validation.csv: one action a row, with narration_id, video_id,
       start_timestamp and stop_timestamp (HH:MM:SS.ss), verb_class and noun_class. Its noun is the
-      first of the sentence that was narrated; the others (all_noun_classes) are not read.
+      first of the narrated sentence; the others (all_noun_classes) are not read.
     - EPIC_100_test_timestamps.csv: the same without classes. These times are given so that trimmed
       actions can be recognised; for localisation they are an answer, so only the video ids count.
     - EPIC_100_video_info.csv: video_id, duration in seconds, fps, resolution, of all 700 videos.
     - EPIC_100_verb_classes.csv, EPIC_100_noun_classes.csv: id and key of 97 verbs, 300 nouns.
 
     Args:
-        path: The folder, or one of the files in it. A subset whose file is not there is left out.
-        kind: Part of the action that is its class: verb, noun, or both, as "take plate".
+        path: folder, or one of the files in it. A subset whose file is missing is left out.
+        kind: part of the action that is its class: verb, noun, or both, as in "take plate".
     """
     folder = path if path.is_dir() else path.parent
     there = {
@@ -271,7 +270,7 @@ def read_epic_kitchens(path: Path, kind: _Part) -> RawCollection:
 
 
 def _annotation(row: Mapping[str, str], names: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    """One row in ActivityNet's shape; what cannot be understood stays as it is, to be refused."""
+    """Bring one row into ActivityNet's shape; other values stay as they are, to be refused."""
     numbers = [row[f"{part}_class"] for part in names]
     keys = [names[part].get(number) for part, number in zip(names, numbers, strict=True)]
     return {
@@ -284,7 +283,7 @@ def _annotation(row: Mapping[str, str], names: Mapping[str, Mapping[str, str]]) 
 
 
 def _seconds(timestamp: str) -> float | str:
-    """`01:02:03.45` as 3723.45; what is no timestamp, as it is."""
+    """`01:02:03.45` as 3723.45; any other text unchanged."""
     match = _TIMESTAMP.fullmatch(timestamp)
     if match is None:
         return timestamp
@@ -293,7 +292,7 @@ def _seconds(timestamp: str) -> float | str:
 
 
 def _table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    """The rows of a CSV file that has at least these columns, none of them cut short."""
+    """Rows of a CSV file that has at least these columns, none of them cut short."""
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), restval="")
     missing = [name for name in columns if name not in (reader.fieldnames or ())]
     if missing:

@@ -1,4 +1,4 @@
-"""From a file or a folder to `Annotations`: its form, what is left out, what is wrong."""
+"""Loading of a file or folder into `Annotations`: form, exclusions, problems."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -32,29 +32,29 @@ def load_annotations(
     keep: Collection[str] = (),
     durations: Mapping[str, float] | None = None,
 ) -> Annotations:
-    """Read the annotations of a data set and checks all of them before any is used.
+    """Read the annotations of a data set and check all of them before any is used.
 
     Numbers may be written as strings, as some THUMOS-14 files do. A segment that reaches past the
     duration by at most `DURATION_TOLERANCE` seconds is clipped to it.
 
     Args:
-        path: The JSON file, or the folder of a data set that comes as several files.
-        form: Layout of the files, a key of `FORMS`. "auto" looks at them; EPIC-Kitchens-100 has
-            three readings, of which one must be named.
-        classes: The labels that are allowed; by default those that the data set lists or uses.
-        dataset: Record of the data set, whose known faults are repaired and reported. By default
+        path: JSON file, or the folder of a data set that comes as several files.
+        form: layout of the files, a key of `FORMS`. "auto" detects it; EPIC-Kitchens-100 has three
+            readings, of which one must be named.
+        classes: permitted labels; by default those that the data set lists or uses.
+        dataset: record of the data set, whose known faults are repaired and reported. By default
             nothing is repaired: every fault is an error.
-        exclude: Ids of videos to leave out, such as those that cannot be had any more; see
-            `read_ids`. They are not checked. An id may have the `v_` of its video file.
-        keep: Ids of videos to use although `dataset` leaves them out, to compare with results that
+        exclude: ids of videos to leave out unchecked, such as those that are no longer available;
+            see `read_ids`. An id may have the `v_` of its video file.
+        keep: ids of videos to use although `dataset` leaves them out, to compare with results that
             count them.
-        durations: Video id -> seconds, for videos to which the files give no duration.
+        durations: video id -> seconds, for videos to which the files give no duration.
 
     Returns:
         The annotations of all subsets.
 
     Raises:
-        AnnotationError: A file cannot be read, or anything in it is wrong. It lists everything.
+        AnnotationError: a file cannot be read, or anything in it is wrong. It lists everything.
     """
     source = str(path)
     raw = _form(Path(path), form).read(Path(path))
@@ -79,28 +79,28 @@ def load_annotations(
 
 
 def read_ids(path: str | Path) -> frozenset[str]:
-    """Video ids in a file of those to exclude: one a line, or a JSON list, or an object's keys.
+    """Read ids of videos to exclude: one a line, or a JSON list, or an object's keys.
 
-    The first is what feature extractors leave as missing_files.txt, the others are how lists of
-    blocked videos are published.
+    Feature extractors write the first as missing_files.txt; lists of blocked videos are published
+    in the other two.
 
     Raises:
-        AnnotationError: The file cannot be read or is of another shape.
+        AnnotationError: the file cannot be read or is of another shape.
     """
     path = Path(path)
     if path.suffix.lower() != ".json":
         return frozenset(line.strip() for line in read_text(path).splitlines() if line.strip())
-    document, _ = read_json(path)  # an id that is there twice is as good as one
+    document, _ = read_json(path)  # a repeated id does no harm
     if not isinstance(document, list | dict) or not all(isinstance(i, str) for i in document):
         raise AnnotationError(str(path), ["must be a list of video ids or an object keyed by them"])
     return frozenset(document)
 
 
 def read_durations(path: str | Path) -> dict[str, float]:
-    """Durations in seconds by video id, from a JSON object.
+    """Read durations in seconds by video id from a JSON object.
 
     Raises:
-        AnnotationError: The file cannot be read, has an id twice or holds something else.
+        AnnotationError: the file cannot be read, has an id twice or holds something else.
     """
     document, repeated = read_json(Path(path))
     problems = [*map(str, repeated)]
@@ -116,7 +116,7 @@ def read_durations(path: str | Path) -> dict[str, float]:
 def _left_out(
     raw: RawCollection, dataset: Dataset, exclude: Collection[str], keep: Collection[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Video id -> why it is not used, and what is wrong with `exclude` and `keep`."""
+    """Return video id -> reason of its exclusion, and problems of `exclude` and `keep`."""
     listed = {
         video_id if video_id in raw.videos else video_id.removeprefix("v_") for video_id in exclude
     }
@@ -137,12 +137,12 @@ def _left_out(
 
 
 def _form(path: Path, name: str) -> FileForm:
-    """The form of that name; of "auto", the one that the path has."""
+    """Form of that name; for "auto", the one that the path has."""
     if name in FORMS:
         return FORMS[name]
     if name != "auto":
         raise ValueError(f"There is no form {name!r}. Give one of auto, {', '.join(FORMS)}.")
-    # the last of the list first: any folder with texts could hold class files
+    # from the last of the list: any folder with texts could hold class files
     looked_at = [form for form in reversed([*FORMS.values()]) if form.suits is not None]
     found = next((form for form in looked_at if form.suits and form.suits(path)), None)
     if found is None and path.is_dir():
@@ -160,7 +160,7 @@ def _form(path: Path, name: str) -> FileForm:
 def _assemble(
     checked: Mapping[str, Checked], classes: Collection[str] | None, excluded: Mapping[str, str]
 ) -> Annotations:
-    """The collection of all that could be typed."""
+    """Collect everything that could be typed."""
     videos = sorted((r.video for r in checked.values() if r.video), key=lambda v: v.video_id)
     used = {i.label for video in videos for i in video.evaluated}
     return Annotations(

@@ -1,4 +1,4 @@
-"""Published data sets: a record each, of all that differs from one to the next.
+"""Published data sets: a record each, with everything that differs from one to the next.
 
 A new data set is a record in `DATASETS`, in this file. If its files have a form of their own, their
 reader stands in front of the record, as a `FileForm`. Every option that names a data set or a form,
@@ -20,7 +20,7 @@ from re2tal.datasets.forms import (
 
 
 class Fault(Enum):
-    """Fault of a segment; the value says it as a phrase."""
+    """Fault of a segment; the value is a phrase for it."""
 
     EMPTY = "has no length"
     REVERSED = "is reversed: it ends before it starts"
@@ -57,21 +57,21 @@ class Dataset:
     Nothing is repaired unless it is named here: by default every fault is an error.
 
     Attributes:
-        name: Value of the options that choose a data set.
-        forms: Layouts in which it is handed out.
-        repaired: The faults that the data set is known to have. A segment with one of them is cut
-            to the video where at least half of it lies inside, and dropped otherwise: most of a
-            segment that lies outside is a typing error, and half a typing error is no annotation.
-        ambiguous: Labels that are no class but mark stretches that cannot be judged.
-        implied: Label -> the wider label that each of its instances bears as well. Where the file
+        name: value of the options that choose a data set.
+        forms: layouts in which it is published.
+        repaired: known faults of the data set. A segment with one of them is cut to the video where
+            at least half of it lies inside, and dropped otherwise: most of a segment that lies
+            outside is a typing error, and half a typing error is no annotation.
+        ambiguous: labels that are no class but mark stretches that cannot be judged.
+        implied: label -> the wider label that each of its instances has as well. Where the file
             lacks the second instance it is added.
-        unusable: Video id -> why it is left out. Published results differ in which videos they
+        unusable: video id -> reason of its exclusion. Published results differ in the videos they
             count: an id that is passed as one to keep is not left out.
-        training: Subset that is trained on.
-        validation: Subset that is evaluated.
+        training: subset for training.
+        validation: subset for evaluation.
         thresholds: tIoU thresholds of the mAP.
-        recall_at: Each k of the Recall@kx that is reported beside the mAP, at the same thresholds.
-        bins: Bins of the diagnosis.
+        recall_at: each k of the Recall@kx that is reported beside the mAP, at the same thresholds.
+        bins: bins of the diagnosis.
     """
 
     name: str
@@ -131,7 +131,7 @@ THUMOS14 = Dataset(
 # conversion: 7 segments without length, 65 that reach more than a second past the video, of which
 # 5 start inside it and look like a slipped digit (398.4 to 4000.4 in a video of 1315 s). All 413
 # videos are used, as in published results: its annotators saw each of them anew, 1292 too has
-# instances, and what is wrong in 270 and 1496 are those of THUMOS' classes only.
+# instances, and the faults of 270 and 1496 concern THUMOS' classes only.
 MULTITHUMOS = Dataset(
     name="multithumos",
     forms=(ACTIVITYNET_JSON, CLASS_FILES),

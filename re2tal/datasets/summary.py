@@ -1,4 +1,4 @@
-"""A collection described in plain text, in at most 80 columns."""
+"""Description of a collection in plain text, in at most 80 columns."""
 
 import math
 import textwrap
@@ -15,7 +15,7 @@ _EXTREMES = 5  # classes named at either end
 
 
 def summarize(annotations: Annotations) -> str:
-    """Size, classes, lengths and coverage of a collection, and what was done to it."""
+    """Describe size, classes, lengths and coverage of a collection, and its repairs."""
     instances = [i for video in annotations.videos for i in video.instances]
     blocks = [
         _subsets(annotations.videos),
@@ -79,7 +79,7 @@ def _classes(classes: Sequence[str], instances: Sequence[Instance]) -> Iterator[
 
 
 def _lengths(lengths: Sequence[float]) -> Iterator[str]:
-    """Quantiles, and how many lengths lie between one power of two and the next."""
+    """Quantiles, and the number of lengths between one power of two and the next."""
     if not lengths:
         return
     ranked = sorted(lengths)
@@ -96,7 +96,7 @@ def _lengths(lengths: Sequence[float]) -> Iterator[str]:
 
 
 def _quantile(ranked: Sequence[float], q: float) -> float:
-    """The smallest value that at least the share `q` of them does not exceed."""
+    """Smallest value that at least the share `q` of them does not exceed."""
     return ranked[max(math.ceil(q * len(ranked)) - 1, 0)]
 
 

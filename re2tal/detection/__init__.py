@@ -1,4 +1,4 @@
-"""From scored segments to a video's detections, and how good those are."""
+"""Processing of scored segments into a video's detections, and their evaluation."""
 
 from re2tal.detection.evaluation import (
     ClassRecall,

@@ -1,10 +1,10 @@
-"""Detections as ActivityNet's results JSON, which its evaluation server and most tools take.
+"""Files in ActivityNet's results JSON, which its evaluation server and most tools take.
 
 `{"version": ..., "external_data": {}, "results": {video id: [{"segment": [s, e], "score": p,
-"label": class name}, ...]}}`, in seconds. Of other people's files only "results" is read.
-Numbers come back unchanged: float32 is written with nine significant digits, which is what it
-needs, float64 with up to 17. They are read as float64, because a tIoU that lies on a threshold, as
-that of numbers with few decimals often does, may fall to its other side in float32.
+"label": class name}, ...]}}`, in seconds. Of files from elsewhere only "results" is read.
+Numbers come back unchanged: float32 is written with the nine significant digits that it needs,
+float64 with up to 17. They are read as float64, because a tIoU that lies on a threshold, as it
+often does with numbers of few decimals, may fall to its other side in float32.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ _VERSION = "re2tal"
 
 
 def rows(detections: Detections, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Detections as the rows of the JSON file.
+    """List detections as the rows of the JSON file.
 
     Args:
-        detections: of one video, in seconds, on any device.
+        detections: detections of one video, in seconds, on any device.
         classes: class names, which the labels index.
 
     Returns:
         `{"segment": [start, end], "score": score, "label": class name}` for each, in order.
 
     Raises:
-        ValueError: If a label has no name; or a number is not finite or a segment reversed, naming
-            the first such row.
+        ValueError: a label has no name; or a number is not finite or a segment reversed, naming the
+            first such row.
     """
     labels = detections.labels.tolist()
     unnamed = sorted({label for label in labels if not 0 <= label < len(classes)})
@@ -72,12 +72,12 @@ def write_detections(
     """Write the detections of videos, sorted by id.
 
     Args:
-        path: the JSON file; it is replaced when the new one is whole.
-        detections: by video, in seconds.
+        path: JSON file; it is replaced when the new one is whole.
+        detections: video id -> detections in seconds.
         classes: class names, which the labels index.
 
     Raises:
-        ValueError: If detections cannot be written (see `rows`), naming the video.
+        ValueError: detections cannot be written (see `rows`); it names the video.
     """
     results = {}
     for video_id, found in sorted(detections.items()):
@@ -92,8 +92,8 @@ def write_rows(path: str | Path, results: Mapping[str, Sequence[Mapping[str, Any
     """Write detections that are rows already.
 
     Args:
-        path: the JSON file; it is replaced when the new one is whole.
-        results: video id to what `rows` returned.
+        path: JSON file; it is replaced when the new one is whole.
+        results: video id -> result of `rows`.
     """
     document = {"version": _VERSION, "external_data": {}, "results": results}
     with replacing(path) as partial:
@@ -104,16 +104,16 @@ def read_detections(path: str | Path, classes: Sequence[str]) -> dict[str, Detec
     """Read detections and check all of them before any is used.
 
     Args:
-        path: the JSON file.
+        path: JSON file.
         classes: class names; the labels of the result index them.
 
     Returns:
-        Video id to detections in seconds, float64, in the order of the file.
+        Video id -> detections in seconds, float64, in the order of the file.
 
     Raises:
-        FileError: If the file cannot be read or anything in it is wrong: a label that is
-            no class, a number that is none, a reversed segment, a missing key, a key (such
-            as a video) that is there twice. It lists everything.
+        FileError: the file cannot be read or anything in it is wrong: an unknown label, a value
+            that is no number, a reversed segment, a missing key, a key (such as a video) that is
+            there twice. It lists everything.
     """
     document, problems = read_json(path)
     if not isinstance(document, dict) or "results" not in document:
@@ -140,10 +140,10 @@ def read_detections(path: str | Path, classes: Sequence[str]) -> dict[str, Detec
 
 
 def read_json(path: str | Path) -> tuple[Any, list[str]]:
-    """A JSON file, and a phrase for each key that one of its objects has more than once.
+    """Read a JSON file, and a phrase for each key that one of its objects has more than once.
 
     Raises:
-        FileError: If there is no such file, or it is no JSON.
+        FileError: there is no such file, or it is no JSON.
     """
     try:
         document, repeated = json_files.read_json(path)
@@ -153,7 +153,7 @@ def read_json(path: str | Path) -> tuple[Any, list[str]]:
 
 
 def _check_numbers(detections: Detections) -> None:
-    """Refuse what `read_detections` would refuse."""
+    """Refuse numbers that `read_detections` would refuse."""
     segments, scores = detections.segments, detections.scores
     infinite = ~(segments.isfinite().all(dim=1) & scores.isfinite())
     wrong = infinite | (segments[:, 1] < segments[:, 0])
@@ -169,7 +169,7 @@ def _check_numbers(detections: Detections) -> None:
 
 
 def _writer(numbers: Tensor) -> Callable[[float], float]:
-    """Function that shortens a number to the digits that its precision needs."""
+    """Return a function that shortens a number to the digits that its precision needs."""
     if numbers.dtype == torch.float64:
         return float
     return lambda number: float(f"{number:.9g}")
@@ -201,7 +201,7 @@ _RESULTS = TypeAdapter(dict[str, list[_Row]])
 
 
 def _reason(details: ErrorDetails) -> str:
-    """One pydantic error as a phrase: `video 'x'[3].score: should be finite (found nan)`."""
+    """Put a pydantic error into words: `video 'x'[3].score: should be finite (found nan)`."""
     video, *place = details["loc"] or ("",)
     parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in place]
     where = f"video {video!r}" + "".join(parts) if details["loc"] else '"results"'
@@ -216,7 +216,7 @@ Row = Mapping[str, Any]
 
 
 def webvtt(rows: Sequence[Row]) -> str:
-    """A WebVTT file with a cue for each detection.
+    """Format detections as a WebVTT file with a cue for each.
 
     Cues may overlap: players show one above the other.
 
@@ -231,10 +231,10 @@ def webvtt(rows: Sequence[Row]) -> str:
 
 
 def srt(rows: Sequence[Row]) -> str:
-    """A SubRip file in which no two subtitles overlap, because many players show one at a time.
+    """Format detections as a SubRip file without overlaps, which many players cannot show.
 
-    The video is cut wherever a detection starts or ends, and each stretch names all that is on,
-    best first.
+    The video is cut wherever a detection starts or ends, and each stretch names all detections in
+    it, best first.
 
     Args:
         rows: detections of a video, in seconds.
@@ -247,7 +247,7 @@ def srt(rows: Sequence[Row]) -> str:
 
 
 def _stretches(rows: Sequence[Row]) -> list[tuple[int, int, list[str]]]:
-    """Starts and ends in milliseconds, with the texts of all that is on."""
+    """Starts and ends of stretches in milliseconds, with the texts of all detections in them."""
     best_first = sorted(rows, key=lambda row: -row["score"])
     timed = [(*_milliseconds(row), _plain(_text(row))) for row in best_first]
     cuts = sorted({time for start, end, _ in timed for time in (start, end)})
@@ -260,7 +260,7 @@ def _stretches(rows: Sequence[Row]) -> list[tuple[int, int, list[str]]]:
 
 
 def _milliseconds(row: Row) -> tuple[int, int]:
-    """Start and end; a player would refuse one that ends as it starts."""
+    """Start and end; players would refuse a cue that ends as it starts, so it gets a length."""
     start, end = (round(1000 * seconds) for seconds in row["segment"])
     return start, max(end, start + 1)
 
@@ -278,12 +278,12 @@ def _text(row: Row) -> str:
 
 
 def _escaped(text: str) -> str:
-    """For WebVTT, which has the entities of HTML."""
+    """Escape text for WebVTT, which has the entities of HTML."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _plain(text: str) -> str:
-    """For SubRip, which has no entities: players take what stands between < and > for a tag."""
+    """Clean text for SubRip, which has no entities: players take `<...>` for a tag."""
     return text.replace("<", "\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}").replace(
         ">", "\N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK}"
     )

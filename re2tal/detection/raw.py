@@ -1,7 +1,7 @@
-"""Raw predictions: what a detector found before non-maximum suppression, kept as one file.
+"""Raw predictions: detections before non-maximum suppression, kept as one file.
 
-With it the parameters of the suppression are searched without running the network, and several
-runs are ensembled. A safetensors file holds the detections of all videos one after the other:
+They allow a search for the parameters of the suppression without running the network, and ensembles
+of several runs. A safetensors file holds the detections of all videos one after the other:
 `segments` `(N, 2)` and `scores` `(N,)` in their precision, `labels` `(N,)` int32, `counts` `(V,)`
 int64 detections a video; its metadata hold `videos` and `classes`, JSON lists of names.
 """
@@ -35,13 +35,13 @@ def write_raw(
     """Write the predictions of videos, in their order.
 
     Args:
-        path: the file; it is replaced when the new one is whole.
-        predictions: by video, in seconds, on any device; where precisions differ, the widest is
-            written.
+        path: file; it is replaced when the new one is whole.
+        predictions: video id -> detections in seconds, on any device; of several precisions the
+            widest is written.
         classes: class names, which the labels index.
 
     Raises:
-        ValueError: If a label has no class.
+        ValueError: a label has no class.
     """
     pool = Detections.concat([found.to("cpu") for found in predictions.values()])
     if bool(((pool.labels < 0) | (pool.labels >= len(classes))).any()):
@@ -61,17 +61,14 @@ def write_raw(
 
 
 def read_raw(path: str | Path) -> tuple[dict[str, Detections], tuple[str, ...]]:
-    """Read a file of `write_raw`.
-
-    Args:
-        path: the file.
+    """Read a file that `write_raw` wrote.
 
     Returns:
-        Video id to predictions in the order written, bit for bit; the class names.
+        Video id -> predictions in the order written, bit for bit; the class names.
 
     Raises:
-        FileError: If the file cannot be read, or holds something else. It lists
-            everything that does not fit.
+        FileError: the file cannot be read, or has other content. It lists everything that does not
+            fit.
     """
     tensors, names = _content(path)
     if problems := [*_misnamed(names)] or [*_misfits(tensors, names)]:
@@ -92,7 +89,7 @@ def read_raw(path: str | Path) -> tuple[dict[str, Detections], tuple[str, ...]]:
 
 
 def _content(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The file's tensors and names, all of those that it should have."""
+    """Read the file's tensors and names; none may be missing."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -121,7 +118,7 @@ def _misnamed(names: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _misfits(tensors: Mapping[str, Tensor], names: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """Parts of a file that do not belong together."""
+    """Describe parts of a file that do not belong together."""
     segments, scores, labels, counts = (tensors[name] for name in _TENSORS)
     videos, classes = (len(names[kind]) for kind in _NAMES)
     if scores.ndim != 1:
@@ -152,19 +149,19 @@ def ensemble(
 ) -> dict[str, Detections]:
     """Put the detections of several runs side by side, before non-maximum suppression.
 
-    A score becomes `score * weight / sum of weights`: what averaging gives if a run scores 0 what
-    it did not find. Scores shrink so; a minimum score has to shrink with them.
+    A score becomes `score * weight / sum of weights`: their average, if a run gives 0 to an action
+    that it did not find. This lowers scores; a minimum score has to be lowered with them.
 
     Args:
-        runs: of each run its detections by video, in seconds, before NMS, with the same classes.
-        weights: of each run, above 0; only their ratios matter.
+        runs: for each run, video id -> detections in seconds, before NMS, with the same classes.
+        weights: weight above 0 for each run; only their ratios matter.
 
     Returns:
-        By video, in the first run's order, the detections of all runs in the order of the runs.
+        Video id -> detections of all runs in their order; videos in the first run's order.
 
     Raises:
-        ValueError: If there are no runs, not as many weights as runs, a weight is not above 0, or
-            a run lacks a video that another has; it lists those.
+        ValueError: there are no runs, not as many weights as runs, a weight is not above 0, or a
+            run lacks a video that another has; it lists those.
     """
     if not runs or len(runs) != len(weights):
         raise ValueError(

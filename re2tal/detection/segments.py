@@ -1,4 +1,4 @@
-"""Scored segments, and how much two segments overlap."""
+"""Scored segments, and the overlap of two segments."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Detections:
 
     @staticmethod
     def empty(device: torch.device | str = "cpu") -> Detections:
-        """No detections at all, in float32."""
+        """Return no detections, in float32."""
         return Detections(
             segments=torch.zeros(0, 2, device=device),
             scores=torch.zeros(0, device=device),
@@ -64,7 +64,7 @@ class Detections:
 
     @staticmethod
     def concat(parts: Sequence[Detections]) -> Detections:
-        """The detections of all `parts`, in their order; of no parts, none."""
+        """Concatenate the detections of all `parts` in their order; of no parts, none."""
         if not parts:
             return Detections.empty()
         return Detections(
@@ -74,21 +74,21 @@ class Detections:
         )
 
     def __getitem__(self, index: Tensor | slice) -> Detections:
-        """The detections that an index tensor `(M,)`, a mask `(N,)` or a slice picks."""
+        """Select detections by an index tensor `(M,)`, a mask `(N,)` or a slice."""
         return Detections(
             segments=self.segments[index], scores=self.scores[index], labels=self.labels[index]
         )
 
     def with_segments(self, segments: Tensor) -> Detections:
-        """The same scores and labels at other `segments` `(N, 2)`."""
+        """Replace the segments by others `(N, 2)`; scores and labels stay."""
         return replace(self, segments=segments)
 
     def sorted(self) -> Detections:
-        """By falling score; equal scores keep their order."""
+        """Sort by falling score; equal scores keep their order."""
         return self[self.scores.argsort(descending=True, stable=True)]
 
     def to(self, device: torch.device | str) -> Detections:
-        """A copy on `device` (itself when it is there already)."""
+        """Copy to `device` (itself when it is there already)."""
         return Detections(
             segments=self.segments.to(device),
             scores=self.scores.to(device),
@@ -127,17 +127,17 @@ def tiou(a: Tensor, b: Tensor) -> Tensor:
 def without_repetitions(found: Detections, second: Tensor, *, iou: float) -> Detections:
     """Hard non-maximum suppression between two views, within each class.
 
-    Sequentially: of what is left, the detection with the highest score (of equals, the first) is
-    kept, and those of its class go that the other view shows and that overlap it by at least
-    `iou`. Detections in one view do not suppress one another.
+    Sequentially, the remaining detection with the highest score (of equals, the first) is kept, and
+    those of its class that the other view shows and that overlap it by at least `iou` are removed.
+    Detections in one view do not suppress one another.
 
     Args:
         found: N detections in both views, in one unit.
-        second: `(N,)` whether a detection is the second view's.
-        iou: the overlap from which two detections are of the same action, above 0.
+        second: `(N,)` bool, true for detections of the second view.
+        iou: tIoU from which two detections are of the same action, above 0.
 
     Returns:
-        What is left, in its order.
+        The remaining detections in their order.
     """
     order = found.scores.argsort(descending=True, stable=True)
     ranked, view = found[order], second[order]
@@ -145,6 +145,6 @@ def without_repetitions(found: Detections, second: Tensor, *, iou: float) -> Det
     same &= tiou(ranked.segments[:, None], ranked.segments) >= iou
     kept = torch.ones(len(found), dtype=torch.bool)
     for row in same.any(dim=1).nonzero()[:, 0].tolist():
-        if kept[row]:  # those before it that repeat it are gone already
+        if kept[row]:  # its repetitions with higher scores are gone already
             kept &= ~same[row]
     return found[order[kept].sort().values]

@@ -1,12 +1,12 @@
-"""Non-maximum suppression of temporal segments, in pure PyTorch, of one video or of many.
+"""Non-maximum suppression of temporal segments, in pure PyTorch, for one video or many.
 
 The sequential definition, for the detections of one class in one video: take the detection with
-the highest score (of equals, the first given), keep it, weaken or remove the others by how much
-they overlap it, and repeat while the best score left reaches the minimum. Here all classes of
+the highest score (of equals, the first given), keep it, weaken or remove the others by their
+overlap with it, and repeat while the best remaining score reaches the minimum. Here all classes of
 all videos do that side by side (`suppression`), so a pass takes as many steps as its largest
 class has detections, or `top_k`, and not the sum of all.
 
-Where the widespread code (a C++ extension of MMCV's lineage) differs:
+Differences from the widespread code (a C++ extension of MMCV's lineage):
 
 - it does not compare the first pick of a class with the minimum score, so that a class always
   has a detection, however weak; here every pick is compared. In hard NMS it drops a score that
@@ -14,8 +14,8 @@ Where the widespread code (a C++ extension of MMCV's lineage) differs:
 - it adds 1e-6 to each length, so that identical segments overlap a little less than 1 and
   identical instants not at all; here they overlap fully (`tiou`);
 - of equal scores it takes any, as its swaps happen to leave them; here the first given;
-- it lets segments vote only when all classes are suppressed together; here `voting` does what it
-  says with `per_class` too, among the segments of the class.
+- it lets segments vote only when all classes are suppressed together; here `voting` also works with
+  `per_class`, among the segments of the class.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ REMOVED = float("-inf")
 _TABLE = 1 << 17
 
 Weaken = Callable[[Tensor, Tensor], None]
-"""Change the first, scores `(G, L)`, according to their overlaps `(G, L)` with what was taken; the
-second is free to be written to. A score must not rise, and what overlaps nothing must stay."""
+"""Change the first, scores `(G, L)`, according to their overlaps `(G, L)` with a taken segment; the
+second may be overwritten. No score may rise, and a segment without overlap keeps its score."""
 
 
 def gaussian(sigma: float) -> Weaken:
@@ -50,7 +50,7 @@ def gaussian(sigma: float) -> Weaken:
 
 
 def hard(iou: float) -> Weaken:
-    """Classic NMS: what overlaps by at least `iou` is removed."""
+    """Classic NMS: segments that overlap by at least `iou` are removed."""
 
     def weaken(scores: Tensor, overlaps: Tensor) -> None:
         # Arithmetic, here and below: on a CPU a masked assignment takes as long as all the rest.
@@ -69,21 +69,21 @@ def suppress(
     min_score: float,
     picks: int,
 ) -> Tensor:
-    """Scores after suppression within groups.
+    """Suppress scores within groups.
 
     Args:
         segments: `(N, 2)`, finite and not reversed.
         scores: `(N,)`, finite and not negative, of the same precision.
         groups: `(N,)` int64, any numbers.
-        weaken: what a taken segment does to the others.
-        min_score: a score below it is removed.
-        picks: a group's segments that are taken at most.
+        weaken: effect of a taken segment on the scores of the others.
+        min_score: lowest score that is kept.
+        picks: largest number of segments taken in a group.
 
     Returns:
-        `(N,)` what is left of each score when its segment is taken; `REMOVED` if it is not.
+        `(N,)` remaining score of each segment when it is taken; `REMOVED` if it is not.
     """
     result = torch.full_like(scores, REMOVED)
-    # What is too weak from the start is never taken, and what is not taken weakens nothing.
+    # A score too low from the start is never taken, and a segment not taken weakens nothing.
     candidates = (scores >= min_score).nonzero()[:, 0]
     for index, filled in _tables(groups[candidates]):
         members = candidates[index[filled]]
@@ -96,7 +96,7 @@ def suppress(
 
 
 def _tables(groups: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Indices of the members of the groups, in order: tables `(G, L)` and where they are filled.
+    """Group members' indices in order: tables `(G, L)` and masks of their filled places.
 
     Groups of like size share a table, so that little of it is padding.
     """
@@ -122,8 +122,8 @@ def _tables(groups: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 class _Table:
     """Groups of segments, a row each, all `(G, L)`.
 
-    Where there is no segment, or no longer one, the score is `REMOVED` and the ends lie so that
-    the overlap with anything is 0, by the same arithmetic as elsewhere.
+    A place without a segment, or whose segment was taken, has the score `REMOVED` and ends that
+    give an overlap of 0 with anything, by the same arithmetic as elsewhere.
     """
 
     starts: Tensor
@@ -133,7 +133,7 @@ class _Table:
 
     @staticmethod
     def empty(shape: torch.Size, *, like: Tensor) -> _Table:
-        """No segments, in the precision and on the device of `like`."""
+        """Return no segments, in the precision and on the device of `like`."""
         return _Table(*(like.new_full(shape, number) for number in _NOTHING))
 
     def pop(self, pick: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,7 +149,7 @@ _NOTHING = (float("inf"), float("-inf"), 1.0, REMOVED)
 
 
 def _take(table: _Table, weaken: Weaken, min_score: float, picks: int) -> Tensor:
-    """Take segments until no group has any left: the scores they were taken with, `(G, L)`."""
+    """Take segments until no group has any left; return their scores then, `(G, L)`."""
     taken = torch.full_like(table.scores, REMOVED)
     instants = bool((table.lengths == 0).any())
     for _ in range(min(taken.shape[1], picks)):
@@ -167,18 +167,13 @@ def _overlaps(
 ) -> Tensor:
     """`tiou` of a segment `(G, 1)` with those of its group `(G, L)`, in fewer operations.
 
-    Args:
-        table: the groups.
-        start: where the segments start.
-        end: where they end.
-        length: how long they are.
-        instants: whether there are segments of no length.
+    `instants` says whether there are segments of no length.
     """
     shared = torch.minimum(table.ends, end).sub_(torch.maximum(table.starts, start)).clamp_(min=0)
     union = (table.lengths + length).sub_(shared)
     if not instants:
         return shared.div_(union)
-    empty = union == 0  # two instants, which share everything or nothing
+    empty = union == 0  # two instants, which overlap fully or not at all
     same = empty & (table.starts == start)
     return shared.div_(union.add_(empty)).add_(same)
 
@@ -197,19 +192,19 @@ def vote(
     iou: float,
     by_overlap: bool,
 ) -> Tensor:
-    """The weighted mean of the segments of its group that overlap each segment kept.
+    """Weighted mean of the segments of its group that overlap each kept segment.
 
     Args:
         kept: `(K, 2)` segments after suppression.
-        kept_groups: `(K,)` their groups.
-        voters: `(N, 2)` segments before suppression, with those kept.
-        scores: `(N,)` their scores before suppression: the weights.
-        groups: `(N,)` their groups; only segments of the same group vote.
-        iou: the tIoU from which a segment votes.
-        by_overlap: weights are multiplied by the tIoU.
+        kept_groups: `(K,)` groups of `kept`.
+        voters: `(N, 2)` segments before suppression, including those kept.
+        scores: `(N,)` scores of the voters before suppression: the weights.
+        groups: `(N,)` groups of the voters; only segments of the same group vote.
+        iou: tIoU from which a segment votes.
+        by_overlap: true to multiply the weights by the tIoU.
 
     Returns:
-        `(K, 2)` the means; a segment whose voters have no weight at all stays.
+        `(K, 2)` means; a segment whose voters have no weight at all stays.
     """
     means = [kept[:0]]
     step = max(1, _PAIRS // max(1, len(voters)))
@@ -240,21 +235,21 @@ class NmsConfig:
             the scores of the others by `exp(-tIoU^2 / sigma)`; "hard": the others go when their
             tIoU reaches `iou`; "none": nothing is suppressed.
         sigma: width of the Gaussian ("soft" only).
-        iou: overlap from which a detection is removed ("hard" only; soft-NMS has no use for it).
-        per_class: suppress within each class; otherwise among all detections (for proposals).
-        min_score: detections below it are dropped, soft-NMS's weakened ones too.
-        min_duration: detections shorter than it are dropped first, and reversed ones; in the unit
-            of the segments.
-        top_k: at most so many detections of a video are kept, the best of all classes together.
-        voting: what moves a kept segment to the weighted mean of the segments that overlap it by
-            at least `voting_iou`, itself included: "score_tiou" weighs by score x tIoU (as
-            ActionFormer's code), "score" by score (as OpenTAD's), "none" leaves it. Scores are
-            those before suppression. With `per_class` only segments of the same class vote; the
+        iou: overlap from which a detection is removed ("hard" only).
+        per_class: true to suppress within each class, false among all detections (for proposals).
+        min_score: lowest score that is kept, also of those that soft-NMS has weakened.
+        min_duration: shortest duration that is kept, in the unit of the segments; shorter and
+            reversed detections are dropped first.
+        top_k: largest number of detections of a video, the best of all classes together.
+        voting: weights for moving a kept segment to the weighted mean of the segments that overlap
+            it by at least `voting_iou`, itself included: "score_tiou" is score x tIoU (as in
+            ActionFormer's code), "score" the score (OpenTAD's), "none" leaves the segment. Scores
+            are those before suppression. With `per_class` only segments of the same class vote; the
             published recipes vote without it.
-        voting_iou: the overlap from which a segment votes.
+        voting_iou: tIoU from which a segment votes.
 
     Raises:
-        ValueError: A name is unknown, or a number is none or out of its range; it lists them all.
+        ValueError: a name is unknown, or a number is nan or out of its range; it lists them all.
     """
 
     method: Method = "soft"
@@ -296,14 +291,14 @@ def nms(detections: Detections, config: NmsConfig) -> Detections:
 
     Args:
         detections: N detections in any unit, on any device.
-        config: what to do.
+        config: settings of the suppression.
 
     Returns:
         At most `config.top_k` detections by falling score, on the same device and in the same
         precision.
 
     Raises:
-        ValueError: If a segment is not finite, or a score is not finite or negative.
+        ValueError: a segment is not finite, or a score is not finite or negative.
     """
     return _thin([""], [detections], config)[0]
 
@@ -327,15 +322,15 @@ def nms_videos(
     needs memory for a table of bounded size and for the detections of all videos once more.
 
     Args:
-        detections: of each video its detections, by id or in order.
-        config: what to do with each video.
+        detections: detections of each video, by id or in order.
+        config: settings of the suppression within each video.
 
     Returns:
-        What is left of each video, in the form given.
+        Remaining detections of each video, in the form given.
 
     Raises:
-        ValueError: If a segment is not finite, or a score is not finite or negative, naming the
-            video; if the videos lie on different devices or have different precisions.
+        ValueError: a segment is not finite, or a score is not finite or negative, naming the video;
+            or the videos lie on different devices or have different precisions.
     """
     if isinstance(detections, Mapping):
         names = [f", in video {video_id!r}" for video_id in detections]
@@ -346,7 +341,7 @@ def nms_videos(
 
 @torch.no_grad()
 def _thin(names: list[str], videos: list[Detections], config: NmsConfig) -> list[Detections]:
-    """Detections of each video after suppression; errors name a video by `names`."""
+    """Suppress the detections of each video; errors name a video by `names`."""
     filled = [i for i, video in enumerate(videos) if len(video)]
     result = [video[:0] for video in videos]
     if filled:
@@ -358,18 +353,18 @@ def _thin(names: list[str], videos: list[Detections], config: NmsConfig) -> list
 
 @dataclass(frozen=True, slots=True)
 class _Pool:
-    """The detections of V videos, one after the other, and of each `(N,)` which video has it."""
+    """Detections of V videos, one after the other, and the index `(N,)` of each one's video."""
 
     detections: Detections
     videos: Tensor
     count: int
 
     def pick(self, index: Tensor) -> _Pool:
-        """Those that an index `(M,)` or a mask `(N,)` picks."""
+        """Select by an index `(M,)` or a mask `(N,)`."""
         return _Pool(self.detections[index], self.videos[index], self.count)
 
     def parts(self) -> Iterator[slice]:
-        """Places of each video's detections."""
+        """Slices of the videos' detections."""
         first = 0
         for size in self.videos.bincount(minlength=self.count).tolist():
             yield slice(first, first + size)
@@ -377,7 +372,7 @@ class _Pool:
 
 
 def _joined(names: list[str], videos: list[Detections]) -> _Pool:
-    """All `videos` in one pool, after a look at whether they can be."""
+    """Join all `videos` in one pool, after a check that they can be."""
     kinds = {f"{v.segments.dtype}, {v.scores.dtype} on {v.scores.device}" for v in videos}
     if len(kinds) > 1:
         raise ValueError(
@@ -399,7 +394,7 @@ def _joined(names: list[str], videos: list[Detections]) -> _Pool:
 
 
 def _thin_pool(given: _Pool, config: NmsConfig) -> list[Detections]:
-    """Detections of each video of a pool after suppression."""
+    """Suppress the detections of each video of a pool."""
     precisions = given.detections.segments.dtype, given.detections.scores.dtype
     pool = _computable(given, config)
     groups = _groups(pool, config)
@@ -418,7 +413,7 @@ def _thin_pool(given: _Pool, config: NmsConfig) -> list[Detections]:
 
 
 def _computable(pool: _Pool, config: NmsConfig) -> _Pool:
-    """The detections that are long enough, in one precision and at least float32."""
+    """Detections that are long enough, in one precision and at least float32."""
     found = pool.detections
     common = torch.promote_types(found.segments.dtype, found.scores.dtype)
     precision = torch.promote_types(common, torch.float32)
@@ -432,7 +427,7 @@ def _computable(pool: _Pool, config: NmsConfig) -> _Pool:
 
 
 def _groups(pool: _Pool, config: NmsConfig) -> Tensor:
-    """`(N,)` numbers that are equal for detections which suppress one another."""
+    """`(N,)` numbers that are equal for detections that suppress one another."""
     if not config.per_class:
         return pool.videos
     classes, of_class = pool.detections.labels.unique(return_inverse=True)
@@ -455,7 +450,7 @@ def _suppressed(found: Detections, groups: Tensor, config: NmsConfig) -> Tensor:
 
 
 def _best(scores: Tensor, pool: _Pool, config: NmsConfig) -> Tensor:
-    """Indices of what is kept: video by video, by falling score."""
+    """Indices of the kept detections: video by video, by falling score."""
     kept = ((scores >= config.min_score) & scores.isfinite()).nonzero()[:, 0]
     kept = kept[scores[kept].argsort(descending=True, stable=True)]
     kept = kept[pool.videos[kept].argsort(stable=True)]
@@ -468,10 +463,10 @@ def _best(scores: Tensor, pool: _Pool, config: NmsConfig) -> Tensor:
 def _voted(
     kept: _Pool, kept_groups: Tensor, pool: _Pool, groups: Tensor, config: NmsConfig
 ) -> Tensor:
-    """`(K, 2)` the kept segments after voting, which is done video by video.
+    """Kept segments after voting, `(K, 2)`, computed video by video.
 
-    A sum over more addends than a video has would be rounded in another order, and the result of
-    a video is not to depend on the others.
+    A sum over more addends than a video has would be rounded in another order, and the result of a
+    video must not depend on the others.
     """
     return torch.cat(
         [

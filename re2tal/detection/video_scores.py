@@ -1,15 +1,15 @@
 """External video-level classification: the usual protocol on ActivityNet, HACS and FineAction.
 
-A detector with one class proposes segments, and a classifier of whole videos says what they show:
-each proposal is given the classes that the classifier puts first, and as score the product of the
+A detector with one class proposes segments, and a classifier of whole videos names their classes:
+each proposal gets the classes with the video's highest scores, and as score the product of the
 proposal's score and the class's. ActionFormer's code and OpenTAD's class for FineAction take the
 square root of the product, OpenTAD's for ActivityNet does not, and its class for HACS doubles it:
 none of this changes the order of detections, and so no metric.
 
 The files of this protocol are JSON: `{"results": {video id: [K numbers]}, "class": [K names]}`.
 
-- ActivityNet, CUHK's classifier (`cuhk_val_simp_share.json`, `cuhk_val_simp_7.json`): scores as
-  they are. ActionFormer's code ignores "class" and trusts the order; here names decide.
+- ActivityNet, CUHK's classifier (`cuhk_val_simp_share.json`, `cuhk_val_simp_7.json`): plain scores.
+  ActionFormer's code ignores "class" and trusts the order; here names decide.
 - HACS, TCANet's (`validation94.32.json`): logits, in a list of one list a video: softmax first.
 - FineAction: the names may stand under "classes".
 
@@ -38,14 +38,14 @@ _PREFIX = "v_"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoScores:
-    """Scores that a classifier gives to whole videos.
+    """Scores of a classifier for whole videos.
 
     Attributes:
         classes: K class names.
-        scores: by video id, with "v_" in front or not: `(K,)` scores, finite and not negative.
+        scores: video id, with "v_" in front or not -> `(K,)` scores, finite and not negative.
 
     Raises:
-        ValueError: The scores of a video are not of this kind; it lists all such videos.
+        ValueError: the scores of a video are not of this kind; it lists all such videos.
     """
 
     classes: tuple[str, ...]
@@ -65,7 +65,7 @@ class VideoScores:
             )
 
     def get(self, video_id: str) -> Tensor | None:
-        """The scores `(K,)` of a video, whether or not either id has "v_" in front; else None."""
+        """Scores `(K,)` of a video, whether or not either id has "v_" in front; else None."""
         for name in (video_id, _PREFIX + video_id, video_id.removeprefix(_PREFIX)):
             if name in self.scores:
                 return self.scores[name]
@@ -78,17 +78,17 @@ def load_video_scores(
     """Read a file of video-level scores and check all of it.
 
     Args:
-        path: the JSON file (format: module docstring).
-        classes: the K class names in the order that labels index; the file may have more.
-        logits: the file holds logits, which a softmax over all classes of the file makes scores.
+        path: JSON file (format: module docstring).
+        classes: K class names in the order that labels index; the file may have more.
+        logits: true for a file of logits, which become scores by a softmax over all its classes.
 
     Returns:
         Scores of all videos of the file, float32, in the order of `classes`.
 
     Raises:
-        FileError: If the file cannot be read or anything in it is wrong: a class is
-            missing or there twice, a video has another number of scores, or one that is negative
-            or not finite. It lists everything.
+        FileError: the file cannot be read or anything in it is wrong: a class is missing or there
+            twice, a video has another number of scores, or one that is negative or not finite. It
+            lists everything.
     """
     document, problems = read_json(path)
     try:
@@ -124,16 +124,16 @@ def fuse(proposals: Detections, scores: Tensor, *, top: int) -> Detections:
     """Give the proposals of one video the classes that the video has.
 
     Args:
-        proposals: N detections; their labels are not looked at.
-        scores: `(K,)` of the video, finite and not negative.
-        top: how many classes each proposal is given (2 on ActivityNet and FineAction, 3 on HACS).
+        proposals: N detections; their labels are ignored.
+        scores: `(K,)` scores of the video's classes, finite and not negative.
+        top: number of classes for each proposal (2 on ActivityNet and FineAction, 3 on HACS).
 
     Returns:
-        `N * top` detections by falling score, which is proposal's times class's; of equal ones
-        that of the better class, then of the earlier proposal, first.
+        `N * top` detections by falling score, the product of the proposal's and the class's; of
+        equal scores the better class comes first, then the earlier proposal.
 
     Raises:
-        ValueError: If there are fewer classes than `top`, or a score is not finite or negative.
+        ValueError: there are fewer classes than `top`, or a score is not finite or negative.
     """
     if not 1 <= top <= len(scores):
         raise ValueError(f"Proposals can be given 1 to {len(scores)} classes each, not {top}.")
@@ -157,15 +157,15 @@ def fuse_videos(
     """Give the proposals of many videos the classes that each video has.
 
     Args:
-        proposals: by video, usually after class-agnostic NMS.
-        scores: of the videos.
-        top: as in `fuse`.
+        proposals: video id -> proposals, usually after class-agnostic NMS.
+        scores: scores of at least these videos.
+        top: number of classes for each proposal.
 
     Returns:
-        By video the result of `fuse`.
+        Video id -> result of `fuse`.
 
     Raises:
-        ValueError: If videos have no scores; it lists them.
+        ValueError: videos have no scores; it lists them.
     """
     of_video = {video_id: scores.get(video_id) for video_id in proposals}
     missing = [video_id for video_id, found in of_video.items() if found is None]
@@ -187,7 +187,7 @@ def _usable(scores: Tensor) -> bool:
 
 
 def _unwrapped(value: Any) -> Any:
-    """The list in a list of one list."""
+    """Unwrap a list in a list of one list."""
     return (
         value[0]
         if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list)
@@ -204,6 +204,6 @@ class _File(BaseModel):
 
 
 def _reason(place: tuple[int | str, ...], message: str) -> str:
-    """One pydantic error as a phrase: `results.x[3]: input should be a finite number`."""
+    """Put a pydantic error into words: `results.x[3]: input should be a finite number`."""
     where = in_words(place) or "the top level"
     return f"{where}: {message[0].lower()}{message[1:]}"

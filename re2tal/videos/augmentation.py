@@ -1,8 +1,8 @@
-"""Augmentation of training clips where they lie: random resized crop, flip and colour jitter.
+"""Augmentation of training clips on their own device: random resized crop, flip, colour jitter.
 
-The transforms are torchvision's. What they draw is drawn once a clip and holds for all its frames:
-a crop that jumped from frame to frame would be motion to a network. Segments are in time, which
-nothing here touches, so they stay as they are.
+The transforms are torchvision's. Their random numbers are drawn once a clip and hold for all its
+frames: a crop that jumped from frame to frame would be motion to a network. The segments stay as
+they are, since nothing here changes time.
 """
 
 import hashlib
@@ -23,24 +23,24 @@ _PIXELS = 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentationConfig:
-    """What is changed at random in a training clip; by default nothing.
+    """Random changes of a training clip; by default none.
 
     Attributes:
-        source_size: Side in pixels of the square frames that crops are taken from, best a little
+        source_size: side in pixels of the square frames that crops are taken from, best a little
             larger than what the network sees; None for that size itself. Without crops it has no
             effect.
-        crop_area: Smallest and largest share of a frame's area that a crop has; None does not crop.
-        crop_aspect: Smallest and largest width of a crop as a multiple of its height, before it is
+        crop_area: smallest and largest share of a frame's area that a crop has; None does not crop.
+        crop_aspect: smallest and largest width of a crop as a multiple of its height, before it is
             resized to a square.
-        flip: Probability that a clip is mirrored, left to right. Leave it 0 where the direction of
+        flip: probability that a clip is mirrored, left to right. Leave it 0 where the direction of
             a movement or written text tells classes apart.
-        brightness: Largest change of the brightness, as a share of it.
-        contrast: Largest change of the contrast of each frame, likewise.
-        saturation: Largest change of the saturation, likewise.
-        hue: Largest turn of the hue, in turns of the colour circle, at most 0.5.
+        brightness: largest change of the brightness, as a share of it.
+        contrast: largest change of the contrast of each frame, as a share of it.
+        saturation: largest change of the saturation, as a share of it.
+        hue: largest turn of the hue, in turns of the colour circle, at most 0.5.
 
     Raises:
-        ValueError: A field is out of its range.
+        ValueError: a field is out of its range.
     """
 
     source_size: int | None = None
@@ -80,7 +80,7 @@ class AugmentationConfig:
         return size if self.crop_area is None else self.source_size or size
 
     def transforms(self, size: int) -> list[v2.Transform]:
-        """What is done to a clip `(T, 3, H, W)` of which the network sees `size` x `size`."""
+        """Build the transforms of a clip `(T, 3, H, W)` for frames of `size` x `size` pixels."""
         chosen: list[v2.Transform] = []
         if self.crop_area is not None:
             chosen.append(v2.RandomResizedCrop(size, self.crop_area, self.crop_aspect))
@@ -93,15 +93,12 @@ class AugmentationConfig:
 
 
 def clip_seed(window: Window, *, seed: int, epoch: int) -> int:
-    """A number that `augment` can draw from for a window: the same on whichever worker it lies.
+    """Hash of 32 bits that seeds `augment` for a window, the same on every worker.
 
     Args:
-        window: What the clip shows.
-        seed: Of the run.
-        epoch: From 0; another epoch gives another number.
-
-    Returns:
-        32 bits of a hash.
+        window: window that the clip shows.
+        seed: seed of the run.
+        epoch: epoch from 0; another epoch gives another number.
     """
     place = f"{seed} {epoch} {window.video_id} {float(window.grid.offset).hex()} {window.valid}"
     return int.from_bytes(hashlib.sha256(place.encode()).digest()[:4], "big")
@@ -109,7 +106,7 @@ def clip_seed(window: Window, *, seed: int, epoch: int) -> int:
 
 @contextmanager
 def _drawing_from(seed: int) -> Iterator[None]:
-    """Lets what draws from PyTorch's CPU generator, as torchvision does, draw from a seed."""
+    """Let code that uses PyTorch's CPU generator, as torchvision does, draw from a seed."""
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed, which would seed the generators of all devices as well
         torch.default_generator.manual_seed(seed)
@@ -119,7 +116,7 @@ def _drawing_from(seed: int) -> Iterator[None]:
 def augment(
     frames: Tensor, config: AugmentationConfig, *, size: int, seeds: Sequence[int]
 ) -> Tensor:
-    """Transforms clips, each in its own way and all its frames in the same.
+    """Transform clips, each in its own way and all its frames in the same.
 
     A clip's result depends on its frames, the configuration and its seed, not on the others in the
     batch; the global generators stay as they were. Black frames, such as padding, stay black.
@@ -127,15 +124,15 @@ def augment(
 
     Args:
         frames: uint8 `(B, T, H, W, 3)` on any device.
-        config: What may change. Without crops, H and W must be `size`.
-        size: Side of the result in pixels.
-        seeds: Of each clip a number, such as from `clip_seed`.
+        config: permitted changes. Without crops, H and W must be `size`.
+        size: side of the result in pixels.
+        seeds: one number a clip, such as from `clip_seed`.
 
     Returns:
         uint8 `(B, T, size, size, 3)` on the same device; `frames` itself if nothing may change.
 
     Raises:
-        ValueError: If the arguments do not fit together.
+        ValueError: the arguments do not fit together.
     """
     batch, length, height, width = _shape(frames, seeds)
     if config.crop_area is None and (height, width) != (size, size):

@@ -1,4 +1,4 @@
-"""Decoded frames as RGB pictures: scaled, upright, written to where they are wanted."""
+"""Conversion of decoded frames to RGB pictures: scaled, upright, written into a given array."""
 
 import numpy as np
 from av.video.frame import VideoFrame
@@ -11,18 +11,18 @@ from av.video.reformatter import Interpolation, VideoReformatter
 # all of them are 1.5 levels too dark.
 _INTERPOLATION = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT
 
-# Where the planes of gbrp go in RGB.
+# Planes of FFmpeg's format gbrp in the order of RGB.
 _CHANNELS = (1, 2, 0)
 
 
 class Converter:
-    """Scales frames to the size fixed by the first one, turns them upright and makes them RGB.
+    """Converter of frames to upright RGB pictures of the size fixed by the first frame.
 
     Args:
-        size: The short side in pixels, keeping the aspect (the long side is rounded to an even
+        size: short side in pixels, keeping the aspect (the long side is rounded to an even
             number); None keeps the size.
-        like: Width and height, upright, of the video from which this one was scaled down: the shape
-            is that which a frame of it would get.
+        like: width and height, upright, of the video from which this one was scaled down; the
+            result has the shape that a frame of that video would get.
     """
 
     def __init__(self, size: int | None, *, like: tuple[int, int] | None = None) -> None:
@@ -37,12 +37,7 @@ class Converter:
         return (width, height, 3) if quarters(frame) % 2 else (height, width, 3)
 
     def __call__(self, frame: VideoFrame, out: np.ndarray) -> None:
-        """Converts a frame.
-
-        Args:
-            frame: As it comes from the decoder.
-            out: Takes the picture, RGB, uint8 of `shape(frame)`.
-        """
+        """Convert a decoder's frame into `out`, uint8 RGB of shape `shape(frame)`."""
         width, height = self._scaled_size(frame)
         unscaled = (width, height) == (frame.width, frame.height)
         picture = self._reformatter.reformat(
@@ -78,7 +73,7 @@ def quarters(frame: VideoFrame) -> int:
 
 
 def _plane(picture: VideoFrame, number: int, row: int) -> np.ndarray:
-    """The values of a plane, uint8 of shape (height, row), without copying them."""
+    """Values of a plane, uint8 of shape (height, row), without a copy."""
     plane = picture.planes[number]
     values = np.frombuffer(plane, np.uint8)  # type: ignore[call-overload]
     return values.reshape(-1, plane.line_size)[: picture.height, :row]

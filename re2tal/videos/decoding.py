@@ -1,4 +1,4 @@
-"""From a video file to an array of the frames that it shows at given times, with PyAV (FFmpeg)."""
+"""Decoding of the frames that a video file shows at given times, with PyAV (FFmpeg)."""
 
 from dataclasses import dataclass
 
@@ -25,12 +25,12 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PartlyDecoded:
-    """What could be decoded of a damaged video.
+    """Frames decoded from a damaged video.
 
     Attributes:
         frames: RGB, uint8 of shape (T, H, W, 3); black where `intact` is false.
-        intact: Which of them show the video, bool of shape (T,); at least one.
-        reasons: Why the others do not, one sentence each, without repetitions.
+        intact: bool of shape (T,), true for frames that show the video; at least one is.
+        reasons: reasons why the others do not, one sentence each, without repetitions.
     """
 
     frames: np.ndarray
@@ -47,11 +47,11 @@ def decode(
     limits: Limits | None = None,
     like: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """Decodes the frames that a video shows at given times.
+    """Decode the frames that a video shows at given times.
 
     The frame shown at a time is the last one presented by then, by its time stamp and counting
     from the first frame of the video: variable frame rates need no care. It is the same whichever
-    other times are asked for. Only what lies between the key frame before a time and the time is
+    other times are asked for. Only the stretch between the key frame before a time and the time is
     decoded, and only frames that are asked for are converted. Memory goes with their number.
     Interlaced frames are given as they are, both fields woven into one.
 
@@ -59,23 +59,22 @@ def decode(
     after the end the last.
 
     Args:
-        source: Path, content, or open binary file of the video.
-        times: Seconds, of shape (T,), in any order.
-        size: The short side in pixels to which frames are scaled, keeping the aspect (the long
+        source: path, content, or open binary file of the video.
+        times: seconds, of shape (T,), in any order.
+        size: short side in pixels to which frames are scaled, keeping the aspect (the long
             side is rounded to an even number); None keeps their size.
-        threads: Decoding threads; more than one helps with large pictures only.
-        limits: What it may cost; None for the usual ones.
-        like: Width and height of the video from which this one was scaled down, if it was: its
-            frames get the shape that those of the other would, and lie no part of a pixel beside
-            them.
+        threads: decoding threads; more than one helps with large pictures only.
+        limits: limits of the cost; None for the default ones.
+        like: width and height of the video from which this one was scaled down, if it was; frames
+            get the shape, and to a part of a pixel the position, of that video's frames.
 
     Returns:
         RGB frames, uint8 of shape (T, H, W, 3), contiguous, as the rotation metadata turn them.
 
     Raises:
         ValueError: `times` is empty or has entries that are not finite.
-        FrameError: The video is damaged at one of the times, or shows nothing then.
-        VideoError: The file is no video, no frame can be decoded, or it is over the limits.
+        FrameError: the video is damaged at one of the times, or shows nothing then.
+        VideoError: the file is no video, no frame can be decoded, or it is over the limits.
     """
     return _decode(source, times, size, threads, limits or Limits(), None, like)
 
@@ -89,11 +88,11 @@ def decode_intact(
     limits: Limits | None = None,
     like: tuple[int, int] | None = None,
 ) -> PartlyDecoded:
-    """Decodes as `decode` does, but goes on where the video is damaged or shows nothing.
+    """Decode as `decode` does, but goes on where the video is damaged or shows nothing.
 
     Raises:
         ValueError: `times` is empty or has entries that are not finite.
-        VideoError: No frame is intact, the file is no video, or it is over the limits.
+        VideoError: no frame is intact, the file is no video, or it is over the limits.
     """
     faults: dict[int, FrameError] = {}
     frames = _decode(source, times, size, threads, limits or Limits(), faults, like)
@@ -113,7 +112,7 @@ def _decode(
     faults: dict[int, FrameError] | None,
     like: tuple[int, int] | None,
 ) -> np.ndarray:
-    """Decodes frames; notes places without one in `faults`, or raises the first if that is None."""
+    """Decode frames; notes places without one in `faults`, or raises the first if that is None."""
     times = np.asarray(times, dtype=np.float64)
     if times.ndim != 1 or not times.size or not np.isfinite(times).all():
         raise ValueError(f"decode needs a list of finite times, not one of shape {times.shape}.")

@@ -1,4 +1,4 @@
-"""Writing H.264: videos that the project makes, and frames that keep the times of their source."""
+"""Writing of H.264: videos that the project makes, and frames that keep their source's times."""
 
 import io
 from collections.abc import Iterable, Mapping
@@ -19,16 +19,16 @@ _EVERYWHERE = "cpu-independent=1"
 def encode(
     target: Path | BinaryIO, frames: Iterable[np.ndarray], *, fps: int, quality: int = 30
 ) -> None:
-    """Writes frames as an H.264 mp4; the same frames give the same bytes.
+    """Write frames as an H.264 mp4; the same frames give the same bytes.
 
     Args:
-        target: file to write, or an open one that can seek.
+        target: file to write, or an open file that can seek.
         frames: RGB pictures, uint8 `(H, W, 3)` with even H and W, all of one size.
         fps: frames per second.
         quality: x264's constant rate factor; higher is smaller and noisier, 30 shows its blocks.
 
     Raises:
-        ValueError: if there are no frames.
+        ValueError: there are no frames.
     """
     with av.open(target, "w", format="mp4") as container:
         stream = _add_stream(container, rate=Fraction(fps), quality=quality, gop=2 * fps)
@@ -44,18 +44,18 @@ def encode(
 
 
 class Encoder:
-    """Writes frames, each with its time, as an H.264 mp4 in memory.
+    """Encoder of frames, each with its time, to an H.264 mp4 in memory.
 
     Groups of pictures are closed, so that decoding can start at each of their key frames. The same
     frames and times give the same bytes.
 
     Args:
-        first: a frame such as those that will come: yuv420p with even sides; its colour space is
+        first: frame in the format of all others: yuv420p with even sides; its colour space is
             written to the file.
         tick: seconds in a unit of time; time stamps are exact multiples of it.
-        rate: frames per second, about: it decides nothing but the rate control.
+        rate: approximate frames per second, for the rate control alone.
         quality: x264's constant rate factor.
-        gop: the largest number of frames from one key frame to the next.
+        gop: largest number of frames from one key frame to the next.
     """
 
     def __init__(
@@ -78,11 +78,9 @@ class Encoder:
         self._packets: list[Packet] = []
 
     def add(self, frame: VideoFrame, time: int) -> None:
-        """Adds the next frame.
+        """Add the next frame, of the first one's size and format.
 
-        Args:
-            frame: of the size and format of the first one.
-            time: when it is presented, in ticks: 0 for the first one, then rising.
+        Its `time` of presentation is in ticks: 0 for the first frame, then rising.
         """
         self._times.append(time)
         self._held.append((frame, time))
@@ -90,16 +88,9 @@ class Encoder:
             self._encode(*self._held.pop(0), PictureType.NONE)
 
     def finish(self, end: int) -> bytes:
-        """Ends the video.
-
-        Args:
-            end: the tick at which the last frame leaves the screen.
-
-        Returns:
-            The file.
-        """
-        # mp4 has the durations of frames in decoding order, so a file tells for how long its last
-        # frame is shown only if that is decoded last: no frame leans on it
+        """End the video at tick `end`, when the last frame leaves the screen; return the file."""
+        # mp4 has the durations of frames in decoding order, so it holds the duration of the last
+        # frame only if that is decoded last: no frame depends on it
         for frame, time in self._held:
             self._encode(frame, time, PictureType.P if time else PictureType.NONE)
         self._packets += self._stream.encode(None)
@@ -112,7 +103,7 @@ class Encoder:
         return self._file.getvalue()
 
     def _encode(self, frame: VideoFrame, time: int, kind: PictureType) -> None:
-        # what the source chose for the frame, and other times of the same picture, are overwritten
+        # overwrite the type that the source chose, and an earlier time of the same picture
         frame.pts, frame.time_base, frame.pict_type = time, self._tick, kind
         self._packets += self._stream.encode(frame)
 
@@ -130,13 +121,10 @@ def _add_stream(
 
 
 def reproducible(options: Mapping[str, str]) -> dict[str, str]:
-    """Add to libx264's options the one with which all processors write the same bytes.
+    """Add to libx264's `options` (by FFmpeg's names) the one that gives equal bytes everywhere.
 
     x264's code for AVX-512 gives other bytes than its code for AVX2, on some processors even other
-    bytes from run to run, unless it is told to use only what rounds alike everywhere.
-
-    Args:
-        options: options of the encoder, by FFmpeg's names; x264's own stand in "x264-params".
+    bytes from run to run, unless it is restricted to operations that round alike everywhere.
     """
     own = options.get("x264-params")
     return {**options, "x264-params": f"{own}:{_EVERYWHERE}" if own else _EVERYWHERE}

@@ -1,7 +1,7 @@
-"""Features that were extracted before, at the times of a window's feature grid.
+"""Precomputed features, interpolated at the times of a window's feature grid.
 
-Wherever features lie in a video, a `TimeGrid` says it: feature `j` belongs to the middle of its
-span, second `offset + (j + 0.5) * stride / fps`. Features of clips of `frames` frames, `stride`
+A `TimeGrid` describes the positions of features in a video: feature `j` belongs to the middle of
+its span, second `offset + (j + 0.5) * stride / fps`. Features of clips of `frames` frames, `stride`
 frames apart, lie on such a grid too (`clip_grid`), and so do those of a video that was resampled to
 a fixed number (`resampled_grid`).
 """
@@ -11,23 +11,23 @@ import numpy as np
 from re2tal.videos.timegrid import TimeGrid
 from re2tal.videos.windows import Window
 
-# Of a feature: places nearer than that to a feature are meant to be there, and get it unchanged.
+# Share of a feature: places nearer to a feature than this count as its own, and get it unchanged.
 _ROUNDING = 1e-3
 
 
 def clip_grid(*, fps: float, stride: int, frames: int, length: int) -> TimeGrid:
-    """The grid of features of clips, each in the middle of its clip.
+    """Grid of the features of clips, each in the middle of its clip.
 
     ActionFormer describes its features so: `feat_stride`, `num_frames`, `default_fps`.
 
     Args:
-        fps: Frames per second that the clips are made of.
-        stride: Frames from the start of one clip to that of the next.
-        frames: In a clip; the first clip starts with the video.
-        length: Number of features.
+        fps: frames per second of the clips.
+        stride: frames from the start of one clip to that of the next.
+        frames: frames in a clip; the first clip starts with the video.
+        length: number of features.
 
     Raises:
-        ValueError: One of them is out of its range.
+        ValueError: an argument is out of its range.
     """
     if frames < 1:
         raise ValueError(f"A clip has at least 1 frame, not {frames}.")
@@ -36,14 +36,10 @@ def clip_grid(*, fps: float, stride: int, frames: int, length: int) -> TimeGrid:
 
 
 def resampled_grid(*, duration: float, length: int) -> TimeGrid:
-    """The grid of a fixed number of features that together span a video, as for ActivityNet.
-
-    Args:
-        duration: Of the video, in seconds.
-        length: Number of features.
+    """Grid of `length` features that together span a video of `duration` s, as for ActivityNet.
 
     Raises:
-        ValueError: One of them is not positive.
+        ValueError: an argument is not positive.
     """
     if not duration > 0:
         raise ValueError(f"A video lasts longer than {duration} seconds.")
@@ -51,24 +47,24 @@ def resampled_grid(*, duration: float, length: int) -> TimeGrid:
 
 
 def window_features(features: np.ndarray, grid: TimeGrid, window: Window) -> np.ndarray:
-    """What a backbone would have made of a window, taken from the features of its video.
+    """Interpolate the features of a window from those of its video.
 
-    Where the window's features fall on those of the video, they are these, unchanged. Elsewhere
-    they are interpolated between the two beside them; before the first and after the last one,
-    these stand in. It is what `torch.nn.functional.interpolate` does ("linear", no aligned
-    corners), which ActionFormer and VSGN resample features with. Padding, and the gap of a stitched
+    Where the window's features fall on those of the video, they are equal to them. Elsewhere they
+    are interpolated linearly between the two neighbours; before the first and after the last one,
+    that one is repeated. It is what `torch.nn.functional.interpolate` does ("linear", no aligned
+    corners), with which ActionFormer and VSGN resample features. Padding, and the gap of a stitched
     window, are zero; its copy is interpolated more densely, as in VSGN.
 
     Args:
-        features: Of the video, of shape (T, C), of any floating type.
-        grid: Where they lie in it; `num_features` is T.
-        window: Which stretch, and how many: its grid's stride is the frames per feature.
+        features: features of the video, of shape (T, C), of any floating type.
+        grid: grid of `features`; `num_features` is T.
+        window: window to fill; its grid's stride is the frames per feature.
 
     Returns:
         float32 of shape (window.grid.num_features, C), a new array.
 
     Raises:
-        ValueError: The features are not as many as their grid says.
+        ValueError: the number of features differs from the grid's.
     """
     if features.ndim != 2 or len(features) != grid.num_features or not len(features):
         raise ValueError(
@@ -91,8 +87,7 @@ def window_features(features: np.ndarray, grid: TimeGrid, window: Window) -> np.
 def feature_times(window: Window) -> np.ndarray:
     """Seconds of the video to which a window's features belong, float64 of shape (T',).
 
-    Args:
-        window: The window. In the copy of a stitched one the times are those that it magnifies.
+    In the copy of a stitched window these are the times that it magnifies.
     """
     places = np.arange(window.grid.num_features)
     times = window.grid.to_seconds(places)

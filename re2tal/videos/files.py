@@ -1,4 +1,4 @@
-"""Which file holds which video."""
+"""Search for the file of every video."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from re2tal.annotations import Annotations
 
-# In the order in which they are looked for when a video is there in several formats.
+# In order of preference where a video is there in several formats.
 EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 _ENDINGS = ", ".join(EXTENSIONS[:-1]) + f" or {EXTENSIONS[-1]}"
 
@@ -16,18 +16,18 @@ _File = TypeVar("_File")
 def match_videos(
     video_ids: Iterable[str], files: Mapping[str, _File]
 ) -> tuple[dict[str, _File], dict[str, str]]:
-    """Finds the file of every video among those that a folder holds, wherever that folder is.
+    """Find the file of every video among those of a folder, local or remote.
 
-    The file of the video `x` is named `x` or, as ActivityNet does it, `v_x`, with one of
-    `EXTENSIONS` in small or capital letters. Ids are compared with names and never joined to a
-    path, so that none can point outside the folder.
+    The file of the video `x` is named `x` or, as in ActivityNet, `v_x`, with one of `EXTENSIONS` in
+    small or capital letters. Ids are compared with names and never joined to a path, so that none
+    can point outside the folder.
 
     Args:
-        video_ids: The videos to look for.
-        files: The folder's files: name -> path, URI or whatever else stands for the file.
+        video_ids: ids of the videos to find.
+        files: files of the folder: name -> path, URI or anything else that stands for the file.
 
     Returns:
-        Video id -> its file; and, for the others, video id -> why there is none.
+        Video id -> its file; and, for the others, video id -> reason why it has none.
     """
     known = {(Path(name).stem, Path(name).suffix.lower()): files[name] for name in sorted(files)}
     found: dict[str, _File] = {}
@@ -45,20 +45,20 @@ def match_videos(
 def find_videos(
     annotations: Annotations, folder: str | Path
 ) -> tuple[dict[str, Path], dict[str, str]]:
-    """Finds the file of every annotated video in one local folder, by the rule of `match_videos`.
+    """Find the file of every annotated video in one local folder, by the rule of `match_videos`.
 
     The folder is listed once, and no file is opened.
 
     Args:
-        annotations: The videos to look for.
-        folder: Where the files lie. A link in it that leads outside it is not followed.
+        annotations: annotations of the videos to find.
+        folder: folder of the files. A link in it that leads outside it is not followed.
 
     Returns:
-        Video id -> resolved path of its file; and, for the others, video id -> why there is none.
+        Video id -> resolved path of its file; and, for the others, video id -> reason.
 
     Raises:
-        FileNotFoundError: The folder does not exist.
-        NotADirectoryError: It is not a folder.
+        FileNotFoundError: the folder does not exist.
+        NotADirectoryError: the path is not a folder.
     """
     root = Path(folder)
     if not root.exists():

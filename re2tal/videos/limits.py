@@ -1,11 +1,11 @@
-"""What decoding one video may cost."""
+"""Limits of the cost of decoding one video."""
 
 from dataclasses import dataclass, fields
 from time import monotonic
 
 
 class VideoError(Exception):
-    """A video that cannot be used: `source` says which one, `reason` why."""
+    """Error of a video that cannot be used: its `source` and the `reason`."""
 
     def __init__(self, source: str, reason: str) -> None:
         self.source = source
@@ -17,22 +17,22 @@ class VideoError(Exception):
 
 
 class FrameError(VideoError):
-    """A video that shows no intact frame at a time, though it may at others."""
+    """Error of a video that shows no intact frame at a time, though it may at others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What one call of `decode` or `probe` may cost; a video that needs more is refused.
+    """Limits of one call of `decode` or `probe`; a video that needs more is refused.
 
     Attributes:
-        seconds: Of wall time. It is looked at between packets and while a file is waited for; only
-            a read of an open file that is passed as source cannot be interrupted.
-        pixels: In one picture of the file, whatever the size asked for: the decoder keeps several.
-            The default is 8K.
-        result_bytes: Of the array that is returned.
+        seconds: wall time. It is checked between packets and while waiting for a file; only a read
+            of an open file that is passed as source cannot be interrupted.
+        pixels: pixels in one picture of the file, whatever the size asked for: the decoder keeps
+            several pictures. The default is 8K.
+        result_bytes: bytes of the array that is returned.
 
     Raises:
-        ValueError: A limit is not positive.
+        ValueError: a limit is not positive.
     """
 
     seconds: float = 600.0
@@ -46,10 +46,10 @@ class Limits:
                 raise ValueError(f"Limits.{limit.name} must be positive, not {value}.")
 
     def check_picture(self, source: str, width: int, height: int) -> None:
-        """Refuses pictures of too many pixels.
+        """Refuse pictures of too many pixels.
 
         Raises:
-            VideoError: There are more than `pixels`.
+            VideoError: there are more than `pixels`.
         """
         if width * height > self.pixels:
             raise VideoError(
@@ -59,10 +59,10 @@ class Limits:
             )
 
     def check_result(self, source: str, frames: int, height: int, width: int) -> None:
-        """Refuses results that are too large, before memory is taken for them.
+        """Refuse results that are too large, before memory is allocated.
 
         Raises:
-            VideoError: The RGB frames take more than `result_bytes`.
+            VideoError: the RGB frames take more than `result_bytes`.
         """
         needed = frames * height * width * 3
         if needed > self.result_bytes:
@@ -74,7 +74,7 @@ class Limits:
 
 
 class Deadline:
-    """The end of the time that work on a video may take, which begins now."""
+    """Time limit of the work on a video, counted from now."""
 
     def __init__(self, source: str, limits: Limits) -> None:
         self._source = source
@@ -82,10 +82,10 @@ class Deadline:
         self._end = monotonic() + limits.seconds
 
     def check(self) -> None:
-        """Stops work that takes too long.
+        """Stop work that takes too long.
 
         Raises:
-            VideoError: The time is over.
+            VideoError: the time is over.
         """
         if monotonic() > self._end:
             raise VideoError(

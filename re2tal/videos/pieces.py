@@ -1,4 +1,4 @@
-"""Videos that lie in pieces: each stretch of them a file of its own."""
+"""Videos stored in pieces: each stretch a file of its own."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,22 +7,21 @@ import numpy as np
 
 from re2tal.videos.decoding import Source, VideoError, decode
 
-# As in the reader: a time that lies before a frame, or a piece, only by rounding is meant to be in
-# it.
+# As in the reader: a time that precedes a frame or a piece only by rounding is meant to be in it.
 _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pieces:
-    """A video cut into files that follow one another without a gap.
+    """Video cut into files that follow one another without a gap.
 
     Attributes:
-        name: What errors call the video.
-        starts: Second of the video at which each piece starts, rising; its own times count from
+        name: name of the video in errors.
+        starts: second of the video at which each piece starts, rising; its own times count from
             there.
-        read: Gives the content of the piece of a number, from 0 on, or raises a `VideoError`. It is
-            asked only for those that are needed.
-        like: Width and height, upright, of the video from which the pieces were scaled down.
+        read: function from the number of a piece (from 0) to its content; raises `VideoError`. It
+            is called only for pieces that are needed.
+        like: width and height, upright, of the video from which the pieces were scaled down.
     """
 
     name: str
@@ -34,21 +33,7 @@ class Pieces:
 def decode_source(
     source: Source | Pieces, times: np.ndarray, *, size: int | None, threads: int = 1
 ) -> np.ndarray:
-    """Like `decode`, for a video in one file or in pieces.
-
-    Args:
-        source: The video.
-        times: Seconds of the video, of shape (T,), in any order.
-        size: The short side in pixels; None keeps the size.
-        threads: Decoding threads.
-
-    Returns:
-        RGB frames, uint8 of shape (T, H, W, 3), contiguous.
-
-    Raises:
-        ValueError: `times` is empty or has entries that are not finite.
-        VideoError: The video is damaged, or shows nothing at one of the times.
-    """
+    """Decode a video in one file or in pieces; see `decode` for arguments and errors."""
     if not isinstance(source, Pieces):
         return decode(source, times, size=size, threads=threads)
     times = np.asarray(times, dtype=np.float64)

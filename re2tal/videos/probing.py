@@ -1,4 +1,4 @@
-"""The facts of a video file, and what is odd about it, at the cost of its first and last frame."""
+"""Facts of a video file, and its oddities, at the cost of decoding its first and last frame."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,36 +11,36 @@ from re2tal.videos.conversion import quarters
 from re2tal.videos.limits import Limits, VideoError
 from re2tal.videos.reader import TAIL, Source, VideoReader
 
-# Seconds and frames between key frames beyond which a video counts as one that is slow to seek in.
+# Seconds and frames between key frames beyond which a video counts as slow to seek in.
 _LONG = 10.0
 _MANY = 300
 
-# Seconds up to which what lies behind the last key frame is decoded, to see that it can be.
+# Seconds behind the last key frame up to which everything is decoded, to see that it can be.
 _LONGEST_END = 30.0
 
-# Seconds before the end at which its last packets are looked for, one after the other.
+# Seconds before the end at which the last packets are looked for, one after the other.
 _STEPS_BACK = (0.0, 2.0, 8.0, 32.0, 128.0, 512.0)
 
-# Packets from which on their rate is worth a comparison.
+# Number of packets from which their rate is worth a comparison.
 _ENOUGH = 4
 
-# Seconds by which the picture may begin after the sound without a word.
+# Seconds by which the picture may begin after the sound without a remark.
 _LATE = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoInfo:
-    """What is known of a video.
+    """Facts of a video.
 
     Attributes:
-        duration: Seconds until the last frame that is in the file ends.
-        fps: Mean frames per second.
-        width: Pixels across, after the rotation that the metadata ask for.
-        height: Pixels down, likewise.
-        frames: Number of frames; from duration and fps where the header has none, as in WebM.
+        duration: seconds until the last frame that is in the file ends.
+        fps: mean frames per second.
+        width: pixels across, after the rotation that the metadata ask for.
+        height: pixels down, after that rotation.
+        frames: number of frames; from duration and fps where the header has none, as in WebM.
         codec: FFmpeg's name of the codec.
-        rotation: Degrees, counterclockwise, by which decoded frames are turned.
-        problems: What is odd about the file, a sentence each; none of it keeps it from decoding.
+        rotation: degrees, counterclockwise, by which decoded frames are turned.
+        problems: oddities of the file, a sentence each; none of them prevents decoding.
     """
 
     duration: float
@@ -55,28 +55,28 @@ class VideoInfo:
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """What the last packets tell: times in seconds from the first frame on."""
+    """Facts from the last packets; times in seconds from the first frame on."""
 
-    last: float  # when the last frame is presented
-    end: float  # when it ends
-    key: float | None  # the last key frame, if it was among them
+    last: float  # presentation of the last frame
+    end: float  # end of the last frame
+    key: float | None  # presentation of the last key frame, if it was among them
     rate: float | None  # frames per second among them, if they are enough to tell
 
 
 def probe(source: Source, *, limits: Limits | None = None) -> VideoInfo:
-    """Reads what a file says of its video, and decodes its first and last frame to see that it can.
+    """Read the facts of a video, and decode its first and last frame as a check.
 
-    Only the last packets are read to find its end, except of raw streams, which say nothing of
-    their duration: all their packets are counted. A video that was cut off ends where it does, not
-    where its header says, and `problems` tells so.
+    Only the last packets are read to find its end, except in raw streams, which have no duration:
+    all their packets are counted. A video that was cut off ends at its last packet, not where its
+    header says; `problems` then contains a sentence on it.
 
     Args:
-        source: Path, content, or open binary file of the video.
-        limits: What it may cost; None for the usual ones.
+        source: path, content, or open binary file of the video.
+        limits: limits of the cost; None for the default ones.
 
     Raises:
-        VideoError: The file is no video, its first frame cannot be decoded, it says nothing of its
-            frame rate, or it is over the limits.
+        VideoError: the file is no video, its first frame cannot be decoded, its frame rate is
+            unknown, or it is over the limits.
     """
     with VideoReader(source, limits=limits) as reader:
         frame = reader.frame_at(0.0)
@@ -116,11 +116,11 @@ def probe(source: Source, *, limits: Limits | None = None) -> VideoInfo:
 
 
 def _claimed(reader: VideoReader) -> float | None:
-    """The duration that the header claims, in seconds."""
+    """Duration in seconds that the header claims."""
     stream, container = reader.stream, reader.container
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
-    # which counts from where the sound begins, if that is earlier
+    # counted from the start of the sound, if that is earlier
     return container.duration / av.time_base - _lateness(reader) if container.duration else None
 
 
@@ -131,7 +131,7 @@ def _lateness(reader: VideoReader) -> float:
 
 
 def _find_end(source: Source, limits: Limits | None) -> _End | None:
-    """Looks for the end of a video; None if no packet near it can be read."""
+    """Find the end of a video; None if no packet near it can be read."""
     with VideoReader(source, limits=limits) as reader:
         claimed = _claimed(reader)
         steps = _STEPS_BACK if reader.seekable and claimed is not None else ()
@@ -141,13 +141,13 @@ def _find_end(source: Source, limits: Limits | None) -> _End | None:
                 found = _read_end(reader)
                 if found is not None and found.key is not None:
                     return found
-    # what is left is to read all of it
+    # the last resort is to read all of it
     with VideoReader(source, limits=limits) as reader:
         return _read_end(reader)
 
 
 def _read_end(reader: VideoReader) -> _End | None:
-    """Reads the packets that come next, up to the last."""
+    """Read all remaining packets."""
     tick = float(reader.stream.time_base or 1)
     usual = 1 / float(reader.stream.guessed_rate or 25)
     first = last = key = end = None
@@ -172,7 +172,7 @@ def _read_end(reader: VideoReader) -> _End | None:
 
 
 def _end_problems(reader: VideoReader, found: _End, claimed: float | None) -> list[str]:
-    """What is odd about the end of a video, of which the last frame is decoded."""
+    """Describe oddities of the end of a video whose last frame is decoded."""
     problems = []
     if claimed is None:
         problems.append(f"Its header says no duration: its frames last {found.end:.2f} s.")
@@ -191,7 +191,7 @@ def _end_problems(reader: VideoReader, found: _End, claimed: float | None) -> li
 
 
 def _oddities(reader: VideoReader, frame: VideoFrame, rate: Fraction) -> list[str]:
-    """What is odd about a video, as far as its header and its first frame tell."""
+    """Describe oddities that the header and the first frame of a video show."""
     problems = []
     fastest = reader.stream.base_rate
     # H.264 counts fields, of which a frame has two
@@ -213,7 +213,7 @@ def _oddities(reader: VideoReader, frame: VideoFrame, rate: Fraction) -> list[st
 
 
 def _longest_gop(reader: VideoReader) -> float:
-    """Seconds from a key frame to the next, at most, by the index of the file; 0 without one."""
+    """Longest time in seconds between key frames by the file's index; 0 without one."""
     index = reader.stream.index_entries
     if len(index) < 2:
         return 0.0

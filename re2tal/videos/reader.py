@@ -1,4 +1,4 @@
-"""An open video file that gives the frame shown at a time, seeking where that saves decoding."""
+"""Open video file that gives the frame shown at a time, seeking where that saves decoding."""
 
 from __future__ import annotations  # PyAV's Packet takes its parameter in stubs only
 
@@ -18,22 +18,22 @@ from av.video.stream import VideoStream
 from re2tal.videos.frame_queue import FrameQueue, Shown
 from re2tal.videos.limits import Deadline, FrameError, Limits, VideoError
 
-# What a video may be given as: the path of a local file, its content, or an open seekable file.
+# Path of a local file, content of a file, or an open seekable file.
 Source = str | Path | bytes | BinaryIO
 
-# Seconds for which the last frame stands in after it ended: the durations of containers and of
-# annotations count the sound, which often outlasts the picture a little.
+# Seconds for which the last frame also stands after its end: the durations of containers and of
+# annotations include the sound, which often outlasts the picture a little.
 TAIL = 1.0
 
-# FFmpeg also reads playlists, subtitles, text art and network streams, and takes a file for what
-# its content looks like: a text named .mp4 must not make it open other files.
+# FFmpeg also reads playlists, subtitles, text art and network streams, and judges a file by its
+# content: a text named .mp4 must not make it open other files.
 _FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,h264,hevc,ivf,flv,ogg,asf"
 
 # MPEG program streams give few time stamps: after a seek FFmpeg guesses those in between, wrongly.
 # The raw streams have none.
 _UNSEEKABLE = frozenset({"mpeg", "h264", "hevc", "mpegvideo"})
 
-# FFmpeg counts pixels with what pictures are padded by, which is much for small ones.
+# FFmpeg counts pixels with the padding of pictures, which is much for small ones.
 _PADDED = 4
 
 # Seconds back from a target at which a key frame is looked for, one after the other.
@@ -41,14 +41,14 @@ _STEPS_BACK = (0.0, 1.0, 4.0, 16.0)
 
 
 class Span(NamedTuple):
-    """A frame and when it is on screen.
+    """Frame and the time for which it is on screen.
 
     Attributes:
-        begin: The tick at which it comes: `VideoReader.stream.time_base` seconds, counted from the
+        begin: tick at which it appears: `VideoReader.stream.time_base` seconds, counted from the
             first frame of the video.
-        end: The tick at which it leaves.
-        frame: The frame.
-        damage: What is wrong with it, or with one that was to follow before `end`; else empty.
+        end: tick at which it disappears.
+        frame: decoded frame.
+        damage: fault of it, or of a frame that was to follow before `end`; else empty.
     """
 
     begin: int
@@ -58,26 +58,26 @@ class Span(NamedTuple):
 
 
 class VideoReader:
-    """The frames of one video file by presentation time, which counts from its first frame.
+    """Reader of the frames of one video file by presentation time, counted from its first frame.
 
     A context manager: the file is closed on leaving.
 
     Args:
-        source: The video.
-        threads: Decoding threads.
-        limits: What it may cost; the time counts from here on.
-        times: Seconds of all the times that `frame_at` will be asked for, rising, if they are
-            known; frames that are shown at none of them may then be left out.
+        source: path, content, or open binary file of the video.
+        threads: decoding threads.
+        limits: limits of the cost; the time counts from here on.
+        times: seconds of all later calls of `frame_at`, rising, if they are known; frames that are
+            shown at none of them may then be left out.
 
     Raises:
-        VideoError: The file cannot be opened as a video, or is over the limits.
+        VideoError: the file cannot be opened as a video, or is over the limits.
     """
 
     name: str
     container: InputContainer
     stream: VideoStream
-    _queue: FrameQueue  # what comes next out of the decoder
-    _shown: Shown | None  # the last frame gone past
+    _queue: FrameQueue  # next frames of the decoder
+    _shown: Shown | None  # the frame dropped last
 
     def __init__(
         self,
@@ -95,9 +95,9 @@ class VideoReader:
         self._limits = limits or Limits()
         self._deadline = Deadline(self.name, self._limits)
         self._open()
-        # Both are learned while seeking, so that no seek goes back over what is decoded for long:
+        # Both are learned while seeking, so that no seek repeats much decoding:
         self._longest_gop = int(1 / self._tick)  # ticks from a key frame to a target
-        self._sought_key: int | None = None  # what `_safe_key` was at the last seek
+        self._sought_key: int | None = None  # result of `_safe_key` at the last seek
         self._early = 0  # ticks by which seeks land before the key frame that the index names
 
     def __enter__(self) -> Self:
@@ -112,31 +112,31 @@ class VideoReader:
         self.close()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         del self._queue
         self._shown = None
         self.container.close()
 
     @property
     def start(self) -> float:
-        """When the first frame is presented, in seconds by the file's clock."""
+        """Presentation of the first frame, in seconds by the file's clock."""
         return self._start * self._tick
 
     @property
     def seekable(self) -> bool:
-        """Whether frames can be found without decoding all that lie before them."""
+        """True if frames can be found without decoding all frames before them."""
         return self.container.format.name not in _UNSEEKABLE
 
     def packets(self) -> Iterator[Packet[VideoStream]]:
-        """The packets that come next, undecoded; frames cannot be had from the reader after that.
+        """Packets that come next, undecoded; no frames can be read after that.
 
         Raises:
-            VideoError: The file cannot be read any further, or the video is over the limits.
+            VideoError: the file cannot be read any further, or the video is over the limits.
         """
         return self._queue.packets()
 
     def seek_packets(self, seconds: float) -> bool:
-        """Goes to packets near a time, and says whether the file has them."""
+        """Seek to packets near a time; False if the file has none there."""
         try:
             self.container.seek(int(seconds / self._tick) + self._start, stream=self.stream)
         except av.FFmpegError:
@@ -145,18 +145,18 @@ class VideoReader:
         return True
 
     def frame_at(self, seconds: float) -> VideoFrame:
-        """The frame on screen at a time: the last one that is presented by then.
+        """Frame on screen at a time: the last one that is presented by then.
 
         The first frame also stands for times up to one frame before it, the last one for up to
         `TAIL` seconds after it.
 
         Args:
-            seconds: The time; not before that of the call before, as the reader moves forward.
+            seconds: time, not before that of the previous call: the reader moves forward.
 
         Raises:
-            FrameError: The video shows nothing at that time, or it is damaged there; later times
-                may still be asked for.
-            VideoError: It cannot be read any further, or is over the limits.
+            FrameError: the video shows nothing at that time, or is damaged there; later times may
+                still be asked for.
+            VideoError: it cannot be read any further, or is over the limits.
         """
         target = self._ticks(seconds)
         if self._seeking_pays(target):
@@ -179,38 +179,38 @@ class VideoReader:
         return shown.frame
 
     def frames(self) -> Iterator[Span]:
-        """All frames that come next, in the order in which they are shown, each of them once.
+        """All following frames in presentation order, each of them once.
 
         `frame_at` shows the same frame at every time from its first tick to before its last, and
-        fails somewhere between them if this one is damaged.
+        fails somewhere between them if it is damaged.
 
         Raises:
-            VideoError: The video cannot be read any further, or is over the limits.
+            VideoError: the video cannot be read any further, or is over the limits.
         """
         end: int | None = None
         while (shown := self._queue.peek()) is not None:
             self._queue.pop()
             following = self._queue.peek()
-            # a time stamp that goes back puts nothing on screen before it is reached
+            # a time stamp that goes back shows nothing before its time
             begin = self._time(shown) if end is None else max(end, self._time(shown))
             if following is not None:
                 end = max(begin, self._time(following))
             else:
                 end = begin + max(1, round(self._frame_seconds(shown.frame) / self._tick))
             damaged = self._queue.is_damaged(shown, end - 1 + self._start)
-            if end > begin:  # else the next one takes its place before it was seen
+            if end > begin:  # else the next one replaces it before it was seen
                 reason = self._queue.reason if damaged else ""
                 yield Span(begin=begin, end=end, frame=shown.frame, damage=reason)
 
     def _check_intact(self, shown: Shown, target: int) -> None:
-        """Raises FrameError if damage has reached a frame, or one between it and a tick."""
+        """Raise FrameError if damage has reached a frame, or one between it and a tick."""
         if self._queue.is_damaged(shown, target + self._start):
             second = max(self._time(shown), target) * self._tick
             reason = f"the frame at second {second:.2f} is damaged: {self._queue.reason}"
             raise FrameError(self.name, reason)
 
     def _open(self) -> None:
-        """Opens the file, or opens it again at its start."""
+        """Open the file, or open it again at its start."""
         try:
             self.container = av.open(
                 self._file(),
@@ -233,7 +233,7 @@ class VideoReader:
             raise VideoError(self.name, f"cannot be decoded: {error.strerror}") from error
 
     def _set_up(self) -> None:
-        """Chooses the stream, sets its decoder up and finds out when its first frame is shown."""
+        """Choose the stream, set its decoder up and find the time of its first frame."""
         self.stream = self._choose_stream()
         decoder = self.stream.codec_context
         self._limits.check_picture(self.name, decoder.width, decoder.height)
@@ -245,14 +245,14 @@ class VideoReader:
         if self._times is not None:
             self._targets = [self._start + self._ticks(time) for time in self._times]
         self._restart_decoding()
-        # AVI counts from the first frame that is stored, some frames before the first one shown
+        # AVI counts from the first stored frame, which comes some frames before the first shown one
         if self.container.format.name == "avi" and (first := self._queue.peek()) is not None:
             if self._queue.reason:
                 raise VideoError(self.name, "its first frame is damaged, from which AVI counts")
             self._start += self._time(first)
 
     def _file(self) -> str | BinaryIO:
-        """What FFmpeg is given to open."""
+        """Argument for FFmpeg to open."""
         if isinstance(self._source, bytes):
             return io.BytesIO(self._source)
         if isinstance(self._source, str | Path):
@@ -262,12 +262,12 @@ class VideoReader:
                 raise VideoError(self.name, "is not a file" if there else "there is no such file")
             if path.stat().st_size == 0:
                 raise VideoError(self.name, "is empty (zero bytes)")
-            return f"file:{path}"  # a name like "http:x" stays the name of a file
+            return f"file:{path}"  # so that a name like "http:x" stays the name of a file
         self._source.seek(0)
         return self._source
 
     def _choose_stream(self) -> VideoStream:
-        """The first stream of moving pictures."""
+        """First stream of moving pictures."""
         for stream in self.container.streams.video:
             if not stream.disposition & Disposition.attached_pic:
                 if not _has_decoder(stream):
@@ -276,35 +276,35 @@ class VideoReader:
         raise VideoError(self.name, "holds no video stream, only other streams such as sound")
 
     def _restart_decoding(self) -> None:
-        """Forgets all frames; the next one comes from where the file now stands."""
+        """Forget all frames; the next one comes from the current position of the file."""
         self._shown = None
         self._queue = FrameQueue(
             self.name, self.container, self.stream, self._deadline, self._targets
         )
 
     def _ticks(self, seconds: float) -> int:
-        """The tick of a time; one that lies before a frame only by rounding is that frame's."""
+        """Tick of a time; one that precedes a frame only by rounding is that frame's."""
         return int((seconds + 1e-6) // self._tick)
 
     def _time(self, shown: Shown) -> int:
-        """When a frame is presented, in ticks since the start of the video."""
+        """Presentation of a frame, in ticks since the start of the video."""
         return shown.time - self._start
 
     def _frame_seconds(self, frame: VideoFrame) -> float:
-        """For how long a frame is shown."""
+        """Seconds for which a frame is shown."""
         if frame.duration:
             return frame.duration * self._tick
         rate = self.stream.guessed_rate
         return 1 / float(rate) if rate else 0.0
 
     def _too_late(self, seconds: float, end: float) -> str:
-        """Why there is no frame at a time after the last one."""
+        """Reason why there is no frame at a time after the last one."""
         reason = f"shows nothing at second {seconds:.2f}: its last frame ends at {end:.2f}"
         claimed = (self.stream.duration or 0) * self._tick
         return f"{reason}, though its header says {claimed:.2f}" if claimed > end + TAIL else reason
 
     def _seeking_pays(self, target: int) -> bool:
-        """Whether a seek is likely to land behind the frame decoded last, and before the target."""
+        """Tell if a seek is likely to land behind the frame decoded last, and before the target."""
         if not self.seekable:
             return False
         if self._queue.shifted:
@@ -318,7 +318,7 @@ class VideoReader:
         return landing > position
 
     def _indexed_key(self, target: int) -> int | None:
-        """When about the key frame for a target is presented; None if the file has no index."""
+        """Approximate tick of the key frame for a target; None if the file has no index."""
         index = self.stream.index_entries
         if not len(index):
             return None
@@ -330,11 +330,11 @@ class VideoReader:
         return index[key].timestamp - first if key >= 0 else None
 
     def _safe_key(self, target: int) -> int | None:
-        """The key frame for a target, or the one before if that comes out after the target."""
+        """Key frame for a target, or the one before if that comes out after the target."""
         return self._indexed_key(target - self._queue.delay)
 
     def _seek(self, target: int) -> None:
-        """Goes to a key frame at or before the target, the nearest one that the file can give."""
+        """Go to a key frame at or before the target, the nearest one that the file can give."""
         self._sought_key = self._safe_key(target)
         key = self._indexed_key(target)
         for seconds in _STEPS_BACK:
@@ -344,19 +344,19 @@ class VideoReader:
                 if key is not None:
                     self._early = max(self._early, key - landed)
                 return
-        # the one place that is found in every file is its start
+        # the one place that can be found in every file is its start
         self._longest_gop = max(self._longest_gop, target)
         self.container.close()
         self._open()
 
     def _land(self, wanted: int, target: int) -> int | None:
-        """Seeks, and tells the time of the frame that comes next; None if it is past the target."""
+        """Seek, and return the time of the next frame; None if it is past the target."""
         try:
             self.container.seek(wanted + self._start, stream=self.stream)
         except av.FFmpegError:
             return None
         self._restart_decoding()
-        # FFmpeg gives out no frame that leans on others from before the seek
+        # FFmpeg gives out no frame that refers to others from before the seek
         next_frame = self._queue.peek()
         if next_frame is None or self._time(next_frame) > target:
             return None
@@ -364,12 +364,12 @@ class VideoReader:
 
 
 def _name(source: Source) -> str:
-    """What errors call a video."""
+    """Name of a video in errors."""
     if isinstance(source, bytes):
         return f"a video of {len(source)} bytes"
     return str(source if isinstance(source, str | Path) else getattr(source, "name", "a stream"))
 
 
 def _has_decoder(stream: VideoStream) -> bool:
-    """Whether this FFmpeg can decode the stream; PyAV's types leave out that it may not."""
+    """Tell if this FFmpeg can decode the stream; PyAV's types leave out that it may not."""
     return getattr(stream, "codec_context", None) is not None

@@ -1,10 +1,10 @@
 """Video self-stitching: a clip and its magnified copy side by side in one window.
 
 Short actions fill a few features only, and short anchors rarely match them. VSGN (Zhao, Thabet,
-Ghanem, ICCV 2021, section 3.2) therefore looks at a short clip twice: as it is, and stretched over
-the rest of the window, behind a gap. There the same action lasts longer, and both copies are to be
+Ghanem, ICCV 2021, section 3.2) therefore shows a short clip twice: as it is, and stretched over the
+rest of the window, behind a gap. There the same action lasts longer, and both copies are to be
 found. On features the copy is an interpolation; here the frames themselves are sampled more
-densely, so that the copy shows what lies between the clip's.
+densely, so that the copy shows frames from between the clip's.
 """
 
 import math
@@ -19,18 +19,16 @@ from re2tal.videos.timegrid import TimeGrid
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StitchConfig:
-    """Whether and how windows are stitched; the shares are those published for THUMOS-14.
+    """Settings of stitching; the shares are those published for THUMOS-14.
 
     Attributes:
-        enabled: Whether anything is stitched.
-        short: What fills at most this share of a window is stitched: clips and short videos.
-        clip: Share of a window that the clips have which are cut around short actions, for
-            training only.
-        gap: Share of a window that stays empty between a clip and its copy; at least one feature
-            does.
+        enabled: switch for all stitching.
+        short: clips and short videos that fill at most this share of a window are stitched.
+        clip: share of a window for clips cut around short actions, for training only.
+        gap: share of a window that stays empty between a clip and its copy, at least one feature.
 
     Raises:
-        ValueError: A field is out of its range.
+        ValueError: a field is out of its range.
     """
 
     enabled: bool = False
@@ -53,12 +51,12 @@ class StitchConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Copy:
-    """The magnified copy of a clip in a stitched window.
+    """Magnified copy of a clip in a stitched window.
 
     Attributes:
-        grid: Where the window's frames would lie in the video if all of it were the copy, which
-            ends with the window.
-        first: The copy's first frame, a multiple of the stride.
+        grid: frames of a window that would be the copy from start to end; the copy is its last
+            part.
+        first: copy's first frame, a multiple of the stride.
     """
 
     grid: TimeGrid
@@ -66,15 +64,12 @@ class Copy:
 
 
 def magnified(clip: TimeGrid, valid: int, config: StitchConfig) -> Copy | None:
-    """The copy that goes behind a clip.
+    """Copy that follows a clip; None if the clip is too long for one or stitching is off.
 
     Args:
-        clip: The window's grid.
-        valid: Its first frames, which show the clip.
-        config: How to stitch.
-
-    Returns:
-        The copy; None when the clip is too long for one, or nothing is to be stitched.
+        clip: grid of the window.
+        valid: number of its first frames, which show the clip.
+        config: settings of stitching.
     """
     if not config.enabled or valid > config.short * clip.length:
         return None
@@ -93,19 +88,16 @@ def clip_starts(
     length: float,
     random: np.random.Generator,
 ) -> list[float]:
-    """Places clips so that together they show every short action of a video.
+    """Place clips so that together they show every short action of a video; return their starts.
 
-    Actions that fit into one clip together share it. How many clips there are depends on the
-    video alone, where they lie on the generator.
+    Actions that fit into one clip together share it. The number of clips depends on the video
+    alone, their places on the generator.
 
     Args:
-        instances: The video's actions; those longer than a clip are left to the windows.
-        duration: Of the video, in seconds, at least `length`.
-        length: Of a clip, in seconds.
-        random: Draws the places.
-
-    Returns:
-        Seconds at which clips start.
+        instances: video's actions; those longer than a clip are left to the windows.
+        duration: duration of the video in seconds, at least `length`.
+        length: length of a clip in seconds.
+        random: generator that draws the places.
     """
     short = sorted((i.start, i.end) for i in instances if i.end - i.start <= length)
     groups: list[tuple[float, float]] = []

@@ -1,4 +1,4 @@
-"""Frames, features and seconds of a window, mapped to one another: the only place for it."""
+"""Mapping between frames, features and seconds of a window, in this one place."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _Coordinate = TypeVar("_Coordinate", float, np.ndarray, "Tensor")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimeGrid:
-    """A regular grid of frames laid over a stretch of a video, and the features made from them.
+    """Regular grid of frames over a stretch of a video, and of the features made from them.
 
     Frame `i` covers `[offset + i / fps, offset + (i + 1) / fps)` and is sampled at its middle.
     Feature `j` is made from frames `j * stride` to `(j + 1) * stride - 1`; it sits at coordinate
@@ -22,13 +22,13 @@ class TimeGrid:
     feature coordinates -0.5 to `num_features - 0.5`.
 
     Attributes:
-        fps: Sampled frames per second of video (not the file's own rate).
-        stride: Frames per feature: the backbone's temporal stride.
-        length: Frames in the window, a multiple of `stride`.
-        offset: Where the window starts in the video, in seconds.
+        fps: sampled frames per second of video (not the file's own rate).
+        stride: frames per feature: the backbone's temporal stride.
+        length: frames in the window, a multiple of `stride`.
+        offset: second of the video at which the window starts.
 
     Raises:
-        ValueError: A field is out of its range.
+        ValueError: a field is out of its range.
     """
 
     fps: float
@@ -76,9 +76,9 @@ class TimeGrid:
         return min(max(frames, 0), self.length)
 
     def to_features(self, seconds: _Coordinate) -> _Coordinate:
-        """Seconds of the video to coordinates of the feature grid, of the same type and shape."""
+        """Convert seconds of the video to coordinates of the feature grid, type and shape kept."""
         return (seconds - self.offset) * (self.fps / self.stride) - 0.5
 
     def to_seconds(self, grid: _Coordinate) -> _Coordinate:
-        """Coordinates of the feature grid to seconds of the video: undoes `to_features`."""
+        """Convert coordinates of the feature grid to seconds of the video: undo `to_features`."""
         return (grid + 0.5) * (self.stride / self.fps) + self.offset

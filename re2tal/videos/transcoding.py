@@ -1,4 +1,4 @@
-"""A video encoded anew for random access: short groups of pictures, fewer pixels, in pieces."""
+"""Transcoding for random access: short groups of pictures, fewer pixels, videos in pieces."""
 
 import math
 from collections.abc import Iterator
@@ -13,28 +13,28 @@ from re2tal.videos.conversion import quarters
 from re2tal.videos.encoding import Encoder
 from re2tal.videos.reader import Span, VideoError, VideoReader
 
-# Seconds for which one frame may be repeated at a fixed rate: a damaged time stamp that lies years
-# ahead must not fill a disk.
+# Seconds for which one frame may be repeated at a fixed rate: a damaged time stamp years ahead must
+# not fill a disk.
 _LONGEST_STILL = 6 * 3600.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TranscodeConfig:
-    """How a video is encoded anew.
+    """Settings with which a video is encoded anew.
 
     Attributes:
-        size: Pixels of the short side, an even number; smaller videos are not enlarged. None keeps
-            the size, but for sides of an odd number of pixels, which lose one.
-        fps: Frames per second; None keeps every frame, at its own time. Frame k, from second k /
-            fps on, is what the source shows at (k + 0.5) / fps: at this rate and without an
-            offset, a `TimeGrid` samples exactly these.
+        size: pixels of the short side, an even number; smaller videos are not enlarged. None keeps
+            the size, except that a side of an odd number of pixels loses one.
+        fps: frames per second; None keeps every frame, at its own time. Frame k, from second k /
+            fps on, is the source's frame at (k + 0.5) / fps: at this rate and without an offset, a
+            `TimeGrid` samples exactly these.
         quality: x264's constant rate factor; higher is smaller and noisier.
-        gop: Largest number of frames from one key frame to the next: what a reader may have to
-            decode in vain before the frame that it wants.
-        piece_seconds: Seconds of video in a file; None puts all of a video into one.
+        gop: largest number of frames from one key frame to the next, which bounds the frames that a
+            reader decodes in vain before the one it wants.
+        piece_seconds: seconds of video in a file; None puts all of a video into one.
 
     Raises:
-        ValueError: A field is out of its range.
+        ValueError: a field is out of its range.
     """
 
     size: int | None = 256
@@ -58,18 +58,18 @@ class TranscodeConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """A stretch of a video as a file of its own.
+    """Stretch of a video as a file of its own.
 
     Attributes:
-        start: Where it starts in the video, in seconds; its own times count from there. Its first
-            frame is the one that is on screen then.
-        end: Where it ends.
-        frames: Number of frames that come on screen in it.
-        width: Pixels across, upright.
-        height: Pixels down.
-        source: Width and height of the source, upright.
-        video: An H.264 mp4; empty if the source is damaged there.
-        damage: What is wrong with the source there, else empty.
+        start: second of the video at which it starts; its own times count from there. Its first
+            frame is the one on screen then.
+        end: second of the video at which it ends.
+        frames: number of frames that appear in it.
+        width: pixels across, upright.
+        height: pixels down.
+        source: width and height of the source, upright.
+        video: H.264 mp4; empty if the source is damaged there.
+        damage: fault of the source there, else empty.
     """
 
     start: float
@@ -83,7 +83,7 @@ class Piece:
 
 
 def transcode(reader: VideoReader, config: TranscodeConfig) -> Iterator[Piece]:
-    """Encodes a video anew, piece after piece, in one pass and in bounded memory.
+    """Encode a video anew, piece after piece, in one pass and in bounded memory.
 
     The frames are upright. Their time stamps are exact: in the unit of the source's or, at a fixed
     rate, in frames; so at every time the pieces show the same frame as the source. Pieces lie
@@ -91,11 +91,11 @@ def transcode(reader: VideoReader, config: TranscodeConfig) -> Iterator[Piece]:
     damaged is a piece without frames.
 
     Args:
-        reader: The video, at its start.
-        config: How to encode it.
+        reader: reader of the video, at its start.
+        config: settings of the encoding.
 
     Raises:
-        VideoError: The video cannot be read to its end, or none of its frames is intact.
+        VideoError: the video cannot be read to its end, or none of its frames is intact.
     """
     tick, spans = Fraction(reader.stream.time_base or 1), reader.frames()
     rate = reader.stream.average_rate or reader.stream.guessed_rate or Fraction(25)
@@ -113,26 +113,26 @@ def transcode(reader: VideoReader, config: TranscodeConfig) -> Iterator[Piece]:
 
 
 class _Cutter:
-    """Puts frames into pieces.
+    """Distributor of frames to pieces.
 
     A piece starts at a multiple of a fixed number of seconds, and where damage starts or ends.
 
     Attributes:
-        frames: Number of intact ones in all pieces so far.
-        damage: What is wrong in the piece that is being made, else empty.
+        frames: number of intact frames in all pieces so far.
+        damage: fault of the source in the current piece, else empty.
     """
 
     def __init__(self, config: TranscodeConfig, tick: Fraction, rate: Fraction) -> None:
         self._config, self._tick, self._rate = config, tick, rate
         self._scale = _Scaler(config.size)
-        self._start: int | None = None  # of the piece
+        self._start: int | None = None  # of the current piece
         self._encoder: Encoder | None = None
         self._last: VideoFrame | None = None
-        self._before = 0  # frames of the pieces that are whole
+        self._before = 0  # frames of the finished pieces
         self.frames, self.damage = 0, ""
 
     def add(self, span: Span) -> Iterator[Piece]:
-        """Takes the next frame, and yields the piece that was whole before it."""
+        """Take the next frame, and yield the piece that ends before it."""
         border = self._border(span.begin)
         if self._start is None:
             self._start, self.damage = span.begin, span.damage
@@ -144,14 +144,14 @@ class _Cutter:
             self._start = border
             if border < span.begin and not self.damage:
                 assert self._last is not None
-                self._encode(self._last, border)  # which is still on screen
+                self._encode(self._last, border)  # it is still on screen
         if not span.damage:
             self._last = self._scale(span.frame)
             self._encode(self._last, span.begin)
             self.frames += 1
 
     def finish(self, end: int) -> Piece:
-        """Ends the piece, and with it its last frame."""
+        """End the piece, and with it its last frame."""
         assert self._start is not None
         encoder, self._encoder = self._encoder, None
         last = self._last if encoder else None
@@ -177,7 +177,7 @@ class _Cutter:
         self._encoder.add(frame, time - self._start)
 
     def _border(self, time: int) -> int:
-        """The last tick, up to a time, at which a piece may start."""
+        """Last tick, up to a time, at which a piece may start."""
         if self._config.piece_seconds is None:
             return 0
         seconds = Fraction(self._config.piece_seconds)
@@ -187,7 +187,7 @@ class _Cutter:
 
 
 def _resampled(spans: Iterator[Span], tick: Fraction, rate: Fraction, name: str) -> Iterator[Span]:
-    """Frame k is the one on screen in its middle, (k + 0.5) / rate."""
+    """Yield as frame k the one on screen in its middle, (k + 0.5) / rate."""
     count, span = 0, None
     for span in spans:
         if (span.end - span.begin) * tick > _LONGEST_STILL:
@@ -201,15 +201,15 @@ def _resampled(spans: Iterator[Span], tick: Fraction, rate: Fraction, name: str)
 
 
 def _first(second: Fraction, rate: Fraction) -> int:
-    """The first frame whose middle is not before a second; as in the reader, but for rounding."""
+    """First frame whose middle is not before a second; as in the reader, except for rounding."""
     return max(0, math.ceil((second - Fraction(1, 1_000_000)) * rate - Fraction(1, 2)))
 
 
 class _Scaler:
-    """Scales frames to the size fixed by the first one, and turns them upright.
+    """Converter of frames to upright ones of the size fixed by the first.
 
     Attributes:
-        source: Width and height of the first one, upright.
+        source: width and height of the first one, upright.
     """
 
     def __init__(self, size: int | None) -> None:
@@ -236,7 +236,7 @@ class _Scaler:
             width=self._shape[0],
             height=self._shape[1],
             format="yuv420p",
-            # all others keep the colour space that they have; the encoder writes down which
+            # all others keep their colour space, which the encoder writes down
             dst_colorspace=Colorspace.ITU601 if red_green_blue else None,
             dst_color_range=ColorRange.MPEG if red_green_blue else None,
             interpolation=Interpolation.BICUBIC,
@@ -255,7 +255,7 @@ def _even(width: int, height: int, size: int | None) -> tuple[int, int]:
 
 
 def _turned(picture: VideoFrame, turns: int) -> VideoFrame:
-    """Turns a yuv420p picture by quarters, counterclockwise."""
+    """Turn a yuv420p picture by quarters, counterclockwise."""
     if not turns:
         return picture
     width, height = picture.width, picture.height
@@ -270,7 +270,7 @@ def _turned(picture: VideoFrame, turns: int) -> VideoFrame:
 
 
 def _like(picture: VideoFrame, other: VideoFrame) -> VideoFrame:
-    """Gives a picture the colour space of another."""
+    """Give a picture the colour space of another."""
     picture.colorspace, picture.color_range = other.colorspace, other.color_range
     picture.color_trc, picture.color_primaries = other.color_trc, other.color_primaries
     return picture

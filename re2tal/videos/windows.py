@@ -1,4 +1,4 @@
-"""Cutting videos into windows of a fixed number of frames, with the instances that each shows."""
+"""Cutting of videos into windows of a fixed number of frames, with the instances each shows."""
 
 import math
 from collections.abc import Sequence
@@ -15,23 +15,23 @@ from re2tal.videos.timegrid import TimeGrid
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WindowConfig:
-    """How videos are cut into windows.
+    """Settings of the cutting of videos into windows.
 
     Attributes:
-        frames: Frames in a window, a multiple of the backbone's temporal stride.
-        fps: Frames sampled per second; None squeezes every video, whatever its duration, into one
+        frames: frames in a window, a multiple of the backbone's temporal stride.
+        fps: frames sampled per second; None squeezes every video, whatever its duration, into one
             window (as is usual for ActivityNet).
-        overlap: Share of a window that the next one repeats, from 0 to below 1.
-        sliding_overlap: The same for sliding windows, with which videos are searched; None for
+        overlap: share of a window that the next one repeats, from 0 to below 1.
+        sliding_overlap: `overlap` of the sliding windows that cover a video for detection; None for
             `overlap`.
-        min_visible: An instance that the border of a window cuts is kept, clipped to the window,
-            when at least this share of it is inside; else the window does not show it. Of an
-            instance longer than the window, this share of the window must be filled instead.
-        stitch: Video self-stitching (VSGN): clips around short actions are trained on as well, and
-            what fills a small part of a window gets a magnified copy behind it.
+        min_visible: smallest share of an instance inside a window for which the instance is kept,
+            clipped to the window. Of an instance longer than the window, this share of the window
+            must be filled instead.
+        stitch: video self-stitching (VSGN): clips around short actions are trained on as well, and
+            a clip that fills a small part of a window gets a magnified copy behind it.
 
     Raises:
-        ValueError: A field is out of its range.
+        ValueError: a field is out of its range.
     """
 
     frames: int
@@ -54,31 +54,26 @@ class WindowConfig:
             raise ValueError(f"WindowConfig.min_visible must be in (0, 1], not {self.min_visible}.")
 
     def grid(self, duration: float, *, stride: int) -> TimeGrid:
-        """The grid of the first window of a video.
-
-        Args:
-            duration: Of the video, in seconds.
-            stride: Frames per feature: the backbone's temporal stride.
-        """
+        """Grid of the first window of a video of `duration` s, with `stride` frames a feature."""
         fps = self.frames / duration if self.fps is None else self.fps
         return TimeGrid(fps=fps, stride=stride, length=self.frames)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Window:
-    """A stretch of a video and the instances in it: plain data, which can travel as it is.
+    """Stretch of a video and the instances in it: plain data, which can be serialised as it is.
 
     Attributes:
-        video_id: The video.
-        grid: Which frames; its offset is where the window starts in the video.
-        valid: The first frames that lie inside the video; those after them are padding, or the
-            gap and the copy of a stitched window.
-        segments: Start and end of each instance in units of the feature grid, float32 of shape
+        video_id: id of the video.
+        grid: grid of the frames; its offset is the start of the window in the video.
+        valid: number of first frames that lie inside the video; those after them are padding, or
+            the gap and the copy of a stitched window.
+        segments: start and end of each instance in units of the feature grid, float32 of shape
             (N, 2), inside [-0.5, num_features - 0.5]. A stitched window has each of them twice.
-        labels: Class numbers, int64 of shape (N,).
-        copy: The magnified copy of the valid frames that a stitched window ends with.
-        place: Where the square that is seen of the frames lies along their longer side: 0 at the
-            left or the top, 1 at the right or the bottom.
+        labels: class numbers, int64 of shape (N,).
+        copy: magnified copy of the valid frames at the end of a stitched window.
+        place: place of the visible square along the longer side of the frames: 0 at the left or the
+            top, 1 at the right or the bottom.
     """
 
     video_id: str
@@ -90,7 +85,7 @@ class Window:
     place: float = 0.5
 
     def mask(self) -> np.ndarray:
-        """Which frames show the video, bool of shape (length,); the others are black."""
+        """Mask of the frames that show the video, bool of shape (length,); the others are black."""
         frame = np.arange(self.grid.length)
         shown = frame < self.valid
         return shown if self.copy is None else shown | (frame >= self.copy.first)
@@ -111,7 +106,7 @@ def training_windows(
     stride: int,
     random: np.random.Generator,
 ) -> list[Window]:
-    """Cuts a video into windows at random places, so that together they show all of it.
+    """Cut a video into windows at random places, so that together they show all of it.
 
     The first window starts with the video and the last one ends with it; in between, one starts
     every (1 - overlap) window lengths from a random place on. Their number depends on the video
@@ -121,14 +116,14 @@ def training_windows(
     stitched clips around the short actions of the longer videos follow.
 
     Args:
-        video: The video.
-        classes: All labels; a label's place is its class number.
-        config: How to cut.
-        stride: Frames per feature: the backbone's temporal stride.
-        random: Draws the places; one that follows the seed and the epoch.
+        video: annotated video.
+        classes: all labels; a label's index is its class number.
+        config: settings of the windows.
+        stride: frames per feature: the backbone's temporal stride.
+        random: generator that draws the places and follows the seed and the epoch.
 
     Returns:
-        The windows in the order in which they start, then the clips likewise.
+        The windows by start, then the clips by start.
     """
     grid = config.grid(video.duration, stride=stride)
     windows = [
@@ -141,13 +136,13 @@ def training_windows(
 def _random_starts(
     duration: float, grid: TimeGrid, overlap: float, random: np.random.Generator
 ) -> list[float]:
-    """Where the windows of `training_windows` start."""
+    """Starts of the windows of `training_windows`."""
     if _fits(duration, grid):
         return [0.0]
     step = grid.duration * (1 - overlap)
     last = duration - grid.duration
     between = math.ceil(last / step - 0.5)
-    # the steps from the first window to the second and to the last from the one before are shorter
+    # the first and the last step between windows are shorter
     second = random.uniform(max(0.0, last - between * step), min(step, last - (between - 1) * step))
     return [0.0, *(second + i * step for i in range(between)), last]
 
@@ -175,19 +170,12 @@ def _clips(
 def sliding_windows(
     video: VideoAnnotation, classes: Sequence[str], config: WindowConfig, *, stride: int
 ) -> list[Window]:
-    """Covers a video with windows that each repeat a share of the one before.
+    """Cover a video with windows that each repeat a share of the one before.
 
     The last window ends with the video and may repeat more. A video no longer than a window gives
     one window, padded or stitched.
 
-    Args:
-        video: The video.
-        classes: All labels; a label's place is its class number.
-        config: How to cut.
-        stride: Frames per feature: the backbone's temporal stride.
-
-    Returns:
-        The windows in the order in which they start.
+    See `training_windows` for the arguments; the windows are sorted by start.
     """
     grid = config.grid(video.duration, stride=stride)
     if _fits(video.duration, grid):
@@ -202,19 +190,19 @@ def sliding_windows(
 def decode_window(
     source: Source | Pieces, window: Window, *, size: int | None, threads: int = 1
 ) -> np.ndarray:
-    """Decodes the frames of a window; padding behind the video's end and gaps are black.
+    """Decode the frames of a window; padding behind the video's end and gaps are black.
 
     Args:
-        source: The video, in one file or in pieces.
-        window: Which frames.
-        size: Short side in pixels, as for `decode`.
-        threads: Decoding threads.
+        source: video in one file or in pieces.
+        window: window to decode.
+        size: short side in pixels, as for `decode`.
+        threads: decoding threads.
 
     Returns:
         RGB frames, uint8 of shape (length, H, W, 3).
 
     Raises:
-        VideoError: The video cannot be decoded there.
+        VideoError: the video cannot be decoded there.
     """
     frames = decode_source(source, window.frame_times(), size=size, threads=threads)
     if len(frames) == window.grid.length:
@@ -227,19 +215,19 @@ def decode_window(
 def window_frames(
     source: Source | Pieces, window: Window, *, size: int, threads: int = 1
 ) -> np.ndarray:
-    """Decodes what a network sees of a window: a square of its frames, by default the middle one.
+    """Decode the square of a window's frames that a network sees, by default the middle one.
 
     Args:
-        source: the video, in one file or in pieces.
-        window: which frames.
-        size: the side of the square in pixels, to which the frames' short side is scaled.
-        threads: for decoding.
+        source: video in one file or in pieces.
+        window: window to decode.
+        size: side of the square in pixels, to which the frames' short side is scaled.
+        threads: decoding threads.
 
     Returns:
         uint8 RGB `(T, size, size, 3)`, contiguous, black where the window's mask is false.
 
     Raises:
-        VideoError: if the video cannot be decoded there.
+        VideoError: the video cannot be decoded there.
     """
     frames = decode_window(source, window, size=size, threads=threads)
     top, left = (int((side - size) * window.place) for side in frames.shape[1:3])
@@ -247,7 +235,7 @@ def window_frames(
 
 
 def _fits(duration: float, grid: TimeGrid) -> bool:
-    """Whether one window holds the video; half a frame that sticks out is not worth another."""
+    """Tell if one window holds the video; an excess of half a frame is not worth another."""
     return duration <= grid.duration + 0.5 / grid.fps
 
 
@@ -259,7 +247,7 @@ def _window(
     *,
     most: int | None = None,
 ) -> Window:
-    """One window with the instances that it shows, in its first `most` frames if that is given."""
+    """Window with the instances that it shows, in its first `most` frames if that is given."""
     shown = grid.length if most is None else most
     end = min(grid.offset + shown / grid.fps, video.duration)
     seconds, labels = _visible(
@@ -292,7 +280,7 @@ def _visible(
     share: float,
     whole: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The instances of which `share` lies between two seconds, clipped to them: (N, 2) and (N,).
+    """Instances of which `share` lies between two seconds, clipped to them: (N, 2) and (N,).
 
     Of an instance longer than `whole` seconds, `whole` counts instead of its length.
     """

@@ -1,6 +1,6 @@
-"""Blocks of a SlowFast, and how `re2tal.rewire` splits them into branches.
+"""Blocks of a SlowFast, and their split into branches for `re2tal.rewire`.
 
-Submodules are called as in mmaction2's weights. Convolutions have no bias: a BatchNorm follows. The
+Submodules are named as in mmaction2's weights. Convolutions have no bias: a BatchNorm follows. The
 ReLUs work in place, always on the fresh result of a BatchNorm or a sum.
 """
 
@@ -16,13 +16,13 @@ EXPANSION = 4
 
 
 class ConvNorm(nn.Module):
-    """A convolution and a BatchNorm that keep the size, or divide height and width by a stride.
+    """Convolution and BatchNorm that keep the size, or divide height and width by a stride.
 
     Args:
-        inputs: channels in.
-        outputs: channels out.
-        kernel: frames, height and width, all odd.
-        stride: of height and width.
+        inputs: input channels.
+        outputs: output channels.
+        kernel: frames, height and width of the kernel, all odd.
+        stride: stride in height and width.
     """
 
     def __init__(
@@ -42,8 +42,8 @@ class Stem(nn.Module):
     """Convolution, BatchNorm, ReLU and maximum pooling: a quarter of the height and width.
 
     Args:
-        outputs: channels out.
-        frames: that the kernel covers, odd.
+        outputs: output channels.
+        frames: frames that the kernel covers, odd.
     """
 
     def __init__(self, outputs: int, frames: int) -> None:
@@ -58,15 +58,15 @@ class Stem(nn.Module):
 
 
 class Lateral(nn.Module):
-    """What the slow pathway is told by the fast one: a convolution with a stride in time.
+    """Connection from the fast pathway to the slow one: a convolution with a stride in time.
 
     This is the "time-strided convolution" of section 3.3, which doubles the channels.
 
     Args:
         inputs: channels of the fast pathway.
-        frames: that the kernel covers, odd.
+        frames: frames that the kernel covers, odd.
         stride: frames of the fast pathway for one of the slow.
-        norm: whether a BatchNorm and a ReLU follow.
+        norm: true to add a BatchNorm and a ReLU.
     """
 
     def __init__(self, inputs: int, *, frames: int, stride: int, norm: bool) -> None:
@@ -81,17 +81,18 @@ class Lateral(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A residual block, `relu(skip(x) + F(x))`.
+    """Residual block, `relu(skip(x) + F(x))`.
 
     `F` convolves in time, then in space, then widens. The skip connection is the identity if the
     shape stays the same, and otherwise a convolution.
 
     Args:
-        inputs: channels in.
-        inner: channels of the first two convolutions; four times as many come out.
-        frames: that the first convolution covers: 3, or 1 for a block without a view of time.
-        stride: of height and width, in the second convolution.
-        relu_before_sum: computes `skip(x) + relu(F(x))` instead.
+        inputs: input channels.
+        inner: channels of the first two convolutions; the block has four times as many outputs.
+        frames: frames that the first convolution covers: 3, or 1 for a block without a view of
+            time.
+        stride: stride in height and width, in the second convolution.
+        relu_before_sum: true to compute `skip(x) + relu(F(x))` instead.
     """
 
     def __init__(
@@ -130,15 +131,9 @@ class Bottleneck(nn.Module):
 def stage(
     inputs: int, inner: int, *, depth: int, frames: int, stride: int, relu_before_sum: bool
 ) -> nn.Sequential:
-    """Residual blocks in a row; the first one changes the shape and has the stride.
+    """Chain `depth` blocks; the first changes the shape, and has `stride` and `relu_before_sum`.
 
-    Args:
-        inputs: channels into the first block.
-        inner: as in `Bottleneck`, for all blocks.
-        depth: how many.
-        frames: as in `Bottleneck`.
-        stride: as in `Bottleneck`.
-        relu_before_sum: as in `Bottleneck`, in the first block.
+    See `Bottleneck` for the other arguments.
     """
     first = Bottleneck(inputs, inner, frames=frames, stride=stride, relu_before_sum=relu_before_sum)
     others = (Bottleneck(EXPANSION * inner, inner, frames=frames) for _ in range(depth - 1))
@@ -155,12 +150,12 @@ def _conv(
 
 
 _GROWTH = 6.0
-"""The input (1), the results of three convolutions and their norms, of which two have a quarter of
+"""Input (1), the results of three convolutions and their norms, of which two have a quarter of
 its channels (3), and the gradients of the last two (2)."""
 
 
 def _branches(block: Bottleneck) -> list[Branch]:
-    """As in Re2TAL's SlowFast (arXiv 2211.14053) the ReLU after the sum moves into the branch."""
+    """Split a block as Re2TAL does (arXiv 2211.14053): the ReLU after the sum joins the branch."""
     if block.downsample is not None:
         inner, inputs = block.conv1.conv, block.downsample.conv
         raise ChangesShapeError(

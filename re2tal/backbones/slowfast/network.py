@@ -1,4 +1,4 @@
-"""The two pathways of a SlowFast, joined to a backbone."""
+"""Two pathways of a SlowFast, joined to a backbone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from re2tal.backbones.table import backbone
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlowFastConfig:
-    """The shape of a SlowFast. The defaults are SlowFast-50, 8x8.
+    """Shape of a SlowFast. The defaults are SlowFast-50, 8x8.
 
     Attributes:
         depths: blocks of each stage, the same in both pathways.
@@ -32,13 +32,13 @@ class SlowFastConfig:
         alpha: frames of the fast pathway for one of the slow; the fast one gets every frame.
         channel_ratio: channels of the slow pathway for one of the fast, the paper's 1 / beta.
         fusion_kernel: frames that a lateral convolution covers, odd.
-        fusion_norm: a BatchNorm and a ReLU after each lateral convolution, as in PyTorchVideo's
-            weights; mmaction2's have none.
-        relu_before_sum: in blocks that change the shape the ReLU is applied to the branch, before
-            the sum, as it is in rewired blocks. OpenTAD's published Re2SlowFast was trained so.
+        fusion_norm: true for a BatchNorm and a ReLU after each lateral convolution, as in
+            PyTorchVideo's weights; mmaction2's have none.
+        relu_before_sum: true to apply the ReLU to the branch, before the sum, in blocks that change
+            the shape, as in rewired blocks. OpenTAD's published Re2SlowFast was trained so.
         temporal_stride: frames per feature. Re2TAL takes 4 for ActivityNet and 2 for THUMOS-14.
-        frozen_statistics: BatchNorms use the statistics that came with the weights, in training
-            too: a batch of a few long videos has poor ones. Not for training from nothing.
+        frozen_statistics: true for BatchNorms with the statistics of the weights, in training too:
+            a batch of a few long videos has poor ones. Not for training from nothing.
     """
 
     depths: tuple[int, ...] = (3, 4, 6, 3)
@@ -74,7 +74,7 @@ class SlowFastConfig:
             )
 
     def with_stride(self, stride: int) -> SlowFastConfig:
-        """The same backbone whose features are resampled to another number of frames per feature.
+        """Return the same backbone, its features resampled to another number of frames a feature.
 
         Raises:
             ValueError: the stride is below 1.
@@ -82,13 +82,13 @@ class SlowFastConfig:
         return replace(self, temporal_stride=stride)
 
     def build(self) -> SlowFastBackbone:
-        """A backbone of this shape, with random weights."""
+        """Build a backbone of this shape, with random weights."""
         return SlowFastBackbone(self)
 
 
 @backbone(layouts=(MMACTION2_SLOWFAST,))
 def slowfast_50() -> SlowFastConfig:
-    """SlowFast-50, 8x8: of 32 frames the slow pathway sees 8."""
+    """SlowFast-50, 8x8: the slow pathway sees 8 of 32 frames."""
     return SlowFastConfig()
 
 
@@ -100,25 +100,25 @@ def slowfast_101() -> SlowFastConfig:
 
 @backbone(mean=PYTORCHVIDEO_MEAN, std=PYTORCHVIDEO_STD, layouts=(PYTORCHVIDEO_SLOWFAST,))
 def pytorchvideo_slowfast_50() -> SlowFastConfig:
-    """SlowFast-50, 8x8, as PyTorchVideo's weights want it."""
+    """SlowFast-50, 8x8, for PyTorchVideo's weights."""
     return SlowFastConfig(fusion_norm=True)
 
 
 @backbone(mean=PYTORCHVIDEO_MEAN, std=PYTORCHVIDEO_STD, layouts=(PYTORCHVIDEO_SLOWFAST,))
 def pytorchvideo_slowfast_101() -> SlowFastConfig:
-    """SlowFast-101, 8x8, as PyTorchVideo's weights want it."""
+    """SlowFast-101, 8x8, for PyTorchVideo's weights."""
     return SlowFastConfig(depths=(3, 4, 23, 3), fusion_norm=True, fusion_kernel=5)
 
 
 @backbone(layouts=(OPENTAD_SLOWFAST,))
 def re2_slowfast_101() -> SlowFastConfig:
-    """SlowFast-101, 8x8, as OpenTAD's published Re2SlowFast-101 wants it."""
+    """SlowFast-101, 8x8, for OpenTAD's published Re2SlowFast-101."""
     return SlowFastConfig(depths=(3, 4, 23, 3), relu_before_sum=True)
 
 
 @backbone()
 def slowfast_toy() -> SlowFastConfig:
-    """A small SlowFast for the toy data set, to be trained from nothing."""
+    """Small SlowFast for the toy data set, to be trained from nothing."""
     return SlowFastConfig(
         depths=(3, 3), width=32, channel_ratio=4, temporal_stride=2, frozen_statistics=False
     )
@@ -135,7 +135,7 @@ class Pathway(nn.Module):
         stem_frames: frames that the stem's kernel covers.
         temporal_from: index of the first stage whose blocks convolve in time.
         joined: channels that are concatenated to the input of each stage.
-        relu_before_sum: as in `SlowFastConfig`.
+        relu_before_sum: flag of `SlowFastConfig`.
     """
 
     def __init__(
@@ -166,20 +166,12 @@ class Pathway(nn.Module):
 class SlowFastBackbone(nn.Module):
     """SlowFast (Feichtenhofer et al., ICCV 2019, arXiv 1812.03982) without its classifier.
 
-    A wide network sees one frame of `alpha`, a narrow one sees all; what the narrow one finds is
+    A wide network sees one frame of `alpha`, a narrow one sees all; the narrow one's features are
     joined to the wide one's channels before each stage. Their features, averaged over space, are
     brought to one rate and concatenated, the slow ones first.
 
-    Its parameters have mmaction2's names; published files: `published.py`.
-
-    Args:
-        config: the shape.
-
-    Attributes:
-        channels: C of the features.
-        temporal_stride: frames per feature.
-        multiple: of which the number of frames is a multiple.
-        relu_before_sum: as in `SlowFastConfig`.
+    Its parameters have mmaction2's names; published files: `published.py`. See
+    `re2tal.backbones.protocol.Backbone` for the attributes.
     """
 
     def __init__(self, config: SlowFastConfig) -> None:
@@ -224,7 +216,7 @@ class SlowFastBackbone(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> SlowFastBackbone:
-        """Training mode, which frozen statistics stay out of."""
+        """Set training mode, which frozen statistics stay out of."""
         super().train(mode)
         if self._frozen_statistics:
             for module in self.modules():
@@ -233,17 +225,10 @@ class SlowFastBackbone(nn.Module):
         return self
 
     def forward(self, video: Tensor) -> Tensor:
-        """Spatially pooled features.
-
-        Args:
-            video: `(B, 3, T, H, W)` normalised frames, T a multiple of `temporal_stride` and of
-                the configuration's `alpha`.
-
-        Returns:
-            `(B, C, T / temporal_stride)`.
+        """Compute spatially pooled features; see `Backbone`.
 
         Raises:
-            ValueError: if T is no such multiple.
+            ValueError: T is no multiple of `multiple`.
         """
         frames = video.shape[2]
         whole = self.multiple
@@ -257,12 +242,9 @@ class SlowFastBackbone(nn.Module):
         return torch.cat(pooled, dim=1)
 
     def layer_of(self, name: str) -> int:
-        """The layer that a parameter belongs to: 0 for the stems, then 1 for each block in turn.
+        """Layer of a parameter as in `Backbone`, counting blocks of both pathways together.
 
-        Blocks of both pathways count together; a lateral connection belongs to what it follows.
-
-        Args:
-            name: of the parameter.
+        A lateral connection belongs to the blocks after it.
         """
         _, part, index, *_ = name.split(".")
         if part.startswith("conv1"):
@@ -273,14 +255,10 @@ class SlowFastBackbone(nn.Module):
         return 1 + sum(self._depths[: stage - 1]) + int(index)
 
     def places(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of both pathways before pooling.
-
-        Args:
-            video: as in `forward`.
+        """Compute features of both pathways before pooling, of `forward`'s input.
 
         Returns:
-            Of the slow pathway `(B, C_slow, T / alpha, H', W')`, of the fast `(B, C_fast, T, H',
-            W')`.
+            `(B, C_slow, T / alpha, H', W')` of the slow and `(B, C_fast, T, H', W')` of the fast.
         """
         slow_path, fast_path = self.slow_path, self.fast_path
         slow, fast = slow_path.conv1(video[:, :, :: self._alpha]), fast_path.conv1(video)

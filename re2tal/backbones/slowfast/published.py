@@ -1,6 +1,6 @@
 """Names of the weights of mmaction2's and PyTorchVideo's SlowFasts, and of OpenTAD's Re2SlowFast.
 
-What their sources say, beside the names:
+Facts from their sources, beside the names:
 
 - mmaction2's names are ours, and its network too.
 - PyTorchVideo's has a norm and a ReLU after each lateral convolution (`fusion_norm=True`), and the

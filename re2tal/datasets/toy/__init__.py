@@ -1,4 +1,4 @@
-"""A toy data set that the project makes itself: actions that only their motion tells apart."""
+"""Toy data set that the project makes itself: actions that only their motion tells apart."""
 
 from re2tal.datasets.toy.dataset import (
     ANNOTATIONS,

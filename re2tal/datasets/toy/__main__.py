@@ -1,4 +1,4 @@
-"""Makes the toy data sets in several processes; what is there with the same settings stays.
+"""Make the toy data sets in several processes; a set with the same settings is kept.
 
 python -m re2tal.datasets.toy videos data/toy
 python -m re2tal.datasets.toy clips data/toy_trimmed --training 210 --validation 70
@@ -17,15 +17,11 @@ _SETS: dict[str, tuple[Any, Callable[..., Any], int]] = {
     "videos": (ToyConfig(), make_toy, 10),
     "clips": (TrimmedToyConfig(), make_trimmed_toy, 300),
 }
-"""To each set its settings, what makes it, and after how many files progress is shown."""
+"""Name of a set -> its settings, its maker, and the number of files between progress reports."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Make a set.
-
-    Args:
-        arguments: of the command line.
-    """
+    """Make the set that the command line names."""
     options = vars(_parser().parse_args(arguments))
     name, folder, processes = (options.pop(key) for key in ("set", "folder", "processes"))
     default, make, every = _SETS[name]

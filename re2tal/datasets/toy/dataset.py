@@ -1,4 +1,4 @@
-"""The toy data set on disk: untrimmed videos with annotations, and trimmed clips."""
+"""Toy data set on disk: untrimmed videos with annotations, and trimmed clips."""
 
 import io
 import json
@@ -32,8 +32,8 @@ class ToyConfig:
     Attributes:
         training: number of training videos.
         validation: number of validation videos.
-        seconds: shortest and longest video.
-        seed: of everything random in it.
+        seconds: durations of the shortest and the longest video.
+        seed: seed of everything random in it.
     """
 
     training: int = 32
@@ -44,7 +44,7 @@ class ToyConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Job:
-    """One video to make: everything that a process of its own needs to know."""
+    """One video to make, with everything that a separate process needs."""
 
     video_id: str
     subset: str
@@ -91,7 +91,7 @@ def _jobs(config: ToyConfig, folder: Path) -> list[_Job]:
 
 
 def _is_complete(annotations: Path, settings: dict[str, Any]) -> bool:
-    """Whether the set was made with these settings; the annotations are written last of all."""
+    """Tell if the set was made with these settings; the annotations are written last of all."""
     if not annotations.is_file():
         return False
     content = json.loads(annotations.read_text())
@@ -108,16 +108,16 @@ def make_toy(
 ) -> Path:
     """Make the toy data set, unless it is there already with the same settings.
 
-    Classes (`ACTIONS`) differ by motion over time and not by how a frame looks. The videos have 112
-    by 112 pixels and 12 frames a second, H.264 with visible compression noise.
+    Classes (`ACTIONS`) differ by motion over time and not by the look of a frame. The videos have
+    112 by 112 pixels and 12 frames a second, H.264 with visible compression noise.
 
     Args:
-        folder: gets `annotations.json` (ActivityNet-style, subsets `training` and `validation`) and
-            `videos/*.mp4`.
-        config: how much of it; the default takes under a minute on two cores.
-        parallel_map: what runs the videos' jobs, as `map` does; it may run them in other processes
-            and in any order.
-        progress: called with the number of videos made and the number in all.
+        folder: folder for `annotations.json` (ActivityNet-style, subsets `training` and
+            `validation`) and `videos/*.mp4`.
+        config: size of the set; the default takes under a minute on two cores.
+        parallel_map: function that runs the videos' jobs, as `map` does; it may run them in other
+            processes and in any order.
+        progress: function called with the number of videos made and their total.
 
     Returns:
         Path of the annotations.
@@ -145,11 +145,11 @@ def make_toy(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ToyClip:
-    """A trimmed clip of one action, and where its actor is.
+    """Trimmed clip of one action, with the poses of its actor.
 
     Attributes:
-        content: of an mp4 file, compressed like the untrimmed videos.
-        pose: of the actor at each frame.
+        content: content of an mp4 file, compressed like the untrimmed videos.
+        pose: pose of the actor at each frame.
     """
 
     content: bytes
@@ -157,14 +157,14 @@ class ToyClip:
 
 
 def make_clip(label: str | None, seconds: float, seed: int, *, held_out: bool = False) -> ToyClip:
-    """A clip in which an actor performs one action from the first frame to the last.
+    """Make a clip in which an actor performs one action from the first frame to the last.
 
     Args:
         label: one of `ACTIONS`, or None for motion that is no action.
-        seconds: its length.
-        seed: of everything random in it.
-        held_out: draw it with the sprites and backgrounds of the untrimmed videos; otherwise with
-            others, which have none in common with them.
+        seconds: length of the clip.
+        seed: seed of everything random in it.
+        held_out: true for the sprites and backgrounds of the untrimmed videos; false for others,
+            which have none in common with them.
     """
     gallery = DETECTION_GALLERY if held_out else PRETRAINING_GALLERY
     instances = [] if label is None else [(0.0, seconds, label)]
@@ -176,13 +176,13 @@ def make_clip(label: str | None, seconds: float, seed: int, *, held_out: bool = 
 
 
 NO_ACTION = "no_action"
-"""The class of clips whose actor moves but performs no action. A detector has to tell it apart."""
+"""Class of clips whose actor moves but performs no action. A detector has to tell it apart."""
 
 _TURNS = (*ACTIONS, NO_ACTION)  # clip i is of class i mod 7
 TRIMMED_CLASSES = tuple(sorted(_TURNS))
 POSES = "poses.safetensors"
 UNFINISHED = "unfinished"
-"""A file of this name lies in the folder while it is being made."""
+"""Name of a file that lies in the folder while it is being made."""
 
 _SETTINGS = "settings.json"
 _TRIMMED_VERSION = 2  # counted up when the same settings give other clips
@@ -193,10 +193,10 @@ class TrimmedToyConfig:
     """Size of the trimmed split.
 
     Attributes:
-        training: number of training clips; the classes take turns.
+        training: number of training clips, spread evenly over the classes.
         validation: number of validation clips.
         seconds: length of a clip.
-        seed: of everything random in it.
+        seed: seed of everything random in it.
     """
 
     training: int = 2100
@@ -207,7 +207,7 @@ class TrimmedToyConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _ClipJob:
-    """One clip to make: everything that a process of its own needs to know."""
+    """One clip to make, with everything that a separate process needs."""
 
     folder: str
     subset: str
@@ -226,7 +226,7 @@ class _ClipJob:
 
 
 def _make_clip(job: _ClipJob) -> tuple[str, np.ndarray]:
-    """Render and write a clip, and give its id and poses (T, 4)."""
+    """Render and write a clip, and return its id and poses (T, 4)."""
     label = job.path.parent.name
     clip = make_clip(
         None if label == NO_ACTION else label,
@@ -253,16 +253,16 @@ def make_trimmed_toy(
 
     An actor performs one action from the first frame to the last, or none. Training clips show
     other sprites and other backgrounds than the untrimmed videos; validation clips show theirs, so
-    that what is measured on them is what the untrimmed videos will need. No seed is shared.
+    that results on them predict those on the untrimmed videos. No seed is shared.
 
     Args:
-        folder: gets `training/<class>/*.mp4`, `validation/<class>/*.mp4` and `poses.safetensors`:
-            of each clip, `<class>/<name>`, where its actor is at each frame, float32 (T, 4): x and
-            y as shares of the side, logarithm of the size, angle in radians.
-        config: how much of it; the default takes some minutes on two cores.
-        parallel_map: what runs the clips' jobs, as `map` does; it may run them in other processes
-            and in any order.
-        progress: called with the number of clips made and the number in all.
+        folder: folder for `training/<class>/*.mp4`, `validation/<class>/*.mp4` and
+            `poses.safetensors`: for each clip, `<class>/<name>`, the pose of its actor at each
+            frame, float32 (T, 4): x and y as shares of the side, logarithm of the size, angle in
+            radians.
+        config: size of the split; the default takes some minutes on two cores.
+        parallel_map: see `make_toy`.
+        progress: see `make_toy`.
 
     Returns:
         The folder.

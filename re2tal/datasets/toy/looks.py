@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 Image: TypeAlias = NDArray[np.floating[Any]]
 
 TEXELS = 4
-"""Texture points per pixel. At four, looking up the nearest one is as good as interpolating."""
+"""Texture points per pixel. At four, the nearest point is as good as interpolation."""
 
 SPRITE_TEXTURE = 160
 """Height and width of a sprite's texture."""
@@ -37,12 +37,12 @@ class Palette:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gallery:
-    """The looks that a set of videos may use.
+    """Looks that a set of videos may use.
 
     Attributes:
-        palettes: Colour schemes.
+        palettes: colour schemes.
         shapes: (family, lobes) of the sprites' outlines.
-        patterns: Names of background patterns.
+        patterns: names of background patterns.
     """
 
     palettes: tuple[Palette, ...]
@@ -179,7 +179,7 @@ def _clouds(cells: int, rng: np.random.Generator) -> Image:
 
 
 def _pattern(name: str, rng: np.random.Generator) -> Image:
-    """A pattern in [0, 1], (BACKGROUND_TEXTURE, BACKGROUND_TEXTURE), that repeats seamlessly."""
+    """Draw a seamless pattern in [0, 1], (BACKGROUND_TEXTURE, BACKGROUND_TEXTURE)."""
     axis = np.arange(BACKGROUND_TEXTURE) * (2.0 * pi / BACKGROUND_TEXTURE)
     x, y = np.meshgrid(axis, axis)
     count = int(rng.integers(5, 9))

@@ -19,7 +19,7 @@ _SHADOW = 0.38
 
 
 def _window(texture: Image, offset: NDArray[np.float64]) -> Image:
-    """The (FRAME_SIZE, FRAME_SIZE, C) view of a seamless, padded texture at a fractional offset."""
+    """View (FRAME_SIZE, FRAME_SIZE, C) of a seamless, padded texture at a fractional offset."""
     x, y = np.asarray(offset) % BACKGROUND_TEXTURE
     left, top = int(x), int(y)
     fx, fy = np.float32(x - left), np.float32(y - top)

@@ -1,6 +1,6 @@
-"""A toy video before it is drawn: who moves where, and which actions happen when.
+"""Toy video before it is drawn: paths of the sprites, and times of the actions.
 
-An action is a periodic pattern on top of a slow straight carrier. What a single frame can show
+An action is a periodic pattern on top of a slow straight carrier. All that a single frame can show
 (position, size, angle) is drawn from one common distribution whatever the action: an action that
 does not move a quantity holds it at a random phase of the actions that do. Only the change over
 time tells the classes apart.
@@ -28,7 +28,7 @@ FRAME_SIZE = 112
 """Height and width of a rendered frame, in pixels."""
 
 ACTIONS = ("bounce", "orbit", "pulse", "shake", "spin", "zigzag")
-"""The classes, sorted by name."""
+"""Class names, sorted."""
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -56,7 +56,7 @@ class Pose:
     angle: Floats
 
     def at(self, index: int) -> "Pose":
-        """The pose at one time, as arrays of shape (1,)."""
+        """Pose at one time, as arrays of shape (1,)."""
         pick = slice(index, index + 1 or None)
         return Pose(
             x=self.x[pick], y=self.y[pick], log_size=self.log_size[pick], angle=self.angle[pick]
@@ -64,7 +64,7 @@ class Pose:
 
 
 Motion: TypeAlias = Callable[[Floats], Pose]
-"""Map seconds since the motion began, (T,), to the pose at those times."""
+"""Function from seconds since the motion began, (T,), to the poses at those times."""
 
 
 def _triangle(phase: Floats) -> Floats:
@@ -76,16 +76,16 @@ def action(name: str, duration: float, angle: float, rng: np.random.Generator) -
     """Draw one instance of an action.
 
     Args:
-        name: One of `ACTIONS`.
-        duration: Seconds that it will last; the carrier is centred in it.
-        angle: The actor's angle when it begins, radians.
-        rng: Source of every random choice. The number of draws does not depend on `name`.
+        name: one of `ACTIONS`.
+        duration: seconds that the action lasts; the carrier is centred in it.
+        angle: actor's angle at the start, radians.
+        rng: source of every random choice. The number of draws does not depend on `name`.
 
     Returns:
         The motion, defined for times in [0, duration].
 
     Raises:
-        ValueError: If `name` is none of `ACTIONS`.
+        ValueError: `name` is none of `ACTIONS`.
     """
     if name not in ACTIONS:
         raise ValueError(f"unknown toy action {name!r}; the actions are {', '.join(ACTIONS)}")
@@ -135,11 +135,11 @@ def distractor(begin: Pose, end: Pose, duration: float, rng: np.random.Generator
     One of: a straight drift, a smooth curve, or standing still before or after a short move.
 
     Args:
-        begin: Pose of shape (1,) at time 0.
-        end: Pose of shape (1,) whose position and size are reached at `duration`. Its angle is not
+        begin: pose of shape (1,) at time 0.
+        end: pose of shape (1,) whose position and size are reached at `duration`. Its angle is not
             used: the actor keeps turning slowly.
-        duration: Seconds.
-        rng: Source of every random choice.
+        duration: duration of the motion in seconds.
+        rng: source of every random choice.
 
     Returns:
         The motion, defined for times in [0, duration].
@@ -174,7 +174,7 @@ GAP_SECONDS = (1.0, 4.5)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sprite:
-    """A sprite and its path: `texture` premultiplied RGBA, `radius` (T,) pixels, `pose` (T,)."""
+    """Sprite and its path: `texture` premultiplied RGBA, `radius` (T,) pixels, `pose` (T,)."""
 
     texture: Image
     radius: Floats
@@ -183,14 +183,14 @@ class Sprite:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """All that a video of T frames shows.
+    """Everything that a video of T frames shows.
 
     Attributes:
-        background: Seamless RGB picture.
-        bokeh: Seamless premultiplied RGBA picture in front of the background.
+        background: seamless RGB picture.
+        bokeh: seamless premultiplied RGBA picture in front of the background.
         background_path: (T, 2) offset (x, y) of the background in pixels.
         bokeh_path: (T, 2) offset of the bokeh in pixels.
-        sprites: From back to front; the last is the actor.
+        sprites: sprites from back to front; the last is the actor.
         instances: (start, end, action) in seconds.
     """
 
@@ -203,7 +203,7 @@ class Scene:
 
 
 def _timeline(seconds: float, rng: np.random.Generator) -> list[tuple[float, float, str]]:
-    """Actions with gaps around them, inside [0, seconds], no class more than once in three."""
+    """Draw actions with gaps, inside [0, seconds], no class more than once in three."""
     found: list[tuple[float, float, str]] = []
     now = rng.uniform(*GAP_SECONDS)
     bag: list[str] = []
@@ -224,7 +224,7 @@ def _actor_pose(
     """Poses at `times` of an actor that performs the instances and idles about in between."""
     zero = np.zeros(1)
     angle = rng.uniform(0.0, 2.0 * np.pi)
-    # Where the actor is before the first and after the last instance is drawn like an action's
+    # The actor's place before the first and after the last instance is drawn like an action's
     # start, so that those gaps are like all others.
     pieces: list[tuple[float, float, Motion]] = []
     last = action("spin", 1.0, angle, rng)(zero)
@@ -255,7 +255,7 @@ def _actor_pose(
 
 
 def _turned(motion: Motion, by: float) -> Motion:
-    """The same motion with its angle shifted."""
+    """Shift the angle of a motion."""
 
     def pose(t: Floats) -> Pose:
         p = motion(t)
@@ -267,7 +267,7 @@ def _turned(motion: Motion, by: float) -> Motion:
 def _clutter(
     gallery: Gallery, palette_index: int, times: Floats, rng: np.random.Generator
 ) -> Sprite:
-    """A sprite that crosses the picture in a straight line, again and again."""
+    """Draw a sprite that crosses the picture in a straight line, again and again."""
     margin = 26.0
     span = FRAME_SIZE + 2.0 * margin
     start = rng.uniform(0.0, span, size=2)
@@ -283,7 +283,7 @@ def _clutter(
 
 
 def _camera(times: Floats, rng: np.random.Generator) -> Floats:
-    """(T, 2) slow drift of the camera with a gentle sway, in pixels."""
+    """Draw a slow drift of the camera with a gentle sway, (T, 2), in pixels."""
     drift = rng.uniform(-5.0, 5.0, size=2)
     sway = rng.uniform(1.0, 5.0, size=2)
     rate = rng.uniform(0.05, 0.15, size=2)
@@ -301,9 +301,9 @@ def draw_scene(
     """Draw everything random about a video.
 
     Args:
-        gallery: Looks to choose from.
+        gallery: looks to choose from.
         times: (T,) seconds of its frames, rising.
-        rng: Source of every random choice.
+        rng: source of every random choice.
         instances: (start, end, action) in seconds, apart and in order; drawn when None.
 
     Returns:

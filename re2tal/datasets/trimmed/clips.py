@@ -12,16 +12,16 @@ from re2tal.videos.windows import Window
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrimmedVideo:
-    """A stretch of a video file that shows one class.
+    """Stretch of a video file that shows one class.
 
     Attributes:
-        video_id: Its name; no other stretch has it.
-        label: Class number.
-        start: Where the stretch begins in the file, in seconds.
-        end: Where it ends.
+        video_id: name of the stretch; no other has it.
+        label: class number.
+        start: second of the file at which the stretch begins.
+        end: second of the file at which it ends.
 
     Raises:
-        ValueError: The stretch has no length.
+        ValueError: the stretch has no length.
     """
 
     video_id: str
@@ -39,14 +39,14 @@ class TrimmedVideo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipConfig:
-    """Frames that a network sees of a video at a time.
+    """Length and rate of the clips that a network sees.
 
     Attributes:
-        frames: Frames of a clip, a multiple of the backbone's temporal stride.
-        fps: Frames sampled per second.
+        frames: frames of a clip, a multiple of the backbone's temporal stride.
+        fps: frames sampled per second.
 
     Raises:
-        ValueError: A field is out of its range.
+        ValueError: a field is out of its range.
     """
 
     frames: int = 32
@@ -64,12 +64,12 @@ class ViewConfig:
     """Number of clips and crops over which the scores of a video are averaged.
 
     Attributes:
-        clips: Clips spread evenly over the video; one is its middle.
-        crops: Squares spread evenly over the longer side of the frames; one is their middle. Each
+        clips: clips spread evenly over the video; one is its middle.
+        crops: squares spread evenly over the longer side of the frames; one is their middle. Each
             is decoded by itself.
 
     Raises:
-        ValueError: There is less than one of either.
+        ValueError: either number is less than one.
     """
 
     clips: int = 1
@@ -85,31 +85,26 @@ class ViewConfig:
 def random_clip(
     video: TrimmedVideo, config: ClipConfig, *, stride: int, random: np.random.Generator
 ) -> Window:
-    """One clip at a random place of a video; a video that is shorter is padded.
+    """Cut one clip at a random place of a video; a shorter video is padded.
 
     Args:
-        video: The video.
-        config: Length and rate of the clip.
-        stride: Frames per feature: the backbone's temporal stride.
-        random: Draws the place, one number a video; one that follows the seed and the epoch.
+        video: trimmed video.
+        config: length and rate of the clip.
+        stride: frames per feature: the backbone's temporal stride.
+        random: generator that draws the place, one number a video, by the seed and the epoch.
     """
-    share = random.uniform()  # drawn for a video that fits as well: those of the others stay theirs
+    share = random.uniform()  # also for a video that fits: so the others keep their places
     return _clip(video, config, stride=stride, share=share, place=0.5)
 
 
 def views(
     video: TrimmedVideo, config: ClipConfig, view: ViewConfig, *, stride: int
 ) -> Iterator[Window]:
-    """The clips and crops of which the scores of a video are averaged, clip by clip.
+    """Cut the clips and crops whose scores are averaged for a video, clip by clip.
 
-    Where clips may start is cut into as many equal parts as there are clips, and each starts in the
-    middle of one. Of a video no longer than a clip there is one clip.
-
-    Args:
-        video: The video.
-        config: Length and rate of a clip.
-        view: How many.
-        stride: Frames per feature: the backbone's temporal stride.
+    The range of possible starts is cut into as many equal parts as there are clips, and each clip
+    starts in the middle of one. A video no longer than a clip gives one clip. `stride` is the
+    backbone's temporal stride, in frames.
     """
     clips = view.clips if _room(video, config) > 0 else 1
     places = [0.5] if view.crops == 1 else np.linspace(0.0, 1.0, view.crops).tolist()

@@ -1,12 +1,12 @@
-"""Lists of trimmed videos, each of one class, and the files that they mean.
+"""Lists of trimmed videos, each of one class, and the search for their files.
 
 A list is a folder with a folder of videos for each class (`read_folders`), or a text file
-(`read_list`). Three forms of the latter are told apart by what is in them:
+(`read_list`). Three forms of the latter are told apart by their content:
 
 - Kinetics' own CSV: a header with `label`, `youtube_id`, `time_start`, `time_end` and `split`. The
   file of a video is named as the usual downloads do it, `<label>/<id>_<start>_<end>.mp4` with six
-  digits for each second, with or without the folder; or it is the whole video, `<id>.mp4`, of which
-  that stretch is taken.
+  digits for each second, with or without the folder; or it is the whole video, `<id>.mp4`, from
+  which that stretch is taken.
 - A CSV with a header that has `path` and `label`, and perhaps `start`, `end` and `split`.
 - Lines of `path label` or `path label start end`, as MMAction2 and PySlowFast have them; the label
   is a class number, or a name without spaces. There may be spaces in the path.
@@ -31,10 +31,10 @@ class Place:
     """Possible place of a trimmed video.
 
     Attributes:
-        name: Path of the file in the folder of the videos, with slashes; with or without its
+        name: path of the file in the folder of the videos, with slashes; with or without its
             ending.
-        start: Where the stretch begins in that file, in seconds.
-        end: Where it ends; None for the end of the file.
+        start: second of that file at which the stretch begins.
+        end: second of that file at which it ends; None for the end of the file.
     """
 
     name: str
@@ -47,9 +47,9 @@ class Entry:
     """One line of a list.
 
     Attributes:
-        video_id: Its name; no other entry of the list has it.
-        label: Name of its class.
-        places: Where it may lie; the first where there is a file counts.
+        video_id: name of the video; no other entry of the list has it.
+        label: name of its class.
+        places: possible places; the first with a file counts.
     """
 
     video_id: str
@@ -59,13 +59,13 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrimmedList:
-    """The trimmed videos of a subset.
+    """Trimmed videos of a subset.
 
     Attributes:
-        source: Where the list is, for messages.
-        root: Of lists with the same root, equal ids mean the same video.
-        entries: In the order of the list.
-        problems: What is wrong with it, a sentence each.
+        source: place of the list, for messages.
+        root: common origin: in lists with the same root, equal ids mean the same video.
+        entries: entries in the order of the list.
+        problems: problems of the list, a sentence each.
     """
 
     source: str
@@ -77,17 +77,17 @@ class TrimmedList:
 def joint_classes(
     training: TrimmedList, validation: TrimmedList, classes: Sequence[str] | None = None
 ) -> tuple[str, ...]:
-    """The classes of two lists, once both are without fault.
+    """Classes of two lists, once both are without fault.
 
     Args:
-        training: What is trained on.
-        validation: What is evaluated.
-        classes: All classes in the order of their numbers; None for those of the training list,
+        training: list for training.
+        validation: list for evaluation.
+        classes: all classes in the order of their numbers; None for those of the training list,
             sorted.
 
     Raises:
-        AnnotationError: With every problem of both lists: their own, entries that stand twice, or
-            in both, and labels that are no class.
+        AnnotationError: the lists have problems, entries that stand twice or in both, or labels
+            that are no class; it names all of them.
     """
     lists = (training,) if training == validation else (training, validation)
     known = tuple(classes) if classes is not None else _labels(training)
@@ -139,12 +139,11 @@ def find_files(
     is looked for as it is, and then with each of `EXTENSIONS` in the place of its ending.
 
     Args:
-        entries: What to look for.
-        files: The folder's files: path in it, with slashes -> path or URI.
+        entries: entries to find.
+        files: files of the folder: path in it, with slashes -> path or URI.
 
     Returns:
-        Video id -> file, and the place that was found; for the others, video id -> why there is no
-        file.
+        Video id -> file, and the place that was found; for the others, video id -> reason.
     """
     by_stem: dict[str, str] = {}
     for extension in reversed(EXTENSIONS):  # the first of them counts
@@ -165,7 +164,7 @@ def find_files(
 
 
 def _stem(name: str) -> str:
-    """A path without the ending of a video; what follows another dot belongs to the name."""
+    """Path without the ending of a video; the text after another dot belongs to the name."""
     path = PurePosixPath(name)
     return str(path.with_suffix("")) if path.suffix.lower() in EXTENSIONS else name
 
@@ -176,8 +175,8 @@ def read_folders(source: str, names: Iterable[str]) -> TrimmedList:
     Files that are no videos, by their ending, are passed over.
 
     Args:
-        source: Where the folder is, for messages.
-        names: Paths of the files in it, with slashes.
+        source: place of the folder, for messages.
+        names: paths of the files in it, with slashes.
     """
     entries, problems = [], []
     for name in sorted(names):
@@ -199,7 +198,7 @@ def read_folders(source: str, names: Iterable[str]) -> TrimmedList:
 
 _KINETICS = {"label", "youtube_id", "time_start", "time_end"}
 _PATHS = {"path", "label"}
-# The path is what comes before the last one or three words: it may hold spaces itself.
+# The path is the text before the last one or three words: it may hold spaces itself.
 _NUMBER = r"[-+]?\d+(?:\.\d*)?"
 _LINE = re.compile(
     rf"(?P<path>\S.*?)[\s,]+(?P<label>[^\s,]+?)(?:[\s,]+(?P<start>{_NUMBER})[\s,]+(?P<end>{_NUMBER}))?"
@@ -210,11 +209,11 @@ def read_classes(source: str, text: str) -> tuple[str, ...]:
     """Read names of classes, one a line; the number of a class is that of its line, from 0.
 
     Args:
-        source: Where the text is from, for messages.
-        text: The content.
+        source: place of the text, for messages.
+        text: content of the file.
 
     Raises:
-        AnnotationError: There is no name, or one stands twice.
+        AnnotationError: the text has no name, or one stands twice.
     """
     names = [line.strip() for line in text.splitlines() if line.strip()]
     repeated = [name for name, number in Counter(names).items() if number > 1]
@@ -230,13 +229,13 @@ def read_list(
     """Read a list in one of the three forms.
 
     Args:
-        source: Where the text is from, for messages.
-        text: The content.
-        classes: Names of the classes, for labels that are numbers.
-        split: Only rows with this in their column `split`; None for all rows.
+        source: place of the text, for messages.
+        text: content of the file.
+        classes: names of the classes, for labels that are numbers.
+        split: value of the column `split` in the rows to read; None for all rows.
 
     Returns:
-        The entries that could be read, and what is wrong with the others.
+        Entries that could be read, and the problems of the others.
     """
     lines = text.splitlines()
     header = [name.strip() for name in lines[0].split(",")] if lines else []
@@ -278,11 +277,7 @@ def _lines(lines: Sequence[str]) -> Iterator[tuple[int, Mapping[str, str]]]:
 
 
 def _entry(row: Mapping[str, str], classes: Sequence[str] | None) -> Entry:
-    """One row as an entry.
-
-    Raises:
-        ValueError: What is wrong with it.
-    """
+    """Read one row as an entry, or raise a ValueError with its fault."""
     label = _label(row.get("label", ""), classes)
     if "youtube_id" in row:
         start, end = (_seconds(row[name], name) for name in ("time_start", "time_end"))

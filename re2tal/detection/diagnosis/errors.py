@@ -1,4 +1,4 @@
-"""Kinds of errors: what false positives are, what is missed, and what mAP depends on."""
+"""Kinds of errors: false positives, missed instances, and causes of a lower mAP."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from re2tal.detection.diagnosis.outcomes import (
 from re2tal.detection.evaluation.matching import Bools, Floats, Ints, overlapping
 
 MIN_PRECISION = 0.05
-"""Predictions from where normalised precision is this low or lower find nothing (DETAD)."""
+"""Normalised precision up to which predictions count as finding nothing (DETAD)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Missed:
-    """Instances by bin, and the share of them that is missed.
+    """Instances by bin, and the missed share of them.
 
     Attributes:
         counts: `(*B)` instances in each bin (of one characteristic), or in each pair of bins.
-        shares: `(K, *B)` the share that is missed at each threshold; nan for empty bins.
+        shares: `(K, *B)` missed share at each threshold; nan for empty bins.
     """
 
     counts: Ints
@@ -41,12 +41,12 @@ class Missed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FalseNegatives:
-    """The instances that are missed.
+    """Shares of missed instances.
 
     Attributes:
         overall: `(K,)` share of all instances.
-        by: characteristic to the shares in its bins `(B,)`.
-        by_pair: two characteristics to the shares in their pairs of bins `(B1, B2)`.
+        by: characteristic -> shares in its bins `(B,)`.
+        by_pair: two characteristics -> shares in their pairs of bins `(B1, B2)`.
     """
 
     overall: Floats
@@ -59,10 +59,7 @@ def false_negatives(outcomes: Outcomes, placed: Mapping[str, Placed]) -> FalseNe
 
     An instance is missed when no prediction has found it, or only one at whose rank in its class
     normalised precision is at most 0.05: any detector finds everything if it may guess forever.
-
-    Args:
-        outcomes: instances and predictions.
-        placed: of each characteristic, the bin of each instance.
+    `placed` holds the bin of each instance by characteristic.
     """
     missed = _missed(outcomes)
     return FalseNegatives(
@@ -76,7 +73,7 @@ def false_negatives(outcomes: Outcomes, placed: Mapping[str, Placed]) -> FalseNe
 
 
 def _missed(outcomes: Outcomes) -> Bools:
-    """Whether each instance is missed: `(K, G)`."""
+    """Mask `(K, G)` of the missed instances."""
     hits = outcomes.matched >= 0
     precision = normalised_precision(outcomes, hits, ~hits, outcomes.counts)
     level, row = np.nonzero(hits & (precision > MIN_PRECISION))
@@ -104,10 +101,10 @@ def _shares(missed: Bools, index: Ints, shape: tuple[int, ...]) -> Missed:
 
 
 MIN_OVERLAP = 0.1
-"""Below this tIoU with every instance, a false positive has nothing to do with any (DETAD)."""
+"""Largest tIoU with an instance below which a false positive is background (DETAD)."""
 
 GROUPS = 10
-"""Number of predictions for each instance that are looked at (DETAD: the top 10G)."""
+"""Number of predictions for each instance that are profiled (DETAD: the top 10G)."""
 
 
 class Kind(IntEnum):
@@ -141,7 +138,7 @@ ERRORS = tuple(kind for kind in Kind if kind is not Kind.TRUE_POSITIVE)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FalsePositives:
-    """The profile of the top predictions.
+    """Profile of the top predictions.
 
     Of a class with G_c instances, group i holds the predictions with ranks i G_c to
     (i + 1) G_c - 1: the top 1G, the next 1G and so on to 10G.
@@ -149,8 +146,7 @@ class FalsePositives:
     Attributes:
         counts: `(K, 10, 6)` predictions of each threshold, group and kind.
         base: `(K,)` mAP_N of the top 10G predictions.
-        gains: `(K, 5)` how much mAP_N rises when all top predictions of one kind of error are
-            removed.
+        gains: `(K, 5)` rise of mAP_N when all top predictions of one kind of error are removed.
     """
 
     counts: Ints
@@ -159,13 +155,13 @@ class FalsePositives:
 
     @property
     def shares(self) -> Floats:
-        """`(K, 10, 6)` of a group's predictions, the share of each kind; nan in empty groups."""
+        """`(K, 10, 6)` share of each kind in the predictions of a group; nan in empty groups."""
         total = self.counts.sum(axis=2, keepdims=True)
         return np.where(total > 0, self.counts / np.maximum(total, 1), np.nan)
 
 
 def false_positives(outcomes: Outcomes) -> FalsePositives:
-    """Profile the top predictions of every class and removes one kind of error at a time."""
+    """Profile the top predictions of every class, and remove one kind of error at a time."""
     groups = outcomes.ranks // outcomes.counts[outcomes.found.labels]
     top = groups < GROUPS
     kinds = classify(outcomes, top)
@@ -183,11 +179,10 @@ def false_positives(outcomes: Outcomes) -> FalsePositives:
 
 
 def classify(outcomes: Outcomes, wanted: Bools) -> Ints:
-    """The `Kind` of the `wanted` `(P,)` predictions at each threshold.
+    """Find the `Kind` of the `wanted` `(P,)` predictions at each threshold.
 
     Returns:
-        `(K, P)`; of predictions that are not wanted, only whether they are true positives or
-        not: these are called background.
+        `(K, P)`; predictions that are not wanted are true positives or else called background.
     """
     kinds = np.full(outcomes.matched.shape, int(Kind.BACKGROUND), dtype=np.int64)
     rows = np.flatnonzero(wanted & (outcomes.matched < 0).any(axis=0))
@@ -202,10 +197,7 @@ def classify(outcomes: Outcomes, wanted: Bools) -> Ints:
 
 
 def _nearest(outcomes: Outcomes, rows: Ints) -> tuple[Floats, Bools]:
-    """Largest tIoU of predictions with an instance, and whether that has their class: `(R,)`.
-
-    Overlaps that are below all limits are 0.
-    """
+    """Largest tIoU `(R,)` with an instance (0 below all limits), and if that has the same class."""
     found, truth = outcomes.found[rows], outcomes.truth
     pairs = overlapping(
         (found.segments, found.videos),
@@ -264,13 +256,13 @@ def base_map(outcomes: Outcomes) -> Floats:
 def sensitivity(outcomes: Outcomes, placed: Placed, base: Floats) -> Sensitivity:
     """mAP_N of the instances of each bin, as DETAD defines it.
 
-    Recall refers to the bin's instances. Predictions that have found an instance of another bin,
-    at whatever threshold, are removed; all others that have found none are false positives. The
-    mean is taken over the classes that the bin has.
+    Recall refers to the bin's instances. Predictions that have found an instance of another bin, at
+    any threshold, are removed; all others that have found none are false positives. The mean is
+    taken over the classes that the bin has.
 
     Args:
         outcomes: instances and predictions.
-        placed: the bin of each instance.
+        placed: bin of each instance.
         base: `(K,)` mAP_N of all instances.
     """
     of_bins = [
@@ -280,7 +272,7 @@ def sensitivity(outcomes: Outcomes, placed: Placed, base: Floats) -> Sensitivity
 
 
 def _map_of(outcomes: Outcomes, inside: Bools) -> Floats:
-    """mAP_N `(K,)` of the instances that are `inside` `(G,)`."""
+    """mAP_N `(K,)` of the instances in the mask `inside` `(G,)`."""
     matched = outcomes.matched
     # The entry that -1 points to stands for predictions that found nothing: they stay.
     kept = np.append(inside, True)[matched].all(axis=0)

@@ -1,4 +1,4 @@
-"""Which prediction found which instance, normalised precision, and bins of the instances."""
+"""Matches of predictions and instances, normalised precision, and bins of the instances."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from re2tal.detection.segments import Detections, LabelledSegments
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcomes:
-    """Every instance, every prediction, and which found which.
+    """Every instance, every prediction, and their matches.
 
-    Instances without length are left out, as in DETAD: nothing can overlap them. Predictions of
-    classes without an instance are left out too: they have no part in a mean over the classes
-    that have instances, and none in the top predictions, which are counted in instances.
+    Instances without length are left out, as in DETAD: nothing can overlap them. So are predictions
+    of classes without an instance: they have no part in a mean over the classes that have
+    instances, and none in the top predictions, which are counted in instances.
 
     Attributes:
         thresholds: `(K,)` tIoU thresholds.
-        videos: the names of the videos that the tables count.
+        videos: names of the videos that the tables index.
         truth: G instances.
         found: P predictions by class, and within a class by falling score.
         counts: `(C,)` instances of each class.
-        starts: `(C + 1,)` where each class's predictions start: class c has `starts[c]` to
+        starts: `(C + 1,)` first prediction of each class: class c has `starts[c]` to
             `starts[c + 1] - 1`.
         matched: `(K, P)` index of the instance that a prediction found, -1 where it found none.
         left_out: number of instances without length.
@@ -53,7 +53,7 @@ class Outcomes:
 
     @property
     def ranks(self) -> Ints:
-        """`(P,)` how many predictions of its class come before each prediction."""
+        """`(P,)` number of predictions of its class before each prediction."""
         return np.arange(len(self.found)) - self.starts[self.found.labels]
 
 
@@ -71,14 +71,14 @@ def collect(
     the threshold.
 
     Args:
-        truth: of every video, its instances in seconds (maybe none).
-        predictions: by video, in seconds; videos may be missing or unknown.
+        truth: video id -> instances in seconds (maybe none), for every video.
+        predictions: video id -> predictions in seconds; videos may be missing or unknown.
         num_classes: C; labels are 0 to C - 1.
         thresholds: K tIoU thresholds in (0, 1].
 
     Raises:
-        ValueError: If there is no instance with a length, or a label, segment, score or threshold
-            is not one.
+        ValueError: there is no instance with a length, or a label, segment, score or threshold is
+            not valid.
     """
     levels = checked_levels(thresholds)
     tables = tabulate(truth, predictions, num_classes=num_classes)
@@ -123,10 +123,9 @@ def normalised_precision(outcomes: Outcomes, hits: Bools, false: Bools, counts: 
     would have the class's own number of instances in the place of N, so that of two classes whose
     detections are equally good the rarer one scores worse (Hoiem et al., ECCV 2012).
 
-    Args:
-        outcomes: the predictions.
-        hits: `(K, P)` which predictions count as true positives.
-        false: `(K, P)` which count as false positives. Those that are neither have been removed.
+        outcomes: matched predictions and instances.
+        hits: `(K, P)` mask of the true positives.
+        false: `(K, P)` mask of the false positives. Predictions in neither have been removed.
         counts: `(C,)` instances that each class's recall refers to.
 
     Returns:
@@ -145,11 +144,7 @@ def normalised_precision(outcomes: Outcomes, hits: Bools, false: Bools, counts: 
 def average_precision(outcomes: Outcomes, hits: Bools, false: Bools, counts: Ints) -> Floats:
     """Normalised average precision AP_N: the area under interpolated P_N over recall.
 
-    Args:
-        outcomes: the predictions.
-        hits: `(K, P)` true positives.
-        false: `(K, P)` false positives.
-        counts: `(C,)` instances to be found.
+    See `normalised_precision` for the arguments.
 
     Returns:
         `(K, C)`; nan for classes without instances, 0 for those without predictions.
@@ -167,7 +162,7 @@ def average_precision(outcomes: Outcomes, hits: Bools, false: Bools, counts: Int
 def mean_average_precision(
     outcomes: Outcomes, hits: Bools, false: Bools, counts: Ints | None = None
 ) -> Floats:
-    """mAP_N `(K,)`: the mean of AP_N over the classes that `counts` (default: all) has."""
+    """mAP_N `(K,)`: mean of AP_N over the classes with instances in `counts` (default: all)."""
     counts = outcomes.counts if counts is None else counts
     if not counts.any():
         return np.full(len(hits), np.nan)
@@ -180,8 +175,8 @@ class Placed:
     """One characteristic of every instance.
 
     Attributes:
-        bins: its bins.
-        index: `(G,)` the bin of each instance.
+        bins: bins of the characteristic.
+        index: `(G,)` bin of each instance.
     """
 
     bins: Bins
@@ -199,15 +194,15 @@ def characterise(
     """Put every instance into its bin of each characteristic.
 
     Args:
-        outcomes: the instances.
+        outcomes: matched instances.
         durations: seconds of every video that has instances.
-        characteristics: the bins.
+        characteristics: bins of each characteristic.
 
     Returns:
-        By name, in the order coverage, length, instances.
+        Name -> bins, in the order coverage, length, instances.
 
     Raises:
-        ValueError: If the duration of a video with instances is missing or not positive.
+        ValueError: the duration of a video with instances is missing or not positive.
     """
     of_video = np.ones(len(outcomes.videos))
     for video in np.unique(outcomes.truth.videos):

@@ -1,4 +1,4 @@
-"""The whole diagnosis, and its numbers as rows of plain values and as named metrics."""
+"""Whole diagnosis, with its numbers as rows of plain values and as named metrics."""
 
 from __future__ import annotations
 
@@ -31,13 +31,12 @@ class Diagnosis:
 
     Attributes:
         thresholds: `(K,)` tIoU thresholds.
-        left_out: instances without length, which nothing can overlap.
+        left_out: number of instances without length, which nothing can overlap.
         mAP: `(K,)` normalised mAP of all predictions.
-        placed: of each characteristic ("coverage", "length", "instances"), the bin of each
-            instance.
-        false_positives: what the top predictions are.
-        sensitivity: of each characteristic, mAP over its bins.
-        false_negatives: which instances are missed.
+        placed: characteristic ("coverage", "length", "instances") -> bin of each instance.
+        false_positives: profile of the top predictions.
+        sensitivity: characteristic -> mAP over its bins.
+        false_negatives: shares of missed instances.
     """
 
     thresholds: Floats
@@ -64,20 +63,17 @@ def diagnose(
     (for ActivityNet 0.5, 0.55, ..., 0.95; for THUMOS-14 0.5 alone).
 
     Args:
-        truth: of every video of the evaluated subset, its instances (maybe none), in seconds.
-        predictions: by video, in seconds; videos may be missing or unknown.
+        truth: video id -> instances in seconds (maybe none), for every video of the subset.
+        predictions: video id -> predictions in seconds; videos may be missing or unknown.
         durations: seconds of every video with instances.
         num_classes: C; labels are 0 to C - 1.
         thresholds: K tIoU thresholds in (0, 1].
-        characteristics: bins of length, coverage and number of instances, as of a data set's
-            record.
-
-    Returns:
-        The diagnosis.
+        characteristics: bins of length, coverage and number of instances, as in the record of a
+            data set.
 
     Raises:
-        ValueError: If there is nothing to find, or a label, segment, score, threshold or duration
-            is not one.
+        ValueError: there is nothing to find, or a label, segment, score, threshold or duration is
+            not valid.
     """
     outcomes = collect(truth, predictions, num_classes=num_classes, thresholds=thresholds)
     placed = characterise(outcomes, durations, characteristics)
@@ -97,9 +93,9 @@ Row = dict[str, str | int | float | None]
 
 
 def tables(diagnosis: Diagnosis) -> dict[str, list[Row]]:
-    """The numbers of a diagnosis as rows, one table a question.
+    """Arrange the numbers of a diagnosis in rows, one table a question.
 
-    Shares and mAP lie in [0, 1]; what is not defined (an empty bin's mAP) is None.
+    Shares and mAP lie in [0, 1]; an undefined value (an empty bin's mAP) is None.
 
     Returns:
         `false_positives` (threshold, top, kind, predictions, share), `effects` (threshold, kind,
@@ -117,14 +113,14 @@ def tables(diagnosis: Diagnosis) -> dict[str, list[Row]]:
 
 
 def metrics(diagnosis: Diagnosis) -> dict[str, float]:
-    """The main numbers, averaged over the thresholds, under names that trackers take.
+    """Main numbers, averaged over the thresholds, under names that trackers accept.
 
     Returns:
         `diagnosis/mAP_N`; `diagnosis/top_1G/<kind>`, the share among the top 1G predictions;
         `diagnosis/effect/<kind>`; `diagnosis/sensitivity/<characteristic>` and
         `diagnosis/impact/<characteristic>`; `diagnosis/mAP_N/<characteristic>/<bin>`;
-        `diagnosis/missed` and `diagnosis/missed/<characteristic>/<bin>`. What is not defined is
-        not there.
+        `diagnosis/missed` and `diagnosis/missed/<characteristic>/<bin>`. Undefined values are left
+        out.
     """
     profile = diagnosis.false_positives
     top = profile.shares[:, 0].mean(axis=0)
@@ -153,7 +149,7 @@ def _name(kind: Kind) -> str:
 
 
 def _number(value: float) -> float | None:
-    """A Python float; None instead of nan, which JSON does not know."""
+    """Convert to a Python float; None instead of nan, which JSON does not know."""
     return float(value) if np.isfinite(value) else None
 
 

@@ -1,4 +1,4 @@
-"""Ground truth and predictions of all videos in two checked tables, and which matches which."""
+"""Ground truth and predictions of all videos in two checked tables, and their matching."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Table:
         return len(self.labels)
 
     def __getitem__(self, rows: Ints | Bools) -> Table:
-        """The rows that an index `(M,)` or a mask `(N,)` picks."""
+        """Select rows by an index `(M,)` or a mask `(N,)`."""
         return Table(
             segments=self.segments[rows], videos=self.videos[rows], labels=self.labels[rows]
         )
@@ -43,12 +43,12 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tables:
-    """Instances and predictions that are compared.
+    """Instances and predictions to compare.
 
     Attributes:
-        actual: the instances.
-        found: the predictions by class, and in a class by falling score.
-        numbers: of the videos, by name.
+        actual: instances.
+        found: predictions by class, and in a class by falling score.
+        numbers: video id -> number of the video.
     """
 
     actual: Table
@@ -56,7 +56,7 @@ class Tables:
     numbers: Mapping[str, int]
 
     def groups(self) -> tuple[Ints, Ints]:
-        """A number for the video and class of each prediction `(P,)` and each instance `(N,)`."""
+        """Number of the video and class of each prediction `(P,)` and each instance `(N,)`."""
         sides = (self.found, self.actual)
         found, actual = (side.labels * len(self.numbers) + side.videos for side in sides)
         return found, actual
@@ -74,14 +74,14 @@ def tabulate(
     Predictions of equal score keep their order; scores may be infinite.
 
     Args:
-        truth: instances by video.
-        predictions: by video.
-        num_classes: C, if labels must be 0 to C - 1; otherwise labels are not looked at, and 0.
-        exclude: videos to leave out of both.
+        truth: video id -> instances.
+        predictions: video id -> predictions.
+        num_classes: C, if labels must be 0 to C - 1; None to ignore labels, which become 0.
+        exclude: ids of videos to leave out of both.
 
     Raises:
-        ValueError: If there is no ground truth, or a video's tensors do not fit together, a label
-            is out of range, a segment is not finite or a score is not a number.
+        ValueError: there is no ground truth, or a video's tensors do not fit together, a label is
+            out of range, a segment is not finite or a score is not a number.
     """
     truth = {video: part for video, part in truth.items() if video not in exclude}
     predictions = {video: part for video, part in predictions.items() if video not in exclude}
@@ -138,7 +138,7 @@ def _table(
 
 
 def _column(parts: Sequence[Tensor], shape: tuple[int, ...]) -> Floats:
-    """All parts, one after the other, in float64: exact for any label or score there is."""
+    """Concatenate all parts in float64, which is exact for any label or score."""
     if not parts:
         return np.zeros([max(size, 0) for size in shape])
     whole = torch.cat([part.cpu() for part in parts])
@@ -161,11 +161,11 @@ _CHUNK = 1 << 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pairs:
-    """Predictions with instances that they overlap, by prediction and then by instance.
+    """Overlapping predictions and instances, by prediction and then by instance.
 
     Attributes:
         found: `(M,)` predictions, as rows of their table.
-        actual: `(M,)` instances, as rows of theirs.
+        actual: `(M,)` instances, as rows of their table.
         overlap: `(M,)` tIoU.
     """
 
@@ -177,14 +177,14 @@ class Pairs:
 def overlapping(
     found: tuple[Floats, Ints], actual: tuple[Floats, Ints], *, least: float, instants: float
 ) -> Pairs:
-    """All pairs of one group that overlap by at least `least`.
+    """Find all pairs of one group that overlap by at least `least`.
 
     Args:
-        found: segments `(P, 2)` of the predictions and the group `(P,)` that each belongs to.
+        found: segments `(P, 2)` of the predictions and their groups `(P,)`.
         actual: segments `(N, 2)` and groups `(N,)` of the instances.
-        least: the smallest overlap that counts, above 0.
-        instants: what two segments without length overlap by, wherever they are. The official
-            evaluators divide 0 by 0 there, and disagree on what that is.
+        least: smallest overlap that counts, above 0.
+        instants: overlap of two segments without length, wherever they are. The official evaluators
+            divide 0 by 0 there, and disagree on the result.
     """
     segments, groups = actual
     by_group = np.argsort(groups, kind="stable")
@@ -215,13 +215,13 @@ def match(pairs: Pairs, *, num_found: int, num_actual: int, levels: Floats) -> l
     a group has instances at most, and mostly two or three.
 
     Args:
-        pairs: with every overlap that reaches the lowest level.
+        pairs: all pairs whose overlap reaches the lowest level.
         num_found: P.
         num_actual: N.
         levels: `(K,)` tIoU thresholds.
 
     Returns:
-        For each level, which of the `pairs` were taken.
+        The rows of `pairs` that were taken, for each level.
     """
     by_preference = np.lexsort((-pairs.overlap, pairs.found))
     overlap = pairs.overlap[by_preference]
@@ -247,9 +247,8 @@ def match(pairs: Pairs, *, num_found: int, num_actual: int, levels: Floats) -> l
 def first_ranks(pairs: Pairs, groups: Ints, *, num_actual: int, levels: Floats) -> Ints:
     """Number of predictions of its group before the first that covers an instance.
 
-    Args:
-        pairs: with every overlap that reaches the lowest level.
-        groups: `(P,)` of the predictions.
+        pairs: all pairs whose overlap reaches the lowest level.
+        groups: `(P,)` groups of the predictions.
         num_actual: N.
         levels: `(K,)` tIoU thresholds.
 
@@ -267,7 +266,7 @@ def first_ranks(pairs: Pairs, groups: Ints, *, num_actual: int, levels: Floats) 
 
 
 def checked_levels(thresholds: object) -> Floats:
-    """Thresholds `(K,)` in float64; a ValueError if they are none or not in (0, 1]."""
+    """Thresholds `(K,)` in float64; a ValueError if there are none or one is not in (0, 1]."""
     levels = np.asarray(thresholds, dtype=np.float64)
     if levels.ndim != 1 or levels.size == 0 or not bool(((levels > 0) & (levels <= 1)).all()):
         raise ValueError(f"Thresholds must lie in (0, 1], but are {thresholds}.")

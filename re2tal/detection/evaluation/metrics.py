@@ -1,7 +1,7 @@
 """Mean average precision of detections, and recall in its two usual forms.
 
-Each function states its definition. All three follow the code of the benchmark that the metric is
-from, also in what its description leaves open.
+Each function states its definition. All three follow the code of the metric's benchmark, also in
+details that its description leaves open.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def mean_average_precision(
     positive. The average precision is the area under the interpolated precision-recall curve; the
     mean over the classes that have ground truth is the mAP.
 
-    What the definition leaves open or hides, and what happens here:
+    Details that the definition leaves open or hides, and their treatment here:
 
     - equal scores are visited in the order of `predictions` and of each video's detections (the
       official code's order is arbitrary); of ground truth overlapped equally the first is taken;
@@ -72,9 +72,9 @@ def mean_average_precision(
     - two zero-length segments of a class in one video match at every threshold, wherever they are,
       as the official code's 0/0 does (ActivityNet's validation set has three such instances).
 
-    THUMOS-14 marks segments as ambiguous: an action or not, the annotators could not tell. Its own
-    toolkit (TH14evalDet) takes from the false positives what shares any time at all with such a
-    segment of its video, whatever the class; true positives stay, and missed ambiguous segments
+    THUMOS-14 marks segments as ambiguous where the annotators could not tell if they are an action.
+    Its own toolkit (TH14evalDet) ignores false positives that share any time at all with such a
+    segment of their video, whatever the class; true positives stay, and missed ambiguous segments
     cost nothing. `ambiguous` does just that. Matching and averaging remain ActivityNet's, which is
     how the field evaluates THUMOS-14: that toolkit lets each instance pick the prediction that
     overlaps it most, whatever the score, and leaves the curve uninterpolated.
@@ -82,20 +82,21 @@ def mean_average_precision(
     Computed in float64. Reversed segments count as zero-length ones. Scores may be infinite.
 
     Args:
-        truth: of every video of the evaluated subset, its instances (maybe none). The unit of
-            the segments must be that of the predictions, usually seconds.
-        predictions: by video; videos may be missing or unknown. Without any, the result is 0.
+        truth: video id -> instances (maybe none), for every video of the evaluated subset. The unit
+            of the segments must be that of the predictions, usually seconds.
+        predictions: video id -> predictions; videos may be missing or unknown. Without any, the
+            result is 0.
         num_classes: C; labels are 0 to C - 1.
         thresholds: K tIoU thresholds above 0.
-        ambiguous: by video, segments `(M, 2)` where false positives do not count.
-        exclude: videos that count neither in `truth` nor in `predictions`, say because their
+        ambiguous: video id -> segments `(M, 2)` where false positives do not count.
+        exclude: ids of videos that count neither in `truth` nor in `predictions`, say because their
             annotation is wrong; they need not occur there.
 
     Returns:
-        The result per threshold and class.
+        Average precision per threshold and class.
 
     Raises:
-        ValueError: If there is no ground truth at all, a label is not in range, a score is not a
+        ValueError: there is no ground truth at all, a label is not in range, a score is not a
             number, a segment is not finite or a threshold is not in (0, 1].
     """
     levels = checked_levels(thresholds)
@@ -123,7 +124,7 @@ def mean_average_precision(
 
 
 def _touching(tables: Tables, ambiguous: Mapping[str, Tensor]) -> Ints:
-    """Which predictions share time with an ambiguous segment of their video, by row."""
+    """Rows of predictions that share time with an ambiguous segment of their video."""
     known = {video: part for video, part in ambiguous.items() if video in tables.numbers}
     pairs = overlapping(
         (tables.found.segments, tables.found.videos),
@@ -137,13 +138,13 @@ def _touching(tables: Tables, ambiguous: Mapping[str, Tensor]) -> Ints:
 def _average_precision(hits: Ints, ignored: Ints, starts: Ints, counts: Ints) -> Floats:
     """Area under the interpolated precision-recall curve of each class.
 
-    Only true positives matter, and how many predictions were visited when each was found: between
-    two of them recall stands still and precision falls.
+    It needs only the true positives and the number of predictions visited when each was found:
+    between two of them recall stands still and precision falls.
 
     Args:
         hits: rows of the true positives, rising, in a table by class and falling score.
         ignored: rows that do not count unless they are `hits`, rising.
-        starts: `(C + 1,)` rows where the classes start.
+        starts: `(C + 1,)` first row of each class.
         counts: `(C,)` instances in the ground truth.
 
     Returns:
@@ -201,16 +202,16 @@ def recall_at(
     do not matter.
 
     Args:
-        truth: of every video of the evaluated subset, its instances (maybe none), in the unit of
-            the predictions.
-        predictions: by video; videos may be missing or unknown.
+        truth: video id -> instances (maybe none), in the unit of the predictions, for every video
+            of the evaluated subset.
+        predictions: video id -> predictions; videos may be missing or unknown.
         num_classes: C; labels are 0 to C - 1.
-        ks: how many predictions are looked at per instance, each at least 1.
+        ks: numbers of predictions per instance, each at least 1.
         thresholds: K tIoU thresholds above 0.
-        exclude: videos that do not count.
+        exclude: ids of videos that do not count.
 
     Raises:
-        ValueError: As `mean_average_precision`; or if `ks` are not positive.
+        ValueError: a case of `mean_average_precision`, or `ks` are not positive.
     """
     levels = checked_levels(thresholds)
     budgets = np.asarray(ks, dtype=np.int64)
@@ -249,7 +250,7 @@ class ProposalRecall:
 
     Attributes:
         thresholds: `(K,)` tIoU thresholds.
-        recall: `(K, A)` part of the instances found with 1, 2, ..., A proposals a video.
+        recall: `(K, A)` share of the instances found with 1, 2, ..., A proposals a video.
         average_recall: `(A,)` mean over the thresholds; AR@n is `average_recall[n - 1]`.
         proposals_per_video: `(A,)` the numbers of proposals, 1 to A (up to rounding).
         auc: area under `average_recall`, in percent.
@@ -280,8 +281,8 @@ def average_recall(
     100.
 
     Labels do not matter, a proposal may find several instances, segments without length find
-    nothing, and videos without ground truth are no videos. What the official code does beyond that
-    description, and so do we:
+    nothing, and videos without ground truth are ignored. The official code, and this one, also
+    follow rules that this description omits:
 
     - first every video's proposals are cut to the percentage for the largest AN, then to those for
       each AN, of what is left. Both numbers are cut to integers after products in float64 that may
@@ -294,17 +295,17 @@ def average_recall(
     0 where the official code divides by it.
 
     Args:
-        truth: of every video of the evaluated subset, its instances (maybe none), in the unit of
-            the proposals.
-        proposals: by video; videos may be missing or unknown.
+        truth: video id -> instances (maybe none), in the unit of the proposals, for every video of
+            the evaluated subset.
+        proposals: video id -> proposals; videos may be missing or unknown.
         max_average: A, the largest average number of proposals. All from 1 to A are evaluated;
             for A = 100 these are the 100 points of the official curve.
         thresholds: K tIoU thresholds above 0.
-        exclude: videos that do not count.
+        exclude: ids of videos that do not count.
 
     Raises:
-        ValueError: If there is no ground truth, a segment is not finite, a score is not a
-            number, or `max_average` or a threshold is out of range.
+        ValueError: there is no ground truth, a segment is not finite, a score is not a number, or
+            `max_average` or a threshold is out of range.
     """
     levels = checked_levels(thresholds)
     if max_average < 1:
