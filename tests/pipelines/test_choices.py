@@ -16,6 +16,7 @@ from pipelines import detect, evaluate, extract_features, finetune_backbone, tra
 from pipelines.config.choices import own_code
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import RECIPES, toy
+from pipelines.data.feature_extraction import load_backbone
 from pipelines.data.plan import Plan
 from pipelines.experiments import profiles as planner
 from pipelines.training.detection import DetectionTask
@@ -92,7 +93,7 @@ def test_an_unknown_backbone_is_refused_with_the_list_by_every_script(tmp_path: 
         ["--backbone", "resnet", "--videos", str(ROOT / "tests/videos"), "--output", str(tmp_path)]
     )
     with pytest.raises(UserError, match=refusal):
-        extract_features.load_backbone(asked.backbone, stride=None)
+        load_backbone(asked.backbone, stride=None)
 
 
 def test_a_recipe_of_ones_own_trains_and_its_detector_is_read_again(
