@@ -59,7 +59,7 @@ def backbone_groups(backbone: Any, config: OptimConfig) -> Iterator[dict[str, An
         )
 
 
-def build_optimizer(detector: Detector, config: OptimConfig) -> Optimizer:
+def build_optimizer(detector: Detector[Any, Any], config: OptimConfig) -> Optimizer:
     """AdamW with a learning rate each for backbone and localizer; vectors are not decayed.
 
     Args:
@@ -125,7 +125,7 @@ def fast_forward(
     return schedule
 
 
-def build_average(detector: Detector, config: OptimConfig) -> AveragedModel:
+def build_average(detector: Detector[Any, Any], config: OptimConfig) -> AveragedModel:
     """Exponential moving average of the weights; buffers are copied.
 
     Args:
