@@ -141,7 +141,7 @@ def windows_of(
 @torch.inference_mode()
 def detect(
     video: Source,
-    model: str | Path | tuple[DetectorSpec, Detector],
+    model: str | Path | tuple[DetectorSpec, Detector[Any, Any]],
     *,
     batch_size: int = 1,
     device: torch.device | str | None = None,

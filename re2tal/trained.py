@@ -52,7 +52,7 @@ class DetectorSpec:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
-    def build(self) -> Detector:
+    def build(self) -> Detector[Any, Any]:
         """Build the detector with random weights, rewired if `reversible`.
 
         For one state of the generator the localizer has the same weights behind any backbone, or
@@ -71,7 +71,7 @@ class DetectorSpec:
 _SPEC = TypeAdapter(DetectorSpec)
 
 
-def save_detector(folder: Path, spec: DetectorSpec, detector: Detector) -> None:
+def save_detector(folder: Path, spec: DetectorSpec, detector: Detector[Any, Any]) -> None:
     """Write a detector to a folder, which is made.
 
     Args:
@@ -109,7 +109,7 @@ def read_spec(folder: str | Path) -> DetectorSpec:
 
 def load_detector(
     folder: str | Path, *, device: torch.device | str = "cpu"
-) -> tuple[DetectorSpec, Detector]:
+) -> tuple[DetectorSpec, Detector[Any, Any]]:
     """Read a detector that `save_detector` wrote.
 
     Args:

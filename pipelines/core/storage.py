@@ -24,7 +24,8 @@ MLFLOW = ("runs:/", "models:/", "mlflow-artifacts:/")
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     """Return the file system of a path or URI, and the path in it."""
     if "://" in uri:
-        return pafs.FileSystem.from_uri(uri)
+        remote: tuple[pafs.FileSystem, str] = pafs.FileSystem.from_uri(uri)
+        return remote
     return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
 
 
@@ -62,7 +63,8 @@ def open_source(uri: str) -> str | BinaryIO:
     if "://" not in uri:
         return uri
     filesystem, path = resolve(uri)
-    return filesystem.open_input_file(path)
+    file: BinaryIO = filesystem.open_input_file(path)
+    return file
 
 
 def absolute(uri: str) -> str:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -216,7 +217,7 @@ class Trained:
     """
 
     metrics: dict[str, float]
-    detector: Detector
+    detector: Detector[Any, Any]
     seconds: float
 
 

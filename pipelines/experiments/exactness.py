@@ -280,7 +280,7 @@ def _scale(axes: Axes, rows: Sequence[Row]) -> float:
     errors = [row[ERROR] for row in rows if row[ERROR] > 0]
     low, high = (math.floor(math.log10(limit)) for limit in (min(errors), max(errors)))
     decades = range(low, high + 2)
-    floor = 10.0 ** (low - 1.5)
+    floor: float = 10.0 ** (low - 1.5)
     axes.set(yscale="log", ylim=(10.0 ** (low - 2), 10.0 ** (high + 1)))
     axes.set_yticks(
         [floor, *(10.0**n for n in decades)], ["exactly 0", *(f"$10^{{{n}}}$" for n in decades)]

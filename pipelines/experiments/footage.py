@@ -70,7 +70,8 @@ def pictures(frames: int) -> Iterator[np.ndarray]:
 
 def _sway(number: int, pace: float, reach: int) -> int:
     """Move to and fro between 0 and `reach`; slower with a larger pace."""
-    return round(reach * (0.5 + 0.5 * np.sin(number / pace)))
+    place: float = reach * (0.5 + 0.5 * np.sin(number / pace))
+    return round(place)
 
 
 def _texture(side: int, random: np.random.Generator) -> np.ndarray:
@@ -85,7 +86,8 @@ def _texture(side: int, random: np.random.Generator) -> np.ndarray:
     # most of the contrast of natural pictures is in their brightness
     grey, red, blue = channels
     colours = np.stack([grey + 0.3 * red, grey, grey + 0.3 * blue], axis=-1)
-    return np.clip(128 + 40 * colours, 0, 255).astype(np.uint8)
+    texture: np.ndarray = np.clip(128 + 40 * colours, 0, 255).astype(np.uint8)
+    return texture
 
 
 def windows_of(

@@ -19,7 +19,7 @@ from re2tal.reversible import Branch, branches
 
 
 def _swin(*depths: int) -> nn.Module:
-    return SwinTransformer3d(
+    model: nn.Module = SwinTransformer3d(
         patch_size=[2, 4, 4],
         embed_dim=96,
         depths=list(depths),
@@ -27,10 +27,11 @@ def _swin(*depths: int) -> nn.Module:
         window_size=[8, 7, 7],
         stochastic_depth_prob=0.1,
     )
+    return model
 
 
 def _toy_swin() -> nn.Module:
-    return SwinTransformer3d(
+    model: nn.Module = SwinTransformer3d(
         patch_size=[2, 4, 4],
         embed_dim=8,
         depths=[2, 2],
@@ -38,6 +39,7 @@ def _toy_swin() -> nn.Module:
         window_size=[2, 4, 4],
         num_classes=3,
     )
+    return model
 
 
 def _slowfast(config: SlowFastConfig) -> nn.Module:
@@ -94,7 +96,8 @@ class MlpBlock(nn.Module):
 
     def branch(self, x: Tensor) -> Tensor:
         """Compute the residual that is added to x."""
-        return self.two(F.gelu(self.one(self.norm(x))))
+        change: Tensor = self.two(F.gelu(self.one(self.norm(x))))
+        return change
 
     def forward(self, x: Tensor) -> Tensor:
         """Add the residual to x."""

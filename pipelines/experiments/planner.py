@@ -44,14 +44,15 @@ class Subject:
     work: Workload
     backbone: Any  # a `BackboneConfig` with `depths`
     unit: int
-    assemble: Callable[[Any], Detector]
+    assemble: Callable[[Any], Detector[Any, Any]]
 
     @property
     def depth(self) -> int:
         """Number of blocks of the deepest stage."""
-        return max(self.backbone.depths)
+        deepest: int = max(self.backbone.depths)
+        return deepest
 
-    def build(self, depth: int) -> Detector:
+    def build(self, depth: int) -> Detector[Any, Any]:
         """Make the detector in training mode, not rewired, with random weights.
 
         Args:
@@ -101,7 +102,7 @@ def of_recipe(recipe: Recipe) -> Subject:
     # Imported here, because a backbone by itself is also predicted where there is no PyAV.
     from pipelines.training.model import build_detector
 
-    def assemble(shape: Any) -> Detector:  # of the class that the recipe has
+    def assemble(shape: Any) -> Detector[Any, Any]:  # of the class that the recipe has
         model = replace(recipe.model, backbone=shape, reversible=False)
         return build_detector(replace(recipe, model=model), _CLASSES, weights=None)
 
@@ -135,7 +136,7 @@ class Planner:
     """
 
     subject: Subject
-    _detectors: dict[str, Detector] = field(default_factory=dict)
+    _detectors: dict[str, Detector[Any, Any]] = field(default_factory=dict)
     _steps: dict[tuple[str, int, int], StepMemory] = field(default_factory=dict)
 
     def blocks(self) -> list[str]:
@@ -211,7 +212,7 @@ class Planner:
         depth = self.subject.depth
         return [(n, self.peak(way, depth=n)) for n in (depth, 2 * depth, 3 * depth)]
 
-    def _detector(self, way: str, depth: int) -> Detector:
+    def _detector(self, way: str, depth: int) -> Detector[Any, Any]:
         if depth != self.subject.depth:
             return self._prepared(self.subject.build(depth), way)
         if way not in self._detectors:
@@ -219,6 +220,6 @@ class Planner:
             self._detectors[way] = self._prepared(copy.deepcopy(plain), way)
         return self._detectors[way]
 
-    def _prepared(self, plain: Detector, way: str) -> Detector:
+    def _prepared(self, plain: Detector[Any, Any], way: str) -> Detector[Any, Any]:
         prepare(plain.backbone, way, for_gpu=True)
         return plain

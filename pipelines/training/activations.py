@@ -1,5 +1,7 @@
 """The activations of one training step of a recipe, predicted and, where it is cheap, measured."""
 
+from typing import Any
+
 import re2tal
 from pipelines.config.recipe import Recipe
 from pipelines.training.workload import workload_of
@@ -11,7 +13,7 @@ from re2tal.reversible.coupling import SMALLEST_PIECE
 _MEASURED_UP_TO = 500_000_000
 
 
-def activation_metrics(recipe: Recipe, detector: Detector) -> dict[str, float]:
+def activation_metrics(recipe: Recipe, detector: Detector[Any, Any]) -> dict[str, float]:
     """Count the bytes that one worker's step keeps alive.
 
     Args:

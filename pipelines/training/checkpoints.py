@@ -96,22 +96,22 @@ class TrainingState:
         failures: reasons by video id, of windows that could not be decoded.
     """
 
-    detector: Detector
+    detector: Detector[Any, Any]
     average: AveragedModel
     optimizer: Optimizer
     schedule: LRScheduler
     scaler: GradScaler
-    whole: Detector | None = None
+    whole: Detector[Any, Any] | None = None
     epoch: int = 0
     windows: int = 0
     step: int = 0
     world_size: int = 1
     failures: dict[str, str] = field(default_factory=dict)
 
-    def averaged(self) -> Detector:
+    def averaged(self) -> Detector[Any, Any]:
         """Return the moving average as a detector of its own; every worker calls this."""
         if self.whole is None:
-            return cast("Detector", self.average.module)
+            return cast("Detector[Any, Any]", self.average.module)
         self.whole.load_state_dict(whole_state(self.average.module))
         return self.whole
 

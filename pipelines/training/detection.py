@@ -70,7 +70,7 @@ class DetectionTask:
         """Specification from which the detector is built."""
         return spec_of(self.recipe, self.plan.classes)
 
-    def build(self, weights: str | Path | None) -> Detector:
+    def build(self, weights: str | Path | None) -> Detector[Any, Any]:
         """Build the detector, with the weights that its backbone and its localizer begin with.
 
         Args:

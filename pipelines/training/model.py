@@ -21,7 +21,7 @@ from re2tal.weights import WeightsReport
 _NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
-def freeze(detector: Detector, config: BackboneModelConfig) -> None:
+def freeze(detector: Detector[Any, Any], config: BackboneModelConfig) -> None:
     """Turn off the gradients of frozen parts.
 
     Args:
@@ -39,7 +39,7 @@ def freeze(detector: Detector, config: BackboneModelConfig) -> None:
                 module.requires_grad_(requires_grad=False)
 
 
-def train_mode(detector: Detector, config: BackboneModelConfig) -> None:
+def train_mode(detector: Detector[Any, Any], config: BackboneModelConfig) -> None:
     """Set training mode, except for frozen parts and BatchNorms that keep their statistics."""
     detector.train()
     for part in _parts(detector, config.frozen):
@@ -50,7 +50,7 @@ def train_mode(detector: Detector, config: BackboneModelConfig) -> None:
                 module.eval()
 
 
-def _parts(detector: Detector, names: tuple[str, ...]) -> Iterator[nn.Module]:
+def _parts(detector: Detector[Any, Any], names: tuple[str, ...]) -> Iterator[nn.Module]:
     modules = dict(detector.named_modules())
     for name in names:
         if name not in modules:
@@ -62,7 +62,9 @@ def _parts(detector: Detector, names: tuple[str, ...]) -> Iterator[nn.Module]:
         yield modules[name]
 
 
-def prepare(detector: Detector, weights: str | Path | None, config: BackboneModelConfig) -> None:
+def prepare(
+    detector: Detector[Any, Any], weights: str | Path | None, config: BackboneModelConfig
+) -> None:
     """Load the backbone's weights, set its way to run, and freeze parts.
 
     Args:
@@ -82,7 +84,7 @@ def prepare(detector: Detector, weights: str | Path | None, config: BackboneMode
     freeze(detector, config)
 
 
-def load_localizer(detector: Detector, config: ModelConfig) -> WeightsReport | None:
+def load_localizer(detector: Detector[Any, Any], config: ModelConfig) -> WeightsReport | None:
     """Load the weights that the localizer begins with, if the configuration names some.
 
     Args:
@@ -125,7 +127,9 @@ def spec_of(recipe: Recipe, classes: Sequence[str]) -> DetectorSpec:
     )
 
 
-def build_detector(recipe: Recipe, classes: Sequence[str], weights: str | Path | None) -> Detector:
+def build_detector(
+    recipe: Recipe, classes: Sequence[str], weights: str | Path | None
+) -> Detector[Any, Any]:
     """Build the detector, with pretrained weights in its backbone.
 
     Args:

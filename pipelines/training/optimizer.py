@@ -59,7 +59,7 @@ def backbone_groups(backbone: Any, config: OptimConfig) -> Iterator[dict[str, An
         )
 
 
-def build_optimizer(detector: Detector, config: OptimConfig) -> Optimizer:
+def build_optimizer(detector: Detector[Any, Any], config: OptimConfig) -> Optimizer:
     """Build AdamW with one learning rate for the backbone and one for the localizer.
 
     Vectors have no weight decay; frozen parameters are left out.
@@ -123,6 +123,6 @@ def fast_forward(
     return schedule
 
 
-def build_average(detector: Detector, config: OptimConfig) -> AveragedModel:
+def build_average(detector: Detector[Any, Any], config: OptimConfig) -> AveragedModel:
     """Build an exponential moving average of the weights; buffers are copied."""
     return AveragedModel(detector, multi_avg_fn=get_ema_multi_avg_fn(config.ema))

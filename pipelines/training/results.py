@@ -62,7 +62,8 @@ def log_model(run: Run, detector: Path, **files: Path) -> str:
             code_paths=[str(_REPOSITORY / "re2tal")],
             pip_requirements=["torch", "torchvision", "av", "pydantic", "safetensors", "psutil"],
         )
-    return info.model_uri
+    uri: str = info.model_uri
+    return uri
 
 
 def log_pictures(run: Run, plan: Plan, detections: Mapping[str, Detections]) -> None:

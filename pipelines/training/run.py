@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray
 import ray.train
@@ -90,7 +90,7 @@ def train(recipe: Recipe) -> Run:
     return run
 
 
-def prepare(recipe: Recipe) -> tuple[Prepared, Detector]:
+def prepare(recipe: Recipe) -> tuple[Prepared, Detector[Any, Any]]:
     """Check all that can be checked before a run, and start or join Ray.
 
     Args:
@@ -115,7 +115,7 @@ def prepare(recipe: Recipe) -> tuple[Prepared, Detector]:
     return Prepared(recipe=recipe, annotations=annotations, plan=plan), detector
 
 
-def check_model(recipe: Recipe, classes: Sequence[str]) -> Detector:
+def check_model(recipe: Recipe, classes: Sequence[str]) -> Detector[Any, Any]:
     """Build the detector once, so that a model that does not fit stops the run before it starts.
 
     Args:
@@ -137,7 +137,9 @@ def check_model(recipe: Recipe, classes: Sequence[str]) -> Detector:
     return detector
 
 
-def _begun(recipe: Recipe, classes: Sequence[str]) -> tuple[Detector, WeightsReport | None]:
+def _begun(
+    recipe: Recipe, classes: Sequence[str]
+) -> tuple[Detector[Any, Any], WeightsReport | None]:
     """Build the detector, with the weights that its localizer begins with."""
     detector = build_detector(recipe, classes, recipe.model.weights)
     return detector, load_localizer(detector, recipe.model)
@@ -173,7 +175,7 @@ def train_run(
     ready: Prepared,
     run: Run,
     *,
-    detector: Detector | None = None,
+    detector: Detector[Any, Any] | None = None,
     callbacks: Sequence[ray.train.UserCallback] = (),
     threads: int | None = None,
 ) -> None:

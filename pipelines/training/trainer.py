@@ -362,7 +362,7 @@ class Trainer:
     def _sharded(self) -> bool:
         return self.recipe.scale.sharded and dist.is_initialized()
 
-    def _wrapped(self, detector: Detector) -> nn.Module:
+    def _wrapped(self, detector: Detector[Any, Any]) -> nn.Module:
         """Wrap the detector so that calling it averages the gradients of all workers."""
         if self._sharded or not dist.is_initialized():
             return detector
@@ -383,7 +383,9 @@ class Trainer:
         scale, accumulation = self.recipe.scale, self.recipe.optim.accumulation
         return max(1, accumulation * scale.workers // self.runtime.world_size)
 
-    def _begin(self, detector: Detector, whole: Detector | None) -> TrainingState:
+    def _begin(
+        self, detector: Detector[Any, Any], whole: Detector[Any, Any] | None
+    ) -> TrainingState:
         optim, device = self.recipe.optim, self.runtime.device
         average = build_average(detector, optim)
         if whole is not None:

@@ -60,7 +60,7 @@ def validation_share(
 
 @torch.inference_mode()
 def detect_windows(
-    detector: Detector, batches: Iterable[Batch], durations: Mapping[str, float]
+    detector: Detector[Any, Any], batches: Iterable[Batch], durations: Mapping[str, float]
 ) -> tuple[dict[str, Detections], dict[str, str]]:
     """Run a detector over windows and put those of each video together.
 

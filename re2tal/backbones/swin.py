@@ -166,7 +166,7 @@ def swin_toy() -> SwinConfig:
     )
 
 
-class SwinBackbone(SwinTransformer3d):
+class SwinBackbone(SwinTransformer3d):  # type: ignore[misc]  # torchvision has no types
     """torchvision's `SwinTransformer3d` without its classifier, pooled over space only.
 
     Its parameters have torchvision's names, and its stages are torchvision's modules, so that
@@ -193,7 +193,7 @@ class SwinBackbone(SwinTransformer3d):
     def forward(self, video: Tensor) -> Tensor:
         """Compute spatially pooled features; see `Backbone`."""
         features = self.places(video).mean(dim=(2, 3))
-        pooled = features.unflatten(1, (-1, self.pooling)).mean(dim=2)
+        pooled: Tensor = features.unflatten(1, (-1, self.pooling)).mean(dim=2)
         return pooled.transpose(1, 2).contiguous()
 
     def layer_of(self, name: str) -> int:

@@ -431,7 +431,8 @@ def _groups(pool: _Pool, config: NmsConfig) -> Tensor:
     if not config.per_class:
         return pool.videos
     classes, of_class = pool.detections.labels.unique(return_inverse=True)
-    return pool.videos * len(classes) + of_class
+    numbers: Tensor = pool.videos * len(classes) + of_class
+    return numbers
 
 
 def _suppressed(found: Detections, groups: Tensor, config: NmsConfig) -> Tensor:

@@ -132,7 +132,8 @@ class ActionFormerConfig:
     @property
     def multiple(self) -> int:
         """Number of which the number of features is a multiple: each level halves it."""
-        return 2 ** (self.levels - 1)
+        multiple: int = 2 ** (self.levels - 1)
+        return multiple
 
     @property
     def windows(self) -> tuple[int, ...]:

@@ -166,7 +166,8 @@ class ConvAttention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """Split `(B, T, C)` into heads, `(B, heads, T, C / heads)`."""
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        heads: Tensor = x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return heads
 
 
 class ResidualScale(nn.Module):

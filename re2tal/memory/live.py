@@ -80,7 +80,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module, observer: Observer | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # PyTorch's has no types
         self._model = model
         self._observer = observer
         self._known: dict[int, tuple[weakref.ref[Any], str, int]] = {}
@@ -110,11 +110,11 @@ class LiveBytes(TorchDispatchMode):
                 self._hooks.callback(hook.remove)
         for buffer in self._model.buffers():
             self._see(buffer, "buffers")
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]  # PyTorch's has no types
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # PyTorch's has no types
         self._hooks.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

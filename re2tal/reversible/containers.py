@@ -121,7 +121,7 @@ class ReversibleSequential(Rewired, nn.Sequential):
     original = nn.Sequential
 
     # Nodes with state cannot be traced: compile the modules inside the blocks.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch's has no types
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Sequential gives it
         """Call the children in order; each run of rewired ones is one stage.
 
@@ -164,7 +164,7 @@ class Passage:
         self.container = container
         self.name = name
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch's has no types
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return the stage's result at its first block, the input at the others.
 

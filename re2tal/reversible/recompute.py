@@ -37,7 +37,7 @@ class Recomputed:
         self.active = True
 
     # A node with state cannot be traced.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch's has no types
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the module."""
         needs = x.requires_grad or any(p.requires_grad for p in self.module.parameters())
@@ -125,6 +125,7 @@ def _input(ctx: Any) -> Tensor:
     run: _Run = ctx.run
     if run.rebuild is not None:
         return run.rebuild()
+    x: Tensor
     try:
         (x,) = ctx.saved_tensors
     except RuntimeError as error:

@@ -188,7 +188,8 @@ def _measurement_key(
 
 def _difference(found: Tensor, truth: Tensor) -> Tensor:
     """Norm of a difference, as a tensor."""
-    return (found - truth).double().norm()
+    norm: Tensor = (found - truth).double().norm()
+    return norm
 
 
 class _Extent:

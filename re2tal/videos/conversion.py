@@ -76,7 +76,8 @@ def _plane(picture: VideoFrame, number: int, row: int) -> np.ndarray:
     """Values of a plane, uint8 of shape (height, row), without a copy."""
     plane = picture.planes[number]
     values = np.frombuffer(plane, np.uint8)  # type: ignore[call-overload]
-    return values.reshape(-1, plane.line_size)[: picture.height, :row]
+    seen: np.ndarray = values.reshape(-1, plane.line_size)[: picture.height, :row]
+    return seen
 
 
 def _short_side(width: int, height: int, size: int | None) -> tuple[int, int]:

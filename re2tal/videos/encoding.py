@@ -75,7 +75,7 @@ class Encoder:
         self._tick = tick
         self._times: list[int] = []
         self._held: list[tuple[VideoFrame, int]] = []  # the last frames, not yet encoded
-        self._packets: list[Packet] = []
+        self._packets: list[Packet[VideoStream]] = []
 
     def add(self, frame: VideoFrame, time: int) -> None:
         """Add the next frame, of the first one's size and format.

@@ -11,7 +11,8 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 
 from re2tal.videos.conversion import quarters
 from re2tal.videos.encoding import Encoder
-from re2tal.videos.reader import Span, VideoError, VideoReader
+from re2tal.videos.limits import VideoError
+from re2tal.videos.reader import Span, VideoReader
 
 # Seconds for which one frame may be repeated at a fixed rate: a damaged time stamp years ahead must
 # not fill a disk.

@@ -95,7 +95,8 @@ class Window:
         times = self.grid.frame_times()
         if self.copy is not None:
             times[self.copy.first :] = self.copy.grid.frame_times()[self.copy.first :]
-        return times[self.mask()]
+        shown: np.ndarray = times[self.mask()]
+        return shown
 
 
 def training_windows(

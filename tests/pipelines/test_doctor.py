@@ -18,15 +18,17 @@ import numpy as np
 import psutil
 import pynvml
 import pytest
+import ray
 import sqlalchemy
 import torch
 from mlflow.entities import ViewType
-from ray.exceptions import GetTimeoutError, WorkerCrashedError
+from ray.exceptions import GetTimeoutError, RayError, WorkerCrashedError
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipelines import doctor
 from pipelines.core.cluster import free_port
 from pipelines.core.tracking import Run, open_store
+from pipelines.data.shards import FOLDER
 from pipelines.diagnostics import frames, machines, nodes, packages, writing
 from pipelines.diagnostics.findings import (
     Finding,
@@ -740,7 +742,7 @@ def test_videos_in_shards_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         SimpleNamespace(name="1.parquet", videos={"x": 0}),
     ]
     monkeypatch.setattr(frames, "read_manifest", lambda folder: SimpleNamespace(shards=shards))
-    assert frames.first_video(str(tmp_path)) == f"{tmp_path}/{frames.FOLDER}/1.parquet#x"
+    assert frames.first_video(str(tmp_path)) == f"{tmp_path}/{FOLDER}/1.parquet#x"
     shards.pop()
     with pytest.raises(Exception, match="hold none"):
         frames.first_video(str(tmp_path))
@@ -759,7 +761,7 @@ def test_nodes_are_read_from_what_ray_lists(monkeypatch: pytest.MonkeyPatch) -> 
         "Resources": {"CPU": 8.0, "object_store_memory": 8.0 * GIB},
     }
     dead = {**entry, "NodeID": "2", "Alive": False}
-    monkeypatch.setattr(nodes.ray, "nodes", lambda: [dead, entry])
+    monkeypatch.setattr(ray, "nodes", lambda: [dead, entry])
     assert nodes.alive_nodes() == (ONE,)
 
 
@@ -773,18 +775,18 @@ def test_a_node_that_does_not_answer_says_so(monkeypatch: pytest.MonkeyPatch) ->
     task = SimpleNamespace(remote=lambda function, node, arguments: node.id)
     cancelled = []
     monkeypatch.setattr(nodes, "NodeAffinitySchedulingStrategy", lambda *_, **__: None)
-    monkeypatch.setattr(nodes.ray, "remote", lambda **_: lambda _: task)
-    monkeypatch.setattr(nodes.ray, "cancel", lambda one, force: cancelled.append((one, force)))
-    monkeypatch.setattr(nodes.ray, "get", get(GetTimeoutError()))
+    monkeypatch.setattr(ray, "remote", lambda **_: lambda _: task)
+    monkeypatch.setattr(ray, "cancel", lambda one, force: cancelled.append((one, force)))
+    monkeypatch.setattr(ray, "get", get(GetTimeoutError()))
     answers = Cluster(nodes=(ONE, TWO), seconds=30).ask(machines.software)
     assert [one.node for one in answers] == [ONE, TWO]
     assert {one.error for one in answers} == {"no answer within 30 s (give more with --timeout)"}
     assert cancelled == [("1", True), ("2", True)]
-    monkeypatch.setattr(nodes.ray, "get", get(WorkerCrashedError()))
+    monkeypatch.setattr(ray, "get", get(WorkerCrashedError()))
     (answer,) = Cluster(nodes=(ONE,), seconds=30).ask(machines.software)
     assert "died unexpectedly" in answer.error
     assert answer.value is None
-    monkeypatch.setattr(nodes.ray, "get", get(nodes.RayError("No module named 'pipelines'")))
+    monkeypatch.setattr(ray, "get", get(RayError("No module named 'pipelines'")))
     (answer,) = Cluster(nodes=(ONE,), seconds=30).ask(machines.software)
     assert "ray job submit" in answer.error
 

@@ -43,7 +43,7 @@ from re2tal.videos.decoding import VideoError, decode
 from re2tal.videos.limits import FrameError
 from re2tal.videos.pieces import Pieces, decode_source
 from re2tal.videos.timegrid import TimeGrid
-from re2tal.videos.transcoding import TranscodeConfig
+from re2tal.videos.transcoding import TranscodeConfig, transcode
 from re2tal.videos.windows import Window
 from tests.videos.made_videos import FPS, make_video, numbers
 
@@ -230,11 +230,10 @@ def test_a_failed_video_is_left_out_and_encoded_alone_once_it_is_mended(
     with pytest.raises(VideoError, match="there is no file"):
         open_video(video_uri(str(path), "uneven"))
     encoded: list[str] = []
-    original = shard_writing.transcode
 
     def noted(reader: Any, config: TranscodeConfig) -> Iterator[Any]:
         encoded.append(Path(reader.name).stem)
-        return original(reader, config)
+        return transcode(reader, config)
 
     monkeypatch.setattr(shard_writing, "transcode", noted)
     contents = write_shard(collection.task(path, kept=True))

@@ -149,7 +149,8 @@ def sprite_texture(gallery: Gallery, palette: Palette, rng: np.random.Generator)
     soft = SPRITE_TEXTURE / (2.0 * SPRITE_REACH) / TEXELS  # one pixel wide, as edges should be
 
     def inside(signed_distance: Image) -> Image:
-        return np.clip(signed_distance * soft + 0.5, 0.0, 1.0).astype(np.float32)
+        cover: Image = np.clip(signed_distance * soft + 0.5, 0.0, 1.0).astype(np.float32)
+        return cover
 
     rgb = _mix(body, colour(palette.deep), 0.42 * inside(u + 0.12 * np.sin(5.0 * v)))
     rgb = _mix_into(rgb, core, inside(rng.uniform(0.34, 0.46) - distance))

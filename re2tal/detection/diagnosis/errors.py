@@ -36,7 +36,8 @@ class Missed:
     @property
     def average(self) -> Floats:
         """`(*B)` mean share over the thresholds."""
-        return self.shares.mean(axis=0)
+        mean: Floats = self.shares.mean(axis=0)
+        return mean
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,7 +230,8 @@ class Sensitivity:
     @property
     def average(self) -> Floats:
         """`(B,)` average-mAP_N: the mean over the thresholds."""
-        return self.mAP.mean(axis=0)
+        mean: Floats = self.mAP.mean(axis=0)
+        return mean
 
     @property
     def relative(self) -> Floats:

@@ -167,7 +167,8 @@ def mean_average_precision(
     if not counts.any():
         return np.full(len(hits), np.nan)
     of_class = average_precision(outcomes, hits, false, counts)
-    return of_class[:, counts > 0].mean(axis=1)
+    mean: Floats = of_class[:, counts > 0].mean(axis=1)
+    return mean
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

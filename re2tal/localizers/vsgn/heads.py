@@ -59,7 +59,9 @@ class Head(nn.Module):
         predicted = torch.cat(
             [self._level(x, inside) for x, inside in zip(levels, valid, strict=True)], dim=2
         )
-        return predicted.float().transpose(1, 2).unflatten(2, (-1, self.per_anchor)).flatten(1, 2)
+        places = predicted.float().transpose(1, 2)
+        anchors: Tensor = places.unflatten(2, (-1, self.per_anchor)).flatten(1, 2)
+        return anchors
 
     def _level(self, x: Tensor, valid: Tensor) -> Tensor:
         for conv, norm in zip(self.convs, self.norms, strict=True):

@@ -88,7 +88,8 @@ class VSGNConfig:
     @property
     def multiple(self) -> int:
         """Number of which the number of features is a multiple: stem and levels thin it out."""
-        return self.stem_stride * 2**self.levels
+        multiple: int = self.stem_stride * 2**self.levels
+        return multiple
 
     @property
     def norm_groups(self) -> int:

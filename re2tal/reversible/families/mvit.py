@@ -3,10 +3,11 @@
 Blocks exchange ``(x, thw)``: tokens ``(B, 1 + T H W, C)``, the class token first, and their grid.
 """
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.video.mvit import MultiscaleAttention, MultiscaleBlock
 
 from re2tal.reversible.branches import Branch, BySample, ChangesShapeError, Cut, branches, returned
@@ -17,7 +18,7 @@ from re2tal.reversible.families.vit import SelfAttention, mlp_cut, scores
 def _mvit(block: MultiscaleBlock) -> list[Branch]:
     _check_shape(block)
 
-    def normed(norm: nn.Module, x: Tensor) -> Tensor:
+    def normed(norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if block.needs_transposal:
             return norm(x.transpose(1, 2)).transpose(1, 2)
         return norm(x)

@@ -245,7 +245,8 @@ def _sheared_sum(pairs: Tensor) -> Tensor:
     w = pairs.shape[-1]
     padded = F.pad(pairs.flip(-1), (0, w)).flatten(-2)
     # Rows of one less than their length: each row starts one place further to the right.
-    return padded[..., :-w].unflatten(-1, (w, 2 * w - 1)).sum(-2)
+    sums: Tensor = padded[..., :-w].unflatten(-1, (w, 2 * w - 1)).sum(-2)
+    return sums
 
 
 def _index(

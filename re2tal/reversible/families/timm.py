@@ -14,14 +14,16 @@ from re2tal.reversible.families.vit import SelfAttention, mlp_cut, scores
 def _block(block: Block) -> list[Branch]:
     def attention(x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         x = block.attn(block.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
-        return block.ls1(x)
+        result: Tensor = block.ls1(x)
+        return result
 
     def mlp(
         x: Tensor,
         attn_mask: Tensor | None = None,  # noqa: ARG001
         is_causal: bool = False,  # noqa: ARG001
     ) -> Tensor:
-        return block.ls2(block.mlp(block.norm2(x)))
+        result: Tensor = block.ls2(block.mlp(block.norm2(x)))
+        return result
 
     return [
         Branch(
