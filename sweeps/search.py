@@ -257,10 +257,11 @@ class _Median(MedianStoppingRule):
     """The median stopping rule (Golovin et al., KDD 2017) that lets the base recipe end."""
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        decision: str = TrialScheduler.CONTINUE
         if _is_base(trial):
-            return TrialScheduler.CONTINUE
-        decision: str = super().on_trial_result(tune_controller, trial, result)
-        # no pause: the trial would start anew after it
+            return decision
+        decision = super().on_trial_result(tune_controller, trial, result)
+        # a trial that yielded its time to others would start anew
         return TrialScheduler.CONTINUE if decision == TrialScheduler.PAUSE else decision
 
 

@@ -28,7 +28,8 @@ def override(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
     """
     for name, value in values.items():
         check(config, name, value, values)
-    return _replaced(config, values)
+    replaced: ConfigT = _replaced(config, values)
+    return replaced
 
 
 def value_of(config: Any, name: str) -> Any:
@@ -144,14 +145,18 @@ class Suggestions:
     def log_float(self, name: str, low: float, high: float) -> float:
         """Ask for a number whose magnitude is searched, such as a learning rate, above 0."""
         own = self._in_range(name, low, high)
-        return self._take(
+        value: float = self._take(
             name, own, lambda proposer: proposer.suggest_float(name, low, high, log=True)
         )
+        return value
 
     def number(self, name: str, low: float, high: float) -> float:
         """Ask for a number."""
         own = self._in_range(name, low, high)
-        return self._take(name, own, lambda proposer: proposer.suggest_float(name, low, high))
+        value: float = self._take(
+            name, own, lambda proposer: proposer.suggest_float(name, low, high)
+        )
+        return value
 
     def integer(self, name: str, low: int, high: int, *, step: int = 1) -> int:
         """Ask for a whole number: low, low + step, ... high."""
@@ -160,9 +165,10 @@ class Suggestions:
             raise UserError(
                 f"The base's {name} of {own} is none of {low}, {low + step}, ... {high}."
             )
-        return self._take(
+        value: int = self._take(
             name, own, lambda proposer: proposer.suggest_int(name, low, high, step=step)
         )
+        return value
 
     def choice(self, name: str, options: Sequence[Any] | Mapping[str, Any]) -> Any:
         """Ask for one of several values of whatever type; the base's own is always among them.

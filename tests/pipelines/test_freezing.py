@@ -1,6 +1,7 @@
 """What is not to be trained keeps its values, and is run as in evaluation."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from re2tal.backbones.slowfast import slowfast_toy
 from re2tal.detector import Detector
 
 
-def _detector(recipe: Recipe, config: ModelConfig) -> Detector:
+def _detector(recipe: Recipe, config: ModelConfig) -> Detector[Any, Any]:
     return build_detector(replace(recipe, model=config), ("a", "b"), None)
 
 

@@ -12,10 +12,10 @@ from optuna.trial import TrialState
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import toy
 from pipelines.core.metric_names import MAP
-from sweeps.epoch_reports import RUN_ID
+from sweeps.epoch_reports import MEMORY, RUN_ID
 from sweeps.study import BASE, SweepSearch, check_space, ended, open_study, searcher
 from sweeps.suggestions import Suggestions
-from sweeps.sweep import HIGHEST_MAP, LOWEST_MEMORY, MEMORY, Sweep, SweepConfig
+from sweeps.sweep import HIGHEST_MAP, LOWEST_MEMORY, Sweep, SweepConfig
 from sweeps.trial import EPOCH, FINISHED, TrialConfig
 
 

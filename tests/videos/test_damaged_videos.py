@@ -6,6 +6,7 @@ import av
 import numpy as np
 import pytest
 from av.packet import Packet
+from av.video.stream import VideoStream
 
 from re2tal.videos.decoding import FrameError, VideoError, decode, decode_intact, probe
 from tests.videos.made_videos import FPS, make_video, numbers
@@ -29,7 +30,7 @@ def make(folder: Path, name: str) -> Path:
     return make_video(folder / name, FRAMES, gop=GOP, **CODECS[name])  # type: ignore[arg-type]
 
 
-def packets(path: Path) -> list[Packet]:
+def packets(path: Path) -> "list[Packet[VideoStream]]":  # av's class takes no argument when it runs
     with av.open(str(path)) as container:
         return [packet for packet in container.demux(video=0) if packet.size]
 
