@@ -173,6 +173,7 @@ def test_recipes_of_ours_are_no_modules() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_readmes_example_runs_on_ray(folder: Path, tiny_set: Path, tmp_path: Path) -> None:
     work = tmp_path / "elsewhere"  # Ray's workers look for modules in the driver's folder
     work.mkdir()
