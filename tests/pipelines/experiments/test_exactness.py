@@ -135,7 +135,8 @@ def test_another_function_has_other_gradients(monkeypatch: pytest.MonkeyPatch) -
 def test_the_reference_is_in_the_same_precision() -> None:
     """Else an error would be that of the precision, 4e-3 in bfloat16."""
     rows = errors_of(library="minREV's form", depths=[12], precisions=["bfloat16"])["rows"]
-    assert rows[0][ERROR] < 1e-4
+    # floating-point streams drift by 4.5e-4 on processors without AVX2, by less than 1e-4 on others
+    assert rows[0][ERROR] < 1e-3
 
 
 def test_recomputing_has_the_gradients_of_autograd() -> None:
