@@ -23,6 +23,7 @@ import torch
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
+from pipelines.config.command_line import told_shortly
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import toy
 from pipelines.core.metric_names import MAP
@@ -34,7 +35,6 @@ from pipelines.experiments.experiment import Tables
 from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
 from pipelines.training.trainer import NonFiniteLossError, Trainer
-from re2tal.errors import UserError
 from sweeps.localizer import SWEEP
 from sweeps.study import check_space, open_study
 from sweeps.suggestions import Suggestions, override
@@ -130,7 +130,5 @@ def _trial(study: optuna.Study, base: Recipe, plan: Plan) -> float:
 if __name__ == "__main__":
     prog = "python -m sweeps.chance"
     results = Path(__file__).parent / "results" / "chance.json"
-    try:
+    with told_shortly():
         carry_out(sys.argv[1:], of_function(measure, prog), prog=prog, output=results)
-    except UserError as problem:
-        sys.exit(f"error: {problem}")

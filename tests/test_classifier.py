@@ -8,10 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from re2tal.accuracy import mean_class_accuracy, top_k_accuracy
 from re2tal.backbones.swin import swin_toy
 from re2tal.backbones.weights import load_backbone_weights, save_backbone_weights
-from re2tal.classifier import ClipClassifier, ClipClassifierConfig, class_scores
+from re2tal.classifier import (
+    ClipClassifier,
+    ClipClassifierConfig,
+    class_scores,
+    mean_class_accuracy,
+    top_k_accuracy,
+)
 from re2tal.localizers import Targets
 from re2tal.trained import DetectorSpec, load_detector, save_detector
 from re2tal.videos.windows import WindowConfig

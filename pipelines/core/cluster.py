@@ -34,14 +34,14 @@ def init_ray(*, trains: bool = False, cpus: int | None = None) -> None:
     Raises:
         UserError: nothing answers at `RAY_ADDRESS`.
     """
-    # here, because a process that streams frames has no command line, and need not import PyTorch
-    from pipelines.config.choices import own_code
-
     if ray.is_initialized():  # as in a Ray task
         quiet_data()
         return
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # here, because a process that streams frames has no command line, and need not import PyTorch
+    from pipelines.config.choices import own_code
+
     # uploaded, because no other machine has it
     environment: dict[str, Any] = {"py_modules": code} if (code := own_code()) else {}
     if (address := os.environ.get("RAY_ADDRESS")) is not None:

@@ -20,8 +20,7 @@ from pipelines.training.checkpoints import TrainingState
 from pipelines.training.model import connect, prepare
 from pipelines.training.trainer import Evaluation, Runtime
 from pipelines.training.validation import gather
-from re2tal.accuracy import mean_class_accuracy, top_k_accuracy
-from re2tal.classifier import Classifier, class_scores
+from re2tal.classifier import Classifier, class_scores, mean_class_accuracy, top_k_accuracy
 from re2tal.datasets.trimmed import TrimmedVideo, ViewConfig, random_clip, views
 from re2tal.errors import UserError
 from re2tal.trained import DetectorSpec

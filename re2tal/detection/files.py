@@ -145,10 +145,7 @@ def read_json(path: str | Path) -> tuple[Any, list[str]]:
     Raises:
         FileError: there is no such file, or it is no JSON.
     """
-    try:
-        document, repeated = json_files.read_json(path)
-    except FileError as error:
-        raise FileError(error.source, error.problems) from error
+    document, repeated = json_files.read_json(path)
     return document, [str(key) for key in repeated]
 
 
