@@ -38,6 +38,36 @@ def can_skip(container: InputContainer, stream: VideoStream) -> bool:
     return timed and decoder.name == "h264" and decoder.field_order == _PROGRESSIVE
 
 
+class PacketBuffer:
+    """Iterator over packets, which can be looked at before they are given."""
+
+    def __init__(self, packets: Iterator[Packet[Any]]) -> None:
+        self._packets = packets
+        self._ahead: deque[Packet[Any]] = deque()
+        self._end: Exception | None = None  # error that ended the reading
+
+    def __iter__(self) -> PacketBuffer:
+        return self
+
+    def __next__(self) -> Packet[Any]:
+        if self._ahead:
+            return self._ahead.popleft()
+        if self._end is not None:
+            raise self._end
+        return next(self._packets)
+
+    def peek(self, count: int) -> Iterator[Packet[Any]]:
+        """Yield up to `count` of the next packets, all of which stay."""
+        for place in range(count):
+            if place == len(self._ahead):
+                try:
+                    self._ahead.append(next(self._packets))
+                except Exception as error:  # of any kind: it is raised when its turn comes
+                    self._end = error
+                    return
+            yield self._ahead[place]
+
+
 class FrameSkipper:
     """Iterator over packets that tells the decoder which of them to skip.
 
@@ -216,6 +246,19 @@ _MOST_AHEAD = 16
 # frames that are never shown.
 _ONE_FRAME_A_PACKET = frozenset({"h264", "hevc"})
 
+# Decoders that make up a grey picture where the frame is missing to which the first one refers. The
+# others give nothing until they have all that a frame refers to, or an error.
+_MAKE_UP = frozenset(
+    {"mpeg4", "msmpeg4", "msmpeg4v1", "msmpeg4v2", "wmv1", "wmv2", "wmv3", "vc1", "flv"}
+    | {"h261", "h263", "h263i", "h263p", "mpeg1video", "mpeg2video", "rv10", "rv20", "rv30", "rv40"}
+)
+
+# Formats without any times (the parser of MPEG-1 and 2 guesses some): packets are counted.
+_UNTIMED = frozenset({"h264", "hevc", "mpegvideo"})
+
+# Packets at the start of a file in which frames that are not in the order of their times must show.
+_MOST_CHECKED = 64
+
 # FFmpeg's names for the order of fields: unknown and progressive.
 _NO_FIELDS = frozenset({0, 1})
 
@@ -227,8 +270,23 @@ _DELAY = 4
 _LATE = 2
 
 
+def lacks_times(container: InputContainer, stream: VideoStream) -> bool:
+    """Tell if the times of presentation that FFmpeg gives to packets mean nothing.
+
+    A raw stream holds no times, and AVI only those of decoding. FFmpeg knows the order of frames of
+    older codecs, but not of H.264 and HEVC.
+    """
+    name = container.format.name
+    return name in _UNTIMED or (
+        name == "avi" and stream.codec_context.name in _ONE_FRAME_A_PACKET
+    )
+
+
 class Shown(NamedTuple):
-    """Frame, time of its presentation (ticks), and place of its packet in decoding order."""
+    """Frame, time of its presentation (ticks), and place of its packet in decoding order.
+
+    In the decoder's order, the place is that of the packet with which the frame came out.
+    """
 
     frame: VideoFrame
     time: int
@@ -261,9 +319,12 @@ class FrameQueue:
         deadline: time limit of all reading and decoding.
         targets: times at which frames are wanted, rising, as time stamps of the stream; None if
             unknown. Frames that are shown at none of them may be left out.
+        ordered: whether frames are shown in the order in which the decoder gives them, each at the
+            time of decoding of the packet with which it comes out, as their own times are wrong.
     """
 
     reason: str  # the decoder's message on the first damage
+    first_is_late: bool  # whether the first frame came out at the end of the file, with no packet
     delay: int  # packets by which frames may come out after their own, with a later one's time
     shifted: bool  # whether times are wrong until the next seek
 
@@ -274,14 +335,16 @@ class FrameQueue:
         stream: VideoStream,
         deadline: Deadline,
         targets: Sequence[int] | None = None,
+        ordered: bool = False,
     ) -> None:
         self.reason = ""
-        self.shifted = False
+        self.shifted = self.first_is_late = False
         self._name = name
         self._container = container
         self._stream = stream
         self._deadline = deadline
-        self._targets = targets if can_skip(container, stream) else None
+        self._ordered = ordered
+        self._targets = targets if can_skip(container, stream) and not ordered else None
         self._missing = MissingPackets(container, stream)
         self._packets = self._demux()
         self._ready: deque[Shown] = deque()
@@ -289,18 +352,27 @@ class FrameQueue:
         self._suspect_until = 0  # number of a packet
         self._key = 0  # number of the last key packet
         self._numbers: dict[int, int] = {}  # of packets sent, by time, without those passed
+        # the same by what identifies a packet, if that is not its time, without those whose frames
+        # are out
+        self._owners: dict[int, int] = {}
         decoder = stream.codec_context
+        self._makes_up = decoder.name in _MAKE_UP
         self._accounts = decoder.name in _ONE_FRAME_A_PACKET and decoder.field_order in _NO_FIELDS
         self._expected: dict[int, int] = {}  # as `_numbers`, of packets that still owe a frame
-        self.delay = _DELAY if container.format.name == "avi" else 0
-        self._begun = False  # whether a frame has come out
+        self.delay = _DELAY if container.format.name == "avi" and not ordered else 0
+        self._latest: int | None = None  # time of the frame that came out last
         self._damages: list[_Damage] = []
-        self._untimed = 0  # ticks of frames that came without times
+        self._counted = 0 if container.format.name in _UNTIMED else None  # ticks of packets
 
     @property
     def position(self) -> Shown | None:
         """Next frame, if it is decoded already."""
         return self._ready[0] if self._ready else None
+
+    @property
+    def is_at_key(self) -> bool:
+        """Tell if the first frame, which is decoded, needs none before it and has a true time."""
+        return not self.first_is_late and not (self._damages and self._damages[0].first == 0)
 
     def peek(self) -> Shown | None:
         """Next frame, which stays in the queue; None at the end of the video.
@@ -318,8 +390,41 @@ class FrameQueue:
         time = self._ready.popleft().time
         if len(self._numbers) > _MOST_AHEAD:
             self._numbers = {at: number for at, number in self._numbers.items() if at >= time}
+            oldest = self._sent - 2 * _MOST_AHEAD - self._stream.thread_count
+            self._owners = {at: number for at, number in self._owners.items() if number > oldest}
         if self._damages:
             self._damages = [d for d in self._damages if d.restored is None or d.restored > time]
+
+    def may_hide_reordering(self) -> bool:
+        """Tell if the decoder reorders frames and the times of the next packets know nothing of it.
+
+        No packet is taken from the queue. Almost always the third or fourth one has an earlier time
+        than the one before.
+        """
+        if not self._stream.codec_context.has_b_frames:
+            return False
+        latest = -math.inf
+        for packet in self._buffer.peek(_MOST_CHECKED):
+            if packet.stream is self._stream and packet.pts is not None:
+                if packet.pts < latest:
+                    return False
+                latest = packet.pts
+        return True
+
+    def reorders(self) -> bool:
+        """Decode the next packets, and tell if frames come out in another order than their times'.
+
+        The queue must not be used after that.
+        """
+        latest = -math.inf
+        while self._sent < _MOST_CHECKED and self._feed():
+            while self._ready:
+                time = self._ready.popleft().frame.pts
+                if time is not None:
+                    if time < latest:
+                        return True
+                    latest = time
+        return False
 
     def packets(self) -> Iterator[Packet[VideoStream]]:
         """Packets that come next, undecoded."""
@@ -335,7 +440,7 @@ class FrameQueue:
             shown: the frame dropped last, or the next one if there is none before it.
             target: time in ticks, before the next frame.
         """
-        self._look_ahead(shown)
+        self._look_ahead(shown, target)
         overdue = shown.time + (shown.frame.duration or 0) <= target
         for damage in self._damages:
             if damage.restored is not None and damage.restored <= shown.time:
@@ -345,13 +450,31 @@ class FrameQueue:
                 return True
         return False
 
-    def _look_ahead(self, shown: Shown) -> None:
-        """Decode until every frame is out that was decoded before a frame but is shown later."""
+    def _look_ahead(self, shown: Shown, target: int) -> None:
+        """Decode until every frame is out that was decoded before a frame but is shown later.
+
+        Also decode a frame more if packets before the target have given none, as times that go back
+        show only with the frame after the next one.
+        """
+        if self._ordered:
+            oldest = shown.number - _MOST_AHEAD
+            while any(oldest < number <= shown.number for number in self._owners.values()):
+                oldest = self._sent - _MOST_AHEAD - self._stream.thread_count
+                if not self._feed():
+                    break
+            return
         leans_on = [t for t, n in self._numbers.items() if t > shown.time and n < shown.number]
         last = max(leans_on, default=shown.time)
         for _ in range(_MOST_AHEAD):
             if last <= (self._ready[-1].time if self._ready else shown.time) or not self._feed():
                 break
+        if (
+            len(self._ready) == 1
+            and self._stream.codec_context.has_b_frames
+            and not self._accounts
+            and any(shown.time < time <= target for time in self._numbers)
+        ):
+            self._feed()
 
     def _feed(self) -> bool:
         """Decode one more packet; False if there is none."""
@@ -360,12 +483,15 @@ class FrameQueue:
         if packet is None:
             return False
         # AVI has no presentation times; its frames are stored in the order in which they are shown
-        time = packet.dts if packet.pts is None or self.delay else packet.pts
+        by_order = self._ordered or self.delay
+        time = packet.dts if packet.pts is None or by_order else packet.pts
         if not packet.size and time is not None:
             return True  # an omitted frame, as in AVI; FFmpeg would take it for the end
         self._sent += 1
         if time is not None:
             self._numbers[time] = self._sent
+            if self._ordered and packet.pts is not None:
+                self._owners[packet.pts] = self._sent
             if packet.is_keyframe:
                 self._key = self._sent
             if self._accounts and not packet.is_discard and not self._is_skipped(packet):
@@ -379,7 +505,6 @@ class FrameQueue:
             frames = packet.decode()
         except av.FFmpegError as error:
             self._add_damage(self._sent, error.strerror or str(error))
-            self._untimed += packet.duration or 0
             return True
         for frame in frames:
             self._add(frame)
@@ -387,14 +512,14 @@ class FrameQueue:
 
     def _demux(self) -> Iterator[Packet[Any]]:
         """Packets from the current position of the file."""
-        packets: Iterator[Packet[Any]] = (
+        self._buffer = PacketBuffer(
             self._container.demux()
             if self._missing.needs_all_streams
             else self._container.demux(self._stream)
         )
         if self._targets is None:
-            return packets
-        return FrameSkipper(packets, self._stream, self._targets)
+            return self._buffer
+        return FrameSkipper(self._buffer, self._stream, self._targets)
 
     def _next_packet(self) -> Packet[Any] | None:
         """Next readable packet of the stream; None if there are no more."""
@@ -417,6 +542,9 @@ class FrameQueue:
             if packet is not None and self._missing.lie_before(packet):
                 self._lose("packets are missing")
             if packet is None or packet.stream is self._stream:
+                if packet is not None and packet.size and self._counted is not None:
+                    packet.pts = packet.dts = self._counted
+                    self._counted += packet.duration or self.step
                 return packet
         return None
 
@@ -427,18 +555,25 @@ class FrameQueue:
 
     def _add(self, frame: VideoFrame) -> None:
         """Take a frame from the decoder."""
-        time = frame.dts if frame.pts is None else frame.pts
-        if time is None:  # raw streams have no times: their frames are shown at an even rate
-            time = self._untimed
-            self._untimed += self._duration(frame)
+        time = frame.dts if frame.pts is None or self._ordered else frame.pts
+        if time is None:  # it comes at the end of the file, when no packet is left
+            self.first_is_late |= self._latest is None
+            time = 0 if self._latest is None else self._latest + self.step
         self._account(time)
-        known = time in self._numbers
-        shown = Shown(frame, time, self._numbers.get(time, self._sent))
+        number = own = self._numbers.get(time)
+        if self._ordered:
+            own = None if frame.pts is None else self._owners.pop(frame.pts, None)
+        shown = Shown(frame, time, self._sent if number is None else number)
+        if self._latest is None and not frame.key_frame and self._makes_up:
+            self._add_damage(0, "it begins without a key frame")
+        if self._latest is not None and time < self._latest:
+            self._add_damage(shown.number, "the times of its frames go back", lost=True)
+        self._latest = time
         if frame.is_corrupt:
-            self._add_damage(shown.number if known else shown.number - _MOST_AHEAD, "is patched up")
-        elif frame.key_frame and known:
+            self._add_damage(shown.number - _MOST_AHEAD if own is None else own, "is patched up")
+        elif frame.key_frame and own is not None:
             for damage in self._damages:
-                if damage.restored is None and damage.first < shown.number - self.delay:
+                if damage.restored is None and damage.first < own - self.delay:
                     damage.restored = time
         self._ready.append(shown)
 
@@ -453,16 +588,17 @@ class FrameQueue:
         self._expected.pop(time, None)
         if self._expected and min(self._expected) < time:
             overdue = [number for at, number in self._expected.items() if at < time]
-            if self._begun:  # before the first frame, packets refer to others from before
+            if self._latest is not None:  # the first packets may refer to others from before
                 self._add_damage(min(overdue), "a packet gave no frame")
             self._expected = {at: number for at, number in self._expected.items() if at > time}
-        self._begun = True
 
-    def _duration(self, frame: VideoFrame) -> int:
-        """Ticks for which a frame of a raw stream is shown."""
-        if not frame.duration:
-            raise VideoError(self._name, "its frames carry no times")
-        return frame.duration
+    @property
+    def step(self) -> int:
+        """Ticks from one frame to the next, on average."""
+        rate, tick = self._stream.guessed_rate, self._stream.time_base
+        if not rate or not tick:
+            raise VideoError(self._name, "its header lacks the frame rate")
+        return max(1, round(1 / (rate * tick)))
 
     def _add_damage(self, first: int, reason: str, *, lost: bool = False) -> None:
         """Record damage, unless there is some that reaches as far: up to the same key frame."""

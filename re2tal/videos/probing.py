@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from fractions import Fraction
 
-import av
 from av.stream import Disposition
 from av.video.frame import VideoFrame
 
 from re2tal.videos.conversion import quarters
+from re2tal.videos.frame_queue import lacks_times
 from re2tal.videos.limits import Limits, VideoError
 from re2tal.videos.reader import TAIL, Source, VideoReader
 
@@ -23,6 +23,9 @@ _STEPS_BACK = (0.0, 2.0, 8.0, 32.0, 128.0, 512.0)
 
 # Number of packets from which their rate is worth a comparison.
 _ENOUGH = 4
+
+# Part of an AVI that its index must cover to be whole.
+_COVERED = 0.9
 
 # Seconds by which the picture may begin after the sound without a remark.
 _LATE = 0.25
@@ -80,16 +83,13 @@ def probe(source: Source, *, limits: Limits | None = None) -> VideoInfo:
     """
     with VideoReader(source, limits=limits) as reader:
         frame = reader.frame_at(0.0)
-        rate = reader.stream.average_rate or reader.stream.guessed_rate
-        if not rate:
-            raise VideoError(reader.name, "its header lacks the frame rate")
+        rate = _rate(reader)
         problems = [*_oddities(reader, frame, rate)]
         found = _find_end(source, limits)
-        claimed = _claimed(reader)
-        duration = claimed or 0.0
+        duration = reader.claimed or 0.0
         if found is not None:
             duration = found.end
-            problems += _end_problems(reader, found, claimed)
+            problems += _end_problems(reader, found)
             if found.rate and not problems and abs(found.rate / rate - 1) > 0.2:
                 problems.append(
                     f"Its frame rate varies: {found.rate:.2f} fps near its end, {float(rate):.2f} "
@@ -97,7 +97,7 @@ def probe(source: Source, *, limits: Limits | None = None) -> VideoInfo:
                 )
         if duration <= 0:
             raise VideoError(reader.name, "its duration is unknown")
-        frames, claims = round(duration * rate), reader.stream.frames
+        frames, claims = round(duration * rate), _stored(reader) or reader.stream.frames
         if claims and abs(claims - frames) > max(1, 0.01 * frames):
             problems.append(f"Its header claims {claims} frames, but it shows about {frames}.")
         elif claims:
@@ -115,25 +115,35 @@ def probe(source: Source, *, limits: Limits | None = None) -> VideoInfo:
         )
 
 
-def _claimed(reader: VideoReader) -> float | None:
-    """Duration in seconds that the header claims."""
-    stream, container = reader.stream, reader.container
-    if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    # counted from the start of the sound, if that is earlier
-    return container.duration / av.time_base - _lateness(reader) if container.duration else None
+def _stored(reader: VideoReader) -> int:
+    """Number of packets by the index of an AVI; 0 if it has none, or not a whole one.
+
+    The frames that its header claims, and their rate, may be units of time: most of them empty.
+    """
+    index, ticks = reader.stream.index_entries, reader.stream.duration
+    if reader.container.format.name != "avi" or not len(index) or not ticks:
+        return 0
+    covered = index[len(index) - 1].timestamp - index[0].timestamp
+    return len(index) if covered > _COVERED * ticks else 0
 
 
-def _lateness(reader: VideoReader) -> float:
-    """Seconds by which the picture begins after the file does."""
-    begin = reader.container.start_time
-    return 0.0 if begin is None else max(0.0, reader.start - begin / av.time_base)
+def _rate(reader: VideoReader) -> Fraction:
+    """Mean frames per second."""
+    stream, stored = reader.stream, _stored(reader)
+    # of raw streams, FFmpeg takes a fixed number for the average
+    rate = (stream.average_rate if reader.claimed else None) or stream.guessed_rate
+    if stored and rate and stream.duration and stream.time_base:
+        counted = stored / (stream.duration * stream.time_base)
+        rate = counted if abs(counted / rate - 1) > 0.05 else rate
+    if not rate:
+        raise VideoError(reader.name, "its header lacks the frame rate")
+    return rate
 
 
 def _find_end(source: Source, limits: Limits | None) -> _End | None:
     """Find the end of a video; None if no packet near it can be read."""
     with VideoReader(source, limits=limits) as reader:
-        claimed = _claimed(reader)
+        claimed = reader.claimed
         steps = _STEPS_BACK if reader.seekable and claimed is not None else ()
         for seconds in steps:
             wanted = (claimed or 0.0) - seconds
@@ -151,14 +161,14 @@ def _read_end(reader: VideoReader) -> _End | None:
     tick = float(reader.stream.time_base or 1)
     usual = 1 / float(reader.stream.guessed_rate or 25)
     first = last = key = end = None
-    packets, counted = 0, 0.0  # of a raw stream, which has no times
+    packets, counted = 0, 0.0  # of MPEG program streams, which may have no times
     for packet in reader.packets():
-        length = (packet.duration or 0) * tick or usual
-        time = packet.dts if packet.pts is None else packet.pts
-        begin = counted if time is None else time * tick - reader.start
-        counted += length
-        if time is None and reader.seekable:
+        length = (0 if reader.ordered else packet.duration or 0) * tick or usual
+        begin = reader.packet_time(packet)
+        if begin is None and reader.seekable:
             continue
+        begin = counted if begin is None else begin
+        counted += length
         packets += 1
         first = begin if first is None else min(first, begin)
         if last is None or begin > last:
@@ -171,12 +181,16 @@ def _read_end(reader: VideoReader) -> _End | None:
     return _End(last, end, key, rate)
 
 
-def _end_problems(reader: VideoReader, found: _End, claimed: float | None) -> list[str]:
-    """Describe oddities of the end of a video whose last frame is decoded."""
-    problems = []
+def _end_problems(reader: VideoReader, found: _End) -> list[str]:
+    """Describe oddities of the end of a video whose last frame is decoded.
+
+    Raises:
+        VideoError: neither the last frame nor any of those in between can be decoded.
+    """
+    problems, claimed = [], reader.claimed
     if claimed is None:
         problems.append(f"Its header says no duration: its frames last {found.end:.2f} s.")
-    elif abs(claimed - found.end) > TAIL:
+    elif abs(claimed - found.end) > TAIL or reader.is_cut(found.end):
         problems.append(
             f"Its last frame ends at second {found.end:.2f}, though its header says {claimed:.2f}."
         )
@@ -193,6 +207,8 @@ def _end_problems(reader: VideoReader, found: _End, claimed: float | None) -> li
 def _oddities(reader: VideoReader, frame: VideoFrame, rate: Fraction) -> list[str]:
     """Describe oddities that the header and the first frame of a video show."""
     problems = []
+    if reader.ordered and not lacks_times(reader.container, reader.stream):
+        problems.append("Its frame times go back: its frames are shown in the decoder's order.")
     fastest = reader.stream.base_rate
     # H.264 counts fields, of which a frame has two
     steady = fastest is not None and any(abs(n * rate / fastest - 1) < 0.05 for n in (1, 2))
@@ -202,7 +218,7 @@ def _oddities(reader: VideoReader, frame: VideoFrame, rate: Fraction) -> list[st
         )
     if frame.interlaced_frame:
         problems.append("Its frames are interlaced, and given as they are.")
-    if (late := _lateness(reader)) > _LATE:
+    if (late := reader.lateness) > _LATE:
         problems.append(f"Its picture begins {late:.2f} s after its sound; times count from there.")
     if any(s.disposition & Disposition.attached_pic for s in reader.container.streams.video):
         problems.append("It holds a cover picture, which is left out.")

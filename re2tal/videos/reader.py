@@ -4,6 +4,7 @@ from __future__ import annotations  # PyAV's Packet takes its parameter in stubs
 
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
@@ -15,26 +16,46 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from re2tal.videos.frame_queue import FrameQueue, Shown
+from re2tal.videos.frame_queue import FrameQueue, Shown, lacks_times
 from re2tal.videos.limits import Deadline, FrameError, Limits, VideoError
 
 # Path of a local file, content of a file, or an open seekable file.
 Source = str | Path | bytes | BinaryIO
 
-# Seconds for which the last frame also stands after its end: the durations of containers and of
-# annotations include the sound, which often outlasts the picture a little.
+# Seconds for which the last frame also stands after its end, unless the file was cut off: the
+# durations of containers and of annotations include the sound, which often outlasts the picture.
 TAIL = 1.0
+
+# Frames that may be missing of those that a header claims, without a cut; in AVI and what was copied
+# from it one more, as a chunk is empty where the encoder gave nothing yet.
+_MOST_MISSING = 0.5
+_EMPTY = 1.5
+
+# Seconds of sound that may be missing of those that a header claims.
+_SILENT = 0.25
+
+# Seconds before the end that a header claims, from which the end of the sound is looked for.
+_NEAR_END = 5.0
 
 # FFmpeg also reads playlists, subtitles, text art and network streams, and judges a file by its
 # content: a text named .mp4 must not make it open other files.
-_FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,h264,hevc,ivf,flv,ogg,asf"
+_FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,h264,hevc,m4v,ivf,flv,ogg,asf"
 
 # MPEG program streams give few time stamps: after a seek FFmpeg guesses those in between, wrongly.
 # The raw streams have none.
-_UNSEEKABLE = frozenset({"mpeg", "h264", "hevc", "mpegvideo"})
+_RAW = frozenset({"h264", "hevc", "mpegvideo", "m4v"})
+_UNSEEKABLE = _RAW | {"mpeg"}
 
 # FFmpeg counts pixels with the padding of pictures, which is much for small ones.
 _PADDED = 4
+
+# Seconds by which a time may differ by rounding only.
+_ROUNDING = 1e-6
+
+_CUT = "the file was cut off"
+
+# Frames by which a decoder may give a key frame late.
+_MOST_LATE = 16
 
 # Seconds back from a target at which a key frame is looked for, one after the other.
 _STEPS_BACK = (0.0, 1.0, 4.0, 16.0)
@@ -76,6 +97,7 @@ class VideoReader:
     name: str
     container: InputContainer
     stream: VideoStream
+    ordered: bool | None = None  # whether frames are shown in the decoder's order; None when unknown
     _queue: FrameQueue  # next frames of the decoder
     _shown: Shown | None  # the frame dropped last
 
@@ -97,6 +119,7 @@ class VideoReader:
         self._open()
         # Both are learned while seeking, so that no seek repeats much decoding:
         self._longest_gop = int(1 / self._tick)  # ticks from a key frame to a target
+        self._sound_end: float | None = None  # second at which other streams end, once known
         self._sought_key: int | None = None  # result of `_safe_key` at the last seek
         self._early = 0  # ticks by which seeks land before the key frame that the index names
 
@@ -123,9 +146,53 @@ class VideoReader:
         return self._start * self._tick
 
     @property
+    def lateness(self) -> float:
+        """Seconds by which the picture begins after the file does."""
+        begin = self.container.start_time
+        return 0.0 if begin is None else max(0.0, self.start - begin / av.time_base)
+
+    @property
+    def claimed(self) -> float | None:
+        """Seconds that the video lasts by its header; None without a claim.
+
+        It may include sound that outlasts the picture: see `is_cut`.
+        """
+        if self.container.format.name in _RAW:
+            return None
+        if self.stream.duration:
+            return self.stream.duration * self._tick
+        if not self.container.duration:
+            return None
+        # counted from the file's second 0 or, if that cannot be, from where its sound starts
+        duration = self.container.duration / av.time_base
+        return duration - (self.start if 0 < self.start < duration else self.lateness)
+
+    def is_cut(self, end: float) -> bool:
+        """Tell if the file holds less than its header claims.
+
+        Args:
+            end: second at which the last frame in the file ends.
+        """
+        missing = _EMPTY if self.ordered or self.container.format.name == "avi" else _MOST_MISSING
+        claimed = self.claimed
+        if claimed is None or claimed - end <= missing * self._usual + _ROUNDING:
+            return False
+        if self.stream.duration or len(self.container.streams) == 1:
+            return True
+        if self._sound_end is None:
+            self._sound_end = self._find_sound_end(claimed)
+        return claimed - self._sound_end > _SILENT
+
+    @property
     def seekable(self) -> bool:
         """True if frames can be found without decoding all frames before them."""
         return self.container.format.name not in _UNSEEKABLE
+
+    def packet_time(self, packet: Packet[VideoStream]) -> float | None:
+        """Second at which a frame is presented: the packet's, or another in the decoder's order."""
+        time = packet.dts if packet.pts is None or self.ordered else packet.pts
+        origin = self._clock if self.ordered else self._start
+        return None if time is None else (time - origin) * self._tick
 
     def packets(self) -> Iterator[Packet[VideoStream]]:
         """Packets that come next, undecoded; no frames can be read after that.
@@ -138,7 +205,7 @@ class VideoReader:
     def seek_packets(self, seconds: float) -> bool:
         """Seek to packets near a time; False if the file has none there."""
         try:
-            self.container.seek(int(seconds / self._tick) + self._start, stream=self.stream)
+            self.container.seek(int(seconds / self._tick) + self._clock, stream=self.stream)
         except av.FFmpegError:
             return False
         self._restart_decoding()
@@ -176,6 +243,8 @@ class VideoReader:
         if ahead is None and seconds > end + TAIL:
             raise FrameError(self.name, self._too_late(seconds, end))
         self._check_intact(shown, target)
+        if ahead is None and seconds > end + _ROUNDING and self.is_cut(end):
+            raise FrameError(self.name, self._too_late(seconds, end))
         return shown.frame
 
     def frames(self) -> Iterator[Span]:
@@ -201,6 +270,9 @@ class VideoReader:
             if end > begin:  # else the next one replaces it before it was seen
                 reason = self._queue.reason if damaged else ""
                 yield Span(begin=begin, end=end, frame=shown.frame, damage=reason)
+            if following is None and self.is_cut(end * self._tick):
+                claimed = round((self.claimed or 0.0) / self._tick)
+                yield Span(begin=end, end=claimed, frame=shown.frame, damage=_CUT)
 
     def _check_intact(self, shown: Shown, target: int) -> None:
         """Raise FrameError if damage has reached a frame, or one between it and a tick."""
@@ -211,8 +283,19 @@ class VideoReader:
 
     def _open(self) -> None:
         """Open the file, or open it again at its start."""
+        self.container = self._open_container()
         try:
-            self.container = av.open(
+            self._set_up()
+        except (VideoError, av.FFmpegError) as error:
+            self.container.close()
+            if isinstance(error, VideoError):
+                raise
+            raise VideoError(self.name, f"cannot be decoded: {error.strerror}") from error
+
+    def _open_container(self) -> InputContainer:
+        """Open the file."""
+        try:
+            return av.open(
                 self._file(),
                 mode="r",
                 container_options={"format_whitelist": _FORMATS},
@@ -224,13 +307,6 @@ class VideoReader:
             self._deadline.check()  # which also interrupts reading
             reason = error.strerror or str(error)
             raise VideoError(self.name, f"cannot be opened as a video: {reason}") from error
-        try:
-            self._set_up()
-        except (VideoError, av.FFmpegError) as error:
-            self.container.close()
-            if isinstance(error, VideoError):
-                raise
-            raise VideoError(self.name, f"cannot be decoded: {error.strerror}") from error
 
     def _set_up(self) -> None:
         """Choose the stream, set its decoder up and find the time of its first frame."""
@@ -244,12 +320,24 @@ class VideoReader:
         self._start = self.stream.start_time or 0
         if self._times is not None:
             self._targets = [self._start + self._ticks(time) for time in self._times]
+        if lacks_times(self.container, self.stream):
+            self.ordered = True
         self._restart_decoding()
+        if self.ordered is None:
+            if self._queue.may_hide_reordering():
+                self.ordered = self._queue.reorders()
+                self.container.close()
+                self._open()
+                return
+            self.ordered = False
         # AVI counts from the first stored frame, which comes some frames before the first shown one
-        if self.container.format.name == "avi" and (first := self._queue.peek()) is not None:
-            if self._queue.reason:
-                raise VideoError(self.name, "its first frame is damaged, from which AVI counts")
-            self._start += self._time(first)
+        by_order = self.ordered or self.container.format.name == "avi"
+        if by_order or self.stream.start_time is None:
+            first = self._queue.peek()
+            if first is not None and self._queue.reason:
+                raise VideoError(self.name, "its first frame is damaged, from which its times count")
+            self._start += 0 if first is None else self._time(first)
+        self._clock = (self.stream.start_time or 0) if self.ordered else self._start
 
     def _file(self) -> str | BinaryIO:
         """Argument for FFmpeg to open."""
@@ -279,12 +367,17 @@ class VideoReader:
         """Forget all frames; the next one comes from the current position of the file."""
         self._shown = None
         self._queue = FrameQueue(
-            self.name, self.container, self.stream, self._deadline, self._targets
+            self.name,
+            self.container,
+            self.stream,
+            self._deadline,
+            self._targets,
+            ordered=bool(self.ordered),
         )
 
     def _ticks(self, seconds: float) -> int:
         """Tick of a time; one that precedes a frame only by rounding is that frame's."""
-        return int((seconds + 1e-6) // self._tick)
+        return int((seconds + _ROUNDING) // self._tick)
 
     def _time(self, shown: Shown) -> int:
         """Presentation of a frame, in ticks since the start of the video."""
@@ -292,16 +385,36 @@ class VideoReader:
 
     def _frame_seconds(self, frame: VideoFrame) -> float:
         """Seconds for which a frame is shown."""
-        if frame.duration:
-            return frame.duration * self._tick
+        ticks = 0 if self.ordered else frame.duration
+        return ticks * self._tick or self._usual
+
+    @property
+    def _usual(self) -> float:
+        """Seconds for which a frame is shown, by the header."""
         rate = self.stream.guessed_rate
         return 1 / float(rate) if rate else 0.0
 
     def _too_late(self, seconds: float, end: float) -> str:
         """Reason why there is no frame at a time after the last one."""
         reason = f"shows nothing at second {seconds:.2f}: its last frame ends at {end:.2f}"
-        claimed = (self.stream.duration or 0) * self._tick
-        return f"{reason}, though its header says {claimed:.2f}" if claimed > end + TAIL else reason
+        if not self.is_cut(end):
+            return reason
+        return f"{reason}, though its header says {self.claimed:.2f}: {_CUT}"
+
+    def _find_sound_end(self, claimed: float) -> float:
+        """Second at which the last packet of the other streams ends."""
+        begin, end = (self.container.start_time or 0) / av.time_base, 0.0
+        with self._open_container() as container:
+            with suppress(av.FFmpegError):  # it is at its start then
+                container.seek(int((begin + claimed - _NEAR_END) * av.time_base))
+            others = [stream for stream in container.streams if stream.index != self.stream.index]
+            with suppress(av.FFmpegError):  # an unreadable end is no end
+                for packet in container.demux(others):
+                    self._deadline.check()
+                    if packet.pts is not None and packet.time_base is not None:
+                        last = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                        end = max(end, last - begin - self.lateness)
+        return end
 
     def _seeking_pays(self, target: int) -> bool:
         """Tell if a seek is likely to land behind the frame decoded last, and before the target."""
@@ -331,14 +444,17 @@ class VideoReader:
 
     def _safe_key(self, target: int) -> int | None:
         """Key frame for a target, or the one before if that comes out after the target."""
-        return self._indexed_key(target - self._queue.delay)
+        delay = _MOST_LATE * self._queue.step if self.ordered else self._queue.delay
+        return self._indexed_key(target - delay)
 
     def _seek(self, target: int) -> None:
         """Go to a key frame at or before the target, the nearest one that the file can give."""
         self._sought_key = self._safe_key(target)
         key = self._indexed_key(target)
-        for seconds in _STEPS_BACK:
-            wanted = target - int(seconds / self._tick)
+        places = [target - int(seconds / self._tick) for seconds in _STEPS_BACK]
+        if key is not None:
+            places.insert(1, key - 1)  # some files call the packet after a key frame one, too
+        for wanted in places:
             if wanted > 0 and (landed := self._land(wanted, target)) is not None:
                 self._longest_gop = max(self._longest_gop, target - landed)
                 if key is not None:
@@ -352,13 +468,13 @@ class VideoReader:
     def _land(self, wanted: int, target: int) -> int | None:
         """Seek, and return the time of the next frame; None if it is past the target."""
         try:
-            self.container.seek(wanted + self._start, stream=self.stream)
+            self.container.seek(wanted + self._clock, stream=self.stream)
         except av.FFmpegError:
             return None
         self._restart_decoding()
         # FFmpeg gives out no frame that refers to others from before the seek
         next_frame = self._queue.peek()
-        if next_frame is None or self._time(next_frame) > target:
+        if next_frame is None or not self._queue.is_at_key or self._time(next_frame) > target:
             return None
         return self._time(next_frame)
 
