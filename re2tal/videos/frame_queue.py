@@ -5,7 +5,7 @@ from __future__ import annotations  # PyAV's Packet takes its parameter in stubs
 import math
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -321,11 +321,13 @@ class FrameQueue:
             unknown. Frames that are shown at none of them may be left out.
         ordered: whether frames are shown in the order in which the decoder gives them, each at the
             time of decoding of the packet with which it comes out, as their own times are wrong.
+        is_cut: function that tells if the file ends in the midst of something.
     """
 
     reason: str  # the decoder's message on the first damage
     first_is_late: bool  # whether the first frame came out at the end of the file, with no packet
     delay: int  # packets by which frames may come out after their own, with a later one's time
+    ended: bool  # whether the last packet was decoded
     shifted: bool  # whether times are wrong until the next seek
 
     def __init__(
@@ -336,9 +338,11 @@ class FrameQueue:
         deadline: Deadline,
         targets: Sequence[int] | None = None,
         ordered: bool = False,
+        is_cut: Callable[[], bool] = lambda: False,
     ) -> None:
         self.reason = ""
-        self.shifted = self.first_is_late = False
+        self.shifted = self.first_is_late = self.ended = False
+        self._is_cut = is_cut
         self._name = name
         self._container = container
         self._stream = stream
@@ -368,6 +372,11 @@ class FrameQueue:
     def position(self) -> Shown | None:
         """Next frame, if it is decoded already."""
         return self._ready[0] if self._ready else None
+
+    @property
+    def last(self) -> Shown | None:
+        """Last of the frames that are decoded already and not yet dropped."""
+        return self._ready[-1] if self._ready else None
 
     @property
     def is_at_key(self) -> bool:
@@ -481,7 +490,10 @@ class FrameQueue:
         self._deadline.check()
         packet = self._next_packet()
         if packet is None:
+            self.ended = True
             return False
+        if not packet.size and packet.dts is None:
+            self._end()
         # AVI has no presentation times; its frames are stored in the order in which they are shown
         by_order = self._ordered or self.delay
         time = packet.dts if packet.pts is None or by_order else packet.pts
@@ -508,7 +520,18 @@ class FrameQueue:
             return True
         for frame in frames:
             self._add(frame)
+        if self.ended and self._expected and self._latest is not None:
+            self._add_damage(min(self._expected.values()), "a packet gave no frame")
         return True
+
+    def _end(self) -> None:
+        """Notice that the packets before were the last ones, and whether they are whole."""
+        self.ended = True
+        # FFmpeg learns where a packet of a transport stream ends from the one that follows, as it
+        # does when a frame is shown where the order of packets tells
+        name = self._container.format.name
+        if (self._ordered or name in {"avi", "mpegts"}) and self._is_cut():
+            self._add_damage(self._sent, "the file was cut off", lost=True)
 
     def _demux(self) -> Iterator[Packet[Any]]:
         """Packets from the current position of the file."""
@@ -539,6 +562,7 @@ class FrameQueue:
                 # PyAV ends so, without emptying decoders, if streams appeared after opening
                 packet = Packet()
                 packet.stream = self._stream
+                self._packets = iter(())
             if packet is not None and self._missing.lie_before(packet):
                 self._lose("packets are missing")
             if packet is None or packet.stream is self._stream:

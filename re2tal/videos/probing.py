@@ -190,7 +190,7 @@ def _end_problems(reader: VideoReader, found: _End) -> list[str]:
     problems, claimed = [], reader.claimed
     if claimed is None:
         problems.append(f"Its header says no duration: its frames last {found.end:.2f} s.")
-    elif abs(claimed - found.end) > TAIL or reader.is_cut(found.end):
+    elif abs(claimed - found.end) > TAIL:
         problems.append(
             f"Its last frame ends at second {found.end:.2f}, though its header says {claimed:.2f}."
         )

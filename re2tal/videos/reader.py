@@ -4,7 +4,7 @@ from __future__ import annotations  # PyAV's Packet takes its parameter in stubs
 
 import io
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
@@ -16,6 +16,7 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from re2tal.videos import cuts
 from re2tal.videos.frame_queue import FrameQueue, Shown, lacks_times
 from re2tal.videos.limits import Deadline, FrameError, Limits, VideoError
 
@@ -30,12 +31,6 @@ TAIL = 1.0
 # from it one more, as a chunk is empty where the encoder gave nothing yet.
 _MOST_MISSING = 0.5
 _EMPTY = 1.5
-
-# Seconds of sound that may be missing of those that a header claims.
-_SILENT = 0.25
-
-# Seconds before the end that a header claims, from which the end of the sound is looked for.
-_NEAR_END = 5.0
 
 # FFmpeg also reads playlists, subtitles, text art and network streams, and judges a file by its
 # content: a text named .mp4 must not make it open other files.
@@ -119,7 +114,7 @@ class VideoReader:
         self._open()
         # Both are learned while seeking, so that no seek repeats much decoding:
         self._longest_gop = int(1 / self._tick)  # ticks from a key frame to a target
-        self._sound_end: float | None = None  # second at which other streams end, once known
+        self._cut: str | None = None  # reason to take the file for cut off, once it is looked for
         self._sought_key: int | None = None  # result of `_safe_key` at the last seek
         self._early = 0  # ticks by which seeks land before the key frame that the index names
 
@@ -148,40 +143,65 @@ class VideoReader:
     @property
     def lateness(self) -> float:
         """Seconds by which the picture begins after the file does."""
-        begin = self.container.start_time
-        return 0.0 if begin is None else max(0.0, self.start - begin / av.time_base)
+        return cuts.lateness(self.container, self.start)
 
     @property
     def claimed(self) -> float | None:
-        """Seconds that the video lasts by its header; None without a claim.
-
-        It may include sound that outlasts the picture: see `is_cut`.
-        """
+        """Seconds that the video lasts by its header, perhaps with sound; None without a claim."""
         if self.container.format.name in _RAW:
             return None
-        if self.stream.duration:
-            return self.stream.duration * self._tick
-        if not self.container.duration:
-            return None
-        # counted from the file's second 0 or, if that cannot be, from where its sound starts
-        duration = self.container.duration / av.time_base
-        return duration - (self.start if 0 < self.start < duration else self.lateness)
+        return cuts.claimed_seconds(self.container, self.stream, self.start)
 
     def is_cut(self, end: float) -> bool:
-        """Tell if the file holds less than its header claims.
+        """Tell if the file was cut off, so that frames may be missing.
 
         Args:
             end: second at which the last frame in the file ends.
         """
-        missing = _EMPTY if self.ordered or self.container.format.name == "avi" else _MOST_MISSING
+        return bool(self._cut_off(end))
+
+    def _cut_off(self, end: float) -> str:
+        """Reason to take the file for cut off, with the second at which its last frame ends."""
+        if self._cut is None:
+            self._cut = ""
+            if self._lacks(end):
+                self._cut = f", though its header says {self.claimed:.2f}: {_CUT}"
+            elif self._stops_midway():
+                self._cut = f": {_CUT}"
+        return self._cut
+
+    def _lacks(self, end: float) -> bool:
+        """Tell if the header claims more than the file holds."""
+        by_chunks = self.ordered or self.container.format.name == "avi"
+        missing = _EMPTY if by_chunks else _MOST_MISSING
         claimed = self.claimed
         if claimed is None or claimed - end <= missing * self._usual + _ROUNDING:
             return False
-        if self.stream.duration or len(self.container.streams) == 1:
+        if self.stream.duration:
             return True
-        if self._sound_end is None:
-            self._sound_end = self._find_sound_end(claimed)
-        return claimed - self._sound_end > _SILENT
+        claimed += self.lateness
+        with self._second_look() as container:
+            return cuts.lacks_sound(container, self.stream, claimed, self._deadline)
+
+    def _stops_midway(self) -> bool:
+        """Tell if the file ends in the midst of something."""
+        file = self._file()
+        if not isinstance(file, str):
+            return cuts.stops_midway(file, self.container)
+        with Path(file.removeprefix("file:")).open("rb") as opened:
+            return cuts.stops_midway(opened, self.container)
+
+    @contextmanager
+    def _second_look(self) -> Iterator[InputContainer]:
+        """Open the file a second time for a while."""
+        shared = None if isinstance(self._source, str | Path | bytes) else self._source
+        place = 0 if shared is None else shared.tell()
+        try:
+            with self._open_container() as container:
+                yield container
+        finally:
+            if shared is not None:
+                shared.seek(place)
 
     @property
     def seekable(self) -> bool:
@@ -240,11 +260,16 @@ class VideoReader:
         if self._shown is None and seconds < 2 * begin - end:
             reason = f"shows nothing at second {seconds:.2f}: it begins at {begin:.2f}"
             raise FrameError(self.name, reason)
-        if ahead is None and seconds > end + TAIL:
+        # a raw stream has no sound
+        tail = 0.0 if self.container.format.name in _RAW else TAIL
+        if ahead is None and seconds > end + tail + _ROUNDING:
             raise FrameError(self.name, self._too_late(seconds, end))
         self._check_intact(shown, target)
-        if ahead is None and seconds > end + _ROUNDING and self.is_cut(end):
-            raise FrameError(self.name, self._too_late(seconds, end))
+        if seconds > end + _ROUNDING and self._queue.ended:
+            last = self._queue.last or shown
+            end = self._time(last) * self._tick + self._frame_seconds(last.frame)
+            if self.is_cut(end):
+                raise FrameError(self.name, self._too_late(seconds, end))
         return shown.frame
 
     def frames(self) -> Iterator[Span]:
@@ -272,7 +297,8 @@ class VideoReader:
                 yield Span(begin=begin, end=end, frame=shown.frame, damage=reason)
             if following is None and self.is_cut(end * self._tick):
                 claimed = round((self.claimed or 0.0) / self._tick)
-                yield Span(begin=end, end=claimed, frame=shown.frame, damage=_CUT)
+                if claimed > end:
+                    yield Span(begin=end, end=claimed, frame=shown.frame, damage=_CUT)
 
     def _check_intact(self, shown: Shown, target: int) -> None:
         """Raise FrameError if damage has reached a frame, or one between it and a tick."""
@@ -294,9 +320,12 @@ class VideoReader:
 
     def _open_container(self) -> InputContainer:
         """Open the file."""
+        file = self._file()
+        if not isinstance(file, str):
+            file.seek(0)
         try:
             return av.open(
-                self._file(),
+                file,
                 mode="r",
                 container_options={"format_whitelist": _FORMATS},
                 options={"max_pixels": str(_PADDED * self._limits.pixels)},
@@ -351,7 +380,6 @@ class VideoReader:
             if path.stat().st_size == 0:
                 raise VideoError(self.name, "is empty (zero bytes)")
             return f"file:{path}"  # so that a name like "http:x" stays the name of a file
-        self._source.seek(0)
         return self._source
 
     def _choose_stream(self) -> VideoStream:
@@ -373,6 +401,7 @@ class VideoReader:
             self._deadline,
             self._targets,
             ordered=bool(self.ordered),
+            is_cut=self._stops_midway,
         )
 
     def _ticks(self, seconds: float) -> int:
@@ -397,24 +426,7 @@ class VideoReader:
     def _too_late(self, seconds: float, end: float) -> str:
         """Reason why there is no frame at a time after the last one."""
         reason = f"shows nothing at second {seconds:.2f}: its last frame ends at {end:.2f}"
-        if not self.is_cut(end):
-            return reason
-        return f"{reason}, though its header says {self.claimed:.2f}: {_CUT}"
-
-    def _find_sound_end(self, claimed: float) -> float:
-        """Second at which the last packet of the other streams ends."""
-        begin, end = (self.container.start_time or 0) / av.time_base, 0.0
-        with self._open_container() as container:
-            with suppress(av.FFmpegError):  # it is at its start then
-                container.seek(int((begin + claimed - _NEAR_END) * av.time_base))
-            others = [stream for stream in container.streams if stream.index != self.stream.index]
-            with suppress(av.FFmpegError):  # an unreadable end is no end
-                for packet in container.demux(others):
-                    self._deadline.check()
-                    if packet.pts is not None and packet.time_base is not None:
-                        last = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-                        end = max(end, last - begin - self.lateness)
-        return end
+        return reason + self._cut_off(end)
 
     def _seeking_pays(self, target: int) -> bool:
         """Tell if a seek is likely to land behind the frame decoded last, and before the target."""

@@ -56,6 +56,7 @@ def make_video(
     times: Sequence[int] | None = None,
     rotation: int = 0,
     sound: float = 0.0,
+    container: str | None = None,
 ) -> Path:
     """Writes a video whose frame i shows the number i.
 
@@ -73,9 +74,10 @@ def make_video(
         times: When each frame is presented, in units of 1 / fps; evenly if None.
         rotation: Counterclockwise degrees for the metadata.
         sound: Seconds of sound beside the picture.
+        container: FFmpeg's name of the container, if the ending does not select it.
     """
-    with av.open(str(path), "w", options=container_options or {}) as container:
-        video = cast("VideoStream", container.add_stream(codec, rate=fps))
+    with av.open(str(path), "w", format=container, options=container_options or {}) as file:
+        video = cast("VideoStream", file.add_stream(codec, rate=fps))
         video.width, video.height, video.pix_fmt = width, height, pixels
         video.codec_context.gop_size = gop
         settings = options or {}
@@ -83,14 +85,14 @@ def make_video(
         video.codec_context.time_base = Fraction(1, fps)
         if rotation:
             video.set_display_rotation(rotation)
-        audio = container.add_stream("aac", rate=8000) if sound else None
+        audio = file.add_stream("aac", rate=8000) if sound else None
         for number, time in zip(range(frames), times or range(frames), strict=True):
             frame = av.VideoFrame.from_ndarray(picture(number, width, height), format="rgb24")
             frame.pts, frame.time_base = time, Fraction(1, fps)
-            container.mux(video.encode(frame))
-        container.mux(video.encode(None))
+            file.mux(video.encode(frame))
+        file.mux(video.encode(None))
         if audio is not None:
-            _mux_silence(container, audio, sound)
+            _mux_silence(file, audio, sound)
     return path
 
 
