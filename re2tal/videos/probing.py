@@ -8,7 +8,7 @@ from av.video.frame import VideoFrame
 
 from re2tal.videos.conversion import quarters
 from re2tal.videos.frame_queue import lacks_times
-from re2tal.videos.limits import Limits, VideoError
+from re2tal.videos.limits import FrameError, Limits, VideoError
 from re2tal.videos.reader import TAIL, Source, VideoReader
 
 # Seconds and frames between key frames beyond which a video counts as slow to seek in.
@@ -23,6 +23,11 @@ _STEPS_BACK = (0.0, 2.0, 8.0, 32.0, 128.0, 512.0)
 
 # Number of packets from which their rate is worth a comparison.
 _ENOUGH = 4
+
+_NO_END = "Its end cannot be decoded"
+
+# Parts of a video between which frames are tried if the last one cannot be decoded.
+_PARTS = 8
 
 # Part of an AVI that its index must cover to be whole.
 _COVERED = 0.9
@@ -97,6 +102,8 @@ def probe(source: Source, *, limits: Limits | None = None) -> VideoInfo:
                 )
         if duration <= 0:
             raise VideoError(reader.name, "its duration is unknown")
+        if any(_NO_END in problem for problem in problems):
+            _require_frames(source, limits, duration, float(rate))
         frames, claims = round(duration * rate), _stored(reader) or reader.stream.frames
         if claims and abs(claims - frames) > max(1, 0.01 * frames):
             problems.append(f"Its header claims {claims} frames, but it shows about {frames}.")
@@ -182,13 +189,11 @@ def _read_end(reader: VideoReader) -> _End | None:
 
 
 def _end_problems(reader: VideoReader, found: _End) -> list[str]:
-    """Describe oddities of the end of a video whose last frame is decoded.
-
-    Raises:
-        VideoError: neither the last frame nor any of those in between can be decoded.
-    """
+    """Describe oddities of the end of a video whose last frame is decoded."""
     problems, claimed = [], reader.claimed
-    if claimed is None:
+    if cut := reader.cut_off(found.end):
+        problems.append(f"Its last frame ends at second {found.end:.2f}{cut}.")
+    elif claimed is None:
         problems.append(f"Its header says no duration: its frames last {found.end:.2f} s.")
     elif abs(claimed - found.end) > TAIL:
         problems.append(
@@ -200,8 +205,22 @@ def _end_problems(reader: VideoReader, found: _End) -> list[str]:
     try:
         reader.frame_at(found.last)
     except VideoError as error:
-        problems.append(f"Its end cannot be decoded: {error.reason}.")
+        problems.append(f"{_NO_END}: {error.reason}.")
     return problems
+
+
+def _require_frames(source: Source, limits: Limits | None, duration: float, fps: float) -> None:
+    """Refuse a video of which only the first frame can be decoded, as far as a few others tell."""
+    times = [1.5 / fps, *(duration * part / _PARTS for part in range(1, _PARTS))]
+    reasons = []
+    with VideoReader(source, limits=limits) as reader:
+        for time in sorted(times):
+            try:
+                reader.frame_at(time)
+                return
+            except FrameError as error:
+                reasons.append(error.reason)
+        raise VideoError(reader.name, f"only its first frame can be decoded: {reasons[0]}")
 
 
 def _oddities(reader: VideoReader, frame: VideoFrame, rate: Fraction) -> list[str]:

@@ -152,16 +152,12 @@ class VideoReader:
             return None
         return cuts.claimed_seconds(self.container, self.stream, self.start)
 
-    def is_cut(self, end: float) -> bool:
-        """Tell if the file was cut off, so that frames may be missing.
+    def cut_off(self, end: float) -> str:
+        """Reason to take the file for cut off, so that frames may be missing; empty if it is whole.
 
         Args:
             end: second at which the last frame in the file ends.
         """
-        return bool(self._cut_off(end))
-
-    def _cut_off(self, end: float) -> str:
-        """Reason to take the file for cut off, with the second at which its last frame ends."""
         if self._cut is None:
             self._cut = ""
             if self._lacks(end):
@@ -255,8 +251,7 @@ class VideoReader:
         if shown is None:
             reason = self._queue.reason
             raise VideoError(self.name, f"no frame of it can be decoded{reason and ': '}{reason}")
-        begin = self._time(shown) * self._tick
-        end = begin + self._frame_seconds(shown.frame)
+        begin, end = self._time(shown) * self._tick, self._end(shown)
         if self._shown is None and seconds < 2 * begin - end:
             reason = f"shows nothing at second {seconds:.2f}: it begins at {begin:.2f}"
             raise FrameError(self.name, reason)
@@ -265,11 +260,8 @@ class VideoReader:
         if ahead is None and seconds > end + tail + _ROUNDING:
             raise FrameError(self.name, self._too_late(seconds, end))
         self._check_intact(shown, target)
-        if seconds > end + _ROUNDING and self._queue.ended:
-            last = self._queue.last or shown
-            end = self._time(last) * self._tick + self._frame_seconds(last.frame)
-            if self.is_cut(end):
-                raise FrameError(self.name, self._too_late(seconds, end))
+        if seconds > end + self._tick and self._lack_behind(shown):
+            raise FrameError(self.name, self._too_late(seconds, end))
         return shown.frame
 
     def frames(self) -> Iterator[Span]:
@@ -287,18 +279,27 @@ class VideoReader:
             following = self._queue.peek()
             # a time stamp that goes back shows nothing before its time
             begin = self._time(shown) if end is None else max(end, self._time(shown))
-            if following is not None:
-                end = max(begin, self._time(following))
-            else:
-                end = begin + max(1, round(self._frame_seconds(shown.frame) / self._tick))
+            own = max(begin + 1, round(self._end(shown) / self._tick))
+            end = own if following is None else max(begin, self._time(following))
             damaged = self._queue.is_damaged(shown, end - 1 + self._start)
+            lacking = self._lack_behind(shown)
+            if lacking and following is None:
+                end = max(end, round((self.claimed or 0.0) / self._tick))
+            shown_to = min(own, end) if lacking and end - own > 1 else end
             if end > begin:  # else the next one replaces it before it was seen
                 reason = self._queue.reason if damaged else ""
-                yield Span(begin=begin, end=end, frame=shown.frame, damage=reason)
-            if following is None and self.is_cut(end * self._tick):
-                claimed = round((self.claimed or 0.0) / self._tick)
-                if claimed > end:
-                    yield Span(begin=end, end=claimed, frame=shown.frame, damage=_CUT)
+                yield Span(begin=begin, end=shown_to, frame=shown.frame, damage=reason)
+            if end > shown_to:
+                yield Span(begin=shown_to, end=end, frame=shown.frame, damage=_CUT)
+
+    def _lack_behind(self, shown: Shown) -> bool:
+        """Tell if frames between a frame and the next one may be missing, as the file was cut off.
+
+        The last frames in a file may refer to others that are shown later but stored before.
+        """
+        if not self._queue.ended:
+            return False
+        return bool(self.cut_off(self._end(self._queue.last or shown)))
 
     def _check_intact(self, shown: Shown, target: int) -> None:
         """Raise FrameError if damage has reached a frame, or one between it and a tick."""
@@ -412,10 +413,10 @@ class VideoReader:
         """Presentation of a frame, in ticks since the start of the video."""
         return shown.time - self._start
 
-    def _frame_seconds(self, frame: VideoFrame) -> float:
-        """Seconds for which a frame is shown."""
-        ticks = 0 if self.ordered else frame.duration
-        return ticks * self._tick or self._usual
+    def _end(self, shown: Shown) -> float:
+        """Second at which a frame ends, if no other one follows."""
+        ticks = 0 if self.ordered else shown.frame.duration
+        return self._time(shown) * self._tick + (ticks * self._tick or self._usual)
 
     @property
     def _usual(self) -> float:
@@ -426,7 +427,7 @@ class VideoReader:
     def _too_late(self, seconds: float, end: float) -> str:
         """Reason why there is no frame at a time after the last one."""
         reason = f"shows nothing at second {seconds:.2f}: its last frame ends at {end:.2f}"
-        return reason + self._cut_off(end)
+        return reason + self.cut_off(end)
 
     def _seeking_pays(self, target: int) -> bool:
         """Tell if a seek is likely to land behind the frame decoded last, and before the target."""

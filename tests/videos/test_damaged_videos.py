@@ -1,6 +1,7 @@
 """Damage in the middle: what is intact is given, the rest is refused, and nothing stale shown."""
 
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -9,6 +10,7 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 from re2tal.videos.decoding import FrameError, VideoError, decode, decode_intact, probe
+from re2tal.videos.reader import VideoReader
 from tests.videos.made_videos import FPS, make_video, numbers
 
 FRAMES = 100
@@ -144,22 +146,80 @@ def test_avi_does_not_count_on_when_chunks_are_lost(tmp_path: Path) -> None:
     assert not found.intact[40]
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
-def test_a_cut_video_gives_what_is_there(tmp_path: Path, name: str) -> None:
-    options = {"movflags": "faststart"} if name.endswith("mp4") else {}
-    path = make_video(tmp_path / name, FRAMES, container_options=options, **CODECS[name])  # type: ignore[arg-type]
-    content = path.read_bytes()[: path.stat().st_size * 6 // 10]
-    found = decode_intact(content, MIDDLES, size=None)
-    intact = int(found.intact.sum())
-    assert FRAMES // 3 < intact < FRAMES
-    right = numbers(found.frames) == np.arange(FRAMES)
-    held = int(FPS * 1.0) + 1  # the last frame stands in for a second
-    assert right[found.intact].sum() >= intact - held
-    assert (~found.intact[intact:]).all()
-    info = probe(content)
-    assert info.duration <= (intact + 5) / FPS  # the last ones may lean on what is missing
-    if not name.endswith("ts"):  # which has no header that could say more
-        assert any("though its header says 4.00" in problem for problem in info.problems)
+BFRAMES = CODECS["a.mkv"]
+CUT: dict[str, dict[str, Any]] = {
+    "index in front.mp4": {**BFRAMES, "container_options": {"movflags": "faststart"}},
+    "fragments.mp4": {**BFRAMES, "container_options": {"movflags": "frag_keyframe+empty_moov"}},
+    "a.mkv": BFRAMES,
+    "sound.mkv": {**BFRAMES, "sound": 4.0},
+    "a.ts": BFRAMES,
+    "sound.ts": {**BFRAMES, "sound": 4.0},
+    "sound.flv": {**BFRAMES, "sound": 4.0},
+    "h264.avi": BFRAMES,
+    "sound.avi": {**CODECS["mpeg4.avi"], "sound": 4.0},
+    "vp9.webm": CODECS["vp9.webm"],
+    "raw.h264": BFRAMES,
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_a_cut_video_gives_what_is_there_and_no_more(tmp_path: Path, name: str) -> None:
+    path = make_video(tmp_path / name, FRAMES, gop=GOP, **CUT[name])
+    whole = path.read_bytes()
+    times = (np.arange(FRAMES + FPS) + 0.5) / FPS
+    refused = 0
+    for share in (0.41, 0.47, 0.6, 0.72, 0.8, 0.93):
+        size = int(len(whole) * share)
+        content = whole[: size + (size % 188 == 0)]  # within a packet of a transport stream
+        try:
+            found = decode_intact(content, times, size=None)
+        except VideoError as error:
+            assert "cannot be opened" in error.reason  # FFmpeg does not, if a header is cut
+            refused += 1
+            continue
+        shown = numbers(found.frames)[found.intact]
+        np.testing.assert_array_equal(shown, np.flatnonzero(found.intact))
+        assert (share - 0.25) * FRAMES < len(shown) < FRAMES
+        info = probe(content)
+        assert info.duration * FPS <= shown[-1] + 6  # the last ones may lean on what is missing
+        if path.suffix != ".h264":  # nothing tells that more should follow
+            assert any("the file was cut off" in problem for problem in info.problems)
+        with VideoReader(content) as reader:
+            tick = float(reader.stream.time_base or 0)
+            for span in reader.frames():
+                drawn = span.frame.to_ndarray(format="rgb24")[None]
+                middle = (span.begin + span.end) / 2 * tick
+                assert span.damage or numbers(drawn) == [int(middle * FPS)]
+                assert span.damage or (span.end - span.begin) * tick < 1.1 / FPS
+    assert refused <= 1
+
+
+def test_a_transport_stream_is_not_prolonged_behind_a_damaged_frame(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "a.ts", FRAMES, options={"x264-params": "bframes=0"})
+    content = path.read_bytes()[: (packets(path)[-1].pos or 0) + 94]
+    found = decode_intact(content, np.arange(FRAMES - 3, FRAMES + 20) / FPS + 0.02, size=None)
+    assert found.intact[0]
+    assert not found.intact[2:].any()  # the one before cannot be told from a damaged one
+
+
+@pytest.mark.parametrize("ending", ["mkv", "flv", "ts"])
+def test_sound_that_outlasts_the_picture_is_no_cut(tmp_path: Path, ending: str) -> None:
+    path = make_video(tmp_path / f"a.{ending}", FRAMES, sound=4.8)
+    frames = decode(path, np.array([3.99, 4.01, 4.9]), size=None)
+    np.testing.assert_array_equal(numbers(frames), [FRAMES - 1] * 3)
+    assert probe(path).problems == ()
+
+
+def test_a_video_of_which_only_the_first_frame_can_be_decoded_is_not_usable(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "a.mp4", FRAMES, gop=1000, options={"x264-params": "bframes=0"})
+    content = bytearray(path.read_bytes())
+    for packet in packets(path)[1:]:
+        assert packet.pos is not None
+        content[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+    found = decode_intact(bytes(content), MIDDLES, size=None)
+    assert np.flatnonzero(found.intact).tolist() == [0]
+    with pytest.raises(VideoError, match="only its first frame can be decoded"):
+        probe(bytes(content))
 
 
 def test_a_video_of_damage_only_is_refused(tmp_path: Path) -> None:
