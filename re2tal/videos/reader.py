@@ -27,10 +27,11 @@ Source = str | Path | bytes | BinaryIO
 # durations of containers and of annotations include the sound, which often outlasts the picture.
 TAIL = 1.0
 
-# Frames that may be missing of those that a header claims, without a cut; in AVI and what was copied
-# from it one more, as a chunk is empty where the encoder gave nothing yet.
+# Containers whose headers say how long the picture lasts, sound or not.
+_OWN_DURATION = frozenset({"mov", "avi", "ivf"})
+
+# Frames that may be missing of those that a header claims, without a cut.
 _MOST_MISSING = 0.5
-_EMPTY = 1.5
 
 # FFmpeg also reads playlists, subtitles, text art and network streams, and judges a file by its
 # content: a text named .mp4 must not make it open other files.
@@ -168,12 +169,12 @@ class VideoReader:
 
     def _lacks(self, end: float) -> bool:
         """Tell if the header claims more than the file holds."""
-        by_chunks = self.ordered or self.container.format.name == "avi"
-        missing = _EMPTY if by_chunks else _MOST_MISSING
-        claimed = self.claimed
-        if claimed is None or claimed - end <= missing * self._usual + _ROUNDING:
+        claimed, missing = self.claimed, _MOST_MISSING * self._usual + _ROUNDING
+        if self.ordered or self.container.format.name == "avi":
+            missing += self.start  # chunks are empty where the encoder gave nothing yet
+        if claimed is None or claimed - end <= missing:
             return False
-        if self.stream.duration:
+        if not _OWN_DURATION.isdisjoint(self.container.format.name.split(",")):
             return True
         claimed += self.lateness
         with self._second_look() as container:
