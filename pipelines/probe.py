@@ -10,7 +10,6 @@ videos have no file. All of the places may be URIs (s3://, gs://, ...).
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,10 +21,16 @@ from pipelines.core.cluster import init_ray
 from pipelines.core.storage import list_files, replacing
 from pipelines.data.inputs import resolved
 from pipelines.data.plan import read_annotations
-from pipelines.data.videos import SCHEMA, probe_files, summary, with_disagreements
+from pipelines.data.videos import (
+    SCHEMA,
+    passed_over,
+    probe_files,
+    summary,
+    with_disagreements,
+)
 from re2tal.datasets import check_durations
 from re2tal.errors import UserError
-from re2tal.videos.files import EXTENSIONS, match_videos
+from re2tal.videos.files import list_videos, match_videos
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,8 +62,9 @@ def probe_collection(config: ProbeConfig) -> pa.Table:
     if config.annotations is not None:
         annotations = read_annotations(config)
     if annotations is None:
-        found = {Path(n).stem: uri for n, uri in files.items() if Path(n).suffix in EXTENSIONS}
+        found, passed = list_videos(files)
         missing: Mapping[str, str] = {}
+        print(*passed_over(passed), sep="\n", end="\n" * bool(passed), flush=True)
     else:
         found, missing = match_videos((v.video_id for v in annotations.videos), files)
     if not found:

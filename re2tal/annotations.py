@@ -2,16 +2,19 @@
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from re2tal import json_files
 from re2tal.json_files import FileError, RepeatedKey
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -237,3 +240,19 @@ def read_json(path: Path) -> tuple[Any, tuple[RepeatedKey, ...]]:
         return json_files.read_json(path)
     except FileError as error:
         raise AnnotationError(error.source, error.problems) from error
+
+
+def normal_form(name: str) -> str:
+    """Form in which names are compared: Unicode's NFC.
+
+    A letter with an accent, a Korean syllable or a Japanese one with a mark can be written as one
+    character or as several, and names that passed through macOS are written as several.
+    """
+    return unicodedata.normalize("NFC", name)
+
+
+def as_named(found: Mapping[str, _Value], names: Iterable[str]) -> dict[str, _Value]:
+    """Give entries the names by which others know them, where only Unicode's form differs."""
+    known = {normal_form(name): name for name in names}
+    renamed = {known.get(normal_form(name), name): value for name, value in found.items()}
+    return renamed | {name: found[name] for name in known.values() if name in found}

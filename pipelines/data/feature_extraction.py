@@ -384,6 +384,7 @@ class FeatureJob:
     def run(self, *, retry_failed: bool) -> Description:
         """Make the features that are missing; `retry_failed` tries the failed videos once more."""
         began = time.perf_counter()
+        print(*self._found.remarks, sep="\n", end="\n" * bool(self._found.remarks))
         to_make = self._folder.begin(retry_failed=retry_failed)
         total = len(self._subsets)
         print(f"{total - len(to_make)} of {total} videos are through", flush=True)

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 from pipelines.core.storage import absolute, file_sizes, join, read_bytes, replacing
 from pipelines.data.sampling import Sampling
 from pipelines.data.store import Contents, Store
+from re2tal.annotations import as_named, normal_form
 from re2tal.errors import UserError
 from re2tal.videos.features import clip_grid, resampled_grid, window_features
 from re2tal.videos.timegrid import TimeGrid
@@ -349,6 +350,7 @@ class Features:
                 f"or there are none: {HOW_TO_SAY}."
             )
         self._files = self._find_files()
+        self._ids = {normal_form(video_id): video_id for video_id in self._files}
         self.channels = self._said.channels or self._measured()
 
     @property
@@ -358,13 +360,14 @@ class Features:
 
     def uri(self, video_id: str) -> str:
         """Return the path or URI of the file of the features of one of `video_ids`."""
-        return join(self._folder, self._files[video_id])
+        return join(self._folder, self._files[self._ids[normal_form(video_id)]])
 
     def missing(self, video_ids: Iterable[str]) -> dict[str, str]:
         """Return the reason for each of some videos that has no features, by video id."""
-        why = self._said.failures
         nothing = f"{self._folder} has no features of it"
-        return {v: why.get(v, nothing) for v in video_ids if v not in self._files}
+        lacking = [v for v in video_ids if normal_form(v) not in self._ids]
+        why = as_named(self._said.failures, lacking)
+        return {v: why.get(v, nothing) for v in lacking}
 
     def read(self, video_id: str, *, duration: float) -> tuple[np.ndarray, TimeGrid]:
         """Read the features of a video, and their grid; `duration` is the video's, in seconds.
@@ -376,8 +379,9 @@ class Features:
             UserError: if it has none, or they are damaged.
             OSError: if their file cannot be reached.
         """
-        if video_id not in self._files:
+        if normal_form(video_id) not in self._ids:
             raise UserError(f"{video_id}: {self.missing([video_id])[video_id]}")
+        video_id = self._ids[normal_form(video_id)]
         uri = self.uri(video_id)
         if self._said.layout == "parquet":
             row = self._said.videos[video_id].row
@@ -425,7 +429,7 @@ class Features:
         Returns:
             Video id to a sentence.
         """
-        found = {}
+        found, durations = {}, as_named(durations, self._said.videos)
         for video_id in sorted(durations.keys() & self._said.videos.keys()):
             ends, lasts = self._said.videos[video_id].grid.end, durations[video_id]
             if abs(ends - lasts) > max(_SECONDS, _SHARE * lasts):

@@ -22,8 +22,9 @@ from pipelines.data.shards import (
     require_whole,
     video_uri,
 )
+from re2tal.annotations import as_named, normal_form
 from re2tal.errors import UserError, shortened
-from re2tal.videos.files import EXTENSIONS, match_videos
+from re2tal.videos.files import EXTENSIONS, is_video, list_videos, match_videos
 
 _CPUS = 0.5  # logical CPUs of a task that opens a video; it often waits for storage
 
@@ -115,13 +116,18 @@ def summary(table: pa.Table) -> Sequence[str]:
             "  sizes: " + _counts([f"{row['width']}x{row['height']}" for row in usable]),
             "  frames/s: " + _counts([f"{row['fps']:.4g}" for row in usable]),
         ]
-    lines += _listed("cannot be used", {r["video_id"]: r["error"] for r in rows if r["error"]})
+    lines += _listed("videos cannot be used", {r["video_id"]: r["error"] for r in rows if r["error"]})
     odd = {row["video_id"]: " ".join(row["problems"]) for row in usable if row["problems"]}
-    lines += _listed("can be used, but are odd", odd)
+    lines += _listed("videos can be used, but are odd", odd)
     if "disagrees" in table.column_names:
         other = {row["video_id"]: row["disagrees"] for row in rows if row["disagrees"]}
-        lines += _listed("disagree with their annotations", other)
+        lines += _listed("videos disagree with their annotations", other)
     return lines
+
+
+def passed_over(reasons: Mapping[str, str]) -> list[str]:
+    """Count and name the files of a folder that are no videos, or have another one's name."""
+    return _listed("files are passed over", reasons)
 
 
 def _counts(values: Sequence[str], most: int = 5) -> str:
@@ -135,8 +141,8 @@ def _counts(values: Sequence[str], most: int = 5) -> str:
 def _listed(what: str, sentences: Mapping[str, str], most: int = 10) -> list[str]:
     if not sentences:
         return []
-    lines = shortened([f"{video_id}: {text}" for video_id, text in sentences.items()], most)
-    return [f"{len(sentences)} videos {what}:", *(f"  {line}" for line in lines)]
+    lines = shortened([f"{name}: {text}" for name, text in sentences.items()], most)
+    return [f"{len(sentences)} {what}:", *(f"  {line}" for line in lines)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,8 +192,8 @@ def find_videos(
     else:
         files = list_files(folder)
         if video_ids is None:
-            named = {Path(uri).stem: uri for name, uri in files.items() if _is_video(name)}
-            found = _unopened(dict(sorted(named.items())), {})
+            named, passed = list_videos(files)
+            found = replace(_unopened(named, {}), remarks=tuple(passed_over(passed)))
         else:
             found = _unopened(*match_videos(video_ids, files))
     if video_ids is None and not found.uris:
@@ -205,12 +211,15 @@ def _in_shards(folder: str, manifest: Manifest, video_ids: Collection[str] | Non
         for file in manifest.shards
         for video_id, entry in file.videos.items()
     }
+    failures = manifest.failures
+    if video_ids is not None:
+        held, failures = as_named(held, video_ids), as_named(failures, video_ids)
     wanted = sorted(held) if video_ids is None else video_ids
     found = {video_id: held[video_id] for video_id in wanted if video_id in held}
     nowhere = f"no shard in {folder} holds it"
     return FoundVideos(
         uris={video_id: uri for video_id, (uri, _) in found.items()},
-        failures={v: manifest.failures.get(v, nowhere) for v in wanted if v not in held},
+        failures={v: failures.get(v, nowhere) for v in wanted if v not in held},
         durations={video_id: entry.duration for video_id, (_, entry) in found.items()},
         rates={video_id: entry.frames / entry.duration for video_id, (_, entry) in found.items()},
     )
@@ -251,14 +260,15 @@ def find_sources(places: Sequence[str], *, option: str) -> dict[str, str]:
         raise UserError(f"The videos: none given. Say which with {option} FILE_OR_FOLDER ...")
     uris = [uri for place in places for uri in _files(place, option)]
     found: dict[str, str] = {}
+    taken: dict[str, str] = {}
     for uri in dict.fromkeys(uris):  # a file that two patterns match is one video
         video_id = Path(uri).stem
-        if video_id in found:
+        if other := taken.get(normal_form(video_id)):
             raise UserError(
-                f"The videos: {found[video_id]} and {uri} have one name, which would make their "
+                f"The videos: {other} and {uri} have one name, which would make their "
                 f"results one. Rename one, or give them to {option} of separate runs."
             )
-        found[video_id] = uri
+        found[video_id] = taken[normal_form(video_id)] = uri
     return dict(sorted(found.items()))
 
 
@@ -299,8 +309,4 @@ def _matches(pattern: str, option: str) -> list[str]:
 
 
 def _videos(folder: str) -> list[str]:
-    return [uri for name, uri in list_files(folder).items() if _is_video(name)]
-
-
-def _is_video(name: str) -> bool:
-    return Path(name).suffix.lower() in EXTENSIONS
+    return [uri for name, uri in list_files(folder).items() if is_video(name)]

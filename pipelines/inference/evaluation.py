@@ -33,6 +33,7 @@ from pipelines.inference.report import (
     write_evaluation,
 )
 from pipelines.training.detection import DETECTIONS_FILE, RAW_FILE
+from re2tal.annotations import as_named
 from re2tal.detection.evaluation.matching import checked_levels
 from re2tal.detection.files import read_detections, write_detections
 from re2tal.detection.raw import ensemble, read_raw
@@ -234,6 +235,7 @@ def read_labelled(paths: Sequence[Path], plan: Plan, config: EvaluateConfig) -> 
         found = _thinned(paths, names, evaluated, config)
     else:
         found = read_detections(paths[0], names)
+    found = as_named(found, evaluated)
     where = " and ".join(map(str, paths))
     proposals = {video_id: one for video_id, one in found.items() if video_id in evaluated}
     remarks = tuple(_remarks(found, proposals, evaluated))

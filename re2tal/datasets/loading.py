@@ -11,6 +11,7 @@ from re2tal.annotations import (
     Annotations,
     Exclusion,
     RawCollection,
+    as_named,
     read_json,
     read_text,
 )
@@ -64,7 +65,7 @@ def load_annotations(
     rules = Rules(
         dataset=dataset,
         classes=None if known is None else frozenset(known),
-        durations=durations or {},
+        durations=as_named(durations or {}, raw.videos),
     )
     checked = {v: check_video(v, raw.videos[v], rules) for v in raw.videos if v not in reasons}
     for video_id, result in checked.items():
@@ -118,8 +119,10 @@ def _left_out(
 ) -> tuple[dict[str, str], list[str]]:
     """Return video id -> reason of its exclusion, and problems of `exclude` and `keep`."""
     listed = {
-        video_id if video_id in raw.videos else video_id.removeprefix("v_") for video_id in exclude
+        video_id if video_id in raw.videos else video_id.removeprefix("v_")
+        for video_id in as_named(dict.fromkeys(exclude), raw.videos)
     }
+    listed = set(as_named(dict.fromkeys(listed), raw.videos))
     problems = [
         f"video {video_id!r}: is to be kept, but "
         + ("nothing leaves it out" if video_id in raw.videos else "is not there")

@@ -28,6 +28,7 @@ import torch
 from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, ValidationError
 from torch import Tensor
 
+from re2tal.annotations import normal_form
 from re2tal.detection.files import read_json
 from re2tal.detection.segments import Detections
 from re2tal.errors import shortened
@@ -66,9 +67,10 @@ class VideoScores:
 
     def get(self, video_id: str) -> Tensor | None:
         """Scores `(K,)` of a video, whether or not either id has "v_" in front; else None."""
-        for name in (video_id, _PREFIX + video_id, video_id.removeprefix(_PREFIX)):
-            if name in self.scores:
-                return self.scores[name]
+        for known in (video_id, normal_form(video_id)):
+            for name in (known, _PREFIX + known, known.removeprefix(_PREFIX)):
+                if name in self.scores:
+                    return self.scores[name]
         return None
 
 
@@ -116,7 +118,7 @@ def load_video_scores(
     scores = {}
     for video_id, values in content.results.items():
         row = torch.tensor(values, dtype=torch.float64)
-        scores[video_id] = (row.softmax(dim=0) if logits else row)[columns].float()
+        scores[normal_form(video_id)] = (row.softmax(dim=0) if logits else row)[columns].float()
     return VideoScores(classes=tuple(classes), scores=scores)
 
 

@@ -1,16 +1,53 @@
 """Search for the file of every video."""
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from re2tal.annotations import Annotations
+from re2tal.annotations import Annotations, normal_form
 
-# In order of preference where a video is there in several formats.
-EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
-_ENDINGS = ", ".join(EXTENSIONS[:-1]) + f" or {EXTENSIONS[-1]}"
+# In order of preference where a video is there in several formats, and in small letters.
+EXTENSIONS = (
+    *(".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts", ".m2ts", ".mts", ".mpg", ".mpeg"),
+    *(".vob", ".flv", ".f4v", ".wmv", ".asf", ".3gp", ".3g2", ".ogv", ".ivf"),
+    *(".h264", ".264", ".hevc", ".h265", ".265", ".m2v", ".m1v"),
+)
 
 _File = TypeVar("_File")
+
+
+def is_video(name: str) -> bool:
+    """Tell if a file has the ending of a video, in small or capital letters."""
+    return PurePosixPath(name).suffix.lower() in EXTENSIONS
+
+
+def list_videos(files: Mapping[str, _File]) -> tuple[dict[str, _File], dict[str, str]]:
+    """Find all videos among the files of a folder.
+
+    Args:
+        files: files of the folder: name -> path, URI or anything else that stands for the file.
+
+    Returns:
+        Video id, which is the file's name without its ending, -> its file; and name -> reason for
+        the files that are passed over.
+    """
+    found: dict[str, str] = {}
+    passed: dict[str, str] = {}
+    for name in sorted(files, key=_preference):
+        video_id = normal_form(Path(name).stem)
+        if not is_video(name):
+            passed[name] = "has no ending of a video"
+        elif video_id in found:
+            passed[name] = f"{found[video_id]} has the same name and comes first"
+        else:
+            found[video_id] = name
+    return {Path(name).stem: files[name] for name in sorted(found.values())}, passed
+
+
+def _preference(name: str) -> tuple[int, str]:
+    """Place of a file among those of one name."""
+    ending = PurePosixPath(name).suffix.lower()
+    return EXTENSIONS.index(ending) if ending in EXTENSIONS else len(EXTENSIONS), name
 
 
 def match_videos(
@@ -29,17 +66,24 @@ def match_videos(
     Returns:
         Video id -> its file; and, for the others, video id -> reason why it has none.
     """
-    known = {(Path(name).stem, Path(name).suffix.lower()): files[name] for name in sorted(files)}
+    known = {_parts(name): files[name] for name in sorted(files)}
     found: dict[str, _File] = {}
     missing: dict[str, str] = {}
     for video_id in video_ids:
-        names = [(stem, ext) for stem in (video_id, f"v_{video_id}") for ext in EXTENSIONS]
+        stem = normal_form(video_id)
+        names = [(named, ext) for named in (stem, f"v_{stem}") for ext in EXTENSIONS]
         name = next((name for name in names if name in known), None)
         if name is None:
-            missing[video_id] = f"there is no file {video_id} with the ending {_ENDINGS}"
+            missing[video_id] = f"there is no file {video_id} with the ending of a video"
         else:
             found[video_id] = known[name]
     return found, missing
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """Name of a file in the form for comparison, and its ending."""
+    path = PurePosixPath(name)
+    return normal_form(path.stem), path.suffix.lower()
 
 
 def find_videos(

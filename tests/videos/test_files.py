@@ -1,9 +1,10 @@
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 
-from re2tal.annotations import Annotations, VideoAnnotation
-from re2tal.videos.files import find_videos, match_videos
+from re2tal.annotations import Annotations, VideoAnnotation, as_named
+from re2tal.videos.files import find_videos, list_videos, match_videos
 
 
 def annotated(*video_ids: str) -> Annotations:
@@ -23,7 +24,7 @@ def test_finds_every_kind_of_name(tmp_path: Path) -> None:
     )
     assert all(path.is_absolute() for path in found.values())
     assert set(missing) == {"j", "k"}
-    assert missing["k"] == "there is no file k with the ending .mp4, .mkv, .webm, .avi or .mov"
+    assert missing["k"] == "there is no file k with the ending of a video"
 
 
 def test_the_order_of_preference(tmp_path: Path) -> None:
@@ -81,3 +82,36 @@ def test_files_may_be_anything_that_has_a_name() -> None:
     found, missing = match_videos(["a", "b"], files)
     assert found == {"a": "s3://bucket/v_a.MKV"}
     assert set(missing) == {"b"}
+
+
+def test_all_videos_of_a_folder_and_what_is_passed_over() -> None:
+    names = ["a.mkv", "a.MP4", "b.Ts", "c.h264", "d.x.WMV", "e.m4v", "notes.txt", "f", "g.mp4.part"]
+    found, passed = list_videos({name: f"s3://{name}" for name in names})
+    assert found == {
+        "a": "s3://a.MP4",
+        "b": "s3://b.Ts",
+        "c": "s3://c.h264",
+        "d.x": "s3://d.x.WMV",
+        "e": "s3://e.m4v",
+    }
+    assert passed["a.mkv"] == "a.MP4 has the same name and comes first"
+    assert {name for name, why in passed.items() if why == "has no ending of a video"} == {
+        "notes.txt",
+        "f",
+        "g.mp4.part",
+    }
+
+
+@pytest.mark.parametrize("word", ["caf\u00e9", "\uc885\uc774\uc811\uae30", "\u304c"])
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_are_the_same_in_every_normal_form(word: str, forms: tuple[str, str]) -> None:
+    known, named = (normalize(form, word) for form in forms)
+    assert known != named
+    found, missing = match_videos([known], {f"{named}.mp4": "x", "other.mp4": "y"})
+    assert (found, missing) == ({known: "x"}, {})
+    assert match_videos([known], {f"v_{named}.mp4": "x"})[0] == {known: "x"}
+    found, passed = list_videos({f"{named}.mkv": "x", f"{known}.mp4": "y"})
+    assert (list(found.values()), list(passed)) == (["y"], [f"{named}.mkv"])
+    assert as_named({named: 1, "b": 2}, [known, "c"]) == {known: 1, "b": 2}
+    both = as_named({named: 1, known: 2}, [known])
+    assert both[known] == 2  # the very name goes first

@@ -22,8 +22,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from re2tal.annotations import AnnotationError
-from re2tal.videos.files import EXTENSIONS
+from re2tal.annotations import AnnotationError, normal_form
+from re2tal.videos.files import EXTENSIONS, is_video
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,6 +145,7 @@ def find_files(
     Returns:
         Video id -> file, and the place that was found; for the others, video id -> reason.
     """
+    files = {normal_form(name): uri for name, uri in files.items()}
     by_stem: dict[str, str] = {}
     for extension in reversed(EXTENSIONS):  # the first of them counts
         endings = {n: u for n, u in files.items() if PurePosixPath(n).suffix.lower() == extension}
@@ -153,7 +154,8 @@ def find_files(
     missing: dict[str, str] = {}
     for entry in entries:
         for place in entry.places:
-            uri = files.get(place.name) or by_stem.get(place.name) or by_stem.get(_stem(place.name))
+            name = normal_form(place.name)
+            uri = files.get(name) or by_stem.get(name) or by_stem.get(_stem(name))
             if uri is not None:
                 found[entry.video_id] = uri, place
                 break
@@ -165,8 +167,7 @@ def find_files(
 
 def _stem(name: str) -> str:
     """Path without the ending of a video; the text after another dot belongs to the name."""
-    path = PurePosixPath(name)
-    return str(path.with_suffix("")) if path.suffix.lower() in EXTENSIONS else name
+    return str(PurePosixPath(name).with_suffix("")) if is_video(name) else name
 
 
 def read_folders(source: str, names: Iterable[str]) -> TrimmedList:
@@ -181,7 +182,7 @@ def read_folders(source: str, names: Iterable[str]) -> TrimmedList:
     entries, problems = [], []
     for name in sorted(names):
         path = PurePosixPath(name)
-        if path.suffix.lower() not in EXTENSIONS:
+        if not is_video(name):
             continue
         if len(path.parts) < 2:
             problems.append(f"{name} lies in no folder of a class")
