@@ -116,7 +116,9 @@ def summary(table: pa.Table) -> Sequence[str]:
             "  sizes: " + _counts([f"{row['width']}x{row['height']}" for row in usable]),
             "  frames/s: " + _counts([f"{row['fps']:.4g}" for row in usable]),
         ]
-    lines += _listed("videos cannot be used", {r["video_id"]: r["error"] for r in rows if r["error"]})
+    lines += _listed(
+        "videos cannot be used", {r["video_id"]: r["error"] for r in rows if r["error"]}
+    )
     odd = {row["video_id"]: " ".join(row["problems"]) for row in usable if row["problems"]}
     lines += _listed("videos can be used, but are odd", odd)
     if "disagrees" in table.column_names:

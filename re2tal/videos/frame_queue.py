@@ -277,9 +277,7 @@ def lacks_times(container: InputContainer, stream: VideoStream) -> bool:
     older codecs, but not of H.264 and HEVC.
     """
     name = container.format.name
-    return name in _UNTIMED or (
-        name == "avi" and stream.codec_context.name in _ONE_FRAME_A_PACKET
-    )
+    return name in _UNTIMED or (name == "avi" and stream.codec_context.name in _ONE_FRAME_A_PACKET)
 
 
 class Shown(NamedTuple):

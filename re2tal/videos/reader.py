@@ -93,7 +93,9 @@ class VideoReader:
     name: str
     container: InputContainer
     stream: VideoStream
-    ordered: bool | None = None  # whether frames are shown in the decoder's order; None when unknown
+    ordered: bool | None = (
+        None  # whether frames are shown in the decoder's order; None when unknown
+    )
     _queue: FrameQueue  # next frames of the decoder
     _shown: Shown | None  # the frame dropped last
 
@@ -366,7 +368,9 @@ class VideoReader:
         if by_order or self.stream.start_time is None:
             first = self._queue.peek()
             if first is not None and self._queue.reason:
-                raise VideoError(self.name, "its first frame is damaged, from which its times count")
+                raise VideoError(
+                    self.name, "its first frame is damaged, from which its times count"
+                )
             self._start += 0 if first is None else self._time(first)
         self._clock = (self.stream.start_time or 0) if self.ordered else self._start
 

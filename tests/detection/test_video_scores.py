@@ -110,6 +110,16 @@ def test_videos_are_found_by_either_form_of_their_id() -> None:
         fuse_videos({**given, "z": proposals(), "q": proposals()}, scores, top=1)
 
 
+def test_videos_are_found_in_every_normal_form_of_their_id(tmp_path: Path) -> None:
+    results = {"caf\u00e9": [0.1], "v_cafe\u0301s": [0.2]}
+    path = written(tmp_path / "scores.json", {"results": results, "class": ["a"]})
+    scores = load_video_scores(path, ("a",))
+    for video_id, expected in (("cafe\u0301", 0.1), ("caf\u00e9s", 0.2), ("v_caf\u00e9", 0.1)):
+        found = scores.get(video_id)
+        assert found is not None
+        assert found.tolist() == pytest.approx([expected])
+
+
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -0.1])
 def test_scores_that_are_none_are_refused(wrong: float) -> None:
     scores = torch.tensor([wrong, 0.3])

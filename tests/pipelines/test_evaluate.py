@@ -174,6 +174,18 @@ def test_proposals_are_evaluated_whatever_the_class(tmp_path: Path) -> None:
     assert "val/AP/jump" not in found
 
 
+def test_detections_are_found_in_every_normal_form_of_their_videos_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = evaluation(tmp_path)
+    monkeypatch.setitem(DATABASE, "caf\u00e9", DATABASE["a"])
+    monkeypatch.delitem(DATABASE, "a")
+    renamed = {"cafe\u0301": PROPOSALS["a"], "c": PROPOSALS["c"]}
+    again = evaluation(tmp_path, found=renamed)
+    assert again == found
+    assert again["val/mAP"] > 0
+
+
 def test_video_scores_give_proposals_their_classes(tmp_path: Path) -> None:
     scores = {"class": ["jump", "spin"], "results": {"a": [0.9, 0.1], "b": [0.9, 0.1]}}
     (tmp_path / "scores.json").write_text(json.dumps(scores))

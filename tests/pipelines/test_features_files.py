@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -75,6 +76,23 @@ def test_what_is_written_is_read_again(tmp_path: Path, config: FilesConfig, kind
     assert features.missing(["a", "x"]) == {"x": f"{tmp_path} has no features of it"}
     with pytest.raises(UserError, match=r"x: .* has no features of it"):
         features.read("x", duration=1.0)
+
+
+@pytest.mark.parametrize("config", [FilesConfig(), PARQUET], ids=["npy", "parquet"])
+def test_names_are_the_same_in_every_normal_form(tmp_path: Path, config: FilesConfig) -> None:
+    one, several = normalize("NFC", "caf\u00e9"), normalize("NFD", "caf\u00e9")
+    for written, asked in ((one, several), (several, one)):
+        folder = folder_at(tmp_path / written, config, (written,))
+        folder.begin(retry_failed=False)
+        folder.add(written, made("a"))
+        folder.write_description()
+        features = Features(str(tmp_path / written))
+        assert features.missing([asked, written, "x"]).keys() == {"x"}
+        found, grid = features.read(asked, duration=4.0)
+        assert np.array_equal(found, made("a").features)
+        assert grid == made("a").entry.grid
+        assert features.uri(asked) == features.uri(written)
+        assert features.disagreements({asked: 400.0})
 
 
 def test_npy_files_are_what_actionformer_reads(tmp_path: Path) -> None:

@@ -7,9 +7,16 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.videos import SCHEMA, probe_files, summary
+from pipelines.data.videos import (
+    SCHEMA,
+    find_videos,
+    probe_files,
+    probe_files_here,
+    summary,
+)
 from pipelines.probe import ProbeConfig, parse, probe_collection
 from re2tal.errors import UserError
+from tests.videos.made_videos import make_video
 
 
 @pytest.fixture
@@ -83,6 +90,31 @@ def test_what_is_odd_about_a_file_is_a_list_of_sentences(tiny_set: Path, tmp_pat
     (row,) = table.to_pylist()
     assert row["problems"] or row["error"]
     assert told == [(1, 1)]
+
+
+def test_no_file_is_left_out_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for name in ("a.MP4", "a.mkv", "b.Ts", "c.h264", "d.AVI"):
+        made = make_video(tmp_path / name.lower(), 5)
+        (videos / name).write_bytes(made.read_bytes())
+    (videos / "notes.txt").write_text("not one")
+    # the same without Ray
+    monkeypatch.setattr("pipelines.probe.probe_files", lambda files, **_: probe_files_here(files))
+    table = probe_collection(ProbeConfig(videos=str(videos), output=str(tmp_path / "t.parquet")))
+    rows = {row["video_id"]: row for row in table.to_pylist()}
+    assert {name: row["error"] for name, row in rows.items()} == dict.fromkeys("abcd", "")
+    assert rows["a"]["uri"].endswith("a.MP4")
+    told = capsys.readouterr().out
+    assert "2 files are passed over:" in told
+    assert "  a.mkv: a.MP4 has the same name and comes first" in told
+    assert "  notes.txt: has no ending of a video" in told
+    # extract_features.py finds the same
+    found = find_videos(str(videos), None)
+    assert set(found.uris) == set("abcd")
+    assert any("a.mkv" in remark for remark in found.remarks)
 
 
 def test_no_files_are_an_empty_table_and_no_folder_is_an_error(tmp_path: Path) -> None:

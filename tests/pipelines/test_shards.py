@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import pyarrow.fs as pafs
@@ -434,6 +435,26 @@ def test_what_is_missing_is_said_before_a_run(collection: Collection, tmp_path: 
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"1 of the 1 shards .* part-00000"):
         find_videos(str(tmp_path), [], **options)
+
+
+def test_a_shard_s_names_are_the_same_in_every_normal_form(
+    collection: Collection, tmp_path: Path
+) -> None:
+    one, several = normalize("NFC", "caf\u00e9"), normalize("NFD", "caf\u00e9")
+    path = tmp_path / FOLDER / "part-00000.parquet"
+    short = next(video for video in collection.videos if video.video_id == "short")
+    task = collection.task(
+        path,
+        videos=(replace(short, video_id=several), replace(short, video_id="gone\u0301")),
+        sources={several: collection.sources["short"]},
+        missing={"gone\u0301": "was deleted"},
+    )
+    write_shard(task)
+    manifest_of(tmp_path)
+    found = find_videos(str(tmp_path), [one, "gon\u00e9"])
+    assert found.uris == {one: f"{path}#{several}"}
+    assert found.durations == {one: pytest.approx(0.4)}
+    assert found.failures == {"gon\u00e9": "was deleted"}
 
 
 @pytest.mark.parametrize("kind", ["file://", "memory://"])

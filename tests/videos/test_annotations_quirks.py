@@ -198,6 +198,19 @@ def test_block_lists_of_all_kinds(tmp_path: Path) -> None:
             read_ids(broken)
 
 
+def test_ids_are_the_same_in_every_normal_form(tmp_path: Path) -> None:
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    lacking = {"subset": "test", "annotations": []}
+    path = write(tmp_path, {composed: lacking, "b": video(action(1, 2))})
+    for excluded in (apart, f"v_{apart}"):
+        annotations = load_annotations(path, exclude=[excluded])
+        assert [e.video_id for e in annotations.excluded] == [composed]
+    durations = {
+        v.video_id: v.duration for v in load_annotations(path, durations={apart: 8.5}).videos
+    }
+    assert durations[composed] == 8.5
+
+
 def test_durations_that_the_file_lacks(tmp_path: Path) -> None:
     path = write(
         tmp_path,
