@@ -1,4 +1,4 @@
-"""Files that were cut off: the seconds that they claim to last, and signs that their end is missing."""
+"""Files that were cut off: seconds that they claim to last, and signs that the end is missing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress

@@ -217,9 +217,10 @@ def _require_frames(source: Source, limits: Limits | None, duration: float, fps:
         for time in sorted(times):
             try:
                 reader.frame_at(time)
-                return
             except FrameError as error:
                 reasons.append(error.reason)
+            else:
+                return
         raise VideoError(reader.name, f"only its first frame can be decoded: {reasons[0]}")
 
 

@@ -99,12 +99,12 @@ def encoded(codec: str, **options: str) -> list[Chunk]:
     encoder.width, encoder.height, encoder.pix_fmt = 96, 64, "yuv420p"
     encoder.time_base, encoder.framerate, encoder.gop_size = Fraction(1, FPS), Fraction(FPS), 12
     encoder.options = options
-    chunks = []
+    chunks: list[Chunk] = []
     for number in range(FRAMES + 1):
         frame = av.VideoFrame.from_ndarray(picture(number), format="rgb24")
         frame.pts, frame.time_base = number, Fraction(1, FPS)
-        for packet in encoder.encode(frame if number < FRAMES else None):
-            chunks.append(Chunk(bytes(packet), packet.pts or 0, packet.is_keyframe))
+        packets = encoder.encode(frame if number < FRAMES else None)
+        chunks += [Chunk(bytes(p), p.pts or 0, p.is_keyframe) for p in packets]
     return chunks
 
 
