@@ -1,15 +1,23 @@
 """Files by path or by URI: annotations, weights and videos, local or in an object store."""
 
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 from uuid import uuid4
 
 import pyarrow.fs as pafs
 
 from re2tal.errors import UserError
+
+_Found = TypeVar("_Found")
+
+_HEAD = 1 << 16  # bytes at the beginning of a file that tell it from others
+_READERS = 16  # threads: reading beginnings is mostly waiting
 
 PARTIAL = ".partial-"  # in the names of files that are not whole
 
@@ -122,6 +130,79 @@ def file_size(uri: str) -> int:
     """Return the number of bytes of a file."""
     filesystem, path = resolve(uri)
     return int(filesystem.get_file_info(path).size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stamp:
+    """Signs by which a file that was replaced by another one of its name is known.
+
+    Attributes:
+        bytes: its size.
+        head: digest of its first bytes; empty if it is not known.
+        modified: time of its last modification in nanoseconds since 1970; None if it is not to
+            count, as in files that must be the same wherever they are made.
+    """
+
+    bytes: int
+    head: str
+    modified: int | None = None
+
+    @property
+    def undated(self) -> "Stamp":
+        """The same without the time."""
+        return replace(self, modified=None)
+
+
+def stamps_of(uris: Mapping[str, str]) -> dict[str, Stamp]:
+    """Return the stamps of files by the names that their paths or URIs have here.
+
+    Those that cannot be read are left out.
+    """
+
+    def read(uri: str) -> Stamp | None:
+        filesystem, path = resolve(uri)
+        try:
+            info = filesystem.get_file_info(path)
+            with filesystem.open_input_file(path) as file:
+                head = hashlib.blake2b(file.read(_HEAD), digest_size=16).hexdigest()
+        except OSError:
+            return None
+        return Stamp(bytes=info.size, head=head, modified=info.mtime_ns)
+
+    found = _of_each(uris, read)
+    return {name: stamp for name, stamp in found.items() if stamp is not None}
+
+
+def replaced_files(uris: Mapping[str, str], stamps: Mapping[str, Stamp]) -> list[str]:
+    """Find the files that are no longer those that bore the stamps, both by name.
+
+    A file of the same size and time of modification counts as the same; of one of another time, as
+    after copying, the beginning is read. A file that is gone was not replaced.
+    """
+
+    def look(uri: str) -> Any:
+        filesystem, path = resolve(uri)
+        return filesystem.get_file_info(path)
+
+    known = {name: stamp for name, stamp in stamps.items() if name in uris}
+    found = _of_each({name: uris[name] for name in known}, look)
+    there = {name: info for name, info in found.items() if info.type == pafs.FileType.File}
+    others = {name for name, info in there.items() if info.size != known[name].bytes}
+    unsure = {
+        name: uris[name]
+        for name, info in there.items()
+        if name not in others
+        and known[name].head
+        and (known[name].modified is None or known[name].modified != info.mtime_ns)
+    }
+    now = stamps_of(unsure)
+    return sorted(others.union(n for n, stamp in now.items() if stamp.head != known[n].head))
+
+
+def _of_each(uris: Mapping[str, str], function: Callable[[str], _Found]) -> dict[str, _Found]:
+    """Return what a function finds at each of some paths or URIs, by name."""
+    with ThreadPoolExecutor(max_workers=_READERS) as pool:
+        return dict(zip(uris, pool.map(function, uris.values()), strict=True))
 
 
 def read_bytes(uri: str) -> bytes:

@@ -21,7 +21,7 @@ from pipelines.core.cluster import init_ray
 from pipelines.core.models import fetch_weights, require_weights
 from pipelines.core.progress import VideoCounter
 from pipelines.core.resources import Pool, PoolConfig, pool_for
-from pipelines.core.storage import join
+from pipelines.core.storage import Stamp, join
 from pipelines.core.tracking import (
     Run,
     finishing,
@@ -372,6 +372,7 @@ class FeatureJob:
         self._durations = {v.video_id: v.duration for v in chosen}
         self._subsets = dict.fromkeys(self._found.uris, "") | {v.video_id: v.subset for v in chosen}
         self.speed = 0.0
+        self._stamps: dict[str, Stamp] = {}  # of the videos that are made
         self._folder = FeatureFolder(
             uri,
             files,
@@ -385,6 +386,10 @@ class FeatureJob:
         """Make the features that are missing; `retry_failed` tries the failed videos once more."""
         began = time.perf_counter()
         print(*self._found.remarks, sep="\n", end="\n" * bool(self._found.remarks))
+        replaced = self._found.replaced(self._folder.stamps)
+        for video_id in replaced:
+            print(f"  replaced: {video_id}: its file is another one than that of its features")
+        self._folder.forget(replaced)
         to_make = self._folder.begin(retry_failed=retry_failed)
         total = len(self._subsets)
         print(f"{total - len(to_make)} of {total} videos are through", flush=True)
@@ -415,6 +420,7 @@ class FeatureJob:
         pool = pool_for(self._pool)
         known = self._found.uris
         found = opened(replace(self._found, uris={v: known[v] for v in video_ids if v in known}))
+        self._stamps = found.stamped(found.uris)
         videos: dict[str, VideoInTheMaking] = {}
         for video_id in video_ids:
             if video_id in found.failures:
@@ -439,6 +445,7 @@ class FeatureJob:
             duration=seconds,
             sampled=self._sampling.of(duration=seconds, own_fps=found.rates[video_id]),
             subset=self._subsets[video_id],
+            stamp=self._stamps.get(video_id),
         )
 
     def _extract(self, videos: dict[str, VideoInTheMaking], pool: Pool) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import av
 import numpy as np
 
-from pipelines.core.storage import file_sizes, join
+from pipelines.core.storage import Stamp, file_sizes, join, remove
 from pipelines.data.features import (
     FEATURES,
     FOLDER,
@@ -134,6 +134,20 @@ class FeatureFolder:
         self.write_description()
         return left
 
+    @property
+    def stamps(self) -> dict[str, Stamp]:
+        """Signs by which the files are known that the features were made of."""
+        return {v: entry.source for v, entry in self._entries.items() if entry.source is not None}
+
+    def forget(self, video_ids: Iterable[str]) -> None:
+        """Have the features of some videos made anew; before `begin`."""
+        for video_id in video_ids:
+            del self._entries[video_id]
+            name = self._of[video_id]
+            if self._config.layout == "npy":  # nobody must take it for that of the new video
+                remove(join(self._uri, name))
+                self._names -= {name}
+
     def add(self, video_id: str, video: ExtractedVideo) -> None:
         """Take the features of a video, float32."""
         features = video.features.astype(np.dtype(self._config.feature_type))
@@ -233,12 +247,14 @@ class VideoInTheMaking:
         uri: path or URI of the video.
         duration: seconds over which features are made.
         subset: name in the annotations; empty without.
+        stamp: signs by which its file is known.
     """
 
     uri: str
     duration: float
     sampled: SampledVideo
     subset: str
+    stamp: Stamp | None = None
     _stretches: dict[int, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -252,6 +268,7 @@ class VideoInTheMaking:
             stride=grid.stride,
             offset=grid.offset,
             duration=self.duration,
+            source=self.stamp,
         )
 
     @property

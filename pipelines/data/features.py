@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import TypeAdapter
 
-from pipelines.core.storage import absolute, file_sizes, join, read_bytes, replacing
+from pipelines.core.storage import Stamp, absolute, file_sizes, join, read_bytes, replacing
 from pipelines.data.sampling import Sampling
 from pipelines.data.store import Contents, Store
 from re2tal.annotations import as_named, normal_form
@@ -55,6 +55,7 @@ class VideoEntry:
         stride: frames per feature.
         offset: second at which the span of the first feature starts.
         duration: length of the video in seconds.
+        source: signs by which the file of the video is known; None in features of an older version.
     """
 
     file: str
@@ -64,6 +65,7 @@ class VideoEntry:
     stride: int
     offset: float
     duration: float
+    source: Stamp | None = None
 
     @property
     def grid(self) -> TimeGrid:

@@ -15,7 +15,15 @@ import ray.data
 from pipelines.core.clock import duration
 from pipelines.core.cluster import init_ray
 from pipelines.core.progress import ProgressPrinter, VideoCounter
-from pipelines.core.storage import file_size, file_sizes, join, list_files, open_source
+from pipelines.core.storage import (
+    Stamp,
+    file_sizes,
+    join,
+    list_files,
+    open_source,
+    replaced_files,
+    stamps_of,
+)
 from pipelines.data.shards import (
     NAME,
     SCHEMA,
@@ -112,6 +120,7 @@ def encoded(uri: str, config: TranscodeConfig, *, seconds: float) -> Iterator[En
         VideoError: if it cannot be read or encoded.
         OSError: if there is no space for temporary files.
     """
+    stamp = stamps_of({uri: uri}).get(uri, Stamp(bytes=0, head=""))  # before it is read
     with tempfile.SpooledTemporaryFile(max_size=_BYTES_IN_MEMORY) as spool:
         pieces, sizes = [], []
         codec = ""
@@ -119,7 +128,7 @@ def encoded(uri: str, config: TranscodeConfig, *, seconds: float) -> Iterator[En
             spool.write(piece.video)
             pieces.append(replace(piece, video=b""))
             sizes.append(len(piece.video))
-        source = Provenance(uri=uri, bytes=file_size(uri), codec=codec)
+        source = Provenance(uri=uri, bytes=stamp.bytes, codec=codec)
         entry = VideoEntry(
             first_row=0,
             starts=tuple(piece.start for piece in pieces),
@@ -131,6 +140,7 @@ def encoded(uri: str, config: TranscodeConfig, *, seconds: float) -> Iterator[En
             source=max(piece.source for piece in pieces),
             bytes=sum(sizes),
             source_bytes=source.bytes,
+            source_head=stamp.head,
         )
         yield EncodedVideo(entry=entry, source=source, _pieces=pieces, _sizes=sizes, _spool=spool)
 
@@ -163,6 +173,7 @@ class ShardTask:
         sources: path or URI of the videos' files, by video id.
         missing: reasons of the videos that have no file, by video id.
         kept: take the videos that the shard holds already as they are, and encode the others only.
+        replaced: videos that are encoded all the same, as their files are other ones.
     """
 
     uri: str
@@ -171,6 +182,11 @@ class ShardTask:
     sources: dict[str, str]
     missing: dict[str, str]
     kept: bool = False
+    replaced: frozenset[str] = frozenset()
+
+    def keeps(self, video_id: str, there: Contents[VideoEntry]) -> bool:
+        """Tell if a video is taken from the shard that is there."""
+        return self.kept and video_id in there.videos and video_id not in self.replaced
 
 
 def write_shard(task: ShardTask, *, board: Any = None) -> Contents[VideoEntry]:
@@ -190,7 +206,7 @@ def write_shard(task: ShardTask, *, board: Any = None) -> Contents[VideoEntry]:
     old = Shard(task.uri) if task.kept else None
     with SHARDS.writing(task.uri, SCHEMA, task.settings.described()) as writer:
         for video in task.videos:
-            if old is not None and video.video_id in old.contents.videos:
+            if old is not None and task.keeps(video.video_id, old.contents):
                 _copy(writer, old, video.video_id)
                 continue
             reason = task.missing.get(video.video_id, "")
@@ -301,13 +317,21 @@ class ShardFolder:
         return manifest
 
     def _tasks(self, *, retry_failed: bool) -> list[ShardTask]:
+        ids = [video.video_id for videos in self._packed.values() for video in videos]
+        sources, missing = match_videos(ids, list_files(self._videos))
+        stamps = {
+            v: entry.stamp for held in self._there.values() for v, entry in held.videos.items()
+        }
+        replaced = frozenset(replaced_files(sources, stamps))
+        for video_id in sorted(replaced):
+            print(f"  replaced: {video_id}: its file is another one than that in its shard")
         wanted = {
             name: videos
             for name, videos in self._packed.items()
-            if name not in self._there or (retry_failed and self._there[name].failures)
+            if name not in self._there
+            or (retry_failed and self._there[name].failures)
+            or not replaced.isdisjoint(self._there[name].videos)
         }
-        ids = [video.video_id for videos in wanted.values() for video in videos]
-        sources, missing = match_videos(ids, list_files(self._videos))
         return [
             ShardTask(
                 uri=join(SHARDS.place(self._uri), name),
@@ -316,6 +340,7 @@ class ShardFolder:
                 sources=_of(videos, sources),
                 missing=_of(videos, missing),
                 kept=name in self._there,
+                replaced=replaced & {video.video_id for video in videos},
             )
             for name, videos in wanted.items()
         ]
@@ -326,7 +351,7 @@ class ShardFolder:
             video.duration
             for task in tasks
             for video in task.videos
-            if not task.kept or video.video_id not in self._there[_name(task)].videos
+            if not (task.kept and task.keeps(video.video_id, self._there[_name(task)]))
         ]
         counter = VideoCounter(len(coming), sum(coming))
 

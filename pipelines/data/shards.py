@@ -14,7 +14,7 @@ import av
 import pyarrow as pa
 from pydantic import TypeAdapter
 
-from pipelines.core.storage import file_sizes, open_source
+from pipelines.core.storage import Stamp, file_sizes, open_source
 from pipelines.data.store import Contents, Store, part
 from re2tal.annotations import VideoAnnotation
 from re2tal.errors import UserError
@@ -75,6 +75,8 @@ class VideoEntry:
         source: width and height, upright, of the file that it was made from.
         bytes: size of the encoded pieces.
         source_bytes: size of the file that it was made from.
+        source_head: digest of the beginning of that file, by which it is known; empty in shards of
+            an older version.
     """
 
     first_row: int
@@ -87,6 +89,12 @@ class VideoEntry:
     source: tuple[int, int]
     bytes: int
     source_bytes: int
+    source_head: str = ""
+
+    @property
+    def stamp(self) -> Stamp:
+        """Signs by which the file that it was made from is known."""
+        return Stamp(bytes=self.source_bytes, head=self.source_head)
 
     @property
     def duration(self) -> float:

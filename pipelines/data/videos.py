@@ -5,14 +5,22 @@ Whether a folder holds files or shards is asked in `find_videos` alone.
 
 import glob
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from pipelines.core.storage import is_folder, join, list_files, require
+from pipelines.core.storage import (
+    Stamp,
+    is_folder,
+    join,
+    list_files,
+    replaced_files,
+    require,
+    stamps_of,
+)
 from pipelines.data.decoding import probe_sample
 from pipelines.data.shards import (
     SHARDS,
@@ -157,6 +165,7 @@ class FoundVideos:
         durations: video id to seconds of picture, as far as they are known.
         rates: video id to mean frames per second, as far as they are known.
         remarks: sentences about unexpected facts.
+        stamps: signs by which the files are known that videos in shards were made from.
     """
 
     uris: dict[str, str]
@@ -164,6 +173,20 @@ class FoundVideos:
     durations: dict[str, float]
     rates: dict[str, float]
     remarks: tuple[str, ...] = ()
+    stamps: dict[str, Stamp] = field(default_factory=dict)
+
+    def stamped(self, video_ids: Iterable[str]) -> dict[str, Stamp]:
+        """Return the signs by which the files of some videos are known."""
+        wanted = [v for v in video_ids if v in self.uris]
+        files = {v: self.uris[v] for v in wanted if v not in self.stamps}
+        return stamps_of(files) | {v: self.stamps[v] for v in wanted if v in self.stamps}
+
+    def replaced(self, stamps: Mapping[str, Stamp]) -> list[str]:
+        """Find the videos whose files are no longer those that bore the stamps."""
+        files = {v: uri for v, uri in self.uris.items() if v not in self.stamps}
+        known = stamps.keys() & self.stamps.keys()
+        others = {v for v in known if stamps[v].undated != self.stamps[v]}
+        return sorted(others.union(replaced_files(files, stamps)))
 
 
 def find_videos(
@@ -224,6 +247,7 @@ def _in_shards(folder: str, manifest: Manifest, video_ids: Collection[str] | Non
         failures={v: failures.get(v, nowhere) for v in wanted if v not in held},
         durations={video_id: entry.duration for video_id, (_, entry) in found.items()},
         rates={video_id: entry.frames / entry.duration for video_id, (_, entry) in found.items()},
+        stamps={v: entry.stamp for v, (_, entry) in found.items() if entry.source_head},
     )
 
 

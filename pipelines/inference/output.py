@@ -15,7 +15,7 @@ from urllib.parse import quote
 from pydantic import TypeAdapter, ValidationError
 
 from pipelines.core.figures import Timeline, timelines
-from pipelines.core.storage import file_size, read_bytes
+from pipelines.core.storage import Stamp, file_size, read_bytes, replaced_files
 from re2tal.atomic import replacing
 from re2tal.detection.files import srt, webvtt, write_rows
 from re2tal.errors import UserError
@@ -32,6 +32,7 @@ class Record:
         model: fingerprint of the detector.
         duration: length in seconds.
         problems: reasons why parts of it could not be decoded.
+        stamp: signs by which its file is known; None if they could not be read.
         detections: rows of `re2tal.detection.files.rows`, by falling score.
     """
 
@@ -41,6 +42,7 @@ class Record:
     duration: float
     problems: tuple[str, ...]
     detections: list[dict[str, Any]]
+    stamp: Stamp | None = None
 
 
 _RECORD = TypeAdapter(Record)
@@ -59,7 +61,8 @@ def read_records(output: Path, videos: Mapping[str, str], *, model: str) -> dict
 
     Args:
         output: folder of the run's results.
-        videos: video id to path or URI; a video whose file has changed its place is not through.
+        videos: video id to path or URI; a video whose file has changed its place, or was replaced
+            by another one, is not through.
         model: fingerprint of the detector.
 
     Raises:
@@ -81,6 +84,10 @@ def read_records(output: Path, videos: Mapping[str, str], *, model: str) -> dict
             )
         if record.uri == uri:
             found[video_id] = record
+    stamps = {v: record.stamp for v, record in found.items() if record.stamp is not None}
+    for video_id in replaced_files(videos, stamps):
+        print(f"  replaced: {video_id}: its file is another one than that of its detections")
+        del found[video_id]
     return found
 
 

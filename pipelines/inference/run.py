@@ -12,6 +12,7 @@ import tyro
 from pipelines.core.clock import duration
 from pipelines.core.cluster import init_ray
 from pipelines.core.models import fingerprint, local_detector
+from pipelines.core.storage import Stamp, stamps_of
 from pipelines.core.tracking import Run, finishing, log_metrics, start_run, tracking_uri
 from pipelines.data.videos import find_sources
 from pipelines.inference.detecting import Resources, VideoResult, detect_videos
@@ -100,6 +101,7 @@ def _detect(
     failures: dict[str, str] = {}
     if not videos:
         return records, failures, {}
+    stamps = stamps_of(videos)  # before they are read
     init_ray()
     progress = _Progress(len(videos))
     windows = 0
@@ -108,7 +110,8 @@ def _detect(
         if result.found is None:
             failures[result.video_id] = "; ".join(result.problems)
         else:
-            record = _record(result, uri=videos[result.video_id], model=model)
+            video_id = result.video_id
+            record = _record(result, videos[video_id], model=model, stamp=stamps.get(video_id))
             write_record(Path(config.output).absolute(), record)
             records[result.video_id] = record
         progress.video(result)
@@ -122,7 +125,7 @@ def _detect(
     }  # fmt: skip
 
 
-def _record(result: VideoResult, *, uri: str, model: str) -> Record:
+def _record(result: VideoResult, uri: str, *, model: str, stamp: Stamp | None) -> Record:
     assert result.found is not None
     return Record(
         video_id=result.video_id,
@@ -131,6 +134,7 @@ def _record(result: VideoResult, *, uri: str, model: str) -> Record:
         duration=result.found.duration,
         problems=result.problems,
         detections=result.found.to_list(),
+        stamp=stamp,
     )
 
 

@@ -13,6 +13,7 @@ import pytest
 from pipelines.data.feature_writing import FeatureFolder, FilesConfig
 from pipelines.data.features import FOLDER, NAME, ExtractedVideo, Features, VideoEntry
 from pipelines.data.sampling import Sampling, SamplingConfig
+from pipelines.data.videos import FoundVideos
 from re2tal.annotations import VideoAnnotation
 from re2tal.errors import UserError
 from re2tal.videos.windows import WindowConfig, sliding_windows
@@ -183,6 +184,42 @@ def test_failed_videos_are_known_and_made_when_asked_for(
     retried.write_description()
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert Features(str(tmp_path / "out")).video_ids == IDS
+
+
+@pytest.mark.parametrize("config", [FilesConfig(), PARQUET], ids=["npy", "parquet"])
+def test_features_of_a_video_that_was_replaced_are_made_anew(
+    tmp_path: Path, config: FilesConfig
+) -> None:
+    videos = {video_id: str(tmp_path / f"{video_id}.mp4") for video_id in IDS}
+    for place in videos.values():
+        Path(place).write_bytes(b"a video")
+    found = FoundVideos(uris=videos, failures={}, durations={}, rates={})
+
+    def stamped(video_id: str) -> ExtractedVideo:
+        video, stamp = made(video_id), found.stamped([video_id])[video_id]
+        return replace(video, entry=replace(video.entry, source=stamp))
+
+    first = folder_at(tmp_path / "out", config)
+    first.begin(retry_failed=False)
+    for video_id in IDS:
+        first.add(video_id, stamped(video_id))
+    first.write_description()
+    assert found.replaced(folder_at(tmp_path / "out", config).stamps) == []
+    Path(videos["b"]).write_bytes(b"another one")
+    for _ in range(2):  # the first of them is killed at once
+        folder = folder_at(tmp_path / "out", config)
+        replaced = found.replaced(folder.stamps)
+        folder.forget(replaced)
+        assert folder.begin(retry_failed=False) == ["b"]
+        assert not folder.holds("b")
+    new = stamped("b")
+    folder.add("b", replace(new, features=new.features + 1))
+    folder.write_description()
+    assert found.replaced(folder_at(tmp_path / "out", config).stamps) == []
+    features = Features(str(tmp_path / "out"))
+    for video_id in IDS:
+        got, _ = features.read(video_id, duration=made(video_id).entry.duration)
+        assert np.array_equal(got, made(video_id).features + (video_id == "b"))
 
 
 def test_features_of_other_settings_are_refused(tmp_path: Path) -> None:

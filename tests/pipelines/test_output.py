@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from pipelines.core.figures import Timeline, timelines
+from pipelines.core.storage import stamps_of
 from pipelines.inference.output import (
     COLUMNS,
     FORMATS,
@@ -160,6 +161,22 @@ def test_records_come_back_and_those_of_another_file_do_not(tmp_path: Path) -> N
     for video_id in ("a", "b"):
         write_record(tmp_path, record(video_id))  # both of /films/a.mp4
     assert read_records(tmp_path, videos, model="m") == {"a": record("a")}
+
+
+def test_a_video_that_was_replaced_is_not_through(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    videos = {name: str(tmp_path / f"{name}.mp4") for name in ("a", "b", "c")}
+    for place in videos.values():
+        Path(place).write_bytes(b"a video")
+    stamps = stamps_of(videos)
+    for video_id, place in videos.items():
+        stamp = None if video_id == "c" else stamps[video_id]  # as an older version wrote it
+        write_record(tmp_path, replace(record(video_id, place), stamp=stamp))
+    assert read_records(tmp_path, videos, model="m").keys() == {"a", "b", "c"}
+    Path(videos["a"]).write_bytes(b"another one")
+    assert read_records(tmp_path, videos, model="m").keys() == {"b", "c"}
+    assert "replaced: a: its file is another one" in capsys.readouterr().out
 
 
 def test_records_of_another_model_and_damaged_ones_are_refused(tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,7 @@ from pipelines.core import storage
 from pipelines.data import shard_writing
 from pipelines.data import shards as reading
 from pipelines.data.decoding import decode_sample
-from pipelines.data.shard_writing import ShardTask, write_shard
+from pipelines.data.shard_writing import ShardFolder, ShardTask, write_shard
 from pipelines.data.shards import (
     FOLDER,
     NAME,
@@ -38,7 +39,7 @@ from pipelines.data.shards import (
     video_uri,
 )
 from pipelines.data.videos import find_videos
-from re2tal.annotations import Instance, VideoAnnotation
+from re2tal.annotations import Annotations, Instance, VideoAnnotation
 from re2tal.errors import UserError
 from re2tal.videos.decoding import VideoError, decode
 from re2tal.videos.limits import FrameError
@@ -241,6 +242,55 @@ def test_a_failed_video_is_left_out_and_encoded_alone_once_it_is_mended(
     assert encoded == ["plain", "uneven"]
     assert not contents.failures
     assert path.read_bytes() == written.read_bytes()
+
+
+def test_a_video_that_was_replaced_is_encoded_anew_and_no_other(
+    collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    videos = tmp_path / "videos"
+    shutil.copytree(collection.folder, videos)
+    annotations = Annotations(classes=("run",), videos=collection.videos)
+    encoded: list[str] = []
+
+    def noted(reader: Any, config: TranscodeConfig) -> Iterator[Any]:
+        encoded.append(Path(reader.name).stem)
+        return transcode(reader, config)
+
+    def write(self: ShardFolder, tasks: Sequence[ShardTask], _: object) -> None:
+        for task in tasks:  # as Ray's tasks do
+            self._there[Path(task.uri).name] = write_shard(task)
+
+    monkeypatch.setattr(shard_writing, "transcode", noted)
+    monkeypatch.setattr(shard_writing, "init_ray", lambda: None)
+    monkeypatch.setattr(ShardFolder, "_write", write)
+
+    def filled() -> Manifest:
+        encoded.clear()
+        folder = ShardFolder(
+            str(tmp_path / "out"),
+            annotations,
+            source="annotations.json",
+            videos=str(videos),
+            subsets=(),
+            transcode=SETTINGS.transcode,
+            shard_seconds=1000.0,
+        )
+        return folder.fill(retry_failed=False)
+
+    before = filled()
+    assert sorted(encoded) == sorted(NAMES)
+    filled()
+    assert encoded == []
+    make_video(videos / "short.mp4", 15)
+    after = filled()
+    assert encoded == ["short"]
+    found = find_videos(str(tmp_path / "out"), NAMES)
+    assert found.durations["short"] == pytest.approx(0.6)
+    # features that were made of the shards before know it, too
+    was = {v: entry.stamp for file in before.shards for v, entry in file.videos.items()}
+    assert found.replaced(was) == ["short"]
+    assert found.replaced(found.stamped(NAMES)) == []
+    assert after.totals.videos == len(NAMES)
 
 
 def test_a_shard_that_cannot_be_written_leaves_the_old_one(

@@ -1,5 +1,6 @@
 """Paths and URIs: the same answers for both, and one sentence when something is missing."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from pipelines.core.storage import (
     open_source,
     read_bytes,
     remove,
+    replaced_files,
     replacing,
     require,
     sizes_below,
+    stamps_of,
 )
 from re2tal.errors import UserError
 
@@ -84,3 +87,27 @@ def test_remote_sources_are_seekable_files(tmp_path: Path) -> None:
     assert not isinstance(source, str)
     source.seek(4)
     assert source.read(2) == b"45"
+
+
+@pytest.mark.parametrize("uri", [False, True])
+@pytest.mark.parametrize("dated", [True, False])
+def test_a_file_that_was_replaced_is_known(tmp_path: Path, uri: bool, dated: bool) -> None:
+    names = ["same", "touched", "copied", "longer", "other", "gone"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"content of " + name.encode())
+    places = {n: (tmp_path / n).as_uri() if uri else str(tmp_path / n) for n in names}
+    stamps = stamps_of({**places, "nowhere": str(tmp_path / "nowhere")})
+    assert stamps.keys() == set(names)
+    if not dated:
+        stamps = {name: stamp.undated for name, stamp in stamps.items()}
+    assert replaced_files(places, stamps) == []
+    os.utime(tmp_path / "touched", (1.0, 1.0))
+    copied = (tmp_path / "copied").read_bytes()
+    (tmp_path / "copied").unlink()
+    (tmp_path / "copied").write_bytes(copied)
+    (tmp_path / "longer").write_bytes(b"content of longer, and more")
+    (tmp_path / "other").write_bytes(b"CONTENT of other")
+    os.utime(tmp_path / "other", (2.0, 2.0))
+    (tmp_path / "gone").unlink()
+    assert replaced_files(places, stamps) == ["longer", "other"]
+    assert replaced_files({"longer": places["longer"]}, stamps) == ["longer"]
