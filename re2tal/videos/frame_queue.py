@@ -593,7 +593,8 @@ class FrameQueue:
         self._latest = time
         if frame.is_corrupt:
             self._add_damage(shown.number - _MOST_AHEAD if own is None else own, "is patched up")
-        elif frame.key_frame and own is not None:
+        elif frame.key_frame and own is not None and self._counted is None:
+            # where packets are counted, those that damage has joined would be missing from then on
             for damage in self._damages:
                 if damage.restored is None and damage.first < own - self.delay:
                     damage.restored = time

@@ -196,6 +196,20 @@ def test_a_cut_video_gives_what_is_there_and_no_more(tmp_path: Path, name: str) 
     assert all("cannot be opened" in reason for reason in refused)
 
 
+def test_a_raw_stream_is_not_trusted_behind_damage(tmp_path: Path) -> None:
+    # its packets are counted, and damage may have joined some of them
+    options = {"bf": "2", "qmax": "2"}
+    path = make_video(tmp_path / "a.m2v", FRAMES, codec="mpeg2video", options=options)
+    content, random = path.read_bytes(), np.random.default_rng(0)
+    for share in (0.2, 0.4, 0.7):
+        start = int(len(content) * share)
+        damaged = content[:start] + random.bytes(2500) + content[start + 2500 :]
+        found = decode_intact(damaged, MIDDLES, size=None)
+        shown = numbers(found.frames)[found.intact]
+        np.testing.assert_array_equal(shown, np.flatnonzero(found.intact))
+        assert len(shown) > share * FRAMES - 20
+
+
 def test_a_transport_stream_is_not_prolonged_behind_a_damaged_frame(tmp_path: Path) -> None:
     path = make_video(tmp_path / "a.ts", FRAMES, options={"x264-params": "bframes=0"})
     content = path.read_bytes()[: (packets(path)[-1].pos or 0) + 94]
