@@ -39,7 +39,7 @@ from pipelines.data.store import Attempts, Contents, FileWriter, Refreshed
 from re2tal.annotations import Annotations, Instance, VideoAnnotation
 from re2tal.videos.files import match_videos
 from re2tal.videos.limits import Limits, VideoError
-from re2tal.videos.reader import VideoReader
+from re2tal.videos.reader import CUT, VideoReader
 from re2tal.videos.transcoding import Piece, TranscodeConfig, transcode
 
 _BYTES_IN_MEMORY = 2**26  # larger videos wait on the disk
@@ -132,7 +132,7 @@ def encoded(uri: str, config: TranscodeConfig, *, seconds: float) -> Iterator[En
         entry = VideoEntry(
             first_row=0,
             starts=tuple(piece.start for piece in pieces),
-            end=pieces[-1].end,
+            end=max(piece.end for piece in pieces if piece.damage != CUT),
             damaged=sum(piece.end - piece.start for piece in pieces if piece.damage),
             frames=sum(piece.frames for piece in pieces),
             width=max(piece.width for piece in pieces),  # a damaged piece has none

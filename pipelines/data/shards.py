@@ -67,7 +67,7 @@ class VideoEntry:
     Attributes:
         first_row: row of its first piece; the others follow.
         starts: second at which each piece starts.
-        end: second at which the last piece ends.
+        end: second at which the last piece ends, without those missing of a file that was cut off.
         damaged: seconds of the pieces that hold no frames, as the source is damaged there.
         frames: number of frames of all pieces.
         width: pixels across, upright.

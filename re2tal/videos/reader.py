@@ -48,7 +48,8 @@ _PADDED = 4
 # Seconds by which a time may differ by rounding only.
 _ROUNDING = 1e-6
 
-_CUT = "the file was cut off"
+# Damage of a stretch that is missing.
+CUT = "the file was cut off"
 
 # Frames by which a decoder may give a key frame late.
 _MOST_LATE = 16
@@ -164,9 +165,9 @@ class VideoReader:
         if self._cut is None:
             self._cut = ""
             if self._lacks(end):
-                self._cut = f", though its header says {self.claimed:.2f}: {_CUT}"
+                self._cut = f", though its header says {self.claimed:.2f}: {CUT}"
             elif self._stops_midway():
-                self._cut = f": {_CUT}"
+                self._cut = f": {CUT}"
         return self._cut
 
     def _lacks(self, end: float) -> bool:
@@ -273,6 +274,9 @@ class VideoReader:
         `frame_at` shows the same frame at every time from its first tick to before its last, and
         fails somewhere between them if it is damaged.
 
+        A stretch that is missing of a file that was cut off has the frame before it, and `CUT` as
+        its damage.
+
         Raises:
             VideoError: the video cannot be read any further, or is over the limits.
         """
@@ -293,7 +297,7 @@ class VideoReader:
                 reason = self._queue.reason if damaged else ""
                 yield Span(begin=begin, end=shown_to, frame=shown.frame, damage=reason)
             if end > shown_to:
-                yield Span(begin=shown_to, end=end, frame=shown.frame, damage=_CUT)
+                yield Span(begin=shown_to, end=end, frame=shown.frame, damage=CUT)
 
     def _lack_behind(self, shown: Shown) -> bool:
         """Tell if frames between a frame and the next one may be missing, as the file was cut off.

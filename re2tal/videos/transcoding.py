@@ -12,7 +12,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from re2tal.videos.conversion import quarters
 from re2tal.videos.encoding import Encoder
 from re2tal.videos.limits import VideoError
-from re2tal.videos.reader import Span, VideoReader
+from re2tal.videos.reader import CUT, Span, VideoReader
 
 # Seconds for which one frame may be repeated at a fixed rate: a damaged time stamp years ahead must
 # not fill a disk.
@@ -137,7 +137,7 @@ class _Cutter:
         border = self._border(span.begin)
         if self._start is None:
             self._start, self.damage = span.begin, span.damage
-        elif bool(span.damage) != bool(self.damage):
+        elif _kind(span.damage) != _kind(self.damage):
             yield self.finish(span.begin)
             self._start, self.damage = span.begin, span.damage
         elif border > self._start:
@@ -204,6 +204,11 @@ def _resampled(spans: Iterator[Span], tick: Fraction, rate: Fraction, name: str)
 def _first(second: Fraction, rate: Fraction) -> int:
     """First frame whose middle is not before a second; as in the reader, except for rounding."""
     return max(0, math.ceil((second - Fraction(1, 1_000_000)) * rate - Fraction(1, 2)))
+
+
+def _kind(damage: str) -> str:
+    """Kind of a piece: intact, damaged or missing."""
+    return damage if damage in ("", CUT) else "damaged"
 
 
 class _Scaler:

@@ -41,7 +41,7 @@ from pipelines.data.shards import (
 from pipelines.data.videos import find_videos
 from re2tal.annotations import Annotations, Instance, VideoAnnotation
 from re2tal.errors import UserError
-from re2tal.videos.decoding import VideoError, decode
+from re2tal.videos.decoding import VideoError, decode, probe
 from re2tal.videos.limits import FrameError
 from re2tal.videos.pieces import Pieces, decode_source
 from re2tal.videos.timegrid import TimeGrid
@@ -242,6 +242,28 @@ def test_a_failed_video_is_left_out_and_encoded_alone_once_it_is_mended(
     assert encoded == ["plain", "uneven"]
     assert not contents.failures
     assert path.read_bytes() == written.read_bytes()
+
+
+def test_a_shard_does_not_prolong_a_file_that_was_cut_off(
+    collection: Collection, tmp_path: Path
+) -> None:
+    whole = make_video(tmp_path / "whole.mkv", 100).read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) * 7 // 10])
+    path = tmp_path / FOLDER / "part-00000.parquet"
+    short = next(video for video in collection.videos if video.video_id == "short")
+    video = replace(short, video_id="cut", duration=4.0)
+    task = collection.task(path, videos=(video,), sources={"cut": str(tmp_path / "cut.mkv")})
+    entry = write_shard(task).videos["cut"]
+    source = open_video(video_uri(str(path), "cut"))
+    assert isinstance(source, Pieces)
+    last = round(entry.end * FPS) - 1
+    assert 50 < last < 90
+    middles = (np.arange(last + 1) + 0.5) / FPS
+    assert numbers(decode_source(source, middles[-1:], size=None)) == [last]
+    for time in (entry.end + 0.5 / FPS, 3.9):
+        with pytest.raises(FrameError, match="the file was cut off"):
+            decode_source(source, np.array([time]), size=None)
+    assert probe(tmp_path / "cut.mkv").duration == pytest.approx(entry.end)
 
 
 def test_a_video_that_was_replaced_is_encoded_anew_and_no_other(
