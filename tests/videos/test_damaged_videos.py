@@ -16,7 +16,7 @@ from tests.videos.made_videos import FPS, make_video, numbers
 FRAMES = 100
 GOP = 12
 MIDDLES = (np.arange(FRAMES) + 0.5) / FPS
-CODECS = {
+CODECS: dict[str, dict[str, Any]] = {
     "a.mp4": {"options": {"x264-params": "bframes=3:b-adapt=0:b-pyramid=2:scenecut=0"}},
     "a.mkv": {"options": {"x264-params": "bframes=3:b-adapt=0:b-pyramid=2:scenecut=0"}},
     "a.ts": {"options": {"x264-params": "bframes=3:b-adapt=0:b-pyramid=2:scenecut=0"}},
@@ -29,7 +29,7 @@ CODECS = {
 
 
 def make(folder: Path, name: str) -> Path:
-    return make_video(folder / name, FRAMES, gop=GOP, **CODECS[name])  # type: ignore[arg-type]
+    return make_video(folder / name, FRAMES, gop=GOP, **CODECS[name])
 
 
 def packets(path: Path) -> "list[Packet[VideoStream]]":  # av's class takes no argument when it runs
@@ -146,8 +146,8 @@ def test_avi_does_not_count_on_when_chunks_are_lost(tmp_path: Path) -> None:
     assert not found.intact[40]
 
 
-BFRAMES: dict[str, Any] = CODECS["a.mkv"]
-MPEG4: dict[str, Any] = CODECS["mpeg4.avi"]
+BFRAMES = CODECS["a.mkv"]
+MPEG4 = CODECS["mpeg4.avi"]
 CUT: dict[str, dict[str, Any]] = {
     "index in front.mp4": {**BFRAMES, "container_options": {"movflags": "faststart"}},
     "fragments.mp4": {**BFRAMES, "container_options": {"movflags": "frag_keyframe+empty_moov"}},

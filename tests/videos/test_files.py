@@ -1,10 +1,13 @@
 from pathlib import Path
+from typing import Literal
 from unicodedata import normalize
 
 import pytest
 
 from re2tal.annotations import Annotations, VideoAnnotation, as_named
 from re2tal.videos.files import find_videos, list_videos, match_videos
+
+Form = Literal["NFC", "NFD"]
 
 
 def annotated(*video_ids: str) -> Annotations:
@@ -104,7 +107,7 @@ def test_all_videos_of_a_folder_and_what_is_passed_over() -> None:
 
 @pytest.mark.parametrize("word", ["caf\u00e9", "\uc885\uc774\uc811\uae30", "\u304c"])
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
-def test_names_are_the_same_in_every_normal_form(word: str, forms: tuple[str, str]) -> None:
+def test_names_are_the_same_in_every_normal_form(word: str, forms: tuple[Form, Form]) -> None:
     known, named = (normalize(form, word) for form in forms)
     assert known != named
     found, missing = match_videos([known], {f"{named}.mp4": "x", "other.mp4": "y"})

@@ -12,7 +12,6 @@ import pytest
 from av.codec.context import CodecContext
 from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
-from av.video.stream import VideoStream
 
 from re2tal.videos.decoding import decode, decode_intact, probe
 from re2tal.videos.reader import VideoReader
@@ -21,9 +20,9 @@ from tests.videos.made_videos import FPS, make_video, numbers, picture
 FRAMES = 60
 PYRAMID = "bframes=3:b-adapt=0:b-pyramid=2:scenecut=0"
 OPEN = f"{PYRAMID}:open-gop=1:keyint=15:min-keyint=15"
-H264 = {"options": {"x264-params": PYRAMID}}
-HEVC = {"codec": "libx265", "options": {"x265-params": "log-level=none:keyint=15"}}
-MPEG4 = {"codec": "mpeg4", "options": {"bf": "2", "sc_threshold": "1000000000"}}
+H264: dict[str, Any] = {"options": {"x264-params": PYRAMID}}
+HEVC: dict[str, Any] = {"codec": "libx265", "options": {"x265-params": "log-level=none:keyint=15"}}
+MPEG4: dict[str, Any] = {"codec": "mpeg4", "options": {"bf": "2", "sc_threshold": "1000000000"}}
 GO_BACK = "Its frame times go back: its frames are shown in the decoder's order."
 
 
@@ -139,7 +138,7 @@ def make_avi(path: Path) -> None:
         chunks = [chunk._replace(time=24 * time) for time, chunk in enumerate(chunks)]
         rate = 24 * FPS
     with av.open(str(path), "w") as container:
-        stream = cast("VideoStream", container.add_stream("mpeg4", rate=rate))
+        stream = container.add_stream("mpeg4", rate=rate)
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
         container.start_encoding()
         for content, time, key in chunks:
