@@ -15,7 +15,7 @@ from pipelines.data.videos import FoundVideos, Probe, find_videos, opened, probe
 from re2tal.annotations import Annotations, VideoAnnotation
 from re2tal.datasets import check_durations, load_annotations, read_ids
 from re2tal.detection.video_scores import VideoScores, load_video_scores
-from re2tal.errors import UserError, shortened
+from re2tal.errors import UserError, apart, shortened
 
 ACTION = "action"
 """The one class of a class-agnostic detector."""
@@ -259,10 +259,15 @@ def read_video_scores(
         scores = load_video_scores(file, classes, logits=config.video_scores_logits)
     missing = [video.video_id for video in videos if scores.get(video.video_id) is None]
     if missing:
+        sides = (
+            f" Are these its ids? {apart(scores.scores, missing)}."
+            if len(missing) == len(videos)
+            else ""
+        )
         raise UserError(
             f"{len(missing)} of the {len(videos)} videos of the subset {videos[0].subset!r} have "
             f"no scores in {place}: {', '.join(shortened(missing, 10))}. Take "
-            f"the scores of that subset, or leave the videos out ({prefix}exclude)."
+            f"the scores of that subset, or leave the videos out ({prefix}exclude).{sides}"
         )
     return scores
 

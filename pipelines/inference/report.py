@@ -40,12 +40,14 @@ class Labelled:
         detections: video id to detections in seconds, with the classes of the plan.
         proposals: video id to the same before an external classifier named their classes.
         remarks: sentences about unexpected facts.
+        warnings: sentences about facts that make the numbers doubtful.
     """
 
     plan: Plan
     detections: Mapping[str, Detections]
     proposals: Mapping[str, Detections]
     remarks: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 Row = dict[str, str | int | float | None]

@@ -17,6 +17,7 @@ from re2tal.annotations import (
 from re2tal.datasets.checking import Checked, Rules, check_video
 from re2tal.datasets.forms import ACTIVITYNET_JSON, FileForm
 from re2tal.datasets.published import ANY_OTHER, FORMS, Dataset
+from re2tal.errors import apart
 
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _DURATIONS = TypeAdapter(dict[str, _Seconds])
@@ -127,7 +128,10 @@ def _left_out(
         if video_id not in dataset.unusable or video_id not in raw.videos
     ]
     if listed and listed.isdisjoint(raw.videos):
-        problems.append(f"none of the {len(listed)} videos to exclude is there: are these its ids?")
+        problems.append(
+            f"none of the {len(listed)} videos to exclude is there: are these its ids? "
+            f"{apart(listed, raw.videos)}"
+        )
     reasons = {
         **dict.fromkeys(listed, "is on the list to exclude"),
         **raw.excluded,

@@ -191,7 +191,9 @@ def test_block_lists_of_all_kinds(tmp_path: Path) -> None:
     assert [v.video_id for v in annotations.videos] == ["d"]
     assert [e.video_id for e in annotations.excluded] == ["b", "c", "v_a"]
     # a name of a file in place of what it holds, or a list of another data set
-    assert "none of the" in problems_of(path, exclude="e.txt")[0]
+    (problem,) = problems_of(path, exclude="ef.txt")
+    assert problem.startswith("none of the 5 videos to exclude is there")
+    assert "The ids there are ., e, f, ... and 2 more; those of the annotations are b, c" in problem
     for content in ("[1]", "3", "not json"):
         (broken := tmp_path / "broken.json").write_text(content)
         with pytest.raises(AnnotationError, match=r"broken\.json"):
