@@ -1,4 +1,4 @@
-"""Error of which programs show the message alone, and lists in messages."""
+"""Error of which programs show the message alone, and parts that messages share."""
 
 from collections.abc import Collection, Sequence
 
@@ -36,3 +36,24 @@ def apart(found: Collection[str], wanted: Collection[str]) -> str:
     fits = any(video_id.removeprefix("v_") in bare for video_id in found)
     hint = '. Without "v_" in front they have some in common' if fits else ""
     return f"The ids there are {theirs}; those of the annotations are {ours}{hint}"
+
+
+def check_within(settings: object, **bounds: tuple[float, float]) -> None:
+    """Refuse settings that are too small or too large, or not a number.
+
+    Args:
+        settings: a dataclass.
+        bounds: smallest and largest value of each field named. Of a field with several numbers each
+            is checked; None passes.
+
+    Raises:
+        ValueError: a field is outside its bounds.
+    """
+    for name, (least, most) in bounds.items():
+        value = getattr(settings, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not least <= number <= most:
+                raise ValueError(
+                    f"{type(settings).__name__}.{name} must be {least:,} to {most:,}, but is "
+                    f"{value!r:.60}."
+                )

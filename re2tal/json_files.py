@@ -97,7 +97,7 @@ def read_json(path: str | Path) -> tuple[Any, tuple[RepeatedKey, ...]]:
         return document, ()
     return document, tuple(
         RepeatedKey(place=place, key=key)
-        for place, value in _places(document)
+        for place, value in places(document)
         if id(value) in repeating
         for key in repeating[id(value)][1]
     )
@@ -109,14 +109,21 @@ def in_words(place: Place) -> str:
     return "".join(parts).removeprefix(".")
 
 
-def _places(document: Any) -> Iterator[tuple[Place, Any]]:
-    """Yield every object of a document and its place, without recursion."""
+def reason(place: Place, message: str) -> str:
+    """Put a pydantic error into words: `results.x[3]: input should be a finite number`."""
+    own = message.removeprefix("Value error, ")  # from code of ours, which may begin with a name
+    text = own if own != message else f"{message[0].lower()}{message[1:]}"
+    return f"{in_words(place) or 'the top level'}: {text}"
+
+
+def places(document: Any) -> Iterator[tuple[Place, Any]]:
+    """Yield every value of a document with its place, without recursion."""
     waiting: list[tuple[Place, Any]] = [((), document)]
     while waiting:
         place, value = waiting.pop()
+        yield place, value
         items: list[tuple[str | int, Any]] = []
         if isinstance(value, dict):
-            yield place, value
             items = [*value.items()]
         elif isinstance(value, list):
             items = [*enumerate(value)]

@@ -236,5 +236,5 @@ def test_features_take_the_place_of_a_backbones() -> None:
         backbone(torch.zeros(2, 5, 8, 8, 3, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"must be \(B, T', 3\), but got \(2, 5, 4\)"):
         backbone(torch.randn(2, 5, 4))
-    with pytest.raises(ValueError, match="at least 1 channel"):
+    with pytest.raises(ValueError, match="channels must be 1 to"):
         PrecomputedConfig(channels=0, temporal_stride=4)
