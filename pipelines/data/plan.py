@@ -100,15 +100,22 @@ def read_annotations(config: AnnotationConfig) -> Annotations:
 
 
 def _find_features(features: Features, videos: Sequence[VideoAnnotation]) -> FoundVideos:
-    """Find the features of videos."""
-    missing = features.missing(video.video_id for video in videos)
-    found = {video.video_id for video in videos} - missing.keys()
+    """Find the features of videos, and read each file once."""
+    durations = {video.video_id: video.duration for video in videos}
+    if durations.keys().isdisjoint(features.video_ids):
+        missing = features.missing(durations)
+        raise UserError(
+            f"None of the {len(durations)} videos has features: {next(iter(missing.values()))}. "
+            f"Are these its ids? {apart(features.video_ids, durations)}. Correct --data.features."
+        )
+    damaged, remarks = features.examine(durations)
+    failures = features.missing(durations) | damaged
     return FoundVideos(
-        uris={video_id: features.uri(video_id) for video_id in sorted(found)},
-        failures=missing,
+        uris={v: features.uri(v) for v in sorted(durations.keys() - failures.keys())},
+        failures=failures,
         durations={},
         rates={},
-        remarks=tuple(features.disagreements({v.video_id: v.duration for v in videos}).values()),
+        remarks=tuple(remarks),
     )
 
 
@@ -140,12 +147,17 @@ def all_failures(
 
 
 def check_failures(
-    failures: Mapping[str, str], total: int, max_failed: float, *, prefix: str = "--data."
+    failures: Mapping[str, str],
+    total: int,
+    max_failed: float,
+    *,
+    prefix: str = "--data.",
+    source: str = "videos",
 ) -> None:
     """Stop a run of which too many videos failed.
 
     `max_failed` is the largest share that may fail, 0 to 1; `prefix` starts the names of the
-    options of videos and share in messages.
+    options of source (videos or features) and share in messages.
 
     Raises:
         UserError: if all fail, or more than that share.
@@ -156,7 +168,7 @@ def check_failures(
     listed = "\n".join(f"  {line}" for line in shortened(reasons))
     share = f"{len(failures)} of {total} videos cannot be used"
     if len(failures) == total:
-        problem = f"No usable video: {share}. Is {prefix}videos the right folder?"
+        problem = f"No usable video: {share}. Is {prefix}{source} the right folder?"
     else:
         problem = f"{share}, more than the allowed {max_failed:.0%} ({prefix}max-failed)."
     raise UserError(f"{problem}\n{listed}")
@@ -167,7 +179,7 @@ def make_plan(config: DataConfig, annotations: Annotations, *, probe: Probe = pr
 
     Every file of a video is opened once (`probe`), by default in parallel with Ray Data; the plan
     holds only those that could be opened. Videos in shards were decoded when the shards were made,
-    and are not opened. Nor are features.
+    and are not opened. Features are read once, all of them: they fail here, not while training.
 
     Raises:
         UserError: if the videos lie in shards that are not complete; if there are no features, or
@@ -191,7 +203,9 @@ def make_plan(config: DataConfig, annotations: Annotations, *, probe: Probe = pr
         )
         found = opened(found, probe)
     failures = found.failures
-    check_failures(failures, len({video.video_id for video in wanted}), config.max_failed)
+    source = "videos" if features is None else "features"
+    total = len({video.video_id for video in wanted})
+    check_failures(failures, total, config.max_failed, source=source)
 
     def usable(subset: str) -> tuple[Video, ...]:
         return tuple(
