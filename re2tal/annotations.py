@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from re2tal import json_files
-from re2tal.json_files import FileError, RepeatedKey
+from re2tal.json_files import FileError, RepeatedKey, by_kind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,13 +73,28 @@ class Repair:
 class AnnotationError(FileError):
     """Annotations that cannot be used; each problem names the video and the reason.
 
-    Its text lists all of them: they are to be corrected by hand.
+    Its text has a few examples of a problem that repeats for every video, and all others.
     """
 
     def __str__(self) -> str:
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        heading = f"{self.source}: {count}. Correct or remove what is listed here, then run again."
-        return "\n  - ".join((heading, *self.problems))
+        shown = by_kind(self.problems)
+        hint = (
+            (f"(`python -m re2tal.datasets {self.source}` lists all of them.)",)
+            if len(shown) < len(self.problems)
+            else ()
+        )
+        return self._text((*shown, *hint))
+
+    @property
+    def listed(self) -> str:
+        """Text with all problems, which are to be corrected by hand."""
+        return self._text(self.problems)
+
+    def _text(self, shown: Iterable[str]) -> str:
+        what = (
+            f"{self.source}: {self.count}. Correct or remove what is listed here, then run again."
+        )
+        return "\n  - ".join((what, *shown))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +30,35 @@ class FileError(UserError):
         super().__init__(source, self.problems)  # these args let the error travel between processes
 
     def __str__(self) -> str:
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        shown = shortened(self.problems, _SHOWN)
-        return "\n  - ".join((f"{self.source}: {count}.", *shown))
+        shown = shortened(by_kind(self.problems), _SHOWN)
+        return "\n  - ".join((f"{self.source}: {self.count}.", *shown))
+
+    @property
+    def count(self) -> str:
+        """Number of the problems, as a phrase."""
+        return "1 problem" if len(self.problems) == 1 else f"{len(self.problems):,} problems"
+
+
+_ALIKE = 10  # problems of one kind that are listed one by one
+_EXAMPLES = 3
+_DETAILS = re.compile(r"""'.*?'|".*?"|\(found .*|[\d.]+""")
+
+
+def by_kind(problems: Iterable[str]) -> list[str]:
+    """Shorten problems that repeat for every video to a few examples and their number.
+
+    Two are of one kind if they differ only in numbers, names in quotes, and the found value.
+    """
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kinds.setdefault(_DETAILS.sub("", problem), []).append(problem)
+    return [
+        line
+        for alike in kinds.values()
+        for line in shortened(
+            alike, _EXAMPLES if len(alike) > _ALIKE else _ALIKE, rest=" like these"
+        )
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from re2tal.datasets import ANY_OTHER, DATASETS, FORMS, Dataset
 
+PROBE = "probe"
+"""Value of `durations` for those of the videos themselves."""
+
 if TYPE_CHECKING:
     DatasetName: TypeAlias = str
     FormName: TypeAlias = str
@@ -25,6 +28,8 @@ class AnnotationConfig:
             metrics are taken; without it any fault in the annotations is an error.
         exclude: file with ids of videos to leave out, such as those that cannot be had any more:
             one a line, or JSON.
+        durations: durations of the videos of annotations that have none, as of THUMOS-14 in some
+            conversions: a file (JSON, id -> seconds), or "probe" to read them from the videos.
         keep: ids of videos that count, as in some published results, although `dataset` leaves
             them out.
     """
@@ -33,6 +38,7 @@ class AnnotationConfig:
     form: FormName = "auto"
     dataset: DatasetName | None = None
     exclude: str | None = None
+    durations: str | None = None
     keep: tuple[str, ...] = ()
 
     @property

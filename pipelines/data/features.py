@@ -395,6 +395,11 @@ class Features:
         """Sorted ids of the videos that have features."""
         return tuple(sorted(self._files))
 
+    @property
+    def durations(self) -> dict[str, float]:
+        """Video id to seconds of the videos, as far as they are known."""
+        return {video_id: entry.duration for video_id, entry in self._said.videos.items()}
+
     def uri(self, video_id: str) -> str:
         """Return the path or URI of the file of the features of one of `video_ids`."""
         return join(self._folder, self._files[video_id])

@@ -3,17 +3,26 @@
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from pipelines.config.annotations import AnnotationConfig, ScoredAnnotationConfig
+from pipelines.config.annotations import PROBE, AnnotationConfig, ScoredAnnotationConfig
 from pipelines.config.recipe import DataConfig
-from pipelines.core.storage import local_copy
+from pipelines.core.storage import local_copy, require
 from pipelines.data.batches import Video
 from pipelines.data.features import Features
-from pipelines.data.videos import FoundVideos, Probe, find_videos, opened, probe_files
+from pipelines.data.videos import (
+    FoundVideos,
+    Probe,
+    find_videos,
+    opened,
+    probe_files,
+    probe_files_here,
+)
 from re2tal.annotations import Annotations, VideoAnnotation
-from re2tal.datasets import check_durations, load_annotations, read_ids
+from re2tal.datasets import check_durations, load_annotations, read_durations, read_ids
+from re2tal.datasets.loading import Durations
 from re2tal.detection.video_scores import VideoScores, load_video_scores
 from re2tal.errors import UserError, apart, shortened
 
@@ -79,24 +88,59 @@ def _class_agnostic(video: Video) -> Video:
 
 
 def read_annotations(config: AnnotationConfig) -> Annotations:
-    """Read annotations and the ids to exclude, local or remote, and check them whole.
+    """Read annotations and what belongs to them, local or remote, and check them whole.
 
     `inputs` has resolved their paths. Known faults of the data set are repaired.
 
     Raises:
         AnnotationError: with every problem in them.
+        UserError: if durations cannot be read from the videos.
     """
     with tempfile.TemporaryDirectory() as folder:
         excluded: frozenset[str] = frozenset()
         if config.exclude is not None:
             excluded = read_ids(local_copy(config.exclude, Path(folder)))
+        durations: Durations | None = None
+        if config.durations == PROBE:
+            durations = partial(_probed, config)
+        elif config.durations is not None:
+            durations = read_durations(local_copy(config.durations, Path(folder)))
         return load_annotations(
             local_copy(str(config.annotations), Path(folder)),
             form=config.form,
             dataset=config.record,
             exclude=excluded,
             keep=config.keep,
+            durations=durations,
         )
+
+
+def _probed(config: Any, video_ids: Sequence[str]) -> dict[str, float]:
+    """Read the durations of videos from their files, their shards, or the features made of them."""
+    prefix = "--data." if isinstance(config, DataConfig) else "--"
+    if getattr(config, "features", None) is not None:
+        features = Features(config.features)
+        found = FoundVideos(
+            uris={}, failures=features.missing(video_ids), durations=features.durations, rates={}
+        )
+    else:
+        folder = require(config.videos, what="The videos", option=f"{prefix}videos")
+        found = find_videos(folder, video_ids)
+        if left := len(found.uris.keys() - found.durations.keys()):
+            print(f"opening {left} videos: their annotations have no duration", flush=True)
+        found = opened(found, probe_files_here)
+    lost = [
+        f"{v} ({found.failures.get(v, 'it is not known')})"
+        for v in video_ids
+        if v not in found.durations
+    ]
+    if lost:
+        raise UserError(
+            f"{len(lost)} of {len(video_ids)} videos without an annotated duration cannot be "
+            f"opened for it: {'; '.join(shortened(lost, 3))}. Leave them out ({prefix}exclude), or "
+            f"give a file of durations ({prefix}durations)."
+        )
+    return found.durations
 
 
 def _find_features(features: Features, videos: Sequence[VideoAnnotation]) -> FoundVideos:

@@ -130,7 +130,6 @@ def evaluate_run(config: EvaluateConfig) -> Run:
     config = resolved(
         config,
         needed=("annotations", "detections" if config.detections else "videos"),
-        optional=("exclude", "video_scores"),
     )
     plan = evaluated_plan(config)
     with tempfile.TemporaryDirectory() as folder:

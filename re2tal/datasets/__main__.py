@@ -34,12 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             durations=durations,
         )
     except AnnotationError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{error.listed}\n")
         return 1
     sys.stdout.write(f"{options.file}\n\n{summarize(annotations)}\n")
     sys.stdout.write(f"\nfingerprint {annotations.fingerprint}\n")
     if problems := list(check_durations(annotations, durations).values()):
-        sys.stderr.write(f"{AnnotationError(str(options.durations), problems)}\n")
+        sys.stderr.write(f"{AnnotationError(str(options.durations), problems).listed}\n")
     return 1 if problems else 0
 
 

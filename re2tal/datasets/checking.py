@@ -189,7 +189,11 @@ def _reason(place: str = "", /, *, loc: tuple[int | str, ...], **details: Any) -
     parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc]
     place = "".join((place, *parts)).removeprefix(".") or "the entry"
     if details["type"] == "missing":
-        hint = "; durations can be given apart from the file" if place == "duration" else ""
+        hint = (
+            "; durations can be given apart from the file (durations)"
+            if place == "duration"
+            else ""
+        )
         return f"{place}: is missing{hint}"
     message = "must be an object" if details["type"] == "model_type" else details["msg"]
     return f"{place}: {message[0].lower()}{message[1:]} (found {details['input']!r:.60})"

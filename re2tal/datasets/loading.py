@@ -1,8 +1,8 @@
 """Loading of a file or folder into `Annotations`: form, exclusions, problems."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeAlias
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -19,6 +19,7 @@ from re2tal.datasets.forms import ACTIVITYNET_JSON, FileForm
 from re2tal.datasets.published import ANY_OTHER, FORMS, Dataset
 from re2tal.errors import apart
 
+Durations: TypeAlias = Mapping[str, float] | Callable[[Sequence[str]], Mapping[str, float]]
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _DURATIONS = TypeAdapter(dict[str, _Seconds])
 
@@ -31,7 +32,7 @@ def load_annotations(
     dataset: Dataset = ANY_OTHER,
     exclude: Collection[str] = (),
     keep: Collection[str] = (),
-    durations: Mapping[str, float] | None = None,
+    durations: Durations | None = None,
 ) -> Annotations:
     """Read the annotations of a data set and check all of them before any is used.
 
@@ -49,7 +50,8 @@ def load_annotations(
             see `read_ids`. An id may have the `v_` of its video file.
         keep: ids of videos to use although `dataset` leaves them out, to compare with results that
             count them.
-        durations: video id -> seconds, for videos to which the files give no duration.
+        durations: video id -> seconds, for videos to which the files give no duration; or a
+            function that finds them for the ids of these videos, and is called if there are any.
 
     Returns:
         The annotations of all subsets.
@@ -62,10 +64,17 @@ def load_annotations(
     reasons, problems = _left_out(raw, dataset, exclude, keep)
     problems = [*raw.problems, *problems]
     known = classes if classes is not None else raw.classes
+    lacking = [v for v, entry in raw.videos.items() if v not in reasons and _lacks_duration(entry)]
+    found = _durations(lacking, durations or {}) if lacking else {}
+    if found and found.keys().isdisjoint(raw.videos):
+        problems.append(
+            f"none of the {len(found)} durations is of a video here: are these its ids? "
+            f"{apart(found, raw.videos)}"
+        )
     rules = Rules(
         dataset=dataset,
         classes=None if known is None else frozenset(known),
-        durations=durations or {},
+        durations=found,
     )
     checked = {v: check_video(v, raw.videos[v], rules) for v in raw.videos if v not in reasons}
     for video_id, result in checked.items():
@@ -77,6 +86,14 @@ def load_annotations(
     if problems:
         raise AnnotationError(source, problems)
     return annotations
+
+
+def _lacks_duration(entry: Any) -> bool:
+    return isinstance(entry, dict) and entry.get("duration") is None
+
+
+def _durations(video_ids: Sequence[str], known: Durations) -> Mapping[str, float]:
+    return known if isinstance(known, Mapping) else known(video_ids)
 
 
 def read_ids(path: str | Path) -> frozenset[str]:
@@ -108,7 +125,9 @@ def read_durations(path: str | Path) -> dict[str, float]:
     try:
         durations = _DURATIONS.validate_python(document)
     except ValidationError as error:
-        problems += [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        problems += [
+            f"{e['loc'][0]!r}: {e['msg']}" if e["loc"] else e["msg"] for e in error.errors()
+        ]
     if problems:
         raise AnnotationError(str(path), problems)
     return durations

@@ -158,14 +158,19 @@ def test_all_problems_of_a_file_are_listed(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(error.value)).problems == problems
 
 
-def test_a_message_shows_only_the_first_hundred_problems(tmp_path: Path) -> None:
+def test_a_message_shows_a_few_problems_of_a_kind_and_a_hundred_of_all(tmp_path: Path) -> None:
     path = tmp_path / "theirs.json"
     row = {"segment": [0, 1], "score": 1, "label": "?"}
     path.write_text(json.dumps({"results": {"a": [row] * 250}}))
     with pytest.raises(FileError) as error:
         read_detections(path, CLASSES)
     assert len(error.value.problems) == 250
-    assert str(error.value).endswith("... and 150 more")
+    first, *rest = str(error.value).splitlines()
+    assert first == f"{path}: 250 problems."
+    place = "  - video 'a'[{}].label: is not a known class (found '?')"
+    assert rest == [*map(place.format, range(3)), "  - ... and 247 more like these"]
+    others = FileError("f", ["a" * number for number in range(1, 251)])
+    assert str(others).endswith("... and 150 more")
 
 
 @pytest.mark.parametrize(

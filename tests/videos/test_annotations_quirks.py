@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -215,6 +216,21 @@ def test_durations_that_the_file_lacks(tmp_path: Path) -> None:
     assert annotations.videos[0].instances[0].end == 8.5
     (problem,) = problems_of(path, durations={"a": 7.5})
     assert "past the video's duration of 7.5 s" in problem
+    asked: list[str] = []
+
+    def found(video_ids: Sequence[str]) -> dict[str, float]:
+        asked.extend(video_ids)
+        return {"a": 8.5}
+
+    assert load_annotations(path, durations=found) == annotations
+    left = load_annotations(path, durations=found, exclude=["a"], classes=["run"])
+    assert left.videos == annotations.videos[1:]
+    assert asked == ["a"]
+    first, second = problems_of(path, durations={"v_a": 8.5})
+    assert first.startswith(
+        "none of the 1 durations is of a video here: are these its ids? The ids"
+    )
+    assert second.startswith("video 'a': duration: is missing")
 
 
 def test_the_fingerprint_tells_what_was_done_but_not_how_it_is_worded(tmp_path: Path) -> None:
