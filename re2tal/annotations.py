@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -65,7 +66,7 @@ class Repair:
     """
 
     video_id: str
-    action: Literal["clipped", "dropped", "added"]
+    action: Literal["clipped", "dropped", "added", "trimmed"]
     instance: Instance
     reason: str
 
@@ -236,6 +237,36 @@ class Characteristics:
     coverage: Bins
     length: Bins
     instances: Bins
+
+
+def labels_alike(counts: Mapping[str, int], *, spaces: str = "") -> Iterator[str]:
+    """Find labels that differ only in spaces, case or Unicode's normal form: slips of the keyboard.
+
+    Args:
+        counts: label -> number of times that it is there; 0 for a name that must be kept.
+        spaces: way to remove outer spaces, added where labels differ in those.
+
+    Yields:
+        A phrase for each group of such labels, and what to do.
+    """
+    groups: dict[str, list[str]] = {}
+    # names that the data set itself has, which no video needs to have, come first
+    for label in sorted(counts, key=lambda label: (counts[label] > 0, -counts[label], label)):
+        plain = " ".join(unicodedata.normalize("NFKC", label).split()).casefold()
+        groups.setdefault(plain, []).append(label)
+    for alike in groups.values():
+        if len(alike) < 2:
+            continue
+        # two normal forms of a character look the same
+        shown = (
+            ascii if len({unicodedata.normalize("NFC", x) for x in alike}) < len(alike) else repr
+        )
+        listed = ", ".join(f"{shown(label)} ({counts[label]:,} times)" for label in alike)
+        way = spaces if len({label.strip() for label in alike}) < len(alike) else ""
+        yield (
+            f"the labels {listed} differ only in spaces, case or Unicode's normal form and would "
+            f"be {len(alike)} classes: write {shown(alike[0])} for all of them{way}"
+        )
 
 
 def read_text(path: Path) -> str:

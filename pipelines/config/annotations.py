@@ -32,6 +32,8 @@ class AnnotationConfig:
             conversions: a file (JSON, id -> seconds), or "probe" to read them from the videos.
         keep: ids of videos that count, as in some published results, although `dataset` leaves
             them out.
+        trim_labels: remove the spaces around labels; without it labels that differ only in them are
+            an error, as are those that differ only in case.
     """
 
     annotations: str | None = None
@@ -40,11 +42,13 @@ class AnnotationConfig:
     exclude: str | None = None
     durations: str | None = None
     keep: tuple[str, ...] = ()
+    trim_labels: bool = False
 
     @property
     def record(self) -> Dataset:
         """Record of the data set."""
-        return DATASETS[self.dataset] if self.dataset else ANY_OTHER
+        record = DATASETS[self.dataset] if self.dataset else ANY_OTHER
+        return record.trimming() if self.trim_labels else record
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

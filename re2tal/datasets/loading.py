@@ -1,5 +1,6 @@
 """Loading of a file or folder into `Annotations`: form, exclusions, problems."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -11,12 +12,13 @@ from re2tal.annotations import (
     Annotations,
     Exclusion,
     RawCollection,
+    labels_alike,
     read_json,
     read_text,
 )
 from re2tal.datasets.checking import Checked, Rules, check_video
 from re2tal.datasets.forms import ACTIVITYNET_JSON, FileForm
-from re2tal.datasets.published import ANY_OTHER, FORMS, Dataset
+from re2tal.datasets.published import ANY_OTHER, FORMS, Dataset, Fault
 from re2tal.errors import apart
 
 Durations: TypeAlias = Mapping[str, float] | Callable[[Sequence[str]], Mapping[str, float]]
@@ -80,12 +82,32 @@ def load_annotations(
     for video_id, result in checked.items():
         reasons_against = (*raw.repeated.get(video_id, ()), *result.problems)
         problems += [f"video {video_id!r}: {reason}" for reason in reasons_against]
+    if known is None:
+        way = ", or have the spaces around labels removed (--trim-labels, --data.trim-labels)"
+        problems += labels_alike(_labels(raw, reasons, dataset), spaces=way)
     annotations = _assemble(checked, known, {v: reasons[v] for v in raw.videos if v in reasons})
     if not problems and not known and not any(v.instances for v in annotations.videos):
         problems.append("there is nothing to learn: no video has an annotated instance")
     if problems:
         raise AnnotationError(source, problems)
     return annotations
+
+
+def _labels(raw: RawCollection, left_out: Collection[str], dataset: Dataset) -> Counter[str]:
+    """Count the labels of the videos that are used, trimmed if that is asked for."""
+    counts = Counter(dict.fromkeys(dataset.ambiguous, 0))
+    for video_id, entry in raw.videos.items():
+        actions = entry.get("annotations") if isinstance(entry, dict) else None
+        if video_id in left_out or not isinstance(actions, list):
+            continue
+        labels = (action.get("label") for action in actions if isinstance(action, dict))
+        counts.update(label for label in labels if isinstance(label, str) and label.strip())
+    if Fault.SPACED not in dataset.repaired:
+        return counts
+    trimmed: Counter[str] = Counter()
+    for label, number in counts.items():
+        trimmed[label.strip()] += number
+    return trimmed
 
 
 def _lacks_duration(entry: Any) -> bool:

@@ -104,6 +104,19 @@ def test_every_script_that_reads_annotations_takes_durations(script: Any) -> Non
     assert getattr(config, "data", config).durations == "probe"
 
 
+def test_labels_are_trimmed_when_asked_for(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    document = json.loads(Path(str(tiny_recipe.data.annotations)).read_text())
+    first, *_ = (i for entry in document["database"].values() for i in entry["annotations"])
+    label, first["label"] = first["label"], f"{first['label']} "
+    (path := tmp_path / "a.json").write_text(json.dumps(document))
+    config = replace(tiny_recipe.data, annotations=str(path))
+    with pytest.raises(AnnotationError, match=rf"'{label}' \(.*'{label} ' .*--data\.trim-labels"):
+        read_annotations(config)
+    trimmed = read_annotations(replace(config, trim_labels=True))
+    assert trimmed.classes == read_annotations(tiny_recipe.data).classes
+    assert [repair.action for repair in trimmed.repairs] == ["trimmed"]
+
+
 @pytest.fixture
 def damaged(tiny_recipe: Recipe, tiny_set: Path, tmp_path: Path) -> DataConfig:
     """The tiny set with one training video missing and one unreadable."""

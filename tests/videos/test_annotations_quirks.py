@@ -37,6 +37,7 @@ def video(*actions: Any, duration: Any = 10.0, subset: str = "training") -> dict
 
 
 def write(folder: Path, database: Any) -> Path:
+    folder.mkdir(exist_ok=True)
     path = folder / "annotations.json"
     path.write_text(json.dumps({"database": database}))
     return path
@@ -199,6 +200,52 @@ def test_block_lists_of_all_kinds(tmp_path: Path) -> None:
         (broken := tmp_path / "broken.json").write_text(content)
         with pytest.raises(AnnotationError, match=r"broken\.json"):
             read_ids(broken)
+
+
+@pytest.mark.parametrize(
+    ("labels", "shown"),
+    [
+        (("run", "run ", "run", "\trun"), r"'run' (2 times), '\trun' (1 times), 'run ' (1 times)"),
+        (("Long Jump", "long jump"), "'Long Jump' (1 times), 'long jump' (1 times)"),
+        (("long  jump", "long jump"), "'long  jump' (1 times), 'long jump' (1 times)"),
+        (("passe\u0301", "pass\u00e9"), r"'passe\u0301' (1 times), 'pass\xe9' (1 times)"),
+        (("Stra\u00dfe", "STRASSE"), "'STRASSE' (1 times), 'Stra\u00dfe' (1 times)"),
+        (("dive", "ambiguous"), "'Ambiguous' (0 times), 'ambiguous' (1 times)"),
+    ],
+)
+def test_labels_that_are_one_name_are_a_problem_of_the_file(
+    tmp_path: Path, labels: tuple[str, ...], shown: str
+) -> None:
+    database = {f"v{n}": video(action(1, 2, label)) for n, label in enumerate(labels)}
+    path = write(tmp_path, database)
+    (problem,) = problems_of(path, dataset=THUMOS14)
+    assert problem.startswith(f"the labels {shown} differ only in spaces, case or Unicode's normal")
+    assert ("--trim-labels" in problem) == ("run" in labels)
+    known = load_annotations(path, dataset=THUMOS14, classes=labels)  # so they are meant
+    assert known.classes == tuple(sorted(set(labels)))
+    # of videos that are left out nothing counts
+    load_annotations(path, dataset=THUMOS14, exclude=[*database][1:])
+
+
+def test_spaces_around_labels_are_removed_when_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path, {"a": video(action(1, 2), action(3, 12, " run\n")), "b": video()})
+    clean = write(tmp_path / "clean", {"a": video(action(1, 2), action(3, 12)), "b": video()})
+    assert problems_of(path, dataset=ACTIVITYNET13)
+    found = load_annotations(path, dataset=ACTIVITYNET13.trimming())
+    wanted = load_annotations(clean, dataset=ACTIVITYNET13)
+    assert (found.classes, found.videos) == (wanted.classes, wanted.videos)
+    assert found.videos[0].evaluated == wanted.videos[0].evaluated
+    assert [(r.action, r.instance.label) for r in found.repairs] == [
+        ("trimmed", " run\n"),
+        ("clipped", " run\n"),
+    ]
+    listed = load_annotations(path, dataset=ACTIVITYNET13.trimming(), classes=["run"])
+    assert listed.videos == found.videos
+    for label in (" ", "\t\n"):
+        path = write(tmp_path, {"a": video(action(1, 2, label))})
+        for dataset in (ACTIVITYNET13, ACTIVITYNET13.trimming()):
+            (problem,) = problems_of(path, dataset=dataset)
+            assert problem.startswith("video 'a': annotations[0].label: is nothing but spaces")
 
 
 def test_durations_that_the_file_lacks(tmp_path: Path) -> None:

@@ -214,6 +214,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert read_durations(tmp_path / "durations.json") == {"a": 3.5}
 
 
+def test_the_command_removes_spaces_around_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    actions = [{"segment": [1, 2], "label": label} for label in ("run", "run ")]
+    database = {"a": {"subset": "test", "duration": 9, "annotations": actions}}
+    (path := tmp_path / "a.json").write_text(json.dumps({"database": database}))
+    assert main([str(path)]) == 1
+    assert "the labels 'run' (1 times), 'run ' (1 times) differ only" in capsys.readouterr().err
+    assert main([str(path), "--trim-labels"]) == 0
+    assert "Repaired: 1\n  a: run  1 to 2 s trimmed: has spaces" in capsys.readouterr().out
+
+
 def test_the_command_lists_all_problems_of_a_kind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
