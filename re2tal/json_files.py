@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,17 +79,32 @@ class RepeatedKey:
         return f"{where}key {self.key!r} is there more than once"
 
 
+def check_regular(path: str | Path) -> None:
+    """Refuse a pipe, a socket or a device, of which reading might never end.
+
+    Raises:
+        FileError: it is one, or there is nothing.
+    """
+    try:
+        mode = Path(path).stat().st_mode
+    except FileNotFoundError as error:
+        raise FileError(str(path), ["there is no such file"]) from error
+    except (OSError, ValueError) as error:  # the latter for a name with a null character
+        raise FileError(str(path), [f"cannot be read: {error}"]) from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise FileError(str(path), ["is no regular file, but a pipe, a socket or a device"])
+
+
 def read_text(path: str | Path) -> str:
     """Read a UTF-8 file, without a byte order mark.
 
     Raises:
-        FileError: it cannot be read.
+        FileError: it cannot be read, or is no regular file.
     """
     source = str(path)
+    check_regular(path)
     try:
         return Path(path).read_text("utf-8-sig")
-    except FileNotFoundError as error:
-        raise FileError(source, ["there is no such file"]) from error
     except OSError as error:
         raise FileError(source, [f"cannot be read: {error.strerror}"]) from error
     except UnicodeDecodeError as error:

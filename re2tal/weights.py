@@ -129,6 +129,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        what = "it is no regular file" if path.exists() else "there is no such file"
+        raise ValueError(f"The weights in {path} cannot be read: {what}.")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -22,7 +22,7 @@ from torch import Tensor
 from re2tal.atomic import replacing
 from re2tal.detection.segments import Detections
 from re2tal.errors import shortened
-from re2tal.json_files import FileError
+from re2tal.json_files import FileError, check_regular
 
 _TENSORS = ("segments", "scores", "labels", "counts")
 _NAMES = ("videos", "classes")
@@ -90,6 +90,7 @@ def read_raw(path: str | Path) -> tuple[dict[str, Detections], tuple[str, ...]]:
 
 def _content(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the file's tensors and names; none may be missing."""
+    check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -100,8 +101,6 @@ def _content(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 raise FileError(str(path), [f"holds no raw predictions: no {listed}"])
             tensors = {name: file.get_tensor(name) for name in _TENSORS}
             names = {name: json.loads(metadata[name]) for name in _NAMES}
-    except FileNotFoundError as error:
-        raise FileError(str(path), ["there is no such file"]) from error
     except (OSError, SafetensorError, ValueError) as error:
         raise FileError(str(path), [f"cannot be read: {error}"]) from error
     return tensors, names
