@@ -1,7 +1,5 @@
 """Results of a sweep: the best trials, what they gained, pictures by Optuna, a command."""
 
-import csv
-import io
 import json
 import shlex
 import statistics
@@ -19,6 +17,7 @@ from optuna.visualization import matplotlib as draw
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.core.tables import csv_text
 from pipelines.core.tracking import Run, log_metrics
 from sweeps.epoch_reports import RUN_ID
 from sweeps.postprocessing import Postprocessing, search_postprocessing
@@ -114,16 +113,14 @@ def _results(
 
 def _csv(objectives: Sequence[Objective], trials: Sequence[FrozenTrial]) -> str:
     names = sorted({name for trial in trials for name in trial.params})
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["number", "state", "run", *(o.metric for o in objectives), *names])
+    metrics = [objective.metric for objective in objectives]
+    rows = []
     for trial in trials:
-        complete = trial.state == TrialState.COMPLETE
-        values = trial.values if complete else [""] * len(objectives)
-        params = [trial.params.get(name, "") for name in names]
-        state = trial.state.name.lower()
-        writer.writerow([trial.number, state, trial.user_attrs.get(RUN_ID, ""), *values, *params])
-    return text.getvalue()
+        values = trial.values if trial.state == TrialState.COMPLETE else [None] * len(metrics)
+        facts = {"number": trial.number, "state": trial.state.name.lower()}
+        found = dict(zip(metrics, values, strict=True))
+        rows.append({**facts, "run": trial.user_attrs.get(RUN_ID), **found, **trial.params})
+    return csv_text(["number", "state", "run", *metrics, *names], rows)
 
 
 def _table(sweep: Sweep, best: Sequence[FrozenTrial], base: FrozenTrial | None) -> Table:

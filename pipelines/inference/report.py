@@ -1,6 +1,5 @@
 """Numbers of an evaluation: computed, printed, and written as tables and pictures."""
 
-import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.core.figures import pictures
+from pipelines.core.tables import write_csv
 from pipelines.data.plan import Plan
 from pipelines.training.results import diagnosis_of, timelines_of
 from pipelines.training.validation import (
@@ -256,17 +256,10 @@ def write_evaluation(folder: Path, evaluation: Evaluation, labelled: Labelled) -
     written = [Path(_WHOLE)]
     for name, rows in tables.items():
         written.append(Path(f"{name}.csv"))
-        _write_csv(folder / written[-1], rows)
+        write_csv(folder / written[-1], [*rows[0]], rows)
     figures = {f"diagnosis_{name}": one for name, one in pictures(evaluation.diagnosis).items()}
     figures["timelines"] = timelines_of(labelled.plan, labelled.detections)
     for name, figure in figures.items():
         written.append(Path(_PICTURES) / f"{name}.png")
         figure.savefig(folder / written[-1])
     return written
-
-
-def _write_csv(path: Path, rows: list[Row]) -> None:
-    with replacing(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)

@@ -1,6 +1,5 @@
 """Detections and detectors are held against annotations, by the script itself."""
 
-import csv
 import io
 import json
 import runpy
@@ -17,6 +16,7 @@ import torch
 import re2tal
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import toy
+from pipelines.core.tables import read_csv
 from pipelines.core.tracking import Run
 from pipelines.evaluate import parse
 from pipelines.inference.evaluation import evaluate_run, evaluated_plan, read_labelled
@@ -141,10 +141,20 @@ def test_tables_are_written_for_people_and_programs(evaluated: tuple[Run, Path, 
     ]
     assert len(content["tables"]["average_recall"]) == 100
     for name, rows in content["tables"].items():
-        with (output / f"{name}.csv").open() as file:
-            read = list(csv.DictReader(file))
+        read = read_csv(output / f"{name}.csv")
         assert read == [{k: "" if v is None else str(v) for k, v in one.items()} for one in rows]
     assert content["metrics"]["val/mAP"] == 0.5
+
+
+def test_classes_are_no_formulas_in_the_tables(tmp_path: Path) -> None:
+    arguments = write(tmp_path, FOUND)
+    for name in ("annotations.json", "detections.json"):
+        path = tmp_path / name
+        path.write_text(path.read_text().replace('"jump"', '"=1+1"'))
+    evaluate_run(parse(arguments))
+    table = tmp_path / "out" / "average_precision.csv"
+    assert table.read_text().splitlines()[1].startswith("'=1+1,2,")
+    assert [row["class"] for row in read_csv(table)] == ["=1+1", "spin", "mAP"]
 
 
 PROPOSALS = {name: [(*one[:3], "action") for one in rows] for name, rows in FOUND.items()}
