@@ -38,7 +38,7 @@ class ProbeConfig(AnnotationConfig):
     """
 
     videos: str | None = None
-    output: str = "videos.parquet"
+    output: str = "runs/videos.parquet"
 
 
 def probe_collection(config: ProbeConfig) -> pa.Table:

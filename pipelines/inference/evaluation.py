@@ -83,7 +83,7 @@ class EvaluateConfig(ScoredAnnotationConfig):
     recall_at: tuple[int, ...] | None = None
     ignore_ambiguous: bool = False
     max_failed: float = 0.05
-    output: str = "evaluation"
+    output: str = "runs/evaluation"
     resources: tyro.conf.OmitArgPrefixes[Resources] = field(default_factory=Resources)
     experiment: str = "re2tal"
     runs: str = "runs"

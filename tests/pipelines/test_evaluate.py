@@ -234,9 +234,14 @@ def test_detections_of_other_classes_are_refused(tmp_path: Path, label: str, rea
 
 
 def test_the_script_evaluates(tmp_path: Path) -> None:
-    printed = run_here(SCRIPT, *write(tmp_path, FOUND), folder=tmp_path)
+    given = write(tmp_path, FOUND)
+    before = {path.name for path in tmp_path.iterdir()}
+    places = given[: given.index("--output")]  # results lie where they do by default
+    printed = run_here(SCRIPT, *places, folder=tmp_path)
     assert "average recall" in printed
     assert "MLflow run" in printed
+    assert {path.name for path in tmp_path.iterdir()} == before | {"runs"}
+    assert (tmp_path / "runs" / "evaluation" / "evaluation.json").exists()
 
 
 def test_the_script_ends_with_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
