@@ -3,6 +3,8 @@
 import base64
 import csv
 import json
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,6 +138,30 @@ def test_the_page_loads_nothing_and_no_name_breaks_out_of_its_data(tmp_path: Pat
     assert videos[NASTY]["source"] == ""  # browsers know no s3
     assert videos["a"]["found"] == [[1.0, 2.5, 0.9, 1], [0.25, 9.0, 0.5, 0]]
     assert (videos["broken"]["failed"], videos["broken"]["problems"]) == (True, ["<b>no video"])
+
+
+BROWSERS = ("chromium", "google-chrome", "chromium-browser")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [("%E0%A4%A", "a"), ("b%", "b%"), ("b%25", "b%")],
+)
+def test_the_page_shows_a_video_whatever_the_address(
+    tmp_path: Path, address: str, shown: str
+) -> None:
+    write(tmp_path, record("b%"), record("a"), formats=("html",))
+    url = f"{(tmp_path / 'index.html').as_uri()}#{address}"
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    options = ("--headless", "--no-sandbox", "--disable-gpu", profile, "--dump-dom", url)
+    done = subprocess.run(
+        [str(BROWSER), *options], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert f'<h2 id="name">{shown}</h2>' in done.stdout
+    assert "2 of 2 segments" in done.stdout
 
 
 @pytest.mark.parametrize(("embed", "embedded"), [(1e-5, True), (1e-6, False)])
