@@ -385,10 +385,10 @@ class Features:
                 f"or there are none: {HOW_TO_SAY}."
             )
         self._files = self._find_files()
-        self._model, shape = join(self._folder, NAME), (self._said.channels, self._said.channels)
-        if self._said.channels is None:
-            self._model, shape = self._measured()
-        self._turned, self.channels = shape  # T of features that are like it, but of shape (C, T)
+        channels = self._said.channels
+        said = join(self._folder, NAME), channels or 0, channels or 0
+        # the second: the length of features that are like the model, but of shape (C, T)
+        self._model, self._turned, self.channels = said if channels else self._measured()
 
     @property
     def video_ids(self) -> tuple[str, ...]:
@@ -508,8 +508,8 @@ class Features:
         ]
         return {name[len(said.prefix) : len(name) - len(said.ending)]: name for name in names}
 
-    def _measured(self) -> tuple[str, tuple[int, ...]]:
-        """Find the first file that can be read, and its shape (T, C)."""
+    def _measured(self) -> tuple[str, int, int]:
+        """Find the first file that can be read: its place, T and C."""
         if not self._files:
             raise UserError(
                 f"{self._folder} holds no features: no file is named {self._said.prefix}"
@@ -518,7 +518,8 @@ class Features:
         problems = []
         for video_id in self.video_ids:
             try:
-                return self.uri(video_id), read_array(self.uri(video_id)).shape
+                length, channels = read_array(self.uri(video_id)).shape
+                return self.uri(video_id), length, channels
             except UserError as error:
                 problems.append(str(error))
         raise UserError(f"No file of features can be used: {problems[0]}")

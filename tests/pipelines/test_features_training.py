@@ -255,6 +255,8 @@ def as_others_write(folder: Path, target: Path, change: Change, **said: Any) -> 
     return sorted(path.name for path in target.glob("*.npy"))
 
 
+HEADER = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 1000), }"
+HUGE = b"\x93NUMPY\x01\x00" + (len(HEADER) + 1).to_bytes(2, "little") + HEADER + b"\n"
 CLIPS = {"fps": 12.0, "stride": 2, "frames": 2}
 SHAPE = r"must hold floating numbers of shape \(T, C\), but holds"
 
@@ -290,10 +292,6 @@ def test_features_that_cannot_be_used_are_named_before_training(
         plan_of(on_features(recipe, tmp_path / "features"))
     assert str(tmp_path / "features" / names[0]) in str(caught.value)
     assert "--data.videos" not in str(caught.value)
-
-
-HEADER = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 1000), }"
-HUGE = b"\x93NUMPY\x01\x00" + (len(HEADER) + 1).to_bytes(2, "little") + HEADER + b"\n"
 
 
 @pytest.mark.parametrize(
