@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.core.figures import pictures
+from pipelines.core.figures import drawn, pictures
 from pipelines.data.plan import Plan
 from pipelines.training.results import diagnosis_of, timelines_of
 from pipelines.training.validation import compare, metrics_of
@@ -187,7 +187,8 @@ def write_evaluation(folder: Path, evaluation: Evaluation, labelled: Labelled) -
     figures["timelines"] = timelines_of(labelled.plan, labelled.detections)
     for name, figure in figures.items():
         written.append(Path(_PICTURES) / f"{name}.png")
-        figure.savefig(folder / written[-1])
+        with drawn():
+            figure.savefig(folder / written[-1])
     return written
 
 
