@@ -262,7 +262,7 @@ def false_positives(diagnosis: Diagnosis) -> Figure:
 def sensitivity(diagnosis: Diagnosis) -> Figure:
     """Draw mAP_N over the bins of each characteristic, and the range relative to overall mAP_N."""
     figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(4, 1))
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
     overall = 100 * float(diagnosis.mAP.mean())
     values = {name: 100 * one.average for name, one in diagnosis.sensitivity.items()}
     _bars_by_bin(left, diagnosis.placed, values)
