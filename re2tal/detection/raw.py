@@ -130,6 +130,10 @@ def _misfits(tensors: Mapping[str, Tensor], names: Mapping[str, Sequence[str]]) 
     for name in ("segments", "scores"):
         if not tensors[name].is_floating_point():
             yield f"{name} must be floating point, not {tensors[name].dtype}"
+        elif wrong := int((~tensors[name].isfinite()).sum()):
+            yield f"{name} must be finite numbers, but {wrong} are nan or inf"
+    if scores.is_floating_point() and bool((scores < 0).any()):
+        yield "scores must not be negative: are they logits?"
     if labels.dtype not in _INTEGERS:
         yield f"labels must be integers, not {labels.dtype}"
     elif bool(((labels < 0) | (labels >= classes)).any()):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -225,6 +226,17 @@ def test_raw_predictions_that_are_none(tmp_path: Path) -> None:
         ({"counts": torch.tensor([1, 1])}, {}, ["add up to 1 detections"]),
         ({"segments": torch.zeros(1, 3)}, {}, ["segments must be of shape (1, 2)"]),
         ({"segments": torch.zeros(1, 2).int()}, {}, ["segments must be floating point"]),
+        (
+            {"segments": torch.tensor([[0, math.inf]])},
+            {},
+            ["segments must be finite numbers, but 1"],
+        ),
+        (
+            {"scores": torch.tensor([math.nan])},
+            {},
+            ["scores must be finite numbers, but 1 are nan"],
+        ),
+        ({"scores": torch.tensor([-2.0])}, {}, ["scores must not be negative: are they logits"]),
         ({"scores": torch.tensor(0.5)}, {}, ["scores must be of shape (N,)"]),
         ({"labels": torch.tensor([7])}, {}, ["labels are 7 to 7, but there are 1 classes"]),
         ({"labels": torch.tensor([0.5])}, {}, ["labels must be integers"]),
