@@ -30,8 +30,8 @@ from pipelines.core.metric_names import MAP
 from pipelines.data.feature_stream import without_backbone
 from pipelines.data.features import Features
 from pipelines.data.plan import Plan, make_plan, read_annotations
-from pipelines.experiments.command import carry_out, of_function
 from pipelines.experiments.experiment import Tables
+from pipelines.experiments.harness import of_function, run_command
 from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
 from pipelines.training.trainer import NonFiniteLossError, Trainer
@@ -131,4 +131,4 @@ if __name__ == "__main__":
     prog = "python -m sweeps.chance"
     results = Path(__file__).parent / "results" / "chance.json"
     with told_shortly():
-        carry_out(sys.argv[1:], of_function(measure, prog), prog=prog, output=results)
+        run_command(sys.argv[1:], of_function(measure, prog), prog=prog, output=results)

@@ -16,8 +16,12 @@ from pathlib import Path
 
 import tyro
 
-from pipelines.experiments.command import Configure, carry_out, of_function, refuse_failures
-from pipelines.experiments.harness import all_results
+from pipelines.experiments.harness import (
+    Configure,
+    all_results,
+    of_function,
+    refuse_failures,
+)
 from re2tal.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
@@ -68,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
         refuse_failures(paper.carry_out(asked).failures)
     elif name in EXPERIMENTS:
         output = RESULTS / f"{name}.json"
-        carry_out(rest, _configure(name), prog=f"{_PROG} {name}", output=output)
+        run_command(rest, _configure(name), prog=f"{_PROG} {name}", output=output)
     else:
         raise UserError(
             f"There is no experiment {name!r}. Choose one of: {', '.join(EXPERIMENTS)}; or paper, "

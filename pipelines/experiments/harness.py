@@ -1,5 +1,6 @@
 """Harness of all experiments: jobs with kept results, JSON files, tables and reports."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -8,14 +9,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torchvision
 
 from pipelines.core.checkout import code_fingerprint, git_commit
 from pipelines.core.clock import duration
+from pipelines.core.metric_names import safe_path
 from pipelines.experiments.experiment import (
     Experiment,
     Job,
@@ -28,12 +31,16 @@ from pipelines.experiments.experiment import (
     device,
 )
 from re2tal.atomic import replacing
+from re2tal.errors import UserError
 
 Work = tuple[str, Job]
 """Name of an experiment, and one of its jobs."""
 
 Execute = Callable[[Sequence[Work]], Iterator[Outcome]]
 """Function that does jobs and yields the outcome of each as it ends."""
+
+if TYPE_CHECKING:
+    from pipelines.core.tracking import Run
 
 VERDICTS = {True: "holds", False: "does not hold", None: "cannot be told"}
 REPORT = "report.md"
@@ -393,3 +400,122 @@ def _text(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+# The command line of one experiment.
+
+JOBS = Path("runs/experiments")
+"""Folder of results of jobs."""
+
+Configure = Callable[[Sequence[str]], Experiment]
+"""Function that makes an experiment from its own options."""
+
+
+def of_function(measure: Callable[..., Tables], prog: str) -> Configure:
+    """Make a function's parameters the options of an experiment.
+
+    Args:
+        measure: function that returns tables.
+        prog: beginning of the command line.
+    """
+
+    @wraps(measure)
+    def given(**options: Any) -> dict[str, Any]:
+        return options
+
+    def configure(arguments: Sequence[str]) -> Experiment:
+        import tyro  # here, because experiments on memory and speed are run without it
+
+        options = tyro.cli(given, args=arguments, prog=prog)
+        return Measurement(measure=measure, arguments=options)
+
+    return configure
+
+
+def run_command(arguments: Sequence[str], configure: Configure, *, prog: str, output: Path) -> None:
+    """Run an experiment and print its results.
+
+    Args:
+        arguments: --output, --threads, --resume, and the experiment's own options.
+        configure: function that makes the experiment from its own options.
+        prog: beginning of the command line.
+        output: JSON file of the results, unless `--output` names one; its name is the experiment's.
+
+    Raises:
+        UserError: if jobs failed.
+    """
+    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common.add_argument("--output", type=Path, default=output)
+    common.add_argument("--threads", type=int, default=torch.get_num_threads())
+    common.add_argument("--resume", action="store_true")
+    asked, own = common.parse_known_args(arguments)
+    experiment = configure(own)
+    torch.set_num_threads(asked.threads)
+    # The results' path does not affect the measurement, so the recorded command leaves it out.
+    told = [word for word in arguments if word not in ("--output", str(asked.output), "--resume")]
+    command = " ".join([prog, *told])
+    done = run(
+        {output.stem: experiment},
+        command=command,
+        kept=JOBS,
+        results=asked.output,
+        resume=asked.resume,
+    )
+    print("\n\n".join(done.sections), flush=True)
+    refuse_failures(done.failures)
+
+
+def refuse_failures(failures: int) -> None:
+    """Raise an error if any jobs failed.
+
+    Raises:
+        UserError: with their number.
+    """
+    if failures:
+        raise UserError(
+            f"{failures} jobs failed, as listed above; the same command tries them again."
+        )
+
+
+# Experiments as runs in MLflow.
+
+
+def log_outcome(parent: "Run", outcome: Outcome) -> None:
+    """Make a job's MLflow run below the parent's; a run that the job itself made is moved there."""
+    from mlflow.entities import Param, RunTag
+    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+
+    from pipelines.core.tracking import Run, log_metrics
+
+    client, job = parent.client, outcome.job
+    result = outcome.result if isinstance(outcome.result, dict) else {}
+    if "run_id" in result:
+        client.set_tag(result["run_id"], MLFLOW_PARENT_RUN_ID, parent.run_id)
+        return
+    experiment = client.get_run(parent.run_id).info.experiment_id
+    run = Run(uri=parent.uri, run_id=client.create_run(experiment).info.run_id)
+    params = [Param(name, str(value)) for name, value in job.arguments.items()]
+    tags = {
+        MLFLOW_PARENT_RUN_ID: parent.run_id,
+        MLFLOW_RUN_NAME: f"{outcome.experiment}: {job.name}",
+        "kind": outcome.experiment,
+    }
+    client.log_batch(run.run_id, params=params, tags=[RunTag(*tag) for tag in tags.items()])
+    numbers = {safe_path(name): v for name, v in result.items() if isinstance(v, int | float)}
+    log_metrics(run, numbers | {"seconds": outcome.seconds}, step=0)
+    client.log_dict(run.run_id, {"result": outcome.result}, "result.json")
+    if outcome.error:
+        client.set_tag(run.run_id, "error", outcome.error[:5000])
+    client.set_terminated(run.run_id, "FAILED" if outcome.error else "FINISHED")
+
+
+def log_results(run: "Run", done: Done) -> None:
+    """Log report, pictures and the numbers behind the claims in the run of the experiments."""
+    from pipelines.core.tracking import log_metrics
+
+    for file in done.files:
+        run.client.log_artifact(run.run_id, str(file))
+    for chapter in done.chapters:
+        if chapter.section is not None:
+            metrics = chapter.section.metrics
+            log_metrics(run, {safe_path(name): v for name, v in metrics.items()}, step=0)

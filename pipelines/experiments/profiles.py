@@ -20,10 +20,9 @@ from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import RECIPES
 from pipelines.core.tracking import finishing, start_run
 from pipelines.experiments.experiment import Row, Section, device
-from pipelines.experiments.harness import Chapter, circumstances, name_of, write
+from pipelines.experiments.harness import Chapter, circumstances, log_results, name_of, write
 from pipelines.experiments.pictures import COLOURS, tidy
 from pipelines.experiments.planner import Planner, Subject, backbone_alone, of_recipe
-from pipelines.experiments.tracked import log_results
 from pipelines.training.workload import Workload
 from re2tal.errors import UserError
 from re2tal.memory import Breakdown, Origin

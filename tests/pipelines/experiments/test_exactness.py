@@ -12,8 +12,16 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from pipelines.experiments.exactness import ERROR, Exactness, errors_of, quick
-from pipelines.experiments.peers import PEERS, Peer, Recomputing, stored
+from pipelines.experiments.exactness import (
+    ERROR,
+    PEERS,
+    Exactness,
+    Peer,
+    Recomputing,
+    errors_of,
+    quick,
+    stored,
+)
 from re2tal.errors import UserError
 
 ROOT = Path(__file__).parents[3]

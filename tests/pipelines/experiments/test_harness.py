@@ -11,8 +11,6 @@ from matplotlib.figure import Figure
 
 from pipelines.experiments import __main__ as command_line
 from pipelines.experiments.__main__ import EXPERIMENTS, RESULTS, main
-from pipelines.experiments.command import carry_out as run_command
-from pipelines.experiments.command import of_function
 from pipelines.experiments.experiment import (
     Experiment,
     Finding,
@@ -32,6 +30,8 @@ from pipelines.experiments.harness import (
     circumstances,
     execute_here,
     markdown,
+    of_function,
+    run_command,
     save,
     write,
 )

@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from pipelines.experiments.memory import NO_GPU, OUT_OF_MEMORY, Memory, peaks, quick
+from pipelines.experiments.memory import NO_GPU, OUT_OF_MEMORY, Memory, peaks, quick, resident
 from pipelines.experiments.pictures import apart
-from pipelines.experiments.resident import resident
 from re2tal.errors import UserError
 from re2tal.memory.fit import GIBIBYTE
 from re2tal.memory.ways import KEEPING, WAYS

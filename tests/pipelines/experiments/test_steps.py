@@ -8,8 +8,8 @@ from torch import nn
 
 from pipelines.experiments import devices
 from pipelines.experiments.drift import drift, rebuilt_error
+from pipelines.experiments.memory import predicted_step, resident
 from pipelines.experiments.models import STACKS, build, stack
-from pipelines.experiments.resident import predicted_step, resident
 from pipelines.experiments.timing import compared, in_turns, paired
 from pipelines.experiments.verify import checks_alone
 from pipelines.training.workload import Workload

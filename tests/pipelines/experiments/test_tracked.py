@@ -9,9 +9,8 @@ from matplotlib.figure import Figure
 
 from pipelines.core.tracking import finishing, start_run
 from pipelines.experiments.experiment import Job, Outcome, Section
-from pipelines.experiments.harness import Chapter, circumstances, write
+from pipelines.experiments.harness import Chapter, circumstances, log_outcome, log_results, write
 from pipelines.experiments.paper import Reproduction
-from pipelines.experiments.tracked import log_outcome, log_results
 
 
 @pytest.mark.slow
