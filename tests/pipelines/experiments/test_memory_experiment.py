@@ -1,7 +1,7 @@
 """The experiment `memory`: what is predicted, what fits, and what the report makes of it."""
 
 import copy
-import json
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -25,12 +25,8 @@ UNIT = 16  # frames that the toy backbone takes without padding
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[str, Any]:
-    """Of the quick version, as after a way through a file."""
-    return {
-        job.name: json.loads(json.dumps(job.work(**json.loads(json.dumps(job.arguments)))))
-        for job in quick().jobs()
-    }
+def results(results_of: Callable[[Memory], dict[str, Any]]) -> dict[str, Any]:
+    return results_of(quick())
 
 
 def close(results: dict[str, Any]) -> dict[str, Any]:
