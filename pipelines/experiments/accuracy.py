@@ -119,24 +119,17 @@ class Accuracy:
         most, plain = max(self.epochs), reached[PLAIN]
         kinds = ("rewired", "plain", "moving", "scratch")
         best, control, moved, scratch = (reached[_named(kind, most)] for kind in kinds)
+        claims = (
+            ("It is as accurate as the plain network finetuned for as long", best, control),
+            ("Dr2Net's schedule does as well as finetuning after rewiring at once", moved, best),
+        )
         findings = [
             Finding(
                 claim="Rewired and finetuned, the network is as accurate as the pretrained one",
                 holds=at_least(best, plain, margin=_MARGIN),
                 evidence=f"{best} against {plain.mean:.3f}",
             ),
-            finding(
-                "It is as accurate as the plain network finetuned for as long",
-                best,
-                control,
-                margin=_MARGIN,
-            ),
-            finding(
-                "Dr2Net's schedule does as well as finetuning after rewiring at once",
-                moved,
-                best,
-                margin=_MARGIN,
-            ),
+            *(finding(claim, one, other, margin=_MARGIN) for claim, one, other in claims),
             finding(
                 "The pretrained weights are what makes it so: from scratch it is worse",
                 best,

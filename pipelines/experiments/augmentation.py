@@ -70,8 +70,9 @@ def compare(
         source, seed = clip(config.decoded_size(size)), next(seeds)
         return _seconds(lambda: augment(source, config, size=size, seeds=[seed]), device)
 
-    ways = {name: partial(augmented, config) for name, config in configs.items()}
-    times = in_turns({_STEP: step, **ways}, rounds)
+    ways: dict[str, Callable[[], float]] = {_STEP: step}
+    ways |= {name: partial(augmented, config) for name, config in configs.items()}
+    times = in_turns(ways, rounds)
     return [
         {
             "what changes": name,

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import median
 from typing import Any
 
 import psutil
@@ -30,7 +29,7 @@ from pipelines.experiments.experiment import (
     Tables,
     refuse_unknown,
 )
-from pipelines.experiments.models import build
+from pipelines.experiments.models import SMALL, build
 from pipelines.experiments.pictures import COLOURS, lines, tidy
 from pipelines.experiments.planner import Planner, backbone_alone
 from pipelines.training.workload import Workload
@@ -66,11 +65,8 @@ class Memory:
         depths: numbers of blocks of the deepest stage.
         precision: number format of the branches.
         cards: memory of GPUs in GiB, for each of which the longest clip is sought.
-        resident: network of `pipelines/experiments/models.py` that is also measured in fresh
-            processes on the CPU; "" leaves that out.
-        resident_frames: length of the clip in that measurement.
-        resident_size: height and width of its frames.
-        resident_repetitions: number of processes, of which the median is taken.
+        resident: network of `pipelines/experiments/models.py` of which a small step is also
+            measured in fresh processes on the CPU; "" leaves that out.
     """
 
     backbone: str = "swin_t"
@@ -82,9 +78,6 @@ class Memory:
     precision: Precision = "bfloat16"
     cards: tuple[float, ...] = (12, 24, 80)
     resident: str = "swin3d_t"
-    resident_frames: int = 32
-    resident_size: int = 112
-    resident_repetitions: int = 1
 
     def __post_init__(self) -> None:
         refuse_unknown("backbone", (self.backbone, *self.others), backbones())
@@ -107,9 +100,7 @@ class Memory:
                 arguments["precision"] = self.precision
                 found.append(Job(name=_named(backbone, size, way), work=peaks, arguments=arguments))
             if self.resident:
-                arguments = {"model": self.resident, "way": way}
-                arguments["step"] = {"frames": self.resident_frames, "size": self.resident_size}
-                arguments["repetitions"] = self.resident_repetitions
+                arguments = {"model": self.resident, "way": way, "step": asdict(SMALL)}
                 found.append(Job(name=_named_resident(way), work=resident, arguments=arguments))
         return found
 
@@ -160,8 +151,8 @@ class Memory:
         if not self.resident:
             return text
         return (
-            f"{text} For the small step {self.resident} is trained on {self.resident_frames} "
-            f"frames of {self.resident_size} px in float32, each way in a process of its own; "
+            f"{text} For the small step {self.resident} is trained on {SMALL.frames} frames "
+            f"of {SMALL.size} px in float32, each way in a process of its own; "
             "parameters and frames are not counted. By default glibc keeps freed blocks of up to "
             "32 MB, which then count as if they were in use; measured is without that."
         )
@@ -363,14 +354,13 @@ def peaks(
 FOLLOWING = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
-def resident(*, model: str, step: Mapping[str, Any], way: str, repetitions: int) -> dict[str, Any]:
+def resident(*, model: str, step: Mapping[str, Any], way: str) -> dict[str, int]:
     """Measure and predict the bytes that a step adds to a fresh process that built its model.
 
     Args:
         model: key of `MODELS`.
         step: fields of a `Workload`.
         way: key of `WAYS`.
-        repetitions: number of processes, of which the median is taken.
 
     Returns:
         Bytes: predicted, measured, and measured with the default settings of the allocator;
@@ -379,12 +369,9 @@ def resident(*, model: str, step: Mapping[str, Any], way: str, repetitions: int)
     command = [sys.executable, "-c", _PROCESS, model, json.dumps(step), way]
     variables = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
-    def added(environment: Mapping[str, str]) -> float:
-        output = [
-            subprocess.check_output(command, env=variables | environment)  # noqa: S603 - Python
-            for _ in range(repetitions)
-        ]
-        return median(map(int, output))
+    def added(environment: Mapping[str, str]) -> int:
+        output = subprocess.check_output(command, env=variables | environment)  # noqa: S603 - Python
+        return int(output)
 
     memory = predicted_step(model, Workload(**step), way)
     return {

@@ -8,7 +8,7 @@ from torch import nn
 
 from pipelines.experiments import devices
 from pipelines.experiments.exactness import drift, rebuilt_error
-from pipelines.experiments.memory import predicted_step, resident
+from pipelines.experiments.memory import predicted_step
 from pipelines.experiments.models import STACKS, build, stack
 from pipelines.experiments.speed import checks_alone
 from pipelines.experiments.timing import compared, in_turns, paired
@@ -70,14 +70,6 @@ def test_a_step_is_predicted_by_kinds() -> None:
     parameters = sum(p.numel() * 4 for p in build("toy_swin").parameters())
     assert found.parameters == found.gradients == parameters
     assert found.inputs == 4 * 32 * 32 * 3
-
-
-@pytest.mark.slow
-def test_resident_memory_of_a_fresh_process() -> None:
-    step = {"frames": 32, "size": 128}
-    found = resident(model="toy_swin", step=step, way="plain", repetitions=1)
-    assert found["measured"] == pytest.approx(found["predicted"], rel=0.5)
-    assert found["allocator's default"] > 0
 
 
 def test_ways_take_turns_and_the_first_round_does_not_count() -> None:
