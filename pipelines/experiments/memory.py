@@ -370,7 +370,7 @@ def resident(*, model: str, step: Mapping[str, Any], way: str) -> dict[str, int]
     variables = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
     def added(environment: Mapping[str, str]) -> int:
-        output = subprocess.check_output(command, env=variables | environment)  # noqa: S603 - Python
+        output = subprocess.check_output(command, env={**variables, **environment})  # noqa: S603 - Python
         return int(output)
 
     memory = predicted_step(model, Workload(**step), way)

@@ -7,7 +7,7 @@ a round tell the ways apart whatever else the machine does.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -26,7 +26,7 @@ from pipelines.experiments.experiment import (
     refuse_unknown,
 )
 from pipelines.experiments.harness import name_of
-from pipelines.experiments.models import MODELS, SMALL, build, swin_stack
+from pipelines.experiments.models import LONG, MODELS, SMALL, build, swin_stack
 from pipelines.experiments.pictures import COLOURS, lines, tidy
 from pipelines.experiments.timing import Times, compared, paired, ratios, timed
 from pipelines.training.workload import Workload
@@ -56,29 +56,25 @@ class Speed:
     """Time of a training step, in five ways, and its growth with depth.
 
     Attributes:
-        models: networks of `pipelines/experiments/models.py` that a CPU trains, in float32.
-        frames: length of the one clip in the batch.
-        size: height and width of a frame.
-        gpu_models: networks that are trained instead if there is a GPU, in bfloat16.
-        gpu_frames: length of the clip on a GPU.
-        gpu_size: height and width of a frame on a GPU.
+        models: networks of `pipelines/experiments/models.py`, trained in float32 on a CPU and in
+            bfloat16 on a GPU; by default swin3d_t, and slowfast_50 on a CPU or slowfast_101 on a
+            GPU.
+        frames: length of the one clip in the batch; by default 32, on a GPU 256.
+        size: height and width of a frame; by default 112, on a GPU 224.
         depths: even numbers of residual branches of a stack of Swin blocks; perhaps none.
         grid: tokens of that stack in time, height and width on a CPU.
         rounds: number of turns of each way, at least 3.
     """
 
-    models: tuple[str, ...] = ("swin3d_t", "slowfast_50")
-    frames: int = 32
-    size: int = 112
-    gpu_models: tuple[str, ...] = ("swin3d_t", "slowfast_101")
-    gpu_frames: int = 256
-    gpu_size: int = 224
+    models: tuple[str, ...] = ()
+    frames: int | None = None
+    size: int | None = None
     depths: tuple[int, ...] = (12, 24, 48, 96)
     grid: tuple[int, int, int] = (4, 16, 16)
     rounds: int = 5
 
     def __post_init__(self) -> None:
-        refuse_unknown("model", (*self.models, *self.gpu_models), MODELS)
+        refuse_unknown("model", self.models, MODELS)
         odd = [depth for depth in self.depths if depth % 2]
         if odd:
             raise UserError(f"Depths are even, two branches per Swin block, but one is {odd[0]}.")
@@ -87,13 +83,8 @@ class Speed:
 
     def jobs(self) -> Sequence[Job]:
         """List whole models, and stacks of several depths."""
-        cpu = Workload(frames=self.frames, size=self.size)
-        gpu = Workload(frames=self.gpu_frames, size=self.gpu_size, precision="bfloat16")
-        models = {
-            "on_cpu": {"models": list(self.models), "step": asdict(cpu)},
-            "on_gpu": {"models": list(self.gpu_models), "step": asdict(gpu)},
-            "rounds": self.rounds,
-        }
+        models = {"models": list(self.models), "frames": self.frames, "size": self.size}
+        models["rounds"] = self.rounds
         stacks = {"depths": sorted(self.depths), "grid": self.grid, "rounds": self.rounds}
         found = [Job(name=_STEPS, work=steps, arguments=models, alone=True)]
         if self.depths:
@@ -151,21 +142,19 @@ def quick() -> Speed:
 # The work.
 
 
-def steps(*, on_cpu: Mapping[str, Any], on_gpu: Mapping[str, Any], rounds: int) -> dict[str, Any]:
-    """Time a step of whole models.
-
-    Args:
-        on_cpu: names of models, and the fields of their `Workload`, if there is no GPU.
-        on_gpu: the same if there is a GPU.
-        rounds: number of turns of each way.
+def steps(
+    *, models: Sequence[str], frames: int | None, size: int | None, rounds: int
+) -> dict[str, Any]:
+    """Time a step of whole models; see `Speed` for the defaults.
 
     Returns:
         The device, and in "times" the seconds of every round, by step and way.
     """
-    here = device()
-    asked = on_gpu if here.type == "cuda" else on_cpu
-    work, times = Workload(**asked["step"]), {}
-    for name in asked["models"]:
+    here, times = device(), {}
+    on_gpu = here.type == "cuda"
+    usual = replace(LONG, frames=256) if on_gpu else SMALL
+    work = replace(usual, frames=frames or usual.frames, size=size or usual.size)
+    for name in models or ("swin3d_t", "slowfast_101" if on_gpu else "slowfast_50"):
         model, inputs = build(name).to(here), work.noise(here)
         step = lambda: work.step(model, *inputs)  # noqa: E731, B023
         times[f"{name}, {work}"] = paired(model, step, _PREPARE, rounds=rounds)

@@ -105,4 +105,4 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(UserError, match="need 3 rounds, but rounds is 2"):
         Speed(rounds=2)
     with pytest.raises(UserError, match=r"no model resnet\. Choose from: swin3d_t"):
-        Speed(gpu_models=("resnet",))
+        Speed(models=("resnet",))
