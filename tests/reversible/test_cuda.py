@@ -13,14 +13,9 @@ from re2tal.memory import predict_peak
 from re2tal.memory.ways import WAYS, prepared
 from re2tal.reversible import ReversibleError, check, rewire
 from re2tal.reversible.coupling import Budget
-from tests.reversible.test_exact import (
-    Precision,
-    assert_bit_equal,
-    both_precisions,
-    built,
-)
+from tests.reversible.test_exact import assert_bit_equal
 from tests.reversible.toy_blocks import MlpBlock
-from tests.reversible.zoo import ZOO
+from tests.reversible.zoo import ZOO, Precision, both_precisions, built
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

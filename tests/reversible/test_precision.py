@@ -12,8 +12,6 @@ from tests.reversible.toy_blocks import (
     MlpBlock,
     PairBlock,
     assert_reversible_is_stored,
-    assert_same_step,
-    one_step,
 )
 
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
@@ -147,19 +145,6 @@ def test_a_model_in_half_precision_has_float32_streams(dtype: torch.dtype) -> No
         assert gradient.dtype == dtype
         assert gradient.any()
     assert_rounded_streams(dtype, result.output, model, x.detach())
-
-
-@HALVES
-def test_autocast_gives_the_gradients_of_stored_activations(dtype: torch.dtype) -> None:
-    model = network()
-    x = torch.randn(5, 8, requires_grad=True)
-    results = []
-    for reversible in (True, False):
-        set_reversible(model, reversible)
-        with torch.autocast("cpu", dtype):
-            # The forward and the backward in the region, whose cache of cast weights both share.
-            results.append(one_step(model, x))
-    assert_same_step(*results)
 
 
 DEPTHS = (12, 24, 96)
