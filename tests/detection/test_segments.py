@@ -33,17 +33,6 @@ def test_tiou_is_the_ratio_of_lengths(a: tuple[float, float], b: tuple[float, fl
     assert torch.equal(found, tiou(torch.tensor(b), torch.tensor(a)))
 
 
-def test_tiou_broadcasts_to_all_pairs() -> None:
-    a, b = torch.rand(5, 2).sort(dim=1).values, torch.rand(3, 2).sort(dim=1).values
-    pairs = tiou(a[:, None], b[None])
-    assert pairs.shape == (5, 3)
-    assert pairs[4, 1].item() == pytest.approx(overlap(tuple(a[4].tolist()), tuple(b[1].tolist())))
-
-
-def test_sorting_keeps_the_order_of_equal_scores() -> None:
-    assert make([0.5, 0.9, 0.5, 0.9]).sorted().labels.tolist() == [1, 3, 0, 2]
-
-
 def test_concat_keeps_everything_in_order() -> None:
     both = Detections.concat([make([0.1, 0.2]), Detections.empty(), make([0.3])])
     assert both.scores.tolist() == pytest.approx([0.1, 0.2, 0.3])

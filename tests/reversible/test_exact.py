@@ -108,23 +108,14 @@ def assert_bit_equal(
 
 @every_model
 @both_precisions
-@pytest.mark.parametrize("budget", ["auto", 1])
+@pytest.mark.parametrize(("budget", "alpha"), [("auto", 0.0), (1, 0.0), ("auto", 0.4)])
 def test_a_step_of_a_rewired_model(
-    name: str, bf16: bool, budget: Budget, monkeypatch: pytest.MonkeyPatch
+    name: str, bf16: bool, budget: Budget, alpha: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With alpha = 0.4, the pretrained skip connection as well."""
     model, inputs = built(name, bf16=bf16)
     assert_repeats(model, inputs)
-    report = rewire(model, slice_bytes=budget)
-    assert_bit_equal(model, inputs, len(report.stages), monkeypatch)
-
-
-@every_model
-@both_precisions
-def test_a_step_with_the_pretrained_skip_connection_as_well(
-    name: str, bf16: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, inputs = built(name, bf16=bf16)
-    report = rewire(model, alpha=0.4, beta=1.0)
+    report = rewire(model, slice_bytes=budget, alpha=alpha)
     assert_bit_equal(model, inputs, len(report.stages), monkeypatch)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models.swin_transformer import PatchMerging
 
 from re2tal.memory import LiveBytes
 from re2tal.reversible import (
@@ -29,7 +28,7 @@ from tests.reversible.toy_blocks import (
     stems_and_stages,
     tiny_swin,
 )
-from tests.reversible.zoo import ZOO, both_precisions, built
+from tests.reversible.zoo import ZOO
 
 
 def stems(model: nn.Module) -> list[Stem]:
@@ -169,21 +168,6 @@ def test_a_step_is_that_of_the_modules_themselves(needs_input: bool, frozen: str
     for name, gradient in step.gradients.items():
         if not name.startswith("input"):
             assert (gradient is None) == bool(frozen and name.startswith(frozen)), name
-
-
-@pytest.mark.parametrize("name", ["swin3d", "swin2d", "mvit_v1", "mvit_v2", "r3d", "r2plus1d"])
-@both_precisions
-def test_a_step_of_the_libraries_models(name: str, bf16: bool) -> None:
-    """MViT's blocks return their grid beside the tokens."""
-    model, inputs = built(name, bf16=bf16)
-    assert_recomputed_is_stored(model, *inputs)
-
-
-def test_torchvisions_merging_pads_odd_sizes_the_same() -> None:
-    torch.manual_seed(0)
-    model = tiny_swin((1, 1))
-    assert isinstance(model.features[1], PatchMerging)
-    assert_recomputed_is_stored(model, torch.randn(1, 3, 5, 27, 21, requires_grad=True))
 
 
 class PairStem(Stem):
