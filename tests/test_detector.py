@@ -69,7 +69,7 @@ def test_a_feature_is_valid_when_any_of_its_frames_is() -> None:
         assert model.feature_mask(mask).sum(dim=1).tolist() == [8, features]
 
 
-def test_what_padding_frames_show_changes_nothing() -> None:
+def test_the_content_of_padding_frames_changes_nothing() -> None:
     model = detector().eval()
     frames, mask = batch(valid=20)
     other = frames.clone()

@@ -27,7 +27,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Names:
-    """Of a pathway (0 is the slow one), stage (from 0), block and convolution (0 to 2)."""
+    """Names by pathway (0 is the slow one), stage (from 0), block and convolution (0 to 2)."""
 
     stem: Callable[[int], Pair]
     lateral: Callable[[int], Pair]  # before a stage

@@ -96,7 +96,7 @@ def test_rows_are_plain_numbers_and_names() -> None:
         ({"segments": torch.tensor([[2.5, 1.0]])}, "'x'.*reversed: .* 2.5 to 1, score 1. 1 of 1"),
     ],
 )
-def test_what_cannot_be_written_leaves_the_old_file(
+def test_a_refused_result_leaves_the_old_file(
     change: dict[str, torch.Tensor], reason: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "detections.json"

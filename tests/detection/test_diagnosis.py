@@ -63,7 +63,7 @@ def test_an_overlap_of_exactly_the_threshold_counts() -> None:
     np.testing.assert_array_equal(counts, [1, 0, 1, 0, 2, 1])
 
 
-def test_what_removing_an_error_gains_by_hand() -> None:
+def test_the_gain_of_removing_an_error_by_hand() -> None:
     """One class of two instances; by score: background, hit, double detection, hit.
 
     P_N = R N / (R N + F) with N = 2 is the plain precision here: 1/2 at the first hit and
@@ -89,7 +89,7 @@ def test_what_removing_an_error_gains_by_hand() -> None:
     assert np.isnan(profile.shares[0, 2:]).all()
 
 
-def test_of_one_class_the_normalised_map_is_the_plain_one() -> None:
+def test_the_normalised_map_of_one_class_is_the_plain_one() -> None:
     truth, guesses = random_set(3, classes=1)
     expected = mean_average_precision(
         grouped(truth), grouped(guesses), num_classes=4, thresholds=THRESHOLDS
@@ -314,7 +314,7 @@ def test_without_predictions_everything_is_missed() -> None:
     assert not result.false_positives.gains.any()
 
 
-def test_what_cannot_be_diagnosed_says_so() -> None:
+def test_input_that_cannot_be_diagnosed_is_refused() -> None:
     guess: list[Guess] = [("a", 0.0, 1.0, 0, 0.5)]
     for durations in ({}, {"a": 0.0}):
         with pytest.raises(ValueError, match="'a' has instances but no positive duration"):

@@ -112,7 +112,7 @@ def test_excluded_videos_count_nowhere() -> None:
         assert result.recall.tolist() == [[expected, expected]]
 
 
-def test_what_cannot_be_evaluated_is_refused() -> None:
+def test_input_that_cannot_be_evaluated_is_refused() -> None:
     truth = by_video({"a": [(0, 1, 1, 0)]})
     with pytest.raises(ValueError, match="every k to be at least 1"):
         recall_at(truth, {}, num_classes=1, thresholds=[0.5], ks=(0, 1))

@@ -199,7 +199,7 @@ def test_without_detections_there_is_nothing_to_keep() -> None:
 @pytest.mark.parametrize(
     "row", [(0, 1, math.nan, 0), (0, 1, -0.1, 0), (0, math.inf, 0.5, 0), (math.nan, 1, 0.5, 0)]
 )
-def test_what_cannot_be_ranked_is_refused(row: Row) -> None:
+def test_values_that_cannot_be_ranked_are_refused(row: Row) -> None:
     with pytest.raises(ValueError, match=r"ranked: segment .*, score .*not logits"):
         nms(detections([(0, 1, 0.5, 0), row]), NmsConfig())
 
@@ -266,7 +266,7 @@ def test_suppression_and_voting_merge_the_runs() -> None:
     assert merged.segments.tolist() == [pytest.approx([0.5, 10.5])]
 
 
-def test_what_is_no_ensemble() -> None:
+def test_weights_that_do_not_fit_the_runs_are_refused() -> None:
     run = {"a": detections([]), "b": detections([])}
     for runs, weights in (([], []), ([run], []), ([run], [1.0, 1.0])):
         with pytest.raises(ValueError, match="as many weights"):

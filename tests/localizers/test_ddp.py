@@ -37,7 +37,7 @@ def state_of(model: nn.Module) -> dict[str, bytes]:
 
 
 def gathered(mine: Any) -> list[Any]:
-    """What each rank has, on all ranks."""
+    """Objects of all ranks, on each rank."""
     everybody = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, mine)
     return everybody

@@ -108,7 +108,7 @@ def test_all_ranks_divide_by_the_same_mean(ranks: Ranks) -> None:
     ranks.run(_count_on_rank)
 
 
-def test_what_a_step_holds_is_counted_once_ahead_of_its_passes() -> None:
+def test_a_step_is_counted_once_ahead_of_its_passes() -> None:
     normalizer = LossNormalizer(100.0)
     normalizer.count(torch.tensor(60), passes=3)
     divisors = [normalizer(torch.tensor(20)).item() for _ in range(3)]

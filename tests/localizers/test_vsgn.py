@@ -17,7 +17,7 @@ EVERYTHING = replace(VSGN, score_threshold=-1.0, min_duration=-100.0, top_k=10**
 
 @pytest.mark.parametrize("stem_stride", [1, 2])
 @pytest.mark.parametrize("graph", [True, False])
-def test_how_much_padding_follows_changes_nothing(stem_stride: int, graph: bool) -> None:
+def test_the_amount_of_padding_changes_nothing(stem_stride: int, graph: bool) -> None:
     """Layers see zeros behind the last feature, as they do behind a window's end."""
     model = built(replace(VSGN, stem_stride=stem_stride, graph=graph))
     features, mask = sample([32])

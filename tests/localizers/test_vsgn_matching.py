@@ -63,7 +63,7 @@ def overlap(a: list[float], b: list[float]) -> float:
 
 
 def slow_match(segments: Tensor, valid: Tensor, threshold: float) -> list[list[int]]:
-    """Of each sample and anchor the number of its action, or -1."""
+    """Number of the action of each sample and anchor, or -1."""
     matched = []
     for sample, labels in enumerate(INSTANCES.labels.tolist()):
         actions = [n for n, label in enumerate(labels) if label >= 0]

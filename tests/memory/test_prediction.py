@@ -42,7 +42,7 @@ class Truth:
 
 
 class LossModule(nn.Module):
-    """What a detector looks like to the meters: records among its inputs, a dict of losses."""
+    """Model with records among its inputs and a dict of losses, as a detector is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ def test_the_parts_are_the_peak_and_the_peak_is_the_prediction(way: str) -> None
 
 
 @pytest.mark.parametrize("way", ["rewired", "checkpointed"])
-def test_what_is_repeated_in_the_backward_is_named_by_its_module(way: str) -> None:
+def test_repetitions_in_the_backward_are_named_by_their_module(way: str) -> None:
     """One block in the middle of three is a hundred times wider: the peak is in it."""
     widths = (8, 800, 8)
     blocks = nn.Sequential(*(MlpBlock(16) for _ in widths))

@@ -35,7 +35,7 @@ from tests.reversible.zoo import ZOO, Built, scrambled
 
 
 class Call(NamedTuple):
-    """Of one block, within its model."""
+    """Call of one block within its model."""
 
     block: nn.Module
     x: Tensor
@@ -48,7 +48,7 @@ class Call(NamedTuple):
 
 
 def block_calls(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[Call]:
-    """What the model calls its blocks with, for those of which a family is registered."""
+    """Calls of those blocks of the model of which a family is registered."""
     calls: list[Call] = []
 
     def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -244,7 +244,7 @@ def test_the_pieces_are_the_whole(name: str, units: int) -> None:
 
 
 def saved_bytes(call: Call, branch: Branch) -> int:
-    """What autograd keeps for the backward of a branch, without its parameters."""
+    """Bytes that autograd keeps for the backward of a branch, without its parameters."""
     known = {p.untyped_storage().data_ptr() for p in call.block.parameters()}
     kept: dict[int, int] = {}
 
@@ -307,7 +307,7 @@ def test_the_change_of_shape_is_described(name: str, block: str, message: str) -
 
 
 @pytest.mark.parametrize("name", ["r3d", "r2plus1d", "bottlenecks"])
-def test_what_is_recomputed_between_the_stages_of_a_resnet(name: str) -> None:
+def test_layers_between_the_stages_of_a_resnet_are_recomputed(name: str) -> None:
     model, inputs = MODELS[name]()
     list(block_calls(model, inputs))  # loads the families
     for module in model.modules():
