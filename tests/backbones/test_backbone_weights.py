@@ -406,11 +406,11 @@ class Unsafe:
     pass
 
 
-@pytest.mark.parametrize("content", [Unsafe(), [1, 2], {"a": 1}], ids=["code", "list", "numbers"])
+@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"state_dict_ema": {"a": 1}}])
 def test_pickles_of_anything_but_tensors_are_refused(tmp_path: Path, content: object) -> None:
     path = tmp_path / "w.pth"
     torch.save(content, path)
-    with pytest.raises(ValueError, match=r"cannot be read|holds no weights"):
+    with pytest.raises(ValueError, match="holds no weights"):
         load_backbone_weights(TINY.build(), path)
 
 
@@ -440,4 +440,6 @@ def test_a_class_that_is_not_unpickled_is_named_with_the_way_out(tmp_path: Path)
     torch.save({"state_dict": TINY.build().state_dict(), "message_hub": Unsafe()}, path)
     with pytest.raises(ValueError, match=r"\(.*test_backbone_weights\.Unsafe\)") as caught:
         load_backbone_weights(TINY.build(), path)
+    assert "could run code" in str(caught.value)
+    assert "weights_only" not in str(caught.value)
     assert "write its tensors alone to another file" in str(caught.value)

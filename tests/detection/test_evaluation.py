@@ -165,7 +165,9 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         ),
     ],
 )
-def test_input_that_cannot_be_evaluated_is_refused(truth: Truth, found: Videos, message: str) -> None:
+def test_input_that_cannot_be_evaluated_is_refused(
+    truth: Truth, found: Videos, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         score(truth, found)
 

@@ -81,21 +81,6 @@ def test_a_module_with_losses_and_records() -> None:
     assert_same(predict_peak(model, *inputs), measure_activations(model, *inputs))
 
 
-def stage_memory(depth: int, *, rewired: bool) -> StepMemory:
-    model = nn.Sequential(*(MlpBlock(64) for _ in range(depth)))
-    if rewired:
-        rewire(model)
-    return predict_peak(model, torch.empty(512, 64))
-
-
-def test_depth_costs_a_reversible_stage_nothing_but_parameters() -> None:
-    plain = [stage_memory(depth, rewired=False).activations for depth in (6, 12)]
-    rewired = [stage_memory(depth, rewired=True).activations for depth in (6, 12)]
-    assert plain[1] > 1.8 * plain[0]
-    assert rewired[1] <= 1.01 * rewired[0]
-    assert rewired[0] < plain[0] / 3
-
-
 def test_prediction_leaves_the_model_alone_and_needs_no_memory() -> None:
     model = nn.Linear(8, 8)
     model.weight.grad = torch.ones(8, 8)
