@@ -19,6 +19,20 @@ from re2tal.reversible.coupling import FINEST, HEADROOM, Coupling, Grid, stream_
 from tests.reversible.toy_blocks import assert_same_step, one_step, tiny_swin
 
 
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (0.6, 0.0), (0.5, 0.25), (0.0, 1.0)])
+def test_a_step_its_gradient_and_the_merge(alpha: float, beta: float) -> None:
+    coupling = Coupling(alpha=alpha, beta=beta)
+    assert coupling.invertible == (beta != 0)
+    branch, current, previous = torch.randn(3, 4, dtype=torch.float64).requires_grad_()
+    following = coupling.advance(coupling.increment(branch, current), previous)
+    torch.testing.assert_close(following, branch + alpha * current + beta * previous)
+    gradient = torch.randn_like(following)
+    (truth,) = torch.autograd.grad(following, previous, gradient, allow_unused=True)
+    torch.testing.assert_close(coupling.skip_gradient(gradient), truth)
+    merged = (following + beta * current) / (1 + beta)
+    torch.testing.assert_close(coupling.merge(following, current), merged)
+
+
 @pytest.mark.parametrize(
     ("alpha", "beta"), [(math.nan, 1), (0, math.inf), (0, -0.5), (math.inf, 1)]
 )
