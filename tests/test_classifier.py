@@ -114,19 +114,18 @@ def test_settings_out_of_range_are_refused(name: str) -> None:
         ClipClassifierConfig(**{name: 1.0})
 
 
-def spec(*, reversible: bool) -> DetectorSpec:
+def spec() -> DetectorSpec:
     return DetectorSpec(
         classes=("fly", "spin", "walk"),
         backbone=replace(swin_toy(), embed_dim=16, heads=(2, 2)),
         localizer=ClipClassifierConfig(),
-        reversible=reversible,
         size=32,
         window=WindowConfig(frames=8, fps=4.0),
     )
 
 
 def test_a_classifier_is_saved_with_all_that_it_needs_and_loads_strictly(tmp_path: Path) -> None:
-    built = spec(reversible=True)
+    built = spec()
     classifier = built.build().eval()
     frames = torch.randint(0, 256, (2, 8, 32, 32, 3), dtype=torch.uint8)
     mask = torch.ones(2, 8, dtype=torch.bool)

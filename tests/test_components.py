@@ -30,11 +30,11 @@ def spec(**fields: Any) -> DetectorSpec:
     )
 
 
-@pytest.mark.parametrize("backbone", [swin_toy(), slowfast_toy()])
+@pytest.mark.parametrize(("backbone", "reversible"), [(swin_toy(), True), (slowfast_toy(), False)])
 def test_a_detector_of_any_parts_is_read_as_it_was_written(
-    tmp_path: Path, backbone: object
+    tmp_path: Path, backbone: object, reversible: bool
 ) -> None:
-    written = spec(backbone=backbone)
+    written = spec(backbone=backbone, reversible=reversible)
     detector = written.build()
     save_detector(tmp_path, written, detector)
     read, copy = load_detector(tmp_path)
