@@ -44,5 +44,5 @@ def test_places_are_the_features_before_pooling() -> None:
 
 
 def test_depths_need_as_many_heads() -> None:
-    with pytest.raises(ValueError, match="one number of heads for each stage, but got 1 for 2"):
+    with pytest.raises(ValueError, match="one number of heads for each, but got 1 for 2"):
         SwinConfig(depths=(2, 2), heads=(2,))

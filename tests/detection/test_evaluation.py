@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.experiments.evaluation import THUMOS
+from pipelines.experiments.detections import THUMOS
 from re2tal.detection import Detections, mean_average_precision
 from re2tal.detection.evaluation import matching
 from tests.detection.rows import Videos, by_video

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from pipelines.experiments.memory import predicted_step
 from pipelines.experiments.models import LONG, SMALL, build
-from pipelines.experiments.resident import predicted_step
 from re2tal.memory import (
     Breakdown,
     StepMemory,
