@@ -100,7 +100,10 @@ def rewritten(saved: Path, folder: Path, place: str, value: object) -> Path:
         ("localizer.class", "", "import its module first"),
         ("localizer.new_switch", True, "has no new_switch"),
         ("localizer.width", "wide", "width"),
-        *(("localizer", value, "localizer") for value in ("ActionFormer", None, 3, [])),
+        ("localizer", "ActionFormer", "localizer"),
+        ("localizer", None, "localizer"),
+        ("localizer", 3, "localizer"),
+        ("localizer", [], "localizer"),
     ],
 )
 def test_a_file_of_anything_but_a_component_is_refused(
