@@ -121,7 +121,7 @@ def remove_partial(folder: str) -> None:
 def remove_surplus(
     folder: str, config: CheckpointConfig, score: str, *, written: str | None = None
 ) -> None:
-    """Remove the checkpoints that a run does not keep.
+    """Remove the checkpoints that a run does not keep, and those that are not whole.
 
     The newest stays in any case, to go on from.
 
@@ -132,12 +132,11 @@ def remove_surplus(
         written: name of the one that was written just now. Any behind it was found damaged when
             the run went on.
     """
-    kept, _ = checkpoints(folder)
+    kept, rest = checkpoints(folder)
     valid = [one for one in kept if written is None or one.name <= written]
     stay = {one.name for one in _chosen(valid, config, score)}
-    for one in kept:
-        if one.name not in stay:
-            remove_folder(one.uri)
+    for name in [*rest, *(one.name for one in kept if one.name not in stay)]:
+        remove_folder(join(folder, name))
 
 
 def _chosen(kept: Sequence[Kept], config: CheckpointConfig, score: str) -> list[Kept]:

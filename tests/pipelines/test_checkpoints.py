@@ -1,17 +1,22 @@
 """A checkpoint is taken for good only if it is whole."""
 
+import errno
 import json
 import math
+import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal, cast
 
 import pyarrow.fs as pafs
 import pytest
+import ray.train
 import torch
 
 from pipelines.config.recipe import CheckpointConfig, Recipe
@@ -28,12 +33,12 @@ from pipelines.training.retention import (
     checkpoint_name,
     checkpoints,
     drop_list,
-    fetched,
     make_room,
     newest_checkpoint,
     remove_surplus,
 )
 from pipelines.training.trainer import Trainer
+from pipelines.training.worker import RayRuntime
 from re2tal.errors import UserError
 from re2tal.videos.windows import Window
 
@@ -126,39 +131,53 @@ def test_a_checkpoint_of_an_earlier_version_is_read(
 
 
 class _Kept(LocalRuntime):
-    """Keeps the checkpoints of a run in a folder, as a run with Ray does."""
+    """Keeps the checkpoints of a run in a folder, as a worker of Ray Train does."""
 
     def __init__(self, recipe: Recipe, plan: Plan, folder: Path) -> None:
         super().__init__(recipe, plan, folder)
-        self._kept = folder / "run"
+        task = DetectionTask(recipe=recipe, plan=plan)
+        self._metrics, self._job = None, SimpleNamespace(output=str(folder), task=task)
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path) -> None:
-        shutil.copytree(checkpoint, self._kept / checkpoint.name)
+        RayRuntime.report(cast("Any", self), metrics, checkpoint)
 
-    def checkpoints(self) -> list[AbstractContextManager[Path]]:
-        return [fetched(one) for one in reversed(checkpoints(str(self._kept))[0])]
+    def checkpoints(self) -> Sequence[AbstractContextManager[Path]]:
+        return RayRuntime.checkpoints(cast("Any", self))
+
+
+@pytest.fixture
+def begin(
+    tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], Trainer]:
+    """Function that begins a run or goes on with it; three checkpoints, all of which are kept."""
+    folder = tmp_path / "run"
+
+    def copied(metrics: Any, *, checkpoint: Any, checkpoint_dir_name: str) -> None:
+        shutil.copytree(checkpoint.path, folder / checkpoint_dir_name)
+
+    monkeypatch.setattr("ray.train.report", copied)
+    recipe = replace(tiny_recipe, checkpoints=CheckpointConfig(steps=2, keep=9))
+
+    def begun() -> Trainer:
+        runtime = _Kept(recipe, tiny_plan, folder)
+        return Trainer(runtime._job.task, runtime, weights=None, output=str(tmp_path / "output"))
+
+    return begun
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
-    tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path
+    begin: Callable[[], Trainer], tmp_path: Path
 ) -> None:
-    recipe = replace(tiny_recipe, checkpoints=replace(tiny_recipe.checkpoints, steps=2))
-    task = DetectionTask(recipe=recipe, plan=tiny_plan)
-
-    def begun() -> Trainer:
-        runtime = _Kept(recipe, tiny_plan, tmp_path)
-        return Trainer(task, runtime, weights=None, output=str(tmp_path / "output"))
-
-    first = begun()
+    first = begin()
     first.run()
     kept, rest = checkpoints(str(tmp_path / "run"))
     assert [one.metrics["step"] for one in kept] == [2, 4, 6]
     assert (rest, first.state.step) == ({}, 6)
-    assert begun().state.step == 6
+    assert begin().state.step == 6
     for one, step in ((kept[2], 4), (kept[1], 2)):
         state = Path(one.uri) / "training.pt"
         state.write_bytes(_flip(state.read_bytes()))
-        again = begun()
+        again = begin()
         assert again.state.step == step
         told = [line for line in again.runtime.lines if "training.pt" in line]  # type: ignore[attr-defined]
         assert any(one.name in line and "The one before it is taken" in line for line in told)
@@ -166,7 +185,78 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     weights = Path(kept[0].uri, "detector", "weights.safetensors")
     weights.write_bytes(_zero(weights.read_bytes()))
     with pytest.raises(UserError, match=r"No checkpoint of the run can be used.*--no-resume"):
-        begun()
+        begin()
+
+
+def test_without_room_a_run_stops_in_one_sentence_and_goes_on_when_there_is_some(
+    begin: Callable[[], Trainer],
+    disk: Callable[[int], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = tmp_path / "run"
+    disk(2**20)
+    with pytest.raises(
+        UserError, match=r"^There is no room for a checkpoint: \d+ MiB are wanted"
+    ) as caught:
+        begin().run()
+    assert "1 MiB are free. Make room, and give the same command again" in str(caught.value)
+    assert not run.exists()
+    disk(2**40)
+    copied = ray.train.report
+
+    def full(metrics: Any, *, checkpoint: Any, checkpoint_dir_name: str) -> None:
+        if "step_00000004" not in checkpoint_dir_name:
+            copied(metrics, checkpoint=checkpoint, checkpoint_dir_name=checkpoint_dir_name)
+            return
+        (run / checkpoint_dir_name).mkdir()
+        (run / checkpoint_dir_name / "training.pt").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ray.train.report", full)
+        with pytest.raises(UserError, match=rf"^There was no room for a checkpoint in {run}"):
+            begin().run()
+    name = checkpoint_name(epoch=0, step=2)
+    assert _names(run) == [name]
+    # what an attempt that was killed left behind fills the disk
+    left = run / checkpoint_name(epoch=0, step=3) / "training.pt"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    usage = shutil.disk_usage("/")
+
+    def filled(place: Path) -> Any:
+        return usage._replace(free=0 if place == run and left.exists() else 2**40)
+
+    monkeypatch.setattr("pipelines.core.storage.shutil.disk_usage", filled)
+    again = begin()
+    assert again.state.step == 2
+    again.run()
+    assert again.state.step == 6
+    kept, rest = checkpoints(str(run))
+    assert [one.metrics["step"] for one in kept] == [2, 4, 6]
+    assert rest == {}
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_folder_that_became_read_only_is_one_sentence(
+    begin: Callable[[], Trainer], tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, opened = tmp_path / "run", tempfile.TemporaryFile
+    run.mkdir()
+
+    def locked(*, dir: Path) -> Any:  # noqa: A002 - the name of the function's argument
+        if dir == run:
+            raise OSError(number, os.strerror(number))
+        return opened(dir=dir)
+
+    monkeypatch.setattr("pipelines.core.storage.tempfile.TemporaryFile", locked)
+    with pytest.raises(UserError) as caught:
+        begin().run()
+    assert str(caught.value) == (
+        f"A checkpoint cannot be written to {run}: {os.strerror(number)}. "
+        "Make the folder writable, and give the same command again: it goes on."
+    )
 
 
 def _written(run: Path, name: str, **metrics: float) -> str:
