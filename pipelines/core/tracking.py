@@ -221,13 +221,15 @@ def log_metrics(run: Run, metrics: Mapping[str, float], *, step: int, again: boo
 
 @contextmanager
 def finishing(run: Run) -> Iterator[None]:
-    """End a run as its block ends: FINISHED, KILLED (interrupted), FAILED with the error's text."""
+    """End a run as its block ends: FINISHED, KILLED (stopped), FAILED with the error's text."""
     try:
         yield
-    except BaseException as error:
-        status = "FAILED" if isinstance(error, Exception) else "KILLED"
+    except Exception as error:
         run.client.set_tag(run.run_id, "error", f"{type(error).__name__}: {error}"[:5000])
-        run.client.set_terminated(run.run_id, status)
+        run.client.set_terminated(run.run_id, "FAILED")
+        raise
+    except BaseException:  # Ctrl-C, SIGTERM: no error
+        run.client.set_terminated(run.run_id, "KILLED")
         raise
     run.client.set_terminated(run.run_id, "FINISHED")
 

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from pipelines.core.cluster import init_ray
 from pipelines.core.models import with_weights_here
 from pipelines.core.progress import ProgressPrinter
 from pipelines.core.resources import check_resources
+from pipelines.core.stopping import stoppable
 from pipelines.core.storage import BACKBONE_FILE, join, replacing
 from pipelines.core.tracking import (
     Run,
@@ -44,7 +46,12 @@ from pipelines.training.entry import train_worker
 from pipelines.training.model import build_detector, load_localizer, remarks
 from pipelines.training.results import log_model, log_results, print_summary
 from pipelines.training.resuming import resume_or_start
-from pipelines.training.retention import best_checkpoint, drop_list, remove_surplus
+from pipelines.training.retention import (
+    best_checkpoint,
+    drop_list,
+    newest_checkpoint,
+    remove_surplus,
+)
 from pipelines.training.trainer import Task
 from pipelines.training.worker import Job, TrainingProblem
 from re2tal.annotations import Annotations
@@ -86,7 +93,8 @@ def train(recipe: Recipe) -> Run:
     began = time.perf_counter()
     ready, detector = prepare(recipe)
     run = _resumed(ready.recipe, ready.plan)
-    train_run(ready, run, detector=detector)
+    with stoppable(partial(_kept, ready.recipe, run)):
+        train_run(ready, run, detector=detector)
     print_summary(ready.recipe, ready.plan, run, seconds=time.perf_counter() - began)
     return run
 
@@ -172,6 +180,14 @@ def _resumed(recipe: AnyRecipe, plan: AnyPlan) -> Run:
     return run
 
 
+def _kept(recipe: AnyRecipe, run: Run) -> str:
+    """Say which checkpoint a run that was stopped goes on from."""
+    newest = newest_checkpoint(join(recipe.output, run.run_id))
+    if newest is None:
+        return f"run {run.run_id} had no checkpoint yet: the same command begins anew"
+    return f"kept: {newest.uri}\nthe same command goes on from there"
+
+
 def train_run(
     ready: Prepared,
     run: Run,
@@ -207,6 +223,21 @@ def train_run(
             log_results(recipe, plan, run, folder, metrics)
 
 
+class _Trainer(TorchTrainer):  # type: ignore[misc] - it has no types
+    """Trainer that leaves SIGINT to `stoppable`: Ray Train's own handler waits without a word."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self._controller = controller
+
+    def fit(self) -> ray.train.Result:
+        """Train; on a signal the workers are taken away at once, also from a cluster that stays."""
+        try:
+            return super().fit()
+        except SystemExit:
+            ray.kill(self._controller)
+            raise
+
+
 def fit(
     task: Task,
     run: Run,
@@ -239,7 +270,7 @@ def fit(
             board=progress.board,
             threads=threads,
         )
-        trainer = TorchTrainer(
+        trainer = _Trainer(
             train_worker,
             train_loop_config={"job": ray.put(job)},
             scaling_config=ray.train.ScalingConfig(
@@ -287,7 +318,7 @@ def finetune(recipe: ClassificationRecipe) -> Run:
     _start_ray(recipe)
     plan = make_clip_plan(recipe.data, lists)
     run = _resumed(recipe, plan)
-    with finishing(run):
+    with stoppable(partial(_kept, recipe, run)), finishing(run):
         log_dataset(
             run, name=recipe.name, source=str(recipe.data.training), digest=plan.fingerprint
         )

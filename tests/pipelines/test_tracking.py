@@ -224,10 +224,12 @@ def test_a_run_that_fails_keeps_the_reason(run: Run) -> None:
     assert run.client.get_run(run.run_id).data.tags["error"] == "ValueError: the disk is full"
 
 
-def test_a_run_that_is_interrupted_is_killed(run: Run) -> None:
-    with pytest.raises(KeyboardInterrupt), finishing(run):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143)])
+def test_a_run_that_is_stopped_is_killed_and_has_no_error(run: Run, stop: BaseException) -> None:
+    with pytest.raises(type(stop)), finishing(run):
+        raise stop
     assert _status(run) == "KILLED"
+    assert "error" not in run.client.get_run(run.run_id).data.tags
 
 
 def test_what_is_logged_already_is_not_logged_again(run: Run) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -53,9 +54,10 @@ def _data(tiny_set: Path) -> tuple[str, ...]:
 
 
 class _Disturbed(io.StringIO):
-    """Output of a training in this process; kills the worker when that has its second checkpoint.
+    """Output of a training in this process, which it disturbs.
 
-    The first is then with Ray Train for certain.
+    It kills the worker when that has its second checkpoint, and stops the command as Ctrl-C does at
+    the fourth.
     """
 
     checkpoints = 0
@@ -65,6 +67,8 @@ class _Disturbed(io.StringIO):
             self.checkpoints += 1
             if self.checkpoints == 2:
                 processes(os.getpid(), "ray::RayTrainWorker")[-1].kill()
+            if self.checkpoints == 4:
+                os.kill(os.getpid(), signal.SIGINT)
         return super().write(text)
 
 
@@ -72,11 +76,22 @@ class _Disturbed(io.StringIO):
 def finished(
     tiny_set: Path, tmp_path_factory: pytest.TempPathFactory, ray_instance: None
 ) -> tuple[Path, str]:
-    """Folder in which the script lost a worker, was killed at its end, and ended the third time.
+    """Folder in which the script lost a worker, was stopped, and killed at its end; and the output.
 
-    And all that it printed.
+    The third command ends it.
     """
     folder, printed = tmp_path_factory.mktemp("run"), _Disturbed()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            run_here(SCRIPT, "toy", *_data(tiny_set), *TINY, folder=folder, printed=printed)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert stopped.value.code == 128 + signal.SIGINT
+    run = _run(folder)
+    assert run.info.status == "KILLED"
+    assert "error" not in run.data.tags
     run_here(SCRIPT, "toy", *_data(tiny_set), *TINY, folder=folder, printed=printed)
     _leave_as_killed(folder)
     run_here(SCRIPT, "toy", *_data(tiny_set), *TINY, folder=folder, printed=printed)
@@ -115,6 +130,7 @@ def job(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         command += ("--output", str(head.folder / "runs"))
         _stop(head, head.submit(*command, wait=False))
         assert _run(head.folder).info.status == "KILLED"
+        assert "error" not in _run(head.folder).data.tags
         printed = head.submit(*command)
     return head.folder, printed
 
@@ -130,7 +146,11 @@ def _stop(head: Head, job: str) -> None:
                 break
         else:
             raise AssertionError("the job ended by itself")
-        assert "succeeded" not in "".join(lines)
+        rest = "".join(lines)
+    assert "succeeded" not in rest
+    assert re.search(
+        r"stopping \(SIGTERM\); once more ends this at once\nkept: .*checkpoint_epoch_0", rest
+    )
 
 
 def _run(folder: Path) -> MlflowRun:
@@ -191,6 +211,7 @@ def test_the_run_in_mlflow_is_complete(finished: tuple[Path, str], tiny_set: Pat
     of_run = f"source_run_id = '{run.info.run_id}'"
     (model,) = client.search_logged_models([run.info.experiment_id], filter_string=of_run)
     assert model.model_uri == run.data.tags["model.uri"]
+    assert run.inputs is not None
     assert len(run.inputs.dataset_inputs) == 1
 
 
