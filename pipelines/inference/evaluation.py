@@ -28,7 +28,7 @@ from pipelines.inference.detecting import Resources, detect_videos
 from pipelines.inference.report import (
     Labelled,
     evaluate,
-    metrics_of,
+    logged,
     print_evaluation,
     write_evaluation,
 )
@@ -191,7 +191,7 @@ def _tracked(config: EvaluateConfig, plan: Plan, source: Callable[[], Labelled])
         written = write_evaluation(output, evaluation, labelled)
         if config.model is not None:
             written.append(Path(DETECTIONS_FILE))
-        log_metrics(run, metrics_of(evaluation), step=0)
+        log_metrics(run, logged(evaluation), step=0)
         log_text(run, labelled.remarks, "remarks.txt")
         for path in written:
             folder = None if path.parent == Path() else str(path.parent)

@@ -5,7 +5,6 @@ import csv
 import json
 import mimetypes
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from urllib.parse import quote
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipelines.core.figures import Timeline, timelines
+from pipelines.core.figures import COLOURS, Timeline, drawn, timelines
 from pipelines.core.storage import file_size, read_bytes
 from re2tal.atomic import replacing
 from re2tal.detection.files import srt, webvtt, write_rows
@@ -125,7 +124,12 @@ def page(
         }
         for video_id, reason in failures.items()
     ]
-    data = {"classes": list(classes), "threshold": threshold, "videos": videos}
+    data = {
+        "classes": list(classes),
+        "colours": COLOURS,
+        "threshold": threshold,
+        "videos": videos,
+    }
     text = (_HERE / "page.html").read_text(encoding="utf-8")
     for name, content in (
         ("style", (_HERE / "page.css").read_text(encoding="utf-8")),
@@ -212,6 +216,7 @@ def write_files(
     Returns:
         The files, those of all videos together first.
     """
+    least = config.score_threshold
     shown = {video_id: strongest(record, config) for video_id, record in sorted(records.items())}
     tables: dict[Format, tuple[str, Callable[[Path], None]]] = {
         "json": ("detections.json", lambda path: write_rows(path, _rows(shown))),
@@ -221,7 +226,7 @@ def write_files(
     pictures: dict[Format, tuple[str, Callable[[Path, Record], None]]] = {
         "vtt": ("subtitles", lambda path, record: _write(path, webvtt(record.detections))),
         "srt": ("subtitles", lambda path, record: _write(path, srt(record.detections))),
-        "png": ("timelines", lambda path, record: _draw(path, record, classes)),
+        "png": ("timelines", lambda path, record: _draw(path, record, classes, least)),
     }
     written = [output / "failures.json"]
     _write(written[0], json.dumps(dict(sorted(failures.items())), indent=2))
@@ -259,12 +264,10 @@ def _write_csv(path: Path, results: Mapping[str, Sequence[Mapping[str, Any]]]) -
             )
 
 
-def _draw(path: Path, record: Record, classes: Sequence[str]) -> None:
-    shown = Timeline(duration=record.duration, found=record.detections)
-    figure = timelines({record.video_id: shown}, classes)
-    with replacing(path) as partial, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(partial, format="png", dpi=120)
+def _draw(path: Path, record: Record, classes: Sequence[str], least: float) -> None:
+    shown = Timeline(duration=record.duration, found=record.detections, least=least)
+    with replacing(path) as partial, drawn():
+        timelines({record.video_id: shown}, classes).savefig(partial, format="png", dpi=120)
 
 
 def _write_page(

@@ -6,7 +6,7 @@ import json
 import runpy
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from pipelines.config.recipes import toy
 from pipelines.core.tracking import Run
 from pipelines.evaluate import parse
 from pipelines.inference.evaluation import evaluate_run, evaluated_plan, read_labelled
-from pipelines.inference.report import evaluate, metrics_of
+from pipelines.inference.report import evaluate, logged
 from pipelines.training.model import spec_of
 from re2tal.datasets import DATASETS
+from re2tal.detection.evaluation import METRICS, Compared, Row
 from re2tal.detection.files import read_detections
 from re2tal.detection.raw import write_raw
 from re2tal.detection.segments import Detections
@@ -31,7 +32,6 @@ from re2tal.trained import save_detector
 from tests.pipelines.scripts import run_here
 
 SCRIPT = Path(__file__).parents[2] / "pipelines" / "evaluate.py"
-Row = dict[str, Any]
 
 # Of "jump" one of two instances is found, with the best score; "spin" is found, after an error.
 DATABASE: dict[str, Any] = {
@@ -46,7 +46,7 @@ FOUND = {
 }
 
 
-def row(segment: tuple[float, float, float, str]) -> Row:
+def row(segment: tuple[float, float, float, str]) -> dict[str, Any]:
     start, end, score, label = segment
     return {"segment": [start, end], "score": score, "label": label}
 
@@ -156,7 +156,7 @@ def evaluation(
     config = parse(write(folder, found, *options))
     paths = [Path(place) for place in config.detections]
     labelled = read_labelled(paths, evaluated_plan(config), config)
-    return metrics_of(
+    return logged(
         evaluate(
             labelled,
             config.levels,
@@ -165,6 +165,36 @@ def evaluation(
             ignore_ambiguous=False,
         )
     )
+
+
+class Count:
+    """A metric as a newcomer would enter it: the number of detections."""
+
+    def __init__(self, compared: Compared) -> None:
+        self.value = float(sum(len(one.scores) for one in compared.predictions.values()))
+
+    def metrics(self, names: Sequence[str]) -> dict[str, float]:
+        return {f"count/{names[-1]}": self.value}
+
+    def rows(self, classes: Sequence[str]) -> list[Row]:
+        return [{"class": classes[-1], "count": self.value}]
+
+    def lines(self) -> Iterator[str]:
+        yield f"number of detections {self.value}"
+
+
+def test_one_entry_of_the_table_makes_a_metric(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(METRICS, "counts", Count)
+    run = evaluate_run(parse(write(tmp_path, FOUND)))
+    number = sum(len(rows) for name, rows in FOUND.items() if name == "a")
+    assert metrics(run)["val/count/spin"] == number
+    assert f"number of detections {float(number)}" in capsys.readouterr().out
+    assert (tmp_path / "out" / "counts.csv").read_text().split() == [
+        "class,count",
+        f"spin,{float(number)}",
+    ]
 
 
 def test_proposals_are_evaluated_whatever_the_class(tmp_path: Path) -> None:

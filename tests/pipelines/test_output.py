@@ -2,13 +2,17 @@
 
 import base64
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from PIL import Image
 
-from pipelines.core.figures import Timeline, timelines
+from pipelines.core import figures
+from pipelines.core.figures import COLOURS, Timeline, timelines
 from pipelines.inference.output import (
     COLUMNS,
     FORMATS,
@@ -129,7 +133,7 @@ def test_a_video_without_detections_is_written_too(tmp_path: Path) -> None:
 def test_the_picture_has_a_lane_for_each_class_that_occurs() -> None:
     rows = record("a").detections
     (axes,) = timelines({"$title$": Timeline(duration=10.0, found=rows)}, CLASSES).axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["jump", NASTY]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["jump", f"{NASTY[:39]}…"]
     boxes = [bar.get_window_extent().transformed(axes.transData.inverted()) for bar in axes.patches]
     bars = {(round(b.x0, 6), round(b.x1, 6), round((b.y0 + b.y1) / 2)) for b in boxes}
     assert bars == {(1.0, 2.5, 1), (0.25, 9.0, 0), (3.0, 4.0, 0)}
@@ -141,17 +145,45 @@ def test_annotated_instances_lie_above_the_detections_of_their_lane() -> None:
     found = [row for row in record("a").detections if row["label"] == "jump"]
     videos = {
         "a": Timeline(duration=10.0, found=found, truth=truth),
-        "b": Timeline(duration=4.0, found=[], truth=[]),
+        "b": Timeline(duration=4.0, found=[], truth=[], least=0.2),
     }
     first, second = timelines(videos, CLASSES).axes
-    assert [label.get_text() for label in first.get_yticklabels()] == ["jump", NASTY]
+    assert [label.get_text() for label in first.get_yticklabels()] == ["jump", f"{NASTY[:39]}…"]
     bars = set()
     for bar in first.patches:
         box = bar.get_path().transformed(bar.get_patch_transform()).get_extents()
         bars.add((round(box.x0, 3), round((box.y0 + box.y1) / 2, 3), bool(bar.get_hatch())))
     detected = {(row["segment"][0], 0.2, False) for row in found}
     assert bars == detected | {(5.0, -0.2, True), (1.0, 0.8, True)}  # y points down
-    assert [text.get_text() for text in second.texts] == ["nothing detected"]
+    nothing = "b: nothing was detected with a score of 0.20 or more"
+    assert [one.get_title(loc="left") for one in (first, second)] == ["a", nothing]
+
+
+def test_colours_tell_twenty_classes_apart_and_patterns_the_others() -> None:
+    linear = np.array([to_rgb(colour) for colour in COLOURS])
+    linear = np.where(linear <= 0.04045, linear / 12.92, ((linear + 0.055) / 1.055) ** 2.4)
+    to_xyz = [[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]]
+    x, y, z = np.cbrt(linear @ np.transpose(to_xyz) / [0.9505, 1, 1.0888]).T
+    lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
+    apart = np.linalg.norm(lab[:, None] - lab[None], axis=2)[np.triu_indices(20, 1)]
+    assert apart.min() > 35  # CIELAB; 2 is what an eye can just tell apart
+
+    classes = [f"class {number}" for number in range(200)]
+    found = [{"segment": [0, 1], "score": 1.0, "label": name} for name in classes]
+    (axes,) = timelines({"a": Timeline(duration=2.0, found=found)}, classes).axes
+    looks = {(bar.get_facecolor(), bar.get_hatch()) for bar in axes.patches}
+    assert len(looks) == 200
+
+
+def test_characters_without_a_font_are_reported_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures._warn_of_fonts.cache_clear()
+    written = record("\ue000")  # for private use: no font has it
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write(tmp_path, written, replace(written, video_id="b"), formats=("png",))
+    assert capsys.readouterr().out.count("the fonts of this machine lack characters") == 1
 
 
 def test_records_come_back_and_those_of_another_file_do_not(tmp_path: Path) -> None:
