@@ -23,26 +23,26 @@ def stoppable(kept: Callable[[], str]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    stopped = False
+    code = 0
 
     def stop(number: int, _: FrameType | None) -> NoReturn:
-        nonlocal stopped
-        stopped = True
+        nonlocal code
+        code = 128 + number
         for each in _SIGNALS:
             signal.signal(each, _end)
         name = signal.Signals(number).name
         _say(f"stopping ({name}); once more ends this at once")
-        raise SystemExit(128 + number)
+        raise SystemExit(code)
 
     before = {number: signal.signal(number, stop) for number in _SIGNALS}
     try:
         yield
     finally:
-        if stopped:
+        if code:
             _say(kept())
-        else:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            raise SystemExit(code)  # again, because Ray makes a SystemExit(1) of it
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end(number: int, _: FrameType | None) -> NoReturn:

@@ -91,8 +91,9 @@ def train(recipe: Recipe) -> Run:
         UserError: if something is missing or does not fit.
     """
     began = time.perf_counter()
-    ready, detector = prepare(recipe)
-    run = _resumed(ready.recipe, ready.plan)
+    with stoppable(_nothing_yet):
+        ready, detector = prepare(recipe)
+        run = _resumed(ready.recipe, ready.plan)
     with stoppable(partial(_kept, ready.recipe, run)):
         train_run(ready, run, detector=detector)
     print_summary(ready.recipe, ready.plan, run, seconds=time.perf_counter() - began)
@@ -178,6 +179,10 @@ def _resumed(recipe: AnyRecipe, plan: AnyPlan) -> Run:
     if goes_on:
         print(f"going on with the unfinished run {run.run_id}; --no-resume starts anew", flush=True)
     return run
+
+
+def _nothing_yet() -> str:
+    return "nothing was trained yet: give the same command again"
 
 
 def _kept(recipe: AnyRecipe, run: Run) -> str:
@@ -312,12 +317,13 @@ def finetune(recipe: ClassificationRecipe) -> Run:
         UserError: if something is missing or does not fit.
     """
     began = time.perf_counter()
-    recipe = classification_inputs(recipe)
-    lists = read_lists(recipe.data)
-    _built(recipe, lambda here: build_classifier(here, lists.classes, here.model.weights))
-    _start_ray(recipe)
-    plan = make_clip_plan(recipe.data, lists)
-    run = _resumed(recipe, plan)
+    with stoppable(_nothing_yet):
+        recipe = classification_inputs(recipe)
+        lists = read_lists(recipe.data)
+        _built(recipe, lambda here: build_classifier(here, lists.classes, here.model.weights))
+        _start_ray(recipe)
+        plan = make_clip_plan(recipe.data, lists)
+        run = _resumed(recipe, plan)
     with stoppable(partial(_kept, recipe, run)), finishing(run):
         log_dataset(
             run, name=recipe.name, source=str(recipe.data.training), digest=plan.fingerprint

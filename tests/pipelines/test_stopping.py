@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from pipelines.core.stopping import stoppable
+from pipelines.training.run import finetune, train
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +40,28 @@ def test_the_first_signal_is_answered_before_the_block_ends(
     assert said == [f"stopping ({number.name}); once more ends this at once\n"]
     assert capfd.readouterr().err == "kept: the last checkpoint\n"
     assert stopped.value.code == 128 + number
+
+
+@pytest.mark.parametrize(
+    ("command", "first"), [(train, "detection_inputs"), (finetune, "classification_inputs")]
+)
+def test_a_training_that_has_not_begun_is_stopped_in_two_lines(
+    command: Callable[[Any], object],
+    first: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        threading.Event().wait(60)
+
+    monkeypatch.setattr(f"pipelines.training.run.{first}", interrupted)
+    with pytest.raises(SystemExit):
+        command(None)
+    assert capfd.readouterr().err.splitlines() == [
+        "stopping (SIGINT); once more ends this at once",
+        "nothing was trained yet: give the same command again",
+    ]
 
 
 def test_the_second_signal_ends_the_process_at_once() -> None:
