@@ -228,7 +228,7 @@ def train_run(
             log_results(recipe, plan, run, folder, metrics)
 
 
-class _Trainer(TorchTrainer):  # type: ignore[misc] - it has no types
+class _Trainer(TorchTrainer):  # type: ignore[misc]
     """Trainer that leaves SIGINT to `stoppable`: Ray Train's own handler waits without a word."""
 
     def _register_sigint_handler(self, controller: Any) -> None:
