@@ -22,7 +22,7 @@ from pipelines.core.models import with_weights_here
 from pipelines.core.progress import ProgressPrinter
 from pipelines.core.resources import check_resources
 from pipelines.core.stopping import stoppable
-from pipelines.core.storage import BACKBONE_FILE, join, replacing
+from pipelines.core.storage import BACKBONE_FILE, join, replacing, require_room
 from pipelines.core.tracking import (
     Run,
     finishing,
@@ -166,7 +166,8 @@ def _built(recipe: RecipeT, build: Callable[[RecipeT], ModelT]) -> ModelT:
 
 
 def _start_ray(recipe: AnyRecipe, *, frames: bool = True) -> None:
-    """Start or join Ray, and check that it can hold the run."""
+    """Start or join Ray, and check that it can hold the run, and that the output can."""
+    require_room(recipe.output, 0, what="a checkpoint")
     init_ray(trains=True)
     check_resources(recipe.scale)
     for remark in remarks(recipe, ray.nodes()) if frames else []:

@@ -37,6 +37,7 @@ from pipelines.training.retention import (
     newest_checkpoint,
     remove_surplus,
 )
+from pipelines.training.run import _start_ray
 from pipelines.training.trainer import Trainer
 from pipelines.training.worker import RayRuntime
 from re2tal.errors import UserError
@@ -240,7 +241,11 @@ def test_without_room_a_run_stops_in_one_sentence_and_goes_on_when_there_is_some
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
 def test_a_folder_that_became_read_only_is_one_sentence(
-    begin: Callable[[], Trainer], tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+    begin: Callable[[], Trainer],
+    tiny_recipe: Recipe,
+    tmp_path: Path,
+    number: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run, opened = tmp_path / "run", tempfile.TemporaryFile
     run.mkdir()
@@ -257,6 +262,10 @@ def test_a_folder_that_became_read_only_is_one_sentence(
         f"A checkpoint cannot be written to {run}: {os.strerror(number)}. "
         "Make the folder writable, and give the same command again: it goes on."
     )
+    monkeypatch.setattr("pipelines.training.run.init_ray", lambda **_: pytest.fail("it began"))
+    with pytest.raises(UserError) as again:
+        _start_ray(replace(tiny_recipe, output=str(run)))
+    assert str(again.value) == str(caught.value)
 
 
 def _written(run: Path, name: str, **metrics: float) -> str:
