@@ -195,24 +195,41 @@ def log_text(run: Run, lines: Sequence[str], name: str) -> None:
         run.client.log_text(run.run_id, "\n".join(lines) + "\n", name)
 
 
-def log_metrics(run: Run, metrics: Mapping[str, float], *, step: int) -> None:
-    """Write a few metrics at once and wait for it; in the loop use a `MetricLogger`."""
+def last_steps(run: Run) -> dict[str, int]:
+    """Return the last step at which each metric of a run is logged, by the metric's name."""
+    # MLflow's entity tells values alone; its message holds the steps too
+    found = run.client.get_run(run.run_id).data.to_proto().metrics
+    return {metric.key: metric.step for metric in found}
+
+
+def log_metrics(run: Run, metrics: Mapping[str, float], *, step: int, again: bool = True) -> None:
+    """Write a few metrics at once and wait for it; in the loop use a `MetricLogger`.
+
+    With `again` false, those that the run has at this step or a later one are left out.
+    """
     from mlflow.entities import Metric
 
+    there = {} if again else last_steps(run)
     now = int(time.time() * 1000)
-    entries = [Metric(name, float(value), now, step) for name, value in metrics.items()]
+    entries = [
+        Metric(name, float(value), now, step)
+        for name, value in metrics.items()
+        if step > there.get(name, -1)
+    ]
     run.client.log_batch(run.run_id, metrics=entries)
 
 
 @contextmanager
 def finishing(run: Run) -> Iterator[None]:
-    """End a run as its block ends: FINISHED, KILLED (interrupted), FAILED with the error's text."""
+    """End a run as its block ends: FINISHED, KILLED (stopped), FAILED with the error's text."""
     try:
         yield
-    except BaseException as error:
-        status = "FAILED" if isinstance(error, Exception) else "KILLED"
+    except Exception as error:
         run.client.set_tag(run.run_id, "error", f"{type(error).__name__}: {error}"[:5000])
-        run.client.set_terminated(run.run_id, status)
+        run.client.set_terminated(run.run_id, "FAILED")
+        raise
+    except BaseException:  # Ctrl-C, SIGTERM: no error
+        run.client.set_terminated(run.run_id, "KILLED")
         raise
     run.client.set_terminated(run.run_id, "FINISHED")
 

@@ -14,15 +14,14 @@ import psutil
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipelines.config.recipe import RunConfig
-from pipelines.core.storage import join, read_bytes, remove, sizes_below
+from pipelines.core.storage import join
 from pipelines.core.tracking import Run, Tracked, flatten, open_store, start_run
 from pipelines.data.clip_plan import AnyPlan
-from pipelines.training.checkpoints import is_complete
+from pipelines.training.retention import newest_checkpoint
 from re2tal.errors import UserError
 
 _DIGEST = "re2tal.configuration"
 _DRIVER = "re2tal.driver"
-_SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of a run's checkpoints
 
 
 def digest(config: Tracked, plan: AnyPlan, **more: str) -> str:
@@ -70,7 +69,6 @@ def resume_or_start(
         if status == "RUNNING":  # its driver was killed before it could end the run
             run.client.set_terminated(run.run_id, "KILLED")
         return start_run(recipe, output=output, tags=tags), False
-    _drop_damaged_list(join(output, run.run_id))
     reopen(run)
     return run, True
 
@@ -113,34 +111,6 @@ def reopen(run: Run) -> None:
     client.set_tag(run.run_id, _DRIVER, _driver())
     if "error" in client.get_run(run.run_id).data.tags:
         client.delete_tag(run.run_id, "error")
-
-
-def newest_checkpoint(folder: str) -> str | None:
-    """Find the newest whole checkpoint of a run, whatever Ray Train's list of them says.
-
-    Args:
-        folder: folder of the run, a path or URI.
-
-    Returns:
-        Path or URI of the checkpoint; None without any.
-    """
-    names = {name.partition("/")[0] for name in sizes_below(folder)}
-    checkpoints = sorted((name for name in names if name.startswith("checkpoint_")), reverse=True)
-    return next((uri for name in checkpoints if is_complete(uri := join(folder, name))), None)
-
-
-def _drop_damaged_list(folder: str) -> None:
-    """Remove Ray Train's list if a kill cut it short: it is not written atomically.
-
-    Without it Ray Train begins a new one, and the run goes on from the newest whole checkpoint.
-    """
-    uri = join(folder, _SNAPSHOT)
-    try:
-        json.loads(read_bytes(uri))
-    except FileNotFoundError:
-        return
-    except ValueError:
-        remove(uri)
 
 
 def _driver() -> str:
