@@ -28,7 +28,7 @@ from pipelines.config.command_line import parse_recipe, told_shortly
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import RECIPES
 from pipelines.core.resources import capacity, require_resources
-from pipelines.core.storage import absolute, join
+from pipelines.core.storage import absolute, database_url, join
 from pipelines.core.tracking import Run, finishing, start_run
 from pipelines.training.resuming import digest, last_run, mark, reopen
 from pipelines.training.run import Prepared, prepare
@@ -222,7 +222,7 @@ def _file(config: SweepConfig, run: Run) -> str:
         )
     folder = Path(config.output) / run.run_id
     folder.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{folder / 'optuna.db'}"
+    return database_url(folder / "optuna.db")
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipelines.config.recipe import Recipe
 from pipelines.core.checkout import git_commit
-from pipelines.core.storage import fetch, replacing
+from pipelines.core.storage import database_file, database_url, fetch, replacing
 from re2tal.errors import UserError
 
 if TYPE_CHECKING:
@@ -84,14 +84,14 @@ def tracking_uri(output: str | Path) -> str:
             f"{output} can hold checkpoints, but not MLflow's data base: name a tracking server in "
             "the environment variable MLFLOW_TRACKING_URI, or a local folder."
         )
-    return f"sqlite:///{output}/mlflow.db"
+    return database_url(f"{output}/mlflow.db")
 
 
 def _experiment_id(client: "MlflowClient", uri: str, name: str, output: str | Path) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None:
         return found.experiment_id
-    local = uri.startswith("sqlite:///") and "://" not in str(output)
+    local = database_file(uri) is not None and "://" not in str(output)
     return client.create_experiment(
         name, artifact_location=(Path(output) / "artifacts").as_uri() if local else None
     )

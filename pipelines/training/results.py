@@ -18,6 +18,7 @@ from pipelines.config.recipe import Recipe
 from pipelines.core.clock import duration
 from pipelines.core.figures import Timeline, curves, timelines
 from pipelines.core.figures import pictures as diagnosis_pictures
+from pipelines.core.storage import database_file
 from pipelines.core.tracking import Run, log_metrics
 from pipelines.data.plan import Plan
 from pipelines.training.checkpoints import DETECTOR_FOLDER
@@ -167,7 +168,7 @@ def log_results(recipe: Recipe, plan: Plan, run: Run, result: ray.train.Result) 
 
 
 def _open_command(run: Run) -> str:
-    if run.uri.startswith("sqlite:"):
+    if database_file(run.uri) is not None:
         return shlex.join(
             [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--backend-store-uri", run.uri]
         )
