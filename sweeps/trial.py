@@ -1,8 +1,10 @@
 """Trials that Ray Tune starts: each trains as `train.py` does, and its outcome goes to MLflow."""
 
 import math
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from pipelines.config.recipe import Recipe
 from pipelines.core.cluster import quiet_data
 from pipelines.core.metric_names import MAP
 from pipelines.core.tracking import Run, log_metrics, start_run
+from pipelines.core.underway import forget
 from pipelines.training.resuming import resume_or_start
 from pipelines.training.run import Prepared, train_run
 from sweeps.epoch_reports import MEMORY, RUN_ID, EpochReports
@@ -165,22 +168,26 @@ class Outcomes(Callback):
         result = trial.last_result or {}
         finished = bool(result.get(FINISHED))
         outcome = "finished" if finished else "pruned"
-        self._end(self._run_of(trial), trial, "FINISHED" if finished else "KILLED", outcome)
+        with _warned(trial):
+            self._end(self._run_of(trial), trial, "FINISHED" if finished else "KILLED", outcome)
         self._say(trial, f"{outcome}  {self._reached(result)}")
 
     def on_trial_error(self, *, trial: Trial, **_: Any) -> None:
         """Mark a trial as failed, with the error's text."""
-        run = self._run_of(trial)
-        # a trial logs its own error, unless its process was killed
-        error = run.client.get_run(run.run_id).data.tags.get("error") or _last_words(trial)
-        run.client.set_tag(run.run_id, "error", error)
-        self._end(run, trial, "FAILED", "failed")
+        error = _last_words(trial)
+        with _warned(trial):
+            run = self._run_of(trial)
+            # a trial logs its own error, unless its process was killed
+            error = run.client.get_run(run.run_id).data.tags.get("error") or error
+            run.client.set_tag(run.run_id, "error", error)
+            self._end(run, trial, "FAILED", "failed")
         self._say(trial, f"failed: {error.splitlines()[0]}")
 
     def _end(self, run: Run, trial: Trial, status: str, outcome: str) -> None:
         client = run.client
         client.set_tag(run.run_id, OUTCOME_TAG, outcome)
         client.set_terminated(run.run_id, status)
+        forget(self._base.output, run.run_id)  # its process may not have come to it
         steps = client.get_metric_history(run.run_id, "train/loss")
         began = self._began.get(trial.trial_id)
         if steps and began is not None:
@@ -210,6 +217,17 @@ class Outcomes(Callback):
             for objective in self._objectives
             if not math.isnan(result.get(objective.metric, math.nan))
         )
+
+
+@contextmanager
+def _warned(trial: Trial) -> Iterator[None]:
+    """Print a warning if MLflow fails: it must not hide a trial's outcome, nor end the sweep."""
+    try:
+        yield
+    except Exception as problem:
+        reason = next(iter(str(problem).splitlines()), type(problem).__name__)[:300]
+        what = f"the outcome of trial {_config(trial).number}"
+        print(f"warning: MLflow could not be told {what} ({reason})", file=sys.stderr, flush=True)
 
 
 def _config(trial: Trial) -> TrialConfig:

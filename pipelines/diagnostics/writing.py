@@ -16,7 +16,15 @@ from mlflow.store.db.db_types import DATABASE_ENGINES
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipelines.core.storage import database_file, join, read_bytes, replacing, resolve
-from pipelines.core.tracking import Run, finishing, log_metrics, log_text, open_store, tracking_uri
+from pipelines.core.tracking import (
+    Run,
+    create_run,
+    finishing,
+    log_metrics,
+    log_text,
+    open_store,
+    tracking_uri,
+)
 from pipelines.diagnostics.findings import Finding, fail, note, ok, reason, without_password
 from pipelines.diagnostics.nodes import DRIVER, Cluster, Node
 from re2tal.errors import UserError
@@ -164,7 +172,8 @@ def check_mlflow(output: str, cluster: Cluster) -> list[Finding]:
                 return [note(f"{name} is a file that is not there yet, and was not tried.")]
             return _try(name, str(file.parent), cluster)
         if server:
-            return _try(name, tempfile.gettempdir(), cluster)  # a server does not need the folder
+            with tempfile.TemporaryDirectory() as folder:  # a server does not need the output
+                return _try(name, folder, cluster)
         if "://" in output or (Path(output) / "mlflow.db").is_file():
             return _try(name, output, cluster)
         with scratch(output) as folder:
@@ -180,7 +189,7 @@ def _try(name: str, output: str, cluster: Cluster) -> list[Finding]:
     client, uri, experiment = open_store(EXPERIMENT, output=output)
     if client.get_experiment(experiment).lifecycle_stage == "deleted":
         client.restore_experiment(experiment)
-    run = Run(uri=uri, run_id=client.create_run(experiment, tags={TAG: "true"}).info.run_id)
+    run = create_run(client, experiment, output=output, tags={TAG: "true"})
     with finishing(run):
         answers = cluster.ask_after_driver(write, run)
         metrics = client.get_run(run.run_id).data.metrics

@@ -592,7 +592,11 @@ def test_a_store_that_is_there_gets_a_finished_run_with_a_tag_and_nothing_else(
     output = tmp_path / "elsewhere" if named else tmp_path
     assert _only(_check_mlflow(output), "ok")
 
-    assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", "artifacts"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "mlflow.db",
+        "artifacts",
+        ".under-way",
+    }
     mine = client.search_runs([experiment], run_view_type=ViewType.ALL)
     assert {run.info.run_id for run in mine} == {kept, deleted}
     others = client.search_experiments(view_type=ViewType.ALL)
