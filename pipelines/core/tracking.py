@@ -41,6 +41,7 @@ _MAX_PARAMS = 100
 _REFUSED = "INVALID_PARAMETER_VALUE"  # code of a request that is wrong whenever it is sent
 _LOG = logging.getLogger(__name__)
 _ENDINGS = ("FINISHED", "FAILED", "KILLED")
+_mine: dict[str, "Run"] = {}  # runs of this process that have not ended
 DRIVER = "re2tal.driver"
 """Tag of a run: the process that works on it."""
 
@@ -185,8 +186,14 @@ def create_run(
         tags: tags of the run, beside the one that names this process.
     """
     made = client.create_run(experiment, tags={**tags, DRIVER: underway.this_process()})
-    underway.begin(output, made.info.run_id)
-    return Run(uri=client.tracking_uri, run_id=made.info.run_id)
+    run = Run(uri=client.tracking_uri, run_id=made.info.run_id)
+    _begin(run, output)
+    return run
+
+
+def _begin(run: Run, output: str | Path) -> None:
+    underway.begin(output, run.run_id)
+    _mine[run.run_id] = run
 
 
 def take_up(run: Run, *, output: str | Path) -> None:
@@ -196,7 +203,7 @@ def take_up(run: Run, *, output: str | Path) -> None:
     client.set_tag(run.run_id, DRIVER, underway.this_process())
     if "error" in client.get_run(run.run_id).data.tags:
         client.delete_tag(run.run_id, "error")
-    underway.begin(output, run.run_id)
+    _begin(run, output)
 
 
 def start_run(recipe: Tracked, *, output: str | Path, tags: Mapping[str, str] | None = None) -> Run:
@@ -286,6 +293,7 @@ def end_run(run: Run, status: str, *, error: str | None = None) -> str:
     Returns:
         A sentence that says so if MLflow did not take it; else nothing.
     """
+    _mine.pop(run.run_id, None)
     with _impatient():
         try:
             _tell_end(run, status, error)
@@ -296,6 +304,12 @@ def end_run(run: Run, status: str, *, error: str | None = None) -> str:
             return f"MLflow could not be told that the run is {status} ({reason}). {later}".strip()
     underway.end(run.run_id)
     return ""
+
+
+def end_all(status: str, *, error: str) -> list[str]:
+    """End all runs of this process, which ends; return what `end_run` says of them."""
+    told = [end_run(run, status, error=error) for run in [*_mine.values()]]
+    return [problem for problem in told if problem]
 
 
 def _tell_end(run: Run, status: str, error: str | None) -> None:

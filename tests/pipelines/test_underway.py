@@ -12,7 +12,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from pipelines.config.command_line import told_shortly
-from pipelines.core import underway
+from pipelines.core import cluster, tracking, underway
 from pipelines.core.tracking import Run, finishing, open_store, start_run, take_up
 from re2tal.errors import UserError
 from tests.pipelines.ray_head import environment
@@ -161,6 +161,24 @@ def test_to_be_stopped_is_no_error(tmp_path: Path, stop: BaseException) -> None:
     with finishing(run):
         assert (tmp_path / underway.FOLDER / f"{run.run_id}.json").exists()
     assert not (tmp_path / underway.FOLDER / f"{run.run_id}.json").exists()
+
+
+def test_a_process_that_is_ended_from_within_ends_its_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking, "_mine", {})  # those of other tests
+    runs = [start_run(Outer(), output=tmp_path) for _ in range(2)]
+    codes: list[int] = []
+    monkeypatch.setattr("os._exit", codes.append)
+    cluster._give_up("Ray's head process is gone.")
+    assert codes == [1]
+    assert "error: Ray's head process is gone.\n" in capsys.readouterr().err
+    for run in runs:
+        assert _status(run) == "FAILED"
+        tags = run.client.get_run(run.run_id).data.tags
+        assert tags["error"] == "Ray's head process is gone."
+    assert underway.left_behind(tmp_path) == {}
+    assert tracking.end_all("FAILED", error="") == []
 
 
 @pytest.mark.slow
