@@ -18,7 +18,7 @@ from ray.tune.experiment import Trial
 
 from pipelines.config.recipe import Recipe
 from pipelines.core.cluster import quiet_data
-from pipelines.core.metric_names import MAP
+from pipelines.core.metric_names import BEST_MAP, MAP
 from pipelines.core.tracking import Run, log_metrics, start_run
 from pipelines.core.underway import forget
 from pipelines.training.resuming import resume_or_start
@@ -69,7 +69,7 @@ def run_trial(config: Mapping[str, Any], *, ready: Prepared, parent: str, thread
     memory = peak_memory(run)
     log_metrics(run, memory, step=0)
     # also when all epochs were through before this trial was started again
-    tune.report({**_last_metrics(run), **memory, EPOCH: ready.recipe.epochs, FINISHED: True})
+    tune.report({**score_of(run), **memory, EPOCH: ready.recipe.epochs, FINISHED: True})
 
 
 def _name(run: Run, trial: TrialConfig, recipe: str) -> None:
@@ -86,10 +86,14 @@ def log_searched(run: Run, point: Mapping[str, Any]) -> None:
     run.client.log_batch(run.run_id, params=params)
 
 
-def _last_metrics(run: Run) -> dict[str, Any]:
-    """Return the last epoch's quality, by which all trials are compared."""
+def score_of(run: Run) -> dict[str, Any]:
+    """Return the quality of a trial that came to its end, by which trials are compared.
+
+    It is that of its best checkpoint, which is the trial's model, and whose detections a search of
+    post-processing works on.
+    """
     metrics = run.client.get_run(run.run_id).data.metrics
-    return {MAP: metrics[MAP], RUN_ID: run.run_id}
+    return {MAP: metrics[BEST_MAP], RUN_ID: run.run_id}
 
 
 def peak_memory(run: Run) -> dict[str, float]:
@@ -148,6 +152,7 @@ class Outcomes(Callback):
         self._parent, self._base, self._objectives = parent, base, objectives
         self._total, self._done = total, done
         self._began: dict[str, float] = {}
+        self._best: dict[str, dict[str, Any]] = {}  # of a trial's epochs, by the first objective
 
     def on_trial_start(self, *, trial: Trial, **_: Any) -> None:
         """Print the values that a trial is going to try."""
@@ -159,6 +164,7 @@ class Outcomes(Callback):
     def on_trial_result(self, *, trial: Trial, result: dict[str, Any], **_: Any) -> None:
         """Print the values that an epoch reached."""
         if not result.get(FINISHED):
+            self._keep_best(trial, result)
             reached = self._reached(result)
             epoch = f"epoch {result[EPOCH]}/{self._base.epochs}"
             print(f"trial {_config(trial).number}  {epoch}  {reached}", flush=True)
@@ -170,7 +176,19 @@ class Outcomes(Callback):
         outcome = "finished" if finished else "pruned"
         with _warned(trial):
             self._end(self._run_of(trial), trial, "FINISHED" if finished else "KILLED", outcome)
-        self._say(trial, f"{outcome}  {self._reached(result)}")
+        if not finished:
+            self._keep_best(trial, result)
+        best = result if finished else self._best[trial.trial_id]
+        self._say(trial, f"{outcome}  {self._reached(best)}")
+
+    def _keep_best(self, trial: Trial, result: dict[str, Any]) -> None:
+        """Keep the best epoch of a trial: one that is stopped is told by it, as one that ends."""
+        first = self._objectives[0]
+        sign = 1.0 if first.mode == "max" else -1.0
+        kept = self._best.setdefault(trial.trial_id, result)
+        value, best = (one.get(first.metric, math.nan) for one in (result, kept))
+        if math.isnan(best) or sign * value > sign * best:
+            self._best[trial.trial_id] = result
 
     def on_trial_error(self, *, trial: Trial, **_: Any) -> None:
         """Mark a trial as failed, with the error's text."""

@@ -18,6 +18,7 @@ from pipelines.config.recipe import Recipe
 from pipelines.core.clock import duration
 from pipelines.core.figures import Timeline, curves, timelines
 from pipelines.core.figures import pictures as diagnosis_pictures
+from pipelines.core.metric_names import BEST_MAP
 from pipelines.core.storage import database_file
 from pipelines.core.tracking import Run, log_metrics
 from pipelines.data.plan import Plan
@@ -159,7 +160,7 @@ def log_results(recipe: Recipe, plan: Plan, run: Run, result: ray.train.Result) 
             client.log_artifact(run.run_id, str(Path(folder) / RAW_FILE))
         client.set_tag(run.run_id, "model.uri", log_model(run, Path(folder) / DETECTOR_FOLDER))
     epoch = metrics["epoch"]
-    log_metrics(run, {"best/mAP": metrics["val/mAP"], "best/epoch": epoch}, step=epoch)
+    log_metrics(run, {BEST_MAP: metrics["val/mAP"], "best/epoch": epoch}, step=epoch)
     log_pictures(run, plan, detections)
     diagnosis = diagnosis_of(
         plan, detections, thresholds=recipe.thresholds, bins=recipe.data.record.bins

@@ -26,7 +26,16 @@ from sweeps.finetune import SWEEP
 from sweeps.search import end_children
 from sweeps.study import open_study
 from sweeps.sweep import HIGHEST_MAP, SweepConfig
-from sweeps.trial import EPOCH, FINISHED, FIRST_STEP, Outcomes, TrialConfig, children, peak_memory
+from sweeps.trial import (
+    EPOCH,
+    FINISHED,
+    FIRST_STEP,
+    Outcomes,
+    TrialConfig,
+    children,
+    peak_memory,
+    score_of,
+)
 
 
 class _Sweep:
@@ -78,6 +87,27 @@ def test_a_trial_that_is_stopped_was_pruned(
     assert "trial 1 starts: optim.clip=0.7" in printed
     assert "trial 1  epoch 1/1  average mAP 0.250" in printed
     assert "trial 1  pruned  average mAP 0.250  (1 of 3)" in printed
+
+
+def test_a_trial_is_told_by_its_best_epoch_however_it_ends(
+    sweep: _Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped, ended = sweep.started(1), sweep.started(2)
+    for trial in (stopped, ended):
+        run = sweep.run_of(int(trial.config["trial"].number))
+        log_metrics(run, {"val/mAP": 0.75, "best/mAP": 0.75}, step=1)
+        log_metrics(run, {"val/mAP": 0.5}, step=2)
+        for epoch, value in ((1, 0.75), (2, 0.5)):
+            result = {**_result(run), MAP: value, EPOCH: epoch}
+            sweep.outcomes.on_trial_result(trial=trial, result=result)
+            trial.update_last_result(result)
+    trial.update_last_result({**_result(run), **score_of(run), FINISHED: True})
+    sweep.outcomes.on_trial_complete(trial=stopped)
+    sweep.outcomes.on_trial_complete(trial=ended)
+    printed = capsys.readouterr().out
+    assert "trial 1  epoch 2/1  average mAP 0.500" in printed
+    assert "trial 1  pruned  average mAP 0.750" in printed
+    assert "trial 2  finished  average mAP 0.750" in printed
 
 
 def test_a_trial_that_reports_its_end_is_finished(sweep: _Sweep) -> None:
