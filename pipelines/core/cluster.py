@@ -212,7 +212,7 @@ def watch(address: str, patience: float, give_up: Callable[[str], None]) -> None
 
 def _is_joined(address: str) -> bool:
     try:
-        return ray.is_initialized() and ray.get_runtime_context().gcs_address == address
+        return ray.is_initialized() and str(ray.get_runtime_context().gcs_address) == address
     except Exception:  # it is being shut down
         return False
 
