@@ -17,6 +17,7 @@ from re2tal.classifier import (
     mean_class_accuracy,
     top_k_accuracy,
 )
+from re2tal.errors import UserError
 from re2tal.localizers import Targets
 from re2tal.trained import DetectorSpec, load_detector, save_detector
 from re2tal.videos.windows import WindowConfig
@@ -143,7 +144,7 @@ def test_a_classifier_is_saved_with_all_that_it_needs_and_loads_strictly(tmp_pat
     torch.testing.assert_close(scores.sum(dim=1), torch.ones(2))
     other = replace(built, classes=("fly", "spin")).build()
     save_detector(tmp_path, built, other)
-    with pytest.raises(ValueError, match=r"localizer\.linear"):
+    with pytest.raises(UserError, match=r"localizer\.linear"):
         load_detector(tmp_path)
 
 

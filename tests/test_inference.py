@@ -16,6 +16,7 @@ from re2tal.annotations import Instance, VideoAnnotation
 from re2tal.backbones.swin import swin_toy
 from re2tal.detection import Detections, NmsConfig
 from re2tal.detector import Detector
+from re2tal.errors import UserError
 from re2tal.inference import detect, detector_folder, video_detections, window_detections
 from re2tal.localizers import ActionFormerConfig, Targets
 from re2tal.trained import DetectorSpec, save_detector
@@ -129,7 +130,7 @@ def test_a_saved_detector_is_found_by_its_folder_or_its_checkpoint(tmp_path: Pat
     first = expected.to_list()[0]
     assert set(first) == {"segment", "score", "label"}
     assert str(expected).splitlines()[0].split()[-1] == first["label"]
-    with pytest.raises(ValueError, match=r"holds no detector: there is no spec\.json"):
+    with pytest.raises(UserError, match=r"holds no detector: there is no spec\.json"):
         detector_folder(tmp_path)
 
 

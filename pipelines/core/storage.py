@@ -43,7 +43,7 @@ def require(uri: str | None, *, what: str, option: str) -> str:
         The same URI, or the absolute path.
 
     Raises:
-        UserError: it was not given, is not there or cannot be reached.
+        UserError: it was not given, is not there, cannot be reached or is no regular file.
     """
     if uri is None:
         raise UserError(f"{what}: no path given. Say where with {option} PATH_OR_URI.")
@@ -51,11 +51,15 @@ def require(uri: str | None, *, what: str, option: str) -> str:
         return uri
     try:
         filesystem, path = resolve(uri)
-        found = filesystem.get_file_info(path).type != pafs.FileType.NotFound
+        kind = filesystem.get_file_info(path).type
     except (OSError, ValueError) as error:
         raise UserError(f"{what}: {uri} cannot be reached ({error}). Correct {option}.") from error
-    if not found:
+    if kind == pafs.FileType.NotFound:
         raise UserError(f"{what}: nothing at {uri}. Correct {option}.")
+    if kind == pafs.FileType.Unknown:  # reading might never end
+        raise UserError(
+            f"{what}: {uri} is no regular file, but a pipe, a socket or a device. Correct {option}."
+        )
     return uri if "://" in uri else path
 
 
@@ -145,8 +149,14 @@ def file_size(uri: str) -> int:
 
 
 def read_bytes(uri: str) -> bytes:
-    """Return the content of a file."""
+    """Return the content of a file.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
     filesystem, path = resolve(uri)
+    if "://" not in uri and filesystem.get_file_info(path).type == pafs.FileType.Unknown:
+        raise OSError(f"{path} is no regular file, but a pipe, a socket or a device.")
     with filesystem.open_input_stream(path) as stream:
         return bytes(stream.read())
 

@@ -32,17 +32,7 @@ from re2tal.errors import UserError
 
 @contextmanager
 def scratch(output: str) -> Iterator[str]:
-    """Make a folder in the output; remove it at the end, and the output if it was not there.
-
-    Args:
-        output: absolute path or URI.
-
-    Yields:
-        Path or URI of the folder.
-
-    Raises:
-        OSError: if it cannot be made.
-    """
+    """Make a folder in the output; remove it at the end, and the output if it was not there."""
     filesystem, path = resolve(output)
     chain = takewhile(lambda one: one not in ("", "."), [path, *map(str, Path(path).parents)])
     missing = list(takewhile(lambda one: not _exists(filesystem, one), chain))
@@ -83,11 +73,7 @@ def _sees(folder: str, node: Node) -> bool:
 
 
 def exchange(node: Node, folder: str) -> bool:
-    """Write a file named after the node.
-
-    Returns:
-        False, and no file is written, if the driver's file is not there.
-    """
+    """Write a file named after the node; False, and no file, if the driver's is not there."""
     if node != DRIVER and not _sees(folder, DRIVER):
         return False
     with replacing(join(folder, node.id)) as stream:
@@ -97,14 +83,18 @@ def exchange(node: Node, folder: str) -> bool:
 
 def check_output(output: str, cluster: Cluster) -> list[Finding]:
     """Check that the driver and all nodes can write the output, and see each other's files."""
-    remote = "://" in output
-    advice = "Give --output a folder that can be written."
-    apart = "it is not shared by the machines. Give --output a folder that all of them mount, or "
-    apart += "the URI of an object store (s3://...)."
-    if remote:
-        advice = "Correct --output, or set the credentials of the object store in the environment "
-        advice += "of the driver and of every node."
+    if "://" in output:
+        advice = (
+            "Correct --output, or set the credentials of the object store in the environment of "
+            "the driver and of every node."
+        )
         apart = "they reach different stores. Compare endpoint and credentials of the two."
+    else:
+        advice = "Give --output a folder that can be written."
+        apart = (
+            "it is not shared by the machines. Give --output a folder that all of them mount, or "
+            "the URI of an object store (s3://...)."
+        )
 
     def refused(node: Node, why: str) -> Finding:
         return fail(f"{node.name} cannot read and write {output} ({why}). {advice}")
@@ -143,7 +133,6 @@ def write(node: Node, run: Run) -> None:
 
     Raises:
         FileNotFoundError: if the store is a file that is not on this machine; MLflow would make it.
-        MlflowException: if the store refuses.
     """
     os.environ.update(_IMPATIENT)
     file = database_file(run.uri)

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from pipelines.config.recipe import Recipe
 from pipelines.core.clock import duration
-from pipelines.core.figures import Timeline, curves, timelines
+from pipelines.core.figures import Timeline, curves, drawn, timelines
 from pipelines.core.figures import pictures as diagnosis_pictures
 from pipelines.core.metric_names import BEST_MAP
 from pipelines.core.storage import database_file
@@ -87,7 +87,8 @@ def log_pictures(run: Run, plan: Plan, detections: Mapping[str, Detections]) -> 
     if loss and quality["average"]:
         client.log_figure(run.run_id, curves(loss, quality), "pictures/curves.png")
     figure = timelines_of(plan, detections)
-    client.log_figure(run.run_id, figure, "pictures/timelines.png")
+    with drawn():
+        client.log_figure(run.run_id, figure, "pictures/timelines.png")
 
 
 def timelines_of(plan: Plan, detections: Mapping[str, Detections]) -> Figure:
@@ -100,6 +101,7 @@ def timelines_of(plan: Plan, detections: Mapping[str, Detections]) -> Figure:
             duration=known.duration,
             found=rows(found[found.scores >= _SHOWN_SCORE], plan.classes),
             truth=known.evaluated,
+            least=_SHOWN_SCORE,
         )
     return timelines(videos, plan.classes)
 

@@ -67,6 +67,21 @@ def test_every_weight_that_does_not_fit_is_named_and_none_is_loaded(tmp_path: Pa
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, name: str, value: float) -> None:
+    saved = TINY.build()
+    with torch.no_grad():
+        saved.norm.weight[3] = value
+    path = tmp_path / name
+    if path.suffix == ".pth":
+        torch.save(saved.state_dict(), path)
+    else:
+        save_backbone_weights(saved, path, {})
+    with pytest.raises(ValueError, match=r"1 weights are not finite \(nan or inf\): norm\.weight"):
+        load_backbone_weights(TINY.build(), path)
+
+
 def test_weights_of_another_size_give_a_short_message(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_backbone_weights(SwinConfig(depths=(2,), heads=(3,)).build(), path, {})

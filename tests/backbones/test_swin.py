@@ -98,5 +98,5 @@ def test_the_toy_size_fits_what_the_repository_ships() -> None:
 
 
 def test_depths_need_as_many_heads() -> None:
-    with pytest.raises(ValueError, match="one number of heads for each stage, but got 1 for 2"):
+    with pytest.raises(ValueError, match="one number of heads for each, but got 1 for 2"):
         SwinConfig(depths=(2, 2), heads=(2,))

@@ -29,9 +29,9 @@ import pandas as pd
 import torch
 
 from pipelines.experiments.__main__ import RESULTS
-from pipelines.experiments.evaluation import ACTIVITYNET, THUMOS, RandomTestSet, Videos
-from pipelines.experiments.experiment import Row
-from pipelines.experiments.harness import save
+from pipelines.experiments.detections import ACTIVITYNET, THUMOS, RandomTestSet, Videos
+from pipelines.experiments.experiment import Row, Section
+from pipelines.experiments.harness import Chapter, circumstances, write
 from re2tal.detection import Detections, average_recall, mean_average_precision
 
 COMMIT = "82304fa9f4a7219421df13dae6347a445c4cf5bc"
@@ -132,7 +132,11 @@ def main(folder: str) -> None:
     NUMBERS.write_text(json.dumps({"commit": COMMIT, "workloads": numbers}) + "\n")
     command = "python -m tests.detection.official_numbers ActivityNet/Evaluation"
     title = "Evaluation of whole test sets, against the official ActivityNet code"
-    save(tables, RESULTS / "evaluation_official.json", command, title=title)
+    chapter = Chapter(
+        name="evaluation_official", section=Section(title=title, text="", tables=tables)
+    )
+    facts = circumstances(command, torch.device("cpu"))
+    write([chapter], facts, RESULTS / "evaluation_official.json")
 
 
 if __name__ == "__main__":

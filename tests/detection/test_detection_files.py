@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -158,14 +159,19 @@ def test_all_problems_of_a_file_are_listed(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(error.value)).problems == problems
 
 
-def test_a_message_shows_only_the_first_hundred_problems(tmp_path: Path) -> None:
+def test_a_message_shows_a_few_problems_of_a_kind_and_a_hundred_of_all(tmp_path: Path) -> None:
     path = tmp_path / "theirs.json"
     row = {"segment": [0, 1], "score": 1, "label": "?"}
     path.write_text(json.dumps({"results": {"a": [row] * 250}}))
     with pytest.raises(FileError) as error:
         read_detections(path, CLASSES)
     assert len(error.value.problems) == 250
-    assert str(error.value).endswith("... and 150 more")
+    first, *rest = str(error.value).splitlines()
+    assert first == f"{path}: 250 problems."
+    place = "  - video 'a'[{}].label: is not a known class (found '?')"
+    assert rest == [*map(place.format, range(3)), "  - ... and 247 more like these"]
+    others = FileError("f", ["a" * number for number in range(1, 251)])
+    assert str(others).endswith("... and 150 more")
 
 
 @pytest.mark.parametrize(
@@ -220,6 +226,17 @@ def test_raw_predictions_that_are_none(tmp_path: Path) -> None:
         ({"counts": torch.tensor([1, 1])}, {}, ["add up to 1 detections"]),
         ({"segments": torch.zeros(1, 3)}, {}, ["segments must be of shape (1, 2)"]),
         ({"segments": torch.zeros(1, 2).int()}, {}, ["segments must be floating point"]),
+        (
+            {"segments": torch.tensor([[0, math.inf]])},
+            {},
+            ["segments must be finite numbers, but 1"],
+        ),
+        (
+            {"scores": torch.tensor([math.nan])},
+            {},
+            ["scores must be finite numbers, but 1 are nan"],
+        ),
+        ({"scores": torch.tensor([-2.0])}, {}, ["scores must not be negative: are they logits"]),
         ({"scores": torch.tensor(0.5)}, {}, ["scores must be of shape (N,)"]),
         ({"labels": torch.tensor([7])}, {}, ["labels are 7 to 7, but there are 1 classes"]),
         ({"labels": torch.tensor([0.5])}, {}, ["labels must be integers"]),

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.experiments.evaluation import ACTIVITYNET, THUMOS, RandomTestSet, sequential
+from pipelines.experiments.detections import ACTIVITYNET, THUMOS, RandomTestSet, sequential
 from re2tal.detection import Detections, mean_average_precision
 from re2tal.detection.evaluation import matching
 

@@ -34,7 +34,7 @@ def test_what_is_too_small_is_named(
 ) -> None:
     name, value = least
     config(**settings, **{name: value})
-    message = f"^{name} must be at least {value}, but is {value - 1}.$"
+    message = rf"^\w+\.{name} must be {value} to .*, but is {value - 1}.$"
     with pytest.raises(ValueError, match=message):
         config(**settings, **{name: value - 1})
 

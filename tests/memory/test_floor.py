@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from pipelines.experiments.memory import predicted_step
 from pipelines.experiments.models import LONG, SMALL, build
-from pipelines.experiments.resident import predicted_step
 from re2tal.memory import predict_peak
 from re2tal.reversible import AtLeast, rewire
 from re2tal.reversible.coupling import SMALLEST_PIECE, bytes_of_piece

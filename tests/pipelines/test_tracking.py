@@ -29,7 +29,7 @@ from pipelines.core.tracking import (
     start_run,
     tracking_uri,
 )
-from pipelines.training.validation import map_metrics
+from pipelines.training.validation import metrics_of
 from re2tal.detection.evaluation import MapResult
 from re2tal.errors import UserError
 
@@ -193,10 +193,14 @@ def test_classes_of_any_name_have_their_average_precision(run: Run, tmp_path: Pa
     per_class = np.array([[0.1, 0.2, 0.3, np.nan, 0.5]])
     mean = float(np.nanmean(per_class))
     result = MapResult(
-        thresholds=np.array([0.5]), per_class=per_class, mAP=np.array([mean]), average=mean
+        thresholds=np.array([0.5]),
+        per_class=per_class,
+        instances=np.array([1, 1, 1, 0, 1]),
+        mAP=np.array([mean]),
+        average=mean,
     )
     logger = MetricLogger(run, fallback=tmp_path / "unsent.jsonl", interval=60)
-    logger.log(map_metrics(result, EGO4D), step=1)
+    logger.log(metrics_of({"average_precision": result}, EGO4D), step=1)
     logger.log({"train/loss": 0.5}, step=2)
     assert logger.close() == 0
     found = run.client.get_run(run.run_id).data.metrics
