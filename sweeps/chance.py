@@ -22,6 +22,7 @@ from pipelines.config.command_line import told_shortly
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import toy
 from pipelines.core.metric_names import MAP
+from pipelines.core.storage import database_url
 from pipelines.data.feature_stream import without_backbone
 from pipelines.data.features import Features
 from pipelines.data.plan import Plan, make_plan, read_annotations
@@ -94,7 +95,7 @@ def search(base: Recipe, plan: Plan, *, trials: int, sampler: Sampler) -> list[f
         study = open_study(
             SWEEP,
             config,
-            storage=RDBStorage(f"sqlite:///{folder}/optuna.db"),
+            storage=RDBStorage(database_url(f"{folder}/optuna.db")),
             name="search",
             base_point=check_space(SWEEP, base),
         )

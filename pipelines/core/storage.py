@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import unquote
 from uuid import uuid4
 
 import pyarrow.fs as pafs
@@ -108,6 +109,25 @@ def _files(
         if info.type == pafs.FileType.File
     }
     return {name: (f"{folder}/{name}", size) for name, size in sorted(sizes.items())}
+
+
+def database_url(file: str | Path) -> str:
+    """Return the URL by which MLflow and Optuna find a SQLite file, which they make if missing.
+
+    SQLAlchemy decodes `%` and two digits in it, and takes all after a `?` for options.
+    """
+    name = str(file)
+    quoted = name.replace("%", "%25").replace("?", "%3F")
+    # with the driver's name, because MLflow would make an empty folder of the quoted name
+    return f"{'sqlite' if quoted == name else 'sqlite+pysqlite'}:///{quoted}"
+
+
+def database_file(url: str) -> Path | None:
+    """Return the SQLite file that a database's URL names; None for another kind of store."""
+    kind, found, rest = url.partition(":///")
+    if not found or kind.partition("+")[0] != "sqlite":
+        return None
+    return Path(unquote(rest.partition("?")[0]))
 
 
 def list_files(uri: str) -> dict[str, str]:

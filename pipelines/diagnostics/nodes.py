@@ -125,8 +125,7 @@ def joined(*, seconds: float) -> Iterator[tuple[Finding, Cluster]]:
     except UserError as error:
         yield fail(str(error)), Cluster(seconds=seconds)
     except Exception as error:
-        text = f"Ray does not start on this machine ({reason(error)}). End what an earlier Ray "
-        text += "left behind (ray stop), and see that its folder for temporary files is writable."
+        text = f"Ray does not start on this machine ({reason(error)})."
         if address:
             text = f"The cluster at {address} (RAY_ADDRESS) cannot be joined ({reason(error)}). "
             text += "Start it again, and give RAY_AUTH_MODE the value that it was started with."

@@ -15,8 +15,16 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.db.db_types import DATABASE_ENGINES
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipelines.core.storage import join, read_bytes, replacing, resolve
-from pipelines.core.tracking import Run, finishing, log_metrics, log_text, open_store, tracking_uri
+from pipelines.core.storage import database_file, join, read_bytes, replacing, resolve
+from pipelines.core.tracking import (
+    Run,
+    create_run,
+    finishing,
+    log_metrics,
+    log_text,
+    open_store,
+    tracking_uri,
+)
 from pipelines.diagnostics.findings import Finding, fail, note, ok, reason, without_password
 from pipelines.diagnostics.nodes import DRIVER, Cluster, Node
 from re2tal.errors import UserError
@@ -114,7 +122,6 @@ def check_output(output: str, cluster: Cluster) -> list[Finding]:
 EXPERIMENT = "re2tal-doctor"
 TAG = "re2tal.doctor"
 _FOLDER = "doctor"
-_SQLITE = "sqlite:///"
 # by default MLflow's client retries an absent server for minutes
 _IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 # ImportError: SQLAlchemy's driver for the database is missing
@@ -128,8 +135,8 @@ def write(node: Node, run: Run) -> None:
         FileNotFoundError: if the store is a file that is not on this machine; MLflow would make it.
     """
     os.environ.update(_IMPATIENT)
-    file = run.uri.removeprefix(_SQLITE)
-    if file != run.uri and not Path(file).is_file():
+    file = database_file(run.uri)
+    if file is not None and not file.is_file():
         raise FileNotFoundError(
             f"{file} is not on this machine: set MLFLOW_TRACKING_URI to a server, or give --output "
             "a folder that all machines share"
@@ -147,14 +154,15 @@ def check_mlflow(output: str, cluster: Cluster) -> list[Finding]:
     os.environ.update(_IMPATIENT)
     server = os.environ.get("MLFLOW_TRACKING_URI", "")
     name = without_password(server) if server else f"the default store in {output}"
-    file = Path(server.removeprefix(_SQLITE)) if server.startswith(_SQLITE) else None
+    file = database_file(server)
     try:
         if file:
             if not file.is_file():
                 return [note(f"{name} is a file that is not there yet, and was not tried.")]
             return _try(name, str(file.parent), cluster)
         if server:
-            return _try(name, tempfile.gettempdir(), cluster)  # a server does not need the folder
+            with tempfile.TemporaryDirectory() as folder:  # a server does not need the output
+                return _try(name, folder, cluster)
         if "://" in output or (Path(output) / "mlflow.db").is_file():
             return _try(name, output, cluster)
         with scratch(output) as folder:
@@ -170,7 +178,7 @@ def _try(name: str, output: str, cluster: Cluster) -> list[Finding]:
     client, uri, experiment = open_store(EXPERIMENT, output=output)
     if client.get_experiment(experiment).lifecycle_stage == "deleted":
         client.restore_experiment(experiment)
-    run = Run(uri=uri, run_id=client.create_run(experiment, tags={TAG: "true"}).info.run_id)
+    run = create_run(client, experiment, output=output, tags={TAG: "true"})
     with finishing(run):
         answers = cluster.ask_after_driver(write, run)
         metrics = client.get_run(run.run_id).data.metrics
@@ -184,7 +192,7 @@ def _try(name: str, output: str, cluster: Cluster) -> list[Finding]:
     if findings:
         return findings
     findings = [ok(f"A metric and an artifact can be written to {name} by {cluster.everyone}.")]
-    if uri.startswith(_SQLITE) and len(cluster.nodes) > 1:
+    if database_file(uri) and len(cluster.nodes) > 1:
         text = f"{len(cluster.nodes)} machines write to {name}, one SQLite file, which not every "
         text += "network file system bears. Prefer a server: MLFLOW_TRACKING_URI."
         findings.append(note(text))

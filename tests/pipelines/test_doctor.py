@@ -547,7 +547,11 @@ def test_a_store_that_is_there_gets_a_finished_run_with_a_tag_and_nothing_else(
     output = str(tmp_path / "elsewhere" if named else tmp_path)
     tells(writing.check_mlflow(output, NO_NODES), "ok")
 
-    assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", "artifacts"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "mlflow.db",
+        "artifacts",
+        ".under-way",
+    }
     mine = client.search_runs([experiment], run_view_type=ViewType.ALL)
     assert {run.info.run_id for run in mine} == {kept, deleted}
     others = client.search_experiments(view_type=ViewType.ALL)
@@ -577,7 +581,7 @@ def test_data_bases_that_cannot_hold_the_runs_fail(
 ) -> None:
     (tmp_path / "mlflow.db").write_text("this is no data base" * 100)
     tells(writing.check_mlflow(str(tmp_path), NO_NODES), "FAIL", "file is not a database")
-    assert _everything_in(tmp_path) == ["mlflow.db"]
+    assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", ".under-way"}
     tells(writing.check_mlflow("s3://bucket/runs", NO_NODES), "FAIL", "name a tracking server")
 
     def missing(uri: str) -> None:
