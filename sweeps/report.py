@@ -1,7 +1,5 @@
 """Results of a sweep: the best trials, what they gained, pictures by Optuna, a command."""
 
-import csv
-import io
 import json
 import shlex
 import statistics
@@ -12,6 +10,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import optuna
+from matplotlib.collections import LineCollection
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from optuna.importance import FanovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState
@@ -19,6 +19,7 @@ from optuna.visualization import matplotlib as draw
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.core.tables import csv_text
 from pipelines.core.tracking import Run, log_metrics
 from sweeps.epoch_reports import RUN_ID
 from sweeps.postprocessing import Postprocessing, search_postprocessing
@@ -59,7 +60,12 @@ def report(sweep: Sweep, config: SweepConfig, run: Run, study: optuna.Study) -> 
     log_metrics(run, _results(sweep.objectives, best, base), step=0)
     found = _postprocessing(sweep, config, run, best[0])
     command = command_of(config, best[0], found)
-    chosen = {"run": best[0].user_attrs[RUN_ID], "values": best[0].params, "command": command}
+    chosen = {
+        "run": best[0].user_attrs[RUN_ID],
+        "score": dict(zip((o.metric for o in sweep.objectives), best[0].values, strict=True)),
+        "values": best[0].params,
+        "command": command,
+    }
     run.client.log_text(run.run_id, json.dumps(chosen, indent=2), "best.json")
     run.client.set_tag(run.run_id, "best.run", chosen["run"])
     for name, value in best[0].params.items():
@@ -114,23 +120,21 @@ def _results(
 
 def _csv(objectives: Sequence[Objective], trials: Sequence[FrozenTrial]) -> str:
     names = sorted({name for trial in trials for name in trial.params})
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["number", "state", "run", *(o.metric for o in objectives), *names])
+    metrics = [objective.metric for objective in objectives]
+    rows = []
     for trial in trials:
-        complete = trial.state == TrialState.COMPLETE
-        values = trial.values if complete else [""] * len(objectives)
-        params = [trial.params.get(name, "") for name in names]
-        state = trial.state.name.lower()
-        writer.writerow([trial.number, state, trial.user_attrs.get(RUN_ID, ""), *values, *params])
-    return text.getvalue()
+        values = trial.values if trial.state == TrialState.COMPLETE else [None] * len(metrics)
+        facts = {"number": trial.number, "state": trial.state.name.lower()}
+        found = dict(zip(metrics, values, strict=True))
+        rows.append({**facts, "run": trial.user_attrs.get(RUN_ID), **found, **trial.params})
+    return csv_text(["number", "state", "run", *metrics, *names], rows)
 
 
 def _table(sweep: Sweep, best: Sequence[FrozenTrial], base: FrozenTrial | None) -> Table:
     """List the best trials, and the base recipe's."""
     several = len(sweep.objectives) > 1
     what = "trials that no other beats in all objectives" if several else "best trials"
-    table = Table(title=f"{sweep.name}: {what}")
+    table = Table(title=f"{sweep.name}: {what}, each by its best epoch")
     for heading in ("trial", *(o.title for o in sweep.objectives), "parameters"):
         table.add_column(heading, justify="left" if heading == "parameters" else "right")
     shown = [*best[:_SHOWN], *([base] if base is not None and base not in best[:_SHOWN] else [])]
@@ -156,7 +160,7 @@ def _facts(
         gained = best[0].values[0] - base.values[0]
         facts.append(("gained", f"{gained:+.3f} over the base recipe's {base.values[0]:.3f}"))
     if found is not None:
-        what = f"mAP {found.before:.3f} to {found.after:.3f} of the best trial's detections"
+        what = f"average mAP {found.before:.3f} to {found.after:.3f} of the best trial's detections"
         facts.append(("post-processing", what))
     if FIRST_STEP in counts:
         facts.append(("to the first step", f"{counts[FIRST_STEP]:.1f} s of a trial (median)"))
@@ -172,6 +176,7 @@ def pictures(
     With fewer than two finished trials of different values, an objective only has its history.
     """
     plt.switch_backend("agg")
+    readable = _with_short_names(study, finished)
     figures = {}
     for index, objective in enumerate(objectives):
         many = len(objectives) > 1
@@ -179,20 +184,73 @@ def pictures(
         if many:
             told["target"] = _ValueOf(index)
         prefix = f"{objective.metric.rsplit('/', 1)[-1]}_" if many else ""
-        figures[f"{prefix}history"] = _figure(draw.plot_optimization_history, study, **told)
+        history = _figure(draw.plot_optimization_history, study, **told)
+        _add_pruned(history, study)
+        figures[f"{prefix}history"] = history
         if len(finished) > 1 and _differ([trial.values[index] for trial in finished]):
             # by variance explained; Optuna's default ranks by their effect on low values only
             figures[f"{prefix}importance"] = _figure(
                 draw.plot_param_importances,
-                study,
+                readable,
                 evaluator=FanovaImportanceEvaluator(seed=0),
                 **told,
             )
-            figures[f"{prefix}parallel"] = _figure(draw.plot_parallel_coordinate, study, **told)
+            parallel = _figure(draw.plot_parallel_coordinate, readable, **told)
+            _recolour(parallel)
+            figures[f"{prefix}parallel"] = parallel
     if len(objectives) > 1:
         titles = [objective.title for objective in objectives]
         figures["front"] = _figure(draw.plot_pareto_front, study, target_names=titles)
     return figures
+
+
+def _with_short_names(study: optuna.Study, finished: Sequence[FrozenTrial]) -> optuna.Study:
+    """Copy the finished trials into a study whose parameters have the ends of their names.
+
+    Optuna cuts names after twenty characters, where those of two fields of one part are equal.
+    """
+    names = sorted({name for trial in finished for name in trial.params})
+    parts = {name: name.split(".") for name in names}
+    short: dict[str, str] = {}
+    for name in names:
+        length = 1
+        while sum(other[-length:] == parts[name][-length:] for other in parts.values()) > 1:
+            length += 1
+        short[name] = ".".join(parts[name][-length:])
+    copy = optuna.create_study(directions=study.directions)
+    copy.add_trials(
+        optuna.create_trial(
+            values=trial.values,
+            params={short[name]: value for name, value in trial.params.items()},
+            distributions={short[name]: one for name, one in trial.distributions.items()},
+        )
+        for trial in finished
+    )
+    return copy
+
+
+def _add_pruned(history: Figure, study: optuna.Study) -> None:
+    """Mark the pruned trials, which Optuna leaves out, at the last score that they reached."""
+    pruned = study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
+    last = [(t.number, t.intermediate_values[t.last_step]) for t in pruned if t.last_step]
+    if last:
+        axes = history.axes[0]
+        axes.scatter(*zip(*last, strict=True), marker="x", color="0.35", label="pruned, last score")
+        axes.legend()
+
+
+def _recolour(parallel: Figure) -> None:
+    """Give each line a colour that is seen, on white: Optuna's worst trial is white on grey."""
+    lines = next(c for c in parallel.axes[0].collections if isinstance(c, LineCollection))
+    seen = plt.get_cmap("viridis_r")(np.linspace(0.1, 1, 256))
+    if lines.get_cmap().name.endswith("_r"):
+        seen = seen[::-1]
+    lines.set_cmap(ListedColormap(seen))
+    for axes in parallel.axes:
+        axes.grid(visible=False)
+        for label in axes.get_yticklabels():
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1})
+    parallel.axes[0].set_facecolor("white")
 
 
 class _ValueOf:

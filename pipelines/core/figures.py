@@ -1,12 +1,16 @@
 """Pictures of a run: curves of loss and mAP, and timelines of detections against the truth."""
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
@@ -14,7 +18,55 @@ from numpy.typing import NDArray
 from re2tal.annotations import Instance
 from re2tal.detection.diagnosis import ERRORS, Diagnosis, Kind, Placed
 
-_COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+# At least 38 apart in CIELAB, where the ten colours that matplotlib takes by itself are 28, dark
+# enough for a white page and light enough for a black one.
+COLOURS = (
+    *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#870f96", "#0fd2f0", "#783c1e", "#ff87ff"),
+    *("#878787", "#d2c30f", "#005a3c", "#4b78ff", "#e17887", "#696900", "#00d2a5", "#693c69"),
+    *("#ffb478", "#e11e87", "#b4c387", "#d2b4f0"),
+)
+"""Colours of classes by their number; from the 21st class on they come again, with a pattern."""
+_PATTERNS = ("", "...", "xxx", "ooo", "---", "|||", "+++", "***", "OO", "\\\\\\")
+
+_LONGEST = 40  # characters of a name in a picture
+
+
+@cache
+def _fonts() -> list[str]:
+    """Return the families that names are written in: each fills in what those before it lack."""
+    there = {font.name for font in font_manager.fontManager.ttflist}
+    usual = (
+        *("Noto Sans", "Noto Emoji", "WenQuanYi", "IPAGothic", "Symbola", "Hiragino Sans"),
+        *("PingFang", "Apple SD Gothic", "Microsoft YaHei", "Malgun", "Segoe UI Emoji"),
+    )
+    return ["DejaVu Sans", *sorted(name for name in there if name.startswith(usual))]
+
+
+@cache
+def _warn_of_fonts() -> None:
+    print(
+        "remark: the fonts of this machine lack characters that names have: pictures show boxes in "
+        "their place. Install Noto's fonts (Debian: fonts-noto-cjk, fonts-noto-core)."
+    )
+
+
+@contextmanager
+def drawn() -> Iterator[None]:
+    """Write figures in this context: missing characters are reported once in a process."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", message="Glyph .* missing from font")
+        yield
+    lacking = [w for w in caught if "missing from font" in str(w.message)]
+    for other in caught:
+        if other not in lacking:
+            warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+    if lacking:
+        _warn_of_fonts()
+
+
+def _short(name: str) -> str:
+    """Cut a name where the picture would have no room left for anything else."""
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
 
 
 def curves(
@@ -30,7 +82,7 @@ def curves(
     left, right = figure.subplots(1, 2)
     steps, values = zip(*loss, strict=True)
     left.plot(steps, values, color="0.8", linewidth=1)
-    left.plot(steps, _smooth(values), color=_COLOURS[0], linewidth=2)
+    left.plot(steps, _smooth(values), color=COLOURS[0], linewidth=2)
     left.set(xlabel="step", ylabel="training loss", ylim=(0, None))
     for name, points in quality.items():
         average = name == "average"
@@ -66,11 +118,13 @@ class Timeline:
         duration: length of the video in seconds.
         found: rows of detections, as `re2tal.detection.files.rows` makes them.
         truth: annotated instances; None where there are no annotations.
+        least: least score of the rows; weaker detections are not shown.
     """
 
     duration: float
     found: Sequence[Mapping[str, Any]]
     truth: Sequence[Instance] | None = None
+    least: float = 0.0
 
 
 def timelines(videos: Mapping[str, Timeline], classes: Sequence[str]) -> Figure:
@@ -97,14 +151,14 @@ def timelines(videos: Mapping[str, Timeline], classes: Sequence[str]) -> Figure:
             _bar(axes, names, classes, segment, instance.label, -0.2, 0.3, None)
         axes.set(xlim=(0, video.duration), ylim=(max(1, len(names)) - 0.4, -0.6))
         # names may hold $ and are no formulas
-        axes.set_yticks([*range(len(names))], names, parse_math=False)
-        axes.set_title(title, loc="left", fontsize=10, parse_math=False)
+        style: dict[str, Any] = {"parse_math": False, "fontfamily": _fonts()}
+        axes.set_yticks([*range(len(names))], [*map(_short, names)], **style)
+        if not video.found:
+            title = f"{title}: nothing was detected with a score of {video.least:.2f} or more"
+        axes.set_title(title, loc="left", fontsize=10, **style)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(labelsize=9, length=2)
         axes.grid(axis="x", alpha=0.3)
-        if not names:
-            nothing = "nothing detected"
-            axes.text(0.5, 0.5, nothing, transform=axes.transAxes, ha="center", va="center")
     strips[-1].set_xlabel("seconds")
     if any(video.truth is not None for video in videos.values()):
         handles = [
@@ -132,21 +186,25 @@ def _bar(
     score: float | None,
 ) -> None:
     """Draw a segment in the lane of its class, hatched if it has no score."""
-    colour = _COLOURS[classes.index(label) % len(_COLOURS)]
+    turn, place_in_turn = divmod(classes.index(label), len(COLOURS))
+    colour, pattern = to_rgb(COLOURS[place_in_turn]), _PATTERNS[turn % len(_PATTERNS)]
     start, end = segment
+    style: dict[str, Any]
     if score is None:
-        style: dict[str, Any] = {"facecolor": (*colour, 0.25), "edgecolor": colour, "hatch": "////"}
+        style = {"facecolor": (*colour, 0.25), "edgecolor": colour, "hatch": "////" + pattern}
     else:
-        style = {"color": colour, "alpha": 0.2 + 0.8 * min(1.0, max(0.0, score))}
+        shown = 0.2 + 0.8 * min(1.0, max(0.0, score))
+        style = {"facecolor": (*colour, shown), "edgecolor": "white", "hatch": pattern}
+        style["linewidth"] = 0
     axes.barh(lanes.index(label) + place, end - start, left=start, height=height, **style)
 
 
 _OF_KIND = {
-    Kind.TRUE_POSITIVE: _COLOURS[2],
-    Kind.DOUBLE_DETECTION: _COLOURS[8],
-    Kind.WRONG_LABEL: _COLOURS[1],
-    Kind.LOCALIZATION: _COLOURS[0],
-    Kind.CONFUSION: _COLOURS[4],
+    Kind.TRUE_POSITIVE: COLOURS[2],
+    Kind.DOUBLE_DETECTION: COLOURS[9],
+    Kind.WRONG_LABEL: COLOURS[1],
+    Kind.LOCALIZATION: COLOURS[0],
+    Kind.CONFUSION: COLOURS[4],
     Kind.BACKGROUND: "0.72",
 }
 _TITLES = {"coverage": "coverage", "length": "length", "instances": "instances in video"}
@@ -177,17 +235,20 @@ def false_positives(diagnosis: Diagnosis) -> Figure:
     left.set(ylim=(0, 100), ylabel="share of predictions (%)")
     left.set_xlabel("predictions by score, in instances of their class (G)")
     gains = 100 * diagnosis.false_positives.gains.mean(axis=0)
-    bars = right.bar(
-        [_name(kind).replace(" ", "\n") for kind in ERRORS],
+    bars = right.barh(
+        [_name(kind) for kind in ERRORS],
         gains,
         0.7,
         color=[_OF_KIND[kind] for kind in ERRORS],
         zorder=2,
     )
     right.bar_label(bars, fmt="%.1f", fontsize=9, padding=2)
-    right.set(ylabel="mAP gained without these (points)", ylim=(0, max(1.0, 1.15 * gains.max())))
-    for axes in (left, right):
-        _tidy(axes)
+    right.set(xlabel="mAP gained without these (points)", xlim=(0, max(1.0, 1.15 * gains.max())))
+    right.invert_yaxis()
+    _tidy(left)
+    right.grid(axis="x", alpha=0.3)
+    right.spines[["top", "right"]].set_visible(False)
+    right.tick_params(axis="y", length=0, labelsize=9)
     figure.legend(loc="outside upper center", ncols=len(Kind), fontsize=9, frameon=False)
     return figure
 
@@ -195,7 +256,7 @@ def false_positives(diagnosis: Diagnosis) -> Figure:
 def sensitivity(diagnosis: Diagnosis) -> Figure:
     """Draw mAP_N over the bins of each characteristic, and the range relative to overall mAP_N."""
     figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(4, 1))
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
     overall = 100 * float(diagnosis.mAP.mean())
     values = {name: 100 * one.average for name, one in diagnosis.sensitivity.items()}
     _bars_by_bin(left, diagnosis.placed, values)
@@ -209,7 +270,7 @@ def sensitivity(diagnosis: Diagnosis) -> Figure:
         right.plot(
             [place, place],
             [low, high],
-            color=_COLOURS[place],
+            color=COLOURS[place],
             linewidth=5,
             marker="_",
             markersize=16,
@@ -257,7 +318,7 @@ def _bars_by_bin(
 ) -> None:
     """Draw a bar for each bin, grouped by characteristic; empty bins are labelled as such."""
     start, ticks, names = 0.0, [], []
-    for colour, (name, heights) in zip(_COLOURS, values.items(), strict=False):
+    for colour, (name, heights) in zip(COLOURS, values.items(), strict=False):
         places = start + np.arange(len(heights))
         bars = axes.bar(places, np.nan_to_num(heights), 0.85, color=colour, zorder=2)
         labels = ["none" if np.isnan(height) else f"{height:.1f}" for height in heights]

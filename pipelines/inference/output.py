@@ -1,11 +1,9 @@
 """Files that detections are written to, all of them made anew from the records."""
 
 import base64
-import csv
 import json
 import mimetypes
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +12,9 @@ from urllib.parse import quote
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipelines.core.figures import Timeline, timelines
+from pipelines.core.figures import COLOURS, Timeline, drawn, timelines
 from pipelines.core.storage import Stamp, file_size, read_bytes, replaced_files
+from pipelines.core.tables import write_csv
 from re2tal.atomic import replacing
 from re2tal.detection.files import srt, webvtt, write_rows
 from re2tal.errors import UserError
@@ -132,7 +131,12 @@ def page(
         }
         for video_id, reason in failures.items()
     ]
-    data = {"classes": list(classes), "threshold": threshold, "videos": videos}
+    data = {
+        "classes": list(classes),
+        "colours": COLOURS,
+        "threshold": threshold,
+        "videos": videos,
+    }
     text = (_HERE / "page.html").read_text(encoding="utf-8")
     for name, content in (
         ("style", (_HERE / "page.css").read_text(encoding="utf-8")),
@@ -219,6 +223,7 @@ def write_files(
     Returns:
         The files, those of all videos together first.
     """
+    least = config.score_threshold
     shown = {video_id: strongest(record, config) for video_id, record in sorted(records.items())}
     tables: dict[Format, tuple[str, Callable[[Path], None]]] = {
         "json": ("detections.json", lambda path: write_rows(path, _rows(shown))),
@@ -228,7 +233,7 @@ def write_files(
     pictures: dict[Format, tuple[str, Callable[[Path, Record], None]]] = {
         "vtt": ("subtitles", lambda path, record: _write(path, webvtt(record.detections))),
         "srt": ("subtitles", lambda path, record: _write(path, srt(record.detections))),
-        "png": ("timelines", lambda path, record: _draw(path, record, classes)),
+        "png": ("timelines", lambda path, record: _draw(path, record, classes, least)),
     }
     written = [output / "failures.json"]
     _write(written[0], json.dumps(dict(sorted(failures.items())), indent=2))
@@ -257,21 +262,18 @@ def _write(path: Path, text: str) -> None:
 
 
 def _write_csv(path: Path, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for video_id, rows in results.items():
-            writer.writerows(
-                (video_id, *row["segment"], row["label"], row["score"]) for row in rows
-            )
+    cells = (
+        (video_id, *row["segment"], row["label"], row["score"])
+        for video_id, rows in results.items()
+        for row in rows
+    )
+    write_csv(path, COLUMNS, (dict(zip(COLUMNS, row, strict=True)) for row in cells))
 
 
-def _draw(path: Path, record: Record, classes: Sequence[str]) -> None:
-    shown = Timeline(duration=record.duration, found=record.detections)
-    figure = timelines({record.video_id: shown}, classes)
-    with replacing(path) as partial, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(partial, format="png", dpi=120)
+def _draw(path: Path, record: Record, classes: Sequence[str], least: float) -> None:
+    shown = Timeline(duration=record.duration, found=record.detections, least=least)
+    with replacing(path) as partial, drawn():
+        timelines({record.video_id: shown}, classes).savefig(partial, format="png", dpi=120)
 
 
 def _write_page(

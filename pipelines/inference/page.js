@@ -1,6 +1,5 @@
 "use strict";
-const { classes, threshold, videos } = JSON.parse(document.getElementById("data").textContent);
-const PALETTE = ["#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#92613a", "#ec4899", "#737a86", "#a3b318", "#06b6d4"];
+const { classes, colours, threshold, videos } = JSON.parse(document.getElementById("data").textContent);
 const STEP = 5; // seconds that an arrow key goes
 
 const one = (selector) => document.querySelector(selector);
@@ -36,7 +35,9 @@ function seek(seconds, play = false) {
 }
 
 function setColour(element, segment) {
-  element.style.setProperty("--colour", PALETTE[segment.label % PALETTE.length]);
+  const turn = Math.floor(segment.label / colours.length); // colours that come again are striped, each turn at its own angle
+  element.style.setProperty("--colour", colours[segment.label % colours.length]);
+  element.style.setProperty("--stripes", turn ? `repeating-linear-gradient(${turn * 35}deg, transparent 0 3px, var(--panel) 3px 5px)` : "none");
   element.style.setProperty("--score", segment.score);
 }
 
@@ -201,8 +202,17 @@ one("#search").addEventListener("input", (event) => {
 window.addEventListener("hashchange", () => showNamed());
 window.addEventListener("resize", () => timeline.querySelector(".axis")?.replaceWith(axis()));
 
+function named() {
+  const text = location.hash.slice(1);
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text; // an address that was cut off in the midst of a character, or never escaped
+  }
+}
+
 function showNamed() {
-  const name = decodeURIComponent(location.hash.slice(1));
+  const name = named();
   show(videos.find((candidate) => candidate.id === name) ?? videos.find((candidate) => !candidate.failed) ?? videos[0]);
 }
 

@@ -22,10 +22,10 @@ from pipelines.training.model import (
 )
 from pipelines.training.trainer import Evaluation, Runtime
 from pipelines.training.validation import (
+    compare,
     detect_windows,
-    evaluate,
     gather,
-    proposal_metrics,
+    metrics_of,
     validation_share,
 )
 from re2tal.detection.files import write_detections
@@ -118,15 +118,12 @@ class DetectionTask:
             UserError: if too many videos could not be decoded.
         """
         before = time.perf_counter()
-        recipe, plan = self.recipe, self.trained
         detections, raw, failed = self._detect(state, runtime)
         metrics = {"videos/failed": float(len(failed))}
-        if recipe.model.class_agnostic:
-            metrics |= proposal_metrics(detections, plan.validation, plan.classes)
         detections, quality = self.judged(detections)
         metrics |= quality
         runtime.say(
-            f"epoch {state.epoch}/{recipe.epochs}  validation  mAP {metrics['val/mAP']:.3f}  "
+            f"epoch {state.epoch}/{self.recipe.epochs}  validation  mAP {metrics['val/mAP']:.3f}  "
             f"({len(detections)} videos, {duration(time.perf_counter() - before)})"
         )
         return Evaluation(
@@ -142,20 +139,22 @@ class DetectionTask:
             detections: detections in seconds by video id, after non-maximum suppression.
 
         Returns:
-            The detections with classes, and the metrics of `validation.evaluate`.
+            The detections with classes, and the metrics by their names in MLflow.
         """
         reported, scores = self.reported, self.plan.video_scores
+        proposals = detections if self.recipe.model.class_agnostic else None
         if scores is not None:
             detections = fuse_videos(detections, scores, top=self.recipe.data.video_scores_top)
-        metrics = evaluate(
+        results = compare(
             detections,
             reported.validation,
             reported.classes,
             self.recipe.thresholds,
+            proposals=proposals,
             ignore_ambiguous=self.recipe.ignore_ambiguous,
             ks=self.recipe.data.record.recall_at,
         )
-        return dict(detections), metrics
+        return dict(detections), metrics_of(results, reported.classes)
 
     def _detect(
         self, state: TrainingState, runtime: Runtime

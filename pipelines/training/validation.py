@@ -9,21 +9,11 @@ import torch.distributed as dist
 
 from pipelines.core.metric_names import safe_names
 from pipelines.data.batches import Batch, Video
-from re2tal.detection.evaluation import (
-    ClassRecall,
-    MapResult,
-    ProposalRecall,
-    average_recall,
-    mean_average_precision,
-    recall_at,
-)
+from re2tal.detection.evaluation import Compared, Result, evaluate
 from re2tal.detection.segments import Detections
 from re2tal.detector import Detector
 from re2tal.inference import window_detections
 from re2tal.videos.windows import Window, WindowConfig, sliding_windows
-
-PROPOSALS = (1, 5, 10, 100)
-"""Numbers of proposals a video at which recall is shown."""
 
 
 def gather(value: Any) -> list[Any]:
@@ -85,32 +75,6 @@ def detect_windows(
     return {video_id: Detections.concat(parts) for video_id, parts in found.items()}, failures
 
 
-def proposal_metrics(
-    proposals: Mapping[str, Detections], videos: Sequence[Video], classes: Sequence[str]
-) -> dict[str, float]:
-    """Measure the share of actions that proposals find, whatever their class, as ActivityNet does.
-
-    Args:
-        proposals: proposals in seconds by video id.
-        videos: annotated videos.
-        classes: class names.
-
-    Returns:
-        Metrics by the names of `recall_metrics`.
-    """
-    return recall_metrics(average_recall(ground_truth(videos, classes), proposals))
-
-
-def recall_metrics(result: ProposalRecall) -> dict[str, float]:
-    """Name the numbers of an evaluation of proposals for MLflow.
-
-    Returns:
-        `val/AR/<AN>`: average recall with AN proposals a video; `val/AR_AUC`, in percent.
-    """
-    metrics = {f"val/AR/{n}": float(result.average_recall[n - 1]) for n in PROPOSALS}
-    return {**metrics, "val/AR_AUC": result.auc}
-
-
 def ground_truth(videos: Sequence[Video], classes: Sequence[str]) -> dict[str, Detections]:
     """Return the annotated instances of videos as published, in seconds, each with score 1.
 
@@ -132,100 +96,26 @@ def ground_truth(videos: Sequence[Video], classes: Sequence[str]) -> dict[str, D
     }
 
 
-def map_metrics(result: MapResult, classes: Sequence[str]) -> dict[str, float]:
-    """Name the numbers of an evaluation for MLflow.
-
-    Returns:
-        `val/mAP` (mean over thresholds), `val/mAP/tiou_0.50`, ..., and `val/AP/<class>`, with the
-        classes named as MLflow takes them (`safe_names`).
-    """
-    metrics = {"val/mAP": float(result.average)}
-    for threshold, value in zip(result.thresholds, result.mAP, strict=True):
-        metrics[f"val/mAP/tiou_{float(threshold):.2f}"] = float(value)
-    for name, value in zip(safe_names(classes), result.per_class.mean(0), strict=True):
-        if torch.isfinite(torch.as_tensor(value)):  # a class without ground truth has no AP
-            metrics[f"val/AP/{name}"] = float(value)
-    return metrics
-
-
-def instance_recall_metrics(result: ClassRecall) -> dict[str, float]:
-    """Name the numbers of Recall@kx for MLflow, which takes no "@" in names.
-
-    Returns:
-        `val/recall_1x` (mean over thresholds), `val/recall_1x/tiou_0.50`, ...
-    """
-    metrics = {}
-    for k, of_k in zip(result.ks, result.recall.T, strict=True):
-        metrics[f"val/recall_{k}x"] = float(of_k.mean())
-        for threshold, value in zip(result.thresholds, of_k, strict=True):
-            metrics[f"val/recall_{k}x/tiou_{float(threshold):.2f}"] = float(value)
-    return metrics
-
-
-def evaluate(
+def compare(
     detections: Mapping[str, Detections],
     videos: Sequence[Video],
     classes: Sequence[str],
     thresholds: Sequence[float],
     *,
+    proposals: Mapping[str, Detections] | None = None,
     ignore_ambiguous: bool = False,
     ks: Sequence[int] = (),
-) -> dict[str, float]:
-    """Compare detections with the annotations, as `precision` and `instance_recall` do.
-
-    Returns:
-        Metrics by the names of `map_metrics` and `instance_recall_metrics`.
-    """
-    result = precision(detections, videos, classes, thresholds, ignore_ambiguous=ignore_ambiguous)
-    recall = instance_recall(detections, videos, classes, thresholds, ks=ks)
-    return map_metrics(result, classes) | (instance_recall_metrics(recall) if recall else {})
-
-
-def instance_recall(
-    detections: Mapping[str, Detections],
-    videos: Sequence[Video],
-    classes: Sequence[str],
-    thresholds: Sequence[float],
-    *,
-    ks: Sequence[int],
-) -> ClassRecall | None:
-    """Compute Recall@kx of detections, if any k is given.
+) -> dict[str, Result]:
+    """Compare detections in seconds, by video id, with the annotations; see `METRICS`.
 
     Args:
-        detections: detections in seconds by video id.
+        detections: detections by video id.
         videos: annotated videos.
         classes: class names.
         thresholds: tIoU thresholds.
-        ks: numbers of predictions per instance.
-
-    Returns:
-        Recall by class, threshold and k; None without any k.
-    """
-    if not ks:
-        return None
-    truth = ground_truth(videos, classes)
-    return recall_at(truth, detections, num_classes=len(classes), ks=ks, thresholds=thresholds)
-
-
-def precision(
-    detections: Mapping[str, Detections],
-    videos: Sequence[Video],
-    classes: Sequence[str],
-    thresholds: Sequence[float],
-    *,
-    ignore_ambiguous: bool,
-) -> MapResult:
-    """Compare detections with the annotations.
-
-    Args:
-        detections: detections in seconds by video id.
-        videos: annotated videos.
-        classes: class names.
-        thresholds: tIoU thresholds.
+        proposals: detections before an external classifier named their classes.
         ignore_ambiguous: see `Recipe`.
-
-    Returns:
-        Average precision by class and threshold.
+        ks: each k of Recall@kx.
     """
     ambiguous = {
         video.annotation.video_id: torch.tensor(
@@ -233,10 +123,27 @@ def precision(
         ).reshape(-1, 2)
         for video in videos
     }
-    return mean_average_precision(
-        ground_truth(videos, classes),
-        detections,
-        num_classes=len(classes),
-        thresholds=thresholds,
-        ambiguous=ambiguous if ignore_ambiguous else None,
+    return evaluate(
+        Compared(
+            truth=ground_truth(videos, classes),
+            predictions=detections,
+            proposals=proposals,
+            num_classes=len(classes),
+            thresholds=thresholds,
+            ambiguous=ambiguous if ignore_ambiguous else None,
+            ks=ks,
+        )
     )
+
+
+def metrics_of(results: Mapping[str, Result], classes: Sequence[str]) -> dict[str, float]:
+    """Name the numbers of an evaluation for MLflow: `val/mAP`, `val/AP/<class>`, ...
+
+    Classes are named as MLflow takes them (`safe_names`).
+    """
+    names = safe_names(classes)
+    return {
+        f"val/{name}": value
+        for result in results.values()
+        for name, value in result.metrics(names).items()
+    }

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from re2tal.reversible.branches import Branch, NotReversibleError, returned, split
 from re2tal.reversible.coupling import Settings
-from re2tal.reversible.engine import run_stage, version_of
+from re2tal.reversible.engine import leaf_of_trace, run_stage, version_of
 from re2tal.reversible.replay import ReversibleError
 from re2tal.reversible.step import Step
 from re2tal.reversible.watch import Watch
@@ -122,12 +123,14 @@ class ReversibleSequential(Rewired, nn.Sequential):
 
     # Nodes with state cannot be traced: compile the modules inside the blocks.
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch's has no types
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Sequential gives it
+    def forward(self, input: Tensor | Proxy) -> Any:  # noqa: A002 - the name that nn.Sequential gives it
         """Call the children in order; each run of rewired ones is one stage.
 
         Raises:
             ReversibleError: if a rewired child is no longer reversible.
         """
+        if isinstance(input, Proxy):
+            return leaf_of_trace(self, input)
         x = input
         for rewired, names in self.runs():
             if rewired and not self.plain(names):
@@ -165,7 +168,7 @@ class Passage:
         self.name = name
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch's has no types
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x: Tensor | Proxy, *args: Any, **kwargs: Any) -> Any:
         """Return the stage's result at its first block, the input at the others.
 
         Raises:
@@ -174,6 +177,8 @@ class Passage:
         """
         block = self.container._modules[self.name]
         assert block is not None
+        if isinstance(x, Proxy):
+            return leaf_of_trace(block, x, *args, **kwargs)
         names = next(names for _, names in self.container.runs() if self.name in names)
         if self.container.plain(names):
             return type(block).forward(block, x, *args, **kwargs)

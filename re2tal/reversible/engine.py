@@ -12,7 +12,8 @@ from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from re2tal.reversible.coupling import Coupling, Grid, Settings, stream_dtype
@@ -58,6 +59,16 @@ def run_stage(
     for step in steps:
         step.refuse_other_gradients()
     return _reversible(steps, stream, settings, grid, watch, where, x.dtype)
+
+
+def leaf_of_trace(module: nn.Module, x: Proxy, *args: Any, **kwargs: Any) -> Any:
+    """Enter a call of a module into the graph that torch.fx traces, without looking inside.
+
+    So tools such as torchvision's `create_feature_extractor` work on a rewired model, down to its
+    stages: nothing inside a stage exists once it has run.
+    """
+    tracer: Any = x.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (x, *args), kwargs)
 
 
 def _stored(steps: Sequence[Step], stream: Tensor, coupling: Coupling, grid: Grid | None) -> Tensor:

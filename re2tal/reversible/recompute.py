@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils._pytree import tree_leaves
 
-from re2tal.reversible.engine import no_gradients_of_gradients, rebuild_of
+from re2tal.reversible.engine import leaf_of_trace, no_gradients_of_gradients, rebuild_of
 from re2tal.reversible.replay import Autocast, Conditions, Draws, ReversibleError, uncached
 from re2tal.reversible.step import differentiate, hooks_paused
 
@@ -38,8 +39,10 @@ class Recomputed:
 
     # A node with state cannot be traced.
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch's has no types
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x: Tensor | Proxy, *args: Any, **kwargs: Any) -> Any:
         """Run the module."""
+        if isinstance(x, Proxy):
+            return leaf_of_trace(self.module, x, *args, **kwargs)
         needs = x.requires_grad or any(p.requires_grad for p in self.module.parameters())
         more = any(isinstance(a, Tensor) and a.requires_grad for a in tree_leaves((args, kwargs)))
         if more or not (self.active and needs and torch.is_grad_enabled()):

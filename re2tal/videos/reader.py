@@ -27,6 +27,10 @@ Source = str | Path | bytes | BinaryIO
 # durations of containers and of annotations include the sound, which often outlasts the picture.
 TAIL = 1.0
 
+# Containers that may count what they claim from second 0 of their clock, or before the first frame:
+# chunks of AVI are empty where the encoder gave nothing yet.
+_FROM_ZERO = frozenset({"mov", "avi"})
+
 # Containers whose headers say how long the picture lasts, sound or not.
 _OWN_DURATION = frozenset({"mov", "avi", "ivf"})
 
@@ -173,8 +177,8 @@ class VideoReader:
     def _lacks(self, end: float) -> bool:
         """Tell if the header claims more than the file holds."""
         claimed, missing = self.claimed, _MOST_MISSING * self._usual + _ROUNDING
-        if self.ordered or self.container.format.name == "avi":
-            missing += self.start  # chunks are empty where the encoder gave nothing yet
+        if self.ordered or not _FROM_ZERO.isdisjoint(self.container.format.name.split(",")):
+            missing += self.start
         if claimed is None or claimed - end <= missing:
             return False
         if not _OWN_DURATION.isdisjoint(self.container.format.name.split(",")):

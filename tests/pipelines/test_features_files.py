@@ -93,7 +93,8 @@ def test_names_are_the_same_in_every_normal_form(tmp_path: Path, config: FilesCo
         assert np.array_equal(found, made("a").features)
         assert grid == made("a").entry.grid
         assert features.uri(asked) == features.uri(written)
-        assert features.disagreements({asked: 400.0})
+        assert features.examine({asked: 4.0, "other": 1.0}) == ({}, [])
+        assert features.examine({asked: 400.0}) != ({}, [])
 
 
 def test_npy_files_are_what_actionformer_reads(tmp_path: Path) -> None:
@@ -222,6 +223,20 @@ def test_features_of_a_video_that_was_replaced_are_made_anew(
         assert np.array_equal(got, made(video_id).features + (video_id == "b"))
 
 
+@pytest.mark.parametrize("config", [FilesConfig(), PARQUET], ids=["npy", "parquet"])
+def test_features_that_are_not_finite_are_failures(tmp_path: Path, config: FilesConfig) -> None:
+    folder = folder_at(tmp_path, replace(config, feature_type="float16"))
+    folder.begin(retry_failed=False)
+    for video_id, factor in zip(IDS, (1.0, 1e5, np.nan, 1.0, 1.0), strict=True):
+        video = made(video_id)
+        folder.add(video_id, replace(video, features=video.features * np.float32(factor)))
+    folder.write_description()
+    features = Features(str(tmp_path))
+    assert features.video_ids == ("a", "d", "e")
+    assert set(features.missing(IDS)) == {"b", "c"}
+    assert "not finite (nan or inf) as float16 numbers: write float32" in features.missing("b")["b"]
+
+
 def test_features_of_other_settings_are_refused(tmp_path: Path) -> None:
     fill(folder_at(tmp_path / "npy", FilesConfig()))
     with pytest.raises(UserError, match=r"other settings \(size: None there, 224 asked for\)"):
@@ -311,5 +326,6 @@ def test_a_windows_features_come_from_the_file(tmp_path: Path) -> None:
     first, second, *_ = sliding_windows(video, (), config, stride=4)
     assert np.array_equal(features.window(first, duration=8.0), made("e", resolved).features[:4])
     assert np.array_equal(features.window(second, duration=8.0), made("e", resolved).features[2:6])
-    assert features.disagreements({"e": 8.0, "other": 1.0}) == {}
-    assert "end at second 8.0, but it lasts 20.0" in features.disagreements({"e": 20.0})["e"]
+    assert features.examine({"e": 8.0, "other": 1.0}) == ({}, [])
+    failures, (remark,) = features.examine({"e": 13.3})
+    assert (failures, remark) == ({}, "e: its features end at second 8.0, but it lasts 13.3")

@@ -1,15 +1,23 @@
 """The files that detections are written to, and the records that they are made from."""
 
 import base64
+import csv
 import json
+import shutil
+import subprocess
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from PIL import Image
 
-from pipelines.core.figures import Timeline, timelines
+from pipelines.core import figures
+from pipelines.core.figures import COLOURS, Timeline, timelines
 from pipelines.core.storage import stamps_of
+from pipelines.core.tables import csv_text, read_csv, write_csv
 from pipelines.inference.output import (
     COLUMNS,
     FORMATS,
@@ -22,7 +30,7 @@ from pipelines.inference.output import (
 from re2tal.annotations import Instance
 from re2tal.detection.files import read_detections
 from re2tal.errors import UserError
-from tests.pipelines.output_files import Page, table
+from tests.pipelines.output_files import Page
 
 NASTY = "\u4f60</script><script>alert('1')</script> <!-- $x$ \u2028 {{data}}"
 CLASSES = ("jump", NASTY, "never")
@@ -61,7 +69,7 @@ def test_all_files_hold_the_same_detections(tmp_path: Path) -> None:
     assert list(found) == ["a", "b"]
     assert found["a"].segments.tolist() == [[1.0, 2.5], [0.25, 9.0]]
     assert found["a"].labels.tolist() == [1, 0]
-    rows = table(tmp_path / "detections.csv")
+    rows = read_csv(tmp_path / "detections.csv")
     assert tuple(rows[0]) == COLUMNS
     assert [tuple(row.values()) for row in rows[:2]] == [
         ("a", "1.0", "2.5", NASTY, "0.9"),
@@ -75,13 +83,40 @@ def test_all_files_hold_the_same_detections(tmp_path: Path) -> None:
         assert picture.width > picture.height > 100
 
 
+FORMULAS = ("=1+1", "+x", "-x", "@x", "\tx", "\rx", "\nx", "-", "'=x", "''@x", '="a",b\n')
+TEXTS = ("", "'", "'x", "x=1", "a,b", 'a "b"', "a\r\nb", "\u00e9", "x\t", "1", "''")
+
+
+def test_texts_are_no_formulas_to_a_spreadsheet_and_come_back(tmp_path: Path) -> None:
+    columns = ("=name", "value", "none")
+    given = [{"=name": text, "value": -0.5} for text in (*FORMULAS, *TEXTS)]
+    write_csv(tmp_path / "t.csv", columns, given)
+    with (tmp_path / "t.csv").open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["'=name", "value", "none"]
+    assert [name for name, *_ in rows] == [*(f"'{text}" for text in FORMULAS), *TEXTS]
+    assert {tuple(rest) for _, *rest in rows} == {("-0.5", "")}  # numbers stay numbers
+    assert [row["=name"] for row in read_csv(tmp_path / "t.csv")] == [*FORMULAS, *TEXTS]
+    assert csv_text(columns, given).encode() == (tmp_path / "t.csv").read_bytes()
+
+
+def test_labels_and_names_of_videos_are_no_formulas(tmp_path: Path) -> None:
+    row = {"segment": [-1.0, 2.0], "score": 0.5, "label": "=cmd|' /C calc'!A0"}
+    found = replace(record("-a"), detections=[row])
+    write(tmp_path, found, formats=("csv",))
+    written = (tmp_path / "detections.csv").read_text(encoding="utf-8").splitlines()
+    assert written[1] == "'-a,-1.0,2.0,'=cmd|' /C calc'!A0,0.5"
+    (read,) = read_csv(tmp_path / "detections.csv")
+    assert (read["video"], read["label"]) == ("-a", row["label"])
+
+
 def test_only_the_strongest_of_what_is_asked_for_are_written(tmp_path: Path) -> None:
     written = write(tmp_path, record("a"), formats=("csv",), score_threshold=0.0, top_k=1)
     assert [path.name for path in written] == ["failures.json", "detections.csv"]
-    assert [row["score"] for row in table(tmp_path / "detections.csv")] == ["0.9"]
+    assert [row["score"] for row in read_csv(tmp_path / "detections.csv")] == ["0.9"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["detections.csv", "failures.json"]
     write(tmp_path, record("a"), formats=("csv",), score_threshold=0.05)
-    assert len(table(tmp_path / "detections.csv")) == 3
+    assert len(read_csv(tmp_path / "detections.csv")) == 3
     with pytest.raises(ValueError, match="top_k must be at least 1"):
         OutputConfig(top_k=0)
 
@@ -110,6 +145,30 @@ def test_the_page_loads_nothing_and_no_name_breaks_out_of_its_data(tmp_path: Pat
     assert (videos["broken"]["failed"], videos["broken"]["problems"]) == (True, ["<b>no video"])
 
 
+BROWSERS = ("chromium", "google-chrome", "chromium-browser")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [("%E0%A4%A", "a"), ("b%", "b%"), ("b%25", "b%")],
+)
+def test_the_page_shows_a_video_whatever_the_address(
+    tmp_path: Path, address: str, shown: str
+) -> None:
+    write(tmp_path, record("b%"), record("a"), formats=("html",))
+    url = f"{(tmp_path / 'index.html').as_uri()}#{address}"
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    options = ("--headless", "--no-sandbox", "--disable-gpu", profile, "--dump-dom", url)
+    done = subprocess.run(
+        [str(BROWSER), *options], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert f'<h2 id="name">{shown}</h2>' in done.stdout
+    assert "2 of 2 segments" in done.stdout
+
+
 @pytest.mark.parametrize(("embed", "embedded"), [(1e-5, True), (1e-6, False)])
 def test_small_videos_can_be_put_into_the_page(
     embed: float, embedded: bool, tmp_path: Path
@@ -130,7 +189,7 @@ def test_a_video_without_detections_is_written_too(tmp_path: Path) -> None:
 def test_the_picture_has_a_lane_for_each_class_that_occurs() -> None:
     rows = record("a").detections
     (axes,) = timelines({"$title$": Timeline(duration=10.0, found=rows)}, CLASSES).axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["jump", NASTY]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["jump", f"{NASTY[:39]}…"]
     boxes = [bar.get_window_extent().transformed(axes.transData.inverted()) for bar in axes.patches]
     bars = {(round(b.x0, 6), round(b.x1, 6), round((b.y0 + b.y1) / 2)) for b in boxes}
     assert bars == {(1.0, 2.5, 1), (0.25, 9.0, 0), (3.0, 4.0, 0)}
@@ -142,17 +201,45 @@ def test_annotated_instances_lie_above_the_detections_of_their_lane() -> None:
     found = [row for row in record("a").detections if row["label"] == "jump"]
     videos = {
         "a": Timeline(duration=10.0, found=found, truth=truth),
-        "b": Timeline(duration=4.0, found=[], truth=[]),
+        "b": Timeline(duration=4.0, found=[], truth=[], least=0.2),
     }
     first, second = timelines(videos, CLASSES).axes
-    assert [label.get_text() for label in first.get_yticklabels()] == ["jump", NASTY]
+    assert [label.get_text() for label in first.get_yticklabels()] == ["jump", f"{NASTY[:39]}…"]
     bars = set()
     for bar in first.patches:
         box = bar.get_path().transformed(bar.get_patch_transform()).get_extents()
         bars.add((round(box.x0, 3), round((box.y0 + box.y1) / 2, 3), bool(bar.get_hatch())))
     detected = {(row["segment"][0], 0.2, False) for row in found}
     assert bars == detected | {(5.0, -0.2, True), (1.0, 0.8, True)}  # y points down
-    assert [text.get_text() for text in second.texts] == ["nothing detected"]
+    nothing = "b: nothing was detected with a score of 0.20 or more"
+    assert [one.get_title(loc="left") for one in (first, second)] == ["a", nothing]
+
+
+def test_colours_tell_twenty_classes_apart_and_patterns_the_others() -> None:
+    linear = np.array([to_rgb(colour) for colour in COLOURS])
+    linear = np.where(linear <= 0.04045, linear / 12.92, ((linear + 0.055) / 1.055) ** 2.4)
+    to_xyz = [[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]]
+    x, y, z = np.cbrt(linear @ np.transpose(to_xyz) / [0.9505, 1, 1.0888]).T
+    lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
+    apart = np.linalg.norm(lab[:, None] - lab[None], axis=2)[np.triu_indices(20, 1)]
+    assert apart.min() > 35  # CIELAB; 2 is what an eye can just tell apart
+
+    classes = [f"class {number}" for number in range(200)]
+    found = [{"segment": [0, 1], "score": 1.0, "label": name} for name in classes]
+    (axes,) = timelines({"a": Timeline(duration=2.0, found=found)}, classes).axes
+    looks = {(bar.get_facecolor(), bar.get_hatch()) for bar in axes.patches}
+    assert len(looks) == 200
+
+
+def test_characters_without_a_font_are_reported_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures._warn_of_fonts.cache_clear()
+    written = record("\ue000")  # for private use: no font has it
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write(tmp_path, written, replace(written, video_id="b"), formats=("png",))
+    assert capsys.readouterr().out.count("the fonts of this machine lack characters") == 1
 
 
 def test_records_come_back_and_those_of_another_file_do_not(tmp_path: Path) -> None:

@@ -1,22 +1,30 @@
 """Paths and URIs: the same answers for both, and one sentence when something is missing."""
 
+import errno
 import os
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pipelines.core.storage import (
+    crc32,
     file_sizes,
+    folders_in,
     list_files,
     local_copy,
     open_source,
     read_bytes,
     remove,
+    remove_folder,
     replaced_files,
     replacing,
     require,
+    require_room,
     sizes_below,
     stamps_of,
+    writing_to,
 )
 from re2tal.errors import UserError
 
@@ -27,6 +35,15 @@ def test_a_missing_path_is_one_sentence_with_the_option(tmp_path: Path) -> None:
     ) as caught:
         require(str(tmp_path / "nowhere"), what="The videos", option="--data.videos")
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # a read of it would wait for ever
+    for place in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(UserError, match=r"It: \S+ is no regular file, .* Correct --it"):
+            require(str(place), what="It", option="--it")
+        with pytest.raises(OSError, match="is no regular file"):
+            read_bytes(str(place))
 
 
 def test_a_path_that_was_not_given_names_the_option() -> None:
@@ -111,3 +128,37 @@ def test_a_file_that_was_replaced_is_known(tmp_path: Path, uri: bool, dated: boo
     (tmp_path / "gone").unlink()
     assert replaced_files(places, stamps) == ["longer", "other"]
     assert replaced_files({"longer": places["longer"]}, stamps) == ["longer"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "object store"])
+def test_folders_are_listed_digested_and_removed_alike(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    place = str(tmp_path) if kind == "folder" else request.getfixturevalue("remote")
+    assert folders_in(f"{place}/nowhere") == []
+    for name in ("b/one", "b/deep/two", "a/one", "file"):
+        with replacing(f"{place}/{name}") as stream:
+            stream.write(name.encode() * 2**18)
+    assert folders_in(place) == ["a", "b"]
+    assert crc32(f"{place}/b/one") == f"{zlib.crc32(b'b/one' * 2**18):08x}"
+    remove_folder(f"{place}/b")
+    assert sizes_below(place) == {"a/one": 5 * 2**18, "file": 4 * 2**18}
+
+
+def test_room_is_asked_for_where_a_folder_will_be(
+    tmp_path: Path, disk: Callable[[int], None]
+) -> None:
+    folder = str(tmp_path / "to" / "come")
+    require_room(folder, 2**20, what="a file")
+    require_room("s3://bucket/runs", 2**60, what="a file")
+    disk(40 * 2**20)
+    require_room(folder, 8 * 2**20, what="a file")
+    with pytest.raises(UserError, match=r"no room for a file: 41 MiB are wanted in .*/to/come, 40"):
+        require_room(folder, 9 * 2**20, what="a file")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_than_of_the_disk_pass_through(tmp_path: Path) -> None:
+    for error in (ConnectionResetError("reset"), FileNotFoundError(errno.ENOENT, "gone")):
+        with pytest.raises(type(error)), writing_to(str(tmp_path), what="a file"):
+            raise error

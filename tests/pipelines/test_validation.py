@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipelines.data.batches import Video
-from pipelines.training.validation import evaluate
+from pipelines.training.validation import compare, metrics_of
 from re2tal.annotations import Instance, VideoAnnotation
 from re2tal.detection import Detections
 
@@ -29,8 +29,8 @@ def test_ambiguous_stretches_end_where_they_are_annotated_to_end() -> None:
     video = Video(annotation=annotation, uri="")
 
     def quality(found: Detections) -> float:
-        metrics = evaluate({"a": found}, [video], ["x"], [0.5], ignore_ambiguous=True)
-        return metrics["val/mAP"]
+        results = compare({"a": found}, [video], ["x"], [0.5], ignore_ambiguous=True)
+        return metrics_of(results, ["x"])["val/mAP"]
 
     assert quality(found) == pytest.approx(0.5)
     earlier = found.segments - torch.tensor([[0.1], [0.0]])

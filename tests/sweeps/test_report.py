@@ -1,11 +1,13 @@
 """What a sweep is summed up in."""
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import optuna
 import pytest
-from optuna.distributions import CategoricalDistribution, FloatDistribution
-from optuna.trial import create_trial
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.trial import TrialState, create_trial
 
 from pipelines.config.recipes import toy
 from sweeps.epoch_reports import RUN_ID
@@ -61,6 +63,33 @@ def test_pictures_of_one_objective() -> None:
     assert set(drawn) == {"history", "importance", "parallel"}
     alike = _study((0.3,), (0.3,))
     assert set(pictures(alike, (HIGHEST_MAP,), alike.trials)) == {"history"}
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_pictures_have_readable_names_and_the_pruned_trials() -> None:
+    study = optuna.create_study(direction="maximize")
+    names = ("model.localizer.head_layers", "model.localizer.heads", "model.heads")
+
+    def add(value: float | None, params: dict[str, float], **more: Any) -> None:
+        kinds: dict[str, BaseDistribution] = dict.fromkeys(params, FloatDistribution(0, 1))
+        study.add_trial(create_trial(value=value, params=params, distributions=kinds, **more))
+
+    add(0.3, dict.fromkeys(names, 0.2))
+    add(
+        None,
+        dict.fromkeys(names, 0.4),
+        state=TrialState.PRUNED,
+        intermediate_values={1: 0.1, 2: 0.2},
+    )
+    add(0.5, dict.fromkeys(names, 0.7))
+    finished = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
+    drawn = pictures(study, (HIGHEST_MAP,), finished)
+    named = {label.get_text() for label in drawn["parallel"].axes[0].get_xticklabels()}
+    assert named == {HIGHEST_MAP.title, "head_layers", "localizer.heads", "model.heads"}
+    (lines,) = drawn["parallel"].axes[0].collections
+    assert all(color[:3].min() < 0.8 for color in lines.to_rgba(np.array([0.3, 0.5])))
+    marked = drawn["history"].axes[0].collections[-1].get_offsets()
+    assert np.array_equal(marked, [[1, 0.2]])
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")

@@ -22,6 +22,7 @@ from re2tal.detection.diagnosis.errors import (
 )
 from re2tal.detection.diagnosis.outcomes import Placed, characterise, collect
 from re2tal.detection.evaluation.matching import Floats
+from re2tal.detection.evaluation.metrics import Row
 from re2tal.detection.segments import Detections, LabelledSegments
 
 
@@ -87,9 +88,6 @@ def diagnose(
         sensitivity={name: sensitivity(outcomes, one, base) for name, one in placed.items()},
         false_negatives=false_negatives(outcomes, placed),
     )
-
-
-Row = dict[str, str | int | float | None]
 
 
 def tables(diagnosis: Diagnosis) -> dict[str, list[Row]]:

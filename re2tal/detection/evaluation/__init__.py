@@ -1,19 +1,29 @@
 """Metrics of detections: mean average precision, and recall in its two usual forms."""
 
 from re2tal.detection.evaluation.metrics import (
+    METRICS,
     ClassRecall,
+    Compared,
     MapResult,
     ProposalRecall,
+    Result,
+    Row,
     average_recall,
+    evaluate,
     mean_average_precision,
     recall_at,
 )
 
 __all__ = [
+    "METRICS",
     "ClassRecall",
+    "Compared",
     "MapResult",
     "ProposalRecall",
+    "Result",
+    "Row",
     "average_recall",
+    "evaluate",
     "mean_average_precision",
     "recall_at",
 ]

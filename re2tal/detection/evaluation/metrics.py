@@ -1,13 +1,15 @@
-"""Mean average precision of detections, and recall in its two usual forms.
+"""Mean average precision of detections, recall in its two usual forms, and a table of the three.
 
 Each function states its definition. All three follow the code of the metric's benchmark, also in
-details that its description leaves open.
+details that its description leaves open. `METRICS` at the end is what training and `evaluate.py`
+compute, log, print and write: a metric that is entered there is in all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -25,6 +27,20 @@ from re2tal.detection.evaluation.matching import (
 )
 from re2tal.detection.segments import Detections, LabelledSegments
 
+Row = dict[str, str | int | float | None]
+"""Row of a table: values by the names of their columns."""
+
+
+def _row(head: Row, thresholds: Floats, values: Floats) -> Row:
+    """Return a row of a mean, and a value for each threshold; None where there is none."""
+    numbers = {
+        "average": values.mean(),
+        **{f"tIoU {float(t):.2f}": value for t, value in zip(thresholds, values, strict=True)},
+    }
+    return head | {
+        name: float(value) if np.isfinite(value) else None for name, value in numbers.items()
+    }
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MapResult:
@@ -33,14 +49,43 @@ class MapResult:
     Attributes:
         thresholds: `(K,)` tIoU thresholds.
         per_class: `(K, C)` average precision in [0, 1]; nan for classes without ground truth.
+        instances: `(C,)` number of instances in the ground truth.
         mAP: `(K,)` mean over the classes that have ground truth.
         average: mean over the thresholds.
     """
 
     thresholds: Floats
     per_class: Floats
+    instances: Ints
     mAP: Floats  # noqa: N815 - the field writes it so
     average: float
+
+    def metrics(self, names: Sequence[str]) -> dict[str, float]:
+        """Return `mAP` (the average), `mAP/tiou_0.50`, ..., and `AP/<class>` where it is defined.
+
+        Args:
+            names: `C` different names of the classes.
+        """
+        metrics = {"mAP": self.average}
+        for threshold, value in zip(self.thresholds, self.mAP, strict=True):
+            metrics[f"mAP/tiou_{float(threshold):.2f}"] = float(value)
+        for name, value in zip(names, self.per_class.mean(0), strict=True):
+            if np.isfinite(value):  # a class without ground truth has no AP
+                metrics[f"AP/{name}"] = float(value)
+        return metrics
+
+    def rows(self, classes: Sequence[str]) -> list[Row]:
+        """Return a row (class, instances, average, one column a threshold) a class, then mAP's."""
+        rows = [
+            _row({"class": name, "instances": int(count)}, self.thresholds, values)
+            for name, count, values in zip(classes, self.instances, self.per_class.T, strict=True)
+        ]
+        whole: Row = {"class": "mAP", "instances": int(self.instances.sum())}
+        return [*rows, _row(whole, self.thresholds, self.mAP)]
+
+    def lines(self) -> Iterator[str]:
+        """Return no line: the rows are printed."""
+        return iter(())
 
 
 def mean_average_precision(
@@ -120,7 +165,13 @@ def mean_average_precision(
         ]
     )
     means = np.nanmean(per_class, axis=1)
-    return MapResult(thresholds=levels, per_class=per_class, mAP=means, average=float(means.mean()))
+    return MapResult(
+        thresholds=levels,
+        per_class=per_class,
+        instances=counts,
+        mAP=means,
+        average=float(means.mean()),
+    )
 
 
 def _touching(tables: Tables, ambiguous: Mapping[str, Tensor]) -> Ints:
@@ -179,6 +230,33 @@ class ClassRecall:
     ks: tuple[int, ...]
     per_class: Floats
     recall: Floats
+
+    def metrics(self, names: Sequence[str]) -> dict[str, float]:  # noqa: ARG002 - not by class
+        """Return `recall_1x` (the average), `recall_1x/tiou_0.50`, ...: MLflow takes no "@"."""
+        metrics = {}
+        for k, of_k in zip(self.ks, self.recall.T, strict=True):
+            metrics[f"recall_{k}x"] = float(of_k.mean())
+            for threshold, value in zip(self.thresholds, of_k, strict=True):
+                metrics[f"recall_{k}x/tiou_{float(threshold):.2f}"] = float(value)
+        return metrics
+
+    def rows(self, classes: Sequence[str]) -> list[Row]:
+        """Return a row (k, class, average, one column a threshold) a k and class, and means."""
+        return [
+            _row({"k": k, "class": name}, self.thresholds, values)
+            for place, k in enumerate(self.ks)
+            for name, values in (
+                *zip(classes, self.per_class[:, place].T, strict=True),
+                ("mean", self.recall[:, place]),
+            )
+        ]
+
+    def lines(self) -> Iterator[str]:
+        """Return one line a k."""
+        for k, of_k in zip(self.ks, self.recall.T, strict=True):
+            levels = zip(self.thresholds, of_k, strict=True)
+            listed = ", ".join(f"tIoU {level:.2f} {value:.3f}" for level, value in levels)
+            yield f"{f'recall@{k}x':<21}{listed}, average {of_k.mean():.3f}"
 
 
 def recall_at(
@@ -242,6 +320,7 @@ def recall_at(
 
 
 _THRESHOLDS = tuple(float(level) for level in np.linspace(0.5, 0.95, 10))
+_SHOWN = (1, 5, 10, 100)  # numbers of proposals a video at which average recall is named
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,6 +340,23 @@ class ProposalRecall:
     average_recall: Floats
     proposals_per_video: Floats
     auc: float
+
+    def metrics(self, names: Sequence[str]) -> dict[str, float]:  # noqa: ARG002 - not by class
+        """Return `AR/<AN>`, average recall with AN proposals a video, and `AR_AUC` in percent."""
+        shown = {f"AR/{n}": float(self.average_recall[n - 1]) for n in _SHOWN}
+        return {**shown, "AR_AUC": self.auc}
+
+    def rows(self, classes: Sequence[str]) -> list[Row]:  # noqa: ARG002 - not by class
+        """Return a row (proposals, average, one column a threshold) a number of proposals."""
+        return [
+            _row({"proposals": index + 1}, self.thresholds, self.recall[:, index])
+            for index in range(len(self.average_recall))
+        ]
+
+    def lines(self) -> Iterator[str]:
+        """Return one line."""
+        numbers = (f"AR@{n} {self.average_recall[n - 1]:.3f}" for n in _SHOWN)
+        yield f"average recall       {', '.join(numbers)}, area {self.auc:.1f} %"
 
 
 def average_recall(
@@ -354,3 +450,79 @@ def _budgets(available: Ints, total: int, most: int) -> tuple[Ints, Floats]:
     shares = steps / most * (most * float(len(available)) / cut.sum())
     kept = np.minimum((cut[:, None] * shares).astype(np.int64), cut[:, None])
     return kept, shares * (float(cut.sum()) / len(available))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compared:
+    """Detections and the ground truth that they are compared with, in seconds.
+
+    Attributes:
+        truth: video id to instances, for every video of the evaluated subset.
+        predictions: video id to detections.
+        proposals: video id to the same before an external classifier named their classes; None
+            where the recall of proposals is not asked for.
+        num_classes: C; labels are 0 to C - 1.
+        thresholds: K tIoU thresholds.
+        ambiguous: video id to segments `(M, 2)` where false positives do not count.
+        ks: each k of Recall@kx, none where the data set's benchmark does not report it.
+    """
+
+    truth: Mapping[str, LabelledSegments]
+    predictions: Mapping[str, Detections]
+    proposals: Mapping[str, Detections] | None
+    num_classes: int
+    thresholds: Sequence[float]
+    ambiguous: Mapping[str, Tensor] | None
+    ks: Sequence[int]
+
+
+class Result(Protocol):
+    """Numbers of one metric."""
+
+    def metrics(self, names: Sequence[str]) -> dict[str, float]:
+        """Return the numbers to log by their names, in which classes bear the given names."""
+        ...
+
+    def rows(self, classes: Sequence[str]) -> list[Row]:
+        """Return the rows of the table to write, which all have the same columns."""
+        ...
+
+    def lines(self) -> Iterator[str]:
+        """Return the lines to print."""
+        ...
+
+
+METRICS: dict[str, Callable[[Compared], Result | None]] = {
+    "average_precision": lambda compared: mean_average_precision(
+        compared.truth,
+        compared.predictions,
+        num_classes=compared.num_classes,
+        thresholds=compared.thresholds,
+        ambiguous=compared.ambiguous,
+    ),
+    "average_recall": lambda compared: (
+        None if compared.proposals is None else average_recall(compared.truth, compared.proposals)
+    ),
+    "instance_recall": lambda compared: (
+        recall_at(
+            compared.truth,
+            compared.predictions,
+            num_classes=compared.num_classes,
+            ks=compared.ks,
+            thresholds=compared.thresholds,
+        )
+        if compared.ks
+        else None
+    ),
+}
+"""Every metric by the name of its table; it returns None where it is not asked for."""
+
+
+def evaluate(compared: Compared) -> dict[str, Result]:
+    """Compute every metric that is asked for, by the names in `METRICS`.
+
+    Raises:
+        ValueError: a case of `mean_average_precision`, `average_recall` or `recall_at`.
+    """
+    results = {name: metric(compared) for name, metric in METRICS.items()}
+    return {name: result for name, result in results.items() if result is not None}
