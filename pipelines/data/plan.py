@@ -20,7 +20,7 @@ from pipelines.data.videos import (
     probe_files,
     probe_files_here,
 )
-from re2tal.annotations import Annotations, VideoAnnotation
+from re2tal.annotations import Annotations, VideoAnnotation, as_named
 from re2tal.datasets import check_durations, load_annotations, read_durations, read_ids
 from re2tal.datasets.loading import Durations
 from re2tal.detection.video_scores import VideoScores, load_video_scores
@@ -121,7 +121,10 @@ def _probed(config: Any, video_ids: Sequence[str]) -> dict[str, float]:
     if getattr(config, "features", None) is not None:
         features = Features(config.features)
         found = FoundVideos(
-            uris={}, failures=features.missing(video_ids), durations=features.durations, rates={}
+            uris={},
+            failures=features.missing(video_ids),
+            durations=as_named(features.durations, video_ids),
+            rates={},
         )
     else:
         folder = require(config.videos, what="The videos", option=f"{prefix}videos")
@@ -146,14 +149,14 @@ def _probed(config: Any, video_ids: Sequence[str]) -> dict[str, float]:
 def _find_features(features: Features, videos: Sequence[VideoAnnotation]) -> FoundVideos:
     """Find the features of videos, and read each file once."""
     durations = {video.video_id: video.duration for video in videos}
-    if durations.keys().isdisjoint(features.video_ids):
-        missing = features.missing(durations)
+    missing = features.missing(durations)
+    if len(missing) == len(durations):
         raise UserError(
             f"None of the {len(durations)} videos has features: {next(iter(missing.values()))}. "
             f"Are these its ids? {apart(features.video_ids, durations)}. Correct --data.features."
         )
     damaged, remarks = features.examine(durations)
-    failures = features.missing(durations) | damaged
+    failures = missing | damaged
     return FoundVideos(
         uris={v: features.uri(v) for v in sorted(durations.keys() - failures.keys())},
         failures=failures,

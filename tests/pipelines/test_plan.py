@@ -97,6 +97,22 @@ def test_durations_come_from_features_in_place_of_videos(
     assert {v.video_id: v.duration for v in read_annotations(config).videos} == durations
 
 
+def test_durations_come_from_features_of_the_same_name_in_another_normal_form(
+    without_durations: tuple[DataConfig, dict[str, float]], tmp_path: Path
+) -> None:
+    action = {"segment": [1.0, 2.0], "label": "run"}
+    entry = {"subset": "training", "annotations": [action]}
+    (tmp_path / "a.json").write_text(json.dumps({"database": {"caf\u00e9": entry}}))
+    held = {"file": "", "length": 9, "fps": 12.0, "stride": 2, "offset": 0.0, "duration": 7.5}
+    said = {"format": "re2tal features 1", "layout": "npy", "channels": 8}
+    said |= {"videos": {"cafe\u0301": held}}
+    (tmp_path / "features.json").write_text(json.dumps(said))
+    places = {"annotations": str(tmp_path / "a.json"), "features": str(tmp_path)}
+    config = replace(without_durations[0], videos=None, durations="probe", **places)
+    (video,) = read_annotations(config).videos
+    assert (video.video_id, video.duration) == ("caf\u00e9", 7.5)
+
+
 @pytest.mark.parametrize("script", [evaluate, extract_features, prepare, probe, train])
 def test_every_script_that_reads_annotations_takes_durations(script: Any) -> None:
     prefix = ["toy", "--data."] if script is train else ["--"]
