@@ -9,9 +9,9 @@ long windows, like those of a detector trained end to end (--way windows). featu
 files says where in their videos the features lie.
 
 All places may be URIs (s3://, gs://, ...), and the videos may lie in shards (prepare.py). A run
-that was stopped, however hard, goes on when the same command is given again. Videos that cannot be
-decoded are listed in features.json; once they are mended, the same command with --retry-failed
-makes only theirs.
+that was stopped, however hard, goes on when the same command is given again, which also makes the
+features anew of videos that were replaced since. Videos that cannot be decoded are listed in
+features.json; once they are mended, the same command with --retry-failed makes only theirs.
 
 `python -m re2tal.backbones` lists the backbones; one of your own needs --import MODULE_OR_FILE.
 """

@@ -4,8 +4,9 @@
   python pipelines/train.py RECIPE --data.annotations A --data.videos SHARDS
 
 All of them may be URIs (s3://, gs://, ...). A run that was stopped, however hard, goes on when the
-same command is given again. Videos that cannot be encoded are listed in manifest.json; once they
-are mended, the same command with --retry-failed encodes only them.
+same command is given again, which also encodes the videos anew that were replaced since. Videos
+that cannot be encoded are listed in manifest.json; once they are mended, the same command with
+--retry-failed encodes only them.
 """
 
 import sys

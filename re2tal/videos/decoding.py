@@ -56,7 +56,7 @@ def decode(
     Interlaced frames are given as they are, both fields woven into one.
 
     A time up to a frame before the start gives the first frame, one up to a second (`reader.TAIL`)
-    after the end the last.
+    after the end the last, unless the file was cut off.
 
     Args:
         source: path, content, or open binary file of the video.
