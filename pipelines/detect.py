@@ -7,8 +7,8 @@ Then open found/index.html. The model is the folder of a saved detector or of a 
 checkpoint, a training run's id in MLflow, or runs:/RUN/detector or models:/NAME/VERSION there.
 
 A run that was stopped goes on when the same command is given again: videos that are done are
-kept, those that failed or were replaced are tried once more. Another --score-threshold or other --formats detect
-nothing anew.
+kept, those that failed or were replaced are tried once more. Another --score-threshold or other
+--formats detect nothing anew.
 
 A detector with a backbone or localizer of your own needs its module: --import MODULE_OR_FILE.
 """
