@@ -98,9 +98,7 @@ class VideoReader:
     name: str
     container: InputContainer
     stream: VideoStream
-    ordered: bool | None = (
-        None  # whether frames are shown in the decoder's order; None when unknown
-    )
+    ordered: bool | None  # whether frames are shown in the decoder's order; None until it is known
     _queue: FrameQueue  # next frames of the decoder
     _shown: Shown | None  # the frame dropped last
 
@@ -119,6 +117,7 @@ class VideoReader:
         self._targets: list[int] | None = None  # the same as time stamps of the stream
         self._limits = limits or Limits()
         self._deadline = Deadline(self.name, self._limits)
+        self.ordered = None
         self._open()
         # Both are learned while seeking, so that no seek repeats much decoding:
         self._longest_gop = int(1 / self._tick)  # ticks from a key frame to a target
