@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torchvision.models.video import SwinTransformer3d
 
 from re2tal import rewire
 from re2tal.backbones.swin import SwinConfig
 from re2tal.backbones.weights import load_backbone_weights, save_backbone_weights
+from re2tal.weights import read_tensors
 
 TINY = SwinConfig(
     patch=(2, 4, 4), embed_dim=8, depths=(2, 2), heads=(1, 2), window=(2, 2, 2), drop_path=0.0
@@ -99,6 +101,28 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path, name: str) -> Non
     path.write_bytes(b"no weights at all")
     with pytest.raises(ValueError, match="cannot be read"):
         load_backbone_weights(TINY.build(), path)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
+def test_damaged_weights_are_read_or_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if path.suffix == ".pth":
+        torch.save({"x": torch.ones(4, 4)}, path)
+    else:
+        save_file({"x": torch.ones(4, 4)}, path)
+    content, random = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        damaged = np.frombuffer(content, np.uint8).copy()
+        places = random.integers(len(damaged), size=2)
+        damaged[places] ^= np.uint8(1) << random.integers(8, size=2, dtype=np.uint8)
+        path.write_bytes(damaged[: random.integers(1, 2 * len(damaged))].tobytes())
+        try:
+            read_tensors(path)
+        except ValueError:
+            refused += 1
+    assert refused > 100
 
 
 class Unsafe:
