@@ -60,7 +60,12 @@ def report(sweep: Sweep, config: SweepConfig, run: Run, study: optuna.Study) -> 
     log_metrics(run, _results(sweep.objectives, best, base), step=0)
     found = _postprocessing(sweep, config, run, best[0])
     command = command_of(config, best[0], found)
-    chosen = {"run": best[0].user_attrs[RUN_ID], "values": best[0].params, "command": command}
+    chosen = {
+        "run": best[0].user_attrs[RUN_ID],
+        "score": dict(zip((o.metric for o in sweep.objectives), best[0].values, strict=True)),
+        "values": best[0].params,
+        "command": command,
+    }
     run.client.log_text(run.run_id, json.dumps(chosen, indent=2), "best.json")
     run.client.set_tag(run.run_id, "best.run", chosen["run"])
     for name, value in best[0].params.items():
@@ -129,7 +134,7 @@ def _table(sweep: Sweep, best: Sequence[FrozenTrial], base: FrozenTrial | None) 
     """List the best trials, and the base recipe's."""
     several = len(sweep.objectives) > 1
     what = "trials that no other beats in all objectives" if several else "best trials"
-    table = Table(title=f"{sweep.name}: {what}")
+    table = Table(title=f"{sweep.name}: {what}, each by its best epoch")
     for heading in ("trial", *(o.title for o in sweep.objectives), "parameters"):
         table.add_column(heading, justify="left" if heading == "parameters" else "right")
     shown = [*best[:_SHOWN], *([base] if base is not None and base not in best[:_SHOWN] else [])]
@@ -155,7 +160,7 @@ def _facts(
         gained = best[0].values[0] - base.values[0]
         facts.append(("gained", f"{gained:+.3f} over the base recipe's {base.values[0]:.3f}"))
     if found is not None:
-        what = f"mAP {found.before:.3f} to {found.after:.3f} of the best trial's detections"
+        what = f"average mAP {found.before:.3f} to {found.after:.3f} of the best trial's detections"
         facts.append(("post-processing", what))
     if FIRST_STEP in counts:
         facts.append(("to the first step", f"{counts[FIRST_STEP]:.1f} s of a trial (median)"))

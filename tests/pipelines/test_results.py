@@ -1,17 +1,20 @@
 """What is printed and drawn at the end of a run, also when its metrics did not arrive."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mlflow.entities import LoggedModelStatus
 
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import toy
 from pipelines.core.tracking import Run, log_metrics, start_run
 from pipelines.data.batches import Video
 from pipelines.data.plan import Plan
-from pipelines.training.results import log_pictures, print_summary
+from pipelines.training.results import log_model, log_pictures, print_summary
 from re2tal.annotations import Instance, VideoAnnotation
+from re2tal.errors import UserError
 
 SPIN = VideoAnnotation(
     video_id="a", subset="", duration=9.0, instances=(Instance(start=1.0, end=2.0, label="spin"),)
@@ -72,3 +75,32 @@ def test_a_run_whose_metrics_did_not_arrive_says_so(
     assert "frames/s" not in printed
     log_pictures(run, PLAN, {})
     assert pictures(run) == {"pictures/timelines.png"}
+
+
+def test_a_model_is_logged_once(run: Run, tmp_path: Path, disk: Callable[[int], None]) -> None:
+    detector = tmp_path / "detector"
+    detector.mkdir()
+    (detector / "weights.safetensors").write_bytes(b"weights" * 2**17)
+    client = run.client
+    experiment = client.get_run(run.run_id).info.experiment_id
+    killed = client.create_logged_model(experiment, name="detector", source_run_id=run.run_id)
+    assert killed.status == LoggedModelStatus.PENDING
+
+    def models() -> list[str]:
+        of_run = f"source_run_id = '{run.run_id}'"
+        return [
+            str(model.model_uri)
+            for model in client.search_logged_models([experiment], filter_string=of_run)
+        ]
+
+    uri = log_model(run, detector)
+    assert models() == [uri]
+    assert log_model(run, detector) == uri
+    assert models() == [uri]
+    (detector / "weights.safetensors").write_bytes(b"others" * 2**17)
+    disk(2**20)
+    with pytest.raises(UserError, match=r"no room for the model: 33 MiB .*, 1 MiB are free"):
+        log_model(run, detector)
+    disk(2**30)
+    assert log_model(run, detector) != uri
+    assert len(models()) == 2
