@@ -169,7 +169,8 @@ def best_checkpoint(
         UserError: there is none.
     """
     kept = [one for one in checkpoints(folder)[0] if one.metrics.get(score, UNSCORED) != UNSCORED]
-    for one in sorted(kept, key=lambda one: one.rank(score), reverse=True):
+    # of equal ones the first, as in the table of results
+    for one in sorted(kept, key=lambda one: one.rank(score)[0], reverse=True):
         with fetched(one) as local:
             try:
                 read_listing(local, digests=True)
