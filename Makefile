@@ -68,7 +68,7 @@ bench: $(INSTALLED) $(PEERS)  ## decoding against decord and torchcodec (which n
 	$(BIN)/python -m pipelines.experiments shards --threads 1
 
 ui: $(INSTALLED)  ## open the MLflow UI on the runs of this checkout
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///runs/mlflow.db
 
 requirements: $(INSTALLED)  ## compile requirements.txt anew from the ranges in pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \

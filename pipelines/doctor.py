@@ -17,8 +17,15 @@ from functools import partial
 from typing import Any
 
 # Nothing else: a package may be missing, which this script has to report.
-from pipelines.diagnostics.findings import Finding, note, run_check, summary
-from pipelines.diagnostics.packages import check_missing, check_versions, requirements
+from pipelines.diagnostics.findings import (
+    Finding,
+    check_missing,
+    check_versions,
+    note,
+    requirements,
+    run_check,
+    summary,
+)
 
 Check = Callable[[Any], Iterable[Finding]]  # takes a `Cluster`, which cannot be imported yet
 _GRACE = 10.0  # seconds in which a check can still report that it waited in vain
@@ -48,11 +55,7 @@ def parse(arguments: Sequence[str]) -> DoctorConfig:
 
 
 def diagnose(config: DoctorConfig) -> Iterator[tuple[str, Finding]]:
-    """Run all checks but that of missing packages, one after the other.
-
-    Yields:
-        A check's name, and one of its findings.
-    """
+    """Run all checks but that of missing packages; yield names of checks, each with a finding."""
     from pipelines.core.storage import absolute  # see above
     from pipelines.diagnostics import frames, machines, nodes, writing
 

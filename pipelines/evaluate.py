@@ -18,9 +18,9 @@ A detector: the folder of a checkpoint, or a run or model in MLflow. It detects 
 
 Printed are average precision of every class at every tIoU, average recall by the number of
 proposals, Recall@kx for data sets that are compared by it (Ego4D), and a short diagnosis of the
-errors. All of it goes to MLflow, and to --output: tables as CSV and in evaluation.json, pictures,
-and a detector's detections. Detections of the one class "action" are proposals: --video-scores
-gives them classes, else they are evaluated without classes.
+errors. All of it goes to MLflow, and to --output (runs/evaluation): tables as CSV and in
+evaluation.json, pictures, and a detector's detections. Detections of the one class "action" are
+proposals: --video-scores gives them classes, else they are evaluated without classes.
 """
 
 import sys

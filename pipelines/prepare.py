@@ -60,9 +60,7 @@ def prepare(config: PrepareConfig) -> Manifest:
         UserError: something is missing; the folder holds shards of other settings, or damaged ones;
             or too many videos failed (the others are in their shards).
     """
-    config = resolved(
-        config, needed=("annotations", "videos"), optional=("exclude",), written=("output",)
-    )
+    config = resolved(config, needed=("annotations", "videos"), written=("output",))
     folder = ShardFolder(
         str(config.output),
         read_annotations(config),

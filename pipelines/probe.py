@@ -38,7 +38,7 @@ class ProbeConfig(AnnotationConfig):
     """
 
     videos: str | None = None
-    output: str = "videos.parquet"
+    output: str = "runs/videos.parquet"
 
 
 def probe_collection(config: ProbeConfig) -> pa.Table:
@@ -48,9 +48,7 @@ def probe_collection(config: ProbeConfig) -> pa.Table:
         UserError: something is missing, or the folder holds no video.
         AnnotationError: the annotations have problems; all of them are listed.
     """
-    config = resolved(
-        config, needed=("videos",), optional=("annotations", "exclude"), written=("output",)
-    )
+    config = resolved(config, needed=("videos",), optional=("annotations",), written=("output",))
     folder = str(config.videos)
     files = list_files(folder)
     annotations = None

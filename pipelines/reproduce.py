@@ -29,11 +29,9 @@ import ray
 from pipelines.config.command_line import told_shortly
 from pipelines.core.cluster import init_ray
 from pipelines.core.tracking import finishing, start_run
-from pipelines.experiments.command import refuse_failures
 from pipelines.experiments.experiment import Job, Outcome
-from pipelines.experiments.harness import Work, attempt
+from pipelines.experiments.harness import Work, attempt, log_outcome, log_results
 from pipelines.experiments.paper import Reproduction, carry_out, parse
-from pipelines.experiments.tracked import log_outcome, log_results
 
 
 def execute_on_ray(works: Sequence[Work]) -> Iterator[Outcome]:
@@ -86,7 +84,7 @@ def main(asked: Reproduction) -> None:
         done = carry_out(asked, execute_on_ray, seen=partial(log_outcome, run))
         log_results(run, done)
         print(f"MLflow run {run.run_id} in {run.uri}", flush=True)
-        refuse_failures(done.failures)
+        done.refuse_failures()
 
 
 if __name__ == "__main__":

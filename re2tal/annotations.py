@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from re2tal import json_files
-from re2tal.json_files import FileError, RepeatedKey
+from re2tal.json_files import FileError, RepeatedKey, by_kind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +66,7 @@ class Repair:
     """
 
     video_id: str
-    action: Literal["clipped", "dropped", "added"]
+    action: Literal["clipped", "dropped", "added", "trimmed"]
     instance: Instance
     reason: str
 
@@ -73,13 +74,28 @@ class Repair:
 class AnnotationError(FileError):
     """Annotations that cannot be used; each problem names the video and the reason.
 
-    Its text lists all of them: they are to be corrected by hand.
+    Its text has a few examples of a problem that repeats for every video, and all others.
     """
 
     def __str__(self) -> str:
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        heading = f"{self.source}: {count}. Correct or remove what is listed here, then run again."
-        return "\n  - ".join((heading, *self.problems))
+        shown = by_kind(self.problems)
+        hint = (
+            (f"(`python -m re2tal.datasets {self.source}` lists all of them.)",)
+            if len(shown) < len(self.problems)
+            else ()
+        )
+        return self._text((*shown, *hint))
+
+    @property
+    def listed(self) -> str:
+        """Text with all problems, which are to be corrected by hand."""
+        return self._text(self.problems)
+
+    def _text(self, shown: Iterable[str]) -> str:
+        what = (
+            f"{self.source}: {self.count}. Correct or remove what is listed here, then run again."
+        )
+        return "\n  - ".join((what, *shown))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,6 +237,36 @@ class Characteristics:
     coverage: Bins
     length: Bins
     instances: Bins
+
+
+def labels_alike(counts: Mapping[str, int], *, spaces: str = "") -> Iterator[str]:
+    """Find labels that differ only in spaces, case or Unicode's normal form: slips of the keyboard.
+
+    Args:
+        counts: label -> number of times that it is there; 0 for a name that must be kept.
+        spaces: way to remove outer spaces, added where labels differ in those.
+
+    Yields:
+        A phrase for each group of such labels, and what to do.
+    """
+    groups: dict[str, list[str]] = {}
+    # names that the data set itself has, which no video needs to have, come first
+    for label in sorted(counts, key=lambda label: (counts[label] > 0, -counts[label], label)):
+        plain = " ".join(unicodedata.normalize("NFKC", label).split()).casefold()
+        groups.setdefault(plain, []).append(label)
+    for alike in groups.values():
+        if len(alike) < 2:
+            continue
+        # two normal forms of a character look the same
+        shown = (
+            ascii if len({unicodedata.normalize("NFC", x) for x in alike}) < len(alike) else repr
+        )
+        listed = ", ".join(f"{shown(label)} ({counts[label]:,} times)" for label in alike)
+        way = spaces if len({label.strip() for label in alike}) < len(alike) else ""
+        yield (
+            f"the labels {listed} differ only in spaces, case or Unicode's normal form and would "
+            f"be {len(alike)} classes: write {shown(alike[0])} for all of them{way}"
+        )
 
 
 def read_text(path: Path) -> str:

@@ -8,10 +8,14 @@ program has imported itself.
 import dataclasses
 import importlib
 import sys
+from functools import partial
+from inspect import signature
 from typing import Any
 
-from pydantic import GetCoreSchemaHandler, TypeAdapter
+from pydantic import GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic_core import CoreSchema, core_schema
+
+from re2tal.json_files import reason
 
 _CLASS = "class"
 
@@ -19,7 +23,7 @@ _CLASS = "class"
 class Component:
     """Mark of a field that pydantic reads so: `Annotated[LocalizerConfig, Component()]`.
 
-    The field holds any frozen dataclass with a method `build`.
+    The field holds any frozen dataclass whose method `build` takes the protocol's arguments.
     """
 
     def __get_pydantic_core_schema__(
@@ -29,7 +33,8 @@ class Component:
     ) -> CoreSchema:
         """Schema by which pydantic reads and writes such a field."""
         return core_schema.no_info_plain_validator_function(
-            _read, serialization=core_schema.plain_serializer_function_ser_schema(_write)
+            partial(_read, source),
+            serialization=core_schema.plain_serializer_function_ser_schema(_write),
         )
 
 
@@ -44,7 +49,7 @@ def _write(config: Any) -> dict[str, Any]:
     return {_CLASS: f"{kind.__module__}:{kind.__qualname__}", **fields}
 
 
-def _read(value: Any) -> Any:
+def _read(protocol: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(value) and hasattr(value, "build"):
         return value  # from Python, not from a file
     if not isinstance(value, dict):
@@ -52,10 +57,27 @@ def _read(value: Any) -> Any:
     fields = dict(value)
     name = str(fields.pop(_CLASS, ""))
     kind = _find(name)
+    if not _takes(kind.build, len(signature(protocol.build).parameters)):
+        raise ValueError(f"{name!r} is no {protocol.__name__}: it builds something else")
     unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(kind)})
     if unknown:
         raise ValueError(f"{name} has no {', '.join(unknown)}: was it saved by a newer re2tal?")
-    return TypeAdapter(kind).validate_python(fields)
+    try:
+        return TypeAdapter(kind).validate_python(fields)
+    except ValidationError as error:
+        problems = (
+            reason((kind.__name__, *details["loc"]), details["msg"]) for details in error.errors()
+        )
+        raise ValueError("; ".join(problems)) from error
+
+
+def _takes(build: Any, number: int) -> bool:
+    """Tell whether a method, not bound, can be called with so many arguments."""
+    try:
+        signature(build).bind(*[None] * number)
+    except TypeError:
+        return False
+    return True
 
 
 def _find(name: str) -> Any:

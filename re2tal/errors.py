@@ -1,6 +1,6 @@
-"""Error of which programs show the message alone, and shortening of long lists in messages."""
+"""Error of which programs show the message alone, and parts that messages share."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 class UserError(Exception):
@@ -21,3 +21,39 @@ def shortened(items: Sequence[str], most: int = 20, *, rest: str = "") -> list[s
     """
     left = len(items) - most
     return [*items[:most], *([f"... and {left:,} more{rest}"] if left > 0 else [])]
+
+
+def apart(found: Collection[str], wanted: Collection[str]) -> str:
+    """Show three ids of each of two sides that have none in common, for the end of a message.
+
+    Args:
+        found: ids of the videos in a file.
+        wanted: ids of the annotated videos.
+    """
+    listed = (", ".join(shortened(sorted(ids), 3)) or "none" for ids in (found, wanted))
+    theirs, ours = listed
+    bare = {video_id.removeprefix("v_") for video_id in wanted}
+    fits = any(video_id.removeprefix("v_") in bare for video_id in found)
+    hint = '. Without "v_" in front they have some in common' if fits else ""
+    return f"The ids there are {theirs}; those of the annotations are {ours}{hint}"
+
+
+def check_within(settings: object, **bounds: tuple[float, float]) -> None:
+    """Refuse settings that are too small or too large, or not a number.
+
+    Args:
+        settings: a dataclass.
+        bounds: smallest and largest value of each field named. Of a field with several numbers each
+            is checked; None passes.
+
+    Raises:
+        ValueError: a field is outside its bounds.
+    """
+    for name, (least, most) in bounds.items():
+        value = getattr(settings, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not least <= number <= most:
+                raise ValueError(
+                    f"{type(settings).__name__}.{name} must be {least:,} to {most:,}, but is "
+                    f"{value!r:.60}."
+                )

@@ -17,6 +17,7 @@ from re2tal.detection.files import rows
 from re2tal.detection.segments import Detections, without_repetitions
 from re2tal.detection.suppression import NmsConfig, nms
 from re2tal.detector import Detector
+from re2tal.errors import UserError
 from re2tal.trained import SPEC_FILE, DetectorSpec, load_detector
 from re2tal.videos.decoding import Source, probe
 from re2tal.videos.windows import Window, sliding_windows, window_frames
@@ -111,13 +112,13 @@ def detector_folder(folder: str | Path) -> Path:
             it as `detector`.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     folder = Path(folder)
     for candidate in (folder, folder / "detector"):
         if (candidate / SPEC_FILE).is_file():
             return candidate
-    raise ValueError(
+    raise UserError(
         f"{folder} holds no detector: there is no {SPEC_FILE} in it or in its folder detector. "
         "Give the folder of a saved detector, or of a training run's checkpoint."
     )
@@ -161,8 +162,9 @@ def detect(
 
     Raises:
         VideoError: the video cannot be read.
-        ValueError: the folder holds no detector, or the detector was trained on features or is
-            in training mode, in which its results are random.
+        UserError: the folder holds no detector, or a damaged one.
+        ValueError: the detector was trained on features, or is in training mode, in which its
+            results are random.
     """
     if isinstance(model, tuple):
         spec, detector = model

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +31,35 @@ class FileError(UserError):
         super().__init__(source, self.problems)  # these args let the error travel between processes
 
     def __str__(self) -> str:
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        shown = shortened(self.problems, _SHOWN)
-        return "\n  - ".join((f"{self.source}: {count}.", *shown))
+        shown = shortened(by_kind(self.problems), _SHOWN)
+        return "\n  - ".join((f"{self.source}: {self.count}.", *shown))
+
+    @property
+    def count(self) -> str:
+        """Number of the problems, as a phrase."""
+        return "1 problem" if len(self.problems) == 1 else f"{len(self.problems):,} problems"
+
+
+_ALIKE = 10  # problems of one kind that are listed one by one
+_EXAMPLES = 3
+_DETAILS = re.compile(r"""'.*?'|".*?"|\(found .*|[\d.]+""")
+
+
+def by_kind(problems: Iterable[str]) -> list[str]:
+    """Shorten problems that repeat for every video to a few examples and their number.
+
+    Two are of one kind if they differ only in numbers, names in quotes, and the found value.
+    """
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kinds.setdefault(_DETAILS.sub("", problem), []).append(problem)
+    return [
+        line
+        for alike in kinds.values()
+        for line in shortened(
+            alike, _EXAMPLES if len(alike) > _ALIKE else _ALIKE, rest=" like these"
+        )
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,17 +79,32 @@ class RepeatedKey:
         return f"{where}key {self.key!r} is there more than once"
 
 
+def check_regular(path: str | Path) -> None:
+    """Refuse a pipe, a socket or a device, of which reading might never end.
+
+    Raises:
+        FileError: it is one, or there is nothing.
+    """
+    try:
+        mode = Path(path).stat().st_mode
+    except FileNotFoundError as error:
+        raise FileError(str(path), ["there is no such file"]) from error
+    except (OSError, ValueError) as error:  # the latter for a name with a null character
+        raise FileError(str(path), [f"cannot be read: {error}"]) from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise FileError(str(path), ["is no regular file, but a pipe, a socket or a device"])
+
+
 def read_text(path: str | Path) -> str:
     """Read a UTF-8 file, without a byte order mark.
 
     Raises:
-        FileError: it cannot be read.
+        FileError: it cannot be read, or is no regular file.
     """
     source = str(path)
+    check_regular(path)
     try:
         return Path(path).read_text("utf-8-sig")
-    except FileNotFoundError as error:
-        raise FileError(source, ["there is no such file"]) from error
     except OSError as error:
         raise FileError(source, [f"cannot be read: {error.strerror}"]) from error
     except UnicodeDecodeError as error:
@@ -97,7 +140,7 @@ def read_json(path: str | Path) -> tuple[Any, tuple[RepeatedKey, ...]]:
         return document, ()
     return document, tuple(
         RepeatedKey(place=place, key=key)
-        for place, value in _places(document)
+        for place, value in places(document)
         if id(value) in repeating
         for key in repeating[id(value)][1]
     )
@@ -109,14 +152,21 @@ def in_words(place: Place) -> str:
     return "".join(parts).removeprefix(".")
 
 
-def _places(document: Any) -> Iterator[tuple[Place, Any]]:
-    """Yield every object of a document and its place, without recursion."""
+def reason(place: Place, message: str) -> str:
+    """Put a pydantic error into words: `results.x[3]: input should be a finite number`."""
+    own = message.removeprefix("Value error, ")  # from code of ours, which may begin with a name
+    text = own if own != message else f"{message[0].lower()}{message[1:]}"
+    return f"{in_words(place) or 'the top level'}: {text}"
+
+
+def places(document: Any) -> Iterator[tuple[Place, Any]]:
+    """Yield every value of a document with its place, without recursion."""
     waiting: list[tuple[Place, Any]] = [((), document)]
     while waiting:
         place, value = waiting.pop()
+        yield place, value
         items: list[tuple[str | int, Any]] = []
         if isinstance(value, dict):
-            yield place, value
             items = [*value.items()]
         elif isinstance(value, list):
             items = [*enumerate(value)]

@@ -3,6 +3,8 @@
 On disk it is a folder with `spec.json` and `weights.safetensors`: nothing in it is unpickled.
 """
 
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,15 +13,19 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 
 from re2tal.backbones.protocol import BackboneConfig
 from re2tal.backbones.table import IMAGENET_MEAN, IMAGENET_STD
 from re2tal.components import Component
 from re2tal.detection.suppression import NmsConfig
 from re2tal.detector import Detector
+from re2tal.errors import UserError, check_within, shortened
+from re2tal.json_files import FileError, in_words, places, read_json, reason
 from re2tal.localizers.protocol import LocalizerConfig
 from re2tal.reversible import rewire
 from re2tal.videos.windows import WindowConfig
+from re2tal.weights import Header, infinite, read_header
 
 SPEC_FILE = "spec.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -52,6 +58,11 @@ class DetectorSpec:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
+    def __post_init__(self) -> None:
+        check_within(self, size=(1, 2**13), mean=(-1e3, 1e3), std=(1e-6, 1e6))
+        if not self.classes or len(set(self.classes)) < len(self.classes):
+            raise ValueError("DetectorSpec.classes must be one or more names, none of them twice.")
+
     def build(self) -> Detector[Any, Any]:
         """Build the detector with random weights, rewired if `reversible`.
 
@@ -59,13 +70,24 @@ class DetectorSpec:
         none, so that runs which differ in the backbone begin alike.
         """
         seed = int(torch.randint(2**62, ()))
-        backbone: Any = self.backbone.build()
-        if self.reversible:
-            rewire(backbone)
+        backbone = self._backbone()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             localizer = self.localizer.build(backbone.channels, len(self.classes))
         return Detector(backbone, localizer, mean=self.mean, std=self.std)
+
+    def outline(self) -> Detector[Any, Any]:
+        """Build the detector without memory for its weights, on the device "meta"."""
+        with torch.device("meta"):
+            backbone = self._backbone()
+            localizer = self.localizer.build(backbone.channels, len(self.classes))
+            return Detector(backbone, localizer)
+
+    def _backbone(self) -> Any:
+        backbone = self.backbone.build()
+        if self.reversible:
+            rewire(backbone)
+        return backbone
 
 
 _SPEC = TypeAdapter(DetectorSpec)
@@ -95,22 +117,32 @@ def read_spec(folder: str | Path) -> DetectorSpec:
         folder: folder with `spec.json` and `weights.safetensors`.
 
     Raises:
-        ValueError: the folder holds no detector.
+        UserError: the folder holds no detector.
+        FileError: with every problem in the specification.
     """
     folder = Path(folder)
     for name in (SPEC_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} is not a saved detector: it has no {name}.")
+            raise UserError(f"{folder} is not a saved detector: it has no {name}.")
+    path = str(folder / SPEC_FILE)
+    document, repeated = read_json(path)
+    problems = [*map(str, repeated), *_no_numbers(document)]
+    if problems:
+        raise FileError(path, problems)
     try:
-        return _SPEC.validate_json((folder / SPEC_FILE).read_bytes())
+        return _SPEC.validate_python(document)
     except ValidationError as error:
-        raise ValueError(f"{folder / SPEC_FILE} does not describe a detector: {error}") from error
+        found = [reason(details["loc"], details["msg"]) for details in error.errors()]
+        raise FileError(path, found) from error
 
 
 def load_detector(
     folder: str | Path, *, device: torch.device | str = "cpu"
 ) -> tuple[DetectorSpec, Detector[Any, Any]]:
     """Read a detector that `save_detector` wrote.
+
+    The specification is compared with the names and shapes in the file of the weights before
+    anything is built, so that no file makes this take more memory or time than its own size asks.
 
     Args:
         folder: folder with `spec.json` and `weights.safetensors`.
@@ -120,13 +152,99 @@ def load_detector(
         The specification and the detector in evaluation mode.
 
     Raises:
-        ValueError: the folder holds no detector, or its weights do not fit its specification.
+        UserError: the folder holds no detector.
+        FileError: a file of it is damaged; its weights do not fit its specification, or are not
+            finite.
     """
     folder = Path(folder)
     spec = read_spec(folder)
+    path = folder / WEIGHTS_FILE
+    try:
+        _compare(spec, read_header(path), folder)
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise FileError(str(path), [f"cannot be read: {error}"]) from error
+    if wrong := infinite(state):
+        raise FileError(str(path), [wrong])
     detector = spec.build()
     try:
-        detector.load_state_dict(load_file(folder / WEIGHTS_FILE))
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE} does not fit {SPEC_FILE}: {error}") from error
+        detector.load_state_dict(state)
+    except RuntimeError as error:
+        raise FileError(str(path), [f"does not fit {SPEC_FILE}: {error}"]) from error
     return spec, detector.to(device).eval()
+
+
+def _no_numbers(document: Any) -> Iterator[str]:
+    """Find numbers that no setting can have, whatever its own bounds are."""
+    for place, value in places(document):
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{in_words(place)}: must be finite, but is {value}"
+        elif isinstance(value, int) and abs(value) >= 2**53:
+            yield f"{in_words(place)}: is too large a number"
+
+
+# Functions with which modules make their weights and buffers. Only these are counted: others, such
+# as the one that turns gradients on again, must never fail.
+_MAKING = (torch.empty, torch.zeros, torch.ones, torch.full, torch.tensor, torch.arange)
+_MADE_A_TENSOR, _MADE = 5, 500  # 1 to 2 a weight, measured; a few that are no weights
+
+
+class _Effort(TorchFunctionMode):
+    """Limit of the tensors that are made, so that building ends soon if it builds too much."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._left = most
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self._left -= func in _MAKING
+        if self._left < 0 and func in _MAKING:
+            raise ValueError("it is a larger network than the weights are of")
+        return func(*args, **(kwargs or {}))
+
+
+def _compare(spec: DetectorSpec, header: Header, folder: Path) -> None:
+    """Refuse a specification of another detector than that of the weights.
+
+    Parts of a user's own modules, which may need tensors with values, are not built in advance.
+
+    Raises:
+        FileError: it is, or no detector can be built from it.
+    """
+    if not all(type(p).__module__.startswith("re2tal.") for p in (spec.backbone, spec.localizer)):
+        return
+    try:
+        with _Effort(_MADE + _MADE_A_TENSOR * len(header)):
+            outline = spec.outline()
+    except Exception as error:  # of any kind: settings that contradict one another fail anywhere
+        what = f"no detector can be built from it: {type(error).__name__}: {error}"
+        raise FileError(str(folder / SPEC_FILE), [what]) from error
+    frames, backbone = spec.window.frames, outline.backbone
+    unit = math.lcm(backbone.multiple, backbone.temporal_stride * outline.localizer.multiple)
+    if frames % unit:
+        what = f"window.frames: must be a multiple of {unit} for these parts, but is {frames}"
+        raise FileError(str(folder / SPEC_FILE), [what])
+    wanted: Header = {
+        name: (tuple(value.shape), value.is_floating_point())
+        for name, value in outline.state_dict().items()
+    }
+    if problems := [*_misfits(wanted, header)]:
+        heading = f"does not fit {SPEC_FILE}: was that changed, or is it another detector's?"
+        raise FileError(str(folder / WEIGHTS_FILE), [heading, *shortened(problems, 10)])
+
+
+def _misfits(wanted: Mapping[str, Any], header: Mapping[str, Any]) -> Iterator[str]:
+    for name in [*wanted, *sorted(header.keys() - wanted.keys())]:
+        if name not in header:
+            yield f"{name} is missing"
+        elif name not in wanted:
+            yield f"{name} is none of the detector's"
+        elif header[name] != wanted[name]:
+            (shape, real), (theirs, floating) = wanted[name], header[name]
+            kinds = {True: "floating numbers", False: "integers"}
+            yield (
+                f"{name} must be {kinds[real]} of shape {shape}, but is {kinds[floating]} of shape "
+                f"{theirs}"
+            )

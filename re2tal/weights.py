@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
@@ -120,8 +120,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             Only tensors and plain values are unpickled.
 
     Raises:
-        ValueError: it cannot be read, or holds no weights.
+        ValueError: it cannot be read, holds no weights, or some that are not finite.
     """
+    weights = _read(path)
+    if wrong := infinite(weights):
+        raise ValueError(f"The weights in {path} cannot be used: {wrong}.")
+    return weights
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        what = "it is no regular file" if path.exists() else "there is no such file"
+        raise ValueError(f"The weights in {path} cannot be read: {what}.")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -143,6 +153,39 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(f"{path} holds no weights: a dictionary of tensors is needed.")
     return dict(content)
+
+
+Header = Mapping[str, tuple[tuple[int, ...], bool]]
+"""Name of a tensor -> its shape, and whether its numbers are floating."""
+
+_FLOATING = ("F16", "BF16", "F32", "F64")
+
+
+def read_header(path: Path) -> Header:
+    """Read names, shapes and kinds of the tensors in a safetensors file, without the tensors.
+
+    Raises:
+        OSError: the file cannot be read.
+        SafetensorError: it is damaged, or no such file.
+    """
+    with safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: (tuple(part.get_shape()), part.get_dtype() in _FLOATING)
+            for name, part in slices.items()
+        }
+
+
+def infinite(weights: Mapping[str, Tensor]) -> str:
+    """Describe the weights that are not finite, as a phrase; empty if there are none."""
+    wrong = [
+        name
+        for name, value in weights.items()
+        if value.is_floating_point() and not bool(value.isfinite().all())
+    ]
+    if not wrong:
+        return ""
+    return f"{len(wrong)} weights are not finite (nan or inf): {', '.join(shortened(wrong, 3))}"
 
 
 def _refused(path: Path) -> str:

@@ -1,11 +1,6 @@
-"""The sampler against chance: searches of the toy recipe's localizer, from several seeds.
+"""An experiment on searches: the best trials of a sampler, and of chance.
 
-  python -m sweeps.chance --annotations data/toy/annotations.json --features data/toy_features
-
-Only the proposals are compared, so the trials of a search run one after the other, to their ends,
-in the training loop that all trials have, without Ray Tune, workers and pruning. The seed is also
-the training's: each seed has a base recipe of its own. Independent searches run in parallel, one on
-each core.
+python -m sweeps.chance --annotations data/toy/annotations.json --features data/toy_features
 """
 
 import multiprocessing
@@ -27,11 +22,12 @@ from pipelines.config.command_line import told_shortly
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import toy
 from pipelines.core.metric_names import MAP
+from pipelines.core.storage import database_url
 from pipelines.data.feature_stream import without_backbone
 from pipelines.data.features import Features
 from pipelines.data.plan import Plan, make_plan, read_annotations
-from pipelines.experiments.command import carry_out, of_function
 from pipelines.experiments.experiment import Tables
+from pipelines.experiments.harness import run_command
 from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
 from pipelines.training.trainer import NonFiniteLossError, Trainer
@@ -47,7 +43,12 @@ SAMPLERS: tuple[Sampler, ...] = ("tpe", "random")
 def measure(
     *, annotations: str, features: str, trials: int = 12, seeds: Sequence[int] = (0, 1, 2)
 ) -> Tables:
-    """Compare the best trial of each search with the base recipe.
+    """The sampler against chance: searches of the toy recipe's localizer, from several seeds.
+
+    Only the proposals are compared, so the trials of a search run one after the other, to their
+    ends, in the training loop that all trials have, without Ray Tune, workers and pruning. The seed
+    is also the training's: each seed has a base recipe of its own. Independent searches run in
+    parallel, one on each core.
 
     Args:
         annotations: annotations of the toy data set.
@@ -94,7 +95,7 @@ def search(base: Recipe, plan: Plan, *, trials: int, sampler: Sampler) -> list[f
         study = open_study(
             SWEEP,
             config,
-            storage=RDBStorage(f"sqlite:///{folder}/optuna.db"),
+            storage=RDBStorage(database_url(f"{folder}/optuna.db")),
             name="search",
             base_point=check_space(SWEEP, base),
         )
@@ -131,4 +132,4 @@ if __name__ == "__main__":
     prog = "python -m sweeps.chance"
     results = Path(__file__).parent / "results" / "chance.json"
     with told_shortly():
-        carry_out(sys.argv[1:], of_function(measure, prog), prog=prog, output=results)
+        run_command(sys.argv[1:], measure, prog=prog, output=results)

@@ -146,7 +146,6 @@ def _plan(recipe: Recipe, raw: Mapping[str, Detections]) -> Plan:
     data = resolved(
         recipe.data,
         needed=("annotations",),
-        optional=("exclude", "video_scores"),
         prefix="--data.",
     )
     annotations = read_annotations(data)

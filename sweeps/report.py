@@ -1,7 +1,5 @@
 """Results of a sweep: the best trials, what they gained, pictures by Optuna, a command."""
 
-import csv
-import io
 import json
 import shlex
 import statistics
@@ -21,6 +19,7 @@ from optuna.visualization import matplotlib as draw
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.core.tables import csv_text
 from pipelines.core.tracking import Run, log_metrics
 from sweeps.epoch_reports import RUN_ID
 from sweeps.postprocessing import Postprocessing, search_postprocessing
@@ -61,7 +60,12 @@ def report(sweep: Sweep, config: SweepConfig, run: Run, study: optuna.Study) -> 
     log_metrics(run, _results(sweep.objectives, best, base), step=0)
     found = _postprocessing(sweep, config, run, best[0])
     command = command_of(config, best[0], found)
-    chosen = {"run": best[0].user_attrs[RUN_ID], "values": best[0].params, "command": command}
+    chosen = {
+        "run": best[0].user_attrs[RUN_ID],
+        "score": dict(zip((o.metric for o in sweep.objectives), best[0].values, strict=True)),
+        "values": best[0].params,
+        "command": command,
+    }
     run.client.log_text(run.run_id, json.dumps(chosen, indent=2), "best.json")
     run.client.set_tag(run.run_id, "best.run", chosen["run"])
     for name, value in best[0].params.items():
@@ -116,23 +120,21 @@ def _results(
 
 def _csv(objectives: Sequence[Objective], trials: Sequence[FrozenTrial]) -> str:
     names = sorted({name for trial in trials for name in trial.params})
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["number", "state", "run", *(o.metric for o in objectives), *names])
+    metrics = [objective.metric for objective in objectives]
+    rows = []
     for trial in trials:
-        complete = trial.state == TrialState.COMPLETE
-        values = trial.values if complete else [""] * len(objectives)
-        params = [trial.params.get(name, "") for name in names]
-        state = trial.state.name.lower()
-        writer.writerow([trial.number, state, trial.user_attrs.get(RUN_ID, ""), *values, *params])
-    return text.getvalue()
+        values = trial.values if trial.state == TrialState.COMPLETE else [None] * len(metrics)
+        facts = {"number": trial.number, "state": trial.state.name.lower()}
+        found = dict(zip(metrics, values, strict=True))
+        rows.append({**facts, "run": trial.user_attrs.get(RUN_ID), **found, **trial.params})
+    return csv_text(["number", "state", "run", *metrics, *names], rows)
 
 
 def _table(sweep: Sweep, best: Sequence[FrozenTrial], base: FrozenTrial | None) -> Table:
     """List the best trials, and the base recipe's."""
     several = len(sweep.objectives) > 1
     what = "trials that no other beats in all objectives" if several else "best trials"
-    table = Table(title=f"{sweep.name}: {what}")
+    table = Table(title=f"{sweep.name}: {what}, each by its best epoch")
     for heading in ("trial", *(o.title for o in sweep.objectives), "parameters"):
         table.add_column(heading, justify="left" if heading == "parameters" else "right")
     shown = [*best[:_SHOWN], *([base] if base is not None and base not in best[:_SHOWN] else [])]
@@ -158,7 +160,7 @@ def _facts(
         gained = best[0].values[0] - base.values[0]
         facts.append(("gained", f"{gained:+.3f} over the base recipe's {base.values[0]:.3f}"))
     if found is not None:
-        what = f"mAP {found.before:.3f} to {found.after:.3f} of the best trial's detections"
+        what = f"average mAP {found.before:.3f} to {found.after:.3f} of the best trial's detections"
         facts.append(("post-processing", what))
     if FIRST_STEP in counts:
         facts.append(("to the first step", f"{counts[FIRST_STEP]:.1f} s of a trial (median)"))

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import optuna
 import ray
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage
+from optuna.trial import TrialState
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import (
@@ -28,9 +30,10 @@ from pipelines.config.command_line import parse_recipe, told_shortly
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import RECIPES
 from pipelines.core.resources import capacity, require_resources
-from pipelines.core.storage import absolute, join
-from pipelines.core.tracking import Run, finishing, start_run
-from pipelines.training.resuming import digest, last_run, mark, reopen
+from pipelines.core.storage import absolute, database_url, join
+from pipelines.core.tracking import Run, finishing, start_run, take_up
+from pipelines.core.underway import alone, forget, is_under_way
+from pipelines.training.resuming import digest, last_run, mark
 from pipelines.training.run import Prepared, prepare
 from re2tal.errors import UserError
 from sweeps.report import TRIALS, report
@@ -38,6 +41,7 @@ from sweeps.study import check_space, ended, open_study, searcher
 from sweeps.sweep import Objective, Sweep, SweepConfig
 from sweeps.trial import EPOCH, NUMBER_TAG, OUTCOME_TAG, Outcomes, children, run_trial
 
+_ORPHAN_SECONDS = 60.0
 _DRIVER_CPUS = 0.01  # share of the process that watches over a trial; Ray Tune does not take 0
 
 
@@ -96,6 +100,7 @@ def _run(sweep: Sweep, config: SweepConfig) -> Run:
     with finishing(run):
         storage = RDBStorage(config.storage or _file(config, run))
         study = open_study(sweep, config, storage=storage, name=run.run_id, base_point=base_point)
+        end_children(run, study, output=config.output)
         done = len(ended(study))
         if done < config.trials:
             _search(sweep, config, ready, run, study, storage, at_a_time=at_a_time, done=done)
@@ -196,16 +201,53 @@ def _parent(config: SweepConfig, ready: Prepared) -> Run:
     # a sweep stays the same with another length or layout on the cluster
     search = replace(config, trials=1, concurrency=None, minutes=None, storage=None)
     marked = mark(digest(search, ready.plan))
-    run = last_run(config, marked, output=output) if config.resume else None
-    if run is None or _is_through(run, config):
-        return start_run(config, output=output, tags=marked)
+    with alone(output):  # of two same commands, the second sees the first one's run
+        run = last_run(config, marked, output=output) if config.resume else None
+        if run is None or _is_through(run, config):
+            return start_run(config, output=output, tags=marked)
+        take_up(run, output=output)
     print(f"going on with the sweep {run.run_id}; --no-resume starts anew", flush=True)
-    reopen(run)
-    for child in children(run):
-        tags = child.data.tags
-        if NUMBER_TAG in tags and OUTCOME_TAG not in tags:  # the sweep was killed
-            run.client.set_tag(child.info.run_id, OUTCOME_TAG, "interrupted")
     return run
+
+
+# status and outcome of a trial that Optuna knows to have ended
+_KNOWN = {
+    TrialState.COMPLETE: ("FINISHED", "finished"),
+    TrialState.PRUNED: ("KILLED", "pruned"),
+    TrialState.FAIL: ("FAILED", "failed"),
+}
+
+
+def end_children(run: Run, study: optuna.Study, *, output: str) -> None:
+    """End the runs that a killed sweep left RUNNING, once their processes are gone.
+
+    Args:
+        run: the sweep's run, which this process goes on with.
+        study: its study, which knows how trials ended, and which of them were interrupted.
+        output: folder of the default store.
+    """
+    states = {str(t.number): t.state for t in ended(study)}
+    for child in children(run):
+        run_id, tags = child.info.run_id, child.data.tags
+        number = tags.get(NUMBER_TAG)  # a search of post-processing has none
+        unknown = number is not None and OUTCOME_TAG not in tags
+        if not unknown and child.info.status != "RUNNING":
+            continue
+        _wait_until_gone(run_id, output)
+        state = states.get(number) if number is not None else None
+        status, outcome = _KNOWN[state] if state is not None else ("KILLED", "interrupted")
+        if unknown:
+            run.client.set_tag(run_id, OUTCOME_TAG, outcome)
+        if run.client.get_run(run_id).info.status == "RUNNING":
+            run.client.set_terminated(run_id, status)
+        forget(output, run_id)
+
+
+def _wait_until_gone(run_id: str, output: str) -> None:
+    """Wait for a trial's process, which ends some seconds after that of its sweep."""
+    until = time.monotonic() + _ORPHAN_SECONDS
+    while is_under_way(output, run_id) and time.monotonic() < until:
+        time.sleep(0.2)
 
 
 def _is_through(run: Run, config: SweepConfig) -> bool:
@@ -222,7 +264,7 @@ def _file(config: SweepConfig, run: Run) -> str:
         )
     folder = Path(config.output) / run.run_id
     folder.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{folder / 'optuna.db'}"
+    return database_url(folder / "optuna.db")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from sweeps.suggestions import Space
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
-    """Metric of a finished trial, and the direction in which it gets better.
+    """Metric of a finished trial, by its best epoch, and the direction in which it gets better.
 
     Attributes:
         metric: name of the metric in MLflow.

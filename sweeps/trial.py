@@ -1,8 +1,10 @@
 """Trials that Ray Tune starts: each trains as `train.py` does, and its outcome goes to MLflow."""
 
 import math
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ from ray.tune.experiment import Trial
 
 from pipelines.config.recipe import Recipe
 from pipelines.core.cluster import quiet_data
-from pipelines.core.metric_names import MAP
+from pipelines.core.metric_names import BEST_MAP, MAP
 from pipelines.core.tracking import Run, log_metrics, start_run
+from pipelines.core.underway import forget
 from pipelines.training.resuming import resume_or_start
 from pipelines.training.run import Prepared, train_run
 from sweeps.epoch_reports import MEMORY, RUN_ID, EpochReports
@@ -66,7 +69,7 @@ def run_trial(config: Mapping[str, Any], *, ready: Prepared, parent: str, thread
     memory = peak_memory(run)
     log_metrics(run, memory, step=0)
     # also when all epochs were through before this trial was started again
-    tune.report({**_last_metrics(run), **memory, EPOCH: ready.recipe.epochs, FINISHED: True})
+    tune.report({**score_of(run), **memory, EPOCH: ready.recipe.epochs, FINISHED: True})
 
 
 def _name(run: Run, trial: TrialConfig, recipe: str) -> None:
@@ -83,10 +86,14 @@ def log_searched(run: Run, point: Mapping[str, Any]) -> None:
     run.client.log_batch(run.run_id, params=params)
 
 
-def _last_metrics(run: Run) -> dict[str, Any]:
-    """Return the last epoch's quality, by which all trials are compared."""
+def score_of(run: Run) -> dict[str, Any]:
+    """Return the quality of a trial that came to its end, by which trials are compared.
+
+    It is that of its best checkpoint, which is the trial's model, and whose detections a search of
+    post-processing works on.
+    """
     metrics = run.client.get_run(run.run_id).data.metrics
-    return {MAP: metrics[MAP], RUN_ID: run.run_id}
+    return {MAP: metrics[BEST_MAP], RUN_ID: run.run_id}
 
 
 def peak_memory(run: Run) -> dict[str, float]:
@@ -145,6 +152,7 @@ class Outcomes(Callback):
         self._parent, self._base, self._objectives = parent, base, objectives
         self._total, self._done = total, done
         self._began: dict[str, float] = {}
+        self._best: dict[str, dict[str, Any]] = {}  # of a trial's epochs, by the first objective
 
     def on_trial_start(self, *, trial: Trial, **_: Any) -> None:
         """Print the values that a trial is going to try."""
@@ -156,6 +164,7 @@ class Outcomes(Callback):
     def on_trial_result(self, *, trial: Trial, result: dict[str, Any], **_: Any) -> None:
         """Print the values that an epoch reached."""
         if not result.get(FINISHED):
+            self._keep_best(trial, result)
             reached = self._reached(result)
             epoch = f"epoch {result[EPOCH]}/{self._base.epochs}"
             print(f"trial {_config(trial).number}  {epoch}  {reached}", flush=True)
@@ -165,22 +174,38 @@ class Outcomes(Callback):
         result = trial.last_result or {}
         finished = bool(result.get(FINISHED))
         outcome = "finished" if finished else "pruned"
-        self._end(self._run_of(trial), trial, "FINISHED" if finished else "KILLED", outcome)
-        self._say(trial, f"{outcome}  {self._reached(result)}")
+        with _warned(trial):
+            self._end(self._run_of(trial), trial, "FINISHED" if finished else "KILLED", outcome)
+        if not finished:
+            self._keep_best(trial, result)
+        best = result if finished else self._best[trial.trial_id]
+        self._say(trial, f"{outcome}  {self._reached(best)}")
+
+    def _keep_best(self, trial: Trial, result: dict[str, Any]) -> None:
+        """Keep the best epoch of a trial: one that is stopped is told by it, as one that ends."""
+        first = self._objectives[0]
+        sign = 1.0 if first.mode == "max" else -1.0
+        kept = self._best.setdefault(trial.trial_id, result)
+        value, best = (one.get(first.metric, math.nan) for one in (result, kept))
+        if math.isnan(best) or sign * value > sign * best:
+            self._best[trial.trial_id] = result
 
     def on_trial_error(self, *, trial: Trial, **_: Any) -> None:
         """Mark a trial as failed, with the error's text."""
-        run = self._run_of(trial)
-        # a trial logs its own error, unless its process was killed
-        error = run.client.get_run(run.run_id).data.tags.get("error") or _last_words(trial)
-        run.client.set_tag(run.run_id, "error", error)
-        self._end(run, trial, "FAILED", "failed")
+        error = _last_words(trial)
+        with _warned(trial):
+            run = self._run_of(trial)
+            # a trial logs its own error, unless its process was killed
+            error = run.client.get_run(run.run_id).data.tags.get("error") or error
+            run.client.set_tag(run.run_id, "error", error)
+            self._end(run, trial, "FAILED", "failed")
         self._say(trial, f"failed: {error.splitlines()[0]}")
 
     def _end(self, run: Run, trial: Trial, status: str, outcome: str) -> None:
         client = run.client
         client.set_tag(run.run_id, OUTCOME_TAG, outcome)
         client.set_terminated(run.run_id, status)
+        forget(self._base.output, run.run_id)  # its process may not have come to it
         steps = client.get_metric_history(run.run_id, "train/loss")
         began = self._began.get(trial.trial_id)
         if steps and began is not None:
@@ -210,6 +235,17 @@ class Outcomes(Callback):
             for objective in self._objectives
             if not math.isnan(result.get(objective.metric, math.nan))
         )
+
+
+@contextmanager
+def _warned(trial: Trial) -> Iterator[None]:
+    """Print a warning if MLflow fails: it must not hide a trial's outcome, nor end the sweep."""
+    try:
+        yield
+    except Exception as problem:
+        reason = next(iter(str(problem).splitlines()), type(problem).__name__)[:300]
+        what = f"the outcome of trial {_config(trial).number}"
+        print(f"warning: MLflow could not be told {what} ({reason})", file=sys.stderr, flush=True)
 
 
 def _config(trial: Trial) -> TrialConfig:

@@ -16,6 +16,7 @@ from re2tal.annotations import Instance, VideoAnnotation
 from re2tal.backbones.swin import swin_toy
 from re2tal.detection import Detections, NmsConfig
 from re2tal.detector import Detector
+from re2tal.errors import UserError
 from re2tal.inference import detect, detector_folder, video_detections, window_detections
 from re2tal.localizers import ActionFormerConfig, Targets
 from re2tal.trained import DetectorSpec, save_detector
@@ -129,7 +130,7 @@ def test_a_saved_detector_is_found_by_its_folder_or_its_checkpoint(tmp_path: Pat
     first = expected.to_list()[0]
     assert set(first) == {"segment", "score", "label"}
     assert str(expected).splitlines()[0].split()[-1] == first["label"]
-    with pytest.raises(ValueError, match=r"holds no detector: there is no spec\.json"):
+    with pytest.raises(UserError, match=r"holds no detector: there is no spec\.json"):
         detector_folder(tmp_path)
 
 
@@ -170,7 +171,7 @@ def test_a_window_is_put_at_its_place_in_the_video() -> None:
     assert found.scores.tolist() == raw.scores[:2].tolist()
 
 
-def test_what_two_windows_saw_is_one_detection() -> None:
+def test_an_action_in_two_windows_is_one_detection() -> None:
     first = detections([[3.0, 5.0]], [0.8])
     second = detections([[3.1, 5.0], [8.0, 9.0]], [0.7, 0.6])
     found = video_detections([first, second], NmsConfig(method="hard"))
@@ -178,7 +179,7 @@ def test_what_two_windows_saw_is_one_detection() -> None:
     assert len(video_detections([], NmsConfig())) == 0
 
 
-def test_what_the_copy_of_a_stitched_window_shows_is_put_into_the_clip() -> None:
+def test_actions_of_a_stitched_copy_are_put_into_the_clip() -> None:
     video = VideoAnnotation(
         video_id="",
         subset="",

@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from re2tal.datasets import ANY_OTHER, DATASETS, FORMS, Dataset
 
+PROBE = "probe"
+"""Value of `durations` for those of the videos themselves."""
+
 if TYPE_CHECKING:
     DatasetName: TypeAlias = str
     FormName: TypeAlias = str
@@ -25,20 +28,27 @@ class AnnotationConfig:
             metrics are taken; without it any fault in the annotations is an error.
         exclude: file with ids of videos to leave out, such as those that cannot be had any more:
             one a line, or JSON.
+        durations: durations of the videos of annotations that have none, as of THUMOS-14 in some
+            conversions: a file (JSON, id -> seconds), or "probe" to read them from the videos.
         keep: ids of videos that count, as in some published results, although `dataset` leaves
             them out.
+        trim_labels: remove the spaces around labels; without it labels that differ only in them are
+            an error, as are those that differ only in case.
     """
 
     annotations: str | None = None
     form: FormName = "auto"
     dataset: DatasetName | None = None
     exclude: str | None = None
+    durations: str | None = None
     keep: tuple[str, ...] = ()
+    trim_labels: bool = False
 
     @property
     def record(self) -> Dataset:
         """Record of the data set."""
-        return DATASETS[self.dataset] if self.dataset else ANY_OTHER
+        record = DATASETS[self.dataset] if self.dataset else ANY_OTHER
+        return record.trimming() if self.trim_labels else record
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

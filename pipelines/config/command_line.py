@@ -24,7 +24,7 @@ def told_shortly(*, failure: str | None = None) -> Iterator[None]:
     try:
         yield
     except UserError as problem:
-        sys.exit(f"error: {problem}")
+        sys.exit(_with_notes(f"error: {problem}", problem))
     except Exception as failed:
         # imported here, because `--help` needs neither
         from ray.exceptions import RayError
@@ -32,10 +32,15 @@ def told_shortly(*, failure: str | None = None) -> Iterator[None]:
 
         if isinstance(failed, WorkerGroupError):
             first = next(iter(failed.worker_failures.values()))
-            sys.exit(f"error: a training worker failed.\n{first}")
+            sys.exit(_with_notes(f"error: a training worker failed.\n{first}", failed))
         if failure is None or not isinstance(failed, RayError):
             raise
-        sys.exit(f"error: {failure}\n{failed}")
+        sys.exit(_with_notes(f"error: {failure}\n{failed}", failed))
+
+
+def _with_notes(message: str, error: Exception) -> str:
+    """Add what else went wrong on the way out, such as tracking, in lines of their own."""
+    return "\n".join([message, *getattr(error, "__notes__", ())])
 
 
 def parse_recipe(

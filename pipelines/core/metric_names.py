@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 
 MAP = "val/mAP"
+BEST_MAP = "best/mAP"  # of the checkpoint that is the run's model
 UNSCORED = -1.0  # score of a checkpoint that was not evaluated: any other is better
 
 _MAX_LENGTH = 200  # MLflow's own limit is 250, with the groups in front

@@ -92,8 +92,8 @@ def _detector_in(folder: Path, name: str, option: str) -> Path:
     try:
         found = detector_folder(inside if inside.is_dir() else folder)
         spec = read_spec(found)
-    except ValueError as error:
-        raise UserError(f"The model: {name}: {error} Correct {option}.") from error
+    except UserError as error:
+        raise UserError(f"The model: {name}: {error}\nCorrect {option}.") from error
     if isinstance(spec.backbone, PrecomputedConfig):
         raise UserError(f"The model: {name}: {TRAINED_ON_FEATURES}")
     return found

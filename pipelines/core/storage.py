@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import unquote
 from uuid import uuid4
 
 import pyarrow.fs as pafs
@@ -51,7 +52,7 @@ def require(uri: str | None, *, what: str, option: str) -> str:
         The same URI, or the absolute path.
 
     Raises:
-        UserError: it was not given, is not there or cannot be reached.
+        UserError: it was not given, is not there, cannot be reached or is no regular file.
     """
     if uri is None:
         raise UserError(f"{what}: no path given. Say where with {option} PATH_OR_URI.")
@@ -59,11 +60,15 @@ def require(uri: str | None, *, what: str, option: str) -> str:
         return uri
     try:
         filesystem, path = resolve(uri)
-        found = filesystem.get_file_info(path).type != pafs.FileType.NotFound
+        kind = filesystem.get_file_info(path).type
     except (OSError, ValueError) as error:
         raise UserError(f"{what}: {uri} cannot be reached ({error}). Correct {option}.") from error
-    if not found:
+    if kind == pafs.FileType.NotFound:
         raise UserError(f"{what}: nothing at {uri}. Correct {option}.")
+    if kind == pafs.FileType.Unknown:  # reading might never end
+        raise UserError(
+            f"{what}: {uri} is no regular file, but a pipe, a socket or a device. Correct {option}."
+        )
     return uri if "://" in uri else path
 
 
@@ -106,6 +111,25 @@ def _files(
     return {name: (f"{folder}/{name}", size) for name, size in sorted(sizes.items())}
 
 
+def database_url(file: str | Path) -> str:
+    """Return the URL by which MLflow and Optuna find a SQLite file, which they make if missing.
+
+    SQLAlchemy decodes `%` and two digits in it, and takes all after a `?` for options.
+    """
+    name = str(file)
+    quoted = name.replace("%", "%25").replace("?", "%3F")
+    # with the driver's name, because MLflow would make an empty folder of the quoted name
+    return f"{'sqlite' if quoted == name else 'sqlite+pysqlite'}:///{quoted}"
+
+
+def database_file(url: str) -> Path | None:
+    """Return the SQLite file that a database's URL names; None for another kind of store."""
+    kind, found, rest = url.partition(":///")
+    if not found or kind.partition("+")[0] != "sqlite":
+        return None
+    return Path(unquote(rest.partition("?")[0]))
+
+
 def list_files(uri: str) -> dict[str, str]:
     """Return the path or URI of the files directly in a folder, by name."""
     return {name: place for name, (place, _) in _files(uri).items()}
@@ -141,8 +165,14 @@ def file_size(uri: str) -> int:
 
 
 def read_bytes(uri: str) -> bytes:
-    """Return the content of a file."""
+    """Return the content of a file.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
     filesystem, path = resolve(uri)
+    if "://" not in uri and filesystem.get_file_info(path).type == pafs.FileType.Unknown:
+        raise OSError(f"{path} is no regular file, but a pipe, a socket or a device.")
     with filesystem.open_input_stream(path) as stream:
         return bytes(stream.read())
 

@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import queue
+import sys
 import tempfile
 import threading
 import time
@@ -25,8 +26,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pydantic import TypeAdapter, ValidationError
 
 from pipelines.config.recipe import Recipe
+from pipelines.core import underway
 from pipelines.core.checkout import git_commit
-from pipelines.core.storage import fetch, replacing
+from pipelines.core.storage import database_file, database_url, fetch, replacing
 from re2tal.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,6 +40,10 @@ _MAX_METRICS = 1000  # per request; MLflow refuses more
 _MAX_PARAMS = 100
 _REFUSED = "INVALID_PARAMETER_VALUE"  # code of a request that is wrong whenever it is sent
 _LOG = logging.getLogger(__name__)
+_ENDINGS = ("FINISHED", "FAILED", "KILLED")
+_mine: dict[str, "Run"] = {}  # runs of this process that have not ended
+DRIVER = "re2tal.driver"
+"""Tag of a run: the process that works on it."""
 
 
 class Tracked(Protocol):
@@ -84,14 +90,14 @@ def tracking_uri(output: str | Path) -> str:
             f"{output} can hold checkpoints, but not MLflow's data base: name a tracking server in "
             "the environment variable MLFLOW_TRACKING_URI, or a local folder."
         )
-    return f"sqlite:///{output}/mlflow.db"
+    return database_url(f"{output}/mlflow.db")
 
 
 def _experiment_id(client: "MlflowClient", uri: str, name: str, output: str | Path) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None:
         return found.experiment_id
-    local = uri.startswith("sqlite:///") and "://" not in str(output)
+    local = database_file(uri) is not None and "://" not in str(output)
     return client.create_experiment(
         name, artifact_location=(Path(output) / "artifacts").as_uri() if local else None
     )
@@ -140,13 +146,64 @@ def open_store(experiment: str, *, output: str | Path) -> "tuple[MlflowClient, s
     """
     from mlflow.tracking import MlflowClient
 
-    if "://" not in str(output):
-        Path(output).mkdir(parents=True, exist_ok=True)
     for name in ("alembic", "mlflow.store.db.utils"):  # they log each table of a new store
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = tracking_uri(output)
-    client = MlflowClient(uri)
-    return client, uri, _experiment_id(client, uri, experiment, output)
+    file = database_file(uri)
+    # the output first, as where a run is looked for and made if it is not there
+    with underway.alone(output):
+        with underway.alone(output if file is None else file.parent):
+            client = MlflowClient(uri)  # makes the tables
+            experiment_id = _experiment_id(client, uri, experiment, output)
+        _settle(client, output)
+    return client, uri, experiment_id
+
+
+def _settle(client: "MlflowClient", output: str | Path) -> None:
+    """End the runs in an output whose process is gone, as it ended or else as KILLED."""
+    from mlflow.exceptions import MlflowException
+
+    for run_id, ending in underway.left_behind(output).items():
+        try:
+            run = Run(uri=client.tracking_uri, run_id=run_id)
+            known = ending.get("status") in _ENDINGS
+            if known or client.get_run(run_id).info.status == "RUNNING":
+                _tell_end(run, ending["status"] if known else "KILLED", ending.get("error"))
+        except MlflowException:  # it is in another store
+            continue
+        underway.forget(output, run_id)
+
+
+def create_run(
+    client: "MlflowClient", experiment: str, *, output: str | Path, tags: Mapping[str, str]
+) -> Run:
+    """Make a run that this process works on.
+
+    Args:
+        client: client of the store.
+        experiment: the experiment's id.
+        output: folder of the default store, in which a note says that the run is under way.
+        tags: tags of the run, beside the one that names this process.
+    """
+    made = client.create_run(experiment, tags={**tags, DRIVER: underway.this_process()})
+    run = Run(uri=client.tracking_uri, run_id=made.info.run_id)
+    _begin(run, output)
+    return run
+
+
+def _begin(run: Run, output: str | Path) -> None:
+    underway.begin(output, run.run_id)
+    _mine[run.run_id] = run
+
+
+def take_up(run: Run, *, output: str | Path) -> None:
+    """Make this process go on with a run that has ended, or whose process is gone."""
+    client = run.client
+    client.update_run(run.run_id, status="RUNNING")
+    client.set_tag(run.run_id, DRIVER, underway.this_process())
+    if "error" in client.get_run(run.run_id).data.tags:
+        client.delete_tag(run.run_id, "error")
+    _begin(run, output)
 
 
 def start_run(recipe: Tracked, *, output: str | Path, tags: Mapping[str, str] | None = None) -> Run:
@@ -162,15 +219,14 @@ def start_run(recipe: Tracked, *, output: str | Path, tags: Mapping[str, str] | 
     """
     from mlflow.entities import Param, RunTag
 
-    client, uri, experiment = open_store(recipe.experiment, output=output)
-    run = client.create_run(experiment)
-    run_id = run.info.run_id
+    client, _, experiment = open_store(recipe.experiment, output=output)
+    run = create_run(client, experiment, output=output, tags=tags or {})
     params = [Param(name, str(value)) for name, value in flatten(recipe)]
     for start in range(0, len(params), _MAX_PARAMS):
-        client.log_batch(run_id, params=params[start : start + _MAX_PARAMS])
+        client.log_batch(run.run_id, params=params[start : start + _MAX_PARAMS])
     extra = [RunTag(key, value) for key, value in (tags or {}).items()]
-    client.log_batch(run_id, tags=[*_tags(recipe.name), *extra])
-    return Run(uri=uri, run_id=run_id)
+    client.log_batch(run.run_id, tags=[*_tags(recipe.name), *extra])
+    return run
 
 
 def log_dataset(run: Run, *, name: str, source: str, digest: str) -> None:
@@ -221,17 +277,74 @@ def log_metrics(run: Run, metrics: Mapping[str, float], *, step: int, again: boo
 
 @contextmanager
 def finishing(run: Run) -> Iterator[None]:
-    """End a run as its block ends: FINISHED, KILLED (stopped), FAILED with the error's text."""
+    """End a run as its block ends: FINISHED, KILLED (interrupted), FAILED with the error's text.
+
+    The block's error stays the error that is raised. If MLflow does not take the end, that is a
+    note of it, and the next command in the same output tells MLflow.
+    """
     try:
         yield
     except Exception as error:
-        run.client.set_tag(run.run_id, "error", f"{type(error).__name__}: {error}"[:5000])
-        run.client.set_terminated(run.run_id, "FAILED")
+        text = f"{type(error).__name__}: {error}"[:5000]
+        if problem := end_run(run, "FAILED", error=text):
+            error.add_note(problem)
         raise
-    except BaseException:  # Ctrl-C, SIGTERM: no error
-        run.client.set_terminated(run.run_id, "KILLED")
+    except BaseException as stop:  # no error: somebody wants it to stop
+        if problem := end_run(run, "KILLED"):
+            stop.add_note(problem)
         raise
-    run.client.set_terminated(run.run_id, "FINISHED")
+    if problem := end_run(run, "FINISHED"):
+        print(f"warning: {problem}", file=sys.stderr, flush=True)
+
+
+def end_run(run: Run, status: str, *, error: str | None = None) -> str:
+    """End a run of this process.
+
+    Args:
+        run: the run.
+        status: FINISHED, FAILED or KILLED.
+        error: text of the error that ended it.
+
+    Returns:
+        A sentence that says so if MLflow did not take it; else nothing.
+    """
+    _mine.pop(run.run_id, None)
+    with _impatient():
+        try:
+            _tell_end(run, status, error)
+        except Exception as problem:  # whatever it is, it must not hide the run's own error
+            noted = underway.leave(run.run_id, status=status, error=error)
+            later = "The next command in the same output tells it." if noted else ""
+            reason = next(iter(str(problem).splitlines()), type(problem).__name__)[:300]
+            return f"MLflow could not be told that the run is {status} ({reason}). {later}".strip()
+    underway.end(run.run_id)
+    return ""
+
+
+def end_all(status: str, *, error: str) -> list[str]:
+    """End all runs of this process, which ends; return what `end_run` says of them."""
+    told = [end_run(run, status, error=error) for run in [*_mine.values()]]
+    return [problem for problem in told if problem]
+
+
+def _tell_end(run: Run, status: str, error: str | None) -> None:
+    if error is not None:
+        run.client.set_tag(run.run_id, "error", error)
+    run.client.set_terminated(run.run_id, status)
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """Let MLflow's client try an absent server twice, not for minutes, unless the user said so."""
+    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 class MetricLogger:

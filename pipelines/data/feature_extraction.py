@@ -524,7 +524,7 @@ def extract_features(config: ExtractConfig) -> Description:
     config = resolved(
         config,
         needed=("videos",),
-        optional=("annotations", "exclude"),
+        optional=("annotations",),
         written=("output", "runs"),
     )
     annotations = _annotations(config)

@@ -135,8 +135,14 @@ class FeatureFolder:
         return left
 
     def add(self, video_id: str, video: ExtractedVideo) -> None:
-        """Take the features of a video, float32."""
-        features = video.features.astype(np.dtype(self._config.feature_type))
+        """Take the features of a video, float32; a failure, if its numbers are not finite."""
+        kind = self._config.feature_type
+        with np.errstate(over="ignore"):
+            features = video.features.astype(np.dtype(kind))
+        if not np.isfinite(features).all():
+            reason = f"its features are not finite (nan or inf) as {kind} numbers"
+            self.fail(video_id, reason if kind == "float32" else f"{reason}: write float32")
+            return
         self._parts[self._of[video_id]].made[video_id] = replace(video, features=features)
         self._through(video_id)
 

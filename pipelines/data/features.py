@@ -6,7 +6,10 @@ reader has nothing to guess.
 """
 
 import io
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -17,7 +20,7 @@ from pydantic import TypeAdapter
 from pipelines.core.storage import absolute, file_sizes, join, read_bytes, replacing
 from pipelines.data.sampling import Sampling
 from pipelines.data.store import Contents, Store
-from re2tal.errors import UserError
+from re2tal.errors import UserError, check_within
 from re2tal.videos.features import clip_grid, resampled_grid, window_features
 from re2tal.videos.timegrid import TimeGrid
 from re2tal.videos.windows import Window
@@ -64,6 +67,10 @@ class VideoEntry:
     offset: float
     duration: float
 
+    def __post_init__(self) -> None:
+        check_within(self, row=(0, 2**31), length=(1, 2**31), fps=(1e-6, 1e6), stride=(1, 2**31))
+        check_within(self, offset=(-1e9, 1e9), duration=(1e-6, 1e9))
+
     @property
     def grid(self) -> TimeGrid:
         """Places of the features in the video."""
@@ -84,6 +91,9 @@ class Clips:
     fps: float
     stride: int
     frames: int
+
+    def __post_init__(self) -> None:
+        check_within(self, fps=(1e-6, 1e6), stride=(1, 2**31), frames=(1, 2**31))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,6 +229,18 @@ def write_npy(uri: str, features: np.ndarray) -> None:
         stream.write(buffer.getbuffer())
 
 
+# Errors of NumPy and of the zip archives of `.npz` files; a damaged header may ask for any memory.
+_DAMAGED = (
+    ValueError,
+    EOFError,
+    KeyError,
+    MemoryError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
 def read_array(uri: str) -> np.ndarray:
     """Read the array in a `.npy` file, or the one called `feats`, or the only one, in a `.npz`.
 
@@ -232,7 +254,7 @@ def read_array(uri: str) -> np.ndarray:
         if isinstance(found, np.lib.npyio.NpzFile):
             name = "feats" if "feats" in found.files or len(found.files) != 1 else found.files[0]
             found = found[name]
-    except (ValueError, EOFError, KeyError) as error:
+    except _DAMAGED as error:
         raise UserError(f"{uri} cannot be read as an array: {error}") from error
     return _checked(uri, found)
 
@@ -242,6 +264,13 @@ def _checked(uri: str, features: np.ndarray) -> np.ndarray:
         raise UserError(
             f"{uri} must hold floating numbers of shape (T, C), but holds {features.dtype} of "
             f"shape {features.shape}."
+        )
+    finite = np.isfinite(features).all(axis=1)
+    if not finite.all():
+        raise UserError(
+            f"{uri} holds numbers that are not finite (nan or inf) in {int((~finite).sum())} of "
+            f"{len(features)} features, the first of them number {int(finite.argmin())}: make it "
+            "again."
         )
     return features
 
@@ -304,11 +333,12 @@ def read_row(uri: str, row: int) -> tuple[str, ExtractedVideo]:
     with parquet:
         try:
             table = parquet.read_row_group(row, use_threads=False)
-        except (pa.ArrowInvalid, OSError) as error:
+            plain = table.drop_columns(["features"]).to_pylist()[0]
+            values = table["features"].combine_chunks().values.to_numpy(zero_copy_only=False)
+            values = values.reshape(plain["length"], plain["channels"])
+        except (ValueError, OSError) as error:  # ArrowInvalid is a ValueError
             raise FEATURES.unreadable(uri, error) from error
-    plain = table.drop_columns(["features"]).to_pylist()[0]
-    values = table["features"].combine_chunks().values.to_numpy(zero_copy_only=False)
-    features = _checked(uri, values.reshape(plain["length"], plain["channels"]))
+    features = _checked(uri, values)
     return plain["video_id"], ExtractedVideo(
         entry=contents.videos[plain["video_id"]],
         subset=plain["subset"],
@@ -323,6 +353,12 @@ _SHARE, _SECONDS = 0.1, 5.0
 # Share from which the rule that gives the features' places must be that of another folder: half as
 # many frames a second, or twice the stride.
 _WRONG = 0.4
+_READERS = 16  # threads that read features at once
+_TURNED = "; is it of shape (C, T)? (T, C) is needed: write the array's .T"
+
+
+def _gap(duration: float) -> float:
+    return max(_SECONDS, _SHARE * duration)
 
 
 class Features:
@@ -349,12 +385,20 @@ class Features:
                 f"or there are none: {HOW_TO_SAY}."
             )
         self._files = self._find_files()
-        self.channels = self._said.channels or self._measured()
+        channels = self._said.channels
+        said = join(self._folder, NAME), channels or 0, channels or 0
+        # the second: the length of features that are like the model, but of shape (C, T)
+        self._model, self._turned, self.channels = said if channels else self._measured()
 
     @property
     def video_ids(self) -> tuple[str, ...]:
         """Sorted ids of the videos that have features."""
         return tuple(sorted(self._files))
+
+    @property
+    def durations(self) -> dict[str, float]:
+        """Video id to seconds of the videos, as far as they are known."""
+        return {video_id: entry.duration for video_id, entry in self._said.videos.items()}
 
     def uri(self, video_id: str) -> str:
         """Return the path or URI of the file of the features of one of `video_ids`."""
@@ -388,8 +432,10 @@ class Features:
         else:
             features = read_array(uri)
         if features.shape[1] != self.channels:
+            turned = _TURNED if len(features) == self._turned else ""
             raise UserError(
-                f"{uri} has {features.shape[1]} channels where others have {self.channels}."
+                f"{uri} has {features.shape[1]} channels where {self._model} has "
+                f"{self.channels}{turned}."
             )
         grid = self._said.grid(video_id, length=len(features), duration=duration)
         if grid.num_features != len(features):
@@ -400,9 +446,15 @@ class Features:
         if abs(grid.end - duration) > max(_SECONDS, _WRONG * duration):
             raise UserError(
                 f"{uri} holds features up to second {grid.end:.1f} of a video of {duration:.1f} s, "
-                f"if {NAME} is right: correct its fps and stride."
+                f"if {NAME} is right: correct its fps and stride"
+                f"{self._hint(video_id, features, duration)}."
             )
         return features, grid
+
+    def _hint(self, video_id: str, features: np.ndarray, duration: float) -> str:
+        """Return a hint, if the features would last as long as the video when turned."""
+        grid = self._said.grid(video_id, length=features.shape[1], duration=duration)
+        return _TURNED if abs(grid.end - duration) <= _gap(duration) else ""
 
     def window(self, window: Window, *, duration: float) -> np.ndarray:
         """Read the features of a window of a video of `duration` seconds.
@@ -416,23 +468,33 @@ class Features:
         features, grid = self.read(window.video_id, duration=duration)
         return window_features(features, grid, window)
 
-    def disagreements(self, durations: Mapping[str, float]) -> dict[str, str]:
-        """Find videos whose features do not last about as long as annotated, if that is known.
+    def examine(self, durations: Mapping[str, float]) -> tuple[dict[str, str], list[str]]:
+        """Read the features of videos once, as far as there are any.
 
         Args:
             durations: annotated seconds by video id.
 
         Returns:
-            Video id to a sentence.
+            Video id to the reason why its features cannot be used; and a sentence for each video
+            whose features do not last about as long as annotated.
         """
-        found = {}
-        for video_id in sorted(durations.keys() & self._said.videos.keys()):
-            ends, lasts = self._said.videos[video_id].grid.end, durations[video_id]
-            if abs(ends - lasts) > max(_SECONDS, _SHARE * lasts):
-                found[video_id] = (
-                    f"{video_id}: its features end at second {ends:.1f}, but it lasts {lasts:.1f}"
-                )
-        return found
+        wanted = sorted(durations.keys() & self._files.keys())
+        with ThreadPoolExecutor(_READERS) as pool:  # most of the time goes into waiting for storage
+            results = pool.map(lambda v: self._examined(v, durations[v]), wanted)
+            found = dict(zip(wanted, results, strict=True))
+        remarks = [
+            f"{v}: its features end at second {end:.1f}, but it lasts {durations[v]:.1f}"
+            for v, end in found.items()
+            if isinstance(end, float) and abs(end - durations[v]) > _gap(durations[v])
+        ]
+        return {v: end for v, end in found.items() if isinstance(end, str)}, remarks
+
+    def _examined(self, video_id: str, duration: float) -> float | str:
+        """Return the second at which a video's features end, or why they cannot be used."""
+        try:
+            return self.read(video_id, duration=duration)[1].end
+        except (UserError, OSError) as error:
+            return str(error)
 
     def _find_files(self) -> dict[str, str]:
         """Map video ids to the names of their files."""
@@ -446,11 +508,18 @@ class Features:
         ]
         return {name[len(said.prefix) : len(name) - len(said.ending)]: name for name in names}
 
-    def _measured(self) -> int:
-        """Count the channels of the first video, for a folder that does not say them."""
+    def _measured(self) -> tuple[str, int, int]:
+        """Find the first file that can be read: its place, T and C."""
         if not self._files:
             raise UserError(
                 f"{self._folder} holds no features: no file is named {self._said.prefix}"
                 f"ID{self._said.ending}."
             )
-        return int(read_array(join(self._folder, self._files[self.video_ids[0]])).shape[1])
+        problems = []
+        for video_id in self.video_ids:
+            try:
+                length, channels = read_array(self.uri(video_id)).shape
+                return self.uri(video_id), length, channels
+            except UserError as error:
+                problems.append(str(error))
+        raise UserError(f"No file of features can be used: {problems[0]}")

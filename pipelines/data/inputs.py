@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipelines.config.annotations import PROBE
 from pipelines.config.recipe import ClassificationRecipe, Recipe
 from pipelines.core.models import require_weights
 from pipelines.core.storage import absolute, is_folder, require
@@ -18,6 +19,7 @@ _WHAT = {
     "annotations": "The annotations",
     "classes": "The names of the classes",
     "detections": "The detections",
+    "durations": "The durations",
     "exclude": "The ids to exclude",
     "features": "The features",
     "output": "The output",
@@ -27,6 +29,8 @@ _WHAT = {
     "video_scores": "The video scores",
     "videos": "The videos",
 }
+
+_OF_ANNOTATIONS = ("exclude", "durations", "video_scores")
 
 ConfigT = TypeVar("ConfigT")
 
@@ -44,7 +48,8 @@ def resolved(
     Args:
         config: a dataclass.
         needed: names of its fields with paths or URIs that must exist.
-        optional: names of fields that may be None.
+        optional: names of fields that may be None. Files that belong to annotations are among them
+            without being named.
         written: names of fields whose paths need not exist yet.
         prefix: beginning of the options that set them, for messages.
 
@@ -53,9 +58,10 @@ def resolved(
     """
     fields: Any = config
     found: dict[str, str | tuple[str, ...]] = {}
+    optional = (*optional, *(name for name in _OF_ANNOTATIONS if hasattr(config, name)))
     for name in (*needed, *optional, *written):
         uri, option = getattr(fields, name), f"{prefix}{name.replace('_', '-')}"
-        if uri is None and name in optional:
+        if name in optional and (uri is None or (name, uri) == ("durations", PROBE)):
             continue
         if name in written and uri is not None:
             found[name] = absolute(uri)
@@ -88,12 +94,7 @@ def detection_inputs(recipe: Recipe) -> Recipe:
         ),
     )
     seen = "videos" if data.features is None else "features"
-    data = resolved(
-        data,
-        needed=("annotations", seen),
-        optional=("exclude", "video_scores"),
-        prefix="--data.",
-    )
+    data = resolved(data, needed=("annotations", seen), prefix="--data.")
     return resolved(replace(recipe, data=data, model=model), written=("output",))
 
 

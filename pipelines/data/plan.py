@@ -3,19 +3,28 @@
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from pipelines.config.annotations import AnnotationConfig, ScoredAnnotationConfig
+from pipelines.config.annotations import PROBE, AnnotationConfig, ScoredAnnotationConfig
 from pipelines.config.recipe import DataConfig
-from pipelines.core.storage import local_copy
+from pipelines.core.storage import local_copy, require
 from pipelines.data.batches import Video
 from pipelines.data.features import Features
-from pipelines.data.videos import FoundVideos, Probe, find_videos, opened, probe_files
+from pipelines.data.videos import (
+    FoundVideos,
+    Probe,
+    find_videos,
+    opened,
+    probe_files,
+    probe_files_here,
+)
 from re2tal.annotations import Annotations, VideoAnnotation
-from re2tal.datasets import check_durations, load_annotations, read_ids
+from re2tal.datasets import check_durations, load_annotations, read_durations, read_ids
+from re2tal.datasets.loading import Durations
 from re2tal.detection.video_scores import VideoScores, load_video_scores
-from re2tal.errors import UserError, shortened
+from re2tal.errors import UserError, apart, shortened
 
 ACTION = "action"
 """The one class of a class-agnostic detector."""
@@ -79,36 +88,78 @@ def _class_agnostic(video: Video) -> Video:
 
 
 def read_annotations(config: AnnotationConfig) -> Annotations:
-    """Read annotations and the ids to exclude, local or remote, and check them whole.
+    """Read annotations and what belongs to them, local or remote, and check them whole.
 
     `inputs` has resolved their paths. Known faults of the data set are repaired.
 
     Raises:
         AnnotationError: with every problem in them.
+        UserError: if durations cannot be read from the videos.
     """
     with tempfile.TemporaryDirectory() as folder:
         excluded: frozenset[str] = frozenset()
         if config.exclude is not None:
             excluded = read_ids(local_copy(config.exclude, Path(folder)))
+        durations: Durations | None = None
+        if config.durations == PROBE:
+            durations = partial(_probed, config)
+        elif config.durations is not None:
+            durations = read_durations(local_copy(config.durations, Path(folder)))
         return load_annotations(
             local_copy(str(config.annotations), Path(folder)),
             form=config.form,
             dataset=config.record,
             exclude=excluded,
             keep=config.keep,
+            durations=durations,
         )
 
 
+def _probed(config: Any, video_ids: Sequence[str]) -> dict[str, float]:
+    """Read the durations of videos from their files, their shards, or the features made of them."""
+    prefix = "--data." if isinstance(config, DataConfig) else "--"
+    if getattr(config, "features", None) is not None:
+        features = Features(config.features)
+        found = FoundVideos(
+            uris={}, failures=features.missing(video_ids), durations=features.durations, rates={}
+        )
+    else:
+        folder = require(config.videos, what="The videos", option=f"{prefix}videos")
+        found = find_videos(folder, video_ids)
+        if left := len(found.uris.keys() - found.durations.keys()):
+            print(f"opening {left} videos: their annotations have no duration", flush=True)
+        found = opened(found, probe_files_here)
+    lost = [
+        f"{v} ({found.failures.get(v, 'it is not known')})"
+        for v in video_ids
+        if v not in found.durations
+    ]
+    if lost:
+        raise UserError(
+            f"{len(lost)} of {len(video_ids)} videos without an annotated duration cannot be "
+            f"opened for it: {'; '.join(shortened(lost, 3))}. Leave them out ({prefix}exclude), or "
+            f"give a file of durations ({prefix}durations)."
+        )
+    return found.durations
+
+
 def _find_features(features: Features, videos: Sequence[VideoAnnotation]) -> FoundVideos:
-    """Find the features of videos."""
-    missing = features.missing(video.video_id for video in videos)
-    found = {video.video_id for video in videos} - missing.keys()
+    """Find the features of videos, and read each file once."""
+    durations = {video.video_id: video.duration for video in videos}
+    if durations.keys().isdisjoint(features.video_ids):
+        missing = features.missing(durations)
+        raise UserError(
+            f"None of the {len(durations)} videos has features: {next(iter(missing.values()))}. "
+            f"Are these its ids? {apart(features.video_ids, durations)}. Correct --data.features."
+        )
+    damaged, remarks = features.examine(durations)
+    failures = features.missing(durations) | damaged
     return FoundVideos(
-        uris={video_id: features.uri(video_id) for video_id in sorted(found)},
-        failures=missing,
+        uris={v: features.uri(v) for v in sorted(durations.keys() - failures.keys())},
+        failures=failures,
         durations={},
         rates={},
-        remarks=tuple(features.disagreements({v.video_id: v.duration for v in videos}).values()),
+        remarks=tuple(remarks),
     )
 
 
@@ -140,12 +191,17 @@ def all_failures(
 
 
 def check_failures(
-    failures: Mapping[str, str], total: int, max_failed: float, *, prefix: str = "--data."
+    failures: Mapping[str, str],
+    total: int,
+    max_failed: float,
+    *,
+    prefix: str = "--data.",
+    source: str = "videos",
 ) -> None:
     """Stop a run of which too many videos failed.
 
     `max_failed` is the largest share that may fail, 0 to 1; `prefix` starts the names of the
-    options of videos and share in messages.
+    options of source (videos or features) and share in messages.
 
     Raises:
         UserError: if all fail, or more than that share.
@@ -156,7 +212,7 @@ def check_failures(
     listed = "\n".join(f"  {line}" for line in shortened(reasons))
     share = f"{len(failures)} of {total} videos cannot be used"
     if len(failures) == total:
-        problem = f"No usable video: {share}. Is {prefix}videos the right folder?"
+        problem = f"No usable video: {share}. Is {prefix}{source} the right folder?"
     else:
         problem = f"{share}, more than the allowed {max_failed:.0%} ({prefix}max-failed)."
     raise UserError(f"{problem}\n{listed}")
@@ -167,7 +223,7 @@ def make_plan(config: DataConfig, annotations: Annotations, *, probe: Probe = pr
 
     Every file of a video is opened once (`probe`), by default in parallel with Ray Data; the plan
     holds only those that could be opened. Videos in shards were decoded when the shards were made,
-    and are not opened. Nor are features.
+    and are not opened. Features are read once, all of them: they fail here, not while training.
 
     Raises:
         UserError: if the videos lie in shards that are not complete; if there are no features, or
@@ -191,7 +247,9 @@ def make_plan(config: DataConfig, annotations: Annotations, *, probe: Probe = pr
         )
         found = opened(found, probe)
     failures = found.failures
-    check_failures(failures, len({video.video_id for video in wanted}), config.max_failed)
+    source = "videos" if features is None else "features"
+    total = len({video.video_id for video in wanted})
+    check_failures(failures, total, config.max_failed, source=source)
 
     def usable(subset: str) -> tuple[Video, ...]:
         return tuple(
@@ -259,10 +317,15 @@ def read_video_scores(
         scores = load_video_scores(file, classes, logits=config.video_scores_logits)
     missing = [video.video_id for video in videos if scores.get(video.video_id) is None]
     if missing:
+        sides = (
+            f" Are these its ids? {apart(scores.scores, missing)}."
+            if len(missing) == len(videos)
+            else ""
+        )
         raise UserError(
             f"{len(missing)} of the {len(videos)} videos of the subset {videos[0].subset!r} have "
             f"no scores in {place}: {', '.join(shortened(missing, 10))}. Take "
-            f"the scores of that subset, or leave the videos out ({prefix}exclude)."
+            f"the scores of that subset, or leave the videos out ({prefix}exclude).{sides}"
         )
     return scores
 

@@ -1,14 +1,16 @@
-"""Findings of the checks; exceptions and checks that hang become findings too.
+"""Findings of the checks, and those on packages, which are missing or out of their ranges.
 
-Only the standard library is imported: this module also runs where packages are missing.
+Only the standard library is imported before all packages are known to be there.
 """
 
+import platform
 import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from typing import Literal, TypeVar
 
 T = TypeVar("T")
@@ -19,11 +21,9 @@ _SECRET = re.compile(r"(://[^/\s:@]*):[^/\s]+@")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Line of the report.
+    """Line of the report: all is well, something to know that hinders no run, or a failure.
 
-    Attributes:
-        verdict: "ok", "note" for something that hinders no run, or "FAIL".
-        text: sentences; those of a failure say what is wrong, where, and what to do.
+    The text of a failure says what is wrong, where, and what to do.
     """
 
     verdict: Literal["ok", "note", "FAIL"]
@@ -50,13 +50,11 @@ def without_password(text: str) -> str:
 def reason(error: BaseException) -> str:
     """Describe an exception, of this process or of a Ray task, in one line without passwords."""
     # Ray writes the stack first, and the exception on the last line
+    of_ray = hasattr(error, "cause")
     lines = [line for line in str(error).splitlines() if line.strip()]
-    text = lines[-1] if hasattr(error, "cause") and lines else " ".join(lines)
-    name = type(error).__name__
-    if not text:
-        text = name
-    elif not isinstance(error, OSError) and not hasattr(error, "cause"):
-        text = f"{name}: {text}"
+    text = " ".join(lines[-1:] if of_ray else lines) or type(error).__name__
+    if lines and not of_ray and not isinstance(error, OSError):
+        text = f"{type(error).__name__}: {text}"
     text = without_password(" ".join(text.split()))
     return text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]} ... {text[-_SHOWN:]}"
 
@@ -87,3 +85,75 @@ def run_check(check: Callable[[], Iterable[Finding]], *, seconds: float) -> list
         return within(seconds, lambda: list(check()))
     except Exception as error:
         return [fail(f"The check itself failed: {reason(error)}.")]
+
+
+# Packages.
+
+PROJECT = "re2tal"
+_SET_UP = "Run `make train`, which sets up .venv, or `pip install -e '.[pipelines]'`."
+_LISTED = ("torch", "torchvision", "ray", "mlflow", "optuna", "av", "pyarrow")
+
+Find = Callable[[str], str | None]
+
+
+def installed(name: str) -> str | None:
+    """Return the version of a package by its name in pip; None if it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def requirements(project: str = PROJECT) -> list[str]:
+    """List the requirements of the scripts in pyproject.toml; none if it is not installed."""
+    try:
+        stated = requires(project) or []
+    except PackageNotFoundError:
+        return []
+    # users of a backbone's library need the extra `backbones`
+    extra = re.compile(r"extra == .(?!pipelines)")
+    return [one.partition(";")[0].strip() for one in stated if not extra.search(one)]
+
+
+def check_missing(needed: Sequence[str], *, find: Find = installed) -> list[Finding]:
+    """Return a failure if packages are missing, without which other checks cannot be imported."""
+    missing = [one for one in needed if not find(re.split(r"[^\w.-]", one, maxsplit=1)[0])]
+    if not missing:
+        return []
+    text = f"Not installed: {', '.join(missing)}. {_SET_UP} The other checks need them, and were "
+    return [fail(f"{text}not tried.")]
+
+
+def check_versions(
+    needed: Sequence[str],
+    *,
+    project: str = PROJECT,
+    python: str = platform.python_version(),
+    find: Find = installed,
+) -> list[Finding]:
+    """Compare the versions of Python and of all packages, none of them missing, with the ranges.
+
+    Returns:
+        A failure for each version out of range, or one line that lists the most important.
+    """
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    if not installed(project):
+        return [fail(f"{project} is not installed in this Python. {_SET_UP}")]
+    findings = []
+    wanted = metadata(project)["Requires-Python"] or ""
+    if not SpecifierSet(wanted).contains(python, prereleases=True):
+        text = f"This is Python {python}, but {project} needs {wanted}: set up the environment anew"
+        findings.append(fail(f"{text} with `make PYTHON=/path/to/python3`."))
+    found = {}
+    for one in map(Requirement, needed):
+        found[one.name] = there = find(one.name) or "none"
+        # nightly builds are accepted: their user chose them
+        if not one.specifier.contains(there, prereleases=True):
+            text = f"{one.name} {there} is installed, but {project} needs {one.name}{one.specifier}"
+            advice = f"run `make train`, or `pip install '{one.name}{one.specifier}'`"
+            findings.append(fail(f"{text}: {advice}."))
+    shown = ", ".join(f"{name} {found[name]}" for name in _LISTED if name in found)
+    text = f"Python {python}, {shown}: all {len(found)} packages are in the ranges of {project}."
+    return findings or [ok(text)]

@@ -20,7 +20,6 @@ _TIMES = (np.arange(_FRAMES) + 0.5) / _FPS
 _LOSS = 8.0  # largest accepted mean error of the codec in grey levels; it is 1.3
 _OWN_TIMES = np.arange(8) / 8  # of the first second, which every video has
 
-
 Decoded = tuple[np.ndarray, float]
 """Frames of a video, RGB, uint8 (T, H, W, 3), and the seconds that decoding them took."""
 
@@ -42,15 +41,9 @@ def make_video() -> bytes:
 
 
 def decode(_: Node, video: bytes | str, times: np.ndarray) -> Decoded:
-    """Decode a video with the reader that training uses.
+    """Decode frames of a video with the reader that training uses.
 
-    Args:
-        video: content of a file, or path or URI of a file or of a video in a shard.
-        times: seconds of the frames.
-
-    Raises:
-        VideoError: if it cannot be decoded.
-        OSError: if it cannot be read.
+    The video is the content of a file, or the path or URI of a file or of a video in a shard.
     """
 
     def read(times: np.ndarray) -> np.ndarray:
@@ -69,14 +62,13 @@ def check_video(cluster: Cluster) -> list[Finding]:
     if first.value is None:
         return [fail(f"The driver cannot decode a video that it made: {first.error}. {again}")]
     frames, expected = first.value[0], np.stack(list(pictures()))
-    same_shape = frames.shape == expected.shape
-    if not same_shape or np.abs(frames.astype(np.int16) - expected).mean() > _LOSS:
+    if frames.shape != expected.shape or np.abs(frames.astype(np.int16) - expected).mean() > _LOSS:
         text = f"The driver does not decode what it encoded ({_difference(frames, expected)})"
         return [fail(f"{text}. {again}")]
     slowest = max(one.value[1] for one in (first, *others) if one.value)
     text = f"The same frames of a test video ({_SIDE} pixels, H.264) for {cluster.everyone}"
     well = ok(f"{text}; at least {_FRAMES / slowest:.0f} frames/s in one thread.")
-    return compare("the test video", frames, others) or [well]
+    return _compare("the test video", frames, others) or [well]
 
 
 def check_own(places: Sequence[str], cluster: Cluster) -> Iterator[Finding]:
@@ -96,14 +88,11 @@ def check_own(places: Sequence[str], cluster: Cluster) -> Iterator[Finding]:
             yield fail(f"{text}remove it; probe.py checks all videos.")
         else:
             well = [ok(f"The same frames of {uri} for {cluster.everyone}.")]
-            yield from compare(uri, first.value[0], others) or well
+            yield from _compare(uri, first.value[0], others) or well
 
 
 def first_video(place: str) -> str:
-    """Find the first video of a place.
-
-    Args:
-        place: file, folder, pattern or folder of shards; a path or URI.
+    """Find the first video of a file, folder, pattern or folder of shards; a path or URI.
 
     Raises:
         UserError: if there is none, or the shards' manifest is damaged.
@@ -118,17 +107,8 @@ def first_video(place: str) -> str:
     raise UserError(f"The videos: the shards in {place} hold none. Correct --videos.")
 
 
-def compare(name: str, expected: np.ndarray, answers: Sequence[Answer[Decoded]]) -> list[Finding]:
-    """Compare the nodes' frames with the driver's.
-
-    Args:
-        name: name of the video.
-        expected: frames of the driver.
-        answers: answers of the nodes.
-
-    Returns:
-        Failures; none if all is well.
-    """
+def _compare(name: str, expected: np.ndarray, answers: Sequence[Answer[Decoded]]) -> list[Finding]:
+    """Return failures if nodes decode a video to other frames than the driver's."""
     findings = []
     for answer in answers:
         who = answer.node.name

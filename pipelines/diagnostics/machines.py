@@ -1,42 +1,26 @@
 """Nodes one by one: software, memory and disk, and GPUs."""
 
-import hashlib
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 
-from pipelines.diagnostics.findings import Finding, fail, note, ok
+from pipelines.core.checkout import code_fingerprint
+from pipelines.diagnostics.findings import Finding, fail, installed, note, ok
 from pipelines.diagnostics.nodes import DRIVER, Answer, Cluster, Node
-from pipelines.diagnostics.packages import installed
 
 CODE = "the project's code"
 _PACKAGES = ("ray", "torch", "av")  # PyAV, because frames depend on it
-_FOLDERS = ("re2tal", "pipelines")
 
 
 def software(_: Node) -> dict[str, str]:
     """Return the versions of the software on the node, and a fingerprint of the code."""
     versions = {name: installed(name) or "none" for name in _PACKAGES}
-    return {"Python": platform.python_version(), **versions, CODE: fingerprint(_FOLDERS)}
-
-
-def fingerprint(packages: Sequence[str]) -> str:
-    """Return a short hash of all code of importable packages."""
-    digest = hashlib.sha256()
-    for name in packages:
-        spec = find_spec(name)
-        for place in spec.submodule_search_locations or [] if spec else []:
-            folder = Path(place)
-            for file in sorted(folder.rglob("*.py")):
-                digest.update(f"{name}/{file.relative_to(folder).as_posix()}\0".encode())
-                digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
+    return {"Python": platform.python_version(), **versions, CODE: code_fingerprint()[:12]}
 
 
 def check_software(cluster: Cluster) -> list[Finding]:
@@ -72,27 +56,16 @@ _FULL_MEMORY = 0.95  # Ray's own limit, above which it ends tasks
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """Facts of a node.
+    """Facts of a node; sizes are bytes."""
 
-    Attributes:
-        threads: number of hardware threads that a process may use.
-        cores: number of cores of the machine; 0 if unknown.
-        memory: bytes of memory, within the container's limit.
-        memory_used: share of the machine's memory that is in use.
-        shm: bytes of /dev/shm, free or not.
-        disk: bytes of the disk with Ray's folder.
-        disk_free: free bytes of that disk.
-        wrong_gradients: PyTorch computes wrong gradients on this CPU, as `wrong_gradients` found.
-    """
-
-    threads: int
-    cores: int
-    memory: int
-    memory_used: float
-    shm: int
-    disk: int
+    threads: int  # that a process may use
+    cores: int  # 0 if unknown
+    memory: int  # within the container's limit
+    memory_used: float  # share of the whole machine's
+    shm: int  # of /dev/shm, free or not
+    disk: int  # with Ray's folder
     disk_free: int
-    wrong_gradients: bool = False
+    wrong_gradients: bool = False  # of PyTorch on this CPU
 
 
 def examine(node: Node) -> Machine:
@@ -147,18 +120,21 @@ def _short(node: Node, machine: Machine) -> Iterator[Finding]:
     from re2tal.reversible.convolutions import WRONG_GRADIENTS
 
     if node.cpus > machine.threads:
-        text = f"{node.name} offers {node.cpus:g} CPUs, but has {machine.threads} threads: its "
-        text += "tasks will wait for one another. Start Ray there with the right --num-cpus, or "
-        yield note(f"{text}without it.")
+        yield note(
+            f"{node.name} offers {node.cpus:g} CPUs, but has {machine.threads} threads: its tasks "
+            "will wait for one another. Start Ray there with the right --num-cpus, or without it."
+        )
     if machine.memory_used > _FULL_MEMORY:
-        text = f"{machine.memory_used:.0%} of the memory of {node.name} is in use, and Ray ends "
-        yield fail(f"{text}tasks above {_FULL_MEMORY:.0%}: end what else runs there.")
+        yield fail(
+            f"{machine.memory_used:.0%} of the memory of {node.name} is in use, and Ray ends tasks "
+            f"above {_FULL_MEMORY:.0%}: end what else runs there."
+        )
     free = f"{node.name} has {_gib(machine.disk_free)} of {_gib(machine.disk)} free where Ray "
     free += f"keeps its files ({node.folder})"
     advice = "free some, or start Ray with --temp-dir on another disk"
     if machine.disk_free < (1 - _FULL_DISK) * machine.disk:
-        text = f"{free}, and Ray makes no objects on a disk that is {_FULL_DISK:.0%} full"
-        yield fail(f"{text}: {advice}.")
+        full = f"Ray makes no objects on a disk that is {_FULL_DISK:.0%} full"
+        yield fail(f"{free}, and {full}: {advice}.")
     elif machine.disk_free < _LITTLE_DISK:
         yield note(f"{free}, to which it spills and unpacks jobs: {advice}.")
     if machine.wrong_gradients:
@@ -174,15 +150,16 @@ def _small_store(node: Node, machine: Machine) -> Iterator[Finding]:
         "Start Ray there with more (ray start --object-store-memory), and a container with a "
         "larger /dev/shm (--shm-size; in Kubernetes an emptyDir of medium Memory)."
     )
+    need = "but windows of {} frames of 224 pixels need {}"
     if node.store < least:
-        yield fail(f"{have}, but windows of 128 frames of 224 pixels need {_gib(least)}. {advice}")
+        yield fail(f"{have}, {need.format(128, _gib(least))}. {advice}")
         return
     if node.store < usual:
-        text = f"{have}, but windows of 768 frames of 224 pixels need {_gib(usual)}: Ray will "
-        yield note(f"{text}spill them to the disk. {advice}")
+        spills = "Ray will spill them to the disk"
+        yield note(f"{have}, {need.format(768, _gib(usual))}: {spills}. {advice}")
     if node.store > machine.shm:
-        text = f"{have}, more than its /dev/shm of {_gib(machine.shm)}: Ray keeps it in files on "
-        yield note(f"{text}the disk, which is slow. {advice}")
+        slow = f"Ray keeps it in files on the disk, which is slow. {advice}"
+        yield note(f"{have}, more than its /dev/shm of {_gib(machine.shm)}: {slow}")
 
 
 def _gib(count: float) -> str:
@@ -191,13 +168,7 @@ def _gib(count: float) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpus:
-    """GPUs of a node.
-
-    Attributes:
-        facts: names, memory and versions.
-        count: number of GPUs that the driver shows.
-        error: reason why PyTorch cannot compute on them; empty if it can.
-    """
+    """GPUs that the driver of a node shows, and the reason why PyTorch cannot compute on them."""
 
     facts: str
     count: int
@@ -205,11 +176,7 @@ class Gpus:
 
 
 def find_gpus(_: Node) -> Gpus | None:
-    """Look for the GPUs of the machine that this runs on, and compute on each.
-
-    Returns:
-        None if there is no NVIDIA driver or GPU.
-    """
+    """Look for GPUs of this machine, and compute on each; None without an NVIDIA driver or GPU."""
     import pynvml
 
     try:
@@ -252,9 +219,8 @@ def _compute() -> Iterator[str]:
 def check_gpus(cluster: Cluster) -> list[Finding]:
     """Check the GPUs of all nodes."""
     answers = cluster.ask(find_gpus, alone=True)
-    nodes = [answer.node for answer in answers]
     if not any(answer.error or answer.value or answer.node.gpus for answer in answers):
-        where = "There is" if len(nodes) == 1 else f"On {len(nodes)} nodes there is"
+        where = "There is" if len(answers) == 1 else f"On {len(answers)} nodes there is"
         return [note(f"{where} no NVIDIA GPU: runs will use the CPUs.")]
     return [_judge_gpus(answer) for answer in answers]
 
@@ -264,9 +230,11 @@ def _judge_gpus(answer: Answer[Gpus | None]) -> Finding:
     if answer.error:
         return fail(f"The GPUs of {node.name} were not seen: {answer.error}.")
     if gpus is None and node.gpus:
-        text = f"Ray offers {node.gpus:g} GPUs on {node.name}, but there is no NVIDIA driver that "
-        text += "answers: install it (in a container, start that with --gpus all), or start Ray "
-        return fail(f"{text}with the right --num-gpus.")
+        return fail(
+            f"Ray offers {node.gpus:g} GPUs on {node.name}, but there is no NVIDIA driver that "
+            "answers: install it (in a container, start that with --gpus all), or start Ray with "
+            "the right --num-gpus."
+        )
     if gpus is None:
         return note(f"{node.name} has no NVIDIA GPU.")
     facts = f"{node.name}: {gpus.facts}"

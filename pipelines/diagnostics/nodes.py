@@ -22,23 +22,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Node:
-    """Machine of the cluster.
+    """Machine of the cluster, and what Ray hands out there."""
 
-    Attributes:
-        id: Ray's name for it.
-        name: host name and address.
-        cpus: number of CPUs that Ray hands out there.
-        gpus: number of GPUs that Ray hands out there.
-        store: bytes of the object store.
-        folder: Ray's folder for its files there.
-    """
-
-    id: str
-    name: str
+    id: str  # Ray's name for it
+    name: str  # host name and address
     cpus: float = 0.0
     gpus: float = 0.0
-    store: float = 0.0
-    folder: str = ""
+    store: float = 0.0  # bytes of the object store
+    folder: str = ""  # of Ray's files
 
 
 DRIVER = Node(id="driver", name="The driver")
@@ -46,12 +37,7 @@ DRIVER = Node(id="driver", name="The driver")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer(Generic[T]):
-    """Result of a function on a node.
-
-    Attributes:
-        value: returned value; None if the function failed.
-        error: reason in one line; empty if it did not fail.
-    """
+    """Value that a function returned on a node, or the reason of its failure in one line."""
 
     node: Node
     value: T | None = None
@@ -60,12 +46,7 @@ class Answer(Generic[T]):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
-    """Nodes, and the time to wait for them.
-
-    Attributes:
-        nodes: machines in the order of their names; none if there is no Ray.
-        seconds: time for all of them to answer.
-    """
+    """Nodes, none if there is no Ray, and the seconds in which all of them have to answer."""
 
     nodes: tuple[Node, ...] = ()
     seconds: float
@@ -79,14 +60,10 @@ class Cluster:
     def ask(
         self, function: Callable[..., T], *arguments: Any, alone: bool = False
     ) -> list[Answer[T]]:
-        """Call a function on every node at the same time.
+        """Call a function of a module, with the node and arguments, on every node at the same time.
 
-        It takes no CPU from Ray, so that a busy cluster answers too.
-
-        Args:
-            function: function of a module of the project, which gets the node and the arguments.
-            arguments: anything that can be pickled.
-            alone: run in processes that end afterwards; others keep their memory on GPUs.
+        It takes no CPU from Ray, so that a busy cluster answers too. With `alone` its processes end
+        afterwards; others keep their memory on GPUs.
         """
         options = {"num_cpus": 0, "max_retries": 0, "max_calls": int(alone)}
         references = []
@@ -101,11 +78,7 @@ class Cluster:
         ]
 
     def ask_after_driver(self, function: Callable[..., T], *arguments: Any) -> list[Answer[T]]:
-        """Call a function in this process, and on every node if it succeeded here.
-
-        Returns:
-            The driver's answer, and those of the nodes.
-        """
+        """Call a function in this process, and on every node if it succeeded here."""
         here: Answer[T] = attempt(function, DRIVER, arguments)
         return [here] if here.error else [here, *self.ask(function, *arguments)]
 
@@ -114,14 +87,15 @@ class Cluster:
             answer: Answer[Any] = ray.get(reference, timeout=seconds)
         except GetTimeoutError:
             ray.cancel(reference, force=True)
-            error = f"no answer within {self.seconds:g} s (give more with --timeout)"
-            return Answer(node=node, error=error)
+            answer = Answer(
+                node=node, error=f"no answer within {self.seconds:g} s (give more with --timeout)"
+            )
         except RayError as failed:
             error = reason(failed)
             if "No module named" in error:
                 error += ". What the driver runs is not installed there: submit with `ray job "
                 error += "submit --working-dir .`, and set up the same environment on every node"
-            return Answer(node=node, error=error)
+            answer = Answer(node=node, error=error)
         return answer
 
 
@@ -138,12 +112,6 @@ def joined(*, seconds: float) -> Iterator[tuple[Finding, Cluster]]:
     """Join the cluster that `RAY_ADDRESS` names, or start a Ray here; leave or end it at the end.
 
     Ray's folder stays, as after any program: another Ray on this machine may be using its link.
-
-    Args:
-        seconds: time to wait for the cluster, and for its nodes later.
-
-    Yields:
-        A finding, and the cluster, without nodes if there is no Ray.
     """
     from pipelines.core.cluster import init_ray  # here, so that tasks on nodes start fast
 
@@ -157,8 +125,7 @@ def joined(*, seconds: float) -> Iterator[tuple[Finding, Cluster]]:
     except UserError as error:
         yield fail(str(error)), Cluster(seconds=seconds)
     except Exception as error:
-        text = f"Ray does not start on this machine ({reason(error)}). End what an earlier Ray "
-        text += "left behind (ray stop), and see that its folder for temporary files is writable."
+        text = f"Ray does not start on this machine ({reason(error)})."
         if address:
             text = f"The cluster at {address} (RAY_ADDRESS) cannot be joined ({reason(error)}). "
             text += "Start it again, and give RAY_AUTH_MODE the value that it was started with."
@@ -173,20 +140,20 @@ def joined(*, seconds: float) -> Iterator[tuple[Finding, Cluster]]:
 
 
 def alive_nodes() -> tuple[Node, ...]:
-    """List the nodes of the cluster that this process has joined."""
-    nodes = []
-    for entry in (entry for entry in ray.nodes() if entry["Alive"]):
-        resources = entry["Resources"]
-        node = Node(
+    """List the nodes of the cluster that this process has joined, by their names."""
+    nodes = [
+        Node(
             id=entry["NodeID"],
             name=f"{entry['NodeManagerHostname']} ({entry['NodeManagerAddress']})",
-            cpus=resources.get("CPU", 0.0),
-            gpus=resources.get("GPU", 0.0),
-            store=resources.get("object_store_memory", 0.0),
+            cpus=entry["Resources"].get("CPU", 0.0),
+            gpus=entry["Resources"].get("GPU", 0.0),
+            store=entry["Resources"].get("object_store_memory", 0.0),
             # the socket lies in a subfolder of the session's folder
             folder=str(Path(entry["ObjectStoreSocketName"]).parents[1]),
         )
-        nodes.append(node)
+        for entry in ray.nodes()
+        if entry["Alive"]
+    ]
     return tuple(sorted(nodes, key=lambda node: node.name))
 
 
@@ -194,12 +161,7 @@ _NUMBERS = 16 * 2**20  # float32: 64 MiB
 
 
 def reduce(_: Node, address: tuple[str, int], backend: str, seconds: float) -> tuple[bool, float]:
-    """Meet another worker, and add up 64 MiB with it as DDP does.
-
-    Args:
-        address: host and port of the store at which they meet.
-        backend: "gloo" or "nccl".
-        seconds: time to wait for the other.
+    """Meet another worker at a store, and add up 64 MiB with it as DDP does.
 
     Returns:
         True if the sum was right, and the seconds of the fastest of three times.

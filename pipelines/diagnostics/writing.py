@@ -15,8 +15,16 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.db.db_types import DATABASE_ENGINES
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipelines.core.storage import join, read_bytes, replacing, resolve
-from pipelines.core.tracking import Run, finishing, log_metrics, log_text, open_store, tracking_uri
+from pipelines.core.storage import database_file, join, read_bytes, replacing, resolve
+from pipelines.core.tracking import (
+    Run,
+    create_run,
+    finishing,
+    log_metrics,
+    log_text,
+    open_store,
+    tracking_uri,
+)
 from pipelines.diagnostics.findings import Finding, fail, note, ok, reason, without_password
 from pipelines.diagnostics.nodes import DRIVER, Cluster, Node
 from re2tal.errors import UserError
@@ -24,17 +32,7 @@ from re2tal.errors import UserError
 
 @contextmanager
 def scratch(output: str) -> Iterator[str]:
-    """Make a folder in the output; remove it at the end, and the output if it was not there.
-
-    Args:
-        output: absolute path or URI.
-
-    Yields:
-        Path or URI of the folder.
-
-    Raises:
-        OSError: if it cannot be made.
-    """
+    """Make a folder in the output; remove it at the end, and the output if it was not there."""
     filesystem, path = resolve(output)
     chain = takewhile(lambda one: one not in ("", "."), [path, *map(str, Path(path).parents)])
     missing = list(takewhile(lambda one: not _exists(filesystem, one), chain))
@@ -75,11 +73,7 @@ def _sees(folder: str, node: Node) -> bool:
 
 
 def exchange(node: Node, folder: str) -> bool:
-    """Write a file named after the node.
-
-    Returns:
-        False, and no file is written, if the driver's file is not there.
-    """
+    """Write a file named after the node; False, and no file, if the driver's is not there."""
     if node != DRIVER and not _sees(folder, DRIVER):
         return False
     with replacing(join(folder, node.id)) as stream:
@@ -89,14 +83,18 @@ def exchange(node: Node, folder: str) -> bool:
 
 def check_output(output: str, cluster: Cluster) -> list[Finding]:
     """Check that the driver and all nodes can write the output, and see each other's files."""
-    remote = "://" in output
-    advice = "Give --output a folder that can be written."
-    apart = "it is not shared by the machines. Give --output a folder that all of them mount, or "
-    apart += "the URI of an object store (s3://...)."
-    if remote:
-        advice = "Correct --output, or set the credentials of the object store in the environment "
-        advice += "of the driver and of every node."
+    if "://" in output:
+        advice = (
+            "Correct --output, or set the credentials of the object store in the environment of "
+            "the driver and of every node."
+        )
         apart = "they reach different stores. Compare endpoint and credentials of the two."
+    else:
+        advice = "Give --output a folder that can be written."
+        apart = (
+            "it is not shared by the machines. Give --output a folder that all of them mount, or "
+            "the URI of an object store (s3://...)."
+        )
 
     def refused(node: Node, why: str) -> Finding:
         return fail(f"{node.name} cannot read and write {output} ({why}). {advice}")
@@ -124,7 +122,6 @@ def check_output(output: str, cluster: Cluster) -> list[Finding]:
 EXPERIMENT = "re2tal-doctor"
 TAG = "re2tal.doctor"
 _FOLDER = "doctor"
-_SQLITE = "sqlite:///"
 # by default MLflow's client retries an absent server for minutes
 _IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 # ImportError: SQLAlchemy's driver for the database is missing
@@ -136,11 +133,10 @@ def write(node: Node, run: Run) -> None:
 
     Raises:
         FileNotFoundError: if the store is a file that is not on this machine; MLflow would make it.
-        MlflowException: if the store refuses.
     """
     os.environ.update(_IMPATIENT)
-    file = run.uri.removeprefix(_SQLITE)
-    if file != run.uri and not Path(file).is_file():
+    file = database_file(run.uri)
+    if file is not None and not file.is_file():
         raise FileNotFoundError(
             f"{file} is not on this machine: set MLFLOW_TRACKING_URI to a server, or give --output "
             "a folder that all machines share"
@@ -158,14 +154,15 @@ def check_mlflow(output: str, cluster: Cluster) -> list[Finding]:
     os.environ.update(_IMPATIENT)
     server = os.environ.get("MLFLOW_TRACKING_URI", "")
     name = without_password(server) if server else f"the default store in {output}"
-    file = Path(server.removeprefix(_SQLITE)) if server.startswith(_SQLITE) else None
+    file = database_file(server)
     try:
         if file:
             if not file.is_file():
                 return [note(f"{name} is a file that is not there yet, and was not tried.")]
             return _try(name, str(file.parent), cluster)
         if server:
-            return _try(name, tempfile.gettempdir(), cluster)  # a server does not need the folder
+            with tempfile.TemporaryDirectory() as folder:  # a server does not need the output
+                return _try(name, folder, cluster)
         if "://" in output or (Path(output) / "mlflow.db").is_file():
             return _try(name, output, cluster)
         with scratch(output) as folder:
@@ -181,7 +178,7 @@ def _try(name: str, output: str, cluster: Cluster) -> list[Finding]:
     client, uri, experiment = open_store(EXPERIMENT, output=output)
     if client.get_experiment(experiment).lifecycle_stage == "deleted":
         client.restore_experiment(experiment)
-    run = Run(uri=uri, run_id=client.create_run(experiment, tags={TAG: "true"}).info.run_id)
+    run = create_run(client, experiment, output=output, tags={TAG: "true"})
     with finishing(run):
         answers = cluster.ask_after_driver(write, run)
         metrics = client.get_run(run.run_id).data.metrics
@@ -195,7 +192,7 @@ def _try(name: str, output: str, cluster: Cluster) -> list[Finding]:
     if findings:
         return findings
     findings = [ok(f"A metric and an artifact can be written to {name} by {cluster.everyone}.")]
-    if uri.startswith(_SQLITE) and len(cluster.nodes) > 1:
+    if database_file(uri) and len(cluster.nodes) > 1:
         text = f"{len(cluster.nodes)} machines write to {name}, one SQLite file, which not every "
         text += "network file system bears. Prefer a server: MLFLOW_TRACKING_URI."
         findings.append(note(text))

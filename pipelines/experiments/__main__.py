@@ -14,10 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-import tyro
-
-from pipelines.experiments.command import Configure, carry_out, of_function, refuse_failures
-from pipelines.experiments.harness import all_results
+from pipelines.experiments.harness import all_results, run_command
 from re2tal.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,15 +37,15 @@ EXPERIMENTS = {
     "nms": "soft-NMS of many videos, against a detection at a time",
     "evaluation": "mAP and recall of whole test sets, against a prediction at a time",
 }
-"""Modules of this package, each with `measure` or a class with the experiment's settings."""
+"""Those of the paper are classes named like them, the others functions `measure_NAME`."""
 
-
-def _configure(name: str) -> Configure:
-    module, prog = import_module(f"pipelines.experiments.{name}"), f"{_PROG} {name}"
-    if hasattr(module, "measure"):
-        return of_function(module.measure, prog)
-    settings = getattr(module, name.capitalize())
-    return lambda arguments: tyro.cli(settings, args=arguments, prog=prog)
+_MODULES = {
+    "drift": "exactness",
+    "verify": "speed",
+    "nms": "detections",
+    "evaluation": "detections",
+}
+"""Modules of experiments that do not have one of their own name."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -65,10 +62,11 @@ def main(arguments: Sequence[str]) -> None:
     elif name == "paper":
         paper = import_module("pipelines.experiments.paper")
         asked = paper.parse(rest, __doc__ or "", prog=f"{_PROG} paper")
-        refuse_failures(paper.carry_out(asked).failures)
+        paper.carry_out(asked).refuse_failures()
     elif name in EXPERIMENTS:
-        output = RESULTS / f"{name}.json"
-        carry_out(rest, _configure(name), prog=f"{_PROG} {name}", output=output)
+        module = import_module(f"pipelines.experiments.{_MODULES.get(name, name)}")
+        settings = getattr(module, f"measure_{name}", None) or getattr(module, name.capitalize())
+        run_command(rest, settings, prog=f"{_PROG} {name}", output=RESULTS / f"{name}.json")
     else:
         raise UserError(
             f"There is no experiment {name!r}. Choose one of: {', '.join(EXPERIMENTS)}; or paper, "

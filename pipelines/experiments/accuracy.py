@@ -7,7 +7,6 @@ accuracy back. Training the rewired network from nothing for as long does not.
 
 import json
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -103,20 +102,40 @@ class Accuracy:
     def section(self, results: Mapping[str, Result]) -> Section:
         """Report on accuracy."""
         before = results["before finetuning"]
-        constant = len(self.seeds)
-        reached = {name: Measured(values=(before[name],) * constant) for name in (PLAIN, REWIRED)}
+        reached = {name: Measured((before[name],) * len(self.seeds)) for name in (PLAIN, REWIRED)}
         for name in self.ways:
             values = tuple(results[f"{name}, seed {seed}"]["top1"] for seed in self.seeds)
-            reached[name] = Measured(values=values)
+            reached[name] = Measured(values)
         rows = [
             {
                 "network": name,
                 "top-1": found.mean,
                 "deviation": found.deviation,
-                "seeds": 1 if name in (PLAIN, REWIRED) else constant,
+                "seeds": 1 if name in (PLAIN, REWIRED) else len(self.seeds),
                 "every seed": list(found.values),
             }
             for name, found in reached.items()
+        ]
+        most, plain = max(self.epochs), reached[PLAIN]
+        kinds = ("rewired", "plain", "moving", "scratch")
+        best, control, moved, scratch = (reached[_named(kind, most)] for kind in kinds)
+        claims = (
+            ("It is as accurate as the plain network finetuned for as long", best, control),
+            ("Dr2Net's schedule does as well as finetuning after rewiring at once", moved, best),
+        )
+        findings = [
+            Finding(
+                claim="Rewired and finetuned, the network is as accurate as the pretrained one",
+                holds=at_least(best, plain, margin=_MARGIN),
+                evidence=f"{best} against {plain.mean:.3f}",
+            ),
+            *(finding(claim, one, other, margin=_MARGIN) for claim, one, other in claims),
+            finding(
+                "The pretrained weights are what makes it so: from scratch it is worse",
+                best,
+                scratch,
+                margin=-_MARGIN,
+            ),
         ]
         return Section(
             title="Accuracy is preserved",
@@ -129,42 +148,11 @@ class Accuracy:
                 f"{_MARGIN} of the plain network's top-1; two numbers are told apart if their mean "
                 "difference is two of its standard errors over the seeds."
             ),
-            findings=self._findings(reached),
+            findings=findings,
             tables={"Top-1 on held-out clips": rows},
             figures={"accuracy": _picture(reached)},
             metrics={f"accuracy/{name}": found.mean for name, found in reached.items()},
         )
-
-    def _findings(self, reached: Mapping[str, Measured]) -> list[Finding]:
-        most = max(self.epochs)
-        plain = reached[PLAIN]
-        kinds = ("rewired", "plain", "moving", "scratch")
-        best, control, moved, scratch = (reached[_named(kind, most)] for kind in kinds)
-        return [
-            Finding(
-                claim="Rewired and finetuned, the network is as accurate as the pretrained one",
-                holds=at_least(best, plain, margin=_MARGIN),
-                evidence=f"{best} against {plain.mean:.3f}",
-            ),
-            finding(
-                "It is as accurate as the plain network finetuned for as long",
-                best,
-                control,
-                margin=_MARGIN,
-            ),
-            finding(
-                "Dr2Net's schedule does as well as finetuning after rewiring at once",
-                moved,
-                best,
-                margin=_MARGIN,
-            ),
-            finding(
-                "The pretrained weights are what makes it so: from scratch it is worse",
-                best,
-                scratch,
-                margin=-_MARGIN,
-            ),
-        ]
 
 
 def _named(kind: str, epochs: int) -> str:
@@ -206,41 +194,26 @@ def _picture(reached: Mapping[str, Measured]) -> Figure:
 # The work.
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Trained:
-    """Result of a training.
-
-    Attributes:
-        metrics: metrics of the last epoch.
-        detector: average of the weights over the last steps, which the metrics belong to.
-        seconds: duration of the whole training.
-    """
-
-    metrics: dict[str, float]
-    detector: Detector[Any, Any]
-    seconds: float
-
-
 def train_here(
     task: Task, weights: str | None, *, head: dict[str, Tensor] | None = None
-) -> Trained:
+) -> tuple[dict[str, float], Detector[Any, Any]]:
     """Train to the recipe's last epoch in this process, with the training loop of `train.py`.
 
     Args:
         task: model and data.
         weights: weights of the backbone, or None.
         head: first weights of the layers after the backbone; None draws them at random.
+
+    Returns:
+        Metrics of the last epoch, and the average of the weights that they belong to.
     """
-    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         runtime = LocalRuntime(task.recipe, task.plan, Path(folder), device=device())
         trainer = Trainer(task, runtime, weights=weights, output=folder)
         if head is not None:
             for model in (trainer.state.detector, trainer.state.average.module):
                 model.get_submodule("localizer").load_state_dict(head)
-        metrics = trainer.run()
-        detector = trainer.state.averaged()
-    return Trained(metrics=metrics, detector=detector, seconds=time.perf_counter() - began)
+        return trainer.run(), trainer.state.averaged()
 
 
 def make_clips(folder: Path, clips: TrimmedToyConfig) -> None:
@@ -263,8 +236,7 @@ def before_finetuning(*, folder: str) -> Result:
     head = load_file(Path(folder) / _HEAD)
     reached = {}
     for name, reversible in ((PLAIN, False), (REWIRED, True)):
-        model = replace(recipe.model, reversible=reversible)
-        classifier = _built(replace(recipe, model=model), plan)
+        classifier = _built(recipe, plan, reversible=reversible)
         classifier.localizer.load_state_dict(head)
         scores, _ = score_videos(classifier, _clips_of(plan.validation, classifier, recipe, plan))
         reached[name] = accuracy_metrics(scores, plan.validation, prefix="test")["test/top1"]
@@ -281,26 +253,21 @@ def finetuned(*, kind: str, epochs: int, seed: int, folder: str) -> Result:
         seed: seed of clips, order and random weights.
         folder: folder of `make_clips`.
     """
-    trained = _trained(kind, epochs, seed, folder)
-    return {"top1": trained.metrics["test/top1"], "seconds": trained.seconds}
+    metrics, _ = _trained(kind, epochs, seed, folder)
+    return {"top1": metrics["test/top1"]}
 
 
 def finetune_backbone(path: Path, *, epochs: int, folder: Path, clips: TrimmedToyConfig) -> None:
-    """Rewire the pretrained backbone, finetune it on clips, and write its weights.
+    """Rewire the pretrained backbone, finetune it on clips of `make_clips`, and write its weights.
 
-    Step 4 of Re2TAL, from which detectors with a reversible backbone start.
-
-    Args:
-        path: safetensors file; one that was made with the same settings and code is kept.
-        epochs: length of the training.
-        folder: folder of `make_clips`.
-        clips: numbers of its clips.
+    Step 4 of Re2TAL, from which detectors with a reversible backbone start. A file that was made
+    with the same settings and code is kept.
     """
     facts = _facts(clips, epochs=epochs)
     if not _is_made(path, facts):
-        trained = _trained("rewired", epochs, 0, str(folder))
-        save_backbone_weights(trained.detector.backbone, path, facts)
-        reached = trained.metrics["test/top1"]
+        metrics, detector = _trained("rewired", epochs, 0, str(folder))
+        save_backbone_weights(detector.backbone, path, facts)
+        reached = metrics["test/top1"]
         print(f"rewired and finetuned for {epochs} epochs: top-1 {reached:.3f}", flush=True)
 
 
@@ -317,7 +284,9 @@ def _is_made(path: Path, facts: Mapping[str, str]) -> bool:
         return (file.metadata() or {}) == facts
 
 
-def _trained(kind: str, epochs: int, seed: int, folder: str) -> Trained:
+def _trained(
+    kind: str, epochs: int, seed: int, folder: str
+) -> tuple[dict[str, float], Detector[Any, Any]]:
     recipe, plan = _configured(folder)
     model = replace(
         recipe.model,
@@ -344,9 +313,11 @@ def _configured(folder: str) -> tuple[ClassificationRecipe, ClassificationPlan]:
 
 def _fitted_head(recipe: ClassificationRecipe, plan: ClassificationPlan) -> dict[str, Tensor]:
     """Fit a linear layer from the plain network's features to the classes."""
-    plain = replace(recipe, model=replace(recipe.model, reversible=False))
-    classifier = _built(plain, plan)
-    features = _features(classifier, recipe, plan)
+    classifier = _built(recipe, plan, reversible=False)
+    with torch.no_grad():
+        clips = _clips_of(plan.training, classifier, recipe, plan)
+        frames = (classifier.normalized(batch.frames.to(device())) for batch in clips)
+        features = torch.cat([classifier.backbone(x).mean(dim=2) for x in frames])  # (N, C)
     labels = torch.tensor([video.label for video in plan.training], device=features.device)
     head = classifier.localizer.linear
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
@@ -362,19 +333,10 @@ def _fitted_head(recipe: ClassificationRecipe, plan: ClassificationPlan) -> dict
     return {name: value.cpu() for name, value in classifier.localizer.state_dict().items()}
 
 
-@torch.no_grad()
-def _features(
-    classifier: Classifier, recipe: ClassificationRecipe, plan: ClassificationPlan
-) -> Tensor:
-    """Compute the mean features of each training clip, (N, C)."""
-    means = [
-        classifier.backbone(classifier.normalized(batch.frames.to(device()))).mean(dim=2)
-        for batch in _clips_of(plan.training, classifier, recipe, plan)
-    ]
-    return torch.cat(means)
-
-
-def _built(recipe: ClassificationRecipe, plan: ClassificationPlan) -> Classifier:
+def _built(
+    recipe: ClassificationRecipe, plan: ClassificationPlan, *, reversible: bool
+) -> Classifier:
+    recipe = replace(recipe, model=replace(recipe.model, reversible=reversible))
     return build_classifier(recipe, plan.classes, recipe.model.weights).eval().to(device())
 
 

@@ -1,17 +1,16 @@
-"""Time that augmentation adds to a training step of a reversible backbone, paired in one run.
-
-On a CPU, times are CPU seconds of all threads together, so that other load on the machine adds
-little to them; on a GPU they last until it has finished.
-"""
+"""Experiment `augmentation`: its time, as a share of a step of a reversible backbone."""
 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from statistics import median
 
 import torch
 
 from pipelines.experiments.experiment import Row, Tables
+from pipelines.experiments.timing import finish, in_turns, ratios
 from re2tal.backbones.protocol import BackboneConfig
 from re2tal.backbones.swin import swin_t
 from re2tal.detector import grey_levels, normalize
@@ -26,78 +25,68 @@ CONFIGS = {
     "brightness, contrast and saturation, too": _COLOURS,
     "hue, too": replace(_COLOURS, hue=0.1),
 }
+_STEP = "step"
 
 
-def measure(*, device: str = "cpu", rounds: int = 5) -> Tables:
-    """Time augmentation and the step that follows it.
+def measure_augmentation(*, device: str = "cpu", rounds: int = 5) -> Tables:
+    """Time that augmentation adds to a training step of a reversible backbone, paired in one run.
+
+    On a CPU, times are CPU seconds of all threads together, so that other load on the machine adds
+    little to them; on a GPU they last until it has finished.
 
     Args:
         device: device of both.
         rounds: number of rounds that count, after one that does not.
     """
     title = f"A clip of {FRAMES} frames, 256 to {SIZE} pixels, and a step of Swin-T"
-    rows = compared(swin_t(), CONFIGS, FRAMES, SIZE, device=device, rounds=rounds)
-    return {title: rows}
+    return {title: compare(swin_t(), CONFIGS, FRAMES, SIZE, torch.device(device), rounds)}
 
 
-def compared(
+def compare(
     backbone: BackboneConfig,
     configs: Mapping[str, AugmentationConfig],
     frames: int,
     size: int,
-    *,
-    device: str,
+    device: torch.device,
     rounds: int,
 ) -> list[Row]:
-    """Compare configurations: the time of each, and as a share of the step that follows it.
-
-    Args:
-        backbone: backbone that is trained, rewired.
-        configs: configurations by name.
-        frames: length of the clip.
-        size: side in pixels of the backbone's input.
-        device: device of both.
-        rounds: number of rounds of the step and all configurations that count, after one that does
-            not.
-    """
+    """Compare configurations by name: the time of each, and its share of the backbone's step."""
     model = backbone.build().to(device)
     rewire(model, verify=False)
     mean, std = grey_levels([0.45] * 3).to(device), grey_levels([0.225] * 3).to(device)
+    seeds = count()  # another one each time, since the cost of a crop depends on its place
 
     def clip(side: int) -> torch.Tensor:
         return torch.randint(256, (1, frames, side, side, 3), dtype=torch.uint8, device=device)
 
     seen = clip(size)
 
-    def step() -> None:
-        model(normalize(seen, mean, std)).square().mean().backward()
+    def step() -> float:
+        return _seconds(
+            lambda: model(normalize(seen, mean, std)).square().mean().backward(), device
+        )
 
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in configs}
-    for turn in range(rounds + 1):
-        whole = _seconds(step, device)
-        for name, config in configs.items():
-            source = clip(config.decoded_size(size))
-            # another seed each round, since the cost of a crop depends on its place
-            taken = _seconds(lambda: augment(source, config, size=size, seeds=[turn]), device)  # noqa: B023
-            if turn > 0:
-                times[name].append((taken, taken / whole))
+    def augmented(config: AugmentationConfig) -> float:
+        source, seed = clip(config.decoded_size(size)), next(seeds)
+        return _seconds(lambda: augment(source, config, size=size, seeds=[seed]), device)
+
+    ways: dict[str, Callable[[], float]] = {_STEP: step}
+    ways |= {name: partial(augmented, config) for name, config in configs.items()}
+    times = in_turns(ways, rounds)
     return [
         {
             "what changes": name,
-            "ms a frame": 1000 * median(taken for taken, _ in pairs) / frames,
-            "% of the step": 100 * median(share for _, share in pairs),
+            "ms a frame": 1000 * median(times[name]) / frames,
+            "% of the step": 100 * median(ratios(times[name], times[_STEP])),
         }
-        for name, pairs in times.items()
+        for name in configs
     ]
 
 
-def _seconds(work: Callable[[], object], device: str) -> float:
-    cuda = torch.device(device).type == "cuda"
-    clock = time.perf_counter if cuda else time.process_time
-    if cuda:
-        torch.cuda.synchronize(device)
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    finish(device)
     start = clock()
     work()
-    if cuda:
-        torch.cuda.synchronize(device)
+    finish(device)
     return clock() - start

@@ -1,21 +1,16 @@
-"""Frames per second of decoders, from opening the file to the array of frames.
-
-Of each round, all decoders read the same frames of the same file in the same process, in an order
-that turns from round to round; a ratio is the median over rounds of how many times as long as
-re2tal each takes: above 1, re2tal is faster.
-"""
+"""Experiment `decoding`: ours and other decoders that can be imported."""
 
 import importlib
 import importlib.metadata
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import av
 import numpy as np
@@ -28,20 +23,12 @@ from re2tal.videos.decoding import decode
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """Frames of a video with a constant frame rate, by their indices.
-
-    Attributes:
-        path: file of the video.
-        fps: frames per second.
-        indices: rising indices of the frames, shape (T,).
-        size: width and height to which they are scaled; None keeps their size.
-        threads: number of decoding threads.
-    """
+    """Frames of a video with a constant frame rate, by their indices."""
 
     path: Path
     fps: int
-    indices: np.ndarray
-    size: tuple[int, int] | None
+    indices: np.ndarray  # rising, (T,)
+    size: tuple[int, int] | None  # width and height to which they are scaled; None keeps them
     threads: int
 
 
@@ -122,28 +109,18 @@ FOOTAGE = (
     Footage(title="key frames up to 30 apart", gop=30),
 )
 
-# Width and height of 640 x 360 frames when the short side is scaled to training's usual 160.
-SCALED = (284, 160)
-
-# Threads and size of the frames.
-SETTINGS = ((1, SCALED), (1, None), (2, SCALED))
+SCALED = (284, 160)  # of 640 x 360, when the short side is scaled to training's usual 160
+SETTINGS = ((1, SCALED), (1, None), (2, SCALED))  # threads, and size of the frames
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Access:
-    """Pattern of frames to read.
-
-    Attributes:
-        title: description.
-        frames: number of frames in a request.
-        requests: number of requests that are measured together.
-        evenly: true spreads the frames over the whole video; otherwise they follow one another.
-    """
+    """Pattern of the frames that are read in some requests, which are measured together."""
 
     title: str
-    frames: int
+    frames: int  # of a request
     requests: int
-    evenly: bool
+    evenly: bool  # over the whole video; otherwise they follow one another
 
     def indices(self, frames: int, random: np.random.Generator) -> Iterator[np.ndarray]:
         """Draw the indices of each request from a video of `frames` frames, at random places."""
@@ -160,15 +137,12 @@ ACCESSES = (
 )
 
 
-class _Took(NamedTuple):
-    """Wall-clock seconds, and CPU seconds of all threads of the process."""
+def measure_decoding(*, seconds: int = 120, rounds: int = 7) -> Tables:
+    """Frames per second of decoders, from opening the file to the array of frames.
 
-    seconds: float
-    computed: float
-
-
-def measure(*, seconds: int = 120, rounds: int = 7) -> Tables:
-    """Time the decoders that can be imported, ours among them.
+    Of each round, all decoders read the same frames of the same file in the same process, in an
+    order that turns from round to round; a ratio is the median over rounds of how many times as
+    long as re2tal each takes: above 1, re2tal is faster.
 
     Args:
         seconds: length of the videos.
@@ -213,34 +187,47 @@ def described(path: Path, footage: Footage) -> Row:
 def compared(
     decoders: Mapping[str, Decoder], request: Request, access: Access, seconds: int, rounds: int
 ) -> list[Row]:
-    """Compare each decoder with ours in every round; see `difference` for the last columns."""
-    differences = _differences(decoders, request, access, seconds)
+    """Compare each decoder with ours in every round, and its frames by `difference`."""
+    of_video = seconds * request.fps
+    some = replace(request, indices=next(access.indices(of_video, np.random.default_rng(1))))
+    frames = decoders[OURS](some)
+    # This also warms everything up.
+    differences = {name: difference(frames, read(some)) for name, read in decoders.items()}
+    del frames
 
-    def turns(decoder: Decoder) -> Callable[[], _Took]:
+    def turns(decoder: Decoder) -> Callable[[], tuple[float, float]]:
         random = np.random.default_rng(0)  # the same frames of a round for each decoder
 
-        def take() -> _Took:
-            drawn = list(access.indices(seconds * request.fps, random))
+        def take() -> tuple[float, float]:
+            """Measure wall-clock seconds, and CPU seconds of all threads of the process."""
+            drawn = list(access.indices(of_video, random))
             start, computed = time.perf_counter(), time.process_time()
             for indices in drawn:
                 decoder(replace(request, indices=indices))
-            return _Took(time.perf_counter() - start, time.process_time() - computed)
+            return time.perf_counter() - start, time.process_time() - computed
 
         return take
 
     took = in_turns({name: turns(d) for name, d in decoders.items()}, rounds, before=0)
-    number = access.frames * access.requests
-    return [_row(name, took[name], took[OURS], number, differences[name]) for name in decoders]
-
-
-def _differences(
-    decoders: Mapping[str, Decoder], request: Request, access: Access, seconds: int
-) -> dict[str, float]:
-    """Compute the difference of each decoder's frames from ours, which also warms everything up."""
-    indices = next(access.indices(seconds * request.fps, np.random.default_rng(1)))
-    asked = replace(request, indices=indices)
-    ours = decoders[OURS](asked)
-    return {name: difference(ours, decoder(asked)) for name, decoder in decoders.items()}
+    ours, ours_computed = zip(*took[OURS], strict=True)
+    rows = []
+    for name, pairs in took.items():
+        times, computed = zip(*pairs, strict=True)
+        low, middle, high = quartiles(ratios(times, ours))
+        rows.append(
+            {
+                "decoder": name,
+                "frames/s": access.frames * access.requests / median(times),
+                "times as long as re2tal": middle,
+                "lower quartile": low,
+                "upper quartile": high,
+                "computes times as long": median(ratios(computed, ours_computed)),
+                "difference": differences[name],
+                "rounds": len(times),
+                "all seconds": list(times),
+            }
+        )
+    return rows
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -259,23 +246,3 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     if not (same < before).all():
         raise ValueError("Decoders give different frames, so that their speeds cannot be compared.")
     return float(same.mean())
-
-
-def _row(
-    name: str, took: Sequence[_Took], ours: Sequence[_Took], frames: int, difference: float
-) -> Row:
-    seconds, ours_seconds = ([one.seconds for one in side] for side in (took, ours))
-    low, middle, high = quartiles(ratios(seconds, ours_seconds))
-    return {
-        "decoder": name,
-        "frames/s": frames / median(seconds),
-        "times as long as re2tal": middle,
-        "lower quartile": low,
-        "upper quartile": high,
-        "computes times as long": median(
-            ratios([one.computed for one in took], [one.computed for one in ours])
-        ),
-        "difference": difference,
-        "rounds": len(seconds),
-        "all seconds": seconds,
-    }

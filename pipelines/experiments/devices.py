@@ -1,8 +1,4 @@
-"""Peak memory and time of a step on an accelerator, for videos of several lengths.
-
-Peak memory is `torch.cuda.max_memory_allocated`, model included, in bfloat16 autocast, beside the
-peak predicted for the operators of the same device; lengths that do not fit are listed.
-"""
+"""Experiment `devices`: all ways to train on an accelerator."""
 
 import gc
 from collections.abc import Sequence
@@ -10,7 +6,7 @@ from dataclasses import replace
 from statistics import median
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipelines.experiments.experiment import Row, Tables, refuse_unknown
 from pipelines.experiments.models import MODELS, build
@@ -23,8 +19,11 @@ OUT_OF_MEMORY = "out of memory"
 
 _GB = 1e9
 
+Run = tuple[float, int | None]
+"""Seconds and peak bytes of a step; a CPU counts no bytes."""
 
-def measure(
+
+def measure_devices(
     *,
     device: str = "cuda",
     models: Sequence[str] = ("swin3d_t", "slowfast_101"),
@@ -32,7 +31,10 @@ def measure(
     size: int = 224,
     rounds: int = 5,
 ) -> Tables:
-    """Measure memory and time of steps.
+    """Peak memory and time of a step on an accelerator, for videos of several lengths.
+
+    Peak memory is `torch.cuda.max_memory_allocated`, model included, in bfloat16 autocast, beside
+    the peak predicted for the operators of the same device; lengths that do not fit are listed.
 
     Args:
         device: device that computes; only CUDA counts memory.
@@ -56,7 +58,7 @@ def measure(
 def compare(model: str, work: Workload, device: torch.device, rounds: int) -> list[Row]:
     """Train one model in all ways, in turns; a way that ran out of memory is not tried again."""
     network, inputs = build(model).to(device), work.noise(device)
-    runs: dict[str, list[tuple[float, int | None]]] = {name: [] for name in WAYS}
+    runs: dict[str, list[Run]] = {name: [] for name in WAYS}
     full: set[str] = set()
     for _ in range(rounds):
         for name in [name for name in WAYS if name not in full]:
@@ -83,7 +85,7 @@ def compare(model: str, work: Workload, device: torch.device, rounds: int) -> li
 _FAILED: Row = {"peak, GB": OUT_OF_MEMORY, "seconds": "", f"of {PLAIN}": ""}
 
 
-def _row(runs: Sequence[tuple[float, int | None]], plain: Sequence[float] | None) -> Row:
+def _row(runs: Sequence[Run], plain: Sequence[float] | None) -> Row:
     seconds = [time for time, _ in runs]
     peaks = [peak for _, peak in runs if peak is not None]
     return {
@@ -93,10 +95,8 @@ def _row(runs: Sequence[tuple[float, int | None]], plain: Sequence[float] | None
     }
 
 
-def _run(
-    network: nn.Module, work: Workload, inputs: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[float, int | None]:
-    """Measure seconds and peak bytes of a step (model and video included), after a warm-up step."""
+def _run(network: nn.Module, work: Workload, inputs: tuple[Tensor, Tensor]) -> Run:
+    """Measure a step, model and video included, after a warm-up step."""
     work.step(network, *inputs)
     network.zero_grad(set_to_none=True)
     device = inputs[0].device

@@ -2,14 +2,16 @@
 
 A reversible network rebuilds its activations. In floating point, those of the public libraries too,
 they come back slightly different, more so with depth and with lower precision, and so do the
-gradients. On this project's grid they come back exactly.
+gradients. On this project's grid they come back exactly. The experiment `drift` looks closer, at
+several families and couplings.
 """
 
 import math
+import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from itertools import product
 from typing import Any
 
@@ -19,22 +21,112 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from torch import Tensor, nn
 
-from pipelines.experiments.drift import drift, relative_error
 from pipelines.experiments.experiment import (
     Finding,
     Job,
     Result,
     Row,
     Section,
+    Tables,
     device,
     refuse_unknown,
 )
 from pipelines.experiments.harness import name_of
-from pipelines.experiments.models import MlpBlock, stack
-from pipelines.experiments.peers import PEERS, stored
+from pipelines.experiments.models import STACKS, MlpBlock, stack
 from pipelines.experiments.pictures import COLOURS, End, label_ends, tidy
 from re2tal.errors import UserError
 from re2tal.precision import Precision, autocast
+from re2tal.reversible import branches, reconstruction_errors, rewire, set_reversible
+
+# Public libraries for reversible networks, each building a network of the same branches F, G, ...
+# on two streams that lie beside each other in the channels: y1 = x1 + F(x2), y2 = x2 + G(y1). They
+# are an extra of this project (`peers`), and imported where they are used.
+
+Branches = Sequence[nn.Module]
+
+
+def stored(streams: Tensor, branches: Branches) -> Tensor:
+    """Compute the equations themselves on ``(B, 2 C)``; autograd stores all activations."""
+    first, second = streams.chunk(2, dim=1)
+    for branch in branches:
+        first, second = second, first + branch(second)
+    return torch.cat([first, second], dim=1)
+
+
+class Recomputing(nn.Module):
+    """One autograd function for all branches, run backwards from its output, as in minREV.
+
+    See "Reversible Vision Transformers" (Mangalam et al., CVPR 2022); here parameters are among the
+    function's inputs.
+    """
+
+    def __init__(self, branches: Branches) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, streams: Tensor) -> Tensor:
+        """Map the streams through all branches."""
+        result: Tensor = _Recompute.apply(streams, self.branches, *self.parameters())
+        return result
+
+
+class _Recompute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, streams: Tensor, branches: Branches, *_parameters: Tensor) -> Tensor:
+        ctx.branches = branches
+        output = stored(streams, branches)  # autograd stores nothing in a Function's forward
+        ctx.save_for_backward(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        first, second = ctx.saved_tensors[0].chunk(2, dim=1)
+        of_first, of_second = gradients[0].chunk(2, dim=1)
+        of_parameters: list[Tensor] = []
+        for branch in reversed(ctx.branches):
+            with torch.enable_grad():
+                given = first.detach().requires_grad_()
+                result = branch(given)
+            of_given, *found = torch.autograd.grad(result, [given, *branch.parameters()], of_second)
+            of_parameters[:0] = found
+            first, second = second - result.detach(), first
+            of_first, of_second = of_second, of_first + of_given
+        return torch.cat([of_first, of_second], dim=1), None, *of_parameters
+
+
+def _memcnn(branches: Branches) -> nn.Module:
+    library = import_module("memcnn")
+    couplings = map(library.AdditiveCoupling, branches[::2], branches[1::2])
+    return nn.Sequential(*map(library.InvertibleModuleWrapper, couplings))
+
+
+def _revtorch(branches: Branches) -> nn.Module:
+    library = import_module("revtorch.revtorch")
+    blocks = nn.ModuleList(map(library.ReversibleBlock, branches[::2], branches[1::2]))
+    network: nn.Module = library.ReversibleSequence(blocks)
+    return network
+
+
+def _revlib(branches: Branches) -> nn.Module:
+    network: nn.Module = import_module("revlib").ReversibleSequential(*branches)
+    return network
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another implementation: its package, empty for none, and a network of branches."""
+
+    package: str
+    build: Callable[[Branches], nn.Module]
+
+
+PEERS: dict[str, Peer] = {
+    "memcnn": Peer("memcnn", _memcnn),
+    "RevTorch": Peer("revtorch", _revtorch),
+    "revlib": Peer("revlib", _revlib),
+    "minREV's form": Peer("", Recomputing),
+}
+
 
 OURS, FLOAT = "ours", "ours, float"
 
@@ -52,6 +144,7 @@ _STYLES = {
     "revlib": ("+", 11, "#3a9a5b"),
     "minREV's form": (".", 5, "#4d4d4d"),
 }
+_LABELS = {OURS: "ours, on the grid", FLOAT: "without the grid"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +178,10 @@ class Exactness:
     def section(self, results: Mapping[str, Result]) -> Section:
         """Report on errors of gradients."""
         rows = [row for name in (OURS, *self.libraries) for row in results[name]["rows"]]
+        measured = [row for row in rows if not isinstance(row[ERROR], str)]
+        largest: dict[str, float] = {}
+        for row in measured:
+            largest[row["library"]] = max(row[ERROR], largest.get(row["library"], 0.0))
         return Section(
             title="Gradients are those of stored activations",
             text=(
@@ -98,11 +195,12 @@ class Exactness:
                 "to 16 bits, they round the errors of shallow stacks away, mostly. minREV's form "
                 "is what minREV does, written anew: it cannot be installed."
             ),
-            findings=[_exact(rows), _drifting(rows)],
+            findings=_findings(rows, largest),
             tables={"Errors of gradients": rows},
-            figures={"exactness": _picture(_measured(rows))},
+            figures={"exactness": _picture(measured)},
             metrics={
-                f"exactness/{_plain(library)}": error for library, error in _largest(rows).items()
+                f"exactness/{re.sub(r'[^a-zA-Z0-9]', '_', library)}": error
+                for library, error in largest.items()
             },
         )
 
@@ -112,35 +210,9 @@ def quick() -> Exactness:
     return Exactness(depths=(4, 12))
 
 
-def _measured(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if not isinstance(row[ERROR], str)]
-
-
-def _largest(rows: Sequence[Row]) -> dict[str, float]:
-    """Return the largest error of each library that ran."""
-    found: dict[str, float] = {}
-    for row in _measured(rows):
-        found[row["library"]] = max(row[ERROR], found.get(row["library"], 0.0))
-    return found
-
-
-def _plain(name: str) -> str:
-    """Turn a name into one that MLflow takes."""
-    return "".join(letter if letter.isalnum() else "_" for letter in name)
-
-
-def _exact(rows: Sequence[Row]) -> Finding:
+def _findings(rows: Sequence[Row], largest: Mapping[str, float]) -> list[Finding]:
     errors = [row[ERROR] for row in rows if row["library"] == OURS]
     exact = sum(error == 0 for error in errors)
-    return Finding(
-        claim="On the grid gradients equal those of stored activations bit for bit",
-        holds=exact == len(errors),
-        evidence=f"{exact} of {len(errors)} cases of depth and precision have an error of 0",
-    )
-
-
-def _drifting(rows: Sequence[Row]) -> Finding:
-    largest = _largest(rows)
     others = {library: error for library, error in largest.items() if library != OURS}
     versions = {row["library"]: row["version"] for row in rows}
     silent = {row["library"] for row in rows} - largest.keys()
@@ -149,22 +221,25 @@ def _drifting(rows: Sequence[Row]) -> Finding:
         for library, error in others.items()
     ]
     listed += [f"{library}: {versions[library]}" for library in sorted(silent)]
-    return Finding(
-        claim="In floating point they drift, in the public libraries as well",
-        holds=all(error > 0 for error in others.values()),
-        evidence=f"largest errors: {', '.join(listed)}",
-    )
+    return [
+        Finding(
+            claim="On the grid gradients equal those of stored activations bit for bit",
+            holds=exact == len(errors),
+            evidence=f"{exact} of {len(errors)} cases of depth and precision have an error of 0",
+        ),
+        Finding(
+            claim="In floating point they drift, in the public libraries as well",
+            holds=all(error > 0 for error in others.values()),
+            evidence=f"largest errors: {', '.join(listed)}",
+        ),
+    ]
 
 
 # The work.
 
 
 def our_errors(*, depths: Sequence[int], precisions: Sequence[Precision]) -> dict[str, Any]:
-    """Measure errors of this project, on the grid and in floating point.
-
-    Returns:
-        The device, and in "rows" one row for each depth and precision.
-    """
+    """Measure errors of this project, on the grid and in floating point."""
     here = device()
     rows = []
     for depth, precision in product(depths, precisions):
@@ -177,11 +252,7 @@ def our_errors(*, depths: Sequence[int], precisions: Sequence[Precision]) -> dic
 def errors_of(
     *, library: str, depths: Sequence[int], precisions: Sequence[Precision]
 ) -> dict[str, Any]:
-    """Measure errors of another implementation, one of `PEERS`.
-
-    Returns:
-        Same as `our_errors`; if the library is not installed or does not run, the rows say so.
-    """
+    """Measure errors of one of `PEERS`; if it is not installed or does not run, the rows say so."""
     package = PEERS[library].package
     try:
         version = metadata.version(package) if package else "this one"
@@ -270,8 +341,7 @@ def _picture(rows: Sequence[Row]) -> Figure:
     for axes, precision in zip(panels, precisions, strict=True):
         ends = _lines(axes, [row for row in rows if row["precision"] == precision], floor)
         axes.set_title(f"branches in {precision}", fontsize=10)
-        if axes is panels[-1]:
-            label_ends(axes, ends)
+    label_ends(panels[-1], ends)
     return figure
 
 
@@ -304,7 +374,7 @@ def _lines(axes: Axes, rows: Sequence[Row], floor: float) -> list[End]:
             linewidth=2.6 if library == OURS else 1.2,
             clip_on=False,
         )
-        ends.append(End(*points[-1], _label(library), colour))
+        ends.append(End(*points[-1], _LABELS.get(library, library), colour))
     depths = sorted({row["branches"] for row in rows})
     axes.set(xscale="log", xlabel="residual branches")
     axes.set_xticks(depths, [str(depth) for depth in depths])
@@ -313,5 +383,109 @@ def _lines(axes: Axes, rows: Sequence[Row], floor: float) -> list[End]:
     return ends
 
 
-def _label(library: str) -> str:
-    return {OURS: "ours, on the grid", FLOAT: "without the grid"}.get(library, library)
+# The experiment `drift`.
+
+PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "bfloat16")
+
+COUPLINGS = ((0.0, 1.0), (0.3, 0.7), (0.5, 0.5), (0.7, 0.3), (0.9, 0.1), (1.0, 0.1))
+"""(alpha, beta): Re2TAL, and steps on Dr2Net's way from the pretrained network to it."""
+
+COARSE: tuple[Precision, ...] = ("float32", "bfloat16")
+
+
+def measure_drift(*, depths: Sequence[int] = (12, 24, 96)) -> Tables:
+    """Drift of gradients when activations are rebuilt: none on the grid, some in floating point.
+
+    Errors are norms of differences over norms, with random weights and streams in float32 under
+    autocast of the branches; "overflow" means that nothing finite was rebuilt.
+
+    Args:
+        depths: even numbers of residual branches.
+    """
+    return {
+        "Relative errors of what is rebuilt and of gradients": [
+            drift(family, count, precision)
+            for family in STACKS
+            for count in depths
+            for precision in PRECISIONS
+        ],
+        "Relative error of the rebuilt input of a stack, by coupling": [
+            coupling_row(family, precision, alpha, beta, depths)
+            for family in ("LayerNorm-MLP", "Video Swin")
+            for precision in COARSE
+            for alpha, beta in COUPLINGS
+        ],
+    }
+
+
+def drift(family: str, count: int, precision: Precision, device: torch.device | str = "cpu") -> Row:
+    """Measure errors of a stack of `STACKS` with so many branches, with the grid and without.
+
+    For comparison, "precision alone" is the error of gradients with stored activations against
+    float32.
+    """
+    model, x = stack(family, count)
+    model, x = model.to(device), x.to(device)
+    rewire(model, exact=False)
+    output, rebuilt = _trained(model, x, precision)
+    rebuilt_error = max(reconstruction_errors(model).values())
+    set_reversible(model, False)
+    _, stored = _trained(model, x, precision)
+    _, precise = _trained(model, x, "float32")
+    rewire(model)
+    output_on_grid, rebuilt_on_grid = _trained(model, x, precision)
+    set_reversible(model, False)
+    _, stored_on_grid = _trained(model, x, precision)
+    return {
+        "family": family,
+        "branches": count,
+        "precision": precision,
+        "rebuilt input, float": rebuilt_error,
+        "gradients, float": relative_error(rebuilt, stored),
+        "gradients, grid": relative_error(rebuilt_on_grid, stored_on_grid),
+        "gradients, precision alone": relative_error(stored, precise),
+        "output, grid against float": relative_error(output_on_grid, output),
+    }
+
+
+def coupling_row(
+    family: str, precision: Precision, alpha: float, beta: float, depths: Iterable[int]
+) -> Row:
+    """Tabulate `rebuilt_error` for some depths."""
+    row: Row = {"family": family, "precision": precision, "alpha": alpha, "beta": beta}
+    for count in depths:
+        model, x = stack(family, count)
+        with autocast(x.device.type, precision):
+            error = rebuilt_error(model, x, alpha, beta)
+        row[f"{count} branches"] = error if math.isfinite(error) else "overflow"
+    return row
+
+
+@torch.no_grad()
+def rebuilt_error(model: nn.Sequential, x: Tensor, alpha: float, beta: float) -> float:
+    """Run a stack forward and back by the equations in floating point, without the engine.
+
+    Returns:
+        The larger relative error of the two rebuilt streams; NaN or infinity after an overflow.
+    """
+    functions = [branch for block in model for branch in branches(block)]
+    current = previous = x
+    for function in functions:
+        current, previous = function(current) + alpha * current + beta * previous, current
+    for function in reversed(functions):
+        before = (current - function(previous) - alpha * previous) / beta
+        current, previous = previous, before
+    return max(relative_error(current, x), relative_error(previous, x))
+
+
+def _trained(model: nn.Module, x: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
+    """Return the output, and the gradients of all parameters in one vector."""
+    with autocast(x.device.type, precision):
+        output = model(x)
+    found = torch.autograd.grad(output.float().pow(2).mean(), list(model.parameters()))
+    return output.detach(), torch.cat([gradient.flatten() for gradient in found])
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """Compute the norm of the difference over the norm of `wanted`."""
+    return float((found - wanted).double().norm() / wanted.double().norm())

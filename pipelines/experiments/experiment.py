@@ -49,14 +49,19 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """Verdict on a claim.
+class Outcome:
+    """End of a job of an experiment: a result, or the error because of which there is none."""
 
-    Attributes:
-        claim: claim in a sentence.
-        holds: verdict at this scale; None if the numbers cannot tell.
-        evidence: numbers behind the verdict.
-    """
+    experiment: str
+    job: Job
+    result: Result
+    seconds: float
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """Verdict on a claim, with the numbers behind it; None if these cannot tell."""
 
     claim: str
     holds: bool | None
@@ -68,10 +73,7 @@ class Section:
     """Report of an experiment.
 
     Attributes:
-        title: title of the section.
         text: description of the measurement: data, sizes, seeds.
-        tables: rows by the titles of their tables.
-        findings: verdicts on the claims of the experiment.
         figures: pictures by name, without a file's ending.
         metrics: numbers for MLflow.
     """
@@ -84,33 +86,6 @@ class Section:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """End of a job.
-
-    Attributes:
-        experiment: name of the experiment.
-        job: job that ended.
-        result: result of the job; None if it failed.
-        seconds: duration of the job.
-        error: reason of its failure; empty if it did not fail.
-    """
-
-    experiment: str
-    job: Job
-    result: Result
-    seconds: float
-    error: str = ""
-
-
-@runtime_checkable
-class Prepares(Protocol):
-    """Experiment on data that the project makes."""
-
-    def prepare(self) -> None:
-        """Make the data if they are missing."""
-
-
 class Experiment(Protocol):
     """Configured experiment."""
 
@@ -121,6 +96,14 @@ class Experiment(Protocol):
         """Report on the results of all jobs, by their names."""
 
 
+@runtime_checkable
+class Prepares(Protocol):
+    """Experiment on data that the project makes."""
+
+    def prepare(self) -> None:
+        """Make the data if they are missing."""
+
+
 _TABLES = "tables"
 
 
@@ -129,7 +112,7 @@ class Measurement:
     """Experiment of one job, whose result is tables.
 
     Attributes:
-        measure: function of a module whose docstring describes the measurement.
+        measure: function of a module whose docstring is the title and the text of the report.
         arguments: arguments of the function.
     """
 
@@ -141,9 +124,9 @@ class Measurement:
         return [Job(name=_TABLES, work=self.measure, arguments=self.arguments, alone=True)]
 
     def section(self, results: Mapping[str, Result]) -> Section:
-        """Report the tables, below the docstring of the module."""
-        module = inspect.getmodule(self.measure)
-        title, _, text = (inspect.getdoc(module) or "").partition("\n")
+        """Report the tables."""
+        described, _, _ = (inspect.getdoc(self.measure) or "").partition("\nArgs:")
+        title, _, text = described.partition("\n")
         text = " ".join(text.split())
         return Section(title=title.rstrip("."), text=text, tables=results[_TABLES])
 
@@ -162,13 +145,9 @@ def refuse_unknown(what: str, names: Iterable[str], choices: Iterable[str]) -> N
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Measured:
-    """Values of one quantity, measured with several seeds.
-
-    Attributes:
-        values: one value per seed, in the order of the seeds.
-    """
+    """Values of one quantity, one for each seed, in the order of the seeds."""
 
     values: tuple[float, ...]
 
@@ -182,34 +161,22 @@ class Measured:
         """Standard deviation over the seeds; 0 with one seed."""
         return stdev(self.values) if len(self.values) > 1 else 0.0
 
-    def __sub__(self, other: "Measured") -> "Measured":
-        """Subtract seed by seed."""
-        pairs = zip(self.values, other.values, strict=True)
-        return Measured(values=tuple(a - b for a, b in pairs))
-
     def __str__(self) -> str:
         return f"{self.mean:.3f} ± {self.deviation:.3f}"
 
 
 def at_least(a: Measured, b: Measured, *, margin: float = 0.0) -> bool | None:
-    """Judge whether `a` is at least as large as `b`, as far as the seeds can tell.
+    """Judge whether `a` is at least as large as `b`, as far as their common seeds can tell.
 
     The difference of each seed is a sample; its mean is told from the limit if it is two of its
-    standard errors away from it.
-
-    Args:
-        a: values of the same seeds as `b`.
-        b: reference values.
-        margin: amount by which `a` may fall short and still count as being as large.
+    standard errors away from it. `a` may fall short by `margin` and still count as being as large.
 
     Returns:
         None if they cannot be told apart, as with a single seed.
     """
-    apart = a - b
-    if len(apart.values) < 2:
-        return None
+    apart = Measured(tuple(x - y for x, y in zip(a.values, b.values, strict=True)))
     above = apart.mean + margin
-    if abs(above) <= 2 * apart.deviation / sqrt(len(apart.values)):
+    if len(apart.values) < 2 or abs(above) <= 2 * apart.deviation / sqrt(len(apart.values)):
         return None
     return above > 0
 

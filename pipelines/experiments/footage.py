@@ -1,9 +1,9 @@
-"""Synthetic videos that cost a decoder as much as uploaded ones: moving textures, and cuts."""
+"""Synthetic videos that cost a decoder as much as uploaded ones, and windows of them."""
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -15,35 +15,24 @@ from re2tal.videos.windows import Window
 
 WIDTH, HEIGHT = 640, 360
 
-# Frames from one cut to the next.
-_SHOT = 150
-
-# Pixels of a side of the texture over which the camera pans.
-_BACKGROUND = 1024
+_SHOT = 150  # frames from one cut to the next
+_BACKGROUND = 1024  # pixels of a side of the texture over which the camera pans
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Footage:
-    """H.264 video of 360p, with x264's defaults except for these settings.
-
-    Attributes:
-        title: difference from other footage.
-        gop: largest number of frames from one key frame to the next.
-        fps: frames per second.
-        quality: constant rate factor.
-    """
+    """H.264 video of 360p, with x264's defaults except for these settings."""
 
     title: str
-    gop: int
+    gop: int  # largest number of frames from one key frame to the next
     fps: int = 30
-    quality: int = 26
 
     def write(self, path: Path, frames: int) -> None:
         """Write an mp4 with that number of frames."""
         with av.open(path, "w") as container:
             stream = container.add_stream("libx264", rate=self.fps)
             stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-            stream.options = {**reproducible({"crf": str(self.quality), "g": str(self.gop)})}
+            stream.options = {**reproducible({"crf": "26", "g": str(self.gop)})}
             for picture in pictures(frames):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             container.mux(stream.encode())
@@ -95,12 +84,8 @@ def windows_of(
 ) -> list[Window]:
     """Draw windows at random places of a video.
 
-    Args:
-        video_id: name of the video.
-        seconds: length of the video.
-        frames: number of frames of a window.
-        fps: frames of a window per second; None spreads them over the whole video.
-        count: number of windows; a window of the whole video is drawn once.
+    `fps` counts the frames of a window per second; without it they are spread over the whole video,
+    of which there is one such window.
     """
     fps = fps or frames / seconds
     last = max(0.0, seconds - frames / fps)
@@ -117,20 +102,23 @@ def windows_of(
     ]
 
 
-def decoded(rows: Iterable[dict[str, Any]], *, size: int) -> int:
+def decoded(uri: str, windows: Iterable[Window], *, size: int) -> int:
     """Decode windows as a decoding task does it, and count their frames.
-
-    Args:
-        rows: rows that `decode_sample` takes.
-        size: side of the square frames in pixels.
 
     Raises:
         RuntimeError: if a window cannot be decoded.
     """
     frames = 0
-    for row in rows:
-        sample = decode_sample(row, size=size)
+    for index, window in enumerate(windows):
+        sample = decode_sample({"index": index, "uri": uri, "window": window}, size=size)
         if sample["error"]:
             raise RuntimeError(sample["error"])
         frames += len(sample["frames"])
     return frames
+
+
+def frames_a_second(way: Callable[[], int]) -> float:
+    """Time a function that returns a number of frames."""
+    before = time.perf_counter()
+    frames = way()
+    return frames / (time.perf_counter() - before)

@@ -1,5 +1,6 @@
-"""Harness of all experiments: jobs with kept results, JSON files, tables and reports."""
+"""Harness of all experiments: jobs with kept results, JSON files, pictures, Markdown and MLflow."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -8,14 +9,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torchvision
 
 from pipelines.core.checkout import code_fingerprint, git_commit
 from pipelines.core.clock import duration
+from pipelines.core.metric_names import safe_path
 from pipelines.experiments.experiment import (
     Experiment,
     Job,
@@ -28,6 +31,12 @@ from pipelines.experiments.experiment import (
     device,
 )
 from re2tal.atomic import replacing
+from re2tal.errors import UserError
+
+if TYPE_CHECKING:
+    from pipelines.core.tracking import Run
+
+# tyro and MLflow are imported where they are used: a machine that measures memory may lack them.
 
 Work = tuple[str, Job]
 """Name of an experiment, and one of its jobs."""
@@ -37,6 +46,7 @@ Execute = Callable[[Sequence[Work]], Iterator[Outcome]]
 
 VERDICTS = {True: "holds", False: "does not hold", None: "cannot be told"}
 REPORT = "report.md"
+_JOBS = Path("runs/experiments")  # folder of results of jobs, unless `paper` has its own
 
 
 # Jobs.
@@ -47,7 +57,6 @@ class Records:
     """Folder of the results of jobs, with which the same command resumes.
 
     Attributes:
-        folder: folder of the files; it is made.
         code: fingerprint of the code; results of other code are computed again.
         device: name of the device; results of other devices are computed again.
     """
@@ -107,14 +116,7 @@ def attempt(experiment: str, job: Job) -> Outcome:
 def carry_out(
     experiments: Mapping[str, Experiment], execute: Execute, records: Records, *, resume: bool
 ) -> Iterator[Outcome]:
-    """Prepare the experiments' data, and do the jobs that were not done before.
-
-    Args:
-        experiments: experiments by name.
-        execute: `execute_here`, or its counterpart on Ray.
-        records: earlier results, to which new ones are added.
-        resume: use earlier results.
-    """
+    """Prepare the experiments' data, and do the jobs whose results are not in the records."""
     for experiment in experiments.values():
         if isinstance(experiment, Prepares):
             experiment.prepare()
@@ -145,12 +147,7 @@ def carry_out(
 
 
 def circumstances(command: str, where: torch.device) -> dict[str, Any]:
-    """Describe the circumstances of a measurement.
-
-    Args:
-        command: command that measures.
-        where: device that is measured.
-    """
+    """Describe the circumstances of a command that measured a device."""
     return {
         "command": command,
         "date": datetime.now(UTC).date().isoformat(),
@@ -178,61 +175,36 @@ def name_of(where: torch.device) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chapter:
-    """Experiment that was carried out.
-
-    Attributes:
-        name: name of the experiment.
-        section: report; None if jobs of the experiment failed.
-        outcomes: outcomes of all its jobs.
-    """
+    """Experiment that was carried out: its report, None if jobs failed, and all outcomes."""
 
     name: str
     section: Section | None
-    outcomes: Sequence[Outcome]
+    outcomes: Sequence[Outcome] = ()
 
     @property
     def failed(self) -> list[Outcome]:
         """Jobs without a result."""
         return [outcome for outcome in self.outcomes if outcome.error]
 
-    def record(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """Put everything to keep of a complete experiment into one record, as JSON takes it.
-
-        Args:
-            facts: circumstances of the measurement.
-        """
-        assert self.section is not None
-        return {
-            "experiment": self.name,
-            "title": self.section.title,
-            "text": self.section.text,
-            **facts,
-            "jobs": len(self.outcomes),
-            "seconds": sum(outcome.seconds for outcome in self.outcomes),
-            "findings": [asdict(finding) for finding in self.section.findings],
-            "figures": list(self.section.figures),
-            "tables": self.section.tables,
-        }
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Done:
-    """Experiments that were carried out.
-
-    Attributes:
-        chapters: one chapter per experiment.
-        files: files that were written.
-        sections: Markdown, one section per experiment.
-    """
+    """Experiments that were carried out, files that were written, and a Markdown text for each."""
 
     chapters: Sequence[Chapter]
     files: Sequence[Path]
     sections: Sequence[str]
 
-    @property
-    def failures(self) -> int:
-        """Number of jobs that failed."""
-        return sum(len(chapter.failed) for chapter in self.chapters)
+    def refuse_failures(self) -> None:
+        """Raise an error if jobs failed.
+
+        Raises:
+            UserError: with their number.
+        """
+        if failures := sum(len(chapter.failed) for chapter in self.chapters):
+            raise UserError(
+                f"{failures} jobs failed, as listed above; the same command tries them again."
+            )
 
 
 def run(
@@ -252,7 +224,7 @@ def run(
         command: command that was given.
         kept: folder of the results of jobs.
         results: JSON file of the one experiment; or a folder, which also gets a report of all.
-        execute: see `carry_out`.
+        execute: `execute_here`, or its counterpart on Ray.
         resume: use results of jobs that the same code computed before.
         seen: callback that receives each outcome as it is known.
     """
@@ -307,7 +279,17 @@ def write(found: Sequence[Chapter], facts: dict[str, Any], results: Path) -> Don
             lines = "\n".join(f"- {o.job.name}: {o.error.splitlines()[0]}" for o in chapter.failed)
             sections.append(f"## {chapter.name}\n\nIt is not complete. What failed:\n\n{lines}")
             continue
-        record = chapter.record(facts)
+        record = {
+            "experiment": chapter.name,
+            "title": chapter.section.title,
+            "text": chapter.section.text,
+            **facts,
+            "jobs": len(chapter.outcomes),
+            "seconds": sum(outcome.seconds for outcome in chapter.outcomes),
+            "findings": [asdict(finding) for finding in chapter.section.findings],
+            "figures": list(chapter.section.figures),
+            "tables": chapter.section.tables,
+        }
         files.append(results if one else folder / f"{chapter.name}.json")
         _write(files[-1], json.dumps(record, indent=1))
         for name, figure in chapter.section.figures.items():
@@ -316,25 +298,10 @@ def write(found: Sequence[Chapter], facts: dict[str, Any], results: Path) -> Don
         sections.append(markdown(record))
     if not one:
         findings = [asdict(f) for c in found if c.section for f in c.section.findings]
-        head = ["# Re2TAL, reproduced", _told(facts), summary(findings)]
+        head = ["# Re2TAL, reproduced", _told(facts), _verdicts(findings)]
         files.append(folder / REPORT)
         _write(files[-1], "\n\n".join(head + sections))
     return Done(chapters=found, files=files, sections=sections)
-
-
-def save(tables: Tables, path: Path, command: str, *, title: str, text: str = "") -> None:
-    """Write tables that were measured elsewhere as the results of an experiment.
-
-    Args:
-        tables: tables by their titles.
-        path: JSON file; it is replaced.
-        command: command that measures them.
-        title: title of their section.
-        text: description of the measurement.
-    """
-    section = Section(title=title, text=text, tables=tables)
-    chapter = Chapter(name=path.stem, section=section, outcomes=())
-    write([chapter], circumstances(command, torch.device("cpu")), path)
 
 
 def _write(path: Path, text: str) -> None:
@@ -349,10 +316,10 @@ def _write(path: Path, text: str) -> None:
 def markdown(record: dict[str, Any]) -> str:
     """Format the record of an experiment as a section: circumstances, pictures and tables."""
     parts = [f"## {record['title']}", _told(record), record["text"]]
-    parts += [summary(record["findings"])] if record["findings"] else []
+    parts += [_verdicts(record["findings"])] if record["findings"] else []
     parts += [f"![{name}]({name}.png)" for name in record["figures"]]
     for title, rows in record["tables"].items():
-        parts += [f"**{title}**", table(rows)]
+        parts += [f"**{title}**", _table(rows)]
     if record["jobs"] > 1:
         parts.append(f"{record['jobs']} jobs, {duration(record['seconds'])} of computing.")
     return "\n\n".join(part for part in parts if part)
@@ -372,17 +339,16 @@ def _told(facts: dict[str, Any]) -> str:
     )
 
 
-def summary(findings: Sequence[dict[str, Any]]) -> str:
-    """Format the verdicts on claims as a table."""
+def _verdicts(findings: Sequence[dict[str, Any]]) -> str:
     rows: list[Row] = [
         {"claim": f["claim"], "at this scale": VERDICTS[f["holds"]], "evidence": f["evidence"]}
         for f in findings
     ]
-    return table(rows) if rows else "There are no verdicts."
+    return _table(rows) if rows else "There are no verdicts."
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Format rows, at least one, as a Markdown table; values that are lists are left out."""
+def _table(rows: Sequence[Row]) -> str:
+    """Format rows, at least one, as a table; values that are lists are left out."""
     columns = [name for name, value in rows[0].items() if not isinstance(value, list)]
     lines = [columns, ["---"] * len(columns)]
     lines += [[_text(row[name]) for name in columns] for row in rows]
@@ -393,3 +359,100 @@ def _text(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+# The command line of one experiment.
+
+
+def run_command(
+    arguments: Sequence[str], settings: Callable[..., Any], *, prog: str, output: Path
+) -> None:
+    """Run an experiment and print its results.
+
+    Args:
+        arguments: --output, --threads, --resume, and the experiment's own options.
+        settings: class of the experiment, whose fields are its options; or a function that returns
+            tables, whose parameters are.
+        prog: beginning of the command line.
+        output: JSON file of the results, unless `--output` names one; its name is the experiment's.
+
+    Raises:
+        UserError: if jobs failed.
+    """
+    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common.add_argument("--output", type=Path, default=output)
+    common.add_argument("--threads", type=int, default=torch.get_num_threads())
+    common.add_argument("--resume", action="store_true")
+    asked, own = common.parse_known_args(arguments)
+    experiment = _configured(settings, own, prog)
+    torch.set_num_threads(asked.threads)
+    # The results' path does not affect the measurement, so the recorded command leaves it out.
+    told = [word for word in arguments if word not in ("--output", str(asked.output), "--resume")]
+    done = run(
+        {output.stem: experiment},
+        command=" ".join([prog, *told]),
+        kept=_JOBS,
+        results=asked.output,
+        resume=asked.resume,
+    )
+    print("\n\n".join(done.sections), flush=True)
+    done.refuse_failures()
+
+
+def _configured(settings: Callable[..., Any], arguments: Sequence[str], prog: str) -> Experiment:
+    import tyro
+
+    if isinstance(settings, type):
+        made: Experiment = tyro.cli(settings, args=arguments, prog=prog)
+        return made
+    measure: Callable[..., Tables] = settings
+
+    @wraps(measure)
+    def given(**options: Any) -> dict[str, Any]:
+        return options
+
+    return Measurement(measure=measure, arguments=tyro.cli(given, args=arguments, prog=prog))
+
+
+# Runs in MLflow.
+
+
+def log_outcome(parent: "Run", outcome: Outcome) -> None:
+    """Make a job's MLflow run below the parent's; a run that the job itself made is moved there."""
+    from mlflow.entities import Param, RunTag
+    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+
+    from pipelines.core.tracking import Run, log_metrics
+
+    client, job = parent.client, outcome.job
+    result = outcome.result if isinstance(outcome.result, dict) else {}
+    if "run_id" in result:
+        client.set_tag(result["run_id"], MLFLOW_PARENT_RUN_ID, parent.run_id)
+        return
+    experiment = client.get_run(parent.run_id).info.experiment_id
+    run = Run(uri=parent.uri, run_id=client.create_run(experiment).info.run_id)
+    params = [Param(name, str(value)) for name, value in job.arguments.items()]
+    tags = {
+        MLFLOW_PARENT_RUN_ID: parent.run_id,
+        MLFLOW_RUN_NAME: f"{outcome.experiment}: {job.name}",
+        "kind": outcome.experiment,
+    }
+    client.log_batch(run.run_id, params=params, tags=[RunTag(*tag) for tag in tags.items()])
+    numbers = {safe_path(name): v for name, v in result.items() if isinstance(v, int | float)}
+    log_metrics(run, numbers | {"seconds": outcome.seconds}, step=0)
+    client.log_dict(run.run_id, {"result": outcome.result}, "result.json")
+    if outcome.error:
+        client.set_tag(run.run_id, "error", outcome.error[:5000])
+    client.set_terminated(run.run_id, "FAILED" if outcome.error else "FINISHED")
+
+
+def log_results(run: "Run", done: Done) -> None:
+    """Log report, pictures and the numbers behind the claims in the run of the experiments."""
+    from pipelines.core.tracking import log_metrics
+
+    for file in done.files:
+        run.client.log_artifact(run.run_id, str(file))
+    for chapter in done.chapters:
+        if chapter.section is not None:
+            metrics = chapter.section.metrics
+            log_metrics(run, {safe_path(name): v for name, v in metrics.items()}, step=0)

@@ -5,14 +5,20 @@ no more, and as this project does it: over frames, resolution and depth, and for
 and the longest clip that fits the memory of a GPU.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import psutil
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
+from torch import nn
 
 from pipelines.experiments.experiment import (
     Finding,
@@ -23,14 +29,15 @@ from pipelines.experiments.experiment import (
     Tables,
     refuse_unknown,
 )
+from pipelines.experiments.models import SMALL, build
 from pipelines.experiments.pictures import COLOURS, lines, tidy
 from pipelines.experiments.planner import Planner, backbone_alone
-from pipelines.experiments.resident import resident
 from pipelines.training.workload import Workload
 from re2tal.backbones.table import backbones
 from re2tal.errors import UserError
+from re2tal.memory import MemoryMeter, StepMemory, predict_peak
 from re2tal.memory.fit import GIBIBYTE
-from re2tal.memory.ways import KEEPING, WAYS
+from re2tal.memory.ways import KEEPING, WAYS, prepared
 from re2tal.precision import Precision
 
 ByWay = Mapping[str, Result]
@@ -58,11 +65,8 @@ class Memory:
         depths: numbers of blocks of the deepest stage.
         precision: number format of the branches.
         cards: memory of GPUs in GiB, for each of which the longest clip is sought.
-        resident: network of `pipelines/experiments/models.py` that is also measured in fresh
-            processes on the CPU; "" leaves that out.
-        resident_frames: length of the clip in that measurement.
-        resident_size: height and width of its frames.
-        resident_repetitions: number of processes, of which the median is taken.
+        resident: network of `pipelines/experiments/models.py` of which a small step is also
+            measured in fresh processes on the CPU; "" leaves that out.
     """
 
     backbone: str = "swin_t"
@@ -74,9 +78,6 @@ class Memory:
     precision: Precision = "bfloat16"
     cards: tuple[float, ...] = (12, 24, 80)
     resident: str = "swin3d_t"
-    resident_frames: int = 32
-    resident_size: int = 112
-    resident_repetitions: int = 1
 
     def __post_init__(self) -> None:
         refuse_unknown("backbone", (self.backbone, *self.others), backbones())
@@ -87,66 +88,53 @@ class Memory:
 
     def jobs(self) -> Sequence[Job]:
         """List every backbone in every way."""
-        more = {name: sorted(getattr(self, name)) for name in ("frames", "depths", "cards")}
+        longest = {"frames": [max(self.frames)], "depths": [], "cards": []}
+        whole = {name: sorted(getattr(self, name)) for name in longest}
+        steps: list[tuple[str, int, dict[str, Any]]] = [(self.backbone, self.size, whole)]
+        steps += [(self.backbone, size, longest) for size in self.smaller]
+        steps += [(other, self.size, longest) for other in self.others]
         found = []
         for way in KEEPING:
-            found.append(self._job(self.backbone, self.size, way, **more))
-            found += [self._job(self.backbone, size, way) for size in self.smaller]
-            found += [self._job(other, self.size, way) for other in self.others]
+            for backbone, size, more in steps:
+                arguments = {"backbone": backbone, "way": way, "size": size, **more}
+                arguments["precision"] = self.precision
+                found.append(Job(name=_named(backbone, size, way), work=peaks, arguments=arguments))
             if self.resident:
-                found.append(self._resident(way))
+                arguments = {"model": self.resident, "way": way, "step": asdict(SMALL)}
+                found.append(Job(name=_named_resident(way), work=resident, arguments=arguments))
         return found
-
-    def _job(self, backbone: str, size: int, way: str, **more: Any) -> Job:
-        arguments = {
-            "backbone": backbone,
-            "way": way,
-            "size": size,
-            "precision": self.precision,
-            "frames": [max(self.frames)],
-            "depths": [],
-            "cards": [],
-        }
-        return Job(name=_named(backbone, size, way), work=peaks, arguments=arguments | more)
-
-    def _resident(self, way: str) -> Job:
-        arguments = {
-            "model": self.resident,
-            "step": {"frames": self.resident_frames, "size": self.resident_size},
-            "way": way,
-            "repetitions": self.resident_repetitions,
-        }
-        return Job(name=_named_resident(way), work=resident, arguments=arguments)
 
     def section(self, results: Mapping[str, Result]) -> Section:
         """Report on memory."""
-        found = self._numbers(results)
-        step = f"{self.size} px, {self.precision}, one clip"
-        return Section(
-            title="Memory consumption is reduced",
-            text=self._text(step),
-            findings=_findings(found),
-            tables=_tables(found),
-            figures={
-                "memory": _over_frames(found, f"{self.backbone}, {step}"),
-                "memory_depth": _over_depth(found, f"{found.frames[-1]} frames, {step}"),
-            },
-            metrics=_metrics(found),
-        )
 
-    def _numbers(self, results: Mapping[str, Result]) -> "_Numbers":
         def ways(backbone: str, size: int) -> ByWay:
             return {way: results[_named(backbone, size, way)] for way in KEEPING}
 
+        found = {name: ways(name, self.size) for name in (self.backbone, *self.others)}
+        close = found[self.backbone]
+        sizes = {size: ways(self.backbone, size) for size in sorted({*self.smaller, self.size})}
         processes = {way: results[_named_resident(way)] for way in KEEPING if self.resident}
-        return _Numbers(
-            backbone=self.backbone,
-            frames=sorted(self.frames),
-            depths=sorted(self.depths),
-            cards=sorted(self.cards),
-            backbones={name: ways(name, self.size) for name in (self.backbone, *self.others)},
-            sizes={size: ways(self.backbone, size) for size in sorted({*self.smaller, self.size})},
-            processes=processes,
+        step = f"{self.size} px, {self.precision}, one clip"
+        metrics = {
+            f"memory/{name}/{way}_gib": _last(result) / GIBIBYTE
+            for name, of_backbone in found.items()
+            for way, result in of_backbone.items()
+        }
+        metrics |= {
+            f"memory/{self.backbone}/{way}_frames_in_{card:g}_gib": float(frames)
+            for way, result in close.items()
+            for card, frames in zip(sorted(self.cards), result["fits"], strict=True)
+        }
+        return Section(
+            title="Memory consumption is reduced",
+            text=self._text(step),
+            findings=self._findings(found, processes),
+            tables=self._tables(found, sizes, processes),
+            figures={
+                "memory": self._over_frames(close, f"{self.backbone}, {step}"),
+                "memory_depth": self._over_depth(found, f"{max(self.frames)} frames, {step}"),
+            },
+            metrics=metrics,
         )
 
     def _text(self, step: str) -> str:
@@ -163,11 +151,143 @@ class Memory:
         if not self.resident:
             return text
         return (
-            f"{text} For the small step {self.resident} is trained on {self.resident_frames} "
-            f"frames of {self.resident_size} px in float32, each way in a process of its own; "
+            f"{text} For the small step {self.resident} is trained on {SMALL.frames} frames "
+            f"of {SMALL.size} px in float32, each way in a process of its own; "
             "parameters and frames are not counted. By default glibc keeps freed blocks of up to "
             "32 MB, which then count as if they were in use; measured is without that."
         )
+
+    def _tables(
+        self, found: Mapping[str, ByWay], sizes: Mapping[int, ByWay], processes: ByWay
+    ) -> Tables:
+        close, most = found[self.backbone], max(self.frames)
+        step = f"{self.backbone}, {most} frames"
+        parts = ("peak", "activations", "parameters", "gradients", "inputs")
+        by_size = {way: [_last(of_size[way]) for of_size in sizes.values()] for way in close}
+        tables = {
+            f"Peak of a step with {most} frames": _by_backbone(found),
+            f"{self.backbone}: predicted peak, by frames": _over(
+                [f"{count} frames, GiB" for count in sorted(self.frames)],
+                {way: _in_gib(result["frames"]) for way, result in close.items()},
+            ),
+            f"{step}: predicted peak, by height and width": _over(
+                [f"{size} px, GiB" for size in sizes],
+                {way: _in_gib(peaks) for way, peaks in by_size.items()},
+            ),
+            f"{step}: predicted peak, by blocks of the deepest stage": _over(
+                [f"{depth} blocks, GiB" for depth in sorted(self.depths)],
+                {way: _in_gib(result["depths"]) for way, result in close.items()},
+            ),
+            f"{step}: predicted bytes, each kind when it is most": _over(
+                [f"{part}, GiB" for part in parts],
+                {way: _in_gib(r["parts"][part] for part in parts) for way, r in close.items()},
+            ),
+            f"{self.backbone}: frames of the longest clip that fits": _over(
+                [f"{card:g} GiB" for card in sorted(self.cards)],
+                {way: result["fits"] for way, result in close.items()},
+            ),
+        }
+        if processes:
+            columns = ("predicted", "measured", "allocator's default")
+            tables["A small step on the CPU: what it adds to a fresh process"] = _over(
+                [f"{column}, MB" for column in columns],
+                {way: [r[column] / _MB for column in columns] for way, r in processes.items()},
+            )
+        return tables
+
+    def _findings(self, found: Mapping[str, ByWay], processes: ByWay) -> list[Finding]:
+        close = found[self.backbone]
+        ours, plain = close["ours"], close["plain"]
+        # How many times as much as ours another way needs, for each backbone.
+        factors = {
+            way: [_last(ways[way]) / _last(ways["ours"]) for ways in found.values()]
+            for way in ("plain", "checkpointed", "naive")
+        }
+        needed = f"{_last(ours) / GIBIBYTE:.3g} GiB instead of {_last(plain) / GIBIBYTE:.3g}"
+        if ours["measured"] != NO_GPU:
+            needed += f" (measured: {_text(_size(ours))} instead of {_text(_size(plain))})"
+        listed = (f"{name} {f:.1f}" for name, f in zip(found, factors["plain"], strict=True))
+        less = Finding(
+            claim="Memory consumption is reduced",
+            holds=min(factors["plain"]) > 1,
+            evidence=(
+                f"{self.backbone}, {max(self.frames)} frames: {needed}; plain needs so many times "
+                f"as much: {', '.join(listed)}"
+            ),
+        )
+        others = ("checkpointed", "naive")
+        least = Finding(
+            claim="It is less than with checkpoints, and than rewiring alone needs",
+            holds=all(min(factors[way]) > 1 for way in others),
+            evidence=", ".join(
+                f"{WAYS[way].title} needs {min(factors[way]):.1f} to {max(factors[way]):.1f} times "
+                "as much"
+                for way in others
+            ),
+        )
+        blocks = max(self.depths) - min(self.depths)
+        added = [(r["depths"][-1] - r["depths"][0]) / blocks / 2**20 for r in (ours, plain)]
+        one, other = (f"{size:,.0f}" if size >= 100 else f"{size:.3g}" for size in added)
+        deep = Finding(
+            claim="Memory hardly grows with depth",
+            holds=added[0] < _HARDLY * added[1],
+            evidence=(
+                f"one more block of {self.backbone}: {one} MiB instead of {other}, its parameters "
+                "and their gradients included"
+            ),
+        )
+        rivals = [result["fits"] for way, result in close.items() if way != "ours"]
+        pairs = zip(sorted(self.cards), ours["fits"], plain["fits"], strict=True)
+        longer = Finding(
+            claim="Longer clips fit",
+            holds=all(f > max(theirs) for f, *theirs in zip(ours["fits"], *rivals, strict=True)),
+            evidence="; ".join(
+                f"{card:g} GiB: {frames} frames instead of {fewer}" for card, frames, fewer in pairs
+            ),
+        )
+        if not processes:
+            return [less, least, deep, longer]
+        grown = {way: result["measured"] / _MB for way, result in processes.items()}
+        fresh = Finding(
+            claim="Fresh processes grow as predicted: ours least, plain most",
+            holds=grown["ours"] < grown["checkpointed"] < grown["plain"],
+            evidence=", ".join(f"{WAYS[way].title} {size:.0f} MB" for way, size in grown.items()),
+        )
+        return [less, least, deep, longer, fresh]
+
+    def _over_frames(self, close: ByWay, title: str) -> Figure:
+        """Draw memory against frames, and the longest clip that fits the memory of each GPU."""
+        figure, left, right = _two_panels(title)
+        curves = {WAYS[way].title: _in_gib(result["frames"]) for way, result in close.items()}
+        near = [card for card in self.cards if card < 2 * max(map(max, curves.values()))]
+        for card in near:
+            left.axhline(card, color="0.6", linewidth=0.9, linestyle=(0, (5, 3)))
+            left.annotate(
+                f"a GPU of {card:g} GiB",
+                (0, card),
+                xytext=(5, 2),
+                textcoords="offset points",
+                fontsize=8,
+                color="0.4",
+            )
+        left.set(xlabel="frames of the clip", ylabel=_PEAK)
+        left.set_title("Memory of a training step", loc="left", fontweight="bold")
+        lines(left, sorted(self.frames), curves, unit="GiB", at_least=max(near, default=0))
+        _fitting(right, close, sorted(self.cards))
+        return figure
+
+    def _over_depth(self, found: Mapping[str, ByWay], title: str) -> Figure:
+        """Draw memory against depth, and memory of all backbones."""
+        figure, left, right = _two_panels(title)
+        left.set(xlabel=f"blocks of the deepest stage of {self.backbone}", ylabel=_PEAK)
+        curves = {
+            WAYS[way].title: _in_gib(result["depths"])
+            for way, result in found[self.backbone].items()
+        }
+        left.set_title("Memory against depth", loc="left", fontweight="bold")
+        lines(left, sorted(self.depths), curves, unit="GiB")
+        _bars(right, found)
+        return figure
 
 
 def quick() -> Memory:
@@ -208,105 +328,91 @@ def peaks(
     depths: Sequence[int],
     cards: Sequence[float],
 ) -> dict[str, Any]:
-    """Predict peaks of a step in one way, and measure one if there is a GPU.
+    """Predict peaks of a step of a backbone in one way, and measure one if there is a GPU.
 
-    Args:
-        backbone: name in the table of backbones.
-        way: key of `WAYS`.
-        size: height and width of a frame.
-        precision: number format of the branches.
-        frames: lengths of the clip; depths are compared and the GPU is measured with the longest.
-        depths: numbers of blocks of the deepest stage.
-        cards: memory in GiB that a clip is to fit.
+    The depths of the deepest stage are compared, and the GPU is measured, with the longest clip.
 
     Returns:
         Bytes for each of `frames` and of `depths`; in "parts", the parts of the longest clip's
-        bytes; in "fits", frames for each of `cards`; in "measured", bytes or the reason why there
-        are none.
+        bytes; in "fits", frames for each of `cards`, which are GiB; in "measured", bytes or the
+        reason why there are none.
     """
     work = Workload(frames=max(frames), size=size, precision=precision)
     planner = Planner(backbone_alone(backbone, work))
+    measured = (planner.measure(way) or OUT_OF_MEMORY) if torch.cuda.is_available() else NO_GPU
     return {
         "frames": [planner.peak(way, frames=count) for count in frames],
         "parts": asdict(planner.predict(way)),
         "depths": [planner.peak(way, depth=depth) for depth in depths],
         "fits": [planner.frames_that_fit(way, int(card * GIBIBYTE)) for card in cards],
-        "measured": _measured(planner, way),
+        "measured": measured,
     }
 
 
-def _measured(planner: Planner, way: str) -> int | str:
-    if not torch.cuda.is_available():
-        return NO_GPU
-    size = planner.measure(way)
-    return OUT_OF_MEMORY if size is None else size
+# glibc keeps freed blocks below a threshold that it raises as it goes; with a fixed one, larger
+# blocks return to the system at once, and resident memory follows the tensors.
+FOLLOWING = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
-# Tables, metrics and verdicts.
+def resident(*, model: str, step: Mapping[str, Any], way: str) -> dict[str, int]:
+    """Measure and predict the bytes that a step adds to a fresh process that built its model.
 
+    Args:
+        model: key of `MODELS`.
+        step: fields of a `Workload`.
+        way: key of `WAYS`.
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Numbers:
-    """Results of all backbones, of one of them by the size of a frame, and of fresh processes.
-
-    Frames, depths and cards are in ascending order; all else was predicted with the most frames.
+    Returns:
+        Bytes: predicted, measured, and measured with the default settings of the allocator;
+        parameters and frames are not in them.
     """
+    command = [sys.executable, "-c", _PROCESS, model, json.dumps(step), way]
+    variables = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
-    backbone: str
-    frames: Sequence[int]
-    depths: Sequence[int]
-    cards: Sequence[float]
-    backbones: Mapping[str, ByWay]
-    sizes: Mapping[int, ByWay]
-    processes: ByWay
+    def added(environment: Mapping[str, str]) -> int:
+        output = subprocess.check_output(command, env={**variables, **environment})  # noqa: S603 - Python
+        return int(output)
 
-    @property
-    def close(self) -> ByWay:
-        """Results of the backbone that is varied."""
-        return self.backbones[self.backbone]
-
-
-def _tables(found: _Numbers) -> Tables:
-    close, step = found.close, f"{found.backbone}, {found.frames[-1]} frames"
-    by_size = {way: [ways[way] for ways in found.sizes.values()] for way in close}
-    parts = ("peak", "activations", "parameters", "gradients", "inputs")
-    made = {
-        f"Peak of a step with {found.frames[-1]} frames": _by_backbone(found.backbones),
-        f"{found.backbone}: predicted peak, by frames": _over(
-            [f"{count} frames, GiB" for count in found.frames],
-            close,
-            lambda result: _in_gib(result["frames"]),
-        ),
-        f"{step}: predicted peak, by height and width": _over(
-            [f"{size} px, GiB" for size in found.sizes],
-            by_size,
-            lambda results: _in_gib([_last(result) for result in results]),
-        ),
-        f"{step}: predicted peak, by blocks of the deepest stage": _over(
-            [f"{depth} blocks, GiB" for depth in found.depths],
-            close,
-            lambda result: _in_gib(result["depths"]),
-        ),
-        f"{step}: predicted bytes, each kind when it is most": _over(
-            [f"{part}, GiB" for part in parts],
-            close,
-            lambda result: _in_gib([result["parts"][part] for part in parts]),
-        ),
-        f"{found.backbone}: frames of the longest clip that fits": _over(
-            [f"{card:g} GiB" for card in found.cards], close, lambda result: result["fits"]
-        ),
+    memory = predicted_step(model, Workload(**step), way)
+    return {
+        "predicted": memory.peak - memory.parameters - memory.buffers - memory.inputs,
+        "measured": added(FOLLOWING),
+        "allocator's default": added({}),
     }
-    if found.processes:
-        columns = ("predicted", "measured", "allocator's default")
-        made["A small step on the CPU: what it adds to a fresh process"] = _over(
-            [f"{column}, MB" for column in columns],
-            found.processes,
-            lambda result: [result[column] / _MB for column in columns],
-        )
-    return made
 
 
-def _by_backbone(backbones: Mapping[str, ByWay]) -> list[Row]:
+def predicted_step(model: str, work: Workload, way: str) -> StepMemory:
+    """Predict the memory of a step of a model of `MODELS`."""
+    with prepared(build(model), WAYS[way].prepare) as network:
+        return predict_peak(network, *work.inputs(), step=work.forward)
+
+
+_PROCESS = """
+import json, sys
+from pipelines.experiments.memory import added_here
+model, step, way = sys.argv[1:]
+print(added_here(model, json.loads(step), way))
+"""
+
+
+def added_here(model: str, step: Mapping[str, Any], way: str) -> int:
+    """Measure the bytes by which this process grows at most over one step; see `resident`."""
+    work = Workload(**step)
+    network, inputs = build(model), work.noise()
+    # Load the code of matrix products and convolutions into memory.
+    nn.Linear(8, 8)(torch.randn(2, 8)).sum().backward()
+    video, weights = torch.randn(1, 3, 4, 8, 8), torch.randn(4, 3, 2, 4, 4)
+    nn.functional.conv3d(video, weights, stride=(2, 4, 4))
+    with prepared(network, WAYS[way].prepare), MemoryMeter() as meter:
+        before = psutil.Process().memory_info().rss
+        work.step(network, *inputs)
+    return meter.rss_peak - before
+
+
+# Tables and pictures.
+
+
+def _by_backbone(found: Mapping[str, ByWay]) -> list[Row]:
     rows = [
         {
             "backbone": name,
@@ -315,7 +421,7 @@ def _by_backbone(backbones: Mapping[str, ByWay]) -> list[Row]:
             "of plain": _last(result) / _last(ways["plain"]),
             "measured, GiB": _size(result),
         }
-        for name, ways in backbones.items()
+        for name, ways in found.items()
         for way, result in ways.items()
     ]
     if all(row["measured, GiB"] == NO_GPU for row in rows):
@@ -324,20 +430,22 @@ def _by_backbone(backbones: Mapping[str, ByWay]) -> list[Row]:
     return rows
 
 
+def _over(columns: Sequence[str], found: Mapping[str, Sequence[float]]) -> list[Row]:
+    """Tabulate one row per way; its values are those of the columns."""
+    return [
+        {"training": WAYS[way].title} | dict(zip(columns, values, strict=True))
+        for way, values in found.items()
+    ]
+
+
 def _size(result: Result) -> float | str:
     """Return the measured GiB, or the reason why there are none."""
     size = result["measured"]
     return size if isinstance(size, str) else size / GIBIBYTE
 
 
-def _over(
-    columns: Sequence[str], found: ByWay, values: Callable[[Result], Sequence[float]]
-) -> list[Row]:
-    """Tabulate one row per way; `values` gives the columns of a result."""
-    return [
-        {"training": WAYS[way].title} | dict(zip(columns, values(result), strict=True))
-        for way, result in found.items()
-    ]
+def _text(size: float | str) -> str:
+    return size if isinstance(size, str) else f"{size:.3g} GiB"
 
 
 def _last(result: Result) -> int:
@@ -345,143 +453,8 @@ def _last(result: Result) -> int:
     return int(result["frames"][-1])
 
 
-def _in_gib(sizes: Sequence[int]) -> list[float]:
+def _in_gib(sizes: Iterable[int]) -> list[float]:
     return [size / GIBIBYTE for size in sizes]
-
-
-def _metrics(found: _Numbers) -> dict[str, float]:
-    sizes = {
-        f"memory/{name}/{way}_gib": _last(result) / GIBIBYTE
-        for name, ways in found.backbones.items()
-        for way, result in ways.items()
-    }
-    fits = {
-        f"memory/{found.backbone}/{way}_frames_in_{card:g}_gib": float(frames)
-        for way, result in found.close.items()
-        for card, frames in zip(found.cards, result["fits"], strict=True)
-    }
-    return sizes | fits
-
-
-def _findings(found: _Numbers) -> list[Finding]:
-    made = [_less_than_plain(found), _less_than_the_others(found), _depth(found), _longer(found)]
-    return [*made, _processes(found.processes)] if found.processes else made
-
-
-def _less_than_plain(found: _Numbers) -> Finding:
-    factors = {name: _factor(ways, "plain") for name, ways in found.backbones.items()}
-    ours, plain = found.close["ours"], found.close["plain"]
-    sizes = f"{_last(ours) / GIBIBYTE:.3g} GiB instead of {_last(plain) / GIBIBYTE:.3g}"
-    if ours["measured"] != NO_GPU:
-        sizes += f" (measured: {_text(_size(ours))} instead of {_text(_size(plain))})"
-    others = ", ".join(f"{name} {factor:.1f}" for name, factor in factors.items())
-    return Finding(
-        claim="Memory consumption is reduced",
-        holds=min(factors.values()) > 1,
-        evidence=(
-            f"{found.backbone}, {found.frames[-1]} frames: {sizes}; plain needs so many times as "
-            f"much: {others}"
-        ),
-    )
-
-
-def _text(size: float | str) -> str:
-    return size if isinstance(size, str) else f"{size:.3g} GiB"
-
-
-def _less_than_the_others(found: _Numbers) -> Finding:
-    evidence, holds = [], True
-    for way in ("checkpointed", "naive"):
-        factors = [_factor(ways, way) for ways in found.backbones.values()]
-        holds = holds and min(factors) > 1
-        needs = f"{min(factors):.1f} to {max(factors):.1f} times as much"
-        evidence.append(f"{WAYS[way].title} needs {needs}")
-    return Finding(
-        claim="It is less than with checkpoints, and than rewiring alone needs",
-        holds=holds,
-        evidence=", ".join(evidence),
-    )
-
-
-def _factor(ways: ByWay, way: str) -> float:
-    return _last(ways[way]) / _last(ways["ours"])
-
-
-def _depth(found: _Numbers) -> Finding:
-    blocks = found.depths[-1] - found.depths[0]
-    added = {
-        way: (result["depths"][-1] - result["depths"][0]) / blocks / 2**20
-        for way, result in found.close.items()
-    }
-    ours, plain = (f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in (added["ours"], added["plain"]))
-    return Finding(
-        claim="Memory hardly grows with depth",
-        holds=added["ours"] < _HARDLY * added["plain"],
-        evidence=(
-            f"one more block of {found.backbone}: {ours} MiB instead of {plain}, its parameters "
-            "and their gradients included"
-        ),
-    )
-
-
-def _longer(found: _Numbers) -> Finding:
-    fits = {way: result["fits"] for way, result in found.close.items()}
-    others = [way for way in fits if way != "ours"]
-    pairs = zip(found.cards, fits["ours"], fits["plain"], strict=True)
-    return Finding(
-        claim="Longer clips fit",
-        holds=all(
-            ours > max(fits[way][i] for way in others) for i, ours in enumerate(fits["ours"])
-        ),
-        evidence="; ".join(
-            f"{card:g} GiB: {ours} frames instead of {plain}" for card, ours, plain in pairs
-        ),
-    )
-
-
-def _processes(found: ByWay) -> Finding:
-    sizes = {way: result["measured"] / _MB for way, result in found.items()}
-    return Finding(
-        claim="Fresh processes grow as predicted: ours least, plain most",
-        holds=sizes["ours"] < sizes["checkpointed"] < sizes["plain"],
-        evidence=", ".join(f"{WAYS[way].title} {size:.0f} MB" for way, size in sizes.items()),
-    )
-
-
-# Pictures.
-
-
-def _over_frames(found: _Numbers, title: str) -> Figure:
-    """Draw memory against frames, and the longest clip that fits the memory of each GPU."""
-    figure, left, right = _two_panels(title)
-    curves = {WAYS[way].title: _in_gib(result["frames"]) for way, result in found.close.items()}
-    near = [card for card in found.cards if card < 2 * max(map(max, curves.values()))]
-    for card in near:
-        left.axhline(card, color="0.6", linewidth=0.9, linestyle=(0, (5, 3)))
-        left.annotate(
-            f"a GPU of {card:g} GiB",
-            (0, card),
-            xytext=(5, 2),
-            textcoords="offset points",
-            fontsize=8,
-            color="0.4",
-        )
-    left.set(xlabel="frames of the clip", ylabel=_PEAK)
-    left.set_title("Memory of a training step", loc="left", fontweight="bold")
-    lines(left, found.frames, curves, unit="GiB", at_least=max(near, default=0))
-    _fitting(right, found)
-    return figure
-
-
-def _over_depth(found: _Numbers, title: str) -> Figure:
-    """Draw memory against depth, and memory of all backbones."""
-    figure, left, right = _two_panels(title)
-    left.set(xlabel=f"blocks of the deepest stage of {found.backbone}", ylabel=_PEAK)
-    curves = {WAYS[way].title: _in_gib(result["depths"]) for way, result in found.close.items()}
-    left.set_title("Memory against depth", loc="left", fontweight="bold")
-    lines(left, found.depths, curves, unit="GiB")
-    _bars(right, found)
-    return figure
 
 
 def _two_panels(title: str) -> tuple[Figure, Axes, Axes]:
@@ -491,10 +464,10 @@ def _two_panels(title: str) -> tuple[Figure, Axes, Axes]:
     return figure, left, right
 
 
-def _fitting(axes: Axes, found: _Numbers) -> None:
+def _fitting(axes: Axes, close: ByWay, cards: Sequence[float]) -> None:
     """Draw a row for each GPU, with a dot for each way at the longest clip that fits."""
-    for row in range(len(found.cards)):
-        fits = {way: r["fits"][row] for way, r in found.close.items() if r["fits"][row]}
+    for row in range(len(cards)):
+        fits = {way: r["fits"][row] for way, r in close.items() if r["fits"][row]}
         axes.plot([min(fits.values()), max(fits.values())], [row, row], color="0.8", zorder=1)
         for way, frames in fits.items():
             ours = way == "ours"
@@ -510,10 +483,10 @@ def _fitting(axes: Axes, found: _Numbers) -> None:
                 color=colour,
                 fontweight="bold" if ours else "normal",
             )
-    rows = range(len(found.cards))
+    rows = range(len(cards))
     axes.set_title("Longest clip that fits a GPU", loc="left", fontweight="bold")
     axes.set(xscale="log", xlabel="frames")
-    axes.set(yticks=rows, yticklabels=[f"{card:g} GiB" for card in found.cards])
+    axes.set(yticks=rows, yticklabels=[f"{card:g} GiB" for card in cards])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.margins(x=0.1)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -523,16 +496,16 @@ def _fitting(axes: Axes, found: _Numbers) -> None:
     axes.grid(visible=False, axis="y")
 
 
-def _bars(axes: Axes, found: _Numbers) -> None:
+def _bars(axes: Axes, found: Mapping[str, ByWay]) -> None:
     """Draw a bar for each way and backbone."""
-    for row, way in enumerate(found.close):
+    for row, way in enumerate(KEEPING):
         colour = COLOURS[WAYS[way].title]
-        values = _in_gib([_last(ways[way]) for ways in found.backbones.values()])
+        values = _in_gib([_last(ways[way]) for ways in found.values()])
         places = [place + 0.21 * (row - 1.5) for place in range(len(values))]
         bars = axes.barh(places, values, 0.19, color=colour)
         axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=8, color=colour)
     axes.set_title("Memory of other backbones", loc="left", fontweight="bold")
-    axes.set(yticks=range(len(found.backbones)), yticklabels=list(found.backbones), xlabel=_PEAK)
+    axes.set(yticks=range(len(found)), yticklabels=list(found), xlabel=_PEAK)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     tidy(axes)

@@ -1,6 +1,7 @@
 """Networks that experiments train: whole models, and stacks of residual blocks of any depth."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import cycle, islice
 
 import torch
@@ -18,30 +19,6 @@ from re2tal.backbones.slowfast.blocks import Bottleneck
 from re2tal.reversible import Branch, branches
 
 
-def _swin(*depths: int) -> nn.Module:
-    model: nn.Module = SwinTransformer3d(
-        patch_size=[2, 4, 4],
-        embed_dim=96,
-        depths=list(depths),
-        num_heads=[3, 6, 12, 24],
-        window_size=[8, 7, 7],
-        stochastic_depth_prob=0.1,
-    )
-    return model
-
-
-def _toy_swin() -> nn.Module:
-    model: nn.Module = SwinTransformer3d(
-        patch_size=[2, 4, 4],
-        embed_dim=8,
-        depths=[2, 2],
-        num_heads=[2, 2],
-        window_size=[2, 4, 4],
-        num_classes=3,
-    )
-    return model
-
-
 def _slowfast(config: SlowFastConfig) -> nn.Module:
     """Make a SlowFast with branches as small as those of a trained network.
 
@@ -57,11 +34,27 @@ def _slowfast(config: SlowFastConfig) -> nn.Module:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "swin3d_t": swin3d_t,
-    "swin3d_t with 12 blocks in stage 3": lambda: _swin(2, 2, 12, 2),
+    "swin3d_t with 12 blocks in stage 3": partial(
+        SwinTransformer3d,
+        patch_size=[2, 4, 4],
+        embed_dim=96,
+        depths=[2, 2, 12, 2],
+        num_heads=[3, 6, 12, 24],
+        window_size=[8, 7, 7],
+        stochastic_depth_prob=0.1,
+    ),
     "slowfast_50": lambda: _slowfast(slowfast_50()),
     "slowfast_101": lambda: _slowfast(slowfast_101()),
     "r3d_18": r3d_18,
-    "toy_swin": _toy_swin,
+    "toy_swin": partial(
+        SwinTransformer3d,
+        patch_size=[2, 4, 4],
+        embed_dim=8,
+        depths=[2, 2],
+        num_heads=[2, 2],
+        window_size=[2, 4, 4],
+        num_classes=3,
+    ),
 }
 
 
@@ -82,11 +75,7 @@ Stack = tuple[nn.Sequential, Tensor]
 
 
 class MlpBlock(nn.Module):
-    """``x + two(gelu(one(norm(x))))`` for x ``(B, C)``.
-
-    Args:
-        width: C.
-    """
+    """``x + two(gelu(one(norm(x))))`` for x ``(B, width)``."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -33,9 +33,6 @@ class Subject:
     """Model whose training step is predicted.
 
     Attributes:
-        name: title.
-        work: input of its step.
-        backbone: configuration of its backbone.
         unit: number of frames of which windows are multiples.
         assemble: function that makes a detector with a given backbone, not rewired.
     """
@@ -53,11 +50,7 @@ class Subject:
         return deepest
 
     def build(self, depth: int) -> Detector[Any, Any]:
-        """Make the detector in training mode, not rewired, with random weights.
-
-        Args:
-            depth: number of blocks of the deepest stage.
-        """
+        """Make the detector, not rewired, with random weights and a deepest stage of that depth."""
         depths = list(self.backbone.depths)
         depths[depths.index(self.depth)] = depth
         return self.assemble(replace(self.backbone, depths=tuple(depths))).train()
@@ -129,11 +122,7 @@ def _check_depths(config: Any) -> None:
 
 @dataclass
 class Planner:
-    """Predictor of the memory of steps, with a cache; its ways to train are keys of `WAYS`.
-
-    Attributes:
-        subject: model whose step is predicted.
-    """
+    """Predictor of the memory of a model's steps in all ways of `WAYS`, with a cache."""
 
     subject: Subject
     _detectors: dict[str, Detector[Any, Any]] = field(default_factory=dict)
@@ -154,13 +143,7 @@ class Planner:
     def predict(
         self, way: str, *, frames: int | None = None, depth: int | None = None
     ) -> StepMemory:
-        """Predict the memory of a step.
-
-        Args:
-            way: way to train.
-            frames: length of a window; by default the subject's.
-            depth: number of blocks of the deepest stage; by default the subject's.
-        """
+        """Predict the memory of a step, by default with the subject's frames and depth."""
         key = way, frames or self.subject.work.frames, depth or self.subject.depth
         if key not in self._steps:
             work = replace(self.subject.work, frames=key[1])
@@ -213,13 +196,12 @@ class Planner:
         return [(n, self.peak(way, depth=n)) for n in (depth, 2 * depth, 3 * depth)]
 
     def _detector(self, way: str, depth: int) -> Detector[Any, Any]:
-        if depth != self.subject.depth:
-            return self._prepared(self.subject.build(depth), way)
-        if way not in self._detectors:
+        if depth == self.subject.depth and way in self._detectors:
+            return self._detectors[way]
+        if depth == self.subject.depth:  # the same weights in all ways
             plain = self._detectors.setdefault(PLAIN, self.subject.build(depth))
-            self._detectors[way] = self._prepared(copy.deepcopy(plain), way)
-        return self._detectors[way]
-
-    def _prepared(self, plain: Detector[Any, Any], way: str) -> Detector[Any, Any]:
-        prepare(plain.backbone, way, for_gpu=True)
-        return plain
+            detector = self._detectors[way] = copy.deepcopy(plain)
+        else:
+            detector = self.subject.build(depth)
+        prepare(detector.backbone, way, for_gpu=True)
+        return detector

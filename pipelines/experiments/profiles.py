@@ -20,10 +20,9 @@ from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import RECIPES
 from pipelines.core.tracking import finishing, start_run
 from pipelines.experiments.experiment import Row, Section, device
-from pipelines.experiments.harness import Chapter, circumstances, name_of, write
+from pipelines.experiments.harness import Chapter, circumstances, log_results, name_of, write
 from pipelines.experiments.pictures import COLOURS, tidy
 from pipelines.experiments.planner import Planner, Subject, backbone_alone, of_recipe
-from pipelines.experiments.tracked import log_results
 from pipelines.training.workload import Workload
 from re2tal.errors import UserError
 from re2tal.memory import Breakdown, Origin
@@ -95,11 +94,7 @@ class BackboneProfile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecipeProfile:
-    """The detector of a recipe.
-
-    Attributes:
-        recipe: the recipe.
-    """
+    """The detector of a recipe."""
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     questions: Annotated[Questions, tyro.conf.arg(name="")] = Questions()
@@ -128,13 +123,7 @@ Asked = BackboneProfile | RecipeProfile
 
 
 def parse(arguments: Sequence[str], description: str = "", *, prog: str = "memory.py") -> Asked:
-    """Read the command line: a recipe's name and its fields, or a backbone and a step.
-
-    Args:
-        arguments: arguments without the program's name.
-        description: text above the help.
-        prog: name of the program.
-    """
+    """Read the command line: a recipe's name and its fields, or a backbone and a step."""
     listed = "\n".join(f"  {name}" for name in RECIPES)
     option = "--model.backbone"
     description = f"{description}\nRecipes:\n\n{listed}\n\n{choices_help(option)}\n"
@@ -154,7 +143,6 @@ class Profile:
     """Predictions and measurements of one way to train.
 
     Attributes:
-        predicted: predicted peak.
         measured: bytes on the GPU; None where there is no GPU or it has too little memory.
         fits: frames of the longest window within the given memory.
         frames: points of a curve: frames of a window, and bytes.
@@ -215,14 +203,7 @@ def main(arguments: Sequence[str], description: str) -> None:
 def section(
     subject: Subject, found: Mapping[str, Profile], budget: int | None, blocks: Sequence[str]
 ) -> Section:
-    """Report on a step.
-
-    Args:
-        subject: model whose step it is.
-        found: profiles by way to train.
-        budget: bytes of memory that the longest window was to fit.
-        blocks: names of residual blocks; those in one container are put together.
-    """
+    """Report on a step in all ways; residual blocks in one container are put together."""
     peaks = [_peak(WAYS[way].title, one, budget) for way, one in found.items()]
     parts: list[Row] = [
         {
@@ -273,12 +254,7 @@ def _peak(title: str, found: Profile, budget: int | None) -> Row:
 
 
 def rows(found: Breakdown, blocks: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """List the parts of a peak, the largest first: a few rows and the rest.
-
-    Args:
-        found: parts of the peak.
-        blocks: see `section`.
-    """
+    """List the parts of a peak, the largest first: a few rows and the rest; see `section`."""
     sums: Counter[str] = Counter()
     for origin, size in found.parts:
         sums[_what(origin, blocks)] += size

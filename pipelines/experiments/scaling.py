@@ -1,10 +1,4 @@
-"""Time of a step with more workers, and the share of it that exchanging gradients takes.
-
-The toy recipe's detector, rewired, trains on frames in memory. Every round times a step with and
-one without exchange of gradients, one after the other, on all workers; the difference is the
-communication that backward does not hide. Then each worker decodes the frames of a step from a toy
-video: the cost of the data per core. One thread a worker.
-"""
+"""Experiment `scaling`: workers that exchange gradients, on one machine."""
 
 import tempfile
 import time
@@ -30,11 +24,18 @@ from re2tal.videos.decoding import decode
 
 CLASSES = ("bounce", "orbit", "shake", "spin", "zigzag")
 
+Batch = tuple[Tensor, Tensor, list[Targets]]
 
-def measure(
+
+def measure_scaling(
     *, workers: Sequence[int] = (1, 2, 4), rounds: int = 9, frames: int = 128, size: int = 64
 ) -> Tables:
-    """Time steps of several numbers of workers.
+    """Time of a step with more workers, and the share of it that exchanging gradients takes.
+
+    The toy recipe's detector, rewired, trains on frames in memory. Every round times a step with
+    and one without exchange of gradients, one after the other, on all workers; the difference is
+    the communication that backward does not hide. Then each worker decodes the frames of a step
+    from a toy video: the cost of the data per core. One thread a worker.
 
     Args:
         workers: numbers of processes; the others are compared with the first.
@@ -88,11 +89,9 @@ def _worker(rank: int, count: int, rounds: int, frames: int, size: int, folder: 
     dist.destroy_process_group()
 
 
-def _batch(frames: int, size: int) -> tuple[Tensor, Tensor, list[Targets]]:
+def _batch(frames: int, size: int) -> Batch:
     video = torch.randint(0, 256, (1, frames, size, size, 3), dtype=torch.uint8)
-    targets = Targets(
-        segments=torch.from_numpy(np.array([[5.0, 20.0]], np.float32)), labels=torch.tensor([1])
-    )
+    targets = Targets(segments=torch.tensor([[5.0, 20.0]]), labels=torch.tensor([1]))
     return video, torch.ones(1, frames, dtype=torch.bool), [targets]
 
 
@@ -102,7 +101,7 @@ def _together() -> float:
     return time.perf_counter()
 
 
-def _step(model: nn.Module, batch: tuple[Tensor, Tensor, list[Targets]]) -> float:
+def _step(model: nn.Module, batch: Batch) -> float:
     model.zero_grad(set_to_none=True)
     began = _together()
     losses: dict[str, Tensor] = model(*batch)
@@ -111,7 +110,7 @@ def _step(model: nn.Module, batch: tuple[Tensor, Tensor, list[Targets]]) -> floa
     return time.perf_counter() - began
 
 
-def _alone(model: DistributedDataParallel, batch: tuple[Tensor, Tensor, list[Targets]]) -> float:
+def _alone(model: DistributedDataParallel, batch: Batch) -> float:
     with model.no_sync():
         return _step(model, batch)
 

@@ -1,9 +1,4 @@
-"""Shards: their size, and the speed with which training reads windows from them.
-
-The same windows are decoded from the raw file and from a shard, as a decoding task does it, in one
-process and with one thread. Each round measures all of them, in another order, and a ratio is the
-median over the rounds.
-"""
+"""Experiment `shards`, against raw files."""
 
 import tempfile
 import time
@@ -11,12 +6,18 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from pipelines.data.shard_writing import ShardTask, write_shard
 from pipelines.data.shards import ShardSettings, video_uri
-from pipelines.experiments.experiment import Tables
-from pipelines.experiments.footage import HEIGHT, WIDTH, Footage, decoded, windows_of
+from pipelines.experiments.experiment import Row, Tables
+from pipelines.experiments.footage import (
+    HEIGHT,
+    WIDTH,
+    Footage,
+    decoded,
+    frames_a_second,
+    windows_of,
+)
 from pipelines.experiments.timing import in_turns, ratios
 from re2tal.annotations import VideoAnnotation
 from re2tal.videos.transcoding import TranscodeConfig
@@ -42,8 +43,14 @@ SAMPLINGS: Mapping[str, tuple[int, float | None]] = {
 """Frames of a window, and frames per second; None spreads them over the whole video."""
 
 
-def measure(*, seconds: int = 120, rounds: int = 7, windows: int = 4, size: int = 224) -> Tables:
-    """Measure sizes, and frames per second.
+def measure_shards(
+    *, seconds: int = 120, rounds: int = 7, windows: int = 4, size: int = 224
+) -> Tables:
+    """Shards: their size, and the speed with which training reads windows from them.
+
+    The same windows are decoded from the raw file and from a shard, as a decoding task does it, in
+    one process and with one thread. Each round measures all of them, in another order, and a ratio
+    is the median over the rounds.
 
     Args:
         seconds: length of the video.
@@ -51,22 +58,17 @@ def measure(*, seconds: int = 120, rounds: int = 7, windows: int = 4, size: int 
         windows: number of windows decoded in each round, where they do not span the whole video.
         size: side of the square frames in pixels.
     """
-    with tempfile.TemporaryDirectory() as name:
-        raw = Path(name) / f"{_ID}.mp4"
+    speeds: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / f"{_ID}.mp4"
         FOOTAGE.write(raw, seconds * FOOTAGE.fps)
-        made = {title: _write(raw, title, seconds) for title in SHARDS}
-        sizes = [row for row, _ in made.values()]
-        uris = {_RAW: str(raw)} | {title: uri for title, (_, uri) in made.items()}
-        speeds = [
-            {"windows": title, **row}
-            for title, (frames, fps) in SAMPLINGS.items()
-            for row in _compare(
-                uris,
-                windows_of(_ID, seconds, frames=frames, fps=fps, count=windows),
-                size=size,
-                rounds=rounds,
-            )
-        ]
+        uris = {title: str(raw.parent / title / "part-00000.parquet") for title in SHARDS}
+        sizes = [_write(raw, uri, title, seconds) for title, uri in uris.items()]
+        places = {_RAW: str(raw)} | {title: video_uri(uri, _ID) for title, uri in uris.items()}
+        for title, (frames, fps) in SAMPLINGS.items():
+            drawn = windows_of(_ID, seconds, frames=frames, fps=fps, count=windows)
+            rows = _compare(places, drawn, size=size, rounds=rounds)
+            speeds += [{"windows": title, **row} for row in rows]
     what = f"{seconds} s of H.264, {WIDTH}x{HEIGHT}, {FOOTAGE.fps} frames/s, a key frame every 250"
     return {
         f"Size, from {what}": sizes,
@@ -74,13 +76,11 @@ def measure(*, seconds: int = 120, rounds: int = 7, windows: int = 4, size: int 
     }
 
 
-def _write(raw: Path, title: str, seconds: int) -> tuple[dict[str, Any], str]:
-    """Write a shard; return a row about it, and the URI of the video in it."""
-    settings = ShardSettings(fingerprint="", subsets=("training",), transcode=SHARDS[title])
-    uri = str(raw.parent / title / "part-00000.parquet")
+def _write(raw: Path, uri: str, title: str, seconds: int) -> Row:
+    """Write a shard of the raw video; return a row about it."""
     task = ShardTask(
         uri=uri,
-        settings=settings,
+        settings=ShardSettings(fingerprint="", subsets=("training",), transcode=SHARDS[title]),
         videos=(VideoAnnotation(video_id=_ID, subset="training", duration=float(seconds)),),
         sources={_ID: str(raw)},
         missing={},
@@ -89,25 +89,23 @@ def _write(raw: Path, title: str, seconds: int) -> tuple[dict[str, Any], str]:
     write_shard(task)
     took = time.perf_counter() - before
     before_bytes, after = raw.stat().st_size, Path(uri).stat().st_size
-    row = {
+    return {
         "shards": title,
         "raw, MB": before_bytes / 1e6,
         "shard, MB": after / 1e6,
         "of raw": after / before_bytes,
         "seconds of video encoded a second": seconds / took,
     }
-    return row, video_uri(uri, _ID)
 
 
 def _compare(
     uris: Mapping[str, str], windows: Sequence[Window], *, size: int, rounds: int
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Return a row for each of the shards; each round measures the raw file and all of them."""
     ways = {}
     for name, uri in uris.items():
-        rows = [{"index": i, "window": w, "uri": uri} for i, w in enumerate(windows)]
-        decoded(rows[:1], size=size)  # libraries are loaded and the shards are open
-        ways[name] = partial(_speed, rows, size)
+        decoded(uri, windows[:1], size=size)  # libraries are loaded and the shards are open
+        ways[name] = partial(frames_a_second, partial(decoded, uri, windows, size=size))
     speeds = in_turns(ways, rounds, before=0)
     raw = speeds.pop(_RAW)
     return [
@@ -120,9 +118,3 @@ def _compare(
         }
         for name, of_shards in speeds.items()
     ]
-
-
-def _speed(rows: Sequence[dict[str, Any]], size: int) -> float:
-    before = time.perf_counter()
-    frames = decoded(rows, size=size)
-    return frames / (time.perf_counter() - before)

@@ -1,11 +1,14 @@
-"""The paper's fifth question: what reversible training costs in time.
+"""The paper's fifth question: what reversible training costs in time, and `verify` within it.
 
 Each way to train takes its turn in every round, on one model in one process, so that the ratios of
 a round tell the ways apart whatever else the machine does.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -18,23 +21,27 @@ from pipelines.experiments.experiment import (
     Result,
     Row,
     Section,
+    Tables,
     device,
     refuse_unknown,
 )
 from pipelines.experiments.harness import name_of
-from pipelines.experiments.models import MODELS, build, swin_stack
+from pipelines.experiments.models import LONG, MODELS, SMALL, build, swin_stack
 from pipelines.experiments.pictures import COLOURS, lines, tidy
-from pipelines.experiments.timing import Times, compared, paired
+from pipelines.experiments.timing import Times, compared, paired, ratios, timed
 from pipelines.training.workload import Workload
 from re2tal.errors import UserError
 from re2tal.memory import MemoryMeter, measure_activations
 from re2tal.memory.ways import PLAIN, WAYS, prepared
+from re2tal.reversible import rewire
+from re2tal.reversible.watch import Watch, Witness
 
 _STEPS, _DEPTH = "steps", "depth"
 
 _ONE_MORE_FORWARD = 4 / 3  # times plain, if a backward takes twice as long as a forward
 _LITTLE = 0.05  # share of plain training's growth, parameters and gradients aside
 
+_MB = 1e6
 _PEAK = "peak, MB"
 _WEIGHTS = "parameters and gradients, MB"
 
@@ -49,29 +56,25 @@ class Speed:
     """Time of a training step, in five ways, and its growth with depth.
 
     Attributes:
-        models: networks of `pipelines/experiments/models.py` that a CPU trains, in float32.
-        frames: length of the one clip in the batch.
-        size: height and width of a frame.
-        gpu_models: networks that are trained instead if there is a GPU, in bfloat16.
-        gpu_frames: length of the clip on a GPU.
-        gpu_size: height and width of a frame on a GPU.
+        models: networks of `pipelines/experiments/models.py`, trained in float32 on a CPU and in
+            bfloat16 on a GPU; by default swin3d_t, and slowfast_50 on a CPU or slowfast_101 on a
+            GPU.
+        frames: length of the one clip in the batch; by default 32, on a GPU 256.
+        size: height and width of a frame; by default 112, on a GPU 224.
         depths: even numbers of residual branches of a stack of Swin blocks; perhaps none.
         grid: tokens of that stack in time, height and width on a CPU.
         rounds: number of turns of each way, at least 3.
     """
 
-    models: tuple[str, ...] = ("swin3d_t", "slowfast_50")
-    frames: int = 32
-    size: int = 112
-    gpu_models: tuple[str, ...] = ("swin3d_t", "slowfast_101")
-    gpu_frames: int = 256
-    gpu_size: int = 224
+    models: tuple[str, ...] = ()
+    frames: int | None = None
+    size: int | None = None
     depths: tuple[int, ...] = (12, 24, 48, 96)
     grid: tuple[int, int, int] = (4, 16, 16)
     rounds: int = 5
 
     def __post_init__(self) -> None:
-        refuse_unknown("model", (*self.models, *self.gpu_models), MODELS)
+        refuse_unknown("model", self.models, MODELS)
         odd = [depth for depth in self.depths if depth % 2]
         if odd:
             raise UserError(f"Depths are even, two branches per Swin block, but one is {odd[0]}.")
@@ -80,13 +83,8 @@ class Speed:
 
     def jobs(self) -> Sequence[Job]:
         """List whole models, and stacks of several depths."""
-        cpu = Workload(frames=self.frames, size=self.size)
-        gpu = Workload(frames=self.gpu_frames, size=self.gpu_size, precision="bfloat16")
-        models = {
-            "on_cpu": {"models": list(self.models), "step": asdict(cpu)},
-            "on_gpu": {"models": list(self.gpu_models), "step": asdict(gpu)},
-            "rounds": self.rounds,
-        }
+        models = {"models": list(self.models), "frames": self.frames, "size": self.size}
+        models["rounds"] = self.rounds
         stacks = {"depths": sorted(self.depths), "grid": self.grid, "rounds": self.rounds}
         found = [Job(name=_STEPS, work=steps, arguments=models, alone=True)]
         if self.depths:
@@ -98,7 +96,12 @@ class Speed:
         models, stacks = results[_STEPS], results.get(_DEPTH)
         rows = of_models(models["times"])
         tables = {f"Time of a step: {step}": r for step, r in rows.items()}
-        found, figures = _findings_of_models(models["times"]), {"speed": _ratios(rows)}
+        found = [
+            finding
+            for step, times in models["times"].items()
+            for finding in verdicts(step.partition(",")[0], times)
+        ]
+        figures = {"speed": _ratios(rows)}
         text = (
             f"A step is a forward and a backward without an optimizer, on {models['device']}. "
             f"The ways take turns in one process, in {self.rounds} rounds after one that does "
@@ -106,9 +109,9 @@ class Speed:
         )
         if stacks:
             width, grid = stacks["stage"]["width"], "x".join(map(str, stacks["stage"]["grid"]))
-            tables["Depth"] = deeper = _of_stacks(sorted(self.depths), stacks)
-            found.append(growth(deeper))
-            figures["speed_depth"] = _over_depth(deeper)
+            tables["Depth"] = _of_stacks(sorted(self.depths), stacks)
+            found.append(_growth(sorted(self.depths), stacks))
+            figures["speed_depth"] = _over_depth(tables["Depth"])
             text += (
                 " Against depth: a stack of Video Swin blocks of width "
                 f"{width} on {grid} tokens; its peak is that of the tensors, "
@@ -139,21 +142,19 @@ def quick() -> Speed:
 # The work.
 
 
-def steps(*, on_cpu: Mapping[str, Any], on_gpu: Mapping[str, Any], rounds: int) -> dict[str, Any]:
-    """Time a step of whole models.
-
-    Args:
-        on_cpu: names of models, and the fields of their `Workload`, if there is no GPU.
-        on_gpu: the same if there is a GPU.
-        rounds: number of turns of each way.
+def steps(
+    *, models: Sequence[str], frames: int | None, size: int | None, rounds: int
+) -> dict[str, Any]:
+    """Time a step of whole models; see `Speed` for the defaults.
 
     Returns:
         The device, and in "times" the seconds of every round, by step and way.
     """
-    here = device()
-    asked = on_gpu if here.type == "cuda" else on_cpu
-    work, times = Workload(**asked["step"]), {}
-    for name in asked["models"]:
+    here, times = device(), {}
+    on_gpu = here.type == "cuda"
+    usual = replace(LONG, frames=256) if on_gpu else SMALL
+    work = replace(usual, frames=frames or usual.frames, size=size or usual.size)
+    for name in models or ("swin3d_t", "slowfast_101" if on_gpu else "slowfast_50"):
         model, inputs = build(name).to(here), work.noise(here)
         step = lambda: work.step(model, *inputs)  # noqa: E731, B023
         times[f"{name}, {work}"] = paired(model, step, _PREPARE, rounds=rounds)
@@ -212,48 +213,31 @@ def _told(here: torch.device) -> dict[str, Any]:
 # Tables and verdicts.
 
 
-def of_models(times: Mapping[str, Times]) -> dict[str, list[Row]]:
+def of_models(times: Mapping[str, Times]) -> Tables:
     """Tabulate the times of each step, given by step and way."""
-    return {step: _titled(compared(of_ways, PLAIN)) for step, of_ways in times.items()}
+    return {step: _against_plain(of_ways) for step, of_ways in times.items()}
+
+
+def _against_plain(times: Times) -> list[Row]:
+    return [row | {"training": WAYS[row["training"]].title} for row in compared(times, PLAIN)]
 
 
 def _of_stacks(depths: Sequence[int], stacks: Result) -> list[Row]:
     """Tabulate one row for each depth and way."""
     columns = zip(depths, stacks["times"], stacks["peaks"], stacks["parameters"], strict=True)
     return [
-        {"branches": depth, **row, _PEAK: peaks[way] / 1e6, _WEIGHTS: 2 * weights / 1e6}
+        {"branches": depth, **row, _PEAK: peaks[way] / _MB, _WEIGHTS: 2 * weights / _MB}
         for depth, times, peaks, weights in columns
-        for way, row in zip(times, _titled(compared(times, PLAIN)), strict=True)
-    ]
-
-
-def _titled(rows: Sequence[Row]) -> list[Row]:
-    return [row | {"training": WAYS[row["training"]].title} for row in rows]
-
-
-def _findings_of_models(times: Mapping[str, Times]) -> list[Finding]:
-    return [
-        finding
-        for step, of_ways in times.items()
-        for finding in verdicts(step.partition(",")[0], of_ways)
+        for way, row in zip(times, _against_plain(times), strict=True)
     ]
 
 
 def verdicts(model: str, times: Times) -> list[Finding]:
-    """Judge ours against checkpoints and plain training.
-
-    Args:
-        model: name for the claims.
-        times: seconds of every round, by way.
-    """
+    """Judge ours against checkpoints and plain training, by the seconds of every round."""
+    more = f"{model}: ours costs at most one more forward, a third of plain training"
     return [
         _at_most(f"{model}: ours takes no longer than checkpoints", times, "checkpointed", 1),
-        _at_most(
-            f"{model}: ours costs at most one more forward, a third of plain training",
-            times,
-            PLAIN,
-            _ONE_MORE_FORWARD,
-        ),
+        _at_most(more, times, PLAIN, _ONE_MORE_FORWARD),
     ]
 
 
@@ -271,31 +255,19 @@ def _at_most(claim: str, times: Times, reference: str, limit: float) -> Finding:
     )
 
 
-def growth(deeper: Sequence[Row]) -> Finding:
-    """Judge the growth of memory from the shallowest stack to the deepest, by the table `Depth`."""
-
-    def ends(title: str, column: str) -> tuple[float, float]:
-        values = [row[column] for row in deeper if row["training"] == title]
-        return values[0], values[-1]
-
-    def grown(title: str, column: str) -> float:
-        first, last = ends(title, column)
-        return last - first
-
-    def longer(title: str) -> str:
-        first, last = ends(title, "seconds")
-        return f"{last / first:.1f} times as long"
-
-    ours, plain = WAYS["ours"].title, WAYS[PLAIN].title
-    weights = grown(plain, _WEIGHTS)
-    first, last = ends(ours, "branches")
+def _growth(depths: Sequence[int], stacks: Result) -> Finding:
+    """Judge the growth of memory from the shallowest stack to the deepest."""
+    times, peaks, weights = stacks["times"], stacks["peaks"], stacks["parameters"]
+    needed = 2 * (weights[-1] - weights[0]) / _MB
+    ours, plain = ((peaks[-1][way] - peaks[0][way]) / _MB for way in ("ours", PLAIN))
+    longer = {way: median(times[-1][way]) / median(times[0][way]) for way in ("ours", PLAIN)}
     return Finding(
         claim="In a deep stack memory grows by little more than parameters and their gradients",
-        holds=grown(ours, _PEAK) - weights < _LITTLE * (grown(plain, _PEAK) - weights),
+        holds=ours - needed < _LITTLE * (plain - needed),
         evidence=(
-            f"from {first} to {last} branches these grow by {weights:.1f} MB, ours by "
-            f"{grown(ours, _PEAK):.1f} and plain by {grown(plain, _PEAK):.1f}; a step of ours "
-            f"takes {longer(ours)}, of plain {longer(plain)}"
+            f"from {depths[0]} to {depths[-1]} branches these grow by {needed:.1f} MB, ours by "
+            f"{ours:.1f} and plain by {plain:.1f}; a step of ours takes {longer['ours']:.1f} times "
+            f"as long, of plain {longer[PLAIN]:.1f} times as long"
         ),
     )
 
@@ -344,3 +316,76 @@ def _over_depth(rows: Sequence[Row]) -> Figure:
         lines(axes, depths, curves, unit=unit)
         axes.set(xlabel="residual branches", ylabel=label)
     return figure
+
+
+# The experiment `verify`.
+
+_CHECKS: tuple[tuple[type, str], ...] = ((Watch, "witness"), (Witness, "compare"))
+
+
+def measure_verify(*, model: str = "swin3d_t", rounds: int = 25) -> Tables:
+    """Time that comparing the rebuilt inputs takes: of paired steps, and in the checks themselves.
+
+    Paired steps show only that `verify=True` costs little: with other jobs on the cores the median
+    ratio is good to about 1.5 %. So the checks are timed by themselves as well. One subtraction per
+    stage, of the streams at its bottom, is not among them. The magnitudes of the streams on the
+    grid are watched with and without `verify`.
+
+    Args:
+        model: network of `pipelines/experiments/models.py`.
+        rounds: rounds of the larger step; the small one has four times as many.
+    """
+    ways = {"without": lambda model: rewire(model, verify=False), "with": rewire}
+    sizes = {SMALL: rounds, replace(SMALL, frames=16, size=56): 4 * rounds}
+    tables: Tables = {}
+    for work, turns in sizes.items():
+        network, inputs = build(model), work.noise()
+        times = paired(network, lambda: work.step(network, *inputs), ways, rounds=turns)  # noqa: B023
+        tables[f"With and without verification: {model}, {work}"] = compared(times, "without")
+    tables["Time in the checks themselves"] = [checks_alone(model, w, rounds=15) for w in sizes]
+    return tables
+
+
+def checks_alone(model: str, work: Workload, rounds: int) -> Row:
+    """Measure the seconds that a step spends in checks, on a CPU, where calls return when done."""
+    spent: list[float] = []
+    steps: list[float] = []
+    network, inputs = build(model), work.noise()
+    with prepared(network, rewire):
+        for _ in range(rounds + 1):
+            with _stopwatch() as seconds:
+                steps.append(timed(network, lambda: work.step(network, *inputs)))
+            spent.append(sum(seconds))
+    shares = ratios(spent[1:], steps[1:])
+    return {
+        "step": f"{model}, {work}",
+        "seconds in checks": median(spent[1:]),
+        "of the step": median(shares),
+        "largest share": max(shares),
+        "rounds": rounds,
+    }
+
+
+@contextmanager
+def _stopwatch() -> Iterator[list[float]]:
+    """Collect the seconds of every check while the block runs."""
+    seconds: list[float] = []
+
+    def watched(check: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return check(*args)
+            finally:
+                seconds.append(time.perf_counter() - start)
+
+        return run
+
+    found = [(owner, name, getattr(owner, name)) for owner, name in _CHECKS]
+    for owner, name, check in found:
+        setattr(owner, name, watched(check))
+    try:
+        yield seconds
+    finally:
+        for owner, name, check in found:
+            setattr(owner, name, check)

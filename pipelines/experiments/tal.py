@@ -6,8 +6,10 @@ begins with a backbone that was rewired and then finetuned on trimmed clips (ste
 training spends the saved memory on larger frames, within the memory of plain training.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -45,6 +47,7 @@ TRAININGS: dict[Training, str] = {
     "reversible": "end to end, reversible",
 }
 
+_MEMORY = "memory/predicted_activations_mb"
 _MARGIN = 0.02  # loss of average mAP that still counts as preserved
 LARGER = "end to end, reversible, larger frames"
 _LOOKS = {
@@ -112,7 +115,7 @@ class Tal:
     def _on_toy(self, recipe: str) -> bool:
         return RECIPES[recipe]().data.make_toy and "--data.annotations" not in self.options
 
-    def _options(self, recipe: str, way: Training) -> list[str]:
+    def _options(self, recipe: str, title: str) -> list[str]:
         """Return options of `train.py`, for all seeds."""
         on_toy, options = self._on_toy(recipe), []
         if on_toy:
@@ -120,36 +123,35 @@ class Tal:
             options += ["--data.videos", f"{self.folder}/{VIDEOS}"]
         options += self.options
         rewired = self.rewired or (str(self._rewired_toy) if on_toy else None)
-        if way == "reversible" and rewired is not None:
+        if title in (TRAININGS["reversible"], LARGER) and rewired is not None:
             options += ["--model.weights", rewired]
+        if title == LARGER:
+            options += ["--data.size", str(self.larger)]
         return options
+
+    def _trainings(self, recipe: str) -> dict[str, Training]:
+        """Return the way of each training of a recipe, by its title."""
+        ways: dict[str, Training] = {title: way for way, title in TRAININGS.items()}
+        spent = self.larger is not None and recipe == self.recipes[0]
+        return ways | ({LARGER: "reversible"} if spent else {})
 
     def jobs(self) -> Sequence[Job]:
         """List each recipe in each way with each seed."""
-        return [
-            self._job(recipe, title, way, size, seed)
-            for recipe in self.recipes
-            for seed in self.seeds
-            for title, way, size in self._trained(recipe)
-        ]
-
-    def _job(self, recipe: str, title: str, way: Training, size: int | None, seed: int) -> Job:
-        options = self._options(recipe, way)
-        if size is not None:
-            options += ["--data.size", str(size)]
-        spreads = not configured(recipe, options).data.make_toy
-        arguments = {"recipe": recipe, "options": options, "way": way, "seed": seed}
-        name = _name(recipe, title, seed)
-        return Job(name=name, work=localize, arguments=arguments, alone=spreads, spreads=spreads)
-
-    def _trained(self, recipe: str) -> list[tuple[str, Training, int | None]]:
-        """List title, way and size of frames of each training of a recipe."""
-        trained: list[tuple[str, Training, int | None]] = [
-            (t, way, None) for way, t in TRAININGS.items()
-        ]
-        if self.larger is not None and recipe == self.recipes[0]:
-            trained.append((LARGER, "reversible", self.larger))
-        return trained
+        found = []
+        for recipe, seed in product(self.recipes, self.seeds):
+            for title, way in self._trainings(recipe).items():
+                options = self._options(recipe, title)
+                spreads = not configured(recipe, options).data.make_toy
+                found.append(
+                    Job(
+                        name=_name(recipe, title, seed),
+                        work=localize,
+                        arguments={"recipe": recipe, "options": options, "way": way, "seed": seed},
+                        alone=spreads,
+                        spreads=spreads,
+                    )
+                )
+        return found
 
     @property
     def _begins(self) -> str:
@@ -170,19 +172,18 @@ class Tal:
         metrics: dict[str, float] = {}
         points: dict[str, list[tuple[str, float, Measured]]] = {}
         for recipe in self.recipes:
-            titles = [title for title, _, _ in self._trained(recipe)]
             found = {
                 title: [results[_name(recipe, title, seed)] for seed in self.seeds]
-                for title in titles
+                for title in self._trainings(recipe)
             }
-            reached = {title: Measured(values=_maps(runs)) for title, runs in found.items()}
+            reached = {t: Measured(tuple(r["mAP"] for r in runs)) for t, runs in found.items()}
             memory = {title: runs[0]["activations_mb"] for title, runs in found.items()}
             tables[f"Average mAP: {recipe}"] = [
                 _row(title, runs, reached[title]) for title, runs in found.items()
             ]
             findings += _findings(recipe, reached, memory)
             metrics |= {f"tal/{recipe}/{title}": m.mean for title, m in reached.items()}
-            points[recipe] = [(title, memory[title], reached[title]) for title in titles]
+            points[recipe] = [(title, memory[title], reached[title]) for title in found]
         return Section(
             title="End to end improves over features",
             text=(
@@ -220,15 +221,11 @@ def _name(recipe: str, title: str, seed: int) -> str:
     return f"{recipe}: {title}, seed {seed}"
 
 
-def _maps(runs: Sequence[Result]) -> tuple[float, ...]:
-    return tuple(run["mAP"] for run in runs)
-
-
 def _row(title: str, runs: Sequence[Result], reached: Measured) -> Row:
-    thresholds = [name for name in runs[0] if name.startswith("mAP/tiou_")]
     of_each = {
         f"tIoU {name.removeprefix('mAP/tiou_')}": sum(run[name] for run in runs) / len(runs)
-        for name in thresholds
+        for name in runs[0]
+        if name.startswith("mAP/tiou_")
     }
     return {
         "training": title,
@@ -271,12 +268,6 @@ def _findings(
     return findings
 
 
-def _titled(recipe: str) -> str:
-    """Name the localizer of a recipe, and the recipe."""
-    localizer = type(RECIPES[recipe]().model.localizer).__name__.removesuffix("Config")
-    return f"{localizer} ({recipe})"
-
-
 def _picture(points: Mapping[str, Sequence[tuple[str, float, Measured]]]) -> Figure:
     """Draw average mAP against memory, a panel for each recipe."""
     figure = Figure(figsize=(4.6 * len(points), 4.0), layout="constrained")
@@ -295,9 +286,9 @@ def _picture(points: Mapping[str, Sequence[tuple[str, float, Measured]]]) -> Fig
                 label=title,
             )
         most = max(memory for _, memory, _ in found)
-        axes.set(
-            title=_titled(recipe), xlabel="activations of a worker's step, MB", xlim=(0, 1.1 * most)
-        )
+        localizer = type(RECIPES[recipe]().model.localizer).__name__.removesuffix("Config")
+        axes.set(title=f"{localizer} ({recipe})", xlim=(0, 1.1 * most))
+        axes.set_xlabel("activations of a worker's step, MB")
         tidy(axes)
     panels[0].set_ylabel("average mAP")
     handles, labels = panels[0].get_legend_handles_labels()
@@ -315,16 +306,10 @@ def configured(recipe: str, options: Sequence[str]) -> Recipe:
 
 
 def localize(*, recipe: str, options: Sequence[str], way: Training, seed: int) -> Result:
-    """Train a detector and evaluate it.
+    """Train a detector of a recipe in one way, and evaluate it.
 
     A toy recipe is trained in this process; any other by Ray Train, as `train.py` does it, in a run
-    of its own.
-
-    Args:
-        recipe: key of `RECIPES`.
-        options: options of `train.py`.
-        way: key of `TRAININGS`.
-        seed: seed of windows, order and random weights.
+    of its own. The seed is that of windows, their order and random weights.
 
     Returns:
         Average mAP, mAP at every threshold, predicted memory of a worker's step in MB, seconds; and
@@ -352,9 +337,10 @@ def _here(recipe: Recipe) -> Result:
     annotations = read_annotations(recipe.data)
     plan = make_plan(recipe.data, annotations, probe=probe_files_here)
     detector = build_detector(recipe, plan.classes, recipe.model.weights)
-    memory = activation_metrics(recipe, detector)["memory/predicted_activations_mb"]
-    trained = train_here(DetectionTask(recipe=recipe, plan=plan), recipe.model.weights)
-    return _reached(trained.metrics) | {"activations_mb": memory, "seconds": trained.seconds}
+    memory = activation_metrics(recipe, detector)[_MEMORY]
+    began = time.perf_counter()
+    metrics, _ = train_here(DetectionTask(recipe=recipe, plan=plan), recipe.model.weights)
+    return _reached(metrics, memory, time.perf_counter() - began)
 
 
 def _on_the_cluster(recipe: Recipe) -> Result:
@@ -362,17 +348,11 @@ def _on_the_cluster(recipe: Recipe) -> Result:
 
     run = train(recipe)
     found = run.client.get_run(run.run_id)
+    seconds = ((found.info.end_time or 0) - found.info.start_time) / 1000
     metrics = found.data.metrics
-    return _reached(metrics) | {
-        "activations_mb": metrics["memory/predicted_activations_mb"],
-        "seconds": ((found.info.end_time or 0) - found.info.start_time) / 1000,
-        "run_id": run.run_id,
-    }
+    return _reached(metrics, metrics[_MEMORY], seconds) | {"run_id": run.run_id}
 
 
-def _reached(metrics: dict[str, float]) -> dict[str, float]:
-    return {
-        name.removeprefix("val/"): value
-        for name, value in metrics.items()
-        if name.startswith("val/mAP")
-    }
+def _reached(metrics: Mapping[str, float], memory: float, seconds: float) -> dict[str, float]:
+    maps = {n.removeprefix("val/"): v for n, v in metrics.items() if n.startswith("val/mAP")}
+    return maps | {"activations_mb": memory, "seconds": seconds}

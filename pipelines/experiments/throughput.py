@@ -1,13 +1,6 @@
-"""Frames a second that Ray Data delivers to a worker, against plain decoding.
-
-Both decode the same windows in the same number of processes, one thread each. Plain decoding drops
-the frames where they are decoded; the pipeline hands them, in order and in batches, to the process
-that asked. Rounds alternate, and the ratio is the median over the pairs. The start is not counted:
-each decodes a few windows first, so that processes run and libraries are loaded.
-"""
+"""Experiment `throughput`: Ray Data, against plain decoding."""
 
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +8,6 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import ray
 
@@ -23,7 +15,14 @@ from pipelines.core.cluster import quiet_data
 from pipelines.data.batches import stream_batches
 from pipelines.data.streaming import FrameStream
 from pipelines.experiments.experiment import Row, Tables
-from pipelines.experiments.footage import HEIGHT, WIDTH, Footage, decoded, windows_of
+from pipelines.experiments.footage import (
+    HEIGHT,
+    WIDTH,
+    Footage,
+    decoded,
+    frames_a_second,
+    windows_of,
+)
 from pipelines.experiments.timing import in_turns, ratios
 from re2tal.videos.windows import Window
 
@@ -32,7 +31,7 @@ FOOTAGE = Footage(title="one", gop=250)
 _BATCH = 2  # windows that are delivered at a time
 
 
-def measure(
+def measure_throughput(
     *,
     processes: Sequence[int] = (1, 2),
     rounds: int = 7,
@@ -41,7 +40,13 @@ def measure(
     frames: int = 256,
     size: int = 160,
 ) -> Tables:
-    """Compare the pipeline with plain decoding.
+    """Frames a second that Ray Data delivers to a worker, against plain decoding.
+
+    Both decode the same windows in the same number of processes, one thread each. Plain decoding
+    drops the frames where they are decoded; the pipeline hands them, in order and in batches, to
+    the process that asked. Rounds alternate, and the ratio is the median over the pairs. The start
+    is not counted: each decodes a few windows first, so that processes run and libraries are
+    loaded.
 
     Args:
         processes: numbers of decoding processes.
@@ -75,13 +80,19 @@ def _ray(cpus: int) -> Iterator[None]:
 def _compare(path: str, windows: list[Window], size: int, processes: int, rounds: int) -> Row:
     stream = FrameStream(cpus=ray.cluster_resources()["CPU"] / processes)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        ways: dict[str, Callable[[list[Window]], int]] = {
-            "plain": partial(_decode_plainly, path, size, pool),
-            "pipeline": partial(_deliver, path, size, stream),
-        }
+
+        def plain(windows: list[Window]) -> int:
+            return sum(pool.map(partial(decoded, path, size=size), ([one] for one in windows)))
+
+        def pipeline(windows: list[Window]) -> int:
+            uris = {"video": path}
+            batches = stream_batches(stream, windows, uris, size=size, batch_size=_BATCH)
+            return sum(batch.mask.numel() for batch in batches)
+
+        ways: dict[str, Callable[[list[Window]], int]] = {"plain": plain, "pipeline": pipeline}
         for way in ways.values():
             way(windows[: 4 * processes])
-        turns = {name: partial(_speed, way, windows) for name, way in ways.items()}
+        turns = {n: partial(frames_a_second, partial(way, windows)) for n, way in ways.items()}
         speeds = in_turns(turns, rounds, before=0)
     stream.close()
     found = ratios(speeds["pipeline"], speeds["plain"])
@@ -91,23 +102,3 @@ def _compare(path: str, windows: list[Window], size: int, processes: int, rounds
         "ratio": median(found),
         "ratios": found,
     }
-
-
-def _speed(way: Callable[[list[Window]], int], windows: list[Window]) -> float:
-    before = time.perf_counter()
-    frames = way(windows)
-    return frames / (time.perf_counter() - before)
-
-
-def _decode_plainly(path: str, size: int, pool: ProcessPoolExecutor, windows: list[Window]) -> int:
-    rows = [{"index": i, "uri": path, "window": window} for i, window in enumerate(windows)]
-    return sum(pool.map(partial(_decode_one, size=size), rows))
-
-
-def _decode_one(row: dict[str, Any], *, size: int) -> int:
-    return decoded([row], size=size)
-
-
-def _deliver(path: str, size: int, stream: FrameStream, windows: list[Window]) -> int:
-    batches = stream_batches(stream, windows, {"video": path}, size=size, batch_size=_BATCH)
-    return sum(batch.mask.numel() for batch in batches)

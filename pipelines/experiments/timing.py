@@ -2,8 +2,8 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import median, quantiles
 from typing import TypeVar
 
@@ -76,33 +76,17 @@ def compared(times: Times, reference: str) -> list[Row]:
 def paired(
     model: nn.Module, step: Callable[[], object], ways: Mapping[str, Prepare], *, rounds: int
 ) -> Times:
-    """Time a training step in every way, on the same model at the same place in memory.
-
-    Args:
-        model: model that is trained.
-        step: function that runs forward and backward.
-        ways: functions that prepare the model, by way.
-        rounds: number of rounds that count, after one that does not.
-    """
+    """Time a training step in every way, on the same model at the same place in memory."""
 
     def time_in(way: Prepare) -> float:
         with prepared(model, way):
             return timed(model, step)
 
-    with _all_kept():
-        return in_turns({n: lambda way=way: time_in(way) for n, way in ways.items()}, rounds)  # type: ignore[misc]
-
-
-@contextmanager
-def _all_kept() -> Iterator[None]:
-    """Exclude existing objects from garbage collection during each step: imports make a million.
-
-    Scanning them takes longer than a small step.
-    """
+    # Imports make a million objects; to look for garbage among them takes longer than a small step.
     gc.collect()
     gc.freeze()
     try:
-        yield
+        return in_turns({name: partial(time_in, way) for name, way in ways.items()}, rounds)
     finally:
         gc.unfreeze()
 
@@ -126,37 +110,15 @@ def finish(device: torch.device) -> None:
 
 
 def computed(ways: Mapping[str, Callable[[], T]], rounds: int) -> tuple[Times, dict[str, T]]:
-    """Measure CPU seconds of all threads of this process, and keep the results.
+    """Measure CPU seconds of all threads of this process, and keep the results of each way.
 
-    Other load on the machine adds little to them.
-
-    Args:
-        ways: functions by name.
-        rounds: number of rounds, all of which count.
+    Other load on the machine adds little to them. All rounds count.
     """
     results: dict[str, T] = {}
 
-    def time_of(name: str, way: Callable[[], T]) -> float:
+    def time_of(name: str) -> float:
         start = time.process_time()
-        results[name] = way()
+        results[name] = ways[name]()
         return time.process_time() - start
 
-    turns = {name: lambda n=name, way=way: time_of(n, way) for name, way in ways.items()}
-    return in_turns(turns, rounds, before=0), results
-
-
-def against_the_first(
-    ways: Mapping[str, Callable[[], T]], rounds: int, difference: Callable[[T, T], float]
-) -> list[Row]:
-    """Tabulate seconds as in `computed`, and the difference of results from the first way's."""
-    times, results = computed(ways, rounds)
-    first, *_ = ways
-    return [
-        {
-            "way": name,
-            "seconds": median(seconds),
-            "times as fast": median(ratios(times[first], seconds)),
-            "largest difference": difference(results[name], results[first]),
-        }
-        for name, seconds in times.items()
-    ]
+    return in_turns({name: partial(time_of, name) for name in ways}, rounds, before=0), results

@@ -83,8 +83,7 @@ def detect_videos(
         Each video as soon as it is through, first those that cannot be opened.
 
     Raises:
-        ValueError: if the folder holds no detector.
-        UserError: if the cluster is too small.
+        UserError: if the folder holds no detector, or a damaged one; if the cluster is too small.
     """
     spec, detector = load_detector(model)
     pool = pool_for(resources.pool, cpu_share=_CPU_SHARE)

@@ -1,7 +1,7 @@
 """Evaluation of detections, or of a trained detector, against annotations."""
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from re2tal.detection.raw import ensemble, read_raw
 from re2tal.detection.segments import Detections
 from re2tal.detection.suppression import NmsConfig, nms_videos
 from re2tal.detection.video_scores import fuse_videos
-from re2tal.errors import UserError, shortened
+from re2tal.errors import UserError, apart, shortened
 from re2tal.trained import read_spec
 
 _RAW = Path(RAW_FILE).suffix
@@ -83,7 +83,7 @@ class EvaluateConfig(ScoredAnnotationConfig):
     recall_at: tuple[int, ...] | None = None
     ignore_ambiguous: bool = False
     max_failed: float = 0.05
-    output: str = "evaluation"
+    output: str = "runs/evaluation"
     resources: tyro.conf.OmitArgPrefixes[Resources] = field(default_factory=Resources)
     experiment: str = "re2tal"
     runs: str = "runs"
@@ -130,7 +130,6 @@ def evaluate_run(config: EvaluateConfig) -> Run:
     config = resolved(
         config,
         needed=("annotations", "detections" if config.detections else "videos"),
-        optional=("exclude", "video_scores"),
     )
     plan = evaluated_plan(config)
     with tempfile.TemporaryDirectory() as folder:
@@ -185,6 +184,8 @@ def _tracked(config: EvaluateConfig, plan: Plan, source: Callable[[], Labelled])
         )
         for remark in labelled.remarks:
             print(f"remark: {remark}")
+        for warning in labelled.warnings:  # last, right above the table
+            print(f"warning: {warning}")
         evaluated = " + ".join(config.detections) or config.model
         title = f"{evaluated}: average precision, {config.evaluated_on}"
         print_evaluation(evaluation, title=title)
@@ -192,7 +193,7 @@ def _tracked(config: EvaluateConfig, plan: Plan, source: Callable[[], Labelled])
         if config.model is not None:
             written.append(Path(DETECTIONS_FILE))
         log_metrics(run, logged(evaluation), step=0)
-        log_text(run, labelled.remarks, "remarks.txt")
+        log_text(run, [*labelled.remarks, *labelled.warnings], "remarks.txt")
         for path in written:
             folder = None if path.parent == Path() else str(path.parent)
             run.client.log_artifact(run.run_id, str(output / path), folder)
@@ -224,9 +225,9 @@ def read_labelled(paths: Sequence[Path], plan: Plan, config: EvaluateConfig) -> 
 
     Raises:
         FileError: with every problem in a file.
-        UserError: if detections after suppression are to become an ensemble; if its runs do not
-            fit; if proposals and detections with classes are mixed, or there are video scores for
-            the latter.
+        UserError: if no video of the files is the plan's; if detections after suppression are to
+            become an ensemble; if its runs do not fit; if proposals and detections with classes are
+            mixed, or there are video scores for the latter.
     """
     names = plan.classes if ACTION in plan.classes else (*plan.classes, ACTION)
     evaluated = {video.annotation.video_id for video in plan.validation}
@@ -236,23 +237,35 @@ def read_labelled(paths: Sequence[Path], plan: Plan, config: EvaluateConfig) -> 
         found = read_detections(paths[0], names)
     where = " and ".join(map(str, paths))
     proposals = {video_id: one for video_id, one in found.items() if video_id in evaluated}
-    remarks = tuple(_remarks(found, proposals, evaluated))
+    if not proposals:
+        raise UserError(
+            f"None of the {len(found)} videos of {where} is in the subset "
+            f"{config.evaluated_on!r} of {config.annotations}: are these its ids? "
+            f"{apart(found, evaluated)}. Correct --detections, --annotations or --subset."
+        )
+    labelled = Labelled(
+        plan=plan,
+        detections=proposals,
+        proposals=proposals,
+        remarks=tuple(_remarks(found, proposals, evaluated)),
+        warnings=tuple(_warnings(proposals, evaluated, config.evaluated_on)),
+    )
     if not _agnostic(proposals, names, plan.classes, where):
         if plan.video_scores is not None:
             raise UserError(
                 f"--video-scores gives proposals their classes, but the detections in {where} have "
                 "classes already: leave the scores out."
             )
-        return Labelled(plan=plan, detections=proposals, proposals=proposals, remarks=remarks)
+        return labelled
     if plan.video_scores is not None:
         fused = fuse_videos(proposals, plan.video_scores, top=config.video_scores_top)
-        return Labelled(plan=plan, detections=fused, proposals=proposals, remarks=remarks)
+        return replace(labelled, detections=fused)
     whatever = {
         video_id: replace(one, labels=torch.zeros_like(one.labels))
         for video_id, one in proposals.items()
     }
-    return Labelled(
-        plan=plan.restricted((ACTION,)), detections=whatever, proposals=whatever, remarks=remarks
+    return replace(
+        labelled, plan=plan.restricted((ACTION,)), detections=whatever, proposals=whatever
     )
 
 
@@ -324,6 +337,18 @@ def _remarks(
         listed = ", ".join(shortened(missing, 5))
         remarks.append(f"{len(missing)} videos of the subset have no detections ({listed})")
     return remarks
+
+
+_FEW = 0.5  # share of a subset's videos; detectors leave some without detections, seldom most
+
+
+def _warnings(kept: Mapping[str, Detections], evaluated: set[str], subset: str) -> Iterator[str]:
+    """Warn of numbers that say little about a detector, because most videos are not in the file."""
+    if len(kept) < _FEW * len(evaluated):
+        yield (
+            f"only {len(kept)} of the {len(evaluated)} videos of the subset {subset!r} are among "
+            "the detections: all actions of the others count as missed"
+        )
 
 
 # --- a detector that is to detect first -----------------------------------------------------------

@@ -1,7 +1,6 @@
 """Files that detections are written to, all of them made anew from the records."""
 
 import base64
-import csv
 import json
 import mimetypes
 import os
@@ -15,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipelines.core.figures import COLOURS, Timeline, drawn, timelines
 from pipelines.core.storage import file_size, read_bytes
+from pipelines.core.tables import write_csv
 from re2tal.atomic import replacing
 from re2tal.detection.files import srt, webvtt, write_rows
 from re2tal.errors import UserError
@@ -255,13 +255,12 @@ def _write(path: Path, text: str) -> None:
 
 
 def _write_csv(path: Path, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for video_id, rows in results.items():
-            writer.writerows(
-                (video_id, *row["segment"], row["label"], row["score"]) for row in rows
-            )
+    cells = (
+        (video_id, *row["segment"], row["label"], row["score"])
+        for video_id, rows in results.items()
+        for row in rows
+    )
+    write_csv(path, COLUMNS, (dict(zip(COLUMNS, row, strict=True)) for row in cells))
 
 
 def _draw(path: Path, record: Record, classes: Sequence[str], least: float) -> None:

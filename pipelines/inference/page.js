@@ -202,8 +202,17 @@ one("#search").addEventListener("input", (event) => {
 window.addEventListener("hashchange", () => showNamed());
 window.addEventListener("resize", () => timeline.querySelector(".axis")?.replaceWith(axis()));
 
+function named() {
+  const text = location.hash.slice(1);
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text; // an address that was cut off in the midst of a character, or never escaped
+  }
+}
+
 function showNamed() {
-  const name = decodeURIComponent(location.hash.slice(1));
+  const name = named();
   show(videos.find((candidate) => candidate.id === name) ?? videos.find((candidate) => !candidate.failed) ?? videos[0]);
 }
 

@@ -1,6 +1,5 @@
 """Numbers of an evaluation: computed, printed, and written as tables and pictures."""
 
-import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.core.figures import drawn, pictures
+from pipelines.core.tables import write_csv
 from pipelines.data.plan import Plan
 from pipelines.training.results import diagnosis_of, timelines_of
 from pipelines.training.validation import compare, metrics_of
@@ -31,12 +31,14 @@ class Labelled:
         detections: video id to detections in seconds, with the classes of the plan.
         proposals: video id to the same before an external classifier named their classes.
         remarks: sentences about unexpected facts.
+        warnings: sentences about facts that make the numbers doubtful.
     """
 
     plan: Plan
     detections: Mapping[str, Detections]
     proposals: Mapping[str, Detections]
     remarks: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,7 +184,7 @@ def write_evaluation(folder: Path, evaluation: Evaluation, labelled: Labelled) -
     written = [Path(_WHOLE)]
     for name, rows in tables.items():
         written.append(Path(f"{name}.csv"))
-        _write_csv(folder / written[-1], rows)
+        write_csv(folder / written[-1], [*rows[0]], rows)
     figures = {f"diagnosis_{name}": one for name, one in pictures(evaluation.diagnosis).items()}
     figures["timelines"] = timelines_of(labelled.plan, labelled.detections)
     for name, figure in figures.items():
@@ -190,10 +192,3 @@ def write_evaluation(folder: Path, evaluation: Evaluation, labelled: Labelled) -
         with drawn():
             figure.savefig(folder / written[-1])
     return written
-
-
-def _write_csv(path: Path, rows: list[Row]) -> None:
-    with replacing(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)

@@ -51,7 +51,7 @@ class DetectConfig:
 
     videos: tuple[str, ...] = ()
     model: str | None = None
-    output: str = "detections"
+    output: str = "runs/detections"
     files: tyro.conf.OmitArgPrefixes[OutputConfig] = field(default_factory=OutputConfig)
     resources: tyro.conf.OmitArgPrefixes[Resources] = field(default_factory=Resources)
     experiment: str = "re2tal"

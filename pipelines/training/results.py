@@ -19,7 +19,8 @@ from pipelines.config.recipe import Recipe
 from pipelines.core.clock import duration
 from pipelines.core.figures import Timeline, curves, drawn, timelines
 from pipelines.core.figures import pictures as diagnosis_pictures
-from pipelines.core.storage import crc32, require_room, sizes_below
+from pipelines.core.metric_names import BEST_MAP
+from pipelines.core.storage import crc32, database_file, require_room, sizes_below
 from pipelines.core.tracking import Run, log_metrics
 from pipelines.data.plan import Plan
 from pipelines.training.checkpoints import DETECTOR_FOLDER
@@ -185,7 +186,7 @@ def log_results(
             client.log_artifact(run.run_id, str(checkpoint / RAW_FILE))
         client.set_tag(run.run_id, "model.uri", log_model(run, checkpoint / DETECTOR_FOLDER))
     epoch = int(metrics["epoch"])
-    best = {"best/mAP": metrics["val/mAP"], "best/epoch": float(epoch)}
+    best = {BEST_MAP: metrics["val/mAP"], "best/epoch": float(epoch)}
     log_metrics(run, best, step=epoch, again=False)
     log_pictures(run, plan, detections)
     diagnosis = diagnosis_of(
@@ -195,7 +196,7 @@ def log_results(
 
 
 def _open_command(run: Run) -> str:
-    if run.uri.startswith("sqlite:"):
+    if database_file(run.uri) is not None:
         return shlex.join(
             [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--backend-store-uri", run.uri]
         )

@@ -6,22 +6,28 @@ with a digest of its configuration and data, and with the process that drives it
 
 import hashlib
 import json
-import os
-import socket
+import time
 from collections.abc import Mapping
 
-import psutil
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipelines.config.recipe import RunConfig
 from pipelines.core.storage import join
-from pipelines.core.tracking import Run, Tracked, flatten, open_store, start_run
+from pipelines.core.tracking import (
+    DRIVER,
+    Run,
+    Tracked,
+    flatten,
+    open_store,
+    start_run,
+    take_up,
+)
+from pipelines.core.underway import alone, is_alive, is_under_way, this_process
 from pipelines.data.clip_plan import AnyPlan
 from pipelines.training.retention import newest_checkpoint
 from re2tal.errors import UserError
 
 _DIGEST = "re2tal.configuration"
-_DRIVER = "re2tal.driver"
 
 
 def digest(config: Tracked, plan: AnyPlan, **more: str) -> str:
@@ -56,8 +62,13 @@ def resume_or_start(
         The run, and whether it was continued.
 
     Raises:
-        UserError: if a process on this machine is working on it.
+        UserError: if another process is working on it.
     """
+    with alone(recipe.output):  # of two same commands, the second sees the first one's run
+        return _resume_or_start(recipe, plan, parent=parent)
+
+
+def _resume_or_start(recipe: RunConfig, plan: AnyPlan, *, parent: str | None) -> tuple[Run, bool]:
     output = recipe.output
     of = {} if parent is None else {MLFLOW_PARENT_RUN_ID: parent}
     tags = of | mark(digest(recipe, plan, **of))
@@ -69,13 +80,13 @@ def resume_or_start(
         if status == "RUNNING":  # its driver was killed before it could end the run
             run.client.set_terminated(run.run_id, "KILLED")
         return start_run(recipe, output=output, tags=tags), False
-    reopen(run)
+    take_up(run, output=output)
     return run, True
 
 
 def mark(configuration: str) -> dict[str, str]:
     """Return the tags by which a run is found again, for a configuration's `digest`."""
-    return {_DIGEST: configuration, _DRIVER: _driver()}
+    return {_DIGEST: configuration, DRIVER: this_process()}
 
 
 def last_run(config: Tracked, tags: Mapping[str, str], *, output: str) -> Run | None:
@@ -87,7 +98,7 @@ def last_run(config: Tracked, tags: Mapping[str, str], *, output: str) -> Run | 
         output: folder of the default store.
 
     Raises:
-        UserError: if a process on this machine is working on it.
+        UserError: if another process is working on it.
     """
     client, uri, experiment = open_store(config.experiment, output=output)
     found = client.search_runs(
@@ -99,36 +110,16 @@ def last_run(config: Tracked, tags: Mapping[str, str], *, output: str) -> Run | 
     if not found:
         return None
     run = Run(uri=uri, run_id=found[0].info.run_id)
-    if found[0].info.status == "RUNNING":
-        _refuse_if_alive(found[0].data.tags.get(_DRIVER, ""), run)
-    return run
-
-
-def reopen(run: Run) -> None:
-    """Make this process the driver of a run that `last_run` returned."""
-    client = run.client
-    client.update_run(run.run_id, status="RUNNING")
-    client.set_tag(run.run_id, _DRIVER, _driver())
-    if "error" in client.get_run(run.run_id).data.tags:
-        client.delete_tag(run.run_id, "error")
-
-
-def _driver() -> str:
-    process = psutil.Process()
-    return f"{socket.gethostname()} {os.getpid()} {process.create_time():.2f}"
-
-
-def _refuse_if_alive(driver: str, run: Run) -> None:
-    host, _, process = driver.partition(" ")
-    if host != socket.gethostname():
-        return  # it runs on another machine, which this one cannot look into
-    number, created = process.split()
-    try:
-        alive = f"{psutil.Process(int(number)).create_time():.2f}" == created
-    except psutil.NoSuchProcess:
-        return
-    if alive and int(number) != os.getpid():
+    driver = found[0].data.tags.get(DRIVER, "")
+    other = driver != this_process()
+    if is_under_way(output, run.run_id) or (
+        found[0].info.status == "RUNNING" and other and is_alive(driver)
+    ):
+        host, number, created = driver.split()
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(created)))
         raise UserError(
-            f"This run is going on in process {number}: MLflow run {run.run_id} in {run.uri}. "
-            "Wait for it or end it; for a second run beside it give --no-resume."
+            f"This run is under way in process {number} on {host}, since {since}: MLflow run "
+            f"{run.run_id} in {run.uri}. Wait for it or end it; for a second run beside it give "
+            "--no-resume."
         )
+    return run

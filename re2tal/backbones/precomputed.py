@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from re2tal.errors import check_within
+
 TRAINED_ON_FEATURES = (
     "This detector was trained on features and has no backbone, so it cannot see videos. Evaluate "
     "the detections that its training wrote, or train a detector on frames."
@@ -25,11 +27,7 @@ class PrecomputedConfig:
     temporal_stride: int
 
     def __post_init__(self) -> None:
-        if min(self.channels, self.temporal_stride) < 1:
-            raise ValueError(
-                "Features have at least 1 channel and stand for at least 1 frame, but this is "
-                f"{self}."
-            )
+        check_within(self, channels=(1, 2**20), temporal_stride=(1, 2**16))
 
     def build(self) -> Precomputed:
         """Build a module that takes the features in; it has no weights."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.models.video import SwinTransformer3d
 
 from re2tal.backbones.table import Layout, backbone
+from re2tal.errors import check_within
 
 _POSITIONS = "relative_position_index"
 # torchvision's MLP is a sequence: linear, GELU, dropout, linear, dropout.
@@ -99,13 +100,29 @@ class SwinConfig:
     pooling: int = 1
 
     def __post_init__(self) -> None:
-        if self.pooling < 1:
-            raise ValueError(f"A Swin's pooling is at least 1 feature, but got {self.pooling}.")
-        if len(self.heads) != len(self.depths):
+        check_within(
+            self,
+            patch=(1, 64),
+            embed_dim=(1, 2**14),
+            depths=(1, 512),
+            heads=(1, 2**10),
+            window=(1, 2**10),
+            drop_path=(0, 1),
+            pooling=(1, 2**10),
+        )
+        if len(self.heads) != len(self.depths) or not 1 <= len(self.depths) <= 8:
             raise ValueError(
-                f"A Swin needs one number of heads for each stage, but got {len(self.heads)} for "
-                f"{len(self.depths)} stages."
+                f"A Swin needs 1 to 8 stages and one number of heads for each, but got "
+                f"{len(self.heads)} for {len(self.depths)} stages."
             )
+        if sum(self.depths) < 2:  # torchvision divides by their number less one
+            raise ValueError("A Swin needs at least two blocks, but depths is (1,): set more.")
+        for stage, heads in enumerate(self.heads):
+            if self.embed_dim * 2**stage % heads:
+                raise ValueError(
+                    f"The {self.embed_dim * 2**stage} channels of stage {stage} of a Swin cannot "
+                    f"be cut into {heads} heads."
+                )
 
     def with_stride(self, stride: int) -> SwinConfig:
         """Return the same backbone, its features averaged to another number of frames a feature.

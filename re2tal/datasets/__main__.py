@@ -25,21 +25,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         durations = read_durations(options.durations) if options.durations else {}
+        dataset = DATASETS.get(options.dataset, ANY_OTHER)
         annotations = load_annotations(
             options.file,
             form=options.form,
-            dataset=DATASETS.get(options.dataset, ANY_OTHER),
+            dataset=dataset.trimming() if options.trim_labels else dataset,
             exclude=read_ids(options.exclude) if options.exclude else (),
             keep=options.keep,
             durations=durations,
         )
     except AnnotationError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{error.listed}\n")
         return 1
     sys.stdout.write(f"{options.file}\n\n{summarize(annotations)}\n")
     sys.stdout.write(f"\nfingerprint {annotations.fingerprint}\n")
     if problems := list(check_durations(annotations, durations).values()):
-        sys.stderr.write(f"{AnnotationError(str(options.durations), problems)}\n")
+        sys.stderr.write(f"{AnnotationError(str(options.durations), problems).listed}\n")
     return 1 if problems else 0
 
 
@@ -70,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
         "--durations",
         type=Path,
         help="JSON object, id -> seconds of the file: used where FILE has none, compared elsewhere",
+    )
+    parser.add_argument(
+        "--trim-labels", action="store_true", help="remove the spaces around labels"
     )
     return parser
 

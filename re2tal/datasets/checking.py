@@ -2,7 +2,7 @@
 
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
@@ -58,12 +58,12 @@ def check_video(video_id: str, raw: Any, rules: Rules) -> Checked:
     published: list[Instance] = []
     repairs: list[Repair] = []
     for number, action in enumerate(actions if isinstance(actions, list) else ()):
-        found, written, repair, wrong = _check_action(
+        found, written, changes, wrong = _check_action(
             video_id, _place(number, action), action, duration, rules
         )
         instances += [found] if found else []
         published += [written] if written else []
-        repairs += [repair] if repair else []
+        repairs += changes
         problems += wrong
     if problems or duration is None:
         return Checked(video=None, problems=tuple(problems))
@@ -114,13 +114,15 @@ class _Video(BaseModel):
 
 def _check_action(
     video_id: str, place: str, raw: Any, duration: float | None, rules: Rules
-) -> tuple[Instance | None, Instance | None, Repair | None, list[str]]:
-    """Return an action for use and as written, its repair, and its problems."""
+) -> tuple[Instance | None, Instance | None, list[Repair], list[str]]:
+    """Return an action for use and as written, its repairs, and its problems."""
     try:
         action = _Action.model_validate(raw)
     except ValidationError as error:
-        return None, None, None, [_reason(place, **details) for details in error.errors()]
+        return None, None, [], [_reason(place, **details) for details in error.errors()]
     start, end = action.segment
+    trimmed = Fault.SPACED in rules.dataset.repaired
+    label = action.label.strip() if trimmed else action.label
     limit = float("inf") if duration is None else duration
     faults = _faults(start, end, limit)
     problems = [
@@ -128,23 +130,26 @@ def _check_action(
         for fault in faults
         if fault not in rules.dataset.repaired
     ]
-    known = rules.classes is None or action.label in rules.classes | rules.dataset.ambiguous
-    if not known:
+    known = rules.classes is None or label in rules.classes | rules.dataset.ambiguous
+    if not label.strip():
+        problems.append(f"{place}.label: is nothing but spaces (found {action.label!r:.60})")
+    elif not known:
         problems.append(f"{place}.label: is not a known class (found {action.label!r:.60})")
     if problems:
-        return None, None, None, problems
-    inside = Instance(start=max(start, 0.0), end=min(end, limit), label=action.label)
-    written = Instance(start=start, end=end, label=action.label)
-    if not faults:
-        return inside, written, None, []
-    kept = 2 * (inside.end - inside.start) >= end - start > 0
-    repair = Repair(
-        video_id=video_id,
-        action="clipped" if kept else "dropped",
-        instance=written,
-        reason=" and ".join(_phrase(fault, limit) for fault in faults),
-    )
-    return inside if kept else None, written, repair, []
+        return None, None, [], problems
+    inside = Instance(start=max(start, 0.0), end=min(end, limit), label=label)
+    written = Instance(start=start, end=end, label=label)
+    kept = not faults or 2 * (inside.end - inside.start) >= end - start > 0
+
+    def repair(action_: Any, reason: str) -> Repair:
+        there = replace(written, label=action.label)
+        return Repair(video_id=video_id, action=action_, instance=there, reason=reason)
+
+    repairs = [repair("trimmed", Fault.SPACED.value)] if label != action.label else []
+    if faults:
+        reason = " and ".join(_phrase(fault, limit) for fault in faults)
+        repairs.append(repair("clipped" if kept else "dropped", reason))
+    return inside if kept else None, written, repairs, []
 
 
 def _faults(start: float, end: float, duration: float) -> list[Fault]:
@@ -189,7 +194,11 @@ def _reason(place: str = "", /, *, loc: tuple[int | str, ...], **details: Any) -
     parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc]
     place = "".join((place, *parts)).removeprefix(".") or "the entry"
     if details["type"] == "missing":
-        hint = "; durations can be given apart from the file" if place == "duration" else ""
+        hint = (
+            "; durations can be given apart from the file (durations)"
+            if place == "duration"
+            else ""
+        )
         return f"{place}: is missing{hint}"
     message = "must be an object" if details["type"] == "model_type" else details["msg"]
     return f"{place}: {message[0].lower()}{message[1:]} (found {details['input']!r:.60})"

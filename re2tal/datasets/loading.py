@@ -1,8 +1,9 @@
 """Loading of a file or folder into `Annotations`: form, exclusions, problems."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeAlias
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -11,13 +12,16 @@ from re2tal.annotations import (
     Annotations,
     Exclusion,
     RawCollection,
+    labels_alike,
     read_json,
     read_text,
 )
 from re2tal.datasets.checking import Checked, Rules, check_video
 from re2tal.datasets.forms import ACTIVITYNET_JSON, FileForm
-from re2tal.datasets.published import ANY_OTHER, FORMS, Dataset
+from re2tal.datasets.published import ANY_OTHER, FORMS, Dataset, Fault
+from re2tal.errors import apart
 
+Durations: TypeAlias = Mapping[str, float] | Callable[[Sequence[str]], Mapping[str, float]]
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _DURATIONS = TypeAdapter(dict[str, _Seconds])
 
@@ -30,7 +34,7 @@ def load_annotations(
     dataset: Dataset = ANY_OTHER,
     exclude: Collection[str] = (),
     keep: Collection[str] = (),
-    durations: Mapping[str, float] | None = None,
+    durations: Durations | None = None,
 ) -> Annotations:
     """Read the annotations of a data set and check all of them before any is used.
 
@@ -48,7 +52,8 @@ def load_annotations(
             see `read_ids`. An id may have the `v_` of its video file.
         keep: ids of videos to use although `dataset` leaves them out, to compare with results that
             count them.
-        durations: video id -> seconds, for videos to which the files give no duration.
+        durations: video id -> seconds, for videos to which the files give no duration; or a
+            function that finds them for the ids of these videos, and is called if there are any.
 
     Returns:
         The annotations of all subsets.
@@ -61,21 +66,56 @@ def load_annotations(
     reasons, problems = _left_out(raw, dataset, exclude, keep)
     problems = [*raw.problems, *problems]
     known = classes if classes is not None else raw.classes
+    lacking = [v for v, entry in raw.videos.items() if v not in reasons and _lacks_duration(entry)]
+    found = _durations(lacking, durations or {}) if lacking else {}
+    if found and found.keys().isdisjoint(raw.videos):
+        problems.append(
+            f"none of the {len(found)} durations is of a video here: are these its ids? "
+            f"{apart(found, raw.videos)}"
+        )
     rules = Rules(
         dataset=dataset,
         classes=None if known is None else frozenset(known),
-        durations=durations or {},
+        durations=found,
     )
     checked = {v: check_video(v, raw.videos[v], rules) for v in raw.videos if v not in reasons}
     for video_id, result in checked.items():
         reasons_against = (*raw.repeated.get(video_id, ()), *result.problems)
         problems += [f"video {video_id!r}: {reason}" for reason in reasons_against]
+    if known is None:
+        way = ", or have the spaces around labels removed (--trim-labels, --data.trim-labels)"
+        problems += labels_alike(_labels(raw, reasons, dataset), spaces=way)
     annotations = _assemble(checked, known, {v: reasons[v] for v in raw.videos if v in reasons})
     if not problems and not known and not any(v.instances for v in annotations.videos):
         problems.append("there is nothing to learn: no video has an annotated instance")
     if problems:
         raise AnnotationError(source, problems)
     return annotations
+
+
+def _labels(raw: RawCollection, left_out: Collection[str], dataset: Dataset) -> Counter[str]:
+    """Count the labels of the videos that are used, trimmed if that is asked for."""
+    counts = Counter(dict.fromkeys(dataset.ambiguous, 0))
+    for video_id, entry in raw.videos.items():
+        actions = entry.get("annotations") if isinstance(entry, dict) else None
+        if video_id in left_out or not isinstance(actions, list):
+            continue
+        labels = (action.get("label") for action in actions if isinstance(action, dict))
+        counts.update(label for label in labels if isinstance(label, str) and label.strip())
+    if Fault.SPACED not in dataset.repaired:
+        return counts
+    trimmed: Counter[str] = Counter()
+    for label, number in counts.items():
+        trimmed[label.strip()] += number
+    return trimmed
+
+
+def _lacks_duration(entry: Any) -> bool:
+    return isinstance(entry, dict) and entry.get("duration") is None
+
+
+def _durations(video_ids: Sequence[str], known: Durations) -> Mapping[str, float]:
+    return known if isinstance(known, Mapping) else known(video_ids)
 
 
 def read_ids(path: str | Path) -> frozenset[str]:
@@ -107,7 +147,9 @@ def read_durations(path: str | Path) -> dict[str, float]:
     try:
         durations = _DURATIONS.validate_python(document)
     except ValidationError as error:
-        problems += [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        problems += [
+            f"{e['loc'][0]!r}: {e['msg']}" if e["loc"] else e["msg"] for e in error.errors()
+        ]
     if problems:
         raise AnnotationError(str(path), problems)
     return durations
@@ -127,7 +169,10 @@ def _left_out(
         if video_id not in dataset.unusable or video_id not in raw.videos
     ]
     if listed and listed.isdisjoint(raw.videos):
-        problems.append(f"none of the {len(listed)} videos to exclude is there: are these its ids?")
+        problems.append(
+            f"none of the {len(listed)} videos to exclude is there: are these its ids? "
+            f"{apart(listed, raw.videos)}"
+        )
     reasons = {
         **dict.fromkeys(listed, "is on the list to exclude"),
         **raw.excluded,

@@ -6,7 +6,7 @@ the thresholds and the metrics of an evaluation and the bins of a diagnosis foll
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from re2tal.annotations import Bins, Characteristics
@@ -20,12 +20,13 @@ from re2tal.datasets.forms import (
 
 
 class Fault(Enum):
-    """Fault of a segment; the value is a phrase for it."""
+    """Fault of an instance; the value is a phrase for it."""
 
     EMPTY = "has no length"
     REVERSED = "is reversed: it ends before it starts"
     EARLY = "starts before the video does"
     LATE = "reaches past the video's duration"
+    SPACED = "has spaces around its label"
 
 
 _FIVE = ("XS", "S", "M", "L", "XL")
@@ -61,7 +62,8 @@ class Dataset:
         forms: layouts in which it is published.
         repaired: known faults of the data set. A segment with one of them is cut to the video where
             at least half of it lies inside, and dropped otherwise: most of a segment that lies
-            outside is a typing error, and half a typing error is no annotation.
+            outside is a typing error, and half a typing error is no annotation. Spaces around a
+            label are removed.
         ambiguous: labels that are no class but mark stretches that cannot be judged.
         implied: label -> the wider label that each of its instances has as well. Where the file
             lacks the second instance it is added.
@@ -85,6 +87,10 @@ class Dataset:
     thresholds: tuple[float, ...] = _MIDDLE
     recall_at: tuple[int, ...] = ()
     bins: Characteristics = THUMOS_BINS
+
+    def trimming(self) -> "Dataset":
+        """Return the record of the same data set, which removes spaces around labels as well."""
+        return replace(self, repaired=self.repaired | {Fault.SPACED})
 
 
 ANY_OTHER = Dataset(name="any other")

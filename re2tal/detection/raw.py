@@ -22,7 +22,7 @@ from torch import Tensor
 from re2tal.atomic import replacing
 from re2tal.detection.segments import Detections
 from re2tal.errors import shortened
-from re2tal.json_files import FileError
+from re2tal.json_files import FileError, check_regular
 
 _TENSORS = ("segments", "scores", "labels", "counts")
 _NAMES = ("videos", "classes")
@@ -90,6 +90,7 @@ def read_raw(path: str | Path) -> tuple[dict[str, Detections], tuple[str, ...]]:
 
 def _content(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the file's tensors and names; none may be missing."""
+    check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -100,8 +101,6 @@ def _content(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 raise FileError(str(path), [f"holds no raw predictions: no {listed}"])
             tensors = {name: file.get_tensor(name) for name in _TENSORS}
             names = {name: json.loads(metadata[name]) for name in _NAMES}
-    except FileNotFoundError as error:
-        raise FileError(str(path), ["there is no such file"]) from error
     except (OSError, SafetensorError, ValueError) as error:
         raise FileError(str(path), [f"cannot be read: {error}"]) from error
     return tensors, names
@@ -131,6 +130,10 @@ def _misfits(tensors: Mapping[str, Tensor], names: Mapping[str, Sequence[str]]) 
     for name in ("segments", "scores"):
         if not tensors[name].is_floating_point():
             yield f"{name} must be floating point, not {tensors[name].dtype}"
+        elif wrong := int((~tensors[name].isfinite()).sum()):
+            yield f"{name} must be finite numbers, but {wrong} are nan or inf"
+    if scores.is_floating_point() and bool((scores < 0).any()):
+        yield "scores must not be negative: are they logits?"
     if labels.dtype not in _INTEGERS:
         yield f"labels must be integers, not {labels.dtype}"
     elif bool(((labels < 0) | (labels >= classes)).any()):

@@ -31,7 +31,7 @@ from torch import Tensor
 from re2tal.detection.files import read_json
 from re2tal.detection.segments import Detections
 from re2tal.errors import shortened
-from re2tal.json_files import FileError, in_words
+from re2tal.json_files import FileError, reason
 
 _PREFIX = "v_"
 
@@ -94,7 +94,7 @@ def load_video_scores(
     try:
         content = _File.model_validate(document)
     except ValidationError as error:
-        found = [_reason(details["loc"], details["msg"]) for details in error.errors()]
+        found = [reason(details["loc"], details["msg"]) for details in error.errors()]
         raise FileError(str(path), [*problems, *found]) from error
     names = content.classes
     problems += [f"class {name!r}: is missing" for name in classes if name not in names]
@@ -201,9 +201,3 @@ _Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 class _File(BaseModel):
     results: dict[str, Annotated[list[_Number], BeforeValidator(_unwrapped)]]
     classes: list[str] = Field(validation_alias=AliasChoices("class", "classes"))
-
-
-def _reason(place: tuple[int | str, ...], message: str) -> str:
-    """Put a pydantic error into words: `results.x[3]: input should be a finite number`."""
-    where = in_words(place) or "the top level"
-    return f"{where}: {message[0].lower()}{message[1:]}"

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from re2tal.detection.segments import Detections
+from re2tal.errors import check_within
 from re2tal.localizers.losses import LossNormalizer, diou_loss, focal_loss
-from re2tal.localizers.protocol import Instances, Losses, Targets, best, check_at_least
+from re2tal.localizers.protocol import Instances, Losses, Targets, best
 from re2tal.localizers.transformer import (
     ConvHead,
     Embedding,
@@ -112,7 +113,31 @@ class ActionFormerConfig:
     def __post_init__(self) -> None:
         # Without streams nothing but these convolutions brings features to the width.
         embed = 0 if self.streams else 1
-        check_at_least(self, levels=1, head_layers=1, embed_layers=embed, stem_layers=0, top_k=1)
+        check_within(
+            self,
+            width=(1, 2**16),
+            embed_layers=(embed, 64),
+            stem_layers=(0, 512),
+            levels=(1, 16),
+            window=(0, 2**16),
+            heads=(1, 2**10),
+            positions=(0, 2**17),
+            residual_scale=(0, 1e6),
+            input_dropout=(0, 1),
+            dropout=(0, 1),
+            drop_path=(0, 1),
+            head_width=(1, 2**16),
+            head_layers=(1, 64),
+            first_range=(0, 1e6),
+            centre_radius=(0, 1e6),
+            prior=(0, 1),
+            label_smoothing=(0, 1),
+            regression_weight=(0, 1e6),
+            initial_normalizer=(0, 1e9),
+            score_threshold=(-1, 1),
+            top_k=(1, 10**7),
+            min_duration=(-1e6, 1e6),
+        )
         if self.width % self.heads:
             raise ValueError(f"A width of {self.width} cannot be cut into {self.heads} heads.")
         if self.streams and sum(width for _, width in self.streams) != self.width:

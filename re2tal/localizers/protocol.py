@@ -153,22 +153,6 @@ class Localizer(Protocol):
         ...
 
 
-def check_at_least(settings: object, **least: int) -> None:
-    """Refuse settings that are too small.
-
-    Args:
-        settings: a dataclass.
-        least: smallest value that works of each field named.
-
-    Raises:
-        ValueError: if a field is smaller.
-    """
-    for name, bound in least.items():
-        value = getattr(settings, name)
-        if value < bound:
-            raise ValueError(f"{name} must be at least {bound}, but is {value}.")
-
-
 def best(scores: Tensor, segments: Tensor, counted: Tensor, *, most: int) -> Detections:
     """Choose the detections of one window by falling score; equal scores by place, then class.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from re2tal.annotations import VideoAnnotation
+from re2tal.errors import check_within
 from re2tal.videos.decoding import Source
 from re2tal.videos.pieces import Pieces, decode_source
 from re2tal.videos.stitching import Copy, StitchConfig, clip_starts, magnified
@@ -21,7 +22,7 @@ class WindowConfig:
         frames: frames in a window, a multiple of the backbone's temporal stride.
         fps: frames sampled per second; None squeezes every video, whatever its duration, into one
             window (as is usual for ActivityNet).
-        overlap: share of a window that the next one repeats, from 0 to below 1.
+        overlap: share of a window that the next one repeats, from 0 to 0.99.
         sliding_overlap: `overlap` of the sliding windows that cover a video for detection; None for
             `overlap`.
         min_visible: smallest share of an instance inside a window for which the instance is kept,
@@ -42,16 +43,14 @@ class WindowConfig:
     stitch: StitchConfig = field(default_factory=StitchConfig)
 
     def __post_init__(self) -> None:
-        if self.frames < 1:
-            raise ValueError(f"WindowConfig.frames must be at least 1, not {self.frames}.")
-        if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
-            raise ValueError(f"WindowConfig.fps must be a positive number, not {self.fps}.")
-        for name in ("overlap", "sliding_overlap"):
-            overlap = getattr(self, name)
-            if overlap is not None and not 0 <= overlap < 1:
-                raise ValueError(f"WindowConfig.{name} must be in [0, 1), not {overlap}.")
-        if not 0 < self.min_visible <= 1:
-            raise ValueError(f"WindowConfig.min_visible must be in (0, 1], not {self.min_visible}.")
+        check_within(
+            self,
+            frames=(1, 2**20),
+            fps=(1e-3, 1e4),
+            overlap=(0, 0.99),  # more would repeat every second hundreds of times
+            sliding_overlap=(0, 0.99),
+            min_visible=(1e-6, 1),
+        )
 
     def grid(self, duration: float, *, stride: int) -> TimeGrid:
         """Grid of the first window of a video of `duration` s, with `stride` frames a feature."""

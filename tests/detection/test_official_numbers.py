@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.experiments.evaluation import THUMOS, RandomTestSet
+from pipelines.experiments.detections import THUMOS, RandomTestSet
 from re2tal.detection import average_recall, mean_average_precision
 from tests.detection.official_numbers import NUMBERS, WORKLOADS
 

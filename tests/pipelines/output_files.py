@@ -1,6 +1,5 @@
 """Reading what `detect.py` writes."""
 
-import csv
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -34,9 +33,3 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self._script is not None:
             self._texts[self._script[0]] = self._texts.get(self._script[0], "") + data
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))

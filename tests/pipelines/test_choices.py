@@ -109,7 +109,7 @@ def test_a_recipe_of_ones_own_trains_and_its_detector_is_read_again(
     Trainer(task, runtime, weights=None, output=str(folder / "output")).run()
     saved = folder / "checkpoint" / "detector"
     forget(folder, before)
-    with pytest.raises(ValueError, match="import its module first"):
+    with pytest.raises(UserError, match="import its module first"):
         load_detector(saved)
     evaluate.parse(["--import", str(folder / "my_localizer.py"), "--model", str(saved)])
     assert str(load_detector(saved)[0].localizer) == str(recipe.model.localizer)

@@ -15,6 +15,7 @@ from mlflow.tracking import MlflowClient
 import pipelines.inference.run as script
 import re2tal
 from pipelines.core.models import fingerprint, local_detector
+from pipelines.core.tables import read_csv
 from pipelines.core.tracking import Run, start_run
 from pipelines.detect import parse
 from pipelines.inference.output import OutputConfig
@@ -26,7 +27,7 @@ from re2tal.errors import UserError
 from re2tal.localizers import ActionFormerConfig
 from re2tal.trained import DetectorSpec, save_detector
 from re2tal.videos.windows import WindowConfig
-from tests.pipelines.output_files import Page, table
+from tests.pipelines.output_files import Page
 
 SCRIPT = Path(__file__).parents[2] / "pipelines" / "detect.py"
 CLASSES = ("bounce", "orbit", "pulse")
@@ -104,7 +105,7 @@ def check_files(setting: Setting) -> None:
     page = Page(found / "index.html")
     shown = {video["id"]: video for video in page.data["videos"]}
     assert shown["broken"]["failed"]
-    rows = table(found / "detections.csv")
+    rows = read_csv(found / "detections.csv")
     for video_id, mine in detections.items():
         path = setting.folder / "videos" / f"{video_id}.mp4"
         expected = re2tal.detect(path, setting.detector, device="cpu").detections[:200]
@@ -158,7 +159,7 @@ def test_it_detects_with_a_model_of_mlflow_and_the_second_time_only_what_failed(
     after = {path.name: path.stat().st_mtime_ns for path in records.iterdir()}
     assert after.keys() - before.keys() == {"broken.json"}
     assert before.items() <= after.items()
-    rows = table(setting.folder / "found" / "detections.csv")
+    rows = read_csv(setting.folder / "found" / "detections.csv")
     assert [row["video"] for row in rows] == ["broken"] * 3 + ["toy_000"] * 3 + ["toy_001"] * 3
     # the same video; windows went through the detector two at a time then, and one now
     scores = [float(row["score"]) for row in rows]

@@ -1,6 +1,5 @@
 """Detections and detectors are held against annotations, by the script itself."""
 
-import csv
 import io
 import json
 import runpy
@@ -17,6 +16,7 @@ import torch
 import re2tal
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import toy
+from pipelines.core.tables import read_csv
 from pipelines.core.tracking import Run
 from pipelines.evaluate import parse
 from pipelines.inference.evaluation import evaluate_run, evaluated_plan, read_labelled
@@ -40,6 +40,7 @@ DATABASE: dict[str, Any] = {
     "c": {"subset": "training", "segments": [(0.0, 2.0, "spin")]},
     "d": {"subset": "testing", "segments": []},
 }
+CLASSES = ("jump", "spin")
 FOUND = {
     "a": [(1.0, 3.0, 0.9, "jump"), (5.0, 9.0, 0.6, "spin"), (0.0, 1.0, 0.8, "spin")],
     "c": [(0.0, 2.0, 0.99, "spin")],
@@ -140,10 +141,20 @@ def test_tables_are_written_for_people_and_programs(evaluated: tuple[Run, Path, 
     ]
     assert len(content["tables"]["average_recall"]) == 100
     for name, rows in content["tables"].items():
-        with (output / f"{name}.csv").open() as file:
-            read = list(csv.DictReader(file))
+        read = read_csv(output / f"{name}.csv")
         assert read == [{k: "" if v is None else str(v) for k, v in one.items()} for one in rows]
     assert content["metrics"]["val/mAP"] == 0.5
+
+
+def test_classes_are_no_formulas_in_the_tables(tmp_path: Path) -> None:
+    arguments = write(tmp_path, FOUND)
+    for name in ("annotations.json", "detections.json"):
+        path = tmp_path / name
+        path.write_text(path.read_text().replace('"jump"', '"=1+1"'))
+    evaluate_run(parse(arguments))
+    table = tmp_path / "out" / "average_precision.csv"
+    assert table.read_text().splitlines()[1].startswith("'=1+1,2,")
+    assert [row["class"] for row in read_csv(table)] == ["=1+1", "spin", "mAP"]
 
 
 PROPOSALS = {name: [(*one[:3], "action") for one in rows] for name, rows in FOUND.items()}
@@ -214,6 +225,10 @@ def test_video_scores_give_proposals_their_classes(tmp_path: Path) -> None:
     assert found["val/AR/10"] == pytest.approx(2 / 3)
     with pytest.raises(UserError, match="have classes already: leave the scores out"):
         evaluate_run(parse(write(tmp_path, FOUND, *options)))
+    scores["results"] = {"e": [0.9, 0.1]}
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    with pytest.raises(UserError, match=r"The ids there are e; those of the annotations are a, b"):
+        evaluation(tmp_path, *options)
 
 
 @pytest.mark.parametrize(
@@ -249,9 +264,14 @@ def test_detections_of_other_classes_are_refused(tmp_path: Path, label: str, rea
 
 
 def test_the_script_evaluates(tmp_path: Path) -> None:
-    printed = run_here(SCRIPT, *write(tmp_path, FOUND), folder=tmp_path)
+    given = write(tmp_path, FOUND)
+    before = {path.name for path in tmp_path.iterdir()}
+    places = given[: given.index("--output")]  # results lie where they do by default
+    printed = run_here(SCRIPT, *places, folder=tmp_path)
     assert "average recall" in printed
     assert "MLflow run" in printed
+    assert {path.name for path in tmp_path.iterdir()} == before | {"runs"}
+    assert (tmp_path / "runs" / "evaluation" / "evaluation.json").exists()
 
 
 def test_the_script_ends_with_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,3 +417,50 @@ def test_raw_detections_of_runs_become_an_ensemble(tmp_path: Path) -> None:
     swim = raw(tmp_path / "4" / "raw.safetensors", {"a": []}, ("swim",))
     with pytest.raises(UserError, match=r"1 of the 1 classes of .* \(swim\).*--detections"):
         ap("--detections", swim)
+
+
+@pytest.mark.parametrize(
+    ("ids", "reason"),
+    [
+        (
+            ("v_a", "v_b"),
+            (
+                r"None of the 2 videos of .*detections\.json is in the subset 'validation' of "
+                r".*annotations\.json.*The ids there are v_a, v_b; those of the annotations are "
+                r'a, b\. Without "v_" in front they have some in common'
+            ),
+        ),
+        (("c",), r"None of the 1 videos.* The ids there are c; .* --subset"),
+        (tuple("efghi"), r"The ids there are e, f, g, \.\.\. and 2 more; those of"),
+        ((), r"None of the 0 videos .* The ids there are none;"),
+    ],
+    ids=["prefix", "other subset", "others", "nothing"],
+)
+@pytest.mark.parametrize("kind", ["json", "raw"])
+def test_detections_of_no_evaluated_video_are_refused(
+    tmp_path: Path, ids: tuple[str, ...], reason: str, kind: str
+) -> None:
+    found = dict.fromkeys(ids, FOUND["a"])
+    arguments = write(tmp_path, found)
+    if kind == "raw":
+        arguments += ["--detections", raw(tmp_path / "1" / "raw.safetensors", found, CLASSES)]
+        reason = reason.replace(r"detections\.json", r"raw\.safetensors")
+    with pytest.raises(UserError, match=reason):
+        evaluate_run(parse(arguments))
+
+
+def test_detections_of_few_evaluated_videos_are_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = write(tmp_path, FOUND)
+    path = tmp_path / "annotations.json"
+    content = json.loads(path.read_text())
+    content["database"]["e"] = content["database"]["b"]  # a third one, of which one is found
+    path.write_text(json.dumps(content))
+    run = evaluate_run(parse(arguments))
+    warning = "warning: only 1 of the 3 videos of the subset 'validation' are among the detections"
+    printed = capsys.readouterr().out.splitlines()
+    (place,) = [number for number, line in enumerate(printed) if line.startswith(warning)]
+    assert "detections.json: average" in printed[place + 1]  # the table's title
+    remarks = run.client.download_artifacts(run.run_id, "remarks.txt", str(tmp_path))
+    assert warning.removeprefix("warning: ") in Path(remarks).read_text()

@@ -167,6 +167,20 @@ def test_failed_videos_are_known_and_made_when_asked_for(
     assert Features(str(tmp_path / "out")).video_ids == IDS
 
 
+@pytest.mark.parametrize("config", [FilesConfig(), PARQUET], ids=["npy", "parquet"])
+def test_features_that_are_not_finite_are_failures(tmp_path: Path, config: FilesConfig) -> None:
+    folder = folder_at(tmp_path, replace(config, feature_type="float16"))
+    folder.begin(retry_failed=False)
+    for video_id, factor in zip(IDS, (1.0, 1e5, np.nan, 1.0, 1.0), strict=True):
+        video = made(video_id)
+        folder.add(video_id, replace(video, features=video.features * np.float32(factor)))
+    folder.write_description()
+    features = Features(str(tmp_path))
+    assert features.video_ids == ("a", "d", "e")
+    assert set(features.missing(IDS)) == {"b", "c"}
+    assert "not finite (nan or inf) as float16 numbers: write float32" in features.missing("b")["b"]
+
+
 def test_features_of_other_settings_are_refused(tmp_path: Path) -> None:
     fill(folder_at(tmp_path / "npy", FilesConfig()))
     with pytest.raises(UserError, match=r"other settings \(size: None there, 224 asked for\)"):
@@ -256,5 +270,6 @@ def test_a_windows_features_come_from_the_file(tmp_path: Path) -> None:
     first, second, *_ = sliding_windows(video, (), config, stride=4)
     assert np.array_equal(features.window(first, duration=8.0), made("e", resolved).features[:4])
     assert np.array_equal(features.window(second, duration=8.0), made("e", resolved).features[2:6])
-    assert features.disagreements({"e": 8.0, "other": 1.0}) == {}
-    assert "end at second 8.0, but it lasts 20.0" in features.disagreements({"e": 20.0})["e"]
+    assert features.examine({"e": 8.0, "other": 1.0}) == ({}, [])
+    failures, (remark,) = features.examine({"e": 13.3})
+    assert (failures, remark) == ({}, "e: its features end at second 8.0, but it lasts 13.3")

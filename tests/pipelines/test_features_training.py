@@ -1,8 +1,11 @@
 """Training on features is training with a frozen backbone, if it sees the same windows."""
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -203,19 +206,131 @@ def test_features_that_cannot_be_read_are_masked_and_told(
 
 
 def test_videos_without_features_are_left_out(recipe: Recipe, folder: Path, tmp_path: Path) -> None:
-    said = json.loads((folder / NAME).read_text())
+    copied = shutil.copytree(folder, tmp_path / "features")
+    said = json.loads((copied / NAME).read_text())
     video_id, entry = said["videos"].popitem()
     said["failures"][video_id] = "was damaged"
-    (tmp_path / NAME).write_text(json.dumps(said))
-    fewer = on_features(recipe, tmp_path)
+    (copied / NAME).write_text(json.dumps(said))
+    fewer = on_features(recipe, copied)
     with pytest.raises(UserError, match=f"(?s)1 of 5 videos.*{video_id}: was damaged"):
         plan_of(fewer)
     plan = plan_of(replace(fewer, data=replace(fewer.data, max_failed=0.5)))
     assert plan.failures == {video_id: "was damaged"}
-    said["videos"][video_id] = {**entry, "fps": 6.0}
-    (tmp_path / NAME).write_text(json.dumps(said))
+    said["videos"][video_id] = {**entry, "fps": 0.73 * entry["fps"]}
+    (copied / NAME).write_text(json.dumps(said))
     (remark,) = plan_of(fewer).remarks
     assert f"{video_id}: its features end at second" in remark
+    said["videos"] = {f"v_{name}": place for name, place in said["videos"].items()}
+    (copied / NAME).write_text(json.dumps(said))
+    with pytest.raises(
+        UserError, match=r"None of the 5 videos has features.* The ids there are v_"
+    ):
+        plan_of(fewer)
+
+
+Change = Callable[[np.ndarray], np.ndarray | bytes]
+
+
+def with_one(value: float) -> Change:
+    """A function that puts a value into one place of an array."""
+
+    def change(array: np.ndarray) -> np.ndarray:
+        array[7, 3] = value
+        return array
+
+    return change
+
+
+def as_others_write(folder: Path, target: Path, change: Change, **said: Any) -> list[str]:
+    """Changed files of features, which are described by a rule alone; returns their names."""
+    target.mkdir()
+    for path in folder.glob("*.npy"):
+        changed = change(np.load(path))
+        if isinstance(changed, bytes):
+            (target / path.name).write_bytes(changed)
+        else:
+            np.save(target / path.name, changed)
+    description = {"format": "re2tal features 1", "layout": "npy", "clips": CLIPS, **said}
+    (target / NAME).write_text(json.dumps(description))
+    return sorted(path.name for path in target.glob("*.npy"))
+
+
+HEADER = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 1000), }"
+HUGE = b"\x93NUMPY\x01\x00" + (len(HEADER) + 1).to_bytes(2, "little") + HEADER + b"\n"
+CLIPS = {"fps": 12.0, "stride": 2, "frames": 2}
+SHAPE = r"must hold floating numbers of shape \(T, C\), but holds"
+
+
+@pytest.mark.parametrize(
+    ("change", "said", "reason"),
+    [
+        (with_one(np.nan), {}, "not finite .* in 1 of .* features, the first of them number 7"),
+        (with_one(-np.inf), {"channels": 128}, "not finite"),
+        (lambda a: with_one(np.inf)(a.astype(np.float16)), {}, "not finite"),  # too large for it
+        (lambda a: a[:, :100], {"channels": 128}, r"has 100 channels where \S+json has 128\."),
+        (lambda a: a.T, {"channels": 128}, r"where \S+json has 128; is it of shape \(C, T\)\?"),
+        (lambda a: a.T, {}, r"has 8\d channels where \S+npy has 92; is it of shape \(C, T\)\?"),
+        (lambda a: np.tile(a[:80].T, (2, 1)), {}, r"up to second 42.* is it of shape \(C, T\)\?"),
+        (lambda a: a[: len(a) // 2], {}, r"features up to second [67]\.\d of a video of 1\d"),
+        (lambda a: np.repeat(a, 2, axis=0), {}, r"features up to second \d+\.\d of a video of 1\d"),
+        (lambda a: a[:0], {}, rf"{SHAPE} float32 of shape \(0, 128\)"),
+        (lambda a: a[None], {}, rf"{SHAPE} float32 of shape \(1, "),
+        (lambda a: a.astype(np.int8), {}, rf"{SHAPE} int8"),
+        (lambda a: a.astype(str), {}, rf"{SHAPE} <U"),
+        (lambda a: a.astype(object), {}, "cannot be read as an array: Object arrays"),
+        (lambda a: a.tobytes(), {}, "cannot be read as an array"),
+        (lambda _: b"", {}, "cannot be read as an array"),
+        (lambda _: b"PK\3\4 no archive", {}, "cannot be read as an array"),
+        (lambda _: HUGE, {}, "cannot be read as an array"),
+    ],
+)
+def test_features_that_cannot_be_used_are_named_before_training(
+    recipe: Recipe, folder: Path, tmp_path: Path, change: Change, said: Any, reason: str
+) -> None:
+    names = as_others_write(folder, tmp_path / "features", change, **said)
+    with pytest.raises(UserError, match=f"(?s){reason}") as caught:
+        plan_of(on_features(recipe, tmp_path / "features"))
+    assert str(tmp_path / "features" / names[0]) in str(caught.value)
+    assert "--data.videos" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "clips",
+    [{"fps": 0}, {"fps": -1}, {"fps": "x"}, {"stride": 0}, {"frames": 0}, {"stride": 10**30}],
+)
+def test_places_that_cannot_be_are_refused(
+    recipe: Recipe, folder: Path, tmp_path: Path, clips: dict[str, Any]
+) -> None:
+    as_others_write(folder, tmp_path / "features", lambda a: a, clips={**CLIPS, **clips})
+    with pytest.raises(UserError, match=r"features\.json is not of the form .* the first in clips"):
+        on_features(recipe, tmp_path / "features")
+
+
+def test_one_damaged_file_in_many_is_left_out(recipe: Recipe, folder: Path, tmp_path: Path) -> None:
+    names = as_others_write(folder, tmp_path / "features", lambda a: a)
+    np.save(tmp_path / "features" / names[0], np.full((90, 128), np.nan))
+    fewer = on_features(recipe, tmp_path / "features")
+    with pytest.raises(UserError, match=r"1 of 5 videos cannot be used, more than .*max-failed"):
+        plan_of(fewer)
+    plan = plan_of(replace(fewer, data=replace(fewer.data, max_failed=0.2)))
+    assert set(plan.failures) == {Path(names[0]).stem}
+    assert len(plan.uris) == 4
+
+
+def test_halves_are_features_as_well(recipe: Recipe, folder: Path, tmp_path: Path) -> None:
+    as_others_write(folder, tmp_path / "halves", lambda a: a.astype(np.float16))
+    as_others_write(folder, tmp_path / "doubles", lambda a: a.astype(np.float16).astype(float))
+    found = []
+    for kind in ("halves", "doubles"):
+        fewer = on_features(recipe, tmp_path / kind)
+        plan = plan_of(fewer)
+        assert plan.failures == {}
+        assert plan.features is not None
+        found.append(batches_of(fewer, plan, plan.features))
+    for half, double in zip(*found, strict=True):
+        assert half.frames.dtype == torch.float32
+        assert torch.allclose(half.frames, double.frames, rtol=1e-6, atol=0)
+        assert half.frames.any()
 
 
 def test_what_is_missing_is_one_sentence(recipe: Recipe, tmp_path: Path) -> None:
@@ -236,5 +351,5 @@ def test_features_take_the_place_of_a_backbones() -> None:
         backbone(torch.zeros(2, 5, 8, 8, 3, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"must be \(B, T', 3\), but got \(2, 5, 4\)"):
         backbone(torch.randn(2, 5, 4))
-    with pytest.raises(ValueError, match="at least 1 channel"):
+    with pytest.raises(ValueError, match="channels must be 1 to"):
         PrecomputedConfig(channels=0, temporal_stride=4)

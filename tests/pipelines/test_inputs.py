@@ -20,6 +20,7 @@ from re2tal.errors import UserError
         ({"annotations": None}, "no path given. Say where with --data.annotations"),
         ({"videos": "/nowhere"}, "nothing at /nowhere. Correct --data.videos"),
         ({"exclude": "/nowhere"}, "The ids to exclude: nothing at /nowhere. Correct --data.excl"),
+        ({"durations": "/nowhere"}, "The durations: nothing at /nowhere. Correct --data.durations"),
         ({"video_scores": "/nowhere"}, "nothing at /nowhere. Correct --data.video-scores"),
         ({"features": "/nowhere", "videos": None}, "nothing at /nowhere. Correct --data.features"),
     ],
@@ -43,6 +44,7 @@ def test_every_path_becomes_absolute_and_nothing_else_changes(
         annotations=str(tiny_set / "annotations.json"),
         videos=f"file://{tiny_set}/videos",
         exclude="ids.txt",
+        durations="probe",
     )
     given = replace(tiny_recipe, data=data, output="runs")
     found = detection_inputs(given)

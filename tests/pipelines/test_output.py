@@ -1,7 +1,10 @@
 """The files that detections are written to, and the records that they are made from."""
 
 import base64
+import csv
 import json
+import shutil
+import subprocess
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +16,7 @@ from PIL import Image
 
 from pipelines.core import figures
 from pipelines.core.figures import COLOURS, Timeline, timelines
+from pipelines.core.tables import csv_text, read_csv, write_csv
 from pipelines.inference.output import (
     COLUMNS,
     FORMATS,
@@ -25,7 +29,7 @@ from pipelines.inference.output import (
 from re2tal.annotations import Instance
 from re2tal.detection.files import read_detections
 from re2tal.errors import UserError
-from tests.pipelines.output_files import Page, table
+from tests.pipelines.output_files import Page
 
 NASTY = "\u4f60</script><script>alert('1')</script> <!-- $x$ \u2028 {{data}}"
 CLASSES = ("jump", NASTY, "never")
@@ -64,7 +68,7 @@ def test_all_files_hold_the_same_detections(tmp_path: Path) -> None:
     assert list(found) == ["a", "b"]
     assert found["a"].segments.tolist() == [[1.0, 2.5], [0.25, 9.0]]
     assert found["a"].labels.tolist() == [1, 0]
-    rows = table(tmp_path / "detections.csv")
+    rows = read_csv(tmp_path / "detections.csv")
     assert tuple(rows[0]) == COLUMNS
     assert [tuple(row.values()) for row in rows[:2]] == [
         ("a", "1.0", "2.5", NASTY, "0.9"),
@@ -78,13 +82,40 @@ def test_all_files_hold_the_same_detections(tmp_path: Path) -> None:
         assert picture.width > picture.height > 100
 
 
+FORMULAS = ("=1+1", "+x", "-x", "@x", "\tx", "\rx", "\nx", "-", "'=x", "''@x", '="a",b\n')
+TEXTS = ("", "'", "'x", "x=1", "a,b", 'a "b"', "a\r\nb", "\u00e9", "x\t", "1", "''")
+
+
+def test_texts_are_no_formulas_to_a_spreadsheet_and_come_back(tmp_path: Path) -> None:
+    columns = ("=name", "value", "none")
+    given = [{"=name": text, "value": -0.5} for text in (*FORMULAS, *TEXTS)]
+    write_csv(tmp_path / "t.csv", columns, given)
+    with (tmp_path / "t.csv").open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["'=name", "value", "none"]
+    assert [name for name, *_ in rows] == [*(f"'{text}" for text in FORMULAS), *TEXTS]
+    assert {tuple(rest) for _, *rest in rows} == {("-0.5", "")}  # numbers stay numbers
+    assert [row["=name"] for row in read_csv(tmp_path / "t.csv")] == [*FORMULAS, *TEXTS]
+    assert csv_text(columns, given).encode() == (tmp_path / "t.csv").read_bytes()
+
+
+def test_labels_and_names_of_videos_are_no_formulas(tmp_path: Path) -> None:
+    row = {"segment": [-1.0, 2.0], "score": 0.5, "label": "=cmd|' /C calc'!A0"}
+    found = replace(record("-a"), detections=[row])
+    write(tmp_path, found, formats=("csv",))
+    written = (tmp_path / "detections.csv").read_text(encoding="utf-8").splitlines()
+    assert written[1] == "'-a,-1.0,2.0,'=cmd|' /C calc'!A0,0.5"
+    (read,) = read_csv(tmp_path / "detections.csv")
+    assert (read["video"], read["label"]) == ("-a", row["label"])
+
+
 def test_only_the_strongest_of_what_is_asked_for_are_written(tmp_path: Path) -> None:
     written = write(tmp_path, record("a"), formats=("csv",), score_threshold=0.0, top_k=1)
     assert [path.name for path in written] == ["failures.json", "detections.csv"]
-    assert [row["score"] for row in table(tmp_path / "detections.csv")] == ["0.9"]
+    assert [row["score"] for row in read_csv(tmp_path / "detections.csv")] == ["0.9"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["detections.csv", "failures.json"]
     write(tmp_path, record("a"), formats=("csv",), score_threshold=0.05)
-    assert len(table(tmp_path / "detections.csv")) == 3
+    assert len(read_csv(tmp_path / "detections.csv")) == 3
     with pytest.raises(ValueError, match="top_k must be at least 1"):
         OutputConfig(top_k=0)
 
@@ -111,6 +142,30 @@ def test_the_page_loads_nothing_and_no_name_breaks_out_of_its_data(tmp_path: Pat
     assert videos[NASTY]["source"] == ""  # browsers know no s3
     assert videos["a"]["found"] == [[1.0, 2.5, 0.9, 1], [0.25, 9.0, 0.5, 0]]
     assert (videos["broken"]["failed"], videos["broken"]["problems"]) == (True, ["<b>no video"])
+
+
+BROWSERS = ("chromium", "google-chrome", "chromium-browser")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [("%E0%A4%A", "a"), ("b%", "b%"), ("b%25", "b%")],
+)
+def test_the_page_shows_a_video_whatever_the_address(
+    tmp_path: Path, address: str, shown: str
+) -> None:
+    write(tmp_path, record("b%"), record("a"), formats=("html",))
+    url = f"{(tmp_path / 'index.html').as_uri()}#{address}"
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    options = ("--headless", "--no-sandbox", "--disable-gpu", profile, "--dump-dom", url)
+    done = subprocess.run(
+        [str(BROWSER), *options], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert f'<h2 id="name">{shown}</h2>' in done.stdout
+    assert "2 of 2 segments" in done.stdout
 
 
 @pytest.mark.parametrize(("embed", "embedded"), [(1e-5, True), (1e-6, False)])

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from pipelines import evaluate, extract_features, prepare, probe, train
 from pipelines.config.recipe import DataConfig, Recipe
 from pipelines.data.plan import check_failures, make_plan, read_annotations
 from re2tal.annotations import AnnotationError
+from re2tal.datasets import load_annotations
 from re2tal.errors import UserError
 from re2tal.json_files import FileError
 
@@ -45,6 +47,74 @@ def test_failures_up_to_the_share_are_tolerated() -> None:
 def test_no_usable_video_at_all_is_an_error_whatever_the_share() -> None:
     with pytest.raises(UserError, match=r"No usable video: 2 of 2"):
         check_failures({"a": "damaged", "b": "gone"}, total=2, max_failed=1.0)
+
+
+@pytest.fixture
+def without_durations(tiny_recipe: Recipe, tmp_path: Path) -> tuple[DataConfig, dict[str, float]]:
+    """The tiny set as THUMOS-14 is passed around, and the durations."""
+    document = json.loads(Path(str(tiny_recipe.data.annotations)).read_text())
+    durations = {name: entry.pop("duration") for name, entry in document["database"].items()}
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(document))
+    return replace(tiny_recipe.data, annotations=str(path)), durations
+
+
+def test_durations_come_from_a_file_or_from_the_videos(
+    without_durations: tuple[DataConfig, dict[str, float]], tiny_set: Path, tmp_path: Path
+) -> None:
+    config, durations = without_durations
+    with pytest.raises(AnnotationError, match=r"5 problems(?s:.*)duration: is missing"):
+        read_annotations(config)
+    (path := tmp_path / "durations.json").write_text(json.dumps(durations))
+    given = read_annotations(replace(config, durations=str(path)))
+    assert given == load_annotations(tiny_set / "annotations.json")
+    assert {v.video_id: v.duration for v in given.videos} == durations
+    probed = read_annotations(replace(config, durations="probe"))
+    assert {v.video_id: v.duration for v in probed.videos} == pytest.approx(durations, abs=0.1)
+    # an excluded video is not opened
+    videos = shutil.copytree(tiny_set / "videos", tmp_path / "videos")
+    (videos / "toy_000.mp4").unlink()
+    (videos / "toy_001.mp4").write_text("this is no video")
+    fewer = replace(config, durations="probe", videos=str(videos))
+    reasons = r"toy_000 \(there is no file toy_000 .*\); toy_001 \(.*\)\. Leave them out"
+    with pytest.raises(UserError, match=rf"2 of 5 videos without an annotated .*: {reasons}"):
+        read_annotations(fewer)
+    (lost := tmp_path / "lost.txt").write_text("toy_000\ntoy_001")
+    assert len(read_annotations(replace(fewer, exclude=str(lost))).videos) == 3
+    with pytest.raises(UserError, match=r"The videos: no path given\. .*--data\.videos"):
+        read_annotations(replace(fewer, videos=None))
+
+
+def test_durations_come_from_features_in_place_of_videos(
+    without_durations: tuple[DataConfig, dict[str, float]], tmp_path: Path
+) -> None:
+    config, durations = without_durations
+    entry = {"file": "", "length": 100, "fps": 12.0, "stride": 2, "offset": 0.0}
+    entries = {name: {**entry, "duration": seconds} for name, seconds in durations.items()}
+    said = {"format": "re2tal features 1", "layout": "npy", "channels": 8, "videos": entries}
+    (tmp_path / "features.json").write_text(json.dumps(said))
+    config = replace(config, videos=None, features=str(tmp_path), durations="probe")
+    assert {v.video_id: v.duration for v in read_annotations(config).videos} == durations
+
+
+@pytest.mark.parametrize("script", [evaluate, extract_features, prepare, probe, train])
+def test_every_script_that_reads_annotations_takes_durations(script: Any) -> None:
+    prefix = ["toy", "--data."] if script is train else ["--"]
+    config = script.parse([*prefix[:-1], f"{prefix[-1]}durations", "probe"])
+    assert getattr(config, "data", config).durations == "probe"
+
+
+def test_labels_are_trimmed_when_asked_for(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    document = json.loads(Path(str(tiny_recipe.data.annotations)).read_text())
+    first, *_ = (i for entry in document["database"].values() for i in entry["annotations"])
+    label, first["label"] = first["label"], f"{first['label']} "
+    (path := tmp_path / "a.json").write_text(json.dumps(document))
+    config = replace(tiny_recipe.data, annotations=str(path))
+    with pytest.raises(AnnotationError, match=rf"'{label}' \(.*'{label} ' .*--data\.trim-labels"):
+        read_annotations(config)
+    trimmed = read_annotations(replace(config, trim_labels=True))
+    assert trimmed.classes == read_annotations(tiny_recipe.data).classes
+    assert [repair.action for repair in trimmed.repairs] == ["trimmed"]
 
 
 @pytest.fixture

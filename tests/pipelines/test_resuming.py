@@ -1,5 +1,6 @@
 """Which run a command goes on with."""
 
+import fcntl
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from pipelines.config.recipe import Recipe
+from pipelines.core import underway
 from pipelines.core.storage import resolve
 from pipelines.core.tracking import MetricLogger, finishing, log_metrics, start_run
 from pipelines.data.plan import Plan
@@ -113,11 +115,25 @@ def test_a_run_that_goes_on_elsewhere_is_not_taken_up_twice(
     assert parent is not None
     alive = f"{_host()} {parent.pid} {parent.create_time():.2f}"
     run.client.set_tag(run.run_id, DRIVER, alive)
-    with pytest.raises(UserError, match=rf"process {parent.pid}.*--no-resume"):
+    told = rf"process {parent.pid} on {_host()}, since 20.*--no-resume"
+    with pytest.raises(UserError, match=told):
         resume_or_start(recipe, tiny_plan)
     # the number was given to another process since
     run.client.set_tag(run.run_id, DRIVER, f"{_host()} {parent.pid} 1.00")
     assert resume_or_start(recipe, tiny_plan) == (run, True)
+    # a machine that shares the folder; MLflow shows a run as ended while its model is logged
+    underway.end(run.run_id)
+    run.client.set_tag(run.run_id, DRIVER, "another 7 1.00")
+    run.client.set_terminated(run.run_id)
+    note = tmp_path / underway.FOLDER / f"{run.run_id}.json"
+    with note.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="under way in process 7 on another"):
+            resume_or_start(recipe, tiny_plan)
+        assert resume_or_start(replace(recipe, resume=False), tiny_plan)[0] != run
+    fresh, goes_on = resume_or_start(recipe, tiny_plan)  # whose process is gone, and that ended
+    assert not goes_on
+    assert fresh != run
 
 
 def test_steps_that_are_logged_are_not_logged_again(

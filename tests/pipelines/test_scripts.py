@@ -5,10 +5,22 @@ import subprocess
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipelines import detect, evaluate, probe, train
+
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("script", [detect, evaluate, probe, train])
+def test_results_lie_under_runs_which_git_ignores(script: Any) -> None:
+    """A script that is started in a checkout leaves nothing that git would add."""
+    config = script.parse(["toy"] if script is train else [])
+    assert Path(config.output).parts[0] == "runs"
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert "/runs/" in ignored
 
 
 @pytest.mark.parametrize("folder", ["pipelines", "sweeps"])

@@ -1,6 +1,7 @@
 """Paths and URIs: the same answers for both, and one sentence when something is missing."""
 
 import errno
+import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,15 @@ def test_a_missing_path_is_one_sentence_with_the_option(tmp_path: Path) -> None:
     ) as caught:
         require(str(tmp_path / "nowhere"), what="The videos", option="--data.videos")
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # a read of it would wait for ever
+    for place in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(UserError, match=r"It: \S+ is no regular file, .* Correct --it"):
+            require(str(place), what="It", option="--it")
+        with pytest.raises(OSError, match="is no regular file"):
+            read_bytes(str(place))
 
 
 def test_a_path_that_was_not_given_names_the_option() -> None:

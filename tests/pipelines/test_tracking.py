@@ -6,15 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.entities import RunStatus
 from mlflow.tracking import MlflowClient
 from mlflow.utils.validation import _validate_metric
+from optuna.storages import RDBStorage
 
 from pipelines.core.checkout import git_commit
 from pipelines.core.metric_names import safe_names, safe_path
+from pipelines.core.storage import absolute, database_file, database_url, fetch
 from pipelines.core.tracking import (
     MetricLogger,
     Run,
@@ -23,7 +26,9 @@ from pipelines.core.tracking import (
     last_steps,
     log_dataset,
     log_metrics,
+    log_text,
     start_run,
+    tracking_uri,
 )
 from pipelines.training.validation import metrics_of
 from re2tal.detection.evaluation import MapResult
@@ -75,6 +80,40 @@ def test_a_run_holds_its_configuration_and_versions(run: Run, output: Path) -> N
     assert found.info.run_name.startswith("small-")
     assert found.info.artifact_uri.startswith((output / "artifacts").as_uri())
     assert (output / "mlflow.db").is_file()
+
+
+# signs that mean something in URLs; `%41` is an A there
+SPECIAL = ("a%41b", "100%", "a?b=c", "a#b", "%2F..", "ä 日本+&;'")
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_a_store_lies_in_its_output_whatever_that_is_called(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)  # the name is the working directory's too
+    run = start_run(Outer(), output=absolute("runs"))
+    log_metrics(run, {"train/loss": 0.5}, step=1)
+    log_text(run, ["hello"], "notes/a.txt")
+    runs = Path("runs").absolute()
+    study = optuna.create_study(storage=RDBStorage(database_url(runs / "optuna.db")))
+    study.tell(study.ask(), 0.5)
+    assert [made.name for made in tmp_path.iterdir()] == [name]
+    assert [made.name for made in runs.parent.iterdir()] == ["runs"]
+    assert {"mlflow.db", "optuna.db", "artifacts"} <= {made.name for made in runs.iterdir()}
+    assert database_file(run.uri) == tmp_path / name / "runs" / "mlflow.db"
+    found = Run(uri=tracking_uri(absolute("runs")), run_id=run.run_id)
+    assert found.client.get_run(run.run_id).data.metrics == {"train/loss": 0.5}
+    uri = f"runs:/{run.run_id}/notes/a.txt"
+    text = fetch(uri, tmp_path, tracking_uri=found.uri, what="The text").read_text()
+    assert text == "hello\n"
+
+
+def test_a_data_base_that_is_no_file_has_none() -> None:
+    for url in ("postgresql://a@b/c", "http://host:5000", "sqlite://", ""):
+        assert database_file(url) is None
+    assert database_file("sqlite:///mlflow.db?timeout=5") == Path("mlflow.db")
 
 
 def test_the_server_in_the_environment_is_used(

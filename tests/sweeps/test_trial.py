@@ -1,19 +1,41 @@
 """How trials end in MLflow, whoever ended them."""
 
+import fcntl
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from mlflow.entities import Run as MlflowRun
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
 from ray.tune.experiment import Trial
 
 from pipelines.config.recipe import Recipe
+from pipelines.config.recipes import toy
+from pipelines.core import underway
 from pipelines.core.metric_names import MAP
+from pipelines.core.storage import database_url
 from pipelines.core.tracking import Run, log_metrics, start_run
 from sweeps.epoch_reports import MEMORY, RUN_ID
-from sweeps.sweep import HIGHEST_MAP
-from sweeps.trial import EPOCH, FINISHED, FIRST_STEP, Outcomes, TrialConfig, children, peak_memory
+from sweeps.finetune import SWEEP
+from sweeps.search import end_children
+from sweeps.study import open_study
+from sweeps.sweep import HIGHEST_MAP, SweepConfig
+from sweeps.trial import (
+    EPOCH,
+    FINISHED,
+    FIRST_STEP,
+    Outcomes,
+    TrialConfig,
+    children,
+    peak_memory,
+    score_of,
+)
 
 
 class _Sweep:
@@ -67,6 +89,27 @@ def test_a_trial_that_is_stopped_was_pruned(
     assert "trial 1  pruned  average mAP 0.250  (1 of 3)" in printed
 
 
+def test_a_trial_is_told_by_its_best_epoch_however_it_ends(
+    sweep: _Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped, ended = sweep.started(1), sweep.started(2)
+    for trial in (stopped, ended):
+        run = sweep.run_of(int(trial.config["trial"].number))
+        log_metrics(run, {"val/mAP": 0.75, "best/mAP": 0.75}, step=1)
+        log_metrics(run, {"val/mAP": 0.5}, step=2)
+        for epoch, value in ((1, 0.75), (2, 0.5)):
+            result = {**_result(run), MAP: value, EPOCH: epoch}
+            sweep.outcomes.on_trial_result(trial=trial, result=result)
+            trial.update_last_result(result)
+    trial.update_last_result({**_result(run), **score_of(run), FINISHED: True})
+    sweep.outcomes.on_trial_complete(trial=stopped)
+    sweep.outcomes.on_trial_complete(trial=ended)
+    printed = capsys.readouterr().out
+    assert "trial 1  epoch 2/1  average mAP 0.500" in printed
+    assert "trial 1  pruned  average mAP 0.750" in printed
+    assert "trial 2  finished  average mAP 0.750" in printed
+
+
 def test_a_trial_that_reports_its_end_is_finished(sweep: _Sweep) -> None:
     trial, run = sweep.started(1), sweep.run_of(1)
     trial.update_last_result(_result(run, **{FINISHED: True}))
@@ -75,8 +118,11 @@ def test_a_trial_that_reports_its_end_is_finished(sweep: _Sweep) -> None:
     assert (child.info.status, child.data.tags["sweep.outcome"]) == ("FINISHED", "finished")
 
 
-def test_a_trial_that_fails_has_said_why(sweep: _Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_trial_that_fails_has_said_why(
+    sweep: _Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     trial, run = sweep.started(2), sweep.run_of(2)
+    trial.storage = _Storage(str(tmp_path))
     run.client.set_tag(run.run_id, "error", "UserError: the loss is not finite")
     sweep.outcomes.on_trial_error(trial=trial)
     child = sweep.child()
@@ -113,6 +159,94 @@ def test_a_trial_whose_process_was_killed_is_not_left_running(
     child = sweep.child()
     assert child.info.status == "FAILED"
     assert "without a message" in child.data.tags["error"]
+
+
+@pytest.fixture
+def study(sweep: _Sweep, tmp_path: Path) -> optuna.Study:
+    """The sweep's study: a trial each that came to its end, was pruned, failed, was interrupted."""
+    base = replace(toy(), output=str(tmp_path))
+    config = SweepConfig(name="small", epochs=1, output=str(tmp_path), base=base)
+
+    def opened() -> optuna.Study:
+        return open_study(
+            SWEEP,
+            config,
+            storage=RDBStorage(database_url(tmp_path / "optuna.db")),
+            name=sweep.parent.run_id,
+            base_point={"optim.clip": 1.0},
+        )
+
+    study = opened()
+    for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL):
+        value = 0.5 if state == TrialState.COMPLETE else None
+        study.tell(study.ask(), value, state=state)
+    study.ask()
+    return opened()
+
+
+def test_what_a_killed_sweep_left_running_is_ended_as_optuna_knows_it(
+    sweep: _Sweep, study: optuna.Study, tmp_path: Path
+) -> None:
+    runs = [sweep.run_of(number) for number in range(4)]
+    told = sweep.run_of(1)  # was killed between the outcome and the status
+    told.client.set_tag(told.run_id, "sweep.outcome", "pruned")
+    tags = {"mlflow.parentRunId": sweep.parent.run_id}
+    postprocessing = start_run(sweep.recipe, output=tmp_path, tags=tags)
+    before = sweep.run_of(3)
+    before.client.set_tag(before.run_id, "sweep.outcome", "interrupted")
+    before.client.set_terminated(before.run_id, "KILLED")
+    end_children(sweep.parent, study, output=str(tmp_path))
+    found = {child.info.run_id: child for child in children(sweep.parent)}
+    outcomes = {
+        run_id: (child.info.status, child.data.tags.get("sweep.outcome"))
+        for run_id, child in found.items()
+    }
+    assert [outcomes[run.run_id] for run in runs] == [
+        ("FINISHED", "finished"),
+        ("KILLED", "pruned"),
+        ("FAILED", "failed"),
+        ("KILLED", "interrupted"),
+    ]
+    assert outcomes[told.run_id] == ("KILLED", "pruned")
+    assert outcomes[postprocessing.run_id] == ("KILLED", None)
+    assert outcomes[before.run_id] == ("KILLED", "interrupted")
+    assert sweep.parent.client.get_run(sweep.parent.run_id).info.status == "RUNNING"
+    assert underway.left_behind(tmp_path) == {}
+    # the process of a trial ends a little later than the sweep's
+    late = sweep.run_of(3)
+    underway.end(late.run_id)
+    note = tmp_path / underway.FOLDER / f"{late.run_id}.json"
+    with note.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        threading.Timer(0.5, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+        end_children(sweep.parent, study, output=str(tmp_path))
+        assert not note.exists()
+    assert late.client.get_run(late.run_id).info.status == "KILLED"
+
+
+def test_a_tracker_that_fails_ends_no_sweep_and_hides_no_outcome(
+    sweep: _Sweep,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MlflowException("database or disk is full\nmuch more")
+
+    failed, pruned = sweep.started(1), sweep.started(2)
+    run = sweep.run_of(2)
+    failed.storage = _Storage(str(tmp_path))
+    pruned.update_last_result(_result(run))
+    monkeypatch.setattr(MlflowClient, "set_tag", fail)
+    monkeypatch.setattr(MlflowClient, "search_runs", fail)
+    sweep.outcomes.on_trial_error(trial=failed)
+    sweep.outcomes.on_trial_complete(trial=pruned)
+    printed = capsys.readouterr()
+    assert "trial 1  failed: the trial's process ended without a message" in printed.out
+    assert "trial 2  pruned  average mAP 0.250" in printed.out
+    for number in (1, 2):
+        told = f"warning: MLflow could not be told the outcome of trial {number} (database or disk"
+        assert told in printed.err
 
 
 def test_a_trial_is_judged_by_its_gpu_s_peak_or_else_by_what_was_predicted(sweep: _Sweep) -> None:

@@ -1,12 +1,20 @@
 import json
+import os
 import pickle
+import socket
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from re2tal.annotations import AnnotationError, Annotations, Instance, VideoAnnotation
-from re2tal.datasets import DURATION_TOLERANCE, load_annotations
+from re2tal.datasets import DURATION_TOLERANCE, load_annotations, read_durations, read_ids
+from re2tal.detection import read_detections, read_raw
+from re2tal.detection.video_scores import load_video_scores
+from re2tal.json_files import FileError
+from re2tal.weights import read_tensors
 
 
 def action(start: Any, end: Any, label: str = "run") -> dict[str, Any]:
@@ -267,3 +275,42 @@ def test_annotations_are_plain_values() -> None:
         classes=("run",), videos=(VideoAnnotation(video_id="a", subset="t", duration=1.0),)
     )
     assert pickle.loads(pickle.dumps(annotations)) == annotations
+
+
+@pytest.fixture(params=["pipe", "socket", "device"])
+def irregular(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """What a read of might never return from."""
+    path = tmp_path / "file.json"
+    with socket.socket(socket.AF_UNIX) as server:
+        if request.param == "pipe":
+            os.mkfifo(path)
+        elif request.param == "device":
+            path.symlink_to("/dev/zero")
+        else:
+            with pytest.MonkeyPatch.context() as patch:  # names of sockets are short
+                patch.chdir(tmp_path)
+                server.bind(path.name)
+        yield path
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        load_annotations,
+        read_durations,
+        read_ids,
+        read_raw,
+        partial(read_detections, classes=["a"]),
+        partial(load_video_scores, classes=["a"]),
+    ],
+)
+def test_what_is_no_regular_file_is_refused(irregular: Path, read: Callable[[Path], Any]) -> None:
+    with pytest.raises(FileError, match=r"file\.json.*(?s:.*)is no regular file, but a pipe, a"):
+        read(irregular)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_that_are_no_regular_file_are_refused(irregular: Path, suffix: str) -> None:
+    path = irregular.rename(irregular.with_suffix(suffix))
+    with pytest.raises(ValueError, match=r"file\.\w+ cannot be read: it is no regular file"):
+        read_tensors(path)

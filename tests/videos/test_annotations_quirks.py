@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -36,6 +37,7 @@ def video(*actions: Any, duration: Any = 10.0, subset: str = "training") -> dict
 
 
 def write(folder: Path, database: Any) -> Path:
+    folder.mkdir(exist_ok=True)
     path = folder / "annotations.json"
     path.write_text(json.dumps({"database": database}))
     return path
@@ -191,11 +193,59 @@ def test_block_lists_of_all_kinds(tmp_path: Path) -> None:
     assert [v.video_id for v in annotations.videos] == ["d"]
     assert [e.video_id for e in annotations.excluded] == ["b", "c", "v_a"]
     # a name of a file in place of what it holds, or a list of another data set
-    assert "none of the" in problems_of(path, exclude="e.txt")[0]
+    (problem,) = problems_of(path, exclude="ef.txt")
+    assert problem.startswith("none of the 5 videos to exclude is there")
+    assert "The ids there are ., e, f, ... and 2 more; those of the annotations are b, c" in problem
     for content in ("[1]", "3", "not json"):
         (broken := tmp_path / "broken.json").write_text(content)
         with pytest.raises(AnnotationError, match=r"broken\.json"):
             read_ids(broken)
+
+
+@pytest.mark.parametrize(
+    ("labels", "shown"),
+    [
+        (("run", "run ", "run", "\trun"), r"'run' (2 times), '\trun' (1 times), 'run ' (1 times)"),
+        (("Long Jump", "long jump"), "'Long Jump' (1 times), 'long jump' (1 times)"),
+        (("long  jump", "long jump"), "'long  jump' (1 times), 'long jump' (1 times)"),
+        (("passe\u0301", "pass\u00e9"), r"'passe\u0301' (1 times), 'pass\xe9' (1 times)"),
+        (("Stra\u00dfe", "STRASSE"), "'STRASSE' (1 times), 'Stra\u00dfe' (1 times)"),
+        (("dive", "ambiguous"), "'Ambiguous' (0 times), 'ambiguous' (1 times)"),
+    ],
+)
+def test_labels_that_are_one_name_are_a_problem_of_the_file(
+    tmp_path: Path, labels: tuple[str, ...], shown: str
+) -> None:
+    database = {f"v{n}": video(action(1, 2, label)) for n, label in enumerate(labels)}
+    path = write(tmp_path, database)
+    (problem,) = problems_of(path, dataset=THUMOS14)
+    assert problem.startswith(f"the labels {shown} differ only in spaces, case or Unicode's normal")
+    assert ("--trim-labels" in problem) == ("run" in labels)
+    known = load_annotations(path, dataset=THUMOS14, classes=labels)  # so they are meant
+    assert known.classes == tuple(sorted(set(labels)))
+    # of videos that are left out nothing counts
+    load_annotations(path, dataset=THUMOS14, exclude=[*database][1:])
+
+
+def test_spaces_around_labels_are_removed_when_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path, {"a": video(action(1, 2), action(3, 12, " run\n")), "b": video()})
+    clean = write(tmp_path / "clean", {"a": video(action(1, 2), action(3, 12)), "b": video()})
+    assert problems_of(path, dataset=ACTIVITYNET13)
+    found = load_annotations(path, dataset=ACTIVITYNET13.trimming())
+    wanted = load_annotations(clean, dataset=ACTIVITYNET13)
+    assert (found.classes, found.videos) == (wanted.classes, wanted.videos)
+    assert found.videos[0].evaluated == wanted.videos[0].evaluated
+    assert [(r.action, r.instance.label) for r in found.repairs] == [
+        ("trimmed", " run\n"),
+        ("clipped", " run\n"),
+    ]
+    listed = load_annotations(path, dataset=ACTIVITYNET13.trimming(), classes=["run"])
+    assert listed.videos == found.videos
+    for label in (" ", "\t\n"):
+        path = write(tmp_path, {"a": video(action(1, 2, label))})
+        for dataset in (ACTIVITYNET13, ACTIVITYNET13.trimming()):
+            (problem,) = problems_of(path, dataset=dataset)
+            assert problem.startswith("video 'a': annotations[0].label: is nothing but spaces")
 
 
 def test_durations_that_the_file_lacks(tmp_path: Path) -> None:
@@ -213,6 +263,21 @@ def test_durations_that_the_file_lacks(tmp_path: Path) -> None:
     assert annotations.videos[0].instances[0].end == 8.5
     (problem,) = problems_of(path, durations={"a": 7.5})
     assert "past the video's duration of 7.5 s" in problem
+    asked: list[str] = []
+
+    def found(video_ids: Sequence[str]) -> dict[str, float]:
+        asked.extend(video_ids)
+        return {"a": 8.5}
+
+    assert load_annotations(path, durations=found) == annotations
+    left = load_annotations(path, durations=found, exclude=["a"], classes=["run"])
+    assert left.videos == annotations.videos[1:]
+    assert asked == ["a"]
+    first, second = problems_of(path, durations={"v_a": 8.5})
+    assert first.startswith(
+        "none of the 1 durations is of a video here: are these its ids? The ids"
+    )
+    assert second.startswith("video 'a': duration: is missing")
 
 
 def test_the_fingerprint_tells_what_was_done_but_not_how_it_is_worded(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from re2tal.annotations import Annotations, Exclusion, Instance, Repair, VideoAnnotation
-from re2tal.datasets import check_durations, read_durations, summarize
+from re2tal.annotations import (
+    AnnotationError,
+    Annotations,
+    Exclusion,
+    Instance,
+    Repair,
+    VideoAnnotation,
+)
+from re2tal.datasets import check_durations, load_annotations, read_durations, summarize
 from re2tal.datasets.__main__ import main
 
 
@@ -201,9 +209,40 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([str(path), *known]) == 1
     err = capsys.readouterr().err
     assert "key 'a' is there more than once" in err
-    assert "b: Input should be greater than 0" in err
+    assert "'b': Input should be greater than 0" in err
     (tmp_path / "durations.json").write_text('{"a": "3.5"}')
     assert read_durations(tmp_path / "durations.json") == {"a": 3.5}
+
+
+def test_the_command_removes_spaces_around_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    actions = [{"segment": [1, 2], "label": label} for label in ("run", "run ")]
+    database = {"a": {"subset": "test", "duration": 9, "annotations": actions}}
+    (path := tmp_path / "a.json").write_text(json.dumps({"database": database}))
+    assert main([str(path)]) == 1
+    assert "the labels 'run' (1 times), 'run ' (1 times) differ only" in capsys.readouterr().err
+    assert main([str(path), "--trim-labels"]) == 0
+    assert "Repaired: 1\n  a: run  1 to 2 s trimmed: has spaces" in capsys.readouterr().out
+
+
+def test_the_command_lists_all_problems_of_a_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    database = {f"v{n}": {"subset": "test", "annotations": []} for n in range(400)}
+    (path := tmp_path / "a.json").write_text(json.dumps({"database": database}))
+    assert main([str(path)]) == 1
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 401
+    with pytest.raises(AnnotationError) as caught:
+        load_annotations(path)
+    heading, *listed, hint = str(caught.value).splitlines()
+    assert "400 problems" in heading
+    missing = "duration: is missing; durations can be given apart from the file (durations)"
+    examples = [f"  - video 'v{n}': {missing}" for n in range(3)]
+    assert listed == [*examples, "  - ... and 397 more like these"]
+    assert f"python -m re2tal.datasets {path}" in hint
+    assert pickle.loads(pickle.dumps(caught.value)).listed == err.strip()
 
 
 @pytest.mark.slow

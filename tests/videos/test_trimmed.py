@@ -133,6 +133,17 @@ def test_every_problem_of_both_lists_stands_in_one_error() -> None:
     assert len(caught.value.problems) == 9
 
 
+def test_labels_of_lists_that_are_one_name_are_a_problem() -> None:
+    training = read_folders("train", ["Spin/a.mp4", "spin/b.mp4", "spin/c.mp4", "fly/d.mp4"])
+    validation = listing(entry("v", "fly"), source="val.csv")
+    with pytest.raises(AnnotationError) as caught:
+        joint_classes(training, validation)
+    (problem,) = caught.value.problems
+    assert problem.startswith("train: the labels 'spin' (2 times), 'Spin' (1 times) differ only in")
+    meant = joint_classes(training, validation, ("Spin", "fly", "spin"))
+    assert meant == ("Spin", "fly", "spin")
+
+
 @pytest.mark.parametrize(
     ("text", "split", "expected"),
     [

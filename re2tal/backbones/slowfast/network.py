@@ -19,6 +19,7 @@ from re2tal.backbones.slowfast.published import (
     PYTORCHVIDEO_STD,
 )
 from re2tal.backbones.table import backbone
+from re2tal.errors import check_within
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,16 +53,17 @@ class SlowFastConfig:
     frozen_statistics: bool = True
 
     def __post_init__(self) -> None:
-        if not self.depths or min(self.depths) < 1:
-            raise ValueError(
-                f"A SlowFast needs at least one stage, each of one block or more, but depths is "
-                f"{self.depths}."
-            )
-        if min(self.width, self.alpha, self.channel_ratio, self.temporal_stride) < 1:
-            raise ValueError(
-                "The width, alpha, channel_ratio and temporal_stride of a SlowFast are at least 1, "
-                f"but this is {self}."
-            )
+        check_within(
+            self,
+            depths=(1, 512),
+            width=(1, 2**14),
+            alpha=(1, 2**10),
+            channel_ratio=(1, 2**14),
+            fusion_kernel=(1, 2**10),
+            temporal_stride=(1, 2**16),
+        )
+        if not 1 <= len(self.depths) <= 8:
+            raise ValueError(f"A SlowFast needs 1 to 8 stages, but got {len(self.depths)}.")
         if self.width % self.channel_ratio:
             raise ValueError(
                 f"The width of a SlowFast is a multiple of its channel_ratio, but {self.width} is "

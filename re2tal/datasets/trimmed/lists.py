@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from re2tal.annotations import AnnotationError
+from re2tal.annotations import AnnotationError, labels_alike
 from re2tal.videos.files import EXTENSIONS
 
 
@@ -96,6 +96,9 @@ def joint_classes(
         for listing in lists
         for problem in (*listing.problems, *_problems(listing, known))
     ]
+    if classes is None:
+        counts = Counter(e.label for listing in lists for e in listing.entries)
+        problems += [f"{training.source}: {problem}" for problem in labels_alike(counts)]
     if training == validation:
         problems.append(f"{training.source}: is both the training and the validation list")
     elif training.root == validation.root:

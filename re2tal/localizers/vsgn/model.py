@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.detection.segments import Detections
+from re2tal.errors import check_within
 from re2tal.localizers.losses import balanced_cross_entropy, giou_loss
-from re2tal.localizers.protocol import Instances, Losses, Targets, best, check_at_least
+from re2tal.localizers.protocol import Instances, Losses, Targets, best
 from re2tal.localizers.vsgn.graph import GraphPyramid
 from re2tal.localizers.vsgn.heads import (
     BoundaryAdjustment,
@@ -66,7 +67,19 @@ class VSGNConfig:
     min_duration: float = 0.05
 
     def __post_init__(self) -> None:
-        check_at_least(self, levels=1, stem_stride=1, head_layers=0, top_k=1)
+        check_within(
+            self,
+            width=(1, 2**16),
+            stem_stride=(1, 64),
+            levels=(1, 16),
+            neighbours=(0, 2**12),
+            head_layers=(0, 64),
+            anchor_scales=(0, 1e6),
+            supplementary_weight=(0, 1e6),
+            score_threshold=(-1, 1),
+            top_k=(1, 10**7),
+            min_duration=(-1e6, 1e6),
+        )
         if self.width < 4 or self.width % self.norm_groups:
             raise ValueError(
                 f"A width of {self.width} cannot be cut into {self.norm_groups} groups for the "
@@ -77,8 +90,11 @@ class VSGNConfig:
                 f"A graph of {self.neighbours} neighbours is none, because a node is its own "
                 "nearest one: set at least 2, or graph=False."
             )
-        if not self.anchor_scales or min(self.anchor_scales) <= 0:
-            raise ValueError(f"Anchors need one or more positive scales: {self.anchor_scales}.")
+        if not 1 <= len(self.anchor_scales) <= 64 or min(self.anchor_scales) <= 0:
+            raise ValueError(
+                f"Anchors need 1 to 64 positive scales, not {len(self.anchor_scales)}: "
+                f"{self.anchor_scales!r:.60}."
+            )
         for name in ("match_tiou", "adjust_tiou"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(

@@ -1,8 +1,9 @@
 """The experiment `exactness`: what is exact, what drifts, and libraries that are not there."""
 
-import json
+import copy
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,16 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from pipelines.experiments.exactness import ERROR, Exactness, errors_of, quick
-from pipelines.experiments.peers import PEERS, Peer, Recomputing, stored
+from pipelines.experiments.exactness import (
+    ERROR,
+    PEERS,
+    Exactness,
+    Peer,
+    Recomputing,
+    errors_of,
+    quick,
+    stored,
+)
 from re2tal.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -21,16 +30,8 @@ ROOT = Path(__file__).parents[3]
 BLOCKED = ("av", "mlflow", "optuna", "ray", "rich", "tyro")
 
 
-def results_of(experiment: Exactness) -> dict[str, Any]:
-    """As after a way through a file."""
-    return {
-        job.name: json.loads(json.dumps(job.work(**json.loads(json.dumps(job.arguments)))))
-        for job in experiment.jobs()
-    }
-
-
 @pytest.fixture(scope="module")
-def results() -> dict[str, Any]:
+def results(results_of: Callable[[Exactness], dict[str, Any]]) -> dict[str, Any]:
     return results_of(quick())
 
 
@@ -64,7 +65,7 @@ def test_what_the_report_says(results: dict[str, Any]) -> None:
 
 
 def test_an_error_of_ours_would_be_told(results: dict[str, Any]) -> None:
-    off = json.loads(json.dumps(results))
+    off = copy.deepcopy(results)
     off["ours"]["rows"][0][ERROR] = 1e-9
     exact, _ = quick().section(off).findings
     assert exact.holds is False
@@ -114,7 +115,11 @@ def fails(branches: Any) -> nn.Module:
     ids=["absent", "failing", "forgetful", "the reference"],
 )
 def test_what_is_told_of_a_library(
-    peer: Peer, error: Any, equal: str, monkeypatch: pytest.MonkeyPatch
+    peer: Peer,
+    error: Any,
+    equal: str,
+    monkeypatch: pytest.MonkeyPatch,
+    results_of: Callable[[Exactness], dict[str, Any]],
 ) -> None:
     monkeypatch.setitem(PEERS, "memcnn", peer)
     asked = Exactness(depths=(4,), precisions=("bfloat16",), libraries=("memcnn",))
@@ -180,7 +185,7 @@ def test_experiments_on_memory_and_speed_need_neither_ray_nor_mlflow_nor_pyav() 
     program = f"""
 import sys
 sys.modules.update(dict.fromkeys({BLOCKED}))
-from pipelines.experiments import devices, drift, exactness, memory, speed, verify
+from pipelines.experiments import devices, exactness, memory, speed
 asked = exactness.Exactness(depths=(2,), precisions=("float32",))
 results = {{job.name: job.work(**job.arguments) for job in asked.jobs()}}
 assert memory.quick().jobs() and speed.quick().jobs()

@@ -9,10 +9,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from pipelines.experiments import __main__ as command_line
+from pipelines.core.tracking import finishing, start_run
 from pipelines.experiments.__main__ import EXPERIMENTS, RESULTS, main
-from pipelines.experiments.command import carry_out as run_command
-from pipelines.experiments.command import of_function
 from pipelines.experiments.experiment import (
     Experiment,
     Finding,
@@ -25,16 +23,20 @@ from pipelines.experiments.experiment import (
     at_least,
 )
 from pipelines.experiments.harness import (
+    Chapter,
     Records,
     all_results,
     carry_out,
     chapters,
     circumstances,
     execute_here,
+    log_outcome,
+    log_results,
     markdown,
-    save,
+    run_command,
     write,
 )
+from pipelines.experiments.paper import Reproduction
 from re2tal.errors import UserError
 
 FACTS = {**circumstances("python this.py", torch.device("cpu")), "device": "an abacus"}
@@ -54,11 +56,11 @@ FACTS = {**circumstances("python this.py", torch.device("cpu")), "device": "an a
 def test_two_are_told_apart_by_the_standard_error_of_their_difference(
     a: tuple[float, ...], b: tuple[float, ...], margin: float, *, expected: bool | None
 ) -> None:
-    assert at_least(Measured(values=a), Measured(values=b), margin=margin) is expected
+    assert at_least(Measured(a), Measured(b), margin=margin) is expected
 
 
 def test_a_measurement_has_the_sample_deviation() -> None:
-    found = Measured(values=(0.2, 0.4, 0.9))
+    found = Measured((0.2, 0.4, 0.9))
     assert found.mean == pytest.approx(0.5)
     assert found.deviation == pytest.approx(torch.tensor(found.values).std().item())
     assert str(found) == "0.500 ± 0.361"
@@ -137,7 +139,8 @@ def test_a_failure_is_told_and_tried_again(
     assert [o.error for o in outcomes] == ["", "ArithmeticError: three is too much", ""]
     assert "of 3: FAILED: ArithmeticError: three is too much" in capsys.readouterr().out
     found = chapters({"squares": experiment}, outcomes)
-    assert write(found, FACTS, tmp_path).failures == 1
+    with pytest.raises(UserError, match="1 jobs failed"):
+        write(found, FACTS, tmp_path).refuse_failures()
     report = (tmp_path / "report.md").read_text()
     assert "- of 3: ArithmeticError: three is too much" in report
     assert [chapter.failed for chapter in found] == [[outcomes[1]]]
@@ -172,8 +175,9 @@ def test_the_report_has_verdicts_tables_pictures_and_circumstances(tmp_path: Pat
 
 def test_markdown_of_a_table(tmp_path: Path) -> None:
     rows = [{"name": "a", "value": 0.12345, "all": [1.0, 2.0]}, {"name": "b", "value": 2e-7}]
-    path = tmp_path / "one.json"
-    save({"A title": rows}, path, "python -m memory", title="One")
+    section = Section(title="One", text="", tables={"A title": rows})
+    facts = circumstances("python -m memory", torch.device("cpu"))
+    write([Chapter(name="one", section=section)], facts, tmp_path / "one.json")
     text = all_results(tmp_path)
     assert text.startswith("## One\n\n`python -m memory`, ")
     assert text.endswith(
@@ -182,7 +186,10 @@ def test_markdown_of_a_table(tmp_path: Path) -> None:
 
 
 def measure(*, rounds: int = 3) -> Tables:
-    """Count.
+    """Count to a number.
+
+    Numbers are
+    counted.
 
     Args:
         rounds: how often.
@@ -191,8 +198,7 @@ def measure(*, rounds: int = 3) -> Tables:
 
 
 def _run(*arguments: str, output: Path) -> None:
-    configure = of_function(measure, "count")
-    run_command(arguments, configure, prog="count", output=output)
+    run_command(arguments, measure, prog="count", output=output)
 
 
 @pytest.fixture(autouse=True)
@@ -210,6 +216,7 @@ def test_results_go_to_their_file_and_are_printed_again(
     printed = capsys.readouterr().out
     record = json.loads((folder / "counting.json").read_text())
     assert record["tables"] == {"Rounds": [{"rounds": 5}]}
+    assert (record["title"], record["text"]) == ("Count to a number", "Numbers are counted.")
     assert record["command"] == f"count --rounds 5 --threads {threads}"
     assert record["threads"] == torch.get_num_threads()
     assert record["torch"] == torch.__version__
@@ -235,7 +242,7 @@ def test_an_unknown_experiment_is_refused_with_the_choices() -> None:
 def test_every_experiment_can_be_configured(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Throughput is measured on Ray, which is imported for it alone."""
     with pytest.raises(SystemExit) as ended:
-        command_line._configure(name)(["--help"])
+        main([name, "--help"])
     assert ended.value.code == 0
     assert f"python -m pipelines.experiments {name}" in capsys.readouterr().out
 
@@ -243,3 +250,45 @@ def test_every_experiment_can_be_configured(name: str, capsys: pytest.CaptureFix
 def test_the_folder_of_results_shows_them() -> None:
     """Made by `python -m pipelines.experiments tables`."""
     assert (RESULTS / "README.md").read_text(encoding="utf-8") == all_results(RESULTS) + "\n"
+
+
+# MLflow: a run for each job, below that of all.
+
+
+@pytest.mark.slow
+def test_jobs_and_results_are_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    job = Job(name="of 2", work=print, arguments={"of": 2})
+    result = {"square": 4, "root, rounded": 1.4, "text": "no metric"}
+    done = Outcome(experiment="squares", job=job, result=result, seconds=1.5)
+    failed = replace(done, result=None, error="ArithmeticError: too much")
+    section = Section(
+        title="Squares",
+        text="",
+        tables={"All": [{"of": 2, "square": 4}]},
+        figures={"squares": Figure()},
+        metrics={"squares/of 2, that is 4": 4.0},
+    )
+    run = start_run(Reproduction(), output=tmp_path)
+    with finishing(run):
+        own = run.client.create_run(run.client.get_run(run.run_id).info.experiment_id).info.run_id
+        for outcome in (done, failed, replace(done, result={"run_id": own})):
+            log_outcome(run, outcome)
+        facts = circumstances("a command", torch.device("cpu"))
+        chapter = Chapter(name="squares", section=section, outcomes=[done])
+        log_results(run, write([chapter], facts, tmp_path / "report"))
+    parent = run.client.get_run(run.run_id)
+    found = run.client.search_runs([parent.info.experiment_id])
+    children = {one.info.run_id: one for one in found if one.info.run_id != run.run_id}
+    assert len(children) == 3
+    assert {one.data.tags["mlflow.parentRunId"] for one in children.values()} == {run.run_id}
+    del children[own]  # the job made it, and ends it
+    by_status = {one.info.status: one.data for one in children.values()}
+    good, bad = by_status["FINISHED"], by_status["FAILED"]
+    assert good.params == {"of": "2"}
+    assert good.metrics == {"square": 4, "root_ rounded": 1.4, "seconds": 1.5}
+    assert good.tags["kind"] == "squares"
+    assert bad.tags["error"] == "ArithmeticError: too much"
+    assert parent.data.metrics == {"squares/of 2_ that is 4": 4.0}
+    artifacts = {file.path for file in run.client.list_artifacts(run.run_id)}
+    assert {"report.md", "squares.json", "squares.png"} <= artifacts

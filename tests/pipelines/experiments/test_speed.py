@@ -1,8 +1,8 @@
 """The experiment `speed`: its steps are run, its numbers are not judged, and its verdicts are."""
 
 import copy
-import json
 import re
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -15,12 +15,8 @@ from re2tal.memory.ways import WAYS
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[str, Any]:
-    """Of the quick version, as after a way through a file."""
-    return {
-        job.name: json.loads(json.dumps(job.work(**json.loads(json.dumps(job.arguments)))))
-        for job in quick().jobs()
-    }
+def results(results_of: Callable[[Speed], dict[str, Any]]) -> dict[str, Any]:
+    return results_of(quick())
 
 
 def test_every_way_takes_its_turn_in_every_round(results: dict[str, Any]) -> None:
@@ -109,4 +105,4 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(UserError, match="need 3 rounds, but rounds is 2"):
         Speed(rounds=2)
     with pytest.raises(UserError, match=r"no model resnet\. Choose from: swin3d_t"):
-        Speed(gpu_models=("resnet",))
+        Speed(models=("resnet",))

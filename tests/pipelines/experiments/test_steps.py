@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from pipelines.experiments import devices
-from pipelines.experiments.drift import drift, rebuilt_error
+from pipelines.experiments.exactness import drift, rebuilt_error
+from pipelines.experiments.memory import predicted_step
 from pipelines.experiments.models import STACKS, build, stack
-from pipelines.experiments.resident import predicted_step, resident
+from pipelines.experiments.speed import checks_alone
 from pipelines.experiments.timing import compared, in_turns, paired
-from pipelines.experiments.verify import checks_alone
 from pipelines.training.workload import Workload
 from re2tal.memory.ways import WAYS, prepared
 from re2tal.reversible import branches, reversible_stages
@@ -70,14 +70,6 @@ def test_a_step_is_predicted_by_kinds() -> None:
     parameters = sum(p.numel() * 4 for p in build("toy_swin").parameters())
     assert found.parameters == found.gradients == parameters
     assert found.inputs == 4 * 32 * 32 * 3
-
-
-@pytest.mark.slow
-def test_resident_memory_of_a_fresh_process() -> None:
-    step = {"frames": 32, "size": 128}
-    found = resident(model="toy_swin", step=step, way="plain", repetitions=1)
-    assert found["measured"] == pytest.approx(found["predicted"], rel=0.5)
-    assert found["allocator's default"] > 0
 
 
 def test_ways_take_turns_and_the_first_round_does_not_count() -> None:
@@ -180,7 +172,7 @@ def test_devices_record_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.usefixtures("_two_ways")
 def test_devices_tabulate_every_length() -> None:
-    (rows,) = devices.measure(
+    (rows,) = devices.measure_devices(
         device="cpu", models=("toy_swin",), frames=(4, 8), size=32, rounds=1
     ).values()
     assert [row["frames"] for row in rows] == [4, 4, 8, 8]

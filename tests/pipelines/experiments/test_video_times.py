@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pipelines.experiments import decoding, shards
-from pipelines.experiments.augmentation import compared
+from pipelines.experiments.augmentation import compare
 from pipelines.experiments.decoding import Access, Request, available, difference
 from pipelines.experiments.footage import HEIGHT, WIDTH, Footage, pictures
 from re2tal.backbones.swin import swin_toy
@@ -41,7 +42,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ours_is_measured_without_the_others(small: None) -> None:
-    tables = decoding.measure(seconds=2, rounds=2)
+    tables = decoding.measure_decoding(seconds=2, rounds=2)
     versions, videos = tables.pop("What is compared"), tables.pop("Videos")
     assert versions[1]["decoder"] == "no_such_decoder"
     assert versions[1]["version"] == "left out: No module named 'no_such'"
@@ -99,7 +100,7 @@ def test_each_augmentation_is_compared_with_the_step() -> None:
         "nothing": AugmentationConfig(),
         "much": AugmentationConfig(source_size=48, crop_area=(0.5, 1.0), hue=0.1),
     }
-    rows = compared(swin_toy(), configs, frames=16, size=32, device="cpu", rounds=1)
+    rows = compare(swin_toy(), configs, 16, 32, torch.device("cpu"), rounds=1)
     assert [row["what changes"] for row in rows] == ["nothing", "much"]
     nothing, much = ((row["ms a frame"], row["% of the step"]) for row in rows)
     assert 0 <= nothing[0] < much[0]
@@ -109,7 +110,7 @@ def test_each_augmentation_is_compared_with_the_step() -> None:
 def test_shards_are_read_beside_the_raw_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SHARDS", {"small": TranscodeConfig(size=64, gop=8)})
     monkeypatch.setattr(shards, "SAMPLINGS", {"window": (8, 30.0), "whole": (16, None)})
-    sizes, speeds = shards.measure(seconds=1, rounds=1, windows=2, size=32).values()
+    sizes, speeds = shards.measure_shards(seconds=1, rounds=1, windows=2, size=32).values()
     assert [row["shards"] for row in sizes] == ["small"]
     assert 0 < sizes[0]["of raw"] < 1
     assert [(row["windows"], row["shards"]) for row in speeds] == [

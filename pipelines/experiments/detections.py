@@ -1,7 +1,4 @@
-"""Evaluation of whole test sets, against the definition followed one prediction at a time.
-
-Times are CPU seconds of all threads; the ways take turns.
-"""
+"""Experiments `nms` and `evaluation`: work on whole test sets, against sequential definitions."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,12 +16,140 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.experiments.experiment import Row, Tables
-from pipelines.experiments.timing import against_the_first, computed
+from pipelines.experiments.timing import computed, ratios
 from re2tal.detection.evaluation import average_recall, mean_average_precision, recall_at
 from re2tal.detection.segments import Detections
+from re2tal.detection.suppression import NmsConfig, nms, nms_videos
 
+Floats = NDArray[np.float32]
 Videos = dict[str, Detections]
 Segment = tuple[float, float]
+T = TypeVar("T")
+
+# NMS.
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RawDetections:
+    """Load: `raw` detections in `classes` for each of `videos`, and settings of their NMS."""
+
+    title: str
+    videos: int
+    raw: int
+    classes: int
+    config: NmsConfig
+
+    def build(self) -> Videos:
+        """Draw detections at random in 200 seconds; most scores are low, as a detector's are."""
+        generator = torch.Generator().manual_seed(0)
+        found = {}
+        for number in range(self.videos):
+            centre = torch.rand(self.raw, generator=generator) * 200
+            half = torch.rand(self.raw, generator=generator) ** 2 * 15 + 0.05
+            found[f"video {number}"] = Detections(
+                segments=torch.stack([centre - half, centre + half], dim=1),
+                scores=torch.rand(self.raw, generator=generator) ** 6,
+                labels=torch.randint(self.classes, (self.raw,), generator=generator),
+            )
+        return found
+
+
+RAW = (
+    RawDetections(
+        title="THUMOS-14: 100 videos x 2000, 20 classes, best 200",
+        videos=100,
+        raw=2000,
+        classes=20,
+        config=NmsConfig(),
+    ),
+    RawDetections(
+        title="ActivityNet: 300 videos x 2000, all classes together, best 100",
+        videos=300,
+        raw=2000,
+        classes=1,
+        config=NmsConfig(sigma=0.75, per_class=False, top_k=100),
+    ),
+)
+
+
+def measure_nms(*, rounds: int = 3) -> Tables:
+    """NMS of many videos in one pass, against a video at a time and a detection at a time.
+
+    Times are CPU seconds of all threads; the ways take turns.
+
+    Args:
+        rounds: number of turns of each way.
+    """
+    return {f"Soft-NMS, {load.title}": compare_nms(load, rounds=rounds) for load in RAW}
+
+
+def compare_nms(load: RawDetections, *, rounds: int) -> list[Row]:
+    """Compare the implementations."""
+    videos = load.build()
+    ways: Mapping[str, Callable[[], Videos]] = {
+        "a detection at a time (NumPy)": lambda: sequential_nms(videos, load.config),
+        "a video at a time": lambda: {v: nms(found, load.config) for v, found in videos.items()},
+        "all videos in one pass": lambda: nms_videos(videos, load.config),
+    }
+    return _against_the_first(ways, rounds, _difference)
+
+
+def sequential_nms(videos: Mapping[str, Detections], config: NmsConfig) -> Videos:
+    """Apply soft-NMS by its definition: class by class, one detection at a time."""
+    result = {}
+    for video_id, found in videos.items():
+        labels = found.labels.numpy() if config.per_class else np.zeros(len(found), np.int64)
+        segments, scores = found.segments.numpy(), found.scores.numpy()
+        left = np.zeros_like(scores)
+        for label in np.unique(labels):
+            members = np.flatnonzero(labels == label)
+            picks, weakened = _one_class(segments[members], scores[members], config)
+            left[members[picks]] = weakened
+        best = np.argsort(-left, kind="stable")[: config.top_k]
+        best = best[left[best] >= config.min_score]
+        kept = torch.from_numpy(best)
+        result[video_id] = Detections(
+            segments=found.segments[kept],
+            scores=torch.from_numpy(left[best]),
+            labels=found.labels[kept],
+        )
+    return result
+
+
+def _one_class(
+    segments: Floats, scores: Floats, config: NmsConfig
+) -> tuple[list[int], list[np.float32]]:
+    """Return the picks in their order, at most `top_k`, and their scores when they were picked."""
+    starts, ends = segments.T.copy()
+    lengths, waiting = ends - starts, scores.copy()
+    picks: list[int] = []
+    weakened: list[np.float32] = []
+    while len(picks) < config.top_k:
+        pick = int(waiting.argmax())
+        if waiting[pick] < config.min_score:
+            break
+        picks.append(pick)
+        weakened.append(waiting[pick])
+        shared = np.minimum(ends, ends[pick]) - np.maximum(starts, starts[pick])
+        shared = shared.clip(min=0)
+        overlap = shared / (lengths + lengths[pick] - shared)
+        waiting *= np.exp(overlap**2 / np.float32(-config.sigma))
+        waiting[pick] = -1
+    return picks, weakened
+
+
+def _difference(a: Videos, b: Videos) -> float:
+    """Return the largest difference of scores; infinite if other segments are kept."""
+    largest = 0.0
+    for video_id, found in a.items():
+        other = b[video_id]
+        if not torch.equal(found.segments, other.segments):
+            return math.inf
+        largest = max(largest, float((found.scores - other.scores).abs().max()))
+    return largest
+
+
+# Evaluation.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,20 +229,22 @@ THUMOS = RandomTestSet(
 )
 
 
-def measure(*, rounds: int = 3) -> Tables:
-    """Time mAP and recall on two test sets.
+def measure_evaluation(*, rounds: int = 3) -> Tables:
+    """Evaluation of whole test sets, against the definition followed one prediction at a time.
+
+    Times are CPU seconds of all threads; the ways take turns.
 
     Args:
         rounds: number of turns of each way.
     """
     tables = {}
     for load in (ACTIVITYNET, THUMOS):
-        tables[f"mAP, {load.title}"] = compare(load, rounds=rounds)
-        tables[f"Recall, {load.title}"] = recall_times(load, rounds=rounds)
+        tables[f"mAP, {load.title}"] = compare_evaluation(load, rounds=rounds)
+        tables[f"Recall, {load.title}"] = _recall_times(load, rounds=rounds)
     return tables
 
 
-def compare(load: RandomTestSet, *, rounds: int) -> list[Row]:
+def compare_evaluation(load: RandomTestSet, *, rounds: int) -> list[Row]:
     """Compare the ways to compute the average precisions of all classes."""
     truth, found = load.build()
     sizes: dict[str, Any] = {"num_classes": load.classes, "thresholds": load.thresholds}
@@ -125,30 +252,22 @@ def compare(load: RandomTestSet, *, rounds: int) -> list[Row]:
         "a prediction at a time": lambda: sequential(truth, found, **sizes),
         "all videos in one pass": lambda: mean_average_precision(truth, found, **sizes).per_class,
     }
-    return against_the_first(ways, rounds, lambda a, b: float(np.nanmax(abs(a - b))))
+    return _against_the_first(ways, rounds, lambda a, b: float(np.nanmax(abs(a - b))))
 
 
-def recall_times(load: RandomTestSet, *, rounds: int) -> list[Row]:
-    """Time each kind of recall."""
+def _recall_times(load: RandomTestSet, *, rounds: int) -> list[Row]:
     truth, found = load.build()
-    times, _ = computed(
-        {
-            "average recall of up to 100 proposals": lambda: average_recall(truth, found),
-            "recall at 1x and 5x": lambda: recall_at(
-                truth, found, num_classes=load.classes, thresholds=load.thresholds
-            ),
-        },
-        rounds,
-    )
+    sizes: dict[str, Any] = {"num_classes": load.classes, "thresholds": load.thresholds}
+    ways: Mapping[str, Callable[[], object]] = {
+        "average recall of up to 100 proposals": lambda: average_recall(truth, found),
+        "recall at 1x and 5x": lambda: recall_at(truth, found, **sizes),
+    }
+    times, _ = computed(ways, rounds)
     return [{"metric": name, "seconds": median(seconds)} for name, seconds in times.items()]
 
 
 def sequential(
-    truth: Mapping[str, Detections],
-    predictions: Mapping[str, Detections],
-    *,
-    num_classes: int,
-    thresholds: Sequence[float],
+    truth: Videos, predictions: Videos, *, num_classes: int, thresholds: Sequence[float]
 ) -> NDArray[np.float64]:
     """Compute average precision `(K, C)` as defined: class by class, one prediction at a time."""
     instances: dict[int, dict[str, list[Segment]]] = defaultdict(lambda: defaultdict(list))
@@ -229,3 +348,20 @@ def _by_video(video: Tensor, segments: Tensor, scores: Tensor, labels: Tensor) -
         f"video {name}": Detections(segments=s, scores=c, labels=label)
         for name, (s, c, label) in zip(names.tolist(), parts, strict=True)
     }
+
+
+def _against_the_first(
+    ways: Mapping[str, Callable[[], T]], rounds: int, difference: Callable[[T, T], float]
+) -> list[Row]:
+    """Tabulate CPU seconds, and the difference of results from the first way's."""
+    times, results = computed(ways, rounds)
+    first, *_ = ways
+    return [
+        {
+            "way": name,
+            "seconds": median(seconds),
+            "times as fast": median(ratios(times[first], seconds)),
+            "largest difference": difference(results[name], results[first]),
+        }
+        for name, seconds in times.items()
+    ]

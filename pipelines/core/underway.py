@@ -1,0 +1,172 @@
+"""Processes that work in an output folder: locks among them, and a note of each run under way.
+
+A note is a file that its process keeps locked. The kernel releases the lock when the process ends,
+however it ends: a note that is not locked is of a run that nobody ended. Folders in an object store
+have no locks, and so no notes.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import psutil
+
+FOLDER = ".under-way"  # of notes and lock, in the output
+_PATIENCE = 10.0  # seconds of waiting for a lock without a word
+
+_mutex = threading.RLock()
+_alone_in: set[Path] = set()
+_notes: dict[str, tuple[Path, BinaryIO]] = {}  # of the runs of this process, by their ids
+
+
+def this_process() -> str:
+    """Return host, number and start of this process, which no other process has."""
+    return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.2f}"
+
+
+def is_alive(process: str) -> bool | None:
+    """Tell whether a process that `this_process` described lives; None on another machine."""
+    host, _, rest = process.partition(" ")
+    if host != socket.gethostname():
+        return None
+    number, _, created = rest.partition(" ")
+    try:
+        return f"{psutil.Process(int(number)).create_time():.2f}" == created
+    except (psutil.NoSuchProcess, ValueError):
+        return False
+
+
+@contextmanager
+def alone(folder: str | Path) -> Iterator[None]:
+    """Run the block while no other process or thread is in such a block for the same folder.
+
+    Blocks may nest. An object store has no locks, and lets everyone in.
+    """
+    if "://" in str(folder):
+        yield
+        return
+    place = Path(folder).absolute() / FOLDER
+    with _mutex:
+        if place in _alone_in:
+            yield
+            return
+        place.mkdir(parents=True, exist_ok=True)
+        with (place / "lock").open("ab+") as file:  # closing it unlocks it
+            began, said = time.monotonic(), False
+            while _lock(file) is False:
+                if not said and time.monotonic() - began > _PATIENCE:
+                    said = True
+                    print(f"waiting for the process that opens {folder}", file=sys.stderr)
+                time.sleep(0.05)
+            _alone_in.add(place)
+            try:
+                yield
+            finally:
+                _alone_in.remove(place)
+
+
+def _lock(file: BinaryIO) -> bool | None:
+    """Lock an open file; False if another process has, None where there are no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def begin(folder: str | Path, run_id: str) -> None:
+    """Write a note of a run that this process works on, and keep it locked."""
+    if "://" in str(folder) or run_id in _notes:
+        return
+    path = _note(folder, run_id)
+    with alone(folder):
+        file = path.open("ab+")
+        _lock(file)
+        _write(file, {"process": this_process()})
+        _notes[run_id] = path, file
+
+
+def leave(run_id: str, **ending: Any) -> bool:
+    """Write into a run's note how the run ended, where MLflow could not be told.
+
+    Returns:
+        Whether the run has a note.
+    """
+    if run_id not in _notes:
+        return False
+    _, file = _notes.pop(run_id)
+    _write(file, ending)
+    file.close()
+    return True
+
+
+def end(run_id: str) -> None:
+    """Remove the note of a run of this process that has ended."""
+    if run_id in _notes:
+        path, file = _notes.pop(run_id)
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def forget(folder: str | Path, run_id: str) -> None:
+    """Remove the note of a run that has ended, whichever process wrote it."""
+    end(run_id)
+    if "://" not in str(folder):
+        _note(folder, run_id).unlink(missing_ok=True)
+
+
+def is_under_way(folder: str | Path, run_id: str) -> bool:
+    """Tell whether a process other than this one works on a run, as far as its note says."""
+    path = _note(folder, run_id)
+    return run_id not in _notes and path.exists() and _is_held(path)
+
+
+def left_behind(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """Read the notes of runs in a folder whose process is gone, by the runs' ids."""
+    notes = _note(folder, "*")
+    return {
+        path.stem: _read(path)
+        for path in sorted(notes.parent.glob(notes.name))
+        if path.stem not in _notes and not _is_held(path)
+    }
+
+
+def _note(folder: str | Path, run_id: str) -> Path:
+    return Path(folder).absolute() / FOLDER / f"{run_id}.json"
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        with path.open("rb+") as file:
+            locked = _lock(file)
+    except FileNotFoundError:  # its run ended just now
+        return False
+    except OSError:  # another user's
+        locked = None
+    if locked is not None:
+        return not locked
+    return is_alive(str(_read(path).get("process", ""))) is not False
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):  # the process was killed while it wrote
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write(file: BinaryIO, content: Mapping[str, Any]) -> None:
+    file.truncate(0)
+    file.write(json.dumps(dict(content)).encode())
+    file.flush()
