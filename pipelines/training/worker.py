@@ -220,9 +220,8 @@ def _logged(job: Job) -> dict[str, int]:
 
 def _train(job: Job, task: Task, runtime: RayRuntime) -> dict[str, float] | TrainingProblem:
     weights = task.recipe.model.weights
-    trainer = Trainer(task, runtime, weights=weights, output=job.output)
     try:
-        return trainer.run()
+        return Trainer(task, runtime, weights=weights, output=job.output).run()
     except (UserError, ReversibleError) as problem:
         return TrainingProblem(message=str(problem))
 

@@ -39,7 +39,7 @@ from pipelines.training.retention import (
 )
 from pipelines.training.run import _start_ray
 from pipelines.training.trainer import Trainer
-from pipelines.training.worker import RayRuntime
+from pipelines.training.worker import RayRuntime, TrainingProblem, _train
 from re2tal.errors import UserError
 from re2tal.videos.windows import Window
 
@@ -187,6 +187,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     weights.write_bytes(_zero(weights.read_bytes()))
     with pytest.raises(UserError, match=r"No checkpoint of the run can be used.*--no-resume"):
         begin()
+    # another attempt would not help: a worker returns the problem instead of raising it
+    runtime: Any = first.runtime
+    problem = _train(runtime._job, first.task, runtime)
+    assert isinstance(problem, TrainingProblem)
+    assert kept[2].name in problem.message
 
 
 def test_without_room_a_run_stops_in_one_sentence_and_goes_on_when_there_is_some(
