@@ -172,7 +172,8 @@ class RayRuntime:
         output, whole = self._job.output, None
         with alike():
             if self.rank == 0:
-                make_room(output, sum(sizes_below(str(checkpoint)).values()))
+                wanted = sum(sizes_below(str(checkpoint)).values())
+                make_room(output, checkpoint.name, wanted)
                 whole = ray.train.Checkpoint.from_directory(checkpoint)
         with alike(), writing_to(output, what="a checkpoint"):
             try:

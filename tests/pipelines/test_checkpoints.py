@@ -182,6 +182,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
         assert again.state.step == step
         told = [line for line in again.runtime.lines if "training.pt" in line]  # type: ignore[attr-defined]
         assert any(one.name in line and "The one before it is taken" in line for line in told)
+    again.run()  # which writes the damaged ones again
+    for one in kept:
+        read_listing(one.uri, digests=True)
+    for one in kept[1:]:
+        Path(one.uri, "training.pt").write_bytes(_flip(Path(one.uri, "training.pt").read_bytes()))
     Path(kept[0].uri, "detector", "spec.json").write_bytes(b" " * 8)
     weights = Path(kept[0].uri, "detector", "weights.safetensors")
     weights.write_bytes(_zero(weights.read_bytes()))
@@ -334,7 +339,7 @@ def test_checkpoints_are_kept_in_an_object_store_too(remote: str, tmp_path: Path
         filesystem.create_dir(path, recursive=True)
         pafs.copy_files(str(tmp_path / name), path, destination_filesystem=filesystem)
     remove(f"{remote}/{checkpoint_name(epoch=4, step=4)}/training.pt")
-    make_room(remote, 2**60)
+    make_room(remote, "", 2**60)
     remove_surplus(remote, CheckpointConfig(keep=1), "val/mAP")
     kept, rest = checkpoints(remote)
     assert [one.metrics["val/mAP"] for one in kept] == [0.5, 0.1]
