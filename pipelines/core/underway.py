@@ -58,8 +58,10 @@ def alone(folder: str | Path) -> Iterator[None]:
         if place in _alone_in:
             yield
             return
-        place.mkdir(parents=True, exist_ok=True)
-        with (place / "lock").open("ab+") as file:  # closing it unlocks it
+        if not place.exists():
+            place.mkdir(parents=True, exist_ok=True)
+            place.chmod(place.parent.stat().st_mode)  # for whoever may write there
+        with _lock_file(place) as file:  # closing it unlocks it
             began, said = time.monotonic(), False
             while _lock(file) is False:
                 if not said and time.monotonic() - began > _PATIENCE:
@@ -71,6 +73,13 @@ def alone(folder: str | Path) -> Iterator[None]:
                 yield
             finally:
                 _alone_in.remove(place)
+
+
+def _lock_file(place: Path) -> BinaryIO:
+    try:
+        return (place / "lock").open("ab+")
+    except PermissionError:  # another user made it, who lets others read
+        return (place / "lock").open("rb")
 
 
 def _lock(file: BinaryIO) -> bool | None:
@@ -90,7 +99,10 @@ def begin(folder: str | Path, run_id: str) -> None:
         return
     path = _note(folder, run_id)
     with alone(folder):
-        file = path.open("ab+")
+        try:
+            file = path.open("ab+")
+        except PermissionError:  # the folder of notes is another user's, for whom it is alone
+            return
         _lock(file)
         _write(file, {"process": this_process()})
         _notes[run_id] = path, file

@@ -1,7 +1,7 @@
 """Resuming: a command that is given again goes on with the run that it did not finish.
 
 MLflow says which run that is, so that other machines of a cluster see it too: each run is tagged
-with a digest of its configuration and data, and with the process that drives it.
+with a digest of its configuration and data.
 """
 
 import hashlib
@@ -88,7 +88,7 @@ def _resume_or_start(recipe: RunConfig, plan: AnyPlan, *, parent: str | None) ->
 
 def mark(configuration: str) -> dict[str, str]:
     """Return the tags by which a run is found again, for a configuration's `digest`."""
-    return {_DIGEST: configuration, DRIVER: this_process()}
+    return {_DIGEST: configuration}
 
 
 def last_run(config: Tracked, tags: Mapping[str, str], *, output: str) -> Run | None:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.exceptions import MlflowException
@@ -229,3 +230,23 @@ def test_an_object_store_has_no_locks() -> None:
     assert not underway.leave("a", status="FAILED")
     assert underway.left_behind("s3://bucket/runs") == {}
     assert not underway.is_under_way("s3://bucket/runs", "a")
+
+
+def test_a_folder_of_another_user_has_a_lock_and_no_notes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.chmod(0o1777)
+    with underway.alone(tmp_path):
+        assert (tmp_path / underway.FOLDER).stat().st_mode == tmp_path.stat().st_mode
+    opened = Path.open
+
+    def readable(path: Path, mode: str = "r", **more: Any) -> Any:
+        if mode == "ab+":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, mode, **more)
+
+    monkeypatch.setattr(Path, "open", readable)
+    with underway.alone(tmp_path):
+        underway.begin(tmp_path, "a")
+    assert not underway.leave("a", status="FAILED")
+    assert underway.left_behind(tmp_path) == {}
