@@ -117,6 +117,23 @@ def _fail(*_: object, **__: object) -> None:
     raise MlflowException("database or disk is full\nand much more")
 
 
+def test_the_same_work_is_done_by_one_process_at_a_time(tmp_path: Path) -> None:
+    first = start_run(Outer(), output=tmp_path, once=True)
+    assert start_run(Outer(), output=tmp_path, once=True) != first  # this process's own
+    note = tmp_path / underway.FOLDER / f"{first.run_id}.json"
+    content = note.read_text()
+    with _held(tmp_path, first) as kill:
+        note.write_text(content)  # of that process
+        told = rf"under way in process \d+ on .*, since 20.*: MLflow run {first.run_id} in sqlite"
+        with pytest.raises(UserError, match=told):
+            start_run(Outer(), output=tmp_path, once=True)
+        assert start_run(Outer(name="other"), output=tmp_path, once=True)
+        assert start_run(Outer(), output=tmp_path)
+        kill()
+        assert start_run(Outer(), output=tmp_path, once=True)
+        assert _status(first) == "KILLED"
+
+
 def test_a_tracker_that_fails_does_not_hide_the_error_and_is_told_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
