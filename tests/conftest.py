@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Fixtures of all tests, one thread, and the order in which processes run them."""
 
 import importlib.metadata
 import os

@@ -41,7 +41,7 @@ class Ranks:
     """Two ranks, started at the first call and after a failure.
 
     Args:
-        folder: where the ranks meet.
+        folder: folder in which the ranks meet.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -53,8 +53,8 @@ class Ranks:
         """Call a function on both ranks and wait for them.
 
         Args:
-            function: of a module, with the rank as its first argument.
-            arguments: further ones, which can be pickled.
+            function: function of a module, with the rank as its first argument.
+            arguments: further arguments, which can be pickled.
         """
         if not self._ranks:
             self._start()

@@ -1,3 +1,5 @@
+"""Detectors in files: parts of any classes, and files that are refused."""
+
 import json
 import math
 import shutil
@@ -47,11 +49,11 @@ def spec(**fields: Any) -> DetectorSpec:
     )
 
 
-@pytest.mark.parametrize("backbone", [swin_toy(), slowfast_toy()])
+@pytest.mark.parametrize(("backbone", "reversible"), [(swin_toy(), True), (slowfast_toy(), False)])
 def test_a_detector_of_any_parts_is_read_as_it_was_written(
-    tmp_path: Path, backbone: object
+    tmp_path: Path, backbone: object, reversible: bool
 ) -> None:
-    written = spec(backbone=backbone)
+    written = spec(backbone=backbone, reversible=reversible)
     detector = written.build()
     save_detector(tmp_path, written, detector)
     read, copy = load_detector(tmp_path)
@@ -59,62 +61,6 @@ def test_a_detector_of_any_parts_is_read_as_it_was_written(
     assert type(copy.backbone) is type(detector.backbone)
     for name, value in detector.state_dict().items():
         assert torch.equal(value, copy.state_dict()[name])
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("not_imported_here:Config", "import its module first"),
-        ("re2tal.no_such_module:Config", "has no module"),
-        ("re2tal.localizers.actionformer:math", "not a configuration"),
-        ("os:system", "not a configuration"),
-        (f"{__name__}:NotBuilt", "not a configuration"),
-        ("", "import its module first"),
-    ],
-)
-def test_other_classes_are_refused(tmp_path: Path, name: str, reason: str) -> None:
-    save_detector(tmp_path, spec(), spec().build())
-    content = json.loads((tmp_path / SPEC_FILE).read_text())
-    content["localizer"]["class"] = name
-    (tmp_path / SPEC_FILE).write_text(json.dumps(content))
-    with pytest.raises(UserError, match=reason):
-        load_detector(tmp_path)
-
-
-@pytest.mark.parametrize("value", ["ActionFormer", None, 3, []])
-def test_what_is_no_component_is_refused(tmp_path: Path, value: object) -> None:
-    save_detector(tmp_path, spec(), spec().build())
-    content = json.loads((tmp_path / SPEC_FILE).read_text())
-    content["localizer"] = value
-    (tmp_path / SPEC_FILE).write_text(json.dumps(content))
-    with pytest.raises(UserError, match="localizer"):
-        load_detector(tmp_path)
-
-
-def test_a_field_that_this_version_does_not_know_is_refused(tmp_path: Path) -> None:
-    save_detector(tmp_path, spec(), spec().build())
-    content = json.loads((tmp_path / SPEC_FILE).read_text())
-    content["localizer"]["new_switch"] = True
-    (tmp_path / SPEC_FILE).write_text(json.dumps(content))
-    with pytest.raises(UserError, match="has no new_switch"):
-        load_detector(tmp_path)
-
-
-def test_a_class_of_a_script_is_not_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ActionFormerConfig, "__module__", "__main__")
-    with pytest.raises(ValueError, match="defined in a script"):
-        save_detector(tmp_path, spec(), spec().build())
-
-
-def test_a_field_of_the_wrong_type_is_named(tmp_path: Path) -> None:
-    save_detector(tmp_path, spec(), spec().build())
-    content = json.loads((tmp_path / SPEC_FILE).read_text())
-    content["localizer"]["width"] = "wide"
-    (tmp_path / SPEC_FILE).write_text(json.dumps(content))
-    with pytest.raises(UserError, match="width"):
-        load_detector(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +74,52 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         written = spec(localizer=localizer)
         save_detector(folder / name, written, written.build())
     return folder
+
+
+def rewritten(saved: Path, folder: Path, place: str, value: object) -> Path:
+    """A copy of a saved detector whose specification has another value at a place."""
+    copied = shutil.copytree(saved, folder / saved.name)
+    content = json.loads((copied / SPEC_FILE).read_text())
+    *parents, name = place.split(".")
+    inner = content
+    for parent in parents:
+        inner = inner[parent]
+    inner[name] = value
+    (copied / SPEC_FILE).write_text(json.dumps(content))
+    return copied
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "reason"),
+    [
+        ("localizer.class", "not_imported_here:Config", "import its module first"),
+        ("localizer.class", "re2tal.no_such_module:Config", "has no module"),
+        ("localizer.class", "re2tal.localizers.actionformer:math", "not a configuration"),
+        ("localizer.class", "os:system", "not a configuration"),
+        ("localizer.class", f"{__name__}:NotBuilt", "not a configuration"),
+        ("localizer.class", "", "import its module first"),
+        ("localizer.new_switch", True, "has no new_switch"),
+        ("localizer.width", "wide", "width"),
+        ("localizer", "ActionFormer", "localizer"),
+        ("localizer", None, "localizer"),
+        ("localizer", 3, "localizer"),
+        ("localizer", [], "localizer"),
+    ],
+)
+def test_a_file_of_anything_but_a_component_is_refused(
+    saved: Path, tmp_path: Path, place: str, value: object, reason: str
+) -> None:
+    folder = rewritten(saved / "actionformer", tmp_path, place, value)
+    with pytest.raises(UserError, match=reason):
+        load_detector(folder)
+
+
+def test_a_class_of_a_script_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ActionFormerConfig, "__module__", "__main__")
+    with pytest.raises(ValueError, match="defined in a script"):
+        save_detector(tmp_path, spec(), spec().build())
 
 
 HUGE = 10**12
@@ -197,14 +189,7 @@ HUGE = 10**12
 def test_a_specification_of_no_detector_is_refused_at_once(
     saved: Path, tmp_path: Path, kind: str, place: str, value: object
 ) -> None:
-    folder = shutil.copytree(saved / kind, tmp_path / kind)
-    content = json.loads((folder / SPEC_FILE).read_text())
-    *parents, name = place.split(".")
-    inner = content
-    for parent in parents:
-        inner = inner[parent]
-    inner[name] = value
-    (folder / SPEC_FILE).write_text(json.dumps(content))
+    folder = rewritten(saved / kind, tmp_path, place, value)
     with pytest.raises(UserError) as caught:
         load_detector(folder)
     assert str(caught.value).startswith(str(folder))

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from re2tal.detection import Detections
 from re2tal.detector import Detector
-from re2tal.localizers import ActionFormer, ActionFormerConfig, Targets
+from re2tal.localizers import ActionFormer, ActionFormerConfig
 
 LOCALIZER = ActionFormerConfig(
     width=16, head_width=16, heads=2, levels=3, window=5, stem_layers=1, drop_path=0.0
@@ -70,24 +69,12 @@ def test_a_feature_is_valid_when_any_of_its_frames_is() -> None:
         assert model.feature_mask(mask).sum(dim=1).tolist() == [8, features]
 
 
-def test_losses_reach_the_pixels_and_detections_come_out() -> None:
-    model = detector()
-    frames, mask = batch()
-    action = Targets(segments=torch.tensor([[1.0, 5.0]]), labels=torch.tensor([2]))
-    losses = model(frames, mask, [action, action])
-    sum(losses.values(), torch.zeros(())).backward()
-    assert model.backbone.conv.weight.grad is not None
-    assert model.backbone.conv.weight.grad.any()
-    found = model.eval()(frames, mask)
-    assert [type(f) for f in found] == [Detections, Detections]
-    assert model.num_classes == 4
-
-
-def test_what_padding_frames_show_changes_nothing() -> None:
+def test_the_content_of_padding_frames_changes_nothing() -> None:
     model = detector().eval()
     frames, mask = batch(valid=20)
     other = frames.clone()
     other[1, 20:] = 255 - other[1, 20:]
+    assert model.num_classes == 4
     for a, b in zip(model(frames, mask), model(other, mask), strict=True):
         assert torch.equal(a.scores, b.scores)
         assert torch.equal(a.segments, b.segments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +15,10 @@ from re2tal import rewire
 from re2tal.backbones.slowfast import SlowFastConfig
 from re2tal.backbones.swin import swin_toy
 from re2tal.detector import Detector
-from re2tal.localizers import ActionFormerConfig, Targets
+from re2tal.localizers import Targets
 from re2tal.localizers.protocol import LocalizerConfig
-from re2tal.localizers.vsgn import VSGNConfig
 from re2tal.reversible import reversible_stages, set_reversible
+from tests.localizers.small import ACTIONFORMER, VSGN
 
 STEPS, FRAMES, PIXELS, CLASSES = 2, 16, 16, 3
 
@@ -48,19 +48,6 @@ def swin() -> nn.Module:
 
 
 BACKBONES = [slowfast, swin, R3dBackbone]
-LOCALIZERS = [
-    ActionFormerConfig(width=16, heads=2, stem_layers=1, levels=3, window=5, head_width=16),
-    VSGNConfig(width=16, levels=3, stem_stride=1, head_layers=1, neighbours=4),
-]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small are slower on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def training(
@@ -94,7 +81,7 @@ def training(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("localizer", LOCALIZERS, ids=["actionformer", "vsgn"])
+@pytest.mark.parametrize("localizer", [ACTIONFORMER, VSGN], ids=["actionformer", "vsgn"])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_gradients_reach_the_whole_backbone_and_are_those_of_stored_activations(
     backbone: Callable[[], Any], localizer: LocalizerConfig

@@ -171,7 +171,7 @@ def test_a_window_is_put_at_its_place_in_the_video() -> None:
     assert found.scores.tolist() == raw.scores[:2].tolist()
 
 
-def test_what_two_windows_saw_is_one_detection() -> None:
+def test_an_action_in_two_windows_is_one_detection() -> None:
     first = detections([[3.0, 5.0]], [0.8])
     second = detections([[3.1, 5.0], [8.0, 9.0]], [0.7, 0.6])
     found = video_detections([first, second], NmsConfig(method="hard"))
@@ -179,7 +179,7 @@ def test_what_two_windows_saw_is_one_detection() -> None:
     assert len(video_detections([], NmsConfig())) == 0
 
 
-def test_what_the_copy_of_a_stitched_window_shows_is_put_into_the_clip() -> None:
+def test_actions_of_a_stitched_copy_are_put_into_the_clip() -> None:
     video = VideoAnnotation(
         video_id="",
         subset="",

@@ -35,16 +35,10 @@ _LONGEST = 40  # characters of a name in a picture
 def _fonts() -> list[str]:
     """Return the families that names are written in: each fills in what those before it lack."""
     there = {font.name for font in font_manager.fontManager.ttflist}
-    usual = ("Noto Sans CJK", "Noto Sans Mono CJK", "WenQuanYi", "Microsoft YaHei", "Malgun")
-    usual += (
-        "Hiragino Sans",
-        "Apple SD Gothic",
-        "PingFang",
-        "IPAGothic",
-        "Noto Sans",
-        "Noto Emoji",
+    usual = (
+        *("Noto Sans", "Noto Emoji", "WenQuanYi", "IPAGothic", "Symbola", "Hiragino Sans"),
+        *("PingFang", "Apple SD Gothic", "Microsoft YaHei", "Malgun", "Segoe UI Emoji"),
     )
-    usual += ("Symbola", "Segoe UI Emoji")
     return ["DejaVu Sans", *sorted(name for name in there if name.startswith(usual))]
 
 

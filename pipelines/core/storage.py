@@ -1,6 +1,10 @@
 """Files by path or by URI: annotations, weights and videos, local or in an object store."""
 
+import errno
 import os
+import shutil
+import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +17,11 @@ import pyarrow.fs as pafs
 from re2tal.errors import UserError
 
 PARTIAL = ".partial-"  # in the names of files that are not whole
+_BLOCK = 2**20
+_SPARE = 32 * 2**20  # bytes that stay free beside a checkpoint: the tracking writes there too
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)
+_AGAIN = "and give the same command again: it goes on."
 
 
 BACKBONE_FILE = "backbone.safetensors"
@@ -142,6 +151,13 @@ def sizes_below(uri: str) -> dict[str, int]:
     return {name: size for name, (_, size) in files.items()}
 
 
+def folders_in(uri: str) -> list[str]:
+    """Return the names of the folders in a folder, which may be missing, in their order."""
+    filesystem, path = resolve(uri)
+    found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
+
+
 def file_size(uri: str) -> int:
     """Return the number of bytes of a file."""
     filesystem, path = resolve(uri)
@@ -159,6 +175,16 @@ def read_bytes(uri: str) -> bytes:
         raise OSError(f"{path} is no regular file, but a pipe, a socket or a device.")
     with filesystem.open_input_stream(path) as stream:
         return bytes(stream.read())
+
+
+def crc32(uri: str) -> str:
+    """Compute the CRC-32 of a file's content, as eight hexadecimal digits."""
+    filesystem, path = resolve(uri)
+    value = 0
+    with filesystem.open_input_stream(path) as stream:
+        while block := stream.read(_BLOCK):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
 
 
 @contextmanager
@@ -188,6 +214,70 @@ def remove(uri: str) -> None:
     """Delete a file."""
     filesystem, path = resolve(uri)
     filesystem.delete_file(path)
+
+
+def remove_folder(uri: str) -> None:
+    """Delete a folder and all that is in it."""
+    filesystem, path = resolve(uri)
+    filesystem.delete_dir(path)
+
+
+def require_room(folder: str, wanted: int, *, what: str) -> None:
+    """Check that a folder can be written to and has room for a file or folder to come.
+
+    An object store is not asked: it has room.
+
+    Args:
+        folder: path or URI; where it is missing, the folder around it counts.
+        wanted: bytes of the thing.
+        what: name of the thing in the message ("a checkpoint").
+
+    Raises:
+        UserError: the disk is too full, or the folder cannot be written to.
+    """
+    if "://" in folder:
+        return
+    place = next(
+        p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists()
+    )
+    with writing_to(folder, what=what), tempfile.TemporaryFile(dir=place):
+        there = shutil.disk_usage(place).free
+    if there < wanted + _SPARE:
+        raise UserError(
+            f"There is no room for {what}: {_size(wanted + _SPARE)} are wanted in {folder}, "
+            f"{_size(there)} are free. Make room, {_AGAIN}"
+        )
+
+
+@contextmanager
+def writing_to(folder: str, *, what: str) -> Iterator[None]:
+    """Turn the error of a disk that is full or read-only into one sentence.
+
+    Args:
+        folder: folder that the block writes to.
+        what: name of the thing that is written ("a checkpoint").
+
+    Raises:
+        UserError: the disk became full, or the folder cannot be written to.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            there = _size(shutil.disk_usage(folder).free)
+            raise UserError(
+                f"There was no room for {what} in {folder}: {there} are free. Make room, {_AGAIN}"
+            ) from error
+        if error.errno in _LOCKED:
+            raise UserError(
+                f"{what.capitalize()} cannot be written to {folder}: "
+                f"{os.strerror(error.errno)}. Make the folder writable, {_AGAIN}"
+            ) from error
+        raise
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"
 
 
 def is_folder(uri: str) -> bool:

@@ -274,12 +274,27 @@ def log_text(run: Run, lines: Sequence[str], name: str) -> None:
         run.client.log_text(run.run_id, "\n".join(lines) + "\n", name)
 
 
-def log_metrics(run: Run, metrics: Mapping[str, float], *, step: int) -> None:
-    """Write a few metrics at once and wait for it; in the loop use a `MetricLogger`."""
+def last_steps(run: Run) -> dict[str, int]:
+    """Return the last step at which each metric of a run is logged, by the metric's name."""
+    # MLflow's entity tells values alone; its message holds the steps too
+    found = run.client.get_run(run.run_id).data.to_proto().metrics
+    return {metric.key: metric.step for metric in found}
+
+
+def log_metrics(run: Run, metrics: Mapping[str, float], *, step: int, again: bool = True) -> None:
+    """Write a few metrics at once and wait for it; in the loop use a `MetricLogger`.
+
+    With `again` false, those that the run has at this step or a later one are left out.
+    """
     from mlflow.entities import Metric
 
+    there = {} if again else last_steps(run)
     now = int(time.time() * 1000)
-    entries = [Metric(name, float(value), now, step) for name, value in metrics.items()]
+    entries = [
+        Metric(name, float(value), now, step)
+        for name, value in metrics.items()
+        if step > there.get(name, -1)
+    ]
     run.client.log_batch(run.run_id, metrics=entries)
 
 

@@ -118,7 +118,8 @@ class Store(Generic[Entry, Description]):
             return None
         uri = join(folder, self.name)
         content = read_bytes(uri)
-        if mark not in content[:200]:
+        # an empty file, or the zeros of a machine that lost its power, is no other program's
+        if mark not in content[:200] and content[:200].strip(b"\0 \r\n\t"):
             return None
         try:
             return self.description.validate_json(content)

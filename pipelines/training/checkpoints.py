@@ -1,20 +1,24 @@
 """Checkpoints: the complete state of a run in a folder that is safe to load.
 
 `detector/` is the averaged model, usable by itself; `training.pt` holds the rest. Everything loads
-with `weights_only=True` or is safetensors. `complete.json` is written last and names each file with
-its size: a folder without it, or with other files, was left behind by an interrupted copy.
+with `weights_only=True` or is safetensors. `complete.json` is written last, with the size and the
+CRC-32 of each file and the metrics of the checkpoint: a folder without it, or with other files, was
+left behind by an interrupted copy, or is damaged.
 
 No generator's state is kept: windows, augmentation and dropout are functions of the seed and of the
 position in the run.
 """
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -29,7 +33,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from pipelines.core.storage import join, read_bytes, sizes_below
+from pipelines.core.storage import crc32, join, read_bytes, require_room, sizes_below
 from re2tal.detector import Detector
 from re2tal.errors import UserError
 from re2tal.reversible import reversible_stages
@@ -142,26 +146,33 @@ class TrainingState:
             folder: folder of the checkpoint.
             spec: specification from which the detector can be built again.
             write: true on the one worker that writes.
+
+        Raises:
+            UserError: there is no room for it.
         """
         averaged, parts = self.averaged(), self._parts()
-        if write:
+        if not write:
+            return
+        around, wanted = str(folder.parent), _bytes([parts, averaged.state_dict()])
+        require_room(around, wanted, what="a checkpoint")
+        try:
             save_detector(folder / DETECTOR_FOLDER, spec, averaged)
             torch.save({**parts, **self._position()}, folder / _STATE_FILE)
+        except (RuntimeError, SafetensorError):  # errors of a full disk bear no number here
+            require_room(around, wanted, what="a checkpoint")
+            raise
 
     def load(self, folder: Path) -> None:
         """Read a checkpoint into the existing model, optimizer and schedule.
 
         Args:
-            folder: folder written by `save` and `complete`.
+            folder: folder written by `save` and `complete`; `read_listing` verifies its content.
 
         Raises:
-            UserError: if the checkpoint is not whole, or only one of it and this run is sharded.
+            DamagedCheckpointError: if files are missing or cut short.
+            UserError: if only one of it and this run is sharded.
         """
-        if not is_complete(folder):
-            raise UserError(
-                f"The checkpoint in {folder} is not whole: files are missing or cut short. Remove "
-                "it, and the run goes on from the one before."
-            )
+        read_listing(folder)
         state = torch.load(folder / _STATE_FILE, map_location="cpu", weights_only=True)
         if bool(state["sharded"]) is not (self.whole is not None):
             how = "with" if state["sharded"] else "without"
@@ -183,22 +194,108 @@ class TrainingState:
             setattr(self, name, state[name])
 
 
-def complete(folder: Path) -> None:
+class DamagedCheckpointError(UserError):
+    """A checkpoint is not what was written; the message names it and what is wrong with it."""
+
+    def __init__(self, folder: str | Path, reason: str) -> None:
+        super().__init__(f"The checkpoint in {folder} is not whole: {reason}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileFacts:
+    """Size and digest of a file.
+
+    Attributes:
+        bytes: number of bytes.
+        crc32: CRC-32 of the content in hexadecimal; None in checkpoints of earlier versions.
+    """
+
+    bytes: int
+    crc32: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Listing:
+    """Content of `complete.json`.
+
+    Attributes:
+        files: size and digest by path in the checkpoint.
+        metrics: metrics of the run where the checkpoint was written.
+    """
+
+    files: dict[str, FileFacts]
+    metrics: dict[str, float]
+
+
+# Earlier versions listed sizes alone.
+_LISTING: TypeAdapter[Listing | dict[str, int]] = TypeAdapter(Listing | dict[str, int])
+
+
+def complete(folder: Path, metrics: Mapping[str, float]) -> None:
     """Mark a checkpoint as whole, once all of its files are in the folder."""
     sizes = sizes_below(str(folder))
     sizes.pop(COMPLETE_FILE, None)
-    (folder / COMPLETE_FILE).write_text(json.dumps(sizes, indent=2, sort_keys=True))
+    files = {
+        name: FileFacts(bytes=size, crc32=crc32(str(folder / name))) for name, size in sizes.items()
+    }
+    (folder / COMPLETE_FILE).write_bytes(listing_bytes(Listing(files=files, metrics=dict(metrics))))
 
 
-def is_complete(folder: str | Path) -> bool:
-    """Tell whether all files of a checkpoint are there, as long as they were written.
+def listing_bytes(listing: Listing) -> bytes:
+    """Return a listing as the content of `complete.json`."""
+    return json.dumps(asdict(listing), indent=2, sort_keys=True).encode()
+
+
+def read_listing(folder: str | Path, *, digests: bool = False) -> Listing:
+    """Read `complete.json`, and compare the files of the checkpoint with it.
 
     Args:
-        folder: path or URI of a possible checkpoint.
+        folder: path or URI of a checkpoint.
+        digests: compare the contents too, which reads all of them.
+
+    Raises:
+        DamagedCheckpointError: if the checkpoint is not what was written.
     """
+    place = str(folder)
     try:
-        listed = json.loads(read_bytes(join(str(folder), COMPLETE_FILE)))
-    except (OSError, ValueError):
-        return False
-    sizes = sizes_below(str(folder))
-    return all(sizes.get(name) == size for name, size in listed.items())
+        found = _LISTING.validate_json(read_bytes(join(place, COMPLETE_FILE)))
+    except FileNotFoundError:
+        raise DamagedCheckpointError(folder, f"{COMPLETE_FILE} is missing") from None
+    except ValidationError as error:
+        reason = f"{COMPLETE_FILE} does not list its files ({error.errors()[0]['msg']})"
+        raise DamagedCheckpointError(folder, reason) from error
+    if not isinstance(found, Listing):
+        sizes = {name: FileFacts(bytes=size, crc32=None) for name, size in found.items()}
+        found = Listing(files=sizes, metrics={})
+    if _STATE_FILE not in found.files:
+        raise DamagedCheckpointError(folder, f"{COMPLETE_FILE} does not list {_STATE_FILE}")
+    there = sizes_below(place)
+    for name, facts in found.files.items():
+        if reason := _difference(place, name, facts, there.get(name), digest=digests):
+            raise DamagedCheckpointError(folder, reason)
+    return found
+
+
+def _difference(folder: str, name: str, facts: FileFacts, size: int | None, *, digest: bool) -> str:
+    """Say in which way a file is not the one that was written; empty if it is."""
+    if size is None:
+        return f"{name} is missing"
+    if size != facts.bytes:
+        return f"{name} has {size} bytes instead of {facts.bytes}"
+    if not digest or facts.crc32 is None:
+        return ""
+    try:
+        same = crc32(join(folder, name)) == facts.crc32
+    except OSError as error:
+        return f"{name} cannot be read ({error})"
+    return "" if same else f"the content of {name} does not have the CRC-32 that was noted"
+
+
+def _bytes(value: Any) -> int:
+    """Count the bytes of all tensors in nested dictionaries and sequences."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    inner = value.values() if isinstance(value, Mapping) else value
+    if isinstance(inner, Iterable) and not isinstance(inner, str):
+        return sum(map(_bytes, inner))
+    return 0

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -61,7 +61,6 @@ class LocalRuntime:
         """Return False: nobody takes this process away."""
         return False
 
-    @contextmanager
-    def restored(self) -> Iterator[Path | None]:
-        """Yield the checkpoint that an earlier run left in the folder, if any."""
-        yield self._checkpoint if self._checkpoint.exists() else None
+    def checkpoints(self) -> Sequence[AbstractContextManager[Path]]:
+        """Return the checkpoint that an earlier run left in the folder, if any."""
+        return [nullcontext(self._checkpoint)] if self._checkpoint.exists() else []

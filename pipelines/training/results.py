@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import mlflow
-import ray.train
 from matplotlib.figure import Figure
+from mlflow.entities import LoggedModelStatus
+from mlflow.utils.file_utils import local_file_uri_to_path
 from rich.console import Console
 from rich.table import Table
 
@@ -19,7 +20,7 @@ from pipelines.core.clock import duration
 from pipelines.core.figures import Timeline, curves, drawn, timelines
 from pipelines.core.figures import pictures as diagnosis_pictures
 from pipelines.core.metric_names import BEST_MAP
-from pipelines.core.storage import database_file
+from pipelines.core.storage import crc32, database_file, require_room, sizes_below
 from pipelines.core.tracking import Run, log_metrics
 from pipelines.data.plan import Plan
 from pipelines.training.checkpoints import DETECTOR_FOLDER
@@ -31,9 +32,11 @@ from re2tal.detection.diagnosis import Diagnosis, diagnose, tables
 from re2tal.detection.diagnosis import metrics as diagnosis_metrics
 from re2tal.detection.files import read_detections, rows
 from re2tal.detection.segments import Detections
+from re2tal.trained import WEIGHTS_FILE
 
 _SHOWN_VIDEOS = 4
 _SHOWN_SCORE = 0.2  # weaker detections are left out of pictures
+_CONTENT = "re2tal.weights_crc32"  # tag of a model
 _REPOSITORY = Path(__file__).parents[2]
 
 
@@ -44,6 +47,8 @@ def _history(run: Run, name: str) -> list[tuple[int, float]]:
 def log_model(run: Run, detector: Path, **files: Path) -> str:
     """Log a saved detector as an MLflow model that loads without this run's process.
 
+    A run that went on may have logged it before; what a killed process left of a model is removed.
+
     Args:
         run: run of the model.
         detector: folder that `save_detector` wrote.
@@ -51,7 +56,23 @@ def log_model(run: Run, detector: Path, **files: Path) -> str:
 
     Returns:
         The model's URI.
+
+    Raises:
+        UserError: there is no room for it.
     """
+    content = crc32(str(detector / WEIGHTS_FILE))
+    client, experiment = run.client, run.client.get_run(run.run_id).info.experiment_id
+    for model in client.search_logged_models(
+        [experiment], filter_string=f"source_run_id = '{run.run_id}'"
+    ):
+        if model.status != LoggedModelStatus.READY:
+            client.delete_logged_model(model.model_id)
+        elif model.tags.get(_CONTENT) == content:
+            return str(model.model_uri)
+    artifacts = client.get_run(run.run_id).info.artifact_uri
+    if artifacts.startswith("file:"):
+        wanted = sum(sizes_below(str(detector)).values())
+        require_room(local_file_uri_to_path(artifacts), wanted, what="the model")
     mlflow.set_tracking_uri(run.uri)
     with mlflow.start_run(run_id=run.run_id), warnings.catch_warnings():
         # an example would be a video file of the user's; the type hints say what is needed
@@ -66,6 +87,7 @@ def log_model(run: Run, detector: Path, **files: Path) -> str:
             },
             code_paths=[str(_REPOSITORY / "re2tal")],
             pip_requirements=["torch", "torchvision", "av", "pydantic", "safetensors", "psutil"],
+            tags={_CONTENT: content},
         )
     uri: str = info.model_uri
     return uri
@@ -136,36 +158,39 @@ def diagnosis_of(
 
 def log_diagnosis(run: Run, diagnosis: Diagnosis) -> None:
     """Log the metrics and pictures of a diagnosis, and its numbers in `diagnosis/<table>.json`."""
-    log_metrics(run, diagnosis_metrics(diagnosis), step=0)
+    log_metrics(run, diagnosis_metrics(diagnosis), step=0, again=False)
     for name, table in tables(diagnosis).items():
         run.client.log_dict(run.run_id, {"rows": table}, f"diagnosis/{name}.json")
     for name, figure in diagnosis_pictures(diagnosis).items():
         run.client.log_figure(run.run_id, figure, f"pictures/diagnosis_{name}.png")
 
 
-def log_results(recipe: Recipe, plan: Plan, run: Run, result: ray.train.Result) -> None:
+def log_results(
+    recipe: Recipe, plan: Plan, run: Run, checkpoint: Path, metrics: Mapping[str, float]
+) -> None:
     """Log the best checkpoint as a model, its detections, pictures and the diagnosis of its errors.
 
     Args:
         recipe: configuration of the run.
         plan: classes and videos of the run.
         run: MLflow run that receives the results.
-        result: result of the training; it holds at least one checkpoint.
+        checkpoint: folder of the best checkpoint.
+        metrics: metrics that it reached.
     """
     plan = plan.restricted(reported_classes(recipe, plan.classes))
-    best, metrics = max(result.best_checkpoints, key=lambda kept: kept[1]["val/mAP"])
     client = run.client
-    with best.as_directory() as folder, tempfile.TemporaryDirectory() as scratch:
-        client.log_artifact(run.run_id, str(Path(folder) / DETECTIONS_FILE))
-        detections = read_detections(Path(folder) / DETECTIONS_FILE, plan.classes)
+    with tempfile.TemporaryDirectory() as scratch:
+        client.log_artifact(run.run_id, str(checkpoint / DETECTIONS_FILE))
+        detections = read_detections(checkpoint / DETECTIONS_FILE, plan.classes)
         failures = Path(scratch) / "unusable_videos.json"
         failures.write_text(json.dumps(dict(plan.failures), indent=2))
         client.log_artifact(run.run_id, str(failures))
         if recipe.save_raw:
-            client.log_artifact(run.run_id, str(Path(folder) / RAW_FILE))
-        client.set_tag(run.run_id, "model.uri", log_model(run, Path(folder) / DETECTOR_FOLDER))
-    epoch = metrics["epoch"]
-    log_metrics(run, {BEST_MAP: metrics["val/mAP"], "best/epoch": epoch}, step=epoch)
+            client.log_artifact(run.run_id, str(checkpoint / RAW_FILE))
+        client.set_tag(run.run_id, "model.uri", log_model(run, checkpoint / DETECTOR_FOLDER))
+    epoch = int(metrics["epoch"])
+    best = {BEST_MAP: metrics["val/mAP"], "best/epoch": float(epoch)}
+    log_metrics(run, best, step=epoch, again=False)
     log_pictures(run, plan, detections)
     diagnosis = diagnosis_of(
         plan, detections, thresholds=recipe.thresholds, bins=recipe.data.record.bins

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipelines.config.recipe import RunConfig
-from pipelines.core.storage import join, read_bytes, remove, sizes_below
+from pipelines.core.storage import join
 from pipelines.core.tracking import (
     DRIVER,
     Run,
@@ -23,11 +23,10 @@ from pipelines.core.tracking import (
 )
 from pipelines.core.underway import alone, described, is_alive, is_under_way, this_process
 from pipelines.data.clip_plan import AnyPlan
-from pipelines.training.checkpoints import is_complete
+from pipelines.training.retention import newest_checkpoint
 from re2tal.errors import UserError
 
 _DIGEST = "re2tal.configuration"
-_SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of a run's checkpoints
 
 
 def digest(config: Tracked, plan: AnyPlan, **more: str) -> str:
@@ -80,7 +79,6 @@ def _resume_or_start(recipe: RunConfig, plan: AnyPlan, *, parent: str | None) ->
         if status == "RUNNING":  # its driver was killed before it could end the run
             run.client.set_terminated(run.run_id, "KILLED")
         return start_run(recipe, output=output, tags=tags), False
-    _drop_damaged_list(join(output, run.run_id))
     take_up(run, output=output)
     return run, True
 
@@ -121,31 +119,3 @@ def last_run(config: Tracked, tags: Mapping[str, str], *, output: str) -> Run | 
             "Wait for it or end it; for a second run beside it give --no-resume."
         )
     return run
-
-
-def newest_checkpoint(folder: str) -> str | None:
-    """Find the newest whole checkpoint of a run, whatever Ray Train's list of them says.
-
-    Args:
-        folder: folder of the run, a path or URI.
-
-    Returns:
-        Path or URI of the checkpoint; None without any.
-    """
-    names = {name.partition("/")[0] for name in sizes_below(folder)}
-    checkpoints = sorted((name for name in names if name.startswith("checkpoint_")), reverse=True)
-    return next((uri for name in checkpoints if is_complete(uri := join(folder, name))), None)
-
-
-def _drop_damaged_list(folder: str) -> None:
-    """Remove Ray Train's list if a kill cut it short: it is not written atomically.
-
-    Without it Ray Train begins a new one, and the run goes on from the newest whole checkpoint.
-    """
-    uri = join(folder, _SNAPSHOT)
-    try:
-        json.loads(read_bytes(uri))
-    except FileNotFoundError:
-        return
-    except ValueError:
-        remove(uri)

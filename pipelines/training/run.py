@@ -5,8 +5,9 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,13 +15,14 @@ import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from pipelines.config.recipe import AnyRecipe, CheckpointConfig, ClassificationRecipe, Recipe
+from pipelines.config.recipe import AnyRecipe, ClassificationRecipe, Recipe
 from pipelines.core.clock import duration
 from pipelines.core.cluster import init_ray
 from pipelines.core.models import with_weights_here
 from pipelines.core.progress import ProgressPrinter
 from pipelines.core.resources import check_resources
-from pipelines.core.storage import BACKBONE_FILE, join, replacing
+from pipelines.core.stopping import stoppable
+from pipelines.core.storage import BACKBONE_FILE, join, replacing, require_room
 from pipelines.core.tracking import (
     Run,
     finishing,
@@ -43,7 +45,13 @@ from pipelines.training.detection import DetectionTask
 from pipelines.training.entry import train_worker
 from pipelines.training.model import build_detector, load_localizer, remarks
 from pipelines.training.results import log_model, log_results, print_summary
-from pipelines.training.resuming import newest_checkpoint, resume_or_start
+from pipelines.training.resuming import resume_or_start
+from pipelines.training.retention import (
+    best_checkpoint,
+    drop_list,
+    newest_checkpoint,
+    remove_surplus,
+)
 from pipelines.training.trainer import Task
 from pipelines.training.worker import Job, TrainingProblem
 from re2tal.annotations import Annotations
@@ -83,9 +91,11 @@ def train(recipe: Recipe) -> Run:
         UserError: if something is missing or does not fit.
     """
     began = time.perf_counter()
-    ready, detector = prepare(recipe)
-    run = _resumed(ready.recipe, ready.plan)
-    train_run(ready, run, detector=detector)
+    with stoppable(_nothing_yet):
+        ready, detector = prepare(recipe)
+        run = _resumed(ready.recipe, ready.plan)
+    with stoppable(partial(_kept, ready.recipe, run)):
+        train_run(ready, run, detector=detector)
     print_summary(ready.recipe, ready.plan, run, seconds=time.perf_counter() - began)
     return run
 
@@ -156,7 +166,8 @@ def _built(recipe: RecipeT, build: Callable[[RecipeT], ModelT]) -> ModelT:
 
 
 def _start_ray(recipe: AnyRecipe, *, frames: bool = True) -> None:
-    """Start or join Ray, and check that it can hold the run."""
+    """Start or join Ray, and check that it can hold the run, and that the output can."""
+    require_room(recipe.output, 0, what="a checkpoint")
     init_ray(trains=True)
     check_resources(recipe.scale)
     for remark in remarks(recipe, ray.nodes()) if frames else []:
@@ -169,6 +180,18 @@ def _resumed(recipe: AnyRecipe, plan: AnyPlan) -> Run:
     if goes_on:
         print(f"going on with the unfinished run {run.run_id}; --no-resume starts anew", flush=True)
     return run
+
+
+def _nothing_yet() -> str:
+    return "nothing was trained yet: give the same command again"
+
+
+def _kept(recipe: AnyRecipe, run: Run) -> str:
+    """Say which checkpoint a run that was stopped goes on from."""
+    newest = newest_checkpoint(join(recipe.output, run.run_id))
+    if newest is None:
+        return f"run {run.run_id} had no checkpoint yet: the same command begins anew"
+    return f"kept: {newest.uri}\nthe same command goes on from there"
 
 
 def train_run(
@@ -199,10 +222,26 @@ def train_run(
         log_text(run, [summarize(ready.annotations)], "data/summary.txt")
         log_text(run, plan.remarks, "data/remarks.txt")
         if plan.features is None:
-            log_metrics(run, activation_metrics(recipe, detector), step=0)
+            log_metrics(run, activation_metrics(recipe, detector), step=0, again=False)
         task = DetectionTask(recipe=recipe, plan=plan)
-        result = fit(task, run, callbacks=callbacks, threads=threads)
-        log_results(recipe, plan, run, result)
+        output = fit(task, run, callbacks=callbacks, threads=threads)
+        with best_checkpoint(output, task.score, say=print) as (folder, metrics):
+            log_results(recipe, plan, run, folder, metrics)
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Trainer that leaves SIGINT to `stoppable`: Ray Train's own handler waits without a word."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self._controller = controller
+
+    def fit(self) -> ray.train.Result:
+        """Train; on a signal the workers are taken away at once, also from a cluster that stays."""
+        try:
+            return super().fit()
+        except SystemExit:
+            ray.kill(self._controller)
+            raise
 
 
 def fit(
@@ -211,7 +250,7 @@ def fit(
     *,
     callbacks: Sequence[ray.train.UserCallback] = (),
     threads: int | None = None,
-) -> ray.train.Result:
+) -> str:
     """Train on the cluster and show progress until it ends.
 
     Args:
@@ -221,23 +260,23 @@ def fit(
         threads: see `train_run`.
 
     Returns:
-        Ray's result, with the kept checkpoints.
+        Folder of the run's checkpoints, a path or URI.
 
     Raises:
         UserError: if the workers met a problem that another attempt would meet again.
     """
     recipe, scale = task.recipe, task.recipe.scale
+    output = join(recipe.output, run.run_id)
+    drop_list(output)
     with ProgressPrinter() as progress:
-        output = join(recipe.output, run.run_id)
         job = Job(
             task=task,
             run=run,
             output=output,
             board=progress.board,
-            checkpoint=newest_checkpoint(output),
             threads=threads,
         )
-        trainer = TorchTrainer(
+        trainer = _Trainer(
             train_worker,
             train_loop_config={"job": ray.put(job)},
             scaling_config=ray.train.ScalingConfig(
@@ -257,7 +296,6 @@ def fit(
                 failure_config=ray.train.FailureConfig(
                     max_failures=scale.max_failures, controller_failure_limit=2
                 ),
-                checkpoint_config=_kept(recipe.checkpoints, task.score),
                 callbacks=list(callbacks),
                 logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             ),
@@ -266,18 +304,8 @@ def fit(
     problem = result.return_value
     if isinstance(problem, TrainingProblem):
         raise UserError(problem.message)
-    return result
-
-
-def _kept(config: CheckpointConfig, score: str) -> ray.train.CheckpointConfig:
-    """Configure which checkpoints stay; Ray Train keeps the newest in any case, to resume from."""
-    if config.which == "last":
-        return ray.train.CheckpointConfig(num_to_keep=config.keep)
-    return ray.train.CheckpointConfig(
-        num_to_keep=config.keep,
-        checkpoint_score_attribute=score,
-        checkpoint_score_order="max",
-    )
+    remove_surplus(output, recipe.checkpoints, task.score)  # also where nothing was left to train
+    return output
 
 
 def finetune(recipe: ClassificationRecipe) -> Run:
@@ -290,39 +318,51 @@ def finetune(recipe: ClassificationRecipe) -> Run:
         UserError: if something is missing or does not fit.
     """
     began = time.perf_counter()
-    recipe = classification_inputs(recipe)
-    lists = read_lists(recipe.data)
-    _built(recipe, lambda here: build_classifier(here, lists.classes, here.model.weights))
-    _start_ray(recipe)
-    plan = make_clip_plan(recipe.data, lists)
-    run = _resumed(recipe, plan)
-    with finishing(run):
+    with stoppable(_nothing_yet):
+        recipe = classification_inputs(recipe)
+        lists = read_lists(recipe.data)
+        _built(recipe, lambda here: build_classifier(here, lists.classes, here.model.weights))
+        _start_ray(recipe)
+        plan = make_clip_plan(recipe.data, lists)
+        run = _resumed(recipe, plan)
+    with stoppable(partial(_kept, recipe, run)), finishing(run):
         log_dataset(
             run, name=recipe.name, source=str(recipe.data.training), digest=plan.fingerprint
         )
         left_out = [f"{video_id}: {reason}" for video_id, reason in sorted(plan.failures.items())]
         log_text(run, left_out, "data/unusable_videos.txt")
-        result = fit(ClassificationTask(recipe=recipe, plan=plan), run)
-        weights = _log_backbone(recipe, run, result)
+        output = fit(ClassificationTask(recipe=recipe, plan=plan), run)
+        # the result is the last epoch's, whatever it reached
+        with best_checkpoint(output, "epoch", say=print) as (folder, metrics):
+            weights = _log_backbone(recipe, run, folder, metrics)
     seconds = time.perf_counter() - began
     _print_weights(recipe, run, weights, failed=len(plan.failures), seconds=seconds)
     return run
 
 
-def _log_backbone(recipe: ClassificationRecipe, run: Run, result: ray.train.Result) -> str:
+def _log_backbone(
+    recipe: ClassificationRecipe, run: Run, checkpoint: Path, metrics: Mapping[str, float]
+) -> str:
     """Write the backbone's weights of the last checkpoint, and log them with the classifier.
 
     Returns:
         Path or URI of the weights, of the averaged classifier.
+
+    Raises:
+        UserError: if the last epoch's checkpoint is damaged.
     """
-    assert result.checkpoint is not None, "every epoch reports a checkpoint"
+    if metrics.get("epoch", recipe.epochs) < recipe.epochs:
+        raise UserError(
+            "The checkpoint of the last epoch is damaged. Give the same command again: the run "
+            "goes on from the one before it."
+        )
     weights = join(recipe.output, join(run.run_id, BACKBONE_FILE))
     facts = {"run": run.run_id, "command": shlex.join(sys.argv), **_reached(run)}
-    with result.checkpoint.as_directory() as folder, tempfile.TemporaryDirectory() as scratch:
-        _, classifier = load_detector(Path(folder) / DETECTOR_FOLDER)
+    with tempfile.TemporaryDirectory() as scratch:
+        _, classifier = load_detector(checkpoint / DETECTOR_FOLDER)
         path = Path(scratch) / BACKBONE_FILE
         save_backbone_weights(classifier.backbone, path, {"re2tal": json.dumps(facts)})
-        uri = log_model(run, Path(folder) / DETECTOR_FOLDER, backbone=path)
+        uri = log_model(run, checkpoint / DETECTOR_FOLDER, backbone=path)
         run.client.log_artifact(run.run_id, str(path))
         for place in (weights, recipe.weights_file):
             if place is not None:

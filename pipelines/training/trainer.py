@@ -6,7 +6,7 @@ It knows PyTorch and DDP, not Ray: a `Runtime` gives it data and takes results.
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,11 +24,17 @@ from torch.nn.parallel import DistributedDataParallel
 from pipelines.config.recipe import AnyRecipe, OptimConfig
 from pipelines.core.clock import duration
 from pipelines.core.metric_names import UNSCORED
-from pipelines.core.storage import join, replacing
+from pipelines.core.storage import join, replacing, writing_to
 from pipelines.data.batches import Batch, Clock, share
 from pipelines.data.clip_plan import AnyPlan
 from pipelines.data.plan import all_failures
-from pipelines.training.checkpoints import TrainingState, complete, shard
+from pipelines.training.checkpoints import (
+    DamagedCheckpointError,
+    TrainingState,
+    complete,
+    read_listing,
+    shard,
+)
 from pipelines.training.model import train_mode
 from pipelines.training.optimizer import (
     build_average,
@@ -36,6 +42,7 @@ from pipelines.training.optimizer import (
     build_schedule,
     fast_forward,
 )
+from pipelines.training.retention import checkpoint_name
 from pipelines.training.validation import gather
 from re2tal.detector import Detector
 from re2tal.errors import UserError
@@ -326,13 +333,30 @@ class Runtime(Protocol):
         """Show a line of progress; only rank 0's is shown."""
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path) -> None:
-        """Hand over metrics and a checkpoint folder (rank 0's); every rank calls it."""
+        """Hand over metrics and a checkpoint folder (rank 0's); every rank calls it.
+
+        Raises:
+            UserError: the checkpoint cannot be kept, on all ranks alike.
+        """
 
     def preempted(self) -> bool:
         """Tell, once for each node, that it is about to be taken away; every rank calls it."""
 
-    def restored(self) -> AbstractContextManager[Path | None]:
-        """Give the checkpoint to resume from, if there is one."""
+    def checkpoints(self) -> Sequence[AbstractContextManager[Path]]:
+        """List the run's checkpoints, the newest first and the same on every rank."""
+
+
+@contextmanager
+def alike() -> Iterator[None]:
+    """Raise a `UserError` of one worker on all of them; every rank enters it."""
+    problem = ""
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    first = next(filter(None, gather(problem)), "")
+    if first:
+        raise UserError(first)
 
 
 class Trainer:
@@ -346,9 +370,7 @@ class Trainer:
         detector = task.build(weights).to(runtime.device)
         self.stride: int = detector.backbone.temporal_stride
         self.state = self._begin(detector, task.build(weights) if self._sharded else None)
-        with runtime.restored() as folder:
-            if folder is not None:
-                self._restore(folder)
+        self._restore()
         self.step = Stepper(
             self._wrapped(detector),
             self.state,
@@ -405,7 +427,28 @@ class Trainer:
             world_size=self.runtime.world_size,
         )
 
-    def _restore(self, folder: Path) -> None:
+    def _restore(self) -> None:
+        """Go on from the newest checkpoint that every worker reads as it was written.
+
+        Raises:
+            UserError: there are some, and none of them is.
+        """
+        damaged: list[str] = []
+        for checkpoint in self.runtime.checkpoints():
+            with checkpoint as folder:
+                problem = next(filter(None, gather(_damage(folder))), "")
+                if not problem:
+                    self._go_on(folder)
+                    return
+            self.runtime.say(f"warning: {problem} The one before it is taken.")
+            damaged.append(problem)
+        if damaged:
+            listed = " ".join(damaged)
+            raise UserError(
+                f"No checkpoint of the run can be used: train anew with --no-resume. {listed}"
+            )
+
+    def _go_on(self, folder: Path) -> None:
         state, epochs = self.state, self.recipe.epochs
         state.load(folder)
         workers = ""
@@ -472,14 +515,16 @@ class Trainer:
         self, metrics: Mapping[str, float], add: Callable[[Path], object] | None = None
     ) -> None:
         """Hand over a checkpoint, with the files that `add` puts into its folder."""
+        epoch, step = self.state.epoch, self.state.step
         with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "checkpoint"
+            folder = Path(scratch) / checkpoint_name(epoch=epoch, step=step)
             folder.mkdir()
-            self.state.save(folder, self.task.spec, write=self.runtime.rank == 0)
-            if add is not None:
-                add(folder)
-            complete(folder)
-            self.runtime.report({**metrics, "epoch": self.state.epoch}, folder)
+            with alike(), writing_to(scratch, what="a checkpoint"):
+                self.state.save(folder, self.task.spec, write=self.runtime.rank == 0)
+                if add is not None:
+                    add(folder)
+                complete(folder, {**metrics, "epoch": epoch, "step": step})
+            self.runtime.report({**metrics, "epoch": epoch}, folder)
 
     def _train_epoch(self) -> None:
         state, recipe = self.state, self.recipe
@@ -535,6 +580,15 @@ class Trainer:
             f"loss {metrics['train/loss']:.3f}  {metrics['train/frames_per_second']:.0f} frames/s  "
             f"waiting for data {metrics['train/data_wait_share']:.0%}  left {duration(left)}"
         )
+
+
+def _damage(folder: Path) -> str:
+    """Say what is damaged in a checkpoint; empty if nothing is."""
+    try:
+        read_listing(folder, digests=True)
+    except DamagedCheckpointError as problem:
+        return str(problem)
+    return ""
 
 
 def _reversible_metrics(detector: nn.Module) -> dict[str, float]:

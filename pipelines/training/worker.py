@@ -5,7 +5,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,27 @@ from typing import Any
 import ray.data
 import ray.train
 import torch
+from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from ray.train.torch import get_device
 from ray.util.metrics import Gauge
 
 from pipelines.core.cluster import quiet_data
 from pipelines.core.models import with_weights_here
-from pipelines.core.storage import join, resolve
-from pipelines.core.tracking import MetricLogger, Run
+from pipelines.core.storage import join, sizes_below, writing_to
+from pipelines.core.tracking import MetricLogger, Run, last_steps
 from pipelines.data.batches import Batch, stream_batches
 from pipelines.data.feature_stream import feature_stream
 from pipelines.data.streaming import FrameStream
-from pipelines.training.trainer import Task, Trainer
+from pipelines.training.retention import (
+    checkpoints,
+    fetched,
+    make_room,
+    remove_partial,
+    remove_surplus,
+)
+from pipelines.training.trainer import Task, Trainer, alike
+from pipelines.training.validation import gather
 from re2tal.errors import UserError
 from re2tal.memory.live import MEGABYTE
 from re2tal.reversible import ReversibleError
@@ -78,7 +87,6 @@ class Job:
         run: MLflow run that receives the metrics.
         output: folder of this run for files beside the checkpoints; absolute path or URI.
         board: handle of the progress actor.
-        checkpoint: checkpoint to begin from where Ray Train knows of none; None begins anew.
         threads: number of PyTorch's threads, where other runs share the node; None shares its cores
             between the workers of this run.
     """
@@ -87,7 +95,6 @@ class Job:
     run: Run
     output: str
     board: Any
-    checkpoint: str | None = None
     threads: int | None = None
 
 
@@ -111,6 +118,7 @@ class RayRuntime:
         self.device: torch.device = get_device()
         self._job = job
         self._metrics = metrics
+        self._logged = _logged(job) if metrics is not None else {}
         self._gauges = Gauges(run_id=job.run.run_id, rank=self.rank, world_size=self.world_size)
         self._leaving: frozenset[str] = frozenset()
         self._features = feature_stream(job.task.plan)
@@ -136,10 +144,15 @@ class RayRuntime:
         )
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Queue metrics for MLflow, on rank 0; every rank shows its own as gauges."""
+        """Queue metrics for MLflow, on rank 0; every rank shows its own as gauges.
+
+        Steps that were logged before the run lost a process are taken again, with the same values,
+        but not logged again.
+        """
         self._gauges.set(metrics)
         if self._metrics is not None:
-            self._metrics.log(metrics, step=step)
+            new = {k: value for k, value in metrics.items() if step > self._logged.get(k, -1)}
+            self._metrics.log(new, step=step)
 
     def say(self, line: str) -> None:
         """Post a line of progress, on rank 0."""
@@ -147,11 +160,31 @@ class RayRuntime:
             self._job.board.post.remote(line)
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path) -> None:
-        """Hand an epoch over to Ray Train; every rank calls it."""
+        """Hand a checkpoint over to Ray Train, and remove those that are not kept any more.
+
+        Every rank calls it.
+
+        Raises:
+            UserError: there is no room for it, or the folder of the run cannot be written to.
+        """
         if self._metrics is not None:
             self._metrics.flush()
-        whole = ray.train.Checkpoint.from_directory(checkpoint) if self.rank == 0 else None
-        ray.train.report(dict(metrics), checkpoint=whole)
+        output, whole = self._job.output, None
+        with alike():
+            if self.rank == 0:
+                make_room(output, sum(sizes_below(str(checkpoint)).values()))
+                whole = ray.train.Checkpoint.from_directory(checkpoint)
+        with alike(), writing_to(output, what="a checkpoint"):
+            try:
+                ray.train.report(
+                    dict(metrics), checkpoint=whole, checkpoint_dir_name=checkpoint.name
+                )
+            except OSError:
+                remove_partial(output)
+                raise
+            if self.rank == 0:
+                task = self._job.task
+                remove_surplus(output, task.recipe.checkpoints, task.score, written=checkpoint.name)
 
     def preempted(self) -> bool:
         """Tell, once for each notice and on every rank alike, that Ray announced a node's end."""
@@ -162,18 +195,27 @@ class RayRuntime:
         new, self._leaving = nodes - self._leaving, self._leaving | nodes
         return bool(new)
 
-    @contextmanager
-    def restored(self) -> Iterator[Path | None]:
-        """Yield the checkpoint to resume from after a lost worker or driver, if there is one."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None and self._job.checkpoint is not None:
-            filesystem, path = resolve(self._job.checkpoint)
-            checkpoint = ray.train.Checkpoint(path, filesystem)
-        if checkpoint is None:
-            yield None
-            return
-        with checkpoint.as_directory() as folder:
-            yield Path(folder)
+    def checkpoints(self) -> Sequence[AbstractContextManager[Path]]:
+        """List the run's checkpoints as rank 0 finds them, the newest first.
+
+        Ray Train's own newest one is not asked for: a worker that is lost may have written one that
+        Ray Train has not heard of.
+        """
+        kept, partial = gather(checkpoints(self._job.output) if self.rank == 0 else None)[0]
+        for problem in partial.values():
+            self.say(f"warning: {problem} It is removed when the next one is written.")
+        return [fetched(one) for one in reversed(kept)]
+
+
+def _logged(job: Job) -> dict[str, int]:
+    """Return the last step of each metric that is logged already; none if MLflow is silent."""
+    try:
+        return last_steps(job.run)
+    except (MlflowException, OSError) as error:
+        job.board.post.remote(
+            f"warning: MLflow does not say which steps are logged; some may be twice ({error})"
+        )
+        return {}
 
 
 def _train(job: Job, task: Task, runtime: RayRuntime) -> dict[str, float] | TrainingProblem:
@@ -238,8 +280,12 @@ def _metrics_logged(job: Job) -> Iterator[MetricLogger | None]:
     try:
         yield metrics
     finally:
-        unsent = metrics.close()
-        if unsent:
-            job.board.post.remote(
-                f"warning: {unsent} metrics could not be sent to MLflow: see {unsent_file}"
-            )
+        try:
+            unsent = metrics.close()
+        except OSError as error:  # a full disk: what the training ended with counts
+            job.board.post.remote(f"warning: metrics could be neither sent nor kept ({error})")
+        else:
+            if unsent:
+                job.board.post.remote(
+                    f"warning: {unsent} metrics could not be sent to MLflow: see {unsent_file}"
+                )

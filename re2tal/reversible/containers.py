@@ -123,7 +123,7 @@ class ReversibleSequential(Rewired, nn.Sequential):
 
     # Nodes with state cannot be traced: compile the modules inside the blocks.
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch's has no types
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Sequential gives it
+    def forward(self, input: Tensor | Proxy) -> Any:  # noqa: A002 - the name that nn.Sequential gives it
         """Call the children in order; each run of rewired ones is one stage.
 
         Raises:
@@ -168,7 +168,7 @@ class Passage:
         self.name = name
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch's has no types
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x: Tensor | Proxy, *args: Any, **kwargs: Any) -> Any:
         """Return the stage's result at its first block, the input at the others.
 
         Raises:

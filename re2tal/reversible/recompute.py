@@ -39,7 +39,7 @@ class Recomputed:
 
     # A node with state cannot be traced.
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch's has no types
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x: Tensor | Proxy, *args: Any, **kwargs: Any) -> Any:
         """Run the module."""
         if isinstance(x, Proxy):
             return leaf_of_trace(self.module, x, *args, **kwargs)

@@ -22,11 +22,12 @@ class Shape:
     ratio: int = 4
     fusion_kernel: int = 7
     fusion_norm: bool = False
+    stride: int = 4  # frames of a feature
 
 
 @dataclass(frozen=True)
 class Names:
-    """Of a pathway (0 is the slow one), stage (from 0), block and convolution (0 to 2)."""
+    """Names by pathway (0 is the slow one), stage (from 0), block and convolution (0 to 2)."""
 
     stem: Callable[[int], Pair]
     lateral: Callable[[int], Pair]  # before a stage
@@ -144,7 +145,7 @@ _STATISTICS = ("running_mean", "running_var", "weight", "bias")
 
 
 def network(state: State, shape: Shape, names: Names, video: Tensor, *, coupled: bool) -> Tensor:
-    """Features of both pathways, averaged over space, at the rate of the slow one `(B, C, T / 4)`.
+    """Features of both pathways, averaged over space, at one rate `(B, C, T / stride)`.
 
     In the coupled form a ReLU ends each branch and none follows a sum; after its first block, a
     stage has two streams, ``x_i = x_{i-2} + F_i(x_{i-1})``, that are averaged at its end.
@@ -161,8 +162,8 @@ def network(state: State, shape: Shape, names: Names, video: Tensor, *, coupled:
             in_stage(state, shape, names, path, stage, x, coupled=coupled)
             for path, x in enumerate(paths)
         ]
-    slow, fast = (x.mean(dim=(3, 4)) for x in paths)
-    return torch.cat((slow, F.interpolate(fast, slow.shape[2], mode="linear")), dim=1)
+    length = video.shape[2] // shape.stride
+    return torch.cat([F.interpolate(x.mean((3, 4)), length, mode="linear") for x in paths], dim=1)
 
 
 def in_stage(

@@ -23,13 +23,13 @@ class Shape:
 
 
 def plain_names(stage: int, block: int) -> tuple[str, str]:
-    """Where mmaction2 has the attention and the MLP of a block."""
+    """Names of a block's attention and MLP in mmaction2."""
     name = f"layers.{stage}.blocks.{block}."
     return name, name
 
 
 def coupled_names(stage: int, block: int) -> tuple[str, str]:
-    """Where OpenTAD has them."""
+    """Names of a block's attention and MLP in OpenTAD."""
     name = f"layers.{stage}.blocks.{block}.inv_block."
     return f"{name}Fm.", f"{name}Gm."
 

@@ -23,7 +23,12 @@ def test_an_entry_tells_the_truth_about_its_backbone(entry: Entry) -> None:
         built = config.build().eval()
         frames = torch.empty(1, 3, 8 * built.multiple, 32, 32)
         features = built(frames)
-        slower = config.with_stride(4 * built.temporal_stride).build()
+        slower = config.with_stride(4 * built.temporal_stride).build().eval()
+        more = torch.empty(1, 3, slower.multiple, 32, 32)
+        fewer = slower(more)
+    assert fewer.shape == (1, slower.channels, slower.multiple // slower.temporal_stride)
+    if "toy" in entry.name:  # its weights can be shipped
+        assert sum(p.numel() for p in built.parameters()) <= 2**20
     assert features.shape == (1, built.channels, frames.shape[2] // built.temporal_stride)
     assert slower.temporal_stride == 4 * built.temporal_stride
     assert slower.multiple % slower.temporal_stride == 0

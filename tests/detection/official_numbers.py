@@ -42,7 +42,7 @@ _DIGITS = 9  # of the numbers that are kept
 
 
 def frame(videos: Mapping[str, Detections]) -> Any:
-    """What the official code keeps its segments in."""
+    """Table in which the official code keeps its segments."""
     rows = [
         (video, start, end, label, score)
         for video, part in videos.items()
@@ -54,7 +54,7 @@ def frame(videos: Mapping[str, Detections]) -> Any:
 
 
 def timed(way: Callable[..., Any], *arguments: Any, **settings: Any) -> tuple[Any, float]:
-    """What it returns, and the seconds that this process computed, whatever else runs beside it."""
+    """Result, and the seconds that this process computed, whatever else runs beside it."""
     before = time.process_time()
     result = way(*arguments, **settings)
     return result, time.process_time() - before
@@ -89,7 +89,7 @@ def average_precisions(
 
 
 def recalls(truth: Videos, found: Videos, official: Any) -> tuple[dict[str, Any], Row]:
-    """What the official code says of up to 100 proposals a video; seconds of both."""
+    """Recalls of up to 100 proposals a video by the official code; seconds of both."""
     ours = [timed(average_recall, truth, found)[1] for _ in range(3)]
     (recall, average, numbers), theirs = timed(
         official.average_recall_vs_avg_nr_proposals,

@@ -1,10 +1,15 @@
+"""Detections in files: results, raw predictions, and subtitles that players take."""
+
 from __future__ import annotations
 
 import json
 import math
 import pickle
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +23,9 @@ from re2tal.detection import (
     write_detections,
     write_raw,
 )
+from re2tal.detection.files import srt, webvtt
 from re2tal.json_files import FileError
+from tests.detection.rows import same
 
 CLASSES = ("Long jump", "Diving", "Ünïcode")
 
@@ -36,11 +43,6 @@ def found(count: int, seed: int) -> Detections:
 VIDEOS = {"v_b": found(500, 0), "a": Detections.empty(), "c": found(3, 1)}
 
 
-def equal(a: Detections, b: Detections) -> bool:
-    pairs = ((a.segments, b.segments), (a.scores, b.scores), (a.labels, b.labels))
-    return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)
-
-
 def single(detections: Detections) -> Detections:
     return replace(
         detections, segments=detections.segments.float(), scores=detections.scores.float()
@@ -52,14 +54,14 @@ def test_results_come_back_bit_for_bit(tmp_path: Path) -> None:
     write_detections(path, VIDEOS, CLASSES)
     again = read_detections(path, CLASSES)
     assert list(again) == sorted(VIDEOS)
-    assert all(equal(single(again[video_id]), VIDEOS[video_id]) for video_id in VIDEOS)
+    assert all(same(single(again[video_id]), VIDEOS[video_id]) for video_id in VIDEOS)
     assert all(x.segments.dtype == x.scores.dtype == torch.float64 for x in again.values())
     # In float64 the decimals of a file are what they look like, and come back as well.
     write_detections(path, again, CLASSES)
-    assert all(equal(x, again[v]) for v, x in read_detections(path, CLASSES).items())
+    assert all(same(x, again[v]) for v, x in read_detections(path, CLASSES).items())
     thirds = replace(again["c"], segments=again["c"].segments / 3, scores=again["c"].scores / 3)
     write_detections(path, {"c": thirds}, CLASSES)
-    assert equal(read_detections(path, CLASSES)["c"], thirds)
+    assert same(read_detections(path, CLASSES)["c"], thirds)
     path.write_text(
         '{"results": {"a": [{"segment": [0.1, 0.7], "score": 0.3, "label": "Diving"}]}}'
     )
@@ -95,7 +97,7 @@ def test_rows_are_plain_numbers_and_names() -> None:
         ({"segments": torch.tensor([[2.5, 1.0]])}, "'x'.*reversed: .* 2.5 to 1, score 1. 1 of 1"),
     ],
 )
-def test_what_cannot_be_written_leaves_the_old_file(
+def test_a_refused_result_leaves_the_old_file(
     change: dict[str, torch.Tensor], reason: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "detections.json"
@@ -198,7 +200,7 @@ def test_raw_predictions_come_back_bit_for_bit(tmp_path: Path) -> None:
     again, classes = read_raw(path)
     assert classes == CLASSES
     assert list(again) == list(VIDEOS)
-    assert all(equal(again[video_id], VIDEOS[video_id]) for video_id in VIDEOS)
+    assert all(same(again[video_id], VIDEOS[video_id]) for video_id in VIDEOS)
     write_raw(path, {}, ())
     assert read_raw(path) == ({}, ())
     assert list(tmp_path.iterdir()) == [path]
@@ -266,3 +268,66 @@ def test_raw_predictions_that_do_not_fit_together(
     assert len(error.value.problems) == len(reasons)
     for problem, reason in zip(error.value.problems, reasons, strict=True):
         assert reason in problem
+
+
+# Subtitles
+
+CLOCK = r"(\d{2,}):([0-5]\d):([0-5]\d)[.,](\d{3})"
+
+
+def cues(text: str) -> list[tuple[float, float, list[str]]]:
+    """Blocks with a line of times, by the two formats' common rules."""
+    found = []
+    for block in re.split(r"\n\n+", text.strip()):
+        lines = block.splitlines()
+        at = next((i for i, line in enumerate(lines) if "-->" in line), None)
+        if at is None:
+            assert block in ("", "WEBVTT")
+            continue
+        match = re.fullmatch(f"{CLOCK} --> {CLOCK}", lines[at])
+        assert match is not None, lines[at]
+        numbers = [int(part) for part in match.groups()]
+        start, end = (
+            3600 * h + 60 * m + s + ms / 1000 for h, m, s, ms in (numbers[:4], numbers[4:])
+        )
+        found.append((start, end, lines[at + 1 :]))
+    return found
+
+
+def row(start: float, end: float, label: str, score: float) -> dict[str, object]:
+    return {"segment": [start, end], "label": label, "score": score}
+
+
+def test_webvtt_has_a_cue_for_each_detection_by_start() -> None:
+    text = webvtt([row(3725.0, 3726.5, "b", 0.9), row(0.5, 4000.25, "a", 0.123)])
+    assert text.startswith("WEBVTT\n\n")
+    assert cues(text) == [(0.5, 4000.25, ["a 0.12"]), (3725.0, 3726.5, ["b 0.90"])]
+    assert "01:02:05.000 --> 01:02:06.500" in text
+
+
+def test_srt_is_numbered_and_never_shows_two_at_once() -> None:
+    text = srt([row(1.0, 4.0, "a", 0.5), row(2.0, 3.0, "b", 0.9), row(6.0, 7.0, "c", 0.4)])
+    assert cues(text) == [
+        (1.0, 2.0, ["a 0.50"]),
+        (2.0, 3.0, ["b 0.90", "a 0.50"]),
+        (3.0, 4.0, ["a 0.50"]),
+        (6.0, 7.0, ["c 0.40"]),
+    ]
+    assert re.findall(r"^\d+$", text, flags=re.MULTILINE) == ["1", "2", "3", "4"]
+    assert "00:00:01,000 --> 00:00:02,000" in text
+
+
+@pytest.mark.parametrize("write", [webvtt, srt])
+def test_a_label_cannot_break_out_of_its_line(write: Callable[[Any], str]) -> None:
+    label = "a\n\n00:00:00.000 --> 00:00:09.000\n<b>&amp; \u2028x"
+    ((start, end, lines),) = cues(write([row(1.0, 2.0, label, 0.5)]))
+    assert (start, end, len(lines)) == (1.0, 2.0, 1)
+    assert not set(lines[0]) & set("<>")
+    if write is webvtt:
+        assert "--&gt; 00:00:09.000 &lt;b&gt;&amp;amp; x 0.50" in lines[0]
+
+
+@pytest.mark.parametrize("write", [webvtt, srt])
+def test_an_instant_is_shown_and_nothing_is_no_cue(write: Callable[[Any], str]) -> None:
+    assert cues(write([row(2.0, 2.0001, "a", 1.0)])) == [(2.0, 2.001, ["a 1.00"])]
+    assert cues(write([])) == []

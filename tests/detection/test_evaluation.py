@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,27 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.experiments.detections import ACTIVITYNET, THUMOS, RandomTestSet, sequential
+from pipelines.experiments.detections import THUMOS
 from re2tal.detection import Detections, mean_average_precision
 from re2tal.detection.evaluation import matching
+from tests.detection.rows import Videos, by_video
 
 THRESHOLDS = (0.3, 0.5, 0.7, 1.0)
 Truth = dict[str, list[tuple[float, float, int]]]
-Found = dict[str, list[tuple[float, float, float, int]]]
 Spans = dict[str, list[tuple[float, float]]]
 
 
 def truth_of(videos: Truth) -> dict[str, Detections]:
-    return found_of({v: [(s, e, 1.0, c) for s, e, c in rows] for v, rows in videos.items()})
-
-
-def found_of(videos: Found) -> dict[str, Detections]:
-    result = {}
-    for video, rows in videos.items():
-        table = torch.tensor([row[:3] for row in rows], dtype=torch.float64).reshape(-1, 3)
-        labels = torch.tensor([row[3] for row in rows], dtype=torch.int64)
-        result[video] = Detections(segments=table[:, :2], scores=table[:, 2], labels=labels)
-    return result
+    return by_video({v: [(s, e, 1.0, c) for s, e, c in rows] for v, rows in videos.items()})
 
 
 def slow_overlap(a: tuple[float, float], b: tuple[float, float]) -> float:
@@ -39,7 +31,7 @@ def slow_overlap(a: tuple[float, float], b: tuple[float, float]) -> float:
 
 
 def slow_average_precision(
-    truth: Truth, found: Found, label: int, threshold: float, ambiguous: Spans
+    truth: Truth, found: Videos, label: int, threshold: float, ambiguous: Spans
 ) -> float:
     """One prediction at a time, and the curve as lists of points."""
     total = sum(row[2] == label for rows in truth.values() for row in rows)
@@ -96,13 +88,13 @@ any_name = st.sampled_from(["a", "b", "c", "unknown"])
     st.sets(st.sampled_from(["b", "c", "unknown", "never seen"])),
 )
 def test_equals_one_prediction_at_a_time(
-    truth: Truth, found: Found, ambiguous: Spans, exclude: set[str]
+    truth: Truth, found: Videos, ambiguous: Spans, exclude: set[str]
 ) -> None:
     if not truth.get("a"):
         truth["a"] = [(0.0, 1.0, 0)]
     result = mean_average_precision(
         truth_of(truth),
-        found_of(found),
+        by_video(found),
         num_classes=4,
         thresholds=THRESHOLDS,
         ambiguous={v: torch.tensor(rows).reshape(-1, 2) for v, rows in ambiguous.items()},
@@ -121,20 +113,6 @@ def test_equals_one_prediction_at_a_time(
     assert result.average == pytest.approx(np.nanmean(slow))
 
 
-@pytest.mark.parametrize(
-    "load", [THUMOS, pytest.param(ACTIVITYNET, marks=pytest.mark.slow)], ids=["thumos", "anet"]
-)
-def test_whole_test_sets_equal_one_prediction_at_a_time(load: RandomTestSet) -> None:
-    truth, found = load.build()
-    assert sum(len(part) for part in truth.values()) == load.instances
-    result = mean_average_precision(
-        truth, found, num_classes=load.classes, thresholds=load.thresholds
-    )
-    slow = sequential(truth, found, num_classes=load.classes, thresholds=load.thresholds)
-    assert 0.05 < result.average < 0.95
-    np.testing.assert_allclose(result.per_class, slow, atol=1e-9)
-
-
 def test_the_chunks_of_pairs_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     truth, found = replace(THUMOS, videos=3, instances=40, classes=2).build()
     whole = mean_average_precision(truth, found, num_classes=2, thresholds=THRESHOLDS)
@@ -144,53 +122,15 @@ def test_the_chunks_of_pairs_do_not_show(monkeypatch: pytest.MonkeyPatch) -> Non
         assert np.array_equal(parts.per_class, whole.per_class)
 
 
-def score(truth: Truth, found: Found, threshold: float = 0.5) -> float:
+def score(truth: Truth, found: Videos, threshold: float = 0.5) -> float:
     return mean_average_precision(
-        truth_of(truth), found_of(found), num_classes=3, thresholds=[threshold]
+        truth_of(truth), by_video(found), num_classes=3, thresholds=[threshold]
     ).average
-
-
-def test_the_truth_itself_scores_one() -> None:
-    truth: Truth = {"a": [(0, 1, 0), (2, 3, 1)], "b": [(4, 6, 0)], "nothing": []}
-    found: Found = {v: [(s, e, 0.5, c) for s, e, c in rows] for v, rows in truth.items()}
-    for threshold in THRESHOLDS:
-        assert score(truth, found, threshold) == 1.0
-
-
-def test_the_second_best_truth_is_taken_when_the_best_is() -> None:
-    # Both predictions overlap the first instance most; the second one takes its second best.
-    truth: Truth = {"a": [(0, 10, 0), (4, 14, 0)]}
-    found: Found = {"a": [(1, 11, 0.9, 0), (1.5, 11.5, 0.8, 0)]}
-    assert score(truth, found) == 1.0
-
-
-def test_a_duplicate_prediction_is_a_false_positive() -> None:
-    truth: Truth = {"a": [(0, 10, 0)], "b": [(0, 10, 0)]}
-    found: Found = {"a": [(0, 10, 0.9, 0), (0, 10, 0.8, 0)], "b": [(0, 10, 0.7, 0)]}
-    assert score(truth, found) == pytest.approx(0.5 + 0.5 * 2 / 3)
-
-
-def test_videos_without_predictions_and_unknown_videos_count() -> None:
-    truth: Truth = {"a": [(0, 10, 0)], "b": [(0, 10, 0)]}
-    assert score(truth, {"b": [(0, 10, 0.5, 0)]}) == pytest.approx(0.5)
-    assert score(truth, {"x": [(0, 10, 0.9, 0)], "b": [(0, 10, 0.5, 0)]}) == pytest.approx(0.25)
-    assert score(truth, {}) == 0.0
-
-
-def test_classes_without_truth_do_not_enter_the_mean() -> None:
-    result = mean_average_precision(
-        truth_of({"a": [(0, 10, 1)]}),
-        found_of({"a": [(0, 10, 0.5, 1), (0, 10, 0.9, 2)]}),
-        num_classes=3,
-        thresholds=[0.5],
-    )
-    assert np.isnan(result.per_class[0, [0, 2]]).all()
-    assert result.mAP.tolist() == [1.0]
 
 
 def test_infinite_scores_come_first_and_last() -> None:
     truth: Truth = {"a": [(0, 10, 0), (20, 30, 0)]}
-    found: Found = {
+    found: Videos = {
         "a": [(0, 10, -math.inf, 0), (20, 30, math.inf, 0), (50, 60, 1e30, 0), (60, 70, -1e30, 0)]
     }
     assert score(truth, found) == pytest.approx(0.5 + 0.5 * 2 / 4)
@@ -200,59 +140,6 @@ def test_reversed_segments_are_instants() -> None:
     truth: Truth = {"a": [(0, 10, 0)], "b": [(7, 3, 1)]}
     assert score(truth, {"a": [(10, 0, 0.9, 0)]}) == 0.0
     assert score(truth, {"b": [(1, 1, 0.9, 1)]}) == 0.5
-
-
-def test_equal_scores_keep_their_order() -> None:
-    truth: Truth = {"a": [(0, 10, 0)]}
-    right, wrong = (0, 10, 0.5, 0), (20, 30, 0.5, 0)
-    assert score(truth, {"a": [right, wrong]}) == 1.0
-    assert score(truth, {"a": [wrong, right]}) == 0.5
-    assert score(truth, {"x": [wrong], "a": [right]}) == 0.5
-
-
-def test_false_positives_on_ambiguous_segments_do_not_count() -> None:
-    truth = truth_of({"a": [(0, 10, 0)], "b": []})
-    found = found_of(
-        {"a": [(49, 51, 0.9, 2), (9, 14, 0.8, 0), (0, 10, 0.7, 0)], "b": [(0, 1, 0.75, 0)]}
-    )
-
-    def precision(ambiguous: dict[str, torch.Tensor]) -> float:
-        return mean_average_precision(
-            truth, found, num_classes=3, thresholds=[0.5], ambiguous=ambiguous
-        ).average
-
-    assert precision({}) == pytest.approx(1 / 3)
-    # However little is shared; true positives on them stay; other videos do not matter.
-    assert precision({"a": torch.tensor([[13.9, 20.0], [0.0, 5.0]])}) == pytest.approx(1 / 2)
-    assert precision({"a": torch.tensor([[14.0, 20.0]])}) == pytest.approx(1 / 3)
-    assert precision({"c": torch.tensor([[0.0, 90.0]])}) == pytest.approx(1 / 3)
-    everything = torch.tensor([[0.0, 90.0]])
-    assert precision({"a": everything, "b": everything}) == 1.0
-    twice = mean_average_precision(
-        truth_of({"a": [(0, 10, 0), (20, 30, 0)]}),
-        found_of({"a": [(0, 10, 0.9, 0), (50, 51, 0.8, 0), (20, 30, 0.7, 0)]}),
-        num_classes=1,
-        thresholds=[0.5],
-        ambiguous={"a": torch.tensor([[0.0, 5.0]])},
-    )
-    assert twice.average == pytest.approx(0.5 + 0.5 * 2 / 3)  # the first one does count
-    with pytest.raises(ValueError, match="ambiguous segments of video 'a' have a segment that is"):
-        precision({"a": torch.tensor([[0.0, math.nan]])})
-
-
-def test_excluded_videos_count_nowhere() -> None:
-    truth = truth_of({"a": [(0, 10, 0)], "b": [(0, 10, 0)]})
-    found = found_of({"b": [(90, 99, 0.9, 0)], "a": [(0, 10, 0.8, 0)]})
-
-    def precision(*exclude: str) -> float:
-        return mean_average_precision(
-            truth, found, num_classes=1, thresholds=[0.5], exclude=exclude
-        ).average
-
-    assert precision() == pytest.approx(1 / 4)
-    assert precision("b", "never seen") == 1.0
-    with pytest.raises(ValueError, match="no ground truth in any of the 0 videos"):
-        precision("a", "b")
 
 
 def test_tensors_that_do_not_fit_are_refused() -> None:
@@ -278,11 +165,20 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         ),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused(truth: Truth, found: Found, message: str) -> None:
+def test_input_that_cannot_be_evaluated_is_refused(
+    truth: Truth, found: Videos, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         score(truth, found)
 
 
-def test_thresholds_must_be_overlaps() -> None:
+def test_settings_that_cannot_be_are_refused() -> None:
+    truth: Truth = {"a": [(0, 1, 0)]}
     with pytest.raises(ValueError, match="Thresholds"):
-        score({"a": [(0, 1, 0)]}, {}, threshold=0.0)
+        score(truth, {}, threshold=0.0)
+    precision = partial(mean_average_precision, num_classes=1, thresholds=[0.5])
+    wrong = {"a": torch.tensor([[0.0, math.nan]])}
+    with pytest.raises(ValueError, match="ambiguous segments of video 'a' have a segment that is"):
+        precision(truth_of(truth), {}, ambiguous=wrong)
+    with pytest.raises(ValueError, match="no ground truth in any of the 0 videos"):
+        precision(truth_of(truth), {}, exclude="a")

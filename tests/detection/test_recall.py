@@ -4,31 +4,18 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from re2tal.detection.evaluation import average_recall, recall_at
 from re2tal.detection.segments import Detections
+from tests.detection.rows import Row, Videos, by_video, overlap
 
-Row = tuple[float, float, float, int]  # start, end, score, label
-Videos = dict[str, list[Row]]
 LEVELS = (0.3, 0.5, 1.0)
 
 
-def tensors(videos: Videos) -> dict[str, Detections]:
-    result = {}
-    for video, rows in videos.items():
-        table = torch.tensor([row[:3] for row in rows], dtype=torch.float64).reshape(-1, 3)
-        labels = torch.tensor([row[3] for row in rows], dtype=torch.int64)
-        result[video] = Detections(segments=table[:, :2], scores=table[:, 2], labels=labels)
-    return result
-
-
 def covers(guess: Row, actual: Row, level: float) -> bool:
-    shared = min(guess[1], actual[1]) - max(guess[0], actual[0])
-    union = guess[1] - guess[0] + actual[1] - actual[0] - shared
-    return shared > 0 and shared / union >= level
+    return guess[0] < guess[1] and overlap(guess, actual) >= level
 
 
 def best_first(rows: list[Row]) -> list[Row]:
@@ -81,7 +68,7 @@ founds = st.dictionaries(st.sampled_from("abcx"), st.lists(rows, max_size=9))
 def test_average_recall_equals_its_slow_definition(truth: Videos, found: Videos, most: int) -> None:
     if not any(truth.values()):
         truth["a"] = [(0.0, 1.0, 1.0, 0)]
-    result = average_recall(tensors(truth), tensors(found), max_average=most, thresholds=LEVELS)
+    result = average_recall(by_video(truth), by_video(found), max_average=most, thresholds=LEVELS)
     slow = slow_average_recall(truth, found, most)
     np.testing.assert_allclose(result.recall, slow, atol=1e-12)
     np.testing.assert_allclose(result.average_recall, slow.mean(axis=0), atol=1e-12)
@@ -96,7 +83,7 @@ def test_average_recall_equals_its_slow_definition(truth: Videos, found: Videos,
 def test_recall_at_equals_its_slow_definition(truth: Videos, found: Videos, ks: list[int]) -> None:
     if not any(truth.values()):
         truth["a"] = [(0.0, 1.0, 1.0, 0)]
-    result = recall_at(tensors(truth), tensors(found), num_classes=3, ks=ks, thresholds=LEVELS)
+    result = recall_at(by_video(truth), by_video(found), num_classes=3, ks=ks, thresholds=LEVELS)
     slow = np.array(
         [
             [[slow_recall_at(truth, found, c, level, k) for c in range(3)] for k in ks]
@@ -108,71 +95,34 @@ def test_recall_at_equals_its_slow_definition(truth: Videos, found: Videos, ks: 
     assert result.ks == tuple(ks)
 
 
-def test_perfect_proposals_reach_99() -> None:
-    truth: Videos = {"a": [(0, 1, 1, 0)], "b": [(5, 9, 1, 1)], "nothing": []}
-    result = average_recall(tensors(truth), tensors(truth))
-    assert result.thresholds == pytest.approx(np.arange(0.5, 1.0, 0.05))
-    assert (result.recall == 1).all()
-    assert result.auc == pytest.approx(99.0)
-
-
-def test_labels_of_proposals_do_not_matter() -> None:
-    truth: Videos = {"a": [(0, 1, 1, 3)]}
-    assert average_recall(tensors(truth), tensors({"a": [(0, 1, 1, -7)]})).auc == pytest.approx(99)
-
-
 def test_29_of_100_proposals_are_28() -> None:
     """The official evaluator's product of 100 and 0.29 falls short of 29."""
     found: Videos = {"a": [(50 + i, 51 + i, -i, 0) for i in range(100)]}
     found["a"][28] = (0, 1, -28, 0)  # the 29th best is the right one
-    result = average_recall(tensors({"a": [(0, 1, 1, 0)]}), tensors(found))
+    result = average_recall(by_video({"a": [(0, 1, 1, 0)]}), by_video(found))
     assert result.average_recall[27:30].tolist() == [0, 0, 1]
 
 
-def test_a_video_keeps_its_percentage_of_proposals() -> None:
-    """Of 30 and 10 proposals, 2 a video on average are 3 and 1."""
-    truth: Videos = {"a": [(2, 3, 1, 0)], "b": [(1, 2, 1, 0)]}
-    found: Videos = {v: [(i, i + 1, -i, 0) for i in range(n)] for v, n in (("a", 30), ("b", 10))}
-    result = average_recall(tensors(truth), tensors(found), max_average=20)
-    assert result.average_recall[:4].tolist() == [0, 0.5, 0.5, 1]
-
-
-def test_no_proposals_find_nothing() -> None:
-    truth = tensors({"a": [(0, 1, 1, 0)]})
-    for found in ({}, tensors({"unknown": [(0, 1, 1, 0)]}), {"a": Detections.empty()}):
-        result = average_recall(truth, found, max_average=5)
-        assert result.auc == 0.0
-        assert result.recall.shape == (10, 5)
-        assert result.proposals_per_video.tolist() == [1, 2, 3, 4, 5]
-
-
 def test_excluded_videos_count_nowhere() -> None:
-    truth = tensors({"a": [(0, 1, 1, 0)], "b": [(0, 1, 1, 0)]})
-    found = tensors({"a": [(0, 1, 1, 0)], "x": [(0, 1, 1, 0)] * 9})
+    truth = by_video({"a": [(0, 1, 1, 0)], "b": [(0, 1, 1, 0)]})
+    found = by_video({"a": [(0, 1, 1, 0)], "x": [(0, 1, 1, 0)] * 9})
     assert average_recall(truth, found, exclude=["b", "x"]).auc == pytest.approx(99)
     for exclude, expected in (([], 0.5), (["b"], 1.0)):
         result = recall_at(truth, found, num_classes=1, thresholds=[0.5], exclude=exclude)
         assert result.recall.tolist() == [[expected, expected]]
 
 
-def test_recall_looks_at_k_predictions_an_instance() -> None:
-    truth: Videos = {"a": [(0, 10, 1, 0), (20, 30, 1, 0)]}
-    found: Videos = {"a": [(90, 99, 0.9, 0), (1, 10, 0.8, 0), (21, 30, 0.7, 0)]}
-    result = recall_at(tensors(truth), tensors(found), num_classes=1, ks=(1, 2), thresholds=[0.5])
-    assert result.recall.tolist() == [[0.5, 1.0]]
-
-
-def test_what_cannot_be_evaluated_is_refused() -> None:
-    truth = tensors({"a": [(0, 1, 1, 0)]})
+def test_input_that_cannot_be_evaluated_is_refused() -> None:
+    truth = by_video({"a": [(0, 1, 1, 0)]})
     with pytest.raises(ValueError, match="every k to be at least 1"):
         recall_at(truth, {}, num_classes=1, thresholds=[0.5], ks=(0, 1))
     with pytest.raises(ValueError, match="predictions of video 'a' have labels outside 0 to 0"):
-        recall_at(truth, tensors({"a": [(0, 1, 1, 1)]}), num_classes=1, thresholds=[0.5])
+        recall_at(truth, by_video({"a": [(0, 1, 1, 1)]}), num_classes=1, thresholds=[0.5])
     with pytest.raises(ValueError, match="max_average must be at least 1"):
         average_recall(truth, {}, max_average=0)
     with pytest.raises(ValueError, match="no ground truth"):
         average_recall({"a": Detections.empty()}, truth)
     with pytest.raises(ValueError, match="score that is not a number"):
-        average_recall(truth, tensors({"a": [(0, 1, math.nan, 0)]}))
+        average_recall(truth, by_video({"a": [(0, 1, math.nan, 0)]}))
     with pytest.raises(ValueError, match="Thresholds"):
         average_recall(truth, truth, thresholds=[1.5])

@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from re2tal.detection import Detections, tiou
+from re2tal.detection.segments import without_repetitions
+from tests.detection.rows import detections, overlap, same
 
 
 def make(scores: list[float]) -> Detections:
@@ -18,16 +20,6 @@ def make(scores: list[float]) -> Detections:
     )
 
 
-def slow_tiou(a: tuple[float, float], b: tuple[float, float]) -> float:
-    length_a, length_b = max(a[1] - a[0], 0.0), max(b[1] - b[0], 0.0)
-    if length_a == 0 and length_b == 0:
-        return float(a[0] == b[0])
-    if length_a == 0 or length_b == 0:
-        return 0.0
-    shared = max(min(a[1], b[1]) - max(a[0], b[0]), 0.0)
-    return shared / (length_a + length_b - shared)
-
-
 segment = st.tuples(st.integers(-4, 8), st.integers(-4, 8)).map(
     lambda pair: (pair[0] / 2, pair[1] / 2)
 )
@@ -36,22 +28,9 @@ segment = st.tuples(st.integers(-4, 8), st.integers(-4, 8)).map(
 @settings(deadline=None)
 @given(segment, segment)
 def test_tiou_is_the_ratio_of_lengths(a: tuple[float, float], b: tuple[float, float]) -> None:
-    overlap = tiou(torch.tensor(a), torch.tensor(b))
-    assert overlap.item() == pytest.approx(slow_tiou(a, b))
-    assert torch.equal(overlap, tiou(torch.tensor(b), torch.tensor(a)))
-
-
-def test_tiou_broadcasts_to_all_pairs() -> None:
-    a, b = torch.rand(5, 2).sort(dim=1).values, torch.rand(3, 2).sort(dim=1).values
-    pairs = tiou(a[:, None], b[None])
-    assert pairs.shape == (5, 3)
-    assert pairs[4, 1].item() == pytest.approx(
-        slow_tiou(tuple(a[4].tolist()), tuple(b[1].tolist()))
-    )
-
-
-def test_sorting_keeps_the_order_of_equal_scores() -> None:
-    assert make([0.5, 0.9, 0.5, 0.9]).sorted().labels.tolist() == [1, 3, 0, 2]
+    found = tiou(torch.tensor(a), torch.tensor(b))
+    assert found.item() == pytest.approx(overlap(a, b))
+    assert torch.equal(found, tiou(torch.tensor(b), torch.tensor(a)))
 
 
 def test_concat_keeps_everything_in_order() -> None:
@@ -81,3 +60,44 @@ def test_shapes_that_disagree_are_refused(
         Detections(
             segments=torch.zeros(segments), scores=torch.zeros(scores), labels=torch.zeros(labels)
         )
+
+
+# Repetitions
+
+Twofold = tuple[float, float, float, int, bool]
+
+
+def without_slowly(rows: list[Twofold], iou: float) -> list[int]:
+    """One detection at a time."""
+    waiting, kept = list(range(len(rows))), []
+    while waiting:
+        best = max(waiting, key=lambda i: (rows[i][2], -i))
+        kept.append(best)
+        waiting = [
+            i
+            for i in waiting
+            if i != best
+            and not (
+                rows[i][3] == rows[best][3]
+                and rows[i][4] != rows[best][4]
+                and overlap(rows[i], rows[best]) >= iou
+            )
+        ]
+    return sorted(kept)
+
+
+rows = st.lists(
+    st.tuples(
+        st.integers(0, 8), st.integers(1, 6), st.integers(0, 4), st.integers(0, 1), st.booleans()
+    ).map(lambda r: (float(r[0]), float(r[0] + r[1]), r[2] / 4, r[3], r[4])),
+    max_size=12,
+)
+
+
+@settings(deadline=None)
+@given(rows, st.sampled_from([0.2, 0.5, 1.0]))
+def test_repetitions_are_those_of_one_detection_at_a_time(rows: list[Twofold], iou: float) -> None:
+    found = detections([row[:4] for row in rows])
+    second = torch.tensor([row[4] for row in rows], dtype=torch.bool)
+    expected = torch.tensor(without_slowly(rows, iou), dtype=torch.int64)
+    assert same(without_repetitions(found, second, iou=iou), found[expected])

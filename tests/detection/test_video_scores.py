@@ -10,14 +10,13 @@ import torch
 
 from re2tal.detection import Detections, VideoScores, fuse, fuse_videos, load_video_scores
 from re2tal.json_files import FileError
+from tests.detection.rows import detections
 
 CLASSES = ("Diving", "Long jump", "Surfing")
 
 
 def proposals(*rows: tuple[float, float, float]) -> Detections:
-    table = torch.tensor(rows).reshape(-1, 3)
-    labels = torch.zeros(len(rows), dtype=torch.int64)
-    return Detections(segments=table[:, :2], scores=table[:, 2], labels=labels)
+    return detections([(*row, 0) for row in rows], torch.float32)
 
 
 def written(path: Path, document: Any) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,27 +11,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from re2tal.localizers import ActionFormerConfig, Targets
 from re2tal.localizers.protocol import LocalizerConfig
-from re2tal.localizers.vsgn import VSGNConfig
+from tests.localizers.small import ACTIONFORMER, ACTIONS, NOTHING, VSGN
 from tests.ranks import Ranks
 
 CONFIGS: list[LocalizerConfig] = [
     # Global attention, too: a window without a valid step leaves it nothing to attend to.
-    ActionFormerConfig(width=16, head_width=16, heads=2, levels=3, window=(5, 5, 0), stem_layers=1),
-    VSGNConfig(width=16, levels=3, stem_stride=1, head_layers=1, neighbours=4),
+    replace(ACTIONFORMER, window=(5, 5, 0)),
+    VSGN,
 ]
-ACTIONS = Targets(segments=torch.tensor([[2.0, 6.5], [8.0, 20.0]]), labels=torch.tensor([1, 3]))
-NOTHING = Targets(segments=torch.zeros(0, 2), labels=torch.zeros(0, dtype=torch.int64))
 WHOLE = torch.ones(1, 32, dtype=torch.bool)
 UNREADABLE = ~WHOLE
 STITCHED = WHOLE.clone()
 STITCHED[:, 21:24] = False
 # Of each step what rank 0 and rank 1 have. Annotations outlive a window that cannot be decoded.
 STEPS = {
-    "actions on both ranks": ((WHOLE, ACTIONS), (WHOLE, ACTIONS)),
-    "no action on rank 1": ((WHOLE, ACTIONS), (WHOLE, NOTHING)),
-    "nothing decoded on rank 1": ((STITCHED, ACTIONS), (UNREADABLE, ACTIONS)),
+    "actions on both ranks": ((WHOLE, ACTIONS[0]), (WHOLE, ACTIONS[0])),
+    "no action on rank 1": ((WHOLE, ACTIONS[0]), (WHOLE, NOTHING)),
+    "nothing decoded on rank 1": ((STITCHED, ACTIONS[0]), (UNREADABLE, ACTIONS[0])),
 }
 
 
@@ -39,7 +37,7 @@ def state_of(model: nn.Module) -> dict[str, bytes]:
 
 
 def gathered(mine: Any) -> list[Any]:
-    """What each rank has, on all ranks."""
+    """Objects of all ranks, on each rank."""
     everybody = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, mine)
     return everybody

@@ -5,55 +5,13 @@ import math
 import pytest
 import torch
 
-from re2tal.localizers.losses import LossNormalizer, diou_loss, focal_loss
+from re2tal.localizers.losses import (
+    LossNormalizer,
+    balanced_cross_entropy,
+    diou_loss,
+    giou_loss,
+)
 from tests.ranks import Ranks
-
-
-def slow_focal(logit: float, target: float) -> float:
-    p = 1 / (1 + math.exp(-logit))
-    right = p * target + (1 - p) * (1 - target)
-    weight = 0.25 * target + 0.75 * (1 - target)
-    entropy = -target * math.log(p) - (1 - target) * math.log(1 - p)
-    return weight * (1 - right) ** 2 * entropy
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_focal_loss_sums_over_valid_points(smoothing: float) -> None:
-    torch.manual_seed(0)
-    logits = torch.randn(2, 5, 3) * 3
-    classes = (torch.rand(2, 5, 3) < 0.4).float()
-    valid = torch.rand(2, 5) < 0.7
-    expected = sum(
-        slow_focal(float(logit), float(target) * (1 - smoothing) + smoothing / 4)
-        for point, kinds, counts in zip(
-            logits.view(10, 3), classes.view(10, 3), valid.view(10), strict=True
-        )
-        if counts
-        for logit, target in zip(point, kinds, strict=True)
-    )
-    actual = focal_loss(logits, classes, valid, smoothing=smoothing)
-    assert actual.item() == pytest.approx(expected, rel=1e-5)
-
-
-def slow_diou(predicted: list[float], actual: list[float]) -> float:
-    """From the two segments around the point 10."""
-    a, b = 10 - predicted[0], 10 + predicted[1]
-    c, d = 10 - actual[0], 10 + actual[1]
-    shared = max(min(b, d) - max(a, c), 0)
-    overlap = shared / (b - a + d - c - shared)
-    centres = (a + b) / 2 - (c + d) / 2
-    return 1 - overlap + (centres / (max(b, d) - min(a, c))) ** 2
-
-
-def test_diou_loss_sums_over_positive_points() -> None:
-    torch.manual_seed(0)
-    predicted, actual = torch.rand(2, 4, 6, 2) * 3
-    positive = torch.rand(4, 6) < 0.5
-    expected = sum(
-        slow_diou(predicted[b, p].tolist(), actual[b, p].tolist())
-        for b, p in positive.nonzero().tolist()
-    )
-    assert diou_loss(predicted, actual, positive).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_points_that_are_not_positive_get_no_gradient_whatever_they_hold() -> None:
@@ -65,6 +23,58 @@ def test_points_that_are_not_positive_get_no_gradient_whatever_they_hold() -> No
     assert predicted.grad.isfinite().all()
     nothing = diou_loss(predicted, actual, torch.zeros(3, dtype=torch.bool))
     assert nothing.item() == 0
+
+
+def test_cross_entropy_weighs_positives_and_negatives_the_same() -> None:
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(2, 9, 4)
+    classes = torch.randint(0, 4, (2, 9))
+    valid = torch.rand(2, 9) < 0.7
+    losses: dict[bool, list[float]] = {True: [], False: []}
+    for b, a in valid.nonzero().tolist():
+        exponentials = [math.exp(x) for x in logits[b, a].tolist()]
+        share = exponentials[int(classes[b, a])] / sum(exponentials)
+        losses[bool(classes[b, a] > 0)].append(-math.log(share))
+    expected = sum(sum(part) / len(part) for part in losses.values())
+    actual = balanced_cross_entropy(logits, classes, valid)
+    assert actual.item() == pytest.approx(expected, rel=1e-5)
+    only = sum(losses[False]) / len(losses[False])
+    without = balanced_cross_entropy(logits, classes, valid & (classes == 0))
+    assert without.item() == pytest.approx(only, rel=1e-5)
+    assert balanced_cross_entropy(logits, classes, torch.zeros_like(valid)).item() == 0
+    assert balanced_cross_entropy(logits, classes.clamp(min=1), valid).isfinite()
+
+
+def slow_giou(a: list[float], b: list[float]) -> float:
+    a = sorted(a)
+    shared = max(0.0, min(a[1], b[1]) - max(a[0], b[0]))
+    union = a[1] - a[0] + b[1] - b[0] - shared
+    around = max(a[1], b[1]) - min(a[0], b[0])
+    return 1 - (shared / union - (around - union) / around)
+
+
+def test_giou_loss_is_a_mean_over_positives() -> None:
+    torch.manual_seed(0)
+    predicted = 10 * torch.rand(3, 8, 2)  # some of them turned round
+    actual = (10 * torch.rand(3, 8, 2)).sort(dim=2).values
+    positive = torch.rand(3, 8) < 0.6
+    pairs = [
+        slow_giou(predicted[b, a].tolist(), actual[b, a].tolist())
+        for b, a in positive.nonzero().tolist()
+    ]
+    assert max(pairs) > 1 > min(pairs) > 0  # apart and overlapping ones
+    loss = giou_loss(predicted, actual, positive)
+    assert loss.item() == pytest.approx(sum(pairs) / len(pairs), rel=1e-5)
+
+
+def test_pairs_that_are_not_positive_get_no_gradient_whatever_they_hold() -> None:
+    predicted = torch.tensor([[2.0, 2.0], [1.0, 4.0], [5.0, 3.0]], requires_grad=True)
+    actual = torch.tensor([[2.0, 2.0], [2.0, 4.0], [-1e9, 1e9]])
+    giou_loss(predicted, actual, torch.tensor([False, True, False])).backward()
+    assert predicted.grad is not None
+    assert predicted.grad[1].any()
+    assert not predicted.grad[[0, 2]].any()
+    assert giou_loss(predicted, actual, torch.zeros(3, dtype=torch.bool)).item() == 0
 
 
 def test_the_normalizer_follows_the_batches_when_training_only() -> None:
@@ -98,7 +108,7 @@ def test_all_ranks_divide_by_the_same_mean(ranks: Ranks) -> None:
     ranks.run(_count_on_rank)
 
 
-def test_what_a_step_holds_is_counted_once_ahead_of_its_passes() -> None:
+def test_a_step_is_counted_once_ahead_of_its_passes() -> None:
     normalizer = LossNormalizer(100.0)
     normalizer.count(torch.tensor(60), passes=3)
     divisors = [normalizer(torch.tensor(20)).item() for _ in range(3)]

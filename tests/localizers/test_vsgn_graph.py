@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from re2tal.localizers.vsgn.graph import GraphBlock, Nodes, maximum, nearest
-from re2tal.localizers.vsgn.heads import Head, MaskedGroupNorm
+from re2tal.localizers.vsgn.heads import MaskedGroupNorm
 
 
 def runs(*pieces: tuple[int, bool]) -> list[bool]:
@@ -146,19 +146,3 @@ def test_group_norm_leaves_padding_out() -> None:
     for sample, mask in enumerate(MASKS[:-1]):
         expected = plain(x[sample : sample + 1, :, mask])[0]
         torch.testing.assert_close(out[sample][:, mask], expected, atol=1e-5, rtol=1e-5)
-
-
-def test_a_head_predicts_level_by_level_node_by_node_anchor_by_anchor() -> None:
-    torch.manual_seed(0)
-    head = Head(8, 3, anchors=2, layers=1, groups=2)
-    levels = [torch.randn(2, 8, length) for length in (8, 4)]
-    valid = [torch.ones(2, length, dtype=torch.bool) for length in (8, 4)]
-    together = head(levels, valid)
-    assert together.shape == (2, (8 + 4) * 2, 3)
-    alone = head(levels[1:], valid[1:])
-    torch.testing.assert_close(together[:, 16:], alone)
-    hidden = F.relu(F.group_norm(head.convs[0](levels[1]), 2))
-    channels = head.last(hidden)  # (B, anchors x 3, N)
-    for node, anchor in itertools.product(range(4), range(2)):
-        expected = channels[:, 3 * anchor : 3 * anchor + 3, node]
-        torch.testing.assert_close(alone[:, 2 * node + anchor], expected)

@@ -1,8 +1,9 @@
 """A toy data set of a few short videos, and a recipe that is through with it in seconds."""
 
 import os
+import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import cache
@@ -95,6 +96,17 @@ def tiny_plan(tiny_set: Path) -> Plan:
         failures=failures,
         fingerprint=annotations.fingerprint,
     )
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Function that sets the bytes that are free on the disk."""
+
+    def has(free: int) -> None:
+        found = shutil.disk_usage("/")._replace(free=free)
+        monkeypatch.setattr("pipelines.core.storage.shutil.disk_usage", lambda _: found)
+
+    return has
 
 
 @pytest.fixture

@@ -1,23 +1,45 @@
 """A checkpoint is taken for good only if it is whole."""
 
+import errno
+import json
+import math
+import os
+import shutil
+import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal, cast
 
+import pyarrow.fs as pafs
 import pytest
+import ray.train
 import torch
 
-from pipelines.config.recipe import Recipe
+from pipelines.config.recipe import CheckpointConfig, Recipe
+from pipelines.core.metric_names import UNSCORED
+from pipelines.core.storage import remove, resolve
 from pipelines.data.batches import Batch
 from pipelines.data.plan import Plan
-from pipelines.training.checkpoints import complete, is_complete
+from pipelines.training.checkpoints import DamagedCheckpointError, complete, read_listing
 from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
 from pipelines.training.optimizer import build_optimizer, build_schedule
-from pipelines.training.resuming import newest_checkpoint
+from pipelines.training.retention import (
+    best_checkpoint,
+    checkpoint_name,
+    checkpoints,
+    drop_list,
+    make_room,
+    newest_checkpoint,
+    remove_surplus,
+)
+from pipelines.training.run import _start_ray
 from pipelines.training.trainer import Trainer
+from pipelines.training.worker import RayRuntime
 from re2tal.errors import UserError
 from re2tal.videos.windows import Window
 
@@ -37,38 +59,331 @@ def checkpoint(tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path) -> Path:
     trainer = _trainer(tiny_recipe, tiny_plan, tmp_path)
     folder = tmp_path / "checkpoint_2026-01-01"
     trainer.state.save(folder, trainer.task.spec)
-    complete(folder)
+    complete(folder, {"val/mAP": 0.5})
     return folder
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_what_an_interrupted_copy_leaves_is_no_checkpoint(
     checkpoint: Path, tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path
 ) -> None:
-    assert is_complete(checkpoint)
     trainer = _trainer(tiny_recipe, tiny_plan, tmp_path)
     trainer.state.load(checkpoint)
-    for path in [p for p in checkpoint.rglob("*") if p.is_file()]:
-        content = path.read_bytes()
-        path.write_bytes(content[: len(content) // 2])
-        assert not is_complete(checkpoint), path
-        path.unlink()
-        assert not is_complete(checkpoint), path
-        with pytest.raises(UserError, match="not whole"):
+    for name, content in _content(checkpoint).items():
+        (checkpoint / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(DamagedCheckpointError, match=name):
+            read_listing(checkpoint)
+        (checkpoint / name).unlink()
+        with pytest.raises(DamagedCheckpointError, match=f"not whole: {name} is missing"):
             trainer.state.load(checkpoint)
-        path.write_bytes(content)
-    assert is_complete(checkpoint)
+        (checkpoint / name).write_bytes(content)
+    read_listing(checkpoint)
 
 
-def test_the_newest_whole_checkpoint_is_found(checkpoint: Path) -> None:
-    later = checkpoint.with_name("checkpoint_2026-01-02")
-    run = str(checkpoint.parent)
-    assert newest_checkpoint(run) == str(checkpoint)
-    later.mkdir()
-    (later / "training.pt").write_bytes(b"half")
-    assert newest_checkpoint(run) == str(checkpoint)
-    complete(later)
-    assert newest_checkpoint(run) == str(later)
-    assert newest_checkpoint(f"{run}/nowhere") is None
+def _flip(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def _zero(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes(8) + content[middle + 8 :]
+
+
+@pytest.mark.parametrize("damage", [_flip, _zero])
+def test_content_that_changed_is_found_in_each_file(
+    checkpoint: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    listing = read_listing(checkpoint, digests=True)
+    assert listing.metrics == {"val/mAP": 0.5}
+    files = _content(checkpoint)
+    assert listing.files.keys() == files.keys() - {"complete.json"}
+    for name in listing.files:
+        (checkpoint / name).write_bytes(damage(files[name]))
+        read_listing(checkpoint)  # the sizes are those that were written
+        with pytest.raises(DamagedCheckpointError, match=f"{name} does not have the CRC-32"):
+            read_listing(checkpoint, digests=True)
+        (checkpoint / name).write_bytes(files[name])
+
+
+@pytest.mark.parametrize("listed", [b"{}", b"[]", b"", b"\0" * 99, b"{", b"null", b'{"files": {}}'])
+def test_a_listing_that_lists_nothing_is_one_clear_message(checkpoint: Path, listed: bytes) -> None:
+    (checkpoint / "complete.json").write_bytes(listed)
+    with pytest.raises(DamagedCheckpointError) as caught:
+        read_listing(checkpoint)
+    assert f"The checkpoint in {checkpoint} is not whole: complete.json " in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read(
+    checkpoint: Path, tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path
+) -> None:
+    sizes = {name: len(content) for name, content in _content(checkpoint).items()}
+    del sizes["complete.json"]
+    (checkpoint / "complete.json").write_text(json.dumps(sizes))
+    assert read_listing(checkpoint, digests=True).metrics == {}
+    _trainer(tiny_recipe, tiny_plan, tmp_path).state.load(checkpoint)
+    (checkpoint / "training.pt").write_bytes(b"half")
+    with pytest.raises(DamagedCheckpointError, match=r"training.pt has 4 bytes instead of"):
+        read_listing(checkpoint)
+
+
+class _Kept(LocalRuntime):
+    """Keeps the checkpoints of a run in a folder, as a worker of Ray Train does."""
+
+    def __init__(self, recipe: Recipe, plan: Plan, folder: Path) -> None:
+        super().__init__(recipe, plan, folder)
+        task = DetectionTask(recipe=recipe, plan=plan)
+        self._metrics, self._job = None, SimpleNamespace(output=str(folder), task=task)
+
+    def report(self, metrics: Mapping[str, float], checkpoint: Path) -> None:
+        RayRuntime.report(cast("Any", self), metrics, checkpoint)
+
+    def checkpoints(self) -> Sequence[AbstractContextManager[Path]]:
+        return RayRuntime.checkpoints(cast("Any", self))
+
+
+@pytest.fixture
+def begin(
+    tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], Trainer]:
+    """Function that begins a run or goes on with it; three checkpoints, all of which are kept."""
+    folder = tmp_path / "run"
+
+    def copied(metrics: Any, *, checkpoint: Any, checkpoint_dir_name: str) -> None:
+        shutil.copytree(checkpoint.path, folder / checkpoint_dir_name)
+
+    monkeypatch.setattr("ray.train.report", copied)
+    recipe = replace(tiny_recipe, checkpoints=CheckpointConfig(steps=2, keep=9))
+
+    def begun() -> Trainer:
+        runtime = _Kept(recipe, tiny_plan, folder)
+        return Trainer(runtime._job.task, runtime, weights=None, output=str(tmp_path / "output"))
+
+    return begun
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    begin: Callable[[], Trainer], tmp_path: Path
+) -> None:
+    first = begin()
+    first.run()
+    kept, rest = checkpoints(str(tmp_path / "run"))
+    assert [one.metrics["step"] for one in kept] == [2, 4, 6]
+    assert (rest, first.state.step) == ({}, 6)
+    assert begin().state.step == 6
+    for one, step in ((kept[2], 4), (kept[1], 2)):
+        state = Path(one.uri) / "training.pt"
+        state.write_bytes(_flip(state.read_bytes()))
+        again = begin()
+        assert again.state.step == step
+        told = [line for line in again.runtime.lines if "training.pt" in line]  # type: ignore[attr-defined]
+        assert any(one.name in line and "The one before it is taken" in line for line in told)
+    Path(kept[0].uri, "detector", "spec.json").write_bytes(b" " * 8)
+    weights = Path(kept[0].uri, "detector", "weights.safetensors")
+    weights.write_bytes(_zero(weights.read_bytes()))
+    with pytest.raises(UserError, match=r"No checkpoint of the run can be used.*--no-resume"):
+        begin()
+
+
+def test_without_room_a_run_stops_in_one_sentence_and_goes_on_when_there_is_some(
+    begin: Callable[[], Trainer],
+    disk: Callable[[int], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = tmp_path / "run"
+    disk(2**20)
+    with pytest.raises(
+        UserError, match=r"^There is no room for a checkpoint: \d+ MiB are wanted"
+    ) as caught:
+        begin().run()
+    assert "1 MiB are free. Make room, and give the same command again" in str(caught.value)
+    assert not run.exists()
+    disk(2**40)
+    copied = ray.train.report
+
+    def full(metrics: Any, *, checkpoint: Any, checkpoint_dir_name: str) -> None:
+        if "step_00000004" not in checkpoint_dir_name:
+            copied(metrics, checkpoint=checkpoint, checkpoint_dir_name=checkpoint_dir_name)
+            return
+        (run / checkpoint_dir_name).mkdir()
+        (run / checkpoint_dir_name / "training.pt").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ray.train.report", full)
+        with pytest.raises(UserError, match=rf"^There was no room for a checkpoint in {run}"):
+            begin().run()
+    name = checkpoint_name(epoch=0, step=2)
+    assert _names(run) == [name]
+    # what an attempt that was killed left behind fills the disk
+    left = run / checkpoint_name(epoch=0, step=3) / "training.pt"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    usage = shutil.disk_usage("/")
+
+    def filled(place: Path) -> Any:
+        return usage._replace(free=0 if place == run and left.exists() else 2**40)
+
+    monkeypatch.setattr("pipelines.core.storage.shutil.disk_usage", filled)
+    again = begin()
+    assert again.state.step == 2
+    again.run()
+    assert again.state.step == 6
+    kept, rest = checkpoints(str(run))
+    assert [one.metrics["step"] for one in kept] == [2, 4, 6]
+    assert rest == {}
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_folder_that_became_read_only_is_one_sentence(
+    begin: Callable[[], Trainer],
+    tiny_recipe: Recipe,
+    tmp_path: Path,
+    number: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, opened = tmp_path / "run", tempfile.TemporaryFile
+    run.mkdir()
+
+    def locked(*, dir: Path) -> Any:  # noqa: A002 - the name of the function's argument
+        if dir == run:
+            raise OSError(number, os.strerror(number))
+        return opened(dir=dir)
+
+    monkeypatch.setattr("pipelines.core.storage.tempfile.TemporaryFile", locked)
+    with pytest.raises(UserError) as caught:
+        begin().run()
+    assert str(caught.value) == (
+        f"A checkpoint cannot be written to {run}: {os.strerror(number)}. "
+        "Make the folder writable, and give the same command again: it goes on."
+    )
+    monkeypatch.setattr("pipelines.training.run.init_ray", lambda **_: pytest.fail("it began"))
+    with pytest.raises(UserError) as again:
+        _start_ray(replace(tiny_recipe, output=str(run)))
+    assert str(again.value) == str(caught.value)
+
+
+def _written(run: Path, name: str, **metrics: float) -> str:
+    folder = run / name
+    folder.mkdir(parents=True)
+    (folder / "training.pt").write_bytes(b"state")
+    complete(folder, {key.replace("_", "/"): value for key, value in metrics.items()})
+    return name
+
+
+def _names(run: Path) -> list[str]:
+    return sorted(path.name for path in run.iterdir())
+
+
+def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
+    old = _written(tmp_path, "checkpoint_2026-01-01_00-00-00")
+    new = _written(tmp_path, checkpoint_name(epoch=2, step=9))
+    later = _written(tmp_path, checkpoint_name(epoch=2, step=10))
+    (tmp_path / later / "training.pt").write_bytes(b"half")
+    empty = checkpoint_name(epoch=10, step=40)
+    (tmp_path / empty).mkdir()
+    kept, rest = checkpoints(str(tmp_path))
+    assert [one.name for one in kept] == [old, new]
+    assert list(rest) == [later, empty]
+    newest = newest_checkpoint(str(tmp_path))
+    assert newest is not None
+    assert newest.uri == str(tmp_path / new)
+    assert newest_checkpoint(str(tmp_path / "nowhere")) is None
+
+
+@pytest.mark.parametrize(
+    ("which", "keep", "stay"),
+    [
+        ("best", 2, [1, 3, 5]),
+        ("best", 1, [3, 5]),
+        ("last", 2, [4, 5]),
+        ("last", 9, [1, 2, 3, 4, 5]),
+    ],
+)
+def test_as_many_checkpoints_stay_as_are_kept(
+    tmp_path: Path, which: Literal["best", "last"], keep: int, stay: list[int]
+) -> None:
+    scores = {1: 0.5, 2: math.nan, 3: 0.7, 4: 0.5 - 1e-9, 5: UNSCORED}
+    names = {
+        epoch: _written(tmp_path, checkpoint_name(epoch=epoch, step=epoch), val_mAP=score)
+        for epoch, score in scores.items()
+    }
+    config = CheckpointConfig(which=which, keep=keep)
+    remove_surplus(str(tmp_path), config, "val/mAP")
+    assert _names(tmp_path) == [names[epoch] for epoch in stay]
+    # one that is written after the run went on from before it, because the others are damaged
+    between = _written(tmp_path, checkpoint_name(epoch=1, step=2), val_mAP=UNSCORED)
+    remove_surplus(str(tmp_path), config, "val/mAP", written=between)
+    assert _names(tmp_path) == [*([names[1]] if 1 in stay else []), between]
+
+
+def test_checkpoints_are_kept_in_an_object_store_too(remote: str, tmp_path: Path) -> None:
+    for epoch, score in ((1, 0.2), (2, 0.5), (3, 0.1), (4, 0.3)):
+        name = _written(tmp_path, checkpoint_name(epoch=epoch, step=epoch), val_mAP=score)
+        filesystem, path = resolve(f"{remote}/{name}")
+        filesystem.create_dir(path, recursive=True)
+        pafs.copy_files(str(tmp_path / name), path, destination_filesystem=filesystem)
+    remove(f"{remote}/{checkpoint_name(epoch=4, step=4)}/training.pt")
+    make_room(remote, 2**60)
+    remove_surplus(remote, CheckpointConfig(keep=1), "val/mAP")
+    kept, rest = checkpoints(remote)
+    assert [one.metrics["val/mAP"] for one in kept] == [0.5, 0.1]
+    assert rest == {}
+    with best_checkpoint(remote, "val/mAP", say=print) as (folder, metrics):
+        assert metrics == {"val/mAP": 0.5}
+        assert (folder / "training.pt").read_bytes() == b"state"
+
+
+def test_the_best_checkpoint_is_one_that_is_not_damaged(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    said: list[str] = []
+    for epoch, score in ((1, 0.5), (2, 0.4), (3, 0.7), (4, UNSCORED)):
+        _written(tmp_path, checkpoint_name(epoch=epoch, step=epoch), val_mAP=score, epoch=epoch)
+    best = tmp_path / checkpoint_name(epoch=3, step=3) / "training.pt"
+    best.write_bytes(b"stale")
+    with best_checkpoint(run, "val/mAP", say=said.append) as (_, metrics):
+        assert metrics["epoch"] == 1
+    assert len(said) == 1
+    assert best.parent.name in said[0]
+    for epoch in (1, 2):
+        (tmp_path / checkpoint_name(epoch=epoch, step=epoch) / "training.pt").write_bytes(b"stale")
+    with (
+        pytest.raises(UserError, match=r"No checkpoint in .* is whole and has val/mAP"),
+        best_checkpoint(run, "val/mAP", say=said.append),
+    ):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_the_list_of_ray_train_is_not_needed(tmp_path: Path, cut: bool) -> None:
+    names = [f"checkpoint_2026-01-01_00-00-0{second}" for second in range(3)]
+    for name in names:
+        _written(tmp_path, name)
+        (tmp_path / name / "complete.json").write_text('{"training.pt": 5}')  # an earlier version
+    new = _written(tmp_path, checkpoint_name(epoch=4, step=8), val_mAP=0.25)
+    listed = {
+        "checkpoint_results": [
+            {"checkpoint_dir_name": name, "metrics": {"val/mAP": score, "epoch": 1, "note": None}}
+            for name, score in zip(
+                [*names, new, "checkpoint_gone"], (0.5, 0.125, 0.75, 0.875, 1), strict=True
+            )
+        ]
+    }
+    content = json.dumps(listed)
+    snapshot = tmp_path / "checkpoint_manager_snapshot.json"
+    snapshot.write_text(content[: len(content) // 2] if cut else content)
+    drop_list(str(tmp_path))
+    assert _names(tmp_path) == [*names, new]
+    scores = [one.metrics.get("val/mAP") for one in checkpoints(str(tmp_path))[0]]
+    assert scores == ([None] * 3 if cut else [0.5, 0.125, 0.75]) + [0.25]
+    drop_list(str(tmp_path))
+    with best_checkpoint(str(tmp_path), "val/mAP", say=print) as (folder, _):
+        assert folder.name == (new if cut else names[2])
 
 
 def test_nothing_in_a_checkpoint_is_unpickled(checkpoint: Path) -> None:
@@ -129,7 +444,7 @@ def test_a_notice_that_a_node_goes_away_is_answered_by_a_checkpoint(
         return len(asked) == 1
 
     def report(metrics: dict[str, float], checkpoint: Path) -> None:
-        assert is_complete(checkpoint)
+        read_listing(checkpoint, digests=True)
         state = torch.load(checkpoint / "training.pt", weights_only=True)
         reported.append((state["epoch"], state["step"], metrics["val/mAP"] >= 0))
 
@@ -156,7 +471,7 @@ def test_more_workers_take_up_what_fewer_left(
             folder = tmp_path / "workers" / "checkpoint"
             folder.mkdir(parents=True)
             alone.state.save(folder, alone.task.spec)
-            complete(folder)
+            complete(folder, {})
         task = DetectionTask(recipe=recipe, plan=tiny_plan)
         both = Trainer(task, runtime, weights=None, output=str(tmp_path / "output"))
         assert (both.state.windows, both.state.world_size) == (3, 2)

@@ -17,6 +17,7 @@ from pipelines.config.recipe import ClassificationRecipe, TrimmedDataConfig
 from pipelines.config.recipes import toy as train_toy
 from pipelines.core.models import fetch_weights, require_weights
 from pipelines.core.storage import local_copy
+from pipelines.core.tracking import Run
 from pipelines.data.batches import Batch, decode_batches
 from pipelines.data.clip_plan import ClassificationPlan, make_plan, read_lists
 from pipelines.data.inputs import classification_inputs
@@ -28,7 +29,7 @@ from pipelines.training.classification import (
     score_videos,
 )
 from pipelines.training.local import LocalRuntime
-from pipelines.training.run import check_model
+from pipelines.training.run import _log_backbone, check_model
 from pipelines.training.trainer import Trainer
 from re2tal import rewire
 from re2tal.backbones.swin import SwinConfig, swin_toy
@@ -363,6 +364,15 @@ def test_a_plan_holds_what_can_be_used_and_says_why_the_rest_cannot(
     assert made.uris[part.video_id] == made.uris[whole.video_id] == str(clips / first)
     with pytest.raises(UserError, match=r"3 of 19 videos .*--data.max-failed"):
         make_plan(replace(config, max_failed=0.1), read_lists(config))
+
+
+def test_the_weights_are_those_of_the_last_epoch_or_none(
+    recipe: ClassificationRecipe, tmp_path: Path
+) -> None:
+    run = Run(uri=f"sqlite:///{tmp_path}/mlflow.db", run_id="0")
+    two = replace(recipe, epochs=2)
+    with pytest.raises(UserError, match=r"last epoch is damaged. Give the same command again"):
+        _log_backbone(two, run, tmp_path, {"epoch": 1.0})
 
 
 @pytest.mark.slow

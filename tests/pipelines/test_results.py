@@ -1,9 +1,11 @@
 """What is printed and drawn at the end of a run, also when its metrics did not arrive."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mlflow.entities import LoggedModelStatus
 
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import toy
@@ -13,6 +15,7 @@ from pipelines.data.batches import Video
 from pipelines.data.plan import Plan
 from pipelines.training.results import log_model, log_pictures, print_summary
 from re2tal.annotations import Instance, VideoAnnotation
+from re2tal.errors import UserError
 
 SPIN = VideoAnnotation(
     video_id="a", subset="", duration=9.0, instances=(Instance(start=1.0, end=2.0, label="spin"),)
@@ -87,3 +90,32 @@ def test_a_model_from_a_folder_with_any_name_is_logged_and_read(
     uri = log_model(run, detector)
     found = fetch(uri, tmp_path, tracking_uri=run.uri, what="The model")
     assert (found / "artifacts" / "detector" / "weights.safetensors").read_bytes() == b"weights"
+
+
+def test_a_model_is_logged_once(run: Run, tmp_path: Path, disk: Callable[[int], None]) -> None:
+    detector = tmp_path / "detector"
+    detector.mkdir()
+    (detector / "weights.safetensors").write_bytes(b"weights" * 2**17)
+    client = run.client
+    experiment = client.get_run(run.run_id).info.experiment_id
+    killed = client.create_logged_model(experiment, name="detector", source_run_id=run.run_id)
+    assert killed.status == LoggedModelStatus.PENDING
+
+    def models() -> list[str]:
+        of_run = f"source_run_id = '{run.run_id}'"
+        return [
+            str(model.model_uri)
+            for model in client.search_logged_models([experiment], filter_string=of_run)
+        ]
+
+    uri = log_model(run, detector)
+    assert models() == [uri]
+    assert log_model(run, detector) == uri
+    assert models() == [uri]
+    (detector / "weights.safetensors").write_bytes(b"others" * 2**17)
+    disk(2**20)
+    with pytest.raises(UserError, match=r"no room for the model: 33 MiB .*, 1 MiB are free"):
+        log_model(run, detector)
+    disk(2**30)
+    assert log_model(run, detector) != uri
+    assert len(models()) == 2

@@ -4,18 +4,23 @@ import fcntl
 import socket
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import psutil
 import pyarrow.fs as pafs
 import pytest
+from mlflow.exceptions import MlflowException
 
 from pipelines.config.recipe import Recipe
 from pipelines.core import underway
-from pipelines.core.storage import file_sizes, replacing, resolve
-from pipelines.core.tracking import finishing
+from pipelines.core.storage import resolve
+from pipelines.core.tracking import MetricLogger, finishing, log_metrics, start_run
 from pipelines.data.plan import Plan
 from pipelines.training.checkpoints import complete
-from pipelines.training.resuming import digest, newest_checkpoint, resume_or_start
+from pipelines.training.resuming import digest, resume_or_start
+from pipelines.training.retention import newest_checkpoint
+from pipelines.training.worker import RayRuntime, _logged
 from re2tal.errors import UserError
 
 DRIVER = "re2tal.driver"
@@ -43,7 +48,7 @@ def _checkpoint(recipe: Recipe, run_id: str, scratch: Path) -> str:
     whole = scratch / "checkpoint"
     whole.mkdir()
     (whole / "training.pt").write_bytes(b"weights")
-    complete(whole)
+    complete(whole, {})
     uri = f"{recipe.output}/{run_id}/checkpoint_1"
     filesystem, path = resolve(uri)
     filesystem.create_dir(path, recursive=True)
@@ -78,16 +83,14 @@ def test_a_run_that_did_not_end_is_taken_up_and_one_that_did_is_not(
     assert second.run_id != first.run_id
     assert first.client.get_run(first.run_id).info.status == "KILLED"
     checkpoint = _checkpoint(recipe, second.run_id, tmp_path)
-    listed = f"{recipe.output}/{second.run_id}/checkpoint_manager_snapshot.json"
-    with replacing(listed) as stream:
-        stream.write(b'{"checkpoint_res')
     with pytest.raises(OSError, match="full"), finishing(second):
         raise OSError("the disk is full")
     assert second.client.get_run(second.run_id).info.status == "FAILED"
     again, goes_on = resume_or_start(recipe, tiny_plan)
     assert (again, goes_on) == (second, True)
-    assert listed.rpartition("/")[2] not in file_sizes(f"{recipe.output}/{second.run_id}")
-    assert newest_checkpoint(f"{recipe.output}/{second.run_id}") == checkpoint
+    newest = newest_checkpoint(f"{recipe.output}/{second.run_id}")
+    assert newest is not None
+    assert newest.uri == checkpoint
     found = again.client.get_run(again.run_id)
     assert found.info.status == "RUNNING"
     assert "error" not in found.data.tags
@@ -131,6 +134,48 @@ def test_a_run_that_goes_on_elsewhere_is_not_taken_up_twice(
     fresh, goes_on = resume_or_start(recipe, tiny_plan)  # whose process is gone, and that ended
     assert not goes_on
     assert fresh != run
+
+
+def test_steps_that_are_logged_are_not_logged_again(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start_run(recipe, output=tmp_path)
+    shown: list[float] = []
+    posted: list[str] = []
+    board = SimpleNamespace(post=SimpleNamespace(remote=posted.append))
+    job: Any = SimpleNamespace(run=run, board=board)
+
+    def log(*steps: int) -> None:
+        """Logs as a worker does from its start to its end; the loss is the step's number."""
+        runtime: Any = SimpleNamespace(
+            _gauges=SimpleNamespace(set=lambda metrics: shown.append(metrics["train/loss"])),
+            _metrics=MetricLogger(run, fallback=tmp_path / "unsent"),
+            _logged=_logged(job),
+        )
+        for step in steps:
+            more = {"val/mAP": step / 8} if step % 2 == 0 else {}
+            RayRuntime.log(runtime, {"train/loss": float(step), **more}, step=step)
+        assert runtime._metrics.close() == 0
+
+    def points(name: str) -> list[tuple[int, float]]:
+        return [(m.step, m.value) for m in run.client.get_metric_history(run.run_id, name)]
+
+    log(1, 2, 3)
+    # killed in the midst of a request: the fourth step's loss arrived, the evaluation did not
+    log_metrics(run, {"train/loss": 4.0}, step=4)
+    log(3, 4, 5)
+    assert points("train/loss") == [(step, float(step)) for step in (1, 2, 3, 4, 5)]
+    assert points("val/mAP") == [(2, 0.25), (4, 0.5)]
+    assert shown == [1, 2, 3, 3, 4, 5]
+
+    def silent(_: object) -> NoReturn:
+        raise MlflowException("no answer")
+
+    monkeypatch.setattr("pipelines.training.worker.last_steps", silent)
+    assert _logged(job) == {}
+    assert posted == [
+        "warning: MLflow does not say which steps are logged; some may be twice (no answer)"
+    ]
 
 
 def _host() -> str:

@@ -1,7 +1,10 @@
 """Split over two workers (FSDP2), a run ends as it does unsplit, and goes on from a checkpoint."""
 
+import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +14,11 @@ from torch.distributed.tensor import DTensor
 
 from pipelines.config.recipe import Recipe
 from pipelines.data.plan import Plan
+from pipelines.training.checkpoints import complete
 from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
 from pipelines.training.trainer import Trainer
+from re2tal.errors import UserError
 from tests.ranks import Ranks
 
 
@@ -64,6 +69,47 @@ def test_it_ends_as_it_does_unsplit(
     assert whole.keys() == split.keys()
     for name, value in whole.items():
         torch.testing.assert_close(split[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def _full(place: Path) -> SimpleNamespace:
+    return SimpleNamespace(free=0)
+
+
+def _one_rank_is_hit(rank: int, recipe: Recipe, plan: Plan, folder: Path) -> None:
+    for sharded in (False, True):
+        each = replace(recipe, scale=replace(recipe.scale, sharded=sharded))
+        trainer = _trainer(each, plan, folder / str(sharded), rank)
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 0:
+                patch.setattr("pipelines.core.storage.shutil.disk_usage", _full)
+            with pytest.raises(UserError, match="There is no room for a checkpoint"):
+                trainer.run()
+        assert trainer.state.step == 1
+        places = [folder / str(sharded) / name for name in ("first", "second")]
+        for step, place in enumerate(places, start=1):
+            trainer.state.step = step
+            trainer.state.save(place, trainer.task.spec, write=rank == 0)
+            if rank == 0:
+                complete(place, {})
+            dist.barrier()
+        if rank == 1:
+            damaged = places[1].with_name("damaged")
+            shutil.copytree(places[1], damaged)
+            (damaged / "training.pt").write_bytes(b"\0" * (damaged / "training.pt").stat().st_size)
+            places[1] = damaged
+        found = [nullcontext(place) for place in reversed(places)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LocalRuntime, "checkpoints", lambda _, found=found: found)
+            assert _trainer(each, plan, folder / str(sharded), rank).state.step == 1
+
+
+@pytest.mark.slow
+def test_what_hits_one_worker_is_answered_by_all(
+    tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path, ranks: Ranks
+) -> None:
+    checkpoints = replace(tiny_recipe.checkpoints, steps=1)
+    recipe = replace(tiny_recipe, batch_size=1, checkpoints=checkpoints)
+    ranks.run(_one_rank_is_hit, recipe, tiny_plan, tmp_path)
 
 
 def test_a_float16_loss_is_refused(tiny_recipe: Recipe) -> None:

@@ -406,9 +406,10 @@ def test_other_files_of_that_name_are_left_alone(tmp_path: Path) -> None:
     assert read_manifest(str(tmp_path)) is None
     (tmp_path / NAME).write_text('{"name": "an app"}')
     assert read_manifest(str(tmp_path)) is None
-    (tmp_path / NAME).write_text('{"format": "re2tal shards 1", "state": "half"}')
-    with pytest.raises(UserError, match=r"manifest.json is not of the form .* prepare.py"):
-        read_manifest(str(tmp_path))
+    for damaged in (b'{"format": "re2tal shards 1", "state": "half"}', b"", b"\0" * 4096):
+        (tmp_path / NAME).write_bytes(damaged)
+        with pytest.raises(UserError, match=r"manifest.json is not of the form .* prepare.py"):
+            read_manifest(str(tmp_path))
 
 
 def test_what_is_missing_is_said_before_a_run(collection: Collection, tmp_path: Path) -> None:

@@ -1,20 +1,28 @@
 """Paths and URIs: the same answers for both, and one sentence when something is missing."""
 
+import errno
 import os
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pipelines.core.storage import (
+    crc32,
     file_sizes,
+    folders_in,
     list_files,
     local_copy,
     open_source,
     read_bytes,
     remove,
+    remove_folder,
     replacing,
     require,
+    require_room,
     sizes_below,
+    writing_to,
 )
 from re2tal.errors import UserError
 
@@ -94,3 +102,37 @@ def test_remote_sources_are_seekable_files(tmp_path: Path) -> None:
     assert not isinstance(source, str)
     source.seek(4)
     assert source.read(2) == b"45"
+
+
+@pytest.mark.parametrize("kind", ["folder", "object store"])
+def test_folders_are_listed_digested_and_removed_alike(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    place = str(tmp_path) if kind == "folder" else request.getfixturevalue("remote")
+    assert folders_in(f"{place}/nowhere") == []
+    for name in ("b/one", "b/deep/two", "a/one", "file"):
+        with replacing(f"{place}/{name}") as stream:
+            stream.write(name.encode() * 2**18)
+    assert folders_in(place) == ["a", "b"]
+    assert crc32(f"{place}/b/one") == f"{zlib.crc32(b'b/one' * 2**18):08x}"
+    remove_folder(f"{place}/b")
+    assert sizes_below(place) == {"a/one": 5 * 2**18, "file": 4 * 2**18}
+
+
+def test_room_is_asked_for_where_a_folder_will_be(
+    tmp_path: Path, disk: Callable[[int], None]
+) -> None:
+    folder = str(tmp_path / "to" / "come")
+    require_room(folder, 2**20, what="a file")
+    require_room("s3://bucket/runs", 2**60, what="a file")
+    disk(40 * 2**20)
+    require_room(folder, 8 * 2**20, what="a file")
+    with pytest.raises(UserError, match=r"no room for a file: 41 MiB are wanted in .*/to/come, 40"):
+        require_room(folder, 9 * 2**20, what="a file")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_than_of_the_disk_pass_through(tmp_path: Path) -> None:
+    for error in (ConnectionResetError("reset"), FileNotFoundError(errno.ENOENT, "gone")):
+        with pytest.raises(type(error)), writing_to(str(tmp_path), what="a file"):
+            raise error

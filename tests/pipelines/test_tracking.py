@@ -23,6 +23,7 @@ from pipelines.core.tracking import (
     Run,
     finishing,
     flatten,
+    last_steps,
     log_dataset,
     log_metrics,
     log_text,
@@ -266,10 +267,25 @@ def test_a_run_that_fails_keeps_the_reason(run: Run) -> None:
     assert run.client.get_run(run.run_id).data.tags["error"] == "ValueError: the disk is full"
 
 
-def test_a_run_that_is_interrupted_is_killed(run: Run) -> None:
-    with pytest.raises(KeyboardInterrupt), finishing(run):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143)])
+def test_a_run_that_is_stopped_is_killed_and_has_no_error(run: Run, stop: BaseException) -> None:
+    with pytest.raises(type(stop)), finishing(run):
+        raise stop
     assert _status(run) == "KILLED"
+    assert "error" not in run.client.get_run(run.run_id).data.tags
+
+
+def test_what_is_logged_already_is_not_logged_again(run: Run) -> None:
+    log_metrics(run, {"memory/mb": 3.0, "val/mAP": 0.5}, step=4)
+    log_metrics(run, {"val/mAP": 0.25}, step=2)  # out of order: the last step counts
+    assert last_steps(run) == {"memory/mb": 4, "val/mAP": 4}
+    log_metrics(run, {"memory/mb": 3.0, "val/mAP": 0.5, "best": 1.0}, step=4, again=False)
+    log_metrics(run, {"val/mAP": 0.75}, step=5, again=False)
+    steps = {
+        name: sorted(m.step for m in run.client.get_metric_history(run.run_id, name))
+        for name in last_steps(run)
+    }
+    assert steps == {"memory/mb": [4], "val/mAP": [2, 4, 5], "best": [4]}
 
 
 def test_the_data_set_is_an_input(run: Run) -> None:

@@ -4,6 +4,9 @@ import io
 import os
 import re
 import runpy
+import shutil
+import signal
+import socket
 import sys
 from pathlib import Path
 from zipfile import ZipFile
@@ -16,10 +19,13 @@ from ray._private.ray_constants import get_runtime_env_default_excludes
 from ray._private.runtime_env.packaging import create_package
 from torch import Tensor
 
+from pipelines.core.metric_names import MAP, UNSCORED
 from pipelines.data.plan import Plan
 from pipelines.train import parse
+from pipelines.training.checkpoints import complete, read_listing
 from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
+from pipelines.training.retention import checkpoint_name, checkpoints
 from pipelines.training.trainer import Trainer
 from tests.pipelines.ray_head import ROOT, Head, environment, processes, ray_head, run_command
 from tests.pipelines.scripts import run_here
@@ -48,9 +54,10 @@ def _data(tiny_set: Path) -> tuple[str, ...]:
 
 
 class _Disturbed(io.StringIO):
-    """Output of a training in this process; kills the worker when that has its second checkpoint.
+    """Output of a training in this process, which it disturbs.
 
-    The first is then with Ray Train for certain.
+    It kills the worker when that has its second checkpoint, and stops the command as Ctrl-C does at
+    the fourth.
     """
 
     checkpoints = 0
@@ -60,6 +67,8 @@ class _Disturbed(io.StringIO):
             self.checkpoints += 1
             if self.checkpoints == 2:
                 processes(os.getpid(), "ray::RayTrainWorker")[-1].kill()
+            if self.checkpoints == 4:
+                os.kill(os.getpid(), signal.SIGINT)
         return super().write(text)
 
 
@@ -67,10 +76,49 @@ class _Disturbed(io.StringIO):
 def finished(
     tiny_set: Path, tmp_path_factory: pytest.TempPathFactory, ray_instance: None
 ) -> tuple[Path, str]:
-    """Folder in which the script lost a worker and went on to the end, and what it printed."""
+    """Folder in which the script lost a worker, was stopped, and killed at its end; and the output.
+
+    The third command ends it.
+    """
     folder, printed = tmp_path_factory.mktemp("run"), _Disturbed()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            run_here(SCRIPT, "toy", *_data(tiny_set), *TINY, folder=folder, printed=printed)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert stopped.value.code == 128 + signal.SIGINT
+    run = _run(folder)
+    assert run.info.status == "KILLED"
+    assert "error" not in run.data.tags
+    run_here(SCRIPT, "toy", *_data(tiny_set), *TINY, folder=folder, printed=printed)
+    _leave_as_killed(folder)
     run_here(SCRIPT, "toy", *_data(tiny_set), *TINY, folder=folder, printed=printed)
     return folder, printed.getvalue()
+
+
+def _leave_as_killed(folder: Path) -> None:
+    """Leaves a run as SIGKILL would while Ray Train writes its list and MLflow logs the model.
+
+    The last checkpoint is then whole, and one that went too long is still there.
+    """
+    client, run = _client(folder), _run(folder)
+    client.update_run(run.info.run_id, status="RUNNING")
+    client.set_tag(run.info.run_id, "re2tal.driver", f"{socket.gethostname()} 99999999 1.00")
+    client.create_logged_model(
+        run.info.experiment_id, name="detector", source_run_id=run.info.run_id
+    )
+    place = folder / "runs" / run.info.run_id
+    (place / "checkpoint_manager_snapshot.json").write_text('{"checkpoint_res')
+    *_, newest = sorted(place.glob("checkpoint_epoch_*"))
+    half = place / checkpoint_name(epoch=1, step=1)
+    shutil.copytree(newest, half)
+    (half / "training.pt").write_bytes(b"half")
+    surplus = place / checkpoint_name(epoch=0, step=1)
+    shutil.copytree(newest, surplus)
+    (surplus / "complete.json").unlink()
+    complete(surplus, {MAP: UNSCORED, "epoch": 0, "step": 1})
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +130,7 @@ def job(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         command += ("--output", str(head.folder / "runs"))
         _stop(head, head.submit(*command, wait=False))
         assert _run(head.folder).info.status == "KILLED"
+        assert "error" not in _run(head.folder).data.tags
         printed = head.submit(*command)
     return head.folder, printed
 
@@ -97,7 +146,11 @@ def _stop(head: Head, job: str) -> None:
                 break
         else:
             raise AssertionError("the job ended by itself")
-        assert "succeeded" not in "".join(lines)
+        rest = "".join(lines)
+    assert "succeeded" not in rest
+    assert re.search(
+        r"stopping \(SIGTERM\); once more ends this at once\nkept: .*checkpoint_epoch_0", rest
+    )
 
 
 def _run(folder: Path) -> MlflowRun:
@@ -149,8 +202,36 @@ def test_the_run_in_mlflow_is_complete(finished: tuple[Path, str], tiny_set: Pat
     epochs = client.get_metric_history(run.info.run_id, "val/mAP")
     steps = client.get_metric_history(run.info.run_id, "train/loss")
     assert len({m.step for m in epochs}) == 2
-    # steps behind the last checkpoint were taken again
-    assert {m.step for m in steps} == set(range(1, max(m.step for m in steps) + 1))
+    # steps behind the last checkpoint were taken again, and not logged again
+    assert [m.step for m in steps] == list(range(1, len(steps) + 1))
+    for name in metrics:
+        points = client.get_metric_history(run.info.run_id, name)
+        if not name.startswith("system/"):
+            assert len({m.step for m in points}) == len(points), name
+    of_run = f"source_run_id = '{run.info.run_id}'"
+    (model,) = client.search_logged_models([run.info.experiment_id], filter_string=of_run)
+    assert model.model_uri == run.data.tags["model.uri"]
+    assert run.inputs is not None
+    assert len(run.inputs.dataset_inputs) == 1
+
+
+@pytest.mark.slow
+def test_nothing_is_left_over_of_a_run_that_lost_processes(finished: tuple[Path, str]) -> None:
+    folder, printed = finished
+    assert "going on after epoch 2 of 2" in printed
+    place = folder / "runs" / _run(folder).info.run_id
+    kept, rest = checkpoints(str(place))
+    assert rest == {}
+    assert [one.metrics["epoch"] for one in kept] == [1, 2]
+    for one in kept:
+        read_listing(one.uri, digests=True)
+
+
+@pytest.mark.slow
+def test_the_artifacts_in_mlflow_are_complete(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    client, run = _client(folder), _run(folder)
+    metrics = run.data.metrics
     pictures = {f.path for f in client.list_artifacts(run.info.run_id, "pictures")}
     assert pictures == {
         f"pictures/{name}.png"
@@ -201,7 +282,7 @@ def test_the_model_detects_in_a_clean_process(finished: tuple[Path, str], tiny_s
 
 def _final_weights(folder: Path) -> dict[str, Tensor]:
     """Of the last checkpoint of the only run: the trained detector's and its average's."""
-    *_, last = sorted((folder / "runs").glob("*/checkpoint_2*"))
+    *_, last = sorted((folder / "runs").glob("*/checkpoint_epoch_*"))
     state = torch.load(last / "training.pt", weights_only=True)
     assert (state["epoch"], state["windows"]) == (2, 0)
     return _named(state["detector"], state["average"])

@@ -15,6 +15,8 @@ from tests.reversible.toy_blocks import (
     assert_reversible_is_stored,
     assert_same_step,
     one_step,
+    points,
+    stack,
     tiny_swin,
 )
 
@@ -25,17 +27,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 def _nothing_is_compiled_yet() -> None:
     # What other tests have compiled counts towards the limit above which modules run uncompiled.
     torch._dynamo.reset()
-
-
-def stack() -> nn.Sequential:
-    torch.manual_seed(0)
-    model = nn.Sequential(*(MlpBlock(dropout=0.2) for _ in range(3)))
-    rewire(model)
-    return model
-
-
-def points() -> Tensor:
-    return torch.randn(4, 6, requires_grad=True)
 
 
 def counting(compiled: list[torch.fx.GraphModule], name: str = "eager") -> Callable[..., Any]:
@@ -61,7 +52,7 @@ def renamed(result: StepResult) -> StepResult:
 
 @pytest.mark.parametrize("in_place", [True, False], ids=["module.compile", "torch.compile"])
 def test_modules_inside_the_blocks_can_be_compiled(in_place: bool) -> None:
-    model, x = stack(), points()
+    model, x = stack(3, dropout=0.2), points(requires_grad=True)
     truth = one_step(model, x)
     compiled: list[torch.fx.GraphModule] = []
     for block in model:
@@ -92,7 +83,7 @@ def test_compiled_branches_are_rebuilt_to_the_bit(backend: str) -> None:
 
 
 def test_a_compiled_branch_under_autocast() -> None:
-    model, x = stack(), points()
+    model, x = stack(3, dropout=0.2), points(requires_grad=True)
     for block in model:
         assert isinstance(block, MlpBlock)
         block.two.compile(backend="aot_eager")
@@ -106,7 +97,7 @@ class Surrounded(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stage = stack()
+        self.stage = stack(3, dropout=0.2)
         self.before, self.behind = nn.Linear(6, 6), nn.Linear(6, 6)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,7 +106,7 @@ class Surrounded(nn.Module):
 
 
 def test_a_compiled_model_runs_its_stages_as_they_are() -> None:
-    model, x = Surrounded(), points()
+    model, x = Surrounded(), points(requires_grad=True)
     truth = one_step(model, x)
     compiled: list[torch.fx.GraphModule] = []
     model.compile(backend=counting(compiled))

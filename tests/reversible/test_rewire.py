@@ -1,8 +1,15 @@
+"""The surgery: which blocks become stages, what is left out and why, and names that stay."""
+
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import SwinTransformer
 
+import re2tal.reversible
 from re2tal.reversible import (
     Coupling,
     ReversibleSequential,
@@ -12,9 +19,14 @@ from re2tal.reversible import (
     set_reversible,
     unwire,
 )
-from tests.reversible.toy_blocks import MlpBlock, PairBlock, tiny_swin
-
-VIDEO = (2, 3, 8, 32, 32)
+from tests.reversible.toy_blocks import (
+    MlpBlock,
+    PairBlock,
+    assert_same_step,
+    one_step,
+    tiny_swin,
+)
+from tests.reversible.zoo import built
 
 
 class Wrapped(nn.Module):
@@ -23,68 +35,32 @@ class Wrapped(nn.Module):
         self.inner = inner
 
 
-def test_swin_keeps_its_names_and_loads_strictly_both_ways() -> None:
-    torch.manual_seed(0)
-    plain, rewired = tiny_swin(), tiny_swin()
-    names = [(name, id(p)) for name, p in rewired.named_parameters()]
-    modules = [(name, id(m)) for name, m in rewired.named_modules()]
-    rewire(rewired)
-    assert list(plain.state_dict()) == list(rewired.state_dict())
-    assert names == [(name, id(p)) for name, p in rewired.named_parameters()]
-    assert modules == [(name, id(m)) for name, m in rewired.named_modules()]
-    rewired.load_state_dict(plain.state_dict(), strict=True)
-    plain.load_state_dict(rewired.state_dict(), strict=True)
+@pytest.mark.parametrize("name", ["swin3d", "r3d", "slowfast", "videomae"])
+def test_rewiring_keeps_all_names_and_unwiring_gives_the_original_back(name: str) -> None:
+    model, inputs = built(name, bf16=False)
+    other, _ = built(name, bf16=False)
+    truth, structure = one_step(model, *inputs), repr(model)
+    model.load_state_dict(other.state_dict())  # statistics as they were
 
+    def everything() -> list[tuple[str, int]]:
+        return [(n, id(x)) for n, x in (*model.named_parameters(), *model.named_modules())]
 
-def test_swin_computes_the_equation_of_the_paper() -> None:
-    torch.manual_seed(0)
-    model = tiny_swin((3,)).double().eval()
-    x = torch.randn(2, 4, 8, 8, 8, dtype=torch.float64)
-    previous, current = x, x
-    for block in model.features[0]:
-        following = previous + block.attn(block.norm1(current))
-        previous, current = current, following
-        following = previous + block.mlp(block.norm2(current))
-        previous, current = current, following
-    rewire(model, exact=False)
-    torch.testing.assert_close(model.features[0](x), (previous + current) / 2)
-
-
-@pytest.mark.parametrize("reversible", [True, False])
-def test_alpha_one_beta_zero_is_the_original_network_and_says_that_it_stores(
-    reversible: bool,
-) -> None:
-    torch.manual_seed(0)
-    model = tiny_swin(drop_path=0.4).train()
-    x = torch.randn(VIDEO)
-
-    def run() -> tuple[Tensor, list[Tensor]]:
-        torch.manual_seed(1)
-        y = model(x)
-        return y, list(torch.autograd.grad(y.square().sum(), list(model.parameters())))
-
-    truth, gradients = run()
-    report = rewire(model, alpha=1.0, beta=0.0)
-    set_reversible(model, reversible)
-    y, found = run()
-    assert torch.equal(y, truth)
-    assert all(torch.equal(a, b) for a, b in zip(found, gradients, strict=True))
-    assert "activations are stored" in str(report)
-    assert "stored" in repr(model.features[0])
-
-
-def test_unwire_gives_the_original_back() -> None:
-    torch.manual_seed(0)
-    model, x = tiny_swin().eval(), torch.randn(VIDEO)
-    before, structure = model(x), repr(model)
-    rewire(model, alpha=0.2, beta=0.9)
-    assert not torch.equal(model(x), before)
+    before = everything()
+    rewire(model, alpha=0.2)
+    rewire(model, alpha=0.1)  # once more, with other settings
+    assert everything() == before
+    assert list(model.state_dict()) == list(other.state_dict())
+    other.load_state_dict(model.state_dict(), strict=True)
+    model.load_state_dict(other.state_dict(), strict=True)
+    assert not torch.equal(one_step(model, *inputs).output, truth.output)
+    model.load_state_dict(other.state_dict())
     set_reversible(model, False)
     unwire(model)
-    assert torch.equal(model(x), before)
     assert repr(model) == structure
-    assert type(model.features[0]) is nn.Sequential
+    assert everything() == before
+    assert not any("forward" in vars(module) for module in model.modules())
     assert not list(reversible_stages(model))
+    assert_same_step(one_step(model, *inputs), truth)
     rewire(model)
     assert all(stage.settings.reversible for _, stage in reversible_stages(model))
 
@@ -101,6 +77,9 @@ def test_the_report_names_every_stage_and_everything_left_out() -> None:
     table = str(report).splitlines()
     assert any("inner.features.2.0…2" in line and "3 blocks, 6 branches" in line for line in table)
     assert "rebuilt" in table[-1]
+    model = tiny_swin()
+    assert "activations are stored" in str(rewire(model, alpha=1.0, beta=0.0))
+    assert "stored" in repr(model.features[0])
 
 
 def test_a_container_may_hold_several_runs_and_other_modules() -> None:
@@ -192,3 +171,19 @@ def test_the_coupling_can_be_changed_and_a_second_rewire_sets_it_too() -> None:
     report = rewire(model, alpha=0.1, beta=0.9)
     assert len(report.stages) == 2
     assert couplings(model) == {Coupling(alpha=0.1, beta=0.9)}
+
+
+def test_the_made_up_family_of_the_readme() -> None:
+    text = Path(re2tal.reversible.__file__).with_name("README.md").read_text()
+    (code,) = (b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "register" in b)
+    printed: list[object] = []
+    names: dict[str, Any] = {"print": printed.append}
+    exec(code, names)
+    model = names["model"]
+    assert "0…3     Mixer  reversible: 4 blocks, 8 branches" in str(printed[0])
+    assert all(p.grad is not None for p in model.parameters())
+    x = torch.randn(2, 8)
+    rewire(model, alpha=1, beta=0)
+    y = model(x)
+    unwire(model)
+    assert torch.equal(model(x), y)

@@ -1,7 +1,7 @@
-"""Nothing trains silently on wrong activations: what the checks find, and what they leave alone."""
+"""Checks of rebuilt streams, and the trial that decides whether a stage is rebuilt at all."""
 
-import copy
-import pickle
+import logging
+import math
 import random
 from collections.abc import Callable
 
@@ -11,16 +11,32 @@ from torch import Tensor, nn
 
 from re2tal.reversible import (
     Branch,
+    Coupling,
     ReversibleError,
     branches,
     check,
     reconstruction_errors,
-    reversible_stages,
     rewire,
     set_coupling,
     set_reversible,
+    stage_modes,
+    watch,
 )
-from tests.reversible.toy_blocks import MlpBlock, assert_reversible_is_stored, one_step
+from re2tal.reversible.branches import split
+from re2tal.reversible.coupling import Settings
+from re2tal.reversible.step import Step
+from re2tal.reversible.watch import reconstruction_error
+from tests.reversible.toy_blocks import (
+    MlpBlock,
+    PairBlock,
+    assert_equal_gradients,
+    assert_reversible_is_stored,
+    assert_same_step,
+    one_step,
+    points,
+    stack,
+)
+from tests.reversible.zoo import ZOO, built, every_model, features, scrambled
 
 
 class Stage(nn.Module):
@@ -77,11 +93,6 @@ def honest(depth: int = 4) -> list[nn.Module]:
     return [MlpBlock() for _ in range(depth)]
 
 
-def points() -> Tensor:
-    torch.manual_seed(1)
-    return torch.randn(5, 6)
-
-
 def backward(model: nn.Module) -> None:
     model(points()).square().sum().backward()
 
@@ -89,10 +100,19 @@ def backward(model: nn.Module) -> None:
 # The grid
 
 
-def test_a_stream_that_outgrows_the_grid() -> None:
-    model = Stage(*(Shift(600.0) for _ in range(3)))  # x_3 is x_0 and twice the shift
+@pytest.mark.parametrize(
+    ("shifts", "message"),
+    [
+        # x_3 is x_0 and twice the shift
+        ([600.0] * 3, r"blocks\.0…2: .*reached 120\d, .*grid=11"),
+        # only the middle of the stage is too large, which the ends do not show
+        ([0.0, 1500.0, 0.0, -1500.0, 0.0], "beyond the 1024 that its grid"),
+    ],
+)
+def test_a_stream_that_outgrows_the_grid(shifts: list[float], message: str) -> None:
+    model = Stage(*(Shift(by) for by in shifts))
     rewire(model, grid=14)
-    with pytest.raises(ReversibleError, match=r"blocks\.0…2: .*reached 120\d, .*grid=11"):
+    with pytest.raises(ReversibleError, match=message):
         backward(model)
     rewire(model, grid=11)
     backward(model)
@@ -104,14 +124,6 @@ def test_a_stream_that_outgrows_the_input_by_which_its_grid_was_chosen() -> None
     model(points().sign() * 10)
     with pytest.raises(ReversibleError, match=r"reached 60\d.*, beyond the 512 .*grid=12\)"):
         model(points().sign())
-
-
-def test_a_stream_that_comes_back_before_the_end() -> None:
-    """Only the middle of the stage is too large, which the ends do not show."""
-    model = Stage(*(Shift(s) for s in (0.0, 1500.0, 0.0, -1500.0, 0.0)))
-    rewire(model, grid=14)
-    with pytest.raises(ReversibleError, match="beyond the 1024 that its grid"):
-        model(points())
 
 
 def test_an_input_that_is_too_large_already() -> None:
@@ -147,53 +159,36 @@ def test_float_streams_have_no_such_limit() -> None:
 # What was rebuilt
 
 
-def test_honest_branches_pass() -> None:
-    model = Stage(*honest())
+def assert_found(model: nn.Module, message: str, change: Callable[[], None] | None = None) -> None:
+    """Rewire, and see that the backward refuses."""
     rewire(model)
-    backward(model)
-    check(model)
-    assert set(reconstruction_errors(model).values()) == {0.0}
+    random.seed(0)
+    loss = model(points()).sum()
+    if change is not None:
+        change()
+    with pytest.raises(ReversibleError, match=message):
+        loss.backward()
 
 
 @pytest.mark.parametrize("place", range(5))
-def test_a_branch_that_cannot_be_repeated_is_found_wherever_it_is(place: int) -> None:
+@pytest.mark.parametrize("size", [1.0, 2.0**-13])  # 2^-13 moves single bits
+def test_a_branch_that_cannot_be_repeated_is_found_wherever_it_is(place: int, size: float) -> None:
     blocks = honest(5)
-    blocks[place] = Dishonest()
-    model = Stage(*blocks)
-    rewire(model)
-    loss = model(points()).sum()
-    with pytest.raises(ReversibleError, match=r"blocks\.0…4: the rebuilt input is not the one"):
-        loss.backward()
-
-
-def test_a_single_bit_is_found() -> None:
-    blocks = honest(3)
-    blocks[1] = Dishonest(2.0**-13)
-    model = Stage(*blocks)
-    rewire(model)
-    random.seed(0)
-    x = points()[:1]
-    loss = model(x).sum()
-    with pytest.raises(ReversibleError, match="not deterministic"):
-        loss.backward()
+    blocks[place] = Dishonest(size)
+    message = r"blocks\.0…4: the rebuilt input is not the one(.|\n)*not deterministic"
+    assert_found(Stage(*blocks), message)
 
 
 def test_only_the_stage_with_the_mistake_is_named() -> None:
     model = nn.Sequential(Stage(*honest()), Stage(*honest(2), Dishonest()), Stage(*honest()))
-    rewire(model)
-    loss = model(points()).sum()
-    with pytest.raises(ReversibleError, match=r"^1\.blocks\.0…2:"):
-        loss.backward()
+    assert_found(model, r"^1\.blocks\.0…2:")
 
 
 def test_a_mistake_that_the_gradients_would_not_show() -> None:
     """Above a frozen part nothing else depends on the rebuilt streams."""
     model = Stage(Dishonest(), *honest(2))
     model.stem.requires_grad_(False)
-    rewire(model)
-    loss = model(points()).sum()
-    with pytest.raises(ReversibleError, match="rebuilt input"):
-        loss.backward()
+    assert_found(model, "rebuilt input")
 
 
 @pytest.mark.parametrize("frozen", range(1, 4))
@@ -210,18 +205,7 @@ def test_a_frozen_bottom_is_compared_where_the_tape_ends(frozen: int) -> None:
     check(model)
     assert set(reconstruction_errors(model).values()) == {0.0}
     model.blocks[frozen] = Dishonest()
-    rewire(model)
-    loss = model(points()).sum()
-    with pytest.raises(ReversibleError, match="rebuilt input"):
-        loss.backward()
-
-
-def test_without_checks() -> None:
-    model = Stage(*honest(2), Dishonest())
-    rewire(model, verify=False)
-    backward(model)
-    check(model)
-    assert reconstruction_errors(model) == {}
+    assert_found(model, "rebuilt input")
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -230,33 +214,16 @@ def test_the_checks_change_no_gradient(exact: bool) -> None:
     for verify in (True, False):
         rewire(model, verify=verify, exact=exact)
         steps.append(one_step(model, points()))
-    first, second = steps
-    for name, gradient in first.gradients.items():
-        other = second.gradients[name]
-        assert (gradient is None and other is None) or torch.equal(gradient, other)  # type: ignore[arg-type]
+    assert_equal_gradients(*steps)
 
 
-def test_what_changed_since_the_forward() -> None:
+def test_a_change_since_the_forward_is_found_and_told_once() -> None:
     """An attribute that no version counter watches."""
-    model = Stage(*honest(), Shift(1.0))
     block = Dishonest(0.0)
-    model.blocks.append(block)
-    rewire(model)
-    loss = model(points()).sum()
-    block.size = 1.0
-    with pytest.raises(ReversibleError, match="changed since its forward"):
-        loss.backward()
-
-
-def test_a_mistake_is_told_once() -> None:
-    model = Stage(*honest(2), Dishonest())
-    rewire(model)
-    loss = model(points()).sum()
-    with pytest.raises(ReversibleError):
-        loss.backward()
+    model = Stage(*honest(), block)
+    assert_found(model, "changed since its forward", lambda: setattr(block, "size", 1.0))
     check(model)
-    model.blocks[2] = MlpBlock()
-    rewire(model)
+    block.size = 0.0
     backward(model)
     check(model)
 
@@ -291,26 +258,21 @@ def test_the_error_is_that_of_the_input() -> None:
     assert max(reconstruction_errors(model).values()) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_the_stages_of_every_container_have_a_number() -> None:
-    model = nn.Sequential(Stage(*honest()), Stage(*honest(2), Dishonest()))
+@pytest.mark.parametrize("containers", [1, 2])
+def test_every_stage_has_a_number_of_its_own(containers: int) -> None:
+    names = {1: ("0…1", "3…4"), 2: ("0.blocks.0…3", "1.blocks.0…2")}
+    if containers == 2:
+        model = nn.Sequential(Stage(*honest()), Stage(*honest(2), Dishonest()))
+    else:
+        model = nn.Sequential(*honest(2), nn.Linear(6, 6), Dishonest(), *honest(1))
     rewire(model, exact=False)
     backward(model)
+    good, bad = names[containers]
     errors = reconstruction_errors(model)
-    assert errors["0.blocks.0…3"] < 1e-6 < 0.01 < errors["1.blocks.0…2"]
+    assert errors[good] < 1e-6 < 0.01 < errors[bad]
 
 
-def test_every_stage_of_a_container_has_a_number_of_its_own() -> None:
-    model = nn.Sequential(*honest(2), nn.Linear(6, 6), Dishonest(), *honest(1))
-    rewire(model, exact=False)
-    backward(model)
-    errors = reconstruction_errors(model)
-    assert errors["0…1"] < 1e-6 < 0.01 < errors["3…4"]
-
-
-# Copies and modes
-
-
-def test_check_passes_where_nothing_ran() -> None:
+def test_check_passes_where_nothing_ran_and_honest_branches_did() -> None:
     model = Stage(*honest())
     check(model)
     rewire(model)
@@ -319,31 +281,16 @@ def test_check_passes_where_nothing_ran() -> None:
         model(points())
     check(model)
     assert reconstruction_errors(model) == {}
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_a_copy_starts_without_verdicts(copied: Callable[[nn.Module], nn.Module]) -> None:
-    model = Stage(*honest())
-    rewire(model, exact=False)
     backward(model)
-    twin = copied(model)
-    assert reconstruction_errors(model)
-    assert not reconstruction_errors(twin)
-    for _, stage in reversible_stages(twin):
-        assert not stage.watch.modes
-    set_coupling(twin, alpha=0.1, beta=1.0)
-    backward(twin)
-    assert reconstruction_errors(twin)
-    # A graph that is still alive belongs to the original.
-    loss = model(points()).sum()
-    copied(model)
-    loss.backward()
+    check(model)
+    assert set(reconstruction_errors(model).values()) == {0.0}
 
 
-def test_stored_activations_are_not_compared() -> None:
+@pytest.mark.parametrize("verify", [True, False])
+def test_stored_activations_and_stages_without_checks_are_not_compared(verify: bool) -> None:
     model = Stage(*honest(2), Dishonest())
-    rewire(model)
-    set_reversible(model, False)
+    rewire(model, verify=verify)
+    set_reversible(model, not verify)
     backward(model)
     check(model)
     assert reconstruction_errors(model) == {}
@@ -357,3 +304,282 @@ def test_half_of_a_backward_is_not_compared() -> None:
     torch.autograd.grad(loss, list(model.blocks[3].parameters()))
     check(model)
     assert_reversible_is_stored(model, points())
+
+
+# The trial of a coupling
+
+
+def blocks(depth: int, dtype: torch.dtype = torch.float32, width: int = 16) -> list[MlpBlock]:
+    torch.manual_seed(0)
+    return [MlpBlock(width).to(dtype) for _ in range(depth)]
+
+
+def stage(depth: int) -> nn.Sequential:
+    """The same blocks on float streams."""
+    return stack(depth, width=16, exact=False)
+
+
+def tokens(dtype: torch.dtype = torch.float32) -> Tensor:
+    return points(32, 16).to(dtype)
+
+
+def mode(model: nn.Module) -> str:
+    (found,) = stage_modes(model).values()
+    return found
+
+
+# The number
+
+
+def measured(chain: list[MlpBlock], x: Tensor, alpha: float, beta: float) -> float:
+    settings = Settings(coupling=Coupling(alpha=alpha, beta=beta))
+    steps = [Step(branch, "", x.dtype, settings) for b in chain for branch in split(b)]
+    return reconstruction_error(steps, x, settings)
+
+
+@torch.no_grad()
+def there_and_back(chain: list[MlpBlock], x: Tensor, alpha: float, beta: float) -> float:
+    """The equations, one line each; the error of what comes back."""
+    previous, current = x, x
+    for block in chain:
+        following = block.branch(current) + alpha * current + beta * previous
+        previous, current = current, following
+    for block in reversed(chain):
+        before = (current - block.branch(previous) - alpha * previous) / beta
+        previous, current = before, previous
+    return float(max((current - x).norm(), (previous - x).norm()) / x.norm())
+
+
+COUPLINGS = [(0.0, 1.0), (0.3, 0.7), (0.5, 0.5), (0.0, 0.4), (0.9, 0.3)]
+
+
+@pytest.mark.parametrize(("alpha", "beta"), COUPLINGS)
+@pytest.mark.parametrize("depth", [4, 12])
+def test_the_error_is_that_of_the_equations(alpha: float, beta: float, depth: int) -> None:
+    """Rounding is chaotic, so that only its size can be compared: over 15 orders of magnitude."""
+    for dtype in (torch.float32, torch.float64):
+        chain, x = blocks(depth, dtype), tokens(dtype)
+        found = measured(chain, x, alpha, beta)
+        assert 1 / 4 < found / there_and_back(chain, x, alpha, beta) < 4
+
+
+def test_an_error_beyond_all_numbers() -> None:
+    assert measured(blocks(60), tokens(), 0.0, 0.01) == math.inf
+
+
+def test_half_precision_inside_the_branches_is_measured_with_them() -> None:
+    """Branches that compute in bfloat16 repeat the same bits, but react to the last one."""
+    chain, x = blocks(12), tokens()
+    full = measured(chain, x, 0.3, 0.7)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = measured(chain, x, 0.3, 0.7)
+    assert half > 10 * full
+
+
+# What follows from it
+
+
+def test_a_stage_is_stored_while_the_error_is_too_large_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, x = stage(24), tokens()
+    with caplog.at_level(logging.INFO, logger="re2tal"):
+        for alpha, beta in [(0.9, 0.1), (0.9, 0.1), (0.02, 0.98), (0.02, 0.98), (0.0, 1.0)]:
+            set_coupling(model, alpha=alpha, beta=beta)
+            model(x)
+            modes = mode(model)
+            assert modes.startswith("stored: rebuilding would be off by") == (beta < 0.5), modes
+            assert modes == "reversible" or modes.endswith("more than 1e-03")
+            if beta < 0.5:
+                assert f"{measured(blocks(24), x, alpha, beta):.1e}" in modes
+    assert [r.levelno for r in caplog.records] == [logging.INFO] * 2
+    stored, rebuilt = caplog.messages
+    assert "0…23: stored: rebuilding would be off by" in stored
+    assert stored.endswith("(alpha=0.9, beta=0.1)")
+    assert rebuilt == "0…23: reversible (alpha=0.02, beta=0.98)"
+
+
+@pytest.mark.parametrize(
+    ("alpha", "beta", "rebuilds"),
+    [(0.9, 0.1, False), (0.5, 0.5, False), (0.1, 0.9, True), (0.0, 1.0, True)],
+)
+def test_gradients_are_right_either_way(alpha: float, beta: float, rebuilds: bool) -> None:
+    model, x = stage(24), tokens().requires_grad_()
+    set_coupling(model, alpha=alpha, beta=beta)
+    found = one_step(model, x)
+    assert (mode(model) == "reversible") == rebuilds
+    assert (reconstruction_errors(model) != {}) == rebuilds
+    model.double()
+    y = x.detach().double().requires_grad_()
+    set_reversible(model, False)
+    truth = one_step(model, y)
+    assert_equal_gradients(found, truth, tolerance=2e-3)
+
+
+def test_the_error_of_the_backward_is_the_one_that_was_foretold() -> None:
+    model, x = stage(12), tokens()
+    set_coupling(model, alpha=0.2, beta=0.8)
+    one_step(model, x)
+    foretold = measured(blocks(12), x, 0.2, 0.8)
+    assert 1 / 4 < max(reconstruction_errors(model).values()) / foretold < 4
+
+
+def test_exact_streams_are_stored_unless_beta_is_one() -> None:
+    model, x = nn.Sequential(*blocks(2)), tokens()
+    rewire(model, alpha=0.1, beta=0.9)
+    model(x)
+    assert mode(model) == "stored: exact streams need beta = 1"
+    set_coupling(model, alpha=0.1, beta=1.0)
+    model(x)
+    assert mode(model) == "reversible"
+    set_reversible(model, False)
+    model(x)
+    assert mode(model) == "stored: asked for by set_reversible"
+
+
+# When it is measured
+
+
+@pytest.fixture
+def measurements(monkeypatch: pytest.MonkeyPatch) -> list[Coupling]:
+    """The couplings that were tried out."""
+    tried: list[Coupling] = []
+    real = watch.reconstruction_error
+
+    def noting(steps: list[Step], stream: Tensor, settings: Settings) -> float:
+        tried.append(settings.coupling)
+        return real(steps, stream, settings)
+
+    monkeypatch.setattr(watch, "reconstruction_error", noting)
+    return tried
+
+
+def test_the_error_is_measured_again_only_for_a_coupling_that_moved(
+    measurements: list[Coupling],
+) -> None:
+    model, x = stage(4), tokens()
+    moves = [(0.5, 0.5), (0.505, 0.495), (0.51, 0.5), (0.4, 0.5), (0.4, 0.6), (0.5, 0.5)]
+    for alpha, beta in moves:
+        set_coupling(model, alpha=alpha, beta=beta)
+        model(x)
+        model(x)
+    tried = [(c.alpha, c.beta) for c in measurements]
+    assert tried == [(0.5, 0.5), (0.4, 0.5), (0.4, 0.6)]
+
+
+def test_a_small_beta_moves_in_proportion(measurements: list[Coupling]) -> None:
+    """From 0.02 to 0.001 is little on the way to 1, but every branch divides errors by beta."""
+    model, x = stage(2), tokens()
+    set_coupling(model, alpha=0.0, beta=0.02)
+    model(x)
+    assert mode(model) == "reversible"
+    set_coupling(model, alpha=0.0, beta=0.001)
+    model(x)
+    assert mode(model).startswith("stored: rebuilding would be off by")
+    assert len(measurements) == 2
+
+
+def test_precision_and_mode_are_measured_apart(measurements: list[Coupling]) -> None:
+    model, x = stage(4), tokens()
+    set_coupling(model, alpha=0.2, beta=0.8)
+    for _ in range(2):
+        model.train()(x)
+        model.eval()(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x)
+    assert len(measurements) == 3
+
+
+def test_nothing_is_measured_for_what_is_exact_or_needs_no_gradient(
+    measurements: list[Coupling],
+) -> None:
+    model, x = nn.Sequential(*blocks(2)), tokens()
+    for alpha, beta, exact in [(0, 1, True), (0.4, 1, True), (0, 1, False), (1, 0, False)]:
+        rewire(model, alpha=alpha, beta=beta, exact=exact)
+        model(x)
+    rewire(model, alpha=0.5, beta=0.5, exact=False)
+    with torch.no_grad():
+        model(x)
+    assert not measurements
+
+
+def test_the_measurement_leaves_no_trace(measurements: list[Coupling]) -> None:
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout(0.3))
+    model = nn.Sequential(PairBlock(first, nn.Linear(16, 16)))
+    rewire(model, alpha=0.2, beta=0.8, exact=False)
+    x = tokens().requires_grad_()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+
+    def forward() -> tuple[Tensor, ...]:
+        torch.manual_seed(2)
+        for name, buffer in model.named_buffers():
+            buffer.fill_(1 if name.endswith("var") else 0)
+        y = model(x).detach()
+        return y, torch.get_rng_state(), *(b.clone() for b in model.buffers())
+
+    with_it, without = forward(), forward()
+    assert len(measurements) == 1
+    assert all(torch.equal(a, b) for a, b in zip(with_it, without, strict=True))
+    assert all(
+        torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters() if p.grad is not None
+    )
+    assert x.grad is None
+
+
+# The pretrained network itself
+
+
+@every_model
+def test_one_and_zero_is_the_network_as_it_was(name: str) -> None:
+    model, inputs = built(name, bf16=False)
+    scrambled(model)
+    before = {key: buffer.clone() for key, buffer in model.named_buffers()}
+    original = one_step(model, *inputs)
+    counted = {key: buffer.clone() for key, buffer in model.named_buffers()}
+    model.load_state_dict(before, strict=False)
+    rewire(model, alpha=1.0, beta=0.0)
+    assert_same_step(one_step(model, *inputs), original)
+    assert all(torch.equal(buffer, counted[key]) for key, buffer in model.named_buffers())
+
+
+@every_model
+def test_close_to_one_and_zero_is_close_to_the_network(name: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = ZOO[name]()
+    scrambled(model).eval()
+    with torch.no_grad():
+        original = features(model(*inputs))
+        rewire(model, alpha=1.0, beta=1e-4, exact=False)
+        near = features(model(*inputs))
+        rewire(model, alpha=0.0, beta=1.0, exact=False)
+        far = features(model(*inputs))
+    near, far, size = (y.double().norm() for y in (near - original, far - original, original))
+    assert near < 2e-3 * size < size < math.inf
+    assert far > 2e-2 * size
+
+
+def test_a_coupling_is_tried_out_again_when_its_stage_gets_worse() -> None:
+    """The weights move on while alpha and beta stay."""
+    model, x = stage(12), tokens()
+    set_coupling(model, alpha=0.3, beta=0.7)
+    one_step(model, x)
+    assert mode(model) == "reversible"
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)
+    modes = []
+    for _ in range(2):
+        one_step(model, x)
+        modes.append(mode(model))
+    assert max(reconstruction_errors(model).values()) > 1e-3
+    assert modes[0] == "reversible"  # what the step before had measured
+    assert modes[1].startswith("stored")
+
+
+def test_an_input_of_zeros_says_nothing_against_a_coupling() -> None:
+    model = stage(12)
+    set_coupling(model, alpha=0.1, beta=0.9)
+    model(torch.zeros_like(tokens()))
+    assert mode(model) == "reversible"

@@ -1,13 +1,18 @@
-"""Small residual blocks with registered families, and what the tests compare."""
+"""Small residual blocks with registered families, and comparisons of steps."""
 
+import copy
+import io
+import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 
-from re2tal.reversible import Branch, branches, set_reversible
+from re2tal.reversible import Branch, branches, recomputed, rewire, set_reversible
 
 
 class MlpBlock(nn.Module):
@@ -66,6 +71,37 @@ def _rectified(block: RectifiedBlock) -> list[Branch]:
     return [Branch("linear", (block.linear,), activation=torch.relu)]
 
 
+class Stem(nn.Module):
+    """Layer for recomputation with statistics and dropout; counts how often it runs."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.drop = nn.Dropout(0.4)
+        self.ran = 0
+
+    def forward(self, x: Tensor, scale: Tensor | float = 1.0) -> Any:
+        self.ran += 1
+        return self.drop(torch.tanh(self.norm(self.linear(x)))) * scale
+
+
+@recomputed.register
+def _stem(module: Stem) -> bool:
+    return True
+
+
+def stems_and_stages(stem: nn.Module | None = None, **options: Any) -> nn.Sequential:
+    """A stem, a stage, a layer like the stem and a stage, rewired, for x (B, 6)."""
+    torch.manual_seed(0)
+    parts: list[nn.Module] = []
+    for between in (Stem(), stem or Stem()):
+        parts += [between, nn.Sequential(*(MlpBlock(dropout=0.2) for _ in range(3)))]
+    model = nn.Sequential(*parts)
+    rewire(model, **options)
+    return model
+
+
 def tiny_swin(
     depths: Iterable[int] = (2, 3), *, drop_path: float = 0.0, dropout: float = 0.0, width: int = 8
 ) -> SwinTransformer3d:
@@ -81,20 +117,34 @@ def tiny_swin(
     )
 
 
+def stack(depth: int = 4, *, width: int = 6, dropout: float = 0.0, **options: Any) -> nn.Sequential:
+    """A rewired stage of blocks for x (B, width)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(MlpBlock(width, dropout) for _ in range(depth)))
+    rewire(model, **options)
+    return model
+
+
+def points(rows: int = 5, width: int = 6, *, requires_grad: bool = False) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(rows, width, requires_grad=requires_grad)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """Of one forward and backward."""
+    """Results of one forward and backward, and the generator's state after them."""
 
     output: Tensor
     gradients: dict[str, Tensor | None]
     generator: Tensor
 
 
+def squares(y: Tensor) -> Tensor:
+    return y.float().pow(2).sum()
+
+
 def one_step(
-    model: nn.Module,
-    *inputs: Tensor,
-    seed: int = 0,
-    loss: Callable[[Tensor], Tensor] = lambda y: y.float().pow(2).sum(),
+    model: nn.Module, *inputs: Tensor, seed: int = 0, loss: Callable[[Tensor], Tensor] = squares
 ) -> StepResult:
     """Forward and backward from a seed; the gradients include those of the inputs."""
     tensors = {f"input {i}": x for i, x in enumerate(inputs)} | dict(model.named_parameters())
@@ -109,10 +159,8 @@ def one_step(
     )
 
 
-def assert_same_step(a: StepResult, b: StepResult, *, tolerance: float = 0.0) -> None:
-    """Outputs bit-equal; gradients present in both or in neither, and equal within a share."""
-    assert torch.equal(a.output, b.output)
-    assert torch.equal(a.generator, b.generator)
+def assert_equal_gradients(a: StepResult, b: StepResult, *, tolerance: float = 0.0) -> None:
+    """Gradients present in both or in neither, and equal to the bit or within a share."""
     assert a.gradients.keys() == b.gradients.keys()
     for name, gradient in a.gradients.items():
         other = b.gradients[name]
@@ -121,17 +169,40 @@ def assert_same_step(a: StepResult, b: StepResult, *, tolerance: float = 0.0) ->
             assert torch.equal(gradient, other), name
         elif gradient is not None and other is not None:
             # The floor is for gradients that are zero in truth, as of a bias before a batch norm.
-            error = (gradient - other).norm() / other.norm().clamp(min=1e-5)
+            error = (gradient.to(other.dtype) - other).norm() / other.norm().clamp(min=1e-5)
             assert error <= tolerance, (name, error)
+
+
+def assert_same_step(a: StepResult, b: StepResult, *, tolerance: float = 0.0) -> None:
+    """Outputs and generators equal to the bit, gradients as in `assert_equal_gradients`."""
+    assert torch.equal(a.output, b.output)
+    assert torch.equal(a.generator, b.generator)
+    assert_equal_gradients(a, b, tolerance=tolerance)
 
 
 def assert_reversible_is_stored(
     model: nn.Module, *inputs: Tensor, tolerance: float = 0.0, seed: int = 0
 ) -> StepResult:
-    """A step with rebuilt activations against one with stored ones: bit-equal, or close."""
+    """Compare a step with rebuilt activations to one with stored ones; return the first."""
     set_reversible(model, False)
     stored = one_step(model, *inputs, seed=seed)
     set_reversible(model, True)
     rebuilt = one_step(model, *inputs, seed=seed)
     assert_same_step(rebuilt, stored, tolerance=tolerance)
     return rebuilt
+
+
+def _saved_and_loaded(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
+
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "save": _saved_and_loaded,
+}
+every_copy = pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)

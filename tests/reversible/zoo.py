@@ -1,8 +1,10 @@
 """Tiny whole models of every library whose blocks have a family, and what to call them with."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import SwinTransformer
@@ -19,6 +21,8 @@ from torchvision.models.video.resnet import (
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 from torchvision.models.vision_transformer import VisionTransformer
 
+from re2tal.backbones.slowfast import SlowFastConfig
+
 Built = tuple[nn.Module, tuple[Any, ...]]
 
 
@@ -31,45 +35,24 @@ def features(output: Any) -> Tensor:
     return tensor
 
 
-def _swin3d(depth: int = 2, drop: float = 0.0) -> Built:
-    return _video_swin(depth, drop), (torch.randn(2, 3, 4, 32, 32),)
-
-
-def _swin3d_padded(depth: int = 2, drop: float = 0.0) -> Built:
-    # 3 x 7 x 6 patches in windows of 2 x 4 x 4
-    return _video_swin(depth, drop), (torch.randn(2, 3, 6, 28, 24),)
-
-
-def _video_swin(depth: int, drop: float) -> nn.Module:
-    return SwinTransformer3d(
-        patch_size=[2, 4, 4],
+def _swin(depth: int = 2, drop: float = 0.0, *, size: tuple[int, ...] = (4, 32, 32)) -> Built:
+    """Video Swin, or Swin where there is no time; sizes may need padding to windows."""
+    spatial = len(size) == 2
+    model = (SwinTransformer if spatial else SwinTransformer3d)(
+        patch_size=[2, 4, 4][spatial:],
         embed_dim=8,
         depths=[depth, depth],
         num_heads=[2, 2],
-        window_size=[2, 4, 4],
+        window_size=[4, 4] if spatial else [2, 4, 4],
         dropout=drop,
         attention_dropout=drop,
         stochastic_depth_prob=drop,
         num_classes=3,
     )
+    return model, (torch.randn(2, 3, *size),)
 
 
-def _swin2d(depth: int = 2, drop: float = 0.0) -> Built:
-    model = SwinTransformer(
-        patch_size=[4, 4],
-        embed_dim=8,
-        depths=[depth, depth],
-        num_heads=[2, 2],
-        window_size=[4, 4],
-        dropout=drop,
-        attention_dropout=drop,
-        stochastic_depth_prob=drop,
-        num_classes=3,
-    )
-    return model, (torch.randn(2, 3, 32, 32),)
-
-
-def _mvit(depth: int, drop: float, *, second: bool) -> Built:
+def _mvit(depth: int = 2, drop: float = 0.0, *, second: bool) -> Built:
     """Two resolutions; version 1 projects in the block before the pooling, version 2 with it."""
     width, wide = 16, 32
     kernel, whole = [3, 3, 3], [1, 1, 1]
@@ -111,32 +94,14 @@ def _mvit(depth: int, drop: float, *, second: bool) -> Built:
     return model, (torch.randn(2, 3, 4, 16, 16),)
 
 
-def _mvit_v1(depth: int = 2, drop: float = 0.0) -> Built:
-    return _mvit(depth, drop, second=False)
-
-
-def _mvit_v2(depth: int = 2, drop: float = 0.0) -> Built:
-    return _mvit(depth, drop, second=True)
-
-
-def _video_resnet(makers: list[type[nn.Module]], stem: type[nn.Module], depth: int) -> Built:
+def _video_resnet(
+    depth: int = 2, drop: float = 0.0, *, makers: list[type[nn.Module]], stem: type[nn.Module]
+) -> Built:
     model = VideoResNet(BasicBlock, makers, [depth, depth + 1, 1, 1], stem, num_classes=3)
     # The widths are the library's own, and only those of the first two stages are small.
     model.layer3 = model.layer4 = nn.Identity()
     model.fc = nn.Linear(128, 3)
     return model, (torch.randn(2, 3, 4, 16, 16),)
-
-
-def _r3d(depth: int = 2, drop: float = 0.0) -> Built:
-    return _video_resnet([Conv3DSimple] * 4, BasicStem, depth)
-
-
-def _mc3(depth: int = 2, drop: float = 0.0) -> Built:
-    return _video_resnet([Conv3DSimple] + [Conv3DNoTemporal] * 3, BasicStem, depth)
-
-
-def _r2plus1d(depth: int = 2, drop: float = 0.0) -> Built:
-    return _video_resnet([Conv2Plus1D] * 4, R2Plus1dStem, depth)
 
 
 def _vit(depth: int = 2, drop: float = 0.0) -> Built:
@@ -203,7 +168,7 @@ def _vivit(depth: int = 2, drop: float = 0.0) -> Built:
     return VivitModel(config, add_pooling_layer=False), (torch.randn(_CLIP),)
 
 
-def _timesformer(depth: int, drop: float, *, attention: str) -> Built:
+def _timesformer(depth: int = 2, drop: float = 0.0, *, attention: str) -> Built:
     from transformers import TimesformerConfig, TimesformerModel
     from transformers.models.timesformer.modeling_timesformer import TimesformerDropPath
 
@@ -212,18 +177,6 @@ def _timesformer(depth: int, drop: float, *, attention: str) -> Built:
     for layer in model.encoder.layer:  # the configuration allows whole numbers only
         layer.drop_path = TimesformerDropPath(drop)
     return model, (torch.randn(_CLIP),)
-
-
-def _timesformer_divided(depth: int = 2, drop: float = 0.0) -> Built:
-    return _timesformer(depth, drop, attention="divided_space_time")
-
-
-def _timesformer_space(depth: int = 2, drop: float = 0.0) -> Built:
-    return _timesformer(depth, drop, attention="space_only")
-
-
-def _timesformer_joint(depth: int = 2, drop: float = 0.0) -> Built:
-    return _timesformer(depth, drop, attention="joint_space_time")
 
 
 def _vjepa2(depth: int = 2, drop: float = 0.0) -> Built:
@@ -247,23 +200,80 @@ def _vjepa2(depth: int = 2, drop: float = 0.0) -> Built:
     return VJEPA2Model(config), (torch.randn(_CLIP),)
 
 
+def _slowfast(depth: int = 2, drop: float = 0.0, *, coupled: bool = False) -> Built:
+    """The project's own; `coupled` as OpenTAD's, with frozen statistics and the ReLU inside."""
+    config = SlowFastConfig(
+        depths=(depth + 1, 2),
+        width=8,
+        channel_ratio=4,
+        frozen_statistics=coupled,
+        relu_before_sum=coupled,
+    )
+    return config.build(), (torch.randn(2, 3, 8, 32, 32),)
+
+
 ZOO: dict[str, Callable[..., Built]] = {
-    "swin3d": _swin3d,
-    "swin3d_padded": _swin3d_padded,
-    "swin2d": _swin2d,
-    "mvit_v1": _mvit_v1,
-    "mvit_v2": _mvit_v2,
-    "r3d": _r3d,
-    "mc3": _mc3,
-    "r2plus1d": _r2plus1d,
+    "swin3d": _swin,
+    "swin3d_padded": partial(_swin, size=(6, 28, 24)),  # 3 x 7 x 6 patches, 2 x 4 x 4 windows
+    "swin2d": partial(_swin, size=(32, 32)),
+    "mvit_v1": partial(_mvit, second=False),
+    "mvit_v2": partial(_mvit, second=True),
+    "r3d": partial(_video_resnet, makers=[Conv3DSimple] * 4, stem=BasicStem),
+    "mc3": partial(_video_resnet, makers=[Conv3DSimple] + [Conv3DNoTemporal] * 3, stem=BasicStem),
+    "r2plus1d": partial(_video_resnet, makers=[Conv2Plus1D] * 4, stem=R2Plus1dStem),
+    "slowfast": _slowfast,
+    "slowfast_coupled": partial(_slowfast, coupled=True),
     "vit": _vit,
     "timm_vit": _timm_vit,
     "videomae": _videomae,
     "vivit": _vivit,
-    "timesformer_divided": _timesformer_divided,
-    "timesformer_space": _timesformer_space,
-    "timesformer_joint": _timesformer_joint,
+    "timesformer_divided": partial(_timesformer, attention="divided_space_time"),
+    "timesformer_space": partial(_timesformer, attention="space_only"),
+    "timesformer_joint": partial(_timesformer, attention="joint_space_time"),
     "vjepa2": _vjepa2,
 }
 """Builders ``(depth=2, drop=0.0)``: residual blocks of a stage, and the probability of dropout and,
 where the library has it, of stochastic depth. The caller seeds them."""
+
+every_model = pytest.mark.parametrize("name", ZOO)
+both_precisions = pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+
+
+class Precision(nn.Module):
+    """A model called in float32 or under autocast, and the tensor to take a loss of."""
+
+    def __init__(self, inner: nn.Module, *, bf16: bool) -> None:
+        super().__init__()
+        self.inner = inner
+        self.bf16 = bf16
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        device = inputs[0].device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+            return features(self.inner(*inputs))
+
+
+def built(
+    name: str, *, bf16: bool, depth: int = 2, drop: float = 0.2, device: str = "cpu"
+) -> Built:
+    """A model of the zoo in training mode, and its inputs, which need gradients."""
+    torch.manual_seed(0)
+    model, inputs = ZOO[name](depth=depth, drop=drop)
+    leaves = tuple(x.to(device).requires_grad_() for x in inputs)
+    return Precision(model.to(device).train(), bf16=bf16), leaves
+
+
+def scrambled(model: nn.Module) -> nn.Module:
+    """The model with no parameter at a value, 0 or 1, with which an omission would not show."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(
+                0.1, 0.5 / parameter[0].numel() ** 0.5 if parameter.dim() > 1 else 0.3
+            )
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm3d):
+                assert module.running_mean is not None
+                assert module.running_var is not None
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+    return model

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
 from pipelines.config.recipes import toy
@@ -71,7 +71,7 @@ def test_pictures_have_readable_names_and_the_pruned_trials() -> None:
     names = ("model.localizer.head_layers", "model.localizer.heads", "model.heads")
 
     def add(value: float | None, params: dict[str, float], **more: Any) -> None:
-        kinds = dict.fromkeys(params, FloatDistribution(0, 1))
+        kinds: dict[str, BaseDistribution] = dict.fromkeys(params, FloatDistribution(0, 1))
         study.add_trial(create_trial(value=value, params=params, distributions=kinds, **more))
 
     add(0.3, dict.fromkeys(names, 0.2))

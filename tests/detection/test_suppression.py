@@ -1,3 +1,5 @@
+"""Suppression within a video, over many at once, and of the joined runs of an ensemble."""
+
 from __future__ import annotations
 
 import math
@@ -9,25 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from re2tal.detection import Detections, NmsConfig, nms, nms_videos, suppression
-
-Row = tuple[float, float, float, int]
-
-
-def detections(rows: list[Row]) -> Detections:
-    table = torch.tensor([row[:3] for row in rows], dtype=torch.float64).reshape(-1, 3)
-    return Detections(
-        segments=table[:, :2],
-        scores=table[:, 2],
-        labels=torch.tensor([row[3] for row in rows], dtype=torch.int64),
-    )
-
-
-def overlap(a: Row, b: Row) -> float:
-    if a[0] == a[1] and b[0] == b[1]:
-        return float(a[0] == b[0])
-    shared = max(min(a[1], b[1]) - max(a[0], b[0]), 0.0)
-    return shared / (a[1] - a[0] + b[1] - b[0] - shared)
+from re2tal.detection import (
+    Detections,
+    NmsConfig,
+    ensemble,
+    nms,
+    nms_videos,
+    suppression,
+)
+from tests.detection.rows import Row, detections, overlap, same
 
 
 def slow_nms(rows: list[Row], config: NmsConfig) -> list[Row]:
@@ -88,15 +80,6 @@ configs = st.builds(
     voting=st.sampled_from(["none", "score_tiou", "score"]),
     voting_iou=st.sampled_from([0.3, 0.9]),
 )
-
-
-def same(a: Detections, b: Detections) -> bool:
-    return (
-        torch.equal(a.segments, b.segments)
-        and torch.equal(a.scores, b.scores)
-        and torch.equal(a.labels, b.labels)
-        and (a.segments.dtype, a.scores.dtype) == (b.segments.dtype, b.scores.dtype)
-    )
 
 
 @settings(deadline=None, max_examples=300)
@@ -205,24 +188,6 @@ def test_votes_weigh_by_share_however_small_the_scores() -> None:
     assert segments.tolist() == [pytest.approx([0.25, 4.25])]
 
 
-def test_gaussian_weakens_by_overlap() -> None:
-    result = nms(detections([(0, 4, 0.9, 0), (2, 6, 0.8, 0), (0, 4, 0.7, 1)]), NmsConfig(sigma=0.5))
-    assert result.labels.tolist() == [0, 1, 0]
-    weakened = 0.8 * math.exp(-((2 / 6) ** 2) / 0.5)
-    assert result.scores.tolist() == pytest.approx([0.9, 0.7, weakened])
-
-
-def test_the_best_of_all_classes_are_kept_in_each_video() -> None:
-    many = [(10.0 * i, 10.0 * i + 1, i / 10, i % 3) for i in range(10)]
-    for result in nms_videos([detections(many), detections(many[::-1])], NmsConfig(top_k=4)):
-        assert result.scores.tolist() == pytest.approx([0.9, 0.8, 0.7, 0.6])
-
-
-def test_the_first_pick_is_compared_with_the_minimum_too() -> None:
-    weak: list[Row] = [(0, 4, 0.3, 0), (10, 14, 0.2, 1)]
-    assert nms(detections(weak), NmsConfig(min_score=0.25)).labels.tolist() == [0]
-
-
 def test_without_detections_there_is_nothing_to_keep() -> None:
     for config in (NmsConfig(), NmsConfig(voting="score"), NmsConfig(method="none")):
         assert len(nms(Detections.empty(), config)) == 0
@@ -234,7 +199,7 @@ def test_without_detections_there_is_nothing_to_keep() -> None:
 @pytest.mark.parametrize(
     "row", [(0, 1, math.nan, 0), (0, 1, -0.1, 0), (0, math.inf, 0.5, 0), (math.nan, 1, 0.5, 0)]
 )
-def test_what_cannot_be_ranked_is_refused(row: Row) -> None:
+def test_values_that_cannot_be_ranked_are_refused(row: Row) -> None:
     with pytest.raises(ValueError, match=r"ranked: segment .*, score .*not logits"):
         nms(detections([(0, 1, 0.5, 0), row]), NmsConfig())
 
@@ -272,3 +237,53 @@ def test_all_that_is_wrong_with_a_configuration_is_listed() -> None:
     with pytest.raises(ValueError, match=r"iou must be .* not 2\.0; top_k must be .* not 0\."):
         NmsConfig(iou=2.0, top_k=0)
     NmsConfig(iou=1.0, voting_iou=1.0, min_score=0.0, min_duration=0.0, top_k=1)
+
+
+# Ensembles
+
+
+def test_scores_are_shared_by_weight() -> None:
+    first = {"a": detections([(0, 1, 0.9, 0), (2, 3, 0.6, 1)]), "b": detections([])}
+    second = {"b": detections([(5, 6, 0.8, 2)]), "a": detections([(0, 2, 0.4, 0)])}
+    both = ensemble([first, second], [3, 1])
+    assert list(both) == ["a", "b"]
+    assert both["a"].segments.tolist() == [[0, 1], [2, 3], [0, 2]]
+    assert both["a"].scores.tolist() == pytest.approx([0.675, 0.45, 0.1])
+    assert both["a"].labels.tolist() == [0, 1, 0]
+    assert both["b"].scores.tolist() == pytest.approx([0.2])
+    assert first["a"].scores.tolist() == pytest.approx([0.9, 0.6])  # the runs stay as they were
+    assert ensemble([first, second], [30.0, 10.0])["a"].scores.tolist() == pytest.approx(
+        both["a"].scores.tolist()
+    )
+    alone = ensemble([first], [0.3])
+    assert torch.equal(alone["a"].scores, first["a"].scores)
+
+
+def test_suppression_and_voting_merge_the_runs() -> None:
+    first, second = {"a": detections([(0, 10, 0.9, 0)])}, {"a": detections([(2, 12, 0.3, 0)])}
+    config = NmsConfig(method="hard", iou=0.6, voting="score", voting_iou=0.6)
+    merged = nms_videos(ensemble([first, second], [1, 1]), config)["a"]
+    assert merged.segments.tolist() == [pytest.approx([0.5, 10.5])]
+
+
+def test_weights_that_do_not_fit_the_runs_are_refused() -> None:
+    run = {"a": detections([]), "b": detections([])}
+    for runs, weights in (([], []), ([run], []), ([run], [1.0, 1.0])):
+        with pytest.raises(ValueError, match="as many weights"):
+            ensemble(runs, weights)
+    for weight in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="above 0"):
+            ensemble([run, run], [1.0, weight])
+
+
+def test_missing_videos_are_listed() -> None:
+    runs = [
+        {"a": detections([]), "b": detections([])},
+        {"b": detections([]), "c": detections([])},
+        dict.fromkeys("abc", detections([])),
+    ]
+    with pytest.raises(ValueError, match="but run 0 lacks c; run 1 lacks a"):
+        ensemble(runs, [1, 1, 1])
+    many = {f"v{i}": detections([]) for i in range(25)}
+    with pytest.raises(ValueError, match=r"run 1 lacks v0, .*, v9, \.\.\. and 15 more"):
+        ensemble([many, {}], [1, 1])

@@ -1,24 +1,36 @@
+"""Weights of backbones: published layouts, torchvision's names, files of our own, and refusals."""
+
+import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
+from torchvision.models.video import Swin3D_T_Weights, SwinTransformer3d
 
 from re2tal import rewire
 from re2tal.backbones.slowfast import (
     SlowFastConfig,
     pytorchvideo_slowfast_101,
     re2_slowfast_101,
+    slowfast_50,
+    slowfast_101,
 )
 from re2tal.backbones.swin import SwinConfig
-from re2tal.backbones.weights import load_backbone_weights
+from re2tal.backbones.weights import load_backbone_weights, save_backbone_weights
 from re2tal.weights import WeightsMismatchError
 from tests.backbones import published_slowfast as slowfast
 from tests.backbones import published_swin as swin
 
+TINY = SwinConfig(
+    patch=(2, 4, 4), embed_dim=8, depths=(2, 2), heads=(1, 2), window=(2, 2, 2), drop_path=0.0
+)
 SWIN = SwinConfig(
     patch=(2, 4, 4), embed_dim=8, depths=(2, 2, 2, 2), heads=(1, 2, 2, 4), window=(2, 3, 3)
 )
@@ -37,6 +49,16 @@ SLOWFAST_LAYOUTS = {
         PYTORCHVIDEO,
     ),
     "OpenTAD": (slowfast.OPENTAD, slowfast.Shape(), RE2_SLOWFAST),
+    "every frame": (
+        slowfast.MMACTION2,
+        slowfast.Shape(alpha=2, stride=1),
+        replace(SLOWFAST, alpha=2, temporal_stride=1),
+    ),
+    "few slow frames": (
+        slowfast.MMACTION2,
+        slowfast.Shape(alpha=8, stride=2),
+        replace(SLOWFAST, alpha=8, temporal_stride=2),
+    ),
 }
 
 
@@ -98,8 +120,21 @@ def test_a_published_slowfast_computes_the_same(layout: str, tmp_path: Path) -> 
         rewire(backbone, exact=False)
     load_backbone_weights(backbone, saved(before_all("backbone.", state), tmp_path))
     found = features(backbone, video)
-    assert found.shape == wanted.shape == (2, 320, 2)
+    assert found.shape == wanted.shape == (2, 320, 8 // shape.stride)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "depths"), [(slowfast_50(), (3, 4, 6, 3)), (slowfast_101(), (3, 4, 23, 3))]
+)
+def test_full_sizes_have_the_names_and_shapes_of_the_papers_table(
+    config: SlowFastConfig, depths: tuple[int, ...]
+) -> None:
+    with torch.device("meta"):
+        found = config.build().state_dict()
+        shape = slowfast.Shape(depths=depths, width=64, ratio=8)
+        wanted = slowfast.random_weights(shape, slowfast.MMACTION2)
+    assert {n: v.shape for n, v in found.items()} == {n: v.shape for n, v in wanted.items()}
 
 
 # Every key is accounted for
@@ -173,7 +208,7 @@ def test_weights_of_imagenets_colours_are_taken_with_any(tmp_path: Path) -> None
     report.require_normalization((0.5,) * 3, (0.5,) * 3, option="--")
 
 
-def test_of_a_detector_of_opentad_the_averaged_backbone_is_taken(tmp_path: Path) -> None:
+def test_the_averaged_backbone_of_an_opentad_detector_is_taken(tmp_path: Path) -> None:
     prefix = "module.backbone.model.backbone."
     averaged = before_all(prefix, of_swin("OpenTAD")) | {"module.rpn_head.scale": torch.ones(1)}
     content = {
@@ -215,36 +250,42 @@ def test_all_that_does_not_fit_is_listed_by_its_published_name(tmp_path: Path) -
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 
 
-@pytest.mark.parametrize("layout", SLOWFAST_LAYOUTS)
-def test_names_that_a_slowfast_does_not_have_are_refused(layout: str, tmp_path: Path) -> None:
+def renamed(layout: str) -> tuple[dict[str, Tensor], str]:
+    """Weights of a SlowFast with one name that it does not have, and that name."""
     state = of_slowfast(layout)
     name = next(name for name in state if "conv3.conv" in name or "conv_c" in name)
     wrong = name.replace("conv", "cnov")
     state[wrong] = state.pop(name)
-    with pytest.raises(WeightsMismatchError) as caught:
-        load_backbone_weights(SLOWFAST_LAYOUTS[layout][2].build(), saved(state, tmp_path))
-    assert len(caught.value.problems) == 2
-    assert any("is missing" in problem for problem in caught.value.problems)
-    assert f"{wrong} is unknown" in caught.value.problems
+    return state, wrong
 
 
-def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
-    state = of_slowfast("mmaction2")
-    backbone = replace(SLOWFAST, depths=(2, 3, 1, 3)).build()
-    with pytest.raises(WeightsMismatchError, match=r"fast_path\.layer4\.2\.conv1\.bn\.bias is mis"):
-        load_backbone_weights(backbone, saved(state, tmp_path))
-
-
-def test_weights_of_another_family_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(WeightsMismatchError, match="not those of this SlowFastBackbone"):
-        load_backbone_weights(SLOWFAST.build(), saved(of_swin("mmaction2"), tmp_path))
-
-
-def test_opentads_slowfast_is_refused_where_the_relu_follows_the_sum(tmp_path: Path) -> None:
-    path = saved(of_slowfast("OpenTAD"), tmp_path)
-    with pytest.raises(WeightsMismatchError, match="relu_before_sum=True") as caught:
-        load_backbone_weights(SLOWFAST.build(), path)
-    assert len(caught.value.problems) == 1
+@pytest.mark.parametrize(
+    ("state", "config", "count", "message"),
+    [
+        *(
+            (renamed(layout)[0], SLOWFAST_LAYOUTS[layout][2], 2, f"{renamed(layout)[1]} is unknown")
+            for layout in ("mmaction2", "PyTorchVideo", "OpenTAD")
+        ),
+        (
+            of_slowfast("mmaction2"),
+            replace(SLOWFAST, depths=(2, 3, 1, 3)),
+            None,
+            "fast_path.layer4.2.conv1.bn.bias is mis",
+        ),
+        (of_swin("mmaction2"), SLOWFAST, None, "not those of this SlowFastBackbone"),
+        (of_slowfast("OpenTAD"), SLOWFAST, 1, "relu_before_sum=True"),
+    ],
+)
+def test_weights_of_another_network_are_refused(
+    state: dict[str, Tensor],
+    config: SlowFastConfig,
+    count: int | None,
+    message: str,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(WeightsMismatchError, match=re.escape(message)) as caught:
+        load_backbone_weights(config.build(), saved(state, tmp_path))
+    assert count is None or len(caught.value.problems) == count
 
 
 def test_a_file_of_two_backbones_is_refused(tmp_path: Path) -> None:
@@ -252,3 +293,168 @@ def test_a_file_of_two_backbones_is_refused(tmp_path: Path) -> None:
     both = before_all("teacher.", state) | before_all("student.", state)
     with pytest.raises(ValueError, match=r"several backbones: .* at 'teacher\.', .* at 'student"):
         load_backbone_weights(SWIN.build(), saved(both, tmp_path))
+
+
+# Weights of torchvision
+
+NAME = "torchvision:swin3d_t/KINETICS400_V1"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """torch.hub's cache, empty, and no network: requests go to a port where nobody listens."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "hub" / "checkpoints"
+
+
+def torchvisions() -> SwinTransformer3d:
+    torch.manual_seed(0)
+    return SwinTransformer3d(
+        patch_size=[2, 4, 4],
+        embed_dim=8,
+        depths=[2, 2],
+        num_heads=[1, 2],
+        window_size=[2, 2, 2],
+        num_classes=5,
+    ).eval()
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_torchvisions_own_weights_load_without_its_classifier(
+    by_name: bool, cache: Path, tmp_path: Path
+) -> None:
+    theirs = torchvisions()
+    path = cache / Path(Swin3D_T_Weights.KINETICS400_V1.url).name if by_name else tmp_path / "w.pth"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(theirs.state_dict(), path)
+    backbone = TINY.build()
+    report = load_backbone_weights(backbone, NAME if by_name else path)
+    assert set(report.left_out.values()) == {"of the classifier"}
+    wanted = theirs.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in backbone.state_dict().items())
+    seen: list[Tensor] = []
+    theirs.avgpool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    video = torch.randn(1, 3, 8, 56, 56)
+    theirs(video)
+    torch.testing.assert_close(features(backbone, video), seen[0].mean(dim=(3, 4)))
+
+
+def test_without_a_network_a_path_is_asked_for(cache: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be downloaded from https://") as caught:
+        load_backbone_weights(TINY.build(), NAME)
+    assert str(cache) in str(caught.value)
+    assert "give its path instead" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("torchvision:swin4d/KINETICS400_V1", "has no model 'swin4d'.*swin3d_t, swin3d_s"),
+        ("torchvision:swin3d_t/KINETICS", "but torchvision:swin3d_t/KINETICS400_V1"),
+        ("torchvision:swin3d_t", "but torchvision:swin3d_t/KINETICS400_V1"),
+    ],
+)
+def test_a_name_that_there_is_not_is_refused_with_those_that_there_are(
+    name: str, reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        load_backbone_weights(TINY.build(), name)
+
+
+# Files
+
+
+def test_weights_survive_a_round_trip_into_a_rewired_backbone(tmp_path: Path) -> None:
+    saved, loaded = TINY.build(), TINY.build()
+    path = tmp_path / "w.safetensors"
+    save_backbone_weights(saved, path, {"held_out_top1": "0.9"})
+    rewire(loaded)
+    load_backbone_weights(loaded, path)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(saved.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"held_out_top1": "0.9"}
+    assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, name: str, value: float) -> None:
+    saved = TINY.build()
+    with torch.no_grad():
+        saved.norm.weight[3] = value
+    path = tmp_path / name
+    if path.suffix == ".pth":
+        torch.save(saved.state_dict(), path)
+    else:
+        save_backbone_weights(saved, path, {})
+    with pytest.raises(ValueError, match=r"1 weights are not finite \(nan or inf\): norm\.weight"):
+        load_backbone_weights(TINY.build(), path)
+
+
+def test_weights_of_another_size_give_a_short_message(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_backbone_weights(SwinConfig(depths=(2,), heads=(3,)).build(), path, {})
+    with pytest.raises(ValueError, match=r"Is it another size") as caught:
+        load_backbone_weights(TINY.build(), path)
+    assert "more" in str(caught.value).splitlines()[-1]
+    assert len(str(caught.value).splitlines()) == 12
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
+def test_files_that_are_no_weights_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_backbone_weights(TINY.build(), path)
+    path.write_bytes(b"no weights at all")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_backbone_weights(TINY.build(), path)
+
+
+class Unsafe:
+    pass
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"state_dict_ema": {"a": 1}}])
+def test_pickles_of_anything_but_tensors_are_refused(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "w.pth"
+    torch.save(content, path)
+    with pytest.raises(ValueError, match="holds no weights"):
+        load_backbone_weights(TINY.build(), path)
+
+
+@pytest.mark.parametrize("module", ["numpy._core.multiarray", "numpy.core.multiarray"])
+def test_numpy_numbers_beside_the_weights_do_no_harm(tmp_path: Path, module: str) -> None:
+    saved, loaded = TINY.build(), TINY.build()
+    path = tmp_path / "w.pth"
+    best = {"best_score": np.float64(0.7), "epoch": np.int64(30), "lr": np.float32(0.1)}
+    torch.save({"meta": best, "state_dict": saved.state_dict()}, path)
+    with_names_of(module, path)
+    load_backbone_weights(loaded, path)
+    assert torch.equal(loaded.norm.weight, saved.norm.weight)
+
+
+def with_names_of(module: str, path: Path) -> None:
+    """Calls NumPy's module in a pickle as the NumPy that wrote it would."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content.replace(b"numpy._core.multiarray", module.encode()))
+    assert module.encode() in path.read_bytes()
+
+
+def test_a_class_that_is_not_unpickled_is_named_with_the_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"state_dict": TINY.build().state_dict(), "message_hub": Unsafe()}, path)
+    with pytest.raises(ValueError, match=r"\(.*test_backbone_weights\.Unsafe\)") as caught:
+        load_backbone_weights(TINY.build(), path)
+    assert "could run code" in str(caught.value)
+    assert "weights_only" not in str(caught.value)
+    assert "write its tensors alone to another file" in str(caught.value)

@@ -1,0 +1,102 @@
+"""Ctrl-C and SIGTERM: an answer at once, and an end at once when they come again."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from pipelines.core.stopping import stoppable
+from pipelines.training.run import finetune, train
+
+
+@pytest.fixture(autouse=True)
+def _handlers_stay() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_answered_before_the_block_ends(
+    number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), number)
+            threading.Event().wait(60)
+        finally:
+            said.append(capfd.readouterr().err)
+
+    with pytest.raises(SystemExit) as stopped, stoppable(lambda: "kept: the last checkpoint"):
+        work()
+    assert said == [f"stopping ({number.name}); once more ends this at once\n"]
+    assert capfd.readouterr().err == "kept: the last checkpoint\n"
+    assert stopped.value.code == 128 + number
+
+
+@pytest.mark.parametrize(
+    ("command", "first"), [(train, "detection_inputs"), (finetune, "classification_inputs")]
+)
+def test_a_training_that_has_not_begun_is_stopped_in_two_lines(
+    command: Callable[[Any], object],
+    first: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        threading.Event().wait(60)
+
+    monkeypatch.setattr(f"pipelines.training.run.{first}", interrupted)
+    with pytest.raises(SystemExit):
+        command(None)
+    assert capfd.readouterr().err.splitlines() == [
+        "stopping (SIGINT); once more ends this at once",
+        "nothing was trained yet: give the same command again",
+    ]
+
+
+def test_the_second_signal_ends_the_process_at_once() -> None:
+    code = (
+        "import os, signal, sys, time\n"
+        "from pipelines.core.stopping import stoppable\n"
+        "with stoppable(lambda: 'never said'):\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(60)\n"
+        "    finally:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr.splitlines()[-1] == "ended (SIGTERM)"
+    assert "never said" not in done.stderr
+
+
+def test_without_a_signal_the_handlers_are_those_of_before() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with stoppable(lambda: ""):
+        assert signal.getsignal(signal.SIGINT) is not before[0]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_another_thread_works_and_changes_no_handler() -> None:
+    found: list[object] = []
+
+    def work() -> None:
+        with stoppable(lambda: ""):
+            found.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [signal.getsignal(signal.SIGINT)]
