@@ -21,36 +21,46 @@ from rich.table import Table
 
 from pipelines.core.tables import csv_text
 from pipelines.core.tracking import Run, log_metrics
+from re2tal.errors import UserError
 from sweeps.epoch_reports import RUN_ID
 from sweeps.postprocessing import Postprocessing, search_postprocessing
 from sweeps.study import BASE, ended
 from sweeps.sweep import Objective, Sweep, SweepConfig
 from sweeps.trial import FIRST_STEP, assignment, children
 
-TRIALS = "sweep/trials"
+TRIALS, FINISHED_TRIALS = "sweep/trials", "sweep/finished"
 _SHOWN = 10
 _POSTPROCESSED = 100  # settings of post-processing that are tried
 
 
 def report(sweep: Sweep, config: SweepConfig, run: Run, study: optuna.Study) -> None:
-    """Put the results of a sweep into its MLflow run, and print them."""
+    """Put the results of a sweep into its MLflow run, and print them.
+
+    Raises:
+        UserError: no trial came to its end.
+    """
     trials = ended(study)
     finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     counts: dict[str, float] = {
         TRIALS: len(trials),
-        "sweep/finished": len(finished),
+        FINISHED_TRIALS: len(finished),
         "sweep/pruned": sum(trial.state == TrialState.PRUNED for trial in trials),
         "sweep/failed": sum(trial.state == TrialState.FAIL for trial in trials),
     }
-    metrics = [child.data.metrics for child in children(run)]
+    of_trials = children(run)
+    metrics = [child.data.metrics for child in of_trials]
     overhead = [of_trial[FIRST_STEP] for of_trial in metrics if FIRST_STEP in of_trial]
     if overhead:
         counts[FIRST_STEP] = statistics.median(overhead)
     log_metrics(run, counts, step=0)
     run.client.log_text(run.run_id, _csv(sweep.objectives, trials), "trials.csv")
     if not finished:
-        print(f"No trial came to its end: {counts}. The runs of the trials say why.")
-        return
+        errors = [child.data.tags["error"] for child in of_trials if "error" in child.data.tags]
+        first = f" The first that failed said: {errors[0].splitlines()[0]}" if errors else ""
+        raise UserError(
+            f"No trial came to its end: {_counted(counts)}.{first} Correct it, and give the same "
+            f"command again: it begins a new sweep. The MLflow run is {run.run_id} in {run.uri}."
+        )
     for name, figure in pictures(study, sweep.objectives, finished).items():
         whole = {"bbox_inches": "tight"}  # names of parameters are long
         place = f"pictures/{name}.png"
@@ -146,6 +156,11 @@ def _table(sweep: Sweep, best: Sequence[FrozenTrial], base: FrozenTrial | None) 
     return table
 
 
+def _counted(counts: Mapping[str, float]) -> str:
+    kinds = ("finished", "pruned", "failed")
+    return ", ".join(f"{counts[f'sweep/{kind}']:.0f} {kind}" for kind in kinds)
+
+
 def _facts(
     sweep: Sweep,
     best: Sequence[FrozenTrial],
@@ -154,8 +169,7 @@ def _facts(
     run: Run,
     found: Postprocessing | None,
 ) -> list[tuple[str, str]]:
-    kinds = ("finished", "pruned", "failed")
-    facts = [("trials", ", ".join(f"{counts[f'sweep/{kind}']:.0f} {kind}" for kind in kinds))]
+    facts = [("trials", _counted(counts))]
     if base is not None and len(sweep.objectives) == 1:
         gained = best[0].values[0] - base.values[0]
         facts.append(("gained", f"{gained:+.3f} over the base recipe's {base.values[0]:.3f}"))

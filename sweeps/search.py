@@ -36,7 +36,7 @@ from pipelines.core.underway import alone, forget, is_under_way
 from pipelines.training.resuming import digest, last_run, mark
 from pipelines.training.run import Prepared, prepare
 from re2tal.errors import UserError
-from sweeps.report import TRIALS, report
+from sweeps.report import FINISHED_TRIALS, TRIALS, report
 from sweeps.study import check_space, ended, open_study, searcher
 from sweeps.sweep import Objective, Sweep, SweepConfig
 from sweeps.trial import EPOCH, NUMBER_TAG, OUTCOME_TAG, Outcomes, children, run_trial
@@ -203,7 +203,7 @@ def _parent(config: SweepConfig, ready: Prepared) -> Run:
     marked = mark(digest(search, ready.plan))
     with alone(output):  # of two same commands, the second sees the first one's run
         run = last_run(config, marked, output=output) if config.resume else None
-        if run is None or _is_through(run, config):
+        if run is None or is_through(run, config):
             return start_run(config, output=output, tags=marked)
         take_up(run, output=output)
     print(f"going on with the sweep {run.run_id}; --no-resume starts anew", flush=True)
@@ -250,10 +250,13 @@ def _wait_until_gone(run_id: str, output: str) -> None:
         time.sleep(0.2)
 
 
-def _is_through(run: Run, config: SweepConfig) -> bool:
+def is_through(run: Run, config: SweepConfig) -> bool:
+    """Tell whether a sweep made its trials, so that the same command begins another."""
     last = run.client.get_run(run.run_id)
-    made = int(last.data.metrics.get(TRIALS, 0))
-    return last.info.status == "FINISHED" and made >= config.trials
+    metrics = last.data.metrics
+    fruitless = metrics.get(FINISHED_TRIALS) == 0  # there is nothing to report
+    over = last.info.status == "FINISHED" or fruitless
+    return over and int(metrics.get(TRIALS, 0)) >= config.trials
 
 
 def _file(config: SweepConfig, run: Run) -> str:

@@ -7,6 +7,7 @@ MLflow is imported in the functions that need it: it takes longer than the rest 
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -175,7 +176,12 @@ def _settle(client: "MlflowClient", output: str | Path) -> None:
 
 
 def create_run(
-    client: "MlflowClient", experiment: str, *, output: str | Path, tags: Mapping[str, str]
+    client: "MlflowClient",
+    experiment: str,
+    *,
+    output: str | Path,
+    tags: Mapping[str, str],
+    work: str = "",
 ) -> Run:
     """Make a run that this process works on.
 
@@ -184,15 +190,16 @@ def create_run(
         experiment: the experiment's id.
         output: folder of the default store, in which a note says that the run is under way.
         tags: tags of the run, beside the one that names this process.
+        work: fingerprint of its configuration.
     """
     made = client.create_run(experiment, tags={**tags, DRIVER: underway.this_process()})
     run = Run(uri=client.tracking_uri, run_id=made.info.run_id)
-    _begin(run, output)
+    _begin(run, output, work)
     return run
 
 
-def _begin(run: Run, output: str | Path) -> None:
-    underway.begin(output, run.run_id)
+def _begin(run: Run, output: str | Path, work: str = "") -> None:
+    underway.begin(output, run.run_id, work=work)
     _mine[run.run_id] = run
 
 
@@ -206,22 +213,38 @@ def take_up(run: Run, *, output: str | Path) -> None:
     _begin(run, output)
 
 
-def start_run(recipe: Tracked, *, output: str | Path, tags: Mapping[str, str] | None = None) -> Run:
+def start_run(
+    recipe: Tracked,
+    *,
+    output: str | Path,
+    tags: Mapping[str, str] | None = None,
+    once: bool = False,
+) -> Run:
     """Open the store, and start a run with the whole configuration.
 
     Args:
         recipe: the configuration, a dataclass.
         output: folder of the default store; made if it is missing.
         tags: tags of this run, beside those that every run has.
+        once: refuse while another process works on the same configuration, whose files it would
+            write too.
 
     Raises:
         MlflowException: the store cannot be reached.
+        UserError: see `once`.
     """
     from mlflow.entities import Param, RunTag
 
-    client, _, experiment = open_store(recipe.experiment, output=output)
-    run = create_run(client, experiment, output=output, tags=tags or {})
     params = [Param(name, str(value)) for name, value in flatten(recipe)]
+    work = hashlib.sha256(repr([type(recipe).__name__, *params]).encode()).hexdigest()
+    with underway.alone(output):
+        client, uri, experiment = open_store(recipe.experiment, output=output)
+        if once and (other := underway.worker_on(output, work)):
+            raise UserError(
+                f"The same is under way in {underway.described(other[1])}: MLflow run {other[0]} "
+                f"in {uri}. Wait for it or end it."
+            )
+        run = create_run(client, experiment, output=output, tags=tags or {}, work=work)
     for start in range(0, len(params), _MAX_PARAMS):
         client.log_batch(run.run_id, params=params[start : start + _MAX_PARAMS])
     extra = [RunTag(key, value) for key, value in (tags or {}).items()]

@@ -58,8 +58,10 @@ def alone(folder: str | Path) -> Iterator[None]:
         if place in _alone_in:
             yield
             return
-        place.mkdir(parents=True, exist_ok=True)
-        with (place / "lock").open("ab+") as file:  # closing it unlocks it
+        if not place.exists():
+            place.mkdir(parents=True, exist_ok=True)
+            place.chmod(place.parent.stat().st_mode)  # for whoever may write there
+        with _lock_file(place) as file:  # closing it unlocks it
             began, said = time.monotonic(), False
             while _lock(file) is False:
                 if not said and time.monotonic() - began > _PATIENCE:
@@ -73,6 +75,13 @@ def alone(folder: str | Path) -> Iterator[None]:
                 _alone_in.remove(place)
 
 
+def _lock_file(place: Path) -> BinaryIO:
+    try:
+        return (place / "lock").open("ab+")
+    except PermissionError:  # another user made it, who lets others read
+        return (place / "lock").open("rb")
+
+
 def _lock(file: BinaryIO) -> bool | None:
     """Lock an open file; False if another process has, None where there are no locks."""
     try:
@@ -84,15 +93,32 @@ def _lock(file: BinaryIO) -> bool | None:
     return True
 
 
-def begin(folder: str | Path, run_id: str) -> None:
-    """Write a note of a run that this process works on, and keep it locked."""
+def described(process: str) -> str:
+    """Say in words which process `this_process` described."""
+    host, _, rest = process.partition(" ")
+    number, _, created = rest.partition(" ")
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(created)))
+    return f"process {number} on {host}, since {since}"
+
+
+def begin(folder: str | Path, run_id: str, *, work: str = "") -> None:
+    """Write a note of a run that this process works on, and keep it locked.
+
+    Args:
+        folder: output of the run.
+        run_id: the run's id.
+        work: fingerprint of the run's configuration, by which `worker_on` finds it.
+    """
     if "://" in str(folder) or run_id in _notes:
         return
     path = _note(folder, run_id)
     with alone(folder):
-        file = path.open("ab+")
+        try:
+            file = path.open("ab+")
+        except PermissionError:  # the folder of notes is another user's, for whom it is alone
+            return
         _lock(file)
-        _write(file, {"process": this_process()})
+        _write(file, {"process": this_process(), "work": work})
         _notes[run_id] = path, file
 
 
@@ -131,12 +157,20 @@ def is_under_way(folder: str | Path, run_id: str) -> bool:
     return run_id not in _notes and path.exists() and _is_held(path)
 
 
+def worker_on(folder: str | Path, work: str) -> tuple[str, str] | None:
+    """Find another process that works on the same; return its run's id, and the process."""
+    for path in _note(folder, "").parent.glob("*.json"):
+        content = _read(path)
+        if content.get("work") == work and path.stem not in _notes and _is_held(path):
+            return path.stem, str(content.get("process"))
+    return None
+
+
 def left_behind(folder: str | Path) -> dict[str, dict[str, Any]]:
     """Read the notes of runs in a folder whose process is gone, by the runs' ids."""
-    notes = _note(folder, "*")
     return {
         path.stem: _read(path)
-        for path in sorted(notes.parent.glob(notes.name))
+        for path in sorted(_note(folder, "").parent.glob("*.json"))
         if path.stem not in _notes and not _is_held(path)
     }
 

@@ -547,7 +547,7 @@ def extract_features(config: ExtractConfig) -> Description:
         files=config.files,
         pool=config.pool,
     )
-    run = start_run(config, output=config.runs)
+    run = start_run(config, output=config.runs, once=True)
     with finishing(run):
         run.client.set_tag(run.run_id, "kind", "features")
         if annotations is not None:

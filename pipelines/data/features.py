@@ -6,8 +6,6 @@ reader has nothing to guess.
 """
 
 import io
-import zipfile
-import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -229,18 +227,6 @@ def write_npy(uri: str, features: np.ndarray) -> None:
         stream.write(buffer.getbuffer())
 
 
-# Errors of NumPy and of the zip archives of `.npz` files; a damaged header may ask for any memory.
-_DAMAGED = (
-    ValueError,
-    EOFError,
-    KeyError,
-    MemoryError,
-    NotImplementedError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-
-
 def read_array(uri: str) -> np.ndarray:
     """Read the array in a `.npy` file, or the one called `feats`, or the only one, in a `.npz`.
 
@@ -248,13 +234,14 @@ def read_array(uri: str) -> np.ndarray:
         UserError: if it holds none of shape (T, C).
         OSError: if it cannot be reached.
     """
+    content = io.BytesIO(read_bytes(uri))
     try:
         # nothing in it is unpickled: that could run code
-        found = np.load(io.BytesIO(read_bytes(uri)), allow_pickle=False)
+        found = np.load(content, allow_pickle=False)
         if isinstance(found, np.lib.npyio.NpzFile):
             name = "feats" if "feats" in found.files or len(found.files) != 1 else found.files[0]
             found = found[name]
-    except _DAMAGED as error:
+    except Exception as error:  # of any kind: of NumPy, zip, a tokenizer, for any amount of memory
         raise UserError(f"{uri} cannot be read as an array: {error}") from error
     return _checked(uri, found)
 

@@ -188,6 +188,7 @@ def write_shard(task: ShardTask, *, board: Any = None) -> Contents[VideoEntry]:
     """
     attempts = Attempts(task.uri)
     old = Shard(task.uri) if task.kept else None
+    posted = None
     with SHARDS.writing(task.uri, SCHEMA, task.settings.described()) as writer:
         for video in task.videos:
             if old is not None and video.video_id in old.contents.videos:
@@ -200,8 +201,10 @@ def write_shard(task: ShardTask, *, board: Any = None) -> Contents[VideoEntry]:
             if reason:
                 writer.contents.failures[video.video_id] = reason
             if board is not None:
-                board.post.remote((video.video_id, video.duration, reason))
+                posted = board.post.remote((video.video_id, video.duration, reason))
     attempts.clear()
+    if posted is not None:
+        ray.get(posted)  # the driver stops listening when the last task has ended
     return writer.contents
 
 

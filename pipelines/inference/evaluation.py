@@ -172,7 +172,7 @@ def _tracked(config: EvaluateConfig, plan: Plan, source: Callable[[], Labelled])
     """Evaluate the detections of a source, in a run of MLflow."""
     output = Path(config.output).absolute()
     tags = {"data.fingerprint": plan.fingerprint}
-    run = start_run(config, output=Path(config.runs).absolute(), tags=tags)
+    run = start_run(config, output=Path(config.runs).absolute(), tags=tags, once=True)
     with finishing(run):
         labelled = source()
         evaluation = evaluate(

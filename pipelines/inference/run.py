@@ -80,7 +80,7 @@ def run(config: DetectConfig) -> Run:
         classes = read_spec(folder).classes
         records = read_records(output, videos, model=model)
         output.mkdir(parents=True, exist_ok=True)
-        tracked = start_run(config, output=runs)
+        tracked = start_run(config, output=runs, once=True)
         with finishing(tracked):
             left = {video_id: uri for video_id, uri in videos.items() if video_id not in records}
             print(f"{len(records)} of {len(videos)} videos are through; {len(left)} to do")

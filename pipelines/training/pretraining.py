@@ -194,7 +194,7 @@ def pretrain(config: PretrainingConfig) -> None:
         config.folder, config.clips, size=config.size, processes=config.processes
     )
     torch.manual_seed(config.seed)
-    run = start_run(config, output=config.runs.absolute())
+    run = start_run(config, output=config.runs.absolute(), once=True)
     with finishing(run):
         backbone, reached = train(config, clips, held_out, run)
         facts = {"command": shlex.join(sys.argv), "held_out_top1": f"{reached:.4f}"}

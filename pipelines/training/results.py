@@ -81,7 +81,10 @@ def log_model(run: Run, detector: Path, **files: Path) -> str:
         info = mlflow.pyfunc.log_model(
             name="detector",
             python_model=str(_REPOSITORY / "pipelines" / "core" / "mlflow_model.py"),
-            artifacts={name: str(path) for name, path in {"detector": detector, **files}.items()},
+            # as URIs: MLflow decodes %41 in paths too
+            artifacts={
+                name: path.as_uri() for name, path in {"detector": detector, **files}.items()
+            },
             code_paths=[str(_REPOSITORY / "re2tal")],
             pip_requirements=["torch", "torchvision", "av", "pydantic", "safetensors", "psutil"],
             tags={_CONTENT: content},

@@ -1,12 +1,11 @@
 """Resuming: a command that is given again goes on with the run that it did not finish.
 
 MLflow says which run that is, so that other machines of a cluster see it too: each run is tagged
-with a digest of its configuration and data, and with the process that drives it.
+with a digest of its configuration and data.
 """
 
 import hashlib
 import json
-import time
 from collections.abc import Mapping
 
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
@@ -22,7 +21,7 @@ from pipelines.core.tracking import (
     start_run,
     take_up,
 )
-from pipelines.core.underway import alone, is_alive, is_under_way, this_process
+from pipelines.core.underway import alone, described, is_alive, is_under_way, this_process
 from pipelines.data.clip_plan import AnyPlan
 from pipelines.training.retention import newest_checkpoint
 from re2tal.errors import UserError
@@ -86,7 +85,7 @@ def _resume_or_start(recipe: RunConfig, plan: AnyPlan, *, parent: str | None) ->
 
 def mark(configuration: str) -> dict[str, str]:
     """Return the tags by which a run is found again, for a configuration's `digest`."""
-    return {_DIGEST: configuration, DRIVER: this_process()}
+    return {_DIGEST: configuration}
 
 
 def last_run(config: Tracked, tags: Mapping[str, str], *, output: str) -> Run | None:
@@ -115,11 +114,8 @@ def last_run(config: Tracked, tags: Mapping[str, str], *, output: str) -> Run | 
     if is_under_way(output, run.run_id) or (
         found[0].info.status == "RUNNING" and other and is_alive(driver)
     ):
-        host, number, created = driver.split()
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(created)))
         raise UserError(
-            f"This run is under way in process {number} on {host}, since {since}: MLflow run "
-            f"{run.run_id} in {run.uri}. Wait for it or end it; for a second run beside it give "
-            "--no-resume."
+            f"This run is under way in {described(driver)}: MLflow run {run.run_id} in {run.uri}. "
+            "Wait for it or end it; for a second run beside it give --no-resume."
         )
     return run

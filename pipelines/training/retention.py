@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import ray.train
-
 from pipelines.config.recipe import CheckpointConfig
 from pipelines.core.metric_names import UNSCORED
 from pipelines.core.storage import (
@@ -97,24 +95,26 @@ def newest_checkpoint(folder: str) -> Kept | None:
     return kept[-1] if kept else None
 
 
-def make_room(folder: str, wanted: int) -> None:
+def make_room(folder: str, name: str, wanted: int) -> None:
     """Remove what interrupted copies left of checkpoints, and check the room for another.
 
     Args:
         folder: folder of the run, a path or URI.
-        wanted: bytes of the checkpoint to come.
+        name: name of the checkpoint to come; one of that name was found damaged.
+        wanted: its bytes.
 
     Raises:
         UserError: there is no room, or the folder cannot be written to.
     """
     with writing_to(folder, what="a checkpoint"):
-        remove_partial(folder)
+        remove_partial(folder, name)
     require_room(folder, wanted, what="a checkpoint")
 
 
-def remove_partial(folder: str) -> None:
-    """Remove checkpoints that are not whole."""
-    for name in checkpoints(folder)[1]:
+def remove_partial(folder: str, *more: str) -> None:
+    """Remove checkpoints that are not whole, and more of them by name, if they are there."""
+    kept, rest = checkpoints(folder)
+    for name in [*rest, *(one.name for one in kept if one.name in more)]:
         remove_folder(join(folder, name))
 
 
@@ -149,6 +149,8 @@ def _chosen(kept: Sequence[Kept], config: CheckpointConfig, score: str) -> list[
 @contextmanager
 def fetched(kept: Kept) -> Iterator[Path]:
     """Give a checkpoint as a local folder, copied there if it is remote."""
+    import ray.train  # here, because the loop by itself does without Ray
+
     filesystem, path = resolve(kept.uri)
     with ray.train.Checkpoint(path, filesystem).as_directory() as local:
         yield Path(local)
@@ -169,7 +171,8 @@ def best_checkpoint(
         UserError: there is none.
     """
     kept = [one for one in checkpoints(folder)[0] if one.metrics.get(score, UNSCORED) != UNSCORED]
-    for one in sorted(kept, key=lambda one: one.rank(score), reverse=True):
+    # of equal ones the first, as in the table of results
+    for one in sorted(kept, key=lambda one: one.rank(score)[0], reverse=True):
         with fetched(one) as local:
             try:
                 read_listing(local, digests=True)

@@ -172,7 +172,8 @@ class RayRuntime:
         output, whole = self._job.output, None
         with alike():
             if self.rank == 0:
-                make_room(output, sum(sizes_below(str(checkpoint)).values()))
+                wanted = sum(sizes_below(str(checkpoint)).values())
+                make_room(output, checkpoint.name, wanted)
                 whole = ray.train.Checkpoint.from_directory(checkpoint)
         with alike(), writing_to(output, what="a checkpoint"):
             try:
@@ -220,9 +221,8 @@ def _logged(job: Job) -> dict[str, int]:
 
 def _train(job: Job, task: Task, runtime: RayRuntime) -> dict[str, float] | TrainingProblem:
     weights = task.recipe.model.weights
-    trainer = Trainer(task, runtime, weights=weights, output=job.output)
     try:
-        return trainer.run()
+        return Trainer(task, runtime, weights=weights, output=job.output).run()
     except (UserError, ReversibleError) as problem:
         return TrainingProblem(message=str(problem))
 

@@ -16,6 +16,10 @@ from re2tal.datasets.published import Dataset, Fault
 DURATION_TOLERANCE = 1.0
 
 
+# Seconds that a video can last: a typing error must not become a million windows.
+LEAST_SECONDS, MOST_SECONDS = 1e-3, 1e7
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rules:
     """Rules for the entries of a file.
@@ -93,14 +97,14 @@ def _check_number(value: Any) -> Any:
     return value
 
 
-_Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_check_number)]
+Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_check_number)]
 _Name = Annotated[str, Field(min_length=1)]
 
 
 class _Action(BaseModel):
     """One entry of "annotations" as the file has it."""
 
-    segment: tuple[_Number, _Number]
+    segment: tuple[Number, Number]
     label: _Name
 
 
@@ -108,7 +112,7 @@ class _Video(BaseModel):
     """One value of "database" as the file has it; its actions are checked one by one."""
 
     subset: _Name
-    duration: _Number = Field(gt=0)
+    duration: Number = Field(ge=LEAST_SECONDS, le=MOST_SECONDS)
     annotations: list[Any] = []
 
 

@@ -186,23 +186,32 @@ def _clip_entry(split: Any, clip: dict[str, Any]) -> dict[str, Any]:
     return {
         "subset": split,
         "duration": _difference(end, start),
-        "annotations": [
-            {
-                "segment": [label.get("start_time"), label.get("end_time")],
-                "label": label.get("label"),
-            }
-            for annotator in (annotators if isinstance(annotators, list) else ())
-            if isinstance(annotator, dict)
-            for label in annotator.get("labels") or ()
-            if isinstance(label, dict) and label.get("primary")
-        ],
+        "annotations": [*_actions(annotators)]
+        if isinstance(annotators, list | None)
+        else annotators,
     }
 
 
+def _actions(annotators: Sequence[Any] | None) -> Iterator[Any]:
+    """Yield the primary labels of a clip, and whatever is no label, to be refused later."""
+    for annotator in annotators or ():
+        labels = annotator.get("labels") if isinstance(annotator, dict) else annotator
+        for label in labels if isinstance(labels, list) else (labels,):
+            if not isinstance(label, dict):
+                yield from (label,) if label is not None else ()
+            elif label.get("primary"):
+                times = [label.get("start_time"), label.get("end_time")]
+                yield {"segment": times, "label": label.get("label")}
+
+
 def _difference(end: Any, start: Any) -> Any:
-    """`end - start` of two numbers; `end` itself if that is no number, to be refused later."""
-    numbers = all(isinstance(value, int | float) for value in (start, end))
-    return end - start if numbers else end
+    """`end - start` of two numbers; else the end, or both if that is a number, to be refused."""
+    if type(end) not in (int, float):  # True is an int as well
+        return end
+    try:
+        return float(end) - float(start) if type(start) in (int, float) else (start, end)
+    except OverflowError:
+        return start, end
 
 
 # --- EPIC-Kitchens-100 ---------------------------------------------------------------------------

@@ -16,13 +16,20 @@ from re2tal.annotations import (
     read_json,
     read_text,
 )
-from re2tal.datasets.checking import Checked, Rules, check_video
+from re2tal.datasets.checking import (
+    LEAST_SECONDS,
+    MOST_SECONDS,
+    Checked,
+    Number,
+    Rules,
+    check_video,
+)
 from re2tal.datasets.forms import ACTIVITYNET_JSON, FileForm
 from re2tal.datasets.published import ANY_OTHER, FORMS, Dataset, Fault
 from re2tal.errors import apart
 
 Durations: TypeAlias = Mapping[str, float] | Callable[[Sequence[str]], Mapping[str, float]]
-_Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Seconds = Annotated[Number, Field(ge=LEAST_SECONDS, le=MOST_SECONDS)]
 _DURATIONS = TypeAdapter(dict[str, _Seconds])
 
 

@@ -110,6 +110,8 @@ def load_video_scores(
                 f"video {video_id!r}: has a negative score; if the file holds logits, say so "
                 "(logits=True)"
             )
+        elif max(map(abs, values), default=0.0) > torch.finfo(torch.float32).max:
+            problems.append(f"video {video_id!r}: has a score beyond the range of float32")
     if problems:
         raise FileError(str(path), problems)
     columns = [names.index(name) for name in classes]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.video import Swin3D_T_Weights, SwinTransformer3d
 
@@ -24,7 +25,7 @@ from re2tal.backbones.slowfast import (
 )
 from re2tal.backbones.swin import SwinConfig
 from re2tal.backbones.weights import load_backbone_weights, save_backbone_weights
-from re2tal.weights import WeightsMismatchError
+from re2tal.weights import WeightsMismatchError, read_tensors
 from tests.backbones import published_slowfast as slowfast
 from tests.backbones import published_swin as swin
 
@@ -419,6 +420,28 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path, name: str) -> Non
 
 class Unsafe:
     pass
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
+def test_damaged_weights_are_read_or_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if path.suffix == ".pth":
+        torch.save({"x": torch.ones(4, 4)}, path)
+    else:
+        save_file({"x": torch.ones(4, 4)}, path)
+    content, random = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        damaged = np.frombuffer(content, np.uint8).copy()
+        places = random.integers(len(damaged), size=2)
+        damaged[places] ^= np.uint8(1) << random.integers(8, size=2, dtype=np.uint8)
+        path.write_bytes(damaged[: random.integers(1, 2 * len(damaged))].tobytes())
+        try:
+            read_tensors(path)
+        except ValueError:
+            refused += 1
+    assert refused > 100
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"state_dict_ema": {"a": 1}}])

@@ -39,7 +39,7 @@ from pipelines.training.retention import (
 )
 from pipelines.training.run import _start_ray
 from pipelines.training.trainer import Trainer
-from pipelines.training.worker import RayRuntime
+from pipelines.training.worker import RayRuntime, TrainingProblem, _train
 from re2tal.errors import UserError
 from re2tal.videos.windows import Window
 
@@ -182,11 +182,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
         assert again.state.step == step
         told = [line for line in again.runtime.lines if "training.pt" in line]  # type: ignore[attr-defined]
         assert any(one.name in line and "The one before it is taken" in line for line in told)
+    again.run()  # which writes the damaged ones again
+    for one in kept:
+        read_listing(one.uri, digests=True)
+    for one in kept[1:]:
+        Path(one.uri, "training.pt").write_bytes(_flip(Path(one.uri, "training.pt").read_bytes()))
     Path(kept[0].uri, "detector", "spec.json").write_bytes(b" " * 8)
     weights = Path(kept[0].uri, "detector", "weights.safetensors")
     weights.write_bytes(_zero(weights.read_bytes()))
     with pytest.raises(UserError, match=r"No checkpoint of the run can be used.*--no-resume"):
         begin()
+    # another attempt would not help: a worker returns the problem instead of raising it
+    runtime: Any = first.runtime
+    problem = _train(runtime._job, first.task, runtime)
+    assert isinstance(problem, TrainingProblem)
+    assert kept[2].name in problem.message
 
 
 def test_without_room_a_run_stops_in_one_sentence_and_goes_on_when_there_is_some(
@@ -329,7 +339,7 @@ def test_checkpoints_are_kept_in_an_object_store_too(remote: str, tmp_path: Path
         filesystem.create_dir(path, recursive=True)
         pafs.copy_files(str(tmp_path / name), path, destination_filesystem=filesystem)
     remove(f"{remote}/{checkpoint_name(epoch=4, step=4)}/training.pt")
-    make_room(remote, 2**60)
+    make_room(remote, "", 2**60)
     remove_surplus(remote, CheckpointConfig(keep=1), "val/mAP")
     kept, rest = checkpoints(remote)
     assert [one.metrics["val/mAP"] for one in kept] == [0.5, 0.1]
@@ -342,7 +352,7 @@ def test_checkpoints_are_kept_in_an_object_store_too(remote: str, tmp_path: Path
 def test_the_best_checkpoint_is_one_that_is_not_damaged(tmp_path: Path) -> None:
     run = str(tmp_path)
     said: list[str] = []
-    for epoch, score in ((1, 0.5), (2, 0.4), (3, 0.7), (4, UNSCORED)):
+    for epoch, score in ((1, 0.5), (2, 0.5), (3, 0.7), (4, UNSCORED)):
         _written(tmp_path, checkpoint_name(epoch=epoch, step=epoch), val_mAP=score, epoch=epoch)
     best = tmp_path / checkpoint_name(epoch=3, step=3) / "training.pt"
     best.write_bytes(b"stale")

@@ -282,6 +282,7 @@ SHAPE = r"must hold floating numbers of shape \(T, C\), but holds"
         (lambda _: b"", {}, "cannot be read as an array"),
         (lambda _: b"PK\3\4 no archive", {}, "cannot be read as an array"),
         (lambda _: HUGE, {}, "cannot be read as an array"),
+        (lambda _: HUGE.replace(b")", b"("), {}, "cannot be read as an array"),
     ],
 )
 def test_features_that_cannot_be_used_are_named_before_training(

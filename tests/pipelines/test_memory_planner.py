@@ -165,7 +165,7 @@ def test_a_recipe_is_profiled_whole_and_reversible_or_not(tiny_recipe: Recipe) -
     peaks = {way: breakdown.memory.peak for way, breakdown in found.items()}
     assert len(set(peaks.values())) == len(KEEPING)
     assert max(peaks, key=lambda way: peaks[way]) == "plain"
-    detector = build_detector(tiny_recipe, ["class"] * 20, weights=None)
+    detector = build_detector(tiny_recipe, [f"class {n}" for n in range(20)], weights=None)
     parameters = sum(p.numel() for p in detector.parameters())
     assert {b.memory.parameters for b in found.values()} == {4 * parameters}
     # a window of 64 frames: stride 2, three levels of the pyramid, attention over 8 patches

@@ -9,6 +9,7 @@ from mlflow.entities import LoggedModelStatus
 
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import toy
+from pipelines.core.storage import fetch
 from pipelines.core.tracking import Run, log_metrics, start_run
 from pipelines.data.batches import Video
 from pipelines.data.plan import Plan
@@ -75,6 +76,20 @@ def test_a_run_whose_metrics_did_not_arrive_says_so(
     assert "frames/s" not in printed
     log_pictures(run, PLAN, {})
     assert pictures(run) == {"pictures/timelines.png"}
+
+
+def test_a_model_from_a_folder_with_any_name_is_logged_and_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    output = tmp_path / "a%41?b#c"  # MLflow decodes %41, in paths too
+    run = start_run(toy(), output=output)
+    detector = output / "checkpoint" / "detector"
+    detector.mkdir(parents=True)
+    (detector / "weights.safetensors").write_bytes(b"weights")
+    uri = log_model(run, detector)
+    found = fetch(uri, tmp_path, tracking_uri=run.uri, what="The model")
+    assert (found / "artifacts" / "detector" / "weights.safetensors").read_bytes() == b"weights"
 
 
 def test_a_model_is_logged_once(run: Run, tmp_path: Path, disk: Callable[[int], None]) -> None:

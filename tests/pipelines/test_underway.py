@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.exceptions import MlflowException
@@ -114,6 +115,23 @@ def test_a_note_that_was_cut_off_is_of_a_run_that_was_killed(tmp_path: Path, con
 
 def _fail(*_: object, **__: object) -> None:
     raise MlflowException("database or disk is full\nand much more")
+
+
+def test_the_same_work_is_done_by_one_process_at_a_time(tmp_path: Path) -> None:
+    first = start_run(Outer(), output=tmp_path, once=True)
+    assert start_run(Outer(), output=tmp_path, once=True) != first  # this process's own
+    note = tmp_path / underway.FOLDER / f"{first.run_id}.json"
+    content = note.read_text()
+    with _held(tmp_path, first) as kill:
+        note.write_text(content)  # of that process
+        told = rf"under way in process \d+ on .*, since 20.*: MLflow run {first.run_id} in sqlite"
+        with pytest.raises(UserError, match=told):
+            start_run(Outer(), output=tmp_path, once=True)
+        assert start_run(Outer(name="other"), output=tmp_path, once=True)
+        assert start_run(Outer(), output=tmp_path)
+        kill()
+        assert start_run(Outer(), output=tmp_path, once=True)
+        assert _status(first) == "KILLED"
 
 
 def test_a_tracker_that_fails_does_not_hide_the_error_and_is_told_later(
@@ -229,3 +247,23 @@ def test_an_object_store_has_no_locks() -> None:
     assert not underway.leave("a", status="FAILED")
     assert underway.left_behind("s3://bucket/runs") == {}
     assert not underway.is_under_way("s3://bucket/runs", "a")
+
+
+def test_a_folder_of_another_user_has_a_lock_and_no_notes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.chmod(0o1777)
+    with underway.alone(tmp_path):
+        assert (tmp_path / underway.FOLDER).stat().st_mode == tmp_path.stat().st_mode
+    opened = Path.open
+
+    def readable(path: Path, mode: str = "r", **more: Any) -> Any:
+        if mode == "ab+":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, mode, **more)
+
+    monkeypatch.setattr(Path, "open", readable)
+    with underway.alone(tmp_path):
+        underway.begin(tmp_path, "a")
+    assert not underway.leave("a", status="FAILED")
+    assert underway.left_behind(tmp_path) == {}

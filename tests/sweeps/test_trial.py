@@ -20,10 +20,12 @@ from pipelines.config.recipes import toy
 from pipelines.core import underway
 from pipelines.core.metric_names import MAP
 from pipelines.core.storage import database_url
-from pipelines.core.tracking import Run, log_metrics, start_run
+from pipelines.core.tracking import Run, finishing, log_metrics, start_run
+from re2tal.errors import UserError
 from sweeps.epoch_reports import MEMORY, RUN_ID
 from sweeps.finetune import SWEEP
-from sweeps.search import end_children
+from sweeps.report import report
+from sweeps.search import end_children, is_through
 from sweeps.study import open_study
 from sweeps.sweep import HIGHEST_MAP, SweepConfig
 from sweeps.trial import (
@@ -222,6 +224,25 @@ def test_what_a_killed_sweep_left_running_is_ended_as_optuna_knows_it(
         end_children(sweep.parent, study, output=str(tmp_path))
         assert not note.exists()
     assert late.client.get_run(late.run_id).info.status == "KILLED"
+
+
+def test_a_sweep_of_which_no_trial_came_to_its_end_fails_with_the_first_reason(
+    sweep: _Sweep, study: optuna.Study, tmp_path: Path
+) -> None:
+    config = SweepConfig(
+        name="small", experiment=sweep.recipe.experiment, epochs=1, trials=3, base=sweep.recipe
+    )
+    run = sweep.run_of(0)
+    run.client.set_tag(run.run_id, "error", "UserError: the loss is not finite\nmore")
+    fruitless = optuna.create_study(study_name="fruitless")
+    for state in (TrialState.PRUNED, TrialState.FAIL, TrialState.FAIL):
+        fruitless.tell(fruitless.ask(), state=state)
+    told = r"0 finished, 1 pruned, 2 failed. The first that failed said: UserError: the loss is not"
+    with pytest.raises(UserError, match=told), finishing(sweep.parent):
+        report(SWEEP, config, sweep.parent, fruitless)
+    assert sweep.parent.client.get_run(sweep.parent.run_id).info.status == "FAILED"
+    assert is_through(sweep.parent, config)
+    assert not is_through(sweep.parent, replace(config, trials=4))
 
 
 def test_a_tracker_that_fails_ends_no_sweep_and_hides_no_outcome(
