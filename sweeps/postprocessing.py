@@ -29,6 +29,7 @@ from pipelines.training.detection import RAW_FILE, DetectionTask
 from re2tal.detection.raw import read_raw
 from re2tal.detection.segments import Detections
 from re2tal.detection.suppression import nms_videos
+from re2tal.errors import UserError, apart
 from sweeps.suggestions import Suggestions, override
 from sweeps.trial import log_searched
 
@@ -143,13 +144,16 @@ def _search(
 
 def _plan(recipe: Recipe, raw: Mapping[str, Detections]) -> Plan:
     """Plan the validation videos that have detections; their files are not needed."""
-    data = resolved(
-        recipe.data,
-        needed=("annotations",),
-        prefix="--data.",
-    )
+    data = resolved(recipe.data, needed=("annotations",), prefix="--data.")
     annotations = read_annotations(data)
-    videos = [v for v in annotations.subset(data.evaluated_on).videos if v.video_id in raw]
+    annotated = annotations.subset(data.evaluated_on).videos
+    videos = [video for video in annotated if video.video_id in raw]
+    if not videos:
+        raise UserError(
+            f"The run's raw detections are of none of the {len(annotated)} videos of "
+            f"{data.annotations}, which must have changed since: put back what it was trained on. "
+            f"{apart(raw, [video.video_id for video in annotated])}."
+        )
     scores = read_video_scores(data, annotations.classes, videos)
     return evaluation_plan(annotations, videos, scores)
 

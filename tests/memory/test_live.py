@@ -20,7 +20,9 @@ from re2tal.reversible import rewire
 
 def test_views_and_shared_storages_count_once() -> None:
     model = nn.Linear(4, 4)
+    model.weight.grad = torch.zeros(4, 4)
     with LiveBytes(model) as live:
+        assert live.memory().gradients == 64
         a = torch.zeros(1000)
         views = [a.view(10, 100), a[:5], a.detach()]
         b = torch.zeros(500)

@@ -107,8 +107,13 @@ def test_durations_come_from_features_of_the_same_name_in_another_normal_form(
     said = {"format": "re2tal features 1", "layout": "npy", "channels": 8}
     said |= {"videos": {"cafe\u0301": held}}
     (tmp_path / "features.json").write_text(json.dumps(said))
-    config = replace(without_durations[0], annotations=str(tmp_path / "a.json"), videos=None)
-    config = replace(config, features=str(tmp_path), durations="probe")
+    config = replace(
+        without_durations[0],
+        annotations=str(tmp_path / "a.json"),
+        videos=None,
+        features=str(tmp_path),
+        durations="probe",
+    )
     (video,) = read_annotations(config).videos
     assert (video.video_id, video.duration) == ("caf\u00e9", 7.5)
 

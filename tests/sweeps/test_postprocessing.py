@@ -84,6 +84,16 @@ def test_the_script_prints_options_for_training(
     assert "--nms.method" in printed
 
 
+def test_raw_detections_of_other_videos_are_refused(
+    run: tuple[Run, Recipe], tiny_plan: Plan, tmp_path: Path
+) -> None:
+    others = {f"v_{video_id}": found for video_id, found in _repeated(tiny_plan).items()}
+    write_raw(tmp_path / RAW_FILE, others, (ACTION,))
+    run[0].client.log_artifact(run[0].run_id, str(tmp_path / RAW_FILE))
+    with pytest.raises(UserError, match=r'of none of the 2 videos .* Without "v_" in front'):
+        search_postprocessing(run[0], trials=1, seed=0, parent=run[0].run_id)
+
+
 def test_a_run_without_raw_detections_is_refused(tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = replace(tiny_recipe, output=str(tmp_path))
     bare = start_run(recipe, output=tmp_path)

@@ -19,7 +19,20 @@ from re2tal.json_files import Place, places
 
 NUMBERS = (0, -1, 1e308, -1e308, 10**400, 10**20, -0.0, 5e-324, np.nan, np.inf, -np.inf)
 TEXTS = ("", " ", "x", "\0", "\ud800", "../..", "/etc", "a" * 10_000, "NaN", "1e999", "\uff11")
-OTHERS = (None, True, False, [], {}, [[]], [None], [1, 2], [2, 1], [1, 2, 3], ["1", "2"], [{}])
+OTHERS: tuple[Any, ...] = (
+    None,
+    True,
+    False,
+    [],
+    {},
+    [[]],
+    [None],
+    [1, 2],
+    [2, 1],
+    [1, 2, 3],
+    ["1", "2"],
+    [{}],
+)
 VALUES = (*NUMBERS, *TEXTS, *OTHERS, {"segment": [1, 2]}, {"segment": None, "label": None})
 
 ACTIONS = [{"segment": [1, 2], "label": "x"}, {"segment": [3, 4], "label": "y"}]
@@ -113,7 +126,22 @@ def test_any_value_anywhere_is_read_or_refused(
     assert total / 2 < refused < total
 
 
-IMPOSSIBLE = (-1.0, 0.0, 1e-300, 1e300, 10**400, np.nan, np.inf, None, "", "x", True, [], {}, [1])
+IMPOSSIBLE: tuple[Any, ...] = (
+    -1.0,
+    0.0,
+    1e-300,
+    1e300,
+    10**400,
+    np.nan,
+    np.inf,
+    None,
+    "",
+    "x",
+    True,
+    [],
+    {},
+    [1],
+)
 
 
 @pytest.mark.parametrize("value", IMPOSSIBLE, ids=repr)
