@@ -3,6 +3,7 @@
 from __future__ import annotations  # PyAV's Packet takes its parameter in stubs only
 
 import math
+import re
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -259,6 +260,9 @@ _UNTIMED = frozenset({"h264", "hevc", "mpegvideo"})
 # Packets at the start of a file in which frames that are not in the order of their times must show.
 _MOST_CHECKED = 64
 
+# Name and version that DivX and Xvid write into streams with a B-frame and another one in a packet.
+_PACKED = re.compile(rb"DivX\d+(?:b|Build)\d+p")
+
 # FFmpeg's names for the order of fields: unknown and progressive.
 _NO_FIELDS = frozenset({0, 1})
 
@@ -421,8 +425,14 @@ class FrameQueue:
     def reorders(self) -> bool:
         """Decode the next packets, and tell if frames come out in another order than their times'.
 
-        The queue must not be used after that.
+        MPEG-4 also says itself that its packets may hold two frames, though the first of them may
+        come much later. The queue must not be used after that.
         """
+        if self._stream.codec_context.name == "mpeg4":
+            packets = [p for p in self._buffer.peek(_MOST_CHECKED) if p.stream is self._stream]
+            head = self._stream.codec_context.extradata or b""
+            if _PACKED.search(head + b"".join(map(bytes, packets[:1]))):
+                return True
         latest = -math.inf
         while self._sent < _MOST_CHECKED and self._feed():
             while self._ready:

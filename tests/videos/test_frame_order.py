@@ -12,12 +12,14 @@ import pytest
 from av.codec.context import CodecContext
 from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
+from av.video.frame import PictureType
 
 from re2tal.videos.decoding import decode, decode_intact, probe
 from re2tal.videos.reader import VideoReader
 from tests.videos.made_videos import FPS, make_video, numbers, picture
 
-FRAMES = 60
+FRAMES = 90
+LATE = 70  # the first frame of a file from which on there are B-frames
 PYRAMID = "bframes=3:b-adapt=0:b-pyramid=2:scenecut=0"
 OPEN = f"{PYRAMID}:open-gop=1:keyint=15:min-keyint=15"
 H264: dict[str, Any] = {"options": {"x264-params": PYRAMID}}
@@ -51,6 +53,7 @@ KINDS = [
     Kind(name="raw.m2v", settings={**MPEG4, "codec": "mpeg2video"}),
     Kind(name="raw.m1v", settings={**MPEG4, "codec": "mpeg1video", "container": "mpeg1video"}),
     Kind(name="packed.avi", wrong_times=True),
+    Kind(name="packed late.avi", wrong_times=True),
     Kind(name="packed.mp4", copied_from=".avi", wrong_times=True),
 ]
 
@@ -92,8 +95,11 @@ class Chunk(NamedTuple):
     key: bool
 
 
-def encoded(codec: str, **options: str) -> list[Chunk]:
-    """Packets in decoding order, at their times of presentation, which AVI does not hold."""
+def encoded(codec: str, late: int = 0, **options: str) -> list[Chunk]:
+    """Packets in decoding order, at their times of presentation, which AVI does not hold.
+
+    B-frames come from frame `late` on.
+    """
     encoder = cast("VideoCodecContext", CodecContext.create(codec, "w"))
     encoder.width, encoder.height, encoder.pix_fmt = 96, 64, "yuv420p"
     encoder.time_base, encoder.framerate, encoder.gop_size = Fraction(1, FPS), Fraction(FPS), 12
@@ -102,17 +108,20 @@ def encoded(codec: str, **options: str) -> list[Chunk]:
     for number in range(FRAMES + 1):
         frame = av.VideoFrame.from_ndarray(picture(number), format="rgb24")
         frame.pts, frame.time_base = number, Fraction(1, FPS)
+        if number <= late:
+            frame.pict_type = PictureType.P if number % 12 else PictureType.I
         packets = encoder.encode(frame if number < FRAMES else None)
         chunks += [Chunk(bytes(p), p.pts or 0, p.is_keyframe) for p in packets]
     return chunks
 
 
-def packed() -> list[Chunk]:
+def packed(late: bool) -> list[Chunk]:
     """MPEG-4 as DivX wrote it: a B-frame in one packet with the frame that is shown behind it.
 
     The packet after that holds a placeholder, and the second one nothing, as the encoder was late.
     """
-    chunks = encoded("mpeg4", bf="1", sc_threshold="1000000000", b_strategy="0")
+    options = {"sc_threshold": "1000000000", "b_strategy": "0"}
+    chunks = encoded("mpeg4", late=LATE if late else 0, bf="1", **options)
     found: list[Chunk] = []
     while chunks:
         content = re.sub(rb"Lavc[\d.]+", b"DivX503b1393p", chunks[0].content)
@@ -128,8 +137,8 @@ def packed() -> list[Chunk]:
 def make_avi(path: Path) -> None:
     """Writes a file that this FFmpeg does not make by itself."""
     rate = FPS
-    if path.stem == "packed":
-        chunks, tag = packed(), b"DX50"
+    if path.stem.startswith("packed"):
+        chunks, tag = packed(late="late" in path.stem), b"DX50"
     elif path.stem == "hevc":
         chunks, tag = encoded("libx265", **HEVC["options"]), b"HEVC"
         chunks = [chunk._replace(time=time) for time, chunk in enumerate(chunks)]
