@@ -8,10 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import mlflow
 from matplotlib.figure import Figure
-from mlflow.entities import LoggedModelStatus
-from mlflow.utils.file_utils import local_file_uri_to_path
 from rich.console import Console
 from rich.table import Table
 
@@ -60,6 +57,10 @@ def log_model(run: Run, detector: Path, **files: Path) -> str:
     Raises:
         UserError: there is no room for it.
     """
+    import mlflow  # takes seconds, which evaluate.py --help need not wait for
+    from mlflow.entities import LoggedModelStatus
+    from mlflow.utils.file_utils import local_file_uri_to_path
+
     content = crc32(str(detector / WEIGHTS_FILE))
     client, experiment = run.client, run.client.get_run(run.run_id).info.experiment_id
     for model in client.search_logged_models(
