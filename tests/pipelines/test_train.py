@@ -149,7 +149,8 @@ def _stop(head: Head, job: str) -> None:
         rest = "".join(lines)
     assert "succeeded" not in rest
     assert re.search(
-        r"stopping \(SIGTERM\); once more ends this at once\nkept: .*checkpoint_epoch_0", rest
+        r"stopping \(SIGTERM\); once more ends this at once\n(?:.*\n)*?kept: .*checkpoint_epoch_0",
+        rest,
     )
 
 
