@@ -200,7 +200,7 @@ def _parent(config: SweepConfig, ready: Prepared) -> Run:
     output = config.output
     # a sweep stays the same with another length or layout on the cluster
     search = replace(config, trials=1, concurrency=None, minutes=None, storage=None)
-    marked = mark(digest(search, ready.plan))
+    marked = mark(config, digest(search, ready.plan), output=output)
     with alone(output):  # of two same commands, the second sees the first one's run
         run = last_run(config, marked, output=output) if config.resume else None
         if run is None or is_through(run, config):

@@ -6,7 +6,8 @@ with a digest of its configuration and data.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
@@ -27,6 +28,7 @@ from pipelines.training.retention import newest_checkpoint
 from re2tal.errors import UserError
 
 _DIGEST = "re2tal.configuration"
+_NUMBER = "re2tal.number"  # of a run among those of its configuration: a clock may be set back
 
 
 def digest(config: Tracked, plan: AnyPlan, **more: str) -> str:
@@ -70,7 +72,7 @@ def resume_or_start(
 def _resume_or_start(recipe: RunConfig, plan: AnyPlan, *, parent: str | None) -> tuple[Run, bool]:
     output = recipe.output
     of = {} if parent is None else {MLFLOW_PARENT_RUN_ID: parent}
-    tags = of | mark(digest(recipe, plan, **of))
+    tags = of | mark(recipe, digest(recipe, plan, **of), output=output)
     run = last_run(recipe, tags, output=output) if recipe.resume else None
     status = run and run.client.get_run(run.run_id).info.status
     if run is None or status == "FINISHED":
@@ -83,9 +85,17 @@ def _resume_or_start(recipe: RunConfig, plan: AnyPlan, *, parent: str | None) ->
     return run, True
 
 
-def mark(configuration: str) -> dict[str, str]:
-    """Return the tags by which a run is found again, for a configuration's `digest`."""
-    return {_DIGEST: configuration}
+def mark(config: Tracked, configuration: str, *, output: str) -> dict[str, str]:
+    """Return the tags by which a run is found again.
+
+    Args:
+        config: configuration that names the experiment.
+        configuration: its `digest`.
+        output: folder of the default store.
+    """
+    _, found = _latest(config, configuration, output=output)
+    number = int(found[0].data.tags.get(_NUMBER, 0)) + 1 if found else 1
+    return {_DIGEST: configuration, _NUMBER: f"{number:06}"}
 
 
 def last_run(config: Tracked, tags: Mapping[str, str], *, output: str) -> Run | None:
@@ -99,13 +109,7 @@ def last_run(config: Tracked, tags: Mapping[str, str], *, output: str) -> Run | 
     Raises:
         UserError: if another process is working on it.
     """
-    client, uri, experiment = open_store(config.experiment, output=output)
-    found = client.search_runs(
-        [experiment],
-        filter_string=f"tags.`{_DIGEST}` = '{tags[_DIGEST]}'",
-        order_by=["attributes.start_time DESC"],
-        max_results=1,
-    )
+    uri, found = _latest(config, tags[_DIGEST], output=output)
     if not found:
         return None
     run = Run(uri=uri, run_id=found[0].info.run_id)
@@ -119,3 +123,15 @@ def last_run(config: Tracked, tags: Mapping[str, str], *, output: str) -> Run | 
             "Wait for it or end it; for a second run beside it give --no-resume."
         )
     return run
+
+
+def _latest(config: Tracked, configuration: str, *, output: str) -> tuple[str, Sequence[Any]]:
+    """Return the store's URI, and the last run of a configuration, if there is one, in MLflow."""
+    client, uri, experiment = open_store(config.experiment, output=output)
+    found = client.search_runs(
+        [experiment],
+        filter_string=f"tags.`{_DIGEST}` = '{configuration}'",
+        order_by=[f"tags.`{_NUMBER}` DESC", "attributes.start_time DESC"],
+        max_results=1,
+    )
+    return uri, found

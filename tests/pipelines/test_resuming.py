@@ -2,6 +2,7 @@
 
 import fcntl
 import socket
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import psutil
 import pyarrow.fs as pafs
 import pytest
 from mlflow.exceptions import MlflowException
+from mlflow.tracking._tracking_service import client as tracking_client
 
 from pipelines.config.recipe import Recipe
 from pipelines.core import underway
@@ -103,6 +105,24 @@ def test_a_run_that_did_not_end_is_taken_up_and_one_that_did_is_not(
     fresh, goes_on = resume_or_start(recipe, tiny_plan)
     assert not goes_on
     assert fresh.run_id not in {first.run_id, second.run_id, other.run_id}
+
+
+@pytest.mark.slow
+def test_the_last_run_is_taken_up_although_the_clock_was_set_back(
+    recipe: Recipe, tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = resume_or_start(recipe, tiny_plan)
+    with finishing(first):
+        pass
+    an_hour_ago = int(1000 * (time.time() - 3600))
+    monkeypatch.setattr(tracking_client, "get_current_time_millis", lambda: an_hour_ago)
+    second, _ = resume_or_start(recipe, tiny_plan)
+    times = [run.client.get_run(run.run_id).info.start_time for run in (first, second)]
+    assert times == sorted(times, reverse=True)
+    _checkpoint(recipe, second.run_id, tmp_path)
+    with pytest.raises(OSError, match="full"), finishing(second):
+        raise OSError("the disk is full")
+    assert resume_or_start(recipe, tiny_plan) == (second, True)
 
 
 @pytest.mark.slow
