@@ -20,6 +20,7 @@ import tyro
 
 from pipelines.config.choices import import_own
 from pipelines.config.command_line import told_shortly
+from pipelines.core.stopping import goes_on, stoppable
 from pipelines.inference.run import DetectConfig, run
 
 
@@ -29,8 +30,9 @@ def parse(arguments: Sequence[str]) -> DetectConfig:
 
 
 if __name__ == "__main__":
-    with told_shortly(
-        failure="the detector failed; with less memory it may go through: lower --batch-size. "
-        "Start again to go on.",
-    ):
+    failure = (
+        "the detector failed; with less memory it may go through: lower --batch-size. "
+        "Start again to go on."
+    )
+    with told_shortly(failure=failure), stoppable(goes_on):
         run(parse(sys.argv[1:]))

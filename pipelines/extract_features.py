@@ -23,6 +23,7 @@ import tyro
 
 from pipelines.config.choices import import_own
 from pipelines.config.command_line import told_shortly
+from pipelines.core.stopping import goes_on, stoppable
 from pipelines.data.feature_extraction import (
     ExtractConfig,
     extract_features,
@@ -37,7 +38,8 @@ def parse(arguments: Sequence[str]) -> ExtractConfig:
 
 
 if __name__ == "__main__":
-    with told_shortly(
-        failure="features could not be made. Start again to go on.",
+    with (
+        told_shortly(failure="features could not be made. Start again to go on."),
+        stoppable(goes_on),
     ):
         extract_features(parse(sys.argv[1:]))

@@ -17,6 +17,7 @@ import tyro
 
 from pipelines.config.annotations import AnnotationConfig
 from pipelines.config.command_line import told_shortly
+from pipelines.core.stopping import goes_on, stoppable
 from pipelines.data.inputs import resolved
 from pipelines.data.plan import read_annotations
 from pipelines.data.shard_writing import ShardFolder
@@ -82,7 +83,8 @@ def prepare(config: PrepareConfig) -> Manifest:
 
 
 if __name__ == "__main__":
-    with told_shortly(
-        failure="a shard could not be written. Start again to go on.",
+    with (
+        told_shortly(failure="a shard could not be written. Start again to go on."),
+        stoppable(goes_on),
     ):
         prepare(parse(sys.argv[1:]))

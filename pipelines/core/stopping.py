@@ -11,6 +11,11 @@ from typing import NoReturn
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+def goes_on() -> str:
+    """Say how to go on with a command that keeps each piece of work once it is done."""
+    return "what is done is kept: give the same command again to go on"
+
+
 @contextmanager
 def stoppable(kept: Callable[[], str]) -> Iterator[None]:
     """End the block by `SystemExit` on the first SIGINT or SIGTERM, and the process on the second.

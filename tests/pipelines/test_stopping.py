@@ -6,12 +6,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipelines.core.stopping import stoppable
 from pipelines.training.run import finetune, train
+from tests.pipelines.ray_head import ROOT
+from tests.pipelines.scripts import run_here
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +64,39 @@ def test_a_training_that_has_not_begun_is_stopped_in_two_lines(
     assert capfd.readouterr().err.splitlines() == [
         "stopping (SIGINT); once more ends this at once",
         "nothing was trained yet: give the same command again",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("script", "work"),
+    [
+        ("prepare", "pipelines.data.shard_writing.ShardFolder.fill"),
+        ("extract_features", "pipelines.data.feature_extraction.extract_features"),
+        ("detect", "pipelines.inference.run.run"),
+    ],
+)
+def test_scripts_that_go_on_say_so_when_they_are_stopped(
+    script: str,
+    work: str,
+    tiny_set: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        threading.Event().wait(60)
+
+    monkeypatch.setattr(work, interrupted)
+    videos, annotations = str(tiny_set / "videos"), str(tiny_set / "annotations.json")
+    arguments = ["--videos", videos, "--output", str(tmp_path / "out")]
+    arguments += ["--model", "m"] if script == "detect" else ["--annotations", annotations]
+    with pytest.raises(SystemExit) as stopped:
+        run_here(ROOT / "pipelines" / f"{script}.py", *arguments, folder=tmp_path)
+    assert stopped.value.code == 130
+    assert capfd.readouterr().err.splitlines()[-2:] == [
+        "stopping (SIGINT); once more ends this at once",
+        "what is done is kept: give the same command again to go on",
     ]
 
 
