@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from re2tal.localizers import Targets
+from re2tal.localizers import Targets, TriDetConfig
 from re2tal.localizers.actionformer import assign, make_points
 from re2tal.localizers.tridet import GROUPS, SGPLayer, boundary_distances
 from tests.localizers.small import ACTIONS, TRIDET, built, sample
@@ -62,7 +62,7 @@ def slow_sgp(sgp: SGPLayer, rows: list[Row]) -> list[Row]:
         getattr(scale, "scale", torch.ones(channels)).tolist()
         for scale in (sgp.scale_mixed, sgp.scale_mlp)
     ]
-    mixed = []
+    mixed: list[Row] = []
     for t, row in enumerate(rows):
         mixed.append([])
         for c in range(channels):
@@ -105,8 +105,8 @@ def test_sgp_is_its_definition_on_what_is_no_padding(halves: bool) -> None:
     sgp = layer(replace(TRIDET, width=32), halves=halves)
     assert sgp.wide.weight.shape[2] == (7 if halves else 3)
     assert sgp.narrow.weight.shape[2] == (3 if halves else 1)
-    x = torch.randn(3, 16, 32, dtype=torch.float64)
-    lengths = [16, 10, 0]
+    x = torch.randn(4, 16, 32, dtype=torch.float64)
+    lengths = [16, 10, 9, 0]  # of an odd one the last maximum is at the padding
     mask = torch.arange(16) < torch.tensor(lengths)[:, None]
     x *= mask[..., None]
     found, found_mask = sgp(x, mask)
@@ -242,18 +242,22 @@ def test_a_regression_that_misses_has_a_finite_gradient() -> None:
 # The whole
 
 
-def test_padding_is_as_the_end_of_the_video() -> None:
-    model = built(replace(TRIDET, score_threshold=0.0, min_duration=-1.0))
-    features, mask = sample([32, 20])
+@pytest.mark.parametrize("first", [0, 12])
+def test_padding_is_as_the_end_of_the_video(first: int) -> None:
+    model = built(TRIDET)
+    features, mask = sample([32, 32])
+    inside = slice(first, first + 20)
+    mask[1] = False
+    mask[1, inside] = True
     padded = model.predict(features, mask)
-    alone = model.predict(features[1:, :, :20], mask[1:, :20])
+    alone = model.predict(features[1:, :, inside], mask[1:, inside])
     valid = padded[2][1]
     assert valid.sum() == len(alone[3].times)
     for with_padding, without in zip(padded[:2], alone[:2], strict=True):
         torch.testing.assert_close(with_padding[1, valid], without[0])
-    targets = [ACTIONS[0]]
-    losses = model(features[1:], mask[1:], targets)
-    others = model(features[1:, :, :20], mask[1:, :20], targets)
+    segments, labels = ACTIONS[0].segments, ACTIONS[0].labels
+    losses = model(features[1:], mask[1:], [Targets(segments=segments + first, labels=labels)])
+    others = model(features[1:, :, inside], mask[1:, inside], [ACTIONS[0]])
     for term, loss in losses.items():
         torch.testing.assert_close(loss, others[term])
 
@@ -325,3 +329,18 @@ def test_scores_of_all_three_heads_start_at_the_prior() -> None:
         assert head.last.bias is not None
         start = head.last.bias.sigmoid().tolist()
         assert start == pytest.approx([0.01, 0.01, 1e-6, 0.01], rel=1e-4)
+
+
+def test_published_configurations_have_the_published_number_of_parameters() -> None:
+    """Counted once in the public implementation, with the files that it publishes."""
+    thumos = TriDetConfig()
+    anet = replace(thumos, width=256, window=15, widening=1.3, mlp_width=2048, bins=12)
+    epic = replace(thumos, window=5, widening=2.0, mlp_width=1024)
+    for config, channels, classes, expected in (
+        (thumos, 2048, 20, 15_989_604),
+        (anet, 512, 1, 12_811_555),
+        (epic, 2304, 97, 18_594_123),
+    ):
+        with torch.device("meta"):
+            model = config.build(channels, classes)
+        assert sum(p.numel() for p in model.parameters()) == expected
