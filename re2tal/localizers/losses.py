@@ -70,7 +70,10 @@ def offset_iou(predicted: Tensor, actual: Tensor, positive: Tensor) -> Tensor:
     Returns:
         `(...)` in float32; one, without a gradient, where not `positive`.
     """
-    predicted, actual = _counted(predicted, actual, positive)
+    return _iou(*_counted(predicted, actual, positive))
+
+
+def _iou(predicted: Tensor, actual: Tensor) -> Tensor:
     shared = torch.minimum(predicted, actual).sum(dim=-1)
     union = predicted.sum(dim=-1) + actual.sum(dim=-1) - shared
     return shared / union.clamp(min=SMALLEST)
@@ -96,9 +99,9 @@ def diou_loss(predicted: Tensor, actual: Tensor, positive: Tensor) -> Tensor:
     Returns:
         A scalar in float32, zero when nothing is positive.
     """
-    overlap = offset_iou(predicted, actual, positive)
     predicted, actual = _counted(predicted, actual, positive)
     around = torch.maximum(predicted, actual).sum(dim=-1)
+    overlap = _iou(predicted, actual)
     distance = (predicted - actual).diff(dim=-1)[..., 0] / 2
     loss = 1 - overlap + (distance / around.clamp(min=SMALLEST)).square()
     return torch.where(positive, loss, 0).sum()
