@@ -13,7 +13,7 @@ backbones in the same way, and is imported with `--import my_module`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -47,8 +47,8 @@ class Layout:
         note: further facts needed to use the weights.
         mean: mean of the frames of their training, if it is not ImageNet's.
         std: standard deviation of these frames, if it is not ImageNet's.
-        objection: function that says why a backbone would compute something else with these weights
-            than they were trained for, though they fit; None if it would not.
+        objection: function that says why a backbone would compute something else with weights of
+            these names (ours) than they were trained for, though they fit; None if it would not.
     """
 
     title: str
@@ -59,7 +59,7 @@ class Layout:
     note: str = ""
     mean: Colour | None = None
     std: Colour | None = None
-    objection: Callable[[nn.Module], str | None] = lambda _: None
+    objection: Callable[[nn.Module, Collection[str]], str | None] = lambda *_: None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

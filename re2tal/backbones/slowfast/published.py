@@ -13,6 +13,7 @@ Facts from their sources, beside the names:
 """
 
 import re
+from collections.abc import Collection
 
 from torch import nn
 
@@ -76,7 +77,7 @@ def _opentad(name: str) -> str | None:
     return None
 
 
-def _wants_relu_before_sum(backbone: nn.Module) -> str | None:
+def _wants_relu_before_sum(backbone: nn.Module, names: Collection[str]) -> str | None:  # noqa: ARG001
     if getattr(backbone, "relu_before_sum", False):
         return None
     return (
