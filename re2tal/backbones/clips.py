@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -340,24 +340,80 @@ def _renamed(name: str) -> str | None:
     return name if _KNOWN.fullmatch(name) else None
 
 
-def _last_norm(backbone: nn.Module, names: Collection[str]) -> str | None:
-    if isinstance(backbone, ClipBackbone) and "layernorm.weight" in names:
-        if not hasattr(backbone, "layernorm"):
-            return "they normalize the last tokens: set norm=True (--model.backbone.norm)"
-    elif isinstance(backbone, ClipBackbone) and hasattr(backbone, "layernorm"):
-        return "they do not normalize the last tokens: set norm=False (--model.backbone.no-norm)"
-    return None
+def _of_another_function(backbone: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
+    stem = getattr(backbone, "embeddings", None)
+    if not isinstance(stem, VideoMAEStem):
+        return None
+    norm = "layernorm.weight" in weights
+    if norm != hasattr(backbone, "layernorm"):
+        verb, option = ("normalize", "norm") if norm else ("do not normalize", "no-norm")
+        return f"they {verb} the last tokens: set norm={norm} (--model.backbone.{option})"
+    theirs = weights.get("pos_embed")
+    ours = stem.positions.flatten(0, 2)[None]
+    if theirs is None or (theirs.shape == ours.shape and torch.allclose(theirs, ours, atol=1e-4)):
+        return None
+    return (
+        f"their positions {tuple(theirs.shape)} are not the sines {tuple(ours.shape)} of this "
+        "backbone: set trained_clip and trained_size to the frames and pixels of their training, "
+        "if they are not learnt"
+    )
 
 
 VIDEOMAE = Layout(
     title="VideoMAE of transformers",
     mark=re.compile(r"(|.*\.)encoder\.layer\.0\.attention\.attention\.query\.weight"),
     rename=_renamed,
-    objection=_last_norm,
+    objection=_of_another_function,
 )
 
 
-@backbone(weights=("hf:MCG-NJU/videomae-small-finetuned-kinetics",), layouts=(VIDEOMAE,))
+# Names of the authors' and of mmaction2's modules -> transformers'.
+_STEM_AND_END = re.compile(r"(patch_embed\.proj(?:ection)?|norm)\.(weight|bias)")
+_IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_PARTS = {
+    "attn.qkv.weight[0]": "attention.attention.query.weight",
+    "attn.qkv.weight[1]": "attention.attention.key.weight",
+    "attn.qkv.weight[2]": "attention.attention.value.weight",
+    "attn.q_bias": "attention.attention.query.bias",
+    "attn.v_bias": "attention.attention.value.bias",
+    **{
+        f"{theirs}.{leaf}": f"{ours}.{leaf}"
+        for theirs, ours in {
+            "norm1": "layernorm_before",
+            "norm2": "layernorm_after",
+            "attn.proj": "attention.output.dense",
+            "mlp.fc1": "intermediate.dense",
+            "mlp.fc2": "output.dense",
+            "mlp.layers.0.0": "intermediate.dense",  # mmaction2's
+            "mlp.layers.1": "output.dense",
+        }.items()
+        for leaf in ("weight", "bias")
+    },
+}
+
+
+def _of_authors(name: str) -> str | None:
+    if match := _STEM_AND_END.fullmatch(name):
+        ours = "layernorm" if match[1] == "norm" else "embeddings.patch_embeddings.projection"
+        return f"{ours}.{match[2]}"
+    match = _IN_BLOCK.fullmatch(name)
+    part = _PARTS.get(match[2]) if match else None
+    return f"encoder.layer.{match[1]}.{part}" if match and part else None
+
+
+AUTHORS_VIDEOMAE = Layout(
+    title="VideoMAE of its authors or of mmaction2",
+    mark=re.compile(r"(?!.*decoder\.)(|.*\.)blocks\.0\.attn\.q_bias"),
+    rename=_of_authors,
+    classifier=re.compile(r"(?:fc_norm|head)\.(?:weight|bias)"),
+    computed=re.compile(r"pos_embed"),
+    fused=re.compile(r"blocks\.\d+\.attn\.qkv\.weight"),
+    objection=_of_another_function,
+)
+_LAYOUTS = (VIDEOMAE, AUTHORS_VIDEOMAE)
+
+
+@backbone(weights=("hf:MCG-NJU/videomae-small-finetuned-kinetics",), layouts=_LAYOUTS)
 def videomae_s() -> VideoMAEConfig:
     """VideoMAE-S, as finetuned on Kinetics-400."""
     return VideoMAEConfig(channels=384, heads=6)
@@ -365,7 +421,7 @@ def videomae_s() -> VideoMAEConfig:
 
 @backbone(
     weights=("hf:MCG-NJU/videomae-base-finetuned-kinetics", "hf:MCG-NJU/videomae-base"),
-    layouts=(VIDEOMAE,),
+    layouts=_LAYOUTS,
 )
 def videomae_b() -> VideoMAEConfig:
     """VideoMAE-B, as finetuned on Kinetics-400; its pretraining alone needs `norm=True`."""
@@ -374,14 +430,14 @@ def videomae_b() -> VideoMAEConfig:
 
 @backbone(
     weights=("hf:MCG-NJU/videomae-large-finetuned-kinetics", "hf:MCG-NJU/videomae-large"),
-    layouts=(VIDEOMAE,),
+    layouts=_LAYOUTS,
 )
 def videomae_l() -> VideoMAEConfig:
     """VideoMAE-L, as finetuned on Kinetics-400; its pretraining alone needs `norm=True`."""
     return VideoMAEConfig(channels=1024, depths=(24,), heads=16)
 
 
-@backbone(layouts=(VIDEOMAE,))
+@backbone(layouts=_LAYOUTS)
 def videomae_toy() -> VideoMAEConfig:
     """Small VideoMAE for the toy data set: 64 pixels, two CPU cores."""
     return VideoMAEConfig(patch=8, channels=128, depths=(4,), heads=4, trained_size=64)

@@ -8,6 +8,7 @@
     PyTorchVideo's SlowFast                       `slowfast/published.py`
     OpenTAD's Re2SlowFast                         `slowfast/published.py`
     VideoMAE of transformers, also a folder       `clips.py`
+    VideoMAE of its authors and of mmaction2      `clips.py`
 
 Names, shapes and computations were read in the sources of these libraries (mmaction2 1.2,
 Video-Swin-Transformer at db018fb, PyTorchVideo at f3142bb, OpenTAD at 3dd7b03). The published files
@@ -31,6 +32,7 @@ from re2tal.weights import WeightsMismatchError, WeightsReport, read_tensors
 
 CLASSIFIER = "of the classifier"
 _OUTSIDE = "not of the backbone"
+_COMPUTED = "computed by the backbone"
 PREFIX = "torchvision:"
 HUB = "hf:"
 NAMED = (PREFIX, HUB)
@@ -155,9 +157,10 @@ def load_backbone_weights(backbone: nn.Module, source: str | Path) -> WeightsRep
         ValueError: it cannot be read; or a weight is missing, unknown or has another shape
             (`WeightsMismatchError`, which lists them all). Nothing is loaded then.
     """
-    published = _read(source)
+    published: Mapping[str, Tensor] = _read(source)
     try:
         layout, prefix = _recognise(tuple(published))
+        published = _split(published, layout, prefix)
     except ValueError as error:
         raise ValueError(f"The weights in {source} cannot be used: {error}.") from error
     shown = "" if layout is _OWN else f" (recognised as: {layout.title})"
@@ -193,6 +196,21 @@ def _recognise(names: Sequence[str]) -> tuple[Layout, str]:
     return found[0] if found else (_OWN, "")
 
 
+def _split(published: Mapping[str, Tensor], layout: Layout, prefix: str) -> Mapping[str, Tensor]:
+    """Cut weights that are three of ours into these, under names with an index."""
+    if layout.fused is None:
+        return published
+    parts: dict[str, Tensor] = {}
+    for name, value in published.items():
+        if name.startswith(prefix) and layout.fused.fullmatch(name.removeprefix(prefix)):
+            if len(value) % 3:
+                raise ValueError(f"{name} has {len(value)} rows, which are not three times as many")
+            parts |= {f"{name}[{index}]": part for index, part in enumerate(value.chunk(3))}
+        else:
+            parts[name] = value
+    return parts
+
+
 def _converted(
     published: Mapping[str, Tensor], layout: Layout, prefix: str, backbone: nn.Module, what: str
 ) -> tuple[dict[str, Tensor], WeightsReport]:
@@ -206,6 +224,8 @@ def _converted(
             left_out[name] = _OUTSIDE
         elif layout.classifier is not None and layout.classifier.match(inner):
             left_out[name] = CLASSIFIER
+        elif layout.computed is not None and layout.computed.fullmatch(inner):
+            left_out[name] = _COMPUTED
         elif ours := layout.rename(inner):
             placed[name] = ours
         else:
@@ -213,7 +233,9 @@ def _converted(
     own = backbone.state_dict()
     kept = sorted(n for n in own.keys() - placed.values() if n.endswith(layout.may_lack))
     problems += _mismatches(own, placed, published, kept)
-    if objection := layout.objection(backbone, placed.values()):
+    given = {ours: published[name] for name, ours in placed.items()}
+    given |= {name.removeprefix(prefix): published[name] for name in left_out}
+    if objection := layout.objection(backbone, given):
         problems.insert(0, objection)
     if problems:
         raise WeightsMismatchError(what, backbone, problems)

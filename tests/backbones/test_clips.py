@@ -1,6 +1,7 @@
 """Models of clips on long windows, against transformers' plain model in a loop over the clips."""
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -173,7 +175,7 @@ def test_positions_are_resized_to_other_frames_and_clips() -> None:
     assert found.shape == (1, 4, 6, 4, 16)
     # time 0, 1 -> 4 places at -0.25, 0.25, 0.75 and 1.25, no further than the ends
     images = table.movedim(-1, 1)
-    wide = torch.nn.functional.interpolate(images, size=(6, 4), mode="bicubic").movedim(1, -1)
+    wide = F.interpolate(images, size=(6, 4), mode="bicubic").movedim(1, -1)
     shares = torch.tensor([0, 0.25, 0.75, 1])
     wanted = torch.stack([(1 - s) * wide[0] + s * wide[1] for s in shares])
     torch.testing.assert_close(found[0], wanted)
@@ -298,6 +300,148 @@ def test_our_own_file_fits_a_rewired_backbone_and_the_library(tmp_path: Path) ->
     load_backbone_weights(loaded, tmp_path / "w.safetensors")
     theirs(TINY).load_state_dict(loaded.state_dict(), strict=True)
     assert all(torch.equal(v, loaded.state_dict()[n]) for n, v in saved.state_dict().items())
+
+
+# The authors' and mmaction2's names, from their sources; the computation is written out here
+
+
+AUTHORS = {"stem": "patch_embed.proj", "in": "mlp.fc1", "out": "mlp.fc2"}
+MMACTION2 = {"stem": "patch_embed.projection", "in": "mlp.layers.0.0", "out": "mlp.layers.1"}
+
+
+def published(names: dict[str, str], *, norm: bool = False) -> dict[str, Tensor]:
+    width, hidden = TINY.channels, int(TINY.channels * TINY.mlp_ratio)
+    layers = {
+        "norm1": (width,),
+        "norm2": (width,),
+        "attn.qkv": (3 * width, width),
+        "attn.proj": (width, width),
+        names["in"]: (hidden, width),
+        names["out"]: (width, hidden),
+    }
+    shapes: dict[str, tuple[int, ...]] = {names["stem"]: (width, 3, 2, 4, 4)}
+    shapes |= {f"blocks.{n}.{layer}": shape for n in range(2) for layer, shape in layers.items()}
+    shapes |= {"norm": (width,)} if norm else {"fc_norm": (width,), "head": (3, width)}
+    torch.manual_seed(4)
+    state = {}
+    for layer, shape in shapes.items():
+        state[f"{layer}.weight"] = torch.randn(shape) / 4
+        if not layer.endswith("qkv"):
+            state[f"{layer}.bias"] = torch.randn(shape[0]) / 4
+    for block in range(2):
+        state[f"blocks.{block}.attn.q_bias"] = torch.randn(width)
+        state[f"blocks.{block}.attn.v_bias"] = torch.randn(width)
+    return state
+
+
+def sines(places: int, width: int) -> Tensor:
+    angles = [[p / 10000 ** (2 * (c // 2) / width) for c in range(width)] for p in range(places)]
+    return torch.tensor(
+        [[math.cos(x) if c % 2 else math.sin(x) for c, x in enumerate(row)] for row in angles]
+    )
+
+
+def published_tokens(state: dict[str, Tensor], names: dict[str, str], clip: Tensor) -> Tensor:
+    """Tokens of one clip `(3, T, H, W)`, a head at a time."""
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def normed(name: str, x: Tensor) -> Tensor:
+        x = x - x.mean(dim=1, keepdim=True)
+        x = x / (x.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
+        return x * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    stem = names["stem"]
+    x = F.conv3d(clip[None], state[f"{stem}.weight"], state[f"{stem}.bias"], stride=(2, 4, 4))
+    x = x[0].flatten(1).T
+    x = x + sines(*x.shape)
+    for block in (f"blocks.{n}" for n in range(2)):
+        y = normed(f"{block}.norm1", x) @ state[f"{block}.attn.qkv.weight"].T
+        q, k, v = y.split(TINY.channels, dim=1)
+        q, v = q + state[f"{block}.attn.q_bias"], v + state[f"{block}.attn.v_bias"]
+        size = TINY.channels // TINY.heads
+        heads = [
+            (a @ b.T / size**0.5).softmax(dim=1) @ c
+            for a, b, c in zip(*(t.split(size, dim=1) for t in (q, k, v)), strict=True)
+        ]
+        x = x + linear(f"{block}.attn.proj", torch.cat(heads, dim=1))
+        y = F.gelu(linear(f"{block}.{names['in']}", normed(f"{block}.norm2", x)))
+        x = x + linear(f"{block}.{names['out']}", y)
+    return normed("norm", x) if "norm.weight" in state else x
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["finetuned", "pretrained"])
+@pytest.mark.parametrize("names", [AUTHORS, MMACTION2], ids=["authors", "mmaction2"])
+def test_published_networks_compute_the_same(
+    names: dict[str, str], norm: bool, video: Tensor, tmp_path: Path
+) -> None:
+    state = published(names, norm=norm)
+    content: dict[str, Any] = {"model": state, "epoch": 3}
+    left_out = (
+        {}
+        if norm
+        else dict.fromkeys(
+            [f"{n}.{leaf}" for n in ("fc_norm", "head") for leaf in ("weight", "bias")],
+            "of the classifier",
+        )
+    )
+    if names is MMACTION2:
+        positions = {"pos_embed": sines(32, 16)[None]}
+        inside = {f"backbone.{n}": v for n, v in (state | positions).items()}
+        content = {"state_dict": inside | {"cls_head.fc_cls.bias": torch.zeros(3)}}
+        left_out = {f"backbone.{name}": reason for name, reason in left_out.items()} | {
+            "backbone.pos_embed": "computed by the backbone",
+            "cls_head.fc_cls.bias": "not of the backbone",
+        }
+    elif norm:  # beside the decoder, whose blocks have the same names
+        decoder = {f"decoder.{n}": v for n, v in state.items()}
+        content = {"module": {f"encoder.{n}": v for n, v in state.items()} | decoder}
+        left_out = dict.fromkeys(decoder, "not of the backbone")
+    torch.save(content, tmp_path / "theirs.pth")
+    built = replace(TINY, norm=norm, norm_epsilon=1e-6).build().eval()
+    report = load_backbone_weights(built, tmp_path / "theirs.pth")
+    assert report.layout == "VideoMAE of its authors or of mmaction2"
+    assert report.left_out == left_out
+    assert sorted(report.placed.values()) == sorted(built.state_dict())
+    query = "encoder.layer.1.attention.attention.query.weight"
+    assert next(n for n, ours in report.placed.items() if ours == query).endswith(
+        "blocks.1.attn.qkv.weight[0]"
+    )
+    wanted = torch.stack(
+        [
+            torch.cat(
+                [
+                    published_tokens(state, names, sample[:, t : t + 4])
+                    .unflatten(0, (2, 16))
+                    .mean(dim=1)
+                    for t in range(0, 12, 4)
+                ]
+            ).T
+            for sample in video
+        ]
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(built(video), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ({"pos_embed": torch.zeros(1, 32, 16)}, r"positions .* are not the sines \(1, 32, 16\)"),
+        ({"pos_embed": torch.zeros(1, 8, 16)}, r"their positions \(1, 8, 16\) are not"),
+        ({"blocks.0.gamma_1": torch.zeros(16)}, "blocks.0.gamma_1 is unknown"),
+        ({"blocks.0.attn.qkv.weight": torch.zeros(9, 16)}, r"qkv.weight\[0\] .* shape \(3, 16\)"),
+        ({"blocks.0.attn.qkv.weight": torch.zeros(7, 16)}, "qkv.weight has 7 rows"),
+        ({"norm.weight": torch.zeros(16)}, "set norm=True"),
+    ],
+)
+def test_published_weights_of_another_network_are_refused(
+    more: dict[str, Tensor], problem: str, tmp_path: Path
+) -> None:
+    torch.save(published(AUTHORS) | more, tmp_path / "theirs.pth")
+    with pytest.raises(ValueError, match=problem):
+        load_backbone_weights(TINY.build(), tmp_path / "theirs.pth")
 
 
 @pytest.fixture
