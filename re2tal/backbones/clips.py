@@ -87,7 +87,7 @@ class ClipBackbone(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         """Compute spatially pooled features; see `Backbone`."""
         if video.shape[2] % self.multiple:
-            raise ValueError(
+            raise UserError(
                 f"A window must have a multiple of {self.multiple} frames for this backbone, but "
                 f"has {video.shape[2]}."
             )
@@ -243,7 +243,7 @@ class VideoMAEStem(nn.Module):
         """Compute tokens `(B T/n, n/s, H', W', C)` of a video `(B, 3, T, H, W)`."""
         height, width = video.shape[3:]
         if height % self._patch or width % self._patch:
-            raise ValueError(
+            raise UserError(
                 f"Frames of {height} x {width} pixels cannot be cut into patches of "
                 f"{self._patch}: choose a size that is a multiple of it."
             )

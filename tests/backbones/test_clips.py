@@ -184,9 +184,9 @@ def test_positions_are_resized_to_other_frames_and_clips() -> None:
 
 def test_frames_that_do_not_fit_are_refused(video: Tensor) -> None:
     built = TINY.build()
-    with pytest.raises(ValueError, match=r"16 x 14 pixels cannot be cut into patches of 4"):
+    with pytest.raises(UserError, match=r"16 x 14 pixels cannot be cut into patches of 4"):
         built(video[..., :14])
-    with pytest.raises(ValueError, match="multiple of 4 frames for this backbone, but has 10"):
+    with pytest.raises(UserError, match="multiple of 4 frames for this backbone, but has 10"):
         built(video[:, :, :10])
 
 

@@ -23,6 +23,7 @@ from pipelines.data.plan import Plan
 from pipelines.experiments import profiles as planner
 from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
+from pipelines.training.run import check_model
 from pipelines.training.trainer import Trainer
 from re2tal.backbones.clips import videomae_toy
 from re2tal.backbones.slowfast import slowfast_101, slowfast_toy
@@ -113,6 +114,18 @@ def test_a_model_of_clips_makes_features_from_the_folder_of_its_library(tmp_path
         seen = normalize(frames, grey_levels(IMAGENET_MEAN), grey_levels(IMAGENET_STD))
         wanted = made(seen).unflatten(2, (8, 2)).mean(dim=3)
     torch.testing.assert_close(frozen.build(torch.device("cpu"))(frames), wanted)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "frames", "unit"), [("videomae_toy", 72, 32), ("swin_toy", 126, 32)]
+)
+def test_a_window_that_the_model_cannot_take_is_refused_before_the_start(
+    backbone: str, frames: int, unit: int
+) -> None:
+    given = ["toy", *SMALL, "--model.backbone", backbone, "--data.window.frames"]
+    check_model(train.parse([*given, "128"]), ("a", "b"))
+    with pytest.raises(UserError, match=rf"frames must be a multiple of {unit} .* but is {frames}"):
+        check_model(train.parse([*given, str(frames)]), ("a", "b"))
 
 
 def test_a_recipe_of_ones_own_trains_and_its_detector_is_read_again(
