@@ -437,6 +437,18 @@ def videomae_l() -> VideoMAEConfig:
     return VideoMAEConfig(channels=1024, depths=(24,), heads=16)
 
 
+@backbone(weights=("hf:MCG-NJU/videomae-huge-finetuned-kinetics",), layouts=_LAYOUTS)
+def videomae_h() -> VideoMAEConfig:
+    """VideoMAE-H, as finetuned on Kinetics-400."""
+    return VideoMAEConfig(channels=1280, depths=(32,), heads=16)
+
+
+@backbone(layouts=_LAYOUTS)
+def videomae_v2_g() -> VideoMAEConfig:
+    """VideoMAE V2-g (Wang et al., CVPR 2023, arXiv 2303.16727), the shape in its paper."""
+    return VideoMAEConfig(patch=14, channels=1408, depths=(40,), heads=16, mlp_ratio=48 / 11)
+
+
 @backbone(layouts=_LAYOUTS)
 def videomae_toy() -> VideoMAEConfig:
     """Small VideoMAE for the toy data set: 64 pixels, two CPU cores."""

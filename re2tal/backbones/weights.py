@@ -11,9 +11,9 @@
     VideoMAE of its authors and of mmaction2      `clips.py`
 
 Names, shapes and computations were read in the sources of these libraries (mmaction2 1.2,
-Video-Swin-Transformer at db018fb, PyTorchVideo at f3142bb, OpenTAD at 3dd7b03). The published files
-themselves were not available: one that differs from its library's source is refused with the list
-of its differences.
+Video-Swin-Transformer at db018fb, PyTorchVideo at f3142bb, OpenTAD at 3dd7b03, VideoMAE at cece388,
+transformers 5.23). The published files themselves were not available: one that differs from its
+library's source is refused with the list of its differences.
 """
 
 import re

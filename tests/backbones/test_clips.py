@@ -15,7 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from re2tal.backbones.__main__ import main
-from re2tal.backbones.clips import ClipBackbone, VideoMAEConfig, videomae_b, videomae_l, videomae_s
+from re2tal.backbones.clips import (
+    ClipBackbone,
+    VideoMAEConfig,
+    videomae_b,
+    videomae_h,
+    videomae_l,
+    videomae_s,
+    videomae_v2_g,
+)
 from re2tal.backbones.table import entry_of
 from re2tal.backbones.weights import load_backbone_weights, save_backbone_weights
 from re2tal.errors import UserError
@@ -489,16 +497,24 @@ def test_nothing_but_tensors_is_unpickled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "millions"), [(videomae_s(), 22), (videomae_b(), 86), (videomae_l(), 304)]
+    ("config", "millions"),
+    [
+        (videomae_s(), 22),
+        (videomae_b(), 86),
+        (videomae_l(), 304),
+        (videomae_h(), 632),
+        (videomae_v2_g(), 1012),
+    ],
 )
 def test_sizes_are_those_of_vision_transformers(config: VideoMAEConfig, millions: int) -> None:
     width, depth = config.channels, config.depths[0]
+    hidden = 6144 if config == videomae_v2_g() else 4 * width
     # weights of attention and MLP; biases, of which the key has none; two norms
-    block = 12 * width**2 + 8 * width + 4 * width
+    block = (4 * width + 2 * hidden) * width + 4 * width + hidden + 4 * width
     with torch.device("meta"):
         built = config.build()
     parameters = sum(p.numel() for p in built.parameters())
-    assert parameters == depth * block + (2 * 16 * 16 * 3 + 1) * width
+    assert parameters == depth * block + (2 * config.patch**2 * 3 + 1) * width
     assert round(parameters / 1e6) == millions
 
 

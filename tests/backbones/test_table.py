@@ -21,10 +21,10 @@ def test_an_entry_tells_the_truth_about_its_backbone(entry: Entry) -> None:
     assert isinstance(config, Strided)
     with torch.device("meta"):
         built = config.build().eval()
-        frames = torch.empty(1, 3, 8 * built.multiple, 32, 32)
+        frames = torch.empty(1, 3, 8 * built.multiple, 112, 112)  # patches of 14 and 16
         features = built(frames)
         slower = config.with_stride(4 * built.temporal_stride).build().eval()
-        more = torch.empty(1, 3, slower.multiple, 32, 32)
+        more = torch.empty(1, 3, slower.multiple, 112, 112)
         fewer = slower(more)
     assert fewer.shape == (1, slower.channels, slower.multiple // slower.temporal_stride)
     if "toy" in entry.name:  # its weights can be shipped
