@@ -106,7 +106,8 @@ class ClipBackbone(nn.Module):
 
 def clips_of(video: Tensor, frames: int) -> Tensor:
     """Cut videos `(B, 3, T, H, W)` into clips `(B T/frames, 3, frames, H, W)`."""
-    return video.unflatten(2, (-1, frames)).transpose(1, 2).flatten(0, 1)
+    clips: Tensor = video.unflatten(2, (-1, frames)).transpose(1, 2).flatten(0, 1)
+    return clips
 
 
 # VideoMAE
@@ -307,7 +308,8 @@ def _make_videomae(config: VideoMAEConfig) -> nn.Module:
         )
     )
     theirs.embeddings = VideoMAEStem(theirs.embeddings.patch_embeddings, config)
-    return theirs
+    model: nn.Module = theirs
+    return model
 
 
 def _videomae_tokens(parts: Any, video: Tensor) -> Tensor:
@@ -315,7 +317,8 @@ def _videomae_tokens(parts: Any, video: Tensor) -> Tensor:
     tokens: Tensor = parts.encoder(stem.flatten(1, 3)).last_hidden_state
     if hasattr(parts, "layernorm"):
         tokens = parts.layernorm(tokens)
-    return tokens.unflatten(1, (stem.shape[1], -1))
+    by_time: Tensor = tokens.unflatten(1, (stem.shape[1], -1))
+    return by_time
 
 
 _FAMILY = ClipFamily(

@@ -34,7 +34,7 @@ from re2tal.videos.windows import WindowConfig
 from re2tal.weights import WeightsMismatchError
 from tests.localizers.small import ACTIONFORMER
 from tests.reversible.toy_blocks import assert_same_step, one_step
-from tests.reversible.zoo import scrambled
+from tests.reversible.zoo import Precision, both_precisions, scrambled
 
 TINY = VideoMAEConfig(
     patch=4,
@@ -52,7 +52,8 @@ def theirs(config: VideoMAEConfig, kind: str = "VideoMAEModel") -> Any:
     import transformers
 
     torch.manual_seed(0)
-    shape = transformers.VideoMAEConfig(
+    kinds: Any = transformers
+    shape = kinds.VideoMAEConfig(
         image_size=config.trained_size,
         patch_size=config.patch,
         num_frames=config.clip,
@@ -69,7 +70,7 @@ def theirs(config: VideoMAEConfig, kind: str = "VideoMAEModel") -> Any:
         decoder_intermediate_size=8,
         num_labels=3,
     )
-    return scrambled(getattr(transformers, kind)(shape)).eval()
+    return scrambled(getattr(kinds, kind)(shape)).eval()
 
 
 def clip_by_clip(model: Any, video: Tensor, config: VideoMAEConfig) -> Tensor:
@@ -147,16 +148,18 @@ def test_windows_and_clips_do_not_mix(video: Tensor) -> None:
     torch.testing.assert_close(alone, before[:1])
 
 
-def test_gradients_of_the_rewired_are_the_stored_to_the_bit(video: Tensor) -> None:
+@both_precisions
+def test_gradients_of_the_rewired_are_the_stored_to_the_bit(video: Tensor, bf16: bool) -> None:
     torch.manual_seed(0)
     built = scrambled(replace(TINY, norm=True, dropout=0.1).build())
     report = rewire(built, slice_bytes=2**14)
     assert [stage.blocks for stage in report.stages] == [("0", "1")]
     assert "embeddings" in {left.name for left in report.left_out if left.recomputed}
+    model = Precision(built, bf16=bf16)
     set_reversible(built, False)
-    stored = one_step(built, video)
+    stored = one_step(model, video)
     set_reversible(built, True)
-    assert_same_step(one_step(built, video), stored)
+    assert_same_step(one_step(model, video), stored)
     unused = [n for n, g in stored.gradients.items() if g is None or not g.any()]
     assert unused == ["input 0"]
 
