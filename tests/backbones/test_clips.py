@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from re2tal.backbones.table import entry_of
 from re2tal.backbones.weights import load_backbone_weights, save_backbone_weights
 from re2tal.errors import UserError
 from re2tal.json_files import FileError
-from re2tal.reversible import rewire, set_reversible
+from re2tal.reversible import rebuildable, rewire, set_reversible
 from re2tal.trained import SPEC_FILE, DetectorSpec, load_detector, save_detector
 from re2tal.videos.windows import WindowConfig
 from re2tal.weights import WeightsMismatchError
@@ -162,6 +163,32 @@ def test_gradients_of_the_rewired_are_the_stored_to_the_bit(video: Tensor, bf16:
     assert_same_step(one_step(model, video), stored)
     unused = [n for n, g in stored.gradients.items() if g is None or not g.any()]
     assert unused == ["input 0"]
+
+
+class Kept:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_rewired_backbone_keeps_no_frames_that_can_be_rebuilt(
+    video: Tensor, recompute: bool
+) -> None:
+    built = TINY.build()
+    rewire(built, recompute=recompute)
+    seen: list[weakref.ref[Kept]] = []
+
+    def pack(tensor: Tensor) -> Kept:
+        kept = Kept(tensor)
+        seen.append(weakref.ref(kept))
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        features = built(rebuildable(video.clone(), video.clone))
+    alive = [kept.tensor.numel() for ref in seen if (kept := ref()) is not None]
+    assert (video.numel() in alive) is not recompute
+    features.sum().backward()
+    assert built.get_parameter("embeddings.patch_embeddings.projection.weight").grad is not None
 
 
 # Positions
