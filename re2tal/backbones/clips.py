@@ -333,7 +333,7 @@ _KNOWN = re.compile(
     r"(?:attention\.attention\.(?:query|key|value)|attention\.output\.dense|intermediate\.dense"
     r"|output\.dense|layernorm_before|layernorm_after))\.(?:weight|bias)"
 )
-# Versions of transformers before 5 had these two beside the layers.
+# Earlier versions of transformers had these two beside the layers.
 _OLD_BIAS = re.compile(r"(encoder\.layer\.\d+\.attention\.attention\.)([qv])_bias")
 
 

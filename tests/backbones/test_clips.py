@@ -245,7 +245,7 @@ def test_files_of_the_library_are_loaded_and_every_name_reported(
     config = replace(TINY, norm=norm)
     model = theirs(config, kind)
     state = model.state_dict()
-    if pickled:  # as the library wrote it before its fifth version, biases included
+    if pickled:  # as earlier versions of the library wrote it, biases included
         old = {
             name.replace("query.bias", "q_bias").replace("value.bias", "v_bias"): value
             for name, value in state.items()
