@@ -18,6 +18,7 @@ trial's detections (sweeps/postprocessing.py does it for any run).
 
 from pipelines.config.recipe import Recipe
 from re2tal.localizers.actionformer import ActionFormerConfig
+from re2tal.localizers.tridet import TriDetConfig
 from re2tal.localizers.vsgn import VSGNConfig
 from sweeps.search import main
 from sweeps.suggestions import Suggestions
@@ -31,6 +32,8 @@ def space(suggest: Suggestions, base: Recipe) -> None:
     localizer = base.model.localizer
     if isinstance(localizer, ActionFormerConfig):
         actionformer(suggest, localizer)
+    elif isinstance(localizer, TriDetConfig):
+        tridet(suggest, localizer)
     elif isinstance(localizer, VSGNConfig):
         vsgn(suggest, localizer)
 
@@ -50,6 +53,21 @@ def actionformer(suggest: Suggestions, base: ActionFormerConfig) -> None:
     suggest.log_float(f"{field}regression_weight", 0.25, 4.0)
     suggest.number(f"{field}label_smoothing", 0.0, 0.2)
     suggest.number(f"{field}dropout", 0.0, 0.3)
+
+
+def tridet(suggest: Suggestions, base: TriDetConfig) -> None:
+    """Ask for pyramid, widths, windows, bins, positive points, weights of losses."""
+    field = "model.localizer."
+    suggest.choice(f"{field}levels", (base.levels - 1, base.levels))
+    suggest.choice(f"{field}width", (base.width // 2, base.width, base.width * 2))
+    suggest.choice(f"{field}head_layers", (2, base.head_layers))
+    suggest.choice(f"{field}window", (1, 3, 5))
+    suggest.choice(f"{field}widening", (1.5, 5.0))
+    suggest.choice(f"{field}bins", (base.bins // 2, base.bins, base.bins * 2))
+    suggest.number(f"{field}iou_power", 0.0, 1.0)
+    suggest.number(f"{field}centre_radius", 1.0, 3.0)
+    suggest.log_float(f"{field}regression_weight", 0.25, 4.0)
+    suggest.number(f"{field}label_smoothing", 0.0, 0.2)
 
 
 def vsgn(suggest: Suggestions, base: VSGNConfig) -> None:

@@ -30,6 +30,7 @@ from pipelines.config.command_line import parse_recipe, told_shortly
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import RECIPES
 from pipelines.core.resources import capacity, require_resources
+from pipelines.core.stopping import goes_on, stoppable
 from pipelines.core.storage import absolute, database_url, join
 from pipelines.core.tracking import Run, finishing, start_run, take_up
 from pipelines.core.underway import alone, forget, is_under_way
@@ -47,7 +48,9 @@ _DRIVER_CPUS = 0.01  # share of the process that watches over a trial; Ray Tune 
 
 def main(sweep: Sweep, description: str) -> None:
     """Run a sweep from the command line, with a description for `--help`."""
-    with told_shortly():
+    # Ray Tune's own handler ends the search as if it were through, without a word
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    with told_shortly(), stoppable(goes_on):
         run_sweep(sweep, parse(sweep, sys.argv[1:], description))
 
 
@@ -238,6 +241,10 @@ def end_children(run: Run, study: optuna.Study, *, output: str) -> None:
         status, outcome = _KNOWN[state] if state is not None else ("KILLED", "interrupted")
         if unknown:
             run.client.set_tag(run_id, OUTCOME_TAG, outcome)
+        if unknown and state is None and "error" in tags:
+            # its own process took the end of the sweep, and so of Ray, for an error
+            run.client.delete_tag(run_id, "error")
+            run.client.set_terminated(run_id, status)
         if run.client.get_run(run_id).info.status == "RUNNING":
             run.client.set_terminated(run_id, status)
         forget(output, run_id)

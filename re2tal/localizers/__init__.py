@@ -2,6 +2,7 @@
 
 from re2tal.localizers.actionformer import ActionFormer, ActionFormerConfig
 from re2tal.localizers.protocol import Localizer, LocalizerConfig, Losses, Targets
+from re2tal.localizers.tridet import TriDet, TriDetConfig
 from re2tal.localizers.vsgn import VSGN, VSGNConfig
 
 __all__ = [
@@ -12,5 +13,7 @@ __all__ = [
     "LocalizerConfig",
     "Losses",
     "Targets",
+    "TriDet",
+    "TriDetConfig",
     "VSGNConfig",
 ]

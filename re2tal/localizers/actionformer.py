@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -19,11 +18,12 @@ from re2tal.localizers.protocol import Instances, Losses, Targets, best
 from re2tal.localizers.transformer import (
     ConvHead,
     Embedding,
+    HalvingPyramid,
     LevelScale,
     Strip,
-    TransformerPyramid,
+    TransformerBlock,
 )
-from re2tal.localizers.weights import Published
+from re2tal.localizers.weights import Published, renamed
 
 # Initial probability of classes that have no training data.
 EMPTY_PRIOR = 1e-6
@@ -168,9 +168,7 @@ class ActionFormerConfig:
     @property
     def ranges(self) -> tuple[tuple[float, float], ...]:
         """Least and greatest distance that each level regresses, in feature-grid units."""
-        most = [*(self.first_range * 2**level for level in range(self.levels - 1)), math.inf]
-        share = 0.5 if self.overlapping_ranges else 1.0
-        return tuple(zip([0.0, *(share * bound for bound in most[:-1])], most, strict=True))
+        return level_ranges(self.levels, self.first_range, overlapping=self.overlapping_ranges)
 
     def build(self, in_channels: int, num_classes: int) -> ActionFormer:
         """Build an ActionFormer for `in_channels` channels and `num_classes` classes."""
@@ -186,7 +184,10 @@ class ActionFormer(nn.Module):
 
     It computes what the authors' implementation does, except that windows without a valid step
     stay finite under global attention, that the top level regresses any distance (theirs up to
-    10000), and that of equal scores the earlier point comes first.
+    10000), and that of equal scores the earlier point comes first. Features of padded steps are
+    those of the published model: finite, and the same whatever the padding held. As there, the last
+    steps of a video see a little of whether padding follows (it takes the biases of the layer
+    norms) or the end of the tensor (zeros), so how much is padded is part of the model.
 
     Args:
         config: settings.
@@ -207,37 +208,30 @@ class ActionFormer(nn.Module):
             positions=config.positions,
             dropout=config.input_dropout,
         )
-        self.pyramid = TransformerPyramid(
+
+        def block(window: int, stride: int) -> TransformerBlock:
+            return TransformerBlock(
+                config.width,
+                heads=config.heads,
+                window=window,
+                stride=stride,
+                residual_scale=config.residual_scale,
+                dropout=config.dropout,
+                drop_path=config.drop_path,
+            )
+
+        self.pyramid = HalvingPyramid(
             embed,
             config.width,
-            stem_layers=config.stem_layers,
-            windows=config.windows,
-            heads=config.heads,
-            residual_scale=config.residual_scale,
-            dropout=config.dropout,
-            drop_path=config.drop_path,
+            stem=[block(config.windows[0], 1) for _ in range(config.stem_layers)],
+            branch=[block(window, 2) for window in config.windows[1:]],
         )
         width, layers = config.head_width, config.head_layers
         self.class_head = ConvHead(config.width, width, num_classes, layers=layers)
         self.offset_head = ConvHead(config.width, width, 2, layers=layers)
         self.offset_scale = LevelScale(config.levels)
         self.normalizer = LossNormalizer(config.initial_normalizer)
-        self._init_scores()
-
-    @torch.no_grad()
-    def _init_scores(self) -> None:
-        # So rare are positive points that a network which starts undecided would at first learn
-        # nothing else (Lin et al., ICCV 2017, section 3.3).
-        prior = torch.full((self.num_classes,), self.config.prior, dtype=torch.float64)
-        empty = self.config.empty_classes
-        if any(not 0 <= label < self.num_classes for label in empty):
-            raise ValueError(
-                f"The empty classes {empty} are not all among the {self.num_classes} classes "
-                f"(0 to {self.num_classes - 1}) that the localizer is built for."
-            )
-        prior[list(empty)] = EMPTY_PRIOR
-        assert self.class_head.last.bias is not None
-        self.class_head.last.bias.copy_(prior.logit())
+        start_scores(self.class_head, config.prior, config.empty_classes)
 
     @overload
     def forward(self, features: Tensor, mask: Tensor, targets: Sequence[Targets]) -> Losses: ...
@@ -259,7 +253,15 @@ class ActionFormer(nn.Module):
         """
         logits, offsets, valid, points = self.predict(features, mask)
         if targets is None:
-            return self._decode(logits, offsets, valid, points)
+            return decode(
+                logits,
+                offsets,
+                valid,
+                points,
+                score_threshold=self.config.score_threshold,
+                top_k=self.config.top_k,
+                min_duration=self.config.min_duration,
+            )
         actual = self._assign(points, targets)
         positive = valid & (actual.classes > 0).any(dim=2)
         count = self.normalizer(positive.sum())
@@ -273,13 +275,7 @@ class ActionFormer(nn.Module):
 
     def begin_step(self, masks: Sequence[Tensor], targets: Sequence[Sequence[Targets]]) -> None:
         """Count the positive points of a whole step, by which its losses are divided."""
-        positives = torch.zeros((), device=self.normalizer.mean.device)
-        for mask, of_pass in zip(masks, targets, strict=True):
-            points = make_points(mask.shape[1], self.config.ranges, mask.device)
-            valid = torch.cat([mask[:, :: 2**level] for level in range(self.config.levels)], dim=1)
-            classes = self._assign(points, of_pass).classes
-            positives += (valid & (classes > 0).any(dim=2)).sum()
-        self.normalizer.count(positives, passes=len(masks))
+        count_positives(self.normalizer, masks, targets, self.config.ranges, self._assign)
 
     def _assign(self, points: Points, targets: Sequence[Targets]) -> PointTargets:
         return assign(
@@ -308,51 +304,59 @@ class ActionFormer(nn.Module):
         offsets = F.relu(self.offset_scale(self.offset_head(strip), points.lengths))
         return logits, offsets, strip.valid[:, strip.points], points
 
-    @torch.no_grad()
-    def _decode(
-        self, logits: Tensor, offsets: Tensor, valid: Tensor, points: Points
-    ) -> list[Detections]:
-        """Decode the detections of each sample, level by level, by falling score within a level."""
-        lengths = list(points.lengths)
-        scores = torch.where(valid[..., None], logits.sigmoid(), 0)
-        distances = offsets * points.strides[:, None]
-        start, end = points.times - distances[..., 0], points.times + distances[..., 1]
-        segments = torch.stack([start, end], dim=-1)
-        return [
-            Detections.concat(
-                [
-                    self._decode_level(level_scores, level_segments)
-                    for level_scores, level_segments in zip(
-                        sample_scores.split(lengths), sample_segments.split(lengths), strict=True
-                    )
-                ]
-            )
-            for sample_scores, sample_segments in zip(scores, segments, strict=True)
-        ]
-
-    def _decode_level(self, scores: Tensor, segments: Tensor) -> Detections:
-        """Choose the best of one level: scores `(L, K)`, segments `(L, 2)`."""
-        counted = scores > self.config.score_threshold
-        found = best(scores, segments, counted, most=self.config.top_k)
-        lengths = found.segments[:, 1] - found.segments[:, 0]
-        return found[lengths > self.config.min_duration]
-
     def published(self) -> Published:
         """Names of the weights in the public implementation, whose function is the same.
 
         To get what its evaluation gets, pad each video as it does: to the length of the training's
         windows, or when it is longer to the next multiple of the largest
         `2^level * (attention window - 1)` (`2^level` where attention is global); see
-        `TransformerPyramid`. Trained with a drop path of 0, it has no residual scales; such weights
+        `ActionFormer`. Trained with a drop path of 0, it has no residual scales; such weights
         do not fit. It does not save the running mean of positive points.
         """
-        names = {name: (_renamed(name),) for name in self.state_dict()}
+        names = {name: (renamed(name, _RENAMED),) for name in self.state_dict()}
         scales = tuple(f"reg_head.scale.{level}.scale" for level in range(self.config.levels))
         return Published(
             title="ActionFormer of its authors",
             names={**names, "offset_scale.scale": scales, "normalizer.mean": ()},
             left_out=("point_generator.", "backbone.pos_embd"),
         )
+
+
+def level_ranges(
+    levels: int, first: float, *, overlapping: bool
+) -> tuple[tuple[float, float], ...]:
+    """Lay out least and greatest distance that each level regresses, in feature-grid units.
+
+    Args:
+        levels: levels of the pyramid.
+        first: greatest distance of level 0; each further level doubles it, the top has no bound.
+        overlapping: let each level take over at half of where the last ends.
+    """
+    most = [*(first * 2**level for level in range(levels - 1)), math.inf]
+    share = 0.5 if overlapping else 1.0
+    return tuple(zip([0.0, *(share * bound for bound in most[:-1])], most, strict=True))
+
+
+@torch.no_grad()
+def start_scores(head: ConvHead, prior: float, empty_classes: tuple[int, ...]) -> None:
+    """Start a head's scores at a prior probability, and those of empty classes next to zero.
+
+    So rare are positive points that a network which starts undecided would at first learn nothing
+    else (Lin et al., ICCV 2017, section 3.3).
+
+    Raises:
+        ValueError: an empty class is not one of the head's.
+    """
+    assert head.last.bias is not None
+    classes = len(head.last.bias)
+    if any(not 0 <= label < classes for label in empty_classes):
+        raise ValueError(
+            f"The empty classes {empty_classes} are not all among the {classes} classes "
+            f"(0 to {classes - 1}) that the localizer is built for."
+        )
+    probability = torch.full((classes,), prior, dtype=torch.float64)
+    probability[list(empty_classes)] = EMPTY_PRIOR
+    head.last.bias.copy_(probability.logit())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -467,7 +471,73 @@ def assign(
     )
 
 
-def _renamed(name: str) -> str:
-    for pattern, replacement in _RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name
+def count_positives(
+    normalizer: LossNormalizer,
+    masks: Sequence[Tensor],
+    targets: Sequence[Sequence[Targets]],
+    ranges: Sequence[tuple[float, float]],
+    assigned: Callable[[Points, Sequence[Targets]], PointTargets],
+) -> None:
+    """Count the positive points of all passes of a step ahead; see `Localizer.begin_step`.
+
+    Args:
+        normalizer: normalizer that is told.
+        masks: masks of each pass, `(B, T)` bool.
+        targets: targets of each pass.
+        ranges: distances that each level of the pyramid regresses.
+        assigned: assignment of targets to points.
+    """
+    positives = torch.zeros((), device=normalizer.mean.device)
+    for mask, of_pass in zip(masks, targets, strict=True):
+        points = make_points(mask.shape[1], ranges, mask.device)
+        valid = torch.cat([mask[:, :: 2**level] for level in range(len(ranges))], dim=1)
+        classes = assigned(points, of_pass).classes
+        positives += (valid & (classes > 0).any(dim=2)).sum()
+    normalizer.count(positives, passes=len(masks))
+
+
+@torch.no_grad()
+def decode(
+    logits: Tensor,
+    offsets: Tensor,
+    valid: Tensor,
+    points: Points,
+    *,
+    score_threshold: float,
+    top_k: int,
+    min_duration: float,
+) -> list[Detections]:
+    """Decode the detections of each sample, level by level, by falling score within a level.
+
+    Args:
+        logits: logits of the classes, `(B, P, K)`.
+        offsets: distances to start and end in strides, `(B, P, 2)`, or of each class
+            `(B, P, K, 2)`.
+        valid: `(B, P)` bool, false on padding.
+        points: P points.
+        score_threshold: score that detections must exceed.
+        top_k: detections of a level at most.
+        min_duration: length that detections must exceed, in feature-grid units.
+    """
+    lengths = list(points.lengths)
+    scores = torch.where(valid[..., None], logits.sigmoid(), 0)
+    column = (-1, *[1] * (offsets.dim() - 3))
+    times = points.times.view(column)
+    distances = offsets * points.strides.view(column)[..., None]
+    segments = torch.stack([times - distances[..., 0], times + distances[..., 1]], dim=-1)
+
+    def of_level(scores: Tensor, segments: Tensor) -> Detections:
+        found = best(scores, segments, scores > score_threshold, most=top_k)
+        return found[found.segments[:, 1] - found.segments[:, 0] > min_duration]
+
+    return [
+        Detections.concat(
+            [
+                of_level(*level)
+                for level in zip(
+                    sample_scores.split(lengths), sample_segments.split(lengths), strict=True
+                )
+            ]
+        )
+        for sample_scores, sample_segments in zip(scores, segments, strict=True)
+    ]

@@ -13,7 +13,14 @@ MOMENTUM = 0.9
 SMALLEST = 1e-8
 
 
-def focal_loss(logits: Tensor, classes: Tensor, valid: Tensor, *, smoothing: float) -> Tensor:
+def focal_loss(
+    logits: Tensor,
+    classes: Tensor,
+    valid: Tensor,
+    *,
+    smoothing: float,
+    weights: Tensor | None = None,
+) -> Tensor:
     """Sum up the sigmoid focal loss (Lin et al., ICCV 2017; alpha 0.25, gamma 2).
 
     Args:
@@ -21,12 +28,14 @@ def focal_loss(logits: Tensor, classes: Tensor, valid: Tensor, *, smoothing: flo
         classes: `(B, P, K)` in {0, 1}.
         valid: `(B, P)` bool, false at points that lie on padding and count nothing.
         smoothing: share of the targets that is spread over the K classes and the background.
+        weights: `(B, P, K)` factors; None for ones.
 
     Returns:
         A scalar in float32.
     """
     soft = classes * (1 - smoothing) + smoothing / (logits.shape[-1] + 1)
     loss = sigmoid_focal_loss(logits.float(), soft, alpha=0.25, gamma=2.0, reduction="none")
+    loss = loss if weights is None else loss * weights
     return torch.where(valid[..., None], loss, 0).sum()
 
 
@@ -50,6 +59,32 @@ def balanced_cross_entropy(
     return mean_over(loss, valid & positive, all_ranks=all_ranks) + negatives
 
 
+def offset_iou(predicted: Tensor, actual: Tensor, positive: Tensor) -> Tensor:
+    """Compute the IoU of segments given by their distances to both sides of a common point.
+
+    Args:
+        predicted: `(..., 2)` non-negative distances.
+        actual: `(..., 2)` non-negative distances where `positive`.
+        positive: `(...)` bool, true for pairs that count. The others may hold anything finite.
+
+    Returns:
+        `(...)` in float32; one, without a gradient, where not `positive`.
+    """
+    return _iou(*_counted(predicted, actual, positive))
+
+
+def _iou(predicted: Tensor, actual: Tensor) -> Tensor:
+    shared = torch.minimum(predicted, actual).sum(dim=-1)
+    union = predicted.sum(dim=-1) + actual.sum(dim=-1) - shared
+    return shared / union.clamp(min=SMALLEST)
+
+
+def _counted(predicted: Tensor, actual: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    # The loss of all points costs less than picking the positive ones, which makes a GPU wait.
+    chosen = positive[..., None]
+    return torch.where(chosen, predicted.float(), 1.0), torch.where(chosen, actual.float(), 1.0)
+
+
 def diou_loss(predicted: Tensor, actual: Tensor, positive: Tensor) -> Tensor:
     """Sum up the distance-IoU loss in one dimension (Zheng et al., AAAI 2020, eq. 7).
 
@@ -64,16 +99,11 @@ def diou_loss(predicted: Tensor, actual: Tensor, positive: Tensor) -> Tensor:
     Returns:
         A scalar in float32, zero when nothing is positive.
     """
-    # The loss of all points costs less than picking the positive ones, which makes a GPU wait.
-    predicted = torch.where(positive[..., None], predicted.float(), 1.0)
-    actual = torch.where(positive[..., None], actual.float(), 1.0)
-    shared = torch.minimum(predicted, actual).sum(dim=-1)
+    predicted, actual = _counted(predicted, actual, positive)
     around = torch.maximum(predicted, actual).sum(dim=-1)
-    union = predicted.sum(dim=-1) + actual.sum(dim=-1) - shared
+    overlap = _iou(predicted, actual)
     distance = (predicted - actual).diff(dim=-1)[..., 0] / 2
-    smallest = 1e-8
-    overlap = shared / union.clamp(min=smallest)
-    loss = 1 - overlap + (distance / around.clamp(min=smallest)).square()
+    loss = 1 - overlap + (distance / around.clamp(min=SMALLEST)).square()
     return torch.where(positive, loss, 0).sum()
 
 

@@ -158,7 +158,8 @@ def best(scores: Tensor, segments: Tensor, counted: Tensor, *, most: int) -> Det
 
     Args:
         scores: `(P, K)` scores of K classes at P places.
-        segments: `(P, 2)` segments found at the places, in feature-grid units.
+        segments: `(P, 2)` segments found at the places, in feature-grid units, or `(P, K, 2)` of
+            each class.
         counted: `(P, K)` bool, true where a score may become a detection.
         most: greatest number of detections.
     """
@@ -167,4 +168,5 @@ def best(scores: Tensor, segments: Tensor, counted: Tensor, *, most: int) -> Det
     candidates = counted.flatten().nonzero()[:, 0]
     order = flat[candidates].argsort(descending=True, stable=True)[:most]
     kept = candidates[order]
-    return Detections(segments=segments[kept // classes], scores=flat[kept], labels=kept % classes)
+    found = segments[kept // classes] if segments.dim() == 2 else segments.flatten(0, 1)[kept]
+    return Detections(segments=found, scores=flat[kept], labels=kept % classes)

@@ -1,8 +1,11 @@
-"""The masked temporal transformer of ActionFormer, on `(B, T, C)` with a mask `(B, T)`."""
+"""Masked parts of localizers with a pyramid of points, on `(B, T, C)` with a mask `(B, T)`.
+
+The temporal transformer of ActionFormer, and the embedding, pyramid and heads that TriDet shares.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -97,15 +100,18 @@ class Convolution(nn.Conv1d):
 
 
 class DepthwiseConvolution(nn.Module):
-    """Filter of kernel 3 for each channel over the time of `(B, T, C)`, with a stride.
+    """Filter of an odd `kernel` for each channel over the time of `(B, T, C)`, with a stride.
 
     With stride 2 the output's step i sits at the input's step 2i.
     """
 
-    def __init__(self, channels: int, *, stride: int) -> None:
+    def __init__(
+        self, channels: int, *, stride: int = 1, kernel: int = 3, bias: bool = False
+    ) -> None:
         super().__init__()
         self.stride = stride
-        self.weight = nn.Parameter(torch.empty(channels, 1, 3))
+        self.weight = nn.Parameter(torch.empty(channels, 1, kernel))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)  # as in torch.nn.Conv1d
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,8 +120,9 @@ class DepthwiseConvolution(nn.Module):
         # are up to five times faster in this layout on a CPU.
         image = x.transpose(1, 2).unsqueeze(2)
         weight = self.weight.unsqueeze(2)
-        groups = self.weight.shape[0]
-        out = F.conv2d(image, weight, None, (1, self.stride), (0, 1), groups=groups)
+        groups, _, kernel = self.weight.shape
+        padding = (0, kernel // 2)
+        out = F.conv2d(image, weight, self.bias, (1, self.stride), padding, groups=groups)
         return out.squeeze(2).transpose(1, 2)
 
 
@@ -256,7 +263,8 @@ class Embedding(nn.Module):
     With `streams` the input is several kinds of features side by side, each of which a matrix of
     its own first brings to its share of the width. With `positions` it adds sinusoids of that
     length (Vaswani et al., 2017), divided by the square root of the width; longer sequences
-    stretch them.
+    stretch them. With `zero_padded` padded steps stay zero after each layer; otherwise they take
+    the biases of the layer norms, as in ActionFormer's public implementation.
     """
 
     positions: Tensor | None
@@ -270,8 +278,10 @@ class Embedding(nn.Module):
         layers: int,
         positions: int,
         dropout: float,
+        zero_padded: bool = False,
     ) -> None:
         super().__init__()
+        self.zero_padded = zero_padded
         self.stream_channels = [before for before, _ in streams]
         if streams and sum(self.stream_channels) != in_channels:
             raise ValueError(
@@ -302,6 +312,7 @@ class Embedding(nn.Module):
         x = self.drop(x.transpose(1, 2)).transpose(1, 2)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.relu(norm(zero_padding(conv(x), mask)))
+            x = zero_padding(x, mask) if self.zero_padded else x
         if self.positions is None:
             return x
         table = self.positions
@@ -310,23 +321,16 @@ class Embedding(nn.Module):
         return x + zero_padding(table[None, : x.shape[1]], mask).to(x.dtype)
 
 
-class TransformerPyramid(nn.Module):
-    """ActionFormer's encoder: embedding, stem at full rate, one halving block for each level.
+class HalvingPyramid(nn.Module):
+    """Encoder: embedding, stem at full rate, one block for each further level, which halves it.
 
-    The masks of level l are every 2^l-th value of the input's. Features of padded steps are those
-    of the published model: finite, and the same whatever the padding held. As there, the last
-    steps of a video see a little of whether padding follows (it takes the biases of the layer
-    norms) or the end of the tensor (zeros), so how much is padded is part of the model.
+    Masks of level l are every 2^l-th value of the input's.
 
     Args:
         embed: embedding of the features.
-        width: channels of the transformer.
-        stem_layers: blocks at full rate.
-        windows: width of each level's attention, 0 for global; the first is the stem's.
-        heads: heads of the attention.
-        residual_scale: see `ResidualScale`.
-        dropout: see `TransformerBlock`.
-        drop_path: see `ResidualScale`.
+        width: channels of the levels.
+        stem: blocks at full rate, from `(B, T, C)` and `(B, T)` to the same.
+        branch: blocks that halve the rate.
     """
 
     def __init__(
@@ -334,30 +338,14 @@ class TransformerPyramid(nn.Module):
         embed: Embedding,
         width: int,
         *,
-        stem_layers: int,
-        windows: Sequence[int],
-        heads: int,
-        residual_scale: float,
-        dropout: float,
-        drop_path: float,
+        stem: Iterable[nn.Module],
+        branch: Iterable[nn.Module],
     ) -> None:
         super().__init__()
-
-        def block(window: int, stride: int) -> TransformerBlock:
-            return TransformerBlock(
-                width,
-                heads=heads,
-                window=window,
-                stride=stride,
-                residual_scale=residual_scale,
-                dropout=dropout,
-                drop_path=drop_path,
-            )
-
         self.embed = embed
-        self.stem = nn.ModuleList(block(windows[0], 1) for _ in range(stem_layers))
-        self.branch = nn.ModuleList(block(window, 2) for window in windows[1:])
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in windows)
+        self.stem = nn.ModuleList(stem)
+        self.branch = nn.ModuleList(branch)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(len(self.branch) + 1))
 
     def forward(self, features: Tensor, mask: Tensor) -> Pyramid:
         """Encode features as a pyramid.
@@ -367,7 +355,7 @@ class TransformerPyramid(nn.Module):
             mask: `(B, T)` bool.
 
         Returns:
-            The pyramid with a level for each attention window, normalised.
+            The pyramid with a level more than there are blocks that halve, normalised.
 
         Raises:
             ValueError: if T is not a multiple of the top level's stride.

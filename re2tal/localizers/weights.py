@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,13 @@ class Published:
     title: str
     names: Mapping[str, tuple[str, ...]]
     left_out: tuple[str, ...] = ()
+
+
+def renamed(name: str, rules: Sequence[tuple[str, str]]) -> str:
+    """Rename by regular expressions and their replacements, one after the other."""
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def load_localizer_weights(localizer: nn.Module, path: str | Path) -> WeightsReport:

@@ -8,11 +8,23 @@ import torch
 from torch import Tensor
 
 from re2tal.detection import Detections
-from re2tal.localizers import ActionFormerConfig, Targets
+from re2tal.localizers import ActionFormerConfig, Targets, TriDetConfig
 from re2tal.localizers.vsgn import VSGNConfig
 
 ACTIONFORMER = ActionFormerConfig(
     width=16, head_width=16, heads=2, levels=3, window=5, stem_layers=1, residual_scale=0.5
+)
+TRIDET = TriDetConfig(
+    width=16,
+    stem_layers=1,
+    levels=3,
+    window=3,
+    widening=1.5,
+    mlp_width=24,
+    filter_start=0.3,
+    residual_scale=0.5,
+    head_width=16,
+    bins=4,
 )
 VSGN = VSGNConfig(width=16, levels=3, stem_stride=1, neighbours=4, head_layers=2)
 NOTHING = Targets(segments=torch.zeros(0, 2), labels=torch.zeros(0, dtype=torch.int64))

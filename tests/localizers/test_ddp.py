@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from re2tal.localizers.protocol import LocalizerConfig
-from tests.localizers.small import ACTIONFORMER, ACTIONS, NOTHING, VSGN
+from tests.localizers.small import ACTIONFORMER, ACTIONS, NOTHING, TRIDET, VSGN
 from tests.ranks import Ranks
 
 CONFIGS: list[LocalizerConfig] = [
     # Global attention, too: a window without a valid step leaves it nothing to attend to.
     replace(ACTIONFORMER, window=(5, 5, 0)),
+    TRIDET,
     VSGN,
 ]
 WHOLE = torch.ones(1, 32, dtype=torch.bool)

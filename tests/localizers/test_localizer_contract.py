@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from re2tal.detection import Detections, NmsConfig, mean_average_precision, nms
-from re2tal.localizers import ActionFormerConfig, Localizer, Targets
+from re2tal.localizers import ActionFormerConfig, Localizer, Targets, TriDetConfig
 from re2tal.localizers.protocol import LocalizerConfig
 from re2tal.localizers.vsgn import VSGNConfig
 from tests.localizers.small import (
     ACTIONFORMER,
     ACTIONS,
     NOTHING,
+    TRIDET,
     VSGN,
     built,
     same,
@@ -28,6 +29,7 @@ from tests.localizers.small import (
 CONFIGS: dict[str, LocalizerConfig] = {
     "actionformer": ACTIONFORMER,
     "actionformer, global": replace(ACTIONFORMER, window=0),
+    "tridet": TRIDET,
     "vsgn": VSGN,
     "vsgn, plain": replace(VSGN, graph=False),
 }
@@ -121,7 +123,7 @@ def test_half_precision_inside_gives_float32_outside(config: LocalizerConfig) ->
     assert found[0].scores.dtype == found[0].segments.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("config", "multiple"), [(ACTIONFORMER, 4), (VSGN, 8)])
+@pytest.mark.parametrize(("config", "multiple"), [(ACTIONFORMER, 4), (TRIDET, 4), (VSGN, 8)])
 def test_input_that_cannot_be_is_refused(config: LocalizerConfig, multiple: int) -> None:
     with pytest.raises(ValueError, match=f"30 features.*multiple of {multiple}"):
         built(config)(torch.zeros(1, 6, 30), torch.ones(1, 30, dtype=torch.bool))
@@ -143,6 +145,15 @@ LEAST_ACTIONFORMER: dict[str, Any] = {
     "stem_layers": 0,
     "top_k": 1,
 }
+LEAST_TRIDET: dict[str, Any] = {
+    "levels": 1,
+    "head_layers": 1,
+    "embed_layers": 1,
+    "stem_layers": 0,
+    "mlp_width": 1,
+    "bins": 1,
+    "top_k": 1,
+}
 LEAST_VSGN: dict[str, Any] = {"levels": 1, "stem_stride": 1, "head_layers": 0, "top_k": 1}
 
 
@@ -151,6 +162,7 @@ LEAST_VSGN: dict[str, Any] = {"levels": 1, "stem_stride": 1, "head_layers": 0, "
     [
         *((ActionFormerConfig, {}, (name, value)) for name, value in LEAST_ACTIONFORMER.items()),
         (ActionFormerConfig, {"streams": ((6, 512),)}, ("embed_layers", 0)),
+        *((TriDetConfig, {}, (name, value)) for name, value in LEAST_TRIDET.items()),
         *((VSGNConfig, {}, (name, value)) for name, value in LEAST_VSGN.items()),
     ],
 )
@@ -174,6 +186,10 @@ def test_a_setting_that_is_too_small_is_named(
         (ActionFormerConfig, {"streams": ((4, 256), (3, 256))}, "features of 6 channels"),
         (ActionFormerConfig, {"empty_classes": (4,)}, "empty classes"),
         (ActionFormerConfig, {"empty_classes": (-1,)}, "empty classes"),
+        (TriDetConfig, {"window": 4}, "must be odd"),
+        (TriDetConfig, {"width": 24}, "multiple of 16"),
+        (TriDetConfig, {"empty_classes": (4,)}, "empty classes"),
+        (TriDetConfig, {"filter_start": math.inf}, "filter_start must be 0 to"),
         (VSGNConfig, {"width": 144}, "multiple of 32, or of 4 below 128"),
         (VSGNConfig, {"neighbours": 1}, "at least 2"),
         (VSGNConfig, {"anchor_scales": ()}, "positive scales"),
@@ -198,6 +214,7 @@ def test_settings_that_cannot_work_are_refused(
         ActionFormerConfig(
             width=16, heads=2, streams=((6, 16),), **{**LEAST_ACTIONFORMER, "embed_layers": 0}
         ),
+        TriDetConfig(width=16, **LEAST_TRIDET),
         VSGNConfig(width=16, match_tiou=1.0, adjust_tiou=1.0, **LEAST_VSGN),
     ],
 )
@@ -238,6 +255,21 @@ def planted(count: int, seed: int) -> tuple[Tensor, list[Targets]]:
     [
         (
             replace(ACTIONFORMER, width=32, head_width=32, levels=4, initial_normalizer=20.0),
+            6e-3,
+            60,
+            0.9,
+        ),
+        (
+            replace(
+                TRIDET,
+                width=32,
+                mlp_width=64,
+                filter_start=0.1,
+                head_width=32,
+                levels=4,
+                bins=8,
+                initial_normalizer=20.0,
+            ),
             6e-3,
             60,
             0.9,

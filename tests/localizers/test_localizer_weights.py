@@ -1,9 +1,10 @@
-"""Public implementations of ActionFormer and VSGN: what they computed, and their checkpoints.
+"""Public implementations of ActionFormer, TriDet and VSGN: what they compute; their checkpoints.
 
 The files in `data` hold random weights of small models in the public layouts, features and what
 the public implementations made of them: for ActionFormer three windows (whole, padded at the end,
-with a gap inside), for VSGN two whole windows, its inclusive ends moved by half a feature. (VSGN's
-group norm had four groups there, as ours for 16 channels.)
+with a gap inside), for TriDet two whole windows (`published_tridet.py` wrote them), for VSGN too,
+its inclusive ends moved by half a feature. (VSGN's group norm had four groups there, as ours for 16
+channels.)
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from re2tal.localizers import ActionFormerConfig, Targets
+from re2tal.localizers import ActionFormerConfig, Targets, TriDetConfig
 from re2tal.localizers.vsgn import VSGNConfig
 from re2tal.localizers.vsgn.heads import boundary_scores, inside_window
 from re2tal.localizers.weights import load_localizer_weights, place
@@ -50,9 +51,26 @@ STREAMS = replace(
     top_k=1000,
     min_duration=3.0,
 )
+TRIDET = TriDetConfig(
+    width=32,
+    stem_layers=1,
+    levels=3,
+    window=3,
+    widening=1.5,
+    mlp_width=24,
+    head_width=8,
+    bins=4,
+    iou_power=0.5,
+    label_smoothing=0.1,
+    regression_weight=2.0,
+    initial_normalizer=20.0,
+    score_threshold=0.05,
+    top_k=15,
+    min_duration=1.0,
+)
 VSGN = VSGNConfig(width=16, levels=3, neighbours=4, head_layers=2)
 EDGELESS = replace(VSGN, graph=False)
-CHANNELS = {ActionFormerConfig: 6, VSGNConfig: 4}
+CHANNELS = {ActionFormerConfig: 6, TriDetConfig: 6, VSGNConfig: 4}
 
 
 def published(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -87,10 +105,10 @@ def loaded(weights: dict[str, Tensor], config: Any, classes: int = 2) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "config", "num_classes"),
-    [("actionformer", PLAIN, 2), ("actionformer_streams", STREAMS, 1)],
+    [("actionformer", PLAIN, 2), ("actionformer_streams", STREAMS, 1), ("tridet", TRIDET, 2)],
 )
-def test_actionformer_computes_what_theirs_does(
-    name: str, config: ActionFormerConfig, num_classes: int
+def test_actionformer_and_tridet_compute_what_theirs_do(
+    name: str, config: ActionFormerConfig | TriDetConfig, num_classes: int
 ) -> None:
     weights, theirs = published(name)
     model = loaded(weights, config, num_classes)
@@ -110,7 +128,8 @@ def test_actionformer_computes_what_theirs_does(
         )
     model.normalizer.train()  # counts; the rest stays without randomness
     targets = [
-        Targets(segments=theirs[f"segments.{i}"], labels=theirs[f"labels.{i}"]) for i in range(3)
+        Targets(segments=theirs[f"segments.{i}"], labels=theirs[f"labels.{i}"])
+        for i in range(len(features))
     ]
     losses = model(features, mask, targets)
     regression = config.regression_weight * theirs["regression"]
@@ -150,15 +169,21 @@ def test_vsgn_computes_what_theirs_does() -> None:
 # Files
 
 
-@pytest.mark.parametrize("config", [PLAIN, VSGN, EDGELESS], ids=["actionformer", "vsgn", "plain"])
+@pytest.mark.parametrize(
+    "config", [PLAIN, TRIDET, VSGN, EDGELESS], ids=["actionformer", "tridet", "vsgn", "plain"]
+)
 @pytest.mark.parametrize(
     "file", ["state_dict_ema", "state_dict", "weights.pth", "weights.safetensors"]
 )
 def test_their_checkpoints_load(file: str, config: Any, tmp_path: Path) -> None:
-    weights, _ = published("actionformer" if config is PLAIN else "vsgn")
+    name, title = {
+        ActionFormerConfig: ("actionformer", "ActionFormer of its authors"),
+        TriDetConfig: ("tridet", "TriDet of its authors"),
+    }.get(type(config), ("vsgn", None))
+    weights, _ = published(name)
     weights = edgeless() if config is EDGELESS else weights
     tables: dict[str, Tensor] = {}
-    if config is PLAIN:
+    if title:
         tables["module.point_generator.buffer_points.0"] = torch.zeros(32, 4)
     state = {**weights, **tables}
     path = tmp_path / (file if "." in file else "epoch_035.pth.tar")
@@ -178,12 +203,12 @@ def test_their_checkpoints_load(file: str, config: Any, tmp_path: Path) -> None:
     report = load_localizer_weights(model, path)
     assert set(report.left_out) == {name.removeprefix("module.") for name in tables}
     found = model.state_dict()
-    if config is PLAIN:
-        assert report.layout == "ActionFormer of its authors"
+    if title:
+        assert report.layout == title
         assert report.kept == ["normalizer.mean"]
         assert model.normalizer.mean == 20.0
         assert len(report.placed) == len(weights)
-        expected = loaded(weights, PLAIN).state_dict()
+        expected = loaded(weights, config).state_dict()
         assert all(torch.equal(value, expected[name]) for name, value in found.items())
     else:
         assert set(report.placed.values()) == found.keys()
@@ -193,8 +218,8 @@ def test_their_checkpoints_load(file: str, config: Any, tmp_path: Path) -> None:
 
 def misfits() -> list[Any]:
     """Weights, the settings that they do not fit, the number of classes and the problems."""
-    plain, streams, vsgn = (
-        published(name)[0] for name in ("actionformer", "actionformer_streams", "vsgn")
+    plain, streams, tridet, vsgn = (
+        published(name)[0] for name in ("actionformer", "actionformer_streams", "tridet", "vsgn")
     )
     broken = {**plain, "module.backbone.rel_pe": torch.zeros(1)}
     broken["module.neck.fpn_norms.0.bias"] = torch.zeros(1, 13, 1)
@@ -239,6 +264,9 @@ def misfits() -> list[Any]:
         (vsgn, (replace(VSGN, head_layers=3), 2), ["cls_tower.6.weight is missing"]),
         (vsgn, (EDGELESS, 2), ["levels_enc.0.0.weight is missing"]),
         ({"module.a": torch.zeros(1)}, (PLAIN, 2), ["is missing\n  ... and ", " more"]),
+        (tridet, (TRIDET, 3), ["start_head.cls_head.conv.bias has shape (2,) instead of (3,)"]),
+        (tridet, (replace(TRIDET, bins=5), 2), ["reg_head.offset_head.conv.bias has shape (10,)"]),
+        (tridet, (replace(TRIDET, levels=4), 2), ["backbone.branch.2.global_fc.weight is missing"]),
         ({"module.a": torch.zeros(1)}, (VSGN, 2), ["start_conv.0.weight is missing", " more"]),
     ]
 

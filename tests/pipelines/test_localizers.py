@@ -27,6 +27,7 @@ from re2tal.localizers.protocol import LocalizerConfig
 from re2tal.localizers.vsgn import VSGNConfig
 from re2tal.trained import load_detector
 from re2tal.videos.stitching import StitchConfig
+from tests.localizers.small import TRIDET
 from tests.localizers.tiny import TinyConfig
 
 VSGN = VSGNConfig(width=16, levels=3, stem_stride=1, head_layers=1, neighbours=4)
@@ -52,7 +53,9 @@ def with_localizer(
     return replace(recipe, model=model)
 
 
-@pytest.mark.parametrize("localizer", [VSGN, TinyConfig()], ids=["vsgn", "a third one"])
+@pytest.mark.parametrize(
+    "localizer", [VSGN, TRIDET, TinyConfig()], ids=["vsgn", "tridet", "one of a user's"]
+)
 def test_it_trains_detects_and_is_saved(
     localizer: LocalizerConfig, tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ from pipelines.training.model import build_detector, reported_classes
 from pipelines.training.run import check_model
 from re2tal.detection import Detections
 from re2tal.errors import UserError
+from re2tal.localizers.tridet import TriDetConfig
 from re2tal.localizers.vsgn import VSGNConfig
 from re2tal.videos.augmentation import AugmentationConfig
 from re2tal.videos.stitching import StitchConfig
@@ -67,6 +68,8 @@ PUBLISHED = {
     "thumos_re2_slowfast_101_actionformer": (120, 2, 1e-5, 1e-4, 0.7, 2000, None, 0.5),
     "anet_re2_swin_t_actionformer": (15, 8, 1e-5, 1e-3, 0.7, 100, 0.9, None),
     "anet_re2_slowfast_101_actionformer": (15, 8, 1e-5, 1e-3, 0.7, 100, 0.9, None),
+    # None is published of TriDet with this backbone: what trains it is ActionFormer's.
+    "thumos_re2_swin_t_tridet": (120, 2, 1e-5, 1e-4, 0.5, 2000, None, 0.5),
     # None is published of VSGN with these backbones: what trains them is ActionFormer's, but for
     # OpenTAD's learning rate on ActivityNet.
     "thumos_re2_swin_t_vsgn": (120, 2, 1e-5, 1e-4, 0.46, 200, None, 0.75),
@@ -95,6 +98,35 @@ def test_the_numbers_are_those_that_were_published(name: str) -> None:
     assert recipe.optim.weight_decay == 0.05
     assert recipe.optim.clip == 1.0
     assert recipe.optim.warmup_epochs == 5
+
+
+def test_tridet_is_as_its_authors_published_it() -> None:
+    assert RECIPES["thumos_re2_swin_t_tridet"]().model.localizer == TriDetConfig(
+        width=512,
+        embed_layers=2,
+        stem_layers=2,
+        levels=6,
+        window=1,
+        widening=5,
+        mlp_width=768,
+        filter_start=0,
+        positions=0,
+        input_noise=0.0005,
+        drop_path=0.1,
+        head_width=512,
+        head_layers=3,
+        bins=16,
+        iou_power=0.2,
+        first_range=4,
+        centre_radius=1.5,
+        prior=0.01,
+        label_smoothing=0,
+        regression_weight=1,
+        initial_normalizer=100,
+        score_threshold=0.001,
+        top_k=2000,
+        min_duration=0.05,
+    )
 
 
 def test_vsgn_is_as_its_authors_and_opentad_published_it() -> None:

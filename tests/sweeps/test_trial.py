@@ -197,7 +197,11 @@ def test_what_a_killed_sweep_left_running_is_ended_as_optuna_knows_it(
     before = sweep.run_of(3)
     before.client.set_tag(before.run_id, "sweep.outcome", "interrupted")
     before.client.set_terminated(before.run_id, "KILLED")
+    lost = sweep.run_of(3)  # saw Ray end
+    with pytest.raises(OSError, match="died"), finishing(lost):
+        raise OSError("the actor died")
     end_children(sweep.parent, study, output=str(tmp_path))
+    assert "error" not in lost.client.get_run(lost.run_id).data.tags
     found = {child.info.run_id: child for child in children(sweep.parent)}
     outcomes = {
         run_id: (child.info.status, child.data.tags.get("sweep.outcome"))
@@ -210,6 +214,7 @@ def test_what_a_killed_sweep_left_running_is_ended_as_optuna_knows_it(
         ("KILLED", "interrupted"),
     ]
     assert outcomes[told.run_id] == ("KILLED", "pruned")
+    assert outcomes[lost.run_id] == ("KILLED", "interrupted")
     assert outcomes[postprocessing.run_id] == ("KILLED", None)
     assert outcomes[before.run_id] == ("KILLED", "interrupted")
     assert sweep.parent.client.get_run(sweep.parent.run_id).info.status == "RUNNING"

@@ -192,7 +192,7 @@ def test_larger_frames_are_an_option_of_the_recipe() -> None:
 
 
 def test_a_recipe_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(UserError, match=r"no recipe toyy\. Choose from: toy, toy_vsgn"):
+    with pytest.raises(UserError, match=r"no recipe toyy\. Choose from: toy, toy_tridet, toy_vsgn"):
         Tal(recipes=("toyy",))
 
 
