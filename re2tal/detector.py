@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Generic, TypeVar, overload
 
@@ -73,6 +74,12 @@ class Detector(nn.Module, Generic[BackboneT, LocalizerT]):
     def num_classes(self) -> int:
         """Number of classes; labels are 0 to `num_classes - 1`."""
         return self.localizer.num_classes
+
+    @property
+    def multiple(self) -> int:
+        """Number whose multiples are the possible numbers of frames of a window."""
+        backbone = self.backbone
+        return math.lcm(backbone.multiple, backbone.temporal_stride * self.localizer.multiple)
 
     @overload
     def forward(self, frames: Tensor, mask: Tensor, targets: Sequence[Targets]) -> Losses: ...

@@ -221,10 +221,12 @@ def _compare(spec: DetectorSpec, header: Header, folder: Path) -> None:
     except Exception as error:  # of any kind: settings that contradict one another fail anywhere
         what = f"no detector can be built from it: {type(error).__name__}: {error}"
         raise FileError(str(folder / SPEC_FILE), [what]) from error
-    frames, backbone = spec.window.frames, outline.backbone
-    unit = math.lcm(backbone.multiple, backbone.temporal_stride * outline.localizer.multiple)
-    if frames % unit:
-        what = f"window.frames: must be a multiple of {unit} for these parts, but is {frames}"
+    frames = spec.window.frames
+    if frames % outline.multiple:
+        what = (
+            f"window.frames: must be a multiple of {outline.multiple} for these parts, but is "
+            f"{frames}"
+        )
         raise FileError(str(folder / SPEC_FILE), [what])
     wanted: Header = {
         name: (tuple(value.shape), value.is_floating_point())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.video.resnet import BasicBlock, BasicStem, Conv3DSimple, VideoResNet
 
 from re2tal import rewire
+from re2tal.backbones.clips import VideoMAEConfig
 from re2tal.backbones.slowfast import SlowFastConfig
 from re2tal.backbones.swin import swin_toy
 from re2tal.detector import Detector
@@ -47,7 +48,11 @@ def swin() -> nn.Module:
     return replace(swin_toy(), embed_dim=16).build()
 
 
-BACKBONES = [slowfast, swin, R3dBackbone]
+def videomae() -> nn.Module:
+    return VideoMAEConfig(patch=8, channels=16, depths=(3,), heads=2, clip=8).build()
+
+
+BACKBONES = [slowfast, swin, R3dBackbone, videomae]
 
 
 def training(

@@ -23,7 +23,8 @@ class BackboneModelConfig:
     Attributes:
         backbone: the video backbone.
         weights: pretrained weights of the backbone: path or URI, also of an artifact or a model in
-            MLflow, or a name as `torchvision:swin3d_t/KINETICS400_V1`; None starts at random.
+            MLflow, or a name as `torchvision:swin3d_t/KINETICS400_V1` or
+            `hf:MCG-NJU/videomae-base`; None starts at random.
         mean: mean of red, green and blue in [0, 1] that the backbone was pretrained with.
         std: their standard deviation.
         reversible: rewire the backbone (Re2TAL), so that its activations are recomputed.

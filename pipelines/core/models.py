@@ -15,7 +15,7 @@ import pyarrow.fs as pafs
 from pipelines.config.recipe import AnyRecipe
 from pipelines.core.storage import MLFLOW, fetch, local_copy, require, resolve
 from re2tal.backbones.precomputed import TRAINED_ON_FEATURES, PrecomputedConfig
-from re2tal.backbones.weights import PREFIX
+from re2tal.backbones.weights import NAMED
 from re2tal.errors import UserError
 from re2tal.inference import detector_folder
 from re2tal.trained import SPEC_FILE, WEIGHTS_FILE, read_spec
@@ -108,8 +108,9 @@ def require_weights(
     """Check that there are weights at a path or URI.
 
     Args:
-        weights: path or URI, URI of an artifact or a model in MLflow, or name of torchvision's such
-            as `torchvision:swin3d_t/KINETICS400_V1`; None for a random beginning.
+        weights: path or URI, URI of an artifact or a model in MLflow, or name of torchvision's or
+            the Hugging Face Hub's, such as `torchvision:swin3d_t/KINETICS400_V1` and
+            `hf:MCG-NJU/videomae-base`; None for a random beginning.
         option: the command-line option that sets them.
         what: their name in the error's message.
 
@@ -119,7 +120,7 @@ def require_weights(
     Raises:
         UserError: there is nothing.
     """
-    if weights is None or weights.startswith(PREFIX):
+    if weights is None or weights.startswith(NAMED):
         return weights
     return require(weights, what=what, option=option)
 
@@ -135,12 +136,12 @@ def fetch_weights(
         tracking_uri: MLflow's store.
 
     Returns:
-        The path, or the name of torchvision's; None for a random beginning.
+        The path, or the name of published ones; None for a random beginning.
 
     Raises:
         UserError: there is nothing in MLflow.
     """
-    if weights is None or weights.startswith(PREFIX):
+    if weights is None or weights.startswith(NAMED):
         return weights
     return str(local_copy(weights, folder, tracking_uri=tracking_uri))
 

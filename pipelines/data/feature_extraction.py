@@ -56,7 +56,8 @@ class FrozenBackboneConfig:
     Attributes:
         backbone: its name, of those that `python -m re2tal.backbones` lists.
         weights: its weights, without which its features would mean nothing; a path or a URI, also
-            of MLflow, or a name such as torchvision:swin3d_t/KINETICS400_V1.
+            of MLflow, or a name such as torchvision:swin3d_t/KINETICS400_V1 or
+            hf:MCG-NJU/videomae-base.
         reversible: rewire it (Re2TAL), for weights that were finetuned so.
         size: pixels of a frame's side: the short side is resized to it, the centre is cut out.
         precision: number format of its computation; its reversible streams stay float32.

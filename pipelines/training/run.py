@@ -144,6 +144,12 @@ def check_model(recipe: Recipe, classes: Sequence[str]) -> Detector[Any, Any]:
     detector, report = _built(recipe, lambda here: _begun(here, classes))
     if report is not None:
         print(f"weights of the localizer: {report.summary}", flush=True)
+    frames = recipe.data.window.frames
+    if frames % detector.multiple:
+        raise UserError(
+            f"--data.window.frames must be a multiple of {detector.multiple} for this backbone and "
+            f"localizer, but is {frames}."
+        )
     return detector
 
 

@@ -4,10 +4,11 @@
     python -m re2tal.backbones convert SOURCE TARGET --backbone swin_t
     python -m re2tal.backbones rewire swin_t --weights torchvision:swin3d_t/KINETICS400_V1
 
-SOURCE is a file of torchvision, mmaction2, PyTorchVideo or OpenTAD, or the name of weights of
-torchvision (torchvision:swin3d_t/KINETICS400_V1). Training takes SOURCE itself, too: conversion
-makes a file that is loaded without PyTorch's pickles, and prints the fate of each weight. If
-anything does not fit, all of it is listed and the exit code is 1.
+SOURCE is a file of torchvision, mmaction2, PyTorchVideo or OpenTAD, a file or folder of
+transformers, or the name of weights of torchvision (torchvision:swin3d_t/KINETICS400_V1) or of the
+Hugging Face Hub (hf:MCG-NJU/videomae-base). Training takes SOURCE itself, too: conversion makes a
+file that is loaded without PyTorch's pickles, and prints the fate of each weight. If anything does
+not fit, all of it is listed and the exit code is 1.
 
 Rewiring changes connections and no parameter, so finetuning and training take pretrained weights as
 they are, and rewire the backbone that they load them into: `rewire` writes nothing.
@@ -22,6 +23,7 @@ import torch
 
 from re2tal.backbones.table import backbones
 from re2tal.backbones.weights import load_backbone_weights, save_backbone_weights
+from re2tal.errors import UserError
 from re2tal.reversible import rewire
 from re2tal.weights import WeightsMismatchError
 
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except WeightsMismatchError as error:
         listed = "".join(f"  {problem}\n" for problem in error.problems)
         sys.stderr.write(f"{str(error).splitlines()[0]}\n{listed}")
-    except ValueError as error:
+    except (UserError, ValueError) as error:
         sys.stderr.write(f"{error}\n")
     return 1
 
@@ -44,8 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _list() -> int:
     for name, entry in backbones().items():
         weights = [*entry.weights, *(f"files of {layout.title}" for layout in entry.layouts)]
-        with torch.device("meta"):
-            built = entry.make().build()
+        try:
+            with torch.device("meta"):
+                built = entry.make().build()
+        except UserError as error:  # its library is not installed
+            sys.stdout.write(f"{name}: {error}\n")
+            continue
         facts = f"a {entry.input} of {built.multiple} n frames"
         sys.stdout.write(f"{name}: {facts}, a feature for each {built.temporal_stride}\n")
         sys.stdout.write(f"  mean {entry.mean}, deviation {entry.std}\n")
@@ -88,14 +94,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command")
     convert = commands.add_parser("convert", help="write published weights as safetensors")
-    convert.add_argument("source", metavar="SOURCE", help="a file, or torchvision:MODEL/WEIGHTS")
+    convert.add_argument("source", metavar="SOURCE", help="a file, a folder, or a name")
     convert.add_argument("target", metavar="TARGET", type=Path, help="the .safetensors file")
     convert.add_argument(
         "--backbone", required=True, choices=backbones(), help="what the weights are for"
     )
     shown = commands.add_parser("rewire", help="show what becomes reversible")
     shown.add_argument("backbone", choices=backbones())
-    shown.add_argument("--weights", help="a file, or torchvision:MODEL/WEIGHTS; else random")
+    shown.add_argument("--weights", help="a file, a folder, or a name; else random")
     return parser
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Literal, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from re2tal.backbones.protocol import BackboneConfig
 from re2tal.errors import UserError
@@ -42,24 +42,30 @@ class Layout:
         rename: function from a name without its prefix to our name, or None if it is unknown.
         classifier: names of the classifier's weights if nothing sets them apart from the
             backbone's.
+        computed: names of buffers that the backbone computes by itself.
+        fused: names of weights that hold three of ours, one behind another; `rename` is asked for
+            `NAME[0]`, `NAME[1]` and `NAME[2]` instead.
         may_lack: ends of the names of buffers that some versions did not write; the backbone keeps
             its own.
         note: further facts needed to use the weights.
         mean: mean of the frames of their training, if it is not ImageNet's.
         std: standard deviation of these frames, if it is not ImageNet's.
         objection: function that says why a backbone would compute something else with these weights
-            than they were trained for, though they fit; None if it would not.
+            than they were trained for, though they fit; None if it would not. It gets them by our
+            names, and those that are left out by their own.
     """
 
     title: str
     mark: re.Pattern[str]
     rename: Callable[[str], str | None]
     classifier: re.Pattern[str] | None = None
+    computed: re.Pattern[str] | None = None
+    fused: re.Pattern[str] | None = None
     may_lack: tuple[str, ...] = ()
     note: str = ""
     mean: Colour | None = None
     std: Colour | None = None
-    objection: Callable[[nn.Module], str | None] = lambda _: None
+    objection: Callable[[nn.Module, Mapping[str, Tensor]], str | None] = lambda *_: None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,11 +7,13 @@
     mmaction2's SlowFast                          `slowfast/published.py`
     PyTorchVideo's SlowFast                       `slowfast/published.py`
     OpenTAD's Re2SlowFast                         `slowfast/published.py`
+    VideoMAE of transformers, also a folder       `clips.py`
+    VideoMAE of its authors and of mmaction2      `clips.py`
 
 Names, shapes and computations were read in the sources of these libraries (mmaction2 1.2,
-Video-Swin-Transformer at db018fb, PyTorchVideo at f3142bb, OpenTAD at 3dd7b03). The published files
-themselves were not available: one that differs from its library's source is refused with the list
-of its differences.
+Video-Swin-Transformer at db018fb, PyTorchVideo at f3142bb, OpenTAD at 3dd7b03, VideoMAE at cece388,
+transformers 5.23). The published files themselves were not available: one that differs from its
+library's source is refused with the list of its differences.
 """
 
 import re
@@ -30,7 +32,14 @@ from re2tal.weights import WeightsMismatchError, WeightsReport, read_tensors
 
 CLASSIFIER = "of the classifier"
 _OUTSIDE = "not of the backbone"
+_COMPUTED = "computed by the backbone"
 PREFIX = "torchvision:"
+HUB = "hf:"
+NAMED = (PREFIX, HUB)
+"""Beginnings of names of weights that are no paths."""
+
+# Files of a model of transformers, whole.
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
 
 
 def torchvision_weights(name: str) -> dict[str, Tensor]:
@@ -67,6 +76,65 @@ def torchvision_weights(name: str) -> dict[str, Tensor]:
     return state
 
 
+def hub_weights(name: str) -> dict[str, Tensor]:
+    """Return weights of the Hugging Face Hub, downloaded the first time into its own cache.
+
+    Only the file of tensors is fetched: no code that lies beside it.
+
+    Args:
+        name: `hf:OWNER/NAME` or `hf:OWNER/NAME@REVISION`, such as `hf:MCG-NJU/videomae-base`.
+
+    Raises:
+        ValueError: there are none of this name, or they cannot be downloaded.
+    """
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+    except ImportError as error:
+        raise ValueError(
+            f"{name} cannot be downloaded without huggingface_hub ({error}): pip install "
+            "'re2tal[backbones]', or give the path of the file instead of its name."
+        ) from error
+    missing: list[Exception] = []
+    for file in _WHOLE:
+        try:
+            found = hf_hub_download(repository, file, revision=revision or None)
+        except EntryNotFoundError as error:  # there, or in the cache of a machine without network
+            missing.append(error)
+        except (OSError, ValueError) as error:  # no such model; no valid name
+            missing.append(error)
+            break
+        else:
+            return read_tensors(Path(found))
+    raise ValueError(
+        f"{name} cannot be downloaded: {missing[0]} Without a network, give the path of a folder "
+        f"with {' or '.join(_WHOLE)} instead of its name."
+    )
+
+
+def _of_folder(folder: Path) -> dict[str, Tensor]:
+    """Read what `save_pretrained` of transformers wrote, in one file or several."""
+    for name in _WHOLE:
+        parts = [folder / name] if (folder / name).is_file() else []
+        stem, _, end = name.partition(".")
+        parts = parts or sorted(folder.glob(f"{stem}-*-of-*.{end}"))
+        if parts:
+            return {name: value for part in parts for name, value in read_tensors(part).items()}
+    raise ValueError(
+        f"The weights in {folder} cannot be read: the folder has neither {' nor '.join(_WHOLE)}."
+    )
+
+
+def _read(source: str | Path) -> dict[str, Tensor]:
+    if str(source).startswith(PREFIX):
+        return torchvision_weights(str(source))
+    if str(source).startswith(HUB):
+        return hub_weights(str(source))
+    path = Path(source)
+    return _of_folder(path) if path.is_dir() else read_tensors(path)
+
+
 _OWN = Layout(
     title="names of this backbone",
     mark=re.compile(r"(?!)"),  # a file without any mark is ours
@@ -80,18 +148,19 @@ def load_backbone_weights(backbone: nn.Module, source: str | Path) -> WeightsRep
 
     Args:
         backbone: module to load them into.
-        source: file as for `read_tensors`, or the name of weights of torchvision, as in
-            `torchvision:swin3d_t/KINETICS400_V1`. Besides our own and torchvision's names, those of
-            every layout in the table of backbones are recognised.
+        source: file as for `read_tensors`; a folder that `save_pretrained` of transformers wrote;
+            or the name of weights of torchvision or the Hugging Face Hub, as in
+            `torchvision:swin3d_t/KINETICS400_V1` and `hf:MCG-NJU/videomae-base`. Besides our own
+            and torchvision's names, those of every layout in the table of backbones are recognised.
 
     Raises:
         ValueError: it cannot be read; or a weight is missing, unknown or has another shape
             (`WeightsMismatchError`, which lists them all). Nothing is loaded then.
     """
-    named = str(source).startswith(PREFIX)
-    published = torchvision_weights(str(source)) if named else read_tensors(Path(source))
+    published: Mapping[str, Tensor] = _read(source)
     try:
         layout, prefix = _recognise(tuple(published))
+        published = _split(published, layout, prefix)
     except ValueError as error:
         raise ValueError(f"The weights in {source} cannot be used: {error}.") from error
     shown = "" if layout is _OWN else f" (recognised as: {layout.title})"
@@ -127,6 +196,21 @@ def _recognise(names: Sequence[str]) -> tuple[Layout, str]:
     return found[0] if found else (_OWN, "")
 
 
+def _split(published: Mapping[str, Tensor], layout: Layout, prefix: str) -> Mapping[str, Tensor]:
+    """Cut weights that are three of ours into these, under names with an index."""
+    if layout.fused is None:
+        return published
+    parts: dict[str, Tensor] = {}
+    for name, value in published.items():
+        if name.startswith(prefix) and layout.fused.fullmatch(name.removeprefix(prefix)):
+            if len(value) % 3:
+                raise ValueError(f"{name} has {len(value)} rows, which are not three times as many")
+            parts |= {f"{name}[{index}]": part for index, part in enumerate(value.chunk(3))}
+        else:
+            parts[name] = value
+    return parts
+
+
 def _converted(
     published: Mapping[str, Tensor], layout: Layout, prefix: str, backbone: nn.Module, what: str
 ) -> tuple[dict[str, Tensor], WeightsReport]:
@@ -140,6 +224,8 @@ def _converted(
             left_out[name] = _OUTSIDE
         elif layout.classifier is not None and layout.classifier.match(inner):
             left_out[name] = CLASSIFIER
+        elif layout.computed is not None and layout.computed.fullmatch(inner):
+            left_out[name] = _COMPUTED
         elif ours := layout.rename(inner):
             placed[name] = ours
         else:
@@ -147,7 +233,9 @@ def _converted(
     own = backbone.state_dict()
     kept = sorted(n for n in own.keys() - placed.values() if n.endswith(layout.may_lack))
     problems += _mismatches(own, placed, published, kept)
-    if objection := layout.objection(backbone):
+    given = {ours: published[name] for name, ours in placed.items()}
+    given |= {name.removeprefix(prefix): published[name] for name in left_out}
+    if objection := layout.objection(backbone, given):
         problems.insert(0, objection)
     if problems:
         raise WeightsMismatchError(what, backbone, problems)

@@ -10,21 +10,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow.tracking import MlflowClient
+from safetensors.torch import save_file
 
 from pipelines import detect, evaluate, extract_features, finetune_backbone, train
 from pipelines.config.choices import own_code
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import RECIPES, toy
-from pipelines.data.feature_extraction import load_backbone
+from pipelines.data.feature_extraction import FrozenBackboneConfig, load_backbone
 from pipelines.data.plan import Plan
 from pipelines.experiments import profiles as planner
 from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
+from pipelines.training.run import check_model
 from pipelines.training.trainer import Trainer
+from re2tal.backbones.clips import videomae_toy
 from re2tal.backbones.slowfast import slowfast_101, slowfast_toy
 from re2tal.backbones.swin import swin_t
-from re2tal.backbones.table import entry_of
+from re2tal.backbones.table import IMAGENET_MEAN, IMAGENET_STD, entry_of
+from re2tal.detector import grey_levels, normalize
 from re2tal.errors import UserError
 from re2tal.trained import load_detector
 
@@ -94,6 +99,33 @@ def test_an_unknown_backbone_is_refused_with_the_list_by_every_script(tmp_path: 
     )
     with pytest.raises(UserError, match=refusal):
         load_backbone(asked.backbone, stride=None)
+
+
+def test_a_model_of_clips_makes_features_from_the_folder_of_its_library(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made = videomae_toy().build().eval()
+    state = {f"videomae.{name}": value for name, value in made.state_dict().items()}
+    save_file(state | {"fc_norm.bias": torch.zeros(128)}, tmp_path / "model.safetensors")
+    config = FrozenBackboneConfig(backbone="videomae_toy", weights=str(tmp_path), size=64)
+    frozen = load_backbone(config, stride=4)
+    assert (frozen.channels, frozen.temporal_stride, frozen.multiple) == (128, 4, 16)
+    frames = torch.randint(0, 256, (1, 32, 64, 64, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        seen = normalize(frames, grey_levels(IMAGENET_MEAN), grey_levels(IMAGENET_STD))
+        wanted = made(seen).unflatten(2, (8, 2)).mean(dim=3)
+    torch.testing.assert_close(frozen.build(torch.device("cpu"))(frames), wanted)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "frames", "unit"), [("videomae_toy", 72, 32), ("swin_toy", 126, 32)]
+)
+def test_a_window_that_the_model_cannot_take_is_refused_before_the_start(
+    backbone: str, frames: int, unit: int
+) -> None:
+    given = ["toy", *SMALL, "--model.backbone", backbone, "--data.window.frames"]
+    check_model(train.parse([*given, "128"]), ("a", "b"))
+    with pytest.raises(UserError, match=rf"frames must be a multiple of {unit} .* but is {frames}"):
+        check_model(train.parse([*given, str(frames)]), ("a", "b"))
 
 
 def test_a_recipe_of_ones_own_trains_and_its_detector_is_read_again(

@@ -310,8 +310,8 @@ def test_what_is_missing_is_said_before_anything_starts(
 
 
 def test_weights_by_name_pass_and_lost_ones_do_not(tmp_path: Path) -> None:
-    name = "torchvision:swin3d_t/KINETICS400_V1"
-    assert require_weights(name) == name == fetch_weights(name, tmp_path)
+    for name in ("torchvision:swin3d_t/KINETICS400_V1", "hf:owner/name"):
+        assert require_weights(name) == name == fetch_weights(name, tmp_path)
     assert require_weights(None) is fetch_weights(None, tmp_path) is None
     path = tmp_path / "w.safetensors"
     with pytest.raises(UserError, match="Correct --weights"):

@@ -158,6 +158,18 @@ def test_the_depth_of_the_deepest_stage_alone_is_changed() -> None:
     ]
 
 
+def test_a_model_of_clips_is_profiled_and_made_deeper() -> None:
+    subject = backbone_alone("videomae_toy", small(frames=32).subject().work)
+    assert subject.depth == 4
+    assert subject.unit == 16
+    assert len(subject.build(6).backbone.encoder.layer) == 6
+    planner = Planner(subject)
+    found = {way: planner.explain(way) for way in ("plain", "ours")}
+    listed = [what for what, _ in rows(found["plain"], planner.blocks())]
+    assert any("backbone.encoder.layer.*.intermediate" in what for what in listed)
+    assert found["ours"].memory.activations < found["plain"].memory.activations / 2
+
+
 def test_a_recipe_is_profiled_whole_and_reversible_or_not(tiny_recipe: Recipe) -> None:
     tiny_recipe = replace(tiny_recipe, model=replace(tiny_recipe.model, backbone=shallow()))
     planner = Planner(of_recipe(tiny_recipe))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipelines.config.choices import with_backbone
 from pipelines.config.recipe import Recipe
 from pipelines.data.batches import Batch
 from pipelines.data.plan import Plan
@@ -89,3 +90,17 @@ def test_batches_that_fill_no_step_are_left_out() -> None:
     batches: Any = iter(range(7))
     steps: Any = list(in_passes(batches, 3))
     assert steps == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_a_step_of_a_model_of_clips_trains_all_of_it(
+    tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path
+) -> None:
+    recipe, _ = with_backbone(tiny_recipe, ["--model.backbone=videomae_toy"], "--model.backbone")
+    recipe = replace(recipe, optim=replace(recipe.optim, layer_decay=0.5))
+    trainer, batches = _trainer(recipe, tiny_plan, tmp_path)
+    before = _weights(trainer)
+    assert "backbone.encoder.layer.3.output.dense.weight" in before
+    learnt = trainer.step(batches)
+    assert learnt["train/gradient_norm"] > 0
+    same = [name for name, value in _weights(trainer).items() if torch.equal(value, before[name])]
+    assert not [name for name in same if name.startswith("backbone.")]

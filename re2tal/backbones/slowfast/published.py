@@ -13,8 +13,9 @@ Facts from their sources, beside the names:
 """
 
 import re
+from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from re2tal.backbones.table import Layout
 from re2tal.weights import Colour
@@ -76,7 +77,7 @@ def _opentad(name: str) -> str | None:
     return None
 
 
-def _wants_relu_before_sum(backbone: nn.Module) -> str | None:
+def _wants_relu_before_sum(backbone: nn.Module, weights: Mapping[str, Tensor]) -> str | None:  # noqa: ARG001
     if getattr(backbone, "relu_before_sum", False):
         return None
     return (
