@@ -107,6 +107,7 @@ def _run(sweep: Sweep, config: SweepConfig) -> Run:
         done = len(ended(study))
         if done < config.trials:
             _search(sweep, config, ready, run, study, storage, at_a_time=at_a_time, done=done)
+            end_children(run, study, output=config.output)  # a killed sweep's that came late
         report(sweep, config, run, study)
     return run
 

@@ -63,7 +63,9 @@ def run_trial(config: Mapping[str, Any], *, ready: Prepared, parent: str, thread
     quiet_data()
     trial: TrialConfig = config["trial"]
     ready = replace(ready, recipe=override(ready.recipe, trial.values))
-    run, _ = resume_or_start(ready.recipe, ready.plan, parent=parent)
+    # from its beginning: a run whose process is killed at once must be known for a trial's
+    tags = {NUMBER_TAG: str(trial.number)}
+    run, _ = resume_or_start(ready.recipe, ready.plan, parent=parent, tags=tags)
     _name(run, trial, ready.recipe.name)
     train_run(ready, run, callbacks=[EpochReports(run.run_id)], threads=threads)
     memory = peak_memory(run)

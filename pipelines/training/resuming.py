@@ -49,7 +49,11 @@ def digest(config: Tracked, plan: AnyPlan, **more: str) -> str:
 
 
 def resume_or_start(
-    recipe: RunConfig, plan: AnyPlan, *, parent: str | None = None
+    recipe: RunConfig,
+    plan: AnyPlan,
+    *,
+    parent: str | None = None,
+    tags: Mapping[str, str] | None = None,
 ) -> tuple[Run, bool]:
     """Continue the last run of this configuration if it has not ended, else start one.
 
@@ -58,6 +62,7 @@ def resume_or_start(
         plan: classes and videos of the run.
         parent: id of the run that it belongs to, such as a sweep's; only runs of that parent are
             continued.
+        tags: further tags of a run that is started, which it has from its beginning.
 
     Returns:
         The run, and whether it was continued.
@@ -66,13 +71,15 @@ def resume_or_start(
         UserError: if another process is working on it.
     """
     with alone(recipe.output):  # of two same commands, the second sees the first one's run
-        return _resume_or_start(recipe, plan, parent=parent)
+        return _resume_or_start(recipe, plan, parent=parent, more=tags or {})
 
 
-def _resume_or_start(recipe: RunConfig, plan: AnyPlan, *, parent: str | None) -> tuple[Run, bool]:
+def _resume_or_start(
+    recipe: RunConfig, plan: AnyPlan, *, parent: str | None, more: Mapping[str, str]
+) -> tuple[Run, bool]:
     output = recipe.output
     of = {} if parent is None else {MLFLOW_PARENT_RUN_ID: parent}
-    tags = of | mark(recipe, digest(recipe, plan, **of), output=output)
+    tags = {**of, **more} | mark(recipe, digest(recipe, plan, **of), output=output)
     run = last_run(recipe, tags, output=output) if recipe.resume else None
     status = run and run.client.get_run(run.run_id).info.status
     if run is None or status == "FINISHED":

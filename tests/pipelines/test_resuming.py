@@ -111,7 +111,8 @@ def test_a_run_that_did_not_end_is_taken_up_and_one_that_did_is_not(
 def test_the_last_run_is_taken_up_although_the_clock_was_set_back(
     recipe: Recipe, tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, _ = resume_or_start(recipe, tiny_plan)
+    first, _ = resume_or_start(recipe, tiny_plan, tags={"sweep.trial": "3"})
+    assert first.client.get_run(first.run_id).data.tags["sweep.trial"] == "3"
     with finishing(first):
         pass
     an_hour_ago = int(1000 * (time.time() - 3600))
