@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torchvision.models.video.resnet import BasicBlock, BasicStem, Conv3DSimple, VideoResNet
 
 from re2tal import rewire
-from re2tal.backbones.clips import VideoMAEConfig
 from re2tal.backbones.slowfast import SlowFastConfig
 from re2tal.backbones.swin import swin_toy
+from re2tal.backbones.videomae import VideoMAEConfig
 from re2tal.detector import Detector
 from re2tal.localizers import Targets
 from re2tal.localizers.protocol import LocalizerConfig

@@ -5,26 +5,22 @@
 
 with the n frames of a clip and the s frames of a token. Nothing mixes clips before the localizer.
 
-VideoMAE (Tong et al., NeurIPS 2022, arXiv 2203.12602): its blocks are the classes of Hugging Face
-transformers, under their names, so that a file of theirs fits, and `re2tal.rewire` makes them
-reversible in place. transformers is imported only when a model is built.
+A family of such models is one `ClipFamily`, in a file of its own (`videomae.py`).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from re2tal.backbones.table import Layout, backbone
-from re2tal.errors import UserError, check_within
-from re2tal.reversible.branches import recomputed
+from re2tal.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,155 +106,7 @@ def clips_of(video: Tensor, frames: int) -> Tensor:
     return clips
 
 
-# VideoMAE
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VideoMAEConfig:
-    """Shape of a VideoMAE's encoder, a vision transformer of clips.
-
-    Attributes:
-        patch: side of a patch in pixels.
-        tubelet: frames of a token; the temporal stride.
-        channels: channels of a token.
-        depths: number of blocks, the only stage's.
-        heads: attention heads of a block.
-        mlp_ratio: channels inside an MLP per channel.
-        clip: frames of a clip.
-        trained_clip: frames of a clip in the pretraining, whose positions are embedded.
-        trained_size: pixels of a side of the frames in the pretraining, likewise. On other sizes
-            the embeddings of positions are resized, as mmaction2 and OpenTAD do.
-        qkv_bias: add biases to queries and values.
-        norm: normalize the last block's tokens, as files of the pretraining do; those that were
-            finetuned for classification have no such norm.
-        norm_epsilon: epsilon of all norms.
-        dropout: probability of dropout behind attention and MLP.
-        attention_dropout: probability of dropout of attention weights.
-        pooling: consecutive features that are averaged into one.
-    """
-
-    patch: int = 16
-    tubelet: int = 2
-    channels: int = 768
-    depths: tuple[int, ...] = (12,)
-    heads: int = 12
-    mlp_ratio: float = 4.0
-    clip: int = 16
-    trained_clip: int = 16
-    trained_size: int = 224
-    qkv_bias: bool = True
-    norm: bool = False
-    norm_epsilon: float = 1e-12
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    pooling: int = 1
-
-    def __post_init__(self) -> None:
-        check_within(
-            self,
-            patch=(1, 256),
-            tubelet=(1, 64),
-            channels=(1, 2**14),
-            depths=(1, 512),
-            heads=(1, 2**10),
-            mlp_ratio=(0.01, 64),
-            clip=(1, 2**10),
-            trained_clip=(1, 2**10),
-            trained_size=(1, 2**12),
-            norm_epsilon=(0, 1),
-            dropout=(0, 1),
-            attention_dropout=(0, 1),
-            pooling=(1, 2**10),
-        )
-        if len(self.depths) != 1:
-            raise ValueError(f"A VideoMAE has one stage of blocks, but depths is {self.depths}.")
-        for name, whole, part in (
-            ("channels", self.channels, self.heads),
-            ("clip", self.clip, self.tubelet),
-            ("trained_clip", self.trained_clip, self.tubelet),
-            ("trained_size", self.trained_size, self.patch),
-        ):
-            if whole % part:
-                kind = "heads" if name == "channels" else "pixels or frames of a token"
-                raise ValueError(
-                    f"VideoMAEConfig.{name} must be a multiple of the {part} {kind}, but is "
-                    f"{whole}."
-                )
-        places = (self.trained_clip // self.tubelet) * (self.trained_size // self.patch) ** 2
-        if places * self.channels > 2**28:
-            raise ValueError(
-                f"VideoMAEConfig: {places:,} positions of {self.channels:,} channels are too many."
-            )
-
-    def with_stride(self, stride: int) -> VideoMAEConfig:
-        """Return the same backbone, its features averaged to another number of frames a feature.
-
-        Raises:
-            ValueError: it cannot have that stride.
-        """
-        if stride < 1 or stride % self.tubelet:
-            raise ValueError(
-                f"The stride must be a multiple of {self.tubelet}, the frames that the backbone "
-                f"makes a feature of, not {stride}."
-            )
-        return replace(self, pooling=stride // self.tubelet)
-
-    def build(self) -> ClipBackbone:
-        """Build a backbone of this shape, with random weights.
-
-        Raises:
-            UserError: transformers is not installed.
-        """
-        return ClipBackbone(
-            _FAMILY.make(self),
-            _FAMILY,
-            channels=self.channels,
-            blocks=self.depths[0],
-            clip=self.clip,
-            stride=self.tubelet,
-            pooling=self.pooling,
-        )
-
-
-class VideoMAEStem(nn.Module):
-    """Tokens of the clips of a window, with their positions; recomputed when rewired.
-
-    The cut into clips stands in here, so that nothing has to be kept of the frames but their uint8.
-
-    Args:
-        patches: transformers' module with the convolution `projection`.
-        config: shape of the backbone.
-    """
-
-    positions: Tensor
-
-    def __init__(self, patches: nn.Module, config: VideoMAEConfig) -> None:
-        super().__init__()
-        self.patch_embeddings = patches
-        self._clip, self._patch = config.clip, config.patch
-        side = config.trained_size // config.patch
-        table = _sines((config.trained_clip // config.tubelet, side, side), config.channels)
-        self.register_buffer("positions", table, persistent=False)  # no file has them
-
-    def forward(self, video: Tensor) -> Tensor:
-        """Compute tokens `(B T/n, n/s, H', W', C)` of a video `(B, 3, T, H, W)`."""
-        height, width = video.shape[3:]
-        if height % self._patch or width % self._patch:
-            raise UserError(
-                f"Frames of {height} x {width} pixels cannot be cut into patches of "
-                f"{self._patch}: choose a size that is a multiple of it."
-            )
-        projection: Any = self.patch_embeddings.projection
-        tokens: Tensor = projection(clips_of(video, self._clip)).movedim(1, -1)
-        return tokens + _resized(self.positions, tokens.shape[1:4]).type_as(tokens)
-
-
-@recomputed.register(VideoMAEStem)
-def _stem_is_recomputed(module: nn.Module) -> bool:  # noqa: ARG001
-    return True
-
-
-def _sines(grid: tuple[int, int, int], channels: int) -> Tensor:
+def sines(grid: tuple[int, int, int], channels: int) -> Tensor:
     """Sine table of the places of a grid in their order, `(*grid, channels)`."""
     place = torch.arange(math.prod(grid), dtype=torch.float64)[:, None]
     channel = torch.arange(channels, dtype=torch.float64)
@@ -267,7 +115,7 @@ def _sines(grid: tuple[int, int, int], channels: int) -> Tensor:
     return table.float().view(*grid, channels)
 
 
-def _resized(positions: Tensor, grid: torch.Size) -> Tensor:
+def resized(positions: Tensor, grid: torch.Size) -> Tensor:
     """Resize a table `(t, h, w, C)` to a grid: bicubic in space, linear in time."""
     if positions.shape[1:3] != grid[1:]:
         images = F.interpolate(positions.movedim(-1, 1), size=tuple(grid[1:]), mode="bicubic")
@@ -278,181 +126,3 @@ def _resized(positions: Tensor, grid: torch.Size) -> Tensor:
             1, (*grid[1:], -1)
         )
     return positions
-
-
-def _make_videomae(config: VideoMAEConfig) -> nn.Module:
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            "VideoMAE is built from the library transformers, which cannot be imported "
-            f"({error}): pip install 're2tal[backbones]'."
-        ) from error
-    theirs: Any = transformers.VideoMAEModel(
-        transformers.VideoMAEConfig(
-            # Parameters do not depend on them, but a table of positions does, which takes seconds
-            # to make and which `VideoMAEStem` has instead.
-            image_size=config.patch,
-            num_frames=config.tubelet,
-            patch_size=config.patch,
-            tubelet_size=config.tubelet,
-            hidden_size=config.channels,
-            num_hidden_layers=config.depths[0],
-            num_attention_heads=config.heads,
-            intermediate_size=round(config.channels * config.mlp_ratio),
-            hidden_dropout_prob=config.dropout,
-            attention_probs_dropout_prob=config.attention_dropout,
-            layer_norm_eps=config.norm_epsilon,
-            qv_bias=config.qkv_bias,
-            use_mean_pooling=not config.norm,
-        )
-    )
-    theirs.embeddings = VideoMAEStem(theirs.embeddings.patch_embeddings, config)
-    model: nn.Module = theirs
-    return model
-
-
-def _videomae_tokens(parts: Any, video: Tensor) -> Tensor:
-    stem: Tensor = parts.embeddings(video)
-    tokens: Tensor = parts.encoder(stem.flatten(1, 3)).last_hidden_state
-    if hasattr(parts, "layernorm"):
-        tokens = parts.layernorm(tokens)
-    by_time: Tensor = tokens.unflatten(1, (stem.shape[1], -1))
-    return by_time
-
-
-_FAMILY = ClipFamily(
-    make=_make_videomae,
-    tokens=_videomae_tokens,
-    block=re.compile(r"encoder\.layer\.(\d+)\."),
-    stem="embeddings.",
-)
-
-_KNOWN = re.compile(
-    r"(?:embeddings\.patch_embeddings\.projection|layernorm|encoder\.layer\.\d+\."
-    r"(?:attention\.attention\.(?:query|key|value)|attention\.output\.dense|intermediate\.dense"
-    r"|output\.dense|layernorm_before|layernorm_after))\.(?:weight|bias)"
-)
-# Earlier versions of transformers had these two beside the layers.
-_OLD_BIAS = re.compile(r"(encoder\.layer\.\d+\.attention\.attention\.)([qv])_bias")
-
-
-def _renamed(name: str) -> str | None:
-    if match := _OLD_BIAS.fullmatch(name):
-        return f"{match[1]}{'query' if match[2] == 'q' else 'value'}.bias"
-    return name if _KNOWN.fullmatch(name) else None
-
-
-def _of_another_function(backbone: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
-    stem = getattr(backbone, "embeddings", None)
-    if not isinstance(stem, VideoMAEStem):
-        return None
-    norm = "layernorm.weight" in weights
-    if norm != hasattr(backbone, "layernorm"):
-        verb, option = ("normalize", "norm") if norm else ("do not normalize", "no-norm")
-        return f"they {verb} the last tokens: set norm={norm} (--model.backbone.{option})"
-    theirs = weights.get("pos_embed")
-    ours = stem.positions.flatten(0, 2)[None]
-    if theirs is None or (theirs.shape == ours.shape and torch.allclose(theirs, ours, atol=1e-4)):
-        return None
-    return (
-        f"their positions {tuple(theirs.shape)} are not the sines {tuple(ours.shape)} of this "
-        "backbone: set trained_clip and trained_size to the frames and pixels of their training, "
-        "if they are not learnt"
-    )
-
-
-VIDEOMAE = Layout(
-    title="VideoMAE of transformers",
-    mark=re.compile(r"(|.*\.)encoder\.layer\.0\.attention\.attention\.query\.weight"),
-    rename=_renamed,
-    objection=_of_another_function,
-)
-
-
-# Names of the authors' and of mmaction2's modules -> transformers'.
-_STEM_AND_END = re.compile(r"(patch_embed\.proj(?:ection)?|norm)\.(weight|bias)")
-_IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
-_PARTS = {
-    "attn.qkv.weight[0]": "attention.attention.query.weight",
-    "attn.qkv.weight[1]": "attention.attention.key.weight",
-    "attn.qkv.weight[2]": "attention.attention.value.weight",
-    "attn.q_bias": "attention.attention.query.bias",
-    "attn.v_bias": "attention.attention.value.bias",
-    **{
-        f"{theirs}.{leaf}": f"{ours}.{leaf}"
-        for theirs, ours in {
-            "norm1": "layernorm_before",
-            "norm2": "layernorm_after",
-            "attn.proj": "attention.output.dense",
-            "mlp.fc1": "intermediate.dense",
-            "mlp.fc2": "output.dense",
-            "mlp.layers.0.0": "intermediate.dense",  # mmaction2's
-            "mlp.layers.1": "output.dense",
-        }.items()
-        for leaf in ("weight", "bias")
-    },
-}
-
-
-def _of_authors(name: str) -> str | None:
-    if match := _STEM_AND_END.fullmatch(name):
-        ours = "layernorm" if match[1] == "norm" else "embeddings.patch_embeddings.projection"
-        return f"{ours}.{match[2]}"
-    match = _IN_BLOCK.fullmatch(name)
-    part = _PARTS.get(match[2]) if match else None
-    return f"encoder.layer.{match[1]}.{part}" if match and part else None
-
-
-AUTHORS_VIDEOMAE = Layout(
-    title="VideoMAE of its authors or of mmaction2",
-    mark=re.compile(r"(?!.*decoder\.)(|.*\.)blocks\.0\.attn\.q_bias"),
-    rename=_of_authors,
-    classifier=re.compile(r"(?:fc_norm|head)\.(?:weight|bias)"),
-    computed=re.compile(r"pos_embed"),
-    fused=re.compile(r"blocks\.\d+\.attn\.qkv\.weight"),
-    objection=_of_another_function,
-)
-_LAYOUTS = (VIDEOMAE, AUTHORS_VIDEOMAE)
-
-
-@backbone(weights=("hf:MCG-NJU/videomae-small-finetuned-kinetics",), layouts=_LAYOUTS)
-def videomae_s() -> VideoMAEConfig:
-    """VideoMAE-S, as finetuned on Kinetics-400."""
-    return VideoMAEConfig(channels=384, heads=6)
-
-
-@backbone(
-    weights=("hf:MCG-NJU/videomae-base-finetuned-kinetics", "hf:MCG-NJU/videomae-base"),
-    layouts=_LAYOUTS,
-)
-def videomae_b() -> VideoMAEConfig:
-    """VideoMAE-B, as finetuned on Kinetics-400; its pretraining alone needs `norm=True`."""
-    return VideoMAEConfig()
-
-
-@backbone(
-    weights=("hf:MCG-NJU/videomae-large-finetuned-kinetics", "hf:MCG-NJU/videomae-large"),
-    layouts=_LAYOUTS,
-)
-def videomae_l() -> VideoMAEConfig:
-    """VideoMAE-L, as finetuned on Kinetics-400; its pretraining alone needs `norm=True`."""
-    return VideoMAEConfig(channels=1024, depths=(24,), heads=16)
-
-
-@backbone(weights=("hf:MCG-NJU/videomae-huge-finetuned-kinetics",), layouts=_LAYOUTS)
-def videomae_h() -> VideoMAEConfig:
-    """VideoMAE-H, as finetuned on Kinetics-400."""
-    return VideoMAEConfig(channels=1280, depths=(32,), heads=16)
-
-
-@backbone(layouts=_LAYOUTS)
-def videomae_v2_g() -> VideoMAEConfig:
-    """VideoMAE V2-g (Wang et al., CVPR 2023, arXiv 2303.16727), the shape in its paper."""
-    return VideoMAEConfig(patch=14, channels=1408, depths=(40,), heads=16, mlp_ratio=48 / 11)
-
-
-@backbone(layouts=_LAYOUTS)
-def videomae_toy() -> VideoMAEConfig:
-    """Small VideoMAE for the toy data set: 64 pixels, two CPU cores."""
-    return VideoMAEConfig(patch=8, channels=128, depths=(4,), heads=4, trained_size=64)

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from re2tal.backbones.__main__ import main
-from re2tal.backbones.clips import (
-    ClipBackbone,
+from re2tal.backbones.clips import ClipBackbone
+from re2tal.backbones.table import entry_of
+from re2tal.backbones.videomae import (
     VideoMAEConfig,
     videomae_b,
     videomae_h,
@@ -25,7 +26,6 @@ from re2tal.backbones.clips import (
     videomae_s,
     videomae_v2_g,
 )
-from re2tal.backbones.table import entry_of
 from re2tal.backbones.weights import load_backbone_weights, save_backbone_weights
 from re2tal.errors import UserError
 from re2tal.json_files import FileError

@@ -25,10 +25,10 @@ from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
 from pipelines.training.run import check_model
 from pipelines.training.trainer import Trainer
-from re2tal.backbones.clips import videomae_toy
 from re2tal.backbones.slowfast import slowfast_101, slowfast_toy
 from re2tal.backbones.swin import swin_t
 from re2tal.backbones.table import IMAGENET_MEAN, IMAGENET_STD, entry_of
+from re2tal.backbones.videomae import videomae_toy
 from re2tal.detector import grey_levels, normalize
 from re2tal.errors import UserError
 from re2tal.trained import load_detector
