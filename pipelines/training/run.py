@@ -1,12 +1,13 @@
 """A run of a recipe, from its data to its results in MLflow: checks, Ray Train, results."""
 
 import json
+import os
 import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from pipelines.core.clock import duration
 from pipelines.core.cluster import init_ray
 from pipelines.core.models import with_weights_here
 from pipelines.core.progress import ProgressPrinter
-from pipelines.core.resources import check_resources
+from pipelines.core.resources import check_resources, free_gpu_memory
 from pipelines.core.stopping import stoppable
 from pipelines.core.storage import BACKBONE_FILE, join, replacing, require_room
 from pipelines.core.tracking import (
@@ -43,9 +44,17 @@ from pipelines.training.checkpoints import DETECTOR_FOLDER
 from pipelines.training.classification import ClassificationTask, build_classifier
 from pipelines.training.detection import DetectionTask
 from pipelines.training.entry import train_worker
+from pipelines.training.fitting import AUTO, budget_of, fit_recipe, text_of
+from pipelines.training.layouts import explicit_command
 from pipelines.training.model import build_detector, load_localizer, remarks
 from pipelines.training.results import log_model, log_results, print_summary
-from pipelines.training.resuming import resume_or_start
+from pipelines.training.resuming import (
+    ASKED,
+    asked_to_fit,
+    layout_so_far,
+    layout_tag,
+    resume_or_start,
+)
 from pipelines.training.retention import (
     best_checkpoint,
     drop_list,
@@ -74,37 +83,43 @@ class Prepared:
         recipe: configuration with absolute paths.
         annotations: annotations of the data set.
         plan: classes and videos of the run.
+        tags: tags of its run: the size of memory that it was fitted to, and the layout.
+        fitting: what was considered for it, in lines.
     """
 
     recipe: Recipe
     annotations: Annotations
     plan: Plan
+    tags: Mapping[str, str] = field(default_factory=dict)
+    fitting: Sequence[str] = ()
 
 
-def train(recipe: Recipe) -> Run:
+def train(recipe: Recipe, *, fit: str | None = None) -> Run:
     """Train a detector, from its data to its results in MLflow.
 
     Args:
         recipe: the configuration as the user gave it.
+        fit: size of memory that the step is laid out for, or "auto"; None takes the recipe's own.
 
     Raises:
         UserError: if something is missing or does not fit.
     """
     began = time.perf_counter()
     with stoppable(_nothing_yet):
-        ready, detector = prepare(recipe)
-        run = _resumed(ready.recipe, ready.plan)
+        ready, detector = prepare(recipe, fit=fit)
+        run = _resumed(ready.recipe, ready.plan, ready.tags)
     with stoppable(partial(_kept, ready.recipe, run)):
         train_run(ready, run, detector=detector)
     print_summary(ready.recipe, ready.plan, run, seconds=time.perf_counter() - began)
     return run
 
 
-def prepare(recipe: Recipe) -> tuple[Prepared, Detector[Any, Any]]:
+def prepare(recipe: Recipe, *, fit: str | None = None) -> tuple[Prepared, Detector[Any, Any]]:
     """Check all that can be checked before a run, and start or join Ray.
 
     Args:
         recipe: the configuration as the user gave it.
+        fit: see `train`.
 
     Returns:
         The run, and its detector as `check_model` built it.
@@ -114,6 +129,10 @@ def prepare(recipe: Recipe) -> tuple[Prepared, Detector[Any, Any]]:
     """
     recipe = detection_inputs(recipe)
     annotations = read_annotations(recipe.data)
+    tags: dict[str, str] = {}
+    fitting: list[str] = []
+    if fit is not None:
+        recipe, tags, fitting = _laid_out(recipe, fit, annotations.classes)
     if recipe.data.features:
         recipe = without_backbone(recipe, Features(recipe.data.features))
     detector = check_model(recipe, annotations.classes)
@@ -122,7 +141,39 @@ def prepare(recipe: Recipe) -> tuple[Prepared, Detector[Any, Any]]:
     if plan.remarks:
         print(f"{len(plan.remarks)} remarks on the videos, for example:")
         print(f"  {plan.remarks[0]}", flush=True)
-    return Prepared(recipe=recipe, annotations=annotations, plan=plan), detector
+    ready = Prepared(recipe=recipe, annotations=annotations, plan=plan, tags=tags, fitting=fitting)
+    return ready, detector
+
+
+def _laid_out(
+    recipe: Recipe, size: str, classes: Sequence[str]
+) -> tuple[Recipe, dict[str, str], list[str]]:
+    """Lay out a recipe's step for a size of memory, as an unfinished run of the same was.
+
+    Returns:
+        The recipe, tags of its run, and what was considered, which is also printed.
+
+    Raises:
+        UserError: nothing fits, or the size is not known.
+    """
+    tags = {"fit": size, ASKED: asked_to_fit(recipe, size)}
+    layout = layout_so_far(recipe, tags[ASKED])
+    if layout is not None:
+        print(f"--fit {size}: the unfinished run of this command keeps its layout", flush=True)
+        return layout.applied(recipe), tags, []
+    if size == AUTO and os.environ.get("RAY_ADDRESS"):
+        init_ray(trains=True)  # the GPUs are those of its nodes
+    found = fit_recipe(
+        recipe,
+        budget_of(size, recipe, free_gpu_memory),
+        classes=classes,
+        say=lambda line: print(line, flush=True),
+    )
+    script = ["python", sys.argv[0]]
+    command = explicit_command(script, sys.argv[1:], found.layout, recipe)
+    lines = [*text_of(found.rows()), *found.remarks, f"The same explicitly: {command}"]
+    print("\n".join(lines), flush=True)
+    return found.recipe, tags | layout_tag(found.layout), lines
 
 
 def check_model(recipe: Recipe, classes: Sequence[str]) -> Detector[Any, Any]:
@@ -180,9 +231,9 @@ def _start_ray(recipe: AnyRecipe, *, frames: bool = True) -> None:
         print(f"warning: {remark}", flush=True)
 
 
-def _resumed(recipe: AnyRecipe, plan: AnyPlan) -> Run:
+def _resumed(recipe: AnyRecipe, plan: AnyPlan, tags: Mapping[str, str] | None = None) -> Run:
     """Go on with the unfinished run of a configuration, or start one."""
-    run, goes_on = resume_or_start(recipe, plan)
+    run, goes_on = resume_or_start(recipe, plan, tags=tags)
     if goes_on:
         print(f"going on with the unfinished run {run.run_id}; --no-resume starts anew", flush=True)
     return run
@@ -227,6 +278,7 @@ def train_run(
         )
         log_text(run, [summarize(ready.annotations)], "data/summary.txt")
         log_text(run, plan.remarks, "data/remarks.txt")
+        log_text(run, ready.fitting, "fit.txt")
         if plan.features is None:
             log_metrics(run, activation_metrics(recipe, detector), step=0, again=False)
         task = DetectionTask(recipe=recipe, plan=plan)
