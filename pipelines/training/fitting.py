@@ -188,9 +188,9 @@ class Fit:
                     "frames x size x batch": f"{window} x {layout.batch}",
                     "passes": layout.passes,
                     "way": layout.title(device),
-                    "state": _gib(needs and needs.state),
-                    "activations": _gib(needs and needs.activations),
-                    "margin": _gib(needs and needs.margin),
+                    "state, GiB": _gib(needs and needs.state),
+                    "activations, GiB": _gib(needs and needs.activations),
+                    "margin, GiB": _gib(needs and needs.margin),
                     "peak, GiB": _gib(needs and needs.peak),
                     "time": round(one.time, 2),
                     "fits": "chosen" if layout == self.layout else "yes" if one.fits else verdict,
@@ -304,10 +304,10 @@ def _remarks(recipe: Recipe, chosen: Layout, budget: int, *, split: bool) -> Ite
     windows = recipe.batch_size * recipe.optim.accumulation
     workers = recipe.scale.workers
     yield (
-        f"Chosen: {chosen.title(device)}, {chosen.passes} passes of {chosen.batch} windows, the "
-        f"fastest by estimate of what fits {_size(budget)}. A step has {workers * windows} windows "
-        f"({workers} workers x {chosen.passes} x {chosen.batch}) and the learning rates of the "
-        "recipe."
+        f"Chosen: batch {chosen.batch}, passes {chosen.passes}, {chosen.title(device)}: the "
+        f"fastest, by estimate, of what fits {_size(budget)}. A step has the recipe's learning "
+        f"rates and its number of windows, {workers * windows} (workers {workers} x passes "
+        f"{chosen.passes} x batch {chosen.batch})."
     )
     if not split:
         yield _BATCH_NORMS.format(batch=recipe.batch_size)
@@ -352,7 +352,7 @@ def _nothing_fits(
     window = f"{data.window.frames} frames of {data.size} pixels"
     norms = f" {_BATCH_NORMS.format(batch=recipe.batch_size)}" if not split else ""
     return (
-        f"No layout of {recipe.name} fits {_size(budget)}: a pass of {least.batch} windows of "
+        f"No layout of {recipe.name} fits {_size(budget)}: the smallest, batch {least.batch} of "
         f"{window}, {least.title(predictor.device)}, needs {_size(peak)}.{norms} "
         f"{_suggestion(predictor, least, budget)}"
     )
