@@ -47,7 +47,7 @@ def test_a_stage_is_a_line_and_a_count_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = Now()
-    monkeypatch.setattr(progress.time, "perf_counter", now)
+    monkeypatch.setattr("time.perf_counter", now)
     with progress.doing("opening the videos") as count:
         for done in range(1, 101):
             now.seconds += 0.1
