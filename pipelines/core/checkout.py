@@ -3,6 +3,7 @@
 import hashlib
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 _ROOT = Path(__file__).parents[2]
@@ -29,6 +30,17 @@ def git_commit(folder: Path) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get(COMMIT)
+
+
+def script_command(script: str) -> list[str]:
+    """Return the words that run a script of this checkout, as they work in the working directory.
+
+    Args:
+        script: its path in the checkout, such as `pipelines/train.py`.
+    """
+    here = Path.cwd()
+    words = (Path(sys.executable), _ROOT / script)
+    return [str(w.relative_to(here) if w.is_relative_to(here) else w) for w in words]
 
 
 def code_fingerprint() -> str:

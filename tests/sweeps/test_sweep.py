@@ -219,7 +219,7 @@ def test_the_winner_is_trained_by_the_command_that_is_printed(
     swept: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", swept.login["MLFLOW_TRACKING_URI"])
-    (command,) = re.findall(r"python pipelines/train.py (--from-run .*)", swept.printed)
+    (command,) = re.findall(r"/pipelines/train.py (--from-run .*)", swept.printed)
     recipe = parse(shlex.split(command))
     parent, children = _runs(swept)
     (winner,) = [run for run in children if run.info.run_id == parent.data.tags["best.run"]]
