@@ -221,8 +221,10 @@ def main(arguments: Sequence[str], description: str) -> None:
     """Predict, print, write a JSON file and a picture, and make an MLflow run; see `parse`."""
     try:
         asked = parse(arguments, description)
-        size = asked.fit if isinstance(asked, RecipeProfile) else None
-        found = profile(asked) if size is None else laid_out(asked, size, arguments)
+        if isinstance(asked, RecipeProfile) and asked.fit is not None:
+            found = laid_out(asked, asked.fit, arguments)
+        else:
+            found = profile(asked)
     except (UserError, ValueError) as problem:
         sys.exit(f"error: {problem}")
     file = Path(asked.questions.json or Path(asked.output) / "profiles" / f"{asked.name}.json")

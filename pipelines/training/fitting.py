@@ -188,10 +188,10 @@ class Fit:
                     "frames x size x batch": f"{window} x {layout.batch}",
                     "passes": layout.passes,
                     "way": layout.title(device),
-                    "state, GiB": _gib(needs and needs.state),
-                    "activations, GiB": _gib(needs and needs.activations),
-                    "margin, GiB": _gib(needs and needs.margin),
-                    "peak, GiB": _gib(needs and needs.peak),
+                    "state, GiB": _gib(needs, "state"),
+                    "activations, GiB": _gib(needs, "activations"),
+                    "margin, GiB": _gib(needs, "margin"),
+                    "peak, GiB": _gib(needs, "peak"),
                     "time": round(one.time, 2),
                     "fits": "chosen" if layout == self.layout else "yes" if one.fits else verdict,
                 }
@@ -386,8 +386,8 @@ def _suggestion(predictor: Predictor, layout: Layout, budget: int) -> str:
     )
 
 
-def _gib(size: int | None) -> str:
-    return "" if size is None else f"{size / GIBIBYTE:.2f}"
+def _gib(needs: Needs | None, part: str) -> str:
+    return "" if needs is None else f"{getattr(needs, part) / GIBIBYTE:.2f}"
 
 
 def _size(size: int) -> str:

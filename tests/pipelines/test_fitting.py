@@ -257,7 +257,7 @@ def needed(recipe: Recipe, **layout: Any) -> int:
 
 def test_a_recipe_is_laid_out_for_what_there_is(small: Recipe) -> None:
     told: list[str] = []
-    whole = {"batch": 2, "passes": 1, "reversible": True}
+    whole: dict[str, Any] = {"batch": 2, "passes": 1, "reversible": True}
     stored, rebuilt = needed(small, **whole, stored=True), needed(small, **whole)
     assert rebuilt < stored
     found = fit_recipe(small, stored, say=told.append)
