@@ -13,8 +13,11 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from re2tal.backbones.adapters import AdapterConfig
+from re2tal.backbones.lora import LoraConfig
 from re2tal.backbones.protocol import BackboneConfig
 from re2tal.backbones.table import IMAGENET_MEAN, IMAGENET_STD
 from re2tal.components import Component
@@ -46,6 +49,8 @@ class DetectorSpec:
         nms: settings of the suppression of repeated detections.
         mean: mean of red, green and blue in [0, 1] in the backbone's pretraining (torchvision's).
         std: standard deviation of red, green and blue.
+        adapters: shape of the temporal adapters in the backbone's blocks; None for none.
+        lora: shape of LoRA's matrices in the backbone's blocks; None for none.
     """
 
     classes: tuple[str, ...]
@@ -57,20 +62,31 @@ class DetectorSpec:
     nms: NmsConfig = field(default_factory=NmsConfig)
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    adapters: AdapterConfig | None = None
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         check_within(self, size=(1, 2**13), mean=(-1e3, 1e3), std=(1e-6, 1e6))
         if not self.classes or len(set(self.classes)) < len(self.classes):
             raise ValueError("DetectorSpec.classes must be one or more names, none of them twice.")
+        if self.adapters and self.lora:
+            raise ValueError("DetectorSpec.adapters and lora: a backbone has one of them or none.")
 
-    def build(self) -> Detector[Any, Any]:
+    def build(self, load: Callable[[Any], object] = lambda _: None) -> Detector[Any, Any]:
         """Build the detector with random weights, rewired if `reversible`.
 
         For one state of the generator the localizer has the same weights behind any backbone, or
         none, so that runs which differ in the backbone begin alike.
+
+        Args:
+            load: function that gives the backbone its weights, before adapters are added to it.
+
+        Raises:
+            UserError: the backbone cannot have the adapters.
         """
         seed = int(torch.randint(2**62, ()))
-        backbone = self._backbone()
+        self._try_additions()
+        backbone = self._backbone(load)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             localizer = self.localizer.build(backbone.channels, len(self.classes))
@@ -83,8 +99,39 @@ class DetectorSpec:
             localizer = self.localizer.build(backbone.channels, len(self.classes))
             return Detector(backbone, localizer)
 
-    def _backbone(self) -> Any:
+    def _try_additions(self) -> None:
+        """Run the backbone without memory, to see that it calls all that is added to it.
+
+        Blocks that read the weights of a layer instead of calling it would leave LoRA out.
+
+        Raises:
+            UserError: it does not.
+        """
+        addition = self.adapters or self.lora
+        if addition is None:
+            return
+        called: set[nn.Module] = set()
+        with torch.device("meta"):
+            backbone = self.backbone.build()
+            added = addition.add_to(backbone)
+            for module in added:
+                module.register_forward_hook(lambda module, *_: called.add(module))
+            with torch.no_grad():
+                backbone(torch.zeros(1, 3, backbone.multiple, self.size, self.size))
+        names = [name for name, module in backbone.named_modules() if module in {*added} - called]
+        if names:
+            raise UserError(
+                f"The blocks of this backbone read the weights of {names[0]} and "
+                f"{len(names) - 1} other layers, and do not call them: what is added there would "
+                "have no effect. Leave them out (--model.lora.layers mlp or attention), or take "
+                "--model.tuning adapters."
+            )
+
+    def _backbone(self, load: Callable[[Any], object] = lambda _: None) -> Any:
         backbone = self.backbone.build()
+        load(backbone)
+        if addition := self.adapters or self.lora:
+            addition.add_to(backbone)
         if self.reversible:
             rewire(backbone)
         return backbone

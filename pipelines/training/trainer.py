@@ -494,6 +494,7 @@ class Trainer:
             UserError: if too many videos cannot be decoded.
         """
         metrics: dict[str, float] = {}
+        self._count_parameters()
         while self.state.epoch < self.recipe.epochs:
             self._train_epoch()
             self.state.epoch += 1
@@ -510,6 +511,17 @@ class Trainer:
             self.runtime.log(seen, step=self.state.step)
             self._checkpoint(metrics, evaluation.write if self.runtime.rank == 0 else None)
         return metrics
+
+    def _count_parameters(self) -> None:
+        """Show and log how many of the detector's parameters are trained."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.state.detector.parameters()]
+        total, trained = (sum(n for n, wanted in sizes if wanted or of) for of in (True, False))
+        counts = {"parameters/total": float(total), "parameters/trained": float(trained)}
+        self.runtime.log(counts, step=self.state.step)
+        self.runtime.say(
+            f"training {trained:,} of {total:,} parameters ({trained / total:.1%}), "
+            f"--model.tuning {self.recipe.model.tuning}"
+        )
 
     def _checkpoint(
         self, metrics: Mapping[str, float], add: Callable[[Path], object] | None = None

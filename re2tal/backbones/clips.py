@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,10 +42,28 @@ class ClipFamily:
     stem: str
 
 
+@dataclass(slots=True)
+class Timeline:
+    """Place in time of the tokens `(B clips, steps places, C)` of a backbone of clips.
+
+    Attributes:
+        steps: time steps of a clip.
+        clips: clips of a window, in the forward that runs or ran last.
+    """
+
+    steps: int
+    clips: int = 1
+
+    def copy(self) -> Timeline:
+        """Return the timeline of this moment."""
+        return replace(self)
+
+
 class ClipBackbone(nn.Module):
     """Backbone that runs a model of clips on a whole window.
 
-    See `re2tal.backbones.protocol.Backbone` for the attributes.
+    See `re2tal.backbones.protocol.Backbone` for the attributes; `timeline` is for modules that mix
+    the clips of a window.
 
     Args:
         model: model of clips, whose parts are taken over.
@@ -76,6 +94,8 @@ class ClipBackbone(nn.Module):
         self.channels = channels
         self.temporal_stride = stride * pooling
         self.multiple = math.lcm(clip, self.temporal_stride)
+        self.timeline = Timeline(clip // stride)
+        self._clip = clip
         self._family = family
         self._blocks = blocks
         self._pooling = pooling
@@ -87,6 +107,7 @@ class ClipBackbone(nn.Module):
                 f"A window must have a multiple of {self.multiple} frames for this backbone, but "
                 f"has {video.shape[2]}."
             )
+        self.timeline.clips = video.shape[2] // self._clip
         features = self._family.tokens(self, video).mean(dim=2)
         in_order = features.unflatten(0, (len(video), -1)).flatten(1, 2)
         pooled: Tensor = in_order.unflatten(1, (-1, self._pooling)).mean(dim=2)
