@@ -13,10 +13,9 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from re2tal.backbones.adapters import AdapterConfig
+from re2tal.backbones.adapters import AdapterConfig, refuse_unused
 from re2tal.backbones.lora import LoraConfig
 from re2tal.backbones.protocol import BackboneConfig
 from re2tal.backbones.table import IMAGENET_MEAN, IMAGENET_STD
@@ -85,7 +84,8 @@ class DetectorSpec:
             UserError: the backbone cannot have the adapters.
         """
         seed = int(torch.randint(2**62, ()))
-        self._try_additions()
+        if addition := self.adapters or self.lora:
+            refuse_unused(addition, self.backbone, self.size)
         backbone = self._backbone(load)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -98,34 +98,6 @@ class DetectorSpec:
             backbone = self._backbone()
             localizer = self.localizer.build(backbone.channels, len(self.classes))
             return Detector(backbone, localizer)
-
-    def _try_additions(self) -> None:
-        """Run the backbone without memory, to see that it calls all that is added to it.
-
-        Blocks that read the weights of a layer instead of calling it would leave LoRA out.
-
-        Raises:
-            UserError: it does not.
-        """
-        addition = self.adapters or self.lora
-        if addition is None:
-            return
-        called: set[nn.Module] = set()
-        with torch.device("meta"):
-            backbone = self.backbone.build()
-            added = addition.add_to(backbone)
-            for module in added:
-                module.register_forward_hook(lambda module, *_: called.add(module))
-            with torch.no_grad():
-                backbone(torch.zeros(1, 3, backbone.multiple, self.size, self.size))
-        names = [name for name, module in backbone.named_modules() if module in {*added} - called]
-        if names:
-            raise UserError(
-                f"The blocks of this backbone read the weights of {names[0]} and "
-                f"{len(names) - 1} other layers, and do not call them: what is added there would "
-                "have no effect. Leave them out (--model.lora.layers mlp or attention), or take "
-                "--model.tuning adapters."
-            )
 
     def _backbone(self, load: Callable[[Any], object] = lambda _: None) -> Any:
         backbone = self.backbone.build()

@@ -21,15 +21,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from re2tal.backbones.clips import Timeline
-from re2tal.errors import UserError, check_within
-from re2tal.reversible.branches import Branch, ByToken, Layout, branches, returned
+from re2tal.backbones.protocol import BackboneConfig
+from re2tal.errors import UserError, check_within, shortened
+from re2tal.reversible.branches import Branch, ByToken, Layout, branches, returned, split
 from re2tal.reversible.rewire import reversible_blocks
 
 
@@ -71,7 +72,7 @@ class AdapterConfig:
             )
         added: list[nn.Module] = []
         for name, block in blocks.items():
-            last = branches(block)[-1]
+            last = split(block)[-1]
             if last.activation is not None:
                 raise UserError(
                     f"--model.tuning adapters: {name} ({type(block).__name__}) has an activation "
@@ -357,3 +358,41 @@ def additions(backbone: nn.Module) -> Iterator[nn.Module]:
             yield module
         elif hasattr(module, "base_layer"):  # peft's, which need not be imported to find them
             yield from (part for name, part in module.named_children() if name.startswith("lora_"))
+
+
+class Addition(Protocol):
+    """Configuration of what is added to a backbone to learn beside it."""
+
+    def add_to(self, backbone: nn.Module) -> list[nn.Module]:
+        """Add it in place, and return the modules that a forward has to call."""
+        ...
+
+
+def refuse_unused(addition: Addition, config: BackboneConfig, size: int) -> None:
+    """Run a backbone without memory for it, to see that it calls all that is added to it.
+
+    Blocks that read the weights of a layer instead of calling it would leave LoRA out.
+
+    Args:
+        addition: what would be added.
+        config: shape of the backbone.
+        size: pixels of a side of the frames.
+
+    Raises:
+        UserError: the backbone does not call all of it, or cannot have it.
+    """
+    called: set[nn.Module] = set()
+    with torch.device("meta"), torch.no_grad():
+        backbone = config.build()
+        added = addition.add_to(backbone)
+        for module in added:
+            module.register_forward_hook(lambda module, *_: called.add(module))
+        backbone(torch.zeros(1, 3, backbone.multiple, size, size))
+    unused = {*added} - called
+    names = [name for name, module in backbone.named_modules() if module in unused]
+    if names:
+        raise UserError(
+            f"The blocks of this backbone read the weights of {', '.join(shortened(names, 1))}, "
+            "and do not call them: what is added there would have no effect. Leave them out "
+            "(--model.lora.layers mlp or attention), or take --model.tuning adapters."
+        )

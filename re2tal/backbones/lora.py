@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from re2tal.errors import UserError, check_within
-from re2tal.reversible.branches import Branch, branches
+from re2tal.reversible.branches import Branch, split
 from re2tal.reversible.rewire import reversible_blocks
 
 
@@ -64,7 +64,7 @@ class LoraConfig:
         chosen = {
             module
             for block in reversible_blocks(backbone).values()
-            for branch in branches(block)
+            for branch in split(block)
             if self._takes(branch)
             for top in branch.modules
             for module in top.modules()

@@ -264,7 +264,7 @@ def test_the_localizer_begins_alike_behind_all_of_them() -> None:
     [
         (slowfast_toy(), ADAPTERS, r"slow_path.layer1.1 \(Bottleneck\) has an activation behind"),
         (slowfast_toy(), LORA, "have no linear layers of --model.lora.layers all"),
-        (swin_toy(), LORA, r"read the weights of features.0.0.attn.qkv and 7 other layers, and do"),
+        (swin_toy(), LORA, r"read the weights of features.0.0.attn.qkv, ... and 7 more, and do"),
     ],
 )
 def test_blocks_that_cannot_have_them_are_refused(config: Any, tuning: Tuning, reason: str) -> None:
