@@ -83,8 +83,9 @@ def test_what_is_added_learns_beside_a_backbone_that_does_not(
     assert len(convolutions) == wanted
 
 
-def test_a_frozen_backbone_keeps_no_activations(tiny_recipe: Recipe) -> None:
-    model = replace(tiny_recipe.model, tuning="frozen", reversible=False)
+@pytest.mark.parametrize("reversible", [False, True])
+def test_a_frozen_backbone_keeps_no_activations(tiny_recipe: Recipe, reversible: bool) -> None:
+    model = replace(tiny_recipe.model, tuning="frozen", reversible=reversible)
     detector = _detector(tiny_recipe, model)
     train_mode(detector, model)
     assert not detector.backbone.training
