@@ -7,13 +7,17 @@
     mmaction2's SlowFast                          `slowfast/published.py`
     PyTorchVideo's SlowFast                       `slowfast/published.py`
     OpenTAD's Re2SlowFast                         `slowfast/published.py`
-    VideoMAE of transformers, also a folder       `clips.py`
-    VideoMAE of its authors and of mmaction2      `clips.py`
+    VideoMAE of transformers, also a folder       `videomae.py`
+    VideoMAE of its authors and of mmaction2      `videomae.py`
+    V-JEPA 2 of transformers, also a folder       `vjepa2.py`
+    ViViT of transformers, also a folder          `vivit.py`
+    TimeSformer of transformers, also a folder    `timesformer.py`
+    InternVideo2 of its authors                   `internvideo2.py`
 
 Names, shapes and computations were read in the sources of these libraries (mmaction2 1.2,
 Video-Swin-Transformer at db018fb, PyTorchVideo at f3142bb, OpenTAD at 3dd7b03, VideoMAE at cece388,
-transformers 5.23). The published files themselves were not available: one that differs from its
-library's source is refused with the list of its differences.
+InternVideo at 3965eef, transformers 5.23). The published files themselves were not available: one
+that differs from its library's source is refused with the list of its differences.
 """
 
 import re
@@ -189,7 +193,16 @@ def save_backbone_weights(
 def _recognise(names: Sequence[str]) -> tuple[Layout, str]:
     """Find the layout of a file with weights of these names, and the prefix of each of them."""
     layouts = dict.fromkeys(layout for entry in backbones().values() for layout in entry.layouts)
-    found = [(layout, m[1]) for layout in layouts for n in names if (m := layout.mark.fullmatch(n))]
+    known = set(names)
+    found = [
+        (layout, match[1])
+        for layout in layouts
+        for name in names
+        if (match := layout.mark.fullmatch(name))
+        and (layout.beside is None or match[1] + layout.beside in known)
+    ]
+    closer = {prefix for layout, prefix in found if layout.beside is not None}
+    found = [(layout, at) for layout, at in found if layout.beside is not None or at not in closer]
     if len(found) > 1:
         listed = ", ".join(f"{layout.title} at {prefix!r}" for layout, prefix in found)
         raise ValueError(f"it holds several backbones: {listed}. Keep the weights of one")
@@ -220,7 +233,8 @@ def _converted(
     problems: list[str] = []
     for name in published:
         inner = name.removeprefix(prefix)
-        if not name.startswith(prefix):
+        outside = layout.outside is not None and layout.outside.fullmatch(inner)
+        if outside or not name.startswith(prefix):
             left_out[name] = _OUTSIDE
         elif layout.classifier is not None and layout.classifier.match(inner):
             left_out[name] = CLASSIFIER
