@@ -108,6 +108,15 @@ class InternVideo2Stem(ClipStem):
         return with_class_token(tokens, self.cls_token, self.pos_embed, self._trained)
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMS norm in float32, whatever its input's type is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        normed = F.rms_norm(x.float(), tuple(self.normalized_shape), self.weight.float(), self.eps)
+        return normed.type_as(x)
+
+
 class Attention(nn.Module):
     """Attention among all tokens, its queries and keys normalised over all heads together."""
 
@@ -115,15 +124,14 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.qkv = nn.Linear(config.channels, 3 * config.channels, bias=False)
-        self.q_norm = nn.RMSNorm(config.channels, eps=config.norm_epsilon)
-        self.k_norm = nn.RMSNorm(config.channels, eps=config.norm_epsilon)
+        self.q_norm = RMSNorm(config.channels, eps=config.norm_epsilon)
+        self.k_norm = RMSNorm(config.channels, eps=config.norm_epsilon)
         self.proj = nn.Linear(config.channels, config.channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend, `(B, N, C)`."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        # Under autocast the norms give another type than the values have.
-        apart = (self.q_norm(q).type_as(v), self.k_norm(k).type_as(v), v)
+        apart = (self.q_norm(q), self.k_norm(k), v)
         heads = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in apart)
         joined = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
         result: Tensor = self.proj(joined)
@@ -161,10 +169,10 @@ class Block(nn.Module):
 
     def __init__(self, config: InternVideo2Config) -> None:
         super().__init__()
-        self.norm1 = nn.RMSNorm(config.channels, eps=config.norm_epsilon)
+        self.norm1 = RMSNorm(config.channels, eps=config.norm_epsilon)
         self.attn = Attention(config)
         self.ls1 = Scale(config.channels, config.scale)
-        self.norm2 = nn.RMSNorm(config.channels, eps=config.norm_epsilon)
+        self.norm2 = RMSNorm(config.channels, eps=config.norm_epsilon)
         self.mlp = Mlp(config.channels, round(config.channels * config.mlp_ratio))
         self.ls2 = Scale(config.channels, config.scale)
 

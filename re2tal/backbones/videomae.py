@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -274,10 +274,27 @@ def videomae_h() -> VideoMAEConfig:
     return VideoMAEConfig(channels=1280, depths=(32,), heads=16)
 
 
+# VideoMAE V2 (Wang et al., CVPR 2023, arXiv 2303.16727): weights of its authors only.
+
+
+@backbone(layouts=_LAYOUTS)
+def videomae_v2_s() -> VideoMAEConfig:
+    """VideoMAE V2-S, distilled from V2-g."""
+    return replace(videomae_s(), norm_epsilon=1e-6)
+
+
+@backbone(weights=("hf:OpenGVLab/VideoMAEv2-Base",), layouts=_LAYOUTS)
+def videomae_v2_b() -> VideoMAEConfig:
+    """VideoMAE V2-B, distilled from V2-g."""
+    return replace(videomae_b(), norm_epsilon=1e-6)
+
+
 @backbone(layouts=_LAYOUTS)
 def videomae_v2_g() -> VideoMAEConfig:
-    """VideoMAE V2-g (Wang et al., CVPR 2023, arXiv 2303.16727), the shape in its paper."""
-    return VideoMAEConfig(patch=14, channels=1408, depths=(40,), heads=16, mlp_ratio=48 / 11)
+    """VideoMAE V2-g, the shape in its paper."""
+    return VideoMAEConfig(
+        patch=14, channels=1408, depths=(40,), heads=16, mlp_ratio=48 / 11, norm_epsilon=1e-6
+    )
 
 
 @backbone(layouts=_LAYOUTS)
