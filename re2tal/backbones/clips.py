@@ -212,6 +212,7 @@ _BOUNDS = {
     "dropout": (0, 1),
     "attention_dropout": (0, 1),
     "drop_path": (0, 1),
+    "scale": (0, 1),
     "pooling": (1, 2**10),
 }
 
