@@ -200,6 +200,7 @@ AUTHORS_TIMESFORMER = replace(
     TIMESFORMER,
     title="TimeSformer of its authors",
     mark=re.compile(r"(|.*\.)blocks\.0\.temporal_attn\.qkv\.weight"),
+    beside="time_embed",
     rename=_of_authors,
     classifier=re.compile(r"head\."),
 )

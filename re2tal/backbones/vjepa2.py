@@ -176,6 +176,7 @@ def _of_authors(name: str) -> str | None:
 AUTHORS_VJEPA2 = Layout(
     title="V-JEPA 2 of its authors",
     mark=re.compile(r"(module\.backbone\.)blocks\.0\.attn\.qkv\.weight"),
+    beside="blocks.0.attn.qkv.bias",
     rename=_of_authors,
     computed=re.compile(r"pos_embed"),  # not used by models with rotations
     fused=re.compile(r"blocks\.\d+\.attn\.qkv\.(?:weight|bias)"),

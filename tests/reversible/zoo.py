@@ -213,8 +213,8 @@ def _slowfast(depth: int = 2, drop: float = 0.0, *, coupled: bool = False) -> Bu
     return config.build(), (torch.randn(2, 3, 8, 32, 32),)
 
 
-def _internvideo2(depth: int = 2, drop: float = 0.0) -> Built:  # noqa: ARG001 - it has none
-    """The project's own."""
+def _internvideo2(depth: int = 2, drop: float = 0.0) -> Built:
+    """The project's own, which has no dropout."""
     config = InternVideo2Config(
         patch=4, channels=16, depths=(depth,), heads=2, mlp_ratio=2.0, clip=4, trained_size=16
     )
