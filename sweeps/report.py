@@ -22,6 +22,7 @@ from rich.table import Table
 from pipelines.core.checkout import script_command
 from pipelines.core.tables import csv_text
 from pipelines.core.tracking import Run, log_metrics
+from pipelines.training.results import page_of
 from re2tal.errors import UserError
 from sweeps.epoch_reports import RUN_ID
 from sweeps.postprocessing import Postprocessing, search_postprocessing
@@ -180,6 +181,7 @@ def _facts(
     if FIRST_STEP in counts:
         facts.append(("to the first step", f"{counts[FIRST_STEP]:.1f} s of a trial (median)"))
     facts.append(("MLflow run", f"{run.run_id} in {run.uri}"))
+    facts.append(("its page", page_of(run)))
     return facts
 
 
