@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -33,13 +34,13 @@ class ClipFamily:
         tokens: function from the backbone, with the model's parts, and a video `(B, 3, T, H, W)` to
             the tokens `(B T/n, n/s, places, C)` of its clips.
         block: names of the parameters of a block; group 1 is its number, from 0.
-        stem: beginning of the names of parameters before the first block.
+        stem: beginning of the names of parameters before the first block, or several.
     """
 
     make: Callable[[Any], nn.Module]
     tokens: Callable[[Any, Tensor], Tensor]
     block: re.Pattern[str]
-    stem: str
+    stem: str | tuple[str, ...]
 
 
 class ClipBackbone(nn.Module):
@@ -82,11 +83,7 @@ class ClipBackbone(nn.Module):
 
     def forward(self, video: Tensor) -> Tensor:
         """Compute spatially pooled features; see `Backbone`."""
-        if video.shape[2] % self.multiple:
-            raise UserError(
-                f"A window must have a multiple of {self.multiple} frames for this backbone, but "
-                f"has {video.shape[2]}."
-            )
+        check_window(video, self.multiple)
         features = self._family.tokens(self, video).mean(dim=2)
         in_order = features.unflatten(0, (len(video), -1)).flatten(1, 2)
         pooled: Tensor = in_order.unflatten(1, (-1, self._pooling)).mean(dim=2)
@@ -98,6 +95,52 @@ class ClipBackbone(nn.Module):
             return 0
         match = self._family.block.match(name)
         return int(match[1]) + 1 if match else self._blocks
+
+
+def library(module: str, model: str) -> Any:
+    """Import a module of a library that is an extra of this package.
+
+    Args:
+        module: name of the module, such as "transformers".
+        model: model that is built from it, for the error.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"{model} is built from the library {module.partition('.')[0]}, which cannot be "
+            f"imported ({error}): pip install 're2tal[backbones]'."
+        ) from error
+
+
+def check_window(video: Tensor, multiple: int) -> None:
+    """Refuse a window `(B, 3, T, H, W)` of a length that a backbone cannot have.
+
+    Raises:
+        UserError: T is no multiple of `multiple`.
+    """
+    if video.shape[2] % multiple:
+        raise UserError(
+            f"A window must have a multiple of {multiple} frames for this backbone, but has "
+            f"{video.shape[2]}."
+        )
+
+
+def check_patches(video: Tensor, patch: int) -> None:
+    """Refuse frames `(..., H, W)` that cannot be cut into square patches.
+
+    Raises:
+        UserError: a side is no multiple of that of a patch.
+    """
+    height, width = video.shape[-2:]
+    if height % patch or width % patch:
+        raise UserError(
+            f"Frames of {height} x {width} pixels cannot be cut into patches of {patch}: choose a "
+            "size that is a multiple of it."
+        )
 
 
 def clips_of(video: Tensor, frames: int) -> Tensor:

@@ -37,11 +37,14 @@ class Layout:
 
     Attributes:
         title: readable name of the layout.
-        mark: name that every such file has and no other; group 1 is the prefix of all names of
-            the backbone, such as `backbone.`.
+        mark: name that every such file has; group 1 is the prefix of all names of the backbone,
+            such as `backbone.`. Where files of other layouts have it too, that layout counts which
+            has a place in the backbone for most of the weights.
         rename: function from a name without its prefix to our name, or None if it is unknown.
         classifier: names of the classifier's weights if nothing sets them apart from the
             backbone's.
+        optional: our names of weights that some settings of the backbone do without, such as those
+            of a way of pooling.
         computed: names of buffers that the backbone computes by itself.
         fused: names of weights that hold three of ours, one behind another; `rename` is asked for
             `NAME[0]`, `NAME[1]` and `NAME[2]` instead.
@@ -59,6 +62,7 @@ class Layout:
     mark: re.Pattern[str]
     rename: Callable[[str], str | None]
     classifier: re.Pattern[str] | None = None
+    optional: re.Pattern[str] | None = None
     computed: re.Pattern[str] | None = None
     fused: re.Pattern[str] | None = None
     may_lack: tuple[str, ...] = ()

@@ -15,9 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from re2tal.backbones.clips import ClipBackbone, ClipFamily, clips_of, resized, sines
+from re2tal.backbones.clips import (
+    ClipBackbone,
+    ClipFamily,
+    check_patches,
+    clips_of,
+    library,
+    resized,
+    sines,
+)
 from re2tal.backbones.table import Layout, backbone
-from re2tal.errors import UserError, check_within
+from re2tal.errors import check_within
 from re2tal.reversible.branches import recomputed
 
 
@@ -150,12 +158,7 @@ class VideoMAEStem(nn.Module):
 
     def forward(self, video: Tensor) -> Tensor:
         """Compute tokens `(B T/n, n/s, H', W', C)` of a video `(B, 3, T, H, W)`."""
-        height, width = video.shape[3:]
-        if height % self._patch or width % self._patch:
-            raise UserError(
-                f"Frames of {height} x {width} pixels cannot be cut into patches of "
-                f"{self._patch}: choose a size that is a multiple of it."
-            )
+        check_patches(video, self._patch)
         projection: Any = self.patch_embeddings.projection
         tokens: Tensor = projection(clips_of(video, self._clip)).movedim(1, -1)
         return tokens + resized(self.positions, tokens.shape[1:4]).type_as(tokens)
@@ -167,13 +170,7 @@ def _stem_is_recomputed(module: nn.Module) -> bool:  # noqa: ARG001
 
 
 def _make_videomae(config: VideoMAEConfig) -> nn.Module:
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            "VideoMAE is built from the library transformers, which cannot be imported "
-            f"({error}): pip install 're2tal[backbones]'."
-        ) from error
+    transformers = library("transformers", "VideoMAE")
     theirs: Any = transformers.VideoMAEModel(
         transformers.VideoMAEConfig(
             # Parameters do not depend on them, but a table of positions does, which takes seconds

@@ -7,8 +7,10 @@
     mmaction2's SlowFast                          `slowfast/published.py`
     PyTorchVideo's SlowFast                       `slowfast/published.py`
     OpenTAD's Re2SlowFast                         `slowfast/published.py`
-    VideoMAE of transformers, also a folder       `clips.py`
-    VideoMAE of its authors and of mmaction2      `clips.py`
+    VideoMAE of transformers, also a folder       `videomae.py`
+    VideoMAE of its authors and of mmaction2      `videomae.py`
+    timm's image transformers                     `frames.py`
+    torchvision's MViT and video ResNets, ours    (as they are)
 
 Names, shapes and computations were read in the sources of these libraries (mmaction2 1.2,
 Video-Swin-Transformer at db018fb, PyTorchVideo at f3142bb, OpenTAD at 3dd7b03, VideoMAE at cece388,
@@ -18,7 +20,7 @@ library's source is refused with the list of its differences.
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -33,6 +35,7 @@ from re2tal.weights import WeightsMismatchError, WeightsReport, read_tensors
 CLASSIFIER = "of the classifier"
 _OUTSIDE = "not of the backbone"
 _COMPUTED = "computed by the backbone"
+_UNUSED = "not used by this backbone"
 PREFIX = "torchvision:"
 HUB = "hf:"
 NAMED = (PREFIX, HUB)
@@ -139,7 +142,7 @@ _OWN = Layout(
     title="names of this backbone",
     mark=re.compile(r"(?!)"),  # a file without any mark is ours
     rename=lambda name: name,
-    classifier=re.compile(r"head\."),  # torchvision's
+    classifier=re.compile(r"(?:head|fc)\."),  # torchvision's
 )
 
 
@@ -159,7 +162,7 @@ def load_backbone_weights(backbone: nn.Module, source: str | Path) -> WeightsRep
     """
     published: Mapping[str, Tensor] = _read(source)
     try:
-        layout, prefix = _recognise(tuple(published))
+        layout, prefix = _recognise(tuple(published), backbone.state_dict().keys())
         published = _split(published, layout, prefix)
     except ValueError as error:
         raise ValueError(f"The weights in {source} cannot be used: {error}.") from error
@@ -186,14 +189,34 @@ def save_backbone_weights(
         save_file(state, partial, metadata=dict(metadata))
 
 
-def _recognise(names: Sequence[str]) -> tuple[Layout, str]:
-    """Find the layout of a file with weights of these names, and the prefix of each of them."""
+def _recognise(names: Sequence[str], own: Collection[str]) -> tuple[Layout, str]:
+    """Find the layout of a file with weights of these names, and the prefix of each of them.
+
+    Args:
+        names: names in the file.
+        own: names of the backbone's weights, which decide between layouts that look alike.
+    """
     layouts = dict.fromkeys(layout for entry in backbones().values() for layout in entry.layouts)
     found = [(layout, m[1]) for layout in layouts for n in names if (m := layout.mark.fullmatch(n))]
-    if len(found) > 1:
-        listed = ", ".join(f"{layout.title} at {prefix!r}" for layout, prefix in found)
+
+    def ours(candidate: tuple[Layout, str]) -> list[str | None]:
+        layout, prefix = candidate
+        return [layout.rename(n.removeprefix(prefix)) for n in names if n.startswith(prefix)]
+
+    def placed(candidate: tuple[Layout, str]) -> int:
+        return sum(name in own for name in ours(candidate))
+
+    def known(candidate: tuple[Layout, str]) -> int:
+        return sum(name is not None for name in ours(candidate))
+
+    if not found or placed((_OWN, "")) > max(map(placed, found)):
+        return _OWN, ""
+    likeness = placed if any(map(placed, found)) else known  # of another backbone's file
+    likely = [c for c in found if likeness(c) == max(map(likeness, found))]
+    if len({prefix for _, prefix in likely}) > 1:
+        listed = ", ".join(f"{layout.title} at {prefix!r}" for layout, prefix in likely)
         raise ValueError(f"it holds several backbones: {listed}. Keep the weights of one")
-    return found[0] if found else (_OWN, "")
+    return max(likely, key=known)
 
 
 def _split(published: Mapping[str, Tensor], layout: Layout, prefix: str) -> Mapping[str, Tensor]:
@@ -218,19 +241,22 @@ def _converted(
     placed: dict[str, str] = {}
     left_out: dict[str, str] = {}
     problems: list[str] = []
+    own = backbone.state_dict()
     for name in published:
         inner = name.removeprefix(prefix)
         if not name.startswith(prefix):
             left_out[name] = _OUTSIDE
-        elif layout.classifier is not None and layout.classifier.match(inner):
+        elif layout.classifier is not None and layout.classifier.match(inner) and inner not in own:
             left_out[name] = CLASSIFIER
         elif layout.computed is not None and layout.computed.fullmatch(inner):
             left_out[name] = _COMPUTED
         elif ours := layout.rename(inner):
-            placed[name] = ours
+            if ours not in own and layout.optional is not None and layout.optional.fullmatch(ours):
+                left_out[name] = _UNUSED
+            else:
+                placed[name] = ours
         else:
             problems.append(f"{name} is unknown")
-    own = backbone.state_dict()
     kept = sorted(n for n in own.keys() - placed.values() if n.endswith(layout.may_lack))
     problems += _mismatches(own, placed, published, kept)
     given = {ours: published[name] for name, ours in placed.items()}

@@ -1,0 +1,467 @@
+"""Image transformers frame by frame: DINOv2, DINOv3, EVA-02, SigLIP and CLIP, timm's own classes.
+
+    arXiv 2304.07193, 2508.10104, 2303.11331, 2303.15343, 2103.00020
+
+Every `every`-th frame is an image. Nothing mixes frames before the localizer. Parameters have
+timm's names, so that its files fit; timm is imported only when a model is built.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import isqrt
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from re2tal.backbones.clips import ClipBackbone, ClipFamily, check_patches, library
+from re2tal.backbones.table import Layout, backbone
+from re2tal.errors import check_within
+from re2tal.reversible.branches import recomputed
+from re2tal.weights import Colour
+
+CLIP_MEAN: Colour = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD: Colour = (0.26862954, 0.26130258, 0.27577711)
+HALF: Colour = (0.5, 0.5, 0.5)
+
+Family = Literal["dinov2", "dinov3", "eva02", "siglip", "clip"]
+_TITLES: Mapping[Family, str] = {
+    "dinov2": "DINOv2",
+    "dinov3": "DINOv3",
+    "eva02": "EVA-02",
+    "siglip": "SigLIP",
+    "clip": "CLIP",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Record:
+    """What sets a family apart from other vision transformers.
+
+    Attributes:
+        kind: timm's class.
+        options: arguments of the class that all sizes share.
+        epsilon: epsilon of all norms.
+        norm_last: whether the mean over places is normalised rather than each place.
+    """
+
+    kind: Literal["vision_transformer:VisionTransformer", "eva:Eva"] = (
+        "vision_transformer:VisionTransformer"
+    )
+    options: Mapping[str, Any] = field(default_factory=dict)
+    epsilon: float = 1e-6
+    norm_last: bool = False
+
+
+_RECORDS: Mapping[Family, _Record] = {
+    "dinov2": _Record(options={"init_values": 1e-5}),
+    "dinov3": _Record(
+        kind="eva:Eva",
+        options={
+            "init_values": 1e-5,
+            "qkv_bias": False,
+            "use_abs_pos_emb": False,
+            "use_rot_pos_emb": True,
+            "rope_type": "dinov3",
+            "rope_temperature": 100,
+            "rope_rotate_half": True,
+        },
+        epsilon=1e-5,
+    ),
+    "eva02": _Record(
+        kind="eva:Eva",
+        options={
+            "qkv_fused": False,
+            "swiglu_mlp": True,
+            "scale_mlp": True,
+            "use_rot_pos_emb": True,
+            "ref_feat_shape": (16, 16),  # the grid of its pretraining, 224 pixels
+        },
+        norm_last=True,
+    ),
+    "siglip": _Record(options={"class_token": False}),
+    "clip": _Record(options={"pre_norm": True, "act_layer": "quick_gelu"}, epsilon=1e-5),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FramesConfig:
+    """Shape of an image transformer that runs frame by frame.
+
+    Attributes:
+        family: family of models; it decides on norms, positions and the form of the blocks.
+        patch: side of a patch in pixels.
+        channels: channels of a token.
+        depths: number of blocks, the only stage's.
+        heads: attention heads of a block.
+        mlp_ratio: channels inside an MLP per channel.
+        registers: further tokens beside the class token.
+        trained_size: pixels of a side of the images in the pretraining, whose positions are
+            embedded; on other sizes the embeddings are resized as timm does. Families with rotary
+            embeddings alone (DINOv3) do not need it.
+        pool: way in which the tokens of a frame become a feature: their mean over the places, the
+            class token, or SigLIP's attention pooling.
+        every: frames of which the middle one is seen, such as 4 to run on a quarter of the frames.
+        drop_path: probability of leaving out the last block's branches, growing with depth.
+        pooling: consecutive features that are averaged into one.
+    """
+
+    family: Family = "dinov2"
+    patch: int = 14
+    channels: int = 768
+    depths: tuple[int, ...] = (12,)
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    registers: int = 0
+    trained_size: int = 518
+    pool: Literal["mean", "class", "attention"] = "mean"
+    every: int = 1
+    drop_path: float = 0.0
+    pooling: int = 1
+
+    def __post_init__(self) -> None:
+        check_within(
+            self,
+            patch=(1, 256),
+            channels=(1, 2**14),
+            depths=(1, 512),
+            heads=(1, 2**10),
+            mlp_ratio=(0.01, 64),
+            registers=(0, 2**10),
+            trained_size=(1, 2**12),
+            every=(1, 2**10),
+            drop_path=(0, 1),
+            pooling=(1, 2**10),
+        )
+        if len(self.depths) != 1:
+            raise ValueError(
+                f"An image transformer has one stage of blocks, but depths is {self.depths}."
+            )
+        rotary = "use_rot_pos_emb" in _RECORDS[self.family].options
+        for name, whole, part, kind in (
+            # angles of two directions, each with a sine and a cosine
+            ("channels", self.channels, self.heads * (4 if rotary else 1), "heads"),
+            ("trained_size", self.trained_size, self.patch, "pixels of a patch"),
+        ):
+            if whole % part:
+                what = "four times the heads" if rotary and name == "channels" else kind
+                raise ValueError(
+                    f"FramesConfig.{name} must be a multiple of {part}, the {what}, but is {whole}."
+                )
+        places = (self.trained_size // self.patch) ** 2
+        if places * self.channels > 2**28:
+            raise ValueError(
+                f"FramesConfig: {places:,} positions of {self.channels:,} channels are too many."
+            )
+        pools = ("mean", "attention" if self.family == "siglip" else "class")
+        if self.pool not in pools:
+            raise ValueError(
+                f"FramesConfig.pool must be {' or '.join(pools)} for {_TITLES[self.family]}, but "
+                f"is {self.pool!r}."
+            )
+
+    def with_stride(self, stride: int) -> FramesConfig:
+        """Return the same backbone, its features averaged to another number of frames a feature.
+
+        Raises:
+            ValueError: it cannot have that stride.
+        """
+        if stride < 1 or stride % self.every:
+            raise ValueError(
+                f"The stride must be a multiple of {self.every}, the frames that the backbone "
+                f"makes a feature of, not {stride}."
+            )
+        return replace(self, pooling=stride // self.every)
+
+    def build(self) -> ClipBackbone:
+        """Build a backbone of this shape, with random weights.
+
+        Raises:
+            UserError: timm is not installed.
+        """
+        family = ClipFamily(
+            make=_make,
+            tokens=partial(_pooled, self),
+            block=re.compile(r"blocks\.(\d+)\."),
+            stem=("patch_embed.", "cls_token", "reg_token", "pos_embed", "norm_pre."),
+        )
+        return ClipBackbone(
+            _make(self),
+            family,
+            channels=self.channels,
+            blocks=self.depths[0],
+            clip=self.every,
+            stride=self.every,
+            pooling=self.pooling,
+        )
+
+
+class FramePatches(nn.Module):
+    """Patches of the frames of a window that are seen; recomputed when rewired.
+
+    The choice of frames stands in here, so that nothing has to be kept of them but their uint8.
+
+    Args:
+        proj: convolution of the patches, under the name that timm gives it.
+        every: frames of which the middle one is seen.
+    """
+
+    def __init__(self, proj: nn.Conv2d, every: int) -> None:
+        super().__init__()
+        self.proj = proj
+        self._every = every
+
+    def forward(self, video: Tensor) -> Tensor:
+        """Compute tokens `(B T/every, H', W', C)` of a video `(B, 3, T, H, W)`."""
+        check_patches(video, self.proj.kernel_size[0])
+        seen = video[:, :, self._every // 2 :: self._every]
+        images = seen.transpose(1, 2).flatten(0, 1)
+        tokens: Tensor = self.proj(images).movedim(1, -1)
+        return tokens
+
+
+@recomputed.register(FramePatches)
+def _patches_are_recomputed(module: nn.Module) -> bool:  # noqa: ARG001
+    return True
+
+
+def _make(config: FramesConfig) -> nn.Module:
+    record, title = _RECORDS[config.family], _TITLES[config.family]
+    module, _, kind = record.kind.partition(":")
+    models = library(f"timm.models.{module}", title)
+    registers = {"num_reg_tokens" if kind == "Eva" else "reg_tokens": config.registers}
+    model: nn.Module = getattr(models, kind)(
+        img_size=config.trained_size,
+        patch_size=config.patch,
+        embed_dim=config.channels,
+        depth=config.depths[0],
+        num_heads=config.heads,
+        mlp_ratio=config.mlp_ratio,
+        drop_path_rate=config.drop_path,
+        num_classes=0,
+        global_pool="map" if config.pool == "attention" else "",
+        dynamic_img_size=True,  # rotary embeddings of the size that a frame has
+        no_embed_class=config.registers > 0,
+        norm_layer=partial(library("timm.layers", title).LayerNorm, eps=record.epsilon),
+        **registers,
+        **record.options,
+    )
+    model.patch_embed = FramePatches(model.get_submodule("patch_embed.proj"), config.every)  # type: ignore[arg-type]
+    return model
+
+
+def _pooled(config: FramesConfig, parts: Any, video: Tensor) -> Tensor:
+    """Compute features `(B T/every, 1, places, C)`, of one place unless their mean is taken."""
+    tokens, before = _tokens(config, parts, video)
+    record = _RECORDS[config.family]
+    if config.pool == "mean":
+        places = tokens[:, before:]
+        if record.norm_last:
+            return parts.norm(places.mean(dim=1))[:, None, None]
+        return parts.norm(places)[:, None]
+    if config.pool == "class":
+        return parts.norm(tokens[:, 0])[:, None, None]
+    return parts.attn_pool(parts.norm(tokens))[:, None, None]
+
+
+def _tokens(config: FramesConfig, parts: Any, video: Tensor) -> tuple[Tensor, int]:
+    """Compute the last block's tokens of each frame, and the number of those before the places."""
+    patches = parts.patch_embed(video)
+    grid = tuple(patches.shape[1:3])
+    tokens = patches.flatten(1, 2)
+    further = [
+        token.expand(len(tokens), -1, -1)
+        for name in ("cls_token", "reg_token")
+        if (token := getattr(parts, name, None)) is not None
+    ]
+    before = sum(token.shape[1] for token in further)
+    positions = getattr(parts, "pos_embed", None)
+    if positions is not None:
+        side = config.trained_size // config.patch
+        own = positions.shape[1] - side**2  # positions of the tokens before the places
+        positions = library("timm.layers", _TITLES[config.family]).resample_abs_pos_embed(
+            positions, new_size=grid, old_size=(side, side), num_prefix_tokens=own
+        )
+        tokens = tokens + positions[:, own:]
+        if own:
+            further = [torch.cat(further, dim=1) + positions[:, :own]]
+    tokens = parts.norm_pre(torch.cat([*further, tokens], dim=1))
+    if not hasattr(parts, "rope"):
+        return parts.blocks(tokens), before
+    rope = parts.rope.get_embed(shape=grid)
+    for block in parts.blocks:
+        tokens = block(tokens, rope=rope)
+    return tokens, before
+
+
+_KNOWN = re.compile(
+    r"cls_token|reg_token|mask_token|pos_embed|(?:patch_embed\.proj|norm_pre|norm)\.(?:weight|bias)"
+    r"|blocks\.\d+\.(?:(?:ls[12]\.)?gamma(?:_[12])?|(?:norm[12]|attn\.(?:qkv|[qkv]_proj|proj)"
+    r"|mlp\.(?:fc1|fc1_g|fc1_x|fc2|norm))\.(?:weight|bias))"
+    r"|attn_pool\.(?:latent|(?:q|kv|proj|norm|mlp\.fc[12])\.(?:weight|bias))"
+)
+
+
+def _renamed(name: str) -> str | None:
+    if name.startswith("fc_norm."):  # that of a model whose mean is normalised
+        name = name.removeprefix("fc_")
+    return name if _KNOWN.fullmatch(name) else None
+
+
+def _of_another_size(backbone: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
+    theirs, ours = weights.get("pos_embed"), getattr(backbone, "pos_embed", None)
+    patches = getattr(backbone, "patch_embed", None)
+    if theirs is None or ours is None or not isinstance(patches, FramePatches):
+        return None
+    if theirs.ndim != 3 or theirs.shape[1] == ours.shape[1]:
+        return None
+    for before in (0, 1):
+        side = isqrt(theirs.shape[1] - before)
+        if side**2 == theirs.shape[1] - before:
+            size = side * patches.proj.kernel_size[0]
+            return (
+                f"their positions are those of images of {size} pixels: set trained_size={size} "
+                f"(--model.backbone.trained-size {size}); frames may have any size"
+            )
+    return None
+
+
+TIMM = Layout(
+    title="image transformer of timm",
+    mark=re.compile(r"(?!.*decoder\.)(|.*\.)blocks\.0\.mlp\.fc1(?:_g)?\.weight"),
+    rename=_renamed,
+    classifier=re.compile(r"head\.(?:weight|bias)"),
+    optional=re.compile(r"attn_pool\..+|mask_token"),
+    objection=_of_another_size,
+)
+_LAYOUTS = (TIMM,)
+
+
+@backbone(weights=("hf:timm/vit_small_patch14_dinov2.lvd142m",), layouts=_LAYOUTS)
+def dinov2_s() -> FramesConfig:
+    """DINOv2 ViT-S/14."""
+    return FramesConfig(channels=384, heads=6)
+
+
+@backbone(weights=("hf:timm/vit_base_patch14_dinov2.lvd142m",), layouts=_LAYOUTS)
+def dinov2_b() -> FramesConfig:
+    """DINOv2 ViT-B/14."""
+    return FramesConfig()
+
+
+@backbone(weights=("hf:timm/vit_large_patch14_dinov2.lvd142m",), layouts=_LAYOUTS)
+def dinov2_l() -> FramesConfig:
+    """DINOv2 ViT-L/14."""
+    return FramesConfig(channels=1024, depths=(24,), heads=16)
+
+
+@backbone(weights=("hf:timm/vit_small_patch14_reg4_dinov2.lvd142m",), layouts=_LAYOUTS)
+def dinov2_reg_s() -> FramesConfig:
+    """DINOv2 ViT-S/14 with registers."""
+    return replace(dinov2_s(), registers=4)
+
+
+@backbone(weights=("hf:timm/vit_base_patch14_reg4_dinov2.lvd142m",), layouts=_LAYOUTS)
+def dinov2_reg_b() -> FramesConfig:
+    """DINOv2 ViT-B/14 with registers."""
+    return replace(dinov2_b(), registers=4)
+
+
+@backbone(weights=("hf:timm/vit_large_patch14_reg4_dinov2.lvd142m",), layouts=_LAYOUTS)
+def dinov2_reg_l() -> FramesConfig:
+    """DINOv2 ViT-L/14 with registers."""
+    return replace(dinov2_l(), registers=4)
+
+
+@backbone(weights=("hf:timm/vit_small_patch16_dinov3.lvd1689m",), layouts=_LAYOUTS)
+def dinov3_s() -> FramesConfig:
+    """DINOv3 ViT-S/16."""
+    return replace(dinov3_b(), channels=384, heads=6)
+
+
+@backbone(weights=("hf:timm/vit_base_patch16_dinov3.lvd1689m",), layouts=_LAYOUTS)
+def dinov3_b() -> FramesConfig:
+    """DINOv3 ViT-B/16."""
+    return FramesConfig(family="dinov3", patch=16, registers=4, trained_size=256)
+
+
+@backbone(weights=("hf:timm/vit_large_patch16_dinov3.lvd1689m",), layouts=_LAYOUTS)
+def dinov3_l() -> FramesConfig:
+    """DINOv3 ViT-L/16."""
+    return replace(dinov3_b(), channels=1024, depths=(24,), heads=16)
+
+
+@backbone(
+    mean=CLIP_MEAN,
+    std=CLIP_STD,
+    weights=("hf:timm/eva02_base_patch14_224.mim_in22k",),
+    layouts=_LAYOUTS,
+)
+def eva02_b() -> FramesConfig:
+    """EVA-02-B/14; finetuned weights (448 pixels) need `trained_size=448`."""
+    return FramesConfig(family="eva02", mlp_ratio=8 / 3, trained_size=224)
+
+
+@backbone(
+    mean=CLIP_MEAN,
+    std=CLIP_STD,
+    weights=("hf:timm/eva02_large_patch14_224.mim_m38m",),
+    layouts=_LAYOUTS,
+)
+def eva02_l() -> FramesConfig:
+    """EVA-02-L/14; finetuned weights (448 pixels) need `trained_size=448`."""
+    return replace(eva02_b(), channels=1024, depths=(24,), heads=16)
+
+
+@backbone(
+    mean=HALF,
+    std=HALF,
+    weights=(
+        "hf:timm/vit_base_patch16_siglip_224.webli",
+        "hf:timm/vit_base_patch16_siglip_224.v2_webli",
+    ),
+    layouts=_LAYOUTS,
+)
+def siglip_b() -> FramesConfig:
+    """SigLIP ViT-B/16 of 224 pixels, and SigLIP 2 (arXiv 2502.14786)."""
+    return FramesConfig(family="siglip", patch=16, trained_size=224)
+
+
+@backbone(
+    mean=HALF,
+    std=HALF,
+    weights=(
+        "hf:timm/vit_large_patch16_siglip_256.webli",
+        "hf:timm/vit_large_patch16_siglip_256.v2_webli",
+    ),
+    layouts=_LAYOUTS,
+)
+def siglip_l() -> FramesConfig:
+    """SigLIP ViT-L/16 of 256 pixels, and SigLIP 2."""
+    return replace(siglip_b(), channels=1024, depths=(24,), heads=16, trained_size=256)
+
+
+@backbone(
+    mean=CLIP_MEAN,
+    std=CLIP_STD,
+    weights=("hf:timm/vit_base_patch16_clip_224.openai",),
+    layouts=_LAYOUTS,
+)
+def clip_b() -> FramesConfig:
+    """Image encoder of CLIP ViT-B/16, without its projection to the texts' space."""
+    return FramesConfig(family="clip", patch=16, trained_size=224)
+
+
+@backbone(
+    mean=CLIP_MEAN,
+    std=CLIP_STD,
+    weights=("hf:timm/vit_large_patch14_clip_224.openai",),
+    layouts=_LAYOUTS,
+)
+def clip_l() -> FramesConfig:
+    """Image encoder of CLIP ViT-L/14, without its projection to the texts' space."""
+    return replace(clip_b(), patch=14, channels=1024, depths=(24,), heads=16)
