@@ -1,7 +1,7 @@
-"""Multiscale Vision Transformers (arXiv 2104.11227, 2112.01526) clip by clip, torchvision's classes.
+"""Multiscale Vision Transformers (arXiv 2104.11227, 2112.01526) clip by clip.
 
 Version 1 has embeddings of the places, version 2 relative ones in every attention; both are resized
-to other frames than those of the pretraining. Parameters have torchvision's names.
+to other frames than those of the pretraining. The classes are torchvision's, and so are the names.
 """
 
 from __future__ import annotations

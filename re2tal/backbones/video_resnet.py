@@ -1,6 +1,6 @@
-"""Video ResNets (R3D, MC3, R(2+1)D; Tran et al., CVPR 2018, arXiv 1711.11248), torchvision's classes.
+"""Video ResNets R3D, MC3 and R(2+1)D (Tran et al., CVPR 2018, arXiv 1711.11248).
 
-They are convolutional, so windows may have any length.
+They are convolutional, so windows may have any length. The classes are torchvision's.
 """
 
 from __future__ import annotations
