@@ -18,10 +18,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from re2tal.backbones.clips import ClipBackbone, ClipFamily, check_patches, library
+from re2tal.backbones.clips import (
+    ClipBackbone,
+    ClipFamily,
+    ClipStem,
+    build,
+    check_shape,
+    library,
+    patches,
+    with_stride,
+)
 from re2tal.backbones.table import Layout, backbone
 from re2tal.errors import check_within
-from re2tal.reversible.branches import recomputed
 from re2tal.weights import Colour
 
 CLIP_MEAN: Colour = (0.48145466, 0.4578275, 0.40821073)
@@ -124,38 +132,12 @@ class FramesConfig:
     pooling: int = 1
 
     def __post_init__(self) -> None:
-        check_within(
-            self,
-            patch=(1, 256),
-            channels=(1, 2**14),
-            depths=(1, 512),
-            heads=(1, 2**10),
-            mlp_ratio=(0.01, 64),
-            registers=(0, 2**10),
-            trained_size=(1, 2**12),
-            every=(1, 2**10),
-            drop_path=(0, 1),
-            pooling=(1, 2**10),
-        )
-        if len(self.depths) != 1:
-            raise ValueError(
-                f"An image transformer has one stage of blocks, but depths is {self.depths}."
-            )
-        rotary = "use_rot_pos_emb" in _RECORDS[self.family].options
-        for name, whole, part, kind in (
-            # angles of two directions, each with a sine and a cosine
-            ("channels", self.channels, self.heads * (4 if rotary else 1), "heads"),
-            ("trained_size", self.trained_size, self.patch, "pixels of a patch"),
-        ):
-            if whole % part:
-                what = "four times the heads" if rotary and name == "channels" else kind
-                raise ValueError(
-                    f"FramesConfig.{name} must be a multiple of {part}, the {what}, but is {whole}."
-                )
-        places = (self.trained_size // self.patch) ** 2
-        if places * self.channels > 2**28:
-            raise ValueError(
-                f"FramesConfig: {places:,} positions of {self.channels:,} channels are too many."
+        check_shape(self)
+        check_within(self, registers=(0, 2**10), every=(1, 2**10))
+        if "use_rot_pos_emb" in _RECORDS[self.family].options and self.channels % (4 * self.heads):
+            raise ValueError(  # two directions, each with a sine and a cosine
+                f"FramesConfig.channels of {_TITLES[self.family]} must be a multiple of four times "
+                f"the {self.heads} heads, but is {self.channels}."
             )
         pools = ("mean", "attention" if self.family == "siglip" else "class")
         if self.pool not in pools:
@@ -170,12 +152,12 @@ class FramesConfig:
         Raises:
             ValueError: it cannot have that stride.
         """
-        if stride < 1 or stride % self.every:
-            raise ValueError(
-                f"The stride must be a multiple of {self.every}, the frames that the backbone "
-                f"makes a feature of, not {stride}."
-            )
-        return replace(self, pooling=stride // self.every)
+        return with_stride(self, stride, self.every)
+
+    @property
+    def clip(self) -> int:
+        """Frames of a clip, of which one is seen."""
+        return self.every
 
     def build(self) -> ClipBackbone:
         """Build a backbone of this shape, with random weights.
@@ -189,44 +171,26 @@ class FramesConfig:
             block=re.compile(r"blocks\.(\d+)\."),
             stem=("patch_embed.", "cls_token", "reg_token", "pos_embed", "norm_pre."),
         )
-        return ClipBackbone(
-            _make(self),
-            family,
-            channels=self.channels,
-            blocks=self.depths[0],
-            clip=self.every,
-            stride=self.every,
-            pooling=self.pooling,
-        )
+        return build(self, family, stride=self.every)
 
 
-class FramePatches(nn.Module):
-    """Patches of the frames of a window that are seen; recomputed when rewired.
-
-    The choice of frames stands in here, so that nothing has to be kept of them but their uint8.
+class FramePatches(ClipStem):
+    """Patches of the frames of a window that are seen.
 
     Args:
         proj: convolution of the patches, under the name that timm gives it.
         every: frames of which the middle one is seen.
     """
 
-    def __init__(self, proj: nn.Conv2d, every: int) -> None:
+    def __init__(self, proj: nn.Module, every: int) -> None:
         super().__init__()
         self.proj = proj
         self._every = every
 
     def forward(self, video: Tensor) -> Tensor:
         """Compute tokens `(B T/every, H', W', C)` of a video `(B, 3, T, H, W)`."""
-        check_patches(video, self.proj.kernel_size[0])
         seen = video[:, :, self._every // 2 :: self._every]
-        images = seen.transpose(1, 2).flatten(0, 1)
-        tokens: Tensor = self.proj(images).movedim(1, -1)
-        return tokens
-
-
-@recomputed.register(FramePatches)
-def _patches_are_recomputed(module: nn.Module) -> bool:  # noqa: ARG001
-    return True
+        return patches(self.proj, seen, clip=1)[:, 0]
 
 
 def _make(config: FramesConfig) -> nn.Module:
@@ -250,7 +214,7 @@ def _make(config: FramesConfig) -> nn.Module:
         **registers,
         **record.options,
     )
-    model.patch_embed = FramePatches(model.get_submodule("patch_embed.proj"), config.every)  # type: ignore[arg-type]
+    model.patch_embed = FramePatches(model.get_submodule("patch_embed.proj"), config.every)
     return model
 
 
@@ -270,9 +234,9 @@ def _pooled(config: FramesConfig, parts: Any, video: Tensor) -> Tensor:
 
 def _tokens(config: FramesConfig, parts: Any, video: Tensor) -> tuple[Tensor, int]:
     """Compute the last block's tokens of each frame, and the number of those before the places."""
-    patches = parts.patch_embed(video)
-    grid = tuple(patches.shape[1:3])
-    tokens = patches.flatten(1, 2)
+    places = parts.patch_embed(video)
+    grid = tuple(places.shape[1:3])
+    tokens = places.flatten(1, 2)
     further = [
         token.expand(len(tokens), -1, -1)
         for name in ("cls_token", "reg_token")
@@ -314,15 +278,15 @@ def _renamed(name: str) -> str | None:
 
 def _of_another_size(backbone: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
     theirs, ours = weights.get("pos_embed"), getattr(backbone, "pos_embed", None)
-    patches = getattr(backbone, "patch_embed", None)
-    if theirs is None or ours is None or not isinstance(patches, FramePatches):
+    stem: Any = getattr(backbone, "patch_embed", None)
+    if theirs is None or ours is None or not isinstance(stem, FramePatches):
         return None
     if theirs.ndim != 3 or theirs.shape[1] == ours.shape[1]:
         return None
     for before in (0, 1):
         side = isqrt(theirs.shape[1] - before)
         if side**2 == theirs.shape[1] - before:
-            size = side * patches.proj.kernel_size[0]
+            size = side * stem.proj.kernel_size[0]
             return (
                 f"their positions are those of images of {size} pixels: set trained_size={size} "
                 f"(--model.backbone.trained-size {size}); frames may have any size"
@@ -332,7 +296,7 @@ def _of_another_size(backbone: nn.Module, weights: Mapping[str, Tensor]) -> str 
 
 TIMM = Layout(
     title="image transformer of timm",
-    mark=re.compile(r"(?!.*decoder\.)(|.*\.)blocks\.0\.mlp\.fc1(?:_g)?\.weight"),
+    mark=re.compile(r"(?!.*(?:decoder|layers)\.)(|.*\.)blocks\.0\.mlp\.fc1(?:_g)?\.weight"),
     rename=_renamed,
     classifier=re.compile(r"head\.(?:weight|bias)"),
     optional=re.compile(r"attn_pool\..+|mask_token"),

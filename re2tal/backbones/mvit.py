@@ -7,7 +7,7 @@ to other frames than those of the pretraining. The classes are torchvision's, an
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -15,10 +15,17 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.video.mvit import MSBlockConfig, MViT
 
-from re2tal.backbones.clips import ClipBackbone, ClipFamily, check_patches, clips_of, resized
+from re2tal.backbones.clips import (
+    ClipBackbone,
+    ClipFamily,
+    ClipStem,
+    check_patches,
+    clips_of,
+    resized,
+    with_stride,
+)
 from re2tal.backbones.table import backbone
 from re2tal.errors import check_within
-from re2tal.reversible.branches import recomputed
 from re2tal.weights import Colour
 
 MEAN: Colour = (0.45, 0.45, 0.45)
@@ -88,12 +95,7 @@ class MViTConfig:
         Raises:
             ValueError: it cannot have that stride.
         """
-        if stride < 1 or stride % _TUBELET:
-            raise ValueError(
-                f"The stride must be a multiple of {_TUBELET}, the frames that the backbone makes "
-                f"a feature of, not {stride}."
-            )
-        return replace(self, pooling=stride // _TUBELET)
+        return with_stride(self, stride, _TUBELET)
 
     def build(self) -> ClipBackbone:
         """Build a backbone of this shape, with random weights."""
@@ -113,11 +115,8 @@ class MViTConfig:
         )
 
 
-class ClipPatches(nn.Conv3d):
-    """Patches of the clips of a window; recomputed when rewired.
-
-    The cut into clips stands in here, so that nothing has to be kept of the frames but their uint8.
-    """
+class ClipPatches(ClipStem, nn.Conv3d):
+    """Patches of the clips of a window, by a convolution under the names that torchvision gives."""
 
     def __init__(self, convolution: nn.Conv3d, clip: int) -> None:
         super().__init__(
@@ -130,13 +129,8 @@ class ClipPatches(nn.Conv3d):
         self._clip = clip
 
     def forward(self, video: Tensor) -> Tensor:  # noqa: D102 - the name that nn.Module gives it
-        check_patches(video, _PATCH)
+        check_patches(video, self)
         return super().forward(clips_of(video, self._clip))
-
-
-@recomputed.register(ClipPatches)
-def _patches_are_recomputed(module: nn.Module) -> bool:  # noqa: ARG001
-    return True
 
 
 def _make(config: MViTConfig) -> nn.Module:

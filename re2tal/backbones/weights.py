@@ -1,7 +1,7 @@
 """Weights of a backbone: read, recognised by their names, checked, converted, and written.
 
     file                                          layout
-    torchvision's Video Swin, ours                (as they are)
+    torchvision's, ours                           (as they are)
     mmaction2's, and the Video Swin authors'      `swin.py`
     OpenTAD's Re2Swin                             `swin.py`
     mmaction2's SlowFast                          `slowfast/published.py`
@@ -9,18 +9,21 @@
     OpenTAD's Re2SlowFast                         `slowfast/published.py`
     VideoMAE of transformers, also a folder       `videomae.py`
     VideoMAE of its authors and of mmaction2      `videomae.py`
-    timm's image transformers                     `frames.py`
-    torchvision's MViT and video ResNets, ours    (as they are)
+    V-JEPA 2 of transformers, also a folder       `vjepa2.py`
+    ViViT of transformers, also a folder          `vivit.py`
+    TimeSformer of transformers, also a folder    `timesformer.py`
+    InternVideo2 of its authors                   `internvideo2.py`
+    image transformers of timm                    `frames.py`
 
 Names, shapes and computations were read in the sources of these libraries (mmaction2 1.2,
 Video-Swin-Transformer at db018fb, PyTorchVideo at f3142bb, OpenTAD at 3dd7b03, VideoMAE at cece388,
-transformers 5.23). The published files themselves were not available: one that differs from its
-library's source is refused with the list of its differences.
+InternVideo at 3965eef, transformers 5.23). The published files themselves were not available: one
+that differs from its library's source is refused with the list of its differences.
 """
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -162,7 +165,7 @@ def load_backbone_weights(backbone: nn.Module, source: str | Path) -> WeightsRep
     """
     published: Mapping[str, Tensor] = _read(source)
     try:
-        layout, prefix = _recognise(tuple(published), backbone.state_dict().keys())
+        layout, prefix = _recognise(tuple(published))
         published = _split(published, layout, prefix)
     except ValueError as error:
         raise ValueError(f"The weights in {source} cannot be used: {error}.") from error
@@ -189,34 +192,23 @@ def save_backbone_weights(
         save_file(state, partial, metadata=dict(metadata))
 
 
-def _recognise(names: Sequence[str], own: Collection[str]) -> tuple[Layout, str]:
-    """Find the layout of a file with weights of these names, and the prefix of each of them.
-
-    Args:
-        names: names in the file.
-        own: names of the backbone's weights, which decide between layouts that look alike.
-    """
+def _recognise(names: Sequence[str]) -> tuple[Layout, str]:
+    """Find the layout of a file with weights of these names, and the prefix of each of them."""
     layouts = dict.fromkeys(layout for entry in backbones().values() for layout in entry.layouts)
-    found = [(layout, m[1]) for layout in layouts for n in names if (m := layout.mark.fullmatch(n))]
-
-    def ours(candidate: tuple[Layout, str]) -> list[str | None]:
-        layout, prefix = candidate
-        return [layout.rename(n.removeprefix(prefix)) for n in names if n.startswith(prefix)]
-
-    def placed(candidate: tuple[Layout, str]) -> int:
-        return sum(name in own for name in ours(candidate))
-
-    def known(candidate: tuple[Layout, str]) -> int:
-        return sum(name is not None for name in ours(candidate))
-
-    if not found or placed((_OWN, "")) > max(map(placed, found)):
-        return _OWN, ""
-    likeness = placed if any(map(placed, found)) else known  # of another backbone's file
-    likely = [c for c in found if likeness(c) == max(map(likeness, found))]
-    if len({prefix for _, prefix in likely}) > 1:
-        listed = ", ".join(f"{layout.title} at {prefix!r}" for layout, prefix in likely)
+    known = set(names)
+    found = [
+        (layout, match[1])
+        for layout in layouts
+        for name in names
+        if (match := layout.mark.fullmatch(name))
+        and (layout.beside is None or match[1] + layout.beside in known)
+    ]
+    closer = {prefix for layout, prefix in found if layout.beside is not None}
+    found = [(layout, at) for layout, at in found if layout.beside is not None or at not in closer]
+    if len(found) > 1:
+        listed = ", ".join(f"{layout.title} at {prefix!r}" for layout, prefix in found)
         raise ValueError(f"it holds several backbones: {listed}. Keep the weights of one")
-    return max(likely, key=known)
+    return found[0] if found else (_OWN, "")
 
 
 def _split(published: Mapping[str, Tensor], layout: Layout, prefix: str) -> Mapping[str, Tensor]:
@@ -244,7 +236,8 @@ def _converted(
     own = backbone.state_dict()
     for name in published:
         inner = name.removeprefix(prefix)
-        if not name.startswith(prefix):
+        outside = layout.outside is not None and layout.outside.fullmatch(inner)
+        if outside or not name.startswith(prefix):
             left_out[name] = _OUTSIDE
         elif layout.classifier is not None and layout.classifier.match(inner) and inner not in own:
             left_out[name] = CLASSIFIER

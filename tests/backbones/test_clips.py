@@ -474,6 +474,28 @@ def test_published_networks_compute_the_same(
 
 
 @pytest.mark.parametrize(
+    ("file", "prefix"),
+    [("vit_b_k710_dl_from_giant.pth", ""), ("model.safetensors", "model."), ("ema.pth", "module.")],
+)
+def test_files_of_the_second_version_are_loaded(file: str, prefix: str, tmp_path: Path) -> None:
+    state = {f"{prefix}{name}": value for name, value in published(AUTHORS).items()}
+    if file.endswith(".pth"):
+        torch.save({"module": state}, tmp_path / file)
+    else:  # the hub's, beside code that is never run
+        state = {name: value for name, value in state.items() if ".head." not in name}
+        save_file(state, tmp_path / file)
+        (tmp_path / "modeling_videomaev2.py").write_text("raise AssertionError")
+    built = TINY.build()
+    report = load_backbone_weights(built, tmp_path / file if prefix != "model." else tmp_path)
+    assert report.layout == "VideoMAE of its authors or of mmaction2"
+    assert {name.removeprefix(prefix).split(".")[0] for name in report.left_out} == (
+        {"fc_norm"} if prefix == "model." else {"fc_norm", "head"}
+    )
+    query = built.get_parameter("encoder.layer.1.attention.attention.query.weight")
+    assert torch.equal(query, state[f"{prefix}blocks.1.attn.qkv.weight"][:16])
+
+
+@pytest.mark.parametrize(
     ("more", "problem"),
     [
         ({"pos_embed": torch.zeros(1, 32, 16)}, r"positions .* are not the sines \(1, 32, 16\)"),

@@ -445,9 +445,9 @@ def test_sizes_that_cannot_be_cut_into_patches_are_refused(name: str) -> None:
     ("config", "fields", "message"),
     [
         (FRAMES, {"depths": (2, 2)}, "one stage of blocks"),
-        (FRAMES, {"heads": 3}, "channels must be a multiple of 3, the heads"),
-        (FRAMES, {"family": "dinov3", "heads": 8}, "multiple of 32, the four times the heads"),
-        (FRAMES, {"trained_size": 18}, "multiple of 4, the pixels of a patch"),
+        (FRAMES, {"heads": 3}, "channels must be a multiple of the 3 heads"),
+        (FRAMES, {"family": "dinov3", "heads": 8}, "multiple of four times the 8 heads"),
+        (FRAMES, {"trained_size": 18}, "trained_size must be a multiple of the 4"),
         (FRAMES, {"pool": "attention"}, "mean or class for DINOv2, but is 'attention'"),
         (FRAMES, {"family": "siglip", "pool": "class"}, "mean or attention for SigLIP"),
         (FRAMES, {"patch": 1, "trained_size": 4096, "channels": 1024}, "are too many"),
