@@ -184,8 +184,14 @@ class FramePatches(ClipStem):
 
     def __init__(self, proj: nn.Module, every: int) -> None:
         super().__init__()
-        self.proj = proj
+        self.proj: Any = proj
         self._every = every
+
+    @property
+    def patch(self) -> int:
+        """Side of a patch in pixels."""
+        side: int = self.proj.kernel_size[0]
+        return side
 
     def forward(self, video: Tensor) -> Tensor:
         """Compute tokens `(B T/every, H', W', C)` of a video `(B, 3, T, H, W)`."""
@@ -221,15 +227,18 @@ def _make(config: FramesConfig) -> nn.Module:
 def _pooled(config: FramesConfig, parts: Any, video: Tensor) -> Tensor:
     """Compute features `(B T/every, 1, places, C)`, of one place unless their mean is taken."""
     tokens, before = _tokens(config, parts, video)
-    record = _RECORDS[config.family]
+    feature: Tensor
     if config.pool == "mean":
         places = tokens[:, before:]
-        if record.norm_last:
-            return parts.norm(places.mean(dim=1))[:, None, None]
-        return parts.norm(places)[:, None]
-    if config.pool == "class":
-        return parts.norm(tokens[:, 0])[:, None, None]
-    return parts.attn_pool(parts.norm(tokens))[:, None, None]
+        if not _RECORDS[config.family].norm_last:
+            normed: Tensor = parts.norm(places)
+            return normed[:, None]
+        feature = parts.norm(places.mean(dim=1))
+    elif config.pool == "class":
+        feature = parts.norm(tokens[:, 0])
+    else:
+        feature = parts.attn_pool(parts.norm(tokens))
+    return feature[:, None, None]
 
 
 def _tokens(config: FramesConfig, parts: Any, video: Tensor) -> tuple[Tensor, int]:
@@ -277,8 +286,8 @@ def _renamed(name: str) -> str | None:
 
 
 def _of_another_size(backbone: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
-    theirs, ours = weights.get("pos_embed"), getattr(backbone, "pos_embed", None)
-    stem: Any = getattr(backbone, "patch_embed", None)
+    theirs, ours = weights.get("pos_embed"), backbone.state_dict().get("pos_embed")
+    stem = getattr(backbone, "patch_embed", None)
     if theirs is None or ours is None or not isinstance(stem, FramePatches):
         return None
     if theirs.ndim != 3 or theirs.shape[1] == ours.shape[1]:
@@ -286,7 +295,7 @@ def _of_another_size(backbone: nn.Module, weights: Mapping[str, Tensor]) -> str 
     for before in (0, 1):
         side = isqrt(theirs.shape[1] - before)
         if side**2 == theirs.shape[1] - before:
-            size = side * stem.proj.kernel_size[0]
+            size = side * stem.patch
             return (
                 f"their positions are those of images of {size} pixels: set trained_size={size} "
                 f"(--model.backbone.trained-size {size}); frames may have any size"

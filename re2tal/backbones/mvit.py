@@ -135,7 +135,7 @@ class ClipPatches(ClipStem, nn.Conv3d):
 
 def _make(config: MViTConfig) -> nn.Module:
     second = config.version == 2
-    model: nn.Module = MViT(
+    model: Any = MViT(
         spatial_size=(config.trained_size, config.trained_size),
         temporal_size=config.trained_clip,
         block_setting=_blocks(config),
@@ -147,7 +147,8 @@ def _make(config: MViTConfig) -> nn.Module:
     )
     model.head = nn.Identity()  # an Identity has no parameters
     model.conv_proj = ClipPatches(model.conv_proj, config.clip)
-    return model
+    made: nn.Module = model
+    return made
 
 
 def _blocks(config: MViTConfig) -> list[MSBlockConfig]:

@@ -70,8 +70,8 @@ class VideoResNetConfig:
         """
         whole = 1 if self.kind == "mc3" else 8
         if stride in (1, 2, 4, 8) and stride <= whole:
-            first = stride.bit_length() - 1
-            return replace(self, strides=tuple(1 + (n < first) for n in range(3)), pooling=1)
+            strides = (min(stride, 2), 2 if stride > 2 else 1, 2 if stride > 4 else 1)
+            return replace(self, strides=strides, pooling=1)
         if stride < 1 or stride % whole:
             below = "" if whole == 1 else "1, 2, 4 or "
             raise ValueError(f"The stride must be {below}a multiple of {whole}, not {stride}.")
@@ -91,7 +91,7 @@ class VideoResNetBackbone(resnet.VideoResNet):  # type: ignore[misc]  # torchvis
     def __init__(self, config: VideoResNetConfig) -> None:
         stem, convolutions = _KINDS[config.kind]
         super().__init__(resnet.BasicBlock, convolutions, list(config.depths), stem)
-        self.channels: int = self.fc.in_features
+        self.channels = 512 * resnet.BasicBlock.expansion
         self.fc = self.avgpool = nn.Identity()  # an Identity has no parameters
         for stage, stride in zip(self._stages[1:], config.strides, strict=True):
             for module in stage.modules():

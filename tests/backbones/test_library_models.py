@@ -109,7 +109,7 @@ def of_mvit(version: int) -> Any:
 
 
 def clip_by_clip(model: Any, sample: Tensor) -> Tensor:
-    features = []
+    features: list[Any] = []
     seen: list[Tensor] = []
     with model.norm.register_forward_hook(lambda _, __, tokens: seen.append(tokens)):
         for start in range(0, sample.shape[1], 4):
@@ -119,12 +119,12 @@ def clip_by_clip(model: Any, sample: Tensor) -> Tensor:
     return torch.stack(features, dim=1)
 
 
-class Unstrided(resnet.Conv3DSimple):  # type: ignore[misc]  # torchvision has no types
+class Unstrided(resnet.Conv3DSimple):
     """R3D's convolution without a temporal stride, by torchvision's own means."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.stride = (1, *self.stride[1:])
+        self.stride: Any = (1, *self.stride[1:])
 
     @staticmethod
     def get_downsample_stride(stride: int) -> tuple[int, int, int]:
@@ -227,7 +227,7 @@ CASES = {
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
-def cases_but(*names: str) -> Any:
+def cases_but(*names: str) -> pytest.MarkDecorator:
     """All cases but some that others stand for, where a test takes longer."""
     chosen = {name: case for name, case in CASES.items() if name not in names}
     return pytest.mark.parametrize("case", chosen.values(), ids=chosen.keys())
@@ -269,7 +269,7 @@ def test_frames_of_another_size_are_timms(name: str) -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_clips_of_another_size_and_length_have_resized_positions(version: int) -> None:
+def test_clips_of_another_size_and_length_have_resized_positions(version: Any) -> None:
     """Against a model of that size, whose positions are the resized ones."""
     small = replace(MVIT, version=version)
     config = replace(small, clip=8)
@@ -354,7 +354,7 @@ def test_a_detector_takes_a_training_step_and_is_read_again(case: Case, tmp_path
     with torch.no_grad():
         for parameter in detector.parameters():
             if parameter.grad is not None:
-                parameter -= 1e-3 * parameter.grad
+                parameter.sub_(1e-3 * parameter.grad)
     save_detector(tmp_path, spec, detector)
     again, loaded = load_detector(tmp_path)
     assert again == spec
@@ -369,7 +369,7 @@ def test_a_detector_takes_a_training_step_and_is_read_again(case: Case, tmp_path
 )
 def test_a_frame_changes_its_own_feature_alone(config: FramesConfig, seen: list[bool]) -> None:
     torch.manual_seed(0)
-    backbone = scrambled(config.build()).eval()
+    backbone: Any = scrambled(config.build()).eval()
     video = torch.randn(1, 3, 12, 16, 16)
     with torch.no_grad():
         before: Tensor = backbone(video)
@@ -543,7 +543,7 @@ def published(weights: str) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
     import timm
 
     name = weights.removeprefix(f"{HUB}timm/")
-    config = timm.get_pretrained_cfg(name)
+    config: Any = timm.get_pretrained_cfg(name)
     assert config.hf_hub_id == f"timm/{name}"
     architecture = name.partition(".")[0]
     if name.endswith(".openai"):  # trained with another GELU, which this name stands for
