@@ -484,6 +484,14 @@ def test_the_image_encoder_of_an_open_clip_model_is_taken(tmp_path: Path) -> Non
     assert all(torch.equal(v, state[n]) for n, v in backbone.state_dict().items())
 
 
+def test_the_mask_of_the_pretraining_is_left_out(tmp_path: Path) -> None:
+    """As in files of DINOv2's authors, whose other names are timm's."""
+    state = CASES["dinov2"].plain().state_dict() | {"mask_token": torch.zeros(1, 16)}
+    backbone = FRAMES.build()
+    report = load_backbone_weights(backbone, saved(state, tmp_path))
+    assert report.left_out == {"mask_token": "not used by this backbone"}
+
+
 @pytest.mark.parametrize("pool", ["mean", "class"])
 def test_norms_have_one_name_whichever_way_of_pooling(pool: Any, tmp_path: Path) -> None:
     state = CASES["eva02"].plain().state_dict()
