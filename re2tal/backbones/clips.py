@@ -156,8 +156,9 @@ def patches(projection: nn.Module, video: Tensor, clip: int) -> Tensor:
     check_patches(video, layer)
     clips = clips_of(video, clip)
     if isinstance(layer, nn.Conv2d):
-        frames: Tensor = layer(clips.transpose(1, 2).flatten(0, 1))
-        return frames.unflatten(0, (-1, clip)).movedim(2, -1)
+        images: Tensor = layer(clips.transpose(1, 2).flatten(0, 1))
+        of_images: Tensor = images.unflatten(0, (-1, clip)).movedim(2, -1)
+        return of_images
     tokens: Tensor = layer(clips)
     return tokens.movedim(1, -1)
 
@@ -230,6 +231,7 @@ _BOUNDS = {
     "dropout": (0, 1),
     "attention_dropout": (0, 1),
     "drop_path": (0, 1),
+    "scale": (0, 1),
     "pooling": (1, 2**10),
 }
 

@@ -221,7 +221,8 @@ class Encoder(nn.Module):
 
 def _tokens(parts: Any, video: Tensor) -> Tensor:
     tokens: Tensor = parts.blocks(parts.stem(video))
-    return tokens[:, 1:].unflatten(1, (parts.stem.frames, -1))
+    by_time: Tensor = tokens[:, 1:].unflatten(1, (parts.stem.frames, -1))
+    return by_time
 
 
 _FAMILY = ClipFamily(

@@ -6,7 +6,7 @@ Its blocks are the classes of Hugging Face transformers, under their names.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -143,28 +143,74 @@ def _tokens(parts: Any, video: Tensor) -> Tensor:
     for layer in parts.encoder.layer:
         tokens = layer(tokens)[0]
     tokens = parts.layernorm(tokens)[:, 1:]
-    return tokens.unflatten(1, (-1, parts.embeddings.frames)).transpose(1, 2)
+    by_place: Tensor = tokens.unflatten(1, (-1, parts.embeddings.frames))
+    return by_place.transpose(1, 2)
 
 
 _FAMILY = ClipFamily(
     make=_make, tokens=_tokens, block=re.compile(r"encoder\.layer\.(\d+)\."), stem="embeddings."
 )
 
+# Of all frames of the training, as its authors' code has them.
+_MEAN, _STD = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
+
 TIMESFORMER = Layout(
     title="TimeSformer of transformers",
     mark=re.compile(r"(|.*\.)encoder\.layer\.0\.temporal_attention\.attention\.qkv\.weight"),
     rename=lambda name: name,
-    mean=(0.45, 0.45, 0.45),
-    std=(0.225, 0.225, 0.225),
+    mean=_MEAN,
+    std=_STD,
     objection=other_positions("embeddings.position_embeddings", "embeddings.time_embeddings"),
+)
+
+# Names of the authors' modules -> transformers'.
+_OUTSIDE_BLOCKS = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "time_embed": "embeddings.time_embeddings",
+    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
+    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
+    "norm.weight": "layernorm.weight",
+    "norm.bias": "layernorm.bias",
+}
+_IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
+_PARTS = {
+    "temporal_norm1": "temporal_layernorm",
+    "temporal_attn.qkv": "temporal_attention.attention.qkv",
+    "temporal_attn.proj": "temporal_attention.output.dense",
+    "temporal_fc": "temporal_dense",
+    "norm1": "layernorm_before",
+    "attn.qkv": "attention.attention.qkv",
+    "attn.proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+
+
+def _of_authors(name: str) -> str | None:
+    match = _IN_BLOCK.fullmatch(name)
+    if match is None:
+        return _OUTSIDE_BLOCKS.get(name)
+    part = _PARTS.get(match[2])
+    return f"encoder.layer.{match[1]}.{part}.{match[3]}" if part else None
+
+
+AUTHORS_TIMESFORMER = replace(
+    TIMESFORMER,
+    title="TimeSformer of its authors",
+    mark=re.compile(r"(|.*\.)blocks\.0\.temporal_attn\.qkv\.weight"),
+    beside="time_embed",
+    rename=_of_authors,
+    classifier=re.compile(r"head\."),
 )
 
 
 @backbone(
-    mean=(0.45, 0.45, 0.45),
-    std=(0.225, 0.225, 0.225),
+    mean=_MEAN,
+    std=_STD,
     weights=("hf:facebook/timesformer-base-finetuned-k400",),
-    layouts=(TIMESFORMER,),
+    layouts=(TIMESFORMER, AUTHORS_TIMESFORMER),
 )
 def timesformer_b() -> TimeSformerConfig:
     """TimeSformer-B, as finetuned on Kinetics-400, 8 frames of 224 pixels."""

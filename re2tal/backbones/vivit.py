@@ -136,7 +136,8 @@ def _tokens(parts: Any, video: Tensor) -> Tensor:
     for layer in parts.layers:
         tokens = layer(tokens)
     tokens = parts.layernorm(tokens)[:, 1:]
-    return tokens.unflatten(1, (parts.embeddings.frames, -1))
+    by_time: Tensor = tokens.unflatten(1, (parts.embeddings.frames, -1))
+    return by_time
 
 
 _FAMILY = ClipFamily(

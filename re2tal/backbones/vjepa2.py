@@ -152,14 +152,45 @@ VJEPA2 = Layout(
     rename=lambda name: name,
 )
 
+# Names of the authors' modules -> transformers'.
+_IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_FUSED = re.compile(r"attn\.qkv\.(weight|bias)\[([012])\]")
+_KEPT = re.compile(r"(?:norm1|norm2|mlp\.fc1|mlp\.fc2)\.(?:weight|bias)")
 
-@backbone(weights=("hf:facebook/vjepa2-vitl-fpc64-256",), layouts=(VJEPA2,))
+
+def _of_authors(name: str) -> str | None:
+    if match := re.fullmatch(r"(patch_embed\.proj|norm)\.(weight|bias)", name):
+        ours = "layernorm" if match[1] == "norm" else "embeddings.patch_embeddings.proj"
+        return f"{ours}.{match[2]}"
+    block = _IN_BLOCK.fullmatch(name)
+    if block is None:
+        return None
+    layer, part = f"layer.{block[1]}", block[2]
+    if match := _FUSED.fullmatch(part):
+        return f"{layer}.attention.{('query', 'key', 'value')[int(match[2])]}.{match[1]}"
+    if part.startswith("attn.proj."):
+        return f"{layer}.{part.replace('attn', 'attention', 1)}"
+    return f"{layer}.{part}" if _KEPT.fullmatch(part) else None
+
+
+AUTHORS_VJEPA2 = Layout(
+    title="V-JEPA 2 of its authors",
+    mark=re.compile(r"(module\.backbone\.)blocks\.0\.attn\.qkv\.weight"),
+    beside="blocks.0.attn.qkv.bias",
+    rename=_of_authors,
+    computed=re.compile(r"pos_embed"),  # not used by models with rotations
+    fused=re.compile(r"blocks\.\d+\.attn\.qkv\.(?:weight|bias)"),
+)
+_LAYOUTS = (VJEPA2, AUTHORS_VJEPA2)
+
+
+@backbone(weights=("hf:facebook/vjepa2-vitl-fpc64-256",), layouts=_LAYOUTS)
 def vjepa2_l() -> VJEPA2Config:
     """V-JEPA 2 ViT-L, pretrained on 64 frames of 256 pixels."""
     return VJEPA2Config()
 
 
-@backbone(weights=("hf:facebook/vjepa2-vith-fpc64-256",), layouts=(VJEPA2,))
+@backbone(weights=("hf:facebook/vjepa2-vith-fpc64-256",), layouts=_LAYOUTS)
 def vjepa2_h() -> VJEPA2Config:
     """V-JEPA 2 ViT-H, pretrained on 64 frames of 256 pixels."""
     return VJEPA2Config(channels=1280, depths=(32,))
@@ -167,7 +198,7 @@ def vjepa2_h() -> VJEPA2Config:
 
 @backbone(
     weights=("hf:facebook/vjepa2-vitg-fpc64-256", "hf:facebook/vjepa2-vitg-fpc64-384"),
-    layouts=(VJEPA2,),
+    layouts=_LAYOUTS,
 )
 def vjepa2_g() -> VJEPA2Config:
     """V-JEPA 2 ViT-g, pretrained on 64 frames of 256 or 384 pixels."""

@@ -10,15 +10,18 @@
     VideoMAE of transformers, also a folder       `videomae.py`
     VideoMAE of its authors and of mmaction2      `videomae.py`
     V-JEPA 2 of transformers, also a folder       `vjepa2.py`
+    V-JEPA 2 of its authors                       `vjepa2.py`
     ViViT of transformers, also a folder          `vivit.py`
     TimeSformer of transformers, also a folder    `timesformer.py`
+    TimeSformer of its authors                    `timesformer.py`
     InternVideo2 of its authors                   `internvideo2.py`
     image transformers of timm                    `frames.py`
 
 Names, shapes and computations were read in the sources of these libraries (mmaction2 1.2,
 Video-Swin-Transformer at db018fb, PyTorchVideo at f3142bb, OpenTAD at 3dd7b03, VideoMAE at cece388,
-InternVideo at 3965eef, transformers 5.23). The published files themselves were not available: one
-that differs from its library's source is refused with the list of its differences.
+InternVideo at 3965eef, V-JEPA 2 at c2963a4, transformers 5.23). The published files themselves were
+not available: one that differs from its library's source is refused with the list of its
+differences.
 """
 
 import re

@@ -70,7 +70,8 @@ def saved(kind: str, shape: Any, folder: Path) -> tuple[Path, Any]:
 
     library: Any = transformers
     torch.manual_seed(0)
-    model = scrambled(getattr(library, kind)(shape)).eval()
+    model = getattr(library, kind)(shape).eval()
+    scrambled(model)
     model.save_pretrained(folder)
     return folder, model
 
@@ -309,10 +310,10 @@ FAMILIES = {
         others=tuple(f"vision_encoder.{name}" for name in ("clip_", "fc_norm.", "head.")),
     ),
 }
-each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
-@pytest.fixture(scope="module", params=FAMILIES.values(), ids=FAMILIES.keys())
+@pytest.fixture(scope="module", params=[*FAMILIES.values()], ids=[*FAMILIES])
 def case(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[Family, Path]:
     """A family and its file, written once; the plain model is made anew by each test."""
     return request.param, tmp_path_factory.mktemp("weights")
@@ -366,7 +367,8 @@ def video() -> Tensor:
 @each_family
 def test_a_change_is_seen_in_the_features_of_its_clip_alone(family: Family, video: Tensor) -> None:
     torch.manual_seed(0)
-    built = scrambled(family.config.build()).eval()
+    built = family.config.build().eval()
+    scrambled(built)
     grid = TimeGrid(fps=10.0, stride=built.temporal_stride, length=12, offset=3.0)
     frame = 6  # in the second clip, frames 4 to 7
     other = video.clone()
@@ -521,6 +523,73 @@ def test_the_predictor_is_left_out_and_reported(tmp_path: Path) -> None:
     wanted = {name for name in model.state_dict() if name.startswith("predictor.")}
     assert report.left_out == dict.fromkeys(wanted, "not of the backbone")
     assert len(report.placed) + len(wanted) == len(model.state_dict())
+
+
+def of_vjepa2s_authors(state: State) -> dict[str, Any]:
+    """The encoder under the authors' names, beside what else is in their files."""
+    found: State = {"pos_embed": torch.zeros(1, 8, 24)}
+    encoder = {n.removeprefix("encoder."): v for n, v in state.items() if n.startswith("encoder.")}
+    for name, value in encoder.items():
+        if ".query." in name:
+            parts = [encoder[name.replace("query", part)] for part in ("query", "key", "value")]
+            name, value = name.replace("query", "qkv"), torch.cat(parts)
+        if ".key." not in name and ".value." not in name:
+            name = name.replace("embeddings.patch_embeddings", "patch_embed")
+            name = name.replace("layernorm", "norm").replace("attention", "attn")
+            found[re.sub(r"^layer\.", "blocks.", name)] = value
+    inside = {f"module.backbone.{name}": value for name, value in found.items()}
+    return {"encoder": inside, "predictor": {"module.x": torch.zeros(1)}, "epoch": 3, "lr": 0.1}
+
+
+def of_timesformers_authors(state: State) -> dict[str, Any]:
+    """The model under the authors' names, to transformers' of which theirs were once converted."""
+    found: State = {}
+    for name, value in state.items():
+        name = name.removeprefix("timesformer.")
+        for ours, theirs in {
+            "embeddings.patch_embeddings.projection": "patch_embed.proj",
+            "embeddings.position_embeddings": "pos_embed",
+            "embeddings.time_embeddings": "time_embed",
+            "embeddings.cls_token": "cls_token",
+            "encoder.layer": "blocks",
+            "temporal_attention.attention": "temporal_attn",
+            "temporal_attention.output.dense": "temporal_attn.proj",
+            "temporal_layernorm": "temporal_norm1",
+            "temporal_dense": "temporal_fc",
+            "attention.attention": "attn",
+            "attention.output.dense": "attn.proj",
+            "layernorm_before": "norm1",
+            "layernorm_after": "norm2",
+            "intermediate.dense": "mlp.fc1",
+            "output.dense": "mlp.fc2",
+            "layernorm": "norm",
+            "classifier": "head",
+        }.items():
+            name = name.replace(ours, theirs)
+        found[f"model.{name}"] = value
+    return {"model_state": found, "epoch": 14}
+
+
+@pytest.mark.parametrize(
+    ("name", "rename", "left_out"),
+    [
+        ("vjepa2", of_vjepa2s_authors, {"module.backbone.pos_embed"}),
+        ("timesformer", of_timesformers_authors, {"model.head.weight", "model.head.bias"}),
+    ],
+)
+def test_files_of_the_authors_hold_what_the_librarys_hold(
+    name: str, rename: Callable[[State], dict[str, Any]], left_out: set[str], tmp_path: Path
+) -> None:
+    family = FAMILIES[name]
+    path, model = family.write(family.config, tmp_path)
+    torch.save(rename(model.state_dict()), tmp_path / "theirs.pt")
+    ours, theirs = family.config.build(), family.config.build()
+    load_backbone_weights(ours, path)
+    report = load_backbone_weights(theirs, tmp_path / "theirs.pt")
+    assert report.layout.endswith(" of its authors")
+    assert set(report.left_out) == left_out
+    found = theirs.state_dict()
+    assert all(torch.equal(value, found[key]) for key, value in ours.state_dict().items())
 
 
 def test_the_authors_other_parts_are_left_out_with_a_reason(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_a_run_logs_what_it_promises(tiny_recipe: Recipe, tiny_plan: Plan, tmp_p
     expected = {f"val/mAP/tiou_{t:.2f}" for t in tiny_recipe.thresholds}
     assert expected <= final.keys()
     assert 0 <= final["val/mAP"] <= 1
-    assert any("left" in line and "frames/s" in line for line in runtime.lines)
+    assert any("loss" in line and "frames/s" in line for line in runtime.lines)
 
 
 def test_connections_move_from_the_pretrained_ones_and_end_rewired(
