@@ -112,7 +112,7 @@ def _postprocessing(
 
 def command_of(config: SweepConfig, trial: FrozenTrial, found: Postprocessing | None) -> str:
     """Return the command that trains a trial in full, with post-processing if it was searched."""
-    words = script_command("pipelines/train.py") + ["--from-run", trial.user_attrs[RUN_ID]]
+    words = [*script_command("pipelines/train.py"), "--from-run", trial.user_attrs[RUN_ID]]
     words += ["--epochs", str(config.base.epochs), "--output", config.output]
     if found is not None:
         words += found.options
