@@ -38,13 +38,13 @@ class ClipFamily:
         tokens: function from the backbone, with the model's parts, and a video `(B, 3, T, H, W)` to
             the tokens `(B T/n, n/s, places, C)` of its clips.
         block: names of the parameters of a block; group 1 is its number, from 0.
-        stem: beginning of the names of parameters before the first block.
+        stem: beginning of the names of parameters before the first block, or several.
     """
 
     make: Callable[[Any], nn.Module]
     tokens: Callable[[Any, Tensor], Tensor]
     block: re.Pattern[str]
-    stem: str
+    stem: str | tuple[str, ...]
 
 
 class ClipBackbone(nn.Module):
@@ -87,11 +87,7 @@ class ClipBackbone(nn.Module):
 
     def forward(self, video: Tensor) -> Tensor:
         """Compute spatially pooled features; see `Backbone`."""
-        if video.shape[2] % self.multiple:
-            raise UserError(
-                f"A window must have a multiple of {self.multiple} frames for this backbone, but "
-                f"has {video.shape[2]}."
-            )
+        check_window(video, self.multiple)
         features = self._family.tokens(self, video).mean(dim=2)
         in_order = features.unflatten(0, (len(video), -1)).flatten(1, 2)
         pooled: Tensor = in_order.unflatten(1, (-1, self._pooling)).mean(dim=2)
@@ -117,6 +113,34 @@ def _stem_is_recomputed(module: nn.Module) -> bool:  # noqa: ARG001
     return True
 
 
+def check_window(video: Tensor, multiple: int) -> None:
+    """Refuse a window `(B, 3, T, H, W)` of a length that a backbone cannot have.
+
+    Raises:
+        UserError: T is no multiple of `multiple`.
+    """
+    if video.shape[2] % multiple:
+        raise UserError(
+            f"A window must have a multiple of {multiple} frames for this backbone, but has "
+            f"{video.shape[2]}."
+        )
+
+
+def check_patches(video: Tensor, layer: Any) -> None:
+    """Refuse frames `(..., H, W)` that the strides of a convolution do not divide.
+
+    Raises:
+        UserError: the frames cannot be cut into whole patches.
+    """
+    height, width = video.shape[-2:]
+    for pixels, patch in zip((height, width), layer.stride[-2:], strict=True):
+        if pixels % patch:
+            raise UserError(
+                f"Frames of {height} x {width} pixels cannot be cut into patches of {patch}: "
+                "choose a size that is a multiple of it."
+            )
+
+
 def patches(projection: nn.Module, video: Tensor, clip: int) -> Tensor:
     """Cut videos into clips of so many frames, and these into tokens `(B T/n, n/s, H', W', C)`.
 
@@ -129,12 +153,7 @@ def patches(projection: nn.Module, video: Tensor, clip: int) -> Tensor:
         UserError: the frames cannot be cut into whole patches.
     """
     layer: Any = projection
-    for pixels, patch in zip(video.shape[3:], layer.kernel_size[-2:], strict=True):
-        if pixels % patch:
-            raise UserError(
-                f"Frames of {video.shape[3]} x {video.shape[4]} pixels cannot be cut into patches "
-                f"of {patch}: choose a size that is a multiple of it."
-            )
+    check_patches(video, layer)
     clips = clips_of(video, clip)
     if isinstance(layer, nn.Conv2d):
         images: Tensor = layer(clips.transpose(1, 2).flatten(0, 1))
@@ -244,7 +263,8 @@ def check_shape(config: Any) -> None:
                 f"{getattr(config, name)}."
             )
     if "trained_size" in known:
-        places = (config.trained_clip // tubelet) * (config.trained_size // config.patch) ** 2
+        times = config.trained_clip // tubelet if "trained_clip" in known else 1
+        places = times * (config.trained_size // config.patch) ** 2
         if places * config.channels > 2**28:
             raise ValueError(
                 f"{kind}: {places:,} positions of {config.channels:,} channels are too many."
@@ -285,7 +305,7 @@ def build(config: Any, family: ClipFamily, *, stride: int) -> ClipBackbone:
 
 
 def library(name: str, title: str) -> Any:
-    """Import the library that models of this title are built from.
+    """Import the library that models of this title are built from, or a module of it.
 
     Raises:
         UserError: it is not installed.
@@ -294,8 +314,8 @@ def library(name: str, title: str) -> Any:
         return import_module(name)
     except ImportError as error:
         raise UserError(
-            f"{title} is built from the library {name}, which cannot be imported ({error}): "
-            "pip install 're2tal[backbones]'."
+            f"{title} is built from the library {name.partition('.')[0]}, which cannot be imported "
+            f"({error}): pip install 're2tal[backbones]'."
         ) from error
 
 

@@ -240,7 +240,8 @@ def _renamed(name: str) -> str:
 INTERNVIDEO2 = Layout(
     title="InternVideo2 of its authors",
     # Of the first block alone or of the whole model, beside the encoder of a language.
-    mark=re.compile(r"(|.*\.)blocks\.0\.attn\.q_norm\.weight"),
+    mark=re.compile(r"(|.*\.)blocks\.0\.attn\.qkv\.weight"),
+    beside="blocks.0.attn.q_norm.weight",
     rename=_renamed,
     classifier=re.compile(r"(?:clip_projector|fc_norm|head)\."),
     outside=re.compile(

@@ -45,6 +45,8 @@ class Layout:
         classifier: names of the classifier's weights if nothing sets them apart from the
             backbone's.
         outside: names of the weights of other parts, likewise.
+        optional: our names of weights that some settings of the backbone do without, such as those
+            of a way of pooling.
         computed: names of buffers that the backbone computes by itself.
         fused: names of weights that hold three of ours, one behind another; `rename` is asked for
             `NAME[0]`, `NAME[1]` and `NAME[2]` instead.
@@ -64,6 +66,7 @@ class Layout:
     beside: str | None = None
     classifier: re.Pattern[str] | None = None
     outside: re.Pattern[str] | None = None
+    optional: re.Pattern[str] | None = None
     computed: re.Pattern[str] | None = None
     fused: re.Pattern[str] | None = None
     may_lack: tuple[str, ...] = ()

@@ -234,7 +234,8 @@ def _of_authors(name: str) -> str | None:
 
 AUTHORS_VIDEOMAE = Layout(
     title="VideoMAE of its authors or of mmaction2",
-    mark=re.compile(r"(?!.*decoder\.)(|.*\.)blocks\.0\.attn\.q_bias"),
+    mark=re.compile(r"(?!.*decoder\.)(|.*\.)blocks\.0\.attn\.qkv\.weight"),
+    beside="blocks.0.attn.q_bias",
     rename=_of_authors,
     classifier=re.compile(r"(?:fc_norm|head)\.(?:weight|bias)"),
     computed=re.compile(r"pos_embed"),

@@ -1,7 +1,7 @@
 """Weights of a backbone: read, recognised by their names, checked, converted, and written.
 
     file                                          layout
-    torchvision's Video Swin, ours                (as they are)
+    torchvision's, ours                           (as they are)
     mmaction2's, and the Video Swin authors'      `swin.py`
     OpenTAD's Re2Swin                             `swin.py`
     mmaction2's SlowFast                          `slowfast/published.py`
@@ -15,6 +15,7 @@
     TimeSformer of transformers, also a folder    `timesformer.py`
     TimeSformer of its authors                    `timesformer.py`
     InternVideo2 of its authors                   `internvideo2.py`
+    image transformers of timm                    `frames.py`
 
 Names, shapes and computations were read in the sources of these libraries (mmaction2 1.2,
 Video-Swin-Transformer at db018fb, PyTorchVideo at f3142bb, OpenTAD at 3dd7b03, VideoMAE at cece388,
@@ -40,6 +41,7 @@ from re2tal.weights import WeightsMismatchError, WeightsReport, read_tensors
 CLASSIFIER = "of the classifier"
 _OUTSIDE = "not of the backbone"
 _COMPUTED = "computed by the backbone"
+_UNUSED = "not used by this backbone"
 PREFIX = "torchvision:"
 HUB = "hf:"
 NAMED = (PREFIX, HUB)
@@ -146,7 +148,7 @@ _OWN = Layout(
     title="names of this backbone",
     mark=re.compile(r"(?!)"),  # a file without any mark is ours
     rename=lambda name: name,
-    classifier=re.compile(r"head\."),  # torchvision's
+    classifier=re.compile(r"(?:head|fc)\."),  # torchvision's
 )
 
 
@@ -234,20 +236,23 @@ def _converted(
     placed: dict[str, str] = {}
     left_out: dict[str, str] = {}
     problems: list[str] = []
+    own = backbone.state_dict()
     for name in published:
         inner = name.removeprefix(prefix)
         outside = layout.outside is not None and layout.outside.fullmatch(inner)
         if outside or not name.startswith(prefix):
             left_out[name] = _OUTSIDE
-        elif layout.classifier is not None and layout.classifier.match(inner):
+        elif layout.classifier is not None and layout.classifier.match(inner) and inner not in own:
             left_out[name] = CLASSIFIER
         elif layout.computed is not None and layout.computed.fullmatch(inner):
             left_out[name] = _COMPUTED
         elif ours := layout.rename(inner):
-            placed[name] = ours
+            if ours not in own and layout.optional is not None and layout.optional.fullmatch(ours):
+                left_out[name] = _UNUSED
+            else:
+                placed[name] = ours
         else:
             problems.append(f"{name} is unknown")
-    own = backbone.state_dict()
     kept = sorted(n for n in own.keys() - placed.values() if n.endswith(layout.may_lack))
     problems += _mismatches(own, placed, published, kept)
     given = {ours: published[name] for name, ours in placed.items()}
