@@ -17,9 +17,13 @@ from torchvision.ops import StochasticDepth
 
 from re2tal.backbones.adapters import AdapterConfig, TemporalAdapter, _joined, additions
 from re2tal.backbones.clips import Timeline
+from re2tal.backbones.internvideo2 import InternVideo2Config
 from re2tal.backbones.lora import LoraConfig
 from re2tal.backbones.slowfast import slowfast_toy
 from re2tal.backbones.swin import SwinConfig, swin_toy
+from re2tal.backbones.timesformer import TimeSformerConfig
+from re2tal.backbones.vivit import ViViTConfig
+from re2tal.backbones.vjepa2 import VJEPA2Config
 from re2tal.errors import UserError
 from re2tal.reversible import rewire, set_reversible
 from re2tal.reversible.branches import Branch, ByToken
@@ -35,10 +39,29 @@ SWIN = SwinConfig(
 )
 ADAPTERS, LORA = AdapterConfig(ratio=2), LoraConfig(rank=2, dropout=0.3)
 Tuning = AdapterConfig | LoraConfig
+# Models of other libraries: one without a class token, and some with one.
+SHAPE: dict[str, Any] = {"patch": 4, "depths": (1,), "heads": 2, "mlp_ratio": 2.0, "clip": 4}
+VJEPA2 = VJEPA2Config(channels=24, **SHAPE)
+CLASS_TOKEN: Any = (ViViTConfig, TimeSformerConfig, InternVideo2Config)
+SHAPE |= {"channels": 16, "trained_clip": 4, "trained_size": 16}
 every_kind = pytest.mark.parametrize(
     ("config", "tuning"),
-    [(TINY, ADAPTERS), (SWIN, ADAPTERS), (TINY, LORA), (SWIN, replace(LORA, layers="mlp"))],
-    ids=["adapters-clips", "adapters-swin", "lora-clips", "lora-swin"],
+    [
+        (TINY, ADAPTERS),
+        (SWIN, ADAPTERS),
+        (VJEPA2, ADAPTERS),
+        (TINY, LORA),
+        (SWIN, replace(LORA, layers="mlp")),
+        (InternVideo2Config(**SHAPE), LORA),
+    ],
+    ids=[
+        "adapters-clips",
+        "adapters-swin",
+        "adapters-vjepa2",
+        "lora-clips",
+        "lora-swin",
+        "lora-iv2",
+    ],
 )
 
 
@@ -290,6 +313,7 @@ def test_the_localizer_begins_alike_behind_all_of_them() -> None:
     [
         (slowfast_toy(), ADAPTERS, r"slow_path.layer1.1 \(Bottleneck\) has an activation behind"),
         (slowfast_toy(), LORA, "have no linear layers of --model.lora.layers all"),
+        *((kind(**SHAPE), ADAPTERS, "which do not tell the time of each") for kind in CLASS_TOKEN),
         (swin_toy(), LORA, r"read the weights of features.0.0.attn.qkv, ... and 7 more, and do"),
     ],
 )
