@@ -42,6 +42,7 @@ def without_backbone(recipe: Recipe, features: Features) -> Recipe:
         stored=False,
         slice_mb=None,
         coupling_epochs=None,
+        tuning="full",
         frozen=frozen,
         norms="trained",
     )
