@@ -5,6 +5,7 @@ each way, and AdaTAD's temporal adapters in each way, for windows of several len
 frames; and the longest window of each that fits the memory of a GPU.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ from pipelines.training.workload import Workload
 from re2tal.backbones.adapters import AdapterConfig
 from re2tal.backbones.table import backbones
 from re2tal.errors import UserError
-from re2tal.memory.fit import GIBIBYTE, largest_that_fits
+from re2tal.memory.fit import GIBIBYTE
 from re2tal.memory.ways import WAYS
 from re2tal.precision import Precision
 
@@ -145,7 +146,7 @@ class Finetuning:
         slope, start = other[0] - ours[0], ours[1] - other[1]
         if slope <= 0:
             return "none"
-        return f"{max(0, round(start / slope)):,} frames" if start > 0 else "any"
+        return f"{math.ceil(start / slope):,} frames" if start > 0 else "any"
 
     def _line(self, found: Result) -> tuple[float, float]:
         """Slope, and bytes of an empty window."""
@@ -244,10 +245,13 @@ def needs(
 def _longest(
     planner: Planner, way: str, frames: Sequence[int], peaks: Sequence[int], budget: int
 ) -> int:
-    """Find the longest window that fits, where the line through two lengths meets the budget."""
+    """Find the longest window that fits: where the line through two lengths meets the budget.
+
+    Peaks bend upwards, if at all, so that no longer one fits. That this one does is predicted.
+    """
     unit = planner.subject.unit
     slope = (peaks[1] - peaks[0]) / (frames[1] - frames[0])
-    guess = max(1, int((frames[0] + (budget - peaks[0]) / slope) // unit))
-    return unit * largest_that_fits(
-        lambda units: planner.peak(way, frames=units * unit), budget, start=guess
-    )
+    units = int((frames[0] + (budget - peaks[0]) / slope) // unit)
+    while units > 0 and (excess := planner.peak(way, frames=units * unit) - budget) > 0:
+        units -= max(1, int(excess / slope) // unit)
+    return unit * max(0, units)
