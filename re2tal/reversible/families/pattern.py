@@ -257,11 +257,7 @@ def _cut(plan: _Plan, block: nn.Module, place: int, function: Callable[..., Tens
         x = _as_weights(block, x)
         residual = plan.forms(block, x, args, kwargs)[1][place]
         run = partial(residual.on_tokens, block)
-        kept = (
-            _kept(plan, place, block, run, x, x.shape[-1:])
-            if residual.keeps_tokens
-            else None
-        )
+        kept = _kept(plan, place, block, run, x, x.shape[-1:]) if residual.keeps_tokens else None
         if kept is None:
             return Whole(args, kwargs)
         return _OnTokens(args, kwargs, math.prod(x.shape[:-1]), kept, residual, block)
@@ -272,11 +268,7 @@ def _cut(plan: _Plan, block: nn.Module, place: int, function: Callable[..., Tens
         def run(sample: Tensor) -> Tensor:
             return function(sample, *args, **kwargs)
 
-        kept = (
-            None
-            if has_rows(x, args, kwargs)
-            else _kept(plan, place, block, run, x, x.shape[1:])
-        )
+        kept = None if has_rows(x, args, kwargs) else _kept(plan, place, block, run, x, x.shape[1:])
         return Whole(args, kwargs) if kept is None else Samples(args, kwargs, x.shape[0], kept)
 
     return {"tokens": by_tokens, "samples": by_samples}.get(plan.cuts[place] or "")
@@ -462,23 +454,23 @@ def _proved(block: nn.Module) -> _Plan:
         NotReversibleError: with the reason that came closest.
     """
     reasons: list[tuple[int, NotReversibleError]] = []
-    for count, (x, args) in enumerate(_inputs(block)):
+    for count, (x, kwargs) in enumerate(_inputs(block)):
         if count == _ATTEMPTS:
             break
         try:
-            y = _output(block.eval()(x, *args))
+            y = _output(block.eval()(x, **kwargs))
         except Exception as error:
-            reasons.append((0, UnprovedError(_not_run(block, error))))
+            reasons.append((0, UnprovedError(_not_run(error))))
             continue
         if not isinstance(y, Tensor) or not y.is_floating_point():
             reasons.append((1, UnprovedError("its forward does not return a tensor first")))
         elif y.shape != x.shape:
             shapes = f"{tuple(x.shape)} into {tuple(y.shape)}"
-            reasons.append((2, _changed(block, x, args, f"it turns {shapes}")))
+            reasons.append((2, _changed(block, x, kwargs, f"it turns {shapes}")))
         else:
             for level in range(1, _DEPTH + 1):
                 try:
-                    return _plan_for(block, x, args, level)
+                    return _plan_for(block, x, kwargs, level)
                 except NotResidualError as error:
                     reasons.append((3, UnprovedError(str(error))))
                 except NotReversibleError as error:
@@ -489,11 +481,11 @@ def _proved(block: nn.Module) -> _Plan:
     raise next(error for rank, error in reasons if rank == closest)
 
 
-def _not_run(block: nn.Module, error: Exception) -> str:
-    first = str(error).strip().splitlines()
+def _not_run(error: Exception) -> str:
+    first = [*str(error).strip().splitlines(), ""][0]
     return (
-        f"its forward{inspect.signature(type(block).forward)} did not run on any input that its "
-        f"parts suggest ({type(error).__name__}: {first[0] if first else ''})"
+        "its forward did not run on any input that its parts suggest "
+        f"({type(error).__name__}: {first})"
     )
 
 
@@ -502,10 +494,12 @@ def _output(result: Any) -> Any:
     return leaves[0] if leaves else None
 
 
-def _changed(block: nn.Module, x: Tensor, args: Any, message: str) -> NotReversibleError:
+def _changed(
+    block: nn.Module, x: Tensor, kwargs: Mapping[str, Any], message: str
+) -> NotReversibleError:
     """Describe a block that changes the shape; one with a skip connection may be recomputed."""
     try:
-        recording = record(block, x, args, {}, _inlined(block, 2))
+        recording = record(block, x, (), kwargs, _inlined(block, 2))
     except Exception:
         return UnprovedError(message)
     results = [leaf for leaf in recording.output if isinstance(leaf, Value)]
@@ -528,7 +522,7 @@ def _inlined(block: nn.Module, level: int) -> frozenset[str]:
     )
 
 
-def _plan_for(block: nn.Module, x: Tensor, args: tuple[Any, ...], level: int) -> _Plan:
+def _plan_for(block: nn.Module, x: Tensor, kwargs: Mapping[str, Any], level: int) -> _Plan:
     """Prove that a block is a chain of branches on inputs of one shape.
 
     Raises:
@@ -539,19 +533,18 @@ def _plan_for(block: nn.Module, x: Tensor, args: tuple[Any, ...], level: int) ->
     proved: dict[bool, Forms] = {}
     for training in (False, True):
         block.train(training)
-        recording = record(block, x, args, {}, inlined)
+        recording = record(block, x, (), kwargs, inlined)
         proved[training] = recording, residuals(recording, block)
-        _check(block, proved[training], torch.randn_like(x), args)
+        _check(block, proved[training], torch.randn_like(x), kwargs)
     if len(proved[False][1]) != len(proved[True][1]):
         raise UnprovedError("its forward has other branches in training mode than in eval mode")
     block.eval()
-    cuts = [
-        _way_to_cut(block, proved, place, x, args, inlined) for place in range(len(proved[True][1]))
-    ]
+    places = range(len(proved[True][1]))
+    cuts = [_way_to_cut(block, proved, place, x, kwargs, inlined) for place in places]
     return _Plan(inlined=inlined, proved=proved, cuts=cuts)
 
 
-def _check(block: nn.Module, forms: Forms, x: Tensor, args: tuple[Any, ...]) -> None:
+def _check(block: nn.Module, forms: Forms, x: Tensor, kwargs: Mapping[str, Any]) -> None:
     """Compare the branches' sum with the block itself, with the same random numbers.
 
     Raises:
@@ -562,13 +555,13 @@ def _check(block: nn.Module, forms: Forms, x: Tensor, args: tuple[Any, ...]) -> 
     given = x.clone()
     with torch.no_grad():
         with start.restored():
-            truth = _output(block(given, *args))
+            truth = _output(block(given, **kwargs))
         if not torch.equal(given, x):
             raise UnprovedError("its forward modifies its input in place")
         with start.restored():
             y = x
             for residual in found:
-                y = _after(block, recording, residual, y, args)
+                y = _after(block, recording, residual, y, kwargs)
     added, error = (truth - x).norm(), (truth - y).norm()
     if not error <= _TOLERANCE * added:
         raise UnprovedError(
@@ -580,10 +573,14 @@ def _check(block: nn.Module, forms: Forms, x: Tensor, args: tuple[Any, ...]) -> 
 
 
 def _after(
-    block: nn.Module, recording: Recording, residual: Residual, x: Tensor, args: Any
+    block: nn.Module,
+    recording: Recording,
+    residual: Residual,
+    x: Tensor,
+    kwargs: Mapping[str, Any],
 ) -> Tensor:
     """Add one branch to a stream, as the engine would with alpha = 1 and beta = 0."""
-    result = residual.run(recording, block, tensors_of(x, args, {}))
+    result = residual.run(recording, block, tensors_of(x, (), kwargs))
     if residual.drop_path is not None:
         factor = block.get_submodule(residual.drop_path)(x.new_ones(x.shape[0], 1))
         result = result * factor.view(-1, *(1,) * (x.dim() - 1))
@@ -596,14 +593,14 @@ def _way_to_cut(
     proved: Mapping[bool, Forms],
     place: int,
     x: Tensor,
-    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
     inlined: frozenset[str],
 ) -> str | None:
     """Find out whether a branch treats all tokens alike, or all samples."""
     recording, found = proved[False]
     residual = found[place]
     with torch.no_grad():
-        whole = residual.run(recording, block, tensors_of(x, args, {}))
+        whole = residual.run(recording, block, tensors_of(x, (), kwargs))
         drops = [
             n for n in residual.modules if any(map(drops_path, block.get_submodule(n).modules()))
         ]
@@ -611,12 +608,12 @@ def _way_to_cut(
             tokens, wanted = (t.reshape(-1, x.shape[-1])[1:6] for t in (x, whole))
             if _agrees(partial(residual.on_tokens, block), tokens, wanted):
                 return "tokens"
-        if has_rows(x, args, {}):
+        if has_rows(x, (), kwargs):
             return None
 
         def one(sample: Tensor) -> Tensor:
-            alone = record(block, sample, args, {}, inlined)
-            return residuals(alone, block)[place].run(alone, block, tensors_of(sample, args, {}))
+            alone = record(block, sample, (), kwargs, inlined)
+            return residuals(alone, block)[place].run(alone, block, tensors_of(sample, (), kwargs))
 
         return "samples" if _agrees(one, x[1:2], whole[1:2]) else None
 
@@ -633,30 +630,38 @@ def _agrees(run: Callable[[Tensor], Tensor], x: Tensor, wanted: Tensor) -> bool:
 
 # Inputs to try.
 
-_GRIDS = ("thw", "feat_size", "hw_shape", "input_dimensions", "spatial_shape", "size", "resolution")
+_GRIDS = ("thw", "feat_size", "hw_shape", "input_dimensions", "spatial_shape", "size")
 _HEIGHTS, _WIDTHS = ("H", "Hp", "h", "height"), ("W", "Wp", "w", "width")
+_PIXELS = ("resolution",)
+_ROTARY = ("position_embeddings", "rotary_pos_emb", "rotary_embeddings")
 
 
-def _inputs(block: nn.Module) -> Iterator[tuple[Tensor, tuple[Any, ...]]]:
+def _inputs(block: nn.Module) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Make inputs of the shapes that the parts of a block suggest, with its other arguments."""
     like = _some_tensor(block)
     generator = torch.Generator(like.device).manual_seed(0)
+    _, _, *others = inspect.signature(type(block).forward).parameters.values()
+    needed = [p.name for p in others if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    wanted = [p.name for p in others if p.name in (*_ROTARY, *_PIXELS) and p.name not in needed]
     seen = set[tuple[int, ...]]()
     for shape, grid in _shapes(block):
         if shape in seen or math.prod(shape[1:]) > 2**22:
             continue
         seen.add(shape)
         x = torch.randn(shape, generator=generator, device=like.device)
-        yield x, tuple(_argument(p, grid) for p in _required(block))
+        given = {name: _argument(name, grid) for name in needed}
+        yield x, given
+        if wanted:  # its forward may need them, whatever its signature says
+            yield x, given | {name: _optional(block, name, x, grid) for name in wanted}
 
 
-def _required(block: nn.Module) -> list[str]:
-    _, _, *others = inspect.signature(type(block).forward).parameters.values()
-    return [
-        p.name
-        for p in others
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+def _optional(block: nn.Module, name: str, x: Tensor, grid: tuple[int, ...]) -> Any:
+    if name in _PIXELS:
+        patch = getattr(block, "patch_size", 1)
+        return tuple(length * patch for length in grid)
+    width = next((m.head_dim for m in block.modules() if hasattr(m, "head_dim")), x.shape[-1])
+    angles = torch.linspace(0, 3, x.shape[1] * width, device=x.device).view(x.shape[1], width)
+    return angles.cos(), angles.sin()
 
 
 def _argument(name: str, grid: tuple[int, ...]) -> Any:
