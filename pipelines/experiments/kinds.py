@@ -109,7 +109,7 @@ KINDS: dict[str, dict[str, Callable[[], Built]]] = {
         "hiera": partial(_timm, "hiera_tiny_224", (2, 3, 64, 64), img_size=64),
         "mvitv2": partial(_timm, "mvitv2_tiny", (2, 3, 64, 64), img_size=64),
         "davit": partial(_timm, "davit_tiny", (2, 3, 64, 64)),
-        "caformer": partial(_timm, "caformer_s18", (2, 3, 64, 64), dims=(16, 24, 32, 48)),
+        "caformer": partial(_timm, "caformer_s18", (2, 3, 64, 64)),
         "convnextv2": partial(_timm, "convnextv2_atto"),
         "resnet50": partial(_timm, "resnet50"),
         "nfnet": partial(_timm, "dm_nfnet_f0", (2, 3, 64, 64)),

@@ -158,7 +158,7 @@ class _Plan:
                 counts[name] = self._count_branches(dotted(container, name), child)
             except NotReversibleError as error:
                 counts[name] = 0
-                self.refused[dotted(container, name)] = error
+                self.refused.setdefault(dotted(container, name), error)
         stages = []
         for reversible, run in groupby(counts, key=lambda name: counts[name] > 0):
             if reversible:

@@ -35,6 +35,7 @@ from re2tal.reversible.branches import (
     Whole,
 )
 from re2tal.reversible.families.recording import (
+    DependsOnValuesError,
     Own,
     Recording,
     Value,
@@ -63,6 +64,8 @@ _DEPTH = 3
 _BATCH = 3
 _MOST_TOKENS = 4096
 _ATTEMPTS = 160
+_READINGS = 2
+"""Inputs that a block may take without being proved; another shape has seldom helped then."""
 
 
 class UnprovedError(NotReversibleError):
@@ -217,8 +220,13 @@ def _activation(block: nn.Module, residual: Residual) -> Callable[[Tensor], Tens
     if operator is None:
         return None
 
+    module = block.get_submodule(operator.name) if isinstance(operator.function, str) else None
+    in_place = operator.name.endswith("_") or getattr(module, "inplace", False)
+
     def activate(x: Tensor) -> Tensor:
-        result: Tensor = operator.call(block, lambda _: x)
+        # A branch's result may be a view, which must not be overwritten.
+        given = x.clone() if in_place else x
+        result: Tensor = operator.call(block, lambda _: given)
         return result
 
     return activate
@@ -454,8 +462,9 @@ def _proved(block: nn.Module) -> _Plan:
         NotReversibleError: with the reason that came closest.
     """
     reasons: list[tuple[int, NotReversibleError]] = []
+    read = 0
     for count, (x, kwargs) in enumerate(_inputs(block)):
-        if count == _ATTEMPTS:
+        if count == _ATTEMPTS or read == _READINGS:
             break
         try:
             y = _output(block.eval()(x, **kwargs))
@@ -468,6 +477,7 @@ def _proved(block: nn.Module) -> _Plan:
             shapes = f"{tuple(x.shape)} into {tuple(y.shape)}"
             reasons.append((2, _changed(block, x, kwargs, f"it turns {shapes}")))
         else:
+            read += 1
             for level in range(1, _DEPTH + 1):
                 try:
                     return _plan_for(block, x, kwargs, level)
@@ -475,6 +485,8 @@ def _proved(block: nn.Module) -> _Plan:
                     reasons.append((3, UnprovedError(str(error))))
                 except NotReversibleError as error:
                     reasons.append((4, error))
+                except DependsOnValuesError as error:
+                    reasons.append((4, UnprovedError(str(error))))
     if not reasons:
         raise UnprovedError("no shape of an input follows from its parts")
     closest = max(rank for rank, _ in reasons)

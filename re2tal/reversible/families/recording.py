@@ -13,7 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -42,6 +47,10 @@ class Unknown:
 
 
 STREAM = Value(0)
+
+
+class DependsOnValuesError(ValueError):
+    """A forward looks at the values of tensors to decide what to do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -123,11 +132,11 @@ class Recording:
 
 
 class Program:
-    """The operators that lead from some values to one.
+    """The operators that lead from one value to others.
 
     Args:
         recording: where they are.
-        result: the value to compute.
+        results: the values to compute.
         source: value that is given.
         skip: operators that hand their first tensor on instead of being called.
 
@@ -140,12 +149,12 @@ class Program:
     def __init__(
         self,
         recording: Recording,
-        result: Value,
+        results: Sequence[Value],
         source: Value,
         skip: Collection[Operator] = (),
     ) -> None:
-        self.result, self.source, self._skip = result, source, tuple(skip)
-        needed, found = [result], set[Value]()
+        self.results, self.source, self._skip = tuple(results), source, tuple(skip)
+        needed, found = [*results], set[Value]()
         operators: dict[int, Operator] = {}
         while needed:
             value = needed.pop()
@@ -162,16 +171,11 @@ class Program:
         self.called = [o for o in self.operators if o not in self._skip]
         self._spent: dict[int, list[Value]] = {}
         for value, operator in last.items():
-            if value != result:
+            if value not in self.results:
                 self._spent.setdefault(id(operator), []).append(value)
 
-    @property
-    def unknown(self) -> list[Unknown]:
-        """Tensors that they use and nobody knows where they are from."""
-        return [u for o in self.operators for u in o.uses if isinstance(u, Unknown)]
-
-    def run(self, block: nn.Module, x: Tensor, inputs: Sequence[Tensor] = ()) -> Tensor:
-        """Compute the result.
+    def run(self, block: nn.Module, x: Tensor, inputs: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Compute the results.
 
         Args:
             block: the block whose modules and tensors are used.
@@ -188,7 +192,7 @@ class Program:
                 self._call(operator, block, values)
             for value in self._spent.get(id(operator), ()):
                 values.pop(value, None)
-        return values[self.result]
+        return [values[result] for result in self.results]
 
     @staticmethod
     def _call(operator: Operator, block: nn.Module, values: dict[Value, Tensor]) -> None:
@@ -222,10 +226,15 @@ def record(
         args: its other arguments.
         kwargs: its keyword arguments.
         inlined: names of modules that are looked into; others are one operator each.
+
+    Raises:
+        DependsOnValuesError: if what it does depends on values, so that no recording holds.
     """
     try:
         return _recorded(block, x, args, kwargs, inlined, fake=True)
-    except Exception:
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise DependsOnValuesError(f"its forward decides by values of tensors ({error})") from error
+    except Exception:  # what does not run on fake tensors runs on real ones
         if isinstance(x, FakeTensor):
             raise
         return _recorded(block, x, args, kwargs, inlined, fake=False)

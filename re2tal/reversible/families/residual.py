@@ -8,6 +8,7 @@ and MLP side by side, convolutional blocks with an activation after the addition
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from re2tal.reversible.families.recording import (
     Own,
     Program,
     Recording,
+    Unknown,
     Value,
 )
 
@@ -44,75 +46,100 @@ class Residual:
     """One branch of a recorded forward, and the shape in which the block adds it.
 
     Attributes:
-        programs: from the branch's input to what is added; results are summed.
-        scaled: program of the skip connection, where the block multiplies it by something.
-        before: operators that reshape a stream to the input of the programs.
+        program: from the branch's input to all that is added, and the scaled skip connection last.
+        scaled: whether there is one, because the block multiplies it by something.
+        before: operators that reshape a stream to the input of the program.
         moves: operators that reshape a stream to what the results are added to.
         drop_path: name of the module of stochastic depth at its end, which no program calls.
         activation: operator after the addition.
     """
 
-    programs: tuple[Program, ...]
-    scaled: Program | None
+    program: Program
+    scaled: bool
     before: tuple[Operator, ...]
     moves: tuple[Operator, ...]
     drop_path: str | None
     activation: Operator | None
 
     @property
-    def operators(self) -> list[Operator]:
-        """All operators of the programs."""
-        programs = [*self.programs, *([] if self.scaled is None else [self.scaled])]
-        return [operator for program in programs for operator in program.called]
-
-    @property
     def modules(self) -> list[str]:
         """Names of the modules that are called, in order."""
         return list(
-            dict.fromkeys(o.function for o in self.operators if isinstance(o.function, str))
+            dict.fromkeys(o.function for o in self.program.called if isinstance(o.function, str))
         )
 
     @property
     def tensors(self) -> list[str]:
         """Names of the block's tensors that are used without a module."""
         return list(
-            dict.fromkeys(u.name for o in self.operators for u in o.uses if isinstance(u, Own))
+            dict.fromkeys(u.name for o in self.program.called for u in o.uses if isinstance(u, Own))
         )
 
     @property
     def keeps_tokens(self) -> bool:
         """Whether it may treat all vectors along the last dimension alike: see `on_tokens`."""
         alike = all(move.name in _RESHAPES for move in self.moves)
-        return alike and self.before == self.moves and self.scaled is None and not self.borrows
+        return alike and self.before == self.moves and not self.scaled and not self.borrows
 
     @property
     def borrows(self) -> bool:
         """Whether it uses arguments of the block beside the stream."""
-        return any(program.leaves - {program.source} for program in self.programs)
+        return bool(self.program.leaves - {self.program.source})
 
     def run(self, recording: Recording, block: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
         """Compute the branch from a stream, the first of the inputs, in the stream's shape."""
-        source = skipped = inputs[0]
+        source = skipped = _formatted(inputs[0], inputs[0])
         for move in self.before:
             source = _moved(move, source)
-        result = self._sum(block, source, inputs)
-        if self.scaled is not None:
-            for move in self.moves:
-                skipped = _moved(move, skipped)
-            result = result + (self.scaled.run(block, source, inputs) - skipped)
+        for move in self.moves if self.scaled else ():
+            skipped = _moved(move, skipped)
+        added = self.program.run(block, source, inputs)
+        result = _sum([*added[:-1], added[-1] - skipped] if self.scaled else added)
         for move in reversed(self.moves):
             result = _moved_back(move, result, recording.shapes[move.values[0]])
-        return result
+        return _formatted(result, inputs[0])
 
     def on_tokens(self, block: nn.Module, tokens: Tensor) -> Tensor:
         """Compute it for some vectors along the last dimension."""
-        return self._sum(block, tokens, ())
+        return _sum(self.program.run(block, tokens))
 
-    def _sum(self, block: nn.Module, source: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-        first, *others = (program.run(block, source, inputs) for program in self.programs)
-        for other in others:
-            first = first + other
-        return first
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    first, *others = terms
+    for other in others:
+        first = first + other
+    return first
+
+
+def _formatted(x: Tensor, stream: Tensor) -> Tensor:
+    """Give a tensor the memory format of a stream, and its gradient too.
+
+    Kernels are chosen by it. A stream that is rebuilt has the format of its stage's input, whatever
+    a block has transposed in between.
+    """
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(stream.dim())
+    plain = last is None or stream.is_contiguous()
+    kind = last if not plain and stream.is_contiguous(memory_format=last) else None
+    result: Tensor = _Format.apply(x, kind or torch.contiguous_format)
+    return result
+
+
+class _Format(torch.autograd.Function):
+    """Copy in a memory format, if the tensor has another; the gradient likewise."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, kind: torch.memory_format) -> Tensor:
+        return x.contiguous(memory_format=kind).view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004
+        _, ctx.kind = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].contiguous(memory_format=ctx.kind), None
 
 
 def _moved(move: Operator, x: Tensor) -> Tensor:
@@ -146,13 +173,19 @@ def residuals(recording: Recording, block: nn.Module) -> list[Residual]:
     found = _Chain(recording, block).back_from(result)
     if not found:
         raise NotResidualError("its forward returns its input")
-    unknown = [u for residual in found for p in residual.programs for u in p.unknown]
-    if unknown:
-        raise NotResidualError(
-            f"its forward uses a tensor of shape {unknown[0].shape} that is no argument, parameter "
-            "or buffer, and that no operator seen has made"
-        )
+    for residual in found:
+        for operator in residual.program.operators:
+            _refuse_unknown(operator)
     return found
+
+
+def _refuse_unknown(operator: Operator) -> None:
+    for used in operator.uses:
+        if isinstance(used, Unknown):
+            raise NotResidualError(
+                f"its forward uses a tensor of shape {used.shape} that is no argument, parameter "
+                "or buffer, and that no operator seen has made"
+            )
 
 
 def ends_in_sum(recording: Recording, block: nn.Module, value: Value) -> bool:
@@ -205,6 +238,7 @@ class _Chain:
             if before in self._recording.made_by:
                 made, value = self._recording.made_by[before], before
         if made.name not in _SUMS or self._terms(value) is None:
+            _refuse_unknown(made)
             raise NotResidualError(
                 f"its forward is not a sum of its input and a branch, but ends in {_title(made)}"
             )
@@ -224,21 +258,18 @@ class _Chain:
         earlier = self.back_from(base)
         done = earlier[-1].moves if earlier else ()
         whole = (*done, *moves)
-        ends = [self._without_drop_path(term) for term in terms]
-        drop_path = ends[0][1] if len(terms) == 1 else None
+        drop_path = self._drop_path(terms[0]) if len(terms) == 1 else None
         for source, before in ((self._recording.original(skipped), whole), (base, done)):
             skip = [] if drop_path is None else [drop_path]
-            programs = [Program(self._recording, term, source, skip) for term in terms]
-            scaled = None if scale is None else Program(self._recording, scale, source)
-            every = [*programs, *([] if scaled is None else [scaled])]
-            if source == STREAM or all(STREAM not in p.leaves for p in every):
-                named = None if drop_path is None else str(drop_path.function)
+            results = terms if scale is None else [*terms, scale]
+            program = Program(self._recording, results, source, skip)
+            if source == STREAM or STREAM not in program.leaves:
                 branch = Residual(
-                    programs=tuple(programs),
-                    scaled=scaled,
+                    program=program,
+                    scaled=scale is not None,
                     before=before,
                     moves=whole,
-                    drop_path=named,
+                    drop_path=None if drop_path is None else str(drop_path.function),
                     activation=activation,
                 )
                 return [*earlier, branch]
@@ -310,18 +341,16 @@ class _Chain:
             return "Scale" in type(self._block.get_submodule(made.function)).__name__
         return made.name in _PRODUCTS
 
-    def _without_drop_path(self, term: Value) -> tuple[Value, Operator | None]:
+    def _drop_path(self, value: Value) -> Operator | None:
         """Find stochastic depth at the end of a branch, behind scaling and reshaping only."""
-        value = term
-        while (made := self._recording.made_by.get(value)) is not None:
+        while (made := self._recording.made_by.get(value)) is not None and len(made.values) == 1:
             named = made.function if isinstance(made.function, str) else None
             if named is not None and drops_path(self._block.get_submodule(named)):
-                return term, made if len(made.values) == 1 else None
-            through = made.name in _RESHAPES or self._scales(made) or value in made.same
-            if not through or len(made.values) != 1:
+                return made
+            if not (made.name in _RESHAPES or self._scales(made) or value in made.same):
                 break
             value = made.values[0]
-        return term, None
+        return None
 
 
 def _title(made: Operator) -> str:
