@@ -30,6 +30,33 @@ def _torchvision(name: str, shape: Sequence[int] = _IMAGE, **options: Any) -> Bu
     return model, (torch.randn(*shape),)
 
 
+def _mvit(*, second: bool) -> Built:
+    """Make a small MViT v1 or v2 of two resolutions: the library's own take 224 pixels only."""
+    library = import_module("torchvision.models.video.mvit")
+    whole, halved = [1, 1, 1], [1, 2, 2]
+
+    def config(channels: int, out: int, stride: list[int]) -> Any:
+        pools = second or stride != whole
+        kernel, strides = ([3, 3, 3], stride) if pools else ([], [])
+        return library.MSBlockConfig(2, channels, out, kernel, [3, 3, 3], strides, halved)
+
+    between = [config(16, 32, halved)]
+    if not second:
+        between = [config(16, 32, whole), config(32, 32, halved)]
+    blocks = [*[config(16, 16, whole)] * 2, *between, *[config(32, 32, whole)] * 2]
+    model = library.MViT(
+        spatial_size=(32, 32),
+        temporal_size=4,
+        block_setting=blocks,
+        residual_pool=second,
+        residual_with_cls_embed=not second,
+        rel_pos_embed=second,
+        proj_after_attn=second,
+        num_classes=3,
+    )
+    return model, (torch.randn(*_CLIP),)
+
+
 def _timm(name: str, shape: Sequence[int] = _IMAGE, **options: Any) -> Built:
     model = import_module("timm").create_model(name, num_classes=3, **options)
     return model, (torch.randn(*shape),)
@@ -74,15 +101,15 @@ _WINDOWS: dict[str, Any] = {
 KINDS: dict[str, dict[str, Callable[[], Built]]] = {
     "torchvision": {
         "swin3d_t": partial(_torchvision, "swin3d_t", _CLIP),
-        "mvit_v1_b": partial(_torchvision, "mvit_v1_b", (1, 3, 16, 224, 224)),
-        "mvit_v2_s": partial(_torchvision, "mvit_v2_s", (1, 3, 16, 224, 224)),
+        "mvit_v1_b": partial(_mvit, second=False),
+        "mvit_v2_s": partial(_mvit, second=True),
         "r3d_18": partial(_torchvision, "r3d_18", (2, 3, 4, 24, 24)),
         "mc3_18": partial(_torchvision, "mc3_18", (2, 3, 4, 24, 24)),
         "r2plus1d_18": partial(_torchvision, "r2plus1d_18", (2, 3, 4, 24, 24)),
         "s3d": partial(_torchvision, "s3d", (1, 3, 16, 224, 224)),
         "swin_t": partial(_torchvision, "swin_t"),
         "swin_v2_t": partial(_torchvision, "swin_v2_t"),
-        "maxvit_t": partial(_torchvision, "maxvit_t", (2, 3, 224, 224)),
+        "maxvit_t": partial(_torchvision, "maxvit_t", (1, 3, 224, 224)),
         "vit_b_16": partial(_torchvision, "vit_b_16", image_size=32),
         "resnet50": partial(_torchvision, "resnet50"),
         "convnext_tiny": partial(_torchvision, "convnext_tiny"),
@@ -232,7 +259,8 @@ def rewired_row(library: str, kind: str) -> Row:
     try:
         report = rewire(model)
     except ValueError as error:
-        reason = str(error).splitlines()[1].strip()
+        reasons = [line.strip() for line in str(error).splitlines()[1:-1]]
+        reason = max(reasons, key=lambda line: "no family" not in line)  # the first of a block
         return row | {"reversible": f"{REFUSED}: {reason}"} | dict.fromkeys(_MEASURED, "")
     unwire(model)
     plain = measure_activations(model, *inputs, step=_loss).activations

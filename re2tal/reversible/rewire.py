@@ -101,9 +101,17 @@ def _left_row(left: LeftOut) -> tuple[str, str, str]:
     return left.name, left.kind, f"{result}: {left.reason}"
 
 
+ALONE = "alone, it saves no memory in its own backward"
+"""What the report says of a stage of one branch: its replay keeps as much as the block would, and
+the streams and their gradients are held beside it."""
+
+
 def _stage_row(stage: Stage) -> tuple[str, str, str]:
-    count = len(stage.blocks)
-    result = f"reversible: {count} block{'s' * (count > 1)}, {stage.branches} branches"
+    count, branches = len(stage.blocks), stage.branches
+    result = (
+        f"reversible: {count} block{'s' * (count > 1)}, "
+        f"{branches} branch{'es' * (branches > 1)}{'; ' + ALONE if branches == 1 else ''}"
+    )
     return dotted(stage.container, first_to_last(stage.blocks)), stage.kind, result
 
 
