@@ -185,7 +185,7 @@ class _Plan:
     def _count_branches(self, name: str, block: nn.Module | None) -> int:
         inside = [entry for entry in self.containers if entry[1].startswith(dotted(name, ""))]
         tried_out = block is not None and not described(block)
-        if tried_out and recomputed(block):
+        if tried_out and block is not None and recomputed(block):
             raise NoFamilyError(f"no family is registered for {type(block).__name__}")
         if tried_out and any(len(stage.blocks) > 1 for _, _, found in inside for stage in found):
             raise NoFamilyError("its blocks are rewired themselves")

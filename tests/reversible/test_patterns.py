@@ -326,11 +326,12 @@ def test_a_block_that_changes_the_shape_beside_its_skip_connection_is_recomputed
 def test_the_proof_leaves_no_trace() -> None:
     torch.manual_seed(0)
     called: list[str] = []
-    model = nn.Sequential(Convolutions(), PreNorm())
-    model[0].conv1.register_forward_hook(lambda *_: called.append("hook"))
-    model[0].bn1.eval()
-    model[1].norm1.requires_grad_(False)
-    model[0].conv2.weight.grad = torch.ones_like(model[0].conv2.weight)
+    first, second = Convolutions(), PreNorm()
+    model = nn.Sequential(first, second)
+    first.conv1.register_forward_hook(lambda *_: called.append("hook"))
+    first.bn1.eval()
+    second.norm1.requires_grad_(False)
+    first.conv2.weight.grad = torch.ones_like(first.conv2.weight)
 
     def everything() -> list[Any]:
         tensors = (*model.named_parameters(), *model.named_buffers())

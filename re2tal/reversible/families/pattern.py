@@ -669,9 +669,10 @@ def _inputs(block: nn.Module) -> Iterator[tuple[Tensor, dict[str, Any]]]:
 
 def _optional(block: nn.Module, name: str, x: Tensor, grid: tuple[int, ...]) -> Any:
     if name in _PIXELS:
-        patch = getattr(block, "patch_size", 1)
+        patch = vars(block).get("patch_size", 1)
         return tuple(length * patch for length in grid)
-    width = next((m.head_dim for m in block.modules() if hasattr(m, "head_dim")), x.shape[-1])
+    widths = (vars(module).get("head_dim") for module in block.modules())
+    width: int = next((w for w in widths if isinstance(w, int)), x.shape[-1])
     angles = torch.linspace(0, 3, x.shape[1] * width, device=x.device).view(x.shape[1], width)
     return angles.cos(), angles.sin()
 

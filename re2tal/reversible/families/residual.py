@@ -117,10 +117,11 @@ def _formatted(x: Tensor, stream: Tensor) -> Tensor:
     Kernels are chosen by it. A stream that is rebuilt has the format of its stage's input, whatever
     a block has transposed in between.
     """
+    kind = torch.contiguous_format
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(stream.dim())
-    plain = last is None or stream.is_contiguous()
-    kind = last if not plain and stream.is_contiguous(memory_format=last) else None
-    result: Tensor = _Format.apply(x, kind or torch.contiguous_format)
+    if last is not None and not stream.is_contiguous() and stream.is_contiguous(memory_format=last):
+        kind = last
+    result: Tensor = _Format.apply(x, kind)
     return result
 
 

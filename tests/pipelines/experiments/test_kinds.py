@@ -1,6 +1,8 @@
 """Kinds of backbones: the rows of the table, on the smallest of each library."""
 
 import pytest
+import torch
+from torch import nn
 
 from pipelines.experiments import kinds
 from pipelines.experiments.kinds import EQUAL, KINDS, Kinds, rewired_row
@@ -28,8 +30,6 @@ def test_kinds_that_are_not_rewired_are_listed_with_their_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert sum(map(len, KINDS.values())) == 49
-    import torch
-    from torch import nn
 
     class Plain(nn.Linear):
         def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
