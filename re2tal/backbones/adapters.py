@@ -185,7 +185,8 @@ class _Grid:
             by_place = tokens.unflatten(2, (self.places, line.steps)).transpose(1, 2)
         else:
             by_place = tokens.unflatten(2, (line.steps, self.places)).permute(0, 3, 1, 2, 4)
-        return by_place.reshape(-1, self.steps, x.shape[-1])
+        columns: Tensor = by_place.reshape(-1, self.steps, x.shape[-1])
+        return columns
 
     def tokens(self, columns: Tensor, shape: Sequence[int]) -> Tensor:
         """Return places as tokens of a shape, zero at those of no place: back from `columns`."""

@@ -194,6 +194,7 @@ def test_tokens_of_every_order_are_seen_by_place_and_time(config: Any) -> None:
     """A block's branch, in one piece and in pieces; a class token in front stays as it is."""
     backbone = scrambled(tuned(config, ADAPTERS)).eval()
     block = next(m for m in backbone.modules() if isinstance(m, Adapted))
+    shape: tuple[int, ...]
     line, channels, places = block.adapter.timeline, block.adapter.channels, 6
     if line is None:  # Video Swin's: (B, T, H, W, C)
         line, shape = Timeline(steps=4), (2, 4, 2, 3, channels)
