@@ -3,7 +3,8 @@
     window (B, 3, T, H, W) -> clips (B T/n, 3, n, H, W) -> tokens (B T/n, n/s, places, C)
                            -> mean over the places, clips behind one another -> (B, C, T/s)
 
-with the n frames of a clip and the s frames of a token. Nothing mixes clips before the localizer.
+with the n frames of a clip and the s frames of a token. Nothing mixes clips before the localizer,
+but for neighbours where features are interpolated to a higher rate.
 
 A family of such models is one `ClipFamily`, in a file of its own (`videomae.py`).
 """
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from re2tal.backbones.resampling import resample
 from re2tal.errors import UserError
 
 
@@ -55,6 +57,10 @@ class ClipBackbone(nn.Module):
         clip: frames of a clip.
         stride: frames of a token.
         pooling: consecutive features that are averaged into one.
+        interpolation: features that are made of one, by linear interpolation over the window.
+
+    Raises:
+        ValueError: a feature would stand for a fraction of a frame.
     """
 
     def __init__(
@@ -67,15 +73,21 @@ class ClipBackbone(nn.Module):
         clip: int,
         stride: int,
         pooling: int,
+        interpolation: int = 1,
     ) -> None:
         super().__init__()
+        if stride * pooling % interpolation:
+            raise ValueError(
+                f"{interpolation} features cannot be made of every {stride * pooling} frames: "
+                "choose an interpolation that divides them."
+            )
         for name, part in model.named_children():
             self.add_module(name, part)
         for name, parameter in model.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
         self.channels = channels
-        self.temporal_stride = stride * pooling
-        self.multiple = math.lcm(clip, self.temporal_stride)
+        self.temporal_stride = stride * pooling // interpolation
+        self.multiple = math.lcm(clip, stride * pooling)
         self._family = family
         self._blocks = blocks
         self._pooling = pooling
@@ -87,10 +99,15 @@ class ClipBackbone(nn.Module):
                 f"A window must have a multiple of {self.multiple} frames for this backbone, but "
                 f"has {video.shape[2]}."
             )
-        features = self._family.tokens(self, video).mean(dim=2)
-        in_order = features.unflatten(0, (len(video), -1)).flatten(1, 2)
-        pooled: Tensor = in_order.unflatten(1, (-1, self._pooling)).mean(dim=2)
-        return pooled.transpose(1, 2).contiguous()
+        features = self.places(video).mean(dim=2)
+        pooled: Tensor = features.unflatten(1, (-1, self._pooling)).mean(dim=2)
+        at_own_rate = pooled.transpose(1, 2).contiguous()
+        return resample(at_own_rate, video.shape[2] // self.temporal_stride)
+
+    def places(self, video: Tensor) -> Tensor:
+        """Compute features before pooling; see `Placed`."""
+        tokens: Tensor = self._family.tokens(self, video)
+        return tokens.unflatten(0, (len(video), -1)).flatten(1, 2)
 
     def layer_of(self, name: str) -> int:
         """Layer as in `Backbone`; what follows the blocks belongs to the last."""

@@ -43,6 +43,8 @@ class VideoMAEConfig:
         dropout: probability of dropout behind attention and MLP.
         attention_dropout: probability of dropout of attention weights.
         pooling: consecutive features that are averaged into one.
+        interpolation: features that are made of one, by linear interpolation over the window: with
+            2, AdaTAD's on THUMOS-14, there is a feature for each frame.
     """
 
     patch: int = 16
@@ -60,6 +62,7 @@ class VideoMAEConfig:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     pooling: int = 1
+    interpolation: int = 1
 
     def __post_init__(self) -> None:
         check_within(
@@ -77,6 +80,7 @@ class VideoMAEConfig:
             dropout=(0, 1),
             attention_dropout=(0, 1),
             pooling=(1, 2**10),
+            interpolation=(1, 2**10),
         )
         if len(self.depths) != 1:
             raise ValueError(f"A VideoMAE has one stage of blocks, but depths is {self.depths}.")
@@ -99,17 +103,20 @@ class VideoMAEConfig:
             )
 
     def with_stride(self, stride: int) -> VideoMAEConfig:
-        """Return the same backbone, its features averaged to another number of frames a feature.
+        """Return the same backbone with another number of frames a feature.
+
+        Features are averaged to a larger number, and interpolated to a smaller one.
 
         Raises:
             ValueError: it cannot have that stride.
         """
-        if stride < 1 or stride % self.tubelet:
+        if stride < 1 or (stride % self.tubelet and self.tubelet % stride):
             raise ValueError(
                 f"The stride must be a multiple of {self.tubelet}, the frames that the backbone "
-                f"makes a feature of, not {stride}."
+                f"makes a feature of, or divide it, and cannot be {stride}."
             )
-        return replace(self, pooling=stride // self.tubelet)
+        pooling, interpolation = max(1, stride // self.tubelet), max(1, self.tubelet // stride)
+        return replace(self, pooling=pooling, interpolation=interpolation)
 
     def build(self) -> ClipBackbone:
         """Build a backbone of this shape, with random weights.
@@ -125,6 +132,7 @@ class VideoMAEConfig:
             clip=self.clip,
             stride=self.tubelet,
             pooling=self.pooling,
+            interpolation=self.interpolation,
         )
 
 
