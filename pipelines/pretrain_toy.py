@@ -1,7 +1,7 @@
 """Pretrain a small plain backbone on the trimmed toy clips, from random weights.
 
   python pipelines/pretrain_toy.py
-  python pipelines/pretrain_toy.py --backbone videomae_toy
+  python pipelines/pretrain_toy.py --backbone videomae_toy --lr 1e-3
   python pipelines/pretrain_toy.py --steps 400
 
 The first two commands made the weights of the toy recipes' Swin and VideoMAE that the repository

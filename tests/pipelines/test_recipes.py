@@ -1,7 +1,9 @@
 """What the recipes describe can be built, and is what was published."""
 
+import re
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,6 +73,15 @@ def test_it_is_measured_as_its_data_set_is(name: str) -> None:
     recipe = RECIPES[name]()
     assert recipe.thresholds == recipe.data.record.thresholds
     assert (recipe.data.dataset is None) is name.startswith("toy")
+
+
+def test_the_readme_lists_them_all() -> None:
+    text = (Path(__file__).parents[2] / "pipelines" / "README.md").read_text()
+    section = text.partition("\n## Recipes\n")[2].partition("\n## ")[0]
+    listed = []
+    for start, choices, end in re.findall(r"`(\w+?)(?:{([\w,]+)})?(\w*)`", section):
+        listed += [f"{start}{choice}{end}" for choice in choices.split(",")]
+    assert sorted(listed) == sorted(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
