@@ -19,7 +19,7 @@ from pipelines.config.recipe import AnyRecipe, ClassificationRecipe, Recipe
 from pipelines.core.clock import duration
 from pipelines.core.cluster import init_ray
 from pipelines.core.models import with_weights_here
-from pipelines.core.progress import ProgressPrinter
+from pipelines.core.progress import ProgressPrinter, doing
 from pipelines.core.resources import check_resources
 from pipelines.core.stopping import stoppable
 from pipelines.core.storage import BACKBONE_FILE, join, replacing, require_room
@@ -38,6 +38,7 @@ from pipelines.data.feature_stream import without_backbone
 from pipelines.data.features import Features
 from pipelines.data.inputs import classification_inputs, detection_inputs
 from pipelines.data.plan import Plan, make_plan, read_annotations
+from pipelines.data.videos import probe_files
 from pipelines.training.activations import activation_metrics
 from pipelines.training.checkpoints import DETECTOR_FOLDER
 from pipelines.training.classification import ClassificationTask, build_classifier
@@ -116,9 +117,11 @@ def prepare(recipe: Recipe) -> tuple[Prepared, Detector[Any, Any]]:
     annotations = read_annotations(recipe.data)
     if recipe.data.features:
         recipe = without_backbone(recipe, Features(recipe.data.features))
-    detector = check_model(recipe, annotations.classes)
+    with doing("building the model and loading its weights"):
+        detector = check_model(recipe, annotations.classes)
     _start_ray(recipe, frames=not recipe.data.features)
-    plan = make_plan(recipe.data, annotations)
+    with doing(f"opening the {'features' if recipe.data.features else 'videos'}") as count:
+        plan = make_plan(recipe.data, annotations, probe=partial(probe_files, progress=count))
     if plan.remarks:
         print(f"{len(plan.remarks)} remarks on the videos, for example:")
         print(f"  {plan.remarks[0]}", flush=True)
@@ -174,7 +177,8 @@ def _built(recipe: RecipeT, build: Callable[[RecipeT], ModelT]) -> ModelT:
 def _start_ray(recipe: AnyRecipe, *, frames: bool = True) -> None:
     """Start or join Ray, and check that it can hold the run, and that the output can."""
     require_room(recipe.output, 0, what="a checkpoint")
-    init_ray(trains=True)
+    with doing("starting Ray"):
+        init_ray(trains=True)
     check_resources(recipe.scale)
     for remark in remarks(recipe, ray.nodes()) if frames else []:
         print(f"warning: {remark}", flush=True)
@@ -274,6 +278,8 @@ def fit(
     recipe, scale = task.recipe, task.recipe.scale
     output = join(recipe.output, run.run_id)
     drop_list(output)
+    workers = f"{scale.workers} worker{'s' * (scale.workers > 1)}"
+    print(f"starting {workers}, which load the model and wait for the first windows", flush=True)
     with ProgressPrinter() as progress:
         job = Job(
             task=task,
@@ -327,9 +333,11 @@ def finetune(recipe: ClassificationRecipe) -> Run:
     with stoppable(_nothing_yet):
         recipe = classification_inputs(recipe)
         lists = read_lists(recipe.data)
-        _built(recipe, lambda here: build_classifier(here, lists.classes, here.model.weights))
+        with doing("building the model and loading its weights"):
+            _built(recipe, lambda here: build_classifier(here, lists.classes, here.model.weights))
         _start_ray(recipe)
-        plan = make_clip_plan(recipe.data, lists)
+        with doing("opening the videos") as count:
+            plan = make_clip_plan(recipe.data, lists, probe=partial(probe_files, progress=count))
         run = _resumed(recipe, plan)
     with stoppable(partial(_kept, recipe, run)), finishing(run):
         log_dataset(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,10 +44,28 @@ class ClipFamily:
     stem: str
 
 
+@dataclass(slots=True)
+class Timeline:
+    """Place in time of the tokens `(B clips, steps places, C)` of a backbone of clips.
+
+    Attributes:
+        steps: time steps of a clip.
+        clips: clips of a window, in the forward that runs or ran last.
+    """
+
+    steps: int
+    clips: int = 1
+
+    def copy(self) -> Timeline:
+        """Return the timeline of this moment."""
+        return replace(self)
+
+
 class ClipBackbone(nn.Module):
     """Backbone that runs a model of clips on a whole window.
 
-    See `re2tal.backbones.protocol.Backbone` for the attributes.
+    See `re2tal.backbones.protocol.Backbone` for the attributes; `timeline` is for modules that mix
+    the clips of a window.
 
     Args:
         model: model of clips, whose parts are taken over.
@@ -88,6 +106,8 @@ class ClipBackbone(nn.Module):
         self.channels = channels
         self.temporal_stride = stride * pooling // interpolation
         self.multiple = math.lcm(clip, stride * pooling)
+        self.timeline = Timeline(clip // stride)
+        self._clip = clip
         self._family = family
         self._blocks = blocks
         self._pooling = pooling
@@ -106,6 +126,7 @@ class ClipBackbone(nn.Module):
 
     def places(self, video: Tensor) -> Tensor:
         """Compute features before pooling; see `Placed`."""
+        self.timeline.clips = video.shape[2] // self._clip
         tokens: Tensor = self._family.tokens(self, video)
         return tokens.unflatten(0, (len(video), -1)).flatten(1, 2)
 

@@ -164,18 +164,18 @@ def test_the_numbers_are_those_that_were_published(name: str) -> None:
 
 
 # Read in AdaTAD's configurations: frames, their rate, pixels, short side before the crop, epochs of
-# the cosine, least visible share of an action.
+# the cosine, least visible share of an action, learning rate of the adapters.
 FRAMES = {
-    "thumos_re2_videomae_s_actionformer": (768, 7.5, 160, 182, 100, 0.75),
-    "thumos_re2_videomae_b_actionformer": (768, 7.5, 160, 182, 100, 0.75),
-    "thumos_re2_videomae_l_actionformer": (768, 7.5, 160, 182, 100, 0.75),
-    "thumos_re2_videomae_v2_g_actionformer": (1536, 15.0, 224, 256, 100, 0.75),
-    "multithumos_re2_videomae_s_actionformer": (768, 7.5, 160, 182, 100, 0.75),
-    "anet_re2_videomae_s_actionformer": (768, None, 160, 182, None, 0.75),
-    "anet_re2_videomae_v2_g_actionformer": (768, None, 224, 256, None, 0.75),
-    "epic100_re2_videomae_l_actionformer": (6144, 15.0, 160, 182, 250, 0.3),
+    "thumos_re2_videomae_s_actionformer": (768, 7.5, 160, 182, 100, 0.75, 2e-4),
+    "thumos_re2_videomae_b_actionformer": (768, 7.5, 160, 182, 100, 0.75, 1e-4),
+    "thumos_re2_videomae_l_actionformer": (768, 7.5, 160, 182, 100, 0.75, 1e-4),
+    "thumos_re2_videomae_v2_g_actionformer": (1536, 15.0, 224, 256, 100, 0.75, 1e-4),
+    "multithumos_re2_videomae_s_actionformer": (768, 7.5, 160, 182, 100, 0.75, 4e-4),
+    "anet_re2_videomae_s_actionformer": (768, None, 160, 182, None, 0.75, 1e-4),
+    "anet_re2_videomae_v2_g_actionformer": (768, None, 224, 256, None, 0.75, 1e-4),
+    "epic100_re2_videomae_l_actionformer": (6144, 15.0, 160, 182, 250, 0.3, 8e-5),
     # 7200 frames there, whose features are padded to as many
-    "ego4d_re2_videomae_l_actionformer": (8192, 15.0, 192, 220, 25, 0.3),
+    "ego4d_re2_videomae_l_actionformer": (8192, 15.0, 192, 220, 25, 0.3, 4e-4),
 }
 
 
@@ -190,6 +190,7 @@ def test_the_frames_are_those_that_were_published(name: str) -> None:
         recipe.data.augmentation.source_size,
         recipe.optim.schedule_epochs,
         window.min_visible,
+        recipe.optim.adapter_lr,
     )
 
 

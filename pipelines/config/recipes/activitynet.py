@@ -91,9 +91,10 @@ def anet_re2_videomae_s_actionformer() -> Recipe:
 
     As `anet_re2_swin_t_actionformer`, with what AdaTAD's authors publish for this pair: 160 pixels,
     batch 16. Their average mAP is 37.81 (Liu et al., CVPR 2024), with adapters in a frozen
-    backbone. Here everything is trained, with the learning rate and the dropout of features (0.2)
-    of their configuration for full finetuning, of which OpenTAD lists no result; drop path (0.1) is
-    left out. Weights: hf:MCG-NJU/videomae-small-finetuned-kinetics.
+    backbone (--model.tuning adapters --model.localizer.input-dropout 0). Here everything is
+    trained, with the learning rate and the dropout of features (0.2) of their configuration for
+    full finetuning, of which OpenTAD lists no result; drop path (0.1) is left out.
+    Weights: hf:MCG-NJU/videomae-small-finetuned-kinetics.
     """
     recipe = anet_re2_swin_t_actionformer()
     return replace(
@@ -106,6 +107,7 @@ def anet_re2_videomae_s_actionformer() -> Recipe:
             backbone=videomae_s().with_stride(4),
             localizer=replace(_ACTIONFORMER, input_dropout=0.2),
         ),
+        optim=replace(recipe.optim, adapter_lr=1e-4),
     )
 
 

@@ -17,9 +17,10 @@ def epic100_re2_videomae_l_actionformer() -> Recipe:
     Nouns; verbs by --data.form epic-verb --model.localizer.label-smoothing 0. 6144 frames at 15
     fps, 160 pixels, batch 2, 768 features, 35 epochs of a cosine laid out for 250: the settings of
     AdaTAD, whose average mAP is 29.44 (nouns) and 29.69 (verbs), with adapters in a frozen
-    backbone that was finetuned on EPIC's nouns or verbs. What differs: everything is trained, at
-    1e-5 (their adapters at 8e-5); a feature is the mean of four, theirs of the middle two of four;
-    RandAugment and drop path are left out; and an epoch shows all of a video.
+    backbone that was finetuned on EPIC's nouns or verbs (--model.tuning adapters). What differs:
+    everything is trained, at 1e-5 (their adapters at 8e-5); a feature is the mean of four, theirs
+    of the middle two of four; RandAugment and drop path are left out; and an epoch shows all of a
+    video.
     """
     recipe = thumos_re2_videomae_l_actionformer()
     return replace(
@@ -46,7 +47,7 @@ def epic100_re2_videomae_l_actionformer() -> Recipe:
                 top_k=5000,
             ),
         ),
-        optim=replace(recipe.optim, schedule_epochs=250),
+        optim=replace(recipe.optim, schedule_epochs=250, adapter_lr=8e-5),
         nms=NmsConfig(sigma=0.4, top_k=2000),
     )
 
@@ -87,6 +88,6 @@ def ego4d_re2_videomae_l_actionformer() -> Recipe:
                 top_k=5000,
             ),
         ),
-        optim=replace(recipe.optim, schedule_epochs=25),
+        optim=replace(recipe.optim, schedule_epochs=25, adapter_lr=4e-4),
         nms=NmsConfig(sigma=2.0, top_k=2000),
     )

@@ -129,10 +129,11 @@ def thumos_re2_videomae_s_actionformer() -> Recipe:
     768 frames at 7.5 fps (every fourth of 30), 160 pixels, batch 2, features interpolated to one a
     frame, 60 epochs of a cosine laid out for 100: the settings that AdaTAD's authors publish for
     this pair, on 211 videos, where the average mAP is 69.03 (Liu et al., CVPR 2024). They train
-    adapters in a frozen backbone; here everything is trained, at the rate of their configuration
-    for full finetuning, of which OpenTAD lists no result. Further differences: RandAugment and drop
-    path (0.1) are left out, 210 videos count, and an epoch shows all of a video where theirs takes
-    one random window. Weights: hf:MCG-NJU/videomae-small-finetuned-kinetics.
+    adapters in a frozen backbone (--model.tuning adapters, at their rate); here everything is
+    trained, at the rate of their configuration for full finetuning, of which OpenTAD lists no
+    result. Further differences: RandAugment and drop path (0.1) are left out, 210 videos count, and
+    an epoch shows all of a video where theirs takes one random window. Weights:
+    hf:MCG-NJU/videomae-small-finetuned-kinetics.
     """
     recipe = thumos_re2_swin_t_actionformer()
     return replace(
@@ -146,7 +147,7 @@ def thumos_re2_videomae_s_actionformer() -> Recipe:
             augmentation=replace(AUGMENTATION, source_size=182),
         ),
         model=replace(recipe.model, backbone=videomae_s().with_stride(1)),
-        optim=replace(recipe.optim, schedule_epochs=100),
+        optim=replace(recipe.optim, schedule_epochs=100, adapter_lr=2e-4),
     )
 
 
@@ -169,9 +170,14 @@ def thumos_re2_videomae_l_actionformer() -> Recipe:
 
 
 def _with_videomae(name: str, backbone: VideoMAEConfig) -> Recipe:
-    """Put another VideoMAE into the recipe of VideoMAE-S."""
+    """Put a larger VideoMAE into the recipe of VideoMAE-S."""
     recipe = thumos_re2_videomae_s_actionformer()
-    return replace(recipe, name=name, model=replace(recipe.model, backbone=backbone.with_stride(1)))
+    return replace(
+        recipe,
+        name=name,
+        model=replace(recipe.model, backbone=backbone.with_stride(1)),
+        optim=replace(recipe.optim, adapter_lr=1e-4),
+    )
 
 
 def thumos_re2_videomae_v2_g_actionformer() -> Recipe:
@@ -182,10 +188,9 @@ def thumos_re2_videomae_v2_g_actionformer() -> Recipe:
     `thumos_re2_videomae_s_actionformer`. The weights, finetuned on Kinetics-710, are given out by
     their authors (OpenGVLab/VideoMAEv2) on request.
     """
-    recipe = thumos_re2_videomae_s_actionformer()
+    recipe = _with_videomae("thumos_re2_videomae_v2_g_actionformer", videomae_v2_g())
     return replace(
         recipe,
-        name="thumos_re2_videomae_v2_g_actionformer",
         epochs=50,
         data=replace(
             recipe.data,
@@ -193,7 +198,7 @@ def thumos_re2_videomae_v2_g_actionformer() -> Recipe:
             window=replace(recipe.data.window, frames=1536, fps=15.0),
             augmentation=AUGMENTATION,
         ),
-        model=replace(recipe.model, backbone=videomae_v2_g()),
+        model=replace(recipe.model, backbone=videomae_v2_g().with_stride(2)),
     )
 
 
@@ -216,5 +221,6 @@ def multithumos_re2_videomae_s_actionformer() -> Recipe:
             recipe.model,
             localizer=ActionFormerConfig(window=0, embed_layers=3, stem_layers=0, top_k=8000),
         ),
+        optim=replace(recipe.optim, adapter_lr=4e-4),
         nms=NmsConfig(sigma=0.5, top_k=8000),
     )
