@@ -19,6 +19,7 @@ from optuna.visualization import matplotlib as draw
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.core.checkout import script_command
 from pipelines.core.tables import csv_text
 from pipelines.core.tracking import Run, log_metrics
 from re2tal.errors import UserError
@@ -111,7 +112,7 @@ def _postprocessing(
 
 def command_of(config: SweepConfig, trial: FrozenTrial, found: Postprocessing | None) -> str:
     """Return the command that trains a trial in full, with post-processing if it was searched."""
-    words = ["python", "pipelines/train.py", "--from-run", trial.user_attrs[RUN_ID]]
+    words = script_command("pipelines/train.py") + ["--from-run", trial.user_attrs[RUN_ID]]
     words += ["--epochs", str(config.base.epochs), "--output", config.output]
     if found is not None:
         words += found.options

@@ -1,6 +1,7 @@
 """The complete, typed configuration of a training run of `train.py`."""
 
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pipelines.config.annotations import ScoredAnnotationConfig
@@ -292,6 +293,14 @@ class DataConfig(ScoredAnnotationConfig):
         """Name of the validation subset."""
         return self.validation_subset or self.record.validation
 
+    @property
+    def subsets(self) -> dict[str, str]:
+        """Names of the data that a run trains on and is evaluated on."""
+        return {
+            "training": f"{self.title} {self.trained_on}",
+            "validation": f"{self.title} {self.evaluated_on}",
+        }
+
     def __post_init__(self) -> None:
         decoded = self.augmentation.decoded_size(self.size)
         if decoded < self.size:
@@ -332,6 +341,8 @@ class Recipe(RunConfig):
             THUMOS-14's own toolkit. Published results count them as false positives.
         save_raw: keep the detections before non-maximum suppression with each checkpoint, for
             ensembles and for searching its settings without training.
+        registered_model: name in MLflow's registry that gets the best checkpoint as its next
+            version; None registers nothing.
 
     Raises:
         ValueError: settings contradict one another.
@@ -344,6 +355,7 @@ class Recipe(RunConfig):
     thresholds: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
     ignore_ambiguous: bool = False
     save_raw: bool = False
+    registered_model: str | None = None
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
@@ -405,6 +417,13 @@ class TrimmedDataConfig:
                 f"TrimmedDataConfig.size of {self.size}: crops are taken from frames at least as "
                 "large."
             )
+
+    @property
+    def subsets(self) -> dict[str, str]:
+        """Names of the data that a run trains on and is evaluated on."""
+        lists = {"training": self.training, "validation": self.validation}
+        paths = {use: PurePath(path or "") for use, path in lists.items()}
+        return {use: f"{path.parent.name} {path.stem}".strip() for use, path in paths.items()}
 
     @property
     def window(self) -> WindowConfig:

@@ -45,13 +45,14 @@ from pipelines.training.classification import ClassificationTask, build_classifi
 from pipelines.training.detection import DetectionTask
 from pipelines.training.entry import train_worker
 from pipelines.training.model import build_detector, load_localizer, remarks
-from pipelines.training.results import log_model, log_results, print_summary
+from pipelines.training.results import log_checkpoint, log_model, log_results, print_summary
 from pipelines.training.resuming import resume_or_start
 from pipelines.training.retention import (
     best_checkpoint,
     drop_list,
     newest_checkpoint,
     remove_surplus,
+    scored_checkpoints,
 )
 from pipelines.training.trainer import Task
 from pipelines.training.worker import Job, TrainingProblem
@@ -227,7 +228,10 @@ def train_run(
             detector = check_model(recipe, plan.classes)
         log_recipe(run, recipe)
         log_dataset(
-            run, name=recipe.name, source=str(recipe.data.annotations), digest=plan.fingerprint
+            run,
+            source=str(recipe.data.annotations),
+            digest=plan.fingerprint,
+            subsets=recipe.data.subsets,
         )
         log_text(run, [summarize(ready.annotations)], "data/summary.txt")
         log_text(run, plan.remarks, "data/remarks.txt")
@@ -235,8 +239,13 @@ def train_run(
             log_metrics(run, activation_metrics(recipe, detector), step=0, again=False)
         task = DetectionTask(recipe=recipe, plan=plan)
         output = fit(task, run, callbacks=callbacks, threads=threads)
-        with best_checkpoint(output, task.score, say=print) as (folder, metrics):
-            log_results(recipe, plan, run, folder, metrics)
+        best = True
+        for folder, metrics in scored_checkpoints(output, task.score, say=print):
+            if best:
+                log_results(recipe, plan, run, folder, metrics)
+                best = False
+            else:
+                log_checkpoint(recipe, run, folder, metrics)
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
@@ -341,7 +350,10 @@ def finetune(recipe: ClassificationRecipe) -> Run:
         run = _resumed(recipe, plan)
     with stoppable(partial(_kept, recipe, run)), finishing(run):
         log_dataset(
-            run, name=recipe.name, source=str(recipe.data.training), digest=plan.fingerprint
+            run,
+            source=str(recipe.data.training),
+            digest=plan.fingerprint,
+            subsets=recipe.data.subsets,
         )
         left_out = [f"{video_id}: {reason}" for video_id, reason in sorted(plan.failures.items())]
         log_text(run, left_out, "data/unusable_videos.txt")
@@ -376,7 +388,7 @@ def _log_backbone(
         _, classifier = load_detector(checkpoint / DETECTOR_FOLDER)
         path = Path(scratch) / BACKBONE_FILE
         save_backbone_weights(classifier.backbone, path, {"re2tal": json.dumps(facts)})
-        uri = log_model(run, checkpoint / DETECTOR_FOLDER, backbone=path)
+        uri = log_model(run, checkpoint / DETECTOR_FOLDER, metrics=metrics, backbone=path)
         run.client.log_artifact(run.run_id, str(path))
         for place in (weights, recipe.weights_file):
             if place is not None:
