@@ -53,8 +53,9 @@ def features_of(backbone: Any, frames: int, size: int) -> Tensor:
 def test_its_parts_fit_together(name: str) -> None:
     recipe = RECIPES[name]()
     assert recipe.name == name
+    backbone: Any = recipe.model.backbone
     frames = recipe.data.window.frames
-    _, channels, features = features_of(recipe.model.backbone, frames, recipe.data.size).shape
+    _, channels, features = features_of(backbone, frames, recipe.data.size).shape
     assert [features] == [known for start, known in FEATURES.items() if name.startswith(start)]
     grid = recipe.data.window.grid(100.0, stride=frames // features)
     assert grid.num_features == features

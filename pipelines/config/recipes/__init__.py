@@ -35,6 +35,8 @@ from pipelines.config.recipes.thumos import (
 )
 from pipelines.config.recipes.toys import toy, toy_tridet, toy_videomae, toy_vsgn
 
+__all__ = ["RECIPES", "toy"]
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     recipe.__name__: recipe
     for recipe in (
