@@ -19,7 +19,7 @@ from pipelines.core.figures import Timeline, curves, drawn, timelines
 from pipelines.core.figures import pictures as diagnosis_pictures
 from pipelines.core.metric_names import BEST_MAP, MAP
 from pipelines.core.storage import crc32, database_file, require_room, sizes_below
-from pipelines.core.tracking import DIGEST, Run, log_metrics
+from pipelines.core.tracking import DIGEST, Run
 from pipelines.data.plan import Plan
 from pipelines.training.checkpoints import DETECTOR_FOLDER
 from pipelines.training.detection import DETECTIONS_FILE, RAW_FILE
@@ -27,7 +27,6 @@ from pipelines.training.model import reported_classes
 from pipelines.training.validation import ground_truth
 from re2tal.annotations import Characteristics
 from re2tal.detection.diagnosis import Diagnosis, diagnose, tables
-from re2tal.detection.diagnosis import metrics as diagnosis_metrics
 from re2tal.detection.files import read_detections, rows
 from re2tal.detection.segments import Detections
 from re2tal.trained import WEIGHTS_FILE
@@ -257,8 +256,7 @@ def diagnosis_of(
 
 
 def log_diagnosis(run: Run, diagnosis: Diagnosis) -> None:
-    """Log the metrics and pictures of a diagnosis, and its numbers in `diagnosis/<table>.json`."""
-    log_metrics(run, diagnosis_metrics(diagnosis), step=0, again=False)
+    """Log the pictures of a diagnosis, and its numbers in `diagnosis/<table>.json`."""
     for name, table in tables(diagnosis).items():
         run.client.log_dict(run.run_id, {"rows": table}, f"diagnosis/{name}.json")
     for name, figure in diagnosis_pictures(diagnosis).items():
@@ -301,11 +299,20 @@ def log_results(
 
 
 def _open_command(run: Run) -> str:
-    if database_file(run.uri) is not None:
-        return shlex.join(
-            [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--backend-store-uri", run.uri]
-        )
-    return f"open {run.uri}"
+    return shlex.join(
+        [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--backend-store-uri", run.uri]
+    )
+
+
+def page_of(run: Run) -> str:
+    """Return the address of a run's page in MLflow, once `_open_command` runs for a local store.
+
+    The page opens in the mode for trained models; the default is that for language models.
+    """
+    server = "http://127.0.0.1:5000" if database_file(run.uri) is not None else run.uri
+    experiment = run.client.get_run(run.run_id).info.experiment_id
+    place = f"experiments/{experiment}/runs/{run.run_id}?workflowType=machine_learning"
+    return f"{server.rstrip('/')}/#/{place}"
 
 
 def print_summary(recipe: Recipe, plan: Plan, run: Run, *, seconds: float) -> None:
@@ -360,4 +367,6 @@ def _facts(plan: Plan, run: Run, seconds: float) -> Iterator[tuple[str, str]]:
         listed = ", ".join(f"{video_id} ({why})" for video_id, why in sorted(plan.failures.items()))
         yield "left out", f"{len(plan.failures)} videos: {listed}"
     yield "MLflow run", f"{run.run_id} in {run.uri}"
-    yield "open it", _open_command(run)
+    if database_file(run.uri) is not None:
+        yield "open it", _open_command(run)
+    yield "its page", page_of(run)

@@ -215,7 +215,7 @@ def test_the_run_in_mlflow_is_complete(finished: tuple[Path, str], tiny_set: Pat
         [run.info.experiment_id], filter_string=of_run, order_by=best_first
     )
     assert len(models) == 2, "one for each kept checkpoint"
-    best = {m.key: m for m in models[0].metrics}["val/mAP"]
+    best = {m.key: m for m in models[0].metrics or ()}["val/mAP"]
     assert best.value == max(m.value for m in epochs) == float(run.data.tags["best.mAP"])
     assert best.step in {m.step for m in epochs}
     assert best.dataset_name == f"{tiny_set.name} validation"
@@ -259,7 +259,7 @@ def test_the_artifacts_in_mlflow_are_complete(finished: tuple[Path, str]) -> Non
             "diagnosis_false_negatives",
         )
     }
-    assert "diagnosis/missed" in metrics
+    assert not any(name.startswith("diagnosis/") for name in metrics), "charts of one point"
     tables = {f.path for f in client.list_artifacts(run.info.run_id, "diagnosis")}
     assert tables == {
         f"diagnosis/{name}.json"
