@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -308,7 +307,6 @@ AUTHORS_VIDEOMAE = Layout(
     fused=re.compile(r"blocks\.\d+\.attn\.qkv\.weight"),
     objection=_of_another_function,
 )
-VIDEOMAE_TOY_WEIGHTS = str(Path(__file__).parent / "weights" / "toy_videomae.safetensors")
 _LAYOUTS = (VIDEOMAE, AUTHORS_VIDEOMAE)
 
 
@@ -348,7 +346,7 @@ def videomae_v2_g() -> VideoMAEConfig:
     return VideoMAEConfig(patch=14, channels=1408, depths=(40,), heads=16, mlp_ratio=48 / 11)
 
 
-@backbone(weights=(VIDEOMAE_TOY_WEIGHTS,), layouts=_LAYOUTS)
+@backbone(layouts=_LAYOUTS)
 def videomae_toy() -> VideoMAEConfig:
     """Small VideoMAE for the toy data set: 64 pixels, minutes on two CPU cores."""
     return VideoMAEConfig(channels=96, depths=(4,), heads=4, trained_size=64, norm=True)
