@@ -152,7 +152,7 @@ def fresh_backbone(config: BackboneConfig) -> Any:
     Raises:
         UserError: the backbone does not show its features of each place.
     """
-    backbone = config.build()
+    backbone: nn.Module = config.build()
     if not isinstance(backbone, Placed):
         raise UserError(
             f"{type(backbone).__name__} cannot be pretrained here: it has no method `places`, from "

@@ -129,7 +129,8 @@ class ClipBackbone(nn.Module):
         """Compute features before pooling; see `Placed`."""
         self.timeline.clips = video.shape[2] // self._clip
         tokens: Tensor = self._family.tokens(self, video)
-        return tokens.unflatten(0, (len(video), -1)).flatten(1, 2)
+        in_order: Tensor = tokens.unflatten(0, (len(video), -1)).flatten(1, 2)
+        return in_order
 
     def layer_of(self, name: str) -> int:
         """Layer as in `Backbone`; what follows the blocks belongs to the last."""

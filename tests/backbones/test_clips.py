@@ -156,7 +156,7 @@ def test_features_of_each_frame_are_interpolated_over_the_window(video: Tensor) 
 
 
 def test_places_are_the_tokens_of_each_clip_in_order(video: Tensor) -> None:
-    built = scrambled(TINY.build()).eval()
+    built: Any = scrambled(TINY.build()).eval()
     with torch.no_grad():
         places, features = built.places(video), built(video)
         parts = [built.places(video[:, :, t : t + 4]) for t in range(0, 12, 4)]
