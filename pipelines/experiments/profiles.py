@@ -24,7 +24,7 @@ from pipelines.experiments.harness import Chapter, circumstances, log_results, n
 from pipelines.experiments.pictures import COLOURS, tidy
 from pipelines.experiments.planner import Planner, Subject, backbone_alone, of_recipe
 from pipelines.training.workload import Workload
-from re2tal.backbones.adapters import AdapterConfig
+from re2tal.backbones.adapters import AdapterConfig, Addition
 from re2tal.backbones.lora import LoraConfig
 from re2tal.errors import UserError
 from re2tal.memory import Breakdown, Origin
@@ -100,7 +100,8 @@ class BackboneProfile:
         work = Workload(
             batch=self.batch, frames=self.frames, size=self.size, precision=self.precision
         )
-        addition = {"adapters": self.adapters, "lora": self.lora}.get(self.tuning)
+        additions: dict[str, Addition] = {"adapters": self.adapters, "lora": self.lora}
+        addition = additions.get(self.tuning)
         subject = backbone_alone(self.backbone, work, addition)
         return replace(subject, optimizer=self.questions.optimizer)
 

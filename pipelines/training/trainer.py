@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -413,7 +413,8 @@ class Trainer:
         average = build_average(detector, optim)
         if whole is not None:
             whole.to(device)
-            for module in (detector, average.module):
+            averaged = cast("Detector[Any, Any]", average.module)
+            for module in (detector, averaged):
                 shard(module, device=device, workers=self.runtime.world_size)
         optimizer = build_optimizer(detector, optim)
         return TrainingState(

@@ -4,7 +4,7 @@
                            -> mean over the places, clips behind one another -> (B, C, T/s)
 
 with the n frames of a clip and the s frames of a token. Nothing mixes clips before the localizer,
-but for neighbours where features are interpolated to a higher rate.
+but for adapters (`adapters.py`) and for neighbours where features are interpolated.
 
 A family of such models is one `ClipFamily` and the dataclass of its shapes, in a file of its own
 (`videomae.py`); what the families share stands here.
@@ -40,6 +40,8 @@ class ClipFamily:
         tokens: function from the backbone, with the model's parts, and a video `(B, 3, T, H, W)` to
             the tokens `(B T/n, n/s, places, C)` of its clips.
         block: names of the parameters of a block; group 1 is its number, from 0.
+        first: tokens of a clip before those of places, such as a class token.
+        by_place: put a place's times behind one another in a clip's tokens, not a time's places.
         stem: beginning of the names of parameters before the first block, or several.
     """
 
@@ -47,19 +49,25 @@ class ClipFamily:
     tokens: Callable[[Any, Tensor], Tensor]
     block: re.Pattern[str]
     stem: str | tuple[str, ...]
+    first: int = 0
+    by_place: bool = False
 
 
 @dataclass(slots=True)
 class Timeline:
-    """Place in time of the tokens `(B clips, steps places, C)` of a backbone of clips.
+    """Place in time of the tokens `(B clips, first + steps places, C)` of a backbone of clips.
 
     Attributes:
         steps: time steps of a clip.
         clips: clips of a window, in the forward that runs or ran last.
+        first: see `ClipFamily`.
+        by_place: see `ClipFamily`.
     """
 
     steps: int
     clips: int = 1
+    first: int = 0
+    by_place: bool = False
 
     def copy(self) -> Timeline:
         """Return the timeline of this moment."""
@@ -111,7 +119,7 @@ class ClipBackbone(nn.Module):
         self.channels = channels
         self.temporal_stride = stride * pooling // interpolation
         self.multiple = math.lcm(clip, stride * pooling)
-        self.timeline = Timeline(clip // stride)
+        self.timeline = Timeline(clip // stride, first=family.first, by_place=family.by_place)
         self._clip = clip
         self._family = family
         self._blocks = blocks

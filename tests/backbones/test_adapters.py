@@ -13,13 +13,27 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
-from re2tal.backbones.adapters import AdapterConfig, TemporalAdapter, additions
+from re2tal.backbones.adapters import (
+    Adapted,
+    AdapterConfig,
+    TemporalAdapter,
+    _adapted,
+    _joined,
+    additions,
+)
+from re2tal.backbones.clips import Timeline
+from re2tal.backbones.internvideo2 import InternVideo2Config
 from re2tal.backbones.lora import LoraConfig
 from re2tal.backbones.slowfast import slowfast_toy
 from re2tal.backbones.swin import SwinConfig, swin_toy
+from re2tal.backbones.timesformer import TimeSformerConfig
+from re2tal.backbones.vivit import ViViTConfig
+from re2tal.backbones.vjepa2 import VJEPA2Config
 from re2tal.errors import UserError
-from re2tal.reversible import rewire
+from re2tal.reversible import rewire, set_reversible
+from re2tal.reversible.branches import Branch, ByToken, branches
 from re2tal.trained import SPEC_FILE, DetectorSpec, load_detector, save_detector
 from re2tal.videos.windows import WindowConfig
 from tests.backbones.test_clips import TINY
@@ -32,10 +46,24 @@ SWIN = SwinConfig(
 )
 ADAPTERS, LORA = AdapterConfig(ratio=2), LoraConfig(rank=2, dropout=0.3)
 Tuning = AdapterConfig | LoraConfig
+# Models of other libraries: one without a class token, and some with one.
+SHAPE: dict[str, Any] = {"patch": 4, "depths": (1,), "heads": 2, "mlp_ratio": 2.0, "clip": 4}
+VJEPA2 = VJEPA2Config(channels=24, **SHAPE)
+SHAPE |= {"channels": 16, "trained_clip": 4, "trained_size": 16}
+VIVIT, TIMESFORMER = ViViTConfig(**SHAPE), TimeSformerConfig(**SHAPE)
 every_kind = pytest.mark.parametrize(
     ("config", "tuning"),
-    [(TINY, ADAPTERS), (SWIN, ADAPTERS), (TINY, LORA), (SWIN, replace(LORA, layers="mlp"))],
-    ids=["adapters-clips", "adapters-swin", "lora-clips", "lora-swin"],
+    [
+        (TINY, ADAPTERS),
+        (SWIN, ADAPTERS),
+        (VJEPA2, ADAPTERS),
+        (VIVIT, ADAPTERS),
+        (TIMESFORMER, ADAPTERS),
+        (TINY, LORA),
+        (SWIN, replace(LORA, layers="mlp")),
+        (InternVideo2Config(**SHAPE), LORA),
+    ],
+    ids=lambda value: type(value).__name__,
 )
 
 
@@ -85,7 +113,7 @@ def test_new_ones_change_no_bit(config: Any, tuning: Tuning, way: str, video: Te
     for model in (plain, backbone):
         if way != "plain":
             rewire(model, slice_bytes=2000 if way == "pieces" else None)
-        torch.manual_seed(2)  # of stochastic depth; LoRA's dropout would draw as well
+        torch.manual_seed(0)  # of stochastic depth; LoRA's dropout would draw as well
         found.append(model.train(isinstance(tuning, AdapterConfig))(video))
     if way == "pieces":  # of other tokens, which a matrix product may round in another way
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
@@ -161,6 +189,43 @@ def test_an_adapter_crosses_the_clips_of_a_window_and_no_windows(
     assert longer.shape == (2, 16, 12)
 
 
+@pytest.mark.parametrize("config", [TINY, VJEPA2, VIVIT, TIMESFORMER, SWIN])
+def test_tokens_of_every_order_are_seen_by_place_and_time(config: Any) -> None:
+    """A block's branch, in one piece and in pieces; a class token in front stays as it is."""
+    backbone = scrambled(tuned(config, ADAPTERS)).eval()
+    block = next(m for m in backbone.modules() if isinstance(m, Adapted))
+    shape: tuple[int, ...]
+    line, channels, places = block.adapter.timeline, block.adapter.channels, 6
+    if line is None:  # Video Swin's: (B, T, H, W, C)
+        line, shape = Timeline(steps=4), (2, 4, 2, 3, channels)
+    else:
+        line.clips = 3
+        shape = (2 * 3, line.first + line.steps * places, channels)
+    torch.manual_seed(1)
+    x = torch.randn(shape)
+    plain, branch = branches.dispatch(block.original)(block)[-1], _adapted(block)[-1]
+    with torch.no_grad():
+        z = (x + plain(x)).view(2, line.clips, -1, channels)
+        wanted = z.clone()
+        for window in range(2):
+            tokens = z[window, :, line.first :]
+            sizes = (places, line.steps) if line.by_place else (line.steps, places)
+            if line.by_place:
+                tokens = tokens.unflatten(1, sizes).transpose(1, 2).flatten(1, 2)
+            added = term(block.adapter, tokens, line.steps)
+            if line.by_place:
+                added = added.unflatten(1, sizes[::-1]).transpose(1, 2).flatten(1, 2)
+            wanted[window, :, line.first :] += added
+        assert branch.cut is not None
+        layout = branch.cut(x)
+        found = layout.new(x, x.shape)
+        for span in ((0, 5), (5, 7), (7, layout.units)):
+            piece = layout.run(branch, layout.take(x, *span), *span, layout.share())
+            layout.put(found, *span, piece)
+        for y in (branch(x), found):
+            torch.testing.assert_close((x + y).view_as(wanted), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_a_change_is_seen_one_step_further_a_block_across_clips(video: Tensor) -> None:
     backbone = scrambled(tuned(replace(TINY, clip=2), ADAPTERS)).eval()
     changed = video.clone()
@@ -191,17 +256,40 @@ def test_gradients_are_those_of_stored_activations(
 
 def test_windows_of_two_lengths_before_one_backward(video: Tensor) -> None:
     backbone = scrambled(tuned(TINY, ADAPTERS)).train()
+    rewire(backbone, slice_bytes=4000)
     found = []
-    for rewired in (False, True):
-        if rewired:
-            rewire(backbone, alpha=1, beta=1e-9, exact=False)  # nearly the plain network
+    for reversible in (False, True):
+        set_reversible(backbone, reversible)
         backbone.zero_grad()
         first, second = backbone(video), backbone(video[:, :, :8])
         (first.square().sum() + second.square().sum()).backward()
         gradients = (p.grad for p in backbone.parameters())
         found.append([gradient.clone() for gradient in gradients if gradient is not None])
-    for plain, other in zip(*found, strict=True):
-        torch.testing.assert_close(other, plain, rtol=1e-3, atol=1e-4)
+    for rebuilt, stored in zip(*found, strict=True):  # summed in another order: stage by stage
+        torch.testing.assert_close(rebuilt, stored, rtol=1e-4, atol=1e-4)
+
+
+def test_pieces_draw_a_factor_of_stochastic_depth_for_each_clip() -> None:
+    torch.manual_seed(0)
+    layer, drop = nn.Linear(4, 4), StochasticDepth(0.5, "row")
+    adapter = TemporalAdapter(4, ADAPTERS, Timeline(steps=2, clips=3))
+    scrambled(adapter)
+    last = Branch("mlp", (layer,), drop_path=drop, cut=ByToken(4))
+    joined = _joined(last, adapter, adapter.timeline)
+    x = torch.randn(2 * 3, 2 * 5, 4)  # clips of two windows, five places
+    torch.manual_seed(1)
+    wanted = joined(x)
+    assert joined.cut is not None
+    layout = joined.cut(x)
+    assert layout.units == 2 * 5
+    torch.manual_seed(1)
+    shared = layout.share()
+    assert len(shared[0].unique()) == 2  # some clips are dropped
+    found = layout.new(x, x.shape)
+    for span in ((0, 3), (3, 7), (7, 10)):
+        piece = layout.run(joined, layout.take(x, *span), *span, shared)
+        layout.put(found, *span, piece)
+    torch.testing.assert_close(found, wanted)
 
 
 # Kept and rebuilt
@@ -277,7 +365,7 @@ def test_tokens_of_no_time_are_refused(video: Tensor) -> None:
     backbone = tuned(TINY, ADAPTERS)
     block = backbone.encoder.layer[0]
     with pytest.raises(UserError, match=r"tokens \(2, 33, 16\), which do not tell the time"):
-        block(torch.zeros(2, 33, 16))  # with a class token
+        block(torch.zeros(2, 33, 16))  # with one of no place
     with pytest.raises(UserError, match="has adapters already"):
         ADAPTERS.add_to(backbone)
 
