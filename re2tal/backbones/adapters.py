@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -133,19 +134,17 @@ class TemporalAdapter(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Grid:
-    """Places and times of a tensor of tokens, whose order is window, time, place.
+    """Places and times of the tokens of windows, whose samples lie behind one another.
 
     Attributes:
         windows: number of windows.
-        samples: samples of the tensor in a window: its clips, or 1.
-        steps: time steps of a window, T.
         places: places of a time step.
+        timeline: samples of a window, and the order of the tokens in each.
     """
 
     windows: int
-    samples: int
-    steps: int
     places: int
+    timeline: Timeline
 
     @classmethod
     def of(cls, shape: Sequence[int], timeline: Timeline | None) -> _Grid:
@@ -155,31 +154,68 @@ class _Grid:
             UserError: the shape does not tell them.
         """
         if timeline is None and len(shape) == 5:
-            return cls(windows=shape[0], samples=1, steps=shape[1], places=shape[2] * shape[3])
-        if timeline is not None and len(shape) == 3 and shape[1] % timeline.steps == 0:
             return cls(
-                windows=shape[0] // timeline.clips,
-                samples=timeline.clips,
-                steps=timeline.clips * timeline.steps,
-                places=shape[1] // timeline.steps,
+                windows=shape[0], places=shape[2] * shape[3], timeline=Timeline(steps=shape[1])
             )
+        if timeline is not None and len(shape) == 3:
+            places, rest = divmod(shape[1] - timeline.first, timeline.steps)
+            if rest == 0 and shape[0] % timeline.clips == 0:
+                return cls(windows=shape[0] // timeline.clips, places=places, timeline=timeline)
         raise UserError(
             f"--model.tuning adapters: blocks of this backbone get tokens {tuple(shape)}, which do "
-            "not tell the time of each: adapters are for (B, T, H, W, C), and for tokens of clips "
-            "without others between them. Use --model.tuning lora."
+            "not tell the time of each: adapters are for (B, T, H, W, C), and for tokens of clips. "
+            "Use --model.tuning lora."
         )
+
+    @property
+    def steps(self) -> int:
+        """Time steps of a window, T."""
+        return self.timeline.clips * self.timeline.steps
+
+    @property
+    def columns_a_window(self) -> int:
+        """Places of a window, and its tokens of no place, of which each clip has one."""
+        return self.places + self.timeline.first
 
     def columns(self, x: Tensor) -> Tensor:
         """Return tokens as places with all their time steps, `(windows places, T, C)`."""
-        tokens = x.reshape(self.windows, self.steps, self.places, x.shape[-1])
-        columns: Tensor = tokens.transpose(1, 2).flatten(0, 1)
+        line = self.timeline
+        tokens = x.reshape(self.windows, line.clips, -1, x.shape[-1])[:, :, line.first :]
+        if line.by_place:
+            by_place = tokens.unflatten(2, (self.places, line.steps)).transpose(1, 2)
+        else:
+            by_place = tokens.unflatten(2, (line.steps, self.places)).permute(0, 3, 1, 2, 4)
+        columns: Tensor = by_place.reshape(-1, self.steps, x.shape[-1])
         return columns
 
     def tokens(self, columns: Tensor, shape: Sequence[int]) -> Tensor:
-        """Return places as tokens of a shape: the way back from `columns`."""
-        by_place = columns.unflatten(0, (self.windows, self.places))
-        tokens: Tensor = by_place.transpose(1, 2).reshape(shape)
-        return tokens
+        """Return places as tokens of a shape, zero at those of no place: back from `columns`."""
+        line = self.timeline
+        by_place = columns.view(self.windows, self.places, line.clips, line.steps, -1)
+        order = (0, 2, 1, 3, 4) if line.by_place else (0, 2, 3, 1, 4)
+        tokens = by_place.permute(order).flatten(2, 3)
+        padded: Tensor = F.pad(tokens, (0, 0, line.first, 0)).reshape(shape)
+        return padded
+
+    def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """List the row of each token of some columns, `(n, T)`; behind the end for padding.
+
+        The column of a token of no place has it at the first step of each clip, and padding else.
+        """
+        line, a_window = self.timeline, self.columns_a_window
+        a_clip = line.first + line.steps * self.places
+        unit = torch.arange(start, stop, device=device)[:, None]
+        window, place = unit // a_window, unit % a_window
+        time = torch.arange(self.steps, device=device)
+        clip, step = time // line.steps, time % line.steps
+        inside = place * line.steps + step if line.by_place else step * self.places + place
+        begin = (window * line.clips + clip) * a_clip
+        rows = begin + line.first + inside
+        if line.first == 0:
+            return rows
+        end = self.windows * line.clips * a_clip
+        of_none = torch.where(step == 0, begin + place - self.places, end)
+        return torch.where(place < self.places, rows, of_none)
 
 
 class Adapted(nn.Module):
@@ -273,7 +309,7 @@ def _joined(last: Branch, adapter: TemporalAdapter, timeline: Timeline | None) -
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Columns:
-    """Layout of tokens by places, each a unit with all time steps of its window."""
+    """Layout of tokens by columns: a place, or a token of none, with all time steps of a window."""
 
     last: Branch
     adapter: TemporalAdapter
@@ -286,8 +322,8 @@ class _Columns:
 
     @property
     def units(self) -> int:
-        """Number of places of all windows."""
-        return self.grid.windows * self.grid.places
+        """Number of columns of all windows."""
+        return self.grid.windows * self.grid.columns_a_window
 
     @property
     def elements(self) -> int:
@@ -302,18 +338,22 @@ class _Columns:
         return () if factors is self.ones else (factors,)
 
     def new(self, piece: Tensor, shape: torch.Size) -> Tensor:
-        """Make an empty tensor, contiguous."""
-        return piece.new_empty(shape)
+        """Make an empty tensor of a shape, with a spare row behind its end for padding."""
+        return piece.new_empty(prod(shape[:-1]) + 1, shape[-1])[:-1].view(shape)
 
     def take(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Gather places `(n, T, C)`."""
-        rows = self._rows(start, stop, x.device)
-        taken = x.reshape(-1, x.shape[-1]).index_select(0, rows.flatten())
-        return taken.view(*rows.shape, -1)
+        """Gather columns `(n, T, C)`, zero at padding."""
+        tokens, rows = x.reshape(-1, x.shape[-1]), self.grid.rows(start, stop, x.device)
+        if self.grid.timeline.first == 0:
+            return tokens.index_select(0, rows.flatten()).view(*rows.shape, -1)
+        taken = tokens.index_select(0, rows.flatten().clamp(max=len(tokens) - 1))
+        return taken.view(*rows.shape, -1).masked_fill((rows == len(tokens))[..., None], 0)
 
     def put(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:
-        """Write places to their rows."""
-        out.view(-1, out.shape[-1])[self._rows(start, stop, out.device)] = piece
+        """Write columns to their rows."""
+        channels = out.shape[-1]
+        tokens = out.as_strided((out.numel() // channels + 1, channels), (channels, 1))
+        tokens[self.grid.rows(start, stop, out.device)] = piece
 
     def run(
         self,
@@ -323,27 +363,23 @@ class _Columns:
         stop: int,
         shared: Sequence[Tensor],
     ) -> Tensor:
-        """Run the block's last branch on the places, and the adapter on its result."""
+        """Run the block's last branch on the columns, and the adapter on its result at places."""
         y = self.last(piece, *self.args, **self.kwargs)
         for factors in shared:
             y = y * self._spread(factors, start, stop)
-        result: Tensor = y + self.adapter(piece + y)
+        term = self.adapter(piece + y)
+        if self.grid.timeline.first:
+            unit = torch.arange(start, stop, device=piece.device) % self.grid.columns_a_window
+            term = term.masked_fill((unit >= self.grid.places)[:, None, None], 0)
+        result: Tensor = y + term
         return result
-
-    def _rows(self, start: int, stop: int, device: torch.device) -> Tensor:
-        """`(n, T)`: the row of each token, in the order window, time, place."""
-        unit = torch.arange(start, stop, device=device)
-        steps, places = self.grid.steps, self.grid.places
-        first = unit // places * (steps * places) + unit % places
-        return first[:, None] + torch.arange(steps, device=device) * places
 
     def _spread(self, factors: Tensor, start: int, stop: int) -> Tensor:
         """Spread a factor a sample to `(n, T, 1)`."""
-        grid = self.grid
-        by_time = factors.view(grid.windows, grid.samples, 1)
-        by_time = by_time.expand(-1, -1, grid.steps // grid.samples).flatten(1)
-        window = torch.arange(start, stop, device=factors.device) // grid.places
-        return by_time[window].unsqueeze(-1)
+        line = self.grid.timeline
+        by_time = factors.view(-1, line.clips, 1).expand(-1, -1, line.steps).flatten(1)
+        unit = torch.arange(start, stop, device=factors.device)
+        return by_time[unit // self.grid.columns_a_window].unsqueeze(-1)
 
 
 @returned.register

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from re2tal.backbones.adapters import AdapterConfig, TemporalAdapter, _joined, additions
+from re2tal.backbones.adapters import (
+    Adapted,
+    AdapterConfig,
+    TemporalAdapter,
+    _adapted,
+    _joined,
+    additions,
+)
 from re2tal.backbones.clips import Timeline
 from re2tal.backbones.internvideo2 import InternVideo2Config
 from re2tal.backbones.lora import LoraConfig
@@ -26,7 +33,7 @@ from re2tal.backbones.vivit import ViViTConfig
 from re2tal.backbones.vjepa2 import VJEPA2Config
 from re2tal.errors import UserError
 from re2tal.reversible import rewire, set_reversible
-from re2tal.reversible.branches import Branch, ByToken
+from re2tal.reversible.branches import Branch, ByToken, branches
 from re2tal.trained import SPEC_FILE, DetectorSpec, load_detector, save_detector
 from re2tal.videos.windows import WindowConfig
 from tests.backbones.test_clips import TINY
@@ -42,26 +49,21 @@ Tuning = AdapterConfig | LoraConfig
 # Models of other libraries: one without a class token, and some with one.
 SHAPE: dict[str, Any] = {"patch": 4, "depths": (1,), "heads": 2, "mlp_ratio": 2.0, "clip": 4}
 VJEPA2 = VJEPA2Config(channels=24, **SHAPE)
-CLASS_TOKEN: Any = (ViViTConfig, TimeSformerConfig, InternVideo2Config)
 SHAPE |= {"channels": 16, "trained_clip": 4, "trained_size": 16}
+VIVIT, TIMESFORMER = ViViTConfig(**SHAPE), TimeSformerConfig(**SHAPE)
 every_kind = pytest.mark.parametrize(
     ("config", "tuning"),
     [
         (TINY, ADAPTERS),
         (SWIN, ADAPTERS),
         (VJEPA2, ADAPTERS),
+        (VIVIT, ADAPTERS),
+        (TIMESFORMER, ADAPTERS),
         (TINY, LORA),
         (SWIN, replace(LORA, layers="mlp")),
         (InternVideo2Config(**SHAPE), LORA),
     ],
-    ids=[
-        "adapters-clips",
-        "adapters-swin",
-        "adapters-vjepa2",
-        "lora-clips",
-        "lora-swin",
-        "lora-iv2",
-    ],
+    ids=lambda value: type(value).__name__,
 )
 
 
@@ -185,6 +187,43 @@ def test_an_adapter_crosses_the_clips_of_a_window_and_no_windows(
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=3e-4)  # streams are on a grid
     longer = backbone(torch.cat([video, video], dim=2))  # a window of another length
     assert longer.shape == (2, 16, 12)
+
+
+@pytest.mark.parametrize("config", [TINY, VJEPA2, VIVIT, TIMESFORMER, SWIN])
+def test_tokens_of_every_order_are_seen_by_place_and_time(config: Any) -> None:
+    """A block's branch, in one piece and in pieces; a class token in front stays as it is."""
+    backbone = scrambled(tuned(config, ADAPTERS)).eval()
+    block = next(m for m in backbone.modules() if isinstance(m, Adapted))
+    shape: tuple[int, ...]
+    line, channels, places = block.adapter.timeline, block.adapter.channels, 6
+    if line is None:  # Video Swin's: (B, T, H, W, C)
+        line, shape = Timeline(steps=4), (2, 4, 2, 3, channels)
+    else:
+        line.clips = 3
+        shape = (2 * 3, line.first + line.steps * places, channels)
+    torch.manual_seed(1)
+    x = torch.randn(shape)
+    plain, branch = branches.dispatch(block.original)(block)[-1], _adapted(block)[-1]
+    with torch.no_grad():
+        z = (x + plain(x)).view(2, line.clips, -1, channels)
+        wanted = z.clone()
+        for window in range(2):
+            tokens = z[window, :, line.first :]
+            sizes = (places, line.steps) if line.by_place else (line.steps, places)
+            if line.by_place:
+                tokens = tokens.unflatten(1, sizes).transpose(1, 2).flatten(1, 2)
+            added = term(block.adapter, tokens, line.steps)
+            if line.by_place:
+                added = added.unflatten(1, sizes[::-1]).transpose(1, 2).flatten(1, 2)
+            wanted[window, :, line.first :] += added
+        assert branch.cut is not None
+        layout = branch.cut(x)
+        found = layout.new(x, x.shape)
+        for span in ((0, 5), (5, 7), (7, layout.units)):
+            piece = layout.run(branch, layout.take(x, *span), *span, layout.share())
+            layout.put(found, *span, piece)
+        for y in (branch(x), found):
+            torch.testing.assert_close((x + y).view_as(wanted), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_change_is_seen_one_step_further_a_block_across_clips(video: Tensor) -> None:
@@ -313,7 +352,6 @@ def test_the_localizer_begins_alike_behind_all_of_them() -> None:
     [
         (slowfast_toy(), ADAPTERS, r"slow_path.layer1.1 \(Bottleneck\) has an activation behind"),
         (slowfast_toy(), LORA, "have no linear layers of --model.lora.layers all"),
-        *((kind(**SHAPE), ADAPTERS, "which do not tell the time of each") for kind in CLASS_TOKEN),
         (swin_toy(), LORA, r"read the weights of features.0.0.attn.qkv, ... and 7 more, and do"),
     ],
 )
@@ -327,7 +365,7 @@ def test_tokens_of_no_time_are_refused(video: Tensor) -> None:
     backbone = tuned(TINY, ADAPTERS)
     block = backbone.encoder.layer[0]
     with pytest.raises(UserError, match=r"tokens \(2, 33, 16\), which do not tell the time"):
-        block(torch.zeros(2, 33, 16))  # with a class token
+        block(torch.zeros(2, 33, 16))  # with one of no place
     with pytest.raises(UserError, match="has adapters already"):
         ADAPTERS.add_to(backbone)
 

@@ -10,6 +10,7 @@ from torch import nn
 from pipelines.config.clip_recipes import RECIPES as CLIP_RECIPES
 from pipelines.config.recipe import ModelConfig, Recipe
 from pipelines.training.model import build_detector, freeze, train_mode
+from pipelines.training.optimizer import build_optimizer
 from re2tal.backbones.adapters import AdapterConfig
 from re2tal.backbones.lora import LoraConfig
 from re2tal.backbones.slowfast import slowfast_toy
@@ -78,6 +79,11 @@ def test_what_is_added_learns_beside_a_backbone_that_does_not(
     for name, module in detector.named_modules():
         if name and not name.startswith("localizer"):
             assert module.training is (own in name), name
+    optim = replace(tiny_recipe.optim, adapter_lr=4e-4, layer_decay=0.5)
+    groups = build_optimizer(detector, optim).param_groups
+    rates = {group["name"]: group["lr"] for group in groups}
+    assert rates["adapters_decayed"] == 2 * rates["adapters_layer_1_decayed"] == 4e-4
+    assert not any(name.startswith("backbone") for name in rates)
     wanted = 2 if tuning == "adapters" else 0
     convolutions = [m for m in detector.backbone.modules() if isinstance(m, nn.Conv1d)]
     assert len(convolutions) == wanted
