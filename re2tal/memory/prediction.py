@@ -162,7 +162,8 @@ def _materialize(model: nn.Module) -> None:
         return made[id(tensor)]
 
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        held: tuple[dict[str, Any], ...] = module._parameters, module._buffers
+        for tensors in held:
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.device.type == "meta":
                     tensors[name] = on_cpu(tensor)

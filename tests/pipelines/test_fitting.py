@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.config.recipe import Recipe
-from pipelines.config.recipes import thumos_re2_swin_t_actionformer
+from pipelines.config.recipes import RECIPES
 from pipelines.core.gpus import free_memory
 from pipelines.train import parse
 from pipelines.training.fitting import (
@@ -55,7 +55,7 @@ def laid_out(recipe: Recipe, batch: int, passes: int, workers: int = 1) -> Recip
 
 
 def published(batch: int = 4, passes: int = 2) -> Recipe:
-    return laid_out(thumos_re2_swin_t_actionformer(), batch, passes, workers=3)
+    return laid_out(RECIPES["thumos_re2_swin_t_actionformer"](), batch, passes, workers=3)
 
 
 @given(
