@@ -165,7 +165,7 @@ def _segments(
         gaps = [
             (video.video_id, start, end)
             for video in videos
-            for start, end in _gaps(video)
+            for start, end in gaps_of(video)
             if end - start >= config.clip.frames / config.clip.fps / 2
         ]
         # spread evenly over the videos, and the same in every run
@@ -185,7 +185,7 @@ def _segments(
     )
 
 
-def _gaps(video: VideoAnnotation) -> Iterator[tuple[float, float]]:
+def gaps_of(video: VideoAnnotation) -> Iterator[tuple[float, float]]:
     """Yield the stretches of a video in which nothing is annotated."""
     reached = 0.0
     marked = sorted((i.start, i.end) for i in (*video.instances, *video.ambiguous))
