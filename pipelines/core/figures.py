@@ -86,11 +86,12 @@ def curves(
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
+    style: dict[str, Any]
     steps, values = zip(*loss, strict=True)
     left.plot(steps, values, color="0.8", linewidth=1)
     left.plot(steps, _smooth(values), color=COLOURS[0], linewidth=2, label="training")
     if validation_loss:
-        style: dict[str, Any] = {"color": COLOURS[3], "marker": "o", "markersize": 4}
+        style = {"color": COLOURS[3], "marker": "o", "markersize": 4}
         left.plot(*zip(*validation_loss, strict=True), label="validation", **style)
         left.legend(fontsize=8)
     left.set(xlabel="step", ylabel="loss", ylim=(0, None))
@@ -105,8 +106,8 @@ def curves(
             linewidth=2 if average else 1,
         )
     if watched:
-        points = zip(*watched, strict=True)
-        right.plot(*points, label="training videos", color="black", linestyle="--", marker="o")
+        style = {"color": "black", "linestyle": "--", "marker": "o", "markersize": 4}
+        right.plot(*zip(*watched, strict=True), label="training videos", **style)
     right.set(xlabel="step", ylabel="validation mAP", ylim=(0, 1))
     right.legend(title="tIoU", fontsize=8)
     for axes in (left, right):

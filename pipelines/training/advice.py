@@ -109,7 +109,11 @@ class Facts:
 
     def quantile(self, share: float) -> float:
         """Length in seconds that a share of the segments does not exceed; 5 without segments."""
-        return float(np.quantile(self.lengths, share)) if len(self.lengths) else 5.0
+        return (
+            float(np.quantile(self.lengths, share, method="inverted_cdf"))
+            if len(self.lengths)
+            else 5.0
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,10 +166,8 @@ def look_at(config: NewRecipeConfig, *, probe: Probe = probe_files_here) -> Fact
     """
     config = resolved(config, needed=("annotations", "videos"))
     annotations = read_annotations(config)
-    place, videos, record = config.annotations, str(config.videos), config.record
+    videos, record = str(config.videos), config.record
     names = sorted({video.subset for video in annotations.videos})
-    if not names:
-        raise UserError(f"{place} has no video: there is nothing to make a recipe for.")
     training = next((n for n in (record.training, *_TRAINING) if n in names), names[0])
     others = [n for n in (record.validation, *_VALIDATION, *names) if n in names and n != training]
     validation = others[0] if others else training
@@ -274,7 +276,7 @@ def _fitting(facts: Facts, machine: Machine) -> Advice:
 
 def _memory(recipe: Recipe, classes: Sequence[str]) -> int:
     """Predict the bytes of a step, with the optimizer's state and the average of the weights."""
-    detector = build_detector(recipe, classes or ("action",), None).train()
+    detector = build_detector(recipe, classes, None).train()
     if recipe.scale.gpu:
         re2tal.rewire(detector.backbone, slice_bytes=SMALLEST_PIECE["cuda"])  # as it will run there
     work = workload_of(recipe)

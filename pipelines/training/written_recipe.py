@@ -4,6 +4,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from importlib import import_module
 from typing import Any
 
 from pipelines.config.recipe import Recipe
@@ -53,13 +54,16 @@ def _import(module: str, names: Sequence[str]) -> Iterator[str]:
     yield ")"
 
 
-def _comment(text: str, indent: str = "") -> Iterator[str]:
-    """Yield lines of a comment; names may hold anything."""
+def _comment(text: str, indent: str = "", *, deeper: int = 0) -> Iterator[str]:
+    """Yield lines of a comment, `deeper` levels of which are still to come in front of it.
+
+    Names may hold anything.
+    """
     shown = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
     prefix = f"{indent}# "
     yield from textwrap.wrap(
         shown,
-        _WIDTH,
+        _WIDTH - 4 * deeper,
         initial_indent=prefix,
         subsequent_indent=f"{prefix}  ",
         break_on_hyphens=False,
@@ -81,13 +85,24 @@ def _call(value: Any, path: str, advice: Advice, used: Mapping[str, set[str]]) -
             continue
         name = f"{path}.{one.name}".removeprefix(".")
         if name in advice.reasons:
-            yield from _comment(advice.reasons[name], _INDENT)
-        lines = [*_call(part, name, advice, used)] if is_dataclass(part) else [_literal(part)]
+            yield from _comment(advice.reasons[name], _INDENT, deeper=name.count(".") + 1)
+        constant = _constant(part, advice) if name == "model.weights" else ""
+        if constant:
+            used[entry_of(advice.backbone).make.__module__].add(constant)
+        lines = [*_call(part, name, advice, used)] if is_dataclass(part) else []
+        lines = lines or [constant or _literal(part)]
         yield f"{_INDENT}{one.name}={lines[0]}" + "," * (len(lines) == 1)
         yield from (f"{_INDENT}{line}" for line in lines[1:-1])
         if len(lines) > 1:
             yield f"{_INDENT}{lines[-1]},"
     yield ")"
+
+
+def _constant(value: Any, advice: Advice) -> str:
+    """Return the name that a backbone's module has for weights that lie in its package, if any."""
+    module = import_module(entry_of(advice.backbone).make.__module__)
+    names = (name for name, known in vars(module).items() if name.isupper() and known == value)
+    return next(names, "")
 
 
 def _literal(value: Any) -> str:

@@ -80,11 +80,11 @@ def test_pairs_that_are_not_positive_get_no_gradient_whatever_they_hold() -> Non
 
 
 def test_a_copy_that_took_no_step_divides_its_losses_alike() -> None:
-    original, copy = (nn.ModuleDict({"a": LossNormalizer(100.0)}) for _ in range(2))
-    original["a"].count(torch.tensor(50.0), passes=4)
-    assert float(copy["a"].eval()(torch.tensor(1.0))) == 100.0
-    divide_alike(copy, original)
-    assert float(copy["a"](torch.tensor(1.0))) == 25.0
+    original, copy = LossNormalizer(100.0), LossNormalizer(100.0).eval()
+    original.count(torch.tensor(50.0), passes=4)
+    assert float(copy(torch.tensor(1.0))) == 100.0
+    divide_alike(nn.Sequential(copy), nn.Sequential(original))
+    assert float(copy(torch.tensor(1.0))) == 25.0
 
 
 def test_the_normalizer_follows_the_batches_when_training_only() -> None:

@@ -215,10 +215,11 @@ def test_what_is_trained_on_is_augmented_and_what_is_evaluated_is_not(
     recipe = replace(tiny_recipe, data=replace(tiny_recipe.data, augmentation=AUGMENTATION))
     trainer, runtime = _trainer(recipe, tiny_plan, tmp_path)
     seen: dict[str, list[Tensor]] = {"training": [], "validation": []}
-    for name, detector in (
-        ("training", trainer.state.detector),
-        ("validation", trainer.state.average.module),
-    ):
+    detectors: dict[str, Any] = {
+        "training": trainer.state.detector,
+        "validation": trainer.state.average.module,
+    }
+    for name, detector in detectors.items():
         normalized = detector.normalized
 
         def shown(frames: Tensor, of: str = name, make: Any = normalized) -> Tensor:
