@@ -28,6 +28,7 @@ _FIRST = (
     "data.clip.frames",
     "data.clip.fps",
     "model.weights",
+    "finetune.epochs",
     "epochs",
     "batch_size",
     "output",
@@ -130,7 +131,7 @@ def _first_options(default: Any, prefix: str) -> Any:
     for path in wanted:
         *parents, name = path.split(".")
         owner = reduce(_field, parents, default)
-        if _field(owner, name) is owner:
+        if _field(owner, name) is owner or (parents and owner is default):
             continue  # of another kind of recipe
         option = tyro.conf.arg(name=path.replace("_", "-"), help=_documented(type(owner), name))
         hint = get_type_hints(type(owner), include_extras=True)[name]
