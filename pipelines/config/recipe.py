@@ -1,6 +1,7 @@
 """The complete, typed configuration of a training run of `train.py`."""
 
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Annotated, Literal, TypeAlias
 
 import tyro
@@ -249,6 +250,14 @@ class DataConfig(ScoredAnnotationConfig):
         """Name of the validation subset."""
         return self.validation_subset or self.record.validation
 
+    @property
+    def subsets(self) -> dict[str, str]:
+        """Names of the data that a run trains on and is evaluated on."""
+        return {
+            "training": f"{self.title} {self.trained_on}",
+            "validation": f"{self.title} {self.evaluated_on}",
+        }
+
     def __post_init__(self) -> None:
         decoded = self.augmentation.decoded_size(self.size)
         if decoded < self.size:
@@ -317,6 +326,8 @@ class Recipe(RunConfig):
             overfits. 0 leaves out these and the validation loss.
         save_raw: keep the detections before non-maximum suppression with each checkpoint, for
             ensembles and for searching its settings without training.
+        registered_model: name in MLflow's registry that gets the best checkpoint as its next
+            version; None registers nothing.
 
     Raises:
         ValueError: settings contradict one another.
@@ -331,6 +342,7 @@ class Recipe(RunConfig):
     ignore_ambiguous: bool = False
     watched_videos: int = 8
     save_raw: bool = False
+    registered_model: str | None = None
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
@@ -401,6 +413,26 @@ class TrimmedDataConfig(AnnotationConfig):
                 f"TrimmedDataConfig.size of {self.size}: crops are taken from frames at least as "
                 "large."
             )
+
+    @property
+    def subsets(self) -> dict[str, str]:
+        """Names of the data that a run trains on and is evaluated on."""
+        if self.annotations is not None:
+            named = {"training": self.trained_on, "validation": self.evaluated_on}
+            return {use: f"{self.title} {name} segments" for use, name in named.items()}
+        lists = {"training": self.training, "validation": self.validation}
+        paths = {use: PurePath(path or "") for use, path in lists.items()}
+        return {use: f"{path.parent.name} {path.stem}".strip() for use, path in paths.items()}
+
+    @property
+    def trained_on(self) -> str:
+        """Name of the training subset of the annotations."""
+        return self.training_subset or self.record.training
+
+    @property
+    def evaluated_on(self) -> str:
+        """Name of the validation subset of the annotations."""
+        return self.validation_subset or self.record.validation
 
     @property
     def window(self) -> WindowConfig:

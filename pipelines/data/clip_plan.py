@@ -121,10 +121,7 @@ def _annotated(config: TrimmedDataConfig) -> Lists:
             "segments would be named: leave out --data.background."
         )
     classes = (*annotations.classes, *([BACKGROUND] if config.background else []))
-    named = {
-        "training": config.training_subset or config.record.training,
-        "validation": config.validation_subset or config.record.validation,
-    }
+    named = {"training": config.trained_on, "validation": config.evaluated_on}
     videos = {subset: annotations.subset(name).videos for subset, name in named.items()}
     subsets = {
         subset: _segments(f"{source}, subset {named[subset]!r}", of_subset, config)

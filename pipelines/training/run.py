@@ -20,6 +20,7 @@ from pipelines.config.clip_recipes import finetuning
 from pipelines.config.recipe import AnyRecipe, ClassificationRecipe, FinetuneConfig, Recipe
 from pipelines.core.clock import duration
 from pipelines.core.cluster import init_ray
+from pipelines.core.metric_names import BEST_MAP, MAP
 from pipelines.core.models import MODEL_TAG, with_weights_here
 from pipelines.core.progress import ProgressPrinter, doing
 from pipelines.core.resources import check_resources
@@ -50,13 +51,14 @@ from pipelines.training.classification import ClassificationTask, build_classifi
 from pipelines.training.detection import DetectionTask
 from pipelines.training.entry import train_worker
 from pipelines.training.model import build_detector, load_localizer, remarks
-from pipelines.training.results import log_model, log_results, print_summary
+from pipelines.training.results import log_checkpoint, log_model, log_results, print_summary
 from pipelines.training.resuming import digest, last_run, mark, resume_or_start
 from pipelines.training.retention import (
     best_checkpoint,
     drop_list,
     newest_checkpoint,
     remove_surplus,
+    scored_checkpoints,
 )
 from pipelines.training.trainer import Task
 from pipelines.training.worker import Job, TrainingProblem
@@ -132,9 +134,9 @@ def _finetune_and_train(recipe: Recipe) -> Run:
         log_recipe(parent, recipe)
         log_dataset(
             parent,
-            name=recipe.name,
             source=str(recipe.data.annotations),
             digest=annotations.fingerprint,
+            subsets=recipe.data.subsets,
         )
         weights = _finetuned(recipe, parent)
         if weights is None:
@@ -145,10 +147,10 @@ def _finetune_and_train(recipe: Recipe) -> Run:
         model = replace(recipe.model, weights=weights, coupling_epochs=None)
         second = replace(recipe, finetune=FinetuneConfig(), model=model)
         run = train(second, parent=parent.run_id)
-        reached = run.client.get_run(run.run_id).data
-        best = {name: value for name, value in reached.metrics.items() if name.startswith("best/")}
-        log_metrics(parent, best, step=0)
-        parent.client.set_tag(parent.run_id, MODEL_TAG, reached.tags[MODEL_TAG])
+        tags = run.client.get_run(run.run_id).data.tags
+        for tag in (MODEL_TAG, BEST_MAP, "best.epoch"):
+            parent.client.set_tag(parent.run_id, tag, tags[tag])
+        log_metrics(parent, {MAP: float(tags[BEST_MAP])}, step=0)
     return parent
 
 
@@ -308,7 +310,10 @@ def train_run(
             detector = check_model(recipe, plan.classes)
         log_recipe(run, recipe)
         log_dataset(
-            run, name=recipe.name, source=str(recipe.data.annotations), digest=plan.fingerprint
+            run,
+            source=str(recipe.data.annotations),
+            digest=plan.fingerprint,
+            subsets=recipe.data.subsets,
         )
         log_text(run, [summarize(ready.annotations)], "data/summary.txt")
         log_text(run, plan.remarks, "data/remarks.txt")
@@ -316,8 +321,13 @@ def train_run(
             log_metrics(run, activation_metrics(recipe, detector), step=0, again=False)
         task = DetectionTask(recipe=recipe, plan=plan)
         output = fit(task, run, callbacks=callbacks, threads=threads)
-        with best_checkpoint(output, task.score, say=print) as (folder, metrics):
-            log_results(recipe, plan, run, folder, metrics)
+        best = True
+        for folder, metrics in scored_checkpoints(output, task.score, say=print):
+            if best:
+                log_results(recipe, plan, run, folder, metrics)
+                best = False
+            else:
+                log_checkpoint(recipe, run, folder, metrics)
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
@@ -422,8 +432,12 @@ def finetune(recipe: ClassificationRecipe, *, parent: str | None = None) -> Run:
             plan = make_clip_plan(recipe.data, lists, probe=partial(probe_files, progress=count))
         run = _resumed(recipe, plan, parent)
     with stoppable(partial(_kept, recipe, run)), finishing(run):
-        source = str(recipe.data.annotations or recipe.data.training)
-        log_dataset(run, name=recipe.name, source=source, digest=plan.fingerprint)
+        log_dataset(
+            run,
+            source=str(recipe.data.annotations or recipe.data.training),
+            digest=plan.fingerprint,
+            subsets=recipe.data.subsets,
+        )
         left_out = [f"{video_id}: {reason}" for video_id, reason in sorted(plan.failures.items())]
         log_text(run, left_out, "data/unusable_videos.txt")
         output = fit(ClassificationTask(recipe=recipe, plan=plan), run)
@@ -457,7 +471,7 @@ def _log_backbone(
         _, classifier = load_detector(checkpoint / DETECTOR_FOLDER)
         path = Path(scratch) / BACKBONE_FILE
         save_backbone_weights(classifier.backbone, path, {"re2tal": json.dumps(facts)})
-        uri = log_model(run, checkpoint / DETECTOR_FOLDER, backbone=path)
+        uri = log_model(run, checkpoint / DETECTOR_FOLDER, metrics=metrics, backbone=path)
         run.client.log_artifact(run.run_id, str(path))
         for place in (weights, recipe.weights_file):
             if place is not None:
