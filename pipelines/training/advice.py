@@ -354,21 +354,24 @@ def _sized(facts: Facts, machine: Machine, choice: _Size) -> Advice:
     )
     advice = Advice(recipe=recipe, backbone=choice.backbone)
     advice.reasons |= {
-        "data.window.fps": f"the files have {native:.4g}; a feature is {stride / fps:.2g} s",
+        "data.window.fps": f"the files have {native:.4g} a second; a feature is {stride / fps:.2g} s",
         "data.window.frames": f"{seconds:.3g} s; 95% of the segments last up to {longest:.3g} s",
         "data.window.overlap": "so that each segment is seen whole, at a random place",
         "data.window.sliding_overlap": "each segment of up to half a window lies whole in one",
         "model.localizer.levels": _shares(facts, localizer, features),
         "model.localizer.first_range": f"a fifth of them lasts up to {facts.quantile(0.2):.3g} s",
-        "model.localizer.initial_normalizer": f"{windows} windows of {per_window:.2g} segments",
-        "model.localizer.width": "narrow, as there are few segments to learn it from"
-        if width < 512
-        else "as published",
-        "data.size": f"{choice.size} pixels",
+        "model.localizer.initial_normalizer": f"{windows} windows of {per_window:.2g} segments a step",
+        "model.localizer.width": f"narrow: there are {len(facts.instances)} segments to learn from",
+        "model.localizer.window": "features that a feature attends to, on each level",
+        "model.weights": "another path, URI or name for weights of yours",
+        "scale.workers": machine.described,
+        "data.size": "the size that the weights were trained on"
+        if small
+        else "if memory allows, 224",
         "batch_size": f"{windows} windows a step on {workers} worker{'s' * (workers > 1)}",
         "model.backbone": f"{choice.backbone}, the largest of those tried that fits"
         if not small
-        else "small, for minutes on processor cores; with a GPU of 12 GiB take swin_t",
+        else "small, for minutes on processor cores; --memory plans for a GPU",
     }
     return advice
 
@@ -407,7 +410,9 @@ def _schedule(advice: Advice, facts: Facts) -> None:
     if clip_steps and len({i.label for i in facts.instances}) > 1:
         finetuned = min(max(math.ceil(clips_wanted / clip_steps), 3), 30)
     elif count:
-        advice.reasons["finetune"] = "left out: there are too few segments to tell classes apart"
+        advice.reasons["finetune.epochs"] = (
+            "left out: there are too few segments to tell classes apart"
+        )
     rates = (3e-4, 1e-3, 3e-4) if small else (1e-5, 1e-4, 1e-4)
     average = min(max(1 - 10 / (steps * epochs), 0.9), 0.999)
     advice.recipe = replace(
@@ -427,11 +432,17 @@ def _schedule(advice: Advice, facts: Facts) -> None:
         "epochs": f"{steps} steps of {windows} windows an epoch; at least {wanted} in all",
         "evaluate_from": "the first epochs are not worth an evaluation",
         "optim.backbone_lr": "below the localizer's: the backbone is pretrained",
+        "optim.warmup_epochs": "a twentieth of the epochs",
+        "optim.precision": "half the memory and more speed"
+        if recipe.scale.gpu
+        else "processor cores gain nothing by less",
+        "finetune.frames": f"{clip / float(window.fps or 1):.2g} s, as a typical segment",
+        "finetune.lr": "of the backbone; the classifier learns ten times as fast",
         "optim.localizer_lr": "it begins at random",
         "optim.ema": f"an average over about a tenth of the {steps * epochs} steps",
     }
     advice.reasons.setdefault(
-        "finetune",
+        "finetune.epochs",
         f"the backbone first learns the classes from {count} segments, {clip_steps} steps an epoch",
     )
 
@@ -456,7 +467,8 @@ def _augmentation(advice: Advice, facts: Facts) -> None:
     )
     advice.recipe = replace(recipe, data=replace(recipe.data, augmentation=augmentation))
     advice.reasons |= {
-        "data.augmentation": f"{len(facts.training)} videos are few: crops and light are varied",
+        "data.augmentation": f"{len(facts.training)} videos: crops and light are varied",
+        "data.augmentation.source_size": "larger, so that crops keep their detail",
         "data.augmentation.flip": f"{sided[0]!r} is another action in a mirror"
         if sided
         else "set it to 0 if a mirror image is another action",

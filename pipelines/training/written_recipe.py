@@ -71,7 +71,7 @@ def _comment(text: str, indent: str = "", *, deeper: int = 0) -> Iterator[str]:
 
 
 def _call(value: Any, path: str, advice: Advice, used: Mapping[str, set[str]]) -> Iterator[str]:
-    """Yield the lines of a call that makes a dataclass, with what differs from its defaults."""
+    """Yield the lines of a call that makes a dataclass: fields with a reason or no default value."""
     if path == "model.backbone":
         make = entry_of(advice.backbone).make
         used[make.__module__].add(make.__name__)
@@ -81,9 +81,9 @@ def _call(value: Any, path: str, advice: Advice, used: Mapping[str, set[str]]) -
     yield f"{type(value).__name__}("
     for one in fields(value):
         part = getattr(value, one.name)
-        if part == _default(one):
-            continue
         name = f"{path}.{one.name}".removeprefix(".")
+        if part == _default(one) and name not in advice.reasons:
+            continue
         if name in advice.reasons:
             yield from _comment(advice.reasons[name], _INDENT, deeper=name.count(".") + 1)
         constant = _constant(part, advice) if name == "model.weights" else ""

@@ -190,7 +190,7 @@ def test_actions_with_a_side_are_not_mirrored(
     advice = advise(facts, CORES)
     assert advice.recipe.data.augmentation.flip == flip
     assert advice.warnings == []
-    assert "40 segments" in advice.reasons["finetune"]
+    assert "40 segments" in advice.reasons["finetune.epochs"]
 
 
 @pytest.mark.slow

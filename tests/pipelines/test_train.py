@@ -57,7 +57,7 @@ def _data(tiny_set: Path) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_instance")
 def test_finetuning_first_is_one_run_with_two_children_and_goes_on_where_it_was(
     tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
