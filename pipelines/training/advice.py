@@ -354,13 +354,13 @@ def _sized(facts: Facts, machine: Machine, choice: _Size) -> Advice:
     )
     advice = Advice(recipe=recipe, backbone=choice.backbone)
     advice.reasons |= {
-        "data.window.fps": f"the files have {native:.4g} a second; a feature is {stride / fps:.2g} s",
+        "data.window.fps": f"the files have {native:.4g}; a feature lasts {stride / fps:.2g} s",
         "data.window.frames": f"{seconds:.3g} s; 95% of the segments last up to {longest:.3g} s",
         "data.window.overlap": "so that each segment is seen whole, at a random place",
         "data.window.sliding_overlap": "each segment of up to half a window lies whole in one",
         "model.localizer.levels": _shares(facts, localizer, features),
         "model.localizer.first_range": f"a fifth of them lasts up to {facts.quantile(0.2):.3g} s",
-        "model.localizer.initial_normalizer": f"{windows} windows of {per_window:.2g} segments a step",
+        "model.localizer.initial_normalizer": f"{windows} x {per_window:.2g} segments a step",
         "model.localizer.width": f"narrow: there are {len(facts.instances)} segments to learn from",
         "model.localizer.window": "features that a feature attends to, on each level",
         "model.weights": "another path, URI or name for weights of yours",

@@ -71,7 +71,7 @@ def _comment(text: str, indent: str = "", *, deeper: int = 0) -> Iterator[str]:
 
 
 def _call(value: Any, path: str, advice: Advice, used: Mapping[str, set[str]]) -> Iterator[str]:
-    """Yield the lines of a call that makes a dataclass: fields with a reason or no default value."""
+    """Yield the lines of a call that makes a dataclass: fields with a reason or no default."""
     if path == "model.backbone":
         make = entry_of(advice.backbone).make
         used[make.__module__].add(make.__name__)
