@@ -74,7 +74,7 @@ def test_finetuning_first_is_one_run_with_two_children_and_goes_on_where_it_was(
     monkeypatch.setattr(training, "train_run", real)
     printed = run_here(SCRIPT, *command, folder=tmp_path)
     assert "going on with the unfinished run" in printed
-    assert "1 of 2" not in printed
+    assert "1 of 2: finetuning" not in printed
     client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
     (experiment,) = client.search_experiments(filter_string="name = 're2tal'")
     runs = client.search_runs([experiment.experiment_id])
