@@ -91,12 +91,14 @@ def finetuning(recipe: Recipe) -> ClassificationRecipe:
     """Make the recipe of the finetuning that a detector's recipe begins with.
 
     Its steps hold as many frames as the detector's, in shorter clips. The connections move to the
-    rewired ones here, if they are to move (`model.coupling_epochs`).
+    rewired ones here, if they are to move (`model.coupling_epochs`). All of the backbone is trained,
+    whatever learns in it afterwards (`model.tuning`).
 
     Raises:
         ValueError: they would not be through.
     """
     data, model, settings = recipe.data, recipe.model, recipe.finetune
+    kept = {one.name for one in fields(BackboneModelConfig)} - {"tuning", "adapters", "lora"}
     shared = {one.name for one in fields(AnnotationConfig)}
     shared |= {"videos", "training_subset", "validation_subset", "size", "augmentation"}
     return ClassificationRecipe(
@@ -113,9 +115,7 @@ def finetuning(recipe: Recipe) -> ClassificationRecipe:
             clip=ClipConfig(frames=settings.frames, fps=data.window.fps or ClipConfig().fps),
             max_failed=data.max_failed,
         ),
-        model=ClassifierModelConfig(
-            **{one.name: getattr(model, one.name) for one in fields(BackboneModelConfig)}
-        ),
+        model=ClassifierModelConfig(**{name: getattr(model, name) for name in kept}),
         optim=replace(
             recipe.optim,
             backbone_lr=settings.lr,

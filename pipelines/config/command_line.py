@@ -28,6 +28,7 @@ _FIRST = (
     "data.clip.frames",
     "data.clip.fps",
     "model.weights",
+    "model.tuning",
     "finetune.epochs",
     "epochs",
     "batch_size",

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -413,7 +413,8 @@ class Trainer:
         average = build_average(detector, optim)
         if whole is not None:
             whole.to(device)
-            for module in (detector, average.module):
+            averaged = cast("Detector[Any, Any]", average.module)
+            for module in (detector, averaged):
                 shard(module, device=device, workers=self.runtime.world_size)
         optimizer = build_optimizer(detector, optim)
         return TrainingState(
@@ -495,6 +496,7 @@ class Trainer:
             UserError: if too many videos cannot be decoded.
         """
         metrics: dict[str, float] = {}
+        self._count_parameters()
         while self.state.epoch < self.recipe.epochs:
             self._train_epoch()
             self.state.epoch += 1
@@ -512,6 +514,17 @@ class Trainer:
             self._checkpoint(metrics, evaluation.write if self.runtime.rank == 0 else None)
             self._time_left.evaluation()
         return metrics
+
+    def _count_parameters(self) -> None:
+        """Show and log how many of the detector's parameters are trained."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.state.detector.parameters()]
+        total, trained = (sum(n for n, wanted in sizes if wanted or of) for of in (True, False))
+        counts = {"parameters/total": float(total), "parameters/trained": float(trained)}
+        self.runtime.log(counts, step=self.state.step)
+        self.runtime.say(
+            f"training {trained:,} of {total:,} parameters ({trained / total:.1%}), "
+            f"--model.tuning {self.recipe.model.tuning}"
+        )
 
     def _checkpoint(
         self, metrics: Mapping[str, float], add: Callable[[Path], object] | None = None

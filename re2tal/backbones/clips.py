@@ -3,7 +3,8 @@
     window (B, 3, T, H, W) -> clips (B T/n, 3, n, H, W) -> tokens (B T/n, n/s, places, C)
                            -> mean over the places, clips behind one another -> (B, C, T/s)
 
-with the n frames of a clip and the s frames of a token. Nothing mixes clips before the localizer.
+with the n frames of a clip and the s frames of a token. Nothing mixes clips before the localizer,
+but for adapters (`adapters.py`).
 
 A family of such models is one `ClipFamily` and the dataclass of its shapes, in a file of its own
 (`videomae.py`); what the families share stands here.
@@ -38,6 +39,8 @@ class ClipFamily:
         tokens: function from the backbone, with the model's parts, and a video `(B, 3, T, H, W)` to
             the tokens `(B T/n, n/s, places, C)` of its clips.
         block: names of the parameters of a block; group 1 is its number, from 0.
+        first: tokens of a clip before those of places, such as a class token.
+        by_place: put a place's times behind one another in a clip's tokens, not a time's places.
         stem: beginning of the names of parameters before the first block, or several.
     """
 
@@ -45,12 +48,36 @@ class ClipFamily:
     tokens: Callable[[Any, Tensor], Tensor]
     block: re.Pattern[str]
     stem: str | tuple[str, ...]
+    first: int = 0
+    by_place: bool = False
+
+
+@dataclass(slots=True)
+class Timeline:
+    """Place in time of the tokens `(B clips, first + steps places, C)` of a backbone of clips.
+
+    Attributes:
+        steps: time steps of a clip.
+        clips: clips of a window, in the forward that runs or ran last.
+        first: see `ClipFamily`.
+        by_place: see `ClipFamily`.
+    """
+
+    steps: int
+    clips: int = 1
+    first: int = 0
+    by_place: bool = False
+
+    def copy(self) -> Timeline:
+        """Return the timeline of this moment."""
+        return replace(self)
 
 
 class ClipBackbone(nn.Module):
     """Backbone that runs a model of clips on a whole window.
 
-    See `re2tal.backbones.protocol.Backbone` for the attributes.
+    See `re2tal.backbones.protocol.Backbone` for the attributes; `timeline` is for modules that mix
+    the clips of a window.
 
     Args:
         model: model of clips, whose parts are taken over.
@@ -81,6 +108,8 @@ class ClipBackbone(nn.Module):
         self.channels = channels
         self.temporal_stride = stride * pooling
         self.multiple = math.lcm(clip, self.temporal_stride)
+        self.timeline = Timeline(clip // stride, first=family.first, by_place=family.by_place)
+        self._clip = clip
         self._family = family
         self._blocks = blocks
         self._pooling = pooling
@@ -88,6 +117,7 @@ class ClipBackbone(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         """Compute spatially pooled features; see `Backbone`."""
         check_window(video, self.multiple)
+        self.timeline.clips = video.shape[2] // self._clip
         features = self._family.tokens(self, video).mean(dim=2)
         in_order = features.unflatten(0, (len(video), -1)).flatten(1, 2)
         pooled: Tensor = in_order.unflatten(1, (-1, self._pooling)).mean(dim=2)

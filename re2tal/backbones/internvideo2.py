@@ -226,7 +226,11 @@ def _tokens(parts: Any, video: Tensor) -> Tensor:
 
 
 _FAMILY = ClipFamily(
-    make=Encoder, tokens=_tokens, block=re.compile(r"blocks\.(\d+)\."), stem="stem."
+    make=Encoder,
+    tokens=_tokens,
+    block=re.compile(r"blocks\.(\d+)\."),
+    stem="stem.",
+    first=1,
 )
 
 _IN_STEM = re.compile(r"(?:patch_embed\.(proj\.(?:weight|bias))|(cls_token|pos_embed))")

@@ -148,7 +148,12 @@ def _tokens(parts: Any, video: Tensor) -> Tensor:
 
 
 _FAMILY = ClipFamily(
-    make=_make, tokens=_tokens, block=re.compile(r"encoder\.layer\.(\d+)\."), stem="embeddings."
+    make=_make,
+    tokens=_tokens,
+    block=re.compile(r"encoder\.layer\.(\d+)\."),
+    stem="embeddings.",
+    first=1,
+    by_place=True,
 )
 
 # Of all frames of the training, as its authors' code has them.

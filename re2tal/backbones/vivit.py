@@ -141,7 +141,11 @@ def _tokens(parts: Any, video: Tensor) -> Tensor:
 
 
 _FAMILY = ClipFamily(
-    make=_make, tokens=_tokens, block=re.compile(r"layers\.(\d+)\."), stem="embeddings."
+    make=_make,
+    tokens=_tokens,
+    block=re.compile(r"layers\.(\d+)\."),
+    stem="embeddings.",
+    first=1,
 )
 
 # Names in files, which the library itself had in earlier versions -> its names today.
