@@ -91,8 +91,8 @@ def finetuning(recipe: Recipe) -> ClassificationRecipe:
     """Make the recipe of the finetuning that a detector's recipe begins with.
 
     Its steps hold as many frames as the detector's, in shorter clips. The connections move to the
-    rewired ones here, if they are to move (`model.coupling_epochs`). All of the backbone is trained,
-    whatever learns in it afterwards (`model.tuning`).
+    rewired ones here, if they are to move (`model.coupling_epochs`). All of the backbone learns,
+    whatever learns of it afterwards (`model.tuning`).
 
     Raises:
         ValueError: they would not be through.
