@@ -41,13 +41,13 @@ def space(suggest: Suggestions, base: Recipe) -> None:
 def actionformer(suggest: Suggestions, base: ActionFormerConfig) -> None:
     """Ask for pyramid, widths, heads, attention window, positive points, weights of losses."""
     field = "model.localizer."
-    suggest.choice(f"{field}levels", (base.levels - 1, base.levels))
+    if isinstance(base.window, int):  # else there is one for each level
+        suggest.choice(f"{field}levels", (base.levels - 1, base.levels))
+        suggest.choice(f"{field}window", (0, 9, 19))
     width = suggest.choice(f"{field}width", (base.width // 2, base.width, base.width * 2))
     heads = [n for n in (base.heads // 2, base.heads, base.heads * 2) if n and width % n == 0]
     suggest.choice(f"{field}heads", heads)
     suggest.choice(f"{field}head_layers", (2, base.head_layers))
-    if isinstance(base.window, int):
-        suggest.choice(f"{field}window", (0, 9, 19))
     suggest.number(f"{field}centre_radius", 1.0, 3.0)
     suggest.log_float(f"{field}first_range", base.first_range / 2, base.first_range * 2)
     suggest.log_float(f"{field}regression_weight", 0.25, 4.0)

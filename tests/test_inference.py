@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import re2tal
-from pipelines.config.recipes import thumos_re2_swin_t_vsgn
+from pipelines.config.recipes.thumos import thumos_re2_swin_t_vsgn
 from re2tal.annotations import Instance, VideoAnnotation
 from re2tal.backbones.swin import swin_toy
 from re2tal.detection import Detections, NmsConfig

@@ -27,6 +27,7 @@ EXPERIMENTS = {
     "exactness": "gradients against those of stored activations, also of other libraries",
     "speed": "time of a step, each way to train paired with every other, and over depth",
     "drift": "errors of gradients, on the grid and without it, over families and couplings",
+    "kinds": "49 kinds of backbones of torchvision, timm and transformers, rewired",
     "verify": "time that comparing the rebuilt input takes",
     "devices": "peak memory and time of a step on an accelerator",
     "decoding": "frames per second, paired with those of other decoders that can be imported",

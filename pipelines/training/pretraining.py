@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -19,9 +20,12 @@ from pipelines.config.clip_recipes import TOY_TRIMMED
 from pipelines.core.clock import duration
 from pipelines.core.tracking import Run, finishing, log_metrics, start_run
 from pipelines.data.toy import Clips, augmented, load_clips, normalised
-from re2tal.backbones.swin import SwinBackbone, SwinConfig, swin_toy
+from re2tal.backbones.protocol import BackboneConfig, Placed
+from re2tal.backbones.swin import swin_toy
 from re2tal.backbones.weights import save_backbone_weights
+from re2tal.components import Component
 from re2tal.datasets.toy import TRIMMED_CLASSES, TrimmedToyConfig
+from re2tal.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +39,7 @@ class PretrainingConfig:
         output: safetensors file of the weights; replaced.
         folder: folder of the trimmed toy clips, which are made if they are missing.
         clips: number and length of the clips.
-        backbone: shape of the backbone.
+        backbone: shape of the backbone, which must show its features of each place (`Placed`).
         size: pixels of a frame's side.
         steps: optimizer steps.
         frames: frames of a step in total: many short parts at first, fewer long ones later.
@@ -54,7 +58,7 @@ class PretrainingConfig:
     output: Path = Path("runs/toy_backbone.safetensors")
     folder: Path = Path(TOY_TRIMMED)
     clips: TrimmedToyConfig = field(default_factory=TrimmedToyConfig)
-    backbone: SwinConfig = field(default_factory=swin_toy)
+    backbone: Annotated[BackboneConfig, Component()] = field(default_factory=swin_toy)
     size: int = 64
     steps: int = 1200
     frames: int = 512
@@ -100,19 +104,18 @@ class Guide(nn.Module):
         """Return the loss.
 
         Args:
-            features: (B, T', H', W', C), not pooled.
+            features: (B, T', P, C), the places of square frames.
             poses: (B, T, 4) as in `Clips`.
         """
-        batch, steps, height, width, channels = features.shape
+        batch, steps, places, channels = features.shape
+        side = math.isqrt(places)
         per_step = poses.unflatten(1, (steps, -1))
-        middle = per_step.mean(dim=2)
-        column = (middle[..., 0] * width).long().clamp(0, width - 1)
-        cell = (middle[..., 1] * height).long().clamp(0, height - 1) * width + column
-        places = features.flatten(2, 3)
-        where = F.cross_entropy(self.here(places).flatten(0, 1)[..., 0], cell.flatten())
+        cells = (per_step.mean(dim=2)[..., :2] * side).long().clamp(0, side - 1)
+        cell = cells[..., 1] * side + cells[..., 0]
+        where = F.cross_entropy(self.here(features).flatten(0, 1)[..., 0], cell.flatten())
         index = cell[..., None, None].expand(batch, steps, 1, channels)
         moved = (per_step[:, :, -1] - per_step[:, :, 0]) * self.scale
-        how = F.smooth_l1_loss(self.motion(places.gather(2, index)[:, :, 0]), moved)
+        how = F.smooth_l1_loss(self.motion(features.gather(2, index)[:, :, 0]), moved)
         return where + 2.0 * how
 
 
@@ -129,7 +132,7 @@ def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def accuracy(backbone: SwinBackbone, head: nn.Linear, clips: Clips, length: int) -> float:
+def accuracy(backbone: nn.Module, head: nn.Linear, clips: Clips, length: int) -> float:
     """Return the top-1 accuracy on the middle `length` frames of each clip."""
     start = (clips.frames.shape[1] - length) // 2
     right = 0
@@ -140,13 +143,22 @@ def accuracy(backbone: SwinBackbone, head: nn.Linear, clips: Clips, length: int)
     return right / len(clips.frames)
 
 
-def fresh_backbone(config: SwinConfig) -> SwinBackbone:
+def fresh_backbone(config: BackboneConfig) -> Any:
     """Build a backbone with random weights whose scale follows each layer's width.
 
-    The rule is that of Glorot and Bengio (2010); torchvision's one scale for all layers, 0.02,
+    The rule is that of Glorot and Bengio (2010); the libraries' one scale for all layers, 0.02,
     leaves the branches of a narrow network silent.
+
+    Raises:
+        UserError: the backbone does not show its features of each place.
     """
-    backbone = config.build()
+    backbone: nn.Module = config.build()
+    if not isinstance(backbone, Placed):
+        raise UserError(
+            f"{type(backbone).__name__} cannot be pretrained here: it has no method `places`, from "
+            "whose features the place and motion of the actor are learnt. Use finetune_backbone.py "
+            "with --model.no-reversible, which learns from classes alone."
+        )
     for module in backbone.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -155,7 +167,7 @@ def fresh_backbone(config: SwinConfig) -> SwinBackbone:
 
 def train(
     config: PretrainingConfig, clips: Clips, held_out: Clips, run: Run
-) -> tuple[SwinBackbone, float]:
+) -> tuple[nn.Module, float]:
     """Train a backbone; return it, and its top-1 accuracy on the held-out clips."""
     random = np.random.default_rng(config.seed)
     backbone = fresh_backbone(config.backbone)
@@ -168,7 +180,7 @@ def train(
     for step, (video, poses, labels) in enumerate(batches(clips, config, random), 1):
         backbone.train()
         places = backbone.places(video)
-        loss = loss_of(head(places.mean(dim=(2, 3))), labels)
+        loss = loss_of(head(places.mean(dim=2)), labels)
         total = loss + config.guide * guide(places, poses)
         optimizer.zero_grad()
         total.backward()

@@ -4,7 +4,7 @@
                            -> mean over the places, clips behind one another -> (B, C, T/s)
 
 with the n frames of a clip and the s frames of a token. Nothing mixes clips before the localizer,
-but for adapters (`adapters.py`).
+but for adapters (`adapters.py`) and for neighbours where features are interpolated.
 
 A family of such models is one `ClipFamily` and the dataclass of its shapes, in a file of its own
 (`videomae.py`); what the families share stands here.
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from re2tal.backbones.resampling import resample
 from re2tal.errors import UserError, check_within
 from re2tal.reversible.branches import recomputed
 
@@ -87,6 +88,10 @@ class ClipBackbone(nn.Module):
         clip: frames of a clip.
         stride: frames of a token.
         pooling: consecutive features that are averaged into one.
+        interpolation: features that are made of one, by linear interpolation over the window.
+
+    Raises:
+        ValueError: a feature would stand for a fraction of a frame.
     """
 
     def __init__(
@@ -99,15 +104,21 @@ class ClipBackbone(nn.Module):
         clip: int,
         stride: int,
         pooling: int,
+        interpolation: int = 1,
     ) -> None:
         super().__init__()
+        if stride * pooling % interpolation:
+            raise ValueError(
+                f"{interpolation} features cannot be made of every {stride * pooling} frames: "
+                "choose an interpolation that divides them."
+            )
         for name, part in model.named_children():
             self.add_module(name, part)
         for name, parameter in model.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
         self.channels = channels
-        self.temporal_stride = stride * pooling
-        self.multiple = math.lcm(clip, self.temporal_stride)
+        self.temporal_stride = stride * pooling // interpolation
+        self.multiple = math.lcm(clip, stride * pooling)
         self.timeline = Timeline(clip // stride, first=family.first, by_place=family.by_place)
         self._clip = clip
         self._family = family
@@ -117,11 +128,17 @@ class ClipBackbone(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         """Compute spatially pooled features; see `Backbone`."""
         check_window(video, self.multiple)
+        features = self.places(video).mean(dim=2)
+        pooled: Tensor = features.unflatten(1, (-1, self._pooling)).mean(dim=2)
+        at_own_rate = pooled.transpose(1, 2).contiguous()
+        return resample(at_own_rate, video.shape[2] // self.temporal_stride)
+
+    def places(self, video: Tensor) -> Tensor:
+        """Compute features before pooling; see `Placed`."""
         self.timeline.clips = video.shape[2] // self._clip
-        features = self._family.tokens(self, video).mean(dim=2)
-        in_order = features.unflatten(0, (len(video), -1)).flatten(1, 2)
-        pooled: Tensor = in_order.unflatten(1, (-1, self._pooling)).mean(dim=2)
-        return pooled.transpose(1, 2).contiguous()
+        tokens: Tensor = self._family.tokens(self, video)
+        in_order: Tensor = tokens.unflatten(0, (len(video), -1)).flatten(1, 2)
+        return in_order
 
     def layer_of(self, name: str) -> int:
         """Layer as in `Backbone`; what follows the blocks belongs to the last."""
@@ -263,6 +280,7 @@ _BOUNDS = {
     "drop_path": (0, 1),
     "scale": (0, 1),
     "pooling": (1, 2**10),
+    "interpolation": (1, 2**10),
 }
 
 
@@ -302,22 +320,28 @@ def check_shape(config: Any) -> None:
 
 
 def with_stride(config: ConfigT, stride: int, own: int) -> ConfigT:
-    """Return a shape whose features are averaged to another number of frames a feature.
+    """Return a shape with another number of frames a feature.
+
+    Features are averaged to a larger number, and interpolated to a smaller one.
 
     Args:
-        config: dataclass with a field `pooling`.
+        config: dataclass with a field `pooling`; only one with a field `interpolation` takes a
+            smaller number than `own`, a part of it.
         stride: number of frames wanted.
         own: frames that the model makes a feature of.
 
     Raises:
         ValueError: it cannot have that stride.
     """
-    if stride < 1 or stride % own:
+    interpolated = hasattr(config, "interpolation")
+    if stride < 1 or (stride % own and (not interpolated or own % stride)):
         raise ValueError(
             f"The stride must be a multiple of {own}, the frames that the backbone makes a feature "
-            f"of, not {stride}."
+            f"of{', or a part of it' if interpolated else ''}, not {stride}."
         )
-    changed: ConfigT = replace(config, pooling=stride // own)  # type: ignore[type-var]
+    rates = {"pooling": max(1, stride // own), "interpolation": max(1, own // stride)}
+    kept = rates if interpolated else {"pooling": rates["pooling"]}
+    changed: ConfigT = replace(config, **kept)  # type: ignore[type-var]
     return changed
 
 
@@ -331,6 +355,7 @@ def build(config: Any, family: ClipFamily, *, stride: int) -> ClipBackbone:
         clip=config.clip,
         stride=stride,
         pooling=config.pooling,
+        interpolation=getattr(config, "interpolation", 1),
     )
 
 

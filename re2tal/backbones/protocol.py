@@ -60,3 +60,16 @@ class Backbone(Protocol):
     def layer_of(self, name: str) -> int:
         """Layer of the parameter `name`: 0 for the stem, then 1 for each block in turn."""
         ...
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """Backbone that also shows its features of each place, before they are pooled."""
+
+    def places(self, video: Tensor) -> Tensor:
+        """Compute the features of each place, of the input of a `Backbone`.
+
+        Returns:
+            `(B, T', P, C)`: the P places of a grid row by row, at the backbone's own rate.
+        """
+        ...

@@ -209,7 +209,7 @@ class SwinBackbone(SwinTransformer3d):  # type: ignore[misc]  # torchvision has 
 
     def forward(self, video: Tensor) -> Tensor:
         """Compute spatially pooled features; see `Backbone`."""
-        features = self.places(video).mean(dim=(2, 3))
+        features = self.places(video).mean(dim=2)
         pooled: Tensor = features.unflatten(1, (-1, self.pooling)).mean(dim=2)
         return pooled.transpose(1, 2).contiguous()
 
@@ -225,6 +225,6 @@ class SwinBackbone(SwinTransformer3d):  # type: ignore[misc]  # torchvision has 
         return sum(depths)
 
     def places(self, video: Tensor) -> Tensor:
-        """Compute features before pooling, `(B, T / patch[0], H', W', C)`, of `forward`'s input."""
+        """Compute features before pooling; see `Placed`."""
         features: Tensor = self.norm(self.features(self.pos_drop(self.patch_embed(video))))
-        return features
+        return features.flatten(2, 3)

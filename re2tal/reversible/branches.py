@@ -119,7 +119,7 @@ class Whole(_Called):
 
 
 @dataclass(frozen=True, slots=True)
-class _Tokens(_Called):
+class Tokens(_Called):
     """Vectors along the last dimension."""
 
     units: int
@@ -135,7 +135,7 @@ class _Tokens(_Called):
 
 
 @dataclass(frozen=True, slots=True)
-class _Samples(_Called):
+class Samples(_Called):
     """Samples of a batch, in the memory format that they have: convolutions are chosen by it."""
 
     units: int
@@ -170,7 +170,7 @@ class ByToken:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Layout:
         """Make every vector along the last dimension a unit."""
-        return _Tokens(args, kwargs, prod(x.shape[:-1]), self.width)
+        return Tokens(args, kwargs, prod(x.shape[:-1]), self.width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ class BySample:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Layout:
         """Make every sample of the batch a unit."""
-        return _Samples(args, kwargs, x.shape[0], int(self.growth * prod(x.shape[1:])))
+        return Samples(args, kwargs, x.shape[0], int(self.growth * prod(x.shape[1:])))
 
 
 def spans(layout: Layout, budget: int) -> list[tuple[int, int]]:
@@ -267,12 +267,14 @@ def branches(block: nn.Module) -> list[Branch]:
 
 
 @singledispatch
-def returned(block: nn.Module, y: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG001
+def returned(block: nn.Module, y: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Return what the block's ``forward`` would for a result ``y``: by default ``y`` itself.
 
     Register a function for blocks that return more, such as ``(y, thw)``; it is called with the
     block, ``y`` and whatever else the block was called with.
     """
+    if not described(block):
+        return import_module(_PATTERN).returned(block, y, *args, **kwargs)
     return y
 
 
@@ -287,6 +289,7 @@ def recomputed(module: nn.Module) -> bool:  # noqa: ARG001
 
 
 _FAMILIES = "re2tal.reversible.families"
+_PATTERN = f"{_FAMILIES}.pattern"
 
 # Files with the families of a library.
 _FILES = {
@@ -322,13 +325,14 @@ def split(block: nn.Module | None) -> list[Branch]:
     """
     if block is None:
         raise NoFamilyError("the place is empty")
-    load_families(type(block))
-    family = next(cls for cls in type(block).__mro__ if cls in branches.registry)
-    found = branches(block)
-    if type(block).forward is not getattr(family, "forward", None) or _own_forward(block):
+    if _own_forward(block):
         raise NotReversibleError(
-            f"its forward is not that of {family.__name__}, which the family describes"
+            f"its forward is not that of {type(block).__name__}, but was given to it alone"
         )
+    if not described(block):
+        found: list[Branch] = import_module(_PATTERN).split(block)
+    else:
+        found = branches(block)
     if has_hooks(block):
         raise NotReversibleError(
             "it has hooks of its own, which would not be called: "
@@ -336,6 +340,13 @@ def split(block: nn.Module | None) -> list[Branch]:
             "the stage's Sequential or on the owner of its ModuleList"
         )
     return found
+
+
+def described(block: nn.Module) -> bool:
+    """Tell whether a family describes the forward of a block's class, or it has to be tried out."""
+    load_families(type(block))
+    family = next(cls for cls in type(block).__mro__ if cls in branches.registry)
+    return family is not object and type(block).forward is getattr(family, "forward", None)
 
 
 def _own_forward(block: nn.Module) -> bool:

@@ -31,6 +31,8 @@ class Rewired(nn.Module):
         rewired: names of the children that take part; the others are called as they are.
         where: name of the container in the rewired model, for errors.
         watch: checks and measurements of its stages.
+        original: class that it had.
+        plain_class: the class of PyTorch that it is like.
     """
 
     settings: Settings
@@ -38,14 +40,17 @@ class Rewired(nn.Module):
     where: str
     watch: Watch
     original: type[nn.Module]
+    plain_class: type[nn.Module]
 
     @classmethod
     def adopt(
         cls, module: nn.Module, *, settings: Settings, rewired: frozenset[str], where: str
     ) -> None:
         """Turn a container into a rewired one, in place; its blocks get a forward of their own."""
+        vars(module).update(
+            original=type(module), settings=settings, rewired=rewired, where=where, watch=Watch()
+        )
         module.__class__ = cls
-        vars(module).update(settings=settings, rewired=rewired, where=where, watch=Watch())
         assert isinstance(module, Rewired)
         for name in rewired:
             vars(module._modules[name])["forward"] = Passage(module, name)
@@ -55,19 +60,20 @@ class Rewired(nn.Module):
         for block in self._modules.values():
             if block is not None and isinstance(vars(block).get("forward"), Passage):
                 del vars(block)["forward"]
-        for attribute in ("settings", "rewired", "where", "watch"):
-            vars(self).pop(attribute, None)
         self.__class__ = self.original  # type: ignore[assignment]
+        for attribute in ("original", "settings", "rewired", "where", "watch"):
+            vars(self).pop(attribute, None)
 
     def __getitem__(self, index: Any) -> Any:
-        """Return a child, or for a slice a container of the original class with these children.
+        """Return a child, or for a slice a plain container with these children.
 
         Their stages are still whole: leaving one early, or entering it late, is an error.
         """
         if not isinstance(index, slice):
             return super().__getitem__(index)  # type: ignore[misc]
         chosen = OrderedDict(list(self._modules.items())[index])
-        return self.original(chosen if self.original is nn.Sequential else chosen.values())
+        plain = self.plain_class
+        return plain(chosen if plain is nn.Sequential else chosen.values())
 
     def runs(self) -> Iterator[tuple[bool, tuple[str, ...]]]:
         """Yield the children in order, as runs of names that are rewired or not."""
@@ -119,7 +125,7 @@ def _branches_of(where: str, block: nn.Module | None) -> list[Branch]:
 class ReversibleSequential(Rewired, nn.Sequential):
     """An `nn.Sequential` that runs its runs of consecutive residual blocks as reversible stages."""
 
-    original = nn.Sequential
+    plain_class = nn.Sequential
 
     # Nodes with state cannot be traced: compile the modules inside the blocks.
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch's has no types
@@ -145,7 +151,32 @@ class ReversibleSequential(Rewired, nn.Sequential):
 class ReversibleModuleList(Rewired, nn.ModuleList):
     """An `nn.ModuleList` whose blocks the model's own forward calls one by one; see `Passage`."""
 
-    original = nn.ModuleList
+    plain_class = nn.ModuleList
+
+
+def rewired_class(module: nn.Module) -> type[Rewired] | None:
+    """Find the class that a container is given by `rewire`; None if its own does more.
+
+    A subclass that only builds its children itself is a plain container.
+    """
+    for cls in (ReversibleSequential, ReversibleModuleList):
+        if type(module) is cls:
+            return cls
+        between = type(module).__mro__
+        if cls.plain_class in between:
+            derived = between[: between.index(cls.plain_class)]
+            return None if any(vars(c).keys() - _ONLY_BUILDS for c in derived) else cls
+    return None
+
+
+_ONLY_BUILDS = {*vars(type("_Empty", (nn.Module,), {"__init__": None})), "__annotations__"} | {
+    "__annotate_func__",
+    "__annotations_cache__",
+    "__annotate__",
+    "__static_attributes__",
+    "__firstlineno__",
+    "_version",
+}
 
 
 # Results that a stage's blocks pass on. Beside the tensors, not on them: a tensor that is pickled

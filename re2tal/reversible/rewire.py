@@ -1,5 +1,6 @@
 """Rewire the residual blocks of a model in place, and take it back."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -10,16 +11,15 @@ from re2tal.reversible.branches import (
     NoFamilyError,
     NotReversibleError,
     check_complete,
+    described,
     load_families,
     recomputed,
     split,
 )
 from re2tal.reversible.containers import (
-    ReversibleModuleList,
-    ReversibleSequential,
-    Rewired,
     dotted,
     first_to_last,
+    rewired_class,
 )
 from re2tal.reversible.controls import recomputed_modules, reversible_stages
 from re2tal.reversible.coupling import Bits, Budget, Coupling, Settings
@@ -101,16 +101,18 @@ def _left_row(left: LeftOut) -> tuple[str, str, str]:
     return left.name, left.kind, f"{result}: {left.reason}"
 
 
+ALONE = "alone, it saves no memory in its own backward"
+"""What the report says of a stage of one branch: its replay keeps as much as the block would, and
+the streams and their gradients are held beside it."""
+
+
 def _stage_row(stage: Stage) -> tuple[str, str, str]:
-    count = len(stage.blocks)
-    result = f"reversible: {count} block{'s' * (count > 1)}, {stage.branches} branches"
+    count, branches = len(stage.blocks), stage.branches
+    result = (
+        f"reversible: {count} block{'s' * (count > 1)}, "
+        f"{branches} branch{'es' * (branches > 1)}{'; ' + ALONE if branches == 1 else ''}"
+    )
     return dotted(stage.container, first_to_last(stage.blocks)), stage.kind, result
-
-
-_CONTAINERS: dict[type[nn.Module], type[Rewired]] = {
-    nn.Sequential: ReversibleSequential,
-    nn.ModuleList: ReversibleModuleList,
-}
 
 
 @dataclass
@@ -137,20 +139,63 @@ class _Plan:
             for block in stage.blocks
         }
 
-    def consider(self, name: str, module: nn.Module) -> None:
-        """Look for stages among the children of a module."""
-        if not isinstance(module, (nn.Sequential, nn.ModuleList)):
-            return
-        stages = _stages(name, module, self.refused)
-        own = type(module) not in (*_CONTAINERS, *_CONTAINERS.values())
-        if stages and own:
-            kind = nn.Sequential if isinstance(module, nn.Sequential) else nn.ModuleList
-            self.refused[name] = NotReversibleError(
-                f"only nn.{kind.__name__} itself is rewired, not its subclass "
-                f"{type(module).__name__}"
-            )
-        elif stages:
-            self.containers.append((module, name, stages))
+    def consider(self, model: nn.Module) -> None:
+        """Look for stages among the children of all containers.
+
+        Inner ones come first: what holds blocks is no block itself. But inside a block nothing else
+        is tried out, and a family's own block is one whatever it holds.
+        """
+        for name, module in reversed(list(model.named_modules())):
+            if not isinstance(module, (nn.Sequential, nn.ModuleList)):
+                continue
+            stages = self._stages(name, module)
+            if stages and rewired_class(module) is None:
+                self.refused[name] = NotReversibleError(
+                    f"{type(module).__name__} is not rewired, because it is a subclass of "
+                    f"nn.{'Sequential' if isinstance(module, nn.Sequential) else 'ModuleList'} "
+                    "that has methods of its own"
+                )
+            elif stages:
+                self.containers.insert(0, (module, name, stages))
+
+    def _stages(self, container: str, module: nn.Module) -> list[Stage]:
+        """Find the maximal runs of reversible children; note why others are in none."""
+        counts: dict[str, int] = {}
+        for name, child in module._modules.items():
+            try:
+                counts[name] = self._count_branches(dotted(container, name), child)
+            except NotReversibleError as error:
+                counts[name] = 0
+                self.refused.setdefault(dotted(container, name), error)
+        stages = []
+        for reversible, run in groupby(counts, key=lambda name: counts[name] > 0):
+            if reversible:
+                blocks = tuple(run)
+                kinds = dict.fromkeys(type(module._modules[name]).__name__ for name in blocks)
+                stages.append(
+                    Stage(
+                        container=container,
+                        blocks=blocks,
+                        kind=", ".join(kinds),
+                        branches=sum(counts[name] for name in blocks),
+                    )
+                )
+        return stages
+
+    def _count_branches(self, name: str, block: nn.Module | None) -> int:
+        inside = [entry for entry in self.containers if entry[1].startswith(dotted(name, ""))]
+        tried_out = block is not None and not described(block)
+        if tried_out and block is not None and recomputed(block):
+            raise NoFamilyError(f"no family is registered for {type(block).__name__}")
+        if tried_out and any(len(stage.blocks) > 1 for _, _, found in inside for stage in found):
+            raise NoFamilyError("its blocks are rewired themselves")
+        found = split(block)
+        assert block is not None
+        check_complete(block, found)
+        for entry in inside:
+            if not all(described(child) for child in entry[0].children()):
+                self.containers.remove(entry)
+        return len(found)
 
     def find_recomputed(self, model: nn.Module) -> None:
         """Look for what can be recomputed: stems, and blocks that change the shape."""
@@ -169,53 +214,19 @@ class _Plan:
         visit("", model)
 
 
-def _stages(
-    container: str, module: nn.Module, refused: dict[str, NotReversibleError]
-) -> list[Stage]:
-    """Find the maximal runs of reversible children; note in `refused` why others are in none."""
-    counts: dict[str, int] = {}
-    for name, child in module._modules.items():
-        try:
-            counts[name] = _count_branches(child)
-        except NotReversibleError as error:
-            counts[name] = 0
-            refused[dotted(container, name)] = error
-    stages = []
-    for reversible, run in groupby(counts, key=lambda name: counts[name] > 0):
-        if reversible:
-            blocks = tuple(run)
-            kinds = dict.fromkeys(type(module._modules[name]).__name__ for name in blocks)
-            stages.append(
-                Stage(
-                    container=container,
-                    blocks=blocks,
-                    kind=", ".join(kinds),
-                    branches=sum(counts[name] for name in blocks),
-                )
-            )
-    return stages
-
-
-def _count_branches(block: nn.Module | None) -> int:
-    found = split(block)
-    assert block is not None
-    check_complete(block, found)
-    return len(found)
-
-
 def _left_out(model: nn.Module, plan: _Plan) -> tuple[LeftOut, ...]:
     """List the outermost modules with parameters that hold nothing rewired, and why.
 
     A block that was refused for a reason of its own is named itself, not by what holds it.
     """
     rewired, refused = plan.blocks, plan.refused
-    named = rewired | plan.recomputed.keys()
-    named |= {n for n, e in refused.items() if not isinstance(e, NoFamilyError)}
+    own = {n for n, e in refused.items() if not isinstance(e, NoFamilyError)}
     rows: list[LeftOut] = []
 
     def visit(name: str, module: nn.Module) -> None:
         if name in rewired:
             return
+        named = rewired | plan.recomputed.keys() | (set() if name in own else own)
         inside = dotted(name, "")
         if any(inside != other and other.startswith(inside) for other in named):
             for child, submodule in module.named_children():
@@ -227,7 +238,20 @@ def _left_out(model: nn.Module, plan: _Plan) -> tuple[LeftOut, ...]:
             rows.append(LeftOut(name=name, kind=kind, reason=reason, recomputed=again))
 
     visit("", model)
-    return tuple(rows)
+    return tuple(_together(rows))
+
+
+def _together(rows: Sequence[LeftOut]) -> Iterator[LeftOut]:
+    """Put neighbours into one row that are left out for the same reason."""
+
+    def alike(row: LeftOut) -> tuple[str, str, str, bool]:
+        return row.name.rpartition(".")[0], row.kind, row.reason, row.recomputed
+
+    for (parent, kind, reason, again), run in groupby(rows, key=alike):
+        names = [row.name.rpartition(".")[2] for row in run]
+        yield LeftOut(
+            name=dotted(parent, first_to_last(names)), kind=kind, reason=reason, recomputed=again
+        )
 
 
 def rewire(
@@ -303,7 +327,9 @@ def rewire(
     unwire(model)
     for module, name, stages in plan.containers:
         blocks = frozenset(block for stage in stages for block in stage.blocks)
-        _CONTAINERS[type(module)].adopt(module, settings=settings, rewired=blocks, where=name)
+        adopting = rewired_class(module)
+        assert adopting is not None
+        adopting.adopt(module, settings=settings, rewired=blocks, where=name)
     for name, module in plan.recomputed.items():
         vars(module)["forward"] = Recomputed(module, name)
     return report
@@ -311,8 +337,7 @@ def rewire(
 
 def _considered(model: nn.Module) -> _Plan:
     plan = _Plan()
-    for name, module in model.named_modules():
-        plan.consider(name, module)
+    plan.consider(model)
     return plan
 
 
@@ -336,7 +361,7 @@ def unwire(model: nn.Module) -> None:
     """
     found = list(reversible_stages(model))
     for name, stage in found:
-        if type(stage) not in _CONTAINERS.values():
+        if rewired_class(stage) is not type(stage):
             raise ReversibleError(
                 f"{name or 'The model'} has become a {type(stage).__name__}, and cannot be given "
                 "back as it was. Call rewire and unwire before fully_shard."

@@ -136,6 +136,35 @@ def test_neighbouring_features_are_averaged(video: Tensor) -> None:
         TINY.with_stride(3)
 
 
+def test_features_of_each_frame_are_interpolated_over_the_window(video: Tensor) -> None:
+    """AdaTAD's rate on THUMOS-14; a frame lies a quarter of a token from the token's middle."""
+    torch.manual_seed(0)
+    plain, faster = TINY.build().eval(), TINY.with_stride(1).build().eval()
+    faster.load_state_dict(plain.state_dict())
+    assert (faster.temporal_stride, faster.multiple) == (1, 4)
+    with torch.no_grad():
+        tokens, found = plain(video), faster(video)
+    assert found.shape == (2, 16, 12)
+    torch.testing.assert_close(found[..., 0], tokens[..., 0])
+    torch.testing.assert_close(found[..., 11], tokens[..., 5])
+    for frame in range(1, 11):
+        near, far = frame // 2, frame // 2 + (1 if frame % 2 else -1)
+        wanted = 0.75 * tokens[..., near] + 0.25 * tokens[..., far]
+        torch.testing.assert_close(found[..., frame], wanted)
+    with pytest.raises(ValueError, match="4 features cannot be made of every 2 frames"):
+        replace(TINY, interpolation=4).build()
+
+
+def test_places_are_the_tokens_of_each_clip_in_order(video: Tensor) -> None:
+    built: Any = scrambled(TINY.build()).eval()
+    with torch.no_grad():
+        places, features = built.places(video), built(video)
+        parts = [built.places(video[:, :, t : t + 4]) for t in range(0, 12, 4)]
+    assert places.shape == (2, 6, 16, 16)
+    torch.testing.assert_close(places, torch.cat(parts, dim=1))
+    torch.testing.assert_close(places.mean(dim=2).transpose(1, 2), features)
+
+
 def test_windows_and_clips_do_not_mix(video: Tensor) -> None:
     torch.manual_seed(0)
     built = scrambled(TINY.build()).eval()

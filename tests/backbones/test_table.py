@@ -13,7 +13,7 @@ from re2tal.backbones import table
 from re2tal.backbones.protocol import Strided
 from re2tal.backbones.swin import SwinConfig
 from re2tal.backbones.table import Entry, backbone, backbones, entry_of
-from re2tal.backbones.weights import HUB, PREFIX, torchvision_weights
+from re2tal.backbones.weights import HUB, PREFIX, load_backbone_weights, torchvision_weights
 from re2tal.errors import UserError
 
 
@@ -47,8 +47,10 @@ def test_known_weights_exist(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> N
     for weights in entry.weights:
         if weights.startswith(PREFIX):
             assert torchvision_weights(weights)
-        else:  # the hub cannot be asked here
-            assert weights.startswith(HUB) or Path(weights).is_file()
+        elif not weights.startswith(HUB):  # the hub cannot be asked here
+            assert Path(weights).stat().st_size <= 3 * 10**6
+            built: Any = entry.make().build()
+            assert not load_backbone_weights(built, weights).kept
 
 
 def test_an_unknown_name_is_refused_with_those_that_there_are() -> None:

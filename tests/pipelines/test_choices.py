@@ -110,10 +110,10 @@ def test_a_model_of_clips_makes_features_from_the_folder_of_its_library(tmp_path
     torch.manual_seed(0)
     made = videomae_toy().build().eval()
     state = {f"videomae.{name}": value for name, value in made.state_dict().items()}
-    save_file(state | {"fc_norm.bias": torch.zeros(128)}, tmp_path / "model.safetensors")
+    save_file(state | {"fc_norm.bias": torch.zeros(made.channels)}, tmp_path / "model.safetensors")
     config = FrozenBackboneConfig(backbone="videomae_toy", weights=str(tmp_path), size=64)
     frozen = load_backbone(config, stride=4)
-    assert (frozen.channels, frozen.temporal_stride, frozen.multiple) == (128, 4, 16)
+    assert (frozen.channels, frozen.temporal_stride, frozen.multiple) == (made.channels, 4, 16)
     frames = torch.randint(0, 256, (1, 32, 64, 64, 3), dtype=torch.uint8)
     with torch.no_grad():
         seen = normalize(frames, grey_levels(IMAGENET_MEAN), grey_levels(IMAGENET_STD))

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.config.recipes import thumos_re2_swin_t_vsgn, toy
+from pipelines.config.recipes import toy
+from pipelines.config.recipes.thumos import thumos_re2_swin_t_vsgn
 from re2tal.backbones.swin import swin_s
 from re2tal.errors import UserError
 from re2tal.localizers.vsgn import VSGNConfig

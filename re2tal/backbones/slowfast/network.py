@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from math import lcm
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from re2tal.backbones.resampling import resample
 from re2tal.backbones.slowfast.blocks import EXPANSION, Lateral, Stem, stage
 from re2tal.backbones.slowfast.published import (
     MMACTION2_SLOWFAST,
@@ -240,7 +240,7 @@ class SlowFastBackbone(nn.Module):
                 "another window, or pad it."
             )
         length = frames // self.temporal_stride
-        pooled = [_resample(x.mean(dim=(3, 4)), length) for x in self.places(video)]
+        pooled = [resample(x.mean(dim=(3, 4)), length) for x in self.pathways(video)]
         return torch.cat(pooled, dim=1)
 
     def layer_of(self, name: str) -> int:
@@ -256,7 +256,7 @@ class SlowFastBackbone(nn.Module):
             return sum(self._depths[:stage])
         return 1 + sum(self._depths[: stage - 1]) + int(index)
 
-    def places(self, video: Tensor) -> tuple[Tensor, Tensor]:
+    def pathways(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Compute features of both pathways before pooling, of `forward`'s input.
 
         Returns:
@@ -274,12 +274,3 @@ class SlowFastBackbone(nn.Module):
 def _inputs(width: int, stages: int) -> list[int]:
     """Channels of a pathway before each stage."""
     return [width, *(EXPANSION * width * 2**index for index in range(stages - 1))]
-
-
-def _resample(x: Tensor, length: int) -> Tensor:
-    """`(B, C, T)` at another rate, `(B, C, length)`: linear, as in the published Re2TAL."""
-    if x.shape[2] == length:
-        return x
-    # As a product with a matrix: the gradient of F.interpolate is not deterministic on a GPU.
-    each = torch.eye(x.shape[2], dtype=x.dtype, device=x.device)
-    return x @ F.interpolate(each[None], length, mode="linear", align_corners=False)[0]

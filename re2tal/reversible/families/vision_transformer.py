@@ -1,22 +1,22 @@
 """torchvision's Vision Transformer: arXiv 2010.11929."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from threading import RLock
-
-import torch
 from torch import Tensor
 from torchvision.models.vision_transformer import EncoderBlock
 
 from re2tal.reversible.branches import Branch, branches
-from re2tal.reversible.families.vit import SelfAttention, mlp_cut, scores
+from re2tal.reversible.families.vit import (
+    SelfAttention,
+    differentiable_path,
+    mlp_cut,
+    scores,
+)
 
 
 @branches.register
 def _encoder(block: EncoderBlock) -> list[Branch]:
     def attention(x: Tensor) -> Tensor:
         x = block.ln_1(x)
-        with _differentiable_path():
+        with differentiable_path():
             x = block.self_attention(x, x, x, need_weights=False)[0]
         result: Tensor = block.dropout(x)
         return result
@@ -36,22 +36,3 @@ def _encoder(block: EncoderBlock) -> list[Branch]:
         ),
         Branch("mlp", (block.ln_2, block.mlp), cut=mlp_cut(channels, hidden)),
     ]
-
-
-_fastpath_lock = RLock()
-
-
-@contextmanager
-def _differentiable_path() -> Iterator[None]:
-    """Keep `nn.MultiheadAttention` from its path for inference, which rounds in another way.
-
-    It would take it in eval mode wherever no gradient is asked for: in the forward of a reversible
-    stage, but not in the replay.
-    """
-    with _fastpath_lock:
-        enabled = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(enabled)

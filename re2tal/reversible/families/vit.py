@@ -1,15 +1,26 @@
 """Cuts of the branches of a vision transformer, whichever library it comes from."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from re2tal.reversible.branches import BySample, ByToken, Cut, Layout, Whole
 
 _COPIES = 4
 """Copies of an attention matrix that an unfused kernel keeps alive: the scores or their mask of
 dropout, their softmax, and a gradient of each."""
+
+
+def has_rows(x: Tensor, args: Any, kwargs: Any) -> bool:
+    """Tell whether an argument seems to have a row for each sample, and would have to be cut."""
+    given = tree_leaves((args, kwargs))
+    return any(isinstance(value, Tensor) and value.shape[:1] == x.shape[:1] for value in given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +42,7 @@ class SelfAttention:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Layout:
         """Lay out the samples of ``(B, N, C)``."""
-        given = (*args, *kwargs.values())
-        if any(isinstance(value, Tensor) and value.shape[:1] == x.shape[:1] for value in given):
+        if has_rows(x, args, kwargs):
             return Whole(args, kwargs)
         keys = x.shape[1] // self.spread + 1
         growth = (self.width + self.scores * keys) / x.shape[2]
@@ -62,3 +72,22 @@ def mlp_cut(channels: int, hidden: int, copies: int = 4) -> Cut:
             kernel of its own: its input and output, a gradient, and the copy that dropout keeps.
     """
     return ByToken(4 * channels + copies * hidden)  # C: input, norm, output and a gradient
+
+
+_fastpath_lock = RLock()
+
+
+@contextmanager
+def differentiable_path() -> Iterator[None]:
+    """Keep `nn.MultiheadAttention` from its path for inference, which rounds in another way.
+
+    It would take it in eval mode wherever no gradient is asked for: in the forward of a reversible
+    stage, but not in the replay.
+    """
+    with _fastpath_lock:
+        enabled = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(enabled)
