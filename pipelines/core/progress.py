@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from rich.console import Console
 
 from pipelines.core.clock import duration
 
@@ -30,6 +29,8 @@ def doing(what: str) -> Iterator[Callable[[int, int], None]]:
     Yields:
         Function that shows how much is done, given the numbers that are done and of all.
     """
+    from rich.console import Console  # workers, which show nothing themselves, need not load it
+
     console = Console()
     if console.is_terminal:
         with console.status(f"{what} ...") as status:

@@ -147,7 +147,8 @@ def test_a_subclass_of_sequential_is_rewired_if_all_that_it_adds_is_its_children
     assert "Acting is not rewired, because it is a subclass of nn.Sequential" in reason
     x = torch.randn(2, 6)
     y = model[1](x)
-    assert type(model[1][:1]) is nn.Sequential
+    rewired: Any = model[1]
+    assert type(rewired[:1]) is nn.Sequential
     unwire(model)
     assert type(model[1]) is Building
     assert not torch.equal(model[1](x), y)
