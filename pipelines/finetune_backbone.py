@@ -1,5 +1,9 @@
 """Finetune a rewired backbone on trimmed videos (step 4 of Re2TAL), and write its weights.
 
+Or on the annotated segments of untrimmed videos, without cutting them or writing lists:
+
+  python pipelines/finetune_backbone.py RECIPE --data.annotations A --data.videos FOLDER
+
 Toy clips, from the weights that the repository ships, minutes on two CPU cores:
 
   python pipelines/finetune_backbone.py

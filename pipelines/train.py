@@ -8,6 +8,11 @@ Another recipe, on data of yours:
 
   python pipelines/train.py RECIPE --data.annotations A --data.videos FOLDER --model.weights W
 
+A recipe for data of yours, with reasons, and the backbone finetuned on its classes first:
+
+  python pipelines/new_recipe.py --annotations A --videos FOLDER > my_recipe.py
+  python pipelines/train.py my_recipe.py --finetune-epochs 15
+
 The same without videos and backbone, on features (extract_features.py):
 
   python pipelines/train.py RECIPE --data.annotations A --data.features FEATURES

@@ -104,9 +104,13 @@ class Detector(nn.Module, Generic[BackboneT, LocalizerT]):
         Raises:
             ValueError: `frames` or `mask` have another shape or type.
         """
+        return self.localizer(self.features(frames), self.feature_mask(mask), targets)
+
+    def features(self, frames: Tensor) -> Tensor:
+        """Compute the features `(B, C, T')` of what `forward` takes as `frames`."""
         precomputed = isinstance(self.backbone, Precomputed)
-        features = self.backbone(frames if precomputed else self.normalized(frames))
-        return self.localizer(features, self.feature_mask(mask), targets)
+        features: Tensor = self.backbone(frames if precomputed else self.normalized(frames))
+        return features
 
     def normalized(self, frames: Tensor) -> Tensor:
         """Normalise `frames` `(B, T, H, W, 3)` to float32 `(B, 3, T, H, W)`.

@@ -1,12 +1,15 @@
 """Recipes of `finetune_backbone.py`: functions that return a run's configuration."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
+from pipelines.config.annotations import AnnotationConfig
 from pipelines.config.recipe import (
+    BackboneModelConfig,
     ClassificationRecipe,
     ClassifierModelConfig,
     OptimConfig,
+    Recipe,
     ScaleConfig,
     TrimmedDataConfig,
 )
@@ -81,6 +84,47 @@ def kinetics_re2_slowfast_101() -> ClassificationRecipe:
         name="kinetics_re2_slowfast_101",
         model=replace(recipe.model, backbone=slowfast_101()),
         views=ViewConfig(clips=10, crops=3),
+    )
+
+
+def finetuning(recipe: Recipe) -> ClassificationRecipe:
+    """Make the recipe of the finetuning that a detector's recipe begins with.
+
+    Its steps hold as many frames as the detector's, in shorter clips. The connections move to the
+    rewired ones here, if they are to move (`model.coupling_epochs`). All of the backbone learns,
+    whatever learns of it afterwards (`model.tuning`).
+
+    Raises:
+        ValueError: they would not be through.
+    """
+    data, model, settings = recipe.data, recipe.model, recipe.finetune
+    kept = {one.name for one in fields(BackboneModelConfig)} - {"tuning", "adapters", "lora"}
+    shared = {one.name for one in fields(AnnotationConfig)}
+    shared |= {"videos", "training_subset", "validation_subset", "size", "augmentation"}
+    return ClassificationRecipe(
+        name=f"{recipe.name}_finetuning",
+        experiment=recipe.experiment,
+        output=recipe.output,
+        seed=recipe.seed,
+        epochs=settings.epochs,
+        batch_size=max(1, recipe.batch_size * data.window.frames // settings.frames),
+        resume=recipe.resume,
+        data=TrimmedDataConfig(
+            **{name: getattr(data, name) for name in shared},
+            background=settings.background,
+            clip=ClipConfig(frames=settings.frames, fps=data.window.fps or ClipConfig().fps),
+            max_failed=data.max_failed,
+        ),
+        model=ClassifierModelConfig(**{name: getattr(model, name) for name in kept}),
+        optim=replace(
+            recipe.optim,
+            backbone_lr=settings.lr,
+            localizer_lr=10 * settings.lr,
+            warmup_epochs=0.1 * settings.epochs,
+            schedule_epochs=None,
+        ),
+        scale=recipe.scale,
+        views=ViewConfig(clips=3),
     )
 
 

@@ -29,6 +29,7 @@ _FIRST = (
     "data.clip.fps",
     "model.weights",
     "model.tuning",
+    "finetune.epochs",
     "epochs",
     "batch_size",
     "output",
@@ -131,7 +132,7 @@ def _first_options(default: Any, prefix: str) -> Any:
     for path in wanted:
         *parents, name = path.split(".")
         owner = reduce(_field, parents, default)
-        if _field(owner, name) is owner:
+        if _field(owner, name) is owner or (parents and owner is default):
             continue  # of another kind of recipe
         option = tyro.conf.arg(name=path.replace("_", "-"), help=_documented(type(owner), name))
         hint = get_type_hints(type(owner), include_extras=True)[name]

@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pipelines.config.annotations import ScoredAnnotationConfig
+import tyro
+
+from pipelines.config.annotations import AnnotationConfig, ScoredAnnotationConfig
 from re2tal.backbones.adapters import AdapterConfig
 from re2tal.backbones.lora import LoraConfig
 from re2tal.backbones.protocol import BackboneConfig
@@ -13,6 +15,7 @@ from re2tal.classifier import ClipClassifierConfig
 from re2tal.components import Component
 from re2tal.datasets.trimmed import ClipConfig, ViewConfig
 from re2tal.detection.suppression import NmsConfig
+from re2tal.errors import check_within
 from re2tal.localizers.protocol import LocalizerConfig
 from re2tal.precision import Precision
 from re2tal.videos.augmentation import AugmentationConfig
@@ -332,16 +335,44 @@ class ModelConfig(BackboneModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneConfig:
+    """Finetuning of the backbone before the detector is trained: step 4 of Re2TAL on one's classes.
+
+    Attributes:
+        epochs: passes over the annotated segments of the training videos; 0 leaves it out.
+        frames: frames of a clip, at the rate of the windows.
+        lr: learning rate of the backbone; the classifier's head learns ten times as fast.
+        background: tell the segments from clips between them too.
+
+    Raises:
+        ValueError: a field is out of its range.
+    """
+
+    # without the names of the fields around it, as most who finetune give no other
+    epochs: Annotated[int, tyro.conf.arg(aliases=("--finetune-epochs",))] = 0
+    frames: int = 32
+    lr: float = 1e-4
+    background: bool = False
+
+    def __post_init__(self) -> None:
+        check_within(self, epochs=(0, 10**6), frames=(1, 2**20), lr=(0, 1e3))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe(RunConfig):
     """The complete configuration of one training run.
 
     Attributes:
         data: annotations, videos and windows.
+        finetune: finetuning of the backbone on the annotated segments, before all else.
         model: backbone and localizer.
         nms: suppression of detections that overlap.
         thresholds: tIoU thresholds of the mAP; the mean over them selects the best checkpoint.
         ignore_ambiguous: do not count detections on stretches that cannot be judged, as in
             THUMOS-14's own toolkit. Published results count them as false positives.
+        watched_videos: training videos on which mAP is measured too at every evaluation, but no
+            more than there are validation videos: the difference shows whether the detector
+            overfits. 0 leaves out these and the validation loss.
         save_raw: keep the detections before non-maximum suppression with each checkpoint, for
             ensembles and for searching its settings without training.
         registered_model: name in MLflow's registry that gets the best checkpoint as its next
@@ -353,15 +384,18 @@ class Recipe(RunConfig):
 
     experiment: str = "re2tal"
     data: DataConfig
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     model: ModelConfig
     nms: NmsConfig = field(default_factory=NmsConfig)
     thresholds: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
     ignore_ambiguous: bool = False
+    watched_videos: int = 8
     save_raw: bool = False
     registered_model: str | None = None
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
+        check_within(self, watched_videos=(0, 2**20))
         self.model.check_epochs(self.epochs)
         if self.model.added and self.data.features is not None:
             raise ValueError(
@@ -376,15 +410,25 @@ class Recipe(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrimmedDataConfig:
+class TrimmedDataConfig(AnnotationConfig):
     """Trimmed videos, and the clips that are cut from them.
+
+    With `annotations`, the clips are cut from the annotated segments of untrimmed videos; the lists
+    in `training` and `validation` are then not read.
 
     Attributes:
         training: a folder with a folder of videos for each class, or a list of videos: Kinetics'
             own CSV, a CSV with `path` and `label`, or lines of `path label` (described in
             `re2tal.datasets.trimmed.lists`); a path or a URI.
         validation: folder or list, as above, of the videos that are evaluated after every epoch.
-        videos: folder that the paths in lists are in; a path or a URI.
+        videos: folder that the paths in lists are in, or that of the untrimmed videos, named by id;
+            a path or a URI.
+        training_subset: subset of the annotations that is trained on; by default that of the data
+            set, or "training".
+        validation_subset: subset that is evaluated; by default that of the data set, or
+            "validation".
+        background: tell the annotated segments from what lies between them too: a class more, with
+            as many stretches as the most frequent class has segments.
         classes: file with the names of all classes, one a line; needed where lists have numbers.
             None takes the classes of the training videos, sorted.
         training_split: value of the training list's column `split` in the rows that are taken; None
@@ -403,6 +447,9 @@ class TrimmedDataConfig:
     training: str | None = None
     validation: str | None = None
     videos: str | None = None
+    training_subset: str | None = None
+    validation_subset: str | None = None
+    background: bool = False
     classes: str | None = None
     training_split: str | None = None
     validation_split: str | None = None
@@ -424,9 +471,22 @@ class TrimmedDataConfig:
     @property
     def subsets(self) -> dict[str, str]:
         """Names of the data that a run trains on and is evaluated on."""
+        if self.annotations is not None:
+            named = {"training": self.trained_on, "validation": self.evaluated_on}
+            return {use: f"{self.title} {name} segments" for use, name in named.items()}
         lists = {"training": self.training, "validation": self.validation}
         paths = {use: PurePath(path or "") for use, path in lists.items()}
         return {use: f"{path.parent.name} {path.stem}".strip() for use, path in paths.items()}
+
+    @property
+    def trained_on(self) -> str:
+        """Name of the training subset of the annotations."""
+        return self.training_subset or self.record.training
+
+    @property
+    def evaluated_on(self) -> str:
+        """Name of the validation subset of the annotations."""
+        return self.validation_subset or self.record.validation
 
     @property
     def window(self) -> WindowConfig:

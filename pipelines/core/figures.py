@@ -70,20 +70,31 @@ def _short(name: str) -> str:
 
 
 def curves(
-    loss: Sequence[tuple[int, float]], quality: Mapping[str, Sequence[tuple[int, float]]]
+    loss: Sequence[tuple[int, float]],
+    quality: Mapping[str, Sequence[tuple[int, float]]],
+    *,
+    validation_loss: Sequence[tuple[int, float]] = (),
+    watched: Sequence[tuple[int, float]] = (),
 ) -> Figure:
-    """Draw the training loss and the validation mAP over the steps.
+    """Draw the loss and the mAP over the steps.
 
     Args:
-        loss: step and loss.
+        loss: step and training loss.
         quality: name of a curve (a tIoU threshold, or "average") to step and mAP.
+        validation_loss: step and validation loss.
+        watched: step and average mAP on training videos.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
+    style: dict[str, Any]
     steps, values = zip(*loss, strict=True)
     left.plot(steps, values, color="0.8", linewidth=1)
-    left.plot(steps, _smooth(values), color=COLOURS[0], linewidth=2)
-    left.set(xlabel="step", ylabel="training loss", ylim=(0, None))
+    left.plot(steps, _smooth(values), color=COLOURS[0], linewidth=2, label="training")
+    if validation_loss:
+        style = {"color": COLOURS[3], "marker": "o", "markersize": 4}
+        left.plot(*zip(*validation_loss, strict=True), label="validation", **style)
+        left.legend(fontsize=8)
+    left.set(xlabel="step", ylabel="loss", ylim=(0, None))
     for name, points in quality.items():
         average = name == "average"
         right.plot(
@@ -94,6 +105,9 @@ def curves(
             color="black" if average else None,
             linewidth=2 if average else 1,
         )
+    if watched:
+        style = {"color": "black", "linestyle": "--", "marker": "o", "markersize": 4}
+        right.plot(*zip(*watched, strict=True), label="training videos", **style)
     right.set(xlabel="step", ylabel="validation mAP", ylim=(0, 1))
     right.legend(title="tIoU", fontsize=8)
     for axes in (left, right):

@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 
 MAP = "val/mAP"
+VALIDATION_LOSS = "val/loss"
+WATCHED_MAP = "train/mAP"  # on the fixed handful of training videos
 BEST_MAP = "best.mAP"  # tag of a run: mAP of the checkpoint that is its model
 UNSCORED = -1.0  # score of a checkpoint that was not evaluated: any other is better
 

@@ -21,7 +21,8 @@ from re2tal.inference import detector_folder
 from re2tal.trained import SPEC_FILE, WEIGHTS_FILE, read_spec
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
-_MODEL_TAG = "model.uri"  # tag of a training run that names its model
+MODEL_TAG = "model.uri"
+"""Tag of a training run that names its model."""
 
 
 def local_detector(model: str | None, scratch: Path, *, tracking: str, option: str) -> Path:
@@ -70,12 +71,12 @@ def _model_of_run(run_id: str, tracking: str, option: str) -> str:
             f"The model: neither a file nor a run of {tracking} is named {run_id}. Correct "
             f"{option}, or say where the runs are."
         ) from error
-    if _MODEL_TAG not in tags:
+    if MODEL_TAG not in tags:
         raise UserError(
             f"The model: the run {run_id} of {tracking} has none; a training run has one once it "
             f"has ended. Correct {option}."
         )
-    return tags[_MODEL_TAG]
+    return tags[MODEL_TAG]
 
 
 def _local(uri: str, scratch: Path) -> Path:

@@ -174,6 +174,7 @@ def _parameters(config: Tracked) -> dict[str, str]:
 
 _OF_FRAMES = (
     "data.videos",
+    "finetune.",
     "data.make_toy",
     "data.size",
     "data.augmentation",

@@ -5,16 +5,21 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
+
 from pipelines.config.recipe import TrimmedDataConfig
 from pipelines.core.storage import is_folder, local_copy, walk_files
-from pipelines.data.plan import Plan, check_failures
-from pipelines.data.videos import Probe, probe_files
+from pipelines.data.plan import Plan, check_failures, read_annotations
+from pipelines.data.videos import Probe, find_videos, probe_files
+from re2tal.annotations import VideoAnnotation
 from re2tal.datasets.trimmed import (
+    Entry,
     Place,
     TrimmedList,
     TrimmedVideo,
@@ -27,6 +32,8 @@ from re2tal.datasets.trimmed import (
 from re2tal.errors import UserError
 
 _SUBSETS = ("training", "validation")
+BACKGROUND = "background"
+"""Class of stretches in which nothing is annotated."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,13 +44,15 @@ class Lists:
         classes: names of the classes; a label is an index into them.
         subsets: "training" and "validation" to their lists.
         files: subset to the files of its folder: path in the folder to path or URI.
-        fingerprint: hash of classes and lists.
+        fingerprint: hash of classes and lists, or that of the annotations.
+        durations: path or URI to seconds, of videos that need not be opened.
     """
 
     classes: tuple[str, ...]
     subsets: Mapping[str, TrimmedList]
     files: Mapping[str, Mapping[str, str]]
     fingerprint: str
+    durations: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,9 +77,14 @@ class ClassificationPlan:
 def read_lists(config: TrimmedDataConfig) -> Lists:
     """Read both lists, local or remote, and check them whole; `inputs` has resolved their paths.
 
+    Annotations of untrimmed videos are lists of their segments.
+
     Raises:
         AnnotationError: with every problem in them.
+        UserError: the videos lie in shards that are not complete.
     """
+    if config.annotations is not None:
+        return _annotated(config)
     classes = None
     if config.classes is not None:
         classes = read_classes(config.classes, _text(config.classes))
@@ -95,6 +109,87 @@ def read_lists(config: TrimmedDataConfig) -> Lists:
         files=files,
         fingerprint=_fingerprint(known, subsets),
     )
+
+
+def _annotated(config: TrimmedDataConfig) -> Lists:
+    """List the annotated segments of untrimmed videos."""
+    annotations = read_annotations(config)
+    source = str(config.annotations)
+    if config.background and BACKGROUND in annotations.classes:
+        raise UserError(
+            f"{source} has a class {BACKGROUND!r} of its own, as the stretches between the "
+            "segments would be named: leave out --data.background."
+        )
+    classes = (*annotations.classes, *([BACKGROUND] if config.background else []))
+    named = {"training": config.trained_on, "validation": config.evaluated_on}
+    videos = {subset: annotations.subset(name).videos for subset, name in named.items()}
+    subsets = {
+        subset: _segments(f"{source}, subset {named[subset]!r}", of_subset, config)
+        for subset, of_subset in videos.items()
+    }
+    wanted = [video.video_id for of_subset in videos.values() for video in of_subset]
+    found = find_videos(
+        str(config.videos),
+        wanted,
+        fingerprint=annotations.fingerprint,
+        size=config.size,
+        fps=config.clip.fps,
+    )
+    return Lists(
+        classes=joint_classes(subsets["training"], subsets["validation"], classes),
+        subsets=subsets,
+        files=dict.fromkeys(_SUBSETS, found.uris),
+        fingerprint=annotations.fingerprint,
+        durations={found.uris[name]: seconds for name, seconds in found.durations.items()},
+    )
+
+
+def _segments(
+    source: str, videos: Sequence[VideoAnnotation], config: TrimmedDataConfig
+) -> TrimmedList:
+    """List the segments of a subset, and after them stretches of background if these are wanted."""
+    entries = [
+        Entry(
+            video_id=f"{video.video_id}/{number}",
+            label=instance.label,
+            places=(Place(name=video.video_id, start=instance.start, end=instance.end),),
+        )
+        for video in videos
+        for number, instance in enumerate(video.instances)
+    ]
+    if config.background and entries:
+        most = max(Counter(entry.label for entry in entries).values())
+        gaps = [
+            (video.video_id, start, end)
+            for video in videos
+            for start, end in gaps_of(video)
+            if end - start >= config.clip.frames / config.clip.fps / 2
+        ]
+        # spread evenly over the videos, and the same in every run
+        for number in sorted(
+            {round(i) for i in np.linspace(0, len(gaps) - 1, most)} if gaps else ()
+        ):
+            name, start, end = gaps[number]
+            place = Place(name=name, start=start, end=end)
+            entries.append(
+                Entry(video_id=f"{name}/{BACKGROUND}{number}", label=BACKGROUND, places=(place,))
+            )
+    return TrimmedList(
+        source=source,
+        root=source,
+        entries=tuple(entries),
+        problems=() if entries else ("has no annotated segment",),
+    )
+
+
+def gaps_of(video: VideoAnnotation) -> Iterator[tuple[float, float]]:
+    """Yield the stretches of a video in which nothing is annotated."""
+    reached = 0.0
+    marked = sorted((i.start, i.end) for i in (*video.instances, *video.ambiguous))
+    for start, end in [*marked, (video.duration, video.duration)]:
+        if start > reached:
+            yield reached, start
+        reached = max(reached, end)
 
 
 def _text(uri: str) -> str:
@@ -127,7 +222,10 @@ def make_plan(
         found, missing = find_files(lists.subsets[subset].entries, lists.files[subset])
         files |= {f"{subset}/{name}": place for name, place in found.items()}
         failures |= {f"{subset}/{name}": reason for name, reason in missing.items()}
-    durations, errors = _durations({uri for uri, _ in files.values()}, probe)
+    durations, errors = _durations(
+        {uri for uri, _ in files.values()} - lists.durations.keys(), probe
+    )
+    durations |= lists.durations
     number = {name: i for i, name in enumerate(lists.classes)}
     usable: dict[str, list[TrimmedVideo]] = {subset: [] for subset in _SUBSETS}
     for subset in _SUBSETS:

@@ -105,20 +105,24 @@ def classification_inputs(recipe: ClassificationRecipe) -> ClassificationRecipe:
         UserError: as `detection_inputs`.
     """
     data, model = recipe.data, recipe.model
-    if data.make_toy and data.training and "://" not in data.training:
+    annotated = data.annotations is not None
+    if data.make_toy and not annotated and data.training and "://" not in data.training:
         training = Path(data.training).absolute()
         if not training.exists() or (training.parent / UNFINISHED).exists():
             print(f"making the toy data set's trimmed split in {training.parent}", flush=True)
             toy_clips(training.parent)
     model = replace(model, weights=require_weights(model.weights))
-    data = resolved(
-        data, needed=("training", "validation"), optional=("classes",), prefix="--data."
-    )
-    lists = [uri for uri in (data.training, data.validation) if not is_folder(str(uri))]
-    place: tuple[str, ...] = ("videos",)
-    data = resolved(
-        data, needed=place if lists else (), optional=() if lists else place, prefix="--data."
-    )
+    if annotated:
+        data = replace(data, training=None, validation=None, classes=None)
+        data = resolved(data, needed=("annotations", "videos"), prefix="--data.")
+    else:
+        needed = ("training", "validation")
+        data = resolved(data, needed=needed, optional=("classes",), prefix="--data.")
+        lists = [uri for uri in (data.training, data.validation) if not is_folder(str(uri))]
+        place: tuple[str, ...] = ("videos",)
+        data = resolved(
+            data, needed=place if lists else (), optional=() if lists else place, prefix="--data."
+        )
     return resolved(
         replace(recipe, data=data, model=model),
         written=("output", "weights_file") if recipe.weights_file else ("output",),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipelines.config.annotations import PROBE, AnnotationConfig, ScoredAnnotationConfig
-from pipelines.config.recipe import DataConfig
+from pipelines.config.recipe import DataConfig, TrimmedDataConfig
 from pipelines.core.storage import local_copy, require
 from pipelines.data.batches import Video
 from pipelines.data.features import Features
@@ -117,7 +117,7 @@ def read_annotations(config: AnnotationConfig) -> Annotations:
 
 def _probed(config: Any, video_ids: Sequence[str]) -> dict[str, float]:
     """Read the durations of videos from their files, their shards, or the features made of them."""
-    prefix = "--data." if isinstance(config, DataConfig) else "--"
+    prefix = "--data." if isinstance(config, (DataConfig, TrimmedDataConfig)) else "--"
     if getattr(config, "features", None) is not None:
         features = Features(config.features)
         found = FoundVideos(

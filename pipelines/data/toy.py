@@ -24,7 +24,8 @@ from re2tal.videos.decoding import decode
 
 def toy_videos(folder: Path, config: ToyConfig | None = None) -> None:
     """Make the untrimmed videos and their annotations, unless they are there."""
-    _make("videos", folder, config or ToyConfig())
+    config = config or ToyConfig()
+    _make("unseen" if config.unseen else "videos", folder, config)
 
 
 def toy_clips(
@@ -40,7 +41,8 @@ def _make(
     command = [sys.executable, "-m", "re2tal.datasets.toy", kind, str(folder)]
     if processes is not None:
         command += ["--processes", str(processes)]
-    for name, value in asdict(config).items():
+    numbers = {name: value for name, value in asdict(config).items() if name != "unseen"}
+    for name, value in numbers.items():
         values = value if isinstance(value, tuple) else (value,)
         command += [f"--{name}", *map(str, values)]
     subprocess.run(command, check=True)  # noqa: S603 - a module of ours

@@ -1,7 +1,7 @@
 """Task of the training loop for detection: windows of untrimmed videos, mAP."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,8 @@ from typing import Any
 
 from pipelines.config.recipe import Recipe
 from pipelines.core.clock import duration
-from pipelines.data.batches import epoch_windows
+from pipelines.core.metric_names import MAP, VALIDATION_LOSS, WATCHED_MAP
+from pipelines.data.batches import Video, epoch_windows
 from pipelines.data.plan import Plan, all_failures
 from pipelines.training.checkpoints import TrainingState
 from pipelines.training.model import (
@@ -22,11 +23,13 @@ from pipelines.training.model import (
 )
 from pipelines.training.trainer import Evaluation, Runtime
 from pipelines.training.validation import (
+    MeanLoss,
     compare,
     detect_windows,
     gather,
     metrics_of,
     validation_share,
+    watched_videos,
 )
 from re2tal.detection.files import write_detections
 from re2tal.detection.raw import write_raw
@@ -34,6 +37,7 @@ from re2tal.detection.segments import Detections
 from re2tal.detection.suppression import nms_videos
 from re2tal.detection.video_scores import fuse_videos
 from re2tal.detector import Detector
+from re2tal.localizers.losses import divide_alike
 from re2tal.trained import DetectorSpec
 from re2tal.videos.windows import Window
 
@@ -53,7 +57,7 @@ class DetectionTask:
 
     recipe: Recipe
     plan: Plan
-    score: str = "val/mAP"
+    score: str = MAP
 
     @property
     def trained(self) -> Plan:
@@ -118,12 +122,15 @@ class DetectionTask:
             UserError: if too many videos could not be decoded.
         """
         before = time.perf_counter()
-        detections, raw, failed = self._detect(state, runtime)
+        detections, raw, failed, watched = self._detect(state, runtime)
         metrics = {"videos/failed": float(len(failed))}
         detections, quality = self.judged(detections)
-        metrics |= quality
+        metrics |= quality | watched
+        seen = f"mAP {metrics[MAP]:.3f}"
+        if WATCHED_MAP in metrics:
+            seen += f" ({metrics[WATCHED_MAP]:.3f} on training videos)"
         runtime.say(
-            f"epoch {state.epoch}/{self.recipe.epochs}  validation  mAP {metrics['val/mAP']:.3f}  "
+            f"epoch {state.epoch}/{self.recipe.epochs}  validation  {seen}  "
             f"({len(detections)} videos, {duration(time.perf_counter() - before)})"
         )
         return Evaluation(
@@ -158,29 +165,68 @@ class DetectionTask:
 
     def _detect(
         self, state: TrainingState, runtime: Runtime
-    ) -> tuple[dict[str, Detections], dict[str, Detections], dict[str, str]]:
-        """Return detections of all videos, the same before suppression, and reasons of failures."""
+    ) -> tuple[dict[str, Detections], dict[str, Detections], dict[str, str], dict[str, float]]:
+        """Return detections of all videos, the same before suppression, and reasons of failures.
+
+        The last are metrics that show whether the detector overfits.
+        """
         recipe, plan = self.recipe, self.trained
         detector: Any = state.averaged().eval()
-        windows = validation_share(
-            plan.validation,
-            plan.classes,
-            recipe.data.window,
-            stride=detector.backbone.temporal_stride,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-        )
-        durations = {v.annotation.video_id: v.annotation.duration for v in plan.validation}
-        raw, failures = detect_windows(
-            detector, runtime.stream(windows, size=recipe.data.size), durations
-        )
+        loss = MeanLoss() if recipe.watched_videos else None
+        if loss is not None:
+            divide_alike(detector, state.detector)
+        raw, failures = self._raw(detector, runtime, plan.validation, loss)
         suppressed = nms_videos(raw, recipe.nms)
         failures = {**state.failures, **failures}
+        watched = {} if loss is None else self._watched(detector, runtime, loss)
         shares = gather((suppressed, raw if recipe.save_raw else {}, failures))
         detections = {video: found for part in shares for video, found in part[0].items()}
         raw = {video: found for part in shares for video, found in part[1].items()}
         failed = all_failures(plan, (part[2] for part in shares), recipe.data.max_failed)
-        return detections, raw, failed
+        return detections, raw, failed, watched
+
+    def _raw(
+        self,
+        detector: Detector[Any, Any],
+        runtime: Runtime,
+        videos: Sequence[Video],
+        loss: MeanLoss | None = None,
+    ) -> tuple[dict[str, Detections], dict[str, str]]:
+        """Return detections of this worker's share of videos, and reasons of failures."""
+        windows = validation_share(
+            videos,
+            self.trained.classes,
+            self.recipe.data.window,
+            stride=detector.backbone.temporal_stride,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+        )
+        durations = {v.annotation.video_id: v.annotation.duration for v in videos}
+        batches = runtime.stream(windows, size=self.recipe.data.size)
+        return detect_windows(detector, batches, durations, loss=loss)
+
+    def _watched(
+        self, detector: Detector[Any, Any], runtime: Runtime, loss: MeanLoss
+    ) -> dict[str, float]:
+        """Return the validation loss, and the mAP on a fixed handful of training videos."""
+        mean = loss.gathered()
+        metrics = {} if mean is None else {VALIDATION_LOSS: mean}
+        plan = self.trained
+        videos = watched_videos(plan.training, plan.validation, self.recipe.watched_videos)
+        # an external classifier has scores of the validation videos alone
+        if not videos or plan.video_scores is not None:
+            return metrics
+        raw, _ = self._raw(detector, runtime, videos)
+        shares = gather(nms_videos(raw, self.recipe.nms))
+        found = {video: of_video for share in shares for video, of_video in share.items()}
+        results = compare(
+            found,
+            videos,
+            plan.classes,
+            self.recipe.thresholds,
+            ignore_ambiguous=self.recipe.ignore_ambiguous,
+        )
+        return metrics | {WATCHED_MAP: metrics_of(results, plan.classes)[MAP]}
 
     def _write(
         self,

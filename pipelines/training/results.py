@@ -17,14 +17,15 @@ from pipelines.config.recipe import Recipe
 from pipelines.core.clock import duration
 from pipelines.core.figures import Timeline, curves, drawn, timelines
 from pipelines.core.figures import pictures as diagnosis_pictures
-from pipelines.core.metric_names import BEST_MAP, MAP
+from pipelines.core.metric_names import BEST_MAP, MAP, VALIDATION_LOSS, WATCHED_MAP
+from pipelines.core.models import MODEL_TAG
 from pipelines.core.storage import crc32, database_file, require_room, sizes_below
 from pipelines.core.tracking import DIGEST, Run
 from pipelines.data.plan import Plan
 from pipelines.training.checkpoints import DETECTOR_FOLDER
 from pipelines.training.detection import DETECTIONS_FILE, RAW_FILE
 from pipelines.training.model import reported_classes
-from pipelines.training.validation import ground_truth
+from pipelines.training.validation import ground_truth, overfitting
 from re2tal.annotations import Characteristics
 from re2tal.detection.diagnosis import Diagnosis, diagnose, tables
 from re2tal.detection.files import read_detections, rows
@@ -209,7 +210,9 @@ def log_pictures(run: Run, plan: Plan, detections: Mapping[str, Detections]) -> 
     quality["average"] = _history(run, "val/mAP")
     loss = _history(run, "train/loss")
     if loss and quality["average"]:
-        client.log_figure(run.run_id, curves(loss, quality), "pictures/curves.png")
+        more = {"validation_loss": _history(run, VALIDATION_LOSS)}
+        more["watched"] = _history(run, WATCHED_MAP)
+        client.log_figure(run.run_id, curves(loss, quality, **more), "pictures/curves.png")
     figure = timelines_of(plan, detections)
     with drawn():
         client.log_figure(run.run_id, figure, "pictures/timelines.png")
@@ -286,7 +289,7 @@ def log_results(
         if recipe.save_raw:
             client.log_artifact(run.run_id, str(checkpoint / RAW_FILE))
         uri = log_checkpoint(recipe, run, checkpoint, metrics)
-        client.set_tag(run.run_id, "model.uri", uri)
+        client.set_tag(run.run_id, MODEL_TAG, uri)
     if recipe.registered_model is not None:
         register(run, uri, recipe.registered_model)
     client.set_tag(run.run_id, BEST_MAP, str(metrics[MAP]))
@@ -328,6 +331,9 @@ def print_summary(recipe: Recipe, plan: Plan, run: Run, *, seconds: float) -> No
     if averages:
         console = Console(width=max(80, Console().width))
         console.print(_quality(recipe, run, averages))
+        step, average = max(averages, key=lambda point: point[1])
+        if sentence := overfitting(dict(_history(run, WATCHED_MAP)).get(step), average):
+            print(sentence)
     else:
         print(f"No mAP arrived in MLflow: what could not be sent is in {recipe.output}.")
     for label, value in _facts(plan, run, seconds):

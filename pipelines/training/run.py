@@ -7,23 +7,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 import ray.train
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from ray.train.torch import TorchTrainer
 
-from pipelines.config.recipe import AnyRecipe, ClassificationRecipe, Recipe
+from pipelines.config.clip_recipes import finetuning
+from pipelines.config.recipe import AnyRecipe, ClassificationRecipe, FinetuneConfig, Recipe
 from pipelines.core.clock import duration
 from pipelines.core.cluster import init_ray
-from pipelines.core.models import with_weights_here
+from pipelines.core.metric_names import BEST_MAP, MAP
+from pipelines.core.models import MODEL_TAG, with_weights_here
 from pipelines.core.progress import ProgressPrinter, doing
 from pipelines.core.resources import check_resources, free_gpu_memory
 from pipelines.core.stopping import stoppable
-from pipelines.core.storage import BACKBONE_FILE, join, replacing, require_room
+from pipelines.core.storage import BACKBONE_FILE, file_sizes, join, replacing, require_room
 from pipelines.core.tracking import (
     Run,
     finishing,
@@ -31,14 +34,17 @@ from pipelines.core.tracking import (
     log_metrics,
     log_recipe,
     log_text,
+    start_run,
+    take_up,
     tracking_uri,
 )
+from pipelines.core.underway import alone
 from pipelines.data.clip_plan import AnyPlan, read_lists
 from pipelines.data.clip_plan import make_plan as make_clip_plan
 from pipelines.data.feature_stream import without_backbone
 from pipelines.data.features import Features
 from pipelines.data.inputs import classification_inputs, detection_inputs
-from pipelines.data.plan import Plan, make_plan, read_annotations
+from pipelines.data.plan import Plan, evaluation_plan, make_plan, read_annotations
 from pipelines.data.videos import probe_files
 from pipelines.training.activations import activation_metrics
 from pipelines.training.checkpoints import DETECTOR_FOLDER
@@ -52,8 +58,11 @@ from pipelines.training.results import log_checkpoint, log_model, log_results, p
 from pipelines.training.resuming import (
     ASKED,
     asked_to_fit,
+    digest,
+    last_run,
     layout_so_far,
     layout_tag,
+    mark,
     resume_or_start,
 )
 from pipelines.training.retention import (
@@ -96,24 +105,96 @@ class Prepared:
     fitting: Sequence[str] = ()
 
 
-def train(recipe: Recipe, *, fit: str | None = None) -> Run:
+def train(recipe: Recipe, *, fit: str | None = None, parent: str | None = None) -> Run:
     """Train a detector, from its data to its results in MLflow.
+
+    Where the backbone is finetuned first, both are children of one run, which is returned.
 
     Args:
         recipe: the configuration as the user gave it.
-        fit: size of memory that the step is laid out for, or "auto"; None takes the recipe's own.
+        fit: size of memory that the detector's step is laid out for, or "auto"; None takes the
+            recipe's own.
+        parent: id of the MLflow run that this one belongs to.
 
     Raises:
         UserError: if something is missing or does not fit.
     """
+    if recipe.finetune.epochs:
+        return _finetune_and_train(recipe, fit=fit)
     began = time.perf_counter()
     with stoppable(_nothing_yet):
         ready, detector = prepare(recipe, fit=fit)
-        run = _resumed(ready.recipe, ready.plan, ready.tags)
+        run = _resumed(ready.recipe, ready.plan, parent, ready.tags)
     with stoppable(partial(_kept, ready.recipe, run)):
         train_run(ready, run, detector=detector)
     print_summary(ready.recipe, ready.plan, run, seconds=time.perf_counter() - began)
     return run
+
+
+def _finetune_and_train(recipe: Recipe, *, fit: str | None) -> Run:
+    """Finetune the backbone on the annotated segments, and then train the detector end to end."""
+    if recipe.data.features:
+        raise UserError(
+            "--finetune-epochs trains the backbone, but --data.features stand in for one: leave "
+            "either out."
+        )
+    with stoppable(_nothing_yet):
+        recipe = detection_inputs(recipe)
+        try:
+            first = finetuning(recipe)
+        except ValueError as problem:
+            raise UserError(str(problem)) from problem
+        annotations = read_annotations(recipe.data)
+        # what is wrong with the second run must not be found after the first
+        check_model(recipe, annotations.classes)
+        parent = _parent(recipe, evaluation_plan(annotations, (), None))
+    with finishing(parent):
+        log_recipe(parent, recipe)
+        log_dataset(
+            parent,
+            source=str(recipe.data.annotations),
+            digest=annotations.fingerprint,
+            subsets=recipe.data.subsets,
+        )
+        weights = _finetuned(recipe, parent)
+        if weights is None:
+            print(f"1 of 2: finetuning the backbone for {first.epochs} epochs", flush=True)
+            run = finetune(first, parent=parent.run_id)
+            weights = join(join(recipe.output, run.run_id), BACKBONE_FILE)
+        print("2 of 2: training end to end from the finetuned backbone", flush=True)
+        model = replace(recipe.model, weights=weights, coupling_epochs=None)
+        second = replace(recipe, finetune=FinetuneConfig(), model=model)
+        run = train(second, fit=fit, parent=parent.run_id)
+        tags = run.client.get_run(run.run_id).data.tags
+        for tag in (MODEL_TAG, BEST_MAP, "best.epoch"):
+            parent.client.set_tag(parent.run_id, tag, tags[tag])
+        log_metrics(parent, {MAP: float(tags[BEST_MAP])}, step=0)
+    return parent
+
+
+def _parent(recipe: Recipe, plan: Plan) -> Run:
+    """Go on with the unfinished run that holds both steps, or start one."""
+    output = recipe.output
+    tags = mark(recipe, digest(recipe, plan), output=output)
+    with alone(output):  # of two same commands, the second sees the first one's run
+        run = last_run(recipe, tags, output=output) if recipe.resume else None
+        if run is None or run.client.get_run(run.run_id).info.status == "FINISHED":
+            return start_run(recipe, output=output, tags=tags)
+        take_up(run, output=output)
+    print(f"going on with the unfinished run {run.run_id}; --no-resume starts anew", flush=True)
+    return run
+
+
+def _finetuned(recipe: Recipe, parent: Run) -> str | None:
+    """Return the weights of the first step, if it has ended."""
+    experiment = parent.client.get_run(parent.run_id).info.experiment_id
+    found = parent.client.search_runs(
+        [experiment],
+        filter_string=f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent.run_id}'"
+        " and attributes.status = 'FINISHED'",
+    )
+    folders = (join(recipe.output, run.info.run_id) for run in found)
+    return next((join(f, BACKBONE_FILE) for f in folders if BACKBONE_FILE in file_sizes(f)), None)
 
 
 def prepare(recipe: Recipe, *, fit: str | None = None) -> tuple[Prepared, Detector[Any, Any]]:
@@ -129,6 +210,11 @@ def prepare(recipe: Recipe, *, fit: str | None = None) -> tuple[Prepared, Detect
     Raises:
         UserError: if something is missing or does not fit.
     """
+    if recipe.finetune.epochs:
+        raise UserError(
+            "--finetune-epochs belongs to train.py: finetune the backbone once, before "
+            "(finetune_backbone.py --data.annotations A --data.videos V), and give its weights."
+        )
     recipe = detection_inputs(recipe)
     annotations = read_annotations(recipe.data)
     tags: dict[str, str] = {}
@@ -236,9 +322,14 @@ def _start_ray(recipe: AnyRecipe, *, frames: bool = True) -> None:
         print(f"warning: {remark}", flush=True)
 
 
-def _resumed(recipe: AnyRecipe, plan: AnyPlan, tags: Mapping[str, str] | None = None) -> Run:
+def _resumed(
+    recipe: AnyRecipe,
+    plan: AnyPlan,
+    parent: str | None,
+    tags: Mapping[str, str] | None = None,
+) -> Run:
     """Go on with the unfinished run of a configuration, or start one."""
-    run, goes_on = resume_or_start(recipe, plan, tags=tags)
+    run, goes_on = resume_or_start(recipe, plan, parent=parent, tags=tags)
     if goes_on:
         print(f"going on with the unfinished run {run.run_id}; --no-resume starts anew", flush=True)
     return run
@@ -381,11 +472,12 @@ def fit(
     return output
 
 
-def finetune(recipe: ClassificationRecipe) -> Run:
+def finetune(recipe: ClassificationRecipe, *, parent: str | None = None) -> Run:
     """Finetune a backbone, from its videos to its weights in MLflow.
 
     Args:
         recipe: the configuration as the user gave it.
+        parent: id of the MLflow run that this one belongs to.
 
     Raises:
         UserError: if something is missing or does not fit.
@@ -399,11 +491,11 @@ def finetune(recipe: ClassificationRecipe) -> Run:
         _start_ray(recipe)
         with doing("opening the videos") as count:
             plan = make_clip_plan(recipe.data, lists, probe=partial(probe_files, progress=count))
-        run = _resumed(recipe, plan)
+        run = _resumed(recipe, plan, parent)
     with stoppable(partial(_kept, recipe, run)), finishing(run):
         log_dataset(
             run,
-            source=str(recipe.data.training),
+            source=str(recipe.data.annotations or recipe.data.training),
             digest=plan.fingerprint,
             subsets=recipe.data.subsets,
         )
@@ -446,7 +538,7 @@ def _log_backbone(
             if place is not None:
                 with replacing(place) as stream:
                     stream.write(path.read_bytes())
-    run.client.set_tag(run.run_id, "model.uri", uri)
+    run.client.set_tag(run.run_id, MODEL_TAG, uri)
     return weights
 
 
@@ -464,7 +556,7 @@ def _print_weights(
     for name, value in _reached(run).items():
         kind = name.removeprefix("test/").replace("_", " ")
         print(f"{kind:<20}{value:.3f} ({views.clips} clips x {views.crops} crops)")
-    uri = run.client.get_run(run.run_id).data.tags["model.uri"]
+    uri = run.client.get_run(run.run_id).data.tags[MODEL_TAG]
     for label, fact in (
         ("time", f"{duration(seconds)} in all"),
         *([("left out", f"{failed} videos")] if failed else []),

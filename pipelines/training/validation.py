@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pipelines.core.metric_names import safe_names
 from pipelines.data.batches import Batch, Video
@@ -48,9 +49,36 @@ def validation_share(
     return [w for v in mine for w in sliding_windows(v.annotation, classes, config, stride=stride)]
 
 
+class MeanLoss:
+    """Mean loss of windows, over the batches that were added.
+
+    Attributes:
+        total: sum of the windows' losses, each the mean of its batch.
+        windows: number of windows.
+    """
+
+    def __init__(self) -> None:
+        self.total, self.windows = 0.0, 0
+
+    def add(self, terms: Mapping[str, Tensor], *, windows: int) -> None:
+        """Add the loss terms of a batch of some windows."""
+        self.total += windows * float(torch.stack(list(terms.values())).sum())
+        self.windows += windows
+
+    def gathered(self) -> float | None:
+        """Return the mean over all workers, each of which calls this; None without windows."""
+        shares = gather((self.total, self.windows))
+        windows = sum(share[1] for share in shares)
+        return sum(share[0] for share in shares) / windows if windows else None
+
+
 @torch.inference_mode()
 def detect_windows(
-    detector: Detector[Any, Any], batches: Iterable[Batch], durations: Mapping[str, float]
+    detector: Detector[Any, Any],
+    batches: Iterable[Batch],
+    durations: Mapping[str, float],
+    *,
+    loss: MeanLoss | None = None,
 ) -> tuple[dict[str, Detections], dict[str, str]]:
     """Run a detector over windows and put those of each video together.
 
@@ -58,6 +86,7 @@ def detect_windows(
         detector: detector in evaluation mode.
         batches: windows; those of one video may lie in several batches.
         durations: seconds by video id.
+        loss: mean to which the losses of the windows are added, from the same features.
 
     Returns:
         Detections of all windows by video id, in seconds and before non-maximum suppression;
@@ -68,7 +97,12 @@ def detect_windows(
     failures: dict[str, str] = {}
     for batch in batches:
         failures |= batch.failures
-        raw = detector(batch.frames.to(device), batch.mask.to(device))
+        features = detector.features(batch.frames.to(device))
+        mask = detector.feature_mask(batch.mask.to(device))
+        raw = detector.localizer(features, mask)
+        if loss is not None:
+            targets = [target.to(device) for target in batch.targets]
+            loss.add(detector.localizer(features, mask, targets), windows=len(batch.windows))
         for window, detections in zip(batch.windows, raw, strict=True):
             seconds = window_detections(detections, window, durations[window.video_id])
             found[window.video_id].append(seconds)
@@ -134,6 +168,45 @@ def compare(
             ks=ks,
         )
     )
+
+
+def watched_videos(
+    training: Sequence[Video], validation: Sequence[Video], most: int
+) -> tuple[Video, ...]:
+    """Choose training videos whose quality is compared with that of the validation videos.
+
+    They are spread evenly over those that show an action and are not in the validation too.
+
+    Args:
+        training: training videos.
+        validation: validation videos; of the training videos no more are taken.
+        most: greatest number of videos.
+    """
+    others = {video.annotation.video_id for video in validation}
+    usable = [
+        video
+        for video in training
+        if video.annotation.evaluated and video.annotation.video_id not in others
+    ]
+    count = min(most, len(validation), len(usable))
+    return tuple(usable[i * len(usable) // count] for i in range(count))
+
+
+OVERFITS = 0.15, 0.7
+"""Difference and ratio of the mAP of validation and training videos beyond which one overfits."""
+
+
+def overfitting(training: float | None, validation: float) -> str:
+    """Say that a detector overfits, if it does; empty if it does not.
+
+    Args:
+        training: mAP on training videos, if it was measured.
+        validation: mAP on validation videos.
+    """
+    difference, ratio = OVERFITS
+    if training is None or training - validation < difference or validation > ratio * training:
+        return ""
+    return f"overfits: {training:.2f} on training videos, {validation:.2f} on validation"
 
 
 def metrics_of(results: Mapping[str, Result], classes: Sequence[str]) -> dict[str, float]:

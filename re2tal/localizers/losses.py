@@ -187,6 +187,10 @@ class LossNormalizer(nn.Module):
         self.mean.copy_(MOMENTUM * self.mean + (1 - MOMENTUM) * total.clamp(min=1))
         self._parts, self._counted = ranks * passes, passes
 
+    def follow(self, other: LossNormalizer) -> None:
+        """Take over the number of parts that the steps of another one have."""
+        self._parts = other._parts
+
     def forward(self, positives: Tensor) -> Tensor:
         """Return the divisor of a pass's losses: their mean over the passes is then the step's.
 
@@ -199,3 +203,15 @@ class LossNormalizer(nn.Module):
                 self.count(positives, passes=1)
             self._counted -= 1
         return self.mean / self._parts
+
+
+def divide_alike(copy: nn.Module, original: nn.Module) -> None:
+    """Have a copy's losses, of a batch, divided as those of the model that is trained.
+
+    Args:
+        copy: copy of the model's weights, such as their moving average.
+        original: model whose steps were counted.
+    """
+    for ours, theirs in zip(copy.modules(), original.modules(), strict=True):
+        if isinstance(ours, LossNormalizer) and isinstance(theirs, LossNormalizer):
+            ours.follow(theirs)

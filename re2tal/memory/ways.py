@@ -42,7 +42,8 @@ def residual_blocks(model: nn.Module) -> list[str]:
     unwire(model)
     found = [f"{s.container}.{b}".lstrip(".") for s in report.stages for b in s.blocks]
     unknown = branches.dispatch(object)
-    kinds = {left.name: type(model.get_submodule(left.name)) for left in report.left_out}
+    # not by the report of what was left out, which puts modules together
+    kinds = {name: type(module) for name, module in model.named_modules() if name not in found}
     return found + [n for n, kind in kinds.items() if branches.dispatch(kind) is not unknown]
 
 

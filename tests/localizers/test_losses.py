@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from re2tal.localizers.losses import (
     LossNormalizer,
     balanced_cross_entropy,
     diou_loss,
+    divide_alike,
     giou_loss,
 )
 from tests.ranks import Ranks
@@ -75,6 +77,14 @@ def test_pairs_that_are_not_positive_get_no_gradient_whatever_they_hold() -> Non
     assert predicted.grad[1].any()
     assert not predicted.grad[[0, 2]].any()
     assert giou_loss(predicted, actual, torch.zeros(3, dtype=torch.bool)).item() == 0
+
+
+def test_a_copy_that_took_no_step_divides_its_losses_alike() -> None:
+    original, copy = LossNormalizer(100.0), LossNormalizer(100.0).eval()
+    original.count(torch.tensor(50.0), passes=4)
+    assert float(copy(torch.tensor(1.0))) == 100.0
+    divide_alike(nn.Sequential(copy), nn.Sequential(original))
+    assert float(copy(torch.tensor(1.0))) == 25.0
 
 
 def test_the_normalizer_follows_the_batches_when_training_only() -> None:

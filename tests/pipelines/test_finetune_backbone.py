@@ -1,5 +1,7 @@
 """Step 4 of the paper: the script as a user runs it, and the parts that it is made of."""
 
+import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +14,21 @@ from mlflow.tracking import MlflowClient
 from safetensors import safe_open
 from torch import Tensor
 
-from pipelines.config.clip_recipes import RECIPES, toy
-from pipelines.config.recipe import ClassificationRecipe, TrimmedDataConfig
+from pipelines.config.clip_recipes import RECIPES, finetuning, toy
+from pipelines.config.recipe import (
+    ClassificationRecipe,
+    FinetuneConfig,
+    Recipe,
+    TrimmedDataConfig,
+)
 from pipelines.config.recipes import toy as train_toy
 from pipelines.core.models import fetch_weights, require_weights
 from pipelines.core.storage import local_copy
 from pipelines.core.tracking import Run
 from pipelines.data.batches import Batch, decode_batches
-from pipelines.data.clip_plan import ClassificationPlan, make_plan, read_lists
+from pipelines.data.clip_plan import BACKGROUND, ClassificationPlan, make_plan, read_lists
 from pipelines.data.inputs import classification_inputs
+from pipelines.data.videos import probe_files_here
 from pipelines.finetune_backbone import parse
 from pipelines.training.classification import (
     ClassificationTask,
@@ -35,6 +43,7 @@ from re2tal import rewire
 from re2tal.backbones.swin import SwinConfig, swin_toy
 from re2tal.backbones.weights import load_backbone_weights
 from re2tal.classifier import Classifier, ClipClassifierConfig
+from re2tal.datasets import load_annotations
 from re2tal.datasets.toy import TRIMMED_CLASSES, TrimmedToyConfig, make_trimmed_toy
 from re2tal.datasets.trimmed import ClipConfig, TrimmedVideo, ViewConfig, views
 from re2tal.errors import UserError
@@ -376,6 +385,86 @@ def test_a_plan_holds_what_can_be_used_and_says_why_the_rest_cannot(
     assert made.uris[part.video_id] == made.uris[whole.video_id] == str(clips / first)
     with pytest.raises(UserError, match=r"3 of 19 videos .*--data.max-failed"):
         make_plan(replace(config, max_failed=0.1), read_lists(config))
+
+
+def of_annotations(folder: Path, **fields: Any) -> ClassificationRecipe:
+    """The toy recipe on the annotated segments of a detection set, as the command line makes it."""
+    made = parse(["toy", "--data.annotations", str(folder / "annotations.json"),
+                  "--data.videos", str(folder / "videos")])  # fmt: skip
+    return classification_inputs(replace(made, data=replace(made.data, **fields)))
+
+
+def test_annotated_segments_of_untrimmed_videos_are_classified_without_lists(
+    tiny_set: Path,
+) -> None:
+    recipe = of_annotations(tiny_set)
+    lists = read_lists(recipe.data)
+    plan = make_plan(recipe.data, lists, probe=probe_files_here)
+    annotations = load_annotations(tiny_set / "annotations.json")
+    assert plan.classes == annotations.classes
+    assert plan.fingerprint == annotations.fingerprint
+    for name, found in (("training", plan.training), ("validation", plan.validation)):
+        known = [(v.video_id, i) for v in annotations.subset(name).videos for i in v.instances]
+        assert len(found) == len(known) > 2
+        for video, (video_id, instance) in zip(found, known, strict=True):
+            assert plan.uris[video.video_id] == str(tiny_set / "videos" / f"{video_id}.mp4")
+            assert (video.start, video.end) == (instance.start, instance.end)
+            assert plan.classes[video.label] == instance.label
+
+
+def test_background_is_what_lies_between_the_segments(tiny_set: Path) -> None:
+    data = of_annotations(tiny_set, background=True, clip=ClipConfig(frames=12, fps=12.0)).data
+    plan = make_plan(data, read_lists(data), probe=probe_files_here)
+    assert plan.classes[-1] == BACKGROUND
+    between = [v for v in plan.training if plan.classes[v.label] == BACKGROUND]
+    counts = Counter(v.label for v in plan.training)
+    assert 0 < len(between) <= max(counts.values())
+    marked = {
+        v.video_id: v.instances for v in load_annotations(tiny_set / "annotations.json").videos
+    }
+    for stretch in between:
+        assert stretch.end - stretch.start >= 0.5
+        for instance in marked[stretch.video_id.split("/")[1]]:
+            assert stretch.end <= instance.start or stretch.start >= instance.end
+
+
+def test_a_class_named_background_is_not_mixed_with_it(tiny_set: Path, tmp_path: Path) -> None:
+    content = json.loads((tiny_set / "annotations.json").read_text())
+    next(iter(content["database"].values()))["annotations"][0]["label"] = BACKGROUND
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    (tmp_path / "videos").symlink_to(tiny_set / "videos")
+    data = of_annotations(tmp_path).data
+    assert BACKGROUND in read_lists(data).classes
+    with pytest.raises(UserError, match="has a class 'background' of its own"):
+        read_lists(replace(data, background=True))
+
+
+@pytest.mark.parametrize("subset", ["training", "validation"])
+def test_a_subset_without_segments_is_named(tiny_set: Path, tmp_path: Path, subset: str) -> None:
+    content = json.loads((tiny_set / "annotations.json").read_text())
+    for video in content["database"].values():
+        if video["subset"] == subset:
+            video["annotations"] = []
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    (tmp_path / "videos").symlink_to(tiny_set / "videos")
+    with pytest.raises(UserError, match=f"subset '{subset}': has no annotated segment"):
+        read_lists(of_annotations(tmp_path).data)
+
+
+def test_a_detector_s_recipe_finetunes_on_the_same_data_and_frames(tiny_recipe: Recipe) -> None:
+    settings = FinetuneConfig(epochs=3, frames=16, lr=2e-4)
+    made = finetuning(replace(tiny_recipe, finetune=settings, seed=5))
+    assert (made.data.annotations, made.data.videos, made.data.size) == (
+        tiny_recipe.data.annotations, tiny_recipe.data.videos, 32)  # fmt: skip
+    assert (made.epochs, made.seed, made.batch_size) == (3, 5, tiny_recipe.batch_size * 4)
+    assert made.data.clip == ClipConfig(frames=16, fps=12.0)
+    assert made.optim.backbone_lr == 2e-4
+    assert made.optim.localizer_lr == pytest.approx(2e-3)
+    assert made.model.backbone == tiny_recipe.model.backbone
+    model = replace(tiny_recipe.model, coupling_epochs=1.0)
+    assert (
+        finetuning(replace(tiny_recipe, model=model, finetune=settings)).model.coupling_epochs == 1
+    )
 
 
 def test_the_weights_are_those_of_the_last_epoch_or_none(

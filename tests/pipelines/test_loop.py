@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -67,6 +67,17 @@ def test_a_run_logs_what_it_promises(tiny_recipe: Recipe, tiny_plan: Plan, tmp_p
     assert expected <= final.keys()
     assert 0 <= final["val/mAP"] <= 1
     assert any("loss" in line and "frames/s" in line for line in runtime.lines)
+    assert math.isfinite(final["val/loss"])
+    assert 0 <= final["train/mAP"] <= 1
+    assert any("on training videos" in line for line in runtime.lines)
+    # the videos that are watched change nothing else, nor do they have to be
+    drawn = torch.random.get_rng_state()
+    alone, _ = _trainer(replace(tiny_recipe, watched_videos=0), tiny_plan, tmp_path / "alone")
+    without = alone.run()
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+    assert without == {k: v for k, v in final.items() if k not in ("val/loss", "train/mAP")}
+    for name, value in _weights(trainer).items():
+        assert torch.equal(value, _weights(alone)[name]), name
 
 
 def test_connections_move_from_the_pretrained_ones_and_end_rewired(
@@ -231,13 +242,18 @@ def test_what_is_trained_on_is_augmented_and_what_is_evaluated_is_not(
     recipe = replace(tiny_recipe, data=replace(tiny_recipe.data, augmentation=AUGMENTATION))
     trainer, runtime = _trainer(recipe, tiny_plan, tmp_path)
     seen: dict[str, list[Tensor]] = {"training": [], "validation": []}
-    for name, detector in (
-        ("training", trainer.state.detector),
-        ("validation", trainer.state.average.module),
-    ):
-        detector.register_forward_pre_hook(
-            lambda _, inputs, frames=seen[name]: frames.append(inputs[0].clone())
-        )
+    detectors: dict[str, Any] = {
+        "training": trainer.state.detector,
+        "validation": trainer.state.average.module,
+    }
+    for name, detector in detectors.items():
+        normalized = detector.normalized
+
+        def shown(frames: Tensor, of: str = name, make: Any = normalized) -> Tensor:
+            seen[of].append(frames.clone())
+            return cast("Tensor", make(frames))
+
+        detector.normalized = shown
     decoded: list[tuple[int, Batch]] = []
     stream = runtime.stream
 

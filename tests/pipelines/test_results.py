@@ -9,6 +9,7 @@ from mlflow.entities import LoggedModelStatus
 
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import toy
+from pipelines.core.figures import curves
 from pipelines.core.storage import fetch
 from pipelines.core.tracking import Run, log_metrics, start_run
 from pipelines.data.batches import Video
@@ -50,6 +51,7 @@ def test_the_best_epoch_is_shown(
 ) -> None:
     for step, quality in ((5, 0.25), (10, 0.75), (15, 0.5)):
         values = {"val/mAP": quality, "val/mAP/tiou_0.30": quality + 0.125, "train/loss": 1 / step}
+        values |= {"val/loss": 2 / step, "train/mAP": 1.0 if step < 15 else 0.9}
         log_metrics(run, values, step=step)
     log_metrics(run, {"val/mAP/tiou_0.50": 0.125}, step=5)  # of the other steps it was lost
     log_metrics(run, {"memory/rss_peak_mb": 123.4}, step=15)
@@ -59,11 +61,28 @@ def test_the_best_epoch_is_shown(
     print_summary(replace(recipe, epochs=9, evaluate_from=7), PLAN, run, seconds=61.0)
     assert "mAP of epoch 8 of 9, the best" in capsys.readouterr().out
     assert "0.875" in printed
+    assert "overfits" not in printed  # 1.00 and 0.75
     assert "0.125" not in printed
     assert "host memory         123 MB at the peak" in printed
     assert "1 videos: b (no file)" in printed
     log_pictures(run, PLAN, {})
     assert pictures(run) == {"pictures/curves.png", "pictures/timelines.png"}
+
+
+def test_a_run_that_overfits_says_so_and_shows_it(
+    recipe: Recipe, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (5, 10):
+        log_metrics(
+            run, {"val/mAP": step / 100, "train/mAP": step / 20, "train/loss": 1}, step=step
+        )
+    print_summary(replace(recipe, epochs=2), PLAN, run, seconds=61.0)
+    assert "overfits: 0.50 on training videos, 0.10 on validation\n" in capsys.readouterr().out
+    loss, quality = [(5, 2.0), (10, 1.0)], {"average": [(5, 0.05), (10, 0.1)]}
+    drawn = curves(loss, quality, validation_loss=[(5, 3.0)], watched=[(5, 0.25), (10, 0.5)])
+    left, right = drawn.axes
+    assert [line.get_label() for line in left.lines][1:] == ["training", "validation"]
+    assert [line.get_label() for line in right.lines] == ["average", "training videos"]
 
 
 def test_a_run_whose_metrics_did_not_arrive_says_so(

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -19,7 +20,9 @@ from ray._private.ray_constants import get_runtime_env_default_excludes
 from ray._private.runtime_env.packaging import create_package
 from torch import Tensor
 
-from pipelines.core.metric_names import MAP, UNSCORED
+import pipelines.training.run as training
+from pipelines.config.recipe import FinetuneConfig, Recipe
+from pipelines.core.metric_names import BEST_MAP, MAP, UNSCORED
 from pipelines.data.plan import Plan
 from pipelines.train import parse
 from pipelines.training.checkpoints import complete, read_listing
@@ -27,6 +30,7 @@ from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
 from pipelines.training.retention import checkpoint_name, checkpoints
 from pipelines.training.trainer import Trainer
+from re2tal.errors import UserError
 from tests.pipelines.ray_head import ROOT, Head, environment, processes, ray_head, run_command
 from tests.pipelines.scripts import run_here
 
@@ -51,6 +55,54 @@ def _data(tiny_set: Path) -> tuple[str, ...]:
         "--data.annotations", str(tiny_set / "annotations.json"),
         "--data.videos", str(tiny_set / "videos"),
     )  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("ray_instance")
+def test_finetuning_first_is_one_run_with_two_children_and_goes_on_where_it_was(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = (*_data(tiny_set), *TINY, "--finetune-epochs", "1", "--finetune.frames", "16")
+    real = training.train_run
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train_run", stopped)  # after the first step
+    with pytest.raises(KeyboardInterrupt):
+        run_here(SCRIPT, *command, folder=tmp_path)
+    monkeypatch.setattr(training, "train_run", real)
+    printed = run_here(SCRIPT, *command, folder=tmp_path)
+    assert "going on with the unfinished run" in printed
+    assert "1 of 2: finetuning" not in printed
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 're2tal'")
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    of_it = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(of_it) == len(runs) - 1
+    ended = {r.info.run_name.split("-")[0]: r for r in of_it if r.info.status == "FINISHED"}
+    assert ended.keys() == {"toy", "toy_finetuning"}
+    assert parent.info.status == "FINISHED"
+    weights = tmp_path / "runs" / ended["toy_finetuning"].info.run_id / "backbone.safetensors"
+    assert ended["toy"].data.params["model.weights"] == str(weights)
+    assert ended["toy_finetuning"].data.metrics.keys() >= {"val/top1", "train/loss"}
+    for tag in (BEST_MAP, "model.uri"):
+        assert parent.data.tags[tag] == ended["toy"].data.tags[tag]
+    assert parent.data.metrics[MAP] == float(parent.data.tags[BEST_MAP])
+
+
+def test_finetuning_needs_frames_and_is_refused_where_nothing_would_do_it(
+    tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    recipe = replace(tiny_recipe, output=str(tmp_path), finetune=FinetuneConfig(epochs=1))
+    with pytest.raises(UserError, match=r"--finetune-epochs belongs to train.py"):
+        training.prepare(recipe)
+    with pytest.raises(UserError, match=r"--data.features stand in for one"):
+        training.train(replace(recipe, data=replace(recipe.data, features=str(tmp_path))))
+    moving = replace(recipe, epochs=4, model=replace(recipe.model, coupling_epochs=3.0))
+    with pytest.raises(UserError, match=r"--model.coupling-epochs must be .* at most the 1"):
+        training.train(moving)
 
 
 class _Disturbed(io.StringIO):

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from pipelines.data.batches import Video
-from pipelines.training.validation import compare, metrics_of
+from pipelines.training.validation import (
+    MeanLoss,
+    compare,
+    metrics_of,
+    overfitting,
+    watched_videos,
+)
 from re2tal.annotations import Instance, VideoAnnotation
 from re2tal.detection import Detections
 
@@ -35,3 +41,51 @@ def test_ambiguous_stretches_end_where_they_are_annotated_to_end() -> None:
     assert quality(found) == pytest.approx(0.5)
     earlier = found.segments - torch.tensor([[0.1], [0.0]])
     assert quality(found.with_segments(earlier)) == pytest.approx(1.0)
+
+
+def _videos(first: int, count: int, *, empty: tuple[int, ...] = ()) -> list[Video]:
+    action = (Instance(start=1.0, end=2.0, label="x"),)
+    return [
+        Video(
+            annotation=VideoAnnotation(
+                video_id=f"{i:02}", subset="", duration=9.0, instances=() if i in empty else action
+            ),
+            uri="",
+        )
+        for i in range(first, first + count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("training", "validation", "most", "chosen"),
+    [
+        (_videos(0, 16), _videos(20, 9), 8, "00 02 04 06 08 10 12 14"),
+        (_videos(0, 16), _videos(20, 2), 8, "00 08"),  # it costs no more than the validation
+        (_videos(0, 2), _videos(20, 9), 8, "00 01"),
+        (_videos(0, 4, empty=(0, 2)), _videos(20, 9), 8, "01 03"),
+        (_videos(0, 4), _videos(2, 4), 8, "00 01"),  # the others are in the validation too
+        (_videos(0, 4), _videos(0, 4), 8, ""),
+        (_videos(0, 4), _videos(20, 4), 0, ""),
+    ],
+)
+def test_the_watched_videos_are_a_fixed_handful_spread_over_the_training(
+    training: list[Video], validation: list[Video], most: int, chosen: str
+) -> None:
+    found = watched_videos(training, validation, most)
+    assert [video.annotation.video_id for video in found] == chosen.split()
+
+
+def test_overfitting_is_said_where_the_training_videos_are_far_better() -> None:
+    assert overfitting(0.5, 0.11) == "overfits: 0.50 on training videos, 0.11 on validation"
+    assert overfitting(0.97, 0.82) == ""  # as the toy recipe
+    assert overfitting(0.12, 0.05) == ""  # it has not learnt yet
+    assert overfitting(0.2, 0.4) == ""
+    assert overfitting(None, 0.1) == ""
+
+
+def test_the_mean_loss_weighs_each_window_alike() -> None:
+    mean = MeanLoss()
+    assert mean.gathered() is None
+    mean.add({"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, windows=3)
+    mean.add({"a": torch.tensor(7.0)}, windows=1)
+    assert mean.gathered() == pytest.approx(4.0)

@@ -1,6 +1,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from re2tal.datasets.toy import (
     ACTIONS,
     FPS,
     FRAME_SIZE,
+    UNSEEN_ACTIONS,
     ToyConfig,
     TrimmedToyConfig,
     make_clip,
     make_toy,
+    unseen_toy,
 )
 from re2tal.datasets.toy.looks import DETECTION_GALLERY, PRETRAINING_GALLERY
 from re2tal.datasets.toy.scene import ACTION_SECONDS, GAP_SECONDS
@@ -94,6 +97,21 @@ def test_the_command_makes_the_same(
     settings = json.loads((tmp_path / "clips" / "settings.json").read_text())
     assert (settings["training"], settings["seconds"], settings["seed"]) == (7, 1.5, 3)
     assert len(list((tmp_path / "clips" / "training").glob("*/*.mp4"))) == 7
+
+
+def test_the_second_set_shows_motions_that_the_first_has_not(tmp_path: Path) -> None:
+    small = replace(unseen_toy(), training=3, validation=0, seconds=(14.0, 15.0))
+    path = make_toy(tmp_path, small)
+    found = json.loads(path.read_text())
+    labels = {one["label"] for v in found["database"].values() for one in v["annotations"]}
+    assert labels <= set(UNSEEN_ACTIONS)
+    assert len(labels) > 3
+    assert not set(UNSEEN_ACTIONS) & set(ACTIONS)
+    assert len(UNSEEN_ACTIONS) == 13
+    assert make_toy(tmp_path, small, parallel_map=refuse) == path
+    # the settings of the first set are written as they were before there was a second
+    assert make_toy(tmp_path, replace(small, unseen=False)) == path
+    assert "unseen" not in json.loads(path.read_text())["settings"]
 
 
 def test_making_it_again_does_nothing(folder: Path) -> None:

@@ -14,8 +14,9 @@ from re2tal.datasets.toy.dataset import (
     make_clip,
     make_toy,
     make_trimmed_toy,
+    unseen_toy,
 )
-from re2tal.datasets.toy.scene import ACTIONS, FRAME_SIZE
+from re2tal.datasets.toy.scene import ACTIONS, FRAME_SIZE, UNSEEN_ACTIONS
 
 __all__ = [
     "ACTIONS",
@@ -26,6 +27,7 @@ __all__ = [
     "POSES",
     "TRIMMED_CLASSES",
     "UNFINISHED",
+    "UNSEEN_ACTIONS",
     "VIDEOS",
     "ToyClip",
     "ToyConfig",
@@ -33,4 +35,5 @@ __all__ = [
     "make_clip",
     "make_toy",
     "make_trimmed_toy",
+    "unseen_toy",
 ]

@@ -1,6 +1,7 @@
 """Make the toy data sets in several processes; a set with the same settings is kept.
 
 python -m re2tal.datasets.toy videos data/toy
+python -m re2tal.datasets.toy unseen data/unseen
 python -m re2tal.datasets.toy clips data/toy_trimmed --training 210 --validation 70
 """
 
@@ -8,13 +9,15 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 
-from re2tal.datasets.toy import ToyConfig, TrimmedToyConfig, make_toy, make_trimmed_toy
+from re2tal.datasets.toy import ToyConfig, TrimmedToyConfig, make_toy, make_trimmed_toy, unseen_toy
 
 _SETS: dict[str, tuple[Any, Callable[..., Any], int]] = {
     "videos": (ToyConfig(), make_toy, 10),
+    "unseen": (unseen_toy(), make_toy, 10),
     "clips": (TrimmedToyConfig(), make_trimmed_toy, 300),
 }
 """Name of a set -> its settings, its maker, and the number of files between progress reports."""
@@ -34,7 +37,7 @@ def main(arguments: Sequence[str]) -> None:
             sys.stdout.flush()
 
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        make(folder, type(default)(**options), parallel_map=pool.map, progress=show)
+        make(folder, replace(default, **options), parallel_map=pool.map, progress=show)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from re2tal.atomic import replacing
 from re2tal.datasets.toy.looks import DETECTION_GALLERY, PRETRAINING_GALLERY
 from re2tal.datasets.toy.render import render
-from re2tal.datasets.toy.scene import ACTIONS, FRAME_SIZE, Pose, draw_scene
+from re2tal.datasets.toy.scene import ACTIONS, FRAME_SIZE, UNSEEN_ACTIONS, Pose, draw_scene
 from re2tal.videos.encoding import encode
 
 FPS = 12
@@ -34,12 +34,19 @@ class ToyConfig:
         validation: number of validation videos.
         seconds: durations of the shortest and the longest video.
         seed: seed of everything random in it.
+        unseen: show `UNSEEN_ACTIONS`, which no weights of this repository were trained on.
     """
 
     training: int = 32
     validation: int = 12
     seconds: tuple[float, float] = (24.0, 52.0)
     seed: int = 0
+    unseen: bool = False
+
+
+def unseen_toy() -> ToyConfig:
+    """Return the size of the second set: 60 videos of about 35 s with 13 motions."""
+    return ToyConfig(training=40, validation=20, seconds=(28.0, 42.0), unseen=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +58,7 @@ class _Job:
     seconds: float
     seed: tuple[int, int]
     folder: str
+    actions: tuple[str, ...]
 
 
 def _times(seconds: float) -> np.ndarray:
@@ -60,7 +68,7 @@ def _times(seconds: float) -> np.ndarray:
 def _make_video(job: _Job) -> tuple[str, dict[str, Any]]:
     """Render and write one video, under a temporary name until it is whole."""
     rng = np.random.default_rng(job.seed)
-    scene = draw_scene(DETECTION_GALLERY, _times(job.seconds), rng)
+    scene = draw_scene(DETECTION_GALLERY, _times(job.seconds), rng, actions=job.actions)
     path = Path(job.folder) / f"{job.video_id}.mp4"
     with replacing(path) as partial:
         encode(partial, render(scene), fps=FPS)
@@ -85,6 +93,7 @@ def _jobs(config: ToyConfig, folder: Path) -> list[_Job]:
                 seconds=float(rng.uniform(*config.seconds)),
                 seed=(config.seed, number),
                 folder=str(folder),
+                actions=UNSEEN_ACTIONS if config.unseen else ACTIONS,
             )
         )
     return jobs
@@ -108,7 +117,7 @@ def make_toy(
 ) -> Path:
     """Make the toy data set, unless it is there already with the same settings.
 
-    Classes (`ACTIONS`) differ by motion over time and not by the look of a frame. The videos have
+    Classes differ by motion over time and not by the look of a frame. The videos have
     112 by 112 pixels and 12 frames a second, H.264 with visible compression noise.
 
     Args:
@@ -127,6 +136,8 @@ def make_toy(
     annotations = folder / ANNOTATIONS
     # through JSON, as they are read back
     settings = json.loads(json.dumps({"version": _VERSION, **asdict(config)}))
+    if not config.unseen:  # the first set's file stays as it was before there was a second
+        del settings["unseen"]
     if _is_complete(annotations, settings):
         return annotations
     (folder / VIDEOS).mkdir(parents=True, exist_ok=True)

@@ -8,13 +8,12 @@ time tells the classes apart.
 Units: pixels of the rendered frame, seconds, radians; ``y`` points down as in images.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import pi
 from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from re2tal.datasets.toy.looks import (
     Gallery,
@@ -23,6 +22,7 @@ from re2tal.datasets.toy.looks import (
     bokeh_texture,
     sprite_texture,
 )
+from re2tal.datasets.toy.motions import MOTIONS, Draw, Floats
 
 FRAME_SIZE = 112
 """Height and width of a rendered frame, in pixels."""
@@ -30,7 +30,8 @@ FRAME_SIZE = 112
 ACTIONS = ("bounce", "orbit", "pulse", "shake", "spin", "zigzag")
 """Class names, sorted."""
 
-Floats: TypeAlias = NDArray[np.float64]
+UNSEEN_ACTIONS = tuple(MOTIONS)
+"""Class names of the second set, sorted: no weights of this repository were trained on them."""
 
 _CENTRE_RANGE = (30.0, FRAME_SIZE - 30.0)
 _CARRIER_SPEED = (2.0, 9.0)
@@ -76,7 +77,7 @@ def action(name: str, duration: float, angle: float, rng: np.random.Generator) -
     """Draw one instance of an action.
 
     Args:
-        name: one of `ACTIONS`.
+        name: one of `ACTIONS` or `UNSEEN_ACTIONS`.
         duration: seconds that the action lasts; the carrier is centred in it.
         angle: actor's angle at the start, radians.
         rng: source of every random choice. The number of draws does not depend on `name`.
@@ -85,10 +86,11 @@ def action(name: str, duration: float, angle: float, rng: np.random.Generator) -
         The motion, defined for times in [0, duration].
 
     Raises:
-        ValueError: `name` is none of `ACTIONS`.
+        ValueError: `name` is none of them.
     """
-    if name not in ACTIONS:
-        raise ValueError(f"unknown toy action {name!r}; the actions are {', '.join(ACTIONS)}")
+    if name not in (*ACTIONS, *UNSEEN_ACTIONS):
+        known = ", ".join((*ACTIONS, *UNSEEN_ACTIONS))
+        raise ValueError(f"unknown toy action {name!r}; the actions are {known}")
     middle = rng.uniform(*_CENTRE_RANGE, size=2)
     heading = rng.uniform(0.0, 2.0 * pi)
     if name == "zigzag":  # sideways swings need a carrier across them to read as a zigzag
@@ -103,7 +105,16 @@ def action(name: str, duration: float, angle: float, rng: np.random.Generator) -
         dx, dy = np.full_like(t, hold.real), np.full_like(t, hold.imag)
         size = np.full_like(t, swing * np.sin(2.0 * pi * phase))
         rate = _IDLE_TURN * (2.0 * turn - 1.0)
-        if name == "orbit":
+        turned = np.zeros_like(t)
+        if name in MOTIONS:
+            draw = Draw(phase=phase, amount=amount, speed=speed, sign=sign)
+            change, first = MOTIONS[name](t, draw), MOTIONS[name](np.zeros(1), draw)
+            dx = dx if change.x is None else change.x
+            dy = dy if change.y is None else change.y
+            size = size if change.size is None else swing * change.size
+            if change.turn is not None and first.turn is not None:
+                rate, turned = 0.0, change.turn - first.turn
+        elif name == "orbit":
             turns = 2.0 * pi * (phase + sign * (0.65 + 0.35 * speed) * t)
             radius = 11.0 + 4.0 * amount
             dx, dy = radius * np.cos(turns), radius * np.sin(turns)
@@ -123,7 +134,7 @@ def action(name: str, duration: float, angle: float, rng: np.random.Generator) -
             x=middle[0] + velocity[0] * since_middle + dx,
             y=middle[1] + velocity[1] * since_middle + dy,
             log_size=size,
-            angle=angle + rate * t,
+            angle=angle + rate * t + turned,
         )
 
     return pose
@@ -202,14 +213,16 @@ class Scene:
     instances: tuple[tuple[float, float, str], ...]
 
 
-def _timeline(seconds: float, rng: np.random.Generator) -> list[tuple[float, float, str]]:
+def _timeline(
+    seconds: float, actions: Sequence[str], rng: np.random.Generator
+) -> list[tuple[float, float, str]]:
     """Draw actions with gaps, inside [0, seconds], no class more than once in three."""
     found: list[tuple[float, float, str]] = []
     now = rng.uniform(*GAP_SECONDS)
     bag: list[str] = []
     while True:
         # Shuffled bags keep the classes of one video balanced.
-        bag = bag or [ACTIONS[int(i)] for i in rng.permutation(len(ACTIONS))]
+        bag = bag or [actions[int(i)] for i in rng.permutation(len(actions))]
         length = float(np.exp(rng.uniform(*np.log(ACTION_SECONDS))))
         end = now + length
         if end + GAP_SECONDS[0] > seconds:
@@ -297,6 +310,8 @@ def draw_scene(
     times: Floats,
     rng: np.random.Generator,
     instances: list[tuple[float, float, str]] | None = None,
+    *,
+    actions: Sequence[str] = ACTIONS,
 ) -> Scene:
     """Draw everything random about a video.
 
@@ -305,12 +320,13 @@ def draw_scene(
         times: (T,) seconds of its frames, rising.
         rng: source of every random choice.
         instances: (start, end, action) in seconds, apart and in order; drawn when None.
+        actions: actions that instances are drawn from.
 
     Returns:
         The scene, ready to be rendered.
     """
     if instances is None:
-        instances = _timeline(float(times[-1]), rng)
+        instances = _timeline(float(times[-1]), actions, rng)
     palette_index = int(rng.integers(len(gallery.palettes)))
     palette = gallery.palettes[palette_index]
     pose = _actor_pose(instances, times, rng)

@@ -34,6 +34,7 @@ from re2tal.reversible.branches import (
     Tokens,
     Whole,
 )
+from re2tal.reversible.containers import Rewired
 from re2tal.reversible.families.recording import (
     DependsOnValuesError,
     Own,
@@ -398,6 +399,7 @@ def _summary(value: Any, depth: int = 2) -> Any:
 
 def _proved_on_copy(block: nn.Module) -> _Plan:
     own = type(block).__module__.startswith("torch.nn.")
+    own |= any(isinstance(module, Rewired) for module in block.modules())  # a part is reversible
     if own or type(block).forward in (nn.Sequential.forward, nn.Module.forward):
         raise NoFamilyError(f"no family is registered for {type(block).__name__}")
     with unset_fake_temporarily(), _generators_kept(_some_tensor(block)):
