@@ -161,7 +161,7 @@ def test_the_depth_of_the_deepest_stage_alone_is_changed() -> None:
 
 
 def test_a_model_of_clips_is_profiled_and_made_deeper() -> None:
-    subject = backbone_alone("videomae_toy", small(frames=32).subject().work)
+    subject = backbone_alone("videomae_toy", small(frames=128).subject().work)
     assert subject.depth == 4
     assert subject.unit == 16
     assert len(subject.build(6).backbone.encoder.layer) == 6
