@@ -6,11 +6,17 @@ parameters and gradients; with --optimizer also AdamW's moments and the moving a
 
 A backbone by itself, with adapters too (--tuning adapters or lora):
 
-  python pipelines/memory.py --backbone swin_t --frames 768 --size 224 --fits 24GiB
+  python pipelines/memory.py --backbone swin_t --frames 768 --size 224 --longest 24GiB
 
 The detector of a recipe, with overrides of its fields:
 
-  python pipelines/memory.py RECIPE --data.window.frames 512 --fits 24GiB
+  python pipelines/memory.py RECIPE --data.window.frames 512 --longest 24GiB
+
+How to train a recipe on a GPU of some size, without changing its step, frames or pixels: batch,
+accumulation, pieces, and what is stored, optimizer and moving average counted (train.py takes the
+same option):
+
+  python pipelines/memory.py RECIPE --fit 24GiB
 
 With a GPU the steps are also run, and predicted stands beside measured. All numbers go to a JSON
 file and, with the tables and the picture, to MLflow.

@@ -30,6 +30,11 @@ The recipe of an earlier run, such as the best trial of a sweep (sweeps/), with 
 some fields:
 
   python pipelines/train.py --from-run RUN_ID --epochs 12
+
+Laid out for the memory of the GPUs, with the recipe's step, frames and pixels; --fit auto asks them
+for what is free, --fit 24GiB names it (pipelines/README.md says what is chosen and counted):
+
+  python pipelines/train.py RECIPE --fit auto
 """
 
 import sys
@@ -69,8 +74,9 @@ def parse(arguments: Sequence[str]) -> Recipe:
 
 if __name__ == "__main__":
     with told_shortly():
-        recipe = parse(sys.argv[1:])
+        sizes, arguments = take("--fit", sys.argv[1:])
+        recipe = parse(arguments)
         # here, because `--help` needs neither Ray nor MLflow, which take seconds to import
         from pipelines.training.run import train
 
-        train(recipe)
+        train(recipe, fit=sizes[-1] if sizes else None)

@@ -34,6 +34,8 @@ class BackboneModelConfig:
         mean: mean of red, green and blue in [0, 1] that the backbone was pretrained with.
         std: their standard deviation.
         reversible: rewire the backbone (Re2TAL), so that its activations are recomputed.
+        stored: keep the activations of the rewired connections all the same: the same function and
+            gradients, in more memory and less time.
         slice_mb: size in MiB of the pieces in which branches run; smaller ones take less memory and
             more time. None takes the size that suits the device.
         coupling_epochs: epochs over which the connections move from the pretrained network's to the
@@ -56,6 +58,7 @@ class BackboneModelConfig:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     reversible: bool = True
+    stored: bool = False
     slice_mb: int | None = None
     coupling_epochs: float | None = None
     tuning: Literal["full", "adapters", "lora", "frozen"] = "full"
@@ -100,8 +103,8 @@ class BackboneModelConfig:
         self._check_tuning()
         if self.reversible:
             return
-        for field_name in ("slice_mb", "coupling_epochs"):
-            if getattr(self, field_name) is not None:
+        for field_name in ("stored", "slice_mb", "coupling_epochs"):
+            if getattr(self, field_name) not in (None, False):
                 option = field_name.replace("_", "-")
                 raise ValueError(
                     f"--model.{option} is of rewired connections, but --model.no-reversible says "

@@ -6,10 +6,14 @@ from typing import Any
 
 import ray
 import ray.data
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.config.recipe import ScaleConfig
+from pipelines.core.gpus import free_memory
 from re2tal.errors import UserError
 
+_ASKED_SECONDS = 120.0
 CLUSTER_MAX = "RE2TAL_CLUSTER_MAX"
 """Environment variable with the largest resources of a cluster that starts nodes by itself."""
 
@@ -73,6 +77,32 @@ def capacity() -> dict[str, float]:
             "CPU=128,GPU=8."
         ) from None
     return have | {name: max(number, have.get(name, 0.0)) for name, number in most.items()}
+
+
+def free_gpu_memory() -> list[int]:
+    """List the free bytes of all GPUs of this machine, or of the cluster that was joined.
+
+    Nodes are asked outside of Ray's accounts, so that one answers whose GPUs are all in use.
+
+    Raises:
+        UserError: a node does not answer.
+    """
+    if not ray.is_initialized():
+        return free_memory()
+    nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("GPU", 0.0) > 0]
+    answers = [
+        ray.remote(
+            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)
+        )(free_memory).remote(hidden=True)  # Ray hides them from what asks for none
+        for n in nodes
+    ]
+    try:
+        return [size for sizes in ray.get(answers, timeout=_ASKED_SECONDS) for size in sizes]
+    except (GetTimeoutError, RayError) as failed:
+        reason = (str(failed).splitlines() or [type(failed).__name__])[-1]
+        raise UserError(
+            f"The cluster's GPUs could not be asked for their memory: {reason}"
+        ) from failed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

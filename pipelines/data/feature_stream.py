@@ -39,6 +39,7 @@ def without_backbone(recipe: Recipe, features: Features) -> Recipe:
         ),
         weights=None,
         reversible=False,
+        stored=False,
         slice_mb=None,
         coupling_epochs=None,
         tuning="full",

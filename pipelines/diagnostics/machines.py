@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from pipelines.core.checkout import code_fingerprint
+from pipelines.core.gpus import nvidia_driver
 from pipelines.diagnostics.findings import Finding, fail, installed, note, ok
 from pipelines.diagnostics.nodes import DRIVER, Answer, Cluster, Node
 
@@ -177,24 +178,11 @@ class Gpus:
 
 def find_gpus(_: Node) -> Gpus | None:
     """Look for GPUs of this machine, and compute on each; None without an NVIDIA driver or GPU."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
+    found = nvidia_driver()
+    if found is None or not found.gpus:
         return None
-    try:
-        each = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            gpu = pynvml.nvmlDeviceGetHandleByIndex(index)
-            memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
-            size = f"{_gib(memory.total)} ({memory.free / _GIB:.1f} free)"
-            each.append(f"{pynvml.nvmlDeviceGetName(gpu)} {size}")
-        driver, cuda = pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlSystemGetCudaDriverVersion()
-    finally:
-        pynvml.nvmlShutdown()
-    if not each:
-        return None
+    each = [f"{g.name} {_gib(g.total)} ({g.free / _GIB:.1f} free)" for g in found.gpus]
+    driver, cuda = found.version, found.cuda
     import torch
 
     facts = f"{', '.join(each)}; driver {driver} for CUDA up to {cuda // 1000}.{cuda % 1000 // 10}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pipelines.training.workload import Workload, workload_of
+from pipelines.training.workload import SOME_CLASSES, Workload, workload_of
 from re2tal.backbones.adapters import Addition, additions, refuse_unused
 from re2tal.backbones.table import entry_of
 from re2tal.detector import Detector
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 # Frames of Video Swin's attention window, and a multiple of what other backbones require.
 _UNIT = 16
-
-# A recipe names no classes; each costs only a few hundred parameters and a row of logits.
-_CLASSES = tuple(f"class {i}" for i in range(20))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +119,12 @@ def of_recipe(recipe: Recipe) -> Subject:
 
     def assemble(shape: Any) -> Detector[Any, Any]:  # of the class that the recipe has
         model = replace(recipe.model, backbone=shape, reversible=False)
-        return build_detector(replace(recipe, model=model), _CLASSES, weights=None)
+        return build_detector(replace(recipe, model=model), SOME_CLASSES, weights=None)
 
     config: Any = recipe.model.backbone
     _check_depths(config)
     backbone = config.build()
-    localizer = recipe.model.localizer.build(backbone.channels, len(_CLASSES))
+    localizer = recipe.model.localizer.build(backbone.channels, len(SOME_CLASSES))
     return Subject(
         name=recipe.name,
         work=workload_of(recipe),

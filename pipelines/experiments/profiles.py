@@ -18,11 +18,14 @@ from matplotlib.figure import Figure
 from pipelines.config.choices import choices_help, import_own, recipe_named, with_backbone
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import RECIPES
+from pipelines.core.gpus import free_memory
 from pipelines.core.tracking import finishing, start_run
 from pipelines.experiments.experiment import Row, Section, device
 from pipelines.experiments.harness import Chapter, circumstances, log_results, name_of, write
 from pipelines.experiments.pictures import COLOURS, tidy
 from pipelines.experiments.planner import Planner, Subject, backbone_alone, of_recipe
+from pipelines.training.fitting import budget_of, fit_recipe
+from pipelines.training.layouts import explicit_command, without
 from pipelines.training.workload import Workload
 from re2tal.backbones.adapters import AdapterConfig, Addition
 from re2tal.backbones.lora import LoraConfig
@@ -41,14 +44,15 @@ class Questions:
     """Further questions, and the file of the answers.
 
     Attributes:
-        fits: also find the longest window whose step fits this much memory, such as 24GiB.
+        longest: also find the longest window whose step takes at most this much memory, such as
+            24GiB, in each way. (--fit keeps the window, and lays out a recipe's whole step.)
         optimizer: also count what training keeps beside a step: AdamW's moments of the trained
             parameters, and the moving average of all weights.
         curves: also draw memory against frames and against depth; most of the time goes there.
         json: file of all numbers; by default OUTPUT/profiles/NAME.json.
     """
 
-    fits: str | None = None
+    longest: str | None = None
     optimizer: bool = False
     curves: bool = True
     json: str | None = None
@@ -108,9 +112,17 @@ class BackboneProfile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecipeProfile:
-    """The detector of a recipe."""
+    """The detector of a recipe.
+
+    Attributes:
+        fit: instead of all this, lay the recipe's step out for a GPU of this memory, such as 24GiB,
+            or auto for what is free on this machine's: choose batch, accumulation, pieces, and
+            stored or rebuilt activations, and print the command of the training. Windows of a step,
+            frames and pixels stay. (--longest is about longer windows.)
+    """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    fit: str | None = None
     questions: Annotated[Questions, tyro.conf.arg(name="")] = Questions()
 
     @property
@@ -177,7 +189,7 @@ def profile(asked: Asked) -> Section:
         ValueError: if a memory size cannot be read, or the step cannot be run.
     """
     questions = asked.questions
-    budget = parse_size(questions.fits) if questions.fits else None
+    budget = parse_size(questions.longest) if questions.longest else None
     planner = Planner(asked.subject())
     found = {}
     for way in KEEPING:
@@ -192,11 +204,40 @@ def profile(asked: Asked) -> Section:
     return section(planner.subject, found, budget, planner.blocks())
 
 
+def laid_out(asked: RecipeProfile, size: str, arguments: Sequence[str]) -> Section:
+    """Lay out a recipe's step for a size of memory.
+
+    Args:
+        asked: the recipe.
+        size: value of `--fit`.
+        arguments: the command line, from which that of the training is made.
+
+    Raises:
+        UserError: see `fit_recipe`.
+    """
+    budget = budget_of(size, asked.recipe, free_memory)
+    found = fit_recipe(asked.recipe, budget, say=lambda line: print(line, flush=True))
+    words = without(arguments, {"--json", "--longest", "--curves"})
+    script = ["python", "pipelines/train.py"]
+    command = explicit_command(script, words, found.layout, asked.recipe)
+    chosen = next(one for one in found.considered if one.layout == found.layout)
+    assert chosen.needs is not None
+    return Section(
+        title=f"{asked.recipe.name} in {budget / GIBIBYTE:.4g} GiB",
+        text="\n\n".join([*found.remarks, f"`{command}`"]),
+        tables={"Layouts of a worker's step that were considered, GiB": found.rows()},
+        metrics={"peak_gib/fit": chosen.needs.peak / GIBIBYTE},
+    )
+
+
 def main(arguments: Sequence[str], description: str) -> None:
     """Predict, print, write a JSON file and a picture, and make an MLflow run; see `parse`."""
     try:
         asked = parse(arguments, description)
-        found = profile(asked)
+        if isinstance(asked, RecipeProfile) and asked.fit is not None:
+            found = laid_out(asked, asked.fit, arguments)
+        else:
+            found = profile(asked)
     except (UserError, ValueError) as problem:
         sys.exit(f"error: {problem}")
     file = Path(asked.questions.json or Path(asked.output) / "profiles" / f"{asked.name}.json")

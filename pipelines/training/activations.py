@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import re2tal
 from pipelines.config.recipe import Recipe
+from pipelines.training.model import run_as_on
 from pipelines.training.workload import workload_of
 from re2tal.detector import Detector
 from re2tal.memory import measure_activations, predict_peak
-from re2tal.reversible.coupling import SMALLEST_PIECE
 
 # Measuring runs a step on the driver's CPU, which takes minutes for a step made for a GPU.
 _MEASURED_UP_TO = 500_000_000
@@ -26,8 +25,7 @@ def activation_metrics(recipe: Recipe, detector: Detector[Any, Any]) -> dict[str
         peak is below 500 MB also `memory/measured_...`, from real ones. Megabytes of 10^6 bytes.
     """
     detector.train()
-    if recipe.scale.gpu and recipe.model.reversible:
-        re2tal.rewire(detector.backbone, slice_bytes=SMALLEST_PIECE["cuda"])  # as it will run there
+    run_as_on("cuda" if recipe.scale.gpu else "cpu", detector, recipe.model)
     work = workload_of(recipe)
     inputs = work.inputs()
     predicted = predict_peak(detector, *inputs, step=work.forward)

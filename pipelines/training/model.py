@@ -14,8 +14,9 @@ from re2tal.backbones.adapters import additions
 from re2tal.backbones.weights import load_backbone_weights
 from re2tal.detector import Detector
 from re2tal.localizers.weights import load_localizer_weights
-from re2tal.reversible.controls import CouplingSchedule, set_slice_bytes
+from re2tal.reversible.controls import CouplingSchedule, set_reversible, set_slice_bytes
 from re2tal.reversible.convolutions import WRONG_GRADIENTS, wrong_gradients
+from re2tal.reversible.coupling import SMALLEST_PIECE
 from re2tal.trained import DetectorSpec
 from re2tal.weights import WeightsReport
 
@@ -90,8 +91,24 @@ def build_prepared(
     detector = spec.build(load)
     if config.slice_mb is not None:
         set_slice_bytes(detector, config.slice_mb * 2**20)
+    if config.stored:
+        set_reversible(detector, reversible=False)
     freeze(detector, config)
     return detector
+
+
+def run_as_on(device: str, detector: nn.Module, config: BackboneModelConfig) -> None:
+    """Have a detector that is on a CPU run as it would on another device, to predict its memory.
+
+    Args:
+        device: "cpu" or "cuda".
+        detector: detector that is rewired if the configuration says so.
+        config: pieces, and whether activations are stored.
+    """
+    if config.reversible:
+        own = None if config.slice_mb is None else config.slice_mb * 2**20
+        set_slice_bytes(detector, own or SMALLEST_PIECE[device])
+        set_reversible(detector, reversible=not config.stored)
 
 
 def load_localizer(detector: Detector[Any, Any], config: ModelConfig) -> WeightsReport | None:

@@ -7,6 +7,7 @@ with a digest of its configuration and data.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
@@ -24,10 +25,14 @@ from pipelines.core.tracking import (
 )
 from pipelines.core.underway import alone, described, is_alive, is_under_way, this_process
 from pipelines.data.clip_plan import AnyPlan
+from pipelines.training.layouts import Layout
 from pipelines.training.retention import newest_checkpoint
 from re2tal.errors import UserError
 
 _DIGEST = "re2tal.configuration"
+ASKED = "re2tal.fit"
+"""Tag of a run whose step was laid out for a size of memory: digest of what was asked for."""
+_LAYOUT = "re2tal.layout"
 _NUMBER = "re2tal.number"  # of a run among those of its configuration: a clock may be set back
 
 
@@ -100,7 +105,7 @@ def mark(config: Tracked, configuration: str, *, output: str) -> dict[str, str]:
         configuration: its `digest`.
         output: folder of the default store.
     """
-    _, found = _latest(config, configuration, output=output)
+    _, found = _latest(config, _DIGEST, configuration, output=output)
     number = int(found[0].data.tags.get(_NUMBER, 0)) + 1 if found else 1
     return {_DIGEST: configuration, _NUMBER: f"{number:06}"}
 
@@ -116,7 +121,7 @@ def last_run(config: Tracked, tags: Mapping[str, str], *, output: str) -> Run | 
     Raises:
         UserError: if another process is working on it.
     """
-    uri, found = _latest(config, tags[_DIGEST], output=output)
+    uri, found = _latest(config, _DIGEST, tags[_DIGEST], output=output)
     if not found:
         return None
     run = Run(uri=uri, run_id=found[0].info.run_id)
@@ -132,12 +137,46 @@ def last_run(config: Tracked, tags: Mapping[str, str], *, output: str) -> Run | 
     return run
 
 
-def _latest(config: Tracked, configuration: str, *, output: str) -> tuple[str, Sequence[Any]]:
-    """Return the store's URI, and the last run of a configuration, if there is one, in MLflow."""
+def asked_to_fit(recipe: RunConfig, size: str) -> str:
+    """Compute a hash of a recipe that is to fit a size of memory, as it was given."""
+    content = [(name, str(value)) for name, value in flatten(recipe) if name != "resume"]
+    return hashlib.sha256(json.dumps([size, *sorted(content)]).encode()).hexdigest()
+
+
+def layout_tag(layout: Layout) -> dict[str, str]:
+    """Return the tag in which a run keeps the layout of its step."""
+    return {_LAYOUT: json.dumps(asdict(layout))}
+
+
+def layout_so_far(recipe: RunConfig, asked: str) -> Layout | None:
+    """Return the layout of an unfinished run that was asked for in the same way.
+
+    A run goes on as it began, although the memory that is free may be another by now.
+
+    Args:
+        recipe: recipe with absolute paths.
+        asked: what `asked_to_fit` returned.
+
+    Returns:
+        None if there is no such run, or none that could go on.
+    """
+    if not recipe.resume:
+        return None
+    _, found = _latest(recipe, ASKED, asked, output=recipe.output)
+    if not found or found[0].info.status == "FINISHED":
+        return None
+    begun = newest_checkpoint(join(recipe.output, found[0].info.run_id)) is not None
+    if not begun and found[0].info.status != "RUNNING":
+        return None
+    return Layout(**json.loads(found[0].data.tags[_LAYOUT]))
+
+
+def _latest(config: Tracked, tag: str, value: str, *, output: str) -> tuple[str, Sequence[Any]]:
+    """Return the store's URI, and the last run in MLflow with a value of a tag, if there is one."""
     client, uri, experiment = open_store(config.experiment, output=output)
     found = client.search_runs(
         [experiment],
-        filter_string=f"tags.`{_DIGEST}` = '{configuration}'",
+        filter_string=f"tags.`{tag}` = '{value}'",
         order_by=[f"tags.`{_NUMBER}` DESC", "attributes.start_time DESC"],
         max_results=1,
     )

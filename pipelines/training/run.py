@@ -1,12 +1,13 @@
 """A run of a recipe, from its data to its results in MLflow: checks, Ray Train, results."""
 
 import json
+import os
 import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from pipelines.core.cluster import init_ray
 from pipelines.core.metric_names import BEST_MAP, MAP
 from pipelines.core.models import MODEL_TAG, with_weights_here
 from pipelines.core.progress import ProgressPrinter, doing
-from pipelines.core.resources import check_resources
+from pipelines.core.resources import check_resources, free_gpu_memory
 from pipelines.core.stopping import stoppable
 from pipelines.core.storage import BACKBONE_FILE, file_sizes, join, replacing, require_room
 from pipelines.core.tracking import (
@@ -50,9 +51,20 @@ from pipelines.training.checkpoints import DETECTOR_FOLDER
 from pipelines.training.classification import ClassificationTask, build_classifier
 from pipelines.training.detection import DetectionTask
 from pipelines.training.entry import train_worker
+from pipelines.training.fitting import AUTO, budget_of, fit_recipe, text_of
+from pipelines.training.layouts import explicit_command
 from pipelines.training.model import build_detector, load_localizer, remarks
 from pipelines.training.results import log_checkpoint, log_model, log_results, print_summary
-from pipelines.training.resuming import digest, last_run, mark, resume_or_start
+from pipelines.training.resuming import (
+    ASKED,
+    asked_to_fit,
+    digest,
+    last_run,
+    layout_so_far,
+    layout_tag,
+    mark,
+    resume_or_start,
+)
 from pipelines.training.retention import (
     best_checkpoint,
     drop_list,
@@ -82,38 +94,44 @@ class Prepared:
         recipe: configuration with absolute paths.
         annotations: annotations of the data set.
         plan: classes and videos of the run.
+        tags: tags of its run: the size of memory that it was fitted to, and the layout.
+        fitting: what was considered for it, in lines.
     """
 
     recipe: Recipe
     annotations: Annotations
     plan: Plan
+    tags: Mapping[str, str] = field(default_factory=dict)
+    fitting: Sequence[str] = ()
 
 
-def train(recipe: Recipe, *, parent: str | None = None) -> Run:
+def train(recipe: Recipe, *, fit: str | None = None, parent: str | None = None) -> Run:
     """Train a detector, from its data to its results in MLflow.
 
     Where the backbone is finetuned first, both are children of one run, which is returned.
 
     Args:
         recipe: the configuration as the user gave it.
+        fit: size of memory that the step is laid out for, or "auto"; None takes the recipe's own.
+            The finetuning before it keeps its own.
         parent: id of the MLflow run that this one belongs to.
 
     Raises:
         UserError: if something is missing or does not fit.
     """
     if recipe.finetune.epochs:
-        return _finetune_and_train(recipe)
+        return _finetune_and_train(recipe, fit)
     began = time.perf_counter()
     with stoppable(_nothing_yet):
-        ready, detector = prepare(recipe)
-        run = _resumed(ready.recipe, ready.plan, parent)
+        ready, detector = prepare(recipe, fit=fit)
+        run = _resumed(ready.recipe, ready.plan, parent=parent, tags=ready.tags)
     with stoppable(partial(_kept, ready.recipe, run)):
         train_run(ready, run, detector=detector)
     print_summary(ready.recipe, ready.plan, run, seconds=time.perf_counter() - began)
     return run
 
 
-def _finetune_and_train(recipe: Recipe) -> Run:
+def _finetune_and_train(recipe: Recipe, fit: str | None) -> Run:
     """Finetune the backbone on the annotated segments, and then train the detector end to end."""
     if recipe.data.features:
         raise UserError(
@@ -146,7 +164,7 @@ def _finetune_and_train(recipe: Recipe) -> Run:
         print("2 of 2: training end to end from the finetuned backbone", flush=True)
         model = replace(recipe.model, weights=weights, coupling_epochs=None)
         second = replace(recipe, finetune=FinetuneConfig(), model=model)
-        run = train(second, parent=parent.run_id)
+        run = train(second, fit=fit, parent=parent.run_id)
         tags = run.client.get_run(run.run_id).data.tags
         for tag in (MODEL_TAG, BEST_MAP, "best.epoch"):
             parent.client.set_tag(parent.run_id, tag, tags[tag])
@@ -179,11 +197,12 @@ def _finetuned(recipe: Recipe, parent: Run) -> str | None:
     return next((join(f, BACKBONE_FILE) for f in folders if BACKBONE_FILE in file_sizes(f)), None)
 
 
-def prepare(recipe: Recipe) -> tuple[Prepared, Detector[Any, Any]]:
+def prepare(recipe: Recipe, *, fit: str | None = None) -> tuple[Prepared, Detector[Any, Any]]:
     """Check all that can be checked before a run, and start or join Ray.
 
     Args:
         recipe: the configuration as the user gave it.
+        fit: see `train`.
 
     Returns:
         The run, and its detector as `check_model` built it.
@@ -198,6 +217,10 @@ def prepare(recipe: Recipe) -> tuple[Prepared, Detector[Any, Any]]:
         )
     recipe = detection_inputs(recipe)
     annotations = read_annotations(recipe.data)
+    tags: dict[str, str] = {}
+    fitting: list[str] = []
+    if fit is not None:
+        recipe, tags, fitting = _laid_out(recipe, fit, annotations.classes)
     if recipe.data.features:
         recipe = without_backbone(recipe, Features(recipe.data.features))
     with doing("building the model and loading its weights"):
@@ -208,7 +231,39 @@ def prepare(recipe: Recipe) -> tuple[Prepared, Detector[Any, Any]]:
     if plan.remarks:
         print(f"{len(plan.remarks)} remarks on the videos, for example:")
         print(f"  {plan.remarks[0]}", flush=True)
-    return Prepared(recipe=recipe, annotations=annotations, plan=plan), detector
+    ready = Prepared(recipe=recipe, annotations=annotations, plan=plan, tags=tags, fitting=fitting)
+    return ready, detector
+
+
+def _laid_out(
+    recipe: Recipe, size: str, classes: Sequence[str]
+) -> tuple[Recipe, dict[str, str], list[str]]:
+    """Lay out a recipe's step for a size of memory, as an unfinished run of the same was.
+
+    Returns:
+        The recipe, tags of its run, and what was considered, which is also printed.
+
+    Raises:
+        UserError: nothing fits, or the size is not known.
+    """
+    tags = {"fit": size, ASKED: asked_to_fit(recipe, size)}
+    layout = layout_so_far(recipe, tags[ASKED])
+    if layout is not None:
+        print(f"--fit {size}: the unfinished run of this command keeps its layout", flush=True)
+        return layout.applied(recipe), tags, []
+    if size == AUTO and os.environ.get("RAY_ADDRESS"):
+        init_ray(trains=True)  # the GPUs are those of its nodes
+    found = fit_recipe(
+        recipe,
+        budget_of(size, recipe, free_gpu_memory),
+        classes=classes,
+        say=lambda line: print(line, flush=True),
+    )
+    script = ["python", sys.argv[0]]
+    command = explicit_command(script, sys.argv[1:], found.layout, recipe)
+    lines = [*text_of(found.rows()), *found.remarks, f"The same explicitly: {command}"]
+    print("\n".join(lines), flush=True)
+    return found.recipe, tags | layout_tag(found.layout), lines
 
 
 def check_model(recipe: Recipe, classes: Sequence[str]) -> Detector[Any, Any]:
@@ -267,9 +322,15 @@ def _start_ray(recipe: AnyRecipe, *, frames: bool = True) -> None:
         print(f"warning: {remark}", flush=True)
 
 
-def _resumed(recipe: AnyRecipe, plan: AnyPlan, parent: str | None) -> Run:
+def _resumed(
+    recipe: AnyRecipe,
+    plan: AnyPlan,
+    *,
+    parent: str | None,
+    tags: Mapping[str, str] | None = None,
+) -> Run:
     """Go on with the unfinished run of a configuration, or start one."""
-    run, goes_on = resume_or_start(recipe, plan, parent=parent)
+    run, goes_on = resume_or_start(recipe, plan, parent=parent, tags=tags)
     if goes_on:
         print(f"going on with the unfinished run {run.run_id}; --no-resume starts anew", flush=True)
     return run
@@ -317,6 +378,7 @@ def train_run(
         )
         log_text(run, [summarize(ready.annotations)], "data/summary.txt")
         log_text(run, plan.remarks, "data/remarks.txt")
+        log_text(run, ready.fitting, "fit.txt")
         if plan.features is None:
             log_metrics(run, activation_metrics(recipe, detector), step=0, again=False)
         task = DetectionTask(recipe=recipe, plan=plan)
@@ -430,7 +492,7 @@ def finetune(recipe: ClassificationRecipe, *, parent: str | None = None) -> Run:
         _start_ray(recipe)
         with doing("opening the videos") as count:
             plan = make_clip_plan(recipe.data, lists, probe=partial(probe_files, progress=count))
-        run = _resumed(recipe, plan, parent)
+        run = _resumed(recipe, plan, parent=parent)
     with stoppable(partial(_kept, recipe, run)), finishing(run):
         log_dataset(
             run,

@@ -18,7 +18,7 @@ def parse_size(text: str) -> int:
     units = {name.lower(): size for name, size in _UNITS.items()}
     if found is None or found[2].lower() not in units:
         raise ValueError(
-            f"{text!r} is no size of memory: give --fits a number and one of {', '.join(_UNITS)}, "
+            f"{text!r} is no size of memory: give a number and one of {', '.join(_UNITS)}, "
             "for example 24GiB."
         )
     return int(float(found[1]) * units[found[2].lower()])

@@ -73,7 +73,8 @@ def predict_peak(model: nn.Module, *inputs: Any, step: Step | None = None) -> St
     Args:
         model: model as it would be trained (device, dtype, train mode, rewired or not). A
             model on a GPU needs a GPU to be present, for autocast's sake; sizes are the same on a
-            CPU where the same operators run.
+            CPU where the same operators run. One on the "meta" device, which takes no memory, is
+            predicted as on a CPU.
         inputs: examples of the model's inputs; only shapes, dtypes and devices matter.
         step: forward, called as ``step(model, *inputs)`` with fake copies: the place for
             autocast or keyword arguments. By default the model is called. Every tensor in the
@@ -135,6 +136,8 @@ def _faked(model: nn.Module, inputs: Any) -> Iterator[tuple[nn.Module, Any]]:
         fake_model, fake_inputs = copy.deepcopy((model, inputs))
     for parameter in fake_model.parameters():
         parameter.grad = None
+    with fake:
+        _materialize(fake_model)
     try:
         with fake:
             yield fake_model, fake_inputs
@@ -144,6 +147,26 @@ def _faked(model: nn.Module, inputs: Any) -> Iterator[tuple[nn.Module, Any]]:
             "values. Write it with fixed shapes (torch.where instead of boolean indexing), or give "
             "a step that runs only the part without it."
         ) from error
+
+
+def _materialize(model: nn.Module) -> None:
+    """Put tensors of the CPU in the place of a model's on the "meta" device, without values."""
+    made: dict[int, Tensor] = {}  # a tensor that two modules share stays shared
+
+    def on_cpu(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            empty = torch.empty_like(tensor, device="cpu", requires_grad=False)
+            if isinstance(tensor, nn.Parameter):
+                empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+            made[id(tensor)] = empty
+        return made[id(tensor)]
+
+    for module in model.modules():
+        held: tuple[dict[str, Any], ...] = module._parameters, module._buffers
+        for tensors in held:
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.device.type == "meta":
+                    tensors[name] = on_cpu(tensor)
 
 
 def _run(model: nn.Module, inputs: Any, step: Step | None) -> None:

@@ -73,6 +73,21 @@ def test_prediction_equals_measurement(rewired: bool, step: Callable[..., Tensor
     assert_same(predict_peak(model, x, step=step), measure_activations(model, x, step=step))
 
 
+@pytest.mark.parametrize("rewired", [False, True])
+def test_a_model_without_memory_is_predicted_like_one_with_it(rewired: bool) -> None:
+    found = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            model = tiny_swin((2, 1))
+            blocks: Any = model.features[0]
+            blocks[0].mlp[0].weight = blocks[1].mlp[0].weight  # shared
+        if rewired:
+            rewire(model)
+        found.append(predict_peak(model, torch.randn(CLIP)))
+        assert {p.device.type for p in model.parameters()} == {device}
+    assert found[0] == found[1]
+
+
 def test_a_module_with_losses_and_records() -> None:
     torch.manual_seed(0)
     model = LossModule()

@@ -239,7 +239,7 @@ def test_a_profile_without_a_gpu_says_so_everywhere(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     shallow_toy = replace(entry_of("swin_toy"), make=shallow)
     monkeypatch.setitem(table._ENTRIES, "swin_toy", shallow_toy)
-    arguments = "--backbone swin_toy --frames 32 --size 32 --precision float32 --fits 12MiB"
+    arguments = "--backbone swin_toy --frames 32 --size 32 --precision float32 --longest 12MiB"
     main([*arguments.split(), "--output", str(tmp_path)], description="")
     printed = capsys.readouterr().out
     assert "per-block checkpointing" in printed
@@ -292,10 +292,10 @@ def test_measured_stands_beside_predicted(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_command_line_reads_recipes_and_backbones() -> None:
-    asked = parse(["toy", "--data.window.frames", "64", "--fits", "1GiB"])
+    asked = parse(["toy", "--data.window.frames", "64", "--longest", "1GiB"])
     assert isinstance(asked, RecipeProfile)
     assert asked.recipe.data.window.frames == 64
-    assert asked.questions.fits == "1GiB"
+    assert asked.questions.longest == "1GiB"
     assert asked.name == "profile-toy"
     adapters = ["--backbone", "videomae_b", "--tuning", "adapters", "--adapters.ratio", "8"]
     assert parse(adapters) == BackboneProfile(
@@ -312,7 +312,7 @@ def test_mistakes_are_told_in_a_sentence() -> None:
     with pytest.raises(SystemExit, match=r"error: There is no backbone 'swim'\. Choose one of: "):
         main(["--backbone", "swim"], description="")
     with pytest.raises(SystemExit, match="error: '24 apples' is no size of memory"):
-        main(["--fits", "24 apples"], description="")
+        main(["--longest", "24 apples"], description="")
     with pytest.raises(ValueError, match="at least 1"):
         small(frames=0)
     with pytest.raises(ValueError, match="SlowFast takes a multiple of 4 frames, but got 30"):
@@ -323,5 +323,11 @@ def test_mistakes_are_told_in_a_sentence() -> None:
 def test_the_script_explains_itself() -> None:
     command = [sys.executable, "pipelines/memory.py", "--help"]
     shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    for word in ("without a GPU", "per-block checkpointing", "--fits", "--backbone", "thumos_re2"):
+    for word in (
+        "without a GPU",
+        "per-block checkpointing",
+        "--longest",
+        "--backbone",
+        "thumos_re2",
+    ):
         assert word in shown

@@ -133,10 +133,11 @@ def finished(
     The third command ends it.
     """
     folder, printed = tmp_path_factory.mktemp("run"), _Disturbed()
+    command = ("toy", *_data(tiny_set), *TINY, "--fit", "2GiB")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(SystemExit) as stopped:
-            run_here(SCRIPT, "toy", *_data(tiny_set), *TINY, folder=folder, printed=printed)
+            run_here(SCRIPT, *command, folder=folder, printed=printed)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -144,9 +145,9 @@ def finished(
     run = _run(folder)
     assert run.info.status == "KILLED"
     assert "error" not in run.data.tags
-    run_here(SCRIPT, "toy", *_data(tiny_set), *TINY, folder=folder, printed=printed)
+    run_here(SCRIPT, *command, folder=folder, printed=printed)
     _leave_as_killed(folder)
-    run_here(SCRIPT, "toy", *_data(tiny_set), *TINY, folder=folder, printed=printed)
+    run_here(SCRIPT, *command, folder=folder, printed=printed)
     return folder, printed.getvalue()
 
 
@@ -281,6 +282,18 @@ def test_the_run_in_mlflow_is_complete(finished: tuple[Path, str], tiny_set: Pat
     assert run.data.tags["mlflow.source.name"].endswith("train.py")
     assert "train.py toy" in run.data.tags["mlflow.note.content"]
     assert run.data.tags["mlflow.user"]
+
+
+@pytest.mark.slow
+def test_the_layout_that_was_chosen_first_stays_the_runs(finished: tuple[Path, str]) -> None:
+    folder, printed = finished
+    run = _run(folder)
+    assert "considering 1 of at most 6: 1x3x64x32x32" in printed
+    assert "--optim.accumulation 1 --model.stored" in printed
+    assert printed.count("--fit 2GiB: the unfinished run of this command keeps its layout") == 2
+    assert run.data.tags["fit"] == "2GiB"
+    assert run.data.params["model.stored"] == "True"
+    assert "fit.txt" in {f.path for f in _client(folder).list_artifacts(run.info.run_id)}
 
 
 @pytest.mark.slow
@@ -438,6 +451,8 @@ def test_what_a_job_uploads_is_small(tmp_path: Path) -> None:
         (("toy", "--data.annotations", "/nowhere.json", "--data.no-make-toy"), "/nowhere.json"),
         (("toy", "--model.weights", "/nowhere.pth"), "nothing at /nowhere.pth"),
         (("toy", "--epochs", "many"), "epochs"),
+        (("toy", "--fit", "24"), "'24' is no size of memory"),
+        (("toy", "--fit", "auto"), "this recipe trains without one (--scale.no-gpu)"),
     ],
 )
 def test_what_cannot_start_ends_in_one_clear_error(

@@ -1,4 +1,4 @@
-"""The experiment `memory`: what is predicted, what fits, and what the report makes of it."""
+"""Experiments `memory` and `finetuning`: predictions, what fits, and what reports make of it."""
 
 import copy
 from collections.abc import Callable
@@ -11,8 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
+from pipelines.experiments.finetuning import Finetuning, needs, subject_of
 from pipelines.experiments.memory import NO_GPU, OUT_OF_MEMORY, Memory, peaks, quick, resident
 from pipelines.experiments.pictures import apart
+from pipelines.experiments.planner import Planner, backbone_alone
+from pipelines.training.workload import Workload
+from re2tal.backbones.adapters import AdapterConfig
 from re2tal.errors import UserError
 from re2tal.memory.fit import GIBIBYTE
 from re2tal.memory.ways import KEEPING, WAYS
@@ -151,3 +155,61 @@ def test_labels_are_moved_apart_and_no_further_than_needed(heights: list[float])
     assert sum(moved) == pytest.approx(sum(heights))
     if all(b - a >= 0.1 for a, b in pairwise(heights)):
         assert moved == pytest.approx(heights)
+
+
+# Full finetuning against adapters.
+
+SMALL = Finetuning(
+    backbones=("videomae_toy",), sizes=(64,), frames=(32, 64), cards=(0.02,), precision="float32"
+)
+
+
+def test_what_finetuning_needs_counts_the_optimizer_and_the_average() -> None:
+    (job,) = (j for j in SMALL.jobs() if j.name == "videomae_toy, 64 px, adapters, ours")
+    found = needs(**job.arguments)
+    subject = subject_of("videomae_toy", "adapters", Workload(frames=32, size=64))
+    plain = backbone_alone("videomae_toy", subject.work, AdapterConfig())
+    detector = plain.build(4)  # with weights
+    trained = sum(p.numel() for p in detector.parameters() if p.requires_grad)
+    weights = sum(t.nbytes for t in (*detector.parameters(), *detector.buffers()))
+    assert found["trained"] == trained > 0
+    assert found["state"] == 2 * weights + 3 * 4 * trained
+    peaks_of = [Planner(plain).predict("ours", frames=n) for n in SMALL.frames]
+    assert found["peaks"] == [p.peak + weights + 2 * 4 * trained for p in peaks_of]
+    (longest,) = found["fits"]
+    planner = Planner(replace(plain, optimizer=True))
+    budget = 0.02 * GIBIBYTE
+    assert planner.peak("ours", frames=longest) <= budget
+    assert planner.peak("ours", frames=longest + UNIT) > budget
+
+
+def test_a_report_says_from_which_window_on_full_finetuning_takes_less() -> None:
+    lines = {
+        ("full", "plain"): (50, 900),
+        ("full", "checkpointed"): (9, 900),
+        ("full", "ours"): (4, 1000),
+        ("adapters", "plain"): (40, 100),
+        ("adapters", "checkpointed"): (8, 101),
+        ("adapters", "ours"): (3, 100),
+    }
+    results = {
+        f"videomae_toy, 64 px, {tuning}, {WAYS[way].title}": {
+            "peaks": [slope * n + start for n in SMALL.frames],
+            "state": start,
+            "trained": 1,
+            "fits": [16],
+        }
+        for (tuning, way), (slope, start) in lines.items()
+    }
+    assert results.keys() == {job.name for job in SMALL.jobs()}
+    section = SMALL.section(results)
+    (row,) = section.tables["Windows from which full reversible finetuning takes less than"]
+    for (tuning, way), (slope, start) in lines.items():
+        cell = row.get(f"{tuning}, {WAYS[way].title}")
+        if cell is not None:
+            first = next(n for n in range(9999) if slope * n + start >= 4 * n + 1000)
+            assert cell == f"{first:,} frames"
+    claims = {finding.claim: finding.holds for finding in section.findings}
+    (smaller,) = (holds for claim, holds in claims.items() if "than adapters with check" in claim)
+    assert smaller == (4 * 64 + 1000 < 8 * 64 + 101)
+    assert claims["Reversible adapters take less than everything else"]

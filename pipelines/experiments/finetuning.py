@@ -1,0 +1,257 @@
+"""Memory of full finetuning against that of adapters, plain, with checkpoints and reversible.
+
+Predicted for a backbone with AdamW and the moving average of the weights: everything trained in
+each way, and AdaTAD's temporal adapters in each way, for windows of several lengths and sizes of
+frames; and the longest window of each that fits the memory of a GPU.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from pipelines.experiments.experiment import Finding, Job, Row, Section, Tables, refuse_unknown
+from pipelines.experiments.planner import Planner, Subject, backbone_alone
+from pipelines.training.workload import Workload
+from re2tal.backbones.adapters import AdapterConfig
+from re2tal.backbones.table import backbones
+from re2tal.errors import UserError
+from re2tal.memory.fit import GIBIBYTE
+from re2tal.memory.ways import WAYS
+from re2tal.precision import Precision
+
+Result = Mapping[str, Any]
+_TUNINGS = ("full", "adapters")
+_WAYS = ("plain", "checkpointed", "ours")
+_GOAL = 40.0  # GiB of the largest model, fully trained on the longer window
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finetuning:
+    """Memory of full finetuning and of adapters, each plain, with checkpoints, reversible.
+
+    Attributes:
+        backbones: names in the table of backbones, all with transformer blocks.
+        sizes: heights and widths of a frame.
+        frames: two lengths of the window.
+        cards: memory of GPUs in GiB, for each of which the longest window is sought.
+        precision: number format of the branches.
+    """
+
+    backbones: tuple[str, ...] = (
+        "videomae_s",
+        "videomae_b",
+        "videomae_l",
+        "videomae_h",
+        "videomae_v2_g",
+        "swin_t",
+        "swin_b",
+    )
+    sizes: tuple[int, ...] = (160, 224)
+    frames: tuple[int, int] = (768, 1536)
+    cards: tuple[float, ...] = (24, 80)
+    precision: Precision = "bfloat16"
+
+    def __post_init__(self) -> None:
+        refuse_unknown("backbone", self.backbones, backbones())
+        if not self.frames[0] < self.frames[1]:
+            raise UserError("Give two lengths of the window, the shorter first.")
+
+    def jobs(self) -> Sequence[Job]:
+        """List every backbone and size in every way."""
+        return [
+            Job(
+                name=_named(backbone, size, tuning, way),
+                work=needs,
+                arguments={
+                    "backbone": backbone,
+                    "size": size,
+                    "tuning": tuning,
+                    "way": way,
+                    "frames": list(self.frames),
+                    "cards": list(self.cards),
+                    "precision": self.precision,
+                },
+            )
+            for size in sorted(self.sizes, reverse=True)
+            for backbone in self.backbones
+            for tuning in _TUNINGS
+            for way in _WAYS
+        ]
+
+    def section(self, results: Mapping[str, Result]) -> Section:
+        """Report on what each takes, and from which window on full finetuning takes less."""
+        tables: Tables = {}
+        for size in self.sizes:
+            tables[f"Frames of {size} pixels"] = [
+                self._row(backbone, tuning, way, results[_named(backbone, size, tuning, way)])
+                for backbone in self.backbones
+                for tuning in _TUNINGS
+                for way in _WAYS
+            ]
+        tables["Windows from which full reversible finetuning takes less than"] = [
+            {"backbone": backbone, "pixels": size}
+            | {
+                f"{tuning}, {WAYS[way].title}": self._crossing(results, backbone, size, tuning, way)
+                for tuning, way in (
+                    ("full", "checkpointed"),
+                    ("adapters", "plain"),
+                    ("adapters", "checkpointed"),
+                )
+            }
+            for backbone in self.backbones
+            for size in self.sizes
+        ]
+        return Section(
+            title="Memory of full finetuning and of adapters",
+            text=(
+                f"Predicted for one window, in {self.precision}, with fake tensors: parameters, "
+                "gradients, AdamW's two moments, the moving average of all weights, frames and "
+                "activations of the backbone, without a localizer, the CUDA context and scratch "
+                "space of a GPU's operators (on an H200 Swin-T took 1 to 5 % more than predicted "
+                "for its own operators). Adapters are AdaTAD's: all else is frozen, and counted "
+                "without gradients. Reversible is this project's, in pieces of 2 GiB. "
+                "Windows from which one takes less are where the straight lines through the two "
+                "lengths cross."
+            ),
+            tables=tables,
+            findings=list(self._findings(results)),
+        )
+
+    def _row(self, backbone: str, tuning: str, way: str, found: Result) -> Row:
+        row: Row = {
+            "backbone": backbone,
+            "trained": tuning,
+            "way": WAYS[way].title,
+            "trained parameters, M": found["trained"] / 1e6,
+            "weights, optimizer, average, GiB": found["state"] / GIBIBYTE,
+        }
+        row |= {
+            f"{frames} frames, GiB": peak / GIBIBYTE
+            for frames, peak in zip(self.frames, found["peaks"], strict=True)
+        }
+        return row | {
+            f"frames in {card:g} GiB": frames
+            for card, frames in zip(self.cards, found["fits"], strict=True)
+        }
+
+    def _crossing(
+        self, results: Mapping[str, Result], backbone: str, size: int, tuning: str, way: str
+    ) -> str:
+        """Name the window from which full reversible finetuning takes less than another."""
+        ours = self._line(results[_named(backbone, size, "full", "ours")])
+        other = self._line(results[_named(backbone, size, tuning, way)])
+        slope, start = other[0] - ours[0], ours[1] - other[1]
+        if slope <= 0:
+            return "none"
+        return f"{math.ceil(start / slope):,} frames" if start > 0 else "any"
+
+    def _line(self, found: Result) -> tuple[float, float]:
+        """Slope, and bytes of an empty window."""
+        (short, long), (less, more) = self.frames, found["peaks"]
+        slope = (more - less) / (long - short)
+        return slope, less - slope * short
+
+    def _findings(self, results: Mapping[str, Result]) -> Iterator[Finding]:
+        size, long = max(self.sizes), self.frames[1]
+
+        def peak(backbone: str, tuning: str, way: str) -> float:
+            return float(results[_named(backbone, size, tuning, way)]["peaks"][1]) / GIBIBYTE
+
+        window = f"{long} frames of {size} pixels"
+        largest = "videomae_v2_g"
+        if largest in self.backbones:
+            full = peak(largest, "full", "ours")
+            adapters = peak(largest, "adapters", "checkpointed")
+            yield Finding(
+                claim=f"{largest}: {window}, everything trained, in {_GOAL:g} GiB",
+                holds=full < _GOAL,
+                evidence=f"{full:.3g} GiB; adapters with checkpointing {adapters:.3g}",
+            )
+        for backbone in self.backbones:
+            full = peak(backbone, "full", "ours")
+            adapters = peak(backbone, "adapters", "checkpointed")
+            yield Finding(
+                claim=(
+                    f"{backbone}: {window}, full reversible finetuning takes less than adapters "
+                    "with checkpointing"
+                ),
+                holds=full < adapters,
+                evidence=f"{full:.3g} GiB against {adapters:.3g}",
+            )
+        exceptions = [
+            f"{backbone}, {n} frames of {pixels}: {tuning} {WAYS[way].title}"
+            for backbone in self.backbones
+            for pixels in self.sizes
+            for index, n in enumerate(self.frames)
+            for tuning in _TUNINGS
+            for way in _WAYS
+            if results[_named(backbone, pixels, tuning, way)]["peaks"][index]
+            < results[_named(backbone, pixels, "adapters", "ours")]["peaks"][index]
+        ]
+        yield Finding(
+            claim="Reversible adapters take less than everything else",
+            holds=not exceptions,
+            evidence="; ".join(exceptions) or "for every backbone, size and length above",
+        )
+
+
+def _named(backbone: str, size: int, tuning: str, way: str) -> str:
+    return f"{backbone}, {size} px, {tuning}, {WAYS[way].title}"
+
+
+def subject_of(backbone: str, tuning: str, work: Workload) -> Subject:
+    """Describe a backbone with AdamW and a moving average, whose weights take no memory here."""
+    addition = AdapterConfig() if tuning == "adapters" else None
+    subject = replace(backbone_alone(backbone, work, addition), optimizer=True)
+
+    def assemble(shape: Any) -> Any:
+        with torch.device("meta"):
+            return subject.assemble(shape)
+
+    return replace(subject, assemble=assemble)
+
+
+def needs(
+    *,
+    backbone: str,
+    size: int,
+    tuning: str,
+    way: str,
+    frames: Sequence[int],
+    cards: Sequence[float],
+    precision: Precision,
+) -> dict[str, Any]:
+    """Predict peaks for two lengths of the window, and the longest that fits each card.
+
+    Returns:
+        Bytes for each of `frames` in "peaks", and of weights, optimizer and average in "state";
+        frames for each of `cards`, which are GiB, in "fits"; the number of trained parameters.
+    """
+    work = Workload(frames=frames[0], size=size, precision=precision)
+    planner = Planner(subject_of(backbone, tuning, work))
+    peaks = [planner.peak(way, frames=count) for count in frames]
+    step = planner.predict(way)
+    return {
+        "peaks": peaks,
+        "state": step.parameters + step.buffers + step.gradients + step.kept_beside,
+        "trained": step.gradients // 4,
+        "fits": [_longest(planner, way, frames, peaks, int(card * GIBIBYTE)) for card in cards],
+    }
+
+
+def _longest(
+    planner: Planner, way: str, frames: Sequence[int], peaks: Sequence[int], budget: int
+) -> int:
+    """Find the longest window that fits: where the line through two lengths meets the budget.
+
+    Peaks bend upwards, if at all, so that no longer one fits. That this one does is predicted.
+    """
+    unit = planner.subject.unit
+    slope = (peaks[1] - peaks[0]) / (frames[1] - frames[0])
+    units = int((frames[0] + (budget - peaks[0]) / slope) // unit)
+    while units > 0 and (excess := planner.peak(way, frames=units * unit) - budget) > 0:
+        units -= max(1, int(excess / slope) // unit)
+    return unit * max(0, units)
