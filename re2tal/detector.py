@@ -14,6 +14,7 @@ from re2tal.backbones.protocol import Backbone
 from re2tal.detection.segments import Detections
 from re2tal.localizers.protocol import Localizer, Losses, Targets
 from re2tal.reversible import rebuildable
+from re2tal.reversible.engine import spent
 
 BackboneT = TypeVar("BackboneT", bound=Backbone)
 LocalizerT = TypeVar("LocalizerT", bound=Localizer)
@@ -104,9 +105,15 @@ class Detector(nn.Module, Generic[BackboneT, LocalizerT]):
         Raises:
             ValueError: `frames` or `mask` have another shape or type.
         """
-        precomputed = isinstance(self.backbone, Precomputed)
-        features = self.backbone(frames if precomputed else self.normalized(frames))
-        return self.localizer(features, self.feature_mask(mask), targets)
+        return self.localizer(self.features(frames), self.feature_mask(mask), targets)
+
+    def features(self, frames: Tensor) -> Tensor:
+        """Compute features `(B, C, T')` of the frames that `forward` gets."""
+        if isinstance(self.backbone, Precomputed):
+            return self.backbone(frames)
+        video = self.normalized(frames)
+        # A rewired backbone makes the floats anew in its backward: it need not keep them.
+        return self.backbone(spent(video) if getattr(self.backbone, "reads_once", False) else video)
 
     def normalized(self, frames: Tensor) -> Tensor:
         """Normalise `frames` `(B, T, H, W, 3)` to float32 `(B, 3, T, H, W)`.

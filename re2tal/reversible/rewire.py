@@ -307,7 +307,7 @@ def rewire(
         blocks = frozenset(block for stage in stages for block in stage.blocks)
         _CONTAINERS[type(module)].adopt(module, settings=settings, rewired=blocks, where=name)
     for name, module in plan.recomputed.items():
-        vars(module)["forward"] = Recomputed(module, name)
+        vars(module)["forward"] = Recomputed(module, name, slice_bytes)
     return report
 
 

@@ -57,8 +57,8 @@ class LossModule(nn.Module):
 def assert_same(predicted: StepMemory, measured: StepMemory) -> None:
     for name in ("parameters", "buffers", "inputs", "gradients"):
         assert getattr(predicted, name) == getattr(measured, name), name
-    assert predicted.activations == pytest.approx(measured.activations, rel=0.02)
-    # A measured step also holds generator states, 5 kB a branch, which weigh at this size only.
+    # A measured step also holds generator states, 5 kB each, which weigh at this size only.
+    assert predicted.activations == pytest.approx(measured.activations, rel=0.06)
     assert predicted.peak == pytest.approx(measured.peak, rel=0.1)
 
 
@@ -219,7 +219,7 @@ def test_few_pieces_peak_like_all(
     rewire(model, slice_bytes=slice_bytes)
     set_reversible(model, reversible)
     few = predict_peak(model, x)
-    monkeypatch.setattr(step, "_decisive", lambda cuts: cuts)
+    monkeypatch.setattr(step, "decisive", lambda cuts: cuts)
     every = predict_peak(model, x)
     assert few.activations > 3 * few.parameters
     assert few == every
