@@ -90,7 +90,8 @@ class Recomputed:
             return self.once(x, *args, **kwargs)
         # Taken apart and joined as a stage does it, so that gradients are summed in its order.
         layout, cuts, flat = pieces
-        parts = [self.once(part) for part in Take.apply(layout, cuts, flat)]
+        with uncached():
+            parts = [self.once(part) for part in Take.apply(layout, cuts, flat)]
         whole: Tensor = Join.apply(layout, cuts, flat.shape[:1] + parts[0].shape[1:], *parts)
         return whole.unflatten(0, x.shape[: x.ndim - flat.ndim + 1])
 

@@ -136,7 +136,9 @@ class _WindowLayout:
         return (self.attention.get_relative_position_bias(list(self.window)),)
 
     def new(self, piece: Tensor, shape: torch.Size) -> Tensor:
-        """Make an empty tensor of a shape, with a spare row behind its end for padding."""
+        """Make an empty tensor of a shape, with a spare row behind its end if there is padding."""
+        if self.padded == self.size:
+            return piece.new_empty(shape)
         return piece.new_empty(prod(shape[:-1]) + 1, shape[-1])[:-1].view(shape)
 
     def take(self, x: Tensor, start: int, stop: int) -> Tensor:
@@ -149,8 +151,8 @@ class _WindowLayout:
 
     def put(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:
         """Write the windows' tokens to their rows."""
-        channels = out.shape[-1]
-        rows = out.as_strided((out.numel() // channels + 1, channels), (channels, 1))
+        channels, spare = out.shape[-1], self.padded != self.size
+        rows = out.as_strided((out.numel() // channels + spare, channels), (channels, 1))
         rows[self.index[start:stop]] = piece
 
     def add(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:
