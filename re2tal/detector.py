@@ -13,8 +13,7 @@ from re2tal.backbones.precomputed import Precomputed
 from re2tal.backbones.protocol import Backbone
 from re2tal.detection.segments import Detections
 from re2tal.localizers.protocol import Localizer, Losses, Targets
-from re2tal.reversible import rebuildable
-from re2tal.reversible.engine import spent
+from re2tal.reversible import rebuildable, spent
 
 BackboneT = TypeVar("BackboneT", bound=Backbone)
 LocalizerT = TypeVar("LocalizerT", bound=Localizer)

@@ -19,8 +19,8 @@ from torchvision.models.video import SwinTransformer3d
 
 from re2tal.backbones.table import Layout, backbone
 from re2tal.errors import check_within
+from re2tal.reversible import spent
 from re2tal.reversible.branches import has_hooks
-from re2tal.reversible.engine import spent
 
 _POSITIONS = "relative_position_index"
 # torchvision's MLP is a sequence: linear, GELU, dropout, linear, dropout.

@@ -195,7 +195,7 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class AtLeast:
-    """Pieces as large as one of the stage's streams, of which a backward holds six in any case.
+    """Pieces as large as one of the stage's streams; a backward holds four tensors of that size.
 
     Attributes:
         bytes: bytes of the smallest piece, however small the stream.

@@ -416,6 +416,7 @@ class ReversibleStep:
                     layout.add(passed, *span, into)
                     del into
                 totals = sums(totals, found)
+                del found
             with surroundings.restored():
                 to_parameters = _through_shared(
                     shared, totals[len(wanted) :], wanted, totals[: len(wanted)]

@@ -258,11 +258,11 @@ def test_real_steps_run_all_their_pieces_after_a_prediction() -> None:
 
 
 @pytest.mark.slow
-def test_swin_t_on_768_frames_stays_below_5_gib_at_any_depth() -> None:
-    """bfloat16, 224 pixels; plain needs 56 GiB, checkpointed 18. Measured: 3.1 GiB."""
+def test_swin_t_on_768_frames_stays_below_2_6_gib_at_any_depth() -> None:
+    """bfloat16, 224 pixels; plain needs 56 GiB, checkpointed 18. Four streams are 1.72 GiB."""
     ours = predicted_step("swin3d_t", LONG, "ours")
     deep = predicted_step("swin3d_t with 12 blocks in stage 3", LONG, "ours")
-    assert ours.peak < 5 * GIB
+    assert ours.peak < 2.6 * GIB
     assert deep.activations == pytest.approx(ours.activations, rel=0.01)
     # What is new in the peak is what six more blocks are, and the gradients of their parameters.
     kept = [m.parameters + m.buffers + m.gradients for m in (ours, deep)]
@@ -271,10 +271,9 @@ def test_swin_t_on_768_frames_stays_below_5_gib_at_any_depth() -> None:
 
 @pytest.mark.slow
 def test_in_pieces_for_a_gpu_it_stays_there() -> None:
-    """Predicted: 3.7 GiB; measured on an H200: 4.6."""
     model = build("swin3d_t")
     rewire(model, slice_bytes=SMALLEST_PIECE["cuda"])
-    assert predict_peak(model, *LONG.inputs(), step=LONG.forward).peak < 5 * GIB
+    assert predict_peak(model, *LONG.inputs(), step=LONG.forward).peak < 3.3 * GIB
 
 
 @pytest.mark.parametrize("least", [1, 10**6])
