@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # Each process would otherwise compile this project's own modules again; a job even in its unpacked copy.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help train doctor test slow hosts fast lint types check bench ui requirements clean
+.PHONY: help train doctor test slow hosts fast lint types check bench ui serve requirements clean
 
 help:  ## show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1|/' | column -t -s '|'
@@ -69,6 +69,10 @@ bench: $(INSTALLED) $(PEERS)  ## decoding against decord and torchcodec (which n
 
 ui: $(INSTALLED)  ## open the MLflow UI on the runs of this checkout
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///runs/mlflow.db
+
+serve: $(INSTALLED)  ## answer requests with a model of MLflow on port 5001: make serve MODEL=models:/NAME/1
+	PATH="$(CURDIR)/$(BIN):$$PATH" MLFLOW_TRACKING_URI="$${MLFLOW_TRACKING_URI:-sqlite:///runs/mlflow.db}" \
+	  $(BIN)/mlflow models serve --model-uri $(MODEL) --env-manager local --port 5001 $(ARGS)
 
 requirements: $(INSTALLED)  ## compile requirements.txt anew from the ranges in pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \

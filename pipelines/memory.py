@@ -2,9 +2,9 @@
 
 Four ways to train the same backbone are compared: plain, with per-block checkpointing, naively
 reversible, and reversible as this project does it. Counted is one forward and backward, with
-parameters and gradients, without the optimizer.
+parameters and gradients; with --optimizer also AdamW's moments and the moving average.
 
-A backbone by itself:
+A backbone by itself, with adapters too (--tuning adapters or lora):
 
   python pipelines/memory.py --backbone swin_t --frames 768 --size 224 --fits 24GiB
 

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
+from re2tal.backbones.adapters import AdapterConfig, refuse_unused
+from re2tal.backbones.lora import LoraConfig
 from re2tal.backbones.protocol import BackboneConfig
 from re2tal.backbones.table import IMAGENET_MEAN, IMAGENET_STD
 from re2tal.components import Component
@@ -46,6 +48,8 @@ class DetectorSpec:
         nms: settings of the suppression of repeated detections.
         mean: mean of red, green and blue in [0, 1] in the backbone's pretraining (torchvision's).
         std: standard deviation of red, green and blue.
+        adapters: shape of the temporal adapters in the backbone's blocks; None for none.
+        lora: shape of LoRA's matrices in the backbone's blocks; None for none.
     """
 
     classes: tuple[str, ...]
@@ -57,20 +61,32 @@ class DetectorSpec:
     nms: NmsConfig = field(default_factory=NmsConfig)
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    adapters: AdapterConfig | None = None
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         check_within(self, size=(1, 2**13), mean=(-1e3, 1e3), std=(1e-6, 1e6))
         if not self.classes or len(set(self.classes)) < len(self.classes):
             raise ValueError("DetectorSpec.classes must be one or more names, none of them twice.")
+        if self.adapters and self.lora:
+            raise ValueError("DetectorSpec.adapters and lora: a backbone has one of them or none.")
 
-    def build(self) -> Detector[Any, Any]:
+    def build(self, load: Callable[[Any], object] = lambda _: None) -> Detector[Any, Any]:
         """Build the detector with random weights, rewired if `reversible`.
 
         For one state of the generator the localizer has the same weights behind any backbone, or
         none, so that runs which differ in the backbone begin alike.
+
+        Args:
+            load: function that gives the backbone its weights, before adapters are added to it.
+
+        Raises:
+            UserError: the backbone cannot have the adapters.
         """
         seed = int(torch.randint(2**62, ()))
-        backbone = self._backbone()
+        if addition := self.adapters or self.lora:
+            refuse_unused(addition, self.backbone, self.size)
+        backbone = self._backbone(load)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             localizer = self.localizer.build(backbone.channels, len(self.classes))
@@ -83,8 +99,11 @@ class DetectorSpec:
             localizer = self.localizer.build(backbone.channels, len(self.classes))
             return Detector(backbone, localizer)
 
-    def _backbone(self) -> Any:
+    def _backbone(self, load: Callable[[Any], object] = lambda _: None) -> Any:
         backbone = self.backbone.build()
+        load(backbone)
+        if addition := self.adapters or self.lora:
+            addition.add_to(backbone)
         if self.reversible:
             rewire(backbone)
         return backbone

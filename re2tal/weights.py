@@ -95,8 +95,9 @@ class WeightsMismatchError(ValueError):
 
 
 # Keys of the weights in the libraries' checkpoints; the first that is there counts: OpenTAD and
-# ActionFormer evaluate with the averaged weights, the others have one kind.
-_NESTED = ("state_dict_ema", "state_dict", "model_state", "model", "module")
+# ActionFormer evaluate with the averaged weights, the others have one kind. V-JEPA 2 offers its
+# encoder, not the averaged one beside it.
+_NESTED = ("state_dict_ema", "state_dict", "model_state", "model", "module", "encoder")
 
 # Checkpoints of mmcv keep the best score so far as a NumPy number. These functions make numbers out
 # of bytes, under the names of NumPy 1 and 2.
@@ -116,8 +117,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Args:
         path: `.safetensors`, or a file that `torch.save` wrote: a dictionary of tensors, or a
-            checkpoint of mmaction2, PyTorchVideo, OpenTAD, ActionFormer, VSGN or VideoMAE that
-            holds one.
+            checkpoint of mmaction2, PyTorchVideo, OpenTAD, ActionFormer, VSGN, VideoMAE or V-JEPA 2
+            that holds one.
             Only tensors and plain values are unpickled.
 
     Raises:

@@ -21,6 +21,7 @@ from optuna.samplers import TPESampler
 from pipelines.config.command_line import told_shortly
 from pipelines.config.recipe import Recipe
 from pipelines.core.metric_names import MAP
+from pipelines.core.progress import doing
 from pipelines.core.storage import absolute, fetch
 from pipelines.core.tracking import Run, finishing, log_metrics, recipe_of, start_run, tracking_uri
 from pipelines.data.inputs import resolved
@@ -138,7 +139,12 @@ def _search(
         _, metrics = task.judged(nms_videos(raw, changed.nms))
         return metrics[MAP]
 
-    study.optimize(quality, n_trials=trials)
+    with doing("searching the post-processing, without training") as count:
+        study.optimize(
+            quality,
+            n_trials=trials,
+            callbacks=[lambda study, _: count(len(study.get_trials(deepcopy=False)), trials)],
+        )
     return study
 
 

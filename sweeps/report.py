@@ -19,8 +19,10 @@ from optuna.visualization import matplotlib as draw
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.core.checkout import script_command
 from pipelines.core.tables import csv_text
 from pipelines.core.tracking import Run, log_metrics
+from pipelines.training.results import page_of
 from re2tal.errors import UserError
 from sweeps.epoch_reports import RUN_ID
 from sweeps.postprocessing import Postprocessing, search_postprocessing
@@ -111,7 +113,7 @@ def _postprocessing(
 
 def command_of(config: SweepConfig, trial: FrozenTrial, found: Postprocessing | None) -> str:
     """Return the command that trains a trial in full, with post-processing if it was searched."""
-    words = ["python", "pipelines/train.py", "--from-run", trial.user_attrs[RUN_ID]]
+    words = [*script_command("pipelines/train.py"), "--from-run", trial.user_attrs[RUN_ID]]
     words += ["--epochs", str(config.base.epochs), "--output", config.output]
     if found is not None:
         words += found.options
@@ -179,6 +181,7 @@ def _facts(
     if FIRST_STEP in counts:
         facts.append(("to the first step", f"{counts[FIRST_STEP]:.1f} s of a trial (median)"))
     facts.append(("MLflow run", f"{run.run_id} in {run.uri}"))
+    facts.append(("its page", page_of(run)))
     return facts
 
 

@@ -94,8 +94,8 @@ def score_of(run: Run) -> dict[str, Any]:
     It is that of its best checkpoint, which is the trial's model, and whose detections a search of
     post-processing works on.
     """
-    metrics = run.client.get_run(run.run_id).data.metrics
-    return {MAP: metrics[BEST_MAP], RUN_ID: run.run_id}
+    tags = run.client.get_run(run.run_id).data.tags
+    return {MAP: float(tags[BEST_MAP]), RUN_ID: run.run_id}
 
 
 def peak_memory(run: Run) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Command-line options that all scripts reading annotations share."""
 
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from re2tal.datasets import ANY_OTHER, DATASETS, FORMS, Dataset
@@ -43,6 +44,12 @@ class AnnotationConfig:
     durations: str | None = None
     keep: tuple[str, ...] = ()
     trim_labels: bool = False
+
+    @property
+    def title(self) -> str:
+        """Name of the data: the data set's, else that of the annotations or of their folder."""
+        path = PurePath(str(self.annotations))
+        return self.dataset or (path.parent.name if path.stem == "annotations" else path.stem)
 
     @property
     def record(self) -> Dataset:

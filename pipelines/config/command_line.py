@@ -3,14 +3,36 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import field, fields, is_dataclass, make_dataclass
+from functools import reduce
+from typing import Annotated, Any, TypeVar, get_type_hints
 
+import docstring_parser
 import tyro
 
 from pipelines.config.choices import choices_help, import_own, recipe_named, with_backbone
 from re2tal.errors import UserError
 
 RecipeT = TypeVar("RecipeT")
+
+# Fields of a recipe that most runs need; the help without `--help-all` shows these.
+_FIRST = (
+    "data.annotations",
+    "data.videos",
+    "data.features",
+    "data.training",
+    "data.validation",
+    "data.size",
+    "data.window.frames",
+    "data.window.fps",
+    "data.clip.frames",
+    "data.clip.fps",
+    "model.weights",
+    "model.tuning",
+    "epochs",
+    "batch_size",
+    "output",
+)
 
 
 @contextmanager
@@ -76,14 +98,57 @@ def parse_recipe(
     listed = "\n\n".join(
         f"{key}: {(make.__doc__ or '').splitlines()[0]}" for key, make in recipes.items()
     )
+    shown, more = default, ""
+    if {"-h", "--help"} & set(rest):
+        shown = _first_options(default, prefix.removeprefix("--"))
+        more = (
+            " --help-all lists every option, of the optimizer, the localizer and the cluster too."
+        )
     return tyro.cli(
-        type(default),
-        default=default,
-        args=rest,
+        type(shown),
+        default=shown,
+        args=["--help" if argument == "--help-all" else argument for argument in rest],
         prog=f"{script} [RECIPE]",
         description=(
             f"{description}\n\nRecipes (the first argument; toy if left out; one of your own is "
             f"my_module:my_recipe or file.py):\n\n{listed}\n\n{choices_help(option)}"
-            f"\n\nThe defaults below are those of {name}."
+            f"\n\nThe defaults below are those of {name}.{more}"
         ),
     )
+
+
+def _first_options(default: Any, prefix: str) -> Any:
+    """Return an object with the few fields of a configuration that most runs need, for its help.
+
+    Args:
+        default: configuration of a program.
+        prefix: place of the recipe in it, such as "base.".
+    """
+    own = [one.name for one in fields(default) if not is_dataclass(getattr(default, one.name))]
+    wanted = own if prefix else []
+    wanted += [prefix + name for name in _FIRST if name not in own or not prefix]
+    found = []
+    for path in wanted:
+        *parents, name = path.split(".")
+        owner = reduce(_field, parents, default)
+        if _field(owner, name) is owner:
+            continue  # of another kind of recipe
+        option = tyro.conf.arg(name=path.replace("_", "-"), help=_documented(type(owner), name))
+        hint = get_type_hints(type(owner), include_extras=True)[name]
+        value = field(default=getattr(owner, name))
+        found.append((path.replace(".", "_"), Annotated[hint, option], value))
+    return make_dataclass("FirstOptions", found, frozen=True, kw_only=True)()
+
+
+def _field(owner: Any, name: str) -> Any:
+    """Return the value of a field, or, where there is none of that name, its owner."""
+    return getattr(owner, name) if name in {one.name for one in fields(owner)} else owner
+
+
+def _documented(kind: type, name: str) -> str:
+    """Return the line on a field in the docstring of its class or of one that this derives from."""
+    for base in kind.__mro__:
+        for one in docstring_parser.parse(base.__doc__ or "").params:
+            if one.arg_name == name:
+                return " ".join((one.description or "").split())
+    return ""

@@ -1,9 +1,12 @@
 """The complete, typed configuration of a training run of `train.py`."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypeAlias
+from pathlib import PurePath
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pipelines.config.annotations import ScoredAnnotationConfig
+from re2tal.backbones.adapters import AdapterConfig
+from re2tal.backbones.lora import LoraConfig
 from re2tal.backbones.protocol import BackboneConfig
 from re2tal.backbones.table import IMAGENET_MEAN, IMAGENET_STD
 from re2tal.classifier import ClipClassifierConfig
@@ -33,7 +36,12 @@ class BackboneModelConfig:
         coupling_epochs: epochs over which the connections move from the pretrained network's to the
             rewired ones, step by step (Dr2Net's alpha from 1 to 0 and beta from 0 to 1); None
             rewires at once. Activations are stored until it is through.
-        frozen: names of modules of the model that are not trained, such as "backbone" or
+        tuning: what learns in the backbone: "full", all of it; "adapters", a temporal adapter in
+            each block (AdaTAD); "lora", matrices of low rank beside the blocks' linear layers;
+            "frozen", nothing. All but "full" keep the backbone itself as it is, as `frozen` does.
+        adapters: shape of the adapters.
+        lora: shape of LoRA's matrices.
+        frozen: names of modules of the model that are not trained, such as "localizer.stem" or
             "backbone.patch_embed": their parameters keep their values, their BatchNorms the
             statistics, and they are run as in evaluation.
         norms: training of the backbone's norm layers: "trained"; "statistics" keeps the running
@@ -47,10 +55,46 @@ class BackboneModelConfig:
     reversible: bool = True
     slice_mb: int | None = None
     coupling_epochs: float | None = None
+    tuning: Literal["full", "adapters", "lora", "frozen"] = "full"
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     frozen: tuple[str, ...] = ()
     norms: Literal["trained", "statistics", "frozen"] = "trained"
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Names of the modules that are not trained, except for what is added inside them."""
+        return self.frozen if self.tuning == "full" else ("backbone", *self.frozen)
+
+    @property
+    def added(self) -> dict[str, Any]:
+        """Additions to the backbone, by the fields of `re2tal.trained.DetectorSpec`."""
+        return {name: getattr(self, name) for name in ("adapters", "lora") if name == self.tuning}
+
+    def _check_tuning(self) -> None:
+        for name, default in (("adapters", AdapterConfig()), ("lora", LoraConfig())):
+            if getattr(self, name) != default and self.tuning != name:
+                raise ValueError(
+                    f"--model.{name} is of --model.tuning {name}, but that is {self.tuning}: set "
+                    "one of them to the other."
+                )
+        if self.tuning == "full":
+            return
+        inside = [name for name in self.frozen if name.split(".")[0] == "backbone"]
+        if inside or self.norms != "trained":
+            option = f"frozen {' '.join(inside)}" if inside else f"norms {self.norms}"
+            raise ValueError(
+                f"--model.{option} is of a backbone that is trained, but --model.tuning "
+                f"{self.tuning} keeps all of it as it is: leave one of them out."
+            )
+        if self.tuning == "frozen" and self.coupling_epochs is not None:
+            raise ValueError(
+                "--model.coupling-epochs moves the connections of a backbone that learns "
+                "meanwhile, but --model.tuning frozen keeps it as it is: leave one of them out."
+            )
+
     def __post_init__(self) -> None:
+        self._check_tuning()
         if self.reversible:
             return
         for field_name in ("slice_mb", "coupling_epochs"):
@@ -81,9 +125,11 @@ class OptimConfig:
 
     Attributes:
         backbone_lr: learning rate of the backbone; far below the localizer's, as it is pretrained.
+        adapter_lr: learning rate of what `model.tuning` adds to a backbone: adapters or LoRA.
         localizer_lr: learning rate of the localizer.
         layer_decay: factor from the learning rate of a backbone's block to that of the block before
-            it; the last block learns at `backbone_lr` (Clark et al., ICLR 2020).
+            it; the last block learns at `backbone_lr` (Clark et al., ICLR 2020), or its adapter at
+            `adapter_lr`.
         weight_decay: decay of matrices and kernels; vectors (biases, norms) are not decayed.
         warmup_epochs: epochs of linear warm-up.
         schedule_epochs: length of the cosine; None means the run's own number of epochs.
@@ -97,6 +143,7 @@ class OptimConfig:
 
     backbone_lr: float
     localizer_lr: float
+    adapter_lr: float = 2e-4
     layer_decay: float = 1.0
     weight_decay: float = 0.05
     warmup_epochs: float = 5.0
@@ -246,6 +293,14 @@ class DataConfig(ScoredAnnotationConfig):
         """Name of the validation subset."""
         return self.validation_subset or self.record.validation
 
+    @property
+    def subsets(self) -> dict[str, str]:
+        """Names of the data that a run trains on and is evaluated on."""
+        return {
+            "training": f"{self.title} {self.trained_on}",
+            "validation": f"{self.title} {self.evaluated_on}",
+        }
+
     def __post_init__(self) -> None:
         decoded = self.augmentation.decoded_size(self.size)
         if decoded < self.size:
@@ -286,6 +341,8 @@ class Recipe(RunConfig):
             THUMOS-14's own toolkit. Published results count them as false positives.
         save_raw: keep the detections before non-maximum suppression with each checkpoint, for
             ensembles and for searching its settings without training.
+        registered_model: name in MLflow's registry that gets the best checkpoint as its next
+            version; None registers nothing.
 
     Raises:
         ValueError: settings contradict one another.
@@ -298,10 +355,16 @@ class Recipe(RunConfig):
     thresholds: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
     ignore_ambiguous: bool = False
     save_raw: bool = False
+    registered_model: str | None = None
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
         self.model.check_epochs(self.epochs)
+        if self.model.added and self.data.features is not None:
+            raise ValueError(
+                f"--model.tuning {self.model.tuning} trains parts of a backbone, but with "
+                "--data.features there is none: leave one of them out."
+            )
         if self.scale.sharded and self.optim.precision == "float16":
             raise ValueError(
                 "Recipe.scale.sharded goes with Recipe.optim.precision bfloat16 or float32: the "
@@ -356,6 +419,13 @@ class TrimmedDataConfig:
             )
 
     @property
+    def subsets(self) -> dict[str, str]:
+        """Names of the data that a run trains on and is evaluated on."""
+        lists = {"training": self.training, "validation": self.validation}
+        paths = {use: PurePath(path or "") for use, path in lists.items()}
+        return {use: f"{path.parent.name} {path.stem}".strip() for use, path in paths.items()}
+
+    @property
     def window(self) -> WindowConfig:
         """Windows that a classifier cuts from videos longer than a clip."""
         return WindowConfig(frames=self.clip.frames, fps=self.clip.fps)
@@ -402,6 +472,11 @@ class ClassificationRecipe(RunConfig):
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
         self.model.check_epochs(self.epochs)
+        if self.model.added:
+            raise ValueError(
+                f"--model.tuning {self.model.tuning} is for train.py: here the backbone's own "
+                "weights are the result. Take full, or frozen to train the classifier alone."
+            )
 
 
 AnyRecipe: TypeAlias = Recipe | ClassificationRecipe

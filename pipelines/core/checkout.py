@@ -1,14 +1,21 @@
 """The checkout that runs: its commit, and a fingerprint of its code."""
 
 import hashlib
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 _ROOT = Path(__file__).parents[2]
+COMMIT = "RE2TAL_GIT_COMMIT"
+"""Environment variable with the commit of a Ray job's code, which Ray uploads without `.git`."""
 
 
 def git_commit(folder: Path) -> str | None:
-    """Return a checkout's commit, with `-dirty` if files differ from it; None outside git."""
+    """Return a checkout's commit, with `-dirty` if files differ from it.
+
+    Outside git it is the one in `RE2TAL_GIT_COMMIT`, or None.
+    """
     command = [
         "git",
         "-C",
@@ -22,7 +29,18 @@ def git_commit(folder: Path) -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get(COMMIT)
+
+
+def script_command(script: str) -> list[str]:
+    """Return the words that run a script of this checkout, as they work in the working directory.
+
+    Args:
+        script: its path in the checkout, such as `pipelines/train.py`.
+    """
+    here = Path.cwd()
+    words = (Path(sys.executable), _ROOT / script)
+    return [str(w.relative_to(here) if w.is_relative_to(here) else w) for w in words]
 
 
 def code_fingerprint() -> str:

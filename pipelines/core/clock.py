@@ -1,4 +1,8 @@
-"""Durations in words."""
+"""Durations in words, and the time that a run still takes."""
+
+import time
+from collections import deque
+from collections.abc import Callable
 
 
 def duration(seconds: float) -> str:
@@ -7,3 +11,51 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes}:{rest:02d}"
     return f"{minutes // 60} h {minutes % 60:02d}"
+
+
+class TimeLeft:
+    """Estimate of the time that a run still takes, from its last steps and its last evaluation.
+
+    The first step of the process is not counted: it waits for the first videos.
+
+    Args:
+        now: clock in seconds.
+    """
+
+    _ENOUGH = 10  # steps; fewer say little
+    _RECENT = 50  # steps
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._steps: deque[float] = deque(maxlen=self._RECENT)
+        self._evaluation: float | None = None
+        self._last: float | None = None
+
+    def step(self) -> None:
+        """Count a step that has just ended."""
+        now = self._now()
+        if self._last is not None:
+            self._steps.append(now - self._last)
+        self._last = now
+
+    def evaluation(self) -> None:
+        """Count an evaluation that has just ended, with its checkpoint."""
+        now = self._now()
+        if self._last is not None:
+            self._evaluation = now - self._last
+        self._last = now
+
+    def describe(self, *, steps: int, evaluations: int) -> str:
+        """Return the estimate in words; empty while too few steps are known.
+
+        Args:
+            steps: number of steps to come.
+            evaluations: number of evaluations to come.
+        """
+        if len(self._steps) < self._ENOUGH:
+            return ""
+        left = sum(self._steps) / len(self._steps) * steps
+        if self._evaluation is not None:
+            return f"left {duration(left + self._evaluation * evaluations)}"
+        behind = "the evaluation" if evaluations == 1 else f"{evaluations} evaluations"
+        return f"left {duration(left)} and {behind}"

@@ -15,6 +15,7 @@ import psutil
 import ray
 import ray.data
 from ray._private import ray_constants, services
+from ray._private import worker as ray_worker
 
 from re2tal.errors import UserError
 
@@ -49,6 +50,7 @@ def init_ray(*, trains: bool = False, cpus: int | None = None) -> None:
     if ray.is_initialized():  # as in a Ray task
         quiet_data()
         return
+    hide_noise()
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # here, because a process that streams frames has no command line, and need not import PyTorch
@@ -96,6 +98,25 @@ def init_ray(*, trains: bool = False, cpus: int | None = None) -> None:
         gcs = ray.get_runtime_context().gcs_address
         threading.Thread(target=watch, args=(gcs, patience, _give_up), daemon=True).start()
     quiet_data()
+
+
+# The raylet counts processes that are started at once; a run needs all of them, once.
+_NOT_TO_ACT_ON = re.compile("worker processes have been started on node")
+
+
+def hide_noise() -> None:
+    """Keep lines of the raylet that no user can act on from the driver's output."""
+    shown = ray_worker.print_to_stdstream
+    if getattr(shown, "hides_noise", False):
+        return
+
+    def print_rest(data: dict[str, Any], ignore_prefix: bool) -> None:
+        lines = [line for line in data["lines"] if not _NOT_TO_ACT_ON.search(line)]
+        if lines:
+            shown(data | {"lines": lines}, ignore_prefix)
+
+    vars(print_rest)["hides_noise"] = True
+    ray_worker.print_to_stdstream = print_rest
 
 
 def start_limit(seconds: float) -> int:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 MAP = "val/mAP"
-BEST_MAP = "best/mAP"  # of the checkpoint that is the run's model
+BEST_MAP = "best.mAP"  # tag of a run: mAP of the checkpoint that is its model
 UNSCORED = -1.0  # score of a checkpoint that was not evaluated: any other is better
 
 _MAX_LENGTH = 200  # MLflow's own limit is 250, with the groups in front

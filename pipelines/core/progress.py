@@ -1,4 +1,4 @@
-"""Progress of a run, posted by its processes and shown where the command was started.
+"""Progress of a command: its own stages, and what the processes of a run post.
 
 Ray prefixes and repeats what workers print. So they post to a small actor, and the driver, whose
 standard output the user sees (or `ray job logs -f` shows), prints.
@@ -6,12 +6,45 @@ standard output the user sees (or `ray job logs -f` shows), prints.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
+from rich.console import Console
 
 from pipelines.core.clock import duration
+
+_SECONDS = 5.0  # between two lines of the same count
+
+
+@contextmanager
+def doing(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show what is being done while the block runs, before a run has progress of its own.
+
+    On a terminal it is a line that goes away; elsewhere, as in a job's log, it is printed.
+
+    Args:
+        what: the work, such as "starting Ray".
+
+    Yields:
+        Function that shows how much is done, given the numbers that are done and of all.
+    """
+    console = Console()
+    if console.is_terminal:
+        with console.status(f"{what} ...") as status:
+            yield lambda done, of: status.update(f"{what}: {done} of {of}")
+        return
+    _print(f"{what} ...")
+    shown = time.perf_counter()
+
+    def count(done: int, of: int) -> None:
+        nonlocal shown
+        if time.perf_counter() - shown > _SECONDS:
+            shown = time.perf_counter()
+            _print(f"  {done} of {of}")
+
+    yield count
 
 
 class _Board:
@@ -83,7 +116,7 @@ class VideoCounter:
         interval: seconds between lines.
     """
 
-    def __init__(self, videos: int, seconds: float, *, interval: float = 5.0) -> None:
+    def __init__(self, videos: int, seconds: float, *, interval: float = _SECONDS) -> None:
         self._videos, self._left = videos, seconds
         self._through, self._made = 0, 0.0
         self._interval = interval

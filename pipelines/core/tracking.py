@@ -7,12 +7,14 @@ MLflow is imported in the functions that need it: it takes longer than the rest 
 """
 
 import dataclasses
+import getpass
 import hashlib
 import json
 import logging
 import os
 import platform
 import queue
+import shlex
 import sys
 import tempfile
 import threading
@@ -43,6 +45,8 @@ _REFUSED = "INVALID_PARAMETER_VALUE"  # code of a request that is wrong whenever
 _LOG = logging.getLogger(__name__)
 _ENDINGS = ("FINISHED", "FAILED", "KILLED")
 _mine: dict[str, "Run"] = {}  # runs of this process that have not ended
+DIGEST = 36
+"""Number of characters that MLflow keeps of a data set's digest."""
 DRIVER = "re2tal.driver"
 """Tag of a run: the process that works on it."""
 
@@ -94,14 +98,20 @@ def tracking_uri(output: str | Path) -> str:
     return database_url(f"{output}/mlflow.db")
 
 
+# The UI opens an experiment without it as one of language models, with traces instead of runs.
+_KIND = {"mlflow.experimentKind": "custom_model_development"}
+
+
 def _experiment_id(client: "MlflowClient", uri: str, name: str, output: str | Path) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None:
+        for key, value in _KIND.items():
+            if key not in found.tags:
+                client.set_experiment_tag(found.experiment_id, key, value)
         return found.experiment_id
     local = database_file(uri) is not None and "://" not in str(output)
-    return client.create_experiment(
-        name, artifact_location=(Path(output) / "artifacts").as_uri() if local else None
-    )
+    folder = (Path(output) / "artifacts").as_uri() if local else None
+    return client.create_experiment(name, artifact_location=folder, tags=_KIND)
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -117,18 +127,66 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _tags(recipe_name: str) -> "list[RunTag]":
-    from mlflow.entities import RunTag
-    from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_RUN_NAME
+def _tags(config: Tracked) -> "list[RunTag]":
+    """Return what every run is described by: its name, who made it by which command, versions."""
+    from mlflow.entities import RunTag, SourceType
+    from mlflow.utils import mlflow_tags
 
     packages = ("torch", "torchvision", "ray", "mlflow", "av")
-    tags = {MLFLOW_RUN_NAME: f"{recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}"}
+    tags = {mlflow_tags.MLFLOW_RUN_NAME: f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"}
     tags |= {f"version.{name}": version(name) for name in packages}
     tags["version.python"] = platform.python_version()
+    job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # as `ray job submit` sets it
+    tags[mlflow_tags.MLFLOW_SOURCE_TYPE] = SourceType.to_string(
+        SourceType.JOB if job else SourceType.LOCAL
+    )
+    tags[mlflow_tags.MLFLOW_SOURCE_NAME] = sys.argv[0]
+    tags[mlflow_tags.MLFLOW_USER] = os.environ.get("MLFLOW_TRACKING_USERNAME") or _user()
     commit = git_commit(Path(__file__).parent)
     if commit is not None:
-        tags[MLFLOW_GIT_COMMIT] = commit
+        tags[mlflow_tags.MLFLOW_GIT_COMMIT] = commit
+    note = f"Command, in the folder `{Path.cwd()}`"
+    if commit is not None:
+        note += f" at commit {commit[:12]}{'-dirty' * commit.endswith('-dirty')}"
+    tags[mlflow_tags.MLFLOW_RUN_NOTE] = f"{note}:\n\n    {shlex.join(sys.argv)}\n"
     return [RunTag(key, value) for key, value in tags.items()]
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return str(os.getuid())
+
+
+def _parameters(config: Tracked) -> dict[str, str]:
+    """Return the leaves of a configuration, but for those that play no part in a run on features.
+
+    Of these `pipelines.data.feature_stream.without_backbone` has set others to nothing already.
+    """
+    found = {name: str(value) for name, value in flatten(config)}
+    if found.get("data.features", "None") != "None":
+        for name in list(found):
+            if name.startswith(_OF_FRAMES):
+                del found[name]
+    return found
+
+
+_OF_FRAMES = (
+    "data.videos",
+    "data.make_toy",
+    "data.size",
+    "data.augmentation",
+    "model.weights",
+    "model.mean",
+    "model.std",
+    "model.slice_mb",
+    "model.coupling_epochs",
+    "model.reversible",
+    "model.norms",
+    "optim.backbone_lr",
+    "optim.layer_decay",
+)
 
 
 def open_store(experiment: str, *, output: str | Path) -> "tuple[MlflowClient, str, str]":
@@ -235,7 +293,7 @@ def start_run(
     """
     from mlflow.entities import Param, RunTag
 
-    params = [Param(name, str(value)) for name, value in flatten(recipe)]
+    params = [Param(name, value) for name, value in _parameters(recipe).items()]
     work = hashlib.sha256(repr([type(recipe).__name__, *params]).encode()).hexdigest()
     with underway.alone(output):
         client, uri, experiment = open_store(recipe.experiment, output=output)
@@ -248,23 +306,35 @@ def start_run(
     for start in range(0, len(params), _MAX_PARAMS):
         client.log_batch(run.run_id, params=params[start : start + _MAX_PARAMS])
     extra = [RunTag(key, value) for key, value in (tags or {}).items()]
-    client.log_batch(run.run_id, tags=[*_tags(recipe.name), *extra])
+    client.log_batch(run.run_id, tags=[*_tags(recipe), *extra])
     return run
 
 
-def log_dataset(run: Run, *, name: str, source: str, digest: str) -> None:
-    """Record a run's data set: its name, and path or URI and fingerprint of its annotations."""
+def log_dataset(run: Run, *, source: str, digest: str, subsets: Mapping[str, str]) -> None:
+    """Record the data that a run reads: its subsets, and the file and fingerprint of its labels.
+
+    Args:
+        run: the run.
+        source: path or URI of the annotations.
+        digest: fingerprint of the annotations.
+        subsets: use, such as "training" and "validation" -> name of the data that is used for it.
+    """
     from mlflow.entities import Dataset, DatasetInput, InputTag
     from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
-    dataset = Dataset(
-        name=name,
-        digest=digest[:36],  # as much as the store keeps
-        source_type="http" if "://" in source else "local",
-        source=json.dumps({"uri": source}),
-    )
-    tag = InputTag(key=MLFLOW_DATASET_CONTEXT, value="training")
-    run.client.log_inputs(run.run_id, [DatasetInput(dataset, [tag])])
+    inputs = [
+        DatasetInput(
+            Dataset(
+                name=name,
+                digest=digest[:DIGEST],
+                source_type="http" if "://" in source else "local",
+                source=json.dumps({"uri": source}),
+            ),
+            [InputTag(key=MLFLOW_DATASET_CONTEXT, value=use)],
+        )
+        for use, name in subsets.items()
+    ]
+    run.client.log_inputs(run.run_id, inputs)
     run.client.set_tag(run.run_id, "data.fingerprint", digest)
 
 

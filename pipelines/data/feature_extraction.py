@@ -562,7 +562,8 @@ def extract_features(config: ExtractConfig) -> Description:
         if annotations is not None:
             source = str(config.annotations)
             digest = annotations.fingerprint
-            log_dataset(run, name=Path(source).stem, source=source, digest=digest)
+            used = {"inference": config.title}
+            log_dataset(run, source=source, digest=digest, subsets=used)
         made = job.run(retry_failed=config.retry_failed)
         job.log(run, made)
         FEATURES.check_failures(

@@ -41,6 +41,7 @@ def without_backbone(recipe: Recipe, features: Features) -> Recipe:
         reversible=False,
         slice_mb=None,
         coupling_epochs=None,
+        tuning="full",
         frozen=frozen,
         norms="trained",
     )

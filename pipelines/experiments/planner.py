@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.training.workload import Workload, workload_of
+from re2tal.backbones.adapters import Addition, additions, refuse_unused
 from re2tal.backbones.table import entry_of
 from re2tal.detector import Detector
 from re2tal.memory import Breakdown, StepMemory, explain_peak, predict_peak
@@ -35,6 +36,7 @@ class Subject:
     Attributes:
         unit: number of frames of which windows are multiples.
         assemble: function that makes a detector with a given backbone, not rewired.
+        optimizer: count AdamW's moments and the moving average of the weights too.
     """
 
     name: str
@@ -42,6 +44,11 @@ class Subject:
     backbone: Any  # a `BackboneConfig` with `depths`
     unit: int
     assemble: Callable[[Any], Detector[Any, Any]]
+    optimizer: bool = False
+
+    def size(self, memory: StepMemory) -> int:
+        """Return the bytes at the peak of a step, and those that are kept beside, if counted."""
+        return memory.peak + (memory.kept_beside if self.optimizer else 0)
 
     @property
     def depth(self) -> int:
@@ -66,23 +73,41 @@ class _Features(nn.Module):
         return (features,)
 
 
-def backbone_alone(name: str, work: Workload) -> Subject:
+def backbone_alone(name: str, work: Workload, addition: Addition | None = None) -> Subject:
     """Describe a backbone of the table without a localizer, from uint8 frames to features.
 
+    Args:
+        name: name in the table.
+        work: the step.
+        addition: adapters or LoRA, which are trained and nothing else; None trains the backbone.
+
     Raises:
-        UserError: if the table has no such name.
+        UserError: if the table has no such name, or the backbone cannot have the addition.
         ValueError: if its depth cannot be changed.
     """
     config: Any = entry_of(name).make()
     _check_depths(config)
     with torch.device("meta"):  # only `multiple` is read, so no memory is needed
         multiple = config.build().multiple
+
+    if addition is not None:
+        refuse_unused(addition, config, work.size)
+
+    def assemble(shape: Any) -> Detector[Any, Any]:
+        backbone = shape.build()
+        if addition is not None:
+            addition.add_to(backbone)
+            backbone.requires_grad_(False)
+            for part in additions(backbone):
+                part.requires_grad_(requires_grad=True)
+        return Detector(backbone, _Features())
+
     return Subject(
         name=name,
         work=work,
         backbone=config,
         unit=lcm(_UNIT, multiple),
-        assemble=lambda shape: Detector(shape.build(), _Features()),
+        assemble=assemble,
     )
 
 
@@ -152,8 +177,8 @@ class Planner:
         return self._steps[key]
 
     def peak(self, way: str, *, frames: int | None = None, depth: int | None = None) -> int:
-        """Predict the bytes at the peak of a step; see `predict`."""
-        return self.predict(way, frames=frames, depth=depth).peak
+        """Predict the bytes of a step; see `predict` and `Subject.size`."""
+        return self.subject.size(self.predict(way, frames=frames, depth=depth))
 
     def measure(self, way: str) -> int | None:
         """Measure the peak bytes of a real step on the GPU; None if it has too little memory.

@@ -1,15 +1,15 @@
 """Memory profiles: memory of a step of a backbone or of a recipe's detector, and clips that fit.
 
-One forward and backward are counted, with parameters, gradients and inputs, without the optimizer;
-predicted with fake tensors, and measured where there is a GPU.
+One forward and backward are counted, with parameters, gradients and inputs, and the optimizer's
+state if asked for; predicted with fake tensors, and measured where there is a GPU.
 """
 
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -24,6 +24,8 @@ from pipelines.experiments.harness import Chapter, circumstances, log_results, n
 from pipelines.experiments.pictures import COLOURS, tidy
 from pipelines.experiments.planner import Planner, Subject, backbone_alone, of_recipe
 from pipelines.training.workload import Workload
+from re2tal.backbones.adapters import AdapterConfig, Addition
+from re2tal.backbones.lora import LoraConfig
 from re2tal.errors import UserError
 from re2tal.memory import Breakdown, Origin
 from re2tal.memory.fit import GIBIBYTE, parse_size
@@ -40,11 +42,14 @@ class Questions:
 
     Attributes:
         fits: also find the longest window whose step fits this much memory, such as 24GiB.
+        optimizer: also count what training keeps beside a step: AdamW's moments of the trained
+            parameters, and the moving average of all weights.
         curves: also draw memory against frames and against depth; most of the time goes there.
         json: file of all numbers; by default OUTPUT/profiles/NAME.json.
     """
 
     fits: str | None = None
+    optimizer: bool = False
     curves: bool = True
     json: str | None = None
 
@@ -58,6 +63,9 @@ class BackboneProfile:
         frames: number of frames of a window.
         size: pixels of a frame's side.
         precision: number format of the branches.
+        tuning: what is trained: all of the backbone, its adapters or LoRA's matrices.
+        adapters: shape of the adapters.
+        lora: shape of LoRA's matrices.
         batch: number of windows.
         experiment: MLflow experiment.
         output: folder of the results and of the default MLflow store.
@@ -68,6 +76,9 @@ class BackboneProfile:
     size: int = 224
     precision: Precision = "bfloat16"
     batch: int = 1
+    tuning: Literal["full", "adapters", "lora"] = "full"
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     experiment: str = "re2tal"
     output: str = "runs"
     questions: Annotated[Questions, tyro.conf.arg(name="")] = Questions()
@@ -82,14 +93,17 @@ class BackboneProfile:
     @property
     def name(self) -> str:
         """Name of the run and its files."""
-        return f"profile-{self.backbone}"
+        return f"profile-{self.backbone}{'' if self.tuning == 'full' else f'-{self.tuning}'}"
 
     def subject(self) -> Subject:
         """Describe the backbone and its step."""
         work = Workload(
             batch=self.batch, frames=self.frames, size=self.size, precision=self.precision
         )
-        return backbone_alone(self.backbone, work)
+        additions: dict[str, Addition] = {"adapters": self.adapters, "lora": self.lora}
+        addition = additions.get(self.tuning)
+        subject = backbone_alone(self.backbone, work, addition)
+        return replace(subject, optimizer=self.questions.optimizer)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +130,7 @@ class RecipeProfile:
 
     def subject(self) -> Subject:
         """Describe the detector and its step."""
-        return of_recipe(self.recipe)
+        return replace(of_recipe(self.recipe), optimizer=self.questions.optimizer)
 
 
 Asked = BackboneProfile | RecipeProfile
@@ -204,26 +218,32 @@ def section(
     subject: Subject, found: Mapping[str, Profile], budget: int | None, blocks: Sequence[str]
 ) -> Section:
     """Report on a step in all ways; residual blocks in one container are put together."""
-    peaks = [_peak(WAYS[way].title, one, budget) for way, one in found.items()]
+    peaks = [_peak(WAYS[way].title, one, budget, subject) for way, one in found.items()]
     parts: list[Row] = [
         {
             "way to run it": WAYS[way].title,
             "GiB": size / GIBIBYTE,
-            "%": round(100 * size / one.predicted.memory.peak),
+            "%": round(100 * size / subject.size(one.predicted.memory)),
             "what": what,
         }
         for way, one in found.items()
-        for what, size in rows(one.predicted, blocks)
+        for what, size in (*rows(one.predicted, blocks), *_beside(one.predicted, subject))
     ]
-    metrics = {f"peak_gib/{w}": p.predicted.memory.peak / GIBIBYTE for w, p in found.items()}
+    metrics = {
+        f"peak_gib/{w}": subject.size(p.predicted.memory) / GIBIBYTE for w, p in found.items()
+    }
     metrics |= {f"measured_gib/{w}": p.measured / GIBIBYTE for w, p in found.items() if p.measured}
     metrics |= {f"frames_that_fit/{w}": p.fits for w, p in found.items() if p.fits is not None}
     curves = all(one.frames for one in found.values())
     return Section(
         title=f"{subject.name}, {subject.work}",
         text=(
-            "One forward and backward; parameters, gradients and inputs are included, an optimizer "
-            "is not."
+            "One forward and backward; parameters, gradients and inputs are included, "
+            + (
+                "and AdamW's moments and the moving average of the weights."
+                if subject.optimizer
+                else "an optimizer is not."
+            )
         ),
         tables={"Peak of the step": peaks, "What is in memory at the peak": parts},
         figures={f"profile-{subject.name}": _picture(subject, found, budget)} if curves else {},
@@ -231,12 +251,18 @@ def section(
     )
 
 
-def _peak(title: str, found: Profile, budget: int | None) -> Row:
+def _beside(found: Breakdown, subject: Subject) -> Iterator[tuple[str, int]]:
+    if subject.optimizer:
+        yield "AdamW's moments and the moving average", found.memory.kept_beside
+
+
+def _peak(title: str, found: Profile, budget: int | None, subject: Subject) -> Row:
     at = found.predicted.peak
     where = f"{at.phase} of {at.module or 'the model itself'}"
     row: Row = {
         "way to run it": title,
-        "predicted, GiB": found.predicted.memory.peak / GIBIBYTE,
+        "trained parameters, M": found.predicted.memory.gradients / 4e6,  # float32
+        "predicted, GiB": subject.size(found.predicted.memory) / GIBIBYTE,
     }
     if torch.cuda.is_available():
         size = found.measured

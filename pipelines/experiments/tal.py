@@ -325,11 +325,9 @@ def trained_in(recipe: Recipe, way: Training, seed: int) -> Recipe:
     Only the backbone differs: the windows, their order and the localizer's first weights are the
     same. The features of a frozen backbone are computed anew, for the very same windows.
     """
-    model = replace(
-        recipe.model,
-        reversible=way == "reversible",
-        frozen=("backbone",) if way == "features" else recipe.model.frozen,
-    )
+    model = replace(recipe.model, reversible=way == "reversible")
+    if way == "features":
+        model = replace(model, tuning="frozen", frozen=(), norms="trained")
     return replace(recipe, seed=seed, model=model)
 
 

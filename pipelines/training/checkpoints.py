@@ -42,14 +42,20 @@ from re2tal.trained import DetectorSpec, save_detector
 _WHOLE = StateDictOptions(full_state_dict=True)
 
 
-def shard(detector: nn.Module, *, device: torch.device, workers: int) -> None:
+def shard(detector: Detector[Any, Any], *, device: torch.device, workers: int) -> None:
     """Split a detector in place over all workers: one unit per reversible stage, one for the rest.
+
+    A stage in a list of blocks, which has no forward of its own, is a unit with its backbone.
 
     Every worker calls this, with the same weights.
     """
     mesh = init_device_mesh(device.type, (workers,))
-    for _, stage in list(reversible_stages(detector)):
-        fully_shard(stage, mesh=mesh)
+    stages = [stage for _, stage in reversible_stages(detector)]
+    for stage in stages:
+        if not isinstance(stage, nn.ModuleList):
+            fully_shard(stage, mesh=mesh)
+    if any(isinstance(stage, nn.ModuleList) for stage in stages):
+        fully_shard(detector.backbone, mesh=mesh)
     fully_shard(detector, mesh=mesh)
 
 

@@ -17,7 +17,7 @@ from pipelines.data.batches import Batch
 from pipelines.data.clip_plan import ClassificationPlan
 from pipelines.data.plan import all_failures
 from pipelines.training.checkpoints import TrainingState
-from pipelines.training.model import connect, prepare
+from pipelines.training.model import build_prepared, connect
 from pipelines.training.trainer import Evaluation, Runtime
 from pipelines.training.validation import gather
 from re2tal.classifier import Classifier, class_scores, mean_class_accuracy, top_k_accuracy
@@ -103,11 +103,9 @@ def build_classifier(
         weights: file or name of backbone weights, or None.
 
     Raises:
-        ValueError: see `prepare`.
+        ValueError: see `build_prepared`.
     """
-    classifier = spec_of(recipe, classes).build()
-    prepare(classifier, weights, recipe.model)
-    return classifier
+    return build_prepared(spec_of(recipe, classes), weights, recipe.model)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

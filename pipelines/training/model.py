@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipelines.config.recipe import AnyRecipe, BackboneModelConfig, ModelConfig, Recipe
 from pipelines.data.plan import ACTION
+from re2tal.backbones.adapters import additions
 from re2tal.backbones.weights import load_backbone_weights
 from re2tal.detector import Detector
 from re2tal.localizers.weights import load_localizer_weights
@@ -31,8 +32,10 @@ def freeze(detector: Detector[Any, Any], config: BackboneModelConfig) -> None:
     Raises:
         ValueError: if the detector has no part of that name.
     """
-    for part in _parts(detector, config.frozen):
+    for part in _parts(detector, config.kept):
         part.requires_grad_(requires_grad=False)
+    for part in additions(detector.backbone):
+        part.requires_grad_(requires_grad=True)
     if config.norms == "frozen":
         for module in detector.backbone.modules():
             if isinstance(module, _NORMS):
@@ -42,8 +45,10 @@ def freeze(detector: Detector[Any, Any], config: BackboneModelConfig) -> None:
 def train_mode(detector: Detector[Any, Any], config: BackboneModelConfig) -> None:
     """Set training mode, except for frozen parts and BatchNorms that keep their statistics."""
     detector.train()
-    for part in _parts(detector, config.frozen):
+    for part in _parts(detector, config.kept):
         part.eval()
+    for part in additions(detector.backbone):
+        part.train()
     if config.norms != "trained":
         for module in detector.backbone.modules():
             if isinstance(module, _BatchNorm):
@@ -62,13 +67,13 @@ def _parts(detector: Detector[Any, Any], names: tuple[str, ...]) -> Iterator[nn.
         yield modules[name]
 
 
-def prepare(
-    detector: Detector[Any, Any], weights: str | Path | None, config: BackboneModelConfig
-) -> None:
-    """Load the backbone's weights, set its way to run, and freeze parts.
+def build_prepared(
+    spec: DetectorSpec, weights: str | Path | None, config: BackboneModelConfig
+) -> Detector[Any, Any]:
+    """Build a detector with its backbone's weights, set its way to run, and freeze parts.
 
     Args:
-        detector: detector that is changed.
+        spec: specification of the detector.
         weights: file or name of backbone weights, or None.
         config: normalization of frames, size of pieces, names of frozen parts, treatment of norms.
 
@@ -76,12 +81,17 @@ def prepare(
         ValueError: if the weights do not fit the backbone, or were trained on frames normalized by
             other values; if there is no part with the name of a frozen one.
     """
-    if weights is not None:
-        report = load_backbone_weights(detector.backbone, weights)
-        report.require_normalization(config.mean, config.std, option="--model.")
+
+    def load(backbone: nn.Module) -> None:
+        if weights is not None:
+            report = load_backbone_weights(backbone, weights)
+            report.require_normalization(config.mean, config.std, option="--model.")
+
+    detector = spec.build(load)
     if config.slice_mb is not None:
         set_slice_bytes(detector, config.slice_mb * 2**20)
     freeze(detector, config)
+    return detector
 
 
 def load_localizer(detector: Detector[Any, Any], config: ModelConfig) -> WeightsReport | None:
@@ -124,6 +134,7 @@ def spec_of(recipe: Recipe, classes: Sequence[str]) -> DetectorSpec:
         nms=recipe.nms,
         mean=recipe.model.mean,
         std=recipe.model.std,
+        **recipe.model.added,
     )
 
 
@@ -138,11 +149,9 @@ def build_detector(
         weights: file or name of backbone weights, or None.
 
     Raises:
-        ValueError: see `prepare`.
+        ValueError: see `build_prepared`.
     """
-    detector = spec_of(recipe, classes).build()
-    prepare(detector, weights, recipe.model)
-    return detector
+    return build_prepared(spec_of(recipe, classes), weights, recipe.model)
 
 
 def connect(

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipelines.config.recipe import OptimConfig
+from re2tal.backbones.adapters import additions
 from re2tal.detector import Detector
 
 
@@ -45,17 +46,19 @@ def backbone_groups(backbone: Any, config: OptimConfig) -> Iterator[dict[str, An
         backbone: network with `layer_of`, which is called only if the rates differ.
         config: learning rate, its decay over the layers, weight decay.
     """
+    added = any(True for _ in additions(backbone))
+    name, rate = ("adapters", config.adapter_lr) if added else ("backbone", config.backbone_lr)
     layers: dict[int, list[nn.Parameter]] = {}
-    for name, parameter in backbone.named_parameters():
-        layer = backbone.layer_of(name) if config.layer_decay != 1 else 0
+    for parameter_name, parameter in backbone.named_parameters():
+        layer = backbone.layer_of(parameter_name) if config.layer_decay != 1 else 0
         layers.setdefault(layer, []).append(parameter)
     last = max(layers, default=0)
     for layer, parameters in sorted(layers.items(), reverse=True):
         yield from parameter_groups(
             parameters,
-            lr=config.backbone_lr * config.layer_decay ** (last - layer),
+            lr=rate * config.layer_decay ** (last - layer),
             decay=config.weight_decay,
-            name="backbone" if layer == last else f"backbone_layer_{layer}",
+            name=name if layer == last else f"{name}_layer_{layer}",
         )
 
 

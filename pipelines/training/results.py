@@ -1,6 +1,7 @@
 """Results of a run when it ends: the best checkpoint as a model, pictures, a table."""
 
 import json
+import re
 import shlex
 import sys
 import tempfile
@@ -16,9 +17,9 @@ from pipelines.config.recipe import Recipe
 from pipelines.core.clock import duration
 from pipelines.core.figures import Timeline, curves, drawn, timelines
 from pipelines.core.figures import pictures as diagnosis_pictures
-from pipelines.core.metric_names import BEST_MAP
+from pipelines.core.metric_names import BEST_MAP, MAP
 from pipelines.core.storage import crc32, database_file, require_room, sizes_below
-from pipelines.core.tracking import Run, log_metrics
+from pipelines.core.tracking import DIGEST, Run
 from pipelines.data.plan import Plan
 from pipelines.training.checkpoints import DETECTOR_FOLDER
 from pipelines.training.detection import DETECTIONS_FILE, RAW_FILE
@@ -26,7 +27,6 @@ from pipelines.training.model import reported_classes
 from pipelines.training.validation import ground_truth
 from re2tal.annotations import Characteristics
 from re2tal.detection.diagnosis import Diagnosis, diagnose, tables
-from re2tal.detection.diagnosis import metrics as diagnosis_metrics
 from re2tal.detection.files import read_detections, rows
 from re2tal.detection.segments import Detections
 from re2tal.trained import WEIGHTS_FILE
@@ -41,14 +41,25 @@ def _history(run: Run, name: str) -> list[tuple[int, float]]:
     return [(m.step, m.value) for m in run.client.get_metric_history(run.run_id, name)]
 
 
-def log_model(run: Run, detector: Path, **files: Path) -> str:
+def log_model(
+    run: Run,
+    detector: Path,
+    *,
+    metrics: Mapping[str, float] | None = None,
+    evaluated_on: str = "",
+    **files: Path,
+) -> str:
     """Log a saved detector as an MLflow model that loads without this run's process.
 
-    A run that went on may have logged it before; what a killed process left of a model is removed.
+    The model bears the run's name and its epoch, and has the metrics that it reached: MLflow ranks
+    models by them. A run that went on may have logged it before; what a killed process left of a
+    model is removed.
 
     Args:
         run: run of the model.
         detector: folder that `save_detector` wrote.
+        metrics: metrics of its checkpoint, with its epoch and step.
+        evaluated_on: name of the data that it was evaluated on.
         files: further files of the model, by name.
 
     Returns:
@@ -58,11 +69,14 @@ def log_model(run: Run, detector: Path, **files: Path) -> str:
         UserError: there is no room for it.
     """
     import mlflow  # takes seconds, which evaluate.py --help need not wait for
-    from mlflow.entities import LoggedModelStatus
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
     from mlflow.utils.file_utils import local_file_uri_to_path
 
     content = crc32(str(detector / WEIGHTS_FILE))
-    client, experiment = run.client, run.client.get_run(run.run_id).info.experiment_id
+    client, its_run = run.client, run.client.get_run(run.run_id)
+    experiment = its_run.info.experiment_id
+    reached = dict(metrics or {})
+    epoch, step = int(reached.get("epoch", 0)), int(reached.get("step", 0))
     for model in client.search_logged_models(
         [experiment], filter_string=f"source_run_id = '{run.run_id}'"
     ):
@@ -70,17 +84,29 @@ def log_model(run: Run, detector: Path, **files: Path) -> str:
             client.delete_logged_model(model.model_id)
         elif model.tags.get(_CONTENT) == content:
             return str(model.model_uri)
-    artifacts = client.get_run(run.run_id).info.artifact_uri
+    artifacts = its_run.info.artifact_uri
     if artifacts.startswith("file:"):
         wanted = sum(sizes_below(str(detector)).values())
         require_room(local_file_uri_to_path(artifacts), wanted, what="the model")
+    # before its files, with which it becomes ready
+    made = client.create_logged_model(
+        experiment,
+        name=re.sub(r"""[/:.%"'`]""", "_", f"{its_run.info.run_name}-epoch-{epoch}"),
+        source_run_id=run.run_id,
+        params={"epoch": str(epoch), **its_run.data.params},
+        tags={_CONTENT: content},
+        model_type="detector",
+    )
+    client.log_outputs(run.run_id, [LoggedModelOutput(made.model_id, step=step)])
+    data = (evaluated_on, its_run.data.tags.get("data.fingerprint", "")[:DIGEST])
+    _link_metrics(run, made.model_id, reached, step=step, data=data if evaluated_on else None)
     mlflow.set_tracking_uri(run.uri)
-    with mlflow.start_run(run_id=run.run_id), warnings.catch_warnings():
+    with warnings.catch_warnings():
         # an example would be a video file of the user's; the type hints say what is needed
         warnings.filterwarnings("ignore", message=".*input example was not provided")
         warnings.filterwarnings("ignore", message=".*Any type hint is inferred as AnyType")
         info = mlflow.pyfunc.log_model(
-            name="detector",
+            model_id=made.model_id,
             python_model=str(_REPOSITORY / "pipelines" / "core" / "mlflow_model.py"),
             # as URIs: MLflow decodes %41 in paths too
             artifacts={
@@ -88,10 +114,82 @@ def log_model(run: Run, detector: Path, **files: Path) -> str:
             },
             code_paths=[str(_REPOSITORY / "re2tal")],
             pip_requirements=["torch", "torchvision", "av", "pydantic", "safetensors", "psutil"],
-            tags={_CONTENT: content},
         )
     uri: str = info.model_uri
     return uri
+
+
+def _link_metrics(
+    run: Run,
+    model_id: str,
+    metrics: Mapping[str, float],
+    *,
+    step: int,
+    data: tuple[str, str] | None,
+) -> None:
+    """Link those metrics of a checkpoint that the run has at its step to a model and to data.
+
+    Args:
+        run: run of the model.
+        model_id: the model.
+        metrics: metrics of the checkpoint.
+        step: step at which the run logged them.
+        data: name and digest of the data, as `log_dataset` gives them.
+    """
+    from mlflow.entities import Metric
+
+    name, digest = data or (None, None)
+    # with the run's own times, else the run would have them twice
+    linked = [
+        Metric(
+            one.key,
+            one.value,
+            one.timestamp,
+            one.step,
+            model_id=model_id,
+            dataset_name=name,
+            dataset_digest=digest,
+        )
+        for metric in metrics
+        for one in run.client.get_metric_history(run.run_id, metric)
+        if one.step == step
+    ]
+    run.client.log_batch(run.run_id, metrics=linked)
+
+
+def register(run: Run, model_uri: str, name: str) -> None:
+    """Register a run's model as the next version of a name, unless it is registered there."""
+    from mlflow.exceptions import MlflowException
+
+    client = run.client
+    try:
+        client.create_registered_model(name)
+    except MlflowException as problem:
+        if problem.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    if not any(v.source == model_uri for v in client.search_model_versions(f"name = '{name}'")):
+        version = client.create_model_version(name, model_uri, run.run_id)
+        print(f"registered as       models:/{name}/{version.version}", flush=True)
+
+
+def log_checkpoint(recipe: Recipe, run: Run, checkpoint: Path, metrics: Mapping[str, float]) -> str:
+    """Log the detector of a checkpoint as a model, with the metrics that it reached.
+
+    Args:
+        recipe: configuration of the run.
+        run: MLflow run that receives the model.
+        checkpoint: folder of the checkpoint.
+        metrics: its metrics.
+
+    Returns:
+        The model's URI.
+    """
+    return log_model(
+        run,
+        checkpoint / DETECTOR_FOLDER,
+        metrics=metrics,
+        evaluated_on=recipe.data.subsets["validation"],
+    )
 
 
 def log_pictures(run: Run, plan: Plan, detections: Mapping[str, Detections]) -> None:
@@ -158,8 +256,7 @@ def diagnosis_of(
 
 
 def log_diagnosis(run: Run, diagnosis: Diagnosis) -> None:
-    """Log the metrics and pictures of a diagnosis, and its numbers in `diagnosis/<table>.json`."""
-    log_metrics(run, diagnosis_metrics(diagnosis), step=0, again=False)
+    """Log the pictures of a diagnosis, and its numbers in `diagnosis/<table>.json`."""
     for name, table in tables(diagnosis).items():
         run.client.log_dict(run.run_id, {"rows": table}, f"diagnosis/{name}.json")
     for name, figure in diagnosis_pictures(diagnosis).items():
@@ -188,10 +285,12 @@ def log_results(
         client.log_artifact(run.run_id, str(failures))
         if recipe.save_raw:
             client.log_artifact(run.run_id, str(checkpoint / RAW_FILE))
-        client.set_tag(run.run_id, "model.uri", log_model(run, checkpoint / DETECTOR_FOLDER))
-    epoch = int(metrics["epoch"])
-    best = {BEST_MAP: metrics["val/mAP"], "best/epoch": float(epoch)}
-    log_metrics(run, best, step=epoch, again=False)
+        uri = log_checkpoint(recipe, run, checkpoint, metrics)
+        client.set_tag(run.run_id, "model.uri", uri)
+    if recipe.registered_model is not None:
+        register(run, uri, recipe.registered_model)
+    client.set_tag(run.run_id, BEST_MAP, str(metrics[MAP]))
+    client.set_tag(run.run_id, "best.epoch", str(int(metrics["epoch"])))
     log_pictures(run, plan, detections)
     diagnosis = diagnosis_of(
         plan, detections, thresholds=recipe.thresholds, bins=recipe.data.record.bins
@@ -200,11 +299,20 @@ def log_results(
 
 
 def _open_command(run: Run) -> str:
-    if database_file(run.uri) is not None:
-        return shlex.join(
-            [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--backend-store-uri", run.uri]
-        )
-    return f"open {run.uri}"
+    return shlex.join(
+        [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--backend-store-uri", run.uri]
+    )
+
+
+def page_of(run: Run) -> str:
+    """Return the address of a run's page in MLflow, once `_open_command` runs for a local store.
+
+    The page opens in the mode for trained models; the default is that for language models.
+    """
+    server = "http://127.0.0.1:5000" if database_file(run.uri) is not None else run.uri
+    experiment = run.client.get_run(run.run_id).info.experiment_id
+    place = f"experiments/{experiment}/runs/{run.run_id}?workflowType=machine_learning"
+    return f"{server.rstrip('/')}/#/{place}"
 
 
 def print_summary(recipe: Recipe, plan: Plan, run: Run, *, seconds: float) -> None:
@@ -259,4 +367,6 @@ def _facts(plan: Plan, run: Run, seconds: float) -> Iterator[tuple[str, str]]:
         listed = ", ".join(f"{video_id} ({why})" for video_id, why in sorted(plan.failures.items()))
         yield "left out", f"{len(plan.failures)} videos: {listed}"
     yield "MLflow run", f"{run.run_id} in {run.uri}"
-    yield "open it", _open_command(run)
+    if database_file(run.uri) is not None:
+        yield "open it", _open_command(run)
+    yield "its page", page_of(run)

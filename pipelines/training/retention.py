@@ -7,8 +7,8 @@ kill leaves it cut short, or without the last checkpoint.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -160,7 +160,15 @@ def fetched(kept: Kept) -> Iterator[Path]:
 def best_checkpoint(
     folder: str, score: str, *, say: Callable[[str], object]
 ) -> Iterator[tuple[Path, dict[str, float]]]:
-    """Give the best checkpoint whose files are what was written, and its metrics.
+    """Give the first of `scored_checkpoints`."""
+    with closing(scored_checkpoints(folder, score, say=say)) as found:
+        yield next(found)
+
+
+def scored_checkpoints(
+    folder: str, score: str, *, say: Callable[[str], object]
+) -> Generator[tuple[Path, dict[str, float]]]:
+    """Yield the checkpoints whose files are what was written, and their metrics, the best first.
 
     Args:
         folder: folder of the run, a path or URI.
@@ -170,6 +178,7 @@ def best_checkpoint(
     Raises:
         UserError: there is none.
     """
+    whole = 0
     kept = [one for one in checkpoints(folder)[0] if one.metrics.get(score, UNSCORED) != UNSCORED]
     # of equal ones the first, as in the table of results
     for one in sorted(kept, key=lambda one: one.rank(score)[0], reverse=True):
@@ -179,11 +188,12 @@ def best_checkpoint(
             except DamagedCheckpointError as problem:
                 say(f"warning: {one.name} is left out. {problem}")
                 continue
+            whole += 1
             yield local, one.metrics
-            return
-    raise UserError(
-        f"No checkpoint in {folder} is whole and has {score}. Train anew with --no-resume."
-    )
+    if not whole:
+        raise UserError(
+            f"No checkpoint in {folder} is whole and has {score}. Train anew with --no-resume."
+        )
 
 
 def drop_list(folder: str) -> None:

@@ -19,7 +19,7 @@ from pipelines.config.recipe import AnyRecipe, ClassificationRecipe, Recipe
 from pipelines.core.clock import duration
 from pipelines.core.cluster import init_ray
 from pipelines.core.models import with_weights_here
-from pipelines.core.progress import ProgressPrinter
+from pipelines.core.progress import ProgressPrinter, doing
 from pipelines.core.resources import check_resources
 from pipelines.core.stopping import stoppable
 from pipelines.core.storage import BACKBONE_FILE, join, replacing, require_room
@@ -38,19 +38,21 @@ from pipelines.data.feature_stream import without_backbone
 from pipelines.data.features import Features
 from pipelines.data.inputs import classification_inputs, detection_inputs
 from pipelines.data.plan import Plan, make_plan, read_annotations
+from pipelines.data.videos import probe_files
 from pipelines.training.activations import activation_metrics
 from pipelines.training.checkpoints import DETECTOR_FOLDER
 from pipelines.training.classification import ClassificationTask, build_classifier
 from pipelines.training.detection import DetectionTask
 from pipelines.training.entry import train_worker
 from pipelines.training.model import build_detector, load_localizer, remarks
-from pipelines.training.results import log_model, log_results, print_summary
+from pipelines.training.results import log_checkpoint, log_model, log_results, print_summary
 from pipelines.training.resuming import resume_or_start
 from pipelines.training.retention import (
     best_checkpoint,
     drop_list,
     newest_checkpoint,
     remove_surplus,
+    scored_checkpoints,
 )
 from pipelines.training.trainer import Task
 from pipelines.training.worker import Job, TrainingProblem
@@ -116,9 +118,11 @@ def prepare(recipe: Recipe) -> tuple[Prepared, Detector[Any, Any]]:
     annotations = read_annotations(recipe.data)
     if recipe.data.features:
         recipe = without_backbone(recipe, Features(recipe.data.features))
-    detector = check_model(recipe, annotations.classes)
+    with doing("building the model and loading its weights"):
+        detector = check_model(recipe, annotations.classes)
     _start_ray(recipe, frames=not recipe.data.features)
-    plan = make_plan(recipe.data, annotations)
+    with doing(f"opening the {'features' if recipe.data.features else 'videos'}") as count:
+        plan = make_plan(recipe.data, annotations, probe=partial(probe_files, progress=count))
     if plan.remarks:
         print(f"{len(plan.remarks)} remarks on the videos, for example:")
         print(f"  {plan.remarks[0]}", flush=True)
@@ -174,7 +178,8 @@ def _built(recipe: RecipeT, build: Callable[[RecipeT], ModelT]) -> ModelT:
 def _start_ray(recipe: AnyRecipe, *, frames: bool = True) -> None:
     """Start or join Ray, and check that it can hold the run, and that the output can."""
     require_room(recipe.output, 0, what="a checkpoint")
-    init_ray(trains=True)
+    with doing("starting Ray"):
+        init_ray(trains=True)
     check_resources(recipe.scale)
     for remark in remarks(recipe, ray.nodes()) if frames else []:
         print(f"warning: {remark}", flush=True)
@@ -223,7 +228,10 @@ def train_run(
             detector = check_model(recipe, plan.classes)
         log_recipe(run, recipe)
         log_dataset(
-            run, name=recipe.name, source=str(recipe.data.annotations), digest=plan.fingerprint
+            run,
+            source=str(recipe.data.annotations),
+            digest=plan.fingerprint,
+            subsets=recipe.data.subsets,
         )
         log_text(run, [summarize(ready.annotations)], "data/summary.txt")
         log_text(run, plan.remarks, "data/remarks.txt")
@@ -231,8 +239,13 @@ def train_run(
             log_metrics(run, activation_metrics(recipe, detector), step=0, again=False)
         task = DetectionTask(recipe=recipe, plan=plan)
         output = fit(task, run, callbacks=callbacks, threads=threads)
-        with best_checkpoint(output, task.score, say=print) as (folder, metrics):
-            log_results(recipe, plan, run, folder, metrics)
+        best = True
+        for folder, metrics in scored_checkpoints(output, task.score, say=print):
+            if best:
+                log_results(recipe, plan, run, folder, metrics)
+                best = False
+            else:
+                log_checkpoint(recipe, run, folder, metrics)
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
@@ -274,6 +287,8 @@ def fit(
     recipe, scale = task.recipe, task.recipe.scale
     output = join(recipe.output, run.run_id)
     drop_list(output)
+    workers = f"{scale.workers} worker{'s' * (scale.workers > 1)}"
+    print(f"starting {workers}, which load the model and wait for the first windows", flush=True)
     with ProgressPrinter() as progress:
         job = Job(
             task=task,
@@ -327,13 +342,18 @@ def finetune(recipe: ClassificationRecipe) -> Run:
     with stoppable(_nothing_yet):
         recipe = classification_inputs(recipe)
         lists = read_lists(recipe.data)
-        _built(recipe, lambda here: build_classifier(here, lists.classes, here.model.weights))
+        with doing("building the model and loading its weights"):
+            _built(recipe, lambda here: build_classifier(here, lists.classes, here.model.weights))
         _start_ray(recipe)
-        plan = make_clip_plan(recipe.data, lists)
+        with doing("opening the videos") as count:
+            plan = make_clip_plan(recipe.data, lists, probe=partial(probe_files, progress=count))
         run = _resumed(recipe, plan)
     with stoppable(partial(_kept, recipe, run)), finishing(run):
         log_dataset(
-            run, name=recipe.name, source=str(recipe.data.training), digest=plan.fingerprint
+            run,
+            source=str(recipe.data.training),
+            digest=plan.fingerprint,
+            subsets=recipe.data.subsets,
         )
         left_out = [f"{video_id}: {reason}" for video_id, reason in sorted(plan.failures.items())]
         log_text(run, left_out, "data/unusable_videos.txt")
@@ -368,7 +388,7 @@ def _log_backbone(
         _, classifier = load_detector(checkpoint / DETECTOR_FOLDER)
         path = Path(scratch) / BACKBONE_FILE
         save_backbone_weights(classifier.backbone, path, {"re2tal": json.dumps(facts)})
-        uri = log_model(run, checkpoint / DETECTOR_FOLDER, backbone=path)
+        uri = log_model(run, checkpoint / DETECTOR_FOLDER, metrics=metrics, backbone=path)
         run.client.log_artifact(run.run_id, str(path))
         for place in (weights, recipe.weights_file):
             if place is not None:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.config.recipe import AnyRecipe, OptimConfig
-from pipelines.core.clock import duration
+from pipelines.core.clock import TimeLeft
 from pipelines.core.metric_names import UNSCORED
 from pipelines.core.storage import join, replacing, writing_to
 from pipelines.data.batches import Batch, Clock, share
@@ -366,6 +366,7 @@ class Trainer:
         self, task: Task, runtime: Runtime, *, weights: str | Path | None, output: str
     ) -> None:
         self.task, self.recipe, self.runtime = task, task.recipe, runtime
+        self._time_left = TimeLeft()
         torch.manual_seed(task.recipe.seed)  # the same weights on every rank
         detector = task.build(weights).to(runtime.device)
         self.stride: int = detector.backbone.temporal_stride
@@ -412,7 +413,8 @@ class Trainer:
         average = build_average(detector, optim)
         if whole is not None:
             whole.to(device)
-            for module in (detector, average.module):
+            averaged = cast("Detector[Any, Any]", average.module)
+            for module in (detector, averaged):
                 shard(module, device=device, workers=self.runtime.world_size)
         optimizer = build_optimizer(detector, optim)
         return TrainingState(
@@ -494,6 +496,7 @@ class Trainer:
             UserError: if too many videos cannot be decoded.
         """
         metrics: dict[str, float] = {}
+        self._count_parameters()
         while self.state.epoch < self.recipe.epochs:
             self._train_epoch()
             self.state.epoch += 1
@@ -509,7 +512,19 @@ class Trainer:
             seen = metrics | _reversible_metrics(self.state.detector)
             self.runtime.log(seen, step=self.state.step)
             self._checkpoint(metrics, evaluation.write if self.runtime.rank == 0 else None)
+            self._time_left.evaluation()
         return metrics
+
+    def _count_parameters(self) -> None:
+        """Show and log how many of the detector's parameters are trained."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.state.detector.parameters()]
+        total, trained = (sum(n for n, wanted in sizes if wanted or of) for of in (True, False))
+        counts = {"parameters/total": float(total), "parameters/trained": float(trained)}
+        self.runtime.log(counts, step=self.state.step)
+        self.runtime.say(
+            f"training {trained:,} of {total:,} parameters ({trained / total:.1%}), "
+            f"--model.tuning {self.recipe.model.tuning}"
+        )
 
     def _checkpoint(
         self, metrics: Mapping[str, float], add: Callable[[Path], object] | None = None
@@ -529,7 +544,7 @@ class Trainer:
     def _train_epoch(self) -> None:
         state, recipe = self.state, self.recipe
         windows = self._windows(state.epoch, behind=state.windows)
-        steps, first = self._steps, state.windows // self.windows_per_step
+        steps = self._steps
         size = recipe.data.augmentation.decoded_size(recipe.data.size)
         clock = Clock()
         train_mode(state.detector, recipe.model)
@@ -544,8 +559,9 @@ class Trainer:
             self.runtime.log(metrics, step=state.step)
             state.windows += self.windows_per_step
             index += 1
+            self._time_left.step()
             if (index - 1) % max(1, steps // 5) == 0 or index == steps:
-                self._say_progress(index, steps, metrics, clock, taken=index - first)
+                self._say_progress(index, steps, metrics)
             if index < steps and self._checkpoint_due():
                 self._checkpoint({self.task.score: UNSCORED})
                 self.runtime.say(f"checkpoint after step {index} of {steps}")
@@ -570,15 +586,16 @@ class Trainer:
             seeds=[clip_seed(window, seed=seed, epoch=epoch) for window in batch.windows],
         )
 
-    def _say_progress(
-        self, index: int, steps: int, metrics: Mapping[str, float], clock: Clock, *, taken: int
-    ) -> None:
-        to_come = steps * (self.recipe.epochs - self.state.epoch) - index
-        left = clock.elapsed / taken * to_come
+    def _say_progress(self, index: int, steps: int, metrics: Mapping[str, float]) -> None:
+        epoch, epochs = self.state.epoch, self.recipe.epochs
+        left = self._time_left.describe(
+            steps=steps * (epochs - epoch) - index,
+            evaluations=epochs - max(epoch, self.recipe.evaluate_from - 1),
+        )
         self.runtime.say(
-            f"epoch {self.state.epoch + 1}/{self.recipe.epochs}  step {index:>3}/{steps}  "
+            f"epoch {epoch + 1}/{epochs}  step {index:>3}/{steps}  "
             f"loss {metrics['train/loss']:.3f}  {metrics['train/frames_per_second']:.0f} frames/s  "
-            f"waiting for data {metrics['train/data_wait_share']:.0%}  left {duration(left)}"
+            f"waiting for data {metrics['train/data_wait_share']:.0%}  {left}".rstrip()
         )
 
 

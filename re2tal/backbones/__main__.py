@@ -17,10 +17,13 @@ they are, and rewire the backbone that they load them into: `rewire` writes noth
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from re2tal.backbones.protocol import BackboneConfig
 from re2tal.backbones.table import backbones
 from re2tal.backbones.weights import load_backbone_weights, save_backbone_weights
 from re2tal.errors import UserError
@@ -48,7 +51,7 @@ def _list() -> int:
         weights = [*entry.weights, *(f"files of {layout.title}" for layout in entry.layouts)]
         try:
             with torch.device("meta"):
-                built = entry.make().build()
+                built = _shallow(entry.make()).build()
         except UserError as error:  # its library is not installed
             sys.stdout.write(f"{name}: {error}\n")
             continue
@@ -57,6 +60,16 @@ def _list() -> int:
         sys.stdout.write(f"  mean {entry.mean}, deviation {entry.std}\n")
         sys.stdout.write("".join(f"  weights: {known}\n" for known in weights))
     return 0
+
+
+def _shallow(config: Any) -> BackboneConfig:
+    """Take blocks away that no stride depends on, but that take time to build."""
+    depths = getattr(config, "depths", None)
+    if depths is None:
+        shallow: BackboneConfig = config
+    else:
+        shallow = replace(config, depths=tuple(min(depth, 2) for depth in depths))
+    return shallow
 
 
 def _convert(options: argparse.Namespace) -> int:

@@ -3,24 +3,30 @@
     window (B, 3, T, H, W) -> clips (B T/n, 3, n, H, W) -> tokens (B T/n, n/s, places, C)
                            -> mean over the places, clips behind one another -> (B, C, T/s)
 
-with the n frames of a clip and the s frames of a token. Nothing mixes clips before the localizer.
+with the n frames of a clip and the s frames of a token. Nothing mixes clips before the localizer,
+but for adapters (`adapters.py`).
 
-A family of such models is one `ClipFamily`, in a file of its own (`videomae.py`).
+A family of such models is one `ClipFamily` and the dataclass of its shapes, in a file of its own
+(`videomae.py`); what the families share stands here.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from importlib import import_module
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from re2tal.errors import UserError
+from re2tal.errors import UserError, check_within
+from re2tal.reversible.branches import recomputed
+
+ConfigT = TypeVar("ConfigT")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,19 +39,45 @@ class ClipFamily:
         tokens: function from the backbone, with the model's parts, and a video `(B, 3, T, H, W)` to
             the tokens `(B T/n, n/s, places, C)` of its clips.
         block: names of the parameters of a block; group 1 is its number, from 0.
-        stem: beginning of the names of parameters before the first block.
+        first: tokens of a clip before those of places, such as a class token.
+        by_place: put a place's times behind one another in a clip's tokens, not a time's places.
+        stem: beginning of the names of parameters before the first block, or several.
     """
 
     make: Callable[[Any], nn.Module]
     tokens: Callable[[Any, Tensor], Tensor]
     block: re.Pattern[str]
-    stem: str
+    stem: str | tuple[str, ...]
+    first: int = 0
+    by_place: bool = False
+
+
+@dataclass(slots=True)
+class Timeline:
+    """Place in time of the tokens `(B clips, first + steps places, C)` of a backbone of clips.
+
+    Attributes:
+        steps: time steps of a clip.
+        clips: clips of a window, in the forward that runs or ran last.
+        first: see `ClipFamily`.
+        by_place: see `ClipFamily`.
+    """
+
+    steps: int
+    clips: int = 1
+    first: int = 0
+    by_place: bool = False
+
+    def copy(self) -> Timeline:
+        """Return the timeline of this moment."""
+        return replace(self)
 
 
 class ClipBackbone(nn.Module):
     """Backbone that runs a model of clips on a whole window.
 
-    See `re2tal.backbones.protocol.Backbone` for the attributes.
+    See `re2tal.backbones.protocol.Backbone` for the attributes; `timeline` is for modules that mix
+    the clips of a window.
 
     Args:
         model: model of clips, whose parts are taken over.
@@ -76,17 +108,16 @@ class ClipBackbone(nn.Module):
         self.channels = channels
         self.temporal_stride = stride * pooling
         self.multiple = math.lcm(clip, self.temporal_stride)
+        self.timeline = Timeline(clip // stride, first=family.first, by_place=family.by_place)
+        self._clip = clip
         self._family = family
         self._blocks = blocks
         self._pooling = pooling
 
     def forward(self, video: Tensor) -> Tensor:
         """Compute spatially pooled features; see `Backbone`."""
-        if video.shape[2] % self.multiple:
-            raise UserError(
-                f"A window must have a multiple of {self.multiple} frames for this backbone, but "
-                f"has {video.shape[2]}."
-            )
+        check_window(video, self.multiple)
+        self.timeline.clips = video.shape[2] // self._clip
         features = self._family.tokens(self, video).mean(dim=2)
         in_order = features.unflatten(0, (len(video), -1)).flatten(1, 2)
         pooled: Tensor = in_order.unflatten(1, (-1, self._pooling)).mean(dim=2)
@@ -98,6 +129,68 @@ class ClipBackbone(nn.Module):
             return 0
         match = self._family.block.match(name)
         return int(match[1]) + 1 if match else self._blocks
+
+
+class ClipStem(nn.Module):
+    """First layer, from a window to the tokens of its clips; recomputed when rewired.
+
+    The cut into clips stands in here, so that nothing has to be kept of the frames but their uint8.
+    """
+
+
+@recomputed.register(ClipStem)
+def _stem_is_recomputed(module: nn.Module) -> bool:  # noqa: ARG001
+    return True
+
+
+def check_window(video: Tensor, multiple: int) -> None:
+    """Refuse a window `(B, 3, T, H, W)` of a length that a backbone cannot have.
+
+    Raises:
+        UserError: T is no multiple of `multiple`.
+    """
+    if video.shape[2] % multiple:
+        raise UserError(
+            f"A window must have a multiple of {multiple} frames for this backbone, but has "
+            f"{video.shape[2]}."
+        )
+
+
+def check_patches(video: Tensor, layer: Any) -> None:
+    """Refuse frames `(..., H, W)` that the strides of a convolution do not divide.
+
+    Raises:
+        UserError: the frames cannot be cut into whole patches.
+    """
+    height, width = video.shape[-2:]
+    for pixels, patch in zip((height, width), layer.stride[-2:], strict=True):
+        if pixels % patch:
+            raise UserError(
+                f"Frames of {height} x {width} pixels cannot be cut into patches of {patch}: "
+                "choose a size that is a multiple of it."
+            )
+
+
+def patches(projection: nn.Module, video: Tensor, clip: int) -> Tensor:
+    """Cut videos into clips of so many frames, and these into tokens `(B T/n, n/s, H', W', C)`.
+
+    Args:
+        projection: convolution whose stride is its kernel, over time and space or space alone.
+        video: `(B, 3, T, H, W)`.
+        clip: frames of a clip.
+
+    Raises:
+        UserError: the frames cannot be cut into whole patches.
+    """
+    layer: Any = projection
+    check_patches(video, layer)
+    clips = clips_of(video, clip)
+    if isinstance(layer, nn.Conv2d):
+        images: Tensor = layer(clips.transpose(1, 2).flatten(0, 1))
+        of_images: Tensor = images.unflatten(0, (-1, clip)).movedim(2, -1)
+        return of_images
+    tokens: Tensor = layer(clips)
+    return tokens.movedim(1, -1)
 
 
 def clips_of(video: Tensor, frames: int) -> Tensor:
@@ -115,6 +208,32 @@ def sines(grid: tuple[int, int, int], channels: int) -> Tensor:
     return table.float().view(*grid, channels)
 
 
+def with_class_token(tokens: Tensor, first: Tensor, positions: Tensor, frames: int) -> Tensor:
+    """Put a class token in front of the tokens of clips, and add learnt positions.
+
+    Positions of another grid than the tokens' are resized, bicubic in space and linear in time, as
+    the field does when it loads weights; here in every forward, so that one file serves all sizes.
+
+    Args:
+        tokens: `(B, t, h, w, C)`.
+        first: class token `(1, 1, C)`.
+        positions: `(1, 1 + places, C)`, the class token's first.
+        frames: t of the positions, whose places form squares.
+
+    Returns:
+        `(B, 1 + t h w, C)`.
+    """
+    table = positions[0, 1:].unflatten(0, (frames, side_of(positions, frames), -1))
+    placed = tokens + resized(table, tokens.shape[1:4]).type_as(tokens)
+    first = (first + positions[:, :1]).type_as(tokens).expand(len(tokens), -1, -1)
+    return torch.cat((first, placed.flatten(1, 3)), dim=1)
+
+
+def side_of(positions: Tensor, frames: int = 1) -> int:
+    """Count the places on a side of learnt positions `(1, 1 + places, C)`, squares in time."""
+    return math.isqrt((positions.shape[1] - 1) // frames)
+
+
 def resized(positions: Tensor, grid: torch.Size) -> Tensor:
     """Resize a table `(t, h, w, C)` to a grid: bicubic in space, linear in time."""
     if positions.shape[1:3] != grid[1:]:
@@ -126,3 +245,126 @@ def resized(positions: Tensor, grid: torch.Size) -> Tensor:
             1, (*grid[1:], -1)
         )
     return positions
+
+
+_BOUNDS = {
+    "patch": (1, 256),
+    "tubelet": (1, 64),
+    "channels": (1, 2**14),
+    "depths": (1, 512),
+    "heads": (1, 2**10),
+    "mlp_ratio": (0.01, 64),
+    "clip": (1, 2**10),
+    "trained_clip": (1, 2**10),
+    "trained_size": (1, 2**12),
+    "norm_epsilon": (0, 1),
+    "dropout": (0, 1),
+    "attention_dropout": (0, 1),
+    "drop_path": (0, 1),
+    "scale": (0, 1),
+    "pooling": (1, 2**10),
+}
+
+
+def check_shape(config: Any) -> None:
+    """Refuse impossible shapes of a model of clips.
+
+    Args:
+        config: dataclass with fields named as `VideoMAEConfig`'s, or some of them.
+
+    Raises:
+        ValueError: a field has no possible value, or two do not fit.
+    """
+    kind, known = type(config).__name__, {field.name for field in fields(config)}
+    check_within(config, **{name: _BOUNDS[name] for name in _BOUNDS if name in known})
+    if len(config.depths) != 1:
+        raise ValueError(f"A {kind} has one stage of blocks, but depths is {config.depths}.")
+    tubelet = config.tubelet if "tubelet" in known else 1
+    for name, part in (
+        ("channels", config.heads),
+        ("clip", tubelet),
+        ("trained_clip", tubelet),
+        ("trained_size", config.patch),
+    ):
+        if name in known and getattr(config, name) % part:
+            what = "heads" if name == "channels" else "pixels or frames of a token"
+            raise ValueError(
+                f"{kind}.{name} must be a multiple of the {part} {what}, but is "
+                f"{getattr(config, name)}."
+            )
+    if "trained_size" in known:
+        times = config.trained_clip // tubelet if "trained_clip" in known else 1
+        places = times * (config.trained_size // config.patch) ** 2
+        if places * config.channels > 2**28:
+            raise ValueError(
+                f"{kind}: {places:,} positions of {config.channels:,} channels are too many."
+            )
+
+
+def with_stride(config: ConfigT, stride: int, own: int) -> ConfigT:
+    """Return a shape whose features are averaged to another number of frames a feature.
+
+    Args:
+        config: dataclass with a field `pooling`.
+        stride: number of frames wanted.
+        own: frames that the model makes a feature of.
+
+    Raises:
+        ValueError: it cannot have that stride.
+    """
+    if stride < 1 or stride % own:
+        raise ValueError(
+            f"The stride must be a multiple of {own}, the frames that the backbone makes a feature "
+            f"of, not {stride}."
+        )
+    changed: ConfigT = replace(config, pooling=stride // own)  # type: ignore[type-var]
+    return changed
+
+
+def build(config: Any, family: ClipFamily, *, stride: int) -> ClipBackbone:
+    """Build a backbone of a shape that `check_shape` has checked; `stride` is a token's frames."""
+    return ClipBackbone(
+        family.make(config),
+        family,
+        channels=config.channels,
+        blocks=config.depths[0],
+        clip=config.clip,
+        stride=stride,
+        pooling=config.pooling,
+    )
+
+
+def library(name: str, title: str) -> Any:
+    """Import the library that models of this title are built from, or a module of it.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"{title} is built from the library {name.partition('.')[0]}, which cannot be imported "
+            f"({error}): pip install 're2tal[backbones]'."
+        ) from error
+
+
+def other_positions(*names: str) -> Callable[[nn.Module, Mapping[str, Tensor]], str | None]:
+    """Make the objection of a layout whose learnt positions bear these names.
+
+    Returns:
+        Function for `Layout.objection`: it names the options for positions of another number.
+    """
+
+    def objection(backbone: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
+        own = dict(backbone.named_parameters())
+        for name in own.keys() & weights.keys() & set(names):
+            theirs, ours = tuple(weights[name].shape), tuple(own[name].shape)
+            if theirs[1] != ours[1] and theirs[2:] == ours[2:]:
+                return (
+                    f"their positions {name} {theirs} are not of the {ours} of this backbone: set "
+                    "trained_clip and trained_size to the frames and pixels of their training"
+                )
+        return None
+
+    return objection

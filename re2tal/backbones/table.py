@@ -40,8 +40,13 @@ class Layout:
         mark: name that every such file has and no other; group 1 is the prefix of all names of
             the backbone, such as `backbone.`.
         rename: function from a name without its prefix to our name, or None if it is unknown.
+        beside: name, without its prefix, that such a file has besides, where the mark alone is that
+            of another layout, too; this one then comes before it.
         classifier: names of the classifier's weights if nothing sets them apart from the
             backbone's.
+        outside: names of the weights of other parts, likewise.
+        optional: our names of weights that some settings of the backbone do without, such as those
+            of a way of pooling.
         computed: names of buffers that the backbone computes by itself.
         fused: names of weights that hold three of ours, one behind another; `rename` is asked for
             `NAME[0]`, `NAME[1]` and `NAME[2]` instead.
@@ -58,7 +63,10 @@ class Layout:
     title: str
     mark: re.Pattern[str]
     rename: Callable[[str], str | None]
+    beside: str | None = None
     classifier: re.Pattern[str] | None = None
+    outside: re.Pattern[str] | None = None
+    optional: re.Pattern[str] | None = None
     computed: re.Pattern[str] | None = None
     fused: re.Pattern[str] | None = None
     may_lack: tuple[str, ...] = ()

@@ -15,10 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from re2tal.backbones.clips import ClipBackbone, ClipFamily, clips_of, resized, sines
+from re2tal.backbones.clips import (
+    ClipBackbone,
+    ClipFamily,
+    ClipStem,
+    build,
+    check_shape,
+    library,
+    patches,
+    resized,
+    sines,
+    with_stride,
+)
 from re2tal.backbones.table import Layout, backbone
-from re2tal.errors import UserError, check_within
-from re2tal.reversible.branches import recomputed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,41 +71,7 @@ class VideoMAEConfig:
     pooling: int = 1
 
     def __post_init__(self) -> None:
-        check_within(
-            self,
-            patch=(1, 256),
-            tubelet=(1, 64),
-            channels=(1, 2**14),
-            depths=(1, 512),
-            heads=(1, 2**10),
-            mlp_ratio=(0.01, 64),
-            clip=(1, 2**10),
-            trained_clip=(1, 2**10),
-            trained_size=(1, 2**12),
-            norm_epsilon=(0, 1),
-            dropout=(0, 1),
-            attention_dropout=(0, 1),
-            pooling=(1, 2**10),
-        )
-        if len(self.depths) != 1:
-            raise ValueError(f"A VideoMAE has one stage of blocks, but depths is {self.depths}.")
-        for name, whole, part in (
-            ("channels", self.channels, self.heads),
-            ("clip", self.clip, self.tubelet),
-            ("trained_clip", self.trained_clip, self.tubelet),
-            ("trained_size", self.trained_size, self.patch),
-        ):
-            if whole % part:
-                kind = "heads" if name == "channels" else "pixels or frames of a token"
-                raise ValueError(
-                    f"VideoMAEConfig.{name} must be a multiple of the {part} {kind}, but is "
-                    f"{whole}."
-                )
-        places = (self.trained_clip // self.tubelet) * (self.trained_size // self.patch) ** 2
-        if places * self.channels > 2**28:
-            raise ValueError(
-                f"VideoMAEConfig: {places:,} positions of {self.channels:,} channels are too many."
-            )
+        check_shape(self)
 
     def with_stride(self, stride: int) -> VideoMAEConfig:
         """Return the same backbone, its features averaged to another number of frames a feature.
@@ -104,12 +79,7 @@ class VideoMAEConfig:
         Raises:
             ValueError: it cannot have that stride.
         """
-        if stride < 1 or stride % self.tubelet:
-            raise ValueError(
-                f"The stride must be a multiple of {self.tubelet}, the frames that the backbone "
-                f"makes a feature of, not {stride}."
-            )
-        return replace(self, pooling=stride // self.tubelet)
+        return with_stride(self, stride, self.tubelet)
 
     def build(self) -> ClipBackbone:
         """Build a backbone of this shape, with random weights.
@@ -117,63 +87,35 @@ class VideoMAEConfig:
         Raises:
             UserError: transformers is not installed.
         """
-        return ClipBackbone(
-            _FAMILY.make(self),
-            _FAMILY,
-            channels=self.channels,
-            blocks=self.depths[0],
-            clip=self.clip,
-            stride=self.tubelet,
-            pooling=self.pooling,
-        )
+        return build(self, _FAMILY, stride=self.tubelet)
 
 
-class VideoMAEStem(nn.Module):
-    """Tokens of the clips of a window, with their positions; recomputed when rewired.
-
-    The cut into clips stands in here, so that nothing has to be kept of the frames but their uint8.
+class VideoMAEStem(ClipStem):
+    """Tokens of the clips of a window, with their positions.
 
     Args:
-        patches: transformers' module with the convolution `projection`.
+        embeddings: transformers' module with the convolution `projection`.
         config: shape of the backbone.
     """
 
     positions: Tensor
 
-    def __init__(self, patches: nn.Module, config: VideoMAEConfig) -> None:
+    def __init__(self, embeddings: nn.Module, config: VideoMAEConfig) -> None:
         super().__init__()
-        self.patch_embeddings = patches
-        self._clip, self._patch = config.clip, config.patch
+        self.patch_embeddings: Any = embeddings
+        self._clip = config.clip
         side = config.trained_size // config.patch
         table = sines((config.trained_clip // config.tubelet, side, side), config.channels)
         self.register_buffer("positions", table, persistent=False)  # no file has them
 
     def forward(self, video: Tensor) -> Tensor:
         """Compute tokens `(B T/n, n/s, H', W', C)` of a video `(B, 3, T, H, W)`."""
-        height, width = video.shape[3:]
-        if height % self._patch or width % self._patch:
-            raise UserError(
-                f"Frames of {height} x {width} pixels cannot be cut into patches of "
-                f"{self._patch}: choose a size that is a multiple of it."
-            )
-        projection: Any = self.patch_embeddings.projection
-        tokens: Tensor = projection(clips_of(video, self._clip)).movedim(1, -1)
+        tokens = patches(self.patch_embeddings.projection, video, self._clip)
         return tokens + resized(self.positions, tokens.shape[1:4]).type_as(tokens)
 
 
-@recomputed.register(VideoMAEStem)
-def _stem_is_recomputed(module: nn.Module) -> bool:  # noqa: ARG001
-    return True
-
-
 def _make_videomae(config: VideoMAEConfig) -> nn.Module:
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            "VideoMAE is built from the library transformers, which cannot be imported "
-            f"({error}): pip install 're2tal[backbones]'."
-        ) from error
+    transformers = library("transformers", "VideoMAE")
     theirs: Any = transformers.VideoMAEModel(
         transformers.VideoMAEConfig(
             # Parameters do not depend on them, but a table of positions does, which takes seconds
@@ -292,7 +234,8 @@ def _of_authors(name: str) -> str | None:
 
 AUTHORS_VIDEOMAE = Layout(
     title="VideoMAE of its authors or of mmaction2",
-    mark=re.compile(r"(?!.*decoder\.)(|.*\.)blocks\.0\.attn\.q_bias"),
+    mark=re.compile(r"(?!.*decoder\.)(|.*\.)blocks\.0\.attn\.qkv\.weight"),
+    beside="blocks.0.attn.q_bias",
     rename=_of_authors,
     classifier=re.compile(r"(?:fc_norm|head)\.(?:weight|bias)"),
     computed=re.compile(r"pos_embed"),
@@ -332,10 +275,27 @@ def videomae_h() -> VideoMAEConfig:
     return VideoMAEConfig(channels=1280, depths=(32,), heads=16)
 
 
+# VideoMAE V2 (Wang et al., CVPR 2023, arXiv 2303.16727): weights of its authors only.
+
+
+@backbone(layouts=_LAYOUTS)
+def videomae_v2_s() -> VideoMAEConfig:
+    """VideoMAE V2-S, distilled from V2-g."""
+    return replace(videomae_s(), norm_epsilon=1e-6)
+
+
+@backbone(weights=("hf:OpenGVLab/VideoMAEv2-Base",), layouts=_LAYOUTS)
+def videomae_v2_b() -> VideoMAEConfig:
+    """VideoMAE V2-B, distilled from V2-g."""
+    return replace(videomae_b(), norm_epsilon=1e-6)
+
+
 @backbone(layouts=_LAYOUTS)
 def videomae_v2_g() -> VideoMAEConfig:
-    """VideoMAE V2-g (Wang et al., CVPR 2023, arXiv 2303.16727), the shape in its paper."""
-    return VideoMAEConfig(patch=14, channels=1408, depths=(40,), heads=16, mlp_ratio=48 / 11)
+    """VideoMAE V2-g, the shape in its paper."""
+    return VideoMAEConfig(
+        patch=14, channels=1408, depths=(40,), heads=16, mlp_ratio=48 / 11, norm_epsilon=1e-6
+    )
 
 
 @backbone(layouts=_LAYOUTS)

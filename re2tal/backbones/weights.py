@@ -1,19 +1,27 @@
 """Weights of a backbone: read, recognised by their names, checked, converted, and written.
 
     file                                          layout
-    torchvision's Video Swin, ours                (as they are)
+    torchvision's, ours                           (as they are)
     mmaction2's, and the Video Swin authors'      `swin.py`
     OpenTAD's Re2Swin                             `swin.py`
     mmaction2's SlowFast                          `slowfast/published.py`
     PyTorchVideo's SlowFast                       `slowfast/published.py`
     OpenTAD's Re2SlowFast                         `slowfast/published.py`
-    VideoMAE of transformers, also a folder       `clips.py`
-    VideoMAE of its authors and of mmaction2      `clips.py`
+    VideoMAE of transformers, also a folder       `videomae.py`
+    VideoMAE of its authors and of mmaction2      `videomae.py`
+    V-JEPA 2 of transformers, also a folder       `vjepa2.py`
+    V-JEPA 2 of its authors                       `vjepa2.py`
+    ViViT of transformers, also a folder          `vivit.py`
+    TimeSformer of transformers, also a folder    `timesformer.py`
+    TimeSformer of its authors                    `timesformer.py`
+    InternVideo2 of its authors                   `internvideo2.py`
+    image transformers of timm                    `frames.py`
 
 Names, shapes and computations were read in the sources of these libraries (mmaction2 1.2,
 Video-Swin-Transformer at db018fb, PyTorchVideo at f3142bb, OpenTAD at 3dd7b03, VideoMAE at cece388,
-transformers 5.23). The published files themselves were not available: one that differs from its
-library's source is refused with the list of its differences.
+InternVideo at 3965eef, V-JEPA 2 at c2963a4, transformers 5.23). The published files themselves were
+not available: one that differs from its library's source is refused with the list of its
+differences.
 """
 
 import re
@@ -33,6 +41,7 @@ from re2tal.weights import WeightsMismatchError, WeightsReport, read_tensors
 CLASSIFIER = "of the classifier"
 _OUTSIDE = "not of the backbone"
 _COMPUTED = "computed by the backbone"
+_UNUSED = "not used by this backbone"
 PREFIX = "torchvision:"
 HUB = "hf:"
 NAMED = (PREFIX, HUB)
@@ -139,7 +148,7 @@ _OWN = Layout(
     title="names of this backbone",
     mark=re.compile(r"(?!)"),  # a file without any mark is ours
     rename=lambda name: name,
-    classifier=re.compile(r"head\."),  # torchvision's
+    classifier=re.compile(r"(?:head|fc)\."),  # torchvision's
 )
 
 
@@ -189,7 +198,16 @@ def save_backbone_weights(
 def _recognise(names: Sequence[str]) -> tuple[Layout, str]:
     """Find the layout of a file with weights of these names, and the prefix of each of them."""
     layouts = dict.fromkeys(layout for entry in backbones().values() for layout in entry.layouts)
-    found = [(layout, m[1]) for layout in layouts for n in names if (m := layout.mark.fullmatch(n))]
+    known = set(names)
+    found = [
+        (layout, match[1])
+        for layout in layouts
+        for name in names
+        if (match := layout.mark.fullmatch(name))
+        and (layout.beside is None or match[1] + layout.beside in known)
+    ]
+    closer = {prefix for layout, prefix in found if layout.beside is not None}
+    found = [(layout, at) for layout, at in found if layout.beside is not None or at not in closer]
     if len(found) > 1:
         listed = ", ".join(f"{layout.title} at {prefix!r}" for layout, prefix in found)
         raise ValueError(f"it holds several backbones: {listed}. Keep the weights of one")
@@ -218,19 +236,23 @@ def _converted(
     placed: dict[str, str] = {}
     left_out: dict[str, str] = {}
     problems: list[str] = []
+    own = backbone.state_dict()
     for name in published:
         inner = name.removeprefix(prefix)
-        if not name.startswith(prefix):
+        outside = layout.outside is not None and layout.outside.fullmatch(inner)
+        if outside or not name.startswith(prefix):
             left_out[name] = _OUTSIDE
-        elif layout.classifier is not None and layout.classifier.match(inner):
+        elif layout.classifier is not None and layout.classifier.match(inner) and inner not in own:
             left_out[name] = CLASSIFIER
         elif layout.computed is not None and layout.computed.fullmatch(inner):
             left_out[name] = _COMPUTED
         elif ours := layout.rename(inner):
-            placed[name] = ours
+            if ours not in own and layout.optional is not None and layout.optional.fullmatch(ours):
+                left_out[name] = _UNUSED
+            else:
+                placed[name] = ours
         else:
             problems.append(f"{name} is unknown")
-    own = backbone.state_dict()
     kept = sorted(n for n in own.keys() - placed.values() if n.endswith(layout.may_lack))
     problems += _mismatches(own, placed, published, kept)
     given = {ours: published[name] for name, ours in placed.items()}

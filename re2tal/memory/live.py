@@ -46,6 +46,11 @@ class StepMemory:
     activations: int
     peak: int
 
+    @property
+    def kept_beside(self) -> int:
+        """Bytes that training keeps beside: AdamW's two moments, and the moving average."""
+        return 2 * self.gradients + self.parameters + self.buffers
+
     def metrics(self) -> dict[str, float]:
         """Convert the sizes to megabytes (10^6 bytes), as ``name_mb``."""
         return {f"{name}_mb": getattr(self, name) / MEGABYTE for name in self.__slots__}

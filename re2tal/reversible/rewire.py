@@ -285,9 +285,7 @@ def rewire(
         slice_bytes=slice_bytes,
         verify=verify,
     )
-    plan = _Plan()
-    for name, module in model.named_modules():
-        plan.consider(name, module)
+    plan = _considered(model)
     if recompute:
         plan.find_recomputed(model)
     report = RewireReport(
@@ -309,6 +307,24 @@ def rewire(
     for name, module in plan.recomputed.items():
         vars(module)["forward"] = Recomputed(module, name, slice_bytes)
     return report
+
+
+def _considered(model: nn.Module) -> _Plan:
+    plan = _Plan()
+    for name, module in model.named_modules():
+        plan.consider(name, module)
+    return plan
+
+
+def reversible_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Find the blocks that `rewire` makes reversible, in order by name; nothing is changed."""
+    names = (
+        dotted(name, block)
+        for _, name, stages in _considered(model).containers
+        for stage in stages
+        for block in stage.blocks
+    )
+    return {name: model.get_submodule(name) for name in names}
 
 
 def unwire(model: nn.Module) -> None:

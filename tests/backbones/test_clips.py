@@ -17,6 +17,8 @@ from torch import Tensor
 
 from re2tal.backbones.__main__ import main
 from re2tal.backbones.clips import ClipBackbone
+from re2tal.backbones.frames import FramesConfig
+from re2tal.backbones.mvit import MViTConfig
 from re2tal.backbones.table import entry_of
 from re2tal.backbones.videomae import (
     VideoMAEConfig,
@@ -170,11 +172,19 @@ class Kept:
         self.tensor = tensor
 
 
-@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize(
+    ("config", "recompute"),
+    [
+        (TINY, True),
+        (TINY, False),
+        (FramesConfig(patch=4, channels=16, depths=(2,), heads=2, trained_size=16), True),
+        (MViTConfig(channels=8, depths=(2,), clip=4, trained_size=16), True),
+    ],
+)
 def test_a_rewired_backbone_keeps_no_frames_that_can_be_rebuilt(
-    video: Tensor, recompute: bool
+    config: Any, video: Tensor, recompute: bool
 ) -> None:
-    built = TINY.build()
+    built = config.build()
     rewire(built, recompute=recompute)
     seen: list[weakref.ref[Kept]] = []
 
@@ -188,7 +198,7 @@ def test_a_rewired_backbone_keeps_no_frames_that_can_be_rebuilt(
     alive = [kept.tensor.numel() for ref in seen if (kept := ref()) is not None]
     assert (video.numel() in alive) is not recompute
     features.sum().backward()
-    assert built.get_parameter("embeddings.patch_embeddings.projection.weight").grad is not None
+    assert all(parameter.grad is not None for parameter in built.parameters())
 
 
 # Positions
@@ -461,6 +471,28 @@ def test_published_networks_compute_the_same(
     )
     with torch.no_grad():
         torch.testing.assert_close(built(video), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("file", "prefix"),
+    [("vit_b_k710_dl_from_giant.pth", ""), ("model.safetensors", "model."), ("ema.pth", "module.")],
+)
+def test_files_of_the_second_version_are_loaded(file: str, prefix: str, tmp_path: Path) -> None:
+    state = {f"{prefix}{name}": value for name, value in published(AUTHORS).items()}
+    if file.endswith(".pth"):
+        torch.save({"module": state}, tmp_path / file)
+    else:  # the hub's, beside code that is never run
+        state = {name: value for name, value in state.items() if ".head." not in name}
+        save_file(state, tmp_path / file)
+        (tmp_path / "modeling_videomaev2.py").write_text("raise AssertionError")
+    built = TINY.build()
+    report = load_backbone_weights(built, tmp_path / file if prefix != "model." else tmp_path)
+    assert report.layout == "VideoMAE of its authors or of mmaction2"
+    assert {name.removeprefix(prefix).split(".")[0] for name in report.left_out} == (
+        {"fc_norm"} if prefix == "model." else {"fc_norm", "head"}
+    )
+    query = built.get_parameter("encoder.layer.1.attention.attention.query.weight")
+    assert torch.equal(query, state[f"{prefix}blocks.1.attn.qkv.weight"][:16])
 
 
 @pytest.mark.parametrize(

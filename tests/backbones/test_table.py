@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +19,13 @@ from re2tal.errors import UserError
 
 @pytest.mark.parametrize("entry", backbones().values(), ids=backbones().keys())
 def test_an_entry_tells_the_truth_about_its_backbone(entry: Entry) -> None:
-    config = entry.make()
-    assert isinstance(config, Strided)
+    config: Any = entry.make()
+    strided = isinstance(config, Strided)
+    assert strided
+    if "toy" in entry.name:  # its weights can be shipped
+        with torch.device("meta"):
+            assert sum(p.numel() for p in config.build().parameters()) <= 2**20
+    config = replace(config, depths=tuple(min(depth, 2) for depth in config.depths))  # faster
     with torch.device("meta"):
         built = config.build().eval()
         frames = torch.empty(1, 3, 8 * built.multiple, 112, 112)  # patches of 14 and 16
@@ -27,8 +34,6 @@ def test_an_entry_tells_the_truth_about_its_backbone(entry: Entry) -> None:
         more = torch.empty(1, 3, slower.multiple, 112, 112)
         fewer = slower(more)
     assert fewer.shape == (1, slower.channels, slower.multiple // slower.temporal_stride)
-    if "toy" in entry.name:  # its weights can be shipped
-        assert sum(p.numel() for p in built.parameters()) <= 2**20
     assert features.shape == (1, built.channels, frames.shape[2] // built.temporal_stride)
     assert slower.temporal_stride == 4 * built.temporal_stride
     assert slower.multiple % slower.temporal_stride == 0

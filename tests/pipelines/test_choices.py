@@ -25,6 +25,7 @@ from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
 from pipelines.training.run import check_model
 from pipelines.training.trainer import Trainer
+from re2tal.backbones.frames import clip_b
 from re2tal.backbones.slowfast import slowfast_101, slowfast_toy
 from re2tal.backbones.swin import swin_t
 from re2tal.backbones.table import IMAGENET_MEAN, IMAGENET_STD, entry_of
@@ -72,6 +73,10 @@ def test_a_backbone_is_chosen_by_name_and_its_fields_stay_overridable() -> None:
     assert recipe == replace(base, model=expected)
     shaped = train.parse(["--model.backbone=swin_t", "--model.backbone.pooling", "2"])
     assert shaped.model.backbone == replace(swin_t(), pooling=2)
+    every = ["--model.backbone.every", "4", "--model.backbone.pool", "class"]
+    images = train.parse(["--model.backbone", "clip_b", *every]).model
+    assert images.backbone == replace(clip_b(), every=4, pool="class")
+    assert (images.mean, images.std) == (entry_of("clip_b").mean, entry_of("clip_b").std)
     clips = finetune_backbone.parse(["--model.backbone", "slowfast_101"])
     assert clips.model.backbone == slowfast_101()
     asked = planner.parse(["toy", "--model.backbone", "swin_s"])

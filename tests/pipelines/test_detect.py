@@ -1,14 +1,22 @@
 """The script that detects in new videos, as a user runs it, and what it does the second time."""
 
+import base64
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import requests
 import torch
 from mlflow.tracking import MlflowClient
 
@@ -138,6 +146,71 @@ def check_tracking(setting: Setting) -> None:
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
     tables = {"detections.json", "detections.csv", "failures.json", "index.html"}
     assert files == tables | {"timelines"}
+
+
+@pytest.mark.slow
+def test_mlflow_serves_a_model_for_paths_uris_and_contents(setting: Setting) -> None:
+    path = setting.folder / "videos" / "toy_000.mp4"
+    content = f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    with served(setting, log_model(setting.run, setting.detector)) as address:
+        answer = requests.post(address, json={"inputs": [str(path), path.as_uri(), content]})
+        assert answer.status_code == 200, answer.text
+        by_video: dict[str, list[Any]] = {}
+        for row in answer.json()["predictions"]:
+            by_video.setdefault(row.pop("video"), []).append(row)
+        names = [str(path), path.as_uri(), f"{content[:40]}..."]
+        assert list(by_video) == names
+        expected = re2tal.detect(path, setting.detector, device="cpu").to_list()
+        for name in names:
+            assert len(by_video[name]) == len(expected) > 0
+            best, (start, end) = by_video[name][0], expected[0]["segment"]
+            assert best["label"] == expected[0]["label"]
+            assert (best["start"], best["end"]) == pytest.approx((start, end), abs=1e-3)
+        for wrong, reason in (
+            ("/nothing.mp4", "no such file"),
+            ("data:video/mp4,AAAA", "begins with data:video/mp4;base64"),
+            ("data:video/mp4;base64,A", "is no base64"),
+        ):
+            answer = requests.post(address, json={"inputs": [wrong]})
+            assert (answer.status_code, reason in answer.text) == (400, True), answer.text
+
+
+@contextmanager
+def served(setting: Setting, model: str) -> Iterator[str]:
+    """Address of a server of a model, started as `make serve` does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    programs = str(Path(sys.executable).parent)  # MLflow looks for uvicorn on the path
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", model]
+    server = subprocess.Popen(
+        [*command, "--env-manager", "local", "--port", str(port)],
+        env={
+            **os.environ,
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "MLFLOW_TRACKING_URI": setting.run.uri,
+        },
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        until = time.monotonic() + 300
+        while not _answers(f"http://127.0.0.1:{port}/ping"):
+            assert server.poll() is None, "the server has ended"
+            assert time.monotonic() < until, "the server does not answer"
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/invocations"
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+
+def _answers(address: str) -> bool:
+    try:
+        return requests.get(address, timeout=5).ok
+    except requests.ConnectionError:
+        return False
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def recipe(tiny_recipe: Recipe) -> Recipe:
         epochs=2,
         batch_size=1,
         data=replace(tiny_recipe.data, window=WindowConfig(frames=256, fps=12.0)),
-        model=replace(tiny_recipe.model, weights=TOY_WEIGHTS, frozen=("backbone",)),
+        model=replace(tiny_recipe.model, weights=TOY_WEIGHTS, tuning="frozen"),
         optim=replace(tiny_recipe.optim, precision="float32", warmup_epochs=0.5),
     )
 
@@ -154,7 +154,10 @@ def test_only_the_backbone_and_what_needs_it_are_replaced(recipe: Recipe, folder
         recipe.data, augmentation=AugmentationConfig(source_size=48, crop_area=(0.5, 1.0))
     )
     model = replace(
-        recipe.model, frozen=("backbone.patch_embed", "localizer.stem"), norms="statistics"
+        recipe.model,
+        tuning="full",
+        frozen=("backbone.patch_embed", "localizer.stem"),
+        norms="statistics",
     )
     fewer = on_features(replace(recipe, data=data, model=model), folder)
     assert fewer.model.backbone == PrecomputedConfig(channels=128, temporal_stride=2)
@@ -165,7 +168,7 @@ def test_only_the_backbone_and_what_needs_it_are_replaced(recipe: Recipe, folder
         fewer,
         model=replace(
             fewer.model, backbone=recipe.model.backbone, weights=TOY_WEIGHTS, reversible=True,
-            frozen=recipe.model.frozen,
+            tuning="frozen", frozen=recipe.model.frozen,
         ),
         data=replace(fewer.data, features=None, videos=recipe.data.videos),
     )  # fmt: skip

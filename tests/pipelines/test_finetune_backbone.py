@@ -279,16 +279,28 @@ def test_every_recipe_can_be_overridden_and_builds(name: str) -> None:
     assert rewire(built).stages
 
 
-def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+def _help(option: str, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as ended:
-        parse(["--help"])
+        parse([option])
     assert ended.value.code == 0
-    shown = capsys.readouterr().out
-    for option in (
-        "--data.training", "--data.classes", "--model.coupling-epochs", "--model.reversible",
-        "--views.clips", "--weights-file", "kinetics_re2_swin_t",
-    ):  # fmt: skip
-        assert option in shown
+    return capsys.readouterr().out
+
+
+def test_help_shows_what_most_runs_need_and_all_where_asked(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first = {"--data.training", "--data.clip.frames", "--model.weights", "--epochs", "--batch-size"}
+    more = {"--optim.weight-decay", "--views.crops", "--scale.workers"}
+    shown = _help("--help", capsys)
+    assert all(word in shown for word in (*first, "--help-all", "kinetics_re2_swin_t"))
+    assert not any(word in shown for word in more)
+    assert "folder of the video files" not in shown, "the fields are those of this kind of recipe"
+    assert "folder that the paths in lists are in" in shown
+    shown = _help("--help-all", capsys)
+    assert all(word in shown for word in first | more)
+
+
+def test_a_recipe_that_is_not_there_is_refused() -> None:
     with pytest.raises(UserError, match="There is no recipe 'no'"):
         parse(["no"])
 

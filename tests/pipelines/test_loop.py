@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,14 @@ from pipelines.config.recipe import Recipe
 from pipelines.core.metric_names import UNSCORED
 from pipelines.data.batches import Batch, Video
 from pipelines.data.plan import Plan
+from pipelines.training.checkpoints import DETECTOR_FOLDER
 from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
 from pipelines.training.trainer import NonFiniteLossError, Trainer
+from re2tal.backbones.videomae import videomae_toy
 from re2tal.errors import UserError
 from re2tal.reversible import reversible_stages
+from re2tal.trained import load_detector
 from re2tal.videos.augmentation import AugmentationConfig, augment, clip_seed
 from re2tal.videos.windows import Window
 
@@ -62,7 +66,7 @@ def test_a_run_logs_what_it_promises(tiny_recipe: Recipe, tiny_plan: Plan, tmp_p
     expected = {f"val/mAP/tiou_{t:.2f}" for t in tiny_recipe.thresholds}
     assert expected <= final.keys()
     assert 0 <= final["val/mAP"] <= 1
-    assert any("left" in line and "frames/s" in line for line in runtime.lines)
+    assert any("loss" in line and "frames/s" in line for line in runtime.lines)
 
 
 def test_connections_move_from_the_pretrained_ones_and_end_rewired(
@@ -97,17 +101,41 @@ def test_a_slice_budget_changes_how_stages_run_and_not_what_comes_out(
         torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-5)
 
 
-def test_both_parts_are_trained_and_a_frozen_backbone_is_not(
-    tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path
+_ADDED = {"adapters": ".adapter.", "lora": ".lora_"}
+
+
+@pytest.mark.parametrize("tuning", ["full", "adapters", "lora", "frozen"])
+def test_what_the_tuning_names_is_trained_and_nothing_else(
+    tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path, tuning: Any
 ) -> None:
-    for frozen in (False, True):
-        model = replace(tiny_recipe.model, frozen=("backbone",) if frozen else ())
-        trainer, _ = _trainer(replace(tiny_recipe, model=model), tiny_plan, tmp_path / str(frozen))
-        before = _weights(trainer)
-        trainer.run()
-        moved = {n for n, v in _weights(trainer).items() if not torch.equal(v, before[n])}
-        assert any(name.startswith("localizer.") for name in moved)
-        assert any(name.startswith("backbone.") for name in moved) is not frozen
+    chosen: dict[str, Any] = {"backbone": replace(videomae_toy(), channels=32, depths=(2,))}
+    if tuning in _ADDED:  # the connections move too
+        chosen["coupling_epochs"] = 0.5
+    model = replace(tiny_recipe.model, tuning=tuning, **chosen)
+    trainer, runtime = _trainer(replace(tiny_recipe, model=model), tiny_plan, tmp_path)
+    before = _weights(trainer)
+    trainer.run()
+    moved = {n for n, v in _weights(trainer).items() if not torch.equal(v, before[n])}
+    assert any(name.startswith("localizer.") for name in moved)
+    of_backbone = {name for name in moved if name.startswith("backbone.")}
+    if tuning == "full":
+        assert of_backbone
+    else:
+        wanted = {name for name in before if tuning in _ADDED and _ADDED[tuning] in name}
+        assert of_backbone == wanted
+    # counted and shown
+    history = {name: value for _, values in runtime.history for name, value in values.items()}
+    sizes = {n: p.numel() for n, p in trainer.state.detector.named_parameters() if p.requires_grad}
+    assert history["parameters/trained"] == sum(sizes.values()) <= history["parameters/total"]
+    assert f"training {sum(sizes.values()):,} of " in runtime.lines[0]
+    rates = {name for name in history if name.startswith("lr/") and "localizer" not in name}
+    kind = {"full": "backbone", "frozen": None}.get(tuning, "adapters")
+    assert all(kind and name.startswith(f"lr/{kind}_") for name in rates)
+    # kept: the moving average in the checkpoint is a detector by itself
+    with trainer.runtime.checkpoints()[0] as folder:
+        _, loaded = load_detector(folder / DETECTOR_FOLDER)
+    state = trainer.state.averaged().state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -31,6 +32,7 @@ from pipelines.experiments.profiles import (
 from pipelines.training.model import build_detector
 from pipelines.training.workload import Workload
 from re2tal.backbones import table
+from re2tal.backbones.adapters import AdapterConfig
 from re2tal.backbones.slowfast import slowfast_toy
 from re2tal.backbones.swin import SwinConfig, swin_toy
 from re2tal.backbones.table import entry_of
@@ -170,6 +172,31 @@ def test_a_model_of_clips_is_profiled_and_made_deeper() -> None:
     assert found["ours"].memory.activations < found["plain"].memory.activations / 2
 
 
+@pytest.mark.parametrize("tuning", ["adapters", "lora"])
+def test_what_learns_beside_a_backbone_is_profiled_with_its_optimizer(tuning: Any) -> None:
+    asked = small(backbone="videomae_toy", tuning=tuning, questions=Questions(optimizer=True))
+    subject = asked.subject()
+    planner = Planner(subject)
+    found = {way: planner.explain(way).memory for way in ("plain", "checkpointed", "ours")}
+    detector = subject.build(subject.depth)
+    trained = [p.numel() for p in detector.parameters() if p.requires_grad]
+    whole = sum(p.numel() for p in detector.parameters())
+    assert {m.gradients for m in found.values()} == {4 * sum(trained)}
+    assert 0 < sum(trained) < whole / 5
+    assert planner.peak("ours") == found["ours"].peak + 4 * (2 * sum(trained) + whole) + sum(
+        b.nbytes for b in detector.buffers()
+    )
+    activations = {way: memory.activations for way, memory in found.items()}
+    assert activations["ours"] < activations["checkpointed"] < activations["plain"] / 2
+    found_ours = planner.explain("ours")
+    told = section(subject, {"ours": Profile(predicted=found_ours)}, None, planner.blocks())
+    (row,) = told.tables["Peak of the step"]
+    assert row["predicted, GiB"] == planner.peak("ours") / 2**30
+    assert row["trained parameters, M"] == sum(trained) / 1e6
+    shares = [row["%"] for row in told.tables["What is in memory at the peak"]]
+    assert abs(sum(shares) - 100) < len(shares)
+
+
 def test_a_recipe_is_profiled_whole_and_reversible_or_not(tiny_recipe: Recipe) -> None:
     tiny_recipe = replace(tiny_recipe, model=replace(tiny_recipe.model, backbone=shallow()))
     planner = Planner(of_recipe(tiny_recipe))
@@ -270,6 +297,10 @@ def test_the_command_line_reads_recipes_and_backbones() -> None:
     assert asked.recipe.data.window.frames == 64
     assert asked.questions.fits == "1GiB"
     assert asked.name == "profile-toy"
+    adapters = ["--backbone", "videomae_b", "--tuning", "adapters", "--adapters.ratio", "8"]
+    assert parse(adapters) == BackboneProfile(
+        backbone="videomae_b", tuning="adapters", adapters=AdapterConfig(ratio=8)
+    )
     assert parse(["--backbone", "swin_b", "--no-curves"]) == BackboneProfile(
         backbone="swin_b", questions=Questions(curves=False)
     )

@@ -1,25 +1,34 @@
 """Split over two workers (FSDP2), a run ends as it does unsplit, and goes on from a checkpoint."""
 
+import copy
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.config.recipe import Recipe
 from pipelines.data.plan import Plan
-from pipelines.training.checkpoints import complete
+from pipelines.training.checkpoints import complete, shard, whole_state
 from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
 from pipelines.training.trainer import Trainer
+from re2tal.backbones.adapters import AdapterConfig, additions
+from re2tal.backbones.lora import LoraConfig
 from re2tal.errors import UserError
+from re2tal.localizers import Targets
+from tests.backbones.test_adapters import ADAPTERS, LORA, spec
+from tests.backbones.test_clips import TINY
 from tests.ranks import Ranks
+from tests.reversible.zoo import scrambled
 
 
 def _trainer(recipe: Recipe, plan: Plan, folder: Path, rank: int) -> Trainer:
@@ -119,3 +128,46 @@ def test_a_float16_loss_is_refused(tiny_recipe: Recipe) -> None:
             scale=replace(tiny_recipe.scale, sharded=True),
             optim=replace(tiny_recipe.optim, precision="float16"),
         )
+
+
+def _one_step(rank: int, tuning: AdapterConfig | LoraConfig | None) -> None:
+    """Split, averaged and alone: gradients of one detector on a batch of each rank."""
+    torch.manual_seed(0)
+    detector: Any = scrambled(spec(TINY, tuning).build()).train()
+    if tuning is not None:
+        detector.backbone.requires_grad_(False)
+        for part in additions(detector.backbone):
+            part.requires_grad_(True)
+    alone, averaged = copy.deepcopy(detector), copy.deepcopy(detector)
+    state = {name: value.clone() for name, value in detector.state_dict().items()}
+    shard(detector, device=torch.device("cpu"), workers=2)
+    assert all(isinstance(p, DTensor) for p in detector.parameters())
+    found = whole_state(detector)
+    assert all(torch.equal(value, found[name]) for name, value in state.items())
+    torch.manual_seed(10 + rank)
+    frames = torch.randint(256, (1, 32, 16, 16, 3), dtype=torch.uint8)
+    mask = torch.ones(1, 32, dtype=torch.bool)
+    targets = [Targets(segments=torch.tensor([[2.0, 6.5]]), labels=torch.tensor([1]))]
+    for model in (detector, DistributedDataParallel(averaged), alone):
+        torch.manual_seed(20 + rank)
+        torch.stack([*model(frames, mask, targets).values()]).sum().backward()
+    trained = 0
+    for name, parameter in alone.named_parameters():
+        gradients = [m.get_parameter(name).grad for m in (detector, averaged)]
+        assert all((g is None) is (parameter.grad is None) for g in gradients), name
+        if parameter.grad is None:
+            continue
+        dist.all_reduce(parameter.grad)
+        trained += name.startswith("backbone.")
+        for gradient in gradients:
+            whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            torch.testing.assert_close(whole, parameter.grad / 2, msg=name)
+    assert trained == sum(p.requires_grad for p in alone.backbone.parameters()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", [None, ADAPTERS, LORA], ids=["full", "adapters", "lora"])
+def test_a_backbone_in_a_list_of_blocks_is_split_with_what_learns_beside_it(
+    ranks: Ranks, tuning: AdapterConfig | LoraConfig | None
+) -> None:
+    ranks.run(_one_step, tuning)

@@ -2,8 +2,9 @@
 
 import json
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import optuna
@@ -15,6 +16,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.validation import _validate_metric
 from optuna.storages import RDBStorage
 
+from pipelines.config.recipes import toy
 from pipelines.core.checkout import git_commit
 from pipelines.core.metric_names import safe_names, safe_path
 from pipelines.core.storage import absolute, database_file, database_url, fetch
@@ -80,6 +82,43 @@ def test_a_run_holds_its_configuration_and_versions(run: Run, output: Path) -> N
     assert found.info.run_name.startswith("small-")
     assert found.info.artifact_uri.startswith((output / "artifacts").as_uri())
     assert (output / "mlflow.db").is_file()
+
+
+def test_a_run_says_who_made_it_from_what_and_how_to_repeat_it(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr("sys.argv", ["pipelines/train.py", "toy", "--data.videos", "my videos"])
+    monkeypatch.setattr("pipelines.core.checkout.subprocess.run", _no_git)
+    monkeypatch.setenv("RE2TAL_GIT_COMMIT", "12ab" * 10)
+    for job in (False, True):
+        if job:
+            monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+        run = start_run(Outer(), output=output)
+        tags = run.client.get_run(run.run_id).data.tags
+        assert tags["mlflow.source.type"] == ("JOB" if job else "LOCAL")
+        assert tags["mlflow.source.name"] == "pipelines/train.py"
+        assert tags["mlflow.source.git.commit"] == "12ab" * 10
+        assert "    pipelines/train.py toy --data.videos 'my videos'" in tags["mlflow.note.content"]
+        assert tags["mlflow.user"]
+    experiment = run.client.get_experiment(run.client.get_run(run.run_id).info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+def _no_git(*command: Any, **options: Any) -> NoReturn:
+    raise FileNotFoundError("git")
+
+
+def test_what_a_run_on_features_does_not_use_is_no_parameter(output: Path) -> None:
+    base = toy()
+    recipe = replace(base, data=replace(base.data, features="f"))
+    with_frames, without = (
+        run.client.get_run(run.run_id).data.params
+        for run in (start_run(one, output=output) for one in (base, recipe))
+    )
+    dropped = with_frames.keys() - without.keys()
+    assert {"data.videos", "data.size", "data.augmentation.flip", "optim.backbone_lr"} <= dropped
+    assert {"data.features", "data.window.frames", "optim.localizer_lr"} <= without.keys()
 
 
 # signs that mean something in URLs; `%41` is an A there
@@ -289,12 +328,13 @@ def test_what_is_logged_already_is_not_logged_again(run: Run) -> None:
 
 
 def test_the_data_set_is_an_input(run: Run) -> None:
-    log_dataset(run, name="toy", source="/data/a.json", digest="ab" * 32)
+    subsets = {"training": "toy a", "validation": "toy b"}
+    log_dataset(run, source="/data/a.json", digest="ab" * 32, subsets=subsets)
     inputs = run.client.get_run(run.run_id).inputs
     assert inputs is not None
-    (given,) = inputs.dataset_inputs
-    assert given.dataset.name == "toy"
-    assert json.loads(given.dataset.source)["uri"] == "/data/a.json"
+    given = inputs.dataset_inputs
+    assert {item.tags[0].value: item.dataset.name for item in given} == subsets
+    assert {json.loads(item.dataset.source)["uri"] for item in given} == {"/data/a.json"}
     assert run.client.get_run(run.run_id).data.tags["data.fingerprint"] == "ab" * 32
 
 

@@ -21,6 +21,7 @@ from torchvision.models.video.resnet import (
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 from torchvision.models.vision_transformer import VisionTransformer
 
+from re2tal.backbones.internvideo2 import InternVideo2Config
 from re2tal.backbones.slowfast import SlowFastConfig
 
 Built = tuple[nn.Module, tuple[Any, ...]]
@@ -212,6 +213,15 @@ def _slowfast(depth: int = 2, drop: float = 0.0, *, coupled: bool = False) -> Bu
     return config.build(), (torch.randn(2, 3, 8, 32, 32),)
 
 
+def _internvideo2(depth: int = 2, drop: float = 0.0) -> Built:
+    """The project's own, which has no dropout."""
+    config = InternVideo2Config(
+        patch=4, channels=16, depths=(depth,), heads=2, mlp_ratio=2.0, clip=4, trained_size=16
+    )
+    model = config.build()
+    return scrambled(model), (torch.randn(2, 3, 8, 16, 16),)
+
+
 ZOO: dict[str, Callable[..., Built]] = {
     "swin3d": _swin,
     "swin3d_padded": partial(_swin, size=(6, 28, 24)),  # 3 x 7 x 6 patches, 2 x 4 x 4 windows
@@ -231,6 +241,7 @@ ZOO: dict[str, Callable[..., Built]] = {
     "timesformer_space": partial(_timesformer, attention="space_only"),
     "timesformer_joint": partial(_timesformer, attention="joint_space_time"),
     "vjepa2": _vjepa2,
+    "internvideo2": _internvideo2,
 }
 """Builders ``(depth=2, drop=0.0)``: residual blocks of a stage, and the probability of dropout and,
 where the library has it, of stochastic depth. The caller seeds them."""

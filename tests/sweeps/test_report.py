@@ -1,6 +1,8 @@
 """What a sweep is summed up in."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from sweeps.epoch_reports import RUN_ID
 from sweeps.report import best_trials, command_of, pictures
 from sweeps.sweep import HIGHEST_MAP, LOWEST_MEMORY, SweepConfig
 
+ROOT = Path(__file__).parents[2]
 RATES = FloatDistribution(1e-4, 1e-1, log=True)
 KINDS = CategoricalDistribution(["none", "some"])
 
@@ -46,14 +49,18 @@ def test_of_several_objectives_the_front_is_the_best() -> None:
     assert [trial.number for trial in best] == [1, 3, 0]
 
 
-def test_the_command_trains_as_long_as_the_base_recipe_says() -> None:
+def test_the_command_trains_as_long_as_the_base_recipe_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = SweepConfig(
         name="small", epochs=1, output="/runs of mine", base=replace(toy(), epochs=9)
     )
     (best, *_) = _study((0.3,)).trials
-    assert command_of(config, best, None) == (
-        "python pipelines/train.py --from-run run0 --epochs 9 --output '/runs of mine'"
-    )
+    for place, script in ((ROOT, "pipelines/train.py"), (tmp_path, f"{ROOT}/pipelines/train.py")):
+        monkeypatch.chdir(place)  # the words work from there, without a path to Python
+        python, command = command_of(config, best, None).split(" ", 1)
+        assert Path(python).samefile(sys.executable)
+        assert command == f"{script} --from-run run0 --epochs 9 --output '/runs of mine'"
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")

@@ -18,7 +18,7 @@ from ray.tune.experiment import Trial
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import toy
 from pipelines.core import underway
-from pipelines.core.metric_names import MAP
+from pipelines.core.metric_names import BEST_MAP, MAP
 from pipelines.core.storage import database_url
 from pipelines.core.tracking import Run, finishing, log_metrics, start_run
 from re2tal.errors import UserError
@@ -97,7 +97,8 @@ def test_a_trial_is_told_by_its_best_epoch_however_it_ends(
     stopped, ended = sweep.started(1), sweep.started(2)
     for trial in (stopped, ended):
         run = sweep.run_of(int(trial.config["trial"].number))
-        log_metrics(run, {"val/mAP": 0.75, "best/mAP": 0.75}, step=1)
+        log_metrics(run, {"val/mAP": 0.75}, step=1)
+        run.client.set_tag(run.run_id, BEST_MAP, "0.75")
         log_metrics(run, {"val/mAP": 0.5}, step=2)
         for epoch, value in ((1, 0.75), (2, 0.5)):
             result = {**_result(run), MAP: value, EPOCH: epoch}

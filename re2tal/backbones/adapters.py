@@ -1,0 +1,434 @@
+"""AdaTAD's temporal adapters (Liu et al., CVPR 2024, arXiv 2311.17241) in the blocks of a backbone.
+
+A block with an adapter returns, for the result z of its own forward,
+
+    y = z + g U(h + P(D(h))),    h = gelu(V(z))
+
+with linear layers V (C to C/4), P and U (C/4 to C), a depth-wise convolution D of width 3 along all
+time steps of the *window*, and a learnt gate g. U is zero at the start, so that a backbone with new
+adapters computes exactly what it computes without them.
+
+In a reversible stage the adapter is a part of the block's last branch, F(x) = M(x) + A(x + M(x))
+with the MLP M and the adapter's term A, and no branch of its own. A branch that adds nothing would
+still change places between the two streams, and with them the function: the zero start would be
+lost. As a part of F it leaves the number of branches, the coupling and its way back as they are,
+and for (alpha, beta) = (1, 0) the block computes y above. Nothing more is kept in memory: MLP and
+adapter treat the places of a picture alike, so that the branch is cut by places, each with all of
+its time steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from re2tal.backbones.clips import Timeline
+from re2tal.backbones.protocol import BackboneConfig
+from re2tal.errors import UserError, check_within, shortened
+from re2tal.reversible.branches import Branch, ByToken, Layout, branches, returned, split
+from re2tal.reversible.rewire import reversible_blocks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterConfig:
+    """Shape of the temporal adapters, one in each block.
+
+    Attributes:
+        ratio: channels of a block per channel inside its adapter.
+        width: time steps that the convolution of an adapter sees at once.
+    """
+
+    ratio: int = 4
+    width: int = 3
+
+    def __post_init__(self) -> None:
+        check_within(self, ratio=(1, 2**14), width=(1, 2**10 - 1))
+        if self.width % 2 == 0:
+            raise ValueError(
+                f"AdapterConfig.width must be odd, so that as many steps lie before as behind, but "
+                f"is {self.width}."
+            )
+
+    def add_to(self, backbone: nn.Module) -> list[nn.Module]:
+        """Put an adapter into each residual block of a backbone, in place.
+
+        Returns:
+            The adapters.
+
+        Raises:
+            UserError: a block cannot have one, or the backbone has no blocks.
+        """
+        timeline = getattr(backbone, "timeline", None)
+        blocks = reversible_blocks(backbone)
+        if not blocks:
+            raise UserError(
+                f"--model.tuning adapters: no residual block of this {type(backbone).__name__} is "
+                "known, so that there is no place for an adapter."
+            )
+        added: list[nn.Module] = []
+        for name, block in blocks.items():
+            last = split(block)[-1]
+            if last.activation is not None:
+                raise UserError(
+                    f"--model.tuning adapters: {name} ({type(block).__name__}) has an activation "
+                    "behind its addition; adapters are made for blocks of transformers. Use "
+                    "--model.tuning full or frozen."
+                )
+            adapter = TemporalAdapter(_channels(name, last), self, timeline)
+            block.add_module("adapter", adapter)
+            block.__class__ = _with_adapter(type(block))
+            added.append(adapter)
+        return added
+
+
+def _channels(name: str, last: Branch) -> int:
+    """Return the channels of a block, which its last layer makes."""
+    layers = [m for top in last.modules for m in top.modules() if isinstance(m, nn.Linear)]
+    if not layers:
+        raise UserError(f"--model.tuning adapters: the last branch of {name} has no linear layer.")
+    return layers[-1].out_features
+
+
+class TemporalAdapter(nn.Module):
+    """The term that is added to the result of a block.
+
+    Args:
+        channels: C of the block.
+        config: shape.
+        timeline: place of the block's tokens in time; None for tokens `(B, T, H, W, C)`.
+    """
+
+    def __init__(self, channels: int, config: AdapterConfig, timeline: Timeline | None) -> None:
+        super().__init__()
+        inner = max(1, channels // config.ratio)
+        self.channels = channels
+        self.timeline = timeline
+        self.down = nn.Linear(channels, inner)
+        self.temporal = nn.Conv1d(
+            inner, inner, config.width, padding=config.width // 2, groups=inner
+        )
+        self.mix = nn.Linear(inner, inner)
+        self.up = nn.Linear(inner, channels)
+        self.gate = nn.Parameter(torch.ones(1))  # FSDP cannot split a number without dimensions
+        nn.init.trunc_normal_(self.down.weight, std=0.02)
+        nn.init.normal_(self.temporal.weight, std=(2 / config.width) ** 0.5)
+        nn.init.normal_(self.mix.weight, std=(2 / inner) ** 0.5)
+        nn.init.zeros_(self.up.weight)
+        for layer in (self.down, self.temporal, self.mix, self.up):
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the term for places `(n, T, C)`, each with all time steps of its window."""
+        hidden = F.gelu(self.down(x))
+        mixed = self.mix(self.temporal(hidden.transpose(1, 2)).transpose(1, 2))
+        result: Tensor = self.up(hidden + mixed) * self.gate
+        return result
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Grid:
+    """Places and times of the tokens of windows, whose samples lie behind one another.
+
+    Attributes:
+        windows: number of windows.
+        places: places of a time step.
+        timeline: samples of a window, and the order of the tokens in each.
+    """
+
+    windows: int
+    places: int
+    timeline: Timeline
+
+    @classmethod
+    def of(cls, shape: Sequence[int], timeline: Timeline | None) -> _Grid:
+        """Find them for tokens of a shape.
+
+        Raises:
+            UserError: the shape does not tell them.
+        """
+        if timeline is None and len(shape) == 5:
+            return cls(
+                windows=shape[0], places=shape[2] * shape[3], timeline=Timeline(steps=shape[1])
+            )
+        if timeline is not None and len(shape) == 3:
+            places, rest = divmod(shape[1] - timeline.first, timeline.steps)
+            if rest == 0 and shape[0] % timeline.clips == 0:
+                return cls(windows=shape[0] // timeline.clips, places=places, timeline=timeline)
+        raise UserError(
+            f"--model.tuning adapters: blocks of this backbone get tokens {tuple(shape)}, which do "
+            "not tell the time of each: adapters are for (B, T, H, W, C), and for tokens of clips. "
+            "Use --model.tuning lora."
+        )
+
+    @property
+    def steps(self) -> int:
+        """Time steps of a window, T."""
+        return self.timeline.clips * self.timeline.steps
+
+    @property
+    def columns_a_window(self) -> int:
+        """Places of a window, and its tokens of no place, of which each clip has one."""
+        return self.places + self.timeline.first
+
+    def columns(self, x: Tensor) -> Tensor:
+        """Return tokens as places with all their time steps, `(windows places, T, C)`."""
+        line = self.timeline
+        tokens = x.reshape(self.windows, line.clips, -1, x.shape[-1])[:, :, line.first :]
+        if line.by_place:
+            by_place = tokens.unflatten(2, (self.places, line.steps)).transpose(1, 2)
+        else:
+            by_place = tokens.unflatten(2, (line.steps, self.places)).permute(0, 3, 1, 2, 4)
+        columns: Tensor = by_place.reshape(-1, self.steps, x.shape[-1])
+        return columns
+
+    def tokens(self, columns: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return places as tokens of a shape, zero at those of no place: back from `columns`."""
+        line = self.timeline
+        by_place = columns.view(self.windows, self.places, line.clips, line.steps, -1)
+        order = (0, 2, 1, 3, 4) if line.by_place else (0, 2, 3, 1, 4)
+        tokens = by_place.permute(order).flatten(2, 3)
+        padded: Tensor = F.pad(tokens, (0, 0, line.first, 0)).reshape(shape)
+        return padded
+
+    def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """List the row of each token of some columns, `(n, T)`; behind the end for padding.
+
+        The column of a token of no place has it at the first step of each clip, and padding else.
+        """
+        line, a_window = self.timeline, self.columns_a_window
+        a_clip = line.first + line.steps * self.places
+        unit = torch.arange(start, stop, device=device)[:, None]
+        window, place = unit // a_window, unit % a_window
+        time = torch.arange(self.steps, device=device)
+        clip, step = time // line.steps, time % line.steps
+        inside = place * line.steps + step if line.by_place else step * self.places + place
+        begin = (window * line.clips + clip) * a_clip
+        rows = begin + line.first + inside
+        if line.first == 0:
+            return rows
+        end = self.windows * line.clips * a_clip
+        of_none = torch.where(step == 0, begin + place - self.places, end)
+        return torch.where(place < self.places, rows, of_none)
+
+
+class Adapted(nn.Module):
+    """Residual block with an adapter: a class before the block's own among the parents of both.
+
+    Attributes:
+        original: class of the block.
+        adapter: the adapter.
+    """
+
+    original: ClassVar[type[nn.Module]]
+    adapter: TemporalAdapter
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Call the block's own forward, and add the adapter's term to the tokens it returns."""
+        result = super().forward(x, *args, **kwargs)
+        z, *rest = result if isinstance(result, tuple) else (result,)
+        grid = _Grid.of(z.shape, self.adapter.timeline)
+        y = z + grid.tokens(self.adapter(grid.columns(z)), z.shape)
+        return (y, *rest) if isinstance(result, tuple) else y
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle by the block's own class: this one has no name of its own to import."""
+        return _empty, (self.original,), self.__dict__
+
+
+# By the class of a block, the class of such blocks that have an adapter.
+_CLASSES: dict[type[nn.Module], type[Adapted]] = {}
+
+
+def _with_adapter(kind: type[nn.Module]) -> type[Adapted]:
+    """Make the class of blocks of a class that have an adapter, once.
+
+    Raises:
+        UserError: they have one.
+    """
+    if issubclass(kind, Adapted):
+        raise UserError("The backbone has adapters already.")
+    if kind not in _CLASSES:
+        made: Any = type(f"Adapted{kind.__name__}", (Adapted, kind), {"original": kind})
+        made.forward = Adapted.forward  # transformers' layers have wrapped it for their own ends
+        _CLASSES[kind] = made
+    return _CLASSES[kind]
+
+
+def _empty(kind: type[nn.Module]) -> Adapted:
+    made = _with_adapter(kind)
+    block: Adapted = made.__new__(made)
+    return block
+
+
+@branches.register
+def _adapted(block: Adapted) -> list[Branch]:
+    *others, last = branches.dispatch(block.original)(block)
+    # As they are now: the backbone's next window may be longer, and this branch still to be
+    # replayed.
+    timeline = block.adapter.timeline
+    timeline = None if timeline is None else timeline.copy()
+    return [*others, _joined(last, block.adapter, timeline)]
+
+
+def _joined(last: Branch, adapter: TemporalAdapter, timeline: Timeline | None) -> Branch:
+    """Make one branch of a block's last and the adapter; stochastic depth is of the former."""
+
+    def function(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = last(x, *args, **kwargs)
+        if last.drop_path is not None:
+            y = y * last.drop_path(x.new_ones(x.shape[0], *(1,) * (x.ndim - 1)))
+        grid = _Grid.of(x.shape, timeline)
+        return y + grid.tokens(adapter(grid.columns(x + y)), x.shape)
+
+    def cut(x: Tensor, *args: Any, **kwargs: Any) -> Layout:
+        assert isinstance(last.cut, ByToken)
+        return _Columns(
+            last=last,
+            adapter=adapter,
+            args=args,
+            kwargs=kwargs,
+            grid=_Grid.of(x.shape, timeline),
+            ones=x.new_ones(x.shape[0], 1),
+            width=last.cut.width,
+        )
+
+    return Branch(
+        last.name,
+        (*last.modules, adapter),
+        function,
+        cut=cut if isinstance(last.cut, ByToken) else None,  # else it mixes places
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Columns:
+    """Layout of tokens by columns: a place, or a token of none, with all time steps of a window."""
+
+    last: Branch
+    adapter: TemporalAdapter
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    grid: _Grid
+    ones: Tensor
+    width: int
+    contiguous: ClassVar[bool] = False
+
+    @property
+    def units(self) -> int:
+        """Number of columns of all windows."""
+        return self.grid.windows * self.grid.columns_a_window
+
+    @property
+    def elements(self) -> int:
+        """Elements of the MLP; of the adapter the sum, three results of C and six of C / 4."""
+        return self.grid.steps * (self.width + 6 * self.adapter.channels)
+
+    def share(self) -> tuple[Tensor, ...]:
+        """Draw the factors of stochastic depth, one a sample."""
+        if self.last.drop_path is None:
+            return ()
+        factors = self.last.drop_path(self.ones)
+        return () if factors is self.ones else (factors,)
+
+    def new(self, piece: Tensor, shape: torch.Size) -> Tensor:
+        """Make an empty tensor of a shape, with a spare row behind its end for padding."""
+        return piece.new_empty(prod(shape[:-1]) + 1, shape[-1])[:-1].view(shape)
+
+    def take(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Gather columns `(n, T, C)`, zero at padding."""
+        tokens, rows = x.reshape(-1, x.shape[-1]), self.grid.rows(start, stop, x.device)
+        if self.grid.timeline.first == 0:
+            return tokens.index_select(0, rows.flatten()).view(*rows.shape, -1)
+        taken = tokens.index_select(0, rows.flatten().clamp(max=len(tokens) - 1))
+        return taken.view(*rows.shape, -1).masked_fill((rows == len(tokens))[..., None], 0)
+
+    def put(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:
+        """Write columns to their rows."""
+        channels = out.shape[-1]
+        tokens = out.as_strided((out.numel() // channels + 1, channels), (channels, 1))
+        tokens[self.grid.rows(start, stop, out.device)] = piece
+
+    def run(
+        self,
+        branch: Any,  # noqa: ARG002
+        piece: Tensor,
+        start: int,
+        stop: int,
+        shared: Sequence[Tensor],
+    ) -> Tensor:
+        """Run the block's last branch on the columns, and the adapter on its result at places."""
+        y = self.last(piece, *self.args, **self.kwargs)
+        for factors in shared:
+            y = y * self._spread(factors, start, stop)
+        term = self.adapter(piece + y)
+        if self.grid.timeline.first:
+            unit = torch.arange(start, stop, device=piece.device) % self.grid.columns_a_window
+            term = term.masked_fill((unit >= self.grid.places)[:, None, None], 0)
+        result: Tensor = y + term
+        return result
+
+    def _spread(self, factors: Tensor, start: int, stop: int) -> Tensor:
+        """Spread a factor a sample to `(n, T, 1)`."""
+        line = self.grid.timeline
+        by_time = factors.view(-1, line.clips, 1).expand(-1, -1, line.steps).flatten(1)
+        unit = torch.arange(start, stop, device=factors.device)
+        return by_time[unit // self.grid.columns_a_window].unsqueeze(-1)
+
+
+@returned.register
+def _returned(block: Adapted, y: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return returned.dispatch(block.original)(block, y, *args, **kwargs)
+
+
+def additions(backbone: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that were added to a backbone to learn beside it: adapters, LoRA's."""
+    for module in backbone.modules():
+        if isinstance(module, TemporalAdapter):
+            yield module
+        elif hasattr(module, "base_layer"):  # peft's, which need not be imported to find them
+            yield from (part for name, part in module.named_children() if name.startswith("lora_"))
+
+
+class Addition(Protocol):
+    """Configuration of what is added to a backbone to learn beside it."""
+
+    def add_to(self, backbone: nn.Module) -> list[nn.Module]:
+        """Add it in place, and return the modules that a forward has to call."""
+        ...
+
+
+def refuse_unused(addition: Addition, config: BackboneConfig, size: int) -> None:
+    """Run a backbone without memory for it, to see that it calls all that is added to it.
+
+    Blocks that read the weights of a layer instead of calling it would leave LoRA out.
+
+    Args:
+        addition: what would be added.
+        config: shape of the backbone.
+        size: pixels of a side of the frames.
+
+    Raises:
+        UserError: the backbone does not call all of it, or cannot have it.
+    """
+    called: set[nn.Module] = set()
+    with torch.device("meta"), torch.no_grad():
+        backbone = config.build()
+        added = addition.add_to(backbone)
+        for module in added:
+            module.register_forward_hook(lambda module, *_: called.add(module))
+        backbone(torch.zeros(1, 3, backbone.multiple, size, size))
+    unused = {*added} - called
+    names = [name for name, module in backbone.named_modules() if module in unused]
+    if names:
+        raise UserError(
+            f"The blocks of this backbone read the weights of {', '.join(shortened(names, 1))}, "
+            "and do not call them: what is added there would have no effect. Leave them out "
+            "(--model.lora.layers mlp or attention), or take --model.tuning adapters."
+        )

@@ -1,0 +1,88 @@
+"""LoRA (Hu et al., ICLR 2022, arXiv 2106.09685) in the linear layers of a backbone's blocks.
+
+A layer W x + b becomes W x + b + (s / r) B A x, with matrices A of r rows and B of r columns. B is
+zero at the start, so that the backbone computes exactly what it computes without them. The layers
+are those of the library peft, which is imported only when LoRA is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from re2tal.errors import UserError, check_within
+from re2tal.reversible.branches import Branch, split
+from re2tal.reversible.rewire import reversible_blocks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Shape of LoRA's matrices.
+
+    Attributes:
+        rank: r, rows of A and columns of B.
+        scale: s, by which their product is multiplied after division by `rank`.
+        dropout: probability of dropout before A.
+        layers: branches of a block whose linear layers get them: "attention", "mlp" or "all".
+    """
+
+    rank: int = 8
+    scale: float = 16.0
+    dropout: float = 0.0
+    layers: Literal["attention", "mlp", "all"] = "all"
+
+    def __post_init__(self) -> None:
+        check_within(self, rank=(1, 2**14), scale=(1e-6, 1e6), dropout=(0, 0.999))
+
+    def add_to(self, backbone: nn.Module) -> list[nn.Module]:
+        """Put the matrices beside the linear layers of all residual blocks, in place.
+
+        Returns:
+            The layers that have them now.
+
+        Raises:
+            UserError: peft is not installed, or there are no such layers.
+        """
+        names = [*self._names(backbone)]
+        if not names:
+            raise UserError(
+                f"--model.tuning lora: the blocks of this {type(backbone).__name__} have no linear "
+                f"layers of --model.lora.layers {self.layers}."
+            )
+        config = _peft().LoraConfig(
+            r=self.rank, lora_alpha=self.scale, lora_dropout=self.dropout, target_modules=names
+        )
+        _peft().inject_adapter_in_model(config, backbone)
+        del backbone.peft_config  # of the whole backbone, which nothing reads
+        return [backbone.get_submodule(name) for name in names]
+
+    def _names(self, backbone: nn.Module) -> Iterator[str]:
+        """Name the linear layers, each once."""
+        chosen = {
+            module
+            for block in reversible_blocks(backbone).values()
+            for branch in split(block)
+            if self._takes(branch)
+            for top in branch.modules
+            for module in top.modules()
+        }
+        for name, module in backbone.named_modules():
+            if type(module) is nn.Linear and module in chosen:
+                yield name
+
+    def _takes(self, branch: Branch) -> bool:
+        return self.layers == "all" or ("attention" in branch.name) is (self.layers == "attention")
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError(
+            "--model.tuning lora needs the library peft, which cannot be imported "
+            f"({error}): pip install 're2tal[backbones]'."
+        ) from error
+    return peft

@@ -1,0 +1,196 @@
+"""ViViT (Arnab et al., ICCV 2021, arXiv 2103.15691), its model 1, clip by clip.
+
+Its blocks are the classes of Hugging Face transformers, under their names.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from re2tal.backbones.clips import (
+    ClipBackbone,
+    ClipFamily,
+    ClipStem,
+    build,
+    check_shape,
+    library,
+    other_positions,
+    patches,
+    with_class_token,
+    with_stride,
+)
+from re2tal.backbones.table import Layout, backbone
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViViTConfig:
+    """Shape of a ViViT with attention among all tokens of a clip.
+
+    Attributes:
+        patch: side of a patch in pixels.
+        tubelet: frames of a token; the temporal stride.
+        channels: channels of a token.
+        depths: number of blocks, the only stage's.
+        heads: attention heads of a block.
+        mlp_ratio: channels inside an MLP per channel.
+        clip: frames of a clip.
+        trained_clip: frames of a clip in the training of the weights, whose positions are learnt.
+        trained_size: pixels of a side of the frames in that training, likewise. On other sizes the
+            positions are resized in every forward, bicubic in space and linear in time.
+        norm_epsilon: epsilon of all norms.
+        dropout: probability of dropout behind attention and MLP.
+        attention_dropout: probability of dropout of attention weights.
+        pooling: consecutive features that are averaged into one.
+    """
+
+    patch: int = 16
+    tubelet: int = 2
+    channels: int = 768
+    depths: tuple[int, ...] = (12,)
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    clip: int = 32
+    trained_clip: int = 32
+    trained_size: int = 224
+    norm_epsilon: float = 1e-6
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    pooling: int = 1
+
+    def __post_init__(self) -> None:
+        check_shape(self)
+
+    def with_stride(self, stride: int) -> ViViTConfig:
+        """Return the same backbone, its features averaged to another number of frames a feature.
+
+        Raises:
+            ValueError: it cannot have that stride.
+        """
+        return with_stride(self, stride, self.tubelet)
+
+    def build(self) -> ClipBackbone:
+        """Build a backbone of this shape, with random weights.
+
+        Raises:
+            UserError: transformers is not installed.
+        """
+        return build(self, _FAMILY, stride=self.tubelet)
+
+
+class ViViTStem(ClipStem):
+    """Class token and tokens of the clips of a window, with their positions.
+
+    Args:
+        embeddings: transformers' module with the convolution `projection`.
+        config: shape of the backbone.
+    """
+
+    def __init__(self, embeddings: nn.Module, config: ViViTConfig) -> None:
+        super().__init__()
+        self.frames = config.clip // config.tubelet
+        self._clip = config.clip
+        self._trained = config.trained_clip // config.tubelet
+        places = self._trained * (config.trained_size // config.patch) ** 2
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.channels))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + places, config.channels))
+        self.patch_embeddings: Any = embeddings
+        for learnt in (self.cls_token, self.position_embeddings):
+            nn.init.trunc_normal_(learnt, std=0.02)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """Compute tokens `(B T/n, 1 + n/s H' W', C)` of a video `(B, 3, T, H, W)`."""
+        tokens = patches(self.patch_embeddings.projection, video, self._clip)
+        return with_class_token(tokens, self.cls_token, self.position_embeddings, self._trained)
+
+
+def _make(config: ViViTConfig) -> nn.Module:
+    transformers = library("transformers", "ViViT")
+    theirs: Any = transformers.VivitModel(
+        transformers.VivitConfig(
+            # The positions stand in `ViViTStem`.
+            image_size=config.patch,
+            num_frames=config.tubelet,
+            tubelet_size=[config.tubelet, config.patch, config.patch],
+            hidden_size=config.channels,
+            num_hidden_layers=config.depths[0],
+            num_attention_heads=config.heads,
+            intermediate_size=round(config.channels * config.mlp_ratio),
+            hidden_dropout_prob=config.dropout,
+            attention_probs_dropout_prob=config.attention_dropout,
+            layer_norm_eps=config.norm_epsilon,
+        ),
+        add_pooling_layer=False,
+    )
+    theirs.embeddings = ViViTStem(theirs.embeddings.patch_embeddings, config)
+    model: nn.Module = theirs
+    return model
+
+
+def _tokens(parts: Any, video: Tensor) -> Tensor:
+    tokens: Tensor = parts.embeddings(video)
+    for layer in parts.layers:
+        tokens = layer(tokens)
+    tokens = parts.layernorm(tokens)[:, 1:]
+    by_time: Tensor = tokens.unflatten(1, (parts.embeddings.frames, -1))
+    return by_time
+
+
+_FAMILY = ClipFamily(
+    make=_make,
+    tokens=_tokens,
+    block=re.compile(r"layers\.(\d+)\."),
+    stem="embeddings.",
+    first=1,
+)
+
+# Names in files, which the library itself had in earlier versions -> its names today.
+_IN_LAYER = re.compile(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)")
+_PARTS = {
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+    "layernorm_before": "layernorm_before",
+    "layernorm_after": "layernorm_after",
+}
+
+
+def _renamed(name: str) -> str | None:
+    match = _IN_LAYER.fullmatch(name)
+    if match is None:
+        return name
+    part = _PARTS.get(match[2])
+    return f"layers.{match[1]}.{part}.{match[3]}" if part else None
+
+
+VIVIT = Layout(
+    title="ViViT of transformers",
+    mark=re.compile(
+        r"(|.*\.)(?:encoder\.layer\.0\.attention\.attention\.query|layers\.0\.attention\.q_proj)"
+        r"\.weight"
+    ),
+    beside="embeddings.cls_token",  # VideoMAE has the same layers, and no class token
+    rename=_renamed,
+    classifier=re.compile(r"pooler\."),
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    objection=other_positions("embeddings.position_embeddings"),
+)
+
+
+@backbone(
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    weights=("hf:google/vivit-b-16x2-kinetics400", "hf:google/vivit-b-16x2"),
+    layouts=(VIVIT,),
+)
+def vivit_b() -> ViViTConfig:
+    """ViViT-B/16x2, trained on 32 frames of 224 pixels between -1 and 1."""
+    return ViViTConfig()
