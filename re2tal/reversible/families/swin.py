@@ -25,9 +25,9 @@ from re2tal.reversible.branches import (
     ByToken,
     Layout,
     Leading,
+    add_rows,
     branches,
     has_hooks,
-    in_rows,
     recomputed,
 )
 
@@ -157,13 +157,7 @@ class _WindowLayout:
 
     def add(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:
         """Add the windows' tokens to their rows."""
-        index = self.index[start:stop]
-        with in_rows(out) as rows:
-            if self.padded != self.size:
-                # To add zeros somewhere is as good as nothing, where no row may be in the way.
-                piece = piece.masked_fill(self._padding(start, stop), 0)
-                index = index.clamp(max=rows.shape[0] - 1)
-            _add_rows(rows, index.reshape(-1), piece.reshape(-1, rows.shape[-1]))
+        add_rows(out, self.index[start:stop], piece, padded=self.padded != self.size)
 
     def _padding(self, start: int, stop: int) -> Tensor:
         """``(windows, tokens, 1)``: where a piece is padding."""
@@ -219,13 +213,6 @@ def _scores(device: torch.device) -> int:
 def _rows(rows: Tensor, index: Tensor) -> Tensor:
     # Several times as fast as rows[index].
     return rows.index_select(0, index.reshape(-1)).view(*index.shape, -1)
-
-
-def _add_rows(rows: Tensor, index: Tensor, added: Tensor) -> None:
-    if rows.device.type == "cpu":  # there twice as fast as index_add_
-        rows.scatter_add_(0, index.unsqueeze(1).expand(-1, rows.shape[1]), added)
-    else:
-        rows.index_add_(0, index, added)
 
 
 class RelativeBias(torch.autograd.Function):
