@@ -108,11 +108,11 @@ class Detector(nn.Module, Generic[BackboneT, LocalizerT]):
 
     def features(self, frames: Tensor) -> Tensor:
         """Compute features `(B, C, T')` of the frames that `forward` gets."""
-        if isinstance(self.backbone, Precomputed):
-            return self.backbone(frames)
-        video = self.normalized(frames)
-        # A rewired backbone makes the floats anew in its backward: it need not keep them.
-        return self.backbone(spent(video) if getattr(self.backbone, "reads_once", False) else video)
+        video = frames if isinstance(self.backbone, Precomputed) else self.normalized(frames)
+        if getattr(self.backbone, "reads_once", False):
+            spent(video)  # a rewired backbone makes the floats anew in its backward
+        features: Tensor = self.backbone(video)
+        return features
 
     def normalized(self, frames: Tensor) -> Tensor:
         """Normalise `frames` `(B, T, H, W, 3)` to float32 `(B, 3, T, H, W)`.
