@@ -13,7 +13,7 @@ from re2tal.backbones.precomputed import Precomputed
 from re2tal.backbones.protocol import Backbone
 from re2tal.detection.segments import Detections
 from re2tal.localizers.protocol import Localizer, Losses, Targets
-from re2tal.reversible import rebuildable
+from re2tal.reversible import rebuildable, spent
 
 BackboneT = TypeVar("BackboneT", bound=Backbone)
 LocalizerT = TypeVar("LocalizerT", bound=Localizer)
@@ -108,8 +108,10 @@ class Detector(nn.Module, Generic[BackboneT, LocalizerT]):
 
     def features(self, frames: Tensor) -> Tensor:
         """Compute the features `(B, C, T')` of what `forward` takes as `frames`."""
-        precomputed = isinstance(self.backbone, Precomputed)
-        features: Tensor = self.backbone(frames if precomputed else self.normalized(frames))
+        video = frames if isinstance(self.backbone, Precomputed) else self.normalized(frames)
+        if getattr(self.backbone, "reads_once", False):
+            spent(video)  # a rewired backbone makes the floats anew in its backward
+        features: Tensor = self.backbone(video)
         return features
 
     def normalized(self, frames: Tensor) -> Tensor:

@@ -112,26 +112,26 @@ def train(recipe: Recipe, *, fit: str | None = None, parent: str | None = None) 
 
     Args:
         recipe: the configuration as the user gave it.
-        fit: size of memory that the detector's step is laid out for, or "auto"; None takes the
-            recipe's own.
+        fit: size of memory that the step is laid out for, or "auto"; None takes the recipe's own.
+            The finetuning before it keeps its own.
         parent: id of the MLflow run that this one belongs to.
 
     Raises:
         UserError: if something is missing or does not fit.
     """
     if recipe.finetune.epochs:
-        return _finetune_and_train(recipe, fit=fit)
+        return _finetune_and_train(recipe, fit)
     began = time.perf_counter()
     with stoppable(_nothing_yet):
         ready, detector = prepare(recipe, fit=fit)
-        run = _resumed(ready.recipe, ready.plan, parent, ready.tags)
+        run = _resumed(ready.recipe, ready.plan, parent=parent, tags=ready.tags)
     with stoppable(partial(_kept, ready.recipe, run)):
         train_run(ready, run, detector=detector)
     print_summary(ready.recipe, ready.plan, run, seconds=time.perf_counter() - began)
     return run
 
 
-def _finetune_and_train(recipe: Recipe, *, fit: str | None) -> Run:
+def _finetune_and_train(recipe: Recipe, fit: str | None) -> Run:
     """Finetune the backbone on the annotated segments, and then train the detector end to end."""
     if recipe.data.features:
         raise UserError(
@@ -325,6 +325,7 @@ def _start_ray(recipe: AnyRecipe, *, frames: bool = True) -> None:
 def _resumed(
     recipe: AnyRecipe,
     plan: AnyPlan,
+    *,
     parent: str | None,
     tags: Mapping[str, str] | None = None,
 ) -> Run:
@@ -491,7 +492,7 @@ def finetune(recipe: ClassificationRecipe, *, parent: str | None = None) -> Run:
         _start_ray(recipe)
         with doing("opening the videos") as count:
             plan = make_clip_plan(recipe.data, lists, probe=partial(probe_files, progress=count))
-        run = _resumed(recipe, plan, parent)
+        run = _resumed(recipe, plan, parent=parent)
     with stoppable(partial(_kept, recipe, run)), finishing(run):
         log_dataset(
             run,

@@ -66,7 +66,7 @@ class Workload:
         """
         with autocast(frames.device.type, self.precision):
             if isinstance(model, Detector):
-                features = model.backbone(model.normalized(frames))
+                features = model.features(frames)
                 predicted = model.localizer.predict(features, model.feature_mask(mask))
             else:
                 predicted = (model(_normalized(frames)),)

@@ -31,7 +31,15 @@ from torch import Tensor, nn
 from re2tal.backbones.clips import Timeline
 from re2tal.backbones.protocol import BackboneConfig
 from re2tal.errors import UserError, check_within, shortened
-from re2tal.reversible.branches import Branch, ByToken, Layout, branches, returned, split
+from re2tal.reversible.branches import (
+    Branch,
+    ByToken,
+    Layout,
+    add_rows,
+    branches,
+    returned,
+    split,
+)
 from re2tal.reversible.rewire import reversible_blocks
 
 
@@ -354,6 +362,11 @@ class _Columns:
         channels = out.shape[-1]
         tokens = out.as_strided((out.numel() // channels + 1, channels), (channels, 1))
         tokens[self.grid.rows(start, stop, out.device)] = piece
+
+    def add(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:
+        """Add columns to their rows."""
+        rows = self.grid.rows(start, stop, out.device)
+        add_rows(out, rows, piece, padded=self.grid.timeline.first > 0)
 
     def run(
         self,

@@ -40,6 +40,9 @@ class Backbone(Protocol):
         channels: C of the features.
         temporal_stride: frames per feature.
         multiple: number whose multiples are the possible numbers of frames of a window.
+
+    One that reads its input once, in a stem, may say so by an attribute `reads_once` that is true:
+    the normalised frames are then given back when the stem has read them.
     """
 
     channels: int

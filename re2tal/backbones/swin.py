@@ -19,6 +19,8 @@ from torchvision.models.video import SwinTransformer3d
 
 from re2tal.backbones.table import Layout, backbone
 from re2tal.errors import check_within
+from re2tal.reversible import spent
+from re2tal.reversible.branches import has_hooks
 
 _POSITIONS = "relative_position_index"
 # torchvision's MLP is a sequence: linear, GELU, dropout, linear, dropout.
@@ -226,5 +228,14 @@ class SwinBackbone(SwinTransformer3d):  # type: ignore[misc]  # torchvision has 
 
     def places(self, video: Tensor) -> Tensor:
         """Compute features before pooling; see `Placed`."""
-        features: Tensor = self.norm(self.features(self.pos_drop(self.patch_embed(video))))
+        tokens = self.pos_drop(self.patch_embed(video))
+        first = (self.patch_embed, self.pos_drop, self.features, self.features[0])
+        if not any(map(has_hooks, first)):
+            spent(tokens)
+        features: Tensor = self.norm(self.features(tokens))
         return features.flatten(2, 3)
+
+    @property
+    def reads_once(self) -> bool:
+        """See `Backbone`."""
+        return not (has_hooks(self) or has_hooks(self.patch_embed))

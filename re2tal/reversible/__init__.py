@@ -26,7 +26,7 @@ from re2tal.reversible.controls import (
 )
 from re2tal.reversible.convolutions import correct_gradients
 from re2tal.reversible.coupling import AtLeast, Coupling
-from re2tal.reversible.engine import rebuildable
+from re2tal.reversible.engine import rebuildable, spent
 from re2tal.reversible.replay import ReversibleError
 from re2tal.reversible.rewire import RewireReport, rewire, unwire
 
@@ -54,6 +54,7 @@ __all__ = [
     "set_coupling",
     "set_reversible",
     "set_slice_bytes",
+    "spent",
     "stage_modes",
     "unwire",
 ]

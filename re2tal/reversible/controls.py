@@ -52,6 +52,8 @@ def set_slice_bytes(model: nn.Module, slice_bytes: Budget) -> None:
         ValueError: if the model has no rewired stage.
     """
     _change(model, slice_bytes=slice_bytes)
+    for module in recomputed_modules(model):
+        vars(module)["forward"].slice_bytes = slice_bytes
 
 
 def check(model: nn.Module) -> None:

@@ -94,25 +94,16 @@ class Coupling:
             return increment
         return torch.add(increment, previous, alpha=self.beta)
 
-    def rewind(self, increment: Tensor, following: Tensor, *, overwrite: bool = False) -> Tensor:
-        """Compute ``x_{i-2}`` from ``x_i`` and its increment, whose memory may be reused."""
-        out = increment if overwrite else None
-        previous = torch.sub(following, increment, out=out)
-        if self.beta == 1:
-            return previous
-        return previous.div_(self.beta)
-
-    def skip_gradient(self, gradient: Tensor) -> Tensor | None:
-        """Compute the gradient of ``x_{i-2}`` through the skip connection; None for zero."""
-        if self.beta == 0:
-            return None
-        return gradient if self.beta == 1 else gradient * self.beta
-
     def merge(self, last: Tensor, before: Tensor) -> Tensor:
         """Compute the stage's output from ``x_n`` and ``x_{n-1}``; autograd stores nothing."""
         if self.beta == 0:
             return last
-        return torch.add(last, before, alpha=self.beta).mul(1 / (1 + self.beta))
+        return torch.add(last, before, alpha=self.beta).mul_(self.share)
+
+    @property
+    def share(self) -> float:
+        """Derivative of the output by ``x_n``; that by ``x_{n-1}`` is beta times as large."""
+        return 1 / (1 + self.beta)
 
 
 Bits = int | Literal["auto"]
@@ -161,12 +152,17 @@ class Grid:
         """Streams below this are held exactly."""
         return 2.0**24 * self.spacing
 
-    def round(self, x: Tensor) -> Tensor:
-        """Round to the nearest points, in a new tensor; differentiable as the identity."""
+    def round(self, x: Tensor, sign: int = 1) -> Tensor:
+        """Round to the nearest points, in a new tensor; differentiable as the identity.
+
+        Args:
+            x: values.
+            sign: 1, or -1 for the negative of the points.
+        """
         if x.requires_grad and torch.is_grad_enabled():
-            rounded: Tensor = _Round.apply(x, self.scale, self.spacing)
+            rounded: Tensor = _Round.apply(x, self.scale, sign * self.spacing)
             return rounded
-        return _rounded(x, self.scale, self.spacing)
+        return _rounded(x, self.scale, sign * self.spacing)
 
 
 class _Round(torch.autograd.Function):
@@ -199,7 +195,7 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class AtLeast:
-    """Pieces as large as one of the stage's streams, of which a backward holds six in any case.
+    """Pieces as large as one of the stage's streams; a backward holds four tensors of that size.
 
     Attributes:
         bytes: bytes of the smallest piece, however small the stream.

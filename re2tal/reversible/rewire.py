@@ -331,7 +331,7 @@ def rewire(
         assert adopting is not None
         adopting.adopt(module, settings=settings, rewired=blocks, where=name)
     for name, module in plan.recomputed.items():
-        vars(module)["forward"] = Recomputed(module, name)
+        vars(module)["forward"] = Recomputed(module, name, slice_bytes)
     return report
 
 

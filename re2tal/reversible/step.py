@@ -1,15 +1,14 @@
 """A step: ``x_i`` from ``x_{i-1}``, one branch in one forward of its stage.
 
 A `Step` computes the increment as autograd does, storing activations. A `ReversibleStep` stores
-none: its forward keeps only the increment, and its replay in the backward pass computes the
-increment again, now with gradients. Both run the branch piece by piece, so that the activations of
-one piece are all that is alive.
+none: its forward adds the increment to ``x_{i-2}``, and its replay in the backward pass computes
+the increment again, now with gradients, and takes it back. Both run the branch piece by piece and
+change streams and gradients in place, so that one piece is all that is alive beside these.
 """
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from re2tal.reversible.branches import Branch, Layout, Whole, per_unit, spans
-from re2tal.reversible.coupling import Grid, Settings, bytes_of_piece, stream_dtype
+from re2tal.reversible.coupling import Coupling, Grid, Settings, bytes_of_piece, stream_dtype
 from re2tal.reversible.replay import (
     Autocast,
     Conditions,
@@ -61,6 +60,11 @@ class Step:
         self._args = tuple(args)
         self._kwargs = dict(kwargs or {})
 
+    @property
+    def coupling(self) -> Coupling:
+        """Coupling of the stage."""
+        return self._settings.coupling
+
     def refuse_other_gradients(self) -> None:
         """Make sure that no tensor beside the streams and the parameters needs a gradient.
 
@@ -82,19 +86,37 @@ class Step:
         if len(cuts) == 1 and layout.contiguous:
             piece = layout.take(stream, *cuts[0])
             return _shaped(self.piece(layout, cuts[0], piece, shared, factor), stream.shape)
-        if not torch.is_grad_enabled():
-            joined = _Joined(layout, stream.shape)
-            for span in cuts:
-                piece = layout.take(stream, *span)
-                joined.put(span, self.piece(layout, span, piece, shared, factor))
-            return joined.result()
-        taken = _Take.apply(layout, cuts, stream)
+        taken = Take.apply(layout, cuts, stream)
         pieces = [
             self.piece(layout, span, piece, shared, factor)
             for span, piece in zip(cuts, taken, strict=True)
         ]
-        result: Tensor = _Join.apply(layout, cuts, stream.shape, *pieces)
+        result: Tensor = Join.apply(layout, cuts, stream.shape, *pieces)
         return result
+
+    def advance(
+        self, current: Tensor, previous: Tensor, grid: Grid | None, *, overwrite: bool
+    ) -> Tensor:
+        """Compute ``x_i`` from ``x_{i-1}`` and ``x_{i-2}``, storing nothing.
+
+        Args:
+            current: ``x_{i-1}``.
+            previous: ``x_{i-2}``.
+            grid: grid of the streams.
+            overwrite: whether ``x_i`` may take the memory of ``x_{i-2}``.
+        """
+        layout, cuts = self.layout(current)
+        shared, factor = self.share(layout, current)
+        following = self.following(layout, previous, overwrite=overwrite)
+        for span in cuts:
+            piece = self.piece(layout, span, layout.take(current, *span), shared, factor)
+            following.put(span, piece if grid is None else grid.round(piece))
+            del piece
+        return following.result()
+
+    def following(self, layout: Layout, previous: Tensor, *, overwrite: bool) -> "_Following":
+        """Begin ``x_i`` on top of ``x_{i-2}``; see `advance`."""
+        return _Following(layout, previous, self.coupling.beta, overwrite=overwrite)
 
     def layout(self, stream: Tensor) -> tuple[Layout, list[Span]]:
         """Lay out an input ``(B, ...)`` in units, and cut these into the spans of pieces."""
@@ -156,18 +178,16 @@ class Step:
         )
 
 
-class _Joined:
+class Joined:
     """Tensor of the input's shape that is put together from pieces.
 
     Attributes:
-        fresh: whether nothing else can hold the tensor's memory.
         tensor: the tensor so far; None before the first piece.
     """
 
     def __init__(self, layout: Layout, shape: torch.Size) -> None:
         self._layout = layout
         self._shape = shape
-        self.fresh = False
         self.tensor: Tensor | None = None
 
     def put(self, span: Span, piece: Tensor) -> None:
@@ -176,7 +196,6 @@ class _Joined:
             self.tensor = _shaped(piece, self._shape)
             return
         if self.tensor is None:
-            self.fresh = True
             self.tensor = self._layout.new(piece, self._shape)
         self._layout.put(self.tensor, *span, piece)
 
@@ -186,70 +205,102 @@ class _Joined:
         return self.tensor
 
 
+class _Following:
+    """``x_i``, which is put together from ``x_{i-2}`` and the pieces of its increment.
+
+    It has the memory format of the increment, and the memory of ``x_{i-2}`` where that has the same
+    format and beta is 1: two roundings, of a product and a sum, would not be those of `advance`.
+    """
+
+    def __init__(self, layout: Layout, previous: Tensor, beta: float, *, overwrite: bool) -> None:
+        self._layout = layout
+        self._previous = previous
+        self._beta = beta
+        self._overwrite = overwrite
+        self._joined: Joined | None = None
+        self._begun = False
+
+    def put(self, span: Span, increment: Tensor) -> None:
+        """Take in a piece of the increment."""
+        if not self._begun:
+            self._begin(span, increment)
+        if self._joined is None:
+            self._layout.add(self._previous, *span, increment)
+        else:
+            taken = self._layout.take(self._previous, *span)
+            self._joined.put(span, torch.add(increment, taken, alpha=self._beta))
+
+    def result(self) -> Tensor:
+        """Return the whole, once every piece is there."""
+        # Detached: a view would hold the tensor that it is a view of, and with it the memory.
+        return self._previous if self._joined is None else self._joined.result().detach()
+
+    def _begin(self, span: Span, increment: Tensor) -> None:
+        self._begun = True
+        shape = self._previous.shape
+        if self._layout.contiguous and span == (0, self._layout.units):
+            like = _shaped(increment, shape)
+        else:  # what `Joined` will make, without its memory
+            like = self._layout.new(increment, torch.Size((0, *shape[1:])))
+        wanted, had = like.stride(), self._previous.stride()
+        same = all(a == b for a, b, n in zip(wanted, had, shape, strict=True) if n > 1)
+        if not (self._overwrite and same and self._beta == 1):
+            self._joined = Joined(self._layout, shape)
+
+
 def _shaped(x: Tensor, shape: torch.Size) -> Tensor:
     # reshape() to the shape that a tensor has already would lose its memory format.
     return x if x.shape == shape else x.reshape(shape)
 
 
-class _Take(torch.autograd.Function):
+class Take(torch.autograd.Function):
     """All pieces of a tensor; the backward joins their gradients."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(layout: Layout, cuts: Sequence[Span], x: Tensor) -> tuple[Tensor, ...]:
+        """Take a tensor apart."""
         return tuple(layout.take(x, *span).clone() for span in cuts)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004
+        """Keep the layout."""
         ctx.layout, ctx.cuts, x = inputs
         ctx.shape = x.shape
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, Tensor]:
-        joined = _Joined(ctx.layout, ctx.shape)
+        """Join the gradients of the pieces."""
+        joined = Joined(ctx.layout, ctx.shape)
         for span, gradient in zip(ctx.cuts, gradients, strict=True):
             joined.put(span, gradient)
         return None, None, joined.result()
 
 
-class _Join(torch.autograd.Function):
+class Join(torch.autograd.Function):
     """Tensor from its pieces; the backward takes the gradient apart."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(layout: Layout, cuts: Sequence[Span], shape: torch.Size, *pieces: Tensor) -> Tensor:
-        joined = _Joined(layout, shape)
+        """Put a tensor together."""
+        joined = Joined(layout, shape)
         for span, piece in zip(cuts, pieces, strict=True):
             joined.put(span, piece)
         return joined.result()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004
+        """Keep the layout."""
         ctx.layout, ctx.cuts = inputs[:2]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Take the gradient apart."""
         taken = (ctx.layout.take(gradients[0], *span) for span in ctx.cuts)
         return None, None, None, *taken
-
-
-@dataclass(frozen=True, slots=True)
-class Replay:
-    """Results of a replayed step.
-
-    Attributes:
-        increment: the increment of ``x_i``, as in the forward.
-        owned: whether nothing else holds the increment's memory.
-        to_input: gradient that the increment passes to ``x_{i-1}``; None for zero.
-        to_parameters: gradients of the wanted parameters; None where a parameter is not used.
-    """
-
-    increment: Tensor
-    owned: bool
-    to_input: Tensor | None
-    to_parameters: list[Tensor | None]
 
 
 class ReversibleStep:
@@ -285,42 +336,54 @@ class ReversibleStep:
         """Parameters of the branch, each once."""
         return self._conditions.parameters
 
-    def forward(self, current: Tensor) -> Tensor:
-        """Compute the increment from ``x_{i-1}``."""
+    @property
+    def trains(self) -> bool:
+        """Whether a parameter needs a gradient."""
+        return any(p.requires_grad for p in self.parameters)
+
+    def forward(self, current: Tensor, previous: Tensor, *, overwrite: bool = False) -> Tensor:
+        """Compute ``x_i`` from ``x_{i-1}`` and ``x_{i-2}``; see `Step.advance`."""
         # Kernels may be chosen by whether an input needs a gradient, and the replay must meet the
         # same ones: so gradients are recorded here too, and the record dropped piece by piece.
         with self._conditions.noted(), torch.enable_grad():
             self._mark(current)
-            layout, cuts = self._step.layout(current.detach())
-            self._cuts = _decisive(cuts) if isinstance(current, FakeTensor) else cuts
-            shared, factor = self._step.share(layout, current.detach())
-            joined = _Joined(layout, current.shape)
+            layout, cuts = self._step.layout(current)
+            self._cuts = decisive(cuts) if isinstance(current, FakeTensor) else cuts
+            shared, factor = self._step.share(layout, current)
+            following = self._step.following(layout, previous, overwrite=overwrite)
             for span in self._cuts:
                 self._mark(current)
                 leaf = self._leaf(layout, span, current)
                 result = self._step.piece(layout, span, leaf, shared, factor)
                 if span == self._cuts[0]:
                     self._refuse_others(result, leaf)
-                joined.put(span, self._on_grid(result))
+                increment = self._on_grid(result)
                 del result, leaf  # and with them what autograd has stored for the piece
+                following.put(span, increment)
+                del increment
         self._draws.settle()
-        return joined.result()
+        return following.result()
 
     def replay(
         self,
         current: Tensor,
-        gradient: Tensor | None,
+        following: Tensor | None,
+        gradient: Tensor | None = None,
+        passed: Tensor | None = None,
         wanted: Sequence[Tensor] = (),
-        *,
-        to_input: bool = False,
-    ) -> Replay:
-        """Compute the increment again, and its gradients, piece by piece.
+    ) -> list[Tensor | None]:
+        """Compute the increment again and take it back, and differentiate it, piece by piece.
 
         Args:
             current: ``x_{i-1}``, as it was.
+            following: ``x_i``, which becomes ``x_{i-2}`` in place; None if that is not needed.
             gradient: gradient of ``x_i``; None computes no gradients.
+            passed: gradient of ``x_{i-1}`` so far, to which that through the increment is added in
+                place; None if it is not needed.
             wanted: parameters whose gradients are wanted.
-            to_input: whether the gradient of ``x_{i-1}`` is wanted.
+
+        Returns:
+            The gradients of the wanted parameters; None where a parameter is not used.
 
         Raises:
             ReversibleError: if the branch is no longer the one of the forward.
@@ -331,7 +394,6 @@ class ReversibleStep:
                 layout, _ = self._step.layout(current)
                 shared, factor = self._step.share(layout, current)
             leaves = [s.detach().requires_grad_(s.requires_grad) for s in shared]
-            joined, passed = _Joined(layout, current.shape), _Joined(layout, current.shape)
             needing = [s for s in leaves if s.requires_grad]
             totals: list[Tensor | None] = [None] * (len(wanted) + len(needing))
             # Autograd sums over the uses of a parameter from the last to the first, and sums of
@@ -341,26 +403,30 @@ class ReversibleStep:
                 with self._draws.replayed(1 + part):
                     leaf = self._leaf(layout, span, current)
                     result = self._step.piece(layout, span, leaf, leaves, factor)
-                joined.put(span, self._on_grid(result))
+                if following is not None:
+                    layout.add(following, *span, self._on_grid(result, -1))
                 if gradient is None or not result.requires_grad:
                     continue
                 edge = get_gradient_edge(result)  # not the tensor: its values are spent
                 del result
-                inputs = [*wanted, *needing, *([leaf] if to_input else [])]
+                inputs = [*wanted, *needing, *([] if passed is None else [leaf])]
                 with surroundings.restored():
                     found = differentiate(edge, inputs, layout.take(gradient, *span))
-                if to_input and (into := found.pop()) is not None:
-                    passed.put(span, into)
-                totals = _sums(totals, found)
+                if passed is not None and (into := found.pop()) is not None:
+                    layout.add(passed, *span, into)
+                    del into
+                totals = sums(totals, found)
+                del found
             with surroundings.restored():
                 to_parameters = _through_shared(
                     shared, totals[len(wanted) :], wanted, totals[: len(wanted)]
                 )
-        owned = joined.fresh or self._grid is not None
-        return Replay(joined.result(), owned, passed.tensor, to_parameters)
+        if following is not None and (beta := self._step.coupling.beta) != 1:
+            following.div_(beta)
+        return to_parameters
 
     def _leaf(self, layout: Layout, span: Span, stream: Tensor) -> Tensor:
-        piece = layout.take(stream.detach(), *span)
+        piece = layout.take(stream, *span)
         return piece.detach().requires_grad_(self._needs_gradient)
 
     def _refuse_others(self, result: Tensor, leaf: Tensor) -> None:
@@ -375,9 +441,11 @@ class ReversibleStep:
                     "set_reversible(model, False)."
                 )
 
-    def _on_grid(self, result: Tensor) -> Tensor:
+    def _on_grid(self, result: Tensor, sign: int = 1) -> Tensor:
         result = result.detach()
-        return result if self._grid is None else self._grid.round(result)
+        if self._grid is not None:
+            return self._grid.round(result, sign)
+        return result if sign > 0 else -result
 
     def _mark(self, stream: Tensor) -> None:
         self._draws.mark(stream, self._conditions.devices)
@@ -390,7 +458,7 @@ def reversible_steps(
     autocast, needs, made = Autocast(stream.device), stream.requires_grad, []
     for step in steps:
         one = ReversibleStep(step, grid, autocast, stream.device, needs_gradient=needs)
-        needs = needs or any(p.requires_grad for p in one.parameters)
+        needs = needs or one.trains
         made.append(one)
     return made
 
@@ -409,7 +477,7 @@ def _leaves(result: Tensor) -> Iterator[Tensor]:
             yield node.variable
 
 
-def _decisive(cuts: list[Span]) -> list[Span]:
+def decisive(cuts: list[Span]) -> list[Span]:
     """Choose the pieces that decide how much memory is needed, for tensors without values.
 
     The last two, with which a backward begins, and the largest of the others: from the third piece
@@ -439,10 +507,10 @@ def _through_shared(
     if not used or not wanted:
         return totals
     tensors, grads = zip(*used, strict=True)
-    return _sums(totals, torch.autograd.grad(tensors, wanted, grads, allow_unused=True))
+    return sums(totals, torch.autograd.grad(tensors, wanted, grads, allow_unused=True))
 
 
-def _sums(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> list[Tensor | None]:
+def sums(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Add gradients one by one; None stands for zero."""
     return [
         (y if x is None else x) if x is None or y is None else x + y

@@ -97,7 +97,7 @@ class Watch:
         if reason is None and self._inexact(settings) and not isinstance(stream, FakeTensor):
             key = _measurement_key(settings, stream, steps, where)
             if key not in self._measured:
-                self._measured[key] = reconstruction_error(steps, stream, settings)
+                self._measured[key] = reconstruction_error(steps, stream)
             error = self._measured[key]
             if not error <= TOLERANCE:
                 reason = f"rebuilding would be off by {error:.1e}, more than {TOLERANCE:.0e}"
@@ -135,31 +135,29 @@ class Watch:
 
 
 @torch.no_grad()
-def reconstruction_error(steps: Sequence[Step], stream: Tensor, settings: Settings) -> float:
+def reconstruction_error(steps: Sequence[Step], stream: Tensor) -> float:
     """Run a stage forward and back again, without a trace.
 
     Args:
         steps: steps of the stage.
         stream: input of the stage.
-        settings: settings with the coupling to try.
 
     Returns:
         The relative error (root mean square) of the rebuilt input; infinite if it is not finite.
     """
     modules = {m for step in steps for top in step.branch.modules for m in top.modules()}
     counted = [(m, name) for m in modules if counts_statistics(m) for name in m._buffers]
-    coupling, stream = settings.coupling, stream.detach()
+    stream = stream.detach()
     reversible = reversible_steps(steps, stream, grid=None)
     devices = {stream.device, *(p.device for step in reversible for p in step.parameters)}
     with GeneratorStates.now(devices).restored(), statistics_kept(counted):
         current, previous = stream, stream
         for step in reversible:
-            increment = step.forward(current)
-            current, previous = coupling.advance(increment, previous), current
+            current, previous = step.forward(current, previous), current
         last = current.double().norm()
         for step in reversed(reversible):
-            increment = step.replay(previous, None).increment
-            current, previous = previous, coupling.rewind(increment, current)
+            step.replay(previous, current)
+            current, previous = previous, current
     # An input of zeros is measured by what the stage made of it.
     size = stream.double().norm() if bool(stream.any()) else last
     worst = max(float(_difference(x, stream) / size) for x in (current, previous))

@@ -334,7 +334,7 @@ def mode(model: nn.Module) -> str:
 def measured(chain: list[MlpBlock], x: Tensor, alpha: float, beta: float) -> float:
     settings = Settings(coupling=Coupling(alpha=alpha, beta=beta))
     steps = [Step(branch, "", x.dtype, settings) for b in chain for branch in split(b)]
-    return reconstruction_error(steps, x, settings)
+    return reconstruction_error(steps, x)
 
 
 @torch.no_grad()
@@ -446,9 +446,9 @@ def measurements(monkeypatch: pytest.MonkeyPatch) -> list[Coupling]:
     tried: list[Coupling] = []
     real = watch.reconstruction_error
 
-    def noting(steps: list[Step], stream: Tensor, settings: Settings) -> float:
-        tried.append(settings.coupling)
-        return real(steps, stream, settings)
+    def noting(steps: list[Step], stream: Tensor) -> float:
+        tried.append(steps[0].coupling)
+        return real(steps, stream)
 
     monkeypatch.setattr(watch, "reconstruction_error", noting)
     return tried

@@ -1,0 +1,337 @@
+"""The floor of memory: two streams, their gradients and a piece; and what others hold of these."""
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from re2tal.backbones.swin import SwinConfig
+from re2tal.detector import Detector
+from re2tal.memory import LiveBytes
+from re2tal.reversible import (
+    Branch,
+    ByToken,
+    ReversibleError,
+    branches,
+    rewire,
+    set_coupling,
+    set_reversible,
+)
+from re2tal.reversible.branches import BySample
+from tests.reversible.toy_blocks import (
+    assert_equal_gradients,
+    assert_reversible_is_stored,
+    one_step,
+    tiny_swin,
+)
+
+
+class Large:
+    """Number of storages of at least a size, beside those that were there; the most in a phase."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.alive: dict[int, int] = {}
+        self.most = {"forward": 0, "backward": 0}
+
+    def running(self, operator: Any, inputs: list[Tensor]) -> None:
+        """Ignore the operator."""
+
+    def made(self, storage: int, kind: str, size: int) -> None:
+        if kind == "activations" and size >= self.size:
+            self.alive[storage] = size
+            node = torch._C._current_autograd_node()
+            phase = "forward" if node is None else "backward"
+            self.most[phase] = max(self.most[phase], len(self.alive))
+
+    def gone(self, storage: int) -> None:
+        self.alive.pop(storage, None)
+
+
+class Feed(nn.Module):
+    """One branch that is cut into tokens, or into samples."""
+
+    def __init__(self, cut: Any) -> None:
+        super().__init__()
+        self.norm, self.mix = nn.LayerNorm(8), nn.Linear(8, 8)
+        self.cut = cut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mix(self.norm(x))
+
+
+@branches.register
+def _feed(block: Feed) -> list[Branch]:
+    return [Branch("feed", (block.norm, block.mix), cut=block.cut)]
+
+
+def swin_stage() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*tiny_swin((2,)).features[0].children())
+
+
+def feed_stage(cut: Any) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Feed(cut) for _ in range(5)))
+
+
+STAGES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "windows": (swin_stage, (1, 4, 16, 16, 8)),
+    "windows, padded": (swin_stage, (1, 3, 15, 14, 8)),
+    "tokens": (lambda: feed_stage(ByToken(40)), (3, 5, 67, 8)),
+    "samples": (lambda: feed_stage(BySample(5)), (7, 5, 67, 8)),
+}
+every_stage = pytest.mark.parametrize(("build", "shape"), STAGES.values(), ids=STAGES)
+
+
+@every_stage
+@pytest.mark.parametrize(
+    ("alpha", "beta", "exact"), [(0.0, 1.0, True), (0.0, 1.0, False), (0.3, 0.9, False)]
+)
+def test_two_streams_and_their_gradients_are_alive_at_the_peak(
+    build: Callable[[], nn.Module], shape: tuple[int, ...], alpha: float, beta: float, exact: bool
+) -> None:
+    model = build()
+    # Float streams are compared by a sample, which is all of so small ones.
+    rewire(model, exact=exact, slice_bytes=2**12, verify=exact)
+    set_coupling(model, alpha=alpha, beta=beta)
+    x = torch.randn(shape, requires_grad=True)
+    model(x).sum().backward()  # Dr2Net's couplings are tried out first
+    large = Large(prod(shape) * x.element_size())
+    with LiveBytes(model, large):
+        model(x).sum().backward()
+    assert large.most["backward"] == 4
+    assert large.most["forward"] == 3  # the third are the merged ones
+
+
+@every_stage
+def test_without_gradients_the_streams_alone_are_alive(
+    build: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    model = build()
+    rewire(model, slice_bytes=2**12)
+    x = torch.randn(shape)
+    large = Large(prod(shape) * x.element_size())
+    with LiveBytes(model, large), torch.no_grad():
+        model(x)
+    assert large.most == {"forward": 3, "backward": 0}
+
+
+# Others who hold a stream or a gradient
+
+
+def test_hooks_inside_a_branch_may_keep_streams_and_gradients() -> None:
+    """Their tensors are parts of the memory that later steps change."""
+    model = feed_stage(ByToken(40))
+    rewire(model, slice_bytes=2**30)
+    x = torch.randn(3, 5, 8, requires_grad=True)
+    truth = one_step(model, x)
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def keep(*given: Any) -> None:
+        kept.extend((t.detach(), t.detach().clone()) for t in (*given[1], *given[2]))
+
+    for block in model:
+        block.get_submodule("norm").register_forward_hook(lambda m, i, o: keep(m, i, (o,)))
+        block.get_submodule("mix").register_full_backward_hook(keep)
+    found = one_step(model, x)
+    # An input and an output in forward and replay, two gradients in the backward; five blocks.
+    assert len(kept) == 5 * 6
+    assert all(torch.equal(a, b) for a, b in kept)
+    assert_equal_gradients(found, truth)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_features_taken_out_of_a_model_with_hooks_of_their_own(exact: bool) -> None:
+    """A stage's input and output are used elsewhere, their gradients read, halved and kept."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = feed_stage(ByToken(40)), feed_stage(ByToken(40))
+            self.kept: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            between = self.first(x)
+            between.retain_grad()
+            after = self.second(between)
+            after.retain_grad()
+            after.register_hook(lambda gradient: gradient / 2)
+            self.kept = [between, after]
+            return after * between + between.sin()
+
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(3, 5, 8, requires_grad=True)
+    rewire(model, slice_bytes=2**12, exact=exact)
+    set_reversible(model, False)
+    stored, before = one_step(model, x), model.kept
+    set_reversible(model, True)
+    rebuilt, after = one_step(model, x), model.kept
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a, b)
+        assert a.grad is not None
+        assert b.grad is not None
+        assert torch.allclose(a.grad, b.grad, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-6)
+    assert_equal_gradients(rebuilt, stored, tolerance=0.0 if exact else 1e-4)
+
+
+def test_a_gradient_in_another_memory_format() -> None:
+    """Of the size of a stage's output but transposed, or one number that was expanded."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stage = feed_stage(ByToken(40))
+            self.conv = nn.Conv1d(8, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(self.stage(x).transpose(1, 2))
+
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(4, 23, 8, requires_grad=True)
+    for slice_bytes in (2**12, 2**30):
+        rewire(model, slice_bytes=slice_bytes)
+        assert_reversible_is_stored(model, x)
+    rewire(stage := feed_stage(ByToken(40)), slice_bytes=2**12)
+    for reversible in (False, True):
+        set_reversible(stage, reversible)
+        one_step(stage, x, loss=lambda y: y.sum())
+
+
+def test_an_input_in_another_memory_format() -> None:
+    for cut in (ByToken(40), BySample(5)):
+        model = feed_stage(cut)
+        rewire(model, slice_bytes=2**12)
+        x = torch.randn(6, 8, 11).transpose(1, 2).requires_grad_()
+        assert_reversible_is_stored(model, x)
+
+
+# Backwards that fail
+
+
+def test_a_backward_that_failed_midway_is_not_taken_up_again() -> None:
+    """Half of a stream is already that of the step before."""
+    model = feed_stage(ByToken(40))
+    rewire(model, slice_bytes=2**12)
+    angry = [True]
+
+    def fail(*_: Any) -> None:
+        if angry:
+            angry.clear()
+            raise ValueError("once")
+
+    model[2].get_submodule("mix").register_full_backward_hook(fail)
+    loss = model(torch.randn(3, 5, 8)).sum()
+    with pytest.raises(ValueError, match="once"):
+        loss.backward(retain_graph=True)
+    with pytest.raises(ReversibleError, match="second backward"):
+        loss.backward()
+    model(torch.randn(3, 5, 8)).sum().backward()
+
+
+def test_a_backward_that_failed_before_it_reached_the_stage() -> None:
+    model = feed_stage(ByToken(40))
+    rewire(model)
+    angry = [True]
+
+    def fail(_: Tensor) -> None:
+        if angry:
+            angry.clear()
+            raise ValueError("once")
+
+    y = model(x := torch.randn(3, 5, 8, requires_grad=True))
+    y.register_hook(fail)
+    loss = y.square().sum()
+    with pytest.raises(ValueError, match="once"):
+        loss.backward(retain_graph=True)
+    loss.backward()
+    (truth,) = torch.autograd.grad(model(x).square().sum(), x)
+    assert x.grad is not None
+    assert torch.equal(x.grad, truth)
+
+
+# Between the stages
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("needs_input", [True, False])
+def test_patch_merging_runs_in_pieces(precision: torch.dtype, needs_input: bool) -> None:
+    torch.manual_seed(0)
+    model = tiny_swin((1, 1), drop_path=0.2)
+    rewire(model, slice_bytes=2**13)
+    if not needs_input:
+        model.features[0].requires_grad_(False)
+        model.patch_embed.requires_grad_(False)
+    merging = vars(model.features[1])["forward"]
+    x = torch.randn(2, 3, 4, 40, 36)
+    runs: list[tuple[int, ...]] = []
+    model.features[1].norm.register_forward_hook(lambda _m, i, _o: runs.append(i[0].shape))
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        found = assert_reversible_is_stored(model, x)
+        in_pieces = [shape for shape in runs if len(shape) == 4]
+        assert len(in_pieces) == len(runs) > 3 * 2  # stored, forward, replay
+        merging.slice_bytes = None
+        whole = one_step(model, x)
+    assert_equal_gradients(found, whole, tolerance=1e-5 if precision == torch.float32 else 2e-2)
+
+
+# Frames and tokens that nobody reads again
+
+
+class Sum(nn.Module):
+    num_classes, multiple = 0, 1
+
+    def forward(self, features: Tensor, _mask: Tensor, _targets: Any) -> Tensor:
+        return features.square().sum()
+
+
+def swin_detector() -> Detector[Any, Any]:
+    torch.manual_seed(0)
+    config = SwinConfig(embed_dim=8, depths=(2, 2), heads=(2, 2), window=(2, 4, 4))
+    return Detector(config.build(), Sum())
+
+
+def swin_inputs() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    frames = torch.randint(0, 256, (1, 8, 64, 64, 3), dtype=torch.uint8)
+    return frames, torch.ones(1, 8, dtype=torch.bool)
+
+
+def test_frames_and_tokens_are_given_back_when_they_are_read() -> None:
+    detector, inputs = swin_detector(), swin_inputs()
+    rewire(detector.backbone)
+    frames, one = 3 * 8 * 64 * 64 * 4, 4 * 16 * 16 * 8 * 4
+    alive: list[int] = []
+    large = Large(one // 4)
+    detector.backbone.norm.register_forward_pre_hook(
+        lambda *_: alive.append(sum(large.alive.values()))
+    )
+    with LiveBytes(detector, large):
+        detector(*inputs, None).backward()
+    # Two streams of each stage, and the output of the last.
+    assert alive == [2 * one + 3 * one // 2]
+    assert alive[0] < frames
+
+
+@pytest.mark.parametrize("hooked", ["", "backbone", "backbone.patch_embed", "backbone.features.0"])
+def test_the_step_is_the_same_when_they_are_given_back(hooked: str) -> None:
+    detector, (frames, mask) = swin_detector(), swin_inputs()
+    rewire(detector.backbone)
+    seen: list[tuple[Tensor, Tensor]] = []
+    if hooked:
+        detector.get_submodule(hooked).register_forward_hook(
+            lambda _m, inputs, output: seen.extend((t, t.clone()) for t in (inputs[0], output))
+        )
+    loss = detector(frames, mask, None)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.equal(a, b) for a, b in seen)
+    given = {n: p.grad for n, p in detector.named_parameters()}
+    detector.zero_grad(set_to_none=True)
+    set_reversible(detector, False)
+    detector(frames, mask, None).backward()
+    for name, parameter in detector.named_parameters():
+        assert torch.equal(torch.as_tensor(parameter.grad), torch.as_tensor(given[name])), name
