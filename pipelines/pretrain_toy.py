@@ -4,8 +4,8 @@
   python pipelines/pretrain_toy.py --backbone videomae_toy --lr 1e-3
   python pipelines/pretrain_toy.py --steps 400
 
-The first command made the weights of the toy recipe's Swin that the repository ships. Clips are
-made in data/toy_trimmed if they are missing.
+The first two commands made the weights of the toy recipes' Swin and VideoMAE that the repository
+ships. Clips are made in data/toy_trimmed if they are missing.
 
 Other backbones are pretrained by finetune_backbone.py without rewiring, on classes alone. From
 random weights, though, these teach a network motion very slowly: after 700 steps the Swin was still

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -247,6 +248,7 @@ AUTHORS_VIDEOMAE = Layout(
     fused=re.compile(r"blocks\.\d+\.attn\.qkv\.weight"),
     objection=_of_another_function,
 )
+VIDEOMAE_TOY_WEIGHTS = str(Path(__file__).parent / "weights" / "toy_videomae.safetensors")
 _LAYOUTS = (VIDEOMAE, AUTHORS_VIDEOMAE)
 
 
@@ -303,7 +305,7 @@ def videomae_v2_g() -> VideoMAEConfig:
     )
 
 
-@backbone(layouts=_LAYOUTS)
+@backbone(weights=(VIDEOMAE_TOY_WEIGHTS,), layouts=_LAYOUTS)
 def videomae_toy() -> VideoMAEConfig:
     """Small VideoMAE for the toy data set: 64 pixels, minutes on two CPU cores."""
     return VideoMAEConfig(channels=96, depths=(4,), heads=4, trained_size=64, norm=True)

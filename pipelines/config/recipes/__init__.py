@@ -33,7 +33,7 @@ from pipelines.config.recipes.thumos import (
     thumos_re2_videomae_s_actionformer,
     thumos_re2_videomae_v2_g_actionformer,
 )
-from pipelines.config.recipes.toys import toy, toy_tridet, toy_vsgn
+from pipelines.config.recipes.toys import toy, toy_tridet, toy_videomae, toy_vsgn
 
 __all__ = ["RECIPES", "toy"]
 
@@ -43,6 +43,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         toy,
         toy_tridet,
         toy_vsgn,
+        toy_videomae,
         thumos_re2_swin_t_actionformer,
         thumos_re2_slowfast_101_actionformer,
         thumos_re2_swin_t_tridet,

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from pipelines.config.recipe import DataConfig, ModelConfig, OptimConfig, Recipe, ScaleConfig
 from re2tal.backbones.swin import TOY_WEIGHTS, swin_toy
+from re2tal.backbones.videomae import VIDEOMAE_TOY_WEIGHTS, videomae_toy
 from re2tal.localizers.actionformer import ActionFormerConfig
 from re2tal.localizers.tridet import TriDetConfig
 from re2tal.localizers.vsgn import VSGNConfig
@@ -98,3 +99,13 @@ def toy_vsgn() -> Recipe:
         ),
         optim=replace(recipe.optim, localizer_lr=5e-4),
     )
+
+
+def toy_videomae() -> Recipe:
+    """The toy data set with a small VideoMAE, pretrained on toy clips, in the place of the Swin.
+
+    A window is eight clips of 16 frames, and a feature two of them, as with the Swin.
+    """
+    recipe = toy()
+    model = replace(recipe.model, backbone=videomae_toy(), weights=VIDEOMAE_TOY_WEIGHTS)
+    return replace(recipe, name="toy_videomae", model=model)
