@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         memory = None if config.memory is None else parse_size(config.memory)
     except ValueError as problem:
-        raise UserError(str(problem).replace("--fits", "--memory")) from problem
+        raise UserError(f"--memory: {problem}") from problem
     facts, machine = look_at(config), this_machine(memory)
     advice = advise(facts, machine)
     for warning in advice.warnings:
