@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from pipelines.config import clip_recipes
+from pipelines.config.recipes import toy
 from pipelines.core.stopping import stoppable
 from pipelines.training.run import finetune, train
 from tests.pipelines.ray_head import ROOT
@@ -46,10 +48,13 @@ def test_the_first_signal_is_answered_before_the_block_ends(
 
 
 @pytest.mark.parametrize(
-    ("command", "first"), [(train, "detection_inputs"), (finetune, "classification_inputs")]
+    ("command", "recipe", "first"),
+    [(train, toy(), "detection_inputs"), (finetune, clip_recipes.toy(), "classification_inputs")],
+    ids=["train", "finetune"],
 )
 def test_a_training_that_has_not_begun_is_stopped_in_two_lines(
     command: Callable[[Any], object],
+    recipe: object,
     first: str,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -60,7 +65,7 @@ def test_a_training_that_has_not_begun_is_stopped_in_two_lines(
 
     monkeypatch.setattr(f"pipelines.training.run.{first}", interrupted)
     with pytest.raises(SystemExit):
-        command(None)
+        command(recipe)
     assert capfd.readouterr().err.splitlines() == [
         "stopping (SIGINT); once more ends this at once",
         "nothing was trained yet: give the same command again",
