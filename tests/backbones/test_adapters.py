@@ -116,7 +116,8 @@ def test_new_ones_change_no_bit(config: Any, tuning: Tuning, way: str, video: Te
         torch.manual_seed(0)  # of stochastic depth; LoRA's dropout would draw as well
         found.append(model.train(isinstance(tuning, AdapterConfig))(video))
     if way == "pieces":  # of other tokens, which a matrix product may round in another way
-        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+        # and the grid then by one of its steps: 1.7e-5 with AVX2
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
     else:
         assert torch.equal(*found)
 
