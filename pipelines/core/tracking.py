@@ -142,11 +142,10 @@ def _tags(config: Tracked) -> "list[RunTag]":
     )
     tags[mlflow_tags.MLFLOW_SOURCE_NAME] = sys.argv[0]
     tags[mlflow_tags.MLFLOW_USER] = os.environ.get("MLFLOW_TRACKING_USERNAME") or _user()
+    note = f"Command, in the folder `{Path.cwd()}`"
     commit = git_commit(Path(__file__).parent)
     if commit is not None:
         tags[mlflow_tags.MLFLOW_GIT_COMMIT] = commit
-    note = f"Command, in the folder `{Path.cwd()}`"
-    if commit is not None:
         note += f" at commit {commit[:12]}{'-dirty' * commit.endswith('-dirty')}"
     tags[mlflow_tags.MLFLOW_RUN_NOTE] = f"{note}:\n\n    {shlex.join(sys.argv)}\n"
     return [RunTag(key, value) for key, value in tags.items()]

@@ -383,11 +383,10 @@ def train_run(
             log_metrics(run, activation_metrics(recipe, detector), step=0, again=False)
         task = DetectionTask(recipe=recipe, plan=plan)
         output = fit(task, run, callbacks=callbacks, threads=threads)
-        best = True
-        for folder, metrics in scored_checkpoints(output, task.score, say=print):
-            if best:
+        ranked = scored_checkpoints(output, task.score, say=print)
+        for place, (folder, metrics) in enumerate(ranked):
+            if place == 0:
                 log_results(recipe, plan, run, folder, metrics)
-                best = False
             else:
                 log_checkpoint(recipe, run, folder, metrics)
 
