@@ -5,9 +5,10 @@ each way, and AdaTAD's temporal adapters in each way, for windows of several len
 frames; and the longest window of each that fits the memory of a GPU.
 """
 
-import math
+from bisect import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby, product
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from re2tal.precision import Precision
 Result = Mapping[str, Any]
 _TUNINGS = ("full", "adapters")
 _WAYS = ("plain", "checkpointed", "ours")
+_ALL = tuple(product(_TUNINGS, _WAYS))
+_UNIT = 16  # frames between windows that are compared
 _GOAL = 40.0  # GiB of the largest model, fully trained on the longer window
 
 
@@ -46,6 +49,8 @@ class Finetuning:
         "videomae_l",
         "videomae_h",
         "videomae_v2_g",
+        "vjepa2_l",
+        "vjepa2_g",
         "swin_t",
         "swin_b",
     )
@@ -99,8 +104,10 @@ class Finetuning:
                     ("full", "checkpointed"),
                     ("adapters", "plain"),
                     ("adapters", "checkpointed"),
+                    ("adapters", "ours"),
                 )
             }
+            | {"least": self._least(results, backbone, size)}
             for backbone in self.backbones
             for size in self.sizes
         ]
@@ -113,8 +120,8 @@ class Finetuning:
                 "space of a GPU's operators (on an H200 Swin-T took 1 to 5 % more than predicted "
                 "for its own operators). Adapters are AdaTAD's: all else is frozen, and counted "
                 "without gradients. Reversible is this project's, in pieces of 2 GiB. "
-                "Windows from which one takes less are where the straight lines through the two "
-                "lengths cross."
+                "Windows from which one takes less are where the straight lines through all "
+                "lengths that were predicted cross, up to the longest that fits a card in any way."
             ),
             tables=tables,
             findings=list(self._findings(results)),
@@ -137,22 +144,33 @@ class Finetuning:
             for card, frames in zip(self.cards, found["fits"], strict=True)
         }
 
+    def _windows(self, results: Mapping[str, Result], backbone: str, size: int) -> range:
+        """List windows, up to the longest that fits a card in any way."""
+        found = (results[_named(backbone, size, *way)] for way in _ALL)
+        longest = max(max(one["fits"], default=0) for one in found)
+        return range(_UNIT, max(longest, self.frames[1]) + 1, _UNIT)
+
     def _crossing(
         self, results: Mapping[str, Result], backbone: str, size: int, tuning: str, way: str
     ) -> str:
         """Name the window from which full reversible finetuning takes less than another."""
-        ours = self._line(results[_named(backbone, size, "full", "ours")])
-        other = self._line(results[_named(backbone, size, tuning, way)])
-        slope, start = other[0] - ours[0], ours[1] - other[1]
-        if slope <= 0:
-            return "none"
-        return f"{math.ceil(start / slope):,} frames" if start > 0 else "any"
+        ours = results[_named(backbone, size, "full", "ours")]
+        other = results[_named(backbone, size, tuning, way)]
+        windows = self._windows(results, backbone, size)
+        first = next((n for n in windows if _between(ours, n) < _between(other, n)), None)
+        if first is None:
+            return f"none up to {windows[-1]:,}"
+        return f"{first:,} frames" if first > windows[0] else "any"
 
-    def _line(self, found: Result) -> tuple[float, float]:
-        """Slope, and bytes of an empty window."""
-        (short, long), (less, more) = self.frames, found["peaks"]
-        slope = (more - less) / (long - short)
-        return slope, less - slope * short
+    def _least(self, results: Mapping[str, Result], backbone: str, size: int) -> str:
+        """Name the way that takes least, and the windows from which on others do."""
+        found = {way: results[_named(backbone, size, *way)] for way in _ALL}
+        windows = self._windows(results, backbone, size)
+        best = ((min(_ALL, key=lambda way: _between(found[way], n)), n) for n in windows)
+        turns = [(way, next(group)[1]) for way, group in groupby(best, key=lambda pair: pair[0])]
+        return "; ".join(
+            f"{tuning} {WAYS[way].title} from {n:,} frames" for (tuning, way), n in turns
+        )
 
     def _findings(self, results: Mapping[str, Result]) -> Iterator[Finding]:
         size, long = max(self.sizes), self.frames[1]
@@ -181,21 +199,26 @@ class Finetuning:
                 holds=full < adapters,
                 evidence=f"{full:.3g} GiB against {adapters:.3g}",
             )
-        exceptions = [
-            f"{backbone}, {n} frames of {pixels}: {tuning} {WAYS[way].title}"
+        least = {
+            f"{backbone}, {pixels} px": self._least(results, backbone, pixels)
             for backbone in self.backbones
             for pixels in self.sizes
-            for index, n in enumerate(self.frames)
-            for tuning in _TUNINGS
-            for way in _WAYS
-            if results[_named(backbone, pixels, tuning, way)]["peaks"][index]
-            < results[_named(backbone, pixels, "adapters", "ours")]["peaks"][index]
-        ]
+        }
+        always = f"adapters {WAYS['ours'].title} from {_UNIT:,} frames"
+        exceptions = [f"{what}: {told}" for what, told in least.items() if told != always]
         yield Finding(
             claim="Reversible adapters take less than everything else",
             holds=not exceptions,
             evidence="; ".join(exceptions) or "for every backbone, size and length above",
         )
+
+
+def _between(found: Result, frames: int) -> float:
+    """Return the bytes of a window, on straight lines through those that were predicted."""
+    known = found["predicted"]
+    longer = bisect(known, frames, key=lambda pair: pair[0])
+    (short, less), (long, more) = known[min(max(longer, 1), len(known) - 1) - 1 :][:2]
+    return less + (more - less) * (frames - short) / (long - short)
 
 
 def _named(backbone: str, size: int, tuning: str, way: str) -> str:
@@ -228,7 +251,8 @@ def needs(
 
     Returns:
         Bytes for each of `frames` in "peaks", and of weights, optimizer and average in "state";
-        frames for each of `cards`, which are GiB, in "fits"; the number of trained parameters.
+        frames for each of `cards`, which are GiB, in "fits"; all pairs of frames and bytes that
+        were predicted meanwhile in "predicted"; the number of trained parameters in "trained".
     """
     work = Workload(frames=frames[0], size=size, precision=precision)
     planner = Planner(subject_of(backbone, tuning, work))
@@ -238,20 +262,6 @@ def needs(
         "peaks": peaks,
         "state": step.parameters + step.buffers + step.gradients + step.kept_beside,
         "trained": step.gradients // 4,
-        "fits": [_longest(planner, way, frames, peaks, int(card * GIBIBYTE)) for card in cards],
+        "fits": [planner.frames_that_fit(way, int(card * GIBIBYTE)) for card in cards],
+        "predicted": planner.predicted(way),
     }
-
-
-def _longest(
-    planner: Planner, way: str, frames: Sequence[int], peaks: Sequence[int], budget: int
-) -> int:
-    """Find the longest window that fits: where the line through two lengths meets the budget.
-
-    Peaks bend upwards, if at all, so that no longer one fits. That this one does is predicted.
-    """
-    unit = planner.subject.unit
-    slope = (peaks[1] - peaks[0]) / (frames[1] - frames[0])
-    units = int((frames[0] + (budget - peaks[0]) / slope) // unit)
-    while units > 0 and (excess := planner.peak(way, frames=units * unit) - budget) > 0:
-        units -= max(1, int(excess / slope) // unit)
-    return unit * max(0, units)

@@ -204,7 +204,16 @@ class Planner:
             lambda units: self.peak(way, frames=units * unit),
             budget,
             start=max(1, self.subject.work.frames // unit),
+            found={n // unit: size for n, size in self.predicted(way) if n % unit == 0},
         )
+
+    def predicted(self, way: str) -> list[tuple[int, int]]:
+        """List what was predicted so far: frames of a window, and bytes."""
+        steps = self._steps.items()
+        known = {
+            n: step for (one, n, depth), step in steps if (one, depth) == (way, self.subject.depth)
+        }
+        return [(n, self.subject.size(known[n])) for n in sorted(known)]
 
     def against_frames(self, way: str) -> list[tuple[int, int]]:
         """List points of a curve: frames of a window, and bytes."""

@@ -1,7 +1,7 @@
 """Sizes of memory, and the longest video that fits into one."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 GIBIBYTE = 2**30
 
@@ -24,7 +24,9 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * units[found[2].lower()])
 
 
-def largest_that_fits(peak: Callable[[int], int], budget: int, *, start: int) -> int:
+def largest_that_fits(
+    peak: Callable[[int], int], budget: int, *, start: int, found: Mapping[int, int] | None = None
+) -> int:
     """Find the largest number of units whose peak is within a budget; 0 if one is too much.
 
     A peak is close to a straight line over the length of a video, so the next guess is where the
@@ -34,16 +36,25 @@ def largest_that_fits(peak: Callable[[int], int], budget: int, *, start: int) ->
         peak: bytes for a number of units, at least 1; it grows with them.
         budget: bytes.
         start: the first guess, at least 1.
+        found: peaks that are known already, by their number of units.
     """
-    known = {start: peak(start)}
+    known = dict(found or {})
+    if start not in known:
+        known[start] = peak(start)
+    guesses = 0
     while True:
         fits = [n for n, size in known.items() if size <= budget]
         bursts = [n for n, size in known.items() if size > budget]
         low, high = max(fits, default=0), min(bursts, default=None)
         if high == low + 1:
             return low
-        guess = _guess(known, budget, low, high)
+        # A line that misses again and again is left for halving.
+        if high is not None and guesses > 6:
+            guess = (low + high) // 2
+        else:
+            guess = _guess(known, budget, low, high)
         known[guess] = peak(guess)
+        guesses += 1
 
 
 def _guess(known: dict[int, int], budget: int, low: int, high: int | None) -> int:
@@ -51,9 +62,6 @@ def _guess(known: dict[int, int], budget: int, low: int, high: int | None) -> in
     if len(known) == 1:
         (only,) = known
         return max(1, only // 2) if high is not None else only * 2
-    # A line that misses again and again is left for halving.
-    if high is not None and len(known) > 8:
-        return (low + high) // 2
     near = sorted(known, key=lambda n: abs(known[n] - budget))[:2]
     (a, b), (size_a, size_b) = near, (known[near[0]], known[near[1]])
     slope = (size_b - size_a) / (b - a)

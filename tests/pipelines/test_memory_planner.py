@@ -88,6 +88,12 @@ def test_the_largest_that_fits_is_found_in_few_steps(
     assert len(tried) == len(set(tried)) <= 24
     if curve is CURVES["line"]:
         assert len(tried) <= 6
+    known = {n: curve(n) for n in (40, 80)}
+    tried.clear()
+    assert largest_that_fits(peak, budget, start=40, found=known) == found
+    assert not known.keys() & set(tried)
+    if curve is CURVES["line"]:
+        assert len(tried) <= 3
 
 
 def test_blocks_that_change_the_shape_are_residual_blocks_too() -> None:

@@ -181,6 +181,8 @@ def test_what_finetuning_needs_counts_the_optimizer_and_the_average() -> None:
     budget = 0.02 * GIBIBYTE
     assert planner.peak("ours", frames=longest) <= budget
     assert planner.peak("ours", frames=longest + UNIT) > budget
+    assert dict(found["predicted"]).items() >= dict(planner.predicted("ours")).items()
+    assert [dict(found["predicted"])[n] for n in SMALL.frames] == found["peaks"]
 
 
 def test_a_report_says_from_which_window_on_full_finetuning_takes_less() -> None:
@@ -190,26 +192,44 @@ def test_a_report_says_from_which_window_on_full_finetuning_takes_less() -> None
         ("full", "ours"): (4, 1000),
         ("adapters", "plain"): (40, 100),
         ("adapters", "checkpointed"): (8, 101),
-        ("adapters", "ours"): (3, 100),
+        ("adapters", "ours"): (3, 100),  # of short windows: see below
     }
+    bent = {32: 3 * 32 + 100, 64: 3 * 64 + 100, 1024: 3 * 1024 + 4000}
+    adapters = "videomae_toy, 64 px, adapters, ours"
     results = {
         f"videomae_toy, 64 px, {tuning}, {WAYS[way].title}": {
             "peaks": [slope * n + start for n in SMALL.frames],
             "state": start,
             "trained": 1,
-            "fits": [16],
+            "fits": [4096],
+            "predicted": [(n, slope * n + start) for n in (32, 64, 1024)],
         }
         for (tuning, way), (slope, start) in lines.items()
     }
+    assert [job.name for job in SMALL.jobs() if job.name.endswith("adapters, ours")] == [adapters]
+    results[adapters]["predicted"] = sorted(bent.items())
     assert results.keys() == {job.name for job in SMALL.jobs()}
     section = SMALL.section(results)
     (row,) = section.tables["Windows from which full reversible finetuning takes less than"]
     for (tuning, way), (slope, start) in lines.items():
         cell = row.get(f"{tuning}, {WAYS[way].title}")
-        if cell is not None:
-            first = next(n for n in range(9999) if slope * n + start >= 4 * n + 1000)
+        if cell is not None and way != "ours":
+            first = next(n for n in range(16, 9999, 16) if slope * n + start > 4 * n + 1000)
             assert cell == f"{first:,} frames"
+    # 292 at 64 frames and 7072 at 1024: 292 + 7.0625 (n - 64) against 4 n + 1000
+    first = next(n for n in range(16, 9999, 16) if 292 + 7.0625 * (n - 64) > 4 * n + 1000)
+    assert row["adapters, ours"] == f"{first:,} frames"
+    assert row["least"] == f"adapters ours from 16 frames; full ours from {first:,} frames"
     claims = {finding.claim: finding.holds for finding in section.findings}
     (smaller,) = (holds for claim, holds in claims.items() if "than adapters with check" in claim)
     assert smaller == (4 * 64 + 1000 < 8 * 64 + 101)
-    assert claims["Reversible adapters take less than everything else"]
+    told = {finding.claim: finding.evidence for finding in section.findings}
+    always = "Reversible adapters take less than everything else"
+    assert not claims[always]
+    assert told[always] == f"videomae_toy, 64 px: {row['least']}"
+    results[adapters]["predicted"] = [(n, 3 * n + 100) for n in (32, 64, 1024)]
+    section = SMALL.section(results)
+    (row,) = section.tables["Windows from which full reversible finetuning takes less than"]
+    assert row["adapters, ours"] == "none up to 4,096"
+    assert row["least"] == "adapters ours from 16 frames"
+    assert next(finding.holds for finding in section.findings if finding.claim == always)
