@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,6 @@ from torch import Tensor, nn
 from re2tal.backbones.resampling import resample
 from re2tal.errors import UserError, check_within
 from re2tal.reversible.branches import recomputed
-
-ConfigT = TypeVar("ConfigT")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +50,76 @@ class ClipFamily:
     stem: str | tuple[str, ...]
     first: int = 0
     by_place: bool = False
+
+
+class ClipConfig(ABC):
+    """Base of the shapes of models of clips.
+
+    A subclass is a frozen dataclass with fields named as `VideoMAEConfig`'s, or some of them. Only
+    one with a field `interpolation` can have more than one feature a token.
+    """
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        check_shape(self)
+
+    @abstractmethod
+    def clip_family(self) -> ClipFamily:
+        """Return the record of the models of this shape."""
+
+    @property
+    def token_frames(self) -> int:
+        """Frames of a token, which the model makes a feature of."""
+        frames: int = getattr(self, "tubelet", 1)
+        return frames
+
+    @property
+    def token_channels(self) -> int:
+        """Channels of a token behind the last block."""
+        config: Any = self
+        channels: int = config.channels
+        return channels
+
+    def with_stride(self, stride: int) -> Self:
+        """Return the same backbone with another number of frames a feature.
+
+        Features are averaged to a larger number than a token's, and interpolated to a smaller one.
+
+        Raises:
+            ValueError: it cannot have that stride.
+        """
+        own, interpolated = self.token_frames, hasattr(self, "interpolation")
+        if stride < 1 or (stride % own and (not interpolated or own % stride)):
+            raise ValueError(
+                f"The stride must be a multiple of {own}, the frames that the backbone makes a "
+                f"feature of{', or a part of it' if interpolated else ''}, not {stride}."
+            )
+        rates = {"pooling": max(1, stride // own)}
+        if interpolated:
+            rates["interpolation"] = max(1, own // stride)
+        config: Any = self
+        changed: Self = replace(config, **rates)
+        return changed
+
+    def build(self) -> ClipBackbone:
+        """Build a backbone of this shape, with random weights.
+
+        Raises:
+            UserError: the library of its blocks is not installed.
+        """
+        config: Any = self
+        family = self.clip_family()
+        return ClipBackbone(
+            family.make(self),
+            family,
+            channels=self.token_channels,
+            blocks=sum(config.depths),
+            clip=config.clip,
+            stride=self.token_frames,
+            pooling=config.pooling,
+            interpolation=getattr(self, "interpolation", 1),
+        )
 
 
 @dataclass(slots=True)
@@ -317,46 +386,6 @@ def check_shape(config: Any) -> None:
             raise ValueError(
                 f"{kind}: {places:,} positions of {config.channels:,} channels are too many."
             )
-
-
-def with_stride(config: ConfigT, stride: int, own: int) -> ConfigT:
-    """Return a shape with another number of frames a feature.
-
-    Features are averaged to a larger number, and interpolated to a smaller one.
-
-    Args:
-        config: dataclass with a field `pooling`; only one with a field `interpolation` takes a
-            smaller number than `own`, a part of it.
-        stride: number of frames wanted.
-        own: frames that the model makes a feature of.
-
-    Raises:
-        ValueError: it cannot have that stride.
-    """
-    interpolated = hasattr(config, "interpolation")
-    if stride < 1 or (stride % own and (not interpolated or own % stride)):
-        raise ValueError(
-            f"The stride must be a multiple of {own}, the frames that the backbone makes a feature "
-            f"of{', or a part of it' if interpolated else ''}, not {stride}."
-        )
-    rates = {"pooling": max(1, stride // own), "interpolation": max(1, own // stride)}
-    kept = rates if interpolated else {"pooling": rates["pooling"]}
-    changed: ConfigT = replace(config, **kept)  # type: ignore[type-var]
-    return changed
-
-
-def build(config: Any, family: ClipFamily, *, stride: int) -> ClipBackbone:
-    """Build a backbone of a shape that `check_shape` has checked; `stride` is a token's frames."""
-    return ClipBackbone(
-        family.make(config),
-        family,
-        channels=config.channels,
-        blocks=config.depths[0],
-        clip=config.clip,
-        stride=stride,
-        pooling=config.pooling,
-        interpolation=getattr(config, "interpolation", 1),
-    )
 
 
 def library(name: str, title: str) -> Any:

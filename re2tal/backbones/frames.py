@@ -19,14 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.backbones.clips import (
-    ClipBackbone,
+    ClipConfig,
     ClipFamily,
     ClipStem,
-    build,
     check_shape,
     library,
     patches,
-    with_stride,
 )
 from re2tal.backbones.table import Layout, backbone
 from re2tal.errors import check_within
@@ -97,7 +95,7 @@ _RECORDS: Mapping[Family, _Record] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FramesConfig:
+class FramesConfig(ClipConfig):
     """Shape of an image transformer that runs frame by frame.
 
     Attributes:
@@ -146,32 +144,24 @@ class FramesConfig:
                 f"is {self.pool!r}."
             )
 
-    def with_stride(self, stride: int) -> FramesConfig:
-        """Return the same backbone, its features averaged to another number of frames a feature.
-
-        Raises:
-            ValueError: it cannot have that stride.
-        """
-        return with_stride(self, stride, self.every)
-
     @property
     def clip(self) -> int:
         """Frames of a clip, of which one is seen."""
         return self.every
 
-    def build(self) -> ClipBackbone:
-        """Build a backbone of this shape, with random weights.
+    @property
+    def token_frames(self) -> int:
+        """Frames of a token; see `ClipConfig`."""
+        return self.every
 
-        Raises:
-            UserError: timm is not installed.
-        """
-        family = ClipFamily(
+    def clip_family(self) -> ClipFamily:
+        """Return the record of these models; see `ClipConfig`."""
+        return ClipFamily(
             make=_make,
             tokens=partial(_pooled, self),
             block=re.compile(r"blocks\.(\d+)\."),
             stem=("patch_embed.", "cls_token", "reg_token", "pos_embed", "norm_pre."),
         )
-        return build(self, family, stride=self.every)
 
 
 class FramePatches(ClipStem):

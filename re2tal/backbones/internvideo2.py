@@ -17,15 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from re2tal.backbones.clips import (
-    ClipBackbone,
+    ClipConfig,
     ClipFamily,
     ClipStem,
-    build,
-    check_shape,
     other_positions,
     patches,
     with_class_token,
-    with_stride,
 )
 from re2tal.backbones.table import Layout, backbone
 from re2tal.reversible.branches import Branch, branches
@@ -33,7 +30,7 @@ from re2tal.reversible.families.vit import SelfAttention, mlp_cut
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class InternVideo2Config:
+class InternVideo2Config(ClipConfig):
     """Shape of an InternVideo2's video encoder.
 
     Attributes:
@@ -66,20 +63,9 @@ class InternVideo2Config:
     scale: float = 1e-5
     pooling: int = 1
 
-    def __post_init__(self) -> None:
-        check_shape(self)
-
-    def with_stride(self, stride: int) -> InternVideo2Config:
-        """Return the same backbone, its features averaged to another number of frames a feature.
-
-        Raises:
-            ValueError: it cannot have that stride.
-        """
-        return with_stride(self, stride, self.tubelet)
-
-    def build(self) -> ClipBackbone:
-        """Build a backbone of this shape, with random weights."""
-        return build(self, _FAMILY, stride=self.tubelet)
+    def clip_family(self) -> ClipFamily:
+        """Return the record of these models; see `ClipConfig`."""
+        return _FAMILY
 
 
 class InternVideo2Stem(ClipStem):

@@ -14,22 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from re2tal.backbones.clips import (
-    ClipBackbone,
+    ClipConfig,
     ClipFamily,
     ClipStem,
-    build,
-    check_shape,
     library,
     other_positions,
     patches,
     side_of,
-    with_stride,
 )
 from re2tal.backbones.table import Layout, backbone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TimeSformerConfig:
+class TimeSformerConfig(ClipConfig):
     """Shape of a TimeSformer, whose tokens are of one frame.
 
     Attributes:
@@ -62,24 +59,9 @@ class TimeSformerConfig:
     attention_dropout: float = 0.0
     pooling: int = 1
 
-    def __post_init__(self) -> None:
-        check_shape(self)
-
-    def with_stride(self, stride: int) -> TimeSformerConfig:
-        """Return the same backbone, its features averaged to another number of frames a feature.
-
-        Raises:
-            ValueError: it cannot have that stride.
-        """
-        return with_stride(self, stride, 1)
-
-    def build(self) -> ClipBackbone:
-        """Build a backbone of this shape, with random weights.
-
-        Raises:
-            UserError: transformers is not installed.
-        """
-        return build(self, _FAMILY, stride=1)
+    def clip_family(self) -> ClipFamily:
+        """Return the record of these models; see `ClipConfig`."""
+        return _FAMILY
 
 
 class TimeSformerStem(ClipStem):

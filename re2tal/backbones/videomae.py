@@ -17,22 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.backbones.clips import (
-    ClipBackbone,
+    ClipConfig,
     ClipFamily,
     ClipStem,
-    build,
-    check_shape,
     library,
     patches,
     resized,
     sines,
-    with_stride,
 )
 from re2tal.backbones.table import Layout, backbone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VideoMAEConfig:
+class VideoMAEConfig(ClipConfig):
     """Shape of a VideoMAE's encoder, a vision transformer of clips.
 
     Attributes:
@@ -74,26 +71,9 @@ class VideoMAEConfig:
     pooling: int = 1
     interpolation: int = 1
 
-    def __post_init__(self) -> None:
-        check_shape(self)
-
-    def with_stride(self, stride: int) -> VideoMAEConfig:
-        """Return the same backbone with another number of frames a feature.
-
-        Features are averaged to a larger number, and interpolated to a smaller one.
-
-        Raises:
-            ValueError: it cannot have that stride.
-        """
-        return with_stride(self, stride, self.tubelet)
-
-    def build(self) -> ClipBackbone:
-        """Build a backbone of this shape, with random weights.
-
-        Raises:
-            UserError: transformers is not installed.
-        """
-        return build(self, _FAMILY, stride=self.tubelet)
+    def clip_family(self) -> ClipFamily:
+        """Return the record of these models; see `ClipConfig`."""
+        return _FAMILY
 
 
 class VideoMAEStem(ClipStem):

@@ -13,22 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.backbones.clips import (
-    ClipBackbone,
+    ClipConfig,
     ClipFamily,
     ClipStem,
-    build,
-    check_shape,
     library,
     other_positions,
     patches,
     with_class_token,
-    with_stride,
 )
 from re2tal.backbones.table import Layout, backbone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ViViTConfig:
+class ViViTConfig(ClipConfig):
     """Shape of a ViViT with attention among all tokens of a clip.
 
     Attributes:
@@ -62,24 +59,9 @@ class ViViTConfig:
     attention_dropout: float = 0.0
     pooling: int = 1
 
-    def __post_init__(self) -> None:
-        check_shape(self)
-
-    def with_stride(self, stride: int) -> ViViTConfig:
-        """Return the same backbone, its features averaged to another number of frames a feature.
-
-        Raises:
-            ValueError: it cannot have that stride.
-        """
-        return with_stride(self, stride, self.tubelet)
-
-    def build(self) -> ClipBackbone:
-        """Build a backbone of this shape, with random weights.
-
-        Raises:
-            UserError: transformers is not installed.
-        """
-        return build(self, _FAMILY, stride=self.tubelet)
+    def clip_family(self) -> ClipFamily:
+        """Return the record of these models; see `ClipConfig`."""
+        return _FAMILY
 
 
 class ViViTStem(ClipStem):

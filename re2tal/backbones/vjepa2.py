@@ -13,20 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.backbones.clips import (
-    ClipBackbone,
+    ClipConfig,
     ClipFamily,
     ClipStem,
-    build,
-    check_shape,
     library,
     patches,
-    with_stride,
 )
 from re2tal.backbones.table import Layout, backbone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VJEPA2Config:
+class VJEPA2Config(ClipConfig):
     """Shape of a V-JEPA 2's encoder.
 
     Its positions are rotations of queries and keys by frame, row and column, which no size and no
@@ -59,24 +56,9 @@ class VJEPA2Config:
     attention_dropout: float = 0.0
     pooling: int = 1
 
-    def __post_init__(self) -> None:
-        check_shape(self)
-
-    def with_stride(self, stride: int) -> VJEPA2Config:
-        """Return the same backbone, its features averaged to another number of frames a feature.
-
-        Raises:
-            ValueError: it cannot have that stride.
-        """
-        return with_stride(self, stride, self.tubelet)
-
-    def build(self) -> ClipBackbone:
-        """Build a backbone of this shape, with random weights.
-
-        Raises:
-            UserError: transformers is not installed.
-        """
-        return build(self, _FAMILY, stride=self.tubelet)
+    def clip_family(self) -> ClipFamily:
+        """Return the record of these models; see `ClipConfig`."""
+        return _FAMILY
 
 
 class VJEPA2Stem(ClipStem):
