@@ -52,17 +52,18 @@ class ClipFamily:
     by_place: bool = False
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ClipConfig(ABC):
     """Base of the shapes of models of clips.
 
-    A subclass is a frozen dataclass with fields named as `VideoMAEConfig`'s, or some of them. Only
-    one with a field `interpolation` can have more than one feature a token.
+    Further fields bear the names of `VideoMAEConfig`'s. Only a shape with a field `interpolation`
+    can have more than one feature a token.
+
+    Attributes:
+        pooling: consecutive features that are averaged into one.
     """
 
-    __slots__ = ()
-
-    def __post_init__(self) -> None:
-        check_shape(self)
+    pooling: int = 1
 
     @abstractmethod
     def clip_family(self) -> ClipFamily:
@@ -75,11 +76,9 @@ class ClipConfig(ABC):
         return frames
 
     @property
+    @abstractmethod
     def token_channels(self) -> int:
         """Channels of a token behind the last block."""
-        config: Any = self
-        channels: int = config.channels
-        return channels
 
     def with_stride(self, stride: int) -> Self:
         """Return the same backbone with another number of frames a feature.
@@ -117,9 +116,36 @@ class ClipConfig(ABC):
             blocks=sum(config.depths),
             clip=config.clip,
             stride=self.token_frames,
-            pooling=config.pooling,
+            pooling=self.pooling,
             interpolation=getattr(self, "interpolation", 1),
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransformerConfig(ClipConfig):
+    """Base of the shapes of vision transformers of one width; the defaults are those of a ViT-B.
+
+    Attributes:
+        patch: side of a patch in pixels.
+        channels: channels of a token.
+        depths: number of blocks, the only stage's.
+        heads: attention heads of a block.
+        mlp_ratio: channels inside an MLP per channel.
+    """
+
+    patch: int = 16
+    channels: int = 768
+    depths: tuple[int, ...] = (12,)
+    heads: int = 12
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        check_shape(self)
+
+    @property
+    def token_channels(self) -> int:
+        """Channels of a token; see `ClipConfig`."""
+        return self.channels
 
 
 @dataclass(slots=True)
@@ -386,6 +412,19 @@ def check_shape(config: Any) -> None:
             raise ValueError(
                 f"{kind}: {places:,} positions of {config.channels:,} channels are too many."
             )
+
+
+def transformers_settings(config: Any) -> dict[str, Any]:
+    """Name the settings of blocks as the configurations of the library transformers do."""
+    return {
+        "hidden_size": config.channels,
+        "num_hidden_layers": config.depths[0],
+        "num_attention_heads": config.heads,
+        "intermediate_size": round(config.channels * config.mlp_ratio),
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "layer_norm_eps": config.norm_epsilon,
+    }
 
 
 def library(name: str, title: str) -> Any:

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from re2tal.backbones.clips import (
-    ClipConfig,
     ClipFamily,
     ClipStem,
+    TransformerConfig,
     other_positions,
     patches,
     with_class_token,
@@ -30,16 +30,11 @@ from re2tal.reversible.families.vit import SelfAttention, mlp_cut
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class InternVideo2Config(ClipConfig):
+class InternVideo2Config(TransformerConfig):
     """Shape of an InternVideo2's video encoder.
 
     Attributes:
-        patch: side of a patch in pixels.
         tubelet: frames of a token; the temporal stride.
-        channels: channels of a token.
-        depths: number of blocks, the only stage's.
-        heads: attention heads of a block.
-        mlp_ratio: channels inside an MLP per channel.
         clip: frames of a clip.
         trained_clip: frames of a clip in the training of the weights, whose positions are learnt:
             4 or 8 (`f4`, `f8` in names of files), 16 in some finetuned on Kinetics.
@@ -47,7 +42,6 @@ class InternVideo2Config(ClipConfig):
             positions are resized in every forward, bicubic in space and linear in time.
         norm_epsilon: epsilon of all norms.
         scale: first value of the learnt scales of the branches.
-        pooling: consecutive features that are averaged into one.
     """
 
     patch: int = 14
@@ -61,7 +55,6 @@ class InternVideo2Config(ClipConfig):
     trained_size: int = 224
     norm_epsilon: float = 1e-6
     scale: float = 1e-5
-    pooling: int = 1
 
     def clip_family(self) -> ClipFamily:
         """Return the record of these models; see `ClipConfig`."""

@@ -46,7 +46,6 @@ class MViTConfig(ClipConfig):
         trained_clip: frames of a clip in the pretraining, whose positions are embedded.
         trained_size: pixels of a side of the frames in the pretraining, likewise.
         drop_path: probability of leaving out the last block's branches, growing with depth.
-        pooling: consecutive features that are averaged into one.
     """
 
     version: Literal[1, 2] = 2
@@ -57,7 +56,6 @@ class MViTConfig(ClipConfig):
     trained_clip: int = 16
     trained_size: int = 224
     drop_path: float = 0.2
-    pooling: int = 1
 
     def __post_init__(self) -> None:
         check_within(

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.backbones.clips import (
-    ClipConfig,
     ClipFamily,
     ClipStem,
+    TransformerConfig,
     library,
     patches,
 )
@@ -23,7 +23,7 @@ from re2tal.backbones.table import Layout, backbone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VJEPA2Config(ClipConfig):
+class VJEPA2Config(TransformerConfig):
     """Shape of a V-JEPA 2's encoder.
 
     Its positions are rotations of queries and keys by frame, row and column, which no size and no
@@ -31,30 +31,21 @@ class VJEPA2Config(ClipConfig):
     is resized.
 
     Attributes:
-        patch: side of a patch in pixels.
         tubelet: frames of a token; the temporal stride.
-        channels: channels of a token.
-        depths: number of blocks, the only stage's.
-        heads: attention heads of a block.
-        mlp_ratio: channels inside an MLP per channel.
         clip: frames of a clip: 64 in the pretraining. 16 cost a quarter of the attention.
         norm_epsilon: epsilon of all norms.
         drop_path: probability of leaving out a branch in the last block, less before.
         attention_dropout: probability of dropout of attention weights.
-        pooling: consecutive features that are averaged into one.
     """
 
-    patch: int = 16
     tubelet: int = 2
     channels: int = 1024
     depths: tuple[int, ...] = (24,)
     heads: int = 16
-    mlp_ratio: float = 4.0
     clip: int = 64
     norm_epsilon: float = 1e-6
     drop_path: float = 0.0
     attention_dropout: float = 0.0
-    pooling: int = 1
 
     def clip_family(self) -> ClipFamily:
         """Return the record of these models; see `ClipConfig`."""
