@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from re2tal.errors import UserError, check_within
-from re2tal.reversible.branches import Branch, split
+from re2tal.reversible.branches import Branch, kept_beside, split
 from re2tal.reversible.rewire import reversible_blocks
 
 
@@ -85,4 +85,11 @@ def _peft() -> Any:
             "--model.tuning lora needs the library peft, which cannot be imported "
             f"({error}): pip install 're2tal[backbones]'."
         ) from error
+    kept_beside.register(peft.tuners.lora.LoraLayer, _kept)
     return peft
+
+
+def _kept(layer: Any) -> int:
+    """Count, for a token, A x and its gradient, and with dropout its mask and its result."""
+    dropped = any(isinstance(part, nn.Dropout) for part in layer.lora_dropout.values())
+    return 2 * sum(layer.r.values()) + 2 * dropped * int(layer.in_features)

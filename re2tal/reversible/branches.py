@@ -12,7 +12,7 @@ bytes, and from shapes only: a forward and its replay cut alike, which bit-exact
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatch
 from importlib import import_module
 from itertools import pairwise
@@ -208,6 +208,23 @@ class BySample:
         return Samples(args, kwargs, x.shape[0], int(self.growth * prod(x.shape[1:])))
 
 
+@dataclass(frozen=True, slots=True)
+class _Wider:
+    """Cut of another, with more elements a token: `kept_beside` of the branch's modules."""
+
+    cut: Cut
+    more: int
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Layout:
+        """Lay out tokens, whose channels come last."""
+        layout: Any = self.cut(x, *args, **kwargs)
+        if isinstance(layout, Whole):
+            return layout
+        tokens = -(-prod(x.shape[:-1]) // layout.units)
+        wider: Layout = replace(layout, elements=layout.elements + self.more * tokens)
+        return wider
+
+
 def spans(layout: Layout, budget: int) -> list[tuple[int, int]]:
     """Cut the units into pieces of as many as the budget of bytes holds, at least one each.
 
@@ -349,6 +366,16 @@ def recomputed(module: nn.Module) -> bool | Leading:  # noqa: ARG001
     return False
 
 
+@singledispatch
+def kept_beside(module: nn.Module) -> int:  # noqa: ARG001
+    """Count the elements that a token keeps alive in a module and that no family counts.
+
+    Register a function for layers that take the place of a block's own and compute more, as LoRA's
+    do. The elements of its parts are counted by themselves.
+    """
+    return 0
+
+
 _FAMILIES = "re2tal.reversible.families"
 _PATTERN = f"{_FAMILIES}.pattern"
 
@@ -393,7 +420,7 @@ def split(block: nn.Module | None) -> list[Branch]:
     if not described(block):
         found: list[Branch] = import_module(_PATTERN).split(block)
     else:
-        found = branches(block)
+        found = [_widened(branch) for branch in branches(block)]
     if has_hooks(block):
         raise NotReversibleError(
             "it has hooks of its own, which would not be called: "
@@ -401,6 +428,14 @@ def split(block: nn.Module | None) -> list[Branch]:
             "the stage's Sequential or on the owner of its ModuleList"
         )
     return found
+
+
+def _widened(branch: Branch) -> Branch:
+    """Count what a branch keeps alive beside what its family describes."""
+    more = sum(kept_beside(module) for top in branch.modules for module in top.modules())
+    if branch.cut is None or more == 0:
+        return branch
+    return replace(branch, cut=_Wider(branch.cut, more))
 
 
 def described(block: nn.Module) -> bool:

@@ -33,11 +33,13 @@ from re2tal.backbones.vivit import ViViTConfig
 from re2tal.backbones.vjepa2 import VJEPA2Config
 from re2tal.errors import UserError
 from re2tal.reversible import rewire, set_reversible
-from re2tal.reversible.branches import Branch, ByToken, branches
+from re2tal.reversible.branches import Branch, ByToken, branches, split
+from re2tal.reversible.rewire import reversible_blocks
 from re2tal.trained import SPEC_FILE, DetectorSpec, load_detector, save_detector
 from re2tal.videos.windows import WindowConfig
 from tests.backbones.test_clips import TINY
 from tests.localizers.small import ACTIONFORMER
+from tests.reversible.test_families import Call, saved_bytes
 from tests.reversible.toy_blocks import assert_reversible_is_stored
 from tests.reversible.zoo import Precision, both_precisions, scrambled
 
@@ -253,6 +255,24 @@ def test_gradients_are_those_of_stored_activations(
         own = ".adapter." in name or ".lora_" in name
         assert (gradient is not None) is own, name
         assert gradient is None or gradient.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "config",
+    [TINY, VJEPA2, VIVIT, InternVideo2Config(**SHAPE), SWIN],
+    ids=lambda c: type(c).__name__,
+)
+def test_a_piece_is_counted_with_what_lora_keeps(config: Any, dropout: float) -> None:
+    layers: Any = "mlp" if config is SWIN else "all"
+    backbone = tuned(config, LoraConfig(rank=64, dropout=dropout, layers=layers)).train()
+    block = list(reversible_blocks(backbone).values())[-1]
+    x = torch.randn(2, *((2, 2, 2, 16) if config is SWIN else (8, backbone.channels)))
+    for branch in split(block):
+        assert branch.cut is not None
+        layout = branch.cut(x)
+        counted = layout.units * layout.elements * 4
+        assert 0.2 < saved_bytes(Call(block, x, (), {}), branch) / counted <= 1, branch.name
 
 
 def test_windows_of_two_lengths_before_one_backward(video: Tensor) -> None:
