@@ -357,7 +357,12 @@ def statistics_kept(counted: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
 
 def counts_statistics(module: nn.Module) -> bool:
     """Tell whether the module takes statistics over the batch, and counts them in its buffers."""
-    return isinstance(module, _NormBase) and module.training
+    return takes_statistics(module) and module.training
+
+
+def takes_statistics(module: nn.Module) -> bool:
+    """Tell whether the module takes statistics over the batch in training mode."""
+    return isinstance(module, _NormBase)
 
 
 def _refuse_sharded(modules: Iterable[nn.Module], hooked: Sequence[nn.Module], where: str) -> None:

@@ -7,6 +7,7 @@ from itertools import groupby
 from torch import nn
 
 from re2tal.reversible.branches import (
+    Branch,
     ChangesShapeError,
     NoFamilyError,
     NotReversibleError,
@@ -24,7 +25,7 @@ from re2tal.reversible.containers import (
 from re2tal.reversible.controls import recomputed_modules, reversible_stages
 from re2tal.reversible.coupling import Bits, Budget, Coupling, Settings
 from re2tal.reversible.recompute import Recomputed
-from re2tal.reversible.replay import ReversibleError
+from re2tal.reversible.replay import ReversibleError, takes_statistics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,12 +37,16 @@ class Stage:
         blocks: names of the blocks in the container, in order.
         kind: class of the blocks.
         branches: number of residual branches.
+        cut: whether every branch runs in pieces in training, if the input is large enough.
+        gradients: bytes of the gradients of the branch that has most parameters.
     """
 
     container: str
     blocks: tuple[str, ...]
     kind: str
     branches: int
+    cut: bool = True
+    gradients: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,12 +82,22 @@ class RewireReport:
     stages: tuple[Stage, ...]
     left_out: tuple[LeftOut, ...]
 
+    @property
+    def gradients(self) -> int:
+        """Bytes of the gradients of the branch that has most parameters."""
+        return max(stage.gradients for stage in self.stages)
+
     def __str__(self) -> str:
         rows = [("module", "class", "result"), *map(_stage_row, self.stages)]
         rows += map(_left_row, self.left_out)
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
         lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
         lines.insert(1, "-" * max(map(len, lines)))
+        # Plain training makes a gradient the parameter's own layer by layer.
+        lines.append(
+            f"the gradients of a branch's parameters come together, {self.gradients / 1e6:.3g} MB "
+            "at most: on inputs whose stored activations take less, rewiring costs memory"
+        )
         return "\n".join([*lines, self._summary()])
 
     def _summary(self) -> str:
@@ -102,17 +117,27 @@ def _left_row(left: LeftOut) -> tuple[str, str, str]:
 
 
 ALONE = "alone, it saves no memory in its own backward"
-"""What the report says of a stage of one branch: its replay keeps as much as the block would, and
-the streams and their gradients are held beside it."""
+"""What the report says of a stage of one branch that is not cut: its replay keeps as much as the
+block would, and the streams and their gradients are held beside it."""
 
 
 def _stage_row(stage: Stage) -> tuple[str, str, str]:
     count, branches = len(stage.blocks), stage.branches
+    alone = f"; {ALONE}" if branches == 1 and not stage.cut else ""
     result = (
         f"reversible: {count} block{'s' * (count > 1)}, "
-        f"{branches} branch{'es' * (branches > 1)}{'; ' + ALONE if branches == 1 else ''}"
+        f"{branches} branch{'es' * (branches > 1)}{alone}"
     )
     return dotted(stage.container, first_to_last(stage.blocks)), stage.kind, result
+
+
+def _is_cut(branch: Branch) -> bool:
+    parts = (module for top in branch.modules for module in top.modules())
+    return branch.cut is not None and not any(map(takes_statistics, parts))
+
+
+def _bytes(branch: Branch) -> int:
+    return sum(p.nbytes for p in {p for top in branch.modules for p in top.parameters()})
 
 
 @dataclass
@@ -160,29 +185,32 @@ class _Plan:
 
     def _stages(self, container: str, module: nn.Module) -> list[Stage]:
         """Find the maximal runs of reversible children; note why others are in none."""
-        counts: dict[str, int] = {}
+        found: dict[str, list[Branch]] = {}
         for name, child in module._modules.items():
             try:
-                counts[name] = self._count_branches(dotted(container, name), child)
+                found[name] = self._branches(dotted(container, name), child)
             except NotReversibleError as error:
-                counts[name] = 0
+                found[name] = []
                 self.refused.setdefault(dotted(container, name), error)
         stages = []
-        for reversible, run in groupby(counts, key=lambda name: counts[name] > 0):
+        for reversible, run in groupby(found, key=lambda name: len(found[name]) > 0):
             if reversible:
                 blocks = tuple(run)
+                branches = [branch for name in blocks for branch in found[name]]
                 kinds = dict.fromkeys(type(module._modules[name]).__name__ for name in blocks)
                 stages.append(
                     Stage(
                         container=container,
                         blocks=blocks,
                         kind=", ".join(kinds),
-                        branches=sum(counts[name] for name in blocks),
+                        branches=len(branches),
+                        cut=all(map(_is_cut, branches)),
+                        gradients=max(map(_bytes, branches)),
                     )
                 )
         return stages
 
-    def _count_branches(self, name: str, block: nn.Module | None) -> int:
+    def _branches(self, name: str, block: nn.Module | None) -> list[Branch]:
         inside = [entry for entry in self.containers if entry[1].startswith(dotted(name, ""))]
         tried_out = block is not None and not described(block)
         if tried_out and block is not None and recomputed(block):
@@ -195,7 +223,7 @@ class _Plan:
         for entry in inside:
             if not all(described(child) for child in entry[0].children()):
                 self.containers.remove(entry)
-        return len(found)
+        return found
 
     def find_recomputed(self, model: nn.Module) -> None:
         """Look for what can be recomputed: stems, and blocks that change the shape."""

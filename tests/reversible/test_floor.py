@@ -1,16 +1,20 @@
 """The floor of memory: two streams, their gradients and a piece; and what others hold of these."""
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models.convnext import CNBlock
+from torchvision.models.resnet import BasicBlock
+from torchvision.models.vision_transformer import EncoderBlock
 
 from re2tal.backbones.swin import SwinConfig
 from re2tal.detector import Detector
-from re2tal.memory import LiveBytes
+from re2tal.memory import LiveBytes, predict_peak
 from re2tal.reversible import (
     Branch,
     ByToken,
@@ -21,6 +25,7 @@ from re2tal.reversible import (
     set_reversible,
 )
 from re2tal.reversible.branches import BySample
+from re2tal.reversible.rewire import ALONE
 from tests.reversible.toy_blocks import (
     assert_equal_gradients,
     assert_reversible_is_stored,
@@ -335,3 +340,39 @@ def test_the_step_is_the_same_when_they_are_given_back(hooked: str) -> None:
     detector(frames, mask, None).backward()
     for name, parameter in detector.named_parameters():
         assert torch.equal(torch.as_tensor(parameter.grad), torch.as_tensor(given[name])), name
+
+
+# Where rewiring costs memory instead of saving it
+
+Shape = tuple[int, ...]
+# A block, an input with large activations, and one whose activations are less than the gradients.
+BLOCKS: dict[str, tuple[Callable[[], nn.Module], Shape, Shape]] = {
+    "one branch, tied by statistics": (lambda: BasicBlock(8, 8), (4, 8, 32, 32), (1, 8, 2, 2)),
+    "one branch, cut by samples": (lambda: CNBlock(8, 1e-6, 0), (4, 8, 32, 32), (1, 8, 1, 1)),
+    "two branches": (
+        lambda: EncoderBlock(2, 16, 64, 0, 0, partial(nn.LayerNorm, eps=1e-6)),
+        (8, 32, 16),
+        (1, 2, 16),
+    ),
+}
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_the_report_says_where_rewiring_costs_memory(kind: str, blocks: int) -> None:
+    block, large, small = BLOCKS[kind]
+    model = nn.Sequential(*(block() for _ in range(blocks)))
+    inputs = [torch.empty(shape, requires_grad=True) for shape in (large, small)]
+    plain = [predict_peak(model, x) for x in inputs]
+    report = rewire(model, slice_bytes=2**13)
+    ours = [predict_peak(model, x) for x in inputs]
+    assert f"come together, {report.gradients / 1e6:.3g} MB at most" in str(report)
+    assert plain[0].activations > 20 * report.gradients
+    assert (ALONE in str(report)) == (plain[0].peak < ours[0].peak)
+    assert (ALONE in str(report)) == (blocks == 1 and "statistics" in kind)
+    if plain[1].activations < report.gradients:
+        assert ours[1].activations > plain[1].activations
+        assert ours[1].peak > plain[1].peak
+    assert (plain[1].activations < report.gradients) == (
+        blocks == 1 or (kind == "one branch, cut by samples")
+    )
