@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.swin_transformer import SwinTransformerBlockV2
 from torchvision.ops import StochasticDepth
 
+from re2tal.memory import measure_activations, predict_peak
 from re2tal.reversible import ReversibleError, rewire, set_reversible, unwire
 from re2tal.reversible.branches import NotReversibleError, Samples, Whole, returned, split
 from re2tal.reversible.families.pattern import _OnTokens
@@ -413,3 +414,11 @@ def test_a_subclass_with_a_forward_of_its_own_is_not_taken_for_its_base() -> Non
     for branch in split(block):
         y = y + branch(y)
     torch.testing.assert_close(y, block(x))
+
+
+@pytest.mark.parametrize("count", [predict_peak, measure_activations])
+def test_trying_out_a_blocks_forward_takes_no_memory(count: Any) -> None:
+    model, x = stage(next(iter(RESIDUAL)))
+    rewire(model)
+    found = [count(model, x.detach()) for _ in range(2)]  # the first meets inputs of a new shape
+    assert found[0] == found[1]

@@ -7,7 +7,7 @@ of one shape. Parts of it are run again as programs on other tensors.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from re2tal.reversible.replay import statistics_kept
@@ -263,11 +264,12 @@ def _recorded(
     return recorder.finished(output)
 
 
-def fake_mode(x: Tensor) -> Any:
-    """Compute with shapes only; where that is being done already, nothing changes."""
-    if isinstance(x, FakeTensor):
-        return nullcontext()
-    return FakeTensorMode(allow_non_fake_inputs=True)
+@contextmanager
+def fake_mode(x: Tensor) -> Iterator[None]:
+    """Compute with shapes only, unseen by whatever counts the operators and tensors around it."""
+    own = FakeTensorMode(allow_non_fake_inputs=True)
+    with _disable_current_modes(), x.fake_mode if isinstance(x, FakeTensor) else own:
+        yield
 
 
 def fake_of(tensor: Tensor, like: Tensor) -> Tensor:
