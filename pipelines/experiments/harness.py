@@ -319,7 +319,8 @@ def markdown(record: dict[str, Any]) -> str:
     parts += [_verdicts(record["findings"])] if record["findings"] else []
     parts += [f"![{name}]({name}.png)" for name in record["figures"]]
     for title, rows in record["tables"].items():
-        parts += [f"**{title}**", _table(rows)]
+        parts += [f"**{title}**"] if title else []
+        parts += [table(rows)]
     if record["jobs"] > 1:
         parts.append(f"{record['jobs']} jobs, {duration(record['seconds'])} of computing.")
     return "\n\n".join(part for part in parts if part)
@@ -344,10 +345,10 @@ def _verdicts(findings: Sequence[dict[str, Any]]) -> str:
         {"claim": f["claim"], "at this scale": VERDICTS[f["holds"]], "evidence": f["evidence"]}
         for f in findings
     ]
-    return _table(rows) if rows else "There are no verdicts."
+    return table(rows) if rows else "There are no verdicts."
 
 
-def _table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """Format rows, at least one, as a table; values that are lists are left out."""
     columns = [name for name, value in rows[0].items() if not isinstance(value, list)]
     lines = [columns, ["---"] * len(columns)]
