@@ -215,7 +215,7 @@ class Finetuning:
 
 def _between(found: Result, frames: int) -> float:
     """Return the bytes of a window, on straight lines through those that were predicted."""
-    known = found["predicted"]
+    known: list[tuple[int, int]] = found["predicted"]
     longer = bisect(known, frames, key=lambda pair: pair[0])
     (short, less), (long, more) = known[min(max(longer, 1), len(known) - 1) - 1 :][:2]
     return less + (more - less) * (frames - short) / (long - short)

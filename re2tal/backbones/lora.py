@@ -92,4 +92,5 @@ def _peft() -> Any:
 def _kept(layer: Any) -> int:
     """Count, for a token, A x and its gradient, and with dropout its mask and its result."""
     dropped = any(isinstance(part, nn.Dropout) for part in layer.lora_dropout.values())
-    return 2 * sum(layer.r.values()) + 2 * dropped * int(layer.in_features)
+    inside: int = sum(layer.r.values())
+    return 2 * inside + 2 * dropped * int(layer.in_features)

@@ -1,10 +1,16 @@
 """Kinds of backbones: the rows of the table, on the smallest of each library."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+import re2tal.reversible
 from pipelines.experiments import kinds
+from pipelines.experiments.__main__ import RESULTS
+from pipelines.experiments.harness import markdown, table
 from pipelines.experiments.kinds import EQUAL, KINDS, Kinds, rewired_row
 
 
@@ -42,3 +48,15 @@ def test_kinds_that_are_not_rewired_are_listed_with_their_reason(
     section = Kinds(libraries=("own",)).section({"own: plain": row})
     assert section.findings[0].holds is None
     assert section.findings[0].evidence == "0 of 1 are rewired, 0 are equal"
+
+
+def test_the_engines_readme_has_the_table_that_the_command_prints() -> None:
+    readme = Path(re2tal.reversible.__file__ or "").with_name("README.md").read_text("utf-8")
+    record = json.loads((RESULTS / "kinds.json").read_text("utf-8"))
+    (rows,) = record["tables"].values()
+    assert [(row["library"], row["model"]) for row in rows] == [
+        (library, kind) for library, found in KINDS.items() for kind in found
+    ]
+    printed = table(rows)
+    assert printed in markdown(record)
+    assert readme.count("| library | model |") == readme.count(printed) == 1
