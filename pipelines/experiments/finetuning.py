@@ -39,6 +39,8 @@ class Finetuning:
         backbones: names in the table of backbones, all with transformer blocks.
         sizes: heights and widths of a frame.
         frames: two lengths of the window.
+        short: lengths that are predicted besides, since lines through long windows do not hold for
+            short ones, whose branches are one piece.
         cards: memory of GPUs in GiB, for each of which the longest window is sought.
         precision: number format of the branches.
     """
@@ -56,6 +58,7 @@ class Finetuning:
     )
     sizes: tuple[int, ...] = (160, 224)
     frames: tuple[int, int] = (768, 1536)
+    short: tuple[int, ...] = (64, 256)
     cards: tuple[float, ...] = (24, 80)
     precision: Precision = "bfloat16"
 
@@ -76,6 +79,7 @@ class Finetuning:
                     "tuning": tuning,
                     "way": way,
                     "frames": list(self.frames),
+                    "short": list(self.short),
                     "cards": list(self.cards),
                     "precision": self.precision,
                 },
@@ -121,7 +125,8 @@ class Finetuning:
                 "for its own operators). Adapters are AdaTAD's: all else is frozen, and counted "
                 "without gradients. Reversible is this project's, in pieces of 2 GiB. "
                 "Windows from which one takes less are where the straight lines through all "
-                "lengths that were predicted cross, up to the longest that fits a card in any way."
+                "lengths that were predicted cross, from the shortest of these up to the longest "
+                "that fits a card in any way."
             ),
             tables=tables,
             findings=list(self._findings(results)),
@@ -145,10 +150,11 @@ class Finetuning:
         }
 
     def _windows(self, results: Mapping[str, Result], backbone: str, size: int) -> range:
-        """List windows, up to the longest that fits a card in any way."""
-        found = (results[_named(backbone, size, *way)] for way in _ALL)
+        """List windows: from one predicted in all ways, up to the longest that fits in any."""
+        found = [results[_named(backbone, size, *way)] for way in _ALL]
+        shortest = max(min(self.short + self.frames), *(one["predicted"][0][0] for one in found))
         longest = max(max(one["fits"], default=0) for one in found)
-        return range(_UNIT, max(longest, self.frames[1]) + 1, _UNIT)
+        return range(shortest, max(longest, self.frames[1]) + 1, _UNIT)
 
     def _crossing(
         self, results: Mapping[str, Result], backbone: str, size: int, tuning: str, way: str
@@ -160,7 +166,7 @@ class Finetuning:
         first = next((n for n in windows if _between(ours, n) < _between(other, n)), None)
         if first is None:
             return f"none up to {windows[-1]:,}"
-        return f"{first:,} frames" if first > windows[0] else "any"
+        return f"{first:,} frames" if first > windows[0] else f"{first:,} or fewer"
 
     def _least(self, results: Mapping[str, Result], backbone: str, size: int) -> str:
         """Name the way that takes least, and the windows from which on others do."""
@@ -204,12 +210,17 @@ class Finetuning:
             for backbone in self.backbones
             for pixels in self.sizes
         }
-        always = f"adapters {WAYS['ours'].title} from {_UNIT:,} frames"
-        exceptions = [f"{what}: {told}" for what, told in least.items() if told != always]
+        always = f"adapters {WAYS['ours'].title} from "
+        exceptions = [
+            f"{what}: {told}"
+            for what, told in least.items()
+            if ";" in told or not told.startswith(always)
+        ]
         yield Finding(
             claim="Reversible adapters take less than everything else",
             holds=not exceptions,
-            evidence="; ".join(exceptions) or "for every backbone, size and length above",
+            evidence="; ".join(exceptions)
+            or "for every backbone and size, at all lengths predicted",
         )
 
 
@@ -244,6 +255,7 @@ def needs(
     tuning: str,
     way: str,
     frames: Sequence[int],
+    short: Sequence[int],
     cards: Sequence[float],
     precision: Precision,
 ) -> dict[str, Any]:
@@ -256,7 +268,7 @@ def needs(
     """
     work = Workload(frames=frames[0], size=size, precision=precision)
     planner = Planner(subject_of(backbone, tuning, work))
-    peaks = [planner.peak(way, frames=count) for count in frames]
+    peaks = [planner.peak(way, frames=count) for count in (*short, *frames)][len(short) :]
     step = planner.predict(way)
     return {
         "peaks": peaks,

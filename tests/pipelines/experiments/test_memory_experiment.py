@@ -160,7 +160,12 @@ def test_labels_are_moved_apart_and_no_further_than_needed(heights: list[float])
 # Full finetuning against adapters.
 
 SMALL = Finetuning(
-    backbones=("videomae_toy",), sizes=(64,), frames=(32, 64), cards=(0.02,), precision="float32"
+    backbones=("videomae_toy",),
+    sizes=(64,),
+    frames=(32, 64),
+    short=(16,),
+    cards=(0.02,),
+    precision="float32",
 )
 
 
@@ -183,6 +188,7 @@ def test_what_finetuning_needs_counts_the_optimizer_and_the_average() -> None:
     assert planner.peak("ours", frames=longest + UNIT) > budget
     assert dict(found["predicted"]).items() >= dict(planner.predicted("ours")).items()
     assert [dict(found["predicted"])[n] for n in SMALL.frames] == found["peaks"]
+    assert found["predicted"][0][0] == 16
 
 
 def test_a_report_says_from_which_window_on_full_finetuning_takes_less() -> None:
@@ -194,7 +200,7 @@ def test_a_report_says_from_which_window_on_full_finetuning_takes_less() -> None
         ("adapters", "checkpointed"): (8, 101),
         ("adapters", "ours"): (3, 100),  # of short windows: see below
     }
-    bent = {32: 3 * 32 + 100, 64: 3 * 64 + 100, 1024: 3 * 1024 + 4000}
+    bent = {16: 3 * 16 + 100, 32: 3 * 32 + 100, 64: 3 * 64 + 100, 1024: 3 * 1024 + 4000}
     adapters = "videomae_toy, 64 px, adapters, ours"
     results = {
         f"videomae_toy, 64 px, {tuning}, {WAYS[way].title}": {
@@ -202,7 +208,7 @@ def test_a_report_says_from_which_window_on_full_finetuning_takes_less() -> None
             "state": start,
             "trained": 1,
             "fits": [4096],
-            "predicted": [(n, slope * n + start) for n in (32, 64, 1024)],
+            "predicted": [(n, slope * n + start) for n in (16, 32, 64, 1024)],
         }
         for (tuning, way), (slope, start) in lines.items()
     }
@@ -227,7 +233,7 @@ def test_a_report_says_from_which_window_on_full_finetuning_takes_less() -> None
     always = "Reversible adapters take less than everything else"
     assert not claims[always]
     assert told[always] == f"videomae_toy, 64 px: {row['least']}"
-    results[adapters]["predicted"] = [(n, 3 * n + 100) for n in (32, 64, 1024)]
+    results[adapters]["predicted"] = [(n, 3 * n + 100) for n in (16, 32, 64, 1024)]
     section = SMALL.section(results)
     (row,) = section.tables["Windows from which full reversible finetuning takes less than"]
     assert row["adapters, ours"] == "none up to 4,096"
