@@ -159,10 +159,41 @@ class Grid:
             x: values.
             sign: 1, or -1 for the negative of the points.
         """
+        spacing = self.spacing if sign > 0 else -self.spacing
         if x.requires_grad and torch.is_grad_enabled():
-            rounded: Tensor = _Round.apply(x, self.scale, sign * self.spacing)
+            rounded: Tensor = _Round.apply(x, self.scale, spacing)
             return rounded
-        return _rounded(x, self.scale, sign * self.spacing)
+        return _rounded(x, self.scale, spacing)
+
+    def add(self, out: Tensor, x: Tensor, sign: int = 1) -> None:
+        """Add the points nearest to values to points, in place.
+
+        Args:
+            out: points.
+            x: values.
+            sign: 1, or -1 to subtract.
+        """
+        whole = torch.mul(x, self.scale).round_()
+        # A product with a power of two is exact, so that it may be fused with the sum.
+        if isinstance(self.spacing, Tensor):
+            out.addcmul_(whole, self.spacing, value=sign)
+        else:
+            out.add_(whole, alpha=sign * self.spacing)
+
+
+def accumulate(out: Tensor, x: Tensor, grid: Grid | None = None, sign: int = 1) -> None:
+    """Add values to a tensor in place, or with a grid the points nearest to them.
+
+    Args:
+        out: the tensor; points, with a grid.
+        x: values.
+        grid: the grid.
+        sign: 1, or -1 to subtract.
+    """
+    if grid is not None:
+        grid.add(out, x, sign)
+    else:
+        out.add_(x, alpha=sign)
 
 
 class _Round(torch.autograd.Function):
