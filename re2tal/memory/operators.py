@@ -20,11 +20,20 @@ from re2tal.reversible.controls import set_slice_bytes
 from re2tal.reversible.coupling import Budget
 from re2tal.reversible.step import ReversibleStep, Step
 
-_NO_WORK = ("detach", "alias", "_unsafe_view", "empty", "new_empty", "empty_like", "empty_strided")
+_NO_WORK = (
+    "detach",
+    "alias",
+    "_unsafe_view",
+    "empty",
+    "new_empty",
+    "empty_like",
+    "empty_strided",
+    "empty_permuted",
+)
 """Operators beside views that read and write nothing."""
 
-_BY_INDEX = ("index_select", "index", "index_put_", "index_copy_", "index_add_", "scatter_add_")
-"""Operators that touch only rows of their first tensor, as many as their result or values have."""
+_INTO_ROWS = {"index_put_": 1, "index_copy_": 1, "index_add_": 2, "scatter_add_": 2}
+"""Operators that touch rows of their first tensor, as many as there are values, and how often."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,6 +50,16 @@ class Pieces:
     calls: Counter[str] = field(default_factory=Counter)
     bytes: int = 0
 
+    @property
+    def calls_a_piece(self) -> float:
+        """Calls of a piece."""
+        return self.calls.total() / self.pieces
+
+    @property
+    def bytes_a_piece(self) -> float:
+        """Bytes of a piece."""
+        return self.bytes / self.pieces
+
 
 Work = dict[tuple[str, str], Pieces]
 """Work by the branch's name and the phase, "forward" or "backward"."""
@@ -55,17 +74,20 @@ class _Counted(TorchDispatchMode):
         self._now: Pieces | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator, and count it if it works on tensors."""
         given = tensors_in((args, kwargs))
         result = func(*args, **(kwargs or {}))
-        made = tensors_in(result)
         name = func.overloadpacket.__name__
+        made = tensors_in(result)
+        if result is None and name.startswith("_foreach"):
+            made = given[: len(given) // 2]
         if self._now is not None and made and not func.is_view and name not in _NO_WORK:
             self._now.calls[name] += 1
-            if name in _BY_INDEX:
-                # The rows that are chosen; those that are added to are read and written.
+            if name in ("index_select", "index"):
+                given = [*given[1:], *made]  # of the first it reads what it returns
+            elif name in _INTO_ROWS:
                 given = given[1:]
-                made = made if name in _BY_INDEX[:2] else [given[-1]] * (2 if "add" in name else 1)
-                given = [*given, *made] if name in _BY_INDEX[:2] else given
+                made = [given[-1]] * _INTO_ROWS[name]
             self._now.bytes += sum(t.numel() * t.element_size() for t in (*given, *made))
         return result
 
@@ -118,7 +140,7 @@ def count_work(model: nn.Module, *inputs: Tensor) -> Work:
 
 
 def work_a_piece(model: nn.Module, *inputs: Tensor, few: Budget, many: Budget) -> Work:
-    """Compute the work that one more piece makes, from a step with few pieces and one with many.
+    """Compute the work that more pieces make, from a step with few of them and one with many.
 
     Args:
         model: rewired model, on a CPU; its budget of a piece is that of `many` afterwards.
@@ -126,15 +148,20 @@ def work_a_piece(model: nn.Module, *inputs: Tensor, few: Budget, many: Budget) -
         few: budget of large pieces.
         many: budget of small ones; the bytes are those of these.
     """
-    found: Work = {}
     runs = []
     for budget in (few, many):
         set_slice_bytes(model, budget)
         count_work(model, *inputs)  # what is kept from step to step is there afterwards
         runs.append(count_work(model, *inputs))
+    found: Work = {}
     for key, large in runs[0].items():
         small = runs[1][key]
         more = small.pieces - large.pieces
-        calls = Counter({n: -(-(c - large.calls[n]) // more) for n, c in small.calls.items()})
-        found[key] = Pieces(pieces=1, calls=+calls, bytes=small.bytes // small.pieces)
+        calls = Counter(small.calls)
+        calls.subtract(large.calls)
+        found[key] = Pieces(
+            pieces=more,
+            calls=Counter({name: n for name, n in calls.items() if n > 0}),
+            bytes=small.bytes * more // small.pieces,
+        )
     return found

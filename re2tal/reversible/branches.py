@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from re2tal.reversible.coupling import Grid, accumulate
+from re2tal.reversible.coupling import Grid, accumulate, fused
 
 BYTES_PER_ELEMENT = 4
 """Counted for every element; under autocast a piece stays below its budget."""
@@ -293,18 +293,27 @@ class Places:
 
     def add(self, out: Tensor, added: Tensor, grid: Grid | None = None, sign: int = 1) -> None:
         """Add vectors to their rows, as `accumulate` does."""
-        if grid is not None:
-            added = grid.round(added, sign)
-        elif sign < 0:
-            added = -added
-        if self.padding is not None:  # to add zeros somewhere is as good as nothing
-            added = added.masked_fill(self.padding, 0)
-        index, added = self.index.reshape(-1), added.reshape(-1, out.shape[-1])
+        index, values = self.index.reshape(-1), added.reshape(-1, out.shape[-1])
+        padding = None if self.padding is None else self.padding.reshape(-1)
         with in_rows(out) as rows:
+            dense = rows.is_contiguous() and values.is_contiguous()
+            kernels = fused(rows, values) if dense else None
+            if kernels is not None:
+                kernels.add(rows, values, grid, sign, index, padding)
+                return
+            if grid is not None:
+                values = grid.round(values, sign)
+            elif sign < 0:
+                values = -values
+            if padding is not None:
+                values = values.masked_fill(padding.unsqueeze(1), 0)
             if rows.device.type == "cpu":  # there twice as fast as index_add_
-                rows.scatter_add_(0, index.unsqueeze(1).expand(-1, rows.shape[1]), added)
+                rows.scatter_add_(0, index.unsqueeze(1).expand(-1, rows.shape[1]), values)
             else:
-                rows.index_add_(0, index, added)
+                # In any order, on a GPU. But nothing but zeros is added to a row twice, so that
+                # the order does not matter: float32's atomic additions round as others do. They
+                # make subnormal numbers zero, which the kernel above does not.
+                rows.index_add_(0, index, values)
 
 
 def per_unit(factor: Tensor, layout: Layout, start: int, stop: int, dims: int) -> Tensor:

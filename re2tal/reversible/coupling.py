@@ -30,6 +30,8 @@ Everything here is a pure function of tensors of one shape.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -125,10 +127,15 @@ class Grid:
     Attributes:
         scale: ``2**k``, a number or a float32 tensor of no dimensions.
         spacing: ``2**-k``, likewise.
+        negative: ``-2**-k``.
     """
 
     scale: float | Tensor
     spacing: float | Tensor
+    negative: float | Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "negative", -self.spacing)
 
     @classmethod
     def of(cls, bits: Bits, stream: Tensor) -> "Grid":
@@ -159,7 +166,7 @@ class Grid:
             x: values.
             sign: 1, or -1 for the negative of the points.
         """
-        spacing = self.spacing if sign > 0 else -self.spacing
+        spacing = self.spacing if sign > 0 else self.negative
         if x.requires_grad and torch.is_grad_enabled():
             rounded: Tensor = _Round.apply(x, self.scale, spacing)
             return rounded
@@ -190,10 +197,30 @@ def accumulate(out: Tensor, x: Tensor, grid: Grid | None = None, sign: int = 1) 
         grid: the grid.
         sign: 1, or -1 to subtract.
     """
-    if grid is not None:
-        grid.add(out, x, sign)
-    else:
+    if grid is None:
         out.add_(x, alpha=sign)
+        return
+    kernels = fused(out, x)
+    alike = kernels is not None and out.shape == x.shape and out.stride() == x.stride()
+    if kernels is not None and alike and torch.ops.aten.is_non_overlapping_and_dense(out):
+        kernels.add(out, x, grid, sign)
+    else:
+        grid.add(out, x, sign)
+
+
+def fused(*tensors: Tensor) -> Any:
+    """Return the module of kernels of a GPU if it has these tensors and can be used; else None."""
+    if any(type(t) is not Tensor or t.dtype != torch.float32 or not t.is_cuda for t in tensors):
+        return None
+    return _kernels()
+
+
+@cache
+def _kernels() -> Any:
+    try:
+        return import_module("re2tal.reversible.kernels")
+    except ImportError:  # PyTorch for some systems comes without Triton
+        return None
 
 
 class _Round(torch.autograd.Function):

@@ -35,7 +35,7 @@ from re2tal.reversible.branches import (
 )
 from re2tal.reversible.coupling import Grid
 
-_MASKED = -100.0
+_MASKED = -100
 """Added by torchvision to the scores of tokens that the cyclic shift brought together."""
 
 
@@ -227,11 +227,15 @@ class _WindowLayout:
         """Add the mask of tokens that were not neighbours: ``(windows or 1, heads, n, n)``."""
         if not any(self.windows.shift):
             return bias
-        kinds, index, masks = _masks(self.windows, bias.dtype, self.mode)
+        kinds, index, masks = _masks(self.windows, self.mode)
         here = kinds[start:stop]
         if here.count(here[0]) < len(here):
-            return bias + masks.index_select(0, index[start:stop])
-        return bias + masks[here[0] : here[0] + 1] if here[0] else bias
+            apart = masks.index_select(0, index[start:stop])
+        elif here[0]:
+            apart = masks[here[0] : here[0] + 1]
+        else:
+            return bias
+        return torch.add(bias, apart, alpha=_MASKED)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
@@ -334,21 +338,19 @@ def _places(windows: _Windows, mode: FakeTensorMode | None) -> Places:  # noqa: 
 @torch.inference_mode(False)
 def _masks(
     windows: _Windows,
-    dtype: torch.dtype,
     mode: FakeTensorMode | None,  # noqa: ARG001
 ) -> tuple[bytes, Tensor, Tensor]:
-    """Make the masks of tokens that were not neighbours, of each kind of window.
+    """Tell which tokens were not neighbours, in each kind of window.
 
     A window is of a kind with all others that are last along the same axes. So there are at most 8,
     and the first masks nothing.
 
     Args:
         windows: the windows.
-        dtype: dtype of the masks.
         mode: mode of fake tensors, which are kept apart from others.
 
     Returns:
-        The kind of each window, the same as a tensor, and a mask ``(1, tokens, tokens)`` each kind.
+        The kind of each window, the same as a tensor, and ``(kinds, 1, tokens, tokens)`` bools.
     """
     device = windows.device
     axes = range(len(windows.size))
@@ -369,9 +371,8 @@ def _masks(
     kinds = bytes(numbers[kind] for kind in last)
     region = region[[kinds.index(number) for number in range(len(numbers))]]
     apart = region.unsqueeze(1) != region.unsqueeze(2)
-    masks = torch.zeros((), dtype=dtype, device=device).masked_fill(apart, _MASKED)
     kinds *= windows.batch
-    return kinds, torch.tensor(list(kinds), device=device), masks.unsqueeze(1)
+    return kinds, torch.tensor(list(kinds), device=device), apart.unsqueeze(1)
 
 
 def _along(windows: _Windows, axis: int, places: Tensor) -> Tensor:
