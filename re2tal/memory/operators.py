@@ -139,14 +139,17 @@ def count_work(model: nn.Module, *inputs: Tensor) -> Work:
     return counted.work
 
 
-def work_a_piece(model: nn.Module, *inputs: Tensor, few: Budget, many: Budget) -> Work:
-    """Compute the work that more pieces make, from a step with few of them and one with many.
+def work_of_pieces(model: nn.Module, *inputs: Tensor, few: Budget, many: Budget) -> Work:
+    """Compute the work that pieces make, from a step with few of them and one with many.
 
     Args:
         model: rewired model, on a CPU; its budget of a piece is that of `many` afterwards.
         inputs: its inputs.
         few: budget of large pieces.
-        many: budget of small ones; the bytes are those of these.
+        many: budget of small ones. The bytes are those of these.
+
+    Returns:
+        The work of the pieces that are more; of all, for a branch that is not cut.
     """
     runs = []
     for budget in (few, many):
@@ -157,6 +160,9 @@ def work_a_piece(model: nn.Module, *inputs: Tensor, few: Budget, many: Budget) -
     for key, large in runs[0].items():
         small = runs[1][key]
         more = small.pieces - large.pieces
+        if more == 0:
+            found[key] = small
+            continue
         calls = Counter(small.calls)
         calls.subtract(large.calls)
         found[key] = Pieces(
