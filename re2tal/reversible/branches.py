@@ -253,6 +253,21 @@ def spans(layout: Layout, budget: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
+_ONE_HOLDER = 2
+"""Count of a storage that only one tensor holds, beside the object that asks for it."""
+
+
+def alone(x: Tensor, *, beside: int = 0) -> bool:
+    """Tell whether no other tensor holds this one's memory, a view or what autograd keeps.
+
+    Args:
+        x: the tensor.
+        beside: number of other tensors that may hold it.
+    """
+    count: int = torch._C._storage_Use_Count(x.untyped_storage()._cdata)
+    return count <= _ONE_HOLDER + beside
+
+
 @contextmanager
 def in_rows(out: Tensor) -> Iterator[Tensor]:
     """Change a tensor as a matrix of vectors along its last dimension, in any memory format."""

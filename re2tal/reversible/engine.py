@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from re2tal.reversible.branches import alone
 from re2tal.reversible.coupling import Coupling, Grid, Settings, stream_dtype
 from re2tal.reversible.replay import ReversibleError, uncached
 from re2tal.reversible.step import ReversibleStep, Step, reversible_steps
@@ -262,7 +263,7 @@ class _Tape:
             compute: `Step.advance`, or the like.
         """
         (current, previous), self._streams = self.streams, None
-        overwrite = previous is not current and _alone(previous)
+        overwrite = previous is not current and alone(previous)
         self.hold(self._depth + 1, compute(current, previous, overwrite=overwrite), current)
 
     def merged(self, dtype: torch.dtype) -> Tensor:
@@ -337,19 +338,9 @@ class _Tape:
         return self._streams
 
 
-_ONE_HOLDER = 2
-"""Count of a storage that only one tensor holds, beside the object that asks for it."""
-
-
-def _alone(x: Tensor) -> bool:
-    """Tell whether no other tensor holds this one's memory, a view or what autograd keeps."""
-    count: int = torch._C._storage_Use_Count(x.untyped_storage()._cdata)
-    return count <= _ONE_HOLDER
-
-
 def _own(x: Tensor) -> Tensor:
     """Return the tensor if nobody else holds its memory, otherwise a copy."""
-    return x if _alone(x) else x.clone()
+    return x if alone(x) else x.clone()
 
 
 def no_gradients_of_gradients(where: str) -> None:

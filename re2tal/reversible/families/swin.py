@@ -29,6 +29,7 @@ from re2tal.reversible.branches import (
     Layout,
     Leading,
     Places,
+    alone,
     branches,
     has_hooks,
     recomputed,
@@ -244,7 +245,41 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Te
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
     # Elsewhere it falls back to these matrices, and guards them against rows that are all masked.
     scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1)) + bias
-    return torch.matmul(F.dropout(scores.softmax(-1), dropout), v)
+    if torch._C._are_functorch_transforms_active():
+        weights = scores.softmax(-1)
+    else:
+        weights = _Softmax.apply(scores)
+    return torch.matmul(F.dropout(weights, dropout), v)
+
+
+class _Softmax(torch.autograd.Function):
+    """Softmax along the last dimension, whose backward takes the memory of its result's gradient.
+
+    That saves one matrix of scores where the most of them are alive. The gradient is dropout's, or
+    a view of a product of matrices that autograd has made for this alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        weights = scores.softmax(-1)
+        ctx.save_for_backward(weights)
+        ctx.dtype, ctx.recorded = scores.dtype, False
+        return weights
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (weights,) = ctx.saved_tensors
+        found: Tensor
+        # What gradients of gradients send here a second time may be somebody else's, too.
+        ctx.recorded = ctx.recorded or torch.is_grad_enabled()
+        ours = alone(gradient, beside=int(gradient._base is not None))
+        if ctx.recorded or gradient.dtype != ctx.dtype or not ours:
+            found = torch._softmax_backward_data(gradient, weights, -1, ctx.dtype)
+        else:
+            found = torch.ops.aten._softmax_backward_data.out(
+                gradient, weights, -1, ctx.dtype, grad_input=gradient
+            )
+        return found
 
 
 def _scores(device: torch.device) -> int:
