@@ -54,6 +54,10 @@ def run_stage(
     """
     watch.poll()
     stream = x.to(stream_dtype(x.dtype))
+    if stream.ndim <= 3:
+        # Tokens as a convolution leaves them have their channels far apart, and increments have
+        # not: `x_{i-2}` could not become `x_i` in place. More dimensions are a convolution's.
+        stream = stream.contiguous()
     if stream.numel() == 0:  # nothing to rebuild, and no largest value
         return _stored(steps, stream, settings.coupling, None).to(x.dtype)
     grid = None if settings.grid is None else Grid.of(settings.grid, stream)
@@ -382,6 +386,18 @@ def rebuild_of(tensor: Tensor) -> Callable[[], Tensor] | None:
     """Look up the function given to `rebuildable`; None if the tensor's values must be kept."""
     rebuild, version = _REBUILDS.get(tensor, (None, 0))
     return rebuild if version == version_of(tensor) else None
+
+
+def part_of(tensor: Tensor, take: Callable[[Tensor], Tensor]) -> Tensor:
+    """Take a part of a tensor. It is `rebuildable`, and keeps nothing, where the tensor is.
+
+    Args:
+        tensor: the tensor.
+        take: function that returns the part, such as a slice.
+    """
+    rebuild = rebuild_of(tensor)
+    part = take(tensor)
+    return part if rebuild is None else rebuildable(part, lambda: take(rebuild()))
 
 
 # A tensor's name stands in the frames of all that called with it, which keep its memory.
