@@ -328,6 +328,7 @@ class _Columns:
     ones: Tensor
     width: int
     contiguous: ClassVar[bool] = False
+    light: ClassVar[bool] = True
 
     @property
     def units(self) -> int:

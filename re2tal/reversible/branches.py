@@ -46,6 +46,11 @@ class Layout(Protocol):
         """Whether the piece of all units is the input itself, in another shape."""
         ...
 
+    @property
+    def light(self) -> bool:
+        """Whether its own tensors are few enough to be kept from the forward for the backward."""
+        ...
+
     def share(self) -> tuple[Tensor, ...]:
         """Compute once, with gradients, what all pieces use: a relative position bias."""
         ...
@@ -96,6 +101,7 @@ class _Called:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     contiguous = True
+    light = True
 
     def share(self) -> tuple[Tensor, ...]:
         """Share nothing."""

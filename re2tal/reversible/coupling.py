@@ -27,6 +27,7 @@ difference on the way back. Rounding passes gradients on unchanged. See `Grid`.
 Everything here is a pure function of tensors of one shape.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+_LOG = logging.getLogger(__name__)
 
 
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -212,15 +215,26 @@ def fused(*tensors: Tensor) -> Any:
     """Return the module of kernels of a GPU if it has these tensors and can be used; else None."""
     if any(type(t) is not Tensor or t.dtype != torch.float32 or not t.is_cuda for t in tensors):
         return None
-    return _kernels()
+    return kernels_on(tensors[0].device)
 
 
 @cache
-def _kernels() -> Any:
+def kernels_on(device: torch.device) -> Any:
+    """Import the module of kernels and try it on a device; None, with a warning, if it fails.
+
+    PyTorch for some systems comes without Triton, and Triton finds no compiler on some.
+    """
     try:
-        return import_module("re2tal.reversible.kernels")
-    except ImportError:  # PyTorch for some systems comes without Triton
+        kernels = import_module("re2tal.reversible.kernels")
+        reason = "" if kernels.agrees(device) else "it does not compute what PyTorch does"
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    if reason:
+        _LOG.warning(
+            "Pieces are added by PyTorch's kernels, for Triton's cannot be used: %s", reason
+        )
         return None
+    return kernels
 
 
 class _Round(torch.autograd.Function):

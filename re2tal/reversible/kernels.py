@@ -104,3 +104,24 @@ def add(
             COLUMNS=_COLUMNS,
         )
     torch.autograd.graph.increment_version(out)
+
+
+def agrees(device: torch.device) -> bool:
+    """Tell whether the kernel computes on a device what PyTorch does, to the bit.
+
+    Args:
+        device: the device.
+    """
+    halves = torch.arange(-60, 60, device=device) / 2.0**15
+    sizes = torch.tensor([1e-40, -1e-39, -0.0, 0.7, 2.0**7 + 2.0**-15, 2.0**8, 3e5], device=device)
+    x = torch.cat([halves, sizes, torch.linspace(-3, 3, 129, device=device)]).view(-1, 2)
+    index = torch.arange(len(x), device=device).flip(0)
+    tried = []
+    for grid in (None, Grid.of("auto", x), Grid.of(14, x)):
+        for sign in (1, -1):
+            out = 1e-39 * x if grid is None else grid.round(x.flip(0))
+            plain = out + (sign * x if grid is None else grid.round(x, sign))
+            add(lying := out.clone(), x, grid, sign)
+            add(moved := out.clone(), x[index], grid, sign, index)
+            tried += [torch.equal(plain, lying), torch.equal(plain, moved)]
+    return all(tried)

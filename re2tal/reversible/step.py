@@ -345,6 +345,8 @@ class ReversibleStep:
         self._conditions = Conditions(step.branch.modules, device, autocast, step.where)
         self._draws = Draws()
         self._cuts: list[Span] = []
+        # The replay's layout is another, but takes over what the forward's has, such as indices.
+        self._layout: Layout | None = None
 
     @property
     def name(self) -> str:
@@ -368,6 +370,7 @@ class ReversibleStep:
         with self._conditions.noted(), torch.enable_grad():
             self._mark(current)
             layout, cuts = self._step.layout(current)
+            self._layout = layout if layout.light else None
             self._cuts = decisive(cuts) if isinstance(current, FakeTensor) else cuts
             shared, factor = self._step.share(layout, current)
             following = self._step.following(layout, previous, self._grid, overwrite=overwrite)
@@ -439,6 +442,7 @@ class ReversibleStep:
                 del found
             with surroundings.restored():
                 to_parameters = _through_shared(shared, totals, wanted)
+        self._layout = None
         if following is not None and (beta := self._step.coupling.beta) != 1:
             following.div_(beta)
         return to_parameters

@@ -315,7 +315,7 @@ def test_frames_and_tokens_are_given_back_when_they_are_read() -> None:
     detector.backbone.norm.register_forward_pre_hook(
         lambda *_: alive.append(sum(large.alive.values()))
     )
-    detector(*inputs, None)  # indices of windows are kept from now on
+    _graph = detector(*inputs, None)  # and with it indices of windows
     alive.clear()
     with LiveBytes(detector, large):
         detector(*inputs, None).backward()

@@ -125,6 +125,27 @@ def test_the_kernel_adds_as_the_plain_path_does(
     assert fused._version > 0
 
 
+def test_the_kernel_is_tried_before_it_is_used(
+    kernels: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    coupling = import_module("re2tal.reversible.coupling")
+    device, kernels_on = torch.device("cpu"), coupling.kernels_on.__wrapped__
+    monkeypatch.setattr(coupling, "import_module", lambda _: kernels)
+    assert kernels_on(device) is kernels
+    assert not caplog.text
+    add = kernels.add
+    monkeypatch.setattr(kernels, "add", lambda out, x, *rest: add(out, x * (1 + 2.0**-20), *rest))
+    assert kernels_on(device) is None
+    assert "does not compute what PyTorch does" in caplog.text
+
+    def no_compiler(*_: Any) -> None:
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(kernels, "add", no_compiler)
+    assert kernels_on(device) is None
+    assert "RuntimeError: no C compiler" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["Video Swin", "padded Swin", "ViT"])
 def test_a_step_with_the_kernel_is_the_same(
     name: str, kernels: Any, monkeypatch: pytest.MonkeyPatch

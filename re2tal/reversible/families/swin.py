@@ -7,10 +7,10 @@ torchvision's padding, cyclic shift and partition in one step and only for the p
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from math import prod
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -109,8 +109,8 @@ class Windows:
             norm=self.norm,
             attention=self.attention,
             windows=windows,
-            places=_places(windows, mode),
-            mode=mode,
+            kept=(kept := _kept(windows, mode)),
+            light=100 * kept.places.index.nbytes <= x.nbytes,
             units=windows.count,
             elements=tokens * (_scores(x.device) * heads * tokens + 12 * x.shape[-1]),
         )
@@ -150,13 +150,36 @@ class _Windows:
         return self.batch * prod(self.counts)
 
 
+@dataclass(frozen=True, slots=True)
+class _Masks:
+    """Masks of shifted windows, one for each kind: windows that are last along the same axes.
+
+    Attributes:
+        kinds: kind of each window, of which there are at most 8; the first has nothing to mask.
+        index: the same as a tensor.
+        apart: ``(kinds, 1, tokens, tokens)``, true for tokens that were not neighbours.
+    """
+
+    kinds: bytes
+    index: Tensor
+    apart: Tensor
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class _Kept:
+    """Row of each token of windows, ``(windows, tokens)``, and the masks of those with a shift."""
+
+    places: Places
+    masks: _Masks | None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _WindowLayout:
     norm: nn.Module
     attention: Any
     windows: _Windows
-    places: Places  # (windows, tokens): each token's row in the input
-    mode: FakeTensorMode | None
+    kept: _Kept
+    light: bool
     units: int
     elements: int
     contiguous: bool = False
@@ -173,17 +196,17 @@ class _WindowLayout:
 
     def new(self, piece: Tensor, shape: torch.Size) -> Tensor:
         """Make an empty tensor of a shape, with a spare row behind its end if there is padding."""
-        if self.places.padding is None:
+        if self.kept.places.padding is None:
             return piece.new_empty(shape)
         return piece.new_empty(prod(shape[:-1]) + 1, shape[-1])[:-1].view(shape)
 
     def take(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Gather windows ``(windows, tokens, C)``, zero at padding."""
-        return self.places[start:stop].take(x)
+        return self.kept.places[start:stop].take(x)
 
     def put(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:
         """Write the windows' tokens to their rows."""
-        index, padding = self.places.index[start:stop], self.places.padding
+        index, padding = self.kept.places.index[start:stop], self.kept.places.padding
         channels, end = out.shape[-1], out.numel() // out.shape[-1]
         if padding is not None:
             index = index.masked_fill(padding[start:stop, ..., 0], end)
@@ -200,7 +223,7 @@ class _WindowLayout:
         sign: int = 1,
     ) -> None:
         """Add the windows' tokens to their rows."""
-        self.places[start:stop].add(out, piece, grid, sign)
+        self.kept.places[start:stop].add(out, piece, grid, sign)
 
     def run(
         self,
@@ -213,8 +236,8 @@ class _WindowLayout:
         """Compute the attention within each window of a piece, with a fused kernel on a GPU."""
         attention, (bias,) = self.attention, shared
         x = self.norm(piece)
-        if self.places.padding is not None:
-            x = x.masked_fill(self.places.padding[start:stop], 0)
+        if self.kept.places.padding is not None:
+            x = x.masked_fill(self.kept.places.padding[start:stop], 0)
         windows, tokens, channels = x.shape
         qkv = attention.qkv(x).view(windows, tokens, 3, attention.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -226,14 +249,14 @@ class _WindowLayout:
 
     def _masked(self, bias: Tensor, start: int, stop: int) -> Tensor:
         """Add the mask of tokens that were not neighbours: ``(windows or 1, heads, n, n)``."""
-        if not any(self.windows.shift):
+        masks = self.kept.masks
+        if masks is None:
             return bias
-        kinds, index, masks = _masks(self.windows, self.mode)
-        here = kinds[start:stop]
+        here = masks.kinds[start:stop]
         if here.count(here[0]) < len(here):
-            apart = masks.index_select(0, index[start:stop])
+            apart = masks.apart.index_select(0, masks.index[start:stop])
         elif here[0]:
-            apart = masks[here[0] : here[0] + 1]
+            apart = masks.apart[here[0] : here[0] + 1]
         else:
             return bias
         return torch.add(bias, apart, alpha=_MASKED)
@@ -342,18 +365,29 @@ def _sheared_sum(pairs: Tensor) -> Tensor:
     return sums
 
 
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)
-def _places(windows: _Windows, mode: FakeTensorMode | None) -> Places:  # noqa: ARG001
-    """List the row of each window's tokens, ``(windows, tokens)``.
+_KEPT: WeakValueDictionary[tuple[_Windows, FakeTensorMode | None], _Kept] = WeakValueDictionary()
 
-    They are kept for the next pieces, steps and blocks: eight bytes a token, where a stream has
-    hundreds.
+
+@torch.inference_mode(False)
+def _kept(windows: _Windows, mode: FakeTensorMode | None) -> _Kept:
+    """Return what pieces need to know of windows: the same, as long as any layout has it.
+
+    It is eight bytes a token. Where a stream has hundreds of times as many, steps keep their
+    layouts for the backward.
 
     Args:
         windows: the windows.
         mode: mode of fake tensors, which are kept apart from others.
     """
+    found = _KEPT.get((windows, mode))
+    if found is None:
+        masks = _masks(windows) if any(windows.shift) else None
+        found = _KEPT[windows, mode] = _Kept(_places(windows), masks)
+    return found
+
+
+def _places(windows: _Windows) -> Places:
+    """List the row of each window's tokens, ``(windows, tokens)``."""
     axes, device = len(windows.size), windows.device
     row = torch.zeros((1,) * (2 * axes), dtype=torch.long, device=device)
     inside = torch.ones((1,) * (2 * axes), dtype=torch.bool, device=device)
@@ -369,24 +403,8 @@ def _places(windows: _Windows, mode: FakeTensorMode | None) -> Places:  # noqa: 
     return Places(row) if windows.padded == windows.size else Places.behind(row, end)
 
 
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)
-def _masks(
-    windows: _Windows,
-    mode: FakeTensorMode | None,  # noqa: ARG001
-) -> tuple[bytes, Tensor, Tensor]:
-    """Tell which tokens were not neighbours, in each kind of window.
-
-    A window is of a kind with all others that are last along the same axes. So there are at most 8,
-    and the first masks nothing.
-
-    Args:
-        windows: the windows.
-        mode: mode of fake tensors, which are kept apart from others.
-
-    Returns:
-        The kind of each window, the same as a tensor, and ``(kinds, 1, tokens, tokens)`` bools.
-    """
+def _masks(windows: _Windows) -> _Masks:
+    """Tell which tokens were not neighbours, in each kind of window."""
     device = windows.device
     axes = range(len(windows.size))
     # Numbers of the parts of the unshifted input, by window: (windows of a sample, tokens).
@@ -407,7 +425,7 @@ def _masks(
     region = region[[kinds.index(number) for number in range(len(numbers))]]
     apart = region.unsqueeze(1) != region.unsqueeze(2)
     kinds *= windows.batch
-    return kinds, torch.tensor(list(kinds), device=device), apart.unsqueeze(1)
+    return _Masks(kinds, torch.tensor(list(kinds), device=device), apart.unsqueeze(1))
 
 
 def _along(windows: _Windows, axis: int, places: Tensor) -> Tensor:
