@@ -342,7 +342,7 @@ def test_other_backbones_keep_no_floats_of_frames(name: str) -> None:
     """Neither in the forward, where their callers' variables had them, nor for the backward."""
     config, inside = OTHERS[name]
     torch.manual_seed(0)
-    detector = Detector(config.build(), Sum())
+    detector: Detector[Any, Any] = Detector(config.build(), Sum())
     rewire(detector.backbone)
     frames, mask = swin_inputs()
     floats = Exactly(4 * frames.numel())
