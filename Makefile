@@ -75,8 +75,8 @@ serve: $(INSTALLED)  ## answer requests with a model of MLflow on port 5001: mak
 	  $(BIN)/mlflow models serve --model-uri $(MODEL) --env-manager local --port 5001 $(ARGS)
 
 requirements: $(INSTALLED)  ## compile requirements.txt anew from the ranges in pyproject.toml
-	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
-	  --no-emit-index-url --no-emit-find-links --no-header --quiet --upgrade --output-file requirements.txt
+	$(BIN)/uv pip compile pyproject.toml --extra backbones --group dev --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --quiet --upgrade --output-file requirements.txt
 
 clean:  ## remove the environment, the toy data and the runs
 	rm -rf $(VENV) data runs
