@@ -38,8 +38,14 @@ PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --dist
 test: $(INSTALLED)  ## the test suite but for its longest chains; ARGS="-k name" selects
 	$(PYTEST) loadscope -m "not hosts and not long" $(ARGS)
 
-slow: $(INSTALLED)  ## the longest chains: a job and a sweep that are killed, reproduce.py --quick
-	$(PYTEST) loadfile -m long $(ARGS)
+# Beside the environment, as the peers below: one test needs it, nothing that is installed does.
+LIGHTNING := $(VENV)/lightning
+$(LIGHTNING): $(INSTALLED)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@ --no-deps --group lightning
+	@touch $@
+
+slow: $(INSTALLED) $(LIGHTNING)  ## the longest chains: a job and a sweep that are killed, reproduce.py --quick; Lightning
+	PYTHONPATH=$(LIGHTNING) $(PYTEST) loadfile -m long $(ARGS)
 
 hosts: $(INSTALLED)  ## a run on several hosts, one of which dies; ten minutes, as root, the machine to itself
 	$(BIN)/python -m pytest -m hosts $(ARGS)
