@@ -22,8 +22,10 @@ from rich.table import Table
 from pipelines.core.checkout import script_command
 from pipelines.core.tables import csv_text
 from pipelines.core.tracking import Run, log_metrics
+from pipelines.diagnostics.findings import without_password
 from pipelines.training.results import page_of
 from re2tal.errors import UserError
+from sweeps.constraints import MEASURED, MEASURES, keeps
 from sweeps.epoch_reports import RUN_ID
 from sweeps.postprocessing import Postprocessing, search_postprocessing
 from sweeps.study import BASE, ended
@@ -68,6 +70,12 @@ def report(sweep: Sweep, config: SweepConfig, run: Run, study: optuna.Study) -> 
         place = f"pictures/{name}.png"
         run.client.log_figure(run.run_id, figure, place, save_kwargs=whole)
     best = best_trials(study, sweep.objectives, finished)
+    if not best:
+        raise UserError(
+            f"No trial keeps {' and '.join(config.constraint)}: {_nearest(config, finished)}. Give "
+            "the same command with more --trials to go on, or another --constraint. The MLflow run "
+            f"is {run.run_id} in {run.uri}."
+        )
     base = next((t for t in finished if BASE in t.user_attrs), None)
     log_metrics(run, _results(sweep.objectives, best, base), step=0)
     found = _postprocessing(sweep, config, run, best[0])
@@ -82,7 +90,8 @@ def report(sweep: Sweep, config: SweepConfig, run: Run, study: optuna.Study) -> 
     run.client.set_tag(run.run_id, "best.run", chosen["run"])
     for name, value in best[0].params.items():
         run.client.set_tag(run.run_id, f"best.{name}", str(value))
-    Console(width=max(100, Console().width)).print(_table(sweep, best, base))
+    table = _table(sweep, best, base, [one.name for one in config.constraints])
+    Console(width=max(100, Console().width)).print(table)
     for label, fact in _facts(sweep, best, base, counts, run, found):
         print(f"{label:<20}{fact}")
     print(f"\ntrain the best in full:\n  {command}")
@@ -91,13 +100,36 @@ def report(sweep: Sweep, config: SweepConfig, run: Run, study: optuna.Study) -> 
 def best_trials(
     study: optuna.Study, objectives: Sequence[Objective], finished: Sequence[FrozenTrial]
 ) -> list[FrozenTrial]:
-    """Sort the trials that came to their end, the best first.
+    """Sort the trials that came to their end and keep all constraints, the best first.
 
     With several objectives, only trials that no other beats in all of them are kept.
     """
     first = objectives[0].mode == "max"
-    chosen = study.best_trials if len(objectives) > 1 else finished
+    chosen = [trial for trial in finished if keeps(trial)]
+    if len(objectives) > 1:  # without the trials of an earlier sweep, which the study has too
+        own = optuna.create_study(directions=study.directions)
+        own.add_trials(chosen)
+        chosen = [chosen[trial.number] for trial in own.best_trials]
     return sorted(chosen, key=lambda trial: trial.values[0], reverse=first)
+
+
+def _nearest(config: SweepConfig, finished: Sequence[FrozenTrial]) -> str:
+    """Describe the measures of the trial that came nearest to keeping all constraints."""
+    nearest = min(finished, key=lambda trial: max(trial.constraints.values()))
+    values = nearest.user_attrs.get(MEASURED, {})
+    told = (
+        f"{one.name} {values[one.name]:.4g} {MEASURES[one.name].unit}".strip()
+        if one.name in values
+        else f"no {one.name}"
+        for one in config.constraints
+    )
+    return f"trial {nearest.number}, the nearest, reported {', '.join(told)}"
+
+
+def dashboard(url: str) -> str:
+    """Name the storage of Optuna's trials, and the program that shows it in a browser."""
+    shown = without_password(url)
+    return f"{shown} (optuna-dashboard {shlex.quote(shown)}; pip install optuna-dashboard)"
 
 
 def _postprocessing(
@@ -138,21 +170,31 @@ def _csv(objectives: Sequence[Objective], trials: Sequence[FrozenTrial]) -> str:
         values = trial.values if trial.state == TrialState.COMPLETE else [None] * len(metrics)
         facts = {"number": trial.number, "state": trial.state.name.lower()}
         found = dict(zip(metrics, values, strict=True))
-        rows.append({**facts, "run": trial.user_attrs.get(RUN_ID), **found, **trial.params})
-    return csv_text(["number", "state", "run", *metrics, *names], rows)
+        told = {**trial.user_attrs.get(MEASURED, {}), **found, **trial.params}
+        rows.append({**facts, "run": trial.user_attrs.get(RUN_ID), **told})
+    return csv_text(["number", "state", "run", *metrics, *MEASURES, *names], rows)
 
 
-def _table(sweep: Sweep, best: Sequence[FrozenTrial], base: FrozenTrial | None) -> Table:
-    """List the best trials, and the base recipe's."""
+def _table(
+    sweep: Sweep,
+    best: Sequence[FrozenTrial],
+    base: FrozenTrial | None,
+    constrained: Sequence[str],
+) -> Table:
+    """List the best trials and the base recipe's, with the measures that have constraints."""
     several = len(sweep.objectives) > 1
     what = "trials that no other beats in all objectives" if several else "best trials"
     table = Table(title=f"{sweep.name}: {what}, each by its best epoch")
-    for heading in ("trial", *(o.title for o in sweep.objectives), "parameters"):
+    names = list(dict.fromkeys(constrained))
+    measures = [", ".join(filter(None, (name, MEASURES[name].unit))) for name in names]
+    for heading in ("trial", *(o.title for o in sweep.objectives), *measures, "parameters"):
         table.add_column(heading, justify="left" if heading == "parameters" else "right")
     shown = [*best[:_SHOWN], *([base] if base is not None and base not in best[:_SHOWN] else [])]
     for trial in shown:
         number = "base" if base is not None and trial.number == base.number else str(trial.number)
         values = [f"{value:.3f}" for value in trial.values]
+        found = trial.user_attrs.get(MEASURED, {})
+        values += [f"{found[name]:.4g}" if name in found else "-" for name in names]
         params = (assignment(name.rsplit(".", 1)[-1], v) for name, v in trial.params.items())
         table.add_row(number, *values, ", ".join(params))
     return table
@@ -289,6 +331,8 @@ def _figure(plot: Callable[..., Any], study: optuna.Study, **told: Any) -> Figur
     with warnings.catch_warnings():
         # a parameter may have the same value in all trials that ended
         warnings.filterwarnings("ignore", "Attempting to set identical", UserWarning)
+        # or no trial keeps the constraints, so that no line joins the best
+        warnings.filterwarnings("ignore", "No artists with labels found", UserWarning)
         axes = np.ravel(plot(study, **told))[0]
     figure: Figure = axes.figure
     figure.set_size_inches(14, 6)

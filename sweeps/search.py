@@ -37,10 +37,11 @@ from pipelines.core.underway import alone, forget, is_under_way
 from pipelines.training.resuming import digest, last_run, mark
 from pipelines.training.run import Prepared, prepare
 from re2tal.errors import UserError
-from sweeps.report import FINISHED_TRIALS, TRIALS, report
-from sweeps.study import check_space, ended, open_study, searcher
+from sweeps.report import FINISHED_TRIALS, TRIALS, dashboard, report
+from sweeps.study import check_sampler, check_space, ended, open_study, searcher
 from sweeps.sweep import Objective, Sweep, SweepConfig
 from sweeps.trial import EPOCH, NUMBER_TAG, OUTCOME_TAG, Outcomes, children, run_trial
+from sweeps.warm_start import trials_of
 
 _ORPHAN_SECONDS = 60.0
 _DRIVER_CPUS = 0.01  # share of the process that watches over a trial; Ray Tune does not take 0
@@ -97,12 +98,29 @@ def _run(sweep: Sweep, config: SweepConfig) -> Run:
     base = config.trial_recipe
     base = replace(base, save_raw=base.save_raw or sweep.postprocessing)
     base_point = check_space(sweep, base)
+    check_sampler(sweep, config)
+    earlier = trials_of(sweep, config, base) if config.warm_start is not None else []
     ready, _ = prepare(base)
+    if ready.plan.features is not None and not base.scale.gpu:
+        for one in config.constraints:
+            if one.name == "memory":
+                raise UserError(
+                    f"--constraint {one.text!r}: trials on features and without GPUs have no "
+                    "measure of it. Take host_memory."
+                )
     at_a_time = concurrency(config, ready)
     run = _parent(config, ready)
     with finishing(run):
         storage = RDBStorage(config.storage or _file(config, run))
-        study = open_study(sweep, config, storage=storage, name=run.run_id, base_point=base_point)
+        study = open_study(
+            sweep,
+            config,
+            storage=storage,
+            name=run.run_id,
+            base_point=base_point,
+            earlier=earlier,
+        )
+        print(f"Optuna's trials: {dashboard(storage.url)}", flush=True)
         end_children(run, study, output=config.output)
         done = len(ended(study))
         if done < config.trials:
@@ -137,7 +155,9 @@ def _search(
             {"CPU": _DRIVER_CPUS},
         ),
         tune_config=tune.TuneConfig(
-            search_alg=searcher(sweep, study, ready.recipe, storage=storage),
+            search_alg=searcher(
+                sweep, study, ready.recipe, storage=storage, constraints=config.constraints
+            ),
             scheduler=rule,
             num_samples=left,
             max_concurrent_trials=at_a_time,

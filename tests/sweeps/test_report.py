@@ -12,8 +12,11 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import TrialState, create_trial
 
 from pipelines.config.recipes import toy
+from pipelines.core.tracking import start_run
+from re2tal.errors import UserError
 from sweeps.epoch_reports import RUN_ID
-from sweeps.report import best_trials, command_of, pictures
+from sweeps.localizer import SWEEP
+from sweeps.report import best_trials, command_of, pictures, report
 from sweeps.sweep import HIGHEST_MAP, LOWEST_MEMORY, SweepConfig
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +64,30 @@ def test_the_command_trains_as_long_as_the_base_recipe_says(
         python, command = command_of(config, best, None).split(" ", 1)
         assert Path(python).samefile(sys.executable)
         assert command == f"{script} --from-run run0 --epochs 9 --output '/runs of mine'"
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_the_trial_that_came_nearest_is_named_where_none_keeps_the_constraints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = SweepConfig(
+        name="small", epochs=1, output=str(tmp_path), base=toy(), constraint=("memory <= 1GB",)
+    )
+    run = start_run(config, output=config.output)
+    study = optuna.create_study(direction="maximize")
+    for value, memory in ((0.9, 4000.0), (0.3, 1500.0)):
+        trial = create_trial(
+            value=value,
+            params={"rate": value / 10},
+            distributions={"rate": RATES},
+            user_attrs={"measured": {"memory": memory}},
+        )
+        trial.set_constraint("memory <= 1GB", memory / 1000 - 1)
+        study.add_trial(trial)
+    said = "No trial keeps memory <= 1GB: trial 1, the nearest, reported memory 1500 MB"
+    with pytest.raises(UserError, match=said):
+        report(SWEEP, config, run, study)
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
