@@ -90,7 +90,8 @@ def check_space(sweep: Sweep, base: Recipe) -> dict[str, Any]:
     return own.base_point
 
 
-_OPTIONAL = {"cmaes": "cmaes", "auto": "optunahub"}  # packages that samplers need besides Optuna
+# packages that samplers need besides Optuna
+_OPTIONAL = {"cmaes": ("cmaes",), "auto": ("optunahub", "cmaes")}
 
 
 def check_sampler(sweep: Sweep, config: SweepConfig) -> None:
@@ -99,11 +100,11 @@ def check_sampler(sweep: Sweep, config: SweepConfig) -> None:
     Raises:
         UserError: it is not.
     """
-    package = _OPTIONAL.get(config.sampler)
-    if package is not None and find_spec(package) is None:
+    missing = [name for name in _OPTIONAL.get(config.sampler, ()) if find_spec(name) is None]
+    if missing:
         raise UserError(
-            f"--sampler {config.sampler} needs the package {package}, which is not installed: "
-            f"`pip install {package}`, or take another sampler."
+            f"--sampler {config.sampler} needs {' and '.join(missing)}, not installed here: "
+            f"`pip install {' '.join(missing)}`, or take another sampler."
         )
     if config.sampler == "cmaes" and (len(sweep.objectives) > 1 or config.constraint):
         raise UserError(
@@ -143,8 +144,7 @@ def _auto(seed: int) -> BaseSampler:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(
             f"--sampler auto: OptunaHub's auto sampler cannot be loaded ({reason}). Its registry "
-            "has to be reachable once, and its own requirements installed: see "
-            "`optunahub`'s documentation, or take another sampler."
+            "has to be reachable at the first use: try again from there, or take another sampler."
         ) from error
     sampler: BaseSampler = loaded.AutoSampler(seed=seed)
     return sampler

@@ -231,8 +231,8 @@ def test_samplers_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
             check_sampler(SWEEP, config)
             assert type(sampler_of(config)).__name__ == kind
     monkeypatch.setattr(study_module, "find_spec", lambda name: None)
-    for name, package in (("cmaes", "cmaes"), ("auto", "optunahub")):
-        with pytest.raises(UserError, match=f"--sampler {name} needs the package {package}"):
+    for name, package in (("cmaes", "cmaes"), ("auto", "optunahub and cmaes")):
+        with pytest.raises(UserError, match=f"--sampler {name} needs {package}, not installed"):
             check_sampler(SWEEP, replace(CONFIG, sampler=name))
     monkeypatch.setattr(study_module, "find_spec", lambda name: object())
     several = replace(SWEEP, objectives=(HIGHEST_MAP, LOWEST_MEMORY))

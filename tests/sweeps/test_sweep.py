@@ -260,7 +260,7 @@ def test_the_winner_is_trained_by_the_command_that_is_printed(
         (("--trials", "0"), "--trials must be at least 1"),
         (("--constraint", "memory <= 1GiB"), "without GPUs have no measure of it"),
         (("--constraint", "memory <= 1"), "'1' is no limit of memory"),
-        (("--sampler", "auto"), "--sampler auto needs the package optunahub"),
+        (("--sampler", "auto"), "--sampler auto needs optunahub"),
         (("--warm-start", "nothing"), "--warm-start nothing: there is neither"),
     ],
 )
