@@ -6,12 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from optuna.trial import FrozenTrial
-
-from pipelines.core.metric_names import MAP
+from pipelines.core.metric_names import MAP, MEMORY
 from re2tal.memory.fit import parse_size
 from re2tal.memory.live import MEGABYTE
-from sweeps.epoch_reports import MEMORY
 
 HOST_MEMORY, SPEED = "memory/rss_peak_mb", "train/frames_per_second"
 SECONDS = "time_total_s"  # Ray Tune's, with the start of the trial's processes
@@ -129,8 +126,3 @@ def excesses(constraints: Sequence[Constraint], values: Mapping[str, float]) -> 
     return {
         one.text: one.excess(values[one.name]) if one.name in values else 1.0 for one in constraints
     }
-
-
-def keeps(trial: FrozenTrial) -> bool:
-    """Tell whether a trial keeps all constraints of its sweep."""
-    return all(value <= 0 for value in trial.constraints.values())

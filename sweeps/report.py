@@ -25,10 +25,10 @@ from pipelines.core.tracking import Run, log_metrics
 from pipelines.diagnostics.findings import without_password
 from pipelines.training.results import page_of
 from re2tal.errors import UserError
-from sweeps.constraints import MEASURED, MEASURES, keeps
+from sweeps.constraints import MEASURED, MEASURES
 from sweeps.epoch_reports import RUN_ID
-from sweeps.postprocessing import Postprocessing, search_postprocessing
 from sweeps.study import BASE, ended
+from sweeps.suppression import Postprocessing, search_postprocessing
 from sweeps.sweep import Objective, Sweep, SweepConfig
 from sweeps.trial import FIRST_STEP, assignment, children
 
@@ -105,7 +105,7 @@ def best_trials(
     With several objectives, only trials that no other beats in all of them are kept.
     """
     first = objectives[0].mode == "max"
-    chosen = [trial for trial in finished if keeps(trial)]
+    chosen = [t for t in finished if all(excess <= 0 for excess in t.constraints.values())]
     if len(objectives) > 1:  # without the trials of an earlier sweep, which the study has too
         own = optuna.create_study(directions=study.directions)
         own.add_trials(chosen)

@@ -10,9 +10,8 @@ import tyro
 from torch import nn
 
 from pipelines.config.recipe import Recipe
-from pipelines.core.metric_names import MAP
+from pipelines.core.metric_names import MAP, MEMORY
 from sweeps.constraints import Constraint
-from sweeps.epoch_reports import MEMORY
 from sweeps.suggestions import Space
 
 

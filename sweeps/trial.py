@@ -19,13 +19,13 @@ from ray.tune.experiment import Trial
 
 from pipelines.config.recipe import Recipe
 from pipelines.core.cluster import quiet_data
-from pipelines.core.metric_names import BEST_MAP, MAP
+from pipelines.core.metric_names import BEST_MAP, MAP, MEMORY
 from pipelines.core.tracking import Run, log_metrics, start_run
 from pipelines.core.underway import forget
 from pipelines.training.resuming import resume_or_start
 from pipelines.training.run import Prepared, train_run
 from sweeps.constraints import HOST_MEMORY, SPEED
-from sweeps.epoch_reports import MEMORY, RUN_ID, EpochReports
+from sweeps.epoch_reports import RUN_ID, EpochReports
 from sweeps.suggestions import override
 from sweeps.sweep import Objective
 

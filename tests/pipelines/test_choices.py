@@ -18,7 +18,8 @@ from pipelines import detect, evaluate, extract_features, finetune_backbone, tra
 from pipelines.config.choices import own_code
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import RECIPES, toy
-from pipelines.data.feature_extraction import FrozenBackboneConfig, load_backbone
+from pipelines.data.feature_extraction import load_backbone
+from pipelines.data.feature_options import FrozenBackboneConfig
 from pipelines.data.plan import Plan
 from pipelines.experiments import profiles as planner
 from pipelines.training.detection import DetectionTask

@@ -14,11 +14,11 @@ from optuna.trial import TrialState
 
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import toy
-from pipelines.core.metric_names import MAP
+from pipelines.core.metric_names import MAP, MEMORY
 from re2tal.errors import UserError
 from sweeps import study as study_module
 from sweeps.constraints import HOST_MEMORY, MEASURED, SECONDS, SPEED, Constraint
-from sweeps.epoch_reports import MEMORY, RUN_ID
+from sweeps.epoch_reports import RUN_ID
 from sweeps.report import best_trials, dashboard
 from sweeps.search import parse
 from sweeps.study import (
