@@ -4,7 +4,7 @@ import json
 import shlex
 import statistics
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -189,13 +189,14 @@ def _table(
     measures = [", ".join(filter(None, (name, MEASURES[name].unit))) for name in names]
     for heading in ("trial", *(o.title for o in sweep.objectives), *measures, "parameters"):
         table.add_column(heading, justify="left" if heading == "parameters" else "right")
+    short = short_names({name for trial in best for name in trial.params})
     shown = [*best[:_SHOWN], *([base] if base is not None and base not in best[:_SHOWN] else [])]
     for trial in shown:
         number = "base" if base is not None and trial.number == base.number else str(trial.number)
         values = [f"{value:.3f}" for value in trial.values]
         found = trial.user_attrs.get(MEASURED, {})
         values += [f"{found[name]:.4g}" if name in found else "-" for name in names]
-        params = (assignment(name.rsplit(".", 1)[-1], v) for name, v in trial.params.items())
+        params = (assignment(short.get(name, name), v) for name, v in trial.params.items())
         table.add_row(number, *values, ", ".join(params))
     return table
 
@@ -255,7 +256,7 @@ def pictures(
                 **told,
             )
             parallel = _figure(draw.plot_parallel_coordinate, readable, **told)
-            _recolour(parallel)
+            _recolour(parallel, objective)
             figures[f"{prefix}parallel"] = parallel
     if len(objectives) > 1:
         titles = [objective.title for objective in objectives]
@@ -263,19 +264,24 @@ def pictures(
     return figures
 
 
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Return the shortest end of each parameter's dotted name that no other name has."""
+    parts = {name: name.split(".") for name in sorted(names)}
+    short = {}
+    for name, own in parts.items():
+        length = 1
+        while sum(other[-length:] == own[-length:] for other in parts.values()) > 1:
+            length += 1
+        short[name] = ".".join(own[-length:])
+    return short
+
+
 def _with_short_names(study: optuna.Study, finished: Sequence[FrozenTrial]) -> optuna.Study:
-    """Copy the finished trials into a study whose parameters have the ends of their names.
+    """Copy the finished trials into a study whose parameters have short names.
 
     Optuna cuts names after twenty characters, where those of two fields of one part are equal.
     """
-    names = sorted({name for trial in finished for name in trial.params})
-    parts = {name: name.split(".") for name in names}
-    short: dict[str, str] = {}
-    for name in names:
-        length = 1
-        while sum(other[-length:] == parts[name][-length:] for other in parts.values()) > 1:
-            length += 1
-        short[name] = ".".join(parts[name][-length:])
+    short = short_names({name for trial in finished for name in trial.params})
     copy = optuna.create_study(directions=study.directions)
     copy.add_trials(
         optuna.create_trial(
@@ -298,13 +304,14 @@ def _add_pruned(history: Figure, study: optuna.Study) -> None:
         axes.legend()
 
 
-def _recolour(parallel: Figure) -> None:
-    """Give each line a colour that is seen, on white: Optuna's worst trial is white on grey."""
+def _recolour(parallel: Figure, objective: Objective) -> None:
+    """Give each line a colour that is seen, the darker the better: Optuna's worst trial is white.
+
+    For one of several objectives Optuna does not know which values are better.
+    """
     lines = next(c for c in parallel.axes[0].collections if isinstance(c, LineCollection))
     seen = plt.get_cmap("viridis_r")(np.linspace(0.1, 1, 256))
-    if lines.get_cmap().name.endswith("_r"):
-        seen = seen[::-1]
-    lines.set_cmap(ListedColormap(seen))
+    lines.set_cmap(ListedColormap(seen if objective.mode == "max" else seen[::-1]))
     for axes in parallel.axes:
         axes.grid(visible=False)
         for label in axes.get_yticklabels():

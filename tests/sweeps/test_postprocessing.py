@@ -16,8 +16,8 @@ from re2tal.detection.segments import Detections
 from re2tal.detection.suppression import NmsConfig, nms_videos
 from re2tal.errors import UserError
 from sweeps.postprocessing import main
-from sweeps.suppression import search_postprocessing
 from sweeps.suggestions import override
+from sweeps.suppression import search_postprocessing
 
 
 def _repeated(plan: Plan) -> dict[str, Detections]:

@@ -1,5 +1,6 @@
 """What a sweep is summed up in."""
 
+import io
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,14 @@ import optuna
 import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
+from rich.console import Console
 
 from pipelines.config.recipes import toy
 from pipelines.core.tracking import start_run
 from re2tal.errors import UserError
 from sweeps.epoch_reports import RUN_ID
 from sweeps.localizer import SWEEP
-from sweeps.report import best_trials, command_of, pictures, report
+from sweeps.report import _table, best_trials, command_of, pictures, report
 from sweeps.sweep import HIGHEST_MAP, LOWEST_MEMORY, SweepConfig
 
 ROOT = Path(__file__).parents[2]
@@ -122,6 +124,11 @@ def test_pictures_have_readable_names_and_the_pruned_trials() -> None:
     assert named == {HIGHEST_MAP.title, "head_layers", "localizer.heads", "model.heads"}
     (lines,) = drawn["parallel"].axes[0].collections
     assert all(color[:3].min() < 0.8 for color in lines.to_rgba(np.array([0.3, 0.5])))
+    (best, *_) = best_trials(study, (HIGHEST_MAP,), finished)
+    table = Console(width=200, file=io.StringIO())
+    table.print(_table(SWEEP, [best], None, []))
+    printed = table.file.getvalue()  # type: ignore[attr-defined]
+    assert "head_layers=0.7, localizer.heads=0.7, model.heads=0.7" in printed
     marked = drawn["history"].axes[0].collections[-1].get_offsets()
     assert np.array_equal(marked, [[1, 0.2]])
 
@@ -134,3 +141,8 @@ def test_pictures_of_several_objectives_have_the_front() -> None:
     assert set(drawn) == {"front"} | {
         f"{name}_{kind}" for name in ("mAP", "peak_memory_mb") for kind in kinds
     }
+    # the best of either is the darkest: the highest mAP, the lowest memory
+    for name, best, worst in (("mAP", 0.5, 0.3), ("peak_memory_mb", 10.0, 40.0)):
+        (lines,) = drawn[f"{name}_parallel"].axes[0].collections
+        dark, light = lines.to_rgba(np.array([best, worst]))[:, :3].sum(1)
+        assert dark < light - 0.5
