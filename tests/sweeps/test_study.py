@@ -9,7 +9,9 @@ from typing import Any
 import optuna
 import pytest
 from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from pipelines.config.recipe import Recipe
@@ -225,15 +227,21 @@ def test_samplers_learn_to_keep_a_constraint(sampler: Any) -> None:
 
 
 def test_samplers_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, kind in {"random": "RandomSampler", "tpe": "TPESampler", "gp": "GPSampler"}.items():
-        config = replace(CONFIG, sampler=name)
+    kinds: dict[Any, type[BaseSampler]] = {
+        "random": RandomSampler,
+        "tpe": TPESampler,
+        "gp": GPSampler,
+    }
+    for named, kind in kinds.items():
+        config = replace(CONFIG, sampler=named)
         with warnings.catch_warnings(category=ExperimentalWarning, action="ignore"):
             check_sampler(SWEEP, config)
-            assert type(sampler_of(config)).__name__ == kind
+            assert type(sampler_of(config)) is kind
     monkeypatch.setattr(study_module, "find_spec", lambda name: None)
-    for name, package in (("cmaes", "cmaes"), ("auto", "optunahub and cmaes")):
-        with pytest.raises(UserError, match=f"--sampler {name} needs {package}, not installed"):
-            check_sampler(SWEEP, replace(CONFIG, sampler=name))
+    packages: dict[Any, str] = {"cmaes": "cmaes", "auto": "optunahub and cmaes"}
+    for named, missing in packages.items():
+        with pytest.raises(UserError, match=f"--sampler {named} needs {missing}, not installed"):
+            check_sampler(SWEEP, replace(CONFIG, sampler=named))
     monkeypatch.setattr(study_module, "find_spec", lambda name: object())
     several = replace(SWEEP, objectives=(HIGHEST_MAP, LOWEST_MEMORY))
     bound = replace(CONFIG, sampler="cmaes", constraint=("mAP >= 0.1",))
@@ -302,7 +310,7 @@ def test_a_sweep_that_another_cannot_start_from_is_refused(
         made = optuna.create_study(
             storage=f"sqlite:///{tmp_path / 'earlier' / 'optuna.db'}",
             study_name=name,
-            directions=["maximize", "minimize"][: len(sweep.objectives)],
+            directions=[StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE][: len(sweep.objectives)],
         )
         trial = made.ask()
         sweep.space(Suggestions(toy(), trial), toy())
