@@ -270,6 +270,8 @@ def _quiet() -> Iterator[None]:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a sweep reports failed trials itself
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=ExperimentalWarning)
+        # Ray Tune's, where a sampler thinks for more than a second
+        warnings.filterwarnings("ignore", "Define-by-run function", UserWarning)
         yield
 
 

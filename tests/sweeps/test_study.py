@@ -217,6 +217,7 @@ def _searched(storage: BaseStorage, config: SweepConfig, trials: int) -> list[fl
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.filterwarnings("ignore:Define-by-run function")  # takes long on a busy machine
 @pytest.mark.parametrize("sampler", ["tpe", "gp"])
 def test_samplers_learn_to_keep_a_constraint(sampler: Any) -> None:
     free = replace(CONFIG, sampler=sampler)
