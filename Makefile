@@ -38,8 +38,14 @@ PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --dist
 test: $(INSTALLED)  ## the test suite but for its longest chains; ARGS="-k name" selects
 	$(PYTEST) loadscope -m "not hosts and not long" $(ARGS)
 
-slow: $(INSTALLED)  ## the longest chains: a job and a sweep that are killed, reproduce.py --quick
-	$(PYTEST) loadfile -m long $(ARGS)
+# Beside the environment, as the peers below: one test needs it, nothing that is installed does.
+LIGHTNING := $(VENV)/lightning
+$(LIGHTNING): $(INSTALLED)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@ --no-deps --group lightning
+	@touch $@
+
+slow: $(INSTALLED) $(LIGHTNING)  ## the longest chains: a job and a sweep that are killed, reproduce.py --quick; Lightning
+	PYTHONPATH=$(LIGHTNING) $(PYTEST) loadfile -m long $(ARGS)
 
 hosts: $(INSTALLED)  ## a run on several hosts, one of which dies; ten minutes, as root, the machine to itself
 	$(BIN)/python -m pytest -m hosts $(ARGS)
@@ -75,8 +81,8 @@ serve: $(INSTALLED)  ## answer requests with a model of MLflow on port 5001: mak
 	  $(BIN)/mlflow models serve --model-uri $(MODEL) --env-manager local --port 5001 $(ARGS)
 
 requirements: $(INSTALLED)  ## compile requirements.txt anew from the ranges in pyproject.toml
-	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
-	  --no-emit-index-url --no-emit-find-links --no-header --quiet --upgrade --output-file requirements.txt
+	$(BIN)/uv pip compile pyproject.toml --extra backbones --group dev --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --quiet --upgrade --output-file requirements.txt
 
 clean:  ## remove the environment, the toy data and the runs
 	rm -rf $(VENV) data runs

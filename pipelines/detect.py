@@ -21,7 +21,7 @@ import tyro
 from pipelines.config.choices import import_own
 from pipelines.config.command_line import told_shortly
 from pipelines.core.stopping import goes_on, stoppable
-from pipelines.inference.run import DetectConfig, run
+from pipelines.inference.options import DetectConfig
 
 
 def parse(arguments: Sequence[str]) -> DetectConfig:
@@ -35,4 +35,8 @@ if __name__ == "__main__":
         "Start again to go on."
     )
     with told_shortly(failure=failure), stoppable(goes_on):
-        run(parse(sys.argv[1:]))
+        config = parse(sys.argv[1:])
+        # here, because a mistyped option needs neither Ray nor MLflow, which take seconds to import
+        from pipelines.inference.run import run
+
+        run(config)

@@ -30,7 +30,7 @@ import tyro
 
 from pipelines.config.choices import import_own
 from pipelines.config.command_line import told_shortly
-from pipelines.inference.evaluation import EvaluateConfig, evaluate_run
+from pipelines.inference.options import EvaluateConfig
 
 
 def parse(arguments: Sequence[str]) -> EvaluateConfig:
@@ -44,4 +44,8 @@ if __name__ == "__main__":
     with told_shortly(
         failure="the detector failed; with less memory it may go through: lower --batch-size.",
     ):
-        evaluate_run(parse(sys.argv[1:]))
+        config = parse(sys.argv[1:])
+        # here, because a mistyped option needs neither Ray nor MLflow, which take seconds to import
+        from pipelines.inference.evaluation import evaluate_run
+
+        evaluate_run(config)

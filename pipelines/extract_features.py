@@ -24,10 +24,7 @@ import tyro
 from pipelines.config.choices import import_own
 from pipelines.config.command_line import told_shortly
 from pipelines.core.stopping import goes_on, stoppable
-from pipelines.data.feature_extraction import (
-    ExtractConfig,
-    extract_features,
-)
+from pipelines.data.feature_options import ExtractConfig
 
 
 def parse(arguments: Sequence[str]) -> ExtractConfig:
@@ -42,4 +39,8 @@ if __name__ == "__main__":
         told_shortly(failure="features could not be made. Start again to go on."),
         stoppable(goes_on),
     ):
-        extract_features(parse(sys.argv[1:]))
+        config = parse(sys.argv[1:])
+        # here, because a mistyped option needs neither Ray nor MLflow, which take seconds to import
+        from pipelines.data.feature_extraction import extract_features
+
+        extract_features(config)

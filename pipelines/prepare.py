@@ -20,7 +20,6 @@ from pipelines.config.command_line import told_shortly
 from pipelines.core.stopping import goes_on, stoppable
 from pipelines.data.inputs import resolved
 from pipelines.data.plan import read_annotations
-from pipelines.data.shard_writing import ShardFolder
 from pipelines.data.shards import SHARDS, Manifest
 from re2tal.videos.transcoding import TranscodeConfig
 
@@ -62,6 +61,9 @@ def prepare(config: PrepareConfig) -> Manifest:
         UserError: something is missing; the folder holds shards of other settings, or damaged ones;
             or too many videos failed (the others are in their shards).
     """
+    # here, because a mistyped option does not need Ray, which takes seconds to import
+    from pipelines.data.shard_writing import ShardFolder
+
     config = resolved(config, needed=("annotations", "videos"), written=("output",))
     folder = ShardFolder(
         str(config.output),

@@ -10,10 +10,9 @@ from typing import Any
 from ray.train import Checkpoint
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from pipelines.core.metric_names import MAP, UNSCORED
+from pipelines.core.metric_names import MAP, MEMORY, UNSCORED
 
 RUN_ID = "run_id"
-MEMORY = "sweep/peak_memory_mb"
 
 
 class EpochReports(TuneReportCallback):

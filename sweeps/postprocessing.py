@@ -7,32 +7,14 @@ do):
 """
 
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import optuna
 import tyro
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
-from optuna.samplers import TPESampler
 
 from pipelines.config.command_line import told_shortly
-from pipelines.config.recipe import Recipe
-from pipelines.core.metric_names import MAP
-from pipelines.core.progress import doing
-from pipelines.core.storage import absolute, fetch
-from pipelines.core.tracking import Run, finishing, log_metrics, recipe_of, start_run, tracking_uri
-from pipelines.data.inputs import resolved
-from pipelines.data.plan import Plan, evaluation_plan, read_annotations, read_video_scores
-from pipelines.training.detection import RAW_FILE, DetectionTask
-from re2tal.detection.raw import read_raw
-from re2tal.detection.segments import Detections
-from re2tal.detection.suppression import nms_videos
-from re2tal.errors import UserError, apart
-from sweeps.suggestions import Suggestions, override
-from sweeps.trial import log_searched
+from pipelines.core.storage import absolute
+from pipelines.core.tracking import Run, tracking_uri
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,121 +34,12 @@ class PostprocessingConfig:
     output: str = "runs"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Postprocessing:
-    """Result of a search.
-
-    Attributes:
-        values: values for fields of the recipe, by dotted name.
-        before: average mAP with the recipe's own values.
-        after: average mAP with these; not lower.
-        run: the search's run in MLflow.
-    """
-
-    values: dict[str, Any]
-    before: float
-    after: float
-    run: Run
-
-    @property
-    def options(self) -> list[str]:
-        """Values as options of `train.py`."""
-        words = []
-        for name, value in self.values.items():
-            words += [f"--{name.replace('_', '-')}", str(value)]
-        return words
-
-
-def space(suggest: Suggestions) -> None:
-    """Ask for the suppression of overlapping detections, and for their voting."""
-    method = suggest.choice("nms.method", ("soft", "hard"))
-    if method == "soft":
-        suggest.log_float("nms.sigma", 0.05, 2.0)
-    elif method == "hard":
-        suggest.number("nms.iou", 0.1, 0.9)
-    if suggest.choice("nms.voting", ("none", "score", "score_tiou")) != "none":
-        suggest.number("nms.voting_iou", 0.5, 0.95)
-
-
-def search_postprocessing(run: Run, *, trials: int, seed: int, parent: str) -> Postprocessing:
-    """Search the post-processing of a run's detections, in a run of its own in MLflow.
-
-    Args:
-        run: run that kept its raw detections.
-        trials: number of trials, the recipe's own settings among them.
-        seed: seed of the search.
-        parent: id of the MLflow run that the search is part of.
-
-    Raises:
-        UserError: the run kept no raw detections, or these or its annotations cannot be read.
-    """
-    recipe = recipe_of(run)
-    with tempfile.TemporaryDirectory() as folder:
-        uri = f"runs:/{run.run_id}/{RAW_FILE}"
-        what = "Raw detections, which a run keeps with --save-raw"
-        path = fetch(uri, Path(folder), tracking_uri=run.uri, what=what)
-        raw, _ = read_raw(path)
-    plan = _plan(recipe, raw)
-    tags = {MLFLOW_PARENT_RUN_ID: parent, MLFLOW_RUN_NAME: f"{recipe.name} post-processing"}
-    tracked = start_run(recipe, output=recipe.output, tags=tags)
-    with finishing(tracked):
-        study = _search(recipe, plan, raw, trials=trials, seed=seed)
-        best = study.best_trial
-        before, after = study.trials[0].value or 0.0, best.value or 0.0
-        log_searched(tracked, best.params)
-        log_metrics(tracked, {"base/val/mAP": before, MAP: after}, step=0)
-        for number, trial in enumerate(study.trials):
-            log_metrics(tracked, {"sweep/mAP": trial.value or 0.0}, step=number)
-    values = best.user_attrs["values"]
-    return Postprocessing(values=values, before=before, after=after, run=tracked)
-
-
-def _search(
-    recipe: Recipe, plan: Plan, raw: Mapping[str, Detections], *, trials: int, seed: int
-) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(direction="maximize", sampler=TPESampler(seed=seed))
-    own = Suggestions(recipe)
-    space(own)
-    study.enqueue_trial(own.base_point)
-
-    def quality(trial: optuna.Trial) -> float:
-        suggestions = Suggestions(recipe, trial)
-        space(suggestions)
-        trial.set_user_attr("values", suggestions.values)
-        changed = override(recipe, suggestions.values)
-        task = DetectionTask(recipe=changed, plan=plan)
-        _, metrics = task.judged(nms_videos(raw, changed.nms))
-        return metrics[MAP]
-
-    with doing("searching the post-processing, without training") as count:
-        study.optimize(
-            quality,
-            n_trials=trials,
-            callbacks=[lambda study, _: count(len(study.get_trials(deepcopy=False)), trials)],
-        )
-    return study
-
-
-def _plan(recipe: Recipe, raw: Mapping[str, Detections]) -> Plan:
-    """Plan the validation videos that have detections; their files are not needed."""
-    data = resolved(recipe.data, needed=("annotations",), prefix="--data.")
-    annotations = read_annotations(data)
-    annotated = annotations.subset(data.evaluated_on).videos
-    videos = [video for video in annotated if video.video_id in raw]
-    if not videos:
-        raise UserError(
-            f"The run's raw detections are of none of the {len(annotated)} videos of "
-            f"{data.annotations}, which must have changed since: put back what it was trained on. "
-            f"{apart(raw, [video.video_id for video in annotated])}."
-        )
-    scores = read_video_scores(data, annotations.classes, videos)
-    return evaluation_plan(annotations, videos, scores)
-
-
 def main(arguments: Sequence[str]) -> None:
     """Search from the command line, without the program's name."""
     config = tyro.cli(PostprocessingConfig, args=arguments, description=__doc__)
+    # here, because a mistyped option needs neither Ray nor MLflow, which take seconds to import
+    from sweeps.suppression import search_postprocessing
+
     run = Run(uri=tracking_uri(absolute(config.output)), run_id=config.run)
     with told_shortly():
         found = search_postprocessing(

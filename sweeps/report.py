@@ -4,7 +4,7 @@ import json
 import shlex
 import statistics
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -22,11 +22,13 @@ from rich.table import Table
 from pipelines.core.checkout import script_command
 from pipelines.core.tables import csv_text
 from pipelines.core.tracking import Run, log_metrics
+from pipelines.diagnostics.findings import without_password
 from pipelines.training.results import page_of
 from re2tal.errors import UserError
+from sweeps.constraints import MEASURED, MEASURES
 from sweeps.epoch_reports import RUN_ID
-from sweeps.postprocessing import Postprocessing, search_postprocessing
 from sweeps.study import BASE, ended
+from sweeps.suppression import Postprocessing, search_postprocessing
 from sweeps.sweep import Objective, Sweep, SweepConfig
 from sweeps.trial import FIRST_STEP, assignment, children
 
@@ -68,6 +70,12 @@ def report(sweep: Sweep, config: SweepConfig, run: Run, study: optuna.Study) -> 
         place = f"pictures/{name}.png"
         run.client.log_figure(run.run_id, figure, place, save_kwargs=whole)
     best = best_trials(study, sweep.objectives, finished)
+    if not best:
+        raise UserError(
+            f"No trial keeps {' and '.join(config.constraint)}: {_nearest(config, finished)}. Give "
+            "the same command with more --trials to go on, or another --constraint. The MLflow run "
+            f"is {run.run_id} in {run.uri}."
+        )
     base = next((t for t in finished if BASE in t.user_attrs), None)
     log_metrics(run, _results(sweep.objectives, best, base), step=0)
     found = _postprocessing(sweep, config, run, best[0])
@@ -82,7 +90,8 @@ def report(sweep: Sweep, config: SweepConfig, run: Run, study: optuna.Study) -> 
     run.client.set_tag(run.run_id, "best.run", chosen["run"])
     for name, value in best[0].params.items():
         run.client.set_tag(run.run_id, f"best.{name}", str(value))
-    Console(width=max(100, Console().width)).print(_table(sweep, best, base))
+    table = _table(sweep, best, base, [one.name for one in config.constraints])
+    Console(width=max(100, Console().width)).print(table)
     for label, fact in _facts(sweep, best, base, counts, run, found):
         print(f"{label:<20}{fact}")
     print(f"\ntrain the best in full:\n  {command}")
@@ -91,13 +100,36 @@ def report(sweep: Sweep, config: SweepConfig, run: Run, study: optuna.Study) -> 
 def best_trials(
     study: optuna.Study, objectives: Sequence[Objective], finished: Sequence[FrozenTrial]
 ) -> list[FrozenTrial]:
-    """Sort the trials that came to their end, the best first.
+    """Sort the trials that came to their end and keep all constraints, the best first.
 
     With several objectives, only trials that no other beats in all of them are kept.
     """
     first = objectives[0].mode == "max"
-    chosen = study.best_trials if len(objectives) > 1 else finished
+    chosen = [t for t in finished if all(excess <= 0 for excess in t.constraints.values())]
+    if len(objectives) > 1:  # without the trials of an earlier sweep, which the study has too
+        own = optuna.create_study(directions=study.directions)
+        own.add_trials(chosen)
+        chosen = [chosen[trial.number] for trial in own.best_trials]
     return sorted(chosen, key=lambda trial: trial.values[0], reverse=first)
+
+
+def _nearest(config: SweepConfig, finished: Sequence[FrozenTrial]) -> str:
+    """Describe the measures of the trial that came nearest to keeping all constraints."""
+    nearest = min(finished, key=lambda trial: max(trial.constraints.values()))
+    values = nearest.user_attrs.get(MEASURED, {})
+    told = (
+        f"{one.name} {values[one.name]:.4g} {MEASURES[one.name].unit}".strip()
+        if one.name in values
+        else f"no {one.name}"
+        for one in config.constraints
+    )
+    return f"trial {nearest.number}, the nearest, reported {', '.join(told)}"
+
+
+def dashboard(url: str) -> str:
+    """Name the storage of Optuna's trials, and the program that shows it in a browser."""
+    shown = without_password(url)
+    return f"{shown} (optuna-dashboard {shlex.quote(shown)}; pip install optuna-dashboard)"
 
 
 def _postprocessing(
@@ -138,22 +170,33 @@ def _csv(objectives: Sequence[Objective], trials: Sequence[FrozenTrial]) -> str:
         values = trial.values if trial.state == TrialState.COMPLETE else [None] * len(metrics)
         facts = {"number": trial.number, "state": trial.state.name.lower()}
         found = dict(zip(metrics, values, strict=True))
-        rows.append({**facts, "run": trial.user_attrs.get(RUN_ID), **found, **trial.params})
-    return csv_text(["number", "state", "run", *metrics, *names], rows)
+        told = {**trial.user_attrs.get(MEASURED, {}), **found, **trial.params}
+        rows.append({**facts, "run": trial.user_attrs.get(RUN_ID), **told})
+    return csv_text(["number", "state", "run", *metrics, *MEASURES, *names], rows)
 
 
-def _table(sweep: Sweep, best: Sequence[FrozenTrial], base: FrozenTrial | None) -> Table:
-    """List the best trials, and the base recipe's."""
+def _table(
+    sweep: Sweep,
+    best: Sequence[FrozenTrial],
+    base: FrozenTrial | None,
+    constrained: Sequence[str],
+) -> Table:
+    """List the best trials and the base recipe's, with the measures that have constraints."""
     several = len(sweep.objectives) > 1
     what = "trials that no other beats in all objectives" if several else "best trials"
     table = Table(title=f"{sweep.name}: {what}, each by its best epoch")
-    for heading in ("trial", *(o.title for o in sweep.objectives), "parameters"):
+    names = list(dict.fromkeys(constrained))
+    measures = [", ".join(filter(None, (name, MEASURES[name].unit))) for name in names]
+    for heading in ("trial", *(o.title for o in sweep.objectives), *measures, "parameters"):
         table.add_column(heading, justify="left" if heading == "parameters" else "right")
+    short = short_names({name for trial in best for name in trial.params})
     shown = [*best[:_SHOWN], *([base] if base is not None and base not in best[:_SHOWN] else [])]
     for trial in shown:
         number = "base" if base is not None and trial.number == base.number else str(trial.number)
         values = [f"{value:.3f}" for value in trial.values]
-        params = (assignment(name.rsplit(".", 1)[-1], v) for name, v in trial.params.items())
+        found = trial.user_attrs.get(MEASURED, {})
+        values += [f"{found[name]:.4g}" if name in found else "-" for name in names]
+        params = (assignment(short.get(name, name), v) for name, v in trial.params.items())
         table.add_row(number, *values, ", ".join(params))
     return table
 
@@ -213,7 +256,7 @@ def pictures(
                 **told,
             )
             parallel = _figure(draw.plot_parallel_coordinate, readable, **told)
-            _recolour(parallel)
+            _recolour(parallel, objective)
             figures[f"{prefix}parallel"] = parallel
     if len(objectives) > 1:
         titles = [objective.title for objective in objectives]
@@ -221,19 +264,24 @@ def pictures(
     return figures
 
 
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Return the shortest end of each parameter's dotted name that no other name has."""
+    parts = {name: name.split(".") for name in sorted(names)}
+    short = {}
+    for name, own in parts.items():
+        length = 1
+        while sum(other[-length:] == own[-length:] for other in parts.values()) > 1:
+            length += 1
+        short[name] = ".".join(own[-length:])
+    return short
+
+
 def _with_short_names(study: optuna.Study, finished: Sequence[FrozenTrial]) -> optuna.Study:
-    """Copy the finished trials into a study whose parameters have the ends of their names.
+    """Copy the finished trials into a study whose parameters have short names.
 
     Optuna cuts names after twenty characters, where those of two fields of one part are equal.
     """
-    names = sorted({name for trial in finished for name in trial.params})
-    parts = {name: name.split(".") for name in names}
-    short: dict[str, str] = {}
-    for name in names:
-        length = 1
-        while sum(other[-length:] == parts[name][-length:] for other in parts.values()) > 1:
-            length += 1
-        short[name] = ".".join(parts[name][-length:])
+    short = short_names({name for trial in finished for name in trial.params})
     copy = optuna.create_study(directions=study.directions)
     copy.add_trials(
         optuna.create_trial(
@@ -256,13 +304,14 @@ def _add_pruned(history: Figure, study: optuna.Study) -> None:
         axes.legend()
 
 
-def _recolour(parallel: Figure) -> None:
-    """Give each line a colour that is seen, on white: Optuna's worst trial is white on grey."""
+def _recolour(parallel: Figure, objective: Objective) -> None:
+    """Give each line a colour that is seen, the darker the better: Optuna's worst trial is white.
+
+    For one of several objectives Optuna does not know which values are better.
+    """
     lines = next(c for c in parallel.axes[0].collections if isinstance(c, LineCollection))
     seen = plt.get_cmap("viridis_r")(np.linspace(0.1, 1, 256))
-    if lines.get_cmap().name.endswith("_r"):
-        seen = seen[::-1]
-    lines.set_cmap(ListedColormap(seen))
+    lines.set_cmap(ListedColormap(seen if objective.mode == "max" else seen[::-1]))
     for axes in parallel.axes:
         axes.grid(visible=False)
         for label in axes.get_yticklabels():
@@ -289,6 +338,8 @@ def _figure(plot: Callable[..., Any], study: optuna.Study, **told: Any) -> Figur
     with warnings.catch_warnings():
         # a parameter may have the same value in all trials that ended
         warnings.filterwarnings("ignore", "Attempting to set identical", UserWarning)
+        # or no trial keeps the constraints, so that no line joins the best
+        warnings.filterwarnings("ignore", "No artists with labels found", UserWarning)
         axes = np.ravel(plot(study, **told))[0]
     figure: Figure = axes.figure
     figure.set_size_inches(14, 6)

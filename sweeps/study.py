@@ -1,20 +1,23 @@
 """Optuna's study of a sweep, kept where a killed sweep finds it again."""
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import optuna
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.storages import RDBStorage
+from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search.optuna import OptunaSearch
 
 from pipelines.config.recipe import Recipe
 from re2tal.errors import UserError
+from sweeps.constraints import MEASURED, Constraint, excesses, measured
 from sweeps.epoch_reports import RUN_ID
 from sweeps.suggestions import Suggestions, override
 from sweeps.sweep import Sweep, SweepConfig
 from sweeps.trial import EPOCH, FINISHED, TrialConfig
+from sweeps.warm_start import WARM
 
 _INTERRUPTED = "interrupted"  # attribute of a study: numbers of trials that a kill interrupted
 BASE = "base"  # attribute of the trial that trains the base recipe
@@ -26,10 +29,14 @@ class SweepSearch(OptunaSearch):
     """Ray Tune's Optuna searcher, which reports pruned trials to Optuna as pruned.
 
     Ray would report them as complete, with the value of the epoch that they came to.
+
+    Args:
+        constraints: constraints of the sweep; Optuna learns by how far a trial breaks them.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, constraints: Sequence[Constraint] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._constraints = constraints
         self._told: set[tuple[str, int]] = set()
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -45,11 +52,18 @@ class SweepSearch(OptunaSearch):
         """Report the end of a trial to Optuna, with its last result."""
         if result and RUN_ID in result:
             self._ot_trials[trial_id].set_user_attr(RUN_ID, result[RUN_ID])
-        if not (result and result.get(FINISHED)):
+        if result and result.get(FINISHED):
+            self._set_measures(self._ot_trials[trial_id], measured(result))
+        else:
             if result and EPOCH in result:  # Ray Tune withholds the result it stops at
                 self.on_trial_result(trial_id, result)
             result = None
         super().on_trial_complete(trial_id, result, error)
+
+    def _set_measures(self, trial: optuna.Trial, values: Mapping[str, float]) -> None:
+        trial.set_user_attr(MEASURED, dict(values))
+        for text, excess in excesses(self._constraints, values).items():
+            trial.set_constraint(text, excess)
 
 
 def check_space(sweep: Sweep, base: Recipe) -> dict[str, Any]:
@@ -76,25 +90,79 @@ def check_space(sweep: Sweep, base: Recipe) -> dict[str, Any]:
     return own.base_point
 
 
-def _sampler(config: SweepConfig, existing: int) -> BaseSampler:
+# packages that samplers need besides Optuna
+_OPTIONAL = {"cmaes": ("cmaes",), "auto": ("optunahub", "cmaes")}
+
+
+def check_sampler(sweep: Sweep, config: SweepConfig) -> None:
+    """Check that the sampler is installed, and made for a sweep of this kind.
+
+    Raises:
+        UserError: it is not.
+    """
+    missing = [name for name in _OPTIONAL.get(config.sampler, ()) if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"--sampler {config.sampler} needs {' and '.join(missing)}, not installed here: "
+            f"`pip install {' '.join(missing)}`, or take another sampler."
+        )
+    if config.sampler == "cmaes" and (len(sweep.objectives) > 1 or config.constraint):
+        raise UserError(
+            "--sampler cmaes searches for one objective and knows no constraints: take tpe or gp."
+        )
+
+
+def sampler_of(config: SweepConfig, existing: int = 0) -> BaseSampler:
+    """Make the sampler that a configuration names.
+
+    Args:
+        config: configuration of the sweep.
+        existing: number of trials that the study has.
+
+    Raises:
+        UserError: OptunaHub's sampler cannot be loaded.
+    """
     # a sweep that goes on must not draw again what it has drawn
-    seed = config.seed + existing
+    seed, by_chance = config.seed + existing, max(4, min(10, config.trials // 3))
     if config.sampler == "random":
         return RandomSampler(seed=seed)
-    return TPESampler(seed=seed, n_startup_trials=max(4, min(10, config.trials // 3)))
+    if config.sampler == "gp":  # a parameter that not all trials have is drawn by chance
+        return GPSampler(seed=seed, n_startup_trials=by_chance, warn_independent_sampling=False)
+    if config.sampler == "cmaes":
+        return CmaEsSampler(seed=seed, n_startup_trials=by_chance, warn_independent_sampling=False)
+    if config.sampler == "auto":
+        return _auto(seed)
+    return TPESampler(seed=seed, n_startup_trials=by_chance)
+
+
+def _auto(seed: int) -> BaseSampler:
+    import optunahub  # installed by who wants it
+
+    try:  # from OptunaHub's registry, or its copy of an earlier time
+        loaded = optunahub.load_module("samplers/auto_sampler")
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"--sampler auto: OptunaHub's auto sampler cannot be loaded ({reason}). Its registry "
+            "has to be reachable at the first use: try again from there, or take another sampler."
+        ) from error
+    sampler: BaseSampler = loaded.AutoSampler(seed=seed)
+    return sampler
 
 
 def open_study(
     sweep: Sweep,
     config: SweepConfig,
     *,
-    storage: RDBStorage,
+    storage: BaseStorage,
     name: str,
     base_point: Mapping[str, Any],
+    earlier: Sequence[FrozenTrial] = (),
 ) -> optuna.Study:
     """Open the study of a sweep, or make it with the base recipe as its first trial.
 
-    Trials that a kill interrupted are tried again first. `check_space` gives `base_point`.
+    Trials that a kill interrupted are tried again first. `check_space` gives `base_point`, and
+    `trials_of` the trials of an earlier sweep, which a new study gets.
     """
     directions: list[Literal["maximize", "minimize"]]
     directions = ["maximize" if o.mode == "max" else "minimize" for o in sweep.objectives]
@@ -102,9 +170,12 @@ def open_study(
         storage=storage, study_name=name, directions=directions, load_if_exists=True
     )
     trials = study.get_trials(deepcopy=False)
-    study.sampler = _sampler(config, len(trials))
+    study.sampler = sampler_of(config, len(trials))
     if not trials:
         study.enqueue_trial(dict(base_point))
+        study.add_trials(earlier)
+        if earlier:
+            print(f"starting from {len(earlier)} trials of the sweep {earlier[0].user_attrs[WARM]}")
     interrupted = [trial for trial in trials if trial.state == TrialState.RUNNING]
     for trial in interrupted:
         study.tell(trial.number, state=TrialState.FAIL)
@@ -115,14 +186,23 @@ def open_study(
 
 
 def ended(study: optuna.Study) -> list[FrozenTrial]:
-    """List the trials of a sweep that ended by themselves, by being pruned or by failing."""
+    """List the trials of a sweep that ended by themselves, by being pruned or by failing.
+
+    Those of an earlier sweep that it started from are not its own.
+    """
     interrupted = study.user_attrs.get(_INTERRUPTED, ())
     trials = study.get_trials(deepcopy=False, states=_ENDED)
-    return [trial for trial in trials if trial.number not in interrupted]
+    own = (trial for trial in trials if WARM not in trial.user_attrs)
+    return [trial for trial in own if trial.number not in interrupted]
 
 
 def searcher(
-    sweep: Sweep, study: optuna.Study, base: Recipe, *, storage: RDBStorage
+    sweep: Sweep,
+    study: optuna.Study,
+    base: Recipe,
+    *,
+    storage: BaseStorage,
+    constraints: Sequence[Constraint] = (),
 ) -> SweepSearch:
     """Make the searcher that proposes trials to Ray Tune from an open study."""
     metrics: Sequence[str] = [o.metric for o in sweep.objectives]
@@ -135,6 +215,7 @@ def searcher(
         sampler=study.sampler,
         study_name=study.study_name,
         storage=storage,
+        constraints=constraints,
     )
 
 

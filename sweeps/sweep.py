@@ -3,14 +3,15 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from torch import nn
 
 from pipelines.config.recipe import Recipe
-from pipelines.core.metric_names import MAP
-from sweeps.epoch_reports import MEMORY
+from pipelines.core.metric_names import MAP, MEMORY
+from sweeps.constraints import Constraint
 from sweeps.suggestions import Space
 
 
@@ -107,7 +108,14 @@ class SweepConfig:
         epochs: length of a trial. The base recipe's own is for the winner.
         pruning: rule that stops trials that do worse than others: asynchronous successive halving,
             the median of the others, or none. A search for several objectives stops none.
-        sampler: source of proposals: the tree-structured Parzen estimator, or chance, to compare.
+        sampler: source of proposals: the tree-structured Parzen estimator; Gaussian processes;
+            CMA-ES, for a single objective without constraints; OptunaHub's choice by the space; or
+            chance, to compare.
+        constraint: bound that the best trial keeps, such as "memory <= 20GiB", where a trial's
+            measures are mAP, memory (of the GPU), host_memory, frames_per_second and time; may be
+            given several times.
+        warm_start: earlier sweep whose trials the sampler knows from the start: the id of its run,
+            its folder, its optuna.db, or the URL of its storage.
         seed: seed of the sampler.
         minutes: time after which no trial goes on; None for no such budget.
         storage: URL of a database for Optuna's trials, such as a schema of MLflow's PostgreSQL
@@ -124,7 +132,9 @@ class SweepConfig:
     concurrency: int | None = None
     epochs: int
     pruning: Literal["asha", "median", "none"] = "asha"
-    sampler: Literal["tpe", "random"] = "tpe"
+    sampler: Literal["tpe", "gp", "cmaes", "auto", "random"] = "tpe"
+    constraint: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    warm_start: str | None = None
     seed: int = 0
     minutes: float | None = None
     storage: str | None = None
@@ -138,6 +148,12 @@ class SweepConfig:
                 raise ValueError(f"--{name} must be at least {least}, not {value}.")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"--minutes must be above 0, not {self.minutes:g}.")
+        _ = self.constraints
+
+    @property
+    def constraints(self) -> tuple[Constraint, ...]:
+        """Constraints of the best trial."""
+        return tuple(map(Constraint.of, self.constraint))
 
     @property
     def trial_recipe(self) -> Recipe:

@@ -1,6 +1,7 @@
 """Trials that Ray Tune starts: each trains as `train.py` does, and its outcome goes to MLflow."""
 
 import math
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,12 +19,13 @@ from ray.tune.experiment import Trial
 
 from pipelines.config.recipe import Recipe
 from pipelines.core.cluster import quiet_data
-from pipelines.core.metric_names import BEST_MAP, MAP
+from pipelines.core.metric_names import BEST_MAP, MAP, MEMORY
 from pipelines.core.tracking import Run, log_metrics, start_run
 from pipelines.core.underway import forget
 from pipelines.training.resuming import resume_or_start
 from pipelines.training.run import Prepared, train_run
-from sweeps.epoch_reports import MEMORY, RUN_ID, EpochReports
+from sweeps.constraints import HOST_MEMORY, SPEED
+from sweeps.epoch_reports import RUN_ID, EpochReports
 from sweeps.suggestions import override
 from sweeps.sweep import Objective
 
@@ -71,7 +73,8 @@ def run_trial(config: Mapping[str, Any], *, ready: Prepared, parent: str, thread
     memory = peak_memory(run)
     log_metrics(run, memory, step=0)
     # also when all epochs were through before this trial was started again
-    tune.report({**score_of(run), **memory, EPOCH: ready.recipe.epochs, FINISHED: True})
+    ended = {EPOCH: ready.recipe.epochs, FINISHED: True}
+    tune.report({**score_of(run), **memory, **costs(run), **ended})
 
 
 def _name(run: Run, trial: TrialConfig, recipe: str) -> None:
@@ -109,6 +112,16 @@ def peak_memory(run: Run) -> dict[str, float]:
         if values:
             return {MEMORY: max(values)}
     return {}
+
+
+def costs(run: Run) -> dict[str, float]:
+    """Return the other metrics that constraints may be about: host memory, and speed."""
+    found = {}
+    for name, of in ((HOST_MEMORY, max), (SPEED, statistics.median)):
+        values = [m.value for m in run.client.get_metric_history(run.run_id, name)]
+        if values:
+            found[name] = of(values)
+    return found
 
 
 FIRST_STEP = "sweep/seconds_to_first_step"

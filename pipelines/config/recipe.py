@@ -200,6 +200,25 @@ class ScaleConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PoolConfig:
+    """Actors that run a model, and the tasks that decode for them.
+
+    Attributes:
+        actors: processes that run the model; by default one a GPU.
+        gpu: give each of them a GPU; by default if the cluster has any.
+        cpus_per_actor: logical CPUs that each of them holds; what is left over decodes videos.
+        cpus_per_decoder: logical CPUs that a decoding task holds, so how many of them run at once.
+        decoder_threads: threads of a decoding task; more than one only helps with large pictures.
+    """
+
+    actors: int | None = None
+    gpu: bool | None = None
+    cpus_per_actor: float = 1.0
+    cpus_per_decoder: float = 0.5
+    decoder_threads: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
     """Checkpoints that are written, and those that are kept beside the newest.
 

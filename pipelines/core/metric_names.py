@@ -11,6 +11,7 @@ MAP = "val/mAP"
 VALIDATION_LOSS = "val/loss"
 WATCHED_MAP = "train/mAP"  # on the fixed handful of training videos
 BEST_MAP = "best.mAP"  # tag of a run: mAP of the checkpoint that is its model
+MEMORY = "sweep/peak_memory_mb"  # of a sweep's trial
 UNSCORED = -1.0  # score of a checkpoint that was not evaluated: any other is better
 
 _MAX_LENGTH = 200  # MLflow's own limit is 250, with the groups in front

@@ -9,7 +9,7 @@ import ray.data
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipelines.config.recipe import ScaleConfig
+from pipelines.config.recipe import PoolConfig, ScaleConfig
 from pipelines.core.gpus import free_memory
 from re2tal.errors import UserError
 
@@ -103,25 +103,6 @@ def free_gpu_memory() -> list[int]:
         raise UserError(
             f"The cluster's GPUs could not be asked for their memory: {reason}"
         ) from failed
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PoolConfig:
-    """Actors that run a model, and the tasks that decode for them.
-
-    Attributes:
-        actors: processes that run the model; by default one a GPU.
-        gpu: give each of them a GPU; by default if the cluster has any.
-        cpus_per_actor: logical CPUs that each of them holds; what is left over decodes videos.
-        cpus_per_decoder: logical CPUs that a decoding task holds, so how many of them run at once.
-        decoder_threads: threads of a decoding task; more than one only helps with large pictures.
-    """
-
-    actors: int | None = None
-    gpu: bool | None = None
-    cpus_per_actor: float = 1.0
-    cpus_per_decoder: float = 0.5
-    decoder_threads: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,11 +6,13 @@ Only the standard library is imported before all packages are known to be there.
 import platform
 import re
 import threading
+import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, version
+from pathlib import Path
 from typing import Literal, TypeVar
 
 T = TypeVar("T")
@@ -90,7 +92,11 @@ def run_check(check: Callable[[], Iterable[Finding]], *, seconds: float) -> list
 # Packages.
 
 PROJECT = "re2tal"
-_SET_UP = "Run `make train`, which sets up .venv, or `pip install -e '.[pipelines]'`."
+STATED = Path(__file__).parents[2] / "pyproject.toml"
+_SET_UP = (
+    "Run `make train`, which sets up .venv, or `pip install --editable . --group pipelines` with "
+    "pip 25.1 or newer."
+)
 _LISTED = ("torch", "torchvision", "ray", "mlflow", "optuna", "av", "pyarrow")
 
 Find = Callable[[str], str | None]
@@ -104,15 +110,11 @@ def installed(name: str) -> str | None:
         return None
 
 
-def requirements(project: str = PROJECT) -> list[str]:
-    """List the requirements of the scripts in pyproject.toml; none if it is not installed."""
-    try:
-        stated = requires(project) or []
-    except PackageNotFoundError:
-        return []
-    # users of a backbone's library need the extra `backbones`
-    extra = re.compile(r"extra == .(?!pipelines)")
-    return [one.partition(";")[0].strip() for one in stated if not extra.search(one)]
+def requirements(stated: Path = STATED) -> list[str]:
+    """List the requirements of the library and of the scripts in a checkout's pyproject.toml."""
+    # users of a backbone's library need the extra `backbones`, developers the group `dev`
+    whole = tomllib.loads(stated.read_text(encoding="utf-8"))
+    return [*whole["project"]["dependencies"], *whole["dependency-groups"]["pipelines"]]
 
 
 def check_missing(needed: Sequence[str], *, find: Find = installed) -> list[Finding]:

@@ -40,7 +40,7 @@ from re2tal.reversible import branches, reconstruction_errors, rewire, set_rever
 
 # Public libraries for reversible networks, each building a network of the same branches F, G, ...
 # on two streams that lie beside each other in the channels: y1 = x1 + F(x2), y2 = x2 + G(y1). They
-# are an extra of this project (`peers`), and imported where they are used.
+# are a dependency group of this project (`peers`), and imported where they are used.
 
 Branches = Sequence[nn.Module]
 

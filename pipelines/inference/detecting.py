@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import ray.data
 import torch
-import tyro
 from torch import Tensor
 
-from pipelines.core.resources import Pool, PoolConfig, pool_for
+from pipelines.core.resources import Pool, pool_for
 from pipelines.data.decoding import decode_masked
 from pipelines.data.videos import FoundVideos, opened
+from pipelines.inference.options import Resources
 from re2tal.detection.segments import Detections
 from re2tal.inference import DetectedVideo, video_detections, window_detections, windows_of
 from re2tal.trained import DetectorSpec, load_detector
@@ -30,19 +30,6 @@ from re2tal.videos.windows import Window
 # Limit on decoding tasks: more would cost more to hand out than they save by ending apart.
 _MOST_TASKS = 2000
 _CPU_SHARE = 0.5  # share of the CPUs for actors; the others decode
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Resources:
-    """Hardware and batches of detection.
-
-    Attributes:
-        batch_size: number of windows that go through the detector at a time.
-        pool: actors with a detector each; without GPUs by default half as many as CPUs.
-    """
-
-    batch_size: int = 1
-    pool: tyro.conf.OmitArgPrefixes[PoolConfig] = field(default_factory=PoolConfig)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -2,14 +2,12 @@
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import ray
 import torch
-import tyro
 
-from pipelines.config.annotations import ScoredAnnotationConfig
 from pipelines.core.cluster import init_ray
 from pipelines.core.models import local_detector
 from pipelines.core.storage import local_copy
@@ -24,7 +22,8 @@ from pipelines.data.plan import (
     read_video_scores,
 )
 from pipelines.data.videos import FoundVideos, find_videos
-from pipelines.inference.detecting import Resources, detect_videos
+from pipelines.inference.detecting import detect_videos
+from pipelines.inference.options import EvaluateConfig
 from pipelines.inference.report import (
     Labelled,
     evaluate,
@@ -38,76 +37,12 @@ from re2tal.detection.evaluation.matching import checked_levels
 from re2tal.detection.files import read_detections, write_detections
 from re2tal.detection.raw import ensemble, read_raw
 from re2tal.detection.segments import Detections
-from re2tal.detection.suppression import NmsConfig, nms_videos
+from re2tal.detection.suppression import nms_videos
 from re2tal.detection.video_scores import fuse_videos
 from re2tal.errors import UserError, apart, shortened
 from re2tal.trained import read_spec
 
 _RAW = Path(RAW_FILE).suffix
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateConfig(ScoredAnnotationConfig):
-    """Detections or detector, and the annotations that they are compared with.
-
-    Attributes:
-        detections: file of detections (JSON), or raw detections of one run or of several, which
-            become an ensemble (raw_detections.safetensors, kept by train.py --save-raw). Paths or
-            URIs, or runs:/RUN/detections.json in MLflow. Either this or a model.
-        weights: weight of each run in an ensemble; by default all count alike.
-        nms: suppression of overlapping raw detections. For an ensemble, whose scores are shares of
-            a run's, `min_score` shrinks by the smallest share.
-        model: folder of a saved detector or of a checkpoint; or, in MLflow, the id of a training
-            run, runs:/RUN/NAME or models:/NAME/VERSION.
-        videos: folder of the video files that a model is run on, named by id, or of shards; a path
-            or a URI.
-        subset: subset that is evaluated; by default that of the data set, or "validation".
-        thresholds: tIoU thresholds of the mAP; by default those of the data set, or 0.3 to 0.7.
-        recall_at: each k of Recall@kx, at the same thresholds; by default those of the data set (1
-            for Ego4D), or none.
-        ignore_ambiguous: detections on stretches that cannot be judged count for nothing, as in
-            THUMOS-14's own toolkit.
-        max_failed: largest share of the videos that may fail to be decoded; above it the run stops.
-        output: folder of tables and pictures.
-        resources: hardware and batches of a model.
-        experiment: MLflow experiment.
-        runs: folder of the default MLflow store; MLFLOW_TRACKING_URI names another store.
-    """
-
-    detections: tuple[str, ...] = ()
-    weights: tuple[float, ...] = ()
-    nms: NmsConfig = field(default_factory=NmsConfig)
-    model: str | None = None
-    videos: str | None = None
-    subset: str | None = None
-    thresholds: tuple[float, ...] | None = None
-    recall_at: tuple[int, ...] | None = None
-    ignore_ambiguous: bool = False
-    max_failed: float = 0.05
-    output: str = "runs/evaluation"
-    resources: tyro.conf.OmitArgPrefixes[Resources] = field(default_factory=Resources)
-    experiment: str = "re2tal"
-    runs: str = "runs"
-
-    @property
-    def name(self) -> str:
-        """Name of the run in MLflow."""
-        return "evaluate"
-
-    @property
-    def levels(self) -> tuple[float, ...]:
-        """Thresholds of tIoU."""
-        return self.thresholds or self.record.thresholds
-
-    @property
-    def ks(self) -> tuple[int, ...]:
-        """Each k of Recall@kx."""
-        return self.record.recall_at if self.recall_at is None else self.recall_at
-
-    @property
-    def evaluated_on(self) -> str:
-        """Name of the subset."""
-        return self.subset or self.record.validation
 
 
 def evaluate_run(config: EvaluateConfig) -> Run:

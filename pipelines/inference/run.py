@@ -4,10 +4,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-
-import tyro
 
 from pipelines.core.clock import duration
 from pipelines.core.cluster import init_ray
@@ -15,9 +12,9 @@ from pipelines.core.models import fingerprint, local_detector
 from pipelines.core.storage import Stamp, stamps_of
 from pipelines.core.tracking import Run, finishing, log_metrics, start_run, tracking_uri
 from pipelines.data.videos import find_sources
-from pipelines.inference.detecting import Resources, VideoResult, detect_videos
+from pipelines.inference.detecting import VideoResult, detect_videos
+from pipelines.inference.options import DetectConfig
 from pipelines.inference.output import (
-    OutputConfig,
     Record,
     read_records,
     strongest,
@@ -31,37 +28,6 @@ _LOGGED_PICTURES = 4  # in MLflow; all of them are in the folder
 
 
 _SHOW_SECONDS = 2.0  # between lines of progress
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DetectConfig:
-    """Videos, detector and output of a run.
-
-    Attributes:
-        videos: files, folders, and patterns such as "clips/*.mp4"; paths or URIs that pyarrow opens
-            (s3://, gs://, ...).
-        model: folder of a saved detector or of a checkpoint; or, in MLflow, the id of a training
-            run, runs:/RUN/NAME or models:/NAME/VERSION.
-        output: folder of the results.
-        files: formats and detections that are written.
-        resources: hardware and batches of detection.
-        experiment: MLflow experiment.
-        runs: folder of the default MLflow store, where the training runs are; MLFLOW_TRACKING_URI
-            names another store.
-    """
-
-    videos: tuple[str, ...] = ()
-    model: str | None = None
-    output: str = "runs/detections"
-    files: tyro.conf.OmitArgPrefixes[OutputConfig] = field(default_factory=OutputConfig)
-    resources: tyro.conf.OmitArgPrefixes[Resources] = field(default_factory=Resources)
-    experiment: str = "re2tal"
-    runs: str = "runs"
-
-    @property
-    def name(self) -> str:
-        """Name of the run in MLflow."""
-        return "detect"
 
 
 def run(config: DetectConfig) -> Run:

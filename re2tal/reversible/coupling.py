@@ -170,6 +170,10 @@ class Grid:
             sign: 1, or -1 for the negative of the points.
         """
         spacing = self.spacing if sign > 0 else self.negative
+        if torch.compiler.is_exporting():
+            # A program has no gradients but those of its operations; the difference, and hence the
+            # sum, are exact.
+            return x + (_rounded(x, self.scale, spacing) - x).detach()
         if x.requires_grad and torch.is_grad_enabled():
             rounded: Tensor = _Round.apply(x, self.scale, spacing)
             return rounded
@@ -325,6 +329,8 @@ class Settings:
         """Name the reason why activations have to be stored; None if they may be rebuilt."""
         if not self.reversible:
             return "asked for by set_reversible"
+        if torch.compiler.is_exporting():
+            return "an exported program keeps no state to rebuild from"
         if not self.coupling.invertible:
             return "beta = 0 is not invertible"
         if self.grid is not None and not self.exact:

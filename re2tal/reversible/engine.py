@@ -66,7 +66,7 @@ def run_stage(
         stream = grid.round(stream).add_(0.0)
     transformed = torch._C._are_functorch_transforms_active()
     tape = _Tape(settings.coupling, where, steps)
-    if not torch.is_grad_enabled() and not transformed:
+    if not torch.is_grad_enabled() and not transformed and not torch.compiler.is_exporting():
         tape.hold(0, stream, stream)
         del stream  # which `Step.advance` may overwrite, if nobody holds it
         for step in steps:

@@ -75,7 +75,8 @@ class Recomputed:
             return leaf_of_trace(self.module, x, *args, **kwargs)
         needs = x.requires_grad or any(p.requires_grad for p in self.module.parameters())
         more = any(isinstance(a, Tensor) and a.requires_grad for a in tree_leaves((args, kwargs)))
-        if more or not (self.active and needs and torch.is_grad_enabled()):
+        stores = not torch.is_grad_enabled() or torch.compiler.is_exporting()
+        if more or stores or not (self.active and needs):
             return self.plain(x, *args, **kwargs)
         run = _Run(self, x, args, kwargs)
         y = _RecomputedNode.apply(run, x, *run.conditions.parameters)

@@ -26,8 +26,8 @@ from pipelines.core.models import fingerprint, local_detector
 from pipelines.core.tables import read_csv
 from pipelines.core.tracking import Run, start_run
 from pipelines.detect import parse
+from pipelines.inference.options import DetectConfig
 from pipelines.inference.output import OutputConfig
-from pipelines.inference.run import DetectConfig
 from pipelines.training.results import log_model
 from re2tal.backbones.swin import swin_toy
 from re2tal.detection.files import read_detections

@@ -15,15 +15,11 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 
-from pipelines.core.resources import PoolConfig, pool_for
+from pipelines.config.recipe import PoolConfig
+from pipelines.core.resources import pool_for
 from pipelines.data.decoding import VideoJob, decode_video
-from pipelines.data.feature_extraction import (
-    ExtractConfig,
-    FrozenBackboneConfig,
-    extract_features,
-    load_backbone,
-    unit_features,
-)
+from pipelines.data.feature_extraction import extract_features, load_backbone, unit_features
+from pipelines.data.feature_options import ExtractConfig, FrozenBackboneConfig
 from pipelines.data.feature_writing import FilesConfig
 from pipelines.data.features import NAME, Features, read_description, write_npy
 from pipelines.data.sampling import Sampling, SamplingConfig

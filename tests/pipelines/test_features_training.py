@@ -15,7 +15,8 @@ from pipelines.config.recipe import Recipe
 from pipelines.core.models import local_detector
 from pipelines.data.batches import Batch
 from pipelines.data.decoding import VideoJob, decode_video
-from pipelines.data.feature_extraction import FrozenBackboneConfig, load_backbone, unit_features
+from pipelines.data.feature_extraction import load_backbone, unit_features
+from pipelines.data.feature_options import FrozenBackboneConfig
 from pipelines.data.feature_stream import FeatureStream, without_backbone
 from pipelines.data.feature_writing import FeatureFolder, FilesConfig
 from pipelines.data.features import NAME, ExtractedVideo, Features, VideoEntry

@@ -9,7 +9,7 @@ import pytest
 from pipelines.config.recipe import Recipe
 from pipelines.data import inputs
 from pipelines.data.inputs import detection_inputs, resolved
-from pipelines.inference.evaluation import EvaluateConfig
+from pipelines.inference.options import EvaluateConfig
 from re2tal.errors import UserError
 
 

@@ -5,14 +5,9 @@ from dataclasses import replace
 import pytest
 import ray
 
+from pipelines.config.recipe import PoolConfig
 from pipelines.config.recipes import toy
-from pipelines.core.resources import (
-    CLUSTER_MAX,
-    PoolConfig,
-    capacity,
-    pool_for,
-    require_resources,
-)
+from pipelines.core.resources import CLUSTER_MAX, capacity, pool_for, require_resources
 from pipelines.training import model
 from pipelines.training.model import remarks
 from re2tal.errors import UserError

@@ -6,7 +6,7 @@ import pytest
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from pipelines.core.metric_names import MAP, UNSCORED
-from sweeps import finetune, localizer, pareto
+from sweeps import finetune, localizer, models, pareto
 from sweeps.epoch_reports import RUN_ID, EpochReports
 
 
@@ -30,7 +30,7 @@ def test_every_epoch_has_all_that_is_searched_for(heard: list[dict[str, Any]]) -
     assert passed[MAP] == 0.5
     assert passed[RUN_ID] == "run"
     # Ray Tune ends the whole search at a report that lacks one
-    for script in (finetune, localizer, pareto):
+    for script in (finetune, localizer, models, pareto):
         assert {objective.metric for objective in script.SWEEP.objectives} <= passed.keys()
 
 

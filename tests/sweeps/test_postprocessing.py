@@ -15,8 +15,9 @@ from re2tal.detection.raw import write_raw
 from re2tal.detection.segments import Detections
 from re2tal.detection.suppression import NmsConfig, nms_videos
 from re2tal.errors import UserError
-from sweeps.postprocessing import main, search_postprocessing
+from sweeps.postprocessing import main
 from sweeps.suggestions import override
+from sweeps.suppression import search_postprocessing
 
 
 def _repeated(plan: Plan) -> dict[str, Detections]:

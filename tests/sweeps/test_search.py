@@ -9,8 +9,8 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from pipelines.config.recipes import toy
 from pipelines.core.metric_names import MAP
+from sweeps.driver import scheduler
 from sweeps.finetune import SWEEP
-from sweeps.search import scheduler
 from sweeps.sweep import HIGHEST_MAP, LOWEST_MEMORY, SweepConfig
 from sweeps.trial import EPOCH, TrialConfig
 

@@ -7,9 +7,12 @@ import pytest
 
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import RECIPES, toy
+from pipelines.training.model import build_detector
 from re2tal.errors import UserError
 from sweeps.finetune import SWEEP as FINETUNE
 from sweeps.localizer import SWEEP as LOCALIZER
+from sweeps.models import SWEEP as MODELS
+from sweeps.models import localizers
 from sweeps.pareto import SWEEP as PARETO
 from sweeps.study import check_space
 from sweeps.suggestions import Suggestions, override
@@ -17,7 +20,9 @@ from sweeps.sweep import Sweep, first_layers, one_worker
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("sweep", [FINETUNE, LOCALIZER, PARETO], ids=lambda sweep: sweep.name)
+@pytest.mark.parametrize(
+    "sweep", [FINETUNE, LOCALIZER, MODELS, PARETO], ids=lambda sweep: sweep.name
+)
 def test_every_draw_is_a_recipe_and_the_base_is_one_of_them(sweep: Sweep, recipe: str) -> None:
     made = sweep.prepare(RECIPES[recipe]())
     base = replace(made, epochs=sweep.epochs(made))
@@ -43,6 +48,46 @@ def test_frozen_layers_are_those_before_a_block() -> None:
 def test_a_trial_without_gpus_has_one_worker() -> None:
     assert one_worker(toy()).scale.workers == 1
     assert one_worker(RECIPES["thumos_re2_swin_t_vsgn"]()) == RECIPES["thumos_re2_swin_t_vsgn"]()
+
+
+def _pairs(base: Recipe) -> set[tuple[str, str]]:
+    """Pairs of backbones and localizers that random draws of the models' space give."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = set()
+    for _ in range(60):
+        asked = Suggestions(base, trial := study.ask())
+        MODELS.space(asked, base)
+        names = (trial.params.get("model.backbone", "none"), trial.params["model.localizer"])
+        if names not in drawn and "toy" in names[0]:
+            # each can be built, and take the base's window
+            recipe = override(base, asked.values)
+            detector = build_detector(recipe, ["a", "b"], recipe.model.weights)
+            assert recipe.data.window.frames % detector.multiple == 0
+        drawn.add(names)
+    return drawn
+
+
+def test_every_pair_of_models_takes_the_weights_and_the_window_of_the_base() -> None:
+    kinds = {"actionformer", "tridet", "vsgn"}
+    for recipe in ("toy", "toy_vsgn"):
+        drawn = _pairs(RECIPES[recipe]())
+        assert drawn == {(name, kind) for name in ("swin_toy", "videomae_toy") for kind in kinds}
+    base = toy()
+    features = _pairs(replace(base, data=replace(base.data, features="features")))
+    assert features == {("none", kind) for kind in kinds}
+    thumos = RECIPES["thumos_re2_swin_t_actionformer"]()
+    published = replace(thumos, model=replace(thumos.model, weights="hf:owner/model"))
+    assert {"swin_s", "mvit_v2_s"} < {name for name, _ in _pairs(thumos)}
+    assert {"base", "videomae_b", "vjepa2_l"} < {name for name, _ in _pairs(published)}
+
+
+@pytest.mark.parametrize("recipe", ["toy", "toy_tridet", "toy_vsgn"])
+def test_localizers_of_a_size_are_the_base_s_and_two_like_it(recipe: str) -> None:
+    own = RECIPES[recipe]().model.localizer
+    found = localizers(own)
+    assert own in found.values()
+    assert {made.multiple for made in found.values()} == {16}
+    assert {made.width for made in found.values()} == {96}
 
 
 def _unknown(suggest: Suggestions, base: Recipe) -> None:

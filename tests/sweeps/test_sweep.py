@@ -18,6 +18,7 @@ import sqlalchemy
 from mlflow.entities import Run as MlflowRun
 from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
+from sqlalchemy.engine import make_url
 
 from pipelines.data.plan import Plan
 from pipelines.train import parse
@@ -55,7 +56,8 @@ def _command(tiny_set: Path, features: Path, *more: str) -> tuple[str, ...]:
         sys.executable, str(Path(__file__).parent / "small.py"), "toy",
         "--base.data.annotations", str(tiny_set / "annotations.json"),
         "--base.data.features", str(features),
-        *TINY, "--sampler", "random", "--seed", "1", *more,
+        *TINY, "--sampler", "random", "--seed", "1",
+        "--constraint", "host_memory <= 64GiB", "--constraint", "time <= 2h", *more,
     )  # fmt: skip
 
 
@@ -212,6 +214,15 @@ def _check_runs(swept: Swept, *, trials: int) -> None:
     assert {"trials.csv", "best.json", "pictures"} <= files
     for needed in ("best trials", "gained", "base", "to the first step", "train the best in full"):
         assert needed in swept.printed
+    # columns of what has a constraint
+    assert re.search(r"host_memory, MB.+time, s", swept.printed)
+    shown = make_url(swept.storage).render_as_string(hide_password=True)
+    assert f"optuna-dashboard {shlex.quote(shown)}" in swept.printed
+    (study,) = optuna.get_all_study_summaries(swept.storage)
+    kept = optuna.load_study(study_name=study.study_name, storage=swept.storage).best_trial
+    assert set(kept.constraints) == {"host_memory <= 64GiB", "time <= 2h"}
+    assert max(kept.constraints.values()) < 0
+    assert kept.user_attrs["measured"]["host_memory"] > 100
 
 
 @pytest.mark.slow
@@ -247,6 +258,10 @@ def test_the_winner_is_trained_by_the_command_that_is_printed(
         ),
         (("--base.optim.clip", "5"), "optim.clip of 5.0 is not in the range"),
         (("--trials", "0"), "--trials must be at least 1"),
+        (("--constraint", "memory <= 1GiB"), "without GPUs have no measure of it"),
+        (("--constraint", "x <= 1"), "trials have no measure 'x'"),
+        (("--sampler", "auto"), "--sampler auto needs optunahub"),
+        (("--warm-start", "nothing"), "--warm-start nothing: there is neither"),
     ],
 )
 def test_what_cannot_be_searched_ends_in_one_clear_error(

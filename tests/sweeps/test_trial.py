@@ -18,14 +18,14 @@ from ray.tune.experiment import Trial
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import toy
 from pipelines.core import underway
-from pipelines.core.metric_names import BEST_MAP, MAP
+from pipelines.core.metric_names import BEST_MAP, MAP, MEMORY
 from pipelines.core.storage import database_url
 from pipelines.core.tracking import Run, finishing, log_metrics, start_run
 from re2tal.errors import UserError
-from sweeps.epoch_reports import MEMORY, RUN_ID
+from sweeps.driver import end_children, is_through
+from sweeps.epoch_reports import RUN_ID
 from sweeps.finetune import SWEEP
 from sweeps.report import report
-from sweeps.search import end_children, is_through
 from sweeps.study import open_study
 from sweeps.sweep import HIGHEST_MAP, SweepConfig
 from sweeps.trial import (
