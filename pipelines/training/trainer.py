@@ -323,8 +323,11 @@ class Runtime(Protocol):
     world_size: int
     device: torch.device
 
-    def stream(self, windows: Sequence[Window], *, size: int) -> Iterator[Batch]:
-        """Decode windows, `size` pixels square, and yield them in batches, in order."""
+    def stream(self, windows: Sequence[Window], *, size: int, name: str) -> Iterator[Batch]:
+        """Decode windows, `size` pixels square, and yield them in batches, in order.
+
+        The name is that under which Ray's dashboard lists the work.
+        """
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
         """Append metrics to the run; only rank 0's are kept."""
@@ -548,7 +551,8 @@ class Trainer:
         size = recipe.data.augmentation.decoded_size(recipe.data.size)
         clock = Clock()
         train_mode(state.detector, recipe.model)
-        batches = clock.timed(self.runtime.stream(windows, size=size))
+        name = f"epoch {state.epoch + 1}"
+        batches = clock.timed(self.runtime.stream(windows, size=size, name=name))
         for passes in in_passes(batches, self._passes):
             for batch in passes:
                 state.failures |= batch.failures

@@ -130,7 +130,7 @@ class RayRuntime:
                 threads=scale.decoder_threads,
             )
 
-    def stream(self, windows: Sequence[Window], *, size: int) -> Iterator[Batch]:
+    def stream(self, windows: Sequence[Window], *, size: int, name: str) -> Iterator[Batch]:
         """Decode windows with Ray Data, or read their features, in batches, in order."""
         task = self._job.task
         if self._features is not None:
@@ -141,6 +141,7 @@ class RayRuntime:
             task.plan.uris,
             size=size,
             batch_size=task.recipe.batch_size,
+            name=f"{name}, worker {self.rank}",
         )
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
