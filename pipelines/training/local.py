@@ -57,6 +57,9 @@ class LocalRuntime:
         shutil.rmtree(self._checkpoint, ignore_errors=True)
         shutil.copytree(checkpoint, self._checkpoint)
 
+    def settle(self) -> None:
+        """Do nothing: `report` has kept the checkpoint."""
+
     def preempted(self) -> bool:
         """Return False: nobody takes this process away."""
         return False
