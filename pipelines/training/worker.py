@@ -262,7 +262,7 @@ class RayRuntime:
 
     def preempted(self) -> bool:
         """Tell, once for each notice and on every rank alike, that Ray announced a node's end."""
-        self.settle(wait=False)  # each few steps, so that a run without checkpoints ends early
+        self.settle(wait=False)  # so that a run that keeps no checkpoints ends early
         if os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") == "0":
             return False
         info = ray.train.get_preemption_info()
