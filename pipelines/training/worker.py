@@ -252,8 +252,10 @@ class RayRuntime:
         if not self._unsettled:
             return
         upload, problem = self._upload, None
-        if upload is not None and (wait or upload.ended.is_set()):
+        if upload is not None and wait and not upload.ended.is_set():
+            self.say(f"waiting for the upload of {upload.folder.name}")
             upload.ended.wait()
+        if upload is not None and upload.ended.is_set():
             problem = upload.problem
         found = gather(problem)[0]
         self._unsettled = found is None
