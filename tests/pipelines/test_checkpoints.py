@@ -327,9 +327,12 @@ def test_the_training_goes_on_while_a_checkpoint_is_under_way(
     slow.failure = errno.ENOSPC
     runtime.report({}, handed_over())
     assert not runtime.preempted(), "it may be looked after without waiting for it"
-    monkeypatch.setattr(
-        runtime, "say", lambda line: "waiting for the upload" in line and slow.let.set()
-    )
+
+    def say(line: str) -> None:
+        if line.startswith("waiting for the upload"):
+            slow.let.set()
+
+    monkeypatch.setattr(runtime, "say", say)
     with pytest.raises(UserError, match=r"^There was no room for a checkpoint in .*/run"):
         runtime.settle()
     # of other errors Ray Train hears, which makes another attempt
