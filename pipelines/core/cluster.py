@@ -31,6 +31,7 @@ _ENVIRONMENT = {
     "RAY_DATA_LOG_LEVEL": "ERROR",
     # `ray.train.report` waits for the controller's next poll: 2 s by default, for every epoch
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # runs and workers in the dashboard's API
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }

@@ -124,15 +124,17 @@ def stream_batches(
     *,
     size: int,
     batch_size: int,
+    name: str = "windows",
 ) -> Iterator[Batch]:
     """Decode a worker's windows with Ray Data, in parallel and in order, and yield them in batches.
 
-    Frames have `size` pixels a side; the last batch may be smaller than `batch_size`.
+    Frames have `size` pixels a side; the last batch may be smaller than `batch_size`. Ray's
+    dashboard shows the name.
     """
     if not windows:
         return
     rows = [{"index": i, "uri": uris[w.video_id], "window": w} for i, w in enumerate(windows)]
-    for samples in stream.batches(rows, size=size, batch_size=batch_size):
+    for samples in stream.batches(rows, size=size, batch_size=batch_size, name=name):
         yield assemble([windows[sample["index"]] for sample in samples], samples)
 
 

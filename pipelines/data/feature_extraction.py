@@ -228,6 +228,7 @@ def extract(
     dataset = pool.map_batches(
         dataset, _Actor, backbone=backbone, sampling=sampling, device=pool.device
     )
+    dataset.set_name("extracting features")
     for row in dataset.iter_rows():
         yield StretchFeatures(
             video_id=row["video_id"],

@@ -369,6 +369,7 @@ class ShardFolder:
             rows = ray.data.from_items(
                 [{"task": task} for task in tasks], override_num_blocks=len(tasks)
             ).map(partial(_run_task, board=progress.board), num_cpus=1)
+            rows.set_name("writing shards")
             for row in rows.iter_rows():
                 self._there[row["name"]] = row["contents"]
                 described.refresh()

@@ -76,21 +76,21 @@ class _Stream:
 
         self._batches: Iterator[list[ray.ObjectRef]] = iter(())
 
-    def begin(self, rows: Sequence[dict[str, Any]], size: int, batch_size: int) -> None:
-        self._batches = self._run(rows, size, batch_size)
+    def begin(self, rows: Sequence[dict[str, Any]], size: int, batch_size: int, name: str) -> None:
+        self._batches = self._run(rows, size, batch_size, name)
 
     def next(self) -> list[ray.ObjectRef]:
         """Return the blocks of the next batch, a row each; none at the end."""
         return next(self._batches, [])
 
     def _run(
-        self, rows: Sequence[dict[str, Any]], size: int, batch_size: int
+        self, rows: Sequence[dict[str, Any]], size: int, batch_size: int, name: str
     ) -> Iterator[list[ray.ObjectRef]]:
         batch_bytes = batch_size * rows[0]["window"].grid.length * size * size * 3
         most = portion_bytes(batch_bytes, _store_bytes(), self._streams) // batch_bytes
         cuts = portions(len(rows), batch_size, most)
         with ThreadPoolExecutor(max_workers=_RUNNING) as ahead:
-            runs = (ahead.submit(self._decode, rows[cut], size) for cut in cuts)
+            runs = (ahead.submit(self._decode, rows[cut], size, name) for cut in cuts)
             running = deque(islice(runs, _RUNNING))
             while running:
                 decoded = running.popleft().result()
@@ -98,10 +98,11 @@ class _Stream:
                 while decoded:  # no batch is held here once it is handed out
                     yield [decoded.popleft() for _ in range(min(batch_size, len(decoded)))]
 
-    def _decode(self, rows: Sequence[dict[str, Any]], size: int) -> deque[ray.ObjectRef]:
+    def _decode(self, rows: Sequence[dict[str, Any]], size: int, name: str) -> deque[ray.ObjectRef]:
         decode = functools.partial(decode_sample, size=size, threads=self._threads)
         dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows))
         dataset = dataset.map(decode, num_cpus=self._cpus)
+        dataset.set_name(name)
         dataset.context.execution_options.preserve_order = True
         # No budgets: portions bound the memory already, and logical CPUs the tasks. When several
         # executions share a small cluster, Ray Data gives each the integer part of its share, so
@@ -134,7 +135,7 @@ class FrameStream:
         self._actor: Any = actor.remote(streams, cpus, threads)
 
     def batches(
-        self, rows: Sequence[dict[str, Any]], *, size: int, batch_size: int
+        self, rows: Sequence[dict[str, Any]], *, size: int, batch_size: int, name: str
     ) -> Iterator[list[dict[str, Any]]]:
         """Decode rows (`index`, `uri`, `window`) as `decode_sample` does; yield samples in batches.
 
@@ -144,14 +145,14 @@ class FrameStream:
             Samples of a batch: `index`, `frames`, uint8 (T, size, size, 3), and `error`. The frames
                 lie in the object store, read-only, and take room there until they are dropped.
         """
-        for blocks in self._blocks(rows, size, batch_size):
+        for blocks in self._blocks(rows, size, batch_size, name):
             yield [_sample(ray.get(block)) for block in blocks]
 
     def _blocks(
-        self, rows: Sequence[dict[str, Any]], size: int, batch_size: int
+        self, rows: Sequence[dict[str, Any]], size: int, batch_size: int, name: str
     ) -> Iterator[list[ray.ObjectRef]]:
         """Yield the blocks of each batch; while one is used, the next come from other nodes."""
-        self._actor.begin.remote(rows, size, batch_size)
+        self._actor.begin.remote(rows, size, batch_size, name)
         calls = deque([self._actor.next.remote()])
         coming: deque[list[ray.ObjectRef]] = deque()
         while calls or coming:

@@ -78,7 +78,9 @@ def probe_files(
     if not rows:
         return SCHEMA.empty_table()
     found = []
-    for row in ray.data.from_items(rows).map(probe_sample, num_cpus=_CPUS).iter_rows():
+    dataset = ray.data.from_items(rows).map(probe_sample, num_cpus=_CPUS)
+    dataset.set_name("opening videos")
+    for row in dataset.iter_rows():
         found.append(row)
         if progress is not None:
             progress(len(found), len(rows))

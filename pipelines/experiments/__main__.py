@@ -35,6 +35,7 @@ EXPERIMENTS = {
     "decoding": "frames per second, paired with those of other decoders that can be imported",
     "augmentation": "time that augmentation adds to a training step",
     "throughput": "frames that Ray Data delivers, against plain decoding in as many processes",
+    "executions": "CPU and memory of Ray Data's executions, beside each worker or shared",
     "shards": "size of shards, and reading windows from them, against raw files",
     "scaling": "a training step with more workers, and the share of exchanging gradients",
     "nms": "soft-NMS of many videos, against a detection at a time",
@@ -44,6 +45,7 @@ EXPERIMENTS = {
 
 _MODULES = {
     "drift": "exactness",
+    "executions": "throughput",
     "verify": "speed",
     "operators": "speed",
     "nms": "detections",

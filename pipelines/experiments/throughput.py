@@ -1,18 +1,22 @@
-"""Experiment `throughput`: Ray Data, against plain decoding."""
+"""Experiments `throughput` and `executions`: Ray Data, against plain decoding and by itself."""
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
+import psutil
 import ray
+import ray.data
 
 from pipelines.core.cluster import quiet_data
 from pipelines.data.batches import stream_batches
+from pipelines.data.decoding import decode_sample
 from pipelines.data.streaming import FrameStream
 from pipelines.experiments.experiment import Row, Tables
 from pipelines.experiments.footage import (
@@ -24,6 +28,7 @@ from pipelines.experiments.footage import (
     windows_of,
 )
 from pipelines.experiments.timing import in_turns, ratios
+from re2tal.datasets.toy import make_clip
 from re2tal.videos.windows import Window
 
 FOOTAGE = Footage(title="one", gop=250)
@@ -102,3 +107,135 @@ def _compare(path: str, windows: list[Window], size: int, processes: int, rounds
         "ratio": median(found),
         "ratios": found,
     }
+
+
+_AHEAD = 8  # batches of a worker that a shared execution decodes ahead
+
+# Parts of Ray by what the command lines of their processes hold; all else decodes.
+_PARTS = {
+    "executions": ("ray::_Stream", "ray::SplitCoordinator"),
+    "GCS": ("gcs_server",),
+    "raylet": ("raylet/raylet",),
+    "dashboard": ("ray-dashboard", "dashboard/", "runtime_env/agent", "ray::_StatsActor"),
+}
+
+
+def measure_executions(
+    *,
+    workers: Sequence[int] = (1, 8, 32),
+    windows: int = 32,
+    frames: int = 16,
+    size: int = 32,
+    decoders: int = 8,
+    step: float = 1.0,
+) -> Tables:
+    """CPU time and memory of Ray Data's executions: one beside each worker, or one for all.
+
+    The workers are simulated: threads of this process, which take a batch of two windows and then
+    wait as long as a step takes. Beside each, an actor runs executions of its own, as in training;
+    or one execution decodes the windows of all workers and splits them in order
+    (`streaming_split`), held back where it is eight batches ahead of each worker, as it would be by
+    the frames of an epoch. All windows are taken once before, without steps, so that processes run
+    and libraries are loaded. "Executions" are the processes that schedule; the dashboard includes
+    its agents and Ray Data's statistics; decoding is not counted.
+
+    Args:
+        workers: numbers of workers.
+        windows: number of windows of each worker.
+        frames: number of frames of a window.
+        size: side of the square frames in pixels.
+        decoders: number of decoding processes, for all workers together.
+        step: seconds for which a worker holds a batch.
+    """
+    seconds = 20
+    with tempfile.TemporaryDirectory() as folder, _ray(decoders):
+        path = Path(folder) / "video.mp4"
+        path.write_bytes(make_clip("spin", seconds, seed=0).content)
+        table = []
+        for count in workers:
+            drawn = windows_of("video", seconds, frames=frames, fps=8, count=count * windows)
+            rows = [{"index": i, "uri": str(path), "window": w} for i, w in enumerate(drawn)]
+            for title, way in (("beside each", _beside), ("one for all", _shared)):
+                with way(rows, count, size) as take:
+                    table.append(
+                        {"workers": count, "executions": title, **_spent(take, count, step)}
+                    )
+    title = f"{windows} windows of {frames} frames, {size} pixels, for each worker"
+    return {f"{title}; {decoders} decoding processes, steps of {step:g} s": table}
+
+
+Take = Callable[[int, float], int]
+"""Takes all batches of a worker, by its rank, with the seconds of a step; returns the windows."""
+
+
+@contextmanager
+def _beside(rows: list[Row], count: int, size: int) -> Iterator[Take]:
+    """Let each worker take its windows from executions of its own."""
+    streams = [FrameStream(streams=count, cpus=1) for _ in range(count)]
+
+    def take(rank: int, step: float) -> int:
+        batches = streams[rank].batches(
+            rows[rank::count], size=size, batch_size=_BATCH, name=f"worker {rank}"
+        )
+        return sum(_held(len(batch), step) for batch in batches)
+
+    yield take
+    for stream in streams:
+        stream.close()
+
+
+@contextmanager
+def _shared(rows: list[Row], count: int, size: int) -> Iterator[Take]:
+    """Let each worker take its windows from an execution for all."""
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    dataset = dataset.map(partial(decode_sample, size=size), num_cpus=1)
+    options = dataset.context.execution_options
+    options.preserve_order = True
+    ahead = count * _AHEAD * _BATCH * rows[0]["window"].grid.length * size * size * 3
+    options.resource_limits = options.resource_limits.copy(object_store_memory=ahead)
+    splits = dataset.streaming_split(count, equal=True)
+
+    def take(rank: int, step: float) -> int:
+        batches = splits[rank].iter_batches(batch_size=_BATCH)
+        return sum(_held(len(batch["index"]), step) for batch in batches)
+
+    yield take
+
+
+def _held(windows: int, step: float) -> int:
+    time.sleep(step)
+    return windows
+
+
+def _spent(take: Take, count: int, step: float) -> Row:
+    """Measure what Ray's parts spend while each of some workers takes its windows."""
+    with ThreadPoolExecutor(count) as workers:
+        list(workers.map(take, range(count), [0.0] * count))
+        before, began = _usage(), time.perf_counter()
+        taken = sum(workers.map(take, range(count), [step] * count))
+        seconds = time.perf_counter() - began
+        after = _usage()
+    spent = {part: after[part][0] - before[part][0] for part in _PARTS}
+    return {
+        "windows": taken,
+        "seconds": seconds,
+        **{f"{part}, CPU s": value for part, value in spent.items()},
+        "CPU ms a window": 1e3 * sum(spent.values()) / taken,
+        "memory of executions, MB": after["executions"][1] / 1e6,
+    }
+
+
+def _usage() -> dict[str, tuple[float, int]]:
+    """Return the CPU seconds so far, and the bytes of memory of their own, of Ray's parts."""
+    found = dict.fromkeys(_PARTS, (0.0, 0))
+    for process in psutil.Process().children(recursive=True):
+        try:
+            line = " ".join(process.cmdline())
+            part = next((p for p, marks in _PARTS.items() if any(m in line for m in marks)), None)
+            if part is not None:
+                times, own = process.cpu_times(), process.memory_full_info().uss
+                seconds, total = found[part]
+                found[part] = (seconds + times.user + times.system, total + own)
+        except psutil.NoSuchProcess:
+            continue  # a decoding process that was not needed any more
+    return found

@@ -116,6 +116,7 @@ def _execute(
         weights=weights,  # not their path: an actor may run on another machine
         device=pool.device,
     )
+    dataset.set_name("detecting")
     # otherwise the first windows of many videos are through before the last of any
     dataset.context.execution_options.preserve_order = True
     return iter(dataset.iter_rows())

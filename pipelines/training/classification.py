@@ -171,7 +171,9 @@ class ClassificationTask:
         stride = classifier.backbone.temporal_stride
         mine = plan.validation[runtime.rank :: runtime.world_size]
         windows = [w for video in mine for w in views(video, data.clip, view, stride=stride)]
-        scores, failures = score_videos(classifier, runtime.stream(windows, size=data.size))
+        name = f"epoch {state.epoch}, {prefix}"
+        batches = runtime.stream(windows, size=data.size, name=name)
+        scores, failures = score_videos(classifier, batches)
         shares = gather((scores, {**state.failures, **failures}))
         failed = all_failures(plan, (of_worker for _, of_worker in shares), data.max_failed)
         everyone = {video_id: found for part, _ in shares for video_id, found in part.items()}

@@ -175,10 +175,11 @@ class DetectionTask:
         loss = MeanLoss() if recipe.watched_videos else None
         if loss is not None:
             divide_alike(detector, state.detector)
-        raw, failures = self._raw(detector, runtime, plan.validation, loss)
+        name = f"epoch {state.epoch}, validation"
+        raw, failures = self._raw(detector, runtime, plan.validation, loss, name=name)
         suppressed = nms_videos(raw, recipe.nms)
         failures = {**state.failures, **failures}
-        watched = {} if loss is None else self._watched(detector, runtime, loss)
+        watched = {} if loss is None else self._watched(detector, runtime, loss, name=name)
         shares = gather((suppressed, raw if recipe.save_raw else {}, failures))
         detections = {video: found for part in shares for video, found in part[0].items()}
         raw = {video: found for part in shares for video, found in part[1].items()}
@@ -191,6 +192,8 @@ class DetectionTask:
         runtime: Runtime,
         videos: Sequence[Video],
         loss: MeanLoss | None = None,
+        *,
+        name: str,
     ) -> tuple[dict[str, Detections], dict[str, str]]:
         """Return detections of this worker's share of videos, and reasons of failures."""
         windows = validation_share(
@@ -202,11 +205,11 @@ class DetectionTask:
             world_size=runtime.world_size,
         )
         durations = {v.annotation.video_id: v.annotation.duration for v in videos}
-        batches = runtime.stream(windows, size=self.recipe.data.size)
+        batches = runtime.stream(windows, size=self.recipe.data.size, name=name)
         return detect_windows(detector, batches, durations, loss=loss)
 
     def _watched(
-        self, detector: Detector[Any, Any], runtime: Runtime, loss: MeanLoss
+        self, detector: Detector[Any, Any], runtime: Runtime, loss: MeanLoss, *, name: str
     ) -> dict[str, float]:
         """Return the validation loss, and the mAP on a fixed handful of training videos."""
         mean = loss.gathered()
@@ -216,7 +219,7 @@ class DetectionTask:
         # an external classifier has scores of the validation videos alone
         if not videos or plan.video_scores is not None:
             return metrics
-        raw, _ = self._raw(detector, runtime, videos)
+        raw, _ = self._raw(detector, runtime, videos, name=f"{name} on training videos")
         shares = gather(nms_videos(raw, self.recipe.nms))
         found = {video: of_video for share in shares for video, of_video in share.items()}
         results = compare(

@@ -35,7 +35,7 @@ class LocalRuntime:
         self._recipe, self._plan = recipe, plan
         self._checkpoint = folder / "checkpoint"
 
-    def stream(self, windows: Sequence[Window], *, size: int) -> Iterator[Batch]:
+    def stream(self, windows: Sequence[Window], *, size: int, name: str = "") -> Iterator[Batch]:  # noqa: ARG002
         """Decode windows in this process and yield them in batches, in order."""
         features = feature_stream(self._plan)
         if features is not None:
@@ -56,6 +56,9 @@ class LocalRuntime:
         """Keep the checkpoint in place of the one before."""
         shutil.rmtree(self._checkpoint, ignore_errors=True)
         shutil.copytree(checkpoint, self._checkpoint)
+
+    def settle(self) -> None:
+        """Do nothing: `report` has kept the checkpoint."""
 
     def preempted(self) -> bool:
         """Return False: nobody takes this process away."""

@@ -323,8 +323,11 @@ class Runtime(Protocol):
     world_size: int
     device: torch.device
 
-    def stream(self, windows: Sequence[Window], *, size: int) -> Iterator[Batch]:
-        """Decode windows, `size` pixels square, and yield them in batches, in order."""
+    def stream(self, windows: Sequence[Window], *, size: int, name: str) -> Iterator[Batch]:
+        """Decode windows, `size` pixels square, and yield them in batches, in order.
+
+        The name is that under which Ray's dashboard lists the work.
+        """
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
         """Append metrics to the run; only rank 0's are kept."""
@@ -335,12 +338,25 @@ class Runtime(Protocol):
     def report(self, metrics: Mapping[str, float], checkpoint: Path) -> None:
         """Hand over metrics and a checkpoint folder (rank 0's); every rank calls it.
 
+        The checkpoint may be kept a while later: see `settle`.
+
         Raises:
-            UserError: the checkpoint cannot be kept, on all ranks alike.
+            UserError: it or the one before cannot be kept, on all ranks alike.
+        """
+
+    def settle(self) -> None:
+        """Wait until the last checkpoint is kept; every rank calls it.
+
+        Raises:
+            UserError: it cannot be kept, on all ranks alike.
         """
 
     def preempted(self) -> bool:
-        """Tell, once for each node, that it is about to be taken away; every rank calls it."""
+        """Tell, once for each node, that it is about to be taken away; every rank calls it.
+
+        Raises:
+            UserError: the last checkpoint could not be kept, on all ranks alike.
+        """
 
     def checkpoints(self) -> Sequence[AbstractContextManager[Path]]:
         """List the run's checkpoints, the newest first and the same on every rank."""
@@ -513,6 +529,7 @@ class Trainer:
             self.runtime.log(seen, step=self.state.step)
             self._checkpoint(metrics, evaluation.write if self.runtime.rank == 0 else None)
             self._time_left.evaluation()
+        self.runtime.settle()
         return metrics
 
     def _count_parameters(self) -> None:
@@ -548,7 +565,8 @@ class Trainer:
         size = recipe.data.augmentation.decoded_size(recipe.data.size)
         clock = Clock()
         train_mode(state.detector, recipe.model)
-        batches = clock.timed(self.runtime.stream(windows, size=size))
+        name = f"epoch {state.epoch + 1}"
+        batches = clock.timed(self.runtime.stream(windows, size=size, name=name))
         for passes in in_passes(batches, self._passes):
             for batch in passes:
                 state.failures |= batch.failures

@@ -1,8 +1,10 @@
 """Work of one Ray Train worker: the loop, with Ray, MLflow and the progress board."""
 
 import os
+import shutil
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -32,7 +34,7 @@ from pipelines.training.retention import (
     remove_partial,
     remove_surplus,
 )
-from pipelines.training.trainer import Task, Trainer, alike
+from pipelines.training.trainer import Task, Trainer
 from pipelines.training.validation import gather
 from re2tal.errors import UserError
 from re2tal.memory.live import MEGABYTE
@@ -108,6 +110,55 @@ class TrainingProblem:
     message: str
 
 
+class Upload:
+    """Transfer of a checkpoint to the folder of the run, which a thread of Ray Train calls.
+
+    The training goes on meanwhile. One is under way at a time: what it removes, interrupted copies
+    and checkpoints that are not kept any more, may not be another one.
+
+    Args:
+        job: work that the checkpoint belongs to.
+        storage: Ray Train's storage of the run.
+        checkpoint: folder of the checkpoint, which is moved away from there.
+
+    Attributes:
+        ended: set once the checkpoint is kept, or cannot be.
+        problem: sentence that says why it cannot be; empty if it is kept.
+    """
+
+    def __init__(self, job: Job, storage: Any, checkpoint: Path) -> None:
+        self._job, self._storage = job, storage
+        self._scratch = tempfile.TemporaryDirectory()
+        self.folder = Path(shutil.move(checkpoint, self._scratch.name))
+        self.ended, self.problem = threading.Event(), ""
+
+    def __call__(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        """Copy the checkpoint, and remove those that are not kept any more.
+
+        Raises:
+            OSError: the storage failed. Ray Train tries some of these errors again, and ends the
+                attempt with the others.
+        """
+        job, output = self._job, self._job.output
+        wanted = sum(sizes_below(str(self.folder)).values())
+        try:
+            with writing_to(output, what="a checkpoint"):
+                make_room(output, name, wanted)
+                try:
+                    self._storage.persist_current_checkpoint(checkpoint, name)
+                except OSError:
+                    remove_partial(output)
+                    raise
+                remove_surplus(output, job.task.recipe.checkpoints, job.task.score, written=name)
+        except UserError as problem:
+            # for the loop to end with: of an exception Ray Train would make another attempt
+            self.problem = str(problem)
+        self._scratch.cleanup()
+        self.ended.set()
+        place = self._storage.build_checkpoint_path_from_name(name)
+        return ray.train.Checkpoint(place, self._storage.storage_filesystem)
+
+
 class RayRuntime:
     """`Runtime` with data from Ray Data and results for Ray Train and MLflow."""
 
@@ -121,6 +172,9 @@ class RayRuntime:
         self._logged = _logged(job) if metrics is not None else {}
         self._gauges = Gauges(run_id=job.run.run_id, rank=self.rank, world_size=self.world_size)
         self._leaving: frozenset[str] = frozenset()
+        self._storage = context.get_storage()
+        self._upload: Upload | None = None  # the last one, on rank 0
+        self._unsettled = False  # the same on every rank
         self._features = feature_stream(job.task.plan)
         if self._features is None:
             scale = job.task.recipe.scale
@@ -130,7 +184,7 @@ class RayRuntime:
                 threads=scale.decoder_threads,
             )
 
-    def stream(self, windows: Sequence[Window], *, size: int) -> Iterator[Batch]:
+    def stream(self, windows: Sequence[Window], *, size: int, name: str) -> Iterator[Batch]:
         """Decode windows with Ray Data, or read their features, in batches, in order."""
         task = self._job.task
         if self._features is not None:
@@ -141,6 +195,7 @@ class RayRuntime:
             task.plan.uris,
             size=size,
             batch_size=task.recipe.batch_size,
+            name=f"{name}, worker {self.rank}",
         )
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
@@ -160,35 +215,56 @@ class RayRuntime:
             self._job.board.post.remote(line)
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path) -> None:
-        """Hand a checkpoint over to Ray Train, and remove those that are not kept any more.
+        """Hand a checkpoint over to Ray Train, which uploads it while the training goes on.
 
-        Every rank calls it.
+        Every rank calls it. It waits for the checkpoint before.
 
         Raises:
-            UserError: there is no room for it, or the folder of the run cannot be written to.
+            UserError: the one before could not be kept: there is no room for it, or the folder of
+                the run cannot be written to.
         """
         if self._metrics is not None:
             self._metrics.flush()
-        output, whole = self._job.output, None
-        with alike():
-            if self.rank == 0:
-                wanted = sum(sizes_below(str(checkpoint)).values())
-                make_room(output, checkpoint.name, wanted)
-                whole = ray.train.Checkpoint.from_directory(checkpoint)
-        with alike(), writing_to(output, what="a checkpoint"):
-            try:
-                ray.train.report(
-                    dict(metrics), checkpoint=whole, checkpoint_dir_name=checkpoint.name
-                )
-            except OSError:
-                remove_partial(output)
-                raise
-            if self.rank == 0:
-                task = self._job.task
-                remove_surplus(output, task.recipe.checkpoints, task.score, written=checkpoint.name)
+        self.settle()
+        whole = None
+        if self.rank == 0:
+            self._upload = Upload(self._job, self._storage, checkpoint)
+            whole = ray.train.Checkpoint.from_directory(self._upload.folder)
+        self._unsettled = True
+        ray.train.report(
+            dict(metrics),
+            checkpoint=whole,
+            checkpoint_dir_name=checkpoint.name,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=False,  # it is gone then
+            checkpoint_upload_fn=self._upload,
+        )
+
+    def settle(self, *, wait: bool = True) -> None:
+        """Wait for the upload of the last checkpoint, if it is under way; every rank calls it.
+
+        Args:
+            wait: false to go on if it has not ended.
+
+        Raises:
+            UserError: it could not be kept, on all ranks alike.
+        """
+        if not self._unsettled:
+            return
+        upload, problem = self._upload, None
+        if upload is not None and wait and not upload.ended.is_set():
+            self.say(f"waiting for the upload of {upload.folder.name}")
+            upload.ended.wait()
+        if upload is not None and upload.ended.is_set():
+            problem = upload.problem
+        found = gather(problem)[0]
+        self._unsettled = found is None
+        if found:
+            raise UserError(found)
 
     def preempted(self) -> bool:
         """Tell, once for each notice and on every rank alike, that Ray announced a node's end."""
+        self.settle(wait=False)  # so that a run that keeps no checkpoints ends early
         if os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") == "0":
             return False
         info = ray.train.get_preemption_info()

@@ -6,8 +6,10 @@ import math
 import os
 import shutil
 import tempfile
+import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,8 @@ import pyarrow.fs as pafs
 import pytest
 import ray.train
 import torch
+from fsspec.implementations.local import LocalFileSystem
+from ray.train.v2._internal.execution.storage import StorageContext
 
 from pipelines.config.recipe import CheckpointConfig, Recipe
 from pipelines.core.metric_names import UNSCORED
@@ -39,7 +43,7 @@ from pipelines.training.retention import (
 )
 from pipelines.training.run import _start_ray
 from pipelines.training.trainer import Trainer
-from pipelines.training.worker import RayRuntime, TrainingProblem, _train
+from pipelines.training.worker import RayRuntime, TrainingProblem, Upload, _train
 from re2tal.errors import UserError
 from re2tal.videos.windows import Window
 
@@ -131,6 +135,21 @@ def test_a_checkpoint_of_an_earlier_version_is_read(
         read_listing(checkpoint)
 
 
+class _Storage:
+    """A run's folder, with the part of Ray Train's storage that is made use of."""
+
+    storage_filesystem = pafs.LocalFileSystem()
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def build_checkpoint_path_from_name(self, name: str) -> str:
+        return str(self._folder / name)
+
+    def persist_current_checkpoint(self, checkpoint: Any, name: str) -> None:
+        shutil.copytree(checkpoint.path, self._folder / name)
+
+
 class _Kept(LocalRuntime):
     """Keeps the checkpoints of a run in a folder, as a worker of Ray Train does."""
 
@@ -138,9 +157,16 @@ class _Kept(LocalRuntime):
         super().__init__(recipe, plan, folder)
         task = DetectionTask(recipe=recipe, plan=plan)
         self._metrics, self._job = None, SimpleNamespace(output=str(folder), task=task)
+        self._storage, self._upload, self._unsettled = _Storage(folder), None, False
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path) -> None:
         RayRuntime.report(cast("Any", self), metrics, checkpoint)
+
+    def settle(self, *, wait: bool = True) -> None:
+        RayRuntime.settle(cast("Any", self), wait=wait)
+
+    def preempted(self) -> bool:
+        return RayRuntime.preempted(cast("Any", self))
 
     def checkpoints(self) -> Sequence[AbstractContextManager[Path]]:
         return RayRuntime.checkpoints(cast("Any", self))
@@ -149,21 +175,24 @@ class _Kept(LocalRuntime):
 @pytest.fixture
 def begin(
     tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[], Trainer]:
+) -> Iterator[Callable[[], Trainer]]:
     """Function that begins a run or goes on with it; three checkpoints, all of which are kept."""
     folder = tmp_path / "run"
-
-    def copied(metrics: Any, *, checkpoint: Any, checkpoint_dir_name: str) -> None:
-        shutil.copytree(checkpoint.path, folder / checkpoint_dir_name)
-
-    monkeypatch.setattr("ray.train.report", copied)
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     recipe = replace(tiny_recipe, checkpoints=CheckpointConfig(steps=2, keep=9))
 
     def begun() -> Trainer:
         runtime = _Kept(recipe, tiny_plan, folder)
         return Trainer(runtime._job.task, runtime, weights=None, output=str(tmp_path / "output"))
 
-    return begun
+    with ThreadPoolExecutor(max_workers=1) as thread:
+
+        def report(metrics: Any, *, checkpoint_upload_fn: Any, **given: Any) -> None:
+            assert given["checkpoint_upload_mode"] == ray.train.CheckpointUploadMode.ASYNC
+            thread.submit(checkpoint_upload_fn, given["checkpoint"], given["checkpoint_dir_name"])
+
+        monkeypatch.setattr("ray.train.report", report)
+        yield begun
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
@@ -214,18 +243,18 @@ def test_without_room_a_run_stops_in_one_sentence_and_goes_on_when_there_is_some
     assert "1 MiB are free. Make room, and give the same command again" in str(caught.value)
     assert not run.exists()
     disk(2**40)
-    copied = ray.train.report
+    copied = _Storage.persist_current_checkpoint
 
-    def full(metrics: Any, *, checkpoint: Any, checkpoint_dir_name: str) -> None:
-        if "step_00000004" not in checkpoint_dir_name:
-            copied(metrics, checkpoint=checkpoint, checkpoint_dir_name=checkpoint_dir_name)
+    def full(storage: _Storage, checkpoint: Any, name: str) -> None:
+        if "step_00000004" not in name:
+            copied(storage, checkpoint, name)
             return
-        (run / checkpoint_dir_name).mkdir()
-        (run / checkpoint_dir_name / "training.pt").write_bytes(b"half")
+        (run / name).mkdir()
+        (run / name / "training.pt").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ray.train.report", full)
+        patch.setattr(_Storage, "persist_current_checkpoint", full)
         with pytest.raises(UserError, match=rf"^There was no room for a checkpoint in {run}"):
             begin().run()
     name = checkpoint_name(epoch=0, step=2)
@@ -247,6 +276,73 @@ def test_without_room_a_run_stops_in_one_sentence_and_goes_on_when_there_is_some
     kept, rest = checkpoints(str(run))
     assert [one.metrics["step"] for one in kept] == [2, 4, 6]
     assert rest == {}
+
+
+class _Slow(LocalFileSystem):
+    """File system that takes in nothing before it may, or fails then."""
+
+    protocol = "slow"
+    cachable = False
+
+    def __init__(self) -> None:
+        super().__init__(auto_mkdir=True)
+        self.let, self.waiting, self.failure = threading.Event(), threading.Event(), 0
+
+    def open(self, path: str, mode: str = "rb", **more: Any) -> Any:
+        if "w" in mode and "checkpoint_" in path:
+            self.waiting.set()
+            assert self.let.wait(60), "the training waited"
+            if self.failure:
+                raise OSError(self.failure, os.strerror(self.failure))
+        return super().open(path, mode, **more)
+
+
+def test_the_training_goes_on_while_a_checkpoint_is_under_way(
+    begin: Callable[[], Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, logged, seen = tmp_path / "run", LocalRuntime.log, []
+    slow = _Slow()
+    filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(slow))
+    trainer: Any = begin()
+    runtime = trainer.runtime
+    runtime._storage = StorageContext(str(tmp_path), "run", storage_filesystem=filesystem)
+
+    def log(runtime: LocalRuntime, metrics: Mapping[str, float], *, step: int) -> None:
+        logged(runtime, metrics, step=step)
+        if step == 3:  # the one after the first checkpoint
+            assert slow.waiting.wait(60)
+            seen.extend(checkpoints(str(run))[0])
+            slow.let.set()
+
+    monkeypatch.setattr(LocalRuntime, "log", log)
+    trainer.run()
+    assert seen == [], "what is under way is nothing to go on from"
+    kept, rest = checkpoints(str(run))
+    assert ([one.metrics["step"] for one in kept], rest) == ([2, 4, 6], {})
+
+    def handed_over() -> Path:
+        return Path(shutil.copytree(kept[0].uri, tmp_path / checkpoint_name(epoch=1, step=8)))
+
+    slow.let.clear()
+    slow.failure = errno.ENOSPC
+    runtime.report({}, handed_over())
+    assert not runtime.preempted(), "it may be looked after without waiting for it"
+
+    def say(line: str) -> None:
+        if line.startswith("waiting for the upload"):
+            slow.let.set()
+
+    monkeypatch.setattr(runtime, "say", say)
+    with pytest.raises(UserError, match=r"^There was no room for a checkpoint in .*/run"):
+        runtime.settle()
+    # of other errors Ray Train hears, which makes another attempt
+    slow.failure = errno.EIO
+    upload = Upload(runtime._job, runtime._storage, handed_over())
+    whole = ray.train.Checkpoint.from_directory(upload.folder)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        upload(whole, upload.folder.name)
+    assert not upload.ended.is_set()
+    assert checkpoints(str(run)) == (kept, {})
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])

@@ -257,7 +257,8 @@ def test_what_is_trained_on_is_augmented_and_what_is_evaluated_is_not(
     decoded: list[tuple[int, Batch]] = []
     stream = runtime.stream
 
-    def recorded(windows: Sequence[Window], *, size: int) -> Iterator[Batch]:
+    def recorded(windows: Sequence[Window], *, size: int, name: str = "") -> Iterator[Batch]:
+        assert name.startswith("epoch 1")
         for batch in stream(windows, size=size):
             decoded.append((size, batch))
             yield batch

@@ -18,6 +18,7 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.tracking import MlflowClient
 from ray._private.ray_constants import get_runtime_env_default_excludes
 from ray._private.runtime_env.packaging import create_package
+from ray.job_submission import JobSubmissionClient
 from torch import Tensor
 
 import pipelines.training.run as training
@@ -282,6 +283,29 @@ def test_the_run_in_mlflow_is_complete(finished: tuple[Path, str], tiny_set: Pat
     assert run.data.tags["mlflow.source.name"].endswith("train.py")
     assert "train.py toy" in run.data.tags["mlflow.note.content"]
     assert run.data.tags["mlflow.user"]
+
+
+@pytest.mark.slow
+def test_rays_dashboard_lists_the_run_its_workers_and_what_they_read(
+    finished: tuple[Path, str],
+) -> None:
+    folder, _ = finished
+    client = JobSubmissionClient(os.environ["RAY_API_SERVER_ADDRESS"])  # which has the token
+    listed = client._do_request("GET", "/api/train/v2/runs/v1").json()["train_runs"]
+    runs = [run for run in listed if run["name"] == _run(folder).info.run_id]
+    # the command was stopped, lost its end and ended: three times Ray Train began
+    assert [run["status"] for run in runs] == ["FINISHED", "FINISHED", "ABORTED"], runs
+    attempts = runs[-1]["attempts"]
+    assert [len(attempt["workers"]) for attempt in attempts] == [1, 1], "one was killed"
+    found = client._do_request("GET", f"/api/data/datasets/{runs[0]['job_id']}").json()
+    names = {one["dataset"].rsplit("_", 2)[0] for one in found["datasets"]}
+    assert names >= {
+        "opening videos",
+        "epoch 1, worker 0",
+        "epoch 2, worker 0",
+        "epoch 2, validation, worker 0",
+        "epoch 2, validation on training videos, worker 0",
+    }
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.experiments import decoding, shards
+from pipelines.experiments import decoding, shards, throughput
 from pipelines.experiments.augmentation import compare
 from pipelines.experiments.decoding import Access, Request, available, difference
 from pipelines.experiments.footage import HEIGHT, WIDTH, Footage, pictures
@@ -118,3 +118,17 @@ def test_shards_are_read_beside_the_raw_file(monkeypatch: pytest.MonkeyPatch) ->
         ("whole", "small"),
     ]
     assert all(row["ratio"] == row["ratios"][0] > 0 for row in speeds)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_instance")
+def test_executions_are_measured_beside_workers_and_as_one_for_all() -> None:
+    (rows,) = throughput.measure_executions(
+        workers=(2,), windows=4, frames=4, decoders=2, step=0.1
+    ).values()
+    assert [row["executions"] for row in rows] == ["beside each", "one for all"]
+    assert all(row["windows"] == 8 for row in rows)
+    apart, together = (row["memory of executions, MB"] for row in rows)
+    assert apart > together > 30, "two processes, against one"
+    found = throughput._usage()
+    assert all(found[part][1] for part in ("GCS", "raylet", "dashboard"))
