@@ -198,7 +198,7 @@ def test_a_recipe_that_does_not_exist_is_refused() -> None:
 
 
 def test_tunings_differ_in_what_learns_and_learning_rates_are_tried_on_another_seed() -> None:
-    experiment = Tunings(adapters_lr=1e-3, tried=(2e-4, 1e-3))
+    experiment = Tunings(adapters_lr=1e-3, lora_lr=2e-4, tried=(2e-4, 1e-3))
     reached = {"full": 0.8, "adapters": 0.79, "lora": 0.5, "frozen": 0.4}
     results, trained = {}, set()
     for job in experiment.jobs():
