@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,6 @@ from torch import Tensor, nn
 from re2tal.backbones.resampling import resample
 from re2tal.errors import UserError, check_within
 from re2tal.reversible.branches import recomputed
-
-ConfigT = TypeVar("ConfigT")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +50,102 @@ class ClipFamily:
     stem: str | tuple[str, ...]
     first: int = 0
     by_place: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipConfig(ABC):
+    """Base of the shapes of models of clips.
+
+    Further fields bear the names of `VideoMAEConfig`'s. Only a shape with a field `interpolation`
+    can have more than one feature a token.
+
+    Attributes:
+        pooling: consecutive features that are averaged into one.
+    """
+
+    pooling: int = 1
+
+    @abstractmethod
+    def clip_family(self) -> ClipFamily:
+        """Return the record of the models of this shape."""
+
+    @property
+    def token_frames(self) -> int:
+        """Frames of a token, which the model makes a feature of."""
+        frames: int = getattr(self, "tubelet", 1)
+        return frames
+
+    @property
+    @abstractmethod
+    def token_channels(self) -> int:
+        """Channels of a token behind the last block."""
+
+    def with_stride(self, stride: int) -> Self:
+        """Return the same backbone with another number of frames a feature.
+
+        Features are averaged to a larger number than a token's, and interpolated to a smaller one.
+
+        Raises:
+            ValueError: it cannot have that stride.
+        """
+        own, interpolated = self.token_frames, hasattr(self, "interpolation")
+        if stride < 1 or (stride % own and (not interpolated or own % stride)):
+            raise ValueError(
+                f"The stride must be a multiple of {own}, the frames that the backbone makes a "
+                f"feature of{', or a part of it' if interpolated else ''}, not {stride}."
+            )
+        rates = {"pooling": max(1, stride // own)}
+        if interpolated:
+            rates["interpolation"] = max(1, own // stride)
+        config: Any = self
+        changed: Self = replace(config, **rates)
+        return changed
+
+    def build(self) -> ClipBackbone:
+        """Build a backbone of this shape, with random weights.
+
+        Raises:
+            UserError: the library of its blocks is not installed.
+        """
+        config: Any = self
+        family = self.clip_family()
+        return ClipBackbone(
+            family.make(self),
+            family,
+            channels=self.token_channels,
+            blocks=sum(config.depths),
+            clip=config.clip,
+            stride=self.token_frames,
+            pooling=self.pooling,
+            interpolation=getattr(self, "interpolation", 1),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransformerConfig(ClipConfig):
+    """Base of the shapes of vision transformers of one width; the defaults are those of a ViT-B.
+
+    Attributes:
+        patch: side of a patch in pixels.
+        channels: channels of a token.
+        depths: number of blocks, the only stage's.
+        heads: attention heads of a block.
+        mlp_ratio: channels inside an MLP per channel.
+    """
+
+    patch: int = 16
+    channels: int = 768
+    depths: tuple[int, ...] = (12,)
+    heads: int = 12
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        check_shape(self)
+
+    @property
+    def token_channels(self) -> int:
+        """Channels of a token; see `ClipConfig`."""
+        return self.channels
 
 
 @dataclass(slots=True)
@@ -319,44 +414,17 @@ def check_shape(config: Any) -> None:
             )
 
 
-def with_stride(config: ConfigT, stride: int, own: int) -> ConfigT:
-    """Return a shape with another number of frames a feature.
-
-    Features are averaged to a larger number, and interpolated to a smaller one.
-
-    Args:
-        config: dataclass with a field `pooling`; only one with a field `interpolation` takes a
-            smaller number than `own`, a part of it.
-        stride: number of frames wanted.
-        own: frames that the model makes a feature of.
-
-    Raises:
-        ValueError: it cannot have that stride.
-    """
-    interpolated = hasattr(config, "interpolation")
-    if stride < 1 or (stride % own and (not interpolated or own % stride)):
-        raise ValueError(
-            f"The stride must be a multiple of {own}, the frames that the backbone makes a feature "
-            f"of{', or a part of it' if interpolated else ''}, not {stride}."
-        )
-    rates = {"pooling": max(1, stride // own), "interpolation": max(1, own // stride)}
-    kept = rates if interpolated else {"pooling": rates["pooling"]}
-    changed: ConfigT = replace(config, **kept)  # type: ignore[type-var]
-    return changed
-
-
-def build(config: Any, family: ClipFamily, *, stride: int) -> ClipBackbone:
-    """Build a backbone of a shape that `check_shape` has checked; `stride` is a token's frames."""
-    return ClipBackbone(
-        family.make(config),
-        family,
-        channels=config.channels,
-        blocks=config.depths[0],
-        clip=config.clip,
-        stride=stride,
-        pooling=config.pooling,
-        interpolation=getattr(config, "interpolation", 1),
-    )
+def transformers_settings(config: Any) -> dict[str, Any]:
+    """Name the settings of blocks as the configurations of the library transformers do."""
+    return {
+        "hidden_size": config.channels,
+        "num_hidden_layers": config.depths[0],
+        "num_attention_heads": config.heads,
+        "intermediate_size": round(config.channels * config.mlp_ratio),
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "layer_norm_eps": config.norm_epsilon,
+    }
 
 
 def library(name: str, title: str) -> Any:

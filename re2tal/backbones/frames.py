@@ -19,14 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.backbones.clips import (
-    ClipBackbone,
     ClipFamily,
     ClipStem,
-    build,
+    TransformerConfig,
     check_shape,
     library,
     patches,
-    with_stride,
 )
 from re2tal.backbones.table import Layout, backbone
 from re2tal.errors import check_within
@@ -97,16 +95,11 @@ _RECORDS: Mapping[Family, _Record] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FramesConfig:
+class FramesConfig(TransformerConfig):
     """Shape of an image transformer that runs frame by frame.
 
     Attributes:
         family: family of models; it decides on norms, positions and the form of the blocks.
-        patch: side of a patch in pixels.
-        channels: channels of a token.
-        depths: number of blocks, the only stage's.
-        heads: attention heads of a block.
-        mlp_ratio: channels inside an MLP per channel.
         registers: further tokens beside the class token.
         trained_size: pixels of a side of the images in the pretraining, whose positions are
             embedded; on other sizes the embeddings are resized as timm does. Families with rotary
@@ -115,21 +108,15 @@ class FramesConfig:
             class token, or SigLIP's attention pooling.
         every: frames of which the middle one is seen, such as 4 to run on a quarter of the frames.
         drop_path: probability of leaving out the last block's branches, growing with depth.
-        pooling: consecutive features that are averaged into one.
     """
 
     family: Family = "dinov2"
     patch: int = 14
-    channels: int = 768
-    depths: tuple[int, ...] = (12,)
-    heads: int = 12
-    mlp_ratio: float = 4.0
     registers: int = 0
     trained_size: int = 518
     pool: Literal["mean", "class", "attention"] = "mean"
     every: int = 1
     drop_path: float = 0.0
-    pooling: int = 1
 
     def __post_init__(self) -> None:
         check_shape(self)
@@ -146,32 +133,24 @@ class FramesConfig:
                 f"is {self.pool!r}."
             )
 
-    def with_stride(self, stride: int) -> FramesConfig:
-        """Return the same backbone, its features averaged to another number of frames a feature.
-
-        Raises:
-            ValueError: it cannot have that stride.
-        """
-        return with_stride(self, stride, self.every)
-
     @property
     def clip(self) -> int:
         """Frames of a clip, of which one is seen."""
         return self.every
 
-    def build(self) -> ClipBackbone:
-        """Build a backbone of this shape, with random weights.
+    @property
+    def token_frames(self) -> int:
+        """Frames of a token; see `ClipConfig`."""
+        return self.every
 
-        Raises:
-            UserError: timm is not installed.
-        """
-        family = ClipFamily(
+    def clip_family(self) -> ClipFamily:
+        """Return the record of these models; see `ClipConfig`."""
+        return ClipFamily(
             make=_make,
             tokens=partial(_pooled, self),
             block=re.compile(r"blocks\.(\d+)\."),
             stem=("patch_embed.", "cls_token", "reg_token", "pos_embed", "norm_pre."),
         )
-        return build(self, family, stride=self.every)
 
 
 class FramePatches(ClipStem):

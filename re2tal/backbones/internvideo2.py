@@ -17,15 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from re2tal.backbones.clips import (
-    ClipBackbone,
     ClipFamily,
     ClipStem,
-    build,
-    check_shape,
+    TransformerConfig,
     other_positions,
     patches,
     with_class_token,
-    with_stride,
 )
 from re2tal.backbones.table import Layout, backbone
 from re2tal.reversible.branches import Branch, branches
@@ -33,16 +30,11 @@ from re2tal.reversible.families.vit import SelfAttention, mlp_cut
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class InternVideo2Config:
+class InternVideo2Config(TransformerConfig):
     """Shape of an InternVideo2's video encoder.
 
     Attributes:
-        patch: side of a patch in pixels.
         tubelet: frames of a token; the temporal stride.
-        channels: channels of a token.
-        depths: number of blocks, the only stage's.
-        heads: attention heads of a block.
-        mlp_ratio: channels inside an MLP per channel.
         clip: frames of a clip.
         trained_clip: frames of a clip in the training of the weights, whose positions are learnt:
             4 or 8 (`f4`, `f8` in names of files), 16 in some finetuned on Kinetics.
@@ -50,7 +42,6 @@ class InternVideo2Config:
             positions are resized in every forward, bicubic in space and linear in time.
         norm_epsilon: epsilon of all norms.
         scale: first value of the learnt scales of the branches.
-        pooling: consecutive features that are averaged into one.
     """
 
     patch: int = 14
@@ -64,22 +55,10 @@ class InternVideo2Config:
     trained_size: int = 224
     norm_epsilon: float = 1e-6
     scale: float = 1e-5
-    pooling: int = 1
 
-    def __post_init__(self) -> None:
-        check_shape(self)
-
-    def with_stride(self, stride: int) -> InternVideo2Config:
-        """Return the same backbone, its features averaged to another number of frames a feature.
-
-        Raises:
-            ValueError: it cannot have that stride.
-        """
-        return with_stride(self, stride, self.tubelet)
-
-    def build(self) -> ClipBackbone:
-        """Build a backbone of this shape, with random weights."""
-        return build(self, _FAMILY, stride=self.tubelet)
+    def clip_family(self) -> ClipFamily:
+        """Return the record of these models; see `ClipConfig`."""
+        return _FAMILY
 
 
 class InternVideo2Stem(ClipStem):

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torchvision.models.video.mvit import MSBlockConfig, MViT
 
 from re2tal.backbones.clips import (
-    ClipBackbone,
+    ClipConfig,
     ClipFamily,
     ClipStem,
     check_patches,
     clips_of,
     resized,
-    with_stride,
 )
 from re2tal.backbones.table import backbone
 from re2tal.errors import check_within
@@ -35,7 +34,7 @@ _PATCH, _TUBELET = 4, 2  # pixels and frames between the patches, which overlap
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MViTConfig:
+class MViTConfig(ClipConfig):
     """Shape of a Multiscale Vision Transformer.
 
     Attributes:
@@ -47,7 +46,6 @@ class MViTConfig:
         trained_clip: frames of a clip in the pretraining, whose positions are embedded.
         trained_size: pixels of a side of the frames in the pretraining, likewise.
         drop_path: probability of leaving out the last block's branches, growing with depth.
-        pooling: consecutive features that are averaged into one.
     """
 
     version: Literal[1, 2] = 2
@@ -58,7 +56,6 @@ class MViTConfig:
     trained_clip: int = 16
     trained_size: int = 224
     drop_path: float = 0.2
-    pooling: int = 1
 
     def __post_init__(self) -> None:
         check_within(
@@ -89,29 +86,24 @@ class MViTConfig:
                     f"{getattr(self, name)}."
                 )
 
-    def with_stride(self, stride: int) -> MViTConfig:
-        """Return the same backbone, its features averaged to another number of frames a feature.
+    @property
+    def token_frames(self) -> int:
+        """Frames of a token; see `ClipConfig`."""
+        return _TUBELET
 
-        Raises:
-            ValueError: it cannot have that stride.
-        """
-        return with_stride(self, stride, _TUBELET)
+    @property
+    def token_channels(self) -> int:
+        """Channels behind the last stage; see `ClipConfig`."""
+        channels: int = self.channels * 2 ** (len(self.depths) - 1)
+        return channels
 
-    def build(self) -> ClipBackbone:
-        """Build a backbone of this shape, with random weights."""
-        return ClipBackbone(
-            _make(self),
-            ClipFamily(
-                make=_make,
-                tokens=partial(_tokens, self),
-                block=re.compile(r"blocks\.(\d+)\."),
-                stem=("conv_proj.", "pos_encoding."),
-            ),
-            channels=self.channels * 2 ** (len(self.depths) - 1),
-            blocks=sum(self.depths),
-            clip=self.clip,
-            stride=_TUBELET,
-            pooling=self.pooling,
+    def clip_family(self) -> ClipFamily:
+        """Return the record of these models; see `ClipConfig`."""
+        return ClipFamily(
+            make=_make,
+            tokens=partial(_tokens, self),
+            block=re.compile(r"blocks\.(\d+)\."),
+            stem=("conv_proj.", "pos_encoding."),
         )
 
 

@@ -14,30 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from re2tal.backbones.clips import (
-    ClipBackbone,
     ClipFamily,
     ClipStem,
-    build,
-    check_shape,
+    TransformerConfig,
     library,
     other_positions,
     patches,
     side_of,
-    with_stride,
+    transformers_settings,
 )
 from re2tal.backbones.table import Layout, backbone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TimeSformerConfig:
+class TimeSformerConfig(TransformerConfig):
     """Shape of a TimeSformer, whose tokens are of one frame.
 
     Attributes:
-        patch: side of a patch in pixels.
-        channels: channels of a token.
-        depths: number of blocks, the only stage's.
-        heads: attention heads of a block.
-        mlp_ratio: channels inside an MLP per channel.
         clip: frames of a clip.
         trained_clip: frames of a clip in the training of the weights, whose embeddings are learnt.
         trained_size: pixels of a side of the frames in that training, likewise. On other sizes
@@ -46,40 +39,18 @@ class TimeSformerConfig:
         norm_epsilon: epsilon of all norms.
         dropout: probability of dropout behind attention and MLP.
         attention_dropout: probability of dropout of attention weights.
-        pooling: consecutive features that are averaged into one.
     """
 
-    patch: int = 16
-    channels: int = 768
-    depths: tuple[int, ...] = (12,)
-    heads: int = 12
-    mlp_ratio: float = 4.0
     clip: int = 8
     trained_clip: int = 8
     trained_size: int = 224
     norm_epsilon: float = 1e-6
     dropout: float = 0.0
     attention_dropout: float = 0.0
-    pooling: int = 1
 
-    def __post_init__(self) -> None:
-        check_shape(self)
-
-    def with_stride(self, stride: int) -> TimeSformerConfig:
-        """Return the same backbone, its features averaged to another number of frames a feature.
-
-        Raises:
-            ValueError: it cannot have that stride.
-        """
-        return with_stride(self, stride, 1)
-
-    def build(self) -> ClipBackbone:
-        """Build a backbone of this shape, with random weights.
-
-        Raises:
-            UserError: transformers is not installed.
-        """
-        return build(self, _FAMILY, stride=1)
+    def clip_family(self) -> ClipFamily:
+        """Return the record of these models; see `ClipConfig`."""
+        return _FAMILY
 
 
 class TimeSformerStem(ClipStem):
@@ -124,13 +95,7 @@ def _make(config: TimeSformerConfig) -> nn.Module:
             image_size=config.patch,
             patch_size=config.patch,
             num_frames=config.clip,
-            hidden_size=config.channels,
-            num_hidden_layers=config.depths[0],
-            num_attention_heads=config.heads,
-            intermediate_size=round(config.channels * config.mlp_ratio),
-            hidden_dropout_prob=config.dropout,
-            attention_probs_dropout_prob=config.attention_dropout,
-            layer_norm_eps=config.norm_epsilon,
+            **transformers_settings(config),
         )
     )
     theirs.embeddings = TimeSformerStem(theirs.embeddings.patch_embeddings, config)

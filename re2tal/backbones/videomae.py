@@ -17,31 +17,24 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.backbones.clips import (
-    ClipBackbone,
     ClipFamily,
     ClipStem,
-    build,
-    check_shape,
+    TransformerConfig,
     library,
     patches,
     resized,
     sines,
-    with_stride,
+    transformers_settings,
 )
 from re2tal.backbones.table import Layout, backbone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VideoMAEConfig:
+class VideoMAEConfig(TransformerConfig):
     """Shape of a VideoMAE's encoder, a vision transformer of clips.
 
     Attributes:
-        patch: side of a patch in pixels.
         tubelet: frames of a token; the temporal stride.
-        channels: channels of a token.
-        depths: number of blocks, the only stage's.
-        heads: attention heads of a block.
-        mlp_ratio: channels inside an MLP per channel.
         clip: frames of a clip.
         trained_clip: frames of a clip in the pretraining, whose positions are embedded.
         trained_size: pixels of a side of the frames in the pretraining, likewise. On other sizes
@@ -52,17 +45,11 @@ class VideoMAEConfig:
         norm_epsilon: epsilon of all norms.
         dropout: probability of dropout behind attention and MLP.
         attention_dropout: probability of dropout of attention weights.
-        pooling: consecutive features that are averaged into one.
         interpolation: features that are made of one, by linear interpolation over the window: with
             2, AdaTAD's on THUMOS-14, there is a feature for each frame.
     """
 
-    patch: int = 16
     tubelet: int = 2
-    channels: int = 768
-    depths: tuple[int, ...] = (12,)
-    heads: int = 12
-    mlp_ratio: float = 4.0
     clip: int = 16
     trained_clip: int = 16
     trained_size: int = 224
@@ -71,29 +58,11 @@ class VideoMAEConfig:
     norm_epsilon: float = 1e-12
     dropout: float = 0.0
     attention_dropout: float = 0.0
-    pooling: int = 1
     interpolation: int = 1
 
-    def __post_init__(self) -> None:
-        check_shape(self)
-
-    def with_stride(self, stride: int) -> VideoMAEConfig:
-        """Return the same backbone with another number of frames a feature.
-
-        Features are averaged to a larger number, and interpolated to a smaller one.
-
-        Raises:
-            ValueError: it cannot have that stride.
-        """
-        return with_stride(self, stride, self.tubelet)
-
-    def build(self) -> ClipBackbone:
-        """Build a backbone of this shape, with random weights.
-
-        Raises:
-            UserError: transformers is not installed.
-        """
-        return build(self, _FAMILY, stride=self.tubelet)
+    def clip_family(self) -> ClipFamily:
+        """Return the record of these models; see `ClipConfig`."""
+        return _FAMILY
 
 
 class VideoMAEStem(ClipStem):
@@ -130,13 +99,7 @@ def _make_videomae(config: VideoMAEConfig) -> nn.Module:
             num_frames=config.tubelet,
             patch_size=config.patch,
             tubelet_size=config.tubelet,
-            hidden_size=config.channels,
-            num_hidden_layers=config.depths[0],
-            num_attention_heads=config.heads,
-            intermediate_size=round(config.channels * config.mlp_ratio),
-            hidden_dropout_prob=config.dropout,
-            attention_probs_dropout_prob=config.attention_dropout,
-            layer_norm_eps=config.norm_epsilon,
+            **transformers_settings(config),
             qv_bias=config.qkv_bias,
             use_mean_pooling=not config.norm,
         )

@@ -13,31 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.backbones.clips import (
-    ClipBackbone,
     ClipFamily,
     ClipStem,
-    build,
-    check_shape,
+    TransformerConfig,
     library,
     other_positions,
     patches,
+    transformers_settings,
     with_class_token,
-    with_stride,
 )
 from re2tal.backbones.table import Layout, backbone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ViViTConfig:
+class ViViTConfig(TransformerConfig):
     """Shape of a ViViT with attention among all tokens of a clip.
 
     Attributes:
-        patch: side of a patch in pixels.
         tubelet: frames of a token; the temporal stride.
-        channels: channels of a token.
-        depths: number of blocks, the only stage's.
-        heads: attention heads of a block.
-        mlp_ratio: channels inside an MLP per channel.
         clip: frames of a clip.
         trained_clip: frames of a clip in the training of the weights, whose positions are learnt.
         trained_size: pixels of a side of the frames in that training, likewise. On other sizes the
@@ -45,41 +38,19 @@ class ViViTConfig:
         norm_epsilon: epsilon of all norms.
         dropout: probability of dropout behind attention and MLP.
         attention_dropout: probability of dropout of attention weights.
-        pooling: consecutive features that are averaged into one.
     """
 
-    patch: int = 16
     tubelet: int = 2
-    channels: int = 768
-    depths: tuple[int, ...] = (12,)
-    heads: int = 12
-    mlp_ratio: float = 4.0
     clip: int = 32
     trained_clip: int = 32
     trained_size: int = 224
     norm_epsilon: float = 1e-6
     dropout: float = 0.0
     attention_dropout: float = 0.0
-    pooling: int = 1
 
-    def __post_init__(self) -> None:
-        check_shape(self)
-
-    def with_stride(self, stride: int) -> ViViTConfig:
-        """Return the same backbone, its features averaged to another number of frames a feature.
-
-        Raises:
-            ValueError: it cannot have that stride.
-        """
-        return with_stride(self, stride, self.tubelet)
-
-    def build(self) -> ClipBackbone:
-        """Build a backbone of this shape, with random weights.
-
-        Raises:
-            UserError: transformers is not installed.
-        """
-        return build(self, _FAMILY, stride=self.tubelet)
+    def clip_family(self) -> ClipFamily:
+        """Return the record of these models; see `ClipConfig`."""
+        return _FAMILY
 
 
 class ViViTStem(ClipStem):
@@ -116,13 +87,7 @@ def _make(config: ViViTConfig) -> nn.Module:
             image_size=config.patch,
             num_frames=config.tubelet,
             tubelet_size=[config.tubelet, config.patch, config.patch],
-            hidden_size=config.channels,
-            num_hidden_layers=config.depths[0],
-            num_attention_heads=config.heads,
-            intermediate_size=round(config.channels * config.mlp_ratio),
-            hidden_dropout_prob=config.dropout,
-            attention_probs_dropout_prob=config.attention_dropout,
-            layer_norm_eps=config.norm_epsilon,
+            **transformers_settings(config),
         ),
         add_pooling_layer=False,
     )

@@ -13,20 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.backbones.clips import (
-    ClipBackbone,
     ClipFamily,
     ClipStem,
-    build,
-    check_shape,
+    TransformerConfig,
     library,
     patches,
-    with_stride,
 )
 from re2tal.backbones.table import Layout, backbone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VJEPA2Config:
+class VJEPA2Config(TransformerConfig):
     """Shape of a V-JEPA 2's encoder.
 
     Its positions are rotations of queries and keys by frame, row and column, which no size and no
@@ -34,49 +31,25 @@ class VJEPA2Config:
     is resized.
 
     Attributes:
-        patch: side of a patch in pixels.
         tubelet: frames of a token; the temporal stride.
-        channels: channels of a token.
-        depths: number of blocks, the only stage's.
-        heads: attention heads of a block.
-        mlp_ratio: channels inside an MLP per channel.
         clip: frames of a clip: 64 in the pretraining. 16 cost a quarter of the attention.
         norm_epsilon: epsilon of all norms.
         drop_path: probability of leaving out a branch in the last block, less before.
         attention_dropout: probability of dropout of attention weights.
-        pooling: consecutive features that are averaged into one.
     """
 
-    patch: int = 16
     tubelet: int = 2
     channels: int = 1024
     depths: tuple[int, ...] = (24,)
     heads: int = 16
-    mlp_ratio: float = 4.0
     clip: int = 64
     norm_epsilon: float = 1e-6
     drop_path: float = 0.0
     attention_dropout: float = 0.0
-    pooling: int = 1
 
-    def __post_init__(self) -> None:
-        check_shape(self)
-
-    def with_stride(self, stride: int) -> VJEPA2Config:
-        """Return the same backbone, its features averaged to another number of frames a feature.
-
-        Raises:
-            ValueError: it cannot have that stride.
-        """
-        return with_stride(self, stride, self.tubelet)
-
-    def build(self) -> ClipBackbone:
-        """Build a backbone of this shape, with random weights.
-
-        Raises:
-            UserError: transformers is not installed.
-        """
-        return build(self, _FAMILY, stride=self.tubelet)
+    def clip_family(self) -> ClipFamily:
+        """Return the record of these models; see `ClipConfig`."""
+        return _FAMILY
 
 
 class VJEPA2Stem(ClipStem):

@@ -4,37 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from re2tal.detection.segments import Detections
 from re2tal.errors import check_within
-from re2tal.localizers.actionformer import (
-    Points,
-    PointTargets,
-    assign,
-    count_positives,
-    decode,
-    level_ranges,
-    make_points,
-    start_scores,
-)
-from re2tal.localizers.losses import SMALLEST, LossNormalizer, diou_loss, focal_loss, offset_iou
-from re2tal.localizers.protocol import Losses, Targets
-from re2tal.localizers.transformer import (
+from re2tal.localizers.layers import (
     ConvHead,
     DepthwiseConvolution,
     Embedding,
     HalvingPyramid,
     LevelScale,
+    MaskedGroupNorm,
     ResidualScale,
     Strip,
     zero_padding,
 )
-from re2tal.localizers.vsgn.heads import MaskedGroupNorm
+from re2tal.localizers.losses import SMALLEST, diou_loss, focal_loss, offset_iou
+from re2tal.localizers.points import (
+    PointConfig,
+    PointLocalizer,
+    Points,
+    PointTargets,
+    make_points,
+    start_scores,
+)
+from re2tal.localizers.protocol import Losses
 from re2tal.localizers.weights import Published, renamed
 
 # Groups of the normalisation before each MLP.
@@ -65,14 +61,13 @@ _RENAMED = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TriDetConfig:
+class TriDetConfig(PointConfig):
     """TriDet's settings; the defaults, `filter_start` aside, are those published for THUMOS-14.
 
+    Layers at full rate have a narrow window of one step, and neither residual scales nor drop path;
+    `prior` is also the probability that a point bounds an action.
+
     Attributes:
-        width: channels of the pyramid, a multiple of 16.
-        embed_layers: convolutions that project the features.
-        stem_layers: SGP layers at full rate, 0 for none; their narrow window is one step.
-        levels: levels of the pyramid, each at half the rate of the one before.
         window: width of SGP's narrow window in steps, odd.
         widening: SGP's wide window is this many times `window + 1` wide, made odd.
         mlp_width: hidden channels of the MLP in each SGP layer.
@@ -80,85 +75,32 @@ class TriDetConfig:
             product of filters: from 0, which is published for THUMOS-14 and EPIC-Kitchens-100,
             neither has a gradient and both stay at zero, so that the layer is a normalisation and
             an MLP. Published are 0.1 for HACS and 0.2 for ActivityNet-1.3.
-        positions: length of the table of absolute position encodings; 0 for none.
         input_noise: standard deviation of the noise on the features in training.
-        residual_scale: initial factor of the residual branches below full rate.
-        drop_path: share of residual branches below full rate left out in training.
-        head_width: channels of the four heads.
-        head_layers: convolutions of each head, the last one included.
         bins: greatest distance of a boundary from its point, in strides; a boundary is expected
             over the `bins + 1` points on its side.
         iou_power: power of the IoU by which the classification loss of positives is weighed.
-        first_range: greatest distance that level 0 regresses, in feature-grid units; each level
-            takes over where the last ends and doubles it, the top level has no bound.
-        overlapping_ranges: let each level take over at half of where the last ends.
-        centre_radius: greatest distance of a positive point from its instance's centre, in strides.
-        prior: initial probability that a point belongs to a class, or bounds an action of it.
-        empty_classes: labels without training data, which start out next to impossible.
-        label_smoothing: share of the classification targets that is spread over all classes.
-        regression_weight: factor of the regression loss.
-        initial_normalizer: start of the running mean of positive points.
-        score_threshold: score that detections must exceed.
-        top_k: detections that a level passes on at most, the best first.
-        min_duration: length that detections must exceed, in feature-grid units.
     """
 
-    width: int = 512
-    embed_layers: int = 2
-    stem_layers: int = 2
-    levels: int = 6
     window: int = 1
     widening: float = 5.0
     mlp_width: int = 768
     filter_start: float = 0.1
-    positions: int = 0
     input_noise: float = 0.0005
-    residual_scale: float = 1e-4
-    drop_path: float = 0.1
-    head_width: int = 512
-    head_layers: int = 3
     bins: int = 16
     iou_power: float = 0.2
-    first_range: float = 4.0
-    overlapping_ranges: bool = False
-    centre_radius: float = 1.5
-    prior: float = 0.01
-    empty_classes: tuple[int, ...] = ()
-    label_smoothing: float = 0.0
-    regression_weight: float = 1.0
-    initial_normalizer: float = 100.0
-    score_threshold: float = 0.001
-    top_k: int = 2000
-    min_duration: float = 0.05
 
     def __post_init__(self) -> None:
+        PointConfig.__post_init__(self)
         check_within(
             self,
-            width=(1, 2**16),
             embed_layers=(1, 64),
-            stem_layers=(0, 512),
-            levels=(1, 16),
             window=(1, 2**10),
             widening=(0.5, 2**6),
             mlp_width=(1, 2**18),
             filter_start=(0, 1e6),
-            positions=(0, 2**17),
             input_noise=(0, 1e6),
-            residual_scale=(0, 1e6),
-            drop_path=(0, 1),
-            head_width=(1, 2**16),
-            head_layers=(1, 64),
             bins=(1, 2**10),
             iou_power=(0, 1e3),
-            first_range=(0, 1e6),
-            centre_radius=(0, 1e6),
-            prior=(0, 1),
-            label_smoothing=(0, 1),
-            regression_weight=(0, 1e6),
-            initial_normalizer=(0, 1e9),
-            score_threshold=(-1, 1),
-            top_k=(1, 10**7),
-            min_duration=(-1e6, 1e6),
         )
         if self.width % GROUPS:
             raise ValueError(
@@ -168,23 +110,12 @@ class TriDetConfig:
         if self.window % 2 == 0:
             raise ValueError(f"TriDet's window must be odd, but is {self.window}.")
 
-    @property
-    def multiple(self) -> int:
-        """Number of which the number of features is a multiple: each level halves it."""
-        multiple: int = 2 ** (self.levels - 1)
-        return multiple
-
-    @property
-    def ranges(self) -> tuple[tuple[float, float], ...]:
-        """Least and greatest distance that each level regresses, in feature-grid units."""
-        return level_ranges(self.levels, self.first_range, overlapping=self.overlapping_ranges)
-
     def build(self, in_channels: int, num_classes: int) -> TriDet:
         """Build a TriDet for `in_channels` channels and `num_classes` classes."""
         return TriDet(self, in_channels, num_classes)
 
 
-class TriDet(nn.Module):
+class TriDet(PointLocalizer[TriDetConfig]):
     """Localizer whose points expect the two ends of an action over the points around them.
 
     A `re2tal.localizers.Localizer`. Losses are "classification" (focal; at positives times a power
@@ -206,10 +137,7 @@ class TriDet(nn.Module):
     """
 
     def __init__(self, config: TriDetConfig, in_channels: int, num_classes: int) -> None:
-        super().__init__()
-        self.config = config
-        self.num_classes = num_classes
-        self.multiple = config.multiple
+        super().__init__(config, num_classes)
         embed = Embedding(
             in_channels,
             config.width,
@@ -232,41 +160,14 @@ class TriDet(nn.Module):
         self.class_head, self.start_head, self.end_head = (head(num_classes) for _ in range(3))
         self.offset_head = head(2 * (config.bins + 1))
         self.offset_scale = LevelScale(config.levels)
-        self.normalizer = LossNormalizer(config.initial_normalizer)
         for scores in (self.class_head, self.start_head, self.end_head):
             start_scores(scores, config.prior, config.empty_classes)
 
-    @overload
-    def forward(self, features: Tensor, mask: Tensor, targets: Sequence[Targets]) -> Losses: ...
-    @overload
-    def forward(self, features: Tensor, mask: Tensor, targets: None = None) -> list[Detections]: ...
-
-    def forward(
-        self, features: Tensor, mask: Tensor, targets: Sequence[Targets] | None = None
-    ) -> Losses | list[Detections]:
-        """Compute losses against `targets`, or detections without them; see `Localizer`.
-
-        Args:
-            features: `(B, C, T)`, T a multiple of `2 ** (levels - 1)`.
-            mask: `(B, T)` bool, false on padding.
-            targets: actions of each window, in feature-grid units.
-
-        Raises:
-            ValueError: if T is no such multiple, or a label is not below `num_classes`.
-        """
+    def losses(
+        self, logits: Tensor, offsets: Tensor, valid: Tensor, actual: PointTargets
+    ) -> Losses:
+        """Compute losses as above; see `PointLocalizer`."""
         config = self.config
-        logits, offsets, valid, points = self.predict(features, mask)
-        if targets is None:
-            return decode(
-                logits,
-                offsets,
-                valid,
-                points,
-                score_threshold=config.score_threshold,
-                top_k=config.top_k,
-                min_duration=config.min_duration,
-            )
-        actual = self._assign(points, targets)
         positive = valid[..., None] & (actual.classes > 0)
         wanted = actual.offsets[:, :, None]  # the same for all classes of a point
         count = self.normalizer(positive.any(dim=2).sum())
@@ -284,24 +185,8 @@ class TriDet(nn.Module):
             "regression": config.regression_weight * regression / count,
         }
 
-    def begin_step(self, masks: Sequence[Tensor], targets: Sequence[Sequence[Targets]]) -> None:
-        """Count the positive points of a whole step, by which its losses are divided."""
-        count_positives(self.normalizer, masks, targets, self.config.ranges, self._assign)
-
-    def _assign(self, points: Points, targets: Sequence[Targets]) -> PointTargets:
-        return assign(points, targets, self.num_classes, radius=self.config.centre_radius)
-
     def predict(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Points]:
-        """Run the network, up to the logits and distances of each point.
-
-        Args:
-            features: `(B, C, T)`.
-            mask: `(B, T)` bool.
-
-        Returns:
-            Logits of the classes `(B, P, K)`, distances to start and end of each class in strides
-            `(B, P, K, 2)`, the mask of points that are no padding `(B, P)`, and the points.
-        """
+        """Run the network; see `PointLocalizer`. Distances are those of each class."""
         if self.training and self.config.input_noise:
             features = features + self.config.input_noise * torch.randn_like(features)
         strip = Strip.lay_out(self.pyramid(features, mask))

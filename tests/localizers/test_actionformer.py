@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from re2tal.localizers import ActionFormerConfig, Targets
-from re2tal.localizers.actionformer import assign, make_points
+from re2tal.localizers.points import assign, make_points
 from tests.localizers.small import ACTIONFORMER, built, same, sample
 
 RANGES = ((0.0, 4.0), (4.0, 8.0), (8.0, math.inf))

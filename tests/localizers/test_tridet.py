@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from re2tal.localizers import Targets, TriDetConfig
-from re2tal.localizers.actionformer import assign, make_points
+from re2tal.localizers.points import assign, make_points
 from re2tal.localizers.tridet import GROUPS, SGPLayer, boundary_distances
 from tests.localizers.small import ACTIONS, TRIDET, built, sample
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from re2tal.localizers.layers import MaskedGroupNorm
 from re2tal.localizers.vsgn.graph import GraphBlock, Nodes, maximum, nearest
-from re2tal.localizers.vsgn.heads import MaskedGroupNorm
 
 
 def runs(*pieces: tuple[int, bool]) -> list[bool]:

@@ -8,22 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from re2tal.localizers.vsgn.graph import rows, zero_padding
-
-
-class MaskedGroupNorm(nn.GroupNorm):
-    """Group normalisation whose statistics leave padding out; its results there are zero."""
-
-    def forward(self, x: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
-        """Normalise `x` `(B, C, N)` where `valid` `(B, N)`, to float32 of the same shape."""
-        groups = x.float().unflatten(1, (self.num_groups, -1))  # (B, G, C / G, N)
-        inside = valid[:, None, None].to(groups.dtype)
-        count = (inside.sum(dim=3, keepdim=True) * groups.shape[2]).clamp(min=1)
-        mean = (groups * inside).sum(dim=(2, 3), keepdim=True) / count
-        centred = (groups - mean) * inside
-        variance = centred.square().sum(dim=(2, 3), keepdim=True) / count
-        normed = (centred * (variance + self.eps).rsqrt()).flatten(1, 2)
-        return zero_padding(normed * self.weight[:, None] + self.bias[:, None], valid)
+from re2tal.localizers.layers import MaskedGroupNorm
+from re2tal.localizers.vsgn.graph import rows
 
 
 class Head(nn.Module):

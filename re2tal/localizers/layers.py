@@ -1,6 +1,7 @@
-"""Masked parts of localizers with a pyramid of points, on `(B, T, C)` with a mask `(B, T)`.
+"""Masked layers of localizers, most of them on `(B, T, C)` with a mask `(B, T)`.
 
-The temporal transformer of ActionFormer, and the embedding, pyramid and heads that TriDet shares.
+The temporal transformer of ActionFormer, the embedding, pyramid and heads that TriDet shares, and
+the group normalisation that TriDet and VSGN share.
 """
 
 from __future__ import annotations
@@ -84,6 +85,22 @@ def _attention_in_blocks(
 def zero_padding(x: Tensor, mask: Tensor) -> Tensor:
     """Put zeros into finite `x` `(B, T, C)` where `mask` `(B, T)` is false."""
     return x * mask[..., None].to(x.dtype)  # several times as fast as masked_fill on a CPU
+
+
+class MaskedGroupNorm(nn.GroupNorm):
+    """Group normalisation whose statistics leave padding out; its results there are zero."""
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
+        """Normalise `x` `(B, C, N)` where `valid` `(B, N)`, to float32 of the same shape."""
+        groups = x.float().unflatten(1, (self.num_groups, -1))  # (B, G, C / G, N)
+        inside = valid[:, None, None].to(groups.dtype)
+        count = (inside.sum(dim=3, keepdim=True) * groups.shape[2]).clamp(min=1)
+        mean = (groups * inside).sum(dim=(2, 3), keepdim=True) / count
+        centred = (groups - mean) * inside
+        variance = centred.square().sum(dim=(2, 3), keepdim=True) / count
+        normed = (centred * (variance + self.eps).rsqrt()).flatten(1, 2)
+        scaled: Tensor = normed * self.weight[:, None] + self.bias[:, None]
+        return scaled * valid[:, None].to(scaled.dtype)
 
 
 class Convolution(nn.Conv1d):

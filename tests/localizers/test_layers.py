@@ -1,4 +1,4 @@
-"""The transformer's parts: attention in windows, dropout and positions."""
+"""Layers of localizers: attention in windows, dropout and positions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from re2tal.localizers import transformer
-from re2tal.localizers.transformer import Embedding, TransformerBlock, local_attention
+from re2tal.localizers import layers
+from re2tal.localizers.layers import Embedding, TransformerBlock, local_attention
 from tests.localizers.small import ACTIONFORMER, built, sample
 
 
@@ -38,7 +38,7 @@ def test_attention_and_its_gradients_are_those_of_the_definition(
     window: int, length: int, in_blocks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if in_blocks:
-        monkeypatch.setattr(transformer, "DENSE_LENGTH", 0)
+        monkeypatch.setattr(layers, "DENSE_LENGTH", 0)
     inputs = torch.randn(3, 3, 2, length, 4, dtype=torch.float64, requires_grad=True)
     mask = torch.rand(3, length) < 0.7
     mask[1] = False  # a sample that is all padding has finite results too

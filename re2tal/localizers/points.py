@@ -1,0 +1,357 @@
+"""Localizers of points: every point of a pyramid is classified and regresses its action's ends.
+
+What ActionFormer and TriDet share: the levels' points and ranges, their targets, the losses' count
+of positive points, and detections. A localizer of this kind is a configuration and a network.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from re2tal.detection.segments import Detections
+from re2tal.errors import check_within
+from re2tal.localizers.layers import ConvHead
+from re2tal.localizers.losses import LossNormalizer
+from re2tal.localizers.protocol import Instances, Losses, Targets, best
+
+# Initial probability of classes that have no training data.
+EMPTY_PRIOR = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PointConfig:
+    """Settings that localizers of points share; the defaults are those published for THUMOS-14.
+
+    Attributes:
+        width: channels of the pyramid, a multiple of the heads or groups that they are cut into.
+        embed_layers: convolutions that project the features.
+        stem_layers: layers at full rate, 0 for none.
+        levels: levels of the pyramid, each at half the rate of the one before.
+        positions: length of the table of absolute position encodings; 0 for none.
+        residual_scale: initial factor of the residual branches.
+        drop_path: share of residual branches left out in training.
+        head_width: channels of the heads.
+        head_layers: convolutions of each head, the last one included.
+        first_range: greatest distance that level 0 regresses, in feature-grid units; each level
+            takes over where the last ends and doubles it, the top level has no bound.
+        overlapping_ranges: let each level take over at half of where the last ends, so that most
+            actions have positives on two levels.
+        centre_radius: greatest distance of a positive point from its instance's centre, in strides.
+        prior: initial probability that a point belongs to a class.
+        empty_classes: labels without training data, which start out next to impossible.
+        label_smoothing: share of the classification targets that is spread over all classes.
+        regression_weight: factor of the regression loss.
+        initial_normalizer: start of the running mean of positive points.
+        score_threshold: score that detections must exceed.
+        top_k: detections that a level passes on at most, the best first.
+        min_duration: length that detections must exceed, in feature-grid units.
+    """
+
+    width: int = 512
+    embed_layers: int = 2
+    stem_layers: int = 2
+    levels: int = 6
+    positions: int = 0
+    residual_scale: float = 1e-4
+    drop_path: float = 0.1
+    head_width: int = 512
+    head_layers: int = 3
+    first_range: float = 4.0
+    overlapping_ranges: bool = False
+    centre_radius: float = 1.5
+    prior: float = 0.01
+    empty_classes: tuple[int, ...] = ()
+    label_smoothing: float = 0.0
+    regression_weight: float = 1.0
+    initial_normalizer: float = 100.0
+    score_threshold: float = 0.001
+    top_k: int = 2000
+    min_duration: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_within(
+            self,
+            width=(1, 2**16),
+            embed_layers=(0, 64),
+            stem_layers=(0, 512),
+            levels=(1, 16),
+            positions=(0, 2**17),
+            residual_scale=(0, 1e6),
+            drop_path=(0, 1),
+            head_width=(1, 2**16),
+            head_layers=(1, 64),
+            first_range=(0, 1e6),
+            centre_radius=(0, 1e6),
+            prior=(0, 1),
+            label_smoothing=(0, 1),
+            regression_weight=(0, 1e6),
+            initial_normalizer=(0, 1e9),
+            score_threshold=(-1, 1),
+            top_k=(1, 10**7),
+            min_duration=(-1e6, 1e6),
+        )
+
+    @property
+    def multiple(self) -> int:
+        """Number of which the number of features is a multiple: each level halves it."""
+        multiple: int = 2 ** (self.levels - 1)
+        return multiple
+
+    @property
+    def ranges(self) -> tuple[tuple[float, float], ...]:
+        """Least and greatest distance that each level regresses, in feature-grid units."""
+        most = [*(self.first_range * 2**level for level in range(self.levels - 1)), math.inf]
+        share = 0.5 if self.overlapping_ranges else 1.0
+        return tuple(zip([0.0, *(share * bound for bound in most[:-1])], most, strict=True))
+
+
+ConfigT = TypeVar("ConfigT", bound=PointConfig)
+
+
+class PointLocalizer(nn.Module, Generic[ConfigT]):
+    """Base of the localizers of points, a `re2tal.localizers.Localizer`.
+
+    A subclass has the network, `predict`, and the losses of what it predicts, `losses`.
+
+    Args:
+        config: settings.
+        num_classes: number of classes K.
+    """
+
+    def __init__(self, config: ConfigT, num_classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = num_classes
+        self.multiple = config.multiple
+        self.normalizer = LossNormalizer(config.initial_normalizer)
+
+    @abstractmethod
+    def predict(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Points]:
+        """Run the network, up to the logits and distances of each point.
+
+        Args:
+            features: `(B, C, T)`.
+            mask: `(B, T)` bool.
+
+        Returns:
+            Logits of the classes `(B, P, K)`, distances to start and end in strides, `(B, P, 2)` or
+            of each class `(B, P, K, 2)`, the mask of points that are no padding `(B, P)`, and the
+            points.
+        """
+
+    @abstractmethod
+    def losses(
+        self, logits: Tensor, offsets: Tensor, valid: Tensor, actual: PointTargets
+    ) -> Losses:
+        """Compute the losses of what `predict` returned against what the points have to predict."""
+
+    @overload
+    def forward(self, features: Tensor, mask: Tensor, targets: Sequence[Targets]) -> Losses: ...
+    @overload
+    def forward(self, features: Tensor, mask: Tensor, targets: None = None) -> list[Detections]: ...
+
+    def forward(
+        self, features: Tensor, mask: Tensor, targets: Sequence[Targets] | None = None
+    ) -> Losses | list[Detections]:
+        """Compute losses against `targets`, or detections without them; see `Localizer`.
+
+        Args:
+            features: `(B, C, T)`, T a multiple of `2 ** (levels - 1)`.
+            mask: `(B, T)` bool, false on padding.
+            targets: actions of each window, in feature-grid units.
+
+        Raises:
+            ValueError: if T is no such multiple, or a label is not below `num_classes`.
+        """
+        logits, offsets, valid, points = self.predict(features, mask)
+        if targets is None:
+            return self._decode(logits, offsets, valid, points)
+        return self.losses(logits, offsets, valid, self._assign(points, targets))
+
+    def begin_step(self, masks: Sequence[Tensor], targets: Sequence[Sequence[Targets]]) -> None:
+        """Count the positive points of a whole step, by which its losses are divided.
+
+        Args:
+            masks: masks of each pass, `(B, T)` bool.
+            targets: targets of each pass.
+        """
+        ranges = self.config.ranges
+        positives = torch.zeros((), device=self.normalizer.mean.device)
+        for mask, of_pass in zip(masks, targets, strict=True):
+            points = make_points(mask.shape[1], ranges, mask.device)
+            valid = torch.cat([mask[:, :: 2**level] for level in range(len(ranges))], dim=1)
+            positives += (valid & (self._assign(points, of_pass).classes > 0).any(dim=2)).sum()
+        self.normalizer.count(positives, passes=len(masks))
+
+    def _assign(self, points: Points, targets: Sequence[Targets]) -> PointTargets:
+        return assign(points, targets, self.num_classes, radius=self.config.centre_radius)
+
+    @torch.no_grad()
+    def _decode(
+        self, logits: Tensor, offsets: Tensor, valid: Tensor, points: Points
+    ) -> list[Detections]:
+        """Decode the detections of each sample, level by level, by falling score within a level."""
+        config, lengths = self.config, list(points.lengths)
+        scores = torch.where(valid[..., None], logits.sigmoid(), 0)
+        column = (-1, *[1] * (offsets.dim() - 3))
+        times = points.times.view(column)
+        distances = offsets * points.strides.view(column)[..., None]
+        segments = torch.stack([times - distances[..., 0], times + distances[..., 1]], dim=-1)
+
+        def of_level(scores: Tensor, segments: Tensor) -> Detections:
+            found = best(scores, segments, scores > config.score_threshold, most=config.top_k)
+            return found[found.segments[:, 1] - found.segments[:, 0] > config.min_duration]
+
+        return [
+            Detections.concat(
+                [
+                    of_level(*level)
+                    for level in zip(
+                        sample_scores.split(lengths), sample_segments.split(lengths), strict=True
+                    )
+                ]
+            )
+            for sample_scores, sample_segments in zip(scores, segments, strict=True)
+        ]
+
+
+@torch.no_grad()
+def start_scores(head: ConvHead, prior: float, empty_classes: tuple[int, ...]) -> None:
+    """Start a head's scores at a prior probability, and those of empty classes next to zero.
+
+    So rare are positive points that a network which starts undecided would at first learn nothing
+    else (Lin et al., ICCV 2017, section 3.3).
+
+    Raises:
+        ValueError: an empty class is not one of the head's.
+    """
+    assert head.last.bias is not None
+    classes = len(head.last.bias)
+    if any(not 0 <= label < classes for label in empty_classes):
+        raise ValueError(
+            f"The empty classes {empty_classes} are not all among the {classes} classes "
+            f"(0 to {classes - 1}) that the localizer is built for."
+        )
+    probability = torch.full((classes,), prior, dtype=torch.float64)
+    probability[list(empty_classes)] = EMPTY_PRIOR
+    head.last.bias.copy_(probability.logit())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Points:
+    """The P time steps of all pyramid levels, level by level.
+
+    Attributes:
+        times: `(P,)` positions in feature-grid units.
+        strides: `(P,)` distances to the level's next point.
+        ranges: `(P, 2)` least and greatest distances that a point may regress, grid units.
+        lengths: number of points of each level.
+    """
+
+    times: Tensor
+    strides: Tensor
+    ranges: Tensor
+    lengths: tuple[int, ...]
+
+
+def make_points(length: int, ranges: Sequence[tuple[float, float]], device: torch.device) -> Points:
+    """Lay out the points of a pyramid over `length` features, one level for each range.
+
+    Level l has a point at each multiple of 2^l.
+    """
+    lengths = tuple(length >> level for level in range(len(ranges)))
+    count = torch.tensor(lengths, device=device)
+    strides = 2 ** torch.arange(len(ranges), device=device)
+    times = [torch.arange(n, device=device) * 2**level for level, n in enumerate(lengths)]
+    return Points(
+        times=torch.cat(times).float(),
+        strides=strides.float().repeat_interleave(count, output_size=sum(lengths)),
+        ranges=torch.tensor(ranges, device=device).repeat_interleave(
+            count, dim=0, output_size=sum(lengths)
+        ),
+        lengths=lengths,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PointTargets:
+    """Classes and offsets that the points have to predict.
+
+    Attributes:
+        classes: `(B, P, K)` float32, one for each class that the point is a positive of.
+        offsets: `(B, P, 2)` distances to the start and the end of its action, in strides; they
+            mean something at positive points only.
+    """
+
+    classes: Tensor
+    offsets: Tensor
+
+
+# Instances at most this much longer (grid units) than a point's shortest one share the point:
+# THUMOS-14 annotates some actions twice, under two classes.
+SAME_LENGTH = 1e-3
+
+
+@torch.no_grad()
+def assign(
+    points: Points,
+    targets: Sequence[Targets],
+    num_classes: int,
+    *,
+    radius: float,
+    shortest_only: bool = True,
+) -> PointTargets:
+    """Give each point the action that it has to find (Zhang et al., ECCV 2022, section 3.3).
+
+    A point is positive for an instance when it lies inside it, within `radius` strides of its
+    centre, and its greater distance to the instance's two ends lies in its level's range. Of
+    several instances it takes the shortest, of equally short ones the classes of all and the
+    offsets of the first.
+
+    Args:
+        points: P points.
+        targets: instances of B windows.
+        num_classes: number of classes K.
+        radius: radius of the centre sampling, in strides of the point's level.
+        shortest_only: false to give a point the classes of all instances that it is positive for,
+            and still the offsets of the shortest.
+
+    Raises:
+        ValueError: if a label is not one of the K.
+    """
+    device = points.times.device
+    instances = Instances.of(targets, num_classes, device)
+    labels = instances.labels
+    start, end = instances.segments[:, None].unbind(dim=-1)  # (B, 1, N)
+    time = points.times[None, :, None]
+    reach = radius * points.strides[None, :, None]
+    centre = (start + end) / 2
+    left, right = time - start, end - time  # (B, P, N)
+    from_left = time - torch.maximum(start, centre - reach)
+    from_right = torch.minimum(end, centre + reach) - time
+    farthest = torch.maximum(left, right)
+    least, most = points.ranges[None, :, None, 0], points.ranges[None, :, None, 1]
+    candidate = (
+        (torch.minimum(from_left, from_right) > 0)
+        & (farthest >= least)
+        & (farthest <= most)
+        & (labels >= 0)[:, None]
+    )
+    length = torch.where(candidate, end - start, torch.inf)
+    shortest, chosen = length.min(dim=2, keepdim=True)  # of equals the first
+    shared = candidate & (length <= shortest + SAME_LENGTH) if shortest_only else candidate
+    # Padding has no class: its row of the one-hot matrix is never selected.
+    one_hot = F.one_hot(labels.clamp(min=0), num_classes).to(start.dtype)
+    offsets = torch.cat([left.gather(2, chosen), right.gather(2, chosen)], dim=2)
+    return PointTargets(
+        classes=(shared.to(start.dtype) @ one_hot).clamp(max=1.0),
+        offsets=offsets / points.strides[None, :, None],
+    )
