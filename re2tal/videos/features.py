@@ -89,7 +89,7 @@ def feature_times(window: Window) -> np.ndarray:
 
     In the copy of a stitched window these are the times that it magnifies.
     """
-    places = np.arange(window.grid.num_features)
+    places: np.ndarray = np.arange(window.grid.num_features)
     if window.backwards:
         places = window.valid / window.grid.stride - 1 - places
     times = window.grid.to_seconds(places)
