@@ -87,7 +87,8 @@ def window_features(features: np.ndarray, grid: TimeGrid, window: Window) -> np.
 def feature_times(window: Window) -> np.ndarray:
     """Seconds of the video to which a window's features belong, float64 of shape (T',).
 
-    In the copy of a stitched window these are the times that it magnifies.
+    In the copy of a stitched window these are the times that it magnifies. In a window that runs
+    backwards they fall.
     """
     places: np.ndarray = np.arange(window.grid.num_features)
     if window.backwards:
