@@ -31,6 +31,7 @@ EXPERIMENTS = {
     "drift": "errors of gradients, on the grid and without it, over families and couplings",
     "kinds": "49 kinds of backbones of torchvision, timm and transformers, rewired",
     "verify": "time that comparing the rebuilt input takes",
+    "operators": "operators that a piece of a branch calls, and the bytes that they move",
     "devices": "peak memory and time of a step on an accelerator",
     "decoding": "frames per second, paired with those of other decoders that can be imported",
     "augmentation": "time that augmentation adds to a training step",
@@ -45,6 +46,7 @@ EXPERIMENTS = {
 _MODULES = {
     "drift": "exactness",
     "verify": "speed",
+    "operators": "speed",
     "nms": "detections",
     "evaluation": "detections",
 }

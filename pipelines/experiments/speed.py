@@ -26,12 +26,12 @@ from pipelines.experiments.experiment import (
     refuse_unknown,
 )
 from pipelines.experiments.harness import name_of
-from pipelines.experiments.models import LONG, MODELS, SMALL, build, swin_stack
+from pipelines.experiments.models import LONG, MODELS, SMALL, STACKS, build, stack, swin_stack
 from pipelines.experiments.pictures import COLOURS, lines, tidy
 from pipelines.experiments.timing import Times, compared, paired, ratios, timed
 from pipelines.training.workload import Workload
 from re2tal.errors import UserError
-from re2tal.memory import MemoryMeter, measure_activations
+from re2tal.memory import MemoryMeter, measure_activations, work_of_pieces
 from re2tal.memory.ways import PLAIN, WAYS, prepared
 from re2tal.reversible import rewire
 from re2tal.reversible.watch import Watch, Witness
@@ -316,6 +316,37 @@ def _over_depth(rows: Sequence[Row]) -> Figure:
         lines(axes, depths, curves, unit=unit)
         axes.set(xlabel="residual branches", ylabel=label)
     return figure
+
+
+# The experiment `operators`.
+
+
+def measure_operators(*, bytes: int = 2**14) -> Tables:  # noqa: A002
+    """Operators that a piece of a reversible branch calls on a CPU, and the bytes that they move.
+
+    Each operator is at least one kernel that a GPU waits for. There rounding, adding and, for
+    windows, scattering are one kernel, and fused attention replaces some of those counted here.
+    Branches with BatchNorm in training mode have one piece.
+
+    Args:
+        bytes: size of small pieces; the work is that of those that are more than one a branch.
+    """
+    rows: list[Row] = []
+    for family in STACKS:
+        model, x = stack(family, 4)
+        rewire(model)
+        work = work_of_pieces(model, x.requires_grad_(), few=2**30, many=bytes)
+        for (branch, phase), pieces in work.items():
+            rows.append(
+                {
+                    "stack": family,
+                    "branch": branch,
+                    "phase": phase,
+                    "operators": round(pieces.calls_a_piece, 1),
+                    "kilobytes": round(pieces.bytes_a_piece / 1e3, 1),
+                }
+            )
+    return {"Operators a piece": rows}
 
 
 # The experiment `verify`.

@@ -35,11 +35,12 @@ from re2tal.reversible.branches import (
     Branch,
     ByToken,
     Layout,
-    add_rows,
+    Places,
     branches,
     returned,
     split,
 )
+from re2tal.reversible.coupling import Grid as Points
 from re2tal.reversible.rewire import reversible_blocks
 
 
@@ -327,6 +328,7 @@ class _Columns:
     ones: Tensor
     width: int
     contiguous: ClassVar[bool] = False
+    light: ClassVar[bool] = True
 
     @property
     def units(self) -> int:
@@ -351,11 +353,7 @@ class _Columns:
 
     def take(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Gather columns `(n, T, C)`, zero at padding."""
-        tokens, rows = x.reshape(-1, x.shape[-1]), self.grid.rows(start, stop, x.device)
-        if self.grid.timeline.first == 0:
-            return tokens.index_select(0, rows.flatten()).view(*rows.shape, -1)
-        taken = tokens.index_select(0, rows.flatten().clamp(max=len(tokens) - 1))
-        return taken.view(*rows.shape, -1).masked_fill((rows == len(tokens))[..., None], 0)
+        return self._places(start, stop, x).take(x)
 
     def put(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:
         """Write columns to their rows."""
@@ -363,10 +361,23 @@ class _Columns:
         tokens = out.as_strided((out.numel() // channels + 1, channels), (channels, 1))
         tokens[self.grid.rows(start, stop, out.device)] = piece
 
-    def add(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:
+    def add(
+        self,
+        out: Tensor,
+        start: int,
+        stop: int,
+        piece: Tensor,
+        grid: Points | None = None,
+        sign: int = 1,
+    ) -> None:
         """Add columns to their rows."""
-        rows = self.grid.rows(start, stop, out.device)
-        add_rows(out, rows, piece, padded=self.grid.timeline.first > 0)
+        self._places(start, stop, out).add(out, piece, grid, sign)
+
+    def _places(self, start: int, stop: int, x: Tensor) -> Places:
+        rows = self.grid.rows(start, stop, x.device)
+        if self.grid.timeline.first == 0:
+            return Places(rows)
+        return Places.behind(rows, x.numel() // x.shape[-1])
 
     def run(
         self,

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from re2tal.backbones.resampling import resample
 from re2tal.errors import UserError, check_within
-from re2tal.reversible.branches import recomputed
+from re2tal.reversible.branches import has_hooks, recomputed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,6 +234,12 @@ class ClipBackbone(nn.Module):
         tokens: Tensor = self._family.tokens(self, video)
         in_order: Tensor = tokens.unflatten(0, (len(video), -1)).flatten(1, 2)
         return in_order
+
+    @property
+    def reads_once(self) -> bool:
+        """See `Backbone`."""
+        stems = [m for name, m in self.named_children() if f"{name}.".startswith(self._family.stem)]
+        return not any(map(has_hooks, (self, *stems)))
 
     def layer_of(self, name: str) -> int:
         """Layer as in `Backbone`; what follows the blocks belongs to the last."""

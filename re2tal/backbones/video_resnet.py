@@ -15,6 +15,7 @@ from torchvision.models.video import resnet
 from re2tal.backbones.clips import check_window
 from re2tal.backbones.table import backbone
 from re2tal.errors import check_within
+from re2tal.reversible.branches import has_hooks
 from re2tal.weights import Colour
 
 MEAN: Colour = (0.43216, 0.394666, 0.37645)
@@ -113,6 +114,11 @@ class VideoResNetBackbone(resnet.VideoResNet):  # type: ignore[misc]  # torchvis
             x = stage(x)
         pooled: Tensor = x.mean(dim=(3, 4)).unflatten(2, (-1, self._pooling)).mean(dim=3)
         return pooled
+
+    @property
+    def reads_once(self) -> bool:
+        """See `Backbone`."""
+        return not (has_hooks(self) or has_hooks(self.stem))
 
     def layer_of(self, name: str) -> int:
         """Layer as in `Backbone`."""

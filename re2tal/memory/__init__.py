@@ -1,6 +1,7 @@
 """Memory of a training step: measured, counted, and predicted."""
 
 from re2tal.memory.live import LiveBytes, MemoryMeter, StepMemory
+from re2tal.memory.operators import work_of_pieces
 from re2tal.memory.prediction import (
     Breakdown,
     Origin,
@@ -18,4 +19,5 @@ __all__ = [
     "explain_peak",
     "measure_activations",
     "predict_peak",
+    "work_of_pieces",
 ]

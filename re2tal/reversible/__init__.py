@@ -26,7 +26,7 @@ from re2tal.reversible.controls import (
 )
 from re2tal.reversible.convolutions import correct_gradients
 from re2tal.reversible.coupling import AtLeast, Coupling
-from re2tal.reversible.engine import rebuildable, spent
+from re2tal.reversible.engine import part_of, rebuildable, spent
 from re2tal.reversible.replay import ReversibleError
 from re2tal.reversible.rewire import RewireReport, rewire, unwire
 
@@ -45,6 +45,7 @@ __all__ = [
     "RewireReport",
     "branches",
     "check",
+    "part_of",
     "rebuildable",
     "recomputed",
     "reconstruction_errors",

@@ -22,6 +22,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from re2tal.reversible.coupling import Grid, accumulate, fused
+
 BYTES_PER_ELEMENT = 4
 """Counted for every element; under autocast a piece stays below its budget."""
 
@@ -44,6 +46,11 @@ class Layout(Protocol):
         """Whether the piece of all units is the input itself, in another shape."""
         ...
 
+    @property
+    def light(self) -> bool:
+        """Whether its own tensors are few enough to be kept from the forward for the backward."""
+        ...
+
     def share(self) -> tuple[Tensor, ...]:
         """Compute once, with gradients, what all pieces use: a relative position bias."""
         ...
@@ -60,8 +67,16 @@ class Layout(Protocol):
         """Write a piece to its place in a tensor that `new` has made."""
         ...
 
-    def add(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:
-        """Add a piece to its place in any tensor shaped like the input."""
+    def add(
+        self,
+        out: Tensor,
+        start: int,
+        stop: int,
+        piece: Tensor,
+        grid: Grid | None = None,
+        sign: int = 1,
+    ) -> None:
+        """Add a piece to its place in any tensor shaped like the input, as `accumulate` does."""
         ...
 
     def run(
@@ -86,6 +101,7 @@ class _Called:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     contiguous = True
+    light = True
 
     def share(self) -> tuple[Tensor, ...]:
         """Share nothing."""
@@ -122,9 +138,17 @@ class Whole(_Called):
         """Write all of it."""
         out.copy_(piece)
 
-    def add(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:  # noqa: ARG002
+    def add(
+        self,
+        out: Tensor,
+        start: int,  # noqa: ARG002
+        stop: int,  # noqa: ARG002
+        piece: Tensor,
+        grid: Grid | None = None,
+        sign: int = 1,
+    ) -> None:
         """Add all of it."""
-        out.add_(piece)
+        accumulate(out, piece, grid, sign)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +166,18 @@ class Tokens(_Called):
         """Write some rows."""
         out.view(self.units, out.shape[-1])[start:stop] = piece
 
-    def add(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:
+    def add(
+        self,
+        out: Tensor,
+        start: int,
+        stop: int,
+        piece: Tensor,
+        grid: Grid | None = None,
+        sign: int = 1,
+    ) -> None:
         """Add to some rows."""
         with in_rows(out) as rows:
-            rows[start:stop].add_(piece)
+            accumulate(rows[start:stop], piece, grid, sign)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +200,17 @@ class Samples(_Called):
         """Write some samples."""
         out[start:stop] = piece
 
-    def add(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:
+    def add(
+        self,
+        out: Tensor,
+        start: int,
+        stop: int,
+        piece: Tensor,
+        grid: Grid | None = None,
+        sign: int = 1,
+    ) -> None:
         """Add to some samples."""
-        out[start:stop].add_(piece)
+        accumulate(out[start:stop], piece, grid, sign)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +259,21 @@ def spans(layout: Layout, budget: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
+_ONE_HOLDER = 2
+"""Count of a storage that only one tensor holds, beside the object that asks for it."""
+
+
+def alone(x: Tensor, *, beside: int = 0) -> bool:
+    """Tell whether no other tensor holds this one's memory, a view or what autograd keeps.
+
+    Args:
+        x: the tensor.
+        beside: number of other tensors that may hold it.
+    """
+    count: int = torch._C._storage_Use_Count(x.untyped_storage()._cdata)
+    return count <= _ONE_HOLDER + beside
+
+
 @contextmanager
 def in_rows(out: Tensor) -> Iterator[Tensor]:
     """Change a tensor as a matrix of vectors along its last dimension, in any memory format."""
@@ -228,32 +283,71 @@ def in_rows(out: Tensor) -> Iterator[Tensor]:
         out.copy_(rows.view(out.shape))
 
 
-def add_rows(out: Tensor, index: Tensor, added: Tensor, *, padded: bool) -> None:
-    """Add to vectors along the last dimension of a tensor.
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Rows of a tensor that some vectors along its last dimension come from, and go to.
 
-    Args:
-        out: the tensor.
-        index: number of each vector; that behind the last stands for padding, which is left out.
-        added: vectors to add, one for each number.
-        padded: whether there may be padding.
+    Attributes:
+        index: row of each vector, ``(..., n)``, in int64; each row once, but for padding, whose
+            number is any.
+        padding: ``(..., n, 1)``, true at padding; None if there is none.
     """
-    index, added = index.reshape(-1), added.reshape(-1, out.shape[-1])
-    with in_rows(out) as rows:
-        if padded:  # to add zeros somewhere is as good as nothing
-            added = added.masked_fill((index >= len(rows)).unsqueeze(1), 0)
-            index = index.clamp(max=len(rows) - 1)
-        if rows.device.type == "cpu":  # there twice as fast as index_add_
-            rows.scatter_add_(0, index.unsqueeze(1).expand(-1, rows.shape[1]), added)
-        else:
-            rows.index_add_(0, index, added)
+
+    index: Tensor
+    padding: Tensor | None = None
+
+    def __getitem__(self, chosen: slice) -> "Places":
+        padding = None if self.padding is None else self.padding[chosen]
+        return Places(self.index[chosen], padding)
+
+    @classmethod
+    def behind(cls, index: Tensor, end: int) -> "Places":
+        """Take rows of which those behind an end stand for padding."""
+        return cls(index.clamp(max=end - 1), (index >= end).unsqueeze(-1))
+
+    def take(self, x: Tensor) -> Tensor:
+        """Gather the vectors, zero at padding."""
+        rows = x.reshape(-1, x.shape[-1])
+        # Several times as fast as rows[index].
+        taken = rows.index_select(0, self.index.reshape(-1)).view(*self.index.shape, -1)
+        return taken if self.padding is None else taken.masked_fill(self.padding, 0)
+
+    def add(self, out: Tensor, added: Tensor, grid: Grid | None = None, sign: int = 1) -> None:
+        """Add vectors to their rows, as `accumulate` does."""
+        index, values = self.index.reshape(-1), added.reshape(-1, out.shape[-1])
+        padding = None if self.padding is None else self.padding.reshape(-1)
+        with in_rows(out) as rows:
+            dense = rows.is_contiguous() and values.is_contiguous()
+            kernels = fused(rows, values) if dense else None
+            if kernels is not None:
+                kernels.add(rows, values, grid, sign, index, padding)
+                return
+            if grid is not None:
+                values = grid.round(values, sign)
+            elif sign < 0:
+                values = -values
+            if padding is not None:
+                values = values.masked_fill(padding.unsqueeze(1), 0)
+            if rows.device.type == "cpu":  # there twice as fast as index_add_
+                rows.scatter_add_(0, index.unsqueeze(1).expand(-1, rows.shape[1]), values)
+            else:
+                # In any order, on a GPU. But nothing but zeros is added to a row twice, so that
+                # the order does not matter: float32's atomic additions round as others do. They
+                # make subnormal numbers zero, which the kernel above does not.
+                rows.index_add_(0, index, values)
 
 
 def per_unit(factor: Tensor, layout: Layout, start: int, stop: int, dims: int) -> Tensor:
     """Spread a factor a sample, ``(B, 1)``, to one a unit of a piece, ``(n, 1, ..., 1)``."""
     if layout.units > 1:
         per_sample = layout.units // factor.shape[0]
-        index = torch.arange(start, stop, device=factor.device) // per_sample
-        factor = factor.reshape(-1)[index]
+        first, last = start // per_sample, (stop - 1) // per_sample
+        factor = factor.reshape(-1)
+        if first == last:
+            factor = factor[first : first + 1]
+        else:
+            index = torch.arange(start, stop, device=factor.device) // per_sample
+            factor = factor[index]
     return factor.view(-1, *(1,) * (dims - 1))
 
 

@@ -27,13 +27,18 @@ difference on the way back. Rounding passes gradients on unchanged. See `Grid`.
 Everything here is a pure function of tensors of one shape.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+_LOG = logging.getLogger(__name__)
 
 
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -125,10 +130,15 @@ class Grid:
     Attributes:
         scale: ``2**k``, a number or a float32 tensor of no dimensions.
         spacing: ``2**-k``, likewise.
+        negative: ``-2**-k``.
     """
 
     scale: float | Tensor
     spacing: float | Tensor
+    negative: float | Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "negative", -self.spacing)
 
     @classmethod
     def of(cls, bits: Bits, stream: Tensor) -> "Grid":
@@ -159,10 +169,72 @@ class Grid:
             x: values.
             sign: 1, or -1 for the negative of the points.
         """
+        spacing = self.spacing if sign > 0 else self.negative
         if x.requires_grad and torch.is_grad_enabled():
-            rounded: Tensor = _Round.apply(x, self.scale, sign * self.spacing)
+            rounded: Tensor = _Round.apply(x, self.scale, spacing)
             return rounded
-        return _rounded(x, self.scale, sign * self.spacing)
+        return _rounded(x, self.scale, spacing)
+
+    def add(self, out: Tensor, x: Tensor, sign: int = 1) -> None:
+        """Add the points nearest to values to points, in place.
+
+        Args:
+            out: points.
+            x: values.
+            sign: 1, or -1 to subtract.
+        """
+        whole = torch.mul(x, self.scale).round_()
+        # A product with a power of two is exact, so that it may be fused with the sum.
+        if isinstance(self.spacing, Tensor):
+            out.addcmul_(whole, self.spacing, value=sign)
+        else:
+            out.add_(whole, alpha=sign * self.spacing)
+
+
+def accumulate(out: Tensor, x: Tensor, grid: Grid | None = None, sign: int = 1) -> None:
+    """Add values to a tensor in place, or with a grid the points nearest to them.
+
+    Args:
+        out: the tensor; points, with a grid.
+        x: values.
+        grid: the grid.
+        sign: 1, or -1 to subtract.
+    """
+    if grid is None:
+        out.add_(x, alpha=sign)
+        return
+    kernels = fused(out, x)
+    alike = kernels is not None and out.shape == x.shape and out.stride() == x.stride()
+    if kernels is not None and alike and torch.ops.aten.is_non_overlapping_and_dense(out):
+        kernels.add(out, x, grid, sign)
+    else:
+        grid.add(out, x, sign)
+
+
+def fused(*tensors: Tensor) -> Any:
+    """Return the module of kernels of a GPU if it has these tensors and can be used; else None."""
+    if any(type(t) is not Tensor or t.dtype != torch.float32 or not t.is_cuda for t in tensors):
+        return None
+    return kernels_on(tensors[0].device)
+
+
+@cache
+def kernels_on(device: torch.device) -> Any:
+    """Import the module of kernels and try it on a device; None, with a warning, if it fails.
+
+    PyTorch for some systems comes without Triton, and Triton finds no compiler on some.
+    """
+    try:
+        kernels = import_module("re2tal.reversible.kernels")
+        reason = "" if kernels.agrees(device) else "it does not compute what PyTorch does"
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    if reason:
+        _LOG.warning(
+            "Pieces are added by PyTorch's kernels, for Triton's cannot be used: %s", reason
+        )
+        return None
+    return kernels
 
 
 class _Round(torch.autograd.Function):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from re2tal.reversible.branches import alone
 from re2tal.reversible.coupling import Coupling, Grid, Settings, stream_dtype
 from re2tal.reversible.replay import ReversibleError, uncached
 from re2tal.reversible.step import ReversibleStep, Step, reversible_steps
@@ -53,6 +54,10 @@ def run_stage(
     """
     watch.poll()
     stream = x.to(stream_dtype(x.dtype))
+    if stream.ndim <= 3:
+        # Tokens as a convolution leaves them have their channels far apart, and increments have
+        # not: `x_{i-2}` could not become `x_i` in place. More dimensions are a convolution's.
+        stream = stream.contiguous()
     if stream.numel() == 0:  # nothing to rebuild, and no largest value
         return _stored(steps, stream, settings.coupling, None).to(x.dtype)
     grid = None if settings.grid is None else Grid.of(settings.grid, stream)
@@ -262,7 +267,7 @@ class _Tape:
             compute: `Step.advance`, or the like.
         """
         (current, previous), self._streams = self.streams, None
-        overwrite = previous is not current and _alone(previous)
+        overwrite = previous is not current and alone(previous)
         self.hold(self._depth + 1, compute(current, previous, overwrite=overwrite), current)
 
     def merged(self, dtype: torch.dtype) -> Tensor:
@@ -337,19 +342,9 @@ class _Tape:
         return self._streams
 
 
-_ONE_HOLDER = 2
-"""Count of a storage that only one tensor holds, beside the object that asks for it."""
-
-
-def _alone(x: Tensor) -> bool:
-    """Tell whether no other tensor holds this one's memory, a view or what autograd keeps."""
-    count: int = torch._C._storage_Use_Count(x.untyped_storage()._cdata)
-    return count <= _ONE_HOLDER
-
-
 def _own(x: Tensor) -> Tensor:
     """Return the tensor if nobody else holds its memory, otherwise a copy."""
-    return x if _alone(x) else x.clone()
+    return x if alone(x) else x.clone()
 
 
 def no_gradients_of_gradients(where: str) -> None:
@@ -391,6 +386,18 @@ def rebuild_of(tensor: Tensor) -> Callable[[], Tensor] | None:
     """Look up the function given to `rebuildable`; None if the tensor's values must be kept."""
     rebuild, version = _REBUILDS.get(tensor, (None, 0))
     return rebuild if version == version_of(tensor) else None
+
+
+def part_of(tensor: Tensor, take: Callable[[Tensor], Tensor]) -> Tensor:
+    """Take a part of a tensor. It is `rebuildable`, and keeps nothing, where the tensor is.
+
+    Args:
+        tensor: the tensor.
+        take: function that returns the part, such as a slice.
+    """
+    rebuild = rebuild_of(tensor)
+    part = take(tensor)
+    return part if rebuild is None else rebuildable(part, lambda: take(rebuild()))
 
 
 # A tensor's name stands in the frames of all that called with it, which keep its memory.

@@ -35,10 +35,10 @@ from re2tal.reversible.step import (
     Joined,
     Span,
     Take,
+    Totals,
     decisive,
     differentiate,
     hooks_paused,
-    sums,
 )
 
 _Pieces = tuple[Layout, list[Span], Tensor]
@@ -171,7 +171,7 @@ class _Run:
         layout, _, flat = pieces
         gradient = gradient.flatten(0, x.ndim - flat.ndim)
         joined = Joined(layout, flat.shape)
-        totals: list[Tensor | None] = [None] * len(wanted)
+        totals = Totals(len(wanted))
         for part in reversed(range(len(self._cuts))):  # as autograd sums over uses
             span = self._cuts[part]
             leaf, y = self._replay(layout.take(flat, *span), part)
@@ -183,8 +183,8 @@ class _Run:
                 assert into is not None
                 joined.put(span, into)
                 del into
-            totals = sums(totals, found)
-        return (joined.result().view(x.shape) if to_input else None), totals
+            totals.add(found)
+        return (joined.result().view(x.shape) if to_input else None), totals.values
 
     def _replay(self, x: Tensor, part: int) -> tuple[Tensor, Tensor]:
         """Return the input as a leaf, and the result with its history."""

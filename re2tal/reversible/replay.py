@@ -9,6 +9,7 @@ module's private generator are not.
 """
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -346,8 +347,15 @@ class Conditions:
 def statistics_kept(counted: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
     """Run a block of code on copies of running statistics, given by module and name."""
     real = [(module, name, module._buffers[name]) for module, name in counted]
+    by_dtype: dict[torch.dtype, list[tuple[nn.Module, str, Tensor]]] = defaultdict(list)
     for module, name, buffer in real:
-        module._buffers[name] = None if buffer is None else buffer.clone()
+        if buffer is not None:
+            by_dtype[buffer.dtype].append((module, name, buffer))
+    for group in by_dtype.values():
+        # A GPU makes all copies at once.
+        copies = torch._foreach_add([buffer for *_, buffer in group], 0)
+        for (module, name, _), copy in zip(group, copies, strict=True):
+            module._buffers[name] = copy
     try:
         yield
     finally:

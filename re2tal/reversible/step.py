@@ -107,16 +107,18 @@ class Step:
         """
         layout, cuts = self.layout(current)
         shared, factor = self.share(layout, current)
-        following = self.following(layout, previous, overwrite=overwrite)
+        following = self.following(layout, previous, grid, overwrite=overwrite)
         for span in cuts:
             piece = self.piece(layout, span, layout.take(current, *span), shared, factor)
-            following.put(span, piece if grid is None else grid.round(piece))
+            following.put(span, piece)
             del piece
         return following.result()
 
-    def following(self, layout: Layout, previous: Tensor, *, overwrite: bool) -> "_Following":
+    def following(
+        self, layout: Layout, previous: Tensor, grid: Grid | None, *, overwrite: bool
+    ) -> "_Following":
         """Begin ``x_i`` on top of ``x_{i-2}``; see `advance`."""
-        return _Following(layout, previous, self.coupling.beta, overwrite=overwrite)
+        return _Following(layout, previous, grid, self.coupling.beta, overwrite=overwrite)
 
     def layout(self, stream: Tensor) -> tuple[Layout, list[Span]]:
         """Lay out an input ``(B, ...)`` in units, and cut these into the spans of pieces."""
@@ -208,26 +210,37 @@ class Joined:
 class _Following:
     """``x_i``, which is put together from ``x_{i-2}`` and the pieces of its increment.
 
-    It has the memory format of the increment, and the memory of ``x_{i-2}`` where that has the same
-    format and beta is 1: two roundings, of a product and a sum, would not be those of `advance`.
+    It has the memory format of the increment. Where ``x_{i-2}`` has the same one and beta is 1, the
+    increment is added to it, or to a copy; otherwise a product and a sum, each rounded, would not
+    be those of `advance`.
     """
 
-    def __init__(self, layout: Layout, previous: Tensor, beta: float, *, overwrite: bool) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        previous: Tensor,
+        grid: Grid | None,
+        beta: float,
+        *,
+        overwrite: bool,
+    ) -> None:
         self._layout = layout
         self._previous = previous
+        self._grid = grid
         self._beta = beta
         self._overwrite = overwrite
         self._joined: Joined | None = None
         self._begun = False
 
     def put(self, span: Span, increment: Tensor) -> None:
-        """Take in a piece of the increment."""
+        """Take in a piece of the increment, not yet on the grid."""
         if not self._begun:
             self._begin(span, increment)
         if self._joined is None:
-            self._layout.add(self._previous, *span, increment)
+            self._layout.add(self._previous, *span, increment, self._grid)
         else:
             taken = self._layout.take(self._previous, *span)
+            increment = increment if self._grid is None else self._grid.round(increment)
             self._joined.put(span, torch.add(increment, taken, alpha=self._beta))
 
     def result(self) -> Tensor:
@@ -244,8 +257,10 @@ class _Following:
             like = self._layout.new(increment, torch.Size((0, *shape[1:])))
         wanted, had = like.stride(), self._previous.stride()
         same = all(a == b for a, b, n in zip(wanted, had, shape, strict=True) if n > 1)
-        if not (self._overwrite and same and self._beta == 1):
+        if not same or self._beta != 1:
             self._joined = Joined(self._layout, shape)
+        elif not self._overwrite:
+            self._previous = self._previous.clone()
 
 
 def _shaped(x: Tensor, shape: torch.Size) -> Tensor:
@@ -330,6 +345,13 @@ class ReversibleStep:
         self._conditions = Conditions(step.branch.modules, device, autocast, step.where)
         self._draws = Draws()
         self._cuts: list[Span] = []
+        # The replay's layout is another, but takes over what the forward's has, such as indices.
+        self._layout: Layout | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the branch in its block."""
+        return self._step.branch.name
 
     @property
     def parameters(self) -> tuple[torch.nn.Parameter, ...]:
@@ -348,16 +370,17 @@ class ReversibleStep:
         with self._conditions.noted(), torch.enable_grad():
             self._mark(current)
             layout, cuts = self._step.layout(current)
+            self._layout = layout if layout.light else None
             self._cuts = decisive(cuts) if isinstance(current, FakeTensor) else cuts
             shared, factor = self._step.share(layout, current)
-            following = self._step.following(layout, previous, overwrite=overwrite)
+            following = self._step.following(layout, previous, self._grid, overwrite=overwrite)
             for span in self._cuts:
                 self._mark(current)
                 leaf = self._leaf(layout, span, current)
                 result = self._step.piece(layout, span, leaf, shared, factor)
                 if span == self._cuts[0]:
                     self._refuse_others(result, leaf)
-                increment = self._on_grid(result)
+                increment = result.detach()
                 del result, leaf  # and with them what autograd has stored for the piece
                 following.put(span, increment)
                 del increment
@@ -395,7 +418,7 @@ class ReversibleStep:
                 shared, factor = self._step.share(layout, current)
             leaves = [s.detach().requires_grad_(s.requires_grad) for s in shared]
             needing = [s for s in leaves if s.requires_grad]
-            totals: list[Tensor | None] = [None] * (len(wanted) + len(needing))
+            totals = Totals(len(wanted) + len(needing))
             # Autograd sums over the uses of a parameter from the last to the first, and sums of
             # floating-point numbers depend on their order.
             for part in reversed(range(len(self._cuts))):
@@ -404,7 +427,7 @@ class ReversibleStep:
                     leaf = self._leaf(layout, span, current)
                     result = self._step.piece(layout, span, leaf, leaves, factor)
                 if following is not None:
-                    layout.add(following, *span, self._on_grid(result, -1))
+                    layout.add(following, *span, result.detach(), self._grid, -1)
                 if gradient is None or not result.requires_grad:
                     continue
                 edge = get_gradient_edge(result)  # not the tensor: its values are spent
@@ -415,12 +438,11 @@ class ReversibleStep:
                 if passed is not None and (into := found.pop()) is not None:
                     layout.add(passed, *span, into)
                     del into
-                totals = sums(totals, found)
+                totals.add(found)
                 del found
             with surroundings.restored():
-                to_parameters = _through_shared(
-                    shared, totals[len(wanted) :], wanted, totals[: len(wanted)]
-                )
+                to_parameters = _through_shared(shared, totals, wanted)
+        self._layout = None
         if following is not None and (beta := self._step.coupling.beta) != 1:
             following.div_(beta)
         return to_parameters
@@ -440,12 +462,6 @@ class ReversibleStep:
                     "get none. Name its module in the branch, detach it, or call "
                     "set_reversible(model, False)."
                 )
-
-    def _on_grid(self, result: Tensor, sign: int = 1) -> Tensor:
-        result = result.detach()
-        if self._grid is not None:
-            return self._grid.round(result, sign)
-        return result if sign > 0 else -result
 
     def _mark(self, stream: Tensor) -> None:
         self._draws.mark(stream, self._conditions.devices)
@@ -496,26 +512,57 @@ def differentiate(
 
 
 def _through_shared(
-    shared: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
-    wanted: Sequence[Tensor],
-    totals: list[Tensor | None],
+    shared: Sequence[Tensor], totals: "Totals", wanted: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Add to the parameters' gradients what reaches them through the pieces' shared tensors."""
+    """Add to the parameters' gradients what reaches them through the pieces' shared tensors.
+
+    Args:
+        shared: the shared tensors.
+        totals: gradients of the wanted parameters, and of those shared tensors that need one.
+        wanted: the parameters.
+    """
     needing = [s for s in shared if s.requires_grad]
-    used = [(s, g) for s, g in zip(needing, gradients, strict=True) if g is not None]
-    if not used or not wanted:
-        return totals
-    tensors, grads = zip(*used, strict=True)
-    return sums(totals, torch.autograd.grad(tensors, wanted, grads, allow_unused=True))
+    through = zip(needing, totals.values[len(wanted) :], strict=True)
+    used = [(s, g) for s, g in through if g is not None]
+    if used and wanted:
+        tensors, grads = zip(*used, strict=True)
+        more = torch.autograd.grad(tensors, wanted, grads, allow_unused=True)
+        totals.add([*more, *(None for _ in needing)])
+    return totals.values[: len(wanted)]
 
 
-def sums(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Add gradients one by one; None stands for zero."""
-    return [
-        (y if x is None else x) if x is None or y is None else x + y
-        for x, y in zip(a, b, strict=True)
-    ]
+class Totals:
+    """Gradients that are summed up one by one, piece after piece, with one call a piece.
+
+    Attributes:
+        values: the sums so far; None stands for zero.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.values: list[Tensor | None] = [None] * count
+        self._own: set[int] = set()
+
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add to each sum."""
+        into: list[int] = []
+        anew: list[int] = []
+        for i, (total, gradient) in enumerate(zip(self.values, gradients, strict=True)):
+            if total is None:
+                self.values[i] = gradient
+            elif gradient is not None:
+                # Autograd may have given the memory of the first to somebody else as well.
+                (into if i in self._own else anew).append(i)
+        if into:
+            torch._foreach_add_(*self._pairs(into, gradients))
+        if anew:
+            for i, total in zip(
+                anew, torch._foreach_add(*self._pairs(anew, gradients)), strict=True
+            ):
+                self.values[i] = total
+            self._own.update(anew)
+
+    def _pairs(self, chosen: list[int], gradients: Sequence[Tensor | None]) -> Any:
+        return [self.values[i] for i in chosen], [gradients[i] for i in chosen]
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from pipelines.training.workload import Workload
 from re2tal.memory import predict_peak
 from re2tal.memory.ways import WAYS, prepared
 from re2tal.reversible import ReversibleError, check, rewire
-from re2tal.reversible.coupling import Budget
+from re2tal.reversible.branches import Places
+from re2tal.reversible.coupling import Budget, Grid, accumulate
 from tests.reversible.test_exact import assert_bit_equal
 from tests.reversible.toy_blocks import MlpBlock
 from tests.reversible.zoo import ZOO, Precision, both_precisions, built
@@ -42,6 +45,47 @@ def test_a_step_of_a_rewired_model(
     model, inputs = built(name, bf16=bf16, device="cuda")
     report = rewire(model, slice_bytes=budget)
     assert_bit_equal(model, inputs, len(report.stages), monkeypatch)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("bits", ["auto", 14, None])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("padded", [None, False, True])
+def test_pieces_are_added_alike_in_every_run_and_on_the_cpu(
+    kernel: bool, bits: Any, sign: int, padded: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not under `use_deterministic_algorithms`; `padded` is None for values that are not moved."""
+    torch.manual_seed(0)
+    x = torch.randn(3000, 96) * 10 ** (8 * torch.rand(3000, 96) - 6)
+    grid = None if bits is None else Grid.of(bits, torch.randn(5))
+    out = torch.randn(x.shape)
+    if grid is not None:
+        out = grid.round(out)
+    elif kernel or padded is None:  # atomic additions make these zero
+        x[:50] *= 1e-39
+        out[:] *= 1e-39
+    index = torch.randperm(len(x))
+    padding = (torch.rand(len(x), 1) < 0.3) if padded else None
+    if not kernel:
+        for module in ("coupling", "branches"):
+            monkeypatch.setattr(
+                import_module(f"re2tal.reversible.{module}"), "fused", lambda *_: None
+            )
+
+    def added(device: str) -> Tensor:
+        result, values, on = out.to(device, copy=True), x.to(device), grid
+        if on is not None:
+            on = Grid(*(torch.as_tensor(n, device=device) for n in (on.scale, on.spacing)))
+        if padded is None:
+            accumulate(result, values, on, sign)
+        else:
+            where = None if padding is None else padding.to(device)
+            Places(index.to(device), where).add(result, values, on, sign)
+        return result.cpu()
+
+    first = added("cuda")
+    assert torch.equal(first, added("cuda"))
+    assert torch.equal(first, added("cpu"))
 
 
 @pytest.mark.parametrize("name", POOLED)

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformerBlock
 from torchvision.models.video.swin_transformer import (
     ShiftedWindowAttention3d,
@@ -16,7 +18,7 @@ from torchvision.models.video.swin_transformer import (
 from re2tal.reversible import Branch, rewire
 from re2tal.reversible.branches import split
 from re2tal.reversible.coupling import Budget, Settings
-from re2tal.reversible.families.swin import RelativeBias
+from re2tal.reversible.families.swin import RelativeBias, _attend
 from re2tal.reversible.step import Step
 from tests.reversible.toy_blocks import assert_reversible_is_stored, tiny_swin
 from tests.reversible.zoo import scrambled
@@ -201,3 +203,54 @@ def test_a_module_that_was_changed_is_called_itself(
     calls.clear()
     assert_reversible_is_stored(model, x)
     assert len(calls) == 3  # stored; forward and replay
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_gradient_of_a_softmax_takes_the_memory_of_the_one_it_gets(dropout: float) -> None:
+    """The same to the bit as that of PyTorch's, also differentiated once more."""
+    torch.manual_seed(0)
+    shape = (3, 2, 12, 4)
+    q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    bias = torch.randn(1, 2, 12, 12, dtype=torch.float64, requires_grad=True)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1)) + bias
+        return torch.matmul(nn.functional.dropout(scores.softmax(-1), dropout), v)
+
+    def gradients(attend: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        torch.manual_seed(1)
+        y = attend(q, k, v, bias)
+        return torch.autograd.grad(y, (q, k, v, bias), y.detach())
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return _attend(q, k, v, bias, dropout)
+
+    scores: list[int] = []
+    with Made(3 * 2 * 12 * 12 * 8, scores):
+        found = gradients(ours)
+    others: list[int] = []
+    with Made(3 * 2 * 12 * 12 * 8, others):
+        truth = gradients(plain)
+    assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+    assert len(scores) == len(others) - 1
+    if dropout == 0:
+        small = tuple(t[:1, :1, :3, :3].detach().requires_grad_() for t in (q, k, v, bias))
+        assert torch.autograd.gradgradcheck(ours, small)
+
+
+class Made(TorchDispatchMode):
+    """Sizes of the tensors of a size, or more, that operators make and do not write into others."""
+
+    def __init__(self, size: int, made: list[int]) -> None:
+        super().__init__()
+        self.size, self.made = size, made
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {
+            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)
+        }
+        if isinstance(result, Tensor) and result.untyped_storage()._cdata not in given:
+            size = result.untyped_storage().nbytes()
+            self.made += [size] if size >= self.size else []
+        return result

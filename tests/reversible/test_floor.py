@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from re2tal.backbones.slowfast import SlowFastConfig
 from re2tal.backbones.swin import SwinConfig
+from re2tal.backbones.table import entry_of
+from re2tal.backbones.videomae import VideoMAEConfig
 from re2tal.detector import Detector
 from re2tal.memory import LiveBytes
 from re2tal.reversible import (
@@ -16,11 +19,14 @@ from re2tal.reversible import (
     ByToken,
     ReversibleError,
     branches,
+    part_of,
+    rebuildable,
     rewire,
     set_coupling,
     set_reversible,
 )
 from re2tal.reversible.branches import BySample
+from re2tal.reversible.engine import rebuild_of
 from tests.reversible.toy_blocks import (
     assert_equal_gradients,
     assert_reversible_is_stored,
@@ -309,11 +315,105 @@ def test_frames_and_tokens_are_given_back_when_they_are_read() -> None:
     detector.backbone.norm.register_forward_pre_hook(
         lambda *_: alive.append(sum(large.alive.values()))
     )
+    _graph = detector(*inputs, None)  # and with it indices of windows
+    alive.clear()
     with LiveBytes(detector, large):
         detector(*inputs, None).backward()
     # Two streams of each stage, and the output of the last.
     assert alive == [2 * one + 3 * one // 2]
     assert alive[0] < frames
+
+
+OTHERS: dict[str, tuple[Any, str]] = {
+    "slowfast": (
+        SlowFastConfig(depths=(2, 1), width=8, channel_ratio=4, frozen_statistics=False),
+        "slow_path.layer1.1.conv1",
+    ),
+    "videomae": (
+        VideoMAEConfig(patch=16, channels=16, depths=(2,), heads=2, clip=4, trained_size=64),
+        "encoder.layer.0.layernorm_before",
+    ),
+}
+"""Configurations, and a module of their first stage that is no stem."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_backbones_keep_no_floats_of_frames(name: str) -> None:
+    """Neither in the forward, where their callers' variables had them, nor for the backward."""
+    config, inside = OTHERS[name]
+    torch.manual_seed(0)
+    detector: Detector[Any, Any] = Detector(config.build(), Sum())
+    rewire(detector.backbone)
+    frames, mask = swin_inputs()
+    floats = Exactly(4 * frames.numel())
+    alive: list[int] = []
+    detector.backbone.get_submodule(inside).register_forward_hook(
+        lambda *_: alive.append(len(floats.alive))
+    )
+    with LiveBytes(detector, floats):
+        loss = detector(frames, mask, None)
+        alive.append(len(floats.alive))
+        loss.backward()
+    assert floats.most["forward"] == 1
+    assert not any(alive)
+    assert len(alive) > 2
+    given = {n: p.grad for n, p in detector.named_parameters()}
+    detector.zero_grad(set_to_none=True)
+    set_reversible(detector, False)
+    torch.testing.assert_close(detector(frames, mask, None), loss, rtol=0, atol=0)
+    detector(frames, mask, None).backward()
+    for parameter_name, parameter in detector.named_parameters():
+        found, truth = given[parameter_name], parameter.grad
+        assert torch.equal(torch.as_tensor(found), torch.as_tensor(truth)), parameter_name
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("swin_toy", "patch_embed"),
+        ("slowfast_toy", "slow_path.conv1"),
+        ("slowfast_toy", "fast_path.conv1"),
+        ("videomae_toy", "embeddings"),
+        ("r3d_18", "stem"),
+    ],
+)
+def test_frames_are_read_once_unless_a_hook_may_keep_them(name: str, stem: str) -> None:
+    for place in (stem, ""):
+        with torch.device("meta"):
+            built: Any = entry_of(name).make().build()
+        assert built.reads_once
+        built.get_submodule(place).register_forward_hook(lambda *_: None)
+        assert not built.reads_once
+
+
+class Exactly(Large):
+    """Number of storages of one size, beside those that were there."""
+
+    def made(self, storage: int, kind: str, size: int) -> None:
+        if size == self.size:
+            super().made(storage, kind, size)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_part_of_frames_is_rebuilt_where_they_are(first: bool) -> None:
+    frames = torch.arange(6.0)
+    whole = rebuildable(frames * 2, lambda: frames * 2) if first else frames * 2
+    part = part_of(whole, lambda x: x[1::2])
+    rebuild = rebuild_of(part)
+    assert part.tolist() == [2, 6, 10]
+    assert (rebuild is not None) == first
+    assert rebuild is None or torch.equal(rebuild(), part)
+
+
+def test_tokens_as_a_convolution_leaves_them_are_changed_in_place() -> None:
+    """Of three dimensions; a stage of more keeps the format of its input."""
+    model = feed_stage(ByToken(40))
+    rewire(model, slice_bytes=2**12)
+    x = torch.randn(3, 8, 64, requires_grad=True).transpose(1, 2)
+    large = Large(x.numel() * x.element_size())
+    with LiveBytes(model, large):
+        model(x).sum().backward()
+    assert large.most == {"forward": 3, "backward": 4}
 
 
 @pytest.mark.parametrize("hooked", ["", "backbone", "backbone.patch_embed", "backbone.features.0"])

@@ -20,6 +20,8 @@ from re2tal.backbones.slowfast.published import (
 )
 from re2tal.backbones.table import backbone
 from re2tal.errors import check_within
+from re2tal.reversible import part_of
+from re2tal.reversible.branches import has_hooks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -256,6 +258,11 @@ class SlowFastBackbone(nn.Module):
             return sum(self._depths[:stage])
         return 1 + sum(self._depths[: stage - 1]) + int(index)
 
+    @property
+    def reads_once(self) -> bool:
+        """See `Backbone`; the fast pathway's stem is the last that reads."""
+        return not any(map(has_hooks, (self, self.slow_path.conv1, self.fast_path.conv1)))
+
     def pathways(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Compute features of both pathways before pooling, of `forward`'s input.
 
@@ -263,7 +270,8 @@ class SlowFastBackbone(nn.Module):
             `(B, C_slow, T / alpha, H', W')` of the slow and `(B, C_fast, T, H', W')` of the fast.
         """
         slow_path, fast_path = self.slow_path, self.fast_path
-        slow, fast = slow_path.conv1(video[:, :, :: self._alpha]), fast_path.conv1(video)
+        slow = slow_path.conv1(part_of(video, lambda frames: frames[:, :, :: self._alpha]))
+        fast = fast_path.conv1(video)
         for lateral, layer in zip(self._laterals, self._layers, strict=True):
             told = slow_path.get_submodule(lateral)(fast)
             slow = slow_path.get_submodule(layer)(torch.cat((slow, told), dim=1))

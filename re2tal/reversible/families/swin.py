@@ -7,12 +7,15 @@ torchvision's padding, cyclic shift and partition in one step and only for the p
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torchvision.models.swin_transformer import (
     PatchMerging,
     ShiftedWindowAttention,
@@ -25,13 +28,15 @@ from re2tal.reversible.branches import (
     ByToken,
     Layout,
     Leading,
-    add_rows,
+    Places,
+    alone,
     branches,
     has_hooks,
     recomputed,
 )
+from re2tal.reversible.coupling import Grid
 
-_MASKED = -100.0
+_MASKED = -100
 """Added by torchvision to the scores of tokens that the cyclic shift brought together."""
 
 
@@ -97,72 +102,128 @@ class Windows:
                 shift[axis] = 0
                 if len(size) == 3:
                     window[axis] = length
-        padded = tuple(-(-n // w) * w for n, w in zip(size, window, strict=True))
-        count = x.shape[0] * prod(p // w for p, w in zip(padded, window, strict=True))
+        windows = _Windows(x.shape[0], size, tuple(window), tuple(shift), x.device)
         tokens, heads = prod(window), self.attention.num_heads
+        mode = x.fake_mode if isinstance(x, FakeTensor) else None
         return _WindowLayout(
             norm=self.norm,
             attention=self.attention,
-            size=size,
-            padded=padded,
-            window=tuple(window),
-            units=count,
+            windows=windows,
+            kept=(kept := _kept(windows, mode)),
+            light=100 * kept.places.index.nbytes <= x.nbytes,
+            units=windows.count,
             elements=tokens * (_scores(x.device) * heads * tokens + 12 * x.shape[-1]),
-            index=_index(x.shape[0], size, padded, tuple(window), tuple(shift), x.device),
-            regions=_regions(padded, tuple(window), tuple(shift), x.device) if any(shift) else None,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Windows:
+    """Windows of an input: all that their indices and masks depend on.
+
+    Attributes:
+        batch: number of samples.
+        size: length of each axis.
+        window: length of a window along each axis.
+        shift: cyclic shift along each axis.
+        device: device of the input.
+    """
+
+    batch: int
+    size: tuple[int, ...]
+    window: tuple[int, ...]
+    shift: tuple[int, ...]
+    device: torch.device
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Number of windows along each axis."""
+        return tuple(-(-n // w) for n, w in zip(self.size, self.window, strict=True))
+
+    @property
+    def padded(self) -> tuple[int, ...]:
+        """Length of each axis, with padding."""
+        return tuple(n * w for n, w in zip(self.counts, self.window, strict=True))
+
+    @property
+    def count(self) -> int:
+        """Number of windows of all samples."""
+        return self.batch * prod(self.counts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Masks:
+    """Masks of shifted windows, one for each kind: windows that are last along the same axes.
+
+    Attributes:
+        kinds: kind of each window, of which there are at most 8; the first has nothing to mask.
+        index: the same as a tensor.
+        apart: ``(kinds, 1, tokens, tokens)``, true for tokens that were not neighbours.
+    """
+
+    kinds: bytes
+    index: Tensor
+    apart: Tensor
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class _Kept:
+    """Row of each token of windows, ``(windows, tokens)``, and the masks of those with a shift."""
+
+    places: Places
+    masks: _Masks | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _WindowLayout:
     norm: nn.Module
     attention: Any
-    size: tuple[int, ...]
-    padded: tuple[int, ...]
-    window: tuple[int, ...]
+    windows: _Windows
+    kept: _Kept
+    light: bool
     units: int
     elements: int
-    index: Tensor  # (windows, tokens): each token's row in the input, behind its end for padding
-    regions: Tensor | None  # (windows of a sample, tokens), if they are shifted: see `_regions`
     contiguous: bool = False
 
     def share(self) -> tuple[Tensor, ...]:
         """Compute the relative position bias, ``(1, heads, tokens, tokens)``."""
         table, own = self.attention.relative_position_bias_table, self.attention.window_size
-        if self.window[1:] == tuple(own[1:]):
+        window = self.windows.window
+        if window[1:] == tuple(own[1:]):
             index = self.attention.relative_position_index
-            return (RelativeBias.apply(table, index, tuple(own), self.window),)
+            return (RelativeBias.apply(table, index, tuple(own), window),)
         # Cut short along another axis than the first, torchvision's index means other offsets.
-        return (self.attention.get_relative_position_bias(list(self.window)),)
+        return (self.attention.get_relative_position_bias(list(window)),)
 
     def new(self, piece: Tensor, shape: torch.Size) -> Tensor:
         """Make an empty tensor of a shape, with a spare row behind its end if there is padding."""
-        if self.padded == self.size:
+        if self.kept.places.padding is None:
             return piece.new_empty(shape)
         return piece.new_empty(prod(shape[:-1]) + 1, shape[-1])[:-1].view(shape)
 
     def take(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Gather windows ``(windows, tokens, C)``, zero at padding."""
-        index, rows = self.index[start:stop], x.reshape(-1, x.shape[-1])
-        if self.padded == self.size:
-            return _rows(rows, index)
-        inside = index.clamp(max=rows.shape[0] - 1)
-        return _rows(rows, inside).masked_fill(self._padding(start, stop), 0)
+        return self.kept.places[start:stop].take(x)
 
     def put(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:
         """Write the windows' tokens to their rows."""
-        channels, spare = out.shape[-1], self.padded != self.size
-        rows = out.as_strided((out.numel() // channels + spare, channels), (channels, 1))
-        rows[self.index[start:stop]] = piece
+        index, padding = self.kept.places.index[start:stop], self.kept.places.padding
+        channels, end = out.shape[-1], out.numel() // out.shape[-1]
+        if padding is not None:
+            index = index.masked_fill(padding[start:stop, ..., 0], end)
+        rows = out.as_strided((end + (padding is not None), channels), (channels, 1))
+        rows[index] = piece
 
-    def add(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:
+    def add(
+        self,
+        out: Tensor,
+        start: int,
+        stop: int,
+        piece: Tensor,
+        grid: Grid | None = None,
+        sign: int = 1,
+    ) -> None:
         """Add the windows' tokens to their rows."""
-        add_rows(out, self.index[start:stop], piece, padded=self.padded != self.size)
-
-    def _padding(self, start: int, stop: int) -> Tensor:
-        """``(windows, tokens, 1)``: where a piece is padding."""
-        batch = self.units * prod(self.window) // prod(self.padded)
-        return (self.index[start:stop] >= batch * prod(self.size)).unsqueeze(-1)
+        self.kept.places[start:stop].add(out, piece, grid, sign)
 
     def run(
         self,
@@ -175,25 +236,30 @@ class _WindowLayout:
         """Compute the attention within each window of a piece, with a fused kernel on a GPU."""
         attention, (bias,) = self.attention, shared
         x = self.norm(piece)
-        if self.padded != self.size:
-            x = x.masked_fill(self._padding(start, stop), 0)
+        if self.kept.places.padding is not None:
+            x = x.masked_fill(self.kept.places.padding[start:stop], 0)
         windows, tokens, channels = x.shape
         qkv = attention.qkv(x).view(windows, tokens, 3, attention.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        bias = bias.to(q.dtype)
-        if self.regions is not None:
-            bias = bias + _mask(self.regions, start, stop, bias)
+        bias = self._masked(bias.to(q.dtype), start, stop)
         dropout = attention.attention_dropout if attention.training else 0.0
         y = _attend(q, k, v, bias, dropout)
         y = y.transpose(1, 2).reshape(windows, tokens, channels)
         return F.dropout(attention.proj(y), attention.dropout, attention.training)
 
-
-def _mask(regions: Tensor, start: int, stop: int, like: Tensor) -> Tensor:
-    """Make the mask ``(windows, 1, tokens, tokens)`` of tokens that were not neighbours."""
-    chosen = regions[torch.arange(start, stop, device=regions.device) % regions.shape[0]]
-    apart = chosen.unsqueeze(1) != chosen.unsqueeze(2)
-    return like.new_zeros(()).masked_fill(apart, _MASKED).unsqueeze(1)
+    def _masked(self, bias: Tensor, start: int, stop: int) -> Tensor:
+        """Add the mask of tokens that were not neighbours: ``(windows or 1, heads, n, n)``."""
+        masks = self.kept.masks
+        if masks is None:
+            return bias
+        here = masks.kinds[start:stop]
+        if here.count(here[0]) < len(here):
+            apart = masks.apart.index_select(0, masks.index[start:stop])
+        elif here[0]:
+            apart = masks.apart[here[0] : here[0] + 1]
+        else:
+            return bias
+        return torch.add(bias, apart, alpha=_MASKED)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
@@ -202,17 +268,46 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Te
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
     # Elsewhere it falls back to these matrices, and guards them against rows that are all masked.
     scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1)) + bias
-    return torch.matmul(F.dropout(scores.softmax(-1), dropout), v)
+    if torch._C._are_functorch_transforms_active():
+        weights = scores.softmax(-1)
+    else:
+        weights = _Softmax.apply(scores)
+    return torch.matmul(F.dropout(weights, dropout), v)
+
+
+class _Softmax(torch.autograd.Function):
+    """Softmax along the last dimension, whose backward takes the memory of its result's gradient.
+
+    That saves one matrix of scores where the most of them are alive. The gradient is dropout's, or
+    a view of a product of matrices that autograd has made for this alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        weights = scores.softmax(-1)
+        ctx.save_for_backward(weights)
+        ctx.dtype, ctx.recorded = scores.dtype, False
+        return weights
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (weights,) = ctx.saved_tensors
+        found: Tensor
+        # What gradients of gradients send here a second time may be somebody else's, too.
+        ctx.recorded = ctx.recorded or torch.is_grad_enabled()
+        ours = alone(gradient, beside=int(gradient._base is not None))
+        if ctx.recorded or gradient.dtype != ctx.dtype or not ours:
+            found = torch._softmax_backward_data(gradient, weights, -1, ctx.dtype)
+        else:
+            found = torch.ops.aten._softmax_backward_data.out(
+                gradient, weights, -1, ctx.dtype, grad_input=gradient
+            )
+        return found
 
 
 def _scores(device: torch.device) -> int:
     """Count the elements alive for each pair of tokens; a fused one is the bias's gradient."""
     return 1 if device.type == "cuda" else 4
-
-
-def _rows(rows: Tensor, index: Tensor) -> Tensor:
-    # Several times as fast as rows[index].
-    return rows.index_select(0, index.reshape(-1)).view(*index.shape, -1)
 
 
 class RelativeBias(torch.autograd.Function):
@@ -239,7 +334,7 @@ class RelativeBias(torch.autograd.Function):
         """
         tokens = prod(window)
         pairs = index.view(prod(own), prod(own))[:tokens, :tokens]
-        return _rows(table, pairs).permute(2, 0, 1).unsqueeze(0).contiguous()
+        return Places(pairs).take(table).permute(2, 0, 1).unsqueeze(0).contiguous()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004
@@ -270,40 +365,72 @@ def _sheared_sum(pairs: Tensor) -> Tensor:
     return sums
 
 
-def _index(
-    batch: int,
-    size: tuple[int, ...],
-    padded: tuple[int, ...],
-    window: tuple[int, ...],
-    shift: tuple[int, ...],
-    device: torch.device,
-) -> Tensor:
-    """List the row of each window's tokens, ``(windows, tokens)``; behind the end for padding."""
-    axes = len(size)
+_KEPT: WeakValueDictionary[tuple[_Windows, FakeTensorMode | None], _Kept] = WeakValueDictionary()
+
+
+@torch.inference_mode(False)
+def _kept(windows: _Windows, mode: FakeTensorMode | None) -> _Kept:
+    """Return what pieces need to know of windows: the same, as long as any layout has it.
+
+    It is eight bytes a token. Where a stream has hundreds of times as many, steps keep their
+    layouts for the backward.
+
+    Args:
+        windows: the windows.
+        mode: mode of fake tensors, which are kept apart from others.
+    """
+    found = _KEPT.get((windows, mode))
+    if found is None:
+        masks = _masks(windows) if any(windows.shift) else None
+        found = _KEPT[windows, mode] = _Kept(_places(windows), masks)
+    return found
+
+
+def _places(windows: _Windows) -> Places:
+    """List the row of each window's tokens, ``(windows, tokens)``."""
+    axes, device = len(windows.size), windows.device
     row = torch.zeros((1,) * (2 * axes), dtype=torch.long, device=device)
     inside = torch.ones((1,) * (2 * axes), dtype=torch.bool, device=device)
-    for axis in range(axes):
-        place = (torch.arange(padded[axis], device=device) + shift[axis]) % padded[axis]
-        shape = [1] * (2 * axes)
-        shape[axis], shape[axes + axis] = padded[axis] // window[axis], window[axis]
-        place = place.view(shape)
-        row = row * size[axis] + place
-        inside = inside & (place < size[axis])
-    sample = torch.arange(batch, device=device).view(-1, *(1,) * (2 * axes)) * prod(size)
-    row = torch.where(inside, row + sample, batch * prod(size))
-    return row.reshape(-1, prod(window))
+    for axis, (size, padded) in enumerate(zip(windows.size, windows.padded, strict=True)):
+        place = (torch.arange(padded, device=device) + windows.shift[axis]) % padded
+        place = _along(windows, axis, place)
+        row = row * size + place
+        inside = inside & (place < size)
+    end = windows.batch * prod(windows.size)
+    sample = torch.arange(windows.batch, device=device).view(-1, *(1,) * (2 * axes))
+    row = torch.where(inside, row + sample * prod(windows.size), end)
+    row = row.reshape(-1, prod(windows.window))
+    return Places(row) if windows.padded == windows.size else Places.behind(row, end)
 
 
-def _regions(
-    padded: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], device: torch.device
-) -> Tensor:
-    """Number the parts of the unshifted input in windows: ``(windows of a sample, tokens)``."""
-    axes = len(padded)
-    region = torch.zeros((1,) * (2 * axes), dtype=torch.int, device=device)
-    for axis in range(axes):
-        place = torch.arange(padded[axis], device=device)
-        part = (place >= padded[axis] - window[axis]).int() + (place >= padded[axis] - shift[axis])
-        shape = [1] * (2 * axes)
-        shape[axis], shape[axes + axis] = padded[axis] // window[axis], window[axis]
-        region = region * 3 + part.view(shape)
-    return region.reshape(-1, prod(window))
+def _masks(windows: _Windows) -> _Masks:
+    """Tell which tokens were not neighbours, in each kind of window."""
+    device = windows.device
+    axes = range(len(windows.size))
+    # Numbers of the parts of the unshifted input, by window: (windows of a sample, tokens).
+    region = torch.zeros((1,) * (2 * len(axes)), dtype=torch.int, device=device)
+    for axis, (size, window, shift) in enumerate(
+        zip(windows.padded, windows.window, windows.shift, strict=True)
+    ):
+        place = torch.arange(size, device=device)
+        part = (place >= size - window).int() + (place >= size - shift)
+        region = region * 3 + _along(windows, axis, part)
+    region = region.reshape(-1, prod(windows.window))
+    last = [
+        tuple(windows.shift[axis] > 0 and at[axis] == windows.counts[axis] - 1 for axis in axes)
+        for at in product(*map(range, windows.counts))
+    ]
+    numbers = {kind: number for number, kind in enumerate(sorted(set(last)))}
+    kinds = bytes(numbers[kind] for kind in last)
+    region = region[[kinds.index(number) for number in range(len(numbers))]]
+    apart = region.unsqueeze(1) != region.unsqueeze(2)
+    kinds *= windows.batch
+    return _Masks(kinds, torch.tensor(list(kinds), device=device), apart.unsqueeze(1))
+
+
+def _along(windows: _Windows, axis: int, places: Tensor) -> Tensor:
+    """Shape a number a place of an axis as windows and the places in these, of all axes."""
+    axes = len(windows.size)
+    shape = [1] * (2 * axes)
+    shape[axis], shape[axes + axis] = windows.counts[axis], windows.window[axis]
+    return places.view(shape)

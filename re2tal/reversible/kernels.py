@@ -1,0 +1,127 @@
+"""One kernel of a GPU for what takes four operators elsewhere: round to the grid, and add in place.
+
+Its arithmetic is that of `coupling.Grid.add` and of `branches.Places.add`, to the bit. Each element
+of the target is read and written by one program, so that nothing depends on an order; the atomic
+additions of `index_add_` would, beside, make subnormal numbers zero.
+
+Importing this file imports Triton.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from re2tal.reversible.coupling import Grid
+
+_ROWS, _COLUMNS = 8, 128
+"""Vectors of a program, and elements of each."""
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # Triton has no types
+def _add(  # type: ignore[no-untyped-def]
+    out,
+    values,
+    index,
+    padding,
+    scale,
+    spacing,
+    size,
+    channels,
+    SIGN: tl.constexpr,  # noqa: N803
+    ROUNDS: tl.constexpr,  # noqa: N803
+    LOADS: tl.constexpr,  # noqa: N803
+    INDEXED: tl.constexpr,  # noqa: N803
+    PADDED: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,  # noqa: N803
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    place = row[:, None] * channels + column[None, :]
+    inside = (column < channels)[None, :] & (place < size)
+    target = place
+    if INDEXED:
+        there = row * channels < size
+        target = tl.load(index + row, mask=there, other=0)[:, None] * channels + column[None, :]
+        if PADDED:
+            inside = inside & (tl.load(padding + row, mask=there, other=1) == 0)[:, None]
+    value = tl.load(values + place, mask=inside, other=0.0)
+    if ROUNDS:
+        if LOADS:
+            scale = tl.load(scale)
+            spacing = tl.load(spacing)
+        scaled = value * scale  # exact, by a power of two
+        magnitude = tl.abs(scaled)
+        # From 2^23 on float32 has whole numbers only; below, this sum does, rounded half to even.
+        whole = tl.where(magnitude < 8388608.0, (magnitude + 8388608.0) - 8388608.0, magnitude)
+        value = tl.where(scaled < 0.0, -whole, whole) * spacing  # exact
+    before = tl.load(out + target, mask=inside, other=0.0)
+    after = before + value if SIGN > 0 else before - value
+    tl.store(out + target, after, mask=inside)
+
+
+def add(
+    out: Tensor,
+    values: Tensor,
+    grid: Grid | None,
+    sign: int,
+    index: Tensor | None = None,
+    padding: Tensor | None = None,
+) -> None:
+    """Add values to a tensor in place, or with a grid the points nearest to them.
+
+    Args:
+        out: float32 tensor, dense; ``(rows, channels)`` with an index.
+        values: float32 values; without an index in the shape and with the strides of ``out``.
+        grid: grid of ``out``.
+        sign: 1, or -1 to subtract.
+        index: row of each vector of the values, contiguous, each row once.
+        padding: bools, contiguous, true for vectors that are left out.
+    """
+    size = values.numel()
+    if size == 0:
+        return
+    channels = _COLUMNS if index is None else out.shape[-1]
+    programs = triton.cdiv(triton.cdiv(size, channels), _ROWS), triton.cdiv(channels, _COLUMNS)
+    scale, spacing = (1.0, 1.0) if grid is None else (grid.scale, grid.spacing)
+    with torch.cuda.device_of(out):
+        _add[programs](
+            out,
+            values,
+            out if index is None else index,
+            out if padding is None else padding,
+            scale,
+            spacing,
+            size,
+            channels,
+            SIGN=sign,
+            ROUNDS=grid is not None,
+            LOADS=isinstance(scale, Tensor),
+            INDEXED=index is not None,
+            PADDED=padding is not None,
+            ROWS=_ROWS,
+            COLUMNS=_COLUMNS,
+        )
+    torch.autograd.graph.increment_version(out)
+
+
+def agrees(device: torch.device) -> bool:
+    """Tell whether the kernel computes on a device what PyTorch does, to the bit.
+
+    Args:
+        device: the device.
+    """
+    halves = torch.arange(-60, 60, device=device) / 2.0**15
+    sizes = torch.tensor([1e-40, -1e-39, -0.0, 0.7, 2.0**7 + 2.0**-15, 2.0**8, 3e5], device=device)
+    x = torch.cat([halves, sizes, torch.linspace(-3, 3, 129, device=device)]).view(-1, 2)
+    index = torch.arange(len(x), device=device).flip(0)
+    tried = []
+    for grid in (None, Grid.of("auto", x), Grid.of(14, x)):
+        for sign in (1, -1):
+            out = 1e-39 * x if grid is None else grid.round(x.flip(0))
+            plain = out + (sign * x if grid is None else grid.round(x, sign))
+            add(lying := out.clone(), x, grid, sign)
+            add(moved := out.clone(), x[index], grid, sign, index)
+            tried += [torch.equal(plain, lying), torch.equal(plain, moved)]
+    return all(tried)
