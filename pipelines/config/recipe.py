@@ -295,7 +295,8 @@ class DataConfig(ScoredAnnotationConfig):
         max_failed: share of unusable videos above which the run stops.
 
     Raises:
-        ValueError: crops would be taken from frames smaller than `size`.
+        ValueError: crops would be taken from frames smaller than `size`, or stitched windows would
+            be shown at another speed or backwards.
     """
 
     videos: str | None = None
@@ -332,6 +333,11 @@ class DataConfig(ScoredAnnotationConfig):
             raise ValueError(
                 f"DataConfig.augmentation.source_size of {decoded} pixels is below "
                 f"DataConfig.size of {self.size}: crops are taken from frames at least as large."
+            )
+        if self.window.stitch.enabled and self.augmentation.in_time != AugmentationConfig():
+            raise ValueError(
+                "--data.augmentation.speed and --data.augmentation.reverse are of windows with one "
+                "rate, but --data.window.stitch.enabled shows clips at two: leave one of them out."
             )
 
 

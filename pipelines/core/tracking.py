@@ -166,7 +166,7 @@ def _parameters(config: Tracked) -> dict[str, str]:
     found = {name: str(value) for name, value in flatten(config)}
     if found.get("data.features", "None") != "None":
         for name in list(found):
-            if name.startswith(_OF_FRAMES):
+            if name.startswith(_OF_FRAMES) and name not in _OF_TIME:
                 del found[name]
     return found
 
@@ -187,6 +187,7 @@ _OF_FRAMES = (
     "optim.backbone_lr",
     "optim.layer_decay",
 )
+_OF_TIME = ("data.augmentation.speed", "data.augmentation.reverse")
 
 
 def open_store(experiment: str, *, output: str | Path) -> "tuple[MlflowClient, str, str]":

@@ -18,6 +18,7 @@ from torch import Tensor
 from pipelines.data.decoding import decode_sample
 from re2tal.annotations import VideoAnnotation
 from re2tal.localizers.protocol import Targets
+from re2tal.videos.augmentation import AugmentationConfig
 from re2tal.videos.windows import Window, WindowConfig, training_windows
 
 if TYPE_CHECKING:  # it needs Ray; the training loop does not
@@ -58,21 +59,29 @@ def epoch_windows(
     stride: int,
     seed: int,
     epoch: int,
+    augmentation: AugmentationConfig | None = None,
 ) -> list[Window]:
     """Cut the training videos into an epoch's windows, those of all workers, and shuffle them.
 
     Labels are indices into `classes`; `stride` is the backbone's number of frames per feature.
-    Another epoch (the first is 0) has other windows in another order.
+    Another epoch (the first is 0) has other windows in another order. They are changed in time as
+    `augmentation` allows, which changes neither their number nor their order.
     """
-    random = np.random.default_rng((seed, epoch))
+    random, changes = generators(seed, epoch)
+    augmentation = augmentation or AugmentationConfig()
     windows = [
-        window
+        augmentation.tempo(changes).of_window(window, video.annotation, classes, config)
         for video in videos
         for window in training_windows(
             video.annotation, classes, config, stride=stride, random=random
         )
     ]
     return [windows[i] for i in random.permutation(len(windows))]
+
+
+def generators(seed: int, epoch: int) -> tuple[np.random.Generator, np.random.Generator]:
+    """Return the generator of an epoch's places and order, and that of its changes in time."""
+    return np.random.default_rng((seed, epoch)), np.random.default_rng((seed, epoch, 1))
 
 
 def share(

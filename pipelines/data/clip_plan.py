@@ -133,7 +133,7 @@ def _annotated(config: TrimmedDataConfig) -> Lists:
         wanted,
         fingerprint=annotations.fingerprint,
         size=config.size,
-        fps=config.clip.fps,
+        fps=config.augmentation.densest(config.clip.fps),
     )
     return Lists(
         classes=joint_classes(subsets["training"], subsets["validation"], classes),

@@ -15,7 +15,6 @@ from pipelines.data.features import Features
 from pipelines.data.plan import Plan
 from re2tal.backbones.precomputed import PrecomputedConfig
 from re2tal.errors import UserError
-from re2tal.videos.augmentation import AugmentationConfig
 from re2tal.videos.features import window_features
 from re2tal.videos.timegrid import TimeGrid
 from re2tal.videos.windows import Window
@@ -27,7 +26,8 @@ def without_backbone(recipe: Recipe, features: Features) -> Recipe:
     """Put features in the place of a recipe's frames and backbone, and keep all else.
 
     A window keeps as many features as its backbone would have made. Settings that need a backbone
-    or frames are switched off: weights, rewiring, frozen parts of the backbone, augmentation.
+    or frames are switched off: weights, rewiring, frozen parts of the backbone, and augmentation
+    but for that in time, for which features are interpolated.
     """
     with torch.device("meta"):  # only its stride is needed
         backbone: Any = recipe.model.backbone.build()
@@ -46,7 +46,7 @@ def without_backbone(recipe: Recipe, features: Features) -> Recipe:
         frozen=frozen,
         norms="trained",
     )
-    data = replace(recipe.data, augmentation=AugmentationConfig())
+    data = replace(recipe.data, augmentation=recipe.data.augmentation.in_time)
     return replace(recipe, model=model, data=data)
 
 

@@ -246,7 +246,7 @@ def make_plan(config: DataConfig, annotations: Annotations, *, probe: Probe = pr
             [video.video_id for video in wanted],
             fingerprint=annotations.fingerprint,
             size=config.size,
-            fps=config.window.fps,
+            fps=config.augmentation.densest(config.window.fps),
         )
         found = opened(found, probe)
     failures = found.failures

@@ -24,6 +24,7 @@ EXPERIMENTS = {
     "memory": "the paper's claim on memory: peaks of four ways to train, and what fits",
     "accuracy": "the paper's claim on rewired backbones: top-1 before and after finetuning",
     "tal": "the paper's claim on localization: features, end to end plain and reversible",
+    "tunings": "accuracy of full finetuning, adapters, LoRA and a frozen backbone on toy data",
     "finetuning": "memory of full finetuning against that of adapters, and the longest windows",
     "exactness": "gradients against those of stored activations, also of other libraries",
     "speed": "time of a step, each way to train paired with every other, and over depth",

@@ -48,6 +48,7 @@ TRAININGS: dict[Training, str] = {
 }
 
 _MEMORY = "memory/predicted_activations_mb"
+_TRAINED = "parameters/trained"
 _MARGIN = 0.02  # loss of average mAP that still counts as preserved
 LARGER = "end to end, reversible, larger frames"
 _LOOKS = {
@@ -312,8 +313,8 @@ def localize(*, recipe: str, options: Sequence[str], way: Training, seed: int) -
     of its own. The seed is that of windows, their order and random weights.
 
     Returns:
-        Average mAP, mAP at every threshold, predicted memory of a worker's step in MB, seconds; and
-        the id of an MLflow run, if there is one.
+        Average mAP, mAP at every threshold, predicted memory of a worker's step in MB, trained
+        parameters, seconds; and the id of an MLflow run, if there is one.
     """
     asked = trained_in(configured(recipe, options), way, seed)
     return _here(asked) if asked.data.make_toy else _on_the_cluster(asked)
@@ -335,10 +336,11 @@ def _here(recipe: Recipe) -> Result:
     annotations = read_annotations(recipe.data)
     plan = make_plan(recipe.data, annotations, probe=probe_files_here)
     detector = build_detector(recipe, plan.classes, recipe.model.weights)
-    memory = activation_metrics(recipe, detector)[_MEMORY]
+    trained = sum(p.numel() for p in detector.parameters() if p.requires_grad)
+    counted = activation_metrics(recipe, detector) | {_TRAINED: trained}
     began = time.perf_counter()
     metrics, _ = train_here(DetectionTask(recipe=recipe, plan=plan), recipe.model.weights)
-    return _reached(metrics, memory, time.perf_counter() - began)
+    return _reached(metrics | counted, time.perf_counter() - began)
 
 
 def _on_the_cluster(recipe: Recipe) -> Result:
@@ -347,10 +349,13 @@ def _on_the_cluster(recipe: Recipe) -> Result:
     run = train(recipe)
     found = run.client.get_run(run.run_id)
     seconds = ((found.info.end_time or 0) - found.info.start_time) / 1000
-    metrics = found.data.metrics
-    return _reached(metrics, metrics[_MEMORY], seconds) | {"run_id": run.run_id}
+    return _reached(found.data.metrics, seconds) | {"run_id": run.run_id}
 
 
-def _reached(metrics: Mapping[str, float], memory: float, seconds: float) -> dict[str, float]:
+def _reached(metrics: Mapping[str, float], seconds: float) -> dict[str, float]:
     maps = {n.removeprefix("val/"): v for n, v in metrics.items() if n.startswith("val/mAP")}
-    return maps | {"activations_mb": memory, "seconds": seconds}
+    return maps | {
+        "activations_mb": metrics[_MEMORY],
+        "trained": metrics[_TRAINED],
+        "seconds": seconds,
+    }

@@ -3,17 +3,16 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pipelines.config.recipe import ClassificationRecipe
 from pipelines.core.clock import duration
-from pipelines.data.batches import Batch
+from pipelines.data.batches import Batch, generators
 from pipelines.data.clip_plan import ClassificationPlan
 from pipelines.data.plan import all_failures
 from pipelines.training.checkpoints import TrainingState
@@ -24,7 +23,7 @@ from re2tal.classifier import Classifier, class_scores, mean_class_accuracy, top
 from re2tal.datasets.trimmed import TrimmedVideo, ViewConfig, random_clip, views
 from re2tal.errors import UserError
 from re2tal.trained import DetectorSpec
-from re2tal.videos.windows import Window
+from re2tal.videos.windows import Window, reversed_window
 
 
 @torch.inference_mode()
@@ -133,11 +132,14 @@ class ClassificationTask:
 
     def windows(self, *, stride: int, epoch: int) -> list[Window]:
         """Draw one random clip of every training video, shuffled; see `Task.windows`."""
-        random = np.random.default_rng((self.recipe.seed, epoch))
-        clip = self.recipe.data.clip
-        windows = [
-            random_clip(video, clip, stride=stride, random=random) for video in self.plan.training
-        ]
+        random, changes = generators(self.recipe.seed, epoch)
+        data = self.recipe.data
+        windows = []
+        for video in self.plan.training:
+            tempo = data.augmentation.tempo(changes)
+            clip = replace(data.clip, fps=data.clip.fps / tempo.speed)
+            window = random_clip(video, clip, stride=stride, random=random)
+            windows.append(reversed_window(window) if tempo.backwards else window)
         return [windows[i] for i in random.permutation(len(windows))]
 
     def before_step(self, state: TrainingState, *, done: int, steps: int) -> dict[str, float]:

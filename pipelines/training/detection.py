@@ -97,6 +97,7 @@ class DetectionTask:
             stride=stride,
             seed=self.recipe.seed,
             epoch=epoch,
+            augmentation=self.recipe.data.augmentation,
         )
 
     def before_step(

@@ -1,20 +1,24 @@
-"""Augmentation of training clips on their own device: random resized crop, flip, colour jitter.
+"""Augmentation of training clips: in time, before they are decoded; in space, on their device.
 
-The transforms are torchvision's. Their random numbers are drawn once a clip and hold for all its
-frames: a crop that jumped from frame to frame would be motion to a network. The segments stay as
-they are, since nothing here changes time.
+In time, a window is cut anew at another speed, or backwards, together with its segments. In space,
+there are random resized crop, flip and colour jitter by torchvision's transforms. Their random
+numbers are drawn once a clip and hold for all its frames: a crop that jumped from frame to frame
+would be motion to a network.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from re2tal.videos.windows import Window
+from re2tal.annotations import VideoAnnotation
+from re2tal.videos.windows import Window, WindowConfig, at_speed, reversed_window
 
 # Pixels that are transformed at once. The change of hue holds about a hundred bytes for each, so
 # the frames of a clip go through in parts: whatever its length, that takes 100 MiB.
@@ -38,6 +42,11 @@ class AugmentationConfig:
         contrast: largest change of the contrast of each frame, as a share of it.
         saturation: largest change of the saturation, as a share of it.
         hue: largest turn of the hue, in turns of the colour circle, at most 0.5.
+        speed: slowest and fastest speed at which the actions of a clip are shown, drawn anew for
+            each: at 0.5 a clip spans half as many seconds, and its actions last twice as many
+            frames. None shows them as they are. Classes that only differ in their speed need that.
+        reverse: probability that a clip runs backwards. Leave it 0 where the order of a movement
+            tells classes apart, as opening and closing.
 
     Raises:
         ValueError: a field is out of its range.
@@ -51,6 +60,8 @@ class AugmentationConfig:
     contrast: float = 0.0
     saturation: float = 0.0
     hue: float = 0.0
+    speed: tuple[float, float] | None = None
+    reverse: float = 0.0
 
     def __post_init__(self) -> None:
         if self.source_size is not None and self.source_size < 1:
@@ -67,7 +78,13 @@ class AugmentationConfig:
                 "AugmentationConfig.crop_aspect must be two positive numbers, the smaller first, "
                 f"not {self.crop_aspect}."
             )
-        largest = {"flip": 1.0, "brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.5}
+        if self.speed is not None and not 0.1 <= self.speed[0] <= self.speed[1] <= 10:
+            raise ValueError(
+                "AugmentationConfig.speed must be two factors, 0.1 <= slowest <= fastest <= 10, "
+                f"not {self.speed}."
+            )
+        largest = dict.fromkeys(("flip", "brightness", "contrast", "saturation", "reverse"), 1.0)
+        largest["hue"] = 0.5
         for name, most in largest.items():
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(
@@ -78,6 +95,22 @@ class AugmentationConfig:
     def decoded_size(self, size: int) -> int:
         """Side in pixels of the square frames to decode for a network that sees `size` pixels."""
         return size if self.crop_area is None else self.source_size or size
+
+    @property
+    def in_time(self) -> "AugmentationConfig":
+        """Those of the changes that need no frames, only times."""
+        return AugmentationConfig(speed=self.speed, reverse=self.reverse)
+
+    def densest(self, fps: float | None) -> float | None:
+        """Largest number of frames a second that is sampled, where `fps` is that of the windows."""
+        return fps if fps is None or self.speed is None else fps / self.speed[0]
+
+    def tempo(self, random: np.random.Generator) -> "Tempo":
+        """Draw the changes of a clip in time: three numbers, whatever is switched on."""
+        slowest, fastest = self.speed or (1.0, 1.0)
+        power, share, turn = random.uniform(size=3).tolist()
+        speed = slowest * math.exp(power * math.log(fastest / slowest))
+        return Tempo(speed=speed, share=share, backwards=turn < self.reverse)
 
     def transforms(self, size: int) -> list[v2.Transform]:
         """Build the transforms of a clip `(T, 3, H, W)` for frames of `size` x `size` pixels."""
@@ -90,6 +123,29 @@ class AugmentationConfig:
             chosen.append(v2.Lambda(Tensor.contiguous))  # colours by planes: a fifth less time
             chosen.append(v2.ColorJitter(self.brightness, self.contrast, self.saturation, self.hue))
         return chosen
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tempo:
+    """Changes of a clip in time.
+
+    Attributes:
+        speed: factor on the speed at which its actions are shown.
+        share: place of the new window in the old one, or of the old one in the new; see `at_speed`.
+        backwards: it runs backwards.
+    """
+
+    speed: float
+    share: float
+    backwards: bool
+
+    def of_window(
+        self, window: Window, video: VideoAnnotation, classes: Sequence[str], config: WindowConfig
+    ) -> Window:
+        """Change a window; see `at_speed` for the arguments."""
+        if self.speed != 1:
+            window = at_speed(window, video, classes, config, speed=self.speed, share=self.share)
+        return reversed_window(window) if self.backwards else window
 
 
 def clip_seed(window: Window, *, seed: int, epoch: int) -> int:

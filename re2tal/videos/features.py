@@ -87,9 +87,12 @@ def window_features(features: np.ndarray, grid: TimeGrid, window: Window) -> np.
 def feature_times(window: Window) -> np.ndarray:
     """Seconds of the video to which a window's features belong, float64 of shape (T',).
 
-    In the copy of a stitched window these are the times that it magnifies.
+    In the copy of a stitched window these are the times that it magnifies. In a window that runs
+    backwards they fall.
     """
-    places = np.arange(window.grid.num_features)
+    places: np.ndarray = np.arange(window.grid.num_features)
+    if window.backwards:
+        places = window.valid / window.grid.stride - 1 - places
     times = window.grid.to_seconds(places)
     if window.copy is not None:
         copied = places * window.grid.stride >= window.copy.first

@@ -73,6 +73,7 @@ class Window:
         copy: magnified copy of the valid frames at the end of a stitched window.
         place: place of the visible square along the longer side of the frames: 0 at the left or the
             top, 1 at the right or the bottom.
+        backwards: the valid frames are in reversed order, and the segments are mirrored with them.
     """
 
     video_id: str
@@ -82,6 +83,7 @@ class Window:
     labels: np.ndarray
     copy: Copy | None = None
     place: float = 0.5
+    backwards: bool = False
 
     def mask(self) -> np.ndarray:
         """Mask of the frames that show the video, bool of shape (length,); the others are black."""
@@ -90,12 +92,12 @@ class Window:
         return shown if self.copy is None else shown | (frame >= self.copy.first)
 
     def frame_times(self) -> np.ndarray:
-        """Seconds of the video at which the frames of `mask` are sampled, float64."""
+        """Seconds of the video at which the frames of `mask` are sampled, one each, float64."""
         times = self.grid.frame_times()
         if self.copy is not None:
             times[self.copy.first :] = self.copy.grid.frame_times()[self.copy.first :]
         shown: np.ndarray = times[self.mask()]
-        return shown
+        return shown[::-1] if self.backwards else shown
 
 
 def training_windows(
@@ -165,6 +167,60 @@ def _clips(
         _window(video, classes, config, replace(grid, offset=start), most=frames)
         for start in starts
     ]
+
+
+def at_speed(
+    window: Window,
+    video: VideoAnnotation,
+    classes: Sequence[str],
+    config: WindowConfig,
+    *,
+    speed: float,
+    share: float,
+) -> Window:
+    """Cut a training window anew, so that its actions are shown `speed` times as fast.
+
+    It keeps its number of frames and spans `speed` times as many seconds of the video. A window
+    that becomes shorter lies inside the given one; one that becomes longer holds it, and lies
+    inside the video. Where the video is shorter than that, the rest is padding.
+
+    Args:
+        window: window of `training_windows` that is not stitched.
+        video: its video; this and the next two are those that it was cut with.
+        classes: all labels.
+        config: settings of the windows.
+        speed: factor; 1 returns the window itself.
+        share: place of the shorter window inside the longer one, from 0, the start, to 1, the end.
+
+    Raises:
+        ValueError: the window is stitched: its frames have two rates already.
+    """
+    if config.stitch.enabled:
+        raise ValueError("Windows with stitched clips have two rates already, and keep them.")
+    if speed == 1:
+        return window
+    grid = window.grid
+    seconds = speed * grid.duration
+    shown = min(grid.duration, video.duration - grid.offset)
+    start = grid.offset + share * (shown - seconds)
+    offset = max(0.0, min(start, video.duration - seconds))
+    return _window(video, classes, config, replace(grid, fps=grid.fps / speed, offset=offset))
+
+
+def reversed_window(window: Window) -> Window:
+    """Turn the frames that a window shows around, and mirror its segments; padding stays behind.
+
+    Raises:
+        ValueError: the window is stitched.
+    """
+    if window.copy is not None:
+        raise ValueError("A stitched window has two stretches of frames, and keeps its order.")
+    grid = window.grid
+    last = window.valid / grid.stride - 1  # where the middle of the first feature goes
+    mirrored = last - window.segments.astype(np.float64)[:, ::-1]
+    # the video may end up to half a frame after its last one
+    inside = mirrored.clip(-0.5, grid.num_features - 0.5)
+    return replace(window, segments=inside.astype(np.float32), backwards=not window.backwards)
 
 
 def sliding_windows(

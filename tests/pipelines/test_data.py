@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from pipelines.data.batches import Video, decode_batches, epoch_windows, share, stream_batches
 from pipelines.data.plan import Plan
 from pipelines.data.streaming import FrameStream
+from re2tal.videos.augmentation import AugmentationConfig
 from re2tal.videos.windows import Window, WindowConfig
 
 CONFIG = WindowConfig(frames=64, fps=12.0)
@@ -28,6 +30,31 @@ def test_an_epoch_is_a_function_of_seed_and_epoch(tiny_plan: Plan) -> None:
     assert first != _places(_windows(tiny_plan, epoch=1))
     assert first != _places(_windows(tiny_plan, seed=1))
     assert {name for name, _ in first} == {v.annotation.video_id for v in tiny_plan.training}
+
+
+def test_windows_are_changed_in_time_one_by_one_and_only_so(tiny_plan: Plan) -> None:
+    def windows(augmentation: AugmentationConfig | None, epoch: int = 0) -> list[Window]:
+        return epoch_windows(
+            tiny_plan.training, tiny_plan.classes, CONFIG, stride=2, seed=0, epoch=epoch,
+            augmentation=augmentation,
+        )  # fmt: skip
+
+    def told(windows: list[Window]) -> list[Any]:
+        return [(w.video_id, w.grid, w.valid, w.segments.tobytes(), w.backwards) for w in windows]
+
+    plain = _windows(tiny_plan)
+    for same in (None, AugmentationConfig(speed=(1.0, 1.0), flip=0.5)):
+        assert told(windows(same)) == told(plain)
+    varied = AugmentationConfig(speed=(0.5, 1.5), reverse=0.5)
+    changed = windows(varied)
+    assert told(changed) == told(windows(varied))
+    assert [w.video_id for w in changed] == [w.video_id for w in plain]
+    rates = [w.grid.fps for w in changed]
+    assert len(set(rates)) == len(rates)
+    assert 8.0 <= min(rates) < 12.0 < max(rates) <= 24.0
+    assert {w.backwards for w in changed} == {False, True}
+    later = windows(varied, epoch=1)
+    assert sorted(rates) != sorted(w.grid.fps for w in later)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

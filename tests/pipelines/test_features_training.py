@@ -151,9 +151,8 @@ def test_losses_are_those_of_the_frozen_backbone(
 
 
 def test_only_the_backbone_and_what_needs_it_are_replaced(recipe: Recipe, folder: Path) -> None:
-    data = replace(
-        recipe.data, augmentation=AugmentationConfig(source_size=48, crop_area=(0.5, 1.0))
-    )
+    in_time = AugmentationConfig(speed=(0.8, 1.25), reverse=0.5)  # it needs no frames
+    data = replace(recipe.data, augmentation=replace(in_time, source_size=48, crop_area=(0.5, 1.0)))
     model = replace(
         recipe.model,
         tuning="full",
@@ -164,14 +163,16 @@ def test_only_the_backbone_and_what_needs_it_are_replaced(recipe: Recipe, folder
     assert fewer.model.backbone == PrecomputedConfig(channels=128, temporal_stride=2)
     assert fewer.model.frozen == ("localizer.stem",)
     assert (fewer.model.weights, fewer.model.reversible) == (None, False)
-    assert fewer.data.augmentation == AugmentationConfig()
+    assert fewer.data.augmentation == in_time
     restored = replace(
         fewer,
         model=replace(
             fewer.model, backbone=recipe.model.backbone, weights=TOY_WEIGHTS, reversible=True,
             tuning="frozen", frozen=recipe.model.frozen,
         ),
-        data=replace(fewer.data, features=None, videos=recipe.data.videos),
+        data=replace(
+            fewer.data, features=None, videos=recipe.data.videos, augmentation=AugmentationConfig()
+        ),
     )  # fmt: skip
     assert restored == recipe
 

@@ -48,6 +48,8 @@ from re2tal.datasets.toy import TRIMMED_CLASSES, TrimmedToyConfig, make_trimmed_
 from re2tal.datasets.trimmed import ClipConfig, TrimmedVideo, ViewConfig, views
 from re2tal.errors import UserError
 from re2tal.reversible.controls import reversible_stages
+from re2tal.videos.augmentation import AugmentationConfig
+from re2tal.videos.windows import Window
 from tests.pipelines.scripts import run_here
 
 SCRIPT = Path(__file__).parents[2] / "pipelines" / "finetune_backbone.py"
@@ -133,6 +135,34 @@ def test_an_epoch_shows_a_clip_of_every_video_and_follows_seed_and_epoch(
     assert first == shown(0, 0)
     assert first not in (shown(0, 1), shown(1, 0))
     assert [name for name, _ in first] != [name for name, _ in shown(0, 1)]
+
+
+def test_clips_are_shown_at_other_speeds_and_backwards_inside_their_segments(
+    recipe: ClassificationRecipe, plan: ClassificationPlan
+) -> None:
+    def windows(**changes: Any) -> list[Window]:
+        data = replace(recipe.data, augmentation=AugmentationConfig(**changes))
+        task = ClassificationTask(recipe=replace(recipe, data=data), plan=plan)
+        return task.windows(stride=2, epoch=0)
+
+    plain, same = windows(), windows(speed=(1.0, 1.0))
+    assert [(w.video_id, w.grid, w.backwards) for w in plain] == [
+        (w.video_id, w.grid, w.backwards) for w in same
+    ]
+    ends = {video.video_id: (video.start, video.end) for video in plan.training}
+    changed = windows(speed=(0.5, 2.0), reverse=0.5)
+    assert [w.video_id for w in changed] == [w.video_id for w in plain]
+    assert {w.backwards for w in changed} == {False, True}
+    rates = [w.grid.fps for w in changed]
+    assert 6.0 <= min(rates) < 12.0 < max(rates) <= 24.0
+    for window in changed:
+        start, end = ends[window.video_id]
+        times = window.frame_times()
+        assert start <= times.min() <= times.max() <= end
+        assert (np.sign(np.diff(times)) == (-1 if window.backwards else 1)).all()
+        assert len(times) == sum(
+            window.grid.offset + (frame + 0.5) / window.grid.fps <= end for frame in range(8)
+        )
 
 
 def test_a_run_trains_evaluates_and_tests(

@@ -4,17 +4,20 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from pipelines import evaluate, extract_features, prepare, probe, train
+from pipelines.config.clip_recipes import finetuning
 from pipelines.config.recipe import DataConfig, Recipe
+from pipelines.data.clip_plan import read_lists
 from pipelines.data.plan import check_failures, make_plan, read_annotations
 from re2tal.annotations import AnnotationError
 from re2tal.datasets import load_annotations
 from re2tal.errors import UserError
 from re2tal.json_files import FileError
+from re2tal.videos.augmentation import AugmentationConfig
 
 
 def test_every_problem_of_the_annotations_is_listed(tiny_recipe: Recipe, tmp_path: Path) -> None:
@@ -237,6 +240,27 @@ def test_a_video_that_the_data_set_leaves_out_can_be_kept(
     kept = read_annotations(replace(config, keep=("video_test_0001496",)))
     assert kept.excluded == ()
     assert len(kept.videos) == len(database)
+
+
+def test_shards_are_judged_by_the_rate_of_the_slowest_speed_that_is_shown(
+    tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def found(*_: Any, fps: float, **__: Any) -> NoReturn:
+        asked.append(fps)
+        raise UserError("enough")
+
+    for module in ("plan", "clip_plan"):
+        monkeypatch.setattr(f"pipelines.data.{module}.find_videos", found)
+    slower = AugmentationConfig(speed=(0.5, 2.0))
+    recipe = replace(tiny_recipe, data=replace(tiny_recipe.data, augmentation=slower))
+    with pytest.raises(UserError, match="enough"):
+        make_plan(recipe.data, read_annotations(recipe.data))
+    recipe = replace(recipe, finetune=replace(recipe.finetune, epochs=1))
+    with pytest.raises(UserError, match="enough"):
+        read_lists(finetuning(recipe).data)
+    assert asked == [24.0, 24.0]
 
 
 @pytest.mark.slow

@@ -375,6 +375,19 @@ def test_augmentation_can_be_given_on_the_command_line() -> None:
     assert parse(["thumos_re2_swin_t_actionformer", *off]).data.augmentation.crop_area is None
 
 
+def test_stitched_windows_are_not_augmented_in_time() -> None:
+    options = ["toy_vsgn", "--data.window.stitch.enabled", "--data.augmentation.flip", "0.5"]
+    assert parse(options).data.window.stitch.enabled
+    for given in (
+        ["--data.augmentation.speed", "0.8", "1.2"],
+        ["--data.augmentation.reverse", "1"],
+    ):
+        data = parse(["toy_vsgn", *given]).data
+        stitch = replace(data.window.stitch, enabled=True)
+        with pytest.raises(ValueError, match="shows clips at two: leave one of them out"):
+            replace(data, window=replace(data.window, stitch=stitch))
+
+
 def test_crops_are_not_taken_from_frames_that_are_too_small() -> None:
     data = RECIPES["anet_re2_swin_t_actionformer"]().data
     with pytest.raises(ValueError, match="source_size of 256 pixels is below"):

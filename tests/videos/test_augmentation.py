@@ -13,7 +13,7 @@ from torch import Tensor
 
 from re2tal.memory.live import LiveBytes
 from re2tal.videos import augmentation
-from re2tal.videos.augmentation import AugmentationConfig, augment, clip_seed
+from re2tal.videos.augmentation import AugmentationConfig, Tempo, augment, clip_seed
 from re2tal.videos.timegrid import TimeGrid
 from re2tal.videos.windows import Window
 
@@ -214,11 +214,34 @@ def test_a_seed_is_of_the_window_and_the_epoch_and_the_same_everywhere() -> None
         ("contrast", -1.0),
         ("saturation", 2.0),
         ("hue", 0.6),
+        ("speed", (0.0, 1.0)),
+        ("speed", (1.5, 0.8)),
+        ("speed", (1.0, float("nan"))),
+        ("reverse", -0.1),
     ],
 )
 def test_a_setting_out_of_its_range_is_named(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"AugmentationConfig\.{field} must be"):
         AugmentationConfig(**{field: value})  # type: ignore[arg-type]
+
+
+def test_the_tempo_of_clips_is_drawn_from_its_range_and_each_change_by_itself() -> None:
+    def drawn(config: AugmentationConfig) -> list[Tempo]:
+        random = np.random.default_rng(0)
+        return [config.tempo(random) for _ in range(400)]
+
+    plain = drawn(AugmentationConfig())
+    assert {(tempo.speed, tempo.backwards) for tempo in plain} == {(1.0, False)}
+    both = drawn(AugmentationConfig(speed=(0.5, 2.0), reverse=0.25))
+    speeds = np.array([tempo.speed for tempo in both])
+    assert 0.5 <= speeds.min() < 0.51 < 1.95 < speeds.max() <= 2.0
+    assert (speeds < 1).mean() == pytest.approx(0.5, abs=0.07)  # half as fast as often as twice
+    assert np.mean([tempo.backwards for tempo in both]) == pytest.approx(0.25, abs=0.06)
+    faster = drawn(AugmentationConfig(speed=(0.5, 2.0)))
+    assert [tempo.speed for tempo in faster] == speeds.tolist()
+    assert AugmentationConfig(speed=(0.5, 2.0)).densest(12.0) == 24.0
+    assert AugmentationConfig().densest(12.0) == 12.0
+    assert AugmentationConfig(speed=(0.5, 2.0)).densest(None) is None
 
 
 def test_arguments_that_do_not_fit_together_are_refused() -> None:

@@ -19,7 +19,7 @@ from re2tal.videos.features import (
 )
 from re2tal.videos.stitching import StitchConfig
 from re2tal.videos.timegrid import TimeGrid
-from re2tal.videos.windows import Window, WindowConfig, sliding_windows
+from re2tal.videos.windows import Window, WindowConfig, reversed_window, sliding_windows
 
 
 def windows_of(duration: float, config: WindowConfig, *, stride: int) -> list[Window]:
@@ -42,7 +42,8 @@ def slowly(features: np.ndarray, grid: TimeGrid, window: Window) -> np.ndarray:
         if not any(frame < window.valid or frame >= first for frame in frames):
             continue
         source = window.grid if window.copy is None or frames[0] < first else window.copy.grid
-        middle = np.mean([source.offset + (frame + 0.5) / source.fps for frame in frames])
+        shown = [window.valid - 1 - f if window.backwards else f for f in frames]
+        middle = np.mean([source.offset + (frame + 0.5) / source.fps for frame in shown])
         if middle <= centres[0]:
             out[place] = features[0]
         elif middle >= centres[-1]:
@@ -81,7 +82,9 @@ def test_they_are_those_of_the_definition(
     )
     features = of_video(length)
     config = WindowConfig(frames=48, fps=fps, stitch=StitchConfig(enabled=stitch))
-    for window in windows_of(duration, config, stride=stride)[:3]:
+    windows = windows_of(duration, config, stride=stride)[:3]
+    backwards = [reversed_window(window) for window in windows if window.copy is None]
+    for window in windows + backwards:
         found = window_features(features, grid, window)
         assert found.dtype == np.float32
         assert found.shape == (48 // stride, 3)

@@ -1,6 +1,7 @@
 import math
 import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,14 @@ from hypothesis import strategies as st
 
 from re2tal.annotations import Instance, VideoAnnotation
 from re2tal.videos.decoding import VideoError, decode
+from re2tal.videos.stitching import StitchConfig
 from re2tal.videos.timegrid import TimeGrid
 from re2tal.videos.windows import (
     Window,
     WindowConfig,
+    at_speed,
     decode_window,
+    reversed_window,
     sliding_windows,
     training_windows,
 )
@@ -304,6 +308,123 @@ def test_padding_is_black_and_frames_before_it_are_not(video_file: Path) -> None
     assert (frames[120:] == 0).all()
     assert (frames[:120].reshape(120, -1).max(axis=1) > 0).all()
     np.testing.assert_array_equal(numbers(frames[:120]), np.arange(120))
+
+
+# Other speeds, and backwards.
+
+
+def slowly(
+    window: Window, video: VideoAnnotation, speed: float, share: float, *, backwards: bool
+) -> tuple[list[float], list[tuple[float, float]]]:
+    """Seconds of the frames, one after another, and segments in features, all by hand."""
+    frames, fps, stride = window.grid.length, window.grid.fps / speed, window.grid.stride
+    shown = min(window.grid.end, video.duration) - window.grid.offset
+    start = window.grid.offset + share * (shown - frames / fps)
+    start = max(min(start, video.duration - frames / fps), 0.0)
+    times = []
+    for frame in range(frames):
+        middle = start + frame / fps + 0.5 / fps
+        if middle < video.duration - 1e-7:
+            times.append(middle)
+    if not times:
+        times = [start + 0.5 / fps]
+    end, segments = min(start + frames / fps, video.duration), []
+    for instance in video.instances:
+        first, last = max(instance.start, start), min(instance.end, end)
+        if last - first >= 0.75 * min(instance.end - instance.start, frames / fps) - 1e-9:
+            in_frames = [(first - start) * fps, (last - start) * fps]
+            if backwards:
+                in_frames = [len(times) - in_frames[1], len(times) - in_frames[0]]
+            segments.append((in_frames[0] / stride - 0.5, in_frames[1] / stride - 0.5))
+    return times[::-1] if backwards else times, segments
+
+
+@given(
+    duration=st.floats(1.0, 60.0),
+    config=configs,
+    speed=st.floats(0.25, 4.0),
+    share=st.floats(0.0, 1.0),
+    backwards=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=60)
+def test_windows_at_another_speed_are_those_of_a_slow_definition(
+    duration: float, config: WindowConfig, speed: float, share: float, backwards: bool, seed: int
+) -> None:
+    ends = np.sort(np.random.default_rng(seed).uniform(0, duration, (4, 2))).tolist()
+    video = annotated(duration, *ends)
+    random = np.random.default_rng(seed)
+    for window in training_windows(video, CLASSES, config, stride=STRIDE, random=random):
+        changed = at_speed(window, video, CLASSES, config, speed=speed, share=share)
+        if backwards:
+            changed = reversed_window(changed)
+        times, segments = slowly(window, video, speed, share, backwards=backwards)
+        np.testing.assert_allclose(changed.frame_times(), times, rtol=1e-9, atol=1e-6)
+        assert changed.valid == len(times)
+        assert changed.mask().tolist() == [i < len(times) for i in range(config.frames)]
+        expected = np.clip(np.array(segments).reshape(-1, 2), -0.5, None)
+        np.testing.assert_allclose(changed.segments, expected, atol=1e-4)
+        assert len(changed.labels) == len(segments)
+        # nothing outside the video is asked for, and no more moments than the longer one shows
+        half = 0.5 / changed.grid.fps
+        assert min(times) >= 0
+        assert max(times) <= max(duration, half)
+        if speed < 1:
+            assert changed.grid.offset >= window.grid.offset - 1e-9
+            assert min(changed.grid.end, duration) <= window.grid.end + 1e-9
+
+
+def test_a_window_at_speed_1_is_the_same_and_one_twice_reversed_too() -> None:
+    video = annotated(23.0, (1.0, 3.3), (8.0, 15.2), (21.9, 23.0))
+    config = ten_seconds(overlap=0.25)
+    random = np.random.default_rng(0)
+    for window in training_windows(video, CLASSES, config, stride=STRIDE, random=random):
+        assert at_speed(window, video, CLASSES, config, speed=1.0, share=0.3) is window
+        back = reversed_window(window)
+        # the grid's numbers are exact in float32, so that mirroring adds one rounding
+        mirrored = (window.grid.num_features - 1) - window.segments[:, ::-1]
+        np.testing.assert_array_equal(back.segments, mirrored)
+        again = reversed_window(back)
+        assert (again.grid, again.backwards) == (window.grid, False)
+        np.testing.assert_allclose(again.segments, window.segments, atol=1e-6)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize(
+    ("frames", "speed", "first", "expected"),
+    [
+        (20, 2.0, 0.0, range(1, 41, 2)),
+        (20, 0.5, 1.0, [frame for frame in range(25, 35) for _ in range(2)]),
+        (100, 2.0, 0.0, range(1, 121, 2)),  # the last 40 are padding
+    ],
+)
+def test_frames_at_another_speed_are_decoded_one_after_another(
+    video_file: Path, frames: int, speed: float, first: float, expected: Sequence[int], *,
+    backwards: bool,
+) -> None:  # fmt: skip
+    video = annotated(120 / FPS)
+    config = WindowConfig(frames=frames, fps=FPS)
+    grid = TimeGrid(fps=FPS, stride=STRIDE, length=frames, offset=first)
+    nothing = np.zeros((0, 2), np.float32), np.zeros(0, np.int64)
+    window = Window(video_id="v", grid=grid, valid=frames, segments=nothing[0], labels=nothing[1])
+    window = at_speed(window, video, CLASSES, config, speed=speed, share=0.0)
+    window = reversed_window(window) if backwards else window
+    decoded = decode_window(video_file, window, size=None)
+    shown = numbers(decoded[: len(expected)]).tolist()
+    assert shown == (list(expected)[::-1] if backwards else list(expected))
+    assert (decoded[len(expected) :] == 0).all()
+
+
+def test_stitched_windows_keep_their_speed_and_order() -> None:
+    video = annotated(30.0, (10.0, 10.5))
+    config = replace(ten_seconds(), stitch=StitchConfig(enabled=True))
+    random = np.random.default_rng(0)
+    *_, stitched = training_windows(video, CLASSES, config, stride=STRIDE, random=random)
+    assert stitched.copy is not None
+    with pytest.raises(ValueError, match="two rates already"):
+        at_speed(stitched, video, CLASSES, config, speed=2.0, share=0.5)
+    with pytest.raises(ValueError, match="keeps its order"):
+        reversed_window(stitched)
 
 
 def test_a_window_behind_the_end_of_the_file_is_an_error(video_file: Path) -> None:

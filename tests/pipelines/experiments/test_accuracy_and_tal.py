@@ -1,4 +1,4 @@
-"""The experiments `accuracy` and `tal`: they run, and say what holds."""
+"""The experiments `accuracy`, `tal` and `tunings`: they run, and say what holds."""
 
 import json
 from collections.abc import Mapping
@@ -23,6 +23,7 @@ from pipelines.experiments.accuracy import (
 )
 from pipelines.experiments.paper import parse
 from pipelines.experiments.tal import LARGER, TRAININGS, Tal, configured, localize, trained_in
+from pipelines.experiments.tunings import Tunings
 from pipelines.training.model import build_detector
 from re2tal.backbones.swin import TOY_WEIGHTS
 from re2tal.datasets.toy import TrimmedToyConfig, make_trimmed_toy
@@ -196,6 +197,36 @@ def test_a_recipe_that_does_not_exist_is_refused() -> None:
         Tal(recipes=("toyy",))
 
 
+def test_tunings_differ_in_what_learns_and_learning_rates_are_tried_on_another_seed() -> None:
+    experiment = Tunings(adapters_lr=1e-3, lora_lr=2e-4, tried=(2e-4, 1e-3))
+    reached = {"full": 0.8, "adapters": 0.79, "lora": 0.5, "frozen": 0.4}
+    results, trained = {}, set()
+    for job in experiment.jobs():
+        recipe = configured(job.arguments["recipe"], job.arguments["options"])
+        tuning, seed = recipe.model.tuning, job.arguments["seed"]
+        trained.add((tuning, seed, recipe.optim.adapter_lr))
+        found = reached[tuning] + 0.001 * seed
+        results[job.name] = {"mAP": found, "activations_mb": 1.0, "trained": 2e3, "seconds": 3.0}
+        # nothing else differs
+        same = replace(recipe.model, tuning="full"), replace(recipe.optim, adapter_lr=2e-4)
+        own = configured("toy_videomae", ["--evaluate-from", "4"])
+        assert replace(recipe, model=same[0], optim=same[1]) == own
+    rates = {"full": 2e-4, "adapters": 1e-3, "lora": 2e-4, "frozen": 2e-4}
+    tries = {(tuning, 7, rate) for tuning in ("adapters", "lora") for rate in (2e-4, 1e-3)}
+    assert trained == {(t, seed, rate) for t, rate in rates.items() for seed in (0, 1, 2)} | tries
+    assert len(results) == len(trained)
+    section = experiment.section(results)
+    assert [finding.holds for finding in section.findings] == [True, True, True, True, False]
+    rows, tried = section.tables.values()
+    assert [(row["tuning"], row["learning rate"]) for row in rows] == [
+        ("full", ""), ("adapters", "0.001"), ("lora", "0.0002"), ("frozen", ""),
+    ]  # fmt: skip
+    assert rows[0]["average mAP"] == pytest.approx(0.801)
+    assert [row["learning rate"] for row in tried] == [2e-4, 1e-3]
+    with pytest.raises(UserError, match="no toy recipe thumos_re2_swin_t_actionformer"):
+        Tunings(recipe="thumos_re2_swin_t_actionformer")
+
+
 def test_what_follows_two_dashes_is_for_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     asked = parse(["--only", "tal", "--", "--epochs", "7", "--data.size", "96"], "")
     assert list(asked.experiments) == ["tal"]
@@ -222,6 +253,6 @@ def test_other_recipes_are_left_to_ray_train() -> None:
 
 
 def test_arguments_are_json() -> None:
-    for experiment in (Accuracy(), Tal()):
+    for experiment in (Accuracy(), Tal(), Tunings()):
         for job in experiment.jobs():
             assert json.loads(json.dumps(job.arguments)) == job.arguments

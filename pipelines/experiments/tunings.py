@@ -1,0 +1,150 @@
+"""Accuracy of full finetuning against that of adapters, of LoRA and of a frozen backbone.
+
+A recipe of `train.py` is trained end to end in each way with the same seeds, windows, order and
+first weights, and for as many epochs. Learning rates of what adapters and LoRA add are tried on
+another seed, which is not among those that are compared.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.config.recipes import RECIPES
+from pipelines.data.toy import toy_videos
+from pipelines.experiments.experiment import (
+    Finding,
+    Job,
+    Measured,
+    Result,
+    Row,
+    Section,
+    finding,
+    refuse_unknown,
+)
+from pipelines.experiments.tal import configured, localize
+
+_TUNINGS = ("full", "adapters", "lora", "frozen")
+_ADDING = ("adapters", "lora")
+_MARGIN = 0.02  # loss of average mAP that still counts as being as accurate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tunings:
+    """Average mAP of full finetuning, adapters, LoRA and a frozen backbone.
+
+    Attributes:
+        recipe: toy recipe of `train.py`, which is trained in one process.
+        seeds: seeds of windows, order and random weights.
+        adapters_lr: learning rate of adapters, the best of `tried` with the defaults.
+        lora_lr: learning rate of LoRA's matrices, likewise.
+        tried: learning rates of both that are tried.
+        tried_on: seed on which they are tried.
+        options: options of `train.py`.
+    """
+
+    recipe: str = "toy_videomae"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    adapters_lr: float = 5e-3
+    lora_lr: float = 5e-3
+    tried: tuple[float, ...] = (2e-4, 1e-3, 5e-3)
+    tried_on: int = 7
+    options: tuple[str, ...] = ("--evaluate-from", "4")
+
+    def __post_init__(self) -> None:
+        toys = [name for name, recipe in RECIPES.items() if recipe().data.make_toy]
+        refuse_unknown("toy recipe", [self.recipe], toys)
+
+    def prepare(self) -> None:
+        """Make the toy videos, unless the options name others."""
+        data = configured(self.recipe, self.options).data
+        if data.make_toy and data.annotations is not None:
+            toy_videos(Path(data.annotations).parent)
+
+    @property
+    def _rates(self) -> dict[str, float | None]:
+        return dict.fromkeys(_TUNINGS) | {"adapters": self.adapters_lr, "lora": self.lora_lr}
+
+    def jobs(self) -> Sequence[Job]:
+        """List each learning rate that is tried, and each tuning with each seed."""
+        tries = [(tuning, self.tried_on, rate) for tuning in _ADDING for rate in self.tried]
+        runs = [(tuning, seed, rate) for tuning, rate in self._rates.items() for seed in self.seeds]
+        return [self._job(*one) for one in [*runs, *tries]]
+
+    def _job(self, tuning: str, seed: int, rate: float | None) -> Job:
+        options = [*self.options, "--model.tuning", tuning]
+        options += [] if rate is None else ["--optim.adapter-lr", str(rate)]
+        return Job(
+            name=_name(tuning, seed, rate),
+            work=localize,
+            arguments={
+                "recipe": self.recipe,
+                "options": options,
+                "way": "reversible",
+                "seed": seed,
+            },
+        )
+
+    def section(self, results: Mapping[str, Result]) -> Section:
+        """Report on what each way reaches."""
+        found = {
+            tuning: [results[_name(tuning, seed, rate)] for seed in self.seeds]
+            for tuning, rate in self._rates.items()
+        }
+        reached = {t: Measured(tuple(r["mAP"] for r in runs)) for t, runs in found.items()}
+        rows = [
+            _row(tuning, rate, found[tuning], reached[tuning])
+            for tuning, rate in self._rates.items()
+        ]
+        tries: list[Row] = [
+            {"learning rate": rate}
+            | {t: results[_name(t, self.tried_on, rate)]["mAP"] for t in _ADDING}
+            for rate in self.tried
+        ]
+        return Section(
+            title="Full finetuning, adapters, LoRA and a frozen backbone on toy data",
+            text=(
+                f"`{self.recipe}` of `train.py` with {' '.join(self.options) or 'its settings'}, "
+                f"the backbone reversible, {len(self.seeds)} seeds, in one process. The ways "
+                "differ in what learns in the backbone, and in nothing else. Learning rates of "
+                f"adapters and LoRA are the best of those tried on seed {self.tried_on}. Trained "
+                "parameters are those of the whole detector; memory is predicted: the activations "
+                f"of a step. As accurate means: within {_MARGIN} of average mAP; two are told "
+                "apart if their mean difference is two of its standard errors over the seeds."
+            ),
+            findings=list(_findings(reached)),
+            tables={
+                "Average mAP": rows,
+                f"Average mAP of learning rates, seed {self.tried_on}": tries,
+            },
+            metrics={f"tunings/{tuning}": m.mean for tuning, m in reached.items()},
+        )
+
+
+def _name(tuning: str, seed: int, rate: float | None) -> str:
+    return f"{tuning}, seed {seed}" + ("" if rate is None else f", learning rate {rate:g}")
+
+
+def _row(tuning: str, rate: float | None, runs: Sequence[Result], reached: Measured) -> Row:
+    return {
+        "tuning": tuning,
+        "average mAP": reached.mean,
+        "deviation": reached.deviation,
+        "learning rate": "" if rate is None else f"{rate:g}",
+        "trained parameters, thousands": runs[0]["trained"] / 1e3,
+        "activations, MB": runs[0]["activations_mb"],
+        "seconds": sum(run["seconds"] for run in runs) / len(runs),
+        "seeds": len(runs),
+        "every seed": list(reached.values),
+    }
+
+
+def _findings(reached: Mapping[str, Measured]) -> list[Finding]:
+    full, frozen = reached["full"], reached["frozen"]
+    return [finding("Full finetuning improves over a frozen backbone", full, frozen)] + [
+        one
+        for tuning in _ADDING
+        for one in (
+            finding(f"{tuning}: more accurate than a frozen backbone", reached[tuning], frozen),
+            finding(f"{tuning}: as accurate as full", reached[tuning], full, margin=_MARGIN),
+        )
+    ]
