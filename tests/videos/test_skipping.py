@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from re2tal.videos.decoding import decode
-from re2tal.videos.frame_queue import FrameSkipper, can_skip
+from re2tal.videos.packets import FrameSkipper, can_skip
 from re2tal.videos.reader import VideoReader
 from tests.videos.made_videos import FPS, make_video
 from tests.videos.test_decoding import Decoder
