@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from re2tal.detection.segments import Detections
 from re2tal.errors import check_within
 from re2tal.localizers.layers import (
     ConvHead,
@@ -17,13 +19,14 @@ from re2tal.localizers.layers import (
     Strip,
     TransformerBlock,
 )
-from re2tal.localizers.losses import diou_loss, focal_loss
+from re2tal.localizers.losses import LossNormalizer, diou_loss, focal_loss
 from re2tal.localizers.points import (
     PointConfig,
-    PointLocalizer,
     Points,
     PointTargets,
     assign,
+    count_positives,
+    decode,
     make_points,
     start_scores,
 )
@@ -110,7 +113,7 @@ class ActionFormerConfig(PointConfig):
         return ActionFormer(self, in_channels, num_classes)
 
 
-class ActionFormer(PointLocalizer[ActionFormerConfig]):
+class ActionFormer(nn.Module):
     """Localizer that classifies every point of a feature pyramid and regresses its action's ends.
 
     A `re2tal.localizers.Localizer`. Losses are "classification" (focal) and "regression"
@@ -131,7 +134,11 @@ class ActionFormer(PointLocalizer[ActionFormerConfig]):
     """
 
     def __init__(self, config: ActionFormerConfig, in_channels: int, num_classes: int) -> None:
-        super().__init__(config, num_classes)
+        super().__init__()
+        self.config = config
+        self.num_classes = num_classes
+        self.multiple = config.multiple
+        self.normalizer = LossNormalizer(config.initial_normalizer)
         embed = Embedding(
             in_channels,
             config.width,
@@ -164,10 +171,23 @@ class ActionFormer(PointLocalizer[ActionFormerConfig]):
         self.offset_scale = LevelScale(config.levels)
         start_scores(self.class_head, config.prior, config.empty_classes)
 
-    def losses(
-        self, logits: Tensor, offsets: Tensor, valid: Tensor, actual: PointTargets
-    ) -> Losses:
-        """Compute losses as above; see `PointLocalizer`."""
+    @overload
+    def forward(self, features: Tensor, mask: Tensor, targets: Sequence[Targets]) -> Losses: ...
+    @overload
+    def forward(self, features: Tensor, mask: Tensor, targets: None = None) -> list[Detections]: ...
+
+    def forward(
+        self, features: Tensor, mask: Tensor, targets: Sequence[Targets] | None = None
+    ) -> Losses | list[Detections]:
+        """Compute losses against `targets`, or detections without them; see `Localizer`.
+
+        Raises:
+            ValueError: if T is no multiple of `multiple`, or a label is not below `num_classes`.
+        """
+        logits, offsets, valid, points = self.predict(features, mask)
+        if targets is None:
+            return decode(self.config, logits, offsets, valid, points)
+        actual = self._assign(points, targets)
         positive = valid & (actual.classes > 0).any(dim=2)
         count = self.normalizer(positive.sum())
         smoothing = self.config.label_smoothing
@@ -177,6 +197,10 @@ class ActionFormer(PointLocalizer[ActionFormerConfig]):
             / count,
             "regression": self.config.regression_weight * regression / count,
         }
+
+    def begin_step(self, masks: Sequence[Tensor], targets: Sequence[Sequence[Targets]]) -> None:
+        """Count the positive points of a whole step, by which its losses are divided."""
+        count_positives(self.normalizer, self.config, masks, targets, self._assign)
 
     def _assign(self, points: Points, targets: Sequence[Targets]) -> PointTargets:
         return assign(
@@ -188,7 +212,16 @@ class ActionFormer(PointLocalizer[ActionFormerConfig]):
         )
 
     def predict(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Points]:
-        """Run the network; see `PointLocalizer`."""
+        """Run the network, up to the logits and distances of each point.
+
+        Args:
+            features: `(B, C, T)`.
+            mask: `(B, T)` bool.
+
+        Returns:
+            Logits of the classes `(B, P, K)`, distances to start and end in strides
+            `(B, P, 2)`, the mask of points that are no padding `(B, P)`, and the points.
+        """
         pyramid = self.pyramid(features, mask)
         strip = Strip.lay_out(pyramid)
         points = make_points(features.shape[2], self.config.ranges, features.device)

@@ -1,26 +1,24 @@
 """Localizers of points: every point of a pyramid is classified and regresses its action's ends.
 
-What ActionFormer and TriDet share: the levels' points and ranges, their targets, the losses' count
-of positive points, and detections. A localizer of this kind is a configuration and a network.
+What ActionFormer and TriDet share: settings, the levels' points and ranges, their targets, the
+count of positive points, and detections.
 """
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from re2tal.detection.segments import Detections
 from re2tal.errors import check_within
 from re2tal.localizers.layers import ConvHead
 from re2tal.localizers.losses import LossNormalizer
-from re2tal.localizers.protocol import Instances, Losses, Targets, best
+from re2tal.localizers.protocol import Instances, Targets, best
 
 # Initial probability of classes that have no training data.
 EMPTY_PRIOR = 1e-6
@@ -111,116 +109,6 @@ class PointConfig:
         most = [*(self.first_range * 2**level for level in range(self.levels - 1)), math.inf]
         share = 0.5 if self.overlapping_ranges else 1.0
         return tuple(zip([0.0, *(share * bound for bound in most[:-1])], most, strict=True))
-
-
-ConfigT = TypeVar("ConfigT", bound=PointConfig)
-
-
-class PointLocalizer(nn.Module, Generic[ConfigT]):
-    """Base of the localizers of points, a `re2tal.localizers.Localizer`.
-
-    A subclass has the network, `predict`, and the losses of what it predicts, `losses`.
-
-    Args:
-        config: settings.
-        num_classes: number of classes K.
-    """
-
-    def __init__(self, config: ConfigT, num_classes: int) -> None:
-        super().__init__()
-        self.config = config
-        self.num_classes = num_classes
-        self.multiple = config.multiple
-        self.normalizer = LossNormalizer(config.initial_normalizer)
-
-    @abstractmethod
-    def predict(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Points]:
-        """Run the network, up to the logits and distances of each point.
-
-        Args:
-            features: `(B, C, T)`.
-            mask: `(B, T)` bool.
-
-        Returns:
-            Logits of the classes `(B, P, K)`, distances to start and end in strides, `(B, P, 2)` or
-            of each class `(B, P, K, 2)`, the mask of points that are no padding `(B, P)`, and the
-            points.
-        """
-
-    @abstractmethod
-    def losses(
-        self, logits: Tensor, offsets: Tensor, valid: Tensor, actual: PointTargets
-    ) -> Losses:
-        """Compute the losses of what `predict` returned against what the points have to predict."""
-
-    @overload
-    def forward(self, features: Tensor, mask: Tensor, targets: Sequence[Targets]) -> Losses: ...
-    @overload
-    def forward(self, features: Tensor, mask: Tensor, targets: None = None) -> list[Detections]: ...
-
-    def forward(
-        self, features: Tensor, mask: Tensor, targets: Sequence[Targets] | None = None
-    ) -> Losses | list[Detections]:
-        """Compute losses against `targets`, or detections without them; see `Localizer`.
-
-        Args:
-            features: `(B, C, T)`, T a multiple of `2 ** (levels - 1)`.
-            mask: `(B, T)` bool, false on padding.
-            targets: actions of each window, in feature-grid units.
-
-        Raises:
-            ValueError: if T is no such multiple, or a label is not below `num_classes`.
-        """
-        logits, offsets, valid, points = self.predict(features, mask)
-        if targets is None:
-            return self._decode(logits, offsets, valid, points)
-        return self.losses(logits, offsets, valid, self._assign(points, targets))
-
-    def begin_step(self, masks: Sequence[Tensor], targets: Sequence[Sequence[Targets]]) -> None:
-        """Count the positive points of a whole step, by which its losses are divided.
-
-        Args:
-            masks: masks of each pass, `(B, T)` bool.
-            targets: targets of each pass.
-        """
-        ranges = self.config.ranges
-        positives = torch.zeros((), device=self.normalizer.mean.device)
-        for mask, of_pass in zip(masks, targets, strict=True):
-            points = make_points(mask.shape[1], ranges, mask.device)
-            valid = torch.cat([mask[:, :: 2**level] for level in range(len(ranges))], dim=1)
-            positives += (valid & (self._assign(points, of_pass).classes > 0).any(dim=2)).sum()
-        self.normalizer.count(positives, passes=len(masks))
-
-    def _assign(self, points: Points, targets: Sequence[Targets]) -> PointTargets:
-        return assign(points, targets, self.num_classes, radius=self.config.centre_radius)
-
-    @torch.no_grad()
-    def _decode(
-        self, logits: Tensor, offsets: Tensor, valid: Tensor, points: Points
-    ) -> list[Detections]:
-        """Decode the detections of each sample, level by level, by falling score within a level."""
-        config, lengths = self.config, list(points.lengths)
-        scores = torch.where(valid[..., None], logits.sigmoid(), 0)
-        column = (-1, *[1] * (offsets.dim() - 3))
-        times = points.times.view(column)
-        distances = offsets * points.strides.view(column)[..., None]
-        segments = torch.stack([times - distances[..., 0], times + distances[..., 1]], dim=-1)
-
-        def of_level(scores: Tensor, segments: Tensor) -> Detections:
-            found = best(scores, segments, scores > config.score_threshold, most=config.top_k)
-            return found[found.segments[:, 1] - found.segments[:, 0] > config.min_duration]
-
-        return [
-            Detections.concat(
-                [
-                    of_level(*level)
-                    for level in zip(
-                        sample_scores.split(lengths), sample_segments.split(lengths), strict=True
-                    )
-                ]
-            )
-            for sample_scores, sample_segments in zip(scores, segments, strict=True)
-        ]
 
 
 @torch.no_grad()
@@ -355,3 +243,65 @@ def assign(
         classes=(shared.to(start.dtype) @ one_hot).clamp(max=1.0),
         offsets=offsets / points.strides[None, :, None],
     )
+
+
+def count_positives(
+    normalizer: LossNormalizer,
+    config: PointConfig,
+    masks: Sequence[Tensor],
+    targets: Sequence[Sequence[Targets]],
+    assigned: Callable[[Points, Sequence[Targets]], PointTargets],
+) -> None:
+    """Count the positive points of all passes of a step ahead; see `Localizer.begin_step`.
+
+    Args:
+        normalizer: normalizer that is told.
+        config: settings.
+        masks: masks of each pass, `(B, T)` bool.
+        targets: targets of each pass.
+        assigned: assignment of targets to points.
+    """
+    positives = torch.zeros((), device=normalizer.mean.device)
+    for mask, of_pass in zip(masks, targets, strict=True):
+        points = make_points(mask.shape[1], config.ranges, mask.device)
+        valid = torch.cat([mask[:, :: 2**level] for level in range(config.levels)], dim=1)
+        positives += (valid & (assigned(points, of_pass).classes > 0).any(dim=2)).sum()
+    normalizer.count(positives, passes=len(masks))
+
+
+@torch.no_grad()
+def decode(
+    config: PointConfig, logits: Tensor, offsets: Tensor, valid: Tensor, points: Points
+) -> list[Detections]:
+    """Decode the detections of each sample, level by level, by falling score within a level.
+
+    Args:
+        config: settings.
+        logits: logits of the classes, `(B, P, K)`.
+        offsets: distances to start and end in strides, `(B, P, 2)`, or of each class
+            `(B, P, K, 2)`.
+        valid: `(B, P)` bool, false on padding.
+        points: P points.
+    """
+    lengths = list(points.lengths)
+    scores = torch.where(valid[..., None], logits.sigmoid(), 0)
+    column = (-1, *[1] * (offsets.dim() - 3))
+    times = points.times.view(column)
+    distances = offsets * points.strides.view(column)[..., None]
+    segments = torch.stack([times - distances[..., 0], times + distances[..., 1]], dim=-1)
+
+    def of_level(scores: Tensor, segments: Tensor) -> Detections:
+        found = best(scores, segments, scores > config.score_threshold, most=config.top_k)
+        return found[found.segments[:, 1] - found.segments[:, 0] > config.min_duration]
+
+    return [
+        Detections.concat(
+            [
+                of_level(*level)
+                for level in zip(
+                    sample_scores.split(lengths), sample_segments.split(lengths), strict=True
+                )
+            ]
+        )
+        for sample_scores, sample_segments in zip(scores, segments, strict=True)
+    ]

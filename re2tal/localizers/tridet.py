@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from re2tal.detection.segments import Detections
 from re2tal.errors import check_within
 from re2tal.localizers.layers import (
     ConvHead,
@@ -21,16 +23,18 @@ from re2tal.localizers.layers import (
     Strip,
     zero_padding,
 )
-from re2tal.localizers.losses import SMALLEST, diou_loss, focal_loss, offset_iou
+from re2tal.localizers.losses import SMALLEST, LossNormalizer, diou_loss, focal_loss, offset_iou
 from re2tal.localizers.points import (
     PointConfig,
-    PointLocalizer,
     Points,
     PointTargets,
+    assign,
+    count_positives,
+    decode,
     make_points,
     start_scores,
 )
-from re2tal.localizers.protocol import Losses
+from re2tal.localizers.protocol import Losses, Targets
 from re2tal.localizers.weights import Published, renamed
 
 # Groups of the normalisation before each MLP.
@@ -115,7 +119,7 @@ class TriDetConfig(PointConfig):
         return TriDet(self, in_channels, num_classes)
 
 
-class TriDet(PointLocalizer[TriDetConfig]):
+class TriDet(nn.Module):
     """Localizer whose points expect the two ends of an action over the points around them.
 
     A `re2tal.localizers.Localizer`. Losses are "classification" (focal; at positives times a power
@@ -137,7 +141,11 @@ class TriDet(PointLocalizer[TriDetConfig]):
     """
 
     def __init__(self, config: TriDetConfig, in_channels: int, num_classes: int) -> None:
-        super().__init__(config, num_classes)
+        super().__init__()
+        self.config = config
+        self.num_classes = num_classes
+        self.multiple = config.multiple
+        self.normalizer = LossNormalizer(config.initial_normalizer)
         embed = Embedding(
             in_channels,
             config.width,
@@ -163,10 +171,23 @@ class TriDet(PointLocalizer[TriDetConfig]):
         for scores in (self.class_head, self.start_head, self.end_head):
             start_scores(scores, config.prior, config.empty_classes)
 
-    def losses(
-        self, logits: Tensor, offsets: Tensor, valid: Tensor, actual: PointTargets
-    ) -> Losses:
-        """Compute losses as above; see `PointLocalizer`."""
+    @overload
+    def forward(self, features: Tensor, mask: Tensor, targets: Sequence[Targets]) -> Losses: ...
+    @overload
+    def forward(self, features: Tensor, mask: Tensor, targets: None = None) -> list[Detections]: ...
+
+    def forward(
+        self, features: Tensor, mask: Tensor, targets: Sequence[Targets] | None = None
+    ) -> Losses | list[Detections]:
+        """Compute losses against `targets`, or detections without them; see `Localizer`.
+
+        Raises:
+            ValueError: if T is no multiple of `multiple`, or a label is not below `num_classes`.
+        """
+        logits, offsets, valid, points = self.predict(features, mask)
+        if targets is None:
+            return decode(self.config, logits, offsets, valid, points)
+        actual = self._assign(points, targets)
         config = self.config
         positive = valid[..., None] & (actual.classes > 0)
         wanted = actual.offsets[:, :, None]  # the same for all classes of a point
@@ -185,8 +206,24 @@ class TriDet(PointLocalizer[TriDetConfig]):
             "regression": config.regression_weight * regression / count,
         }
 
+    def begin_step(self, masks: Sequence[Tensor], targets: Sequence[Sequence[Targets]]) -> None:
+        """Count the positive points of a whole step, by which its losses are divided."""
+        count_positives(self.normalizer, self.config, masks, targets, self._assign)
+
+    def _assign(self, points: Points, targets: Sequence[Targets]) -> PointTargets:
+        return assign(points, targets, self.num_classes, radius=self.config.centre_radius)
+
     def predict(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Points]:
-        """Run the network; see `PointLocalizer`. Distances are those of each class."""
+        """Run the network, up to the logits and distances of each point.
+
+        Args:
+            features: `(B, C, T)`.
+            mask: `(B, T)` bool.
+
+        Returns:
+            Logits of the classes `(B, P, K)`, distances to start and end of each class in strides
+            `(B, P, K, 2)`, the mask of points that are no padding `(B, P)`, and the points.
+        """
         if self.training and self.config.input_noise:
             features = features + self.config.input_noise * torch.randn_like(features)
         strip = Strip.lay_out(self.pyramid(features, mask))
