@@ -1,7 +1,7 @@
 """Accuracy of full finetuning against that of adapters, of LoRA and of a frozen backbone.
 
 A recipe of `train.py` is trained end to end in each way with the same seeds, windows, order and
-first weights, and for as many epochs. Learning rates of what adapters and LoRA add are tried on
+first weights, and for as many epochs. Learning rates of what learns in the backbone are tried on
 another seed, which is not among those that are compared.
 """
 
@@ -23,8 +23,14 @@ from pipelines.experiments.experiment import (
 )
 from pipelines.experiments.tal import configured, localize
 
-_TUNINGS = ("full", "adapters", "lora", "frozen")
-_ADDING = ("adapters", "lora")
+# The option of `train.py` that sets the learning rate of what learns in the backbone.
+_RATES = {
+    "full": "--optim.backbone-lr",
+    "adapters": "--optim.adapter-lr",
+    "lora": "--optim.adapter-lr",
+    "frozen": None,
+}
+_LEARNING = [tuning for tuning, option in _RATES.items() if option]
 _MARGIN = 0.02  # loss of average mAP that still counts as being as accurate
 
 
@@ -35,15 +41,17 @@ class Tunings:
     Attributes:
         recipe: toy recipe of `train.py`, which is trained in one process.
         seeds: seeds of windows, order and random weights.
-        adapters_lr: learning rate of adapters, the best of `tried` with the defaults.
+        full_lr: learning rate of the whole backbone, the best of `tried` with the defaults.
+        adapters_lr: learning rate of adapters, likewise.
         lora_lr: learning rate of LoRA's matrices, likewise.
-        tried: learning rates of both that are tried.
+        tried: learning rates of all three that are tried.
         tried_on: seed on which they are tried.
         options: options of `train.py`.
     """
 
     recipe: str = "toy_videomae"
     seeds: tuple[int, ...] = (0, 1, 2)
+    full_lr: float = 1e-3
     adapters_lr: float = 5e-3
     lora_lr: float = 5e-3
     tried: tuple[float, ...] = (2e-4, 1e-3, 5e-3)
@@ -62,17 +70,19 @@ class Tunings:
 
     @property
     def _rates(self) -> dict[str, float | None]:
-        return dict.fromkeys(_TUNINGS) | {"adapters": self.adapters_lr, "lora": self.lora_lr}
+        own = {"full": self.full_lr, "adapters": self.adapters_lr, "lora": self.lora_lr}
+        return {tuning: own.get(tuning) for tuning in _RATES}
 
     def jobs(self) -> Sequence[Job]:
         """List each learning rate that is tried, and each tuning with each seed."""
-        tries = [(tuning, self.tried_on, rate) for tuning in _ADDING for rate in self.tried]
+        tries = [(tuning, self.tried_on, rate) for tuning in _LEARNING for rate in self.tried]
         runs = [(tuning, seed, rate) for tuning, rate in self._rates.items() for seed in self.seeds]
         return [self._job(*one) for one in [*runs, *tries]]
 
     def _job(self, tuning: str, seed: int, rate: float | None) -> Job:
         options = [*self.options, "--model.tuning", tuning]
-        options += [] if rate is None else ["--optim.adapter-lr", str(rate)]
+        option = _RATES[tuning]
+        options += [] if option is None else [option, str(rate)]
         return Job(
             name=_name(tuning, seed, rate),
             work=localize,
@@ -97,7 +107,7 @@ class Tunings:
         ]
         tries: list[Row] = [
             {"learning rate": rate}
-            | {t: results[_name(t, self.tried_on, rate)]["mAP"] for t in _ADDING}
+            | {t: results[_name(t, self.tried_on, rate)]["mAP"] for t in _LEARNING}
             for rate in self.tried
         ]
         return Section(
@@ -105,8 +115,8 @@ class Tunings:
             text=(
                 f"`{self.recipe}` of `train.py` with {' '.join(self.options) or 'its settings'}, "
                 f"the backbone reversible, {len(self.seeds)} seeds, in one process. The ways "
-                "differ in what learns in the backbone, and in nothing else. Learning rates of "
-                f"adapters and LoRA are the best of those tried on seed {self.tried_on}. Trained "
+                "differ in what learns in the backbone and how fast, and in nothing else. Its "
+                f"learning rates are the best of those tried on seed {self.tried_on}. Trained "
                 "parameters are those of the whole detector; memory is predicted: the activations "
                 f"of a step. As accurate means: within {_MARGIN} of average mAP; two are told "
                 "apart if their mean difference is two of its standard errors over the seeds."
@@ -142,7 +152,7 @@ def _findings(reached: Mapping[str, Measured]) -> list[Finding]:
     full, frozen = reached["full"], reached["frozen"]
     return [finding("Full finetuning improves over a frozen backbone", full, frozen)] + [
         one
-        for tuning in _ADDING
+        for tuning in ("adapters", "lora")
         for one in (
             finding(f"{tuning}: more accurate than a frozen backbone", reached[tuning], frozen),
             finding(f"{tuning}: as accurate as full", reached[tuning], full, margin=_MARGIN),

@@ -198,28 +198,32 @@ def test_a_recipe_that_does_not_exist_is_refused() -> None:
 
 
 def test_tunings_differ_in_what_learns_and_learning_rates_are_tried_on_another_seed() -> None:
-    experiment = Tunings(adapters_lr=1e-3, lora_lr=2e-4, tried=(2e-4, 1e-3))
+    experiment = Tunings(full_lr=1e-3, adapters_lr=1e-3, lora_lr=2e-4, tried=(2e-4, 1e-3))
     reached = {"full": 0.8, "adapters": 0.79, "lora": 0.5, "frozen": 0.4}
     results, trained = {}, set()
+    own = configured("toy_videomae", ["--evaluate-from", "4"])
     for job in experiment.jobs():
         recipe = configured(job.arguments["recipe"], job.arguments["options"])
-        tuning, seed = recipe.model.tuning, job.arguments["seed"]
-        trained.add((tuning, seed, recipe.optim.adapter_lr))
+        tuning, seed, optim = recipe.model.tuning, job.arguments["seed"], recipe.optim
+        rate = optim.backbone_lr if tuning == "full" else optim.adapter_lr
+        trained.add((tuning, seed, rate))
         found = reached[tuning] + 0.001 * seed
         results[job.name] = {"mAP": found, "activations_mb": 1.0, "trained": 2e3, "seconds": 3.0}
         # nothing else differs
-        same = replace(recipe.model, tuning="full"), replace(recipe.optim, adapter_lr=2e-4)
-        own = configured("toy_videomae", ["--evaluate-from", "4"])
-        assert replace(recipe, model=same[0], optim=same[1]) == own
-    rates = {"full": 2e-4, "adapters": 1e-3, "lora": 2e-4, "frozen": 2e-4}
-    tries = {(tuning, 7, rate) for tuning in ("adapters", "lora") for rate in (2e-4, 1e-3)}
+        model = replace(recipe.model, tuning="full")
+        optim = replace(optim, adapter_lr=2e-4, backbone_lr=own.optim.backbone_lr)
+        assert replace(recipe, model=model, optim=optim) == own
+        assert (recipe.optim.backbone_lr == own.optim.backbone_lr) == (tuning != "full")
+    rates = {"full": 1e-3, "adapters": 1e-3, "lora": 2e-4, "frozen": 2e-4}
+    learning = ("full", "adapters", "lora")
+    tries = {(tuning, 7, rate) for tuning in learning for rate in (2e-4, 1e-3)}
     assert trained == {(t, seed, rate) for t, rate in rates.items() for seed in (0, 1, 2)} | tries
     assert len(results) == len(trained)
     section = experiment.section(results)
     assert [finding.holds for finding in section.findings] == [True, True, True, True, False]
     rows, tried = section.tables.values()
     assert [(row["tuning"], row["learning rate"]) for row in rows] == [
-        ("full", ""), ("adapters", "0.001"), ("lora", "0.0002"), ("frozen", ""),
+        ("full", "0.001"), ("adapters", "0.001"), ("lora", "0.0002"), ("frozen", ""),
     ]  # fmt: skip
     assert rows[0]["average mAP"] == pytest.approx(0.801)
     assert [row["learning rate"] for row in tried] == [2e-4, 1e-3]
