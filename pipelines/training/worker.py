@@ -251,16 +251,15 @@ class RayRuntime:
         """
         if not self._unsettled:
             return
-        upload, problem = self._upload, None
+        upload = self._upload
         if upload is not None and wait and not upload.ended.is_set():
             self.say(f"waiting for the upload of {upload.folder.name}")
             upload.ended.wait()
-        if upload is not None and upload.ended.is_set():
-            problem = upload.problem
-        found = gather(problem)[0]
-        self._unsettled = found is None
-        if found:
-            raise UserError(found)
+        ended = upload is not None and upload.ended.is_set()
+        ended, problem = gather((ended, upload.problem if upload and ended else ""))[0]
+        self._unsettled = not ended
+        if problem:
+            raise UserError(problem)
 
     def preempted(self) -> bool:
         """Tell, once for each notice and on every rank alike, that Ray announced a node's end."""
