@@ -12,7 +12,7 @@ from re2tal.errors import UserError
 from sweeps.finetune import SWEEP as FINETUNE
 from sweeps.localizer import SWEEP as LOCALIZER
 from sweeps.models import SWEEP as MODELS
-from sweeps.models import localizers
+from sweeps.models import fitting, localizers
 from sweeps.pareto import SWEEP as PARETO
 from sweeps.study import check_space
 from sweeps.suggestions import Suggestions, override
@@ -77,8 +77,16 @@ def test_every_pair_of_models_takes_the_weights_and_the_window_of_the_base() -> 
     assert features == {("none", kind) for kind in kinds}
     thumos = RECIPES["thumos_re2_swin_t_actionformer"]()
     published = replace(thumos, model=replace(thumos.model, weights="hf:owner/model"))
-    assert {"swin_s", "mvit_v2_s"} < {name for name, _ in _pairs(thumos)}
-    assert {"base", "videomae_b", "vjepa2_l"} < {name for name, _ in _pairs(published)}
+    assert {"swin_s", "mvit_v2_s"} < {entry.name for entry in fitting(thumos)}
+    assert {"videomae_b", "vjepa2_l"} < {entry.name for entry in fitting(published)}
+    drawn = {"model.backbone": "base", "model.localizer": "tridet"}
+    rates = {
+        f"optim.{part}_lr": getattr(published.optim, f"{part}_lr")
+        for part in ("backbone", "localizer")
+    }
+    asked = Suggestions(published, optuna.trial.FixedTrial(drawn | rates))
+    MODELS.space(asked, published)
+    assert "model.weights" not in asked.values, "a file of its own stays with the base's backbone"
 
 
 @pytest.mark.parametrize("recipe", ["toy", "toy_tridet", "toy_vsgn"])
