@@ -79,12 +79,12 @@ def test_every_pair_of_models_takes_the_weights_and_the_window_of_the_base() -> 
     published = replace(thumos, model=replace(thumos.model, weights="hf:owner/model"))
     assert {"swin_s", "mvit_v2_s"} < {entry.name for entry in fitting(thumos)}
     assert {"videomae_b", "vjepa2_l"} < {entry.name for entry in fitting(published)}
-    drawn = {"model.backbone": "base", "model.localizer": "tridet"}
+    chosen = {"model.backbone": "base", "model.localizer": "tridet"}
     rates = {
         f"optim.{part}_lr": getattr(published.optim, f"{part}_lr")
         for part in ("backbone", "localizer")
     }
-    asked = Suggestions(published, optuna.trial.FixedTrial(drawn | rates))
+    asked = Suggestions(published, optuna.trial.FixedTrial(chosen | rates))
     MODELS.space(asked, published)
     assert "model.weights" not in asked.values, "a file of its own stays with the base's backbone"
 
