@@ -51,7 +51,7 @@ class Tunings:
 
     recipe: str = "toy_videomae"
     seeds: tuple[int, ...] = (0, 1, 2)
-    full_lr: float = 1e-3
+    full_lr: float = 2e-4
     adapters_lr: float = 5e-3
     lora_lr: float = 5e-3
     tried: tuple[float, ...] = (2e-4, 1e-3, 5e-3)
