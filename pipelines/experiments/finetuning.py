@@ -85,9 +85,17 @@ class Finetuning:
                 },
             )
             for size in sorted(self.sizes, reverse=True)
-            for backbone in self.backbones
+            for backbone in self._of(size)
             for tuning in _TUNINGS
             for way in _WAYS
+        ]
+
+    def _of(self, size: int) -> list[str]:
+        """List the backbones that take frames of this size: patches of ViTs must divide it."""
+        made: dict[str, Any] = {name: backbones()[name].make() for name in self.backbones}
+        patches = {name: getattr(config, "patch", 1) for name, config in made.items()}
+        return [
+            n for n, patch in patches.items() if not isinstance(patch, int) or size % patch == 0
         ]
 
     def section(self, results: Mapping[str, Result]) -> Section:
@@ -96,7 +104,7 @@ class Finetuning:
         for size in self.sizes:
             tables[f"Frames of {size} pixels"] = [
                 self._row(backbone, tuning, way, results[_named(backbone, size, tuning, way)])
-                for backbone in self.backbones
+                for backbone in self._of(size)
                 for tuning in _TUNINGS
                 for way in _WAYS
             ]
@@ -114,6 +122,7 @@ class Finetuning:
             | {"least": self._least(results, backbone, size)}
             for backbone in self.backbones
             for size in self.sizes
+            if backbone in self._of(size)
         ]
         return Section(
             title="Memory of full finetuning and of adapters",
@@ -123,7 +132,8 @@ class Finetuning:
                 "activations of the backbone, without a localizer, the CUDA context and scratch "
                 "space of a GPU's operators (on an H200 Swin-T took 1 to 5 % more than predicted "
                 "for its own operators). Adapters are AdaTAD's: all else is frozen, and counted "
-                "without gradients. Reversible is this project's, in pieces of 2 GiB. "
+                "without gradients. Reversible is this project's, in pieces of 2 GiB. Left out are "
+                "backbones whose patches do not divide the frames. "
                 "Windows from which one takes less are where the straight lines through all "
                 "lengths that were predicted cross, from the shortest of these up to the longest "
                 "that fits a card in any way."
@@ -186,7 +196,7 @@ class Finetuning:
 
         window = f"{long} frames of {size} pixels"
         largest = "videomae_v2_g"
-        if largest in self.backbones:
+        if largest in self._of(size):
             full = peak(largest, "full", "ours")
             adapters = peak(largest, "adapters", "checkpointed")
             yield Finding(
@@ -194,7 +204,7 @@ class Finetuning:
                 holds=full < _GOAL,
                 evidence=f"{full:.3g} GiB; adapters with checkpointing {adapters:.3g}",
             )
-        for backbone in self.backbones:
+        for backbone in self._of(size):
             full = peak(backbone, "full", "ours")
             adapters = peak(backbone, "adapters", "checkpointed")
             yield Finding(
@@ -209,6 +219,7 @@ class Finetuning:
             f"{backbone}, {pixels} px": self._least(results, backbone, pixels)
             for backbone in self.backbones
             for pixels in self.sizes
+            if backbone in self._of(pixels)
         }
         always = f"adapters {WAYS['ours'].title} from "
         exceptions = [
