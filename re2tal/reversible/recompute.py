@@ -76,6 +76,7 @@ class Recomputed:
         needs = x.requires_grad or any(p.requires_grad for p in self.module.parameters())
         more = any(isinstance(a, Tensor) and a.requires_grad for a in tree_leaves((args, kwargs)))
         stores = not torch.is_grad_enabled() or torch.compiler.is_exporting()
+        stores |= torch._C._are_functorch_transforms_active()  # which pass through no such node
         if more or stores or not (self.active and needs):
             return self.plain(x, *args, **kwargs)
         run = _Run(self, x, args, kwargs)

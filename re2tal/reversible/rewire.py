@@ -329,8 +329,10 @@ def rewire(
         A report of what became reversible, and why the rest did not.
 
     Raises:
+        TypeError: if the model is no module.
         ValueError: if the coefficients are invalid or nothing in the model can be rewired.
     """
+    _require_module(model)
     settings = Settings(
         coupling=Coupling(alpha=alpha, beta=beta),
         grid=grid if exact else None,
@@ -347,11 +349,7 @@ def rewire(
         left_out=_left_out(model, plan),
     )
     if not plan.containers:
-        raise ValueError(
-            f"Nothing in this {type(model).__name__} can be rewired:\n"
-            + "\n".join(f"  {left.name} ({left.kind}): {left.reason}" for left in report.left_out)
-            + "\nRegister a family for its blocks: see re2tal/reversible/README.md."
-        )
+        raise ValueError(_refusal(model, plan, report.left_out))
     unwire(model)
     for module, name, stages in plan.containers:
         blocks = frozenset(block for stage in stages for block in stage.blocks)
@@ -361,6 +359,28 @@ def rewire(
     for name, module in plan.recomputed.items():
         vars(module)["forward"] = Recomputed(module, name, slice_bytes)
     return report
+
+
+def _require_module(model: object) -> None:
+    if isinstance(model, nn.Module):
+        return
+    got = getattr(model, "__name__", None) or f"an object of the class {type(model).__name__}"
+    first = f" Call it first: {got}(...)." if callable(model) else ""
+    raise TypeError(f"A model is a torch.nn.Module, which {got} is not.{first}")
+
+
+def _refusal(model: nn.Module, plan: _Plan, left_out: Sequence[LeftOut]) -> str:
+    """Say why nothing in a model can be rewired, and what to do."""
+    start = f"Nothing in this {type(model).__name__} can be rewired"
+    readme = "see re2tal/reversible/README.md"
+    if all(isinstance(error, NoFamilyError) for error in plan.refused.values()):
+        return (
+            f"{start}: no child of an nn.Sequential or nn.ModuleList in it is a residual block, "
+            "which adds what it computes to its input. Give a model that has such blocks, or put "
+            f"them into one of the two ({readme})."
+        )
+    listed = "\n".join(f"  {left.name} ({left.kind}): {left.reason}" for left in left_out)
+    return f"{start}:\n{listed}\nRegister a family for its blocks: {readme}."
 
 
 def _considered(model: nn.Module) -> _Plan:
@@ -386,7 +406,9 @@ def unwire(model: nn.Module) -> None:
     Raises:
         ReversibleError: if the class of a stage was changed since, as `fully_shard` does, or for
             what a check of an earlier backward found.
+        TypeError: if the model is no module.
     """
+    _require_module(model)
     found = list(reversible_stages(model))
     for name, stage in found:
         if rewired_class(stage) is not type(stage):

@@ -383,7 +383,7 @@ def test_torch_func_works_on_stored_activations(
     build: Callable[[], nn.Module], inputs: Callable[[], Tensor]
 ) -> None:
     model, x = build().eval(), inputs()
-    rewire(model, slice_bytes=20_000, recompute=False)
+    rewire(model, slice_bytes=20_000)
     parameters: dict[str, Tensor] = dict(model.named_parameters())
 
     def loss(values: dict[str, Tensor]) -> Tensor:

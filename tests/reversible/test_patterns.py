@@ -3,7 +3,7 @@
 import copy
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -126,6 +126,28 @@ class NextLike(nn.Module):
         return self.scale * y + self.shortcut(x)
 
 
+class Keeping(Parts):
+    """Results are kept for later calls in eval mode, as LeViT keeps biases of its attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[str, Tensor] = {}
+        self.kept_too: Tensor | None = None
+
+    def train(self, mode: bool = True) -> "Keeping":
+        self.kept, self.kept_too = {}, None
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            scale, gamma = self.scale * 2, self.gamma * 2
+        else:
+            scale = self.kept.setdefault("scale", self.scale * 2)
+            self.kept_too = gamma = self.gamma * 2 if self.kept_too is None else self.kept_too
+        x = x + scale * self.attn(self.norm1(x))
+        return x + gamma * self.mlp(self.norm2(x))
+
+
 class OneBranch(Parts):
     """The second sum takes the block's input: all of it is one branch."""
 
@@ -143,6 +165,7 @@ RESIDUAL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, ty
     "channels last": (OnGrid, GRID, {"attn": Samples, "mlp": _OnTokens}),
     "turned": (Turned, PLANES, {"cpe": Samples, "attn": Samples, "mlp": Samples}),
     "scaled skip": (ScaledSkip, TOKENS, {"attn, mlp": Samples}),
+    "keeping": (Keeping, TOKENS, {"attn": Samples, "mlp": _OnTokens}),
     "one branch": (OneBranch, TOKENS, {"attn, mlp": Samples}),
     "ReLU after": (lambda: Convolutions(nn.ReLU(inplace=True)), PLANES, {"conv2": Samples}),
     "linear after": (Convolutions, PLANES, {"conv2": Samples}),
@@ -251,6 +274,18 @@ class Deciding(Parts):
         return x + (self.mlp(x) if x.sum() > 0 else self.attn(x))
 
 
+class Sharing(Parts):
+    """A result that is kept where nobody looks for it."""
+
+    kept: ClassVar[dict[str, Tensor]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.scale * 2
+        if self.training:
+            scale = self.kept.setdefault("scale", scale)
+        return x + scale * self.mlp(self.norm1(x))
+
+
 class InPlace(Parts):
     def forward(self, x: Tensor) -> Tensor:
         return x.mul_(2) + self.mlp(x)
@@ -292,6 +327,7 @@ IMPOSTORS: dict[type[nn.Module], str] = {
     Drawing: "its forward is not the sum of its branches mlp: on a random input in eval mode",
     Hidden: "uses a tensor of shape .* that no operator seen has made",
     Deciding: "its forward decides by values of tensors",
+    Sharing: r"its forward did not run in parts \(\w+: ",
     InPlace: "modifies its input in place|not a chain|not a sum",
     Modal: "other branches in training mode than in eval mode",
     Narrowing: r"it turns \(3, .*6\) into \(3, .*3\)",

@@ -122,8 +122,14 @@ def test_blocks_are_left_out_for_reasons_of_their_own() -> None:
 
 
 def test_a_model_without_residual_blocks_is_refused() -> None:
-    with pytest.raises(ValueError, match="Nothing in this Sequential can be rewired"):
-        rewire(nn.Sequential(nn.Linear(2, 2)))
+    for model in (nn.Sequential(nn.Linear(2, 2)), MlpBlock()):
+        with pytest.raises(ValueError, match=r"in this \w+ can be rewired: no child of an nn\.Seq"):
+            rewire(model)
+    for change in (rewire, unwire):
+        with pytest.raises(TypeError, match=r"which tiny_swin is not\. Call it first: tiny_swin\("):
+            change(tiny_swin)  # type: ignore[operator]
+        with pytest.raises(TypeError, match=r"which an object of the class NoneType is not\.$"):
+            change(None)  # type: ignore[operator]
     with pytest.raises(ValueError, match="call rewire first"):
         set_reversible(nn.Linear(2, 2), True)
 

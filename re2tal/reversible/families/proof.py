@@ -321,6 +321,9 @@ def _proved(block: nn.Module) -> Plan:
                     reasons.append((4, error))
                 except DependsOnValuesError as error:
                     reasons.append((4, UnprovedError(str(error))))
+                except Exception as error:  # such as one that keeps results for its next call
+                    _LOG.debug("%s cannot be tried out: %s", type(block).__name__, error)
+                    reasons.append((4, UnprovedError(_not_apart(error))))
     if not reasons:
         raise UnprovedError("no shape of an input follows from its parts")
     closest = max(rank for rank, _ in reasons)
@@ -328,11 +331,15 @@ def _proved(block: nn.Module) -> Plan:
 
 
 def _not_run(error: Exception) -> str:
-    first = [*str(error).strip().splitlines(), ""][0]
-    return (
-        "its forward did not run on any input that its parts suggest "
-        f"({type(error).__name__}: {first})"
-    )
+    return f"its forward did not run on any input that its parts suggest ({_first_line(error)})"
+
+
+def _not_apart(error: Exception) -> str:
+    return f"its forward did not run in parts ({_first_line(error)})"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {[*str(error).strip().splitlines(), ''][0]}"
 
 
 def _output(result: Any) -> Any:

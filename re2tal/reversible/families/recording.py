@@ -253,6 +253,7 @@ def _recorded(
     counted = [(m, name) for m in block.modules() for name in m._buffers]
     with ExitStack() as stack:
         stack.enter_context(statistics_kept(counted))
+        stack.enter_context(_attributes_kept(block))
         stack.enter_context(torch.no_grad())
         if fake:
             stack.enter_context(fake_mode(x))
@@ -262,6 +263,21 @@ def _recorded(
         with recorder:
             output = type(block).forward(block, x, *args, **kwargs)
     return recorder.finished(output)
+
+
+@contextmanager
+def _attributes_kept(block: nn.Module) -> Iterator[None]:
+    """Give modules their attributes back: one may keep a result, fake here, for its next call."""
+    before = [(vars(module), dict(vars(module))) for module in block.modules()]
+    held = [v for _, attributes in before for v in attributes.values() if type(v) is dict]
+    contents = [(kept, dict(kept)) for kept in held]
+    try:
+        yield
+    finally:
+        for now, then in (*before, *contents):
+            for name in now.keys() - then.keys():
+                del now[name]
+            now.update(then)
 
 
 @contextmanager
