@@ -163,11 +163,19 @@ def detect(
     Raises:
         VideoError: the video cannot be read.
         UserError: the folder holds no detector, or a damaged one.
+        TypeError: the video or the model is something else.
         ValueError: the detector was trained on features, or is in training mode, in which its
-            results are random.
+            results are random; or there is no window in a batch.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, but is {batch_size}.")
     if isinstance(model, tuple):
         spec, detector = model
+    elif not isinstance(model, str | Path):
+        raise TypeError(
+            "A model is the folder of a saved detector, or the pair (spec, detector) that "
+            f"load_detector returns, not an object of the class {type(model).__name__}."
+        )
     else:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         spec, detector = load_detector(detector_folder(model), device=device)

@@ -115,6 +115,16 @@ def test_a_detector_in_training_mode_is_refused() -> None:
         detect(film(), (SPEC, Detector(Brightness(), Runs())))
 
 
+def test_what_is_no_video_no_model_and_no_batch_is_refused_in_words() -> None:
+    detector = Detector(Brightness(), Runs()).eval()
+    with pytest.raises(TypeError, match=r"A model is the folder .* not .* the class Detector\."):
+        detect(film(), detector)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"A video is a path, .* not .* the class list\."):
+        detect([film()], (SPEC, detector))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"batch_size must be at least 1, but is 0\."):
+        detect(film(), (SPEC, detector), batch_size=0)
+
+
 def test_a_saved_detector_is_found_by_its_folder_or_its_checkpoint(tmp_path: Path) -> None:
     localizer = ActionFormerConfig(width=16, heads=2, levels=3, window=5, head_width=16)
     spec = replace(SPEC, localizer=localizer, window=WindowConfig(frames=64, fps=15.0))

@@ -55,8 +55,9 @@ def _list() -> int:
         except UserError as error:  # its library is not installed
             sys.stdout.write(f"{name}: {error}\n")
             continue
-        facts = f"a {entry.input} of {built.multiple} n frames"
-        sys.stdout.write(f"{name}: {facts}, a feature for each {built.temporal_stride}\n")
+        frames = f"{built.multiple} n frames" if built.multiple > 1 else "any number of frames"
+        each = f"each {built.temporal_stride}" if built.temporal_stride > 1 else "each frame"
+        sys.stdout.write(f"{name}: a {entry.input} of {frames}, a feature for {each}\n")
         sys.stdout.write(f"  mean {entry.mean}, deviation {entry.std}\n")
         sys.stdout.write("".join(f"  weights: {known}\n" for known in weights))
     return 0

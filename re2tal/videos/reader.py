@@ -508,6 +508,11 @@ def _name(source: Source) -> str:
     """Name of a video in errors."""
     if isinstance(source, bytes):
         return f"a video of {len(source)} bytes"
+    if not isinstance(source, str | Path) and not hasattr(source, "read"):
+        raise TypeError(
+            "A video is a path, its content as bytes or an open binary file, not an object of the "
+            f"class {type(source).__name__}."
+        )
     return str(source if isinstance(source, str | Path) else getattr(source, "name", "a stream"))
 
 

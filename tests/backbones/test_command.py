@@ -72,4 +72,5 @@ def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     printed = capsys.readouterr().out
     assert "swin_t: a window of 2 n frames, a feature for each 2\n" in printed
+    assert "dinov2_s: a window of any number of frames, a feature for each frame\n" in printed
     assert "weights: torchvision:swin3d_t/KINETICS400_V1\n" in printed
