@@ -17,7 +17,8 @@ import tyro
 
 from pipelines.config.annotations import AnnotationConfig
 from pipelines.config.command_line import told_shortly
-from pipelines.core.cluster import init_ray
+from pipelines.core.cluster import start_ray
+from pipelines.core.progress import doing
 from pipelines.core.storage import list_files, replacing
 from pipelines.data.inputs import resolved
 from pipelines.data.plan import read_annotations
@@ -67,7 +68,8 @@ def probe_collection(config: ProbeConfig) -> pa.Table:
         found, missing = match_videos((v.video_id for v in annotations.videos), files)
     if not found:
         raise UserError(f"The videos: {folder} holds none of them. Correct --videos.")
-    table = probe_files(found, progress=_show)
+    with doing("opening the videos") as count:
+        table = probe_files(found, progress=count)
     table = pa.concat_tables([table, _missing(missing)]).sort_by("video_id")
     if annotations is not None:
         table = with_disagreements(table, check_durations(annotations, _measured(table)))
@@ -86,11 +88,6 @@ def _measured(table: pa.Table) -> dict[str, float]:
     return {row["video_id"]: row["duration"] for row in rows if row["duration"] is not None}
 
 
-def _show(done: int, total: int) -> None:
-    if done % max(1, total // 20) == 0 or done == total:
-        print(f"  {done} of {total} videos", flush=True)
-
-
 def parse(arguments: Sequence[str]) -> ProbeConfig:
     """Read the command line, without the program's name."""
     return tyro.cli(ProbeConfig, args=arguments, prog="probe.py", description=__doc__)
@@ -99,7 +96,7 @@ def parse(arguments: Sequence[str]) -> ProbeConfig:
 def main(arguments: Sequence[str]) -> None:
     """Probe the videos, and print a summary."""
     config = parse(arguments)
-    init_ray()
+    start_ray()
     for line in summary(probe_collection(config)):
         print(line)
     print(f"The table is in {config.output}.")

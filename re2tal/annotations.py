@@ -263,7 +263,10 @@ def labels_alike(counts: Mapping[str, int], *, spaces: str = "") -> Iterator[str
         shown = (
             ascii if len({unicodedata.normalize("NFC", x) for x in alike}) < len(alike) else repr
         )
-        listed = ", ".join(f"{shown(label)} ({counts[label]:,} times)" for label in alike)
+        listed = ", ".join(
+            f"{shown(label)} ({counts[label]:,} time{'s' * (counts[label] != 1)})"
+            for label in alike
+        )
         way = spaces if len({label.strip() for label in alike}) < len(alike) else ""
         yield (
             f"the labels {listed} differ only in spaces, case or Unicode's normal form and would "

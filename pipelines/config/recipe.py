@@ -504,6 +504,11 @@ class TrimmedDataConfig(AnnotationConfig):
         return {use: f"{path.parent.name} {path.stem}".strip() for use, path in paths.items()}
 
     @property
+    def counted(self) -> str:
+        """Name of the things that have a class each."""
+        return "videos" if self.annotations is None else "segments"
+
+    @property
     def trained_on(self) -> str:
         """Name of the training subset of the annotations."""
         return self.training_subset or self.record.training

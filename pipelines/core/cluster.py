@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import psutil
@@ -17,6 +17,7 @@ import ray.data
 from ray._private import ray_constants, services
 from ray._private import worker as ray_worker
 
+from pipelines.core.progress import doing
 from re2tal.errors import UserError
 
 _KNOCK_SECONDS = 5.0
@@ -35,6 +36,12 @@ _ENVIRONMENT = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+
+
+def start_ray(*, trains: bool = False) -> None:
+    """Join or start Ray as `init_ray` does, and show that this is being done."""
+    with nullcontext() if ray.is_initialized() else doing("starting Ray"):
+        init_ray(trains=trains)
 
 
 def init_ray(*, trains: bool = False, cpus: int | None = None) -> None:

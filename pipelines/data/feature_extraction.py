@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pipelines.config.recipe import PoolConfig
 from pipelines.core.clock import duration
-from pipelines.core.cluster import init_ray
+from pipelines.core.cluster import start_ray
 from pipelines.core.models import fetch_weights, require_weights
 from pipelines.core.progress import VideoCounter
 from pipelines.core.resources import Pool, pool_for
@@ -360,7 +360,7 @@ class FeatureJob:
         total = len(self._subsets)
         print(f"{total - len(to_make)} of {total} videos are through", flush=True)
         if to_make:
-            init_ray()
+            start_ray()
             self._make(to_make)
             self._folder.write_description()
         description = self._folder.description

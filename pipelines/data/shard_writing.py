@@ -13,7 +13,7 @@ import pyarrow as pa
 import ray.data
 
 from pipelines.core.clock import duration
-from pipelines.core.cluster import init_ray
+from pipelines.core.cluster import start_ray
 from pipelines.core.progress import ProgressPrinter, VideoCounter
 from pipelines.core.storage import (
     Stamp,
@@ -312,7 +312,7 @@ class ShardFolder:
         described = Refreshed(lambda: SHARDS.write_description(self._uri, self.manifest))
         described.refresh(now=True)
         if tasks:
-            init_ray()
+            start_ray()
             self._write(tasks, described)
             described.refresh(now=True)
         manifest = self.manifest

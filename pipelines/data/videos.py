@@ -116,10 +116,9 @@ def summary(table: pa.Table) -> Sequence[str]:
     rows = table.to_pylist()
     usable = [row for row in rows if not row["error"]]
     hours = sum(row["duration"] for row in usable) / 3600
-    gigabytes = sum(row["bytes"] for row in usable) / 1e9
-    lines = [
-        f"{len(usable)} of {len(rows)} videos can be used: {hours:.2f} hours, {gigabytes:.2f} GB"
-    ]
+    megabytes = sum(row["bytes"] for row in usable) / 1e6
+    size = f"{megabytes:.3g} MB" if megabytes < 1000 else f"{megabytes / 1000:,.2f} GB"
+    lines = [f"{len(usable)} of {len(rows)} videos can be used: {hours:.2f} hours, {size}"]
     if usable:
         lines += [
             "  codecs: " + _counts([row["codec"] for row in usable]),

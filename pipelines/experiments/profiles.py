@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from pipelines.config.choices import choices_help, import_own, recipe_named, with_backbone
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import RECIPES
+from pipelines.core.checkout import script_command
 from pipelines.core.gpus import free_memory
 from pipelines.core.tracking import finishing, start_run
 from pipelines.experiments.experiment import Row, Section, device
@@ -218,7 +219,7 @@ def laid_out(asked: RecipeProfile, size: str, arguments: Sequence[str]) -> Secti
     budget = budget_of(size, asked.recipe, free_memory)
     found = fit_recipe(asked.recipe, budget, say=lambda line: print(line, flush=True))
     words = without(arguments, {"--json", "--longest", "--curves"})
-    script = ["python", "pipelines/train.py"]
+    script = script_command("pipelines/train.py")
     command = explicit_command(script, words, found.layout, asked.recipe)
     chosen = next(one for one in found.considered if one.layout == found.layout)
     assert chosen.needs is not None

@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import ray
 import torch
 
-from pipelines.core.cluster import init_ray
+from pipelines.core.cluster import start_ray
 from pipelines.core.models import local_detector
 from pipelines.core.storage import local_copy
 from pipelines.core.tracking import Run, finishing, log_metrics, log_text, start_run, tracking_uri
@@ -295,8 +294,7 @@ def _detected(config: EvaluateConfig, plan: Plan, model: Path, sources: FoundVid
     """Run the detector; videos of which nothing can be decoded are left out."""
     total = len(plan.validation)
     check_failures(sources.failures, total, config.max_failed, prefix="--")
-    if not ray.is_initialized():  # a notebook may use it already
-        init_ray()
+    start_ray()
     output = Path(config.output).absolute()
     output.mkdir(parents=True, exist_ok=True)
     durations = {v.annotation.video_id: v.annotation.duration for v in plan.validation}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipelines.core.clock import duration
-from pipelines.core.cluster import init_ray
+from pipelines.core.cluster import start_ray
 from pipelines.core.models import fingerprint, local_detector
 from pipelines.core.storage import Stamp, stamps_of
 from pipelines.core.tracking import Run, finishing, log_metrics, start_run, tracking_uri
@@ -68,7 +68,7 @@ def _detect(
     if not videos:
         return records, failures, {}
     stamps = stamps_of(videos)  # before they are read
-    init_ray()
+    start_ray()
     progress = _Progress(len(videos))
     windows = 0
     for result in detect_videos(videos, folder, config.resources, progress=progress.window):

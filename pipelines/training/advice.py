@@ -259,7 +259,8 @@ def _fitting(facts: Facts, machine: Machine) -> Advice:
         advice = _sized(facts, machine, choice)
         needed = _memory(advice.recipe, facts.classes)
         advice.reasons["memory"] = (
-            f"a step takes about {needed / GIBIBYTE:.2f} GiB (predicted) of {machine.described}"
+            f"a step takes about {needed / GIBIBYTE:.2f} GiB (predicted), "
+            f"and may take {0.85 * machine.memory / GIBIBYTE:.1f}"
         )
         best = advice
         if needed <= 0.85 * machine.memory:  # the rest is the allocator's, and what others hold
@@ -479,9 +480,18 @@ def _warnings(facts: Facts, recipe: Recipe, machine: Machine) -> Iterator[str]:
     """Yield sentences on what will hardly work."""
     if facts.missing:
         listed = shortened([f"{v}: {why}" for v, why in sorted(facts.missing.items())], 3)
+        share = len(facts.missing) / facts.opened
+        if share > recipe.data.max_failed:
+            allowed = math.ceil(100 * share) / 100
+            outcome = (
+                f"more than the {recipe.data.max_failed:.0%} with which train.py starts: mend "
+                f"them, leave them out (--exclude FILE), or give it --data.max-failed {allowed:.2g}"
+            )
+        else:
+            outcome = "they are left out"
         yield (
-            f"{len(facts.missing)} of {facts.opened} videos cannot be used ({'; '.join(listed)}); "
-            f"training stops above a share of {recipe.data.max_failed:.0%} (--data.max-failed)"
+            f"{len(facts.missing)} of {facts.opened} videos cannot be used "
+            f"({'; '.join(listed)}): {outcome}"
         )
     if facts.subsets[0] == facts.subsets[1]:
         yield (
@@ -498,23 +508,31 @@ def _warnings(facts: Facts, recipe: Recipe, machine: Machine) -> Iterator[str]:
     few = [f"{label!r} {number}" for label, number in sorted(counts.items()) if number < FEW]
     if few:
         yield (
-            f"{len(few)} classes have fewer than {FEW} training instances, and can hardly be "
-            f"learnt: {', '.join(shortened(few, 10))}"
+            f"{_count(len(few), 'class has', 'classes have')} fewer than {FEW} training instances, "
+            f"and can hardly be learnt: {', '.join(shortened(few, 10))}"
         )
     stride = recipe.model.backbone.build().temporal_stride
     feature = stride / float(recipe.data.window.fps or 1)
     short = int((facts.lengths < 2 * feature).sum())
     if short:
         yield (
-            f"{short} segments are shorter than two features ({2 * feature:.2g} s), and will "
-            "hardly be found: raise data.window.fps if the files allow it"
+            f"{_count(short, 'segment is', 'segments are')} shorter than two features "
+            f"({2 * feature:.2g} s), and will hardly be found: raise data.window.fps if the files "
+            "allow it"
         )
     seconds = recipe.data.window.frames / float(recipe.data.window.fps or 1)
     long = int((facts.lengths > seconds).sum())
     if long:
-        yield f"{long} segments are longer than a window of {seconds:.3g} s, and are found in part"
+        yield (
+            f"{_count(long, 'segment is', 'segments are')} longer than a window of "
+            f"{seconds:.3g} s, to be found in part"
+        )
     if recipe.scale.gpu and not torch.cuda.is_available():
         yield f"planned for {machine.described}: this machine has none"
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
 
 
 def facts_of(facts: Facts) -> list[str]:

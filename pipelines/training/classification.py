@@ -184,10 +184,12 @@ class ClassificationTask:
         metrics = accuracy_metrics(everyone, plan.validation, prefix=prefix)
         metrics["videos/failed"] = float(len(failed))
         of = f"{view.clips} x {view.crops} views, " if prefix == "test" else ""
+        # one of five classes at most is always among the first five
+        top5 = f"top-5 {metrics[f'{prefix}/top5']:.3f}  " if len(plan.classes) > 5 else ""
         runtime.say(
             f"epoch {state.epoch}/{self.recipe.epochs}  {prefix}  "
-            f"top-1 {metrics[f'{prefix}/top1']:.3f}  top-5 {metrics[f'{prefix}/top5']:.3f}  "
-            f"({of}{len(everyone)} videos, {duration(time.perf_counter() - before)})"
+            f"top-1 {metrics[f'{prefix}/top1']:.3f}  {top5}"
+            f"({of}{len(everyone)} {data.counted}, {duration(time.perf_counter() - before)})"
         )
         return metrics
 

@@ -19,8 +19,9 @@ from ray.train.torch import TorchTrainer
 
 from pipelines.config.clip_recipes import finetuning
 from pipelines.config.recipe import AnyRecipe, ClassificationRecipe, FinetuneConfig, Recipe
+from pipelines.core.checkout import script_command
 from pipelines.core.clock import duration
-from pipelines.core.cluster import init_ray
+from pipelines.core.cluster import start_ray
 from pipelines.core.metric_names import BEST_MAP, MAP
 from pipelines.core.models import MODEL_TAG, with_weights_here
 from pipelines.core.progress import ProgressPrinter, doing
@@ -147,6 +148,8 @@ def _finetune_and_train(recipe: Recipe, fit: str | None) -> Run:
         annotations = read_annotations(recipe.data)
         # what is wrong with the second run must not be found after the first
         check_model(recipe, annotations.classes)
+        _start_ray(recipe)
+        _opened(recipe, annotations)
         parent = _parent(recipe, evaluation_plan(annotations, (), None))
     with finishing(parent):
         log_recipe(parent, recipe)
@@ -226,13 +229,18 @@ def prepare(recipe: Recipe, *, fit: str | None = None) -> tuple[Prepared, Detect
     with doing("building the model and loading its weights"):
         detector = check_model(recipe, annotations.classes)
     _start_ray(recipe, frames=not recipe.data.features)
-    with doing(f"opening the {'features' if recipe.data.features else 'videos'}") as count:
-        plan = make_plan(recipe.data, annotations, probe=partial(probe_files, progress=count))
+    plan = _opened(recipe, annotations)
     if plan.remarks:
         print(f"{len(plan.remarks)} remarks on the videos, for example:")
         print(f"  {plan.remarks[0]}", flush=True)
     ready = Prepared(recipe=recipe, annotations=annotations, plan=plan, tags=tags, fitting=fitting)
     return ready, detector
+
+
+def _opened(recipe: Recipe, annotations: Annotations) -> Plan:
+    """Make the plan of a run, which opens all videos or features."""
+    with doing(f"opening the {'features' if recipe.data.features else 'videos'}") as count:
+        return make_plan(recipe.data, annotations, probe=partial(probe_files, progress=count))
 
 
 def _laid_out(
@@ -252,14 +260,14 @@ def _laid_out(
         print(f"--fit {size}: the unfinished run of this command keeps its layout", flush=True)
         return layout.applied(recipe), tags, []
     if size == AUTO and os.environ.get("RAY_ADDRESS"):
-        init_ray(trains=True)  # the GPUs are those of its nodes
+        start_ray(trains=True)  # the GPUs are those of its nodes
     found = fit_recipe(
         recipe,
         budget_of(size, recipe, free_gpu_memory),
         classes=classes,
         say=lambda line: print(line, flush=True),
     )
-    script = ["python", sys.argv[0]]
+    script = script_command("pipelines/train.py")
     command = explicit_command(script, sys.argv[1:], found.layout, recipe)
     lines = [*text_of(found.rows()), *found.remarks, f"The same explicitly: {command}"]
     print("\n".join(lines), flush=True)
@@ -315,8 +323,7 @@ def _built(recipe: RecipeT, build: Callable[[RecipeT], ModelT]) -> ModelT:
 def _start_ray(recipe: AnyRecipe, *, frames: bool = True) -> None:
     """Start or join Ray, and check that it can hold the run, and that the output can."""
     require_room(recipe.output, 0, what="a checkpoint")
-    with doing("starting Ray"):
-        init_ray(trains=True)
+    start_ray(trains=True)
     check_resources(recipe.scale)
     for remark in remarks(recipe, ray.nodes()) if frames else []:
         print(f"warning: {remark}", flush=True)
@@ -559,7 +566,7 @@ def _print_weights(
     uri = run.client.get_run(run.run_id).data.tags[MODEL_TAG]
     for label, fact in (
         ("time", f"{duration(seconds)} in all"),
-        *([("left out", f"{failed} videos")] if failed else []),
+        *([("left out", f"{failed} {recipe.data.counted}")] if failed else []),
         ("MLflow run", f"{run.run_id} in {run.uri}"),
         ("weights", recipe.weights_file or weights),
         ("or", f"runs:/{run.run_id}/{BACKBONE_FILE}"),

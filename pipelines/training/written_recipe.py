@@ -1,5 +1,6 @@
 """A recipe as commented Python, which `train.py my_recipe.py` takes."""
 
+import shlex
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from pipelines.config.recipe import Recipe
+from pipelines.core.checkout import script_command
 from pipelines.training.advice import Advice, Facts, Machine, facts_of
 from re2tal.backbones.table import entry_of
 
@@ -30,9 +32,9 @@ def written(advice: Advice, facts: Facts, machine: Machine) -> str:
         *_comment(f"memory: {advice.reasons['memory']}"),
         *(line for text in advice.warnings for line in _comment(f"warning: {text}")),
         "#",
-        *_comment("train:  python pipelines/train.py my_recipe.py"),
+        *_comment("train: " + _command("train", "my_recipe.py")),
         *_comment(
-            "detect: python pipelines/detect.py --model RUN_ID --videos NEW.mp4 --output found"
+            "detect: " + _command("detect", "--model RUN_ID --videos NEW.mp4 --output found")
         ),
     ]
     function = [
@@ -42,6 +44,10 @@ def written(advice: Advice, facts: Facts, machine: Machine) -> str:
         *(f"{_INDENT}{line}" for line in body[1:]),
     ]
     return "\n".join([*head, "", *imports, "", "", *function]) + "\n"
+
+
+def _command(script: str, rest: str) -> str:
+    return f"{shlex.join(script_command(f'pipelines/{script}.py'))} {rest}"
 
 
 def _import(module: str, names: Sequence[str]) -> Iterator[str]:

@@ -368,7 +368,7 @@ def test_a_folder_that_became_read_only_is_one_sentence(
         f"A checkpoint cannot be written to {run}: {os.strerror(number)}. "
         "Make the folder writable, and give the same command again: it goes on."
     )
-    monkeypatch.setattr("pipelines.training.run.init_ray", lambda **_: pytest.fail("it began"))
+    monkeypatch.setattr("pipelines.training.run.start_ray", lambda **_: pytest.fail("it began"))
     with pytest.raises(UserError) as again:
         _start_ray(replace(tiny_recipe, output=str(run)))
     assert str(again.value) == str(caught.value)

@@ -88,7 +88,7 @@ ONE = [(1.0, 3.0, "jump")]
 HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "one class": (
         {"a": ("training", 20.0, ONE), "b": ("validation", 20.0, ONE)},
-        "1 classes have fewer than 10 training instances",
+        "1 class has fewer than 10 training instances",
     ),
     "one video": ({"a": ("training", 20.0, ONE)}, "all videos are in the subset 'training'"),
     "no segment in training": (
@@ -111,7 +111,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
             "a": ("training", 90000.0, [(1.0, 80000.0, "sit"), (80001.0, 80001.2, "jump")]),
             "b": ("validation", 60.0, ONE),
         },
-        "1 segments are longer than a window",
+        "1 segment is longer than a window",
     ),
     "a class that only one subset has": (
         {
@@ -151,6 +151,7 @@ def test_videos_that_cannot_be_used_are_named_and_without_data_there_is_no_advic
     assert [v.video_id for v in facts.training] == ["v1", "v3"]
     (warning,) = [text for text in advise(facts, CORES).warnings if "cannot be used" in text]
     assert warning.startswith("2 of 5 videos cannot be used (v2: ")
+    assert warning.endswith("(--exclude FILE), or give it --data.max-failed 0.4")
     nothing = data_set(tmp_path / "nothing", {"a": ("training", 20.0, [])})
     with pytest.raises(AnnotationError, match="there is nothing to learn"):
         look_at(nothing)

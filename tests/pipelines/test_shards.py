@@ -283,7 +283,7 @@ def test_a_video_that_was_replaced_is_encoded_anew_and_no_other(
             self._there[Path(task.uri).name] = write_shard(task)
 
     monkeypatch.setattr(shard_writing, "transcode", noted)
-    monkeypatch.setattr(shard_writing, "init_ray", lambda: None)
+    monkeypatch.setattr(shard_writing, "start_ray", lambda: None)
     monkeypatch.setattr(ShardFolder, "_write", write)
 
     def filled() -> Manifest:

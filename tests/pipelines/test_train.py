@@ -1,6 +1,7 @@
 """The main script as a user runs it: on files, through Ray, into MLflow, and as a Ray job."""
 
 import io
+import json
 import os
 import re
 import runpy
@@ -8,10 +9,12 @@ import shutil
 import signal
 import socket
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from zipfile import ZipFile
 
+import pyarrow as pa
 import pytest
 import torch
 from mlflow.entities import Run as MlflowRun
@@ -25,6 +28,7 @@ import pipelines.training.run as training
 from pipelines.config.recipe import FinetuneConfig, Recipe
 from pipelines.core.metric_names import BEST_MAP, MAP, UNSCORED
 from pipelines.data.plan import Plan
+from pipelines.data.videos import probe_files_here
 from pipelines.train import parse
 from pipelines.training.checkpoints import complete, read_listing
 from pipelines.training.detection import DetectionTask
@@ -104,6 +108,31 @@ def test_finetuning_needs_frames_and_is_refused_where_nothing_would_do_it(
     moving = replace(recipe, epochs=4, model=replace(recipe.model, coupling_epochs=3.0))
     with pytest.raises(UserError, match=r"--model.coupling-epochs must be .* at most the 1"):
         training.train(moving)
+
+
+def test_videos_that_the_second_step_would_refuse_stop_the_first(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    annotations = json.loads(Path(str(tiny_recipe.data.annotations)).read_text())
+    for lost in ("a", "b"):  # without segments, so that finetuning does not miss them
+        annotations["database"][lost] = {"subset": "training", "duration": 5.0, "annotations": []}
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(annotations))
+
+    def here(files: Mapping[str, str], **_: object) -> pa.Table:
+        return probe_files_here(files)
+
+    monkeypatch.setattr(training, "probe_files", here)
+    monkeypatch.setattr(training, "_start_ray", lambda _: None)
+    recipe = replace(
+        tiny_recipe,
+        output=str(tmp_path / "runs"),
+        finetune=FinetuneConfig(epochs=1, frames=16),
+        data=replace(tiny_recipe.data, annotations=str(path)),
+    )
+    with pytest.raises(UserError, match=r"videos cannot be used, more than the allowed 5%"):
+        training.train(recipe)
+    assert not (tmp_path / "runs").exists()  # no run was begun
 
 
 class _Disturbed(io.StringIO):

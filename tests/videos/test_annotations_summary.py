@@ -221,7 +221,7 @@ def test_the_command_removes_spaces_around_labels(
     database = {"a": {"subset": "test", "duration": 9, "annotations": actions}}
     (path := tmp_path / "a.json").write_text(json.dumps({"database": database}))
     assert main([str(path)]) == 1
-    assert "the labels 'run' (1 times), 'run ' (1 times) differ only" in capsys.readouterr().err
+    assert "the labels 'run' (1 time), 'run ' (1 time) differ only" in capsys.readouterr().err
     assert main([str(path), "--trim-labels"]) == 0
     assert "Repaired: 1\n  a: run  1 to 2 s trimmed: has spaces" in capsys.readouterr().out
 

@@ -139,7 +139,7 @@ def test_labels_of_lists_that_are_one_name_are_a_problem() -> None:
     with pytest.raises(AnnotationError) as caught:
         joint_classes(training, validation)
     (problem,) = caught.value.problems
-    assert problem.startswith("train: the labels 'spin' (2 times), 'Spin' (1 times) differ only in")
+    assert problem.startswith("train: the labels 'spin' (2 times), 'Spin' (1 time) differ only in")
     meant = joint_classes(training, validation, ("Spin", "fly", "spin"))
     assert meant == ("Spin", "fly", "spin")
 
