@@ -119,7 +119,7 @@ def finetuning(recipe: Recipe) -> ClassificationRecipe:
         optim=replace(
             recipe.optim,
             backbone_lr=settings.lr,
-            localizer_lr=10 * settings.lr,
+            localizer_lr=float(f"{10 * settings.lr:.6g}"),
             warmup_epochs=0.1 * settings.epochs,
             schedule_epochs=None,
         ),

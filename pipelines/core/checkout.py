@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,13 @@ def script_command(script: str) -> list[str]:
     here = Path.cwd()
     words = (Path(sys.executable), _ROOT / script)
     return [str(w.relative_to(here) if w.is_relative_to(here) else w) for w in words]
+
+
+def this_command() -> str:
+    """Return the command line that does again what this process does, in its working directory."""
+    name = sys.argv[0]
+    python = [script_command(name)[0]] if name.endswith(".py") else []
+    return shlex.join([*python, *sys.argv])
 
 
 def code_fingerprint() -> str:

@@ -14,7 +14,6 @@ import logging
 import os
 import platform
 import queue
-import shlex
 import sys
 import tempfile
 import threading
@@ -30,7 +29,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipelines.config.recipe import Recipe
 from pipelines.core import underway
-from pipelines.core.checkout import git_commit
+from pipelines.core.checkout import git_commit, this_command
 from pipelines.core.storage import database_file, database_url, fetch, replacing
 from re2tal.errors import UserError
 
@@ -147,7 +146,7 @@ def _tags(config: Tracked) -> "list[RunTag]":
     if commit is not None:
         tags[mlflow_tags.MLFLOW_GIT_COMMIT] = commit
         note += f" at commit {commit[:12]}{'-dirty' * commit.endswith('-dirty')}"
-    tags[mlflow_tags.MLFLOW_RUN_NOTE] = f"{note}:\n\n    {shlex.join(sys.argv)}\n"
+    tags[mlflow_tags.MLFLOW_RUN_NOTE] = f"{note}:\n\n    {this_command()}\n"
     return [RunTag(key, value) for key, value in tags.items()]
 
 

@@ -2,8 +2,6 @@
 
 import json
 import math
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from pipelines.config.clip_recipes import TOY_TRIMMED
+from pipelines.core.checkout import this_command
 from pipelines.core.clock import duration
 from pipelines.core.tracking import Run, finishing, log_metrics, start_run
 from pipelines.data.toy import Clips, augmented, load_clips, normalised
@@ -209,7 +208,7 @@ def pretrain(config: PretrainingConfig) -> None:
     run = start_run(config, output=config.runs.absolute(), once=True)
     with finishing(run):
         backbone, reached = train(config, clips, held_out, run)
-        facts = {"command": shlex.join(sys.argv), "held_out_top1": f"{reached:.4f}"}
+        facts = {"command": this_command(), "held_out_top1": f"{reached:.4f}"}
         config.output.parent.mkdir(parents=True, exist_ok=True)
         save_backbone_weights(backbone, config.output, {"re2tal": json.dumps(facts)})
         run.client.log_artifact(run.run_id, str(config.output))

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -33,7 +34,7 @@ from re2tal.detection.segments import Detections
 from re2tal.trained import WEIGHTS_FILE
 
 _SHOWN_VIDEOS = 4
-_SHOWN_SCORE = 0.2  # weaker detections are left out of pictures
+_SHOWN_SCORE = 0.2  # weaker detections are left out of pictures, if there are enough others
 _CONTENT = "re2tal.weights_crc32"  # tag of a model
 _REPOSITORY = Path(__file__).parents[2]
 
@@ -92,7 +93,7 @@ def log_model(
     # before its files, with which it becomes ready
     made = client.create_logged_model(
         experiment,
-        name=re.sub(r"""[/:.%"'`]""", "_", f"{its_run.info.run_name}-epoch-{epoch}"),
+        name=re.sub(r"""[/:.%"'`]""", "_", name_of_model(its_run.info.run_name, epoch)),
         source_run_id=run.run_id,
         params={"epoch": str(epoch), **its_run.data.params},
         tags={_CONTENT: content},
@@ -218,18 +219,28 @@ def log_pictures(run: Run, plan: Plan, detections: Mapping[str, Detections]) -> 
         client.log_figure(run.run_id, figure, "pictures/timelines.png")
 
 
+def name_of_model(run: str, epoch: int) -> str:
+    """Name a model after its run, with the epoch before the time: lists of models cut names."""
+    return re.sub(r"(-\d{8}-\d{6})?$", rf"-epoch-{epoch}\1", run, count=1)
+
+
 def timelines_of(plan: Plan, detections: Mapping[str, Detections]) -> Figure:
     """Draw detections, in seconds, and annotated instances of some validation videos."""
-    videos = {}
-    for video in plan.validation[:_SHOWN_VIDEOS]:
-        known = video.annotation
-        found = detections.get(known.video_id, Detections.empty())
-        videos[known.video_id] = Timeline(
+    shown = [video.annotation for video in plan.validation[:_SHOWN_VIDEOS]]
+    found = [detections.get(known.video_id, Detections.empty()) for known in shown]
+    # as many as there are instances: after a short training all scores are low
+    scores = torch.cat([of_video.scores for of_video in found]).sort(descending=True).values
+    wanted = min(sum(len(known.evaluated) for known in shown), len(scores))
+    least = min(_SHOWN_SCORE, float(scores[wanted - 1])) if wanted else _SHOWN_SCORE
+    videos = {
+        known.video_id: Timeline(
             duration=known.duration,
-            found=rows(found[found.scores >= _SHOWN_SCORE], plan.classes),
+            found=rows(of_video[of_video.scores >= least], plan.classes),
             truth=known.evaluated,
-            least=_SHOWN_SCORE,
+            least=least,
         )
+        for known, of_video in zip(shown, found, strict=True)
+    }
     return timelines(videos, plan.classes)
 
 
@@ -371,7 +382,8 @@ def _facts(plan: Plan, run: Run, seconds: float) -> Iterator[tuple[str, str]]:
             yield label, f"{metrics[name]:.0f} MB {what}"
     if plan.failures:
         listed = ", ".join(f"{video_id} ({why})" for video_id, why in sorted(plan.failures.items()))
-        yield "left out", f"{len(plan.failures)} videos: {listed}"
+        plural = "s" * (len(plan.failures) > 1)
+        yield "left out", f"{len(plan.failures)} video{plural}: {listed}"
     yield "MLflow run", f"{run.run_id} in {run.uri}"
     if database_file(run.uri) is not None:
         yield "open it", _open_command(run)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ from ray.train.torch import TorchTrainer
 
 from pipelines.config.clip_recipes import finetuning
 from pipelines.config.recipe import AnyRecipe, ClassificationRecipe, FinetuneConfig, Recipe
-from pipelines.core.checkout import script_command
+from pipelines.core.checkout import script_command, this_command
 from pipelines.core.clock import duration
 from pipelines.core.cluster import start_ray
 from pipelines.core.metric_names import BEST_MAP, MAP
@@ -534,7 +533,7 @@ def _log_backbone(
             "goes on from the one before it."
         )
     weights = join(recipe.output, join(run.run_id, BACKBONE_FILE))
-    facts = {"run": run.run_id, "command": shlex.join(sys.argv), **_reached(run)}
+    facts = {"run": run.run_id, "command": this_command(), **_reached(run)}
     with tempfile.TemporaryDirectory() as scratch:
         _, classifier = load_detector(checkpoint / DETECTOR_FOLDER)
         path = Path(scratch) / BACKBONE_FILE

@@ -5,17 +5,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow.entities import LoggedModelStatus
 
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import toy
-from pipelines.core.figures import curves
+from pipelines.core.figures import Timeline, curves
 from pipelines.core.storage import fetch
 from pipelines.core.tracking import Run, log_metrics, start_run
 from pipelines.data.batches import Video
 from pipelines.data.plan import Plan
-from pipelines.training.results import log_model, log_pictures, print_summary
+from pipelines.training import results
+from pipelines.training.results import (
+    log_model,
+    log_pictures,
+    name_of_model,
+    print_summary,
+    timelines_of,
+)
 from re2tal.annotations import Instance, VideoAnnotation
+from re2tal.detection.segments import Detections
 from re2tal.errors import UserError
 
 SPIN = VideoAnnotation(
@@ -64,9 +73,37 @@ def test_the_best_epoch_is_shown(
     assert "overfits" not in printed  # 1.00 and 0.75
     assert "0.125" not in printed
     assert "host memory         123 MB at the peak" in printed
-    assert "1 videos: b (no file)" in printed
+    assert "1 video: b (no file)" in printed
     log_pictures(run, PLAN, {})
     assert pictures(run) == {"pictures/curves.png", "pictures/timelines.png"}
+
+
+@pytest.mark.parametrize(("best", "shown"), [(0.9, [0.9, 0.3]), (0.15, [0.15])])
+def test_timelines_show_as_many_detections_as_there_are_instances_however_low_their_scores(
+    best: float, shown: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = torch.tensor([best, 0.3 if best > 0.3 else 0.1, 0.01])
+    found = Detections(
+        segments=torch.tensor([[1.0, 2.0]] * 3), scores=scores, labels=torch.zeros(3, dtype=int)
+    )
+    drawn: list[Timeline] = []
+    monkeypatch.setattr(results, "timelines", lambda videos, _: drawn.extend(videos.values()))
+    timelines_of(PLAN, {"a": found})
+    timelines_of(PLAN, {})
+    assert [row["score"] for row in drawn[0].found] == pytest.approx(shown)
+    assert drawn[0].least == pytest.approx(min(best, 0.2))
+    assert (drawn[1].found, drawn[1].least) == ([], 0.2)
+
+
+@pytest.mark.parametrize(
+    ("run", "model"),
+    [
+        ("toy-20261130-181628", "toy-epoch-8-20261130-181628"),
+        ("renamed", "renamed-epoch-8"),
+    ],
+)
+def test_a_model_bears_its_epoch_where_lists_of_models_show_it(run: str, model: str) -> None:
+    assert name_of_model(run, 8) == model
 
 
 def test_a_run_that_overfits_says_so_and_shows_it(

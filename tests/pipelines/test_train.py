@@ -303,7 +303,8 @@ def test_the_run_in_mlflow_is_complete(finished: tuple[Path, str], tiny_set: Pat
     assert best.step in {m.step for m in epochs}
     assert best.dataset_name == f"{tiny_set.name} validation"
     assert run.data.tags["model.uri"] in {m.model_uri for m in models}
-    names = {f"{run.info.run_name}-epoch-{epoch}" for epoch in (1, 2)}
+    name, _, time = run.info.run_name.partition("-")
+    names = {f"{name}-epoch-{epoch}-{time}" for epoch in (1, 2)}
     assert {m.name for m in models} == names
     assert not any(m.key.startswith("memory/") for model in models for m in model.metrics or ())
     assert run.inputs is not None
