@@ -141,6 +141,7 @@ def _link_metrics(
     from mlflow.entities import Metric
 
     name, digest = data or (None, None)
+    watched = WATCHED_MAP  # of training videos
     # with the run's own times, else the run would have them twice
     linked = [
         Metric(
@@ -149,8 +150,8 @@ def _link_metrics(
             one.timestamp,
             one.step,
             model_id=model_id,
-            dataset_name=name,
-            dataset_digest=digest,
+            dataset_name=None if metric == watched else name,
+            dataset_digest=None if metric == watched else digest,
         )
         for metric in metrics
         for one in run.client.get_metric_history(run.run_id, metric)
@@ -162,6 +163,7 @@ def _link_metrics(
 def register(run: Run, model_uri: str, name: str) -> None:
     """Register a run's model as the next version of a name, unless it is registered there."""
     from mlflow.exceptions import MlflowException
+    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
     client = run.client
     try:
@@ -170,7 +172,14 @@ def register(run: Run, model_uri: str, name: str) -> None:
         if problem.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     if not any(v.source == model_uri for v in client.search_model_versions(f"name = '{name}'")):
-        version = client.create_model_version(name, model_uri, run.run_id)
+        model_id = model_uri.removeprefix("models:/")
+        version = client.create_model_version(name, model_uri, run.run_id, model_id=model_id)
+        # a server does this itself, a data base that is opened here does not
+        known = client.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS, "[]")
+        made = {"name": name, "version": version.version}
+        if made not in (versions := json.loads(known)):
+            tag = {MLFLOW_MODEL_VERSIONS: json.dumps([*versions, made])}
+            client.set_logged_model_tags(model_id, tag)
         print(f"registered as       models:/{name}/{version.version}", flush=True)
 
 

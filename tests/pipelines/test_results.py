@@ -1,5 +1,6 @@
 """What is printed and drawn at the end of a run, also when its metrics did not arrive."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from pipelines.training.results import (
     log_pictures,
     name_of_model,
     print_summary,
+    register,
     timelines_of,
 )
 from re2tal.annotations import Instance, VideoAnnotation
@@ -164,10 +166,18 @@ def test_a_model_is_logged_once(run: Run, tmp_path: Path, disk: Callable[[int], 
             for model in client.search_logged_models([experiment], filter_string=of_run)
         ]
 
-    uri = log_model(run, detector)
+    log_metrics(run, {"val/mAP": 0.5, "train/mAP": 0.75}, step=3)
+    reached = {"val/mAP": 0.5, "train/mAP": 0.75, "epoch": 1.0, "step": 3.0}
+    uri = log_model(run, detector, metrics=reached, evaluated_on="a set")
     assert models() == [uri]
     assert log_model(run, detector) == uri
     assert models() == [uri]
+    for _ in range(2):
+        register(run, uri, "mine")
+    known = client.get_logged_model(uri.removeprefix("models:/"))
+    assert {m.key: m.dataset_name for m in known.metrics} == {"val/mAP": "a set", "train/mAP": None}
+    (version,) = json.loads(known.tags["mlflow.modelVersions"])  # as the model's page shows it
+    assert version["name"] == "mine"
     (detector / "weights.safetensors").write_bytes(b"others" * 2**17)
     disk(2**20)
     with pytest.raises(UserError, match=r"no room for the model: 33 MiB .*, 1 MiB are free"):
