@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from pydantic import TypeAdapter, ValidationError
 
+from pipelines.core.clock import duration
 from pipelines.core.figures import COLOURS, Timeline, drawn, timelines
 from pipelines.core.storage import Stamp, file_size, read_bytes, replaced_files
 from pipelines.core.tables import write_csv
@@ -207,6 +208,22 @@ def strongest(record: Record, config: OutputConfig) -> Record:
     """Return the record with its strongest detections only; they are sorted by falling score."""
     strong = [row for row in record.detections if row["score"] >= config.score_threshold]
     return replace(record, detections=strong[: config.top_k])
+
+
+def counted(records: Sequence[Record], config: OutputConfig) -> list[str]:
+    """Count the detections that are written; where all are too weak, name the strongest."""
+    number = sum(len(strongest(record, config).detections) for record in records)
+    length = duration(sum(record.duration for record in records))
+    what = f"{number} detection{'s' * (number != 1)} with a score of {config.score_threshold:g}"
+    where = f"{len(records)} video{'s' * (len(records) != 1)} of {length}"
+    lines = [f"{what} or more in {where}"]
+    best = max((row["score"] for record in records for row in record.detections), default=0.0)
+    if 0 < best < config.score_threshold:
+        lines.append(
+            f"the strongest scores {best:.2g}: with --score-threshold {best / 4:.1g} the same "
+            "command shows weaker ones, and detects nothing anew"
+        )
+    return lines
 
 
 def write_files(

@@ -16,6 +16,7 @@ from pipelines.inference.detecting import VideoResult, detect_videos
 from pipelines.inference.options import DetectConfig
 from pipelines.inference.output import (
     Record,
+    counted,
     read_records,
     strongest,
     write_files,
@@ -163,11 +164,7 @@ def _log(
 def _summary(
     config: DetectConfig, records: Mapping[str, Record], failures: Mapping[str, str], tracked: Run
 ) -> str:
-    shown = [strongest(record, config.files) for record in records.values()]
-    number = sum(len(record.detections) for record in shown)
-    length = duration(sum(record.duration for record in shown))
-    strong = f"{number} detections with a score of {config.files.score_threshold:g} or more"
-    lines = [f"{strong} in {len(records)} videos, {length} together"]
+    lines = counted(list(records.values()), config.files)
     failed = [f"failed: {video_id}: {reason}" for video_id, reason in sorted(failures.items())]
     lines += shortened(failed, rest=", in failures.json")
     if "html" in config.files.formats:

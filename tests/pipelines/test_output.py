@@ -23,6 +23,7 @@ from pipelines.inference.output import (
     FORMATS,
     OutputConfig,
     Record,
+    counted,
     read_records,
     write_files,
     write_record,
@@ -119,6 +120,21 @@ def test_only_the_strongest_of_what_is_asked_for_are_written(tmp_path: Path) -> 
     assert len(read_csv(tmp_path / "detections.csv")) == 3
     with pytest.raises(ValueError, match="top_k must be at least 1"):
         OutputConfig(top_k=0)
+
+
+def test_detections_are_counted_and_weak_ones_not_passed_over_in_silence() -> None:
+    one = record("a")
+    best = max(row["score"] for row in one.detections)
+    weak = OutputConfig(score_threshold=best + 0.01)
+    number = len(one.detections)
+    some = f"{number} detections with a score of 0 or more in 1 video of "
+    (told,) = counted([one], OutputConfig(score_threshold=0.0))
+    assert told.startswith(some)
+    none, advice = counted([one, record("b")], weak)
+    assert none.startswith("0 detections with a score of 0.")
+    assert "in 2 videos of" in none
+    assert f"strongest scores {best:.2g}: with --score-threshold" in advice
+    assert len(counted([replace(one, detections=[])], weak)) == 1
 
 
 def test_the_page_loads_nothing_and_no_name_breaks_out_of_its_data(tmp_path: Path) -> None:
