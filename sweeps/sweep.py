@@ -157,7 +157,12 @@ class SweepConfig:
 
     @property
     def trial_recipe(self) -> Recipe:
-        """Recipe of a trial that changes nothing."""
+        """Recipe of a trial that changes nothing: evaluated from the same share of epochs on."""
+        first = round(self.base.evaluate_from * self.epochs / self.base.epochs)
         return replace(
-            self.base, experiment=self.experiment, output=self.output, epochs=self.epochs
+            self.base,
+            experiment=self.experiment,
+            output=self.output,
+            epochs=self.epochs,
+            evaluate_from=min(max(1, first), self.epochs),
         )

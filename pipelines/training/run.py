@@ -214,8 +214,10 @@ def prepare(recipe: Recipe, *, fit: str | None = None) -> tuple[Prepared, Detect
     """
     if recipe.finetune.epochs:
         raise UserError(
-            "--finetune-epochs belongs to train.py: finetune the backbone once, before "
-            "(finetune_backbone.py --data.annotations A --data.videos V), and give its weights."
+            "--finetune-epochs belongs to train.py: leave it out (--finetune.epochs 0, of a sweep "
+            "--base.finetune.epochs 0). To begin with a finetuned backbone, finetune it once, "
+            "before (finetune_backbone.py --data.annotations A --data.videos V), and give its "
+            "weights."
         )
     recipe = detection_inputs(recipe)
     annotations = read_annotations(recipe.data)

@@ -83,3 +83,15 @@ def test_where_nothing_can_be_stopped_trials_take_turns() -> None:
         (SWEEP, replace(CONFIG, epochs=1)),
     ):
         assert type(scheduler(sweep, config)) is FIFOScheduler
+
+
+@pytest.mark.parametrize(
+    ("whole", "trial", "first"),
+    [((50, 16), 25, 8), ((50, 16), 1, 1), ((4, 4), 2, 2), ((4, 1), 2, 1)],
+)
+def test_trials_are_evaluated_from_the_same_share_of_their_epochs_on(
+    whole: tuple[int, int], trial: int, first: int
+) -> None:
+    base = replace(toy(), epochs=whole[0], evaluate_from=whole[1])
+    recipe = replace(CONFIG, epochs=trial, base=base).trial_recipe
+    assert (recipe.epochs, recipe.evaluate_from) == (trial, first)
