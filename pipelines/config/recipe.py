@@ -273,7 +273,7 @@ class RunConfig:
         if not 1 <= self.evaluate_from <= self.epochs:
             raise ValueError(
                 f"--evaluate-from must be from 1 to the {self.epochs} epochs of the run, not "
-                f"{self.evaluate_from}: its last epoch has to be evaluated."
+                f"{self.evaluate_from}: its last epoch has to be evaluated. Set it too."
             )
 
 

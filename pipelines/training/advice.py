@@ -260,7 +260,7 @@ def _fitting(facts: Facts, machine: Machine) -> Advice:
         needed = _memory(advice.recipe, facts.classes)
         advice.reasons["memory"] = (
             f"a step takes about {needed / GIBIBYTE:.2f} GiB (predicted), "
-            f"and may take {0.85 * machine.memory / GIBIBYTE:.1f}"
+            f"and may take {0.85 * machine.memory / GIBIBYTE:.1f} GiB"
         )
         best = advice
         if needed <= 0.85 * machine.memory:  # the rest is the allocator's, and what others hold

@@ -127,9 +127,9 @@ def test_a_model_without_residual_blocks_is_refused() -> None:
             rewire(model)
     for change in (rewire, unwire):
         with pytest.raises(TypeError, match=r"which tiny_swin is not\. Call it first: tiny_swin\("):
-            change(tiny_swin)  # type: ignore[operator]
+            change(tiny_swin)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"which an object of the class NoneType is not\.$"):
-            change(None)  # type: ignore[operator]
+            change(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="call rewire first"):
         set_reversible(nn.Linear(2, 2), True)
 
