@@ -340,7 +340,7 @@ class Embedding(nn.Module):
 
 
 class HalvingPyramid(nn.Module):
-    """Encoder: embedding, stem at full rate, then one block for each further level, of half the rate.
+    """Encoder: embedding, stem at full rate, then one block per further level, of half the rate.
 
     The mask of level l is every 2^l-th value of the input's mask.
 
