@@ -371,9 +371,9 @@ def test_the_localizer_begins_alike_behind_all_of_them() -> None:
 @pytest.mark.parametrize(
     ("config", "tuning", "reason"),
     [
-        (slowfast_toy(), ADAPTERS, r"slow_path.layer1.1 \(Bottleneck\) has an activation behind"),
+        (slowfast_toy(), ADAPTERS, r"slow_path.layer1.1 \(Bottleneck\) has an activation after"),
         (slowfast_toy(), LORA, "have no linear layers of --model.lora.layers all"),
-        (swin_toy(), LORA, r"read the weights of features.0.0.attn.qkv, ... and 7 more, and do"),
+        (swin_toy(), LORA, r"read the weights of features.0.0.attn.qkv, ... and 7 more but do"),
     ],
 )
 def test_blocks_that_cannot_have_them_are_refused(config: Any, tuning: Tuning, reason: str) -> None:
