@@ -117,7 +117,7 @@ class ClipClassifier(nn.Module):
     def predict(self, features: Tensor, mask: Tensor) -> tuple[Tensor]:
         """Compute logits `(B, K)` of features `(B, C, T)` where `mask` `(B, T)` is true."""
         valid = mask[:, None]
-        total = torch.where(valid, features, 0).sum(dim=2)
+        total = torch.where(valid, features, 0).sum(dim=2)  # not a product: padding may be NaN
         mean = total / valid.sum(dim=2).clamp(min=1)
         return (self.linear(self.dropout(mean)),)
 
@@ -126,6 +126,8 @@ class ClipClassifier(nn.Module):
         every = [target for of_pass in targets for target in of_pass]
         total, ranks = over_ranks(_counted(_labels(every, self.linear.weight.device)))
         self._passes = len(masks)
+        # DDP averages over ranks and accumulation over passes, so that total / (ranks passes)
+        # makes the step's loss the mean over its clips.
         self._clips_a_pass = total.clamp(min=1) / (ranks * self._passes)
 
 
@@ -169,7 +171,7 @@ def _spanning(scores: Tensor, mask: Tensor) -> list[Detections]:
     found = []
     for of_clip, valid in zip(scores, mask.sum(dim=1), strict=True):
         order = of_clip.argsort(descending=True, stable=True)
-        end = valid.float() - 0.5
+        end = valid.float() - 0.5  # the window spans -0.5 to T - 0.5
         span = torch.stack([torch.full_like(end, -0.5), end])
         found.append(
             Detections(segments=span.expand(len(order), 2), scores=of_clip[order], labels=order)
@@ -194,7 +196,7 @@ def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
         raise ValueError("Scores of classes must be finite to be compared.")
     right = scores.gather(1, labels[:, None])
     number = torch.arange(scores.shape[1], device=scores.device)
-    before = (scores > right) | ((scores == right) & (number < labels[:, None]))
+    before = (scores > right) | ((scores == right) & (number < labels[:, None]))  # (N, K)
     return before.sum(dim=1)
 
 

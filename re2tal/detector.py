@@ -140,5 +140,5 @@ class Detector(nn.Module, Generic[BackboneT, LocalizerT]):
                 f"The frame mask must be bool (B, T) with T a multiple of the backbone's temporal "
                 f"stride of {stride}, but got {mask.dtype} {tuple(mask.shape)}."
             )
-        seen: Tensor = mask.unflatten(1, (-1, stride)).any(dim=2)
+        seen: Tensor = mask.unflatten(1, (-1, stride)).any(dim=2)  # (B, T / stride, stride)
         return seen

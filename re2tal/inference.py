@@ -48,13 +48,14 @@ def window_detections(raw: Detections, window: Window, duration: float) -> Detec
     segments = window.grid.to_seconds(raw.segments)
     first, last, copied = 0.0, duration, None
     if window.copy is not None:
+        # from frames to feature coordinates, as in TimeGrid
         middle_of_gap = (window.valid + window.copy.first) / 2 / window.grid.stride - 0.5
         copied = raw.segments.mean(dim=1) >= middle_of_gap
         segments = torch.where(copied[:, None], window.copy.grid.to_seconds(raw.segments), segments)
         first = window.grid.offset
         last = min(first + window.valid / window.grid.fps, duration)
     segments = segments.clamp(first, last)
-    inside = segments[:, 1] > segments[:, 0]
+    inside = segments[:, 1] > segments[:, 0]  # clamping makes segments outside empty
     found = raw.with_segments(segments)[inside]
     return found if copied is None else without_repetitions(found, copied[inside], iou=REPETITION)
 

@@ -170,8 +170,8 @@ class _Grid:
             if rest == 0 and shape[0] % timeline.clips == 0:
                 return cls(windows=shape[0] // timeline.clips, places=places, timeline=timeline)
         raise UserError(
-            f"--model.tuning adapters: blocks of this backbone get tokens {tuple(shape)}, which do "
-            "not tell the time of each: adapters are for (B, T, H, W, C), and for tokens of clips. "
+            f"--model.tuning adapters: blocks of this backbone get tokens {tuple(shape)}, whose "
+            "times are unknown: adapters are for (B, T, H, W, C), and for tokens of clips. "
             "Use --model.tuning lora."
         )
 
@@ -220,6 +220,7 @@ class _Grid:
         time = torch.arange(self.steps, device=device)
         clip, step = time // line.steps, time % line.steps
         inside = place * line.steps + step if line.by_place else step * self.places + place
+        # first row of the clip of each (column, time)
         begin = (window * line.clips + clip) * a_clip
         rows = begin + line.first + inside
         if line.first == 0:
@@ -392,6 +393,7 @@ class _Columns:
     ) -> Tensor:
         """Run the block's last branch on all columns, and the adapter on those of places."""
         y = self.last(piece, *self.args, **self.kwargs)
+        # the factors that `share` drew, so that all pieces of a sample drop the same branch
         for factors in shared:
             y = y * self._spread(factors, start, stop)
         term = self.adapter(piece + y)

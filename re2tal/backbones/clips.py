@@ -214,7 +214,7 @@ class ClipBackbone(nn.Module):
             self.register_parameter(name, parameter)
         self.channels = channels
         self.temporal_stride = stride * pooling // interpolation
-        self.multiple = math.lcm(clip, stride * pooling)
+        self.multiple = math.lcm(clip, stride * pooling)  # whole clips, and whole averages
         self.timeline = Timeline(clip // stride, first=family.first, by_place=family.by_place)
         self._clip = clip
         self._family = family
@@ -305,7 +305,7 @@ def patches(projection: nn.Module, video: Tensor, clip: int) -> Tensor:
     layer: Any = projection
     check_patches(video, layer)
     clips = clips_of(video, clip)
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, nn.Conv2d):  # frame by frame: (B T, 3, H, W)
         images: Tensor = layer(clips.transpose(1, 2).flatten(0, 1))
         of_images: Tensor = images.unflatten(0, (-1, clip)).movedim(2, -1)
         return of_images
@@ -323,6 +323,7 @@ def sines(grid: tuple[int, int, int], channels: int) -> Tensor:
     """Make the table of sines for the places of a grid, numbered in order, `(*grid, channels)`."""
     place = torch.arange(math.prod(grid), dtype=torch.float64)[:, None]
     channel = torch.arange(channels, dtype=torch.float64)
+    # Sines on even channels, cosines on odd ones, computed in float64.
     angle = place / 10000 ** (2 * (channel // 2) / channels)
     table = torch.where(channel % 2 == 0, angle.sin(), angle.cos())
     return table.float().view(*grid, channels)
@@ -358,10 +359,11 @@ def side_of(positions: Tensor, frames: int = 1) -> int:
 def resized(positions: Tensor, grid: torch.Size) -> Tensor:
     """Resize a table `(t, h, w, C)` to a grid: bicubic in space, linear in time."""
     if positions.shape[1:3] != grid[1:]:
+        # (t, C, h, w): times are the batch
         images = F.interpolate(positions.movedim(-1, 1), size=tuple(grid[1:]), mode="bicubic")
         positions = images.movedim(1, -1)
     if len(positions) != grid[0]:
-        lines = positions.flatten(1).T[None]
+        lines = positions.flatten(1).T[None]  # (1, h w C, t): places and channels are channels
         positions = F.interpolate(lines, size=grid[0], mode="linear")[0].T.unflatten(
             1, (*grid[1:], -1)
         )

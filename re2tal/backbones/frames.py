@@ -174,7 +174,7 @@ class FramePatches(ClipStem):
 
     def forward(self, video: Tensor) -> Tensor:
         """Compute tokens `(B T/every, H', W', C)` of a video `(B, 3, T, H, W)`."""
-        seen = video[:, :, self._every // 2 :: self._every]
+        seen = video[:, :, self._every // 2 :: self._every]  # the middle of each group
         return patches(self.proj, seen, clip=1)[:, 0]
 
 
@@ -212,7 +212,7 @@ def _pooled(config: FramesConfig, parts: Any, video: Tensor) -> Tensor:
         if not _RECORDS[config.family].norm_last:
             normed: Tensor = parts.norm(places)
             return normed[:, None]
-        feature = parts.norm(places.mean(dim=1))
+        feature = parts.norm(places.mean(dim=1))  # norm of the mean, not mean of norms
     elif config.pool == "class":
         feature = parts.norm(tokens[:, 0])
     else:
@@ -244,6 +244,7 @@ def _tokens(config: FramesConfig, parts: Any, video: Tensor) -> tuple[Tensor, in
     tokens = parts.norm_pre(torch.cat([*further, tokens], dim=1))
     if not hasattr(parts, "rope"):
         return parts.blocks(tokens), before
+    # EVA-02 and DINOv3: every block gets the rotary embeddings of this grid
     rope = parts.rope.get_embed(shape=grid)
     for block in parts.blocks:
         tokens = block(tokens, rope=rope)

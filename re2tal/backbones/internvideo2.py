@@ -110,6 +110,7 @@ class Attention(nn.Module):
         """Attend among `(B, N, C)`."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         apart = (self.q_norm(q), self.k_norm(k), v)
+        # (B, heads, N, C / heads) each
         heads = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in apart)
         joined = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
         result: Tensor = self.proj(joined)

@@ -159,7 +159,7 @@ def _blocks(config: MViTConfig) -> list[MSBlockConfig]:
         halves = stage > before
         pools_queries = second or halves
         at = (before, stage) if second else (stage, after)
-        keys = 2 ** (len(config.depths) - 1 - stage)
+        keys = 2 ** (len(config.depths) - 1 - stage)  # stride down to the last stage's places
         settings.append(
             MSBlockConfig(
                 num_heads=config.heads * 2**stage,
@@ -180,6 +180,7 @@ def _tokens(config: MViTConfig, parts: Any, video: Tensor) -> Tensor:
     first = parts.pos_encoding.class_token
     if config.version == 1:
         side = config.trained_size // _PATCH
+        # separable embeddings: (t, 1, 1, C) + (h, w, C)
         over_time = parts.pos_encoding.temporal_pos[:, None, None]
         positions = over_time + parts.pos_encoding.spatial_pos.unflatten(0, (side, side))
         patches = patches + resized(positions, grid)
@@ -188,6 +189,7 @@ def _tokens(config: MViTConfig, parts: Any, video: Tensor) -> Tensor:
     thw = tuple(grid)
     for block in parts.blocks:
         tokens, thw = block(tokens, thw)
+    # without the class token; (B T/n, t, h w, C)
     by_time: Tensor = parts.norm(tokens)[:, 1:].unflatten(1, (thw[0], -1))
     return by_time
 

@@ -78,12 +78,13 @@ class TimeSformerStem(ClipStem):
         tokens = patches(self.patch_embeddings.projection, video, self.frames)
         side = side_of(self.position_embeddings)
         square = self.position_embeddings[:, 1:].unflatten(1, (side, side)).movedim(3, 1)
+        # nearest, the default of F.interpolate
         places = F.interpolate(square, size=tuple(tokens.shape[2:4])).movedim(1, -1)
         times = F.interpolate(self.time_embeddings.transpose(1, 2), size=self.frames)
         tokens = tokens + places[:, None].type_as(tokens)
         tokens = tokens + times.transpose(1, 2)[..., None, None, :].type_as(tokens)
         first = (self.cls_token + self.position_embeddings[:, :1]).type_as(tokens)
-        by_place = tokens.movedim(1, 3).flatten(1, 3)
+        by_place = tokens.movedim(1, 3).flatten(1, 3)  # (B T/n, H' W' n, C)
         return torch.cat((first.expand(len(tokens), -1, -1), by_place), dim=1)
 
 

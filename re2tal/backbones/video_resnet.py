@@ -97,6 +97,7 @@ class VideoResNetBackbone(resnet.VideoResNet):  # type: ignore[misc]  # torchvis
         self.fc = self.avgpool = nn.Identity()
         for stage, stride in zip(self._stages[1:], config.strides, strict=True):
             for module in stage.modules():
+                # also the stage's downsampling shortcut
                 if isinstance(module, nn.Conv3d) and module.stride[0] > stride:
                     module.stride = (stride, *module.stride[1:])
         self._depths = config.depths

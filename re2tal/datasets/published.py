@@ -126,9 +126,9 @@ THUMOS14 = Dataset(
     ambiguous=frozenset({"Ambiguous"}),
     implied={"CliffDiving": "Diving"},
     unusable={
-        "video_test_0000270": "falsely annotated: 22 of its 29 instances lie outside the video",
-        "video_test_0001292": "nothing but ambiguous stretches is annotated",
-        "video_test_0001496": "falsely annotated: its 18 instances are not what can be seen",
+        "video_test_0000270": "wrongly annotated: 22 of its 29 instances lie outside the video",
+        "video_test_0001292": "has only ambiguous segments",
+        "video_test_0001496": "wrongly annotated: its 18 instances do not match the video",
     },
 )
 

@@ -44,7 +44,7 @@ def write_raw(
     Raises:
         ValueError: a label has no class.
     """
-    pool = Detections.concat([found.to("cpu") for found in predictions.values()])
+    pool = Detections.concat([found.to("cpu") for found in predictions.values()])  # widest dtype
     if bool(((pool.labels < 0) | (pool.labels >= len(classes))).any()):
         raise ValueError(
             f"The predictions for {path} have labels outside 0 to {len(classes) - 1}: there are "

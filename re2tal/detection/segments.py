@@ -139,10 +139,11 @@ def without_repetitions(found: Detections, second: Tensor, *, iou: float) -> Det
     """
     order = found.scores.argsort(descending=True, stable=True)
     ranked, view = found[order], second[order]
-    same = (ranked.labels[:, None] == ranked.labels) & (view[:, None] != view)
+    same = (ranked.labels[:, None] == ranked.labels) & (view[:, None] != view)  # (N, N)
     same &= tiou(ranked.segments[:, None], ranked.segments) >= iou
     kept = torch.ones(len(found), dtype=torch.bool)
+    # Only rows with a repetition matter; they are few, by falling score.
     for row in same.any(dim=1).nonzero()[:, 0].tolist():
         if kept[row]:  # a removed detection suppresses nothing
             kept &= ~same[row]
-    return found[order[kept].sort().values]
+    return found[order[kept].sort().values]  # back in the order given

@@ -114,7 +114,7 @@ def _tables(groups: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         lengths = torch.tensor(rows, device=groups.device)
         filled = torch.arange(width, device=groups.device) < lengths[:, None]
         index = groups.new_zeros(filled.shape)
-        index[filled] = members[first : first + sum(rows)]
+        index[filled] = members[first : first + sum(rows)]  # row by row, as in `members`
         yield index, filled
         row, first = row + len(rows), first + sum(rows)
 
@@ -156,7 +156,7 @@ def _take(table: _Table, weaken: Weaken, min_score: float, picks: int) -> Tensor
     instants = bool((table.lengths == 0).any())
     for _ in range(min(taken.shape[1], picks)):
         score, pick = table.scores.max(dim=1, keepdim=True)  # the first one on ties
-        going = score >= min_score
+        going = score >= min_score  # (G, 1)
         if not bool(going.any()):
             break
         # Groups that are done still have a pick, which must not change `taken`.
@@ -432,6 +432,7 @@ def _groups(pool: _Pool, config: NmsConfig) -> Tensor:
     """Number the groups `(N,)` within which detections suppress one another."""
     if not config.per_class:
         return pool.videos
+    # by rank among the labels that occur: labels themselves may be any integers
     classes, of_class = pool.detections.labels.unique(return_inverse=True)
     numbers: Tensor = pool.videos * len(classes) + of_class
     return numbers
@@ -458,7 +459,7 @@ def _best(scores: Tensor, pool: _Pool, config: NmsConfig) -> Tensor:
     kept = kept[scores[kept].argsort(descending=True, stable=True)]
     kept = kept[pool.videos[kept].argsort(stable=True)]  # stable: within a video by score
     counts = pool.videos[kept].bincount(minlength=pool.count)
-    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)  # first place of each video
     rank = torch.arange(len(kept), device=kept.device) - first
     return kept[rank < config.top_k]
 

@@ -121,7 +121,7 @@ def load_video_scores(
     columns = [names.index(name) for name in classes]
     scores = {}
     for video_id, values in content.results.items():
-        row = torch.tensor(values, dtype=torch.float64)
+        row = torch.tensor(values, dtype=torch.float64)  # all classes of the file, for the softmax
         scores[normal_form(video_id)] = (row.softmax(dim=0) if logits else row)[columns].float()
     return VideoScores(classes=tuple(classes), scores=scores)
 
@@ -150,6 +150,7 @@ def fuse(proposals: Detections, scores: Tensor, *, top: int) -> Detections:
         )
     best = scores.to(proposals.scores).sort(descending=True, stable=True)
     count = len(proposals)
+    # Class by class, so that the final stable sort puts the better class first on ties.
     return Detections(
         segments=proposals.segments.repeat(top, 1),
         scores=(best.values[:top, None] * proposals.scores).flatten(),

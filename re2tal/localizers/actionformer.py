@@ -164,7 +164,7 @@ class ActionFormer(nn.Module):
             embed,
             config.width,
             stem=[block(config.windows[0], 1) for _ in range(config.stem_layers)],
-            branch=[block(window, 2) for window in config.windows[1:]],
+            branch=[block(window, 2) for window in config.windows[1:]],  # one level each
         )
         width, layers = config.head_width, config.head_layers
         self.class_head = ConvHead(config.width, width, num_classes, layers=layers)
@@ -189,7 +189,7 @@ class ActionFormer(nn.Module):
         if targets is None:
             return decode(self.config, logits, offsets, valid, points)
         actual = self._assign(points, targets)
-        positive = valid & (actual.classes > 0).any(dim=2)
+        positive = valid & (actual.classes > 0).any(dim=2)  # (B, P)
         count = self.normalizer(positive.sum())
         smoothing = self.config.label_smoothing
         regression = diou_loss(offsets, actual.offsets, positive)
@@ -227,6 +227,7 @@ class ActionFormer(nn.Module):
         strip = Strip.lay_out(pyramid)
         points = make_points(features.shape[2], self.config.ranges, features.device)
         logits = self.class_head(strip)
+        # ReLU: a positive point lies inside its action, so both distances are non-negative
         offsets = F.relu(self.offset_scale(self.offset_head(strip), points.lengths))
         return logits, offsets, strip.valid[:, strip.points], points
 

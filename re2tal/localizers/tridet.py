@@ -190,7 +190,7 @@ class TriDet(nn.Module):
             return decode(self.config, logits, offsets, valid, points)
         actual = self._assign(points, targets)
         config = self.config
-        positive = valid[..., None] & (actual.classes > 0)
+        positive = valid[..., None] & (actual.classes > 0)  # (B, P, K)
         wanted = actual.offsets[:, :, None]  # the same for all classes of a point
         count = self.normalizer(positive.any(dim=2).sum())
         overlap = offset_iou(offsets, wanted, positive)  # one where not positive
@@ -239,7 +239,7 @@ class TriDet(nn.Module):
         offsets = boundary_distances(
             zero_padding(self.start_head(alone), valid),
             zero_padding(self.end_head(alone), valid),
-            bins.unflatten(2, (2, -1)),
+            bins.unflatten(2, (2, -1)),  # (B, P, 2, N + 1)
             points.lengths,
         )
         return self.class_head(strip), offsets, valid, points
@@ -311,6 +311,7 @@ class SGPLayer(nn.Module):
             x = F.max_pool1d(x, 3, 2, padding=1).transpose(1, 2)
             x = x.masked_fill(~mask[..., None], 0)
         normed = zero_padding(self.norm(x), mask)
+        # over valid steps only; the clamp is for windows without any
         mean = normed.sum(dim=1, keepdim=True) / mask.sum(dim=1).clamp(min=1)[:, None, None]
         instant = self.instant(normed) * F.relu(self.video_gate(mean))
         window = (self.narrow(normed) + self.wide(normed)) * self.window_gate(normed)

@@ -67,7 +67,7 @@ def _guess(known: dict[int, int], budget: int, low: int, high: int | None) -> in
     slope = (size_b - size_a) / (b - a)
     guess = int(a + (budget - size_a) / slope) if slope > 0 else 2 * max(near)
     if high is None:
-        return max(low + 1, min(guess, 64 * max(known)))
+        return max(low + 1, min(guess, 64 * max(known)))  # a nearly flat line must not run away
     if guess <= low:
         return low + 1
     return min(guess, high - 1)

@@ -178,7 +178,7 @@ def _run(model: nn.Module, inputs: Any, step: Step | None) -> None:
             f"The forward of this {type(model).__name__} returned nothing that needs a "
             "gradient. Put it in training mode, or give a step that returns the loss."
         )
-    del result
+    del result  # results that are not loss terms are freed before the backward, as in training
     torch.stack(terms).sum().backward()
 
 

@@ -118,7 +118,7 @@ def _decode(
     if times.ndim != 1 or not times.size or not np.isfinite(times).all():
         raise ValueError(f"decode needs a list of finite times, not one of shape {times.shape}.")
     out: np.ndarray | None = None
-    order = np.argsort(times, kind="stable")
+    order = np.argsort(times, kind="stable")  # the reader only moves forward
     in_order = times[order].tolist()
     with VideoReader(source, threads=threads, limits=limits, times=in_order) as reader:
         converter = Converter(size, like=like)

@@ -74,6 +74,7 @@ def window_features(features: np.ndarray, grid: TimeGrid, window: Window) -> np.
     shown: np.ndarray = window.mask().reshape(-1, window.grid.stride).max(axis=1)
     places = grid.to_features(feature_times(window)[shown])
     nearest = np.round(places)
+    # rounding errors of times must not blend two features
     places = np.where(np.abs(places - nearest) < _ROUNDING, nearest, places)
     places = places.clip(0, len(features) - 1)
     before = np.floor(places).astype(np.int64)

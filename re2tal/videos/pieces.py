@@ -40,12 +40,12 @@ def decode_source(
     if times.ndim != 1 or not times.size:
         raise ValueError(f"decode needs a list of finite times, not one of shape {times.shape}.")
     places = np.searchsorted(source.starts, times + _ROUNDING, side="right") - 1
-    places = np.maximum(places, 0)
+    places = np.maximum(places, 0)  # times before the first piece
     out: np.ndarray | None = None
     for number in np.unique(places):
         here = places == number
         frames = _decode_piece(source, int(number), times[here], size, threads)
-        if len(frames) == len(times):
+        if len(frames) == len(times):  # all in one piece: no copy
             return frames
         if out is None:
             out = np.empty((len(times), *frames.shape[1:]), np.uint8)

@@ -79,6 +79,7 @@ def magnified(clip: TimeGrid, valid: int, config: StitchConfig) -> Copy | None:
         return None  # rounding in a window of few features: the copy would not be larger
     frame = first * clip.stride
     fps = (clip.length - frame) / (valid / clip.fps)  # the clip's seconds fill the remaining frames
+    # frame `frame` of the copy's grid shows the start of the clip
     return Copy(grid=replace(clip, fps=fps, offset=clip.offset - frame / fps), first=frame)
 
 
@@ -101,6 +102,7 @@ def clip_starts(
     """
     short = sorted((i.start, i.end) for i in instances if i.end - i.start <= length)
     groups: list[tuple[float, float]] = []
+    # greedy by start: extend the last group while it fits into one clip
     for start, end in short:
         if groups and max(end, groups[-1][1]) - groups[-1][0] <= length:
             groups[-1] = groups[-1][0], max(end, groups[-1][1])

@@ -143,7 +143,7 @@ def _random_starts(
         return [0.0]
     step = grid.duration * (1 - overlap)
     last = duration - grid.duration
-    between = math.ceil(last / step - 0.5)
+    between = math.ceil(last / step - 0.5)  # windows between the first and the last
     # The first and the last step may be shorter than `step`, but no step may be longer.
     second = random.uniform(max(0.0, last - between * step), min(step, last - (between - 1) * step))
     return [0.0, *(second + i * step for i in range(between)), last]
@@ -203,7 +203,7 @@ def at_speed(
     seconds = speed * grid.duration
     shown = min(grid.duration, video.duration - grid.offset)
     start = grid.offset + share * (shown - seconds)
-    offset = max(0.0, min(start, video.duration - seconds))
+    offset = max(0.0, min(start, video.duration - seconds))  # 0 if the video is too short
     return _window(video, classes, config, replace(grid, fps=grid.fps / speed, offset=offset))
 
 
@@ -348,6 +348,7 @@ def _visible(
     segments, labels = [], []
     for instance in video.instances:
         start, end = max(instance.start, first), min(instance.end, last)
+        # 1e-9: with a share of 1, rounding must not drop an instance that lies inside
         if end - start >= share * min(instance.end - instance.start, whole) - 1e-9:
             segments.append((start, end))
             labels.append(numbers[instance.label])

@@ -385,7 +385,7 @@ def test_blocks_that_cannot_have_them_are_refused(config: Any, tuning: Tuning, r
 def test_tokens_of_no_time_are_refused(video: Tensor) -> None:
     backbone = tuned(TINY, ADAPTERS)
     block = backbone.encoder.layer[0]
-    with pytest.raises(UserError, match=r"tokens \(2, 33, 16\), which do not tell the time"):
+    with pytest.raises(UserError, match=r"tokens \(2, 33, 16\), whose times are unknown"):
         block(torch.zeros(2, 33, 16))  # with one of no place
     with pytest.raises(UserError, match="has adapters already"):
         ADAPTERS.add_to(backbone)

@@ -190,7 +190,7 @@ class SlowFastBackbone(nn.Module):
             stem_frames=1,
             # Section 3.4: temporal convolutions in the slow pathway's early stages lower accuracy.
             temporal_from=stages // 2,
-            joined=[2 * channels for channels in spoken],
+            joined=[2 * channels for channels in spoken],  # lateral convolutions double them
             relu_before_sum=config.relu_before_sum,
         )
         self.fast_path = Pathway(
@@ -243,6 +243,7 @@ class SlowFastBackbone(nn.Module):
                 "another window, or pad it."
             )
         length = frames // self.temporal_stride
+        # pooled over space first, so that resampling is cheap
         pooled = [resample(x.mean(dim=(3, 4)), length) for x in self.pathways(video)]
         return torch.cat(pooled, dim=1)
 

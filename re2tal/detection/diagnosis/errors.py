@@ -89,7 +89,7 @@ def _by_bin(missed: Bools, placed: Placed) -> Missed:
 
 def _by_pair(missed: Bools, first: Placed, second: Placed) -> Missed:
     shape = (len(first.bins.names), len(second.bins.names))
-    return _shares(missed, first.index * shape[1] + second.index, shape)
+    return _shares(missed, first.index * shape[1] + second.index, shape)  # row-major index
 
 
 def _shares(missed: Bools, index: Ints, shape: tuple[int, ...]) -> Missed:
@@ -193,7 +193,7 @@ def classify(outcomes: Outcomes, wanted: Bools) -> Ints:
     found = np.where(same, int(Kind.DOUBLE_DETECTION), int(Kind.WRONG_LABEL))
     below = np.where(overlap >= MIN_OVERLAP, near, int(Kind.BACKGROUND))
     kinds[:, rows] = np.where(overlap >= levels, found, below)
-    kinds[outcomes.matched >= 0] = Kind.TRUE_POSITIVE
+    kinds[outcomes.matched >= 0] = Kind.TRUE_POSITIVE  # last: it overrides all others
     return kinds
 
 

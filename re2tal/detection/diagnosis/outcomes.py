@@ -98,6 +98,7 @@ def collect(
         least=float(levels.min()),
         instants=0.0,
     )
+    # `match` returns rows of `pairs`; turn them into the instance of each prediction.
     matched = np.full((len(levels), len(found)), -1, dtype=np.int64)
     taken = match(pairs, num_found=len(found), num_actual=len(actual), levels=levels)
     for of_level, rows in zip(matched, taken, strict=True):
@@ -131,11 +132,11 @@ def normalised_precision(outcomes: Outcomes, hits: Bools, false: Bools, counts: 
     Returns:
         `(K, P)`.
     """
-    typical = len(outcomes.truth) / np.count_nonzero(outcomes.counts)
+    typical = len(outcomes.truth) / np.count_nonzero(outcomes.counts)  # N
     precision = np.zeros(hits.shape)
     for label in np.flatnonzero(counts):
         part = slice(outcomes.starts[label], outcomes.starts[label + 1])
-        weight = hits[:, part].cumsum(axis=1) * (typical / counts[label])
+        weight = hits[:, part].cumsum(axis=1) * (typical / counts[label])  # R N
         total = weight + false[:, part].cumsum(axis=1)
         np.divide(weight, total, out=precision[:, part], where=total > 0)
     return precision

@@ -205,7 +205,7 @@ def overlapping(
         position = np.arange(len(guess)) + (after[rows[:1]] - counts[rows[:1]]).sum()
         instance = by_group[first[guess] + position - (after - counts)[guess]]
         overlap = _overlap(found[0][guess], segments[instance], instants)
-        enough = overlap >= least
+        enough = overlap >= least  # keep only these: most pairs of a group do not overlap
         parts.append((guess[enough], instance[enough], overlap[enough]))
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
     return Pairs(found=columns[0], actual=columns[1], overlap=columns[2])
@@ -235,7 +235,7 @@ def match(pairs: Pairs, *, num_found: int, num_actual: int, levels: Floats) -> l
     taken = []
     for level in levels:
         waiting = by_preference[overlap >= level]
-        served_pairs = [waiting[:0]]
+        served_pairs = [waiting[:0]]  # `concatenate` needs at least one part
         unserved, free = np.ones(num_found, dtype=bool), np.ones(num_actual, dtype=bool)
         while len(waiting):
             guess, instance = pairs.found[waiting], pairs.actual[waiting]
@@ -263,7 +263,7 @@ def first_ranks(pairs: Pairs, groups: Ints, *, num_actual: int, levels: Floats) 
     Returns:
         `(K, N)` ranks from 0; the largest int64, beyond any budget, for instances not covered.
     """
-    order = np.argsort(groups, kind="stable")
+    order = np.argsort(groups, kind="stable")  # stable: within a group by falling score
     ranks = np.empty(len(groups), dtype=np.int64)
     ranks[order] = np.arange(len(groups)) - np.searchsorted(groups[order], groups[order])
     first = np.full((len(levels), num_actual), np.iinfo(np.int64).max)

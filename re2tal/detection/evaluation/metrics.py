@@ -155,7 +155,7 @@ def mean_average_precision(
         instants=np.inf,
     )
     ignored = _touching(tables, ambiguous or {})
-    starts = np.searchsorted(found.labels, np.arange(num_classes + 1))
+    starts = np.searchsorted(found.labels, np.arange(num_classes + 1))  # labels are sorted
     counts = np.bincount(actual.labels, minlength=num_classes)
     taken = match(pairs, num_found=len(found), num_actual=len(actual), levels=levels)
     # `found` is ordered by class and score, so the rows of true positives give their ranks.
@@ -208,7 +208,7 @@ def _average_precision(hits: Ints, ignored: Ints, starts: Ints, counts: Ints) ->
     skipped = np.setdiff1d(ignored, hits, assume_unique=True)
     # Ignored predictions of the class before each true positive.
     earlier = np.searchsorted(skipped, hits) - np.searchsorted(skipped, starts)[label]
-    precision = found / (hits - starts[label] + 1 - earlier)
+    precision = found / (hits - starts[label] + 1 - earlier)  # over predictions visited so far
     area = np.full(len(counts), np.nan)
     for of_class in np.flatnonzero(counts):
         part = precision[bounds[of_class] : bounds[of_class + 1]]
@@ -308,7 +308,8 @@ def recall_at(
     )
     first = first_ranks(pairs, of_found, num_actual=len(actual), levels=levels)  # (K, N)
     _, group, members = np.unique(of_actual, return_inverse=True, return_counts=True)
-    hits = first[:, None] < budgets[:, None] * members[group]  # (K, Q, N)
+    # found if the first prediction that covers it is among the k n best: (K, Q, N)
+    hits = first[:, None] < budgets[:, None] * members[group]
 
     per_class = np.full((*hits.shape[:2], num_classes), np.nan)
     for label in np.unique(actual.labels):
@@ -446,7 +447,7 @@ def _budgets(available: Ints, total: int, most: int) -> tuple[Ints, Floats]:
     """
     steps = np.arange(1, most + 1)
     share = most * float(len(available)) / total if total else 0.0
-    cut = np.minimum((available * share).astype(np.int64), available)
+    cut = np.minimum((available * share).astype(np.int64), available)  # astype truncates
     if cut.sum() == 0:
         return np.zeros((len(available), most), dtype=np.int64), steps.astype(np.float64)
     shares = steps / most * (most * float(len(available)) / cut.sum())

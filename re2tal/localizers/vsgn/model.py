@@ -87,8 +87,8 @@ class VSGNConfig:
             )
         if self.neighbours < 2:
             raise ValueError(
-                f"A graph of {self.neighbours} neighbours is none, because a node is its own "
-                "nearest one: set at least 2, or graph=False."
+                f"A graph needs at least 2 neighbours, because a node is its own nearest one, but "
+                f"got {self.neighbours}: set more, or graph=False."
             )
         if not 1 <= len(self.anchor_scales) <= 64 or min(self.anchor_scales) <= 0:
             raise ValueError(
@@ -254,6 +254,7 @@ class VSGN(nn.Module):
     def _losses(self, predicted: Prediction, mask: Tensor, targets: Sequence[Targets]) -> Losses:
         config, valid = self.config, predicted.valid
         instances = Instances.of(targets, self.num_classes, mask.device)
+        # Regression is trained on the original anchors' matches.
         original = match(predicted.anchors.segments[None], valid, instances, config.match_tiou)
         # Classes are matched with the moved anchors, not with the original ones.
         moved = predicted.segments.detach()
@@ -278,8 +279,8 @@ class VSGN(nn.Module):
     @torch.no_grad()
     def _decode(self, predicted: Prediction) -> list[Detections]:
         """Decode the detections of each sample, by falling score."""
-        segments = inside_window(predicted.adjusted, predicted.yes.shape[2])
-        classes = predicted.logits.softmax(dim=2)[..., 1:]
+        segments = inside_window(predicted.adjusted, predicted.yes.shape[2])  # before scoring
+        classes = predicted.logits.softmax(dim=2)[..., 1:]  # without the background
         scores = classes * boundary_scores(predicted.yes, segments)[..., None]
         long_enough = segments[..., 1] - segments[..., 0] > self.config.min_duration
         kept = (classes > self.config.score_threshold) & (predicted.valid & long_enough)[..., None]
