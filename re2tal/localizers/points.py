@@ -224,8 +224,8 @@ def assign(
     reach = radius * points.strides[None, :, None]
     centre = (start + end) / 2
     left, right = time - start, end - time  # (B, P, N)
-    # Distances to the sampled part around the centre, clipped to the instance: both are positive
-    # exactly for points inside it.
+    # Distances to the ends of the sampled part: `reach` around the centre, clipped to the instance.
+    # Both are positive exactly for points inside that part.
     from_left = time - torch.maximum(start, centre - reach)
     from_right = torch.minimum(end, centre + reach) - time
     farthest = torch.maximum(left, right)

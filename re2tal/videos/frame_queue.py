@@ -198,7 +198,7 @@ class FrameQueue:
     def may_hide_reordering(self) -> bool:
         """Tell if the decoder reorders frames although the next packets' times do not go back.
 
-        No packet is consumed. In a sound file, almost always the third or fourth packet has an
+        No packet is consumed. In an intact file, almost always the third or fourth packet has an
         earlier time than the previous one.
         """
         if not self._stream.codec_context.has_b_frames:

@@ -21,7 +21,7 @@ _LONGEST_END = 30.0
 # Seconds before the end at which the last packets are searched, one after the other.
 _STEPS_BACK = (0.0, 2.0, 8.0, 32.0, 128.0, 512.0)
 
-# Number of packets that is too small for a measurement of their rate.
+# With at most this many packets, their rate is not measured.
 _ENOUGH = 4
 
 _NO_END = "Its end cannot be decoded"

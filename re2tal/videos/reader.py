@@ -214,7 +214,11 @@ class VideoReader:
         return self.container.format.name not in _UNSEEKABLE
 
     def packet_time(self, packet: Packet[VideoStream]) -> float | None:
-        """Return the second at which a packet's frame is shown, or decoded in decoder's order."""
+        """Return the second at which a packet's frame is presented.
+
+        If frames are shown in the decoder's order, this is the time of the frame that comes out
+        with the packet.
+        """
         time = packet.dts if packet.pts is None or self.ordered else packet.pts
         origin = self._clock if self.ordered else self._start
         return None if time is None else (time - origin) * self._tick
