@@ -188,7 +188,7 @@ class FrameQueue:
     def pop(self) -> None:
         """Remove the next frame."""
         time = self._ready.popleft().time
-        if len(self._numbers) > _MOST_AHEAD:
+        if len(self._numbers) > _MOST_AHEAD:  # prune now and then, so that memory is bounded
             self._numbers = {at: number for at, number in self._numbers.items() if at >= time}
             oldest = self._sent - 2 * _MOST_AHEAD - self._stream.thread_count
             self._owners = {at: number for at, number in self._owners.items() if number > oldest}
@@ -247,6 +247,7 @@ class FrameQueue:
             target: time in ticks, before the next frame.
         """
         self._look_ahead(shown, target)
+        # With lost packets of unknown times, a frame may have been due between the two.
         overdue = shown.time + (shown.frame.duration or 0) <= target
         for damage in self._damages:
             if damage.restored is not None and damage.restored <= shown.time:
@@ -263,12 +264,13 @@ class FrameQueue:
         become visible only with the frame after the next one.
         """
         if self._ordered:
-            oldest = shown.number - _MOST_AHEAD
+            oldest = shown.number - _MOST_AHEAD  # older packets give no frame any more
             while any(oldest < number <= shown.number for number in self._owners.values()):
                 oldest = self._sent - _MOST_AHEAD - self._stream.thread_count
                 if not self._feed():
                     break
             return
+        # Times of frames that are decoded before this one and shown after it: it may refer to them.
         leans_on = [t for t, n in self._numbers.items() if t > shown.time and n < shown.number]
         last = max(leans_on, default=shown.time)
         for _ in range(_MOST_AHEAD):
@@ -382,7 +384,7 @@ class FrameQueue:
             self.first_is_late |= self._latest is None
             time = 0 if self._latest is None else self._latest + self.step
         self._account(time)
-        number = own = self._numbers.get(time)
+        number = own = self._numbers.get(time)  # of the frame's packet
         if self._ordered:
             own = None if frame.pts is None else self._owners.pop(frame.pts, None)
         shown = Shown(frame, time, self._sent if number is None else number)
@@ -392,7 +394,7 @@ class FrameQueue:
             self._add_damage(shown.number, "the times of its frames go back", lost=True)
         self._latest = time
         if frame.is_corrupt:
-            self._add_damage(shown.number - _MOST_AHEAD if own is None else own, "is patched up")
+            self._add_damage(shown.number - _MOST_AHEAD if own is None else own, "it has errors")
         elif frame.key_frame and own is not None and self._counted is None:
             # An intact key frame ends the damage. Not where packets are counted: damage may have
             # merged packets, so all later times may be wrong.

@@ -172,7 +172,7 @@ def is_unreferenced(stream: VideoStream, packet: bytes) -> bool:
 
 
 def _lengths(packet: bytes, size: int) -> bool:
-    """Tell the same where each unit follows its length, a number of `size` bytes."""
+    """Tell the same for units that each follow their length, a number of `size` bytes."""
     place = 0
     while place + size < len(packet):
         if (unit := packet[place + size]) & 31 in _SLICES:

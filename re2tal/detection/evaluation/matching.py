@@ -197,12 +197,13 @@ def overlapping(
     counts = np.searchsorted(groups[by_group], found[1], side="right") - first
     after = np.cumsum(counts)  # pairs up to and including each prediction
     total = int(after[-1]) if len(after) else 0
-    cuts = np.searchsorted(after, np.arange(_CHUNK, total, _CHUNK))
+    cuts = np.searchsorted(after, np.arange(_CHUNK, total, _CHUNK))  # every _CHUNK pairs or so
     parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
     for rows in np.split(np.arange(len(counts)), cuts):
         guess = rows.repeat(counts[rows])
         # Number of each pair over all chunks; `.sum()` is 0 when there are no predictions.
         position = np.arange(len(guess)) + (after[rows[:1]] - counts[rows[:1]]).sum()
+        # The number within its prediction selects one instance of the group after another.
         instance = by_group[first[guess] + position - (after - counts)[guess]]
         overlap = _overlap(found[0][guess], segments[instance], instants)
         enough = overlap >= least  # keep only these: most pairs of a group do not overlap
