@@ -78,7 +78,7 @@ class Detector(nn.Module, Generic[BackboneT, LocalizerT]):
 
     @property
     def multiple(self) -> int:
-        """The number of frames of a window must be a multiple of this."""
+        """Divisor of the number of frames of a window."""
         backbone = self.backbone
         return math.lcm(backbone.multiple, backbone.temporal_stride * self.localizer.multiple)
 

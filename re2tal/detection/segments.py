@@ -15,12 +15,12 @@ class LabelledSegments(Protocol):
 
     @property
     def segments(self) -> Tensor:
-        """`(N, 2)` starts and ends."""
+        """Starts and ends, `(N, 2)`."""
         ...
 
     @property
     def labels(self) -> Tensor:
-        """`(N,)` int64 class indices."""
+        """Class indices, `(N,)` int64."""
         ...
 
 

@@ -135,7 +135,7 @@ def start_scores(head: ConvHead, prior: float, empty_classes: tuple[int, ...]) -
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Points:
-    """The P time steps of all pyramid levels, level by level.
+    """Time steps of all pyramid levels, P of them, level by level.
 
     Attributes:
         times: `(P,)` positions in feature-grid units.

@@ -17,7 +17,7 @@ Losses = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Targets:
-    """The actions of one window.
+    """Actions of one window.
 
     Attributes:
         segments: `(N, 2)` float32 `[start, end]` in feature-grid units (feature j sits at j).
@@ -42,7 +42,7 @@ class Targets:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Instances:
-    """The actions of B windows as tensors, at most N each.
+    """Actions of B windows as tensors, at most N each.
 
     Attributes:
         segments: `(B, N, 2)` float32 in feature-grid units.

@@ -98,7 +98,7 @@ class AugmentationConfig:
 
     @property
     def in_time(self) -> "AugmentationConfig":
-        """The changes in time alone, which need no frames."""
+        """Changes in time alone, which need no frames."""
         return AugmentationConfig(speed=self.speed, reverse=self.reverse)
 
     def densest(self, fps: float | None) -> float | None:

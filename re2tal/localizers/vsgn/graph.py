@@ -21,7 +21,7 @@ def rows(x: Tensor, index: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Nodes:
-    """The N nodes of one level; each stands for a cell of `T / N` consecutive features.
+    """Nodes of one level, N of them; each stands for a cell of `T / N` consecutive features.
 
     Attributes:
         valid: `(B, N)` bool, true if the cell has any feature that is not padding.

@@ -23,7 +23,7 @@ GREATEST_GROWTH = math.log(1000 / 16)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Anchors:
-    """The A anchors of all levels: level by level, node by node, scale by scale.
+    """Anchors of all levels, A of them: level by level, node by node, scale by scale.
 
     Attributes:
         centres: `(A,)` in feature-grid units; whole numbers.
