@@ -48,7 +48,7 @@ class AdapterConfig:
     """Shape of the temporal adapters, one in each block.
 
     Attributes:
-        ratio: channels of a block per channel inside its adapter.
+        ratio: ratio of a block's channels to the hidden channels of its adapter.
         width: kernel size of an adapter's temporal convolution, odd.
     """
 
