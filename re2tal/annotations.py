@@ -143,11 +143,12 @@ class Annotations:
         text = json.dumps(content, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def subset(self, name: str) -> "Annotations":
+    def subset(self, name: str, *, option: str = "") -> "Annotations":
         """Select the videos of one subset and their repairs; all classes are kept.
 
         Args:
             name: name of the subset in the file ("training", "validation", ...).
+            option: option of a command line that chooses it, for the message.
 
         Raises:
             AnnotationError: no video is in that subset; the message lists the existing ones.
@@ -155,9 +156,9 @@ class Annotations:
         videos = tuple(video for video in self.videos if video.subset == name)
         if not videos:
             there = ", ".join(repr(s) for s in sorted({v.subset for v in self.videos})) or "none"
-            raise AnnotationError(
-                "annotations", [f"no video is in the subset {name!r}; subsets there are: {there}"]
-            )
+            way = f". Name one of them with {option}" if option else ""
+            problem = f"no video is in the subset {name!r}; subsets there are: {there}{way}"
+            raise AnnotationError("annotations", [problem])
         kept = {video.video_id for video in videos}
         repairs = tuple(repair for repair in self.repairs if repair.video_id in kept)
         return replace(self, videos=videos, repairs=repairs)

@@ -122,7 +122,10 @@ def _annotated(config: TrimmedDataConfig) -> Lists:
         )
     classes = (*annotations.classes, *([BACKGROUND] if config.background else []))
     named = {"training": config.trained_on, "validation": config.evaluated_on}
-    videos = {subset: annotations.subset(name).videos for subset, name in named.items()}
+    videos = {
+        use: annotations.subset(name, option=f"--data.{use}-subset").videos
+        for use, name in named.items()
+    }
     subsets = {
         subset: _segments(f"{source}, subset {named[subset]!r}", of_subset, config)
         for subset, of_subset in videos.items()

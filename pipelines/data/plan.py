@@ -235,7 +235,10 @@ def make_plan(config: DataConfig, annotations: Annotations, *, probe: Probe = pr
         FileError: if the file of an external classifier is not usable.
     """
     features = Features(config.features) if config.features else None
-    subsets = {name: annotations.subset(name) for name in (config.trained_on, config.evaluated_on)}
+    named = {"training": config.trained_on, "validation": config.evaluated_on}
+    subsets = {
+        name: annotations.subset(name, option=f"--data.{use}-subset") for use, name in named.items()
+    }
     scores = read_video_scores(config, annotations.classes, subsets[config.evaluated_on].videos)
     wanted = [video for subset in subsets.values() for video in subset.videos]
     if features is not None:

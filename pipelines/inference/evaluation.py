@@ -93,7 +93,7 @@ def evaluated_plan(config: EvaluateConfig) -> Plan:
         UserError: as `evaluate_run`, like all errors here.
     """
     annotations = read_annotations(config)
-    videos = annotations.subset(config.evaluated_on).videos
+    videos = annotations.subset(config.evaluated_on, option="--subset").videos
     if not any(video.evaluated for video in videos):
         raise UserError(
             f"No instance to evaluate detections against in subset {config.evaluated_on!r}: its "

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,9 +11,11 @@ import pytest
 
 from pipelines import evaluate, extract_features, prepare, probe, train
 from pipelines.config.clip_recipes import finetuning
-from pipelines.config.recipe import DataConfig, Recipe
+from pipelines.config.recipe import DataConfig, FinetuneConfig, Recipe
 from pipelines.data.clip_plan import read_lists
 from pipelines.data.plan import check_failures, make_plan, read_annotations
+from pipelines.inference.evaluation import evaluated_plan
+from pipelines.inference.options import EvaluateConfig
 from re2tal.annotations import AnnotationError
 from re2tal.datasets import load_annotations
 from re2tal.errors import UserError
@@ -240,6 +243,20 @@ def test_a_video_that_the_data_set_leaves_out_can_be_kept(
     kept = read_annotations(replace(config, keep=("video_test_0001496",)))
     assert kept.excluded == ()
     assert len(kept.videos) == len(database)
+
+
+def test_the_option_that_names_another_subset_is_named(tiny_recipe: Recipe) -> None:
+    config = replace(tiny_recipe.data, validation_subset="val")
+    finetuned = finetuning(replace(tiny_recipe, data=config, finetune=FinetuneConfig(epochs=1)))
+    evaluated = EvaluateConfig(annotations=config.annotations, subset="val")
+    plans: list[tuple[Callable[[], object], str]] = [
+        (lambda: make_plan(config, read_annotations(config)), "--data.validation-subset"),
+        (lambda: read_lists(finetuned.data), "--data.validation-subset"),
+        (lambda: evaluated_plan(evaluated), "--subset"),
+    ]
+    for plan, option in plans:
+        with pytest.raises(AnnotationError, match=rf"'val'; .* Name one of them with {option}$"):
+            plan()
 
 
 def test_shards_are_judged_by_the_rate_of_the_slowest_speed_that_is_shown(
