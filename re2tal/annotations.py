@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from re2tal import json_files
+from re2tal.errors import count_of
 from re2tal.json_files import FileError, RepeatedKey, by_kind
 
 _Value = TypeVar("_Value")
@@ -264,10 +265,7 @@ def labels_alike(counts: Mapping[str, int], *, spaces: str = "") -> Iterator[str
         shown = (
             ascii if len({unicodedata.normalize("NFC", x) for x in alike}) < len(alike) else repr
         )
-        listed = ", ".join(
-            f"{shown(label)} ({counts[label]:,} time{'s' * (counts[label] != 1)})"
-            for label in alike
-        )
+        listed = ", ".join(f"{shown(label)} ({count_of(counts[label], 'time')})" for label in alike)
         way = spaces if len({label.strip() for label in alike}) < len(alike) else ""
         yield (
             f"the labels {listed} differ only in spaces, case or Unicode's normal form and would "

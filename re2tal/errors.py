@@ -23,6 +23,11 @@ def shortened(items: Sequence[str], most: int = 20, *, rest: str = "") -> list[s
     return [*items[:most], *([f"... and {left:,} more{rest}"] if left > 0 else [])]
 
 
+def count_of(number: int, one: str, many: str | None = None) -> str:
+    """Write a number with its noun: "1 video", "2,000 videos"."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def apart(found: Collection[str], wanted: Collection[str]) -> str:
     """Show three ids of each of two disjoint sets, for the end of a message.
 

@@ -31,7 +31,7 @@ from pipelines.core.tracking import Run, finishing, start_run, take_up
 from pipelines.core.underway import alone, forget, is_under_way
 from pipelines.training.resuming import digest, last_run, mark
 from pipelines.training.run import Prepared, prepare
-from re2tal.errors import UserError
+from re2tal.errors import UserError, count_of
 from sweeps.report import FINISHED_TRIALS, TRIALS, dashboard, report
 from sweeps.study import check_sampler, check_space, ended, open_study, searcher
 from sweeps.sweep import Objective, Sweep, SweepConfig
@@ -106,7 +106,8 @@ def _search(
 ) -> None:
     left = config.trials - done
     print(
-        f"{left} of {config.trials} trials of {config.epochs} epochs, {at_a_time} at a time: "
+        f"{left} of {count_of(config.trials, 'trial')} of {count_of(config.epochs, 'epoch')}, "
+        f"{at_a_time} at a time: "
         f"MLflow run {run.run_id} in {run.uri}",
         flush=True,
     )

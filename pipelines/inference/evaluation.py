@@ -38,7 +38,7 @@ from re2tal.detection.raw import ensemble, read_raw
 from re2tal.detection.segments import Detections
 from re2tal.detection.suppression import nms_videos
 from re2tal.detection.video_scores import fuse_videos
-from re2tal.errors import UserError, apart, shortened
+from re2tal.errors import UserError, apart, count_of, shortened
 from re2tal.trained import read_spec
 
 _RAW = Path(RAW_FILE).suffix
@@ -268,10 +268,14 @@ def _remarks(
     """Report the videos that only the file or only the subset has."""
     remarks = []
     if left_out := len(found) - len(kept):
-        remarks.append(f"detections of {left_out} videos that are not of the subset are left out")
+        remarks.append(
+            f"detections of {count_of(left_out, 'video')} outside the subset are left out"
+        )
     if missing := sorted(evaluated - kept.keys()):
         listed = ", ".join(shortened(missing, 5))
-        remarks.append(f"{len(missing)} videos of the subset have no detections ({listed})")
+        remarks.append(
+            f"no detections in {count_of(len(missing), 'video')} of the subset ({listed})"
+        )
     return remarks
 
 

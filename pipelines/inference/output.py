@@ -18,7 +18,7 @@ from pipelines.core.storage import Stamp, file_size, read_bytes, replaced_files
 from pipelines.core.tables import write_csv
 from re2tal.atomic import replacing
 from re2tal.detection.files import srt, webvtt, write_rows
-from re2tal.errors import UserError
+from re2tal.errors import UserError, count_of
 
 FOLDER = "videos"
 
@@ -214,9 +214,8 @@ def counted(records: Sequence[Record], config: OutputConfig) -> list[str]:
     """Count the detections that are written; where all are too weak, name the strongest."""
     number = sum(len(strongest(record, config).detections) for record in records)
     length = duration(sum(record.duration for record in records))
-    what = f"{number} detection{'s' * (number != 1)} with a score of {config.score_threshold:g}"
-    where = f"{len(records)} video{'s' * (len(records) != 1)} of {length}"
-    lines = [f"{what} or more in {where}"]
+    what = f"{count_of(number, 'detection')} with a score of {config.score_threshold:g} or more"
+    lines = [f"{what} in {count_of(len(records), 'video')} of {length}"]
     best = max((row["score"] for record in records for row in record.detections), default=0.0)
     if 0 < best < config.score_threshold:
         lines.append(

@@ -33,7 +33,7 @@ from pipelines.training.model import build_detector
 from pipelines.training.workload import workload_of
 from re2tal.annotations import Instance, VideoAnnotation
 from re2tal.backbones.table import entry_of
-from re2tal.errors import UserError, shortened
+from re2tal.errors import UserError, count_of, shortened
 from re2tal.localizers.actionformer import ActionFormerConfig
 from re2tal.memory import predict_peak
 from re2tal.memory.fit import GIBIBYTE
@@ -508,7 +508,7 @@ def _warnings(facts: Facts, recipe: Recipe, machine: Machine) -> Iterator[str]:
     few = [f"{label!r} {number}" for label, number in sorted(counts.items()) if number < FEW]
     if few:
         yield (
-            f"{_count(len(few), 'class has', 'classes have')} fewer than {FEW} training instances, "
+            f"{count_of(len(few), 'class has', 'classes have')} fewer than {FEW} training instances, "
             f"and can hardly be learnt: {', '.join(shortened(few, 10))}"
         )
     stride = recipe.model.backbone.build().temporal_stride
@@ -516,7 +516,7 @@ def _warnings(facts: Facts, recipe: Recipe, machine: Machine) -> Iterator[str]:
     short = int((facts.lengths < 2 * feature).sum())
     if short:
         yield (
-            f"{_count(short, 'segment is', 'segments are')} shorter than two features "
+            f"{count_of(short, 'segment is', 'segments are')} shorter than two features "
             f"({2 * feature:.2g} s), and will hardly be found: raise data.window.fps if the files "
             "allow it"
         )
@@ -524,15 +524,11 @@ def _warnings(facts: Facts, recipe: Recipe, machine: Machine) -> Iterator[str]:
     long = int((facts.lengths > seconds).sum())
     if long:
         yield (
-            f"{_count(long, 'segment is', 'segments are')} longer than a window of "
+            f"{count_of(long, 'segment is', 'segments are')} longer than a window of "
             f"{seconds:.3g} s, to be found in part"
         )
     if recipe.scale.gpu and not torch.cuda.is_available():
         yield f"planned for {machine.described}: this machine has none"
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
 
 
 def facts_of(facts: Facts) -> list[str]:

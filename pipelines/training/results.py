@@ -31,6 +31,7 @@ from re2tal.annotations import Characteristics
 from re2tal.detection.diagnosis import Diagnosis, diagnose, tables
 from re2tal.detection.files import read_detections, rows
 from re2tal.detection.segments import Detections
+from re2tal.errors import count_of
 from re2tal.trained import WEIGHTS_FILE
 
 _SHOWN_VIDEOS = 4
@@ -391,8 +392,7 @@ def _facts(plan: Plan, run: Run, seconds: float) -> Iterator[tuple[str, str]]:
             yield label, f"{metrics[name]:.0f} MB {what}"
     if plan.failures:
         listed = ", ".join(f"{video_id} ({why})" for video_id, why in sorted(plan.failures.items()))
-        plural = "s" * (len(plan.failures) > 1)
-        yield "left out", f"{len(plan.failures)} video{plural}: {listed}"
+        yield "left out", f"{count_of(len(plan.failures), 'video')}: {listed}"
     yield "MLflow run", f"{run.run_id} in {run.uri}"
     if database_file(run.uri) is not None:
         yield "open it", _open_command(run)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from re2tal.annotations import Annotations, Instance, VideoAnnotation
-from re2tal.errors import shortened
+from re2tal.errors import count_of, shortened
 
 WIDTH = 80
 _BAR = 40  # characters of the longest bar
@@ -66,7 +66,7 @@ def _classes(classes: Sequence[str], instances: Sequence[Instance]) -> Iterator[
     counts = Counter(dict.fromkeys(classes, 0))
     counts.update(instance.label for instance in instances)
     ranked = sorted(classes, key=lambda label: (-counts[label], label))
-    yield _count(len(classes), "class", "classes")
+    yield count_of(len(classes), "class", "classes")
     ends = (
         [("most", ranked[:_EXTREMES]), ("fewest", ranked[-_EXTREMES:][::-1])]
         if len(ranked) > 2 * _EXTREMES
@@ -104,11 +104,11 @@ def _remarks(annotations: Annotations) -> Iterator[str]:
     """Yield remarks on unusual content that is not necessarily wrong."""
     twice = sum(len(v.instances) - len(set(v.instances)) for v in annotations.videos)
     if twice:
-        yield f"{_count(twice, 'instance')} with the times and the label of another"
+        yield f"{count_of(twice, 'instance')} with the times and the label of another"
     if ambiguous := annotations.ambiguous:
         count = sum(map(len, ambiguous.values()))
-        place = _count(len(ambiguous), "video")
-        yield f"{_count(count, 'ambiguous stretch', 'ambiguous stretches')} in {place}, set apart"
+        place = count_of(len(ambiguous), "video")
+        yield f"{count_of(count, 'ambiguous stretch', 'ambiguous stretches')} in {place}, set apart"
 
 
 def _list(title: str, items: Sequence[str]) -> Iterator[str]:
@@ -117,10 +117,6 @@ def _list(title: str, items: Sequence[str]) -> Iterator[str]:
     yield f"{title}: {len(items):,}"
     for item in shortened(items, _LISTED):
         yield from _wrap(item)
-
-
-def _count(number: int, one: str, many: str | None = None) -> str:
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def _wrap(text: str) -> Iterable[str]:

@@ -121,8 +121,8 @@ def test_detections_are_evaluated_and_logged(evaluated: tuple[Run, Path, str]) -
 
 def test_what_was_found_is_printed(evaluated: tuple[Run, Path, str]) -> None:
     printed = evaluated[2]
-    assert "detections of 1 videos that are not of the subset are left out" in printed
-    assert "1 videos of the subset have no detections (b)" in printed
+    assert "detections of 1 video outside the subset are left out" in printed
+    assert "no detections in 1 video of the subset (b)" in printed
     assert "AR@1 0.333" in printed
     assert "instances missed     33.3%" in printed
     (jump,) = [line for line in printed.splitlines() if "jump" in line]

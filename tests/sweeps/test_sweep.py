@@ -166,7 +166,7 @@ def test_a_killed_sweep_goes_on_and_tries_again_what_was_under_way(
     for name, value in killed.login.items():
         monkeypatch.setenv(name, value)
     assert "going on with the sweep" in killed.printed
-    assert "of 3 trials of 1 epochs, 2 at a time" in killed.printed
+    assert "of 3 trials of 1 epoch, 2 at a time" in killed.printed
     _check_runs(killed, trials=3)
     parent, _ = _runs(killed)
     study = optuna.load_study(study_name=parent.info.run_id, storage=killed.storage)
