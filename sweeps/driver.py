@@ -146,6 +146,7 @@ def _search(
             ],
         ),
     )
+    print("starting the first trials, each in processes of its own ...", flush=True)
     tuner.fit()
 
 

@@ -508,8 +508,8 @@ def _warnings(facts: Facts, recipe: Recipe, machine: Machine) -> Iterator[str]:
     few = [f"{label!r} {number}" for label, number in sorted(counts.items()) if number < FEW]
     if few:
         yield (
-            f"{count_of(len(few), 'class has', 'classes have')} fewer than {FEW} training instances, "
-            f"and can hardly be learnt: {', '.join(shortened(few, 10))}"
+            f"{count_of(len(few), 'class has', 'classes have')} fewer than {FEW} training "
+            f"instances, and can hardly be learnt: {', '.join(shortened(few, 10))}"
         )
     stride = recipe.model.backbone.build().temporal_stride
     feature = stride / float(recipe.data.window.fps or 1)
