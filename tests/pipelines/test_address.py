@@ -204,3 +204,15 @@ def test_a_ray_that_is_shut_down_is_not_missed(
     thread.join(10)
     assert not thread.is_alive()
     assert told == []
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_start_of_ray_is_shown_once(
+    there: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun: list[bool] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: there)
+    monkeypatch.setattr(cluster, "init_ray", lambda *, trains: begun.append(trains))
+    cluster.start_ray(trains=True)
+    assert begun == [True]
+    assert capsys.readouterr().out == ("" if there else "starting Ray ...\n")
