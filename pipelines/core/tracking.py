@@ -305,9 +305,24 @@ def start_run(
         run = create_run(client, experiment, output=output, tags=tags or {}, work=work)
     for start in range(0, len(params), _MAX_PARAMS):
         client.log_batch(run.run_id, params=params[start : start + _MAX_PARAMS])
-    extra = [RunTag(key, value) for key, value in (tags or {}).items()]
+    extra = [RunTag(k, v) for k, v in (_origin(client, tags or {}) | dict(tags or {})).items()]
     client.log_batch(run.run_id, tags=[*_tags(recipe), *extra])
     return run
+
+
+def _origin(client: "MlflowClient", tags: Mapping[str, str]) -> dict[str, str]:
+    """Return the command and the source of a run's parent: a sweep's trial runs in a Ray worker."""
+    from mlflow.utils import mlflow_tags
+
+    parent = tags.get(mlflow_tags.MLFLOW_PARENT_RUN_ID)
+    known = {} if parent is None else client.get_run(parent).data.tags
+    shared = (
+        mlflow_tags.MLFLOW_RUN_NOTE,
+        mlflow_tags.MLFLOW_SOURCE_NAME,
+        mlflow_tags.MLFLOW_SOURCE_TYPE,
+        mlflow_tags.MLFLOW_GIT_COMMIT,
+    )
+    return {name: known[name] for name in shared if name in known}
 
 
 def log_dataset(run: Run, *, source: str, digest: str, subsets: Mapping[str, str]) -> None:

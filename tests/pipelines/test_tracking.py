@@ -106,6 +106,12 @@ def test_a_run_says_who_made_it_from_what_and_how_to_repeat_it(
         assert (Path.cwd() / python).samefile(sys.executable)
         assert words == ["pipelines/train.py", "toy", "--data.videos", "my videos"]
         assert tags["mlflow.user"]
+    # a trial of a sweep is started by a Ray worker, whose own command repeats nothing
+    monkeypatch.setattr("sys.argv", ["/ray/default_worker.py", "--node-id=1"])
+    trial = start_run(Outer(), output=output, tags={"mlflow.parentRunId": run.run_id})
+    of_trial = trial.client.get_run(trial.run_id).data.tags
+    for name in ("mlflow.note.content", "mlflow.source.name", "mlflow.source.type"):
+        assert of_trial[name] == tags[name]
     experiment = run.client.get_experiment(run.client.get_run(run.run_id).info.experiment_id)
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
 
