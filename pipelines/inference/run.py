@@ -50,7 +50,7 @@ def run(config: DetectConfig) -> Run:
         tracked = start_run(config, output=runs, once=True)
         with finishing(tracked):
             left = {video_id: uri for video_id, uri in videos.items() if video_id not in records}
-            print(f"{len(records)} of {len(videos)} videos are through; {len(left)} to do")
+            print(f"{len(records)} of {len(videos)} videos are done; {len(left)} to do")
             found, failures, speed = _detect(left, folder, model, config)
             records |= found
             written = write_files(output, records, failures, classes, config.files)

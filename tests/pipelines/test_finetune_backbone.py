@@ -564,5 +564,5 @@ def test_the_run_in_mlflow_is_complete(clips: Path, tmp_path: Path) -> None:
     )
     found = detector.backbone.state_dict()
     assert all(torch.equal(found[name], value) for name, value in plain.state_dict().items())
-    with pytest.raises(UserError, match="cannot be had from MLflow's store"):
+    with pytest.raises(UserError, match="cannot be downloaded from MLflow's store"):
         local_copy(f"runs:/{run.info.run_id}/no.safetensors", folder, tracking_uri=store)
