@@ -121,7 +121,7 @@ def test_detections_are_evaluated_and_logged(evaluated: tuple[Run, Path, str]) -
 
 def test_what_was_found_is_printed(evaluated: tuple[Run, Path, str]) -> None:
     printed = evaluated[2]
-    assert "detections of 1 videos that are not of the subset are left out" in printed
+    assert "detections of 1 videos outside the subset are left out" in printed
     assert "1 videos of the subset have no detections (b)" in printed
     assert "AR@1 0.333" in printed
     assert "instances missed     33.3%" in printed
@@ -421,7 +421,7 @@ def test_raw_detections_of_runs_become_an_ensemble(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=reason):
             ap("--detections", first, second, *options)
-    with pytest.raises(UserError, match=r"detections\.json is what was left after it"):
+    with pytest.raises(UserError, match=r"detections\.json holds detections after it"):
         ap("--detections", first, str(tmp_path / "detections.json"))
     lacking = raw(tmp_path / "3" / "raw.safetensors", {"a": []}, ("jump", "spin"))
     with pytest.raises(UserError, match="run 1 lacks b"):
@@ -470,7 +470,7 @@ def test_detections_of_few_evaluated_videos_are_warned_of(
     content["database"]["e"] = content["database"]["b"]  # a third one, of which one is found
     path.write_text(json.dumps(content))
     run = evaluate_run(parse(arguments))
-    warning = "warning: only 1 of the 3 videos of the subset 'validation' are among the detections"
+    warning = "warning: only 1 of the 3 videos of the subset 'validation' have detections"
     printed = capsys.readouterr().out.splitlines()
     (place,) = [number for number, line in enumerate(printed) if line.startswith(warning)]
     assert "detections.json" in printed[place + 1]  # the title of the table, which may be wrapped
