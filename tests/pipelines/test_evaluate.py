@@ -266,7 +266,7 @@ def test_what_cannot_be_evaluated_is_refused_before_a_run_starts(
     ("label", "reason"),
     [
         ("swim", r"video 'a'\[1\].label: is not a known class \(found 'swim'\)"),
-        ("action", "1 of the 2 detections in .* have the class 'action' of proposals"),
+        ("action", "1 of the 2 detections in .* are proposals"),
     ],
 )
 def test_detections_of_other_classes_are_refused(tmp_path: Path, label: str, reason: str) -> None:
