@@ -13,8 +13,8 @@ The detector of a recipe, with overrides of its fields:
   python pipelines/memory.py RECIPE --data.window.frames 512 --longest 24GiB
 
 The layout with which a recipe fits a GPU of a given size, without changing its step, frames or
-pixels: batch size, accumulation, slices, and what is stored. Optimizer and EMA are counted, and
-train.py takes the same option:
+pixels: batch size, accumulation, size of pieces, and what is stored. Optimizer and EMA are
+counted, and train.py takes the same option:
 
   python pipelines/memory.py RECIPE --fit 24GiB
 

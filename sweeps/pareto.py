@@ -6,8 +6,8 @@ the measured peak on a GPU:
   python sweeps/pareto.py
   python sweeps/pareto.py RECIPE --base.data.annotations A --base.data.videos FOLDER
 
-The search covers frames, resolution, slice size, reversible connections or not, and the sizes of
-Video Swin with torchvision's Kinetics-400 weights.
+The search covers frames, resolution, size of pieces, reversible connections or not, and the sizes
+of Video Swin with torchvision's Kinetics-400 weights.
 """
 
 from pipelines.config.recipe import Recipe
@@ -20,7 +20,7 @@ from sweeps.sweep import HIGHEST_MAP, LOWEST_MEMORY, Sweep, one_worker
 
 
 def space(suggest: Suggestions, base: Recipe) -> None:
-    """Ask for frames, resolution, size of the backbone, slice size."""
+    """Ask for frames, resolution, size of the backbone, size of pieces."""
     frames, size = base.data.window.frames, base.data.size
     suggest.choice("data.window.frames", (frames // 2, frames * 3 // 4, frames))
     # half and three quarters of the size, rounded down to multiples of 16

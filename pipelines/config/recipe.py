@@ -36,7 +36,7 @@ class BackboneModelConfig:
         reversible: rewire the backbone (Re2TAL), so that its activations are recomputed.
         stored: store the activations of the rewired backbone nevertheless: the same function and
             gradients, with more memory and in less time.
-        slice_mb: size in MiB of the slices in which branches run; smaller slices need less memory
+        slice_mb: size in MiB of the pieces in which branches run; smaller pieces need less memory
             and more time. None selects a size for the device.
         coupling_epochs: epochs over which the connections move gradually from the pretrained to the
             rewired ones (Dr2Net's alpha from 1 to 0 and beta from 0 to 1); None rewires at once.
