@@ -80,6 +80,7 @@ def _replaced(config: Any, values: Mapping[str, Any]) -> Any:
         first, dot, rest = name.partition(".")
         if dot:
             within.setdefault(first, {})[rest] = value
+    # after whole components: dotted names set fields of the new component
     for first, parts in within.items():
         whole[first] = _replaced(whole.get(first, getattr(config, first)), parts)
     return dataclasses.replace(config, **whole) if whole else config

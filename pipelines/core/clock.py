@@ -54,7 +54,7 @@ class TimeLeft:
         """
         if len(self._steps) < self._ENOUGH:
             return ""
-        left = sum(self._steps) / len(self._steps) * steps
+        left = sum(self._steps) / len(self._steps) * steps  # seconds
         if self._evaluation is not None:
             return f"left {duration(left + self._evaluation * evaluations)}"
         behind = "the evaluation" if evaluations == 1 else f"{evaluations} evaluations"

@@ -190,11 +190,12 @@ def gaps_of(video: VideoAnnotation) -> Iterator[tuple[float, float]]:
     for start, end in [*marked, (video.duration, video.duration)]:
         if start > reached:
             yield reached, start
-        reached = max(reached, end)
+        reached = max(reached, end)  # annotations may overlap or contain one another
 
 
 def _text(uri: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
+        # -sig: a byte order mark, as spreadsheets write it, is not part of the first field
         return local_copy(uri, Path(folder)).read_text(encoding="utf-8-sig")
 
 

@@ -150,7 +150,7 @@ def _find_features(features: Features, videos: Sequence[VideoAnnotation]) -> Fou
     """Find the features of videos, and read each file once."""
     durations = {video.video_id: video.duration for video in videos}
     missing = features.missing(durations)
-    if len(missing) == len(durations):
+    if len(missing) == len(durations):  # a wrong folder, or other ids, rather than failed videos
         raise UserError(
             f"None of the {len(durations)} videos has features: {next(iter(missing.values()))}. "
             f"Do the ids match? {apart(features.video_ids, durations)}. Correct --data.features."
@@ -209,6 +209,7 @@ def check_failures(
     Raises:
         UserError: if all videos failed, or more than that share.
     """
+    # all failed is an error even if `max_failed` is 1: nothing is left to work on
     if len(failures) < total and len(failures) <= max_failed * total:
         return
     reasons = [f"{video_id}: {reason}" for video_id, reason in sorted(failures.items())]

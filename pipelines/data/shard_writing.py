@@ -133,7 +133,7 @@ def encoded(uri: str, config: TranscodeConfig, *, seconds: float) -> Iterator[En
         entry = VideoEntry(
             first_row=0,
             starts=tuple(piece.start for piece in pieces),
-            end=max(piece.end for piece in pieces if piece.damage != CUT),
+            end=max(piece.end for piece in pieces if piece.damage != CUT),  # without a lost end
             damaged=sum(piece.end - piece.start for piece in pieces if piece.damage),
             frames=sum(piece.frames for piece in pieces),
             width=max(piece.width for piece in pieces),  # 0 in a damaged piece

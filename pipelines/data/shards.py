@@ -231,6 +231,7 @@ def open_video(uri: str) -> str | BinaryIO | Pieces:
     """
     if _MARK not in uri:
         return open_source(uri)
+    # partition, not rpartition: an id may contain the mark too
     folder, _, video_id = uri.partition(_MARK)
     try:
         return _opened(folder + _MARK[:-1]).pieces(video_id)
@@ -314,7 +315,7 @@ SHARDS: Store[VideoEntry, Manifest] = Store(
     script="prepare.py",
     contents=TypeAdapter(Contents[VideoEntry]),
     description=TypeAdapter(Manifest),
-    advice="Run prepare.py again, which makes it anew from the shards.",
+    advice="Run prepare.py again, which rebuilds it from the shards.",
 )
 
 
@@ -416,11 +417,11 @@ def remarks_on(
     if settings["size"] is not None and settings["size"] < size:
         remarks.append(
             f"the shards' frames have {settings['size']} pixels and are enlarged to {size}: make "
-            "them anew with a larger --size"
+            "them again with a larger --size"
         )
     if settings["fps"] is not None and (fps or 0.0) > settings["fps"]:
         remarks.append(
             f"the shards have {settings['fps']:g} frames per second and {fps:g} are sampled, some "
-            "of them twice: make them anew with a higher --fps"
+            "of them twice: make them again with a higher --fps"
         )
     return tuple(remarks)

@@ -187,6 +187,7 @@ class FoundVideos:
         """Find the videos whose files no longer match their earlier stamps."""
         files = {v: uri for v, uri in self.uris.items() if v not in self.stamps}
         known = stamps.keys() & self.stamps.keys()
+        # a shard's stamp has no time
         others = {v for v in known if stamps[v].undated != self.stamps[v]}
         return sorted(others.union(replaced_files(files, stamps)))
 

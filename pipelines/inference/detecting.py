@@ -79,7 +79,7 @@ def detect_videos(
     seconds = dict(sorted(found.durations.items()))
     for video_id, reason in found.failures.items():
         yield VideoResult(video_id=video_id, found=None, windows=0, problems=(reason,))
-    stride = detector.backbone.temporal_stride
+    stride = detector.backbone.temporal_stride  # frames per feature, for the windows' grids
     windows = [
         window
         for video_id, duration in seconds.items()
@@ -183,7 +183,7 @@ def _by_video(
         video = pending[video_id]
         video.through += 1
         if row["error"]:
-            video.problems[str(row["error"])] = None
+            video.problems[str(row["error"])] = None  # a dict as an ordered set
         else:
             video.found.append(window_detections(_detections(row), window, duration))
         if progress is not None:
