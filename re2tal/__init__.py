@@ -21,7 +21,7 @@ _MODULES = frozenset(module.name for module in iter_modules(__path__))
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use: a process that only decodes video should not have to import torchvision.
+    # Loaded on first use, so that a process that only decodes video need not import torchvision.
     if name in _FUNCTIONS:
         return getattr(import_module(_FUNCTIONS[name]), name)
     if name in _MODULES:
@@ -32,13 +32,13 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    # without what this file imports, and its own private names
+    # without this file's imports and private names
     return sorted({*__all__, *_MODULES, *(name for name in globals() if name.startswith("__"))})
 
 
 def _version() -> str:
-    """Read the version of the installed package or, where none is, of the checkout."""
-    import tomllib  # here: only who asks for it pays for these imports
+    """Read the version of the installed package or, without one, of the checkout."""
+    import tomllib  # imported here, because only this function needs them
     from importlib.metadata import PackageNotFoundError, version
     from pathlib import Path
 

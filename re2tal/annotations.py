@@ -1,4 +1,4 @@
-"""Collection of annotated videos, whatever data set it comes from, and its parts."""
+"""Annotated videos of any data set: `Annotations` and its parts."""
 
 import hashlib
 import json
@@ -31,10 +31,10 @@ class VideoAnnotation:
     """One video: its `duration` in seconds and its instances by start; there may be none.
 
     Attributes:
-        ambiguous: stretches of which the annotators could not say if they are an action. They
-            belong to no class: nothing is learnt from them, and a detection there is no mistake.
-        published: instances as in the file, where any of `instances` was clipped or left out;
-            published results refer to these. None where they are the same.
+        ambiguous: segments in which annotators could not tell if there is an action. They have no
+            class: nothing is learnt from them, and a detection there is not a false positive.
+        published: instances as in the file, to which published results refer, if any of `instances`
+            was clipped or left out; None if they are the same.
     """
 
     video_id: str
@@ -46,13 +46,13 @@ class VideoAnnotation:
 
     @property
     def evaluated(self) -> tuple[Instance, ...]:
-        """Instances as published, with which detections are compared."""
+        """Instances as published: the ground truth of evaluations."""
         return self.instances if self.published is None else self.published
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exclusion:
-    """Video of the file that is not used, and the reason."""
+    """Video of the file that is not used, with the reason."""
 
     video_id: str
     reason: str
@@ -60,11 +60,11 @@ class Exclusion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Repair:
-    """Change of one instance without which the data set could not be used.
+    """Change of one instance, without which the data set could not be used.
 
     Attributes:
-        instance: instance as in the file or, where `action` is "added", as it should be there.
-        reason: fault of the instance, as a phrase.
+        instance: instance as in the file or, if `action` is "added", the added one.
+        reason: fault of the instance.
     """
 
     video_id: str
@@ -74,9 +74,9 @@ class Repair:
 
 
 class AnnotationError(FileError):
-    """Annotations that cannot be used; each problem names the video and the reason.
+    """Error of annotations that cannot be used; each problem names the video and the reason.
 
-    Its text has a few examples of a problem that repeats for every video, and all others.
+    The message lists all problems, but only a few examples of one that occurs in many videos.
     """
 
     def __str__(self) -> str:
@@ -90,7 +90,7 @@ class AnnotationError(FileError):
 
     @property
     def listed(self) -> str:
-        """Text with all problems, which are to be corrected by hand."""
+        """Message with all problems, for correction by hand."""
         return self._text(self.problems)
 
     def _text(self, shown: Iterable[str]) -> str:
@@ -102,13 +102,13 @@ class AnnotationError(FileError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Annotations:
-    """Collection of annotated videos.
+    """Annotated videos.
 
     Attributes:
-        classes: all labels, sorted: the index in this tuple is the class number.
+        classes: all labels, sorted; the index in this tuple is the class number.
         videos: videos, sorted by id.
         excluded: videos of the file that were left out, sorted by id.
-        repairs: changes in the videos that are used, in the order of the videos.
+        repairs: changes in the used videos, in the order of the videos.
     """
 
     classes: tuple[str, ...]
@@ -118,15 +118,15 @@ class Annotations:
 
     @property
     def ambiguous(self) -> dict[str, tuple[Instance, ...]]:
-        """Video id -> its ambiguous stretches, for the videos that have any."""
+        """Video id -> its ambiguous segments, for videos that have any."""
         return {video.video_id: video.ambiguous for video in self.videos if video.ambiguous}
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of everything that is used, whatever its order and layout.
+        """SHA-256 in hex of the used content, independent of its order and layout.
 
-        Exclusions, repairs and ambiguous stretches are part of it, so that two runs with one
-        fingerprint saw the same data and treated it alike. The wording of reasons is not.
+        Exclusions, repairs and ambiguous segments are included, so two runs with the same
+        fingerprint used the same data in the same way. The wording of reasons is not included.
         """
         videos = sorted(
             [v.video_id, v.subset, v.duration, _instances(v.instances)] for v in self.videos
@@ -138,13 +138,13 @@ class Annotations:
             sorted([r.video_id, r.action, *_instances([r.instance])] for r in self.repairs),
             sorted([v.video_id, _instances(v.published)] for v in self.videos if v.published),
         ]
-        if any(treatment):  # files that need no treatment keep the fingerprint they always had
+        if any(treatment):  # without treatment, the fingerprint is that of earlier versions
             content.append(treatment)
         text = json.dumps(content, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def subset(self, name: str) -> "Annotations":
-        """Select the videos of one subset, with the classes of the whole and their own repairs.
+        """Select the videos of one subset and their repairs; all classes are kept.
 
         Args:
             name: name of the subset in the file ("training", "validation", ...).
@@ -172,22 +172,22 @@ class Annotations:
 
 
 def _instances(instances: Iterable[Instance]) -> list[list[float | str]]:
-    """Instances as plain lists, sorted."""
+    """Convert instances to sorted plain lists."""
     return sorted([i.start, i.end, i.label] for i in instances)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RawCollection:
-    """Result of the reader of one form.
+    """Result of a form's reader, before the entries are checked.
 
     Attributes:
-        videos: video id -> an entry in ActivityNet's shape, `{"subset", "duration", "annotations":
-            [{"segment": [start, end], "label"}]}`. Anything in it may be missing or wrong: it is
-            judged in one place, whatever the form. An annotation may have an "id" of its own.
+        videos: video id -> entry in ActivityNet's shape, `{"subset", "duration", "annotations":
+            [{"segment": [start, end], "label"}]}`. Anything in it may be missing or wrong: one
+            place checks the entries of all forms. An annotation may have an "id".
         problems: problems of the file itself.
-        repeated: video id -> a phrase for each key that its entry, or an object in it, has more
-            than once; this too is judged only where the video is used.
-        classes: all labels of the data set, where the files list them.
+        repeated: video id -> message for each repeated key of its entry, or of an object in it; it
+            is a problem only if the video is used.
+        classes: all labels of the data set, if the files list them.
         excluded: video id -> reason why the data set's own rules leave it out.
     """
 
@@ -220,20 +220,20 @@ class Bins:
             )
 
     def place(self, values: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Index of the bin of each of the `values` `(N,)`."""
+        """Find the index of the bin of each of the `values` `(N,)`."""
         return np.searchsorted(self.edges, values, side="left")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Characteristics:
-    """Bins of the characteristics of an instance, for the diagnosis of a detector's errors.
+    """Bins of an instance's characteristics, for the diagnosis of a detector's errors.
 
     Attributes:
-        coverage: bins of the length as a share of the video's duration. Instances that are
-            annotated beyond their video's end fall into the last bin (DETAD drops them).
+        coverage: bins of the length as a share of the video's duration. Instances that end after
+            their video may fall into the last bin (DETAD drops them).
         length: bins of the length in seconds.
-        instances: bins of the number of instances of any class in the instance's video, as DETAD's
-            own annotation files count them.
+        instances: bins of the number of instances of any class in the instance's video, counted as
+            in DETAD's annotation files.
     """
 
     coverage: Bins
@@ -242,24 +242,24 @@ class Characteristics:
 
 
 def labels_alike(counts: Mapping[str, int], *, spaces: str = "") -> Iterator[str]:
-    """Find labels that differ only in spaces, case or Unicode's normal form: slips of the keyboard.
+    """Find labels that differ only in spaces, case or Unicode's normal form: typing errors.
 
     Args:
-        counts: label -> number of times that it is there; 0 for a name that must be kept.
-        spaces: way to remove outer spaces, added where labels differ in those.
+        counts: label -> number of its instances; 0 for a name that must be kept.
+        spaces: hint how to remove outer spaces, appended if labels differ in those.
 
     Yields:
-        A phrase for each group of such labels, and what to do.
+        A message for each group of such labels, with the correction.
     """
     groups: dict[str, list[str]] = {}
-    # names that the data set itself has, which no video needs to have, come first
+    # the names of the data set itself, with a count of 0, come first
     for label in sorted(counts, key=lambda label: (counts[label] > 0, -counts[label], label)):
         plain = " ".join(unicodedata.normalize("NFKC", label).split()).casefold()
         groups.setdefault(plain, []).append(label)
     for alike in groups.values():
         if len(alike) < 2:
             continue
-        # two normal forms of a character look the same
+        # normal forms of a character look the same, so show their code points
         shown = (
             ascii if len({unicodedata.normalize("NFC", x) for x in alike}) < len(alike) else repr
         )
@@ -272,7 +272,7 @@ def labels_alike(counts: Mapping[str, int], *, spaces: str = "") -> Iterator[str
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 file, without a byte order mark; an `AnnotationError` if it cannot be read."""
+    """Read a UTF-8 file without its byte order mark; raise `AnnotationError` if that fails."""
     try:
         return json_files.read_text(path)
     except FileError as error:
@@ -280,7 +280,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> tuple[Any, tuple[RepeatedKey, ...]]:
-    """Read a JSON file as `re2tal.json_files.read_json` does, with an `AnnotationError` instead."""
+    """Read a JSON file like `re2tal.json_files.read_json`, but raise `AnnotationError`."""
     try:
         return json_files.read_json(path)
     except FileError as error:
@@ -288,16 +288,16 @@ def read_json(path: Path) -> tuple[Any, tuple[RepeatedKey, ...]]:
 
 
 def normal_form(name: str) -> str:
-    """Form in which names are compared: Unicode's NFC.
+    """Convert a name to the form in which names are compared, Unicode's NFC.
 
-    A letter with an accent, a Korean syllable or a Japanese one with a mark can be written as one
-    character or as several, and names that passed through macOS are written as several.
+    A letter with an accent, a Korean syllable or a Japanese one with a mark can be one code point
+    or several; in names from macOS they are several.
     """
     return unicodedata.normalize("NFC", name)
 
 
 def as_named(found: Mapping[str, _Value], names: Iterable[str]) -> dict[str, _Value]:
-    """Give entries the names by which others know them, where only Unicode's form differs."""
+    """Rename entries to those of `names` that differ only in Unicode's normal form."""
     known = {normal_form(name): name for name in names}
     renamed = {known.get(normal_form(name), name): value for name, value in found.items()}
     return renamed | {name: found[name] for name in known.values() if name in found}

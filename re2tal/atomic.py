@@ -1,4 +1,4 @@
-"""Files that are there complete or not at all."""
+"""Atomic writing of files: complete or not at all."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,9 +7,9 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a temporary name to write `path` under; the file gets its name once it is complete.
+    """Yield a temporary path to write to; rename it to `path` once the file is complete.
 
-    An existing file is replaced, unless the writing fails.
+    An existing file is replaced, unless writing fails.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")

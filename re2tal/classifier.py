@@ -1,8 +1,7 @@
-"""Classification of clips: the simplest localizer, whose one segment is the clip itself.
+"""Classification of clips: the simplest localizer, whose only segment is the clip itself.
 
-Behind a backbone it makes a video classifier, the form in which backbones are pretrained and, once
-rewired, finetuned. As any localizer it is part of a `Detector`, and saved and loaded with it
-(`re2tal.trained`).
+With a backbone it is a video classifier, for pretraining and for finetuning rewired backbones. Like
+any localizer it is part of a `Detector`, and is saved and loaded with it (`re2tal.trained`).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class ClipClassifierConfig:
     """Settings of a linear layer on the mean of the features.
 
     Attributes:
-        dropout: probability with which a channel of the mean is left out in training.
+        dropout: dropout of channels of the mean.
         label_smoothing: share of the targets that is spread over all classes.
 
     Raises:
@@ -63,7 +62,7 @@ class ClipClassifier(nn.Module):
 
     Attributes:
         num_classes: number of classes; labels are 0 to `num_classes - 1`.
-        multiple: 1, since a clip may have any number of features.
+        multiple: 1: a clip may have any number of features.
     """
 
     multiple = 1
@@ -76,7 +75,7 @@ class ClipClassifier(nn.Module):
         self.linear = nn.Linear(in_channels, num_classes)
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
-        self._passes = 0  # later passes of the step whose clips are counted already
+        self._passes = 0  # coming passes of the step whose clips are already counted
         self._clips_a_pass = torch.ones(())  # mean number of clips over passes and ranks
 
     def forward(
@@ -87,10 +86,10 @@ class ClipClassifier(nn.Module):
         Args:
             features: `(B, C, T)`.
             mask: `(B, T)` bool, false on padding.
-            targets: one action for each clip, or none if the clip is not to count.
+            targets: one action for each clip, or none to exclude the clip from the loss.
 
         Returns:
-            Result of a `re2tal.localizers.Localizer`; scores are probabilities that add up to 1.
+            Result as of a `re2tal.localizers.Localizer`; scores are probabilities that sum to 1.
 
         Raises:
             ValueError: a clip has several actions.
@@ -118,15 +117,17 @@ class ClipClassifier(nn.Module):
     def predict(self, features: Tensor, mask: Tensor) -> tuple[Tensor]:
         """Compute logits `(B, K)` of features `(B, C, T)` where `mask` `(B, T)` is true."""
         valid = mask[:, None]
-        total = torch.where(valid, features, 0).sum(dim=2)
+        total = torch.where(valid, features, 0).sum(dim=2)  # not a product: padding may be NaN
         mean = total / valid.sum(dim=2).clamp(min=1)
         return (self.linear(self.dropout(mean)),)
 
     def begin_step(self, masks: Sequence[Tensor], targets: Sequence[Sequence[Targets]]) -> None:
-        """Count the clips of a whole step, by which its losses are divided."""
+        """Count the clips of a whole step, by which the losses are divided."""
         every = [target for of_pass in targets for target in of_pass]
         total, ranks = over_ranks(_counted(_labels(every, self.linear.weight.device)))
         self._passes = len(masks)
+        # DDP averages over ranks and accumulation over passes, so that total / (ranks passes)
+        # makes the step's loss the mean over its clips.
         self._clips_a_pass = total.clamp(min=1) / (ranks * self._passes)
 
 
@@ -143,7 +144,7 @@ def class_scores(classifier: Classifier, frames: Tensor, mask: Tensor) -> Tensor
         mask: `(B, T)` bool, false on padding.
 
     Returns:
-        Probabilities, float32 `(B, K)`; each row adds up to 1.
+        Probabilities, float32 `(B, K)`; each row sums to 1.
     """
     features = classifier.backbone(classifier.normalized(frames))
     (logits,) = classifier.localizer.predict(features, classifier.feature_mask(mask))
@@ -153,7 +154,7 @@ def class_scores(classifier: Classifier, frames: Tensor, mask: Tensor) -> Tensor
 def _labels(targets: Sequence[Targets], device: torch.device) -> Tensor:
     """List class numbers `(B,)`, -1 for clips without a class."""
     if any(len(target.labels) > 1 for target in targets):
-        raise ValueError("A clip that is classified has one class, but got several for one clip.")
+        raise ValueError("A classified clip has one class, but got several for one clip.")
     labels = [
         target.labels if len(target.labels) else target.labels.new_full((1,), -1)
         for target in targets
@@ -166,11 +167,11 @@ def _counted(labels: Tensor) -> Tensor:
 
 
 def _spanning(scores: Tensor, mask: Tensor) -> list[Detections]:
-    """Make a segment over each clip's valid features for every class, the best first."""
+    """Make a segment over each clip's valid features for every class, by falling score."""
     found = []
     for of_clip, valid in zip(scores, mask.sum(dim=1), strict=True):
         order = of_clip.argsort(descending=True, stable=True)
-        end = valid.float() - 0.5
+        end = valid.float() - 0.5  # the window spans -0.5 to T - 0.5
         span = torch.stack([torch.full_like(end, -0.5), end])
         found.append(
             Detections(segments=span.expand(len(order), 2), scores=of_clip[order], labels=order)
@@ -179,7 +180,7 @@ def _spanning(scores: Tensor, mask: Tensor) -> list[Detections]:
 
 
 def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """Number of classes before the right one; of equal scores the lower class number is first.
+    """Count the classes ranked before the right one; on ties the lower class number is first.
 
     Args:
         scores: `(N, K)`, finite.
@@ -189,29 +190,29 @@ def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
         int64 `(N,)`, 0 where the right class is the best.
 
     Raises:
-        ValueError: scores are not finite, so that their order is undefined.
+        ValueError: scores are not finite, so their order is undefined.
     """
     if not torch.isfinite(scores).all():
         raise ValueError("Scores of classes must be finite to be compared.")
     right = scores.gather(1, labels[:, None])
     number = torch.arange(scores.shape[1], device=scores.device)
-    before = (scores > right) | ((scores == right) & (number < labels[:, None]))
+    before = (scores > right) | ((scores == right) & (number < labels[:, None]))  # (N, K)
     return before.sum(dim=1)
 
 
 def top_k_accuracy(scores: Tensor, labels: Tensor, k: int) -> float:
-    """Share of samples whose class is among the `k` with the highest scores.
+    """Compute the share of samples whose class is among the `k` with the highest scores.
 
     Args:
         scores: `(N, K)`, N at least 1.
         labels: `(N,)` class numbers.
-        k: number of classes in an answer; with fewer classes every answer is right.
+        k: number of classes in an answer; if K is smaller, every answer is right.
     """
     return float((label_ranks(scores, labels) < k).double().mean())
 
 
 def mean_class_accuracy(scores: Tensor, labels: Tensor) -> float:
-    """Top-1 accuracy of each class that has samples, averaged over these classes.
+    """Average the top-1 accuracy over the classes that have samples.
 
     Args:
         scores: `(N, K)`, N at least 1.

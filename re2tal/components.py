@@ -1,8 +1,8 @@
-"""Parts of a detector as JSON: the name of a class, and its fields.
+"""Parts of a detector as JSON: the name of a class and its fields.
 
 `{"class": "re2tal.localizers.actionformer:ActionFormerConfig", "width": 512, ...}`. Reading a file
-must not run code that came with it: a class is looked up in this package, or in a module that the
-program has imported itself.
+must not run code chosen by the file: classes are looked up only in this package and in modules that
+the program has already imported.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ _CLASS = "class"
 
 
 class Component:
-    """Mark of a field that pydantic reads so: `Annotated[LocalizerConfig, Component()]`.
+    """Marker of a field that holds such a part: `Annotated[LocalizerConfig, Component()]`.
 
-    The field holds any frozen dataclass whose method `build` takes the protocol's arguments.
+    The value may be any frozen dataclass whose method `build` takes the protocol's arguments.
     """
 
     def __get_pydantic_core_schema__(
@@ -31,7 +31,7 @@ class Component:
         source: Any,
         handler: GetCoreSchemaHandler,
     ) -> CoreSchema:
-        """Schema by which pydantic reads and writes such a field."""
+        """Return the schema by which pydantic reads and writes such a field."""
         return core_schema.no_info_plain_validator_function(
             partial(_read, source),
             serialization=core_schema.plain_serializer_function_ser_schema(_write),
@@ -42,8 +42,8 @@ def _write(config: Any) -> dict[str, Any]:
     kind = type(config)
     if kind.__module__ == "__main__":
         raise ValueError(
-            f"{kind.__qualname__} is defined in a script, which nothing can import again: put it "
-            "into a module of its own, so that a saved detector can name it."
+            f"{kind.__qualname__} is defined in a script, which cannot be imported again: move it "
+            "to a module, so that a saved detector can name it."
         )
     fields: dict[str, Any] = TypeAdapter(kind).dump_python(config, mode="json")
     return {_CLASS: f"{kind.__module__}:{kind.__qualname__}", **fields}
@@ -51,14 +51,14 @@ def _write(config: Any) -> dict[str, Any]:
 
 def _read(protocol: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(value) and hasattr(value, "build"):
-        return value  # from Python, not from a file
+        return value  # given in Python, not read from a file
     if not isinstance(value, dict):
         raise ValueError(f"must be an object with a class and its fields, not {value!r}")  # noqa: TRY004 - pydantic takes these
     fields = dict(value)
     name = str(fields.pop(_CLASS, ""))
     kind = _find(name)
     if not _takes(kind.build, len(signature(protocol.build).parameters)):
-        raise ValueError(f"{name!r} is no {protocol.__name__}: it builds something else")
+        raise ValueError(f"{name!r} is not a {protocol.__name__}: its build has other arguments")
     unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(kind)})
     if unknown:
         raise ValueError(f"{name} has no {', '.join(unknown)}: was it saved by a newer re2tal?")
@@ -72,7 +72,7 @@ def _read(protocol: Any, value: Any) -> Any:
 
 
 def _takes(build: Any, number: int) -> bool:
-    """Tell whether a method, not bound, can be called with so many arguments."""
+    """Tell if an unbound method can be called with this number of arguments."""
     try:
         signature(build).bind(*[None] * number)
     except TypeError:
@@ -81,17 +81,19 @@ def _takes(build: Any, number: int) -> bool:
 
 
 def _find(name: str) -> Any:
-    """Find the dataclass of that name.
+    """Find the dataclass of a name "module:class".
 
     Raises:
-        ValueError: there is none, or its module was not imported.
+        ValueError: there is no such dataclass, or its module was not imported.
     """
     module_name, _, class_name = name.partition(":")
     if module_name.startswith("re2tal."):
         try:
             importlib.import_module(module_name)
         except ModuleNotFoundError as error:
-            raise ValueError(f"re2tal has no module {module_name!r}: is it older?") from error
+            raise ValueError(
+                f"re2tal has no module {module_name!r}: was the detector saved by a newer re2tal?"
+            ) from error
     if module_name not in sys.modules:
         raise ValueError(f"{name!r} is defined outside re2tal: import its module first")
     found = getattr(sys.modules[module_name], class_name, None)

@@ -35,7 +35,8 @@ def normalize(frames: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     Returns:
         `(B, 3, T, H, W)` float32.
     """
-    # A GPU's convolutions want the channels last, as they are in frames; a CPU's want planes.
+    # Convolutions are faster with channels last on a GPU, which is the frames' layout, and with
+    # planes on a CPU.
     layout = torch.contiguous_format if frames.device.type == "cpu" else torch.preserve_format
     values = frames.permute(0, 4, 1, 2, 3).to(torch.float32, memory_format=layout)
     return values.sub_(mean).div_(std)  # in place: hundreds of megabytes
@@ -48,7 +49,7 @@ class Detector(nn.Module, Generic[BackboneT, LocalizerT]):
         backbone: module `(B, 3, T, H, W) -> (B, C, T / temporal_stride)`.
         localizer: module from features to losses or detections, built for the backbone's channels.
         mean: mean of red, green and blue in [0, 1] in the backbone's pretraining; by default
-            ImageNet's, as torchvision's Video Swin weights want it.
+            ImageNet's, for torchvision's Video Swin weights.
         std: standard deviation of the same colours.
     """
 
@@ -66,7 +67,7 @@ class Detector(nn.Module, Generic[BackboneT, LocalizerT]):
         super().__init__()
         self.backbone = backbone
         self.localizer = localizer
-        # Not in the state: they belong to the configuration, as the class names do.
+        # Not in the state: like the class names, they belong to the configuration.
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, grey_levels(values), persistent=False)
 
@@ -77,7 +78,7 @@ class Detector(nn.Module, Generic[BackboneT, LocalizerT]):
 
     @property
     def multiple(self) -> int:
-        """Number whose multiples are the possible numbers of frames of a window."""
+        """Divisor of the number of frames of a window."""
         backbone = self.backbone
         return math.lcm(backbone.multiple, backbone.temporal_stride * self.localizer.multiple)
 
@@ -107,18 +108,18 @@ class Detector(nn.Module, Generic[BackboneT, LocalizerT]):
         return self.localizer(self.features(frames), self.feature_mask(mask), targets)
 
     def features(self, frames: Tensor) -> Tensor:
-        """Compute the features `(B, C, T')` of what `forward` takes as `frames`."""
+        """Compute the features `(B, C, T')` of the `frames` of `forward`."""
         video = frames if isinstance(self.backbone, Precomputed) else self.normalized(frames)
         if getattr(self.backbone, "reads_once", False):
-            spent(video)  # a rewired backbone makes the floats anew in its backward
+            spent(video)  # a rewired backbone recomputes the floats in its backward
         features: Tensor = self.backbone(video)
         return features
 
     def normalized(self, frames: Tensor) -> Tensor:
         """Normalise `frames` `(B, T, H, W, 3)` to float32 `(B, 3, T, H, W)`.
 
-        A rewired backbone keeps the frames, a quarter of the size, and calls this once more in its
-        backward pass.
+        A rewired backbone keeps only the uint8 frames, a quarter of the bytes, and normalises again
+        in its backward pass.
         """
         if frames.dtype != torch.uint8 or frames.ndim != 5 or frames.shape[-1] != 3:
             raise ValueError(
@@ -132,12 +133,12 @@ class Detector(nn.Module, Generic[BackboneT, LocalizerT]):
         return rebuildable(pixels(), pixels)
 
     def feature_mask(self, mask: Tensor) -> Tensor:
-        """Reduce the frames' mask `(B, T)` to `(B, T / stride)` features that see a valid frame."""
+        """Reduce a frame mask `(B, T)` to features `(B, T / stride)` with any valid frame."""
         stride = self.backbone.temporal_stride
         if mask.dtype != torch.bool or mask.ndim != 2 or mask.shape[1] % stride:
             raise ValueError(
                 f"The frame mask must be bool (B, T) with T a multiple of the backbone's temporal "
                 f"stride of {stride}, but got {mask.dtype} {tuple(mask.shape)}."
             )
-        seen: Tensor = mask.unflatten(1, (-1, stride)).any(dim=2)
+        seen: Tensor = mask.unflatten(1, (-1, stride)).any(dim=2)  # (B, T / stride, stride)
         return seen

@@ -1,13 +1,13 @@
-"""Error of which programs show the message alone, and parts that messages share."""
+"""Error of which programs show only the message, and helpers for messages."""
 
 from collections.abc import Collection, Sequence
 
 
 class UserError(Exception):
-    """Mistake in what the user gave; the message says what is wrong, where, and what to do.
+    """Mistake in the user's input; the message says what is wrong, where, and what to do.
 
-    Scripts print the message without a stack and exit with 1. A subclass exists only where code
-    catches it apart from the others.
+    Scripts print the message without a traceback and exit with 1. A subclass exists only where code
+    catches it separately.
     """
 
 
@@ -16,15 +16,15 @@ def shortened(items: Sequence[str], most: int = 20, *, rest: str = "") -> list[s
 
     Args:
         items: lines or names.
-        most: number of items that are shown.
-        rest: place where the others are listed, such as ", in failures.json".
+        most: greatest number of items shown.
+        rest: where the others are listed, such as ", in failures.json".
     """
     left = len(items) - most
     return [*items[:most], *([f"... and {left:,} more{rest}"] if left > 0 else [])]
 
 
 def apart(found: Collection[str], wanted: Collection[str]) -> str:
-    """Show three ids of each of two sides that have none in common, for the end of a message.
+    """Show three ids of each of two disjoint sets, for the end of a message.
 
     Args:
         found: ids of the videos in a file.
@@ -43,8 +43,8 @@ def check_within(settings: object, **bounds: tuple[float, float]) -> None:
 
     Args:
         settings: a dataclass.
-        bounds: smallest and largest value of each field named. Of a field with several numbers each
-            is checked; None passes.
+        bounds: smallest and largest value of each named field. Every number of a tuple is checked;
+            None passes.
 
     Raises:
         ValueError: a field is outside its bounds.
@@ -52,7 +52,7 @@ def check_within(settings: object, **bounds: tuple[float, float]) -> None:
     for name, (least, most) in bounds.items():
         value = getattr(settings, name)
         for number in value if isinstance(value, tuple) else (value,):
-            if number is not None and not least <= number <= most:
+            if number is not None and not least <= number <= most:  # true for NaN too
                 raise ValueError(
                     f"{type(settings).__name__}.{name} must be {least:,} to {most:,}, but is "
                     f"{value!r:.60}."

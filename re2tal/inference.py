@@ -1,6 +1,6 @@
 """Detection in a video file: sliding windows, detector, one set of segments.
 
-The steps are functions of their own because the evaluation during training takes the same ones.
+The steps are separate functions because the evaluation during training uses them too.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from re2tal.trained import SPEC_FILE, DetectorSpec, load_detector
 from re2tal.videos.decoding import Source, probe
 from re2tal.videos.windows import Window, sliding_windows, window_frames
 
-# From this overlap on, clip and copy of a stitched window show the same action: the tIoU at which
-# VSGN's authors suppress the detections of a window and class.
+# Least tIoU of two detections of the same action in the clip and the copy of a stitched window; the
+# value with which VSGN's authors suppress the detections of a window and class.
 REPETITION = 0.4
 
 
 def window_detections(raw: Detections, window: Window, duration: float) -> Detections:
     """Convert the detections of one window to seconds of the video.
 
-    Detections in the copy of a stitched window are put where the clip shows them. A detection
-    belongs to the part that its centre lies in or, in the gap, next to. An action that both parts
-    show is then detected twice. Of detections of one class in different parts that overlap by at
-    least `REPETITION`, the one with the lower score is removed, whatever suppression follows.
+    Detections in the copy of a stitched window are mapped back to the clip. A detection belongs to
+    the part that contains its centre; in the gap, to the nearer part. An action may then be
+    detected in both parts. If two detections of one class in different parts overlap by at least
+    `REPETITION`, the one with the lower score is removed, whatever suppression follows.
 
     Args:
         raw: detections in feature-grid units of the window, on any device.
@@ -41,20 +41,21 @@ def window_detections(raw: Detections, window: Window, duration: float) -> Detec
         duration: duration of the video in seconds.
 
     Returns:
-        Detections on the CPU, in their order, cut to the video and to the clip of a stitched
-        window, without those that lie outside or are repetitions.
+        Detections on the CPU, in their order, clipped to the video and to the clip of a stitched
+        window, without repetitions and detections outside.
     """
     raw = raw.to("cpu")
     segments = window.grid.to_seconds(raw.segments)
     first, last, copied = 0.0, duration, None
     if window.copy is not None:
+        # from frames to feature coordinates, as in TimeGrid
         middle_of_gap = (window.valid + window.copy.first) / 2 / window.grid.stride - 0.5
         copied = raw.segments.mean(dim=1) >= middle_of_gap
         segments = torch.where(copied[:, None], window.copy.grid.to_seconds(raw.segments), segments)
         first = window.grid.offset
         last = min(first + window.valid / window.grid.fps, duration)
     segments = segments.clamp(first, last)
-    inside = segments[:, 1] > segments[:, 0]
+    inside = segments[:, 1] > segments[:, 0]  # clamping makes segments outside empty
     found = raw.with_segments(segments)[inside]
     return found if copied is None else without_repetitions(found, copied[inside], iou=REPETITION)
 
@@ -62,8 +63,8 @@ def window_detections(raw: Detections, window: Window, duration: float) -> Detec
 def video_detections(windows: Sequence[Detections], config: NmsConfig) -> Detections:
     """Combine the detections of a video's windows.
 
-    Windows overlap, so that most actions are found several times: non-maximum suppression removes
-    or weakens these repetitions with all others.
+    Windows overlap, so most actions are found several times; non-maximum suppression removes these
+    repetitions, or lowers their scores, like all others.
 
     Args:
         windows: detections of each window in seconds of the video.
@@ -80,9 +81,10 @@ class DetectedVideo:
     """Detections in a video.
 
     Attributes:
-        detections: detections in seconds by falling score, on the CPU. A class-agnostic detector's
-            are proposals, all of one class: `re2tal.detection.fuse` gives them the video's classes.
-        classes: class names, which the labels index.
+        detections: detections in seconds by falling score, on the CPU. Those of a class-agnostic
+            detector are proposals of a single class: `re2tal.detection.fuse` adds the video's
+            classes.
+        classes: class names, indexed by the labels.
         duration: duration of the video in seconds.
     """
 
@@ -100,7 +102,7 @@ class DetectedVideo:
         )
 
     def to_list(self) -> list[dict[str, Any]]:
-        """List the detections as plain data, as `re2tal.detection.files.rows` describes it."""
+        """List the detections as plain data; see `re2tal.detection.files.rows`."""
         return rows(self.detections, self.classes)
 
 
@@ -108,11 +110,11 @@ def detector_folder(folder: str | Path) -> Path:
     """Find a saved detector.
 
     Args:
-        folder: folder that `save_detector` wrote, or a checkpoint of a training run, which holds
-            it as `detector`.
+        folder: folder that `save_detector` wrote, or a checkpoint of a training run, which contains
+            such a folder as `detector`.
 
     Raises:
-        UserError: there is none.
+        UserError: the folder holds no detector.
     """
     folder = Path(folder)
     for candidate in (folder, folder / "detector"):
@@ -127,7 +129,7 @@ def detector_folder(folder: str | Path) -> Path:
 def windows_of(
     duration: float, spec: DetectorSpec, *, stride: int, video_id: str = ""
 ) -> list[Window]:
-    """List the windows in which a detector searches a video that is not annotated.
+    """List the sliding windows of a video without annotations.
 
     Args:
         duration: duration of the video in seconds.
@@ -147,7 +149,7 @@ def detect(
     batch_size: int = 1,
     device: torch.device | str | None = None,
 ) -> DetectedVideo:
-    """Detect the actions in a video, of any length.
+    """Detect the actions in a video of any length.
 
     Example:
         found = re2tal.detect("video.mp4", "checkpoint")
@@ -155,16 +157,16 @@ def detect(
 
     Args:
         video: path, content or open binary file of the video.
-        model: folder of a saved detector or of a training run's checkpoint; or the result of
-            `load_detector`, so that it is read once for many videos.
-        batch_size: number of windows that go through the detector at a time.
+        model: folder of a saved detector or of a training run's checkpoint; for many videos, the
+            result of `load_detector`, which is then read only once.
+        batch_size: number of windows per forward pass of the detector.
         device: device of a detector from a folder; by default a GPU if there is one.
 
     Raises:
         VideoError: the video cannot be read.
         UserError: the folder holds no detector, or a damaged one.
-        ValueError: the detector was trained on features, or is in training mode, in which its
-            results are random.
+        ValueError: the detector was trained on features, or is in training mode, which would make
+            its results random.
     """
     if isinstance(model, tuple):
         spec, detector = model

@@ -1,4 +1,4 @@
-"""JSON files from elsewhere: read as a whole, with all of their problems in one error."""
+"""Reading of JSON files, with all of their problems in one error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from re2tal.errors import UserError, shortened
 
-_SHOWN = 100  # a file of another data set has a problem in each of a million rows
+_SHOWN = 100  # of the wrong data set, each of a million rows may have a problem
 
 Place = tuple[str | int, ...]
 
@@ -28,7 +28,7 @@ class FileError(UserError):
     def __init__(self, source: str, problems: Iterable[str]) -> None:
         self.source = source
         self.problems = tuple(problems)
-        super().__init__(source, self.problems)  # these args let the error travel between processes
+        super().__init__(source, self.problems)  # with these args the error can be pickled
 
     def __str__(self) -> str:
         shown = shortened(by_kind(self.problems), _SHOWN)
@@ -36,7 +36,7 @@ class FileError(UserError):
 
     @property
     def count(self) -> str:
-        """Number of the problems, as a phrase."""
+        """Number of the problems in words."""
         return "1 problem" if len(self.problems) == 1 else f"{len(self.problems):,} problems"
 
 
@@ -46,9 +46,9 @@ _DETAILS = re.compile(r"""'.*?'|".*?"|\(found .*|[\d.]+""")
 
 
 def by_kind(problems: Iterable[str]) -> list[str]:
-    """Shorten problems that repeat for every video to a few examples and their number.
+    """Shorten problems of one kind to a few examples and their number.
 
-    Two are of one kind if they differ only in numbers, names in quotes, and the found value.
+    Problems are of one kind if they differ only in numbers, quoted names and the found value.
     """
     kinds: dict[str, list[str]] = {}
     for problem in problems:
@@ -64,10 +64,10 @@ def by_kind(problems: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RepeatedKey:
-    """Key that one object has more than once; JSON readers keep only the last value.
+    """Repeated key of an object; JSON readers keep only the last value.
 
     Attributes:
-        place: keys and indices that lead to the object; none for the top level.
+        place: keys and indices that lead to the object; empty for the top level.
         key: name of the repeated key.
     """
 
@@ -80,16 +80,16 @@ class RepeatedKey:
 
 
 def check_regular(path: str | Path) -> None:
-    """Refuse a pipe, a socket or a device, of which reading might never end.
+    """Refuse a pipe, a socket or a device, because reading it might never end.
 
     Raises:
-        FileError: it is one, or there is nothing.
+        FileError: the path is one of these, or does not exist.
     """
     try:
         mode = Path(path).stat().st_mode
     except FileNotFoundError as error:
         raise FileError(str(path), ["there is no such file"]) from error
-    except (OSError, ValueError) as error:  # the latter for a name with a null character
+    except (OSError, ValueError) as error:  # ValueError for a name with a null character
         raise FileError(str(path), [f"cannot be read: {error}"]) from error
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise FileError(str(path), ["is no regular file, but a pipe, a socket or a device"])
@@ -99,7 +99,7 @@ def read_text(path: str | Path) -> str:
     """Read a UTF-8 file, without a byte order mark.
 
     Raises:
-        FileError: it cannot be read, or is no regular file.
+        FileError: the file cannot be read, or is not a regular file.
     """
     source = str(path)
     check_regular(path)
@@ -112,16 +112,16 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path) -> tuple[Any, tuple[RepeatedKey, ...]]:
-    """Read a JSON document, and the keys that objects in it have more than once.
+    """Read a JSON document and find the repeated keys of its objects.
 
     Returns:
-        The document; its repeated keys in the order of the document, except those in a value that a
-        later value of the same key replaced.
+        The document; its repeated keys in the order of the document, except those inside a value
+        that a later value of the same key replaced.
 
     Raises:
-        FileError: the file cannot be read or holds no JSON text.
+        FileError: the file cannot be read or is not JSON.
     """
-    # The objects are kept alive so that none of them gets the id of one that is gone.
+    # By id; the objects are kept alive, so that no id is used again.
     repeating: dict[int, tuple[dict[str, Any], list[str]]] = {}
 
     def remember(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -153,8 +153,8 @@ def in_words(place: Place) -> str:
 
 
 def reason(place: Place, message: str) -> str:
-    """Put a pydantic error into words: `results.x[3]: input should be a finite number`."""
-    own = message.removeprefix("Value error, ")  # from code of ours, which may begin with a name
+    """Format a pydantic error: `results.x[3]: input should be a finite number`."""
+    own = message.removeprefix("Value error, ")  # a message of ours, which may begin with a name
     text = own if own != message else f"{message[0].lower()}{message[1:]}"
     return f"{in_words(place) or 'the top level'}: {text}"
 

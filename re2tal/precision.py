@@ -1,4 +1,4 @@
-"""Number formats that a model computes in."""
+"""Number formats in which a model computes."""
 
 from contextlib import AbstractContextManager
 from typing import Any, Literal

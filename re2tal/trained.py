@@ -1,6 +1,6 @@
-"""Saved detectors: parts, weights, and the way in which videos are read.
+"""Saved detectors: parts, weights, and settings for reading videos.
 
-On disk it is a folder with `spec.json` and `weights.safetensors`: nothing in it is unpickled.
+A detector is saved as a folder with `spec.json` and `weights.safetensors`; nothing is unpickled.
 """
 
 import math
@@ -35,13 +35,13 @@ WEIGHTS_FILE = "weights.safetensors"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DetectorSpec:
-    """Parts of a detector, and the way in which it reads a video.
+    """Parts of a detector, and settings for reading a video.
 
     Attributes:
-        classes: names of the action classes; a label is an index into it. A class-agnostic
-            detector has one.
+        classes: names of the action classes, indexed by the labels. A class-agnostic detector has
+            one.
         backbone: configuration of the video backbone.
-        localizer: configuration of the localizer behind it.
+        localizer: configuration of the localizer.
         reversible: true if the backbone's residual connections are rewired (Re2TAL).
         size: side in pixels of the square frames that the backbone sees.
         window: settings of the sliding windows over a video.
@@ -67,23 +67,23 @@ class DetectorSpec:
     def __post_init__(self) -> None:
         check_within(self, size=(1, 2**13), mean=(-1e3, 1e3), std=(1e-6, 1e6))
         if not self.classes or len(set(self.classes)) < len(self.classes):
-            raise ValueError("DetectorSpec.classes must be one or more names, none of them twice.")
+            raise ValueError("DetectorSpec.classes must be one or more different names.")
         if self.adapters and self.lora:
             raise ValueError("DetectorSpec.adapters and lora: a backbone has one of them or none.")
 
     def build(self, load: Callable[[Any], object] = lambda _: None) -> Detector[Any, Any]:
         """Build the detector with random weights, rewired if `reversible`.
 
-        For one state of the generator the localizer has the same weights behind any backbone, or
-        none, so that runs which differ in the backbone begin alike.
+        For one state of the generator, the localizer's weights are the same for any backbone, so
+        runs with different backbones start from the same localizer.
 
         Args:
-            load: function that gives the backbone its weights, before adapters are added to it.
+            load: function that loads the backbone's weights, before adapters are added.
 
         Raises:
-            UserError: the backbone cannot have the adapters.
+            UserError: the backbone does not support the adapters.
         """
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**62, ()))  # drawn before the backbone uses the generator
         if addition := self.adapters or self.lora:
             refuse_unused(addition, self.backbone, self.size)
         backbone = self._backbone(load)
@@ -93,7 +93,7 @@ class DetectorSpec:
         return Detector(backbone, localizer, mean=self.mean, std=self.std)
 
     def outline(self) -> Detector[Any, Any]:
-        """Build the detector without memory for its weights, on the device "meta"."""
+        """Build the detector on the device "meta", without memory for its weights."""
         with torch.device("meta"):
             backbone = self._backbone()
             localizer = self.localizer.build(backbone.channels, len(self.classes))
@@ -113,12 +113,12 @@ _SPEC = TypeAdapter(DetectorSpec)
 
 
 def save_detector(folder: Path, spec: DetectorSpec, detector: Detector[Any, Any]) -> None:
-    """Write a detector to a folder, which is made.
+    """Write a detector to a folder, which is created.
 
     Args:
         folder: folder of the detector; existing files of the same names are replaced.
-        spec: specification that `detector` was built from.
-        detector: detector, whose weights are written in the precision they have.
+        spec: specification from which `detector` was built.
+        detector: detector, whose weights are written in their precision.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Contiguous copies: safetensors refuses views and shared storages
@@ -137,7 +137,7 @@ def read_spec(folder: str | Path) -> DetectorSpec:
 
     Raises:
         UserError: the folder holds no detector.
-        FileError: with every problem in the specification.
+        FileError: the specification is wrong; the message lists all problems.
     """
     folder = Path(folder)
     for name in (SPEC_FILE, WEIGHTS_FILE):
@@ -160,8 +160,8 @@ def load_detector(
 ) -> tuple[DetectorSpec, Detector[Any, Any]]:
     """Read a detector that `save_detector` wrote.
 
-    The specification is compared with the names and shapes in the file of the weights before
-    anything is built, so that no file makes this take more memory or time than its own size asks.
+    Before anything is built, the specification is compared with the names and shapes in the weights
+    file. So memory and time stay in proportion to the size of the files, whatever they contain.
 
     Args:
         folder: folder with `spec.json` and `weights.safetensors`.
@@ -172,8 +172,7 @@ def load_detector(
 
     Raises:
         UserError: the folder holds no detector.
-        FileError: a file of it is damaged; its weights do not fit its specification, or are not
-            finite.
+        FileError: a file is damaged, or the weights do not fit the specification or are not finite.
     """
     folder = Path(folder)
     spec = read_spec(folder)
@@ -194,7 +193,7 @@ def load_detector(
 
 
 def _no_numbers(document: Any) -> Iterator[str]:
-    """Find numbers that no setting can have, whatever its own bounds are."""
+    """Find numbers that are invalid for every setting."""
     for place, value in places(document):
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{in_words(place)}: must be finite, but is {value}"
@@ -202,14 +201,15 @@ def _no_numbers(document: Any) -> Iterator[str]:
             yield f"{in_words(place)}: is too large a number"
 
 
-# Functions with which modules make their weights and buffers. Only these are counted: others, such
-# as the one that turns gradients on again, must never fail.
+# Functions with which modules create weights and buffers. Only these are counted and may raise:
+# others, such as the one that enables gradients again, must never fail.
 _MAKING = (torch.empty, torch.zeros, torch.ones, torch.full, torch.tensor, torch.arange)
-_MADE_A_TENSOR, _MADE = 5, 500  # 1 to 2 a weight, measured; a few that are no weights
+# Limit: 5 per weight (1 to 2 were measured), and some for tensors that are not weights.
+_MADE_A_TENSOR, _MADE = 5, 500
 
 
 class _Effort(TorchFunctionMode):
-    """Limit of the tensors that are made, so that building ends soon if it builds too much."""
+    """Limit of the number of created tensors, so that building too large a network ends early."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -220,24 +220,25 @@ class _Effort(TorchFunctionMode):
     ) -> Any:
         self._left -= func in _MAKING
         if self._left < 0 and func in _MAKING:
-            raise ValueError("it is a larger network than the weights are of")
+            raise ValueError("it is a larger network than that of the weights")
         return func(*args, **(kwargs or {}))
 
 
 def _compare(spec: DetectorSpec, header: Header, folder: Path) -> None:
-    """Refuse a specification of another detector than that of the weights.
+    """Refuse a specification that does not fit the weights.
 
-    Parts of a user's own modules, which may need tensors with values, are not built in advance.
+    Parts from a user's own modules are not checked in advance, because building them may need
+    tensors with values.
 
     Raises:
-        FileError: it is, or no detector can be built from it.
+        FileError: the specification does not fit, or no detector can be built from it.
     """
     if not all(type(p).__module__.startswith("re2tal.") for p in (spec.backbone, spec.localizer)):
         return
     try:
         with _Effort(_MADE + _MADE_A_TENSOR * len(header)):
             outline = spec.outline()
-    except Exception as error:  # of any kind: settings that contradict one another fail anywhere
+    except Exception as error:  # contradictory settings can cause errors of any kind
         what = f"no detector can be built from it: {type(error).__name__}: {error}"
         raise FileError(str(folder / SPEC_FILE), [what]) from error
     frames = spec.window.frames
@@ -252,7 +253,7 @@ def _compare(spec: DetectorSpec, header: Header, folder: Path) -> None:
         for name, value in outline.state_dict().items()
     }
     if problems := [*_misfits(wanted, header)]:
-        heading = f"does not fit {SPEC_FILE}: was that changed, or is it another detector's?"
+        heading = f"does not fit {SPEC_FILE}: was one changed, or taken from another detector?"
         raise FileError(str(folder / WEIGHTS_FILE), [heading, *shortened(problems, 10)])
 
 
@@ -261,7 +262,7 @@ def _misfits(wanted: Mapping[str, Any], header: Mapping[str, Any]) -> Iterator[s
         if name not in header:
             yield f"{name} is missing"
         elif name not in wanted:
-            yield f"{name} is none of the detector's"
+            yield f"{name} is not part of the detector"
         elif header[name] != wanted[name]:
             (shape, real), (theirs, floating) = wanted[name], header[name]
             kinds = {True: "floating numbers", False: "integers"}

@@ -1,4 +1,4 @@
-"""Reading of weight files, and the report or refusal that follows."""
+"""Reading of weight files, and the report or error about their contents."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ Colour = tuple[float, float, float]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightsReport:
-    """Account of the weights of a file.
+    """Report on the weights of a file.
 
     Attributes:
-        layout: title of the layout that they were recognised as.
+        layout: title of the recognised layout.
         placed: name in the file -> our name.
         left_out: name in the file -> reason why it was not used.
-        kept: weights that the file lacks, and the network has by itself.
-        note: further facts needed to use them.
-        mean: mean of the frames of their training, if it is known not to be ImageNet's.
-        std: standard deviation of these frames, if it is known not to be ImageNet's.
+        kept: weights that the file lacks, for which the network keeps its own values.
+        note: further facts needed to use the weights.
+        mean: mean of the frames in training, if known to differ from ImageNet's.
+        std: standard deviation of these frames, likewise.
     """
 
     layout: str
@@ -47,12 +47,12 @@ class WeightsReport:
         """Check that frames are normalized as in the training of the weights.
 
         Args:
-            mean: mean of the frames that the network is given.
+            mean: mean with which the network's frames are normalized.
             std: standard deviation of these frames.
             option: prefix of `mean` and `std` on the command line, such as `--model.`.
 
         Raises:
-            ValueError: they are normalized by other values; the message has the options to give.
+            ValueError: they are normalized by other values; the message names the options to set.
         """
         wanted = ((self.mean, mean, "mean"), (self.std, std, "std"))
         if all(own is None or own == given for own, given, _ in wanted):
@@ -65,12 +65,12 @@ class WeightsReport:
 
     @property
     def summary(self) -> str:
-        """Describe the layout and the number of weights that were placed, left out and kept."""
+        """Layout, and numbers of weights that were placed, left out and kept."""
         counts = f"{len(self.placed)} placed, {len(self.left_out)} left out"
         return f"{self.layout}: {counts}, {len(self.kept)} kept"
 
     def __str__(self) -> str:
-        """List every name on a line of its own."""
+        """List every name on a separate line."""
         lines = [self.summary]
         lines += [f"  {theirs} -> {ours}" for theirs, ours in self.placed.items()]
         lines += [f"  {theirs} left out: {reason}" for theirs, reason in self.left_out.items()]
@@ -89,18 +89,18 @@ class WeightsMismatchError(ValueError):
         listed = "".join(f"\n  {line}" for line in shortened(problems, most=10))
         super().__init__(
             f"{what} are not those of this {type(network).__name__}: {len(problems)} do not fit. "
-            f"Is it another size, or were they trained with other settings?{listed}"
+            f"Is the network of another size, or were they trained with other settings?{listed}"
         )
         self.problems = tuple(problems)
 
 
-# Keys of the weights in the libraries' checkpoints; the first that is there counts: OpenTAD and
-# ActionFormer evaluate with the averaged weights, the others have one kind. V-JEPA 2 offers its
-# encoder, not the averaged one beside it.
+# Keys of the weights in the libraries' checkpoints; the first existing one is used. OpenTAD and
+# ActionFormer evaluate with the EMA, the others have one kind of weights. V-JEPA 2 offers its
+# encoder, not the EMA beside it.
 _NESTED = ("state_dict_ema", "state_dict", "model_state", "model", "module", "encoder")
 
-# Checkpoints of mmcv keep the best score so far as a NumPy number. These functions make numbers out
-# of bytes, under the names of NumPy 1 and 2.
+# Checkpoints of mmcv keep the best score as a NumPy number. These harmless functions, which
+# unpickle such numbers, are allowed, under their names in NumPy 1 and 2.
 _SCALAR: Any = np.float64(0).__reduce__()[0]
 _NUMBERS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_SCALAR, "numpy.core.multiarray.scalar"),
@@ -118,11 +118,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Args:
         path: `.safetensors`, or a file that `torch.save` wrote: a dictionary of tensors, or a
             checkpoint of mmaction2, PyTorchVideo, OpenTAD, ActionFormer, VSGN, VideoMAE or V-JEPA 2
-            that holds one.
-            Only tensors and plain values are unpickled.
+            that holds one. Only tensors and plain values are unpickled.
 
     Raises:
-        ValueError: it cannot be read, holds no weights, or some that are not finite.
+        ValueError: the file cannot be read, holds no weights, or weights are not finite.
     """
     weights = _read(path)
     if wrong := infinite(weights):
@@ -139,14 +138,14 @@ def _read(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         with safe_globals(_NUMBERS):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:  # torch's own message advises to switch the check off
+    except UnpicklingError as error:  # torch's own message advises switching the check off
         raise ValueError(
             f"The weights in {path} cannot be read: the file is damaged, or holds more than "
             f"tensors and plain values{_refused(path)}, which is not loaded because it could run "
-            "code. If you trust it, write its tensors alone to another file where it was made: "
+            "code. If you trust it, write only its tensors to another file where it was made: "
             'torch.save(checkpoint["state_dict"], file).'
         ) from error
-    except Exception as error:  # of any kind, where a file is damaged
+    except Exception as error:  # a damaged file can cause errors of any kind
         raise ValueError(f"The weights in {path} cannot be read: {error}") from error
     for key in _NESTED:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -158,7 +157,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 Header = Mapping[str, tuple[tuple[int, ...], bool]]
-"""Name of a tensor -> its shape, and whether its numbers are floating."""
+"""Name of a tensor -> its shape, and true if its numbers are floating point."""
 
 _FLOATING = ("F16", "BF16", "F32", "F64")
 
@@ -168,7 +167,7 @@ def read_header(path: Path) -> Header:
 
     Raises:
         OSError: the file cannot be read.
-        safetensors.SafetensorError: it is damaged, or no such file.
+        safetensors.SafetensorError: the file is damaged, or is not a safetensors file.
     """
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -179,7 +178,7 @@ def read_header(path: Path) -> Header:
 
 
 def infinite(weights: Mapping[str, Tensor]) -> str:
-    """Describe the weights that are not finite, as a phrase; empty if there are none."""
+    """Describe the weights that are not finite; return "" if there are none."""
     wrong = [
         name
         for name, value in weights.items()
@@ -194,6 +193,6 @@ def _refused(path: Path) -> str:
     try:
         with safe_globals(_NUMBERS):
             names = get_unsafe_globals_in_checkpoint(path)
-    except (ValueError, RuntimeError, UnpicklingError):  # of a form that torch cannot look into
+    except (ValueError, RuntimeError, UnpicklingError):  # a file that torch cannot inspect
         return ""
     return f" ({', '.join(sorted(names))})" if names else ""

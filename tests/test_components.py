@@ -218,7 +218,7 @@ ONE = "localizer.class_head.last.weight"
         (changed(ONE, lambda t: t.to(torch.int8)), f"{ONE} must be floating .* but is integers"),
         (changed(ONE, lambda t: t[None]), f"{ONE} must be .* of shape .* but is .* of shape"),
         (changed(ONE, lambda _: None), f"{ONE} is missing"),
-        (lambda state: state.update(other=torch.zeros(2)), "other is none of the detector's"),
+        (lambda state: state.update(other=torch.zeros(2)), "other is not part of the detector"),
         (lambda state: state.clear(), "no detector can be built|is missing"),
     ],
 )

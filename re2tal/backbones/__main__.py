@@ -6,12 +6,12 @@
 
 SOURCE is a file of torchvision, mmaction2, PyTorchVideo or OpenTAD, a file or folder of
 transformers, or the name of weights of torchvision (torchvision:swin3d_t/KINETICS400_V1) or of the
-Hugging Face Hub (hf:MCG-NJU/videomae-base). Training takes SOURCE itself, too: conversion makes a
-file that is loaded without PyTorch's pickles, and prints the fate of each weight. If anything does
-not fit, all of it is listed and the exit code is 1.
+Hugging Face Hub (hf:MCG-NJU/videomae-base). Training accepts SOURCE too: conversion only makes a
+file that loads without PyTorch's pickles, and lists where each weight went. If weights do not fit,
+all problems are listed and the exit code is 1.
 
-Rewiring changes connections and no parameter, so finetuning and training take pretrained weights as
-they are, and rewire the backbone that they load them into: `rewire` writes nothing.
+Rewiring changes connections but no parameters. Finetuning and training load pretrained weights
+unchanged and rewire the backbone themselves, so `rewire` only shows the result and writes no file.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def _list() -> int:
 
 
 def _shallow(config: Any) -> BackboneConfig:
-    """Take blocks away that no stride depends on, but that take time to build."""
+    """Remove blocks that take time to build and do not affect the strides."""
     depths = getattr(config, "depths", None)
     if depths is None:
         shallow: BackboneConfig = config
@@ -110,11 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("source", metavar="SOURCE", help="a file, a folder, or a name")
     convert.add_argument("target", metavar="TARGET", type=Path, help="the .safetensors file")
     convert.add_argument(
-        "--backbone", required=True, choices=backbones(), help="what the weights are for"
+        "--backbone", required=True, choices=backbones(), help="backbone of the weights"
     )
-    shown = commands.add_parser("rewire", help="show what becomes reversible")
+    shown = commands.add_parser("rewire", help="show which blocks become reversible")
     shown.add_argument("backbone", choices=backbones())
-    shown.add_argument("--weights", help="a file, a folder, or a name; else random")
+    shown.add_argument("--weights", help="a file, a folder, or a name; default: random weights")
     return parser
 
 

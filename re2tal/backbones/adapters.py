@@ -4,17 +4,16 @@ A block with an adapter returns, for the result z of its own forward,
 
     y = z + g U(h + P(D(h))),    h = gelu(V(z))
 
-with linear layers V (C to C/4), P and U (C/4 to C), a depth-wise convolution D of width 3 along all
-time steps of the *window*, and a learnt gate g. U is zero at the start, so that a backbone with new
-adapters computes exactly what it computes without them.
+with linear layers V (C to C/4), P (C/4 to C/4) and U (C/4 to C), a depthwise convolution D of
+width 3 along all time steps of the *window*, and a learnt gate g. U is zero at the start, so new
+adapters do not change the output of a backbone at all.
 
-In a reversible stage the adapter is a part of the block's last branch, F(x) = M(x) + A(x + M(x))
-with the MLP M and the adapter's term A, and no branch of its own. A branch that adds nothing would
-still change places between the two streams, and with them the function: the zero start would be
-lost. As a part of F it leaves the number of branches, the coupling and its way back as they are,
-and for (alpha, beta) = (1, 0) the block computes y above. Nothing more is kept in memory: MLP and
-adapter treat the places of a picture alike, so that the branch is cut by places, each with all of
-its time steps.
+In a reversible stage the adapter is not a branch of its own but a part of the block's last branch,
+F(x) = M(x) + A(x + M(x)), with the MLP M and the adapter's term A. A separate branch, even one that
+adds zero, would swap the two streams and so change the function: the zero start would be lost. As a
+part of F, the adapter does not change the number of branches, the coupling or its inverse, and for
+(alpha, beta) = (1, 0) the block computes y above. No further memory is needed: MLP and adapter
+treat all places of a picture alike, so the branch is cut by places, each with all its time steps.
 """
 
 from __future__ import annotations
@@ -49,8 +48,8 @@ class AdapterConfig:
     """Shape of the temporal adapters, one in each block.
 
     Attributes:
-        ratio: channels of a block per channel inside its adapter.
-        width: time steps that the convolution of an adapter sees at once.
+        ratio: ratio of a block's channels to the hidden channels of its adapter.
+        width: kernel size of an adapter's temporal convolution, odd.
     """
 
     ratio: int = 4
@@ -60,12 +59,12 @@ class AdapterConfig:
         check_within(self, ratio=(1, 2**14), width=(1, 2**10 - 1))
         if self.width % 2 == 0:
             raise ValueError(
-                f"AdapterConfig.width must be odd, so that as many steps lie before as behind, but "
-                f"is {self.width}."
+                f"AdapterConfig.width must be odd, so that the kernel is centred, but is "
+                f"{self.width}."
             )
 
     def add_to(self, backbone: nn.Module) -> list[nn.Module]:
-        """Put an adapter into each residual block of a backbone, in place.
+        """Add an adapter to each residual block of a backbone, in place.
 
         Returns:
             The adapters.
@@ -78,7 +77,7 @@ class AdapterConfig:
         if not blocks:
             raise UserError(
                 f"--model.tuning adapters: no residual block of this {type(backbone).__name__} is "
-                "known, so that there is no place for an adapter."
+                "known, so there is no place for an adapter."
             )
         added: list[nn.Module] = []
         for name, block in blocks.items():
@@ -86,7 +85,7 @@ class AdapterConfig:
             if last.activation is not None:
                 raise UserError(
                     f"--model.tuning adapters: {name} ({type(block).__name__}) has an activation "
-                    "behind its addition; adapters are made for blocks of transformers. Use "
+                    "after its addition; adapters are made for transformer blocks. Use "
                     "--model.tuning full or frozen."
                 )
             adapter = TemporalAdapter(_channels(name, last), self, timeline)
@@ -97,7 +96,7 @@ class AdapterConfig:
 
 
 def _channels(name: str, last: Branch) -> int:
-    """Return the channels of a block, which its last layer makes."""
+    """Return the channels of a block: the output of its last linear layer."""
     layers = [m for top in last.modules for m in top.modules() if isinstance(m, nn.Linear)]
     if not layers:
         raise UserError(f"--model.tuning adapters: the last branch of {name} has no linear layer.")
@@ -105,12 +104,12 @@ def _channels(name: str, last: Branch) -> int:
 
 
 class TemporalAdapter(nn.Module):
-    """The term that is added to the result of a block.
+    """Adapter's term, which is added to the result of a block.
 
     Args:
         channels: C of the block.
         config: shape.
-        timeline: place of the block's tokens in time; None for tokens `(B, T, H, W, C)`.
+        timeline: order of the block's tokens in time; None for tokens `(B, T, H, W, C)`.
     """
 
     def __init__(self, channels: int, config: AdapterConfig, timeline: Timeline | None) -> None:
@@ -124,7 +123,7 @@ class TemporalAdapter(nn.Module):
         )
         self.mix = nn.Linear(inner, inner)
         self.up = nn.Linear(inner, channels)
-        self.gate = nn.Parameter(torch.ones(1))  # FSDP cannot split a number without dimensions
+        self.gate = nn.Parameter(torch.ones(1))  # (1,): FSDP cannot shard a 0-dimensional tensor
         nn.init.trunc_normal_(self.down.weight, std=0.02)
         nn.init.normal_(self.temporal.weight, std=(2 / config.width) ** 0.5)
         nn.init.normal_(self.mix.weight, std=(2 / inner) ** 0.5)
@@ -135,7 +134,7 @@ class TemporalAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the term for places `(n, T, C)`, each with all time steps of its window."""
-        hidden = F.gelu(self.down(x))
+        hidden = F.gelu(self.down(x))  # (n, T, C / ratio)
         mixed = self.mix(self.temporal(hidden.transpose(1, 2)).transpose(1, 2))
         result: Tensor = self.up(hidden + mixed) * self.gate
         return result
@@ -143,12 +142,12 @@ class TemporalAdapter(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Grid:
-    """Places and times of the tokens of windows, whose samples lie behind one another.
+    """Places and times of the tokens of windows, whose clips follow one another in the batch.
 
     Attributes:
         windows: number of windows.
-        places: places of a time step.
-        timeline: samples of a window, and the order of the tokens in each.
+        places: number of places in a time step.
+        timeline: clips of a window, and the order of the tokens in each.
     """
 
     windows: int
@@ -157,10 +156,10 @@ class _Grid:
 
     @classmethod
     def of(cls, shape: Sequence[int], timeline: Timeline | None) -> _Grid:
-        """Find them for tokens of a shape.
+        """Derive the grid from the shape of the tokens.
 
         Raises:
-            UserError: the shape does not tell them.
+            UserError: the shape does not determine it.
         """
         if timeline is None and len(shape) == 5:
             return cls(
@@ -171,8 +170,8 @@ class _Grid:
             if rest == 0 and shape[0] % timeline.clips == 0:
                 return cls(windows=shape[0] // timeline.clips, places=places, timeline=timeline)
         raise UserError(
-            f"--model.tuning adapters: blocks of this backbone get tokens {tuple(shape)}, which do "
-            "not tell the time of each: adapters are for (B, T, H, W, C), and for tokens of clips. "
+            f"--model.tuning adapters: blocks of this backbone get tokens {tuple(shape)}, whose "
+            "times are unknown: adapters are for (B, T, H, W, C), and for tokens of clips. "
             "Use --model.tuning lora."
         )
 
@@ -183,12 +182,13 @@ class _Grid:
 
     @property
     def columns_a_window(self) -> int:
-        """Places of a window, and its tokens of no place, of which each clip has one."""
+        """Number of columns of a window: its places, and the class tokens (`first`) of a clip."""
         return self.places + self.timeline.first
 
     def columns(self, x: Tensor) -> Tensor:
         """Return tokens as places with all their time steps, `(windows places, T, C)`."""
         line = self.timeline
+        # (windows, clips, tokens of a clip, C), without class tokens
         tokens = x.reshape(self.windows, line.clips, -1, x.shape[-1])[:, :, line.first :]
         if line.by_place:
             by_place = tokens.unflatten(2, (self.places, line.steps)).transpose(1, 2)
@@ -198,8 +198,9 @@ class _Grid:
         return columns
 
     def tokens(self, columns: Tensor, shape: Sequence[int]) -> Tensor:
-        """Return places as tokens of a shape, zero at those of no place: back from `columns`."""
+        """Invert `columns`: return places as tokens of a shape, zero at class tokens."""
         line = self.timeline
+        # (windows, places, clips, steps, C)
         by_place = columns.view(self.windows, self.places, line.clips, line.steps, -1)
         order = (0, 2, 1, 3, 4) if line.by_place else (0, 2, 3, 1, 4)
         tokens = by_place.permute(order).flatten(2, 3)
@@ -207,9 +208,10 @@ class _Grid:
         return padded
 
     def rows(self, start: int, stop: int, device: torch.device) -> Tensor:
-        """List the row of each token of some columns, `(n, T)`; behind the end for padding.
+        """Compute the row of each token of the columns start to stop - 1, `(n, T)`.
 
-        The column of a token of no place has it at the first step of each clip, and padding else.
+        A class token's column holds it at the first step of each clip. At its other steps there is
+        padding, whose row is one after the last.
         """
         line, a_window = self.timeline, self.columns_a_window
         a_clip = line.first + line.steps * self.places
@@ -218,6 +220,7 @@ class _Grid:
         time = torch.arange(self.steps, device=device)
         clip, step = time // line.steps, time % line.steps
         inside = place * line.steps + step if line.by_place else step * self.places + place
+        # first row of the clip of each (column, time)
         begin = (window * line.clips + clip) * a_clip
         rows = begin + line.first + inside
         if line.first == 0:
@@ -228,7 +231,7 @@ class _Grid:
 
 
 class Adapted(nn.Module):
-    """Residual block with an adapter: a class before the block's own among the parents of both.
+    """Residual block with an adapter: base class of the classes that `_with_adapter` makes.
 
     Attributes:
         original: class of the block.
@@ -239,7 +242,7 @@ class Adapted(nn.Module):
     adapter: TemporalAdapter
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Call the block's own forward, and add the adapter's term to the tokens it returns."""
+        """Call the block's own forward, and add the adapter's term to the tokens in its result."""
         result = super().forward(x, *args, **kwargs)
         z, *rest = result if isinstance(result, tuple) else (result,)
         grid = _Grid.of(z.shape, self.adapter.timeline)
@@ -247,25 +250,25 @@ class Adapted(nn.Module):
         return (y, *rest) if isinstance(result, tuple) else y
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle by the block's own class: this one has no name of its own to import."""
+        """Copy and pickle by the block's own class, because this class cannot be imported."""
         return _empty, (self.original,), self.__dict__
 
 
-# By the class of a block, the class of such blocks that have an adapter.
+# Class of a block -> class of such blocks with an adapter.
 _CLASSES: dict[type[nn.Module], type[Adapted]] = {}
 
 
 def _with_adapter(kind: type[nn.Module]) -> type[Adapted]:
-    """Make the class of blocks of a class that have an adapter, once.
+    """Return the class of blocks of class `kind` with an adapter; make it the first time.
 
     Raises:
-        UserError: they have one.
+        UserError: `kind` has an adapter already.
     """
     if issubclass(kind, Adapted):
         raise UserError("The backbone has adapters already.")
     if kind not in _CLASSES:
         made: Any = type(f"Adapted{kind.__name__}", (Adapted, kind), {"original": kind})
-        made.forward = Adapted.forward  # transformers' layers have wrapped it for their own ends
+        made.forward = Adapted.forward  # transformers wraps the forward of subclasses of its layers
         _CLASSES[kind] = made
     return _CLASSES[kind]
 
@@ -279,15 +282,15 @@ def _empty(kind: type[nn.Module]) -> Adapted:
 @branches.register
 def _adapted(block: Adapted) -> list[Branch]:
     *others, last = branches.dispatch(block.original)(block)
-    # As they are now: the backbone's next window may be longer, and this branch still to be
-    # replayed.
+    # A copy: the backbone's next window may be longer, while this branch still has to be
+    # recomputed.
     timeline = block.adapter.timeline
     timeline = None if timeline is None else timeline.copy()
     return [*others, _joined(last, block.adapter, timeline)]
 
 
 def _joined(last: Branch, adapter: TemporalAdapter, timeline: Timeline | None) -> Branch:
-    """Make one branch of a block's last and the adapter; stochastic depth is of the former."""
+    """Join a block's last branch and the adapter; stochastic depth applies to the former only."""
 
     def function(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = last(x, *args, **kwargs)
@@ -312,13 +315,13 @@ def _joined(last: Branch, adapter: TemporalAdapter, timeline: Timeline | None) -
         last.name,
         (*last.modules, adapter),
         function,
-        cut=cut if isinstance(last.cut, ByToken) else None,  # else it mixes places
+        cut=cut if isinstance(last.cut, ByToken) else None,  # others mix places
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Columns:
-    """Layout of tokens by columns: a place, or a token of none, with all time steps of a window."""
+    """Layout by columns: a place, or a class token, with all time steps of a window."""
 
     last: Branch
     adapter: TemporalAdapter
@@ -337,18 +340,18 @@ class _Columns:
 
     @property
     def elements(self) -> int:
-        """Elements of the MLP; of the adapter the sum, three results of C and six of C / 4."""
+        """Elements per column: the MLP's, and the adapter's (the sum, 3 of C and 6 of C / 4)."""
         return self.grid.steps * (self.width + 6 * self.adapter.channels)
 
     def share(self) -> tuple[Tensor, ...]:
-        """Draw the factors of stochastic depth, one a sample."""
+        """Draw the factors of stochastic depth, one per sample, shared by all pieces."""
         if self.last.drop_path is None:
             return ()
         factors = self.last.drop_path(self.ones)
         return () if factors is self.ones else (factors,)
 
     def new(self, piece: Tensor, shape: torch.Size) -> Tensor:
-        """Make an empty tensor of a shape, with a spare row behind its end for padding."""
+        """Make an empty tensor of a shape, with a spare row after its end for padding."""
         return piece.new_empty(prod(shape[:-1]) + 1, shape[-1])[:-1].view(shape)
 
     def take(self, x: Tensor, start: int, stop: int) -> Tensor:
@@ -358,6 +361,7 @@ class _Columns:
     def put(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:
         """Write columns to their rows."""
         channels = out.shape[-1]
+        # with the spare row of `new`, to which padding is written
         tokens = out.as_strided((out.numel() // channels + 1, channels), (channels, 1))
         tokens[self.grid.rows(start, stop, out.device)] = piece
 
@@ -387,8 +391,9 @@ class _Columns:
         stop: int,
         shared: Sequence[Tensor],
     ) -> Tensor:
-        """Run the block's last branch on the columns, and the adapter on its result at places."""
+        """Run the block's last branch on all columns, and the adapter on those of places."""
         y = self.last(piece, *self.args, **self.kwargs)
+        # the factors that `share` drew, so that all pieces of a sample drop the same branch
         for factors in shared:
             y = y * self._spread(factors, start, stop)
         term = self.adapter(piece + y)
@@ -399,7 +404,7 @@ class _Columns:
         return result
 
     def _spread(self, factors: Tensor, start: int, stop: int) -> Tensor:
-        """Spread a factor a sample to `(n, T, 1)`."""
+        """Expand the factors of samples to `(n, T, 1)`."""
         line = self.grid.timeline
         by_time = factors.view(-1, line.clips, 1).expand(-1, -1, line.steps).flatten(1)
         unit = torch.arange(start, stop, device=factors.device)
@@ -412,34 +417,34 @@ def _returned(block: Adapted, y: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def additions(backbone: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules that were added to a backbone to learn beside it: adapters, LoRA's."""
+    """Yield the trainable modules that were added to a backbone: adapters, LoRA's."""
     for module in backbone.modules():
         if isinstance(module, TemporalAdapter):
             yield module
-        elif hasattr(module, "base_layer"):  # peft's, which need not be imported to find them
+        elif hasattr(module, "base_layer"):  # peft's layers, found without importing peft
             yield from (part for name, part in module.named_children() if name.startswith("lora_"))
 
 
 class Addition(Protocol):
-    """Configuration of what is added to a backbone to learn beside it."""
+    """Configuration of trainable modules that are added to a frozen backbone."""
 
     def add_to(self, backbone: nn.Module) -> list[nn.Module]:
-        """Add it in place, and return the modules that a forward has to call."""
+        """Add the modules in place, and return the modules that a forward has to call."""
         ...
 
 
 def refuse_unused(addition: Addition, config: BackboneConfig, size: int) -> None:
-    """Run a backbone without memory for it, to see that it calls all that is added to it.
+    """Run a backbone on the meta device, to check that it calls all added modules.
 
-    Blocks that read the weights of a layer instead of calling it would leave LoRA out.
+    Blocks that read the weights of a layer instead of calling it would ignore LoRA.
 
     Args:
-        addition: what would be added.
+        addition: configuration of the added modules.
         config: shape of the backbone.
-        size: pixels of a side of the frames.
+        size: side of the frames in pixels.
 
     Raises:
-        UserError: the backbone does not call all of it, or cannot have it.
+        UserError: the backbone does not call all of them, or does not support them.
     """
     called: set[nn.Module] = set()
     with torch.device("meta"), torch.no_grad():
@@ -452,7 +457,7 @@ def refuse_unused(addition: Addition, config: BackboneConfig, size: int) -> None
     names = [name for name, module in backbone.named_modules() if module in unused]
     if names:
         raise UserError(
-            f"The blocks of this backbone read the weights of {', '.join(shortened(names, 1))}, "
-            "and do not call them: what is added there would have no effect. Leave them out "
-            "(--model.lora.layers mlp or attention), or take --model.tuning adapters."
+            f"The blocks of this backbone read the weights of {', '.join(shortened(names, 1))} "
+            "but do not call these layers: LoRA would have no effect there. Leave them out "
+            "(--model.lora.layers mlp or attention), or use --model.tuning adapters."
         )

@@ -1,13 +1,13 @@
-"""Models of short clips behind a localizer: a window is cut into clips, which run as one batch.
+"""Models of short clips as backbones: a window is cut into clips, which run as one batch.
 
     window (B, 3, T, H, W) -> clips (B T/n, 3, n, H, W) -> tokens (B T/n, n/s, places, C)
-                           -> mean over the places, clips behind one another -> (B, C, T/s)
+                           -> mean over places, concatenation of clips in time -> (B, C, T/s)
 
-with the n frames of a clip and the s frames of a token. Nothing mixes clips before the localizer,
-but for adapters (`adapters.py`) and for neighbours where features are interpolated.
+with n frames in a clip and s frames in a token. Clips do not interact before the localizer, except
+through adapters (`adapters.py`) and through interpolation between neighbouring features.
 
-A family of such models is one `ClipFamily` and the dataclass of its shapes, in a file of its own
-(`videomae.py`); what the families share stands here.
+A family of such models is one file (like `videomae.py`) with a `ClipFamily` and the dataclass of
+its shapes; this module holds the shared code.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ from re2tal.reversible.branches import has_hooks, recomputed
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipFamily:
-    """Record of one library's models of clips.
+    """Family of models of clips.
 
     Attributes:
-        make: function from a configuration to the model. Its parts and parameters become the
-            backbone's own, under their names.
-        tokens: function from the backbone, with the model's parts, and a video `(B, 3, T, H, W)` to
-            the tokens `(B T/n, n/s, places, C)` of its clips.
-        block: names of the parameters of a block; group 1 is its number, from 0.
-        first: tokens of a clip before those of places, such as a class token.
-        by_place: put a place's times behind one another in a clip's tokens, not a time's places.
-        stem: beginning of the names of parameters before the first block, or several.
+        make: function from a configuration to the model, whose parts and parameters become the
+            backbone's, under the same names.
+        tokens: function from the backbone, which has the model's parts, and a video
+            `(B, 3, T, H, W)` to the tokens `(B T/n, n/s, places, C)` of its clips.
+        block: names of a block's parameters; group 1 is the number of the block, from 0.
+        first: number of tokens of a clip before those of places, such as a class token.
+        by_place: true if a clip's tokens are ordered by place and then by time, false if by time
+            and then by place.
+        stem: prefix, or prefixes, of the names of parameters before the first block.
     """
 
     make: Callable[[Any], nn.Module]
@@ -56,11 +57,11 @@ class ClipFamily:
 class ClipConfig(ABC):
     """Base of the shapes of models of clips.
 
-    Further fields bear the names of `VideoMAEConfig`'s. Only a shape with a field `interpolation`
-    can have more than one feature a token.
+    Further fields have the names of those of `VideoMAEConfig`. Only a shape with a field
+    `interpolation` can have more than one feature per token.
 
     Attributes:
-        pooling: consecutive features that are averaged into one.
+        pooling: number of consecutive features that are averaged.
     """
 
     pooling: int = 1
@@ -71,28 +72,28 @@ class ClipConfig(ABC):
 
     @property
     def token_frames(self) -> int:
-        """Frames of a token, which the model makes a feature of."""
+        """Frames of a token, the model's own frames per feature."""
         frames: int = getattr(self, "tubelet", 1)
         return frames
 
     @property
     @abstractmethod
     def token_channels(self) -> int:
-        """Channels of a token behind the last block."""
+        """Channels of a token after the last block."""
 
     def with_stride(self, stride: int) -> Self:
-        """Return the same backbone with another number of frames a feature.
+        """Return the same backbone with another number of frames per feature.
 
-        Features are averaged to a larger number than a token's, and interpolated to a smaller one.
+        Features are averaged for a larger stride than a token's, and interpolated for a smaller.
 
         Raises:
-            ValueError: it cannot have that stride.
+            ValueError: the backbone does not support that stride.
         """
         own, interpolated = self.token_frames, hasattr(self, "interpolation")
         if stride < 1 or (stride % own and (not interpolated or own % stride)):
             raise ValueError(
-                f"The stride must be a multiple of {own}, the frames that the backbone makes a "
-                f"feature of{', or a part of it' if interpolated else ''}, not {stride}."
+                f"The stride must be a multiple of {own}, the frames of one feature of the "
+                f"backbone{', or a divisor of it' if interpolated else ''}, not {stride}."
             )
         rates = {"pooling": max(1, stride // own)}
         if interpolated:
@@ -123,14 +124,14 @@ class ClipConfig(ABC):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransformerConfig(ClipConfig):
-    """Base of the shapes of vision transformers of one width; the defaults are those of a ViT-B.
+    """Base of the shapes of vision transformers of constant width; the defaults are a ViT-B's.
 
     Attributes:
         patch: side of a patch in pixels.
         channels: channels of a token.
-        depths: number of blocks, the only stage's.
+        depths: number of blocks of the only stage.
         heads: attention heads of a block.
-        mlp_ratio: channels inside an MLP per channel.
+        mlp_ratio: hidden channels of an MLP, as a multiple of `channels`.
     """
 
     patch: int = 16
@@ -150,11 +151,11 @@ class TransformerConfig(ClipConfig):
 
 @dataclass(slots=True)
 class Timeline:
-    """Place in time of the tokens `(B clips, first + steps places, C)` of a backbone of clips.
+    """Order in time of the tokens `(B clips, first + steps places, C)` of a clip backbone.
 
     Attributes:
         steps: time steps of a clip.
-        clips: clips of a window, in the forward that runs or ran last.
+        clips: clips of a window, in the current or last forward.
         first: see `ClipFamily`.
         by_place: see `ClipFamily`.
     """
@@ -165,25 +166,25 @@ class Timeline:
     by_place: bool = False
 
     def copy(self) -> Timeline:
-        """Return the timeline of this moment."""
+        """Return a copy, which later forwards do not change."""
         return replace(self)
 
 
 class ClipBackbone(nn.Module):
     """Backbone that runs a model of clips on a whole window.
 
-    See `re2tal.backbones.protocol.Backbone` for the attributes; `timeline` is for modules that mix
-    the clips of a window.
+    See `re2tal.backbones.protocol.Backbone` for the attributes; adapters, which mix the clips of a
+    window, read `timeline`.
 
     Args:
-        model: model of clips, whose parts are taken over.
-        family: record of the model's family.
+        model: model of clips; the backbone takes over its parts.
+        family: family of the model.
         channels: C of its tokens.
         blocks: number of its blocks.
         clip: frames of a clip.
         stride: frames of a token.
-        pooling: consecutive features that are averaged into one.
-        interpolation: features that are made of one, by linear interpolation over the window.
+        pooling: number of consecutive features that are averaged.
+        interpolation: number of features made of each, by linear interpolation over the window.
 
     Raises:
         ValueError: a feature would stand for a fraction of a frame.
@@ -213,7 +214,7 @@ class ClipBackbone(nn.Module):
             self.register_parameter(name, parameter)
         self.channels = channels
         self.temporal_stride = stride * pooling // interpolation
-        self.multiple = math.lcm(clip, stride * pooling)
+        self.multiple = math.lcm(clip, stride * pooling)  # whole clips, and whole averages
         self.timeline = Timeline(clip // stride, first=family.first, by_place=family.by_place)
         self._clip = clip
         self._family = family
@@ -232,6 +233,7 @@ class ClipBackbone(nn.Module):
         """Compute features before pooling; see `Placed`."""
         self.timeline.clips = video.shape[2] // self._clip
         tokens: Tensor = self._family.tokens(self, video)
+        # (B clips, n/s, places, C) -> (B, T/s, places, C)
         in_order: Tensor = tokens.unflatten(0, (len(video), -1)).flatten(1, 2)
         return in_order
 
@@ -242,7 +244,7 @@ class ClipBackbone(nn.Module):
         return not any(map(has_hooks, (self, *stems)))
 
     def layer_of(self, name: str) -> int:
-        """Layer as in `Backbone`; what follows the blocks belongs to the last."""
+        """Return the layer as in `Backbone`; parts after the blocks have the last layer."""
         if name.startswith(self._family.stem):
             return 0
         match = self._family.block.match(name)
@@ -250,9 +252,9 @@ class ClipBackbone(nn.Module):
 
 
 class ClipStem(nn.Module):
-    """First layer, from a window to the tokens of its clips; recomputed when rewired.
+    """First layer, from a window to the tokens of its clips; recomputed in rewired backbones.
 
-    The cut into clips stands in here, so that nothing has to be kept of the frames but their uint8.
+    The stem includes the cut into clips, so only the uint8 frames have to be kept.
     """
 
 
@@ -262,10 +264,10 @@ def _stem_is_recomputed(module: nn.Module) -> bool:  # noqa: ARG001
 
 
 def check_window(video: Tensor, multiple: int) -> None:
-    """Refuse a window `(B, 3, T, H, W)` of a length that a backbone cannot have.
+    """Refuse a window `(B, 3, T, H, W)` of an unsupported length.
 
     Raises:
-        UserError: T is no multiple of `multiple`.
+        UserError: T is not a multiple of `multiple`.
     """
     if video.shape[2] % multiple:
         raise UserError(
@@ -275,7 +277,7 @@ def check_window(video: Tensor, multiple: int) -> None:
 
 
 def check_patches(video: Tensor, layer: Any) -> None:
-    """Refuse frames `(..., H, W)` that the strides of a convolution do not divide.
+    """Refuse frames `(..., H, W)` that are not a multiple of a convolution's strides.
 
     Raises:
         UserError: the frames cannot be cut into whole patches.
@@ -290,10 +292,10 @@ def check_patches(video: Tensor, layer: Any) -> None:
 
 
 def patches(projection: nn.Module, video: Tensor, clip: int) -> Tensor:
-    """Cut videos into clips of so many frames, and these into tokens `(B T/n, n/s, H', W', C)`.
+    """Cut videos into clips of n frames, and clips into tokens `(B T/n, n/s, H', W', C)`.
 
     Args:
-        projection: convolution whose stride is its kernel, over time and space or space alone.
+        projection: convolution with stride equal to its kernel, over time and space or space only.
         video: `(B, 3, T, H, W)`.
         clip: frames of a clip.
 
@@ -303,7 +305,7 @@ def patches(projection: nn.Module, video: Tensor, clip: int) -> Tensor:
     layer: Any = projection
     check_patches(video, layer)
     clips = clips_of(video, clip)
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, nn.Conv2d):  # frame by frame: (B T, 3, H, W)
         images: Tensor = layer(clips.transpose(1, 2).flatten(0, 1))
         of_images: Tensor = images.unflatten(0, (-1, clip)).movedim(2, -1)
         return of_images
@@ -318,25 +320,27 @@ def clips_of(video: Tensor, frames: int) -> Tensor:
 
 
 def sines(grid: tuple[int, int, int], channels: int) -> Tensor:
-    """Sine table of the places of a grid in their order, `(*grid, channels)`."""
+    """Make the table of sines for the places of a grid, numbered in order, `(*grid, channels)`."""
     place = torch.arange(math.prod(grid), dtype=torch.float64)[:, None]
     channel = torch.arange(channels, dtype=torch.float64)
+    # Sines on even channels, cosines on odd ones, computed in float64.
     angle = place / 10000 ** (2 * (channel // 2) / channels)
     table = torch.where(channel % 2 == 0, angle.sin(), angle.cos())
     return table.float().view(*grid, channels)
 
 
 def with_class_token(tokens: Tensor, first: Tensor, positions: Tensor, frames: int) -> Tensor:
-    """Put a class token in front of the tokens of clips, and add learnt positions.
+    """Prepend a class token to the tokens of clips, and add learnt positions.
 
-    Positions of another grid than the tokens' are resized, bicubic in space and linear in time, as
-    the field does when it loads weights; here in every forward, so that one file serves all sizes.
+    If the grid of the positions differs from that of the tokens, they are resized, bicubic in space
+    and linear in time. Usual code does so when it loads weights; here every forward does, so one
+    file fits all sizes.
 
     Args:
         tokens: `(B, t, h, w, C)`.
         first: class token `(1, 1, C)`.
         positions: `(1, 1 + places, C)`, the class token's first.
-        frames: t of the positions, whose places form squares.
+        frames: t of the positions; the places of a time form a square.
 
     Returns:
         `(B, 1 + t h w, C)`.
@@ -348,17 +352,18 @@ def with_class_token(tokens: Tensor, first: Tensor, positions: Tensor, frames: i
 
 
 def side_of(positions: Tensor, frames: int = 1) -> int:
-    """Count the places on a side of learnt positions `(1, 1 + places, C)`, squares in time."""
+    """Return the side of the square of places in learnt positions `(1, 1 + places, C)`."""
     return math.isqrt((positions.shape[1] - 1) // frames)
 
 
 def resized(positions: Tensor, grid: torch.Size) -> Tensor:
     """Resize a table `(t, h, w, C)` to a grid: bicubic in space, linear in time."""
     if positions.shape[1:3] != grid[1:]:
+        # (t, C, h, w): times are the batch
         images = F.interpolate(positions.movedim(-1, 1), size=tuple(grid[1:]), mode="bicubic")
         positions = images.movedim(1, -1)
     if len(positions) != grid[0]:
-        lines = positions.flatten(1).T[None]
+        lines = positions.flatten(1).T[None]  # (1, h w C, t): places and channels are channels
         positions = F.interpolate(lines, size=grid[0], mode="linear")[0].T.unflatten(
             1, (*grid[1:], -1)
         )
@@ -392,7 +397,7 @@ def check_shape(config: Any) -> None:
         config: dataclass with fields named as `VideoMAEConfig`'s, or some of them.
 
     Raises:
-        ValueError: a field has no possible value, or two do not fit.
+        ValueError: a field is out of its range, or two fields do not fit.
     """
     kind, known = type(config).__name__, {field.name for field in fields(config)}
     check_within(config, **{name: _BOUNDS[name] for name in _BOUNDS if name in known})
@@ -421,7 +426,7 @@ def check_shape(config: Any) -> None:
 
 
 def transformers_settings(config: Any) -> dict[str, Any]:
-    """Name the settings of blocks as the configurations of the library transformers do."""
+    """Return the settings of blocks under the names of the library transformers."""
     return {
         "hidden_size": config.channels,
         "num_hidden_layers": config.depths[0],
@@ -434,10 +439,10 @@ def transformers_settings(config: Any) -> dict[str, Any]:
 
 
 def library(name: str, title: str) -> Any:
-    """Import the library that models of this title are built from, or a module of it.
+    """Import a library, or a module of it, that models called `title` need.
 
     Raises:
-        UserError: it is not installed.
+        UserError: the library is not installed.
     """
     try:
         return import_module(name)
@@ -449,10 +454,10 @@ def library(name: str, title: str) -> Any:
 
 
 def other_positions(*names: str) -> Callable[[nn.Module, Mapping[str, Tensor]], str | None]:
-    """Make the objection of a layout whose learnt positions bear these names.
+    """Make a `Layout.objection` for learnt positions of the given names.
 
     Returns:
-        Function for `Layout.objection`: it names the options for positions of another number.
+        Function that objects to a different number of positions and names the options to set.
     """
 
     def objection(backbone: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
@@ -461,7 +466,7 @@ def other_positions(*names: str) -> Callable[[nn.Module, Mapping[str, Tensor]], 
             theirs, ours = tuple(weights[name].shape), tuple(own[name].shape)
             if theirs[1] != ours[1] and theirs[2:] == ours[2:]:
                 return (
-                    f"their positions {name} {theirs} are not of the {ours} of this backbone: set "
+                    f"their positions {name} are {theirs}, but this backbone's are {ours}: set "
                     "trained_clip and trained_size to the frames and pixels of their training"
                 )
         return None

@@ -2,8 +2,8 @@
 
     arXiv 2304.07193, 2508.10104, 2303.11331, 2303.15343, 2103.00020
 
-Every `every`-th frame is an image. Nothing mixes frames before the localizer. Parameters have
-timm's names, so that its files fit; timm is imported only when a model is built.
+Every `every`-th frame is an image. Frames do not interact before the localizer. Parameters have
+timm's names, so its files fit; timm is imported only when a model is built.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ _TITLES: Mapping[Family, str] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Record:
-    """What sets a family apart from other vision transformers.
+    """Differences of a family from other vision transformers.
 
     Attributes:
         kind: timm's class.
         options: arguments of the class that all sizes share.
         epsilon: epsilon of all norms.
-        norm_last: whether the mean over places is normalised rather than each place.
+        norm_last: true to normalise the mean over places, false to normalise each place.
     """
 
     kind: Literal["vision_transformer:VisionTransformer", "eva:Eva"] = (
@@ -99,15 +99,15 @@ class FramesConfig(TransformerConfig):
     """Shape of an image transformer that runs frame by frame.
 
     Attributes:
-        family: family of models; it decides on norms, positions and the form of the blocks.
-        registers: further tokens beside the class token.
-        trained_size: pixels of a side of the images in the pretraining, whose positions are
-            embedded; on other sizes the embeddings are resized as timm does. Families with rotary
-            embeddings alone (DINOv3) do not need it.
-        pool: way in which the tokens of a frame become a feature: their mean over the places, the
-            class token, or SigLIP's attention pooling.
-        every: frames of which the middle one is seen, such as 4 to run on a quarter of the frames.
-        drop_path: probability of leaving out the last block's branches, growing with depth.
+        family: family of models, which determines norms, positions and the form of the blocks.
+        registers: number of register tokens beside the class token.
+        trained_size: side of the images in the pretraining, in pixels; for other sizes, position
+            embeddings are resized as in timm. Families with rotary embeddings only (DINOv3) do not
+            use it.
+        pool: feature of a frame: the mean of its patch tokens, the class token, or SigLIP's
+            attention pooling.
+        every: run on the middle one of so many frames, such as 4 for a quarter of the frames.
+        drop_path: probability of dropping the last block's branches; it grows with depth.
     """
 
     family: Family = "dinov2"
@@ -122,7 +122,7 @@ class FramesConfig(TransformerConfig):
         check_shape(self)
         check_within(self, registers=(0, 2**10), every=(1, 2**10))
         if "use_rot_pos_emb" in _RECORDS[self.family].options and self.channels % (4 * self.heads):
-            raise ValueError(  # two directions, each with a sine and a cosine
+            raise ValueError(  # two axes, each with a sine and a cosine
                 f"FramesConfig.channels of {_TITLES[self.family]} must be a multiple of four times "
                 f"the {self.heads} heads, but is {self.channels}."
             )
@@ -135,7 +135,7 @@ class FramesConfig(TransformerConfig):
 
     @property
     def clip(self) -> int:
-        """Frames of a clip, of which one is seen."""
+        """Frames of a clip, of which one is used."""
         return self.every
 
     @property
@@ -154,11 +154,11 @@ class FramesConfig(TransformerConfig):
 
 
 class FramePatches(ClipStem):
-    """Patches of the frames of a window that are seen.
+    """Patch embedding of the selected frames of a window.
 
     Args:
-        proj: convolution of the patches, under the name that timm gives it.
-        every: frames of which the middle one is seen.
+        proj: convolution of the patches, under timm's name.
+        every: number of frames of which the middle one is used.
     """
 
     def __init__(self, proj: nn.Module, every: int) -> None:
@@ -174,7 +174,7 @@ class FramePatches(ClipStem):
 
     def forward(self, video: Tensor) -> Tensor:
         """Compute tokens `(B T/every, H', W', C)` of a video `(B, 3, T, H, W)`."""
-        seen = video[:, :, self._every // 2 :: self._every]
+        seen = video[:, :, self._every // 2 :: self._every]  # the middle of each group
         return patches(self.proj, seen, clip=1)[:, 0]
 
 
@@ -193,7 +193,7 @@ def _make(config: FramesConfig) -> nn.Module:
         drop_path_rate=config.drop_path,
         num_classes=0,
         global_pool="map" if config.pool == "attention" else "",
-        dynamic_img_size=True,  # rotary embeddings of the size that a frame has
+        dynamic_img_size=True,  # rotary embeddings for the actual frame size
         no_embed_class=config.registers > 0,
         norm_layer=partial(library("timm.layers", title).LayerNorm, eps=record.epsilon),
         **registers,
@@ -204,7 +204,7 @@ def _make(config: FramesConfig) -> nn.Module:
 
 
 def _pooled(config: FramesConfig, parts: Any, video: Tensor) -> Tensor:
-    """Compute features `(B T/every, 1, places, C)`, of one place unless their mean is taken."""
+    """Compute features `(B T/every, 1, places, C)`; one place unless the mean is taken later."""
     tokens, before = _tokens(config, parts, video)
     feature: Tensor
     if config.pool == "mean":
@@ -212,7 +212,7 @@ def _pooled(config: FramesConfig, parts: Any, video: Tensor) -> Tensor:
         if not _RECORDS[config.family].norm_last:
             normed: Tensor = parts.norm(places)
             return normed[:, None]
-        feature = parts.norm(places.mean(dim=1))
+        feature = parts.norm(places.mean(dim=1))  # norm of the mean, not mean of norms
     elif config.pool == "class":
         feature = parts.norm(tokens[:, 0])
     else:
@@ -221,7 +221,7 @@ def _pooled(config: FramesConfig, parts: Any, video: Tensor) -> Tensor:
 
 
 def _tokens(config: FramesConfig, parts: Any, video: Tensor) -> tuple[Tensor, int]:
-    """Compute the last block's tokens of each frame, and the number of those before the places."""
+    """Compute the last block's tokens of each frame; also return the number before the patches."""
     places = parts.patch_embed(video)
     grid = tuple(places.shape[1:3])
     tokens = places.flatten(1, 2)
@@ -234,7 +234,7 @@ def _tokens(config: FramesConfig, parts: Any, video: Tensor) -> tuple[Tensor, in
     positions = getattr(parts, "pos_embed", None)
     if positions is not None:
         side = config.trained_size // config.patch
-        own = positions.shape[1] - side**2  # positions of the tokens before the places
+        own = positions.shape[1] - side**2  # positions of the tokens before the patches
         positions = library("timm.layers", _TITLES[config.family]).resample_abs_pos_embed(
             positions, new_size=grid, old_size=(side, side), num_prefix_tokens=own
         )
@@ -244,6 +244,7 @@ def _tokens(config: FramesConfig, parts: Any, video: Tensor) -> tuple[Tensor, in
     tokens = parts.norm_pre(torch.cat([*further, tokens], dim=1))
     if not hasattr(parts, "rope"):
         return parts.blocks(tokens), before
+    # EVA-02 and DINOv3: every block gets the rotary embeddings of this grid
     rope = parts.rope.get_embed(shape=grid)
     for block in parts.blocks:
         tokens = block(tokens, rope=rope)
@@ -259,7 +260,7 @@ _KNOWN = re.compile(
 
 
 def _renamed(name: str) -> str | None:
-    if name.startswith("fc_norm."):  # that of a model whose mean is normalised
+    if name.startswith("fc_norm."):  # in models with `norm_last`
         name = name.removeprefix("fc_")
     return name if _KNOWN.fullmatch(name) else None
 

@@ -1,9 +1,8 @@
 """InternVideo2 (Wang et al., ECCV 2024, arXiv 2403.15377) clip by clip: its video encoder.
 
-A vision transformer with RMS norms, normalised queries and keys, and a learnt scale of every
-branch. Its parameters bear the authors' names, but for those of the stem. The pooling to a vector a
-clip that follows the blocks, and the projections to language, are left out: the tokens of the last
-block are the features.
+A vision transformer with RMS norms, normalised queries and keys, and learnt scales of the branches.
+Its parameters have the authors' names, except for the stem. The pooling to one vector per clip and
+the projections to language are left out: features are the tokens of the last block.
 """
 
 from __future__ import annotations
@@ -31,17 +30,17 @@ from re2tal.reversible.families.vit import SelfAttention, mlp_cut
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InternVideo2Config(TransformerConfig):
-    """Shape of an InternVideo2's video encoder.
+    """Shape of InternVideo2's video encoder.
 
     Attributes:
         tubelet: frames of a token; the temporal stride.
         clip: frames of a clip.
-        trained_clip: frames of a clip in the training of the weights, whose positions are learnt:
-            4 or 8 (`f4`, `f8` in names of files), 16 in some finetuned on Kinetics.
-        trained_size: pixels of a side of the frames in that training, likewise. On other sizes the
+        trained_clip: frames of a clip in the training of the weights, which sets the number of
+            learnt positions: 4 or 8 (`f4`, `f8` in file names), 16 in some finetuned on Kinetics.
+        trained_size: side of the frames in that training in pixels, likewise. For other sizes,
             positions are resized in every forward, bicubic in space and linear in time.
         norm_epsilon: epsilon of all norms.
-        scale: first value of the learnt scales of the branches.
+        scale: initial value of the learnt scales of the branches.
     """
 
     patch: int = 14
@@ -88,7 +87,7 @@ class InternVideo2Stem(ClipStem):
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMS norm in float32, whatever its input's type is."""
+    """RMS norm, computed in float32 for any input type."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
@@ -97,7 +96,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
-    """Attention among all tokens, its queries and keys normalised over all heads together."""
+    """Attention among all tokens, with queries and keys normalised over all heads together."""
 
     def __init__(self, config: InternVideo2Config) -> None:
         super().__init__()
@@ -108,9 +107,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.channels, config.channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend, `(B, N, C)`."""
+        """Attend among `(B, N, C)`."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         apart = (self.q_norm(q), self.k_norm(k), v)
+        # (B, heads, N, C / heads) each
         heads = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in apart)
         joined = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
         result: Tensor = self.proj(joined)
@@ -118,7 +118,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers with a GELU between."""
+    """Two linear layers with a GELU between them."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
@@ -132,19 +132,19 @@ class Mlp(nn.Module):
 
 
 class Scale(nn.Module):
-    """Learnt factor of every channel."""
+    """Learnt factor for every channel (LayerScale)."""
 
     def __init__(self, channels: int, value: float) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.full((channels,), value))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply, in float32 as the authors do."""
+        """Multiply, in float32 as in the authors' code."""
         return (x.float() * self.gamma.float()).type_as(x)
 
 
 class Block(nn.Module):
-    """x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x)))."""
+    """Transformer block: `x + ls1(attn(norm1(x)))`, then `x + ls2(mlp(norm2(x)))`."""
 
     def __init__(self, config: InternVideo2Config) -> None:
         super().__init__()
@@ -163,8 +163,8 @@ class Block(nn.Module):
 
 
 _WIDTH = 18
-"""Elements that a token of an attention keeps alive, per channel: those of a vision transformer's
-(13), normalised queries and keys and their gradients, and the scaled result."""
+"""Elements per token and channel that an attention keeps in memory: those of a vision
+transformer's attention (13), normalised queries and keys and their gradients, the scaled result."""
 
 
 @branches.register
@@ -222,7 +222,7 @@ def _renamed(name: str) -> str:
 
 INTERNVIDEO2 = Layout(
     title="InternVideo2 of its authors",
-    # Of the first block alone or of the whole model, beside the encoder of a language.
+    # The encoder alone, or with a prefix inside the whole model beside the language encoder.
     mark=re.compile(r"(|.*\.)blocks\.0\.attn\.qkv\.weight"),
     beside="blocks.0.attn.q_norm.weight",
     rename=_renamed,

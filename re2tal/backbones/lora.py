@@ -1,8 +1,8 @@
 """LoRA (Hu et al., ICLR 2022, arXiv 2106.09685) in the linear layers of a backbone's blocks.
 
 A layer W x + b becomes W x + b + (s / r) B A x, with matrices A of r rows and B of r columns. B is
-zero at the start, so that the backbone computes exactly what it computes without them. The layers
-are those of the library peft, which is imported only when LoRA is asked for.
+zero at the start, so the output of the backbone does not change at all. The layers are those of the
+library peft, which is imported only when LoRA is used.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class LoraConfig:
 
     Attributes:
         rank: r, rows of A and columns of B.
-        scale: s, by which their product is multiplied after division by `rank`.
+        scale: s; the product of the matrices is multiplied by `scale / rank`.
         dropout: probability of dropout before A.
-        layers: branches of a block whose linear layers get them: "attention", "mlp" or "all".
+        layers: branches of a block whose linear layers get LoRA: "attention", "mlp" or "all".
     """
 
     rank: int = 8
@@ -38,10 +38,10 @@ class LoraConfig:
         check_within(self, rank=(1, 2**14), scale=(1e-6, 1e6), dropout=(0, 0.999))
 
     def add_to(self, backbone: nn.Module) -> list[nn.Module]:
-        """Put the matrices beside the linear layers of all residual blocks, in place.
+        """Add the matrices to the linear layers of all residual blocks, in place.
 
         Returns:
-            The layers that have them now.
+            The layers with LoRA.
 
         Raises:
             UserError: peft is not installed, or there are no such layers.
@@ -56,11 +56,11 @@ class LoraConfig:
             r=self.rank, lora_alpha=self.scale, lora_dropout=self.dropout, target_modules=names
         )
         _peft().inject_adapter_in_model(config, backbone)
-        del backbone.peft_config  # of the whole backbone, which nothing reads
+        del backbone.peft_config  # peft's configuration on the whole backbone, which is not used
         return [backbone.get_submodule(name) for name in names]
 
     def _names(self, backbone: nn.Module) -> Iterator[str]:
-        """Name the linear layers, each once."""
+        """Yield the names of the chosen linear layers, each once."""
         chosen = {
             module
             for block in reversible_blocks(backbone).values()
@@ -90,7 +90,7 @@ def _peft() -> Any:
 
 
 def _kept(layer: Any) -> int:
-    """Count, for a token, A x and its gradient, and with dropout its mask and its result."""
+    """Count the elements kept per token: A x and its gradient; dropout's mask and result."""
     dropped = any(isinstance(part, nn.Dropout) for part in layer.lora_dropout.values())
     inside: int = sum(layer.r.values())
     return 2 * inside + 2 * dropped * int(layer.in_features)

@@ -1,7 +1,8 @@
 """Multiscale Vision Transformers (arXiv 2104.11227, 2112.01526) clip by clip.
 
-Version 1 has embeddings of the places, version 2 relative ones in every attention; both are resized
-to other frames than those of the pretraining. The classes are torchvision's, and so are the names.
+Version 1 has absolute position embeddings, version 2 relative ones in every attention; both are
+resized for other clips and frame sizes than those of the pretraining. Classes and names are
+torchvision's.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from re2tal.weights import Colour
 MEAN: Colour = (0.45, 0.45, 0.45)
 STD: Colour = (0.225, 0.225, 0.225)
 
-_PATCH, _TUBELET = 4, 2  # pixels and frames between the patches, which overlap
+_PATCH, _TUBELET = 4, 2  # strides in pixels and frames of the patches, which overlap
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,11 +42,12 @@ class MViTConfig(ClipConfig):
         version: 1 or 2 for MViT and MViTv2.
         channels: channels of the first stage; they double from stage to stage.
         heads: attention heads of the first stage; they double likewise.
-        depths: blocks of each stage; the first block of all but the first stage halves the places.
+        depths: blocks of each stage; the first block of every stage but the first halves height and
+            width.
         clip: frames of a clip.
-        trained_clip: frames of a clip in the pretraining, whose positions are embedded.
-        trained_size: pixels of a side of the frames in the pretraining, likewise.
-        drop_path: probability of leaving out the last block's branches, growing with depth.
+        trained_clip: frames of a clip in the pretraining, which sets the number of positions.
+        trained_size: side of the frames in the pretraining in pixels, likewise.
+        drop_path: probability of dropping the last block's branches; it grows with depth.
     """
 
     version: Literal[1, 2] = 2
@@ -93,7 +95,7 @@ class MViTConfig(ClipConfig):
 
     @property
     def token_channels(self) -> int:
-        """Channels behind the last stage; see `ClipConfig`."""
+        """Channels after the last stage; see `ClipConfig`."""
         channels: int = self.channels * 2 ** (len(self.depths) - 1)
         return channels
 
@@ -108,7 +110,7 @@ class MViTConfig(ClipConfig):
 
 
 class ClipPatches(ClipStem, nn.Conv3d):
-    """Patches of the clips of a window, by a convolution under the names that torchvision gives."""
+    """Patch embedding of the clips of a window: a convolution under torchvision's names."""
 
     def __init__(self, convolution: nn.Conv3d, clip: int) -> None:
         super().__init__(
@@ -137,7 +139,7 @@ def _make(config: MViTConfig) -> nn.Module:
         proj_after_attn=second,
         stochastic_depth_prob=config.drop_path,
     )
-    model.head = nn.Identity()  # an Identity has no parameters
+    model.head = nn.Identity()
     model.conv_proj = ClipPatches(model.conv_proj, config.clip)
     made: nn.Module = model
     return made
@@ -146,8 +148,9 @@ def _make(config: MViTConfig) -> nn.Module:
 def _blocks(config: MViTConfig) -> list[MSBlockConfig]:
     """List torchvision's settings of all blocks.
 
-    Channels double where the places are halved: in version 2 by the attention of that block, in
-    version 1 by the MLP before it. Keys and values are pooled to the places of the last stage.
+    Channels double where height and width are halved: in version 2 in the attention of that block,
+    in version 1 in the MLP of the block before. Keys and values are pooled to the last stage's
+    height and width.
     """
     second, kernel = config.version == 2, [3, 3, 3]
     stages = [stage for stage, depth in enumerate(config.depths) for _ in range(depth)]
@@ -156,7 +159,7 @@ def _blocks(config: MViTConfig) -> list[MSBlockConfig]:
         halves = stage > before
         pools_queries = second or halves
         at = (before, stage) if second else (stage, after)
-        keys = 2 ** (len(config.depths) - 1 - stage)
+        keys = 2 ** (len(config.depths) - 1 - stage)  # stride down to the last stage's places
         settings.append(
             MSBlockConfig(
                 num_heads=config.heads * 2**stage,
@@ -177,6 +180,7 @@ def _tokens(config: MViTConfig, parts: Any, video: Tensor) -> Tensor:
     first = parts.pos_encoding.class_token
     if config.version == 1:
         side = config.trained_size // _PATCH
+        # separable embeddings: (t, 1, 1, C) + (h, w, C)
         over_time = parts.pos_encoding.temporal_pos[:, None, None]
         positions = over_time + parts.pos_encoding.spatial_pos.unflatten(0, (side, side))
         patches = patches + resized(positions, grid)
@@ -185,6 +189,7 @@ def _tokens(config: MViTConfig, parts: Any, video: Tensor) -> Tensor:
     thw = tuple(grid)
     for block in parts.blocks:
         tokens, thw = block(tokens, thw)
+    # without the class token; (B T/n, t, h w, C)
     by_time: Tensor = parts.norm(tokens)[:, 1:].unflatten(1, (thw[0], -1))
     return by_time
 

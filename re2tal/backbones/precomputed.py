@@ -1,4 +1,4 @@
-"""Features that were extracted before, in the place of a backbone (step 2 of the usual way)."""
+"""Features extracted in advance, in place of a backbone (step 2 of the usual two-step training)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRAINED_ON_FEATURES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrecomputedConfig:
-    """Settings of features instead of a backbone.
+    """Shape of precomputed features, in place of a backbone's.
 
     Attributes:
         channels: channels C of the features.
@@ -30,12 +30,12 @@ class PrecomputedConfig:
         check_within(self, channels=(1, 2**20), temporal_stride=(1, 2**16))
 
     def build(self) -> Precomputed:
-        """Build a module that takes the features in; it has no weights."""
+        """Build the module that receives the features; it has no weights."""
         return Precomputed(self)
 
 
 class Precomputed(nn.Module):
-    """Module that passes features on, with the attributes of a `Backbone`."""
+    """Module that returns its input features, with the attributes of a `Backbone`."""
 
     def __init__(self, config: PrecomputedConfig) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Precomputed(nn.Module):
         self.temporal_stride = self.multiple = config.temporal_stride
 
     def forward(self, features: Tensor) -> Tensor:
-        """Transpose features `(B, T', C)`, floating, to a backbone's layout `(B, C, T')`.
+        """Transpose floating-point features `(B, T', C)` to a backbone's layout `(B, C, T')`.
 
         Raises:
             ValueError: the input holds frames, or has another shape.
@@ -57,5 +57,5 @@ class Precomputed(nn.Module):
         return features.transpose(1, 2).contiguous()
 
     def layer_of(self, name: str) -> int:
-        """Refuse: there are no parameters, so no layers."""
+        """Raise an error, because there are no parameters."""
         raise ValueError(f"Precomputed features have no parameter {name!r}.")

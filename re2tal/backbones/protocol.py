@@ -9,26 +9,26 @@ from torch import Tensor
 
 @runtime_checkable
 class BackboneConfig(Protocol):
-    """Shape of a backbone: a frozen dataclass that builds it.
+    """Shape of a backbone: a frozen dataclass that builds the module.
 
-    One with a field `depths`, the blocks of each stage, can also be made deeper and shallower, as
-    in the memory planner.
+    With a field `depths`, the number of blocks of each stage, tools such as the memory planner can
+    also make the backbone deeper or shallower.
     """
 
     def build(self) -> Any:
-        """Build a `Backbone`, a module, with random weights."""
+        """Build a `Backbone` module with random weights."""
         ...
 
 
 @runtime_checkable
 class Strided(BackboneConfig, Protocol):
-    """Shape of a backbone that can have several numbers of frames per feature."""
+    """Shape of a backbone with a selectable temporal stride."""
 
     def with_stride(self, stride: int) -> BackboneConfig:
         """Return the same backbone with another number of frames per feature.
 
         Raises:
-            ValueError: it cannot have that number.
+            ValueError: the backbone does not support that number.
         """
         ...
 
@@ -39,10 +39,10 @@ class Backbone(Protocol):
     Attributes:
         channels: C of the features.
         temporal_stride: frames per feature.
-        multiple: number whose multiples are the possible numbers of frames of a window.
+        multiple: the number of frames of a window must be a multiple of this.
 
-    One that reads its input once, in a stem, may say so by an attribute `reads_once` that is true:
-    the normalised frames are then given back when the stem has read them.
+    A backbone that reads its input only in its stem may have an attribute `reads_once` that is
+    true: the memory of the normalised frames is then freed after the stem.
     """
 
     channels: int
@@ -61,18 +61,18 @@ class Backbone(Protocol):
         ...
 
     def layer_of(self, name: str) -> int:
-        """Layer of the parameter `name`: 0 for the stem, then 1 for each block in turn."""
+        """Return the layer of the parameter `name`: 0 for the stem, then one for each block."""
         ...
 
 
 @runtime_checkable
 class Placed(Protocol):
-    """Backbone that also shows its features of each place, before they are pooled."""
+    """Backbone that also returns its features before spatial pooling."""
 
     def places(self, video: Tensor) -> Tensor:
-        """Compute the features of each place, of the input of a `Backbone`.
+        """Compute the features of each place, from the input of a `Backbone`.
 
         Returns:
-            `(B, T', P, C)`: the P places of a grid row by row, at the backbone's own rate.
+            `(B, T', P, C)`: the P places of the grid row by row, at the backbone's own rate.
         """
         ...

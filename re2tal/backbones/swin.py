@@ -1,11 +1,11 @@
 """Video Swin Transformer (Liu et al., CVPR 2022, arXiv 2106.13230), torchvision's own classes.
 
-Published weights: torchvision's as they are; those of mmaction2, of the paper's authors, and of
-OpenTAD's Re2Swin under other names. torchvision's network is theirs, so weights are only renamed.
-That was read in the sources: patch merging concatenates its four neighbours in the same order, the
-rows of the relative position table and of `qkv` have the same one, and norms have the same epsilon.
-OpenTAD's blocks have two functions, F (attention) and G (the MLP), whose sums run over two streams,
-``y1 = x1 + F(x2); y2 = x2 + G(y1)``: the same as ours when rewired.
+Published weights: torchvision's unchanged; those of mmaction2, of the paper's authors and of
+OpenTAD's Re2Swin are renamed. All of them have torchvision's network, according to their sources:
+patch merging concatenates its four neighbours in the same order, the rows of the relative position
+table and of `qkv` are in the same order, and norms have the same epsilon. OpenTAD's blocks have two
+functions, F (attention) and G (the MLP), and two streams, ``y1 = x1 + F(x2); y2 = x2 + G(y1)``: the
+same as ours after rewiring.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _POSITIONS = "relative_position_index"
 _LAYERS = {"mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3"}
 
 _STEM = re.compile(r"patch_embed\.(?:proj|norm)\.(?:weight|bias)")
-_NORM = re.compile(r"norm3?\.(weight|bias)")  # 3: mmaction2's, of its fourth stage
+_NORM = re.compile(r"norm3?\.(weight|bias)")  # norm3: mmaction2's, after the fourth stage
 _MERGING = re.compile(r"layers\.(\d+)\.downsample\.(norm|reduction)\.(weight|bias)")
 _PLAIN = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.((?:norm1|attn|norm2|mlp)\..+)")
 _COUPLED = re.compile(
@@ -36,7 +36,7 @@ _COUPLED = re.compile(
 
 
 def _around(name: str) -> str | None:
-    """Our name of a weight outside all blocks."""
+    """Return our name of a weight outside the blocks."""
     if _STEM.fullmatch(name):
         return name
     if match := _NORM.fullmatch(name):
@@ -87,9 +87,9 @@ class SwinConfig:
         embed_dim: channels of the first stage; they double from stage to stage.
         depths: blocks of each stage.
         heads: attention heads of each stage.
-        window: frames (in patches), height and width of an attention window.
-        drop_path: probability of leaving out the last block's branches, growing with depth.
-        pooling: consecutive features that are averaged into one. Re2TAL takes 2 for ActivityNet,
+        window: frames, height and width of an attention window, in patches.
+        drop_path: probability of dropping the last block's branches; it grows with depth.
+        pooling: number of consecutive features that are averaged. Re2TAL uses 2 on ActivityNet,
             where 768 frames become 192 features, and 1 elsewhere.
     """
 
@@ -117,7 +117,7 @@ class SwinConfig:
                 f"A Swin needs 1 to 8 stages and one number of heads for each, but got "
                 f"{len(self.heads)} for {len(self.depths)} stages."
             )
-        if sum(self.depths) < 2:  # torchvision divides by their number less one
+        if sum(self.depths) < 2:  # torchvision divides by the number of blocks minus 1
             raise ValueError("A Swin needs at least two blocks, but depths is (1,): set more.")
         for stage, heads in enumerate(self.heads):
             if self.embed_dim * 2**stage % heads:
@@ -127,15 +127,15 @@ class SwinConfig:
                 )
 
     def with_stride(self, stride: int) -> SwinConfig:
-        """Return the same backbone, its features averaged to another number of frames a feature.
+        """Return the same backbone with another number of frames per feature, by averaging.
 
         Raises:
-            ValueError: it cannot have that stride.
+            ValueError: the backbone does not support that stride.
         """
         if stride % self.patch[0]:
             raise ValueError(
-                f"The stride must be a multiple of {self.patch[0]}, the frames that the backbone "
-                f"makes a feature of, not {stride}."
+                f"The stride must be a multiple of {self.patch[0]}, the frames of one feature of "
+                f"the backbone, not {stride}."
             )
         return replace(self, pooling=stride // self.patch[0])
 
@@ -188,8 +188,8 @@ def swin_toy() -> SwinConfig:
 class SwinBackbone(SwinTransformer3d):  # type: ignore[misc]  # torchvision has no types
     """torchvision's `SwinTransformer3d` without its classifier, pooled over space only.
 
-    Its parameters have torchvision's names, and its stages are torchvision's modules, so that
-    `re2tal.rewire` makes them reversible in place.
+    Its parameters have torchvision's names. Its stages are torchvision's modules, so
+    `re2tal.rewire` can make them reversible in place.
 
     See `re2tal.backbones.protocol.Backbone` for the attributes.
     """
@@ -203,7 +203,7 @@ class SwinBackbone(SwinTransformer3d):  # type: ignore[misc]  # torchvision has 
             window_size=list(config.window),
             stochastic_depth_prob=config.drop_path,
         )
-        self.head = nn.Identity()  # an Identity has no parameters
+        self.head = nn.Identity()
         self.channels: int = self.num_features
         self.pooling = config.pooling
         self._depths = config.depths
@@ -216,12 +216,15 @@ class SwinBackbone(SwinTransformer3d):  # type: ignore[misc]  # torchvision has 
         return pooled.transpose(1, 2).contiguous()
 
     def layer_of(self, name: str) -> int:
-        """Layer as in `Backbone`; mergings belong to the next block, the last norm to the last."""
+        """Return the layer as in `Backbone`.
+
+        A merging has the layer of the next block, the last norm that of the last block.
+        """
         depths = self._depths
         part, *rest = name.split(".")
         if part == "patch_embed":
             return 0
-        if part == "features":
+        if part == "features":  # stages and mergings alternate
             stage, merges = divmod(int(rest[0]), 2)
             return 1 + (sum(depths[: stage + 1]) if merges else sum(depths[:stage]) + int(rest[1]))
         return sum(depths)
@@ -230,7 +233,7 @@ class SwinBackbone(SwinTransformer3d):  # type: ignore[misc]  # torchvision has 
         """Compute features before pooling; see `Placed`."""
         tokens = self.pos_drop(self.patch_embed(video))
         first = (self.patch_embed, self.pos_drop, self.features, self.features[0])
-        if not any(map(has_hooks, first)):
+        if not any(map(has_hooks, first)):  # a hook might keep or read the tokens
             spent(tokens)
         features: Tensor = self.norm(self.features(tokens))
         return features.flatten(2, 3)

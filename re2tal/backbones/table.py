@@ -1,12 +1,12 @@
-"""Table of backbones: a name stands for a network, its input, and the weights that fit it.
+"""Table of backbones: name -> configuration, input, and weights that fit.
 
-A family is one module of this package, whose functions enter themselves:
+A family is one module of this package, whose functions register themselves:
 
     @backbone(weights=("torchvision:swin3d_t/KINETICS400_V1",), layouts=(VIDEO_SWIN,))
     def swin_t() -> SwinConfig:
         return SwinConfig()
 
-Nothing else has to know of it: every script reads this table. A module of a user's own enters its
+Nothing else needs to change: every script reads this table. A user's own module registers its
 backbones in the same way, and is imported with `--import my_module`.
 """
 
@@ -26,7 +26,7 @@ from re2tal.backbones.protocol import BackboneConfig
 from re2tal.errors import UserError
 from re2tal.weights import Colour
 
-# Mean and deviation in the training of torchvision's video models.
+# ImageNet's mean and standard deviation, also of torchvision's Video Swins.
 IMAGENET_MEAN: Colour = (0.485, 0.456, 0.406)
 IMAGENET_STD: Colour = (0.229, 0.224, 0.225)
 
@@ -37,27 +37,25 @@ class Layout:
 
     Attributes:
         title: readable name of the layout.
-        mark: name that every such file has and no other; group 1 is the prefix of all names of
-            the backbone, such as `backbone.`.
+        mark: name that identifies such a file; group 1 is the prefix of all names of the backbone,
+            such as `backbone.`.
         rename: function from a name without its prefix to our name, or None if it is unknown.
-        beside: name, without its prefix, that such a file has besides, where the mark alone is that
-            of another layout, too; this one then comes before it.
-        classifier: names of the classifier's weights if nothing sets them apart from the
-            backbone's.
+        beside: second name, without its prefix, that must be in the file if the mark also fits
+            another layout; a layout with a second name takes precedence over one without.
+        classifier: names of the classifier's weights, if they have the backbone's prefix.
         outside: names of the weights of other parts, likewise.
-        optional: our names of weights that some settings of the backbone do without, such as those
-            of a way of pooling.
+        optional: our names of weights that the backbone has only with some settings, such as those
+            of one kind of pooling.
         computed: names of buffers that the backbone computes by itself.
-        fused: names of weights that hold three of ours, one behind another; `rename` is asked for
-            `NAME[0]`, `NAME[1]` and `NAME[2]` instead.
-        may_lack: ends of the names of buffers that some versions did not write; the backbone keeps
-            its own.
+        fused: names of weights that hold three of ours, concatenated; `rename` gets `NAME[0]`,
+            `NAME[1]` and `NAME[2]` instead.
+        may_lack: suffixes of buffers that some versions did not write; the backbone keeps its own.
         note: further facts needed to use the weights.
-        mean: mean of the frames of their training, if it is not ImageNet's.
-        std: standard deviation of these frames, if it is not ImageNet's.
-        objection: function that says why a backbone would compute something else with these weights
-            than they were trained for, though they fit; None if it would not. It gets them by our
-            names, and those that are left out by their own.
+        mean: mean of the frames in training, if it is not ImageNet's.
+        std: standard deviation of these frames, likewise.
+        objection: function that explains why a backbone with these weights, although they fit,
+            would not compute the function of their training; None if it would. It gets the loaded
+            weights by our names, and those that are left out by the file's.
     """
 
     title: str
@@ -83,12 +81,12 @@ class Entry:
     Attributes:
         name: name on command lines.
         make: function that returns its configuration.
-        input: "window" for any multiple of `Backbone.multiple` frames, "clip" for clips of a
-            fixed length only, of which no detector can be made that sees long windows.
+        input: "window" for any multiple of `Backbone.multiple` frames, "clip" for clips of a fixed
+            length only, which rules out detectors of long windows.
         mean: mean of red, green and blue in [0, 1] in its pretraining.
         std: standard deviation of the same colours.
-        weights: names or paths of weights that fit it.
-        layouts: layouts of files that others publish for it.
+        weights: names or paths of weights that fit the backbone.
+        layouts: layouts of published files that fit the backbone.
     """
 
     name: str
@@ -112,7 +110,7 @@ def backbone(
     weights: tuple[str, ...] = (),
     layouts: tuple[Layout, ...] = (),
 ) -> Callable[[MakeT], MakeT]:
-    """Enter the function below into the table, under its own name; arguments as in `Entry`."""
+    """Register the decorated function in the table, under its name; arguments as in `Entry`."""
 
     def enter(make: MakeT) -> MakeT:
         _ENTRIES[make.__name__] = Entry(
@@ -130,7 +128,7 @@ def backbone(
 
 
 def backbones() -> Mapping[str, Entry]:
-    """Return all entries by name: this package's, and those of other imported modules."""
+    """Return all entries by name: those of this package and of other imported modules."""
     for module in iter_modules([str(Path(__file__).parent)], f"{__package__}."):
         if not module.name.endswith("__main__"):
             import_module(module.name)

@@ -28,16 +28,17 @@ from re2tal.backbones.table import Layout, backbone
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimeSformerConfig(TransformerConfig):
-    """Shape of a TimeSformer, whose tokens are of one frame.
+    """Shape of a TimeSformer, whose tokens have one frame each.
 
     Attributes:
         clip: frames of a clip.
-        trained_clip: frames of a clip in the training of the weights, whose embeddings are learnt.
-        trained_size: pixels of a side of the frames in that training, likewise. On other sizes
-            every place and frame takes the nearest embedding, in every forward, as the authors and
-            transformers do.
+        trained_clip: frames of a clip in the training of the weights, which sets the number of
+            learnt time embeddings.
+        trained_size: side of the frames in that training in pixels, likewise for places. For other
+            sizes, every place and frame takes the nearest embedding, in every forward, as in the
+            authors' code and transformers.
         norm_epsilon: epsilon of all norms.
-        dropout: probability of dropout behind attention and MLP.
+        dropout: probability of dropout after attention and MLP.
         attention_dropout: probability of dropout of attention weights.
     """
 
@@ -54,7 +55,7 @@ class TimeSformerConfig(TransformerConfig):
 
 
 class TimeSformerStem(ClipStem):
-    """Class token and tokens of the clips of a window, with their places' and frames' embeddings.
+    """Class token and tokens of the clips of a window, with embeddings of places and frames.
 
     Args:
         embeddings: transformers' module with the convolution `projection`.
@@ -73,16 +74,17 @@ class TimeSformerStem(ClipStem):
             nn.init.trunc_normal_(learnt, std=0.02)
 
     def forward(self, video: Tensor) -> Tensor:
-        """Compute tokens `(B T/n, 1 + H' W' n, C)` of a video `(B, 3, T, H, W)`, frames inside."""
+        """Compute tokens `(B T/n, 1 + H' W' n, C)` of a video `(B, 3, T, H, W)`, by place."""
         tokens = patches(self.patch_embeddings.projection, video, self.frames)
         side = side_of(self.position_embeddings)
         square = self.position_embeddings[:, 1:].unflatten(1, (side, side)).movedim(3, 1)
+        # nearest, the default of F.interpolate
         places = F.interpolate(square, size=tuple(tokens.shape[2:4])).movedim(1, -1)
         times = F.interpolate(self.time_embeddings.transpose(1, 2), size=self.frames)
         tokens = tokens + places[:, None].type_as(tokens)
         tokens = tokens + times.transpose(1, 2)[..., None, None, :].type_as(tokens)
         first = (self.cls_token + self.position_embeddings[:, :1]).type_as(tokens)
-        by_place = tokens.movedim(1, 3).flatten(1, 3)
+        by_place = tokens.movedim(1, 3).flatten(1, 3)  # (B T/n, H' W' n, C)
         return torch.cat((first.expand(len(tokens), -1, -1), by_place), dim=1)
 
 
@@ -90,8 +92,8 @@ def _make(config: TimeSformerConfig) -> nn.Module:
     transformers = library("transformers", "TimeSformer")
     theirs: Any = transformers.TimesformerModel(
         transformers.TimesformerConfig(
-            # The embeddings stand in `TimeSformerStem`; a block of an image of one patch does not
-            # want the frames' width to be that of the training.
+            # `TimeSformerStem` holds the embeddings. With images of one patch, transformers'
+            # blocks do not require the training's frame size.
             image_size=config.patch,
             patch_size=config.patch,
             num_frames=config.clip,
@@ -121,7 +123,7 @@ _FAMILY = ClipFamily(
     by_place=True,
 )
 
-# Of all frames of the training, as its authors' code has them.
+# Mean and deviation of the frames in training, from the authors' code.
 _MEAN, _STD = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
 
 TIMESFORMER = Layout(

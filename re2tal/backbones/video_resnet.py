@@ -1,6 +1,7 @@
 """Video ResNets R3D, MC3 and R(2+1)D (Tran et al., CVPR 2018, arXiv 1711.11248).
 
-They are convolutional, so windows may have any length. The classes are torchvision's.
+They are convolutional, so windows may have any multiple of the temporal stride as length. The
+classes are torchvision's.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from re2tal.weights import Colour
 MEAN: Colour = (0.43216, 0.394666, 0.37645)
 STD: Colour = (0.22803, 0.22145, 0.216989)
 
-# Stem, and the convolutions of the four stages.
+# Kind -> stem, and convolutions of the four stages.
 _KINDS: dict[str, tuple[Any, list[Any]]] = {
     "r3d": (resnet.BasicStem, [resnet.Conv3DSimple] * 4),
     "mc3": (resnet.BasicStem, [resnet.Conv3DSimple, *[resnet.Conv3DNoTemporal] * 3]),
@@ -34,12 +35,12 @@ class VideoResNetConfig:
     """Shape of a video ResNet of basic blocks, 64 to 512 channels wide.
 
     Attributes:
-        kind: form of the convolutions: over space and time at once, over time in the first stage
-            alone, or over space and time in turn.
+        kind: form of the convolutions: joint in space and time ("r3d"), joint in the first stage
+            and spatial afterwards ("mc3"), or spatial and temporal in turn ("r2plus1d").
         depths: blocks of each stage.
-        strides: temporal strides of the second to the fourth stage; 1 leaves a stride out, which
+        strides: temporal strides of the second to the fourth stage; 1 removes a stride, which
             changes no weight.
-        pooling: consecutive features that are averaged into one.
+        pooling: number of consecutive features that are averaged.
     """
 
     kind: Literal["r3d", "mc3", "r2plus1d"] = "r2plus1d"
@@ -63,11 +64,11 @@ class VideoResNetConfig:
     def with_stride(self, stride: int) -> VideoResNetConfig:
         """Return the same backbone with another number of frames per feature.
 
-        Strides that are left out are those of the last stages; beyond all of them features are
-        averaged.
+        For a smaller number, the strides of the last stages are removed; for a larger one, features
+        are averaged.
 
         Raises:
-            ValueError: it cannot have that stride.
+            ValueError: the backbone does not support that stride.
         """
         whole = 1 if self.kind == "mc3" else 8
         if stride in (1, 2, 4, 8) and stride <= whole:
@@ -93,9 +94,10 @@ class VideoResNetBackbone(resnet.VideoResNet):  # type: ignore[misc]  # torchvis
         stem, convolutions = _KINDS[config.kind]
         super().__init__(resnet.BasicBlock, convolutions, list(config.depths), stem)
         self.channels = 512 * resnet.BasicBlock.expansion
-        self.fc = self.avgpool = nn.Identity()  # an Identity has no parameters
+        self.fc = self.avgpool = nn.Identity()
         for stage, stride in zip(self._stages[1:], config.strides, strict=True):
             for module in stage.modules():
+                # also the stage's downsampling shortcut
                 if isinstance(module, nn.Conv3d) and module.stride[0] > stride:
                     module.stride = (stride, *module.stride[1:])
         self._depths = config.depths
@@ -121,7 +123,7 @@ class VideoResNetBackbone(resnet.VideoResNet):  # type: ignore[misc]  # torchvis
         return not (has_hooks(self) or has_hooks(self.stem))
 
     def layer_of(self, name: str) -> int:
-        """Layer as in `Backbone`."""
+        """Return the layer as in `Backbone`."""
         part, *rest = name.split(".")
         if part == "stem":
             return 0

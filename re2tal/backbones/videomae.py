@@ -1,7 +1,7 @@
 """VideoMAE (Tong et al., NeurIPS 2022, arXiv 2203.12602) clip by clip.
 
-Its blocks are the classes of Hugging Face transformers, under their names, so that a file of theirs
-fits, and `re2tal.rewire` makes them reversible in place. transformers is imported only when a model
+Its blocks are the classes of Hugging Face transformers, under their names: transformers' files fit,
+and `re2tal.rewire` makes the blocks reversible in place. transformers is imported only when a model
 is built.
 """
 
@@ -31,22 +31,22 @@ from re2tal.backbones.table import Layout, backbone
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoMAEConfig(TransformerConfig):
-    """Shape of a VideoMAE's encoder, a vision transformer of clips.
+    """Shape of VideoMAE's encoder, a vision transformer of clips.
 
     Attributes:
         tubelet: frames of a token; the temporal stride.
         clip: frames of a clip.
-        trained_clip: frames of a clip in the pretraining, whose positions are embedded.
-        trained_size: pixels of a side of the frames in the pretraining, likewise. On other sizes
-            the embeddings of positions are resized, as mmaction2 and OpenTAD do.
+        trained_clip: frames of a clip in the pretraining, which sets the number of positions.
+        trained_size: side of the frames in the pretraining in pixels, likewise. For other sizes,
+            position embeddings are resized, as in mmaction2 and OpenTAD.
         qkv_bias: add biases to queries and values.
-        norm: normalize the last block's tokens, as files of the pretraining do; those that were
-            finetuned for classification have no such norm.
+        norm: normalize the last block's tokens, as in files of the pretraining; files finetuned for
+            classification have no such norm.
         norm_epsilon: epsilon of all norms.
-        dropout: probability of dropout behind attention and MLP.
+        dropout: probability of dropout after attention and MLP.
         attention_dropout: probability of dropout of attention weights.
-        interpolation: features that are made of one, by linear interpolation over the window: with
-            2, AdaTAD's on THUMOS-14, there is a feature for each frame.
+        interpolation: number of features made of each, by linear interpolation over the window:
+            with 2, as in AdaTAD on THUMOS-14, there is one feature per frame.
     """
 
     tubelet: int = 2
@@ -81,7 +81,7 @@ class VideoMAEStem(ClipStem):
         self._clip = config.clip
         side = config.trained_size // config.patch
         table = sines((config.trained_clip // config.tubelet, side, side), config.channels)
-        self.register_buffer("positions", table, persistent=False)  # no file has them
+        self.register_buffer("positions", table, persistent=False)  # files do not have the table
 
     def forward(self, video: Tensor) -> Tensor:
         """Compute tokens `(B T/n, n/s, H', W', C)` of a video `(B, 3, T, H, W)`."""
@@ -93,8 +93,8 @@ def _make_videomae(config: VideoMAEConfig) -> nn.Module:
     transformers = library("transformers", "VideoMAE")
     theirs: Any = transformers.VideoMAEModel(
         transformers.VideoMAEConfig(
-            # Parameters do not depend on them, but a table of positions does, which takes seconds
-            # to make and which `VideoMAEStem` has instead.
+            # Size and frames affect no parameter, only a table of positions, which takes seconds to
+            # compute and is replaced by that of `VideoMAEStem`.
             image_size=config.patch,
             num_frames=config.tubelet,
             patch_size=config.patch,
@@ -130,7 +130,7 @@ _KNOWN = re.compile(
     r"(?:attention\.attention\.(?:query|key|value)|attention\.output\.dense|intermediate\.dense"
     r"|output\.dense|layernorm_before|layernorm_after))\.(?:weight|bias)"
 )
-# Earlier versions of transformers had these two beside the layers.
+# In earlier versions of transformers, these biases were not in the linear layers.
 _OLD_BIAS = re.compile(r"(encoder\.layer\.\d+\.attention\.attention\.)([qv])_bias")
 
 

@@ -32,11 +32,12 @@ class ViViTConfig(TransformerConfig):
     Attributes:
         tubelet: frames of a token; the temporal stride.
         clip: frames of a clip.
-        trained_clip: frames of a clip in the training of the weights, whose positions are learnt.
-        trained_size: pixels of a side of the frames in that training, likewise. On other sizes the
+        trained_clip: frames of a clip in the training of the weights, which sets the number of
+            learnt positions.
+        trained_size: side of the frames in that training in pixels, likewise. For other sizes,
             positions are resized in every forward, bicubic in space and linear in time.
         norm_epsilon: epsilon of all norms.
-        dropout: probability of dropout behind attention and MLP.
+        dropout: probability of dropout after attention and MLP.
         attention_dropout: probability of dropout of attention weights.
     """
 
@@ -83,7 +84,7 @@ def _make(config: ViViTConfig) -> nn.Module:
     transformers = library("transformers", "ViViT")
     theirs: Any = transformers.VivitModel(
         transformers.VivitConfig(
-            # The positions stand in `ViViTStem`.
+            # `ViViTStem` holds the positions.
             image_size=config.patch,
             num_frames=config.tubelet,
             tubelet_size=[config.tubelet, config.patch, config.patch],
@@ -113,7 +114,7 @@ _FAMILY = ClipFamily(
     first=1,
 )
 
-# Names in files, which the library itself had in earlier versions -> its names today.
+# Names in files, from earlier versions of the library -> its names today.
 _IN_LAYER = re.compile(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)")
 _PARTS = {
     "attention.attention.query": "attention.q_proj",
@@ -141,7 +142,7 @@ VIVIT = Layout(
         r"(|.*\.)(?:encoder\.layer\.0\.attention\.attention\.query|layers\.0\.attention\.q_proj)"
         r"\.weight"
     ),
-    beside="embeddings.cls_token",  # VideoMAE has the same layers, and no class token
+    beside="embeddings.cls_token",  # VideoMAE has the same layers, but no class token
     rename=_renamed,
     classifier=re.compile(r"pooler\."),
     mean=(0.5, 0.5, 0.5),

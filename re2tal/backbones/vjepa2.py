@@ -24,17 +24,16 @@ from re2tal.backbones.table import Layout, backbone
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VJEPA2Config(TransformerConfig):
-    """Shape of a V-JEPA 2's encoder.
+    """Shape of V-JEPA 2's encoder.
 
-    Its positions are rotations of queries and keys by frame, row and column, which no size and no
-    length limits: on others than those of the training, places keep their own numbers, and nothing
-    is resized.
+    Its position embeddings are rotary, by frame, row and column, for any size and length: nothing
+    is resized for other sizes than those of the training.
 
     Attributes:
         tubelet: frames of a token; the temporal stride.
-        clip: frames of a clip: 64 in the pretraining. 16 cost a quarter of the attention.
+        clip: frames of a clip, 64 in the pretraining; with 16, attention costs a quarter.
         norm_epsilon: epsilon of all norms.
-        drop_path: probability of leaving out a branch in the last block, less before.
+        drop_path: probability of dropping the last block's branches; it grows with depth.
         attention_dropout: probability of dropout of attention weights.
     """
 
@@ -70,7 +69,7 @@ class VJEPA2Stem(ClipStem):
         return patches(self.patch_embeddings.proj, video, self._clip)
 
 
-_SIDE = 2**10  # places on a side of the grid that numbers of places are made for
+_SIDE = 2**10  # side of the grid in which transformers numbers the places
 
 
 def _make(config: VJEPA2Config) -> nn.Module:
@@ -85,7 +84,7 @@ def _make(config: VJEPA2Config) -> nn.Module:
             hidden_size=config.channels,
             num_hidden_layers=config.depths[0],
             num_attention_heads=config.heads,
-            mlp_ratio=(hidden + 0.5) / config.channels,  # of which the library takes the whole
+            mlp_ratio=(hidden + 0.5) / config.channels,  # transformers truncates ratio * channels
             layer_norm_eps=config.norm_epsilon,
             drop_path_rate=config.drop_path,
             attention_probs_dropout_prob=config.attention_dropout,
@@ -105,7 +104,7 @@ def _tokens(parts: Any, video: Tensor) -> Tensor:
     stem: Tensor = parts.embeddings(video)
     frames, rows, columns = (torch.arange(n, device=stem.device) for n in stem.shape[1:4])
     numbers = (frames[:, None, None] * _SIDE + rows[:, None]) * _SIDE + columns
-    places = numbers.view(1, -1)  # one row for all clips, so that pieces of them can be cut
+    places = numbers.view(1, -1)  # one row for all clips, so that the batch can be cut into pieces
     tokens = stem.flatten(1, 3)
     for layer in parts.layer:
         tokens = layer(tokens, places)[0]
@@ -120,7 +119,7 @@ _FAMILY = ClipFamily(
 
 VJEPA2 = Layout(
     title="V-JEPA 2 of transformers",
-    # The prefix sets the encoder apart from the predictor and from a classifier's pooler.
+    # The prefix distinguishes the encoder from the predictor and a classifier's pooler.
     mark=re.compile(r"((?:|.*\.)encoder\.)embeddings\.patch_embeddings\.proj\.weight"),
     rename=lambda name: name,
 )
@@ -151,7 +150,7 @@ AUTHORS_VJEPA2 = Layout(
     mark=re.compile(r"(module\.backbone\.)blocks\.0\.attn\.qkv\.weight"),
     beside="blocks.0.attn.qkv.bias",
     rename=_of_authors,
-    computed=re.compile(r"pos_embed"),  # not used by models with rotations
+    computed=re.compile(r"pos_embed"),  # not used by models with rotary embeddings
     fused=re.compile(r"blocks\.\d+\.attn\.qkv\.(?:weight|bias)"),
 )
 _LAYOUTS = (VJEPA2, AUTHORS_VJEPA2)

@@ -1,4 +1,4 @@
-"""Weights of a backbone: read, recognised by their names, checked, converted, and written.
+"""Backbone weights: reading, recognition of the layout by names, checks, conversion, writing.
 
     file                                          layout
     torchvision's, ours                           (as they are)
@@ -17,10 +17,10 @@
     InternVideo2 of its authors                   `internvideo2.py`
     image transformers of timm                    `frames.py`
 
-Names, shapes and computations were read in the sources of these libraries (mmaction2 1.2,
+Names, shapes and computations follow the sources of these libraries (mmaction2 1.2,
 Video-Swin-Transformer at db018fb, PyTorchVideo at f3142bb, OpenTAD at 3dd7b03, VideoMAE at cece388,
 InternVideo at 3965eef, V-JEPA 2 at c2963a4, transformers 5.23). The published files themselves were
-not available: one that differs from its library's source is refused with the list of its
+not available: a file that differs from its library's source is refused, with a list of the
 differences.
 """
 
@@ -45,9 +45,9 @@ _UNUSED = "not used by this backbone"
 PREFIX = "torchvision:"
 HUB = "hf:"
 NAMED = (PREFIX, HUB)
-"""Beginnings of names of weights that are no paths."""
+"""Prefixes of names of weights, as opposed to paths."""
 
-# Files of a model of transformers, whole.
+# File names of a whole model of transformers.
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -58,8 +58,8 @@ def torchvision_weights(name: str) -> dict[str, Tensor]:
         name: `torchvision:MODEL/WEIGHTS`, such as `torchvision:swin3d_t/KINETICS400_V1`.
 
     Raises:
-        ValueError: there are none of this name (it lists those that exist), or they cannot be
-            downloaded.
+        ValueError: there are no weights of this name (the message lists those that exist), or they
+            cannot be downloaded.
     """
     model, _, wanted = name.removeprefix(PREFIX).partition("/")
     try:
@@ -88,13 +88,13 @@ def torchvision_weights(name: str) -> dict[str, Tensor]:
 def hub_weights(name: str) -> dict[str, Tensor]:
     """Return weights of the Hugging Face Hub, downloaded the first time into its own cache.
 
-    Only the file of tensors is fetched: no code that lies beside it.
+    Only the file of tensors is fetched, no code beside it.
 
     Args:
         name: `hf:OWNER/NAME` or `hf:OWNER/NAME@REVISION`, such as `hf:MCG-NJU/videomae-base`.
 
     Raises:
-        ValueError: there are none of this name, or they cannot be downloaded.
+        ValueError: there are no weights of this name, or they cannot be downloaded.
     """
     repository, _, revision = name.removeprefix(HUB).partition("@")
     try:
@@ -109,9 +109,9 @@ def hub_weights(name: str) -> dict[str, Tensor]:
     for file in _WHOLE:
         try:
             found = hf_hub_download(repository, file, revision=revision or None)
-        except EntryNotFoundError as error:  # there, or in the cache of a machine without network
+        except EntryNotFoundError as error:  # not in the repository, or offline: not in the cache
             missing.append(error)
-        except (OSError, ValueError) as error:  # no such model; no valid name
+        except (OSError, ValueError) as error:  # unknown model or invalid name
             missing.append(error)
             break
         else:
@@ -123,7 +123,7 @@ def hub_weights(name: str) -> dict[str, Tensor]:
 
 
 def _of_folder(folder: Path) -> dict[str, Tensor]:
-    """Read what `save_pretrained` of transformers wrote, in one file or several."""
+    """Read a folder that transformers' `save_pretrained` wrote, with one file or several."""
     for name in _WHOLE:
         parts = [folder / name] if (folder / name).is_file() else []
         stem, _, end = name.partition(".")
@@ -148,23 +148,23 @@ _OWN = Layout(
     title="names of this backbone",
     mark=re.compile(r"(?!)"),  # a file without any mark is ours
     rename=lambda name: name,
-    classifier=re.compile(r"(?:head|fc)\."),  # torchvision's
+    classifier=re.compile(r"(?:head|fc)\."),  # in torchvision's files
 )
 
 
 def load_backbone_weights(backbone: nn.Module, source: str | Path) -> WeightsReport:
-    """Load weights into a backbone, rewired or not: rewiring keeps every name.
+    """Load weights into a backbone, rewired or not: rewiring keeps all names.
 
     Args:
-        backbone: module to load them into.
-        source: file as for `read_tensors`; a folder that `save_pretrained` of transformers wrote;
-            or the name of weights of torchvision or the Hugging Face Hub, as in
-            `torchvision:swin3d_t/KINETICS400_V1` and `hf:MCG-NJU/videomae-base`. Besides our own
-            and torchvision's names, those of every layout in the table of backbones are recognised.
+        backbone: module that receives the weights.
+        source: file as for `read_tensors`; a folder that transformers' `save_pretrained` wrote; or
+            the name of weights of torchvision or the Hugging Face Hub, such as
+            `torchvision:swin3d_t/KINETICS400_V1` and `hf:MCG-NJU/videomae-base`. Our names,
+            torchvision's and those of every layout in the table of backbones are recognised.
 
     Raises:
-        ValueError: it cannot be read; or a weight is missing, unknown or has another shape
-            (`WeightsMismatchError`, which lists them all). Nothing is loaded then.
+        ValueError: the source cannot be read, or weights are missing, unknown or of another shape:
+            then a `WeightsMismatchError` lists all of them, and nothing is loaded.
     """
     published: Mapping[str, Tensor] = _read(source)
     try:
@@ -183,12 +183,12 @@ def load_backbone_weights(backbone: nn.Module, source: str | Path) -> WeightsRep
 def save_backbone_weights(
     backbone: nn.Module, path: str | Path, metadata: Mapping[str, str]
 ) -> None:
-    """Write a backbone's weights as safetensors, under another name until the file is whole.
+    """Write a backbone's weights as safetensors, under another name until the file is complete.
 
     Args:
         backbone: module whose weights are written.
-        path: path of the file; an existing one is replaced.
-        metadata: facts to keep with them, such as the command and its results.
+        path: path of the file; an existing file is replaced.
+        metadata: facts stored with the weights, such as the command and its results.
     """
     state = {name: v.detach().cpu().contiguous() for name, v in backbone.state_dict().items()}
     with replacing(path) as partial:
@@ -196,7 +196,7 @@ def save_backbone_weights(
 
 
 def _recognise(names: Sequence[str]) -> tuple[Layout, str]:
-    """Find the layout of a file with weights of these names, and the prefix of each of them."""
+    """Find the layout of a file from the names of its weights, and the prefix of these names."""
     layouts = dict.fromkeys(layout for entry in backbones().values() for layout in entry.layouts)
     known = set(names)
     found = [
@@ -206,6 +206,7 @@ def _recognise(names: Sequence[str]) -> tuple[Layout, str]:
         if (match := layout.mark.fullmatch(name))
         and (layout.beside is None or match[1] + layout.beside in known)
     ]
+    # at one prefix, a layout with a second name takes precedence over one without
     closer = {prefix for layout, prefix in found if layout.beside is not None}
     found = [(layout, at) for layout, at in found if layout.beside is not None or at not in closer]
     if len(found) > 1:
@@ -215,14 +216,14 @@ def _recognise(names: Sequence[str]) -> tuple[Layout, str]:
 
 
 def _split(published: Mapping[str, Tensor], layout: Layout, prefix: str) -> Mapping[str, Tensor]:
-    """Cut weights that are three of ours into these, under names with an index."""
+    """Split each fused weight into three, under names with an index."""
     if layout.fused is None:
         return published
     parts: dict[str, Tensor] = {}
     for name, value in published.items():
         if name.startswith(prefix) and layout.fused.fullmatch(name.removeprefix(prefix)):
             if len(value) % 3:
-                raise ValueError(f"{name} has {len(value)} rows, which are not three times as many")
+                raise ValueError(f"{name} has {len(value)} rows, which is not a multiple of three")
             parts |= {f"{name}[{index}]": part for index, part in enumerate(value.chunk(3))}
         else:
             parts[name] = value
@@ -232,7 +233,7 @@ def _split(published: Mapping[str, Tensor], layout: Layout, prefix: str) -> Mapp
 def _converted(
     published: Mapping[str, Tensor], layout: Layout, prefix: str, backbone: nn.Module, what: str
 ) -> tuple[dict[str, Tensor], WeightsReport]:
-    """Collect all weights and buffers of the backbone by our names, and the report."""
+    """Return the backbone's weights and buffers by our names, and the report."""
     placed: dict[str, str] = {}
     left_out: dict[str, str] = {}
     problems: list[str] = []

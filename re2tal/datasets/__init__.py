@@ -1,8 +1,8 @@
-"""Annotations of seven data sets, read and checked as a whole.
+"""Reading and complete checking of the annotations of seven data sets.
 
 `load_annotations` reads ActivityNet-1.3, THUMOS-14, MultiTHUMOS, HACS Segments, FineAction,
 EPIC-Kitchens-100 and Ego4D Moment Queries into one `Annotations`. All faults are listed in one
-`AnnotationError`; known faults of a published data set are repaired and reported when its record is
+`AnnotationError`; known faults of a published data set are repaired and reported if its record is
 passed (`THUMOS14`, `ACTIVITYNET13`, ...). `published` holds a record for each data set, `forms` a
 reader for each form. `python -m re2tal.datasets FILE` describes a file.
 """

@@ -1,11 +1,11 @@
-"""Describe annotations, or list everything that is wrong with them.
+"""Describe annotations, or list all of their faults.
 
     python -m re2tal.datasets FILE [--dataset thumos-14] [--exclude missing_files.txt]
 
-FILE is a JSON file, or the folder of a data set that comes as several files. The summary shows
+FILE is a JSON file, or the folder of a data set that consists of several files. The summary shows
 videos and hours by subset, instances, the largest and smallest classes, the lengths of instances,
-the share of time in which an action happens, and all exclusions and repairs. Without
---dataset nothing is repaired and every fault is an error. The exit code is 1 where there are any.
+the share of time in which an action happens, and all exclusions and repairs. Without --dataset
+nothing is repaired and every fault is an error. The exit code is 1 if there are errors.
 """
 
 import argparse
@@ -56,21 +56,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--form", choices=("auto", *FORMS), default="auto", help="layout of the files"
     )
-    parser.add_argument("--dataset", choices=sorted(DATASETS), help="whose known faults to repair")
+    parser.add_argument("--dataset", choices=sorted(DATASETS), help="repair its known faults")
     parser.add_argument(
-        "--exclude", type=Path, help="ids of videos to leave out: one a line, or JSON"
+        "--exclude", type=Path, help="ids of videos to leave out: one per line, or JSON"
     )
     parser.add_argument(
         "--keep",
         metavar="ID",
         nargs="+",
         default=(),
-        help="videos to use although the data set's known faults leave them out",
+        help="videos to use although the data set's record leaves them out",
     )
     parser.add_argument(
         "--durations",
         type=Path,
-        help="JSON object, id -> seconds of the file: used where FILE has none, compared elsewhere",
+        help="JSON object, id -> seconds of the file: used if FILE has none, else compared with it",
     )
     parser.add_argument(
         "--trim-labels", action="store_true", help="remove the spaces around labels"

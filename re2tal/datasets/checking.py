@@ -1,4 +1,4 @@
-"""Checks of entries: repair where a record asks for it, types, and comparison with video files."""
+"""Checks of entries: types, repairs according to the record, and comparison with video files."""
 
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,22 +11,22 @@ from pydantic_core import PydanticCustomError
 from re2tal.annotations import Annotations, Instance, Repair, VideoAnnotation
 from re2tal.datasets.published import Dataset, Fault
 
-# Seconds that a segment may reach past the duration: durations are rounded, and containers and
-# streams disagree by as much. Such a segment is clipped; one that reaches further is a fault.
+# Seconds by which a segment may end after the duration: durations are rounded, and those of
+# container and stream differ by as much. Such a segment is clipped; a longer one is a fault.
 DURATION_TOLERANCE = 1.0
 
 
-# Seconds that a video can last: a typing error must not become a million windows.
+# Possible durations in seconds: a typing error must not become a million windows.
 LEAST_SECONDS, MOST_SECONDS = 1e-3, 1e7
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rules:
-    """Rules for the entries of a file.
+    """Rules for checking the entries of a file.
 
     Attributes:
         dataset: record of the data set, whose known faults are repaired.
-        classes: permitted labels; None permits any.
+        classes: permitted labels; None permits all.
         durations: video id -> seconds, for entries without a duration of their own.
     """
 
@@ -37,7 +37,7 @@ class Rules:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checked:
-    """Result for one entry; without a video where there are problems."""
+    """Result for one entry; the video is None if there are problems."""
 
     video: VideoAnnotation | None
     repairs: tuple[Repair, ...] = ()
@@ -56,7 +56,7 @@ def check_video(video_id: str, raw: Any, rules: Rules) -> Checked:
         subset, duration = entry.subset, entry.duration
     except ValidationError as error:
         problems += [_reason(**details) for details in error.errors()]
-    # actions of a video that is wrong itself are checked too: every problem is to be listed
+    # actions are checked even if the video has problems, because all problems are listed
     actions = raw.get("annotations") if isinstance(raw, dict) else None
     instances: list[Instance] = []
     published: list[Instance] = []
@@ -71,7 +71,7 @@ def check_video(video_id: str, raw: Any, rules: Rules) -> Checked:
         problems += wrong
     if problems or duration is None:
         return Checked(video=None, problems=tuple(problems))
-    # each from its own form, so that the twin of a published instance is as published too
+    # implied instances of published ones are as published, those of used ones as repaired
     added = [*_implied(video_id, published, rules)]
     instances += [repair.instance for repair in _implied(video_id, instances, rules)]
     published += [repair.instance for repair in added]
@@ -91,7 +91,7 @@ def check_video(video_id: str, raw: Any, rules: Rules) -> Checked:
 
 
 def _check_number(value: Any) -> Any:
-    """Let pydantic read numbers and numeric strings, but not true and false, as numbers."""
+    """Refuse true and false, which pydantic would read as numbers, like numeric strings."""
     if isinstance(value, bool):
         raise PydanticCustomError("number", "must be a number")
     return value
@@ -102,14 +102,14 @@ _Name = Annotated[str, Field(min_length=1)]
 
 
 class _Action(BaseModel):
-    """One entry of "annotations" as the file has it."""
+    """One entry of "annotations" as in the file."""
 
     segment: tuple[Number, Number]
     label: _Name
 
 
 class _Video(BaseModel):
-    """One value of "database" as the file has it; its actions are checked one by one."""
+    """One value of "database" as in the file; its actions are checked one by one."""
 
     subset: _Name
     duration: Number = Field(ge=LEAST_SECONDS, le=MOST_SECONDS)
@@ -143,7 +143,7 @@ def _check_action(
         return None, None, [], problems
     inside = Instance(start=max(start, 0.0), end=min(end, limit), label=label)
     written = Instance(start=start, end=end, label=label)
-    kept = not faults or 2 * (inside.end - inside.start) >= end - start > 0
+    kept = not faults or 2 * (inside.end - inside.start) >= end - start > 0  # half or more inside
 
     def repair(action_: Any, reason: str) -> Repair:
         there = replace(written, label=action.label)
@@ -157,7 +157,7 @@ def _check_action(
 
 
 def _faults(start: float, end: float, duration: float) -> list[Fault]:
-    """Faults of a segment of a video of `duration` seconds."""
+    """List the faults of a segment in a video of `duration` seconds."""
     if end == start:
         return [Fault.EMPTY]
     if end < start:
@@ -171,7 +171,7 @@ def _phrase(fault: Fault, duration: float) -> str:
 
 
 def _implied(video_id: str, instances: Iterable[Instance], rules: Rules) -> Iterator[Repair]:
-    """Instances of wider labels that the data set promises and the file lacks."""
+    """Yield the instances of wider labels that the record implies and the file lacks."""
     there = set(instances)
     for instance in sorted(there, key=_order):
         wider = rules.dataset.implied.get(instance.label)
@@ -188,13 +188,13 @@ def _order(instance: Instance) -> tuple[float, float, str]:
 
 
 def _place(number: int, action: Any) -> str:
-    """Name the place of an action, by its own id if it has one: rows of a table have no number."""
+    """Name the place of an action, by its id if it has one: rows of a table have no number."""
     own = action.get("id") if isinstance(action, dict) else None
     return f"annotations[{number}]" if own is None else f"annotation {own!r:.60}"
 
 
 def _reason(place: str = "", /, *, loc: tuple[int | str, ...], **details: Any) -> str:
-    """Put a pydantic error into words: `annotations[3].segment: has no length (found [2, 2])`."""
+    """Format a pydantic error: `annotations[3].segment: has no length (found [2, 2])`."""
     parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc]
     place = "".join((place, *parts)).removeprefix(".") or "the entry"
     if details["type"] == "missing":
@@ -209,7 +209,7 @@ def _reason(place: str = "", /, *, loc: tuple[int | str, ...], **details: Any) -
 
 
 def _id_problems(video_id: str) -> Iterator[str]:
-    """Reasons why an id cannot be the plain name of a file in the video folder."""
+    """Yield reasons why an id cannot be the plain name of a file in the video folder."""
     if not video_id or video_id in {".", ".."}:
         yield "the id does not name a file"
     elif any(character in "/\\" for character in video_id):
@@ -226,12 +226,12 @@ def check_durations(
 ) -> dict[str, str]:
     """Compare the annotated duration of each video with that of its file.
 
-    A file that was cut, or converted to another frame rate without its time, puts every action of
-    the video in the wrong place, and nothing else shows it.
+    If a file was cut, or converted to another frame rate with a wrong duration, all actions of the
+    video are in the wrong place, and only the duration shows it.
 
     Args:
         annotations: annotations to check.
-        measured: video id -> duration of its file in seconds; other videos pass.
+        measured: video id -> duration of its file in seconds; other videos are not checked.
         tolerance: seconds by which the two may differ.
 
     Returns:
@@ -240,7 +240,7 @@ def check_durations(
     problems = {}
     for video in annotations.videos:
         seconds = measured.get(video.video_id, video.duration)
-        if not abs(seconds - video.duration) <= tolerance:  # so that NaN is a problem as well
+        if not abs(seconds - video.duration) <= tolerance:  # true for NaN too
             last = max((i.end for i in video.instances), default=0.0)
             lost = f", and actions in it reach up to {last:g} s" if last > seconds else ""
             problems[video.video_id] = (

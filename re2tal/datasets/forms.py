@@ -1,8 +1,8 @@
-"""Forms in which annotations are published, and the reader of each.
+"""Forms in which annotations are published, with a reader for each.
 
-Every reader brings its files into ActivityNet's shape, `{"subset", "duration", "annotations":
-[{"segment": [start, end], "label"}]}` by video id. Values that cannot be understood stay as they
-are: all entries are judged in one place (`re2tal.datasets.checking`), whatever their form.
+Every reader converts its files to ActivityNet's shape, video id -> `{"subset", "duration",
+"annotations": [{"segment": [start, end], "label"}]}`. Invalid values are passed on unchanged:
+`re2tal.datasets.checking` checks the entries of all forms.
 """
 
 import csv
@@ -20,14 +20,14 @@ from re2tal.json_files import RepeatedKey
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileForm:
-    """Layout of annotation files.
+    """Form of annotation files.
 
     Attributes:
         name: value of the options that choose a form.
-        read: reader of a file or folder; it raises an `AnnotationError` where files are missing or
-            of another shape.
-        suits: test for this layout by the names and content of a file or folder. None for the form
-            that any other file is assumed to have.
+        read: reader of a file or folder; it raises an `AnnotationError` if files are missing or
+            have another shape.
+        suits: function that recognises the form by the names and content of a file or folder. None
+            for the default form of all other files.
     """
 
     name: str
@@ -36,20 +36,19 @@ class FileForm:
 
 
 def _names(path: Path) -> set[str]:
-    """Names of the files in a folder, or of the file itself."""
+    """List the names of the files in a folder, or the name of the file itself."""
     return {file.name for file in path.iterdir()} if path.is_dir() else {path.name}
 
 
-# --- ActivityNet-1.3, HACS Segments, FineAction, and THUMOS-14 as most convert it -----------------
+# --- ActivityNet-1.3, HACS Segments, FineAction, and most conversions of THUMOS-14 ----------------
 
 
 def read_activitynet(path: Path) -> RawCollection:
-    """Read `{"database": {id: {"subset", "duration", "annotations": [...]}}}`, one JSON file.
+    """Read a JSON file `{"database": {id: {"subset", "duration", "annotations": [...]}}}`.
 
     Times are in seconds. Other keys ("taxonomy", "version", "url", "label_id", ...) are not read;
-    keys that an object has more than once are problems. Subsets are called "training",
-    "validation" and "testing", the last without annotations; conversions of THUMOS-14 also say
-    "train" and "test".
+    repeated keys of an object are problems. Subsets are "training", "validation" and "testing", the
+    last without annotations; conversions of THUMOS-14 also use "train" and "test".
     """
     document, repeated = read_json(path)
     of_videos, problems = _sorted_out(repeated)
@@ -65,7 +64,7 @@ def read_activitynet(path: Path) -> RawCollection:
 def _sorted_out(
     repeated: Iterable[RepeatedKey],
 ) -> tuple[dict[str, tuple[str, ...]], list[str]]:
-    """Split repeated keys into phrases by video id, and those of the rest of the file."""
+    """Split messages about repeated keys into those by video id and those of the rest."""
     of_videos: dict[str, tuple[str, ...]] = {}
     others: list[str] = []
     for key in repeated:
@@ -81,19 +80,19 @@ def _sorted_out(
     return of_videos, others
 
 
-# --- THUMOS-14 and MultiTHUMOS: one text file a class ---------------------------------------------
+# --- THUMOS-14 and MultiTHUMOS: one text file per class -------------------------------------------
 
 
 _SUBSETS = ("validation", "test")
 
 
 def read_class_files(path: Path) -> RawCollection:
-    """Read the text files of a folder and of the folders in it: one a class.
+    """Read the text files of a folder and its subfolders, one for each class.
 
     Each line is `video_name start end`, in seconds, and the file's name is the label:
     `Diving_val.txt` and `Diving_test.txt` of THUMOS-14 (Jiang et al., 2014), `Diving.txt` of
     MultiTHUMOS (Yeung et al., IJCV 2018). The subset is in the name of the video:
-    video_validation_0000051, video_test_0000004. There are no durations: pass those of the files.
+    video_validation_0000051, video_test_0000004. There are no durations: pass those of the videos.
     """
     files = [
         p for p in sorted(path.rglob("*.txt")) if p.name not in {"readme.txt", "class_list.txt"}
@@ -126,16 +125,16 @@ _EGO4D_FILES = ("moments_train.json", "moments_val.json", "moments_test_unannota
 
 
 def read_ego4d(path: Path) -> RawCollection:
-    """Read one of the `moments_*.json`, or all of them that lie in a folder.
+    """Read one file `moments_*.json`, or all those in a folder.
 
     `{"videos": [{"video_uid", "split", "clips": [{"clip_uid", "clip_start_sec", "clip_end_sec",
     "annotations": [{"annotator_uid", "labels": [{"start_time", "end_time", "label",
     "primary"}]}]}]}]}` (Grauman et al., CVPR 2022; annotation schemas of the data set). Clips of up
     to eight minutes are annotated, so a clip is a video here: its id is `clip_uid`, the name of the
     data set's own clip files, and `start_time` and `end_time` count from the clip's start. Several
-    annotators saw each clip and all their labels count, so that one moment may be there twice with
-    slightly different times. Labels that are not `primary` are not part of the benchmark, and clips
-    without a primary label are left out, both as in the benchmark's own code.
+    annotators saw each clip and all their labels count, so one moment may occur twice with slightly
+    different times. Labels that are not `primary` are not part of the benchmark, and clips without
+    a primary label are left out, both as in the benchmark's own code.
     """
     paths = (
         [path / name for name in _EGO4D_FILES if (path / name).exists()]
@@ -165,7 +164,7 @@ def read_ego4d(path: Path) -> RawCollection:
 
 
 def _clips(document: Any, path: Path, problems: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
-    """Yield every clip of a file: its place, the split of its video, and its raw object."""
+    """Yield every clip of a file: its place, its video's split, and its raw object."""
     videos = document.get("videos") if isinstance(document, dict) else None
     if not isinstance(videos, list):
         shape = 'the top level must be an object that holds the list "videos"'
@@ -180,7 +179,7 @@ def _clips(document: Any, path: Path, problems: Sequence[str]) -> Iterator[tuple
 
 
 def _clip_entry(split: Any, clip: dict[str, Any]) -> dict[str, Any]:
-    """Bring one clip into ActivityNet's shape."""
+    """Convert one clip to ActivityNet's shape."""
     start, end = clip.get("clip_start_sec"), clip.get("clip_end_sec")
     annotators = clip.get("annotations")
     return {
@@ -193,7 +192,7 @@ def _clip_entry(split: Any, clip: dict[str, Any]) -> dict[str, Any]:
 
 
 def _actions(annotators: Sequence[Any] | None) -> Iterator[Any]:
-    """Yield the primary labels of a clip, and whatever is no label, to be refused later."""
+    """Yield the primary labels of a clip, and invalid values, which are refused later."""
     for annotator in annotators or ():
         labels = annotator.get("labels") if isinstance(annotator, dict) else annotator
         for label in labels if isinstance(labels, list) else (labels,):
@@ -205,7 +204,7 @@ def _actions(annotators: Sequence[Any] | None) -> Iterator[Any]:
 
 
 def _difference(end: Any, start: Any) -> Any:
-    """`end - start` of two numbers; else the end, or both if that is a number, to be refused."""
+    """Return `end - start` of two numbers, otherwise an invalid value, which is refused later."""
     if type(end) not in (int, float):  # True is an int as well
         return end
     try:
@@ -230,17 +229,18 @@ _TIMES = ("narration_id", "video_id", "start_timestamp", "stop_timestamp")
 def read_epic_kitchens(path: Path, kind: _Part) -> RawCollection:
     """Read the CSV files of the annotation repository (Damen et al., IJCV 2022).
 
-    - EPIC_100_train.csv and EPIC_100_validation.csv: one action a row, with narration_id, video_id,
-      start_timestamp and stop_timestamp (HH:MM:SS.ss), verb_class and noun_class. Its noun is the
-      first of the narrated sentence; the others (all_noun_classes) are not read.
-    - EPIC_100_test_timestamps.csv: the same without classes. These times are given so that trimmed
-      actions can be recognised; for localisation they are an answer, so only the video ids count.
+    - EPIC_100_train.csv and EPIC_100_validation.csv: one action per row, with narration_id,
+      video_id, start_timestamp and stop_timestamp (HH:MM:SS.ss), verb_class and noun_class. The
+      noun is the first of the narrated sentence; other nouns (all_noun_classes) are not read.
+    - EPIC_100_test_timestamps.csv: the same without classes. The times are given for the
+      recognition of trimmed actions; in localization they would be the answer, so only the video
+      ids are used.
     - EPIC_100_video_info.csv: video_id, duration in seconds, fps, resolution, of all 700 videos.
     - EPIC_100_verb_classes.csv, EPIC_100_noun_classes.csv: id and key of 97 verbs, 300 nouns.
 
     Args:
         path: folder, or one of the files in it. A subset whose file is missing is left out.
-        kind: part of the action that is its class: verb, noun, or both, as in "take plate".
+        kind: class of an action: its verb, its noun, or both, as in "take plate".
     """
     folder = path if path.is_dir() else path.parent
     there = {
@@ -279,7 +279,7 @@ def read_epic_kitchens(path: Path, kind: _Part) -> RawCollection:
 
 
 def _annotation(row: Mapping[str, str], names: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    """Bring one row into ActivityNet's shape; other values stay as they are, to be refused."""
+    """Convert one row to ActivityNet's shape; invalid values stay, and are refused later."""
     numbers = [row[f"{part}_class"] for part in names]
     keys = [names[part].get(number) for part, number in zip(names, numbers, strict=True)]
     return {
@@ -292,7 +292,7 @@ def _annotation(row: Mapping[str, str], names: Mapping[str, Mapping[str, str]]) 
 
 
 def _seconds(timestamp: str) -> float | str:
-    """`01:02:03.45` as 3723.45; any other text unchanged."""
+    """Convert `01:02:03.45` to 3723.45; return any other text unchanged."""
     match = _TIMESTAMP.fullmatch(timestamp)
     if match is None:
         return timestamp
@@ -301,7 +301,7 @@ def _seconds(timestamp: str) -> float | str:
 
 
 def _table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    """Rows of a CSV file that has at least these columns, none of them cut short."""
+    """Read the rows of a CSV file that must have these columns; missing cells become ""."""
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), restval="")
     missing = [name for name in columns if name not in (reader.fieldnames or ())]
     if missing:

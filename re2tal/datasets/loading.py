@@ -1,4 +1,4 @@
-"""Loading of a file or folder into `Annotations`: form, exclusions, problems."""
+"""Loading of a file or folder as `Annotations`: form, exclusions, problems."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -46,28 +46,28 @@ def load_annotations(
 ) -> Annotations:
     """Read the annotations of a data set and check all of them before any is used.
 
-    Numbers may be written as strings, as some THUMOS-14 files do. A segment that reaches past the
-    duration by at most `DURATION_TOLERANCE` seconds is clipped to it.
+    Numbers may be written as strings, as in some THUMOS-14 files. A segment that ends at most
+    `DURATION_TOLERANCE` seconds after the duration is clipped to it.
 
     Args:
-        path: JSON file, or the folder of a data set that comes as several files.
-        form: layout of the files, a key of `FORMS`. "auto" detects it; EPIC-Kitchens-100 has three
-            readings, of which one must be named.
+        path: JSON file, or the folder of a data set that consists of several files.
+        form: layout of the files, a key of `FORMS`. "auto" detects it; for EPIC-Kitchens-100 one of
+            three forms must be named.
         classes: permitted labels; by default those that the data set lists or uses.
         dataset: record of the data set, whose known faults are repaired and reported. By default
             nothing is repaired: every fault is an error.
         exclude: ids of videos to leave out unchecked, such as those that are no longer available;
-            see `read_ids`. An id may have the `v_` of its video file.
+            see `read_ids`. An id may have the prefix `v_` of its video file.
         keep: ids of videos to use although `dataset` leaves them out, to compare with results that
             count them.
-        durations: video id -> seconds, for videos to which the files give no duration; or a
-            function that finds them for the ids of these videos, and is called if there are any.
+        durations: video id -> seconds, for videos without a duration in the files; or a function
+            from the ids of these videos to the durations, which is called only if there are any.
 
     Returns:
         The annotations of all subsets.
 
     Raises:
-        AnnotationError: a file cannot be read, or anything in it is wrong. It lists everything.
+        AnnotationError: a file cannot be read, or its content is wrong; all problems are listed.
     """
     source = str(path)
     raw = _form(Path(path), form).read(Path(path))
@@ -102,7 +102,7 @@ def load_annotations(
 
 
 def _labels(raw: RawCollection, left_out: Collection[str], dataset: Dataset) -> Counter[str]:
-    """Count the labels of the videos that are used, trimmed if that is asked for."""
+    """Count the labels of the used videos, trimmed if the record says so."""
     counts = Counter(dict.fromkeys(dataset.ambiguous, 0))
     for video_id, entry in raw.videos.items():
         actions = entry.get("annotations") if isinstance(entry, dict) else None
@@ -127,13 +127,13 @@ def _durations(video_ids: Sequence[str], known: Durations) -> Mapping[str, float
 
 
 def read_ids(path: str | Path) -> frozenset[str]:
-    """Read ids of videos to exclude: one a line, or a JSON list, or an object's keys.
+    """Read ids of videos to exclude: one per line, a JSON list, or the keys of a JSON object.
 
-    Feature extractors write the first as missing_files.txt; lists of blocked videos are published
-    in the other two.
+    Feature extractors write the first form as missing_files.txt; lists of blocked videos are
+    published in the other two.
 
     Raises:
-        AnnotationError: the file cannot be read or is of another shape.
+        AnnotationError: the file cannot be read or has another shape.
     """
     path = Path(path)
     if path.suffix.lower() != ".json":
@@ -148,7 +148,7 @@ def read_durations(path: str | Path) -> dict[str, float]:
     """Read durations in seconds by video id from a JSON object.
 
     Raises:
-        AnnotationError: the file cannot be read, has an id twice or holds something else.
+        AnnotationError: the file cannot be read, repeats an id or has another shape.
     """
     document, repeated = read_json(Path(path))
     problems = [*map(str, repeated)]
@@ -166,7 +166,7 @@ def read_durations(path: str | Path) -> dict[str, float]:
 def _left_out(
     raw: RawCollection, dataset: Dataset, exclude: Collection[str], keep: Collection[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Return video id -> reason of its exclusion, and problems of `exclude` and `keep`."""
+    """Return video id -> reason of exclusion, and problems of `exclude` and `keep`."""
     listed = {
         video_id if video_id in raw.videos else video_id.removeprefix("v_")
         for video_id in as_named(dict.fromkeys(exclude), raw.videos)
@@ -174,7 +174,7 @@ def _left_out(
     listed = set(as_named(dict.fromkeys(listed), raw.videos))
     problems = [
         f"video {video_id!r}: is to be kept, but "
-        + ("nothing leaves it out" if video_id in raw.videos else "is not there")
+        + ("is not left out" if video_id in raw.videos else "is not in the annotations")
         for video_id in sorted(keep)
         if video_id not in dataset.unusable or video_id not in raw.videos
     ]
@@ -192,22 +192,22 @@ def _left_out(
 
 
 def _form(path: Path, name: str) -> FileForm:
-    """Form of that name; for "auto", the one that the path has."""
+    """Return the form of that name; for "auto", detect the form of the path."""
     if name in FORMS:
         return FORMS[name]
     if name != "auto":
         raise ValueError(f"There is no form {name!r}. Give one of auto, {', '.join(FORMS)}.")
-    # from the last of the list: any folder with texts could hold class files
+    # from the last form to the first: any folder with text files could hold class files
     looked_at = [form for form in reversed([*FORMS.values()]) if form.suits is not None]
     found = next((form for form in looked_at if form.suits and form.suits(path)), None)
     if found is None and path.is_dir():
-        unknown = "cannot be read: no data set that is known has this folder"
+        unknown = "cannot be read: no known data set has such a folder"
         raise AnnotationError(str(path), [unknown])
     if found is None:
         return ACTIVITYNET_JSON
     alike = [form.name for form in FORMS.values() if form.suits is found.suits]
     if len(alike) > 1:
-        reason = "can be read in several ways: say which labels are meant, form "
+        reason = "can be read with several kinds of labels: choose the form "
         raise AnnotationError(str(path), [f"{reason}{', '.join(alike[:-1])} or {alike[-1]}"])
     return found
 
@@ -215,7 +215,7 @@ def _form(path: Path, name: str) -> FileForm:
 def _assemble(
     checked: Mapping[str, Checked], classes: Collection[str] | None, excluded: Mapping[str, str]
 ) -> Annotations:
-    """Collect everything that could be typed."""
+    """Collect the valid videos, exclusions and repairs."""
     videos = sorted((r.video for r in checked.values() if r.video), key=lambda v: v.video_id)
     used = {i.label for video in videos for i in video.evaluated}
     return Annotations(

@@ -1,4 +1,4 @@
-"""Description of a collection in plain text, in at most 80 columns."""
+"""Summary of annotations in plain text of at most 80 columns."""
 
 import math
 import textwrap
@@ -10,12 +10,12 @@ from re2tal.errors import shortened
 
 WIDTH = 80
 _BAR = 40  # characters of the longest bar
-_LISTED = 20  # lines of a list before it is cut short
-_EXTREMES = 5  # classes named at either end
+_LISTED = 20  # greatest number of lines of a list
+_EXTREMES = 5  # number of the largest, and of the smallest, classes
 
 
 def summarize(annotations: Annotations) -> str:
-    """Describe size, classes, lengths and coverage of a collection, and its repairs."""
+    """Describe size, classes, lengths and coverage of annotations, exclusions and repairs."""
     instances = [i for video in annotations.videos for i in video.instances]
     blocks = [
         _subsets(annotations.videos),
@@ -36,7 +36,7 @@ def summarize(annotations: Annotations) -> str:
 
 
 def _subsets(videos: Sequence[VideoAnnotation]) -> Iterator[str]:
-    """A row a subset and one for all: size, hours, instances and the share of time in an action."""
+    """Yield a row per subset and one for all: size, hours, instances, share of time in action."""
     row = "{:<18} {:>8} {:>9} {:>10} {:>14} {:>10}"
     yield row.format("subset", "videos", "hours", "instances", "per video", "in action")
     names = sorted({video.subset for video in videos})
@@ -54,7 +54,7 @@ def _subsets(videos: Sequence[VideoAnnotation]) -> Iterator[str]:
 
 
 def _covered(video: VideoAnnotation) -> float:
-    """Seconds of a video in which at least one action happens."""
+    """Compute the seconds of a video in which at least one action happens."""
     covered, reached = 0.0, 0.0
     for instance in video.instances:  # sorted by start
         covered += max(instance.end - max(instance.start, reached), 0.0)
@@ -79,7 +79,7 @@ def _classes(classes: Sequence[str], instances: Sequence[Instance]) -> Iterator[
 
 
 def _lengths(lengths: Sequence[float]) -> Iterator[str]:
-    """Quantiles, and the number of lengths between one power of two and the next."""
+    """Yield quantiles, and a histogram of the lengths with powers of two as borders."""
     if not lengths:
         return
     ranked = sorted(lengths)
@@ -96,12 +96,12 @@ def _lengths(lengths: Sequence[float]) -> Iterator[str]:
 
 
 def _quantile(ranked: Sequence[float], q: float) -> float:
-    """Smallest value that at least the share `q` of them does not exceed."""
+    """Return the smallest value such that at least the share `q` of values does not exceed it."""
     return ranked[max(math.ceil(q * len(ranked)) - 1, 0)]
 
 
 def _remarks(annotations: Annotations) -> Iterator[str]:
-    """Remarks on things that need not be wrong."""
+    """Yield remarks on unusual content that is not necessarily wrong."""
     twice = sum(len(v.instances) - len(set(v.instances)) for v in annotations.videos)
     if twice:
         yield f"{_count(twice, 'instance')} with the times and the label of another"

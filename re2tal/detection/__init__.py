@@ -1,4 +1,4 @@
-"""Processing of scored segments into a video's detections, and their evaluation."""
+"""Post-processing of scored segments into a video's detections, and evaluation of detections."""
 
 from re2tal.detection.evaluation import (
     ClassRecall,

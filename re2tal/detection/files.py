@@ -1,10 +1,10 @@
-"""Files in ActivityNet's results JSON, which its evaluation server and most tools take.
+"""Files in ActivityNet's results JSON, which its evaluation server and most tools accept.
 
 `{"version": ..., "external_data": {}, "results": {video id: [{"segment": [s, e], "score": p,
-"label": class name}, ...]}}`, in seconds. Of files from elsewhere only "results" is read.
-Numbers come back unchanged: float32 is written with the nine significant digits that it needs,
-float64 with up to 17. They are read as float64, because a tIoU that lies on a threshold, as it
-often does with numbers of few decimals, may fall to its other side in float32.
+"label": class name}, ...]}}`, in seconds. Only "results" is read. Numbers are written without
+loss: float32 with nine significant digits, float64 with up to 17. They are read as float64: with
+few decimals, a tIoU often lies exactly on a threshold, and in float32 it may fall on the other
+side.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def rows(detections: Detections, classes: Sequence[str]) -> list[dict[str, Any]]
 
     Args:
         detections: detections of one video, in seconds, on any device.
-        classes: class names, which the labels index.
+        classes: class names, indexed by the labels.
 
     Returns:
         `{"segment": [start, end], "score": score, "label": class name}` for each, in order.
 
     Raises:
-        ValueError: a label has no name; or a number is not finite or a segment reversed, naming the
-            first such row.
+        ValueError: a label has no name, a number is not finite or a segment is reversed; the
+            message names the first such row.
     """
     labels = detections.labels.tolist()
     unnamed = sorted({label for label in labels if not 0 <= label < len(classes)})
@@ -72,12 +72,12 @@ def write_detections(
     """Write the detections of videos, sorted by id.
 
     Args:
-        path: JSON file; it is replaced when the new one is whole.
+        path: JSON file; an existing one is replaced once the new one is complete.
         detections: video id -> detections in seconds.
-        classes: class names, which the labels index.
+        classes: class names, indexed by the labels.
 
     Raises:
-        ValueError: detections cannot be written (see `rows`); it names the video.
+        ValueError: detections cannot be written (see `rows`); the message names the video.
     """
     results = {}
     for video_id, found in sorted(detections.items()):
@@ -92,7 +92,7 @@ def write_rows(path: str | Path, results: Mapping[str, Sequence[Mapping[str, Any
     """Write detections that are rows already.
 
     Args:
-        path: JSON file; it is replaced when the new one is whole.
+        path: JSON file; an existing one is replaced once the new one is complete.
         results: video id -> result of `rows`.
     """
     document = {"version": _VERSION, "external_data": {}, "results": results}
@@ -105,15 +105,15 @@ def read_detections(path: str | Path, classes: Sequence[str]) -> dict[str, Detec
 
     Args:
         path: JSON file.
-        classes: class names; the labels of the result index them.
+        classes: class names, indexed by the labels of the result.
 
     Returns:
         Video id -> detections in seconds, float64, in the order of the file.
 
     Raises:
-        FileError: the file cannot be read or anything in it is wrong: an unknown label, a value
-            that is no number, a reversed segment, a missing key, a key (such as a video) that is
-            there twice. It lists everything.
+        FileError: the file cannot be read, or its content is wrong: an unknown label, a value that
+            is not a number, a reversed segment, a missing or repeated key (such as a video). The
+            message lists all problems.
     """
     document, problems = read_json(path)
     if not isinstance(document, dict) or "results" not in document:
@@ -140,10 +140,10 @@ def read_detections(path: str | Path, classes: Sequence[str]) -> dict[str, Detec
 
 
 def read_json(path: str | Path) -> tuple[Any, list[str]]:
-    """Read a JSON file, and a phrase for each key that one of its objects has more than once.
+    """Read a JSON file; return its content and a message for each repeated key of an object.
 
     Raises:
-        FileError: there is no such file, or it is no JSON.
+        FileError: the file does not exist or is not JSON.
     """
     document, repeated = json_files.read_json(path)
     return document, [str(key) for key in repeated]
@@ -198,7 +198,7 @@ _RESULTS = TypeAdapter(dict[str, list[_Row]])
 
 
 def _reason(details: ErrorDetails) -> str:
-    """Put a pydantic error into words: `video 'x'[3].score: should be finite (found nan)`."""
+    """Format a pydantic error: `video 'x'[3].score: should be finite (found nan)`."""
     video, *place = details["loc"] or ("",)
     parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in place]
     where = f"video {video!r}" + "".join(parts) if details["loc"] else '"results"'
@@ -209,13 +209,13 @@ def _reason(details: ErrorDetails) -> str:
 
 
 Row = Mapping[str, Any]
-"""`{"segment": [start, end], "score": score, "label": class name}`, as `files.rows` makes them."""
+"""`{"segment": [start, end], "score": score, "label": class name}`, a row made by `files.rows`."""
 
 
 def webvtt(rows: Sequence[Row]) -> str:
-    """Format detections as a WebVTT file with a cue for each.
+    """Format detections as a WebVTT file with one cue for each.
 
-    Cues may overlap: players show one above the other.
+    Cues may overlap: players stack them.
 
     Args:
         rows: detections of a video, in seconds.
@@ -228,10 +228,10 @@ def webvtt(rows: Sequence[Row]) -> str:
 
 
 def srt(rows: Sequence[Row]) -> str:
-    """Format detections as a SubRip file without overlaps, which many players cannot show.
+    """Format detections as a SubRip file without overlapping cues, which many players cannot show.
 
-    The video is cut wherever a detection starts or ends, and each stretch names all detections in
-    it, best first.
+    The video is cut wherever a detection starts or ends; each interval lists all its detections,
+    best first.
 
     Args:
         rows: detections of a video, in seconds.
@@ -244,7 +244,7 @@ def srt(rows: Sequence[Row]) -> str:
 
 
 def _stretches(rows: Sequence[Row]) -> list[tuple[int, int, list[str]]]:
-    """Starts and ends of stretches in milliseconds, with the texts of all detections in them."""
+    """List intervals: start and end in milliseconds, and the texts of all their detections."""
     best_first = sorted(rows, key=lambda row: -row["score"])
     timed = [(*_milliseconds(row), _plain(_text(row))) for row in best_first]
     cuts = sorted({time for start, end, _ in timed for time in (start, end)})
@@ -257,7 +257,7 @@ def _stretches(rows: Sequence[Row]) -> list[tuple[int, int, list[str]]]:
 
 
 def _milliseconds(row: Row) -> tuple[int, int]:
-    """Start and end; players would refuse a cue that ends as it starts, so it gets a length."""
+    """Round start and end to milliseconds; make a cue 1 ms long at least, or players refuse it."""
     start, end = (round(1000 * seconds) for seconds in row["segment"])
     return start, max(end, start + 1)
 
@@ -270,17 +270,17 @@ def _clock(milliseconds: int, point: str) -> str:
 
 
 def _text(row: Row) -> str:
-    """One line: an empty one would end the cue."""
+    """Format label and score on one line: an empty line would end the cue."""
     return f"{' '.join(row['label'].split())} {row['score']:.2f}"
 
 
 def _escaped(text: str) -> str:
-    """Escape text for WebVTT, which has the entities of HTML."""
+    """Escape text for WebVTT, which uses HTML's entities."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _plain(text: str) -> str:
-    """Clean text for SubRip, which has no entities: players take `<...>` for a tag."""
+    """Replace angle brackets for SubRip, which has no entities: players read `<...>` as a tag."""
     return text.replace("<", "\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}").replace(
         ">", "\N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK}"
     )

@@ -1,9 +1,10 @@
-"""Raw predictions: detections before non-maximum suppression, kept as one file.
+"""Raw predictions: detections before non-maximum suppression, in one file.
 
-They allow a search for the parameters of the suppression without running the network, and ensembles
-of several runs. A safetensors file holds the detections of all videos one after the other:
-`segments` `(N, 2)` and `scores` `(N,)` in their precision, `labels` `(N,)` int32, `counts` `(V,)`
-int64 detections a video; its metadata hold `videos` and `classes`, JSON lists of names.
+With them the parameters of the suppression can be searched without running the network, and several
+runs can form an ensemble. The safetensors file holds the detections of all videos one after the
+other: `segments` `(N, 2)` and `scores` `(N,)` in their precision, `labels` `(N,)` int32, and
+`counts` `(V,)` int64, the number of detections of each video. Its metadata hold `videos` and
+`classes`, JSON lists of names.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ def write_raw(
     """Write the predictions of videos, in their order.
 
     Args:
-        path: file; it is replaced when the new one is whole.
-        predictions: video id -> detections in seconds, on any device; of several precisions the
+        path: file; an existing one is replaced once the new one is complete.
+        predictions: video id -> detections in seconds, on any device; if precisions differ, the
             widest is written.
-        classes: class names, which the labels index.
+        classes: class names, indexed by the labels.
 
     Raises:
         ValueError: a label has no class.
     """
-    pool = Detections.concat([found.to("cpu") for found in predictions.values()])
+    pool = Detections.concat([found.to("cpu") for found in predictions.values()])  # widest dtype
     if bool(((pool.labels < 0) | (pool.labels >= len(classes))).any()):
         raise ValueError(
             f"The predictions for {path} have labels outside 0 to {len(classes) - 1}: there are "
@@ -67,8 +68,7 @@ def read_raw(path: str | Path) -> tuple[dict[str, Detections], tuple[str, ...]]:
         Video id -> predictions in the order written, bit for bit; the class names.
 
     Raises:
-        FileError: the file cannot be read, or has other content. It lists everything that does not
-            fit.
+        FileError: the file cannot be read, or its content is wrong; the message lists all problems.
     """
     tensors, names = _content(path)
     if problems := [*_misnamed(names)] or [*_misfits(tensors, names)]:
@@ -107,7 +107,7 @@ def _content(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _misnamed(names: Mapping[str, Any]) -> Iterator[str]:
-    """Problems of the names in a file."""
+    """Describe problems of the names in a file."""
     for kind, found in names.items():
         if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
             yield f'"{kind}" must be a JSON list of names (found {found!r:.60})'
@@ -117,7 +117,7 @@ def _misnamed(names: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _misfits(tensors: Mapping[str, Tensor], names: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """Describe parts of a file that do not belong together."""
+    """Describe problems of the tensors in a file."""
     segments, scores, labels, counts = (tensors[name] for name in _TENSORS)
     videos, classes = (len(names[kind]) for kind in _NAMES)
     if scores.ndim != 1:
@@ -140,7 +140,7 @@ def _misfits(tensors: Mapping[str, Tensor], names: Mapping[str, Sequence[str]]) 
         yield f"labels are {labels.min()} to {labels.max()}, but there are {classes} classes"
     if counts.dtype not in _INTEGERS or counts.shape != (videos,):
         yield (
-            f"counts must be {videos} integers, one a video, not {tuple(counts.shape)} of "
+            f"counts must be {videos} integers, one per video, not {tuple(counts.shape)} of "
             f"{counts.dtype}"
         )
     elif bool((counts < 0).any()) or int(counts.sum()) != total:
@@ -150,10 +150,11 @@ def _misfits(tensors: Mapping[str, Tensor], names: Mapping[str, Sequence[str]]) 
 def ensemble(
     runs: Sequence[Mapping[str, Detections]], weights: Sequence[float]
 ) -> dict[str, Detections]:
-    """Put the detections of several runs side by side, before non-maximum suppression.
+    """Merge the detections of several runs, before non-maximum suppression.
 
-    A score becomes `score * weight / sum of weights`: their average, if a run gives 0 to an action
-    that it did not find. This lowers scores; a minimum score has to be lowered with them.
+    A score becomes `score * weight / sum of weights`. The scores of an action over all runs then
+    sum to their weighted average, if a run that missed the action counts as 0. Scores become lower,
+    so a minimum score must be lowered as well.
 
     Args:
         runs: for each run, video id -> detections in seconds, before NMS, with the same classes.
@@ -163,18 +164,18 @@ def ensemble(
         Video id -> detections of all runs in their order; videos in the first run's order.
 
     Raises:
-        ValueError: there are no runs, not as many weights as runs, a weight is not above 0, or a
-            run lacks a video that another has; it lists those.
+        ValueError: there are no runs, the number of weights differs, a weight is not above 0, or a
+            run lacks a video that another has; the message lists such videos.
     """
     if not runs or len(runs) != len(weights):
         raise ValueError(
-            f"An ensemble needs runs and as many weights, but got {len(runs)} runs and "
+            f"An ensemble needs runs and one weight for each, but got {len(runs)} runs and "
             f"{len(weights)} weights."
         )
     if not all(math.isfinite(weight) and weight > 0 for weight in weights):
         raise ValueError(
-            f"The weights of an ensemble must be above 0, but are {list(weights)}: leave out the "
-            "runs that are to count for nothing."
+            f"The weights of an ensemble must be above 0, but are {list(weights)}: leave out runs "
+            "that should have no weight."
         )
     _check_videos(runs)
     total = sum(weights)

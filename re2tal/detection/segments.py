@@ -11,16 +11,16 @@ from torch import Tensor
 
 
 class LabelledSegments(Protocol):
-    """Segments `(N, 2)` with labels `(N,)`: ground truth and detections alike."""
+    """Segments `(N, 2)` with labels `(N,)`: ground truth or detections."""
 
     @property
     def segments(self) -> Tensor:
-        """`(N, 2)` starts and ends."""
+        """Starts and ends, `(N, 2)`."""
         ...
 
     @property
     def labels(self) -> Tensor:
-        """`(N,)` int64 class indices."""
+        """Class indices, `(N,)` int64."""
         ...
 
 
@@ -28,8 +28,7 @@ class LabelledSegments(Protocol):
 class Detections:
     """Scored, labelled segments of one video or of one window of it.
 
-    The unit of the segments is the owner's: feature-grid units inside a localizer, seconds
-    everywhere else.
+    Segments are in feature-grid units inside a localizer, and in seconds everywhere else.
 
     Attributes:
         segments: `(N, 2)` floating point, `[start, end]`.
@@ -55,7 +54,7 @@ class Detections:
 
     @staticmethod
     def empty(device: torch.device | str = "cpu") -> Detections:
-        """Return no detections, in float32."""
+        """Return zero detections, in float32."""
         return Detections(
             segments=torch.zeros(0, 2, device=device),
             scores=torch.zeros(0, device=device),
@@ -64,7 +63,7 @@ class Detections:
 
     @staticmethod
     def concat(parts: Sequence[Detections]) -> Detections:
-        """Concatenate the detections of all `parts` in their order; of no parts, none."""
+        """Concatenate the detections of all `parts` in their order; without parts, return none."""
         if not parts:
             return Detections.empty()
         return Detections(
@@ -80,7 +79,7 @@ class Detections:
         )
 
     def with_segments(self, segments: Tensor) -> Detections:
-        """Replace the segments by others `(N, 2)`; scores and labels stay."""
+        """Replace the segments by `segments` `(N, 2)`; scores and labels stay."""
         return replace(self, segments=segments)
 
     def sorted(self) -> Detections:
@@ -88,7 +87,7 @@ class Detections:
         return self[self.scores.argsort(descending=True, stable=True)]
 
     def to(self, device: torch.device | str) -> Detections:
-        """Copy to `device` (itself when it is there already)."""
+        """Copy to `device`; tensors that are there already are not copied."""
         return Detections(
             segments=self.segments.to(device),
             scores=self.scores.to(device),
@@ -99,9 +98,8 @@ class Detections:
 def tiou(a: Tensor, b: Tensor) -> Tensor:
     """Temporal intersection over union of segments, broadcasting over leading dimensions.
 
-    Two instants (zero-length segments) overlap fully, 1, when they coincide and not at all, 0,
-    otherwise; an instant and a longer segment do not overlap. Segments given the wrong way
-    round count as instants at their start.
+    Two instants (segments of zero length) have tIoU 1 if they coincide, otherwise 0. An instant and
+    a longer segment have tIoU 0. Reversed segments count as instants at their start.
 
     Args:
         a: `(..., 2)` floating point segments.
@@ -127,24 +125,25 @@ def tiou(a: Tensor, b: Tensor) -> Tensor:
 def without_repetitions(found: Detections, second: Tensor, *, iou: float) -> Detections:
     """Hard non-maximum suppression between two views, within each class.
 
-    Sequentially, the remaining detection with the highest score (of equals, the first) is kept, and
-    those of its class that the other view shows and that overlap it by at least `iou` are removed.
-    Detections in one view do not suppress one another.
+    Repeatedly, the remaining detection with the highest score (on ties the first) is kept, and
+    detections of its class in the other view are removed if their tIoU with it is at least `iou`.
+    Detections of the same view do not suppress one another.
 
     Args:
         found: N detections in both views, in one unit.
         second: `(N,)` bool, true for detections of the second view.
-        iou: tIoU from which two detections are of the same action, above 0.
+        iou: least tIoU of two detections of the same action, above 0.
 
     Returns:
         The remaining detections in their order.
     """
     order = found.scores.argsort(descending=True, stable=True)
     ranked, view = found[order], second[order]
-    same = (ranked.labels[:, None] == ranked.labels) & (view[:, None] != view)
+    same = (ranked.labels[:, None] == ranked.labels) & (view[:, None] != view)  # (N, N)
     same &= tiou(ranked.segments[:, None], ranked.segments) >= iou
     kept = torch.ones(len(found), dtype=torch.bool)
+    # Only rows with a repetition matter; they are few, by falling score.
     for row in same.any(dim=1).nonzero()[:, 0].tolist():
-        if kept[row]:  # its repetitions with higher scores are gone already
+        if kept[row]:  # a removed detection suppresses nothing
             kept &= ~same[row]
-    return found[order[kept].sort().values]
+    return found[order[kept].sort().values]  # back in the order given

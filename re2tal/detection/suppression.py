@@ -1,20 +1,20 @@
 """Non-maximum suppression of temporal segments, in pure PyTorch, for one video or many.
 
-The sequential definition, for the detections of one class in one video: take the detection with
-the highest score (of equals, the first given), keep it, weaken or remove the others by their
-overlap with it, and repeat while the best remaining score reaches the minimum. Here all classes of
-all videos do that side by side (`suppression`), so a pass takes as many steps as its largest
-class has detections, or `top_k`, and not the sum of all.
+The sequential definition, for the detections of one class in one video: pick the remaining
+detection with the highest score (on ties, the first given), keep it, lower or remove the others
+according to their overlap with it, and repeat while the best remaining score reaches the minimum.
+Here all classes of all videos run in parallel (`suppress`), so the number of steps is that of the
+largest class, at most `top_k`, and not the sum over all classes.
 
 Differences from the widespread code (a C++ extension of MMCV's lineage):
 
-- it does not compare the first pick of a class with the minimum score, so that a class always
-  has a detection, however weak; here every pick is compared. In hard NMS it drops a score that
-  equals the minimum; here such a score stays, as in its soft-NMS;
-- it adds 1e-6 to each length, so that identical segments overlap a little less than 1 and
-  identical instants not at all; here they overlap fully (`tiou`);
-- of equal scores it takes any, as its swaps happen to leave them; here the first given;
-- it lets segments vote only when all classes are suppressed together; here `voting` also works with
+- It does not compare the first pick of a class with the minimum score, so a class always has a
+  detection, however weak; here every pick is compared. In its hard NMS a score equal to the minimum
+  is dropped; here it is kept, as in its soft-NMS.
+- It adds 1e-6 to each length, so identical segments overlap slightly less than 1 and identical
+  instants not at all; here they overlap fully (`tiou`).
+- Its order among equal scores is arbitrary; here the first given is picked first.
+- It allows voting only when all classes are suppressed together; here `voting` also works with
   `per_class`, among the segments of the class.
 """
 
@@ -32,12 +32,13 @@ from re2tal.detection.segments import Detections, tiou
 
 REMOVED = float("-inf")
 
-# Elements of a table: the tables of a step then stay in the cache, and memory stays bounded.
+# Greatest number of elements of a table, so that a step stays in the cache and memory is bounded.
 _TABLE = 1 << 17
 
 Weaken = Callable[[Tensor, Tensor], None]
-"""Change the first, scores `(G, L)`, according to their overlaps `(G, L)` with a taken segment; the
-second may be overwritten. No score may rise, and a segment without overlap keeps its score."""
+"""Function that lowers scores `(G, L)` in place, given overlaps `(G, L)` with the picked segments.
+
+It may overwrite the overlaps. No score may rise, and a segment without overlap keeps its score."""
 
 
 def gaussian(sigma: float) -> Weaken:
@@ -50,10 +51,10 @@ def gaussian(sigma: float) -> Weaken:
 
 
 def hard(iou: float) -> Weaken:
-    """Classic NMS: segments that overlap by at least `iou` are removed."""
+    """Hard NMS: segments that overlap by at least `iou` are removed."""
 
     def weaken(scores: Tensor, overlaps: Tensor) -> None:
-        # Arithmetic, here and below: on a CPU a masked assignment takes as long as all the rest.
+        # Arithmetic instead of masked assignment, which on a CPU takes as long as all the rest.
         removed = (overlaps >= iou).to(scores.dtype)
         scores.sub_(removed.mul_(torch.finfo(scores.dtype).max))
 
@@ -75,15 +76,15 @@ def suppress(
         segments: `(N, 2)`, finite and not reversed.
         scores: `(N,)`, finite and not negative, of the same precision.
         groups: `(N,)` int64, any numbers.
-        weaken: effect of a taken segment on the scores of the others.
+        weaken: effect of a picked segment on the scores of the others.
         min_score: lowest score that is kept.
-        picks: largest number of segments taken in a group.
+        picks: greatest number of picks in a group.
 
     Returns:
-        `(N,)` remaining score of each segment when it is taken; `REMOVED` if it is not.
+        `(N,)` score of each segment at the time of its pick; `REMOVED` if it is not picked.
     """
     result = torch.full_like(scores, REMOVED)
-    # A score too low from the start is never taken, and a segment not taken weakens nothing.
+    # Segments below the minimum are never picked, and what is not picked suppresses nothing.
     candidates = (scores >= min_score).nonzero()[:, 0]
     for index, filled in _tables(groups[candidates]):
         members = candidates[index[filled]]
@@ -96,13 +97,13 @@ def suppress(
 
 
 def _tables(groups: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Group members' indices in order: tables `(G, L)` and masks of their filled places.
+    """Yield tables `(G, L)` of the indices of each group's members, and masks of filled places.
 
-    Groups of like size share a table, so that little of it is padding.
+    Groups of similar size share a table, so that little of it is padding.
     """
     _, group, counts = groups.unique(return_inverse=True, return_counts=True)
     by_size = counts.argsort(descending=True, stable=True)
-    rank = torch.empty_like(by_size)
+    rank = torch.empty_like(by_size)  # the inverse permutation
     rank[by_size] = torch.arange(len(by_size), device=groups.device)
     members = rank[group].argsort(stable=True)  # group by group, the largest first
     sizes = counts[by_size].tolist()
@@ -113,17 +114,17 @@ def _tables(groups: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         lengths = torch.tensor(rows, device=groups.device)
         filled = torch.arange(width, device=groups.device) < lengths[:, None]
         index = groups.new_zeros(filled.shape)
-        index[filled] = members[first : first + sum(rows)]
+        index[filled] = members[first : first + sum(rows)]  # row by row, as in `members`
         yield index, filled
         row, first = row + len(rows), first + sum(rows)
 
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """Groups of segments, a row each, all `(G, L)`.
+    """Groups of segments, one per row, all `(G, L)`.
 
-    A place without a segment, or whose segment was taken, has the score `REMOVED` and ends that
-    give an overlap of 0 with anything, by the same arithmetic as elsewhere.
+    A place that is empty, or whose segment was picked, has the score `REMOVED`, start +inf and end
+    -inf: the usual arithmetic then gives an overlap of 0 with any segment.
     """
 
     starts: Tensor
@@ -133,11 +134,11 @@ class _Table:
 
     @staticmethod
     def empty(shape: torch.Size, *, like: Tensor) -> _Table:
-        """Return no segments, in the precision and on the device of `like`."""
+        """Make an empty table, in the precision and on the device of `like`."""
         return _Table(*(like.new_full(shape, number) for number in _NOTHING))
 
     def pop(self, pick: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Remove a segment of each group, `pick` `(G, 1)`: starts, ends and lengths `(G, 1)`."""
+        """Remove segment `pick` `(G, 1)` of each group; return starts, ends, lengths `(G, 1)`."""
         fields = (self.starts, self.ends, self.lengths, self.scores)
         start, end, length, _ = (field.gather(1, pick) for field in fields)
         for field, number in zip(fields, _NOTHING, strict=True):
@@ -145,18 +146,20 @@ class _Table:
         return start, end, length
 
 
+# Start, end, length and score of an empty place; length 1 keeps the union above 0.
 _NOTHING = (float("inf"), float("-inf"), 1.0, REMOVED)
 
 
 def _take(table: _Table, weaken: Weaken, min_score: float, picks: int) -> Tensor:
-    """Take segments until no group has any left; return their scores then, `(G, L)`."""
+    """Pick segments until no group has any left; return the scores `(G, L)` at their picks."""
     taken = torch.full_like(table.scores, REMOVED)
     instants = bool((table.lengths == 0).any())
     for _ in range(min(taken.shape[1], picks)):
-        score, pick = table.scores.max(dim=1, keepdim=True)  # of equals the first
-        going = score >= min_score
+        score, pick = table.scores.max(dim=1, keepdim=True)  # the first one on ties
+        going = score >= min_score  # (G, 1)
         if not bool(going.any()):
             break
+        # Groups that are done still have a pick, which must not change `taken`.
         taken.scatter_(1, pick, torch.where(going, score, taken.gather(1, pick)))
         weaken(table.scores, _overlaps(table, *table.pop(pick), instants=instants))
     return taken
@@ -165,9 +168,9 @@ def _take(table: _Table, weaken: Weaken, min_score: float, picks: int) -> Tensor
 def _overlaps(
     table: _Table, start: Tensor, end: Tensor, length: Tensor, *, instants: bool
 ) -> Tensor:
-    """`tiou` of a segment `(G, 1)` with those of its group `(G, L)`, in fewer operations.
+    """Compute `tiou` of a segment `(G, 1)` and its group's `(G, L)`, in fewer operations.
 
-    `instants` says whether there are segments of no length.
+    `instants` is true if there are segments of zero length.
     """
     shared = torch.minimum(table.ends, end).sub_(torch.maximum(table.starts, start)).clamp_(min=0)
     union = (table.lengths + length).sub_(shared)
@@ -178,7 +181,7 @@ def _overlaps(
     return shared.div_(union.add_(empty)).add_(same)
 
 
-# Pairs of a kept segment and a voter that are compared at a time, which bounds the memory.
+# Pairs of a kept segment and a voter that are compared at once, which bounds the memory.
 _PAIRS = 1 << 21
 
 
@@ -192,31 +195,31 @@ def vote(
     iou: float,
     by_overlap: bool,
 ) -> Tensor:
-    """Weighted mean of the segments of its group that overlap each kept segment.
+    """Replace each kept segment by the weighted mean of its group's segments that overlap it.
 
     Args:
         kept: `(K, 2)` segments after suppression.
         kept_groups: `(K,)` groups of `kept`.
-        voters: `(N, 2)` segments before suppression, including those kept.
+        voters: `(N, 2)` segments before suppression, including the kept ones.
         scores: `(N,)` scores of the voters before suppression: the weights.
         groups: `(N,)` groups of the voters; only segments of the same group vote.
-        iou: tIoU from which a segment votes.
+        iou: least tIoU of a voter.
         by_overlap: true to multiply the weights by the tIoU.
 
     Returns:
-        `(K, 2)` means; a segment whose voters have no weight at all stays.
+        `(K, 2)` means; a segment stays if the weights of its voters sum to 0.
     """
     means = [kept[:0]]
     step = max(1, _PAIRS // max(1, len(voters)))
     for part, own in zip(kept.split(step), kept_groups.split(step), strict=True):
-        overlap = tiou(part[:, None], voters[None])
+        overlap = tiou(part[:, None], voters[None])  # (step, N)
         votes = (overlap >= iou) & (own[:, None] == groups[None])
         weights = votes * scores
         if by_overlap:
             weights = weights * overlap
         total = weights.sum(dim=1, keepdim=True)
         weighed = total > 0
-        # Not a matrix product: its rounding may depend on where its operands lie in memory.
+        # Not a matrix product, whose rounding may depend on the memory alignment of its operands.
         sums = torch.stack([(weights * side).sum(dim=1) for side in voters.unbind(dim=1)], dim=1)
         means.append(torch.where(weighed, sums / torch.where(weighed, total, 1), part))
     return torch.cat(means)
@@ -232,24 +235,24 @@ class NmsConfig:
 
     Attributes:
         method: "soft": Gaussian soft-NMS (Bodla et al., ICCV 2017, section 3), which multiplies
-            the scores of the others by `exp(-tIoU^2 / sigma)`; "hard": the others go when their
-            tIoU reaches `iou`; "none": nothing is suppressed.
+            the scores of the others by `exp(-tIoU^2 / sigma)`; "hard": others whose tIoU reaches
+            `iou` are removed; "none": nothing is suppressed.
         sigma: width of the Gaussian ("soft" only).
-        iou: overlap from which a detection is removed ("hard" only).
+        iou: least tIoU at which a detection is removed ("hard" only).
         per_class: true to suppress within each class, false among all detections (for proposals).
-        min_score: lowest score that is kept, also of those that soft-NMS has weakened.
+        min_score: lowest score that is kept, before and after soft-NMS.
         min_duration: shortest duration that is kept, in the unit of the segments; shorter and
             reversed detections are dropped first.
-        top_k: largest number of detections of a video, the best of all classes together.
-        voting: weights for moving a kept segment to the weighted mean of the segments that overlap
-            it by at least `voting_iou`, itself included: "score_tiou" is score x tIoU (as in
-            ActionFormer's code), "score" the score (OpenTAD's), "none" leaves the segment. Scores
-            are those before suppression. With `per_class` only segments of the same class vote; the
+        top_k: greatest number of detections of a video, the best of all classes together.
+        voting: whether a kept segment is moved to the weighted mean of the segments that overlap it
+            by at least `voting_iou`, itself included. Weights are score x tIoU ("score_tiou", as in
+            ActionFormer's code) or the score ("score", as in OpenTAD's), always before suppression;
+            "none" does not move it. With `per_class` only segments of the same class vote; the
             published recipes vote without it.
-        voting_iou: tIoU from which a segment votes.
+        voting_iou: least tIoU of a voter.
 
     Raises:
-        ValueError: a name is unknown, or a number is nan or out of its range; it lists them all.
+        ValueError: a name is unknown, or a number is NaN or out of range; the message lists all.
     """
 
     method: Method = "soft"
@@ -263,7 +266,7 @@ class NmsConfig:
     voting_iou: float = 0.7
 
     def __post_init__(self) -> None:
-        # Comparisons with nan are false, so that it is out of every range.
+        # Comparisons with NaN are false, so NaN is out of every range.
         ranges = (
             ("method", f"one of {', '.join(get_args(Method))}", self.method in get_args(Method)),
             ("sigma", "above 0", self.sigma > 0),
@@ -284,18 +287,17 @@ class NmsConfig:
 
 
 def nms(detections: Detections, config: NmsConfig) -> Detections:
-    """Thin out the detections of one video.
+    """Apply non-maximum suppression to the detections of one video.
 
-    Deterministic: of equal scores the one given first is taken first, and the result lists equal
-    scores in the order given.
+    Deterministic: among equal scores the first given is picked first, and the result keeps their
+    order.
 
     Args:
         detections: N detections in any unit, on any device.
         config: settings of the suppression.
 
     Returns:
-        At most `config.top_k` detections by falling score, on the same device and in the same
-        precision.
+        At most `config.top_k` detections by falling score, with unchanged device and precision.
 
     Raises:
         ValueError: a segment is not finite, or a score is not finite or negative.
@@ -316,10 +318,10 @@ def nms_videos(detections: Sequence[Detections], config: NmsConfig) -> list[Dete
 def nms_videos(
     detections: Mapping[str, Detections] | Sequence[Detections], config: NmsConfig
 ) -> dict[str, Detections] | list[Detections]:
-    """Thin out the detections of many videos in one pass.
+    """Apply non-maximum suppression to the detections of many videos in one pass.
 
-    The result for a video is that of `nms` for it alone, bit for bit. Beside input and output it
-    needs memory for a table of bounded size and for the detections of all videos once more.
+    Each video's result equals that of `nms`, bit for bit. Beside input and output, this needs
+    memory for one more copy of all detections and for a table of bounded size.
 
     Args:
         detections: detections of each video, by id or in order.
@@ -329,8 +331,8 @@ def nms_videos(
         Remaining detections of each video, in the form given.
 
     Raises:
-        ValueError: a segment is not finite, or a score is not finite or negative, naming the video;
-            or the videos lie on different devices or have different precisions.
+        ValueError: a segment is not finite, or a score is not finite or negative; the message names
+            the video. Or devices or precisions of the videos differ.
     """
     if isinstance(detections, Mapping):
         names = [f", in video {video_id!r}" for video_id in detections]
@@ -353,7 +355,7 @@ def _thin(names: list[str], videos: list[Detections], config: NmsConfig) -> list
 
 @dataclass(frozen=True, slots=True)
 class _Pool:
-    """Detections of V videos, one after the other, and the index `(N,)` of each one's video."""
+    """Detections of V videos, one after the other, and the index `(N,)` of their videos."""
 
     detections: Detections
     videos: Tensor
@@ -364,7 +366,7 @@ class _Pool:
         return _Pool(self.detections[index], self.videos[index], self.count)
 
     def parts(self) -> Iterator[slice]:
-        """Slices of the videos' detections."""
+        """Yield the slice of each video's detections."""
         first = 0
         for size in self.videos.bincount(minlength=self.count).tolist():
             yield slice(first, first + size)
@@ -372,7 +374,7 @@ class _Pool:
 
 
 def _joined(names: list[str], videos: list[Detections]) -> _Pool:
-    """Join all `videos` in one pool, after a check that they can be."""
+    """Check all `videos` and join them in one pool."""
     kinds = {f"{v.segments.dtype}, {v.scores.dtype} on {v.scores.device}" for v in videos}
     if len(kinds) > 1:
         raise ValueError(
@@ -413,7 +415,7 @@ def _thin_pool(given: _Pool, config: NmsConfig) -> list[Detections]:
 
 
 def _computable(pool: _Pool, config: NmsConfig) -> _Pool:
-    """Detections that are long enough, in one precision and at least float32."""
+    """Select detections of sufficient duration, in a common precision of at least float32."""
     found = pool.detections
     common = torch.promote_types(found.segments.dtype, found.scores.dtype)
     precision = torch.promote_types(common, torch.float32)
@@ -427,16 +429,17 @@ def _computable(pool: _Pool, config: NmsConfig) -> _Pool:
 
 
 def _groups(pool: _Pool, config: NmsConfig) -> Tensor:
-    """`(N,)` numbers that are equal for detections that suppress one another."""
+    """Number the groups `(N,)` within which detections suppress one another."""
     if not config.per_class:
         return pool.videos
+    # by rank among the labels that occur: labels themselves may be any integers
     classes, of_class = pool.detections.labels.unique(return_inverse=True)
     numbers: Tensor = pool.videos * len(classes) + of_class
     return numbers
 
 
 def _suppressed(found: Detections, groups: Tensor, config: NmsConfig) -> Tensor:
-    """`(N,)` scores after suppression."""
+    """Compute the scores `(N,)` after suppression."""
     if config.method == "none":
         return found.scores
     return suppress(
@@ -451,12 +454,12 @@ def _suppressed(found: Detections, groups: Tensor, config: NmsConfig) -> Tensor:
 
 
 def _best(scores: Tensor, pool: _Pool, config: NmsConfig) -> Tensor:
-    """Indices of the kept detections: video by video, by falling score."""
+    """Find the indices of the kept detections: video by video, by falling score."""
     kept = ((scores >= config.min_score) & scores.isfinite()).nonzero()[:, 0]
     kept = kept[scores[kept].argsort(descending=True, stable=True)]
-    kept = kept[pool.videos[kept].argsort(stable=True)]
+    kept = kept[pool.videos[kept].argsort(stable=True)]  # stable: within a video by score
     counts = pool.videos[kept].bincount(minlength=pool.count)
-    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)  # first place of each video
     rank = torch.arange(len(kept), device=kept.device) - first
     return kept[rank < config.top_k]
 
@@ -464,10 +467,10 @@ def _best(scores: Tensor, pool: _Pool, config: NmsConfig) -> Tensor:
 def _voted(
     kept: _Pool, kept_groups: Tensor, pool: _Pool, groups: Tensor, config: NmsConfig
 ) -> Tensor:
-    """Kept segments after voting, `(K, 2)`, computed video by video.
+    """Compute the kept segments after voting, `(K, 2)`, video by video.
 
-    A sum over more addends than a video has would be rounded in another order, and the result of a
-    video must not depend on the others.
+    A sum over all videos' segments would round in another order, and a video's result must not
+    depend on the other videos.
     """
     return torch.cat(
         [

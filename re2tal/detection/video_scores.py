@@ -1,20 +1,21 @@
 """External video-level classification: the usual protocol on ActivityNet, HACS and FineAction.
 
-A detector with one class proposes segments, and a classifier of whole videos names their classes:
-each proposal gets the classes with the video's highest scores, and as score the product of the
-proposal's score and the class's. ActionFormer's code and OpenTAD's class for FineAction take the
-square root of the product, OpenTAD's for ActivityNet does not, and its class for HACS doubles it:
-none of this changes the order of detections, and so no metric.
+A detector with one class proposes segments, and a classifier of whole videos supplies classes. Each
+proposal gets the classes with the video's highest scores; the score of a detection is the product
+of the proposal's score and the class's. ActionFormer's code and OpenTAD's class for FineAction take
+the square root of the product, OpenTAD's class for ActivityNet does not, and its class for HACS
+doubles the product. None of this changes the order of detections, so no metric changes.
 
 The files of this protocol are JSON: `{"results": {video id: [K numbers]}, "class": [K names]}`.
 
 - ActivityNet, CUHK's classifier (`cuhk_val_simp_share.json`, `cuhk_val_simp_7.json`): plain scores.
-  ActionFormer's code ignores "class" and trusts the order; here names decide.
-- HACS, TCANet's (`validation94.32.json`): logits, in a list of one list a video: softmax first.
-- FineAction: the names may stand under "classes".
+  ActionFormer's code ignores "class" and relies on the order; here classes are matched by name.
+- HACS, TCANet's classifier (`validation94.32.json`): logits, nested in a list of one list per
+  video; they need a softmax.
+- FineAction: the key of the names may be "classes".
 
-Video ids may have the "v_" of ActivityNet's file names in front or not. THUMOS-14's scores
-(UntrimmedNet) are a table without names: make a `VideoScores` of its rows.
+Video ids may or may not have the prefix "v_" of ActivityNet's file names. THUMOS-14's scores
+(UntrimmedNet) are a table without names: make a `VideoScores` from its rows.
 """
 
 from __future__ import annotations
@@ -43,10 +44,11 @@ class VideoScores:
 
     Attributes:
         classes: K class names.
-        scores: video id, with "v_" in front or not -> `(K,)` scores, finite and not negative.
+        scores: video id, with or without "v_" -> `(K,)` scores, finite and not negative.
 
     Raises:
-        ValueError: the scores of a video are not of this kind; it lists all such videos.
+        ValueError: the scores of videos have another shape, are negative or not finite; the message
+            lists these videos.
     """
 
     classes: tuple[str, ...]
@@ -61,12 +63,12 @@ class VideoScores:
         ]
         if wrong:
             raise ValueError(
-                f"Videos need a score of each of the {len(self.classes)} classes, finite and not "
-                f"negative, but {', '.join(shortened(wrong, 10))} have others."
+                f"Each video needs {len(self.classes)} scores, one per class, finite and not "
+                f"negative; this is not so for {', '.join(shortened(wrong, 10))}."
             )
 
     def get(self, video_id: str) -> Tensor | None:
-        """Scores `(K,)` of a video, whether or not either id has "v_" in front; else None."""
+        """Return the scores `(K,)` of a video, ignoring the prefix "v_"; None if unknown."""
         for known in (video_id, normal_form(video_id)):
             for name in (known, _PREFIX + known, known.removeprefix(_PREFIX)):
                 if name in self.scores:
@@ -81,16 +83,16 @@ def load_video_scores(
 
     Args:
         path: JSON file (format: module docstring).
-        classes: K class names in the order that labels index; the file may have more.
-        logits: true for a file of logits, which become scores by a softmax over all its classes.
+        classes: K class names, indexed by the labels; the file may have more.
+        logits: true for a file of logits; scores are their softmax over all classes of the file.
 
     Returns:
         Scores of all videos of the file, float32, in the order of `classes`.
 
     Raises:
-        FileError: the file cannot be read or anything in it is wrong: a class is missing or there
-            twice, a video has another number of scores, or one that is negative or not finite. It
-            lists everything.
+        FileError: the file cannot be read, or its content is wrong: a class is missing or repeated,
+            a video has a wrong number of scores, or a score is negative or not finite. The message
+            lists all problems.
     """
     document, problems = read_json(path)
     try:
@@ -119,13 +121,13 @@ def load_video_scores(
     columns = [names.index(name) for name in classes]
     scores = {}
     for video_id, values in content.results.items():
-        row = torch.tensor(values, dtype=torch.float64)
+        row = torch.tensor(values, dtype=torch.float64)  # all classes of the file, for the softmax
         scores[normal_form(video_id)] = (row.softmax(dim=0) if logits else row)[columns].float()
     return VideoScores(classes=tuple(classes), scores=scores)
 
 
 def fuse(proposals: Detections, scores: Tensor, *, top: int) -> Detections:
-    """Give the proposals of one video the classes that the video has.
+    """Give the proposals of one video the video's best classes.
 
     Args:
         proposals: N detections; their labels are ignored.
@@ -133,8 +135,8 @@ def fuse(proposals: Detections, scores: Tensor, *, top: int) -> Detections:
         top: number of classes for each proposal (2 on ActivityNet and FineAction, 3 on HACS).
 
     Returns:
-        `N * top` detections by falling score, the product of the proposal's and the class's; of
-        equal scores the better class comes first, then the earlier proposal.
+        `N * top` detections by falling score, which is the product of the proposal's score and the
+        class's. Ties: the better class first, then the earlier proposal.
 
     Raises:
         ValueError: there are fewer classes than `top`, or a score is not finite or negative.
@@ -148,6 +150,7 @@ def fuse(proposals: Detections, scores: Tensor, *, top: int) -> Detections:
         )
     best = scores.to(proposals.scores).sort(descending=True, stable=True)
     count = len(proposals)
+    # Class by class, so that the final stable sort puts the better class first on ties.
     return Detections(
         segments=proposals.segments.repeat(top, 1),
         scores=(best.values[:top, None] * proposals.scores).flatten(),
@@ -158,7 +161,7 @@ def fuse(proposals: Detections, scores: Tensor, *, top: int) -> Detections:
 def fuse_videos(
     proposals: Mapping[str, Detections], scores: VideoScores, *, top: int
 ) -> dict[str, Detections]:
-    """Give the proposals of many videos the classes that each video has.
+    """Give the proposals of many videos each video's best classes.
 
     Args:
         proposals: video id -> proposals, usually after class-agnostic NMS.
@@ -169,7 +172,7 @@ def fuse_videos(
         Video id -> result of `fuse`.
 
     Raises:
-        ValueError: videos have no scores; it lists them.
+        ValueError: videos have no scores; the message lists them.
     """
     of_video = {video_id: scores.get(video_id) for video_id in proposals}
     missing = [video_id for video_id, found in of_video.items() if found is None]
@@ -191,7 +194,7 @@ def _usable(scores: Tensor) -> bool:
 
 
 def _unwrapped(value: Any) -> Any:
-    """Unwrap a list in a list of one list."""
+    """Unwrap a list that is nested in a list of length 1."""
     return (
         value[0]
         if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list)

@@ -33,7 +33,7 @@ from re2tal.localizers.points import (
 from re2tal.localizers.protocol import Losses, Targets
 from re2tal.localizers.weights import Published, renamed
 
-# From our names of weights to those of the authors' release; each rule changes another part.
+# Rules from our names of weights to those of the authors' release; each changes another part.
 _RENAMED = (
     (r"^pyramid\.embed\.streams\.(\d+)\.", r"backbone.proj.\1.conv."),
     (r"^pyramid\.embed\.convs\.(\d+)\.", r"backbone.embd.\1.conv."),
@@ -56,14 +56,14 @@ class ActionFormerConfig(PointConfig):
     """ActionFormer's settings; the defaults are those published for THUMOS-14.
 
     Attributes:
-        streams: channels and share of `width` of each kind of features, where several kinds stand
-            side by side, each of which is first projected by itself; empty for one kind.
+        streams: for several kinds of features side by side: input channels and share of `width` of
+            each kind, which gets its own projection. Empty for one kind.
         embed_layers: convolutions that project the features; 0 only with `streams`.
-        window: width of the local attention, odd; one for all levels or one a level; 0 is global.
+        window: odd width of the local attention, for all levels or for each; 0 is global.
         heads: heads of the attention.
-        input_dropout: share of the features' channels left out in training.
-        dropout: share of the values left out in the transformer's MLPs and after its attention.
-        shortest_only: a point that fits several instances has the classes of the shortest only;
+        input_dropout: dropout of whole channels of the features.
+        dropout: dropout in the transformer's MLPs and after its attention.
+        shortest_only: give a point that fits several instances only the classes of the shortest;
             otherwise those of all.
     """
 
@@ -77,7 +77,7 @@ class ActionFormerConfig(PointConfig):
 
     def __post_init__(self) -> None:
         PointConfig.__post_init__(self)
-        # Without streams nothing but these convolutions brings features to the width.
+        # Without streams, only these convolutions project features to the width.
         embed = 0 if self.streams else 1
         check_within(
             self,
@@ -114,18 +114,19 @@ class ActionFormerConfig(PointConfig):
 
 
 class ActionFormer(nn.Module):
-    """Localizer that classifies every point of a feature pyramid and regresses its action's ends.
+    """Localizer that predicts class and distances to an action's ends at each point of a pyramid.
 
     A `re2tal.localizers.Localizer`. Losses are "classification" (focal) and "regression"
     (distance-IoU of the positive points, times `regression_weight`), both divided by a running
     mean of the number of positive points.
 
-    It computes what the authors' implementation does, except that windows without a valid step
-    stay finite under global attention, that the top level regresses any distance (theirs up to
-    10000), and that of equal scores the earlier point comes first. Features of padded steps are
-    those of the published model: finite, and the same whatever the padding held. As there, the last
-    steps of a video see a little of whether padding follows (it takes the biases of the layer
-    norms) or the end of the tensor (zeros), so how much is padded is part of the model.
+    It computes the same as the authors' implementation, with three exceptions: windows without a
+    valid step stay finite under global attention; the top level regresses any distance (theirs: up
+    to 10000); among equal scores the earlier point comes first. Features of padded steps are those
+    of the published model: finite, and independent of the content of the padding. As in that model,
+    the last steps of a video depend slightly on what follows: padding, which takes the biases of
+    the layer norms, or the end of the tensor (zeros). So the amount of padding is part of the
+    model.
 
     Args:
         config: settings.
@@ -163,7 +164,7 @@ class ActionFormer(nn.Module):
             embed,
             config.width,
             stem=[block(config.windows[0], 1) for _ in range(config.stem_layers)],
-            branch=[block(window, 2) for window in config.windows[1:]],
+            branch=[block(window, 2) for window in config.windows[1:]],  # one level each
         )
         width, layers = config.head_width, config.head_layers
         self.class_head = ConvHead(config.width, width, num_classes, layers=layers)
@@ -182,13 +183,13 @@ class ActionFormer(nn.Module):
         """Compute losses against `targets`, or detections without them; see `Localizer`.
 
         Raises:
-            ValueError: if T is no multiple of `multiple`, or a label is not below `num_classes`.
+            ValueError: if T is not a multiple of `multiple`, or a label is not below `num_classes`.
         """
         logits, offsets, valid, points = self.predict(features, mask)
         if targets is None:
             return decode(self.config, logits, offsets, valid, points)
         actual = self._assign(points, targets)
-        positive = valid & (actual.classes > 0).any(dim=2)
+        positive = valid & (actual.classes > 0).any(dim=2)  # (B, P)
         count = self.normalizer(positive.sum())
         smoothing = self.config.label_smoothing
         regression = diou_loss(offsets, actual.offsets, positive)
@@ -199,7 +200,7 @@ class ActionFormer(nn.Module):
         }
 
     def begin_step(self, masks: Sequence[Tensor], targets: Sequence[Sequence[Targets]]) -> None:
-        """Count the positive points of a whole step, by which its losses are divided."""
+        """Count the positive points of a whole step, by which the losses are divided."""
         count_positives(self.normalizer, self.config, masks, targets, self._assign)
 
     def _assign(self, points: Points, targets: Sequence[Targets]) -> PointTargets:
@@ -220,23 +221,24 @@ class ActionFormer(nn.Module):
 
         Returns:
             Logits of the classes `(B, P, K)`, distances to start and end in strides
-            `(B, P, 2)`, the mask of points that are no padding `(B, P)`, and the points.
+            `(B, P, 2)`, the mask `(B, P)` of points that are not padding, and the points.
         """
         pyramid = self.pyramid(features, mask)
         strip = Strip.lay_out(pyramid)
         points = make_points(features.shape[2], self.config.ranges, features.device)
         logits = self.class_head(strip)
+        # ReLU: a positive point lies inside its action, so both distances are non-negative
         offsets = F.relu(self.offset_scale(self.offset_head(strip), points.lengths))
         return logits, offsets, strip.valid[:, strip.points], points
 
     def published(self) -> Published:
-        """Names of the weights in the public implementation, whose function is the same.
+        """Names of the weights in the public implementation, which computes the same function.
 
-        To get what its evaluation gets, pad each video as it does: to the length of the training's
-        windows, or when it is longer to the next multiple of the largest
+        To reproduce its evaluation, pad each video as it does: to the length of the training's
+        windows, or, if the video is longer, to the next multiple of the largest
         `2^level * (attention window - 1)` (`2^level` where attention is global); see
-        `ActionFormer`. Trained with a drop path of 0, it has no residual scales; such weights
-        do not fit. It does not save the running mean of positive points.
+        `ActionFormer`. Its models trained with a drop path of 0 have no residual scales; their
+        weights do not fit. It does not save the running mean of positive points.
         """
         names = {name: (renamed(name, _RENAMED),) for name in self.state_dict()}
         scales = tuple(f"reg_head.scale.{level}.scale" for level in range(self.config.levels))

@@ -1,7 +1,7 @@
 """Masked layers of localizers, most of them on `(B, T, C)` with a mask `(B, T)`.
 
-The temporal transformer of ActionFormer, the embedding, pyramid and heads that TriDet shares, and
-the group normalisation that TriDet and VSGN share.
+ActionFormer's temporal transformer; embedding, pyramid and heads of ActionFormer and TriDet; the
+group normalisation of TriDet and VSGN.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-# Up to this length one dense attention with a band mask is faster than blocks (CPU and GPU).
+# Up to this length, dense attention with a band mask is faster than blocks (CPU and GPU).
 DENSE_LENGTH = 128
 
 
 def local_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, window: int) -> Tensor:
     """Attend from each time step to the valid steps near it, by scaled dot products.
 
-    Step i attends to the valid steps j with `|i - j| <= window // 2`, and always to itself, so
-    that the results at padded steps are finite (and mean nothing).
+    Step i attends to the valid steps j with `|i - j| <= window // 2`, and always to itself. Results
+    at padded steps are therefore finite, but meaningless.
 
     Args:
         query: `(B, H, T, D)`.
@@ -54,12 +54,12 @@ def _attention_in_blocks(
 ) -> Tensor:
     """Attend in O(T x window): blocks of queries to the keys in the block and around it.
 
-    A block holds at least twice the reach in queries, so that half or more of what is computed is
-    used.
+    A block of n queries is computed against n + 2 reach keys, of which each query uses 2 reach + 1:
+    half of them with n = 2 reach.
     """
     batch, heads, length, size = query.shape
     block = max(2 * reach, 32)  # tiny blocks do not fill a kernel
-    count = -(-length // block)
+    count = -(-length // block)  # rounded up
     tail = count * block - length
     span = block + 2 * reach
 
@@ -74,6 +74,7 @@ def _attention_in_blocks(
     keys = around(key, 2).transpose(1, 2).flatten(0, 1)
     values = around(value, 2).transpose(1, 2).flatten(0, 1)
     key_mask = around(mask[..., None], 1)[..., 0].flatten(0, 1)[:, None, :]
+    # Query i of a block sits at key i + reach, because the keys begin `reach` steps earlier.
     query_step = torch.arange(block, device=query.device)[:, None] + reach
     key_step = torch.arange(span, device=query.device)[None, :]
     allowed = _allowed(query_step, key_step, key_mask, reach)
@@ -88,12 +89,12 @@ def zero_padding(x: Tensor, mask: Tensor) -> Tensor:
 
 
 class MaskedGroupNorm(nn.GroupNorm):
-    """Group normalisation whose statistics leave padding out; its results there are zero."""
+    """Group normalisation without padding in its statistics; padded steps become zero."""
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
         """Normalise `x` `(B, C, N)` where `valid` `(B, N)`, to float32 of the same shape."""
         groups = x.float().unflatten(1, (self.num_groups, -1))  # (B, G, C / G, N)
-        inside = valid[:, None, None].to(groups.dtype)
+        inside = valid[:, None, None].to(groups.dtype)  # (B, 1, 1, N)
         count = (inside.sum(dim=3, keepdim=True) * groups.shape[2]).clamp(min=1)
         mean = (groups * inside).sum(dim=(2, 3), keepdim=True) / count
         centred = (groups - mean) * inside
@@ -104,7 +105,7 @@ class MaskedGroupNorm(nn.GroupNorm):
 
 
 class Convolution(nn.Conv1d):
-    """Convolution of kernel 3 over the time of `(B, T, C)`, without change of length."""
+    """Convolution of kernel 3 over the time of `(B, T, C)`, which keeps the length."""
 
     def __init__(self, in_channels: int, out_channels: int, *, bias: bool) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1, bias=bias)
@@ -117,9 +118,9 @@ class Convolution(nn.Conv1d):
 
 
 class DepthwiseConvolution(nn.Module):
-    """Filter of an odd `kernel` for each channel over the time of `(B, T, C)`, with a stride.
+    """Depthwise convolution of odd `kernel` over the time of `(B, T, C)`, with a stride.
 
-    With stride 2 the output's step i sits at the input's step 2i.
+    With stride 2, step i of the output sits at step 2i of the input.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class DepthwiseConvolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve `(B, T, C)` to `(B, T / stride, C)`."""
-        # As an image of height 1 whose channels come last, `x` needs no copy; depthwise kernels
+        # An image of height 1 in channels-last layout: `x` is not copied, and depthwise kernels
         # are up to five times faster in this layout on a CPU.
         image = x.transpose(1, 2).unsqueeze(2)
         weight = self.weight.unsqueeze(2)
@@ -144,10 +145,10 @@ class DepthwiseConvolution(nn.Module):
 
 
 class ConvAttention(nn.Module):
-    """Local self-attention whose queries, keys and values are first convolved depthwise.
+    """Local self-attention after a depthwise convolution of queries, keys and values.
 
-    The convolutions say where a feature is, in place of position encodings, and thin the sequence
-    out when `stride` is 2 (Zhang et al., ECCV 2022, section 3.2).
+    The convolutions replace position encodings, and downsample the sequence when `stride` is 2
+    (Zhang et al., ECCV 2022, section 3.2).
     """
 
     def __init__(
@@ -169,7 +170,7 @@ class ConvAttention(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Attend.
+        """Attend within each sequence.
 
         Args:
             x: `(B, T, C)`.
@@ -178,8 +179,8 @@ class ConvAttention(nn.Module):
         Returns:
             `(B, T / stride, C)`, zero where padded.
         """
-        # Padded steps need no zeros here: no valid step attends to them, and their own result is
-        # left out below.
+        # Padded steps need no zeros here: no valid step attends to them, and their own results
+        # are zeroed below.
         query = self.query(self.query_norm(self.query_conv(x)))
         key = self.key(self.key_norm(self.key_conv(x)))
         value = self.value(self.value_norm(self.value_conv(x)))
@@ -195,10 +196,10 @@ class ConvAttention(nn.Module):
 
 
 class ResidualScale(nn.Module):
-    """End of a residual branch: a learnt factor a channel, and stochastic depth a sample.
+    """End of a residual branch: a learnt factor per channel, and stochastic depth per sample.
 
-    The factors start near zero so that a deep network starts near the identity (LayerScale,
-    Touvron et al., ICCV 2021).
+    The factors start near zero, so a deep network starts near the identity (LayerScale, Touvron et
+    al., ICCV 2021).
     """
 
     def __init__(self, channels: int, *, initial: float, drop_path: float) -> None:
@@ -215,8 +216,8 @@ class ResidualScale(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-norm transformer block: local attention, then an MLP four times as wide.
 
-    With `stride` 2 it halves the sequence: attention does so in its convolutions, the skip
-    connection by a maximum over three steps. `dropout` is that of the attention's output and of
+    With `stride` 2 the block halves the sequence: the attention in its convolutions, the skip
+    connection by a maximum over three steps. `dropout` applies to the attention's output and to
     both layers of the MLP.
     """
 
@@ -275,13 +276,13 @@ class Pyramid:
 
 
 class Embedding(nn.Module):
-    """Convolutions that bring the backbone's channels to the transformer's width.
+    """Convolutions that project the backbone's channels to the transformer's width.
 
-    With `streams` the input is several kinds of features side by side, each of which a matrix of
-    its own first brings to its share of the width. With `positions` it adds sinusoids of that
-    length (Vaswani et al., 2017), divided by the square root of the width; longer sequences
-    stretch them. With `zero_padded` padded steps stay zero after each layer; otherwise they take
-    the biases of the layer norms, as in ActionFormer's public implementation.
+    With `streams` the input holds several kinds of features side by side; each is first projected
+    to its share of the width by its own matrix. With `positions`, sinusoids of that length are
+    added (Vaswani et al., 2017), divided by the square root of the width and interpolated for
+    longer sequences. With `zero_padded`, padded steps stay zero after each layer; otherwise they
+    take the biases of the layer norms, as in ActionFormer's public implementation.
     """
 
     positions: Tensor | None
@@ -321,7 +322,7 @@ class Embedding(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Embed `x` `(B, T, C)`, with `mask` `(B, T)`, as `(B, T, width)`."""
-        x = x.masked_fill(~mask[..., None], 0)  # padding may hold anything, NaN too
+        x = x.masked_fill(~mask[..., None], 0)  # not by a product: padding may be NaN
         if self.streams:
             parts = x.split(self.stream_channels, dim=2)
             joined = [stream(part) for stream, part in zip(self.streams, parts, strict=True)]
@@ -339,9 +340,9 @@ class Embedding(nn.Module):
 
 
 class HalvingPyramid(nn.Module):
-    """Encoder: embedding, stem at full rate, one block for each further level, which halves it.
+    """Encoder: embedding, stem at full rate, then one block per further level, of half the rate.
 
-    Masks of level l are every 2^l-th value of the input's.
+    The mask of level l is every 2^l-th value of the input's mask.
 
     Args:
         embed: embedding of the features.
@@ -372,7 +373,7 @@ class HalvingPyramid(nn.Module):
             mask: `(B, T)` bool.
 
         Returns:
-            The pyramid with a level more than there are blocks that halve, normalised.
+            The normalised pyramid, with one level more than `branch` has blocks.
 
         Raises:
             ValueError: if T is not a multiple of the top level's stride.
@@ -406,13 +407,13 @@ def sinusoids(length: int, width: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Strip:
-    """All levels of a pyramid one after the other, a zero after each.
+    """All levels of a pyramid one after the other, with a zero after each.
 
-    A convolution of kernel 3 over the strip then equals one over each level by itself, in one
-    call in place of one a level, as long as the gaps are kept zero.
+    As long as these gaps are kept zero, one convolution of kernel 3 over the strip equals separate
+    convolutions over the levels.
 
     Attributes:
-        features: `(B, S, C)`, S = the levels' lengths + 1 each.
+        features: `(B, S, C)`, where S is the sum of the levels' lengths, plus one for each level.
         valid: `(B, S)` bool, false on padding and gaps.
         inside: `(S,)` bool, false on gaps.
         points: `(P,)` positions in the strip that are not gaps, level by level.
@@ -439,7 +440,7 @@ class Strip:
 
 
 class ConvHead(nn.Module):
-    """Head of convolutions, all but the last with layer norm and ReLU, shared by all levels."""
+    """Head shared by all levels: convolutions, all but the last with layer norm and ReLU."""
 
     def __init__(self, in_channels: int, width: int, out_channels: int, *, layers: int) -> None:
         super().__init__()
@@ -462,7 +463,7 @@ class ConvHead(nn.Module):
 
 
 class LevelScale(nn.Module):
-    """Learnt factor for each level, since one head predicts for lengths of all scales."""
+    """Learnt factor for each level, because one head predicts distances of all scales."""
 
     def __init__(self, levels: int) -> None:
         super().__init__()

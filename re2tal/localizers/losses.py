@@ -1,4 +1,4 @@
-"""Losses of localizers, and the counts by which they are divided."""
+"""Losses of localizers and their normalisers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torchvision.ops import sigmoid_focal_loss
 
-MOMENTUM = 0.9
+MOMENTUM = 0.9  # of the running mean of positive points
 
-# Denominators of overlaps are at least this.
+# Lower bound of the denominators of overlaps.
 SMALLEST = 1e-8
 
 
@@ -21,12 +21,12 @@ def focal_loss(
     smoothing: float,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Sum up the sigmoid focal loss (Lin et al., ICCV 2017; alpha 0.25, gamma 2).
+    """Sum the sigmoid focal loss (Lin et al., ICCV 2017; alpha 0.25, gamma 2).
 
     Args:
         logits: `(B, P, K)`.
         classes: `(B, P, K)` in {0, 1}.
-        valid: `(B, P)` bool, false at points that lie on padding and count nothing.
+        valid: `(B, P)` bool, false at padded points, which have no loss.
         smoothing: share of the targets that is spread over the K classes and the background.
         weights: `(B, P, K)` factors; None for ones.
 
@@ -42,12 +42,12 @@ def focal_loss(
 def balanced_cross_entropy(
     logits: Tensor, classes: Tensor, valid: Tensor, *, all_ranks: bool = False
 ) -> Tensor:
-    """Average the cross entropy over the positives, and add its average over the negatives.
+    """Add the mean cross entropy of the positives and that of the negatives.
 
     Args:
-        logits: `(B, A, K + 1)`, of which the first is that of the background.
+        logits: `(B, A, K + 1)`; class 0 is the background.
         classes: `(B, A)` int64 in 0 to K.
-        valid: `(B, A)` bool, false at anchors that count nothing.
+        valid: `(B, A)` bool, false at anchors without a loss.
         all_ranks: see `mean_over`.
 
     Returns:
@@ -60,12 +60,15 @@ def balanced_cross_entropy(
 
 
 def offset_iou(predicted: Tensor, actual: Tensor, positive: Tensor) -> Tensor:
-    """Compute the IoU of segments given by their distances to both sides of a common point.
+    """Compute the IoU of segments given by distances to the left and right of a common point.
+
+    Both segments contain the point. Hence the intersection is `min(left) + min(right)`, and the
+    union is the sum of the lengths minus the intersection.
 
     Args:
         predicted: `(..., 2)` non-negative distances.
         actual: `(..., 2)` non-negative distances where `positive`.
-        positive: `(...)` bool, true for pairs that count. The others may hold anything finite.
+        positive: `(...)` bool, true for pairs that count. The others may hold any finite values.
 
     Returns:
         `(...)` in float32; one, without a gradient, where not `positive`.
@@ -80,21 +83,22 @@ def _iou(predicted: Tensor, actual: Tensor) -> Tensor:
 
 
 def _counted(predicted: Tensor, actual: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-    # The loss of all points costs less than picking the positive ones, which makes a GPU wait.
+    # Boolean indexing would make the host wait for the GPU; the loss of all points costs less.
+    # Ones at the others keep IoU and gradients finite.
     chosen = positive[..., None]
     return torch.where(chosen, predicted.float(), 1.0), torch.where(chosen, actual.float(), 1.0)
 
 
 def diou_loss(predicted: Tensor, actual: Tensor, positive: Tensor) -> Tensor:
-    """Sum up the distance-IoU loss in one dimension (Zheng et al., AAAI 2020, eq. 7).
+    """Sum the distance-IoU loss in one dimension (Zheng et al., AAAI 2020, eq. 7).
 
-    `1 - IoU + (distance of the centres / length of the smallest segment around both)^2` of
-    segments given by their distances to the left and to the right of a common point.
+    `1 - IoU + (distance of the centres / length of the smallest segment around both)^2`, for
+    segments given by distances to the left and right of a common point.
 
     Args:
         predicted: `(..., 2)` non-negative distances.
         actual: `(..., 2)` non-negative distances where `positive`.
-        positive: `(...)` bool, true for pairs that count. The others may hold anything finite.
+        positive: `(...)` bool, true for pairs that count. The others may hold any finite values.
 
     Returns:
         A scalar in float32, zero when nothing is positive.
@@ -102,6 +106,7 @@ def diou_loss(predicted: Tensor, actual: Tensor, positive: Tensor) -> Tensor:
     predicted, actual = _counted(predicted, actual, positive)
     around = torch.maximum(predicted, actual).sum(dim=-1)
     overlap = _iou(predicted, actual)
+    # The centre of a segment (left, right) is (right - left) / 2 from the point.
     distance = (predicted - actual).diff(dim=-1)[..., 0] / 2
     loss = 1 - overlap + (distance / around.clamp(min=SMALLEST)).square()
     return torch.where(positive, loss, 0).sum()
@@ -112,12 +117,13 @@ def giou_loss(
 ) -> Tensor:
     """Average the generalised IoU loss in one dimension (Rezatofighi et al., CVPR 2019).
 
-    `1 - IoU + (length of the smallest segment around both - union) / the former`.
+    `1 - IoU + (around - union) / around`, where `around` is the length of the smallest segment
+    around both.
 
     Args:
-        predicted: `(..., 2)` segments; one given the wrong way round counts as turned.
+        predicted: `(..., 2)` segments; where the end is before the start, the two are swapped.
         actual: `(..., 2)` segments where `positive`.
-        positive: `(...)` bool, true for pairs that count. The others may hold anything finite.
+        positive: `(...)` bool, true for pairs that count. The others may hold any finite values.
         all_ranks: see `mean_over`.
 
     Returns:
@@ -134,24 +140,21 @@ def giou_loss(
 
 
 def mean_over(loss: Tensor, chosen: Tensor, *, all_ranks: bool) -> Tensor:
-    """Average `loss` where `chosen`; zero when nothing is.
+    """Average `loss` where `chosen`; zero when nothing is chosen.
 
     Args:
         loss: tensor of any shape.
         chosen: bool tensor of the same shape.
-        all_ranks: divide by the number chosen on all ranks, which then must all call this, so that
-            the mean of the ranks' results is the mean over all that is chosen.
+        all_ranks: divide by the number chosen on all ranks, which must then all call this
+            function. The average over ranks is then the mean over everything chosen on any rank.
     """
     total, ranks = over_ranks(chosen.sum()) if all_ranks else (chosen.sum(), 1)
+    # Times the number of ranks, because DDP averages gradients over ranks.
     return torch.where(chosen, loss, 0).sum() * ranks / total.clamp(min=1)
 
 
 def over_ranks(count: Tensor) -> tuple[Tensor, int]:
-    """Sum a count over all ranks, which must all call this; return it and their number.
-
-    Args:
-        count: count of this rank.
-    """
+    """Sum a count over all ranks, which must all call this; return the sum and the world size."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return count, 1
     total = count.clone()
@@ -160,12 +163,12 @@ def over_ranks(count: Tensor) -> tuple[Tensor, int]:
 
 
 class LossNormalizer(nn.Module):
-    """Running mean of the number of a step's positive points, by which losses are divided.
+    """Running mean of the number of positive points in a step, by which losses are divided.
 
-    It steadies the loss when a step has few windows. The buffer is part of the state, so a resumed
-    run continues with it. It follows the sum over all ranks and all passes of a step, however the
-    windows of the step are laid out: all ranks must call it as often, which is why it counts only
-    in training mode.
+    The mean steadies the loss when a step has few windows. It is a buffer, so a resumed run
+    continues with it. Each step adds the sum over all its ranks and passes, so the mean does not
+    depend on how the windows are split over them. All ranks must call the module equally often;
+    in evaluation mode, where they need not, it counts nothing.
     """
 
     mean: Tensor
@@ -174,10 +177,10 @@ class LossNormalizer(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.tensor(float(initial)))
         self._parts = 1  # passes of the step over all ranks
-        self._counted = 0  # passes to come whose positives are counted already
+        self._counted = 0  # coming passes whose positives are already counted
 
     def count(self, positives: Tensor, *, passes: int) -> None:
-        """Count a step ahead of its passes, because each is divided by what all of them hold.
+        """Count a step before its passes: the loss of each is divided by the count of all.
 
         Args:
             positives: scalar number of positive points in all of this rank's passes.
@@ -188,15 +191,17 @@ class LossNormalizer(nn.Module):
         self._parts, self._counted = ranks * passes, passes
 
     def follow(self, other: LossNormalizer) -> None:
-        """Take over the number of parts that the steps of another one have."""
+        """Copy the number of parts of a step from another normalizer."""
         self._parts = other._parts
 
     def forward(self, positives: Tensor) -> Tensor:
-        """Return the divisor of a pass's losses: their mean over the passes is then the step's.
+        """Return the divisor of a pass's losses.
+
+        The losses' average over passes and ranks is then the loss of the step.
 
         Args:
-            positives: scalar number of positive points of the pass, which is a step of its own
-                unless `count` was called ahead.
+            positives: scalar number of positive points of the pass. The pass is a step of its own
+                unless `count` was called before.
         """
         if self.training:
             if not self._counted:
@@ -206,10 +211,10 @@ class LossNormalizer(nn.Module):
 
 
 def divide_alike(copy: nn.Module, original: nn.Module) -> None:
-    """Have a copy's losses, of a batch, divided as those of the model that is trained.
+    """Make a copy divide its losses as the trained model does.
 
     Args:
-        copy: copy of the model's weights, such as their moving average.
+        copy: copy of the model, such as its EMA.
         original: model whose steps were counted.
     """
     for ours, theirs in zip(copy.modules(), original.modules(), strict=True):

@@ -1,7 +1,7 @@
-"""Localizers of points: every point of a pyramid is classified and regresses its action's ends.
+"""Parts of the anchor-free localizers ActionFormer and TriDet.
 
-What ActionFormer and TriDet share: settings, the levels' points and ranges, their targets, the
-count of positive points, and detections.
+Both predict a class and the distances to an action's two ends at every point of a pyramid. They
+share settings, points and ranges of the levels, targets, the count of positives, and decoding.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from re2tal.localizers.layers import ConvHead
 from re2tal.localizers.losses import LossNormalizer
 from re2tal.localizers.protocol import Instances, Targets, best
 
-# Initial probability of classes that have no training data.
+# Initial probability of classes without training data.
 EMPTY_PRIOR = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PointConfig:
-    """Settings that localizers of points share; the defaults are those published for THUMOS-14.
+    """Settings of both localizers; the defaults are those published for THUMOS-14.
 
     Attributes:
-        width: channels of the pyramid, a multiple of the heads or groups that they are cut into.
+        width: channels of the pyramid, a multiple of the number of attention heads or norm groups.
         embed_layers: convolutions that project the features.
         stem_layers: layers at full rate, 0 for none.
         levels: levels of the pyramid, each at half the rate of the one before.
         positions: length of the table of absolute position encodings; 0 for none.
         residual_scale: initial factor of the residual branches.
-        drop_path: share of residual branches left out in training.
+        drop_path: probability of dropping a residual branch in training.
         head_width: channels of the heads.
         head_layers: convolutions of each head, the last one included.
-        first_range: greatest distance that level 0 regresses, in feature-grid units; each level
-            takes over where the last ends and doubles it, the top level has no bound.
-        overlapping_ranges: let each level take over at half of where the last ends, so that most
+        first_range: greatest distance that level 0 regresses, in feature-grid units. Each level
+            begins where the one below ends and reaches twice as far; the top level has no bound.
+        overlapping_ranges: begin each level at half of where the one below ends, so that most
             actions have positives on two levels.
         centre_radius: greatest distance of a positive point from its instance's centre, in strides.
         prior: initial probability that a point belongs to a class.
-        empty_classes: labels without training data, which start out next to impossible.
+        empty_classes: labels without training data; their initial probability is `EMPTY_PRIOR`.
         label_smoothing: share of the classification targets that is spread over all classes.
         regression_weight: factor of the regression loss.
         initial_normalizer: start of the running mean of positive points.
-        score_threshold: score that detections must exceed.
-        top_k: detections that a level passes on at most, the best first.
-        min_duration: length that detections must exceed, in feature-grid units.
+        score_threshold: detections must exceed this score.
+        top_k: greatest number of detections of a level, the best first.
+        min_duration: detections must be longer than this, in feature-grid units.
     """
 
     width: int = 512
@@ -99,7 +99,7 @@ class PointConfig:
 
     @property
     def multiple(self) -> int:
-        """Number of which the number of features is a multiple: each level halves it."""
+        """Divisor of the number of features: each level above the first halves it."""
         multiple: int = 2 ** (self.levels - 1)
         return multiple
 
@@ -113,10 +113,10 @@ class PointConfig:
 
 @torch.no_grad()
 def start_scores(head: ConvHead, prior: float, empty_classes: tuple[int, ...]) -> None:
-    """Start a head's scores at a prior probability, and those of empty classes next to zero.
+    """Set the bias of a head's last layer to a prior probability, next to zero for empty classes.
 
-    So rare are positive points that a network which starts undecided would at first learn nothing
-    else (Lin et al., ICCV 2017, section 3.3).
+    Positive points are rare. From probabilities of 0.5, the loss of the negatives would dominate
+    early training (Lin et al., ICCV 2017, section 3.3).
 
     Raises:
         ValueError: an empty class is not one of the head's.
@@ -130,17 +130,17 @@ def start_scores(head: ConvHead, prior: float, empty_classes: tuple[int, ...]) -
         )
     probability = torch.full((classes,), prior, dtype=torch.float64)
     probability[list(empty_classes)] = EMPTY_PRIOR
-    head.last.bias.copy_(probability.logit())
+    head.last.bias.copy_(probability.logit())  # so that sigmoid(bias) is the prior
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Points:
-    """The P time steps of all pyramid levels, level by level.
+    """Time steps of all pyramid levels, P of them, level by level.
 
     Attributes:
         times: `(P,)` positions in feature-grid units.
         strides: `(P,)` distances to the level's next point.
-        ranges: `(P, 2)` least and greatest distances that a point may regress, grid units.
+        ranges: `(P, 2)` least and greatest distances that a point may regress, in grid units.
         lengths: number of points of each level.
     """
 
@@ -159,6 +159,7 @@ def make_points(length: int, ranges: Sequence[tuple[float, float]], device: torc
     count = torch.tensor(lengths, device=device)
     strides = 2 ** torch.arange(len(ranges), device=device)
     times = [torch.arange(n, device=device) * 2**level for level, n in enumerate(lengths)]
+    # With `output_size`, `repeat_interleave` does not wait for the GPU to learn its length.
     return Points(
         times=torch.cat(times).float(),
         strides=strides.float().repeat_interleave(count, output_size=sum(lengths)),
@@ -171,20 +172,20 @@ def make_points(length: int, ranges: Sequence[tuple[float, float]], device: torc
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PointTargets:
-    """Classes and offsets that the points have to predict.
+    """Target classes and offsets of the points.
 
     Attributes:
-        classes: `(B, P, K)` float32, one for each class that the point is a positive of.
-        offsets: `(B, P, 2)` distances to the start and the end of its action, in strides; they
-            mean something at positive points only.
+        classes: `(B, P, K)` float32, 1 for each class for which the point is positive.
+        offsets: `(B, P, 2)` distances to the start and the end of the point's action, in strides;
+            meaningless at points that are not positive.
     """
 
     classes: Tensor
     offsets: Tensor
 
 
-# Instances at most this much longer (grid units) than a point's shortest one share the point:
-# THUMOS-14 annotates some actions twice, under two classes.
+# An instance at most this much longer (grid units) than the shortest one at a point shares the
+# point: THUMOS-14 annotates some actions twice, under two classes.
 SAME_LENGTH = 1e-3
 
 
@@ -197,20 +198,20 @@ def assign(
     radius: float,
     shortest_only: bool = True,
 ) -> PointTargets:
-    """Give each point the action that it has to find (Zhang et al., ECCV 2022, section 3.3).
+    """Assign an action to each point (Zhang et al., ECCV 2022, section 3.3).
 
-    A point is positive for an instance when it lies inside it, within `radius` strides of its
-    centre, and its greater distance to the instance's two ends lies in its level's range. Of
-    several instances it takes the shortest, of equally short ones the classes of all and the
-    offsets of the first.
+    A point is positive for an instance under three conditions: it lies inside the instance, it
+    lies within `radius` strides of the instance's centre, and the greater of its distances to the
+    two ends is in the range of the point's level. Of several instances the point gets the shortest;
+    of equally short ones, the classes of all and the offsets of the first.
 
     Args:
         points: P points.
         targets: instances of B windows.
         num_classes: number of classes K.
         radius: radius of the centre sampling, in strides of the point's level.
-        shortest_only: false to give a point the classes of all instances that it is positive for,
-            and still the offsets of the shortest.
+        shortest_only: if false, a point gets the classes of all instances for which it is
+            positive; its offsets are still those of the shortest.
 
     Raises:
         ValueError: if a label is not one of the K.
@@ -223,6 +224,8 @@ def assign(
     reach = radius * points.strides[None, :, None]
     centre = (start + end) / 2
     left, right = time - start, end - time  # (B, P, N)
+    # Distances to the ends of the sampled part: `reach` around the centre, clipped to the instance.
+    # Both are positive exactly for points inside that part.
     from_left = time - torch.maximum(start, centre - reach)
     from_right = torch.minimum(end, centre + reach) - time
     farthest = torch.maximum(left, right)
@@ -234,12 +237,13 @@ def assign(
         & (labels >= 0)[:, None]
     )
     length = torch.where(candidate, end - start, torch.inf)
-    shortest, chosen = length.min(dim=2, keepdim=True)  # of equals the first
+    shortest, chosen = length.min(dim=2, keepdim=True)  # the first one on ties
     shared = candidate & (length <= shortest + SAME_LENGTH) if shortest_only else candidate
-    # Padding has no class: its row of the one-hot matrix is never selected.
+    # The label -1 of padding becomes 0 here, but padded instances are never candidates.
     one_hot = F.one_hot(labels.clamp(min=0), num_classes).to(start.dtype)
     offsets = torch.cat([left.gather(2, chosen), right.gather(2, chosen)], dim=2)
     return PointTargets(
+        # (B, P, N) @ (B, N, K); the clamp is for several instances of one class.
         classes=(shared.to(start.dtype) @ one_hot).clamp(max=1.0),
         offsets=offsets / points.strides[None, :, None],
     )
@@ -252,10 +256,10 @@ def count_positives(
     targets: Sequence[Sequence[Targets]],
     assigned: Callable[[Points, Sequence[Targets]], PointTargets],
 ) -> None:
-    """Count the positive points of all passes of a step ahead; see `Localizer.begin_step`.
+    """Count the positive points of all passes of a step in advance; see `Localizer.begin_step`.
 
     Args:
-        normalizer: normalizer that is told.
+        normalizer: receives the count.
         config: settings.
         masks: masks of each pass, `(B, T)` bool.
         targets: targets of each pass.
@@ -278,14 +282,14 @@ def decode(
     Args:
         config: settings.
         logits: logits of the classes, `(B, P, K)`.
-        offsets: distances to start and end in strides, `(B, P, 2)`, or of each class
-            `(B, P, K, 2)`.
+        offsets: distances to start and end in strides, `(B, P, 2)`, or `(B, P, K, 2)` for each
+            class.
         valid: `(B, P)` bool, false on padding.
         points: P points.
     """
     lengths = list(points.lengths)
     scores = torch.where(valid[..., None], logits.sigmoid(), 0)
-    column = (-1, *[1] * (offsets.dim() - 3))
+    column = (-1, *[1] * (offsets.dim() - 3))  # (P,), or (P, 1) when offsets have a class axis
     times = points.times.view(column)
     distances = offsets * points.strides.view(column)[..., None]
     segments = torch.stack([times - distances[..., 0], times + distances[..., 1]], dim=-1)

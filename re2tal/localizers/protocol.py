@@ -17,7 +17,7 @@ Losses = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Targets:
-    """The actions of one window.
+    """Actions of one window.
 
     Attributes:
         segments: `(N, 2)` float32 `[start, end]` in feature-grid units (feature j sits at j).
@@ -36,18 +36,18 @@ class Targets:
             )
 
     def to(self, device: torch.device | str) -> Targets:
-        """Copy to `device` (itself when it is there already)."""
+        """Copy to `device`; tensors that are there already are not copied."""
         return Targets(segments=self.segments.to(device), labels=self.labels.to(device))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Instances:
-    """The actions of B windows as tensors, at most N each.
+    """Actions of B windows as tensors, at most N each.
 
     Attributes:
         segments: `(B, N, 2)` float32 in feature-grid units.
-        labels: `(B, N)` int64, -1 where a window has fewer; the segment there is an instant, which
-            overlaps nothing.
+        labels: `(B, N)` int64, -1 where a window has fewer than N actions. The segment there is
+            `[0, 0]`, which overlaps nothing.
     """
 
     segments: Tensor
@@ -72,6 +72,7 @@ class Instances:
                     f"A target has label {int(wrong[0])}, but the localizer was built for "
                     f"{num_classes} classes (0 to {num_classes - 1})."
                 )
+        # One more window with a padding action, removed below, makes N at least 1.
         nothing = torch.zeros(1, 2, device=device), torch.full((1,), -1, device=device)
         segments = [target.segments.to(device, torch.float32) for target in targets]
         labels = [target.labels.to(device) for target in targets]
@@ -82,14 +83,14 @@ class Instances:
 
 @runtime_checkable
 class LocalizerConfig(Protocol):
-    """Settings of a localizer: a frozen dataclass that builds it.
+    """Settings of a localizer: a frozen dataclass that builds the module.
 
-    A new localizer is one file with such a class and the module that it builds; a recipe or a
-    `DetectorSpec` takes it as it is.
+    A new localizer is one file with such a class and the module. Recipes and `DetectorSpec` take
+    the dataclass as it is.
     """
 
     def build(self, in_channels: int, num_classes: int) -> Any:
-        """Build a `Localizer` with random weights, a module.
+        """Build a `Localizer` module with random weights.
 
         Args:
             in_channels: channels C of the features.
@@ -103,7 +104,7 @@ class Localizer(Protocol):
 
     Attributes:
         num_classes: labels are 0 to `num_classes - 1`.
-        multiple: number of which the number of features of a window is a multiple.
+        multiple: a window's number of features must be a multiple of this.
     """
 
     num_classes: int
@@ -116,8 +117,8 @@ class Localizer(Protocol):
 
         Args:
             features: `(B, C, T)` features.
-            mask: `(B, T)` bool, true where a feature is of the video and not padding. Padded
-                features must not influence the result, whatever they hold.
+            mask: `(B, T)` bool, true at features of the video, false at padding. Padded features
+                must not influence the result, whatever they hold.
             targets: actions of each window.
 
         Returns:
@@ -127,9 +128,9 @@ class Localizer(Protocol):
         ...
 
     def begin_step(self, masks: Sequence[Tensor], targets: Sequence[Sequence[Targets]]) -> None:
-        """Take note of all of a rank's windows of a training step, before its forward passes.
+        """Receive all windows of this rank's training step before its forward passes.
 
-        The losses of many localizers are divided by what a whole step holds. Without this call each
+        Many localizers divide their losses by a count over the whole step. Without this call each
         forward pass with targets is a step of its own.
 
         Args:
@@ -141,30 +142,30 @@ class Localizer(Protocol):
     def predict(self, features: Tensor, mask: Tensor) -> tuple[Any, ...]:
         """Run the network, up to the tensors that become losses or detections.
 
-        Memory is predicted over this part alone, with tensors that hold no values.
+        `re2tal.memory` runs this method on tensors without data to predict memory.
 
         Args:
             features: `(B, C, T)` features.
             mask: `(B, T)` bool.
 
         Returns:
-            A tuple of anything; the losses are functions of its tensors that need gradients.
+            A tuple; losses are computed from those of its tensors that need gradients.
         """
         ...
 
 
 def best(scores: Tensor, segments: Tensor, counted: Tensor, *, most: int) -> Detections:
-    """Choose the detections of one window by falling score; equal scores by place, then class.
+    """Select the detections of one window by falling score; ties by place, then by class.
 
     Args:
         scores: `(P, K)` scores of K classes at P places.
-        segments: `(P, 2)` segments found at the places, in feature-grid units, or `(P, K, 2)` of
+        segments: `(P, 2)` segments of the places in feature-grid units, or `(P, K, 2)`, one for
             each class.
         counted: `(P, K)` bool, true where a score may become a detection.
         most: greatest number of detections.
     """
     classes = scores.shape[1]
-    flat = scores.flatten()
+    flat = scores.flatten()  # index: place * K + class
     candidates = counted.flatten().nonzero()[:, 0]
     order = flat[candidates].argsort(descending=True, stable=True)[:most]
     kept = candidates[order]

@@ -40,7 +40,7 @@ from re2tal.localizers.weights import Published, renamed
 # Groups of the normalisation before each MLP.
 GROUPS = 16
 
-# From our names of weights to those of the authors' release; each rule changes another part.
+# Rules from our names of weights to those of the authors' release; each changes another part.
 _RENAMED = (
     (r"^pyramid\.embed\.convs\.(\d+)\.", r"backbone.embd.\1.conv."),
     (r"^pyramid\.embed\.norms\.", "backbone.embd_norm."),
@@ -68,21 +68,21 @@ _RENAMED = (
 class TriDetConfig(PointConfig):
     """TriDet's settings; the defaults, `filter_start` aside, are those published for THUMOS-14.
 
-    Layers at full rate have a narrow window of one step, and neither residual scales nor drop path;
-    `prior` is also the probability that a point bounds an action.
+    Layers at full rate have a narrow window of one step, no residual scales and no drop path.
+    `prior` is also the initial probability that a point is a boundary.
 
     Attributes:
         window: width of SGP's narrow window in steps, odd.
-        widening: SGP's wide window is this many times `window + 1` wide, made odd.
+        widening: width of SGP's wide window is this factor times `window + 1`, rounded to odd.
         mlp_width: hidden channels of the MLP in each SGP layer.
-        filter_start: standard deviation of SGP's filters at the start. It has two branches, each a
-            product of filters: from 0, which is published for THUMOS-14 and EPIC-Kitchens-100,
-            neither has a gradient and both stay at zero, so that the layer is a normalisation and
-            an MLP. Published are 0.1 for HACS and 0.2 for ActivityNet-1.3.
-        input_noise: standard deviation of the noise on the features in training.
-        bins: greatest distance of a boundary from its point, in strides; a boundary is expected
-            over the `bins + 1` points on its side.
-        iou_power: power of the IoU by which the classification loss of positives is weighed.
+        filter_start: initial standard deviation of SGP's filters. Each of SGP's two branches is a
+            product of filters. With 0, published for THUMOS-14 and EPIC-Kitchens-100, neither
+            branch has a gradient and both stay at zero: the layer is a normalisation and an MLP.
+            Published are 0.1 for HACS and 0.2 for ActivityNet-1.3.
+        input_noise: standard deviation of the noise added to the features in training.
+        bins: greatest distance of a boundary from its point, in strides; a boundary is an
+            expectation over the `bins + 1` points on its side.
+        iou_power: exponent of the IoU that weights the classification loss of positives.
     """
 
     window: int = 1
@@ -120,19 +120,20 @@ class TriDetConfig(PointConfig):
 
 
 class TriDet(nn.Module):
-    """Localizer whose points expect the two ends of an action over the points around them.
+    """Localizer that predicts an action's ends as expectations over the points near each point.
 
-    A `re2tal.localizers.Localizer`. Losses are "classification" (focal; at positives times a power
-    of the IoU that the regression reaches there) and "regression" (distance-IoU of each positive
-    point and class, times `regression_weight`), both divided by a running mean of the number of
-    positive points.
+    A `re2tal.localizers.Localizer`. Losses are "classification" (focal; for positives times a power
+    of the IoU of the regressed segment) and "regression" (distance-IoU of each positive point and
+    class, times `regression_weight`), both divided by a running mean of the number of positive
+    points.
 
-    On windows without padding it computes what the authors' implementation does, except that the
-    top level regresses any distance (theirs up to 10000), that an IoU below 1e-8 counts as that in
-    the weight of the classification, whose gradient stays finite so, and that of equal scores the
-    earlier point comes first. Padding acts as the end of the tensor does: results on a padded
-    window are those on the window without it. Theirs takes padding into the means of the SGP
-    layers and into their normalisation. Heads have kernel 3 here (theirs 5 and 1 for HACS).
+    On windows without padding it computes the same as the authors' implementation, with three
+    exceptions: the top level regresses any distance (theirs: up to 10000); the IoU in the weight of
+    the classification is clamped to at least 1e-8, which keeps its gradient finite; among equal
+    scores the earlier point comes first. Padding acts like the end of the tensor: results on a
+    padded window equal those on the window without padding. The authors' code includes padding in
+    the means and in the normalisation of the SGP layers. Heads have kernel 3 here (theirs: 5 and 1
+    for HACS).
 
     Args:
         config: settings.
@@ -182,14 +183,14 @@ class TriDet(nn.Module):
         """Compute losses against `targets`, or detections without them; see `Localizer`.
 
         Raises:
-            ValueError: if T is no multiple of `multiple`, or a label is not below `num_classes`.
+            ValueError: if T is not a multiple of `multiple`, or a label is not below `num_classes`.
         """
         logits, offsets, valid, points = self.predict(features, mask)
         if targets is None:
             return decode(self.config, logits, offsets, valid, points)
         actual = self._assign(points, targets)
         config = self.config
-        positive = valid[..., None] & (actual.classes > 0)
+        positive = valid[..., None] & (actual.classes > 0)  # (B, P, K)
         wanted = actual.offsets[:, :, None]  # the same for all classes of a point
         count = self.normalizer(positive.any(dim=2).sum())
         overlap = offset_iou(offsets, wanted, positive)  # one where not positive
@@ -207,7 +208,7 @@ class TriDet(nn.Module):
         }
 
     def begin_step(self, masks: Sequence[Tensor], targets: Sequence[Sequence[Targets]]) -> None:
-        """Count the positive points of a whole step, by which its losses are divided."""
+        """Count the positive points of a whole step, by which the losses are divided."""
         count_positives(self.normalizer, self.config, masks, targets, self._assign)
 
     def _assign(self, points: Points, targets: Sequence[Targets]) -> PointTargets:
@@ -222,23 +223,23 @@ class TriDet(nn.Module):
 
         Returns:
             Logits of the classes `(B, P, K)`, distances to start and end of each class in strides
-            `(B, P, K, 2)`, the mask of points that are no padding `(B, P)`, and the points.
+            `(B, P, K, 2)`, the mask `(B, P)` of points that are not padding, and the points.
         """
         if self.training and self.config.input_noise:
             features = features + self.config.input_noise * torch.randn_like(features)
         strip = Strip.lay_out(self.pyramid(features, mask))
-        # To the heads padding is a gap as those between the levels are.
+        # The heads treat padding like the gaps between levels.
         inner = zero_padding(strip.features, strip.valid)
         strip = replace(strip, features=inner, inside=strip.valid)
         valid = strip.valid[:, strip.points]
         points = make_points(features.shape[2], self.config.ranges, features.device)
         bins = F.relu(self.offset_scale(self.offset_head(strip), points.lengths))
-        # What bounds an action does not shape the pyramid.
+        # No gradient flows from the boundary heads into the pyramid.
         alone = replace(strip, features=inner.detach())
         offsets = boundary_distances(
             zero_padding(self.start_head(alone), valid),
             zero_padding(self.end_head(alone), valid),
-            bins.unflatten(2, (2, -1)),
+            bins.unflatten(2, (2, -1)),  # (B, P, 2, N + 1)
             points.lengths,
         )
         return self.class_head(strip), offsets, valid, points
@@ -246,8 +247,8 @@ class TriDet(nn.Module):
     def published(self) -> Published:
         """Names of the weights in the authors' release; see `TriDet` for what differs.
 
-        Trained with a drop path of 0, it has no residual scales; such weights do not fit. It does
-        not save the running mean of positive points.
+        Models that were trained with a drop path of 0 have no residual scales; their weights do
+        not fit. The release does not save the running mean of positive points.
         """
         names = {name: (renamed(name, _RENAMED),) for name in self.state_dict()}
         scales = tuple(f"reg_head.scale.{level}.scale" for level in range(self.config.levels))
@@ -261,14 +262,14 @@ class TriDet(nn.Module):
 class SGPLayer(nn.Module):
     """Scalable-granularity perception: depthwise filters in place of self-attention, then an MLP.
 
-    Of the normalised features, the instant-level branch multiplies each step by what the mean of
-    the whole window says, the window-level branch the sum of a narrow and a wide filter by a filter
-    of the narrow width (Shi et al., CVPR 2023, eq. 1). A layer that halves takes a maximum over
-    three steps first.
+    With normalised features x and depthwise filters FC, Conv_w (narrow) and Conv_kw (wide),
+    `FC(x) * ReLU(FC'(mean(x))) + Conv'_w(x) * (Conv_w(x) + Conv_kw(x)) + x`: the instant-level
+    branch, with a gate from the mean of the whole window, and the window-level branch (Shi et al.,
+    CVPR 2023, eq. 1). A layer that halves first takes a maximum over three steps.
 
     Args:
         config: settings.
-        halves: false for the layers at full rate, whose narrow window is one step and whose
+        halves: false for the layers at full rate. Their narrow window is one step, and their
             residual branches have neither factor nor stochastic depth.
     """
 
@@ -303,12 +304,14 @@ class SGPLayer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Map `x` `(B, T, C)`, zero where padded, and `mask` `(B, T)` to the same, or to half."""
         if self.halves:
-            # Padding must win no maximum; a valid step that stays is in its own maximum.
+            # Padding must never be the maximum. Each valid output step is itself in its window, so
+            # its maximum is finite.
             x = x.masked_fill(~mask[..., None], -torch.inf).transpose(1, 2)
             mask = mask[:, ::2]
             x = F.max_pool1d(x, 3, 2, padding=1).transpose(1, 2)
             x = x.masked_fill(~mask[..., None], 0)
         normed = zero_padding(self.norm(x), mask)
+        # over valid steps only; the clamp is for windows without any
         mean = normed.sum(dim=1, keepdim=True) / mask.sum(dim=1).clamp(min=1)[:, None, None]
         instant = self.instant(normed) * F.relu(self.video_gate(mean))
         window = (self.narrow(normed) + self.wide(normed)) * self.window_gate(normed)
@@ -318,19 +321,20 @@ class SGPLayer(nn.Module):
 
 
 def boundary_distances(start: Tensor, end: Tensor, bins: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Expect the distances of each point to the ends of its action (trident head, section 3.3).
+    """Compute expected distances of each point to its action's ends (trident head, section 3.3).
 
-    The N + 1 points up to a point and those from it on are where its action may start and end: how
-    likely each is says a softmax over what it scores as a boundary of a class, which all points
-    share, plus what the point itself expects at that distance. Beyond the level's ends the
-    boundaries score zero.
+    The start is one of the N + 1 points up to a point, the end one of the N + 1 points from it on.
+    With softmax weights over the distances d = 0..N, for point i and class k:
+    `p(d) = softmax_d(start[i - d, k] + bins[i, d])`, and the result is `sum_d p(d) d`; likewise
+    with `end[i + d, k]`. All points share the boundary logits, which are zero beyond the ends of
+    the level.
 
     Args:
         start: logits that a point is the start of an action of each class, `(B, P, K)`.
-        end: logits that it is the end.
-        bins: logits of the distances from N to 0 to the left, and from 0 to N to the right,
-            `(B, P, 2, N + 1)`.
-        lengths: points of each level.
+        end: logits that a point is the end, `(B, P, K)`.
+        bins: each point's logits of the distances from N to 0 to the left, and from 0 to N to the
+            right, `(B, P, 2, N + 1)`.
+        lengths: number of points of each level.
 
     Returns:
         Expected distances to start and end in strides, `(B, P, K, 2)`.
@@ -350,6 +354,6 @@ def boundary_distances(start: Tensor, end: Tensor, bins: Tensor, lengths: Sequen
             ],
             dim=1,
         )  # (B, P, K, N + 1)
-        # A product and a sum, because autocast would round a matrix product's distances.
+        # A product and a sum: autocast would round the distances in a matrix product.
         expected.append(((around + own).softmax(dim=-1) * distances).sum(dim=-1))
     return torch.stack(expected, dim=-1)

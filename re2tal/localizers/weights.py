@@ -1,4 +1,4 @@
-"""Weights of a localizer from a file: of a detector of ours, or of its authors' release."""
+"""Loading of a localizer's weights, from a detector of this project or its authors' release."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from torch import Tensor, nn
 
 from re2tal.weights import WeightsMismatchError, WeightsReport, read_tensors
 
-_PREFIX = "module."  # DataParallel puts it before each name
-_OURS = "localizer."  # of the weights of a saved detector
+_PREFIX = "module."  # DataParallel's prefix of every name
+_OURS = "localizer."  # prefix of the localizer's weights in a saved detector
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Published:
     """Names of a localizer's weights in its authors' release.
 
-    A localizer that has such a release gives them in a method `published`.
+    A localizer with a release returns this object from a method `published`.
 
     Attributes:
-        title: the release, for people.
-        names: by our names theirs; of several, scalars are stacked; of none, ours is kept.
-        left_out: beginnings of names of what follows from the configuration.
+        title: name of the release in messages.
+        names: for each of our names, the release's names: one; several, whose scalars are stacked;
+            or none, when our value is kept.
+        left_out: prefixes of the release's tensors that follow from the configuration and are
+            not loaded.
     """
 
     title: str
@@ -34,36 +36,37 @@ class Published:
 
 
 def renamed(name: str, rules: Sequence[tuple[str, str]]) -> str:
-    """Rename by regular expressions and their replacements, one after the other."""
+    """Apply regular expressions and their replacements to a name, one after the other."""
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def load_localizer_weights(localizer: nn.Module, path: str | Path) -> WeightsReport:
-    """Load weights into a localizer that was built with the settings that they were trained with.
+    """Load weights into a localizer that was built with the settings of their training.
 
     Args:
-        localizer: what they are for.
-        path: a file as for `read_tensors`: of a detector of ours (`weights.safetensors`), of a
-            localizer alone, or what the training of its authors' release wrote.
+        localizer: module that receives the weights.
+        path: a file that `read_tensors` reads: a detector of this project (`weights.safetensors`),
+            a localizer alone, or a checkpoint of the authors' release.
 
     Raises:
-        ValueError: it cannot be read; or it lists every weight that is missing, unknown or has
-            another shape (`WeightsMismatchError`). Nothing is loaded then.
+        ValueError: the file cannot be read, or weights are missing, unknown or of another shape:
+            then a `WeightsMismatchError` lists all of them, and nothing is loaded.
     """
     return place(localizer, read_tensors(Path(path)), what=f"The weights in {path}")
 
 
 def place(localizer: nn.Module, state: Mapping[str, Tensor], *, what: str) -> WeightsReport:
-    """Load weights that were read; as `load_localizer_weights`.
+    """Load weights from memory; see `load_localizer_weights`.
 
     Args:
-        localizer: what they are for.
-        state: weights by the names that they have in the file.
-        what: says where they come from, in the plural.
+        localizer: module that receives the weights.
+        state: weights by their names in the file.
+        what: subject of error messages, in the plural, such as "The weights in FILE".
     """
     own = localizer.state_dict()
+    # The layout shows in the names: "localizer." is a detector, no name in common a release.
     given = {name.removeprefix(_PREFIX): value for name, value in state.items()}
     layout = Published(title="names of this localizer", names={name: (name,) for name in own})
     left_out = {}
@@ -99,7 +102,7 @@ def _problems(
 ) -> Iterator[str]:
     wanted: dict[str, torch.Size] = {}
     for name, theirs in layout.names.items():
-        whole = len(theirs) == 1
+        whole = len(theirs) == 1  # else one slice along the first axis for each name
         wanted |= dict.fromkeys(theirs, own[name].shape if whole else own[name].shape[1:])
     for name in sorted(wanted.keys() | given.keys()):
         if name not in given:
@@ -112,5 +115,5 @@ def _problems(
 
 
 def _sizes(shape: torch.Size) -> list[int]:
-    """Without axes of length one: some write a matrix as a convolution of kernel 1."""
+    """Drop axes of length one: some releases store a matrix as a convolution of kernel 1."""
     return [size for size in shape if size != 1]

@@ -1,4 +1,4 @@
-"""Memory of a training step: measured, counted, and predicted."""
+"""Memory of a training step: measurement, counting and prediction."""
 
 from re2tal.memory.live import LiveBytes, MemoryMeter, StepMemory
 from re2tal.memory.operators import work_of_pieces

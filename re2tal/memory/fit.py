@@ -1,4 +1,4 @@
-"""Sizes of memory, and the longest video that fits into one."""
+"""Memory sizes, and the longest video that fits into one."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ def parse_size(text: str) -> int:
     units = {name.lower(): size for name, size in _UNITS.items()}
     if found is None or found[2].lower() not in units:
         raise ValueError(
-            f"{text!r} is no size of memory: give a number and one of {', '.join(_UNITS)}, "
+            f"{text!r} is not a memory size: give a number and one of {', '.join(_UNITS)}, "
             "for example 24GiB."
         )
     return int(float(found[1]) * units[found[2].lower()])
@@ -27,16 +27,16 @@ def parse_size(text: str) -> int:
 def largest_that_fits(
     peak: Callable[[int], int], budget: int, *, start: int, found: Mapping[int, int] | None = None
 ) -> int:
-    """Find the largest number of units whose peak is within a budget; 0 if one is too much.
+    """Find the largest number of units whose peak is within a budget; 0 if one unit is too much.
 
-    A peak is close to a straight line over the length of a video, so the next guess is where the
-    line through the last two would meet the budget: a handful of predictions.
+    The peak is almost linear in the length of a video, so the next guess is where the line through
+    the two nearest peaks meets the budget (secant method). This takes a handful of predictions.
 
     Args:
-        peak: bytes for a number of units, at least 1; it grows with them.
+        peak: function from a number of units, at least 1, to bytes; it increases.
         budget: bytes.
-        start: the first guess, at least 1.
-        found: peaks that are known already, by their number of units.
+        start: first guess, at least 1.
+        found: known peaks, by number of units.
     """
     known = dict(found or {})
     if start not in known:
@@ -48,7 +48,7 @@ def largest_that_fits(
         low, high = max(fits, default=0), min(bursts, default=None)
         if high == low + 1:
             return low
-        # A line that misses again and again is left for halving.
+        # After 6 guesses without success, bisection is certain to end.
         if high is not None and guesses > 6:
             guess = (low + high) // 2
         else:
@@ -58,7 +58,7 @@ def largest_that_fits(
 
 
 def _guess(known: dict[int, int], budget: int, low: int, high: int | None) -> int:
-    """Choose a number above `low` and below `high` that was not tried."""
+    """Choose an untried number above `low` and below `high`."""
     if len(known) == 1:
         (only,) = known
         return max(1, only // 2) if high is not None else only * 2
@@ -67,7 +67,7 @@ def _guess(known: dict[int, int], budget: int, low: int, high: int | None) -> in
     slope = (size_b - size_a) / (b - a)
     guess = int(a + (budget - size_a) / slope) if slope > 0 else 2 * max(near)
     if high is None:
-        return max(low + 1, min(guess, 64 * max(known)))
+        return max(low + 1, min(guess, 64 * max(known)))  # a nearly flat line must not run away
     if guess <= low:
         return low + 1
     return min(guess, high - 1)

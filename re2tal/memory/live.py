@@ -1,7 +1,7 @@
-"""Memory in use: bytes of tensors, counted as operators make them, and of the process.
+"""Memory in use: bytes of tensors, counted as operators make them, and bytes of the process.
 
-`LiveBytes` counts storages, whose sizes do not depend on the machine; `MemoryMeter` reads the bytes
-that this process and its GPU have used.
+`LiveBytes` counts storages, whose sizes do not depend on the machine; `MemoryMeter` reads the
+memory that this process and its GPU use.
 """
 
 import threading
@@ -19,15 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 MEGABYTE = 10**6
-"""Bytes in the unit of metrics named ``..._mb``."""
+"""Bytes per unit of metrics named ``..._mb``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepMemory:
     """Bytes of one forward and backward, without the optimizer.
 
-    The storages of tensors are counted, each once. An operator's scratch space, fragmentation and
-    the allocator's reserve are not visible to the count.
+    Storages of tensors are counted, each once. The scratch space of operators, fragmentation and
+    the allocator's reserve are not counted.
 
     Attributes:
         parameters: the model's parameters.
@@ -35,7 +35,7 @@ class StepMemory:
         inputs: every other tensor that existed before the step and was used in it.
         gradients: the parameters' ``.grad`` at the end of the step.
         activations: everything else, at its peak.
-        peak: all of these together, at their peak. Less than the sum, since gradients grow while
+        peak: peak of the total. It is less than the sum of the above, because gradients grow while
             activations shrink.
     """
 
@@ -48,7 +48,7 @@ class StepMemory:
 
     @property
     def kept_beside(self) -> int:
-        """Bytes that training keeps beside: AdamW's two moments, and the moving average."""
+        """Bytes that training needs in addition: AdamW's two moments, and the EMA."""
         return 2 * self.gradients + self.parameters + self.buffers
 
     def metrics(self) -> dict[str, float]:
@@ -57,30 +57,30 @@ class StepMemory:
 
 
 class Observer(Protocol):
-    """Observer to which `LiveBytes` reports what happens to every storage, in order."""
+    """Observer to which `LiveBytes` reports the events of every storage, in order."""
 
     def running(self, operator: Any, inputs: list[Tensor]) -> None:
         """Report that an operator is about to run on these tensors."""
         ...
 
     def made(self, storage: int, kind: str, size: int) -> None:
-        """Report a storage that is new, or new in this kind (a field of `StepMemory`)."""
+        """Report a new storage, or one of a new kind (a field of `StepMemory`)."""
         ...
 
     def gone(self, storage: int) -> None:
-        """Report a storage that was freed, or is about to be made anew in another kind or size."""
+        """Report a storage that was freed, or will be reported again as another kind or size."""
         ...
 
 
 class LiveBytes(TorchDispatchMode):
-    """Count of the bytes of the storages that operators make, until they are freed.
+    """Counter of the bytes of live storages, from their creation by operators until freed.
 
-    A step of the real training loop is measured with ``with LiveBytes(model) as live: ...`` and
-    ``live.memory()``. It slows every operator down, so it is for single steps. Inside a
+    Measure a step of the real training loop with ``with LiveBytes(model) as live: ...`` and
+    ``live.memory()``. The counter slows down every operator, so it is for single steps. Inside a
     `FakeTensorMode` it counts fake tensors.
 
     Args:
-        model: model whose parameters, buffers and gradients are counted apart.
+        model: model whose parameters, buffers and gradients are counted separately.
         observer: observer of the storages.
     """
 
@@ -95,7 +95,7 @@ class LiveBytes(TorchDispatchMode):
         self._hooks = ExitStack()
 
     def memory(self) -> StepMemory:
-        """Sum up: peaks so far for activations and the whole, live bytes for the rest."""
+        """Return the sizes: peaks so far of activations and the total, live bytes of the rest."""
         return StepMemory(
             parameters=self._live["parameters"],
             buffers=self._live["buffers"],
@@ -123,7 +123,7 @@ class LiveBytes(TorchDispatchMode):
         self._hooks.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator; inputs of it that are new here existed before the step."""
+        """Run the operator; inputs seen for the first time existed before the step."""
         kwargs = kwargs or {}
         given = tensors_in((args, kwargs))
         for tensor in given:
@@ -137,9 +137,9 @@ class LiveBytes(TorchDispatchMode):
 
     def _see(self, tensor: Tensor, kind: str) -> None:
         if tensor.layout != torch.strided:
-            return  # sparse tensors have no storage of their own; nothing here makes them
+            return  # sparse tensors have no storage of their own; no model here makes them
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage._cdata  # the address of the storage: views of a tensor have the same
         size = storage.nbytes()
         if key not in self._known:
             self._add(weakref.ref(storage, partial(self._remove, key)), key, kind, size)
@@ -184,11 +184,12 @@ def tensors_in(tree: Any) -> list[Tensor]:
 class MemoryMeter:
     """Host and GPU memory of this process over a block of code: ``with MemoryMeter() as meter``.
 
-    The host's peak is the kernel's own high-water mark where it can be reset (Linux), otherwise the
-    most that a thread saw every 5 ms. Meters may be nested; they belong to one thread.
+    The host's peak is the kernel's high-water mark where it can be reset (Linux), otherwise the
+    maximum of samples that a thread takes every 5 ms. Meters may be nested; they must be used in
+    one thread.
 
     Args:
-        device: accelerator to read as well; None or a CPU reads the host alone.
+        device: accelerator to read as well; with None or a CPU only the host is read.
 
     Attributes:
         rss: resident bytes of the process at the end.
@@ -209,7 +210,7 @@ class MemoryMeter:
         self._sampler: _Sampler | None = None
 
     def __enter__(self) -> Self:
-        # Resetting the marks would hide what the meters around this one have seen.
+        # The marks are reset below; read them first for the enclosing meters.
         for meter in self._active:
             meter._read()
         self._active.append(self)
@@ -227,7 +228,7 @@ class MemoryMeter:
         self._active.remove(self)
 
     def metrics(self) -> dict[str, float]:
-        """Convert the attributes that were read to megabytes (10^6 bytes), as ``name_mb``."""
+        """Convert the attributes that are not None to megabytes (10^6 bytes), as ``name_mb``."""
         names = ("rss", "rss_peak", "cuda_allocated", "cuda_reserved", "cuda_peak")
         sizes = {name: getattr(self, name) for name in names}
         return {f"{k}_mb": size / MEGABYTE for k, size in sizes.items() if size is not None}
@@ -244,8 +245,9 @@ class MemoryMeter:
 
 
 def _reset_high_water_mark() -> bool:
-    """Start the kernel's record of this process's peak anew; False where that is not possible."""
+    """Reset the kernel's record of this process's peak; return False where that is impossible."""
     try:
+        # 5: reset the peak resident set size, see proc(5)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         return _high_water_mark() > 0
     except OSError:
@@ -253,7 +255,7 @@ def _reset_high_water_mark() -> bool:
 
 
 def _high_water_mark() -> int:
-    """Read the kernel's record in bytes; 0 if it keeps none."""
+    """Read the kernel's record in bytes; return 0 if there is none."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -261,7 +263,7 @@ def _high_water_mark() -> int:
 
 
 class _Sampler:
-    """Thread that watches the resident memory."""
+    """Thread that samples the resident memory."""
 
     def __init__(self) -> None:
         self.peak = 0

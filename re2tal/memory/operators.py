@@ -1,7 +1,7 @@
-"""Operators that a reversible step calls for each piece of a branch, and the bytes they move.
+"""Number of operator calls, and bytes moved, per piece of a reversible step's branch.
 
-Small pieces leave a GPU waiting for the host, which launches some kernel for each operator. Without
-a GPU these can be counted: on a CPU, where the same operators are called, but for fused ones.
+With small pieces, a GPU waits for the host, which launches at least one kernel per operator. These
+calls can be counted without a GPU: a CPU calls the same operators, except for fused ones.
 """
 
 from collections import Counter
@@ -30,10 +30,10 @@ _NO_WORK = (
     "empty_strided",
     "empty_permuted",
 )
-"""Operators beside views that read and write nothing."""
+"""Operators, besides views, that read and write no elements."""
 
 _INTO_ROWS = {"index_put_": 1, "index_copy_": 1, "index_add_": 2, "scatter_add_": 2}
-"""Operators that touch rows of their first tensor, as many as there are values, and how often."""
+"""Operators that access only some rows of their first tensor -> accesses per value."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,7 +43,7 @@ class Pieces:
     Attributes:
         pieces: number of pieces.
         calls: number of calls, by operator.
-        bytes: bytes that these read and wrote.
+        bytes: bytes read and written by these calls.
     """
 
     pieces: int = 0
@@ -52,12 +52,12 @@ class Pieces:
 
     @property
     def calls_a_piece(self) -> float:
-        """Calls of a piece."""
+        """Calls per piece."""
         return self.calls.total() / self.pieces
 
     @property
     def bytes_a_piece(self) -> float:
-        """Bytes of a piece."""
+        """Bytes per piece."""
         return self.bytes / self.pieces
 
 
@@ -66,7 +66,7 @@ Work = dict[tuple[str, str], Pieces]
 
 
 class _Counted(TorchDispatchMode):
-    """Count of the operators that run inside a reversible step."""
+    """Counter of the operators that run inside a reversible step."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # PyTorch's has no types
@@ -80,11 +80,11 @@ class _Counted(TorchDispatchMode):
         name = func.overloadpacket.__name__
         made = tensors_in(result)
         if result is None and name.startswith("_foreach"):
-            made = given[: len(given) // 2]
+            made = given[: len(given) // 2]  # in place: the first half of the inputs is written
         if self._now is not None and made and not func.is_view and name not in _NO_WORK:
             self._now.calls[name] += 1
             if name in ("index_select", "index"):
-                given = [*given[1:], *made]  # of the first it reads what it returns
+                given = [*given[1:], *made]  # of the first tensor, only the returned rows are read
             elif name in _INTO_ROWS:
                 given = given[1:]
                 made = [given[-1]] * _INTO_ROWS[name]
@@ -140,21 +140,21 @@ def count_work(model: nn.Module, *inputs: Tensor) -> Work:
 
 
 def work_of_pieces(model: nn.Module, *inputs: Tensor, few: Budget, many: Budget) -> Work:
-    """Compute the work that pieces make, from a step with few of them and one with many.
+    """Compute the work per piece, as the difference of a step with many pieces and one with few.
 
     Args:
-        model: rewired model, on a CPU; its budget of a piece is that of `many` afterwards.
+        model: rewired model, on a CPU; its budget per piece is `many` afterwards.
         inputs: its inputs.
         few: budget of large pieces.
-        many: budget of small ones. The bytes are those of these.
+        many: budget of small pieces, to which the bytes refer.
 
     Returns:
-        The work of the pieces that are more; of all, for a branch that is not cut.
+        The work of the additional pieces; for a branch that is not cut, the whole work.
     """
     runs = []
     for budget in (few, many):
         set_slice_bytes(model, budget)
-        count_work(model, *inputs)  # what is kept from step to step is there afterwards
+        count_work(model, *inputs)  # a first step, which makes what later steps reuse
         runs.append(count_work(model, *inputs))
     found: Work = {}
     for key, large in runs[0].items():

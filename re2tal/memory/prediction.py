@@ -1,8 +1,8 @@
-"""Prediction of a training step's memory: bytes of the tensors that it keeps alive.
+"""Prediction of a training step's memory: bytes of the tensors that are alive.
 
-`predict_peak` counts with fake tensors, which have shapes and no data, so a step of hundreds of
-gigabytes can be predicted on a laptop; `measure_activations` counts with real ones. What counts is
-the peak over the whole step, not what autograd holds when the forward ends. Sizes are in bytes.
+`predict_peak` counts fake tensors, which have shapes but no data, so a step of hundreds of
+gigabytes can be predicted on a laptop. `measure_activations` counts real tensors. The result is the
+peak over the whole step, not the bytes that autograd holds after the forward. Sizes are in bytes.
 """
 
 import copy
@@ -36,11 +36,11 @@ class Origin:
 
     Attributes:
         kind: field of `StepMemory`: parameters, buffers, inputs, gradients or activations.
-        module: name of the innermost module that was running, or whose backward was; "" is the
-            model itself.
-        operator: operator of PyTorch's ATen library, such as "native_layer_norm"; it and the
-            module are "" for all but activations.
-        phase: "forward" or "backward"; a forward that is repeated in the backward is part of it.
+        module: name of the innermost module whose forward or backward was running; "" is the model
+            itself.
+        operator: operator of PyTorch's ATen library, such as "native_layer_norm". Only activations
+            have a module and an operator; otherwise both are "".
+        phase: "forward" or "backward", which includes forwards recomputed in the backward.
     """
 
     kind: str
@@ -51,12 +51,12 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Breakdown:
-    """Peak of a step, by the origins of what is alive there.
+    """Peak of a step, split by the origins of the live tensors.
 
     Attributes:
         memory: sizes of the step.
         peak: origin of the tensor with which the peak was reached.
-        parts: bytes alive at the peak, by origin, the largest first. Their sum is ``memory.peak``.
+        parts: bytes alive at the peak by origin, the largest first. Their sum is ``memory.peak``.
     """
 
     memory: StepMemory
@@ -68,20 +68,20 @@ Step = Callable[..., Any]
 
 
 def predict_peak(model: nn.Module, *inputs: Any, step: Step | None = None) -> StepMemory:
-    """Predict the memory of a training step from fake tensors: nothing is computed or allocated.
+    """Predict the memory of a training step with fake tensors: nothing is computed or allocated.
 
     Args:
-        model: model as it would be trained (device, dtype, train mode, rewired or not). A
-            model on a GPU needs a GPU to be present, for autocast's sake; sizes are the same on a
-            CPU where the same operators run. One on the "meta" device, which takes no memory, is
+        model: model as it would be trained (device, dtype, train mode, rewired or not). A model on
+            a GPU needs a GPU to be present, because of autocast; on a CPU, sizes are the same if
+            the same operators run. A model on the "meta" device, which takes no memory, is
             predicted as on a CPU.
         inputs: examples of the model's inputs; only shapes, dtypes and devices matter.
-        step: forward, called as ``step(model, *inputs)`` with fake copies: the place for
-            autocast or keyword arguments. By default the model is called. Every tensor in the
-            result that needs a gradient is taken as a loss term.
+        step: forward, called as ``step(model, *inputs)`` with fake copies; use it for autocast or
+            keyword arguments. By default the model is called. Every tensor in the result that needs
+            a gradient counts as a loss term.
 
     Raises:
-        ValueError: if nothing in the result needs a gradient, or if shapes in the forward depend on
+        ValueError: nothing in the result needs a gradient, or shapes in the forward depend on
             values, which fake tensors do not have.
     """
     with _faked(model, inputs) as (fake_model, fake_inputs), LiveBytes(fake_model) as live:
@@ -90,7 +90,7 @@ def predict_peak(model: nn.Module, *inputs: Any, step: Step | None = None) -> St
 
 
 def explain_peak(model: nn.Module, *inputs: Any, step: Step | None = None) -> Breakdown:
-    """Predict as `predict_peak` does, and name the place of the peak and its parts.
+    """Predict like `predict_peak`, and return the place of the peak and its parts.
 
     Args:
         model: as for `predict_peak`.
@@ -98,7 +98,7 @@ def explain_peak(model: nn.Module, *inputs: Any, step: Step | None = None) -> Br
         step: as for `predict_peak`.
 
     Raises:
-        ValueError: as `predict_peak` does.
+        ValueError: as in `predict_peak`.
     """
     with (
         _faked(model, inputs) as (fake_model, fake_inputs),
@@ -110,9 +110,9 @@ def explain_peak(model: nn.Module, *inputs: Any, step: Step | None = None) -> Br
 
 
 def measure_activations(model: nn.Module, *inputs: Any, step: Step | None = None) -> StepMemory:
-    """Count as `predict_peak` does, over a real forward and backward.
+    """Count like `predict_peak`, over a real forward and backward.
 
-    The model's gradients and the random generators are left as they were; running statistics of
+    The model's gradients and the random generators are restored; running statistics of
     normalisation layers advance, as in any forward in training mode.
 
     Args:
@@ -132,7 +132,7 @@ def measure_activations(model: nn.Module, *inputs: Any, step: Step | None = None
 def _faked(model: nn.Module, inputs: Any) -> Iterator[tuple[nn.Module, Any]]:
     fake = FakeTensorMode()
     with FakeCopyMode(fake):
-        # One copy of both: a tensor that they share stays shared.
+        # One deepcopy of both, so that a tensor that they share stays shared.
         fake_model, fake_inputs = copy.deepcopy((model, inputs))
     for parameter in fake_model.parameters():
         parameter.grad = None
@@ -150,8 +150,8 @@ def _faked(model: nn.Module, inputs: Any) -> Iterator[tuple[nn.Module, Any]]:
 
 
 def _materialize(model: nn.Module) -> None:
-    """Put tensors of the CPU in the place of a model's on the "meta" device, without values."""
-    made: dict[int, Tensor] = {}  # a tensor that two modules share stays shared
+    """Replace a model's tensors on the "meta" device by tensors on the CPU, without values."""
+    made: dict[int, Tensor] = {}  # by id, so that a tensor that two modules share stays shared
 
     def on_cpu(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
@@ -170,7 +170,7 @@ def _materialize(model: nn.Module) -> None:
 
 
 def _run(model: nn.Module, inputs: Any, step: Step | None) -> None:
-    """Run a forward, and a backward of the sum of all that needs a gradient."""
+    """Run a forward, and a backward from the sum of all results that need a gradient."""
     result = model(*inputs) if step is None else step(model, *inputs)
     terms = [t.sum() for t in tensors_in(result) if t.requires_grad]
     if not terms:
@@ -178,7 +178,7 @@ def _run(model: nn.Module, inputs: Any, step: Step | None) -> None:
             f"The forward of this {type(model).__name__} returned nothing that needs a "
             "gradient. Put it in training mode, or give a step that returns the loss."
         )
-    del result
+    del result  # results that are not loss terms are freed before the backward, as in training
     torch.stack(terms).sum().backward()
 
 
@@ -195,13 +195,13 @@ def _gradients_set_aside(model: nn.Module) -> Iterator[None]:
 
 
 class _Record:
-    """Log of the storages that `LiveBytes` sees, and of the modules that run meanwhile.
+    """Log of the storages that `LiveBytes` reports, with the modules that were running.
 
-    To be entered around the step as a context manager, and given to `LiveBytes`.
+    A context manager around the step, and the observer of `LiveBytes`. Inside the context, the
+    backward runs in the thread of the forward, which the log requires.
 
     Args:
-        model: model whose modules are named. Its backward must run in the thread of its forward,
-            which it does on a CPU, and inside this context elsewhere too.
+        model: model whose modules are named.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -226,12 +226,12 @@ class _Record:
         self._hooks.close()
 
     def running(self, operator: Any, inputs: list[Tensor]) -> None:
-        """Note the operator, and the parameters that it uses."""
+        """Record the operator and the parameters that it uses."""
         self._operator = operator.overloadpacket.__name__
         self._places.use(inputs)
 
     def made(self, storage: int, kind: str, size: int) -> None:
-        """Note what made a storage."""
+        """Record the origin of a storage."""
         module, phase = self._places.now()
         if kind == "activations":
             origin = Origin(kind=kind, module=module, operator=self._operator, phase=phase)
@@ -241,15 +241,15 @@ class _Record:
         self._log.append((origin, size))
 
     def gone(self, storage: int) -> None:
-        """Note that a storage is no more."""
+        """Record that a storage was freed."""
         origin, size = self._alive.pop(storage)
         self._log.append((origin, -size))
 
     def breakdown(self, memory: StepMemory) -> Breakdown:
-        """List what was alive at the peak.
+        """List the origins of the bytes that were alive at the peak.
 
         Args:
-            memory: sizes that `LiveBytes` has found meanwhile.
+            memory: result of `LiveBytes`.
         """
         total = most = end = 0
         for index, (_, change) in enumerate(self._log):
@@ -264,10 +264,10 @@ class _Record:
 
 
 class _Places:
-    """Names of the modules that run, in the forward and in the backward.
+    """Names of the running modules, in the forward and in the backward.
 
-    A node of the autograd graph has a number, which grows with every node that a thread makes. So
-    the module that a node belongs to is the one that was running when its number was due.
+    A node of the autograd graph has a sequence number, which grows with every node of a thread. A
+    node belongs to the module that was running when that number was given.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -285,7 +285,7 @@ class _Places:
         }
         self._stack = [""]
         self._numbers = [0]
-        self._marks = [("", "")]  # for each number the module, and the refined one
+        self._marks = [("", "")]  # for each number the module, and the result of `_refined`
         self._last_used = ""
 
     def enter(self, module: nn.Module, _args: Any) -> None:
@@ -297,7 +297,7 @@ class _Places:
         self._mark(0, self._stack[-1], self._stack[-1])
 
     def use(self, inputs: list[Tensor]) -> None:
-        """Note the parameters that an operator uses; its node has its number already."""
+        """Record the parameters that an operator uses; its node already has its number."""
         for tensor in inputs:
             if id(tensor) in self._owners:
                 self._last_used = self._owners[id(tensor)]
@@ -308,7 +308,7 @@ class _Places:
                 self._mark(-1, module, refined)
 
     def now(self) -> tuple[str, str]:
-        """Name the module and the phase of the moment."""
+        """Return the current module and phase."""
         module, phase = self._running()
         return self._refined(module), phase
 
@@ -317,10 +317,10 @@ class _Places:
         if node is None:
             return self._stack[-1], "forward"
         if len(self._stack) > 1 and torch.is_grad_enabled():
-            return self._stack[-1], "backward"  # a forward is repeated
+            return self._stack[-1], "backward"  # a forward is recomputed
         index = bisect_right(self._numbers, node._sequence_nr()) - 1
         module, refined = self._marks[index]
-        # What a custom node does in its backward is not what ran last before its forward.
+        # The backward of a custom node runs parts of its own, not the part used before its forward.
         own = isinstance(node, torch.autograd.function.FunctionCtx)
         return module if own else refined, "backward"
 
@@ -329,9 +329,10 @@ class _Places:
         self._marks.append((module, refined))
 
     def _refined(self, name: str) -> str:
-        """Refine a container that runs its blocks by their parts to the part last used.
+        """Refine a container to the part of a block that was used last.
 
-        Rewired containers do not call their blocks, and some of the blocks' parts neither.
+        Rewired containers do not call their blocks, nor some of the blocks' parts, so hooks do not
+        see these run.
         """
         inside = f"{name}." if name else ""
         if name not in self._containers or not self._last_used.startswith(inside):

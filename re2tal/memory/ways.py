@@ -1,4 +1,4 @@
-"""The ways to train one backbone, which differ in what they keep for the backward pass."""
+"""Ways to train a backbone, which differ in the tensors kept for the backward pass."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,11 +19,11 @@ Prepare = Callable[[nn.Module], object]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Way:
-    """A way to train.
+    """Way to train.
 
     Attributes:
-        title: name in tables and pictures.
-        prepare: change that it makes to a model as its library built it.
+        title: name in tables and figures.
+        prepare: change of a model as its library built it.
     """
 
     title: str
@@ -31,24 +31,24 @@ class Way:
 
 
 def residual_blocks(model: nn.Module) -> list[str]:
-    """Name the residual blocks of a model: those that can be rewired, and their like.
+    """Name the residual blocks of a model, including those that cannot be rewired.
 
-    A block of the same family that changes the shape cannot be rewired, but checkpointed it can be.
+    A block that changes the shape cannot be rewired, but it can be checkpointed.
 
     Args:
-        model: not rewired; it stays as it is.
+        model: not rewired; it is not changed.
     """
     report = rewire(model)
     unwire(model)
     found = [f"{s.container}.{b}".lstrip(".") for s in report.stages for b in s.blocks]
     unknown = branches.dispatch(object)
-    # not by the report of what was left out, which puts modules together
+    # not from the report's list of modules left out, which groups them
     kinds = {name: type(module) for name, module in model.named_modules() if name not in found}
     return found + [n for n, kind in kinds.items() if branches.dispatch(kind) is not unknown]
 
 
 class _Checkpoint:
-    """The ``forward`` of a block whose activations are recomputed; a copy runs its own block."""
+    """Checkpointed ``forward`` of a block; a deepcopy of the model runs the copied block."""
 
     def __init__(self, block: nn.Module) -> None:
         self._block = block
@@ -74,21 +74,21 @@ WAYS: dict[str, Way] = {
     "ours": Way(title="ours", prepare=rewire),
     FLOAT: Way(title=FLOAT, prepare=lambda model: rewire(model, exact=False)),
 }
-"""All ways by name: the model as it is; a checkpoint around each residual block; rewiring as in
-Re2TAL and no more (float streams, branches whole, stems stored); `rewire` as it comes, exact to the
+"""All ways by name: the unchanged model; a checkpoint around each residual block; rewiring as in
+Re2TAL only (float streams, whole branches, stored stems); `rewire` with its defaults, exact to the
 bit; and the same with plain floating-point streams."""
 
 KEEPING = tuple(way for way in WAYS if way != FLOAT)
-"""The ways that differ in memory: on the grid or not, the same bytes are kept."""
+"""Ways that differ in memory; exact and floating-point streams keep the same number of bytes."""
 
 
 def prepare(model: nn.Module, way: str, *, for_gpu: bool = False) -> nn.Module:
-    """Have a model train in one way.
+    """Change a model to train in one way.
 
     Args:
         model: as its library built it; it is changed in place and returned.
         way: key of `WAYS`.
-        for_gpu: rewire to pieces of a GPU's size, wherever the model is.
+        for_gpu: use the piece size of a GPU, whatever the model's device.
     """
     if for_gpu and way == "ours":
         rewire(model, slice_bytes=SMALLEST_PIECE["cuda"])
@@ -99,11 +99,11 @@ def prepare(model: nn.Module, way: str, *, for_gpu: bool = False) -> nn.Module:
 
 @contextmanager
 def prepared(model: nn.Module, change: Prepare) -> Iterator[nn.Module]:
-    """Train in one way inside the block, and leave the model as it was before it.
+    """Change a model inside the block, and restore it afterwards.
 
     Args:
         model: as its library built it.
-        change: `Way.prepare`, or another change that `unwire` takes back.
+        change: `Way.prepare`, or another change that `unwire` undoes.
     """
     change(model)
     try:

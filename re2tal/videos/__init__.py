@@ -1,4 +1,4 @@
-"""Videos: files, time, decoding, and the windows that are cut from them."""
+"""Videos: files, time grids, decoding and windows."""
 
 from re2tal.videos.decoding import VideoError, VideoInfo, decode, probe
 from re2tal.videos.files import find_videos, match_videos

@@ -1,9 +1,9 @@
-"""Augmentation of training clips: in time, before they are decoded; in space, on their device.
+"""Augmentation of training clips: in time, before decoding; in space, on their device.
 
-In time, a window is cut anew at another speed, or backwards, together with its segments. In space,
-there are random resized crop, flip and colour jitter by torchvision's transforms. Their random
-numbers are drawn once a clip and hold for all its frames: a crop that jumped from frame to frame
-would be motion to a network.
+In time, a window and its segments are changed to another speed or reversed. In space, torchvision's
+transforms apply a random resized crop, flip and colour jitter. Their random numbers are drawn once
+per clip and shared by all its frames: a network would take a crop that jumps from frame to frame
+for motion.
 """
 
 import hashlib
@@ -20,8 +20,8 @@ from torchvision.transforms import v2
 from re2tal.annotations import VideoAnnotation
 from re2tal.videos.windows import Window, WindowConfig, at_speed, reversed_window
 
-# Pixels that are transformed at once. The change of hue holds about a hundred bytes for each, so
-# the frames of a clip go through in parts: whatever its length, that takes 100 MiB.
+# Pixels that are transformed at once. The change of hue needs about 100 bytes per pixel, so the
+# frames of a clip are transformed in parts of 100 MiB, whatever the clip's length.
 _PIXELS = 2**20
 
 
@@ -30,23 +30,23 @@ class AugmentationConfig:
     """Random changes of a training clip; by default none.
 
     Attributes:
-        source_size: side in pixels of the square frames that crops are taken from, best a little
-            larger than what the network sees; None for that size itself. Without crops it has no
+        source_size: side in pixels of the square frames from which crops are taken, best slightly
+            larger than the network's input; None for the size of the input. Without crops it has no
             effect.
-        crop_area: smallest and largest share of a frame's area that a crop has; None does not crop.
+        crop_area: smallest and largest area of a crop as a share of the frame's; None for no crop.
         crop_aspect: smallest and largest width of a crop as a multiple of its height, before it is
             resized to a square.
         flip: probability that a clip is mirrored, left to right. Leave it 0 where the direction of
-            a movement or written text tells classes apart.
-        brightness: largest change of the brightness, as a share of it.
-        contrast: largest change of the contrast of each frame, as a share of it.
-        saturation: largest change of the saturation, as a share of it.
-        hue: largest turn of the hue, in turns of the colour circle, at most 0.5.
-        speed: slowest and fastest speed at which the actions of a clip are shown, drawn anew for
-            each: at 0.5 a clip spans half as many seconds, and its actions last twice as many
-            frames. None shows them as they are. Classes that only differ in their speed need that.
-        reverse: probability that a clip runs backwards. Leave it 0 where the order of a movement
-            tells classes apart, as opening and closing.
+            a movement, or written text, distinguishes classes.
+        brightness: greatest relative change of the brightness.
+        contrast: greatest relative change of the contrast of each frame.
+        saturation: greatest relative change of the saturation.
+        hue: greatest rotation of the hue, in turns of the colour circle, at most 0.5.
+        speed: slowest and fastest speed of a clip, drawn for each clip: at 0.5 a clip spans half as
+            many seconds, and its actions last twice as many frames. None keeps the speed, as is
+            necessary for classes that differ only in speed.
+        reverse: probability that a clip runs backwards. Leave it 0 where the direction of time
+            distinguishes classes, such as opening and closing.
 
     Raises:
         ValueError: a field is out of its range.
@@ -93,23 +93,26 @@ class AugmentationConfig:
                 )
 
     def decoded_size(self, size: int) -> int:
-        """Side in pixels of the square frames to decode for a network that sees `size` pixels."""
+        """Side in pixels of the square frames to decode for a network input of `size` pixels."""
         return size if self.crop_area is None else self.source_size or size
 
     @property
     def in_time(self) -> "AugmentationConfig":
-        """Those of the changes that need no frames, only times."""
+        """Changes in time alone, which need no frames."""
         return AugmentationConfig(speed=self.speed, reverse=self.reverse)
 
     def densest(self, fps: float | None) -> float | None:
-        """Largest number of frames a second that is sampled, where `fps` is that of the windows."""
+        """Greatest number of frames per second that is sampled; `fps` is that of the windows."""
         return fps if fps is None or self.speed is None else fps / self.speed[0]
 
     def tempo(self, random: np.random.Generator) -> "Tempo":
-        """Draw the changes of a clip in time: three numbers, whatever is switched on."""
+        """Draw the changes of a clip in time.
+
+        Always three random numbers, so that settings do not shift the generator's sequence.
+        """
         slowest, fastest = self.speed or (1.0, 1.0)
         power, share, turn = random.uniform(size=3).tolist()
-        speed = slowest * math.exp(power * math.log(fastest / slowest))
+        speed = slowest * math.exp(power * math.log(fastest / slowest))  # log-uniform
         return Tempo(speed=speed, share=share, backwards=turn < self.reverse)
 
     def transforms(self, size: int) -> list[v2.Transform]:
@@ -120,7 +123,7 @@ class AugmentationConfig:
         if self.flip:
             chosen.append(v2.RandomHorizontalFlip(self.flip))
         if self.brightness or self.contrast or self.saturation or self.hue:
-            chosen.append(v2.Lambda(Tensor.contiguous))  # colours by planes: a fifth less time
+            chosen.append(v2.Lambda(Tensor.contiguous))  # planes of colours: 20 % faster
             chosen.append(v2.ColorJitter(self.brightness, self.contrast, self.saturation, self.hue))
         return chosen
 
@@ -130,9 +133,9 @@ class Tempo:
     """Changes of a clip in time.
 
     Attributes:
-        speed: factor on the speed at which its actions are shown.
+        speed: factor of the speed of its actions.
         share: place of the new window in the old one, or of the old one in the new; see `at_speed`.
-        backwards: it runs backwards.
+        backwards: true if the clip runs backwards.
     """
 
     speed: float
@@ -149,12 +152,12 @@ class Tempo:
 
 
 def clip_seed(window: Window, *, seed: int, epoch: int) -> int:
-    """Hash of 32 bits that seeds `augment` for a window, the same on every worker.
+    """Compute a 32-bit seed of `augment` for a window, the same on every worker.
 
     Args:
         window: window that the clip shows.
         seed: seed of the run.
-        epoch: epoch from 0; another epoch gives another number.
+        epoch: epoch from 0; each epoch gives another seed.
     """
     place = f"{seed} {epoch} {window.video_id} {float(window.grid.offset).hex()} {window.valid}"
     return int.from_bytes(hashlib.sha256(place.encode()).digest()[:4], "big")
@@ -162,7 +165,7 @@ def clip_seed(window: Window, *, seed: int, epoch: int) -> int:
 
 @contextmanager
 def _drawing_from(seed: int) -> Iterator[None]:
-    """Let code that uses PyTorch's CPU generator, as torchvision does, draw from a seed."""
+    """Seed PyTorch's CPU generator, which torchvision uses, and restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed, which would seed the generators of all devices as well
         torch.default_generator.manual_seed(seed)
@@ -172,17 +175,17 @@ def _drawing_from(seed: int) -> Iterator[None]:
 def augment(
     frames: Tensor, config: AugmentationConfig, *, size: int, seeds: Sequence[int]
 ) -> Tensor:
-    """Transform clips, each in its own way and all its frames in the same.
+    """Transform clips at random, with the same transform for all frames of a clip.
 
-    A clip's result depends on its frames, the configuration and its seed, not on the others in the
-    batch; the global generators stay as they were. Black frames, such as padding, stay black.
-    Beside the result it needs about 100 MiB, however long the clips are.
+    A clip's result depends on its frames, the configuration and its seed, not on other clips of the
+    batch. The global generators are not changed. Black frames, such as padding, stay black. Beside
+    the result, about 100 MiB of memory are needed, whatever the length of the clips.
 
     Args:
         frames: uint8 `(B, T, H, W, 3)` on any device.
         config: permitted changes. Without crops, H and W must be `size`.
         size: side of the result in pixels.
-        seeds: one number a clip, such as from `clip_seed`.
+        seeds: one seed per clip, such as from `clip_seed`.
 
     Returns:
         uint8 `(B, T, size, size, 3)` on the same device; `frames` itself if nothing may change.
@@ -204,7 +207,7 @@ def augment(
     result = frames.new_empty(batch, length, size, size, 3)
     for clip, out, seed in zip(frames, result, seeds, strict=True):
         for source, target in zip(clip.split(part), out.split(part), strict=True):
-            with _drawing_from(seed):  # anew for each part: the same draws
+            with _drawing_from(seed):  # again for each part, so that all parts get the same draws
                 target.copy_(transform(source.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
     return result
 
@@ -215,6 +218,6 @@ def _shape(frames: Tensor, seeds: Sequence[int]) -> tuple[int, int, int, int]:
             f"Frames must be uint8 (B, T, H, W, 3), but got {frames.dtype} {tuple(frames.shape)}."
         )
     if len(seeds) != len(frames):
-        raise ValueError(f"{len(frames)} clips need as many seeds, but got {len(seeds)}.")
+        raise ValueError(f"{len(frames)} clips need one seed each, but got {len(seeds)}.")
     batch, length, height, width, _ = frames.shape
     return batch, length, height, width

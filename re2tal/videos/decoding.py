@@ -29,8 +29,8 @@ class PartlyDecoded:
 
     Attributes:
         frames: RGB, uint8 of shape (T, H, W, 3); black where `intact` is false.
-        intact: bool of shape (T,), true for frames that show the video; at least one is.
-        reasons: reasons why the others do not, one sentence each, without repetitions.
+        intact: bool of shape (T,), true for frames that show the video; at least one is true.
+        reasons: the different reasons of the other frames, one sentence each.
     """
 
     frames: np.ndarray
@@ -49,32 +49,33 @@ def decode(
 ) -> np.ndarray:
     """Decode the frames that a video shows at given times.
 
-    The frame shown at a time is the last one presented by then, by its time stamp and counting
-    from the first frame of the video: variable frame rates need no care. It is the same whichever
-    other times are asked for. Only the stretch between the key frame before a time and the time is
-    decoded, and only frames that are asked for are converted. Memory goes with their number.
-    Interlaced frames are given as they are, both fields woven into one.
+    The frame at a time is the last one whose time stamp is not later; times count from the first
+    frame of the video. This also holds for variable frame rates, and does not depend on the other
+    times of the call. Only the part from the key frame before a time to that time is decoded, and
+    only requested frames are converted. Memory grows with their number. Interlaced frames are
+    returned with both fields woven into one.
 
-    A time up to a frame before the start gives the first frame, one up to a second (`reader.TAIL`)
-    after the end the last, unless the file was cut off.
+    A time up to one frame before the start gives the first frame. A time up to one second
+    (`reader.TAIL`) after the end gives the last frame, unless the file was cut off.
 
     Args:
         source: path, content, or open binary file of the video.
         times: seconds, of shape (T,), in any order.
-        size: short side in pixels to which frames are scaled, keeping the aspect (the long
-            side is rounded to an even number); None keeps their size.
+        size: short side of the result in pixels; the aspect is kept, with the long side rounded to
+            an even number. None keeps the size.
         threads: decoding threads; more than one helps with large pictures only.
         limits: limits of the cost; None for the default ones.
-        like: width and height of the video from which this one was scaled down, if it was; frames
-            get the shape, and to a part of a pixel the position, of that video's frames.
+        like: width and height of the original, if this video was scaled down from another; the
+            result then has the shape, and up to a fraction of a pixel the positions, of frames
+            decoded from the original.
 
     Returns:
-        RGB frames, uint8 of shape (T, H, W, 3), contiguous, as the rotation metadata turn them.
+        RGB frames, uint8 of shape (T, H, W, 3), contiguous, rotated as the metadata require.
 
     Raises:
         ValueError: `times` is empty or has entries that are not finite.
         FrameError: the video is damaged at one of the times, or shows nothing then.
-        VideoError: the file is no video, no frame can be decoded, or it is over the limits.
+        VideoError: the file is not a video, no frame can be decoded, or it exceeds the limits.
     """
     return _decode(source, times, size, threads, limits or Limits(), None, like)
 
@@ -88,11 +89,11 @@ def decode_intact(
     limits: Limits | None = None,
     like: tuple[int, int] | None = None,
 ) -> PartlyDecoded:
-    """Decode as `decode` does, but goes on where the video is damaged or shows nothing.
+    """Decode like `decode`, but continue where the video is damaged or shows nothing.
 
     Raises:
         ValueError: `times` is empty or has entries that are not finite.
-        VideoError: no frame is intact, the file is no video, or it is over the limits.
+        VideoError: no frame is intact, the file is not a video, or it exceeds the limits.
     """
     faults: dict[int, FrameError] = {}
     frames = _decode(source, times, size, threads, limits or Limits(), faults, like)
@@ -112,12 +113,12 @@ def _decode(
     faults: dict[int, FrameError] | None,
     like: tuple[int, int] | None,
 ) -> np.ndarray:
-    """Decode frames; notes places without one in `faults`, or raises the first if that is None."""
+    """Decode frames; record errors by place in `faults`, or raise the first if that is None."""
     times = np.asarray(times, dtype=np.float64)
     if times.ndim != 1 or not times.size or not np.isfinite(times).all():
         raise ValueError(f"decode needs a list of finite times, not one of shape {times.shape}.")
     out: np.ndarray | None = None
-    order = np.argsort(times, kind="stable")
+    order = np.argsort(times, kind="stable")  # the reader only moves forward
     in_order = times[order].tolist()
     with VideoReader(source, threads=threads, limits=limits, times=in_order) as reader:
         converter = Converter(size, like=like)
@@ -137,8 +138,8 @@ def _decode(
                 limits.check_result(reader.name, len(times), *shape[:2])
                 out = np.empty((len(times), *shape), np.uint8)
             elif shape != out.shape[1:]:
-                raise VideoError(reader.name, "turns on its side in the middle")
-            if frame is last:
+                raise VideoError(reader.name, "its frames change orientation in the middle")
+            if frame is last:  # several times show one frame, which is converted once
                 out[place] = out[last_place]
             else:
                 converter(frame, out[place])

@@ -1,9 +1,9 @@
 """Precomputed features, interpolated at the times of a window's feature grid.
 
 A `TimeGrid` describes the positions of features in a video: feature `j` belongs to the middle of
-its span, second `offset + (j + 0.5) * stride / fps`. Features of clips of `frames` frames, `stride`
-frames apart, lie on such a grid too (`clip_grid`), and so do those of a video that was resampled to
-a fixed number (`resampled_grid`).
+its span, second `offset + (j + 0.5) * stride / fps`. Features of clips of `frames` frames at
+distances of `stride` frames lie on such a grid (`clip_grid`), and so do features of a video that
+were resampled to a fixed number (`resampled_grid`).
 """
 
 import numpy as np
@@ -11,14 +11,14 @@ import numpy as np
 from re2tal.videos.timegrid import TimeGrid
 from re2tal.videos.windows import Window
 
-# Share of a feature: places nearer to a feature than this count as its own, and get it unchanged.
+# Positions this close to a feature, in features, get the feature without interpolation.
 _ROUNDING = 1e-3
 
 
 def clip_grid(*, fps: float, stride: int, frames: int, length: int) -> TimeGrid:
-    """Grid of the features of clips, each in the middle of its clip.
+    """Make the grid of features of clips; each feature sits in the middle of its clip.
 
-    ActionFormer describes its features so: `feat_stride`, `num_frames`, `default_fps`.
+    ActionFormer describes its features this way: `feat_stride`, `num_frames`, `default_fps`.
 
     Args:
         fps: frames per second of the clips.
@@ -36,24 +36,24 @@ def clip_grid(*, fps: float, stride: int, frames: int, length: int) -> TimeGrid:
 
 
 def resampled_grid(*, duration: float, length: int) -> TimeGrid:
-    """Grid of `length` features that together span a video of `duration` s, as for ActivityNet.
+    """Make a grid of `length` features that span a video of `duration` s, as for ActivityNet.
 
     Raises:
         ValueError: an argument is not positive.
     """
     if not duration > 0:
-        raise ValueError(f"A video lasts longer than {duration} seconds.")
+        raise ValueError(f"A video lasts longer than {duration} seconds: its duration is wrong.")
     return TimeGrid(fps=length / duration, stride=1, length=length)
 
 
 def window_features(features: np.ndarray, grid: TimeGrid, window: Window) -> np.ndarray:
     """Interpolate the features of a window from those of its video.
 
-    Where the window's features fall on those of the video, they are equal to them. Elsewhere they
-    are interpolated linearly between the two neighbours; before the first and after the last one,
-    that one is repeated. It is what `torch.nn.functional.interpolate` does ("linear", no aligned
-    corners), with which ActionFormer and VSGN resample features. Padding, and the gap of a stitched
-    window, are zero; its copy is interpolated more densely, as in VSGN.
+    A window's feature at the position of a video's feature equals it. Elsewhere it is interpolated
+    linearly between its two neighbours; before the first and after the last feature, that feature
+    is repeated. This equals `torch.nn.functional.interpolate` ("linear", no aligned corners), with
+    which ActionFormer and VSGN resample features. Padding and the gap of a stitched window are
+    zero; the copy is interpolated more densely, as in VSGN.
 
     Args:
         features: features of the video, of shape (T, C), of any floating type.
@@ -74,6 +74,7 @@ def window_features(features: np.ndarray, grid: TimeGrid, window: Window) -> np.
     shown: np.ndarray = window.mask().reshape(-1, window.grid.stride).max(axis=1)
     places = grid.to_features(feature_times(window)[shown])
     nearest = np.round(places)
+    # rounding errors of times must not blend two features
     places = np.where(np.abs(places - nearest) < _ROUNDING, nearest, places)
     places = places.clip(0, len(features) - 1)
     before = np.floor(places).astype(np.int64)
@@ -85,10 +86,10 @@ def window_features(features: np.ndarray, grid: TimeGrid, window: Window) -> np.
 
 
 def feature_times(window: Window) -> np.ndarray:
-    """Seconds of the video to which a window's features belong, float64 of shape (T',).
+    """Compute the seconds of the video to which a window's features belong, float64 (T',).
 
-    In the copy of a stitched window these are the times that it magnifies. In a window that runs
-    backwards they fall.
+    In the copy of a stitched window these are the times that it magnifies. In a reversed window
+    they decrease.
     """
     places: np.ndarray = np.arange(window.grid.num_features)
     if window.backwards:

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from re2tal.annotations import Annotations, normal_form
 
-# In order of preference where a video is there in several formats, and in small letters.
+# In lower case, in order of preference if a video exists in several formats.
 EXTENSIONS = (
     *(".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts", ".m2ts", ".mts", ".mpg", ".mpeg"),
     *(".vob", ".flv", ".f4v", ".wmv", ".asf", ".3gp", ".3g2", ".ogv", ".ivf"),
@@ -17,7 +17,7 @@ _File = TypeVar("_File")
 
 
 def is_video(name: str) -> bool:
-    """Tell if a file has the ending of a video, in small or capital letters."""
+    """Tell if a file has a video's extension, in lower or upper case."""
     return PurePosixPath(name).suffix.lower() in EXTENSIONS
 
 
@@ -28,15 +28,15 @@ def list_videos(files: Mapping[str, _File]) -> tuple[dict[str, _File], dict[str,
         files: files of the folder: name -> path, URI or anything else that stands for the file.
 
     Returns:
-        Video id, which is the file's name without its ending, -> its file; and name -> reason for
-        the files that are passed over.
+        Video id (the file's name without its extension) -> its file; and name -> reason, for the
+        ignored files.
     """
     found: dict[str, str] = {}
     passed: dict[str, str] = {}
     for name in sorted(files, key=_preference):
         video_id = normal_form(Path(name).stem)
         if not is_video(name):
-            passed[name] = "has no ending of a video"
+            passed[name] = "does not have a video's extension"
         elif video_id in found:
             passed[name] = f"{found[video_id]} has the same name and comes first"
         else:
@@ -45,7 +45,7 @@ def list_videos(files: Mapping[str, _File]) -> tuple[dict[str, _File], dict[str,
 
 
 def _preference(name: str) -> tuple[int, str]:
-    """Place of a file among those of one name."""
+    """Return the sort key of a file among files of one name."""
     ending = PurePosixPath(name).suffix.lower()
     return EXTENSIONS.index(ending) if ending in EXTENSIONS else len(EXTENSIONS), name
 
@@ -55,16 +55,16 @@ def match_videos(
 ) -> tuple[dict[str, _File], dict[str, str]]:
     """Find the file of every video among those of a folder, local or remote.
 
-    The file of the video `x` is named `x` or, as in ActivityNet, `v_x`, with one of `EXTENSIONS` in
-    small or capital letters. Ids are compared with names and never joined to a path, so that none
-    can point outside the folder.
+    The file of video `x` is named `x` or, as in ActivityNet, `v_x`, with one of `EXTENSIONS` in
+    lower or upper case. Ids are compared with names and never joined to a path, so no id can point
+    outside the folder.
 
     Args:
         video_ids: ids of the videos to find.
         files: files of the folder: name -> path, URI or anything else that stands for the file.
 
     Returns:
-        Video id -> its file; and, for the others, video id -> reason why it has none.
+        Video id -> its file; and, for videos without a file, video id -> reason.
     """
     known = {_parts(name): files[name] for name in sorted(files)}
     found: dict[str, _File] = {}
@@ -74,14 +74,14 @@ def match_videos(
         names = [(named, ext) for named in (stem, f"v_{stem}") for ext in EXTENSIONS]
         name = next((name for name in names if name in known), None)
         if name is None:
-            missing[video_id] = f"there is no file {video_id} with the ending of a video"
+            missing[video_id] = f"there is no file {video_id} with a video's extension"
         else:
             found[video_id] = known[name]
     return found, missing
 
 
 def _parts(name: str) -> tuple[str, str]:
-    """Name of a file in the form for comparison, and its ending."""
+    """Return the normal form of a file's name, for comparison, and its extension."""
     path = PurePosixPath(name)
     return normal_form(path.stem), path.suffix.lower()
 
@@ -95,10 +95,10 @@ def find_videos(
 
     Args:
         annotations: annotations of the videos to find.
-        folder: folder of the files. A link in it that leads outside it is not followed.
+        folder: folder of the files. Links that lead outside the folder are not followed.
 
     Returns:
-        Video id -> resolved path of its file; and, for the others, video id -> reason.
+        Video id -> resolved path of its file; and, for videos without one, video id -> reason.
 
     Raises:
         FileNotFoundError: the folder does not exist.
@@ -118,7 +118,7 @@ def find_videos(
         if not target.is_relative_to(root):
             missing[video_id] = (
                 f"{entry} is a link that leads outside the video folder, to {target}; "
-                "give the folder in which the files really are"
+                "give the folder that really contains the files"
             )
         elif not target.is_file():
             missing[video_id] = f"{entry} is not a file, or a link that leads nowhere"

@@ -1,4 +1,4 @@
-"""Queue of the frames that come out of a decoder, with the reach of damage among them."""
+"""Queue of decoded frames in presentation order, which tracks the extent of damage."""
 
 from __future__ import annotations  # PyAV's Packet takes its parameter in stubs only
 
@@ -24,58 +24,59 @@ from re2tal.videos.packets import (
     is_unreferenced,
 )
 
-# Unreadable packets in a row after which reading of a file ends.
+# Number of consecutive unreadable packets that ends the reading of a file.
 _MOST_UNREADABLE = 100
 
-# Packets decoded beyond a frame to see whether the frames it refers to are intact: as many as a
-# frame of H.264 or HEVC can refer to.
+# Packets decoded after a frame to see whether its reference frames are intact: the greatest number
+# of reference frames in H.264 and HEVC.
 _MOST_AHEAD = 16
 
-# Codecs in which every packet gives a frame, unless it is interlaced. Others also have packets for
-# frames that are never shown.
+# Codecs in which every packet gives a frame, unless the video is interlaced. Other codecs also have
+# packets of frames that are never shown.
 _ONE_FRAME_A_PACKET = frozenset({"h264", "hevc"})
 
-# Decoders that make up a grey picture where the frame is missing to which the first one refers. The
-# others give nothing until they have all that a frame refers to, or an error.
+# Decoders that invent a grey picture if the reference of the first frame is missing. Other decoders
+# give nothing, or an error, until they have all references of a frame.
 _MAKE_UP = frozenset(
     {"mpeg4", "msmpeg4", "msmpeg4v1", "msmpeg4v2", "wmv1", "wmv2", "wmv3", "vc1", "flv"}
     | {"h261", "h263", "h263i", "h263p", "mpeg1video", "mpeg2video", "rv10", "rv20", "rv30", "rv40"}
 )
 
-# Formats without any times (the parser of MPEG-1 and 2 guesses some): packets are counted.
+# Formats without time stamps (the parser of MPEG-1 and 2 guesses some): packets are counted.
 _UNTIMED = frozenset({"h264", "hevc", "mpegvideo"})
 
-# Packets at the start of a file in which frames that are not in the order of their times must show.
+# Number of packets at the start of a file within which a wrong order of frame times must show.
 _MOST_CHECKED = 64
 
-# Name and version that DivX and Xvid write into streams with a B-frame and another one in a packet.
+# Name and version in streams of DivX and Xvid whose packets hold a B-frame and another frame.
 _PACKED = re.compile(rb"DivX\d+(?:b|Build)\d+p")
 
-# FFmpeg's names for the order of fields: unknown and progressive.
+# FFmpeg's field orders "unknown" and "progressive".
 _NO_FIELDS = frozenset({0, 1})
 
-# Packets by which frames of AVI may come out late: they have the time of the last packet.
+# Packets by which frames of AVI may come out late; they then have the time of the latest packet.
 _DELAY = 4
 
-# Packets by which the one marked as corrupt may come before the one that is. Parsers of transport
-# streams mark the packet that they finish when they meet the damage.
+# Packets by which the marked packet may precede the corrupt one: parsers of transport streams mark
+# the packet that they finish when they meet the damage.
 _LATE = 2
 
 
 def lacks_times(container: InputContainer, stream: VideoStream) -> bool:
-    """Tell if the times of presentation that FFmpeg gives to packets mean nothing.
+    """Tell if FFmpeg's presentation times of the packets are meaningless.
 
-    A raw stream holds no times, and AVI only those of decoding. FFmpeg knows the order of frames of
-    older codecs, but not of H.264 and HEVC.
+    A raw stream holds no times, and AVI only decoding times. From these, FFmpeg can derive the
+    order of frames of older codecs, but not of H.264 and HEVC.
     """
     name = container.format.name
     return name in _UNTIMED or (name == "avi" and stream.codec_context.name in _ONE_FRAME_A_PACKET)
 
 
 class Shown(NamedTuple):
-    """Frame, time of its presentation (ticks), and place of its packet in decoding order.
+    """Frame, its presentation time (ticks), and the number of its packet in decoding order.
 
-    In the decoder's order, the place is that of the packet with which the frame came out.
+    If frames are shown in the decoder's order, the number is that of the packet with which the
+    frame came out.
     """
 
     frame: VideoFrame
@@ -85,9 +86,9 @@ class Shown(NamedTuple):
 
 @dataclass(slots=True)
 class _Damage:
-    """Packets from `first` on, in decoding order, up to the key frame presented at `restored`.
+    """Damage from packet `first` on, in decoding order, up to the key frame shown at `restored`.
 
-    `lost` is set if packets with unknown times are missing.
+    `lost` is true if packets with unknown times are missing.
     """
 
     first: int
@@ -98,27 +99,27 @@ class _Damage:
 class FrameQueue:
     """Frames of a stream in presentation order, from the current position of its file.
 
-    Packets that cannot be read or decoded do not end it. They are remembered, because frames that
-    refer to them come out of the decoder as if nothing were wrong: patched up, or as repeats. All
-    frames decoded after them count as damaged, up to those shown from the next key frame on.
+    The queue continues after packets that cannot be read or decoded, but records them: the decoder
+    outputs frames that refer to them without an error, concealed or as repeats. All frames decoded
+    after such a packet count as damaged, up to the next key frame.
 
     Args:
         name: name of the video in errors.
         container: open file.
-        stream: stream of pictures in it.
+        stream: its video stream.
         deadline: time limit of all reading and decoding.
         targets: times at which frames are wanted, rising, as time stamps of the stream; None if
-            unknown. Frames that are shown at none of them may be left out.
-        ordered: whether frames are shown in the order in which the decoder gives them, each at the
-            time of decoding of the packet with which it comes out, as their own times are wrong.
-        is_cut: function that tells if the file ends in the midst of something.
+            unknown. Frames that are shown at none of these times may be skipped.
+        ordered: show frames in the decoder's order, each at the decoding time of the packet with
+            which it comes out, because their own times are wrong.
+        is_cut: function that tells if the file ends inside a packet, box or chunk.
     """
 
     reason: str  # the decoder's message on the first damage
-    first_is_late: bool  # whether the first frame came out at the end of the file, with no packet
-    delay: int  # packets by which frames may come out after their own, with a later one's time
-    ended: bool  # whether the last packet was decoded
-    shifted: bool  # whether times are wrong until the next seek
+    first_is_late: bool  # true if the first frame came out after all packets, at the file's end
+    delay: int  # packets by which a frame may come out late, with the time of a later packet
+    ended: bool  # true once the last packet was decoded
+    shifted: bool  # true if times are wrong until the next seek
 
     def __init__(
         self,
@@ -142,39 +143,39 @@ class FrameQueue:
         self._missing = MissingPackets(container, stream)
         self._packets = self._demux()
         self._ready: deque[Shown] = deque()
-        self._sent = 0  # packets
-        self._suspect_until = 0  # number of a packet
+        self._sent = 0  # number of packets sent to the decoder
+        self._suspect_until = 0  # packets up to this number may be corrupt
         self._key = 0  # number of the last key packet
-        self._numbers: dict[int, int] = {}  # of packets sent, by time, without those passed
-        # the same by what identifies a packet, if that is not its time, without those whose frames
-        # are out
+        self._numbers: dict[int, int] = {}  # time -> number, of sent packets not yet passed
+        # in the decoder's order: presentation time -> number, of packets whose frame is not out yet
         self._owners: dict[int, int] = {}
         decoder = stream.codec_context
         self._makes_up = decoder.name in _MAKE_UP
         self._accounts = decoder.name in _ONE_FRAME_A_PACKET and decoder.field_order in _NO_FIELDS
-        self._expected: dict[int, int] = {}  # as `_numbers`, of packets that still owe a frame
+        self._expected: dict[int, int] = {}  # as `_numbers`, of packets without a frame so far
         self.delay = _DELAY if container.format.name == "avi" and not ordered else 0
         self._latest: int | None = None  # time of the frame that came out last
         self._damages: list[_Damage] = []
-        self._counted = 0 if container.format.name in _UNTIMED else None  # ticks of packets
+        # time of the next packet, where times are counted from packets
+        self._counted = 0 if container.format.name in _UNTIMED else None
 
     @property
     def position(self) -> Shown | None:
-        """Next frame, if it is decoded already."""
+        """Next frame, if it is already decoded."""
         return self._ready[0] if self._ready else None
 
     @property
     def last(self) -> Shown | None:
-        """Last of the frames that are decoded already and not yet dropped."""
+        """Last frame that is decoded and not yet dropped."""
         return self._ready[-1] if self._ready else None
 
     @property
     def is_at_key(self) -> bool:
-        """Tell if the first frame, which is decoded, needs none before it and has a true time."""
+        """Tell if the first decoded frame needs no earlier frame and has a reliable time."""
         return not self.first_is_late and not (self._damages and self._damages[0].first == 0)
 
     def peek(self) -> Shown | None:
-        """Next frame, which stays in the queue; None at the end of the video.
+        """Return the next frame without removing it; None at the end of the video.
 
         Raises:
             VideoError: the file cannot be read, or the deadline has passed.
@@ -185,9 +186,9 @@ class FrameQueue:
         return self._ready[0]
 
     def pop(self) -> None:
-        """Drop the next frame."""
+        """Remove the next frame."""
         time = self._ready.popleft().time
-        if len(self._numbers) > _MOST_AHEAD:
+        if len(self._numbers) > _MOST_AHEAD:  # prune now and then, so that memory is bounded
             self._numbers = {at: number for at, number in self._numbers.items() if at >= time}
             oldest = self._sent - 2 * _MOST_AHEAD - self._stream.thread_count
             self._owners = {at: number for at, number in self._owners.items() if number > oldest}
@@ -195,10 +196,10 @@ class FrameQueue:
             self._damages = [d for d in self._damages if d.restored is None or d.restored > time]
 
     def may_hide_reordering(self) -> bool:
-        """Tell if the decoder reorders frames and the times of the next packets know nothing of it.
+        """Tell if the decoder reorders frames although the next packets' times do not go back.
 
-        No packet is taken from the queue. Almost always the third or fourth one has an earlier time
-        than the one before.
+        No packet is consumed. In an intact file, almost always the third or fourth packet has an
+        earlier time than the previous one.
         """
         if not self._stream.codec_context.has_b_frames:
             return False
@@ -211,10 +212,10 @@ class FrameQueue:
         return True
 
     def reorders(self) -> bool:
-        """Decode the next packets, and tell if frames come out in another order than their times'.
+        """Decode the next packets, and tell if frames come out in an order that is not by time.
 
-        MPEG-4 also says itself that its packets may hold two frames, though the first of them may
-        come much later. The queue must not be used after that.
+        MPEG-4 also declares packets that may hold two frames, although the first such packet may
+        come much later. The queue must not be used after this call.
         """
         if self._stream.codec_context.name == "mpeg4":
             packets = [p for p in self._buffer.peek(_MOST_CHECKED) if p.stream is self._stream]
@@ -232,20 +233,21 @@ class FrameQueue:
         return False
 
     def packets(self) -> Iterator[Packet[VideoStream]]:
-        """Packets that come next, undecoded."""
+        """Yield the following packets without decoding them."""
         while (packet := self._next_packet()) is not None:
             self._deadline.check()
             if packet.size:
                 yield packet
 
     def is_damaged(self, shown: Shown, target: int) -> bool:
-        """Tell if damage has reached a frame, or lost another one between it and a time.
+        """Tell if a frame is damaged, or if a frame between it and a time was lost.
 
         Args:
-            shown: the frame dropped last, or the next one if there is none before it.
+            shown: the frame removed last, or the next frame if none was removed.
             target: time in ticks, before the next frame.
         """
         self._look_ahead(shown, target)
+        # With lost packets of unknown times, a frame may have been due between the two.
         overdue = shown.time + (shown.frame.duration or 0) <= target
         for damage in self._damages:
             if damage.restored is not None and damage.restored <= shown.time:
@@ -256,18 +258,19 @@ class FrameQueue:
         return False
 
     def _look_ahead(self, shown: Shown, target: int) -> None:
-        """Decode until every frame is out that was decoded before a frame but is shown later.
+        """Decode until all frames are out that are decoded before a frame but shown after it.
 
-        Also decode a frame more if packets before the target have given none, as times that go back
-        show only with the frame after the next one.
+        If packets before the target have given no frame, decode one more frame: times that go back
+        become visible only with the frame after the next one.
         """
         if self._ordered:
-            oldest = shown.number - _MOST_AHEAD
+            oldest = shown.number - _MOST_AHEAD  # older packets give no frame any more
             while any(oldest < number <= shown.number for number in self._owners.values()):
                 oldest = self._sent - _MOST_AHEAD - self._stream.thread_count
                 if not self._feed():
                     break
             return
+        # Times of frames that are decoded before this one and shown after it: it may refer to them.
         leans_on = [t for t, n in self._numbers.items() if t > shown.time and n < shown.number]
         last = max(leans_on, default=shown.time)
         for _ in range(_MOST_AHEAD):
@@ -282,7 +285,7 @@ class FrameQueue:
             self._feed()
 
     def _feed(self) -> bool:
-        """Decode one more packet; False if there is none."""
+        """Decode one more packet; return False if there is none."""
         self._deadline.check()
         packet = self._next_packet()
         if packet is None:
@@ -290,11 +293,11 @@ class FrameQueue:
             return False
         if not packet.size and packet.dts is None:
             self._end()
-        # AVI has no presentation times; its frames are stored in the order in which they are shown
+        # AVI has no presentation times; its frames are stored in presentation order
         by_order = self._ordered or self.delay
         time = packet.dts if packet.pts is None or by_order else packet.pts
         if not packet.size and time is not None:
-            return True  # an omitted frame, as in AVI; FFmpeg would take it for the end
+            return True  # an omitted frame, as in AVI; FFmpeg would treat it as the end
         self._sent += 1
         if time is not None:
             self._numbers[time] = self._sent
@@ -321,16 +324,16 @@ class FrameQueue:
         return True
 
     def _end(self) -> None:
-        """Notice that the packets before were the last ones, and whether they are whole."""
+        """Mark the end of the packets, and record damage if the last one is truncated."""
         self.ended = True
-        # FFmpeg learns where a packet of a transport stream ends from the one that follows, as it
-        # does when a frame is shown where the order of packets tells
+        # In a transport stream, FFmpeg finds the end of a packet only by the next one; in AVI and
+        # in the decoder's order, the next packet also tells when a frame is shown.
         name = self._container.format.name
         if (self._ordered or name in {"avi", "mpegts"}) and self._is_cut():
             self._add_damage(self._sent, "the file was cut off", lost=True)
 
     def _demux(self) -> Iterator[Packet[Any]]:
-        """Packets from the current position of the file."""
+        """Return the iterator of packets from the current position of the file."""
         self._buffer = PacketBuffer(
             self._container.demux()
             if self._missing.needs_all_streams
@@ -341,7 +344,7 @@ class FrameQueue:
         return FrameSkipper(self._buffer, self._stream, self._targets)
 
     def _next_packet(self) -> Packet[Any] | None:
-        """Next readable packet of the stream; None if there are no more."""
+        """Return the next readable packet of the stream; None if there are no more."""
         unreadable = 0
         while unreadable < _MOST_UNREADABLE:
             try:
@@ -355,7 +358,8 @@ class FrameQueue:
                 self._packets = self._demux()
                 continue
             except IndexError:
-                # PyAV ends so, without emptying decoders, if streams appeared after opening
+                # PyAV ends this way if streams appeared after opening, without the empty packet
+                # that flushes the decoder.
                 packet = Packet()
                 packet.stream = self._stream
                 self._packets = iter(())
@@ -374,13 +378,13 @@ class FrameQueue:
         self._add_damage(self._sent, reason, lost=True)
 
     def _add(self, frame: VideoFrame) -> None:
-        """Take a frame from the decoder."""
+        """Add a frame from the decoder to the queue."""
         time = frame.dts if frame.pts is None or self._ordered else frame.pts
-        if time is None:  # it comes at the end of the file, when no packet is left
+        if time is None:  # the frame came out at the end of the file, after the last packet
             self.first_is_late |= self._latest is None
             time = 0 if self._latest is None else self._latest + self.step
         self._account(time)
-        number = own = self._numbers.get(time)
+        number = own = self._numbers.get(time)  # of the frame's packet
         if self._ordered:
             own = None if frame.pts is None else self._owners.pop(frame.pts, None)
         shown = Shown(frame, time, self._sent if number is None else number)
@@ -390,39 +394,40 @@ class FrameQueue:
             self._add_damage(shown.number, "the times of its frames go back", lost=True)
         self._latest = time
         if frame.is_corrupt:
-            self._add_damage(shown.number - _MOST_AHEAD if own is None else own, "is patched up")
+            self._add_damage(shown.number - _MOST_AHEAD if own is None else own, "it has errors")
         elif frame.key_frame and own is not None and self._counted is None:
-            # where packets are counted, those that damage has joined would be missing from then on
+            # An intact key frame ends the damage. Not where packets are counted: damage may have
+            # merged packets, so all later times may be wrong.
             for damage in self._damages:
                 if damage.restored is None and damage.first < own - self.delay:
                     damage.restored = time
         self._ready.append(shown)
 
     def _is_skipped(self, packet: Packet[Any]) -> bool:
-        """Tell if the decoder skips a packet: no frame refers to it and none is wanted."""
+        """Tell if the decoder skips a packet: its frame is neither wanted nor a reference."""
         if self._targets is None or self._stream.codec_context.skip_frame == "DEFAULT":
             return False
         return is_unreferenced(self._stream, bytes(packet))
 
     def _account(self, time: int) -> None:
-        """Notice packets that gave no frame, now that a later one is out."""
+        """Record packets that gave no frame, once a later frame is out."""
         self._expected.pop(time, None)
         if self._expected and min(self._expected) < time:
             overdue = [number for at, number in self._expected.items() if at < time]
-            if self._latest is not None:  # the first packets may refer to others from before
+            if self._latest is not None:  # the first packets may need earlier ones
                 self._add_damage(min(overdue), "a packet gave no frame")
             self._expected = {at: number for at, number in self._expected.items() if at > time}
 
     @property
     def step(self) -> int:
-        """Ticks from one frame to the next, on average."""
+        """Average number of ticks from one frame to the next."""
         rate, tick = self._stream.guessed_rate, self._stream.time_base
         if not rate or not tick:
             raise VideoError(self._name, "its header lacks the frame rate")
         return max(1, round(1 / (rate * tick)))
 
     def _add_damage(self, first: int, reason: str, *, lost: bool = False) -> None:
-        """Record damage, unless there is some that reaches as far: up to the same key frame."""
+        """Record damage, unless recorded damage already extends to the same key frame."""
         self.reason = self.reason or reason
         for damage in self._damages:
             if damage.restored is None and self._key <= damage.first <= first:

@@ -5,19 +5,19 @@ from time import monotonic
 
 
 class VideoError(Exception):
-    """Error of a video that cannot be used: its `source` and the `reason`."""
+    """Error of a video that cannot be used, with its `source` and the `reason`."""
 
     def __init__(self, source: str, reason: str) -> None:
         self.source = source
         self.reason = reason
-        super().__init__(source, reason)  # these args let the error travel between processes
+        super().__init__(source, reason)  # with these args the error can be pickled
 
     def __str__(self) -> str:
         return f"{self.source}: {self.reason}"
 
 
 class FrameError(VideoError):
-    """Error of a video that shows no intact frame at a time, though it may at others."""
+    """Error of a video without an intact frame at one time; other times may be fine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,11 +25,11 @@ class Limits:
     """Limits of one call of `decode` or `probe`; a video that needs more is refused.
 
     Attributes:
-        seconds: wall time. It is checked between packets and while waiting for a file; only a read
-            of an open file that is passed as source cannot be interrupted.
-        pixels: pixels in one picture of the file, whatever the size asked for: the decoder keeps
-            several pictures. The default is 8K.
-        result_bytes: bytes of the array that is returned.
+        seconds: wall time. It is checked between packets and while waiting for a file; only the
+            read of an open file that is given as source cannot be interrupted.
+        pixels: pixels of one picture in the file, whatever the requested size, because the decoder
+            keeps several pictures. The default is 8K.
+        result_bytes: bytes of the returned array.
 
     Raises:
         ValueError: a limit is not positive.
@@ -74,7 +74,7 @@ class Limits:
 
 
 class Deadline:
-    """Time limit of the work on a video, counted from now."""
+    """Time limit of the work on a video, counted from construction."""
 
     def __init__(self, source: str, limits: Limits) -> None:
         self._source = source

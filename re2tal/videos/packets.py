@@ -1,4 +1,4 @@
-"""Packets before they are decoded: those that no frame needs are skipped, missing ones noticed."""
+"""Packets before decoding: skipping of packets that no wanted frame needs, missing packets."""
 
 from __future__ import annotations  # PyAV's Packet takes its parameter in stubs only
 
@@ -15,15 +15,15 @@ from av.video.stream import VideoStream
 # Containers whose packets all have times of presentation and of decoding.
 _TIMED = frozenset({"mov", "matroska", "mpegts", "flv"})
 
-# FFmpeg's AV_FIELD_PROGRESSIVE: of interlaced video, a packet may hold half a frame.
+# FFmpeg's AV_FIELD_PROGRESSIVE; a packet of interlaced video may hold half a frame.
 _PROGRESSIVE = 1
 
-# Packets that are read ahead of the decoder, at most.
+# Greatest number of packets read ahead of the decoder.
 _MOST_SKIPPED = 64
 
 
 def can_skip(container: InputContainer, stream: VideoStream) -> bool:
-    """Tell if frames of a stream can be left out without any change of the others.
+    """Tell if frames of a stream can be skipped without changing other frames.
 
     H.264 marks the frames that no other frame refers to, and its decoder can skip them. HEVC marks
     only frames to which none of the same temporal layer refers.
@@ -34,7 +34,7 @@ def can_skip(container: InputContainer, stream: VideoStream) -> bool:
 
 
 class PacketBuffer:
-    """Iterator over packets, which can be looked at before they are given."""
+    """Iterator over packets that can be inspected in advance."""
 
     def __init__(self, packets: Iterator[Packet[Any]]) -> None:
         self._packets = packets
@@ -52,12 +52,12 @@ class PacketBuffer:
         return next(self._packets)
 
     def peek(self, count: int) -> Iterator[Packet[Any]]:
-        """Yield up to `count` of the next packets, all of which stay."""
+        """Yield up to `count` of the next packets without consuming them."""
         for place in range(count):
             if place == len(self._ahead):
                 try:
                     self._ahead.append(next(self._packets))
-                except Exception as error:  # of any kind: it is raised when its turn comes
+                except Exception as error:  # of any kind: raised after the packets before it
                     self._end = error
                     return
             yield self._ahead[place]
@@ -66,15 +66,15 @@ class PacketBuffer:
 class FrameSkipper:
     """Iterator over packets that tells the decoder which of them to skip.
 
-    A frame is shown until the next one in presentation order, which is known a few packets later:
-    as a frame is never presented before it is decoded, none can come between the two once a packet
-    is to be decoded later than the second is presented. So packets are read ahead, which is cheap,
-    and decoded when it is known whether one of the targets falls between the two. If none does, the
-    decoder skips the frame, unless others refer to it. The very last frame is always decoded: it
-    shows that the video reaches so far.
+    A frame is shown until the next frame in presentation order. Which frame is next is known a few
+    packets later: a frame is never presented before its decoding time, so no frame can fall between
+    two others once a packet's decoding time exceeds the presentation time of the second. Packets
+    are therefore read ahead, which is cheap, and decoded once it is known whether a target falls
+    between the two. If none does, the decoder skips the frame, unless others refer to it. The very
+    last frame is always decoded, as proof of the video's end.
 
-    Every packet is given, in order, with the decoder set for it. An error of reading is raised when
-    all packets before it are given, and ends the iterator.
+    Every packet is yielded, in order, with the decoder set for it. A reading error is raised after
+    all packets before it, and ends the iterator.
 
     Args:
         packets: packets of all streams, or of one.
@@ -88,11 +88,11 @@ class FrameSkipper:
         self._packets = packets
         self._stream = stream
         self._targets = targets
-        # packets with their times of presentation; None for those that show no frame
+        # packets with their presentation times; None for packets that show no frame
         self._ahead: deque[tuple[Packet[Any], int | None]] = deque()
-        self._times: list[int] = []  # of the packets read, sorted; those far behind are dropped
-        self._decoding = -math.inf  # time of decoding of the packet read last
-        self._orderly = True  # whether the time stamps allow any conclusion
+        self._times: list[int] = []  # presentation times read so far, sorted; old ones are dropped
+        self._decoding = -math.inf  # decoding time of the packet read last
+        self._orderly = True  # false once the time stamps allow no conclusion
         self._end: Exception | None = None  # error that ended the reading
 
     def __iter__(self) -> FrameSkipper:
@@ -109,7 +109,7 @@ class FrameSkipper:
         self._stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
         self._ahead.popleft()
         if len(self._times) > 4 * _MOST_SKIPPED:
-            # no later packet is presented before it is decoded; keep the last time before that
+            # later packets are presented after this time; keep only the last time before it
             del self._times[: max(0, bisect_left(self._times, self._earliest()) - 1)]
         return packet
 
@@ -117,7 +117,7 @@ class FrameSkipper:
         """Read one more packet."""
         try:
             packet = next(self._packets)
-        except Exception as error:  # of any kind: it is raised when the packets before are given
+        except Exception as error:  # of any kind: raised after the packets before it
             self._end = error
             return
         time = packet.pts
@@ -132,7 +132,7 @@ class FrameSkipper:
         self._ahead.append((packet, time))
 
     def _is_needed(self, time: int) -> bool:
-        """Tell if a target falls between a frame and the one that is presented after it."""
+        """Tell if a target falls between a frame and the next one in presentation order."""
         while self._orderly:
             place = bisect_right(self._times, time)
             if place < len(self._times):
@@ -149,21 +149,22 @@ class FrameSkipper:
         return True
 
     def _earliest(self) -> float:
-        """Time before which no packet to come is presented."""
+        """Return a lower bound of the presentation times of coming packets."""
         return min([self._decoding, *(time for _, time in self._ahead if time is not None)])
 
 
-# Types of the units that hold slices of a picture.
+# Types of H.264's NAL units that hold slices of a picture.
 _SLICES = frozenset({1, 2, 5})
 
 
 def is_unreferenced(stream: VideoStream, packet: bytes) -> bool:
-    """Tell if a `packet` of `stream` holds a picture, and one to which no other refers."""
+    """Tell if a `packet` of `stream` holds a picture to which no other picture refers."""
     extra = stream.codec_context.extradata
-    if extra and extra[0] == 1:  # units preceded by their length, as in MP4 and Matroska
+    if extra and extra[0] == 1:  # units preceded by their lengths, as in MP4 and Matroska
         return _lengths(packet, (extra[4] & 3) + 1)
     place = packet.find(b"\0\0\1")
     while 0 <= place < len(packet) - 3:
+        # header of a unit: 1 bit zero, 2 bits nal_ref_idc (0: unreferenced), 5 bits type
         if (unit := packet[place + 3]) & 31 in _SLICES:
             return not unit >> 5 & 3
         place = packet.find(b"\0\0\1", place + 3)
@@ -171,7 +172,7 @@ def is_unreferenced(stream: VideoStream, packet: bytes) -> bool:
 
 
 def _lengths(packet: bytes, size: int) -> bool:
-    """The same for units that each follow their length, a number of `size` bytes."""
+    """Tell the same for units that each follow their length, a number of `size` bytes."""
     place = 0
     while place + size < len(packet):
         if (unit := packet[place + size]) & 31 in _SLICES:
@@ -180,26 +181,26 @@ def _lengths(packet: bytes, size: int) -> bool:
     return False
 
 
-# Bytes that headers may take between two packets of Matroska; those of a new cluster take 30.
+# Greatest size of Matroska's headers between two packets, in bytes; those of a new cluster take 30.
 _HEADERS = 128
 
-# An index of AVI points to the header of a chunk, which precedes the packet.
+# Bytes of a chunk's header before the packet; an AVI's index points to the header.
 _CHUNK_HEADER = 8
 
 
 class MissingPackets:
-    """Detector of packets that FFmpeg skipped silently, in files that lost their structure.
+    """Detector of packets that FFmpeg skips silently in files with a damaged structure.
 
-    In Matroska (WebM) FFmpeg looks for the next cluster, which leaves bytes that belong to no
-    packet. In AVI it looks for the next chunk, and counts on: all later frames would be shown too
-    early. `stream` is the stream of pictures in the file.
+    In Matroska (WebM), FFmpeg searches the next cluster, which leaves bytes that belong to no
+    packet. In AVI, it searches the next chunk and continues counting, so all later frames would be
+    shown too early. `stream` is the video stream of the file.
     """
 
     def __init__(self, container: InputContainer, stream: VideoStream) -> None:
         self._stream = stream
         names = container.format.name.split(",")
         self._matroska, self._avi = "matroska" in names, "avi" in names
-        self._start: int | None = None  # position in the file of the packet before
+        self._start: int | None = None  # file position of the previous packet
         self._end = 0
 
     @property
@@ -208,7 +209,7 @@ class MissingPackets:
         return self._matroska
 
     def lie_before(self, packet: Packet[Any]) -> bool:
-        """Tell if packets of any stream are missing between a packet and the one before."""
+        """Tell if packets of any stream are missing between a packet and the previous one."""
         if not self._matroska or packet.pos is None:
             return False
         start = packet.pos
@@ -218,7 +219,7 @@ class MissingPackets:
         self._end = (self._end if laced else start) + packet.size
         self._start = start
         if packet.has_sidedata("matroska_block_additional"):
-            self._start = None  # its data follow the packet and do not count in its size
+            self._start = None  # side data follow the packet and are not part of its size
         return not first and gap > _HEADERS
 
     def shift(self, packet: Packet[Any]) -> bool:

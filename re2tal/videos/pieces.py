@@ -1,4 +1,4 @@
-"""Videos stored in pieces: each stretch a file of its own."""
+"""Videos stored as several files, one for each piece."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,21 +7,21 @@ import numpy as np
 
 from re2tal.videos.decoding import Source, VideoError, decode
 
-# As in the reader: a time that precedes a frame or a piece only by rounding is meant to be in it.
+# As in the reader: a time that precedes a frame or a piece by rounding only belongs to it.
 _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pieces:
-    """Video cut into files that follow one another without a gap.
+    """Video cut into files without a gap between them.
 
     Attributes:
         name: name of the video in errors.
-        starts: second of the video at which each piece starts, rising; its own times count from
-            there.
+        starts: second of the video at which each piece starts, rising; the times in a piece count
+            from there.
         read: function from the number of a piece (from 0) to its content; raises `VideoError`. It
             is called only for pieces that are needed.
-        like: width and height, upright, of the video from which the pieces were scaled down.
+        like: width and height, upright, of the original from which the pieces were scaled down.
     """
 
     name: str
@@ -40,12 +40,12 @@ def decode_source(
     if times.ndim != 1 or not times.size:
         raise ValueError(f"decode needs a list of finite times, not one of shape {times.shape}.")
     places = np.searchsorted(source.starts, times + _ROUNDING, side="right") - 1
-    places = np.maximum(places, 0)
+    places = np.maximum(places, 0)  # times before the first piece
     out: np.ndarray | None = None
     for number in np.unique(places):
         here = places == number
         frames = _decode_piece(source, int(number), times[here], size, threads)
-        if len(frames) == len(times):
+        if len(frames) == len(times):  # all in one piece: no copy
             return frames
         if out is None:
             out = np.empty((len(times), *frames.shape[1:]), np.uint8)

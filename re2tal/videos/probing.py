@@ -1,4 +1,4 @@
-"""Facts of a video file, and its oddities, at the cost of decoding its first and last frame."""
+"""Facts and oddities of a video file, at the cost of decoding its first and last frame."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,28 +11,28 @@ from re2tal.videos.frame_queue import lacks_times
 from re2tal.videos.limits import FrameError, Limits, VideoError
 from re2tal.videos.reader import TAIL, Source, VideoReader
 
-# Seconds and frames between key frames beyond which a video counts as slow to seek in.
+# Seconds and frames between key frames above which seeking in a video counts as slow.
 _LONG = 10.0
 _MANY = 300
 
-# Seconds behind the last key frame up to which everything is decoded, to see that it can be.
+# The end is decoded as a check if it is at most this many seconds after the last key frame.
 _LONGEST_END = 30.0
 
-# Seconds before the end at which the last packets are looked for, one after the other.
+# Seconds before the end at which the last packets are searched, one after the other.
 _STEPS_BACK = (0.0, 2.0, 8.0, 32.0, 128.0, 512.0)
 
-# Number of packets from which their rate is worth a comparison.
+# With at most this many packets, their rate is not measured.
 _ENOUGH = 4
 
 _NO_END = "Its end cannot be decoded"
 
-# Parts of a video between which frames are tried if the last one cannot be decoded.
+# Number of parts of a video at whose borders frames are tried if the last one cannot be decoded.
 _PARTS = 8
 
-# Part of an AVI that its index must cover to be whole.
+# Share of an AVI that a complete index covers.
 _COVERED = 0.9
 
-# Seconds by which the picture may begin after the sound without a remark.
+# Seconds by which the picture may begin after the sound without a reported problem.
 _LATE = 0.25
 
 
@@ -41,14 +41,14 @@ class VideoInfo:
     """Facts of a video.
 
     Attributes:
-        duration: seconds until the last frame that is in the file ends.
+        duration: seconds until the end of the last frame in the file.
         fps: mean frames per second.
-        width: pixels across, after the rotation that the metadata ask for.
-        height: pixels down, after that rotation.
-        frames: number of frames; from duration and fps where the header has none, as in WebM.
+        width: width in pixels after the rotation in the metadata.
+        height: height in pixels after that rotation.
+        frames: number of frames; computed from duration and fps if the header has none, as in WebM.
         codec: FFmpeg's name of the codec.
-        rotation: degrees, counterclockwise, by which decoded frames are turned.
-        problems: oddities of the file, a sentence each; none of them prevents decoding.
+        rotation: degrees, counterclockwise, by which decoded frames are rotated.
+        problems: oddities of the file, one sentence each; none of them prevents decoding.
     """
 
     duration: float
@@ -65,26 +65,26 @@ class VideoInfo:
 class _End:
     """Facts from the last packets; times in seconds from the first frame on."""
 
-    last: float  # presentation of the last frame
+    last: float  # presentation time of the last frame
     end: float  # end of the last frame
-    key: float | None  # presentation of the last key frame, if it was among them
-    rate: float | None  # frames per second among them, if they are enough to tell
+    key: float | None  # presentation time of the last key frame, if any was read
+    rate: float | None  # frames per second of these packets, if there are enough
 
 
 def probe(source: Source, *, limits: Limits | None = None) -> VideoInfo:
     """Read the facts of a video, and decode its first and last frame as a check.
 
-    Only the last packets are read to find its end, except in raw streams, which have no duration:
-    all their packets are counted. A video that was cut off ends at its last packet, not where its
-    header says; `problems` then contains a sentence on it.
+    Only the last packets are read to find the end, except in raw streams, which have no duration:
+    all their packets are counted. A truncated video ends at its last packet, not where its header
+    says; `problems` then contains a sentence about it.
 
     Args:
         source: path, content, or open binary file of the video.
         limits: limits of the cost; None for the default ones.
 
     Raises:
-        VideoError: the file is no video, its first frame cannot be decoded, its frame rate is
-            unknown, or it is over the limits.
+        VideoError: the file is not a video, its first frame cannot be decoded, its frame rate is
+            unknown, or it exceeds the limits.
     """
     with VideoReader(source, limits=limits) as reader:
         frame = reader.frame_at(0.0)
@@ -123,9 +123,9 @@ def probe(source: Source, *, limits: Limits | None = None) -> VideoInfo:
 
 
 def _stored(reader: VideoReader) -> int:
-    """Number of packets by the index of an AVI; 0 if it has none, or not a whole one.
+    """Return the number of packets in an AVI's index; 0 without a complete index.
 
-    The frames that its header claims, and their rate, may be units of time: most of them empty.
+    The number of frames in the header, and the rate, may count units of time without a frame.
     """
     index, ticks = reader.stream.index_entries, reader.stream.duration
     if reader.container.format.name != "avi" or not len(index) or not ticks:
@@ -135,9 +135,9 @@ def _stored(reader: VideoReader) -> int:
 
 
 def _rate(reader: VideoReader) -> Fraction:
-    """Mean frames per second."""
+    """Compute the mean number of frames per second."""
     stream, stored = reader.stream, _stored(reader)
-    # of raw streams, FFmpeg takes a fixed number for the average
+    # for raw streams, FFmpeg's average rate is a fixed number
     rate = (stream.average_rate if reader.claimed else None) or stream.guessed_rate
     if stored and rate and stream.duration and stream.time_base:
         counted = stored / (stream.duration * stream.time_base)
@@ -158,17 +158,17 @@ def _find_end(source: Source, limits: Limits | None) -> _End | None:
                 found = _read_end(reader)
                 if found is not None and found.key is not None:
                     return found
-    # the last resort is to read all of it
+    # the last resort is to read the whole file
     with VideoReader(source, limits=limits) as reader:
         return _read_end(reader)
 
 
 def _read_end(reader: VideoReader) -> _End | None:
-    """Read all remaining packets."""
+    """Read all remaining packets; return None if none has a time."""
     tick = float(reader.stream.time_base or 1)
     usual = 1 / float(reader.stream.guessed_rate or 25)
     first = last = key = end = None
-    packets, counted = 0, 0.0  # of MPEG program streams, which may have no times
+    packets, counted = 0, 0.0  # seconds are counted for MPEG program streams without times
     for packet in reader.packets():
         length = (0 if reader.ordered else packet.duration or 0) * tick or usual
         begin = reader.packet_time(packet)
@@ -189,18 +189,18 @@ def _read_end(reader: VideoReader) -> _End | None:
 
 
 def _end_problems(reader: VideoReader, found: _End) -> list[str]:
-    """Describe oddities of the end of a video whose last frame is decoded."""
+    """Decode the last frame, and describe oddities of the end of a video."""
     problems, claimed = [], reader.claimed
     if cut := reader.cut_off(found.end):
         problems.append(f"Its last frame ends at second {found.end:.2f}{cut}.")
     elif claimed is None:
-        problems.append(f"Its header says no duration: its frames last {found.end:.2f} s.")
+        problems.append(f"Its header has no duration: its frames last {found.end:.2f} s.")
     elif abs(claimed - found.end) > TAIL:
         problems.append(
             f"Its last frame ends at second {found.end:.2f}, though its header says {claimed:.2f}."
         )
     if found.key is None or found.last - found.key > _LONGEST_END:
-        problems.append("Its end was not decoded, as no key frame is near it.")
+        problems.append("Its end was not decoded, because no key frame is near it.")
         return problems
     try:
         reader.frame_at(found.last)
@@ -210,7 +210,7 @@ def _end_problems(reader: VideoReader, found: _End) -> list[str]:
 
 
 def _require_frames(source: Source, limits: Limits | None, duration: float, fps: float) -> None:
-    """Refuse a video of which only the first frame can be decoded, as far as a few others tell."""
+    """Refuse a video if its first frame can be decoded, but none of a few later ones."""
     times = [1.5 / fps, *(duration * part / _PARTS for part in range(1, _PARTS))]
     reasons = []
     with VideoReader(source, limits=limits) as reader:
@@ -225,7 +225,7 @@ def _require_frames(source: Source, limits: Limits | None, duration: float, fps:
 
 
 def _oddities(reader: VideoReader, frame: VideoFrame, rate: Fraction) -> list[str]:
-    """Describe oddities that the header and the first frame of a video show."""
+    """Describe oddities in the header and the first frame of a video."""
     problems = []
     if reader.ordered and not lacks_times(reader.container, reader.stream):
         problems.append("Its frame times go back: its frames are shown in the decoder's order.")
@@ -237,7 +237,7 @@ def _oddities(reader: VideoReader, frame: VideoFrame, rate: Fraction) -> list[st
             f"Its frame rate varies: {float(rate):.2f} fps on average, up to {float(fastest):.2f}."
         )
     if frame.interlaced_frame:
-        problems.append("Its frames are interlaced, and given as they are.")
+        problems.append("Its frames are interlaced; they are not deinterlaced.")
     if (late := reader.lateness) > _LATE:
         problems.append(f"Its picture begins {late:.2f} s after its sound; times count from there.")
     if any(s.disposition & Disposition.attached_pic for s in reader.container.streams.video):
@@ -249,7 +249,7 @@ def _oddities(reader: VideoReader, frame: VideoFrame, rate: Fraction) -> list[st
 
 
 def _longest_gop(reader: VideoReader) -> float:
-    """Longest time in seconds between key frames by the file's index; 0 without one."""
+    """Compute the longest time between key frames in seconds from the index; 0 without one."""
     index = reader.stream.index_entries
     if len(index) < 2:
         return 0.0

@@ -1,10 +1,10 @@
-"""Video self-stitching: a clip and its magnified copy side by side in one window.
+"""Video self-stitching: a clip and its magnified copy one after the other in a window.
 
-Short actions fill a few features only, and short anchors rarely match them. VSGN (Zhao, Thabet,
-Ghanem, ICCV 2021, section 3.2) therefore shows a short clip twice: as it is, and stretched over the
-rest of the window, behind a gap. There the same action lasts longer, and both copies are to be
-found. On features the copy is an interpolation; here the frames themselves are sampled more
-densely, so that the copy shows frames from between the clip's.
+Short actions fill only a few features, and anchors rarely match them. VSGN (Zhao, Thabet, Ghanem,
+ICCV 2021, section 3.2) therefore shows a short clip twice: unchanged, and, after a gap, stretched
+over the rest of the window. The action lasts longer in the copy, and both are ground truth. On
+features, the copy is an interpolation. On videos, the copy samples frames more densely, so it
+contains frames from between those of the clip.
 """
 
 import math
@@ -24,8 +24,9 @@ class StitchConfig:
     Attributes:
         enabled: switch for all stitching.
         short: clips and short videos that fill at most this share of a window are stitched.
-        clip: share of a window for clips cut around short actions, for training only.
-        gap: share of a window that stays empty between a clip and its copy, at least one feature.
+        clip: length of the clips around short actions in training, as a share of a window.
+        gap: length of the gap between a clip and its copy, as a share of a window; at least one
+            feature.
 
     Raises:
         ValueError: a field is out of its range.
@@ -54,9 +55,8 @@ class Copy:
     """Magnified copy of a clip in a stitched window.
 
     Attributes:
-        grid: frames of a window that would be the copy from start to end; the copy is its last
-            part.
-        first: copy's first frame, a multiple of the stride.
+        grid: grid of the whole window at the copy's rate; the copy is its last part.
+        first: first frame of the copy, a multiple of the stride.
     """
 
     grid: TimeGrid
@@ -64,11 +64,11 @@ class Copy:
 
 
 def magnified(clip: TimeGrid, valid: int, config: StitchConfig) -> Copy | None:
-    """Copy that follows a clip; None if the clip is too long for one or stitching is off.
+    """Make the copy of a clip; None if the clip is too long or stitching is off.
 
     Args:
         clip: grid of the window.
-        valid: number of its first frames, which show the clip.
+        valid: number of frames of the clip, at the start of the window.
         config: settings of stitching.
     """
     if not config.enabled or valid > config.short * clip.length:
@@ -76,9 +76,10 @@ def magnified(clip: TimeGrid, valid: int, config: StitchConfig) -> Copy | None:
     features = math.ceil(valid / clip.stride)
     first = features + max(1, round(config.gap * clip.num_features))
     if clip.num_features - first <= features:
-        return None  # rounding on a window of few features: the copy would not be larger
+        return None  # rounding in a window of few features: the copy would not be larger
     frame = first * clip.stride
-    fps = (clip.length - frame) / (valid / clip.fps)
+    fps = (clip.length - frame) / (valid / clip.fps)  # the clip's seconds fill the remaining frames
+    # frame `frame` of the copy's grid shows the start of the clip
     return Copy(grid=replace(clip, fps=fps, offset=clip.offset - frame / fps), first=frame)
 
 
@@ -90,17 +91,18 @@ def clip_starts(
 ) -> list[float]:
     """Place clips so that together they show every short action of a video; return their starts.
 
-    Actions that fit into one clip together share it. The number of clips depends on the video
-    alone, their places on the generator.
+    Actions that fit into one clip share it. The number of clips depends on the video alone, their
+    places on the generator.
 
     Args:
-        instances: video's actions; those longer than a clip are left to the windows.
+        instances: actions of the video; those longer than a clip are ignored.
         duration: duration of the video in seconds, at least `length`.
         length: length of a clip in seconds.
         random: generator that draws the places.
     """
     short = sorted((i.start, i.end) for i in instances if i.end - i.start <= length)
     groups: list[tuple[float, float]] = []
+    # greedy by start: extend the last group while it fits into one clip
     for start, end in short:
         if groups and max(end, groups[-1][1]) - groups[-1][0] <= length:
             groups[-1] = groups[-1][0], max(end, groups[-1][1])
@@ -108,5 +110,5 @@ def clip_starts(
             groups.append((start, end))
     earliest = [max(0.0, end - length) for _, end in groups]
     latest = [min(start, duration - length) for start, _ in groups]
-    # a group as long as a clip leaves no choice, and rounding may even say less than none
+    # for a group as long as a clip, rounding may make the latest start precede the earliest
     return [random.uniform(low, max(low, high)) for low, high in zip(earliest, latest, strict=True)]

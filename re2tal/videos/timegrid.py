@@ -1,4 +1,4 @@
-"""Mapping between frames, features and seconds of a window, in this one place."""
+"""Mapping between frames, features and seconds of a window; no other module does this."""
 
 import math
 from dataclasses import dataclass
@@ -14,12 +14,13 @@ _Coordinate = TypeVar("_Coordinate", float, np.ndarray, "Tensor")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimeGrid:
-    """Regular grid of frames over a stretch of a video, and of the features made from them.
+    """Regular grid of frames over a part of a video, and of the features made from them.
 
     Frame `i` covers `[offset + i / fps, offset + (i + 1) / fps)` and is sampled at its middle.
-    Feature `j` is made from frames `j * stride` to `(j + 1) * stride - 1`; it sits at coordinate
-    `j` of the feature grid, which is the middle of these frames. The window therefore spans the
-    feature coordinates -0.5 to `num_features - 0.5`.
+    Feature `j` is made from frames `j * stride` to `(j + 1) * stride - 1` and sits at coordinate
+    `j` of the feature grid, the middle of these frames. The window therefore spans feature
+    coordinates from -0.5 to `num_features - 0.5`. Second `t` has the feature coordinate
+    `(t - offset) * fps / stride - 0.5`.
 
     Attributes:
         fps: sampled frames per second of video (not the file's own rate).
@@ -65,20 +66,20 @@ class TimeGrid:
         return self.offset + self.duration
 
     def frame_times(self) -> np.ndarray:
-        """Seconds at which the frames are sampled: their middles, float64 of shape (length,)."""
+        """Compute the seconds at which the frames are sampled, their middles, float64 (length,)."""
         return self.offset + (np.arange(self.length) + 0.5) / self.fps
 
     def frames_before(self, seconds: float) -> int:
-        """Frames of the window sampled before a second of the video, from 0 to `length`."""
-        # The millionth of a frame keeps a video that ends with the window whole: rounding must
-        # not decide whether its last frame counts.
+        """Count the frames of the window sampled before a second of the video."""
+        # The tolerance of 1e-6 frames: rounding must not decide whether the last frame counts of a
+        # video that ends with the window.
         frames = math.ceil((seconds - self.offset) * self.fps - 0.5 - 1e-6)
         return min(max(frames, 0), self.length)
 
     def to_features(self, seconds: _Coordinate) -> _Coordinate:
-        """Convert seconds of the video to coordinates of the feature grid, type and shape kept."""
+        """Convert seconds of the video to feature coordinates, of the same type and shape."""
         return (seconds - self.offset) * (self.fps / self.stride) - 0.5
 
     def to_seconds(self, grid: _Coordinate) -> _Coordinate:
-        """Convert coordinates of the feature grid to seconds of the video: undo `to_features`."""
+        """Convert feature coordinates to seconds of the video: the inverse of `to_features`."""
         return (grid + 0.5) * (self.stride / self.fps) + self.offset

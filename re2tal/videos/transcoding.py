@@ -14,25 +14,25 @@ from re2tal.videos.encoding import Encoder
 from re2tal.videos.limits import VideoError
 from re2tal.videos.reader import CUT, Span, VideoReader
 
-# Seconds for which one frame may be repeated at a fixed rate: a damaged time stamp years ahead must
-# not fill a disk.
+# Greatest duration of one frame at a fixed rate, in seconds: a damaged time stamp years ahead must
+# not fill the disk.
 _LONGEST_STILL = 6 * 3600.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TranscodeConfig:
-    """Settings with which a video is encoded anew.
+    """Settings of transcoding.
 
     Attributes:
-        size: pixels of the short side, an even number; smaller videos are not enlarged. None keeps
-            the size, except that a side of an odd number of pixels loses one.
-        fps: frames per second; None keeps every frame, at its own time. Frame k, from second k /
-            fps on, is the source's frame at (k + 0.5) / fps: at this rate and without an offset, a
-            `TimeGrid` samples exactly these.
+        size: short side in pixels, an even number; smaller videos are not enlarged. None keeps the
+            size, except that odd sides lose one pixel.
+        fps: frames per second; None keeps every frame at its own time. Frame k, shown from second
+            k / fps on, is the source's frame at (k + 0.5) / fps. A `TimeGrid` of this rate without
+            an offset samples exactly these frames.
         quality: x264's constant rate factor; higher is smaller and noisier.
-        gop: largest number of frames from one key frame to the next, which bounds the frames that a
-            reader decodes in vain before the one it wants.
-        piece_seconds: seconds of video in a file; None puts all of a video into one.
+        gop: greatest number of frames from one key frame to the next; it bounds the frames that a
+            reader must decode before the one it wants.
+        piece_seconds: seconds of video per file; None puts the whole video into one file.
 
     Raises:
         ValueError: a field is out of its range.
@@ -62,15 +62,15 @@ class Piece:
     """Stretch of a video as a file of its own.
 
     Attributes:
-        start: second of the video at which it starts; its own times count from there. Its first
-            frame is the one on screen then.
-        end: second of the video at which it ends.
-        frames: number of frames that appear in it.
-        width: pixels across, upright.
-        height: pixels down.
+        start: second of the video at which the piece starts, and from which its own times count.
+            Its first frame is the one on screen then.
+        end: second of the video at which the piece ends.
+        frames: number of frames that appear in the piece.
+        width: width in pixels, upright.
+        height: height in pixels, upright.
         source: width and height of the source, upright.
         video: H.264 mp4; empty if the source is damaged there.
-        damage: fault of the source there, else empty.
+        damage: description of the source's damage there, else empty.
     """
 
     start: float
@@ -84,12 +84,12 @@ class Piece:
 
 
 def transcode(reader: VideoReader, config: TranscodeConfig) -> Iterator[Piece]:
-    """Encode a video anew, piece after piece, in one pass and in bounded memory.
+    """Encode a video again, piece by piece, in one pass and in bounded memory.
 
-    The frames are upright. Their time stamps are exact: in the unit of the source's or, at a fixed
-    rate, in frames; so at every time the pieces show the same frame as the source. Pieces lie
-    without a gap from the first frame to the end of the last one. A stretch in which the source is
-    damaged is a piece without frames.
+    The frames are upright. Their time stamps are exact, in ticks of the source or, at a fixed rate,
+    in frames. So the pieces show the same frame as the source at every time. Pieces leave no gap
+    from the first frame to the end of the last one. A stretch in which the source is damaged is a
+    piece without frames.
 
     Args:
         reader: reader of the video, at its start.
@@ -116,20 +116,20 @@ def transcode(reader: VideoReader, config: TranscodeConfig) -> Iterator[Piece]:
 class _Cutter:
     """Distributor of frames to pieces.
 
-    A piece starts at a multiple of a fixed number of seconds, and where damage starts or ends.
+    A piece starts at a multiple of `piece_seconds`, or where damage starts or ends.
 
     Attributes:
         frames: number of intact frames in all pieces so far.
-        damage: fault of the source in the current piece, else empty.
+        damage: description of the source's damage in the current piece, else empty.
     """
 
     def __init__(self, config: TranscodeConfig, tick: Fraction, rate: Fraction) -> None:
         self._config, self._tick, self._rate = config, tick, rate
         self._scale = _Scaler(config.size)
-        self._start: int | None = None  # of the current piece
+        self._start: int | None = None  # first tick of the current piece
         self._encoder: Encoder | None = None
         self._last: VideoFrame | None = None
-        self._before = 0  # frames of the finished pieces
+        self._before = 0  # number of frames in the finished pieces
         self.frames, self.damage = 0, ""
 
     def add(self, span: Span) -> Iterator[Piece]:
@@ -145,14 +145,14 @@ class _Cutter:
             self._start = border
             if border < span.begin and not self.damage:
                 assert self._last is not None
-                self._encode(self._last, border)  # it is still on screen
+                self._encode(self._last, border)  # the previous frame is still on screen
         if not span.damage:
             self._last = self._scale(span.frame)
             self._encode(self._last, span.begin)
             self.frames += 1
 
     def finish(self, end: int) -> Piece:
-        """End the piece, and with it its last frame."""
+        """End the piece and its last frame at tick `end`."""
         assert self._start is not None
         encoder, self._encoder = self._encoder, None
         last = self._last if encoder else None
@@ -178,17 +178,18 @@ class _Cutter:
         self._encoder.add(frame, time - self._start)
 
     def _border(self, time: int) -> int:
-        """Last tick, up to a time, at which a piece may start."""
+        """Return the last tick, up to `time`, at which a piece may start."""
         if self._config.piece_seconds is None:
             return 0
         seconds = Fraction(self._config.piece_seconds)
+        # half a tick more, because a border is rounded to a tick and may lie before its multiple
         number = (time * self._tick + self._tick / 2) // seconds
         border = round(number * seconds / self._tick)
         return border if border <= time else round((number - 1) * seconds / self._tick)
 
 
 def _resampled(spans: Iterator[Span], tick: Fraction, rate: Fraction, name: str) -> Iterator[Span]:
-    """Yield as frame k the one on screen in its middle, (k + 0.5) / rate."""
+    """Yield the frames at a fixed rate: frame k is on screen at second (k + 0.5) / rate."""
     count, span = 0, None
     for span in spans:
         if (span.end - span.begin) * tick > _LONGEST_STILL:
@@ -197,25 +198,25 @@ def _resampled(spans: Iterator[Span], tick: Fraction, rate: Fraction, name: str)
         for number in range(_first(span.begin * tick, rate), _first(span.end * tick, rate)):
             yield span._replace(begin=number, end=number + 1)
             count += 1
-    if span is not None and not count:  # a video shorter than half a frame still shows one
+    if span is not None and not count:  # a video shorter than half a frame still has one
         yield span._replace(begin=0, end=1)
 
 
 def _first(second: Fraction, rate: Fraction) -> int:
-    """First frame whose middle is not before a second; as in the reader, except for rounding."""
+    """Return the first frame whose middle is not before `second`, up to the reader's rounding."""
     return max(0, math.ceil((second - Fraction(1, 1_000_000)) * rate - Fraction(1, 2)))
 
 
 def _kind(damage: str) -> str:
-    """Kind of a piece: intact, damaged or missing."""
+    """Return the kind of a piece: intact, damaged or missing."""
     return damage if damage in ("", CUT) else "damaged"
 
 
 class _Scaler:
-    """Converter of frames to upright ones of the size fixed by the first.
+    """Converter of frames to upright yuv420p frames of the size fixed by the first frame.
 
     Attributes:
-        source: width and height of the first one, upright.
+        source: width and height of the first frame, upright.
     """
 
     def __init__(self, size: int | None) -> None:
@@ -242,7 +243,7 @@ class _Scaler:
             width=self._shape[0],
             height=self._shape[1],
             format="yuv420p",
-            # all others keep their colour space, which the encoder writes down
+            # YUV frames keep their colour space, which the encoder writes into the file
             dst_colorspace=Colorspace.ITU601 if red_green_blue else None,
             dst_color_range=ColorRange.MPEG if red_green_blue else None,
             interpolation=Interpolation.BICUBIC,
@@ -252,7 +253,7 @@ class _Scaler:
 
 
 def _even(width: int, height: int, size: int | None) -> tuple[int, int]:
-    """Width and height once the short side is at most `size`, both even."""
+    """Return even width and height with a short side of at most `size`."""
     short = min(width, height)
     if size is None or short <= size:
         return max(2, width - width % 2), max(2, height - height % 2)
@@ -261,7 +262,7 @@ def _even(width: int, height: int, size: int | None) -> tuple[int, int]:
 
 
 def _turned(picture: VideoFrame, turns: int) -> VideoFrame:
-    """Turn a yuv420p picture by quarters, counterclockwise."""
+    """Rotate a yuv420p picture by quarter turns, counterclockwise."""
     if not turns:
         return picture
     width, height = picture.width, picture.height
@@ -276,7 +277,7 @@ def _turned(picture: VideoFrame, turns: int) -> VideoFrame:
 
 
 def _like(picture: VideoFrame, other: VideoFrame) -> VideoFrame:
-    """Give a picture the colour space of another."""
+    """Set the colour space of a picture to that of another."""
     picture.colorspace, picture.color_range = other.colorspace, other.color_range
     picture.color_trc, picture.color_primaries = other.color_trc, other.color_primaries
     return picture

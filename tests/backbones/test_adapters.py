@@ -371,9 +371,9 @@ def test_the_localizer_begins_alike_behind_all_of_them() -> None:
 @pytest.mark.parametrize(
     ("config", "tuning", "reason"),
     [
-        (slowfast_toy(), ADAPTERS, r"slow_path.layer1.1 \(Bottleneck\) has an activation behind"),
+        (slowfast_toy(), ADAPTERS, r"slow_path.layer1.1 \(Bottleneck\) has an activation after"),
         (slowfast_toy(), LORA, "have no linear layers of --model.lora.layers all"),
-        (swin_toy(), LORA, r"read the weights of features.0.0.attn.qkv, ... and 7 more, and do"),
+        (swin_toy(), LORA, r"read the weights of features.0.0.attn.qkv, ... and 7 more but do"),
     ],
 )
 def test_blocks_that_cannot_have_them_are_refused(config: Any, tuning: Tuning, reason: str) -> None:
@@ -385,7 +385,7 @@ def test_blocks_that_cannot_have_them_are_refused(config: Any, tuning: Tuning, r
 def test_tokens_of_no_time_are_refused(video: Tensor) -> None:
     backbone = tuned(TINY, ADAPTERS)
     block = backbone.encoder.layer[0]
-    with pytest.raises(UserError, match=r"tokens \(2, 33, 16\), which do not tell the time"):
+    with pytest.raises(UserError, match=r"tokens \(2, 33, 16\), whose times are unknown"):
         block(torch.zeros(2, 33, 16))  # with one of no place
     with pytest.raises(UserError, match="has adapters already"):
         ADAPTERS.add_to(backbone)

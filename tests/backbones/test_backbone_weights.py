@@ -402,7 +402,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, name: str, valu
 def test_weights_of_another_size_give_a_short_message(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_backbone_weights(SwinConfig(depths=(2,), heads=(3,)).build(), path, {})
-    with pytest.raises(ValueError, match=r"Is it another size") as caught:
+    with pytest.raises(ValueError, match=r"Is the network of another size") as caught:
         load_backbone_weights(TINY.build(), path)
     assert "more" in str(caught.value).splitlines()[-1]
     assert len(str(caught.value).splitlines()) == 12
@@ -480,4 +480,4 @@ def test_a_class_that_is_not_unpickled_is_named_with_the_way_out(tmp_path: Path)
         load_backbone_weights(TINY.build(), path)
     assert "could run code" in str(caught.value)
     assert "weights_only" not in str(caught.value)
-    assert "write its tensors alone to another file" in str(caught.value)
+    assert "write only its tensors to another file" in str(caught.value)

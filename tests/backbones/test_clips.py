@@ -689,7 +689,7 @@ def test_a_saved_detector_is_read_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("depths", [512], "a larger network than the weights are of"),
+        ("depths", [512], "a larger network than that of the weights"),
         ("depths", [3], "encoder.layer.2.attention.attention.query.weight is missing"),
         ("channels", 2**14, "must be floating numbers of shape"),
         ("clip", 7, "clip must be a multiple of the 2"),

@@ -65,9 +65,9 @@ def test_frames_that_do_not_fit_are_refused(stride: int, frames: int, whole: int
     [
         (lambda: SlowFastConfig(depths=()), "1 to 8 stages, but got 0"),
         (lambda: SlowFastConfig(depths=(3, 0)), r"depths must be 1 to .* is \(3, 0\)"),
-        (lambda: SlowFastConfig(width=60), "60 is none of 8"),
+        (lambda: SlowFastConfig(width=60), "60 is not a multiple of 8"),
         (lambda: SlowFastConfig(alpha=0), "alpha must be 1 to"),
-        (lambda: SlowFastConfig(fusion_kernel=4), "odd, so that it has a middle, but got 4"),
+        (lambda: SlowFastConfig(fusion_kernel=4), "odd, so that it is centred, but is 4"),
     ],
 )
 def test_impossible_shapes_are_refused(build: Callable[[], SlowFastConfig], reason: str) -> None:

@@ -269,7 +269,7 @@ def test_suppression_and_voting_merge_the_runs() -> None:
 def test_weights_that_do_not_fit_the_runs_are_refused() -> None:
     run = {"a": detections([]), "b": detections([])}
     for runs, weights in (([], []), ([run], []), ([run], [1.0, 1.0])):
-        with pytest.raises(ValueError, match="as many weights"):
+        with pytest.raises(ValueError, match="runs and one weight for each"):
             ensemble(runs, weights)
     for weight in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="above 0"):

@@ -124,7 +124,7 @@ def test_scores_that_are_none_are_refused(wrong: float) -> None:
     scores = torch.tensor([wrong, 0.3])
     with pytest.raises(ValueError, match="cannot be fused: they must be finite and not negative"):
         fuse(proposals((0, 1, 0.5)), scores, top=1)
-    with pytest.raises(ValueError, match=r"each of the 2 classes, .* but 'b', 'd' have others"):
+    with pytest.raises(ValueError, match=r"needs 2 scores, .* this is not so for 'b', 'd'"):
         VideoScores(
             classes=("x", "y"),
             scores={"a": scores.new_tensor([0.0, 1.0]), "b": scores, "c": torch.zeros(2),

@@ -361,6 +361,6 @@ def test_auto_is_the_smallest_free_memory_of_the_gpus_that_are_visible(
     on_cpus = replace(recipe, scale=replace(recipe.scale, gpu=False))
     with pytest.raises(UserError, match=r"--scale\.no-gpu.*--fit 24GiB"):
         budget_of("auto", on_cpus, free_memory)
-    with pytest.raises(UserError, match=r"'24' is no size of memory.* Or give auto"):
+    with pytest.raises(UserError, match=r"'24' is not a memory size.* Or give auto"):
         budget_of("24", recipe, free_memory)
     assert budget_of("24GiB", on_cpus, free_memory) == parse_size("24GiB")

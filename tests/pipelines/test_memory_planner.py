@@ -317,7 +317,7 @@ def test_mistakes_are_told_in_a_sentence() -> None:
         main(["nothing"], description="")
     with pytest.raises(SystemExit, match=r"error: There is no backbone 'swim'\. Choose one of: "):
         main(["--backbone", "swim"], description="")
-    with pytest.raises(SystemExit, match="error: '24 apples' is no size of memory"):
+    with pytest.raises(SystemExit, match="error: '24 apples' is not a memory size"):
         main(["--longest", "24 apples"], description="")
     with pytest.raises(ValueError, match="at least 1"):
         small(frames=0)

@@ -236,7 +236,7 @@ def test_the_script_prints_the_recipe_alone(
         assert recipe.data.size == 64
         assert not recipe.scale.gpu
     assert "# warning: " in printed.out
-    with pytest.raises(UserError, match=r"--memory: 'much' is no size of memory"):
+    with pytest.raises(UserError, match=r"--memory: 'much' is not a memory size"):
         main([*command, "--memory", "much"])
     assert capsys.readouterr().out == ""
     assert this_machine(2**34).memory == 2**34

@@ -110,7 +110,7 @@ def test_no_file_is_left_out_without_a_word(
     told = capsys.readouterr().out
     assert "2 files are passed over:" in told
     assert "  a.mkv: a.MP4 has the same name and comes first" in told
-    assert "  notes.txt: has no ending of a video" in told
+    assert "  notes.txt: does not have a video's extension" in told
     # extract_features.py finds the same
     found = find_videos(str(videos), None)
     assert set(found.uris) == set("abcd")

@@ -476,7 +476,7 @@ def test_what_a_job_uploads_is_small(tmp_path: Path) -> None:
         (("toy", "--data.annotations", "/nowhere.json", "--data.no-make-toy"), "/nowhere.json"),
         (("toy", "--model.weights", "/nowhere.pth"), "nothing at /nowhere.pth"),
         (("toy", "--epochs", "many"), "epochs"),
-        (("toy", "--fit", "24"), "'24' is no size of memory"),
+        (("toy", "--fit", "24"), "'24' is not a memory size"),
         (("toy", "--fit", "auto"), "this recipe trains without one (--scale.no-gpu)"),
     ],
 )

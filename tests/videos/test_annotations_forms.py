@@ -216,7 +216,7 @@ def test_class_files_of_the_thumos_family(tmp_path: Path) -> None:
 
 
 def test_folders_that_hold_no_annotations(tmp_path: Path) -> None:
-    assert "no data set that is known" in problems_of(tmp_path)[0]
+    assert "no known data set" in problems_of(tmp_path)[0]
     assert "no text file of a class" in problems_of(tmp_path, form="class-files")[0]
     with pytest.raises(ValueError, match=r"no form 'epic'.*epic-verb"):
         load_annotations(tmp_path, form="epic")

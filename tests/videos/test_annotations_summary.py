@@ -196,7 +196,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "Left out: 1\n  video_test_0000004: is on the list" in capsys.readouterr().out
 
     assert main([str(path), *known, "--keep", "video_test_0001496"]) == 1
-    assert "'video_test_0001496': is to be kept, but is not there" in capsys.readouterr().err
+    assert (
+        "'video_test_0001496': is to be kept, but is not in the annotations"
+        in capsys.readouterr().err
+    )
 
     (tmp_path / "durations.json").write_text('{"video_test_0000004": 4, "video_test_0000006": 3}')
     assert main([str(path), *known]) == 1

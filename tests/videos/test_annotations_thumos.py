@@ -60,8 +60,8 @@ def test_what_is_to_be_kept_must_be_there_and_left_out(tmp_path: Path) -> None:
     with pytest.raises(AnnotationError) as caught:
         load_annotations(path, dataset=THUMOS14, keep=keep)
     assert caught.value.problems == (
-        "video 'video_test_0000004': is to be kept, but nothing leaves it out",
-        "video 'video_test_1': is to be kept, but is not there",
+        "video 'video_test_0000004': is to be kept, but is not left out",
+        "video 'video_test_1': is to be kept, but is not in the annotations",
     )
     both = load_annotations(path, dataset=THUMOS14, keep=[UNSEEN], exclude=[UNSEEN])
     assert len(both.videos) == 1

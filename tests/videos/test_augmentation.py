@@ -248,7 +248,7 @@ def test_arguments_that_do_not_fit_together_are_refused() -> None:
     frames = _noise(2, 3, SOURCE, SOURCE, 3)
     with pytest.raises(ValueError, match="80 x 80 pixels are to become 64 x 64, but crop_area is"):
         augment(frames, replace(FULL, crop_area=None), size=SIZE, seeds=[1, 2])
-    with pytest.raises(ValueError, match="2 clips need as many seeds, but got 1"):
+    with pytest.raises(ValueError, match="2 clips need one seed each, but got 1"):
         augment(frames, FULL, size=SIZE, seeds=[1])
     with pytest.raises(ValueError, match=r"must be uint8 \(B, T, H, W, 3\)"):
         augment(frames.float(), FULL, size=SIZE, seeds=[1, 2])

@@ -27,7 +27,7 @@ def test_finds_every_kind_of_name(tmp_path: Path) -> None:
     )
     assert all(path.is_absolute() for path in found.values())
     assert set(missing) == {"j", "k"}
-    assert missing["k"] == "there is no file k with the ending of a video"
+    assert missing["k"] == "there is no file k with a video's extension"
 
 
 def test_the_order_of_preference(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_all_videos_of_a_folder_and_what_is_passed_over() -> None:
         "e": "s3://e.m4v",
     }
     assert passed["a.mkv"] == "a.MP4 has the same name and comes first"
-    assert {name for name, why in passed.items() if why == "has no ending of a video"} == {
+    assert {name for name, why in passed.items() if why == "does not have a video's extension"} == {
         "notes.txt",
         "f",
         "g.mp4.part",

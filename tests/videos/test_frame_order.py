@@ -197,5 +197,5 @@ def test_its_facts_are_found(made: Any) -> None:
     assert info.fps == pytest.approx(kind.fps, rel=0.02)
     expected = [GO_BACK] * kind.wrong_times
     if kind.name.startswith("raw"):
-        expected.append(f"Its header says no duration: its frames last {FRAMES / kind.fps:.2f} s.")
+        expected.append(f"Its header has no duration: its frames last {FRAMES / kind.fps:.2f} s.")
     assert list(info.problems) == expected

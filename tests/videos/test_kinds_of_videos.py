@@ -14,7 +14,7 @@ from re2tal.videos.reader import VideoReader
 from tests.videos.made_videos import FPS, make_video, numbers
 
 X264 = "bframes=3:b-pyramid=2"
-RAW = "Its header says no duration: its frames last 3.20 s."
+RAW = "Its header has no duration: its frames last 3.20 s."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,7 +60,7 @@ def test_a_folder_names_the_class_of_the_videos_in_it() -> None:
         ("spin/b", "spin", "spin/b.mp4"),
         ("spin/more/a", "spin", "spin/more/a.webm"),
     ]
-    assert found.problems == ("x.mp4 lies in no folder of a class",)
+    assert found.problems == ("x.mp4 is not in the folder of a class",)
 
 
 def test_kinetics_own_csv_finds_trimmed_files_and_whole_videos() -> None:
@@ -122,10 +122,10 @@ def test_every_problem_of_both_lists_stands_in_one_error() -> None:
         "train.csv: line 3: '../up.mp4' is not the path",
         "train.csv: line 4: '/abs.mp4' is not the path",
         "train.csv: line 5: has no label",
-        "train.csv: line 6: the stretch 5 to 2 s has no length",
-        "train.csv: line 7: start is no number of seconds: 'x'",
+        "train.csv: line 6: the part from 5 to 2 s has no length",
+        "train.csv: line 7: start is not a number of seconds: 'x'",
         "train.csv: line 8: the label 3 is a number",
-        "train.csv: ok stands in it 2 times",
+        "train.csv: ok is listed 2 times",
         "val.csv: 'fly' is not among the 2 classes",
         "val.csv: ok is in the training list too",
     ):
@@ -152,7 +152,7 @@ def test_labels_of_lists_that_are_one_name_are_a_problem() -> None:
         (KINETICS, "val", "no row has 'val'"),
         ("a.mp4\n", None, "line 1: has no label"),
         ("a.mp4 7\n", None, "label 7 is not one of 0 to 1"),
-        ("label,youtube_id,time_start,time_end\ndrum,a/b,0,10\n", None, "'a/b' is no id"),
+        ("label,youtube_id,time_start,time_end\ndrum,a/b,0,10\n", None, "'a/b' is not an id"),
         ("label,youtube_id,time_start,time_end\ndrum,ab,0,\n", None, "no time_end"),
     ],
 )
@@ -174,9 +174,9 @@ def test_classes_are_those_given_or_those_trained_on() -> None:
     assert joint_classes(training, replace(validation, entries=training.entries, root="other"))
     with pytest.raises(AnnotationError, match="both the training and the validation"):
         joint_classes(training, training)
-    with pytest.raises(AnnotationError, match="'a' stands in it more than once"):
+    with pytest.raises(AnnotationError, match="'a' is listed more than once"):
         read_classes("classes.txt", "a\nb\na\n")
-    with pytest.raises(AnnotationError, match="names no class"):
+    with pytest.raises(AnnotationError, match="has no class names"):
         read_classes("classes.txt", "\n")
 
 

@@ -1,7 +1,7 @@
 """Blocks of a SlowFast, and their split into branches for `re2tal.rewire`.
 
-Submodules are named as in mmaction2's weights. Convolutions have no bias: a BatchNorm follows. The
-ReLUs work in place, always on the fresh result of a BatchNorm or a sum.
+Submodules are named as in mmaction2's weights. Convolutions have no bias, because a BatchNorm
+follows. ReLUs work in place, always on the new result of a BatchNorm or a sum.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from re2tal.reversible.branches import Branch, BySample, ChangesShapeError, branches, recomputed
 
 EXPANSION = 4
-"""Output channels of a bottleneck, relative to its inner ones."""
+"""Ratio of a bottleneck's output channels to its inner channels."""
 
 
 class ConvNorm(nn.Module):
-    """Convolution and BatchNorm that keep the size, or divide height and width by a stride.
+    """Convolution and BatchNorm, with an optional stride in height and width.
 
     Args:
         inputs: input channels.
@@ -33,13 +33,13 @@ class ConvNorm(nn.Module):
         self.bn = nn.BatchNorm3d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, inputs, T, H, W)` to `(B, outputs, T, H / stride, W / stride)`, rounded up."""
+        """Map `(B, inputs, T, H, W)` to `(B, outputs, T, H / stride, W / stride)`, rounded up."""
         out: Tensor = self.bn(self.conv(x))
         return out
 
 
 class Stem(nn.Module):
-    """Convolution, BatchNorm, ReLU and maximum pooling: a quarter of the height and width.
+    """Convolution, BatchNorm, ReLU and max pooling, which divide height and width by 4.
 
     Args:
         outputs: output channels.
@@ -52,7 +52,7 @@ class Stem(nn.Module):
         self.bn = nn.BatchNorm3d(outputs)
 
     def forward(self, video: Tensor) -> Tensor:
-        """`(B, 3, T, H, W)` to `(B, outputs, T, H / 4, W / 4)`, rounded up."""
+        """Map `(B, 3, T, H, W)` to `(B, outputs, T, H / 4, W / 4)`, rounded up."""
         x = F.relu(self.bn(self.conv(video)), inplace=True)
         return F.max_pool3d(x, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1))
 
@@ -65,7 +65,7 @@ class Lateral(nn.Module):
     Args:
         inputs: channels of the fast pathway.
         frames: frames that the kernel covers, odd.
-        stride: frames of the fast pathway for one of the slow.
+        stride: frames of the fast pathway per frame of the slow one.
         norm: true to add a BatchNorm and a ReLU.
     """
 
@@ -75,7 +75,7 @@ class Lateral(nn.Module):
         self.bn = nn.BatchNorm3d(2 * inputs) if norm else None
 
     def forward(self, fast: Tensor) -> Tensor:
-        """`(B, inputs, T, H, W)` to `(B, 2 inputs, T / stride, H, W)`, rounded up."""
+        """Map `(B, inputs, T, H, W)` to `(B, 2 inputs, T / stride, H, W)`, rounded up."""
         x: Tensor = self.conv(fast)
         return x if self.bn is None else F.relu(self.bn(x), inplace=True)
 
@@ -83,14 +83,13 @@ class Lateral(nn.Module):
 class Bottleneck(nn.Module):
     """Residual block, `relu(skip(x) + F(x))`.
 
-    `F` convolves in time, then in space, then widens. The skip connection is the identity if the
-    shape stays the same, and otherwise a convolution.
+    `F` is a convolution in time, one in space, and one that widens. The skip connection is the
+    identity if the shape stays the same, and otherwise a convolution.
 
     Args:
         inputs: input channels.
         inner: channels of the first two convolutions; the block has four times as many outputs.
-        frames: frames that the first convolution covers: 3, or 1 for a block without a view of
-            time.
+        frames: temporal kernel size of the first convolution: 3, or 1 for a purely spatial block.
         stride: stride in height and width, in the second convolution.
         relu_before_sum: true to compute `skip(x) + relu(F(x))` instead.
     """
@@ -114,14 +113,14 @@ class Bottleneck(nn.Module):
         self.downsample = None if same else ConvNorm(inputs, outputs, (1, 1, 1), stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, inputs, T, H, W)` to `(B, 4 inner, T, H / stride, W / stride)`, rounded up."""
+        """Map `(B, inputs, T, H, W)` to `(B, 4 inner, T, H / stride, W / stride)`, rounded up."""
         skip = x if self.downsample is None else self.downsample(x)
         if self.relu_before_sum:
             return skip + F.relu(self.residual(x), inplace=True)
         return F.relu(skip + self.residual(x), inplace=True)
 
     def residual(self, x: Tensor) -> Tensor:
-        """`F(x)`, a fresh tensor."""
+        """Compute `F(x)`, a new tensor."""
         x = F.relu(self.conv1(x), inplace=True)
         x = F.relu(self.conv2(x), inplace=True)
         out: Tensor = self.conv3(x)
@@ -131,7 +130,7 @@ class Bottleneck(nn.Module):
 def stage(
     inputs: int, inner: int, *, depth: int, frames: int, stride: int, relu_before_sum: bool
 ) -> nn.Sequential:
-    """Chain `depth` blocks; the first changes the shape, and has `stride` and `relu_before_sum`.
+    """Chain `depth` blocks; only the first changes the shape and gets `stride`, `relu_before_sum`.
 
     See `Bottleneck` for the other arguments.
     """
@@ -150,12 +149,12 @@ def _conv(
 
 
 _GROWTH = 6.0
-"""Input (1), the results of three convolutions and their norms, of which two have a quarter of
-its channels (3), and the gradients of the last two (2)."""
+"""Elements in memory per input element: the input (1), the results of three convolutions and their
+norms, two of them with a quarter of the channels (3), and the gradients of the last two (2)."""
 
 
 def _branches(block: Bottleneck) -> list[Branch]:
-    """Split a block as Re2TAL does (arXiv 2211.14053): the ReLU after the sum joins the branch."""
+    """Split a block as in Re2TAL (arXiv 2211.14053): the ReLU after the sum joins the branch."""
     if block.downsample is not None:
         inner, inputs = block.conv1.conv, block.downsample.conv
         raise ChangesShapeError(

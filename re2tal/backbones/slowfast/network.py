@@ -1,4 +1,4 @@
-"""Two pathways of a SlowFast, joined to a backbone."""
+"""SlowFast backbone of a slow and a fast pathway."""
 
 from __future__ import annotations
 
@@ -32,16 +32,17 @@ class SlowFastConfig:
         depths: blocks of each stage, the same in both pathways.
         width: channels of the slow stem; the first stage has four times as many, and they double
             from stage to stage.
-        alpha: frames of the fast pathway for one of the slow; the fast one gets every frame.
-        channel_ratio: channels of the slow pathway for one of the fast, the paper's 1 / beta.
-        fusion_kernel: frames that a lateral convolution covers, odd.
-        fusion_norm: true for a BatchNorm and a ReLU after each lateral convolution, as in
-            PyTorchVideo's weights; mmaction2's have none.
-        relu_before_sum: true to apply the ReLU to the branch, before the sum, in blocks that change
-            the shape, as in rewired blocks. OpenTAD's published Re2SlowFast was trained so.
-        temporal_stride: frames per feature. Re2TAL takes 4 for ActivityNet and 2 for THUMOS-14.
-        frozen_statistics: true for BatchNorms with the statistics of the weights, in training too:
-            a batch of a few long videos has poor ones. Not for training from nothing.
+        alpha: frames of the fast pathway per frame of the slow one; the fast pathway gets every
+            frame.
+        channel_ratio: channels of the slow pathway per channel of the fast, the paper's 1 / beta.
+        fusion_kernel: temporal kernel size of the lateral convolutions, odd.
+        fusion_norm: add a BatchNorm and a ReLU after each lateral convolution, as in PyTorchVideo's
+            weights; mmaction2's have none.
+        relu_before_sum: in blocks that change the shape, apply the ReLU to the branch, before the
+            sum, as in rewired blocks. OpenTAD's published Re2SlowFast was trained this way.
+        temporal_stride: frames per feature. Re2TAL uses 4 on ActivityNet and 2 on THUMOS-14.
+        frozen_statistics: keep the BatchNorm statistics of the weights in training, because those
+            of a batch of a few long videos are poor. Set it to false when training from scratch.
     """
 
     depths: tuple[int, ...] = (3, 4, 6, 3)
@@ -68,17 +69,17 @@ class SlowFastConfig:
             raise ValueError(f"A SlowFast needs 1 to 8 stages, but got {len(self.depths)}.")
         if self.width % self.channel_ratio:
             raise ValueError(
-                f"The width of a SlowFast is a multiple of its channel_ratio, but {self.width} is "
-                f"none of {self.channel_ratio}."
+                f"The width of a SlowFast must be a multiple of its channel_ratio, but "
+                f"{self.width} is not a multiple of {self.channel_ratio}."
             )
         if self.fusion_kernel % 2 != 1:
             raise ValueError(
-                f"The fusion_kernel of a SlowFast is odd, so that it has a middle, but got "
+                f"The fusion_kernel of a SlowFast must be odd, so that it is centred, but is "
                 f"{self.fusion_kernel}."
             )
 
     def with_stride(self, stride: int) -> SlowFastConfig:
-        """Return the same backbone, its features resampled to another number of frames a feature.
+        """Return the same backbone with features resampled to another number of frames per feature.
 
         Raises:
             ValueError: the stride is below 1.
@@ -122,21 +123,21 @@ def re2_slowfast_101() -> SlowFastConfig:
 
 @backbone()
 def slowfast_toy() -> SlowFastConfig:
-    """Small SlowFast for the toy data set, to be trained from nothing."""
+    """Small SlowFast for the toy data set, trained from scratch."""
     return SlowFastConfig(
         depths=(3, 3), width=32, channel_ratio=4, temporal_stride=2, frozen_statistics=False
     )
 
 
 class Pathway(nn.Module):
-    """One of the two networks: a stem and residual stages, `conv1`, `layer1`, `layer2` and so on.
+    """One of the two networks: a stem `conv1` and residual stages `layer1`, `layer2` and so on.
 
-    Stages after the first keep the number of frames and halve the height and width.
+    Stages after the first keep the number of frames and halve height and width.
 
     Args:
         width: channels of the stem.
         depths: blocks of each stage.
-        stem_frames: frames that the stem's kernel covers.
+        stem_frames: temporal kernel size of the stem.
         temporal_from: index of the first stage whose blocks convolve in time.
         joined: channels that are concatenated to the input of each stage.
         relu_before_sum: flag of `SlowFastConfig`.
@@ -170,11 +171,11 @@ class Pathway(nn.Module):
 class SlowFastBackbone(nn.Module):
     """SlowFast (Feichtenhofer et al., ICCV 2019, arXiv 1812.03982) without its classifier.
 
-    A wide network sees one frame of `alpha`, a narrow one sees all; the narrow one's features are
-    joined to the wide one's channels before each stage. Their features, averaged over space, are
-    brought to one rate and concatenated, the slow ones first.
+    The slow pathway is wide and sees one frame in `alpha`; the fast pathway is narrow and sees all.
+    Before each stage, the fast features are concatenated to the slow ones. The results of both are
+    averaged over space, resampled to one rate and concatenated, the slow ones first.
 
-    Its parameters have mmaction2's names; published files: `published.py`. See
+    Parameters have mmaction2's names; see `published.py` for published files, and
     `re2tal.backbones.protocol.Backbone` for the attributes.
     """
 
@@ -182,14 +183,14 @@ class SlowFastBackbone(nn.Module):
         super().__init__()
         stages = len(config.depths)
         narrow = config.width // config.channel_ratio
-        spoken = _inputs(narrow, stages)  # by the fast pathway, before each stage
+        spoken = _inputs(narrow, stages)  # channels of the fast pathway before each stage
         self.slow_path = Pathway(
             width=config.width,
             depths=config.depths,
             stem_frames=1,
-            # Section 3.4: convolving in time in the slow pathway's early stages lowers accuracy.
+            # Section 3.4: temporal convolutions in the slow pathway's early stages lower accuracy.
             temporal_from=stages // 2,
-            joined=[2 * channels for channels in spoken],
+            joined=[2 * channels for channels in spoken],  # lateral convolutions double them
             relu_before_sum=config.relu_before_sum,
         )
         self.fast_path = Pathway(
@@ -220,7 +221,7 @@ class SlowFastBackbone(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> SlowFastBackbone:
-        """Set training mode, which frozen statistics stay out of."""
+        """Set training mode; BatchNorms with frozen statistics stay in evaluation mode."""
         super().train(mode)
         if self._frozen_statistics:
             for module in self.modules():
@@ -232,7 +233,7 @@ class SlowFastBackbone(nn.Module):
         """Compute spatially pooled features; see `Backbone`.
 
         Raises:
-            ValueError: T is no multiple of `multiple`.
+            ValueError: T is not a multiple of `multiple`.
         """
         frames = video.shape[2]
         whole = self.multiple
@@ -242,13 +243,14 @@ class SlowFastBackbone(nn.Module):
                 "another window, or pad it."
             )
         length = frames // self.temporal_stride
+        # pooled over space first, so that resampling is cheap
         pooled = [resample(x.mean(dim=(3, 4)), length) for x in self.pathways(video)]
         return torch.cat(pooled, dim=1)
 
     def layer_of(self, name: str) -> int:
-        """Layer of a parameter as in `Backbone`, counting blocks of both pathways together.
+        """Return the layer as in `Backbone`; both pathways' blocks are counted in parallel.
 
-        A lateral connection belongs to the blocks after it.
+        A lateral connection has the layer of the block before it.
         """
         _, part, index, *_ = name.split(".")
         if part.startswith("conv1"):
@@ -260,14 +262,14 @@ class SlowFastBackbone(nn.Module):
 
     @property
     def reads_once(self) -> bool:
-        """See `Backbone`; the fast pathway's stem is the last that reads."""
+        """See `Backbone`; the fast pathway's stem reads last."""
         return not any(map(has_hooks, (self, self.slow_path.conv1, self.fast_path.conv1)))
 
     def pathways(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute features of both pathways before pooling, of `forward`'s input.
+        """Compute the features of both pathways before pooling, from `forward`'s input.
 
         Returns:
-            `(B, C_slow, T / alpha, H', W')` of the slow and `(B, C_fast, T, H', W')` of the fast.
+            Slow features `(B, C_slow, T / alpha, H', W')` and fast ones `(B, C_fast, T, H', W')`.
         """
         slow_path, fast_path = self.slow_path, self.fast_path
         slow = slow_path.conv1(part_of(video, lambda frames: frames[:, :, :: self._alpha]))
@@ -280,5 +282,5 @@ class SlowFastBackbone(nn.Module):
 
 
 def _inputs(width: int, stages: int) -> list[int]:
-    """Channels of a pathway before each stage."""
+    """List the channels of a pathway before each stage."""
     return [width, *(EXPANSION * width * 2**index for index in range(stages - 1))]

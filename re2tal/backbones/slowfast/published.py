@@ -2,13 +2,13 @@
 
 Facts from their sources, beside the names:
 
-- mmaction2's names are ours, and its network too.
-- PyTorchVideo's has a norm and a ReLU after each lateral convolution (`fusion_norm=True`), and the
-  one of 101 layers has a `fusion_kernel` of 5: `pytorchvideo_slowfast_50()` and `..._101()`. It was
-  trained on frames of mean 0.45 and deviation 0.225 in every colour, and its slow frames are evenly
-  spaced from the first to the last, where mmaction2, OpenTAD and ours take every fourth.
-- OpenTAD's is mmaction2's, rewired. In a block that changes the shape, where there is nothing to
-  rewire, the ReLU is applied to the branch before the sum, as in the rewired ones
+- mmaction2 has our names and our network.
+- PyTorchVideo's network has a norm and a ReLU after each lateral convolution (`fusion_norm=True`),
+  and with 101 layers a `fusion_kernel` of 5: `pytorchvideo_slowfast_50()` and `..._101()`. It was
+  trained on frames of mean 0.45 and deviation 0.225 in every colour. Its slow frames are evenly
+  spaced from the first to the last; in mmaction2, OpenTAD and here they are every fourth.
+- OpenTAD's network is mmaction2's, rewired. Blocks that change the shape cannot be rewired; in
+  these, the ReLU is applied to the branch before the sum, as in rewired blocks
   (`relu_before_sum=True`): `re2_slowfast_101()`.
 """
 
@@ -82,12 +82,12 @@ def _wants_relu_before_sum(backbone: nn.Module, weights: Mapping[str, Tensor]) -
         return None
     return (
         "the network of these weights has the ReLU before the sum in blocks that change the shape, "
-        "this one after it (take re2_slowfast_101(), or relu_before_sum=True)"
+        "this one after it (use re2_slowfast_101(), or relu_before_sum=True)"
     )
 
 
 MMACTION2_SLOWFAST = Layout(
-    title="mmaction2's SlowFast, whose names ours has",
+    title="mmaction2's SlowFast",
     mark=re.compile(r"(|.*\.)slow_path\.layer1\.0\.conv1\.conv\.weight"),
     rename=_mmaction2,
     may_lack=(_COUNTER,),

@@ -1,4 +1,4 @@
-"""Toy data set that the project makes itself: actions that only their motion tells apart."""
+"""Generated toy data set of actions that differ only in their motion."""
 
 from re2tal.datasets.toy.dataset import (
     ANNOTATIONS,

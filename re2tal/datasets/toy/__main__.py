@@ -1,4 +1,4 @@
-"""Make the toy data sets in several processes; a set with the same settings is kept.
+"""Make a toy data set in several processes, unless it exists with the same settings.
 
 python -m re2tal.datasets.toy videos data/toy
 python -m re2tal.datasets.toy unseen data/unseen
@@ -20,11 +20,11 @@ _SETS: dict[str, tuple[Any, Callable[..., Any], int]] = {
     "unseen": (unseen_toy(), make_toy, 10),
     "clips": (TrimmedToyConfig(), make_trimmed_toy, 300),
 }
-"""Name of a set -> its settings, its maker, and the number of files between progress reports."""
+"""Name of a set -> its settings, function that makes it, and files between progress reports."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Make the set that the command line names."""
+    """Make the set named on the command line."""
     options = vars(_parser().parse_args(arguments))
     name, folder, processes = (options.pop(key) for key in ("set", "folder", "processes"))
     default, make, every = _SETS[name]
@@ -49,19 +49,19 @@ def _parser() -> argparse.ArgumentParser:
     kinds = parser.add_subparsers(dest="set", required=True)
     for name, (default, _, _) in _SETS.items():
         kind = kinds.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        kind.add_argument("folder", help="where they go")
+        kind.add_argument("folder", help="output folder")
         for subset in ("training", "validation"):
             value = getattr(default, subset)
-            kind.add_argument(f"--{subset}", type=int, default=value, help="how many")
+            kind.add_argument(f"--{subset}", type=int, default=value, help="number of files")
         if isinstance(default.seconds, tuple):
-            text, count = "the shortest and the longest", len(default.seconds)
+            text, count = "shortest and longest duration", len(default.seconds)
             kind.add_argument(
                 "--seconds", type=float, nargs=count, default=default.seconds, help=text
             )
         else:
-            kind.add_argument("--seconds", type=float, default=default.seconds, help="of each")
-        kind.add_argument("--seed", type=int, default=default.seed, help="of everything random")
-        kind.add_argument("--processes", type=int, default=None, help="by default one a core")
+            kind.add_argument("--seconds", type=float, default=default.seconds, help="duration")
+        kind.add_argument("--seed", type=int, default=default.seed, help="seed of the whole set")
+        kind.add_argument("--processes", type=int, default=None, help="None: one per core")
     return parser
 
 

@@ -22,7 +22,7 @@ FPS = 12
 ANNOTATIONS = "annotations.json"
 VIDEOS = "videos"
 
-_VERSION = 2  # counted up when the same settings give other videos
+_VERSION = 2  # to be increased if the same settings give other videos
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,9 +32,9 @@ class ToyConfig:
     Attributes:
         training: number of training videos.
         validation: number of validation videos.
-        seconds: durations of the shortest and the longest video.
-        seed: seed of everything random in it.
-        unseen: show `UNSEEN_ACTIONS`, which no weights of this repository were trained on.
+        seconds: shortest and longest duration of a video.
+        seed: seed of the whole set.
+        unseen: show `UNSEEN_ACTIONS`, on which no weights of this repository were trained.
     """
 
     training: int = 32
@@ -45,13 +45,13 @@ class ToyConfig:
 
 
 def unseen_toy() -> ToyConfig:
-    """Return the size of the second set: 60 videos of about 35 s with 13 motions."""
+    """Return the settings of the second set: 60 videos of about 35 s with 13 motions."""
     return ToyConfig(training=40, validation=20, seconds=(28.0, 42.0), unseen=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Job:
-    """One video to make, with everything that a separate process needs."""
+    """Parameters of one video to make, sufficient for a separate process."""
 
     video_id: str
     subset: str
@@ -66,7 +66,7 @@ def _times(seconds: float) -> np.ndarray:
 
 
 def _make_video(job: _Job) -> tuple[str, dict[str, Any]]:
-    """Render and write one video, under a temporary name until it is whole."""
+    """Render and write one video, under a temporary name until it is complete."""
     rng = np.random.default_rng(job.seed)
     scene = draw_scene(DETECTION_GALLERY, _times(job.seconds), rng, actions=job.actions)
     path = Path(job.folder) / f"{job.video_id}.mp4"
@@ -100,7 +100,7 @@ def _jobs(config: ToyConfig, folder: Path) -> list[_Job]:
 
 
 def _is_complete(annotations: Path, settings: dict[str, Any]) -> bool:
-    """Tell if the set was made with these settings; the annotations are written last of all."""
+    """Tell if the set was made with these settings; the annotations are written last."""
     if not annotations.is_file():
         return False
     content = json.loads(annotations.read_text())
@@ -115,18 +115,18 @@ def make_toy(
     parallel_map: Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]] = map,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Make the toy data set, unless it is there already with the same settings.
+    """Make the toy data set, unless it exists already with the same settings.
 
-    Classes differ by motion over time and not by the look of a frame. The videos have
-    112 by 112 pixels and 12 frames a second, H.264 with visible compression noise.
+    Classes differ in motion over time, not in the look of a frame. The videos have 112 by 112
+    pixels and 12 frames per second, H.264 with visible compression noise.
 
     Args:
         folder: folder for `annotations.json` (ActivityNet-style, subsets `training` and
             `validation`) and `videos/*.mp4`.
         config: size of the set; the default takes under a minute on two cores.
-        parallel_map: function that runs the videos' jobs, as `map` does; it may run them in other
-            processes and in any order.
-        progress: function called with the number of videos made and their total.
+        parallel_map: function like `map` that runs the jobs; it may run them in other processes and
+            in any order.
+        progress: function called with the number of finished videos and the total.
 
     Returns:
         Path of the annotations.
@@ -136,7 +136,7 @@ def make_toy(
     annotations = folder / ANNOTATIONS
     # through JSON, as they are read back
     settings = json.loads(json.dumps({"version": _VERSION, **asdict(config)}))
-    if not config.unseen:  # the first set's file stays as it was before there was a second
+    if not config.unseen:  # the first set's file is as it was before the second set existed
         del settings["unseen"]
     if _is_complete(annotations, settings):
         return annotations
@@ -156,7 +156,7 @@ def make_toy(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ToyClip:
-    """Trimmed clip of one action, with the poses of its actor.
+    """Trimmed clip of one action, with its actor's poses.
 
     Attributes:
         content: content of an mp4 file, compressed like the untrimmed videos.
@@ -171,15 +171,15 @@ def make_clip(label: str | None, seconds: float, seed: int, *, held_out: bool = 
     """Make a clip in which an actor performs one action from the first frame to the last.
 
     Args:
-        label: one of `ACTIONS`, or None for motion that is no action.
+        label: one of `ACTIONS`, or None for motion that is not an action.
         seconds: length of the clip.
-        seed: seed of everything random in it.
-        held_out: true for the sprites and backgrounds of the untrimmed videos; false for others,
-            which have none in common with them.
+        seed: seed of the clip.
+        held_out: true for the sprites and backgrounds of the untrimmed videos, false for a disjoint
+            set of sprites and backgrounds.
     """
     gallery = DETECTION_GALLERY if held_out else PRETRAINING_GALLERY
     instances = [] if label is None else [(0.0, seconds, label)]
-    rng = np.random.default_rng((seed, int(held_out), 7))  # apart from the untrimmed videos' seeds
+    rng = np.random.default_rng((seed, int(held_out), 7))  # not a seed of an untrimmed video
     scene = draw_scene(gallery, _times(seconds), rng, instances)
     file = io.BytesIO()
     encode(file, render(scene), fps=FPS)
@@ -187,16 +187,16 @@ def make_clip(label: str | None, seconds: float, seed: int, *, held_out: bool = 
 
 
 NO_ACTION = "no_action"
-"""Class of clips whose actor moves but performs no action. A detector has to tell it apart."""
+"""Class of clips whose actor moves without performing an action: a detector's background."""
 
-_TURNS = (*ACTIONS, NO_ACTION)  # clip i is of class i mod 7
+_TURNS = (*ACTIONS, NO_ACTION)  # clip i has class i mod 7
 TRIMMED_CLASSES = tuple(sorted(_TURNS))
 POSES = "poses.safetensors"
 UNFINISHED = "unfinished"
-"""Name of a file that lies in the folder while it is being made."""
+"""Name of a marker file in the folder while the set is being made."""
 
 _SETTINGS = "settings.json"
-_TRIMMED_VERSION = 2  # counted up when the same settings give other clips
+_TRIMMED_VERSION = 2  # to be increased if the same settings give other clips
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,7 +207,7 @@ class TrimmedToyConfig:
         training: number of training clips, spread evenly over the classes.
         validation: number of validation clips.
         seconds: length of a clip.
-        seed: seed of everything random in it.
+        seed: seed of the whole split.
     """
 
     training: int = 2100
@@ -218,7 +218,7 @@ class TrimmedToyConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _ClipJob:
-    """One clip to make, with everything that a separate process needs."""
+    """Parameters of one clip to make, sufficient for a separate process."""
 
     folder: str
     subset: str
@@ -237,7 +237,7 @@ class _ClipJob:
 
 
 def _make_clip(job: _ClipJob) -> tuple[str, np.ndarray]:
-    """Render and write a clip, and return its id and poses (T, 4)."""
+    """Render and write a clip; return its id and poses (T, 4)."""
     label = job.path.parent.name
     clip = make_clip(
         None if label == NO_ACTION else label,
@@ -260,11 +260,11 @@ def make_trimmed_toy(
     parallel_map: Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]] = map,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Make the trimmed split, unless it is there already with the same settings.
+    """Make the trimmed split, unless it exists already with the same settings.
 
     An actor performs one action from the first frame to the last, or none. Training clips show
-    other sprites and other backgrounds than the untrimmed videos; validation clips show theirs, so
-    that results on them predict those on the untrimmed videos. No seed is shared.
+    other sprites and backgrounds than the untrimmed videos; validation clips show those of the
+    untrimmed videos, so that their results predict results there. No seed is shared.
 
     Args:
         folder: folder for `training/<class>/*.mp4`, `validation/<class>/*.mp4` and
@@ -309,7 +309,7 @@ def make_trimmed_toy(
 
 
 def _remove_others(folder: Path, wanted: set[Path]) -> None:
-    """Delete clips that other settings made: a folder for each class is read as it is."""
+    """Delete clips of other settings, because all files of a class folder belong to the set."""
     for subset in ("training", "validation"):
         for path in (folder / subset).glob(f"*/{subset}_*.mp4"):
             if path not in wanted:

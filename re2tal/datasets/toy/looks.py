@@ -1,7 +1,7 @@
 """Looks of toy videos: palettes, sprites and backgrounds, drawn procedurally.
 
-Two galleries exist, with no palette, sprite shape or background pattern in common: one for the
-untrimmed detection videos, one for the clips that a backbone is pretrained on.
+There are two galleries without common palettes, sprite shapes or background patterns: one for the
+untrimmed detection videos, one for the clips on which a backbone is pretrained.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 Image: TypeAlias = NDArray[np.floating[Any]]
 
 TEXELS = 4
-"""Texture points per pixel. At four, the nearest point is as good as interpolation."""
+"""Texture points per pixel and side. With four, the nearest point is as good as interpolation."""
 
 SPRITE_TEXTURE = 160
 """Height and width of a sprite's texture."""
@@ -28,7 +28,7 @@ BACKGROUND_TEXTURE = 224
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Palette:
-    """Colours that go together, as ``#rrggbb``."""
+    """Colour scheme, as ``#rrggbb``."""
 
     deep: str
     ground: str
@@ -111,7 +111,7 @@ PRETRAINING_GALLERY = Gallery(
 
 
 def colour(code: str) -> Image:
-    """RGB in [0, 255], shape (3,), of ``#rrggbb``."""
+    """Convert ``#rrggbb`` to RGB in [0, 255], shape (3,)."""
     return np.array([int(code[i : i + 2], 16) for i in (1, 3, 5)], dtype=np.float32)
 
 
@@ -121,7 +121,7 @@ def _mix(a: Image, b: Image, share: Image) -> Image:
 
 
 def _radius(family: str, lobes: int, angle: Image, rng: np.random.Generator) -> Image:
-    """Outline in polar form: distance to the edge at each angle, at most 1."""
+    """Compute an outline in polar form: distance to the edge at each angle, at most 1."""
     wave = np.cos(lobes * angle)
     if family == "flower":
         return np.asarray(0.80 + 0.20 * wave)
@@ -136,7 +136,7 @@ def _radius(family: str, lobes: int, angle: Image, rng: np.random.Generator) -> 
 def sprite_texture(gallery: Gallery, palette: Palette, rng: np.random.Generator) -> Image:
     """Draw a sprite: premultiplied RGBA, (SPRITE_TEXTURE, SPRITE_TEXTURE, 4), colours to 255.
 
-    The two halves differ in shade and a spot sits off the centre, so that a turn can be seen
+    The two halves differ in shade and a spot lies off the centre, so that a rotation is visible
     whatever the symmetry of the outline.
     """
     family, lobes = gallery.shapes[int(rng.integers(len(gallery.shapes)))]
@@ -146,7 +146,7 @@ def sprite_texture(gallery: Gallery, palette: Palette, rng: np.random.Generator)
     u, v = np.meshgrid(axis * SPRITE_REACH, axis * SPRITE_REACH)
     distance, angle = np.hypot(u, v), np.arctan2(v, u)
     edge = _radius(family, int(lobes), angle, rng) - distance
-    soft = SPRITE_TEXTURE / (2.0 * SPRITE_REACH) / TEXELS  # one pixel wide, as edges should be
+    soft = SPRITE_TEXTURE / (2.0 * SPRITE_REACH) / TEXELS  # edges one pixel wide
 
     def inside(signed_distance: Image) -> Image:
         cover: Image = np.clip(signed_distance * soft + 0.5, 0.0, 1.0).astype(np.float32)
@@ -169,7 +169,7 @@ def _mix_into(rgb: Image, paint: Image, share: Image) -> Image:
 
 
 def _clouds(cells: int, rng: np.random.Generator) -> Image:
-    """Smooth noise in [0, 1] that repeats at the border, with `cells` bumps a side."""
+    """Draw smooth periodic noise in [0, 1], with `cells` bumps per side."""
     grid = rng.uniform(size=(cells, cells))
     where = np.arange(BACKGROUND_TEXTURE) * cells / BACKGROUND_TEXTURE
     low = where.astype(int)

@@ -1,7 +1,7 @@
-"""Thirteen motions that no weights of this repository were trained on: other people's classes.
+"""Thirteen motions on which no weights of this repository were trained: unseen classes.
 
-As in the first set, only the change over time tells them apart: what a motion does not move is
-held at a random phase, and every path has about the same extent as theirs.
+As in the first set, only the change over time distinguishes them: a quantity that a motion does not
+change is held at a random phase, and all paths have about the same extent as in the first set.
 """
 
 from collections.abc import Callable
@@ -25,22 +25,22 @@ class Draw:
     sign: float
 
     def cycles(self, t: Floats, slow: float, fast: float) -> Floats:
-        """Cycles since time 0, (T,), at a rate between two, in cycles a second."""
+        """Compute the cycles since time 0, (T,), at a rate between `slow` and `fast` per second."""
         return np.asarray(self.phase + (slow + (fast - slow) * self.speed) * t)
 
     def reach(self, small: float, large: float) -> float:
-        """Amplitude between two."""
+        """Return an amplitude between `small` and `large`."""
         return small + (large - small) * self.amount
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """Change of the actor's pose at each of T times; None leaves a quantity where it is held.
+    """Change of the actor's pose at each of T times; None holds a quantity.
 
     Attributes:
         x: (T,) pixels to the right.
         y: (T,) pixels downwards.
-        size: (T,) in [-1, 1], as a share of the swing of the size's logarithm.
+        size: (T,) in [-1, 1], as a share of the amplitude of the size's logarithm.
         turn: (T,) radians, from any origin.
     """
 
@@ -55,9 +55,9 @@ def _wave(cycles: Floats) -> Floats:
 
 
 def _saw(cycles: Floats) -> Floats:
-    """Rise slowly from -1 to 1 in four fifths of a cycle, and fall in the last fifth.
+    """Compute a wave that rises slowly in four fifths of a cycle and falls in the last fifth.
 
-    Values are distributed as those of `_wave`.
+    Its values have the same distribution as those of `_wave`.
     """
     share = cycles % 1.0
     rise = np.where(share < 0.8, share / 0.4 - 1.0, 9.0 - 10.0 * share)
@@ -65,7 +65,7 @@ def _saw(cycles: Floats) -> Floats:
 
 
 def _steps(cycles: Floats) -> Floats:
-    """Whole cycles, each taken in its last third and stood still for before."""
+    """Compute whole cycles that stand still for two thirds and advance in the last third."""
     share = np.clip(3.0 * (cycles % 1.0) - 2.0, 0.0, 1.0)
     return np.asarray(np.floor(cycles) + share * share * (3.0 - 2.0 * share))
 
@@ -148,4 +148,4 @@ MOTIONS: dict[str, Callable[[Floats, Draw], Change]] = {
     "tremble": _tremble,
     "tumble": _tumble,
 }
-"""Name of a motion, sorted -> function of times, (T,), and random numbers."""
+"""Name of a motion, sorted -> function of times (T,) and random numbers."""

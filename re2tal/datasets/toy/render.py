@@ -1,4 +1,4 @@
-"""Draw a toy scene with numpy: nearest look-ups in textures that are four times too fine."""
+"""Rendering of a toy scene with NumPy: nearest look-ups in textures of fourfold resolution."""
 
 from collections.abc import Iterator
 
@@ -19,7 +19,7 @@ _SHADOW = 0.38
 
 
 def _window(texture: Image, offset: NDArray[np.float64]) -> Image:
-    """View (FRAME_SIZE, FRAME_SIZE, C) of a seamless, padded texture at a fractional offset."""
+    """Cut (FRAME_SIZE, FRAME_SIZE, C) from a padded texture at a fractional offset, bilinearly."""
     x, y = np.asarray(offset) % BACKGROUND_TEXTURE
     left, top = int(x), int(y)
     fx, fy = np.float32(x - left), np.float32(y - top)
@@ -29,12 +29,12 @@ def _window(texture: Image, offset: NDArray[np.float64]) -> Image:
 
 
 def _pad(texture: Image) -> Image:
-    """Repeat a seamless texture by one frame, so that every view is a plain slice."""
+    """Repeat a seamless texture by one frame, so that every window is a plain slice."""
     return np.pad(texture, ((0, FRAME_SIZE + 1), (0, FRAME_SIZE + 1), (0, 0)), mode="wrap")
 
 
 def _box(x: float, y: float, reach: float) -> tuple[slice, slice] | None:
-    """Rows and columns of the pixels within `reach` of a point; None when there are none."""
+    """Return rows and columns of the pixels within `reach` of a point; None if there are none."""
     left, right = max(int(x - reach), 0), min(int(x + reach) + 1, FRAME_SIZE)
     top, bottom = max(int(y - reach), 0), min(int(y + reach) + 1, FRAME_SIZE)
     if left >= right or top >= bottom:
@@ -43,7 +43,7 @@ def _box(x: float, y: float, reach: float) -> tuple[slice, slice] | None:
 
 
 def _draw_shadow(canvas: Image, x: float, y: float, radius: float) -> None:
-    """Darken a soft disc below a sprite, the same for every sprite and action."""
+    """Darken a soft disc below a sprite; it is the same for every sprite and action."""
     x, y, reach = x + _SHADOW_OFFSET[0], y + _SHADOW_OFFSET[1], radius * _SHADOW_REACH
     box = _box(x, y, reach)
     if box is None:
@@ -55,7 +55,7 @@ def _draw_shadow(canvas: Image, x: float, y: float, radius: float) -> None:
 
 
 def _draw_sprite(canvas: Image, sprite: Sprite, index: int) -> None:
-    """Paint one sprite as it is at frame `index`."""
+    """Paint one sprite in its pose at frame `index`."""
     x, y = float(sprite.pose.x[index]), float(sprite.pose.y[index])
     radius = float(sprite.radius[index])
     _draw_shadow(canvas, x, y, radius)

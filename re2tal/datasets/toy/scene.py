@@ -1,9 +1,9 @@
-"""Toy video before it is drawn: paths of the sprites, and times of the actions.
+"""Content of a toy video before rendering: paths of the sprites, and times of the actions.
 
-An action is a periodic pattern on top of a slow straight carrier. All that a single frame can show
-(position, size, angle) is drawn from one common distribution whatever the action: an action that
-does not move a quantity holds it at a random phase of the actions that do. Only the change over
-time tells the classes apart.
+An action is a periodic pattern on top of a slow straight carrier motion. Position, size and angle
+in a single frame have the same distribution for all actions: an action that does not move a
+quantity holds it at a random phase of the actions that do. Only the change over time distinguishes
+the classes.
 
 Units: pixels of the rendered frame, seconds, radians; ``y`` points down as in images.
 """
@@ -31,13 +31,13 @@ ACTIONS = ("bounce", "orbit", "pulse", "shake", "spin", "zigzag")
 """Class names, sorted."""
 
 UNSEEN_ACTIONS = tuple(MOTIONS)
-"""Class names of the second set, sorted: no weights of this repository were trained on them."""
+"""Sorted class names of the second set, on which no weights of this repository were trained."""
 
 _CENTRE_RANGE = (30.0, FRAME_SIZE - 30.0)
 _CARRIER_SPEED = (2.0, 9.0)
 _SIZE_SWING = (0.30, 0.42)
 _IDLE_TURN = 0.35
-"""Largest angular speed outside `spin`, radians a second."""
+"""Greatest angular speed outside `spin`, in radians per second."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,19 +57,19 @@ class Pose:
     angle: Floats
 
     def at(self, index: int) -> "Pose":
-        """Pose at one time, as arrays of shape (1,)."""
-        pick = slice(index, index + 1 or None)
+        """Return the pose at one time, as arrays of shape (1,)."""
+        pick = slice(index, index + 1 or None)  # None for index -1
         return Pose(
             x=self.x[pick], y=self.y[pick], log_size=self.log_size[pick], angle=self.angle[pick]
         )
 
 
 Motion: TypeAlias = Callable[[Floats], Pose]
-"""Function from seconds since the motion began, (T,), to the poses at those times."""
+"""Function from seconds since the start of the motion, (T,), to the poses at those times."""
 
 
 def _triangle(phase: Floats) -> Floats:
-    """Triangle wave in [-1, 1] with period 1 and mean zero."""
+    """Compute a triangle wave in [-1, 1] with period 1 and mean zero."""
     return np.asarray(4.0 * np.abs(phase - np.floor(phase + 0.5)) - 1.0)
 
 
@@ -78,7 +78,7 @@ def action(name: str, duration: float, angle: float, rng: np.random.Generator) -
 
     Args:
         name: one of `ACTIONS` or `UNSEEN_ACTIONS`.
-        duration: seconds that the action lasts; the carrier is centred in it.
+        duration: duration of the action in seconds; the carrier is centred in it.
         angle: actor's angle at the start, radians.
         rng: source of every random choice. The number of draws does not depend on `name`.
 
@@ -86,14 +86,14 @@ def action(name: str, duration: float, angle: float, rng: np.random.Generator) -
         The motion, defined for times in [0, duration].
 
     Raises:
-        ValueError: `name` is none of them.
+        ValueError: `name` is unknown.
     """
     if name not in (*ACTIONS, *UNSEEN_ACTIONS):
         known = ", ".join((*ACTIONS, *UNSEEN_ACTIONS))
         raise ValueError(f"unknown toy action {name!r}; the actions are {known}")
     middle = rng.uniform(*_CENTRE_RANGE, size=2)
     heading = rng.uniform(0.0, 2.0 * pi)
-    if name == "zigzag":  # sideways swings need a carrier across them to read as a zigzag
+    if name == "zigzag":  # sideways swings look like a zigzag only if the carrier is across them
         heading = pi / 2 * np.sign(np.sin(heading)) + rng.uniform(-0.6, 0.6)
     velocity = rng.uniform(*_CARRIER_SPEED) * np.array([np.cos(heading), np.sin(heading)])
     hold = rng.uniform(5.0, 14.0) * np.exp(1j * rng.uniform(0.0, 2.0 * pi))
@@ -141,9 +141,9 @@ def action(name: str, duration: float, angle: float, rng: np.random.Generator) -
 
 
 def distractor(begin: Pose, end: Pose, duration: float, rng: np.random.Generator) -> Motion:
-    """Draw motion that is no action and leads from one pose to another.
+    """Draw motion that is not an action and leads from one pose to another.
 
-    One of: a straight drift, a smooth curve, or standing still before or after a short move.
+    It is a straight drift, a smooth curve, or standing still before or after a short move.
 
     Args:
         begin: pose of shape (1,) at time 0.
@@ -161,11 +161,11 @@ def distractor(begin: Pose, end: Pose, duration: float, rng: np.random.Generator
     still_first = rng.uniform() < 0.5
 
     def pose(t: Floats) -> Pose:
-        share = t / max(duration, 1e-6)  # an action may begin with the video
+        share = t / max(duration, 1e-6)  # duration is 0 if an action begins with the video
         if kind == "idle":  # the move takes half of the time
             share = np.clip(2.0 * share - (1.0 if still_first else 0.0), 0.0, 1.0)
         if kind != "drift":
-            share = share * share * (3.0 - 2.0 * share)
+            share = share * share * (3.0 - 2.0 * share)  # smoothstep
         bow = bend * np.sin(pi * share) if kind == "wander" else np.zeros_like(t)
         step = np.array([end.x[0] - begin.x[0], end.y[0] - begin.y[0]])
         aside = np.array([-step[1], step[0]]) / max(float(np.hypot(*step)), 1.0)
@@ -194,7 +194,7 @@ class Sprite:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """Everything that a video of T frames shows.
+    """Content of a video of T frames.
 
     Attributes:
         background: seamless RGB picture.
@@ -216,7 +216,7 @@ class Scene:
 def _timeline(
     seconds: float, actions: Sequence[str], rng: np.random.Generator
 ) -> list[tuple[float, float, str]]:
-    """Draw actions with gaps, inside [0, seconds], no class more than once in three."""
+    """Draw actions with gaps, inside [0, seconds]."""
     found: list[tuple[float, float, str]] = []
     now = rng.uniform(*GAP_SECONDS)
     bag: list[str] = []
@@ -234,11 +234,13 @@ def _timeline(
 def _actor_pose(
     instances: list[tuple[float, float, str]], times: Floats, rng: np.random.Generator
 ) -> Pose:
-    """Poses at `times` of an actor that performs the instances and idles about in between."""
+    """Draw the poses at `times` of an actor that performs the instances, with idle motion between.
+
+    The position before the first and after the last instance is drawn like that of an action's
+    start, so that these gaps look like all others.
+    """
     zero = np.zeros(1)
     angle = rng.uniform(0.0, 2.0 * np.pi)
-    # The actor's place before the first and after the last instance is drawn like an action's
-    # start, so that those gaps are like all others.
     pieces: list[tuple[float, float, Motion]] = []
     last = action("spin", 1.0, angle, rng)(zero)
     now = 0.0
@@ -249,7 +251,7 @@ def _actor_pose(
         pieces.append((now, start, gap))
         if end <= start:
             break
-        # The angle runs on through gap and action without a jump.
+        # The angle is continuous through gap and action.
         turned = float(gap(np.array([start - now])).angle[0]) - slow
         moving = _turned(ahead, turned)
         pieces.append((start, end, moving))
@@ -313,14 +315,14 @@ def draw_scene(
     *,
     actions: Sequence[str] = ACTIONS,
 ) -> Scene:
-    """Draw everything random about a video.
+    """Draw the random content of a video.
 
     Args:
         gallery: looks to choose from.
         times: (T,) seconds of its frames, rising.
         rng: source of every random choice.
-        instances: (start, end, action) in seconds, apart and in order; drawn when None.
-        actions: actions that instances are drawn from.
+        instances: (start, end, action) in seconds, disjoint and in order; drawn if None.
+        actions: actions from which instances are drawn.
 
     Returns:
         The scene, ready to be rendered.

@@ -1,4 +1,4 @@
-"""Trimmed videos, each of one class, as in Kinetics: lists of them, and clips cut from them."""
+"""Trimmed videos of one class each, as in Kinetics: lists of videos, and clips cut from them."""
 
 from re2tal.datasets.trimmed.clips import ClipConfig, TrimmedVideo, ViewConfig, random_clip, views
 from re2tal.datasets.trimmed.lists import (

@@ -12,16 +12,16 @@ from re2tal.videos.windows import Window
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrimmedVideo:
-    """Stretch of a video file that shows one class.
+    """Part of a video file that shows one class.
 
     Attributes:
-        video_id: name of the stretch; no other has it.
+        video_id: unique name of the part.
         label: class number.
-        start: second of the file at which the stretch begins.
-        end: second of the file at which it ends.
+        start: second of the file at which the part begins.
+        end: second of the file at which the part ends.
 
     Raises:
-        ValueError: the stretch has no length.
+        ValueError: the part has no length.
     """
 
     video_id: str
@@ -64,12 +64,12 @@ class ViewConfig:
     """Number of clips and crops over which the scores of a video are averaged.
 
     Attributes:
-        clips: clips spread evenly over the video; one is its middle.
-        crops: squares spread evenly over the longer side of the frames; one is their middle. Each
-            is decoded by itself.
+        clips: number of clips, spread evenly over the video; a single clip is in the middle.
+        crops: number of squares, spread evenly over the longer side of the frames; a single one is
+            in the middle. Each is decoded separately.
 
     Raises:
-        ValueError: either number is less than one.
+        ValueError: a number is less than one.
     """
 
     clips: int = 1
@@ -91,20 +91,20 @@ def random_clip(
         video: trimmed video.
         config: length and rate of the clip.
         stride: frames per feature: the backbone's temporal stride.
-        random: generator that draws the place, one number a video, by the seed and the epoch.
+        random: generator of the place, seeded by run and epoch; one number per video is drawn.
     """
-    share = random.uniform()  # also for a video that fits: so the others keep their places
+    share = random.uniform()  # even if it has no effect, so that other videos' places stay the same
     return _clip(video, config, stride=stride, share=share, place=0.5)
 
 
 def views(
     video: TrimmedVideo, config: ClipConfig, view: ViewConfig, *, stride: int
 ) -> Iterator[Window]:
-    """Cut the clips and crops whose scores are averaged for a video, clip by clip.
+    """Yield the clips and crops whose scores are averaged for a video, clip by clip.
 
-    The range of possible starts is cut into as many equal parts as there are clips, and each clip
-    starts in the middle of one. A video no longer than a clip gives one clip. `stride` is the
-    backbone's temporal stride, in frames.
+    The range of possible starts is divided into as many equal parts as there are clips, and each
+    clip starts in the middle of one part. A video no longer than a clip gives one clip. `stride` is
+    the backbone's temporal stride, in frames.
     """
     clips = view.clips if _room(video, config) > 0 else 1
     places = [0.5] if view.crops == 1 else np.linspace(0.0, 1.0, view.crops).tolist()
@@ -115,7 +115,7 @@ def views(
 
 
 def _room(video: TrimmedVideo, config: ClipConfig) -> float:
-    """Seconds by which the start of a clip may vary."""
+    """Compute the range of possible starts of a clip, in seconds."""
     return max(0.0, video.end - video.start - config.frames / config.fps)
 
 
@@ -124,7 +124,7 @@ def _clip(
 ) -> Window:
     offset = video.start + share * _room(video, config)
     grid = TimeGrid(fps=config.fps, stride=stride, length=config.frames, offset=offset)
-    valid = max(1, grid.frames_before(video.end))  # a video shorter than half a frame shows one
+    valid = max(1, grid.frames_before(video.end))  # a video shorter than half a frame still has one
     shown = grid.to_features(np.array([[offset, min(grid.end, video.end)]]))
     return Window(
         video_id=video.video_id,

@@ -1,17 +1,17 @@
-"""Lists of trimmed videos, each of one class, and the search for their files.
+"""Lists of trimmed videos of one class each, and the search for their files.
 
-A list is a folder with a folder of videos for each class (`read_folders`), or a text file
-(`read_list`). Three forms of the latter are told apart by their content:
+A list is a folder with a subfolder of videos for each class (`read_folders`), or a text file
+(`read_list`). The three forms of text files are distinguished by their content:
 
-- Kinetics' own CSV: a header with `label`, `youtube_id`, `time_start`, `time_end` and `split`. The
-  file of a video is named as the usual downloads do it, `<label>/<id>_<start>_<end>.mp4` with six
-  digits for each second, with or without the folder; or it is the whole video, `<id>.mp4`, from
-  which that stretch is taken.
-- A CSV with a header that has `path` and `label`, and perhaps `start`, `end` and `split`.
-- Lines of `path label` or `path label start end`, as MMAction2 and PySlowFast have them; the label
-  is a class number, or a name without spaces. There may be spaces in the path.
+- Kinetics' own CSV: a header with `label`, `youtube_id`, `time_start`, `time_end` and `split`. A
+  video's file is named as by the usual download tools, `<label>/<id>_<start>_<end>.mp4` with
+  seconds of six digits, with or without the folder; or it is the whole video, `<id>.mp4`, from
+  which that part is used.
+- A CSV with a header that has `path` and `label`, and optionally `start`, `end` and `split`.
+- Lines of `path label` or `path label start end`, as in MMAction2 and PySlowFast; the label is a
+  class number, or a name without spaces. The path may contain spaces.
 
-Seconds are those of the video file.
+Seconds count from the start of the video file.
 """
 
 import csv
@@ -31,10 +31,10 @@ class Place:
     """Possible place of a trimmed video.
 
     Attributes:
-        name: path of the file in the folder of the videos, with slashes; with or without its
-            ending.
-        start: second of that file at which the stretch begins.
-        end: second of that file at which it ends; None for the end of the file.
+        name: path of the file in the folder of the videos, with slashes, with or without its
+            extension.
+        start: second of that file at which the video begins.
+        end: second of that file at which the video ends; None for the end of the file.
     """
 
     name: str
@@ -47,9 +47,9 @@ class Entry:
     """One line of a list.
 
     Attributes:
-        video_id: name of the video; no other entry of the list has it.
+        video_id: name of the video, unique in the list.
         label: name of its class.
-        places: possible places; the first with a file counts.
+        places: possible places; the first one that has a file is used.
     """
 
     video_id: str
@@ -65,7 +65,7 @@ class TrimmedList:
         source: place of the list, for messages.
         root: common origin: in lists with the same root, equal ids mean the same video.
         entries: entries in the order of the list.
-        problems: problems of the list, a sentence each.
+        problems: problems of the list, one sentence each.
     """
 
     source: str
@@ -77,7 +77,7 @@ class TrimmedList:
 def joint_classes(
     training: TrimmedList, validation: TrimmedList, classes: Sequence[str] | None = None
 ) -> tuple[str, ...]:
-    """Classes of two lists, once both are without fault.
+    """Check two lists and return their classes.
 
     Args:
         training: list for training.
@@ -86,8 +86,8 @@ def joint_classes(
             sorted.
 
     Raises:
-        AnnotationError: the lists have problems, entries that stand twice or in both, or labels
-            that are no class; it names all of them.
+        AnnotationError: the lists have problems, repeated or common entries, or unknown labels; all
+            of them are listed.
     """
     lists = (training,) if training == validation else (training, validation)
     known = tuple(classes) if classes is not None else _labels(training)
@@ -121,13 +121,13 @@ def _ids(listing: TrimmedList) -> set[str]:
 
 
 def _problems(listing: TrimmedList, classes: Sequence[str]) -> Iterator[str]:
-    """Problems of the entries among themselves and with their labels."""
+    """Yield the problems of a list: no videos, repeated entries, unknown labels."""
     if not listing.entries and not listing.problems:
         yield "has no video"
     numbers = Counter(entry.video_id for entry in listing.entries)
     for video_id, number in numbers.items():
         if number > 1:
-            yield f"{video_id} stands in it {number} times"
+            yield f"{video_id} is listed {number} times"
     for label in _labels(listing):
         if label not in classes:
             yield f"{label!r} is not among the {len(classes)} classes"
@@ -136,21 +136,21 @@ def _problems(listing: TrimmedList, classes: Sequence[str]) -> Iterator[str]:
 def find_files(
     entries: Sequence[Entry], files: Mapping[str, str]
 ) -> tuple[dict[str, tuple[str, Place]], dict[str, str]]:
-    """Find the file of every entry among those that a folder holds.
+    """Find the file of every entry among the files of a folder.
 
-    Names are compared and never joined to a path, so that none can point outside the folder. A name
-    is looked for as it is, and then with each of `EXTENSIONS` in the place of its ending.
+    Names are compared and never joined to a path, so none can point outside the folder. A name is
+    searched unchanged, and then with each of `EXTENSIONS` in place of its extension.
 
     Args:
         entries: entries to find.
         files: files of the folder: path in it, with slashes -> path or URI.
 
     Returns:
-        Video id -> file, and the place that was found; for the others, video id -> reason.
+        Video id -> file and the place that was found; and, for other videos, video id -> reason.
     """
     files = {normal_form(name): uri for name, uri in files.items()}
     by_stem: dict[str, str] = {}
-    for extension in reversed(EXTENSIONS):  # the first of them counts
+    for extension in reversed(EXTENSIONS):  # so that the first extension overwrites the others
         endings = {n: u for n, u in files.items() if PurePosixPath(n).suffix.lower() == extension}
         by_stem |= {_stem(name): uri for name, uri in endings.items()}
     found: dict[str, tuple[str, Place]] = {}
@@ -169,14 +169,14 @@ def find_files(
 
 
 def _stem(name: str) -> str:
-    """Path without the ending of a video; the text after another dot belongs to the name."""
+    """Remove a video's extension from a path; any other text after a dot belongs to the name."""
     return str(PurePosixPath(name).with_suffix("")) if is_video(name) else name
 
 
 def read_folders(source: str, names: Iterable[str]) -> TrimmedList:
-    """List the files of a folder; the folder in it where a file lies names its class.
+    """List the videos of a folder; the subfolder of a video names its class.
 
-    Files that are no videos, by their ending, are passed over.
+    Files without a video's extension are ignored.
 
     Args:
         source: place of the folder, for messages.
@@ -188,7 +188,7 @@ def read_folders(source: str, names: Iterable[str]) -> TrimmedList:
         if not is_video(name):
             continue
         if len(path.parts) < 2:
-            problems.append(f"{name} lies in no folder of a class")
+            problems.append(f"{name} is not in the folder of a class")
             continue
         entries.append(
             Entry(
@@ -202,7 +202,7 @@ def read_folders(source: str, names: Iterable[str]) -> TrimmedList:
 
 _KINETICS = {"label", "youtube_id", "time_start", "time_end"}
 _PATHS = {"path", "label"}
-# The path is the text before the last one or three words: it may hold spaces itself.
+# The path is the text before the last one or three words, and may contain spaces.
 _NUMBER = r"[-+]?\d+(?:\.\d*)?"
 _LINE = re.compile(
     rf"(?P<path>\S.*?)[\s,]+(?P<label>[^\s,]+?)(?:[\s,]+(?P<start>{_NUMBER})[\s,]+(?P<end>{_NUMBER}))?"
@@ -210,20 +210,20 @@ _LINE = re.compile(
 
 
 def read_classes(source: str, text: str) -> tuple[str, ...]:
-    """Read names of classes, one a line; the number of a class is that of its line, from 0.
+    """Read class names, one per line; the number of a class is that of its line, from 0.
 
     Args:
         source: place of the text, for messages.
         text: content of the file.
 
     Raises:
-        AnnotationError: the text has no name, or one stands twice.
+        AnnotationError: the text has no names, or repeats one.
     """
     names = [line.strip() for line in text.splitlines() if line.strip()]
     repeated = [name for name, number in Counter(names).items() if number > 1]
-    problems = [f"{name!r} stands in it more than once" for name in repeated]
+    problems = [f"{name!r} is listed more than once" for name in repeated]
     if problems or not names:
-        raise AnnotationError(source, problems or ["it names no class"])
+        raise AnnotationError(source, problems or ["it has no class names"])
     return tuple(names)
 
 
@@ -239,14 +239,14 @@ def read_list(
         split: value of the column `split` in the rows to read; None for all rows.
 
     Returns:
-        Entries that could be read, and the problems of the others.
+        The valid entries, and the problems of the others.
     """
     lines = text.splitlines()
     header = [name.strip() for name in lines[0].split(",")] if lines else []
     if set(header) >= _KINETICS or set(header) >= _PATHS:
         rows = _table(lines, header, split)
     elif split is not None:
-        problem = f"it has no column 'split', of which {split!r} is wanted"
+        problem = f"it has no column 'split', in which rows of {split!r} were to be selected"
         return TrimmedList(source=source, entries=(), problems=(problem,))
     else:
         rows = _lines(lines)
@@ -281,7 +281,7 @@ def _lines(lines: Sequence[str]) -> Iterator[tuple[int, Mapping[str, str]]]:
 
 
 def _entry(row: Mapping[str, str], classes: Sequence[str] | None) -> Entry:
-    """Read one row as an entry, or raise a ValueError with its fault."""
+    """Read one row as an entry; raise a ValueError if it is invalid."""
     label = _label(row.get("label", ""), classes)
     if "youtube_id" in row:
         start, end = (_seconds(row[name], name) for name in ("time_start", "time_end"))
@@ -305,7 +305,7 @@ def _entry(row: Mapping[str, str], classes: Sequence[str] | None) -> Entry:
 
 def _kinetics(youtube_id: str, folder: str, label: str, start: float, end: float) -> Entry:
     if not youtube_id or "/" in youtube_id:
-        raise ValueError(f"{youtube_id!r} is no id of a video")
+        raise ValueError(f"{youtube_id!r} is not an id of a video")
     name = f"{youtube_id}_{start:06.0f}_{end:06.0f}"
     folders = dict.fromkeys((folder, folder.replace(" ", "_")))
     return Entry(
@@ -329,7 +329,7 @@ def _label(text: str, classes: Sequence[str] | None) -> str:
     if classes is not None and text in classes:
         return text
     if not re.fullmatch(r"\d+", text):
-        return text  # if there are classes, `joint_classes` lists it as unknown
+        return text  # if `classes` lacks it, `joint_classes` reports it as unknown
     if classes is None:
         raise ValueError(f"the label {text} is a number: give the names of the classes as well")
     if int(text) >= len(classes):
@@ -345,10 +345,10 @@ def _seconds(text: str, name: str) -> float | None:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError(f"{name} is no number of seconds: {text!r}")
+        raise ValueError(f"{name} is not a number of seconds: {text!r}")
     return value
 
 
 def _check_stretch(start: float, end: float | None) -> None:
     if start < 0 or (end is not None and end <= start):
-        raise ValueError(f"the stretch {start:g} to {_ending(end)} s has no length in the video")
+        raise ValueError(f"the part from {start:g} to {_ending(end)} s has no length in the video")

@@ -1,4 +1,4 @@
-"""Kinds of errors: false positives, missed instances, and causes of a lower mAP."""
+"""Error analysis: kinds of false positives, missed instances, and sensitivity of mAP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from re2tal.detection.diagnosis.outcomes import (
 from re2tal.detection.evaluation.matching import Bools, Floats, Ints, overlapping
 
 MIN_PRECISION = 0.05
-"""Normalised precision up to which predictions count as finding nothing (DETAD)."""
+"""Normalised precision up to which a match does not count as finding its instance (DETAD)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +27,7 @@ class Missed:
 
     Attributes:
         counts: `(*B)` instances in each bin (of one characteristic), or in each pair of bins.
-        shares: `(K, *B)` missed share at each threshold; nan for empty bins.
+        shares: `(K, *B)` missed share at each threshold; NaN for empty bins.
     """
 
     counts: Ints
@@ -35,7 +35,7 @@ class Missed:
 
     @property
     def average(self) -> Floats:
-        """`(*B)` mean share over the thresholds."""
+        """Mean share over the thresholds, `(*B)`."""
         mean: Floats = self.shares.mean(axis=0)
         return mean
 
@@ -58,9 +58,9 @@ class FalseNegatives:
 def false_negatives(outcomes: Outcomes, placed: Mapping[str, Placed]) -> FalseNegatives:
     """Count the missed instances by bin, as DETAD does.
 
-    An instance is missed when no prediction has found it, or only one at whose rank in its class
-    normalised precision is at most 0.05: any detector finds everything if it may guess forever.
-    `placed` holds the bin of each instance by characteristic.
+    An instance is missed if no prediction matches it, or if the normalised precision at the rank of
+    the matching prediction is at most 0.05: with enough guesses any detector finds everything.
+    `placed` holds, for each characteristic, the bin of each instance.
     """
     missed = _missed(outcomes)
     return FalseNegatives(
@@ -89,7 +89,7 @@ def _by_bin(missed: Bools, placed: Placed) -> Missed:
 
 def _by_pair(missed: Bools, first: Placed, second: Placed) -> Missed:
     shape = (len(first.bins.names), len(second.bins.names))
-    return _shares(missed, first.index * shape[1] + second.index, shape)
+    return _shares(missed, first.index * shape[1] + second.index, shape)  # row-major index
 
 
 def _shares(missed: Bools, index: Ints, shape: tuple[int, ...]) -> Missed:
@@ -102,28 +102,28 @@ def _shares(missed: Bools, index: Ints, shape: tuple[int, ...]) -> Missed:
 
 
 MIN_OVERLAP = 0.1
-"""Largest tIoU with an instance below which a false positive is background (DETAD)."""
+"""A false positive is background if its greatest tIoU with an instance is below this (DETAD)."""
 
 GROUPS = 10
-"""Number of predictions for each instance that are profiled (DETAD: the top 10G)."""
+"""Number of predictions per instance in the profile of false positives (DETAD: the top 10G)."""
 
 
 class Kind(IntEnum):
     """Kind of a prediction at a tIoU threshold t (the definitions of DETAD).
 
-    A true positive has found an instance. Otherwise let o be the largest tIoU of the prediction
-    with any instance of its video, whatever its class, and let that instance be the nearest one:
+    A true positive matches an instance. For other predictions, let o be the greatest tIoU with any
+    instance of the video, whatever its class; the nearest instance is the one that reaches o:
 
     - double detection: o >= t, and the nearest instance has the predicted class (a prediction of
-      higher score has taken it);
+      higher score matches it);
     - wrong label: o >= t, and the nearest instance is of another class;
     - localization: 0.1 <= o < t, and the nearest instance has the predicted class;
     - confusion: 0.1 <= o < t, and the nearest instance is of another class;
     - background: o < 0.1.
 
-    Of instances equally near, the first counts. (DETAD's published code judges predictions of a
-    video without instances, all but the first, by the instances of another video; here they
-    are all background.)
+    On ties the first instance is the nearest. (In a video without instances, DETAD's published code
+    compares all predictions but the first with the instances of another video; here they are all
+    background.)
     """
 
     TRUE_POSITIVE = 0
@@ -141,13 +141,13 @@ ERRORS = tuple(kind for kind in Kind if kind is not Kind.TRUE_POSITIVE)
 class FalsePositives:
     """Profile of the top predictions.
 
-    Of a class with G_c instances, group i holds the predictions with ranks i G_c to
-    (i + 1) G_c - 1: the top 1G, the next 1G and so on to 10G.
+    For a class with G_c instances, group i holds the predictions of ranks i G_c to
+    (i + 1) G_c - 1: the top 1G, the next 1G, and so on up to 10G.
 
     Attributes:
-        counts: `(K, 10, 6)` predictions of each threshold, group and kind.
+        counts: `(K, 10, 6)` number of predictions by threshold, group and kind.
         base: `(K,)` mAP_N of the top 10G predictions.
-        gains: `(K, 5)` rise of mAP_N when all top predictions of one kind of error are removed.
+        gains: `(K, 5)` gain of mAP_N when all top predictions of one kind of error are removed.
     """
 
     counts: Ints
@@ -156,13 +156,13 @@ class FalsePositives:
 
     @property
     def shares(self) -> Floats:
-        """`(K, 10, 6)` share of each kind in the predictions of a group; nan in empty groups."""
+        """Share of each kind among a group's predictions, `(K, 10, 6)`; NaN in empty groups."""
         total = self.counts.sum(axis=2, keepdims=True)
         return np.where(total > 0, self.counts / np.maximum(total, 1), np.nan)
 
 
 def false_positives(outcomes: Outcomes) -> FalsePositives:
-    """Profile the top predictions of every class, and remove one kind of error at a time."""
+    """Profile the top predictions of every class; measure the gain of removing each error kind."""
     groups = outcomes.ranks // outcomes.counts[outcomes.found.labels]
     top = groups < GROUPS
     kinds = classify(outcomes, top)
@@ -180,10 +180,10 @@ def false_positives(outcomes: Outcomes) -> FalsePositives:
 
 
 def classify(outcomes: Outcomes, wanted: Bools) -> Ints:
-    """Find the `Kind` of the `wanted` `(P,)` predictions at each threshold.
+    """Classify the predictions in the mask `wanted` `(P,)` at each threshold.
 
     Returns:
-        `(K, P)`; predictions that are not wanted are true positives or else called background.
+        `(K, P)` values of `Kind`; outside `wanted`, false positives are all labelled background.
     """
     kinds = np.full(outcomes.matched.shape, int(Kind.BACKGROUND), dtype=np.int64)
     rows = np.flatnonzero(wanted & (outcomes.matched < 0).any(axis=0))
@@ -193,12 +193,17 @@ def classify(outcomes: Outcomes, wanted: Bools) -> Ints:
     found = np.where(same, int(Kind.DOUBLE_DETECTION), int(Kind.WRONG_LABEL))
     below = np.where(overlap >= MIN_OVERLAP, near, int(Kind.BACKGROUND))
     kinds[:, rows] = np.where(overlap >= levels, found, below)
-    kinds[outcomes.matched >= 0] = Kind.TRUE_POSITIVE
+    kinds[outcomes.matched >= 0] = Kind.TRUE_POSITIVE  # last: it overrides all others
     return kinds
 
 
 def _nearest(outcomes: Outcomes, rows: Ints) -> tuple[Floats, Bools]:
-    """Largest tIoU `(R,)` with an instance (0 below all limits), and if that has the same class."""
+    """Find the nearest instance of each prediction in `rows`.
+
+    Returns:
+        Greatest tIoU `(R,)`, 0 if below all limits; mask `(R,)` of nearest instances of the same
+        class.
+    """
     found, truth = outcomes.found[rows], outcomes.truth
     pairs = overlapping(
         (found.segments, found.videos),
@@ -206,7 +211,7 @@ def _nearest(outcomes: Outcomes, rows: Ints) -> tuple[Floats, Bools]:
         least=min(MIN_OVERLAP, float(outcomes.thresholds.min())),
         instants=0.0,
     )
-    by_overlap = np.lexsort((-pairs.overlap, pairs.found))  # of equals the first instance
+    by_overlap = np.lexsort((-pairs.overlap, pairs.found))  # on ties the first instance
     row, first = np.unique(pairs.found[by_overlap], return_index=True)
     best = by_overlap[first]
     overlap, same = np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
@@ -220,7 +225,7 @@ class Sensitivity:
     """mAP_N over the bins of one characteristic.
 
     Attributes:
-        mAP: `(K, B)` mAP_N of each bin's instances alone; nan for bins without any.
+        mAP: `(K, B)` mAP_N of each bin's instances alone; NaN for empty bins.
         base: `(K,)` mAP_N of all instances.
     """
 
@@ -229,13 +234,13 @@ class Sensitivity:
 
     @property
     def average(self) -> Floats:
-        """`(B,)` average-mAP_N: the mean over the thresholds."""
+        """Average-mAP_N `(B,)`: the mean over the thresholds."""
         mean: Floats = self.mAP.mean(axis=0)
         return mean
 
     @property
     def relative(self) -> Floats:
-        """`(B,)` average-mAP_N of each bin, divided by that of all instances; nan if that is 0."""
+        """Average-mAP_N of each bin, divided by that of all instances, `(B,)`; NaN if that is 0."""
         base = self.base.mean()
         return self.average / base if base > 0 else np.full_like(self.average, np.nan)
 
@@ -246,21 +251,21 @@ class Sensitivity:
 
     @property
     def impact(self) -> float:
-        """Gain of average-mAP_N if all instances were found as well as the best bin's."""
+        """Gain of average-mAP_N if all instances were found as well as those of the best bin."""
         return float(np.nanmax(self.average) - self.base.mean())
 
 
 def base_map(outcomes: Outcomes) -> Floats:
-    """mAP_N `(K,)` of all predictions and instances."""
+    """Compute mAP_N `(K,)` of all predictions and instances."""
     return mean_average_precision(outcomes, outcomes.matched >= 0, outcomes.matched < 0)
 
 
 def sensitivity(outcomes: Outcomes, placed: Placed, base: Floats) -> Sensitivity:
-    """mAP_N of the instances of each bin, as DETAD defines it.
+    """Compute mAP_N of the instances of each bin, as DETAD defines it.
 
-    Recall refers to the bin's instances. Predictions that have found an instance of another bin, at
-    any threshold, are removed; all others that have found none are false positives. The mean is
-    taken over the classes that the bin has.
+    Recall refers to the bin's instances. Predictions that match an instance of another bin at any
+    threshold are removed; all other predictions without a match are false positives. The mean is
+    over the classes that occur in the bin.
 
     Args:
         outcomes: instances and predictions.
@@ -274,9 +279,9 @@ def sensitivity(outcomes: Outcomes, placed: Placed, base: Floats) -> Sensitivity
 
 
 def _map_of(outcomes: Outcomes, inside: Bools) -> Floats:
-    """mAP_N `(K,)` of the instances in the mask `inside` `(G,)`."""
+    """Compute mAP_N `(K,)` of the instances in the mask `inside` `(G,)`."""
     matched = outcomes.matched
-    # The entry that -1 points to stands for predictions that found nothing: they stay.
+    # Index -1, no match, selects the appended entry: predictions without a match are kept.
     kept = np.append(inside, True)[matched].all(axis=0)
     counts = np.bincount(outcomes.truth.labels[inside], minlength=len(outcomes.counts))
     return mean_average_precision(outcomes, (matched >= 0) & kept, (matched < 0) & kept, counts)

@@ -24,11 +24,11 @@ from re2tal.detection.segments import Detections, LabelledSegments
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcomes:
-    """Every instance, every prediction, and their matches.
+    """Instances, predictions, and their matches.
 
-    Instances without length are left out, as in DETAD: nothing can overlap them. So are predictions
-    of classes without an instance: they have no part in a mean over the classes that have
-    instances, and none in the top predictions, which are counted in instances.
+    Instances of zero length are left out, as in DETAD: nothing can overlap them. Predictions of
+    classes without instances are left out too: they are not in the mean over classes with
+    instances, nor among the top predictions, whose number is a multiple of the instances.
 
     Attributes:
         thresholds: `(K,)` tIoU thresholds.
@@ -38,8 +38,8 @@ class Outcomes:
         counts: `(C,)` instances of each class.
         starts: `(C + 1,)` first prediction of each class: class c has `starts[c]` to
             `starts[c + 1] - 1`.
-        matched: `(K, P)` index of the instance that a prediction found, -1 where it found none.
-        left_out: number of instances without length.
+        matched: `(K, P)` index of the instance that a prediction matches, -1 for none.
+        left_out: number of instances of zero length.
     """
 
     thresholds: Floats
@@ -53,7 +53,7 @@ class Outcomes:
 
     @property
     def ranks(self) -> Ints:
-        """`(P,)` number of predictions of its class before each prediction."""
+        """Rank of each prediction in its class, `(P,)`, from 0 on."""
         return np.arange(len(self.found)) - self.starts[self.found.labels]
 
 
@@ -67,8 +67,7 @@ def collect(
     """Match predictions with instances as ActivityNet's official evaluator does.
 
     By falling score (equal scores in their given order), each prediction takes the instance of
-    its video and class that it overlaps most among those that are free and overlapped by at least
-    the threshold.
+    greatest tIoU among those of its video and class that are free and reach the threshold.
 
     Args:
         truth: video id -> instances in seconds (maybe none), for every video.
@@ -99,6 +98,7 @@ def collect(
         least=float(levels.min()),
         instants=0.0,
     )
+    # `match` returns rows of `pairs`; turn them into the instance of each prediction.
     matched = np.full((len(levels), len(found)), -1, dtype=np.int64)
     taken = match(pairs, num_found=len(found), num_actual=len(actual), levels=levels)
     for of_level, rows in zip(matched, taken, strict=True):
@@ -116,13 +116,14 @@ def collect(
 
 
 def normalised_precision(outcomes: Outcomes, hits: Bools, false: Bools, counts: Ints) -> Floats:
-    """Precision after each prediction as if every class had as many instances as the average.
+    """Compute precision after each prediction as if all classes had the average instance count.
 
-    With N = instances per class on average, R = recall of the class so far, F = its false
-    positives so far: P_N = R N / (R N + F), and 0 before the first of either. Plain precision
-    would have the class's own number of instances in the place of N, so that of two classes whose
-    detections are equally good the rarer one scores worse (Hoiem et al., ECCV 2012).
+    `P_N = R N / (R N + F)`, with N the average number of instances per class, R the recall of the
+    class so far and F its false positives so far; 0 where both are 0. Plain precision has the
+    class's own number of instances in place of N, which lowers it for rare classes with equally
+    good detections (Hoiem et al., ECCV 2012).
 
+    Args:
         outcomes: matched predictions and instances.
         hits: `(K, P)` mask of the true positives.
         false: `(K, P)` mask of the false positives. Predictions in neither have been removed.
@@ -131,29 +132,29 @@ def normalised_precision(outcomes: Outcomes, hits: Bools, false: Bools, counts: 
     Returns:
         `(K, P)`.
     """
-    typical = len(outcomes.truth) / np.count_nonzero(outcomes.counts)
+    typical = len(outcomes.truth) / np.count_nonzero(outcomes.counts)  # N
     precision = np.zeros(hits.shape)
     for label in np.flatnonzero(counts):
         part = slice(outcomes.starts[label], outcomes.starts[label + 1])
-        weight = hits[:, part].cumsum(axis=1) * (typical / counts[label])
+        weight = hits[:, part].cumsum(axis=1) * (typical / counts[label])  # R N
         total = weight + false[:, part].cumsum(axis=1)
         np.divide(weight, total, out=precision[:, part], where=total > 0)
     return precision
 
 
 def average_precision(outcomes: Outcomes, hits: Bools, false: Bools, counts: Ints) -> Floats:
-    """Normalised average precision AP_N: the area under interpolated P_N over recall.
+    """Compute normalised average precision AP_N: the area under interpolated P_N over recall.
 
     See `normalised_precision` for the arguments.
 
     Returns:
-        `(K, C)`; nan for classes without instances, 0 for those without predictions.
+        `(K, C)`; NaN for classes without instances, 0 for those without predictions.
     """
     precision = normalised_precision(outcomes, hits, false, counts)
     area = np.full((len(hits), len(counts)), np.nan)
     for label in np.flatnonzero(counts):
         part = slice(outcomes.starts[label], outcomes.starts[label + 1])
-        # Interpolation: at each recall the best precision at that recall or a higher one.
+        # Interpolation: at each recall, the greatest precision at this recall or a higher one.
         best = np.maximum.accumulate(precision[:, part][:, ::-1], axis=1)[:, ::-1]
         area[:, label] = np.where(hits[:, part], best, 0.0).sum(axis=1) / counts[label]
     return area
@@ -162,7 +163,7 @@ def average_precision(outcomes: Outcomes, hits: Bools, false: Bools, counts: Int
 def mean_average_precision(
     outcomes: Outcomes, hits: Bools, false: Bools, counts: Ints | None = None
 ) -> Floats:
-    """mAP_N `(K,)`: mean of AP_N over the classes with instances in `counts` (default: all)."""
+    """Compute mAP_N `(K,)`: mean AP_N of the classes with instances in `counts` (default: all)."""
     counts = outcomes.counts if counts is None else counts
     if not counts.any():
         return np.full(len(hits), np.nan)
@@ -185,18 +186,18 @@ class Placed:
 
     @property
     def counts(self) -> Ints:
-        """`(B,)` instances in each bin."""
+        """Number of instances in each bin, `(B,)`."""
         return np.bincount(self.index, minlength=len(self.bins.names))
 
 
 def characterise(
     outcomes: Outcomes, durations: Mapping[str, float], characteristics: Characteristics
 ) -> dict[str, Placed]:
-    """Put every instance into its bin of each characteristic.
+    """Assign every instance to its bin of each characteristic.
 
     Args:
         outcomes: matched instances.
-        durations: seconds of every video that has instances.
+        durations: video id -> duration in seconds, for every video with instances.
         characteristics: bins of each characteristic.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Whole diagnosis, with its numbers as rows of plain values and as named metrics."""
+"""Complete diagnosis; its numbers as table rows and as named metrics."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from re2tal.detection.segments import Detections, LabelledSegments
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Diagnosis:
-    """Errors of a detector.
+    """Error analysis of a detector.
 
     Attributes:
         thresholds: `(K,)` tIoU thresholds.
-        left_out: number of instances without length, which nothing can overlap.
+        left_out: number of instances of zero length, which nothing can overlap.
         mAP: `(K,)` normalised mAP of all predictions.
         placed: characteristic ("coverage", "length", "instances") -> bin of each instance.
         false_positives: profile of the top predictions.
@@ -66,14 +66,14 @@ def diagnose(
     Args:
         truth: video id -> instances in seconds (maybe none), for every video of the subset.
         predictions: video id -> predictions in seconds; videos may be missing or unknown.
-        durations: seconds of every video with instances.
+        durations: video id -> duration in seconds, for every video with instances.
         num_classes: C; labels are 0 to C - 1.
         thresholds: K tIoU thresholds in (0, 1].
         characteristics: bins of length, coverage and number of instances, as in the record of a
             data set.
 
     Raises:
-        ValueError: there is nothing to find, or a label, segment, score, threshold or duration is
+        ValueError: there are no instances, or a label, segment, score, threshold or duration is
             not valid.
     """
     outcomes = collect(truth, predictions, num_classes=num_classes, thresholds=thresholds)
@@ -91,9 +91,9 @@ def diagnose(
 
 
 def tables(diagnosis: Diagnosis) -> dict[str, list[Row]]:
-    """Arrange the numbers of a diagnosis in rows, one table a question.
+    """Arrange the numbers of a diagnosis in tables.
 
-    Shares and mAP lie in [0, 1]; an undefined value (an empty bin's mAP) is None.
+    Shares and mAP lie in [0, 1]; an undefined value (the mAP of an empty bin) is None.
 
     Returns:
         `false_positives` (threshold, top, kind, predictions, share), `effects` (threshold, kind,
@@ -111,7 +111,7 @@ def tables(diagnosis: Diagnosis) -> dict[str, list[Row]]:
 
 
 def metrics(diagnosis: Diagnosis) -> dict[str, float]:
-    """Main numbers, averaged over the thresholds, under names that trackers accept.
+    """Average the main numbers over the thresholds, under names that trackers accept.
 
     Returns:
         `diagnosis/mAP_N`; `diagnosis/top_1G/<kind>`, the share among the top 1G predictions;
@@ -147,7 +147,7 @@ def _name(kind: Kind) -> str:
 
 
 def _number(value: float) -> float | None:
-    """Convert to a Python float; None instead of nan, which JSON does not know."""
+    """Convert to a Python float; NaN, which JSON does not have, becomes None."""
     return float(value) if np.isfinite(value) else None
 
 

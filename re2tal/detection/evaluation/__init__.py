@@ -1,4 +1,4 @@
-"""Metrics of detections: mean average precision, and recall in its two usual forms."""
+"""Metrics of detections: mean average precision, AR@AN of proposals, and Recall@kx."""
 
 from re2tal.detection.evaluation.metrics import (
     METRICS,

@@ -1,4 +1,4 @@
-"""Ground truth and predictions of all videos in two checked tables, and their matching."""
+"""Checked tables of the ground truth and predictions of all videos, and their matching."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Tables:
 
     Attributes:
         actual: instances.
-        found: predictions by class, and in a class by falling score.
+        found: predictions by class, and within a class by falling score.
         numbers: video id -> number of the video.
     """
 
@@ -56,7 +56,7 @@ class Tables:
     numbers: Mapping[str, int]
 
     def groups(self) -> tuple[Ints, Ints]:
-        """Number of the video and class of each prediction `(P,)` and each instance `(N,)`."""
+        """Number the (video, class) group of each prediction `(P,)` and each instance `(N,)`."""
         sides = (self.found, self.actual)
         found, actual = (side.labels * len(self.numbers) + side.videos for side in sides)
         return found, actual
@@ -80,8 +80,8 @@ def tabulate(
         exclude: ids of videos to leave out of both.
 
     Raises:
-        ValueError: there is no ground truth, or a video's tensors do not fit together, a label is
-            out of range, a segment is not finite or a score is not a number.
+        ValueError: there is no ground truth, the sizes of a video's tensors differ, a label is out
+            of range, a segment is not finite, or a score is NaN.
     """
     truth = {video: part for video, part in truth.items() if video not in exclude}
     predictions = {video: part for video, part in predictions.items() if video not in exclude}
@@ -97,6 +97,7 @@ def tabulate(
     _refuse(
         np.isnan(scores), found.videos, numbers, "The predictions", "a score that is not a number"
     )
+    # Two stable sorts: by class, within a class by score, within equal scores as given.
     by_score = np.argsort(-scores, kind="stable")
     by_class = by_score[np.argsort(found.labels[by_score], kind="stable")]
     return Tables(actual=actual, found=found[by_class], numbers=numbers)
@@ -105,7 +106,11 @@ def tabulate(
 def tabulate_segments(
     parts: Mapping[str, Tensor], numbers: Mapping[str, int], *, what: str
 ) -> tuple[Floats, Ints]:
-    """Segments `(N, 2)` of videos that have a number, and these `(N,)`; refuses infinite ones."""
+    """Concatenate the segments of videos; refuse segments that are not finite.
+
+    Returns:
+        Segments `(N, 2)`, and the numbers of their videos `(N,)`.
+    """
     counts = [part.shape[0] for part in parts.values()]
     videos = np.array([numbers[name] for name in parts], dtype=np.int64).repeat(counts)
     segments = _column(list(parts.values()), shape=(-1, 2))
@@ -138,7 +143,7 @@ def _table(
 
 
 def _column(parts: Sequence[Tensor], shape: tuple[int, ...]) -> Floats:
-    """Concatenate all parts in float64, which is exact for any label or score."""
+    """Concatenate all parts in float64, which represents any label or score exactly."""
     if not parts:
         return np.zeros([max(size, 0) for size in shape])
     whole = torch.cat([part.cpu() for part in parts])
@@ -148,20 +153,20 @@ def _column(parts: Sequence[Tensor], shape: tuple[int, ...]) -> Floats:
 def _refuse(
     bad: Bools, videos: Ints, numbers: Mapping[str, int], subject: str, complaint: str
 ) -> None:
-    """Complain about the first bad row, with the name of its video."""
+    """Raise an error about the first bad row, with the name of its video."""
     if bad.any():
         number = videos[bad.argmax()]
         name = next(name for name, of_video in numbers.items() if of_video == number)
         raise ValueError(f"{subject} of video {name!r} have {complaint}.")
 
 
-# Pairs whose overlaps are computed together: their tables stay in the cache.
+# Number of pairs whose overlaps are computed at once, so that their arrays stay in the cache.
 _CHUNK = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pairs:
-    """Overlapping predictions and instances, by prediction and then by instance.
+    """Overlapping predictions and instances, ordered by prediction and then by instance.
 
     Attributes:
         found: `(M,)` predictions, as rows of their table.
@@ -177,42 +182,44 @@ class Pairs:
 def overlapping(
     found: tuple[Floats, Ints], actual: tuple[Floats, Ints], *, least: float, instants: float
 ) -> Pairs:
-    """Find all pairs of one group that overlap by at least `least`.
+    """Find all pairs of a prediction and an instance of its group with a tIoU of at least `least`.
 
     Args:
         found: segments `(P, 2)` of the predictions and their groups `(P,)`.
         actual: segments `(N, 2)` and groups `(N,)` of the instances.
-        least: smallest overlap that counts, above 0.
-        instants: overlap of two segments without length, wherever they are. The official evaluators
-            divide 0 by 0 there, and disagree on the result.
+        least: smallest tIoU of a pair, above 0.
+        instants: overlap of two segments of zero length, wherever they are. The official evaluators
+            divide 0 by 0 there, and their results differ.
     """
     segments, groups = actual
     by_group = np.argsort(groups, kind="stable")
     first = np.searchsorted(groups[by_group], found[1], side="left")
     counts = np.searchsorted(groups[by_group], found[1], side="right") - first
-    after = np.cumsum(counts)
+    after = np.cumsum(counts)  # pairs up to and including each prediction
     total = int(after[-1]) if len(after) else 0
-    cuts = np.searchsorted(after, np.arange(_CHUNK, total, _CHUNK))
+    cuts = np.searchsorted(after, np.arange(_CHUNK, total, _CHUNK))  # every _CHUNK pairs or so
     parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
     for rows in np.split(np.arange(len(counts)), cuts):
         guess = rows.repeat(counts[rows])
+        # Number of each pair over all chunks; `.sum()` is 0 when there are no predictions.
         position = np.arange(len(guess)) + (after[rows[:1]] - counts[rows[:1]]).sum()
+        # The number within its prediction selects one instance of the group after another.
         instance = by_group[first[guess] + position - (after - counts)[guess]]
         overlap = _overlap(found[0][guess], segments[instance], instants)
-        enough = overlap >= least
+        enough = overlap >= least  # keep only these: most pairs of a group do not overlap
         parts.append((guess[enough], instance[enough], overlap[enough]))
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
     return Pairs(found=columns[0], actual=columns[1], overlap=columns[2])
 
 
 def match(pairs: Pairs, *, num_found: int, num_actual: int, levels: Floats) -> list[Ints]:
-    """Give each prediction an instance of its own, with predictions served in their order.
+    """Match predictions to instances one to one, in the order of the predictions.
 
-    Each prediction takes the free instance that it overlaps most (of equals the first), if the
-    overlap reaches the level. Served one by one that would be a long loop. But a prediction can
-    be served out of turn as soon as none before it still has a pair with its favourite: so all
-    of these are served at once, their pairs struck out, and so on. That takes as many rounds as
-    a group has instances at most, and mostly two or three.
+    Each prediction takes the free instance of greatest overlap (on ties the first), if the overlap
+    reaches the level. A loop over predictions would be slow. Instead, a prediction is matched as
+    soon as no earlier prediction has a pair left with its favourite instance. Each round matches
+    all such predictions at once and removes their pairs. There are at most as many rounds as a
+    group has instances, usually two or three.
 
     Args:
         pairs: all pairs whose overlap reaches the lowest level.
@@ -221,20 +228,21 @@ def match(pairs: Pairs, *, num_found: int, num_actual: int, levels: Floats) -> l
         levels: `(K,)` tIoU thresholds.
 
     Returns:
-        The rows of `pairs` that were taken, for each level.
+        For each level, the rows of `pairs` that were matched.
     """
+    # By prediction, and within a prediction by falling overlap; lexsort is stable.
     by_preference = np.lexsort((-pairs.overlap, pairs.found))
     overlap = pairs.overlap[by_preference]
     taken = []
     for level in levels:
         waiting = by_preference[overlap >= level]
-        served_pairs = [waiting[:0]]
+        served_pairs = [waiting[:0]]  # `concatenate` needs at least one part
         unserved, free = np.ones(num_found, dtype=bool), np.ones(num_actual, dtype=bool)
         while len(waiting):
             guess, instance = pairs.found[waiting], pairs.actual[waiting]
-            favourite = np.r_[True, guess[1:] != guess[:-1]]
+            favourite = np.r_[True, guess[1:] != guess[:-1]]  # first pair of each prediction
             next_in_line = np.full(num_actual, num_found)
-            np.minimum.at(next_in_line, instance, guess)
+            np.minimum.at(next_in_line, instance, guess)  # first prediction of each instance
             served = favourite & (next_in_line[instance] == guess)
             served_pairs.append(waiting[served])
             unserved[guess[served]] = False
@@ -245,17 +253,18 @@ def match(pairs: Pairs, *, num_found: int, num_actual: int, levels: Floats) -> l
 
 
 def first_ranks(pairs: Pairs, groups: Ints, *, num_actual: int, levels: Floats) -> Ints:
-    """Number of predictions of its group before the first that covers an instance.
+    """Find the rank, in its group, of the first prediction that covers each instance.
 
+    Args:
         pairs: all pairs whose overlap reaches the lowest level.
         groups: `(P,)` groups of the predictions.
         num_actual: N.
         levels: `(K,)` tIoU thresholds.
 
     Returns:
-        `(K, N)`; the largest int64, beyond any budget, where no prediction covers the instance.
+        `(K, N)` ranks from 0; the largest int64, beyond any budget, for instances not covered.
     """
-    order = np.argsort(groups, kind="stable")
+    order = np.argsort(groups, kind="stable")  # stable: within a group by falling score
     ranks = np.empty(len(groups), dtype=np.int64)
     ranks[order] = np.arange(len(groups)) - np.searchsorted(groups[order], groups[order])
     first = np.full((len(levels), num_actual), np.iinfo(np.int64).max)
@@ -266,7 +275,7 @@ def first_ranks(pairs: Pairs, groups: Ints, *, num_actual: int, levels: Floats) 
 
 
 def checked_levels(thresholds: object) -> Floats:
-    """Thresholds `(K,)` in float64; a ValueError if there are none or one is not in (0, 1]."""
+    """Return thresholds `(K,)` in float64; raise ValueError if none or one outside (0, 1]."""
     levels = np.asarray(thresholds, dtype=np.float64)
     if levels.ndim != 1 or levels.size == 0 or not bool(((levels > 0) & (levels <= 1)).all()):
         raise ValueError(f"Thresholds must lie in (0, 1], but are {thresholds}.")

@@ -1,8 +1,8 @@
-"""Mean average precision of detections, recall in its two usual forms, and a table of the three.
+"""Mean average precision, AR@AN of proposals and Recall@kx, and the table of these metrics.
 
-Each function states its definition. All three follow the code of the metric's benchmark, also in
-details that its description leaves open. `METRICS` at the end is what training and `evaluate.py`
-compute, log, print and write: a metric that is entered there is in all of them.
+Each function states its definition, and follows the code of the metric's benchmark in details that
+its description leaves open. Training and `evaluate.py` compute, log, print and write every metric
+in the table `METRICS` at the end.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from re2tal.detection.evaluation.matching import (
 from re2tal.detection.segments import Detections, LabelledSegments
 
 Row = dict[str, str | int | float | None]
-"""Row of a table: values by the names of their columns."""
+"""Row of a table: column name -> value."""
 
 
 def _row(head: Row, thresholds: Floats, values: Floats) -> Row:
-    """Return a row of a mean, and a value for each threshold; None where there is none."""
+    """Return a row: `head`, the mean and a value for each threshold; None for NaN."""
     numbers = {
         "average": values.mean(),
         **{f"tIoU {float(t):.2f}": value for t, value in zip(thresholds, values, strict=True)},
@@ -48,7 +48,7 @@ class MapResult:
 
     Attributes:
         thresholds: `(K,)` tIoU thresholds.
-        per_class: `(K, C)` average precision in [0, 1]; nan for classes without ground truth.
+        per_class: `(K, C)` average precision in [0, 1]; NaN for classes without ground truth.
         instances: `(C,)` number of instances in the ground truth.
         mAP: `(K,)` mean over the classes that have ground truth.
         average: mean over the thresholds.
@@ -64,7 +64,7 @@ class MapResult:
         """Return `mAP` (the average), `mAP/tiou_0.50`, ..., and `AP/<class>` where it is defined.
 
         Args:
-            names: `C` different names of the classes.
+            names: C class names, all different.
         """
         metrics = {"mAP": self.average}
         for threshold, value in zip(self.thresholds, self.mAP, strict=True):
@@ -75,7 +75,7 @@ class MapResult:
         return metrics
 
     def rows(self, classes: Sequence[str]) -> list[Row]:
-        """Return a row (class, instances, average, one column a threshold) a class, then mAP's."""
+        """Return a row per class (class, instances, average, thresholds), then the row of mAP."""
         rows = [
             _row({"class": name, "instances": int(count)}, self.thresholds, values)
             for name, count, values in zip(classes, self.instances, self.per_class.T, strict=True)
@@ -84,7 +84,7 @@ class MapResult:
         return [*rows, _row(whole, self.thresholds, self.mAP)]
 
     def lines(self) -> Iterator[str]:
-        """Return no line: the rows are printed."""
+        """Return no lines: the rows are printed instead."""
         return iter(())
 
 
@@ -99,50 +99,50 @@ def mean_average_precision(
 ) -> MapResult:
     """Mean average precision of detections, as ActivityNet's official evaluator defines it.
 
-    For one class and one tIoU threshold, the predictions of all videos are visited by falling
-    score. Each one takes the ground truth of its video and class that it overlaps most among those
-    not yet taken and overlapped by at least the threshold (so a prediction whose best ground truth
-    is taken falls through to its next best, unlike in Pascal VOC); without any, it is a false
-    positive. The average precision is the area under the interpolated precision-recall curve; the
-    mean over the classes that have ground truth is the mAP.
+    For one class and one tIoU threshold, predictions of all videos are visited by falling score.
+    Each prediction takes, among the instances of its video and class that are free and overlap it
+    by at least the threshold, the one with the greatest tIoU. (So a prediction whose best instance
+    is taken gets its next best, unlike in Pascal VOC.) If there is none, it is a false positive.
+    Average precision is the area under the interpolated precision-recall curve. mAP is the mean
+    over the classes that have ground truth.
 
-    Details that the definition leaves open or hides, and their treatment here:
+    Details that the definition leaves open, and their treatment here:
 
-    - equal scores are visited in the order of `predictions` and of each video's detections (the
-      official code's order is arbitrary); of ground truth overlapped equally the first is taken;
-    - nothing is cut to a video's duration, and duplicates in the ground truth stay, each to be
-      found;
-    - predictions in videos without ground truth of their class, or unknown altogether, are false
-      positives;
-    - two zero-length segments of a class in one video match at every threshold, wherever they are,
-      as the official code's 0/0 does (ActivityNet's validation set has three such instances).
+    - Equal scores are visited in the order of `predictions` and of each video's detections (the
+      official code's order is arbitrary). Of instances with equal tIoU the first is taken.
+    - Segments are not clipped to a video's duration. Duplicates in the ground truth stay, and each
+      of them has to be found.
+    - Predictions in unknown videos, or in videos without ground truth of their class, are false
+      positives.
+    - Two zero-length segments of a class in one video match at every threshold, wherever they are,
+      as in the official code (0/0). ActivityNet's validation set has three such instances.
 
-    THUMOS-14 marks segments as ambiguous where the annotators could not tell if they are an action.
-    Its own toolkit (TH14evalDet) ignores false positives that share any time at all with such a
-    segment of their video, whatever the class; true positives stay, and missed ambiguous segments
-    cost nothing. `ambiguous` does just that. Matching and averaging remain ActivityNet's, which is
-    how the field evaluates THUMOS-14: that toolkit lets each instance pick the prediction that
-    overlaps it most, whatever the score, and leaves the curve uninterpolated.
+    In THUMOS-14, segments are marked as ambiguous where the annotators were not sure of an action.
+    Its own toolkit (TH14evalDet) ignores false positives that share any time with an ambiguous
+    segment of their video, whatever the class. True positives stay, and a missed ambiguous segment
+    costs nothing. `ambiguous` does the same. Matching and averaging remain those of ActivityNet, as
+    is usual in the field: the toolkit instead lets each instance pick the prediction of greatest
+    overlap, whatever its score, and does not interpolate the curve.
 
     Computed in float64. Reversed segments count as zero-length ones. Scores may be infinite.
 
     Args:
-        truth: video id -> instances (maybe none), for every video of the evaluated subset. The unit
-            of the segments must be that of the predictions, usually seconds.
-        predictions: video id -> predictions; videos may be missing or unknown. Without any, the
-            result is 0.
+        truth: video id -> instances (maybe none), for every video of the evaluated subset, in the
+            unit of the predictions, usually seconds.
+        predictions: video id -> predictions; videos may be missing or unknown. Without any
+            predictions, the result is 0.
         num_classes: C; labels are 0 to C - 1.
         thresholds: K tIoU thresholds above 0.
         ambiguous: video id -> segments `(M, 2)` where false positives do not count.
-        exclude: ids of videos that count neither in `truth` nor in `predictions`, say because their
-            annotation is wrong; they need not occur there.
+        exclude: ids of videos to leave out of `truth` and `predictions`, for example because their
+            annotation is wrong; unknown ids are allowed.
 
     Returns:
         Average precision per threshold and class.
 
     Raises:
-        ValueError: there is no ground truth at all, a label is not in range, a score is not a
-            number, a segment is not finite or a threshold is not in (0, 1].
+        ValueError: there is no ground truth at all, a label is out of range, a score is NaN, a
+            segment is not finite, or a threshold is not in (0, 1].
     """
     levels = checked_levels(thresholds)
     tables = tabulate(truth, predictions, num_classes=num_classes, exclude=exclude)
@@ -155,9 +155,10 @@ def mean_average_precision(
         instants=np.inf,
     )
     ignored = _touching(tables, ambiguous or {})
-    starts = np.searchsorted(found.labels, np.arange(num_classes + 1))
+    starts = np.searchsorted(found.labels, np.arange(num_classes + 1))  # labels are sorted
     counts = np.bincount(actual.labels, minlength=num_classes)
     taken = match(pairs, num_found=len(found), num_actual=len(actual), levels=levels)
+    # `found` is ordered by class and score, so the rows of true positives give their ranks.
     per_class = np.stack(
         [
             _average_precision(np.sort(pairs.found[of_level]), ignored, starts, counts)
@@ -175,42 +176,43 @@ def mean_average_precision(
 
 
 def _touching(tables: Tables, ambiguous: Mapping[str, Tensor]) -> Ints:
-    """Rows of predictions that share time with an ambiguous segment of their video."""
+    """Find the rows of predictions that share time with an ambiguous segment of their video."""
     known = {video: part for video, part in ambiguous.items() if video in tables.numbers}
     pairs = overlapping(
         (tables.found.segments, tables.found.videos),
         tabulate_segments(known, tables.numbers, what="ambiguous segments"),
-        least=np.nextafter(0.0, 1.0),
+        least=np.nextafter(0.0, 1.0),  # any overlap above 0
         instants=0.0,
     )
     return np.unique(pairs.found)
 
 
 def _average_precision(hits: Ints, ignored: Ints, starts: Ints, counts: Ints) -> Floats:
-    """Area under the interpolated precision-recall curve of each class.
+    """Compute the area under the interpolated precision-recall curve of each class.
 
-    It needs only the true positives and the number of predictions visited when each was found:
-    between two of them recall stands still and precision falls.
+    AP is the sum of the interpolated precision at the true positives, divided by the number of
+    instances: between two true positives, recall is constant and precision falls.
 
     Args:
-        hits: rows of the true positives, rising, in a table by class and falling score.
-        ignored: rows that do not count unless they are `hits`, rising.
+        hits: sorted rows of the true positives in a table by class and falling score.
+        ignored: sorted rows that are left out unless they are `hits`.
         starts: `(C + 1,)` first row of each class.
         counts: `(C,)` instances in the ground truth.
 
     Returns:
-        `(C,)` average precision; nan without ground truth.
+        `(C,)` average precision; NaN without ground truth.
     """
     label = np.searchsorted(starts, hits, side="right") - 1
     bounds = np.searchsorted(hits, starts)
-    found = np.arange(1, len(hits) + 1) - bounds[label]
+    found = np.arange(1, len(hits) + 1) - bounds[label]  # true positives of the class so far
     skipped = np.setdiff1d(ignored, hits, assume_unique=True)
+    # Ignored predictions of the class before each true positive.
     earlier = np.searchsorted(skipped, hits) - np.searchsorted(skipped, starts)[label]
-    precision = found / (hits - starts[label] + 1 - earlier)
+    precision = found / (hits - starts[label] + 1 - earlier)  # over predictions visited so far
     area = np.full(len(counts), np.nan)
     for of_class in np.flatnonzero(counts):
         part = precision[bounds[of_class] : bounds[of_class + 1]]
-        # Interpolation: at each recall the best precision at that recall or a higher one.
+        # Interpolation: at each recall, the greatest precision at this recall or a higher one.
         area[of_class] = np.maximum.accumulate(part[::-1]).sum() / counts[of_class]
     return area
 
@@ -222,7 +224,7 @@ class ClassRecall:
     Attributes:
         thresholds: `(K,)` tIoU thresholds.
         ks: Q numbers of predictions per instance.
-        per_class: `(K, Q, C)` recall in [0, 1]; nan for classes without ground truth.
+        per_class: `(K, Q, C)` recall in [0, 1]; NaN for classes without ground truth.
         recall: `(K, Q)` mean over the classes that have ground truth.
     """
 
@@ -232,7 +234,7 @@ class ClassRecall:
     recall: Floats
 
     def metrics(self, names: Sequence[str]) -> dict[str, float]:  # noqa: ARG002 - not by class
-        """Return `recall_1x` (the average), `recall_1x/tiou_0.50`, ...: MLflow takes no "@"."""
+        """Return `recall_1x` (the average), `recall_1x/tiou_0.50`, ...; MLflow rejects "@"."""
         metrics = {}
         for k, of_k in zip(self.ks, self.recall.T, strict=True):
             metrics[f"recall_{k}x"] = float(of_k.mean())
@@ -241,7 +243,7 @@ class ClassRecall:
         return metrics
 
     def rows(self, classes: Sequence[str]) -> list[Row]:
-        """Return a row (k, class, average, one column a threshold) a k and class, and means."""
+        """Return a row per k and class (k, class, average, thresholds), and one with the mean."""
         return [
             _row({"k": k, "class": name}, self.thresholds, values)
             for place, k in enumerate(self.ks)
@@ -252,7 +254,7 @@ class ClassRecall:
         ]
 
     def lines(self) -> Iterator[str]:
-        """Return one line a k."""
+        """Return one line for each k."""
         for k, of_k in zip(self.ks, self.recall.T, strict=True):
             levels = zip(self.thresholds, of_k, strict=True)
             listed = ", ".join(f"tIoU {level:.2f} {value:.3f}" for level, value in levels)
@@ -270,14 +272,14 @@ def recall_at(
 ) -> ClassRecall:
     """Recall of detections with a budget per instance: Recall@kx of Ego4D's Moment Queries.
 
-    In a video with n instances of a class, the k n predictions of that class with the highest
-    scores are looked at. An instance is found if one of them overlaps it by at least the threshold;
-    one prediction may find several instances. A class's recall is the part of its instances, in all
-    videos, that are found, and the mean over the classes that have instances is reported (Grauman
-    et al., Ego4D, CVPR 2022, appendix on Moment Queries; the field reports k = 1 at tIoU 0.5).
+    In a video with n instances of a class, only the k n predictions of that class with the highest
+    scores count. An instance is found if one of them overlaps it by at least the threshold; one
+    prediction may find several instances. A class's recall is the share of its instances, over all
+    videos, that are found. The result is the mean over the classes that have instances (Grauman et
+    al., Ego4D, CVPR 2022, appendix on Moment Queries; the field reports k = 1 at tIoU 0.5).
 
-    Unlike in average precision, segments without length find nothing here, and other videos' scores
-    do not matter.
+    Unlike in average precision, segments of zero length find nothing, and scores are not compared
+    between videos.
 
     Args:
         truth: video id -> instances (maybe none), in the unit of the predictions, for every video
@@ -286,10 +288,10 @@ def recall_at(
         num_classes: C; labels are 0 to C - 1.
         ks: numbers of predictions per instance, each at least 1.
         thresholds: K tIoU thresholds above 0.
-        exclude: ids of videos that do not count.
+        exclude: ids of videos to leave out.
 
     Raises:
-        ValueError: a case of `mean_average_precision`, or `ks` are not positive.
+        ValueError: as in `mean_average_precision`, or `ks` are not positive.
     """
     levels = checked_levels(thresholds)
     budgets = np.asarray(ks, dtype=np.int64)
@@ -306,7 +308,8 @@ def recall_at(
     )
     first = first_ranks(pairs, of_found, num_actual=len(actual), levels=levels)  # (K, N)
     _, group, members = np.unique(of_actual, return_inverse=True, return_counts=True)
-    hits = first[:, None] < budgets[:, None] * members[group]  # (K, Q, N)
+    # found if the first prediction that covers it is among the k n best: (K, Q, N)
+    hits = first[:, None] < budgets[:, None] * members[group]
 
     per_class = np.full((*hits.shape[:2], num_classes), np.nan)
     for label in np.unique(actual.labels):
@@ -320,7 +323,7 @@ def recall_at(
 
 
 _THRESHOLDS = tuple(float(level) for level in np.linspace(0.5, 0.95, 10))
-_SHOWN = (1, 5, 10, 100)  # numbers of proposals a video at which average recall is named
+_SHOWN = (1, 5, 10, 100)  # AN of the logged and printed AR@AN
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -329,7 +332,7 @@ class ProposalRecall:
 
     Attributes:
         thresholds: `(K,)` tIoU thresholds.
-        recall: `(K, A)` share of the instances found with 1, 2, ..., A proposals a video.
+        recall: `(K, A)` share of the instances found with 1, 2, ..., A proposals per video.
         average_recall: `(A,)` mean over the thresholds; AR@n is `average_recall[n - 1]`.
         proposals_per_video: `(A,)` the numbers of proposals, 1 to A (up to rounding).
         auc: area under `average_recall`, in percent.
@@ -342,12 +345,12 @@ class ProposalRecall:
     auc: float
 
     def metrics(self, names: Sequence[str]) -> dict[str, float]:  # noqa: ARG002 - not by class
-        """Return `AR/<AN>`, average recall with AN proposals a video, and `AR_AUC` in percent."""
+        """Return `AR/<AN>`, average recall with AN proposals per video, and `AR_AUC` in percent."""
         shown = {f"AR/{n}": float(self.average_recall[n - 1]) for n in _SHOWN}
         return {**shown, "AR_AUC": self.auc}
 
     def rows(self, classes: Sequence[str]) -> list[Row]:  # noqa: ARG002 - not by class
-        """Return a row (proposals, average, one column a threshold) a number of proposals."""
+        """Return a row per number of proposals (proposals, average, thresholds)."""
         return [
             _row({"proposals": index + 1}, self.thresholds, self.recall[:, index])
             for index in range(len(self.average_recall))
@@ -367,28 +370,27 @@ def average_recall(
     thresholds: Sequence[float] = _THRESHOLDS,
     exclude: Collection[str] = (),
 ) -> ProposalRecall:
-    """Average recall of proposals by their average number, as ActivityNet's evaluator has it.
+    """Average recall of proposals by their average number, as in ActivityNet's evaluator.
 
-    Every video keeps the same percentage of its proposals, those with the highest scores, chosen so
-    that a video has AN proposals on average: videos with many proposals contribute more. AR@AN is
-    the part of all instances that one of their video's kept proposals overlaps by at least tIoU,
+    Every video keeps the same percentage of its proposals, those with the highest scores, such that
+    the average over videos is AN: videos with many proposals contribute more. AR@AN is the share
+    of all instances that are overlapped by at least tIoU by one of their video's kept proposals,
     averaged over the thresholds. AUC is the area under AR over AN, divided by the largest AN, in
-    percent. Since the curve starts at AN = 1, perfect proposals reach 99 for the usual AN of 1 to
-    100.
+    percent. The curve starts at AN = 1, so perfect proposals reach 99 for the usual AN of 1 to 100.
 
-    Labels do not matter, a proposal may find several instances, segments without length find
-    nothing, and videos without ground truth are ignored. The official code, and this one, also
-    follow rules that this description omits:
+    Labels do not matter, a proposal may find several instances, segments of zero length find
+    nothing, and videos without ground truth are ignored. Further rules of the official code, which
+    are followed here:
 
-    - first every video's proposals are cut to the percentage for the largest AN, then to those for
-      each AN, of what is left. Both numbers are cut to integers after products in float64 that may
-      fall just short of one: 29 % of 100 proposals are 28;
-    - proposals in videos without ground truth count in the first percentage, not in the second;
-    - a video with fewer proposals than its share keeps all, and no other gets the rest. So with
-      fewer proposals than the largest AN, the curve is flat from their number on.
+    - Every video's proposals are first cut to the percentage for the largest AN; then, of these, to
+      the percentage for each AN. Both numbers are truncated to integers after products in float64,
+      which may fall just below an integer: 29 % of 100 proposals are 28.
+    - Proposals in videos without ground truth count in the first percentage, not in the second.
+    - A video with fewer proposals than its share keeps all, and no other video gets the rest. So
+      with fewer proposals than the largest AN, the curve is flat from their number on.
 
-    Two things are our own: proposals of equal score keep their order, and no proposals at all score
-    0 where the official code divides by it.
+    Two details differ: proposals of equal score keep their order; without any proposals the result
+    is 0, where the official code divides by zero.
 
     Args:
         truth: video id -> instances (maybe none), in the unit of the proposals, for every video of
@@ -397,10 +399,10 @@ def average_recall(
         max_average: A, the largest average number of proposals. All from 1 to A are evaluated;
             for A = 100 these are the 100 points of the official curve.
         thresholds: K tIoU thresholds above 0.
-        exclude: ids of videos that do not count.
+        exclude: ids of videos to leave out.
 
     Raises:
-        ValueError: there is no ground truth, a segment is not finite, a score is not a number, or
+        ValueError: there is no ground truth, a segment is not finite, a score is NaN, or
             `max_average` or a threshold is out of range.
     """
     levels = checked_levels(thresholds)
@@ -418,6 +420,7 @@ def average_recall(
         instants=0.0,
     )
     first = first_ranks(pairs, found.videos, num_actual=len(actual), levels=levels)
+    # (N, 1) ranks < (N, A) budgets, for each threshold.
     recall = np.stack([(of_level[:, None] < kept[of_actual]).mean(axis=0) for of_level in first])
     average = recall.mean(axis=0)
     return ProposalRecall(
@@ -430,9 +433,9 @@ def average_recall(
 
 
 def _budgets(available: Ints, total: int, most: int) -> tuple[Ints, Floats]:
-    """Number of proposals that each video keeps at each average number.
+    """Compute the number of proposals that each video keeps at each average number.
 
-    The order of the products and the cuts to integers are the official code's, since they decide.
+    Products and truncations are in the official code's order, because the result depends on it.
 
     Args:
         available: `(V,)` proposals of each video with ground truth.
@@ -444,7 +447,7 @@ def _budgets(available: Ints, total: int, most: int) -> tuple[Ints, Floats]:
     """
     steps = np.arange(1, most + 1)
     share = most * float(len(available)) / total if total else 0.0
-    cut = np.minimum((available * share).astype(np.int64), available)
+    cut = np.minimum((available * share).astype(np.int64), available)  # astype truncates
     if cut.sum() == 0:
         return np.zeros((len(available), most), dtype=np.int64), steps.astype(np.float64)
     shares = steps / most * (most * float(len(available)) / cut.sum())
@@ -459,12 +462,12 @@ class Compared:
     Attributes:
         truth: video id to instances, for every video of the evaluated subset.
         predictions: video id to detections.
-        proposals: video id to the same before an external classifier named their classes; None
-            where the recall of proposals is not asked for.
+        proposals: video id to proposals, the detections before an external classifier assigned
+            classes; None to skip the recall of proposals.
         num_classes: C; labels are 0 to C - 1.
         thresholds: K tIoU thresholds.
         ambiguous: video id to segments `(M, 2)` where false positives do not count.
-        ks: each k of Recall@kx, none where the data set's benchmark does not report it.
+        ks: each k of Recall@kx; empty if the data set's benchmark does not report it.
     """
 
     truth: Mapping[str, LabelledSegments]
@@ -477,14 +480,14 @@ class Compared:
 
 
 class Result(Protocol):
-    """Numbers of one metric."""
+    """Result of one metric."""
 
     def metrics(self, names: Sequence[str]) -> dict[str, float]:
-        """Return the numbers to log by their names, in which classes bear the given names."""
+        """Return the numbers to log: metric name -> value; `names` are the class names."""
         ...
 
     def rows(self, classes: Sequence[str]) -> list[Row]:
-        """Return the rows of the table to write, which all have the same columns."""
+        """Return the rows of the table to write; all have the same columns."""
         ...
 
     def lines(self) -> Iterator[str]:
@@ -515,14 +518,14 @@ METRICS: dict[str, Callable[[Compared], Result | None]] = {
         else None
     ),
 }
-"""Every metric by the name of its table; it returns None where it is not asked for."""
+"""Table name -> metric, which returns None if it was not requested."""
 
 
 def evaluate(compared: Compared) -> dict[str, Result]:
-    """Compute every metric that is asked for, by the names in `METRICS`.
+    """Compute every requested metric; return the results by their names in `METRICS`.
 
     Raises:
-        ValueError: a case of `mean_average_precision`, `average_recall` or `recall_at`.
+        ValueError: as in `mean_average_precision`, `average_recall` and `recall_at`.
     """
     results = {name: metric(compared) for name, metric in METRICS.items()}
     return {name: result for name, result in results.items() if result is not None}

@@ -1,4 +1,4 @@
-"""VSGN: a graph over features of two scales, anchors, and boundaries that are adjusted."""
+"""VSGN: graph network over features of two scales, anchors and boundary adjustment."""
 
 from re2tal.localizers.vsgn.model import VSGN, VSGNConfig
 

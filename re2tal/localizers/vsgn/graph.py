@@ -1,4 +1,4 @@
-"""The cross-scale graph network: a convolution beside a convolution over neighbours in a graph."""
+"""VSGN's cross-scale graph network: temporal convolution and graph convolution in parallel."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def rows(x: Tensor, index: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Nodes:
-    """The N nodes of one level, each of which stands for a cell of `T / N` features in a row.
+    """Nodes of one level, N of them; each stands for a cell of `T / N` consecutive features.
 
     Attributes:
-        valid: `(B, N)` bool, whether any feature of the cell is no padding.
-        parts: `(B, N)` int64, number from 0 on of the run of valid features where the cell ends.
-        stitched: `(B,)` bool, whether the sample has several such runs: a clip and, behind a gap,
+        valid: `(B, N)` bool, true if the cell has any feature that is not padding.
+        parts: `(B, N)` int64, index of the run of valid features at the cell's end, from 0 on.
+        stitched: `(B,)` bool, true if the sample has several such runs: a clip and, after a gap,
             its magnified copy (Zhao et al., ICCV 2021, section 3.2).
     """
 
@@ -43,7 +43,7 @@ class Nodes:
             stride: number of features in a cell.
         """
         rising = mask.clone()
-        rising[:, 1:] &= ~mask[:, :-1]
+        rising[:, 1:] &= ~mask[:, :-1]  # true at the first feature of each run
         runs = rising.cumsum(dim=1)
         return Nodes(
             valid=mask.unflatten(1, (-1, stride)).any(dim=2),
@@ -56,10 +56,10 @@ class Nodes:
 def nearest(features: Tensor, nodes: Nodes, count: int) -> Tensor:
     """Find the neighbours of each node (Zhao et al., ICCV 2021, section 3.3).
 
-    Half of them are the nodes with the most similar features, itself included: free edges. The
-    other half are the most similar of the rest; in a stitched sample, of the rest's nodes in
-    another part of the window, so that the clip learns from its magnified copy and the copy from
-    the clip: cross-scale edges. Padded nodes are nobody's neighbours.
+    Half of them, the free edges, are the nodes with the most similar features, the node itself
+    included. The other half are the most similar of the remaining nodes. In a stitched sample these
+    are cross-scale edges: they lead only to the other part of the window, from the clip to its
+    magnified copy and back. Padded nodes are never neighbours.
 
     Args:
         features: `(B, N, C)`.
@@ -67,19 +67,20 @@ def nearest(features: Tensor, nodes: Nodes, count: int) -> Tensor:
         count: number of neighbours of a node, at least 2.
 
     Returns:
-        `(B, N, k)` int64. Where there are fewer than `count` neighbours the nearest one is
-        repeated. Rows of padded nodes mean nothing.
+        `(B, N, k)` int64. If there are fewer than `count` neighbours, the nearest one is repeated.
+        Rows of padded nodes are meaningless.
     """
     free = min(count // 2, features.shape[1])
     others = min(count - count // 2, features.shape[1])
     with torch.autocast(features.device.type, enabled=False):
-        # |x_i - x_j|^2 by a matrix product, without |x_i|^2, which no order depends on. Features
-        # behind a ReLU lie far from the origin: around their mean fewer digits cancel.
+        # |x_i - x_j|^2 by a matrix product, without |x_i|^2, which does not change the order in a
+        # row. Features after a ReLU lie far from the origin; subtracting their mean loses fewer
+        # digits to cancellation.
         x = features.float()
         x = x - x.mean(dim=1, keepdim=True)
         distance = x.square().sum(dim=2)[:, None] - 2 * x @ x.transpose(1, 2)
     distance = distance.masked_fill(~nodes.valid[:, None], torch.inf)
-    first = distance.topk(free, largest=False)
+    first = distance.topk(free, largest=False)  # (B, N, free)
     rest = distance.scatter(2, first.indices, torch.inf)
     same_part = nodes.parts[:, :, None] == nodes.parts[:, None]
     rest = rest.masked_fill(nodes.stitched[:, None, None] & same_part, torch.inf)
@@ -92,8 +93,8 @@ def nearest(features: Tensor, nodes: Nodes, count: int) -> Tensor:
 def maximum(values: Tensor, neighbours: Tensor) -> Tensor:
     """Take the greatest value among the neighbours of each node, channel by channel.
 
-    The winners are searched one neighbour at a time and without gradients; only they are then
-    gathered. Neither pass holds a tensor with a value for each edge and channel.
+    The indices of the maxima are found one neighbour at a time without gradients; then only the
+    maxima are gathered. Neither pass holds a `(B, N, k, C)` tensor of edges.
 
     Args:
         values: `(B, N, C)`.
@@ -114,11 +115,11 @@ def maximum(values: Tensor, neighbours: Tensor) -> Tensor:
 
 
 class GraphBlock(nn.Module):
-    """xGN layer: convolution and graph convolution side by side, ReLU, halved by a maximum.
+    """xGN layer: convolution plus graph convolution, ReLU, then max pooling of stride 2.
 
     An edge from node j to node i carries `W [x_j; x_i] + b` (Zhao et al., ICCV 2021, equation 1).
-    With `W = [N M]` that is `N x_j + (M x_i + b)`: each node is projected once in place of each
-    edge, and only the first summand depends on the neighbour.
+    With `W = [N M]` this is `N x_j + (M x_i + b)`. So nodes are projected instead of edges, and the
+    maximum is taken over the first summand, which alone depends on the neighbour.
 
     Args:
         channels: channels of the features.
@@ -143,7 +144,7 @@ class GraphBlock(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """Block in place of a `GraphBlock` when there is no graph: a convolution of stride 2."""
+    """Replacement of `GraphBlock` without a graph: a convolution of stride 2."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -182,7 +183,7 @@ class GraphPyramid(nn.Module):
         self.strides = tuple(2 * stem_stride * 2**level for level in range(levels))
         self.stem = nn.Conv1d(in_channels, width, 3, stride=stem_stride, padding=1)
         self.encoder = nn.ModuleList(block() for _ in range(levels))
-        # The decoder's first layer is that of the coarsest level.
+        # The decoder's layers are ordered from the coarsest level to the finest.
         self.ups = nn.ModuleList(
             nn.ConvTranspose1d(width, width, 3, stride=2, padding=1, output_padding=1)
             for _ in range(levels - 1)
@@ -199,7 +200,7 @@ class GraphPyramid(nn.Module):
 
         Returns:
             Features of each level, the finest first, `(B, width, N)`, zero where padded, and masks
-            of the nodes that are no padding, `(B, N)`.
+            `(B, N)` of the nodes that are not padding.
 
         Raises:
             ValueError: if T is not a multiple of the coarsest level's stride.
@@ -211,7 +212,7 @@ class GraphPyramid(nn.Module):
                 "window's length, the number of levels or the stem's stride."
             )
         nodes = [Nodes.of(mask, stride) for stride in (self.strides[0] // 2, *self.strides)]
-        x = features.masked_fill(~mask[:, None], 0)  # padding may hold anything, NaN too
+        x = features.masked_fill(~mask[:, None], 0)  # not by a product: padding may be NaN
         x = zero_padding(F.relu(self.stem(x)), nodes[0].valid)
         encoded = []
         for block, before in zip(self.encoder, nodes, strict=False):

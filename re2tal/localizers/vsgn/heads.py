@@ -13,11 +13,11 @@ from re2tal.localizers.vsgn.graph import rows
 
 
 class Head(nn.Module):
-    """Head of `layers` convolutions with group norm and ReLU, and one that predicts.
+    """Head of `layers` convolutions with group norm and ReLU, and a last one that predicts.
 
     Args:
         width: channels of the features and of the layers.
-        per_anchor: numbers that are predicted for an anchor.
+        per_anchor: number of values that are predicted for an anchor.
         anchors: anchors of a node.
         layers: convolutions before the last.
         groups: groups of the group norm.
@@ -45,7 +45,7 @@ class Head(nn.Module):
         predicted = torch.cat(
             [self._level(x, inside) for x, inside in zip(levels, valid, strict=True)], dim=2
         )
-        places = predicted.float().transpose(1, 2)
+        places = predicted.float().transpose(1, 2)  # (B, nodes, anchors * per_anchor)
         anchors: Tensor = places.unflatten(2, (-1, self.per_anchor)).flatten(1, 2)
         return anchors
 
@@ -56,12 +56,12 @@ class Head(nn.Module):
         return predicted
 
 
-# Distance before and behind a boundary at which features are looked at, as a share of the length.
+# Distance of the sampled features before and after a boundary, as a share of the segment's length.
 REACH = 1 / 8
 
 
 class BoundaryAdjustment(nn.Module):
-    """Second look at the features around starts and ends, which moves them.
+    """Second regression of starts and ends, from the features around them.
 
     Boundary adjustment of Zhao et al., ICCV 2021, section 3.4.
 
@@ -80,13 +80,14 @@ class BoundaryAdjustment(nn.Module):
         """Move the starts and ends of segments.
 
         Args:
-            segments: `(B, A, 2)` in feature-grid units. Gradients pass through to them.
+            segments: `(B, A, 2)` in feature-grid units; gradients flow to them.
             finest: `(B, C, N)` finest level.
 
         Returns:
             `(B, A, 2)`; an end may come before its start.
         """
         nodes = finest.transpose(1, 2)
+        # Positions only select nodes, which has no gradient.
         clamped = inside_window(segments.detach(), finest.shape[2] * self.stride)
         reach = REACH * (clamped[..., 1] - clamped[..., 0])
         shifts = []
@@ -96,12 +97,12 @@ class BoundaryAdjustment(nn.Module):
         return segments + torch.stack(shifts, dim=-1)
 
     def _node(self, position: Tensor, count: int) -> Tensor:
-        """Find which of `count` nodes has the feature at `position` in its cell."""
+        """Find the node, of `count`, whose cell contains the feature at `position`."""
         return (position / self.stride).floor().long().clamp(0, count - 1)
 
 
 class Shift(nn.Module):
-    """Head that moves one boundary, from the features of three nodes around it."""
+    """Head that predicts the shift of one boundary from three nodes around it."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -110,7 +111,7 @@ class Shift(nn.Module):
 
     def forward(self, nodes: Tensor, before: Tensor, at: Tensor, behind: Tensor) -> Tensor:
         """Predict shifts `(B, A)`, float32, from `nodes` `(B, N, C)` and `(B, A)` indices."""
-        # Every tap is applied to the N nodes, in place of the 3 A that are looked at.
+        # Each tap of the convolution is applied once to the N nodes, not to the 3 A gathered ones.
         weight = self.taps.weight.permute(2, 0, 1).flatten(0, 1)
         left, centre, right = F.linear(nodes, weight).chunk(3, dim=2)
         assert self.taps.bias is not None
@@ -122,18 +123,18 @@ class Shift(nn.Module):
 def inside_window(segments: Tensor, length: int) -> Tensor:
     """Clamp the boundaries of `segments` `(..., 2)` to a window of `length` features.
 
-    A segment that lies outside keeps the window's first or last feature.
+    A segment outside the window becomes the cell of its first or last feature.
     """
     start, end = segments.unbind(dim=-1)
     return torch.stack([start.clamp(-0.5, length - 1.5), end.clamp(0.5, length - 0.5)], dim=-1)
 
 
 def first_and_last(segments: Tensor) -> tuple[Tensor, Tensor]:
-    """Locate the first and the last feature in `segments` `(..., 2)`, not rounded."""
+    """Locate the first and the last feature inside `segments` `(..., 2)`, without rounding."""
     return segments[..., 0] + 0.5, segments[..., 1] - 0.5
 
 
-# Order of the scores in every tensor.
+# Order of the scores in all tensors.
 SCORES = ("start", "end", "action")
 
 
@@ -174,8 +175,8 @@ class ScoreHead(nn.Module):
 def log_interpolated(logs: Tensor, length: int) -> Tensor:
     """Interpolate `exp(logs)` linearly, and return the logarithm.
 
-    Scores are interpolated, not their logits, but the loss of a score next to 0 or 1 needs its
-    logarithm to full precision. The first and the last value stay where they are.
+    Scores are interpolated, not logits. The result is a logarithm, because the loss of a score near
+    0 or 1 needs it to full precision. The first and the last value stay in place.
 
     Args:
         logs: `(..., N)`.
@@ -186,6 +187,7 @@ def log_interpolated(logs: Tensor, length: int) -> Tensor:
     """
     count = logs.shape[-1]
     position = torch.linspace(0, count - 1, length, device=logs.device)
+    # The last position lies between the last two nodes with share 1; log(0) = -inf adds nothing.
     before = position.long().clamp(max=max(count - 2, 0))
     behind = (before + 1).clamp(max=count - 1)
     share = position - before
@@ -193,9 +195,10 @@ def log_interpolated(logs: Tensor, length: int) -> Tensor:
 
 
 def boundary_scores(yes: Tensor, segments: Tensor) -> Tensor:
-    """Multiply the start and the end score of segments that lie inside the window.
+    """Multiply the start score and the end score of segments inside the window.
 
-    Each is the mean over the two features next to where the first, or last, one inside would be.
+    Each score is the mean of the two features next to the unrounded position of the segment's first
+    or last feature.
 
     Args:
         yes: `(B, 3, T)` logarithms of the scores.

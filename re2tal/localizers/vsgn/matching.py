@@ -1,4 +1,4 @@
-"""VSGN's anchors, the actions that they are matched with, and the targets of its scores."""
+"""VSGN's anchors, their matching with actions, and the targets of its scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from re2tal.localizers.protocol import Instances
 from re2tal.localizers.vsgn.heads import SCORES
 
 # The network predicts the shift of the centre in tenths of the anchor's length, and five times the
-# logarithm of the growth of its length, which is bounded.
+# logarithm of the ratio of lengths, which is bounded.
 SHIFT_SCALE = 10.0
 GROWTH_SCALE = 5.0
 GREATEST_GROWTH = math.log(1000 / 16)
@@ -23,7 +23,7 @@ GREATEST_GROWTH = math.log(1000 / 16)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Anchors:
-    """The A anchors of all levels: level by level, node by node, scale by scale.
+    """Anchors of all levels, A of them: level by level, node by node, scale by scale.
 
     Attributes:
         centres: `(A,)` in feature-grid units; whole numbers.
@@ -43,14 +43,14 @@ class Anchors:
     def decode(self, regression: Tensor) -> Tensor:
         """Decode predictions into segments in feature-grid units.
 
-        The centre moves by a tenth of the anchor's length times the first number, the length is
-        multiplied by the exponential of a fifth of the second.
+        With prediction (p, q), an anchor of centre c and length l becomes
+        `centre = c + p l / 10`, `length = l exp(q / 5)`.
 
         Args:
             regression: `(B, A, 2)` float32.
 
         Returns:
-            `(B, A, 2)` starts and ends, every one of them of positive length.
+            `(B, A, 2)` starts and ends; all lengths are positive.
         """
         centre = self.centres + regression[..., 0] / SHIFT_SCALE * self.lengths
         growth = (regression[..., 1] / GROWTH_SCALE).clamp(max=GREATEST_GROWTH)
@@ -63,8 +63,8 @@ def make_anchors(
 ) -> Anchors:
     """Lay out the anchors over `length` features.
 
-    A node of stride s has anchors of length s times each scale. Their centre is at k s + s / 2 for
-    the level's k-th node: half a feature behind the middle of its cell, as in the authors' release.
+    A node of stride s has anchors of length s times each scale. The centre of the level's k-th node
+    is at k s + s / 2: half a feature after the middle of its cell, as in the authors' release.
     """
     centres, lengths = [], []
     for stride in strides:
@@ -75,7 +75,7 @@ def make_anchors(
 
 
 def anchors_of_nodes(levels: Sequence[Tensor], scales: int) -> Tensor:
-    """Give anchors the values of their nodes.
+    """Repeat the values of nodes for their anchors.
 
     Args:
         levels: values of the nodes of each level, `(B, N)`.
@@ -89,11 +89,11 @@ def anchors_of_nodes(levels: Sequence[Tensor], scales: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Matches:
-    """Classes and segments that A segments have to become.
+    """Target classes and segments of A segments.
 
     Attributes:
-        classes: `(B, A)` int64, 0 for the background and 1 + the action's label.
-        segments: `(B, A, 2)` segments of the actions; they mean something at positives only.
+        classes: `(B, A)` int64: 0 for the background, otherwise the action's label + 1.
+        segments: `(B, A, 2)` segments of the actions; meaningless where not positive.
     """
 
     classes: Tensor
@@ -101,29 +101,28 @@ class Matches:
 
     @property
     def positive(self) -> Tensor:
-        """Mask `(B, A)` of the segments that have an action."""
+        """Mask `(B, A)` of the segments that match an action."""
         return self.classes > 0
 
 
 @torch.no_grad()
 def match(segments: Tensor, valid: Tensor, instances: Instances, threshold: float) -> Matches:
-    """Give segments the action that they overlap most (Zhao et al., ICCV 2021, section 3.4).
+    """Match each segment with the action of greatest tIoU (Zhao et al., ICCV 2021, section 3.4).
 
-    A segment is positive when the overlap reaches `threshold`, or when no segment overlaps some
-    action more than it does: so every action that anything overlaps is trained on. Such a segment
-    still gets the action that it itself overlaps most.
-
-    The overlap is the plain tIoU. An action that nothing overlaps has no positives.
+    A segment is positive if its tIoU reaches `threshold`, or if it is the best segment of some
+    action. So every action that overlaps any segment is trained on. A best segment still gets the
+    action of its own greatest tIoU. An action that overlaps no segment has no positives.
 
     Args:
         segments: `(B, A, 2)`.
-        valid: `(B, A)` bool; others are never positive.
+        valid: `(B, A)` bool; other segments are never positive.
         instances: the actions.
-        threshold: tIoU from which on a segment is positive.
+        threshold: least tIoU of a positive.
     """
     overlap = tiou(segments[:, :, None], instances.segments[:, None])  # (B, A, N)
     overlap = torch.where(valid[:, :, None], overlap, 0)
     best, chosen = overlap.max(dim=2)
+    # All segments that tie for an action's best are positive.
     unsurpassed = (overlap == overlap.amax(dim=1, keepdim=True)).logical_and(overlap > 0)
     positive = (best >= threshold) | unsurpassed.any(dim=2)
     classes = instances.labels.gather(1, chosen) + 1
@@ -133,7 +132,7 @@ def match(segments: Tensor, valid: Tensor, instances: Instances, threshold: floa
     )
 
 
-# Width of the region around a start or an end that counts as such, in features.
+# Width of the region around a boundary that counts as start or end, in features.
 REGION = 3.0
 
 
@@ -141,10 +140,10 @@ REGION = 3.0
 def score_targets(instances: Instances, length: int) -> Tensor:
     """Mark the features at which actions start, end or go on: `(B, 3, T)` bool.
 
-    An action starts or ends at the features of whose cell, half a unit to either side, more than
-    half lies in a region of three features around the boundary (Lin et al., ECCV 2018, section
-    3.3): those less than half the region's width away. It goes on at those of whose cell more than
-    half lies inside the action.
+    The cell of a feature reaches half a unit to either side. A feature is a start or an end if more
+    than half of its cell lies in a region of three features around the boundary (Lin et al., ECCV
+    2018, section 3.3), that is, if it is less than 1.5 features away. It is part of an action if
+    more than half of its cell lies inside the action.
     """
     feature = torch.arange(length, device=instances.labels.device)[None, :, None]
     start, end = instances.segments[:, None].unbind(dim=-1)  # (B, 1, N)
@@ -161,7 +160,7 @@ def score_losses(
 ) -> dict[str, Tensor]:
     """Compute the balanced binary log loss of each score (Lin et al., ECCV 2018, equation 3).
 
-    It weighs positives and negatives so that both count the same: half the mean of each.
+    Positives and negatives weigh the same: the loss is half the sum of their two means.
 
     Args:
         yes: `(B, 3, T)` logarithms of the scores.

@@ -37,19 +37,19 @@ class VSGNConfig:
     """VSGN's settings; the defaults are those published for THUMOS-14.
 
     Attributes:
-        width: channels of the pyramid and of the heads; a multiple of 32, below 128 of 4.
+        width: channels of the pyramid and the heads; a multiple of 32, or of 4 below 128.
         stem_stride: stride of the first convolution.
         levels: levels of the pyramid; level l has a node for each `2 * stem_stride * 2^l` features.
         graph: connect similar nodes in the encoder; false for plain convolutions of stride 2.
-        neighbours: neighbours of a node in the graph, itself among them.
+        neighbours: neighbours of a node in the graph, the node itself included.
         head_layers: convolutions of each head before the one that predicts, 0 for none.
         anchor_scales: lengths of a node's anchors, in strides of its level.
-        match_tiou: overlap with an action that makes an anchor, or what it is moved to, a positive.
-        adjust_tiou: overlap that makes a segment a positive of the boundary adjustment.
+        match_tiou: least tIoU of a positive anchor, or moved anchor, with an action.
+        adjust_tiou: least tIoU of a positive of the boundary adjustment.
         supplementary_weight: factor of the losses of start, end and action scores.
-        score_threshold: probability that a detection's class must exceed.
-        top_k: detections of a sample at most, the best first.
-        min_duration: length that detections must exceed, in feature-grid units.
+        score_threshold: the probability of a detection's class must exceed this.
+        top_k: greatest number of detections of a sample, the best first.
+        min_duration: detections must be longer than this, in feature-grid units.
     """
 
     width: int = 256
@@ -87,8 +87,8 @@ class VSGNConfig:
             )
         if self.neighbours < 2:
             raise ValueError(
-                f"A graph of {self.neighbours} neighbours is none, because a node is its own "
-                "nearest one: set at least 2, or graph=False."
+                f"A graph needs at least 2 neighbours, because a node is its own nearest one, but "
+                f"got {self.neighbours}: set more, or graph=False."
             )
         if not 1 <= len(self.anchor_scales) <= 64 or min(self.anchor_scales) <= 0:
             raise ValueError(
@@ -103,13 +103,13 @@ class VSGNConfig:
 
     @property
     def multiple(self) -> int:
-        """Number of which the number of features is a multiple: stem and levels thin it out."""
+        """Divisor of the number of features: the stride of the coarsest level."""
         multiple: int = self.stem_stride * 2**self.levels
         return multiple
 
     @property
     def norm_groups(self) -> int:
-        """Groups of the group norm: 32, or fewer of 4 channels each."""
+        """Groups of the group norm: 32, or fewer with 4 channels each."""
         return max(1, min(32, self.width // 4))
 
     def build(self, in_channels: int, num_classes: int) -> VSGN:
@@ -121,12 +121,13 @@ class Prediction(NamedTuple):
     """Predictions for A anchors and T features.
 
     Attributes:
-        logits: `(B, A, K + 1)`, of which the first is that of the background.
+        logits: `(B, A, K + 1)`; class 0 is the background.
         segments: `(B, A, 2)` moved anchors, in feature-grid units.
-        adjusted: `(B, A, 2)` these with adjusted boundaries; an end may come before its start.
+        adjusted: `(B, A, 2)` moved anchors with adjusted boundaries; an end may come before its
+            start.
         yes: `(B, 3, T)` logarithms of the supplementary scores, see `SCORES`.
         no: `(B, 3, T)` logarithms of one minus the scores.
-        valid: `(B, A)` bool, true for anchors of nodes with any feature in their cell.
+        valid: `(B, A)` bool, true for anchors of nodes that are not padding.
         anchors: the anchors.
     """
 
@@ -140,32 +141,32 @@ class Prediction(NamedTuple):
 
 
 class VSGN(nn.Module):
-    """Localizer that classifies and moves anchors on a pyramid of graphs, and adjusts boundaries.
+    """Localizer that classifies and regresses anchors on a graph pyramid, and adjusts boundaries.
 
-    A `re2tal.localizers.Localizer`. That a sample is stitched, a clip and its magnified copy, it
-    knows from its mask: a gap between two runs of features. Losses are "classification" (cross
-    entropy), "regression" and "adjustment" (generalised IoU), and "start", "end" and "action"
-    (balanced log loss, times `supplementary_weight`), each a mean over the batch.
+    A `re2tal.localizers.Localizer`. A stitched sample, a clip and its magnified copy, is recognised
+    by its mask: a gap between two runs of features. Losses are "classification" (cross entropy),
+    "regression" and "adjustment" (generalised IoU), and "start", "end" and "action" (balanced log
+    loss, times `supplementary_weight`), each a mean over the batch.
 
-    Of a whole window it computes what the authors' release does, boundaries half a feature outside
-    the first and the last feature (theirs: at them). It is trained on other targets, and padded or
-    stitched windows are treated otherwise:
+    On a whole window the network computes the same as the authors' release, except that boundaries
+    lie half a feature outside the first and the last feature (theirs: at them). Targets, padded
+    windows and stitched windows differ:
 
     - Overlaps with actions are the plain tIoU; theirs lengthen the anchor by one feature, but not
       the action.
-    - An action that no anchor overlaps has no positives; theirs makes every anchor one.
-    - "end" is to be found as far from an action's end as "start" is from its start; theirs looks
-      one feature earlier, because its end is the last feature inside.
-    - Losses count no padding, are zero where nothing is positive (theirs: not a number), and take
-      logarithms of the scores as they are (theirs: plus 1e-5).
-    - Cross-scale edges lead from the clip to its copy and back, and never to nodes of the gap;
-      theirs leave the copy's half of the neighbours to clip and gap, and the clip's to any node.
-    - Padding is zero at every layer, nobody's neighbour, not in the group norm's statistics, and
-      finds nothing; theirs treats it as features. A node, and with it its anchors, counts when any
-      feature of its cell is no padding.
+    - An action that overlaps no anchor has no positives; in theirs every anchor is a positive.
+    - The targets of "end" lie around an action's end as those of "start" lie around its start;
+      theirs lie one feature earlier, because their end is the last feature inside.
+    - Losses exclude padding, are zero where nothing is positive (theirs: NaN), and take logarithms
+      of the scores as they are (theirs: plus 1e-5).
+    - Cross-scale edges lead from the clip to its copy and back, and never to nodes of the gap. In
+      theirs, those of the copy lead to clip and gap, and those of the clip to any node.
+    - Padding is zero at every layer, is never a neighbour, is not in the group norm's statistics,
+      and has no detections; theirs treats it as features. A node and its anchors are valid if any
+      feature of the node's cell is not padding.
 
-    On a GPU the backward of its gathers adds in no fixed order, so that gradients may differ from
-    run to run in their last digits, unless `torch.use_deterministic_algorithms` is on (not
+    On a GPU the backward pass of the gathers adds in no fixed order, so gradients may differ
+    between runs in their last digits, unless `torch.use_deterministic_algorithms` is on (not
     measured).
 
     Args:
@@ -217,7 +218,7 @@ class VSGN(nn.Module):
             targets: actions of each window, in feature-grid units.
 
         Raises:
-            ValueError: if T is no such multiple, or a label is not below `num_classes`.
+            ValueError: if T is not such a multiple, or a label is not below `num_classes`.
         """
         predicted = self.predict(features, mask)
         if targets is None:
@@ -225,10 +226,10 @@ class VSGN(nn.Module):
         return self._losses(predicted, mask, targets)
 
     def begin_step(self, masks: Sequence[Tensor], targets: Sequence[Sequence[Targets]]) -> None:
-        """Count nothing ahead: which anchors count depends on where the network moves them.
+        """Do nothing: which anchors are positive depends on where the network moves them.
 
-        Each pass is divided by what it holds on all ranks. The passes of an accumulated step
-        therefore weigh the same, whatever they hold.
+        The losses of each pass are divided by its counts over all ranks. The passes of an
+        accumulated step therefore weigh the same, whatever their counts.
         """
 
     def predict(self, features: Tensor, mask: Tensor) -> Prediction:
@@ -253,20 +254,22 @@ class VSGN(nn.Module):
     def _losses(self, predicted: Prediction, mask: Tensor, targets: Sequence[Targets]) -> Losses:
         config, valid = self.config, predicted.valid
         instances = Instances.of(targets, self.num_classes, mask.device)
+        # Regression is trained on the original anchors' matches.
         original = match(predicted.anchors.segments[None], valid, instances, config.match_tiou)
-        # Classes are those of where the anchors are moved to, not of where they start from.
+        # Classes are matched with the moved anchors, not with the original ones.
         moved = predicted.segments.detach()
         classes = match(moved, valid, instances, config.match_tiou).classes
         refined = match(moved, valid, instances, config.adjust_tiou)
         boundaries = score_targets(instances, mask.shape[1])
-        ranks = {"all_ranks": self.training}  # in evaluation they need not have as many windows
+        # In evaluation ranks may have different numbers of passes, so they must not communicate.
+        ranks = {"all_ranks": self.training}
         scores = score_losses(predicted.yes, predicted.no, boundaries, mask, **ranks)
         return {
             "classification": balanced_cross_entropy(predicted.logits, classes, valid, **ranks),
             "regression": giou_loss(
                 predicted.segments, original.segments, original.positive, **ranks
             ),
-            # Its gradients reach the regression too.
+            # The gradients of this loss reach the regression too.
             "adjustment": giou_loss(
                 predicted.adjusted, refined.segments, refined.positive, **ranks
             ),
@@ -275,9 +278,9 @@ class VSGN(nn.Module):
 
     @torch.no_grad()
     def _decode(self, predicted: Prediction) -> list[Detections]:
-        """Decode the detections of each sample by falling score."""
-        segments = inside_window(predicted.adjusted, predicted.yes.shape[2])
-        classes = predicted.logits.softmax(dim=2)[..., 1:]
+        """Decode the detections of each sample, by falling score."""
+        segments = inside_window(predicted.adjusted, predicted.yes.shape[2])  # before scoring
+        classes = predicted.logits.softmax(dim=2)[..., 1:]  # without the background
         scores = classes * boundary_scores(predicted.yes, segments)[..., None]
         long_enough = segments[..., 1] - segments[..., 0] > self.config.min_duration
         kept = (classes > self.config.score_threshold) & (predicted.valid & long_enough)[..., None]
@@ -301,7 +304,7 @@ class VSGN(nn.Module):
 
 
 def _layers(levels: int, head_layers: int, *, graph: bool) -> Iterator[tuple[str, str]]:
-    """Their name of each layer and ours."""
+    """Yield the release's name and ours of each layer."""
     yield "xGPN.conv0.0", "pyramid.stem"
     for i in range(levels):
         if graph:
