@@ -1,6 +1,6 @@
 """Compute the tables of SCALING.md from measurements: ``python -m cluster.scaling``.
 
-Every number that we did not measure is an assumption, with its source here.
+Every number that was not measured is an assumption, with its source here.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,8 @@ class Workload:
     """End-to-end training of the recipe `thumos_re2_swin_t_actionformer`.
 
     Attributes:
-        step_seconds: seconds for a clip, measured (H200, pipelines/experiments/devices.py).
+        step_seconds: seconds of a step with one clip, measured (H200,
+            pipelines/experiments/devices.py).
         frames: frames of the clip.
         pixels: side of the square frames.
         parameters: number of the detector's parameters.
@@ -23,7 +24,7 @@ class Workload:
         plan_bytes: bytes of the plan per video, measured (toy annotations, 5.7 instances each).
         window_bytes: bytes of a window in a worker, measured.
         window_seconds: seconds to cut a window, measured.
-        windows: windows of a video, with its gaps (two minutes, 1024 frames at 15 per second).
+        windows: windows of a video of two minutes (1024 frames at 15 fps), gaps included.
     """
 
     step_seconds: float = 0.36
@@ -54,13 +55,13 @@ class Workload:
 
     @property
     def checkpoint(self) -> float:
-        """Bytes of weights, their average, its file for users, and AdamW's two moments."""
+        """Bytes of weights, their EMA, the EMA's file for users, and AdamW's two moments."""
         return self.parameters * 4 * 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """A node with eight GPUs.
+    """Node with eight GPUs.
 
     Attributes:
         gpus: number of GPUs.
@@ -68,7 +69,7 @@ class Machine:
         inside: bytes per second and GPU over NVLink (vendor, one direction).
         network: bytes per second from a node to others (100 Gbit/s; EFA and InfiniBand have 32
             times that).
-        price: dollars per GPU and hour (order of large clouds' on-demand price in 2025).
+        price: dollars per GPU and hour (order of magnitude of on-demand prices in 2025).
     """
 
     gpus: int = 8
@@ -80,13 +81,14 @@ class Machine:
 
 WORKLOAD, MACHINE = Workload(), Machine()
 HIDDEN = 0.7
-"""Share of the exchange that backward hides: DDP sends while earlier layers are still computed."""
+"""Share of the exchange that backward hides: DDP sends gradients while it computes others."""
 
 
 def exchange(gpus: int, work: Workload = WORKLOAD, node: Machine = MACHINE) -> float:
-    """Seconds of an all-reduce of the gradients: a ring within nodes, and one between them."""
+    """Return the seconds of the gradients' all-reduce: a ring in each node, one between nodes."""
 
     def ring(members: int, speed: float) -> float:
+        # each member sends 2 (n - 1) / n of the bytes: reduce-scatter, then all-gather
         return 2 * (members - 1) / members * work.gradients / speed
 
     nodes = max(1, gpus // node.gpus)
@@ -94,7 +96,7 @@ def exchange(gpus: int, work: Workload = WORKLOAD, node: Machine = MACHINE) -> f
 
 
 def rows(gpus: Sequence[int] = (8, 64, 512)) -> list[list[str]]:
-    """Make the large table: a heading with numbers of GPUs, and a row for each quantity."""
+    """Make the large table: a heading with the numbers of GPUs, and a row for each quantity."""
     work, node = WORKLOAD, MACHINE
     table = [["", *(f"{n} GPUs" for n in gpus)]]
 
@@ -135,10 +137,10 @@ def million() -> list[list[str]]:
     windows = videos * work.windows
     return [
         ["", "a million videos"],
-        ["the plan, which each worker is handed, GB", f"{videos * work.plan_bytes / GB:.1f}"],
-        ["windows of an epoch, which each worker cuts, s", f"{windows * work.window_seconds:.0f}"],
-        ["their memory in each worker, GB", f"{windows * work.window_bytes / GB:.1f}"],
-        ["in the eight of a node, GB", f"{8 * windows * work.window_bytes / GB:.0f}"],
+        ["plan, sent to each worker, GB", f"{videos * work.plan_bytes / GB:.1f}"],
+        ["cutting an epoch's windows, in each worker, s", f"{windows * work.window_seconds:.0f}"],
+        ["memory of the windows in each worker, GB", f"{windows * work.window_bytes / GB:.1f}"],
+        ["in a node's eight workers, GB", f"{8 * windows * work.window_bytes / GB:.0f}"],
         ["opening every video, at 50 ms, on 768 cores, minutes", f"{videos * 0.05 / 768 / 60:.0f}"],
     ]
 

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-# A script's own folder is on Python's path, the one above it is not: `python OTHER/pipelines/x.py`
-# gets this package from wherever it is installed, which may be another checkout.
+# Python puts a script's own folder on its path, but not the parent: `python OTHER/pipelines/x.py`
+# imports this package from wherever it is installed, which may be another checkout.
 _ROOT = Path(__file__).resolve().parent.parent
 _SCRIPT = Path(getattr(sys.modules["__main__"], "__file__", None) or __file__).resolve()
 _OWN = _SCRIPT.parent.parent

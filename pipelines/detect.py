@@ -4,13 +4,13 @@
   python pipelines/detect.py --videos FOLDER "more/*.mkv" s3://bucket/videos --model RUN_ID
 
 Then open found/index.html. The model is the folder of a saved detector or of a training run's
-checkpoint, a training run's id in MLflow, or runs:/RUN/detector or models:/NAME/VERSION there.
+checkpoint; or, in MLflow, the id of a training run, runs:/RUN/detector or models:/NAME/VERSION.
 
-A run that was stopped goes on when the same command is given again: videos that are done are
-kept, those that failed or were replaced are tried once more. Another --score-threshold or other
---formats detect nothing anew.
+To continue a stopped run, give the same command again: finished videos are kept; videos that
+failed or were replaced are tried again. A new --score-threshold or other --formats need no new
+detection.
 
-A detector with a backbone or localizer of your own needs its module: --import MODULE_OR_FILE.
+A detector with your own backbone or localizer needs its module: --import MODULE_OR_FILE.
 """
 
 import sys
@@ -31,12 +31,11 @@ def parse(arguments: Sequence[str]) -> DetectConfig:
 
 if __name__ == "__main__":
     failure = (
-        "the detector failed; with less memory it may go through: lower --batch-size. "
-        "Start again to go on."
+        "the detector failed. If memory was short, lower --batch-size. Start again to continue."
     )
     with told_shortly(failure=failure), stoppable(goes_on):
         config = parse(sys.argv[1:])
-        # here, because a mistyped option needs neither Ray nor MLflow, which take seconds to import
+        # imported here: Ray and MLflow take seconds, and a mistyped option should fail at once
         from pipelines.inference.run import run
 
         run(config)

@@ -1,13 +1,13 @@
-"""Look at an installation or a cluster, and say what to mend.
+"""Check an installation or a cluster, and report what to repair.
 
   python pipelines/doctor.py
   RAY_ADDRESS=HEAD:6379 python pipelines/doctor.py --output s3://bucket/runs --videos FOLDER
 
-Versions, machines, GPUs, the network between two workers, the output, MLflow, and decoding: each on
-every node of the cluster that RAY_ADDRESS names, else of a Ray that is started for it. One line a
-finding: ok, note, or FAIL with what to do; the exit code is 1 if anything failed. It leaves nothing
-behind but, in an MLflow store that exists, a run tagged re2tal.doctor in the experiment
-re2tal-doctor.
+It checks versions, machines, GPUs, the network between two workers, the output, MLflow and
+decoding, on every node of the cluster that RAY_ADDRESS names, or of a Ray that it starts. Each
+finding is one line: ok, note, or FAIL with advice; the exit code is 1 if a check failed. The only
+trace that it leaves is a run tagged re2tal.doctor in the experiment re2tal-doctor of an existing
+MLflow store.
 """
 
 import sys
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-# Nothing else: a package may be missing, which this script has to report.
+# No other imports here: a package may be missing, which this script must report.
 from pipelines.diagnostics.findings import (
     Finding,
     check_missing,
@@ -28,17 +28,17 @@ from pipelines.diagnostics.findings import (
 )
 
 Check = Callable[[Any], Iterable[Finding]]  # takes a `Cluster`, which cannot be imported yet
-_GRACE = 10.0  # seconds in which a check can still report that it waited in vain
+_GRACE = 10.0  # extra seconds for a check to report its own time-out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DoctorConfig:
-    """Places that the checks look at.
+    """Output and videos to check.
 
     Attributes:
         output: folder of runs, as in train.py; a path or a URI.
-        videos: files, folders, patterns, or folders of shards, of which each node decodes the first
-            video; paths or URIs.
+        videos: files, folders, patterns, or folders of shards; paths or URIs. Each node decodes the
+            first video.
         timeout: seconds to wait for a node, a store or a server before it counts as failed.
     """
 
@@ -55,7 +55,7 @@ def parse(arguments: Sequence[str]) -> DoctorConfig:
 
 
 def diagnose(config: DoctorConfig) -> Iterator[tuple[str, Finding]]:
-    """Run all checks but that of missing packages; yield names of checks, each with a finding."""
+    """Run all checks except that of missing packages; yield each finding with its check's name."""
     from pipelines.core.storage import absolute  # see above
     from pipelines.diagnostics import frames, machines, nodes, writing
 
@@ -75,7 +75,7 @@ def diagnose(config: DoctorConfig) -> Iterator[tuple[str, Finding]]:
             "video": frames.check_video,
             "videos": partial(frames.check_own, config.videos),
         }
-        # some wait for two things, one after the other
+        # some checks wait for two answers, one after the other
         seconds = 2 * config.timeout + _GRACE
         for name, check in (on_nodes | anywhere).items():
             if name in on_nodes and not cluster.nodes:

@@ -1,7 +1,6 @@
 r"""Evaluate detections, or a trained detector, against annotations.
 
-A file of detections, as detect.py and training write it (ActivityNet's results JSON); no video is
-needed:
+A file of detections from detect.py or training (ActivityNet's results JSON); it needs no videos:
 
   python pipelines/evaluate.py --detections detections.json --annotations A --dataset thumos-14
 
@@ -10,17 +9,18 @@ An ensemble of several runs' detections before non-maximum suppression (--save-r
   python pipelines/evaluate.py --detections runs:/RUN/raw_detections.safetensors FILE ... \
       --annotations A
 
-A detector: the folder of a checkpoint, or a run or model in MLflow. It detects in the videos first:
+A detector, which first detects in the videos: the folder of a checkpoint, or a run or model in
+MLflow:
 
   python pipelines/evaluate.py --model RUN_ID --annotations A --videos FOLDER
 
-(--import MODULE_OR_FILE first imports the module of a backbone or localizer of your own.)
+(--import MODULE_OR_FILE first imports the module of your own backbone or localizer.)
 
-Printed are average precision of every class at every tIoU, average recall by the number of
-proposals, Recall@kx for data sets that are compared by it (Ego4D), and a short diagnosis of the
-errors. All of it goes to MLflow, and to --output (runs/evaluation): tables as CSV and in
-evaluation.json, pictures, and a detector's detections. Detections of the one class "action" are
-proposals: --video-scores gives them classes, else they are evaluated without classes.
+It prints average precision by class and tIoU, average recall by number of proposals, Recall@kx for
+data sets that report it (Ego4D), and a short diagnosis of the errors. All results go to MLflow and
+to --output (runs/evaluation): tables as CSV and in evaluation.json, pictures, and a detector's
+detections. Detections with the single class "action" are proposals: --video-scores gives them
+classes; without it they are evaluated class-agnostically.
 """
 
 import sys
@@ -42,10 +42,10 @@ def parse(arguments: Sequence[str]) -> EvaluateConfig:
 
 if __name__ == "__main__":
     with told_shortly(
-        failure="the detector failed; with less memory it may go through: lower --batch-size.",
+        failure="the detector failed. If memory was short, lower --batch-size.",
     ):
         config = parse(sys.argv[1:])
-        # here, because a mistyped option needs neither Ray nor MLflow, which take seconds to import
+        # imported here: Ray and MLflow take seconds, and a mistyped option should fail at once
         from pipelines.inference.evaluation import evaluate_run
 
         evaluate_run(config)

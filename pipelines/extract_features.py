@@ -1,19 +1,19 @@
-r"""Make features of videos with a frozen backbone, to train a localizer on them without frames.
+r"""Make features of videos with a frozen backbone, for training a localizer without frames.
 
   python pipelines/extract_features.py --videos FOLDER --annotations A --output FEATURES \
       --backbone swin_t --weights torchvision:swin3d_t/KINETICS400_V1
   python pipelines/extract_features.py --way windows --fps 15 --frames 1024 ...
 
-They are made of short clips, one for each feature, like published features (--way clips), or of
-long windows, like those of a detector trained end to end (--way windows). features.json beside the
-files says where in their videos the features lie.
+Features come from short clips, one clip a feature, like published features (--way clips), or from
+long windows, as in a detector trained end to end (--way windows). features.json beside the files
+gives the places of features in their videos.
 
-All places may be URIs (s3://, gs://, ...), and the videos may lie in shards (prepare.py). A run
-that was stopped, however hard, goes on when the same command is given again, which also makes the
-features anew of videos that were replaced since. Videos that cannot be decoded are listed in
-features.json; once they are mended, the same command with --retry-failed makes only theirs.
+All paths may be URIs (s3://, gs://, ...), and the videos may lie in shards (prepare.py). To
+continue a stopped or killed run, give the same command again; it also remakes the features of
+videos that were replaced in the meantime. features.json lists videos that cannot be decoded; once
+they are repaired, the same command with --retry-failed makes only their features.
 
-`python -m re2tal.backbones` lists the backbones; one of your own needs --import MODULE_OR_FILE.
+`python -m re2tal.backbones` lists the backbones; your own needs --import MODULE_OR_FILE.
 """
 
 import sys
@@ -36,11 +36,11 @@ def parse(arguments: Sequence[str]) -> ExtractConfig:
 
 if __name__ == "__main__":
     with (
-        told_shortly(failure="features could not be made. Start again to go on."),
+        told_shortly(failure="features could not be made. Start again to continue."),
         stoppable(goes_on),
     ):
         config = parse(sys.argv[1:])
-        # here, because a mistyped option needs neither Ray nor MLflow, which take seconds to import
+        # imported here: Ray and MLflow take seconds, and a mistyped option should fail at once
         from pipelines.data.feature_extraction import extract_features
 
         extract_features(config)

@@ -1,8 +1,8 @@
 """Predict the peak memory of a training step, without a GPU and without running it.
 
-Four ways to train the same backbone are compared: plain, with per-block checkpointing, naively
-reversible, and reversible as this project does it. Counted is one forward and backward, with
-parameters and gradients; with --optimizer also AdamW's moments and the moving average.
+It compares four ways to train the same backbone: plain, with activation checkpointing of each
+block, naively reversible, and reversible as in this project. One forward and backward pass is
+counted, with parameters and gradients; with --optimizer also AdamW's moments and the EMA.
 
 A backbone by itself, with adapters too (--tuning adapters or lora):
 
@@ -12,14 +12,14 @@ The detector of a recipe, with overrides of its fields:
 
   python pipelines/memory.py RECIPE --data.window.frames 512 --longest 24GiB
 
-How to train a recipe on a GPU of some size, without changing its step, frames or pixels: batch,
-accumulation, pieces, and what is stored, optimizer and moving average counted (train.py takes the
-same option):
+The layout with which a recipe fits a GPU of a given size, without changing its step, frames or
+pixels: batch size, accumulation, size of pieces, and what is stored. Optimizer and EMA are
+counted, and train.py takes the same option:
 
   python pipelines/memory.py RECIPE --fit 24GiB
 
-With a GPU the steps are also run, and predicted stands beside measured. All numbers go to a JSON
-file and, with the tables and the picture, to MLflow.
+With a GPU the steps are also run, and the tables show predicted beside measured memory. All numbers
+go to a JSON file and, with tables and picture, to MLflow.
 """
 
 import sys

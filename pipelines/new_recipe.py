@@ -1,13 +1,13 @@
-"""Look at a data set of one's own and at the machine, and write a commented recipe for them.
+"""Write a commented recipe for your own data set and this machine.
 
   python pipelines/new_recipe.py --annotations A --videos FOLDER > my_recipe.py
   python pipelines/train.py my_recipe.py
 
-For a GPU that this machine does not have:
+For a GPU of another machine:
 
   python pipelines/new_recipe.py --annotations A --videos FOLDER --memory 24GiB > my_recipe.py
 
-Standard output is the recipe alone, Python that `train.py` takes; warnings are shown beside it.
+Standard output is the recipe alone, a Python file for `train.py`; warnings go to standard error.
 """
 
 import sys

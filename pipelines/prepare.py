@@ -1,12 +1,12 @@
-"""Encode videos anew for random access, and pack them into shards, from which training reads.
+"""Encode videos for random access, and pack them into shards for training.
 
   python pipelines/prepare.py --annotations A --videos FOLDER --output SHARDS
   python pipelines/train.py RECIPE --data.annotations A --data.videos SHARDS
 
-All of them may be URIs (s3://, gs://, ...). A run that was stopped, however hard, goes on when the
-same command is given again, which also encodes the videos anew that were replaced since. Videos
-that cannot be encoded are listed in manifest.json; once they are mended, the same command with
---retry-failed encodes only them.
+All paths may be URIs (s3://, gs://, ...). To continue a stopped or killed run, give the same
+command again; it also encodes videos that were replaced in the meantime. manifest.json lists
+videos that cannot be encoded; once they are repaired, the same command with --retry-failed encodes
+only these.
 """
 
 import sys
@@ -31,12 +31,13 @@ class PrepareConfig(AnnotationConfig):
     Attributes:
         videos: folder of the video files, named by id; a path or a URI.
         output: folder for the shards and their manifest; a path or a URI.
-        subsets: names of the subsets to encode; all of them by default.
+        subsets: names of the subsets to encode; all subsets by default.
         transcode: size, frame rate, quality and key frames.
-        shard_seconds: approximate seconds of video in a shard, which one task makes.
-        retry_failed: encode the videos that failed before once more, and no others of their shards.
-        max_failed: share of failed videos above which the script ends with an error; the others are
-            kept.
+        shard_seconds: approximate seconds of video in a shard; one task makes one shard.
+        retry_failed: encode again the videos that failed before; the other videos of their shards
+            are copied.
+        max_failed: share of failed videos above which the script ends with an error; the other
+            videos are kept.
     """
 
     videos: str | None = None
@@ -57,11 +58,11 @@ def prepare(config: PrepareConfig) -> Manifest:
     """Make the shards that are missing, and return the manifest of their folder.
 
     Raises:
-        AnnotationError: the annotations have problems; all of them are listed.
-        UserError: something is missing; the folder holds shards of other settings, or damaged ones;
-            or too many videos failed (the others are in their shards).
+        AnnotationError: with every problem in the annotations.
+        UserError: if an input is missing; the folder holds shards of other settings, or damaged
+            ones; or too many videos failed (the others are in their shards).
     """
-    # here, because a mistyped option does not need Ray, which takes seconds to import
+    # imported here: Ray takes seconds, and a mistyped option should fail at once
     from pipelines.data.shard_writing import ShardFolder
 
     config = resolved(config, needed=("annotations", "videos"), written=("output",))
@@ -86,7 +87,7 @@ def prepare(config: PrepareConfig) -> Manifest:
 
 if __name__ == "__main__":
     with (
-        told_shortly(failure="a shard could not be written. Start again to go on."),
+        told_shortly(failure="a shard could not be written. Start again to continue."),
         stoppable(goes_on),
     ):
         prepare(parse(sys.argv[1:]))

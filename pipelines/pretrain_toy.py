@@ -7,10 +7,10 @@
 The first two commands made the weights of the toy recipes' Swin and VideoMAE that the repository
 ships. Clips are made in data/toy_trimmed if they are missing.
 
-Other backbones are pretrained by finetune_backbone.py without rewiring, on classes alone. From
-random weights, though, these teach a network motion very slowly: after 700 steps the Swin was still
-at chance. So this network also learns the actor's place and motion, which the toy data know, and
-with them the Swin is over 80 % right after 350 steps.
+finetune_backbone.py pretrains other backbones, without rewiring, on class labels alone. From random
+weights, however, a network learns motion very slowly from labels: after 700 steps the Swin was
+still at chance. This script therefore also supervises the actor's place and motion, which the toy
+data provide; then the Swin's accuracy exceeds 80 % after 350 steps.
 
 "held out" is measured on the validation clips, which look like the untrimmed toy videos.
 """

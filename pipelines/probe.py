@@ -1,10 +1,10 @@
-"""Open every video of a collection, and write length, rate, size and errors to a Parquet table.
+"""Open every video of a collection; write duration, frame rate, size and errors to a Parquet file.
 
   python pipelines/probe.py --videos FOLDER --output videos.parquet
   python pipelines/probe.py --videos FOLDER --annotations A --output videos.parquet
 
-With annotations, the table tells which files do not last as long as annotated, and which annotated
-videos have no file. All of the places may be URIs (s3://, gs://, ...).
+With annotations, the table also shows files that are longer or shorter than annotated, and
+annotated videos without a file. All paths may be URIs (s3://, gs://, ...).
 """
 
 import sys
@@ -36,7 +36,7 @@ from re2tal.videos.files import list_videos, match_videos
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeConfig(AnnotationConfig):
-    """Videos to open: all files of a folder, or with annotations the annotated ones.
+    """Videos to open: all videos of a folder or, with annotations, the annotated ones.
 
     Attributes:
         videos: folder of the video files; a path or a URI.
@@ -48,11 +48,11 @@ class ProbeConfig(AnnotationConfig):
 
 
 def probe_collection(config: ProbeConfig) -> pa.Table:
-    """Open the videos, and write and return the table that `pipelines.data.videos` describes.
+    """Open the videos; write and return the table that `pipelines.data.videos` describes.
 
     Raises:
-        UserError: something is missing, or the folder holds no video.
-        AnnotationError: the annotations have problems; all of them are listed.
+        UserError: if an input is missing, or the folder holds no video.
+        AnnotationError: with every problem in the annotations.
     """
     config = resolved(config, needed=("videos",), optional=("annotations",), written=("output",))
     folder = str(config.videos)

@@ -1,19 +1,19 @@
 """Run the paper's experiments as Ray tasks, and write one report.
 
-On data that the project makes, an hour on two CPU cores, or five minutes:
+On synthetic data, an hour on two CPU cores; or five minutes with --quick:
 
   python pipelines/reproduce.py
   python pipelines/reproduce.py --quick
 
-The paper's own tables, with real videos and weights; what follows "--" is for `train.py`:
+The paper's own tables, with real videos and weights; options after "--" go to `train.py`:
 
   python pipelines/reproduce.py --only tal --tal.larger None --tal.recipes
   thumos_re2_swin_t_actionformer thumos_re2_swin_t_vsgn --tal.rewired re2_swin3d_t.safetensors --
   --data.annotations thumos14.json --data.videos thumos/ --model.weights swin3d_t.pth
 
 The rewired weights are the plain ones after finetune_backbone.py. The report is
-OUTPUT/reproduction/report.md; in MLflow it is a run, with a child for each piece of work. The same
-command goes on where it was stopped. Without Ray and MLflow:
+OUTPUT/reproduction/report.md; in MLflow it is a run, with a child run for each job. To continue
+after a stop, give the same command again. Without Ray and MLflow:
 
   python -m pipelines.experiments paper
 """
@@ -35,7 +35,7 @@ from pipelines.experiments.paper import Reproduction, carry_out, parse
 
 
 def execute_on_ray(works: Sequence[Work]) -> Iterator[Outcome]:
-    """Do jobs on the cluster, each on a core (and a GPU, if there are any), or by itself."""
+    """Run jobs on the cluster: first in parallel, a core (and a GPU) each, then those alone."""
     together = [work for work in works if not work[1].alone]
     yield from _gathered(together, cpus=1)
     for work in works:
@@ -51,7 +51,7 @@ def _gathered(works: Sequence[Work], *, cpus: float) -> Iterator[Outcome]:
         experiment, job = running.pop(done)
         try:
             yield ray.get(done)
-        except ray.exceptions.RayError as problem:  # its process died
+        except ray.exceptions.RayError as problem:  # the job's process died
             error = f"{type(problem).__name__}: {problem}"
             yield Outcome(experiment=experiment, job=job, result=None, seconds=0.0, error=error)
 
@@ -63,20 +63,20 @@ def _started(experiment: str, job: Job, *, cpus: float) -> ray.ObjectRef:
 
 
 def _attempt(experiment: str, job: Job, folder: str) -> Outcome:
-    os.chdir(folder)  # paths are relative to where the command was given
+    os.chdir(folder)  # paths are relative to the folder of the command
     return attempt(experiment, job)
 
 
 def _cores() -> float:
-    """Count the cores of the largest node, which a job that measures time has to itself."""
+    """Count the cores of the largest node: a job that measures time reserves the whole node."""
     return max(float(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
 
 
 def main(asked: Reproduction) -> None:
-    """Carry the experiments out.
+    """Run the experiments.
 
     Raises:
-        UserError: a job failed; the others are done all the same.
+        UserError: a job failed; the other jobs are done nevertheless.
     """
     init_ray(trains=any(job.spreads for one in asked.experiments.values() for job in one.jobs()))
     run = start_run(asked, output=Path(asked.output).absolute())

@@ -1,38 +1,37 @@
 """Train a detector end to end, from video files to segments, and track the run in MLflow.
 
-The toy data set, minutes on two CPU cores:
+On the toy data set, in minutes on two CPU cores:
 
   python pipelines/train.py
 
-Another recipe, on data of yours:
+Another recipe, on your own data:
 
   python pipelines/train.py RECIPE --data.annotations A --data.videos FOLDER --model.weights W
 
-A recipe for data of yours, with reasons, and the backbone finetuned on its classes first:
+A commented recipe for your own data, with the backbone finetuned on its classes first:
 
   python pipelines/new_recipe.py --annotations A --videos FOLDER > my_recipe.py
   python pipelines/train.py my_recipe.py --finetune-epochs 15
 
-The same without videos and backbone, on features (extract_features.py):
+On features (extract_features.py), without videos and backbone:
 
   python pipelines/train.py RECIPE --data.annotations A --data.features FEATURES
 
-Any field of a recipe, by its dotted name; a backbone, by its own:
+Any field of a recipe is an option by its dotted name; a backbone is chosen by its name:
 
   python pipelines/train.py toy --epochs 3 --optim.backbone-lr 1e-4
   python pipelines/train.py toy --model.backbone slowfast_toy --model.weights None
 
-A recipe of your own, without touching this repository (pipelines/README.md):
+Your own recipe, without changes to this repository (pipelines/README.md):
 
   python pipelines/train.py my_recipe.py
 
-The recipe of an earlier run, such as the best trial of a sweep (sweeps/), with other values for
-some fields:
+The recipe of an earlier run, such as the best trial of a sweep (sweeps/), with some fields changed:
 
   python pipelines/train.py --from-run RUN_ID --epochs 12
 
-Laid out for the memory of the GPUs, with the recipe's step, frames and pixels; --fit auto asks them
-for what is free, --fit 24GiB names it (pipelines/README.md says what is chosen and counted):
+A layout that fits the GPUs' memory, without changing the recipe's step, frames and pixels; --fit
+auto reads the free memory, --fit 24GiB names it (pipelines/README.md describes the choice):
 
   python pipelines/train.py RECIPE --fit auto
 """
@@ -49,11 +48,11 @@ from pipelines.core.tracking import Run, recipe_of, tracking_uri
 
 
 def parse(arguments: Sequence[str]) -> Recipe:
-    """Read the recipe of a run, new or that of an earlier run, from the command line.
+    """Read the recipe of a run from the command line: a named one, or that of an earlier run.
 
     Raises:
-        UserError: there is no such recipe, backbone or module, or the run whose configuration is
-            asked for cannot be had.
+        UserError: there is no such recipe, backbone or module, or the earlier run's configuration
+            cannot be read.
     """
     run_ids, rest = take("--from-run", import_own(arguments))
     recipes = RECIPES
@@ -76,7 +75,7 @@ if __name__ == "__main__":
     with told_shortly():
         sizes, arguments = take("--fit", sys.argv[1:])
         recipe = parse(arguments)
-        # here, because `--help` needs neither Ray nor MLflow, which take seconds to import
+        # imported here: Ray and MLflow take seconds, and `--help` does not need them
         from pipelines.training.run import train
 
         train(recipe, fit=sizes[-1] if sizes else None)

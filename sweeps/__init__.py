@@ -1,1 +1,1 @@
-"""Searches of hyper-parameters: Ray Tune runs the trials, Optuna proposes, MLflow compares."""
+"""Hyper-parameter searches: Ray Tune runs the trials, Optuna proposes them, MLflow records them."""

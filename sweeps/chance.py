@@ -1,4 +1,4 @@
-"""An experiment on searches: the best trials of a sampler, and of chance.
+"""Experiment on searches: a sampler's best trials against those of random search.
 
 python -m sweeps.chance --annotations data/toy/annotations.json --features data/toy_features
 """
@@ -43,24 +43,24 @@ SAMPLERS: tuple[Sampler, ...] = ("tpe", "random")
 def measure(
     *, annotations: str, features: str, trials: int = 12, seeds: Sequence[int] = (0, 1, 2)
 ) -> Tables:
-    """The sampler against chance: searches of the toy recipe's localizer, from several seeds.
+    """Sampler against random search: searches of the toy recipe's localizer, from several seeds.
 
-    Only the proposals are compared, so the trials of a search run one after the other, to their
-    ends, in the training loop that all trials have, without Ray Tune, workers and pruning. The seed
-    is also the training's: each seed has a base recipe of its own. Independent searches run in
-    parallel, one on each core.
+    Only the proposals are compared. So the trials of a search run one after another and in full, in
+    the ordinary training loop, without Ray Tune, workers and pruning. The seed is also that of
+    training, so each seed has its own base recipe. Independent searches run in parallel, one on
+    each core.
 
     Args:
         annotations: annotations of the toy data set.
-        features: its features, by extract_features.py.
-        trials: number of trials of each search, the base recipe among them.
+        features: features of the toy data set, from extract_features.py.
+        trials: number of trials of each search, including the base recipe.
         seeds: seeds of samplers and training.
     """
     base = SWEEP.prepare(toy())
     base = replace(base, data=replace(base.data, annotations=annotations, features=features))
     base = without_backbone(replace(base, epochs=SWEEP.epochs(base)), Features(features))
     plan = make_plan(base.data, read_annotations(base.data))
-    # Not forked: PyTorch's threads do not survive a fork.
+    # spawned, not forked: PyTorch's threads do not survive a fork
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         searches = {
@@ -82,9 +82,9 @@ def measure(
 
 
 def search(base: Recipe, plan: Plan, *, trials: int, sampler: Sampler) -> list[float]:
-    """List the mAP of a search's trials, the base recipe's first; 0 for a loss that is not finite.
+    """Return the mAP of each trial of a search, the base recipe's first; 0 if the loss diverged.
 
-    The seed of the base recipe is the sampler's too.
+    The sampler's seed is that of the base recipe.
     """
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.WARNING)

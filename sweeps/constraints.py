@@ -1,4 +1,4 @@
-"""Constraints that the best trial of a sweep keeps, such as `memory <= 20GiB`."""
+"""Constraints that the best trial of a sweep must satisfy, such as `memory <= 20GiB`."""
 
 import math
 import re
@@ -11,7 +11,7 @@ from re2tal.memory.fit import parse_size
 from re2tal.memory.live import MEGABYTE
 
 HOST_MEMORY, SPEED = "memory/rss_peak_mb", "train/frames_per_second"
-SECONDS = "time_total_s"  # Ray Tune's, with the start of the trial's processes
+SECONDS = "time_total_s"  # Ray Tune's metric, which includes the start of the trial's processes
 MEASURED = "measured"  # attribute of a trial: its measures by name
 
 _DURATIONS = {"s": 1.0, "min": 60.0, "h": 3600.0}
@@ -24,13 +24,13 @@ def _seconds(text: str) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measure:
-    """What a constraint may be about.
+    """Measure of a trial that a constraint may bound.
 
     Attributes:
-        metric: name of the metric that a trial reports in the end.
+        metric: name of the metric that a trial reports at its end.
         unit: unit of the metric, for tables.
-        read: function from a limit with its unit to one in the metric's unit.
-        example: limit, for messages.
+        read: function that parses a limit, with its unit, into the metric's unit.
+        example: example of a limit, for messages.
     """
 
     metric: str
@@ -55,10 +55,10 @@ MEASURES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Constraint:
-    """Bound of a measure.
+    """Bound on a measure.
 
     Attributes:
-        text: the constraint as it was given.
+        text: the constraint as the user wrote it.
         name: name of the measure.
         side: "<=" for an upper bound, ">=" for a lower one.
         limit: the bound, in the unit of the measure's metric.
@@ -74,7 +74,7 @@ class Constraint:
         """Read a constraint such as `memory <= 20GiB`.
 
         Raises:
-            ValueError: trials have no such measure, or the bound is no bound of it.
+            ValueError: trials have no such measure, or its limit cannot be parsed.
         """
         found = re.fullmatch(r"\s*([\w/.-]+)\s*(<=|>=)\s*(\S.*?)\s*", text)
         if found is None:
@@ -93,13 +93,13 @@ class Constraint:
         except (KeyError, ValueError) as error:
             reason = f" ({error})" if isinstance(error, ValueError) else ""
             raise ValueError(
-                f"--constraint {text!r}: {limit!r} is no limit of {name}{reason}. Write it as "
+                f"--constraint {text!r}: {limit!r} is not a limit of {name}{reason}. Write it as "
                 f"{MEASURES[name].example}."
             ) from error
         return cls(text=text, name=name, side="<=" if side == "<=" else ">=", limit=bound)
 
     def excess(self, value: float) -> float:
-        """Return by which share of its limit a value breaks the constraint; 0 or less keeps it."""
+        """Return the violation as a share of the limit; 0 or less if the constraint holds."""
         over = value - self.limit if self.side == "<=" else self.limit - value
         return over / abs(self.limit) if self.limit else over
 
@@ -109,7 +109,7 @@ def _examples() -> str:
 
 
 def measured(result: Mapping[str, Any]) -> dict[str, float]:
-    """Return those measures, by name, that the last report of a trial holds."""
+    """Return the measures, by name, in the last report of a trial."""
     found = {name: result.get(one.metric) for name, one in MEASURES.items()}
     return {
         name: float(value)
@@ -119,9 +119,9 @@ def measured(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def excesses(constraints: Sequence[Constraint], values: Mapping[str, float]) -> dict[str, float]:
-    """Return the constraints' values for Optuna, of which those above 0 are broken.
+    """Return the constraints' values for Optuna; a value above 0 is a violation.
 
-    A measure that a trial did not report counts as broken: nobody knows better.
+    A measure that a trial did not report counts as a violation.
     """
     return {
         one.text: one.excess(values[one.name]) if one.name in values else 1.0 for one in constraints

@@ -39,18 +39,18 @@ from sweeps.trial import EPOCH, NUMBER_TAG, OUTCOME_TAG, Outcomes, children, run
 from sweeps.warm_start import trials_of
 
 _ORPHAN_SECONDS = 60.0
-_DRIVER_CPUS = 0.01  # share of the process that watches over a trial; Ray Tune does not take 0
+_DRIVER_CPUS = 0.01  # CPUs of the process that supervises a trial; Ray Tune does not accept 0
 
 
 def run_sweep(sweep: Sweep, config: SweepConfig) -> Run:
-    """Run a sweep to its end, or go on with it.
+    """Run a sweep to its end, or continue it.
 
     Returns:
         The sweep's run in MLflow.
 
     Raises:
-        UserError: the space does not fit the base recipe; the cluster cannot hold a trial, or not
-            so many at a time; something is wrong with the recipe or the data.
+        UserError: the space does not fit the base recipe; the cluster cannot hold one trial, or the
+            requested number at a time; or recipe or data have problems.
     """
     config = replace(config, output=absolute(config.output))
     with _quiet():
@@ -68,8 +68,8 @@ def _run(sweep: Sweep, config: SweepConfig) -> Run:
         for one in config.constraints:
             if one.name == "memory":
                 raise UserError(
-                    f"--constraint {one.text!r}: trials on features and without GPUs have no "
-                    "measure of it. Take host_memory."
+                    f"--constraint {one.text!r}: trials on features without GPUs do not measure "
+                    "it. Use host_memory."
                 )
     at_a_time = concurrency(config, ready)
     run = _parent(config, ready)
@@ -88,7 +88,8 @@ def _run(sweep: Sweep, config: SweepConfig) -> Run:
         done = len(ended(study))
         if done < config.trials:
             _search(sweep, config, ready, run, study, storage, at_a_time=at_a_time, done=done)
-            end_children(run, study, output=config.output)  # a killed sweep's that came late
+            # once more: processes of a killed sweep may have started runs meanwhile
+            end_children(run, study, output=config.output)
         report(sweep, config, run, study)
     return run
 
@@ -125,13 +126,13 @@ def _search(
             scheduler=rule,
             num_samples=left,
             max_concurrent_trials=at_a_time,
-            # a process's imports serve the next trial; a trial that is stopped leaves its process
-            # in an unknown state
+            # the next trial saves the imports if it reuses the process; but a trial that the rule
+            # stops leaves its process in an unknown state
             reuse_actors=type(rule) is FIFOScheduler,
             time_budget_s=None if config.minutes is None else 60 * config.minutes,
         ),
         run_config=tune.RunConfig(
-            name=f"tune-{done}",  # a new one: sweeps resume from Optuna's study, not Ray Tune's
+            name=f"tune-{done}",  # a new name: sweeps resume from Optuna's study, not Ray Tune's
             storage_path=join(config.output, run.run_id),
             failure_config=tune.FailureConfig(max_failures=0),
             verbose=0,
@@ -154,7 +155,7 @@ def concurrency(config: SweepConfig, ready: Prepared) -> int:
     """Return the number of trials at a time.
 
     Raises:
-        UserError: the cluster cannot hold one, or not as many as were asked for.
+        UserError: the cluster cannot hold one trial, or the requested number.
     """
     scale = ready.recipe.scale
     decoding = 0.0 if ready.plan.features is not None else scale.cpus_per_decoder
@@ -174,32 +175,33 @@ def concurrency(config: SweepConfig, ready: Prepared) -> int:
     fits = [have["CPU"] / cpus]
     if gpus:
         fits.append(have["GPU"] / gpus)
+    # the epsilon: 0.3 / 0.1 is a little less than 3
     return min(config.trials, math.floor(min(fits) + 1e-6))
 
 
 def _threads(workers: int) -> int:
-    """Divide the cores among the workers of all trials that run at a time."""
+    """Divide the cores among the workers of all trials that run at the same time."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     cores = min(node["Resources"].get("CPU", 1.0) for node in nodes)
     return max(1, int(cores / math.ceil(workers / len(nodes))))
 
 
 def _parent(config: SweepConfig, ready: Prepared) -> Run:
-    """Return the last run of the same search if it is not through, else a new one."""
+    """Return the last run of the same search if it is unfinished, else a new one."""
     output = config.output
-    # a sweep stays the same with another length or layout on the cluster
+    # another length or layout on the cluster does not make it another sweep
     search = replace(config, trials=1, concurrency=None, minutes=None, storage=None)
     marked = mark(config, digest(search, ready.plan), output=output)
-    with alone(output):  # of two same commands, the second sees the first one's run
+    with alone(output):  # of two equal commands, the second sees the first one's run
         run = last_run(config, marked, output=output) if config.resume else None
         if run is None or is_through(run, config):
             return start_run(config, output=output, tags=marked)
         take_up(run, output=output)
-    print(f"going on with the sweep {run.run_id}; --no-resume starts anew", flush=True)
+    print(f"continuing the sweep {run.run_id}; --no-resume starts a new one", flush=True)
     return run
 
 
-# status and outcome of a trial that Optuna knows to have ended
+# Optuna's state of an ended trial: status and outcome of its MLflow run
 _KNOWN = {
     TrialState.COMPLETE: ("FINISHED", "finished"),
     TrialState.PRUNED: ("KILLED", "pruned"),
@@ -211,8 +213,8 @@ def end_children(run: Run, study: optuna.Study, *, output: str) -> None:
     """End the runs that a killed sweep left RUNNING, once their processes are gone.
 
     Args:
-        run: the sweep's run, which this process goes on with.
-        study: its study, which knows how trials ended, and which of them were interrupted.
+        run: the sweep's run, which this process continues.
+        study: the sweep's study, which knows how trials ended and which were interrupted.
         output: folder of the default store.
     """
     states = {str(t.number): t.state for t in ended(study)}
@@ -228,7 +230,7 @@ def end_children(run: Run, study: optuna.Study, *, output: str) -> None:
         if unknown:
             run.client.set_tag(run_id, OUTCOME_TAG, outcome)
         if unknown and state is None and "error" in tags:
-            # its own process took the end of the sweep, and so of Ray, for an error
+            # the trial's process reported the end of the sweep, and so of Ray, as an error
             run.client.delete_tag(run_id, "error")
             run.client.set_terminated(run_id, status)
         if run.client.get_run(run_id).info.status == "RUNNING":
@@ -237,14 +239,14 @@ def end_children(run: Run, study: optuna.Study, *, output: str) -> None:
 
 
 def _wait_until_gone(run_id: str, output: str) -> None:
-    """Wait for a trial's process, which ends some seconds after that of its sweep."""
+    """Wait for the end of a trial's process, some seconds after that of its sweep."""
     until = time.monotonic() + _ORPHAN_SECONDS
     while is_under_way(output, run_id) and time.monotonic() < until:
         time.sleep(0.2)
 
 
 def is_through(run: Run, config: SweepConfig) -> bool:
-    """Tell whether a sweep made its trials, so that the same command begins another."""
+    """Tell whether a sweep has made its trials, so that the same command begins a new one."""
     last = run.client.get_run(run.run_id)
     metrics = last.data.metrics
     fruitless = metrics.get(FINISHED_TRIALS) == 0  # there is nothing to report
@@ -255,8 +257,8 @@ def is_through(run: Run, config: SweepConfig) -> bool:
 def _file(config: SweepConfig, run: Run) -> str:
     if "://" in config.output:
         raise UserError(
-            f"{config.output} can hold checkpoints, but not what Optuna learns: name a data base "
-            "with --storage URL."
+            f"{config.output} can hold checkpoints, but not Optuna's trials: name a database with "
+            "--storage URL."
         )
     folder = Path(config.output) / run.run_id
     folder.mkdir(parents=True, exist_ok=True)
@@ -265,27 +267,27 @@ def _file(config: SweepConfig, run: Run) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Turn off the tables, files and remarks of Ray Tune and Optuna: a sweep prints its own."""
+    """Turn off the tables, files and messages of Ray Tune and Optuna: a sweep prints its own."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a sweep reports failed trials itself
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=ExperimentalWarning)
-        # Ray Tune's, where a sampler thinks for more than a second
+        # Ray Tune warns when a sampler takes more than a second
         warnings.filterwarnings("ignore", "Define-by-run function", UserWarning)
         yield
 
 
 def _is_base(trial: Trial) -> bool:
-    # a trial has no configuration before the searcher made it one
+    # a trial has no configuration until the searcher proposes one
     return bool(trial.config and "trial" in trial.config and trial.config["trial"].base)
 
 
 class _Halving(ASHAScheduler):
-    """Asynchronous successive halving (Li et al., MLSys 2020) that lets the base recipe end.
+    """Asynchronous successive halving (Li et al., MLSys 2020) that never stops the base recipe.
 
-    A sweep's gain is measured against it.
+    The gain of a sweep is measured against the base recipe.
     """
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
@@ -294,22 +296,22 @@ class _Halving(ASHAScheduler):
 
 
 class _Median(MedianStoppingRule):
-    """The median stopping rule (Golovin et al., KDD 2017) that lets the base recipe end."""
+    """Median stopping rule (Golovin et al., KDD 2017) that never stops the base recipe."""
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         decision: str = TrialScheduler.CONTINUE
         if _is_base(trial):
             return decision
         decision = super().on_trial_result(tune_controller, trial, result)
-        # a trial that yielded its time to others would start anew
+        # a paused trial would start from the beginning
         return TrialScheduler.CONTINUE if decision == TrialScheduler.PAUSE else decision
 
 
 def scheduler(sweep: Sweep, config: SweepConfig) -> TrialScheduler:
-    """Return the rule that stops trials that do worse than others.
+    """Return the rule that stops trials which do worse than others.
 
     A search for several objectives stops no trial, because a stopped trial would look cheap; trials
-    of a single epoch have nothing to stop.
+    of a single epoch cannot be stopped early.
     """
     objectives: tuple[Objective, ...] = sweep.objectives
     if config.pruning == "none" or config.epochs == 1 or len(objectives) > 1:
@@ -317,5 +319,5 @@ def scheduler(sweep: Sweep, config: SweepConfig) -> TrialScheduler:
     metric = {"metric": objectives[0].metric, "mode": objectives[0].mode, "time_attr": EPOCH}
     if config.pruning == "median":
         return _Median(**metric, grace_period=1, min_samples_required=3)
-    # one more than there are epochs: a trial that reaches it would be stopped before its results
+    # one more than the epochs: a trial that reaches `max_t` is stopped, before its final report
     return _Halving(**metric, max_t=config.epochs + 1, grace_period=1, reduction_factor=3)

@@ -1,6 +1,6 @@
 """Reports of a trial's epochs to Ray Tune.
 
-Ray Train's controller and workers read this module, and have no use for what a trial imports.
+Ray Train's controller and workers import this module, so it does not import a trial's modules.
 """
 
 import math
@@ -16,11 +16,11 @@ RUN_ID = "run_id"
 
 
 class EpochReports(TuneReportCallback):
-    """Callback that passes each evaluated epoch's report on to Ray Tune."""
+    """Callback that forwards each evaluated epoch's report to Ray Tune."""
 
     def __init__(self, run_id: str) -> None:
         super().__init__()
-        # Ray Tune wants all searched metrics in every report; the memory is only known in the end
+        # Ray Tune requires all searched metrics in every report; memory is known only at the end
         self._always = {RUN_ID: run_id, MEMORY: math.nan}
 
     def after_report(

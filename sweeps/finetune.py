@@ -1,15 +1,15 @@
-"""Search settings that finetune a pretrained backbone end to end to the highest mAP.
+"""Search the settings of end-to-end finetuning of a pretrained backbone for the highest mAP.
 
 On the toy data, on two CPU cores:
 
   python sweeps/finetune.py
 
-Around another recipe, on data of yours, eight GPU trials at a time:
+Around another recipe, on your own data, eight GPU trials at a time:
 
   python sweeps/finetune.py RECIPE --trials 50 --concurrency 8
       --base.data.annotations A --base.data.videos FOLDER --base.model.weights W
 
-The same command goes on with a sweep that was stopped; more --trials go on with one that ended.
+To continue a stopped sweep, give the same command again; to extend a finished one, more --trials.
 """
 
 from dataclasses import fields
@@ -26,7 +26,7 @@ def space(suggest: Suggestions, base: Recipe) -> None:
     suggest.log_float("optim.backbone_lr", optim.backbone_lr / 10, optim.backbone_lr * 10)
     suggest.log_float("optim.localizer_lr", optim.localizer_lr / 5, optim.localizer_lr * 5)
     suggest.log_float("optim.weight_decay", optim.weight_decay / 10, optim.weight_decay * 4)
-    forgotten = 1 - optim.ema  # share of the average that a step replaces
+    forgotten = 1 - optim.ema  # share of the EMA that a step replaces
     shorter, longer = max(0.0, 1 - 4 * forgotten), 1 - forgotten / 4
     suggest.choice(
         "optim.ema", tuple(dict.fromkeys((round(shorter, 6), optim.ema, round(longer, 6))))

@@ -4,16 +4,16 @@ On the toy data, on two CPU cores:
 
   python sweeps/localizer.py
 
-Many more trials in the same time, on features of the pretrained backbone (extract_features.py):
+On features of the pretrained backbone (extract_features.py), for many more trials in the same time:
 
   python sweeps/localizer.py --base.data.features FEATURES --trials 50
 
-Around another recipe, on data of yours:
+Around another recipe, on your own data:
 
   python sweeps/localizer.py RECIPE --base.data.annotations A --base.data.features FEATURES
 
 Non-maximum suppression and voting need no training: they are searched at the end, on the best
-trial's detections (sweeps/postprocessing.py does it for any run).
+trial's detections (sweeps/postprocessing.py does the same for any run).
 """
 
 from pipelines.config.recipe import Recipe
@@ -41,7 +41,7 @@ def space(suggest: Suggestions, base: Recipe) -> None:
 def actionformer(suggest: Suggestions, base: ActionFormerConfig) -> None:
     """Ask for pyramid, widths, heads, attention window, positive points, weights of losses."""
     field = "model.localizer."
-    if isinstance(base.window, int):  # else there is one for each level
+    if isinstance(base.window, int):  # otherwise there is a window for each level
         suggest.choice(f"{field}levels", (base.levels - 1, base.levels))
         suggest.choice(f"{field}window", (0, 9, 19))
     width = suggest.choice(f"{field}width", (base.width // 2, base.width, base.width * 2))

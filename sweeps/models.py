@@ -1,19 +1,19 @@
-"""Search which backbone and which localizer go together best, on your data, in your memory.
+"""Search for the best pair of backbone and localizer on your own data, in your GPU's memory.
 
-On the toy data, on two CPU cores, with the backbones whose weights are shipped:
+On the toy data, on two CPU cores, with the backbones whose weights the repository ships:
 
   python sweeps/models.py
 
-Around another recipe, on data of yours, with a GPU's memory as the bound:
+Around another recipe, on your own data, with a GPU's memory as the bound:
 
   python sweeps/models.py RECIPE --constraint "memory <= 20GiB" --trials 40
       --base.data.annotations A --base.data.videos FOLDER
       --base.model.weights torchvision:swin3d_t/KINETICS400_V1
 
-Backbones are those whose pretrained weights come from where the base recipe's come from:
-torchvision (also if the base has none, or a file of its own), Hugging Face (hf:...), or this
-project; and that can have the recipe's window. A pair that does not fit into memory at all is a
-failed trial, and the search goes on.
+The search covers backbones whose pretrained weights have the same source as the base recipe's
+(torchvision, also if the base has no weights or a local file; Hugging Face, hf:...; or this
+project) and that can take the recipe's window. A pair that does not fit into memory is a failed
+trial, and the search continues.
 """
 
 import math
@@ -37,7 +37,7 @@ from sweeps.search import main
 from sweeps.suggestions import Suggestions
 from sweeps.sweep import Sweep, one_worker
 
-# Fields of two localizers that mean the same in both.
+# Fields that mean the same in all localizers that have them.
 _SHARED = ("width", "stem_layers", "head_width", "first_range", "drop_path", "initial_normalizer")
 
 
@@ -64,13 +64,13 @@ def choose_backbone(suggest: Suggestions, base: Recipe, entries: Sequence[Entry]
     suggest.set("model.weights", entry.weights[0])
     suggest.set("model.mean", entry.mean)
     suggest.set("model.std", entry.std)
-    # without the names of modules that the base's backbone has
+    # the frozen modules of the base's backbone do not exist in another one
     frozen = (name for name in base.model.frozen if name.split(".")[0] != "backbone")
     suggest.set("model.frozen", tuple(frozen))
 
 
 def like(own: Any, entries: Sequence[Entry]) -> dict[str, Any]:
-    """Return backbones of the table by name, with the drop path and the pooling of another."""
+    """Return backbones of the table by name, with the drop path and pooling of `own`."""
     kept = {name: getattr(own, name) for name in ("drop_path", "pooling") if hasattr(own, name)}
     made: dict[str, Any] = {entry.name: entry.make() for entry in entries}
     return {
@@ -80,7 +80,7 @@ def like(own: Any, entries: Sequence[Entry]) -> dict[str, Any]:
 
 
 def fitting(base: Recipe) -> list[Entry]:
-    """List the backbones with weights like the base's that can have its window."""
+    """List the backbones with weights from the base's source that can take its window."""
     localizer: Any = base.model.localizer
     source = _source(base.model.weights or PREFIX)
     frames = base.data.window.frames
@@ -90,6 +90,7 @@ def fitting(base: Recipe) -> list[Entry]:
         if entry.input == "window"
         and any(_source(weights) == source for weights in entry.weights)
         and (shape := _strides(entry.name)) is not None
+        # a multiple for the backbone in frames, and for the localizer in features
         and frames % math.lcm(shape[0], shape[1] * localizer.multiple) == 0
     ]
 
@@ -111,8 +112,8 @@ def _strides(name: str) -> tuple[int, int] | None:
 
 
 def localizers(own: Any) -> dict[str, Any]:
-    """Return the localizers by name, in the base's size: width, pyramid, widths of heads."""
-    levels = own.multiple.bit_length()  # of a pyramid that halves the features at each
+    """Return the localizers by name, with the base's width, pyramid and head width."""
+    levels = own.multiple.bit_length()  # each level halves the features: multiple = 2**(levels - 1)
     found: dict[str, Any] = {}
     for name, kind in (("actionformer", ActionFormerConfig), ("tridet", TriDetConfig)):
         found[name] = _like(own, kind, levels=levels)

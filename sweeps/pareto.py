@@ -1,13 +1,13 @@
-"""Search for the highest mAP and the lowest memory at once, and draw the front between them.
+"""Search for the highest mAP and the lowest memory at once, and draw the Pareto front.
 
-On the toy data, on two CPU cores, where memory is the predicted peak of a worker's activations; on
-a GPU it is the measured peak:
+On the toy data, on two CPU cores. Memory is the predicted peak of a worker's activations there, and
+the measured peak on a GPU:
 
   python sweeps/pareto.py
   python sweeps/pareto.py RECIPE --base.data.annotations A --base.data.videos FOLDER
 
-The search covers frames, resolution, the size of a branch's pieces, a backbone with and without
-reversible connections, and Video Swin's sizes with torchvision's Kinetics-400 weights.
+The search covers frames, resolution, size of pieces, reversible connections or not, and the sizes
+of Video Swin with torchvision's Kinetics-400 weights.
 """
 
 from pipelines.config.recipe import Recipe
@@ -20,9 +20,10 @@ from sweeps.sweep import HIGHEST_MAP, LOWEST_MEMORY, Sweep, one_worker
 
 
 def space(suggest: Suggestions, base: Recipe) -> None:
-    """Ask for frames, resolution, size of the backbone, slice budget."""
+    """Ask for frames, resolution, size of the backbone, size of pieces."""
     frames, size = base.data.window.frames, base.data.size
     suggest.choice("data.window.frames", (frames // 2, frames * 3 // 4, frames))
+    # half and three quarters of the size, rounded down to multiples of 16
     suggest.choice("data.size", [size * part // 4 // 16 * 16 for part in (2, 3)])
     _size(suggest, base)
     if suggest.choice("model.reversible", (True, False)):
@@ -30,7 +31,7 @@ def space(suggest: Suggestions, base: Recipe) -> None:
 
 
 def _size(suggest: Suggestions, base: Recipe) -> None:
-    """Ask for a size of the family that has torchvision weights, if the backbone has one too."""
+    """Ask for a size from the backbone's family with torchvision weights, if it is one of these."""
     own = base.model.backbone
     family = [
         entry

@@ -1,7 +1,7 @@
 """Search non-maximum suppression and voting on a run's detections, without training again.
 
-The run must have kept its raw detections (train.py --save-raw; the trials of sweeps/localizer.py
-do):
+The run must have kept its raw detections (train.py --save-raw; trials of sweeps/localizer.py keep
+them):
 
   python sweeps/postprocessing.py --run RUN_ID
 """
@@ -23,7 +23,7 @@ class PostprocessingConfig:
 
     Attributes:
         run: id of a training run in MLflow that kept its raw detections.
-        trials: number of settings that are tried.
+        trials: number of settings to try.
         seed: seed of the search.
         output: folder of the default MLflow store.
     """
@@ -37,7 +37,7 @@ class PostprocessingConfig:
 def main(arguments: Sequence[str]) -> None:
     """Search from the command line, without the program's name."""
     config = tyro.cli(PostprocessingConfig, args=arguments, description=__doc__)
-    # here, because a mistyped option needs neither Ray nor MLflow, which take seconds to import
+    # imported here: Ray and MLflow take seconds, and a mistyped option should fail at once
     from sweeps.suppression import search_postprocessing
 
     run = Run(uri=tracking_uri(absolute(config.output)), run_id=config.run)
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
         found = search_postprocessing(
             run, trials=config.trials, seed=config.seed, parent=config.run
         )
-        print(f"average mAP {found.before:.4f} with the recipe's own, {found.after:.4f} with")
+        print(f"average mAP {found.before:.4f} with the recipe's settings, {found.after:.4f} with")
         print("  " + " ".join(found.options))
         print(f"MLflow run {found.run.run_id} in {found.run.uri}")
 

@@ -1,4 +1,4 @@
-"""Results of a sweep: the best trials, what they gained, pictures by Optuna, a command."""
+"""Results of a sweep: its best trials, their gain, Optuna's pictures, and a training command."""
 
 import json
 import shlex
@@ -34,14 +34,14 @@ from sweeps.trial import FIRST_STEP, assignment, children
 
 TRIALS, FINISHED_TRIALS = "sweep/trials", "sweep/finished"
 _SHOWN = 10
-_POSTPROCESSED = 100  # settings of post-processing that are tried
+_POSTPROCESSED = 100  # number of settings of post-processing to try
 
 
 def report(sweep: Sweep, config: SweepConfig, run: Run, study: optuna.Study) -> None:
-    """Put the results of a sweep into its MLflow run, and print them.
+    """Log the results of a sweep to its MLflow run, and print them.
 
     Raises:
-        UserError: no trial came to its end.
+        UserError: no trial finished, or none satisfies the constraints.
     """
     trials = ended(study)
     finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
@@ -60,9 +60,9 @@ def report(sweep: Sweep, config: SweepConfig, run: Run, study: optuna.Study) -> 
     run.client.log_text(run.run_id, _csv(sweep.objectives, trials), "trials.csv")
     if not finished:
         errors = [child.data.tags["error"] for child in of_trials if "error" in child.data.tags]
-        first = f" The first that failed said: {errors[0].splitlines()[0]}" if errors else ""
+        first = f" The first error: {errors[0].splitlines()[0]}" if errors else ""
         raise UserError(
-            f"No trial came to its end: {_counted(counts)}.{first} Correct it, and give the same "
+            f"No trial finished: {_counted(counts)}.{first} Correct it, and give the same "
             f"command again: it begins a new sweep. The MLflow run is {run.run_id} in {run.uri}."
         )
     for name, figure in pictures(study, sweep.objectives, finished).items():
@@ -72,9 +72,9 @@ def report(sweep: Sweep, config: SweepConfig, run: Run, study: optuna.Study) -> 
     best = best_trials(study, sweep.objectives, finished)
     if not best:
         raise UserError(
-            f"No trial keeps {' and '.join(config.constraint)}: {_nearest(config, finished)}. Give "
-            "the same command with more --trials to go on, or another --constraint. The MLflow run "
-            f"is {run.run_id} in {run.uri}."
+            f"No trial satisfies {' and '.join(config.constraint)}: {_nearest(config, finished)}. "
+            "Give the same command with more --trials to continue, or another --constraint. The "
+            f"MLflow run is {run.run_id} in {run.uri}."
         )
     base = next((t for t in finished if BASE in t.user_attrs), None)
     log_metrics(run, _results(sweep.objectives, best, base), step=0)
@@ -100,13 +100,13 @@ def report(sweep: Sweep, config: SweepConfig, run: Run, study: optuna.Study) -> 
 def best_trials(
     study: optuna.Study, objectives: Sequence[Objective], finished: Sequence[FrozenTrial]
 ) -> list[FrozenTrial]:
-    """Sort the trials that came to their end and keep all constraints, the best first.
+    """Sort the finished trials that satisfy all constraints, the best first.
 
-    With several objectives, only trials that no other beats in all of them are kept.
+    With several objectives, only the Pareto front is kept.
     """
     first = objectives[0].mode == "max"
     chosen = [t for t in finished if all(excess <= 0 for excess in t.constraints.values())]
-    if len(objectives) > 1:  # without the trials of an earlier sweep, which the study has too
+    if len(objectives) > 1:  # in a study of its own: `study` may have trials of an earlier sweep
         own = optuna.create_study(directions=study.directions)
         own.add_trials(chosen)
         chosen = [chosen[trial.number] for trial in own.best_trials]
@@ -114,7 +114,7 @@ def best_trials(
 
 
 def _nearest(config: SweepConfig, finished: Sequence[FrozenTrial]) -> str:
-    """Describe the measures of the trial that came nearest to keeping all constraints."""
+    """Describe the trial that came nearest to satisfying all constraints, by its measures."""
     nearest = min(finished, key=lambda trial: max(trial.constraints.values()))
     values = nearest.user_attrs.get(MEASURED, {})
     told = (
@@ -127,7 +127,7 @@ def _nearest(config: SweepConfig, finished: Sequence[FrozenTrial]) -> str:
 
 
 def dashboard(url: str) -> str:
-    """Name the storage of Optuna's trials, and the program that shows it in a browser."""
+    """Name the storage of Optuna's trials, and the command that shows them in a browser."""
     shown = without_password(url)
     return f"{shown} (optuna-dashboard {shlex.quote(shown)}; pip install optuna-dashboard)"
 
@@ -181,9 +181,9 @@ def _table(
     base: FrozenTrial | None,
     constrained: Sequence[str],
 ) -> Table:
-    """List the best trials and the base recipe's, with the measures that have constraints."""
+    """List the best trials and the base recipe's, with their constrained measures."""
     several = len(sweep.objectives) > 1
-    what = "trials that no other beats in all objectives" if several else "best trials"
+    what = "trials of the Pareto front" if several else "best trials"
     table = Table(title=f"{sweep.name}: {what}, each by its best epoch")
     names = list(dict.fromkeys(constrained))
     measures = [", ".join(filter(None, (name, MEASURES[name].unit))) for name in names]
@@ -231,9 +231,9 @@ def _facts(
 def pictures(
     study: optuna.Study, objectives: Sequence[Objective], finished: Sequence[FrozenTrial]
 ) -> dict[str, Figure]:
-    """Draw history, importance, parallel coordinates of each objective, and the front of several.
+    """Draw each objective's history, importance and parallel coordinates; of several, the front.
 
-    With fewer than two finished trials of different values, an objective only has its history.
+    An objective whose finished trials do not differ in value has only a history.
     """
     plt.switch_backend("agg")
     readable = _with_short_names(study, finished)
@@ -248,7 +248,7 @@ def pictures(
         _add_pruned(history, study)
         figures[f"{prefix}history"] = history
         if len(finished) > 1 and _differ([trial.values[index] for trial in finished]):
-            # by variance explained; Optuna's default ranks by their effect on low values only
+            # fANOVA: importance by explained variance; Optuna's default looks at low values only
             figures[f"{prefix}importance"] = _figure(
                 draw.plot_param_importances,
                 readable,
@@ -265,7 +265,7 @@ def pictures(
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """Return the shortest end of each parameter's dotted name that no other name has."""
+    """Return the shortest ending of each parameter's dotted name that is unique."""
     parts = {name: name.split(".") for name in sorted(names)}
     short = {}
     for name, own in parts.items():
@@ -279,7 +279,7 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
 def _with_short_names(study: optuna.Study, finished: Sequence[FrozenTrial]) -> optuna.Study:
     """Copy the finished trials into a study whose parameters have short names.
 
-    Optuna cuts names after twenty characters, where those of two fields of one part are equal.
+    Optuna truncates names after twenty characters, which makes names of sibling fields equal.
     """
     short = short_names({name for trial in finished for name in trial.params})
     copy = optuna.create_study(directions=study.directions)
@@ -305,9 +305,9 @@ def _add_pruned(history: Figure, study: optuna.Study) -> None:
 
 
 def _recolour(parallel: Figure, objective: Objective) -> None:
-    """Give each line a colour that is seen, the darker the better: Optuna's worst trial is white.
+    """Give each line a visible colour, darker for better trials; Optuna draws the worst in white.
 
-    For one of several objectives Optuna does not know which values are better.
+    With several objectives, Optuna does not take their directions into account.
     """
     lines = next(c for c in parallel.axes[0].collections if isinstance(c, LineCollection))
     seen = plt.get_cmap("viridis_r")(np.linspace(0.1, 1, 256))
@@ -336,9 +336,9 @@ def _differ(values: Sequence[float]) -> bool:
 
 def _figure(plot: Callable[..., Any], study: optuna.Study, **told: Any) -> Figure:
     with warnings.catch_warnings():
-        # a parameter may have the same value in all trials that ended
+        # a parameter may have the same value in all finished trials
         warnings.filterwarnings("ignore", "Attempting to set identical", UserWarning)
-        # or no trial keeps the constraints, so that no line joins the best
+        # or no trial satisfies the constraints, so that there is no line of best trials
         warnings.filterwarnings("ignore", "No artists with labels found", UserWarning)
         axes = np.ravel(plot(study, **told))[0]
     figure: Figure = axes.figure

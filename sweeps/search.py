@@ -1,4 +1,4 @@
-"""Command line of a sweep, read before anything is imported that runs it."""
+"""Command line of a sweep, read before the slow imports of its run."""
 
 import os
 import sys
@@ -13,11 +13,11 @@ from sweeps.sweep import Sweep, SweepConfig
 
 def main(sweep: Sweep, description: str) -> None:
     """Run a sweep from the command line, with a description for `--help`."""
-    # Ray Tune's own handler ends the search as if it were through, without a word
+    # Ray Tune's own handler would silently end the search as if it were complete
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     with told_shortly(), stoppable(goes_on):
         config = parse(sweep, sys.argv[1:], description)
-        # here, because a mistyped name needs neither Ray nor MLflow, which take seconds to import
+        # imported here: Ray and MLflow take seconds, and a mistyped name should fail at once
         from sweeps.driver import run_sweep
 
         run_sweep(sweep, config)

@@ -1,4 +1,4 @@
-"""Optuna's study of a sweep, kept where a killed sweep finds it again."""
+"""Optuna's study of a sweep, stored so that a killed sweep can continue."""
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -21,17 +21,17 @@ from sweeps.warm_start import WARM
 
 _INTERRUPTED = "interrupted"  # attribute of a study: numbers of trials that a kill interrupted
 BASE = "base"  # attribute of the trial that trains the base recipe
-_TRIED = 100  # draws that check a space before a sweep
+_TRIED = 100  # random draws that check a space before a sweep
 _ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 class SweepSearch(OptunaSearch):
     """Ray Tune's Optuna searcher, which reports pruned trials to Optuna as pruned.
 
-    Ray would report them as complete, with the value of the epoch that they came to.
+    Ray itself would report them as complete, with the value of their last epoch.
 
     Args:
-        constraints: constraints of the sweep; Optuna learns by how far a trial breaks them.
+        constraints: constraints of the sweep; Optuna gets each trial's violations.
     """
 
     def __init__(self, *args: Any, constraints: Sequence[Constraint] = (), **kwargs: Any) -> None:
@@ -40,7 +40,7 @@ class SweepSearch(OptunaSearch):
         self._told: set[tuple[str, int]] = set()
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Report a trial's value after an epoch to Optuna, if there is one objective."""
+        """Report a trial's value after an epoch to Optuna, if there is a single objective."""
         epoch = result[EPOCH]
         if isinstance(self.metric, str) and (trial_id, epoch) not in self._told:
             self._told.add((trial_id, epoch))
@@ -55,7 +55,7 @@ class SweepSearch(OptunaSearch):
         if result and result.get(FINISHED):
             self._set_measures(self._ot_trials[trial_id], measured(result))
         else:
-            if result and EPOCH in result:  # Ray Tune withholds the result it stops at
+            if result and EPOCH in result:  # not reported yet: the one at which Ray Tune stopped it
                 self.on_trial_result(trial_id, result)
             result = None
         super().on_trial_complete(trial_id, result, error)
@@ -67,14 +67,14 @@ class SweepSearch(OptunaSearch):
 
 
 def check_space(sweep: Sweep, base: Recipe) -> dict[str, Any]:
-    """Draw from a space many times, so that an error in it stops the sweep before it starts.
+    """Draw from a space many times, so that an error in it is found before the sweep starts.
 
     Returns:
         Optuna's proposals for the base recipe.
 
     Raises:
-        UserError: the space asks for a field that does not exist, or for values that it cannot
-            have; the message names it.
+        UserError: the space names a field that does not exist, or values that the field cannot
+            have; the message names the field.
     """
     own = Suggestions(base)
     try:
@@ -86,29 +86,29 @@ def check_space(sweep: Sweep, base: Recipe) -> dict[str, Any]:
     except (ValueError, UserError) as problem:
         raise UserError(f"The search space of {sweep.name}: {problem}") from problem
     if not own.base_point:
-        raise UserError(f"The search space of {sweep.name} is empty: it asks for nothing.")
+        raise UserError(f"The search space of {sweep.name} is empty.")
     return own.base_point
 
 
-# packages that samplers need besides Optuna
+# packages that samplers need in addition to Optuna
 _OPTIONAL = {"cmaes": ("cmaes",), "auto": ("optunahub", "cmaes")}
 
 
 def check_sampler(sweep: Sweep, config: SweepConfig) -> None:
-    """Check that the sampler is installed, and made for a sweep of this kind.
+    """Check that the sampler is installed, and supports the sweep's objectives and constraints.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not, or does not.
     """
     missing = [name for name in _OPTIONAL.get(config.sampler, ()) if find_spec(name) is None]
     if missing:
         raise UserError(
             f"--sampler {config.sampler} needs {' and '.join(missing)}, not installed here: "
-            f"`pip install {' '.join(missing)}`, or take another sampler."
+            f"`pip install {' '.join(missing)}`, or use another sampler."
         )
     if config.sampler == "cmaes" and (len(sweep.objectives) > 1 or config.constraint):
         raise UserError(
-            "--sampler cmaes searches for one objective and knows no constraints: take tpe or gp."
+            "--sampler cmaes supports only one objective and no constraints: use tpe or gp."
         )
 
 
@@ -117,16 +117,16 @@ def sampler_of(config: SweepConfig, existing: int = 0) -> BaseSampler:
 
     Args:
         config: configuration of the sweep.
-        existing: number of trials that the study has.
+        existing: number of trials in the study.
 
     Raises:
         UserError: OptunaHub's sampler cannot be loaded.
     """
-    # a sweep that goes on must not draw again what it has drawn
+    # another seed for a continued sweep, which would otherwise draw the same values again
     seed, by_chance = config.seed + existing, max(4, min(10, config.trials // 3))
     if config.sampler == "random":
         return RandomSampler(seed=seed)
-    if config.sampler == "gp":  # a parameter that not all trials have is drawn by chance
+    if config.sampler == "gp":  # conditional parameters are drawn at random
         return GPSampler(seed=seed, n_startup_trials=by_chance, warn_independent_sampling=False)
     if config.sampler == "cmaes":
         return CmaEsSampler(seed=seed, n_startup_trials=by_chance, warn_independent_sampling=False)
@@ -136,15 +136,15 @@ def sampler_of(config: SweepConfig, existing: int = 0) -> BaseSampler:
 
 
 def _auto(seed: int) -> BaseSampler:
-    import optunahub  # installed by who wants it
+    import optunahub  # optional: see `_OPTIONAL`
 
-    try:  # from OptunaHub's registry, or its copy of an earlier time
+    try:  # from OptunaHub's registry, or the local copy of an earlier use
         loaded = optunahub.load_module("samplers/auto_sampler")
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(
             f"--sampler auto: OptunaHub's auto sampler cannot be loaded ({reason}). Its registry "
-            "has to be reachable at the first use: try again from there, or take another sampler."
+            "must be reachable at the first use: connect to it, or use another sampler."
         ) from error
     sampler: BaseSampler = loaded.AutoSampler(seed=seed)
     return sampler
@@ -159,10 +159,10 @@ def open_study(
     base_point: Mapping[str, Any],
     earlier: Sequence[FrozenTrial] = (),
 ) -> optuna.Study:
-    """Open the study of a sweep, or make it with the base recipe as its first trial.
+    """Open the study of a sweep, or create it with the base recipe as its first trial.
 
-    Trials that a kill interrupted are tried again first. `check_space` gives `base_point`, and
-    `trials_of` the trials of an earlier sweep, which a new study gets.
+    Trials that a kill interrupted are tried again first. `base_point` comes from `check_space`, and
+    `earlier`, the trials of an earlier sweep for a new study, from `trials_of`.
     """
     directions: list[Literal["maximize", "minimize"]]
     directions = ["maximize" if o.mode == "max" else "minimize" for o in sweep.objectives]
@@ -186,9 +186,9 @@ def open_study(
 
 
 def ended(study: optuna.Study) -> list[FrozenTrial]:
-    """List the trials of a sweep that ended by themselves, by being pruned or by failing.
+    """List the trials of a sweep that finished, were pruned or failed.
 
-    Those of an earlier sweep that it started from are not its own.
+    Trials of an earlier sweep (`--warm-start`) are not listed.
     """
     interrupted = study.user_attrs.get(_INTERRUPTED, ())
     trials = study.get_trials(deepcopy=False, states=_ENDED)
@@ -204,7 +204,7 @@ def searcher(
     storage: BaseStorage,
     constraints: Sequence[Constraint] = (),
 ) -> SweepSearch:
-    """Make the searcher that proposes trials to Ray Tune from an open study."""
+    """Make the searcher that proposes an open study's trials to Ray Tune."""
     metrics: Sequence[str] = [o.metric for o in sweep.objectives]
     modes: Sequence[str] = [o.mode for o in sweep.objectives]
     several = len(metrics) > 1
@@ -220,7 +220,7 @@ def searcher(
 
 
 class _Proposal:
-    """Space as `OptunaSearch` wants it, a function of a trial; Ray Tune pickles this object."""
+    """Search space in the form that `OptunaSearch` needs, a picklable function of a trial."""
 
     def __init__(self, space: Callable[[Suggestions, Recipe], None], base: Recipe) -> None:
         self._space, self._base = space, base

@@ -20,11 +20,11 @@ def override(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
     Args:
         config: nested frozen dataclass.
         values: values by dotted name, such as `{"optim.clip": 0.5}`. A name may stand for a whole
-            component; names of its fields then change those of the new one.
+            component; dotted names below it then set fields of the new component.
 
     Raises:
-        UserError: there is no such field, or the value is of another type.
-        ValueError: values that are of the right type do not go together.
+        UserError: there is no such field, or the value has another type.
+        ValueError: values of the right types contradict one another.
     """
     for name, value in values.items():
         check(config, name, value, values)
@@ -52,8 +52,8 @@ def check(config: Any, name: str, value: Any, others: Mapping[str, Any] | None =
         config: nested dataclass.
         name: dotted name of the field.
         value: value to check.
-        others: values of other fields that change with it; if one of them is the component that the
-            field is in, the new component has to have the field.
+        others: values of other fields that change at the same time. If one of them replaces the
+            component with the field, the new component must have the field.
 
     Raises:
         UserError: there is no such field, or it cannot have the value.
@@ -80,6 +80,7 @@ def _replaced(config: Any, values: Mapping[str, Any]) -> Any:
         first, dot, rest = name.partition(".")
         if dot:
             within.setdefault(first, {})[rest] = value
+    # after whole components: dotted names set fields of the new component
     for first, parts in within.items():
         whole[first] = _replaced(whole.get(first, getattr(config, first)), parts)
     return dataclasses.replace(config, **whole) if whole else config
@@ -110,7 +111,7 @@ Primitive = None | bool | int | float | str
 
 
 class Proposer(Protocol):
-    """Source of proposals: an `optuna.Trial`, or something that looks like one."""
+    """Source of proposals: an `optuna.Trial`, or an object with the same methods."""
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
         """Propose a number in [low, high]."""
@@ -123,17 +124,17 @@ class Proposer(Protocol):
 
 
 class Suggestions:
-    """Source of values for a search space, and record of those that the trial trains with.
+    """Source of values for a search space, and record of the values that the trial trains with.
 
-    Both ends of a range are checked against the field's type when it is asked for; and the base
-    recipe's own value must lie in it, because a sweep's first trial is the base recipe.
+    Both ends of a range are checked against the field's type. The base recipe's own value must lie
+    in the range, because a sweep's first trial is the base recipe.
 
     Args:
-        base: recipe that is searched around.
-        proposer: source of proposals; None takes the base's own values.
+        base: base recipe of the search.
+        proposer: source of proposals; None uses the base's own values.
 
     Attributes:
-        values: value of each field that was asked for, by dotted name.
+        values: value of each requested field, by dotted name.
         base_point: proposals with which an Optuna trial trains the base recipe.
     """
 
@@ -143,7 +144,7 @@ class Suggestions:
         self._base, self._proposer = base, proposer
 
     def log_float(self, name: str, low: float, high: float) -> float:
-        """Ask for a number whose magnitude is searched, such as a learning rate, above 0."""
+        """Ask for a positive number on a logarithmic scale, such as a learning rate."""
         own = self._in_range(name, low, high)
         value: float = self._take(
             name, own, lambda proposer: proposer.suggest_float(name, low, high, log=True)
@@ -151,7 +152,7 @@ class Suggestions:
         return value
 
     def number(self, name: str, low: float, high: float) -> float:
-        """Ask for a number."""
+        """Ask for a number on a linear scale."""
         own = self._in_range(name, low, high)
         value: float = self._take(
             name, own, lambda proposer: proposer.suggest_float(name, low, high)
@@ -163,7 +164,7 @@ class Suggestions:
         own = self._in_range(name, low, high)
         if (own - low) % step:
             raise UserError(
-                f"The base's {name} of {own} is none of {low}, {low + step}, ... {high}."
+                f"The base's {name} of {own} is not one of {low}, {low + step}, ... {high}."
             )
         value: int = self._take(
             name, own, lambda proposer: proposer.suggest_int(name, low, high, step=step)
@@ -171,7 +172,7 @@ class Suggestions:
         return value
 
     def choice(self, name: str, options: Sequence[Any] | Mapping[str, Any]) -> Any:
-        """Ask for one of several values of whatever type; the base's own is always among them.
+        """Ask for one of several values of any type; the base's own value is always included.
 
         Args:
             name: dotted name of the field.
@@ -201,8 +202,8 @@ class Suggestions:
         own = value_of(self._base, name)
         if own is None or not low <= own <= high:
             raise UserError(
-                f"The base's {name} of {own} is not in the range that is searched, {low:g} to "
-                f"{high:g}: the first trial is the base recipe. Change either."
+                f"The base's {name} of {own} is not in the search range, {low:g} to {high:g}, "
+                "although the first trial is the base recipe. Change one of the two."
             )
         return own
 
@@ -212,14 +213,14 @@ class Suggestions:
 
     def _propose(self, name: str, own: Primitive, propose: Callable[[Proposer], Any]) -> Any:
         if name in self.base_point:
-            raise UserError(f"{name} is asked for twice.")
+            raise UserError(f"The search space asks for {name} twice.")
         self.base_point[name] = own
         return own if self._proposer is None else propose(self._proposer)
 
 
 Space = Callable[[Suggestions, Recipe], None]
-"""Search space: a function that asks `Suggestions` for values, given the base recipe. Its questions
-may depend on values that it was given."""
+"""Search space: a function that asks `Suggestions` for values, given the base recipe. A request may
+depend on values received before."""
 
 
 def _labelled(options: Sequence[Any] | Mapping[str, Any]) -> dict[Any, Any]:

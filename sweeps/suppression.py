@@ -1,4 +1,4 @@
-"""Search of suppression and voting on the detections that a run kept, without training."""
+"""Search of suppression and voting on a run's raw detections, without training."""
 
 import tempfile
 from collections.abc import Mapping
@@ -31,9 +31,9 @@ class Postprocessing:
     """Result of a search.
 
     Attributes:
-        values: values for fields of the recipe, by dotted name.
+        values: best values for fields of the recipe, by dotted name.
         before: average mAP with the recipe's own values.
-        after: average mAP with these; not lower.
+        after: average mAP with `values`; never lower.
         run: the search's run in MLflow.
     """
 
@@ -52,7 +52,7 @@ class Postprocessing:
 
 
 def space(suggest: Suggestions) -> None:
-    """Ask for the suppression of overlapping detections, and for their voting."""
+    """Ask for the settings of non-maximum suppression and of voting."""
     method = suggest.choice("nms.method", ("soft", "hard"))
     if method == "soft":
         suggest.log_float("nms.sigma", 0.05, 2.0)
@@ -63,13 +63,13 @@ def space(suggest: Suggestions) -> None:
 
 
 def search_postprocessing(run: Run, *, trials: int, seed: int, parent: str) -> Postprocessing:
-    """Search the post-processing of a run's detections, in a run of its own in MLflow.
+    """Search the post-processing of a run's detections, in a separate MLflow run.
 
     Args:
         run: run that kept its raw detections.
-        trials: number of trials, the recipe's own settings among them.
+        trials: number of trials, including the recipe's own settings.
         seed: seed of the search.
-        parent: id of the MLflow run that the search is part of.
+        parent: id of the MLflow run to which the search belongs.
 
     Raises:
         UserError: the run kept no raw detections, or these or its annotations cannot be read.
@@ -123,16 +123,16 @@ def _search(
 
 
 def _plan(recipe: Recipe, raw: Mapping[str, Detections]) -> Plan:
-    """Plan the validation videos that have detections; their files are not needed."""
+    """Plan the validation videos that have detections, without their files."""
     data = resolved(recipe.data, needed=("annotations",), prefix="--data.")
     annotations = read_annotations(data)
     annotated = annotations.subset(data.evaluated_on).videos
     videos = [video for video in annotated if video.video_id in raw]
     if not videos:
         raise UserError(
-            f"The run's raw detections are of none of the {len(annotated)} videos of "
-            f"{data.annotations}, which must have changed since: put back what it was trained on. "
-            f"{apart(raw, [video.video_id for video in annotated])}."
+            f"The run's raw detections cover none of the {len(annotated)} videos of "
+            f"{data.annotations}, which must have changed since: restore the annotations of the "
+            f"run. {apart(raw, [video.video_id for video in annotated])}."
         )
     scores = read_video_scores(data, annotations.classes, videos)
     return evaluation_plan(annotations, videos, scores)

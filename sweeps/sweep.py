@@ -1,4 +1,4 @@
-"""Definition of a sweep by its file, and its configuration by the command line."""
+"""Definition of a sweep (in its file), and its configuration (on the command line)."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from sweeps.suggestions import Space
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
-    """Metric of a finished trial, by its best epoch, and the direction in which it gets better.
+    """Metric of a finished trial's best epoch, and the direction of better values.
 
     Attributes:
         metric: name of the metric in MLflow.
@@ -40,13 +40,13 @@ class Sweep:
 
     Attributes:
         name: file name of the script, without its ending.
-        space: fields of a recipe that are searched, and their ranges.
-        objectives: metrics to improve; with several, a front of trials is the result.
+        space: searched fields of a recipe, and their ranges.
+        objectives: metrics to improve; with several, the result is a Pareto front of trials.
         epochs: default length of a trial, from the base recipe.
         trials: default number of trials.
         prepare: change of the base recipe before the search.
-        postprocessing: search suppression and voting, without training, over the detections of the
-            best trial; the trials then keep their raw detections.
+        postprocessing: search suppression and voting, without training, on the detections of the
+            best trial; all trials then keep their raw detections.
     """
 
     name: str
@@ -59,33 +59,33 @@ class Sweep:
 
 
 def one_worker(recipe: Recipe) -> Recipe:
-    """Give a trial one worker where there are no GPUs, so that two trials fit two cores."""
+    """Give a trial without GPUs one worker, so that two trials fit two cores."""
     if recipe.scale.gpu:
         return recipe
     return replace(recipe, scale=replace(recipe.scale, workers=1, cpus_per_decoder=0.4))
 
 
 def first_layers(recipe: Recipe, share: float) -> tuple[str, ...]:
-    """Name the modules that hold the first share of a backbone's blocks, for `model.frozen`.
+    """Name the modules with the first `share` of a backbone's blocks, for `model.frozen`.
 
-    A share of 0 stands for all that comes before the first block.
+    A share of 0 means the modules before the first block.
     """
     return _first_layers(recipe.model.backbone, share)  # type: ignore[arg-type]
 
 
 @cache
 def _first_layers(config: Any, share: float) -> tuple[str, ...]:
-    with torch.device("meta"):  # only the names are of interest
+    with torch.device("meta"):  # only the names are needed: allocate no weights
         backbone = config.build()
     layers = {name: backbone.layer_of(name) for name, _ in backbone.named_parameters()}
-    if not layers:  # precomputed features in its place
+    if not layers:  # precomputed features instead of a backbone
         return ()
     last = round(share * max(layers.values()))
     return tuple(f"backbone.{name}" for name in _within(backbone, "", layers, last))
 
 
 def _within(module: nn.Module, prefix: str, layers: dict[str, int], last: int) -> Iterator[str]:
-    """Yield the largest modules all of whose parameters lie in the first layers."""
+    """Yield the largest modules whose parameters all lie in layers up to `last`."""
     for name, child in module.named_children():
         whole = f"{prefix}{name}"
         own = [layer for parameter, layer in layers.items() if parameter.startswith(f"{whole}.")]
@@ -103,26 +103,26 @@ class SweepConfig:
         name: names of the sweep and of its base recipe.
         experiment: MLflow experiment.
         output: folder of checkpoints and of the default MLflow store.
-        trials: number of trials, the base recipe's own among them.
+        trials: number of trials, including the base recipe.
         concurrency: trials at a time; None for as many as the cluster holds.
-        epochs: length of a trial. The base recipe's own is for the winner.
+        epochs: length of a trial in epochs; the winner is trained as long as the base recipe says.
         pruning: rule that stops trials that do worse than others: asynchronous successive halving,
-            the median of the others, or none. A search for several objectives stops none.
-        sampler: source of proposals: the tree-structured Parzen estimator; Gaussian processes;
-            CMA-ES, for a single objective without constraints; OptunaHub's choice by the space; or
-            chance, to compare.
-        constraint: bound that the best trial keeps, such as "memory <= 20GiB", where a trial's
-            measures are mAP, memory (of the GPU), host_memory, frames_per_second and time; may be
-            given several times.
-        warm_start: earlier sweep whose trials the sampler knows from the start: the id of its run,
-            its folder, its optuna.db, or the URL of its storage.
+            the median of the others, or none. A search for several objectives stops no trial.
+        sampler: source of proposals: tree-structured Parzen estimator; Gaussian processes; CMA-ES,
+            for a single objective without constraints; OptunaHub's automatic choice; or random
+            search, for comparison.
+        constraint: bound on the best trial, such as "memory <= 20GiB", on one of the measures mAP,
+            memory (of the GPU), host_memory, frames_per_second and time; may be given several
+            times.
+        warm_start: earlier sweep whose trials the sampler learns from at the start: the id of its
+            run, its folder, its optuna.db, or the URL of its storage.
         seed: seed of the sampler.
-        minutes: time after which no trial goes on; None for no such budget.
+        minutes: time budget, after which running trials are stopped; None for no budget.
         storage: URL of a database for Optuna's trials, such as a schema of MLflow's PostgreSQL
-            server, which a restarted head node still finds; None for a file in the output.
-        resume: go on with the last sweep of the same configuration if it did not end, or had fewer
-            trials to do.
-        base: recipe that is searched around; its experiment and output are the sweep's.
+            server, which survives a restart of the head node; None for a file in the output.
+        resume: continue the last sweep of the same configuration if it did not finish, or had fewer
+            trials.
+        base: base recipe of the search; its experiment and output are replaced by the sweep's.
     """
 
     name: str
@@ -152,12 +152,12 @@ class SweepConfig:
 
     @property
     def constraints(self) -> tuple[Constraint, ...]:
-        """Constraints of the best trial."""
+        """Parsed constraints on the best trial."""
         return tuple(map(Constraint.of, self.constraint))
 
     @property
     def trial_recipe(self) -> Recipe:
-        """Recipe of a trial that changes nothing: evaluated from the same share of epochs on."""
+        """Recipe of the trial that trains the base recipe, evaluated from the same share on."""
         first = round(self.base.evaluate_from * self.epochs / self.base.epochs)
         return replace(
             self.base,

@@ -1,4 +1,4 @@
-"""Trials that Ray Tune starts: each trains as `train.py` does, and its outcome goes to MLflow."""
+"""Trials that Ray Tune starts: each trains as `train.py` does, and logs its outcome to MLflow."""
 
 import math
 import statistics
@@ -31,7 +31,7 @@ from sweeps.sweep import Objective
 
 NUMBER_TAG = "sweep.trial"
 OUTCOME_TAG = "sweep.outcome"
-SEARCHED = "searched."  # prefix of searched parameters, beside those that all runs have
+SEARCHED = "searched."  # prefix of searched parameters, which are logged in addition to all others
 
 FINISHED, EPOCH = "finished", "epoch"
 
@@ -43,8 +43,8 @@ class TrialConfig:
     Attributes:
         number: number of the Optuna trial.
         values: values for fields of the recipe, by dotted name.
-        point: Optuna's proposals: names and primitive values.
-        base: true for the trial of the base recipe.
+        point: Optuna's proposals, as primitive values by name.
+        base: whether this is the trial of the base recipe.
     """
 
     number: int
@@ -57,22 +57,22 @@ def run_trial(config: Mapping[str, Any], *, ready: Prepared, parent: str, thread
     """Train a trial that Ray Tune starts.
 
     Args:
-        config: `TrialConfig` under "trial"; Ray Tune hands over dictionaries.
-        ready: base recipe, and the videos that all trials work on.
+        config: dictionary from Ray Tune, with a `TrialConfig` under "trial".
+        ready: base recipe, and the videos of all trials.
         parent: id of the sweep's run in MLflow.
         threads: number of PyTorch's threads in a worker.
     """
     quiet_data()
     trial: TrialConfig = config["trial"]
     ready = replace(ready, recipe=override(ready.recipe, trial.values))
-    # from its beginning: a run whose process is killed at once must be known for a trial's
+    # from the start: even a run whose process is killed at once must be recognised as this trial's
     tags = {NUMBER_TAG: str(trial.number)}
     run, _ = resume_or_start(ready.recipe, ready.plan, parent=parent, tags=tags)
     _name(run, trial, ready.recipe.name)
     train_run(ready, run, callbacks=[EpochReports(run.run_id)], threads=threads)
     memory = peak_memory(run)
     log_metrics(run, memory, step=0)
-    # also when all epochs were through before this trial was started again
+    # reported even if all epochs were finished before this trial was restarted
     ended = {EPOCH: ready.recipe.epochs, FINISHED: True}
     tune.report({**score_of(run), **memory, **costs(run), **ended})
 
@@ -86,26 +86,26 @@ def _name(run: Run, trial: TrialConfig, recipe: str) -> None:
 
 
 def log_searched(run: Run, point: Mapping[str, Any]) -> None:
-    """Log the values proposed for a run beside the parameters that all runs have."""
+    """Log the values proposed for a run, in addition to the parameters that all runs have."""
     params = [Param(f"{SEARCHED}{name}", str(value)) for name, value in point.items()]
     run.client.log_batch(run.run_id, params=params)
 
 
 def score_of(run: Run) -> dict[str, Any]:
-    """Return the quality of a trial that came to its end, by which trials are compared.
+    """Return the score of a finished trial, by which trials are compared.
 
-    It is that of its best checkpoint, which is the trial's model, and whose detections a search of
-    post-processing works on.
+    It is the mAP of the best checkpoint, which becomes the trial's model and supplies the
+    detections for a search of post-processing.
     """
     tags = run.client.get_run(run.run_id).data.tags
     return {MAP: float(tags[BEST_MAP]), RUN_ID: run.run_id}
 
 
 def peak_memory(run: Run) -> dict[str, float]:
-    """Return the metric of memory, in MB, by which a trial that has ended is judged.
+    """Return a finished trial's memory metric, in MB.
 
     It is the measured peak of a GPU or, without one, the predicted peak of the activations of a
-    worker's step; there is none if the run trained on features on a CPU.
+    worker's step. A run on features without a GPU has none.
     """
     for name in ("memory/cuda_peak_mb", "memory/predicted_activations_mb"):
         values = [m.value for m in run.client.get_metric_history(run.run_id, name)]
@@ -115,7 +115,7 @@ def peak_memory(run: Run) -> dict[str, float]:
 
 
 def costs(run: Run) -> dict[str, float]:
-    """Return the other metrics that constraints may be about: host memory, and speed."""
+    """Return the other metrics that constraints may bound: host memory and speed."""
     found = {}
     for name, of in ((HOST_MEMORY, max), (SPEED, statistics.median)):
         values = [m.value for m in run.client.get_metric_history(run.run_id, name)]
@@ -128,7 +128,7 @@ FIRST_STEP = "sweep/seconds_to_first_step"
 
 
 def children(parent: Run) -> list[MlflowRun]:
-    """List the runs of a sweep's trials in the order of their starts."""
+    """List the runs of a sweep's trials by their start times."""
     client = parent.client
     experiment = client.get_run(parent.run_id).info.experiment_id
     found: list[MlflowRun] = []
@@ -155,9 +155,9 @@ class Outcomes(Callback):
 
     Args:
         parent: the sweep's run.
-        base: recipe of a trial that changes nothing.
+        base: recipe of the trial that trains the base recipe.
         total: number of trials.
-        done: number of those that ended before this process started.
+        done: number of trials that ended before this process started.
         objectives: objectives of the sweep.
     """
 
@@ -167,17 +167,17 @@ class Outcomes(Callback):
         self._parent, self._base, self._objectives = parent, base, objectives
         self._total, self._done = total, done
         self._began: dict[str, float] = {}
-        self._best: dict[str, dict[str, Any]] = {}  # of a trial's epochs, by the first objective
+        self._best: dict[str, dict[str, Any]] = {}  # each trial's best epoch by the first objective
 
     def on_trial_start(self, *, trial: Trial, **_: Any) -> None:
-        """Print the values that a trial is going to try."""
+        """Print the parameters of a trial that starts."""
         self._began[trial.trial_id] = time.time()
         config = _config(trial)
         what = "the base recipe" if config.base else _described(config)
         print(f"trial {config.number} starts: {what}", flush=True)
 
     def on_trial_result(self, *, trial: Trial, result: dict[str, Any], **_: Any) -> None:
-        """Print the values that an epoch reached."""
+        """Print the objectives' values after an epoch."""
         if not result.get(FINISHED):
             self._keep_best(trial, result)
             reached = self._reached(result)
@@ -185,7 +185,7 @@ class Outcomes(Callback):
             print(f"trial {_config(trial).number}  {epoch}  {reached}", flush=True)
 
     def on_trial_complete(self, *, trial: Trial, **_: Any) -> None:
-        """Mark a trial as finished or, if it did not come to its end, as pruned."""
+        """Mark a trial as finished or, without a final report, as pruned."""
         result = trial.last_result or {}
         finished = bool(result.get(FINISHED))
         outcome = "finished" if finished else "pruned"
@@ -197,7 +197,7 @@ class Outcomes(Callback):
         self._say(trial, f"{outcome}  {self._reached(best)}")
 
     def _keep_best(self, trial: Trial, result: dict[str, Any]) -> None:
-        """Keep the best epoch of a trial: one that is stopped is told by it, as one that ends."""
+        """Keep a trial's best epoch, by which stopped trials are reported like finished ones."""
         first = self._objectives[0]
         sign = 1.0 if first.mode == "max" else -1.0
         kept = self._best.setdefault(trial.trial_id, result)
@@ -220,16 +220,16 @@ class Outcomes(Callback):
         client = run.client
         client.set_tag(run.run_id, OUTCOME_TAG, outcome)
         client.set_terminated(run.run_id, status)
-        forget(self._base.output, run.run_id)  # its process may not have come to it
+        forget(self._base.output, run.run_id)  # a killed process does not remove its own note
         steps = client.get_metric_history(run.run_id, "train/loss")
         began = self._began.get(trial.trial_id)
         if steps and began is not None:
             first = min(m.timestamp for m in steps) / 1000 - began
-            if first > 0:  # else the trial resumed that of a killed sweep
+            if first > 0:  # otherwise the first step is that of an earlier, killed sweep
                 log_metrics(run, {FIRST_STEP: first}, step=0)
 
     def _run_of(self, trial: Trial) -> Run:
-        """Return the trial's run; it is made now if the trial ended before it made one."""
+        """Return the trial's run; create it if the trial ended before it could."""
         number = str(_config(trial).number)
         reported = (trial.last_result or {}).get(RUN_ID)
         if reported:
@@ -254,13 +254,13 @@ class Outcomes(Callback):
 
 @contextmanager
 def _warned(trial: Trial) -> Iterator[None]:
-    """Print a warning if MLflow fails: it must not hide a trial's outcome, nor end the sweep."""
+    """Turn a failure of MLflow into a warning: it must not hide an outcome or end the sweep."""
     try:
         yield
     except Exception as problem:
         reason = next(iter(str(problem).splitlines()), type(problem).__name__)[:300]
         what = f"the outcome of trial {_config(trial).number}"
-        print(f"warning: MLflow could not be told {what} ({reason})", file=sys.stderr, flush=True)
+        print(f"warning: MLflow could not record {what} ({reason})", file=sys.stderr, flush=True)
 
 
 def _config(trial: Trial) -> TrialConfig:
@@ -273,12 +273,12 @@ def _described(config: TrialConfig) -> str:
 
 
 def assignment(name: str, value: Any) -> str:
-    """Write a parameter and its value, in few digits."""
+    """Format a parameter and its value, with three significant digits."""
     return f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
 
 
 def _last_words(trial: Trial) -> str:
-    """Return the end of the traceback that Ray Tune kept of a failure."""
+    """Return the end of the traceback that Ray Tune stored of a failure, its last line first."""
     path = trial.error_file
     if path is None or not Path(path).exists():
         return "the trial's process ended without a message"

@@ -1,4 +1,4 @@
-"""Trials of an earlier sweep, from which another one starts."""
+"""Trials of an earlier sweep, from which a new sweep starts."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,15 +17,15 @@ from sweeps.constraints import MEASURED, excesses
 from sweeps.suggestions import Primitive, Suggestions
 from sweeps.sweep import Sweep, SweepConfig
 
-WARM = "of an earlier sweep"  # attribute of a trial: name of the study that it is from
+WARM = "of an earlier sweep"  # attribute of a trial: name of the study that it was copied from
 
 
 class _OtherSpaceError(Exception):
-    """A trial of another sweep lies outside this sweep's space."""
+    """Error of a trial of another sweep that lies outside this sweep's space."""
 
 
 class _Replayed:
-    """Proposer that proposes what a trial had, and keeps the distributions that it is asked for."""
+    """Proposer that replays a trial's values, and records the requested distributions."""
 
     def __init__(self, params: Mapping[str, Any]) -> None:
         self._params = params
@@ -45,7 +45,7 @@ class _Replayed:
     def _of(self, name: str, asked: Any) -> Any:
         self.distributions[name] = asked
         if name not in self._params:
-            raise _OtherSpaceError(f"they have no {name}")
+            raise _OtherSpaceError(f"it has no {name}")
         value = self._params[name]
         try:
             inside = asked._contains(asked.to_internal_repr(value))
@@ -57,7 +57,7 @@ class _Replayed:
 
 
 def trials_of(sweep: Sweep, config: SweepConfig, base: Recipe) -> list[FrozenTrial]:
-    """List the finished trials of the sweep that `--warm-start` names and that this space holds.
+    """List the finished trials of the sweep that `--warm-start` names, if they fit this space.
 
     Raises:
         UserError: there is no such sweep, it has other objectives, or none of its trials fits.
@@ -68,8 +68,8 @@ def trials_of(sweep: Sweep, config: SweepConfig, base: Recipe) -> list[FrozenTri
     if [direction.name for direction in study.directions] != wanted:
         raise UserError(
             f"--warm-start {config.warm_start}: that sweep has {len(study.directions)} objectives, "
-            f"this one {len(wanted)}, or they are to get smaller and not larger. Name a sweep with "
-            "the same objectives."
+            f"this one {len(wanted)}, or their directions (max, min) differ. Name a sweep with the "
+            "same objectives."
         )
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     fitting, reasons = [], []
@@ -79,23 +79,21 @@ def trials_of(sweep: Sweep, config: SweepConfig, base: Recipe) -> list[FrozenTri
         except _OtherSpaceError as reason:
             reasons.append(str(reason))
     if not fitting:
-        why = (
-            f"{len(finished)} finished, and of the first {reasons[0]}" if reasons else "none ended"
-        )
+        why = f"{len(finished)} finished; the first: {reasons[0]}" if reasons else "none finished"
         raise UserError(
-            f"--warm-start {config.warm_start}: no trial of that sweep can be taken over ({why}). "
+            f"--warm-start {config.warm_start}: no trial of that sweep fits this one ({why}). "
             "Name a sweep of the same script around a recipe of the same kind."
         )
     if reasons:
         left = f"{len(reasons)} of {len(finished)} trials of {study.study_name} are left out"
-        print(f"{left}: of the first {reasons[0]}", flush=True)
+        print(f"{left}; the first: {reasons[0]}", flush=True)
     return fitting
 
 
 def _fitted(
     trial: FrozenTrial, sweep: Sweep, config: SweepConfig, base: Recipe, name: str
 ) -> FrozenTrial:
-    """Copy a trial with the distributions of this sweep's space and with its constraints."""
+    """Copy a trial with this sweep's distributions and constraints."""
     replayed = _Replayed(trial.params)
     asked = Suggestions(base, replayed)
     sweep.space(asked, base)
@@ -103,7 +101,7 @@ def _fitted(
         raise _OtherSpaceError(f"{min(more)} is not searched here")
     values: dict[str, float] = trial.user_attrs.get(MEASURED, {})
     if unknown := [one.name for one in config.constraints if one.name not in values]:
-        raise _OtherSpaceError(f"{unknown[0]}, which has a constraint, is not known")
+        raise _OtherSpaceError(f"it did not measure {unknown[0]}, which has a constraint")
     copy = create_trial(
         values=trial.values,
         params={one: trial.params[one] for one in replayed.distributions},
@@ -116,11 +114,11 @@ def _fitted(
 
 
 def _study(name: str, config: SweepConfig) -> optuna.Study:
-    """Open the study of another sweep, by the id of its MLflow run, its folder, file or URL."""
+    """Open the study of another sweep by the id of its MLflow run, by folder, file or URL."""
     folder = Path(name if "/" in name or Path(name).exists() else f"{config.output}/{name}")
     file = folder / "optuna.db" if folder.is_dir() else folder
     kept = database_file(name) if "://" in name else None
-    if "://" in name and (kept is None or kept.is_file()):  # Optuna makes files that are missing
+    if "://" in name and (kept is None or kept.is_file()):  # Optuna would create a missing file
         url, wanted = name, None
     elif "://" not in name and file.is_file():
         url, wanted = database_url(file), None
@@ -130,7 +128,7 @@ def _study(name: str, config: SweepConfig) -> optuna.Study:
         raise UserError(
             f"--warm-start {name}: there is neither {kept or folder / 'optuna.db'} nor a file of "
             "that name. Give the id of a sweep's MLflow run, its folder, its optuna.db, or the URL "
-            "of a storage; of a sweep in a shared data base the id, and --storage."
+            "of a storage; for a sweep in a shared database, its id and --storage."
         )
     try:
         storage = RDBStorage(url)
@@ -144,6 +142,6 @@ def _study(name: str, config: SweepConfig) -> optuna.Study:
         listed = ", ".join(names) or "none"
         raise UserError(
             f"--warm-start {name}: its sweeps are {listed}. Name one of them by its id, with "
-            "--storage if they share a data base."
+            "--storage if they share a database."
         )
     return optuna.load_study(study_name=wanted, storage=storage)

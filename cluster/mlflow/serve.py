@@ -2,18 +2,18 @@
 
   python cluster/mlflow/serve.py
 
-Everything is set by environment variables, because other users of a machine can read the arguments
-of a command:
+All settings are environment variables, because other users of a machine can read a command's
+arguments:
 
   MLFLOW_BACKEND_STORE_URI        postgresql://USER@HOST/DATABASE
-  PGPASSWORD                      the password for it, unless it stands in the URI
-  MLFLOW_ARTIFACTS_DESTINATION    where the server keeps artifacts: s3://BUCKET/mlflow, or a folder
-  MLFLOW_AUTH_ADMIN_PASSWORD      password of the first user, who makes the others; used once
-  MLFLOW_FLASK_SERVER_SECRET_KEY  signs forms; the same for every server of a database
+  PGPASSWORD                      password of the database, unless the URI contains it
+  MLFLOW_ARTIFACTS_DESTINATION    place of the artifacts: s3://BUCKET/mlflow, or a folder
+  MLFLOW_AUTH_ADMIN_PASSWORD      password of the first user, who creates the others; used once
+  MLFLOW_FLASK_SERVER_SECRET_KEY  key for signing forms; the same for every server of a database
   MLFLOW_SERVER_ALLOWED_HOSTS     names by which clients call the server: mlflow:5000,localhost:*
 
-and, if the default is not right, MLFLOW_AUTH_ADMIN_USERNAME (admin), MLFLOW_HOST (127.0.0.1),
-MLFLOW_PORT (5000), MLFLOW_WORKERS (2), and whatever else `mlflow server` reads.
+and, to change the defaults, MLFLOW_AUTH_ADMIN_USERNAME (admin), MLFLOW_HOST (127.0.0.1),
+MLFLOW_PORT (5000), MLFLOW_WORKERS (2), and any other variable that `mlflow server` reads.
 """
 
 import configparser
@@ -45,7 +45,7 @@ DEFAULTS = {
     "MLFLOW_AUTH_ADMIN_USERNAME": "admin",
     "MLFLOW_WORKERS": "2",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # Jobs evaluate language models: ten more processes and a gigabyte that nobody needs here
+    # MLflow's jobs evaluate language models: ten more processes and a gigabyte, of no use here
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
 }
 
@@ -70,7 +70,7 @@ def check(environment: Mapping[str, str]) -> URL:
     except (ArgumentError, ValueError):
         # without the cause: its message would show the URI
         raise ServerError(
-            "MLFLOW_BACKEND_STORE_URI is no URI of a database. In a password, write @ / : % as "
+            "MLFLOW_BACKEND_STORE_URI is not a database URI. In a password, write @ / : % as "
             "%40 %2F %3A %25, or set PGPASSWORD instead."
         ) from None
     if url.get_backend_name() != "postgresql":
@@ -82,17 +82,17 @@ def check(environment: Mapping[str, str]) -> URL:
 
 
 def make_schema(url: URL) -> None:
-    """Make the schema of users and permissions if it is missing.
+    """Create the schema of users and permissions if it is missing.
 
     Raises:
-        ServerError: the database cannot be reached, or the user may not make a schema.
+        ServerError: the database cannot be reached, or the user may not create a schema.
     """
     engine = sqlalchemy.create_engine(url, connect_args={"connect_timeout": 10})
     try:
         with engine.begin() as connection:
             connection.execute(sqlalchemy.schema.CreateSchema(AUTH_SCHEMA, if_not_exists=True))
     except SQLAlchemyError as error:
-        # the first line only: those after it repeat the statement
+        # only the first line: the others repeat the statement
         reason = str(error).splitlines()[0]
         raise ServerError(f"The database {url.render_as_string()}: {reason}") from None
     finally:
@@ -100,17 +100,17 @@ def make_schema(url: URL) -> None:
 
 
 def auth_settings(url: URL) -> str:
-    """Return the configuration of MLflow's `basic-auth` application, in the same database."""
+    """Return the configuration of MLflow's `basic-auth` application, for the same database."""
     options = url.query.get("options", "")
     given = options if isinstance(options, str) else " ".join(options)
     auth_url = url.update_query_dict({"options": f"{given} -csearch_path={AUTH_SCHEMA}".strip()})
     uri = auth_url.render_as_string(hide_password=False)
     settings = {
         "database_uri": uri.replace("%", "%%"),  # MLflow lets configparser interpolate
-        # A team shares its experiments: all log to them, only who made one deletes it
+        # A team shares its experiments: all users log to them, only the creator deletes one.
         "default_permission": "EDIT",
-        # Else each request hashes a password several times, which is slow by design. After a
-        # change, the old password works for this long.
+        # Without a cache, each request would hash a password several times, which is slow by
+        # design. After a change, the old password stays valid for this long.
         "auth_cache_ttl_seconds": "60",
         "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth",
     }
@@ -132,7 +132,7 @@ def serve(environment: Mapping[str, str]) -> int:
     """Run the server until it or this process ends, and return its exit status.
 
     Raises:
-        ServerError: it cannot start.
+        ServerError: the server cannot start.
     """
     url = check(environment)
     make_schema(url)

@@ -1,1 +1,1 @@
-"""Recipes, their fields, and the command line that overrides them."""
+"""Recipes, their fields, and the command line that overrides these."""

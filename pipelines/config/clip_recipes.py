@@ -23,7 +23,7 @@ TOY_TRIMMED = "data/toy_trimmed"
 
 
 def toy() -> ClassificationRecipe:
-    """The toy clips and the rewired toy backbone: minutes on two CPU cores."""
+    """Toy clips and the rewired toy backbone: minutes on two CPU cores."""
     return ClassificationRecipe(
         name="toy",
         epochs=2,
@@ -52,15 +52,15 @@ def toy() -> ClassificationRecipe:
     )
 
 
-# The augmentation of both backbones' papers, without RandAugment, mixing and erasing.
+# The augmentation of both backbones' papers, except RandAugment, mixing and erasing.
 _AUGMENTATION = AugmentationConfig(source_size=256, crop_area=(0.3, 1.0), flip=0.5)
 
 
 def kinetics_re2_swin_t() -> ClassificationRecipe:
     """Kinetics with a rewired Swin-T: step 4 of Re2TAL; needs data, weights and GPUs.
 
-    Clips of 32 frames at 15 a second, as every second frame of 30, tested on 4 clips and 3 crops
-    (Liu et al., CVPR 2022). The learning rate of the backbone is a tenth of the head's, as there.
+    Clips of 32 frames at 15 fps (every second frame of 30), tested on 4 clips and 3 crops (Liu et
+    al., CVPR 2022). As in that paper, the backbone's learning rate is a tenth of the head's.
     """
     return ClassificationRecipe(
         name="kinetics_re2_swin_t",
@@ -90,12 +90,12 @@ def kinetics_re2_slowfast_101() -> ClassificationRecipe:
 def finetuning(recipe: Recipe) -> ClassificationRecipe:
     """Make the recipe of the finetuning that a detector's recipe begins with.
 
-    Its steps hold as many frames as the detector's, in shorter clips. The connections move to the
-    rewired ones here, if they are to move (`model.coupling_epochs`). All of the backbone learns,
-    whatever learns of it afterwards (`model.tuning`).
+    A step has as many frames as the detector's, in shorter clips. If the connections move gradually
+    to the rewired ones (`model.coupling_epochs`), they move in this finetuning. The whole backbone
+    is trained, whatever part of it is trained afterwards (`model.tuning`).
 
     Raises:
-        ValueError: they would not be through.
+        ValueError: the connections would not reach their end.
     """
     data, model, settings = recipe.data, recipe.model, recipe.finetune
     kept = {one.name for one in fields(BackboneModelConfig)} - {"tuning", "adapters", "lora"}

@@ -1,4 +1,4 @@
-"""Command line that names a recipe and overrides its fields; one message where a program fails."""
+"""Command line that names a recipe and overrides its fields; errors without a stack trace."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from re2tal.errors import UserError
 
 RecipeT = TypeVar("RecipeT")
 
-# Fields of a recipe that most runs need; the help without `--help-all` shows these.
+# Fields of a recipe that most runs need: those that `--help` shows, unlike `--help-all`.
 _FIRST = (
     "data.annotations",
     "data.videos",
@@ -38,18 +38,18 @@ _FIRST = (
 
 @contextmanager
 def told_shortly(*, failure: str | None = None) -> Iterator[None]:
-    """End the program with one message instead of a stack where its block raises a `UserError`.
+    """End the program with one message instead of a stack trace if the block raises a `UserError`.
 
     Args:
-        failure: sentence before the message of a failed Ray task or actor; None lets such an error
-            pass through.
+        failure: sentence before the message of a failed Ray task or actor; with None such an error
+            propagates.
     """
     try:
         yield
     except UserError as problem:
         sys.exit(_with_notes(f"error: {problem}", problem))
     except Exception as failed:
-        # imported here, because `--help` needs neither
+        # imported here: `--help` needs neither
         from ray.exceptions import RayError
         from ray.train import WorkerGroupError
 
@@ -62,7 +62,7 @@ def told_shortly(*, failure: str | None = None) -> Iterator[None]:
 
 
 def _with_notes(message: str, error: Exception) -> str:
-    """Add what else went wrong on the way out, such as tracking, in lines of their own."""
+    """Append an error's notes, one a line, such as a problem with tracking on the way out."""
     return "\n".join([message, *getattr(error, "__notes__", ())])
 
 
@@ -85,7 +85,7 @@ def parse_recipe(
         script: file name of the program.
         description: text above the help.
         finish: function that makes the program's configuration from a recipe.
-        prefix: start of the options for the recipe's fields in that configuration.
+        prefix: prefix of the options for the recipe's fields in that configuration.
 
     Raises:
         UserError: there is no such recipe, backbone or module.
@@ -103,7 +103,7 @@ def parse_recipe(
     if {"-h", "--help"} & set(rest):
         shown = _first_options(default, prefix.removeprefix("--"))
         more = (
-            " --help-all lists every option, of the optimizer, the localizer and the cluster too."
+            " --help-all lists every option, including those of optimizer, localizer and cluster."
         )
     return tyro.cli(
         type(shown),
@@ -111,7 +111,7 @@ def parse_recipe(
         args=["--help" if argument == "--help-all" else argument for argument in rest],
         prog=f"{script} [RECIPE]",
         description=(
-            f"{description}\n\nRecipes (the first argument; toy if left out; one of your own is "
+            f"{description}\n\nRecipes (the first argument; by default toy; your own as "
             f"my_module:my_recipe or file.py):\n\n{listed}\n\n{choices_help(option)}"
             f"\n\nThe defaults below are those of {name}.{more}"
         ),
@@ -119,11 +119,11 @@ def parse_recipe(
 
 
 def _first_options(default: Any, prefix: str) -> Any:
-    """Return an object with the few fields of a configuration that most runs need, for its help.
+    """Return an object with the few fields of a configuration that most runs need, for `--help`.
 
     Args:
         default: configuration of a program.
-        prefix: place of the recipe in it, such as "base.".
+        prefix: path of the recipe in it, such as "base.".
     """
     own = [one.name for one in fields(default) if not is_dataclass(getattr(default, one.name))]
     wanted = own if prefix else []
@@ -133,7 +133,7 @@ def _first_options(default: Any, prefix: str) -> Any:
         *parents, name = path.split(".")
         owner = reduce(_field, parents, default)
         if _field(owner, name) is owner or (parents and owner is default):
-            continue  # of another kind of recipe
+            continue  # only other kinds of recipes have this field
         option = tyro.conf.arg(name=path.replace("_", "-"), help=_documented(type(owner), name))
         hint = get_type_hints(type(owner), include_extras=True)[name]
         value = field(default=getattr(owner, name))
@@ -142,12 +142,12 @@ def _first_options(default: Any, prefix: str) -> Any:
 
 
 def _field(owner: Any, name: str) -> Any:
-    """Return the value of a field, or, where there is none of that name, its owner."""
+    """Return the value of a field; if the owner has no such field, return the owner itself."""
     return getattr(owner, name) if name in {one.name for one in fields(owner)} else owner
 
 
 def _documented(kind: type, name: str) -> str:
-    """Return the line on a field in the docstring of its class or of one that this derives from."""
+    """Return a field's description in the docstring of its class or of a base class."""
     for base in kind.__mro__:
         for one in docstring_parser.parse(base.__doc__ or "").params:
             if one.arg_name == name:

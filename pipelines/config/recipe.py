@@ -1,4 +1,4 @@
-"""The complete, typed configuration of a training run of `train.py`."""
+"""Typed configuration of training runs: the recipes of `train.py` and `finetune_backbone.py`."""
 
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -24,33 +24,33 @@ from re2tal.videos.windows import WindowConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BackboneModelConfig:
-    """A model whose backbone starts from pretrained weights.
+    """Model with a pretrained backbone.
 
     Attributes:
         backbone: the video backbone.
         weights: pretrained weights of the backbone: path or URI, also of an artifact or a model in
-            MLflow, or a name as `torchvision:swin3d_t/KINETICS400_V1` or
-            `hf:MCG-NJU/videomae-base`; None starts at random.
+            MLflow, or a name such as `torchvision:swin3d_t/KINETICS400_V1` or
+            `hf:MCG-NJU/videomae-base`; None for random initialization.
         mean: mean of red, green and blue in [0, 1] that the backbone was pretrained with.
-        std: their standard deviation.
+        std: standard deviation of red, green and blue, likewise.
         reversible: rewire the backbone (Re2TAL), so that its activations are recomputed.
-        stored: keep the activations of the rewired connections all the same: the same function and
-            gradients, in more memory and less time.
-        slice_mb: size in MiB of the pieces in which branches run; smaller ones take less memory and
-            more time. None takes the size that suits the device.
-        coupling_epochs: epochs over which the connections move from the pretrained network's to the
-            rewired ones, step by step (Dr2Net's alpha from 1 to 0 and beta from 0 to 1); None
-            rewires at once. Activations are stored until it is through.
-        tuning: what learns in the backbone: "full", all of it; "adapters", a temporal adapter in
-            each block (AdaTAD); "lora", matrices of low rank beside the blocks' linear layers;
-            "frozen", nothing. All but "full" keep the backbone itself as it is, as `frozen` does.
+        stored: store the activations of the rewired backbone nevertheless: the same function and
+            gradients, with more memory and in less time.
+        slice_mb: size in MiB of the pieces in which branches run; smaller pieces need less memory
+            and more time. None selects a size for the device.
+        coupling_epochs: epochs over which the connections move gradually from the pretrained to the
+            rewired ones (Dr2Net's alpha from 1 to 0 and beta from 0 to 1); None rewires at once.
+            Activations are stored until the move is complete.
+        tuning: trained part of the backbone: "full", all of it; "adapters", a temporal adapter in
+            each block (AdaTAD); "lora", low-rank matrices beside the blocks' linear layers;
+            "frozen", nothing. All but "full" freeze the backbone itself, as `frozen` does.
         adapters: shape of the adapters.
         lora: shape of LoRA's matrices.
-        frozen: names of modules of the model that are not trained, such as "localizer.stem" or
-            "backbone.patch_embed": their parameters keep their values, their BatchNorms the
-            statistics, and they are run as in evaluation.
-        norms: training of the backbone's norm layers: "trained"; "statistics" keeps the running
-            statistics of BatchNorms as they are; "frozen" keeps scale and shift of all norms too.
+        frozen: names of modules that are not trained, such as "localizer.stem" or
+            "backbone.patch_embed": their parameters and BatchNorm statistics stay fixed, and they
+            run in evaluation mode.
+        norms: training of the backbone's norm layers: "trained"; "statistics" fixes the running
+            statistics of BatchNorms; "frozen" also fixes scale and shift of all norms.
     """
 
     backbone: Annotated[BackboneConfig, Component()]
@@ -69,7 +69,7 @@ class BackboneModelConfig:
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """Names of the modules that are not trained, except for what is added inside them."""
+        """Names of frozen modules; adapters and LoRA's matrices inside them are trained."""
         return self.frozen if self.tuning == "full" else ("backbone", *self.frozen)
 
     @property
@@ -81,8 +81,8 @@ class BackboneModelConfig:
         for name, default in (("adapters", AdapterConfig()), ("lora", LoraConfig())):
             if getattr(self, name) != default and self.tuning != name:
                 raise ValueError(
-                    f"--model.{name} is of --model.tuning {name}, but that is {self.tuning}: set "
-                    "one of them to the other."
+                    f"--model.{name} goes with --model.tuning {name}, which is {self.tuning}: make "
+                    "the two agree."
                 )
         if self.tuning == "full":
             return
@@ -90,13 +90,13 @@ class BackboneModelConfig:
         if inside or self.norms != "trained":
             option = f"frozen {' '.join(inside)}" if inside else f"norms {self.norms}"
             raise ValueError(
-                f"--model.{option} is of a backbone that is trained, but --model.tuning "
-                f"{self.tuning} keeps all of it as it is: leave one of them out."
+                f"--model.{option} is for a trained backbone, but --model.tuning {self.tuning} "
+                "freezes all of it: leave one of them out."
             )
         if self.tuning == "frozen" and self.coupling_epochs is not None:
             raise ValueError(
-                "--model.coupling-epochs moves the connections of a backbone that learns "
-                "meanwhile, but --model.tuning frozen keeps it as it is: leave one of them out."
+                "--model.coupling-epochs moves the connections of a backbone during its training, "
+                "but --model.tuning frozen does not train it: leave one of them out."
             )
 
     def __post_init__(self) -> None:
@@ -107,44 +107,44 @@ class BackboneModelConfig:
             if getattr(self, field_name) not in (None, False):
                 option = field_name.replace("_", "-")
                 raise ValueError(
-                    f"--model.{option} is of rewired connections, but --model.no-reversible says "
-                    "that there are none: leave one of them out."
+                    f"--model.{option} is for rewired connections, but --model.no-reversible does "
+                    "not rewire: leave one of them out."
                 )
 
     def check_epochs(self, epochs: int) -> None:
-        """Check that the connections reach their end within a run's epochs.
+        """Check that `coupling_epochs` ends within a run's epochs.
 
         Raises:
-            ValueError: they do not.
+            ValueError: it does not.
         """
         moving = self.coupling_epochs
         if moving is not None and not 0 < moving <= epochs:
             raise ValueError(
                 f"--model.coupling-epochs must be above 0 and at most the {epochs} epochs of the "
-                f"run, not {moving:g}: the network would end between the two."
+                f"run, not {moving:g}: the network would end partly rewired."
             )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW with a learning rate each for backbone and localizer, warm-up and cosine decay.
+    """AdamW with separate learning rates for backbone and localizer, warm-up and cosine decay.
 
     Attributes:
-        backbone_lr: learning rate of the backbone; far below the localizer's, as it is pretrained.
-        adapter_lr: learning rate of what `model.tuning` adds to a backbone: adapters or LoRA.
+        backbone_lr: learning rate of the backbone; far below the localizer's, because the backbone
+            is pretrained.
+        adapter_lr: learning rate of adapters or LoRA's matrices (`model.tuning`).
         localizer_lr: learning rate of the localizer.
-        layer_decay: factor from the learning rate of a backbone's block to that of the block before
-            it; the last block learns at `backbone_lr` (Clark et al., ICLR 2020), or its adapter at
-            `adapter_lr`.
+        layer_decay: each block of the backbone has this factor times the learning rate of the next
+            block; the last has `backbone_lr`, its adapter `adapter_lr` (Clark et al., ICLR 2020).
         weight_decay: decay of matrices and kernels; vectors (biases, norms) are not decayed.
         warmup_epochs: epochs of linear warm-up.
-        schedule_epochs: length of the cosine; None means the run's own number of epochs.
+        schedule_epochs: length of the cosine in epochs; None for the run's number of epochs.
         clip: largest norm of the gradient.
-        ema: decay of the moving average of the weights that is evaluated and saved.
+        ema: decay of the weights' moving average (EMA), which is evaluated and saved.
         precision: number format of branches and localizer; the reversible streams stay float32.
-            The loss is scaled for float16, and a step whose gradients overflow is left out.
-        accumulation: forward and backward passes of a worker in one step; more of them while
-            workers are missing (`scale.min_workers`).
+            With float16 the loss is scaled, and steps with overflowing gradients are skipped.
+        accumulation: forward and backward passes of a worker in one step; more while workers are
+            missing (`scale.min_workers`).
     """
 
     backbone_lr: float
@@ -167,18 +167,19 @@ class ScaleConfig:
     Attributes:
         workers: number of training processes.
         gpu: give each worker a GPU.
-        min_workers: smallest number of workers with which a run goes on while GPUs or nodes are
-            missing; None waits for all of them. The workers that are left make more passes, so that
-            a step keeps its number of windows, or a few less if the passes cannot be divided
-            evenly.
-        resize_seconds: seconds between checks whether missing workers can come back; each time they
-            do, all go on from the last checkpoint.
+        min_workers: smallest number of workers with which a run continues while GPUs or nodes are
+            missing; None waits for all workers. The remaining workers make more passes, so that a
+            step keeps its number of windows, or has a few less if the passes do not divide evenly.
+        resize_seconds: seconds between checks whether missing workers can return; when they do, all
+            workers continue from the last checkpoint.
         sharded: split parameters, gradients and optimizer state over the workers (FSDP2), for
-            backbones that are large beside a GPU.
-        cpus_per_worker: logical CPUs that a worker holds; what is left over decodes videos.
-        cpus_per_decoder: logical CPUs that a decoding task holds, so how many of them run at once.
-        decoder_threads: threads of a decoding task; more than one only helps with large pictures.
-        max_failures: most times that a lost worker is replaced from the last checkpoint.
+            backbones that are large relative to a GPU's memory.
+        cpus_per_worker: logical CPUs reserved for a worker; the remaining CPUs decode videos.
+        cpus_per_decoder: logical CPUs reserved for a decoding task; they limit how many tasks run
+            at once.
+        decoder_threads: threads of a decoding task; more than one helps only with large frames.
+        max_failures: largest number of times that lost workers are replaced, each time from the
+            last checkpoint.
     """
 
     workers: int = 1
@@ -204,11 +205,12 @@ class PoolConfig:
     """Actors that run a model, and the tasks that decode for them.
 
     Attributes:
-        actors: processes that run the model; by default one a GPU.
-        gpu: give each of them a GPU; by default if the cluster has any.
-        cpus_per_actor: logical CPUs that each of them holds; what is left over decodes videos.
-        cpus_per_decoder: logical CPUs that a decoding task holds, so how many of them run at once.
-        decoder_threads: threads of a decoding task; more than one only helps with large pictures.
+        actors: number of processes that run the model; by default one a GPU.
+        gpu: give each actor a GPU; by default if the cluster has any.
+        cpus_per_actor: logical CPUs reserved for an actor; the remaining CPUs decode videos.
+        cpus_per_decoder: logical CPUs reserved for a decoding task; they limit how many tasks run
+            at once.
+        decoder_threads: threads of a decoding task; more than one helps only with large frames.
     """
 
     actors: int | None = None
@@ -220,13 +222,13 @@ class PoolConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """Checkpoints that are written, and those that are kept beside the newest.
+    """Writing of checkpoints, and the choice of those that are kept in addition to the newest.
 
     Attributes:
-        steps: number of steps between checkpoints within an epoch; None writes one at the end of
-            each epoch only.
-        keep: number of checkpoints that are kept.
-        which: choice of those that are kept: the highest mAP, or the last.
+        steps: number of steps between checkpoints within an epoch; None writes checkpoints only at
+            the end of each epoch.
+        keep: number of checkpoints to keep.
+        which: checkpoints to keep: those with the highest mAP, or the last ones.
     """
 
     steps: int | None = None
@@ -236,22 +238,22 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """Fields that all recipes have.
+    """Fields of all recipes.
 
     Attributes:
-        name: name of the recipe, from which the MLflow run has its name.
+        name: name of the recipe, and start of the MLflow run's name.
         experiment: MLflow experiment.
         output: folder of checkpoints and of the default MLflow store.
         seed: seed of weights, windows, order and dropout.
         epochs: passes over the training videos.
-        evaluate_from: the first epoch that ends with an evaluation; where that takes long, early
-            ones can do without. The best checkpoint is one of those that were evaluated.
+        evaluate_from: first epoch that ends with an evaluation, counted from 1; skipping early ones
+            saves time. Only evaluated checkpoints can become the best one.
         batch_size: windows of a worker's forward pass. A step has `scale.workers` times
             `optim.accumulation` times as many.
-        resume: go on with the last run of the same configuration and data if it did not end.
+        resume: continue the last run of the same configuration and data if it did not finish.
         optim: learning rates, schedule and precision.
         scale: layout of the run on the cluster.
-        checkpoints: checkpoints that are written and kept.
+        checkpoints: checkpoints to write and to keep.
 
     Raises:
         ValueError: no epoch would be evaluated.
@@ -273,7 +275,7 @@ class RunConfig:
         if not 1 <= self.evaluate_from <= self.epochs:
             raise ValueError(
                 f"--evaluate-from must be from 1 to the {self.epochs} epochs of the run, not "
-                f"{self.evaluate_from}: its last epoch has to be evaluated. Set it too."
+                f"{self.evaluate_from}: the last epoch must be evaluated. Set it too."
             )
 
 
@@ -283,14 +285,15 @@ class DataConfig(ScoredAnnotationConfig):
 
     Attributes:
         videos: folder of the video files, named by id; a path or a URI.
-        features: folder of features (extract_features.py, or others': pipelines/data/README.md); a
-            path or a URI. The localizer is then trained on them, without videos and backbone.
+        features: folder of features, from extract_features.py or elsewhere
+            (pipelines/data/README.md); a path or a URI. The localizer is then trained on features,
+            without videos and backbone.
         make_toy: make the toy data set at `annotations` and `videos` when it is missing.
-        training_subset: subset that is trained on; by default that of the data set, or "training".
-        validation_subset: subset that is evaluated after every epoch; by default that of the data
-            set, or "validation".
+        training_subset: subset for training; by default that of the data set, or "training".
+        validation_subset: subset for evaluation after every epoch; by default that of the data set,
+            or "validation".
         size: pixels of a frame's side: the short side is resized to it, the centre is cut out.
-        window: windows, cut at random places for training, overlapping for the evaluation.
+        window: windows; at random places in training, overlapping in evaluation.
         augmentation: random changes of training windows.
         max_failed: share of unusable videos above which the run stops.
 
@@ -336,22 +339,23 @@ class DataConfig(ScoredAnnotationConfig):
             )
         if self.window.stitch.enabled and self.augmentation.in_time != AugmentationConfig():
             raise ValueError(
-                "--data.augmentation.speed and --data.augmentation.reverse are of windows with one "
-                "rate, but --data.window.stitch.enabled shows clips at two: leave one of them out."
+                "--data.augmentation.speed and --data.augmentation.reverse need windows with one "
+                "frame rate, but --data.window.stitch.enabled shows clips at two rates: leave one "
+                "of them out."
             )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig(BackboneModelConfig):
-    """The detector: backbone and localizer.
+    """Detector: backbone and localizer.
 
     Attributes:
         localizer: network that turns features into segments.
-        localizer_weights: initial weights of the localizer, from a detector of ours
+        localizer_weights: initial weights of the localizer, from a detector of re2tal
             (`weights.safetensors`) or its authors' release; path or URI, also of an artifact in
-            MLflow; None begins at random.
-        class_agnostic: find actions of whatever class; their classes come from
-            `data.video_scores` or, without it, the proposals themselves are evaluated.
+            MLflow; None for random initialization.
+        class_agnostic: detect actions without their classes. `data.video_scores` supplies the
+            classes; without it, the proposals themselves are evaluated.
     """
 
     localizer: Annotated[LocalizerConfig, Component()]
@@ -361,19 +365,19 @@ class ModelConfig(BackboneModelConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneConfig:
-    """Finetuning of the backbone before the detector is trained: step 4 of Re2TAL on one's classes.
+    """Finetuning of the backbone on the data set's own classes, before the detector: Re2TAL step 4.
 
     Attributes:
-        epochs: passes over the annotated segments of the training videos; 0 leaves it out.
+        epochs: passes over the annotated segments of the training videos; 0 for no finetuning.
         frames: frames of a clip, at the rate of the windows.
-        lr: learning rate of the backbone; the classifier's head learns ten times as fast.
-        background: tell the segments from clips between them too.
+        lr: learning rate of the backbone; that of the classifier's head is ten times as large.
+        background: add a class "background" of clips between the segments.
 
     Raises:
         ValueError: a field is out of its range.
     """
 
-    # without the names of the fields around it, as most who finetune give no other
+    # a short alias: most who finetune set only this field
     epochs: Annotated[int, tyro.conf.arg(aliases=("--finetune-epochs",))] = 0
     frames: int = 32
     lr: float = 1e-4
@@ -385,21 +389,21 @@ class FinetuneConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe(RunConfig):
-    """The complete configuration of one training run.
+    """Complete configuration of one training run of `train.py`.
 
     Attributes:
         data: annotations, videos and windows.
-        finetune: finetuning of the backbone on the annotated segments, before all else.
+        finetune: finetuning of the backbone on the annotated segments, before the detector.
         model: backbone and localizer.
-        nms: suppression of detections that overlap.
-        thresholds: tIoU thresholds of the mAP; the mean over them selects the best checkpoint.
-        ignore_ambiguous: do not count detections on stretches that cannot be judged, as in
-            THUMOS-14's own toolkit. Published results count them as false positives.
-        watched_videos: training videos on which mAP is measured too at every evaluation, but no
-            more than there are validation videos: the difference shows whether the detector
-            overfits. 0 leaves out these and the validation loss.
+        nms: suppression of overlapping detections.
+        thresholds: tIoU thresholds of mAP; the mean over them selects the best checkpoint.
+        ignore_ambiguous: ignore detections on stretches annotated as ambiguous, as THUMOS-14's own
+            toolkit does. Published results count them as false positives.
+        watched_videos: number of training videos on which every evaluation also measures mAP, at
+            most as many as validation videos: the difference shows overfitting. 0 leaves out this
+            mAP and the validation loss.
         save_raw: keep the detections before non-maximum suppression with each checkpoint, for
-            ensembles and for searching its settings without training.
+            ensembles and for tuning the suppression without training.
         registered_model: name in MLflow's registry that gets the best checkpoint as its next
             version; None registers nothing.
 
@@ -424,13 +428,13 @@ class Recipe(RunConfig):
         self.model.check_epochs(self.epochs)
         if self.model.added and self.data.features is not None:
             raise ValueError(
-                f"--model.tuning {self.model.tuning} trains parts of a backbone, but with "
-                "--data.features there is none: leave one of them out."
+                f"--model.tuning {self.model.tuning} trains parts of a backbone, but "
+                "--data.features replaces the backbone: leave one of them out."
             )
         if self.scale.sharded and self.optim.precision == "float16":
             raise ValueError(
-                "Recipe.scale.sharded goes with Recipe.optim.precision bfloat16 or float32: the "
-                "scale of a float16 loss is not agreed on between the workers."
+                "Recipe.scale.sharded needs Recipe.optim.precision bfloat16 or float32: sharded "
+                "workers do not share the loss scale of float16."
             )
 
 
@@ -438,27 +442,26 @@ class Recipe(RunConfig):
 class TrimmedDataConfig(AnnotationConfig):
     """Trimmed videos, and the clips that are cut from them.
 
-    With `annotations`, the clips are cut from the annotated segments of untrimmed videos; the lists
-    in `training` and `validation` are then not read.
+    With `annotations`, the clips are cut from the annotated segments of untrimmed videos, and the
+    lists in `training` and `validation` are not read.
 
     Attributes:
-        training: a folder with a folder of videos for each class, or a list of videos: Kinetics'
-            own CSV, a CSV with `path` and `label`, or lines of `path label` (described in
+        training: a folder with one subfolder of videos for each class, or a list of videos:
+            Kinetics' own CSV, a CSV with `path` and `label`, or lines of `path label` (described in
             `re2tal.datasets.trimmed.lists`); a path or a URI.
-        validation: folder or list, as above, of the videos that are evaluated after every epoch.
-        videos: folder that the paths in lists are in, or that of the untrimmed videos, named by id;
-            a path or a URI.
-        training_subset: subset of the annotations that is trained on; by default that of the data
-            set, or "training".
-        validation_subset: subset that is evaluated; by default that of the data set, or
-            "validation".
-        background: tell the annotated segments from what lies between them too: a class more, with
-            as many stretches as the most frequent class has segments.
-        classes: file with the names of all classes, one a line; needed where lists have numbers.
-            None takes the classes of the training videos, sorted.
-        training_split: value of the training list's column `split` in the rows that are taken; None
-            takes all rows.
-        validation_split: the same value in the validation list.
+        validation: folder or list, as above, of the videos for evaluation after every epoch.
+        videos: folder that contains the paths in lists; or folder of the untrimmed videos, named by
+            id; a path or a URI.
+        training_subset: subset of the annotations for training; by default that of the data set, or
+            "training".
+        validation_subset: subset for evaluation; by default that of the data set, or "validation".
+        background: add a class "background" of stretches between the annotated segments, as many
+            as the most frequent class has segments.
+        classes: file with the names of all classes, one a line; needed if lists have class numbers.
+            By default the classes of the training videos, sorted.
+        training_split: use only rows of the training list with this value in the column `split`;
+            None uses all rows.
+        validation_split: use only rows of the validation list with this value, likewise.
         make_toy: make the toy data set's trimmed split when there is nothing at `training`.
         size: pixels of a frame's side: the short side is resized to it.
         clip: frames of a clip and their rate.
@@ -526,7 +529,7 @@ class TrimmedDataConfig(AnnotationConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassifierModelConfig(BackboneModelConfig):
-    """The classifier: backbone and a linear layer. Without `reversible`, this is plain pretraining.
+    """Classifier: backbone and a linear layer. Without `reversible`, this is plain pretraining.
 
     Attributes:
         head: network that turns features into classes.
@@ -537,17 +540,18 @@ class ClassifierModelConfig(BackboneModelConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassificationRecipe(RunConfig):
-    """The complete configuration of one run of `finetune_backbone.py`.
+    """Complete configuration of one run of `finetune_backbone.py`.
 
     An epoch shows one clip of each training video. `optim.localizer_lr` is the learning rate of the
-    classifier's head. Whatever checkpoints are kept, the result is the last epoch's.
+    classifier's head. The result is that of the last epoch, whatever checkpoints are kept.
 
     Attributes:
         data: trimmed videos and clips.
         model: backbone and classifying head.
-        views: views whose scores the last evaluation averages; those after every epoch look at the
-            middle clip.
-        weights_file: path of another copy of the backbone's weights; an existing file is replaced.
+        views: views whose scores the last evaluation averages; the evaluations after every epoch
+            use only the middle clip.
+        weights_file: path of an additional copy of the backbone's weights; an existing file is
+            replaced.
 
     Raises:
         ValueError: settings contradict one another.
@@ -567,8 +571,8 @@ class ClassificationRecipe(RunConfig):
         self.model.check_epochs(self.epochs)
         if self.model.added:
             raise ValueError(
-                f"--model.tuning {self.model.tuning} is for train.py: here the backbone's own "
-                "weights are the result. Take full, or frozen to train the classifier alone."
+                f"--model.tuning {self.model.tuning} is for train.py: here the result is the "
+                "backbone's own weights. Use full, or frozen to train the classifier alone."
             )
 
 

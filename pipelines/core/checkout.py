@@ -1,4 +1,4 @@
-"""The checkout that runs: its commit, and a fingerprint of its code."""
+"""Commit of the running checkout, and a fingerprint of its code."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ COMMIT = "RE2TAL_GIT_COMMIT"
 def git_commit(folder: Path) -> str | None:
     """Return a checkout's commit, with `-dirty` if files differ from it.
 
-    Outside git it is the one in `RE2TAL_GIT_COMMIT`, or None.
+    Outside git, return the value of `RE2TAL_GIT_COMMIT`, or None.
     """
     command = [
         "git",
@@ -34,10 +34,10 @@ def git_commit(folder: Path) -> str | None:
 
 
 def script_command(script: str) -> list[str]:
-    """Return the words that run a script of this checkout, as they work in the working directory.
+    """Return the command that runs a script of this checkout from the working directory.
 
     Args:
-        script: its path in the checkout, such as `pipelines/train.py`.
+        script: path of the script in the checkout, such as `pipelines/train.py`.
     """
     here = Path.cwd()
     words = (Path(sys.executable), _ROOT / script)

@@ -1,4 +1,4 @@
-"""Durations in words, and the time that a run still takes."""
+"""Durations in words, and an estimate of a run's remaining time."""
 
 import time
 from collections import deque
@@ -14,15 +14,15 @@ def duration(seconds: float) -> str:
 
 
 class TimeLeft:
-    """Estimate of the time that a run still takes, from its last steps and its last evaluation.
+    """Estimate of a run's remaining time, from its last steps and its last evaluation.
 
-    The first step of the process is not counted: it waits for the first videos.
+    The first step of the process is not counted: it waits for the first videos to be decoded.
 
     Args:
         now: clock in seconds.
     """
 
-    _ENOUGH = 10  # steps; fewer say little
+    _ENOUGH = 10  # steps; the mean of fewer is unreliable
     _RECENT = 50  # steps
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
@@ -54,7 +54,7 @@ class TimeLeft:
         """
         if len(self._steps) < self._ENOUGH:
             return ""
-        left = sum(self._steps) / len(self._steps) * steps
+        left = sum(self._steps) / len(self._steps) * steps  # seconds
         if self._evaluation is not None:
             return f"left {duration(left + self._evaluation * evaluations)}"
         behind = "the evaluation" if evaluations == 1 else f"{evaluations} evaluations"

@@ -1,4 +1,4 @@
-"""Ray without its own output: a run prints its progress, and errors, and nothing else."""
+"""Start of Ray, without Ray's own output: a run prints only its progress and errors."""
 
 import logging
 import os
@@ -21,12 +21,12 @@ from pipelines.core.progress import doing
 from re2tal.errors import UserError
 
 _KNOCK_SECONDS = 5.0
-_RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"  # after which Ray ends the process
-_WATCH_SECONDS = 1.0  # between two looks at Ray's head process
-# Seconds from the start of this process to here, which tell how slow the machine is just now.
+_RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"  # after this time Ray ends the process
+_WATCH_SECONDS = 1.0  # between two checks of Ray's head process
+# Seconds from the start of this process to here: a measure of how slow the machine is now.
 _START_SECONDS = time.time() - psutil.Process().create_time()
 
-# Read when Ray's modules are imported or its processes start, so they are set before `ray.init`.
+# Ray reads these when it is imported or its processes start: they are set before `ray.init`.
 _ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DATA_LOG_LEVEL": "ERROR",
@@ -48,23 +48,23 @@ def init_ray(*, trains: bool = False, cpus: int | None = None) -> None:
     """Join the cluster that `RAY_ADDRESS` names (as in a Ray job), else start one here.
 
     Args:
-        trains: start the cluster's server too, which takes some seconds: Ray Train asks it whether
-            its controller lives.
+        trains: also start the dashboard's server, which takes some seconds: Ray Train asks it
+            whether its controller is alive.
         cpus: logical CPUs of a cluster started here; None for those of this machine.
 
     Raises:
         UserError: nothing answers at `RAY_ADDRESS`, or Ray does not start.
     """
-    if ray.is_initialized():  # as in a Ray task
+    if ray.is_initialized():  # as inside a Ray task
         quiet_data()
         return
     hide_noise()
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # here, because a process that streams frames has no command line, and need not import PyTorch
+    # imported here: processes that stream frames do not need it, and need not import PyTorch
     from pipelines.config.choices import own_code
 
-    # uploaded, because no other machine has it
+    # the user's own module is uploaded, because no other machine has it
     environment: dict[str, Any] = {"py_modules": code} if (code := own_code()) else {}
     if (address := os.environ.get("RAY_ADDRESS")) is not None:
         if problem := unreachable(address):
@@ -75,18 +75,18 @@ def init_ray(*, trains: bool = False, cpus: int | None = None) -> None:
         environment["env_vars"] = {name: os.environ[name] for name in _ENVIRONMENT}
         with _told(f"The cluster at {address} (RAY_ADDRESS) cannot be joined", _JOIN_ADVICE):
             ray.init(logging_level="ERROR", log_to_driver=False, runtime_env=environment)
-        # the head of a cluster may be started again
+        # the head of a cluster may be restarted; give up a little before Ray would end the process
         patience = 0.8 * float(os.environ.get(_RECONNECT, "60"))
     else:
-        # this machine is not taken away, as a preemptible node is
+        # this machine is no preemptible node
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        # an idle decoding process would be ended after a second, and its imports paid for again
+        # by default Ray ends an idle decoding process after a second, and its imports are repeated
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
         port = free_port()
         if trains:
             # Without an address Ray Train would ask the cluster that was last started with `ray
-            # start`, running or not: it then waits in vain, or takes its own controller for dead
-            # and takes the workers away.
+            # start`, even one that no longer runs. It would then wait in vain, or conclude that its
+            # own controller is dead and stop the workers.
             os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
         # "local", so that a cluster left running on this machine is not joined by accident
         seconds = start_limit(_START_SECONDS)
@@ -108,12 +108,12 @@ def init_ray(*, trains: bool = False, cpus: int | None = None) -> None:
     quiet_data()
 
 
-# The raylet counts processes that are started at once; a run needs all of them, once.
+# The raylet warns of many processes started at once; a run needs them all, but only once.
 _NOT_TO_ACT_ON = re.compile("worker processes have been started on node")
 
 
 def hide_noise() -> None:
-    """Keep lines of the raylet that no user can act on from the driver's output."""
+    """Remove from the driver's output the raylet's lines that no user can act on."""
     shown = ray_worker.print_to_stdstream
     if getattr(shown, "hides_noise", False):
         return
@@ -128,17 +128,16 @@ def hide_noise() -> None:
 
 
 def start_limit(seconds: float) -> int:
-    """Return the seconds that Ray has to start: six times those that this process took, or 60.
+    """Return the time limit of Ray's start: six times `seconds`, which this process took to start.
 
-    A process that took long because it did something else, such as a notebook, is not waited for
-    longer than ten minutes.
+    At least a minute; at most ten, because `seconds` may include other work, as in a notebook.
     """
     return int(min(600, max(60, 6 * seconds)))
 
 
 @contextmanager
 def _waiting(seconds: int) -> Iterator[None]:
-    """Let Ray wait longer for its own processes than its fixed 30 s."""
+    """Let Ray wait `seconds` for its own processes, instead of its fixed 30 s."""
     get_node, dashboard = services.get_node, ray_constants.RAY_DASHBOARD_STARTUP_TIMEOUT_S
 
     def patient(gcs_address: str, node_id: str) -> Any:
@@ -146,7 +145,7 @@ def _waiting(seconds: int) -> Iterator[None]:
         while True:
             try:
                 return get_node(gcs_address, node_id)
-            except RuntimeError:  # it is not there yet
+            except RuntimeError:  # the node is not registered yet
                 if time.monotonic() > until:
                     raise
                 time.sleep(0.1)
@@ -162,36 +161,36 @@ def _waiting(seconds: int) -> Iterator[None]:
         ray_constants.RAY_DASHBOARD_STARTUP_TIMEOUT_S = dashboard
 
 
-# advice by pattern of Ray's reason: the first that is found in it, so the last is for all others
+# Advice by pattern of Ray's reason. The first match counts; the empty pattern matches all others.
 _SLOW = (
-    "It was waited for {seconds} s: the machine is too busy, or short of memory. End other "
+    "It did not answer for {seconds} s: the machine is too busy, or short of memory. End other "
     "programs, and give the same command again."
 )
 _START_ADVICE = {
-    "occupied|already (in )?use|port is": "End the program that has the port (ray stop ends a Ray "
-    "that was left behind), and give the same command again.",
+    "occupied|already (in )?use|port is": "End the program that uses the port (ray stop ends "
+    "leftover processes of Ray), and give the same command again.",
     "dev/shm|object store|plasma": "Make room in /dev/shm (in Docker: --shm-size), or let Ray use "
     "its slower folder for temporary files: RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE=1.",
     "no space left": "Make room in the folder for temporary files, or name another: RAY_TMPDIR.",
     "path length": "Name a folder for temporary files with a shorter path: RAY_TMPDIR.",
-    "": "End what an earlier Ray left behind (ray stop), and see that its folder for temporary "
+    "": "End leftover processes of Ray (ray stop), and make sure that its folder for temporary "
     "files (RAY_TMPDIR, else /tmp) is writable.",
 }
 _JOIN_ADVICE = {
     "": "Start it again, and give RAY_AUTH_MODE the value that it was started with.",
 }
 _SHOWN = 400  # characters of a reason
-_BESIDE = re.compile(  # what Ray's logs hold beside a reason
+_BESIDE = re.compile(  # log prefixes and failed checks around Ray's reason
     r"\[[^\]]*\] \(\w+\) \S+\.cc:\d+:|An unexpected system state.*?Check failed: \S+"
 )
 
 
 @contextmanager
 def _told(what: str, advice: dict[str, str]) -> Iterator[None]:
-    """Turn whatever Ray raises into one sentence with its reason, and what to do.
+    """Turn any exception of Ray's into one sentence with its reason and advice.
 
     Raises:
-        UserError: Ray raised something.
+        UserError: Ray raised an exception.
     """
     try:
         yield
@@ -204,15 +203,15 @@ def _told(what: str, advice: dict[str, str]) -> Iterator[None]:
 
 
 def watch(address: str, patience: float, give_up: Callable[[str], None]) -> None:
-    """Look after Ray's head process until Ray is shut down, and give up when it is gone.
+    """Watch Ray's head process until Ray is shut down, and give up when the head is gone.
 
-    Ray itself says nothing for a minute and then ends this process, without an exception.
+    Ray itself reports nothing for a minute, and then ends this process without an exception.
 
     Args:
-        address: host and port of the process.
-        patience: seconds for which it may be silent; 0 if nobody would start it again, and it is
-            gone once its port is closed.
-        give_up: function that gets the sentence which says so.
+        address: host and port of the head process.
+        patience: seconds for which the head may be silent. With 0 nobody restarts it, and it counts
+            as gone once its port is closed.
+        give_up: function called with a sentence that reports the loss.
     """
     silent_since = None
     while _is_joined(address):
@@ -225,15 +224,15 @@ def watch(address: str, patience: float, give_up: Callable[[str], None]) -> None
             if patience:
                 print(
                     f"warning: the head of the cluster at {address} does not answer ({problem}); "
-                    f"it is waited for, {patience:.0f} s.",
+                    f"waiting {patience:.0f} s for it.",
                     file=sys.stderr,
                     flush=True,
                 )
         elif now - silent_since > patience:
             give_up(
-                f"Ray's head process at {address} is gone ({problem}), and nothing can go on "
-                "without it. It may have been killed for want of memory: see gcs_server.out among "
-                "Ray's logs. Give the same command again: it goes on."
+                f"Ray's head process at {address} is gone ({problem}), and the run cannot go on "
+                "without it. It may have been killed for lack of memory: see gcs_server.out among "
+                "Ray's logs. Give the same command again: it continues."
             )
             return
         time.sleep(_WATCH_SECONDS)
@@ -242,13 +241,13 @@ def watch(address: str, patience: float, give_up: Callable[[str], None]) -> None
 def _is_joined(address: str) -> bool:
     try:
         return ray.is_initialized() and str(ray.get_runtime_context().gcs_address) == address
-    except Exception:  # it is being shut down
+    except Exception:  # Ray is being shut down
         return False
 
 
 def _give_up(sentence: str) -> None:
-    """End this process as failed: its main thread waits within Ray, and hears no exception."""
-    from pipelines.core.tracking import end_all  # here, since decoding processes need no MLflow
+    """End this process as failed: its main thread waits inside Ray, out of reach of exceptions."""
+    from pipelines.core.tracking import end_all  # here: decoding processes need no MLflow
 
     sys.stdout.flush()
     print(f"error: {sentence}", file=sys.stderr, flush=True)
@@ -258,10 +257,10 @@ def _give_up(sentence: str) -> None:
 
 
 def unreachable(address: str) -> str:
-    """Try to connect to a cluster's address: Ray itself would wait for minutes, and say nothing.
+    """Try to connect to a cluster's address; Ray itself would wait for minutes without a word.
 
     Returns:
-        The reason why nothing answers; empty if something does, or `address` is no host and port.
+        The reason why nothing answers; empty if something does, or `address` is not HOST:PORT.
     """
     host, _, port = address.rpartition("/")[2].rpartition(":")
     if not host or not port.isdigit():
@@ -274,14 +273,14 @@ def unreachable(address: str) -> str:
 
 
 def free_port() -> int:
-    """Return a port of this machine that nothing listens on."""
+    """Return a free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def quiet_data() -> None:
-    """Turn off Ray Data's progress bars, and its remark that they are off, in this process."""
+    """Turn off Ray Data's progress bars in this process, and its message that they are off."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -1,4 +1,4 @@
-"""Pictures of a run: curves of loss and mAP, and timelines of detections against the truth."""
+"""Figures of a run: curves of loss and mAP, timelines of detections and ground truth, diagnosis."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from re2tal.annotations import Instance
 from re2tal.detection.diagnosis import ERRORS, Diagnosis, Kind, Placed
 
-# At least 38 apart in CIELAB, where the ten colours that matplotlib takes by itself are 28, dark
-# enough for a white page and light enough for a black one.
+# At least 38 apart in CIELAB (matplotlib's ten default colours: 28), dark enough for a white page
+# and light enough for a black one.
 COLOURS = (
     *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#870f96", "#0fd2f0", "#783c1e", "#ff87ff"),
     *("#878787", "#d2c30f", "#005a3c", "#4b78ff", "#e17887", "#696900", "#00d2a5", "#693c69"),
     *("#ffb478", "#e11e87", "#b4c387", "#d2b4f0"),
 )
-"""Colours of classes by their number; from the 21st class on they come again, with a pattern."""
+"""Colours of classes by class number; from the 21st class on they repeat, with a pattern."""
 _PATTERNS = ("", "...", "xxx", "ooo", "---", "|||", "+++", "***", "OO", "\\\\\\")
 
 _LONGEST = 40  # characters of a name in a picture
@@ -33,7 +33,7 @@ _LONGEST = 40  # characters of a name in a picture
 
 @cache
 def _fonts() -> list[str]:
-    """Return the families that names are written in: each fills in what those before it lack."""
+    """Return font families for names; each supplies characters that those before it lack."""
     there = {font.name for font in font_manager.fontManager.ttflist}
     usual = (
         *("Noto Sans", "Noto Emoji", "WenQuanYi", "IPAGothic", "Symbola", "Hiragino Sans"),
@@ -45,14 +45,14 @@ def _fonts() -> list[str]:
 @cache
 def _warn_of_fonts() -> None:
     print(
-        "remark: the fonts of this machine lack characters that names have: pictures show boxes in "
-        "their place. Install Noto's fonts (Debian: fonts-noto-cjk, fonts-noto-core)."
+        "remark: the fonts of this machine lack characters of some names: figures show boxes "
+        "instead. Install Noto's fonts (Debian: fonts-noto-cjk, fonts-noto-core)."
     )
 
 
 @contextmanager
 def drawn() -> Iterator[None]:
-    """Write figures in this context: missing characters are reported once in a process."""
+    """Context for writing figures: missing characters are reported once a process."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("always", message="Glyph .* missing from font")
         yield
@@ -65,7 +65,7 @@ def drawn() -> Iterator[None]:
 
 
 def _short(name: str) -> str:
-    """Cut a name where the picture would have no room left for anything else."""
+    """Shorten a name that would take up the whole figure."""
     return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
 
 
@@ -126,13 +126,13 @@ def _smooth(values: Sequence[float], decay: float = 0.9) -> list[float]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timeline:
-    """Detections and annotations of a video in a picture.
+    """Detections and annotations of a video in a figure.
 
     Attributes:
         duration: length of the video in seconds.
         found: rows of detections, as `re2tal.detection.files.rows` makes them.
-        truth: annotated instances; None where there are no annotations.
-        least: least score of the rows; weaker detections are not shown.
+        truth: annotated instances; None without annotations.
+        least: score threshold of the rows; weaker detections are not shown.
     """
 
     duration: float
@@ -142,14 +142,14 @@ class Timeline:
 
 
 def timelines(videos: Mapping[str, Timeline], classes: Sequence[str]) -> Figure:
-    """Draw the detections of videos, a strip a video with a lane for each class that occurs.
+    """Draw detections: one strip a video, with one lane for each class that occurs in it.
 
-    The lower a score, the fainter its bar. With annotations, an instance is a hatched bar above the
-    detections of its lane.
+    Bars with lower scores are fainter. Annotated instances are hatched bars above the detections of
+    their lane.
 
     Args:
         videos: videos by the titles of their strips.
-        classes: class names, whose order gives lanes and colours.
+        classes: class names; their order determines lanes and colours.
     """
     lanes = [_lanes(video, classes) for video in videos.values()]
     heights = [0.5 + 0.32 * max(1, len(names)) for names in lanes]
@@ -164,7 +164,7 @@ def timelines(videos: Mapping[str, Timeline], classes: Sequence[str]) -> Figure:
             segment = (instance.start, instance.end)
             _bar(axes, names, classes, segment, instance.label, -0.2, 0.3, None)
         axes.set(xlim=(0, video.duration), ylim=(max(1, len(names)) - 0.4, -0.6))
-        # names may hold $ and are no formulas
+        # a $ in a name does not begin a formula
         style: dict[str, Any] = {"parse_math": False, "fontfamily": _fonts()}
         axes.set_yticks([*range(len(names))], [*map(_short, names)], **style)
         if not video.found:
@@ -184,7 +184,7 @@ def timelines(videos: Mapping[str, Timeline], classes: Sequence[str]) -> Figure:
 
 
 def _lanes(video: Timeline, classes: Sequence[str]) -> list[str]:
-    """List the classes that occur."""
+    """List the classes that occur in a video, in the order of `classes`."""
     present = {row["label"] for row in video.found} | {i.label for i in video.truth or ()}
     return [name for name in classes if name in present]
 
@@ -226,7 +226,7 @@ _GAP = 1.0  # between the bars of two characteristics, in bars
 
 
 def pictures(diagnosis: Diagnosis) -> dict[str, Figure]:
-    """Draw all pictures of a diagnosis, by the names of the functions below."""
+    """Draw all figures of a diagnosis, by the names of the functions below."""
     return {
         "false_positives": false_positives(diagnosis),
         "sensitivity": sensitivity(diagnosis),

@@ -1,4 +1,4 @@
-"""GPUs of this machine as NVIDIA's driver shows them, which takes no memory on them."""
+"""GPUs of this machine, read from NVIDIA's driver, which uses no GPU memory."""
 
 import os
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """GPU, or a part of one that MIG has made; sizes are bytes."""
+    """GPU or MIG instance; `total` and `free` are bytes of memory."""
 
     name: str
     total: int
@@ -16,7 +16,7 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Driver:
-    """NVIDIA's driver: its version, that of CUDA (1000 times the major one), and its GPUs."""
+    """NVIDIA's driver: its version, the CUDA version (1000 * major + 10 * minor), and the GPUs."""
 
     version: str
     cuda: int
@@ -24,10 +24,10 @@ class Driver:
 
 
 def nvidia_driver(*, visible: str | None = None) -> Driver | None:
-    """Read what the driver shows; None without a driver.
+    """Read the driver's version and GPUs; None without a driver.
 
     Args:
-        visible: value of `CUDA_VISIBLE_DEVICES`, to leave all others out; None for all GPUs.
+        visible: value of `CUDA_VISIBLE_DEVICES`, to list only those GPUs; None for all GPUs.
     """
     import pynvml
 
@@ -56,19 +56,19 @@ def _gpus(visible: str | None) -> Iterator[Gpu]:
                 if name.strip().isdigit()
                 else pynvml.nvmlDeviceGetHandleByUUID(name.strip())
             )
-        except pynvml.NVMLError:  # as for CUDA, what follows a wrong name is not visible
+        except pynvml.NVMLError:  # as in CUDA, all GPUs after a wrong name are invisible
             return
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         yield Gpu(name=pynvml.nvmlDeviceGetName(handle), total=memory.total, free=memory.free)
 
 
 def free_memory(*, hidden: bool = False) -> list[int]:
-    """List the free bytes of this machine's GPUs, of which there may be none.
+    """List the free bytes of each GPU of this machine; empty without GPUs.
 
-    It is read from the driver: PyTorch would take half a GiB of each for a context of its own.
+    The driver is asked because PyTorch would occupy half a GiB of each GPU with a CUDA context.
 
     Args:
-        hidden: also list those that `CUDA_VISIBLE_DEVICES` leaves out.
+        hidden: also list GPUs that `CUDA_VISIBLE_DEVICES` leaves out.
     """
     driver = nvidia_driver(visible=None if hidden else os.environ.get("CUDA_VISIBLE_DEVICES"))
     return [gpu.free for gpu in driver.gpus] if driver else []

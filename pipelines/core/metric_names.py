@@ -1,7 +1,7 @@
-"""Names of metrics that MLflow takes.
+"""Metric names that MLflow accepts.
 
-MLflow refuses a whole request when the name of one of its metrics has other characters than
-letters, digits, `_`, `-`, `.`, `:`, spaces and slashes, or is long; and a slash makes a group.
+MLflow refuses a whole request if one metric's name is too long, or has characters other than
+letters, digits, `_`, `-`, `.`, `:`, spaces and slashes. A slash separates a group from the name.
 """
 
 import re
@@ -9,19 +9,19 @@ from collections.abc import Sequence
 
 MAP = "val/mAP"
 VALIDATION_LOSS = "val/loss"
-WATCHED_MAP = "train/mAP"  # on the fixed handful of training videos
+WATCHED_MAP = "train/mAP"  # on a few fixed training videos
 BEST_MAP = "best.mAP"  # tag of a run: mAP of the checkpoint that is its model
-MEMORY = "sweep/peak_memory_mb"  # of a sweep's trial
-UNSCORED = -1.0  # score of a checkpoint that was not evaluated: any other is better
+MEMORY = "sweep/peak_memory_mb"  # of a trial of a sweep
+UNSCORED = -1.0  # score of a checkpoint that was not evaluated: every mAP is better
 
-_MAX_LENGTH = 200  # MLflow's own limit is 250, with the groups in front
+_MAX_LENGTH = 200  # MLflow's limit is 250, groups included
 
 
 def safe_names(names: Sequence[str]) -> list[str]:
-    """Turn different names, such as those of classes, into different parts of metrics' names.
+    """Turn distinct names, such as those of classes, into distinct parts of metric names.
 
-    Characters that are refused become `_`; of names that are then equal, the later ones get a
-    number. A name that is allowed stays as it is.
+    Refused characters become `_`; if names become equal, the later ones get a number. Accepted
+    names stay unchanged.
     """
     safe = [_safe(name) for name in names]
     taken = {name for name, made in zip(names, safe, strict=True) if name == made}
@@ -37,7 +37,7 @@ def safe_names(names: Sequence[str]) -> list[str]:
 
 
 def safe_path(name: str) -> str:
-    """Turn a name such as `accuracy/plain, pretrained` into one that MLflow takes; slashes stay."""
+    """Turn a name such as `accuracy/plain, pretrained` into an accepted one; slashes stay."""
     return "/".join(_safe(part) for part in name.split("/"))
 
 

@@ -1,11 +1,10 @@
-"""A trained detector as an MLflow model: code plus a folder of weights, nothing pickled.
+"""Trained detector as an MLflow model: code plus a folder of weights, nothing pickled.
 
-MLflow runs this file when the model is loaded. `predict` takes videos by their path, their URI or
-their content:
+MLflow runs this file when it loads the model. `predict` takes videos by path, by URI or by content:
 
   python -m mlflow models serve --model-uri models:/NAME/1 --env-manager local --port 5001
 
-and then a POST to `/invocations` with the JSON
+and a POST to `/invocations` with the JSON
 
   {"inputs": ["/videos/a.mp4", "s3://bucket/b.mp4", "data:video/mp4;base64,AAAA..."]}
 """
@@ -34,8 +33,8 @@ class DetectorModel(PythonModel):
         """Read the saved detector that was logged with the model."""
         self.model = load_detector(context.artifacts["detector"])
 
-    # MLflow reads these annotations: it checks the input by them, and warns of any that it does
-    # not know, such as a data frame.
+    # MLflow validates the input by these annotations, and warns of types that it does not know,
+    # such as a data frame.
     def predict(  # type: ignore[no-untyped-def]
         self,
         context,  # noqa: ARG002 - MLflow calls it with these three
@@ -47,16 +46,16 @@ class DetectorModel(PythonModel):
         Args:
             context: given by MLflow.
             model_input: for each video a path, a URI that pyarrow opens (s3://, gs://, file://), or
-                its content as a data URI, `data:video/mp4;base64,...`.
+                the content as a data URI, `data:video/mp4;base64,...`.
             params: given by MLflow.
 
         Returns:
-            A row for each detection: `video`, `start` and `end` in seconds, `label`, `score`; the
-            best of a video first.
+            A row for each detection: `video`, `start` and `end` in seconds, `label`, `score`. Each
+            video's detections are sorted by score, the best first.
 
         Raises:
-            MlflowException: a video is not there or cannot be read; a server answers it as a
-                mistake of its user.
+            MlflowException: a video does not exist or cannot be read. The error code is that of an
+                invalid parameter, which a server reports as the client's error.
         """
         table = []
         for name in model_input:
@@ -77,11 +76,11 @@ def _source(name: str) -> str | bytes:
     if name.startswith("data:"):
         head, _, content = name.partition(",")
         if not head.endswith(";base64"):
-            raise ValueError("A video's content begins with data:video/mp4;base64, and no other.")
+            raise ValueError("A video's content must begin with data:video/mp4;base64,")
         try:
             return base64.b64decode(content, validate=True)
         except binascii.Error as problem:
-            raise ValueError(f"The content is no base64 ({problem}).") from problem
+            raise ValueError(f"The content is not base64 ({problem}).") from problem
     if "://" not in name:
         return name
     filesystem, path = pafs.FileSystem.from_uri(name)

@@ -1,7 +1,7 @@
-"""The trained detector that a command line names: a folder, or a model or a run in MLflow.
+"""Trained detectors and weights that a command line names: paths, URIs, models or runs of MLflow.
 
-Only `spec.json` and `weights.safetensors` of it are ever read: nothing is unpickled, and no code
-that came with a model is run.
+Only `spec.json` and `weights.safetensors` of a detector are read: nothing is unpickled, and no
+code that came with a model is run.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ def local_detector(model: str | None, scratch: Path, *, tracking: str, option: s
         The folder with `spec.json` and `weights.safetensors`.
 
     Raises:
-        UserError: there is no detector, or it was trained on features and sees no videos.
+        UserError: there is no detector, or it was trained on features and cannot take videos.
     """
     if model is not None and not Path(model).exists():
         if _RUN_ID.fullmatch(model):
@@ -69,12 +69,12 @@ def _model_of_run(run_id: str, tracking: str, option: str) -> str:
     except MlflowException as error:
         raise UserError(
             f"The model: neither a file nor a run of {tracking} is named {run_id}. Correct "
-            f"{option}, or say where the runs are."
+            f"{option} or the MLflow store."
         ) from error
     if MODEL_TAG not in tags:
         raise UserError(
-            f"The model: the run {run_id} of {tracking} has none; a training run has one once it "
-            f"has ended. Correct {option}."
+            f"The model: the run {run_id} of {tracking} has none; a training run logs its model "
+            f"when it ends. Correct {option}."
         )
     return tags[MODEL_TAG]
 
@@ -88,7 +88,7 @@ def _local(uri: str, scratch: Path) -> Path:
 
 
 def _detector_in(folder: Path, name: str, option: str) -> Path:
-    # an MLflow model keeps what it was logged with in `artifacts`
+    # an MLflow model keeps the files that were logged with it in `artifacts`
     inside = folder / "artifacts"
     try:
         found = detector_folder(inside if inside.is_dir() else folder)
@@ -109,17 +109,17 @@ def require_weights(
     """Check that there are weights at a path or URI.
 
     Args:
-        weights: path or URI, URI of an artifact or a model in MLflow, or name of torchvision's or
-            the Hugging Face Hub's, such as `torchvision:swin3d_t/KINETICS400_V1` and
-            `hf:MCG-NJU/videomae-base`; None for a random beginning.
-        option: the command-line option that sets them.
-        what: their name in the error's message.
+        weights: path or URI; URI of an artifact or a model in MLflow; or a name of torchvision or
+            the Hugging Face Hub, such as `torchvision:swin3d_t/KINETICS400_V1` and
+            `hf:MCG-NJU/videomae-base`. None for random initialization.
+        option: the command-line option that sets the weights.
+        what: name of the weights in the error's message.
 
     Returns:
-        The same; a path is made absolute.
+        `weights`, with a path made absolute.
 
     Raises:
-        UserError: there is nothing.
+        UserError: nothing exists at the path or URI.
     """
     if weights is None or weights.startswith(NAMED):
         return weights
@@ -129,7 +129,7 @@ def require_weights(
 def fetch_weights(
     weights: str | None, folder: Path, *, tracking_uri: str | None = None
 ) -> str | None:
-    """Bring weights onto this machine.
+    """Copy weights to this machine.
 
     Args:
         weights: result of `require_weights`.
@@ -137,10 +137,10 @@ def fetch_weights(
         tracking_uri: MLflow's store.
 
     Returns:
-        The path, or the name of published ones; None for a random beginning.
+        Path of the weights, or the name of published weights; None for random initialization.
 
     Raises:
-        UserError: there is nothing in MLflow.
+        UserError: MLflow has no such weights.
     """
     if weights is None or weights.startswith(NAMED):
         return weights
@@ -151,7 +151,7 @@ RecipeT = TypeVar("RecipeT", bound=AnyRecipe)
 
 
 def with_weights_here(recipe: RecipeT, folder: Path, *, tracking_uri: str | None) -> RecipeT:
-    """Bring the weights that a recipe names onto this machine, and name their copies instead.
+    """Copy the weights that a recipe names to this machine, and return it with their local paths.
 
     Args:
         recipe: recipe with absolute paths.

@@ -1,7 +1,7 @@
-"""Progress of a command: its own stages, and what the processes of a run post.
+"""Progress of a command: its own stages, and posts from the processes of a run.
 
-Ray prefixes and repeats what workers print. So they post to a small actor, and the driver, whose
-standard output the user sees (or `ray job logs -f` shows), prints.
+Ray prefixes and repeats what workers print. So workers post to a small actor, and the driver prints
+the posts: its standard output is what the user, or `ray job logs -f`, sees.
 """
 
 import threading
@@ -14,22 +14,22 @@ import ray
 
 from pipelines.core.clock import duration
 
-_SECONDS = 5.0  # between two lines of the same count
+_SECONDS = 5.0  # between two lines of one count
 
 
 @contextmanager
 def doing(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show what is being done while the block runs, before a run has progress of its own.
+    """Show a stage of work while the block runs, before a run has progress of its own.
 
-    On a terminal it is a line that goes away; elsewhere, as in a job's log, it is printed.
+    A terminal shows a line that disappears at the end; a file, such as a job's log, gets lines.
 
     Args:
         what: the work, such as "starting Ray".
 
     Yields:
-        Function that shows how much is done, given the numbers that are done and of all.
+        Function that shows the progress, given the numbers of finished and of all items.
     """
-    from rich.console import Console  # workers, which show nothing themselves, need not load it
+    from rich.console import Console  # here: workers print nothing and need not import it
 
     console = Console()
     if console.is_terminal:
@@ -49,7 +49,7 @@ def doing(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 class _Board:
-    """Posts that wait until the driver fetches them."""
+    """Actor that holds posts until the driver fetches them."""
 
     def __init__(self) -> None:
         self._posted: list[Any] = []
@@ -63,10 +63,10 @@ class _Board:
 
 
 class ProgressPrinter:
-    """Display, in the driver, of what other processes post while the `with` block runs.
+    """Printer, in the driver, of other processes' posts while the `with` block runs.
 
     Args:
-        show: function that is given each post; by default posts are lines to print.
+        show: function called with each post; by default posts are lines to print.
         interval: seconds between fetches.
 
     Attributes:
@@ -109,11 +109,11 @@ def _print(line: str) -> None:
 
 
 class VideoCounter:
-    """Count of the videos that are done, with a line of progress now and then.
+    """Counter of finished videos that prints a line of progress from time to time.
 
     Args:
         videos: number of videos.
-        seconds: length of all of them.
+        seconds: total length of the videos.
         interval: seconds between lines.
     """
 
@@ -129,15 +129,15 @@ class VideoCounter:
         return self._made / (time.perf_counter() - self._began)
 
     def made(self, seconds: float) -> None:
-        """Count seconds of a video that are done."""
+        """Count finished seconds of a video."""
         self._made += seconds
         self._left -= seconds
 
     def through(self, *, not_made: float = 0.0) -> None:
-        """Count a video that is done.
+        """Count a finished video.
 
         Args:
-            not_made: seconds of it that will never be done, because it failed.
+            not_made: seconds of the video that will never be finished, because it failed.
         """
         self._through += 1
         self._left -= not_made

@@ -1,4 +1,4 @@
-"""Resources of the cluster, and checks that it can hold a run: Ray itself would wait for ever."""
+"""Resources of the cluster, and checks that a run fits; without them Ray would wait for ever."""
 
 import os
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from re2tal.errors import UserError
 
 _ASKED_SECONDS = 120.0
 CLUSTER_MAX = "RE2TAL_CLUSTER_MAX"
-"""Environment variable with the largest resources of a cluster that starts nodes by itself."""
+"""Environment variable with the largest resources of a cluster with an autoscaler."""
 
 
 def check_resources(scale: ScaleConfig) -> None:
@@ -35,13 +35,13 @@ def check_resources(scale: ScaleConfig) -> None:
 
 
 def require_resources(*, cpus: float, gpus: int, who: str, advice: str) -> None:
-    """Compare needs with what the whole cluster has, or may grow to.
+    """Compare needs with the resources that the whole cluster has or may grow to.
 
     Args:
         cpus: number of logical CPUs that are needed.
         gpus: number of GPUs that are needed.
         who: subject of the error's message, in the plural.
-        advice: sentence on what to do.
+        advice: last sentence of the error's message.
 
     Raises:
         UserError: the cluster is too small.
@@ -58,13 +58,13 @@ def require_resources(*, cpus: float, gpus: int, who: str, advice: str) -> None:
 
 
 def capacity() -> dict[str, float]:
-    """Return the cluster's resources by name, with nodes that it may still start by itself.
+    """Return the cluster's resources by name, including nodes that its autoscaler may start.
 
-    Ray does not tell jobs what its autoscaler may start, so the maker of a cluster states it in the
-    environment of its head: `RE2TAL_CLUSTER_MAX=CPU=128,GPU=8`.
+    Ray does not tell jobs the limits of its autoscaler. The cluster's configuration sets them in
+    the environment of the head: `RE2TAL_CLUSTER_MAX=CPU=128,GPU=8`.
 
     Raises:
-        UserError: the variable cannot be read.
+        UserError: the variable cannot be parsed.
     """
     have = dict(ray.cluster_resources())
     stated = os.environ.get(CLUSTER_MAX, "")
@@ -82,7 +82,7 @@ def capacity() -> dict[str, float]:
 def free_gpu_memory() -> list[int]:
     """List the free bytes of all GPUs of this machine, or of the cluster that was joined.
 
-    Nodes are asked outside of Ray's accounts, so that one answers whose GPUs are all in use.
+    The tasks that read them request no CPU and no GPU, so that busy nodes answer too.
 
     Raises:
         UserError: a node does not answer.
@@ -93,7 +93,7 @@ def free_gpu_memory() -> list[int]:
     answers = [
         ray.remote(
             num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)
-        )(free_memory).remote(hidden=True)  # Ray hides them from what asks for none
+        )(free_memory).remote(hidden=True)  # Ray hides GPUs from tasks that request none
         for n in nodes
     ]
     try:
@@ -101,13 +101,13 @@ def free_gpu_memory() -> list[int]:
     except (GetTimeoutError, RayError) as failed:
         reason = (str(failed).splitlines() or [type(failed).__name__])[-1]
         raise UserError(
-            f"The cluster's GPUs could not be asked for their memory: {reason}"
+            f"The free memory of the cluster's GPUs could not be read: {reason}"
         ) from failed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pool:
-    """`PoolConfig` with all choices made for a cluster."""
+    """`PoolConfig` with all defaults filled in for a cluster."""
 
     actors: int
     gpu: bool
@@ -121,11 +121,11 @@ class Pool:
     def map_batches(
         self, dataset: Any, actor: type, *, batch_size: int = 1, **arguments: Any
     ) -> Any:
-        """Have the actors work on the rows of a Ray Dataset.
+        """Map the actors over the rows of a Ray Dataset.
 
         Args:
             dataset: decoded rows.
-            actor: class whose objects are called with batches of NumPy arrays.
+            actor: class whose instances are called with batches of NumPy arrays.
             batch_size: number of rows in a batch.
             arguments: arguments of the actor's `__init__`.
         """
@@ -140,11 +140,11 @@ class Pool:
 
 
 def pool_for(config: PoolConfig, *, cpu_share: float = 0.0) -> Pool:
-    """Make the open choices of a pool, and check that the cluster can hold it.
+    """Fill in the defaults of a pool, and check that the cluster can hold it.
 
     Args:
         config: options of the pool.
-        cpu_share: default number of actors without GPUs, as a share of the CPUs; at least one.
+        cpu_share: without GPUs, default number of actors as a share of the CPUs; at least one.
 
     Raises:
         UserError: CPUs or GPUs do not suffice for the actors and one decoding task.

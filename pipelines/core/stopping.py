@@ -1,4 +1,4 @@
-"""Stop of a command by Ctrl-C or SIGTERM: announced at once, and at once when they come again."""
+"""Stop of a command by Ctrl-C or SIGTERM: orderly at the first signal, at once at the second."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def goes_on() -> str:
-    """Say how to go on with a command that keeps each piece of work once it is done."""
+    """Return the sentence about continuing a command that saves each finished piece of work."""
     return "what is done is kept: give the same command again to go on"
 
 
@@ -20,10 +20,11 @@ def goes_on() -> str:
 def stoppable(kept: Callable[[], str]) -> Iterator[None]:
     """End the block by `SystemExit` on the first SIGINT or SIGTERM, and the process on the second.
 
-    Outside the main thread, which alone receives signals, nothing is changed.
+    Outside the main thread, the only one that receives signals, this does nothing.
 
     Args:
-        kept: function that says, once the block has ended, what is kept and how to go on.
+        kept: function called once the block has ended; returns the sentence about kept work and how
+            to continue.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -45,7 +46,7 @@ def stoppable(kept: Callable[[], str]) -> Iterator[None]:
     finally:
         if code:
             _say(kept())
-            raise SystemExit(code)  # again, because Ray makes a SystemExit(1) of it
+            raise SystemExit(code)  # again, because Ray turns the first into SystemExit(1)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -56,5 +57,5 @@ def _end(number: int, _: FrameType | None) -> NoReturn:
 
 
 def _say(line: str) -> None:
-    """Write a line past Python's buffers, which the interrupted code may be writing to."""
+    """Write a line to the descriptor: the interrupted code may be writing to Python's buffers."""
     os.write(2, f"{line}\n".encode())

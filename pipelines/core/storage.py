@@ -1,4 +1,4 @@
-"""Files by path or by URI: annotations, weights and videos, local or in an object store."""
+"""Files by path or URI: annotations, weights and videos, local or in an object store."""
 
 import errno
 import hashlib
@@ -21,12 +21,12 @@ from re2tal.errors import UserError
 
 _Found = TypeVar("_Found")
 
-_HEAD = 1 << 16  # bytes at the beginning of a file that tell it from others
-_READERS = 16  # threads: reading beginnings is mostly waiting
+_HEAD = 1 << 16  # bytes at the beginning of a file that distinguish it from others
+_READERS = 16  # threads: reading beginnings is mostly waiting for storage
 
 PARTIAL = ".partial-"  # in the names of files that are not whole
 _BLOCK = 2**20
-_SPARE = 32 * 2**20  # bytes that stay free beside a checkpoint: the tracking writes there too
+_SPARE = 32 * 2**20  # bytes that stay free beside a checkpoint: MLflow's database lies there too
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)
 _AGAIN = "and give the same command again: it goes on."
@@ -35,7 +35,7 @@ _AGAIN = "and give the same command again: it goes on."
 BACKBONE_FILE = "backbone.safetensors"
 """Weights of a backbone, in a model or among the artifacts of a run."""
 
-# URIs of MLflow: an artifact of a run, a model, an artifact that a tracking server hands out.
+# Prefixes of MLflow's URIs: an artifact of a run, a model, an artifact on a tracking server.
 MLFLOW = ("runs:/", "models:/", "mlflow-artifacts:/")
 
 
@@ -51,16 +51,16 @@ def require(uri: str | None, *, what: str, option: str) -> str:
     """Check that something exists at a path or URI.
 
     Args:
-        uri: the path or URI, None if none was given. Whether a URI of MLflow leads anywhere is
-            found out by `local_copy`.
-        what: name of the thing in the message ("the annotations").
+        uri: the path or URI, None if none was given. URIs of MLflow are not checked here, but by
+            `local_copy`.
+        what: name of the input in the message ("The annotations").
         option: command-line option that sets it.
 
     Returns:
         The same URI, or the absolute path.
 
     Raises:
-        UserError: it was not given, is not there, cannot be reached or is no regular file.
+        UserError: `uri` was not given, does not exist, cannot be reached or is no regular file.
     """
     if uri is None:
         raise UserError(f"{what}: no path given. Say where with {option} PATH_OR_URI.")
@@ -81,7 +81,7 @@ def require(uri: str | None, *, what: str, option: str) -> str:
 
 
 def open_source(uri: str) -> str | BinaryIO:
-    """Return a source for PyAV: a local path as it is, a remote object as a seekable file."""
+    """Return a source for PyAV: a local path unchanged, a remote object as a seekable file."""
     if "://" not in uri:
         return uri
     filesystem, path = resolve(uri)
@@ -90,23 +90,23 @@ def open_source(uri: str) -> str | BinaryIO:
 
 
 def absolute(uri: str) -> str:
-    """Return a URI as it is, and a path made absolute for processes in other folders."""
+    """Make a path absolute, for processes in other folders; a URI stays unchanged."""
     remote = "://" in uri or uri.startswith(MLFLOW)
     return uri if remote else str(Path(uri).expanduser().absolute())
 
 
 def join(folder: str, name: str) -> str:
-    """Return the path or URI of something in a folder; its name may hold slashes."""
+    """Return the path or URI of a file or folder in a folder; its name may contain slashes."""
     return f"{folder.rstrip('/')}/{name}"
 
 
 def _files(
     uri: str, *, recursive: bool = False, missing: bool = False
 ) -> dict[str, tuple[str, int]]:
-    """Return the path or URI and the bytes of the files in a folder, in the order of their names.
+    """Return path or URI and size of the files in a folder, sorted by name.
 
-    They are named by their path in the folder, with slashes. With `missing` there are none in a
-    folder that is not there; else that is an error.
+    Names are paths inside the folder, with slashes. With `missing`, a folder that does not exist
+    counts as empty; otherwise it is an error.
     """
     filesystem, path = resolve(uri)
     selector = pafs.FileSelector(path, allow_not_found=missing, recursive=recursive)
@@ -120,18 +120,19 @@ def _files(
 
 
 def database_url(file: str | Path) -> str:
-    """Return the URL by which MLflow and Optuna find a SQLite file, which they make if missing.
+    """Return the URL of a SQLite file for MLflow and Optuna, which create the file if missing.
 
-    SQLAlchemy decodes `%` and two digits in it, and takes all after a `?` for options.
+    `%` and `?` are quoted: SQLAlchemy decodes `%` with two digits, and treats all after a `?` as
+    options.
     """
     name = str(file)
     quoted = name.replace("%", "%25").replace("?", "%3F")
-    # with the driver's name, because MLflow would make an empty folder of the quoted name
+    # with the driver's name: otherwise MLflow would make an empty folder with the quoted name
     return f"{'sqlite' if quoted == name else 'sqlite+pysqlite'}:///{quoted}"
 
 
 def database_file(url: str) -> Path | None:
-    """Return the SQLite file that a database's URL names; None for another kind of store."""
+    """Return the SQLite file of a database URL; None for other kinds of stores."""
     kind, found, rest = url.partition(":///")
     if not found or kind.partition("+")[0] != "sqlite":
         return None
@@ -139,28 +140,28 @@ def database_file(url: str) -> Path | None:
 
 
 def list_files(uri: str) -> dict[str, str]:
-    """Return the path or URI of the files directly in a folder, by name."""
+    """Map the names of the files directly in a folder to their paths or URIs."""
     return {name: place for name, (place, _) in _files(uri).items()}
 
 
 def walk_files(uri: str) -> dict[str, str]:
-    """Return the path or URI of the files in a folder and all folders in it, by path in it."""
+    """Map the files in a folder and its subfolders, by path inside it, to their paths or URIs."""
     return {name: place for name, (place, _) in _files(uri, recursive=True).items()}
 
 
 def file_sizes(uri: str) -> dict[str, int]:
-    """Return the bytes of the files directly in a folder, which may be missing, by name."""
+    """Map the names of the files directly in a folder, which may be missing, to their bytes."""
     return {name: size for name, (_, size) in _files(uri, missing=True).items()}
 
 
 def sizes_below(uri: str) -> dict[str, int]:
-    """Return the bytes of the files in a folder, which may be missing, and all folders in it."""
+    """Map the files in a folder, which may be missing, and its subfolders to their bytes."""
     files = _files(uri, recursive=True, missing=True)
     return {name: size for name, (_, size) in files.items()}
 
 
 def folders_in(uri: str) -> list[str]:
-    """Return the names of the folders in a folder, which may be missing, in their order."""
+    """Return the sorted names of the folders in a folder, which may be missing."""
     filesystem, path = resolve(uri)
     found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
     return sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
@@ -174,13 +175,13 @@ def file_size(uri: str) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stamp:
-    """Signs by which a file that was replaced by another one of its name is known.
+    """Signs by which a file is recognised, to detect that another one replaced it.
 
     Attributes:
-        bytes: its size.
+        bytes: size of the file.
         head: digest of its first bytes; empty if it is not known.
-        modified: time of its last modification in nanoseconds since 1970; None if it is not to
-            count, as in files that must be the same wherever they are made.
+        modified: time of its last modification in nanoseconds since 1970; None if the time is not
+            compared, as for shards, whose bytes must not depend on it.
     """
 
     bytes: int
@@ -189,14 +190,15 @@ class Stamp:
 
     @property
     def undated(self) -> "Stamp":
-        """The same without the time."""
+        """This stamp without the time."""
         return replace(self, modified=None)
 
 
 def stamps_of(uris: Mapping[str, str]) -> dict[str, Stamp]:
-    """Return the stamps of files by the names that their paths or URIs have here.
+    """Read the stamps of files; `uris` maps names to paths or URIs.
 
-    Those that cannot be read are left out.
+    Returns:
+        Name to stamp; unreadable files are left out.
     """
 
     def read(uri: str) -> Stamp | None:
@@ -214,10 +216,10 @@ def stamps_of(uris: Mapping[str, str]) -> dict[str, Stamp]:
 
 
 def replaced_files(uris: Mapping[str, str], stamps: Mapping[str, Stamp]) -> list[str]:
-    """Find the files that are no longer those that bore the stamps, both by name.
+    """Find the files that no longer match their stamps; both mappings are by name.
 
-    A file of the same size and time of modification counts as the same; of one of another time, as
-    after copying, the beginning is read. A file that is gone was not replaced.
+    A file with the same size and modification time counts as unchanged. If only the time differs,
+    as after copying, the beginning is compared. A missing file was not replaced.
     """
 
     def look(uri: str) -> Any:
@@ -240,7 +242,7 @@ def replaced_files(uris: Mapping[str, str], stamps: Mapping[str, Stamp]) -> list
 
 
 def _of_each(uris: Mapping[str, str], function: Callable[[str], _Found]) -> dict[str, _Found]:
-    """Return what a function finds at each of some paths or URIs, by name."""
+    """Apply a function to paths or URIs in threads, and return its results by name."""
     with ThreadPoolExecutor(max_workers=_READERS) as pool:
         return dict(zip(uris, pool.map(function, uris.values()), strict=True))
 
@@ -249,7 +251,7 @@ def read_bytes(uri: str) -> bytes:
     """Return the content of a file.
 
     Raises:
-        OSError: it cannot be read, or is no regular file.
+        OSError: the file cannot be read, or is no regular file.
     """
     filesystem, path = resolve(uri)
     if "://" not in uri and filesystem.get_file_info(path).type == pafs.FileType.Unknown:
@@ -272,8 +274,8 @@ def crc32(uri: str) -> str:
 def replacing(uri: str) -> Iterator[Any]:
     """Open a file for writing that gets its name only once it is whole.
 
-    Until then it lies beside it, under a name of its own that contains `PARTIAL`. If writing fails,
-    what had the name before keeps it. The folder is made if it is missing.
+    Until then it has a unique temporary name in the same folder, which contains `PARTIAL`. If
+    writing fails, an existing file stays untouched. A missing folder is created.
 
     Args:
         uri: path or URI of the file.
@@ -298,20 +300,20 @@ def remove(uri: str) -> None:
 
 
 def remove_folder(uri: str) -> None:
-    """Delete a folder and all that is in it."""
+    """Delete a folder with its content."""
     filesystem, path = resolve(uri)
     filesystem.delete_dir(path)
 
 
 def require_room(folder: str, wanted: int, *, what: str) -> None:
-    """Check that a folder can be written to and has room for a file or folder to come.
+    """Check that a folder is writable and has room for a new file or folder.
 
-    An object store is not asked: it has room.
+    Object stores are not checked.
 
     Args:
-        folder: path or URI; where it is missing, the folder around it counts.
-        wanted: bytes of the thing.
-        what: name of the thing in the message ("a checkpoint").
+        folder: path or URI; if it is missing, its nearest existing parent is checked.
+        wanted: bytes of the new file or folder.
+        what: its name in the message ("a checkpoint").
 
     Raises:
         UserError: the disk is too full, or the folder cannot be written to.
@@ -325,21 +327,21 @@ def require_room(folder: str, wanted: int, *, what: str) -> None:
         there = shutil.disk_usage(place).free
     if there < wanted + _SPARE:
         raise UserError(
-            f"There is no room for {what}: {_size(wanted + _SPARE)} are wanted in {folder}, "
+            f"There is no room for {what}: {_size(wanted + _SPARE)} are needed in {folder}, "
             f"{_size(there)} are free. Make room, {_AGAIN}"
         )
 
 
 @contextmanager
 def writing_to(folder: str, *, what: str) -> Iterator[None]:
-    """Turn the error of a disk that is full or read-only into one sentence.
+    """Turn the error of a full or read-only disk into one sentence.
 
     Args:
         folder: folder that the block writes to.
-        what: name of the thing that is written ("a checkpoint").
+        what: name of the written file or folder in the message ("a checkpoint").
 
     Raises:
-        UserError: the disk became full, or the folder cannot be written to.
+        UserError: the disk is full, or the folder is not writable.
     """
     try:
         yield
@@ -362,13 +364,13 @@ def _size(count: int) -> str:
 
 
 def is_folder(uri: str) -> bool:
-    """Return whether there is a folder at a path or URI."""
+    """Tell whether there is a folder at a path or URI."""
     filesystem, path = resolve(uri)
     return bool(filesystem.get_file_info(path).type == pafs.FileType.Directory)
 
 
 def local_copy(uri: str, folder: Path, *, tracking_uri: str | None = None) -> Path:
-    """Return a local path to a file, copied into `folder` first when it is remote.
+    """Return a local path to a file; a remote file is copied into `folder` first.
 
     Args:
         uri: path or URI of a file, or a URI of MLflow: `runs:/<run>/<path>` of an artifact, or
@@ -377,7 +379,7 @@ def local_copy(uri: str, folder: Path, *, tracking_uri: str | None = None) -> Pa
         tracking_uri: MLflow's store; None for the one that is set in this process.
 
     Raises:
-        UserError: a URI of MLflow leads to no such file.
+        UserError: MLflow has no such file.
     """
     if uri.startswith(MLFLOW):
         return _from_mlflow(uri, folder, tracking_uri)
@@ -408,26 +410,26 @@ def fetch(uri: str, folder: Path, *, tracking_uri: str | None, what: str) -> Pat
     Args:
         uri: `runs:/RUN/NAME`, `models:/NAME/VERSION` or `mlflow-artifacts:/...`.
         folder: existing folder that receives it.
-        tracking_uri: MLflow's store; None for that of this process.
-        what: name of the thing in the message ("The model").
+        tracking_uri: MLflow's store; None for the one that is set in this process.
+        what: name of the artifact in the message ("The model").
 
     Raises:
-        UserError: there is nothing.
+        UserError: MLflow has no such artifact.
     """
-    # here, because decoding processes import this module and should start in a moment
+    # imported here: decoding processes import this module and should start fast
     import mlflow
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     if tracking_uri is not None:
-        # set for this process: with only an argument, `models:/` would be looked for elsewhere
+        # for the whole process: MLflow would not use an argument for `models:/`
         mlflow.set_tracking_uri(tracking_uri)
     try:
         return Path(download_artifacts(artifact_uri=uri, dst_path=str(folder)))
     except (MlflowException, OSError) as error:
         store = mlflow.get_tracking_uri()
         raise UserError(
-            f"{what}: {uri} cannot be had from MLflow's store {store} ({error}). Correct the URI, "
-            "or say where the runs are."
+            f"{what}: {uri} cannot be downloaded from MLflow's store {store} ({error}). Correct "
+            "the URI or the store."
         ) from error

@@ -1,8 +1,8 @@
 """CSV files for programs and spreadsheets alike.
 
-A spreadsheet takes a cell that begins with one of `=+-@`, a tab or a line break for a formula, and
-may run what a class or a file is called. As OWASP advises, such a text gets an apostrophe in front,
-which `read_csv` removes. Numbers stay numbers.
+Spreadsheets treat a cell that begins with one of `=+-@`, a tab or a line break as a formula, so the
+name of a class or file could run as code. As OWASP advises, such a text gets an apostrophe in
+front, which `read_csv` removes. Numbers stay numbers.
 """
 
 import csv
@@ -14,7 +14,7 @@ from typing import Any
 
 from re2tal.atomic import replacing
 
-# A text that would look like a guarded one gets one more apostrophe, so that none is lost.
+# Apostrophes count too: a text that looks guarded gets one more, so that reading restores it.
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
 
 
@@ -29,13 +29,13 @@ def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a table, in UTF-8; an existing file is replaced when the new one is whole."""
+    """Write a table in UTF-8; an existing file is replaced once the new one is whole."""
     with replacing(path) as partial:
         partial.write_text(csv_text(columns, rows), encoding="utf-8", newline="")
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Read a table that `write_csv` wrote: its rows, with all values as texts."""
+    """Read the rows of a table that `write_csv` wrote, with all values as strings."""
     with path.open(encoding="utf-8", newline="") as file:
         header, *rows = ([_bare(cell) for cell in row] for row in csv.reader(file))
     return [dict(zip(header, row, strict=True)) for row in rows]

@@ -1,9 +1,9 @@
-"""MLflow: one run for each training run, written in batches that no step waits for.
+"""MLflow tracking: one run for each training run, written in batches without blocking a step.
 
-The driver opens the store and makes the run (a new database that several processes open at once is
-corrupted); rank 0 only appends metrics, through a client of its own.
+The driver opens the store and creates the run, because several processes that open a new database
+at once corrupt it. Rank 0 only appends metrics, through its own client.
 
-MLflow is imported in the functions that need it: it takes longer than the rest of a `--help`.
+MLflow is imported in the functions that need it: its import takes longer than all else of `--help`.
 """
 
 import dataclasses
@@ -38,16 +38,16 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 
-_MAX_METRICS = 1000  # per request; MLflow refuses more
-_MAX_PARAMS = 100
-_REFUSED = "INVALID_PARAMETER_VALUE"  # code of a request that is wrong whenever it is sent
+_MAX_METRICS = 1000  # MLflow's limit per request
+_MAX_PARAMS = 100  # likewise
+_REFUSED = "INVALID_PARAMETER_VALUE"  # error code of a wrong request: sending it again is useless
 _LOG = logging.getLogger(__name__)
 _ENDINGS = ("FINISHED", "FAILED", "KILLED")
-_mine: dict[str, "Run"] = {}  # runs of this process that have not ended
+_mine: dict[str, "Run"] = {}  # active runs of this process, by id
 DIGEST = 36
 """Number of characters that MLflow keeps of a data set's digest."""
 DRIVER = "re2tal.driver"
-"""Tag of a run: the process that works on it."""
+"""Tag of a run with the process that works on it."""
 
 
 class Tracked(Protocol):
@@ -64,7 +64,7 @@ class Tracked(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """Tracking URI and id of an MLflow run: plain strings, which any process can receive."""
+    """Tracking URI and id of an MLflow run: plain strings, which can be sent to any process."""
 
     uri: str
     run_id: str
@@ -91,13 +91,13 @@ def tracking_uri(output: str | Path) -> str:
         return server
     if "://" in str(output):
         raise UserError(
-            f"{output} can hold checkpoints, but not MLflow's data base: name a tracking server in "
+            f"{output} can hold checkpoints, but not MLflow's database: name a tracking server in "
             "the environment variable MLFLOW_TRACKING_URI, or a local folder."
         )
     return database_url(f"{output}/mlflow.db")
 
 
-# The UI opens an experiment without it as one of language models, with traces instead of runs.
+# Without this tag the UI shows an experiment as one of language models: traces instead of runs.
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
 
 
@@ -119,7 +119,7 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         value = getattr(config, item.name)
         name = f"{prefix}{item.name}"
         if dataclasses.is_dataclass(value):
-            if type(value) is not item.type:  # one of several: a backbone, a localizer
+            if type(value) is not item.type:  # one of several classes, as of backbones: name it
                 yield name, type(value).__name__
             yield from flatten(value, f"{name}.")
         else:
@@ -127,7 +127,7 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _tags(config: Tracked) -> "list[RunTag]":
-    """Return what every run is described by: its name, who made it by which command, versions."""
+    """Return the tags of every run: name, versions, user, command and commit."""
     from mlflow.entities import RunTag, SourceType
     from mlflow.utils import mlflow_tags
 
@@ -158,9 +158,9 @@ def _user() -> str:
 
 
 def _parameters(config: Tracked) -> dict[str, str]:
-    """Return the leaves of a configuration, but for those that play no part in a run on features.
+    """Return the leaves of a configuration, without those that a run on features does not use.
 
-    Of these `pipelines.data.feature_stream.without_backbone` has set others to nothing already.
+    `pipelines.data.feature_stream.without_backbone` has cleared the other unused ones already.
     """
     found = {name: str(value) for name, value in flatten(config)}
     if found.get("data.features", "None") != "None":
@@ -190,11 +190,11 @@ _OF_TIME = ("data.augmentation.speed", "data.augmentation.reverse")
 
 
 def open_store(experiment: str, *, output: str | Path) -> "tuple[MlflowClient, str, str]":
-    """Open the store; make it and the experiment if they are missing.
+    """Open the store; create it and the experiment if they are missing.
 
     Args:
         experiment: name of the experiment.
-        output: folder of the default store; a URI only if a server is set.
+        output: folder of the default store; may be a URI only if a server is set.
 
     Returns:
         A client, the tracking URI and the experiment's id.
@@ -205,21 +205,21 @@ def open_store(experiment: str, *, output: str | Path) -> "tuple[MlflowClient, s
     """
     from mlflow.tracking import MlflowClient
 
-    for name in ("alembic", "mlflow.store.db.utils"):  # they log each table of a new store
+    for name in ("alembic", "mlflow.store.db.utils"):  # these log each table of a new store
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = tracking_uri(output)
     file = database_file(uri)
-    # the output first, as where a run is looked for and made if it is not there
+    # the output's lock first, the order of all callers that find or create runs: no deadlock
     with underway.alone(output):
         with underway.alone(output if file is None else file.parent):
-            client = MlflowClient(uri)  # makes the tables
+            client = MlflowClient(uri)  # creates the tables
             experiment_id = _experiment_id(client, uri, experiment, output)
         _settle(client, output)
     return client, uri, experiment_id
 
 
 def _settle(client: "MlflowClient", output: str | Path) -> None:
-    """End the runs in an output whose process is gone, as it ended or else as KILLED."""
+    """End the runs whose process is gone in MLflow: with their noted ending, or as KILLED."""
     from mlflow.exceptions import MlflowException
 
     for run_id, ending in underway.left_behind(output).items():
@@ -228,7 +228,7 @@ def _settle(client: "MlflowClient", output: str | Path) -> None:
             known = ending.get("status") in _ENDINGS
             if known or client.get_run(run_id).info.status == "RUNNING":
                 _tell_end(run, ending["status"] if known else "KILLED", ending.get("error"))
-        except MlflowException:  # it is in another store
+        except MlflowException:  # the run is in another store
             continue
         underway.forget(output, run_id)
 
@@ -241,14 +241,14 @@ def create_run(
     tags: Mapping[str, str],
     work: str = "",
 ) -> Run:
-    """Make a run that this process works on.
+    """Create a run that this process works on.
 
     Args:
         client: client of the store.
         experiment: the experiment's id.
-        output: folder of the default store, in which a note says that the run is under way.
-        tags: tags of the run, beside the one that names this process.
-        work: fingerprint of its configuration.
+        output: folder of the default store, which receives a note that the run is active.
+        tags: tags of the run, in addition to the one that names this process.
+        work: fingerprint of the run's configuration.
     """
     made = client.create_run(experiment, tags={**tags, DRIVER: underway.this_process()})
     run = Run(uri=client.tracking_uri, run_id=made.info.run_id)
@@ -262,7 +262,7 @@ def _begin(run: Run, output: str | Path, work: str = "") -> None:
 
 
 def take_up(run: Run, *, output: str | Path) -> None:
-    """Make this process go on with a run that has ended, or whose process is gone."""
+    """Reopen a run that has ended, or whose process is gone, for this process to continue."""
     client = run.client
     client.update_run(run.run_id, status="RUNNING")
     client.set_tag(run.run_id, DRIVER, underway.this_process())
@@ -283,9 +283,9 @@ def start_run(
     Args:
         recipe: the configuration, a dataclass.
         output: folder of the default store; made if it is missing.
-        tags: tags of this run, beside those that every run has.
-        once: refuse while another process works on the same configuration, whose files it would
-            write too.
+        tags: tags of this run, in addition to those that every run has.
+        once: raise if another process works on the same configuration, because both would write the
+            same files.
 
     Raises:
         MlflowException: the store cannot be reached.
@@ -299,8 +299,8 @@ def start_run(
         client, uri, experiment = open_store(recipe.experiment, output=output)
         if once and (other := underway.worker_on(output, work)):
             raise UserError(
-                f"The same is under way in {underway.described(other[1])}: MLflow run {other[0]} "
-                f"in {uri}. Wait for it or end it."
+                f"The same work is under way in {underway.described(other[1])}: MLflow run "
+                f"{other[0]} in {uri}. Wait for it or end it."
             )
         run = create_run(client, experiment, output=output, tags=tags or {}, work=work)
     for start in range(0, len(params), _MAX_PARAMS):
@@ -326,13 +326,13 @@ def _origin(client: "MlflowClient", tags: Mapping[str, str]) -> dict[str, str]:
 
 
 def log_dataset(run: Run, *, source: str, digest: str, subsets: Mapping[str, str]) -> None:
-    """Record the data that a run reads: its subsets, and the file and fingerprint of its labels.
+    """Record the data of a run: its subsets, and the file and fingerprint of the annotations.
 
     Args:
         run: the run.
         source: path or URI of the annotations.
         digest: fingerprint of the annotations.
-        subsets: use, such as "training" and "validation" -> name of the data that is used for it.
+        subsets: use, such as "training" or "validation", to the name of the data used for it.
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag
     from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
@@ -354,22 +354,22 @@ def log_dataset(run: Run, *, source: str, digest: str, subsets: Mapping[str, str
 
 
 def log_text(run: Run, lines: Sequence[str], name: str) -> None:
-    """Write lines to the artifact `name` of a run; no artifact if there are no lines."""
+    """Write lines to the artifact `name` of a run; without lines there is no artifact."""
     if lines:
         run.client.log_text(run.run_id, "\n".join(lines) + "\n", name)
 
 
 def last_steps(run: Run) -> dict[str, int]:
-    """Return the last step at which each metric of a run is logged, by the metric's name."""
-    # MLflow's entity tells values alone; its message holds the steps too
+    """Return the last logged step of each metric of a run, by the metric's name."""
+    # MLflow's entity has only the values; its protobuf message has the steps too
     found = run.client.get_run(run.run_id).data.to_proto().metrics
     return {metric.key: metric.step for metric in found}
 
 
 def log_metrics(run: Run, metrics: Mapping[str, float], *, step: int, again: bool = True) -> None:
-    """Write a few metrics at once and wait for it; in the loop use a `MetricLogger`.
+    """Write metrics and wait for the store; training loops use a `MetricLogger` instead.
 
-    With `again` false, those that the run has at this step or a later one are left out.
+    With `again` false, metrics that the run has at this step or a later one are left out.
     """
     from mlflow.entities import Metric
 
@@ -385,10 +385,10 @@ def log_metrics(run: Run, metrics: Mapping[str, float], *, step: int, again: boo
 
 @contextmanager
 def finishing(run: Run) -> Iterator[None]:
-    """End a run as its block ends: FINISHED, KILLED (interrupted), FAILED with the error's text.
+    """End a run with its block: as FINISHED, KILLED (interrupted) or FAILED with the error's text.
 
-    The block's error stays the error that is raised. If MLflow does not take the end, that is a
-    note of it, and the next command in the same output tells MLflow.
+    The block's own error is raised. If MLflow cannot record the ending, the error gets a note, and
+    the next command with the same output records it.
     """
     try:
         yield
@@ -397,7 +397,7 @@ def finishing(run: Run) -> Iterator[None]:
         if problem := end_run(run, "FAILED", error=text):
             error.add_note(problem)
         raise
-    except BaseException as stop:  # no error: somebody wants it to stop
+    except BaseException as stop:  # an interruption, not an error
         if problem := end_run(run, "KILLED"):
             stop.add_note(problem)
         raise
@@ -414,23 +414,23 @@ def end_run(run: Run, status: str, *, error: str | None = None) -> str:
         error: text of the error that ended it.
 
     Returns:
-        A sentence that says so if MLflow did not take it; else nothing.
+        A sentence about the problem if MLflow could not record the ending, else an empty string.
     """
     _mine.pop(run.run_id, None)
     with _impatient():
         try:
             _tell_end(run, status, error)
-        except Exception as problem:  # whatever it is, it must not hide the run's own error
+        except Exception as problem:  # any problem here must not hide the run's own error
             noted = underway.leave(run.run_id, status=status, error=error)
-            later = "The next command in the same output tells it." if noted else ""
+            later = "The next command with the same output records it." if noted else ""
             reason = next(iter(str(problem).splitlines()), type(problem).__name__)[:300]
-            return f"MLflow could not be told that the run is {status} ({reason}). {later}".strip()
+            return f"MLflow could not record that the run is {status} ({reason}). {later}".strip()
     underway.end(run.run_id)
     return ""
 
 
 def end_all(status: str, *, error: str) -> list[str]:
-    """End all runs of this process, which ends; return what `end_run` says of them."""
+    """End all runs of this process, which is about to end; return the sentences of `end_run`."""
     told = [end_run(run, status, error=error) for run in [*_mine.values()]]
     return [problem for problem in told if problem]
 
@@ -443,7 +443,7 @@ def _tell_end(run: Run, status: str, error: str | None) -> None:
 
 @contextmanager
 def _impatient() -> Iterator[None]:
-    """Let MLflow's client try an absent server twice, not for minutes, unless the user said so."""
+    """Limit MLflow's client to one retry, not minutes of them, unless the user set a limit."""
     name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
     if name in os.environ:
         yield
@@ -456,11 +456,11 @@ def _impatient() -> Iterator[None]:
 
 
 class MetricLogger:
-    """Thread that appends metrics to a run, so that a step never waits for the store.
+    """Thread that appends metrics to a run, so that no step waits for the store.
 
-    Nothing is lost while the store does not answer: metrics that could not be sent stay queued, and
-    those left at the end are written to `fallback`. So are metrics that the store refuses, such as
-    those with a character in their name that it does not allow; all others are sent.
+    No metric is lost while the store does not answer: unsent metrics stay queued, and those left at
+    the end are written to `fallback`. Metrics that the store refuses, for example because of a
+    character in their name, are written there too; all others are sent.
     """
 
     def __init__(self, run: Run, *, fallback: str | Path, interval: float = 2.0) -> None:
@@ -476,7 +476,7 @@ class MetricLogger:
         self._thread.start()
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Queue metrics, whose names MLflow must allow (`safe_names`), and return at once."""
+        """Queue metrics and return at once; MLflow must accept their names (see `safe_names`)."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -496,7 +496,7 @@ class MetricLogger:
             except (MlflowException, OSError) as error:
                 if getattr(error, "error_code", None) != _REFUSED:
                     return False  # still in _pending: the next round, or close(), sends them
-                # One wrong metric has the whole request refused: ever smaller ones find it.
+                # One wrong metric causes the whole request to be refused: halve until it is found.
                 size = len(batch) // 2
                 if size:
                     continue
@@ -511,10 +511,10 @@ class MetricLogger:
         self._refused.append(metric)
 
     def flush(self, *, timeout: float = 10.0) -> None:
-        """Send all metrics logged so far, and wait for it up to `timeout` seconds.
+        """Send all metrics logged so far, and wait up to `timeout` seconds.
 
-        Steps before a checkpoint are not trained again, so that their metrics must not be lost with
-        the process.
+        Steps before a checkpoint are never repeated, so their metrics must not be lost if the
+        process dies.
         """
         through = threading.Event()
         self._waiting.put(through)
@@ -536,8 +536,8 @@ class MetricLogger:
         """Send the metrics that are left.
 
         Returns:
-            Number of metrics that could not be sent, or were refused; they are in the fallback
-            file, a JSON object a line.
+            Number of metrics that were refused or could not be sent; they are in the fallback file,
+            one JSON object a line.
         """
         self._stop.set()
         self._wake.set()
@@ -560,7 +560,7 @@ def log_recipe(run: Run, recipe: Recipe) -> None:
     run.client.log_text(run.run_id, _RECIPE.dump_json(recipe, indent=2).decode(), FILE)
 
 
-# Fields of recipes that earlier versions wrote, which changed no result.
+# Fields that only earlier versions wrote into recipes, and that changed no result.
 _DROPPED = {"optim.compile"}
 
 
@@ -568,8 +568,8 @@ def recipe_of(run: Run) -> Recipe:
     """Read the configuration of a run of `train.py`, or of a trial of a sweep.
 
     Raises:
-        UserError: there is no such run, it was another script's, or its configuration has fields
-            that this version does not have.
+        UserError: there is no such run, another script made it, or its configuration has fields
+            that this version does not know.
     """
     with tempfile.TemporaryDirectory() as folder:
         uri = f"runs:/{run.run_id}/{FILE}"

@@ -1,8 +1,8 @@
-"""Processes that work in an output folder: locks among them, and a note of each run under way.
+"""Coordination of processes that share an output folder: a lock, and a note for each active run.
 
-A note is a file that its process keeps locked. The kernel releases the lock when the process ends,
-however it ends: a note that is not locked is of a run that nobody ended. Folders in an object store
-have no locks, and so no notes.
+A note is a file that its process keeps locked. The kernel releases the lock however the process
+ends: an unlocked note belongs to a run whose process died without ending it. Object stores have no
+locks, and so no notes.
 """
 
 import fcntl
@@ -19,21 +19,21 @@ from typing import Any, BinaryIO
 
 import psutil
 
-FOLDER = ".under-way"  # of notes and lock, in the output
-_PATIENCE = 10.0  # seconds of waiting for a lock without a word
+FOLDER = ".under-way"  # folder of the notes and the lock, in the output folder
+_PATIENCE = 10.0  # seconds of waiting for a lock before a message is printed
 
 _mutex = threading.RLock()
 _alone_in: set[Path] = set()
-_notes: dict[str, tuple[Path, BinaryIO]] = {}  # of the runs of this process, by their ids
+_notes: dict[str, tuple[Path, BinaryIO]] = {}  # notes of this process's runs, by run id
 
 
 def this_process() -> str:
-    """Return host, number and start of this process, which no other process has."""
+    """Identify this process by host, process id and start time."""
     return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.2f}"
 
 
 def is_alive(process: str) -> bool | None:
-    """Tell whether a process that `this_process` described lives; None on another machine."""
+    """Tell whether a process from `this_process` is alive; None if it is on another machine."""
     host, _, rest = process.partition(" ")
     if host != socket.gethostname():
         return None
@@ -46,9 +46,9 @@ def is_alive(process: str) -> bool | None:
 
 @contextmanager
 def alone(folder: str | Path) -> Iterator[None]:
-    """Run the block while no other process or thread is in such a block for the same folder.
+    """Run the block exclusively: no other process or thread is in such a block for the folder.
 
-    Blocks may nest. An object store has no locks, and lets everyone in.
+    Blocks may nest. In an object store, which has no locks, nothing is exclusive.
     """
     if "://" in str(folder):
         yield
@@ -60,7 +60,7 @@ def alone(folder: str | Path) -> Iterator[None]:
             return
         if not place.exists():
             place.mkdir(parents=True, exist_ok=True)
-            place.chmod(place.parent.stat().st_mode)  # for whoever may write there
+            place.chmod(place.parent.stat().st_mode)  # the same users may write here
         with _lock_file(place) as file:  # closing it unlocks it
             began, said = time.monotonic(), False
             while _lock(file) is False:
@@ -78,12 +78,12 @@ def alone(folder: str | Path) -> Iterator[None]:
 def _lock_file(place: Path) -> BinaryIO:
     try:
         return (place / "lock").open("ab+")
-    except PermissionError:  # another user made it, who lets others read
+    except PermissionError:  # another user's file, which others may only read
         return (place / "lock").open("rb")
 
 
 def _lock(file: BinaryIO) -> bool | None:
-    """Lock an open file; False if another process has, None where there are no locks."""
+    """Lock an open file; return False if another process holds the lock, None without locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -94,7 +94,7 @@ def _lock(file: BinaryIO) -> bool | None:
 
 
 def described(process: str) -> str:
-    """Say in words which process `this_process` described."""
+    """Describe a process from `this_process` in words."""
     host, _, rest = process.partition(" ")
     number, _, created = rest.partition(" ")
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(created)))
@@ -105,9 +105,9 @@ def begin(folder: str | Path, run_id: str, *, work: str = "") -> None:
     """Write a note of a run that this process works on, and keep it locked.
 
     Args:
-        folder: output of the run.
+        folder: output folder of the run.
         run_id: the run's id.
-        work: fingerprint of the run's configuration, by which `worker_on` finds it.
+        work: fingerprint of the run's configuration, for `worker_on`.
     """
     if "://" in str(folder) or run_id in _notes:
         return
@@ -115,7 +115,7 @@ def begin(folder: str | Path, run_id: str, *, work: str = "") -> None:
     with alone(folder):
         try:
             file = path.open("ab+")
-        except PermissionError:  # the folder of notes is another user's, for whom it is alone
+        except PermissionError:  # the folder belongs to another user: go on without a note
             return
         _lock(file)
         _write(file, {"process": this_process(), "work": work})
@@ -123,7 +123,7 @@ def begin(folder: str | Path, run_id: str, *, work: str = "") -> None:
 
 
 def leave(run_id: str, **ending: Any) -> bool:
-    """Write into a run's note how the run ended, where MLflow could not be told.
+    """Write a run's ending into its note, when MLflow could not record it.
 
     Returns:
         Whether the run has a note.
@@ -152,13 +152,13 @@ def forget(folder: str | Path, run_id: str) -> None:
 
 
 def is_under_way(folder: str | Path, run_id: str) -> bool:
-    """Tell whether a process other than this one works on a run, as far as its note says."""
+    """Tell whether another process works on a run, according to the run's note."""
     path = _note(folder, run_id)
     return run_id not in _notes and path.exists() and _is_held(path)
 
 
 def worker_on(folder: str | Path, work: str) -> tuple[str, str] | None:
-    """Find another process that works on the same; return its run's id, and the process."""
+    """Find another process with the same `work`; return its run's id, and the process."""
     for path in _note(folder, "").parent.glob("*.json"):
         content = _read(path)
         if content.get("work") == work and path.stem not in _notes and _is_held(path):
@@ -167,7 +167,7 @@ def worker_on(folder: str | Path, work: str) -> tuple[str, str] | None:
 
 
 def left_behind(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """Read the notes of runs in a folder whose process is gone, by the runs' ids."""
+    """Read the notes of runs in a folder whose process is gone, by run id."""
     return {
         path.stem: _read(path)
         for path in sorted(_note(folder, "").parent.glob("*.json"))
@@ -183,9 +183,9 @@ def _is_held(path: Path) -> bool:
     try:
         with path.open("rb+") as file:
             locked = _lock(file)
-    except FileNotFoundError:  # its run ended just now
+    except FileNotFoundError:  # the run ended in this moment
         return False
-    except OSError:  # another user's
+    except OSError:  # another user's file
         locked = None
     if locked is not None:
         return not locked

@@ -1,9 +1,8 @@
-"""Batches of an epoch: its windows, and their frames.
+"""Windows of an epoch, and their decoded batches.
 
-The windows of an epoch follow from seed and epoch alone, and a worker's share of them from its
-rank: so every worker takes the same number of steps, and a restarted run sees the same windows.
-Only the decoding is left to Ray Data, which does it in parallel, in order, just ahead of the
-training.
+Seed and epoch alone determine the windows of an epoch, and the rank determines a worker's share:
+every worker takes the same number of steps, and a restarted run sees the same windows. Ray Data
+only decodes: in parallel, in order, just ahead of training.
 """
 
 import time
@@ -21,7 +20,7 @@ from re2tal.localizers.protocol import Targets
 from re2tal.videos.augmentation import AugmentationConfig
 from re2tal.videos.windows import Window, WindowConfig, training_windows
 
-if TYPE_CHECKING:  # it needs Ray; the training loop does not
+if TYPE_CHECKING:  # importing it needs Ray; the training loop runs without Ray
     from pipelines.data.streaming import FrameStream
 
 
@@ -38,8 +37,8 @@ class Batch:
     """Windows of one step of one worker.
 
     Attributes:
-        frames: uint8 (B, T, H, W, 3); or features in their place, float32 (B, T', C).
-        mask: bool (B, T), false on padding and on all of a window that could not be decoded.
+        frames: uint8 (B, T, H, W, 3); or precomputed features instead, float32 (B, T', C).
+        mask: bool (B, T), false on padding and on every frame of a window that was not decoded.
         targets: segments and labels of each window, in feature-grid units.
         failures: video id to reason, for windows that could not be decoded.
     """
@@ -61,11 +60,11 @@ def epoch_windows(
     epoch: int,
     augmentation: AugmentationConfig | None = None,
 ) -> list[Window]:
-    """Cut the training videos into an epoch's windows, those of all workers, and shuffle them.
+    """Cut the training videos into an epoch's windows, for all workers together, and shuffle them.
 
     Labels are indices into `classes`; `stride` is the backbone's number of frames per feature.
-    Another epoch (the first is 0) has other windows in another order. They are changed in time as
-    `augmentation` allows, which changes neither their number nor their order.
+    Every epoch (counted from 0) has its own windows and order. `augmentation` may change the tempo
+    of windows, but neither their number nor their order.
     """
     random, changes = generators(seed, epoch)
     augmentation = augmentation or AugmentationConfig()
@@ -80,18 +79,20 @@ def epoch_windows(
 
 
 def generators(seed: int, epoch: int) -> tuple[np.random.Generator, np.random.Generator]:
-    """Return the generator of an epoch's places and order, and that of its changes in time."""
+    """Return an epoch's generators: for the places and order of windows, and for their tempo."""
+    # separate streams: with or without augmentation, places and order are the same
     return np.random.default_rng((seed, epoch)), np.random.default_rng((seed, epoch, 1))
 
 
 def share(
     windows: Sequence[Window], *, rank: int, world_size: int, batch_size: int
 ) -> list[Window]:
-    """Return the windows of one worker: as many for each, a whole number of batches.
+    """Return one worker's windows: whole batches, and the same number of them for every worker.
 
     Raises:
         ValueError: if there are too few windows for one step.
     """
+    # the rest is dropped: a worker with one step more would wait for the others' gradients for ever
     steps = len(windows) // (batch_size * world_size)
     if steps == 0:
         raise ValueError(
@@ -110,6 +111,7 @@ def assemble(windows: Sequence[Window], samples: Sequence[Mapping[str, Any]]) ->
             failures[window.video_id] = error
         mask = torch.from_numpy(window.mask())
         masks.append(torch.zeros_like(mask) if error else mask)
+        # the frames of a failed window are black: no ground truth may rest on them
         keep = slice(0, 0) if error else slice(None)
         targets.append(
             Targets(
@@ -137,8 +139,8 @@ def stream_batches(
 ) -> Iterator[Batch]:
     """Decode a worker's windows with Ray Data, in parallel and in order, and yield them in batches.
 
-    Frames have `size` pixels a side; the last batch may be smaller than `batch_size`. Ray's
-    dashboard shows the name.
+    Frames have `size` pixels a side; the last batch may be smaller than `batch_size`. `name` is
+    the execution's name on Ray's dashboard.
     """
     if not windows:
         return
@@ -161,7 +163,7 @@ def decode_batches(
 
 
 class Clock:
-    """Stopwatch of a worker: time spent waiting for data and working, and number of frames."""
+    """Stopwatch of a worker: elapsed time, time spent waiting for data, and number of frames."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -169,7 +171,7 @@ class Clock:
         self._frames = 0
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Pass the batches of an epoch on, and add up the time that is spent waiting for them."""
+        """Yield the batches of an epoch, and add up the time spent waiting for them."""
         while True:
             before = time.perf_counter()
             batch = next(batches, None)
@@ -185,7 +187,7 @@ class Clock:
         return time.perf_counter() - self._start
 
     def metrics(self, world_size: int) -> dict[str, float]:
-        """Return speed and share of waiting by MLflow's names, if all workers are as fast."""
+        """Return speed and share of waiting as MLflow metrics, as if all workers were as fast."""
         return {
             "train/frames_per_second": world_size * self._frames / self.elapsed,
             "train/data_wait_share": self._waited / self.elapsed,

@@ -1,4 +1,4 @@
-"""Plan of a classifier's run: check the lists, find the files, leave out what is unusable."""
+"""Plan of a classifier's run: check the lists, find the files, leave out unusable videos."""
 
 import functools
 import hashlib
@@ -33,7 +33,7 @@ from re2tal.errors import UserError
 
 _SUBSETS = ("training", "validation")
 BACKGROUND = "background"
-"""Class of stretches in which nothing is annotated."""
+"""Class of stretches without annotated actions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,9 +43,9 @@ class Lists:
     Attributes:
         classes: names of the classes; a label is an index into them.
         subsets: "training" and "validation" to their lists.
-        files: subset to the files of its folder: path in the folder to path or URI.
-        fingerprint: hash of classes and lists, or that of the annotations.
-        durations: path or URI to seconds, of videos that need not be opened.
+        files: subset to the files of its folder: path inside the folder to full path or URI.
+        fingerprint: hash of classes and lists, or of the annotations.
+        durations: path or URI to seconds, for videos that need not be opened.
     """
 
     classes: tuple[str, ...]
@@ -61,8 +61,8 @@ class ClassificationPlan:
 
     Attributes:
         classes: names of the classes; a label is an index into them.
-        uris: video id to path or URI, of all usable videos.
-        failures: video id to the reason why it is left out.
+        uris: video id to path or URI, for all usable videos.
+        failures: video id to the reason why the video is left out.
         fingerprint: hash of classes and lists.
     """
 
@@ -75,20 +75,20 @@ class ClassificationPlan:
 
 
 def read_lists(config: TrimmedDataConfig) -> Lists:
-    """Read both lists, local or remote, and check them whole; `inputs` has resolved their paths.
+    """Read both lists, local or remote, and check every entry; `inputs` has resolved their paths.
 
-    Annotations of untrimmed videos are lists of their segments.
+    Annotations of untrimmed videos become lists of their segments.
 
     Raises:
-        AnnotationError: with every problem in them.
-        UserError: the videos lie in shards that are not complete.
+        AnnotationError: with every problem in the lists.
+        UserError: if the videos lie in incomplete shards.
     """
     if config.annotations is not None:
         return _annotated(config)
     classes = None
     if config.classes is not None:
         classes = read_classes(config.classes, _text(config.classes))
-    walk = functools.cache(walk_files)  # both lists may be of the same folder
+    walk = functools.cache(walk_files)  # both lists may belong to the same folder
     subsets: dict[str, TrimmedList] = {}
     files: dict[str, Mapping[str, str]] = {}
     for subset, uri, split in (
@@ -117,8 +117,8 @@ def _annotated(config: TrimmedDataConfig) -> Lists:
     source = str(config.annotations)
     if config.background and BACKGROUND in annotations.classes:
         raise UserError(
-            f"{source} has a class {BACKGROUND!r} of its own, as the stretches between the "
-            "segments would be named: leave out --data.background."
+            f"{source} has a class {BACKGROUND!r} of its own, the name that --data.background "
+            "gives to the stretches between segments: leave out --data.background."
         )
     classes = (*annotations.classes, *([BACKGROUND] if config.background else []))
     named = {"training": config.trained_on, "validation": config.evaluated_on}
@@ -150,7 +150,7 @@ def _annotated(config: TrimmedDataConfig) -> Lists:
 def _segments(
     source: str, videos: Sequence[VideoAnnotation], config: TrimmedDataConfig
 ) -> TrimmedList:
-    """List the segments of a subset, and after them stretches of background if these are wanted."""
+    """List the segments of a subset, followed by stretches of background if these are wanted."""
     entries = [
         Entry(
             video_id=f"{video.video_id}/{number}",
@@ -161,6 +161,7 @@ def _segments(
         for number, instance in enumerate(video.instances)
     ]
     if config.background and entries:
+        # as many as the commonest class has, each at least half a clip long
         most = max(Counter(entry.label for entry in entries).values())
         gaps = [
             (video.video_id, start, end)
@@ -186,17 +187,18 @@ def _segments(
 
 
 def gaps_of(video: VideoAnnotation) -> Iterator[tuple[float, float]]:
-    """Yield the stretches of a video in which nothing is annotated."""
+    """Yield the stretches of a video without annotated actions, in seconds."""
     reached = 0.0
     marked = sorted((i.start, i.end) for i in (*video.instances, *video.ambiguous))
     for start, end in [*marked, (video.duration, video.duration)]:
         if start > reached:
             yield reached, start
-        reached = max(reached, end)
+        reached = max(reached, end)  # annotations may overlap or contain one another
 
 
 def _text(uri: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
+        # -sig: a byte order mark, as spreadsheets write it, is not part of the first field
         return local_copy(uri, Path(folder)).read_text(encoding="utf-8-sig")
 
 
@@ -217,7 +219,7 @@ def make_plan(
     """Find and open the videos, each file once, by default in parallel with Ray Data.
 
     Raises:
-        UserError: if too many videos are missing or unreadable, or all of a subset.
+        UserError: if too many videos are missing or unreadable, or all videos of a subset are.
     """
     files: dict[str, tuple[str, Place]] = {}
     failures: dict[str, str] = {}
@@ -263,7 +265,7 @@ def make_plan(
 
 
 def _durations(uris: set[str], probe: Probe) -> tuple[dict[str, float], dict[str, str]]:
-    """Open files; return the seconds that each lasts, and the reasons why others cannot be read."""
+    """Open files; return the seconds of each, and the reasons why others cannot be read."""
     rows = probe({uri: uri for uri in uris}).select(["uri", "duration", "error"]).to_pylist()
     durations = {row["uri"]: row["duration"] for row in rows if not row["error"]}
     return durations, {row["uri"]: row["error"] for row in rows if row["error"]}

@@ -1,4 +1,4 @@
-"""Functions of Ray's decoding tasks; without torch, so that their processes start in a moment."""
+"""Functions of Ray's decoding tasks; without torch, so that their processes start fast."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -16,12 +16,12 @@ from re2tal.videos.windows import Window, window_frames
 
 
 def decode_sample(row: dict[str, Any], *, size: int, threads: int = 1) -> dict[str, Any]:
-    """Decode the window of a row; if it cannot be decoded, its frames are black.
+    """Decode the window of a row; if decoding fails, its frames are black.
 
     The row has `index`, `uri` and `window`; frames get `size` pixels a side.
 
     Returns:
-        `index`; `frames`, uint8 (T, size, size, 3); `error`, the reason, empty if all went well.
+        `index`; `frames`, uint8 (T, size, size, 3); `error`, the reason of a failure, else empty.
     """
     window: Window = row["window"]
     try:
@@ -48,8 +48,8 @@ def probe_sample(row: dict[str, str]) -> dict[str, Any]:
     """Open the video of a row (`video_id`, `uri`) and read the facts in its file.
 
     Returns:
-        The row with the fields of `VideoInfo`, its problems as lines of one text, the file's
-        `bytes`, and `error`, empty if it is readable; if it is not, the others are None.
+        The row with the fields of `VideoInfo` (`problems` as lines of one text), the file's
+        `bytes`, and `error`. A readable file has an empty `error`; otherwise the others are None.
     """
     try:
         found = asdict(probe(open_source(row["uri"]))) | {"bytes": file_size(row["uri"])}
@@ -64,8 +64,8 @@ class VideoJob:
     """Video whose features are to be made.
 
     Attributes:
-        uri: path or URI of its file, or of the video in a shard.
-        sampled: frames that the features are made of.
+        uri: path or URI of the video's file, or of the video in a shard.
+        sampled: frames that the features are made from.
     """
 
     video_id: str
@@ -82,11 +82,11 @@ def decode_video(
 
     Yields:
         For each stretch `video_id`; `number`, counted from 0; `frames`, uint8 (T, size, size, 3);
-        `valid`, the number of these that show the video; `starts`, the first frame of each unit;
-        and `error`, empty if all went well.
+        `valid`, the number of frames that show the video; `starts`, the first frame of each unit;
+        and `error`, the reason of a failure, else empty.
     """
     job: VideoJob = row["video"]
-    # a video that ends this process again and again is given up: Ray would retry it for ever
+    # a video that crashes this process repeatedly is given up: Ray would retry it for ever
     attempts = Attempts(join(notes, job.video_id))
     if reason := attempts.begin(job.video_id):
         yield _failed(job, 0, reason)

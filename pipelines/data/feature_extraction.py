@@ -1,4 +1,4 @@
-"""Extraction of features with Ray Data: decoding in tasks, the backbone in a pool of actors."""
+"""Feature extraction with Ray Data: decoding in tasks, the backbone in a pool of actors."""
 
 import functools
 import hashlib
@@ -50,17 +50,17 @@ from re2tal.weights import Colour
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenBackbone:
-    """Backbone with its weights, which travels to the processes that run it.
+    """Backbone with its weights, sent to the actors that run it.
 
     Attributes:
-        config: options that it was loaded with.
+        config: options that the backbone was loaded with.
         shape: configuration of the backbone's layers.
         mean: means of red, green and blue in [0, 1]; `std` are their standard deviations.
         state: weights by name.
         fingerprint: SHA-256 of the weights.
         channels: C of the features.
         temporal_stride: frames per feature.
-        multiple: divisor of the number of frames that it takes.
+        multiple: the backbone's number of input frames must be a multiple of this.
     """
 
     config: FrozenBackboneConfig
@@ -74,7 +74,7 @@ class FrozenBackbone:
     multiple: int
 
     def described(self) -> dict[str, Any]:
-        """Return the settings that decide its features, for files of them."""
+        """Return the settings that determine the features; files of features record them."""
         config = self.config
         return {
             "backbone": config.backbone,
@@ -97,7 +97,7 @@ class FrozenBackbone:
 def load_backbone(
     config: FrozenBackboneConfig, *, stride: int | None, tracking_uri: str | None = None
 ) -> FrozenBackbone:
-    """Read the weights and check that they fit.
+    """Read the weights and check that they fit the backbone.
 
     Args:
         config: backbone and its weights.
@@ -106,7 +106,7 @@ def load_backbone(
 
     Raises:
         UserError: if there are no weights.
-        ValueError: if they do not fit the backbone, or it cannot have that stride.
+        ValueError: if the weights do not fit the backbone, or it cannot have that stride.
     """
     entry = entry_of(config.backbone)
     shape = entry.make()
@@ -154,7 +154,7 @@ class FeatureExtractor:
 
     @torch.inference_mode()
     def __call__(self, frames: Tensor) -> Tensor:
-        """Make the features of some clips or windows.
+        """Compute the features of clips or windows.
 
         Args:
             frames: `(B, T, H, W, 3)` uint8 on the CPU.
@@ -173,6 +173,7 @@ def _fingerprint(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        # as bytes: NumPy has no bfloat16
         digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -208,12 +209,12 @@ def extract(
     *,
     notes: str,
 ) -> Iterator[StretchFeatures]:
-    """Make the features of videos, in the order in which they come.
+    """Make the features of videos, and yield them as they are finished, in any order.
 
-    Frames that are decoded ahead of the backbone are bounded by Ray Data's budget, a share of the
-    object store. With another execution beside this one on a small cluster the budget may be none:
-    then it works, but slowly (`pipelines.data.streaming` says why). `notes` is the path or URI of a
-    folder for notes on the videos that are being decoded.
+    Ray Data's memory budget, a share of the object store, bounds the frames that are decoded ahead
+    of the backbone. On a small cluster with another execution this budget may be zero: then
+    extraction works, but slowly (`pipelines.data.streaming` says why). `notes` is the path or URI
+    of a folder for notes on the videos that are being decoded.
     """
     decode = functools.partial(
         decode_video,
@@ -239,7 +240,7 @@ def extract(
 
 
 class _Actor:
-    """Actor that runs the backbone on one stretch after the other."""
+    """Actor that runs the backbone on one stretch after another."""
 
     def __init__(self, *, backbone: FrozenBackbone, sampling: Sampling, device: str) -> None:
         self._extract = backbone.build(torch.device(device))
@@ -278,11 +279,11 @@ def unit_features(
         extractor: backbone, as `FeatureExtractor`.
         stretch: decoded frames, uint8 (T, H, W, 3).
         starts: first frame of each unit.
-        valid: number of frames that show the video; a clip that is longer than its video repeats
-            the last one, a window is black behind it, as for a detector.
+        valid: number of frames that show the video. A clip longer than its video repeats the last
+            of them; a window is black after it, as for a detector.
         frames: number of frames of a unit.
-        clips: average the features of a unit over time.
-        batch_size: number of units that go through the backbone at a time.
+        clips: the units are clips, whose features are averaged over time.
+        batch_size: number of units in a forward pass.
 
     Returns:
         float32 of shape (U, 1 or T' / temporal_stride, C).
@@ -292,31 +293,31 @@ def unit_features(
         places = starts[first : first + batch_size, None] + np.arange(frames)
         if clips:
             places = places.clip(max=valid - 1)
-        found = extractor(torch.from_numpy(stretch[places]))
+        found = extractor(torch.from_numpy(stretch[places]))  # (B, frames, H, W, 3) to (B, C, T')
         made.append(found.mean(dim=2, keepdim=True) if clips else found)
-    return torch.cat(made).transpose(1, 2).contiguous().numpy()
+    return torch.cat(made).transpose(1, 2).contiguous().numpy()  # (U, C, T') to (U, T', C)
 
 
 class FeatureJob:
-    """Job that fills a folder with the features of videos; a killed run goes on with it.
+    """Job that fills a folder with the features of videos; a killed job can be continued.
 
     Args:
         uri: path or URI of the folder.
         videos: path or URI of the folder of the videos.
         annotations: annotations of the videos; without them, features are made of all videos.
-        subsets: names of the subsets; none for all videos.
+        subsets: names of the subsets; empty for all videos.
         backbone: backbone that makes the features.
         sampling: units that each video is cut into.
-        files: form of the files.
+        files: format of the files.
         pool: actors and decoding tasks.
 
     Attributes:
         speed: seconds of video per second of the last run.
 
     Raises:
-        UserError: if there are no videos; if they lie in shards that are not whole; if the folder
-            holds features of other settings, or damaged ones.
-        AnnotationError: if there is no subset of a name.
+        UserError: if there are no videos; if they lie in incomplete shards; if the folder holds
+            features of other settings, or damaged ones.
+        AnnotationError: if a subset does not exist.
     """
 
     def __init__(
@@ -338,7 +339,7 @@ class FeatureJob:
         self._durations = {v.video_id: v.duration for v in chosen}
         self._subsets = dict.fromkeys(self._found.uris, "") | {v.video_id: v.subset for v in chosen}
         self.speed = 0.0
-        self._stamps: dict[str, Stamp] = {}  # of the videos that are made
+        self._stamps: dict[str, Stamp] = {}  # of the videos in progress
         self._folder = FeatureFolder(
             uri,
             files,
@@ -354,11 +355,11 @@ class FeatureJob:
         print(*self._found.remarks, sep="\n", end="\n" * bool(self._found.remarks))
         replaced = self._found.replaced(self._folder.stamps)
         for video_id in replaced:
-            print(f"  replaced: {video_id}: its file is another one than that of its features")
+            print(f"  replaced: {video_id}: its file is not the one that its features were made of")
         self._folder.forget(replaced)
         to_make = self._folder.begin(retry_failed=retry_failed)
         total = len(self._subsets)
-        print(f"{total - len(to_make)} of {total} videos are through", flush=True)
+        print(f"{total - len(to_make)} of {total} videos are done", flush=True)
         if to_make:
             start_ray()
             self._make(to_make)
@@ -401,10 +402,10 @@ class FeatureJob:
             self._extract(videos, pool)
 
     def _video(self, video_id: str, found: FoundVideos) -> VideoInTheMaking:
-        """Lay the units over a video: as long as annotated, so that they fit the windows."""
+        """Lay units over a video's annotated duration, so that features fit training's windows."""
         measured = found.durations[video_id]
         seconds = self._durations.get(video_id, measured)
-        if seconds > measured + TAIL:  # what lies behind could not be decoded
+        if seconds > measured + TAIL:  # the file ends earlier: nothing to decode after its end
             seconds = measured
         return VideoInTheMaking(
             uri=found.uris[video_id],
@@ -415,7 +416,7 @@ class FeatureJob:
         )
 
     def _extract(self, videos: dict[str, VideoInTheMaking], pool: Pool) -> None:
-        """Run the backbone over some videos, and write what it makes of each."""
+        """Run the backbone over videos, and write the features of each."""
         counter = VideoCounter(len(videos), sum(video.duration for video in videos.values()))
         jobs = [VideoJob(video_id=k, uri=v.uri, sampled=v.sampled) for k, v in videos.items()]
         notes = self._folder.notes
@@ -453,11 +454,11 @@ def extract_features(config: ExtractConfig) -> Description:
     """Make the features that are missing, and return the description of their folder.
 
     Raises:
-        AnnotationError: the annotations have problems; all of them are listed.
-        UserError: something is missing; the videos lie in incomplete shards; the folder holds
+        AnnotationError: with every problem in the annotations.
+        UserError: if an input is missing; the videos lie in incomplete shards; the folder holds
             features of other settings, or damaged ones; the cluster is too small; weights, stride
-            or frames do not fit the backbone; or too many videos failed (the others have their
-            features).
+            or frames do not fit the backbone; or too many videos failed (the features of the
+            others are written).
     """
     config = resolved(
         config,
@@ -507,6 +508,6 @@ def extract_features(config: ExtractConfig) -> Description:
 def _annotations(config: ExtractConfig) -> Annotations | None:
     if config.annotations is None:
         if config.subsets:
-            raise UserError("--subsets are of annotations: say which with --annotations.")
+            raise UserError("--subsets names subsets of annotations: give --annotations as well.")
         return None
     return read_annotations(config)

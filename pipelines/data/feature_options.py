@@ -1,4 +1,4 @@
-"""Options of `extract_features.py`, read before anything is imported that makes features."""
+"""Options of `extract_features.py`, read before the slow imports of extraction itself."""
 
 from dataclasses import dataclass, field
 
@@ -19,17 +19,16 @@ class FrozenBackboneConfig:
     """Backbone that makes features, and the form of its frames.
 
     Attributes:
-        backbone: its name, of those that `python -m re2tal.backbones` lists.
-        weights: its weights, without which its features would mean nothing; a path or a URI, also
-            of MLflow, or a name such as torchvision:swin3d_t/KINETICS400_V1 or
-            hf:MCG-NJU/videomae-base.
-        reversible: rewire it (Re2TAL), for weights that were finetuned so.
+        backbone: name of the backbone; `python -m re2tal.backbones` lists them.
+        weights: weights of the backbone, required: a path or a URI, also of MLflow, or a name such
+            as torchvision:swin3d_t/KINETICS400_V1 or hf:MCG-NJU/videomae-base.
+        reversible: rewire the backbone (Re2TAL), for weights that were finetuned rewired.
         size: pixels of a frame's side: the short side is resized to it, the centre is cut out.
-        precision: number format of its computation; its reversible streams stay float32.
-        batch_size: number of clips or windows that go through it at a time.
-        mean: means of red, green and blue in [0, 1] that it was pretrained with; by default those
-            in the table of backbones.
-        std: standard deviations of the same.
+        precision: number format of the computation; reversible streams stay float32.
+        batch_size: number of clips or windows in a forward pass.
+        mean: means of red, green and blue in [0, 1] that the backbone was pretrained with; by
+            default those in the table of backbones.
+        std: standard deviations of red, green and blue, likewise.
     """
 
     backbone: str = "swin_t"
@@ -56,12 +55,12 @@ class ExtractConfig(AnnotationConfig):
 
     Attributes:
         videos: folder of the video files, named by id, or of shards; a path or a URI.
-        subsets: names of the subsets; all of them by default. With annotations, features are made
-            only of the annotated videos, and of their annotated length.
+        subsets: names of the subsets; all subsets by default. With annotations, features are made
+            only of annotated videos, and cover their annotated duration.
         output: folder for the features; a path or a URI.
-        retry_failed: try the videos that failed before once more.
+        retry_failed: try again the videos that failed before.
         max_failed: share of failed videos above which the script ends with an error; the features
-            of the others are kept.
+            of the other videos are kept.
         experiment: MLflow experiment.
         runs: folder of the default MLflow store.
     """

@@ -1,4 +1,4 @@
-"""Training on features instead of frames: the recipe that it takes, and batches of windows."""
+"""Training on features instead of frames: the changed recipe, and batches of windows."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,13 +23,13 @@ _KEPT_BYTES = 2**30  # limit on the features that a worker keeps for the next ep
 
 
 def without_backbone(recipe: Recipe, features: Features) -> Recipe:
-    """Put features in the place of a recipe's frames and backbone, and keep all else.
+    """Replace a recipe's frames and backbone by features, and keep everything else.
 
-    A window keeps as many features as its backbone would have made. Settings that need a backbone
-    or frames are switched off: weights, rewiring, frozen parts of the backbone, and augmentation
-    but for that in time, for which features are interpolated.
+    A window has as many features as the backbone would have made. Settings that need a backbone or
+    frames are switched off: weights, rewiring, frozen parts of the backbone, and augmentation
+    except in time, for which features are interpolated.
     """
-    with torch.device("meta"):  # only its stride is needed
+    with torch.device("meta"):  # only the stride is needed: allocate no weights
         backbone: Any = recipe.model.backbone.build()
     frozen = tuple(part for part in recipe.model.frozen if part.split(".")[0] != "backbone")
     model = replace(
@@ -51,14 +51,14 @@ def without_backbone(recipe: Recipe, features: Features) -> Recipe:
 
 
 def feature_stream(plan: AnyPlan) -> "FeatureStream | None":
-    """Return the features of a run that works on them; None if it works on frames."""
+    """Return the stream of a run that trains on features; None if it trains on frames."""
     if isinstance(plan, Plan) and plan.features is not None:
         return FeatureStream(plan.features, plan.durations)
     return None
 
 
 class FeatureStream:
-    """Source of the features of windows, which keeps those of some videos in memory.
+    """Source of the features of windows, with a least-recently-used cache of videos (1 GiB).
 
     Args:
         features: features of all videos.
@@ -74,15 +74,15 @@ class FeatureStream:
         """Yield the features of windows in batches, in order; the last batch may be smaller.
 
         Yields:
-            Batches whose frames are features, float32 (B, T', C). Those of a window that could not
-            be read are zero, and its mask false.
+            Batches whose frames are features, float32 (B, T', C). If the features of a window
+            cannot be read, they are zero and its mask is false.
         """
         for start in range(0, len(windows), batch_size):
             chunk = windows[start : start + batch_size]
             yield assemble(chunk, [self._sample(window) for window in chunk])
 
     def _sample(self, window: Window) -> dict[str, Any]:
-        """Return a sample as `decode_sample` does, with features as frames."""
+        """Return a sample like that of `decode_sample`, with features as frames."""
         try:
             features, grid = self._video(window.video_id)
         except (UserError, OSError) as problem:

@@ -1,4 +1,4 @@
-"""Folder that is being filled with features, video by video; a killed run goes on with it."""
+"""Writing of a folder of features, video by video, so that a killed run can be continued."""
 
 import hashlib
 import json
@@ -32,11 +32,11 @@ from re2tal.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FilesConfig:
-    """Form of the files of features.
+    """Format of the files of features.
 
     Attributes:
-        layout: "npy", a file for each video, as ActionFormer reads them; "parquet", files of some
-            videos each.
+        layout: "npy", one file a video, as ActionFormer reads them; "parquet", several videos in a
+            file.
         prefix: start of the names of `.npy` files, before the video's id; `v_` is usual for
             ActivityNet.
         feature_type: float32, as published features are, or float16, half as large.
@@ -55,7 +55,7 @@ class FilesConfig:
 
 @dataclass(kw_only=True)
 class _Part:
-    """Videos of one file: those still to be made, and those that are."""
+    """Videos of one file: `waiting` for their features, and those already `made`."""
 
     video_ids: tuple[str, ...]
     waiting: set[str] = field(default_factory=set)
@@ -63,13 +63,13 @@ class _Part:
 
 
 class FeatureFolder:
-    """Folder that collects features of videos, and writes a file once its videos are through.
+    """Folder that collects features of videos, and writes a file once all its videos are finished.
 
     Args:
         uri: path or URI of the folder.
-        config: form of the files.
-        video_ids: all videos.
-        settings: settings that decide the features.
+        config: format of the files.
+        video_ids: ids of all videos.
+        settings: settings that determine the features.
         sampling: units that each video is cut into.
         channels: C.
 
@@ -89,7 +89,7 @@ class FeatureFolder:
     ) -> None:
         self._uri, self._config = uri, config
         self.notes = join(uri, NOTES)
-        # as a file gives them back: tuples become lists in JSON
+        # as they are read back from a file: tuples become lists in JSON
         self._settings = json.loads(json.dumps({**settings, "feature_type": config.feature_type}))
         self._all = tuple(sorted(video_ids))
         npy = config.layout == "npy"
@@ -121,9 +121,9 @@ class FeatureFolder:
         )
 
     def begin(self, *, retry_failed: bool) -> list[str]:
-        """Remove what a killed run left behind, and list the videos to be made.
+        """Remove a killed run's temporary files, and list the videos without features.
 
-        `retry_failed` puts the videos that failed before on the list once more.
+        With `retry_failed` the list includes the videos that failed before.
         """
         FEATURES.remove_leftovers(self._uri)
         if retry_failed:
@@ -136,22 +136,22 @@ class FeatureFolder:
 
     @property
     def stamps(self) -> dict[str, Stamp]:
-        """Signs by which the files are known that the features were made of."""
+        """Video id to the stamp of the file that its features were made of."""
         return {v: entry.source for v, entry in self._entries.items() if entry.source is not None}
 
     def forget(self, video_ids: Iterable[str]) -> None:
-        """Have the features of some videos made anew; before `begin`."""
+        """Drop the features of videos, so that they are made anew; call it before `begin`."""
         for video_id in video_ids:
             del self._entries[video_id]
             name = self._of[video_id]
-            if self._config.layout == "npy":  # nobody must take it for that of the new video
+            if self._config.layout == "npy":  # a stale file must not pass for the new video's
                 remove(join(self._uri, name))
                 self._names -= {name}
 
     def add(self, video_id: str, video: ExtractedVideo) -> None:
-        """Take the features of a video, float32; a failure, if its numbers are not finite."""
+        """Add the features of a video, float32; if they are not finite, the video fails."""
         kind = self._config.feature_type
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"):  # float16 may overflow to inf, which is reported below
             features = video.features.astype(np.dtype(kind))
         if not np.isfinite(features).all():
             reason = f"its features are not finite (nan or inf) as {kind} numbers"
@@ -161,16 +161,16 @@ class FeatureFolder:
         self._through(video_id)
 
     def fail(self, video_id: str, reason: str) -> None:
-        """Take note of a video that has no features."""
+        """Record that a video has no features, and why."""
         self._failures[video_id] = reason
         self._through(video_id)
 
     def holds(self, video_id: str) -> bool:
-        """Tell whether a video's file is there, though `features.json` does not know of it yet."""
+        """Tell whether a video's file exists, even if `features.json` does not list it yet."""
         return self._config.layout == "npy" and self._of[video_id] in self._names
 
     def adopt(self, video_id: str, entry: VideoEntry) -> None:
-        """Take a file that is there; `entry` is the place of its features."""
+        """Adopt the existing file of a video; `entry` is the place of its features."""
         name = self._of[video_id]
         self._entries[video_id] = replace(entry, file=name)
         self._parts[name].waiting.discard(video_id)
@@ -188,12 +188,13 @@ class FeatureFolder:
         self._description.refresh()
 
     def _write(self, name: str, held: _Part) -> None:
-        """Write the file of a part all of whose videos are through."""
+        """Write the file of a part, once all of its videos are finished."""
         if self._config.layout == "npy":
             for video_id, video in held.made.items():
                 write_npy(join(self._uri, name), video.features)
                 self._entries[video_id] = replace(video.entry, file=name)
         else:
+            # a Parquet file cannot be extended: rows that it holds already are written again
             rows = [self._entries[v].row for v in held.video_ids if v in self._entries]
             contents = write_parquet(
                 self._uri,
@@ -207,10 +208,10 @@ class FeatureFolder:
         held.made.clear()
 
     def _pack(self) -> dict[str, _Part]:
-        """Decide by the ids alone which videos go into which file."""
+        """Assign videos to files by their ids alone."""
         if self._config.layout == "npy":
             return {f"{self._config.prefix}{v}.npy": _Part(video_ids=(v,)) for v in self._all}
-        # the assignment of videos to files depends on all ids
+        # all ids together determine a video's file: another list is another folder
         listed = hashlib.sha256("\n".join(self._all).encode()).hexdigest()
         step = self._config.videos_per_file
         self._settings |= {"videos": listed, "videos_per_file": step}
@@ -220,7 +221,7 @@ class FeatureFolder:
         }
 
     def _read(self) -> None:
-        """Take over the entries and failures of an earlier run."""
+        """Read the entries and failures of an earlier run."""
         names = file_sizes(self._uri)
         self._names = frozenset(names)
         there = FEATURES.read_description(self._uri)
@@ -247,13 +248,13 @@ class FeatureFolder:
 
 @dataclass(kw_only=True, slots=True)
 class VideoInTheMaking:
-    """Video whose features are kept until those of all its units are there.
+    """Video whose features are collected until those of all its units have come.
 
     Attributes:
         uri: path or URI of the video.
-        duration: seconds over which features are made.
-        subset: name in the annotations; empty without.
-        stamp: signs by which its file is known.
+        duration: seconds that the features cover.
+        subset: name in the annotations; empty without annotations.
+        stamp: signs by which its file is recognised.
     """
 
     uri: str
@@ -265,7 +266,7 @@ class VideoInTheMaking:
 
     @property
     def entry(self) -> VideoEntry:
-        """Place of its features; their file is not known yet."""
+        """Place of the video's features, without their file, which is not known yet."""
         grid = self.sampled.grid
         return VideoEntry(
             file="",
@@ -279,7 +280,7 @@ class VideoInTheMaking:
 
     @property
     def units_left(self) -> int:
-        """Number of units whose features are not there yet."""
+        """Number of units whose features have not come yet."""
         return self.sampled.units - sum(len(units) for units in self._stretches.values())
 
     def seconds(self, units: int) -> float:
@@ -287,7 +288,7 @@ class VideoInTheMaking:
         return self.duration * units / self.sampled.units
 
     def take(self, number: int, units: np.ndarray) -> ExtractedVideo | None:
-        """Take a stretch's features (U, per_unit, C); return the video's once they are whole."""
+        """Take a stretch's features (U, per_unit, C); return the whole video's with the last."""
         self._stretches[number] = units
         if self.units_left:
             return None

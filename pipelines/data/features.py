@@ -1,8 +1,8 @@
-"""Files of features: their form, and reading them.
+"""Files of features: their format, and reading them.
 
 Features lie in `.npy` files, one a video, as ActionFormer and many others read them, or in Parquet
-files of some videos each. `features.json` beside them gives their places in the videos, so that a
-reader has nothing to guess.
+files of several videos each. `features.json` beside them gives the places of features in their
+videos, so that no reader has to guess.
 """
 
 import io
@@ -49,14 +49,14 @@ class VideoEntry:
     """Place of a video's features.
 
     Attributes:
-        file: path of their file in the folder.
+        file: path of the features' file in the folder.
         row: row of a Parquet file; 0 otherwise.
-        length: T, their number.
+        length: T, the number of features.
         fps: sampled frames per second.
         stride: frames per feature.
         offset: second at which the span of the first feature starts.
         duration: length of the video in seconds.
-        source: signs by which the file of the video is known; None in features of an older version.
+        source: signs by which the video's file is recognised; None in files of older versions.
     """
 
     file: str
@@ -104,16 +104,17 @@ class Description:
     For features that other programs made, `format`, `layout`, and `clips` or `resampled` suffice.
 
     Attributes:
-        state: "complete" once every video is through, whether or not it failed.
-        prefix: beginning of the name of a `.npy` file, before the video's id.
-        ending: end of the name, behind the id.
+        state: "complete" once every video has either features or a failure.
+        prefix: start of the name of a `.npy` file, before the video's id.
+        ending: end of the name, after the id.
         centres: meaning of `fps`, `stride` and `offset`, in words.
         channels: C; None if it is not known.
-        actionformer: the same in ActionFormer's words, as far as it has any.
-        settings: settings that decide the features.
-        software: versions of the software that made them.
+        actionformer: the fields of ActionFormer's configuration for these features.
+        settings: settings that determine the features.
+        software: versions of the software that made the features.
         clips: places of the features of videos that are not in `videos`.
-        resampled: these span their whole video, however many they are.
+        resampled: the features of videos not in `videos` span the whole video, whatever their
+            number.
         failures: video id to the reason why it has no features.
     """
 
@@ -134,11 +135,11 @@ class Description:
 
     @property
     def says_where(self) -> bool:
-        """Tell whether it gives the places of any video's features."""
+        """Tell whether the description gives the places of any video's features."""
         return bool(self.videos or self.clips or self.resampled)
 
     def grid(self, video_id: str, *, length: int, duration: float) -> TimeGrid:
-        """Return the places of a video's features, `length` of them over `duration` seconds."""
+        """Return the grid of a video's `length` features over `duration` seconds."""
         if video_id in self.videos:
             return self.videos[video_id].grid
         if self.clips is not None:
@@ -159,7 +160,7 @@ FEATURES: Store[VideoEntry, Description] = Store(
 
 
 def schema(kind: FeatureType) -> pa.Schema:
-    """Return the columns of a Parquet file; a row is a video, and a row group."""
+    """Return the columns of a Parquet file; each video is one row and one row group."""
     return pa.schema(
         [
             ("video_id", pa.string()),
@@ -168,7 +169,7 @@ def schema(kind: FeatureType) -> pa.Schema:
             ("channels", pa.int32()),  # C
             ("fps", pa.float64()),
             ("stride", pa.int32()),
-            ("offset", pa.float64()),  # `CENTRES` says what these three mean
+            ("offset", pa.float64()),  # `CENTRES` defines fps, stride and offset
             ("duration", pa.float64()),  # of the video, in seconds
             ("source", pa.string()),  # path or URI of the video
             ("features", pa.large_list(pa.type_for_alias(kind))),  # T x C values, row by row
@@ -177,10 +178,10 @@ def schema(kind: FeatureType) -> pa.Schema:
 
 
 def in_actionformers_words(sampling: Sampling, channels: int) -> dict[str, Any]:
-    """Describe features in `.npy` files as ActionFormer's configuration files do."""
+    """Describe features in `.npy` files with the fields of ActionFormer's configuration files."""
     squeezed = sampling.fps == "squeeze"
-    # where features span their video, a share of the distance between two; a feature of a window
-    # belongs to the middle of the frames that it was made for
+    # `num_frames` is the clip length in ActionFormer. Where features span their video it counts in
+    # feature strides; a window's feature belongs to the middle of its own `stride` frames.
     frames = 1 if squeezed else sampling.frames if sampling.way == "clips" else sampling.stride
     return {
         "input_dim": channels,
@@ -199,7 +200,7 @@ def read_description(folder: str) -> Description:
     said = FEATURES.read_description(folder)
     if said is None:
         raise UserError(
-            f"{folder} has no {NAME}, which says where in their videos features lie. "
+            f"{folder} has no {NAME}, which gives the places of features in their videos. "
             f"{FEATURES.advice}"
         )
     return said
@@ -207,11 +208,11 @@ def read_description(folder: str) -> Description:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ExtractedVideo:
-    """Features of a video, and what goes into a Parquet file with them.
+    """Features of a video, and the other columns of its row in a Parquet file.
 
     Attributes:
-        entry: place of the features; its file and row may be unknown yet.
-        subset: name in the annotations; empty without.
+        entry: place of the features; its file and row may not be known yet.
+        subset: name in the annotations; empty without annotations.
         source: path or URI of the video.
         features: shape (T, C).
     """
@@ -231,20 +232,20 @@ def write_npy(uri: str, features: np.ndarray) -> None:
 
 
 def read_array(uri: str) -> np.ndarray:
-    """Read the array in a `.npy` file, or the one called `feats`, or the only one, in a `.npz`.
+    """Read the array in a `.npy` file; in a `.npz`, the only array or the one named `feats`.
 
     Raises:
-        UserError: if it holds none of shape (T, C).
-        OSError: if it cannot be reached.
+        UserError: if there is no array of shape (T, C).
+        OSError: if the file cannot be reached.
     """
     content = io.BytesIO(read_bytes(uri))
     try:
-        # nothing in it is unpickled: that could run code
+        # no pickles: they could run code
         found = np.load(content, allow_pickle=False)
         if isinstance(found, np.lib.npyio.NpzFile):
             name = "feats" if "feats" in found.files or len(found.files) != 1 else found.files[0]
             found = found[name]
-    except Exception as error:  # of any kind: of NumPy, zip, a tokenizer, for any amount of memory
+    except Exception as error:  # a damaged file raises errors of NumPy, zip, a tokenizer, memory
         raise UserError(f"{uri} cannot be read as an array: {error}") from error
     return _checked(uri, found)
 
@@ -274,10 +275,10 @@ def write_parquet(
     settings: dict[str, Any],
     failures: dict[str, str],
 ) -> Contents[VideoEntry]:
-    """Write some videos' features, in the order of their ids.
+    """Write the features of videos into one file, in the order of their ids.
 
-    `name` is the path of the file in `folder`, where `features.json` is; `failures` are the reasons
-    of the file's videos that have no features.
+    `name` is the path of the file in `folder`, where `features.json` is; `failures` gives the
+    reasons for those of the file's videos that have no features.
     """
     columns = schema(kind)
     with FEATURES.writing(join(folder, name), columns, settings, dictionaries=["subset"]) as writer:
@@ -317,7 +318,7 @@ def read_row(uri: str, row: int) -> tuple[str, ExtractedVideo]:
 
     Raises:
         UserError: if the file is damaged.
-        OSError: if it cannot be reached.
+        OSError: if the file cannot be reached.
     """
     parquet, contents = FEATURES.open(uri)
     with parquet:
@@ -337,11 +338,11 @@ def read_row(uri: str, row: int) -> tuple[str, ExtractedVideo]:
     )
 
 
-# Largest accepted gap between the ends of features and of their video, as a share of it or in
-# seconds: clips end early, and files and annotations do not last equally long.
+# Accepted gap between the end of the features and that of their video, as a share of its duration
+# or in seconds, whichever is larger: clips end early, and files and annotations differ in length.
 _SHARE, _SECONDS = 0.1, 5.0
-# Share from which the rule that gives the features' places must be that of another folder: half as
-# many frames a second, or twice the stride.
+# From this share on, the fps or stride in `features.json` must be wrong, as with half the frames
+# per second or twice the stride.
 _WRONG = 0.4
 _READERS = 16  # threads that read features at once
 _TURNED = "; is it of shape (C, T)? (T, C) is needed: write the array's .T"
@@ -352,7 +353,7 @@ def _gap(duration: float) -> float:
 
 
 class Features:
-    """A folder of features; plain data until a video is read, so that it can travel.
+    """Folder of features; it holds plain data and no open file, so that it can be pickled.
 
     Args:
         folder: path or URI of the folder, with `features.json` in it.
@@ -361,7 +362,7 @@ class Features:
         channels: C of all videos.
 
     Raises:
-        UserError: if it holds no features, or does not say where in their videos they lie.
+        UserError: if the folder holds no features, or does not give their places in the videos.
     """
 
     def __init__(self, folder: str) -> None:
@@ -378,7 +379,7 @@ class Features:
         self._ids = {normal_form(video_id): video_id for video_id in self._files}
         channels = self._said.channels
         said = join(self._folder, NAME), channels or 0, channels or 0
-        # the second: the length of features that are like the model, but of shape (C, T)
+        # `_turned`: length of an array (C, T) with these channels, to recognise transposed files
         self._model, self._turned, self.channels = said if channels else self._measured()
 
     @property
@@ -388,15 +389,15 @@ class Features:
 
     @property
     def durations(self) -> dict[str, float]:
-        """Video id to seconds of the videos, as far as they are known."""
+        """Video id to the video's seconds, as far as they are known."""
         return {video_id: entry.duration for video_id, entry in self._said.videos.items()}
 
     def uri(self, video_id: str) -> str:
-        """Return the path or URI of the file of the features of one of `video_ids`."""
+        """Return the path or URI of a video's file of features; the id is one of `video_ids`."""
         return join(self._folder, self._files[self._ids[normal_form(video_id)]])
 
     def missing(self, video_ids: Iterable[str]) -> dict[str, str]:
-        """Return the reason for each of some videos that has no features, by video id."""
+        """Return those of some videos that have no features: video id to reason."""
         nothing = f"{self._folder} has no features of it"
         lacking = [v for v in video_ids if normal_form(v) not in self._ids]
         why = as_named(self._said.failures, lacking)
@@ -406,10 +407,10 @@ class Features:
         """Read the features of a video, and their grid; `duration` is the video's, in seconds.
 
         Returns:
-            Floating numbers of shape (T, C), and their grid.
+            Floating-point features of shape (T, C), and their grid.
 
         Raises:
-            UserError: if it has none, or they are damaged.
+            UserError: if the video has no features, or they are damaged.
             OSError: if their file cannot be reached.
         """
         if normal_form(video_id) not in self._ids:
@@ -445,7 +446,7 @@ class Features:
         return features, grid
 
     def _hint(self, video_id: str, features: np.ndarray, duration: float) -> str:
-        """Return a hint, if the features would last as long as the video when turned."""
+        """Return a hint if the features would last as long as the video when transposed."""
         grid = self._said.grid(video_id, length=features.shape[1], duration=duration)
         return _TURNED if abs(grid.end - duration) <= _gap(duration) else ""
 
@@ -453,7 +454,7 @@ class Features:
         """Read the features of a window of a video of `duration` seconds.
 
         Returns:
-            float32 of shape (T', C), as `re2tal.videos.features.window_features` takes them.
+            float32 of shape (T', C), resampled by `re2tal.videos.features.window_features`.
 
         Raises:
             UserError, OSError: as `read`.
@@ -462,14 +463,14 @@ class Features:
         return window_features(features, grid, window)
 
     def examine(self, durations: Mapping[str, float]) -> tuple[dict[str, str], list[str]]:
-        """Read the features of videos once, as far as there are any.
+        """Read each video's features once, skipping videos without features.
 
         Args:
             durations: annotated seconds by video id.
 
         Returns:
             Video id to the reason why its features cannot be used; and a sentence for each video
-            whose features do not last about as long as annotated.
+            whose features end well before or after its annotated end.
         """
         wanted = sorted(v for v in durations if normal_form(v) in self._ids)
         with ThreadPoolExecutor(_READERS) as pool:  # most of the time goes into waiting for storage
@@ -502,7 +503,7 @@ class Features:
         return {name[len(said.prefix) : len(name) - len(said.ending)]: name for name in names}
 
     def _measured(self) -> tuple[str, int, int]:
-        """Find the first file that can be read: its place, T and C."""
+        """Read the first readable file; return its path or URI, T and C."""
         if not self._files:
             raise UserError(
                 f"{self._folder} holds no features: no file is named {self._said.prefix}"

@@ -1,4 +1,4 @@
-"""Paths of a run: each is resolved and checked here, once, and nothing below asks again.
+"""Paths of a run: each is resolved and checked here, once, and not again below.
 
 Processes of a run work in other folders, so every path becomes absolute.
 """
@@ -43,18 +43,18 @@ def resolved(
     written: Sequence[str] = (),
     prefix: str = "--",
 ) -> ConfigT:
-    """Resolve and check paths that stand in a configuration.
+    """Resolve and check the paths in a configuration.
 
     Args:
         config: a dataclass.
         needed: names of its fields with paths or URIs that must exist.
-        optional: names of fields that may be None. Files that belong to annotations are among them
-            without being named.
+        optional: names of fields that may be None. Files that belong to annotations are optional
+            without being named here.
         written: names of fields whose paths need not exist yet.
-        prefix: beginning of the options that set them, for messages.
+        prefix: prefix of the fields' command-line options, for messages.
 
     Raises:
-        UserError: if one was not given, is not there or cannot be reached.
+        UserError: if a path was not given, does not exist or cannot be reached.
     """
     fields: Any = config
     found: dict[str, str | tuple[str, ...]] = {}
@@ -77,7 +77,7 @@ def detection_inputs(recipe: Recipe) -> Recipe:
     """Resolve and check the paths of a recipe for a detector; make the toy data if missing.
 
     Raises:
-        UserError: if something was not given, is not there or cannot be reached.
+        UserError: if an input was not given, does not exist or cannot be reached.
     """
     data, model = recipe.data, recipe.model
     if data.make_toy and data.annotations and not Path(data.annotations).exists():

@@ -1,4 +1,4 @@
-"""Plan of a detector's run: check the annotations, find the files, leave out what is unusable."""
+"""Plan of a detector's run: check the annotations, find the files, leave out unusable videos."""
 
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,13 +36,13 @@ class Plan:
 
     Attributes:
         classes: names of the action classes, sorted.
-        failures: video id to the reason why it is left out.
+        failures: video id to the reason why the video is left out.
         fingerprint: hash of the annotations that are used.
-        remarks: sentences about unexpected facts: shards that were made for something else, and
-            videos whose file lasts longer or shorter than annotated. They are used: where the file
-            is too short, the windows that fail are counted.
+        remarks: sentences about unexpected facts: shards made for other settings, and videos whose
+            file is longer or shorter than annotated. These videos are used all the same; where a
+            file is too short, the failed windows are counted.
         video_scores: an external classifier's scores of the validation videos.
-        features: features of all usable videos, if they stand in for frames.
+        features: features of all usable videos, in runs that use features instead of frames.
     """
 
     classes: tuple[str, ...]
@@ -55,7 +55,7 @@ class Plan:
     features: Features | None = None
 
     def restricted(self, classes: Sequence[str]) -> "Plan":
-        """Return the plan for `classes`, which are those of the plan or the one class `ACTION`."""
+        """Return the plan for `classes`: those of the plan, or only the class `ACTION`."""
         if tuple(classes) == self.classes:
             return self
         return replace(
@@ -67,12 +67,12 @@ class Plan:
 
     @property
     def uris(self) -> dict[str, str]:
-        """Video id to path or URI, of all usable videos."""
+        """Video id to path or URI, for all usable videos."""
         return {v.annotation.video_id: v.uri for v in (*self.training, *self.validation)}
 
     @property
     def durations(self) -> dict[str, float]:
-        """Video id to seconds, of all usable videos."""
+        """Video id to seconds, for all usable videos."""
         videos = (v.annotation for v in (*self.training, *self.validation))
         return {video.video_id: video.duration for video in videos}
 
@@ -88,12 +88,12 @@ def _class_agnostic(video: Video) -> Video:
 
 
 def read_annotations(config: AnnotationConfig) -> Annotations:
-    """Read annotations and what belongs to them, local or remote, and check them whole.
+    """Read annotations with their exclusions and durations, local or remote, and check them whole.
 
-    `inputs` has resolved their paths. Known faults of the data set are repaired.
+    `inputs` has resolved the paths. Known faults of the data set are repaired.
 
     Raises:
-        AnnotationError: with every problem in them.
+        AnnotationError: with every problem in the annotations.
         UserError: if durations cannot be read from the videos.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +116,7 @@ def read_annotations(config: AnnotationConfig) -> Annotations:
 
 
 def _probed(config: Any, video_ids: Sequence[str]) -> dict[str, float]:
-    """Read the durations of videos from their files, their shards, or the features made of them."""
+    """Read the durations of videos from their files, their shards, or their features."""
     prefix = "--data." if isinstance(config, (DataConfig, TrimmedDataConfig)) else "--"
     if getattr(config, "features", None) is not None:
         features = Features(config.features)
@@ -150,10 +150,10 @@ def _find_features(features: Features, videos: Sequence[VideoAnnotation]) -> Fou
     """Find the features of videos, and read each file once."""
     durations = {video.video_id: video.duration for video in videos}
     missing = features.missing(durations)
-    if len(missing) == len(durations):
+    if len(missing) == len(durations):  # a wrong folder, or other ids, rather than failed videos
         raise UserError(
             f"None of the {len(durations)} videos has features: {next(iter(missing.values()))}. "
-            f"Are these its ids? {apart(features.video_ids, durations)}. Correct --data.features."
+            f"Do the ids match? {apart(features.video_ids, durations)}. Correct --data.features."
         )
     damaged, remarks = features.examine(durations)
     failures = missing | damaged
@@ -171,17 +171,17 @@ class KnownVideos(Protocol):
 
     @property
     def uris(self) -> Mapping[str, str]:
-        """Video id to path or URI, of the usable videos."""
+        """Video id to path or URI, for the usable videos."""
 
     @property
     def failures(self) -> Mapping[str, str]:
-        """Video id to the reason why it is left out."""
+        """Video id to the reason why the video is left out."""
 
 
 def all_failures(
     plan: KnownVideos, of_workers: Iterable[Mapping[str, str]], max_failed: float
 ) -> dict[str, str]:
-    """Collect the videos that failed before training or on any worker; refuse too many of them.
+    """Collect the videos that failed before training or on any worker; raise if too many failed.
 
     Raises:
         UserError: see `check_failures`.
@@ -201,14 +201,15 @@ def check_failures(
     prefix: str = "--data.",
     source: str = "videos",
 ) -> None:
-    """Stop a run of which too many videos failed.
+    """Raise if too many videos of a run failed.
 
-    `max_failed` is the largest share that may fail, 0 to 1; `prefix` starts the names of the
-    options of source (videos or features) and share in messages.
+    `max_failed` is the largest share that may fail, 0 to 1. Messages name the options
+    `{prefix}{source}` (source: videos or features) and `{prefix}max-failed`.
 
     Raises:
-        UserError: if all fail, or more than that share.
+        UserError: if all videos failed, or more than that share.
     """
+    # all failed is an error even if `max_failed` is 1: nothing is left to work on
     if len(failures) < total and len(failures) <= max_failed * total:
         return
     reasons = [f"{video_id}: {reason}" for video_id, reason in sorted(failures.items())]
@@ -222,16 +223,16 @@ def check_failures(
 
 
 def make_plan(config: DataConfig, annotations: Annotations, *, probe: Probe = probe_files) -> Plan:
-    """Find and check the videos or their features, and decide what a run works on.
+    """Find and check the videos or their features, and plan the run on the usable ones.
 
-    Every file of a video is opened once (`probe`), by default in parallel with Ray Data; the plan
-    holds only those that could be opened. Videos in shards were decoded when the shards were made,
-    and are not opened. Features are read once, all of them: they fail here, not while training.
+    Every video file is opened once (`probe`), by default in parallel with Ray Data; the plan holds
+    only videos that could be opened. Videos in shards were decoded when the shards were made, and
+    are not opened. All features are read once, so that damaged ones fail here and not in training.
 
     Raises:
-        UserError: if the videos lie in shards that are not complete; if there are no features, or
-            they are not complete; if settings contradict one another; if too many videos are
-            missing or unreadable, or have no scores; or if those of the validation show no action.
+        UserError: if the videos lie in incomplete shards; if features are missing or incomplete; if
+            settings contradict one another; if too many videos are missing or unreadable, or have
+            no scores; or if the validation videos have no annotated action.
         FileError: if the file of an external classifier is not usable.
     """
     features = Features(config.features) if config.features else None
@@ -281,7 +282,7 @@ def make_plan(config: DataConfig, annotations: Annotations, *, probe: Probe = pr
 def evaluation_plan(
     annotations: Annotations, videos: Sequence[VideoAnnotation], scores: VideoScores | None
 ) -> Plan:
-    """Make the plan of an evaluation alone, for which the files of the videos are not needed."""
+    """Make the plan of an evaluation alone, which needs no video files."""
     return Plan(
         classes=annotations.classes,
         training=(),
@@ -301,13 +302,13 @@ def read_video_scores(
 ) -> VideoScores | None:
     """Read an external classifier's scores of videos, and check that every video has some.
 
-    `inputs` has resolved the path; `prefix` starts the names of the options in messages.
+    `inputs` has resolved the path; `prefix` is that of the options' names, for messages.
 
     Returns:
-        The scores; None if there is no such classifier.
+        The scores; None if no classifier is configured.
 
     Raises:
-        UserError: if there are not so many classes; if videos have no scores.
+        UserError: if `video_scores_top` exceeds the classes or is below 1; if videos lack scores.
         FileError: with every problem in the file.
     """
     place, top = config.video_scores, config.video_scores_top
@@ -324,7 +325,7 @@ def read_video_scores(
     missing = [video.video_id for video in videos if scores.get(video.video_id) is None]
     if missing:
         sides = (
-            f" Are these its ids? {apart(scores.scores, missing)}."
+            f" Do the ids match? {apart(scores.scores, missing)}."
             if len(missing) == len(videos)
             else ""
         )

@@ -1,4 +1,4 @@
-"""Sampling of videos: the frames that features are made of, and their places in the video."""
+"""Sampling of videos: the frames that features are made from, and their places in the video."""
 
 import math
 from collections.abc import Iterator
@@ -21,16 +21,17 @@ class SamplingConfig:
     """Way in which a video becomes a sequence of features.
 
     Attributes:
-        way: "clips": a short clip for every feature, averaged over its time, as published features
-            for ActionFormer and VSGN are made. "windows": long windows, of which the backbone makes
-            features at its own rate, as a detector that is trained end to end sees them.
+        way: "clips": one short clip a feature, averaged over time; published features for
+            ActionFormer and VSGN are made in this way. "windows": long windows at the backbone's
+            own stride, as in a detector trained end to end.
         fps: sampled frames per second; "own" is each video's own rate, "squeeze" gives every video,
             whatever its duration, one window (as is usual for ActivityNet).
-        frames: number of frames; by default 16 of a clip, 768 of a window.
-        stride: frames per feature. For clips, from the start of one to that of the next, by default
-            4; for windows the backbone's own, or a multiple of it, to which features are averaged.
-        overlap: share of a window that the next one repeats, from 0 to below 1. Each feature is
-            taken from the window in whose middle it is.
+        frames: number of frames of a clip (default 16) or of a window (default 768).
+        stride: frames per feature. For clips, the distance between the starts of two clips, by
+            default 4. For windows, the backbone's own stride (the default) or a multiple of it, to
+            which features are averaged.
+        overlap: share of a window that the next window repeats, in [0, 1). Each feature is taken
+            from the window whose middle is nearest.
 
     Raises:
         ValueError: if a field is out of its range.
@@ -58,14 +59,14 @@ class SamplingConfig:
             raise ValueError(f"--overlap must be in [0, 1), not {self.overlap}.")
 
     def resolved(self, *, temporal_stride: int, multiple: int) -> "Sampling":
-        """Decide what is left open.
+        """Fill in the defaults that depend on the backbone.
 
         Args:
             temporal_stride: frames per feature of the backbone.
-            multiple: divisor of the number of frames that the backbone takes.
+            multiple: the backbone's number of input frames must be a multiple of this.
 
         Raises:
-            ValueError: if the backbone cannot take so many frames.
+            ValueError: if the backbone cannot take this number of frames.
         """
         frames = self.frames or (16 if self.way == "clips" else 768)
         stride = (self.stride or 4) if self.way == "clips" else temporal_stride
@@ -81,7 +82,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """`SamplingConfig` with nothing left open."""
+    """`SamplingConfig` with all defaults filled in."""
 
     way: Way
     fps: float | Literal["own", "squeeze"]
@@ -90,7 +91,7 @@ class Sampling:
     overlap: float
 
     def described(self) -> dict[str, Any]:
-        """Return the settings that decide places and content of features, for files of them."""
+        """Return the settings that determine features; files of features record them."""
         described = asdict(self)
         if self.way == "clips":
             del described["overlap"]  # clips ignore it
@@ -103,14 +104,14 @@ class Sampling:
             fps = own_fps
         elif fps == "squeeze":
             fps = self.frames / duration
-        # a video shorter than half a frame still shows one
+        # a video shorter than half a frame interval still has one frame
         shown = max(1, _frame_grid(fps, 0, math.ceil(duration * fps) + 1).frames_before(duration))
         if self.way == "clips":
             return self._clips(fps, shown)
         return self._windows(fps, shown)
 
     def _clips(self, fps: float, shown: int) -> "SampledVideo":
-        """Lay as many clips as fit over the video, and one over a shorter video."""
+        """Lay all clips that fit over the video, or one over a video shorter than a clip."""
         number = max(0, shown - self.frames) // self.stride + 1
         return SampledVideo(
             grid=clip_grid(fps=fps, stride=self.stride, frames=self.frames, length=number),
@@ -128,7 +129,7 @@ class Sampling:
             grid=TimeGrid(fps=fps, stride=self.stride, length=features * self.stride),
             shown=shown,
             step=self.stride * max(1, int(window * (1 - self.overlap))),
-            last=self.stride * max(0, features - window),
+            last=self.stride * max(0, features - window),  # ends with the video's last feature
             frames=self.frames,
             per_unit=window,
         )
@@ -136,11 +137,11 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Stretch:
-    """Frames of a video that are decoded at a time, and the units in them.
+    """Frames of a video that are decoded together, and the units in them.
 
     Attributes:
         window: the frames.
-        starts: first frame of each unit, counted from that of the stretch, int64.
+        starts: first frame of each unit, counted from the start of the stretch, int64.
     """
 
     window: Window
@@ -149,13 +150,13 @@ class Stretch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampledVideo:
-    """A video cut into units, each of which goes through the backbone once: clips or windows.
+    """Video cut into units (clips or windows), each of which goes through the backbone once.
 
     Attributes:
-        grid: places of its features.
+        grid: places of the video's features.
         shown: number of sampled frames of the video.
-        step: frames from the start of one unit to that of the next; to that of the last it may be
-            less.
+        step: frames from the start of one unit to the start of the next; the last unit may start
+            earlier.
         last: first frame of the last unit.
         frames: number of frames of a unit.
         per_unit: number of features of a unit.
@@ -171,19 +172,20 @@ class SampledVideo:
     @property
     def units(self) -> int:
         """Number of units."""
-        return -(-self.last // self.step) + 1
+        return -(-self.last // self.step) + 1  # ceiling: the last step may be shorter
 
     def starts(self) -> np.ndarray:
-        """First frame of each unit, int64."""
+        """Return the first frame of each unit, int64."""
         return np.minimum(np.arange(self.units) * self.step, self.last)
 
     def stretches(self, *, size: int, batch_size: int) -> Iterator[Stretch]:
         """Cut the video into stretches of whole batches of units.
 
         A stretch has at most 64 MiB of frames (`size` pixels a side), unless one batch has more.
-        Frames that units of a stretch have in common are decoded once. Frames behind the video's
-        end are padding: the mask of the stretch's window is false there.
+        Frames that units of a stretch share are decoded once. Frames after the video's end are
+        padding: the mask of the stretch's window is false there.
         """
+        # k units span (k - 1) * step + frames frames
         most = max(0, _MOST_BYTES // (size * size * 3) - self.frames) // self.step + 1
         together = max(1, most // batch_size) * batch_size
         starts = self.starts()
@@ -202,10 +204,10 @@ class SampledVideo:
             )
 
     def joined(self, units: np.ndarray) -> np.ndarray:
-        """Join the features of the units to those of the video.
+        """Join the features of all units into those of the video.
 
-        Where windows overlap, a feature is that of the window whose middle is nearest: it has seen
-        most of what lies on both of its sides.
+        Where windows overlap, a feature is taken from the window whose middle is nearest: that
+        window holds the most context on both sides.
 
         Args:
             units: features of each unit, of shape (U, per_unit, C).
@@ -216,12 +218,12 @@ class SampledVideo:
         first = self.starts() // self.grid.stride
         place = np.arange(self.grid.num_features)
         middles = first + (self.per_unit - 1) / 2
-        # of two equally near windows, the first
+        # borders halfway between middles; side="left": the first of two equally near windows
         chosen = np.searchsorted((middles[1:] + middles[:-1]) / 2, place, side="left")
         joined: np.ndarray = units[chosen, place - first[chosen]]
         return joined
 
 
 def _frame_grid(fps: float, first: int, length: int) -> TimeGrid:
-    """Return the grid of some sampled frames of a video."""
+    """Return the grid of `length` sampled frames of a video, from frame `first` on."""
     return TimeGrid(fps=fps, stride=1, length=length, offset=first / fps)

@@ -1,4 +1,4 @@
-"""Making of shards: each task encodes the videos of one, and leaves out those that fail."""
+"""Making of shards: each Ray task encodes the videos of one shard, and leaves out failures."""
 
 import tempfile
 import time
@@ -42,18 +42,18 @@ from re2tal.videos.limits import Limits, VideoError
 from re2tal.videos.reader import CUT, VideoReader
 from re2tal.videos.transcoding import Piece, TranscodeConfig, transcode
 
-_BYTES_IN_MEMORY = 2**26  # larger videos wait on the disk
+_BYTES_IN_MEMORY = 2**26  # a larger encoded video is kept in a file until it is written
 
 # Limit for a piece: Parquet counts the bytes of a page in 31 bits.
 _MOST_BYTES = 2**31 - 2**20
 
-# Wall time that encoding may take: for a video, and in addition for each second of it.
+# Wall time that encoding may take: a constant, plus so much per second of video.
 _SECONDS, _SECONDS_PER_SECOND = 600.0, 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Provenance:
-    """File that a video was made from."""
+    """File that a video in a shard was encoded from."""
 
     uri: str
     bytes: int
@@ -95,7 +95,7 @@ def _instances(instances: tuple[Instance, ...]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedVideo:
-    """Video that is encoded whole; its first row is not known yet."""
+    """Completely encoded video; its first row is not known yet."""
 
     entry: VideoEntry
     source: Provenance
@@ -104,7 +104,7 @@ class EncodedVideo:
     _spool: IO[bytes]
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield its pieces, so that only one has to be in memory."""
+        """Yield the pieces one by one, so that only one is in memory."""
         self._spool.seek(0)
         for piece, size in zip(self._pieces, self._sizes, strict=True):
             yield replace(piece, video=self._spool.read(size))
@@ -112,15 +112,16 @@ class EncodedVideo:
 
 @contextmanager
 def encoded(uri: str, config: TranscodeConfig, *, seconds: float) -> Iterator[EncodedVideo]:
-    """Encode a video, and keep the result in a temporary file in the meantime.
+    """Encode a video into a temporary file, which is deleted when the block ends.
 
-    `seconds` is the video's approximate length; the time that encoding may take grows with it.
+    `seconds` is the video's approximate length; the time limit of encoding grows with it.
 
     Raises:
         VideoError: if it cannot be read or encoded.
         OSError: if there is no space for temporary files.
     """
-    stamp = stamps_of({uri: uri}).get(uri, Stamp(bytes=0, head=""))  # before it is read
+    # before reading: if the file is replaced meanwhile, the next run notices
+    stamp = stamps_of({uri: uri}).get(uri, Stamp(bytes=0, head=""))
     with tempfile.SpooledTemporaryFile(max_size=_BYTES_IN_MEMORY) as spool:
         pieces, sizes = [], []
         codec = ""
@@ -132,10 +133,10 @@ def encoded(uri: str, config: TranscodeConfig, *, seconds: float) -> Iterator[En
         entry = VideoEntry(
             first_row=0,
             starts=tuple(piece.start for piece in pieces),
-            end=max(piece.end for piece in pieces if piece.damage != CUT),
+            end=max(piece.end for piece in pieces if piece.damage != CUT),  # without a lost end
             damaged=sum(piece.end - piece.start for piece in pieces if piece.damage),
             frames=sum(piece.frames for piece in pieces),
-            width=max(piece.width for piece in pieces),  # a damaged piece has none
+            width=max(piece.width for piece in pieces),  # 0 in a damaged piece
             height=max(piece.height for piece in pieces),
             source=max(piece.source for piece in pieces),
             bytes=sum(sizes),
@@ -164,16 +165,16 @@ def _transcoded(uri: str, config: TranscodeConfig, seconds: float) -> Iterator[t
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardTask:
-    """Shard that is to be written.
+    """Task of writing one shard.
 
     Attributes:
         uri: path or URI of the shard.
         settings: settings that the shard is made with.
         videos: all videos of the shard, sorted by id.
-        sources: path or URI of the videos' files, by video id.
-        missing: reasons of the videos that have no file, by video id.
-        kept: take the videos that the shard holds already as they are, and encode the others only.
-        replaced: videos that are encoded all the same, as their files are other ones.
+        sources: video id to path or URI of its file.
+        missing: video id to the reason why it has no file.
+        kept: copy the videos that the shard holds already, and encode only the others.
+        replaced: ids of videos that are encoded again because their files were replaced.
     """
 
     uri: str
@@ -185,19 +186,19 @@ class ShardTask:
     replaced: frozenset[str] = frozenset()
 
     def keeps(self, video_id: str, there: Contents[VideoEntry]) -> bool:
-        """Tell if a video is taken from the shard that is there."""
+        """Tell whether a video is copied from the existing shard, whose contents are `there`."""
         return self.kept and video_id in there.videos and video_id not in self.replaced
 
 
 def write_shard(task: ShardTask, *, board: Any = None) -> Contents[VideoEntry]:
-    """Write a shard, which gets its name once it is whole.
+    """Write a shard; the file gets its name only once it is whole.
 
-    The same task gives the same bytes, whatever was there before. A fault of a video is a failure
-    of that video, not an error.
+    The same task gives the same bytes, whatever was there before. A fault in a video is recorded as
+    that video's failure, and is not an error.
 
     Args:
         task: the shard.
-        board: actor to which each video that is through is posted: id, seconds, reason.
+        board: actor to which each finished video is posted: id, seconds, reason of a failure.
 
     Raises:
         OSError: if the shard cannot be written.
@@ -225,7 +226,7 @@ def write_shard(task: ShardTask, *, board: Any = None) -> Contents[VideoEntry]:
 
 
 def _encode(writer: FileWriter[VideoEntry], task: ShardTask, video: VideoAnnotation) -> str:
-    """Encode a video and write it; return the reason if that is not possible."""
+    """Encode a video and write it; return the reason of a failure, else an empty string."""
     uri = task.sources[video.video_id]
     try:
         with encoded(uri, task.settings.transcode, seconds=video.duration) as made:
@@ -241,7 +242,7 @@ def _encode(writer: FileWriter[VideoEntry], task: ShardTask, video: VideoAnnotat
 
 
 def _copy(writer: FileWriter[VideoEntry], old: Shard, video_id: str) -> None:
-    """Take a video from another shard."""
+    """Copy a video from another shard."""
     entry = old.contents.videos[video_id]
     writer.contents.videos[video_id] = replace(entry, first_row=writer.rows)
     for number in range(len(entry.starts)):
@@ -249,20 +250,20 @@ def _copy(writer: FileWriter[VideoEntry], old: Shard, video_id: str) -> None:
 
 
 class ShardFolder:
-    """Folder that is being filled with shards; a killed run goes on with it.
+    """Folder that is being filled with shards; a killed run can be continued.
 
     Args:
         uri: path or URI of the folder.
         annotations: annotations of the videos.
         source: path or URI of the annotations.
         videos: path or URI of the folder of the videos.
-        subsets: names of the subsets to encode; none for all videos.
+        subsets: names of the subsets to encode; empty for all videos.
         transcode: encoding of the videos.
         shard_seconds: as in `ShardSettings`.
 
     Raises:
         UserError: if the folder holds shards of other settings, or damaged ones.
-        AnnotationError: if there is no subset of a name.
+        AnnotationError: if a subset does not exist.
     """
 
     def __init__(
@@ -302,7 +303,8 @@ class ShardFolder:
     def fill(self, *, retry_failed: bool) -> Manifest:
         """Make the shards that are missing.
 
-        `retry_failed` also encodes the videos that failed before, and no others of their shards.
+        With `retry_failed`, videos that failed before are encoded again; the other videos of their
+        shards are copied.
         """
         began = time.perf_counter()
         tasks = self._tasks(retry_failed=retry_failed)
@@ -327,7 +329,7 @@ class ShardFolder:
         }
         replaced = frozenset(replaced_files(sources, stamps))
         for video_id in sorted(replaced):
-            print(f"  replaced: {video_id}: its file is another one than that in its shard")
+            print(f"  replaced: {video_id}: its file is not the one that its shard was made of")
         wanted = {
             name: videos
             for name, videos in self._packed.items()
@@ -349,7 +351,7 @@ class ShardFolder:
         ]
 
     def _write(self, tasks: Sequence[ShardTask], described: Refreshed) -> None:
-        """Make shards in parallel, and keep the manifest up to date."""
+        """Write shards in parallel, and keep the manifest up to date."""
         coming = [
             video.duration
             for task in tasks

@@ -1,7 +1,7 @@
-"""Shards: content of Parquet files of videos that were encoded for random access; reading them.
+"""Shards: Parquet files of videos that were encoded for random access. Content, and reading.
 
-A video in a shard has a URI of its own: that of the shard, and the video's id as its fragment. So
-it can stand wherever the URI of a video's file is expected.
+A video in a shard has a URI of its own: that of the shard, with the video's id as its fragment.
+This URI is accepted wherever that of a video file is.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,29 +35,29 @@ SCHEMA = pa.schema(
     [
         ("video_id", pa.string()),
         ("subset", pa.string()),
-        ("piece", pa.int32()),  # from 0 on
+        ("piece", pa.int32()),  # counted from 0
         ("pieces", pa.int32()),  # number of pieces of the video
         ("start", pa.float64()),  # second of the video at which the piece starts
         ("end", pa.float64()),
-        ("frames", pa.int32()),  # number that comes on screen in the piece
+        ("frames", pa.int32()),  # number of frames that are displayed within the piece
         ("duration", pa.float64()),  # seconds of picture of the video, as measured
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("fps", pa.float64()),  # mean over the video
         ("annotated_duration", pa.float64()),
-        ("annotations", _INSTANCES),  # those of the whole video, in its seconds
+        ("annotations", _INSTANCES),  # of the whole video, in seconds of the video
         ("ambiguous", _INSTANCES),
-        ("annotations_fingerprint", pa.string()),  # of the collection's annotations
+        ("annotations_fingerprint", pa.string()),  # hash of the whole annotation file
         ("source", pa.string()),  # path or URI
         ("source_bytes", pa.int64()),
         ("source_codec", pa.string()),
-        ("source_width", pa.int32()),  # upright
+        ("source_width", pa.int32()),  # after rotation to upright
         ("source_height", pa.int32()),
-        ("damage", pa.string()),  # fault of the source there, else empty
+        ("damage", pa.string()),  # fault of the source in this piece, else empty
         ("video", pa.large_binary()),  # H.264 mp4; empty where the source is damaged
     ]
 )
-"""A row is a piece of a video, and a row group: one is read without the others."""
+"""Columns. Each row is one piece of a video and one row group: pieces are read one by one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,18 +65,18 @@ class VideoEntry:
     """Place and facts of a video in a shard.
 
     Attributes:
-        first_row: row of its first piece; the others follow.
+        first_row: row of the first piece; the others follow.
         starts: second at which each piece starts.
-        end: second at which the last piece ends, without those missing of a file that was cut off.
-        damaged: seconds of the pieces that hold no frames, as the source is damaged there.
+        end: second at which the last piece ends, without the missing end of a truncated file.
+        damaged: seconds of the pieces that hold no frames because the source is damaged there.
         frames: number of frames of all pieces.
-        width: pixels across, upright.
+        width: pixels across, after rotation to upright.
         height: pixels down.
-        source: width and height, upright, of the file that it was made from.
+        source: width and height, upright, of the file that the video was encoded from.
         bytes: size of the encoded pieces.
-        source_bytes: size of the file that it was made from.
-        source_head: digest of the beginning of that file, by which it is known; empty in shards of
-            an older version.
+        source_bytes: size of the file that the video was encoded from.
+        source_head: digest of the beginning of that file, by which it is recognised; empty in
+            shards of an older version.
     """
 
     first_row: int
@@ -93,7 +93,7 @@ class VideoEntry:
 
     @property
     def stamp(self) -> Stamp:
-        """Signs by which the file that it was made from is known."""
+        """Signs by which the video's source file is recognised."""
         return Stamp(bytes=self.source_bytes, head=self.source_head)
 
     @property
@@ -104,7 +104,7 @@ class VideoEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardSettings:
-    """Settings that decide, with the videos, the content of shards.
+    """Settings that determine, together with the videos, the content of shards.
 
     Attributes:
         fingerprint: hash of the annotations.
@@ -123,7 +123,7 @@ class ShardSettings:
             raise ValueError(f"shard_seconds must be positive, not {self.shard_seconds}.")
 
     def described(self) -> dict[str, Any]:
-        """Return the settings as they stand in shards and manifest."""
+        """Return the settings in the form that shards and manifest record."""
         flat = {
             "format": FORMAT,
             "annotations": self.fingerprint,
@@ -131,17 +131,18 @@ class ShardSettings:
             **asdict(self.transcode),
             "shard_seconds": float(self.shard_seconds),
         }
+        # floats, so that 30 and 30.0 compare and print alike
         return {k: float(v) if k in ("fps", "piece_seconds") and v else v for k, v in flat.items()}
 
 
 def pack(
     videos: Sequence[VideoAnnotation], seconds: float
 ) -> dict[str, tuple[VideoAnnotation, ...]]:
-    """Put videos into shards: in the order of their ids, about as many seconds into each.
+    """Distribute videos over shards in the order of their ids, up to `seconds` of video in each.
 
     Returns:
-        File name of each shard to its videos; a video longer than `seconds` has one for itself. The
-        result depends on nothing else.
+        File name of each shard to its videos; a video longer than `seconds` has its own shard. The
+        result depends on ids and durations alone.
     """
     shards: list[list[VideoAnnotation]] = []
     filled = 0.0
@@ -156,15 +157,15 @@ def pack(
 
 _MARK = ".parquet#"
 
-# Shards that a process keeps open: the footer of each, some hundred KB, and nothing of the videos.
+# Shards that a process keeps open. Each keeps its footer in memory, some hundred KB, and no videos.
 _OPEN = 16
 
 
 class Shard:
-    """Open shard.
+    """Shard opened for reading.
 
     Raises:
-        UserError: if it is no shard, or is damaged.
+        UserError: if the file is not a shard, or is damaged.
         OSError: if it cannot be reached.
     """
 
@@ -173,15 +174,15 @@ class Shard:
         self._parquet, self.contents = SHARDS.open(uri)
 
     def row(self, number: int) -> pa.Table:
-        """Read a row with all of its columns."""
+        """Read all columns of a row."""
         return self._parquet.read_row_group(number, use_threads=False)
 
     def piece(self, number: int) -> bytes:
-        """Read the video in a row, and nothing else of it.
+        """Read the encoded piece in a row.
 
         Raises:
-            FrameError: if the file that the video was made from is damaged there.
-            VideoError: if the shard is.
+            FrameError: if the video's source file is damaged in this piece.
+            VideoError: if the shard is damaged.
         """
         columns = ["damage", "video"]
         try:
@@ -194,10 +195,10 @@ class Shard:
         return content
 
     def pieces(self, video_id: str) -> Pieces:
-        """Return a video, of which only those pieces are read that are needed.
+        """Return a video whose pieces are read only when they are needed.
 
         Raises:
-            VideoError: if it is not in this shard.
+            VideoError: if the video is not in this shard.
         """
         entry = self.contents.videos.get(video_id)
         name = video_uri(self._uri, video_id)
@@ -209,7 +210,7 @@ class Shard:
             name=name,
             starts=entry.starts,
             read=lambda number: self.piece(first + number),
-            like=entry.source,
+            like=entry.source,  # frames get the shape of the source's, scaled
         )
 
 
@@ -219,17 +220,18 @@ def video_uri(shard: str, video_id: str) -> str:
 
 
 def open_video(uri: str) -> str | BinaryIO | Pieces:
-    """Return a video for `window_frames`: a file as `open_source` opens it, or its pieces.
+    """Return a video for `window_frames`: a file from `open_source`, or the pieces in a shard.
 
     Args:
         uri: path or URI of a file, or of a video in a shard (`video_uri`).
 
     Raises:
-        VideoError: if the shard cannot be read.
-        OSError: if it cannot be reached.
+        VideoError: if the shard is damaged.
+        OSError: if the shard cannot be reached.
     """
     if _MARK not in uri:
         return open_source(uri)
+    # partition, not rpartition: an id may contain the mark too
     folder, _, video_id = uri.partition(_MARK)
     try:
         return _opened(folder + _MARK[:-1]).pieces(video_id)
@@ -239,13 +241,13 @@ def open_video(uri: str) -> str | BinaryIO | Pieces:
 
 @lru_cache(maxsize=_OPEN)
 def _opened(uri: str) -> Shard:
-    """Open a shard, once a process for many windows."""
+    """Open a shard, once in a process for many windows."""
     return Shard(uri)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardFile:
-    """Entry of a shard in the manifest; `videos` are its videos by id."""
+    """Entry of a shard in the manifest; `videos` maps ids to the videos in it."""
 
     name: str
     bytes: int
@@ -258,13 +260,13 @@ class Totals:
     """Sums over all shards.
 
     Attributes:
-        shards: number of shards that are there.
+        shards: number of existing shards.
         failed: number of videos that could not be encoded.
         rows: number of pieces of videos.
-        seconds: length of all videos.
-        damaged_seconds: length of the parts without frames, because the source is damaged.
+        seconds: total length of the videos.
+        damaged_seconds: length of the parts without frames because the source is damaged.
         bytes: size of the shards.
-        source_bytes: size of the files that the videos were made from.
+        source_bytes: size of the files that the videos were encoded from.
     """
 
     shards: int
@@ -283,15 +285,15 @@ class Manifest:
     """Content of `manifest.json`.
 
     Attributes:
-        format: form of the shards.
-        state: "complete" once every shard is there, whether or not videos in it failed.
+        format: format of the shards.
+        state: "complete" once every shard exists, whether or not videos in it failed.
         settings: settings of the shards, from `ShardSettings.described`.
         annotations: path or URI of the annotations.
         videos: path or URI of the folder of the videos.
         software: versions of the software that made the newest shard.
-        expected_shards: number of shards when all are done.
+        expected_shards: number of shards of the complete folder.
         failures: video id to the reason why it could not be encoded.
-        shards: shards that are there, sorted by name.
+        shards: existing shards, sorted by name.
     """
 
     format: str
@@ -313,12 +315,12 @@ SHARDS: Store[VideoEntry, Manifest] = Store(
     script="prepare.py",
     contents=TypeAdapter(Contents[VideoEntry]),
     description=TypeAdapter(Manifest),
-    advice="Run prepare.py again, which makes it anew from the shards.",
+    advice="Run prepare.py again, which rebuilds it from the shards.",
 )
 
 
 def software() -> dict[str, str]:
-    """Return the versions of the software that decides the bytes of a shard."""
+    """Return the versions of the software on which the bytes of a shard depend."""
     codec = ".".join(map(str, av.library_versions["libavcodec"]))
     return {"re2tal": version("re2tal"), "av": av.__version__, "libavcodec": codec}
 
@@ -332,7 +334,7 @@ def make_manifest(
     annotations: str,
     videos: str,
 ) -> Manifest:
-    """Sum up shards: `shards` and `sizes` map file names to contents and bytes."""
+    """Make the manifest of shards; `shards` and `sizes` map file names to contents and bytes."""
     files = tuple(
         ShardFile(
             name=name,
@@ -369,19 +371,19 @@ def make_manifest(
 
 
 def read_manifest(folder: str) -> Manifest | None:
-    """Read the manifest of a folder; None if it holds none, or another program's.
+    """Read the manifest of a folder; None if it has none, or only another program's.
 
     Raises:
-        UserError: if the manifest is of another form, or damaged.
+        UserError: if the manifest has another format, or is damaged.
     """
     return SHARDS.read_description(folder, mark=b'"re2tal shards ')
 
 
 def require_whole(folder: str, manifest: Manifest) -> None:
-    """Refuse a folder of which shards are missing.
+    """Raise if shards of a folder are missing.
 
     Raises:
-        UserError: with the names of some of them.
+        UserError: with the names of some missing shards.
     """
     if manifest.state != "complete":
         there = f": {manifest.totals.shards} of {manifest.expected_shards} shards are there"
@@ -391,35 +393,35 @@ def require_whole(folder: str, manifest: Manifest) -> None:
     if wrong:
         raise UserError(
             f"{len(wrong)} of the {len(manifest.shards)} shards in {folder} are missing, or not "
-            f"those that {NAME} lists: {', '.join(wrong[:5])}{', ...' * (len(wrong) > 5)}. Give "
-            "the command with prepare.py that made them again: it makes the missing ones."
+            f"those that {NAME} lists: {', '.join(wrong[:5])}{', ...' * (len(wrong) > 5)}. Run "
+            "the same prepare.py command again: it makes the missing shards."
         )
 
 
 def remarks_on(
     manifest: Manifest, *, fingerprint: str | None, size: int, fps: float | None
 ) -> tuple[str, ...]:
-    """Say in sentences what may surprise a user of shards.
+    """Return remarks on shards that may not suit their use, one sentence each.
 
-    `fingerprint` is that of the annotations in use; `size` and `fps` are as in `find_videos`.
+    `fingerprint` is the hash of the annotations in use; `size` and `fps` are as in `find_videos`.
     """
     settings = manifest.settings
     remarks = []
     if manifest.totals.damaged_seconds:
         remarks.append(
             f"{manifest.totals.damaged_seconds:.1f} s of the videos in the shards are damaged in "
-            "their files: windows that reach into them fail"
+            "their source files: windows that reach into them fail"
         )
     if fingerprint is not None and settings["annotations"] != fingerprint:
         remarks.append("the shards were made with other annotations; those given now are used")
     if settings["size"] is not None and settings["size"] < size:
         remarks.append(
             f"the shards' frames have {settings['size']} pixels and are enlarged to {size}: make "
-            "them anew with a larger --size"
+            "them again with a larger --size"
         )
     if settings["fps"] is not None and (fps or 0.0) > settings["fps"]:
         remarks.append(
             f"the shards have {settings['fps']:g} frames per second and {fps:g} are sampled, some "
-            "of them twice: make them anew with a higher --fps"
+            "of them twice: make them again with a higher --fps"
         )
     return tuple(remarks)

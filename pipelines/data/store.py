@@ -1,8 +1,8 @@
-"""Folder of Parquet files that is filled file by file, and gone on with after a kill.
+"""Folder of Parquet files that is filled file by file; a killed run can be continued.
 
-The ids of the videos alone decide which file a video belongs into. A file gets its name only once
-it is whole, and its footer lists its contents: the description beside the files can always be made
-anew from them.
+The ids of the videos alone determine which file a video belongs to. A file gets its name only once
+it is whole, and its footer lists its contents: the description beside the files can always be
+rebuilt from the footers.
 """
 
 import json
@@ -28,12 +28,12 @@ from pipelines.core.storage import (
 )
 from re2tal.errors import UserError, shortened
 
-FOOTER_KEY = "re2tal"  # key in a footer's metadata of the file's `Contents` as JSON
-NOTES = "being_decoded"  # folder of notes on videos that are decoded, but not into a file
+FOOTER_KEY = "re2tal"  # key of the file's `Contents`, as JSON, in the footer's metadata
+NOTES = "being_decoded"  # folder of the notes (`Attempts`) of decoding that writes no file itself
 _ENDING = ".attempts"
 _MOST_ATTEMPTS = 2
-_READERS = 16  # threads: reading footers is mostly waiting
-_DESCRIPTION_SECONDS = 30.0  # between two writings: it may have megabytes
+_READERS = 16  # threads: reading footers is mostly waiting for storage
+_DESCRIPTION_SECONDS = 30.0  # between two writes of a description, which may have megabytes
 
 Entry = TypeVar("Entry")
 Description = TypeVar("Description")
@@ -44,9 +44,9 @@ class Contents(Generic[Entry]):
     """Contents of a Parquet file, as its footer lists them.
 
     Attributes:
-        settings: settings that decide what is made of a video.
-        videos: video id to its place in the file and its facts.
-        failures: video id to the reason why there is nothing of it.
+        settings: settings that determine what is made of a video.
+        videos: video id to the video's place in the file and its facts.
+        failures: video id to the reason why the video is not in the file.
     """
 
     settings: dict[str, Any]
@@ -60,11 +60,11 @@ def part(number: int) -> str:
 
 
 class FileWriter(Generic[Entry]):
-    """Parquet file that is being written, one row group a row.
+    """Writer of a Parquet file in which each row is a row group.
 
     Attributes:
         contents: content of the footer; the caller fills in `videos` and `failures`.
-        rows: number of rows that are written.
+        rows: number of rows written so far.
     """
 
     def __init__(self, parquet: pq.ParquetWriter, settings: dict[str, Any]) -> None:
@@ -80,16 +80,16 @@ class FileWriter(Generic[Entry]):
 
 @dataclass(frozen=True, kw_only=True)
 class Store(Generic[Entry, Description]):
-    """Kind of folder: the names of its files and its description, and the ways to read them.
+    """Kind of folder: the names in it, and the readers and writers of its files.
 
     Attributes:
-        format: form of files and description, with its version.
-        folder: name of the folder of the Parquet files, and word for their content.
+        format: format of files and description, with its version.
+        folder: name of the folder of the Parquet files, also the word for their content.
         name: name of the file with the description.
         script: name of the script that fills such folders.
-        contents: reader of footers.
+        contents: reader and writer of footers.
         description: reader and writer of the description.
-        advice: what to do about a damaged description.
+        advice: advice about a damaged description, for messages.
     """
 
     format: str
@@ -109,16 +109,16 @@ class Store(Generic[Entry, Description]):
 
         Args:
             folder: path or URI.
-            mark: bytes near the beginning of each, if other programs' files bear the same name.
+            mark: bytes near the start of every description, if other programs use the same name.
 
         Raises:
-            UserError: if it is damaged, or of another form.
+            UserError: if the description is damaged, or has another format.
         """
         if self.name not in file_sizes(folder):
             return None
         uri = join(folder, self.name)
         content = read_bytes(uri)
-        # an empty file, or the zeros of a machine that lost its power, is no other program's
+        # an empty file, or one of zeros after a loss of power, is ours and damaged
         if mark not in content[:200] and content[:200].strip(b"\0 \r\n\t"):
             return None
         try:
@@ -127,12 +127,13 @@ class Store(Generic[Entry, Description]):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"
             raise UserError(
-                f"{uri} is not of the form {self.format!r}, or is damaged: {error.error_count()} "
-                f"problems, the first in {where}: {first['msg']}. {self.advice}"
+                f"{uri} does not have the format {self.format!r}, or is damaged: "
+                f"{error.error_count()} problems, the first in {where}: {first['msg']}. "
+                f"{self.advice}"
             ) from error
 
     def write_description(self, folder: str, description: Description) -> None:
-        """Write the description of a folder, in the place of an older one."""
+        """Write the description of a folder; an older one is replaced."""
         with replacing(join(folder, self.name)) as stream:
             stream.write(self.description.dump_json(description, indent=1))
 
@@ -145,14 +146,14 @@ class Store(Generic[Entry, Description]):
         *,
         dictionaries: list[str] | bool = False,
     ) -> Iterator[FileWriter[Entry]]:
-        """Write a file, which gets its name and its footer when the block ends.
+        """Write a file, which gets its footer and its name when the block ends.
 
-        `settings` decide what is made of a video; `dictionaries` are columns whose values repeat.
+        `settings` determine what is made of a video; `dictionaries` are columns of repeated values.
         """
         with (
             replacing(uri) as stream,
-            # videos are compressed already, and features shrink by a tenth only; nobody needs the
-            # minima and maxima of their bytes
+            # no compression: videos are compressed already, and features shrink by a tenth only;
+            # no statistics: minima and maxima of such bytes are of no use
             pq.ParquetWriter(
                 stream,
                 schema,
@@ -170,7 +171,7 @@ class Store(Generic[Entry, Description]):
         """Open a file and read its footer.
 
         Raises:
-            UserError: if it is no such file, or is damaged.
+            UserError: if the file has another format, or is damaged.
             OSError: if it cannot be reached.
         """
         try:
@@ -181,20 +182,20 @@ class Store(Generic[Entry, Description]):
             raise self.unreadable(uri, error) from error
 
     def unreadable(self, uri: str, error: Exception) -> UserError:
-        """Return the error of a file that is damaged."""
+        """Return the error for a damaged file."""
         return UserError(
-            f"{uri} is no file of the form {self.format!r}, or is damaged ({error}). Remove it, "
+            f"{uri} does not have the format {self.format!r}, or is damaged ({error}). Remove it, "
             f"and run {self.script} again."
         )
 
     def read(self, folder: str, settings: Mapping[str, Any]) -> dict[str, Contents[Entry]]:
-        """Read the contents of a folder's files from their footers; `settings` are theirs.
+        """Read the contents of a folder's files from their footers, and require their settings.
 
         Returns:
             File name to its contents, in the order of the names.
 
         Raises:
-            UserError: if one is damaged, or was made with other settings.
+            UserError: if a file is damaged, or was made with settings other than `settings`.
         """
         place = self.place(folder)
         names = [name for name in file_sizes(place) if name.endswith(".parquet")]
@@ -208,7 +209,7 @@ class Store(Generic[Entry, Description]):
     def require_equal(
         self, folder: str, wanted: Mapping[str, Any], there: Mapping[str, Any]
     ) -> None:
-        """Refuse to go on with files that were made with other settings.
+        """Raise if files were made with other settings than those wanted.
 
         Raises:
             UserError: with the settings that differ.
@@ -220,18 +221,18 @@ class Store(Generic[Entry, Description]):
             )
             raise UserError(
                 f"{folder} holds {self.folder} of other settings ({listed}). Give the same "
-                "settings to go on with them, or another --output."
+                "settings to continue, or another --output."
             )
 
     def incomplete(self, folder: str, reason: str = "") -> UserError:
-        """Return the error of a folder that is used before it is whole."""
+        """Return the error for a folder that is used before it is complete."""
         return UserError(
-            f"{folder} is not complete{reason}. Give the command with {self.script} that made it "
-            "again: it goes on."
+            f"{folder} is not complete{reason}. Run the same {self.script} command again: it "
+            "continues."
         )
 
     def remove_leftovers(self, folder: str) -> None:
-        """Remove what a killed run left behind."""
+        """Remove the temporary files and notes of a killed run."""
         for place in (folder, self.place(folder), join(folder, NOTES)):
             for name in file_sizes(place):
                 if PARTIAL in name or name.endswith(_ENDING):
@@ -240,10 +241,10 @@ class Store(Generic[Entry, Description]):
     def check_failures(
         self, failures: Mapping[str, str], total: int, max_failed: float, *, problem: str
     ) -> None:
-        """End a run of which too many videos failed; `problem` names their fault in the message.
+        """Raise if too many videos of a run failed; the message says that they `problem`.
 
         Raises:
-            UserError: if more than the share `max_failed` of them failed.
+            UserError: if more than the share `max_failed` of all `total` videos failed.
         """
         failed = len(failures)
         if failed <= max_failed * total:
@@ -252,29 +253,29 @@ class Store(Generic[Entry, Description]):
         listed = "\n".join(f"  {line}" for line in shortened(reasons, rest=f", in {self.name}"))
         raise UserError(
             f"{failed} of {total} videos {problem}, more than the allowed {max_failed:.0%} "
-            "(--max-failed). Mend them and give the same command with --retry-failed.\n"
+            "(--max-failed). Repair them and run the same command with --retry-failed.\n"
             f"{listed}"
         )
 
 
 class Refreshed:
-    """Description that is written again while a run goes on, though not after each video."""
+    """Writer of a description that is refreshed during a run, at most every 30 seconds."""
 
     def __init__(self, write: Callable[[], None]) -> None:
         self._write, self._written = write, time.perf_counter()
 
     def refresh(self, *, now: bool = False) -> None:
-        """Write it if it is old; `now` writes it however new it is."""
+        """Write the description if the last write is long ago, or unconditionally with `now`."""
         if now or time.perf_counter() - self._written > _DESCRIPTION_SECONDS:
             self._write()
             self._written = time.perf_counter()
 
 
 class Attempts:
-    """Note of the video that is being decoded, for the process that comes after a crash.
+    """Note on the video that is being decoded, for the process that follows a crashed one.
 
-    Ray starts a task again whose process died. Without a note it would die of the same video again,
-    for ever. The note lies beside the file that is being made, `uri`.
+    Ray restarts a task whose process died. Without a note, the task would crash on the same video
+    for ever. The note lies beside `uri`, the file that is being made.
     """
 
     def __init__(self, uri: str) -> None:
@@ -284,7 +285,7 @@ class Attempts:
         self._counts: dict[str, int] = json.loads(read_bytes(self._uri)) if self._noted else {}
 
     def begin(self, video_id: str) -> str:
-        """Note that a video is begun; return the reason why it must not be, empty if it may be."""
+        """Note the start of a video; return a reason if it was tried too often, else ''."""
         self._counts[video_id] = self._counts.get(video_id, 0) + 1
         with replacing(self._uri) as stream:
             stream.write(json.dumps(self._counts).encode())
@@ -295,10 +296,10 @@ class Attempts:
         return f"ended the process that read it, {times}: a crash, or too little memory"
 
     def end(self, video_id: str) -> None:
-        """Forget a video that is through."""
+        """Forget a finished video; the next `begin` writes the note."""
         del self._counts[video_id]
 
     def clear(self) -> None:
-        """Remove the note: the file is whole."""
+        """Remove the note, once the file is whole."""
         if self._noted:
             remove(self._uri)

@@ -1,12 +1,12 @@
-"""Ray Data's executions, in a process of its own beside each worker.
+"""Decoding with Ray Data, from a separate process beside each training worker.
 
-Ray Data schedules its tasks from a thread of the process that consumes them. In a training process
-that thread and PyTorch's wait for each other's interpreter lock, so an actor runs the executions
-and the worker only fetches finished batches. And while a consumer is slower than the decoding, as
-it should be, that thread spins: so decoding ahead is bounded by running short executions to their
-ends, one after the other, instead of holding a long one back.
+Ray Data schedules its tasks from a thread of the consuming process. In a training process this
+thread and PyTorch's would compete for the interpreter lock, so an actor runs the executions and the
+worker only fetches finished batches. That thread also spins while the consumer is slower than
+decoding, which is the normal case. Decoding ahead is therefore bounded by running short executions
+to their ends, one after another, instead of throttling a long one.
 
-The node's object store bounds the frames that are held at a time: they never spill to disk.
+Executions are sized by the node's object store, so that frames never spill to disk.
 """
 
 import functools
@@ -26,30 +26,30 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipelines.core.cluster import quiet_data
 from pipelines.data.decoding import decode_sample
 
-# Executions that run at a time: while one begins or ends and has too few tasks to keep all
-# decoders busy, the tasks of the other do.
+# Executions that run at a time. An execution that begins or ends has too few tasks to keep all
+# decoders busy; the other's tasks fill the gap.
 _RUNNING = 2
 # Executions whose frames are held: those that run, one whose batches are handed out, and the one
 # before, which Ray frees a little later.
 _HELD = _RUNNING + 2
-_AHEAD = 3  # batches that come to the worker's node before they are asked for
+_AHEAD = 3  # batches fetched to the worker's node before they are asked for
 _FIRST_BATCHES = 4  # in the first execution: training starts as soon as it ends
-# Limit on an execution's frames. More would only lie there longer; with less, the memory that
-# Ray's own services keep of every execution (0.45 MB in a node's agent, 0.4 in its statistics) adds
-# up in long runs.
+# Limit on an execution's frames. More frames would only wait longer. Shorter executions are more
+# executions, and Ray's services keep memory for each (0.45 MB in a node's agent, 0.4 in its
+# statistics), which adds up in long runs.
 _MOST_BYTES = 4 * 2**30
-# Share of the object store for frames. The rest is for all else that goes through it, and for the
-# frames of tasks that end while the batches before them are still being handed out.
+# Share of the object store for frames. The rest is for everything else in it, and for the frames of
+# tasks that end while the batches before them are still being handed out.
 _STORE_SHARE = 0.6
 
 
 def store_needed(batch_bytes: int) -> int:
-    """Return the least size of an object store, in bytes, with which one worker does not spill."""
+    """Return the smallest object store, in bytes, with which one worker does not spill."""
     return math.ceil(_HELD * batch_bytes / _STORE_SHARE)
 
 
 def portion_bytes(batch_bytes: int, store_bytes: float, streams: int) -> int:
-    """Return the bytes of frames that one execution may decode, at least a batch.
+    """Return the bytes of frames that one execution may decode, at least one batch.
 
     `streams` workers share the node's object store.
     """
@@ -58,9 +58,9 @@ def portion_bytes(batch_bytes: int, store_bytes: float, streams: int) -> int:
 
 
 def portions(rows: int, batch_size: int, most: int) -> Iterator[slice]:
-    """Cut an epoch's rows into executions: a short one first, each then twice as long.
+    """Cut an epoch's rows into executions: a short one first, each next one twice as long.
 
-    Executions hold whole batches, at least one and `most` at most.
+    Executions hold whole batches, from one to `most`.
     """
     start, batches = 0, min(_FIRST_BATCHES, most)
     while start < rows:
@@ -80,7 +80,7 @@ class _Stream:
         self._batches = self._run(rows, size, batch_size, name)
 
     def next(self) -> list[ray.ObjectRef]:
-        """Return the blocks of the next batch, a row each; none at the end."""
+        """Return the blocks of the next batch, one row each; an empty list at the end."""
         return next(self._batches, [])
 
     def _run(
@@ -95,7 +95,7 @@ class _Stream:
             while running:
                 decoded = running.popleft().result()
                 running.extend(islice(runs, 1))
-                while decoded:  # no batch is held here once it is handed out
+                while decoded:  # popped: a reference kept here would keep the frames in the store
                     yield [decoded.popleft() for _ in range(min(batch_size, len(decoded)))]
 
     def _decode(self, rows: Sequence[dict[str, Any]], size: int, name: str) -> deque[ray.ObjectRef]:
@@ -105,9 +105,9 @@ class _Stream:
         dataset.set_name(name)
         dataset.context.execution_options.preserve_order = True
         # No budgets: portions bound the memory already, and logical CPUs the tasks. When several
-        # executions share a small cluster, Ray Data gives each the integer part of its share, so
-        # none; with no CPU it decodes one window at a time, and with no memory it looks at what
-        # was decoded every ten seconds and spins in between.
+        # executions share a small cluster, Ray Data rounds each one's share down, often to zero.
+        # With zero CPUs it decodes one window at a time; with zero memory it looks for decoded
+        # windows only every ten seconds, and spins in between.
         dataset.context.set_config("backpressure_policies.enabled", [])
         return deque(dataset.materialize().to_arrow_refs())
 
@@ -124,12 +124,12 @@ class FrameStream:
 
     Args:
         streams: number of workers on this node, which share its object store.
-        cpus: logical CPUs of a decoding task; they limit the number of tasks at a time.
+        cpus: logical CPUs of a decoding task, which limit the number of concurrent tasks.
         threads: number of the decoder's threads in a task.
     """
 
     def __init__(self, *, streams: int = 1, cpus: float = 0.5, threads: int = 1) -> None:
-        # on the node of the worker, into whose object store the batches are to go
+        # on the worker's own node: the batches go into its object store
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor = ray.remote(num_cpus=0, scheduling_strategy=here)(_Stream)
         self._actor: Any = actor.remote(streams, cpus, threads)
@@ -143,7 +143,7 @@ class FrameStream:
 
         Yields:
             Samples of a batch: `index`, `frames`, uint8 (T, size, size, 3), and `error`. The frames
-                lie in the object store, read-only, and take room there until they are dropped.
+                are read-only views of the object store, and occupy it until they are deleted.
         """
         for blocks in self._blocks(rows, size, batch_size, name):
             yield [_sample(ray.get(block)) for block in blocks]
@@ -151,13 +151,15 @@ class FrameStream:
     def _blocks(
         self, rows: Sequence[dict[str, Any]], size: int, batch_size: int, name: str
     ) -> Iterator[list[ray.ObjectRef]]:
-        """Yield the blocks of each batch; while one is used, the next come from other nodes."""
+        """Yield the blocks of each batch; meanwhile the next ones are fetched from other nodes."""
         self._actor.begin.remote(rows, size, batch_size, name)
         calls = deque([self._actor.next.remote()])
         coming: deque[list[ray.ObjectRef]] = deque()
         while calls or coming:
+            # wait only if there is nothing to yield; otherwise take what is ready
             while calls and (not coming or ray.wait([calls[0]], timeout=0)[0]):
                 if blocks := ray.get(calls.popleft()):
+                    # starts the transfer to this node, and returns at once
                     ray.wait(blocks, num_returns=len(blocks), timeout=0, fetch_local=True)
                     coming.append(blocks)
                     calls.append(self._actor.next.remote())
@@ -167,11 +169,11 @@ class FrameStream:
                 yield coming.popleft()
 
     def close(self) -> None:
-        """End the process."""
+        """Kill the actor's process."""
         ray.kill(self._actor)
 
 
 def _sample(block: pa.Table) -> dict[str, Any]:
-    """Return the row of a block, without copying its frames."""
+    """Return the only row of a block, without copying its frames."""
     columns = BlockAccessor.for_block(block).to_numpy()
     return {name: values[0] for name, values in columns.items()}

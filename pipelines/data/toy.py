@@ -1,7 +1,7 @@
 """Toy data sets, made when they are missing.
 
-A script's own pool of processes would have each of them import all that the script has imported,
-which takes ten seconds; so a program that needs little has the pool.
+Each process of a pool in the calling script would import all that the script has imported, which
+takes ten seconds. So a separate program with few imports has the pool.
 """
 
 import subprocess
@@ -23,7 +23,7 @@ from re2tal.videos.decoding import decode
 
 
 def toy_videos(folder: Path, config: ToyConfig | None = None) -> None:
-    """Make the untrimmed videos and their annotations, unless they are there."""
+    """Make the untrimmed videos and their annotations, unless they exist."""
     config = config or ToyConfig()
     _make("unseen" if config.unseen else "videos", folder, config)
 
@@ -31,7 +31,7 @@ def toy_videos(folder: Path, config: ToyConfig | None = None) -> None:
 def toy_clips(
     folder: Path, config: TrimmedToyConfig | None = None, *, processes: int | None = None
 ) -> None:
-    """Make the trimmed clips, unless they are there, with `processes` or one process a core."""
+    """Make the trimmed clips, unless they exist, with `processes` or one process a core."""
     _make("clips", folder, config or TrimmedToyConfig(), processes)
 
 
@@ -66,15 +66,15 @@ class Clips:
 def load_clips(
     folder: Path, config: TrimmedToyConfig, *, size: int, processes: int
 ) -> tuple[Clips, Clips]:
-    """Make the trimmed toy clips, unless they are there, and decode them at `size` pixels a side.
+    """Make the trimmed toy clips, unless they exist, and decode them at `size` pixels a side.
 
-    `processes` processes make them, and as many threads decode them.
+    `processes` is the number of processes that make clips, and of threads that decode them.
 
     Returns:
         The training and the validation clips.
     """
     toy_clips(folder, config, processes=processes)
-    with ThreadPoolExecutor(processes) as pool:  # FFmpeg leaves Python's lock to the others
+    with ThreadPoolExecutor(processes) as pool:  # FFmpeg releases the interpreter lock
         return _read(folder, "training", size, pool), _read(folder, "validation", size, pool)
 
 
@@ -95,20 +95,21 @@ def _decode(path: Path, *, frames: int, size: int) -> np.ndarray:
 def augmented(
     frames: np.ndarray, poses: np.ndarray, random: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Change the look of clips, and never the motion that they show.
+    """Change the look of clips: mirroring, brightness per channel, contrast.
 
-    Mirrored, brighter or darker, with more or less contrast: no action turns into another.
+    None of these turns one toy action into another.
 
     Args:
         frames: uint8 (B, T, H, W, 3); changed in place.
         poses: (B, T, 4); changed in place.
-        random: source of choices.
+        random: random generator.
 
     Returns:
         Normalised float (B, 3, T, H, W), and the poses.
     """
     mirrored = random.random(len(frames)) < 0.5
     frames[mirrored] = frames[mirrored][:, :, :, ::-1]
+    # x becomes 1 - x, and the angle changes its sign
     poses[mirrored] = poses[mirrored] * (-1, 1, 1, -1) + (1, 0, 0, 0)
     contrast = random.uniform(0.8, 1.2, (len(frames), 1, 1, 1, 1))
     brightness = random.uniform(-0.3, 0.3, (len(frames), 3, 1, 1, 1))

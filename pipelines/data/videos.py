@@ -1,6 +1,6 @@
 """Videos of a folder, as files or in shards: finding them, and opening each file once.
 
-Whether a folder holds files or shards is asked in `find_videos` alone.
+Only `find_videos` distinguishes folders of files from folders of shards.
 """
 
 import glob
@@ -52,8 +52,8 @@ SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
-"""Columns of a table of videos: `re2tal.videos.probing.VideoInfo`'s, and `error`, empty if the
-video can be used; if it cannot, the others are null."""
+"""Columns of a table of videos: id, URI, bytes, the fields of `re2tal.videos.probing.VideoInfo`,
+and `error`. A usable video has an empty `error`; otherwise all but id and URI are null."""
 
 
 Probe = Callable[[Mapping[str, str]], pa.Table]
@@ -67,12 +67,12 @@ def probe_files(
 
     Args:
         files: video id to path or URI.
-        progress: function that gets the numbers of finished and of all videos, after each video.
+        progress: function called after each video with the numbers of finished and of all videos.
 
     Returns:
         A row of `SCHEMA` for each video, in the order of the ids.
     """
-    import ray.data  # plans are also made where there is no Ray
+    import ray.data  # here: plans are also made where Ray is not installed
 
     rows = _rows(files)
     if not rows:
@@ -106,13 +106,13 @@ def _table(found: Iterable[dict[str, Any]]) -> pa.Table:
 
 
 def with_disagreements(table: pa.Table, sentences: Mapping[str, str]) -> pa.Table:
-    """Add a column `disagrees`: a sentence on what differs between a file and its annotation."""
+    """Add a column `disagrees`: a sentence on the difference between a file and its annotation."""
     column = pa.array([sentences.get(name, "") for name in table["video_id"].to_pylist()])
     return table.append_column("disagrees", column)
 
 
 def summary(table: pa.Table) -> Sequence[str]:
-    """Describe a table of `probe_files`, perhaps with disagreements, in a few lines."""
+    """Describe a table from `probe_files`, with or without disagreements, in a few lines."""
     rows = table.to_pylist()
     usable = [row for row in rows if not row["error"]]
     hours = sum(row["duration"] for row in usable) / 3600
@@ -137,12 +137,12 @@ def summary(table: pa.Table) -> Sequence[str]:
 
 
 def passed_over(reasons: Mapping[str, str]) -> list[str]:
-    """Count and name the files of a folder that are no videos, or have another one's name."""
+    """List the skipped files of a folder: those that are no videos, and those with a taken name."""
     return _listed("files are passed over", reasons)
 
 
 def _counts(values: Sequence[str], most: int = 5) -> str:
-    """Return the commonest values with their numbers."""
+    """List the commonest values with their counts."""
     numbers = {value: values.count(value) for value in sorted(set(values))}
     ordered = sorted(numbers.items(), key=lambda item: -item[1])
     shown = [f"{value} ({number})" for value, number in ordered[:most]]
@@ -158,15 +158,15 @@ def _listed(what: str, sentences: Mapping[str, str], most: int = 10) -> list[str
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FoundVideos:
-    """Videos that were looked for in a folder.
+    """Result of a search for videos in a folder.
 
     Attributes:
         uris: video id to path or URI of its file, or of the video in its shard.
-        failures: video id to the reason why it is not there.
+        failures: video id to the reason why the video was not found.
         durations: video id to seconds of picture, as far as they are known.
         rates: video id to mean frames per second, as far as they are known.
         remarks: sentences about unexpected facts.
-        stamps: signs by which the files are known that videos in shards were made from.
+        stamps: video id to the stamp of the source file, for videos in shards.
     """
 
     uris: dict[str, str]
@@ -177,15 +177,16 @@ class FoundVideos:
     stamps: dict[str, Stamp] = field(default_factory=dict)
 
     def stamped(self, video_ids: Iterable[str]) -> dict[str, Stamp]:
-        """Return the signs by which the files of some videos are known."""
+        """Return the stamps of the files of some videos, by video id."""
         wanted = [v for v in video_ids if v in self.uris]
         files = {v: self.uris[v] for v in wanted if v not in self.stamps}
         return stamps_of(files) | {v: self.stamps[v] for v in wanted if v in self.stamps}
 
     def replaced(self, stamps: Mapping[str, Stamp]) -> list[str]:
-        """Find the videos whose files are no longer those that bore the stamps."""
+        """Find the videos whose files no longer match their earlier stamps."""
         files = {v: uri for v, uri in self.uris.items() if v not in self.stamps}
         known = stamps.keys() & self.stamps.keys()
+        # a shard's stamp has no time
         others = {v for v in known if stamps[v].undated != self.stamps[v]}
         return sorted(others.union(replaced_files(files, stamps)))
 
@@ -198,17 +199,17 @@ def find_videos(
     size: int = 0,
     fps: float | None = None,
 ) -> FoundVideos:
-    """Find videos in a folder of files or of shards, and open none of them.
+    """Find videos in a folder of files or of shards, without opening any of them.
 
     Args:
         folder: path or URI of the folder.
-        video_ids: ids of the videos; None for all that there are.
-        fingerprint: hash of the annotations that go with the videos, if there are any.
-        size: pixels of the short side for which the videos are wanted.
-        fps: frames per second at which they are wanted; None if that depends on the video.
+        video_ids: ids of the videos; None for all videos in the folder.
+        fingerprint: hash of the annotations that belong to the videos, if there are any.
+        size: pixels of the short side that the run needs.
+        fps: frames per second that the run samples; None if that depends on the video.
 
     Raises:
-        UserError: if there are no videos at all; if shards are missing, or not whole.
+        UserError: if there are no videos at all; if shards are missing or incomplete.
     """
     manifest = read_manifest(folder)
     if manifest is not None:
@@ -253,7 +254,7 @@ def _in_shards(folder: str, manifest: Manifest, video_ids: Collection[str] | Non
 
 
 def opened(found: FoundVideos, probe: Probe = probe_files) -> FoundVideos:
-    """Open the videos of which nothing is known yet; those that cannot be read become failures."""
+    """Open the videos whose duration is not known yet; unreadable videos become failures."""
     unknown = {v: uri for v, uri in found.uris.items() if v not in found.durations}
     if not unknown:
         return found
@@ -273,9 +274,9 @@ def find_sources(places: Sequence[str], *, option: str) -> dict[str, str]:
     """Find videos, and name them by their files.
 
     Args:
-        places: files, whatever their ending; folders, of which the files with the ending of a video
-            count; patterns with `*`, `?`, `[...]` and, in paths, `**`. Paths or URIs.
-        option: command-line option that sets them.
+        places: paths or URIs of files, with any ending; of folders, in which files with the ending
+            of a video count; or patterns with `*`, `?`, `[...]` and, in paths, `**`.
+        option: command-line option for these places, for messages.
 
     Returns:
         Video id, which is the file's name without its ending, to absolute path or URI.
@@ -300,7 +301,7 @@ def find_sources(places: Sequence[str], *, option: str) -> dict[str, str]:
 
 
 def _files(place: str, option: str) -> list[str]:
-    """Return the videos of one place."""
+    """Return the video files of one place."""
     if _is_pattern(place):
         found = _matches(place, option)
     else:
@@ -316,7 +317,7 @@ _ENDINGS = ", ".join(EXTENSIONS)
 
 
 def _is_pattern(place: str) -> bool:
-    """Tell patterns from files: a file may be named with brackets."""
+    """Tell whether a place is a pattern; an existing file may have brackets in its name."""
     return glob.has_magic(place) and ("://" in place or not Path(place).expanduser().exists())
 
 
@@ -328,7 +329,7 @@ def _matches(pattern: str, option: str) -> list[str]:
     folder, _, name = pattern.rpartition("/")
     if glob.has_magic(folder):
         raise UserError(
-            f"The videos: {pattern} has a wildcard in the name of a folder, and in a URI only that "
+            f"The videos: {pattern} has a wildcard in the name of a folder; in a URI only the name "
             f"of the file may have one. Correct {option}."
         )
     files = list_files(require(folder, what="The videos", option=option))

@@ -1,1 +1,1 @@
-"""Checks of `pipelines/doctor.py`: nodes return facts, functions without a cluster judge them."""
+"""Checks of `pipelines/doctor.py`: nodes return facts; functions without a cluster judge them."""

@@ -1,6 +1,6 @@
-"""Findings of the checks, and those on packages, which are missing or out of their ranges.
+"""Findings of the checks, and the checks of packages: missing ones and wrong versions.
 
-Only the standard library is imported before all packages are known to be there.
+At its top this module imports only the standard library, because packages may be missing.
 """
 
 import platform
@@ -17,13 +17,13 @@ from typing import Literal, TypeVar
 
 T = TypeVar("T")
 
-_SHOWN = 200  # characters at each end; some exceptions quote whole pages
+_SHOWN = 200  # characters kept at each end; some exceptions quote whole pages
 _SECRET = re.compile(r"(://[^/\s:@]*):[^/\s]+@")
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Line of the report: all is well, something to know that hinders no run, or a failure.
+    """Line of the report: ok, a note that prevents no run, or a failure.
 
     The text of a failure says what is wrong, where, and what to do.
     """
@@ -36,22 +36,22 @@ ok, note, fail = (partial(Finding, verdict) for verdict in ("ok", "note", "FAIL"
 
 
 def summary(findings: Sequence[Finding]) -> str:
-    """Count all findings of a report in its last line."""
+    """Return the last line of a report, which counts its findings."""
     verdicts = [finding.verdict for finding in findings]
-    counts = f"{verdicts.count('ok')} ok, {verdicts.count('note')} to know"
+    counts = f"{verdicts.count('ok')} ok, {verdicts.count('note')} notes"
     if failed := verdicts.count("FAIL"):
-        return f"{failed} to mend ({counts}): see the lines that begin with FAIL."
-    return f"Nothing to mend ({counts})."
+        return f"{failed} failed ({counts}): see the lines that begin with FAIL."
+    return f"Nothing failed ({counts})."
 
 
 def without_password(text: str) -> str:
-    """Replace the passwords of URIs such as `https://user:password@host` in a text by stars."""
+    """Mask the passwords of URIs such as `https://user:password@host` in a text."""
     return _SECRET.sub(r"\1:***@", text)
 
 
 def reason(error: BaseException) -> str:
     """Describe an exception, of this process or of a Ray task, in one line without passwords."""
-    # Ray writes the stack first, and the exception on the last line
+    # Ray's text begins with the stack and ends with the exception
     of_ray = hasattr(error, "cause")
     lines = [line for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[-1:] if of_ray else lines) or type(error).__name__
@@ -62,10 +62,10 @@ def reason(error: BaseException) -> str:
 
 
 def within(seconds: float, function: Callable[[], T]) -> T:
-    """Call a function in a thread, and give it up if it takes too long.
+    """Call a function in a thread, and stop waiting if it takes too long.
 
     Raises:
-        TimeoutError: if it did not end in time; it may still run in its thread.
+        TimeoutError: if it did not end in time; its thread may go on.
     """
     future: Future[T] = Future()
 
@@ -118,12 +118,12 @@ def requirements(stated: Path = STATED) -> list[str]:
 
 
 def check_missing(needed: Sequence[str], *, find: Find = installed) -> list[Finding]:
-    """Return a failure if packages are missing, without which other checks cannot be imported."""
+    """Return a failure if packages are missing: then the other checks cannot be imported."""
     missing = [one for one in needed if not find(re.split(r"[^\w.-]", one, maxsplit=1)[0])]
     if not missing:
         return []
-    text = f"Not installed: {', '.join(missing)}. {_SET_UP} The other checks need them, and were "
-    return [fail(f"{text}not tried.")]
+    text = f"Not installed: {', '.join(missing)}. {_SET_UP} The other checks need these packages "
+    return [fail(f"{text}and were not tried.")]
 
 
 def check_versions(
@@ -136,7 +136,7 @@ def check_versions(
     """Compare the versions of Python and of all packages, none of them missing, with the ranges.
 
     Returns:
-        A failure for each version out of range, or one line that lists the most important.
+        A failure for each version out of range, or one line with the most important versions.
     """
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
@@ -146,7 +146,7 @@ def check_versions(
     findings = []
     wanted = metadata(project)["Requires-Python"] or ""
     if not SpecifierSet(wanted).contains(python, prereleases=True):
-        text = f"This is Python {python}, but {project} needs {wanted}: set up the environment anew"
+        text = f"This is Python {python}, but {project} needs {wanted}: rebuild the environment"
         findings.append(fail(f"{text} with `make PYTHON=/path/to/python3`."))
     found = {}
     for one in map(Requirement, needed):

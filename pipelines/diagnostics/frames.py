@@ -1,4 +1,4 @@
-"""Decoding: every node decodes a test video, and the user's videos, to the driver's frames."""
+"""Checks of decoding: every node must decode a test video, and the user's, as the driver does."""
 
 import io
 import time
@@ -17,15 +17,15 @@ from re2tal.videos.pieces import decode_source
 
 _SIDE, _FRAMES, _FPS = 112, 96, 12
 _TIMES = (np.arange(_FRAMES) + 0.5) / _FPS
-_LOSS = 8.0  # largest accepted mean error of the codec in grey levels; it is 1.3
-_OWN_TIMES = np.arange(8) / 8  # of the first second, which every video has
+_LOSS = 8.0  # largest accepted mean error of the codec in grey levels; it is 1.3 in fact
+_OWN_TIMES = np.arange(8) / 8  # within the first second, which every video has
 
 Decoded = tuple[np.ndarray, float]
 """Frames of a video, RGB, uint8 (T, H, W, 3), and the seconds that decoding them took."""
 
 
 def pictures() -> Iterator[np.ndarray]:
-    """Draw the frames of the test video: waves of colour that wander, RGB, uint8."""
+    """Draw the frames of the test video: moving waves of colour, RGB, uint8 (H, W, 3)."""
     y, x = np.mgrid[:_SIDE, :_SIDE] * (2 * np.pi / _SIDE)
     for number in range(_FRAMES):
         turn = 2 * np.pi * number / _FRAMES
@@ -50,13 +50,13 @@ def decode(_: Node, video: bytes | str, times: np.ndarray) -> Decoded:
         source = video if isinstance(video, bytes) else open_video(video)
         return decode_source(source, times, size=_SIDE)
 
-    read(times[:1])  # loads libraries, which is not timed
+    read(times[:1])  # warm-up: loading libraries is not timed
     began = time.perf_counter()
     return read(times), time.perf_counter() - began
 
 
 def check_video(cluster: Cluster) -> list[Finding]:
-    """Check that the driver decodes the video that it encoded, and every node the same frames."""
+    """Check that the driver decodes what it encoded, and that every node gets the same frames."""
     again = "Install PyAV anew: `pip install --force-reinstall av`, in the range of pyproject.toml."
     first, *others = cluster.ask_after_driver(decode, make_video(), _TIMES)
     if first.value is None:
@@ -72,7 +72,7 @@ def check_video(cluster: Cluster) -> list[Finding]:
 
 
 def check_own(places: Sequence[str], cluster: Cluster) -> Iterator[Finding]:
-    """Check that driver and nodes decode the first video of each place alike; see `first_video`."""
+    """Check that driver and nodes decode `first_video` of each place to the same frames."""
     for place in places:
         try:
             uri = first_video(place)
@@ -92,7 +92,7 @@ def check_own(places: Sequence[str], cluster: Cluster) -> Iterator[Finding]:
 
 
 def first_video(place: str) -> str:
-    """Find the first video of a file, folder, pattern or folder of shards; a path or URI.
+    """Return the path or URI of the first video of a file, folder, pattern or folder of shards.
 
     Raises:
         UserError: if there is none, or the shards' manifest is damaged.
@@ -108,7 +108,7 @@ def first_video(place: str) -> str:
 
 
 def _compare(name: str, expected: np.ndarray, answers: Sequence[Answer[Decoded]]) -> list[Finding]:
-    """Return failures if nodes decode a video to other frames than the driver's."""
+    """Return a failure for each node that decodes a video to other frames than the driver."""
     findings = []
     for answer in answers:
         who = answer.node.name

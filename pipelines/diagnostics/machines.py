@@ -1,4 +1,4 @@
-"""Nodes one by one: software, memory and disk, and GPUs."""
+"""Checks of each node: software, memory and disk, and GPUs."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ from pipelines.diagnostics.findings import Finding, fail, installed, note, ok
 from pipelines.diagnostics.nodes import DRIVER, Answer, Cluster, Node
 
 CODE = "the project's code"
-_PACKAGES = ("ray", "torch", "av")  # PyAV, because frames depend on it
+_PACKAGES = ("ray", "torch", "av")  # PyAV too: decoded frames depend on its version
 
 
 def software(_: Node) -> dict[str, str]:
@@ -50,27 +50,27 @@ _SHM = Path("/dev/shm")  # noqa: S108
 _PIXELS = 224 * 224 * 3
 _SMALLEST_BATCH = 128 * _PIXELS  # one window of a small run
 _USUAL_BATCH = 768 * _PIXELS  # one window of the recipes for THUMOS-14 and ActivityNet
-_FULL_DISK = 0.95  # Ray's own limit, above which it makes no objects
+_FULL_DISK = 0.95  # Ray's own limit, above which it creates no objects
 _LITTLE_DISK = 10 * _GIB
-_FULL_MEMORY = 0.95  # Ray's own limit, above which it ends tasks
+_FULL_MEMORY = 0.95  # Ray's own limit, above which it kills tasks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
     """Facts of a node; sizes are bytes."""
 
-    threads: int  # that a process may use
+    threads: int  # hardware threads that a process may use
     cores: int  # 0 if unknown
-    memory: int  # within the container's limit
-    memory_used: float  # share of the whole machine's
-    shm: int  # of /dev/shm, free or not
-    disk: int  # with Ray's folder
+    memory: int  # the container's limit, if lower than the machine's memory
+    memory_used: float  # share of the whole machine's memory
+    shm: int  # size of /dev/shm, free or not
+    disk: int  # size of the disk with Ray's folder
     disk_free: int
-    wrong_gradients: bool = False  # of PyTorch on this CPU
+    wrong_gradients: bool = False  # PyTorch computes wrong gradients on this CPU
 
 
 def examine(node: Node) -> Machine:
-    """Gather the facts of the machine that this runs on."""
+    """Gather the facts of this machine; runs on each node."""
     from re2tal.reversible.convolutions import wrong_gradients  # imports torch
 
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(node.folder)
@@ -87,7 +87,7 @@ def examine(node: Node) -> Machine:
 
 
 def _memory_limit() -> int:
-    """Return the container's limit in bytes; without one, more than any machine has."""
+    """Return the container's memory limit in bytes; without one, more than any machine has."""
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         file = Path("/sys/fs/cgroup") / name
         if file.is_file() and (text := file.read_text().strip()).isdigit():
@@ -99,13 +99,13 @@ def check_machines(cluster: Cluster) -> Iterator[Finding]:
     """Check the hardware of every node."""
     for answer in cluster.ask(examine):
         if answer.value is None:
-            yield fail(f"{answer.node.name} was not seen: {answer.error}.")
+            yield fail(f"{answer.node.name} could not be examined: {answer.error}.")
         else:
             yield from judge_machine(answer.node, answer.value)
 
 
 def judge_machine(node: Node, machine: Machine) -> list[Finding]:
-    """Return one line of facts, and one for each resource that is too small."""
+    """Return one finding with the facts, and one for each resource that is too small."""
     facts = (
         f"{node.name}: {node.cpus:g} CPUs for Ray, {machine.threads} threads on "
         f"{machine.cores or 'an unknown number of'} cores, {_gib(machine.memory)} of memory "
@@ -123,27 +123,27 @@ def _short(node: Node, machine: Machine) -> Iterator[Finding]:
     if node.cpus > machine.threads:
         yield note(
             f"{node.name} offers {node.cpus:g} CPUs, but has {machine.threads} threads: its tasks "
-            "will wait for one another. Start Ray there with the right --num-cpus, or without it."
+            "will compete for them. Start Ray there with the right --num-cpus, or without it."
         )
     if machine.memory_used > _FULL_MEMORY:
         yield fail(
-            f"{machine.memory_used:.0%} of the memory of {node.name} is in use, and Ray ends tasks "
-            f"above {_FULL_MEMORY:.0%}: end what else runs there."
+            f"{machine.memory_used:.0%} of the memory of {node.name} is in use, and Ray kills "
+            f"tasks above {_FULL_MEMORY:.0%}: end other programs there."
         )
     free = f"{node.name} has {_gib(machine.disk_free)} of {_gib(machine.disk)} free where Ray "
     free += f"keeps its files ({node.folder})"
     advice = "free some, or start Ray with --temp-dir on another disk"
     if machine.disk_free < (1 - _FULL_DISK) * machine.disk:
-        full = f"Ray makes no objects on a disk that is {_FULL_DISK:.0%} full"
+        full = f"Ray creates no objects on a disk that is {_FULL_DISK:.0%} full"
         yield fail(f"{free}, and {full}: {advice}.")
     elif machine.disk_free < _LITTLE_DISK:
-        yield note(f"{free}, to which it spills and unpacks jobs: {advice}.")
+        yield note(f"{free}, spills objects and unpacks jobs: {advice}.")
     if machine.wrong_gradients:
         yield note(f"{node.name}: {WRONG_GRADIENTS}")
 
 
 def _small_store(node: Node, machine: Machine) -> Iterator[Finding]:
-    from pipelines.data.streaming import store_needed  # here: nodes need not import it
+    from pipelines.data.streaming import store_needed  # here: tasks on nodes need not import it
 
     least, usual = store_needed(_SMALLEST_BATCH), store_needed(_USUAL_BATCH)
     have = f"{node.name} has an object store of {_gib(node.store)}"
@@ -156,10 +156,10 @@ def _small_store(node: Node, machine: Machine) -> Iterator[Finding]:
         yield fail(f"{have}, {need.format(128, _gib(least))}. {advice}")
         return
     if node.store < usual:
-        spills = "Ray will spill them to the disk"
+        spills = "Ray will spill them to disk"
         yield note(f"{have}, {need.format(768, _gib(usual))}: {spills}. {advice}")
     if node.store > machine.shm:
-        slow = f"Ray keeps it in files on the disk, which is slow. {advice}"
+        slow = f"Ray keeps the store in files on disk, which is slow. {advice}"
         yield note(f"{have}, more than its /dev/shm of {_gib(machine.shm)}: {slow}")
 
 
@@ -169,7 +169,7 @@ def _gib(count: float) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpus:
-    """GPUs that the driver of a node shows, and the reason why PyTorch cannot compute on them."""
+    """GPUs of a node's driver, and the reason why PyTorch cannot compute on them, if so."""
 
     facts: str
     count: int
@@ -177,7 +177,7 @@ class Gpus:
 
 
 def find_gpus(_: Node) -> Gpus | None:
-    """Look for GPUs of this machine, and compute on each; None without an NVIDIA driver or GPU."""
+    """Find this machine's GPUs, and compute on each; None without an NVIDIA driver or GPU."""
     found = nvidia_driver()
     if found is None or not found.gpus:
         return None
@@ -216,12 +216,11 @@ def check_gpus(cluster: Cluster) -> list[Finding]:
 def _judge_gpus(answer: Answer[Gpus | None]) -> Finding:
     node, gpus = answer.node, answer.value
     if answer.error:
-        return fail(f"The GPUs of {node.name} were not seen: {answer.error}.")
+        return fail(f"The GPUs of {node.name} could not be examined: {answer.error}.")
     if gpus is None and node.gpus:
         return fail(
-            f"Ray offers {node.gpus:g} GPUs on {node.name}, but there is no NVIDIA driver that "
-            "answers: install it (in a container, start that with --gpus all), or start Ray with "
-            "the right --num-gpus."
+            f"Ray offers {node.gpus:g} GPUs on {node.name}, but no NVIDIA driver answers: install "
+            "it (or start the container with --gpus all), or start Ray with the right --num-gpus."
         )
     if gpus is None:
         return note(f"{node.name} has no NVIDIA GPU.")

@@ -1,4 +1,4 @@
-"""Nodes of the cluster: functions run on each of them, and a check that two reach each other."""
+"""Nodes of the cluster: running functions on each, and a check that two can reach each other."""
 
 import os
 import time
@@ -22,14 +22,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Node:
-    """Machine of the cluster, and what Ray hands out there."""
+    """Machine of the cluster, and its resources in Ray."""
 
-    id: str  # Ray's name for it
+    id: str  # Ray's id of the node
     name: str  # host name and address
     cpus: float = 0.0
     gpus: float = 0.0
     store: float = 0.0  # bytes of the object store
-    folder: str = ""  # of Ray's files
+    folder: str = ""  # folder of Ray's files
 
 
 DRIVER = Node(id="driver", name="The driver")
@@ -46,24 +46,24 @@ class Answer(Generic[T]):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
-    """Nodes, none if there is no Ray, and the seconds in which all of them have to answer."""
+    """Nodes (none without Ray), and the seconds within which all of them must answer."""
 
     nodes: tuple[Node, ...] = ()
     seconds: float
 
     @property
     def everyone(self) -> str:
-        """Name the driver and the nodes in a sentence."""
+        """Phrase for the driver and all nodes, for sentences."""
         others = {0: "", 1: " and the only node"}
         return f"the driver{others.get(len(self.nodes), f' and all {len(self.nodes)} nodes')}"
 
     def ask(
         self, function: Callable[..., T], *arguments: Any, alone: bool = False
     ) -> list[Answer[T]]:
-        """Call a function of a module, with the node and arguments, on every node at the same time.
+        """Call a module's function, with the node and arguments, on every node at the same time.
 
-        It takes no CPU from Ray, so that a busy cluster answers too. With `alone` its processes end
-        afterwards; others keep their memory on GPUs.
+        The tasks request no CPU, so that a busy cluster answers too. With `alone`, their processes
+        end afterwards and free their GPU memory, which other processes keep.
         """
         options = {"num_cpus": 0, "max_retries": 0, "max_calls": int(alone)}
         references = []
@@ -93,14 +93,14 @@ class Cluster:
         except RayError as failed:
             error = reason(failed)
             if "No module named" in error:
-                error += ". What the driver runs is not installed there: submit with `ray job "
-                error += "submit --working-dir .`, and set up the same environment on every node"
+                error += ". The driver's code is not installed there: submit with `ray job submit "
+                error += "--working-dir .`, and set up the same environment on every node"
             answer = Answer(node=node, error=error)
         return answer
 
 
 def attempt(function: Callable[..., T], node: Node, arguments: Sequence[Any]) -> Answer[T]:
-    """Call a function; an exception becomes text, since not every one can be pickled."""
+    """Call a function; an exception becomes text, because not every exception can be pickled."""
     try:
         return Answer(node=node, value=function(node, *arguments))
     except Exception as error:
@@ -109,17 +109,17 @@ def attempt(function: Callable[..., T], node: Node, arguments: Sequence[Any]) ->
 
 @contextmanager
 def joined(*, seconds: float) -> Iterator[tuple[Finding, Cluster]]:
-    """Join the cluster that `RAY_ADDRESS` names, or start a Ray here; leave or end it at the end.
+    """Join the cluster that `RAY_ADDRESS` names, or start Ray here; leave or stop it at the end.
 
     Ray's folder stays, as after any program: another Ray on this machine may be using its link.
     """
-    from pipelines.core.cluster import init_ray  # here, so that tasks on nodes start fast
+    from pipelines.core.cluster import init_ray  # here: tasks on nodes start faster without it
 
     address = os.environ.get("RAY_ADDRESS")
     try:
         if address:
             within(seconds, init_ray)
-        else:  # in the main thread, since a Ray started here ends with its thread
+        else:  # in the main thread: a Ray that is started here ends with its thread
             init_ray()
         cluster = Cluster(nodes=alive_nodes(), seconds=seconds)
     except UserError as error:
@@ -161,35 +161,35 @@ _NUMBERS = 16 * 2**20  # float32: 64 MiB
 
 
 def reduce(_: Node, address: tuple[str, int], backend: str, seconds: float) -> tuple[bool, float]:
-    """Meet another worker at a store, and add up 64 MiB with it as DDP does.
+    """Join another worker in a process group, and all-reduce 64 MiB as DDP does.
 
     Returns:
-        True if the sum was right, and the seconds of the fastest of three times.
+        Whether the sum was right, and the seconds of the fastest of three rounds.
     """
     import torch
     from torch import distributed
 
     patience = timedelta(seconds=seconds)
     store = distributed.TCPStore(*address, is_master=False, timeout=patience)
-    rank = store.add("rank", 1) - 1
+    rank = store.add("rank", 1) - 1  # an atomic counter: who comes first is rank 0
     distributed.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=patience)
     # two workers on one node must have a GPU each
     device = f"cuda:{rank % torch.cuda.device_count()}" if backend == "nccl" else "cpu"
-    numbers = torch.full((_NUMBERS,), rank + 1.0, device=device)
+    numbers = torch.full((_NUMBERS,), rank + 1.0, device=device)  # 1 and 2: the sum is 3
     distributed.all_reduce(numbers)
     right = bool((numbers == 3).all())
     times = []
     for _round in range(3):
         began = time.perf_counter()
         distributed.all_reduce(numbers)
-        numbers[0].item()  # waits for a GPU
+        numbers[0].item()  # synchronizes with the GPU
         times.append(time.perf_counter() - began)
     distributed.destroy_process_group()
     return right, min(times)
 
 
 def choose_pair(nodes: Sequence[Node]) -> tuple[tuple[Node, ...], str]:
-    """Choose the nodes of two workers, one twice if no other has CPUs, and their backend."""
+    """Choose the nodes of two workers (one node twice if no other has CPUs), and their backend."""
     working = [node for node in nodes if node.cpus > 0] or list(nodes)
     pair = (working[0], working[1 % len(working)])
     enough = sum(node.gpus for node in set(pair)) >= len(pair)
@@ -197,7 +197,7 @@ def choose_pair(nodes: Sequence[Node]) -> tuple[tuple[Node, ...], str]:
 
 
 def check_all_reduce(cluster: Cluster) -> list[Finding]:
-    """Check that two workers, on two nodes where there are two, reach each other, and how fast."""
+    """Check that two workers, on two nodes if possible, reach each other, and measure the speed."""
     from torch.distributed import TCPStore
 
     pair, backend = choose_pair(cluster.nodes)
@@ -210,13 +210,13 @@ def check_all_reduce(cluster: Cluster) -> list[Finding]:
     reduced = [answer.value for answer in answers if answer.value]
     if len(reduced) < len(pair):
         why = next(answer.error for answer in answers if answer.error)
-        text = f"Two workers with {backend} on {where} did not get through: {why}. Open all ports "
-        text += "between the nodes, and name the network interface that joins them in "
+        text = f"Two workers with {backend} on {where} cannot communicate: {why}. Open all ports "
+        text += "between the nodes, and name the network interface that connects them in "
         return [fail(f"{text}{interface} on every node, before Ray starts there.")]
     seconds = max(took for _, took in reduced)
     facts = f"two workers on {where}, {backend}, 64 MiB in {seconds * 1e3:.0f} ms "
     facts += f"({_NUMBERS * 4 / seconds / 1e9:.2f} GB/s)"
     if not all(right for right, _ in reduced):
-        text = f"The sum is wrong: {facts}. The network or a GPU alters what it carries: try other "
-        return [fail(f"{text}nodes, and another {interface}.")]
+        text = f"The sum is wrong: {facts}. The network or a GPU corrupts data: try other nodes, "
+        return [fail(f"{text}and another {interface}.")]
     return [ok(f"{facts}.")]

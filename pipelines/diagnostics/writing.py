@@ -1,4 +1,4 @@
-"""Places that runs write to, the output and MLflow, tried by the driver and by every node."""
+"""Checks of the places that runs write to, output and MLflow, from the driver and every node."""
 
 import os
 import re
@@ -32,7 +32,7 @@ from re2tal.errors import UserError
 
 @contextmanager
 def scratch(output: str) -> Iterator[str]:
-    """Make a folder in the output; remove it at the end, and the output if it was not there."""
+    """Make a folder in the output; remove it at the end, and the output if it did not exist."""
     filesystem, path = resolve(output)
     chain = takewhile(lambda one: one not in ("", "."), [path, *map(str, Path(path).parents)])
     missing = list(takewhile(lambda one: not _exists(filesystem, one), chain))
@@ -52,7 +52,7 @@ def _exists(filesystem: pafs.FileSystem, folder: str) -> bool:
 
 
 def _remove_empty(filesystem: pafs.FileSystem, folder: str) -> None:
-    """Remove a folder, unless somebody has put something into it meanwhile."""
+    """Remove a folder unless another process has put something into it meanwhile."""
     if isinstance(filesystem, pafs.LocalFileSystem):
         with suppress(OSError):
             Path(folder).rmdir()
@@ -73,7 +73,7 @@ def _sees(folder: str, node: Node) -> bool:
 
 
 def exchange(node: Node, folder: str) -> bool:
-    """Write a file named after the node; False, and no file, if the driver's is not there."""
+    """Write a file named after the node; if the driver's is missing, only return False."""
     if node != DRIVER and not _sees(folder, DRIVER):
         return False
     with replacing(join(folder, node.id)) as stream:
@@ -90,7 +90,7 @@ def check_output(output: str, cluster: Cluster) -> list[Finding]:
         )
         apart = "they reach different stores. Compare endpoint and credentials of the two."
     else:
-        advice = "Give --output a folder that can be written."
+        advice = "Give --output a writable folder."
         apart = (
             "it is not shared by the machines. Give --output a folder that all of them mount, or "
             "the URI of an object store (s3://...)."
@@ -115,7 +115,7 @@ def check_output(output: str, cluster: Cluster) -> list[Finding]:
         fail(f"The driver does not see what {whose} wrote to {output}: {apart}")
         for whose in ("it" if node == DRIVER else node.name for node in unseen)
     ]
-    others = ", who see each other's files" if cluster.nodes else ""
+    others = ", which see each other's files" if cluster.nodes else ""
     return findings or [ok(f"{output} can be written by {cluster.everyone}{others}.")]
 
 
@@ -132,7 +132,8 @@ def write(node: Node, run: Run) -> None:
     """Write a metric and an artifact named after the node.
 
     Raises:
-        FileNotFoundError: if the store is a file that is not on this machine; MLflow would make it.
+        FileNotFoundError: if the store is a file that is not on this machine; MLflow would create
+            it.
     """
     os.environ.update(_IMPATIENT)
     file = database_file(run.uri)
@@ -146,10 +147,10 @@ def write(node: Node, run: Run) -> None:
 
 
 def check_mlflow(output: str, cluster: Cluster) -> list[Finding]:
-    """Check that the driver and every node can write to a run.
+    """Check that the driver and every node can write to an MLflow run.
 
-    The run stays in the experiment `EXPERIMENT` with the tag `TAG`. If the default store does not
-    exist yet, it is not made: a store in a folder beside it is tried instead.
+    The run stays in the experiment `EXPERIMENT` with the tag `TAG`. A default store that does not
+    exist yet is not created: a store in a temporary folder beside it is tried instead.
     """
     os.environ.update(_IMPATIENT)
     server = os.environ.get("MLFLOW_TRACKING_URI", "")
@@ -158,7 +159,7 @@ def check_mlflow(output: str, cluster: Cluster) -> list[Finding]:
     try:
         if file:
             if not file.is_file():
-                return [note(f"{name} is a file that is not there yet, and was not tried.")]
+                return [note(f"{name} is a file that does not exist yet, and was not tried.")]
             return _try(name, str(file.parent), cluster)
         if server:
             with tempfile.TemporaryDirectory() as folder:  # a server does not need the output
@@ -186,15 +187,15 @@ def _try(name: str, output: str, cluster: Cluster) -> list[Finding]:
     findings = [_refused(one.node, name, one.error) for one in answers if one.error]
     for node in (answer.node for answer in answers if not answer.error):
         if f"{_FOLDER}/{node.id}" not in metrics or node.id not in files:
-            text = f"{node.name} writes to MLflow at {name}, but it does not arrive: its artifacts "
-            text += "go to a folder of its own. Start the server with --serve-artifacts, or with a "
+            text = f"{node.name} writes to MLflow at {name}, but not all of it arrives: artifacts "
+            text += "go to a local folder. Start the server with --serve-artifacts, or with a "
             findings.append(fail(f"{text}--default-artifact-root in an object store."))
     if findings:
         return findings
     findings = [ok(f"A metric and an artifact can be written to {name} by {cluster.everyone}.")]
     if database_file(uri) and len(cluster.nodes) > 1:
-        text = f"{len(cluster.nodes)} machines write to {name}, one SQLite file, which not every "
-        text += "network file system bears. Prefer a server: MLFLOW_TRACKING_URI."
+        text = f"{len(cluster.nodes)} machines write to {name}, one SQLite file, which is not safe "
+        text += "on every network file system. Prefer a server: MLFLOW_TRACKING_URI."
         findings.append(note(text))
     return findings
 
@@ -207,7 +208,7 @@ def _open_database(uri: str) -> None:
         engine.dispose()
 
 
-# advice by pattern of the error
+# advice by pattern of the error; the first match counts
 _ADVICE = {
     "error code 401|unauthenticated": "the server refuses the credentials. Set "
     "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, where the "
@@ -216,11 +217,11 @@ _ADVICE = {
     "server does not know the name by which it is called (mlflow server --allowed-hosts)",
     "max retries exceeded|failed with exception": "no server answers there. Start it, or correct "
     "MLFLOW_TRACKING_URI",
-    "no module named": "what reaches such a data base is not installed. Install it where the "
-    "driver runs and on every node, such as psycopg[binary] for PostgreSQL",
-    "password authentication failed|access denied": "the data base refuses user or password of "
+    "no module named": "the database's driver is not installed. Install it where the driver runs "
+    "and on every node, such as psycopg[binary] for PostgreSQL",
+    "password authentication failed|access denied": "the database refuses user or password of "
     "MLFLOW_TRACKING_URI",
-    "out-of-date database schema": "another version of MLflow made the data base: mlflow db "
+    "out-of-date database schema": "another version of MLflow made the database: mlflow db "
     "upgrade URI",
 }
 

@@ -1,1 +1,1 @@
-"""Everything that measures, one experiment per file: `python -m pipelines.experiments NAME`."""
+"""Experiments and benchmarks, one per file: `python -m pipelines.experiments NAME`."""

@@ -4,9 +4,9 @@
   python -m pipelines.experiments paper [options of pipelines/reproduce.py]
   python -m pipelines.experiments tables [FOLDER]
 
-Results go to results/NAME.json beside this file. `--resume` takes up jobs that the same code did
-before. `paper` makes the report of pipelines/reproduce.py without Ray and MLflow, and `tables`
-prints all results as Markdown.
+Results go to results/NAME.json beside this file. `--resume` reuses results of jobs that the same
+code finished before. `paper` makes the report of pipelines/reproduce.py without Ray and MLflow, and
+`tables` prints all results as Markdown.
 """
 
 import sys
@@ -21,28 +21,28 @@ RESULTS = Path(__file__).parent / "results"
 _PROG = "python -m pipelines.experiments"
 
 EXPERIMENTS = {
-    "memory": "the paper's claim on memory: peaks of four ways to train, and what fits",
+    "memory": "the paper's claim on memory: peaks of four ways to train, and clips that fit",
     "accuracy": "the paper's claim on rewired backbones: top-1 before and after finetuning",
     "tal": "the paper's claim on localization: features, end to end plain and reversible",
     "tunings": "accuracy of full finetuning, adapters, LoRA and a frozen backbone on toy data",
     "finetuning": "memory of full finetuning against that of adapters, and the longest windows",
     "exactness": "gradients against those of stored activations, also of other libraries",
-    "speed": "time of a step, each way to train paired with every other, and over depth",
+    "speed": "time of a step in all ways to train, paired in one process, and over depth",
     "drift": "errors of gradients, on the grid and without it, over families and couplings",
     "kinds": "49 kinds of backbones of torchvision, timm and transformers, rewired",
-    "verify": "time that comparing the rebuilt input takes",
+    "verify": "time of the comparison of rebuilt inputs",
     "operators": "operators that a piece of a branch calls, and the bytes that they move",
     "devices": "peak memory and time of a step on an accelerator",
     "decoding": "frames per second, paired with those of other decoders that can be imported",
     "augmentation": "time that augmentation adds to a training step",
     "throughput": "frames that Ray Data delivers, against plain decoding in as many processes",
-    "executions": "CPU and memory of Ray Data's executions, beside each worker or shared",
-    "shards": "size of shards, and reading windows from them, against raw files",
-    "scaling": "a training step with more workers, and the share of exchanging gradients",
+    "executions": "CPU and memory of Ray Data's executions, one beside each worker or one shared",
+    "shards": "size of shards, and speed of reading windows, against raw files",
+    "scaling": "a training step with more workers, and the share of gradient exchange",
     "nms": "soft-NMS of many videos, against a detection at a time",
     "evaluation": "mAP and recall of whole test sets, against a prediction at a time",
 }
-"""Those of the paper are classes named like them, the others functions `measure_NAME`."""
+"""Experiments by name: those of the paper are classes `Name`, others functions `measure_NAME`."""
 
 _MODULES = {
     "drift": "exactness",
@@ -52,14 +52,14 @@ _MODULES = {
     "nms": "detections",
     "evaluation": "detections",
 }
-"""Modules of experiments that do not have one of their own name."""
+"""Modules of experiments whose module has another name."""
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run an experiment and print its results, or print all results.
 
     Raises:
-        UserError: if there is no such experiment, or jobs of it failed.
+        UserError: if there is no such experiment, or some of its jobs failed.
     """
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> None:
     else:
         raise UserError(
             f"There is no experiment {name!r}. Choose one of: {', '.join(EXPERIMENTS)}; or paper, "
-            "all five of the paper; or tables."
+            "for all five of the paper; or tables."
         )
 
 

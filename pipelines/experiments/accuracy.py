@@ -1,8 +1,8 @@
 """The paper's second claim: rewiring a pretrained network preserves its accuracy.
 
-A backbone was pretrained plain. Rewired, it computes something else with the same weights; a few
-epochs of finetuning (step 4 of Re2TAL), or moving its connections slowly (Dr2Net), bring the
-accuracy back. Training the rewired network from nothing for as long does not.
+A backbone was pretrained without rewiring. Rewired, it computes another function with the same
+weights. A few epochs of finetuning (step 4 of Re2TAL), or moving its connections gradually
+(Dr2Net), restore the accuracy. Training the rewired network from scratch for as long does not.
 """
 
 import json
@@ -61,10 +61,10 @@ class Accuracy:
     """Accuracy of a pretrained backbone before and after rewiring.
 
     Attributes:
-        seeds: seeds of clips, their order and the weights of whatever starts at random.
+        seeds: seeds of clips, their order and randomly initialized weights.
         epochs: lengths of finetuning.
-        clips: numbers of clips: those of an epoch, and those that top-1 is measured on.
-        folder: folder of the clips; they are made.
+        clips: numbers of clips: of an epoch, and for measuring top-1.
+        folder: folder of the clips, which are made if missing.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -76,13 +76,13 @@ class Accuracy:
 
     @property
     def ways(self) -> dict[str, tuple[str, int]]:
-        """Kind and number of epochs of each training, by its name."""
+        """Kind and number of epochs of each training, by name."""
         most = max(self.epochs)
         of = {_named(kind, most): (kind, most) for kind in ("moving", "scratch", "plain")}
         return {_named("rewired", n): ("rewired", n) for n in self.epochs} | of
 
     def prepare(self) -> None:
-        """Make the clips, and fit the classifier's head, if they are not there."""
+        """Make the clips, and fit the classifier's head, if they are missing."""
         make_clips(Path(self.folder), self.clips)
 
     def jobs(self) -> Sequence[Job]:
@@ -121,7 +121,7 @@ class Accuracy:
         best, control, moved, scratch = (reached[_named(kind, most)] for kind in kinds)
         claims = (
             ("It is as accurate as the plain network finetuned for as long", best, control),
-            ("Dr2Net's schedule does as well as finetuning after rewiring at once", moved, best),
+            ("Dr2Net's schedule is as accurate as rewiring at once and finetuning", moved, best),
         )
         findings = [
             Finding(
@@ -131,7 +131,7 @@ class Accuracy:
             ),
             *(finding(claim, one, other, margin=_MARGIN) for claim, one, other in claims),
             finding(
-                "The pretrained weights are what makes it so: from scratch it is worse",
+                "The pretrained weights are the reason: from scratch it is worse",
                 best,
                 scratch,
                 margin=-_MARGIN,
@@ -141,12 +141,12 @@ class Accuracy:
             title="Accuracy is preserved",
             text=(
                 "Classification of held-out toy clips of 7 classes (chance: 0.143) by the backbone "
-                "that the repository ships, pretrained plain. An epoch of finetuning shows "
-                f"{self.clips.training} of its training clips, 32 frames of each. The classes are "
-                "read off by a linear layer that was fitted to the features of the plain network, "
-                "and is finetuned with the rest. Preserved means: within "
-                f"{_MARGIN} of the plain network's top-1; two numbers are told apart if their mean "
-                "difference is two of its standard errors over the seeds."
+                "that the repository ships, pretrained without rewiring. An epoch of finetuning "
+                f"shows {self.clips.training} training clips of 32 frames. The classifier is a "
+                "linear layer, fitted to the features of the plain network and finetuned with the "
+                f"backbone. Preserved means within {_MARGIN} of the plain network's top-1. Two "
+                "numbers count as different if their mean difference over the seeds exceeds two "
+                "standard errors."
             ),
             findings=findings,
             tables={"Top-1 on held-out clips": rows},
@@ -166,7 +166,7 @@ def _named(kind: str, epochs: int) -> str:
 
 
 def quick() -> Accuracy:
-    """Configure one epoch of few clips, to show that everything runs, and no more."""
+    """Configure one epoch of few clips, only to show that everything runs."""
     return Accuracy(
         seeds=(0,),
         epochs=(1,),
@@ -191,7 +191,7 @@ def _picture(reached: Mapping[str, Measured]) -> Figure:
     return figure
 
 
-# The work.
+# Jobs.
 
 
 def train_here(
@@ -202,10 +202,10 @@ def train_here(
     Args:
         task: model and data.
         weights: weights of the backbone, or None.
-        head: first weights of the layers after the backbone; None draws them at random.
+        head: initial weights of the layers after the backbone; None initializes them at random.
 
     Returns:
-        Metrics of the last epoch, and the average of the weights that they belong to.
+        Metrics of the last epoch, and the detector with the EMA weights that they belong to.
     """
     with tempfile.TemporaryDirectory() as folder:
         runtime = LocalRuntime(task.recipe, task.plan, Path(folder), device=device())
@@ -219,8 +219,8 @@ def train_here(
 def make_clips(folder: Path, clips: TrimmedToyConfig) -> None:
     """Make the clips, and fit the classifier's head to the plain network's features of them.
 
-    The weights that the repository ships are of a backbone alone. Files in the folder that were
-    made with the same settings and code are kept.
+    The repository ships weights of the backbone without a head. Files in the folder that the same
+    settings and code made are kept.
     """
     toy_clips(folder, clips)
     facts = _facts(clips)
@@ -244,11 +244,11 @@ def before_finetuning(*, folder: str) -> Result:
 
 
 def finetuned(*, kind: str, epochs: int, seed: int, folder: str) -> Result:
-    """Measure top-1 after a training.
+    """Train, and measure top-1.
 
     Args:
-        kind: "rewired" at once, "moving" from plain to rewired in the first half (Dr2Net), "plain",
-            or "scratch": rewired with random weights.
+        kind: "rewired" at once; "moving" from plain to rewired in the first half (Dr2Net); "plain";
+            or "scratch", rewired with random weights.
         epochs: length of the training.
         seed: seed of clips, order and random weights.
         folder: folder of `make_clips`.
@@ -260,8 +260,8 @@ def finetuned(*, kind: str, epochs: int, seed: int, folder: str) -> Result:
 def finetune_backbone(path: Path, *, epochs: int, folder: Path, clips: TrimmedToyConfig) -> None:
     """Rewire the pretrained backbone, finetune it on clips of `make_clips`, and write its weights.
 
-    Step 4 of Re2TAL, from which detectors with a reversible backbone start. A file that was made
-    with the same settings and code is kept.
+    This is step 4 of Re2TAL, whose result detectors with a reversible backbone start from. A file
+    that the same settings and code made is kept.
     """
     facts = _facts(clips, epochs=epochs)
     if not _is_made(path, facts):
@@ -272,7 +272,7 @@ def finetune_backbone(path: Path, *, epochs: int, folder: Path, clips: TrimmedTo
 
 
 def _facts(clips: TrimmedToyConfig, **settings: int) -> dict[str, str]:
-    """Return the settings that weights depend on, as they are stored in the weights' file."""
+    """Return the settings that weights depend on, in the form that the weights' file stores."""
     of = {"clips": asdict(clips), "code": code_fingerprint(), **settings}
     return {"made_with": json.dumps(of, sort_keys=True)}
 
@@ -324,6 +324,7 @@ def _fitted_head(recipe: ClassificationRecipe, plan: ClassificationPlan) -> dict
 
     def closure() -> Tensor:
         optimizer.zero_grad()
+        # on linearly separable features, cross entropy without a penalty has no minimum
         penalty = 1e-3 * head.weight.square().sum()
         loss = F.cross_entropy(head(features), labels) + penalty
         loss.backward()

@@ -1,4 +1,4 @@
-"""Experiment `augmentation`: its time, as a share of a step of a reversible backbone."""
+"""Experiment `augmentation`: time of augmentation as a share of a reversible backbone's step."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -32,11 +32,11 @@ def measure_augmentation(*, device: str = "cpu", rounds: int = 5) -> Tables:
     """Time that augmentation adds to a training step of a reversible backbone, paired in one run.
 
     On a CPU, times are CPU seconds of all threads together, so that other load on the machine adds
-    little to them; on a GPU they last until it has finished.
+    little; on a GPU they are wall-clock times until the GPU has finished.
 
     Args:
-        device: device of both.
-        rounds: number of rounds that count, after one that does not.
+        device: device of augmentation and step.
+        rounds: number of counted rounds, after a warm-up round.
     """
     title = f"A clip of {FRAMES} frames, 256 to {SIZE} pixels, and a step of Swin-T"
     return {title: compare(swin_t(), CONFIGS, FRAMES, SIZE, torch.device(device), rounds)}
@@ -50,11 +50,11 @@ def compare(
     device: torch.device,
     rounds: int,
 ) -> list[Row]:
-    """Compare configurations by name: the time of each, and its share of the backbone's step."""
+    """Tabulate each configuration's time, and its share of the backbone's step."""
     model = backbone.build().to(device)
     rewire(model, verify=False)
     mean, std = grey_levels([0.45] * 3).to(device), grey_levels([0.225] * 3).to(device)
-    seeds = count()  # another one each time, since the cost of a crop depends on its place
+    seeds = count()  # a new seed each time: the cost of a crop depends on its place
 
     def clip(side: int) -> torch.Tensor:
         return torch.randint(256, (1, frames, side, side, 3), dtype=torch.uint8, device=device)

@@ -1,4 +1,4 @@
-"""Experiment `decoding`: ours and other decoders that can be imported."""
+"""Experiment `decoding`: speed of re2tal's decoder and of others that can be imported."""
 
 import importlib
 import importlib.metadata
@@ -27,8 +27,8 @@ class Request:
 
     path: Path
     fps: int
-    indices: np.ndarray  # rising, (T,)
-    size: tuple[int, int] | None  # width and height to which they are scaled; None keeps them
+    indices: np.ndarray  # ascending, (T,)
+    size: tuple[int, int] | None  # width and height after scaling; None for the original size
     threads: int
 
 
@@ -39,7 +39,7 @@ OURS = "re2tal"
 
 
 def available() -> tuple[dict[str, Decoder], list[dict[str, str]]]:
-    """Load the decoders that can be imported, and tabulate the versions of all of them."""
+    """Load the decoders that can be imported, and tabulate the versions of all decoders."""
     decoders: dict[str, Decoder] = {OURS: _ours}
     libraries = av.library_versions
     note = f"PyAV {av.__version__}, libavcodec {'.'.join(map(str, libraries['libavcodec']))}"
@@ -115,15 +115,15 @@ SETTINGS = ((1, SCALED), (1, None), (2, SCALED))  # threads, and size of the fra
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Access:
-    """Pattern of the frames that are read in some requests, which are measured together."""
+    """Pattern of frames in one or more requests that are measured together."""
 
     title: str
     frames: int  # of a request
     requests: int
-    evenly: bool  # over the whole video; otherwise they follow one another
+    evenly: bool  # evenly over the whole video; otherwise consecutive frames
 
     def indices(self, frames: int, random: np.random.Generator) -> Iterator[np.ndarray]:
-        """Draw the indices of each request from a video of `frames` frames, at random places."""
+        """Yield each request's indices in a video of `frames` frames, at random if consecutive."""
         for _ in range(self.requests):
             if self.evenly:
                 yield np.floor((np.arange(self.frames) + 0.5) * frames / self.frames).astype(int)
@@ -140,13 +140,13 @@ ACCESSES = (
 def measure_decoding(*, seconds: int = 120, rounds: int = 7) -> Tables:
     """Frames per second of decoders, from opening the file to the array of frames.
 
-    Of each round, all decoders read the same frames of the same file in the same process, in an
-    order that turns from round to round; a ratio is the median over rounds of how many times as
-    long as re2tal each takes: above 1, re2tal is faster.
+    In each round, all decoders read the same frames of the same file in the same process, in an
+    order that rotates from round to round. A ratio is the median over rounds of a decoder's time
+    divided by re2tal's: above 1, re2tal is faster.
 
     Args:
         seconds: length of the videos.
-        rounds: number of rounds that count, after one that does not.
+        rounds: number of counted rounds, after a warm-up round.
     """
     decoders, versions = available()
     tables: Tables = {"What is compared": list[Row](versions), "Videos": []}
@@ -167,11 +167,11 @@ def measure_decoding(*, seconds: int = 120, rounds: int = 7) -> Tables:
 
 
 def described(path: Path, footage: Footage) -> Row:
-    """Describe a video, and the processors on which it is decoded."""
+    """Describe a video, and the number of processors for decoding it."""
     with av.open(path) as container:
         stream = container.streams.video[0]
         stream.codec_context.skip_frame = "NONREF"
-        leaned_on = sum(1 for _ in container.decode(stream))
+        leaned_on = sum(1 for _ in container.decode(stream))  # reference frames only
         seconds = float((stream.duration or 0) * (stream.time_base or 0))
     return {
         "video": footage.title,
@@ -187,16 +187,16 @@ def described(path: Path, footage: Footage) -> Row:
 def compared(
     decoders: Mapping[str, Decoder], request: Request, access: Access, seconds: int, rounds: int
 ) -> list[Row]:
-    """Compare each decoder with ours in every round, and its frames by `difference`."""
+    """Compare each decoder's speed with ours in every round, and its frames by `difference`."""
     of_video = seconds * request.fps
     some = replace(request, indices=next(access.indices(of_video, np.random.default_rng(1))))
     frames = decoders[OURS](some)
-    # This also warms everything up.
+    # this also serves as warm-up
     differences = {name: difference(frames, read(some)) for name, read in decoders.items()}
     del frames
 
     def turns(decoder: Decoder) -> Callable[[], tuple[float, float]]:
-        random = np.random.default_rng(0)  # the same frames of a round for each decoder
+        random = np.random.default_rng(0)  # in a round, every decoder gets the same frames
 
         def take() -> tuple[float, float]:
             """Measure wall-clock seconds, and CPU seconds of all threads of the process."""
@@ -231,11 +231,11 @@ def compared(
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Compute the mean difference of frames, in grey levels.
+    """Compute the mean absolute difference of frames, in grey levels.
 
     Raises:
-        ValueError: if the shapes differ, or a frame is nearer to another frame of the request than
-            to its counterpart: then the two do not do the same work.
+        ValueError: if the shapes differ, or a frame is nearer to the frame before its counterpart
+            than to the counterpart: then the decoders do not do the same work.
     """
     if ours.shape != theirs.shape:
         raise ValueError(f"Frames of shapes {ours.shape} and {theirs.shape} cannot be compared.")

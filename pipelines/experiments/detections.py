@@ -1,4 +1,4 @@
-"""Experiments `nms` and `evaluation`: work on whole test sets, against sequential definitions."""
+"""Experiments `nms` and `evaluation`: speed on whole test sets, against sequential definitions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RawDetections:
-    """Load: `raw` detections in `classes` for each of `videos`, and settings of their NMS."""
+    """Workload: `raw` detections in `classes` for each of `videos`, and the settings of NMS."""
 
     title: str
     videos: int
@@ -40,7 +40,7 @@ class RawDetections:
     config: NmsConfig
 
     def build(self) -> Videos:
-        """Draw detections at random in 200 seconds; most scores are low, as a detector's are."""
+        """Draw random detections within 200 seconds; most scores are low, like a detector's."""
         generator = torch.Generator().manual_seed(0)
         found = {}
         for number in range(self.videos):
@@ -73,7 +73,7 @@ RAW = (
 
 
 def measure_nms(*, rounds: int = 3) -> Tables:
-    """NMS of many videos in one pass, against a video at a time and a detection at a time.
+    """NMS of many videos in one pass, against one video at a time and one detection at a time.
 
     Times are CPU seconds of all threads; the ways take turns.
 
@@ -84,7 +84,7 @@ def measure_nms(*, rounds: int = 3) -> Tables:
 
 
 def compare_nms(load: RawDetections, *, rounds: int) -> list[Row]:
-    """Compare the implementations."""
+    """Compare the implementations of NMS."""
     videos = load.build()
     ways: Mapping[str, Callable[[], Videos]] = {
         "a detection at a time (NumPy)": lambda: sequential_nms(videos, load.config),
@@ -119,7 +119,7 @@ def sequential_nms(videos: Mapping[str, Detections], config: NmsConfig) -> Video
 def _one_class(
     segments: Floats, scores: Floats, config: NmsConfig
 ) -> tuple[list[int], list[np.float32]]:
-    """Return the picks in their order, at most `top_k`, and their scores when they were picked."""
+    """Return up to `top_k` picks in order, and their scores at the time of picking."""
     starts, ends = segments.T.copy()
     lengths, waiting = ends - starts, scores.copy()
     picks: list[int] = []
@@ -133,13 +133,14 @@ def _one_class(
         shared = np.minimum(ends, ends[pick]) - np.maximum(starts, starts[pick])
         shared = shared.clip(min=0)
         overlap = shared / (lengths + lengths[pick] - shared)
+        # Gaussian soft-NMS: each score is multiplied by exp(-tIoU^2 / sigma)
         waiting *= np.exp(overlap**2 / np.float32(-config.sigma))
         waiting[pick] = -1
     return picks, weakened
 
 
 def _difference(a: Videos, b: Videos) -> float:
-    """Return the largest difference of scores; infinite if other segments are kept."""
+    """Return the largest difference of scores; infinite if the kept segments differ."""
     largest = 0.0
     for video_id, found in a.items():
         other = b[video_id]
@@ -164,10 +165,10 @@ class RandomTestSet:
     thresholds: tuple[float, ...]
 
     def build(self) -> tuple[Videos, Videos]:
-        """Draw ground truth and predictions: most near an instance, most of its class.
+        """Draw ground truth and predictions, most of them near an instance and of its class.
 
-        The numbers are the same on every machine: after the generator, operations are exact or
-        rounded.
+        The numbers are the same on every machine: after the generator, all operations are exact or
+        their results are rounded.
         """
         g = torch.Generator().manual_seed(0)
         extra = torch.randint(self.videos, (self.instances - self.videos,), generator=g)
@@ -199,7 +200,7 @@ class RandomTestSet:
         )
 
     def checksum(self) -> str:
-        """SHA-256 of the test set, which tells changes of the set from changes of an evaluator."""
+        """Return the set's SHA-256, which separates changes of the set from those of evaluators."""
         digest = hashlib.sha256()
         for videos in self.build():
             for name, part in videos.items():
@@ -230,7 +231,7 @@ THUMOS = RandomTestSet(
 
 
 def measure_evaluation(*, rounds: int = 3) -> Tables:
-    """Evaluation of whole test sets, against the definition followed one prediction at a time.
+    """Evaluation of whole test sets, against the definition applied to one prediction at a time.
 
     Times are CPU seconds of all threads; the ways take turns.
 
@@ -290,7 +291,7 @@ def _visit(
     guesses: Sequence[tuple[float, str, Segment]],
     thresholds: Sequence[float],
 ) -> list[list[bool]]:
-    """Tell whether each guess takes an instance, by threshold."""
+    """Tell for each threshold whether each guess matches an instance that is still free."""
     hits: list[list[bool]] = [[] for _ in thresholds]
     taken: list[set[tuple[str, int]]] = [set() for _ in thresholds]
     for _, video, guess in guesses:
@@ -313,7 +314,7 @@ def _overlap(a: Segment, b: Segment) -> float:
 
 
 def _area(hits: Sequence[bool], count: int) -> float:
-    """Integrate, over recall, the best precision at each recall or a higher one."""
+    """Integrate interpolated precision over recall: the best at each recall or a higher one."""
     found, curve = 0, []
     for visited, hit in enumerate(hits, start=1):
         found += hit
@@ -340,7 +341,7 @@ def _segments(start: Tensor, length: Tensor) -> Tensor:
 
 
 def _by_video(video: Tensor, segments: Tensor, scores: Tensor, labels: Tensor) -> Videos:
-    """Split into one entry per video; `video` rises."""
+    """Split into one entry per video; `video` is sorted."""
     names, counts = video.unique_consecutive(return_counts=True)
     sizes = counts.tolist()
     parts = zip(segments.split(sizes), scores.split(sizes), labels.split(sizes), strict=True)
@@ -353,7 +354,7 @@ def _by_video(video: Tensor, segments: Tensor, scores: Tensor, labels: Tensor) -
 def _against_the_first(
     ways: Mapping[str, Callable[[], T]], rounds: int, difference: Callable[[T, T], float]
 ) -> list[Row]:
-    """Tabulate CPU seconds, and the difference of results from the first way's."""
+    """Tabulate CPU seconds, and the difference of each way's result from that of the first."""
     times, results = computed(ways, rounds)
     first, *_ = ways
     return [

@@ -1,4 +1,4 @@
-"""Experiment `devices`: all ways to train on an accelerator."""
+"""Experiment `devices`: memory and time of all ways to train on an accelerator."""
 
 import gc
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ OUT_OF_MEMORY = "out of memory"
 _GB = 1e9
 
 Run = tuple[float, int | None]
-"""Seconds and peak bytes of a step; a CPU counts no bytes."""
+"""Seconds and peak bytes of a step; None on a CPU, which does not count bytes."""
 
 
 def measure_devices(
@@ -33,15 +33,16 @@ def measure_devices(
 ) -> Tables:
     """Peak memory and time of a step on an accelerator, for videos of several lengths.
 
-    Peak memory is `torch.cuda.max_memory_allocated`, model included, in bfloat16 autocast, beside
-    the peak predicted for the operators of the same device; lengths that do not fit are listed.
+    Peak memory is `torch.cuda.max_memory_allocated`, including the model, in bfloat16 autocast. It
+    is listed beside the peak predicted for the same device's operators. Lengths that do not fit are
+    listed too.
 
     Args:
-        device: device that computes; only CUDA counts memory.
+        device: device of the training; only CUDA counts memory.
         models: networks of `pipelines/experiments/models.py`.
         frames: lengths of the video, tried in this order.
         size: height and width of a frame.
-        rounds: rounds in which each way to train takes its turn.
+        rounds: number of rounds; each way to train takes one turn a round.
     """
     refuse_unknown("model", models, MODELS)
     work = Workload(frames=frames[0], size=size, precision="bfloat16")
@@ -56,7 +57,7 @@ def measure_devices(
 
 
 def compare(model: str, work: Workload, device: torch.device, rounds: int) -> list[Row]:
-    """Train one model in all ways, in turns; a way that ran out of memory is not tried again."""
+    """Train one model in all ways, in turns; a way that runs out of memory is not tried again."""
     network, inputs = build(model).to(device), work.noise(device)
     runs: dict[str, list[Run]] = {name: [] for name in WAYS}
     full: set[str] = set()
@@ -67,7 +68,7 @@ def compare(model: str, work: Workload, device: torch.device, rounds: int) -> li
                     runs[name].append(_run(network, work, inputs))
             except torch.OutOfMemoryError:
                 full.add(name)
-            # After the except clause, because its error keeps the tensors of the step alive.
+            # after the except clause: inside it, the error keeps the step's tensors alive
             network.zero_grad(set_to_none=True)
             gc.collect()
             if device.type == "cuda":

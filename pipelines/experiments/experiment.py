@@ -15,30 +15,31 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
-"""Row of a table, by column; lists in it are kept in files and left out of printed tables."""
+"""Row of a table, by column. Values that are lists are kept in files but not printed."""
 
 Tables = dict[str, list[Row]]
 """Rows by the title of their table; all rows of a table have the same columns."""
 
 Result = Any
-"""Whatever a job returns that JSON can hold."""
+"""Result of a job, of any type that JSON can hold."""
 
 
 def device() -> torch.device:
-    """Choose a GPU if there is one, else the CPU."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """Piece of work that one process does by itself.
+    """Unit of work for one process.
 
     Attributes:
-        name: title, different from those of the experiment's other jobs.
-        work: function of a module, so that any process can import it.
-        arguments: arguments that JSON can hold; a result is kept for as long as they stay the same.
-        alone: nothing else runs meanwhile, because it measures time or spreads over the cluster.
-        spreads: it asks the cluster for resources by itself, as Ray Train does.
+        name: title, unique within the experiment.
+        work: function at the top level of a module, so that any process can import it.
+        arguments: arguments that JSON can hold; a kept result is valid while they stay the same.
+        alone: no other job runs at the same time, because this one measures time or spreads over
+            the cluster.
+        spreads: the job requests the cluster's resources itself, as Ray Train does.
     """
 
     name: str
@@ -50,7 +51,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """End of a job of an experiment: a result, or the error because of which there is none."""
+    """Outcome of a job: its result, or the error of a failed job."""
 
     experiment: str
     job: Job
@@ -61,7 +62,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """Verdict on a claim, with the numbers behind it; None if these cannot tell."""
+    """Verdict on a claim, with its evidence; `holds` is None if the numbers cannot tell."""
 
     claim: str
     holds: bool | None
@@ -90,10 +91,10 @@ class Experiment(Protocol):
     """Configured experiment."""
 
     def jobs(self) -> Sequence[Job]:
-        """List all pieces of work."""
+        """List all jobs."""
 
     def section(self, results: Mapping[str, Result]) -> Section:
-        """Report on the results of all jobs, by their names."""
+        """Report on the results of all jobs, given by name."""
 
 
 @runtime_checkable
@@ -120,7 +121,7 @@ class Measurement:
     arguments: Mapping[str, Any]
 
     def jobs(self) -> Sequence[Job]:
-        """List the one job, which runs alone since it may measure time."""
+        """List the single job, which runs alone because it may measure time."""
         return [Job(name=_TABLES, work=self.measure, arguments=self.arguments, alone=True)]
 
     def section(self, results: Mapping[str, Result]) -> Section:
@@ -132,10 +133,10 @@ class Measurement:
 
 
 def refuse_unknown(what: str, names: Iterable[str], choices: Iterable[str]) -> None:
-    """Refuse names that are not among the choices.
+    """Raise if names are not among the choices.
 
     Raises:
-        UserError: if there are any; it lists the choices.
+        UserError: with the unknown names and the choices.
     """
     listed = list(choices)
     unknown = sorted(set(names) - set(listed))
@@ -166,13 +167,13 @@ class Measured:
 
 
 def at_least(a: Measured, b: Measured, *, margin: float = 0.0) -> bool | None:
-    """Judge whether `a` is at least as large as `b`, as far as their common seeds can tell.
+    """Judge whether `a` is at least as large as `b`, from their differences seed by seed.
 
-    The difference of each seed is a sample; its mean is told from the limit if it is two of its
-    standard errors away from it. `a` may fall short by `margin` and still count as being as large.
+    The mean difference decides if it is more than two of its standard errors away from the limit.
+    `a` may fall short by `margin` and still count as being as large.
 
     Returns:
-        None if they cannot be told apart, as with a single seed.
+        The verdict, or None if the values do not decide, for example with a single seed.
     """
     apart = Measured(tuple(x - y for x, y in zip(a.values, b.values, strict=True)))
     above = apart.mean + margin

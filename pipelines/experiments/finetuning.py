@@ -1,8 +1,8 @@
 """Memory of full finetuning against that of adapters, plain, with checkpoints and reversible.
 
-Predicted for a backbone with AdamW and the moving average of the weights: everything trained in
-each way, and AdaTAD's temporal adapters in each way, for windows of several lengths and sizes of
-frames; and the longest window of each that fits the memory of a GPU.
+Memory is predicted for a backbone with AdamW and the EMA of the weights: for full finetuning and
+for AdaTAD's temporal adapters, each in every way, for several window lengths and frame sizes; and
+with each, the longest window that fits the memory of a GPU.
 """
 
 from bisect import bisect
@@ -27,8 +27,8 @@ Result = Mapping[str, Any]
 _TUNINGS = ("full", "adapters")
 _WAYS = ("plain", "checkpointed", "ours")
 _ALL = tuple(product(_TUNINGS, _WAYS))
-_UNIT = 16  # frames between windows that are compared
-_GOAL = 40.0  # GiB of the largest model, fully trained on the longer window
+_UNIT = 16  # frames from one compared window length to the next
+_GOAL = 40.0  # GiB for the largest model, fully trained on the longer window
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,9 +39,9 @@ class Finetuning:
         backbones: names in the table of backbones, all with transformer blocks.
         sizes: heights and widths of a frame.
         frames: two lengths of the window.
-        short: lengths that are predicted besides, since lines through long windows do not hold for
-            short ones, whose branches are one piece.
-        cards: memory of GPUs in GiB, for each of which the longest window is sought.
+        short: additional lengths, because straight lines through long windows do not hold for short
+            ones, whose branches run in one piece.
+        cards: memory of GPUs in GiB; the longest window is found for each.
         precision: number format of the branches.
     """
 
@@ -68,7 +68,7 @@ class Finetuning:
             raise UserError("Give two lengths of the window, the shorter first.")
 
     def jobs(self) -> Sequence[Job]:
-        """List every backbone and size in every way."""
+        """List one job for each backbone, size, tuning and way."""
         return [
             Job(
                 name=_named(backbone, size, tuning, way),
@@ -91,7 +91,7 @@ class Finetuning:
         ]
 
     def _of(self, size: int) -> list[str]:
-        """List the backbones that take frames of this size: patches of ViTs must divide it."""
+        """List the backbones that accept this frame size: the patches of ViTs must divide it."""
         made: dict[str, Any] = {name: backbones()[name].make() for name in self.backbones}
         patches = {name: getattr(config, "patch", 1) for name, config in made.items()}
         return [
@@ -99,7 +99,7 @@ class Finetuning:
         ]
 
     def section(self, results: Mapping[str, Result]) -> Section:
-        """Report on what each takes, and from which window on full finetuning takes less."""
+        """Report each way's memory, and the windows from which full finetuning needs less."""
         tables: Tables = {}
         for size in self.sizes:
             tables[f"Frames of {size} pixels"] = [
@@ -127,15 +127,15 @@ class Finetuning:
         return Section(
             title="Memory of full finetuning and of adapters",
             text=(
-                f"Predicted for one window, in {self.precision}, with fake tensors: parameters, "
-                "gradients, AdamW's two moments, the moving average of all weights, frames and "
-                "activations of the backbone, without a localizer, the CUDA context and scratch "
-                "space of a GPU's operators (on an H200 Swin-T took 1 to 5 % more than predicted "
-                "for its own operators). Adapters are AdaTAD's: all else is frozen, and counted "
-                "without gradients. Reversible is this project's, in pieces of 2 GiB. Left out are "
-                "backbones whose patches do not divide the frames. "
-                "Windows from which one takes less are where the straight lines through all "
-                "lengths that were predicted cross, from the shortest of these up to the longest "
+                f"Predicted for one window, in {self.precision}, with fake tensors. Counted are "
+                "parameters, gradients, AdamW's two moments, the EMA of all weights, frames and "
+                "activations of the backbone; not a localizer, the CUDA context and the scratch "
+                "space of a GPU's operators (on an H200, Swin-T took 1 to 5 % more than predicted "
+                "for its own operators). Adapters are AdaTAD's; all other weights are frozen and "
+                "have no gradients. Reversible is this project's, in pieces of 2 GiB. Backbones "
+                "whose patches do not divide the frames are left out. "
+                "The window from which one way needs less is the crossing of straight lines "
+                "through all predicted lengths, between the shortest of these and the longest "
                 "that fits a card in any way."
             ),
             tables=tables,
@@ -160,7 +160,7 @@ class Finetuning:
         }
 
     def _windows(self, results: Mapping[str, Result], backbone: str, size: int) -> range:
-        """List windows: from one predicted in all ways, up to the longest that fits in any."""
+        """List window lengths: from one predicted in all ways to the longest that fits in any."""
         found = [results[_named(backbone, size, *way)] for way in _ALL]
         shortest = max(min(self.short + self.frames), *(one["predicted"][0][0] for one in found))
         longest = max(max(one["fits"], default=0) for one in found)
@@ -169,7 +169,7 @@ class Finetuning:
     def _crossing(
         self, results: Mapping[str, Result], backbone: str, size: int, tuning: str, way: str
     ) -> str:
-        """Name the window from which full reversible finetuning takes less than another."""
+        """Name the window from which full reversible finetuning needs less than another way."""
         ours = results[_named(backbone, size, "full", "ours")]
         other = results[_named(backbone, size, tuning, way)]
         windows = self._windows(results, backbone, size)
@@ -179,7 +179,7 @@ class Finetuning:
         return f"{first:,} frames" if first > windows[0] else f"{first:,} or fewer"
 
     def _least(self, results: Mapping[str, Result], backbone: str, size: int) -> str:
-        """Name the way that takes least, and the windows from which on others do."""
+        """Name the way that needs least, and the windows from which others do."""
         found = {way: results[_named(backbone, size, *way)] for way in _ALL}
         windows = self._windows(results, backbone, size)
         best = ((min(_ALL, key=lambda way: _between(found[way], n)), n) for n in windows)
@@ -236,8 +236,9 @@ class Finetuning:
 
 
 def _between(found: Result, frames: int) -> float:
-    """Return the bytes of a window, on straight lines through those that were predicted."""
+    """Interpolate the bytes of a window linearly between the predicted lengths."""
     known: list[tuple[int, int]] = found["predicted"]
+    # outside of the predicted lengths, the line through the two nearest ones continues
     longer = bisect(known, frames, key=lambda pair: pair[0])
     (short, less), (long, more) = known[min(max(longer, 1), len(known) - 1) - 1 :][:2]
     return less + (more - less) * (frames - short) / (long - short)
@@ -248,7 +249,7 @@ def _named(backbone: str, size: int, tuning: str, way: str) -> str:
 
 
 def subject_of(backbone: str, tuning: str, work: Workload) -> Subject:
-    """Describe a backbone with AdamW and a moving average, whose weights take no memory here."""
+    """Describe a backbone with AdamW and EMA; its weights are meta tensors without memory."""
     addition = AdapterConfig() if tuning == "adapters" else None
     subject = replace(backbone_alone(backbone, work, addition), optimizer=True)
 
@@ -273,9 +274,9 @@ def needs(
     """Predict peaks for two lengths of the window, and the longest that fits each card.
 
     Returns:
-        Bytes for each of `frames` in "peaks", and of weights, optimizer and average in "state";
-        frames for each of `cards`, which are GiB, in "fits"; all pairs of frames and bytes that
-        were predicted meanwhile in "predicted"; the number of trained parameters in "trained".
+        "peaks", bytes for each of `frames`; "state", bytes of weights, gradients, optimizer and
+        EMA; "fits", frames for each of `cards` (GiB); "predicted", all predicted pairs of frames
+        and bytes; "trained", the number of trained parameters.
     """
     work = Workload(frames=frames[0], size=size, precision=precision)
     planner = Planner(subject_of(backbone, tuning, work))

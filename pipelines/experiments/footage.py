@@ -1,4 +1,4 @@
-"""Synthetic videos that cost a decoder as much as uploaded ones, and windows of them."""
+"""Synthetic videos that cost a decoder as much as real uploads, and windows of them."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +16,7 @@ from re2tal.videos.windows import Window
 WIDTH, HEIGHT = 640, 360
 
 _SHOT = 150  # frames from one cut to the next
-_BACKGROUND = 1024  # pixels of a side of the texture over which the camera pans
+_BACKGROUND = 1024  # pixels of a side of the texture that the camera pans over
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +39,7 @@ class Footage:
 
 
 def pictures(frames: int) -> Iterator[np.ndarray]:
-    """Draw a panning texture with others moving in front of it; RGB, uint8 (360, 640, 3)."""
+    """Draw a panning texture with other textures moving in front; RGB, uint8 (360, 640, 3)."""
     random = np.random.default_rng(0)
     background = _texture(_BACKGROUND, random)
     actors = [_texture(256, random)[:height, :width] for height, width in ((160, 120), (90, 200))]
@@ -58,15 +58,15 @@ def pictures(frames: int) -> Iterator[np.ndarray]:
 
 
 def _sway(number: int, pace: float, reach: int) -> int:
-    """Move to and fro between 0 and `reach`; slower with a larger pace."""
+    """Return a position that oscillates between 0 and `reach`, slower with a larger pace."""
     place: float = reach * (0.5 + 0.5 * np.sin(number / pace))
     return round(place)
 
 
 def _texture(side: int, random: np.random.Generator) -> np.ndarray:
-    """Draw noise with the spectrum of natural pictures: amplitudes fall with the frequency."""
+    """Draw noise with the 1/f amplitude spectrum of natural pictures."""
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
-    frequency[0, 0] = np.inf
+    frequency[0, 0] = np.inf  # no constant part
     channels = []
     for _ in range(3):
         phase = np.exp(2j * np.pi * random.random(frequency.shape))
@@ -84,8 +84,8 @@ def windows_of(
 ) -> list[Window]:
     """Draw windows at random places of a video.
 
-    `fps` counts the frames of a window per second; without it they are spread over the whole video,
-    of which there is one such window.
+    `fps` is the frame rate of a window. Without it, there is a single window, whose frames are
+    spread over the whole video.
     """
     fps = fps or frames / seconds
     last = max(0.0, seconds - frames / fps)
@@ -103,7 +103,7 @@ def windows_of(
 
 
 def decoded(uri: str, windows: Iterable[Window], *, size: int) -> int:
-    """Decode windows as a decoding task does it, and count their frames.
+    """Decode windows as a decoding task does, and count their frames.
 
     Raises:
         RuntimeError: if a window cannot be decoded.
@@ -118,7 +118,7 @@ def decoded(uri: str, windows: Iterable[Window], *, size: int) -> int:
 
 
 def frames_a_second(way: Callable[[], int]) -> float:
-    """Time a function that returns a number of frames."""
+    """Measure the frames per second of a function that returns a number of frames."""
     before = time.perf_counter()
     frames = way()
     return frames / (time.perf_counter() - before)

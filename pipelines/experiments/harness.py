@@ -1,4 +1,4 @@
-"""Harness of all experiments: jobs with kept results, JSON files, pictures, Markdown and MLflow."""
+"""Harness of all experiments: jobs with stored results, JSON, pictures, Markdown and MLflow."""
 
 import argparse
 import hashlib
@@ -42,7 +42,7 @@ Work = tuple[str, Job]
 """Name of an experiment, and one of its jobs."""
 
 Execute = Callable[[Sequence[Work]], Iterator[Outcome]]
-"""Function that does jobs and yields the outcome of each as it ends."""
+"""Function that runs jobs and yields the outcome of each as it ends."""
 
 VERDICTS = {True: "holds", False: "does not hold", None: "cannot be told"}
 REPORT = "report.md"
@@ -54,11 +54,11 @@ _JOBS = Path("runs/experiments")  # folder of results of jobs, unless `paper` ha
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Records:
-    """Folder of the results of jobs, with which the same command resumes.
+    """Folder of job results, from which the same command resumes.
 
     Attributes:
-        code: fingerprint of the code; results of other code are computed again.
-        device: name of the device; results of other devices are computed again.
+        code: fingerprint of the code; results of other code are not reused.
+        device: name of the device; results of other devices are not reused.
     """
 
     folder: Path
@@ -66,7 +66,7 @@ class Records:
     device: str
 
     def find(self, experiment: str, job: Job) -> Outcome | None:
-        """Look up the result of a job with the same arguments; None if it is missing or failed."""
+        """Look up a job's result for the same arguments; None if it is missing or failed."""
         path = self._path(experiment, job)
         if not path.exists():
             return None
@@ -97,17 +97,17 @@ class Records:
 
 
 def execute_here(works: Sequence[Work]) -> Iterator[Outcome]:
-    """Do jobs in this process, one after another."""
+    """Run jobs in this process, one after another."""
     for experiment, job in works:
         yield attempt(experiment, job)
 
 
 def attempt(experiment: str, job: Job) -> Outcome:
-    """Do a job; a failure becomes its outcome, and does not stop other jobs."""
+    """Run a job; a failure becomes its outcome, and does not stop other jobs."""
     began = time.perf_counter()
     try:
         result, error = job.work(**job.arguments), ""
-    except Exception as problem:  # whatever it is, it goes into the report
+    except Exception as problem:  # any failure goes into the report
         result, error = None, f"{type(problem).__name__}: {problem}"
     seconds = time.perf_counter() - began
     return Outcome(experiment=experiment, job=job, result=result, seconds=seconds, error=error)
@@ -116,7 +116,7 @@ def attempt(experiment: str, job: Job) -> Outcome:
 def carry_out(
     experiments: Mapping[str, Experiment], execute: Execute, records: Records, *, resume: bool
 ) -> Iterator[Outcome]:
-    """Prepare the experiments' data, and do the jobs whose results are not in the records."""
+    """Prepare the experiments' data, and run the jobs whose results are not in the records."""
     for experiment in experiments.values():
         if isinstance(experiment, Prepares):
             experiment.prepare()
@@ -147,7 +147,7 @@ def carry_out(
 
 
 def circumstances(command: str, where: torch.device) -> dict[str, Any]:
-    """Describe the circumstances of a command that measured a device."""
+    """Describe the circumstances of a measurement: command, date, commit, device, versions."""
     return {
         "command": command,
         "date": datetime.now(UTC).date().isoformat(),
@@ -162,7 +162,7 @@ def circumstances(command: str, where: torch.device) -> dict[str, Any]:
 
 
 def name_of(where: torch.device) -> str:
-    """Name a GPU or this machine's processor."""
+    """Return the name of a GPU or of this machine's processor."""
     if where.type == "cuda":
         return torch.cuda.get_device_name(where)
     information = Path("/proc/cpuinfo")
@@ -175,7 +175,7 @@ def name_of(where: torch.device) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chapter:
-    """Experiment that was carried out: its report, None if jobs failed, and all outcomes."""
+    """Report on a finished experiment (None if jobs failed), and the outcomes of all jobs."""
 
     name: str
     section: Section | None
@@ -183,23 +183,23 @@ class Chapter:
 
     @property
     def failed(self) -> list[Outcome]:
-        """Jobs without a result."""
+        """Outcomes of failed jobs."""
         return [outcome for outcome in self.outcomes if outcome.error]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Done:
-    """Experiments that were carried out, files that were written, and a Markdown text for each."""
+    """Finished experiments, the written files, and a Markdown text for each experiment."""
 
     chapters: Sequence[Chapter]
     files: Sequence[Path]
     sections: Sequence[str]
 
     def refuse_failures(self) -> None:
-        """Raise an error if jobs failed.
+        """Raise if jobs failed.
 
         Raises:
-            UserError: with their number.
+            UserError: with the number of failed jobs.
         """
         if failures := sum(len(chapter.failed) for chapter in self.chapters):
             raise UserError(
@@ -217,16 +217,16 @@ def run(
     resume: bool,
     seen: Callable[[Outcome], object] = lambda _: None,
 ) -> Done:
-    """Carry experiments out, and write and print their results.
+    """Run experiments, and write and print their results.
 
     Args:
         experiments: experiments by name.
         command: command that was given.
         kept: folder of the results of jobs.
-        results: JSON file of the one experiment; or a folder, which also gets a report of all.
+        results: JSON file for a single experiment; or a folder, which also gets a common report.
         execute: `execute_here`, or its counterpart on Ray.
-        resume: use results of jobs that the same code computed before.
-        seen: callback that receives each outcome as it is known.
+        resume: reuse results of jobs that the same code computed before.
+        seen: callback for each outcome as soon as it is known.
     """
     facts = circumstances(command, _measured_device(next(iter(experiments.values()))))
     records = Records(folder=kept, code=code_fingerprint(), device=facts["device"])
@@ -245,13 +245,13 @@ def run(
 
 
 def _measured_device(experiment: Experiment) -> torch.device:
-    if isinstance(experiment, Measurement):  # what is asked for; most of them need no GPU
+    if isinstance(experiment, Measurement):  # its option; most measurements need no GPU
         return torch.device(experiment.arguments.get("device", "cpu"))
     return device()
 
 
 def chapters(experiments: Mapping[str, Experiment], outcomes: Sequence[Outcome]) -> list[Chapter]:
-    """Report on experiments, in their order, from the outcomes of all their jobs."""
+    """Report on experiments, in order, from the outcomes of all their jobs."""
     found = []
     for name, experiment in experiments.items():
         own = [outcome for outcome in outcomes if outcome.experiment == name]
@@ -263,7 +263,7 @@ def chapters(experiments: Mapping[str, Experiment], outcomes: Sequence[Outcome])
 
 
 def write(found: Sequence[Chapter], facts: dict[str, Any], results: Path) -> Done:
-    """Write the results of complete experiments as JSON, their pictures, and perhaps a report.
+    """Write complete experiments' results as JSON, their pictures, and for a folder a report.
 
     Args:
         found: chapters of the experiments.
@@ -277,7 +277,7 @@ def write(found: Sequence[Chapter], facts: dict[str, Any], results: Path) -> Don
     for chapter in found:
         if chapter.section is None:
             lines = "\n".join(f"- {o.job.name}: {o.error.splitlines()[0]}" for o in chapter.failed)
-            sections.append(f"## {chapter.name}\n\nIt is not complete. What failed:\n\n{lines}")
+            sections.append(f"## {chapter.name}\n\nNot complete. Failed jobs:\n\n{lines}")
             continue
         record = {
             "experiment": chapter.name,
@@ -314,7 +314,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """Format the record of an experiment as a section: circumstances, pictures and tables."""
+    """Format an experiment's record as a section: circumstances, text, pictures and tables."""
     parts = [f"## {record['title']}", _told(record), record["text"]]
     parts += [_verdicts(record["findings"])] if record["findings"] else []
     parts += [f"![{name}]({name}.png)" for name in record["figures"]]
@@ -372,10 +372,10 @@ def run_command(
 
     Args:
         arguments: --output, --threads, --resume, and the experiment's own options.
-        settings: class of the experiment, whose fields are its options; or a function that returns
-            tables, whose parameters are.
+        settings: class of the experiment, whose fields are its options; or function that returns
+            tables, whose parameters are the options.
         prog: beginning of the command line.
-        output: JSON file of the results, unless `--output` names one; its name is the experiment's.
+        output: default JSON file of the results; its stem is the experiment's name.
 
     Raises:
         UserError: if jobs failed.
@@ -387,7 +387,7 @@ def run_command(
     asked, own = common.parse_known_args(arguments)
     experiment = _configured(settings, own, prog)
     torch.set_num_threads(asked.threads)
-    # The results' path does not affect the measurement, so the recorded command leaves it out.
+    # the recorded command omits the results' path, which does not affect the measurement
     told = [word for word in arguments if word not in ("--output", str(asked.output), "--resume")]
     done = run(
         {output.stem: experiment},
@@ -419,7 +419,7 @@ def _configured(settings: Callable[..., Any], arguments: Sequence[str], prog: st
 
 
 def log_outcome(parent: "Run", outcome: Outcome) -> None:
-    """Make a job's MLflow run below the parent's; a run that the job itself made is moved there."""
+    """Make a child run for a job; a run that the job itself made becomes the child."""
     from mlflow.entities import Param, RunTag
     from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
@@ -448,7 +448,7 @@ def log_outcome(parent: "Run", outcome: Outcome) -> None:
 
 
 def log_results(run: "Run", done: Done) -> None:
-    """Log report, pictures and the numbers behind the claims in the run of the experiments."""
+    """Log files, pictures and metrics of the experiments to their MLflow run."""
     from pipelines.core.tracking import log_metrics
 
     for file in done.files:

@@ -1,7 +1,7 @@
 """Backbones of three libraries, rewired: 49 kinds, each in a small configuration.
 
-The list is fixed: it holds what localization and its neighbours use, whether or not it can be
-rewired. `README.md` of `re2tal.reversible` shows the table.
+The list is fixed: it has the backbones that localization and related tasks use, whether or not they
+can be rewired. `README.md` of `re2tal.reversible` shows the table.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +33,7 @@ def _torchvision(name: str, shape: Sequence[int] = _IMAGE, **options: Any) -> Bu
 
 
 def _mvit(*, second: bool) -> Built:
-    """Make a small MViT v1 or v2 of two resolutions: the library's own take 224 pixels only."""
+    """Make a small MViT v1 or v2 of two resolutions; the library's own need 224 pixels."""
     library = import_module("torchvision.models.video.mvit")
     whole, halved = [1, 1, 1], [1, 2, 2]
 
@@ -71,7 +71,7 @@ def _small(depth: int = 3, width: int = 48, **others: Any) -> dict[str, Any]:
 def _transformers(
     name: str, shape: Sequence[int] = _IMAGE, *, pooled: bool = False, **options: Any
 ) -> Built:
-    """Make a model of a configuration; without the layer on pooled tokens, where it has one."""
+    """Make a model from a configuration; `pooled` ones without their layer on pooled tokens."""
     library = import_module("transformers")
     config = getattr(library, f"{name}Config")(**options)
     without = {"add_pooling_layer": False} if pooled else {}
@@ -194,7 +194,7 @@ KINDS: dict[str, dict[str, Callable[[], Built]]] = {
         ),
     },
 }
-"""Functions that make a model, and what to call it with, by library and kind."""
+"""Functions that make a model and its inputs, by library and kind."""
 
 
 EQUAL = "equal to the bit"
@@ -235,17 +235,18 @@ class Kinds:
             title="Kinds of backbones that can be rewired",
             text=(
                 "Small configurations with random weights, in training mode, one step each. "
-                "Gradients of all parameters with rebuilt activations against those with stored "
-                "ones, in float32 and with branches in bfloat16. Activations are the peak of all "
-                "tensors but parameters and gradients, in float32, relative to the plain model's; "
-                "beside it the peak with these. Inputs are so small that weights outweigh all "
-                "else: where activations are above 1, plain training stores less than the "
-                "gradients of a branch, which come together here, or most stages are of one branch."
+                "Gradients of all parameters with rebuilt activations are compared with those with "
+                "stored ones, in float32 and with branches in bfloat16. Activations are the peak "
+                "of all tensors except parameters and gradients, in float32, relative to the plain "
+                "model; the next column includes parameters and gradients. Inputs are so small "
+                "that weights dominate: activations are above 1 where plain training stores less "
+                "than the gradients of a whole branch, which exist at once here, or where most "
+                "stages have a single branch."
             ),
             tables={"": rows},
             findings=[
                 Finding(
-                    claim="at least 40 of 49 kinds are rewired, with the gradients of stored ones",
+                    claim="at least 40 of 49 kinds can be rewired, with equal gradients",
                     holds=len(equal) >= 40 if len(rows) >= 49 else None,
                     evidence=f"{len(done)} of {len(rows)} are rewired, {len(equal)} are equal",
                 )
@@ -254,8 +255,8 @@ class Kinds:
 
 
 def row_of_a_process(library: str, kind: str) -> Row:
-    """Rewire a kind in a process of its own, whose memory is given back; see `rewired_row`."""
-    context = get_context("forkserver")  # libraries are imported once
+    """Call `rewired_row` in a separate process, whose memory is freed when it ends."""
+    context = get_context("forkserver")  # libraries are imported once, in the server
     context.set_forkserver_preload([*_IMPORTED, __name__])
     with ProcessPoolExecutor(
         1,
@@ -270,7 +271,7 @@ _IMPORTED = ("torchvision.models", "timm", "transformers")
 
 
 def rewired_row(library: str, kind: str) -> Row:
-    """Rewire a kind and compare its gradients."""
+    """Rewire a kind, compare its gradients, and measure its memory."""
     torch.manual_seed(0)
     model, inputs = KINDS[library][kind]()
     model.train()
@@ -280,7 +281,8 @@ def rewired_row(library: str, kind: str) -> Row:
         report = rewire(model)
     except ValueError as error:
         reasons = [line.strip() for line in str(error).splitlines()[1:-1]]
-        reason = max(reasons, key=lambda line: "no family" not in line)  # the first of a block
+        # the first reason about a block of a known family, if there is one
+        reason = max(reasons, key=lambda line: "no family" not in line)
         return row | {"reversible": f"{REFUSED}: {reason}"} | dict.fromkeys(_MEASURED, "")
     unwire(model)
     plain = measure_activations(model, *inputs, step=_loss)
@@ -336,7 +338,7 @@ def _compared(model: nn.Module, inputs: Sequence[Tensor], precision: Precision) 
 
 
 def _loss(model: nn.Module, *inputs: Tensor) -> Tensor:
-    """Compute a loss in which no two outputs count alike."""
+    """Compute a loss that weights every output differently."""
     output = model(*inputs)
     output = getattr(output, "predictor_output", None) or output
     y = output if isinstance(output, Tensor) else output.last_hidden_state

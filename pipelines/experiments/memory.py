@@ -1,8 +1,8 @@
 """The paper's first claim: memory consumption is reduced.
 
-The peak of one training step, plain, with per-block checkpointing, with the connections rewired and
-no more, and as this project does it: over frames, resolution and depth, and for several backbones;
-and the longest clip that fits the memory of a GPU.
+It compares the peak of one training step in four ways: plain, with per-block checkpointing, naively
+reversible (connections rewired and nothing else), and reversible as in this project; over frames,
+resolution and depth, and for several backbones. It also finds the longest clip that fits a GPU.
 """
 
 import json
@@ -47,9 +47,9 @@ NO_GPU = "no GPU"
 OUT_OF_MEMORY = "out of memory"
 
 _MB = 1e6
-_HARDLY = 0.1  # share of the memory that one more block costs plain training
+_HARDLY = 0.1  # limit on one more block's memory, as a share of its memory in plain training
 _PEAK = "predicted peak of a step, GiB"
-_BELOW = "naive"  # its number is written below its dot, since checkpointing's dot is close
+_BELOW = "naive"  # way whose number is written below its dot, because checkpointing's is close
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,16 +57,16 @@ class Memory:
     """Peak memory of one training step, in four ways.
 
     Attributes:
-        backbone: backbone that is varied in frames, resolution and depth, and fitted to GPUs.
-        others: backbones of which only the step with the most frames is predicted.
-        frames: lengths of the one clip in the batch.
+        backbone: backbone for the comparison over frames, resolution, depth and GPUs.
+        others: backbones for which only the step with the most frames is predicted.
+        frames: lengths of the single clip in the batch.
         size: height and width of a frame.
         smaller: other sizes of a frame.
         depths: numbers of blocks of the deepest stage.
         precision: number format of the branches.
-        cards: memory of GPUs in GiB, for each of which the longest clip is sought.
-        resident: network of `pipelines/experiments/models.py` of which a small step is also
-            measured in fresh processes on the CPU; "" leaves that out.
+        cards: memory of GPUs in GiB; the longest clip is found for each.
+        resident: network of `pipelines/experiments/models.py` whose small step is also measured in
+            fresh processes on the CPU; "" leaves that out.
     """
 
     backbone: str = "swin_t"
@@ -87,7 +87,7 @@ class Memory:
             )
 
     def jobs(self) -> Sequence[Job]:
-        """List every backbone in every way."""
+        """List one job for each backbone, size and way."""
         longest = {"frames": [max(self.frames)], "depths": [], "cards": []}
         whole = {name: sorted(getattr(self, name)) for name in longest}
         steps: list[tuple[str, int, dict[str, Any]]] = [(self.backbone, self.size, whole)]
@@ -139,22 +139,22 @@ class Memory:
 
     def _text(self, step: str) -> str:
         text = (
-            "The most bytes that tensors take during a forward and backward, from `uint8` frames "
-            "to the gradients of the backbone's parameters; parameters and gradients are in it, an "
-            f"optimizer is not. {step}, unless a table says otherwise. Predicted with fake tensors "
+            "Peak bytes of tensors during a forward and backward pass, from `uint8` frames to the "
+            "gradients of the backbone's parameters, including parameters and gradients but no "
+            f"optimizer. {step}, unless a table says otherwise. Predicted with fake tensors "
             "(`re2tal.memory.predict_peak`), which compute nothing, for the operators of a CPU. "
-            "Those of a GPU take more: on an H200, 6 % more with plain training, 34 % with "
+            "Operators of a GPU need more: on an H200, 6 % more with plain training, 34 % with "
             "checkpoints, 27 % with rewiring alone and 23 % with ours (README.md). Naive "
-            "reversible is rewiring and no more: branches run whole, stems and down-sampling "
-            "layers store."
+            "reversible means rewiring only: branches run whole, and stems and down-sampling "
+            "layers store their activations."
         )
         if not self.resident:
             return text
         return (
-            f"{text} For the small step {self.resident} is trained on {SMALL.frames} frames "
-            f"of {SMALL.size} px in float32, each way in a process of its own; "
-            "parameters and frames are not counted. By default glibc keeps freed blocks of up to "
-            "32 MB, which then count as if they were in use; measured is without that."
+            f"{text} The small step trains {self.resident} on {SMALL.frames} frames of "
+            f"{SMALL.size} px in float32, each way in a separate process; parameters and frames "
+            "are not counted. By default glibc keeps freed blocks of up to 32 MB, which then "
+            "count as used; the column 'measured' is without this."
         )
 
     def _tables(
@@ -198,7 +198,7 @@ class Memory:
     def _findings(self, found: Mapping[str, ByWay], processes: ByWay) -> list[Finding]:
         close = found[self.backbone]
         ours, plain = close["ours"], close["plain"]
-        # How many times as much as ours another way needs, for each backbone.
+        # memory of the other ways divided by ours, for each backbone
         factors = {
             way: [_last(ways[way]) / _last(ways["ours"]) for ways in found.values()]
             for way in ("plain", "checkpointed", "naive")
@@ -211,13 +211,13 @@ class Memory:
             claim="Memory consumption is reduced",
             holds=min(factors["plain"]) > 1,
             evidence=(
-                f"{self.backbone}, {max(self.frames)} frames: {needed}; plain needs so many times "
-                f"as much: {', '.join(listed)}"
+                f"{self.backbone}, {max(self.frames)} frames: {needed}; plain divided by ours: "
+                f"{', '.join(listed)}"
             ),
         )
         others = ("checkpointed", "naive")
         least = Finding(
-            claim="It is less than with checkpoints, and than rewiring alone needs",
+            claim="It is less than with checkpoints, and less than with rewiring alone",
             holds=all(min(factors[way]) > 1 for way in others),
             evidence=", ".join(
                 f"{WAYS[way].title} needs {min(factors[way]):.1f} to {max(factors[way]):.1f} times "
@@ -232,8 +232,8 @@ class Memory:
             claim="Memory hardly grows with depth",
             holds=added[0] < _HARDLY * added[1],
             evidence=(
-                f"one more block of {self.backbone}: {one} MiB instead of {other}, its parameters "
-                "and their gradients included"
+                f"one more block of {self.backbone}: {one} MiB instead of {other}, including its "
+                "parameters and gradients"
             ),
         )
         rivals = [result["fits"] for way, result in close.items() if way != "ours"]
@@ -277,7 +277,7 @@ class Memory:
         return figure
 
     def _over_depth(self, found: Mapping[str, ByWay], title: str) -> Figure:
-        """Draw memory against depth, and memory of all backbones."""
+        """Draw memory against depth, and the memory of all backbones."""
         figure, left, right = _two_panels(title)
         left.set(xlabel=f"blocks of the deepest stage of {self.backbone}", ylabel=_PEAK)
         curves = {
@@ -291,9 +291,9 @@ class Memory:
 
 
 def quick() -> Memory:
-    """Configure a toy backbone and no measurement, to show that everything runs, and no more.
+    """Configure a toy backbone without measurements, only to show that everything runs.
 
-    The size of its GPU lies between the needs of plain training and of the other ways.
+    Its GPU's size lies between the memory of plain training and that of the other ways.
     """
     return Memory(
         backbone="swin_toy",
@@ -315,7 +315,7 @@ def _named_resident(way: str) -> str:
     return f"a fresh process, {WAYS[way].title}"
 
 
-# The work.
+# Jobs.
 
 
 def peaks(
@@ -328,14 +328,14 @@ def peaks(
     depths: Sequence[int],
     cards: Sequence[float],
 ) -> dict[str, Any]:
-    """Predict peaks of a step of a backbone in one way, and measure one if there is a GPU.
+    """Predict peaks of a backbone's step in one way, and measure one if there is a GPU.
 
-    The depths of the deepest stage are compared, and the GPU is measured, with the longest clip.
+    Depths are compared, and the GPU's peak is measured, with the longest clip.
 
     Returns:
-        Bytes for each of `frames` and of `depths`; in "parts", the parts of the longest clip's
-        bytes; in "fits", frames for each of `cards`, which are GiB; in "measured", bytes or the
-        reason why there are none.
+        "frames" and "depths", bytes for each of these; "parts", the parts of the longest clip's
+        bytes; "fits", frames for each of `cards` (GiB); "measured", bytes, or the reason why there
+        are none.
     """
     work = Workload(frames=max(frames), size=size, precision=precision)
     planner = Planner(backbone_alone(backbone, work))
@@ -349,13 +349,13 @@ def peaks(
     }
 
 
-# glibc keeps freed blocks below a threshold that it raises as it goes; with a fixed one, larger
+# glibc keeps freed blocks below a threshold that it raises over time. With a fixed one, larger
 # blocks return to the system at once, and resident memory follows the tensors.
 FOLLOWING = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def resident(*, model: str, step: Mapping[str, Any], way: str) -> dict[str, int]:
-    """Measure and predict the bytes that a step adds to a fresh process that built its model.
+    """Measure and predict the bytes that a step adds to a fresh process with a built model.
 
     Args:
         model: key of `MODELS`.
@@ -363,8 +363,8 @@ def resident(*, model: str, step: Mapping[str, Any], way: str) -> dict[str, int]
         way: key of `WAYS`.
 
     Returns:
-        Bytes: predicted, measured, and measured with the default settings of the allocator;
-        parameters and frames are not in them.
+        Bytes predicted, measured, and measured with the allocator's default settings, without
+        parameters and frames.
     """
     command = [sys.executable, "-c", _PROCESS, model, json.dumps(step), way]
     variables = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -396,10 +396,10 @@ print(added_here(model, json.loads(step), way))
 
 
 def added_here(model: str, step: Mapping[str, Any], way: str) -> int:
-    """Measure the bytes by which this process grows at most over one step; see `resident`."""
+    """Measure the largest growth of this process during one step, in bytes; see `resident`."""
     work = Workload(**step)
     network, inputs = build(model), work.noise()
-    # Load the code of matrix products and convolutions into memory.
+    # load the libraries' code of matrix products and convolutions before measuring
     nn.Linear(8, 8)(torch.randn(2, 8)).sum().backward()
     video, weights = torch.randn(1, 3, 4, 8, 8), torch.randn(4, 3, 2, 4, 4)
     nn.functional.conv3d(video, weights, stride=(2, 4, 4))
@@ -431,7 +431,7 @@ def _by_backbone(found: Mapping[str, ByWay]) -> list[Row]:
 
 
 def _over(columns: Sequence[str], found: Mapping[str, Sequence[float]]) -> list[Row]:
-    """Tabulate one row per way; its values are those of the columns."""
+    """Tabulate one row per way, with one value per column."""
     return [
         {"training": WAYS[way].title} | dict(zip(columns, values, strict=True))
         for way, values in found.items()

@@ -1,4 +1,4 @@
-"""Networks that experiments train: whole models, and stacks of residual blocks of any depth."""
+"""Networks of the experiments: whole models, and stacks of residual blocks of any depth."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,10 +20,10 @@ from re2tal.reversible import Branch, branches
 
 
 def _slowfast(config: SlowFastConfig) -> nn.Module:
-    """Make a SlowFast with branches as small as those of a trained network.
+    """Make a SlowFast whose branches are as small as those of a trained network.
 
-    Its norms keep their initial statistics. With random weights those normalize nothing, and every
-    branch would multiply the streams by 1.3: by 500 over the 22 of a stage.
+    Its norms keep their initial statistics, which do not normalize the outputs of random weights.
+    Every branch would then multiply the streams by 1.3, and the 22 blocks of a stage by 500.
     """
     model = config.build()
     for module in model.modules():
@@ -59,17 +59,17 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def build(name: str) -> nn.Module:
-    """Make a model of `MODELS` with random weights, in training mode; the same at every call."""
+    """Make a model of `MODELS` in training mode, with the same random weights at every call."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return MODELS[name]().train()
 
 
 SMALL = Workload(frames=32, size=112)
-"""Step of `swin3d_t` that two CPU cores train in seconds."""
+"""Step of `swin3d_t` that takes two CPU cores seconds."""
 
 LONG = Workload(frames=768, size=224, precision="bfloat16")
-"""Step that Re2TAL trains end to end, of which the memory can be predicted anywhere."""
+"""Step of Re2TAL's end-to-end training, whose memory can be predicted on any machine."""
 
 Stack = tuple[nn.Sequential, Tensor]
 
@@ -146,11 +146,11 @@ STACKS: dict[str, Callable[[int], Stack]] = {
     "ViT": _vit_stack,
     "R3D": _resnet_stack,
 }
-"""Function from an even number of residual branches to a stack with random weights and an input."""
+"""Functions from an even number of residual branches to a stack (random weights) and an input."""
 
 
 def stack(family: str, count: int) -> Stack:
-    """Make a stack and an input; the same at every call."""
+    """Make a stack and an input, the same at every call."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return STACKS[family](count)

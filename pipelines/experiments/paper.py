@@ -1,4 +1,4 @@
-"""The paper's five experiments together: their choice and their sizes."""
+"""The paper's five experiments as one command: choice and sizes."""
 
 import shlex
 import sys
@@ -29,14 +29,14 @@ class Reproduction:
         name: name of the MLflow run.
         experiment: MLflow experiment.
         output: folder of the report, of the results and of the default MLflow store.
-        only: experiments that are done; by default all.
-        quick: small sizes, few seeds: it shows that everything runs, and no more.
-        resume: take up jobs that the same code computed before with the same settings.
+        only: experiments to run; by default all five.
+        quick: small sizes and few seeds, only to show that everything runs.
+        resume: reuse results of jobs that the same code computed before with the same settings.
         memory: experiment 1, memory consumption is reduced.
         accuracy: experiment 2, accuracy is preserved.
         tal: experiment 3, end to end improves over features.
         exactness: experiment 4, gradients equal those of stored activations.
-        speed: experiment 5, what it costs in time.
+        speed: experiment 5, the cost in time.
     """
 
     name: str = "reproduce"
@@ -53,7 +53,7 @@ class Reproduction:
 
     @property
     def experiments(self) -> dict[str, Experiment]:
-        """Chosen experiments, in the order in which they are named."""
+        """Chosen experiments by name, in the order of `only`."""
         return {name: getattr(self, name) for name in self.only}
 
     @property
@@ -63,7 +63,7 @@ class Reproduction:
 
 
 def quick() -> Reproduction:
-    """Configure all experiments at their smallest."""
+    """Configure the smallest size of all experiments."""
     return Reproduction(
         quick=True,
         memory=memory.quick(),
@@ -80,8 +80,8 @@ def parse(
     """Read the command line.
 
     Args:
-        arguments: arguments without the program's name; those after "--" are options of `train.py`,
-            for the recipes of the experiment `tal`.
+        arguments: arguments without the program's name; arguments after "--" are options of
+            `train.py` for the recipes of the experiment `tal`.
         description: text above the help.
         prog: name of the program.
     """
@@ -102,7 +102,7 @@ def carry_out(
     *,
     seen: Callable[[Outcome], object] = lambda _: None,
 ) -> Done:
-    """Carry the experiments out, and write and print the report; see `harness.run`."""
+    """Run the experiments, and write and print the report; see `harness.run`."""
     return run(
         asked.experiments,
         command=shlex.join(["python", *sys.argv]),

@@ -1,4 +1,4 @@
-"""Elements of all pictures: one colour per way, and names at the ends of lines."""
+"""Common elements of pictures: one colour per way, and names at the ends of lines."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ COLOURS = {
 }
 """Colour of each way to train, by its title."""
 
-_GAP = 0.06  # distance of the middles of two names, as a share of the axes' height
+_GAP = 0.06  # least distance between the middles of two names, as a share of the axes' height
 _BOLD = ("ours:", "ours, on the grid")
 _BESIDE = 0.26  # distance from the axes to the names, in inches
 
@@ -39,7 +39,7 @@ class End:
 
 
 def tidy(axes: Axes) -> None:
-    """Remove frame lines and ticks that a picture does not need."""
+    """Remove the upper and right frame lines, and draw a light grid behind the data."""
     axes.grid(color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -53,14 +53,14 @@ def lines(
     unit: str,
     at_least: float = 0,
 ) -> None:
-    """Draw a line for each way from zero on, with its name and its last value at its end.
+    """Draw a line for each way, on axes from zero, with name and last value at the line's end.
 
     Args:
-        axes: axes that get the lines.
+        axes: axes to draw on.
         x: horizontal positions of the values, in ascending order.
         curves: values by the titles of the ways.
         unit: unit of the values.
-        at_least: value that the axis has to reach.
+        at_least: value that the vertical axis must reach.
     """
     highest = max(at_least, *map(max, curves.values()))
     axes.set(xlim=(0, x[-1]), xticks=[0, *x], ylim=(0, 1.06 * highest))
@@ -74,9 +74,9 @@ def lines(
 
 
 def label_ends(axes: Axes, ends: Sequence[End]) -> None:
-    """Write the names of lines right of the axes, each at the height of its end.
+    """Write the names of lines to the right of the axes, each at the height of its line's end.
 
-    Names that would overlap are moved apart, and tied to their ends with a thin line.
+    Names that would overlap are moved apart, and connected to their ends by thin lines.
 
     Args:
         axes: axes with their final limits and scales.
@@ -111,7 +111,7 @@ def label_ends(axes: Axes, ends: Sequence[End]) -> None:
 
 def apart(heights: Sequence[float], gap: float) -> list[float]:
     """Move ascending heights at least a gap apart, with the least squared movement."""
-    # Isotonic regression of the heights less the gaps below them, by pooling adjacent violators.
+    # isotonic regression of the heights minus the gaps below them, by pooling adjacent violators
     groups: list[list[float]] = []
     for i, height in enumerate(heights):
         groups.append([height - i * gap])

@@ -1,4 +1,4 @@
-"""Predictions of the memory of a step: of a recipe's detector, or of a backbone by itself."""
+"""Prediction of a step's memory, for a recipe's detector or for a backbone alone."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Subject:
     """Model whose training step is predicted.
 
     Attributes:
-        unit: number of frames of which windows are multiples.
-        assemble: function that makes a detector with a given backbone, not rewired.
-        optimizer: count AdamW's moments and the moving average of the weights too.
+        unit: window lengths are multiples of this number of frames.
+        assemble: function that makes a detector, not rewired, with a given backbone.
+        optimizer: also count AdamW's moments and the EMA of the weights.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Subject:
     optimizer: bool = False
 
     def size(self, memory: StepMemory) -> int:
-        """Return the bytes at the peak of a step, and those that are kept beside, if counted."""
+        """Return the peak bytes of a step, plus optimizer and EMA if they are counted."""
         return memory.peak + (memory.kept_beside if self.optimizer else 0)
 
     @property
@@ -54,14 +54,14 @@ class Subject:
         return deepest
 
     def build(self, depth: int) -> Detector[Any, Any]:
-        """Make the detector, not rewired, with random weights and a deepest stage of that depth."""
+        """Make the detector, random and not rewired, with `depth` blocks in the deepest stage."""
         depths = list(self.backbone.depths)
         depths[depths.index(self.depth)] = depth
         return self.assemble(replace(self.backbone, depths=tuple(depths))).train()
 
 
 class _Features(nn.Module):
-    """Placeholder of a localizer that returns the features themselves."""
+    """Stand-in for a localizer that returns the features themselves."""
 
     num_classes = 0
     multiple = 1
@@ -76,7 +76,7 @@ def backbone_alone(name: str, work: Workload, addition: Addition | None = None) 
     Args:
         name: name in the table.
         work: the step.
-        addition: adapters or LoRA, which are trained and nothing else; None trains the backbone.
+        addition: adapters or LoRA, which alone are trained; None trains the whole backbone.
 
     Raises:
         UserError: if the table has no such name, or the backbone cannot have the addition.
@@ -84,7 +84,7 @@ def backbone_alone(name: str, work: Workload, addition: Addition | None = None) 
     """
     config: Any = entry_of(name).make()
     _check_depths(config)
-    with torch.device("meta"):  # only `multiple` is read, so no memory is needed
+    with torch.device("meta"):  # only `multiple` is needed: allocate no weights
         multiple = config.build().multiple
 
     if addition is not None:
@@ -114,10 +114,10 @@ def of_recipe(recipe: Recipe) -> Subject:
     Raises:
         ValueError: if the depth of its backbone cannot be changed.
     """
-    # Imported here, because a backbone by itself is also predicted where there is no PyAV.
+    # imported here: a backbone alone can be predicted without PyAV
     from pipelines.training.model import build_detector
 
-    def assemble(shape: Any) -> Detector[Any, Any]:  # of the class that the recipe has
+    def assemble(shape: Any) -> Detector[Any, Any]:
         model = replace(recipe.model, backbone=shape, reversible=False)
         return build_detector(replace(recipe, model=model), SOME_CLASSES, weights=None)
 
@@ -137,8 +137,8 @@ def of_recipe(recipe: Recipe) -> Subject:
 def _check_depths(config: Any) -> None:
     if not hasattr(config, "depths"):
         raise ValueError(
-            f"A {type(config).__name__} cannot be profiled: its depth has to be changed for that, "
-            "and it has no field `depths`."
+            f"A {type(config).__name__} cannot be profiled: profiles vary the depth, and it has no "
+            "field `depths`."
         )
 
 
@@ -151,12 +151,12 @@ class Planner:
     _steps: dict[tuple[str, int, int], StepMemory] = field(default_factory=dict)
 
     def blocks(self) -> list[str]:
-        """Name the backbone's residual blocks, by their names in the detector."""
+        """List the backbone's residual blocks by their names in the detector."""
         backbone = self._detector(PLAIN, self.subject.depth).backbone
         return [f"backbone.{name}" for name in residual_blocks(backbone)]
 
     def explain(self, way: str) -> Breakdown:
-        """Break down the peak of the subject's own step."""
+        """Break down the peak of the subject's own step by origin."""
         work, depth = self.subject.work, self.subject.depth
         found = explain_peak(self._detector(way, depth), *work.inputs(), step=work.forward)
         self._steps[way, work.frames, depth] = found.memory
@@ -178,10 +178,10 @@ class Planner:
         return self.subject.size(self.predict(way, frames=frames, depth=depth))
 
     def measure(self, way: str) -> int | None:
-        """Measure the peak bytes of a real step on the GPU; None if it has too little memory.
+        """Measure the peak bytes of a real step on the GPU; None if it runs out of memory.
 
-        They are the most that the CUDA allocator has handed out. Parameters, gradients and inputs
-        are included, as in a prediction; other memory of this process on the GPU is not.
+        This is the CUDA allocator's peak. Parameters, gradients and inputs are included, as in a
+        prediction; tensors that were allocated before are not.
         """
         work = self.subject.work
         before = torch.cuda.memory_allocated()
@@ -208,7 +208,7 @@ class Planner:
         )
 
     def predicted(self, way: str) -> list[tuple[int, int]]:
-        """List what was predicted so far: frames of a window, and bytes."""
+        """List the predictions so far: frames of a window, and bytes."""
         steps = self._steps.items()
         known = {
             n: step for (one, n, depth), step in steps if (one, depth) == (way, self.subject.depth)

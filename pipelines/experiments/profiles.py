@@ -1,7 +1,7 @@
-"""Memory profiles: memory of a step of a backbone or of a recipe's detector, and clips that fit.
+"""Memory profiles: memory of a step of a backbone or a recipe's detector, and windows that fit.
 
-One forward and backward are counted, with parameters, gradients and inputs, and the optimizer's
-state if asked for; predicted with fake tensors, and measured where there is a GPU.
+One forward and backward pass is counted, with parameters, gradients and inputs, and optionally the
+optimizer's state. It is predicted with fake tensors, and measured if there is a GPU.
 """
 
 import sys
@@ -42,15 +42,14 @@ _KEPT = 40
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Questions:
-    """Further questions, and the file of the answers.
+    """Optional parts of a profile, and its file.
 
     Attributes:
-        longest: also find the longest window whose step takes at most this much memory, such as
-            24GiB, in each way. (--fit keeps the window, and lays out a recipe's whole step.)
-        optimizer: also count what training keeps beside a step: AdamW's moments of the trained
-            parameters, and the moving average of all weights.
-        curves: also draw memory against frames and against depth; most of the time goes there.
-        json: file of all numbers; by default OUTPUT/profiles/NAME.json.
+        longest: also find, for each way, the longest window whose step needs at most this memory,
+            such as 24GiB. (--fit keeps the window instead, and lays out a recipe's whole step.)
+        optimizer: also count AdamW's moments of the trained parameters, and the EMA of all weights.
+        curves: also draw memory against frames and against depth, which takes most of the time.
+        json: file for all numbers; by default OUTPUT/profiles/NAME.json.
     """
 
     longest: str | None = None
@@ -61,14 +60,14 @@ class Questions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BackboneProfile:
-    """A backbone by itself.
+    """Profile of a backbone alone.
 
     Attributes:
-        backbone: its name, of those that `python -m re2tal.backbones` lists.
+        backbone: name of the backbone; `python -m re2tal.backbones` lists them.
         frames: number of frames of a window.
         size: pixels of a frame's side.
         precision: number format of the branches.
-        tuning: what is trained: all of the backbone, its adapters or LoRA's matrices.
+        tuning: trained part: the whole backbone, its adapters, or LoRA's matrices.
         adapters: shape of the adapters.
         lora: shape of LoRA's matrices.
         batch: number of windows.
@@ -91,7 +90,7 @@ class BackboneProfile:
     def __post_init__(self) -> None:
         if min(self.frames, self.size, self.batch) < 1:
             raise ValueError(
-                "The frames, size and batch of a step are at least 1, but these are "
+                "Frames, size and batch must be at least 1, not "
                 f"{self.frames}, {self.size} and {self.batch}."
             )
 
@@ -113,13 +112,13 @@ class BackboneProfile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecipeProfile:
-    """The detector of a recipe.
+    """Profile of a recipe's detector.
 
     Attributes:
-        fit: instead of all this, lay the recipe's step out for a GPU of this memory, such as 24GiB,
-            or auto for what is free on this machine's: choose batch, accumulation, pieces, and
-            stored or rebuilt activations, and print the command of the training. Windows of a step,
-            frames and pixels stay. (--longest is about longer windows.)
+        fit: instead of a profile, find a layout of the recipe's step for a GPU with this memory,
+            such as 24GiB, or auto for the free memory of this machine's GPUs: batch, accumulation,
+            size of pieces, and stored or rebuilt activations. The training command is printed. The
+            step keeps its windows, frames and pixels. (--longest is about longer windows.)
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
@@ -128,7 +127,7 @@ class RecipeProfile:
 
     @property
     def name(self) -> str:
-        """See `BackboneProfile.name`."""
+        """Name of the run and its files."""
         return f"profile-{self.recipe.name}"
 
     @property
@@ -170,7 +169,7 @@ class Profile:
     """Predictions and measurements of one way to train.
 
     Attributes:
-        measured: bytes on the GPU; None where there is no GPU or it has too little memory.
+        measured: bytes on the GPU; None without a GPU, or if it runs out of memory.
         fits: frames of the longest window within the given memory.
         frames: points of a curve: frames of a window, and bytes.
         depth: points of a curve: blocks of the deepest stage, and bytes.
@@ -184,10 +183,10 @@ class Profile:
 
 
 def profile(asked: Asked) -> Section:
-    """Predict what the command line asks for, with a line of progress for each way.
+    """Make the profile that the command line requests; print a line of progress for each way.
 
     Raises:
-        ValueError: if a memory size cannot be read, or the step cannot be run.
+        ValueError: if a memory size cannot be parsed, or the step cannot be run.
     """
     questions = asked.questions
     budget = parse_size(questions.longest) if questions.longest else None
@@ -206,12 +205,12 @@ def profile(asked: Asked) -> Section:
 
 
 def laid_out(asked: RecipeProfile, size: str, arguments: Sequence[str]) -> Section:
-    """Lay out a recipe's step for a size of memory.
+    """Find a layout of a recipe's step for a memory size.
 
     Args:
         asked: the recipe.
         size: value of `--fit`.
-        arguments: the command line, from which that of the training is made.
+        arguments: the command line, from which the training command is made.
 
     Raises:
         UserError: see `fit_recipe`.
@@ -232,7 +231,7 @@ def laid_out(asked: RecipeProfile, size: str, arguments: Sequence[str]) -> Secti
 
 
 def main(arguments: Sequence[str], description: str) -> None:
-    """Predict, print, write a JSON file and a picture, and make an MLflow run; see `parse`."""
+    """Make a profile or layout, print it, and write it to JSON, a picture and an MLflow run."""
     try:
         asked = parse(arguments, description)
         if isinstance(asked, RecipeProfile) and asked.fit is not None:
@@ -259,7 +258,7 @@ def main(arguments: Sequence[str], description: str) -> None:
 def section(
     subject: Subject, found: Mapping[str, Profile], budget: int | None, blocks: Sequence[str]
 ) -> Section:
-    """Report on a step in all ways; residual blocks in one container are put together."""
+    """Report on a step in all ways; residual blocks of one container are summed."""
     peaks = [_peak(WAYS[way].title, one, budget, subject) for way, one in found.items()]
     parts: list[Row] = [
         {
@@ -280,11 +279,11 @@ def section(
     return Section(
         title=f"{subject.name}, {subject.work}",
         text=(
-            "One forward and backward; parameters, gradients and inputs are included, "
+            "One forward and backward pass, with parameters, gradients and inputs, "
             + (
-                "and AdamW's moments and the moving average of the weights."
+                "AdamW's moments and the EMA of the weights."
                 if subject.optimizer
-                else "an optimizer is not."
+                else "without an optimizer."
             )
         ),
         tables={"Peak of the step": peaks, "What is in memory at the peak": parts},
@@ -295,7 +294,7 @@ def section(
 
 def _beside(found: Breakdown, subject: Subject) -> Iterator[tuple[str, int]]:
     if subject.optimizer:
-        yield "AdamW's moments and the moving average", found.memory.kept_beside
+        yield "AdamW's moments and the EMA", found.memory.kept_beside
 
 
 def _peak(title: str, found: Profile, budget: int | None, subject: Subject) -> Row:
@@ -322,7 +321,7 @@ def _peak(title: str, found: Profile, budget: int | None, subject: Subject) -> R
 
 
 def rows(found: Breakdown, blocks: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """List the parts of a peak, the largest first: a few rows and the rest; see `section`."""
+    """List the largest parts of a peak, and the sum of the rest; see `section`."""
     sums: Counter[str] = Counter()
     for origin, size in found.parts:
         sums[_what(origin, blocks)] += size

@@ -1,4 +1,4 @@
-"""Experiment `scaling`: workers that exchange gradients, on one machine."""
+"""Experiment `scaling`: training with several workers on one machine."""
 
 import tempfile
 import time
@@ -30,17 +30,17 @@ Batch = tuple[Tensor, Tensor, list[Targets]]
 def measure_scaling(
     *, workers: Sequence[int] = (1, 2, 4), rounds: int = 9, frames: int = 128, size: int = 64
 ) -> Tables:
-    """Time of a step with more workers, and the share of it that exchanging gradients takes.
+    """Time of a step with more workers, and its share of gradient exchange.
 
-    The toy recipe's detector, rewired, trains on frames in memory. Every round times a step with
-    and one without exchange of gradients, one after the other, on all workers; the difference is
-    the communication that backward does not hide. Then each worker decodes the frames of a step
-    from a toy video: the cost of the data per core. One thread a worker.
+    The toy recipe's detector, rewired, trains on frames in memory. Every round times, on all
+    workers, a step with gradient exchange and then one without; the difference is the communication
+    that backward does not hide. Then each worker decodes the frames of a step from a toy video,
+    which shows the cost of data per core. Each worker has one thread.
 
     Args:
-        workers: numbers of processes; the others are compared with the first.
-        rounds: number of rounds, each a step with and one without exchange.
-        frames: length of the one window of a worker.
+        workers: numbers of processes; all are compared with the first.
+        rounds: number of rounds, each with a step with and one without exchange.
+        frames: length of a worker's single window.
         size: side of the square frames in pixels.
     """
     rows = []
@@ -96,7 +96,7 @@ def _batch(frames: int, size: int) -> Batch:
 
 
 def _together() -> float:
-    """Return the time at which all workers begin."""
+    """Wait for all workers, and return the time at which they begin."""
     dist.barrier()
     return time.perf_counter()
 
@@ -116,7 +116,7 @@ def _alone(model: DistributedDataParallel, batch: Batch) -> float:
 
 
 def _decode(video: bytes, like: Tensor) -> float:
-    """Time decoding of as many frames as a batch has, in its size."""
+    """Time the decoding of as many frames as the batch `like` has, in the same size."""
     _, frames, size, *_ = like.shape
     times = (np.arange(frames) + 0.5) / FPS
     began = _together()
@@ -125,7 +125,7 @@ def _decode(video: bytes, like: Tensor) -> float:
 
 
 def _reduce(size: int) -> float:
-    """Time the exchange of that many bytes alone."""
+    """Time an all-reduce of `size` bytes alone."""
     content = torch.zeros(size // 4)
     began = _together()
     dist.all_reduce(content)

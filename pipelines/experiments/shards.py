@@ -1,4 +1,4 @@
-"""Experiment `shards`, against raw files."""
+"""Experiment `shards`: size and reading speed of shards, against raw files."""
 
 import tempfile
 import time
@@ -48,14 +48,14 @@ def measure_shards(
 ) -> Tables:
     """Shards: their size, and the speed with which training reads windows from them.
 
-    The same windows are decoded from the raw file and from a shard, as a decoding task does it, in
-    one process and with one thread. Each round measures all of them, in another order, and a ratio
-    is the median over the rounds.
+    The same windows are decoded from the raw file and from shards, as in a decoding task, in one
+    process with one thread. Each round measures all of them in another order; a ratio is the median
+    over the rounds.
 
     Args:
         seconds: length of the video.
         rounds: number of rounds of measurements.
-        windows: number of windows decoded in each round, where they do not span the whole video.
+        windows: number of windows decoded in each round, unless they span the whole video.
         size: side of the square frames in pixels.
     """
     speeds: list[Row] = []
@@ -77,7 +77,7 @@ def measure_shards(
 
 
 def _write(raw: Path, uri: str, title: str, seconds: int) -> Row:
-    """Write a shard of the raw video; return a row about it."""
+    """Write a shard of the raw video; return a row with its size and speed of encoding."""
     task = ShardTask(
         uri=uri,
         settings=ShardSettings(fingerprint="", subsets=("training",), transcode=SHARDS[title]),
@@ -101,10 +101,10 @@ def _write(raw: Path, uri: str, title: str, seconds: int) -> Row:
 def _compare(
     uris: Mapping[str, str], windows: Sequence[Window], *, size: int, rounds: int
 ) -> list[Row]:
-    """Return a row for each of the shards; each round measures the raw file and all of them."""
+    """Tabulate the reading speed of each shard; each round measures the raw file and all shards."""
     ways = {}
     for name, uri in uris.items():
-        decoded(uri, windows[:1], size=size)  # libraries are loaded and the shards are open
+        decoded(uri, windows[:1], size=size)  # warm-up: loads libraries and opens shards
         ways[name] = partial(frames_a_second, partial(decoded, uri, windows, size=size))
     speeds = in_turns(ways, rounds, before=0)
     raw = speeds.pop(_RAW)

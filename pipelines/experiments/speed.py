@@ -1,7 +1,7 @@
-"""The paper's fifth question: what reversible training costs in time, and `verify` within it.
+"""The paper's fifth question: the cost of reversible training in time, and that of `verify`.
 
-Each way to train takes its turn in every round, on one model in one process, so that the ratios of
-a round tell the ways apart whatever else the machine does.
+All ways to train take turns in every round, on one model in one process, so that the ratios of a
+round compare the ways whatever else the machine does.
 """
 
 import time
@@ -59,10 +59,10 @@ class Speed:
         models: networks of `pipelines/experiments/models.py`, trained in float32 on a CPU and in
             bfloat16 on a GPU; by default swin3d_t, and slowfast_50 on a CPU or slowfast_101 on a
             GPU.
-        frames: length of the one clip in the batch; by default 32, on a GPU 256.
+        frames: length of the single clip in the batch; by default 32, on a GPU 256.
         size: height and width of a frame; by default 112, on a GPU 224.
-        depths: even numbers of residual branches of a stack of Swin blocks; perhaps none.
-        grid: tokens of that stack in time, height and width on a CPU.
+        depths: even numbers of residual branches of a stack of Swin blocks; none leaves it out.
+        grid: tokens of the stack in time, height and width on a CPU.
         rounds: number of turns of each way, at least 3.
     """
 
@@ -77,7 +77,7 @@ class Speed:
         refuse_unknown("model", self.models, MODELS)
         odd = [depth for depth in self.depths if depth % 2]
         if odd:
-            raise UserError(f"Depths are even, two branches per Swin block, but one is {odd[0]}.")
+            raise UserError(f"Depths must be even, two branches per Swin block, not {odd[0]}.")
         if self.rounds < 3:
             raise UserError(f"Quartiles need 3 rounds, but rounds is {self.rounds}.")
 
@@ -103,9 +103,9 @@ class Speed:
         ]
         figures = {"speed": _ratios(rows)}
         text = (
-            f"A step is a forward and a backward without an optimizer, on {models['device']}. "
-            f"The ways take turns in one process, in {self.rounds} rounds after one that does "
-            "not count; ratios are medians over the rounds, with their quartiles."
+            f"A step is a forward and backward pass without an optimizer, on {models['device']}. "
+            f"The ways take turns in one process, in {self.rounds} rounds after a warm-up round; "
+            "ratios are medians over the rounds, with their quartiles."
         )
         if stacks:
             width, grid = stacks["stage"]["width"], "x".join(map(str, stacks["stage"]["grid"]))
@@ -114,10 +114,10 @@ class Speed:
             figures["speed_depth"] = _over_depth(tables["Depth"])
             text += (
                 " Against depth: a stack of Video Swin blocks of width "
-                f"{width} on {grid} tokens; its peak is that of the tensors, "
-                "parameters and gradients included. To run the replay of one branch beside the "
-                "gradients of the next on two CUDA streams, as PaReprop does (arXiv 2306.09342), "
-                "is not tried: that can be judged on a GPU only."
+                f"{width} on {grid} tokens; its peak is that of all tensors, including parameters "
+                "and gradients. PaReprop's (arXiv 2306.09342) overlap of one branch's "
+                "recomputation with the next one's gradients on two CUDA streams is not tried: it "
+                "can be judged only on a GPU."
             )
         metrics = {
             f"speed/{step.partition(',')[0]}/{row['training'].replace(',', '')}": row["of plain"]
@@ -135,11 +135,11 @@ class Speed:
 
 
 def quick() -> Speed:
-    """Configure a toy model and shallow stacks, to show that everything runs, and no more."""
+    """Configure a toy model and shallow stacks, only to show that everything runs."""
     return Speed(models=("toy_swin",), frames=8, size=32, depths=(4, 12), grid=(4, 8, 8), rounds=3)
 
 
-# The work.
+# Jobs.
 
 
 def steps(
@@ -148,7 +148,7 @@ def steps(
     """Time a step of whole models; see `Speed` for the defaults.
 
     Returns:
-        The device, and in "times" the seconds of every round, by step and way.
+        "device"; "times", the seconds of every round by step and way.
     """
     here, times = device(), {}
     on_gpu = here.type == "cuda"
@@ -170,8 +170,8 @@ def against_depth(*, depths: Sequence[int], grid: Sequence[int], rounds: int) ->
         rounds: number of turns of each way.
 
     Returns:
-        The device, the shape of the stack, and for each of the depths in "times" the seconds of
-        every round and in "peaks" the bytes, both by way, and in "parameters" their bytes.
+        "device"; "stage", the shape of the stack; and for each depth "times", the seconds of every
+        round by way, "peaks", the bytes by way, and "parameters", the bytes of the parameters.
     """
     here = device()
     on_cpu = {"width": 64, "heads": 2, "grid": tuple(grid)}
@@ -194,7 +194,7 @@ def _step(stack: nn.Module, x: Tensor) -> None:
 
 
 def _peak(stack: nn.Module, x: Tensor, way: str) -> int:
-    """Measure the bytes of tensors at the peak of a step, parameters and gradients included."""
+    """Measure the peak bytes of tensors in a step, including parameters and gradients."""
     with prepared(stack, WAYS[way].prepare):
         if not x.is_cuda:
             return measure_activations(stack, x).peak
@@ -234,7 +234,7 @@ def _of_stacks(depths: Sequence[int], stacks: Result) -> list[Row]:
 
 def verdicts(model: str, times: Times) -> list[Finding]:
     """Judge ours against checkpoints and plain training, by the seconds of every round."""
-    more = f"{model}: ours costs at most one more forward, a third of plain training"
+    more = f"{model}: ours costs at most one more forward pass, a third of plain training"
     return [
         _at_most(f"{model}: ours takes no longer than checkpoints", times, "checkpointed", 1),
         _at_most(more, times, PLAIN, _ONE_MORE_FORWARD),
@@ -324,12 +324,13 @@ def _over_depth(rows: Sequence[Row]) -> Figure:
 def measure_operators(*, bytes: int = 2**14) -> Tables:  # noqa: A002
     """Operators that a piece of a reversible branch calls on a CPU, and the bytes that they move.
 
-    Each operator is at least one kernel that a GPU waits for. There rounding, adding and, for
-    windows, scattering are one kernel, and fused attention replaces some of those counted here.
-    Branches with BatchNorm in training mode have one piece.
+    On a GPU each operator is at least one kernel launch. There, rounding, adding and (for windows)
+    scattering are fused into one kernel, and fused attention replaces some of the operators counted
+    here. Branches with BatchNorm in training mode have a single piece.
 
     Args:
-        bytes: size of small pieces; the work is that of those that are more than one a branch.
+        bytes: size of small pieces; counted is the work of each further piece of a branch, or of
+            the whole branch if it runs in one piece.
     """
     rows: list[Row] = []
     for family in STACKS:
@@ -355,16 +356,16 @@ _CHECKS: tuple[tuple[type, str], ...] = ((Watch, "witness"), (Witness, "compare"
 
 
 def measure_verify(*, model: str = "swin3d_t", rounds: int = 25) -> Tables:
-    """Time that comparing the rebuilt inputs takes: of paired steps, and in the checks themselves.
+    """Time of comparing rebuilt inputs: from paired steps, and from the checks alone.
 
-    Paired steps show only that `verify=True` costs little: with other jobs on the cores the median
-    ratio is good to about 1.5 %. So the checks are timed by themselves as well. One subtraction per
-    stage, of the streams at its bottom, is not among them. The magnitudes of the streams on the
-    grid are watched with and without `verify`.
+    Paired steps show only that `verify=True` costs little: with other jobs on the cores, the median
+    ratio is accurate to about 1.5 %. So the checks are also timed alone, except for one subtraction
+    per stage, of the streams at its bottom. The magnitudes of the streams on the grid are watched
+    with and without `verify`.
 
     Args:
         model: network of `pipelines/experiments/models.py`.
-        rounds: rounds of the larger step; the small one has four times as many.
+        rounds: rounds of the larger step; the small step has four times as many.
     """
     ways = {"without": lambda model: rewire(model, verify=False), "with": rewire}
     sizes = {SMALL: rounds, replace(SMALL, frames=16, size=56): 4 * rounds}
@@ -378,7 +379,7 @@ def measure_verify(*, model: str = "swin3d_t", rounds: int = 25) -> Tables:
 
 
 def checks_alone(model: str, work: Workload, rounds: int) -> Row:
-    """Measure the seconds that a step spends in checks, on a CPU, where calls return when done."""
+    """Measure a step's seconds in checks, on a CPU, where a call returns when its work is done."""
     spent: list[float] = []
     steps: list[float] = []
     network, inputs = build(model), work.noise()

@@ -1,9 +1,9 @@
 """The paper's third claim: end-to-end training improves over training on features.
 
-The same detector with the same seeds, windows and order is trained on the features of a frozen
-plain backbone, end to end plain, and end to end reversible. As in the paper, the reversible one
-begins with a backbone that was rewired and then finetuned on trimmed clips (step 4). A fourth
-training spends the saved memory on larger frames, within the memory of plain training.
+The same detector, with the same seeds, windows and order, is trained on the features of a frozen
+plain backbone, end to end plain, and end to end reversible. As in the paper, reversible training
+starts from a backbone that was rewired and then finetuned on trimmed clips (step 4). A fourth
+training uses the saved memory for larger frames, within the memory of plain training.
 """
 
 import time
@@ -65,21 +65,21 @@ class Tal:
     """Localization on features, end to end plain, and end to end reversible.
 
     Attributes:
-        recipes: recipes of `train.py`. A toy recipe is trained in one process, several of them
-            beside each other; others by Ray Train, one after another.
+        recipes: recipes of `train.py`. Toy recipes are trained in one process each, several at a
+            time; others by Ray Train, one after another.
         seeds: seeds of windows, order and the weights of the localizer.
-        larger: side in pixels of the larger frames that the saved memory is spent on, for the first
-            recipe; None spends none.
-        rewired: weights of the backbone that reversible training begins with: rewired and then
-            finetuned (finetune_backbone.py). By default they are made on toy clips for a toy
-            recipe; any other begins with its own weights, rewired without finetuning.
+        larger: side in pixels of the larger frames that use the saved memory, for the first recipe;
+            None leaves them out.
+        rewired: weights of the backbone that reversible training starts from: rewired and then
+            finetuned (finetune_backbone.py). By default, those of toy recipes are made on toy
+            clips; other recipes start from their own weights, rewired without finetuning.
         finetuning_epochs: length of the toy backbone's finetuning.
-        folder: folder of the toy videos and clips, which are made.
-        clips: numbers of clips that the toy backbone is finetuned on.
+        folder: folder of the toy videos and clips, which are made if missing.
+        clips: numbers of clips for finetuning the toy backbone.
         videos: numbers of videos.
         options: options of `train.py`, for all recipes; on the command line they follow "--". By
-            default frames have half the side of those that the toy backbone was pretrained on,
-            which leaves something to learn for the backbone, and room for larger frames.
+            default frames have half the side of those that the toy backbone was pretrained on: the
+            backbone still has something to learn, and larger frames are possible.
     """
 
     recipes: tuple[str, ...] = ("toy", "toy_vsgn")
@@ -98,7 +98,7 @@ class Tal:
         refuse_unknown("recipe", self.recipes, RECIPES)
 
     def prepare(self) -> None:
-        """Make toy videos and clips and finetune the rewired backbone, where it is needed."""
+        """Make toy videos and clips, and finetune the rewired backbone, if they are needed."""
         if not any(self._on_toy(recipe) for recipe in self.recipes):
             return
         toy_videos(Path(self.folder), self.videos)
@@ -117,7 +117,7 @@ class Tal:
         return RECIPES[recipe]().data.make_toy and "--data.annotations" not in self.options
 
     def _options(self, recipe: str, title: str) -> list[str]:
-        """Return options of `train.py`, for all seeds."""
+        """Return the options of `train.py` for a training, the same for all seeds."""
         on_toy, options = self._on_toy(recipe), []
         if on_toy:
             options += ["--data.annotations", f"{self.folder}/{ANNOTATIONS}"]
@@ -131,13 +131,13 @@ class Tal:
         return options
 
     def _trainings(self, recipe: str) -> dict[str, Training]:
-        """Return the way of each training of a recipe, by its title."""
+        """Return the way of each training of a recipe, by title."""
         ways: dict[str, Training] = {title: way for way, title in TRAININGS.items()}
         spent = self.larger is not None and recipe == self.recipes[0]
         return ways | ({LARGER: "reversible"} if spent else {})
 
     def jobs(self) -> Sequence[Job]:
-        """List each recipe in each way with each seed."""
+        """List one job for each recipe, seed and way."""
         found = []
         for recipe, seed in product(self.recipes, self.seeds):
             for title, way in self._trainings(recipe).items():
@@ -156,15 +156,15 @@ class Tal:
 
     @property
     def _begins(self) -> str:
-        """Describe the first weights of reversible training, for the report."""
+        """Describe the initial weights of reversible training, for the report."""
         if self.rewired is not None:
-            return f"Reversible training begins with the weights in {self.rewired}."
+            return f"Reversible training starts from the weights in {self.rewired}."
         if all(self._on_toy(recipe) for recipe in self.recipes):
             return (
-                "Reversible training begins with the backbone that was rewired and finetuned for "
+                "Reversible training starts from the backbone that was rewired and finetuned for "
                 f"{self.finetuning_epochs} epochs of {self.clips.training} trimmed clips."
             )
-        return "Without --tal.rewired, reversible training begins with the plain network's weights."
+        return "Without --tal.rewired, reversible training starts from the plain network's weights."
 
     def section(self, results: Mapping[str, Result]) -> Section:
         """Report on localization."""
@@ -189,13 +189,12 @@ class Tal:
             title="End to end improves over features",
             text=(
                 f"Recipes of `train.py` with {' '.join(self.options) or 'their own settings'}, "
-                f"{len(self.seeds)} seeds. The ways differ in nothing but the backbone: windows, "
-                "their order and the localizer's first weights are the same. Features are those of "
-                "the frozen plain backbone on the very same windows. "
-                f"{self._begins} Memory is predicted: the "
-                "activations of a worker's step. Preserved means: within "
-                f"{_MARGIN} of average mAP; two are told apart if their mean difference is two of "
-                "its standard errors over the seeds."
+                f"{len(self.seeds)} seeds. The ways differ only in the backbone: windows, their "
+                "order and the localizer's initial weights are the same. Features are those of "
+                "the frozen plain backbone on the same windows. "
+                f"{self._begins} Memory is the predicted memory of the activations of a worker's "
+                f"step. Preserved means within {_MARGIN} of average mAP. Two numbers count as "
+                "different if their mean difference over the seeds exceeds two standard errors."
             ),
             findings=findings,
             tables=tables,
@@ -205,7 +204,7 @@ class Tal:
 
 
 def quick() -> Tal:
-    """Configure one epoch of few videos, to show that everything runs, and no more."""
+    """Configure one epoch of few videos, only to show that everything runs."""
     return Tal(
         recipes=("toy",),
         seeds=(0,),
@@ -297,20 +296,20 @@ def _picture(points: Mapping[str, Sequence[tuple[str, float, Measured]]]) -> Fig
     return figure
 
 
-# The work.
+# Jobs.
 
 
 def configured(recipe: str, options: Sequence[str]) -> Recipe:
-    """Read a recipe with options of `train.py`; end the program if one does not exist."""
+    """Read a recipe with options of `train.py`; an unknown option ends the program."""
     default = RECIPES[recipe]()
     return tyro.cli(Recipe, default=default, args=options, prog=f"reproduce.py ... -- [{recipe}]")
 
 
 def localize(*, recipe: str, options: Sequence[str], way: Training, seed: int) -> Result:
-    """Train a detector of a recipe in one way, and evaluate it.
+    """Train a recipe's detector in one way, and evaluate it.
 
-    A toy recipe is trained in this process; any other by Ray Train, as `train.py` does it, in a run
-    of its own. The seed is that of windows, their order and random weights.
+    A toy recipe is trained in this process; any other by Ray Train in a separate run, as `train.py`
+    does. The seed is that of windows, their order and random weights.
 
     Returns:
         Average mAP, mAP at every threshold, predicted memory of a worker's step in MB, trained
@@ -323,8 +322,8 @@ def localize(*, recipe: str, options: Sequence[str], way: Training, seed: int) -
 def trained_in(recipe: Recipe, way: Training, seed: int) -> Recipe:
     """Change a recipe to one way of training.
 
-    Only the backbone differs: the windows, their order and the localizer's first weights are the
-    same. The features of a frozen backbone are computed anew, for the very same windows.
+    Only the backbone differs: the windows, their order and the localizer's initial weights are the
+    same. Features of a frozen backbone are computed on the fly, for the same windows.
     """
     model = replace(recipe.model, reversible=way == "reversible")
     if way == "features":
@@ -344,7 +343,7 @@ def _here(recipe: Recipe) -> Result:
 
 
 def _on_the_cluster(recipe: Recipe) -> Result:
-    from pipelines.training.run import train  # the toy experiments run without Ray
+    from pipelines.training.run import train  # here: toy experiments run without Ray
 
     run = train(recipe)
     found = run.client.get_run(run.run_id)

@@ -1,4 +1,4 @@
-"""Experiments `throughput` and `executions`: Ray Data, against plain decoding and by itself."""
+"""Experiments `throughput` and `executions`: Ray Data against plain decoding, and its own cost."""
 
 import tempfile
 import time
@@ -33,7 +33,7 @@ from re2tal.videos.windows import Window
 
 FOOTAGE = Footage(title="one", gop=250)
 
-_BATCH = 2  # windows that are delivered at a time
+_BATCH = 2  # windows delivered at a time
 
 
 def measure_throughput(
@@ -48,10 +48,9 @@ def measure_throughput(
     """Frames a second that Ray Data delivers to a worker, against plain decoding.
 
     Both decode the same windows in the same number of processes, one thread each. Plain decoding
-    drops the frames where they are decoded; the pipeline hands them, in order and in batches, to
-    the process that asked. Rounds alternate, and the ratio is the median over the pairs. The start
-    is not counted: each decodes a few windows first, so that processes run and libraries are
-    loaded.
+    discards the frames where they are decoded; the pipeline delivers them, in order and in batches,
+    to the requesting process. The two alternate, and the ratio is the median over the rounds. The
+    start is not counted: each decodes a few windows first, to start processes and load libraries.
 
     Args:
         processes: numbers of decoding processes.
@@ -72,7 +71,7 @@ def measure_throughput(
 
 @contextmanager
 def _ray(cpus: int) -> Iterator[None]:
-    """Start a Ray instance with that number of CPUs, unless there is one; end it afterwards."""
+    """Start a Ray instance with `cpus` CPUs, unless one runs; stop it afterwards."""
     began = not ray.is_initialized()
     if began:
         ray.init(address="local", num_cpus=cpus, logging_level="ERROR", log_to_driver=False)
@@ -111,7 +110,7 @@ def _compare(path: str, windows: list[Window], size: int, processes: int, rounds
 
 _AHEAD = 8  # batches of a worker that a shared execution decodes ahead
 
-# Parts of Ray by what the command lines of their processes hold; all else decodes.
+# Parts of Ray, by substrings of their processes' command lines; all other processes decode.
 _PARTS = {
     "executions": ("ray::_Stream", "ray::SplitCoordinator"),
     "GCS": ("gcs_server",),
@@ -131,13 +130,13 @@ def measure_executions(
 ) -> Tables:
     """CPU time and memory of Ray Data's executions: one beside each worker, or one for all.
 
-    The workers are simulated: threads of this process, which take a batch of two windows and then
-    wait as long as a step takes. Beside each, an actor runs executions of its own, as in training;
-    or one execution decodes the windows of all workers and splits them in order
-    (`streaming_split`), held back where it is eight batches ahead of each worker, as it would be by
-    the frames of an epoch. All windows are taken once before, without steps, so that processes run
-    and libraries are loaded. "Executions" are the processes that schedule; the dashboard includes
-    its agents and Ray Data's statistics; decoding is not counted.
+    The workers are simulated by threads of this process, which take a batch of two windows and then
+    wait for the time of a step. Either an actor beside each worker runs separate executions, as in
+    training; or one execution decodes the windows of all workers and splits them in order
+    (`streaming_split`), throttled when it is eight batches ahead of each worker, as the frames of
+    an epoch would throttle it. All windows are taken once before, without steps, to start processes
+    and load libraries. "Executions" are the scheduling processes; the dashboard includes its agents
+    and Ray Data's statistics; decoding is not counted.
 
     Args:
         workers: numbers of workers.
@@ -165,12 +164,13 @@ def measure_executions(
 
 
 Take = Callable[[int, float], int]
-"""Takes all batches of a worker, by its rank, with the seconds of a step; returns the windows."""
+"""Function from a worker's rank and the seconds of a step, which takes all of the worker's batches
+and returns the number of windows."""
 
 
 @contextmanager
 def _beside(rows: list[Row], count: int, size: int) -> Iterator[Take]:
-    """Let each worker take its windows from executions of its own."""
+    """Let each worker take its windows from separate executions."""
     streams = [FrameStream(streams=count, cpus=1) for _ in range(count)]
 
     def take(rank: int, step: float) -> int:
@@ -186,7 +186,7 @@ def _beside(rows: list[Row], count: int, size: int) -> Iterator[Take]:
 
 @contextmanager
 def _shared(rows: list[Row], count: int, size: int) -> Iterator[Take]:
-    """Let each worker take its windows from an execution for all."""
+    """Let all workers take their windows from one execution."""
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     dataset = dataset.map(partial(decode_sample, size=size), num_cpus=1)
     options = dataset.context.execution_options
@@ -208,7 +208,7 @@ def _held(windows: int, step: float) -> int:
 
 
 def _spent(take: Take, count: int, step: float) -> Row:
-    """Measure what Ray's parts spend while each of some workers takes its windows."""
+    """Measure the CPU time and memory of Ray's parts while `count` workers take their windows."""
     with ThreadPoolExecutor(count) as workers:
         list(workers.map(take, range(count), [0.0] * count))
         before, began = _usage(), time.perf_counter()
@@ -226,7 +226,7 @@ def _spent(take: Take, count: int, step: float) -> Row:
 
 
 def _usage() -> dict[str, tuple[float, int]]:
-    """Return the CPU seconds so far, and the bytes of memory of their own, of Ray's parts."""
+    """Return the CPU seconds so far and the unshared memory, in bytes, of each part of Ray."""
     found = dict.fromkeys(_PARTS, (0.0, 0))
     for process in psutil.Process().children(recursive=True):
         try:
@@ -237,5 +237,5 @@ def _usage() -> dict[str, tuple[float, int]]:
                 seconds, total = found[part]
                 found[part] = (seconds + times.user + times.system, total + own)
         except psutil.NoSuchProcess:
-            continue  # a decoding process that was not needed any more
+            continue  # a decoding process that Ray has ended
     return found

@@ -1,4 +1,4 @@
-"""Times of several ways to do the same thing, which take turns in one process."""
+"""Timing of several ways to do the same work, which take turns in one process."""
 
 import gc
 import time
@@ -22,15 +22,15 @@ Times = dict[str, list[float]]
 def in_turns(
     ways: Mapping[str, Callable[[], T]], rounds: int, *, before: int = 1
 ) -> dict[str, list[T]]:
-    """Call each way once a round, and list its results.
+    """Call each way once a round, and return its results by name.
 
-    The order turns from round to round, so that neither load from outside nor the preceding way
-    favours any; ratios within a round compare the ways whatever else the machine does.
+    The order rotates from round to round, so that neither other load nor the preceding way favours
+    one of them; ratios within a round compare the ways whatever else the machine does.
 
     Args:
         ways: functions by name.
-        rounds: number of rounds that count.
-        before: number of rounds before them that do not count.
+        rounds: number of counted rounds.
+        before: number of warm-up rounds before them, which are not counted.
     """
     found: dict[str, list[T]] = {name: [] for name in ways}
     order = list(ways)
@@ -55,7 +55,7 @@ def ratios(seconds: Sequence[float], reference: Sequence[float]) -> list[float]:
 
 
 def compared(times: Times, reference: str) -> list[Row]:
-    """Tabulate medians, and the quartiles of each round's ratio to a reference."""
+    """Tabulate median times, and the quartiles over rounds of the ratio to a reference."""
     rows: list[Row] = []
     for name, seconds in times.items():
         low, middle, high = quartiles(ratios(seconds, times[reference]))
@@ -76,13 +76,13 @@ def compared(times: Times, reference: str) -> list[Row]:
 def paired(
     model: nn.Module, step: Callable[[], object], ways: Mapping[str, Prepare], *, rounds: int
 ) -> Times:
-    """Time a training step in every way, on the same model at the same place in memory."""
+    """Time a training step in every way, on the same model at the same memory addresses."""
 
     def time_in(way: Prepare) -> float:
         with prepared(model, way):
             return timed(model, step)
 
-    # Imports make a million objects; to look for garbage among them takes longer than a small step.
+    # imports leave a million objects: scanning them for garbage takes longer than a small step
     gc.collect()
     gc.freeze()
     try:
@@ -92,7 +92,7 @@ def paired(
 
 
 def timed(model: nn.Module, step: Callable[[], object]) -> float:
-    """Measure the seconds of one step, until the device has finished it."""
+    """Measure the seconds of one step, including the device's work."""
     model.zero_grad(set_to_none=True)
     gc.collect()
     device = next(model.parameters()).device
@@ -110,9 +110,9 @@ def finish(device: torch.device) -> None:
 
 
 def computed(ways: Mapping[str, Callable[[], T]], rounds: int) -> tuple[Times, dict[str, T]]:
-    """Measure CPU seconds of all threads of this process, and keep the results of each way.
+    """Measure CPU seconds of all threads of this process, and return each way's result too.
 
-    Other load on the machine adds little to them. All rounds count.
+    Other load on the machine adds little to CPU seconds. All rounds are counted.
     """
     results: dict[str, T] = {}
 

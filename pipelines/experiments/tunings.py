@@ -1,8 +1,8 @@
 """Accuracy of full finetuning against that of adapters, of LoRA and of a frozen backbone.
 
-A recipe of `train.py` is trained end to end in each way with the same seeds, windows, order and
-first weights, and for as many epochs. Learning rates of what learns in the backbone are tried on
-another seed, which is not among those that are compared.
+A recipe of `train.py` is trained end to end in each way with the same seeds, windows, order,
+initial weights and number of epochs. Learning rates of the backbone's trained part are chosen on
+another seed, which is not among those compared.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from pipelines.experiments.experiment import (
 )
 from pipelines.experiments.tal import configured, localize
 
-# The option of `train.py` that sets the learning rate of what learns in the backbone.
+# Options of `train.py` for the learning rate of the backbone's trained part.
 _RATES = {
     "full": "--optim.backbone-lr",
     "adapters": "--optim.adapter-lr",
@@ -41,10 +41,10 @@ class Tunings:
     Attributes:
         recipe: toy recipe of `train.py`, which is trained in one process.
         seeds: seeds of windows, order and random weights.
-        full_lr: learning rate of the whole backbone, the best of `tried` with the defaults.
+        full_lr: learning rate of the whole backbone; the default is the best of `tried`.
         adapters_lr: learning rate of adapters, likewise.
         lora_lr: learning rate of LoRA's matrices, likewise.
-        tried: learning rates of all three that are tried.
+        tried: learning rates to try for all three.
         tried_on: seed on which they are tried.
         options: options of `train.py`.
     """
@@ -74,7 +74,7 @@ class Tunings:
         return {tuning: own.get(tuning) for tuning in _RATES}
 
     def jobs(self) -> Sequence[Job]:
-        """List each learning rate that is tried, and each tuning with each seed."""
+        """List each tuning with each seed, and each learning rate to try."""
         tries = [(tuning, self.tried_on, rate) for tuning in _LEARNING for rate in self.tried]
         runs = [(tuning, seed, rate) for tuning, rate in self._rates.items() for seed in self.seeds]
         return [self._job(*one) for one in [*runs, *tries]]
@@ -95,7 +95,7 @@ class Tunings:
         )
 
     def section(self, results: Mapping[str, Result]) -> Section:
-        """Report on what each way reaches."""
+        """Report each tuning's average mAP, parameters and memory."""
         found = {
             tuning: [results[_name(tuning, seed, rate)] for seed in self.seeds]
             for tuning, rate in self._rates.items()
@@ -115,11 +115,11 @@ class Tunings:
             text=(
                 f"`{self.recipe}` of `train.py` with {' '.join(self.options) or 'its settings'}, "
                 f"the backbone reversible, {len(self.seeds)} seeds, in one process. The ways "
-                "differ in what learns in the backbone and how fast, and in nothing else. Its "
-                f"learning rates are the best of those tried on seed {self.tried_on}. Trained "
-                "parameters are those of the whole detector; memory is predicted: the activations "
-                f"of a step. As accurate means: within {_MARGIN} of average mAP; two are told "
-                "apart if their mean difference is two of its standard errors over the seeds."
+                "differ only in the trained part of the backbone and its learning rate, which is "
+                f"the best of those tried on seed {self.tried_on}. Trained parameters are those "
+                "of the whole detector; memory is the predicted memory of a step's activations. "
+                f"As accurate means within {_MARGIN} of average mAP. Two numbers count as "
+                "different if their mean difference over the seeds exceeds two standard errors."
             ),
             findings=list(_findings(reached)),
             tables={

@@ -1,9 +1,9 @@
 """Batch inference: many videos through a detector, with Ray Data.
 
-One execution does all of it. Tasks decode windows; a pool of actors, each of which loads the
-detector once, runs it on them; and the detections of a video are put together as soon as the last
-of its windows is through. Ray Data holds the decoding back while the actors are slower, so memory
-does not grow with the length or the number of the videos.
+One execution does all the work. Tasks decode windows; actors, each of which loads the detector
+once, run it on the windows; and the detections of a video are merged as soon as its last window is
+finished. Ray Data throttles decoding while the actors are slower, so memory does not grow with the
+length or number of the videos.
 """
 
 import functools
@@ -27,19 +27,19 @@ from re2tal.inference import DetectedVideo, video_detections, window_detections,
 from re2tal.trained import DetectorSpec, load_detector
 from re2tal.videos.windows import Window
 
-# Limit on decoding tasks: more would cost more to hand out than they save by ending apart.
+# Limit on decoding tasks: beyond it, scheduling costs more than the finer balance saves.
 _MOST_TASKS = 2000
 _CPU_SHARE = 0.5  # share of the CPUs for actors; the others decode
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class VideoResult:
-    """Outcome for a video.
+    """Outcome of detection in one video.
 
     Attributes:
-        found: its detections; None if nothing of it could be decoded.
-        windows: number of its windows that went through the detector.
-        problems: reasons why it, or some windows of it, could not be decoded; without repetitions.
+        found: detections; None if no window could be decoded.
+        windows: number of windows that went through the detector.
+        problems: distinct reasons why the video, or windows of it, could not be decoded.
     """
 
     video_id: str
@@ -56,18 +56,18 @@ def detect_videos(
     durations: Mapping[str, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[VideoResult]:
-    """Detect the actions in videos, as `re2tal.detect` does in one; Ray is running.
+    """Detect the actions in videos, as `re2tal.detect` does in one. Ray must be running.
 
     Args:
-        videos: video id to path or URI of its file, or to that of a video in a shard.
+        videos: video id to path or URI of its file, or of the video in a shard.
         model: folder of a saved detector.
         resources: hardware and batches.
-        durations: video id to seconds, where they are known, as from annotations; other videos are
-            opened first to find theirs.
-        progress: function that gets the numbers of finished and of all windows, after each window.
+        durations: video id to seconds, as far as they are known, for example from annotations;
+            other videos are opened first to read their durations.
+        progress: function called after each window with the numbers of finished and of all windows.
 
     Yields:
-        Each video as soon as it is through, first those that cannot be opened.
+        Each video as soon as it is finished, beginning with those that cannot be opened.
 
     Raises:
         UserError: if the folder holds no detector, or a damaged one; if the cluster is too small.
@@ -79,7 +79,7 @@ def detect_videos(
     seconds = dict(sorted(found.durations.items()))
     for video_id, reason in found.failures.items():
         yield VideoResult(video_id=video_id, found=None, windows=0, problems=(reason,))
-    stride = detector.backbone.temporal_stride
+    stride = detector.backbone.temporal_stride  # frames per feature, for the windows' grids
     windows = [
         window
         for video_id, duration in seconds.items()
@@ -99,7 +99,7 @@ def _execute(
     spec: DetectorSpec,
     weights: dict[str, Tensor],
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each window, as `_Detecting` makes it, in the order of the windows."""
+    """Yield a row from `_Detecting` for each window, in the order of the windows."""
     rows = [
         {"index": index, "uri": videos[window.video_id], "window": window}
         for index, window in enumerate(windows)
@@ -113,11 +113,11 @@ def _execute(
         _Detecting,
         batch_size=resources.batch_size,
         spec=spec,
-        weights=weights,  # not their path: an actor may run on another machine
+        weights=weights,  # the tensors, not a path: an actor may run on another machine
         device=pool.device,
     )
     dataset.set_name("detecting")
-    # otherwise the first windows of many videos are through before the last of any
+    # otherwise many videos would be begun, and held in memory, before any is finished
     dataset.context.execution_options.preserve_order = True
     return iter(dataset.iter_rows())
 
@@ -134,6 +134,7 @@ class _Detecting:
     @torch.inference_mode()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """Detect the actions in a batch of windows; segments are in feature-grid units."""
+        # copies: Ray's arrays are read-only
         frames, mask = (torch.from_numpy(batch[name].copy()) for name in ("frames", "mask"))
         found = [
             raw.to("cpu") for raw in self._detector(frames.to(self._device), mask.to(self._device))
@@ -148,7 +149,7 @@ class _Detecting:
 
 
 def _column(values: Sequence[Tensor]) -> np.ndarray:
-    """Make a column of arrays of any shapes."""
+    """Make an object column of arrays, whose lengths may differ."""
     column = np.empty(len(values), object)
     for place, value in enumerate(values):
         column[place] = value.numpy()
@@ -157,7 +158,7 @@ def _column(values: Sequence[Tensor]) -> np.ndarray:
 
 @dataclass(slots=True)
 class _Pending:
-    """Video of which some windows are through."""
+    """Video with unfinished windows; `through` counts the finished ones."""
 
     found: list[Detections] = field(default_factory=list)
     problems: dict[str, None] = field(default_factory=dict)
@@ -171,7 +172,7 @@ def _by_video(
     spec: DetectorSpec,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[VideoResult]:
-    """Put the windows of each video together."""
+    """Merge the windows of each video, and yield the video after its last window."""
     counts: dict[str, int] = defaultdict(int)
     for window in windows:
         counts[window.video_id] += 1
@@ -182,7 +183,7 @@ def _by_video(
         video = pending[video_id]
         video.through += 1
         if row["error"]:
-            video.problems[str(row["error"])] = None
+            video.problems[str(row["error"])] = None  # a dict as an ordered set
         else:
             video.found.append(window_detections(_detections(row), window, duration))
         if progress is not None:

@@ -45,12 +45,12 @@ _RAW = Path(RAW_FILE).suffix
 
 
 def evaluate_run(config: EvaluateConfig) -> Run:
-    """Evaluate, print, write and log the numbers; return the MLflow run.
+    """Evaluate, then print, write and log the metrics; return the MLflow run.
 
     Raises:
-        UserError: if something is not there; if settings contradict one another; if there is
-            nothing to find, or too many videos cannot be decoded; if the videos lie in shards that
-            are not complete; if the cluster is too small.
+        UserError: if an input does not exist; if settings contradict one another; if there is no
+            annotated action, or too many videos cannot be decoded; if the videos lie in incomplete
+            shards; if the cluster is too small.
         AnnotationError: with every problem in the annotations.
         FileError: with every problem in the detections or video scores.
     """
@@ -87,10 +87,10 @@ def evaluate_run(config: EvaluateConfig) -> Run:
 
 
 def evaluated_plan(config: EvaluateConfig) -> Plan:
-    """Plan the evaluation of the subset, with video scores; the videos' files are not needed.
+    """Plan the evaluation of the subset, with video scores; it needs no video files.
 
     Raises:
-        UserError: as `evaluate_run`, like all errors here.
+        UserError: as `evaluate_run`; its other errors may be raised too.
     """
     annotations = read_annotations(config)
     videos = annotations.subset(config.evaluated_on, option="--subset").videos
@@ -104,7 +104,7 @@ def evaluated_plan(config: EvaluateConfig) -> Plan:
 
 
 def _tracked(config: EvaluateConfig, plan: Plan, source: Callable[[], Labelled]) -> Run:
-    """Evaluate the detections of a source, in a run of MLflow."""
+    """Evaluate the detections that `source` returns, in an MLflow run."""
     output = Path(config.output).absolute()
     tags = {"data.fingerprint": plan.fingerprint}
     run = start_run(config, output=Path(config.runs).absolute(), tags=tags, once=True)
@@ -137,11 +137,11 @@ def _tracked(config: EvaluateConfig, plan: Plan, source: Callable[[], Labelled])
     return run
 
 
-# --- detections that are there --------------------------------------------------------------------
+# --- given detections -----------------------------------------------------------------------------
 
 
 def _local(places: Sequence[str], scratch: Path, store: str) -> list[Path]:
-    """Return local paths of files of detections, each in a folder of its own if it is a copy."""
+    """Return local paths of files of detections; each copy gets its own folder."""
     paths = []
     for number, place in enumerate(places):
         (folder := scratch / str(number)).mkdir()
@@ -150,19 +150,19 @@ def _local(places: Sequence[str], scratch: Path, store: str) -> list[Path]:
 
 
 def read_labelled(paths: Sequence[Path], plan: Plan, config: EvaluateConfig) -> Labelled:
-    """Read detections of the plan's videos; those of other videos are left out.
+    """Read the detections of the plan's videos, and leave out those of other videos.
 
     Args:
-        paths: one JSON file in ActivityNet's form, or files of raw detections, with the classes of
-            the plan or the one class `ACTION`.
+        paths: one JSON file in ActivityNet's format, or files of raw detections, with the classes
+            of the plan or the one class `ACTION`.
         plan: videos and classes, and the video scores if there are any.
         config: ensemble and suppression of raw detections, and number of classes of a proposal.
 
     Raises:
         FileError: with every problem in a file.
-        UserError: if no video of the files is the plan's; if detections after suppression are to
-            become an ensemble; if its runs do not fit; if proposals and detections with classes are
-            mixed, or there are video scores for the latter.
+        UserError: if the files have no video of the plan; if an ensemble includes detections after
+            suppression, or runs that do not match; if proposals and detections with classes are
+            mixed, or there are video scores although detections have classes.
     """
     names = plan.classes if ACTION in plan.classes else (*plan.classes, ACTION)
     evaluated = {video.annotation.video_id for video in plan.validation}
@@ -176,7 +176,7 @@ def read_labelled(paths: Sequence[Path], plan: Plan, config: EvaluateConfig) -> 
     if not proposals:
         raise UserError(
             f"None of the {len(found)} videos of {where} is in the subset "
-            f"{config.evaluated_on!r} of {config.annotations}: are these its ids? "
+            f"{config.evaluated_on!r} of {config.annotations}. Do the ids match? "
             f"{apart(found, evaluated)}. Correct --detections, --annotations or --subset."
         )
     labelled = Labelled(
@@ -196,6 +196,7 @@ def read_labelled(paths: Sequence[Path], plan: Plan, config: EvaluateConfig) -> 
     if plan.video_scores is not None:
         fused = fuse_videos(proposals, plan.video_scores, top=config.video_scores_top)
         return replace(labelled, detections=fused)
+    # proposals without classes: the plan is reduced to the class `ACTION`, whose label is 0
     whatever = {
         video_id: replace(one, labels=torch.zeros_like(one.labels))
         for video_id, one in proposals.items()
@@ -208,14 +209,14 @@ def read_labelled(paths: Sequence[Path], plan: Plan, config: EvaluateConfig) -> 
 def _thinned(
     paths: Sequence[Path], names: Sequence[str], evaluated: set[str], config: EvaluateConfig
 ) -> dict[str, Detections]:
-    """Combine raw detections of one run or of an ensemble, and suppress those that overlap.
+    """Merge raw detections of one run or an ensemble, and suppress overlapping ones.
 
-    Videos that are not evaluated are there, for the remarks, and empty.
+    Videos that are not evaluated have empty detections, so that remarks can count them.
     """
     if thin := [path.name for path in paths if path.suffix != _RAW]:
         raise UserError(
-            f"An ensemble is made of detections before non-maximum suppression, but "
-            f"{', '.join(thin)} is what was left after it: give the {RAW_FILE} of every run "
+            f"An ensemble needs detections before non-maximum suppression, but "
+            f"{', '.join(thin)} holds detections after it: give the {RAW_FILE} of every run "
             "(train.py --save-raw), or evaluate the files one by one."
         )
     weights = config.weights or (1.0,) * len(paths)
@@ -230,34 +231,36 @@ def _thinned(
         whole = ensemble([{v: run[v] for v in run if v in evaluated} for run in runs], weights)
     except ValueError as error:
         raise UserError(f"{error} Correct --detections or --weights.") from error
+    # scores in an ensemble are weighted shares of a run's: the threshold shrinks with them
     share = min(weights) / sum(weights)
     nms = replace(config.nms, min_score=config.nms.min_score * share)
     return nms_videos(whole, nms) | dict.fromkeys(others, Detections.empty())
 
 
 def _check_classes(found: Sequence[str], known: Sequence[str], what: str, *, option: str) -> None:
-    """Refuse classes that the annotations do not have."""
+    """Raise if there are classes that the annotations do not have."""
     unknown = sorted(set(found) - set(known) - {ACTION})
     if unknown:
         raise UserError(
-            f"{len(unknown)} of the {len(found)} classes of {what} are none of the annotations' "
-            f"({', '.join(shortened(unknown, 5))}): are they of another data set? Correct {option} "
-            "or --annotations."
+            f"{len(unknown)} of the {len(found)} classes of {what} are not in the annotations "
+            f"({', '.join(shortened(unknown, 5))}): are they from another data set? Correct "
+            f"{option} or --annotations."
         )
 
 
 def _agnostic(
     proposals: Mapping[str, Detections], names: Sequence[str], classes: Sequence[str], where: str
 ) -> bool:
-    """Tell whether all detections have the one class that is none of the annotations'."""
+    """Tell whether all detections have the class `ACTION`, which the annotations do not have."""
     labels = torch.cat([torch.zeros(0, dtype=torch.int64), *(p.labels for p in proposals.values())])
     without = labels == names.index(ACTION)
     if ACTION in classes or not without.any():
         return False
     if not without.all():
         raise UserError(
-            f"{int(without.sum())} of the {len(labels)} detections in {where} have the class "
-            f"{ACTION!r} of proposals, the others classes of the annotations: evaluate them apart."
+            f"{int(without.sum())} of the {len(labels)} detections in {where} are proposals, with "
+            f"the class {ACTION!r}; the others have classes of the annotations. Evaluate the two "
+            "kinds separately."
         )
     return True
 
@@ -279,23 +282,23 @@ def _remarks(
     return remarks
 
 
-_FEW = 0.5  # share of a subset's videos; detectors leave some without detections, seldom most
+_FEW = 0.5  # share of a subset's videos: detectors find nothing in some videos, rarely in most
 
 
 def _warnings(kept: Mapping[str, Detections], evaluated: set[str], subset: str) -> Iterator[str]:
-    """Warn of numbers that say little about a detector, because most videos are not in the file."""
+    """Warn that metrics say little about a detector if most videos are not in the file."""
     if len(kept) < _FEW * len(evaluated):
         yield (
-            f"only {len(kept)} of the {len(evaluated)} videos of the subset {subset!r} are among "
-            "the detections: all actions of the others count as missed"
+            f"only {len(kept)} of the {len(evaluated)} videos of the subset {subset!r} have "
+            "detections: all actions of the others count as missed"
         )
 
 
-# --- a detector that is to detect first -----------------------------------------------------------
+# --- detections from a given detector -------------------------------------------------------------
 
 
 def _detected(config: EvaluateConfig, plan: Plan, model: Path, sources: FoundVideos) -> Labelled:
-    """Run the detector; videos of which nothing can be decoded are left out."""
+    """Run the detector; videos without a decodable window are left out."""
     total = len(plan.validation)
     check_failures(sources.failures, total, config.max_failed, prefix="--")
     start_ray()

@@ -1,4 +1,4 @@
-"""Options of `detect.py` and `evaluate.py`, read before anything is imported that runs them."""
+"""Options of `detect.py` and `evaluate.py`, read before the slow imports of the work itself."""
 
 from dataclasses import dataclass, field
 
@@ -15,8 +15,8 @@ class Resources:
     """Hardware and batches of detection.
 
     Attributes:
-        batch_size: number of windows that go through the detector at a time.
-        pool: actors with a detector each; without GPUs by default half as many as CPUs.
+        batch_size: number of windows in a forward pass.
+        pool: actors, each with a detector; without GPUs, by default half as many as CPUs.
     """
 
     batch_size: int = 1
@@ -33,10 +33,10 @@ class DetectConfig:
         model: folder of a saved detector or of a checkpoint; or, in MLflow, the id of a training
             run, runs:/RUN/NAME or models:/NAME/VERSION.
         output: folder of the results.
-        files: formats and detections that are written.
+        files: written formats, and the detections in them.
         resources: hardware and batches of detection.
         experiment: MLflow experiment.
-        runs: folder of the default MLflow store, where the training runs are; MLFLOW_TRACKING_URI
+        runs: folder of the default MLflow store, which has the training runs; MLFLOW_TRACKING_URI
             names another store.
     """
 
@@ -59,22 +59,21 @@ class EvaluateConfig(ScoredAnnotationConfig):
     """Detections or detector, and the annotations that they are compared with.
 
     Attributes:
-        detections: file of detections (JSON), or raw detections of one run or of several, which
-            become an ensemble (raw_detections.safetensors, kept by train.py --save-raw). Paths or
-            URIs, or runs:/RUN/detections.json in MLflow. Either this or a model.
-        weights: weight of each run in an ensemble; by default all count alike.
-        nms: suppression of overlapping raw detections. For an ensemble, whose scores are shares of
-            a run's, `min_score` shrinks by the smallest share.
+        detections: file of detections (JSON); or raw detections of one run, or of several runs for
+            an ensemble (raw_detections.safetensors, kept by train.py --save-raw). Paths, URIs, or
+            runs:/RUN/detections.json in MLflow. Give either detections or a model.
+        weights: weight of each run in an ensemble; by default all weights are equal.
+        nms: suppression of overlapping raw detections. In an ensemble, scores are weighted shares
+            of a run's, and `min_score` is multiplied by the smallest share.
         model: folder of a saved detector or of a checkpoint; or, in MLflow, the id of a training
             run, runs:/RUN/NAME or models:/NAME/VERSION.
-        videos: folder of the video files that a model is run on, named by id, or of shards; a path
-            or a URI.
-        subset: subset that is evaluated; by default that of the data set, or "validation".
-        thresholds: tIoU thresholds of the mAP; by default those of the data set, or 0.3 to 0.7.
+        videos: folder of the video files for a model, named by id, or of shards; a path or a URI.
+        subset: evaluated subset; by default that of the data set, or "validation".
+        thresholds: tIoU thresholds of mAP; by default those of the data set, or 0.3 to 0.7.
         recall_at: each k of Recall@kx, at the same thresholds; by default those of the data set (1
             for Ego4D), or none.
-        ignore_ambiguous: detections on stretches that cannot be judged count for nothing, as in
-            THUMOS-14's own toolkit.
+        ignore_ambiguous: ignore detections on stretches annotated as ambiguous, as THUMOS-14's own
+            toolkit does.
         max_failed: largest share of the videos that may fail to be decoded; above it the run stops.
         output: folder of tables and pictures.
         resources: hardware and batches of a model.
@@ -114,5 +113,5 @@ class EvaluateConfig(ScoredAnnotationConfig):
 
     @property
     def evaluated_on(self) -> str:
-        """Name of the subset."""
+        """Name of the evaluated subset."""
         return self.subset or self.record.validation

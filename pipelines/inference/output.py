@@ -1,4 +1,4 @@
-"""Files that detections are written to, all of them made anew from the records."""
+"""Output files of detection. All are written anew from the records, one for each finished video."""
 
 import base64
 import json
@@ -25,14 +25,14 @@ FOLDER = "videos"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """Record of a video that is through.
+    """Record of a finished video.
 
     Attributes:
-        uri: path or URI of its file.
+        uri: path or URI of the video's file.
         model: fingerprint of the detector.
         duration: length in seconds.
-        problems: reasons why parts of it could not be decoded.
-        stamp: signs by which its file is known; None if they could not be read.
+        problems: reasons why parts of the video could not be decoded.
+        stamp: signs by which the file is recognised; None if they could not be read.
         detections: rows of `re2tal.detection.files.rows`, by falling score.
     """
 
@@ -49,7 +49,7 @@ _RECORD = TypeAdapter(Record)
 
 
 def write_record(output: Path, record: Record) -> None:
-    """Write a record into the folder of the run's results; it is there whole or not at all."""
+    """Write a record into the folder of the run's results, atomically."""
     folder = output / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / f"{record.video_id}.json") as partial:
@@ -57,16 +57,16 @@ def write_record(output: Path, record: Record) -> None:
 
 
 def read_records(output: Path, videos: Mapping[str, str], *, model: str) -> dict[str, Record]:
-    """Read the records of those videos that are through.
+    """Read the records of finished videos.
 
     Args:
         output: folder of the run's results.
-        videos: video id to path or URI; a video whose file has changed its place, or was replaced
-            by another one, is not through.
+        videos: video id to path or URI; a video whose file was moved or replaced counts as
+            unfinished.
         model: fingerprint of the detector.
 
     Raises:
-        UserError: if they are of another detector, or cannot be read.
+        UserError: if records belong to another detector, or cannot be read.
     """
     found = {}
     for video_id, uri in videos.items():
@@ -79,14 +79,14 @@ def read_records(output: Path, videos: Mapping[str, str], *, model: str) -> dict
             raise UserError(f"{path} cannot be read: remove it ({error}).") from error
         if record.model != model:
             raise UserError(
-                f"{output} holds what another model detected. Give another --output, or remove "
-                f"{output / FOLDER} to begin anew."
+                f"{output} holds detections of another model. Give another --output, or remove "
+                f"{output / FOLDER} to start afresh."
             )
         if record.uri == uri:
             found[video_id] = record
     stamps = {v: record.stamp for v, record in found.items() if record.stamp is not None}
     for video_id in replaced_files(videos, stamps):
-        print(f"  replaced: {video_id}: its file is another one than that of its detections")
+        print(f"  replaced: {video_id}: its file is not the one that its detections were made of")
         del found[video_id]
     return found
 
@@ -102,10 +102,10 @@ def page(
     threshold: float,
     sources: Mapping[str, str],
 ) -> str:
-    """Make the page of some videos, which shows all detections of the records.
+    """Make the HTML page of videos, which shows all detections of the records.
 
-    Records, failures (reasons) and sources (`video_source`) are by video id; `threshold` is the
-    lowest score of the detections.
+    Records, failures (reasons) and sources (from `video_source`) are by video id; `threshold` is
+    the lowest score of the detections.
     """
     index = {name: place for place, name in enumerate(classes)}
     videos = [
@@ -142,14 +142,14 @@ def page(
     for name, content in (
         ("style", (_HERE / "page.css").read_text(encoding="utf-8")),
         ("script", (_HERE / "page.js").read_text(encoding="utf-8")),
-        ("data", _json(data)),  # last: names in it may look like a placeholder
+        ("data", _json(data)),  # last: a name in it may look like a placeholder
     ):
         text = text.replace("{{" + name + "}}", content)
     return text
 
 
 def _json(data: Any) -> str:
-    """Write JSON that can stand in a script element, and neither ends it nor begins a comment."""
+    """Format JSON for a script element: it can neither end the element nor begin a comment."""
     text = json.dumps(data, separators=(",", ":"))
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
@@ -157,16 +157,16 @@ def _json(data: Any) -> str:
 
 
 def video_source(uri: str, folder: Path, *, embed: float) -> str:
-    """Return a source from which a browser can play a video.
+    """Return a URL from which a browser can play a video.
 
     Args:
-        uri: path or URI of its file.
+        uri: path or URI of the video's file.
         folder: folder of the page.
-        embed: megabytes up to which a video is put into the page.
+        embed: megabytes up to which a video is embedded in the page.
 
     Returns:
-        A URL: the video itself, or its place relative to the page; empty for other URIs, which
-            browsers do not know.
+        The video itself as a data URL, or its path relative to the page; empty for remote URIs,
+            which browsers cannot open.
     """
     if embed and file_size(uri) <= embed * 1e6:
         kind = mimetypes.guess_type(uri)[0] or "video/mp4"
@@ -185,13 +185,13 @@ COLUMNS = ("video", "start", "end", "label", "score")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutputConfig:
-    """Formats and detections that are written.
+    """Written formats, and the detections in them.
 
     Attributes:
         score_threshold: lowest score of a detection; weaker ones are left out.
-        top_k: largest number of detections of a video, the best.
-        formats: formats that are written.
-        embed: megabytes up to which a video is put into the page, instead of its path.
+        top_k: largest number of detections of a video; the best are kept.
+        formats: formats to write.
+        embed: megabytes up to which a video is embedded in the page, instead of linked by its path.
     """
 
     score_threshold: float = 0.1
@@ -205,7 +205,7 @@ class OutputConfig:
 
 
 def strongest(record: Record, config: OutputConfig) -> Record:
-    """Return the record with its strongest detections only; they are sorted by falling score."""
+    """Keep only a record's strongest detections, which are sorted by falling score."""
     strong = [row for row in record.detections if row["score"] >= config.score_threshold]
     return replace(record, detections=strong[: config.top_k])
 
@@ -232,12 +232,12 @@ def write_files(
     classes: Sequence[str],
     config: OutputConfig,
 ) -> list[Path]:
-    """Write the detections in all formats that are asked for, and the reasons of failures.
+    """Write the detections in all configured formats, and the reasons of failures.
 
-    The folder exists; records, with all of their detections, and failures are by video id.
+    The folder must exist. Records, with all of their detections, and failures are by video id.
 
     Returns:
-        The files, those of all videos together first.
+        The files; those that cover all videos come first.
     """
     least = config.score_threshold
     shown = {video_id: strongest(record, config) for video_id, record in sorted(records.items())}

@@ -1,6 +1,6 @@
 "use strict";
 const { classes, colours, threshold, videos } = JSON.parse(document.getElementById("data").textContent);
-const STEP = 5; // seconds that an arrow key goes
+const STEP = 5; // seconds per press of an arrow key
 
 const one = (selector) => document.querySelector(selector);
 const player = one("#video"), timeline = one("#timeline"), list = one("#found ol"), slider = one("#slider input");
@@ -18,10 +18,10 @@ function clock(seconds, digits) {
   return (hours ? `${hours}:${String(minutes).padStart(2, "0")}` : minutes) + `:${rest}`;
 }
 
-let video = null; // the one that is shown
-let segments = []; // of it, those with enough score, by start
-let at = 0; // seconds; also without a player
-let wanted = null; // where to go once the file is open
+let video = null; // the video on display
+let segments = []; // its segments with enough score, sorted by start
+let at = 0; // position in seconds, also without a player
+let wanted = null; // position to seek once the file is open
 
 function seek(seconds, play = false) {
   at = Math.min(Math.max(seconds, 0), video.duration);
@@ -30,12 +30,12 @@ function seek(seconds, play = false) {
     player.currentTime = at;
     wanted = null;
   }
-  if (play && player.src) player.play().catch(() => {}); // a file that cannot be played says so itself
+  if (play && player.src) player.play().catch(() => {}); // the player's own "error" event reports the file
   showTime();
 }
 
 function setColour(element, segment) {
-  const turn = Math.floor(segment.label / colours.length); // colours that come again are striped, each turn at its own angle
+  const turn = Math.floor(segment.label / colours.length); // repeated colours are striped, each round at its own angle
   element.style.setProperty("--colour", colours[segment.label % colours.length]);
   element.style.setProperty("--stripes", turn ? `repeating-linear-gradient(${turn * 35}deg, transparent 0 3px, var(--panel) 3px 5px)` : "none");
   element.style.setProperty("--score", segment.score);
@@ -106,7 +106,7 @@ function showSegments() {
 function showTime() {
   const head = one(".head i");
   if (head) head.style.left = `${(100 * at) / video.duration}%`;
-  // players round to microseconds, and one that was sent to a start shall not stand before it
+  // players round to microseconds: after a seek to a start, the position must not lie before it
   const on = segments.filter(({ start, end }) => start <= at + 0.001 && at < end);
   for (const segment of segments) {
     const active = on.includes(segment);
@@ -123,7 +123,7 @@ function showTime() {
 }
 
 function keepVisible(item) {
-  // of the list only: the page itself stays where the reader has put it
+  // scrolls only the list; the page stays where the reader has put it
   const above = item.offsetTop - list.scrollTop, below = above + item.offsetHeight - list.clientHeight;
   if (above < 0) list.scrollTop += above;
   else if (below > 0) list.scrollTop += below;
@@ -143,7 +143,7 @@ function show(chosen) {
     if (button.dataset.id === video.id) button.setAttribute("aria-current", "true");
   }
   one("#name").textContent = video.id;
-  say(video.problems.length ? `${video.failed ? "This video could not be read" : "Parts of this video could not be read"}: ${video.problems.join("; ")}` : video.source ? "" : "A browser cannot play a video from where this one is. Its segments are shown all the same.");
+  say(video.problems.length ? `${video.failed ? "This video could not be read" : "Parts of this video could not be read"}: ${video.problems.join("; ")}` : video.source ? "" : "A browser cannot play a video from this place. Its segments are shown nevertheless.");
   player.hidden = !video.source;
   if (video.source) player.src = video.source;
   else {
@@ -155,7 +155,7 @@ function show(chosen) {
 }
 
 function step(direction) {
-  // a little patience, so that "previous" does not stay at the segment that has just begun
+  // with tolerance, so that "previous" does not return to the segment that has just begun
   const next = direction > 0 ? segments.find((s) => s.start > at + 0.05) : segments.findLast((s) => s.start < at - 0.5);
   if (next) seek(next.start);
 }
@@ -172,7 +172,7 @@ player.addEventListener("loadedmetadata", () => { if (wanted !== null) seek(want
 player.addEventListener("error", () => {
   if (!video.source) return;
   player.hidden = true;
-  say("The browser cannot play this video: it is not where it was, or of a kind that browsers do not play. Its segments are shown all the same.");
+  say("The browser cannot play this video: the file was moved, or has a format that browsers do not play. Its segments are shown nevertheless.");
 });
 slider.addEventListener("input", showSegments);
 list.addEventListener("keydown", (event) => {
@@ -207,7 +207,7 @@ function named() {
   try {
     return decodeURIComponent(text);
   } catch {
-    return text; // an address that was cut off in the midst of a character, or never escaped
+    return text; // an address that was truncated within a character, or never escaped
   }
 }
 

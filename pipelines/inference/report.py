@@ -1,4 +1,4 @@
-"""Numbers of an evaluation: computed, printed, and written as tables and pictures."""
+"""Metrics of an evaluation: computed, printed, and written as tables and pictures."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,12 +26,12 @@ class Labelled:
     """Detections, and the annotations that they are compared with.
 
     Attributes:
-        plan: the annotated videos; for class-agnostic proposals without video scores, all their
-            actions have the one class `ACTION`.
+        plan: the annotated videos; for class-agnostic proposals without video scores, all actions
+            have the one class `ACTION`.
         detections: video id to detections in seconds, with the classes of the plan.
-        proposals: video id to the same before an external classifier named their classes.
+        proposals: video id to detections before an external classifier assigned their classes.
         remarks: sentences about unexpected facts.
-        warnings: sentences about facts that make the numbers doubtful.
+        warnings: sentences about facts that make the metrics doubtful.
     """
 
     plan: Plan
@@ -43,11 +43,11 @@ class Labelled:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """Numbers of an evaluation.
+    """Metrics of an evaluation.
 
     Attributes:
         results: metrics by their names in `METRICS`.
-        diagnosis: kinds of errors, characteristics on which mAP depends, and missed instances.
+        diagnosis: kinds of errors, sensitivity of mAP to characteristics, and missed instances.
     """
 
     classes: tuple[str, ...]
@@ -67,11 +67,11 @@ def evaluate(
 
     Args:
         labelled: detections and annotated videos.
-        thresholds: tIoU thresholds of mAP, Recall@kx and diagnosis; average recall has
+        thresholds: tIoU thresholds of mAP, Recall@kx and diagnosis; average recall uses
             ActivityNet's.
         ks: each k of Recall@kx.
-        bins: size bins of the diagnosis.
-        ignore_ambiguous: detections on stretches that cannot be judged count for nothing.
+        bins: bins of the diagnosis.
+        ignore_ambiguous: ignore detections on stretches annotated as ambiguous.
 
     Raises:
         ValueError: if a threshold is not in (0, 1], or there is no instance to find.
@@ -94,16 +94,16 @@ def evaluate(
 
 
 def logged(evaluation: Evaluation) -> dict[str, float]:
-    """Return the numbers by the names that they have in training, for MLflow."""
+    """Return the metrics for MLflow, by the names that they have in training."""
     metrics = metrics_of(evaluation.results, evaluation.classes)
     return metrics | diagnosis_metrics(evaluation.diagnosis)
 
 
 def tables_of(evaluation: Evaluation) -> dict[str, list[Row]]:
-    """Return the numbers as rows of plain values.
+    """Return the metrics as rows of plain values.
 
     Returns:
-        The table of each metric, and those of the diagnosis with `diagnosis_` in front.
+        The table of each metric by name, and those of the diagnosis with the prefix `diagnosis_`.
     """
     classes = evaluation.classes
     return {
@@ -116,9 +116,9 @@ _PERCENT = ".1%"
 
 
 def print_evaluation(evaluation: Evaluation, *, title: str) -> None:
-    """Print average precision of each class and threshold, recall, and the diagnosis in short."""
+    """Print average precision by class and threshold, recall, and a summary of the diagnosis."""
     table = _precision(evaluation, title)
-    # as wide as the table: a pipe has 80 columns, which would leave numbers out
+    # as wide as the table: rich assumes 80 columns for a pipe, and would truncate numbers
     console = Console(width=max(Console().width, 40 + 11 * len(table.columns)))
     console.print(table)
     for line in _lines(evaluation):
@@ -156,7 +156,7 @@ def _lines(evaluation: Evaluation) -> Iterator[str]:
 
 
 def _share(values: dict[str, float], prefix: str, form: str) -> str:
-    """List the values whose names begin with `prefix`, by the ends of their names."""
+    """List the values whose names begin with `prefix`, which is left out of the names."""
     return ", ".join(
         f"{name.removeprefix(prefix).replace('_', ' ')} {value:{form}}"
         for name, value in values.items()
@@ -171,7 +171,7 @@ _PICTURES = "pictures"
 def write_evaluation(folder: Path, evaluation: Evaluation, labelled: Labelled) -> list[Path]:
     """Write all tables as CSV and in `evaluation.json`, and the pictures.
 
-    The folder is made; files of an earlier evaluation in it are replaced.
+    A missing folder is created; files of an earlier evaluation are replaced.
 
     Returns:
         The files, relative to the folder.

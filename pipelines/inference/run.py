@@ -1,4 +1,4 @@
-"""A run of detection: videos that are not done yet, the files of all of them, and MLflow."""
+"""Run of `detect.py`: detection in the remaining videos, files for all videos, and MLflow."""
 
 import shlex
 import tempfile
@@ -25,18 +25,18 @@ from pipelines.inference.output import (
 from re2tal.errors import shortened
 from re2tal.trained import read_spec
 
-_LOGGED_PICTURES = 4  # in MLflow; all of them are in the folder
+_LOGGED_PICTURES = 4  # in MLflow; the output folder has all pictures
 
 
 _SHOW_SECONDS = 2.0  # between lines of progress
 
 
 def run(config: DetectConfig) -> Run:
-    """Detect in the videos that are not done yet, write the files of all, and return the run.
+    """Detect actions in the remaining videos, write files for all videos, and return the run.
 
     Raises:
-        UserError: there is no such model or video, the output folder is of another model, or the
-            cluster is too small.
+        UserError: a model or video does not exist, the output folder holds detections of another
+            model, or the cluster is too small.
     """
     output, runs = Path(config.output).absolute(), Path(config.runs).absolute()
     videos = find_sources(config.videos, option="--videos")
@@ -51,7 +51,7 @@ def run(config: DetectConfig) -> Run:
         tracked = start_run(config, output=runs, once=True)
         with finishing(tracked):
             left = {video_id: uri for video_id, uri in videos.items() if video_id not in records}
-            print(f"{len(records)} of {len(videos)} videos are through; {len(left)} to do")
+            print(f"{len(records)} of {len(videos)} videos are done; {len(left)} to do")
             found, failures, speed = _detect(left, folder, model, config)
             records |= found
             written = write_files(output, records, failures, classes, config.files)
@@ -63,12 +63,12 @@ def run(config: DetectConfig) -> Run:
 def _detect(
     videos: Mapping[str, str], folder: Path, model: str, config: DetectConfig
 ) -> tuple[dict[str, Record], dict[str, str], dict[str, float]]:
-    """Return records of the videos (written at once), failures, and metrics of the speed."""
+    """Detect actions; return records (each written at once), failures, and metrics of the speed."""
     records: dict[str, Record] = {}
     failures: dict[str, str] = {}
     if not videos:
         return records, failures, {}
-    stamps = stamps_of(videos)  # before they are read
+    stamps = stamps_of(videos)  # before decoding: a file replaced meanwhile is noticed next time
     start_ray()
     progress = _Progress(len(videos))
     windows = 0
@@ -106,16 +106,16 @@ def _record(result: VideoResult, uri: str, *, model: str, stamp: Stamp | None) -
 
 
 class _Progress:
-    """Printed progress, with the videos that fail."""
+    """Printer of progress and of failed videos."""
 
     def __init__(self, videos: int) -> None:
         self.began = time.perf_counter()
         self._videos, self._through = videos, 0
-        self._first: float | None = None  # time of the first window: Ray starts slowly
+        self._first: float | None = None  # time of the first window, after Ray's slow start
         self._shown = self.began
 
     def window(self, done: int, total: int) -> None:
-        """Count the windows."""
+        """Take the numbers of finished and of all windows, and print a line now and then."""
         now = time.perf_counter()
         self._first = self._first or now
         if now - self._shown > _SHOW_SECONDS and done < total:
@@ -128,7 +128,7 @@ class _Progress:
             )
 
     def video(self, result: VideoResult) -> None:
-        """Count a video, and print its first problem."""
+        """Count a finished video, and print its first problem if it has one."""
         self._through += 1
         if result.problems:
             what = "failed" if result.found is None else "damaged in part"
@@ -143,7 +143,7 @@ def _log(
     written: Sequence[Path],
     speed: Mapping[str, float],
 ) -> None:
-    """Send counts and files to MLflow."""
+    """Log counts, speed and files to MLflow."""
     shown = [strongest(record, config.files) for record in records.values()]
     counts = {
         "videos/detected": len(records),

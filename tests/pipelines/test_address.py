@@ -49,7 +49,7 @@ REASONS = {
             "The current node timed out during startup. This could happen because some of the "
             "raylet failed to startup or the GCS has become overloaded."
         ),
-        "waited for 60 s: the machine is too busy",
+        "did not answer for 60 s: the machine is too busy",
     ),
     "a port in use": (
         RuntimeError(
@@ -60,11 +60,11 @@ REASONS = {
             "The specified port is 42525. This means that Ray's core components will not be able "
             "to function correctly.\n\n.Please check /tmp/ray/session/logs/gcs_server.out."
         ),
-        "ray stop ends a Ray that was left behind",
+        "ray stop ends leftover processes of Ray",
     ),
     "the dashboard's port in use": (
         ValueError("Failed to bind to 127.0.0.1:44865 because it's already occupied."),
-        "End the program that has the port",
+        "End the program that uses the port",
     ),
     "no shared memory": (
         ValueError("The configured object store size (7.0 GB) exceeds /dev/shm size (0.1 GB)."),

@@ -237,7 +237,7 @@ def test_without_room_a_run_stops_in_one_sentence_and_goes_on_when_there_is_some
     run = tmp_path / "run"
     disk(2**20)
     with pytest.raises(
-        UserError, match=r"^There is no room for a checkpoint: \d+ MiB are wanted"
+        UserError, match=r"^There is no room for a checkpoint: \d+ MiB are needed"
     ) as caught:
         begin().run()
     assert "1 MiB are free. Make room, and give the same command again" in str(caught.value)

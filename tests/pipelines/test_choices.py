@@ -177,13 +177,13 @@ def two() -> Recipe: return toy()
         (None, "mine_nowhere:recipe", "There is no module 'mine_nowhere'"),
         ("", "mine.py", "needs one function .* a Recipe, but has none"),
         ("", "mine.py:recipe", "mine.py has no function 'recipe'"),
-        ("def one() -> int:\n    return 1\n", "mine.py:one", "gives a int and no Recipe"),
+        ("def one() -> int:\n    return 1\n", "mine.py:one", "returns a int, not a Recipe"),
         (
             TWO,
             "mine.py",
             "but has one, two: name one as mine.py:my_recipe",
         ),
-        (None, "mine", "There is no recipe 'mine'. Choose one of: toy, .* or give one of your own"),
+        (None, "mine", "There is no recipe 'mine'. Choose one of: toy, .* or give your own as"),
     ],
 )
 def test_what_is_no_recipe_is_refused_in_a_sentence(

@@ -169,7 +169,7 @@ def test_mlflow_serves_a_model_for_paths_uris_and_contents(setting: Setting) -> 
         for wrong, reason in (
             ("/nothing.mp4", "no such file"),
             ("data:video/mp4,AAAA", "begins with data:video/mp4;base64"),
-            ("data:video/mp4;base64,A", "is no base64"),
+            ("data:video/mp4;base64,A", "is not base64"),
         ):
             answer = requests.post(address, json={"inputs": [wrong]})
             assert (answer.status_code, reason in answer.text) == (400, True), answer.text
@@ -222,7 +222,7 @@ def test_it_detects_with_a_model_of_mlflow_and_the_second_time_only_what_failed(
     setting.run.client.set_tag(setting.run.run_id, "model.uri", uri)
     printed = run_script(setting, model=setting.run.run_id)
     assert "failed: broken" in printed
-    assert "0 of 3 videos are through; 3 to do" in printed
+    assert "0 of 3 videos are done; 3 to do" in printed
     check_files(setting)
     check_tracking(setting)
     records = setting.folder / "found" / "videos"
@@ -261,9 +261,9 @@ def test_a_model_is_found_where_training_leaves_it(setting: Setting) -> None:
         (None, "no path given. Say where with --model"),
         ("nowhere", "nothing at nowhere"),
         (str(setting.folder / "videos"), "holds no detector"),
-        (without, "has none; a training run has one once it has ended"),
+        (without, "has none; a training run logs its model when it ends"),
         ("0" * 32, "neither a file nor a run"),
-        ("models:/nothing/1", "cannot be had from"),
+        ("models:/nothing/1", "cannot be downloaded from"),
     ):
         with pytest.raises(UserError, match=message):
             find(model)

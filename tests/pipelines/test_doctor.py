@@ -127,7 +127,7 @@ def tracking(cluster: Cluster) -> list[Finding]:
             machines.check_machines,
             {"error": "late"},
             "FAIL",
-            ["(10.0.0.2) was not seen: late."],
+            ["(10.0.0.2) could not be examined: late."],
         ),
         (machines.check_gpus, {}, "note", ["There is no NVIDIA GPU"]),
         (
@@ -148,7 +148,7 @@ def tracking(cluster: Cluster) -> list[Finding]:
             machines.check_gpus,
             {"error": "late"},
             "FAIL",
-            ["of two (10.0.0.2) were not seen: late"],
+            ["of two (10.0.0.2) could not be examined: late"],
         ),
         (output, {"value": False}, "FAIL", ["does not see what the driver wrote", "of them mount"]),
         (output, {"value": True}, "FAIL", ["The driver does not see what two (10.0.0.2) wrote"]),
@@ -156,7 +156,7 @@ def tracking(cluster: Cluster) -> list[Finding]:
         (store, {"value": False}, "FAIL", ["does not see", "Compare endpoint and credentials"]),
         (store, {"error": "DENIED"}, "FAIL", ["cannot read and write", "set the credentials"]),
         (tracking, {"error": "error code 401"}, "FAIL", ["two", "default store", "server refuses"]),
-        (tracking, {}, "FAIL", ["writes to MLflow at", "does not arrive", "--serve-artifacts"]),
+        (tracking, {}, "FAIL", ["writes to MLflow at", "of it arrives", "--serve-artifacts"]),
     ],
 )
 def test_what_a_node_answers_is_judged(
@@ -187,7 +187,7 @@ def test_what_came_of_the_all_reduce_is_told(answering: Answering) -> None:
     both = "one (10.0.0.1) and two (10.0.0.2), gloo, 64 MiB in 64 ms (1.05 GB/s)"
     tells(check(value=(True, 0.064)), "ok", both)
     tells(check(value=(False, 0.064)), "FAIL", "The sum is wrong")
-    late = "did not get through: no answer within 60 s"
+    late = "cannot communicate: no answer within 60 s"
     tells(check(error="no answer within 60 s"), "FAIL", late, "GLOO_SOCKET_IFNAME")
 
 
@@ -214,10 +214,10 @@ def test_findings_are_lines_and_the_exit_code_tells_of_failures(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert doctor.show([("a", ok("x")), ("b", note("y")), ("b", note("z"))]) == 0
-    assert capsys.readouterr().out.endswith("\nNothing to mend (1 ok, 2 to know).\n")
+    assert capsys.readouterr().out.endswith("\nNothing failed (1 ok, 2 notes).\n")
     assert doctor.show([("a", ok("x")), ("storage", fail("broken\n  in two lines"))]) == 1
     printed = capsys.readouterr().out
-    assert "FAIL  storage     broken in two lines\n1 to mend (1 ok, 0 to know): see" in printed
+    assert "FAIL  storage     broken in two lines\n1 failed (1 ok, 0 notes): see" in printed
 
 
 def test_the_command_line_is_read() -> None:
@@ -367,7 +367,7 @@ def test_sound_machines_are_a_line_of_facts_each(tmp_path: Path, answering: Answ
             "FAIL",
             ["store of 0.1 GiB, but windows of 128 frames", "--object-store-memory)", "--shm-size"],
         ),
-        (replace(ONE, store=0.5 * GIB), {}, "note", ["Ray will spill them to the disk"]),
+        (replace(ONE, store=0.5 * GIB), {}, "note", ["Ray will spill them to disk"]),
     ],
 )
 def test_what_is_short_on_a_machine_is_told(
@@ -445,7 +445,7 @@ def test_an_output_that_can_be_used_is_left_as_it_was(tmp_path: Path, asked: Clu
     kept = tmp_path / "runs" / "kept"
     kept.parent.mkdir()
     kept.write_text("kept")
-    all_see = "the driver and all 2 nodes, who see each other's files"
+    all_see = "the driver and all 2 nodes, which see each other's files"
     tells(writing.check_output(str(kept.parent), asked), "ok", all_see)
     assert _everything_in(tmp_path) == ["runs", "runs/kept"]
 
@@ -461,7 +461,7 @@ def test_what_others_put_into_a_new_output_meanwhile_stays(tmp_path: Path) -> No
 def test_an_output_that_cannot_be_written_fails(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     place = str(tmp_path / "file" / "runs")
-    told = (f"The driver cannot read and write {place} (", "Give --output a folder that can be")
+    told = (f"The driver cannot read and write {place} (", "Give --output a writable folder")
     tells(writing.check_output(place, NO_NODES), "FAIL", *told)
     assert _everything_in(tmp_path) == ["file"]
     nonsense = writing.check_output("nonsense://x/y", NO_NODES)
@@ -608,7 +608,7 @@ def test_a_data_base_that_refuses_is_asked_once(
 
     (tmp_path / "mlflow.db").touch()
     monkeypatch.setattr(sqlalchemy, "inspect", refuses)
-    refused = "the data base refuses user or password"
+    refused = "the database refuses user or password"
     tells(writing.check_mlflow(str(tmp_path), NO_NODES), "FAIL", refused)
     assert len(asked) == 1  # MLflow itself asks for 100 s
 
@@ -775,7 +775,7 @@ def test_a_sound_machine_has_nothing_to_mend_and_nothing_is_left(tmp_path: Path)
     )
     assert done.returncode == 0, done.stdout + done.stderr
     *lines, last = done.stdout.splitlines()
-    assert last.startswith("Nothing to mend (")
+    assert last.startswith("Nothing failed (")
     verdicts = {line.split()[1]: line.split()[0] for line in lines}
     well = ("versions", "ray", "software", "machine", "all-reduce", "storage", "mlflow", "video")
     assert set(verdicts) == {*well, "gpu", "videos"}

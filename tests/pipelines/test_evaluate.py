@@ -266,7 +266,7 @@ def test_what_cannot_be_evaluated_is_refused_before_a_run_starts(
     ("label", "reason"),
     [
         ("swim", r"video 'a'\[1\].label: is not a known class \(found 'swim'\)"),
-        ("action", "1 of the 2 detections in .* have the class 'action' of proposals"),
+        ("action", "1 of the 2 detections in .* are proposals"),
     ],
 )
 def test_detections_of_other_classes_are_refused(tmp_path: Path, label: str, reason: str) -> None:
@@ -421,7 +421,7 @@ def test_raw_detections_of_runs_become_an_ensemble(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=reason):
             ap("--detections", first, second, *options)
-    with pytest.raises(UserError, match=r"detections\.json is what was left after it"):
+    with pytest.raises(UserError, match=r"detections\.json holds detections after it"):
         ap("--detections", first, str(tmp_path / "detections.json"))
     lacking = raw(tmp_path / "3" / "raw.safetensors", {"a": []}, ("jump", "spin"))
     with pytest.raises(UserError, match="run 1 lacks b"):
@@ -470,7 +470,7 @@ def test_detections_of_few_evaluated_videos_are_warned_of(
     content["database"]["e"] = content["database"]["b"]  # a third one, of which one is found
     path.write_text(json.dumps(content))
     run = evaluate_run(parse(arguments))
-    warning = "warning: only 1 of the 3 videos of the subset 'validation' are among the detections"
+    warning = "warning: only 1 of the 3 videos of the subset 'validation' have detections"
     printed = capsys.readouterr().out.splitlines()
     (place,) = [number for number, line in enumerate(printed) if line.startswith(warning)]
     assert "detections.json" in printed[place + 1]  # the title of the table, which may be wrapped

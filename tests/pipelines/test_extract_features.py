@@ -148,7 +148,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
     run_until_killed(config, tmp_path / "log")
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
     assert 1 <= len(before) < 5, (tmp_path / "log").read_text()
-    assert (tmp_path / "log").read_text().splitlines()[0] == "0 of 5 videos are through"
+    assert (tmp_path / "log").read_text().splitlines()[0] == "0 of 5 videos are done"
     assert read_description(str(out)).state == "incomplete"
     assert extract_features(config) == read_description(str(out))
     check_features(config, annotations, tmp_path)
@@ -288,7 +288,7 @@ def test_a_video_that_ends_its_process_is_given_up(tiny_set: Path, tmp_path: Pat
         ({"videos": str(ROOT / "tests"), "annotations": None}, "holds none of them. Correct --vi"),
         ({"output": None}, "no path given. Say where with --output"),
         ({"backbone": replace(BACKBONE, weights=None)}, "no path given. Say where with --weights"),
-        ({"annotations": None, "subsets": ("a",)}, "--subsets are of annotations: say which with"),
+        ({"annotations": None, "subsets": ("a",)}, "--subsets names subsets of annotations"),
     ],
 )
 def test_what_is_missing_is_one_sentence(

@@ -260,9 +260,9 @@ def test_more_videos_may_come_to_npy_files(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     fill(folder_at(tmp_path, PARQUET))
     (tmp_path / FOLDER / "part-00001.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"part-00001.parquet is no file of the form"):
+    with pytest.raises(UserError, match=r"part-00001.parquet does not have the format"):
         folder_at(tmp_path, PARQUET)
-    with pytest.raises(UserError, match=r"part-00001.parquet is no file of the form"):
+    with pytest.raises(UserError, match=r"part-00001.parquet does not have the format"):
         Features(str(tmp_path)).read("c", duration=6.0)
 
 

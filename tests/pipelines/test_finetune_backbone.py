@@ -294,7 +294,7 @@ def _stop_in_step(trainer: Trainer, step: int) -> None:
     ("model", "expected"),
     [
         ({"coupling_epochs": 1.0, "reversible": False}, "leave one of them out"),
-        ({"slice_mb": 4, "reversible": False}, "--model.slice-mb is of rewired connections"),
+        ({"slice_mb": 4, "reversible": False}, "--model.slice-mb is for rewired connections"),
         ({"coupling_epochs": 1.5}, "at most the 1 epochs"),
         ({"coupling_epochs": 0.0}, "above 0"),
     ],
@@ -334,7 +334,7 @@ def test_help_shows_what_most_runs_need_and_all_where_asked(
     assert all(word in shown for word in (*first, "--help-all", "kinetics_re2_swin_t"))
     assert not any(word in shown for word in more)
     assert "folder of the video files" not in shown, "the fields are those of this kind of recipe"
-    assert "folder that the paths in lists are in" in shown
+    assert "folder that contains the paths in lists" in shown
     shown = _help("--help-all", capsys)
     assert all(word in shown for word in first | more)
 
@@ -564,5 +564,5 @@ def test_the_run_in_mlflow_is_complete(clips: Path, tmp_path: Path) -> None:
     )
     found = detector.backbone.state_dict()
     assert all(torch.equal(found[name], value) for name, value in plain.state_dict().items())
-    with pytest.raises(UserError, match="cannot be had from MLflow's store"):
+    with pytest.raises(UserError, match="cannot be downloaded from MLflow's store"):
         local_copy(f"runs:/{run.info.run_id}/no.safetensors", folder, tracking_uri=store)

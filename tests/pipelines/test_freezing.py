@@ -110,11 +110,11 @@ _FROZEN, _ADAPTERS = {"tuning": "frozen"}, {"tuning": "adapters"}
     ("settings", "reason"),
     [
         (_FROZEN | {"frozen": ("backbone.patch_embed",)}, "--model.frozen backbone.patch_embed is"),
-        (_ADAPTERS | {"frozen": ("backbone",)}, "but --model.tuning adapters keeps all of it"),
-        (_FROZEN | {"norms": "frozen"}, "--model.norms frozen is of a backbone that is trained"),
-        (_FROZEN | {"coupling_epochs": 1.0}, "--model.coupling-epochs moves .*tuning frozen keeps"),
-        (_ADAPTERS | {"lora": LoraConfig(rank=2)}, "--model.lora is of --model.tuning lora, but"),
-        ({"adapters": AdapterConfig(ratio=2)}, "--model.adapters is of --model.tuning adapters"),
+        (_ADAPTERS | {"frozen": ("backbone",)}, "but --model.tuning adapters freezes all of it"),
+        (_FROZEN | {"norms": "frozen"}, "--model.norms frozen is for a trained backbone"),
+        (_FROZEN | {"coupling_epochs": 1.0}, "--model.coupling-epochs moves .*tuning frozen does"),
+        (_ADAPTERS | {"lora": LoraConfig(rank=2)}, "--model.lora goes with --model.tuning lora"),
+        ({"adapters": AdapterConfig(ratio=2)}, "--model.adapters goes with --model.tuning adap"),
     ],
 )
 def test_options_that_contradict_one_another_are_refused(
@@ -126,7 +126,7 @@ def test_options_that_contradict_one_another_are_refused(
 
 def test_a_run_without_a_backbone_has_nothing_to_add_to(tiny_recipe: Recipe) -> None:
     recipe = replace(tiny_recipe, data=replace(tiny_recipe.data, features="features"))
-    with pytest.raises(ValueError, match="tuning lora trains parts of a backbone, but with --data"):
+    with pytest.raises(ValueError, match="tuning lora trains parts of a backbone, but --data"):
         replace(recipe, model=replace(recipe.model, tuning="lora"))
 
 

@@ -279,7 +279,7 @@ def test_a_video_that_was_replaced_is_not_through(
     assert read_records(tmp_path, videos, model="m").keys() == {"a", "b", "c"}
     Path(videos["a"]).write_bytes(b"another one")
     assert read_records(tmp_path, videos, model="m").keys() == {"b", "c"}
-    assert "replaced: a: its file is another one" in capsys.readouterr().out
+    assert "replaced: a: its file is not the one" in capsys.readouterr().out
 
 
 def test_records_of_another_model_and_damaged_ones_are_refused(tmp_path: Path) -> None:

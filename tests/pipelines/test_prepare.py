@@ -192,7 +192,7 @@ def test_failed_videos_are_listed_and_only_they_are_made_again(
     with pytest.raises(UserError, match=r"other settings \(annotations: "):
         prepare(config)
     (shards / "part-00001.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"part-00001.parquet is no file of the form"):
+    with pytest.raises(UserError, match=r"part-00001.parquet does not have the format"):
         prepare(config)
 
 

@@ -401,7 +401,7 @@ def test_damaged_sources_and_shards_are_errors_of_the_windows(
     assert decode_sample(row, size=32)["error"]
     path.write_bytes(data[:1000])
     reading._opened.cache_clear()
-    assert "is no file of the form" in decode_sample(row, size=32)["error"]
+    assert "does not have the format" in decode_sample(row, size=32)["error"]
 
 
 @given(
@@ -481,7 +481,7 @@ def test_other_files_of_that_name_are_left_alone(tmp_path: Path) -> None:
     assert read_manifest(str(tmp_path)) is None
     for damaged in (b'{"format": "re2tal shards 1", "state": "half"}', b"", b"\0" * 4096):
         (tmp_path / NAME).write_bytes(damaged)
-        with pytest.raises(UserError, match=r"manifest.json is not of the form .* prepare.py"):
+        with pytest.raises(UserError, match=r"manifest.json does not have the .* prepare.py"):
             read_manifest(str(tmp_path))
 
 

@@ -153,7 +153,7 @@ def test_room_is_asked_for_where_a_folder_will_be(
     require_room("s3://bucket/runs", 2**60, what="a file")
     disk(40 * 2**20)
     require_room(folder, 8 * 2**20, what="a file")
-    with pytest.raises(UserError, match=r"no room for a file: 41 MiB are wanted in .*/to/come, 40"):
+    with pytest.raises(UserError, match=r"no room for a file: 41 MiB are needed in .*/to/come, 40"):
         require_room(folder, 9 * 2**20, what="a file")
     assert list(tmp_path.iterdir()) == []
 

@@ -222,7 +222,7 @@ def test_videos_are_found_as_files_or_in_shards(shard: tuple[ShardTask, Path]) -
     assert "no shard" in found.failures["other"]
     manifest["state"] = "incomplete"
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"not complete: 1 of 1 shards are there. Give the comm"):
+    with pytest.raises(UserError, match=r"not complete: 1 of 1 shards are there. Run the"):
         find_videos(str(folder), None)
 
 

@@ -145,7 +145,7 @@ def test_a_tracker_that_fails_does_not_hide_the_error_and_is_told_later(
             raise UserError("The loss is not finite.")
     first, second = str(ended.value.code).splitlines()
     assert first == "error: The loss is not finite."
-    assert "could not be told that the run is FAILED (database or disk is full)" in second
+    assert "could not record that the run is FAILED (database or disk is full)" in second
     assert _status(run) == "RUNNING"
     start_run(Outer(), output=tmp_path)
     assert _status(run) == "FAILED"
@@ -162,7 +162,7 @@ def test_a_tracker_that_fails_at_the_end_fails_no_run(
         patch.setattr(MlflowClient, "set_terminated", _fail)
         with finishing(run):
             assert _status(run) == "RUNNING"
-    assert "warning: MLflow could not be told that the run is FINISHED" in capsys.readouterr().err
+    assert "warning: MLflow could not record that the run is FINISHED" in capsys.readouterr().err
     open_store("tests", output=tmp_path)
     assert _status(run) == "FINISHED"
 

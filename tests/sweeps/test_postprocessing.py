@@ -91,7 +91,7 @@ def test_raw_detections_of_other_videos_are_refused(
     others = {f"v_{video_id}": found for video_id, found in _repeated(tiny_plan).items()}
     write_raw(tmp_path / RAW_FILE, others, (ACTION,))
     run[0].client.log_artifact(run[0].run_id, str(tmp_path / RAW_FILE))
-    with pytest.raises(UserError, match=r'of none of the 2 videos .* Without "v_" in front'):
+    with pytest.raises(UserError, match=r'cover none of the 2 videos .* Without "v_" in front'):
         search_postprocessing(run[0], trials=1, seed=0, parent=run[0].run_id)
 
 

@@ -87,7 +87,7 @@ def test_the_trial_that_came_nearest_is_named_where_none_keeps_the_constraints(
         )
         trial.set_constraint("memory <= 1GB", memory / 1000 - 1)
         study.add_trial(trial)
-    said = "No trial keeps memory <= 1GB: trial 1, the nearest, reported memory 1500 MB"
+    said = "No trial satisfies memory <= 1GB: trial 1, the nearest, reported memory 1500 MB"
     with pytest.raises(UserError, match=said):
         report(SWEEP, config, run, study)
 

@@ -74,12 +74,12 @@ def test_ranges_are_checked_at_both_ends_and_hold_the_base() -> None:
     asked = Suggestions(toy())
     with pytest.raises(UserError, match=r"epochs cannot be 0.5"):
         asked.number("epochs", 0.5, 9)
-    with pytest.raises(UserError, match=r"optim.clip of 1.0 is not in the range.*2 to 3"):
+    with pytest.raises(UserError, match=r"optim.clip of 1.0 is not in the search range.*2 to 3"):
         asked.number("optim.clip", 2.0, 3.0)
-    with pytest.raises(UserError, match=r"levels of 5 is none of 2, 4"):
+    with pytest.raises(UserError, match=r"levels of 5 is not one of 2, 4"):
         asked.integer("model.localizer.levels", 2, 8, step=2)
     with pytest.raises(UserError, match=r"optim.precision cannot be 'float8'"):
         asked.choice("optim.precision", ("float8",))
     asked.number("optim.ema", 0.5, 1.0)
-    with pytest.raises(UserError, match=r"optim.ema is asked for twice"):
+    with pytest.raises(UserError, match=r"asks for optim.ema twice"):
         asked.number("optim.ema", 0.5, 1.0)

@@ -165,7 +165,7 @@ def test_a_killed_sweep_goes_on_and_tries_again_what_was_under_way(
 ) -> None:
     for name, value in killed.login.items():
         monkeypatch.setenv(name, value)
-    assert "going on with the sweep" in killed.printed
+    assert "continuing the sweep" in killed.printed
     assert "of 3 trials of 1 epoch, 2 at a time" in killed.printed
     _check_runs(killed, trials=3)
     parent, _ = _runs(killed)
@@ -258,7 +258,7 @@ def test_the_winner_is_trained_by_the_command_that_is_printed(
         ),
         (("--base.optim.clip", "5"), "optim.clip of 5.0 is not in the range"),
         (("--trials", "0"), "--trials must be at least 1"),
-        (("--constraint", "memory <= 1GiB"), "without GPUs have no measure of it"),
+        (("--constraint", "memory <= 1GiB"), "without GPUs do not measure it"),
         (("--constraint", "x <= 1"), "trials have no measure 'x'"),
         (("--sampler", "auto"), "--sampler auto needs optunahub"),
         (("--warm-start", "nothing"), "--warm-start nothing: there is neither"),

@@ -243,7 +243,7 @@ def test_a_sweep_of_which_no_trial_came_to_its_end_fails_with_the_first_reason(
     fruitless = optuna.create_study(study_name="fruitless")
     for state in (TrialState.PRUNED, TrialState.FAIL, TrialState.FAIL):
         fruitless.tell(fruitless.ask(), state=state)
-    told = r"0 finished, 1 pruned, 2 failed. The first that failed said: UserError: the loss is not"
+    told = r"0 finished, 1 pruned, 2 failed. The first error: UserError: the loss is not"
     with pytest.raises(UserError, match=told), finishing(sweep.parent):
         report(SWEEP, config, sweep.parent, fruitless)
     assert sweep.parent.client.get_run(sweep.parent.run_id).info.status == "FAILED"
@@ -272,7 +272,7 @@ def test_a_tracker_that_fails_ends_no_sweep_and_hides_no_outcome(
     assert "trial 1  failed: the trial's process ended without a message" in printed.out
     assert "trial 2  pruned  average mAP 0.250" in printed.out
     for number in (1, 2):
-        told = f"warning: MLflow could not be told the outcome of trial {number} (database or disk"
+        told = f"warning: MLflow could not record the outcome of trial {number} (database or disk"
         assert told in printed.err
 
 

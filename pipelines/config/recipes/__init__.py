@@ -1,7 +1,7 @@
-"""Recipes of `train.py`: functions that return a complete, typed configuration of a run.
+"""Recipes of `train.py`: functions that return the complete, typed configuration of a run.
 
-`train.py RECIPE` picks the function by its name; `--field.sub value` and a sweep override single
-fields. Nothing else configures a run: no file inheritance, no globals.
+`train.py RECIPE` selects a function by name; `--field.sub value` and sweeps override single fields.
+Nothing else configures a run: no file inheritance, no globals.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Recipes of ActivityNet-1.3, and of HACS Segments and FineAction, which are trained alike."""
+"""Recipes of ActivityNet-1.3, and of HACS Segments and FineAction, which are trained similarly."""
 
 from dataclasses import replace
 
@@ -27,11 +27,11 @@ _ACTIONFORMER = ActionFormerConfig(
 def anet_re2_swin_t_actionformer() -> Recipe:
     """ActivityNet-1.3 with a reversible Swin-T and ActionFormer; needs data, weights and a GPU.
 
-    Each video is resampled to 768 frames, 224 pixels, batch 8; 192 features. The settings are those
-    that the authors' implementation publishes for this pair. It finds actions of whatever class,
-    and their classes are the two best of an external video classifier: give its file as
-    --data.video-scores (`re2tal.detection.video_scores` says in which form; the authors' results
-    are with cuhk_val_simp_7.json). Of their augmentation, RandAugment is left out.
+    Each video is resampled to 768 frames of 224 pixels, which give 192 features; batch 8. The
+    settings are those that the authors' implementation publishes for this pair. Detection is
+    class-agnostic; the classes are the two best of an external video classifier, whose file is
+    given as --data.video-scores (`re2tal.detection.video_scores` describes the format; the authors'
+    results use cuhk_val_simp_7.json). Of the authors' augmentation, RandAugment is left out.
     """
     return Recipe(
         name="anet_re2_swin_t_actionformer",
@@ -70,10 +70,10 @@ def anet_re2_swin_t_vsgn() -> Recipe:
     """ActivityNet-1.3 with a reversible Swin-T and VSGN; needs data, weights and a GPU.
 
     As `anet_re2_swin_t_actionformer`, with VSGN's settings for ActivityNet as OpenTAD publishes
-    them: a stem at full rate, anchors of 3 and 7.5 node strides, 10 neighbours, matches from tIoU
-    0.6 on. What differs: its classification loss there is focal, ours the authors' balanced cross
-    entropy; 256 features of a video there, 192 here. A window holds the whole video, so nothing is
-    stitched.
+    them: a stem at full rate, anchors of 3 and 7.5 node strides, 10 neighbours, positive anchors
+    from tIoU 0.6 on. Differences: OpenTAD's classification loss is focal, ours is the VSGN authors'
+    balanced cross entropy; OpenTAD has 256 features a video, we have 192. A window holds the whole
+    video, so there is no self-stitching.
     """
     recipe = anet_re2_swin_t_actionformer()
     localizer = VSGNConfig(stem_stride=1, anchor_scales=(3.0, 7.5), neighbours=10, match_tiou=0.6)
@@ -89,11 +89,11 @@ def anet_re2_swin_t_vsgn() -> Recipe:
 def anet_re2_videomae_s_actionformer() -> Recipe:
     """ActivityNet-1.3 with a reversible VideoMAE-S and ActionFormer; needs data, weights and a GPU.
 
-    As `anet_re2_swin_t_actionformer`, with what AdaTAD's authors publish for this pair: 160 pixels,
-    batch 16. Their average mAP is 37.81 (Liu et al., CVPR 2024), with adapters in a frozen
-    backbone (--model.tuning adapters --model.localizer.input-dropout 0). Here everything is
-    trained, with the learning rate and the dropout of features (0.2) of their configuration for
-    full finetuning, of which OpenTAD lists no result; drop path (0.1) is left out.
+    As `anet_re2_swin_t_actionformer`, with the settings that AdaTAD's authors publish for this
+    pair: 160 pixels, batch 16. Their average mAP is 37.81 (Liu et al., CVPR 2024), with adapters in
+    a frozen backbone (--model.tuning adapters --model.localizer.input-dropout 0). Here everything
+    is trained, with the learning rate and the dropout of features (0.2) of their configuration for
+    full finetuning, for which OpenTAD lists no result. Drop path (0.1) is left out.
     Weights: hf:MCG-NJU/videomae-small-finetuned-kinetics.
     """
     recipe = anet_re2_swin_t_actionformer()
@@ -136,9 +136,9 @@ def anet_re2_videomae_l_actionformer() -> Recipe:
 def anet_re2_videomae_v2_g_actionformer() -> Recipe:
     """ActivityNet-1.3 with a reversible VideoMAE V2-g and ActionFormer; needs data, weights, GPUs.
 
-    As `anet_re2_videomae_s_actionformer`, on 224 pixels. AdaTAD's average mAP is 39.86, and 42.90
-    with the classes of InternVideo2 (--data.video-scores). The weights, finetuned on Kinetics-710,
-    are given out by their authors (OpenGVLab/VideoMAEv2) on request.
+    As `anet_re2_videomae_s_actionformer`, with 224 pixels. AdaTAD's average mAP is 39.86, and 42.90
+    with the classes of InternVideo2 (--data.video-scores). The authors of VideoMAE V2 provide its
+    weights, finetuned on Kinetics-710, on request (OpenGVLab/VideoMAEv2).
     """
     recipe = anet_re2_videomae_s_actionformer()
     return replace(
@@ -152,12 +152,12 @@ def anet_re2_videomae_v2_g_actionformer() -> Recipe:
 def hacs_re2_videomae_s_actionformer() -> Recipe:
     """HACS Segments with a reversible VideoMAE-S and ActionFormer; needs data, weights and a GPU.
 
-    Nobody publishes end-to-end settings for HACS: frames and backbone are those of
+    No end-to-end settings are published for HACS. Frames and backbone are those of
     `anet_re2_videomae_s_actionformer`, resampled to 896 frames and 224 features, the number to
-    which OpenTAD resizes features of HACS. Labels, losses and suppression are OpenTAD's for
-    ActionFormer on SlowFast features, where 960 features are padded and the average mAP is 37.71
+    which OpenTAD resizes features of HACS. Labels, losses and suppression are those of OpenTAD's
+    ActionFormer on SlowFast features, which pads to 960 features and has an average mAP of 37.71
     (TriDet 38.47, DyFADet 39.45). Classes are the three best of an external classifier, whose file
-    holds logits (--data.video-scores; OpenTAD takes TCANet's, validation94.32.json).
+    holds logits (--data.video-scores; OpenTAD uses TCANet's, validation94.32.json).
     """
     recipe = anet_re2_videomae_s_actionformer()
     return replace(
@@ -189,12 +189,12 @@ def hacs_re2_videomae_s_actionformer() -> Recipe:
 def fineaction_re2_videomae_s_actionformer() -> Recipe:
     """FineAction with a reversible VideoMAE-S and ActionFormer; needs data, weights and a GPU.
 
-    Nobody publishes end-to-end settings for FineAction: frames and backbone are those of
-    `anet_re2_videomae_s_actionformer`, the localizer's settings those of OpenTAD's ActionFormer on
-    192 features of VideoMAE-H, whose average mAP is 19.32 (of VideoMAE V2-g 19.62; DyFADet 23.70).
-    Actions are short there, and 768 frames few for a long video: more are asked for as
-    --data.window.frames and --model.localizer.positions. Classes are the two best of an external
-    classifier (--data.video-scores).
+    No end-to-end settings are published for FineAction. Frames and backbone are those of
+    `anet_re2_videomae_s_actionformer`. The localizer's settings are those of OpenTAD's ActionFormer
+    on 192 features of VideoMAE-H, with an average mAP of 19.32 (with VideoMAE V2-g 19.62; DyFADet
+    23.70). FineAction's actions are short, and 768 frames are few for a long video:
+    --data.window.frames and --model.localizer.positions set more. Classes are the two best of an
+    external classifier (--data.video-scores).
     """
     recipe = anet_re2_videomae_s_actionformer()
     return replace(

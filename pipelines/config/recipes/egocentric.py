@@ -14,13 +14,13 @@ from re2tal.videos.windows import WindowConfig
 def epic100_re2_videomae_l_actionformer() -> Recipe:
     """EPIC-Kitchens-100 with a reversible VideoMAE-L and ActionFormer; needs data, weights, GPUs.
 
-    Nouns; verbs by --data.form epic-verb --model.localizer.label-smoothing 0. 6144 frames at 15
-    fps, 160 pixels, batch 2, 768 features, 35 epochs of a cosine laid out for 250: the settings of
-    AdaTAD, whose average mAP is 29.44 (nouns) and 29.69 (verbs), with adapters in a frozen
-    backbone that was finetuned on EPIC's nouns or verbs (--model.tuning adapters). What differs:
-    everything is trained, at 1e-5 (their adapters at 8e-5); a feature is the mean of four, theirs
-    of the middle two of four; RandAugment and drop path are left out; and an epoch shows all of a
-    video.
+    Nouns; for verbs give --data.form epic-verb --model.localizer.label-smoothing 0. 6144 frames at
+    15 fps, 160 pixels, batch 2, 768 features, the first 35 epochs of a cosine schedule of 250:
+    these are the settings of AdaTAD, whose average mAP is 29.44 (nouns) and 29.69 (verbs), with
+    adapters in a frozen backbone that was finetuned on EPIC's nouns or verbs (--model.tuning
+    adapters). Differences: here everything is trained, at 1e-5 (their adapters at 8e-5); a feature
+    is the mean of four, theirs that of the middle two of four; RandAugment and drop path are left
+    out; and an epoch covers each whole video.
     """
     recipe = thumos_re2_videomae_l_actionformer()
     return replace(
@@ -56,9 +56,9 @@ def ego4d_re2_videomae_l_actionformer() -> Recipe:
     """Ego4D-MQ with a reversible VideoMAE-L and ActionFormer; needs data, weights and GPUs.
 
     A window holds a whole clip of eight minutes: 8192 frames at 15 fps, 192 pixels, 2048 features.
-    AdaTAD's has 7200 frames, whose 1800 features are padded to as many. Its average mAP is 28.41,
-    with adapters in the last half of an InternVideo backbone, a VideoMAE-L, that was finetuned on
-    Ego4D's verbs and moments; ActionFormer's on features of it is 27.52. What differs: everything
+    AdaTAD's window has 7200 frames, whose 1800 features are padded to 2048. Its average mAP is
+    28.41, with adapters in the last half of InternVideo's VideoMAE-L, finetuned on Ego4D's verbs
+    and moments; ActionFormer on features of that backbone has 27.52. Differences: here everything
     is trained, at 1e-5 (their adapters at 4e-4); RandAugment and drop path are left out.
     """
     recipe = thumos_re2_videomae_l_actionformer()

@@ -21,9 +21,8 @@ from re2tal.videos.augmentation import AugmentationConfig
 from re2tal.videos.stitching import StitchConfig
 from re2tal.videos.windows import WindowConfig
 
-# As the authors' implementation publishes it, but for RandAugment, which follows the flip there.
-# Their crops are shares of the whole frame, ours of the square in its middle, which is also what
-# the evaluation sees.
+# As in the authors' implementation, without RandAugment, which follows the flip there. Their crops
+# are shares of the whole frame; ours are shares of the central square, which evaluation uses too.
 AUGMENTATION = AugmentationConfig(
     source_size=256,
     crop_area=(0.08, 1.0),
@@ -38,15 +37,14 @@ AUGMENTATION = AugmentationConfig(
 def thumos_re2_swin_t_actionformer() -> Recipe:
     """THUMOS-14 with a reversible Swin-T and ActionFormer; needs data, weights and a GPU.
 
-    1024 frames at 15 fps (every second one of 30), 224 pixels, batch 2. The settings are those that
-    the authors' implementation publishes for this pair: 120 epochs of a cosine laid out for 1500.
-    Of its augmentation, RandAugment is left out, and an epoch shows all of a video where it takes
-    one random window.
-    THUMOS trains on its validation set and is evaluated on its test set; in the usual
-    ActivityNet-style file of it these are called training and validation. Of its 213 test videos
-    210 count, as in VSGN's ground truth: falsely annotated ones are left out. OpenTAD's published
-    results are of 211 (--data.keep video_test_0001496), ActionFormer's of 212 (and
-    video_test_0000270).
+    1024 frames at 15 fps (every second frame of 30), 224 pixels, batch 2. The settings are those
+    that the authors' implementation publishes for this pair: the first 120 epochs of a cosine
+    schedule of 1500. Of its augmentation, RandAugment is left out. An epoch covers each whole
+    video; theirs takes one random window of each.
+    THUMOS trains on its validation set and evaluates on its test set; the usual ActivityNet-style
+    file calls them training and validation. Of the 213 test videos 210 are used, as in VSGN's
+    ground truth; wrongly annotated ones are left out. OpenTAD's published results are on 211
+    (--data.keep video_test_0001496), ActionFormer's on 212 (also video_test_0000270).
     """
     return Recipe(
         name="thumos_re2_swin_t_actionformer",
@@ -69,7 +67,7 @@ def thumos_re2_swin_t_actionformer() -> Recipe:
 def thumos_re2_slowfast_101_actionformer() -> Recipe:
     """THUMOS-14 with a reversible SlowFast-101 and ActionFormer; needs data, weights and a GPU.
 
-    As `thumos_re2_swin_t_actionformer`: this backbone too makes 512 features of a window.
+    As `thumos_re2_swin_t_actionformer`; this backbone also makes 512 features of a window.
     """
     recipe = thumos_re2_swin_t_actionformer()
     backbone = replace(slowfast_101(), temporal_stride=2)
@@ -83,13 +81,12 @@ def thumos_re2_slowfast_101_actionformer() -> Recipe:
 def thumos_re2_swin_t_tridet() -> Recipe:
     """THUMOS-14 with a reversible Swin-T and TriDet; needs data, weights and a GPU.
 
-    TriDet's own settings are those that its authors publish for THUMOS-14, on I3D features, where
-    the average mAP is 69.3 (Shi et al., CVPR 2023); OpenTAD gets 69.60 with it. Among them is a
-    start of the SGP layers' filters at zero, from which they learn nothing
-    (--model.localizer.filter-start 0.1 makes them learn). Nobody publishes the pair with a backbone
-    that is trained: frames, backbone and optimiser are ActionFormer's, with 120 epochs in the place
-    of 40, windows of 512 features in the place of 2304, and a weight decay of 0.05 in the place of
-    0.025.
+    TriDet's settings are those that its authors publish for THUMOS-14 with I3D features, where the
+    average mAP is 69.3 (Shi et al., CVPR 2023); OpenTAD reports 69.60. They initialize the filters
+    of the SGP layers at zero, from which these learn nothing (--model.localizer.filter-start 0.1
+    lets them learn). No settings are published for TriDet with a trained backbone. Frames, backbone
+    and optimizer are those of ActionFormer's recipe: 120 epochs instead of 40, windows of 512
+    features instead of 2304, and a weight decay of 0.05 instead of 0.025.
     """
     recipe = thumos_re2_swin_t_actionformer()
     return replace(
@@ -103,13 +100,13 @@ def thumos_re2_swin_t_tridet() -> Recipe:
 def thumos_re2_swin_t_vsgn() -> Recipe:
     """THUMOS-14 with a reversible Swin-T and VSGN; needs data, weights and a GPU.
 
-    VSGN's own settings are those that its authors publish for THUMOS-14 (on features; windows of
-    1280 there, 512 here), self-stitching and windows every quarter included. As there, all classes
-    of a video are thinned out together by Gaussian soft-NMS. What differs: they first thin out each
-    class of each window by hard NMS (tIoU 0.4), where here that is done only between clip and copy
-    of stitched windows (`re2tal.inference`); and they drop detections of 50 s and more. The paper
-    pairs VSGN with these backbones but publishes no settings of the pair: frames, backbone and
-    optimiser are ActionFormer's.
+    VSGN's settings are those that its authors publish for THUMOS-14 on features (windows of 1280
+    features there, 512 here), including self-stitching and a new window every quarter of one. As
+    there, Gaussian soft-NMS runs over all classes of a video together. Differences: the authors
+    first apply hard NMS (tIoU 0.4) to each class of each window, which we apply only between clip
+    and copy in stitched windows (`re2tal.inference`); and they drop detections of 50 s and more.
+    The paper pairs VSGN with these backbones but publishes no settings for the pair: frames,
+    backbone and optimizer are those of ActionFormer's recipe.
     """
     recipe = thumos_re2_swin_t_actionformer()
     stitch = StitchConfig(enabled=True)
@@ -126,14 +123,14 @@ def thumos_re2_swin_t_vsgn() -> Recipe:
 def thumos_re2_videomae_s_actionformer() -> Recipe:
     """THUMOS-14 with a reversible VideoMAE-S and ActionFormer; needs data, weights and a GPU.
 
-    768 frames at 7.5 fps (every fourth of 30), 160 pixels, batch 2, features interpolated to one a
-    frame, 60 epochs of a cosine laid out for 100: the settings that AdaTAD's authors publish for
-    this pair, on 211 videos, where the average mAP is 69.03 (Liu et al., CVPR 2024). They train
-    adapters in a frozen backbone (--model.tuning adapters, at their rate); here everything is
-    trained, at the rate of their configuration for full finetuning, of which OpenTAD lists no
-    result. Further differences: RandAugment and drop path (0.1) are left out, 210 videos count, and
-    an epoch shows all of a video where theirs takes one random window. Weights:
-    hf:MCG-NJU/videomae-small-finetuned-kinetics.
+    768 frames at 7.5 fps (every fourth frame of 30), 160 pixels, batch 2, features interpolated to
+    one a frame, the first 60 epochs of a cosine schedule of 100: these are the settings that
+    AdaTAD's authors publish for this pair, with an average mAP of 69.03 on 211 videos (Liu et al.,
+    CVPR 2024). They train adapters in a frozen backbone (--model.tuning adapters uses their
+    learning rate). Here everything is trained, at the learning rate of their configuration for full
+    finetuning, for which OpenTAD lists no result. Further differences: RandAugment and drop path
+    (0.1) are left out, 210 videos are used, and an epoch covers each whole video, where theirs
+    takes one random window of each. Weights: hf:MCG-NJU/videomae-small-finetuned-kinetics.
     """
     recipe = thumos_re2_swin_t_actionformer()
     return replace(
@@ -184,9 +181,9 @@ def thumos_re2_videomae_v2_g_actionformer() -> Recipe:
     """THUMOS-14 with a reversible VideoMAE V2-g and ActionFormer; needs data, weights and a GPU.
 
     1536 frames at 15 fps, 224 pixels, batch 2, a feature every second frame, 50 epochs. AdaTAD's
-    average mAP with these settings is 77.07, the highest that OpenTAD lists; what differs is as in
-    `thumos_re2_videomae_s_actionformer`. The weights, finetuned on Kinetics-710, are given out by
-    their authors (OpenGVLab/VideoMAEv2) on request.
+    average mAP with these settings is 77.07, the highest that OpenTAD lists. The differences are
+    those of `thumos_re2_videomae_s_actionformer`. The authors of VideoMAE V2 provide its weights,
+    finetuned on Kinetics-710, on request (OpenGVLab/VideoMAEv2).
     """
     recipe = _with_videomae("thumos_re2_videomae_v2_g_actionformer", videomae_v2_g())
     return replace(
@@ -205,10 +202,10 @@ def thumos_re2_videomae_v2_g_actionformer() -> Recipe:
 def multithumos_re2_videomae_s_actionformer() -> Recipe:
     """MultiTHUMOS with a reversible VideoMAE-S and ActionFormer; needs data, weights and a GPU.
 
-    As `thumos_re2_videomae_s_actionformer`, with what AdaTAD publishes for MultiTHUMOS: 80 epochs,
-    three convolutions in the place of two and two transformer blocks before the pyramid, and up to
-    8000 detections of a video. Its average mAP over tIoU 0.1 to 0.9 is 40.77 (VideoMAE-B 42.76, -L
-    45.15), ActionFormer's on I3D features 39.19.
+    As `thumos_re2_videomae_s_actionformer`, with the settings that AdaTAD publishes for
+    MultiTHUMOS: 80 epochs, up to 8000 detections a video, and three convolutions before the pyramid
+    (instead of two convolutions and two transformer blocks). Its average mAP over tIoU 0.1 to 0.9
+    is 40.77 (VideoMAE-B 42.76, -L 45.15); that of ActionFormer on I3D features is 39.19.
     """
     recipe = thumos_re2_videomae_s_actionformer()
     return replace(

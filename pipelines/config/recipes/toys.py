@@ -12,7 +12,7 @@ from re2tal.videos.windows import WindowConfig
 
 
 def toy() -> Recipe:
-    """The toy data set and a small Swin pretrained on toy clips: minutes on two CPU cores."""
+    """Toy data set and a small Swin pretrained on toy clips: minutes on two CPU cores."""
     return Recipe(
         name="toy",
         epochs=4,
@@ -50,7 +50,7 @@ def toy() -> Recipe:
 
 
 def toy_tridet() -> Recipe:
-    """The toy data set with TriDet in the place of ActionFormer."""
+    """Toy data set with TriDet instead of ActionFormer."""
     recipe = toy()
     return replace(
         recipe,
@@ -76,10 +76,10 @@ def toy_tridet() -> Recipe:
 
 
 def toy_vsgn() -> Recipe:
-    """The toy data set with VSGN in the place of ActionFormer.
+    """Toy data set with VSGN instead of ActionFormer.
 
-    Without self-stitching: the toy actions fill a good part of a window as they are, and half of
-    the time would go into clips (--data.window.stitch.enabled).
+    Without self-stitching (--data.window.stitch.enabled): toy actions fill much of a window
+    anyway, and clips would take half of the time.
     """
     recipe = toy()
     return replace(
@@ -102,9 +102,9 @@ def toy_vsgn() -> Recipe:
 
 
 def toy_videomae() -> Recipe:
-    """The toy data set with a small VideoMAE, pretrained on toy clips, in the place of the Swin.
+    """Toy data set with a small VideoMAE, pretrained on toy clips, instead of the Swin.
 
-    A window is eight clips of 16 frames, and a feature two of them, as with the Swin.
+    A window is eight clips of 16 frames, and a feature spans two frames, as with the Swin.
     """
     recipe = toy()
     model = replace(recipe.model, backbone=videomae_toy(), weights=VIDEOMAE_TOY_WEIGHTS)

@@ -100,7 +100,7 @@ def test_time_is_measured_alone() -> None:
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:
-    with pytest.raises(UserError, match="one is 7"):
+    with pytest.raises(UserError, match="two branches per Swin block, not 7"):
         Speed(depths=(4, 7))
     with pytest.raises(UserError, match="need 3 rounds, but rounds is 2"):
         Speed(rounds=2)
