@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Generic, TypeVar, overload
 
 import torch
@@ -24,13 +25,16 @@ def grey_levels(values: Sequence[float]) -> Tensor:
     return 255 * torch.tensor(values).view(3, 1, 1, 1)
 
 
-def normalize(frames: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def normalize(
+    frames: Tensor, mean: Tensor, std: Tensor, take: Callable[[Tensor], Tensor] = lambda x: x
+) -> Tensor:
     """Normalise frames for a backbone.
 
     Args:
         frames: `(B, T, H, W, 3)` uint8.
         mean: `(3, 1, 1, 1)` mean in grey levels.
         std: `(3, 1, 1, 1)` standard deviation in grey levels.
+        take: choice of the frames `(B, 3, T, H, W)` that are wanted, by default all.
 
     Returns:
         `(B, 3, T, H, W)` float32.
@@ -38,7 +42,7 @@ def normalize(frames: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     # Convolutions are faster with channels last on a GPU, which is the frames' layout, and with
     # planes on a CPU.
     layout = torch.contiguous_format if frames.device.type == "cpu" else torch.preserve_format
-    values = frames.permute(0, 4, 1, 2, 3).to(torch.float32, memory_format=layout)
+    values = take(frames.permute(0, 4, 1, 2, 3)).to(torch.float32, memory_format=layout)
     return values.sub_(mean).div_(std)  # in place: hundreds of megabytes
 
 
@@ -127,10 +131,8 @@ class Detector(nn.Module, Generic[BackboneT, LocalizerT]):
                 f"{tuple(frames.shape)}."
             )
 
-        def pixels() -> Tensor:
-            return normalize(frames, self.mean, self.std)
-
-        return rebuildable(pixels(), pixels)
+        pixels = partial(normalize, frames, self.mean, self.std)
+        return rebuildable(pixels(), pixels, pixels)
 
     def feature_mask(self, mask: Tensor) -> Tensor:
         """Reduce a frame mask `(B, T)` to features `(B, T / stride)` with any valid frame."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -81,10 +82,10 @@ class Workload:
 def _normalized(frames: Tensor) -> Tensor:
     """Convert frames to floats; for the backward only the uint8 ones are kept."""
 
-    def build() -> Tensor:
-        return (frames.permute(0, 4, 1, 2, 3).float() / 255 - 0.45) / 0.225
+    def build(take: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+        return (take(frames.permute(0, 4, 1, 2, 3)).float() / 255 - 0.45) / 0.225
 
-    return rebuildable(build(), build)
+    return rebuildable(build(), build, build)
 
 
 def workload_of(recipe: Recipe) -> Workload:

@@ -275,25 +275,40 @@ class AtLeast:
 
     Attributes:
         bytes: bytes of the smallest piece, however small the stream.
+        for_weights: bytes up to which a piece takes three times those of the branch's parameters:
+            each piece adds their gradients to a sum.
     """
 
     bytes: int
+    for_weights: int = 0
 
 
 Budget = int | AtLeast | Literal["auto"] | None
 """Bytes of a piece of a branch; "auto" is the device's `SMALLEST_PIECE`, None does not cut."""
 
-SMALLEST_PIECE = {"cpu": AtLeast(32 * 2**20), "cuda": AtLeast(2 * 2**30)}
+SMALLEST_PIECE = {
+    "cpu": AtLeast(8 * 2**20, for_weights=32 * 2**20),
+    "cuda": AtLeast(2 * 2**30),
+}
 """Default budgets by kind of device. Small pieces leave a GPU waiting for the next: on an H200,
 Swin-T's step on 768 frames took 2.2 s in pieces of 128 MiB, 0.4 s of 2 GiB, and 0.3 s stored."""
 
 
-def bytes_of_piece(budget: int | AtLeast | Literal["auto"], stream: Tensor) -> int:
-    """Compute the bytes of a piece of a stage with these streams."""
+def bytes_of_piece(
+    budget: int | AtLeast | Literal["auto"], stream: Tensor, weights: int = 0
+) -> int:
+    """Compute the bytes of a piece of a stage with these streams.
+
+    Args:
+        budget: the budget.
+        stream: one of the streams.
+        weights: bytes of the branch's parameters.
+    """
     if budget == "auto":
         budget = SMALLEST_PIECE.get(stream.device.type, SMALLEST_PIECE["cpu"])
     if isinstance(budget, AtLeast):
-        return max(budget.bytes, stream.numel() * stream.element_size())
+        more = min(3 * weights, budget.for_weights)
+        return max(budget.bytes, more, stream.numel() * stream.element_size())
     return budget
 
 

@@ -361,10 +361,17 @@ def no_gradients_of_gradients(where: str) -> None:
 
 
 # Beside the tensors, not on them: a tensor that is pickled or sent takes its attributes along.
-_REBUILDS: MutableMapping[Tensor, tuple[Callable[[], Tensor], int]] = WeakTensorKeyDictionary()
+_REBUILDS: MutableMapping[Tensor, tuple[Callable[[], Tensor], int, "PartOf | None"]] = (
+    WeakTensorKeyDictionary()
+)
+
+PartOf = Callable[[Callable[[Tensor], Tensor]], Tensor]
+"""Function that rebuilds what another function takes of a tensor, and nothing else."""
 
 
-def rebuildable(tensor: Tensor, rebuild: Callable[[], Tensor]) -> Tensor:
+def rebuildable(
+    tensor: Tensor, rebuild: Callable[[], Tensor], part: PartOf | None = None
+) -> Tensor:
     """Note how the values of a tensor can be computed again, so that no stage need keep them.
 
     Modules that are recomputed in the backward pass get their input in this way: the merged streams
@@ -374,17 +381,18 @@ def rebuildable(tensor: Tensor, rebuild: Callable[[], Tensor]) -> Tensor:
         tensor: the tensor. The note does not count once it is modified in place.
         rebuild: function that returns the same values, bit for bit, until the backward pass has
             passed here.
+        part: function that does so for what `part_of` takes; by default it takes that of the whole.
 
     Returns:
         ``tensor`` itself.
     """
-    _REBUILDS[tensor] = rebuild, version_of(tensor)
+    _REBUILDS[tensor] = rebuild, version_of(tensor), part
     return tensor
 
 
 def rebuild_of(tensor: Tensor) -> Callable[[], Tensor] | None:
     """Look up the function given to `rebuildable`; None if the tensor's values must be kept."""
-    rebuild, version = _REBUILDS.get(tensor, (None, 0))
+    rebuild, version, _ = _REBUILDS.get(tensor, (None, 0, None))
     return rebuild if version == version_of(tensor) else None
 
 
@@ -397,7 +405,12 @@ def part_of(tensor: Tensor, take: Callable[[Tensor], Tensor]) -> Tensor:
     """
     rebuild = rebuild_of(tensor)
     part = take(tensor)
-    return part if rebuild is None else rebuildable(part, lambda: take(rebuild()))
+    if rebuild is None:
+        return part
+    rebuild_part = _REBUILDS[tensor][2]
+    if rebuild_part is None:
+        return rebuildable(part, lambda: take(rebuild()))
+    return rebuildable(part, partial(rebuild_part, take))
 
 
 # A tensor's name stands in the frames of all that called with it, which keep its memory.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.fx import Proxy
 from torch.utils._pytree import tree_leaves
 
@@ -114,7 +115,8 @@ class Recomputed:
             return None
         flat = x.flatten(0, -how.inner - 1)
         layout = BySample(how.growth)(flat)
-        cuts = spans(layout, bytes_of_piece(self.slice_bytes, x))
+        weights = sum(p.nbytes for p in self.module.parameters())
+        cuts = spans(layout, bytes_of_piece(self.slice_bytes, x, weights))
         return None if len(cuts) == 1 else (layout, cuts, flat)
 
 
@@ -165,8 +167,10 @@ class _Run:
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """Run the module again for the gradients of its input and of its wanted parameters."""
         if self._cuts is None:
-            leaf, y = self._replay(x, 0)
-            found = differentiate(y, [*wanted, *([leaf] if to_input else [])], gradient)
+            leaf, edge = self._replay(x, 0)
+            inputs = [*wanted, *([leaf] if to_input else [])]
+            del x, leaf  # nothing may need the values any more
+            found = differentiate(edge, inputs, gradient)
             return (found.pop() if to_input else None), found
         pieces = self.owner.cut(x)
         assert pieces is not None
@@ -176,10 +180,10 @@ class _Run:
         totals = Totals(len(wanted))
         for part in reversed(range(len(self._cuts))):  # as autograd sums over uses
             span = self._cuts[part]
-            leaf, y = self._replay(layout.take(flat, *span), part)
+            leaf, edge = self._replay(layout.take(flat, *span), part)
             inputs = [*wanted, *([leaf] if to_input else [])]
-            found = differentiate(y, inputs, layout.take(gradient, *span))
-            del leaf, y
+            found = differentiate(edge, inputs, layout.take(gradient, *span))
+            del leaf, edge
             if to_input:
                 into = found.pop()
                 assert into is not None
@@ -188,10 +192,11 @@ class _Run:
             totals.add(found)
         return (joined.result().view(x.shape) if to_input else None), totals.values
 
-    def _replay(self, x: Tensor, part: int) -> tuple[Tensor, Tensor]:
-        """Return the input as a leaf, and the result with its history."""
+    def _replay(self, x: Tensor, part: int) -> tuple[Tensor, GradientEdge]:
+        """Return the input as a leaf, and the history of the result, whose values are spent."""
         with self.conditions.met_again(), torch.enable_grad(), self._draws.replayed(part):
-            return self._once(x)
+            leaf, y = self._once(x)
+        return leaf, get_gradient_edge(y)
 
     def _once(self, x: Tensor) -> tuple[Tensor, Tensor]:
         leaf = x.detach().requires_grad_(self._needs_gradient)

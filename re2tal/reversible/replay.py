@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +156,7 @@ class Surroundings:
 _CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class GeneratorStates:
     """States of the default generators of some devices, as uint8 tensors on the host."""
 
@@ -165,7 +166,12 @@ class GeneratorStates:
     def now(cls, devices: Iterable[torch.device]) -> "GeneratorStates":
         """Read the states of the CPU's generator and of those of `devices`."""
         chosen = dict.fromkeys([_CPU, *(d for d in devices if d.type not in ("cpu", "meta"))])
-        return cls(tuple((device, _generator_state(device)) for device in chosen))
+        latest = _LATEST.get(tuple(chosen))
+        if latest is not None and not latest.moved():
+            return latest  # 5 kB, of which a step would keep one a branch
+        found = cls(tuple((device, _generator_state(device)) for device in chosen))
+        _LATEST[tuple(chosen)] = found
+        return found
 
     def moved(self) -> bool:
         """Tell whether any of these generators has been drawn from since."""
@@ -182,6 +188,9 @@ class GeneratorStates:
                 torch.set_rng_state(state)
             else:
                 torch.get_device_module(device).set_rng_state(state, device)
+
+
+_LATEST: WeakValueDictionary[tuple[torch.device, ...], GeneratorStates] = WeakValueDictionary()
 
 
 def _generator_state(device: torch.device) -> Tensor:
@@ -204,13 +213,18 @@ class Draws:
             self._marks.append(GeneratorStates.now(devices))
 
     def settle(self) -> None:
-        """Forget the states if the forward, which has ended, drew nothing."""
-        if self._marks and not self._marks[0].moved():
+        """Note that the forward has ended. Forget the states if it drew nothing."""
+        if not self._marks:
+            return
+        self._marks.append(GeneratorStates.now(device for device, _ in self._marks[0].states))
+        if all(mark is self._marks[0] for mark in self._marks):
             self._marks.clear()
 
     def replayed(self, part: int) -> AbstractContextManager[None]:
-        """Return to the states before a part; change nothing if the forward drew nothing."""
-        return self._marks[part].restored() if self._marks else nullcontext()
+        """Return to the states before a part; change nothing if it drew nothing."""
+        if not self._marks or self._marks[part] is self._marks[part + 1]:
+            return nullcontext()
+        return self._marks[part].restored()
 
 
 class Conditions:

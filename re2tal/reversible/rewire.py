@@ -318,8 +318,9 @@ def rewire(
             below ``2**(24 - grid)``. "auto" chooses them in every forward of a stage by its input,
             which streams may then outgrow 256 times.
         slice_bytes: branches run in pieces of about this many bytes, where their family says how.
-            "auto" takes as many as one of the streams, but at least 32 MiB on a CPU and 2 GiB on a
-            GPU (see `AtLeast`); None runs branches whole, by the blocks' own code.
+            "auto" takes as many as one of the streams, but at least 8 MiB on a CPU (more for large
+            weights) and 2 GiB on a GPU (see `AtLeast`); None runs branches whole, by the blocks'
+            own code.
         recompute: also recompute stems and the layers between stages instead of storing their
             activations.
         verify: compare the rebuilt input of every stage with what it was; see `check` and

@@ -122,11 +122,13 @@ class Step:
 
     def layout(self, stream: Tensor) -> tuple[Layout, list[Span]]:
         """Lay out an input ``(B, ...)`` in units, and cut these into the spans of pieces."""
-        cut, tied = self.branch.cut, any(map(counts_statistics, self._submodules()))
+        modules, cut = self._submodules(), self.branch.cut
+        tied = any(map(counts_statistics, modules))
         if self._settings.slice_bytes is None or cut is None or tied or stream.numel() == 0:
             return Whole(self._args, self._kwargs), [(0, 1)]
         layout = cut(stream, *self._args, **self._kwargs)
-        return layout, spans(layout, bytes_of_piece(self._settings.slice_bytes, stream))
+        weights = sum(p.nbytes for m in modules for p in m._parameters.values() if p is not None)
+        return layout, spans(layout, bytes_of_piece(self._settings.slice_bytes, stream, weights))
 
     def share(self, layout: Layout, stream: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Compute the tensors that all pieces use: the layout's, and stochastic depth's factors."""

@@ -300,10 +300,19 @@ class _Verdict:
             self._if_so(*numbers)
 
 
+_AT_ONCE = 2**18
+"""Elements whose bits a CPU sums up at once."""
+
+
 def _bits(stream: Tensor) -> Tensor:
     """Sum up the bit patterns: any bit changes the sum, and no order of summation does."""
-    whole = {4: torch.int32, 8: torch.int64}[stream.element_size()]
-    return stream.detach().view(whole).sum(dtype=torch.int64)
+    bits = stream.detach().view({4: torch.int32, 8: torch.int64}[stream.element_size()])
+    if bits.device.type != "cpu" or bits.numel() <= _AT_ONCE:
+        return bits.sum(dtype=torch.int64)
+    # A CPU copies all that it is to sum into 64 bits first.
+    order = sorted(range(bits.ndim), key=bits.stride, reverse=True)
+    parts = bits.permute(order).reshape(-1).split(_AT_ONCE)
+    return torch.stack([part.sum(dtype=torch.int64) for part in parts]).sum()
 
 
 def _sample(stream: Tensor) -> Tensor:

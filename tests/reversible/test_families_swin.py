@@ -18,7 +18,8 @@ from torchvision.models.video.swin_transformer import (
 from re2tal.reversible import Branch, rewire
 from re2tal.reversible.branches import split
 from re2tal.reversible.coupling import Budget, Settings
-from re2tal.reversible.families.swin import RelativeBias, _attend
+from re2tal.reversible.families import swin, window_attention
+from re2tal.reversible.families.window_attention import RelativeBias
 from re2tal.reversible.step import Step
 from tests.reversible.toy_blocks import assert_reversible_is_stored, tiny_swin
 from tests.reversible.zoo import scrambled
@@ -86,10 +87,23 @@ def everything(found: Tensor, x: Tensor, of: nn.Module) -> list[Tensor | None]:
     return [found, *gradients]
 
 
+def grouped(monkeypatch: pytest.MonkeyPatch, *, kept: bool) -> None:
+    """Let heads be computed one by one, and masks made for each piece."""
+    monkeypatch.setattr(window_attention, "_LARGE", 1)
+    monkeypatch.setattr(window_attention, "_GROUP", 1)
+    monkeypatch.setattr(window_attention, "_KEPT", 2**20 if kept else 0)
+    monkeypatch.setattr(swin, "_LARGE_MASKS", 0)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("budget", [1, 20_000, 60_000, "auto"])
-def test_pieces_are_torchvisions_attention(shape: str, budget: Budget) -> None:
+@pytest.mark.parametrize("budget", [1, 20_000, 60_000, "auto", "groups", "groups, kept"])
+def test_pieces_are_torchvisions_attention(
+    shape: str, budget: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     size, window, shift = SHAPES[shape]
+    if str(budget).startswith("groups"):
+        grouped(monkeypatch, kept="kept" in budget)
+        budget = 20_000
     made, x = block(window, shift), video(size)
     truth = everything(made.attn(made.norm1(x)), x, made)
     found = everything(cut(attention(made), x, budget), x, made)
@@ -205,37 +219,56 @@ def test_a_module_that_was_changed_is_called_itself(
     assert len(calls) == 3  # stored; forward and replay
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_the_gradient_of_a_softmax_takes_the_memory_of_the_one_it_gets(dropout: float) -> None:
-    """The same to the bit as that of PyTorch's, also differentiated once more."""
+@pytest.mark.parametrize("groups", [None, "computed again", "kept"])
+def test_attention_holds_few_matrices_of_scores(
+    groups: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gradients are those of PyTorch's operators, also differentiated once more, or twice."""
+    made = block((2, 4, 4), (1, 2, 2))
+    branch, x = attention(made), video((4, 8, 8), batch=1)
+
+    def found() -> tuple[list[Tensor | None], list[int]]:
+        sizes: list[int] = []
+        with Made(32 * 32 * 8, sizes):
+            return everything(cut(branch, x, "auto"), x, made.attn), sizes
+
+    with monkeypatch.context() as patched:
+        patched.setattr(swin, "WindowAttention", None)  # not to be called
+        patched.setattr("re2tal.reversible.families.swin._WindowLayout._plain", lambda _: True)
+        truth, others = found()
+    if groups is not None:
+        grouped(monkeypatch, kept=groups == "kept")
+    ours, sizes = found()
+    for a, b in zip(ours, truth, strict=True):
+        assert a is not None
+        assert b is not None
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert max(sizes) <= max(others) // (1 if groups is None else 2)
+    assert len([size for size in sizes if size == max(others)]) < len(others) // 2
+
+    y = cut(branch, x, "auto").square().sum()
+    parameters = [x, *made.attn.parameters()]
+    first = torch.autograd.grad(y, parameters, retain_graph=True)
+    again = torch.autograd.grad(y, parameters, create_graph=True)
+    for a, b in zip(first, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    second = torch.autograd.grad(again[0].square().sum(), parameters)
+    monkeypatch.setattr("re2tal.reversible.families.swin._WindowLayout._plain", lambda _: True)
+    (to_x,) = torch.autograd.grad(cut(branch, x, "auto").square().sum(), x, create_graph=True)
+    for a, b in zip(second, torch.autograd.grad(to_x.square().sum(), parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_heads_in_groups_are_rebuilt_to_the_bit(
+    kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grouped(monkeypatch, kept=kept)
     torch.manual_seed(0)
-    shape = (3, 2, 12, 4)
-    q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    bias = torch.randn(1, 2, 12, 12, dtype=torch.float64, requires_grad=True)
-
-    def plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1)) + bias
-        return torch.matmul(nn.functional.dropout(scores.softmax(-1), dropout), v)
-
-    def gradients(attend: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        torch.manual_seed(1)
-        y = attend(q, k, v, bias)
-        return torch.autograd.grad(y, (q, k, v, bias), y.detach())
-
-    def ours(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        return _attend(q, k, v, bias, dropout)
-
-    scores: list[int] = []
-    with Made(3 * 2 * 12 * 12 * 8, scores):
-        found = gradients(ours)
-    others: list[int] = []
-    with Made(3 * 2 * 12 * 12 * 8, others):
-        truth = gradients(plain)
-    assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
-    assert len(scores) == len(others) - 1
-    if dropout == 0:
-        small = tuple(t[:1, :1, :3, :3].detach().requires_grad_() for t in (q, k, v, bias))
-        assert torch.autograd.gradgradcheck(ours, small)
+    model = tiny_swin((2, 1))
+    x = torch.randn(2, 3, 4, 32, 32, requires_grad=True)
+    rewire(model, slice_bytes=2**14)
+    assert_reversible_is_stored(model, x)
 
 
 class Made(TorchDispatchMode):

@@ -31,6 +31,7 @@ from re2tal.reversible import (
 )
 from re2tal.reversible.branches import BySample
 from re2tal.reversible.engine import rebuild_of
+from re2tal.reversible.recompute import Recomputed
 from re2tal.reversible.rewire import ALONE
 from tests.reversible.toy_blocks import (
     assert_equal_gradients,
@@ -391,6 +392,32 @@ def test_frames_are_read_once_unless_a_hook_may_keep_them(name: str, stem: str) 
         assert not built.reads_once
 
 
+class Embedding(nn.Module):
+    """Layers that do not keep their input, as those of Swin's stem."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.norm(self.mix(nn.functional.pad(x, (0, 0))))
+        return result
+
+
+def test_the_backward_of_a_stem_holds_neither_its_result_nor_frames_that_it_rebuilt() -> None:
+    frames = torch.randn(64, 8)
+    stem = Recomputed(Embedding(), "stem")
+    large = Large(frames.nbytes)
+    with LiveBytes(stem.module, large):
+        x = rebuildable(frames * 2, lambda: frames * 2)
+        y = stem(x)
+        del x
+        y.sum().backward()
+    # While it is replayed the frames, what two layers keep, its result and the gradient; and then
+    # a layer's gradient instead of frames and result.
+    assert large.most["backward"] == 5
+
+
 class Exactly(Large):
     """Number of storages of one size, beside those that were there."""
 
@@ -408,6 +435,19 @@ def test_a_part_of_frames_is_rebuilt_where_they_are(first: bool) -> None:
     assert part.tolist() == [2, 6, 10]
     assert (rebuild is not None) == first
     assert rebuild is None or torch.equal(rebuild(), part)
+
+
+@pytest.mark.parametrize("size", [(1, 8, 16, 16, 3), (2, 4, 8, 8, 3)])
+def test_only_the_part_of_frames_that_is_read_is_normalised_again(size: tuple[int, ...]) -> None:
+    frames = torch.randint(256, size, dtype=torch.uint8)
+    whole = swin_detector().normalized(frames)
+    part = part_of(whole, lambda x: x[:, :, ::4])
+    rebuild, sizes = rebuild_of(part), Large(0)
+    assert rebuild is not None
+    with LiveBytes(nn.Module(), sizes):
+        again = rebuild()
+        assert max(sizes.alive.values()) == part.numel() * part.element_size()
+    assert torch.equal(again, part)
 
 
 def test_tokens_as_a_convolution_leaves_them_are_changed_in_place() -> None:

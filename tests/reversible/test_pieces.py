@@ -21,11 +21,11 @@ from tests.reversible.zoo import ZOO
 # Operators of a piece in the forward and in the backward. They may only become fewer: a GPU waits
 # for each of them. The branch's own are in brackets.
 MOST = {
-    ("Video Swin", "attention"): (14.3, 32.2),  # (9, 24)
+    ("Video Swin", "attention"): (12, 26.8),  # (7, 19)
     ("Video Swin", "mlp"): (7, 17),  # (4, 12)
-    ("padded Swin", "attention"): (17.3, 38.2),  # (10, 26)
+    ("padded Swin", "attention"): (15, 32.8),  # (8, 21)
     ("padded Swin", "mlp"): (7, 17),
-    ("ViT", "attention"): (9, 22),  # (6, 16)
+    ("ViT", "attention"): (8.4, 21.7),  # (5, 16)
     ("ViT", "mlp"): (7, 17),  # (4, 12)
     ("SlowFast", "residual"): (15.7, 27),  # (9, 18), and 3 counters of batches each
     ("SlowFast, eval", "residual"): (12, 23),  # (9, 18)

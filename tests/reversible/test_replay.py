@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.reversible import rewire, set_reversible
+from re2tal.reversible.replay import Draws
 from tests.reversible.toy_blocks import (
     MlpBlock,
     PairBlock,
@@ -56,6 +57,26 @@ def test_the_mode_of_the_forward_counts(build: Builder) -> None:
     found = one_step(model, x, loss=evaluated)
     assert not any(m.training for m in model.modules())
     assert_equal_gradients(found, one_step(build(), x))
+
+
+def test_states_of_generators_are_kept_once_and_restored_where_something_was_drawn() -> None:
+    draws, x = Draws(), torch.ones(1)
+    states = []
+    for part in range(4):
+        draws.mark(x, {x.device})
+        states.append(torch.get_rng_state())
+        if part == 2:
+            drawn = torch.rand(1)
+    draws.settle()
+    assert len({id(mark) for mark in draws._marks}) == 2
+    for part in range(4):
+        torch.rand(1)
+        before = torch.get_rng_state()
+        with draws.replayed(part):
+            found = torch.get_rng_state()
+            assert torch.equal(found, states[part] if part == 2 else before)
+            assert part != 2 or torch.equal(torch.rand(1), drawn)
+        assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_masks_change_from_step_to_step_and_follow_the_seed() -> None:

@@ -25,7 +25,7 @@ from re2tal.reversible import (
 from re2tal.reversible.branches import split
 from re2tal.reversible.coupling import Settings
 from re2tal.reversible.step import Step
-from re2tal.reversible.watch import reconstruction_error
+from re2tal.reversible.watch import _bits, reconstruction_error
 from tests.reversible.toy_blocks import (
     MlpBlock,
     PairBlock,
@@ -206,6 +206,22 @@ def test_a_frozen_bottom_is_compared_where_the_tape_ends(frozen: int) -> None:
     assert set(reconstruction_errors(model).values()) == {0.0}
     model.blocks[frozen] = Dishonest()
     assert_found(model, "rebuilt input")
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_bits_are_summed_in_parts_and_none_is_left_out(
+    last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU's sum would copy all of them into 64 bits first."""
+    kind = torch.channels_last if last else torch.contiguous_format
+    x = torch.randn(2, 3, 5, 7).contiguous(memory_format=kind)
+    whole = _bits(x)
+    monkeypatch.setattr("re2tal.reversible.watch._AT_ONCE", 16)
+    assert _bits(x) == whole
+    for place in ((0, 0, 0, 0), (1, 2, 4, 6), (1, 0, 3, 2)):
+        changed = x.clone()
+        changed[place] = torch.nextafter(x[place], x[place] + 1)
+        assert _bits(changed) != whole
 
 
 @pytest.mark.parametrize("exact", [True, False])

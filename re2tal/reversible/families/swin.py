@@ -29,15 +29,19 @@ from re2tal.reversible.branches import (
     Layout,
     Leading,
     Places,
-    alone,
     branches,
     has_hooks,
     recomputed,
 )
 from re2tal.reversible.coupling import Grid
-
-_MASKED = -100
-"""Added by torchvision to the scores of tokens that the cyclic shift brought together."""
+from re2tal.reversible.families.window_attention import (
+    MASKED,
+    Offsets,
+    RelativeBias,
+    WindowAttention,
+    attend,
+    in_groups,
+)
 
 
 @branches.register
@@ -104,6 +108,8 @@ class Windows:
                     window[axis] = length
         windows = _Windows(x.shape[0], size, tuple(window), tuple(shift), x.device)
         tokens, heads = prod(window), self.attention.num_heads
+        # Matrices of pairs of tokens that are alive; of fused attention the bias's gradient.
+        alive = heads if x.device.type == "cuda" else 4 * heads
         mode = x.fake_mode if isinstance(x, FakeTensor) else None
         return _WindowLayout(
             norm=self.norm,
@@ -112,7 +118,7 @@ class Windows:
             kept=(kept := _kept(windows, mode)),
             light=100 * kept.places.index.nbytes <= x.nbytes,
             units=windows.count,
-            elements=tokens * (_scores(x.device) * heads * tokens + 12 * x.shape[-1]),
+            elements=tokens * (alive * tokens + 12 * x.shape[-1]),
         )
 
 
@@ -157,12 +163,28 @@ class _Masks:
     Attributes:
         kinds: kind of each window, of which there are at most 8; the first has nothing to mask.
         index: the same as a tensor.
-        apart: ``(kinds, 1, tokens, tokens)``, true for tokens that were not neighbours.
+        regions: number of the part of the unshifted input that a token is of, ``(kinds, tokens)``.
+        apart: ``(kinds, 1, tokens, tokens)``, true for tokens that were not neighbours; None where
+            that is large, and made for each piece.
     """
 
     kinds: bytes
     index: Tensor
-    apart: Tensor
+    regions: Tensor
+    apart: Tensor | None
+
+    def of(self, start: int, stop: int) -> Tensor | None:
+        """Return what is to be masked, ``(windows or 1, 1, n, n)``, if there is anything."""
+        here = self.kinds[start:stop]
+        mixed = here.count(here[0]) < len(here)
+        if not mixed and here[0] == 0:
+            return None
+        kept = self.regions if self.apart is None else self.apart
+        if mixed:
+            chosen = kept.index_select(0, self.index[start:stop])
+        else:
+            chosen = kept[here[0] : here[0] + 1]
+        return _apart(chosen) if self.apart is None else chosen
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -185,14 +207,30 @@ class _WindowLayout:
     contiguous: bool = False
 
     def share(self) -> tuple[Tensor, ...]:
-        """Compute the relative position bias, ``(1, heads, tokens, tokens)``."""
+        """Compute the relative position bias, ``(1, heads, tokens, tokens)``.
+
+        Attention by groups of heads gets the table of offsets instead, ``(heads, offsets)``, and
+        an index of these.
+        """
         table, own = self.attention.relative_position_bias_table, self.attention.window_size
         window = self.windows.window
-        if window[1:] == tuple(own[1:]):
-            index = self.attention.relative_position_index
+        if window[1:] != tuple(own[1:]):
+            # Cut short along another axis than the first, torchvision's index means other offsets.
+            return (self.attention.get_relative_position_bias(list(window)),)
+        index = self.attention.relative_position_index
+        if self._plain() or not in_groups(table.shape[1], prod(window)):
             return (RelativeBias.apply(table, index, tuple(own), window),)
-        # Cut short along another axis than the first, torchvision's index means other offsets.
-        return (self.attention.get_relative_position_bias(list(window)),)
+        return table.t().contiguous(), Offsets.of_one_place(index, tuple(own))
+
+    def _plain(self) -> bool:
+        """Tell whether attention is PyTorch's, or a chain of its operators."""
+        drops = self.attention.training and self.attention.attention_dropout > 0
+        return (
+            self.windows.device.type == "cuda"
+            or drops
+            or torch._C._are_functorch_transforms_active()
+            or torch.compiler.is_exporting()
+        )
 
     def new(self, piece: Tensor, shape: torch.Size) -> Tensor:
         """Make an empty tensor of a shape, with a spare row behind its end if there is padding."""
@@ -234,136 +272,30 @@ class _WindowLayout:
         shared: Sequence[Tensor],
     ) -> Tensor:
         """Compute the attention within each window of a piece, with a fused kernel on a GPU."""
-        attention, (bias,) = self.attention, shared
+        attention, (bias, *index) = self.attention, shared
         x = self.norm(piece)
         if self.kept.places.padding is not None:
             x = x.masked_fill(self.kept.places.padding[start:stop], 0)
         windows, tokens, channels = x.shape
         qkv = attention.qkv(x).view(windows, tokens, 3, attention.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        bias = self._masked(bias.to(q.dtype), start, stop)
-        dropout = attention.attention_dropout if attention.training else 0.0
-        y = _attend(q, k, v, bias, dropout)
-        y = y.transpose(1, 2).reshape(windows, tokens, channels)
-        return F.dropout(attention.proj(y), attention.dropout, attention.training)
-
-    def _masked(self, bias: Tensor, start: int, stop: int) -> Tensor:
-        """Add the mask of tokens that were not neighbours: ``(windows or 1, heads, n, n)``."""
         masks = self.kept.masks
-        if masks is None:
-            return bias
-        here = masks.kinds[start:stop]
-        if here.count(here[0]) < len(here):
-            apart = masks.apart.index_select(0, masks.index[start:stop])
-        elif here[0]:
-            apart = masks.apart[here[0] : here[0] + 1]
+        bias, apart = bias.to(qkv.dtype), None if masks is None else masks.of(start, stop)
+        if self._plain():
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            bias = bias if apart is None else torch.add(bias, apart, alpha=MASKED)
+            dropout = attention.attention_dropout if attention.training else 0.0
+            attends = F.scaled_dot_product_attention if q.is_cuda else attend
+            y = attends(q, k, v, bias, dropout).transpose(1, 2)
         else:
-            return bias
-        return torch.add(bias, apart, alpha=_MASKED)
+            own, window = tuple(attention.window_size), self.windows.window
+            offsets = Offsets(own, window, *index) if index else None
+            y = WindowAttention.apply(qkv, bias, offsets, apart)
+        y = attention.proj(y.reshape(windows, tokens, channels))
+        return F.dropout(y, attention.dropout, attention.training)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
-    """Attend, ``(windows, heads, tokens, C / heads)``; fused where the bias gets a gradient."""
-    if q.device.type == "cuda":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-    # Elsewhere it falls back to these matrices, and guards them against rows that are all masked.
-    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1)) + bias
-    if torch._C._are_functorch_transforms_active():
-        weights = scores.softmax(-1)
-    else:
-        weights = _Softmax.apply(scores)
-    return torch.matmul(F.dropout(weights, dropout), v)
-
-
-class _Softmax(torch.autograd.Function):
-    """Softmax along the last dimension, whose backward takes the memory of its result's gradient.
-
-    That saves one matrix of scores where the most of them are alive. The gradient is dropout's, or
-    a view of a product of matrices that autograd has made for this alone.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor) -> Tensor:
-        weights = scores.softmax(-1)
-        ctx.save_for_backward(weights)
-        ctx.dtype, ctx.recorded = scores.dtype, False
-        return weights
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (weights,) = ctx.saved_tensors
-        found: Tensor
-        # What gradients of gradients send here a second time may be somebody else's, too.
-        ctx.recorded = ctx.recorded or torch.is_grad_enabled()
-        ours = alone(gradient, beside=int(gradient._base is not None))
-        if ctx.recorded or gradient.dtype != ctx.dtype or not ours:
-            found = torch._softmax_backward_data(gradient, weights, -1, ctx.dtype)
-        else:
-            found = torch.ops.aten._softmax_backward_data.out(
-                gradient, weights, -1, ctx.dtype, grad_input=gradient
-            )
-        return found
-
-
-def _scores(device: torch.device) -> int:
-    """Count the elements alive for each pair of tokens; a fused one is the bias's gradient."""
-    return 1 if device.type == "cuda" else 4
-
-
-class RelativeBias(torch.autograd.Function):
-    """Bias between all pairs of tokens of a window, from the table of offsets.
-
-    The gradient of an offset is the sum over a diagonal of each axis. It is taken with shears,
-    axis by axis, many times as fast as the scattered additions of an index, and always in the same
-    order.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        table: Tensor, index: Tensor, own: tuple[int, ...], window: tuple[int, ...]
-    ) -> Tensor:
-        """Look up the bias, ``(1, heads, tokens, tokens)``.
-
-        Args:
-            table: ``(offsets, heads)`` over all axes of the module's own window.
-            index: ``(tokens, tokens)`` of the own window: the row of each pair.
-            own: the module's own window.
-            window: the window in use; it may be shorter along the first axis.
-        """
-        tokens = prod(window)
-        pairs = index.view(prod(own), prod(own))[:tokens, :tokens]
-        return Places(pairs).take(table).permute(2, 0, 1).unsqueeze(0).contiguous()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004
-        """Only shapes are needed in the backward."""
-        *_, ctx.own, ctx.window = inputs
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        """Compute the gradient of the table."""
-        own, window = ctx.own, ctx.window
-        heads, axes = gradients[0].shape[1], len(window)
-        gradient = gradients[0].reshape(heads, *window, *window)
-        for axis in range(axes):
-            # (heads, offsets so far, queries.., keys..)
-            moved = gradient.movedim((1 + axis, 1 + axes), (-2, -1))
-            gradient = _sheared_sum(moved).movedim(-1, 1 + axis)
-        short = own[0] - window[0]
-        gradient = F.pad(gradient, (*(0,) * (2 * axes - 2), short, short))
-        return gradient.reshape(heads, -1).t(), None, None, None
-
-
-def _sheared_sum(pairs: Tensor) -> Tensor:
-    """Sum over ``i - j``: ``(..., w, w)`` to ``(..., 2 w - 1)``, from ``1 - w`` to ``w - 1``."""
-    w = pairs.shape[-1]
-    padded = F.pad(pairs.flip(-1), (0, w)).flatten(-2)
-    # Rows of one less than their length: each row starts one place further to the right.
-    sums: Tensor = padded[..., :-w].unflatten(-1, (w, 2 * w - 1)).sum(-2)
-    return sums
-
+_LARGE_MASKS = 2**20
+"""Bytes from which on masks are made for each piece where memory is a processor's."""
 
 _KEPT: WeakValueDictionary[tuple[_Windows, FakeTensorMode | None], _Kept] = WeakValueDictionary()
 
@@ -423,9 +355,14 @@ def _masks(windows: _Windows) -> _Masks:
     numbers = {kind: number for number, kind in enumerate(sorted(set(last)))}
     kinds = bytes(numbers[kind] for kind in last)
     region = region[[kinds.index(number) for number in range(len(numbers))]]
-    apart = region.unsqueeze(1) != region.unsqueeze(2)
     kinds *= windows.batch
-    return _Masks(kinds, torch.tensor(list(kinds), device=device), apart.unsqueeze(1))
+    index = torch.tensor(list(kinds), device=device)
+    small = device.type == "cuda" or len(region) * region.shape[1] ** 2 < _LARGE_MASKS
+    return _Masks(kinds, index, region, _apart(region) if small else None)
+
+
+def _apart(regions: Tensor) -> Tensor:
+    return (regions.unsqueeze(1) != regions.unsqueeze(2)).unsqueeze(1)
 
 
 def _along(windows: _Windows, axis: int, places: Tensor) -> Tensor:
