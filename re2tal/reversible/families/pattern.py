@@ -149,7 +149,7 @@ def _cut(plan: Plan, block: nn.Module, place: int, function: Callable[..., Tenso
 
 
 def _as_weights(block: nn.Module, x: Tensor) -> Tensor:
-    """Return a tensor like the stream in the dtype that the branch will get; values do not count."""
+    """Return a tensor like the stream, values aside, in the dtype that the branch will get."""
     largest = max(block.parameters(), key=Tensor.numel, default=x)
     return x if largest.dtype == x.dtype else torch.empty_like(x, dtype=largest.dtype)
 
@@ -175,7 +175,7 @@ def _kept(
             _LOG.debug("%s is not cut into pieces: %s", type(block).__name__, error)
             plan.kept[key] = None
         else:
-            # Besides what is saved: the input, the result, the gradient of the largest intermediate.
+            # Besides what is saved: the input, the result, a gradient of the largest one between.
             plan.kept[key] = saved * 5 // 4 + 3 * math.prod(unit)
     return plan.kept[key]
 
@@ -183,7 +183,7 @@ def _kept(
 def _saved(
     block: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, shape: tuple[int, ...]
 ) -> int:
-    """Count the elements that autograd saves of a branch, on fake tensors, without computing it."""
+    """Count the elements that autograd saves of a branch, on fake tensors that hold no values."""
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class Plan:
         proved: recording and branches by mode: False for eval, True for training.
         cuts: way to cut each branch into pieces: "tokens", "samples" or None.
         recorded: recordings and branches for inputs met since, by shape and other conditions.
-        kept: number of elements that a unit keeps alive, by branch, shape of the unit and conditions.
+        kept: number of elements that a unit keeps alive, by branch, unit's shape and conditions.
     """
 
     inlined: frozenset[str]
@@ -231,7 +231,7 @@ def _summary(value: Any, depth: int = 2) -> Any:
 
 def _proved_on_copy(block: nn.Module) -> Plan:
     own = type(block).__module__.startswith("torch.nn.")
-    # A block that contains rewired containers was left out when these were found.
+    # Nor is a block tried out of which a part is already reversible.
     own |= any(isinstance(module, Rewired) for module in block.modules())
     if own or type(block).forward in (nn.Sequential.forward, nn.Module.forward):
         raise NoFamilyError(f"no family is registered for {type(block).__name__}")
@@ -282,8 +282,8 @@ def _scrambled(block: nn.Module) -> nn.Module:
     copied = copied.float().requires_grad_(True)
     with torch.no_grad():
         for parameter in copied.parameters():
-            # Weights keep the variance of their input (1 / fan-in). Scales and biases are near 1, so
-            # that none switches a branch off.
+            # Weights keep the variance of their input (1 / fan-in). Scales and biases are near 1,
+            # so that none switches a branch off.
             if parameter.dim() > 1:
                 parameter.normal_(0, min(1.0, parameter[0].numel() ** -0.5))
             else:
@@ -463,7 +463,7 @@ def _way_to_cut(
     kwargs: Mapping[str, Any],
     inlined: frozenset[str],
 ) -> str | None:
-    """Test whether a branch treats all tokens independently ("tokens"), or all samples, or neither."""
+    """Test whether a branch treats tokens independently, or samples, or neither (None)."""
     recording, found = proved[False]
     residual = found[place]
     with torch.no_grad():
