@@ -103,7 +103,7 @@ def test_all_that_a_forward_keeps_are_the_streams(needs_input: bool) -> None:
     streams = 2 * one + 3 * two  # two streams of each stage, and the output
     assert streams <= held_after(model, forward) < streams + SMALL
     rewire(model, recompute=False)
-    # Otherwise the merged streams, which PatchMerging normalises, and its norm's result are kept too.
+    # Otherwise the merged streams, which PatchMerging normalises, and its norm are kept too.
     assert held_after(model, forward) > streams + 2 * one
 
 

@@ -251,7 +251,7 @@ both_precisions = pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "b
 
 
 class Precision(nn.Module):
-    """Model that calls another in float32 or under autocast, and returns the tensor for the loss."""
+    """Model that calls another, under autocast if asked, and returns the tensor for the loss."""
 
     def __init__(self, inner: nn.Module, *, bf16: bool) -> None:
         super().__init__()
