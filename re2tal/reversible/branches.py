@@ -194,6 +194,7 @@ class Samples(_Called):
 
     def new(self, piece: Tensor, shape: torch.Size) -> Tensor:
         """Make an empty tensor whose samples have the memory format of the piece's."""
+        # Order of the inner dimensions in memory, such as (T, H, W, C) for channels-last.
         inner = sorted(range(1, piece.ndim), key=piece.stride, reverse=True)
         return torch.empty_permuted(shape, (0, *inner), dtype=piece.dtype, device=piece.device)
 

@@ -56,6 +56,7 @@ class Rewired(nn.Module):
         module.__class__ = cls
         assert isinstance(module, Rewired)
         for name in rewired:
+            # Attributes of the object precede those of its class: nn.Module calls this forward.
             vars(module._modules[name])["forward"] = Passage(module, name)
 
     def restore(self) -> None:
@@ -224,6 +225,7 @@ class Passage:
             x = self.container.run(names, x, args, kwargs)
         else:
             self._check(x, names[names.index(self.name) - 1], args, kwargs)
+        # With the version, so that the next block notices a change in place.
         _PASSED[x] = self.container, self.name, version_of(x), args, kwargs
         self.container.watch.left_at(self.name, at_end=self.name == names[-1])
         return returned(block, x, *args, **kwargs)
@@ -258,7 +260,7 @@ class Passage:
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return a is b
+        return a is b  # `==` would compare element by element
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, Mapping) and isinstance(b, Mapping):

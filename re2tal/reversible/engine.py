@@ -333,6 +333,7 @@ class _Tape:
         rebuilt = _own(following) if compares or depth != self.bottom else None
         del following
         if needs_current:
+            # In the first step back the tape holds g_n twice: see `begin`.
             passed = gradient * beta if passed is gradient else _own(passed)
         found = step.replay(current, rebuilt, gradient, passed if needs_current else None, wanted)
         if needs_current:

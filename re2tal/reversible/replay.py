@@ -225,6 +225,7 @@ class Draws:
         if not self._marks:
             return
         self._marks.append(GeneratorStates.now(device for device, _ in self._marks[0].states))
+        # States between which nothing was drawn are one object; see `GeneratorStates.now`.
         if all(mark is self._marks[0] for mark in self._marks):
             self._marks.clear()
 
@@ -289,6 +290,7 @@ class Conditions:
             yield
         self._refuse_changed(watched)
         self._unchanged += [(f"the buffer {name!r}", b, v) for _, name, b, v in watched]
+        # Parameters are not copied for the replay, so their versions must not change until then.
         self._unchanged += [("a parameter", p, p._version) for p in self.parameters]
 
     @contextmanager

@@ -172,6 +172,7 @@ class _Plan:
         module of a family is one whatever it holds. Stages inside a block are dropped, unless
         families describe all children of their container.
         """
+        # named_modules() lists parents before children.
         for name, module in reversed(list(model.named_modules())):
             if not isinstance(module, (nn.Sequential, nn.ModuleList)):
                 continue
@@ -356,7 +357,7 @@ def rewire(
     )
     if not plan.containers:
         raise ValueError(_refusal(model, plan, report.left_out))
-    unwire(model)
+    unwire(model)  # only now, so that a refusal leaves the model as it was
     for module, name, stages in plan.containers:
         blocks = frozenset(block for stage in stages for block in stage.blocks)
         adopting = rewired_class(module)
@@ -416,6 +417,7 @@ def unwire(model: nn.Module) -> None:
     """
     _require_module(model)
     found = list(reversible_stages(model))
+    # All checks before the first change, so that an error leaves the model as it was.
     for name, stage in found:
         if rewired_class(stage) is not type(stage):
             raise ReversibleError(

@@ -166,6 +166,7 @@ class Step:
         Raises:
             ReversibleError: if the branch changes the shape, or modifies its input in place.
         """
+        # Counts in-place changes of the branch's input; see below.
         version = None if piece.is_inference() else piece._version
         try:
             result = layout.run(self.branch, piece.to(self._dtype), *span, shared)

@@ -66,6 +66,7 @@ def returned(block: nn.Module, y: Tensor, *args: Any, **kwargs: Any) -> Any:
             return own_tensor(block, leaf.name)
         if not isinstance(leaf, Value):
             return leaf
+        # Arguments that the block returns are passed through; the stream, input 0, becomes y.
         number = recording.original(leaf).number
         return inputs[number] if 0 < number < recording.inputs else y
 
@@ -199,6 +200,6 @@ def _saved(
         own = [fake_of(p, leaf).untyped_storage() for p in (*block.parameters(), *block.buffers())]
         with saved:
             run(leaf)
-    for storage in own:
+    for storage in own:  # parameters and buffers are saved too, but need no memory of their own
         storages.pop(storage._cdata, None)
     return sum(storages.values())

@@ -269,6 +269,7 @@ class _Chain:
         done = earlier[-1].moves if earlier else ()
         whole = (*done, *moves)
         drop_path = self._drop_path(terms[0]) if len(terms) == 1 else None
+        # The branch starts from the skipped value, or from what that was reshaped from.
         for source, before in ((self._recording.original(skipped), whole), (base, done)):
             skip = [] if drop_path is None else [drop_path]
             results = terms if scale is None else [*terms, scale]
@@ -311,6 +312,7 @@ class _Chain:
             return None
         a, b = made.values
         shapes = self._recording.shapes
+        # A third argument is a factor, add(a, b, alpha=2); other shapes are broadcast.
         if len(made.arguments) != 2 or not shapes[a] == shapes[b] == shapes[value]:
             return None
         return a, b
@@ -357,6 +359,7 @@ class _Chain:
             named = made.function if isinstance(made.function, str) else None
             if named is not None and drops_path(self._block.get_submodule(named)):
                 return made
+            # Only operators that commute with a factor per sample: the engine applies it last.
             if not (made.name in _RESHAPES or self._scales(made) or value in made.same):
                 break
             value = made.values[0]
