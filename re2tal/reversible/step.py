@@ -87,7 +87,7 @@ class Step:
             )
 
     def increment(self, stream: Tensor) -> Tensor:
-        """Compute the increment ``u_i`` with autograd, without rounding to the grid."""
+        """Compute the increment ``u_i``, not yet rounded; autograd stores what it needs."""
         layout, cuts = self.layout(stream)
         shared, factor = self.share(layout, stream)
         if len(cuts) == 1 and layout.contiguous:

@@ -5,7 +5,7 @@ sample of its values. At the end of the backward it is compared with that of the
 GPU the verdict is copied to the host while the device continues. It is read after it has arrived,
 at a later forward of the stage, or at once by `check`.
 
-Whether a coupling with ``beta != 1`` can be inverted precisely enough is measured. The inversion
+Without a grid, the error of a coupling other than (0, 1) is measured. The inversion
 
     x_{i-2} = (x_i - F_i(x_{i-1}) - alpha x_{i-1}) / beta
 
