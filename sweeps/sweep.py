@@ -146,6 +146,11 @@ class SweepConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, not {value}.")
+        if self.base.scale.validation_workers:
+            raise ValueError(
+                "--base.scale.validation-workers must be 0: trials are compared by the mAP of each "
+                "epoch, which has to be there when the epoch ends."
+            )
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"--minutes must be above 0, not {self.minutes:g}.")
         _ = self.constraints

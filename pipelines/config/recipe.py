@@ -179,7 +179,10 @@ class ScaleConfig:
             at once.
         decoder_threads: threads of a decoding task; more than one helps only with large frames.
         max_failures: largest number of times that lost workers are replaced, each time from the
-            last checkpoint.
+            last checkpoint, and that a lost evaluation is restarted.
+        validation_workers: largest number of evaluations at a time beside the training, which then
+            continues at once when an epoch ends. Each has the resources of a worker and evaluates
+            one epoch, with the same results. With 0 the workers evaluate before they continue.
     """
 
     workers: int = 1
@@ -191,8 +194,18 @@ class ScaleConfig:
     cpus_per_decoder: float = 0.5
     decoder_threads: int = 1
     max_failures: int = 2
+    validation_workers: int = 0
 
     def __post_init__(self) -> None:
+        if self.validation_workers < 0:
+            raise ValueError(
+                f"--scale.validation-workers must be at least 0, not {self.validation_workers}."
+            )
+        if self.validation_workers and self.min_workers is not None:
+            raise ValueError(
+                "--scale.validation-workers does not go with --scale.min-workers, by which the "
+                "training takes whatever the cluster has: leave either out."
+            )
         if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
             raise ValueError(
                 f"ScaleConfig.min_workers of {self.min_workers} is not from 1 to the "

@@ -55,7 +55,7 @@ class TimeLeft:
         if len(self._steps) < self._ENOUGH:
             return ""
         left = sum(self._steps) / len(self._steps) * steps  # seconds
-        if self._evaluation is not None:
-            return f"left {duration(left + self._evaluation * evaluations)}"
+        if self._evaluation is not None or not evaluations:
+            return f"left {duration(left + (self._evaluation or 0.0) * evaluations)}"
         behind = "the evaluation" if evaluations == 1 else f"{evaluations} evaluations"
         return f"left {duration(left)} and {behind}"

@@ -1,5 +1,6 @@
 """Resources of the cluster, and checks that a run fits; without them Ray would wait for ever."""
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -22,16 +23,34 @@ def check_resources(scale: ScaleConfig) -> None:
     """Compare the needs of a run with the resources of the whole cluster.
 
     Raises:
-        UserError: CPUs or GPUs do not suffice for all workers and one decoding task.
+        UserError: CPUs or GPUs do not suffice for all workers, one evaluation beside them, if it is
+            to run there, and one decoding task.
     """
     workers = scale.workers if scale.min_workers is None else scale.min_workers
+    beside = min(1, scale.validation_workers)
     require_resources(
-        cpus=workers * scale.cpus_per_worker + scale.cpus_per_decoder,
-        gpus=workers if scale.gpu else 0,
-        who=f"{workers} workers and the decoding",
-        advice="Lower --scale.workers or --scale.cpus-per-worker, or train without GPUs "
+        cpus=(workers + beside) * scale.cpus_per_worker + scale.cpus_per_decoder,
+        gpus=workers + beside if scale.gpu else 0,
+        who=f"{workers} workers{', an evaluation beside them' * beside} and the decoding",
+        advice="Lower --scale.workers or --scale.cpus-per-worker, "
+        f"{'leave out --scale.validation-workers, ' * beside}or train without GPUs "
         "(--scale.no-gpu).",
     )
+
+
+def evaluations_at_a_time(scale: ScaleConfig) -> int:
+    """Return the number of evaluations that the cluster can hold beside all workers of a run.
+
+    More would wait for resources, and take those of a worker that is lost before it is replaced.
+    """
+    have = capacity()
+    fit = [scale.validation_workers]
+    if scale.cpus_per_worker:
+        left = have["CPU"] - scale.workers * scale.cpus_per_worker - scale.cpus_per_decoder
+        fit.append(math.floor(left / scale.cpus_per_worker + 1e-6))
+    if scale.gpu:
+        fit.append(int(have.get("GPU", 0.0)) - scale.workers)
+    return max(0, min(fit))
 
 
 def require_resources(*, cpus: float, gpus: int, who: str, advice: str) -> None:

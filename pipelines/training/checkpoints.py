@@ -36,6 +36,7 @@ from torch.optim.swa_utils import AveragedModel
 from pipelines.core.storage import crc32, join, read_bytes, require_room, sizes_below
 from re2tal.detector import Detector
 from re2tal.errors import UserError
+from re2tal.localizers.losses import divide_alike, loss_parts
 from re2tal.reversible import reversible_stages
 from re2tal.trained import DetectorSpec, save_detector
 
@@ -121,9 +122,12 @@ class TrainingState:
     def averaged(self) -> Detector[Any, Any]:
         """Return the moving average as a detector of its own; every worker calls this."""
         if self.whole is None:
-            return cast("Detector[Any, Any]", self.average.module)
-        self.whole.load_state_dict(whole_state(self.average.module))
-        return self.whole
+            found = cast("Detector[Any, Any]", self.average.module)
+        else:
+            found = self.whole
+            found.load_state_dict(whole_state(self.average.module))
+        divide_alike(found, loss_parts(self.detector))
+        return found
 
     def _parts(self) -> dict[str, dict[str, Any]]:
         small = {"schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict()}
@@ -221,30 +225,54 @@ class FileFacts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Waiting:
+    """Facts of the training that the evaluation of a checkpoint needs, where it is still to come.
+
+    Attributes:
+        steps: number of steps of an epoch.
+        parts: `loss_parts` of the trained detector.
+        threads: number of PyTorch's threads in a worker.
+        failures: reasons by video id, of all workers' windows that could not be decoded.
+    """
+
+    steps: int
+    parts: tuple[int, ...]
+    threads: int
+    failures: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Listing:
     """Content of `complete.json`.
 
     Attributes:
         files: size and digest by path in the checkpoint.
         metrics: metrics of the run where the checkpoint was written.
+        waiting: what its evaluation needs, while that is still to come.
     """
 
     files: dict[str, FileFacts]
     metrics: dict[str, float]
+    waiting: Waiting | None = None
 
 
 # Earlier versions listed sizes alone.
 _LISTING: TypeAdapter[Listing | dict[str, int]] = TypeAdapter(Listing | dict[str, int])
 
 
-def complete(folder: Path, metrics: Mapping[str, float]) -> None:
+def complete(folder: Path, metrics: Mapping[str, float], *, waiting: Waiting | None = None) -> None:
     """Mark a checkpoint as whole, once all of its files are in the folder."""
-    sizes = sizes_below(str(folder))
-    sizes.pop(COMPLETE_FILE, None)
-    files = {
-        name: FileFacts(bytes=size, crc32=crc32(str(folder / name))) for name, size in sizes.items()
+    listing = Listing(files=facts_below(folder), metrics=dict(metrics), waiting=waiting)
+    (folder / COMPLETE_FILE).write_bytes(listing_bytes(listing))
+
+
+def facts_below(folder: Path) -> dict[str, FileFacts]:
+    """Return size and digest of the files in a folder and all folders in it, by path in it."""
+    return {
+        name: FileFacts(bytes=size, crc32=crc32(str(folder / name)))
+        for name, size in sizes_below(str(folder)).items()
+        if name != COMPLETE_FILE
     }
-    (folder / COMPLETE_FILE).write_bytes(listing_bytes(Listing(files=files, metrics=dict(metrics))))
 
 
 def listing_bytes(listing: Listing) -> bytes:

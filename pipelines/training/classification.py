@@ -17,7 +17,7 @@ from pipelines.data.clip_plan import ClassificationPlan
 from pipelines.data.plan import all_failures
 from pipelines.training.checkpoints import TrainingState
 from pipelines.training.model import build_prepared, connect
-from pipelines.training.trainer import Evaluation, Runtime
+from pipelines.training.trainer import Evaluated, Evaluation, EvaluationRuntime
 from pipelines.training.validation import gather
 from re2tal.classifier import Classifier, class_scores, mean_class_accuracy, top_k_accuracy
 from re2tal.datasets.trimmed import TrimmedVideo, ViewConfig, random_clip, views
@@ -146,7 +146,7 @@ class ClassificationTask:
         """Move the connections as far as the steps taken so far ask for (Dr2Net); see `connect`."""
         return connect(state.detector, self.recipe.model, done=done, steps=steps)
 
-    def evaluate(self, state: TrainingState, runtime: Runtime, *, steps: int) -> Evaluation:
+    def evaluate(self, state: Evaluated, runtime: EvaluationRuntime, *, steps: int) -> Evaluation:
         """Evaluate the averaged classifier on the middle clips; after the last epoch on all views.
 
         Raises:
@@ -162,8 +162,8 @@ class ClassificationTask:
     def _test(
         self,
         classifier: Classifier,
-        state: TrainingState,
-        runtime: Runtime,
+        state: Evaluated,
+        runtime: EvaluationRuntime,
         view: ViewConfig,
         *,
         prefix: str,

@@ -21,7 +21,7 @@ from pipelines.training.model import (
     reported_classes,
     spec_of,
 )
-from pipelines.training.trainer import Evaluation, Runtime
+from pipelines.training.trainer import Evaluated, Evaluation, EvaluationRuntime
 from pipelines.training.validation import (
     MeanLoss,
     compare,
@@ -37,7 +37,6 @@ from re2tal.detection.segments import Detections
 from re2tal.detection.suppression import nms_videos
 from re2tal.detection.video_scores import fuse_videos
 from re2tal.detector import Detector
-from re2tal.localizers.losses import divide_alike
 from re2tal.trained import DetectorSpec
 from re2tal.videos.windows import Window
 
@@ -112,8 +111,8 @@ class DetectionTask:
 
     def evaluate(
         self,
-        state: TrainingState,
-        runtime: Runtime,
+        state: Evaluated,
+        runtime: EvaluationRuntime,
         *,
         steps: int,  # noqa: ARG002 - evaluated with the connections of the end, as it is saved
     ) -> Evaluation:
@@ -165,7 +164,7 @@ class DetectionTask:
         return dict(detections), metrics_of(results, reported.classes)
 
     def _detect(
-        self, state: TrainingState, runtime: Runtime
+        self, state: Evaluated, runtime: EvaluationRuntime
     ) -> tuple[dict[str, Detections], dict[str, Detections], dict[str, str], dict[str, float]]:
         """Return detections of all videos, the same before suppression, and reasons of failures.
 
@@ -174,8 +173,6 @@ class DetectionTask:
         recipe, plan = self.recipe, self.trained
         detector: Any = state.averaged().eval()
         loss = MeanLoss() if recipe.watched_videos else None
-        if loss is not None:
-            divide_alike(detector, state.detector)
         name = f"epoch {state.epoch}, validation"
         raw, failures = self._raw(detector, runtime, plan.validation, loss, name=name)
         suppressed = nms_videos(raw, recipe.nms)
@@ -190,7 +187,7 @@ class DetectionTask:
     def _raw(
         self,
         detector: Detector[Any, Any],
-        runtime: Runtime,
+        runtime: EvaluationRuntime,
         videos: Sequence[Video],
         loss: MeanLoss | None = None,
         *,
@@ -210,7 +207,12 @@ class DetectionTask:
         return detect_windows(detector, batches, durations, loss=loss)
 
     def _watched(
-        self, detector: Detector[Any, Any], runtime: Runtime, loss: MeanLoss, *, name: str
+        self,
+        detector: Detector[Any, Any],
+        runtime: EvaluationRuntime,
+        loss: MeanLoss,
+        *,
+        name: str,
     ) -> dict[str, float]:
         """Return the validation loss, and the mAP on a fixed handful of training videos."""
         mean = loss.gathered()

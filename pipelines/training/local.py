@@ -24,6 +24,7 @@ class LocalRuntime:
 
     rank = 0
     world_size = 1
+    evaluates = True  # nobody is beside it
 
     def __init__(
         self, recipe: RunConfig, plan: AnyPlan, folder: Path, *, device: torch.device | str = "cpu"

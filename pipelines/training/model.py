@@ -222,7 +222,8 @@ def _store_remark(recipe: AnyRecipe, nodes: list[dict[str, Any]]) -> str | None:
         return None  # they are still to be started
     from pipelines.data.streaming import store_needed  # a training in one process needs no Ray
 
-    workers = math.ceil(recipe.scale.workers / len(stores))
+    scale = recipe.scale
+    workers = math.ceil((scale.workers + scale.validation_workers) / len(stores))
     need, have = workers * store_needed(batch), min(stores)
     if need <= have:
         return None

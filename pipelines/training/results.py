@@ -41,7 +41,8 @@ _REPOSITORY = Path(__file__).parents[2]
 
 
 def _history(run: Run, name: str) -> list[tuple[int, float]]:
-    return [(m.step, m.value) for m in run.client.get_metric_history(run.run_id, name)]
+    # evaluations beside the training may end in another order than their epochs
+    return sorted((m.step, m.value) for m in run.client.get_metric_history(run.run_id, name))
 
 
 def log_model(

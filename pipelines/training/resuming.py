@@ -33,6 +33,7 @@ _DIGEST = "re2tal.configuration"
 ASKED = "re2tal.fit"
 """Tag of a run whose step was laid out for a size of memory: digest of what was asked for."""
 _LAYOUT = "re2tal.layout"
+_NO_DIFFERENCE = frozenset({"resume", "scale.validation_workers"})
 _NUMBER = "re2tal.number"  # of a run among those of its configuration: a clock may be set back
 
 
@@ -40,12 +41,12 @@ def digest(config: Tracked, plan: AnyPlan, **more: str) -> str:
     """Compute a hash of everything that the result of a run depends on, except the code.
 
     Args:
-        config: dataclass with absolute paths; its field `resume` makes no difference.
+        config: dataclass with absolute paths; some fields change no result (`_NO_DIFFERENCE`).
         plan: classes and videos of the run.
         more: further facts that tell the run from others.
     """
     content = {
-        "recipe": {name: str(value) for name, value in flatten(config) if name != "resume"},
+        "recipe": {n: str(value) for n, value in flatten(config) if n not in _NO_DIFFERENCE},
         "annotations": plan.fingerprint,
         "videos": sorted(plan.uris.items()),
         **more,
@@ -139,7 +140,7 @@ def last_run(config: Tracked, tags: Mapping[str, str], *, output: str) -> Run | 
 
 def asked_to_fit(recipe: RunConfig, size: str) -> str:
     """Compute a hash of a recipe that is to fit a size of memory, as it was given."""
-    content = [(name, str(value)) for name, value in flatten(recipe) if name != "resume"]
+    content = [(n, str(value)) for n, value in flatten(recipe) if n not in _NO_DIFFERENCE]
     return hashlib.sha256(json.dumps([size, *sorted(content)]).encode()).hexdigest()
 
 

@@ -45,10 +45,12 @@ class Kept:
     Attributes:
         uri: path or URI of its folder.
         metrics: metrics of the run where it was written; of an earlier version's, none.
+        waits: whether its evaluation is still to come.
     """
 
     uri: str
     metrics: dict[str, float]
+    waits: bool
 
     @property
     def name(self) -> str:
@@ -83,9 +85,12 @@ def checkpoints(folder: str) -> tuple[list[Kept], dict[str, str]]:
     for name in (name for name in folders_in(folder) if name.startswith(_PREFIX)):
         uri = join(folder, name)
         try:
-            kept.append(Kept(uri=uri, metrics=read_listing(uri).metrics))
+            listing = read_listing(uri)
         except DamagedCheckpointError as problem:
             rest[name] = str(problem)
+        else:
+            waits = listing.waiting is not None
+            kept.append(Kept(uri=uri, metrics=listing.metrics, waits=waits))
     return kept, rest
 
 
@@ -123,7 +128,7 @@ def remove_surplus(
 ) -> None:
     """Remove the checkpoints that a run does not keep, and those that are not whole.
 
-    The newest stays in any case, to go on from.
+    The newest stays in any case, to go on from; and those whose evaluation is still to come.
 
     Args:
         folder: folder of the run, a path or URI.
@@ -135,6 +140,7 @@ def remove_surplus(
     kept, rest = checkpoints(folder)
     valid = [one for one in kept if written is None or one.name <= written]
     stay = {one.name for one in _chosen(valid, config, score)}
+    stay |= {one.name for one in valid if one.waits}
     for name in [*rest, *(one.name for one in kept if one.name not in stay)]:
         remove_folder(join(folder, name))
 
@@ -147,11 +153,11 @@ def _chosen(kept: Sequence[Kept], config: CheckpointConfig, score: str) -> list[
 
 
 @contextmanager
-def fetched(kept: Kept) -> Iterator[Path]:
+def fetched(uri: str) -> Iterator[Path]:
     """Give a checkpoint as a local folder, copied there if it is remote."""
     import ray.train  # here, because the loop by itself does without Ray
 
-    filesystem, path = resolve(kept.uri)
+    filesystem, path = resolve(uri)
     with ray.train.Checkpoint(path, filesystem).as_directory() as local:
         yield Path(local)
 
@@ -182,7 +188,7 @@ def scored_checkpoints(
     kept = [one for one in checkpoints(folder)[0] if one.metrics.get(score, UNSCORED) != UNSCORED]
     # of equal ones the first, as in the table of results
     for one in sorted(kept, key=lambda one: one.rank(score)[0], reverse=True):
-        with fetched(one) as local:
+        with fetched(one.uri) as local:
             try:
                 read_listing(local, digests=True)
             except DamagedCheckpointError as problem:

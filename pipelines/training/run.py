@@ -47,6 +47,7 @@ from pipelines.data.inputs import classification_inputs, detection_inputs
 from pipelines.data.plan import Plan, evaluation_plan, make_plan, read_annotations
 from pipelines.data.videos import probe_files
 from pipelines.training.activations import activation_metrics
+from pipelines.training.beside import Evaluations
 from pipelines.training.checkpoints import DETECTOR_FOLDER
 from pipelines.training.classification import ClassificationTask, build_classifier
 from pipelines.training.detection import DetectionTask
@@ -402,15 +403,26 @@ def train_run(
 class _Trainer(TorchTrainer):  # type: ignore[misc]
     """Trainer that leaves SIGINT to `stoppable`: Ray Train's own handler waits without a word."""
 
+    _controller: Any = None
+    _stopped = False
+
     def _register_sigint_handler(self, controller: Any) -> None:
         self._controller = controller
+        if self._stopped:
+            self.stop()
+
+    def stop(self) -> None:
+        """Have `fit` raise; the workers are taken away at once, also from a cluster that stays."""
+        self._stopped = True
+        if self._controller is not None:
+            ray.kill(self._controller)
 
     def fit(self) -> ray.train.Result:
-        """Train; on a signal the workers are taken away at once, also from a cluster that stays."""
+        """Train until the end, a signal or `stop`."""
         try:
             return super().fit()
         except SystemExit:
-            ray.kill(self._controller)
+            self.stop()
             raise
 
 
@@ -437,6 +449,11 @@ def fit(
     """
     recipe, scale = task.recipe, task.recipe.scale
     output = join(recipe.output, run.run_id)
+    if scale.validation_workers and callbacks:
+        raise UserError(
+            "--scale.validation-workers must be 0 for a trial: trials are compared by the metrics "
+            "of each epoch, which have to be there when the epoch ends."
+        )
     drop_list(output)
     workers = f"{scale.workers} worker{'s' * (scale.workers > 1)}"
     print(f"starting {workers}, which load the model and wait for the first windows", flush=True)
@@ -472,10 +489,11 @@ def fit(
                 logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             ),
         )
-        result = trainer.fit()
-    problem = result.return_value
-    if isinstance(problem, TrainingProblem):
-        raise UserError(problem.message)
+        with Evaluations(job, stop=trainer.stop) as evaluations:
+            problem = trainer.fit().return_value
+            if isinstance(problem, TrainingProblem):
+                raise UserError(problem.message)
+            evaluations.finish()
     remove_surplus(output, recipe.checkpoints, task.score)  # also where nothing was left to train
     return output
 

@@ -31,6 +31,7 @@ from pipelines.data.plan import all_failures
 from pipelines.training.checkpoints import (
     DamagedCheckpointError,
     TrainingState,
+    Waiting,
     complete,
     read_listing,
     shard,
@@ -46,6 +47,7 @@ from pipelines.training.retention import checkpoint_name
 from pipelines.training.validation import gather
 from re2tal.detector import Detector
 from re2tal.errors import UserError
+from re2tal.localizers.losses import loss_parts
 from re2tal.memory import MemoryMeter
 from re2tal.precision import autocast
 from re2tal.reversible import check, reconstruction_errors, stage_modes
@@ -250,6 +252,21 @@ class Evaluation:
     write: Callable[[Path], None]
 
 
+class Evaluated(Protocol):
+    """Part of a training state that is evaluated.
+
+    Attributes:
+        epoch: number of finished epochs.
+        failures: reasons by video id, of windows that could not be decoded in the training.
+    """
+
+    epoch: int
+    failures: dict[str, str]
+
+    def averaged(self) -> Detector[Any, Any]:
+        """Return the moving average of the weights as a detector; every worker calls this."""
+
+
 class Task(Protocol):
     """Goal that a detector is trained for. It travels to the workers."""
 
@@ -300,8 +317,8 @@ class Task(Protocol):
             Metrics of the step.
         """
 
-    def evaluate(self, state: TrainingState, runtime: "Runtime", *, steps: int) -> Evaluation:
-        """Evaluate the averaged detector at an epoch's end; every rank calls it.
+    def evaluate(self, state: Evaluated, runtime: "EvaluationRuntime", *, steps: int) -> Evaluation:
+        """Evaluate the averaged detector of an epoch's end; every rank calls it.
 
         Args:
             state: training state of the run.
@@ -316,12 +333,11 @@ class Task(Protocol):
 PREEMPTION_STEPS = 10  # steps between checks for a node that is about to be taken away
 
 
-class Runtime(Protocol):
-    """Surroundings of a worker: its data, its results and its checkpoints."""
+class EvaluationRuntime(Protocol):
+    """Surroundings of an evaluation: its data, and its lines of progress."""
 
     rank: int
     world_size: int
-    device: torch.device
 
     def stream(self, windows: Sequence[Window], *, size: int, name: str) -> Iterator[Batch]:
         """Decode windows, `size` pixels square, and yield them in batches, in order.
@@ -329,11 +345,23 @@ class Runtime(Protocol):
         The name is that under which Ray's dashboard lists the work.
         """
 
-    def log(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Append metrics to the run; only rank 0's are kept."""
-
     def say(self, line: str) -> None:
         """Show a line of progress; only rank 0's is shown."""
+
+
+class Runtime(EvaluationRuntime, Protocol):
+    """Surroundings of a worker: its data, its results and its checkpoints.
+
+    Attributes:
+        device: device that it trains on.
+        evaluates: whether the worker evaluates at an epoch's end; else others do, beside it.
+    """
+
+    device: torch.device
+    evaluates: bool
+
+    def log(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Append metrics to the run; only rank 0's are kept."""
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path) -> None:
         """Hand over metrics and a checkpoint folder (rank 0's); every rank calls it.
@@ -518,10 +546,8 @@ class Trainer:
             self.state.epoch += 1
             self.state.windows = 0
             check(self.state.detector)  # before a checkpoint makes the error permanent
-            if self.state.epoch < self.recipe.evaluate_from:
-                data = self.recipe.data
-                all_failures(self.task.plan, gather(self.state.failures), data.max_failed)
-                self._checkpoint({self.task.score: UNSCORED})
+            if self.state.epoch < self.recipe.evaluate_from or not self.runtime.evaluates:
+                self._hand_over()
                 continue
             evaluation = self.task.evaluate(self.state, self.runtime, steps=self._steps)
             metrics = evaluation.metrics
@@ -531,6 +557,22 @@ class Trainer:
             self._time_left.evaluation()
         self.runtime.settle()
         return metrics
+
+    def _hand_over(self) -> None:
+        """Hand over the checkpoint of an epoch's end that is not evaluated here."""
+        state = self.state
+        failures = gather(state.failures)
+        all_failures(self.task.plan, failures, self.recipe.data.max_failed)
+        waiting = None
+        if state.epoch >= self.recipe.evaluate_from:
+            self.runtime.log(_reversible_metrics(state.detector), step=state.step)
+            waiting = Waiting(
+                steps=self._steps,
+                parts=loss_parts(state.detector),
+                threads=torch.get_num_threads(),
+                failures={video: reason for part in failures for video, reason in part.items()},
+            )
+        self._checkpoint({self.task.score: UNSCORED}, waiting=waiting)
 
     def _count_parameters(self) -> None:
         """Show and log how many of the detector's parameters are trained."""
@@ -544,7 +586,11 @@ class Trainer:
         )
 
     def _checkpoint(
-        self, metrics: Mapping[str, float], add: Callable[[Path], object] | None = None
+        self,
+        metrics: Mapping[str, float],
+        add: Callable[[Path], object] | None = None,
+        *,
+        waiting: Waiting | None = None,
     ) -> None:
         """Hand over a checkpoint, with the files that `add` puts into its folder."""
         epoch, step = self.state.epoch, self.state.step
@@ -555,7 +601,7 @@ class Trainer:
                 self.state.save(folder, self.task.spec, write=self.runtime.rank == 0)
                 if add is not None:
                     add(folder)
-                complete(folder, {**metrics, "epoch": epoch, "step": step})
+                complete(folder, {**metrics, "epoch": epoch, "step": step}, waiting=waiting)
             self.runtime.report({**metrics, "epoch": epoch}, folder)
 
     def _train_epoch(self) -> None:
@@ -606,9 +652,9 @@ class Trainer:
 
     def _say_progress(self, index: int, steps: int, metrics: Mapping[str, float]) -> None:
         epoch, epochs = self.state.epoch, self.recipe.epochs
+        evaluated = max(epoch, self.recipe.evaluate_from - 1) if self.runtime.evaluates else epochs
         left = self._time_left.describe(
-            steps=steps * (epochs - epoch) - index,
-            evaluations=epochs - max(epoch, self.recipe.evaluate_from - 1),
+            steps=steps * (epochs - epoch) - index, evaluations=epochs - evaluated
         )
         self.runtime.say(
             f"epoch {epoch + 1}/{epochs}  step {index:>3}/{steps}  "

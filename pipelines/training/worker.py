@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,12 +102,50 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingProblem:
-    """Returned by a worker when a new attempt would end in the same way.
+    """Returned by a worker or an evaluation when a new attempt would end in the same way.
 
-    Ray Train makes a new attempt after any exception, and shows the worker's stack with it.
+    Ray makes a new attempt after any exception, and shows the worker's stack with it.
     """
 
     message: str
+
+
+class WindowSource:
+    """Windows of a run, decoded with Ray Data, or read from its features.
+
+    Args:
+        task: task of the run.
+        rank: rank of the worker, under which Ray's dashboard lists the work.
+        streams: number of workers and evaluations on this node, which share its object store.
+    """
+
+    def __init__(self, task: Task, *, rank: int, streams: int) -> None:
+        self._task, self._rank = task, rank
+        self._features = feature_stream(task.plan)
+        if self._features is None:
+            scale = task.recipe.scale
+            self._frames = FrameStream(
+                streams=streams, cpus=scale.cpus_per_decoder, threads=scale.decoder_threads
+            )
+
+    def stream(self, windows: Sequence[Window], *, size: int, name: str) -> Iterator[Batch]:
+        """Decode windows with Ray Data, or read their features, in batches, in order."""
+        task = self._task
+        if self._features is not None:
+            return self._features.batches(windows, batch_size=task.recipe.batch_size)
+        return stream_batches(
+            self._frames,
+            windows,
+            task.plan.uris,
+            size=size,
+            batch_size=task.recipe.batch_size,
+            name=f"{name}, worker {self._rank}",
+        )
+
+    def close(self) -> None:
+        """End the process of the decoding, if there is one."""
+        if self._features is None:
+            self._frames.close()
 
 
 class Upload:
@@ -175,28 +213,10 @@ class RayRuntime:
         self._storage = context.get_storage()
         self._upload: Upload | None = None  # the last one, on rank 0
         self._unsettled = False  # the same on every rank
-        self._features = feature_stream(job.task.plan)
-        if self._features is None:
-            scale = job.task.recipe.scale
-            self._frames = FrameStream(
-                streams=context.get_local_world_size(),
-                cpus=scale.cpus_per_decoder,
-                threads=scale.decoder_threads,
-            )
-
-    def stream(self, windows: Sequence[Window], *, size: int, name: str) -> Iterator[Batch]:
-        """Decode windows with Ray Data, or read their features, in batches, in order."""
-        task = self._job.task
-        if self._features is not None:
-            return self._features.batches(windows, batch_size=task.recipe.batch_size)
-        return stream_batches(
-            self._frames,
-            windows,
-            task.plan.uris,
-            size=size,
-            batch_size=task.recipe.batch_size,
-            name=f"{name}, worker {self.rank}",
-        )
+        beside = job.task.recipe.scale.validation_workers
+        self.evaluates = not beside
+        streams = context.get_local_world_size() + beside
+        self.stream = WindowSource(job.task, rank=self.rank, streams=streams).stream
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
         """Queue metrics for MLflow, on rank 0; every rank shows its own as gauges.
@@ -280,7 +300,7 @@ class RayRuntime:
         kept, partial = gather(checkpoints(self._job.output) if self.rank == 0 else None)[0]
         for problem in partial.values():
             self.say(f"warning: {problem} It is removed when the next one is written.")
-        return [fetched(one) for one in reversed(kept)]
+        return [fetched(one.uri) for one in reversed(kept)]
 
 
 def _logged(job: Job) -> dict[str, int]:
@@ -315,7 +335,8 @@ def train(job: Job) -> dict[str, float] | TrainingProblem:
     torch.set_num_threads(job.threads or max(1, cores // context.get_local_world_size()))
     with tempfile.TemporaryDirectory() as folder:
         recipe = with_weights_here(job.task.recipe, Path(folder), tracking_uri=job.run.uri)
-        with _node_watched(job), _metrics_logged(job) as metrics:
+        logged = metrics_sent(job) if context.get_world_rank() == 0 else nullcontext()
+        with _node_watched(job), logged as metrics:
             task = replace(job.task, recipe=recipe)  # type: ignore[type-var]
             return _train(job, task, RayRuntime(job, metrics))
 
@@ -345,11 +366,8 @@ def _node_watched(job: Job) -> Iterator[None]:
 
 
 @contextmanager
-def _metrics_logged(job: Job) -> Iterator[MetricLogger | None]:
-    """Send the run's metrics from rank 0, and warn if some could not be sent."""
-    if ray.train.get_context().get_world_rank() > 0:
-        yield None
-        return
+def metrics_sent(job: Job) -> Iterator[MetricLogger]:
+    """Send metrics of the run, and warn if some could not be sent."""
     unsent_file = join(job.output, f"unsent_metrics_{time.time():.0f}.jsonl")
     metrics = MetricLogger(job.run, fallback=unsent_file)
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
@@ -176,7 +178,7 @@ class LossNormalizer(nn.Module):
     def __init__(self, initial: float) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(float(initial)))
-        self._parts = 1  # passes of the step over all ranks
+        self.parts = 1  # passes of the step over all ranks
         self._counted = 0  # coming passes whose positives are already counted
 
     def count(self, positives: Tensor, *, passes: int) -> None:
@@ -188,11 +190,7 @@ class LossNormalizer(nn.Module):
         """
         total, ranks = over_ranks(positives.detach().float())
         self.mean.copy_(MOMENTUM * self.mean + (1 - MOMENTUM) * total.clamp(min=1))
-        self._parts, self._counted = ranks * passes, passes
-
-    def follow(self, other: LossNormalizer) -> None:
-        """Copy the number of parts of a step from another normalizer."""
-        self._parts = other._parts
+        self.parts, self._counted = ranks * passes, passes
 
     def forward(self, positives: Tensor) -> Tensor:
         """Return the divisor of a pass's losses.
@@ -207,16 +205,24 @@ class LossNormalizer(nn.Module):
             if not self._counted:
                 self.count(positives, passes=1)
             self._counted -= 1
-        return self.mean / self._parts
+        return self.mean / self.parts
 
 
-def divide_alike(copy: nn.Module, original: nn.Module) -> None:
+def _normalizers(model: nn.Module) -> list[LossNormalizer]:
+    return [module for module in model.modules() if isinstance(module, LossNormalizer)]
+
+
+def loss_parts(model: nn.Module) -> tuple[int, ...]:
+    """Return the number of parts by which each normalizer of a model divides a step's losses."""
+    return tuple(normalizer.parts for normalizer in _normalizers(model))
+
+
+def divide_alike(copy: nn.Module, parts: Sequence[int]) -> None:
     """Make a copy divide its losses as the trained model does.
 
     Args:
         copy: copy of the model, such as its EMA.
-        original: model whose steps were counted.
+        parts: `loss_parts` of the model whose steps were counted.
     """
-    for ours, theirs in zip(copy.modules(), original.modules(), strict=True):
-        if isinstance(ours, LossNormalizer) and isinstance(theirs, LossNormalizer):
-            ours.follow(theirs)
+    for normalizer, of_it in zip(_normalizers(copy), parts, strict=True):
+        normalizer.parts = of_it

@@ -12,6 +12,7 @@ from re2tal.localizers.losses import (
     diou_loss,
     divide_alike,
     giou_loss,
+    loss_parts,
 )
 from tests.ranks import Ranks
 
@@ -83,7 +84,7 @@ def test_a_copy_that_took_no_step_divides_its_losses_alike() -> None:
     original, copy = LossNormalizer(100.0), LossNormalizer(100.0).eval()
     original.count(torch.tensor(50.0), passes=4)
     assert float(copy(torch.tensor(1.0))) == 100.0
-    divide_alike(nn.Sequential(copy), nn.Sequential(original))
+    divide_alike(nn.Sequential(copy), loss_parts(nn.Sequential(original)))
     assert float(copy(torch.tensor(1.0))) == 25.0
 
 

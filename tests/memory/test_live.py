@@ -80,6 +80,8 @@ def growth(way: str, frames: int, size: int) -> dict[str, int]:
     torch.set_num_threads(1)
     # Wide enough that activations outweigh what libraries allocate for themselves.
     model = SwinConfig(embed_dim=48, depths=(2, 4), heads=(3, 6), drop_path=0.0).build()
+    # For its gradients oneDNN takes room for a copy of a stream, beside PyTorch's allocator.
+    model.patch_embed.proj.requires_grad_(False)
     if way == "ours":
         rewire(model, slice_bytes=8 * 2**20)
     small, x = torch.randn(1, 3, 16, 56, 56), torch.randn(1, 3, frames, size, size)
@@ -97,11 +99,7 @@ def growth(way: str, frames: int, size: int) -> dict[str, int]:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's high-water mark")
 @pytest.mark.parametrize(("way", "frames"), [("plain", 32), ("ours", 128)])
 def test_a_fresh_process_grows_by_what_was_predicted(way: str, frames: int) -> None:
-    """Within a tenth, and for ours 12 MB: 450 MB (plain, 0.1 % off) and 51 MB (ours, 60 measured).
-
-    The last backward of a stage keeps the rebuilt stream for its check, 19 MB in the first stage,
-    which tensors without values are not compared with.
-    """
+    """Within a tenth; 0.1 % (plain, 450 MB) and 3 % (ours, 49 MB) when it was written."""
     environment = os.environ | {
         # Each tensor gets pages of its own and gives them back at once: the default keeps freed
         # memory for later, and the process then holds more than its tensors.
@@ -117,5 +115,4 @@ def test_a_fresh_process_grows_by_what_was_predicted(way: str, frames: int) -> N
     ).stdout
     found = json.loads(output)
     assert found["predicted"] > 40e6
-    beside = 0 if way == "plain" else 12e6
-    assert found["predicted"] == pytest.approx(found["measured"], rel=0.1, abs=beside)
+    assert found["predicted"] == pytest.approx(found["measured"], rel=0.1)

@@ -28,7 +28,12 @@ from pipelines.core.metric_names import UNSCORED
 from pipelines.core.storage import remove, resolve
 from pipelines.data.batches import Batch
 from pipelines.data.plan import Plan
-from pipelines.training.checkpoints import DamagedCheckpointError, complete, read_listing
+from pipelines.training.checkpoints import (
+    DamagedCheckpointError,
+    Waiting,
+    complete,
+    read_listing,
+)
 from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
 from pipelines.training.optimizer import build_optimizer, build_schedule
@@ -426,6 +431,31 @@ def test_as_many_checkpoints_stay_as_are_kept(
     between = _written(tmp_path, checkpoint_name(epoch=1, step=2), val_mAP=UNSCORED)
     remove_surplus(str(tmp_path), config, "val/mAP", written=between)
     assert _names(tmp_path) == [*([names[1]] if 1 in stay else []), between]
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_checkpoints_that_wait_for_their_evaluation_stay_and_are_not_the_best(
+    tmp_path: Path, which: Literal["best", "last"]
+) -> None:
+    run, config = str(tmp_path), CheckpointConfig(which=which, keep=1)
+    waiting = Waiting(steps=3, parts=(), threads=1, failures={})
+    names = [checkpoint_name(epoch=epoch, step=epoch) for epoch in range(1, 5)]
+    for epoch, name in enumerate(names, start=1):
+        _written(tmp_path, name, val_mAP=UNSCORED, epoch=epoch)
+        if epoch in (1, 3):
+            (tmp_path / name / "complete.json").unlink()
+            complete(tmp_path / name, {"val/mAP": UNSCORED, "epoch": epoch}, waiting=waiting)
+    remove_surplus(run, config, "val/mAP")
+    assert _names(tmp_path) == [names[0], names[2], names[3]]
+    assert [one.waits for one in checkpoints(run)[0]] == [True, True, False]
+    with (
+        pytest.raises(UserError, match=r"No checkpoint in .* is whole and has val/mAP"),
+        best_checkpoint(run, "val/mAP", say=print),
+    ):
+        raise AssertionError
+    # behind the one that was written just now they were found damaged
+    remove_surplus(run, config, "val/mAP", written=names[1])
+    assert _names(tmp_path) == [names[0]]
 
 
 def test_checkpoints_are_kept_in_an_object_store_too(remote: str, tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ from pipelines.data.clip_plan import BACKGROUND, ClassificationPlan, make_plan, 
 from pipelines.data.inputs import classification_inputs
 from pipelines.data.videos import probe_files_here
 from pipelines.finetune_backbone import parse
+from pipelines.training.beside import evaluate
+from pipelines.training.checkpoints import Waiting
 from pipelines.training.classification import (
     ClassificationTask,
     accuracy_metrics,
@@ -191,6 +193,11 @@ def test_a_run_trains_evaluates_and_tests(
             right += int(torch.stack(scores).mean(dim=0).argmax()) == video.label
         assert metrics[f"{prefix}/top1"] == pytest.approx(right / 7)
     assert any("test" in line and "2 x 1 views" in line for line in runtime.lines)
+    # beside the training they would be the same
+    waiting = Waiting(steps=2, parts=(), threads=torch.get_num_threads(), failures={})
+    other = LocalRuntime(recipe, plan, tmp_path / "other")
+    folder = tmp_path / "checkpoint"
+    assert evaluate(task, other, folder, epoch=1, waiting=waiting).metrics == metrics
 
 
 def clip_scores(classifier: Classifier, frames: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ def test_time_left_follows_the_last_steps_and_the_evaluation() -> None:
     steps(1, 2.0)
     assert left.describe(steps=100, evaluations=2) == "left 3:20 and 2 evaluations"
     assert left.describe(steps=10, evaluations=1) == "left 0:20 and the evaluation"
+    assert left.describe(steps=10, evaluations=0) == "left 0:20"
     now.seconds += 30.0
     left.evaluation()
     assert left.describe(steps=100, evaluations=1) == "left 3:50"

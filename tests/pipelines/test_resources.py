@@ -5,9 +5,16 @@ from dataclasses import replace
 import pytest
 import ray
 
-from pipelines.config.recipe import PoolConfig
+from pipelines.config.recipe import PoolConfig, ScaleConfig
 from pipelines.config.recipes import toy
-from pipelines.core.resources import CLUSTER_MAX, capacity, pool_for, require_resources
+from pipelines.core.resources import (
+    CLUSTER_MAX,
+    capacity,
+    check_resources,
+    evaluations_at_a_time,
+    pool_for,
+    require_resources,
+)
 from pipelines.training import model
 from pipelines.training.model import remarks
 from re2tal.errors import UserError
@@ -19,6 +26,34 @@ def grows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A head without CPUs, whose autoscaler may start four nodes with two GPUs each."""
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1e9})
     monkeypatch.setenv(CLUSTER_MAX, "CPU=64, GPU=8")
+
+
+def test_an_evaluation_beside_the_training_needs_room_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(CLUSTER_MAX, raising=False)
+    cluster = {"CPU": 6.0, "GPU": 4.0}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: cluster)
+    scale = ScaleConfig(workers=2, validation_workers=3)
+    check_resources(scale)
+    assert evaluations_at_a_time(scale) == 2  # a third has no GPU
+    assert evaluations_at_a_time(replace(scale, gpu=False)) == 3
+    assert evaluations_at_a_time(replace(scale, gpu=False, cpus_per_worker=1.5)) == 1
+    cluster["GPU"] = 2.0
+    check_resources(replace(scale, validation_workers=0))
+    with pytest.raises(
+        UserError,
+        match=r"2 workers, an evaluation beside them and the decoding need 3 GPUs \(it has 2\)\. "
+        r".*leave out --scale\.validation-workers",
+    ):
+        check_resources(scale)
+    cluster["CPU"] = 3.0
+    with pytest.raises(UserError, match=r"need 3\.5 CPUs \(it has 3\)"):
+        check_resources(replace(scale, gpu=False))
+    with pytest.raises(ValueError, match=r"does not go with --scale\.min-workers"):
+        replace(scale, min_workers=1)
+    with pytest.raises(ValueError, match="must be at least 0, not -1"):
+        replace(scale, validation_workers=-1)
 
 
 def test_what_may_be_started_counts(grows: None) -> None:

@@ -20,7 +20,7 @@ from pipelines.core.storage import resolve
 from pipelines.core.tracking import MetricLogger, finishing, log_metrics, start_run
 from pipelines.data.plan import Plan
 from pipelines.training.checkpoints import complete
-from pipelines.training.resuming import digest, resume_or_start
+from pipelines.training.resuming import asked_to_fit, digest, resume_or_start
 from pipelines.training.retention import newest_checkpoint
 from pipelines.training.worker import RayRuntime, _logged
 from re2tal.errors import UserError
@@ -61,6 +61,9 @@ def _checkpoint(recipe: Recipe, run_id: str, scratch: Path) -> str:
 def test_the_digest_tells_configurations_and_data_apart(recipe: Recipe, tiny_plan: Plan) -> None:
     same = digest(recipe, tiny_plan)
     assert digest(replace(recipe, resume=False), tiny_plan) == same
+    beside = replace(recipe, scale=replace(recipe.scale, validation_workers=2))
+    assert digest(beside, tiny_plan) == same
+    assert asked_to_fit(beside, "1GiB") == asked_to_fit(recipe, "1GiB")
     for other in (
         replace(recipe, seed=1),
         replace(recipe, optim=replace(recipe.optim, backbone_lr=1.0)),

@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.config.recipe import Recipe
 from pipelines.data.plan import Plan
-from pipelines.training.checkpoints import complete, shard, whole_state
+from pipelines.training.beside import evaluate
+from pipelines.training.checkpoints import Waiting, complete, read_listing, shard, whole_state
 from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
 from pipelines.training.trainer import Trainer
@@ -78,6 +79,15 @@ def test_it_ends_as_it_does_unsplit(
     assert whole.keys() == split.keys()
     for name, value in whole.items():
         torch.testing.assert_close(split[name], value, rtol=1e-3, atol=1e-5, msg=name)
+    # one process evaluates the checkpoint of split workers as they did
+    folder = tmp_path / "split" / "0" / "checkpoint"
+    expected = read_listing(folder).metrics
+    waiting = Waiting(steps=3, parts=(2,), threads=1, failures={})
+    runtime = LocalRuntime(recipe, tiny_plan, tmp_path)
+    task = DetectionTask(recipe=recipe, plan=tiny_plan)
+    found = evaluate(task, runtime, folder, epoch=2, waiting=waiting).metrics
+    for name, metric in found.items():
+        assert metric == pytest.approx(expected[name], rel=1e-4), name
 
 
 def _full(place: Path) -> SimpleNamespace:
