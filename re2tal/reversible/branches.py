@@ -516,10 +516,10 @@ def split(block: nn.Module | None) -> list[Branch]:
             the family describes, or if the block itself has hooks, which a stage would not call.
     """
     if block is None:
-        raise NoFamilyError("the place is empty")
+        raise NoFamilyError("it is None")
     if _own_forward(block):
         raise NotReversibleError(
-            f"its forward is not that of {type(block).__name__}, but was given to it alone"
+            f"its forward is not that of {type(block).__name__}, but was set on this object"
         )
     if not described(block):
         found: list[Branch] = import_module(_PATTERN).split(block)

@@ -247,14 +247,14 @@ class Passage:
         container, name, version, *arguments = _PASSED.get(x, (None, "", 0))
         if container is not self.container or name != before or version != version_of(x):
             raise ReversibleError(
-                f"Block {where} is in the middle of a reversible stage, but its input is not what "
-                "the block before it has returned. Call the blocks of a stage one after another, "
+                f"Block {where} is in the middle of a reversible stage, but its input is not the "
+                "result of the block before it. Call the blocks of a stage one after another, "
                 "with nothing in between, or unwire(model)."
             )
         if not _same(arguments, [args, kwargs]):
             raise ReversibleError(
                 f"Block {where} is called with other arguments than the first block of its stage, "
-                "but a reversible stage runs all its blocks with those."
+                "but a reversible stage runs all its blocks with the arguments of the first."
             )
 
 

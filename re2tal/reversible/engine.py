@@ -297,7 +297,7 @@ class _Tape:
         Raises:
             ReversibleError: if the backward has already rewound the tape from there.
         """
-        return self._coupling.merge(*self._at(self._end, f"What follows {self._where}")).to(dtype)
+        return self._coupling.merge(*self._at(self._end, f"A module after {self._where}")).to(dtype)
 
     def begin(self, gradient: Tensor) -> None:
         """Begin the backward with the gradient of the stage's output.

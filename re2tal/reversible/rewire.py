@@ -219,7 +219,7 @@ class _Plan:
         if tried_out and block is not None and recomputed(block):
             raise NoFamilyError(f"no family is registered for {type(block).__name__}")
         if tried_out and any(len(stage.blocks) > 1 for _, _, found in inside for stage in found):
-            raise NoFamilyError("its blocks are rewired themselves")
+            raise NoFamilyError("the blocks inside it are rewired instead")
         found = split(block)
         assert block is not None
         check_complete(block, found)

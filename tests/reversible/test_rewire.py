@@ -117,7 +117,7 @@ def test_blocks_are_left_out_for_reasons_of_their_own() -> None:
     assert [s.blocks for s in report.stages] == [("0",), ("5",)]
     assert "not a sum of its input and a branch, but ends in its module norm" in reasons["inner.1"]
     assert "hooks of its own" in reasons["inner.2"]
-    assert "forward is not that of MlpBlock, but was given to it alone" in reasons["inner.3"]
+    assert "forward is not that of MlpBlock, but was set on this object" in reasons["inner.3"]
     assert "no branch names the modules that hold scale" in reasons["inner.4"]
 
 
