@@ -76,8 +76,11 @@ def run_stage(
     transformed = torch._C._are_functorch_transforms_active()
     tape = _Tape(settings.coupling, where, steps)
     if not torch.is_grad_enabled() and not transformed and not torch.compiler.is_exporting():
+        # A float32 input is `stream` itself. As a tensor of its own it shares the caller's memory,
+        # which `alone` notices, so that no step overwrites the input.
+        stream = stream.detach()
         tape.hold(0, stream, stream)
-        del stream  # `Step.advance` may overwrite it only if nothing else holds its memory
+        del stream  # else it would live until the stage's end
         for step in steps:
             with uncached():
                 tape.advance(partial(step.advance, grid=grid))

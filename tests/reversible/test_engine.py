@@ -225,6 +225,18 @@ def test_outputs_without_gradients_are_those_with_them(
     assert not y.requires_grad
 
 
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_callers_own_input_is_left_as_it_was(
+    without: Callable[[], AbstractContextManager[object]], exact: bool
+) -> None:
+    model, x = stack(exact=exact), torch.randn(2, 5, 6)
+    before = x.clone()
+    with without():
+        assert torch.equal(model(x), model(x))
+    assert torch.equal(x, before)
+
+
 def test_evaluation() -> None:
     model, x = swin().eval(), frames(requires_grad=True)
     result = assert_reversible_is_stored(model, x)
