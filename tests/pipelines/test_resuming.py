@@ -198,7 +198,7 @@ def test_steps_that_are_logged_are_not_logged_again(
     monkeypatch.setattr("pipelines.training.worker.last_steps", silent)
     assert _logged(job) == {}
     assert posted == [
-        "warning: MLflow does not say which steps are logged; some may be twice (no answer)"
+        "warning: MLflow does not say which steps are logged; some may appear twice (no answer)"
     ]
 
 

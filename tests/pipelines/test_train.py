@@ -103,7 +103,7 @@ def test_finetuning_needs_frames_and_is_refused_where_nothing_would_do_it(
     recipe = replace(tiny_recipe, output=str(tmp_path), finetune=FinetuneConfig(epochs=1))
     with pytest.raises(UserError, match=r"--finetune-epochs belongs to train.py"):
         training.prepare(recipe)
-    with pytest.raises(UserError, match=r"--data.features stand in for one"):
+    with pytest.raises(UserError, match=r"--data.features replace it"):
         training.train(replace(recipe, data=replace(recipe.data, features=str(tmp_path))))
     moving = replace(recipe, epochs=4, model=replace(recipe.model, coupling_epochs=3.0))
     with pytest.raises(UserError, match=r"--model.coupling-epochs must be .* at most the 1"):
