@@ -1,4 +1,4 @@
-"""What is printed and drawn at the end of a run, also when its metrics did not arrive."""
+"""Output and pictures at the end of a run, also if its metrics did not arrive."""
 
 import json
 from collections.abc import Callable

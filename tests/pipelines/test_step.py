@@ -1,4 +1,4 @@
-"""One step: what overflows is left out, what is masked is drawn anew each step, and repeatably."""
+"""One step: overflows skip it; each step draws new dropout masks, reproducibly."""
 
 from dataclasses import replace
 from pathlib import Path
