@@ -229,7 +229,7 @@ def advise(facts: Facts, machine: Machine) -> Advice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Size:
-    """One size of model and window that may be tried."""
+    """Size of model and window that may be tried."""
 
     backbone: str
     size: int
@@ -417,6 +417,7 @@ def _schedule(advice: Advice, facts: Facts) -> None:
             "left out: there are too few segments to tell classes apart"
         )
     rates = (3e-4, 1e-3, 3e-4) if small else (1e-5, 1e-4, 1e-4)
+    # 1 / (1 - decay), over about as many steps of which an EMA averages, is a tenth of all steps
     average = min(max(1 - 10 / (steps * epochs), 0.9), 0.999)
     advice.recipe = replace(
         recipe,

@@ -127,6 +127,7 @@ class TrainingState:
         else:
             found = self.whole
             found.load_state_dict(whole_state(self.average.module))
+        # the average has counted no step, so its losses would be divided otherwise
         divide_alike(found, loss_parts(self.detector))
         return found
 

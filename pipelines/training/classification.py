@@ -137,6 +137,7 @@ class ClassificationTask:
         windows = []
         for video in self.plan.training:
             tempo = data.augmentation.tempo(changes)
+            # at speed s, frames lie s times as far apart
             clip = replace(data.clip, fps=data.clip.fps / tempo.speed)
             window = random_clip(video, clip, stride=stride, random=random)
             windows.append(reversed_window(window) if tempo.backwards else window)

@@ -151,7 +151,7 @@ class Considered:
 
     Attributes:
         needs: predicted needs; None if a smaller layout was already too large.
-        time: estimated time of a step, relative to stored activations in one pass.
+        time: estimated time of a step; about 1 for stored activations in one pass.
         fits: whether it fits.
     """
 

@@ -1,4 +1,4 @@
-"""The detector that a recipe describes."""
+"""Detector that a recipe describes: construction, frozen parts, coupling, remarks."""
 
 import math
 from collections.abc import Iterator, Sequence

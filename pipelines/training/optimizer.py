@@ -92,6 +92,7 @@ def build_schedule(
         epochs: number of epochs of the run.
     """
     total = (config.schedule_epochs or epochs) * steps_per_epoch
+    # at least one step of warm-up, and in a run of several steps one of the cosine
     warmup = min(max(1, round(config.warmup_epochs * steps_per_epoch)), max(1, total - 1))
     return SequentialLR(
         optimizer,

@@ -150,7 +150,7 @@ def _chosen(kept: Sequence[Kept], config: CheckpointConfig, score: str) -> list[
     if config.which == "last":
         return list(kept[-config.keep :])
     ranked = sorted(kept, key=lambda one: one.rank(score))
-    return [*ranked[-config.keep :], *kept[-1:]]
+    return [*ranked[-config.keep :], *kept[-1:]]  # the newest too, however it ranks
 
 
 @contextmanager

@@ -57,7 +57,7 @@ from re2tal.videos.windows import Window
 
 
 class NonFiniteLossError(UserError):
-    """The loss became NaN or infinite; the message names step, videos and the saved batch."""
+    """Loss that is NaN or infinite; the message names step, videos and the saved batch."""
 
 
 def non_finite_error(

@@ -100,7 +100,7 @@ def detect_windows(
         features = detector.features(batch.frames.to(device))
         mask = detector.feature_mask(batch.mask.to(device))
         raw = detector.localizer(features, mask)
-        if loss is not None:
+        if loss is not None:  # the localizer returns losses instead of detections, given targets
             targets = [target.to(device) for target in batch.targets]
             loss.add(detector.localizer(features, mask, targets), windows=len(batch.windows))
         for window, detections in zip(batch.windows, raw, strict=True):

@@ -64,7 +64,7 @@ def config_for(folder: Path, **changes: object) -> PrepareConfig:
 
 
 def undisturbed(config: PrepareConfig, folder: Path) -> dict[str, bytes]:
-    """Expected content of the shards, made in this process one after the other."""
+    """Return the expected content of the shards, made in this process one after the other."""
     annotations = load_annotations(Path(str(config.annotations)))
     settings = ShardSettings(
         fingerprint=annotations.fingerprint,

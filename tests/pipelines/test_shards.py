@@ -1,4 +1,4 @@
-"""One shard: writing, reading back, and failures."""
+"""Shard of videos: writing, reading back, and failures."""
 
 import json
 import pickle

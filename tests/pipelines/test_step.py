@@ -1,4 +1,4 @@
-"""One step: overflows skip it; each step draws new dropout masks, reproducibly."""
+"""Training step: skipped if gradients overflow, with masks that are new but reproducible."""
 
 from dataclasses import replace
 from pathlib import Path
