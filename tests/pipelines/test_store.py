@@ -121,7 +121,7 @@ SETTINGS = ShardSettings(
 
 @pytest.fixture
 def shard(tmp_path: Path) -> tuple[ShardTask, Path]:
-    """Rows to write, and rows that were written."""
+    """Task of writing a shard, and the path of the written file."""
     (tmp_path / "videos").mkdir()
     make_video(tmp_path / "videos" / "v.mp4", 60)
     path = tmp_path / "out" / "shards" / "part-00000.parquet"
