@@ -107,7 +107,7 @@ def layouts(recipe: Recipe, *, split: bool) -> list[Layout]:
     batches = [b for b in range(1, windows + 1) if windows % b == 0] if split else []
     own = recipe.model.slice_mb
     default = SMALLEST_PIECE["cuda" if recipe.scale.gpu else "cpu"].bytes // 2**20
-    smaller = (default // 2**k for k in range(1, _SMALLER + 1))
+    smaller = (mb for k in range(1, _SMALLER + 1) if (mb := default // 2**k))
     ladder = [own, *(mb for mb in smaller if own is None or mb < own)]
     ways: list[dict[str, Any]] = [{"reversible": True, "slice_mb": mb} for mb in ladder]
     if recipe.model.reversible:

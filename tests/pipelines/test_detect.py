@@ -168,7 +168,7 @@ def test_mlflow_serves_a_model_for_paths_uris_and_contents(setting: Setting) -> 
             assert (best["start"], best["end"]) == pytest.approx((start, end), abs=1e-3)
         for wrong, reason in (
             ("/nothing.mp4", "no such file"),
-            ("data:video/mp4,AAAA", "begins with data:video/mp4;base64"),
+            ("data:video/mp4,AAAA", "must begin with data:video/mp4;base64"),
             ("data:video/mp4;base64,A", "is not base64"),
         ):
             answer = requests.post(address, json={"inputs": [wrong]})

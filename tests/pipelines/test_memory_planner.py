@@ -331,7 +331,7 @@ def test_the_script_explains_itself() -> None:
     shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for word in (
         "without a GPU",
-        "per-block checkpointing",
+        "activation checkpointing",
         "--longest",
         "--backbone",
         "thumos_re2",

@@ -256,7 +256,7 @@ def test_the_winner_is_trained_by_the_command_that_is_printed(
             ("--base.scale.workers", "40"),
             "The cluster is too small: 40 workers and the decoding need",
         ),
-        (("--base.optim.clip", "5"), "optim.clip of 5.0 is not in the range"),
+        (("--base.optim.clip", "5"), "optim.clip of 5.0 is not in the search range"),
         (("--trials", "0"), "--trials must be at least 1"),
         (("--base.scale.validation-workers", "1"), "--base.scale.validation-workers must be 0"),
         (("--constraint", "memory <= 1GiB"), "without GPUs do not measure it"),

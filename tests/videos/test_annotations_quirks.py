@@ -218,12 +218,12 @@ def test_ids_are_the_same_in_every_normal_form(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "shown"),
     [
-        (("run", "run ", "run", "\trun"), r"'run' (2 times), '\trun' (1 times), 'run ' (1 times)"),
-        (("Long Jump", "long jump"), "'Long Jump' (1 times), 'long jump' (1 times)"),
-        (("long  jump", "long jump"), "'long  jump' (1 times), 'long jump' (1 times)"),
-        (("passe\u0301", "pass\u00e9"), r"'passe\u0301' (1 times), 'pass\xe9' (1 times)"),
-        (("Stra\u00dfe", "STRASSE"), "'STRASSE' (1 times), 'Stra\u00dfe' (1 times)"),
-        (("dive", "ambiguous"), "'Ambiguous' (0 times), 'ambiguous' (1 times)"),
+        (("run", "run ", "run", "\trun"), r"'run' (2 times), '\trun' (1 time), 'run ' (1 time)"),
+        (("Long Jump", "long jump"), "'Long Jump' (1 time), 'long jump' (1 time)"),
+        (("long  jump", "long jump"), "'long  jump' (1 time), 'long jump' (1 time)"),
+        (("passe\u0301", "pass\u00e9"), r"'passe\u0301' (1 time), 'pass\xe9' (1 time)"),
+        (("Stra\u00dfe", "STRASSE"), "'STRASSE' (1 time), 'Stra\u00dfe' (1 time)"),
+        (("dive", "ambiguous"), "'Ambiguous' (0 times), 'ambiguous' (1 time)"),
     ],
 )
 def test_labels_that_are_one_name_are_a_problem_of_the_file(
