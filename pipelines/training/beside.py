@@ -274,7 +274,7 @@ class Evaluations:
         waiting = [one.uri for one in kept if one.waits and one.uri not in known]
         for uri in waiting[: room - len(self._running)]:
             self._running[self._task.remote(self._given, uri)] = uri
-        return len(waiting) + len(known) - len(self._left_out)
+        return len(waiting) + len(known) - len(self._left_out)  # damaged ones do not count as left
 
     def _take(self, ended: Any, uri: str) -> None:
         try:

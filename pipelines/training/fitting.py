@@ -270,6 +270,7 @@ def fit_recipe(
     if not recipe.model.reversible and not _can_be_rewired(predictor):
         found = [layout for layout in found if not layout.reversible]
     predictor.most = len(found)
+    # a window's stored activations, predicted from the smallest layout that stores them
     least = min(found, key=lambda one: (one.reversible and not one.stored, one.batch))
     activations = predictor.step(least).activations
     ordered = in_order(

@@ -580,6 +580,7 @@ class Trainer:
     def _count_parameters(self) -> None:
         """Show and log the numbers of all and of the trained parameters."""
         sizes = [(p.numel(), p.requires_grad) for p in self.state.detector.parameters()]
+        # of all parameters, then of those that require a gradient
         total, trained = (sum(n for n, wanted in sizes if wanted or of) for of in (True, False))
         counts = {"parameters/total": float(total), "parameters/trained": float(trained)}
         self.runtime.log(counts, step=self.state.step)
@@ -627,7 +628,7 @@ class Trainer:
             state.windows += self.windows_per_step
             index += 1
             self._time_left.step()
-            if (index - 1) % max(1, steps // 5) == 0 or index == steps:
+            if (index - 1) % max(1, steps // 5) == 0 or index == steps:  # some five lines an epoch
                 self._say_progress(index, steps, metrics)
             if index < steps and self._checkpoint_due():
                 self._checkpoint({self.task.score: UNSCORED})
