@@ -356,7 +356,7 @@ def test_auto_is_the_smallest_free_memory_of_the_gpus_that_are_visible(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert free_memory() == [size * GIB for size in expected]
     assert free_memory(hidden=True) == [70 * GIB, 20 * GIB]
-    with pytest.raises(UserError, match="there is none: give the size"):
+    with pytest.raises(UserError, match="there is none: give the memory"):
         budget_of("auto", recipe, free_memory)
     on_cpus = replace(recipe, scale=replace(recipe.scale, gpu=False))
     with pytest.raises(UserError, match=r"--scale\.no-gpu.*--fit 24GiB"):
