@@ -1,9 +1,9 @@
-"""The paper's fourth claim: gradients of reversible networks equal those of stored activations.
+"""Experiment on the paper's fourth claim: reversible gradients equal those of stored activations.
 
-A reversible network rebuilds its activations. In floating point, those of the public libraries too,
-they come back slightly different, more so with depth and with lower precision, and so do the
-gradients. On this project's grid they come back exactly. The experiment `drift` looks closer, at
-several families and couplings.
+A reversible network rebuilds its activations. In floating point, as in the public libraries, the
+rebuilt ones differ slightly, and so do the gradients. The difference grows with depth and with
+lower precision. On this project's fixed-point grid they are equal to the bit. The experiment
+`drift` measures more: several families of blocks, and several couplings (alpha, beta).
 """
 
 import math
@@ -38,26 +38,28 @@ from re2tal.errors import UserError
 from re2tal.precision import Precision, autocast
 from re2tal.reversible import branches, reconstruction_errors, rewire, set_reversible
 
-# Public libraries for reversible networks, each building a network of the same branches F, G, ...
-# on two streams that lie beside each other in the channels: y1 = x1 + F(x2), y2 = x2 + G(y1). They
-# are a dependency group of this project (`peers`), and imported where they are used.
+# Public libraries for reversible networks. Each builds a network of the same branches F, G, ... on
+# two streams (x1, x2) that are concatenated along the channels: y1 = x1 + F(x2), y2 = x2 + G(y1).
+# They are a dependency group of this project (`peers`), and imported only where they are used.
 
 Branches = Sequence[nn.Module]
 
 
 def stored(streams: Tensor, branches: Branches) -> Tensor:
-    """Compute the equations themselves on ``(B, 2 C)``; autograd stores all activations."""
+    """Compute the equations directly on ``(B, 2 C)``; autograd stores all activations."""
     first, second = streams.chunk(2, dim=1)
+    # Swapping the streams each time makes two branches one coupling: y1 = x1 + F(x2), and then
+    # y2 = x2 + G(y1).
     for branch in branches:
         first, second = second, first + branch(second)
     return torch.cat([first, second], dim=1)
 
 
 class Recomputing(nn.Module):
-    """One autograd function for all branches, run backwards from its output, as in minREV.
+    """Network of one autograd function for all branches, which inverts them from its output.
 
-    See "Reversible Vision Transformers" (Mangalam et al., CVPR 2022); here parameters are among the
-    function's inputs.
+    This is what minREV does ("Reversible Vision Transformers", Mangalam et al., CVPR 2022), except
+    that parameters are inputs of the function here.
     """
 
     def __init__(self, branches: Branches) -> None:
@@ -89,6 +91,8 @@ class _Recompute(torch.autograd.Function):
                 result = branch(given)
             of_given, *found = torch.autograd.grad(result, [given, *branch.parameters()], of_second)
             of_parameters[:0] = found
+            # Invert y = x1 + F(x2): x1 = y - F(x2). Gradients: x1 gets that of y, and x2 its own
+            # plus F's.
             first, second = second - result.detach(), first
             of_first, of_second = of_second, of_first + of_given
         return torch.cat([of_first, of_second], dim=1), None, *of_parameters
@@ -114,7 +118,7 @@ def _revlib(branches: Branches) -> nn.Module:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Another implementation: its package, empty for none, and a network of branches."""
+    """Another implementation: its package ("" for none), and a function that builds its network."""
 
     package: str
     build: Callable[[Branches], nn.Module]
@@ -133,9 +137,9 @@ OURS, FLOAT = "ours", "ours, float"
 ERROR = "relative error of gradients"
 NOT_INSTALLED = "not installed"
 
-_FAMILY = "LayerNorm-MLP"  # streams of its stacks are (B, C), which all libraries can split
+_FAMILY = "LayerNorm-MLP"  # its streams are (B, C), which all libraries can split
 
-# Lines overlap: the marker of each library leaves those below it visible.
+# Lines overlap, so the marker of each library leaves those below it visible.
 _STYLES = {
     OURS: ("o", 6, COLOURS["ours"]),
     FLOAT: ("o", 13, COLOURS["ours, float"]),
@@ -149,12 +153,12 @@ _LABELS = {OURS: "ours, on the grid", FLOAT: "without the grid"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exactness:
-    """Errors of gradients, of this project and of others.
+    """Experiment that compares errors of gradients of this project and of other libraries.
 
     Attributes:
         depths: even numbers of residual branches.
-        precisions: number formats of the branches.
-        libraries: libraries to compare; those that are not installed are listed as such.
+        precisions: number formats in which the branches compute.
+        libraries: libraries to compare. The report lists those that are not installed.
     """
 
     depths: tuple[int, ...] = (12, 24, 96)
@@ -164,7 +168,7 @@ class Exactness:
     def __post_init__(self) -> None:
         odd = [depth for depth in self.depths if depth % 2]
         if odd:
-            raise UserError(f"Branches come in pairs, but a depth is {odd[0]}: give even ones.")
+            raise UserError(f"Branches come in pairs, but a depth is {odd[0]}: give even depths.")
         refuse_unknown("library", self.libraries, PEERS)
 
     def jobs(self) -> Sequence[Job]:
@@ -187,13 +191,13 @@ class Exactness:
             text=(
                 "A stack of residual branches LayerNorm-Linear-GELU-Linear of width 64 on a batch "
                 "of 64, random weights, seed 0; streams in float32, branches under autocast. The "
-                "error is the norm of the difference over the norm, of the gradients of all "
-                "parameters, against the same equations in the same precision with stored "
-                "activations. All libraries run the same branches from the same input, on "
-                f"{results[OURS]['device']}; autocast is entered inside the branches, because not "
-                "every library enters it again in its backward. Where branches round their input "
-                "to 16 bits, they round the errors of shallow stacks away, mostly. minREV's form "
-                "is what minREV does, written anew: it cannot be installed."
+                "error is ||g - g_stored|| / ||g_stored||, where g are the gradients of all "
+                "parameters and g_stored those of the same equations in the same precision with "
+                "stored activations. All libraries run the same branches from the same input, on "
+                f"{results[OURS]['device']}. Autocast is entered inside the branches, because not "
+                "every library enters it again in its backward. In shallow stacks most errors "
+                "vanish when the branches round their input to 16 bits. minREV's form is a "
+                "reimplementation of its method, because minREV cannot be installed."
             ),
             findings=_findings(rows, largest),
             tables={"Errors of gradients": rows},
@@ -206,7 +210,7 @@ class Exactness:
 
 
 def quick() -> Exactness:
-    """Configure shallow stacks, to show that everything runs, and no more."""
+    """Configure shallow stacks, only to show that everything runs."""
     return Exactness(depths=(4, 12))
 
 
@@ -239,7 +243,7 @@ def _findings(rows: Sequence[Row], largest: Mapping[str, float]) -> list[Finding
 
 
 def our_errors(*, depths: Sequence[int], precisions: Sequence[Precision]) -> dict[str, Any]:
-    """Measure errors of this project, on the grid and in floating point."""
+    """Measure the errors of this project, on the grid and in floating point."""
     here = device()
     rows = []
     for depth, precision in product(depths, precisions):
@@ -252,7 +256,7 @@ def our_errors(*, depths: Sequence[int], precisions: Sequence[Precision]) -> dic
 def errors_of(
     *, library: str, depths: Sequence[int], precisions: Sequence[Precision]
 ) -> dict[str, Any]:
-    """Measure errors of one of `PEERS`; if it is not installed or does not run, the rows say so."""
+    """Measure the errors of one of `PEERS`. If it is not installed or fails, the rows say so."""
     package = PEERS[library].package
     try:
         version = metadata.version(package) if package else "this one"
@@ -267,7 +271,7 @@ def errors_of(
 
 
 def _row(library: str, version: str, depth: int | str, precision: str, error: float | str) -> Row:
-    # A norm is 0 exactly if all differences are 0.
+    # The norm is exactly 0 if and only if all differences are.
     equal = "" if isinstance(error, str) else "yes" if error == 0 else "no"
     return {
         "library": library,
@@ -280,24 +284,24 @@ def _row(library: str, version: str, depth: int | str, precision: str, error: fl
 
 
 def _error(library: str, depth: int, precision: Precision) -> float | str:
-    """Compute the error against stored activations of the same branches; a failure is one line."""
+    """Compute the error against stored activations; return a failure as one line of text."""
     blocks, x = stack(_FAMILY, depth)
     blocks, x = blocks.to(device()), x.to(device())
     branches = [_Branch(block, precision) for block in blocks]
     wanted = _gradients(branches, lambda streams: stored(streams, branches), x)
     try:
-        # The libraries' warnings about deprecated parts of PyTorch do not matter here.
+        # Ignore the libraries' warnings about deprecated parts of PyTorch.
         with warnings.catch_warnings(action="ignore"):
             found = _gradients(branches, PEERS[library].build(branches), x)
-    except Exception as problem:  # whatever it is, it goes into the report
+    except Exception as problem:  # any failure of a library is a result of the report
         return f"{type(problem).__name__}: {problem}".splitlines()[0]
     return relative_error(found, wanted)
 
 
 class _Branch(nn.Module):
-    """Residual branch of a block, without its skip connection.
+    """Residual branch ``F`` of a block, without its skip connection.
 
-    Autocast is entered inside, because not every library enters it again in the backward.
+    It enters autocast itself, because not every library enters it again in its backward.
     """
 
     def __init__(self, block: nn.Module, precision: Precision) -> None:
@@ -314,7 +318,7 @@ class _Branch(nn.Module):
 def _gradients(
     branches: Sequence[nn.Module], network: Callable[[Tensor], Tensor], x: Tensor
 ) -> Tensor:
-    """Compute the gradients of all parameters in one vector, with x as input of both streams."""
+    """Compute the gradients of all parameters as one vector, with ``x`` as both input streams."""
     parameters = [p for branch in branches for p in branch.parameters()]
     for parameter in parameters:
         parameter.grad = None
@@ -346,7 +350,7 @@ def _picture(rows: Sequence[Row]) -> Figure:
 
 
 def _scale(axes: Axes, rows: Sequence[Row]) -> float:
-    """Set a logarithmic scale with a place for zero below it, and return that place."""
+    """Set a logarithmic scale with a tick for zero below it; return the position of that tick."""
     errors = [row[ERROR] for row in rows if row[ERROR] > 0]
     low, high = (math.floor(math.log10(limit)) for limit in (min(errors), max(errors)))
     decades = range(low, high + 2)
@@ -360,7 +364,7 @@ def _scale(axes: Axes, rows: Sequence[Row]) -> float:
 
 
 def _lines(axes: Axes, rows: Sequence[Row], floor: float) -> list[End]:
-    """Draw a line for each library, and return their ends."""
+    """Draw a line for each library, and return the ends of the lines."""
     ends = []
     for library in dict.fromkeys(row["library"] for row in rows):
         mark, size, colour = _STYLES[library]
@@ -388,7 +392,7 @@ def _lines(axes: Axes, rows: Sequence[Row], floor: float) -> list[End]:
 PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "bfloat16")
 
 COUPLINGS = ((0.0, 1.0), (0.3, 0.7), (0.5, 0.5), (0.7, 0.3), (0.9, 0.1), (1.0, 0.1))
-"""(alpha, beta): Re2TAL, and steps on Dr2Net's way from the pretrained network to it."""
+"""Pairs (alpha, beta): Re2TAL's (0, 1), and some from Dr2Net's schedule that leads to it."""
 
 COARSE: tuple[Precision, ...] = ("float32", "bfloat16")
 
@@ -396,8 +400,8 @@ COARSE: tuple[Precision, ...] = ("float32", "bfloat16")
 def measure_drift(*, depths: Sequence[int] = (12, 24, 96)) -> Tables:
     """Drift of gradients when activations are rebuilt: none on the grid, some in floating point.
 
-    Errors are norms of differences over norms, with random weights and streams in float32 under
-    autocast of the branches; "overflow" means that nothing finite was rebuilt.
+    Errors are ``||found - wanted|| / ||wanted||``, with random weights, streams in float32 and
+    branches under autocast; "overflow" means that nothing finite was rebuilt.
 
     Args:
         depths: even numbers of residual branches.
@@ -419,10 +423,10 @@ def measure_drift(*, depths: Sequence[int] = (12, 24, 96)) -> Tables:
 
 
 def drift(family: str, count: int, precision: Precision, device: torch.device | str = "cpu") -> Row:
-    """Measure errors of a stack of `STACKS` with so many branches, with the grid and without.
+    """Measure the errors of a stack with `count` branches, with the grid and without.
 
-    For comparison, "precision alone" is the error of gradients with stored activations against
-    float32.
+    For comparison, "precision alone" is the error of the gradients of stored activations in this
+    precision against those in float32.
     """
     model, x = stack(family, count)
     model, x = model.to(device), x.to(device)
@@ -451,7 +455,7 @@ def drift(family: str, count: int, precision: Precision, device: torch.device | 
 def coupling_row(
     family: str, precision: Precision, alpha: float, beta: float, depths: Iterable[int]
 ) -> Row:
-    """Tabulate `rebuilt_error` for some depths."""
+    """Make a row of `rebuilt_error` for several depths."""
     row: Row = {"family": family, "precision": precision, "alpha": alpha, "beta": beta}
     for count in depths:
         model, x = stack(family, count)
@@ -463,7 +467,10 @@ def coupling_row(
 
 @torch.no_grad()
 def rebuilt_error(model: nn.Sequential, x: Tensor, alpha: float, beta: float) -> float:
-    """Run a stack forward and back by the equations in floating point, without the engine.
+    """Run a stack forward and backwards in floating point, without the engine.
+
+        forward     x_i = F_i(x_{i-1}) + alpha x_{i-1} + beta x_{i-2}
+        backwards   x_{i-2} = (x_i - F_i(x_{i-1}) - alpha x_{i-1}) / beta
 
     Returns:
         The larger relative error of the two rebuilt streams; NaN or infinity after an overflow.
@@ -479,7 +486,7 @@ def rebuilt_error(model: nn.Sequential, x: Tensor, alpha: float, beta: float) ->
 
 
 def _trained(model: nn.Module, x: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
-    """Return the output, and the gradients of all parameters in one vector."""
+    """Return the output, and the gradients of all parameters as one vector."""
     with autocast(x.device.type, precision):
         output = model(x)
     found = torch.autograd.grad(output.float().pow(2).mean(), list(model.parameters()))
@@ -487,5 +494,5 @@ def _trained(model: nn.Module, x: Tensor, precision: Precision) -> tuple[Tensor,
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Compute the norm of the difference over the norm of `wanted`."""
+    """Compute ``||found - wanted|| / ||wanted||``."""
     return float((found - wanted).double().norm() / wanted.double().norm())

@@ -1,6 +1,6 @@
 """Train a pretrained residual network without storing the activations of its stages.
 
-README.md in this folder describes the files, and how to add a family of blocks.
+The README.md in this folder describes the files, and how to add a family of blocks.
 """
 
 from re2tal.reversible.branches import (

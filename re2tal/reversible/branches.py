@@ -1,13 +1,14 @@
-"""The branches of a residual block, whose skip connections are moved, and their pieces.
+"""Branches of residual blocks, and the pieces in which a branch runs.
 
-A family of blocks is one function registered with `branches`. It says what is added to the skip
-connection, and nothing else: the engine does the rest. The families of other libraries are in
-`families`.
+A family of blocks is one function registered with `branches`. It returns the functions ``F`` that
+its blocks add to their skip connections; the engine does the rest. The families of other libraries
+are in `families`.
 
-A branch that treats the units of its input alike (the tokens of an MLP, the windows of a window
-attention, the samples of a convolution) gives the same result piece by piece, so that the
-activations of only one piece are in memory. The number of units in a piece follows from a budget of
-bytes, and from shapes only: a forward and its replay cut alike, which bit-exact replays need.
+Some branches treat the units of their input independently: an MLP its tokens, a window attention
+its windows, a convolution the samples of a batch. Run piece by piece, such a branch gives the same
+result, and the activations of only one piece are in memory. The number of units in a piece depends
+on a budget of bytes and on shapes, never on values: the replay must cut as the forward did to be
+bit-exact.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,46 +26,47 @@ from torch import Tensor, nn
 from re2tal.reversible.coupling import Grid, accumulate, fused
 
 BYTES_PER_ELEMENT = 4
-"""Counted for every element; under autocast a piece stays below its budget."""
+"""Bytes counted for every element. Under autocast elements are smaller, and a piece stays below its
+budget."""
 
 
 class Layout(Protocol):
-    """The units of one input."""
+    """Units of one input, in which a branch can be cut."""
 
     @property
     def units(self) -> int:
-        """Number of units; the same for each sample of the batch, sample by sample."""
+        """Number of units. Each sample has equally many, and the units of a sample are adjacent."""
         ...
 
     @property
     def elements(self) -> int:
-        """Elements that a unit keeps alive while the branch is differentiated."""
+        """Number of elements that a unit keeps alive while the branch is differentiated."""
         ...
 
     @property
     def contiguous(self) -> bool:
-        """Whether the piece of all units is the input itself, in another shape."""
+        """Whether the piece of all units is the input itself in another shape, not a copy."""
         ...
 
     @property
     def light(self) -> bool:
-        """Whether its own tensors are few enough to be kept from the forward for the backward."""
+        """Whether the layout's own tensors are small enough to keep from forward to backward."""
         ...
 
     def share(self) -> tuple[Tensor, ...]:
-        """Compute once, with gradients, what all pieces use: a relative position bias."""
+        """Compute the tensors that all pieces use, once and with gradients: a position bias."""
         ...
 
     def new(self, piece: Tensor, shape: torch.Size) -> Tensor:
-        """Make an empty tensor of the input's shape, for `put` to fill with pieces like this."""
+        """Make an empty tensor of the input's shape, which `put` fills with such pieces."""
         ...
 
     def take(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Return the units ``start:stop`` of a tensor shaped like the input; units come first."""
+        """Return the units ``start:stop`` of a tensor shaped like the input, ``(units, ...)``."""
         ...
 
     def put(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:
-        """Write a piece to its place in a tensor that `new` has made."""
+        """Write a piece to its place in a tensor made by `new`."""
         ...
 
     def add(
@@ -87,16 +89,16 @@ class Layout(Protocol):
 
 
 class Cut(Protocol):
-    """Function that lays out an input in units."""
+    """Function that divides an input into units."""
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Layout:
-        """Lay out an input; called with the arguments of the block's call."""
+        """Lay out an input. The other arguments are those of the block's call."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Called:
-    """Parts that layouts share whose pieces the branch itself is called with."""
+    """Common part of the layouts that call the branch itself on each piece."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -104,7 +106,7 @@ class _Called:
     light = True
 
     def share(self) -> tuple[Tensor, ...]:
-        """Share nothing."""
+        """Return nothing: the pieces share no tensor."""
         return ()
 
     def new(self, piece: Tensor, shape: torch.Size) -> Tensor:
@@ -125,7 +127,7 @@ class _Called:
 
 @dataclass(frozen=True, slots=True)
 class Whole(_Called):
-    """One unit: the branch runs on the whole input."""
+    """Layout of a single unit: the branch runs on the whole input."""
 
     units = 1
     elements = 0
@@ -135,7 +137,7 @@ class Whole(_Called):
         return x
 
     def put(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:  # noqa: ARG002
-        """Write all of it."""
+        """Write the whole tensor."""
         out.copy_(piece)
 
     def add(
@@ -147,19 +149,19 @@ class Whole(_Called):
         grid: Grid | None = None,
         sign: int = 1,
     ) -> None:
-        """Add all of it."""
+        """Add the whole tensor."""
         accumulate(out, piece, grid, sign)
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens(_Called):
-    """Vectors along the last dimension."""
+    """Layout whose units are the vectors along the last dimension."""
 
     units: int
     elements: int
 
     def take(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Return a view, where the input is contiguous."""
+        """Return ``(tokens, C)``, a view if the input is contiguous."""
         return x.reshape(self.units, x.shape[-1])[start:stop]
 
     def put(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:
@@ -182,18 +184,22 @@ class Tokens(_Called):
 
 @dataclass(frozen=True, slots=True)
 class Samples(_Called):
-    """Samples of a batch, in the memory format that they have: convolutions are chosen by it."""
+    """Layout whose units are the samples of a batch.
+
+    It keeps the memory format of the samples, because PyTorch chooses convolution kernels by it.
+    """
 
     units: int
     elements: int
 
     def new(self, piece: Tensor, shape: torch.Size) -> Tensor:
-        """Make an empty tensor, its samples laid out as those of the piece."""
+        """Make an empty tensor whose samples have the memory format of the piece's."""
+        # Order of the inner dimensions in memory, such as (T, H, W, C) for channels-last.
         inner = sorted(range(1, piece.ndim), key=piece.stride, reverse=True)
         return torch.empty_permuted(shape, (0, *inner), dtype=piece.dtype, device=piece.device)
 
     def take(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Return a view."""
+        """Return a view of some samples."""
         return x[start:stop]
 
     def put(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:
@@ -215,7 +221,7 @@ class Samples(_Called):
 
 @dataclass(frozen=True, slots=True)
 class ByToken:
-    """Cut for a branch that treats all positions alike: LayerNorm over the last dimension, an MLP.
+    """Cut of a branch that treats every token independently, such as a LayerNorm and an MLP.
 
     The branch is called with ``(tokens, C)``.
 
@@ -227,48 +233,49 @@ class ByToken:
     width: int
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Layout:
-        """Make every vector along the last dimension a unit."""
+        """Lay out ``(..., C)`` with every vector along the last dimension as a unit."""
         return Tokens(args, kwargs, prod(x.shape[:-1]), self.width)
 
 
 @dataclass(frozen=True, slots=True)
 class BySample:
-    """Cut for a branch that treats the samples of a batch alike: convolutions, global attention.
+    """Cut of a branch that treats every sample independently: convolutions, global attention.
 
-    Batch statistics tie samples together: a branch with a BatchNorm in training mode is not cut.
+    A BatchNorm in training mode computes its statistics over all samples, so a branch with one is
+    not cut.
 
     Attributes:
-        growth: elements that are kept alive in the backward per element of input.
+        growth: number of elements kept alive in the backward per element of input.
     """
 
     growth: float
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Layout:
-        """Make every sample of the batch a unit."""
+        """Lay out ``(B, ...)`` with every sample as a unit."""
         return Samples(args, kwargs, x.shape[0], int(self.growth * prod(x.shape[1:])))
 
 
 @dataclass(frozen=True, slots=True)
 class _Wider:
-    """Cut of another, with more elements a token: `kept_beside` of the branch's modules."""
+    """Cut that counts more elements a token than another cut: `kept_beside` of the modules."""
 
     cut: Cut
     more: int
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Layout:
-        """Lay out tokens, whose channels come last."""
+        """Lay out tokens ``(..., C)``."""
         layout: Any = self.cut(x, *args, **kwargs)
         if isinstance(layout, Whole):
             return layout
-        tokens = -(-prod(x.shape[:-1]) // layout.units)
+        tokens = -(-prod(x.shape[:-1]) // layout.units)  # of a unit, rounded up
         wider: Layout = replace(layout, elements=layout.elements + self.more * tokens)
         return wider
 
 
 def spans(layout: Layout, budget: int) -> list[tuple[int, int]]:
-    """Cut the units into pieces of as many as the budget of bytes holds, at least one each.
+    """Cut the units into as few pieces as the budget of bytes allows, of at least one unit each.
 
-    The pieces are of equal size up to one unit, so that none is left with a handful of units.
+    The sizes of the pieces differ by one unit at most, so that the last is not a small remainder.
     """
     fitting = max(1, budget // max(1, layout.elements * BYTES_PER_ELEMENT))
     count = -(-layout.units // fitting)
@@ -277,15 +284,17 @@ def spans(layout: Layout, budget: int) -> list[tuple[int, int]]:
 
 
 _ONE_HOLDER = 2
-"""Count of a storage that only one tensor holds, beside the object that asks for it."""
+"""Reference count of a storage that one tensor holds: the tensor, and the object that asks."""
 
 
 def alone(x: Tensor, *, beside: int = 0) -> bool:
-    """Tell whether no other tensor holds this one's memory, a view or what autograd keeps.
+    """Tell whether no other tensor shares this one's memory: a view, or one saved by autograd.
+
+    Only tensors count, not Python names: a second name of the same tensor goes unnoticed.
 
     Args:
         x: the tensor.
-        beside: number of other tensors that may hold it.
+        beside: number of other tensors that may share it.
     """
     count: int = torch._C._storage_Use_Count(x.untyped_storage()._cdata)
     return count <= _ONE_HOLDER + beside
@@ -293,20 +302,21 @@ def alone(x: Tensor, *, beside: int = 0) -> bool:
 
 @contextmanager
 def in_rows(out: Tensor) -> Iterator[Tensor]:
-    """Change a tensor as a matrix of vectors along its last dimension, in any memory format."""
+    """Present a tensor as rows ``(n, C)``; changes of these rows are changes of the tensor."""
     rows = out.reshape(-1, out.shape[-1])
     yield rows
-    if rows.untyped_storage()._cdata != out.untyped_storage()._cdata:  # no view of it was possible
+    # In some memory formats no view is possible, and reshape() has made a copy.
+    if rows.untyped_storage()._cdata != out.untyped_storage()._cdata:
         out.copy_(rows.view(out.shape))
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Rows of a tensor that some vectors along its last dimension come from, and go to.
+    """Rows of a tensor ``(rows, C)`` from which vectors are gathered, and to which they are added.
 
     Attributes:
-        index: row of each vector, ``(..., n)``, in int64; each row once, but for padding, whose
-            number is any.
+        index: row of each vector, ``(..., n)``, int64. No row occurs twice, except at padding,
+            where any row may stand.
         padding: ``(..., n, 1)``, true at padding; None if there is none.
     """
 
@@ -319,13 +329,13 @@ class Places:
 
     @classmethod
     def behind(cls, index: Tensor, end: int) -> "Places":
-        """Take rows of which those behind an end stand for padding."""
+        """Make places from row numbers of which those from `end` on stand for padding."""
         return cls(index.clamp(max=end - 1), (index >= end).unsqueeze(-1))
 
     def take(self, x: Tensor) -> Tensor:
         """Gather the vectors, zero at padding."""
         rows = x.reshape(-1, x.shape[-1])
-        # Several times as fast as rows[index].
+        # index_select is several times as fast as rows[index].
         taken = rows.index_select(0, self.index.reshape(-1)).view(*self.index.shape, -1)
         return taken if self.padding is None else taken.masked_fill(self.padding, 0)
 
@@ -345,22 +355,22 @@ class Places:
                 values = -values
             if padding is not None:
                 values = values.masked_fill(padding.unsqueeze(1), 0)
-            if rows.device.type == "cpu":  # there twice as fast as index_add_
+            if rows.device.type == "cpu":  # twice as fast as index_add_ there
                 rows.scatter_add_(0, index.unsqueeze(1).expand(-1, rows.shape[1]), values)
             else:
-                # In any order, on a GPU. But nothing but zeros is added to a row twice, so that
-                # the order does not matter: float32's atomic additions round as others do. They
-                # make subnormal numbers zero, which the kernel above does not.
+                # A GPU adds atomically, in any order. That does no harm, since only zeros are added
+                # to a row more than once, and atomic float32 additions round like others. They
+                # flush subnormal numbers to zero, which the kernel above does not.
                 rows.index_add_(0, index, values)
 
 
 def per_unit(factor: Tensor, layout: Layout, start: int, stop: int, dims: int) -> Tensor:
-    """Spread a factor a sample, ``(B, 1)``, to one a unit of a piece, ``(n, 1, ..., 1)``."""
+    """Expand one factor per sample, ``(B, 1)``, to one per unit of a piece, ``(n, 1, ..., 1)``."""
     if layout.units > 1:
         per_sample = layout.units // factor.shape[0]
         first, last = start // per_sample, (stop - 1) // per_sample
         factor = factor.reshape(-1)
-        if first == last:
+        if first == last:  # the whole piece lies in one sample: a view, no gather
             factor = factor[first : first + 1]
         else:
             index = torch.arange(start, stop, device=factor.device) // per_sample
@@ -387,13 +397,13 @@ class Branch:
     Attributes:
         name: name in errors and reports.
         modules: every module whose parameters and buffers the branch uses.
-        function: ``F``, from a tensor to one of the same shape, called as
-            ``function(x, *args, **kwargs)`` with whatever else the block is called with; without
-            it, the modules in a row on ``x`` alone.
-        activation: activation after the addition, where the block computes
+        function: ``F``, which returns a tensor of the shape of ``x``. It is called as
+            ``function(x, *args, **kwargs)`` with the other arguments of the block's call. None
+            calls the modules one after the other on ``x`` alone.
+        activation: activation after the addition, for a block that computes
             ``activation(x + F(x))``. It moves into the branch.
-        drop_path: stochastic depth of the whole branch, which scales the result sample by sample
-            (``F(x) * drop_path(ones)``). Not to be applied by ``function``.
+        drop_path: stochastic depth of the whole branch, which scales the result sample by sample:
+            ``F(x) * drop_path(ones)``. ``function`` must not apply it itself.
         cut: cut into pieces; None runs the branch whole.
     """
 
@@ -415,21 +425,21 @@ class Branch:
 
 @singledispatch
 def branches(block: nn.Module) -> list[Branch]:
-    """List the residual branches of a block, in the order in which it applies them.
+    """List the residual branches of a block, in the order in which its forward applies them.
 
     Register a function for a class of blocks to make the class rewirable. The function describes
-    that class's own ``forward``; a subclass with another one needs a function of its own. It raises
-    `ChangesShapeError` for a block of the class that changes the shape of its input.
+    the ``forward`` of that class; a subclass that overrides ``forward`` needs a function of its
+    own. It raises `ChangesShapeError` for a block that changes the shape of its input.
     """
     raise NoFamilyError(f"no family is registered for {type(block).__name__}")
 
 
 @singledispatch
 def returned(block: nn.Module, y: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Return what the block's ``forward`` would for a result ``y``: by default ``y`` itself.
+    """Wrap the result ``y`` as the block's ``forward`` would return it: by default ``y`` itself.
 
-    Register a function for blocks that return more, such as ``(y, thw)``; it is called with the
-    block, ``y`` and whatever else the block was called with.
+    Register a function for blocks that return more, such as ``(y, thw)``. It is called with the
+    block, ``y`` and the other arguments of the block's call.
     """
     if not described(block):
         return import_module(_PATTERN).returned(block, y, *args, **kwargs)
@@ -438,11 +448,11 @@ def returned(block: nn.Module, y: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Leading:
-    """Recomputation in pieces, of a module that treats alike all that its first dimensions number.
+    """Recomputation in pieces, for a module that treats its leading dimensions as one batch.
 
     Attributes:
-        inner: number of last dimensions that belong together, of the input and of the output.
-        growth: elements that are kept alive in the backward per element of input.
+        inner: number of trailing dimensions, of input and output, that are not batch dimensions.
+        growth: number of elements kept alive in the backward per element of input.
     """
 
     inner: int
@@ -451,21 +461,21 @@ class Leading:
 
 @singledispatch
 def recomputed(module: nn.Module) -> bool | Leading:  # noqa: ARG001
-    """Tell whether a module between stages is recomputed in the backward pass instead of stored.
+    """Tell whether the backward pass recomputes a module between stages instead of storing it.
 
-    Register a function that returns True for stems and down-sampling layers: modules that turn one
-    tensor into one tensor, cheaply compared with the stages around them. It returns `Leading` for
-    one that may run in pieces.
+    Register a function that returns True for stems and down-sampling layers: modules that map one
+    tensor to one tensor, and are cheap compared with the stages around them. It returns `Leading`
+    for a module that may run in pieces.
     """
     return False
 
 
 @singledispatch
 def kept_beside(module: nn.Module) -> int:  # noqa: ARG001
-    """Count the elements that a token keeps alive in a module and that no family counts.
+    """Count the elements that a token keeps alive in a module beyond those that its family counts.
 
-    Register a function for layers that take the place of a block's own and compute more, as LoRA's
-    do. The elements of its parts are counted by themselves.
+    Register a function for layers that replace a block's own and compute more, such as LoRA's. The
+    modules inside such a layer are counted separately.
     """
     return 0
 
@@ -473,7 +483,7 @@ def kept_beside(module: nn.Module) -> int:  # noqa: ARG001
 _FAMILIES = "re2tal.reversible.families"
 _PATTERN = f"{_FAMILIES}.pattern"
 
-# Files with the families of a library.
+# Files in `families`, by the library whose blocks they describe.
 _FILES = {
     "torchvision.models": ("mvit", "swin", "video_resnet", "vision_transformer"),
     "timm.models": ("timm",),
@@ -482,10 +492,10 @@ _FILES = {
 
 
 def load_families(cls: type) -> None:
-    """Register the families of the library that a class, or one that it derives from, belongs to.
+    """Register the families of the library that defines a class or one of its base classes.
 
-    To be called before asking `branches`, `returned` or `recomputed` about a module of the class.
-    Calling it again costs nothing.
+    Call it before `branches`, `returned` or `recomputed` is asked about a module of the class.
+    Further calls cost nothing.
 
     Args:
         cls: class of a module.
@@ -499,17 +509,17 @@ def load_families(cls: type) -> None:
 
 
 def split(block: nn.Module | None) -> list[Branch]:
-    """List the branches of a block, once it is sure that running them replaces its forward.
+    """List the branches of a block, after checking that they may replace its forward.
 
     Raises:
-        NotReversibleError: if no family describes the block, its ``forward`` is not the one that
-            the family describes, or hooks hang on the block itself, where nothing calls them.
+        NotReversibleError: if no family describes the block, if its ``forward`` is not the one that
+            the family describes, or if the block itself has hooks, which a stage would not call.
     """
     if block is None:
-        raise NoFamilyError("the place is empty")
+        raise NoFamilyError("it is None")
     if _own_forward(block):
         raise NotReversibleError(
-            f"its forward is not that of {type(block).__name__}, but was given to it alone"
+            f"its forward is not that of {type(block).__name__}, but was set on this object"
         )
     if not described(block):
         found: list[Branch] = import_module(_PATTERN).split(block)
@@ -525,7 +535,7 @@ def split(block: nn.Module | None) -> list[Branch]:
 
 
 def _widened(branch: Branch) -> Branch:
-    """Count what a branch keeps alive beside what its family describes."""
+    """Add to a branch's cut the elements that its family does not count; see `kept_beside`."""
     more = sum(kept_beside(module) for top in branch.modules for module in top.modules())
     if branch.cut is None or more == 0:
         return branch
@@ -533,23 +543,23 @@ def _widened(branch: Branch) -> Branch:
 
 
 def described(block: nn.Module) -> bool:
-    """Tell whether a family describes the forward of a block's class, or it has to be tried out."""
+    """Tell whether a family describes the forward of a block's class; others are tried out."""
     load_families(type(block))
     family = next(cls for cls in type(block).__mro__ if cls in branches.registry)
     return family is not object and type(block).forward is getattr(family, "forward", None)
 
 
 def _own_forward(block: nn.Module) -> bool:
-    """Tell whether somebody else than `rewire` has given this very block a forward."""
+    """Tell whether the block's ``__dict__`` has a ``forward`` that is not from `rewire`."""
     forward = vars(block).get("forward")
     return forward is not None and not type(forward).__module__.startswith(__package__ or "")
 
 
 def check_complete(block: nn.Module, found: Sequence[Branch]) -> None:
-    """Make sure that the branches name every module with parameters: the others would not train.
+    """Check that the branches name every module with parameters; unnamed ones would not train.
 
     Raises:
-        NotReversibleError: naming the parameters that belong to no branch.
+        NotReversibleError: if parameters belong to no branch; the message names them.
     """
     owned = {id(p) for branch in found for m in branch.modules for p in m.parameters()}
     missing = [name for name, p in block.named_parameters() if id(p) not in owned]
@@ -558,7 +568,7 @@ def check_complete(block: nn.Module, found: Sequence[Branch]) -> None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Tell whether something is called when the module is."""
+    """Tell whether the module itself has forward or backward hooks."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

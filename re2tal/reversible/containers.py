@@ -1,8 +1,8 @@
-"""Rewired containers: the same `nn.Sequential` or `nn.ModuleList`, of a class that runs stages.
+"""Rewired containers: an `nn.Sequential` or `nn.ModuleList` whose class runs reversible stages.
 
-`rewire` changes the class of a container, so that it stays the same object with the same children,
-parameter names and hooks. The branches are asked for in every forward rather than kept: a copied,
-unpickled or edited container runs its present children.
+`rewire` changes the class of a container. The container stays the same object with the same
+children, parameter names and hooks. Every forward asks the blocks for their branches again, so a
+copied, unpickled or edited container runs its present children.
 """
 
 from collections import OrderedDict
@@ -28,11 +28,11 @@ class Rewired(nn.Module):
 
     Attributes:
         settings: settings of its stages.
-        rewired: names of the children that take part; the others are called as they are.
+        rewired: names of the children that belong to a stage; the others are called as they are.
         where: name of the container in the rewired model, for errors.
         watch: checks and measurements of its stages.
-        original: class that it had.
-        plain_class: the class of PyTorch that it is like.
+        original: class of the container before rewiring.
+        plain_class: PyTorch's class from which the container derives.
     """
 
     settings: Settings
@@ -46,17 +46,21 @@ class Rewired(nn.Module):
     def adopt(
         cls, module: nn.Module, *, settings: Settings, rewired: frozenset[str], where: str
     ) -> None:
-        """Turn a container into a rewired one, in place; its blocks get a forward of their own."""
+        """Turn a container into a rewired one, in place.
+
+        Its blocks get a `Passage` as their ``forward``, for models that call them one by one.
+        """
         vars(module).update(
             original=type(module), settings=settings, rewired=rewired, where=where, watch=Watch()
         )
         module.__class__ = cls
         assert isinstance(module, Rewired)
         for name in rewired:
+            # Attributes of the object precede those of its class: nn.Module calls this forward.
             vars(module._modules[name])["forward"] = Passage(module, name)
 
     def restore(self) -> None:
-        """Turn it back into what it was, in place."""
+        """Give the container its original class and its blocks their own forward, in place."""
         for block in self._modules.values():
             if block is not None and isinstance(vars(block).get("forward"), Passage):
                 del vars(block)["forward"]
@@ -65,9 +69,9 @@ class Rewired(nn.Module):
             vars(self).pop(attribute, None)
 
     def __getitem__(self, index: Any) -> Any:
-        """Return a child, or for a slice a plain container with these children.
+        """Return a child, or for a slice a plain container of these children.
 
-        Their stages are still whole: leaving one early, or entering it late, is an error.
+        A slice does not shorten the stages: leaving one early, or entering it late, is an error.
         """
         if not isinstance(index, slice):
             return super().__getitem__(index)  # type: ignore[misc]
@@ -76,7 +80,7 @@ class Rewired(nn.Module):
         return plain(chosen if plain is nn.Sequential else chosen.values())
 
     def runs(self) -> Iterator[tuple[bool, tuple[str, ...]]]:
-        """Yield the children in order, as runs of names that are rewired or not."""
+        """Yield runs of consecutive children: whether they are rewired, and their names."""
         for rewired, names in groupby(self._modules, key=self.rewired.__contains__):
             yield rewired, tuple(names)
 
@@ -87,7 +91,7 @@ class Rewired(nn.Module):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        """Run the blocks of these names as one stage."""
+        """Run the blocks with these names as one stage."""
         steps = [
             Step(branch, f"{where} ({branch.name})", x.dtype, self.settings, args, kwargs)
             for where, block in ((dotted(self.where, n), self._modules[n]) for n in names)
@@ -96,7 +100,7 @@ class Rewired(nn.Module):
         return run_stage(steps, x, self.settings, self.watch, self._stage(names))
 
     def plain(self, names: Sequence[str]) -> bool:
-        """Tell whether the blocks of a run are called as they were before rewiring."""
+        """Tell whether blocks are called as before rewiring, because (alpha, beta) is (1, 0)."""
         if not self.settings.coupling.plain:
             return False
         self.watch.note(self._stage(names), "stored: the network as it was", self.settings)
@@ -127,7 +131,8 @@ class ReversibleSequential(Rewired, nn.Sequential):
 
     plain_class = nn.Sequential
 
-    # Nodes with state cannot be traced: compile the modules inside the blocks.
+    # The stage's autograd nodes keep state, which torch.compile cannot trace. Modules inside the
+    # blocks can be compiled.
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch's has no types
     def forward(self, input: Tensor | Proxy) -> Any:  # noqa: A002 - the name that nn.Sequential gives it
         """Call the children in order; each run of rewired ones is one stage.
@@ -155,9 +160,9 @@ class ReversibleModuleList(Rewired, nn.ModuleList):
 
 
 def rewired_class(module: nn.Module) -> type[Rewired] | None:
-    """Find the class that a container is given by `rewire`; None if its own does more.
+    """Find the class that `rewire` gives to a container; None if its class has other methods.
 
-    A subclass that only builds its children itself is a plain container.
+    A subclass of PyTorch's container that only defines ``__init__`` counts as a plain container.
     """
     for cls in (ReversibleSequential, ReversibleModuleList):
         if type(module) is cls:
@@ -169,6 +174,7 @@ def rewired_class(module: nn.Module) -> type[Rewired] | None:
     return None
 
 
+# Attributes of a class that defines nothing but __init__, in all supported versions of Python.
 _ONLY_BUILDS = {*vars(type("_Empty", (nn.Module,), {"__init__": None})), "__annotations__"} | {
     "__annotate_func__",
     "__annotations_cache__",
@@ -179,15 +185,15 @@ _ONLY_BUILDS = {*vars(type("_Empty", (nn.Module,), {"__init__": None})), "__anno
 }
 
 
-# Results that a stage's blocks pass on. Beside the tensors, not on them: a tensor that is pickled
-# takes its attributes along.
+# Results that the blocks of a stage pass on. A dictionary, not an attribute of the tensor: pickling
+# a tensor includes its attributes.
 _PASSED: MutableMapping[Tensor, tuple[Any, ...]] = WeakTensorKeyDictionary()
 
 
 class Passage:
-    """The ``forward`` of a rewired block that is called by itself; stands in its ``__dict__``.
+    """Replacement of ``forward`` in the ``__dict__`` of a rewired block that a model calls itself.
 
-    The first block of a run that is called runs the whole stage; the others pass its result on.
+    Calling the first block of a stage runs the whole stage; the other blocks pass its result on.
 
     Args:
         container: container of the block.
@@ -200,11 +206,11 @@ class Passage:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch's has no types
     def __call__(self, x: Tensor | Proxy, *args: Any, **kwargs: Any) -> Any:
-        """Return the stage's result at its first block, the input at the others.
+        """Return the stage's result at its first block, and the input at the others.
 
         Raises:
-            ReversibleError: if a block is not given the result of the block before it, or is called
-                with other arguments than the first, or if one was replaced.
+            ReversibleError: if a block does not get the result of the block before it, gets other
+                arguments than the first block, or was replaced.
         """
         block = self.container._modules[self.name]
         assert block is not None
@@ -219,12 +225,13 @@ class Passage:
             x = self.container.run(names, x, args, kwargs)
         else:
             self._check(x, names[names.index(self.name) - 1], args, kwargs)
+        # With the version, so that the next block notices a change in place.
         _PASSED[x] = self.container, self.name, version_of(x), args, kwargs
         self.container.watch.left_at(self.name, at_end=self.name == names[-1])
         return returned(block, x, *args, **kwargs)
 
     def _check_others(self, names: Sequence[str]) -> None:
-        """Make sure that the stage's other blocks only pass its result on."""
+        """Check that the stage's other blocks are still the rewired ones, which pass results on."""
         for name in names:
             passage = vars(self.container._modules[name]).get("forward")
             here = (self.container, name)
@@ -240,20 +247,20 @@ class Passage:
         container, name, version, *arguments = _PASSED.get(x, (None, "", 0))
         if container is not self.container or name != before or version != version_of(x):
             raise ReversibleError(
-                f"Block {where} is in the middle of a reversible stage, but its input is not what "
-                "the block before it has returned. Call the blocks of a stage one after another, "
+                f"Block {where} is in the middle of a reversible stage, but its input is not the "
+                "result of the block before it. Call the blocks of a stage one after another, "
                 "with nothing in between, or unwire(model)."
             )
         if not _same(arguments, [args, kwargs]):
             raise ReversibleError(
                 f"Block {where} is called with other arguments than the first block of its stage, "
-                "but a reversible stage runs all its blocks with those."
+                "but a reversible stage runs all its blocks with the arguments of the first."
             )
 
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return a is b
+        return a is b  # `==` would compare element by element
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, Mapping) and isinstance(b, Mapping):
@@ -262,10 +269,10 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def first_to_last(blocks: Sequence[str]) -> str:
-    """Name of a run of blocks: that of the first and that of the last."""
+    """Name a run of blocks by its first and its last block."""
     return blocks[0] if len(blocks) == 1 else f"{blocks[0]}…{blocks[-1]}"
 
 
 def dotted(container: str, name: str) -> str:
-    """Name in the model of a module that its container calls ``name``."""
+    """Join the name of a container in the model and that of its child."""
     return f"{container}.{name}" if container else name

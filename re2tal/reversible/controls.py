@@ -1,4 +1,4 @@
-"""Functions on a rewired model: choose how its stages run, and ask whether they run well."""
+"""Functions on a rewired model: they set how its stages run, and report how they ran."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -21,8 +21,8 @@ def reversible_stages(model: nn.Module) -> Iterator[tuple[str, Rewired]]:
 def set_reversible(model: nn.Module, reversible: bool) -> None:
     """Choose whether the rewired stages rebuild their activations or store them.
 
-    Both compute the same function: storing is for debugging, for what a replay cannot do
-    (`torch.func`, double backward), and for measuring.
+    Both compute the same function. Storing is for debugging, for comparison, and for what a replay
+    cannot do (`torch.func`, gradients of gradients).
 
     Raises:
         ValueError: if the model has no rewired stage.
@@ -33,7 +33,7 @@ def set_reversible(model: nn.Module, reversible: bool) -> None:
 
 
 def set_coupling(model: nn.Module, *, alpha: float, beta: float) -> None:
-    """Change alpha and beta of all rewired stages; takes effect in the next forward.
+    """Set alpha and beta of all rewired stages from the next forward on.
 
     Raises:
         ValueError: if the coefficients are invalid or the model has no rewired stage.
@@ -42,11 +42,11 @@ def set_coupling(model: nn.Module, *, alpha: float, beta: float) -> None:
 
 
 def set_slice_bytes(model: nn.Module, slice_bytes: Budget) -> None:
-    """Change how large the pieces of a branch are that run at a time: less memory, or less time.
+    """Set the size of the pieces in which branches run: smaller ones save memory, larger ones time.
 
     Args:
         model: a rewired model.
-        slice_bytes: bytes of a piece, as for `rewire`.
+        slice_bytes: budget of a piece, as for `rewire`.
 
     Raises:
         ValueError: if the model has no rewired stage.
@@ -59,22 +59,25 @@ def set_slice_bytes(model: nn.Module, slice_bytes: Budget) -> None:
 def check(model: nn.Module) -> None:
     """Wait for the checks of all backward passes so far.
 
-    On a GPU a check is read without waiting, at a later forward; call this before what cannot be
-    taken back, such as writing a checkpoint. After an error the gradients of that backward are
-    wrong, and so are weights that were stepped with them: go back to the last checkpoint.
+    On a GPU the result of a check is read at a later forward, so that nothing waits for it. Call
+    this function before anything that cannot be undone, such as writing a checkpoint. After an
+    error the gradients of that backward are wrong, and so are weights that were updated with them:
+    return to the last checkpoint.
 
     Raises:
-        ReversibleError: if a stream left the grid, or a rebuilt input was not the forward's.
+        ReversibleError: if a stream left the grid, or a rebuilt input differs from the forward's.
     """
     for _, stage in reversible_stages(model):
         stage.watch.poll(wait=True)
 
 
 def reconstruction_errors(model: nn.Module) -> dict[str, float]:
-    """Read the relative error (root mean square, over a sample) of the last input that was rebuilt.
+    """Read the relative error of the input that each stage rebuilt last.
+
+    The error is ``||rebuilt - x|| / ||x||`` over a sample of the values.
 
     Returns:
-        Errors by the name of the stage, 0 in exact mode. Stages that rebuilt nothing are left out.
+        Errors by name of the stage; 0 in exact mode. Stages that rebuilt nothing are left out.
     """
     return {
         where: float(error)
@@ -101,23 +104,26 @@ def _change(model: nn.Module, **changes: Any) -> None:
 
 
 def recomputed_modules(model: nn.Module) -> list[nn.Module]:
-    """List the modules between the stages that are recomputed."""
+    """List the modules that are recomputed in the backward pass."""
     return [m for m in model.modules() if isinstance(vars(m).get("forward"), Recomputed)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CouplingSchedule:
-    """Alpha and beta over training: a straight line, then constant.
+    """Schedule of alpha and beta over training: linear, then constant.
 
-    Dr2Net's dynamic finetuning (Zhao et al., CVPR 2024, arXiv 2401.04105): training starts close to
-    the pretrained network and moves alpha and beta a little with every step, so that the weights
-    follow the change of the function that they compute. It takes the place of Re2TAL's finetuning
-    on the pretraining task.
+    Dr2Net's dynamic finetuning (Zhao et al., CVPR 2024, arXiv 2401.04105). At step ``t`` of ``T``,
 
-    While beta is small a stage cannot be run backwards precisely enough, and with exact streams it
-    can not be at all before beta is 1: it stores its activations until then, and says so
-    (`stage_modes`). The last part of the way is therefore where memory is saved; with
-    ``rewire(model, exact=False)`` it begins earlier.
+        alpha_t = alpha_start + (t / T) (alpha_end - alpha_start),    beta_t likewise.
+
+    Training starts at the pretrained network, and every step changes alpha and beta a little, so
+    that the weights can follow the change of the function. This replaces Re2TAL's finetuning on the
+    pretraining task.
+
+    A stage stores its activations as long as it cannot be inverted: with exact streams until beta
+    is 1, with ``rewire(model, exact=False)`` while beta is too small for the required precision.
+    `stage_modes` tells. So only the last part of the schedule saves memory, and that part begins
+    earlier with ``exact=False``.
 
     Attributes:
         steps: optimizer steps from start to end.
@@ -139,9 +145,9 @@ class CouplingSchedule:
             )
 
     def at(self, step: int) -> Coupling:
-        """Compute the coupling of a step, counted from 0; exactly `end` from step `steps` on."""
+        """Compute the coupling of a step, counted from 0; `end` itself from step `steps` on."""
         done = min(max(step / self.steps, 0.0), 1.0)
-        if done == 1:
+        if done == 1:  # not by the formula: its rounding could miss beta = 1, which exactness needs
             return self.end
         return Coupling(
             alpha=self.start.alpha + done * (self.end.alpha - self.start.alpha),
@@ -151,7 +157,7 @@ class CouplingSchedule:
     def apply(self, model: nn.Module, step: int) -> Coupling:
         """Set the coupling of a step in a rewired model, before its forward.
 
-        It is a function of the step alone: a run that resumes goes on where it was.
+        The coupling depends on the step alone, so a resumed run continues where it stopped.
 
         Args:
             model: a rewired model.

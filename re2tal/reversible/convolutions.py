@@ -1,10 +1,10 @@
 """Weight gradients of 3-D convolutions on CPUs where PyTorch computes wrong ones in bfloat16.
 
-oneDNN 3.13.3, which PyTorch 2.15 uses, reads memory that nobody wrote when it sums up the weight
-gradient of a 3-D convolution in bfloat16 with AVX-512 instructions and the video is shorter than
-the kernel: the gradient differs from call to call, by as much as 1e36 times its largest value, or
-is NaN. Outputs and gradients of inputs are right, so are 1-D and 2-D convolutions, float32 and
-float16. A network trained that way learns nothing, reversible or not.
+oneDNN 3.13.3, which PyTorch 2.15 uses, reads uninitialised memory when it sums the weight gradient
+of a 3-D convolution in bfloat16 with AVX-512 instructions and the kernel is longer than the video.
+The gradient then differs from call to call, by up to 1e36 times its largest value, or is NaN.
+Outputs and gradients of inputs are right, and so are 1-D and 2-D convolutions, float32 and float16.
+A network trained with such gradients learns nothing, reversible or not.
 """
 
 from functools import cache
@@ -18,26 +18,26 @@ WRONG_GRADIENTS = (
     "computes them in float32 instead."
 )
 
-# A gradient that is right differs from float32's by 5e-3 of its largest value, by rounding.
+# A correct bfloat16 gradient differs from float32's by 5e-3 of its largest value, by rounding.
 _TOLERANCE = 2e-2
 
 _OPERATOR = torch.ops.aten.convolution_backward.default
 
-# PyTorch's own kernel, and what keeps ours in its place.
+# PyTorch's own kernel, and the library object whose lifetime is that of our registration.
 _original = torch.library.get_kernel(_OPERATOR, "CPU")
 _registration: list[torch.library.Library] = []
 
 
 @cache
 def wrong_gradients() -> bool:
-    """Tell whether this CPU's weight gradients are wrong; tried once a process, in milliseconds."""
+    """Tell whether this CPU's weight gradients are wrong; tested once a process, in few ms."""
     return any(_is_wrong(channels, frames) for channels in (16, 32) for frames in (2, 4))
 
 
 def correct_gradients() -> None:
-    """Have PyTorch compute right weight gradients in this process, where it would not.
+    """Make PyTorch compute correct weight gradients in this process.
 
-    Calls again change nothing. Where PyTorch's own are right, nothing is changed.
+    Nothing changes where PyTorch's own are correct, nor by further calls.
     """
     if not _registration and wrong_gradients():
         library = torch.library.Library("aten", "IMPL")
@@ -48,7 +48,7 @@ def correct_gradients() -> None:
 def _backward(
     keys: torch.DispatchKeySet, gradient: Tensor, x: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor | None, ...]:
-    """Compute what `aten::convolution_backward` does, the weight's gradient in float32.
+    """Compute `aten::convolution_backward`, with the gradient of the weight in float32.
 
     Args:
         keys: dispatch keys of the call.
@@ -59,13 +59,13 @@ def _backward(
             and which gradients (input, weight, bias) are wanted.
 
     Returns:
-        Gradients of input, weight and bias; None where none is wanted.
+        Gradients of input, weight and bias; None for those not wanted.
     """
     *settings, (of_input, of_weight, of_bias) = rest
     if weight.dtype is not torch.bfloat16 or weight.ndim != 5 or not of_weight:
         found: tuple[Tensor | None, ...] = _original.call_boxed(keys, gradient, x, weight, *rest)
         return found
-    # The kernel of float32 is right, and its gradient nearer to the true one than bfloat16's.
+    # The float32 kernel is correct, and its gradient more precise than bfloat16's would be.
     wide = (t.float() for t in (gradient, x, weight))
     _, in_float, _ = _original.call_boxed(keys, *wide, *settings, [False, True, False])
     others = [of_input, False, of_bias]
@@ -74,7 +74,7 @@ def _backward(
 
 
 def _is_wrong(channels: int, frames: int) -> bool:
-    """Tell whether the weight gradient of a kernel longer than its video is not float32's."""
+    """Compare the bfloat16 weight gradient of a kernel longer than its video with float32's."""
     source, kernel = torch.Generator().manual_seed(0), 2 * (frames // 2) + 1
     shape = (2, channels, frames, 4, 4)
     gradient, x = (torch.randn(shape, generator=source, device="cpu") for _ in range(2))
@@ -83,7 +83,8 @@ def _is_wrong(channels: int, frames: int) -> bool:
     found = []
     for precision in (torch.float32, torch.bfloat16):
         tensors = (t.to(precision) for t in (gradient, x, weight))
-        # The kernel reads memory that it has not written. Fresh memory is zero and would hide that.
+        # The kernel reads memory that it has not written. Fresh memory is zero and would hide that,
+        # so the allocator gets blocks full of NaN to hand out.
         for size in range(8, 17):
             torch.full((2**size,), torch.nan, device="cpu")
         _, of_weight, _ = _OPERATOR(*tensors, *settings, [False, True, False])

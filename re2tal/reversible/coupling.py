@@ -1,30 +1,40 @@
-"""The coupling: equations by which the two streams of a stage go forward, and back again.
+"""Coupling: the equations of the two streams of a stage, forward and backward.
 
-A stage with the residual branches ``F_1 ... F_n`` computes, from its input ``x``,
+A stage with the residual branches ``F_1 ... F_n`` computes from its input ``x``
 
     x_{-1} = x_0 = x
     x_i    = a_i(F_i(x_{i-1}) + alpha x_{i-1}) + beta x_{i-2}     i = 1 ... n
     output = (x_n + beta x_{n-1}) / (1 + beta)
 
-where ``a_i`` is what the block applies after its addition: nothing, or the ReLU of a ResNet.
-``(alpha, beta) = (0, 1)`` is Re2TAL: the skip connection starts one branch earlier, a ReLU is moved
-into the branch, and the output is the mean of the two streams (Zhao et al., CVPR 2023, arXiv
-2211.14053, section 3). The general form is Dr2Net (Zhao et al., CVPR 2024, arXiv 2401.04105), whose
-second stream is ``y_i = beta x_{i-1}``; ``(1, 0)`` is the pretrained residual network itself, which
-is why the output weighs the streams by 1 and beta. For ``beta != 0`` two neighbours determine the
-one before,
+where ``a_i`` is the activation after the block's addition: the ReLU of a ResNet, or the identity.
+
+- ``(alpha, beta) = (0, 1)`` is Re2TAL, ``x_i = F_i(x_{i-1}) + x_{i-2}``: the skip connection starts
+  one branch earlier, a ReLU is moved into the branch, and the output is the mean of the two streams
+  (Zhao et al., CVPR 2023, arXiv 2211.14053, section 3).
+- The general form is Dr2Net (Zhao et al., CVPR 2024, arXiv 2401.04105). Its second stream is
+  ``y_i = beta x_{i-1}``.
+- ``(1, 0)`` is the pretrained residual network. The output must then be ``x_n`` alone; hence it
+  weighs the two streams by 1 and beta.
+
+For ``beta != 0`` two neighbouring streams determine the one before them,
 
     x_{i-2} = (x_i - a_i(F_i(x_{i-1}) + alpha x_{i-1})) / beta,
 
-so a stage can be run backwards from its last two streams. A gradient ``g`` of ``x_i`` reaches
-``x_{i-2}`` as ``beta g``, and ``x_{i-1}`` through the increment ``a_i(...)``.
+so the last two streams suffice to run a stage backwards. The gradient ``g_i`` of ``x_i`` flows to
+both of its inputs,
 
-In floating point the way back is exact only up to rounding. It is exact to the bit on a grid: if
-the stage's input and every increment are rounded to multiples of 2^-k, and beta is 1, then each
-``x_i`` is a sum of two grid points, which float32 holds exactly below 2^(24-k), and so is each
-difference on the way back. Rounding passes gradients on unchanged. See `Grid`.
+    g_{i-2} += beta g_i,    g_{i-1} += J_i^T g_i,    J_i = d a_i(F_i(x) + alpha x) / dx at x_{i-1}.
 
-Everything here is a pure function of tensors of one shape.
+In floating point the inversion is exact only up to rounding. On a fixed-point grid with beta = 1 it
+is exact to the bit. With ``[.]`` for rounding to multiples of 2^-k,
+
+    x_i = [a_i(...)] + x_{i-2},    x_{i-2} = x_i - [a_i(...)],
+
+and the stage's input is rounded too. float32 has 24 bits of significand, so it holds every such sum
+and difference exactly as long as streams stay below 2^(24-k). The gradient of the rounding is taken
+to be the identity (straight-through). See `Grid`.
+
+All functions of this file work element by element on tensors of one shape.
 """
 
 import logging
@@ -42,17 +52,17 @@ _LOG = logging.getLogger(__name__)
 
 
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Choose the dtype of the streams of a stage for its input's dtype: at least float32.
+    """Choose the dtype of a stage's streams from the dtype of its input: at least float32.
 
-    A stream is rebuilt by subtraction, branch after branch; in bfloat16 the rounding of 12 branches
-    already changes it by one percent, in float32 by 3e-7 (measured).
+    Streams are rebuilt by one subtraction a branch. After 12 branches the rounding errors add up to
+    1 % in bfloat16, but only 3e-7 in float32 (measured).
     """
     return torch.promote_types(dtype, torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Coupling:
-    """The two coefficients of a stage, and the equations above with them.
+    """Coefficients alpha and beta of a stage, with the equations above.
 
     Attributes:
         alpha: weight of the pretrained skip connection, from ``x_{i-1}``.
@@ -74,12 +84,12 @@ class Coupling:
 
     @property
     def plain(self) -> bool:
-        """Whether this is the pretrained residual network itself."""
+        """Whether the stage is the pretrained residual network itself."""
         return self.alpha == 1 and self.beta == 0
 
     @property
     def invertible(self) -> bool:
-        """Whether ``x_{i-2}`` follows from ``x_{i-1}`` and ``x_i``."""
+        """Whether ``x_{i-2}`` can be computed from ``x_{i-1}`` and ``x_i``."""
         return self.beta != 0
 
     def increment(
@@ -88,49 +98,53 @@ class Coupling:
         current: Tensor,
         activation: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Compute ``a(F_i(x_{i-1}) + alpha x_{i-1})`` from the branch's result."""
+        """Compute ``a_i(F_i(x_{i-1}) + alpha x_{i-1})`` from the result of the branch ``F_i``."""
         if self.alpha != 0:
             branch = torch.add(branch, current, alpha=self.alpha)
         return branch if activation is None else activation(branch)
 
     def advance(self, increment: Tensor, previous: Tensor) -> Tensor:
-        """Compute ``x_i`` from its increment and ``x_{i-2}``."""
+        """Compute ``x_i = increment + beta x_{i-2}``."""
         if self.beta == 0:
             return increment
         return torch.add(increment, previous, alpha=self.beta)
 
     def merge(self, last: Tensor, before: Tensor) -> Tensor:
-        """Compute the stage's output from ``x_n`` and ``x_{n-1}``; autograd stores nothing."""
+        """Compute the stage's output ``(x_n + beta x_{n-1}) / (1 + beta)``.
+
+        Autograd stores nothing for it: a sum and a product with a number are linear.
+        """
         if self.beta == 0:
             return last
         return torch.add(last, before, alpha=self.beta).mul_(self.share)
 
     @property
     def share(self) -> float:
-        """Derivative of the output by ``x_n``; that by ``x_{n-1}`` is beta times as large."""
+        """Derivative of the output with respect to ``x_n``; for ``x_{n-1}``, beta times that."""
         return 1 / (1 + self.beta)
 
 
 Bits = int | Literal["auto"]
 
 HEADROOM = 8
-"""Bits by which "auto" lets a stream outgrow its stage's input: 256 times. The other 16 hold the
-input: it is rounded by less than 2^-17 of its largest value, and bfloat16 rounds by 2^-9."""
+"""Bits that "auto" leaves above the stage's input: streams may grow to 2^8 = 256 times the input.
+The other 16 of the 24 bits hold the input, whose rounding error is then below 2^-17 of its largest
+value. (bfloat16 rounds by 2^-9.)"""
 
 FINEST = 16
-"""Most bits that "auto" chooses: streams of any input may reach 256."""
+"""Most fractional bits that "auto" chooses. Streams may thus reach 2^(24-16) = 256 at least."""
 
 _FLOAT32_BIAS, _FLOAT32_FRACTION = 127, 23
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Multiples of a power of two.
+    """Fixed-point grid: the multiples of ``2**-k``.
 
     Attributes:
-        scale: ``2**k``, a number or a float32 tensor of no dimensions.
+        scale: ``2**k``, a number or a float32 tensor without dimensions.
         spacing: ``2**-k``, likewise.
-        negative: ``-2**-k``.
+        negative: ``-2**-k``, computed once a forward.
     """
 
     scale: float | Tensor
@@ -144,35 +158,40 @@ class Grid:
     def of(cls, bits: Bits, stream: Tensor) -> "Grid":
         """Choose the grid of one forward of a stage.
 
+        "auto" takes ``k = 23 - HEADROOM - e`` where the largest magnitude of the input lies in
+        ``[2^e, 2^(e+1))``, at most `FINEST`.
+
         Args:
-            bits: k, or "auto" for one that suits the stage's input.
+            bits: k, or "auto" to derive k from the stage's input.
             stream: the stage's input.
         """
         if bits != "auto":
             return cls(2.0**bits, 2.0**-bits)
         largest = torch.stack(torch.aminmax(stream.detach())).abs().amax().float()
-        # The exponent stands in the bits: largest < 2^(exponent + 1).
+        # e of 2^e <= largest < 2^(e + 1), read from the exponent bits of float32: exact, and on the
+        # device, so that nothing waits for the host.
         exponent = (largest.view(torch.int32) >> _FLOAT32_FRACTION) - _FLOAT32_BIAS
-        # A small input does not mean small increments, for most branches normalize it first.
+        # At most FINEST: a small input does not mean small increments, because most branches
+        # normalize their input first.
         k = (23 - HEADROOM - exponent).clamp(-64, FINEST)
         return cls(_power_of_two(k), _power_of_two(-k))
 
     @property
     def limit(self) -> float | Tensor:
-        """Streams below this are held exactly."""
+        """Magnitude ``2**(24 - k)``, below which float32 holds every grid point exactly."""
         return 2.0**24 * self.spacing
 
     def round(self, x: Tensor, sign: int = 1) -> Tensor:
-        """Round to the nearest points, in a new tensor; differentiable as the identity.
+        """Round to the nearest grid points, in a new tensor; the gradient is the identity.
 
         Args:
             x: values.
-            sign: 1, or -1 for the negative of the points.
+            sign: 1, or -1 to return the negated points.
         """
         spacing = self.spacing if sign > 0 else self.negative
         if torch.compiler.is_exporting():
-            # A program has no gradients but those of its operations; the difference, and hence the
-            # sum, are exact.
+            # An exported program differentiates its operators, not a custom Function, so the
+            # straight-through gradient is spelled out. The difference is exact, and so is the sum.
             return x + (_rounded(x, self.scale, spacing) - x).detach()
         if x.requires_grad and torch.is_grad_enabled():
             rounded: Tensor = _Round.apply(x, self.scale, spacing)
@@ -180,15 +199,15 @@ class Grid:
         return _rounded(x, self.scale, spacing)
 
     def add(self, out: Tensor, x: Tensor, sign: int = 1) -> None:
-        """Add the points nearest to values to points, in place.
+        """Round values to the grid and add them to a tensor in place.
 
         Args:
-            out: points.
+            out: grid points.
             x: values.
             sign: 1, or -1 to subtract.
         """
         whole = torch.mul(x, self.scale).round_()
-        # A product with a power of two is exact, so that it may be fused with the sum.
+        # A product with a power of two is exact, so fusing it with the sum changes no bit.
         if isinstance(self.spacing, Tensor):
             out.addcmul_(whole, self.spacing, value=sign)
         else:
@@ -196,18 +215,19 @@ class Grid:
 
 
 def accumulate(out: Tensor, x: Tensor, grid: Grid | None = None, sign: int = 1) -> None:
-    """Add values to a tensor in place, or with a grid the points nearest to them.
+    """Add values to a tensor in place, rounded to the grid if there is one.
 
     Args:
-        out: the tensor; points, with a grid.
+        out: the target; grid points if there is a grid.
         x: values.
-        grid: the grid.
+        grid: the grid; None adds the values themselves.
         sign: 1, or -1 to subtract.
     """
     if grid is None:
         out.add_(x, alpha=sign)
         return
     kernels = fused(out, x)
+    # The kernel walks both memories in one order, without strides.
     alike = kernels is not None and out.shape == x.shape and out.stride() == x.stride()
     if kernels is not None and alike and torch.ops.aten.is_non_overlapping_and_dense(out):
         kernels.add(out, x, grid, sign)
@@ -216,7 +236,7 @@ def accumulate(out: Tensor, x: Tensor, grid: Grid | None = None, sign: int = 1) 
 
 
 def fused(*tensors: Tensor) -> Any:
-    """Return the module of kernels of a GPU if it has these tensors and can be used; else None."""
+    """Return the module of Triton kernels if these are float32 CUDA tensors and it works there."""
     if any(type(t) is not Tensor or t.dtype != torch.float32 or not t.is_cuda for t in tensors):
         return None
     return kernels_on(tensors[0].device)
@@ -224,9 +244,12 @@ def fused(*tensors: Tensor) -> Any:
 
 @cache
 def kernels_on(device: torch.device) -> Any:
-    """Import the module of kernels and try it on a device; None, with a warning, if it fails.
+    """Import the module of Triton kernels and test it on a device.
 
-    PyTorch for some systems comes without Triton, and Triton finds no compiler on some.
+    Returns:
+        The module, or None, with a warning, if it cannot be used.
+
+    Some builds of PyTorch come without Triton, and on some systems Triton finds no compiler.
     """
     try:
         kernels = import_module("re2tal.reversible.kernels")
@@ -235,7 +258,7 @@ def kernels_on(device: torch.device) -> Any:
         reason = f"{type(error).__name__}: {error}"
     if reason:
         _LOG.warning(
-            "Pieces are added by PyTorch's kernels, for Triton's cannot be used: %s", reason
+            "PyTorch's kernels add the pieces, because Triton's cannot be used: %s", reason
         )
         return None
     return kernels
@@ -252,7 +275,7 @@ class _Round(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is needed in the backward."""
+        """Keep nothing: the backward needs no values."""
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # noqa: ARG004
@@ -260,23 +283,25 @@ class _Round(torch.autograd.Function):
 
 
 def _rounded(x: Tensor, scale: float | Tensor, spacing: float | Tensor) -> Tensor:
-    # Powers of two scale without rounding, so that round() alone decides.
+    # Products with powers of two are exact, so round() is the only rounding (half to even).
     return torch.mul(x, scale).round_().mul_(spacing)
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
-    """Compute ``2**exponent`` in float32, exactly: a device's pow() may be off by a bit."""
+    """Compute ``2**exponent`` exactly in float32; a device's pow() may be off by one bit."""
     return ((exponent + _FLOAT32_BIAS) << _FLOAT32_FRACTION).view(torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class AtLeast:
-    """Pieces as large as one of the stage's streams; a backward holds four tensors of that size.
+    """Budget of a piece: the size of one stream of the stage, but not less than a minimum.
+
+    A backward holds four tensors of the size of a stream, so a piece of that size adds a quarter.
 
     Attributes:
-        bytes: bytes of the smallest piece, however small the stream.
-        for_weights: bytes up to which a piece takes three times those of the branch's parameters:
-            each piece adds their gradients to a sum.
+        bytes: smallest budget, however small the stream.
+        for_weights: limit of a second minimum, three times the bytes of the branch's parameters.
+            Each piece adds the gradients of all these parameters to their sums.
     """
 
     bytes: int
@@ -284,24 +309,25 @@ class AtLeast:
 
 
 Budget = int | AtLeast | Literal["auto"] | None
-"""Bytes of a piece of a branch; "auto" is the device's `SMALLEST_PIECE`, None does not cut."""
+"""Bytes of a piece of a branch. "auto" takes `SMALLEST_PIECE` of the device; None does not cut."""
 
 SMALLEST_PIECE = {
     "cpu": AtLeast(8 * 2**20, for_weights=32 * 2**20),
     "cuda": AtLeast(2 * 2**30),
 }
-"""Default budgets by kind of device. Small pieces leave a GPU waiting for the next: on an H200,
-Swin-T's step on 768 frames took 2.2 s in pieces of 128 MiB, 0.4 s of 2 GiB, and 0.3 s stored."""
+"""Default budgets by type of device. With small pieces a GPU waits for kernel launches: on an H200
+Swin-T's step on 768 frames took 2.2 s in pieces of 128 MiB, 0.4 s in pieces of 2 GiB, and 0.3 s
+with stored activations."""
 
 
 def bytes_of_piece(
     budget: int | AtLeast | Literal["auto"], stream: Tensor, weights: int = 0
 ) -> int:
-    """Compute the bytes of a piece of a stage with these streams.
+    """Compute the bytes of a piece of a branch.
 
     Args:
         budget: the budget.
-        stream: one of the streams.
+        stream: one of the stage's streams.
         weights: bytes of the branch's parameters.
     """
     if budget == "auto":
@@ -313,19 +339,20 @@ def bytes_of_piece(
 
 
 TOLERANCE = 1e-3
-"""Largest relative error (root mean square) of a rebuilt input that a coupling may have; above it
-activations are stored. In bfloat16 a branch rounds its input by up to 4e-3 of each value."""
+"""Largest relative error (root mean square) of a rebuilt input; above it the stage stores its
+activations. For comparison, a bfloat16 branch rounds each value of its input by up to 4e-3."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """Settings of the stages of a container, as `rewire` was given them.
+    """Settings of the stages of a container, from the arguments of `rewire`.
 
     Attributes:
         coupling: alpha and beta.
-        reversible: rebuild activations (True) or store them (False); the function is the same.
+        reversible: rebuild activations (True) or store them (False). The function computed is the
+            same.
         grid: fractional bits of the fixed-point grid, or "auto"; None is plain floating point.
-        slice_bytes: budget of a piece of a branch; None runs branches whole, by their own code.
+        slice_bytes: budget of a piece of a branch; None runs branches whole, by the block's code.
         verify: compare the rebuilt inputs of the stages with those of the forward.
     """
 
@@ -337,11 +364,11 @@ class Settings:
 
     @property
     def exact(self) -> bool:
-        """Whether the way back is exact to the bit."""
+        """Whether streams are rebuilt exactly, to the bit."""
         return self.grid is not None and self.coupling.beta == 1
 
     def stored_because(self) -> str | None:
-        """Name the reason why activations have to be stored; None if they may be rebuilt."""
+        """Return the reason why activations must be stored; None if they may be rebuilt."""
         if not self.reversible:
             return "asked for by set_reversible"
         if torch.compiler.is_exporting():

@@ -1,19 +1,27 @@
-"""The engine: one autograd node a step, and a tape that is rewound from node to node.
+"""Engine: one autograd node per step, and a tape that the backward rewinds from node to node.
 
-The forward of a stage stores nothing per step. At its end the tape holds the last two streams. The
-backward of step ``i`` finds ``x_i`` and ``x_{i-1}`` on the tape, and ``g_i`` and ``g_{i-1}``, their
-gradients as far as they are known. It replays ``F_i(x_{i-1})`` piece by piece, with gradients, and
-changes these four in place,
+The forward of a stage with ``n`` steps stores nothing per step. At its end the tape holds the last
+two streams, ``x_n`` and ``x_{n-1}``. The gradient ``g`` of the stage's output starts the backward,
 
-    x_i becomes x_{i-2},   g_{i-1} += J^T g_i,   g_i becomes beta g_i, the first part of g_{i-2},
+    g_n = g / (1 + beta),    g_{n-1} = beta g / (1 + beta).
 
-so that they and a piece are all that is alive. It returns the gradients of its parameters to
-autograd: these leave step by step, and hooks and DDP see them as they see those of any other node.
+The backward of step ``i = n ... 1`` finds on the tape ``x_i`` and ``x_{i-1}``, and their gradients:
+``g_i``, which is complete, and ``g_{i-1}``, which lacks the part through branch ``i``. It replays
+the increment ``u_i = a_i(F_i(x_{i-1}) + alpha x_{i-1})`` piece by piece, with gradients. It changes
+the four tensors in place,
 
-What passes from node to node in autograd's graph is an empty token, which keeps the steps in order.
-Streams and their gradients stay on the tape, so that autograd never holds a tensor that is changed
-in place. Whoever else holds one, as a hook inside a branch may, is noticed by the count of the
-memory's holders and keeps his values: a copy is changed then. The equations are in `coupling`.
+    x_{i-2} = (x_i - u_i) / beta           in the memory of x_i
+    g_{i-1} += (du_i / dx_{i-1})^T g_i
+    g_{i-2} = beta g_i                     in the memory of g_i; step i - 1 adds the rest
+
+so that these four and one piece are all that is alive. The input is both ``x_0`` and ``x_{-1}``, so
+its gradient is ``g_0 + g_{-1}``. The gradients ``(du_i / dtheta_i)^T g_i`` of the parameters are
+returned to autograd step by step: hooks and DDP see them as those of any other node.
+
+Nodes pass an empty token to each other, which keeps the steps in order in autograd's graph. Streams
+and their gradients stay on the tape, so autograd never holds a tensor that is changed in place. If
+something else holds one, as a hook inside a branch may, the reference count of its memory shows it:
+the engine then changes a copy, and the holder keeps the values. The equations are in `coupling`.
 """
 
 import math
@@ -42,7 +50,7 @@ def run_stage(
         steps: the steps in order.
         x: the stage's input, ``(B, ...)`` of a floating dtype.
         settings: settings of the stage.
-        watch: watch of the stage's container; it decides whether a coupling may be rebuilt.
+        watch: watch of the stage's container; it decides whether activations may be rebuilt.
         where: name of the stage in the model, for errors.
 
     Returns:
@@ -55,20 +63,21 @@ def run_stage(
     watch.poll()
     stream = x.to(stream_dtype(x.dtype))
     if stream.ndim <= 3:
-        # Tokens as a convolution leaves them have their channels far apart, and increments have
-        # not: `x_{i-2}` could not become `x_i` in place. More dimensions are a convolution's.
+        # (B, N, C) tokens from a patch embedding are a transposed view of a convolution's result.
+        # Increments are contiguous, so `x_{i-2}` could not become `x_i` in place. Inputs with more
+        # dimensions keep their memory format, by which convolutions choose kernels.
         stream = stream.contiguous()
     if stream.numel() == 0:  # nothing to rebuild, and no largest value
         return _stored(steps, stream, settings.coupling, None).to(x.dtype)
     grid = None if settings.grid is None else Grid.of(settings.grid, stream)
     if grid is not None:
-        # Adding zero makes -0.0 into 0.0, which is what the way back would yield.
+        # Adding zero turns -0.0 into 0.0: inverting a step yields (-0.0 + u) - u = 0.0.
         stream = grid.round(stream).add_(0.0)
     transformed = torch._C._are_functorch_transforms_active()
     tape = _Tape(settings.coupling, where, steps)
     if not torch.is_grad_enabled() and not transformed and not torch.compiler.is_exporting():
         tape.hold(0, stream, stream)
-        del stream  # which `Step.advance` may overwrite, if nobody holds it
+        del stream  # `Step.advance` may overwrite it only if nothing else holds its memory
         for step in steps:
             with uncached():
                 tape.advance(partial(step.advance, grid=grid))
@@ -89,6 +98,8 @@ def run_stage(
     give_up(x)
     for depth, one in enumerate(made, start=1):
         if not tape.bottom and (token.requires_grad or one.trains):
+            # First step that trains or whose input needs a gradient: the backward ends here, so
+            # these are the streams that it will have rebuilt last.
             tape.bottom = depth
             tape.witness = watch.witness(*tape.streams, settings, where)
         token = _StepNode.apply(one, tape, depth, token, *one.parameters)
@@ -101,19 +112,21 @@ def run_stage(
 
 
 def leaf_of_trace(module: nn.Module, x: Proxy, *args: Any, **kwargs: Any) -> Any:
-    """Enter a call of a module into the graph that torch.fx traces, without looking inside.
+    """Record a call of a module as one node of the graph that torch.fx traces.
 
-    So tools such as torchvision's `create_feature_extractor` work on a rewired model, down to its
-    stages: nothing inside a stage exists once it has run.
+    Tools such as torchvision's `create_feature_extractor` thus work on a rewired model, down to its
+    stages. They cannot look inside a stage, whose intermediate results no longer exist when it has
+    run.
     """
     tracer: Any = x.tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(module), (x, *args), kwargs)
 
 
 def _stored(steps: Sequence[Step], stream: Tensor, coupling: Coupling, grid: Grid | None) -> Tensor:
-    # Two aliases, whose gradients are summed apart and only then to the stage's input. An alias in
-    # each step, to sum the gradients of all uses inside the branch before the others are added. So
-    # does the reversible run, and the order of summation decides about the last bit.
+    # Gradients must be summed in the order of the reversible run, because that decides the last
+    # bit. Two aliases of the input: autograd completes g_0 and g_{-1} before it adds them. An alias
+    # in each step: it sums all uses of x_{i-1} inside the branch before it adds that sum to the
+    # part from the skip connection.
     current, previous = _alias(stream), _alias(stream)
     for step in steps:
         with uncached():
@@ -126,15 +139,15 @@ def _stored(steps: Sequence[Step], stream: Tensor, coupling: Coupling, grid: Gri
 
 
 def _alias(x: Tensor) -> Tensor:
-    # view_as() would give a batch of one another stride, and lose the memory format with it.
+    # Not view_as(): for a batch of one it changes the stride, which loses the memory format.
     alias: Tensor = torch.ops.aten.alias(x)
     return alias
 
 
 class _Formatted(torch.autograd.Function):
-    """A stream as it is, and its gradient in the stream's memory format, as on the tape.
+    """Identity whose backward gives the gradient the memory format of the stream, as the tape does.
 
-    Kernels may be chosen by the format of a gradient.
+    PyTorch may choose kernels by the format of a gradient.
     """
 
     generate_vmap_rule = True
@@ -153,18 +166,21 @@ class _Formatted(torch.autograd.Function):
 
 
 def _order(x: Tensor) -> list[int]:
-    """Order the dimensions from the one with the largest stride to that with the smallest."""
+    """Order the dimensions by stride, the largest first."""
     return sorted(range(x.ndim), key=x.stride, reverse=True)
 
 
 def _formatted(x: Tensor, order: Sequence[int]) -> Tensor:
-    """Return a tensor in a memory format, and without a copy if it has it already."""
+    """Return a tensor in a memory format, without a copy if it already has that format."""
     back = sorted(range(len(order)), key=order.__getitem__)
     return x.permute(*order).contiguous().permute(*back)
 
 
 class _Enter(torch.autograd.Function):
-    """Beginning of a stage: its input goes onto the tape, the input's gradient leaves it."""
+    """Entry of a stage: its input goes on the tape, and the gradient of its input comes off.
+
+    That gradient is ``g_0 + g_{-1}``, because the input is both ``x_0`` and ``x_{-1}``.
+    """
 
     @staticmethod
     def forward(ctx: Any, tape: "_Tape", stream: Tensor) -> Tensor:
@@ -180,7 +196,10 @@ class _Enter(torch.autograd.Function):
 
 
 class _StepNode(torch.autograd.Function):
-    """``x_i`` from ``x_{i-1}``, ``x_{i-2}`` and the parameters of branch ``i``, on the tape."""
+    """Step ``i``: the forward advances the tape, the backward rewinds it.
+
+    Parameters are inputs of the node, so that autograd, hooks and DDP see their gradients.
+    """
 
     @staticmethod
     def forward(
@@ -199,7 +218,7 @@ class _StepNode(torch.autograd.Function):
     def backward(ctx: Any, *tokens: Tensor) -> tuple[Tensor | None, ...]:
         step: ReversibleStep = ctx.step
         tape: _Tape = ctx.tape
-        needs_current, *needs_parameters = ctx.needs_input_grad[3:]
+        needs_current, *needs_parameters = ctx.needs_input_grad[3:]  # token, parameters
         wanted = [p for p, needed in zip(step.parameters, needs_parameters, strict=True) if needed]
         found = iter(tape.rewind(ctx.depth, step, wanted, needs_current=needs_current))
         return (
@@ -210,7 +229,7 @@ class _StepNode(torch.autograd.Function):
 
 
 class _Leave(torch.autograd.Function):
-    """End of a stage: its merged streams leave the tape, their gradient goes onto it."""
+    """Exit of a stage: the forward merges the streams, the backward puts ``g_n`` on the tape."""
 
     @staticmethod
     def forward(ctx: Any, tape: "_Tape", dtype: torch.dtype, token: Tensor) -> Tensor:
@@ -224,7 +243,7 @@ class _Leave(torch.autograd.Function):
 
 
 class _Tape:
-    """The two streams of one run of a stage where its forward or its backward is.
+    """Two streams of one run of a stage, at the step that its forward or backward has reached.
 
     Args:
         coupling: coupling of the stage.
@@ -232,8 +251,9 @@ class _Tape:
         steps: steps of the stage.
 
     Attributes:
-        bottom: first step that has a backward; nothing below it needs rebuilding. 0 for none.
-        witness: memory of the streams below the bottom; None if they are not compared.
+        bottom: first step that has a backward, counted from 1; no step below it is rewound. 0 if no
+            step has one.
+        witness: fingerprint of the streams below the bottom; None if they are not compared.
     """
 
     def __init__(self, coupling: Coupling, where: str, steps: Sequence[Step]) -> None:
@@ -250,7 +270,7 @@ class _Tape:
 
     @property
     def streams(self) -> tuple[Tensor, Tensor]:
-        """The newer and the older stream."""
+        """Streams ``x_depth`` and ``x_{depth-1}``."""
         assert self._streams is not None
         return self._streams
 
@@ -264,51 +284,56 @@ class _Tape:
         """Go one step forward.
 
         Args:
-            compute: `Step.advance`, or the like.
+            compute: `Step.advance` or `ReversibleStep.forward`.
         """
+        # At depth 0 both streams are one tensor, and `x_0` is still needed: nothing is overwritten.
         (current, previous), self._streams = self.streams, None
         overwrite = previous is not current and alone(previous)
         self.hold(self._depth + 1, compute(current, previous, overwrite=overwrite), current)
 
     def merged(self, dtype: torch.dtype) -> Tensor:
-        """Compute the stage's output.
+        """Compute the stage's output from its last two streams.
 
         Raises:
-            ReversibleError: if the backward has passed the stage's end.
+            ReversibleError: if the backward has already rewound the tape from there.
         """
-        return self._coupling.merge(*self._at(self._end, f"What follows {self._where}")).to(dtype)
+        return self._coupling.merge(*self._at(self._end, f"A module after {self._where}")).to(dtype)
 
     def begin(self, gradient: Tensor) -> None:
         """Begin the backward with the gradient of the stage's output.
 
         Raises:
-            ReversibleError: for a second backward, or one that is recorded itself.
+            ReversibleError: for a second backward, or for gradients of gradients.
         """
         no_gradients_of_gradients(self._last)
         current, _ = self._at(self._end, self._last)
         to_last = torch.empty_like(current).copy_(gradient).mul_(self._coupling.share)
-        self._gradients = to_last, to_last  # to be copied when that of the older stream changes
+        # g_{n-1} = beta g_n: `rewind` makes it, in memory of its own, when it adds to it.
+        self._gradients = to_last, to_last
 
     def rewind(
         self, depth: int, step: ReversibleStep, wanted: Sequence[Tensor], *, needs_current: bool
     ) -> list[Tensor | None]:
-        """Go one step back; returns the gradients of its wanted parameters.
+        """Go one step back, and return the gradients of its wanted parameters.
 
         Args:
             depth: number of the step.
             step: the step.
             wanted: parameters whose gradients are wanted.
-            needs_current: whether a gradient goes further back.
+            needs_current: whether the step's input ``x_{depth-1}`` needs a gradient.
         """
         following, current = self._at(depth, step.where)
         gradient, passed = self.take_gradients()
-        # What is changed in place is lost to a second backward, also where this one fails midway.
+        # From here on the streams are changed in place. A second backward must not find them, even
+        # if this one fails midway.
         self._streams = None
         beta = self._coupling.beta
+        # Below the bottom nothing is rebuilt, except to compare.
         compares = depth == self.bottom and self.witness is not None
         rebuilt = _own(following) if compares or depth != self.bottom else None
         del following
         if needs_current:
+            # In the first step back the tape holds g_n twice: see `begin`.
             passed = gradient * beta if passed is gradient else _own(passed)
         found = step.replay(current, rebuilt, gradient, passed if needs_current else None, wanted)
         if needs_current:
@@ -348,10 +373,10 @@ def _own(x: Tensor) -> Tensor:
 
 
 def no_gradients_of_gradients(where: str) -> None:
-    """Refuse a backward that is recorded itself.
+    """Refuse a backward with ``create_graph=True``.
 
     Raises:
-        ReversibleError: if gradients are on.
+        ReversibleError: if autograd records operators now.
     """
     if torch.is_grad_enabled():
         raise ReversibleError(
@@ -360,28 +385,29 @@ def no_gradients_of_gradients(where: str) -> None:
         )
 
 
-# Beside the tensors, not on them: a tensor that is pickled or sent takes its attributes along.
+# A dictionary, not an attribute of the tensor: pickling or sending a tensor includes attributes.
 _REBUILDS: MutableMapping[Tensor, tuple[Callable[[], Tensor], int, "PartOf | None"]] = (
     WeakTensorKeyDictionary()
 )
 
 PartOf = Callable[[Callable[[Tensor], Tensor]], Tensor]
-"""Function that rebuilds what another function takes of a tensor, and nothing else."""
+"""Function that returns ``take(tensor)`` for a given ``take``, and rebuilds only that part."""
 
 
 def rebuildable(
     tensor: Tensor, rebuild: Callable[[], Tensor], part: PartOf | None = None
 ) -> Tensor:
-    """Note how the values of a tensor can be computed again, so that no stage need keep them.
+    """Register a function that computes a tensor's values again, so that they need not be kept.
 
     Modules that are recomputed in the backward pass get their input in this way: the merged streams
-    of the stage before, or frames that are normalised anew from ``uint8``.
+    of the stage before, or frames that are normalised again from ``uint8``.
 
     Args:
-        tensor: the tensor. The note does not count once it is modified in place.
-        rebuild: function that returns the same values, bit for bit, until the backward pass has
-            passed here.
-        part: function that does so for what `part_of` takes; by default it takes that of the whole.
+        tensor: the tensor. An in-place change of it cancels the registration.
+        rebuild: function that returns the same values, bit for bit, as long as the backward pass
+            has not gone further back than this tensor.
+        part: function that rebuilds the part that `part_of` takes; by default the whole tensor is
+            rebuilt and the part taken from it.
 
     Returns:
         ``tensor`` itself.
@@ -397,7 +423,7 @@ def rebuild_of(tensor: Tensor) -> Callable[[], Tensor] | None:
 
 
 def part_of(tensor: Tensor, take: Callable[[Tensor], Tensor]) -> Tensor:
-    """Take a part of a tensor. It is `rebuildable`, and keeps nothing, where the tensor is.
+    """Take a part of a tensor. If the tensor is `rebuildable`, so is the part.
 
     Args:
         tensor: the tensor.
@@ -413,18 +439,19 @@ def part_of(tensor: Tensor, take: Callable[[Tensor], Tensor]) -> Tensor:
     return rebuildable(part, partial(rebuild_part, take))
 
 
-# A tensor's name stands in the frames of all that called with it, which keep its memory.
+# Callers' local variables refer to a tensor until they return, so its memory cannot be freed by
+# dropping our own reference.
 _SPENT: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
 
 
 def spent(tensor: Tensor) -> Tensor:
-    """Note that nobody reads a tensor after the stage or recomputed module that gets it next.
+    """Promise that nothing reads a tensor after the stage or recomputed module that gets it next.
 
-    That one gives its memory back at once, where it needs no more of it, and leaves values in its
-    place that are not numbers. Without the note the callers' own variables would keep it.
+    That module frees the tensor's memory as soon as it does not need it any more, and leaves NaN in
+    its place. Without the promise, the callers' variables would keep the memory.
 
     Args:
-        tensor: the tensor, for a module without hooks.
+        tensor: the tensor. Its next module must have no hooks, which could read it.
 
     Returns:
         ``tensor`` itself.
@@ -435,11 +462,12 @@ def spent(tensor: Tensor) -> Tensor:
 
 
 def give_up(tensor: Tensor) -> None:
-    """Give the memory of a `spent` tensor back."""
+    """Free the memory of a `spent` tensor; do nothing for others."""
     if _SPENT.pop(tensor, None) == version_of(tensor):
+        # The shape stays, in one element of memory; a forbidden read gives NaN, not stale values.
         tensor.data = tensor.new_full((), math.nan).expand(tensor.shape)
 
 
 def version_of(tensor: Tensor) -> int:
-    """Count the modifications in place; 0 for inference tensors, which do not count them."""
+    """Return autograd's count of in-place changes; 0 for inference tensors, which have none."""
     return 0 if tensor.is_inference() else tensor._version

@@ -1,8 +1,9 @@
-"""One kernel of a GPU for what takes four operators elsewhere: round to the grid, and add in place.
+"""Triton kernel that rounds to the grid and adds in place, which takes four operators elsewhere.
 
-Its arithmetic is that of `coupling.Grid.add` and of `branches.Places.add`, to the bit. Each element
-of the target is read and written by one program, so that nothing depends on an order; the atomic
-additions of `index_add_` would, beside, make subnormal numbers zero.
+It computes ``out[index] += spacing * round(scale * values)`` with the bits of `coupling.Grid.add`
+and `branches.Places.add`. Each element of the target is read and written by one program, so that
+nothing depends on an order; the atomic additions of `index_add_` would also flush subnormal numbers
+to zero.
 
 Importing this file imports Triton.
 """
@@ -15,7 +16,7 @@ from torch import Tensor
 from re2tal.reversible.coupling import Grid
 
 _ROWS, _COLUMNS = 8, 128
-"""Vectors of a program, and elements of each."""
+"""Tile of one program: vectors, and elements of each."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no types
@@ -36,6 +37,7 @@ def _add(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,  # noqa: N803
     COLUMNS: tl.constexpr,  # noqa: N803
 ):
+    # int64, because the number of an element may exceed 2^31.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     place = row[:, None] * channels + column[None, :]
@@ -53,7 +55,8 @@ def _add(  # type: ignore[no-untyped-def]
             spacing = tl.load(spacing)
         scaled = value * scale  # exact, by a power of two
         magnitude = tl.abs(scaled)
-        # From 2^23 on float32 has whole numbers only; below, this sum does, rounded half to even.
+        # From 2^23 = 8388608 on every float32 is a whole number. Below, adding 2^23 rounds to one,
+        # half to even as round() does, and subtracting it again is exact.
         whole = tl.where(magnitude < 8388608.0, (magnitude + 8388608.0) - 8388608.0, magnitude)
         value = tl.where(scaled < 0.0, -whole, whole) * spacing  # exact
     before = tl.load(out + target, mask=inside, other=0.0)
@@ -69,15 +72,15 @@ def add(
     index: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> None:
-    """Add values to a tensor in place, or with a grid the points nearest to them.
+    """Add values to a tensor in place, rounded to the grid if there is one.
 
     Args:
         out: float32 tensor, dense; ``(rows, channels)`` with an index.
         values: float32 values; without an index in the shape and with the strides of ``out``.
-        grid: grid of ``out``.
+        grid: grid of ``out``; None adds the values themselves.
         sign: 1, or -1 to subtract.
-        index: row of each vector of the values, contiguous, each row once.
-        padding: bools, contiguous, true for vectors that are left out.
+        index: row of each vector of the values, contiguous. A row may occur once only.
+        padding: bools, contiguous, true for vectors to leave out.
     """
     size = values.numel()
     if size == 0:
@@ -103,15 +106,13 @@ def add(
             ROWS=_ROWS,
             COLUMNS=_COLUMNS,
         )
+    # Autograd does not see a kernel's writes: count the in-place change as an operator would.
     torch.autograd.graph.increment_version(out)
 
 
 def agrees(device: torch.device) -> bool:
-    """Tell whether the kernel computes on a device what PyTorch does, to the bit.
-
-    Args:
-        device: the device.
-    """
+    """Compare the kernel with PyTorch's operators on a device, to the bit."""
+    # Ties (odd multiples of half the spacing 2^-14), subnormal numbers, -0.0, and large values.
     halves = torch.arange(-60, 60, device=device) / 2.0**15
     sizes = torch.tensor([1e-40, -1e-39, -0.0, 0.7, 2.0**7 + 2.0**-15, 2.0**8, 3e5], device=device)
     x = torch.cat([halves, sizes, torch.linspace(-3, 3, 129, device=device)]).view(-1, 2)

@@ -1,8 +1,9 @@
-"""Modules between the stages: their activations are computed anew instead of stored.
+"""Modules between the stages: the backward recomputes their activations instead of storing them.
 
-A stem or a down-sampling layer is not reversible. Its node keeps the way to its input, and replays
-the module when its gradients are asked for. Where the input is a stage's merged streams, or frames
-that are normalised from ``uint8``, nothing has to be kept for it at all.
+A stem or a down-sampling layer ``y = M(x; theta)`` is not reversible. Its autograd node keeps ``x``
+and replays ``M`` in the backward for ``(dM/dx)^T g`` and ``(dM/dtheta)^T g``. If ``x`` can be
+rebuilt (the merged streams of a stage, or frames normalised from ``uint8``), the node keeps only
+the function that rebuilds it; see `engine.rebuildable`.
 """
 
 from collections.abc import Sequence
@@ -43,15 +44,16 @@ from re2tal.reversible.step import (
 )
 
 _Pieces = tuple[Layout, list[Span], Tensor]
-"""Layout of an input whose first dimensions are one, the spans of its pieces, and that input."""
+"""Layout of an input, spans of its pieces, and the input with its batch dimensions flattened."""
 
 
 class Recomputed:
-    """The ``forward`` of a module that is recomputed in the backward pass.
+    """Replacement of ``forward`` in a module that is recomputed in the backward pass.
 
-    It stands in the module's own ``__dict__``, so that the module stays the same object of the same
-    class. Its first argument and the first of its results are tensors; others are passed along. A
-    call with another tensor that needs a gradient is not recomputed: it would not get one.
+    It stands in the module's own ``__dict__``, so the module stays the same object of the same
+    class. The first argument and the first result are tensors; other arguments and results are
+    passed along. If another argument needs a gradient, the call is stored as usual, since the node
+    would give that argument none.
 
     Args:
         module: the module.
@@ -68,7 +70,7 @@ class Recomputed:
         self.slice_bytes = slice_bytes
         self.active = True
 
-    # A node with state cannot be traced.
+    # The autograd node keeps state, which torch.compile cannot trace.
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch's has no types
     def __call__(self, x: Tensor | Proxy, *args: Any, **kwargs: Any) -> Any:
         """Run the module."""
@@ -77,7 +79,8 @@ class Recomputed:
         needs = x.requires_grad or any(p.requires_grad for p in self.module.parameters())
         more = any(isinstance(a, Tensor) and a.requires_grad for a in tree_leaves((args, kwargs)))
         stores = not torch.is_grad_enabled() or torch.compiler.is_exporting()
-        stores |= torch._C._are_functorch_transforms_active()  # which pass through no such node
+        # torch.func transforms do not pass through an autograd node with state.
+        stores |= torch._C._are_functorch_transforms_active()
         if more or stores or not (self.active and needs):
             return self.plain(x, *args, **kwargs)
         run = _Run(self, x, args, kwargs)
@@ -87,11 +90,11 @@ class Recomputed:
         return y if run.others is None else (y, *run.others)
 
     def plain(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's own forward, in pieces where it may."""
+        """Run the module's own forward with stored activations, in pieces if it allows that."""
         pieces = self.cut(x, args, kwargs)
         if pieces is None:
             return self.once(x, *args, **kwargs)
-        # Taken apart and joined as a stage does it, so that gradients are summed in its order.
+        # Cut and joined as in the recomputing run, so that gradients are summed in the same order.
         layout, cuts, flat = pieces
         with uncached():
             parts = [self.once(part) for part in Take.apply(layout, cuts, flat)]
@@ -121,7 +124,7 @@ class Recomputed:
 
 
 class _Run:
-    """One run of a module, and all that its replay needs."""
+    """One run of a module, with the state that its replay needs."""
 
     def __init__(self, owner: Recomputed, x: Tensor, args: Any, kwargs: Any) -> None:
         self.owner = owner
@@ -169,7 +172,7 @@ class _Run:
         if self._cuts is None:
             leaf, edge = self._replay(x, 0)
             inputs = [*wanted, *([leaf] if to_input else [])]
-            del x, leaf  # nothing may need the values any more
+            del x, leaf  # the graph holds what it needs; other values are freed before it runs
             found = differentiate(edge, inputs, gradient)
             return (found.pop() if to_input else None), found
         pieces = self.owner.cut(x)
@@ -178,7 +181,8 @@ class _Run:
         gradient = gradient.flatten(0, x.ndim - flat.ndim)
         joined = Joined(layout, flat.shape)
         totals = Totals(len(wanted))
-        for part in reversed(range(len(self._cuts))):  # as autograd sums over uses
+        # Last piece first: autograd sums the gradients of several uses in this order.
+        for part in reversed(range(len(self._cuts))):
             span = self._cuts[part]
             leaf, edge = self._replay(layout.take(flat, *span), part)
             inputs = [*wanted, *([leaf] if to_input else [])]
@@ -193,7 +197,10 @@ class _Run:
         return (joined.result().view(x.shape) if to_input else None), totals.values
 
     def _replay(self, x: Tensor, part: int) -> tuple[Tensor, GradientEdge]:
-        """Return the input as a leaf, and the history of the result, whose values are spent."""
+        """Return the input as a leaf, and the gradient edge of the result.
+
+        An edge holds the history of a result but not its values, which nothing needs.
+        """
         with self.conditions.met_again(), torch.enable_grad(), self._draws.replayed(part):
             leaf, y = self._once(x)
         return leaf, get_gradient_edge(y)
@@ -213,13 +220,13 @@ class _Run:
 
 
 class _RecomputedNode(torch.autograd.Function):
-    """Result of a module from its input and its parameters."""
+    """Autograd node of a recomputed module, from its input and its parameters to its result."""
 
     @staticmethod
     def forward(ctx: Any, run: _Run, x: Tensor, *_parameters: Tensor) -> Tensor:
         ctx.run = run
         if run.rebuild is None:
-            ctx.save_for_backward(x)  # autograd lets go of it with the graph
+            ctx.save_for_backward(x)  # autograd frees it with the graph, and sees in-place changes
         return run.forward(x)
 
     @staticmethod

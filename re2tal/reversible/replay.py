@@ -1,11 +1,11 @@
-"""Replays: the conditions of a forward are met again, and no trace is left.
+"""Replays: they restore the conditions of a forward, and have no side effects.
 
-The backward pass of a reversible stage replays every branch. The replay must meet the forward's
-conditions (autocast, train or eval mode, parameters, choice of kernels), and must leave no trace:
-BatchNorm statistics have already been counted once. It must draw the forward's dropout and
-drop-path masks, and the generators that the rest of the program uses must not notice. PyTorch's
-default generators of the CPU and of the devices in use are covered; Python's `random`, NumPy and a
-module's private generator are not.
+The backward pass of a reversible stage replays every branch. A replay must run under the conditions
+of its forward: autocast, train or eval mode, parameters, choice of kernels, and the random numbers
+of dropout and drop path. It must not change anything else: running statistics of BatchNorm are
+counted once, in the forward, and the program's random generators stay where they are. PyTorch's
+default generators of the CPU and of the devices in use are covered; Python's `random`, NumPy and
+private generators of modules are not.
 """
 
 import sys
@@ -23,20 +23,20 @@ from torch.nn.modules.batchnorm import _NormBase
 
 
 class ReversibleError(RuntimeError):
-    """A reversible stage cannot compute what was asked for; computing on would be wrong."""
+    """A reversible stage cannot do what it was asked to; going on would give wrong results."""
 
 
 class _State(Protocol):
-    """Copy of a state that is global in PyTorch."""
+    """Copy of a global state of PyTorch."""
 
     def set(self) -> None:
-        """Make it the state of the moment."""
+        """Make this copy the current state."""
         ...
 
 
 @contextmanager
 def _exchanged(found: _State, wanted: _State) -> Iterator[None]:
-    """Set a state for a block of code, and the one found before again behind it."""
+    """Set one state for a block of code, and another one when the block ends."""
     wanted.set()
     try:
         yield
@@ -55,7 +55,7 @@ class _AttentionKernels:
 
     @classmethod
     def now(cls) -> "_AttentionKernels":
-        """Read the choice of the moment."""
+        """Read the current choice."""
         return cls(tuple(getattr(torch.backends.cuda, f"{k}_sdp_enabled")() for k in _ATTENTION))
 
     def restored(self) -> AbstractContextManager[None]:
@@ -70,14 +70,14 @@ class _AttentionKernels:
 
 @dataclass(frozen=True, slots=True)
 class _ConvolutionKernels:
-    """Settings of cuDNN: time its kernels, use only those that add in a fixed order."""
+    """Settings of cuDNN: autotuning (``benchmark``), and kernels that add in a fixed order only."""
 
     benchmark: bool
     deterministic: bool
 
     @classmethod
     def now(cls) -> "_ConvolutionKernels":
-        """Read the settings of the moment."""
+        """Read the current settings."""
         return cls(torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic)
 
     def restored(self) -> AbstractContextManager[None]:
@@ -91,14 +91,14 @@ class _ConvolutionKernels:
 
 
 def _same_convolutions(device: torch.device) -> AbstractContextManager[None]:
-    """Keep cuDNN from choosing one kernel for the forward and another for its replay."""
+    """Make cuDNN choose the same kernel for the forward and for its replay."""
     if device.type != "cuda":
         return nullcontext()
     return _ConvolutionKernels(benchmark=False, deterministic=True).restored()
 
 
 class Autocast:
-    """Autocast state of some types of device, captured on construction."""
+    """Autocast state of the CPU and of a device's type, captured on construction."""
 
     def __init__(self, device: torch.device) -> None:
         self._states = tuple(
@@ -120,11 +120,12 @@ class Autocast:
 
 @contextmanager
 def uncached() -> Iterator[None]:
-    """Keep autocast from caching cast weights.
+    """Disable autocast's cache of cast weights.
 
-    The cache would hold a copy of every weight of the stage until the autocast region ends, where
-    this holds one branch's. And in versions of PyTorch that cache a weight cast where gradients are
-    off without its history, another use of the weight in the region would silently get no gradient.
+    The cache would hold a copy of every weight of the stage until the autocast region ends; without
+    it, only the copies of one branch exist. Some versions of PyTorch also cache weights that were
+    cast while gradients were off, without their history: a later use of such a weight in the region
+    would silently get no gradient.
     """
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
@@ -135,10 +136,11 @@ def uncached() -> Iterator[None]:
 
 
 class Surroundings:
-    """Autocast and the choice of kernels, as the caller of a backward has them.
+    """Autocast state and choice of kernels at the call of a backward.
 
-    Gradients are computed in these, as those of stored activations would be, and not in the
-    conditions of the forward: autocast would cast what flows back.
+    A replay recomputes a branch under the conditions of its forward, but differentiates it in these
+    surroundings, as stored activations would be: under the forward's autocast, gradients would be
+    cast.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -147,7 +149,7 @@ class Surroundings:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Return to the surroundings for a part of a replay."""
+        """Return to the surroundings for a block of code inside a replay."""
         kernels = nullcontext() if self._kernels is None else self._kernels.restored()
         with self._autocast.restored(), kernels:
             yield
@@ -168,13 +170,14 @@ class GeneratorStates:
         chosen = dict.fromkeys([_CPU, *(d for d in devices if d.type not in ("cpu", "meta"))])
         latest = _LATEST.get(tuple(chosen))
         if latest is not None and not latest.moved():
-            return latest  # 5 kB, of which a step would keep one a branch
+            # Sharing it saves 5 kB a branch, and lets `Draws` compare states by identity.
+            return latest
         found = cls(tuple((device, _generator_state(device)) for device in chosen))
         _LATEST[tuple(chosen)] = found
         return found
 
     def moved(self) -> bool:
-        """Tell whether any of these generators has been drawn from since."""
+        """Tell whether any of these generators has advanced since."""
         return any(not torch.equal(state, _generator_state(d)) for d, state in self.states)
 
     def restored(self) -> AbstractContextManager[None]:
@@ -182,7 +185,7 @@ class GeneratorStates:
         return _exchanged(GeneratorStates.now(device for device, _ in self.states), self)
 
     def set(self) -> None:
-        """Put the generators back to these states."""
+        """Set the generators to these states."""
         for device, state in self.states:
             if device == _CPU:
                 torch.set_rng_state(state)
@@ -201,44 +204,50 @@ def _generator_state(device: torch.device) -> Tensor:
 
 
 class Draws:
-    """States of the generators before each part of a forward, so that any part can be replayed."""
+    """Generator states before each part of a forward, so that any part can be replayed."""
 
     def __init__(self) -> None:
         self._marks: list[GeneratorStates] = []
 
     def mark(self, stream: Tensor, devices: Iterable[torch.device]) -> None:
-        """Note that a part begins, on this tensor and with generators of these devices."""
+        """Record the states at the beginning of a part.
+
+        Args:
+            stream: tensor on which the part runs.
+            devices: devices whose generators may be drawn from.
+        """
         # Fake tensors draw nothing, and cannot be mixed with real generator states.
         if not isinstance(stream, FakeTensor):
             self._marks.append(GeneratorStates.now(devices))
 
     def settle(self) -> None:
-        """Note that the forward has ended. Forget the states if it drew nothing."""
+        """Record the states at the end of the forward; drop all states if nothing was drawn."""
         if not self._marks:
             return
         self._marks.append(GeneratorStates.now(device for device, _ in self._marks[0].states))
+        # States between which nothing was drawn are one object; see `GeneratorStates.now`.
         if all(mark is self._marks[0] for mark in self._marks):
             self._marks.clear()
 
     def replayed(self, part: int) -> AbstractContextManager[None]:
-        """Return to the states before a part; change nothing if it drew nothing."""
+        """Restore the states before a part for a block of code, if the part drew any numbers."""
         if not self._marks or self._marks[part] is self._marks[part + 1]:
             return nullcontext()
         return self._marks[part].restored()
 
 
 class Conditions:
-    """Conditions of the forward of some modules, for its replay.
+    """Conditions under which some modules ran their forward, to be restored for the replay.
 
     Args:
-        modules: the modules that run; those inside them are found.
+        modules: modules that run; their submodules are included.
         device: device on which they run.
-        autocast: autocast state in which they run.
+        autocast: autocast state of the forward.
         where: their name in the model, for errors.
-        hooked: those of them whose own hooks run around the forward and around its backward.
+        hooked: modules among them whose own hooks run around the forward and around its backward.
 
     Raises:
-        ReversibleError: if FSDP shards one of the others on its own, or flattens parameters.
+        ReversibleError: if FSDP shards a module that is not in `hooked`, or flattens parameters.
     """
 
     def __init__(
@@ -253,7 +262,7 @@ class Conditions:
         self.where = where
         self._device = device
         self._autocast = autocast
-        # A module that two entries share (a drop path, say) counts once.
+        # Each once: two branches may share a module, such as a drop path.
         self._modules = list(dict.fromkeys(m for top in modules for m in top.modules()))
         _refuse_sharded(self._modules, hooked, where)
         self.parameters = _parameters(self._modules)
@@ -269,10 +278,10 @@ class Conditions:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Note the conditions, around the forward.
+        """Record the conditions of the forward that runs in this context.
 
         Raises:
-            ReversibleError: if a buffer changes, other than statistics that can be kept.
+            ReversibleError: if the forward changes a buffer other than running statistics.
         """
         self._training = [m.training for m in self._modules]
         self._attention = _AttentionKernels.now()
@@ -281,14 +290,15 @@ class Conditions:
             yield
         self._refuse_changed(watched)
         self._unchanged += [(f"the buffer {name!r}", b, v) for _, name, b, v in watched]
+        # Parameters are not copied for the replay, so their versions must not change until then.
         self._unchanged += [("a parameter", p, p._version) for p in self.parameters]
 
     @contextmanager
     def met_again(self) -> Iterator[None]:
-        """Meet the conditions again, around a replay with gradients or without.
+        """Restore the recorded conditions for the replay that runs in this context.
 
         Raises:
-            ReversibleError: if the modules are no longer those of the forward.
+            ReversibleError: if parameters or buffers have changed since the forward.
         """
         self._check_unchanged()
         with (
@@ -301,10 +311,10 @@ class Conditions:
             yield
 
     def _watch_buffers(self) -> list[tuple[nn.Module, str, Tensor, int]]:
-        """List every buffer that the forward should not change, with its version.
+        """List every buffer that the forward must not change, with its version.
 
-        Running statistics in training mode are set apart: they do not enter the result, so that the
-        replay may start from other values. (Their kernels do not even count a new version.)
+        Running statistics in training mode are excluded: they do not enter the result, so the
+        replay may run on any values of them. (Their kernels do not even count a new version.)
         """
         watched = []
         for module in self._modules:
@@ -344,7 +354,7 @@ class Conditions:
 
     @contextmanager
     def _modes(self) -> Iterator[None]:
-        """Set the train or eval mode of every module as in the forward."""
+        """Set every module to the train or eval mode that it had in the forward."""
         found = [m.training for m in self._modules]
         self._set_modes(self._training)
         try:
@@ -359,14 +369,14 @@ class Conditions:
 
 @contextmanager
 def statistics_kept(counted: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
-    """Run a block of code on copies of running statistics, given by module and name."""
+    """Run a block of code on copies of buffers, given by module and name, then discard these."""
     real = [(module, name, module._buffers[name]) for module, name in counted]
     by_dtype: dict[torch.dtype, list[tuple[nn.Module, str, Tensor]]] = defaultdict(list)
     for module, name, buffer in real:
         if buffer is not None:
             by_dtype[buffer.dtype].append((module, name, buffer))
     for group in by_dtype.values():
-        # A GPU makes all copies at once.
+        # One kernel on a GPU copies all buffers of a dtype.
         copies = torch._foreach_add([buffer for *_, buffer in group], 0)
         for (module, name, _), copy in zip(group, copies, strict=True):
             module._buffers[name] = copy
@@ -378,18 +388,18 @@ def statistics_kept(counted: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
 
 
 def counts_statistics(module: nn.Module) -> bool:
-    """Tell whether the module takes statistics over the batch, and counts them in its buffers."""
+    """Tell whether the module computes statistics over the batch now, and updates its buffers."""
     return takes_statistics(module) and module.training
 
 
 def takes_statistics(module: nn.Module) -> bool:
-    """Tell whether the module takes statistics over the batch in training mode."""
+    """Tell whether the module computes statistics over the batch in training mode."""
     return isinstance(module, _NormBase)
 
 
 def _refuse_sharded(modules: Iterable[nn.Module], hooked: Sequence[nn.Module], where: str) -> None:
     """Refuse modules whose parameters FSDP keeps elsewhere while a branch is replayed."""
-    # Importing FSDP to find out would take long; whoever uses it has.
+    # Importing FSDP takes long, and a model that is sharded has imported it.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return
@@ -410,5 +420,5 @@ def _refuse_sharded(modules: Iterable[nn.Module], hooked: Sequence[nn.Module], w
 
 
 def _parameters(modules: Sequence[nn.Module]) -> tuple[nn.Parameter, ...]:
-    """List the parameters that these modules hold themselves, each once."""
+    """List the parameters that these modules themselves hold, not their submodules, each once."""
     return tuple(dict.fromkeys(p for m in modules for p in m._parameters.values() if p is not None))

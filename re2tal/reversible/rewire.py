@@ -1,4 +1,4 @@
-"""Rewire the residual blocks of a model in place, and take it back."""
+"""Rewire the residual blocks of a model in place, and undo it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,15 +30,15 @@ from re2tal.reversible.replay import ReversibleError, takes_statistics
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """A run of consecutive blocks that became one reversible stage.
+    """Run of consecutive blocks that became one reversible stage.
 
     Attributes:
         container: name of the container in the model; "" is the model itself.
         blocks: names of the blocks in the container, in order.
-        kind: class of the blocks.
+        kind: class or classes of the blocks.
         branches: number of residual branches.
-        cut: whether every branch runs in pieces in training, if the input is large enough.
-        gradients: bytes of the gradients of the branch that has most parameters.
+        cut: whether every branch can run in pieces in training.
+        gradients: bytes of the parameters' gradients of the branch with most parameters.
     """
 
     container: str
@@ -51,12 +51,12 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LeftOut:
-    """A module with parameters that stays as it was.
+    """Module with parameters that is in no reversible stage.
 
     Attributes:
         name: name in the model.
         kind: class of the module.
-        reason: reason why it is not part of a reversible stage.
+        reason: reason why it is in no stage.
         recomputed: whether it is recomputed in the backward pass instead of stored.
     """
 
@@ -74,7 +74,7 @@ class RewireReport:
         coupling: alpha and beta of the stages.
         exact: whether streams are on the fixed-point grid.
         stages: the reversible stages.
-        left_out: modules that are in none; of nested ones the outermost.
+        left_out: modules that are in none; of nested modules only the outermost.
     """
 
     coupling: Coupling
@@ -84,7 +84,7 @@ class RewireReport:
 
     @property
     def gradients(self) -> int:
-        """Bytes of the gradients of the branch that has most parameters."""
+        """Bytes of the parameters' gradients of the branch with most parameters."""
         return max(stage.gradients for stage in self.stages)
 
     def __str__(self) -> str:
@@ -93,7 +93,8 @@ class RewireReport:
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
         lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
         lines.insert(1, "-" * max(map(len, lines)))
-        # Plain training makes a gradient the parameter's own layer by layer.
+        # Plain training hands each gradient to its parameter layer by layer; a step of a reversible
+        # stage returns all gradients of its branch together.
         lines.append(
             f"the gradients of a branch's parameters come together, {self.gradients / 1e6:.3g} MB "
             "at most: on inputs whose stored activations take less, rewiring costs memory"
@@ -117,8 +118,8 @@ def _left_row(left: LeftOut) -> tuple[str, str, str]:
 
 
 ALONE = "alone, it saves no memory in its own backward"
-"""What the report says of a stage of one branch that is not cut: its replay keeps as much as the
-block would, and the streams and their gradients are held beside it."""
+"""Remark of the report on a stage of one branch that is not cut. Its replay keeps the activations
+that the plain block would keep, and in addition there are the streams and their gradients."""
 
 
 def _stage_row(stage: Stage) -> tuple[str, str, str]:
@@ -142,12 +143,12 @@ def _bytes(branch: Branch) -> int:
 
 @dataclass
 class _Plan:
-    """Stages and modules to recompute that were found in a model.
+    """Stages, and modules to recompute, that were found in a model.
 
     Attributes:
         containers: containers with stages, each with its name and its stages.
         recomputed: modules to recompute, by name.
-        refused: reasons why blocks and containers are left out, by name.
+        refused: errors that say why blocks and containers are left out, by name.
     """
 
     containers: list[tuple[nn.Module, str, list[Stage]]] = field(default_factory=list)
@@ -165,11 +166,13 @@ class _Plan:
         }
 
     def consider(self, model: nn.Module) -> None:
-        """Look for stages among the children of all containers.
+        """Find stages among the children of all containers, inner containers first.
 
-        Inner ones come first: what holds blocks is no block itself. But inside a block nothing else
-        is tried out, and a family's own block is one whatever it holds.
+        A module without a family that holds a stage of two blocks or more is not a block itself; a
+        module of a family is one whatever it holds. Stages inside a block are dropped, unless
+        families describe all children of their container.
         """
+        # named_modules() lists parents before children.
         for name, module in reversed(list(model.named_modules())):
             if not isinstance(module, (nn.Sequential, nn.ModuleList)):
                 continue
@@ -184,7 +187,7 @@ class _Plan:
                 self.containers.insert(0, (module, name, stages))
 
     def _stages(self, container: str, module: nn.Module) -> list[Stage]:
-        """Find the maximal runs of reversible children; note why others are in none."""
+        """Find the maximal runs of reversible children, and record why the others are in none."""
         found: dict[str, list[Branch]] = {}
         for name, child in module._modules.items():
             try:
@@ -216,7 +219,7 @@ class _Plan:
         if tried_out and block is not None and recomputed(block):
             raise NoFamilyError(f"no family is registered for {type(block).__name__}")
         if tried_out and any(len(stage.blocks) > 1 for _, _, found in inside for stage in found):
-            raise NoFamilyError("its blocks are rewired themselves")
+            raise NoFamilyError("the blocks inside it are rewired instead")
         found = split(block)
         assert block is not None
         check_complete(block, found)
@@ -226,7 +229,7 @@ class _Plan:
         return found
 
     def find_recomputed(self, model: nn.Module) -> None:
-        """Look for what can be recomputed: stems, and blocks that change the shape."""
+        """Find the modules to recompute: stems, and blocks that change the shape."""
         blocks = self.blocks
 
         def visit(name: str, module: nn.Module) -> None:
@@ -243,9 +246,9 @@ class _Plan:
 
 
 def _left_out(model: nn.Module, plan: _Plan) -> tuple[LeftOut, ...]:
-    """List the outermost modules with parameters that hold nothing rewired, and why.
+    """List the outermost modules with parameters that hold nothing rewired, and the reasons.
 
-    A block that was refused for a reason of its own is named itself, not by what holds it.
+    A block that was refused for a reason of its own gets a row of its own.
     """
     rewired, refused = plan.blocks, plan.refused
     own = {n for n, e in refused.items() if not isinstance(e, NoFamilyError)}
@@ -270,7 +273,7 @@ def _left_out(model: nn.Module, plan: _Plan) -> tuple[LeftOut, ...]:
 
 
 def _together(rows: Sequence[LeftOut]) -> Iterator[LeftOut]:
-    """Put neighbours into one row that are left out for the same reason."""
+    """Merge the rows of neighbours that are left out for the same reason."""
 
     def alike(row: LeftOut) -> tuple[str, str, str, bool]:
         return row.name.rpartition(".")[0], row.kind, row.reason, row.recomputed
@@ -295,42 +298,45 @@ def rewire(
 ) -> RewireReport:
     """Make the residual blocks of a model reversible, in place and without touching a parameter.
 
-    Every maximal run of consecutive blocks in an `nn.Sequential` or `nn.ModuleList` for which a
-    family is registered (see `branches`) becomes one reversible stage. Names and order of
-    parameters and buffers do not change, so state dicts load strictly in both directions. The
-    function computed does change, except for (1, 0); hence the finetuning that both papers
-    describe.
+    Every maximal run of consecutive residual blocks in an `nn.Sequential` or `nn.ModuleList`
+    becomes one reversible stage, which computes
 
-    Forward hooks of a rewired block would not be called, so blocks that have some are left out;
-    hooks of modules inside a block are called in the forward and again in the replay, once for
-    every piece.
+        x_i = a_i(F_i(x_{i-1}) + alpha x_{i-1}) + beta x_{i-2}
 
-    Rewiring a model again finds its stages again and changes how they run.
+    (see `coupling`). Blocks are recognised by a registered family (see `branches`), or by what
+    their forward does. Names and order of parameters and buffers do not change, so state dicts load
+    strictly in both directions. The function that the model computes does change, except for
+    ``alpha=1, beta=0``; hence the finetuning that both papers describe.
+
+    A stage would not call hooks of its blocks, so blocks with hooks are left out. Hooks of modules
+    inside a block are called in the forward and again in the replay, once for every piece.
+
+    Rewiring a model again replaces its stages and their settings.
 
     Args:
         model: any module that contains residual blocks, or a container of them.
         alpha: weight of the pretrained skip connection.
         beta: weight of the reversible skip connection. (0, 1) is Re2TAL (arXiv 2211.14053), other
-            values are Dr2Net (arXiv 2401.04105), (1, 0) is the network as it was.
+            values are Dr2Net (arXiv 2401.04105), (1, 0) is the pretrained network.
         exact: round the streams to a fixed-point grid, so that activations are rebuilt bit for bit
-            and gradients are those of stored activations. Needs ``beta=1`` to be reversible.
+            and gradients are those of stored activations. A stage is then reversible only with
+            ``beta=1``.
         grid: fractional bits of that grid: streams are multiples of ``2**-grid`` and must stay
-            below ``2**(24 - grid)``. "auto" chooses them in every forward of a stage by its input,
-            which streams may then outgrow 256 times.
-        slice_bytes: branches run in pieces of about this many bytes, where their family says how.
-            "auto" takes as many as one of the streams, but at least 8 MiB on a CPU (more for large
-            weights) and 2 GiB on a GPU (see `AtLeast`); None runs branches whole, by the blocks'
-            own code.
+            below ``2**(24 - grid)``. "auto" chooses the bits in every forward of a stage such that
+            streams may grow to 256 times its input.
+        slice_bytes: bytes of a piece, for branches whose family says how to cut them. "auto" takes
+            the bytes of one stream, but at least 8 MiB on a CPU (more for large weights) and 2 GiB
+            on a GPU (see `AtLeast`); None runs branches whole, by the blocks' own code.
         recompute: also recompute stems and the layers between stages instead of storing their
             activations.
-        verify: compare the rebuilt input of every stage with what it was; see `check` and
+        verify: compare the rebuilt input of every stage with that of the forward; see `check` and
             `reconstruction_errors`.
 
     Returns:
-        A report of what became reversible, and why the rest did not.
+        A report of the modules that became reversible, and why the others did not.
 
     Raises:
-        TypeError: if the model is no module.
+        TypeError: if the model is not an `nn.Module`.
         ValueError: if the coefficients are invalid or nothing in the model can be rewired.
     """
     _require_module(model)
@@ -351,7 +357,7 @@ def rewire(
     )
     if not plan.containers:
         raise ValueError(_refusal(model, plan, report.left_out))
-    unwire(model)
+    unwire(model)  # only now, so that a refusal leaves the model as it was
     for module, name, stages in plan.containers:
         blocks = frozenset(block for stage in stages for block in stage.blocks)
         adopting = rewired_class(module)
@@ -371,7 +377,7 @@ def _require_module(model: object) -> None:
 
 
 def _refusal(model: nn.Module, plan: _Plan, left_out: Sequence[LeftOut]) -> str:
-    """Say why nothing in a model can be rewired, and what to do."""
+    """Explain why nothing in a model can be rewired, and what to do."""
     start = f"Nothing in this {type(model).__name__} can be rewired"
     readme = "see re2tal/reversible/README.md"
     if all(isinstance(error, NoFamilyError) for error in plan.refused.values()):
@@ -391,7 +397,7 @@ def _considered(model: nn.Module) -> _Plan:
 
 
 def reversible_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Find the blocks that `rewire` makes reversible, in order by name; nothing is changed."""
+    """Find the blocks that `rewire` would make reversible, by name, in order of the model."""
     names = (
         dotted(name, block)
         for _, name, stages in _considered(model).containers
@@ -402,15 +408,16 @@ def reversible_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def unwire(model: nn.Module) -> None:
-    """Give the model back as it was before `rewire`, with the parameters that it has now.
+    """Undo `rewire` in place. The parameters keep the values that they have now.
 
     Raises:
-        ReversibleError: if the class of a stage was changed since, as `fully_shard` does, or for
-            what a check of an earlier backward found.
-        TypeError: if the model is no module.
+        ReversibleError: if the class of a stage was changed since, as `fully_shard` does, or if a
+            check of an earlier backward has failed.
+        TypeError: if the model is not an `nn.Module`.
     """
     _require_module(model)
     found = list(reversible_stages(model))
+    # All checks before the first change, so that an error leaves the model as it was.
     for name, stage in found:
         if rewired_class(stage) is not type(stage):
             raise ReversibleError(

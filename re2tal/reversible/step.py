@@ -1,9 +1,15 @@
-"""A step: ``x_i`` from ``x_{i-1}``, one branch in one forward of its stage.
+"""Step: one branch in one forward of its stage, from ``x_{i-1}`` and ``x_{i-2}`` to ``x_i``.
 
-A `Step` computes the increment as autograd does, storing activations. A `ReversibleStep` stores
-none: its forward adds the increment to ``x_{i-2}``, and its replay in the backward pass computes
-the increment again, now with gradients, and takes it back. Both run the branch piece by piece and
-change streams and gradients in place, so that one piece is all that is alive beside these.
+With the increment ``u_i = a_i(F_i(x_{i-1}) + alpha x_{i-1})``,
+
+    forward    x_i = u_i + beta x_{i-2}
+    replay     x_{i-2} = (x_i - u_i) / beta,    g_{i-1} += (du_i / dx_{i-1})^T g_i
+
+A `Step` leaves the gradients to autograd, which stores activations. A `ReversibleStep` stores none:
+its replay in the backward pass computes the increment again with gradients, subtracts it, and
+differentiates it. Both run the branch piece by piece, and change streams and gradients in place, so
+that one piece is all that is alive beside these. With a grid, ``u_i`` is rounded before it is added
+or subtracted.
 """
 
 from collections import OrderedDict
@@ -29,16 +35,17 @@ from re2tal.reversible.replay import (
 )
 
 Span = tuple[int, int]
-"""First unit of a piece, and the one behind its last."""
+"""Units ``start:stop`` of a piece."""
 
 
 class Step:
-    """A branch in one forward of its stage, with the arguments of its block's call.
+    """Branch in one forward of its stage, with the arguments of its block's call.
 
     Args:
         branch: the branch.
         where: name in the model, for errors.
-        dtype: dtype of the stage's input, which the block was made for.
+        dtype: dtype of the stage's input. The branch gets its input in this dtype, while the
+            streams are at least float32.
         settings: settings of the stage.
         args: positional arguments of the block's call after the first.
         kwargs: keyword arguments of the block's call.
@@ -66,10 +73,10 @@ class Step:
         return self._settings.coupling
 
     def refuse_other_gradients(self) -> None:
-        """Make sure that no tensor beside the streams and the parameters needs a gradient.
+        """Check that no argument of the block's call needs a gradient, which it would not get.
 
         Raises:
-            ReversibleError: if one of the block's arguments does.
+            ReversibleError: if one does.
         """
         given = tree_leaves((self._args, self._kwargs))
         if any(isinstance(a, Tensor) and a.requires_grad for a in given):
@@ -80,12 +87,14 @@ class Step:
             )
 
     def increment(self, stream: Tensor) -> Tensor:
-        """Compute the increment, storing activations where gradients are on."""
+        """Compute the increment ``u_i``, not yet rounded; autograd stores what it needs."""
         layout, cuts = self.layout(stream)
         shared, factor = self.share(layout, stream)
         if len(cuts) == 1 and layout.contiguous:
             piece = layout.take(stream, *cuts[0])
             return _shaped(self.piece(layout, cuts[0], piece, shared, factor), stream.shape)
+        # One autograd node for all pieces: its backward joins their gradients, where slices would
+        # sum up one gradient of full size per piece.
         taken = Take.apply(layout, cuts, stream)
         pieces = [
             self.piece(layout, span, piece, shared, factor)
@@ -97,7 +106,7 @@ class Step:
     def advance(
         self, current: Tensor, previous: Tensor, grid: Grid | None, *, overwrite: bool
     ) -> Tensor:
-        """Compute ``x_i`` from ``x_{i-1}`` and ``x_{i-2}``, storing nothing.
+        """Compute ``x_i`` from ``x_{i-1}`` and ``x_{i-2}`` without gradients.
 
         Args:
             current: ``x_{i-1}``.
@@ -111,19 +120,19 @@ class Step:
         for span in cuts:
             piece = self.piece(layout, span, layout.take(current, *span), shared, factor)
             following.put(span, piece)
-            del piece
+            del piece  # before the next one is made
         return following.result()
 
     def following(
         self, layout: Layout, previous: Tensor, grid: Grid | None, *, overwrite: bool
     ) -> "_Following":
-        """Begin ``x_i`` on top of ``x_{i-2}``; see `advance`."""
+        """Return the accumulator of ``x_i``; for the arguments see `advance`."""
         return _Following(layout, previous, grid, self.coupling.beta, overwrite=overwrite)
 
     def layout(self, stream: Tensor) -> tuple[Layout, list[Span]]:
-        """Lay out an input ``(B, ...)`` in units, and cut these into the spans of pieces."""
+        """Lay out an input ``(B, ...)`` in units, and cut these into spans of pieces."""
         modules, cut = self._submodules(), self.branch.cut
-        tied = any(map(counts_statistics, modules))
+        tied = any(map(counts_statistics, modules))  # batch statistics need all samples at once
         if self._settings.slice_bytes is None or cut is None or tied or stream.numel() == 0:
             return Whole(self._args, self._kwargs), [(0, 1)]
         layout = cut(stream, *self._args, **self._kwargs)
@@ -131,9 +140,14 @@ class Step:
         return layout, spans(layout, bytes_of_piece(self._settings.slice_bytes, stream, weights))
 
     def share(self, layout: Layout, stream: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """Compute the tensors that all pieces use: the layout's, and stochastic depth's factors."""
+        """Compute the tensors that all pieces use.
+
+        Returns:
+            The layout's shared tensors, and stochastic depth's factors ``(B, 1)``, None for ones.
+        """
         factor = None
         if self.branch.drop_path is not None:
+            # Drawn for whole samples, before any piece: a sample may lie in several pieces.
             ones = stream.new_ones(stream.shape[0], 1)
             scaled = self.branch.drop_path(ones)
             factor = None if scaled is ones else scaled
@@ -147,11 +161,12 @@ class Step:
         shared: Sequence[Tensor],
         factor: Tensor | None,
     ) -> Tensor:
-        """Compute the increment of a piece, ``a(F(x) + alpha x)``, not yet on the grid.
+        """Compute the increment of a piece, ``a_i(factor F_i(x) + alpha x)``, not yet rounded.
 
         Raises:
-            ReversibleError: if the branch changes the shape, or its input.
+            ReversibleError: if the branch changes the shape, or modifies its input in place.
         """
+        # Counts in-place changes of the branch's input; see below.
         version = None if piece.is_inference() else piece._version
         try:
             result = layout.run(self.branch, piece.to(self._dtype), *span, shared)
@@ -183,7 +198,7 @@ class Step:
 
 
 class Joined:
-    """Tensor of the input's shape that is put together from pieces.
+    """Tensor of the input's shape that is joined from pieces.
 
     Attributes:
         tensor: the tensor so far; None before the first piece.
@@ -204,17 +219,17 @@ class Joined:
         self._layout.put(self.tensor, *span, piece)
 
     def result(self) -> Tensor:
-        """Return the whole, once every piece is there."""
+        """Return the tensor, once all pieces are written."""
         assert self.tensor is not None
         return self.tensor
 
 
 class _Following:
-    """``x_i``, which is put together from ``x_{i-2}`` and the pieces of its increment.
+    """Accumulator of ``x_i = u_i + beta x_{i-2}`` from the pieces of the increment ``u_i``.
 
-    It has the memory format of the increment. Where ``x_{i-2}`` has the same one and beta is 1, the
-    increment is added to it, or to a copy; otherwise a product and a sum, each rounded, would not
-    be those of `advance`.
+    The result has the memory format of the increment. If ``x_{i-2}`` has that format and beta is 1,
+    the pieces are added to its memory, or to a copy of it. Otherwise they are joined in new memory:
+    with another beta, scaling ``x_{i-2}`` first would round once more than `Coupling.advance`.
     """
 
     def __init__(
@@ -235,7 +250,7 @@ class _Following:
         self._begun = False
 
     def put(self, span: Span, increment: Tensor) -> None:
-        """Take in a piece of the increment, not yet on the grid."""
+        """Add a piece of the increment, not yet rounded to the grid."""
         if not self._begun:
             self._begin(span, increment)
         if self._joined is None:
@@ -246,8 +261,8 @@ class _Following:
             self._joined.put(span, torch.add(increment, taken, alpha=self._beta))
 
     def result(self) -> Tensor:
-        """Return the whole, once every piece is there."""
-        # Detached: a view would hold the tensor that it is a view of, and with it the memory.
+        """Return ``x_i``, once all pieces are added."""
+        # Detached, because a view keeps its base alive, which `alone` would count as a holder.
         return self._previous if self._joined is None else self._joined.result().detach()
 
     def _begin(self, span: Span, increment: Tensor) -> None:
@@ -255,9 +270,10 @@ class _Following:
         shape = self._previous.shape
         if self._layout.contiguous and span == (0, self._layout.units):
             like = _shaped(increment, shape)
-        else:  # what `Joined` will make, without its memory
+        else:  # the strides that `Joined` would give the result, without allocating it
             like = self._layout.new(increment, torch.Size((0, *shape[1:])))
         wanted, had = like.stride(), self._previous.stride()
+        # The stride of a dimension of length 1 means nothing.
         same = all(a == b for a, b, n in zip(wanted, had, shape, strict=True) if n > 1)
         if not same or self._beta != 1:
             self._joined = Joined(self._layout, shape)
@@ -266,18 +282,18 @@ class _Following:
 
 
 def _shaped(x: Tensor, shape: torch.Size) -> Tensor:
-    # reshape() to the shape that a tensor has already would lose its memory format.
+    # reshape() would lose the memory format even where the shape is already right.
     return x if x.shape == shape else x.reshape(shape)
 
 
 class Take(torch.autograd.Function):
-    """All pieces of a tensor; the backward joins their gradients."""
+    """Cut a tensor into its pieces; the backward joins their gradients."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(layout: Layout, cuts: Sequence[Span], x: Tensor) -> tuple[Tensor, ...]:
-        """Take a tensor apart."""
+        """Copy the pieces out of a tensor."""
         return tuple(layout.take(x, *span).clone() for span in cuts)
 
     @staticmethod
@@ -296,13 +312,13 @@ class Take(torch.autograd.Function):
 
 
 class Join(torch.autograd.Function):
-    """Tensor from its pieces; the backward takes the gradient apart."""
+    """Join a tensor from its pieces; the backward cuts its gradient."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(layout: Layout, cuts: Sequence[Span], shape: torch.Size, *pieces: Tensor) -> Tensor:
-        """Put a tensor together."""
+        """Write the pieces to their places in one tensor."""
         joined = Joined(layout, shape)
         for span, piece in zip(cuts, pieces, strict=True):
             joined.put(span, piece)
@@ -315,13 +331,13 @@ class Join(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Take the gradient apart."""
+        """Cut the gradient into those of the pieces."""
         taken = (ctx.layout.take(gradients[0], *span) for span in ctx.cuts)
         return None, None, None, *taken
 
 
 class ReversibleStep:
-    """A step that stores no activations, and is replayed for its gradients.
+    """Step that stores no activations and is replayed for its gradients.
 
     Args:
         step: the step.
@@ -347,7 +363,8 @@ class ReversibleStep:
         self._conditions = Conditions(step.branch.modules, device, autocast, step.where)
         self._draws = Draws()
         self._cuts: list[Span] = []
-        # The replay's layout is another, but takes over what the forward's has, such as indices.
+        # Held for the replay, whose own layout finds the tensors of this one, such as indices,
+        # in a cache of weak references.
         self._layout: Layout | None = None
 
     @property
@@ -367,10 +384,10 @@ class ReversibleStep:
 
     def forward(self, current: Tensor, previous: Tensor, *, overwrite: bool = False) -> Tensor:
         """Compute ``x_i`` from ``x_{i-1}`` and ``x_{i-2}``; see `Step.advance`."""
-        # Kernels may be chosen by whether an input needs a gradient, and the replay must meet the
-        # same ones: so gradients are recorded here too, and the record dropped piece by piece.
+        # PyTorch may choose kernels by whether an input needs a gradient, and the replay must run
+        # the same ones. So autograd records here too, and its record is dropped piece by piece.
         with self._conditions.noted(), torch.enable_grad():
-            self._mark(current)
+            self._mark(current)  # part 0 draws for all pieces; part 1 + i is piece i
             layout, cuts = self._step.layout(current)
             self._layout = layout if layout.light else None
             self._cuts = decisive(cuts) if isinstance(current, FakeTensor) else cuts
@@ -383,7 +400,7 @@ class ReversibleStep:
                 if span == self._cuts[0]:
                     self._refuse_others(result, leaf)
                 increment = result.detach()
-                del result, leaf  # and with them what autograd has stored for the piece
+                del result, leaf  # frees what autograd has stored for the piece
                 following.put(span, increment)
                 del increment
         self._draws.settle()
@@ -397,21 +414,21 @@ class ReversibleStep:
         passed: Tensor | None = None,
         wanted: Sequence[Tensor] = (),
     ) -> list[Tensor | None]:
-        """Compute the increment again and take it back, and differentiate it, piece by piece.
+        """Recompute the increment piece by piece, subtract it from ``x_i``, and differentiate it.
 
         Args:
-            current: ``x_{i-1}``, as it was.
+            current: ``x_{i-1}``; it is not changed.
             following: ``x_i``, which becomes ``x_{i-2}`` in place; None if that is not needed.
-            gradient: gradient of ``x_i``; None computes no gradients.
-            passed: gradient of ``x_{i-1}`` so far, to which that through the increment is added in
-                place; None if it is not needed.
+            gradient: ``g_i``; None computes no gradients.
+            passed: ``g_{i-1}`` so far, to which ``(du_i / dx_{i-1})^T g_i`` is added in place; None
+                if it is not needed.
             wanted: parameters whose gradients are wanted.
 
         Returns:
             The gradients of the wanted parameters; None where a parameter is not used.
 
         Raises:
-            ReversibleError: if the branch is no longer the one of the forward.
+            ReversibleError: if the branch is no longer that of the forward.
         """
         surroundings = Surroundings(current.device)
         with self._conditions.met_again(), torch.enable_grad(), hooks_paused(wanted):
@@ -421,8 +438,8 @@ class ReversibleStep:
             leaves = [s.detach().requires_grad_(s.requires_grad) for s in shared]
             needing = [s for s in leaves if s.requires_grad]
             totals = Totals(len(wanted) + len(needing))
-            # Autograd sums over the uses of a parameter from the last to the first, and sums of
-            # floating-point numbers depend on their order.
+            # Last piece first, as autograd sums the gradients of a parameter's uses: the order of
+            # floating-point sums decides their last bit.
             for part in reversed(range(len(self._cuts))):
                 span = self._cuts[part]
                 with self._draws.replayed(1 + part):
@@ -432,7 +449,8 @@ class ReversibleStep:
                     layout.add(following, *span, result.detach(), self._grid, -1)
                 if gradient is None or not result.requires_grad:
                     continue
-                edge = get_gradient_edge(result)  # not the tensor: its values are spent
+                # The edge instead of the tensor, whose values are not needed any more.
+                edge = get_gradient_edge(result)
                 del result
                 inputs = [*wanted, *needing, *([] if passed is None else [leaf])]
                 with surroundings.restored():
@@ -454,7 +472,7 @@ class ReversibleStep:
         return piece.detach().requires_grad_(self._needs_gradient)
 
     def _refuse_others(self, result: Tensor, leaf: Tensor) -> None:
-        """Make sure that the gradient goes to the input and the parameters, and nowhere else."""
+        """Check that no tensor but the input and the parameters would get a gradient."""
         known = {id(leaf), *map(id, self.parameters)}
         for tensor in _leaves(result):
             if id(tensor) not in known:
@@ -472,7 +490,7 @@ class ReversibleStep:
 def reversible_steps(
     steps: Sequence[Step], stream: Tensor, grid: Grid | None
 ) -> list[ReversibleStep]:
-    """Make the steps of one forward reversible, and mark those whose input needs a gradient."""
+    """Make the steps of one forward reversible, and note which of their inputs need a gradient."""
     autocast, needs, made = Autocast(stream.device), stream.requires_grad, []
     for step in steps:
         one = ReversibleStep(step, grid, autocast, stream.device, needs_gradient=needs)
@@ -482,7 +500,7 @@ def reversible_steps(
 
 
 def _leaves(result: Tensor) -> Iterator[Tensor]:
-    """Yield the tensors that a result passes gradients to and that no operator computed."""
+    """Yield the leaf tensors of a result's autograd graph that need a gradient."""
     found: list[Any] = [result.grad_fn]
     seen: set[Any] = set()
     while found:
@@ -496,10 +514,11 @@ def _leaves(result: Tensor) -> Iterator[Tensor]:
 
 
 def decisive(cuts: list[Span]) -> list[Span]:
-    """Choose the pieces that decide how much memory is needed, for tensors without values.
+    """Choose the pieces that determine the peak of memory, for a prediction on fake tensors.
 
-    The last two, with which a backward begins, and the largest of the others: from the third piece
-    on, the sums of gradients, the last piece's gradients and the present one's live side by side.
+    These are the last two, with which a backward begins, and the largest of the others: from the
+    third piece on, the sums of gradients, the gradients of the piece before and those of the
+    present piece are alive at the same time.
     """
     return sorted(cuts[:-2], key=lambda span: span[0] - span[1])[:1] + cuts[-2:]
 
@@ -507,7 +526,7 @@ def decisive(cuts: list[Span]) -> list[Span]:
 def differentiate(
     result: Tensor | GradientEdge, inputs: Sequence[Tensor], gradient: Tensor
 ) -> list[Tensor | None]:
-    """Compute the gradients of the inputs; None where the result does not depend on one."""
+    """Compute the gradients of the inputs; None for an input that the result does not depend on."""
     if not inputs:
         return []
     return list(torch.autograd.grad(result, inputs, gradient, allow_unused=True))
@@ -516,7 +535,7 @@ def differentiate(
 def _through_shared(
     shared: Sequence[Tensor], totals: "Totals", wanted: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Add to the parameters' gradients what reaches them through the pieces' shared tensors.
+    """Add the part of the parameters' gradients that flows through the pieces' shared tensors.
 
     Args:
         shared: the shared tensors.
@@ -534,7 +553,7 @@ def _through_shared(
 
 
 class Totals:
-    """Gradients that are summed up one by one, piece after piece, with one call a piece.
+    """Sums of gradients over the pieces, by one call of PyTorch a piece.
 
     Attributes:
         values: the sums so far; None stands for zero.
@@ -545,14 +564,15 @@ class Totals:
         self._own: set[int] = set()
 
     def add(self, gradients: Sequence[Tensor | None]) -> None:
-        """Add to each sum."""
+        """Add the gradients of one piece, in the order of the sums."""
         into: list[int] = []
         anew: list[int] = []
         for i, (total, gradient) in enumerate(zip(self.values, gradients, strict=True)):
             if total is None:
                 self.values[i] = gradient
             elif gradient is not None:
-                # Autograd may have given the memory of the first to somebody else as well.
+                # In place only into memory of our own: autograd may share that of the first piece's
+                # gradients with something else.
                 (into if i in self._own else anew).append(i)
         if into:
             torch._foreach_add_(*self._pairs(into, gradients))
@@ -569,10 +589,10 @@ class Totals:
 
 @contextmanager
 def hooks_paused(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Keep the parameters' own hooks for the outer backward.
+    """Remove the hooks of parameters for a block of code.
 
-    `torch.autograd.grad` calls them, and autograd will call them again on what a node returns: a
-    hook that halves a gradient would quarter it.
+    `torch.autograd.grad` would call them inside a node's backward, and autograd calls them on the
+    gradients that the node returns: a hook that halves a gradient would quarter it.
     """
     paused = []
     for parameter in parameters:

@@ -1,15 +1,17 @@
-"""Nothing trains silently on wrong activations: what is rebuilt is compared with what was there.
+"""Checks that rebuilt streams are those of the forward, so that no stage trains on wrong ones.
 
-Each stage keeps a few numbers about its input: in exact mode a sum over all of its bits, otherwise
-a sample of its values. At the end of its backward they are compared with the rebuilt input. On a
-GPU the verdict travels to the host while the device works on, and is read when it has arrived: at
-the next forward of the stage, or at once by `check`.
+Each stage keeps a fingerprint of its input: in exact mode the sum of all its bits, otherwise a
+sample of its values. At the end of the backward it is compared with that of the rebuilt input. On a
+GPU the verdict is copied to the host while the device continues. It is read after it has arrived,
+at a later forward of the stage, or at once by `check`.
 
-How well a coupling that divides by beta can be run backwards is measured, not assumed. The way back
-of Dr2Net, ``x_{i-2} = (x_i - F_i(x_{i-1}) - alpha x_{i-1}) / beta``, multiplies the rounding errors
-of every branch by ``1 / beta`` and by how strongly the branches react. While alpha and beta move
-over training the answer changes, so a stage is tried out whenever alpha has moved by a twentieth,
-or beta by a twentieth of itself.
+Without a grid, the error of a coupling other than (0, 1) is measured. The inversion
+
+    x_{i-2} = (x_i - F_i(x_{i-1}) - alpha x_{i-1}) / beta
+
+multiplies the rounding errors of every branch by ``1 / beta``, and passes them on through the
+branches, which may amplify them as well. The error changes as alpha and beta move over training. So
+a stage is measured again whenever alpha has moved by 0.05, or beta by 5 %.
 """
 
 import logging
@@ -31,17 +33,17 @@ from re2tal.reversible.replay import (
 from re2tal.reversible.step import Step, reversible_steps
 
 _LOG = logging.getLogger(__name__)
-_COUPLING_CHANGE = 0.05  # of alpha, and of beta's logarithm, after which a stage is tried anew
-_SAMPLE = 2**16
+_COUPLING_CHANGE = 0.05  # change of alpha, or of log(beta), after which a stage is measured again
+_SAMPLE = 2**16  # values of a stream that are compared without a grid
 
 
 class Watch:
-    """Checks and measurements of one container; a copy or an unpickled one starts anew.
+    """Checks and measurements of one container. Copying or unpickling it gives an empty one.
 
     Attributes:
-        errors: relative error (root mean square) of the last input that a stage rebuilt, by the
-            stage's name, as a tensor on the device; 0 in exact mode.
-        modes: mode in which a stage ran last, by its name: "reversible" or "stored: why".
+        errors: relative error of the input that a stage rebuilt last, by the stage's name, as a
+            tensor on the device; 0 in exact mode.
+        modes: mode in which a stage ran last, by its name: "reversible" or "stored: <reason>".
     """
 
     def __init__(self) -> None:
@@ -61,16 +63,16 @@ class Watch:
         """Read the verdicts that have arrived, or wait for all of them.
 
         Raises:
-            ReversibleError: for the first that is not good.
+            ReversibleError: for the first check that has failed.
         """
         while self._pending and (wait or self._pending[0].arrived()):
             self._pending.pop(0).read()
 
     def begins(self) -> None:
-        """Note that a stage begins whose blocks are called one by one.
+        """Record that a stage begins whose blocks are called one by one.
 
         Raises:
-            ReversibleError: if the last one was left before its end.
+            ReversibleError: if the model left the stage before it early.
         """
         left_at, self._left_at = self._left_at, None
         if left_at is not None:
@@ -81,17 +83,18 @@ class Watch:
             )
 
     def left_at(self, name: str, *, at_end: bool) -> None:
-        """Note that the block of this name has passed the stage's result on."""
+        """Record that the block of this name has passed the stage's result on."""
         self._left_at = None if at_end else name
 
     def forget(self, where: str) -> None:
-        """Try a stage's coupling out anew at its next forward."""
+        """Have a stage's coupling measured again at its next forward."""
         self._measured = {key: e for key, e in self._measured.items() if key[0] != where}
 
     def stores(self, steps: Sequence[Step], stream: Tensor, settings: Settings, where: str) -> bool:
-        """Tell whether this stage stores its activations now; notes and logs the reason.
+        """Decide whether a stage stores its activations in this forward, and log the reason.
 
-        A coupling that divides by beta is tried out on the stream at hand.
+        A coupling that divides by beta is measured on the given stream, unless that was done
+        recently; see `_measurement_key`.
         """
         reason = settings.stored_because()
         if reason is None and self._inexact(settings) and not isinstance(stream, FakeTensor):
@@ -99,32 +102,32 @@ class Watch:
             if key not in self._measured:
                 self._measured[key] = reconstruction_error(steps, stream)
             error = self._measured[key]
-            if not error <= TOLERANCE:
+            if not error <= TOLERANCE:  # also if it is NaN
                 reason = f"rebuilding would be off by {error:.1e}, more than {TOLERANCE:.0e}"
         self.note(where, "reversible" if reason is None else f"stored: {reason}", settings)
         return reason is not None
 
     def note(self, where: str, mode: str, settings: Settings) -> None:
-        """Note the mode of a stage, and log it if it is new."""
+        """Record the mode of a stage, and log it if it is new."""
         if self.modes.get(where) != mode:
             self.modes[where] = mode
             weights = f"alpha={settings.coupling.alpha:g}, beta={settings.coupling.beta:g}"
             _LOG.info("%s: %s (%s)", where or "model", mode, weights)
 
     def extent(self, grid: Grid | None, stream: Tensor, where: str) -> "_Extent":
-        """Watch the magnitude of a forward's streams."""
+        """Begin to track the largest magnitude of a forward's streams."""
         return _Extent(self, grid, stream, where)
 
     def witness(
         self, current: Tensor, previous: Tensor, settings: Settings, where: str
     ) -> "Witness | None":
-        """Remember the streams at the bottom of a tape; None if nothing is to be compared."""
+        """Take fingerprints of the streams at the bottom of a tape; None if none are compared."""
         if not settings.verify or isinstance(current, FakeTensor):
             return None
         return Witness(self, current, previous, settings, where)
 
     def post(self, verdict: "_Verdict") -> None:
-        """Take a verdict in, to be read when it has arrived."""
+        """Queue a verdict, and read those that have arrived."""
         self._pending.append(verdict)
         self.poll()
 
@@ -136,14 +139,14 @@ class Watch:
 
 @torch.no_grad()
 def reconstruction_error(steps: Sequence[Step], stream: Tensor) -> float:
-    """Run a stage forward and back again, without a trace.
+    """Run a stage forward and backwards without side effects, and compare its rebuilt input.
 
     Args:
         steps: steps of the stage.
         stream: input of the stage.
 
     Returns:
-        The relative error (root mean square) of the rebuilt input; infinite if it is not finite.
+        The larger relative error ``||rebuilt - x|| / ||x||`` of the two streams; infinity for NaN.
     """
     modules = {m for step in steps for top in step.branch.modules for m in top.modules()}
     counted = [(m, name) for m in modules if counts_statistics(m) for name in m._buffers]
@@ -156,9 +159,9 @@ def reconstruction_error(steps: Sequence[Step], stream: Tensor) -> float:
             current, previous = step.forward(current, previous), current
         last = current.double().norm()
         for step in reversed(reversible):
-            step.replay(previous, current)
+            step.replay(previous, current)  # `current`, which is x_i, becomes x_{i-2}
             current, previous = previous, current
-    # An input of zeros is measured by what the stage made of it.
+    # Zeros have no relative error: the last stream then gives the scale.
     size = stream.double().norm() if bool(stream.any()) else last
     worst = max(float(_difference(x, stream) / size) for x in (current, previous))
     return math.inf if math.isnan(worst) else worst
@@ -167,7 +170,7 @@ def reconstruction_error(steps: Sequence[Step], stream: Tensor) -> float:
 def _measurement_key(
     settings: Settings, stream: Tensor, steps: Sequence[Step], where: str
 ) -> tuple[Any, ...]:
-    """Describe the runs of a stage for which a measured error holds."""
+    """Return a key of the runs of a stage for which one measured error holds."""
     coupling = settings.coupling
     precision = torch.get_autocast_dtype(stream.device.type)
     if not torch.is_autocast_enabled(stream.device.type):
@@ -185,13 +188,13 @@ def _measurement_key(
 
 
 def _difference(found: Tensor, truth: Tensor) -> Tensor:
-    """Norm of a difference, as a tensor."""
+    """Compute the norm of a difference, as a tensor on its device."""
     norm: Tensor = (found - truth).double().norm()
     return norm
 
 
 class _Extent:
-    """Largest magnitude of the streams of one forward on the grid."""
+    """Tracker of the largest magnitude among the streams of one forward on the grid."""
 
     def __init__(self, watch: Watch, grid: Grid | None, stream: Tensor, where: str) -> None:
         self._watch = watch
@@ -201,23 +204,23 @@ class _Extent:
         self.see(stream)
 
     def see(self, stream: Tensor) -> None:
-        """Take in one more stream."""
+        """Include one more stream."""
         if self._grid is not None:
             self._largest += torch.aminmax(stream.detach())
 
     def judge(self) -> Tensor | None:
-        """Compare the largest magnitude with the grid's limit, and return it."""
+        """Compare the largest magnitude with the grid's limit ``2**(24 - k)``, and return it."""
         if self._grid is None:
             return None
         largest = torch.stack(self._largest).abs().amax().double()
         limit = torch.as_tensor(self._grid.limit, dtype=largest.dtype, device=largest.device)
-        # Values that are not finite show in the loss; they are no matter of the grid.
+        # Values that are not finite show in the loss; a smaller grid would not help.
         bad = torch.isfinite(largest) & (largest >= limit)
         self._watch.post(_Verdict(torch.stack([bad.double(), largest, limit]), self._refuse))
         return largest
 
     def _refuse(self, largest: float, limit: float) -> None:
-        bits = 24 - math.ceil(math.log2(largest))
+        bits = 24 - math.ceil(math.log2(largest))  # whose limit is just above; advise two less
         raise ReversibleError(
             f"{self._where or 'The stage'}: a stream reached {largest:.4g}, beyond the {limit:g} "
             f"that its grid can hold exactly. Call rewire(model, grid={bits - 2}) (or smaller), or "
@@ -226,7 +229,7 @@ class _Extent:
 
 
 class Witness:
-    """Memory of the streams ``x_{d-1}`` and ``x_{d-2}`` below the first step ``d`` of a tape.
+    """Fingerprints of the streams ``x_{d-1}`` and ``x_{d-2}`` below the first step ``d`` of a tape.
 
     Attributes:
         largest: largest magnitude of the forward's streams, once it is known.
@@ -242,7 +245,8 @@ class Witness:
         self._where = where
         self._read = _bits if self._exact else _sample
         before = self._read(previous)
-        same = current.data_ptr() == previous.data_ptr()  # at the stage's input
+        # At the stage's input both streams are the same memory: sum it once.
+        same = current.data_ptr() == previous.data_ptr()
         self._before = before if same else self._read(current), before
 
     def compare(self, current: Tensor, previous: Tensor) -> None:
@@ -257,7 +261,7 @@ class Witness:
             return
         self._watch.errors[self._where] = 0.0
         bad = torch.stack([a != b for a, b in pairs]).any().double()
-        # A stream that is not finite cannot be rebuilt, but then the loss is not finite either.
+        # A stream with NaN or infinity cannot be rebuilt, but then the loss is not finite either.
         assert self.largest is not None
         finite = torch.isfinite(self.largest)
         self._watch.post(_Verdict(torch.stack([bad * finite, bad, bad]), self._refuse))
@@ -276,7 +280,10 @@ class Witness:
 
 
 class _Verdict:
-    """Verdict of a check and two numbers for its error message, on their way to the host."""
+    """Verdict of a check, with two numbers for its error message, copied to the host.
+
+    On CUDA the copy is asynchronous, into pinned memory; an event tells when it has arrived.
+    """
 
     def __init__(self, answer: Tensor, if_so: Callable[[float, float], None]) -> None:
         self._if_so = if_so
@@ -301,15 +308,18 @@ class _Verdict:
 
 
 _AT_ONCE = 2**18
-"""Elements whose bits a CPU sums up at once."""
+"""Elements whose bits a CPU sums in one call."""
 
 
 def _bits(stream: Tensor) -> Tensor:
-    """Sum up the bit patterns: any bit changes the sum, and no order of summation does."""
+    """Sum the bit patterns as integers, modulo 2^64.
+
+    One flipped bit changes the sum, and the order of summation does not.
+    """
     bits = stream.detach().view({4: torch.int32, 8: torch.int64}[stream.element_size()])
     if bits.device.type != "cpu" or bits.numel() <= _AT_ONCE:
         return bits.sum(dtype=torch.int64)
-    # A CPU copies all that it is to sum into 64 bits first.
+    # On a CPU sum() first copies its whole input to int64; parts bound that copy.
     order = sorted(range(bits.ndim), key=bits.stride, reverse=True)
     parts = bits.permute(order).reshape(-1).split(_AT_ONCE)
     return torch.stack([part.sum(dtype=torch.int64) for part in parts]).sum()

@@ -343,7 +343,7 @@ def test_rays_dashboard_lists_the_run_its_workers_and_what_they_read(
 def test_the_layout_that_was_chosen_first_stays_the_runs(finished: tuple[Path, str]) -> None:
     folder, printed = finished
     run = _run(folder)
-    assert "considering 1 of at most 6: 1x3x64x32x32" in printed
+    assert "considering 1 of at most 5: 1x3x64x32x32" in printed
     assert "--optim.accumulation 1 --model.stored" in printed
     assert printed.count("--fit 2GiB: the unfinished run of this command keeps its layout") == 2
     assert run.data.tags["fit"] == "2GiB"

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from re2tal.reversible import rewire, set_reversible, stage_modes
 from tests.reversible.toy_blocks import assert_same_step, one_step, tiny_swin
 
-PIECE = 2**14  # bytes, of which the branches below have up to eight
+PIECE = 2**14  # bytes; the branches below need up to eight pieces
 
 
 def swin(*, drop_path: float = 0.3, depths: Sequence[int] = (2, 2)) -> nn.Module:
@@ -64,7 +64,7 @@ def test_an_exported_program_computes_what_the_model_computes() -> None:
     program = torch.export.load(file).module()
     found, truth = one_step(program, frames(2)), one_step(model, frames(2))
     assert set(stage_modes(model).values()) == {"reversible"}  # as before the export
-    # the program sums up the gradients of a parameter's pieces in another order
+    # the program sums a parameter's gradients over pieces in another order
     assert_same_step(found, truth, tolerance=1e-5)
 
 
@@ -108,7 +108,7 @@ def lightning_run(folder: Path, mode: str, **options: Any) -> dict[str, Tensor]:
             **options,
         )
         trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=False)
-    if "devices" not in options:  # else the stages ran in other processes
+    if "devices" not in options:  # otherwise the stages ran in other processes
         assert {one.partition(":")[0] for one in stage_modes(model).values()} == {mode}
     kept = torch.load(last, weights_only=False)
     assert kept["epoch"] == 1
@@ -126,8 +126,8 @@ def test_lightning_trains_as_with_stored_activations(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
     pytest.importorskip("lightning", reason="`make slow` installs Lightning beside the environment")
-    # `ddp_fork` cannot fork a process in which autograd has started a thread, as it has for the
-    # nested backwards of another test: a fresh one.
+    # `ddp_fork` cannot fork a process in which autograd has started a thread, as it has done for
+    # the nested backwards of another test. So start a fresh process.
     with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,)) as fresh:
         modes = ("stored", "reversible")
         runs = [fresh.submit(lightning_run, tmp_path / mode, mode, **options) for mode in modes]

@@ -25,12 +25,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 @pytest.fixture(autouse=True)
 def _nothing_is_compiled_yet() -> None:
-    # What other tests have compiled counts towards the limit above which modules run uncompiled.
+    # Compilations of other tests count towards the limit beyond which modules run uncompiled.
     torch._dynamo.reset()
 
 
 def counting(compiled: list[torch.fx.GraphModule], name: str = "eager") -> Callable[..., Any]:
-    """The backend of this name, which notes what it compiles."""
+    """The backend of this name; it appends the graphs that it compiles to a list."""
     inner = lookup_backend(name)
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -42,7 +42,7 @@ def counting(compiled: list[torch.fx.GraphModule], name: str = "eager") -> Calla
 
 
 def renamed(result: StepResult) -> StepResult:
-    """With the names that parameters have in a module that is not compiled."""
+    """Gradients under the parameter names of the module that is not compiled."""
     return StepResult(
         output=result.output,
         gradients={n.replace("_orig_mod.", ""): g for n, g in result.gradients.items()},
@@ -73,7 +73,7 @@ def test_compiled_branches_are_rebuilt_to_the_bit(backend: str) -> None:
     rewire(model)
     compiled: list[torch.fx.GraphModule] = []
     for name, module in model.named_modules():
-        if name == "features.0.0.mlp":  # one: the C++ compiler takes seconds for each
+        if name == "features.0.0.mlp":  # just one: the C++ compiler takes seconds for each
             module.compile(backend=counting(compiled, backend))
     x = torch.randn(2, 3, 4, 32, 32)
     found = assert_reversible_is_stored(model, x)
@@ -93,7 +93,7 @@ def test_a_compiled_branch_under_autocast() -> None:
 
 
 class Surrounded(nn.Module):
-    """A stage with a layer before and one behind it."""
+    """A stage with a layer before it and a layer after it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,5 +111,5 @@ def test_a_compiled_model_runs_its_stages_as_they_are() -> None:
     compiled: list[torch.fx.GraphModule] = []
     model.compile(backend=counting(compiled))
     assert_same_step(one_step(model, x), truth)
-    assert len(compiled) == 2  # what is before the stage, and what is behind it
+    assert len(compiled) == 2  # two graphs: before the stage, and after it
     assert_reversible_is_stored(model, x)

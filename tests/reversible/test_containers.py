@@ -43,7 +43,7 @@ WIDTH = 6
 
 
 class Scaled(nn.Module):
-    """x + gain * tanh(linear(x) + shift), with arguments of every call."""
+    """Block x + gain * tanh(linear(x) + shift), with gain and shift as arguments of the call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def _scaled(block: Scaled) -> list[Branch]:
 
 
 class Model(nn.Module):
-    """A loop over its blocks, which notes what it gets from each."""
+    """Model that loops over its blocks, and keeps the result of each."""
 
     def __init__(self, depth: int = 4) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ def test_the_equations_of_the_paper_with_the_arguments_of_the_call() -> None:
 
 
 def test_hidden_states_are_those_of_the_end_of_the_stage() -> None:
-    """Within a stage there are two streams and no single state: every block reports the result."""
+    """A stage has two streams and no single state in between, so every block returns its result."""
     model = rewired()
     model(points(requires_grad=True))
     assert len(model.hidden) == 4
@@ -132,7 +132,7 @@ def test_a_block_without_a_family_ends_a_stage() -> None:
     assert not torch.equal(third, last)
 
 
-# What a list cannot know
+# Calls that a list cannot foresee
 
 
 @pytest.mark.parametrize("edit", [lambda x: x * 2, lambda x: x.mul_(2)])
@@ -155,7 +155,7 @@ def test_something_before_the_first_block_is_no_concern() -> None:
 
 @pytest.mark.parametrize(("before", "index"), [((), 1), ((0,), 2), ((0, 1), 2)])
 def test_a_block_out_of_turn(before: tuple[int, ...], index: int) -> None:
-    """A block called alone, after one that was left out, and in another model."""
+    """Blocks called alone, after a block that was left out, and in another model."""
     model, x = rewired(), points(requires_grad=True)
     for earlier in before:
         x = model.layers[earlier](x, model.shift)
@@ -199,7 +199,7 @@ def test_an_argument_that_needs_a_gradient(shift: str) -> None:
 
 
 def test_one_of_the_blocks_is_used_elsewhere_as_well() -> None:
-    """It cannot know which of its two places it is called at."""
+    """The block cannot know at which of its two places it is called."""
     model = rewired(2)
     model.layers.append(model.layers[0])
     rewire(model)
@@ -208,7 +208,7 @@ def test_one_of_the_blocks_is_used_elsewhere_as_well() -> None:
         model(points(requires_grad=True))
 
 
-# An ordinary module
+# A rewired container as an ordinary module
 
 
 def swin() -> nn.Module:
@@ -228,7 +228,7 @@ def test_a_copy_is_independent_and_computes_the_same(
     truth = one_step(model, x)
     loss = model(x).sum()
     twin = copied(model)
-    loss.backward()  # a graph that is alive belongs to the original
+    loss.backward()  # a graph that is still alive belongs to the original
     assert reconstruction_errors(model)
     assert not reconstruction_errors(twin)
     assert not any(stage.watch.modes for _, stage in reversible_stages(twin))
@@ -265,7 +265,7 @@ def replaced(blocks: Any, by: Callable[[], nn.Module], index: int = 1) -> None:
         (False, hooked, "blocks.1 was rewired, but .*hooks of its own"),
         (True, partial(replaced, by=nn.Identity), "layers.1 is not the one that was rewired"),
         (False, partial(replaced, by=nn.Identity), "blocks.1 was .*no family is registered for Id"),
-        # One of the same kind does not pass the stage's result on: it would be run twice.
+        # A new block of the same class would run a second time, not pass the stage's result on.
         (True, partial(replaced, by=Scaled), "layers.1 is not the one that was rewired"),
         (True, partial(replaced, by=Scaled, index=3), "layers.3 is not the one that was rewired"),
         (True, partial(replaced, by=Scaled, index=0), "layers.1 is in the middle"),
@@ -312,18 +312,18 @@ def test_two_lists_in_a_row() -> None:
 
 
 def test_a_stage_that_is_left_early() -> None:
-    """Found at the next call: by then the model has used the result of the whole stage."""
+    """The next call finds it; by then the model has used the result of the whole stage."""
     model = rewired()
     x = torch.randn(2, WIDTH)
     for block in model.layers[:2]:
         x = block(x, model.shift)
     with pytest.raises(ReversibleError, match="left after its block 1"):
         model(torch.randn(2, WIDTH))
-    model(torch.randn(2, WIDTH))  # said once
+    model(torch.randn(2, WIDTH))  # raised only once
 
 
 class Loop(nn.Module):
-    """Iterates over an `nn.Sequential` where it wants something of every block."""
+    """Model that iterates over an `nn.Sequential` to get every block's result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -379,7 +379,7 @@ def test_a_result_that_is_saved_takes_nothing_along(grad: bool) -> None:
 
 
 class Sees(nn.Module):
-    """Scales each channel of (B, C, T, H, W), and notes the strides of its inputs."""
+    """Block that scales each channel of (B, C, T, H, W), and records the strides of its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -397,7 +397,7 @@ class Sees(nn.Module):
 def test_branches_get_the_memory_format_that_they_had(
     batch: int, exact: bool, reversible: bool
 ) -> None:
-    """The stride of a batch of one counts too: convolutions choose their format by it."""
+    """Even the stride of a batch of one counts: convolutions choose their format by it."""
     seeing = [Sees() for _ in range(4)]
     model = nn.Sequential(PairBlock(*seeing[:2]), PairBlock(*seeing[2:]))
     rewire(model, exact=exact)

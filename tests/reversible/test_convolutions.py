@@ -54,7 +54,7 @@ def test_weight_gradients_are_those_of_float32(
 
 
 def test_float32_is_right() -> None:
-    """It is what the others are compared with."""
+    """The float32 gradient is the reference of the other tests."""
     torch.manual_seed(0)
     convolution, x = nn.Conv3d(32, 32, 3, padding=1), torch.randn(2, 32, 2, 4, 4)
     found = weight_gradient(convolution, x, bf16=False)
@@ -67,7 +67,7 @@ def test_float32_is_right() -> None:
 def test_the_replacement_computes_a_convolutions_gradients(
     wanted: tuple[bool, bool, bool], groups: int
 ) -> None:
-    """On every processor, also where nothing is replaced; in float64 by PyTorch for comparison."""
+    """On every processor, also where nothing is replaced; the reference is PyTorch's float64."""
     torch.manual_seed(0)
     x, weight = torch.randn(2, 8, 6, 5, 5), torch.randn(4 * groups, 8 // groups, 3, 3, 3)
     settings = [weight.shape[0]], [2, 1, 1], [1, 0, 1], [1, 1, 2], False, [0, 0, 0], groups, wanted
@@ -85,7 +85,7 @@ def test_the_replacement_computes_a_convolutions_gradients(
 
 
 def test_the_trial_tells_a_wrong_kernel_from_a_right_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    correct_gradients()  # so that PyTorch's are right from here on
+    correct_gradients()  # so that PyTorch's gradients are right from here on
     trial = wrong_gradients.__wrapped__
     assert not trial()
     right = torch.ops.aten.convolution_backward.default
@@ -123,7 +123,7 @@ EXACT = ["-p", "no:cacheprovider", "tests/reversible/test_exact.py", "-k"]
     reason="this processor has one set of instructions",
 )
 def test_gradients_are_exact_with_other_instructions() -> None:
-    """In bfloat16 all networks, in float32 one of each kind; the suite itself has AVX-512."""
+    """All networks in bfloat16, one of each kind in float32; the suite itself runs with AVX-512."""
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     chosen = "rewired_model and auto-0.0 and (bf16 or fp32-swin2d or fp32-r3d)"
     command = [sys.executable, "-m", "pytest", *EXACT, chosen]

@@ -59,7 +59,7 @@ def test_rounding_is_to_the_nearest_multiple(x: list[float], bits: int) -> None:
     found = Grid.of(bits, values).round(values).double()
     steps = found * 2**bits
     assert torch.equal(steps, steps.round())
-    # Beyond 2^24 steps float32 has no finer numbers, and nothing is rounded.
+    # Beyond 2^24 grid steps float32 has no finer numbers, so nothing is rounded.
     assert (found - values.double()).abs().max() <= 2.0 ** -(bits + 1)
 
 
@@ -89,7 +89,7 @@ def test_auto_of_nothing_and_of_what_is_not_finite() -> None:
     bits=st.sampled_from(["auto", 10, 13]),
 )
 def test_the_way_back_is_exact(x: list[float], increments: list[float], bits: int | str) -> None:
-    start = torch.tensor(x) + 8  # large enough for "auto" to hold what is added
+    start = torch.tensor(x) + 8  # large enough that the grid of "auto" holds the sums
     grid = Grid.of(bits, start)  # type: ignore[arg-type]
     coupling = Coupling()
     first = previous = current = grid.round(start)
@@ -97,7 +97,7 @@ def test_the_way_back_is_exact(x: list[float], increments: list[float], bits: in
     for step in steps:
         current, previous = coupling.advance(step, previous), current
         if float(current.abs().max()) >= float(grid.limit):
-            return  # such a stream is refused
+            return  # a stage refuses such a stream
     for step in reversed(steps):
         current, previous = previous, current - step
     assert torch.equal(current, first)
@@ -112,7 +112,7 @@ def test_the_gradient_is_the_identity() -> None:
     assert torch.equal(found, gradient)
 
 
-# Dr2Net's way from the pretrained network to a reversible one
+# Dr2Net's schedule from the pretrained network to a reversible one
 
 
 def test_a_straight_line_from_the_pretrained_network_to_re2tal() -> None:
@@ -135,7 +135,7 @@ def test_ends_of_ones_own() -> None:
 
 
 def test_a_model_under_the_schedule(caplog: pytest.LogCaptureFixture) -> None:
-    """Starts as the network that it was, ends reversible, and trains rightly all along."""
+    """Starts as the pretrained network, ends reversible, and has right gradients at every step."""
     torch.manual_seed(0)
     model, x = tiny_swin((3, 2), drop_path=0.2), torch.randn(2, 3, 4, 32, 32)
     truth = one_step(model, x)

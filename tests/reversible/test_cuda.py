@@ -1,4 +1,4 @@
-"""On a GPU, where there is one: the same bits, the memory that was predicted, no waiting."""
+"""Tests on a GPU, where there is one: equal bits, predicted memory, no synchronisation."""
 
 import os
 from collections.abc import Iterator
@@ -23,12 +23,12 @@ from tests.reversible.zoo import ZOO, Precision, both_precisions, built
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 POOLED = ("mvit_v1", "mvit_v2")
-"""The gradient of their maximum pooling is summed in any order, also by the models as they were."""
+"""Their maximum pooling sums its gradient in any order, before rewiring as well."""
 
 
 @pytest.fixture
 def _in_one_order() -> Iterator[None]:
-    """Kernels that sum in the same order whenever they run; the others are refused."""
+    """Allow only kernels that sum in a fixed order; the others raise an error."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     yield
@@ -54,14 +54,14 @@ def test_a_step_of_a_rewired_model(
 def test_pieces_are_added_alike_in_every_run_and_on_the_cpu(
     kernel: bool, bits: Any, sign: int, padded: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not under `use_deterministic_algorithms`; `padded` is None for values that are not moved."""
+    """Without `use_deterministic_algorithms`; `padded` is None for values without an index."""
     torch.manual_seed(0)
     x = torch.randn(3000, 96) * 10 ** (8 * torch.rand(3000, 96) - 6)
     grid = None if bits is None else Grid.of(bits, torch.randn(5))
     out = torch.randn(x.shape)
     if grid is not None:
         out = grid.round(out)
-    elif kernel or padded is None:  # atomic additions make these zero
+    elif kernel or padded is None:  # atomic additions flush these to zero
         x[:50] *= 1e-39
         out[:] *= 1e-39
     index = torch.randperm(len(x))
@@ -95,7 +95,7 @@ def test_streams_are_rebuilt_whatever_gradients_do(name: str, bf16: bool) -> Non
     rewire(model)
     for _ in range(5):
         model(*inputs).float().pow(2).sum().backward()
-    check(model)  # compares every bit, and raises
+    check(model)  # raises if any bit differs
 
 
 def test_a_branch_that_is_not_repeated_alike_is_found_without_waiting_for_it() -> None:
@@ -120,9 +120,9 @@ def test_a_branch_that_is_not_repeated_alike_is_found_without_waiting_for_it() -
 @pytest.mark.parametrize("batch", [1, 3])
 @both_precisions
 def test_convolutions_get_the_memory_format_that_they_had(batch: int, bf16: bool) -> None:
-    """Else cuDNN turns every input around, and its result back."""
+    """Otherwise cuDNN would transpose every input, and its result back."""
     model, (x,) = built("r3d", bf16=bf16, device="cuda")
-    model.eval()  # so that a batch is cut
+    model.eval()  # small, so that a batch is cut
     x = x.detach()[:1].repeat(batch, 1, 1, 1, 1).to(memory_format=torch.channels_last_3d)
 
     def last() -> list[bool]:
@@ -148,7 +148,7 @@ def test_convolutions_get_the_memory_format_that_they_had(batch: int, bf16: bool
 
 @pytest.mark.parametrize("way", ["plain", "ours", "ours, float"])
 def test_the_peak_is_what_was_predicted(way: str) -> None:
-    """But for workspaces of cuBLAS; materialised attention takes more than its kernels tell."""
+    """Up to workspaces of cuBLAS; materialised attention takes more than its kernels report."""
     work = Workload(frames=128, size=224, precision="bfloat16")
     model, inputs = build("swin3d_t").cuda(), work.noise("cuda")
     with prepared(model, WAYS[way].prepare):

@@ -1,6 +1,6 @@
-"""Two gloo processes under DDP and `fully_shard`, against steps of a plain model that stores.
+"""Two gloo processes under DDP and `fully_shard`, compared with a model that stores activations.
 
-Of two ranks the sum does not depend on the order, and halving is exact: all is bit-equal.
+A sum over two ranks does not depend on their order, and halving is exact, so all is bit-equal.
 """
 
 import copy
@@ -36,11 +36,11 @@ from tests.ranks import Ranks
 from tests.reversible.toy_blocks import MlpBlock, tiny_swin
 
 CPU = torch.device("cpu")
-PIECE = 2**14  # bytes, of which the branches below have up to eight
+PIECE = 2**14  # bytes; the branches below need up to eight pieces
 
 
 def swin() -> nn.Module:
-    """Two stages, with a stem that is frozen."""
+    """Two stages and a frozen stem."""
     torch.manual_seed(0)
     model = tiny_swin((2, 2), drop_path=0.3)
     model.patch_embed.requires_grad_(False)
@@ -49,7 +49,7 @@ def swin() -> nn.Module:
 
 
 def sharded_and_stored(**options: Any) -> tuple[nn.Module, nn.Module]:
-    """A Swin whose stages are sharded, and a copy that is not and stores its activations."""
+    """A Swin whose stages are sharded, and an unsharded copy that stores its activations."""
     model = swin()
     stored = stored_copy(model)
     shard_stages(model, **options)
@@ -70,7 +70,7 @@ class Listed(nn.Module):
 
 
 def frames() -> Tensor:
-    """One batch, another on each rank."""
+    """A batch, different on each rank."""
     return torch.randn(2, 3, 4, 32, 32) + dist.get_rank()
 
 
@@ -87,7 +87,7 @@ def stored_copy(model: nn.Module) -> nn.Module:
 
 
 def average(model: nn.Module) -> None:
-    """The mean over ranks of all gradients, in the precision of float32 at least."""
+    """Mean over ranks of all gradients, at least in float32."""
     for parameter in model.parameters():
         if parameter.grad is not None:
             dist.all_reduce(parameter.grad)
@@ -117,7 +117,7 @@ def compare(sharded: nn.Module, stored: nn.Module, *, tolerance: float = 0.0) ->
 def train(
     sharded: nn.Module, stored: nn.Module, loss: Callable[[nn.Module], Tensor], steps: int = 2
 ) -> None:
-    """Steps of both, which stay equal only if every forward sees the stepped parameters."""
+    """Steps of both models. They stay equal only if every forward sees the updated parameters."""
     optimizers = [torch.optim.AdamW(m.parameters(), lr=0.01) for m in (sharded, stored)]
     for step in range(steps):
         losses = []
@@ -237,7 +237,7 @@ def blocks_of_a_list() -> None:
 def refused(
     sharded: Callable[[nn.Module], Iterable[nn.Module]], message: str, *, in_stored: bool
 ) -> None:
-    """Sharding what is inside of a stage ends in an error in the first forward."""
+    """Sharding a module inside a stage raises an error in the first forward."""
     for reversible in (True, False):
         model = swin()
         set_reversible(model, reversible)
@@ -265,7 +265,7 @@ def inside_a_recomputed_layer(model: nn.Module) -> list[nn.Module]:
 
 
 def the_older_wrapper() -> None:
-    """`FullyShardedDataParallel` hides parameters, or puts views in their place."""
+    """`FullyShardedDataParallel` hides parameters, or replaces them by views."""
     for keeps, message in ((False, "has flattened the parameters"), (True, "it would get none")):
         inner = Listed()
         rewire(inner)
@@ -304,7 +304,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 class Net(nn.Module):
-    """A Swin, and, where asked for, a stage that only rank 0 uses."""
+    """A Swin and, optionally, a stage that only rank 0 uses."""
 
     def __init__(self, spare: bool) -> None:
         super().__init__()
@@ -323,7 +323,7 @@ def in_parallel(mode: str) -> None:
     rewire(model, slice_bytes=PIECE)
     stored = stored_copy(model)
     parallel = DistributedDataParallel(model, **MODES[mode])
-    # Static graphs change their ways after the first step, and want the same in every step.
+    # A static graph behaves differently after its first step, and must be the same in every step.
     for batches in (1, 1, 1) if mode == "static_graph" else (1, 1, 1, 2):
         inputs = [frames() for _ in range(batches)]
         for network in (parallel, stored):
@@ -333,7 +333,7 @@ def in_parallel(mode: str) -> None:
                 last = network is stored or index == len(inputs) - 1
                 with nullcontext() if last else parallel.no_sync():
                     squares(network, x).backward()
-        if mode == "find_unused_parameters":  # on the rank that does not use it, zeros are summed
+        if mode == "find_unused_parameters":  # the rank that does not use it contributes zeros
             for parameter in stored.parameters():
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)

@@ -27,7 +27,7 @@ from tests.reversible.toy_blocks import (
 
 
 def swin(slice_bytes: int | None = 2**14) -> nn.Module:
-    """Branches in pieces, with a stem and a down-sampling layer that are recomputed."""
+    """Branches in pieces, with a recomputed stem and a recomputed down-sampling layer."""
     torch.manual_seed(0)
     model = tiny_swin((2, 2), drop_path=0.3)
     report = rewire(model, slice_bytes=slice_bytes)
@@ -53,7 +53,7 @@ either_model = pytest.mark.parametrize(("build", "inputs"), [(stack, points), (s
 def test_gradients_are_those_of_the_equations(
     alpha: float, beta: float, depth: int, kind: Callable[[], nn.Module]
 ) -> None:
-    """x_i = F(x_{i-1}) + alpha x_{i-1} + beta x_{i-2}, an activation around the first two terms."""
+    """x_i = a(F(x_{i-1}) + alpha x_{i-1}) + beta x_{i-2}."""
 
     def increment(block: nn.Module, x: Tensor) -> Tensor:
         if isinstance(block, RectifiedBlock):
@@ -74,7 +74,7 @@ def test_gradients_are_those_of_the_equations(
     y = (current + beta * previous) / (1 + beta)
     torch.testing.assert_close(found.output, y)
     truth = torch.autograd.grad(squares(y), [x, *model.parameters()])
-    # The float32 loss bounds what can be compared; a wrong equation is off by a whole gradient.
+    # The float32 loss limits the precision; a wrong equation is off by a whole gradient.
     for gradient, reference in zip(found.gradients.values(), truth, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-6, atol=1e-8)
     if (alpha, beta) == (1.0, 1e-12):
@@ -228,7 +228,7 @@ def test_outputs_without_gradients_are_those_with_them(
 def test_evaluation() -> None:
     model, x = swin().eval(), frames(requires_grad=True)
     result = assert_reversible_is_stored(model, x)
-    assert torch.equal(model(x), result.output)  # no drop path, whatever the seed
+    assert torch.equal(model(x), result.output)  # drop path drops nothing, whatever the seed
 
 
 def test_an_evaluation_between_forward_and_backward() -> None:
@@ -245,8 +245,8 @@ def test_an_evaluation_between_forward_and_backward() -> None:
 
 @pytest.mark.parametrize(("slice_bytes", "tolerance"), [(None, 0.0), (2**14, 1e-6)])
 def test_two_forwards_before_one_backward(slice_bytes: int | None, tolerance: float) -> None:
-    # Stored, a parameter's gradients of all pieces of both forwards are summed one by one; rebuilt,
-    # those of each forward are summed first.
+    # With stored activations a parameter's gradients of all pieces of both forwards are summed one
+    # by one; rebuilt, those of each forward are summed first.
     model = swin(slice_bytes)
 
     class Twice(nn.Module):
@@ -294,7 +294,7 @@ def live_tensors() -> int:
 
 
 def test_the_streams_are_freed_by_the_backward_itself() -> None:
-    """Also where frozen blocks below mean that the tape is never rewound to its start."""
+    """Also if frozen blocks below keep the tape from being rewound to its start."""
     model = stack()
     model[0].requires_grad_(False)
     kept: list[weakref.ref[object]] = []
@@ -305,7 +305,7 @@ def test_the_streams_are_freed_by_the_backward_itself() -> None:
     before = live_tensors()
     loss.backward()
     gradients = sum(p.grad is not None for p in model.parameters())
-    # Gone: the two streams. Still there, with the graph: nothing but the new gradients.
+    # The two streams are freed. All that the graph still holds are the new gradients.
     assert live_tensors() == before + gradients - 2
     assert all(reference() is None for reference in kept)
 
@@ -323,7 +323,7 @@ def test_memory_does_not_grow_over_60_steps() -> None:
             x = torch.randn(2, 3, 4, 32, 32)
             with torch.autocast("cpu", torch.bfloat16, enabled=index % 2 == 1):
                 loss = model(x).float().square().sum()
-            if index % 5:  # every fifth forward stays unused
+            if index % 5:  # every fifth forward gets no backward
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -332,14 +332,14 @@ def test_memory_does_not_grow_over_60_steps() -> None:
 
     steps(30)
     gc.collect()
-    gc.disable()  # what only the cycle collector would free counts as growth
+    gc.disable()  # memory that only the cycle collector would free counts as growth
     try:
         tensors, resident = steps(20)
         after, grown = steps(60)
     finally:
         gc.enable()
     assert after == tensors
-    assert grown - resident < 4 * 2**20  # one step's streams alone are 0.3 MB
+    assert grown - resident < 4 * 2**20  # the streams alone of one step are 0.3 MB
 
 
 # Refusals: an error, never a wrong gradient
@@ -425,13 +425,13 @@ def test_swapped_parameters() -> None:
 
 
 def test_an_input_that_was_modified_after_the_forward() -> None:
-    model, x = stack(1), points()  # of one block the input is one of the two streams kept
+    model, x = stack(1), points()  # of one block, the input is on the tape
 
     def zeroed(y: Tensor) -> Tensor:
         x.zero_()
         return squares(y)
 
-    # Streams on the grid are a copy.
+    # On the grid the streams are copies of the input.
     assert_equal_gradients(one_step(model, x, loss=zeroed), one_step(model, points()))
     rewire(model, exact=False)
     with pytest.raises(ReversibleError, match="input of the stage was modified in place"):

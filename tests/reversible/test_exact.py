@@ -1,4 +1,4 @@
-"""Bit for bit: what is rebuilt, and the gradients, against the same network storing activations."""
+"""Rebuilt streams and gradients equal those of stored activations, bit for bit."""
 
 from typing import Any
 
@@ -38,11 +38,11 @@ from tests.reversible.zoo import (
 )
 
 UNUSED = ("mask_token", "position_embeddings")
-"""Parameters that a model of transformers holds without using them here."""
+"""Parameters that a model of transformers holds but does not use here."""
 
 
 class Rebuilt:
-    """Counts the stages whose two input streams were rebuilt, and whether each bit was."""
+    """Record of the stages that rebuilt their two input streams; every bit must be equal."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.stages: list[str] = []
@@ -67,7 +67,7 @@ class Rebuilt:
 
 
 def assert_repeats(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Without this, a difference of bits says nothing about the reversible engine."""
+    """If plain steps differed, different bits would say nothing about the reversible engine."""
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     found = []
     for _ in range(2):
@@ -88,7 +88,7 @@ def assert_repeats(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 def assert_bit_equal(
     model: nn.Module, inputs: tuple[Tensor, ...], stages: int, patch: pytest.MonkeyPatch
 ) -> None:
-    """Output, gradients of all parameters and inputs, and the input of every stage."""
+    """Outputs, gradients of all parameters and inputs, and inputs of all stages are equal."""
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     set_reversible(model, False)
     stored = one_step(model, *inputs)
@@ -112,7 +112,7 @@ def assert_bit_equal(
 def test_a_step_of_a_rewired_model(
     name: str, bf16: bool, budget: Budget, alpha: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With alpha = 0.4, the pretrained skip connection as well."""
+    """With alpha = 0.4: the pretrained skip connection is used as well."""
     model, inputs = built(name, bf16=bf16)
     assert_repeats(model, inputs)
     report = rewire(model, slice_bytes=budget, alpha=alpha)
@@ -120,7 +120,7 @@ def test_a_step_of_a_rewired_model(
 
 
 def residual_network(kind: str) -> Built:
-    """96 narrow blocks, one branch each: the libraries' own are too wide for so many."""
+    """96 narrow blocks of one branch each; the libraries' blocks are too wide for so many."""
     builder = {"r3d": Conv3DSimple, "mc3": Conv3DNoTemporal, "r2plus1d": Conv2Plus1D}.get(kind)
     blocks: list[nn.Module] = []
     for _ in range(96):
@@ -148,7 +148,7 @@ def test_a_stage_of_96_branches(name: str, bf16: bool, monkeypatch: pytest.Monke
         model, inputs = residual_network(name)
     else:
         model, inputs = ZOO[name](depth=32 if name == "timesformer_divided" else 48, drop=0.2)
-    inputs = tuple(x[:1] if name not in RESNETS else x for x in inputs)  # a batch norm needs two
+    inputs = tuple(x[:1] if name not in RESNETS else x for x in inputs)  # a BatchNorm needs two
     inputs = tuple(x.clone().requires_grad_() for x in inputs)
     deep = Precision(model.train(), bf16=bf16)
     assert_repeats(deep, inputs)
@@ -159,7 +159,7 @@ def test_a_stage_of_96_branches(name: str, bf16: bool, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("name", ["swin3d", "vit", "mvit_v2", "r3d"])
 def test_a_backward_under_autocast_as_well(name: str) -> None:
-    """Then gradients are cast on both ways alike; outside of autocast on neither."""
+    """Inside autocast, rebuilt and stored runs cast gradients alike; outside, neither does."""
     model, inputs = built(name, bf16=True)
     rewire(model)
     steps = []
@@ -195,7 +195,7 @@ def test_a_budget_that_is_changed_between_a_forward_and_its_backward() -> None:
 
 
 def grid_difference(model: nn.Module, inputs: tuple[Tensor, ...], bits: Bits) -> float:
-    """Relative, of the output on a grid to that of plain floating point."""
+    """Relative difference of the output on a grid from that in plain floating point."""
     outputs = []
     for exact in (True, False):
         rewire(model, exact=exact, grid=bits)
@@ -207,7 +207,7 @@ def grid_difference(model: nn.Module, inputs: tuple[Tensor, ...], bits: Bits) ->
 @every_model
 @pytest.mark.parametrize("trained", [True, False])
 def test_the_grid_changes_the_function_by_little(name: str, trained: bool) -> None:
-    """With streams of the size of trained ones or of fresh; bfloat16 changes it by 2e-3 to 1e-2."""
+    """Streams have the size of trained or of fresh networks; bfloat16 alone makes 2e-3 to 1e-2."""
     model, inputs = built(name, bf16=False, drop=0.0)
     if trained:
         scrambled(model)
@@ -221,7 +221,7 @@ def test_the_grid_changes_the_function_by_little(name: str, trained: bool) -> No
 def test_a_finer_grid_changes_it_by_less() -> None:
     model, inputs = built("swin3d", bf16=False, drop=0.0)
     coarse, fine = (grid_difference(model, inputs, bits) for bits in (10, 15))
-    assert 0 < fine < coarse / 8  # every bit halves it
+    assert 0 < fine < coarse / 8  # every further bit halves it
 
 
 # Random stacks of random branches
@@ -276,7 +276,7 @@ def test_rebuilt_equals_stored(
         else:
             child = PairBlock(*(nn.Sequential(*map(layer, part)) for part in drawn))
         model.append(child.requires_grad_(index not in frozen))
-    # An output layer that needs a gradient: with everything frozen there would be no backward.
+    # The output layer needs a gradient: with everything frozen there would be no backward.
     outer = nn.Sequential(model, nn.Linear(WIDTH, 2)).double().train(training)
     alpha, beta, exact = coupling
     rewire(outer, alpha=alpha, beta=beta, exact=exact, slice_bytes=budget)

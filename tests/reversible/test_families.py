@@ -1,4 +1,4 @@
-"""The branches of every family, against the libraries' own blocks."""
+"""The branches of every family, compared with the libraries' own blocks."""
 
 import subprocess
 import sys
@@ -35,7 +35,7 @@ from tests.reversible.zoo import ZOO, Built, scrambled
 
 
 class Call(NamedTuple):
-    """Call of one block within its model."""
+    """Recorded call of one block within its model."""
 
     block: nn.Module
     x: Tensor
@@ -48,7 +48,7 @@ class Call(NamedTuple):
 
 
 def block_calls(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[Call]:
-    """Calls of those blocks of the model of which a family is registered."""
+    """Calls of the model's blocks for which a family is registered."""
     calls: list[Call] = []
 
     def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -145,7 +145,7 @@ both_modes = pytest.mark.parametrize("training", [True, False])
 
 
 def calls_of(name: str, *, drop: float = 0.0, training: bool = False) -> list[Call]:
-    """Those of the blocks that keep the shape of their input."""
+    """Calls of blocks that keep the shape of their input."""
     torch.manual_seed(0)
     model, inputs = MODELS[name](drop=drop)
     found = block_calls(scrambled(model).train(training), inputs)
@@ -173,7 +173,7 @@ def changes_shape(call: Call) -> bool:
 
 
 def chained(call: Call) -> Any:
-    """The block from its branches, with the skip connections where the library has them."""
+    """The block computed from its branches, with the library's own skip connections."""
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         for branch in branches(call.block):
@@ -203,7 +203,7 @@ def test_a_chain_of_its_branches_is_the_block(name: str, training: bool, drop: f
         assert not torch.allclose(tensor_of(truth), call.x, atol=0.1)
         torch.testing.assert_close(tensor_of(found), tensor_of(truth), rtol=1e-4, atol=1e-5)
         assert type(found) is type(truth)
-        if isinstance(truth, tuple):  # more tensors are weights of attention, which are left out
+        if isinstance(truth, tuple):  # further tensors are attention weights, which are left out
             assert found[1:] == tuple(None if isinstance(t, Tensor) else t for t in truth[1:])
 
 
@@ -220,7 +220,7 @@ def test_the_bits_do_not_depend_on_whether_gradients_are_asked_for(
 
 
 def pieces(call: Call, branch: Branch, units: int) -> tuple[Tensor, Layout]:
-    """The branch's result, put together from pieces of some units, and how they were laid out."""
+    """The branch's result, joined from pieces of some units, and the layout."""
     assert branch.cut is not None
     layout: Layout = branch.cut(call.x, *call.args, **call.kwargs)
     shared, out = layout.share(), layout.new(call.x, call.x.shape).fill_(torch.nan)
@@ -244,7 +244,7 @@ def test_the_pieces_are_the_whole(name: str, units: int) -> None:
 
 
 def saved_bytes(call: Call, branch: Branch) -> int:
-    """Bytes that autograd keeps for the backward of a branch, without its parameters."""
+    """Bytes that autograd saves for the backward of a branch, without its parameters."""
     known = {p.untyped_storage().data_ptr() for p in call.block.parameters()}
     kept: dict[int, int] = {}
 
@@ -318,7 +318,7 @@ def test_layers_between_the_stages_of_a_resnet_are_recomputed(name: str) -> None
 
 
 def masked_calls() -> Iterator[tuple[Call, bool]]:
-    """Masks of attention, and whether they have a row for each sample."""
+    """Attention masks, and whether they have a row for each sample."""
     block = timm_variant(drop=0.0)[0][0]  # type: ignore[index]
     x = torch.randn(3, 5, 16)
     causal = torch.ones(5, 5).tril().bool()
@@ -388,7 +388,7 @@ def test_the_path_of_multihead_attention_is_given_back(enabled: bool) -> None:
 
 @pytest.mark.slow
 def test_no_library_is_imported_before_one_of_its_blocks_is_met() -> None:
-    """Nor, for a layer of one of a library's models, any other of its models."""
+    """For a layer of one model, the library's other models are not imported either."""
     code = """
 import sys, torch
 from re2tal.reversible.branches import branches, load_families

@@ -1,4 +1,4 @@
-"""Window attention from gathered windows, against torchvision's own module."""
+"""Window attention on gathered windows, compared with torchvision's own module."""
 
 from collections.abc import Callable
 from math import prod
@@ -53,7 +53,7 @@ SHAPES = {
 def block(
     window: tuple[int, ...], shift: tuple[int, ...], *, bias: bool = True, drop: float = 0.0
 ) -> SwinTransformerBlock:
-    """In float64, with no parameter at a value that would hide an omission."""
+    """Attention in float64, with no parameter at a value that would hide an omission."""
     torch.manual_seed(0)
     kind = ShiftedWindowAttention if len(window) == 2 else ShiftedWindowAttention3d
     made = SwinTransformerBlock(WIDTH, HEADS, list(window), list(shift), attn_layer=kind)
@@ -70,7 +70,7 @@ def attention(of: SwinTransformerBlock) -> Branch:
 
 
 def cut(branch: Branch, x: Tensor, budget: Budget) -> Tensor:
-    """The branch in pieces, with gradients."""
+    """Run the branch in pieces, with gradients."""
     return Step(branch, "block", x.dtype, Settings(slice_bytes=budget)).increment(x)
 
 
@@ -80,7 +80,7 @@ def video(size: tuple[int, ...], batch: int = 2) -> Tensor:
 
 
 def everything(found: Tensor, x: Tensor, of: nn.Module) -> list[Tensor | None]:
-    """The result and the gradients of the input and all parameters, by a random loss."""
+    """Result, and gradients of the input and all parameters for a random loss."""
     torch.manual_seed(2)
     inputs = [x, *of.parameters()]
     gradients = torch.autograd.grad(found, inputs, torch.randn_like(found), allow_unused=True)
@@ -88,7 +88,7 @@ def everything(found: Tensor, x: Tensor, of: nn.Module) -> list[Tensor | None]:
 
 
 def grouped(monkeypatch: pytest.MonkeyPatch, *, kept: bool) -> None:
-    """Let heads be computed one by one, and masks made for each piece."""
+    """Have heads computed one by one, and masks made for each piece."""
     monkeypatch.setattr(window_attention, "_LARGE", 1)
     monkeypatch.setattr(window_attention, "_GROUP", 1)
     monkeypatch.setattr(window_attention, "_KEPT", 2**20 if kept else 0)
@@ -123,7 +123,7 @@ def test_without_biases(shape: str) -> None:
 
 @pytest.mark.parametrize("shape", ["windows", "video, padded and shifted"])
 def test_dropout_is_torchvisions_where_nothing_is_cut(shape: str) -> None:
-    """The same draws in the same order, of the scores and of the projection."""
+    """Both draw the same numbers in the same order, for the scores and for the projection."""
     size, window, shift = SHAPES[shape]
     made, x = block(window, shift, drop=0.3).train(), video(size)
     torch.manual_seed(3)
@@ -160,7 +160,7 @@ def test_the_bias_is_that_of_the_index(own: tuple[int, ...], window: tuple[int, 
     torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-# Modules that are not torchvision's own any more
+# Modules that are no longer torchvision's own
 
 
 def hooked(model: SwinTransformer3d, calls: list[str]) -> None:
@@ -216,14 +216,14 @@ def test_a_module_that_was_changed_is_called_itself(
     assert len(calls) == 1
     calls.clear()
     assert_reversible_is_stored(model, x)
-    assert len(calls) == 3  # stored; forward and replay
+    assert len(calls) == 3  # once stored; once each in forward and replay
 
 
 @pytest.mark.parametrize("groups", [None, "computed again", "kept"])
 def test_attention_holds_few_matrices_of_scores(
     groups: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its gradients are those of PyTorch's operators, also differentiated once more, or twice."""
+    """Gradients, and gradients of gradients, are those of PyTorch's operators."""
     made = block((2, 4, 4), (1, 2, 2))
     branch, x = attention(made), video((4, 8, 8), batch=1)
 
@@ -233,7 +233,7 @@ def test_attention_holds_few_matrices_of_scores(
             return everything(cut(branch, x, "auto"), x, made.attn), sizes
 
     with monkeypatch.context() as patched:
-        patched.setattr(swin, "WindowAttention", None)  # not to be called
+        patched.setattr(swin, "WindowAttention", None)  # must not be called
         patched.setattr("re2tal.reversible.families.swin._WindowLayout._plain", lambda _: True)
         truth, others = found()
     if groups is not None:
@@ -272,7 +272,7 @@ def test_heads_in_groups_are_rebuilt_to_the_bit(
 
 
 class Made(TorchDispatchMode):
-    """Sizes of the tensors of a size, or more, that operators make and do not write into others."""
+    """Record of the sizes, from a given one on, of tensors that operators allocate."""
 
     def __init__(self, size: int, made: list[int]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The floor of memory: two streams, their gradients and a piece; and what others hold of these."""
+"""Floor of memory: two streams, their gradients and a piece; and tensors that others hold."""
 
 from collections.abc import Callable
 from functools import partial
@@ -42,7 +42,7 @@ from tests.reversible.toy_blocks import (
 
 
 class Large:
-    """Number of storages of at least a size, beside those that were there; the most in a phase."""
+    """Largest number of new storages of at least a given size in each phase of a step."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -64,7 +64,7 @@ class Large:
 
 
 class Feed(nn.Module):
-    """One branch that is cut into tokens, or into samples."""
+    """Block of one branch, which is cut into tokens or into samples."""
 
     def __init__(self, cut: Any) -> None:
         super().__init__()
@@ -107,16 +107,16 @@ def test_two_streams_and_their_gradients_are_alive_at_the_peak(
     build: Callable[[], nn.Module], shape: tuple[int, ...], alpha: float, beta: float, exact: bool
 ) -> None:
     model = build()
-    # Float streams are compared by a sample, which is all of so small ones.
+    # Float streams are compared by a sample, which would be all of such small ones.
     rewire(model, exact=exact, slice_bytes=2**12, verify=exact)
     set_coupling(model, alpha=alpha, beta=beta)
     x = torch.randn(shape, requires_grad=True)
-    model(x).sum().backward()  # Dr2Net's couplings are tried out first
+    model(x).sum().backward()  # Dr2Net's couplings are measured first
     large = Large(prod(shape) * x.element_size())
     with LiveBytes(model, large):
         model(x).sum().backward()
     assert large.most["backward"] == 4
-    assert large.most["forward"] == 3  # the third are the merged ones
+    assert large.most["forward"] == 3  # the third is the merged output
 
 
 @every_stage
@@ -132,11 +132,11 @@ def test_without_gradients_the_streams_alone_are_alive(
     assert large.most == {"forward": 3, "backward": 0}
 
 
-# Others who hold a stream or a gradient
+# Streams and gradients that something else holds
 
 
 def test_hooks_inside_a_branch_may_keep_streams_and_gradients() -> None:
-    """Their tensors are parts of the memory that later steps change."""
+    """Hooks hold tensors in the memory that later steps change."""
     model = feed_stage(ByToken(40))
     rewire(model, slice_bytes=2**30)
     x = torch.randn(3, 5, 8, requires_grad=True)
@@ -150,7 +150,7 @@ def test_hooks_inside_a_branch_may_keep_streams_and_gradients() -> None:
         block.get_submodule("norm").register_forward_hook(lambda m, i, o: keep(m, i, (o,)))
         block.get_submodule("mix").register_full_backward_hook(keep)
     found = one_step(model, x)
-    # An input and an output in forward and replay, two gradients in the backward; five blocks.
+    # Five blocks: an input and an output in forward and in replay, two gradients in the backward.
     assert len(kept) == 5 * 6
     assert all(torch.equal(a, b) for a, b in kept)
     assert_equal_gradients(found, truth)
@@ -158,7 +158,7 @@ def test_hooks_inside_a_branch_may_keep_streams_and_gradients() -> None:
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_features_taken_out_of_a_model_with_hooks_of_their_own(exact: bool) -> None:
-    """A stage's input and output are used elsewhere, their gradients read, halved and kept."""
+    """A stage's input and output are used elsewhere; their gradients are read, halved and kept."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -191,7 +191,7 @@ def test_features_taken_out_of_a_model_with_hooks_of_their_own(exact: bool) -> N
 
 
 def test_a_gradient_in_another_memory_format() -> None:
-    """Of the size of a stage's output but transposed, or one number that was expanded."""
+    """A gradient that is transposed, or one number expanded to the size of the output."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -225,7 +225,7 @@ def test_an_input_in_another_memory_format() -> None:
 
 
 def test_a_backward_that_failed_midway_is_not_taken_up_again() -> None:
-    """Half of a stream is already that of the step before."""
+    """When it fails, half of a stream is already rewound."""
     model = feed_stage(ByToken(40))
     rewire(model, slice_bytes=2**12)
     angry = [True]
@@ -290,7 +290,7 @@ def test_patch_merging_runs_in_pieces(precision: torch.dtype, needs_input: bool)
     assert_equal_gradients(found, whole, tolerance=1e-5 if precision == torch.float32 else 2e-2)
 
 
-# Frames and tokens that nobody reads again
+# Frames and tokens that nothing reads again
 
 
 class Sum(nn.Module):
@@ -321,7 +321,7 @@ def test_frames_and_tokens_are_given_back_when_they_are_read() -> None:
     detector.backbone.norm.register_forward_pre_hook(
         lambda *_: alive.append(sum(large.alive.values()))
     )
-    _graph = detector(*inputs, None)  # and with it indices of windows
+    _graph = detector(*inputs, None)  # and with them the indices of windows
     alive.clear()
     with LiveBytes(detector, large):
         detector(*inputs, None).backward()
@@ -340,12 +340,12 @@ OTHERS: dict[str, tuple[Any, str]] = {
         "encoder.layer.0.layernorm_before",
     ),
 }
-"""Configurations, and a module of their first stage that is no stem."""
+"""Configurations, and a module of their first stage other than the stem."""
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_backbones_keep_no_floats_of_frames(name: str) -> None:
-    """Neither in the forward, where their callers' variables had them, nor for the backward."""
+    """Neither in the forward, where callers' variables would hold them, nor for the backward."""
     config, inside = OTHERS[name]
     torch.manual_seed(0)
     detector: Detector[Any, Any] = Detector(config.build(), Sum())
@@ -393,7 +393,7 @@ def test_frames_are_read_once_unless_a_hook_may_keep_them(name: str, stem: str) 
 
 
 class Embedding(nn.Module):
-    """Layers that do not keep their input, as those of Swin's stem."""
+    """Layers that do not save their input, like those of Swin's stem."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -413,13 +413,13 @@ def test_the_backward_of_a_stem_holds_neither_its_result_nor_frames_that_it_rebu
         y = stem(x)
         del x
         y.sum().backward()
-    # While it is replayed the frames, what two layers keep, its result and the gradient; and then
-    # a layer's gradient instead of frames and result.
+    # During its replay: frames, tensors saved by two layers, its result and the gradient; then a
+    # layer's gradient instead of frames and result.
     assert large.most["backward"] == 5
 
 
 class Exactly(Large):
-    """Number of storages of one size, beside those that were there."""
+    """Number of new storages of a given size."""
 
     def made(self, storage: int, kind: str, size: int) -> None:
         if size == self.size:
@@ -451,7 +451,7 @@ def test_only_the_part_of_frames_that_is_read_is_normalised_again(size: tuple[in
 
 
 def test_tokens_as_a_convolution_leaves_them_are_changed_in_place() -> None:
-    """Of three dimensions; a stage of more keeps the format of its input."""
+    """Only with three dimensions; a stage of more keeps the memory format of its input."""
     model = feed_stage(ByToken(40))
     rewire(model, slice_bytes=2**12)
     x = torch.randn(3, 8, 64, requires_grad=True).transpose(1, 2)

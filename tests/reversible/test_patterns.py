@@ -1,4 +1,4 @@
-"""Blocks of classes that nobody registered: what is proved of them, and what is refused."""
+"""Blocks of classes without a registered family: proofs and refusals."""
 
 import copy
 import random
@@ -21,7 +21,7 @@ WIDTH = 6
 
 
 class Mixing(nn.Module):
-    """Attention in its simplest form: (B, N, C)."""
+    """Attention in its simplest form, for (B, N, C)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Mixing(nn.Module):
 
 
 class Parts(nn.Module):
-    """The parts of a transformer's block; its forwards are below."""
+    """Parts of a transformer block; subclasses below define forwards."""
 
     def __init__(self, drop: float = 0.3) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Parallel(Parts):
 
 
 class OnGrid(Parts):
-    """Channels last; the MLP is added to tokens in a row, as in timm's Swin."""
+    """Channels last; the MLP is added to flattened tokens, as in timm's Swin."""
 
     def forward(self, x: Tensor) -> Tensor:
         b, h, w, c = x.shape
@@ -78,7 +78,7 @@ class OnGrid(Parts):
 
 
 class Turned(Parts):
-    """Channels first; what is added has its tokens in rows, as in DaViT."""
+    """Channels first; attention and MLP are added to tokens (B, N, C), as in DaViT."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Turned(Parts):
 
 
 class ScaledSkip(Parts):
-    """The skip connection has a scale as well, as in MetaFormer."""
+    """The skip connection is scaled as well, as in MetaFormer."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.gamma * x + self.scale * self.mlp(self.norm2(self.attn(self.norm1(x))))
@@ -127,7 +127,7 @@ class NextLike(nn.Module):
 
 
 class Keeping(Parts):
-    """Results are kept for later calls in eval mode, as LeViT keeps biases of its attention."""
+    """Keeps results for later calls in eval mode, as LeViT keeps its attention biases."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Keeping(Parts):
 
 
 class OneBranch(Parts):
-    """The second sum takes the block's input: all of it is one branch."""
+    """The second sum uses the block's input, so the whole block is one branch."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = x + self.scale * self.attn(self.norm1(x))
@@ -221,7 +221,7 @@ def test_gradients_are_those_of_stored_activations(name: str, training: bool) ->
         found.append(one_step(model, x))
     assert_same_step(*found)
     assert all(gradient is not None for gradient in found[0].gradients.values())
-    if not training:  # pieces draw other masks
+    if not training:  # pieces would draw other masks
         torch.testing.assert_close(found[0].output, one_step(whole, x).output, rtol=1e-4, atol=1e-3)
 
 
@@ -256,14 +256,14 @@ class Gated(Parts):
 
 
 class Drawing(Parts):
-    """Random numbers that nobody can draw again."""
+    """Uses random numbers that cannot be drawn again."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + random.random() * self.mlp(self.norm1(x))
 
 
 class Hidden(Parts):
-    """A result that no operator is seen to make."""
+    """Uses a tensor that no recorded operator made."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.from_numpy(self.mlp(x).detach().numpy())
@@ -275,7 +275,7 @@ class Deciding(Parts):
 
 
 class Sharing(Parts):
-    """A result that is kept where nobody looks for it."""
+    """Keeps a result where the recorder does not look."""
 
     kept: ClassVar[dict[str, Tensor]] = {}
 
@@ -292,7 +292,7 @@ class InPlace(Parts):
 
 
 class Modal(Parts):
-    """Another network in training mode."""
+    """Computes another function in training mode."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.mlp(self.norm1(x))
@@ -305,7 +305,7 @@ class Narrowing(Parts):
 
 
 class Strided(nn.Module):
-    """Convolutions on the skip connection, too."""
+    """Has a convolution on the skip connection, too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -346,7 +346,7 @@ def test_the_same_parts_with_another_forward_are_refused(kind: type[nn.Module]) 
 
     with pytest.raises(NotReversibleError, match=IMPOSTORS[kind]):
         split(kind())
-    # The refusal names the blocks, together, and not only the model.
+    # The refusal names all of the blocks, not only the model.
     with pytest.raises(
         ValueError, match=rf"blocks\.0…2 \({kind.__name__}\): .*({IMPOSTORS[kind]})"
     ):
@@ -389,7 +389,7 @@ def test_the_proof_leaves_no_trace() -> None:
 
 
 class Calling(nn.Module):
-    """Blocks of transformers: further arguments, and more than one result."""
+    """Blocks of transformers, with further arguments and more than one result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -456,5 +456,5 @@ def test_a_subclass_with_a_forward_of_its_own_is_not_taken_for_its_base() -> Non
 def test_trying_out_a_blocks_forward_takes_no_memory(count: Any) -> None:
     model, x = stage(next(iter(RESIDUAL)))
     rewire(model)
-    found = [count(model, x.detach()) for _ in range(2)]  # the first meets inputs of a new shape
+    found = [count(model, x.detach()) for _ in range(2)]  # the first meets a new shape
     assert found[0] == found[1]

@@ -1,4 +1,4 @@
-"""Operators that a piece calls, and the kernel that replaces some of them on a GPU."""
+"""Operators that a piece calls, and the Triton kernel that replaces some of them on a GPU."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -18,8 +18,8 @@ from re2tal.reversible.step import Totals
 from tests.reversible.toy_blocks import assert_same_step, one_step
 from tests.reversible.zoo import ZOO
 
-# Operators of a piece in the forward and in the backward. They may only become fewer: a GPU waits
-# for each of them. The branch's own are in brackets.
+# Operators of one piece in forward and backward. The numbers may only become smaller: a GPU waits
+# for each operator. Those of the branch itself are in brackets.
 MOST = {
     ("Video Swin", "attention"): (12, 26.8),  # (7, 19)
     ("Video Swin", "mlp"): (7, 17),  # (4, 12)
@@ -52,12 +52,12 @@ def test_a_piece_calls_few_operators(name: str) -> None:
     for (branch, phase), pieces in work.items():
         most = bounds[branch][phase == "backward"]
         assert pieces.pieces >= 3
-        # Of few pieces the first ones weigh more: gradients are summed from the second on.
+        # With few pieces the first ones weigh more: gradients are summed from the second on.
         assert 0.8 * most < pieces.calls_a_piece <= most, (branch, phase, pieces.calls)
 
 
 def test_sums_of_gradients_leave_the_first_ones_as_they_were() -> None:
-    """Autograd may have given one tensor to two parameters."""
+    """Autograd may give the same tensor to two parameters."""
     shared, lone = torch.ones(2), torch.full((3,), 2.0)
     totals = Totals(4)
     totals.add([shared, shared, lone, None])
@@ -70,14 +70,14 @@ def test_sums_of_gradients_leave_the_first_ones_as_they_were() -> None:
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The kernels of a GPU, interpreted on the CPU."""
+    """The Triton kernels, interpreted on the CPU."""
     if find_spec("triton") is None:
         pytest.skip("Triton cannot be imported here")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     found = find_spec("re2tal.reversible.kernels")
     assert found is not None
     assert found.origin is not None
-    # Beside the module that this process may have compiled.
+    # A second module, beside the one that this process may have compiled.
     spec = spec_from_file_location("interpreted_kernels", found.origin)
     assert spec is not None
     assert spec.loader is not None
@@ -87,7 +87,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def values(shape: tuple[int, ...]) -> Tensor:
-    """Values on both sides of halves, of all sizes, and the ends of float32."""
+    """Values around ties, of all magnitudes, and the limits of float32."""
     x = torch.randn(shape) * 10 ** (8 * torch.rand(shape) - 6)
     halves = torch.arange(-30, 30) / 2.0**15
     edges = [0.0, -0.0, 1e-40, -1e-40, 2.0**7 + 2.0**-15, torch.inf, -torch.inf, torch.nan]
@@ -106,7 +106,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 def test_the_kernel_adds_as_the_plain_path_does(
     bits: Any, sign: int, padded: bool | None, kernels: Any
 ) -> None:
-    """Bit for bit; `padded` is None for values that lie as the target does."""
+    """Bit for bit; `padded` is None for values without an index."""
     torch.manual_seed(0)
     x = values((11, 13, 3))
     grid = None if bits is None else Grid.of(bits, torch.randn(5))

@@ -97,7 +97,7 @@ def test_a_step_whose_forward_overflows_is_skipped_and_training_goes_on() -> Non
 
     torch.manual_seed(1)
     batches = list(torch.randn(4, 5, 8))
-    batches[1] = torch.full((5, 8), 900.0)  # on the grid, but 900 * 60 * 8 is beyond float16
+    batches[1] = torch.full((5, 8), 900.0)  # fits the grid, but 900 * 60 * 8 is beyond float16
     made, _ = assert_trains_as_stored(steep, batches, torch.float16, 8.0)
     assert made == [True, False, True, True]
 
@@ -105,7 +105,7 @@ def test_a_step_whose_forward_overflows_is_skipped_and_training_goes_on() -> Non
 def assert_rounded_streams(
     dtype: torch.dtype, found: Tensor, model: nn.Sequential, x: Tensor
 ) -> None:
-    """The equations with float32 streams and branches in `dtype`."""
+    """Compute the equations with float32 streams and branches in `dtype`."""
 
     def rounded(stream: Tensor) -> Tensor:
         return (stream.float() * 2**14).round() / 2**14
@@ -136,7 +136,7 @@ def test_a_model_in_half_precision_has_float32_streams(dtype: torch.dtype) -> No
 
 DEPTHS = (12, 24, 96)
 DRIFT = {
-    # The worst of four seeds: of the rebuilt input and of the gradients, for the depths above.
+    # Worst of four seeds: errors of the rebuilt input and of the gradients, for the depths above.
     torch.float32: ((1.4e-7, 2.2e-7, 7.0e-7), (1.6e-7, 1.9e-7, 2.9e-7)),
     torch.float16: ((2.9e-5, 4.0e-5, 2.4e-4), (9.8e-5, 7.1e-5, 1.9e-4)),
     torch.bfloat16: ((1.2e-4, 1.8e-4, 5.6e-4), (3.4e-4, 4.8e-4, 6.4e-4)),
@@ -145,7 +145,7 @@ DRIFT = {
 
 @contextmanager
 def first_inputs(model: nn.Sequential) -> Iterator[list[Tensor]]:
-    """Inputs of the first branch: in the forward, and in its repetition."""
+    """Inputs of the first branch in the forward and in the replay."""
     seen: list[Tensor] = []
     first = model.get_submodule("0.norm")
     handle = first.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].clone()))
@@ -154,7 +154,7 @@ def first_inputs(model: nn.Sequential) -> Iterator[list[Tensor]]:
 
 
 def drift(depth: int, dtype: torch.dtype, *, seed: int = 0) -> tuple[float, float]:
-    """Relative errors, as norms, of the rebuilt input of a stack and of all its gradients.
+    """Relative errors (norms) of the rebuilt input of a stack and of all its gradients.
 
     Args:
         depth: number of branches, each of a LayerNorm and an MLP of width 32, on 64 tokens.
@@ -176,7 +176,7 @@ def drift(depth: int, dtype: torch.dtype, *, seed: int = 0) -> tuple[float, floa
         gradients.append(torch.cat([g.flatten() for g in found]))
     before, rebuilt = seen
     of_input = float((rebuilt - before).norm() / before.norm())
-    # The library's own measure is the worse of the two streams' errors.
+    # `reconstruction_errors` reports the larger of the two streams' errors.
     assert of_input <= max(reconstruction_errors(model).values()) * (1 + 1e-6)
     stored, found_again = gradients
     return of_input, float((found_again - stored).norm() / stored.norm())
@@ -188,5 +188,5 @@ def test_float_streams_drift_as_measured(depth: int, dtype: torch.dtype) -> None
     found = drift(depth, dtype)
     at = DEPTHS.index(depth)
     for error, measured in zip(found, DRIFT[dtype], strict=True):
-        # Which sums round the other way depends on the kernels of the machine.
+        # Rounding of sums depends on the machine's kernels.
         assert error < 4 * measured[at]

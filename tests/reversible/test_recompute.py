@@ -1,4 +1,4 @@
-"""Stems and the layers between stages: nothing is stored for them, and nothing else changes."""
+"""Stems and layers between stages: nothing is stored for them, and nothing else changes."""
 
 import gc
 import weakref
@@ -54,7 +54,7 @@ def assert_recomputed_is_stored(model: nn.Module, *inputs: Tensor) -> StepResult
 
 
 class Held:
-    """Bytes that a forward has left alive."""
+    """Bytes that are still alive after a forward."""
 
     def __init__(self) -> None:
         self.sizes: dict[int, int] = {}
@@ -70,7 +70,7 @@ class Held:
 
 
 SMALL = 2000
-"""Bytes of the sums and largest values that stages keep of their streams."""
+"""Bytes of the sums of bits and largest values that stages keep of their streams."""
 
 
 def held_after(model: nn.Module, forward: Callable[[], Tensor]) -> int:
@@ -84,7 +84,7 @@ def held_after(model: nn.Module, forward: Callable[[], Tensor]) -> int:
 
 
 def swin_bytes(x: Tensor) -> tuple[int, int]:
-    """Bytes of a stream of the first stage of `tiny_swin`, and of the second."""
+    """Bytes of a stream in the first and in the second stage of `tiny_swin`."""
     first = x.numel() // 3 // 32 * 8 * 4
     return first, first // 2
 
@@ -100,10 +100,10 @@ def test_all_that_a_forward_keeps_are_the_streams(needs_input: bool) -> None:
         result: Tensor = model.features(model.patch_embed(x))
         return result
 
-    streams = 2 * one + 3 * two  # two of each stage, and the output
+    streams = 2 * one + 3 * two  # two streams of each stage, and the output
     assert streams <= held_after(model, forward) < streams + SMALL
     rewire(model, recompute=False)
-    # Then the merged streams, which PatchMerging normalises, and the normalised are kept as well.
+    # Otherwise the merged streams, which PatchMerging normalises, and its norm are kept too.
     assert held_after(model, forward) > streams + 2 * one
 
 
@@ -171,7 +171,7 @@ def test_a_step_is_that_of_the_modules_themselves(needs_input: bool, frozen: str
 
 
 class PairStem(Stem):
-    """Stem that returns something beside its tensor."""
+    """Stem that returns something besides its tensor."""
 
     def forward(self, x: Tensor, scale: Tensor | float = 1.0) -> Any:
         return super().forward(x, scale), (3, "rows")
@@ -198,13 +198,13 @@ def test_other_arguments_and_other_results_are_passed_along(needs_scale: bool) -
 
 
 def test_a_stages_output_that_is_modified_in_place_on_the_way() -> None:
-    """The streams would yield the output from before."""
+    """Rebuilding from the streams would yield the output as it was before the change."""
     model = stems_and_stages(nn.Sequential(nn.ReLU(inplace=True), Stem()))
     assert_recomputed_is_stored(model, points())
 
 
 class Fork(nn.Module):
-    """A stage whose output is read by a recomputed module, and doubled afterwards."""
+    """A stage whose output a recomputed module reads before it is doubled."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,7 +219,7 @@ class Fork(nn.Module):
 
 
 def test_a_stages_output_that_is_modified_in_place_afterwards() -> None:
-    """The streams are not touched, and yield what the module has read."""
+    """The streams are unchanged, and yield the values that the module has read."""
     torch.manual_seed(0)
     model = Fork()
     rewire(model)
@@ -228,7 +228,7 @@ def test_a_stages_output_that_is_modified_in_place_afterwards() -> None:
     assert_same_step(found, one_step(model, points()))
 
 
-# When it is repeated
+# When the module is replayed
 
 
 def test_it_runs_twice_where_it_is_recomputed_and_once_elsewhere() -> None:
@@ -245,7 +245,7 @@ def test_it_runs_twice_where_it_is_recomputed_and_once_elsewhere() -> None:
     assert runs() == [1, 1]
     set_reversible(model, True)
     assert runs() == [2, 2]
-    stems(model)[0].requires_grad_(False)  # nothing to differentiate: an input without gradient
+    stems(model)[0].requires_grad_(False)  # nothing to differentiate: the input needs no gradient
     assert runs() == [1, 2]
     rewire(model, recompute=False)
     assert runs() == [1, 1]
@@ -267,7 +267,7 @@ def test_stems_and_merging_of_swin_and_resnets_are_recomputed() -> None:
 
 
 def test_a_second_backward_of_the_module_alone() -> None:
-    """Its source was kept, so that it can be repeated as often as is asked for."""
+    """The module's input was kept, so it can be replayed any number of times."""
     model = stems_and_stages()
     y = model[0](points())
     parameters = list(model[0].parameters())

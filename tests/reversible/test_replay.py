@@ -1,4 +1,4 @@
-"""A replay meets the conditions of the first run, and leaves no trace."""
+"""A replay restores the conditions of the forward, and has no side effects."""
 
 from collections.abc import Callable
 from functools import partial
@@ -102,7 +102,7 @@ def test_masks_change_from_step_to_step_and_follow_the_seed() -> None:
 
 
 class Witness(nn.Module):
-    """A linear layer that notes what autocast made of it."""
+    """Linear layer that records the dtype and the caching that autocast gives it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ def test_autocast_is_that_of_the_forward(forward: bool, backward: bool) -> None:
         assert torch.is_autocast_cache_enabled()
     assert y.dtype == torch.float32
     expected = torch.bfloat16 if forward else torch.float32
-    # The cache of cast weights is off in both runs, and as it was outside of them.
+    # The cache of cast weights is off in both runs, and unchanged outside of them.
     assert witness.seen == [(expected, False), (expected, False)]
     assert witness.linear.weight.grad is not None
 
@@ -140,7 +140,7 @@ def test_weights_cast_without_gradients_are_not_found_again() -> None:
     block = model[0]
     assert isinstance(block, MlpBlock)
     with torch.autocast("cpu", torch.bfloat16):
-        # All in one autocast region, the cache of which outlives the forward of the stage.
+        # All in one autocast region, whose cache outlives the forward of the stage.
         model(x).sum().backward()
         assert all(p.grad is not None for p in block.parameters())
         (direct,) = torch.autograd.grad(block.branch(x).sum(), [block.one.weight])
@@ -148,7 +148,7 @@ def test_weights_cast_without_gradients_are_not_found_again() -> None:
 
 
 def normalised(norm: nn.Module) -> nn.Sequential:
-    """A rewired stage on x (B, 4, L) whose branches have running statistics."""
+    """A rewired stage for x (B, 4, L) whose branches have running statistics."""
     torch.manual_seed(0)
     first = nn.Sequential(nn.Conv1d(4, 4, 3, padding=1), norm)
     model = nn.Sequential(PairBlock(first, nn.Conv1d(4, 4, 1)), PairBlock(nn.Tanh(), nn.ReLU()))
@@ -195,7 +195,7 @@ def test_two_training_forwards_before_one_backward_with_batch_norm() -> None:
 
 
 class Attends(nn.Module):
-    """Attention of the batch's tokens; its kernel is chosen by a context around the forward."""
+    """Attention among the batch's tokens; a context around the forward chooses its kernel."""
 
     def __init__(self) -> None:
         super().__init__()

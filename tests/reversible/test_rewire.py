@@ -1,4 +1,4 @@
-"""The surgery: which blocks become stages, what is left out and why, and names that stay."""
+"""Rewiring: which blocks become stages, what is left out and why, and unchanged names."""
 
 import re
 from pathlib import Path
@@ -39,14 +39,14 @@ def test_rewiring_keeps_all_names_and_unwiring_gives_the_original_back(name: str
     model, inputs = built(name, bf16=False)
     other, _ = built(name, bf16=False)
     truth, structure = one_step(model, *inputs), repr(model)
-    model.load_state_dict(other.state_dict())  # statistics as they were
+    model.load_state_dict(other.state_dict())  # statistics of the original
 
     def everything() -> list[tuple[str, int]]:
         return [(n, id(x)) for n, x in (*model.named_parameters(), *model.named_modules())]
 
     before = everything()
     rewire(model, alpha=0.2)
-    rewire(model, alpha=0.1)  # once more, with other settings
+    rewire(model, alpha=0.1)  # rewired again with other settings
     assert everything() == before
     assert list(model.state_dict()) == list(other.state_dict())
     other.load_state_dict(model.state_dict(), strict=True)
@@ -117,7 +117,7 @@ def test_blocks_are_left_out_for_reasons_of_their_own() -> None:
     assert [s.blocks for s in report.stages] == [("0",), ("5",)]
     assert "not a sum of its input and a branch, but ends in its module norm" in reasons["inner.1"]
     assert "hooks of its own" in reasons["inner.2"]
-    assert "forward is not that of MlpBlock, but was given to it alone" in reasons["inner.3"]
+    assert "forward is not that of MlpBlock, but was set on this object" in reasons["inner.3"]
     assert "no branch names the modules that hold scale" in reasons["inner.4"]
 
 
@@ -140,7 +140,7 @@ def test_a_subclass_of_sequential_is_rewired_if_all_that_it_adds_is_its_children
             return super().forward(input) * 2
 
     class Building(nn.Sequential):
-        """A stage that builds its blocks, as torchvision's RegNet has them."""
+        """An `nn.Sequential` that builds its own blocks, as in torchvision's RegNet."""
 
         def __init__(self, count: int) -> None:
             super().__init__(*(MlpBlock() for _ in range(count)))

@@ -1,4 +1,4 @@
-"""Checks of rebuilt streams, and the trial that decides whether a stage is rebuilt at all."""
+"""Checks of rebuilt streams, and the measurement that decides whether a stage is reversible."""
 
 import logging
 import math
@@ -54,7 +54,7 @@ class Stage(nn.Module):
 
 
 class Dishonest(MlpBlock):
-    """Adds what no replay can repeat, as large as `size`."""
+    """Branch that adds values of size `size` which no replay can repeat."""
 
     def __init__(self, size: float = 1.0) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def _dishonest(block: Dishonest) -> list[Branch]:
 
 
 class Shift(nn.Module):
-    """A block with a constant branch, for streams as large as wanted."""
+    """A block with a constant branch, for streams of any size."""
 
     def __init__(self, by: float) -> None:
         super().__init__()
@@ -103,9 +103,9 @@ def backward(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("shifts", "message"),
     [
-        # x_3 is x_0 and twice the shift
+        # x_3 = x_0 + 2 shift
         ([600.0] * 3, r"blocks\.0…2: .*reached 120\d, .*grid=11"),
-        # only the middle of the stage is too large, which the ends do not show
+        # only the middle of the stage is too large; its ends do not show it
         ([0.0, 1500.0, 0.0, -1500.0, 0.0], "beyond the 1024 that its grid"),
     ],
 )
@@ -138,7 +138,7 @@ def test_an_input_that_is_too_large_already() -> None:
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_values_that_are_not_finite_are_no_matter_of_the_grid(value: float) -> None:
-    """Loss scaling expects them now and then, and skips the step."""
+    """Gradient scaling expects infinities now and then, and skips the step."""
     model = Stage(*honest())
     rewire(model)
     x = points()
@@ -156,11 +156,11 @@ def test_float_streams_have_no_such_limit() -> None:
     check(model)
 
 
-# What was rebuilt
+# Rebuilt streams
 
 
 def assert_found(model: nn.Module, message: str, change: Callable[[], None] | None = None) -> None:
-    """Rewire, and see that the backward refuses."""
+    """Rewire, and check that the backward raises an error."""
     rewire(model)
     random.seed(0)
     loss = model(points()).sum()
@@ -171,7 +171,7 @@ def assert_found(model: nn.Module, message: str, change: Callable[[], None] | No
 
 
 @pytest.mark.parametrize("place", range(5))
-@pytest.mark.parametrize("size", [1.0, 2.0**-13])  # 2^-13 moves single bits
+@pytest.mark.parametrize("size", [1.0, 2.0**-13])  # 2^-13 changes single bits
 def test_a_branch_that_cannot_be_repeated_is_found_wherever_it_is(place: int, size: float) -> None:
     blocks = honest(5)
     blocks[place] = Dishonest(size)
@@ -185,7 +185,7 @@ def test_only_the_stage_with_the_mistake_is_named() -> None:
 
 
 def test_a_mistake_that_the_gradients_would_not_show() -> None:
-    """Above a frozen part nothing else depends on the rebuilt streams."""
+    """Above a frozen part nothing but the check depends on the rebuilt streams."""
     model = Stage(Dishonest(), *honest(2))
     model.stem.requires_grad_(False)
     assert_found(model, "rebuilt input")
@@ -193,7 +193,7 @@ def test_a_mistake_that_the_gradients_would_not_show() -> None:
 
 @pytest.mark.parametrize("frozen", range(1, 4))
 def test_a_frozen_bottom_is_compared_where_the_tape_ends(frozen: int) -> None:
-    """The frozen branches below are not rebuilt, and theirs is no mistake."""
+    """The frozen branches below are not replayed, so their difference is no error."""
     blocks = honest(4)
     blocks[0] = Dishonest()
     model = Stage(*blocks)
@@ -212,7 +212,7 @@ def test_a_frozen_bottom_is_compared_where_the_tape_ends(frozen: int) -> None:
 def test_bits_are_summed_in_parts_and_none_is_left_out(
     last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A CPU's sum would copy all of them into 64 bits first."""
+    """A CPU's sum() would first copy all of them to int64."""
     kind = torch.channels_last if last else torch.contiguous_format
     x = torch.randn(2, 3, 5, 7).contiguous(memory_format=kind)
     whole = _bits(x)
@@ -234,7 +234,7 @@ def test_the_checks_change_no_gradient(exact: bool) -> None:
 
 
 def test_a_change_since_the_forward_is_found_and_told_once() -> None:
-    """An attribute that no version counter watches."""
+    """Changes an attribute that has no version counter."""
     block = Dishonest(0.0)
     model = Stage(*honest(), block)
     assert_found(model, "changed since its forward", lambda: setattr(block, "size", 1.0))
@@ -261,15 +261,15 @@ def test_in_floating_point_the_error_is_a_number(
 
 
 def test_the_error_is_that_of_the_input() -> None:
-    """A constant that differs by a known amount from run to replay."""
+    """Branch of a constant that differs by a known amount between forward and replay."""
     block = Shift(0.0)
     model = nn.Sequential(block)
     rewire(model, exact=False)
     x = points()
     loss = model(x).sum()
-    block.by.data = torch.tensor(0.25)  # .data goes around the version counter
+    block.by.data = torch.tensor(0.25)  # .data bypasses the version counter
     loss.backward()
-    # x_1 and x_0 are compared at the bottom of the tape: x_0 is at hand, x_{-1} off by the change.
+    # At the bottom of the tape x_0 and x_{-1} are compared: x_0 is exact, x_{-1} off by the change.
     expected = 0.25 * x.numel() ** 0.5 / x.norm()
     assert max(reconstruction_errors(model).values()) == pytest.approx(float(expected), rel=1e-5)
 
@@ -313,7 +313,7 @@ def test_stored_activations_and_stages_without_checks_are_not_compared(verify: b
 
 
 def test_half_of_a_backward_is_not_compared() -> None:
-    """Gradients of the last block only: the tape stays in the middle."""
+    """With gradients of the last block only, the tape stays in the middle."""
     model = Stage(*honest(4))
     rewire(model)
     loss = model(points()).sum()
@@ -322,7 +322,7 @@ def test_half_of_a_backward_is_not_compared() -> None:
     assert_reversible_is_stored(model, points())
 
 
-# The trial of a coupling
+# The measurement of a coupling
 
 
 def blocks(depth: int, dtype: torch.dtype = torch.float32, width: int = 16) -> list[MlpBlock]:
@@ -344,7 +344,7 @@ def mode(model: nn.Module) -> str:
     return found
 
 
-# The number
+# The measured error
 
 
 def measured(chain: list[MlpBlock], x: Tensor, alpha: float, beta: float) -> float:
@@ -355,7 +355,7 @@ def measured(chain: list[MlpBlock], x: Tensor, alpha: float, beta: float) -> flo
 
 @torch.no_grad()
 def there_and_back(chain: list[MlpBlock], x: Tensor, alpha: float, beta: float) -> float:
-    """The equations, one line each; the error of what comes back."""
+    """Run the equations forward and backwards, one line each; return the error."""
     previous, current = x, x
     for block in chain:
         following = block.branch(current) + alpha * current + beta * previous
@@ -372,7 +372,7 @@ COUPLINGS = [(0.0, 1.0), (0.3, 0.7), (0.5, 0.5), (0.0, 0.4), (0.9, 0.3)]
 @pytest.mark.parametrize(("alpha", "beta"), COUPLINGS)
 @pytest.mark.parametrize("depth", [4, 12])
 def test_the_error_is_that_of_the_equations(alpha: float, beta: float, depth: int) -> None:
-    """Rounding is chaotic, so that only its size can be compared: over 15 orders of magnitude."""
+    """Rounding is chaotic, so only orders of magnitude are compared, over 15 of them."""
     for dtype in (torch.float32, torch.float64):
         chain, x = blocks(depth, dtype), tokens(dtype)
         found = measured(chain, x, alpha, beta)
@@ -384,7 +384,7 @@ def test_an_error_beyond_all_numbers() -> None:
 
 
 def test_half_precision_inside_the_branches_is_measured_with_them() -> None:
-    """Branches that compute in bfloat16 repeat the same bits, but react to the last one."""
+    """Branches in bfloat16 repeat the same bits, but amplify a change of the last one."""
     chain, x = blocks(12), tokens()
     full = measured(chain, x, 0.3, 0.7)
     with torch.autocast("cpu", torch.bfloat16):
@@ -392,7 +392,7 @@ def test_half_precision_inside_the_branches_is_measured_with_them() -> None:
     assert half > 10 * full
 
 
-# What follows from it
+# Consequences of the error
 
 
 def test_a_stage_is_stored_while_the_error_is_too_large_and_says_so(
@@ -453,12 +453,12 @@ def test_exact_streams_are_stored_unless_beta_is_one() -> None:
     assert mode(model) == "stored: asked for by set_reversible"
 
 
-# When it is measured
+# When the error is measured
 
 
 @pytest.fixture
 def measurements(monkeypatch: pytest.MonkeyPatch) -> list[Coupling]:
-    """The couplings that were tried out."""
+    """The couplings that were measured."""
     tried: list[Coupling] = []
     real = watch.reconstruction_error
 
@@ -484,7 +484,7 @@ def test_the_error_is_measured_again_only_for_a_coupling_that_moved(
 
 
 def test_a_small_beta_moves_in_proportion(measurements: list[Coupling]) -> None:
-    """From 0.02 to 0.001 is little on the way to 1, but every branch divides errors by beta."""
+    """From 0.02 to 0.001 is a small step for beta, but every branch divides errors by it."""
     model, x = stage(2), tokens()
     set_coupling(model, alpha=0.0, beta=0.02)
     model(x)
@@ -544,7 +544,7 @@ def test_the_measurement_leaves_no_trace(measurements: list[Coupling]) -> None:
     assert x.grad is None
 
 
-# The pretrained network itself
+# The pretrained network itself: (alpha, beta) = (1, 0)
 
 
 @every_model
@@ -577,7 +577,7 @@ def test_close_to_one_and_zero_is_close_to_the_network(name: str) -> None:
 
 
 def test_a_coupling_is_tried_out_again_when_its_stage_gets_worse() -> None:
-    """The weights move on while alpha and beta stay."""
+    """The weights change while alpha and beta stay the same."""
     model, x = stage(12), tokens()
     set_coupling(model, alpha=0.3, beta=0.7)
     one_step(model, x)
@@ -590,7 +590,7 @@ def test_a_coupling_is_tried_out_again_when_its_stage_gets_worse() -> None:
         one_step(model, x)
         modes.append(mode(model))
     assert max(reconstruction_errors(model).values()) > 1e-3
-    assert modes[0] == "reversible"  # what the step before had measured
+    assert modes[0] == "reversible"  # the error that the step before had measured
     assert modes[1].startswith("stored")
 
 

@@ -16,7 +16,7 @@ from re2tal.reversible import Branch, branches, recomputed, rewire, set_reversib
 
 
 class MlpBlock(nn.Module):
-    """x + drop(two(gelu(one(norm(x))))) for x (B, C)."""
+    """Block x + drop(two(gelu(one(norm(x))))) for x (B, C)."""
 
     def __init__(self, width: int = 6, dropout: float = 0.0) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ def _mlp(block: MlpBlock) -> list[Branch]:
 
 
 class PairBlock(nn.Module):
-    """Two branches of any modules, one after another."""
+    """Block of two branches of any modules, one after the other."""
 
     def __init__(self, first: nn.Module, second: nn.Module) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def _pair(block: PairBlock) -> list[Branch]:
 
 
 class RectifiedBlock(nn.Module):
-    """relu(x + linear(x)) for x (B, C)."""
+    """Block relu(x + linear(x)) for x (B, C)."""
 
     def __init__(self, width: int = 6) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def _rectified(block: RectifiedBlock) -> list[Branch]:
 
 
 class Stem(nn.Module):
-    """Layer for recomputation with statistics and dropout; counts how often it runs."""
+    """Recomputed layer with statistics and dropout, which counts how often it runs."""
 
     def __init__(self, width: int = 6) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ def _stem(module: Stem) -> bool:
 
 
 def stems_and_stages(stem: nn.Module | None = None, **options: Any) -> nn.Sequential:
-    """A stem, a stage, a layer like the stem and a stage, rewired, for x (B, 6)."""
+    """A rewired model for x (B, 6): stem, stage, a layer like the stem, stage."""
     torch.manual_seed(0)
     parts: list[nn.Module] = []
     for between in (Stem(), stem or Stem()):
@@ -146,7 +146,7 @@ def squares(y: Tensor) -> Tensor:
 def one_step(
     model: nn.Module, *inputs: Tensor, seed: int = 0, loss: Callable[[Tensor], Tensor] = squares
 ) -> StepResult:
-    """Forward and backward from a seed; the gradients include those of the inputs."""
+    """Run forward and backward from a seed; the gradients include those of the inputs."""
     tensors = {f"input {i}": x for i, x in enumerate(inputs)} | dict(model.named_parameters())
     for tensor in tensors.values():
         tensor.grad = None
@@ -160,7 +160,7 @@ def one_step(
 
 
 def assert_equal_gradients(a: StepResult, b: StepResult, *, tolerance: float = 0.0) -> None:
-    """Gradients present in both or in neither, and equal to the bit or within a share."""
+    """Check that the same gradients exist, equal to the bit or within a tolerance."""
     assert a.gradients.keys() == b.gradients.keys()
     for name, gradient in a.gradients.items():
         other = b.gradients[name]
@@ -168,13 +168,13 @@ def assert_equal_gradients(a: StepResult, b: StepResult, *, tolerance: float = 0
         if gradient is not None and other is not None and tolerance == 0:
             assert torch.equal(gradient, other), name
         elif gradient is not None and other is not None:
-            # The floor is for gradients that are zero in truth, as of a bias before a batch norm.
+            # The floor is for gradients whose true value is zero, as of a bias before a BatchNorm.
             error = (gradient.to(other.dtype) - other).norm() / other.norm().clamp(min=1e-5)
             assert error <= tolerance, (name, error)
 
 
 def assert_same_step(a: StepResult, b: StepResult, *, tolerance: float = 0.0) -> None:
-    """Outputs and generators equal to the bit, gradients as in `assert_equal_gradients`."""
+    """Check that outputs and generators are equal to the bit, and gradients within a tolerance."""
     assert torch.equal(a.output, b.output)
     assert torch.equal(a.generator, b.generator)
     assert_equal_gradients(a, b, tolerance=tolerance)
@@ -183,7 +183,7 @@ def assert_same_step(a: StepResult, b: StepResult, *, tolerance: float = 0.0) ->
 def assert_reversible_is_stored(
     model: nn.Module, *inputs: Tensor, tolerance: float = 0.0, seed: int = 0
 ) -> StepResult:
-    """Compare a step with rebuilt activations to one with stored ones; return the first."""
+    """Compare a step with rebuilt and one with stored activations; return the former."""
     set_reversible(model, False)
     stored = one_step(model, *inputs, seed=seed)
     set_reversible(model, True)

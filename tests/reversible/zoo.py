@@ -1,4 +1,4 @@
-"""Tiny whole models of every library whose blocks have a family, and what to call them with."""
+"""Tiny whole models of every library whose blocks have a family, with their inputs."""
 
 from collections.abc import Callable
 from functools import partial
@@ -28,7 +28,7 @@ Built = tuple[nn.Module, tuple[Any, ...]]
 
 
 def features(output: Any) -> Tensor:
-    """The tensor to take a loss of; every parameter of the model has a part in it."""
+    """Return a tensor on which every parameter of the model has an influence, for a loss."""
     if isinstance(output, Tensor):
         return output
     predicted = getattr(output, "predictor_output", None)
@@ -37,7 +37,7 @@ def features(output: Any) -> Tensor:
 
 
 def _swin(depth: int = 2, drop: float = 0.0, *, size: tuple[int, ...] = (4, 32, 32)) -> Built:
-    """Video Swin, or Swin where there is no time; sizes may need padding to windows."""
+    """Video Swin, or Swin for images; sizes may need padding to windows."""
     spatial = len(size) == 2
     model = (SwinTransformer if spatial else SwinTransformer3d)(
         patch_size=[2, 4, 4][spatial:],
@@ -54,7 +54,7 @@ def _swin(depth: int = 2, drop: float = 0.0, *, size: tuple[int, ...] = (4, 32, 
 
 
 def _mvit(depth: int = 2, drop: float = 0.0, *, second: bool) -> Built:
-    """Two resolutions; version 1 projects in the block before the pooling, version 2 with it."""
+    """Two resolutions. Version 1 projects in the block before the pooling, version 2 with it."""
     width, wide = 16, 32
     kernel, whole = [3, 3, 3], [1, 1, 1]
     keys = [1, 2, 2]
@@ -99,7 +99,7 @@ def _video_resnet(
     depth: int = 2, drop: float = 0.0, *, makers: list[type[nn.Module]], stem: type[nn.Module]
 ) -> Built:
     model = VideoResNet(BasicBlock, makers, [depth, depth + 1, 1, 1], stem, num_classes=3)
-    # The widths are the library's own, and only those of the first two stages are small.
+    # The widths are fixed by the library, and only those of the first two stages are small.
     model.layer3 = model.layer4 = nn.Identity()
     model.fc = nn.Linear(128, 3)
     return model, (torch.randn(2, 3, 4, 16, 16),)
@@ -117,7 +117,7 @@ def _vit(depth: int = 2, drop: float = 0.0) -> Built:
         attention_dropout=drop,
         num_classes=3,
     )
-    nn.init.normal_(model.heads.head.weight)  # zero at first, which would stop all gradients
+    nn.init.normal_(model.heads.head.weight)  # initialised to zero, which would stop all gradients
     return model, (torch.randn(2, 3, 16, 16),)
 
 
@@ -202,7 +202,7 @@ def _vjepa2(depth: int = 2, drop: float = 0.0) -> Built:
 
 
 def _slowfast(depth: int = 2, drop: float = 0.0, *, coupled: bool = False) -> Built:
-    """The project's own; `coupled` as OpenTAD's, with frozen statistics and the ReLU inside."""
+    """The project's SlowFast; `coupled` as OpenTAD's: frozen statistics and the ReLU inside."""
     config = SlowFastConfig(
         depths=(depth + 1, 2),
         width=8,
@@ -214,7 +214,7 @@ def _slowfast(depth: int = 2, drop: float = 0.0, *, coupled: bool = False) -> Bu
 
 
 def _internvideo2(depth: int = 2, drop: float = 0.0) -> Built:
-    """The project's own, which has no dropout."""
+    """The project's own model, which has no dropout."""
     config = InternVideo2Config(
         patch=4, channels=16, depths=(depth,), heads=2, mlp_ratio=2.0, clip=4, trained_size=16
     )
@@ -243,15 +243,15 @@ ZOO: dict[str, Callable[..., Built]] = {
     "vjepa2": _vjepa2,
     "internvideo2": _internvideo2,
 }
-"""Builders ``(depth=2, drop=0.0)``: residual blocks of a stage, and the probability of dropout and,
-where the library has it, of stochastic depth. The caller seeds them."""
+"""Builders ``(depth=2, drop=0.0)`` of models: number of residual blocks of a stage, and probability
+of dropout and, where the library has it, of stochastic depth. The caller sets the seed."""
 
 every_model = pytest.mark.parametrize("name", ZOO)
 both_precisions = pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 
 
 class Precision(nn.Module):
-    """A model called in float32 or under autocast, and the tensor to take a loss of."""
+    """Model that calls another, under autocast if asked, and returns the tensor for the loss."""
 
     def __init__(self, inner: nn.Module, *, bf16: bool) -> None:
         super().__init__()
@@ -267,7 +267,7 @@ class Precision(nn.Module):
 def built(
     name: str, *, bf16: bool, depth: int = 2, drop: float = 0.2, device: str = "cpu"
 ) -> Built:
-    """A model of the zoo in training mode, and its inputs, which need gradients."""
+    """Build a model of the zoo in training mode, and its inputs, which need gradients."""
     torch.manual_seed(0)
     model, inputs = ZOO[name](depth=depth, drop=drop)
     leaves = tuple(x.to(device).requires_grad_() for x in inputs)
@@ -275,7 +275,7 @@ def built(
 
 
 def scrambled(model: nn.Module) -> nn.Module:
-    """The model with no parameter at a value, 0 or 1, with which an omission would not show."""
+    """Move parameters away from 0 and 1, values at which an omission would not show."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(

@@ -1,5 +1,5 @@
-"""Families of blocks of other libraries, each in a file of its own.
+"""Families of blocks of other libraries, one file per library or kind of model.
 
-A library is not imported to know its blocks: `re2tal.reversible.branches.load_families` reads only
-the files of the library that a class at hand comes from.
+`re2tal.reversible.branches.load_families` imports only the files for the library that defines a
+given class, so no library is imported in vain.
 """

@@ -1,4 +1,4 @@
-"""Inputs that a block may take, from the shapes of its parts: the proof of a pattern tries them."""
+"""Example inputs for a block, guessed from the shapes of its parts; `proof.py` tries them."""
 
 import inspect
 import math
@@ -18,7 +18,7 @@ _ROTARY = ("position_embeddings", "rotary_pos_emb", "rotary_embeddings")
 
 
 def example_inputs(block: nn.Module) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Make inputs of the shapes that the parts of a block suggest, with its other arguments."""
+    """Yield inputs of the shapes that the parts of a block suggest, and its keyword arguments."""
     like = next(block.parameters(), torch.empty(0))
     generator = torch.Generator(like.device).manual_seed(0)
     _, _, *others = inspect.signature(type(block).forward).parameters.values()
@@ -32,7 +32,7 @@ def example_inputs(block: nn.Module) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         x = torch.randn(shape, generator=generator, device=like.device)
         given = {name: _argument(name, grid) for name in needed}
         yield x, given
-        if wanted:  # its forward may need them, whatever its signature says
+        if wanted:  # optional by the signature, but the forward may need them
             yield x, given | {name: _optional(block, name, x, grid) for name in wanted}
 
 
@@ -55,7 +55,7 @@ def _argument(name: str, grid: tuple[int, ...]) -> Any:
 
 
 def _shapes(block: nn.Module) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """List shapes to try, each with its grid of tokens, the likely ones first."""
+    """Yield shapes to try, each with its grid of tokens, the likeliest first."""
     planes, volumes = _convolves(block, nn.Conv2d), _convolves(block, nn.Conv3d)
     widths = _widths(block)
     grids = _grids(block)
@@ -71,7 +71,7 @@ def _shapes(block: nn.Module) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]
     for c, kind, (h, w) in product(widths, kinds, grids):
         if kind == "tokens":
             yield (_BATCH, h * w, c), (h, w)
-            yield (_BATCH, h * w + 1, c), (h, w)
+            yield (_BATCH, h * w + 1, c), (h, w)  # with a class token
         else:
             yield (_BATCH, *((c, h, w) if kind == "channels first" else (h, w, c))), (h, w)
     for c, n in product(widths, lengths):
@@ -85,7 +85,7 @@ def _convolves(block: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def _widths(block: nn.Module) -> list[int]:
-    """Numbers of channels that its first layers take."""
+    """List the numbers of channels that the block's first layers take, at most four."""
     found: list[int] = []
     for module in block.modules():
         for name in ("normalized_shape", "num_features", "num_channels", "in_channels"):
@@ -102,7 +102,7 @@ def _widths(block: nn.Module) -> list[int]:
 
 
 def _grids(block: nn.Module) -> list[tuple[int, int]]:
-    """Grids of tokens, of its own settings first."""
+    """List grids of tokens ``(h, w)``: the largest from the block's settings, then common ones."""
     found: list[tuple[int, int]] = []
     for module in block.modules():
         for name, value in vars(module).items():
@@ -120,6 +120,6 @@ def _grids(block: nn.Module) -> list[tuple[int, int]]:
 
 
 def _lengths(block: nn.Module) -> list[int]:
-    """Numbers of tokens, from shapes of weights: mixers, and tables of positions."""
+    """List numbers of tokens from shapes of weights, for mixers and position tables."""
     held = (*block.parameters(), *block.buffers())
     return sorted({n for t in held if t.dim() > 1 for n in t.shape if 1 < n <= _MOST_TOKENS})[:40]

@@ -69,10 +69,10 @@ def _check_shape(block: MultiscaleBlock) -> None:
 def _attention_cut(attention: MultiscaleAttention) -> Cut:
     pools = [p for p in (attention.pool_q, attention.pool_k, attention.pool_v) if p is not None]
     return SelfAttention(
-        # norm, q, k and v, what they are multiplied to, the projection, and gradients of the last
-        # three; a pool moves the channels, convolves, joins the class token and normalises
+        # Kept: norm; q, k, v; result of attention; projection; gradients of q, k, v. Each pool
+        # keeps four more: transposed channels, convolution, joined class token, norm.
         width=(11 + 4 * len(pools)) * attention.output_dim,
-        # with relative positions, their bias and one of its summands
+        # Relative positions keep two more matrices: their bias and one of its summands.
         scores=scores(attention.num_heads, more=0 if attention.rel_pos_h is None else 2),
         spread=prod(attention.pool_k.pool.stride) if attention.pool_k is not None else 1,
     )
@@ -80,6 +80,6 @@ def _attention_cut(attention: MultiscaleAttention) -> Cut:
 
 def _mlp_cut(block: MultiscaleBlock) -> Cut:
     channels, hidden = block.mlp[0].in_features, block.mlp[0].out_features
-    if block.needs_transposal:  # a BatchNorm1d, which takes whole samples
+    if block.needs_transposal:  # its norm is a BatchNorm1d, which needs whole samples
         return BySample((4 * channels + 4 * hidden) / channels)
     return mlp_cut(channels, hidden)

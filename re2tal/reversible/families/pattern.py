@@ -1,6 +1,7 @@
-"""Families by pattern: blocks of classes that nobody has registered, known by what they do.
+"""Blocks of classes without a registered family: branches from a recording of their forward.
 
-What stands here is asked at every forward; `proof.py` finds out once what a block's branches are.
+`proof.py` finds and proves the branches once per structure. This file makes `Branch` objects from
+them in every forward.
 """
 
 import logging
@@ -49,14 +50,14 @@ def split(block: nn.Module) -> list[Branch]:
     """List the branches of a block of a class without a family.
 
     Raises:
-        NotReversibleError: if it is not proved to be a chain of residual branches.
+        NotReversibleError: if the block is not proved to be a chain of residual branches.
     """
     plan = plan_of(block)
     return [_branch(plan, block, place) for place in range(len(plan.cuts))]
 
 
 def returned(block: nn.Module, y: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Return what the block's ``forward`` would for a result ``y``."""
+    """Wrap the result ``y`` as the block's ``forward`` would return it."""
     recording = plan_of(block).forms(block, y, args, kwargs)[0]
     inputs = tensors_of(y, args, kwargs)
 
@@ -65,6 +66,7 @@ def returned(block: nn.Module, y: Tensor, *args: Any, **kwargs: Any) -> Any:
             return own_tensor(block, leaf.name)
         if not isinstance(leaf, Value):
             return leaf
+        # Arguments that the block returns are passed through; the stream, input 0, becomes y.
         number = recording.original(leaf).number
         return inputs[number] if 0 < number < recording.inputs else y
 
@@ -93,7 +95,7 @@ def _branch(plan: Plan, block: nn.Module, place: int) -> Branch:
 
 
 class _Held(nn.Module):
-    """Tensors that a branch uses without the modules that hold them."""
+    """Module that holds the tensors which a branch uses without calling the modules they are in."""
 
     def __init__(self, block: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
@@ -108,7 +110,7 @@ class _Held(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class _OnTokens(Tokens):
-    """Vectors along the last dimension, of a branch that is called with nothing else."""
+    """Layout of tokens for a recorded branch, which is run on ``(tokens, C)`` with nothing else."""
 
     residual: Residual
     block: nn.Module
@@ -148,7 +150,7 @@ def _cut(plan: Plan, block: nn.Module, place: int, function: Callable[..., Tenso
 
 
 def _as_weights(block: nn.Module, x: Tensor) -> Tensor:
-    """Return a stream in the dtype in which the branch will meet it; its values do not matter."""
+    """Return a tensor like the stream, values aside, in the dtype that the branch will get."""
     largest = max(block.parameters(), key=Tensor.numel, default=x)
     return x if largest.dtype == x.dtype else torch.empty_like(x, dtype=largest.dtype)
 
@@ -163,7 +165,8 @@ def _kept(
 ) -> int | None:
     """Count the elements that a unit keeps alive while a branch is differentiated.
 
-    None means that this cannot be told.
+    Returns:
+        The number of elements; None if the branch does not run on fake tensors.
     """
     key = place, tuple(unit), x.dtype, x.device, block.training
     if key not in plan.kept:
@@ -173,7 +176,7 @@ def _kept(
             _LOG.debug("%s is not cut into pieces: %s", type(block).__name__, error)
             plan.kept[key] = None
         else:
-            # Beside what is saved: the input, the result, a gradient of the largest in between.
+            # Besides what is saved: the input, the result, a gradient of the largest one between.
             plan.kept[key] = saved * 5 // 4 + 3 * math.prod(unit)
     return plan.kept[key]
 
@@ -181,7 +184,7 @@ def _kept(
 def _saved(
     block: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, shape: tuple[int, ...]
 ) -> int:
-    """Count what autograd saves of a branch, on fake tensors: without its values and its time."""
+    """Count the elements that autograd saves of a branch, on fake tensors that hold no values."""
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -197,6 +200,6 @@ def _saved(
         own = [fake_of(p, leaf).untyped_storage() for p in (*block.parameters(), *block.buffers())]
         with saved:
             run(leaf)
-    for storage in own:
+    for storage in own:  # parameters and buffers are saved too, but need no memory of their own
         storages.pop(storage._cdata, None)
     return sum(storages.values())

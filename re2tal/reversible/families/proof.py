@@ -1,11 +1,13 @@
-"""The proof that a block of a class without a family is a chain of residual branches.
+"""Proof that a block of a class without a family is a chain of residual branches.
 
-A block is run on a random input of a shape that its parts suggest, and its forward is recorded and
-read as a chain of residual branches. That is then proved, in training mode and in eval mode, on
-other random inputs and with random weights (a scale that starts at zero proves nothing): the
-branches' sum is the block's own result, drawn with the same random numbers. How a branch can be cut
-is proved likewise, by samples and by tokens. All of it happens on a copy, once for all blocks of
-the same structure.
+1. A copy of the block gets random weights: a scale that is initialised to zero would hide a branch.
+2. It runs on a random input of a shape that its parts suggest. Its forward is recorded and read as
+   a chain ``x + F_1(x)``, ``... + F_2(...)``.
+3. In training and in eval mode the chain is compared with the block's own result on another random
+   input, with the same random numbers. The two must agree to 1e-4 of what the block adds.
+4. Each branch is run on a few tokens, and on one sample, to find out whether it can be cut.
+
+This is done once for all blocks of the same structure. The result is a `Plan`.
 """
 
 import copy
@@ -48,23 +50,24 @@ from re2tal.reversible.replay import GeneratorStates, ReversibleError
 _LOG = logging.getLogger(__name__)
 
 _TOLERANCE = 1e-4
-"""Largest error of the branches' sum, relative to what the block adds to its input."""
+"""Largest error of the chain, relative to what the block adds to its input."""
 
 _DEPTH = 3
-"""Levels of modules inside a block that are looked into for skip connections."""
+"""Levels of nested modules in which skip connections are searched."""
 
 _ATTEMPTS = 160
-"""Inputs that are tried at most."""
+"""Largest number of inputs to try."""
 
 _READINGS = 2
-"""Inputs that a block may take without being proved; another shape has seldom helped then."""
+"""Number of inputs that run without leading to a proof, after which the search ends: another shape
+has seldom helped then."""
 
 _REMEMBERED = 256
-"""Recordings that a plan keeps at most."""
+"""Largest number of recordings that a plan keeps."""
 
 
 class UnprovedError(NotReversibleError):
-    """A block that no family describes is not proved to be residual; the message says why."""
+    """No proof was found that a block is a chain of residual branches; the message says why."""
 
 
 Forms = tuple[Recording, list[Residual]]
@@ -72,14 +75,14 @@ Forms = tuple[Recording, list[Residual]]
 
 @dataclass(kw_only=True, slots=True)
 class Plan:
-    """All that is known of the blocks of one structure.
+    """Branches of all blocks of one structure, as proved, and recordings for later inputs.
 
     Attributes:
         inlined: names of the modules that recordings look into.
-        proved: recording in eval mode, and in training mode.
+        proved: recording and branches by mode: False for eval, True for training.
         cuts: way to cut each branch into pieces: "tokens", "samples" or None.
-        recorded: recordings for inputs met since, by shape and conditions.
-        kept: elements that a unit keeps alive, likewise.
+        recorded: recordings and branches for inputs met since, by shape and other conditions.
+        kept: number of elements that a unit keeps alive, by branch, unit's shape and conditions.
     """
 
     inlined: frozenset[str]
@@ -89,10 +92,10 @@ class Plan:
     kept: dict[Any, int | None] = field(default_factory=dict)
 
     def forms(self, block: nn.Module, x: Tensor, args: Any, kwargs: Any) -> Forms:
-        """Find the recording for an input, or make it.
+        """Return the recording and the branches for an input; record the forward if it is new.
 
         Raises:
-            ReversibleError: if the block does something else with it than with those of the proof.
+            ReversibleError: if the forward for this input has other branches than in the proof.
         """
         key = _conditions(block, x, args, kwargs)
         if key not in self.recorded:
@@ -117,7 +120,7 @@ class Plan:
 
 
 def _conditions(block: nn.Module, x: Tensor, args: Any, kwargs: Any) -> Any:
-    """What a recording depends on, beside the block's structure."""
+    """Return everything that a recording depends on, except the block's structure."""
     leaves, structure = tree_flatten((args, kwargs))
     given = tuple(
         (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else _plain(leaf) for leaf in leaves
@@ -133,7 +136,7 @@ def _plain(leaf: Any) -> Any:
 
 
 def title_of(block: nn.Module, residual: Residual) -> str:
-    """Name a branch by those of its modules that hold most parameters."""
+    """Name a branch by its modules with the most parameters."""
     tops: dict[str, int] = {}
     for name in residual.modules:
         top = name.partition(".")[0]
@@ -144,7 +147,7 @@ def title_of(block: nn.Module, residual: Residual) -> str:
 
 
 def activation_of(block: nn.Module, residual: Residual) -> Callable[[Tensor], Tensor] | None:
-    """Make the function that a block applies to the sum with this branch, if there is one."""
+    """Return the activation that a block applies after adding a branch; None if there is none."""
     operator = residual.activation
     if operator is None:
         return None
@@ -153,7 +156,7 @@ def activation_of(block: nn.Module, residual: Residual) -> Callable[[Tensor], Te
     in_place = operator.name.endswith("_") or getattr(module, "inplace", False)
 
     def activate(x: Tensor) -> Tensor:
-        # A branch's result may be a view, which must not be overwritten.
+        # An in-place activation gets a copy: the branch's result may be a view of something else.
         given = x.clone() if in_place else x
         result: Tensor = operator.call(block, lambda _: given)
         return result
@@ -162,7 +165,7 @@ def activation_of(block: nn.Module, residual: Residual) -> Callable[[Tensor], Te
 
 
 def differentiable_kernels(block: nn.Module) -> AbstractContextManager[None]:
-    """Keep a block with `nn.MultiheadAttention` from its path for inference."""
+    """Disable the inference fast path of `nn.MultiheadAttention` if the block contains one."""
     if any(isinstance(module, nn.MultiheadAttention) for module in block.modules()):
         return differentiable_path()
     return nullcontext()
@@ -172,10 +175,10 @@ _PLANS: dict[Any, Plan | NotReversibleError] = {}
 
 
 def plan_of(block: nn.Module) -> Plan:
-    """Find the plan for a block's structure, or prove one.
+    """Return the plan of a block's structure; search and prove it at the first call.
 
     Raises:
-        NotReversibleError: if there is none.
+        NotReversibleError: if no plan can be proved.
     """
     structure = _structure(block)
     if structure not in _PLANS:
@@ -193,7 +196,7 @@ _Scalar = (int, float, bool, str, type(None))
 
 
 def _structure(block: nn.Module) -> Any:
-    """Summarise all that a block's forward may decide by, but for its input and its weights."""
+    """Summarise everything that may steer a block's forward, except its input and its weights."""
     found: list[Any] = []
     for name, module in block.named_modules():
         own = type(module).__module__.startswith("torch.nn.") or drops_path(module)
@@ -228,7 +231,8 @@ def _summary(value: Any, depth: int = 2) -> Any:
 
 def _proved_on_copy(block: nn.Module) -> Plan:
     own = type(block).__module__.startswith("torch.nn.")
-    own |= any(isinstance(module, Rewired) for module in block.modules())  # a part is reversible
+    # Nor is a block tried out of which a part is already reversible.
+    own |= any(isinstance(module, Rewired) for module in block.modules())
     if own or type(block).forward in (nn.Sequential.forward, nn.Module.forward):
         raise NoFamilyError(f"no family is registered for {type(block).__name__}")
     with unset_fake_temporarily(), _generators_kept(_some_tensor(block)):
@@ -249,8 +253,8 @@ def _some_tensor(block: nn.Module) -> Tensor:
 
 @contextmanager
 def _generators_kept(x: Tensor) -> Iterator[None]:
-    """Leave PyTorch's generators as they are found."""
-    if isinstance(x, FakeTensor):  # draws nothing
+    """Restore PyTorch's generators after a block of code."""
+    if isinstance(x, FakeTensor):  # fake tensors draw nothing
         yield
         return
     with GeneratorStates.now([x.device]).restored():
@@ -258,13 +262,14 @@ def _generators_kept(x: Tensor) -> Iterator[None]:
 
 
 def _scrambled(block: nn.Module) -> nn.Module:
-    """Copy a block without its hooks, with random weights and statistics in float32."""
+    """Copy a block without its hooks, in float32, with random weights and running statistics."""
     memo: dict[int, Any] = {}
     for tensor in (*block.parameters(), *block.buffers()):
         if isinstance(tensor, FakeTensor) or tensor.is_meta:
             real = torch.zeros(tensor.shape, dtype=tensor.dtype)
             memo[id(tensor)] = nn.Parameter(real) if isinstance(tensor, nn.Parameter) else real
-    forward = vars(block).pop("forward", None)  # of a rewired block, which leads to its container
+    # The forward of a rewired block refers to its container, which deepcopy would copy as well.
+    forward = vars(block).pop("forward", None)
     try:
         copied = copy.deepcopy(block, memo)
     finally:
@@ -277,6 +282,8 @@ def _scrambled(block: nn.Module) -> nn.Module:
     copied = copied.float().requires_grad_(True)
     with torch.no_grad():
         for parameter in copied.parameters():
+            # Weights keep the variance of their input (1 / fan-in). Scales and biases are near 1,
+            # so that none switches a branch off.
             if parameter.dim() > 1:
                 parameter.normal_(0, min(1.0, parameter[0].numel() ** -0.5))
             else:
@@ -290,11 +297,13 @@ def _scrambled(block: nn.Module) -> nn.Module:
 
 
 def _proved(block: nn.Module) -> Plan:
-    """Look for an input that a block takes and that shows what it is.
+    """Search an input that the block accepts and on which it can be proved to be a chain.
 
     Raises:
-        NotReversibleError: with the reason that came closest.
+        NotReversibleError: if there is none, with the reason of the attempt that got furthest.
     """
+    # Each reason with how far its attempt got: 0 did not run, 1 no tensor, 2 another shape, 3 no
+    # chain of sums, 4 a chain that is not the block's function.
     reasons: list[tuple[int, NotReversibleError]] = []
     read = 0
     for count, (x, kwargs) in enumerate(example_inputs(block)):
@@ -321,7 +330,7 @@ def _proved(block: nn.Module) -> Plan:
                     reasons.append((4, error))
                 except DependsOnValuesError as error:
                     reasons.append((4, UnprovedError(str(error))))
-                except Exception as error:  # such as one that keeps results for its next call
+                except Exception as error:  # such as a block that keeps results for its next call
                     _LOG.debug("%s cannot be tried out: %s", type(block).__name__, error)
                     reasons.append((4, UnprovedError(_not_apart(error))))
     if not reasons:
@@ -350,10 +359,14 @@ def _output(result: Any) -> Any:
 def _changed(
     block: nn.Module, x: Tensor, kwargs: Mapping[str, Any], message: str
 ) -> NotReversibleError:
-    """Describe a block that changes the shape; one with a skip connection may be recomputed."""
+    """Make the error for a block that changes the shape of its input.
+
+    If the block ends in a sum, as one with a skip connection does, it is a `ChangesShapeError`, and
+    `rewire` recomputes the block.
+    """
     try:
         recording = record(block, x, (), kwargs, _inlined(block, 2))
-    except Exception as error:  # nothing more is known of it than its shapes
+    except Exception as error:  # then only its shapes are known
         _LOG.debug("%s cannot be recorded: %s", type(block).__name__, error)
         return UnprovedError(message)
     results = [leaf for leaf in recording.output if isinstance(leaf, Value)]
@@ -363,7 +376,7 @@ def _changed(
 
 
 def _inlined(block: nn.Module, level: int) -> frozenset[str]:
-    """Name the modules that are looked into: those above a level that are no basic layers."""
+    """Name the modules to look into: those above a level of nesting, except basic layers."""
     return frozenset(
         name
         for name, module in block.named_modules()
@@ -380,8 +393,8 @@ def _plan_for(block: nn.Module, x: Tensor, kwargs: Mapping[str, Any], level: int
     """Prove that a block is a chain of branches on inputs of one shape.
 
     Raises:
-        NotResidualError: if its forward cannot be read as one.
-        NotReversibleError: if that is not what it computes.
+        NotResidualError: if its forward cannot be read as a chain.
+        NotReversibleError: if the chain does not compute the block's function.
     """
     inlined = _inlined(block, level)
     proved: dict[bool, Forms] = {}
@@ -399,10 +412,10 @@ def _plan_for(block: nn.Module, x: Tensor, kwargs: Mapping[str, Any], level: int
 
 
 def _check(block: nn.Module, forms: Forms, x: Tensor, kwargs: Mapping[str, Any]) -> None:
-    """Compare the branches' sum with the block itself, with the same random numbers.
+    """Compare the chain of branches with the block itself, with the same random numbers.
 
     Raises:
-        NotReversibleError: if they differ.
+        NotReversibleError: if ``||chain - block(x)|| > 1e-4 ||block(x) - x||``.
     """
     recording, found = forms
     start = GeneratorStates.now([x.device])
@@ -433,7 +446,7 @@ def _after(
     x: Tensor,
     kwargs: Mapping[str, Any],
 ) -> Tensor:
-    """Add one branch to a stream, as the engine would with alpha = 1 and beta = 0."""
+    """Compute ``a(x + F(x))``, as the engine does with alpha = 1 and beta = 0."""
     result = residual.run(recording, block, tensors_of(x, (), kwargs))
     if residual.drop_path is not None:
         factor = block.get_submodule(residual.drop_path)(x.new_ones(x.shape[0], 1))
@@ -450,7 +463,7 @@ def _way_to_cut(
     kwargs: Mapping[str, Any],
     inlined: frozenset[str],
 ) -> str | None:
-    """Find out whether a branch treats all tokens alike, or all samples."""
+    """Test whether a branch treats tokens independently, or samples, or neither (None)."""
     recording, found = proved[False]
     residual = found[place]
     with torch.no_grad():

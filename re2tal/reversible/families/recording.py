@@ -1,9 +1,9 @@
-"""Recordings of a block's forward: its operators, and which result each of them uses.
+"""Recordings of a block's forward: its operators, and the results that each of them uses.
 
-A block runs once under a torch function mode, on fake tensors where that works, and everything that
-it does to tensors is written down: calls of its modules, and operators between them. What Python
-decides on the way (shapes, modes, settings) has then been decided, so a recording holds for inputs
-of one shape. Parts of it are run again as programs on other tensors.
+A block runs once under a `TorchFunctionMode`, on fake tensors where that works. Everything that it
+does to tensors is recorded: calls of its modules, and operators between them. Decisions that Python
+makes on the way (by shapes, modes, settings) are fixed in the recording, so it holds for inputs of
+one shape only. A `Program` is a part of a recording that can be run on other tensors.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -35,14 +35,14 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """Tensor that the block or a module inside it holds under a name."""
+    """Parameter, buffer or other tensor attribute of the block or of a module inside it."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """Tensor that came from nowhere the recorder could see."""
+    """Tensor whose origin the recorder did not see."""
 
     shape: tuple[int, ...]
 
@@ -51,20 +51,20 @@ STREAM = Value(0)
 
 
 class DependsOnValuesError(ValueError):
-    """A forward looks at the values of tensors to decide what to do."""
+    """A forward decides by the values of tensors, so no recording of it holds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Operator:
-    """One call.
+    """One recorded call of a function or module.
 
     Attributes:
         function: the function, or the name of the module in the block.
-        arguments: leaves of the arguments, with references in place of tensors.
-        structure: how these leaves make ``(args, kwargs)``.
+        arguments: pytree leaves of the arguments, with references in place of tensors.
+        structure: pytree structure that makes ``(args, kwargs)`` from these leaves.
         results: values by their place among the leaves of the result.
-        changed: values that tensors among the arguments have afterwards, by their place.
-        same: values that are one of the arguments, untouched, under another number.
+        changed: new values of arguments that the call changed in place, by their place.
+        same: results that are one of the arguments, unchanged, with the argument's value.
     """
 
     function: Callable[..., Any] | str
@@ -92,7 +92,12 @@ class Operator:
         return [a for a in self.arguments if isinstance(a, Value)]
 
     def call(self, block: nn.Module, value: Callable[[Value], Tensor]) -> Any:
-        """Call it again, with values of the moment."""
+        """Call the function or module again.
+
+        Args:
+            block: the block whose modules and tensors are used.
+            value: function from a recorded value to the tensor that takes its place.
+        """
 
         def of(leaf: Any) -> Any:
             if isinstance(leaf, Value):
@@ -113,9 +118,10 @@ class Recording:
     Attributes:
         operators: the operators in order.
         inputs: number of tensors that the block was called with; values ``0 ... inputs - 1``.
-        output: leaves of what it returned, with references in place of tensors.
-        structure: how these leaves make the result.
+        output: pytree leaves of the block's result, with references in place of tensors.
+        structure: pytree structure that makes the result from these leaves.
         shapes: shapes of the values.
+        made_by: operator that made a value; inputs have none.
     """
 
     operators: tuple[Operator, ...]
@@ -126,25 +132,25 @@ class Recording:
     made_by: Mapping[Value, Operator] = field(default_factory=dict)
 
     def original(self, value: Value) -> Value:
-        """Find the first number of a value that operators have passed on untouched."""
+        """Follow a value back over operators that returned it unchanged, to where it was made."""
         while value in self.made_by and value in self.made_by[value].same:
             value = self.made_by[value].same[value]
         return value
 
 
 class Program:
-    """The operators that lead from one value to others.
+    """Operators of a recording that lead from one value to others.
 
     Args:
-        recording: where they are.
-        results: the values to compute.
+        recording: the recording.
+        results: values to compute.
         source: value that is given.
-        skip: operators that hand their first tensor on instead of being called.
+        skip: operators that return their first tensor instead of being called.
 
     Attributes:
         operators: the operators in order.
-        called: those that are called.
-        leaves: inputs of the block, beside the source, that they use.
+        called: the operators without the skipped ones.
+        leaves: inputs of the block that the operators use, without the source.
     """
 
     def __init__(
@@ -168,7 +174,7 @@ class Program:
                 needed += operator.values
         self.leaves = {v for v in found if v not in recording.made_by}
         self.operators = [o for o in recording.operators if id(o) in operators]
-        last = {v: o for o in self.operators for v in o.values}
+        last = {v: o for o in self.operators for v in o.values}  # last use, after which to free it
         self.called = [o for o in self.operators if o not in self._skip]
         self._spent: dict[int, list[Value]] = {}
         for value, operator in last.items():
@@ -201,7 +207,7 @@ class Program:
         leaves = tree_leaves(operator.call(block, values.__getitem__))
         for place, made in operator.results.items():
             values[made] = leaves[place]
-        for place, made in operator.changed.items():
+        for place, made in operator.changed.items():  # the same tensor, changed in place
             values[made] = before[place]
 
 
@@ -219,23 +225,23 @@ def record(
     kwargs: Mapping[str, Any],
     inlined: Collection[str],
 ) -> Recording:
-    """Run a block's own forward, and write down what it does.
+    """Run a block's own forward, and record what it does.
 
     Args:
         block: the block.
-        x: its input; only shape, dtype and device count.
+        x: its input, of which only shape, dtype and device count.
         args: its other arguments.
         kwargs: its keyword arguments.
-        inlined: names of modules that are looked into; others are one operator each.
+        inlined: names of modules to look into; a call of any other module is one operator.
 
     Raises:
-        DependsOnValuesError: if what it does depends on values, so that no recording holds.
+        DependsOnValuesError: if the forward depends on values of tensors.
     """
     try:
         return _recorded(block, x, args, kwargs, inlined, fake=True)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise DependsOnValuesError(f"its forward decides by values of tensors ({error})") from error
-    except Exception:  # what does not run on fake tensors runs on real ones
+    except Exception:  # a forward that fails on fake tensors may run on real ones
         if isinstance(x, FakeTensor):
             raise
         return _recorded(block, x, args, kwargs, inlined, fake=False)
@@ -267,7 +273,7 @@ def _recorded(
 
 @contextmanager
 def _attributes_kept(block: nn.Module) -> Iterator[None]:
-    """Give modules their attributes back: one may keep a result, fake here, for its next call."""
+    """Restore the attributes of modules, of which one may have kept a fake result for later."""
     before = [(vars(module), dict(vars(module))) for module in block.modules()]
     held = [v for _, attributes in before for v in attributes.values() if type(v) is dict]
     contents = [(kept, dict(kept)) for kept in held]
@@ -282,14 +288,14 @@ def _attributes_kept(block: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def fake_mode(x: Tensor) -> Iterator[None]:
-    """Compute with shapes only, unseen by whatever counts the operators and tensors around it."""
+    """Compute with shapes only, hidden from dispatch modes that count operators or tensors."""
     own = FakeTensorMode(allow_non_fake_inputs=True)
     with _disable_current_modes(), x.fake_mode if isinstance(x, FakeTensor) else own:
         yield
 
 
 def fake_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return the fake tensor that stands for a tensor beside another one."""
+    """Return the fake tensor for a tensor, in the fake mode of another one."""
     if isinstance(tensor, FakeTensor):
         return tensor
     assert isinstance(like, FakeTensor)
@@ -298,7 +304,7 @@ def fake_of(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _fresh(leaf: Any) -> Any:
-    # Another tensor of the same kind: an argument that occurs twice is two inputs.
+    # A new tensor object of the same kind, so that an argument that occurs twice is two inputs.
     if not isinstance(leaf, Tensor):
         return leaf
     return torch.empty_like(leaf) if leaf.is_floating_point() else leaf.detach()
@@ -310,7 +316,7 @@ def tensors_of(x: Tensor, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 class _Recorder(TorchFunctionMode):
-    """Writes down what happens to tensors, but for what happens inside a called module."""
+    """Recorder of operators on tensors; a call of a module that is not inlined is one operator."""
 
     def __init__(self, block: nn.Module, inputs: Sequence[Tensor]) -> None:
         super().__init__()
@@ -318,8 +324,8 @@ class _Recorder(TorchFunctionMode):
         self._inputs = len(inputs)
         self._shapes: dict[Value, torch.Size] = {}
         self._operators: list[Operator] = []
-        self._kept: list[Any] = []  # so that no id is used twice
-        self._depth = 0
+        self._kept: list[Any] = []  # keeps tensors alive, so that Python reuses none of their ids
+        self._depth = 0  # of nested calls of modules that are not looked into
         self._entered: list[tuple[Any, Any]] = []
         self._known: dict[int, Value | Own] = {}
         for module_name, module in block.named_modules():
@@ -333,7 +339,7 @@ class _Recorder(TorchFunctionMode):
 
     @contextmanager
     def watching(self, inlined: Collection[str]) -> Iterator[None]:
-        """Make each call of a module one operator, except of those that are looked into."""
+        """Make each call of a module one operator, except calls of inlined modules."""
         with ExitStack() as stack:
             for name, module in self._block.named_modules():
                 if module is self._block or name in inlined:
@@ -352,7 +358,7 @@ class _Recorder(TorchFunctionMode):
         args: Any = (),
         kwargs: Any = None,
     ) -> Any:
-        """Call an operator and write it down."""
+        """Call an operator and record it."""
         kwargs = kwargs or {}
         if self._depth:
             return func(*args, **kwargs)
@@ -370,7 +376,7 @@ class _Recorder(TorchFunctionMode):
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001
             self._depth -= 1
             if not self._depth:
-                self._depth += 1  # what writing asks of tensors is no part of the forward
+                self._depth += 1  # `_write` asks tensors for shapes, which must not be recorded
                 self._write(name, self._entered.pop(), output)
                 self._depth -= 1
 
@@ -434,7 +440,7 @@ class _Recorder(TorchFunctionMode):
         return self._known.get(id(tensor)) or Unknown(tuple(tensor.shape))
 
     def finished(self, output: Any) -> Recording:
-        """Return what was written down."""
+        """Return the recording, given what the forward returned."""
         leaves, structure = tree_flatten(output)
         made_by = {
             value: operator

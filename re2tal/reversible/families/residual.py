@@ -1,9 +1,12 @@
-"""Skip connections in a recorded forward: a block as a chain of ``x + F(x)``.
+"""Skip connections in a recorded forward: a block read as a chain ``x <- a(x + F(x))``.
 
-Nothing is known here of a block but what its forward does. Going back from its result, each sum of
-what came in and of what was computed from it alone is a residual branch, whatever the order of
-norms, attention, scales and stochastic depth inside: pre-norm and post-norm transformers, attention
-and MLP side by side, convolutional blocks with an activation after the addition or without.
+The search goes back from the block's result. A sum ``x + y`` whose term ``y`` was computed from
+``x`` alone is one residual branch, whatever the order of norms, attention, scales and stochastic
+depth inside; the search goes on at ``x``. This covers pre-norm and post-norm transformers,
+attention and MLP side by side, and convolutional blocks with or without an activation after the
+addition.
+
+A block that scales its skip connection, ``s(x) + F(x)``, is read as ``x + (F(x) + s(x) - x)``.
 """
 
 from collections.abc import Sequence
@@ -32,25 +35,26 @@ _ACTIVATING = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.LeakyReLU, 
 
 
 class NotResidualError(ValueError):
-    """A forward is no chain of residual branches; the message says why."""
+    """A forward is not a chain of residual branches; the message says why."""
 
 
 def drops_path(module: nn.Module) -> bool:
-    """Tell whether a module is stochastic depth, which each library defines for itself."""
+    """Tell by its name whether a module is stochastic depth: each library has its own class."""
     name = type(module).__name__
     return "DropPath" in name or "StochasticDepth" in name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Residual:
-    """One branch of a recorded forward, and the shape in which the block adds it.
+    """One branch of a recorded forward, with the shape in which the block adds it.
 
     Attributes:
-        program: from the branch's input to all that is added, and the scaled skip connection last.
-        scaled: whether there is one, because the block multiplies it by something.
+        program: program from the branch's input to the terms that are added. If the block scales
+            its skip connection, the scaled one is the last result.
+        scaled: whether the block scales its skip connection.
         before: operators that reshape a stream to the input of the program.
-        moves: operators that reshape a stream to what the results are added to.
-        drop_path: name of the module of stochastic depth at its end, which no program calls.
+        moves: operators that reshape a stream to the shape of the sum.
+        drop_path: name of the stochastic depth module at the branch's end, which the program skips.
         activation: operator after the addition.
     """
 
@@ -63,44 +67,45 @@ class Residual:
 
     @property
     def modules(self) -> list[str]:
-        """Names of the modules that are called, in order."""
+        """Names of the modules that the branch calls, in order."""
         return list(
             dict.fromkeys(o.function for o in self.program.called if isinstance(o.function, str))
         )
 
     @property
     def tensors(self) -> list[str]:
-        """Names of the block's tensors that are used without a module."""
+        """Names of the block's tensors that the branch uses without calling their module."""
         return list(
             dict.fromkeys(u.name for o in self.program.called for u in o.uses if isinstance(u, Own))
         )
 
     @property
     def keeps_tokens(self) -> bool:
-        """Whether it may treat all vectors along the last dimension alike: see `on_tokens`."""
+        """Whether the branch may treat all tokens independently, to be tested with `on_tokens`."""
         alike = all(move.name in _RESHAPES for move in self.moves)
         return alike and self.before == self.moves and not self.scaled and not self.borrows
 
     @property
     def borrows(self) -> bool:
-        """Whether it uses arguments of the block beside the stream."""
+        """Whether the branch uses arguments of the block other than the stream."""
         return bool(self.program.leaves - {self.program.source})
 
     def run(self, recording: Recording, block: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
-        """Compute the branch from a stream, the first of the inputs, in the stream's shape."""
+        """Compute the branch in the shape of the stream, which is the first of the inputs."""
         source = skipped = _formatted(inputs[0], inputs[0])
         for move in self.before:
             source = _moved(move, source)
         for move in self.moves if self.scaled else ():
             skipped = _moved(move, skipped)
         added = self.program.run(block, source, inputs)
+        # With a scaled skip connection s(x), the last term, the branch is F(x) + s(x) - x.
         result = _sum([*added[:-1], added[-1] - skipped] if self.scaled else added)
         for move in reversed(self.moves):
             result = _moved_back(move, result, recording.shapes[move.values[0]])
         return _formatted(result, inputs[0])
 
     def on_tokens(self, block: nn.Module, tokens: Tensor) -> Tensor:
-        """Compute it for some vectors along the last dimension."""
+        """Compute the branch for some tokens, ``(n, C)``."""
         return _sum(self.program.run(block, tokens))
 
 
@@ -112,10 +117,10 @@ def _sum(terms: Sequence[Tensor]) -> Tensor:
 
 
 def _formatted(x: Tensor, stream: Tensor) -> Tensor:
-    """Give a tensor the memory format of a stream, and its gradient too.
+    """Give a tensor, and its gradient, the memory format of a stream.
 
-    Kernels are chosen by it. A stream that is rebuilt has the format of its stage's input, whatever
-    a block has transposed in between.
+    PyTorch chooses kernels by it. A rebuilt stream has the format of its stage's input, whatever a
+    block has transposed in between.
     """
     kind = torch.contiguous_format
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(stream.dim())
@@ -126,7 +131,7 @@ def _formatted(x: Tensor, stream: Tensor) -> Tensor:
 
 
 class _Format(torch.autograd.Function):
-    """Copy in a memory format, if the tensor has another; the gradient likewise."""
+    """Identity in another memory format, for the tensor and for its gradient."""
 
     generate_vmap_rule = True
 
@@ -158,10 +163,10 @@ def _moved_back(move: Operator, x: Tensor, shape: torch.Size) -> Tensor:
 
 
 def residuals(recording: Recording, block: nn.Module) -> list[Residual]:
-    """Take a forward apart into its branches, in the order in which the block applies them.
+    """List the residual branches of a forward, in the order in which the block applies them.
 
     Raises:
-        NotResidualError: if it is no chain of them.
+        NotResidualError: if the forward is not a chain of them.
     """
     outputs = [leaf for leaf in recording.output if isinstance(leaf, Value)]
     if not outputs:
@@ -190,12 +195,12 @@ def _refuse_unknown(operator: Operator) -> None:
 
 
 def ends_in_sum(recording: Recording, block: nn.Module, value: Value) -> bool:
-    """Tell whether a value is a sum of two others of its shape, before an activation or without."""
+    """Tell whether a value is a sum of two others of its shape, or an activation of such a sum."""
     return _Chain(recording, block).ends_in_sum(value)
 
 
 class _Chain:
-    """Search for the chain, from the result back to the input."""
+    """Search of the chain, from the result back to the input, with its partial results."""
 
     def __init__(self, recording: Recording, block: nn.Module) -> None:
         self._recording = recording
@@ -203,10 +208,10 @@ class _Chain:
         self._found: dict[Value, list[Residual] | NotResidualError] = {}
 
     def back_from(self, value: Value) -> list[Residual]:
-        """Find the branches on the way from the input to a value.
+        """Find the branches between the input and a value.
 
         Raises:
-            NotResidualError: if there is another way.
+            NotResidualError: if the value is not the end of a chain.
         """
         if value not in self._found:
             try:
@@ -219,7 +224,7 @@ class _Chain:
         return found
 
     def ends_in_sum(self, value: Value) -> bool:
-        """Tell whether a value is a sum of two others, before an activation or without."""
+        """Tell whether a value is a sum of two others, or an activation of such a sum."""
         value, _ = self._before_moves(value)
         made = self._recording.made_by.get(value)
         if made is not None and self._activates(made):
@@ -254,12 +259,17 @@ class _Chain:
     def _with(
         self, skipped: Value, scale: Value | None, terms: list[Value], activation: Operator | None
     ) -> list[Residual]:
-        """Read a sum as this skip connection, scaled or not, and these terms of a branch."""
+        """Read a sum as a skip connection, scaled or not, and the terms of one branch.
+
+        Raises:
+            NotResidualError: if the terms depend on more than the skipped value.
+        """
         base, moves = self._before_moves(skipped)
         earlier = self.back_from(base)
         done = earlier[-1].moves if earlier else ()
         whole = (*done, *moves)
         drop_path = self._drop_path(terms[0]) if len(terms) == 1 else None
+        # The branch starts from the skipped value, or from what that was reshaped from.
         for source, before in ((self._recording.original(skipped), whole), (base, done)):
             skip = [] if drop_path is None else [drop_path]
             results = terms if scale is None else [*terms, scale]
@@ -280,7 +290,7 @@ class _Chain:
         )
 
     def _readings(self, value: Value) -> list[tuple[Value, Value | None, list[Value]]]:
-        """List the ways to read a sum: a skip connection, its scaled form, and the other terms."""
+        """List the ways to read a sum: skipped value, its scaled form if any, and other terms."""
         pair = self._terms(value)
         assert pair is not None
         a, b = pair
@@ -296,12 +306,13 @@ class _Chain:
         return readings
 
     def _terms(self, value: Value) -> tuple[Value, Value] | None:
-        """Return both terms, if a value is the sum of two of its shape."""
+        """Return both terms if a value is a sum of two values of its own shape."""
         made = self._recording.made_by.get(self._recording.original(value))
         if made is None or made.name not in _SUMS or len(made.values) != 2:
             return None
         a, b = made.values
         shapes = self._recording.shapes
+        # A third argument is a factor, add(a, b, alpha=2); other shapes are broadcast.
         if len(made.arguments) != 2 or not shapes[a] == shapes[b] == shapes[value]:
             return None
         return a, b
@@ -311,7 +322,7 @@ class _Chain:
         return [value] if pair is None else [t for part in pair for t in self._all_terms(part)]
 
     def _before_moves(self, value: Value) -> tuple[Value, tuple[Operator, ...]]:
-        """Go back over reshaping and transposing."""
+        """Follow a value back over reshaping and transposing; return its origin and these moves."""
         moves: list[Operator] = []
         value = self._recording.original(value)
         while (made := self._recording.made_by.get(value)) is not None:
@@ -329,7 +340,7 @@ class _Chain:
         return made.name in _ACTIVATIONS
 
     def _unscaled(self, term: Value) -> Value | None:
-        """Return what a term multiplies by parameters or a number."""
+        """Return the value that a term multiplies by parameters or a number; None if it is none."""
         made = self._recording.made_by.get(self._recording.original(term))
         if made is None or not self._scales(made):
             return None
@@ -343,11 +354,12 @@ class _Chain:
         return made.name in _PRODUCTS
 
     def _drop_path(self, value: Value) -> Operator | None:
-        """Find stochastic depth at the end of a branch, behind scaling and reshaping only."""
+        """Find stochastic depth at the end of a branch, before scaling and reshaping at most."""
         while (made := self._recording.made_by.get(value)) is not None and len(made.values) == 1:
             named = made.function if isinstance(made.function, str) else None
             if named is not None and drops_path(self._block.get_submodule(named)):
                 return made
+            # Only operators that commute with a factor per sample: the engine applies it last.
             if not (made.name in _RESHAPES or self._scales(made) or value in made.same):
                 break
             value = made.values[0]

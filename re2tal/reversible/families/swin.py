@@ -1,8 +1,9 @@
 """torchvision's Swin Transformers, for images and video: arXiv 2103.14030 and 2106.13230.
 
-The attention of a block is computed window by window with fused attention, so that the attention
-matrices of a piece are all that is ever in memory. The windows are gathered by index, which does
-torchvision's padding, cyclic shift and partition in one step and only for the piece.
+The attention of a block runs on pieces of some windows, so that only the attention matrices of one
+piece are in memory. The windows are gathered by index. This does torchvision's padding, cyclic
+shift and partition in one step, and only for the piece. Attention is PyTorch's fused kernel on a
+GPU, and that of `window_attention` on a CPU.
 """
 
 from collections.abc import Sequence
@@ -63,7 +64,8 @@ def _swin(block: SwinTransformerBlock) -> list[Branch]:
 
 
 def _windows(block: SwinTransformerBlock) -> "Windows | None":
-    # Cutting goes around the module: one that was replaced, compiled or hooked is called instead.
+    # A cut attention bypasses its module's forward, so a module that was replaced, compiled or
+    # hooked is called whole instead.
     attention = block.attn
     if type(attention) not in (ShiftedWindowAttention, ShiftedWindowAttention3d):
         return None
@@ -77,8 +79,8 @@ def _stem(module: nn.Module) -> bool:  # noqa: ARG001
 
 @recomputed.register(PatchMerging)
 def _merging(module: nn.Module) -> Leading:  # noqa: ARG001
-    # The input and the four that are sliced from it are as large as the input, and so are the norm
-    # and the gradients of all; the output is half as large.
+    # In sizes of the input: the input, the four slices together, the norm, gradients of these, and
+    # the output with half a size.
     return Leading(inner=3, growth=8)
 
 
@@ -88,27 +90,28 @@ class Windows:
 
     Attributes:
         norm: norm of every token before the attention.
-        attention: torchvision's module, for images or video.
+        attention: torchvision's attention module, for images or video.
     """
 
     norm: nn.Module
     attention: ShiftedWindowAttention | ShiftedWindowAttention3d
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Layout:  # noqa: ARG002
-        """Lay out ``(B, [T,] H, W, C)``; a window is a unit."""
+        """Lay out ``(B, [T,] H, W, C)`` with every window as a unit."""
         size = tuple(x.shape[1:-1])
         window = list(self.attention.window_size)
         shift = list(self.attention.shift_size)
         for axis, length in enumerate(size):
             if window[axis] >= length:
-                # One window along this axis: nothing to shift. For video it shrinks to the input;
-                # for images torchvision keeps the window and pads the input.
+                # A single window along this axis needs no shift. As in torchvision, it shrinks to
+                # the input for video; for images it keeps its length and the input is padded.
                 shift[axis] = 0
                 if len(size) == 3:
                     window[axis] = length
         windows = _Windows(x.shape[0], size, tuple(window), tuple(shift), x.device)
         tokens, heads = prod(window), self.attention.num_heads
-        # Matrices of pairs of tokens that are alive; of fused attention the bias's gradient.
+        # Matrices (tokens, tokens) alive per head: four, or with a fused kernel only the gradient
+        # of the bias.
         alive = heads if x.device.type == "cuda" else 4 * heads
         mode = x.fake_mode if isinstance(x, FakeTensor) else None
         return _WindowLayout(
@@ -116,7 +119,7 @@ class Windows:
             attention=self.attention,
             windows=windows,
             kept=(kept := _kept(windows, mode)),
-            light=100 * kept.places.index.nbytes <= x.nbytes,
+            light=100 * kept.places.index.nbytes <= x.nbytes,  # at most 1 % of a stream
             units=windows.count,
             elements=tokens * (alive * tokens + 12 * x.shape[-1]),
         )
@@ -124,11 +127,11 @@ class Windows:
 
 @dataclass(frozen=True, slots=True)
 class _Windows:
-    """Windows of an input: all that their indices and masks depend on.
+    """Shape of the windows of an input, which determines their indices and masks.
 
     Attributes:
         batch: number of samples.
-        size: length of each axis.
+        size: length of each axis, ``([T,] H, W)``.
         window: length of a window along each axis.
         shift: cyclic shift along each axis.
         device: device of the input.
@@ -158,14 +161,19 @@ class _Windows:
 
 @dataclass(frozen=True, slots=True)
 class _Masks:
-    """Masks of shifted windows, one for each kind: windows that are last along the same axes.
+    """Masks of shifted windows, one for each kind of window.
+
+    The cyclic shift brings tokens from opposite ends of an axis together in the last window along
+    it. Windows that are last along the same shifted axes have the same mask: they are of one kind.
+    With three axes there are at most 2^3 = 8 kinds.
 
     Attributes:
-        kinds: kind of each window, of which there are at most 8; the first has nothing to mask.
+        kinds: kind of each window. Kind 0 is last along no shifted axis: nothing to mask.
         index: the same as a tensor.
-        regions: number of the part of the unshifted input that a token is of, ``(kinds, tokens)``.
-        apart: ``(kinds, 1, tokens, tokens)``, true for tokens that were not neighbours; None where
-            that is large, and made for each piece.
+        regions: ``(kinds, tokens)``, number of the region of the unshifted input that a token
+            comes from. Tokens attend to each other within a region only.
+        apart: ``(kinds, 1, tokens, tokens)``, true for pairs of tokens from different regions;
+            None if that is large, and made for each piece instead.
     """
 
     kinds: bytes
@@ -174,8 +182,8 @@ class _Masks:
     apart: Tensor | None
 
     def of(self, start: int, stop: int) -> Tensor | None:
-        """Return what is to be masked, ``(windows or 1, 1, n, n)``, if there is anything."""
-        here = self.kinds[start:stop]
+        """Return the masks of windows, ``(windows or 1, 1, n, n)``; None if nothing is masked."""
+        here = self.kinds[start:stop]  # bytes on the host: no wait for a GPU
         mixed = here.count(here[0]) < len(here)
         if not mixed and here[0] == 0:
             return None
@@ -189,7 +197,7 @@ class _Masks:
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class _Kept:
-    """Row of each token of windows, ``(windows, tokens)``, and the masks of those with a shift."""
+    """Row of each token of each window, ``(windows, tokens)``; masks, if there is a shift."""
 
     places: Places
     masks: _Masks | None
@@ -209,13 +217,14 @@ class _WindowLayout:
     def share(self) -> tuple[Tensor, ...]:
         """Compute the relative position bias, ``(1, heads, tokens, tokens)``.
 
-        Attention by groups of heads gets the table of offsets instead, ``(heads, offsets)``, and
-        an index of these.
+        For attention by groups of heads return instead the table, ``(heads, offsets)``, and its
+        index; see `Offsets`.
         """
         table, own = self.attention.relative_position_bias_table, self.attention.window_size
         window = self.windows.window
         if window[1:] != tuple(own[1:]):
-            # Cut short along another axis than the first, torchvision's index means other offsets.
+            # For a window that is shorter along another axis than the first, torchvision takes the
+            # first rows and columns of its index, which stand for other offsets. Do as it does.
             return (self.attention.get_relative_position_bias(list(window)),)
         index = self.attention.relative_position_index
         if self._plain() or not in_groups(table.shape[1], prod(window)):
@@ -223,7 +232,7 @@ class _WindowLayout:
         return table.t().contiguous(), Offsets.of_one_place(index, tuple(own))
 
     def _plain(self) -> bool:
-        """Tell whether attention is PyTorch's, or a chain of its operators."""
+        """Tell whether to use PyTorch's operators, fused on a GPU, instead of `WindowAttention`."""
         drops = self.attention.training and self.attention.attention_dropout > 0
         return (
             self.windows.device.type == "cuda"
@@ -233,13 +242,13 @@ class _WindowLayout:
         )
 
     def new(self, piece: Tensor, shape: torch.Size) -> Tensor:
-        """Make an empty tensor of a shape, with a spare row behind its end if there is padding."""
+        """Make an empty tensor, with a spare row behind its end, to which `put` writes padding."""
         if self.kept.places.padding is None:
             return piece.new_empty(shape)
         return piece.new_empty(prod(shape[:-1]) + 1, shape[-1])[:-1].view(shape)
 
     def take(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Gather windows ``(windows, tokens, C)``, zero at padding."""
+        """Gather windows ``(windows, tokens, C)`` from ``(B, [T,] H, W, C)``, zero at padding."""
         return self.kept.places[start:stop].take(x)
 
     def put(self, out: Tensor, start: int, stop: int, piece: Tensor) -> None:
@@ -248,6 +257,7 @@ class _WindowLayout:
         channels, end = out.shape[-1], out.numel() // out.shape[-1]
         if padding is not None:
             index = index.masked_fill(padding[start:stop, ..., 0], end)
+        # Reaches the spare row, which is outside of `out` but inside its memory.
         rows = out.as_strided((end + (padding is not None), channels), (channels, 1))
         rows[index] = piece
 
@@ -275,13 +285,14 @@ class _WindowLayout:
         attention, (bias, *index) = self.attention, shared
         x = self.norm(piece)
         if self.kept.places.padding is not None:
+            # torchvision pads after the norm, whose bias would make padding other than zero.
             x = x.masked_fill(self.kept.places.padding[start:stop], 0)
         windows, tokens, channels = x.shape
         qkv = attention.qkv(x).view(windows, tokens, 3, attention.num_heads, -1)
         masks = self.kept.masks
         bias, apart = bias.to(qkv.dtype), None if masks is None else masks.of(start, stop)
         if self._plain():
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (windows, heads, tokens, C / heads)
             bias = bias if apart is None else torch.add(bias, apart, alpha=MASKED)
             dropout = attention.attention_dropout if attention.training else 0.0
             attends = F.scaled_dot_product_attention if q.is_cuda else attend
@@ -295,21 +306,21 @@ class _WindowLayout:
 
 
 _LARGE_MASKS = 2**20
-"""Bytes from which on masks are made for each piece where memory is a processor's."""
+"""Bytes of all masks from which on a CPU makes them for each piece."""
 
 _KEPT: WeakValueDictionary[tuple[_Windows, FakeTensorMode | None], _Kept] = WeakValueDictionary()
 
 
 @torch.inference_mode(False)
 def _kept(windows: _Windows, mode: FakeTensorMode | None) -> _Kept:
-    """Return what pieces need to know of windows: the same, as long as any layout has it.
+    """Return the indices and masks of windows, shared by all layouts that are alive.
 
-    It is eight bytes a token. Where a stream has hundreds of times as many, steps keep their
-    layouts for the backward.
+    They take eight bytes a token. If that is at most 1 % of a stream, steps keep their layouts, and
+    with them this cache's entries, until the backward.
 
     Args:
-        windows: the windows.
-        mode: mode of fake tensors, which are kept apart from others.
+        windows: shape of the windows.
+        mode: mode of fake tensors, which must not mix with others.
     """
     found = _KEPT.get((windows, mode))
     if found is None:
@@ -319,14 +330,18 @@ def _kept(windows: _Windows, mode: FakeTensorMode | None) -> _Kept:
 
 
 def _places(windows: _Windows) -> Places:
-    """List the row of each window's tokens, ``(windows, tokens)``."""
+    """List the row of each token of each window, ``(windows, tokens)``.
+
+    A token at place ``p`` of an axis of the shifted, padded input was at ``(p + shift) % padded``.
+    Its row in ``(B * [T *] H * W, C)`` is the usual row-major number of its places.
+    """
     axes, device = len(windows.size), windows.device
     row = torch.zeros((1,) * (2 * axes), dtype=torch.long, device=device)
     inside = torch.ones((1,) * (2 * axes), dtype=torch.bool, device=device)
     for axis, (size, padded) in enumerate(zip(windows.size, windows.padded, strict=True)):
         place = (torch.arange(padded, device=device) + windows.shift[axis]) % padded
         place = _along(windows, axis, place)
-        row = row * size + place
+        row = row * size + place  # broadcasts over all axes: windows, then places in these
         inside = inside & (place < size)
     end = windows.batch * prod(windows.size)
     sample = torch.arange(windows.batch, device=device).view(-1, *(1,) * (2 * axes))
@@ -336,10 +351,14 @@ def _places(windows: _Windows) -> Places:
 
 
 def _masks(windows: _Windows) -> _Masks:
-    """Tell which tokens were not neighbours, in each kind of window."""
+    """Make the masks of each kind of window.
+
+    Along a shifted axis of the padded length ``n``, torchvision's regions are the slices
+    ``[0, n - window)``, ``[n - window, n - shift)`` and ``[n - shift, n)``.
+    """
     device = windows.device
     axes = range(len(windows.size))
-    # Numbers of the parts of the unshifted input, by window: (windows of a sample, tokens).
+    # Number of the region of each token: finally (windows of a sample, tokens).
     region = torch.zeros((1,) * (2 * len(axes)), dtype=torch.int, device=device)
     for axis, (size, window, shift) in enumerate(
         zip(windows.padded, windows.window, windows.shift, strict=True)
@@ -354,6 +373,7 @@ def _masks(windows: _Windows) -> _Masks:
     ]
     numbers = {kind: number for number, kind in enumerate(sorted(set(last)))}
     kinds = bytes(numbers[kind] for kind in last)
+    # Of the first window of each kind: (kinds, tokens).
     region = region[[kinds.index(number) for number in range(len(numbers))]]
     kinds *= windows.batch
     index = torch.tensor(list(kinds), device=device)
@@ -366,7 +386,10 @@ def _apart(regions: Tensor) -> Tensor:
 
 
 def _along(windows: _Windows, axis: int, places: Tensor) -> Tensor:
-    """Shape a number a place of an axis as windows and the places in these, of all axes."""
+    """Reshape numbers along one axis to broadcast over ``(windows of axes..., places of axes...)``.
+
+    The number of place ``p`` goes to window ``p // window`` and place ``p % window`` in it.
+    """
     axes = len(windows.size)
     shape = [1] * (2 * axes)
     shape[axis], shape[axes + axis] = windows.counts[axis], windows.window[axis]

@@ -1,4 +1,4 @@
-"""timm's Vision Transformer, and the many models that are built from its block."""
+"""timm's Vision Transformer block, from which many of its models are built."""
 
 from typing import Any
 
@@ -46,11 +46,11 @@ def _block(block: Block) -> list[Branch]:
 def _attention_cut(block: Block) -> Cut | None:
     attention: Any = block.attn
     if type(attention) not in (Attention, DiffAttention):
-        return None  # what it does to its tokens is not known
+        return None  # how another attention treats its tokens is not known
     maps = 2 if type(attention) is DiffAttention else 1
     return SelfAttention(
-        # norm; q, k and v, once more normalised; the result of attention, once more with the heads
-        # joined, normalised, gated; projection, scale, a mask of dropout, and a gradient
+        # Kept: norm; q, k, v, and again after their norms; result of attention with heads apart,
+        # joined, normalised and gated; projection; scale; dropout mask; a gradient.
         width=16 * attention.qkv.in_features,
         scores=maps
         * scores(attention.num_heads, fused=attention.fused_attn, dropout=attention.attn_drop.p),
@@ -61,6 +61,6 @@ def _mlp_cut(block: Block) -> Cut | None:
     mlp: Any = block.mlp
     if type(mlp) in (Mlp, GluMlp):
         return mlp_cut(mlp.fc1.in_features, mlp.fc1.out_features)
-    if type(mlp) is SwiGLU:  # two layers side by side
+    if type(mlp) is SwiGLU:  # two hidden layers side by side
         return mlp_cut(mlp.fc1_g.in_features, 2 * mlp.fc1_g.out_features)
-    return None  # it may mix tokens
+    return None  # another MLP may mix tokens

@@ -1,7 +1,6 @@
 """Layers of Hugging Face transformers: VideoMAE, ViViT, TimeSformer and V-JEPA 2.
 
-The layers are known by name, so that nothing of the library is imported which the model at hand has
-not imported itself.
+The layers are looked up by name, so that this file imports nothing from the library.
 """
 
 from collections.abc import Callable
@@ -146,8 +145,8 @@ def _timesformer(block: Any) -> list[Branch]:
             Branch("attention", (norm, attention), at_once, drop_path=block.drop_path, cut=cut),
             last,
         ]
-    # Stochastic depth is inside these two: it drops single places or frames of a sample, before
-    # what follows mixes them.
+    # Both attentions apply stochastic depth inside: to single places (temporal) or frames (spatial)
+    # of a sample, before `temporal_dense` or the mean over frames.
     return [
         Branch(
             "temporal attention",
@@ -166,11 +165,12 @@ def _timesformer(block: Any) -> list[Branch]:
 
 
 def _temporal(block: Any, frames: int) -> Callable[..., Tensor]:
-    """Attention among the tokens of one place; nothing is added to the class token."""
+    """Make the attention among the frames at one place, which adds nothing to the class token."""
 
     def temporal(x: Tensor, output_attentions: bool = False) -> Tensor:  # noqa: ARG001
         batch, tokens, channels = x.shape
-        y = x[:, 1:].reshape(-1, frames, channels)  # a sample's tokens: places, then frames
+        # (B, 1 + H W T, C) without the class token, to (B H W, T, C): frames vary fastest.
+        y = x[:, 1:].reshape(-1, frames, channels)
         y = block.drop_path(block.temporal_attention(block.temporal_layernorm(y))[0])
         y = block.temporal_dense(y.reshape(batch, tokens - 1, channels))
         return nn.functional.pad(y, (0, 0, 1, 0))
@@ -179,10 +179,14 @@ def _temporal(block: Any, frames: int) -> Callable[..., Tensor]:
 
 
 def _spatial(block: Any, frames: int) -> Callable[..., Tensor]:
-    """Attention among the tokens of one frame and the class token, which gets the frames' mean."""
+    """Make the attention among the tokens of one frame and the class token.
+
+    The class token gets the mean of its results over the frames.
+    """
 
     def spatial(x: Tensor, output_attentions: bool = False) -> Tensor:  # noqa: ARG001
         batch, _, channels = x.shape
+        # (B, T, H W, C), and the class token in front of each frame: (B T, 1 + H W, C).
         patches = x[:, 1:].reshape(batch, -1, frames, channels).transpose(1, 2)
         first = x[:, None, :1].expand(-1, frames, -1, -1)
         y = torch.cat((first, patches), dim=2).flatten(0, 1)
@@ -195,8 +199,8 @@ def _spatial(block: Any, frames: int) -> Callable[..., Tensor]:
 
 
 _WIDTH = 13
-"""Elements that a token of an attention keeps alive, per channel: norm; q, k and v; the result, its
-heads apart and joined; projection, dropout and masks; gradients of q, k and v."""
+"""Elements per channel that a token keeps alive in an attention: norm; q, k, v; result with heads
+apart and joined; projection, dropout and masks; gradients of q, k, v."""
 
 
 def _attention_cut(attention: Any, channels: int, dropout: float, more: int = 0) -> SelfAttention:
@@ -208,7 +212,7 @@ def _attention_cut(attention: Any, channels: int, dropout: float, more: int = 0)
 
 
 def _mlp_cut(first: nn.Linear, activation: Any) -> Cut:
-    # Most of the library's activations are written out in elementary steps, all of which are kept.
+    # Most of the library's activations consist of elementary operators, whose results are all kept.
     one_kernel = type(activation).__name__ in {"GELUActivation", "ReLU", "SiLUActivation"}
     return mlp_cut(first.in_features, first.out_features, copies=4 if one_kernel else 12)
 

@@ -24,10 +24,10 @@ def _convolutions(block: BasicBlock | Bottleneck, modules: tuple[nn.Module, ...]
         raise ChangesShapeError(
             f"it has stride {block.stride} and a convolution on its skip connection"
         )
-    # All results have the size of the input, but for the number of channels.
+    # All results have the T x H x W of the input, so growth is a ratio of channels.
     convolutions = [m for part in modules for m in part.modules() if isinstance(m, nn.Conv3d)]
-    results = sum(2 * convolution.out_channels for convolution in convolutions)  # and their norms
-    growth = 3 + results / convolutions[0].in_channels  # the input, the output, a gradient
+    results = sum(2 * convolution.out_channels for convolution in convolutions)  # 2: and its norm
+    growth = 3 + results / convolutions[0].in_channels  # 3: the input, the output, a gradient
     return [Branch("convolutions", modules, activation=block.relu, cut=BySample(growth))]
 
 

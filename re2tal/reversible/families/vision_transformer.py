@@ -27,8 +27,8 @@ def _encoder(block: EncoderBlock) -> list[Branch]:
             "attention",
             (block.ln_1, block.self_attention, block.dropout),
             attention,
-            # norm; q, k and v, once more with the heads apart; the result of attention, once more
-            # with the heads joined; projection, dropout and its mask, and a gradient
+            # Kept: norm; q, k, v, and again with heads apart; result of attention with heads apart
+            # and joined; projection; dropout and its mask; a gradient.
             cut=SelfAttention(
                 14 * channels,
                 scores(block.num_heads, fused=True, dropout=block.self_attention.dropout),

@@ -1,4 +1,4 @@
-"""Cuts of the branches of a vision transformer, whichever library it comes from."""
+"""Cuts of the branches of vision transformers, shared by the families of several libraries."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,27 +13,27 @@ from torch.utils._pytree import tree_leaves
 from re2tal.reversible.branches import BySample, ByToken, Cut, Layout, Whole
 
 _COPIES = 4
-"""Copies of an attention matrix that an unfused kernel keeps alive: the scores or their mask of
-dropout, their softmax, and a gradient of each."""
+"""Copies of the attention matrix that unfused attention keeps alive: the scores (or the dropout
+mask), their softmax, and a gradient of each."""
 
 
 def has_rows(x: Tensor, args: Any, kwargs: Any) -> bool:
-    """Tell whether an argument seems to have a row for each sample, and would have to be cut."""
+    """Tell whether an argument seems to have a row per sample, and so would have to be cut too."""
     given = tree_leaves((args, kwargs))
     return any(isinstance(value, Tensor) and value.shape[:1] == x.shape[:1] for value in given)
 
 
 @dataclass(frozen=True, slots=True)
 class SelfAttention:
-    """Cut for attention among the tokens of a sample, ``(B, N, C)``; a sample is a unit.
+    """Cut of attention among the tokens of a sample, ``(B, N, C)``; a sample is a unit.
 
-    An argument with a row for each sample, such as a mask of padding, would have to be cut along:
-    with one, the branch runs whole.
+    An argument with a row for each sample, such as a padding mask, would have to be cut as well.
+    With such an argument the branch runs whole.
 
     Attributes:
-        width: elements that a token keeps alive, but for the attention matrices.
-        scores: elements that a token keeps alive for each key, from the function `scores`.
-        spread: tokens of a sample for each key that a token attends to.
+        width: elements that a token keeps alive without the attention matrices.
+        scores: elements that a token keeps alive per key, from the function `scores`.
+        spread: ratio of tokens to keys: a token attends to ``N / spread`` keys.
     """
 
     width: int
@@ -54,10 +54,10 @@ def scores(heads: int, *, fused: bool = False, dropout: float = 0.0, more: int =
 
     Args:
         heads: number of heads.
-        fused: whether the scores are left to `scaled_dot_product_attention`, which never holds the
-            matrix of all of them, except with dropout on a CPU.
+        fused: whether `scaled_dot_product_attention` computes them. It never holds the whole
+            matrix, except with dropout on a CPU.
         dropout: probability of dropout in the attention matrix.
-        more: copies of the matrix beside those that every attention needs.
+        more: copies of the matrix in addition to those that every attention keeps.
     """
     return 0 if fused and dropout == 0 else (_COPIES + more) * heads
 
@@ -68,10 +68,10 @@ def mlp_cut(channels: int, hidden: int, copies: int = 4) -> Cut:
     Args:
         channels: channels of the block.
         hidden: width of the hidden layer.
-        copies: copies of the hidden layer that are kept alive. Four are for an activation with a
-            kernel of its own: its input and output, a gradient, and the copy that dropout keeps.
+        copies: copies of the hidden layer that are kept alive. An activation with a kernel of its
+            own keeps four: its input and output, a gradient, and the copy of dropout.
     """
-    return ByToken(4 * channels + copies * hidden)  # C: input, norm, output and a gradient
+    return ByToken(4 * channels + copies * hidden)  # 4: input, norm, output and a gradient
 
 
 _fastpath_lock = RLock()
@@ -79,12 +79,12 @@ _fastpath_lock = RLock()
 
 @contextmanager
 def differentiable_path() -> Iterator[None]:
-    """Keep `nn.MultiheadAttention` from its path for inference, which rounds in another way.
+    """Disable the inference fast path of `nn.MultiheadAttention`, which rounds differently.
 
-    It would take it in eval mode wherever no gradient is asked for: in the forward of a reversible
-    stage, but not in the replay.
+    In eval mode PyTorch takes it wherever no gradient is needed: in the forward of a reversible
+    stage, but not in its replay.
     """
-    with _fastpath_lock:
+    with _fastpath_lock:  # the switch is global to the process
         enabled = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:

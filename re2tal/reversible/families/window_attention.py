@@ -1,7 +1,17 @@
-"""Attention within windows, with a relative position bias, for processors without fused kernels.
+"""Attention within windows with a relative position bias, for CPUs, which have no fused kernel.
 
-Where the bias of all heads is large, it is never there as a whole, nor is its gradient: a few heads
-at a time are taken from the table of offsets, and back to it.
+For each window and head (arXiv 2103.14030), with ``N`` tokens of ``d = C / heads`` channels,
+
+    P = softmax(S),    S = Q K^T / sqrt(d) + B + M,    Y = P V
+
+``B`` is the relative position bias, and ``M`` is -100 for pairs of tokens that the cyclic shift
+brought together, 0 for others. The gradients, with ``dX`` for that of ``X``, are
+
+    dV = P^T dY,    dP = dY V^T,    dS = P * (dP - rowsum(P * dP)),
+    dQ = dS K / sqrt(d),    dK = dS^T Q / sqrt(d),    dB = sum of dS over windows
+
+A large bias is computed for a few heads at a time from its table, and its gradient goes back to the
+table at once, so that neither exists for all heads together.
 """
 
 from dataclasses import dataclass
@@ -16,34 +26,35 @@ from torch._subclasses.fake_tensor import FakeTensor
 from re2tal.reversible.branches import Places
 
 MASKED = -100
-"""Added by torchvision to the scores of tokens that the cyclic shift brought together."""
+"""Value that torchvision adds to the scores of tokens that the cyclic shift brought together."""
 
 _LARGE = 2**20
-"""Bytes of the bias of all heads from which on it is taken from the table by groups of heads."""
+"""Bytes of the bias of all heads from which on heads are computed in groups."""
 
 _GROUP = 5 * 2**18
-"""Bytes of the scores of a group of heads, which stay in a processor's cache."""
+"""Bytes of the scores of a group of heads, small enough for a processor's cache."""
 
 _KEPT = 2**21
-"""Bytes of the weights of all heads of a window up to which they are kept for the backward, where
-heads have groups. Otherwise they are computed anew, which takes a quarter of the attention's time.
-"""
+"""With groups of heads: bytes of ``P`` of all heads of a window up to which it is kept for the
+backward. A larger one is recomputed, which takes a quarter of the attention's time."""
 
 
 def in_groups(heads: int, tokens: int) -> bool:
     """Tell whether the bias of a window is so large that heads are computed in groups."""
-    return 4 * heads * tokens**2 >= _LARGE
+    return 4 * heads * tokens**2 >= _LARGE  # 4 bytes of float32
 
 
 @dataclass(frozen=True, slots=True)
 class Offsets:
-    """Offsets between the tokens of a window.
+    """Offsets between the tokens of a window, by which the bias table is indexed.
+
+    A window of lengths ``(L_1, L_2, ...)`` has ``(2 L_1 - 1) (2 L_2 - 1) ...`` offsets.
 
     Attributes:
-        own: window whose offsets are numbered.
+        own: window of the module, to which the table belongs.
         window: window in use; it may be shorter along the first axis.
-        index: number of the offset of each pair of tokens of one place of the first axis, without
-            that axis, of all pairs in a row; None where nothing is looked up.
+        index: offset along the other axes of each pair of tokens at one place of the first axis,
+            flattened, ``(L_2^2 L_3^2 ...)``; None if no bias is looked up.
     """
 
     own: tuple[int, ...]
@@ -52,27 +63,32 @@ class Offsets:
 
     @staticmethod
     def of_one_place(index: Tensor, own: tuple[int, ...]) -> Tensor:
-        """Choose ``index`` from that of all pairs of the own window."""
+        """Compute ``index`` from the module's own index of all pairs of tokens."""
         tokens, offsets = prod(own[1:]), prod(2 * length - 1 for length in own[1:])
+        # Query and key both at place 0 of the first axis, whose offset is stored as own[0] - 1.
         pairs = index.view(own[0], tokens, own[0], tokens)[0, :, 0]
         return (pairs - (own[0] - 1) * offsets).flatten()
 
     def bias(self, rows: Tensor, heads: slice = slice(None)) -> Tensor:
         """Look up the bias of some heads, ``(heads, tokens, tokens)``.
 
-        Only one block of each offset along the first axis is gathered, and then copied.
+        The bias depends on the first axis only by the offset ``t_q - t_k``. So one block ``(tokens
+        of a place, tokens of a place)`` is gathered per offset, and copied to all its pairs of
+        places.
 
         Args:
-            rows: ``(heads, offsets)``.
+            rows: the table, transposed, ``(heads, offsets)``.
             heads: the heads.
         """
         assert self.index is not None
         length, tokens = self.window[0], prod(self.window[1:])
         rows = rows[heads].unflatten(1, (2 * self.own[0] - 1, -1))
-        # A key that is one place further on has the next block.
+        # Only the offsets of the window in use. Flipped, so that the blocks of one query, for keys
+        # at places 0, 1, ..., are adjacent.
         rows = rows.narrow(1, self.own[0] - length, 2 * length - 1).flip(1)
         blocks = rows.flatten(0, 1).index_select(1, self.index)
         blocks = blocks.view(len(rows), -1, tokens, tokens)
+        # (heads, place of query, its token, place of key, its token)
         bias = rows.new_empty(len(rows), length, tokens, length, tokens)
         for query in range(length):
             block = blocks.narrow(1, length - 1 - query, length)
@@ -82,20 +98,21 @@ class Offsets:
     def summed(self, gradient: Tensor) -> Tensor:
         """Sum over the pairs of each offset: ``(heads, tokens, tokens)`` to ``(heads, offsets)``.
 
-        It is the sum over a diagonal of each axis, many times as fast as the scattered additions
-        of an index, and always in the same order.
+        This is the transpose of `bias`. It sums over the diagonals of one axis after the other,
+        which is many times as fast as a scatter-add by index, and has a fixed order.
         """
         axes = len(self.window)
         sums = gradient.view(-1, *self.window, *self.window)
         for axis, (own, length) in enumerate(zip(self.own, self.window, strict=True)):
-            # (heads, offsets so far, queries.., keys..)
+            # (heads, offsets of axes done, query places of the others, key places of the others)
             query, key = 1 + axis, 1 + axes
             shape = list(sums.shape)
             del shape[key]
             shape[query] = 2 * own - 1
-            # Sums over pieces are float32 as well, whatever the scores are.
+            # At least float32, as the sums over pieces are, whatever the dtype of the scores.
             dtype = torch.promote_types(sums.dtype, torch.float32)
             found = sums.new_zeros(shape, dtype=dtype)
+            # A key at `place` and queries at 0 ... length - 1 have the offsets from -place on.
             for place in range(length):
                 found.narrow(query, own - 1 - place, length).add_(sums.select(key, place))
             sums = found
@@ -103,7 +120,7 @@ class Offsets:
 
 
 class RelativeBias(torch.autograd.Function):
-    """Bias between all pairs of tokens of a window, from the table of offsets."""
+    """Relative position bias of all pairs of tokens, ``B[h, q, k] = table[index[q, k], h]``."""
 
     generate_vmap_rule = True
 
@@ -115,7 +132,7 @@ class RelativeBias(torch.autograd.Function):
 
         Args:
             table: ``(offsets, heads)`` over all axes of the module's own window.
-            index: ``(tokens, tokens)`` of the own window: the row of each pair.
+            index: row of the table for each pair of tokens of the own window, flattened or not.
             own: the module's own window.
             window: the window in use; it may be shorter along the first axis.
         """
@@ -125,36 +142,45 @@ class RelativeBias(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004
-        """Only shapes are needed in the backward."""
+        """Keep shapes; the backward needs no values."""
         ctx.offsets = Offsets(*inputs[2:])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         """Compute the gradient of the table."""
-        # FSDP takes gradients of any dtype; those of stored activations have the parameter's.
+        # In the dtype of the parameter, as with stored activations: autograd would cast it, but
+        # FSDP takes gradients of any dtype.
         found = ctx.offsets.summed(gradients[0][0]).t().to(gradients[0].dtype)
         return found, None, None, None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float = 0.0) -> Tensor:
-    """Attend with PyTorch's operators, ``(windows, heads, tokens, C / heads)``."""
+    """Compute ``softmax(Q K^T / sqrt(d) + bias) V`` with PyTorch's operators.
+
+    Args:
+        q: queries, ``(windows, heads, tokens, C / heads)``; keys and values likewise.
+        k: keys.
+        v: values.
+        bias: ``(windows or 1, heads or 1, tokens, tokens)``, masks included.
+        dropout: probability of dropout of the attention weights.
+    """
     scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1)) + bias
     return torch.matmul(torch.dropout(scores.softmax(-1), dropout, train=dropout > 0), v)
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Windows and heads that are computed together: all, or some heads of one window."""
+    """Windows and heads that are computed together: all, or a group of heads of one window."""
 
     windows: slice
     heads: slice
 
     def of_qkv(self, qkv: Tensor) -> Tensor:
-        """Return ``(3, batch, tokens, C / heads)``; a view, in the memory of `_empty`."""
+        """Return ``(3, windows * heads, tokens, C / heads)``; a view of memory from `_empty`."""
         return qkv[self.windows, :, :, self.heads].permute(2, 0, 3, 1, 4).flatten(1, 2)
 
     def of_result(self, y: Tensor) -> Tensor:
-        """Return ``(batch, tokens, C / heads)``, likewise."""
+        """Return ``(windows * heads, tokens, C / heads)``, likewise."""
         return y[self.windows, :, self.heads].transpose(1, 2).flatten(0, 1)
 
 
@@ -169,12 +195,17 @@ def _parts(qkv: Tensor, *, grouped: bool) -> list[_Part]:
         for window in range(windows)
         for start, stop in pairwise(edges)
     ]
-    # They need the same memory, one after the other; and a prediction meets thousands.
+    # On fake tensors one part is enough to predict memory: there may be thousands, and each needs
+    # the same.
     return parts[:1] if isinstance(qkv, FakeTensor) else parts
 
 
 def _empty(like: Tensor, *shape: int, grouped: bool) -> Tensor:
-    """Make an empty ``(windows, tokens, .., heads, C / heads)``, of which parts are views."""
+    """Make an empty ``(windows, tokens, ..., heads, C / heads)`` of which parts are views.
+
+    For a part with all windows, heads come before tokens in memory, so that `_Part` can flatten
+    windows and heads without a copy.
+    """
     if grouped or shape[0] == 1:
         return like.new_empty(shape)
     windows, tokens, *more, heads, width = shape
@@ -183,16 +214,17 @@ def _empty(like: Tensor, *shape: int, grouped: bool) -> Tensor:
 
 
 class WindowAttention(torch.autograd.Function):
-    """Attention of windows, which stores little more than the softmax's results.
+    """Attention within windows as one autograd node, which keeps ``qkv``, the bias and ``P``.
 
-    What is large is computed in place. Gradients of gradients pass through `attend`.
+    Scores, masks and softmax use the same memory, and so do ``dP`` and ``dS``. The equations are at
+    the top of this file. Gradients of gradients go through `attend`.
     """
 
     @staticmethod
     def forward(
         ctx: Any, qkv: Tensor, bias: Tensor, offsets: Offsets | None, apart: Tensor | None
     ) -> Tensor:
-        """Attend.
+        """Compute the attention.
 
         Args:
             ctx: node of autograd.
@@ -213,7 +245,7 @@ class WindowAttention(torch.autograd.Function):
             weights = _weights(part, q, k, bias, offsets, apart)
             torch.bmm(weights, v, out=part.of_result(y))
             ctx.kept += [weights] if keeps else []
-        if grouped and keeps and isinstance(qkv, FakeTensor):
+        if grouped and keeps and isinstance(qkv, FakeTensor):  # count what the other parts keep
             others = qkv.shape[0] * qkv.shape[3] - len(ctx.kept[0])
             ctx.kept.append(ctx.kept[0].new_empty(others, *ctx.kept[0].shape[1:]))
         ctx.save_for_backward(qkv, bias)
@@ -235,26 +267,29 @@ class WindowAttention(torch.autograd.Function):
         to_bias = torch.zeros_like(bias, dtype=dtype) if grouped else bias
         for part in _parts(qkv, grouped=grouped):
             q, k, v = part.of_qkv(qkv)
-            # Given back one by one, and computed again by a second backward.
+            # Taken off the list, so that each P is freed after its part; a second backward
+            # recomputes it.
             kept = ctx.kept.pop(0) if ctx.kept else None
             weights = _weights(part, q, k, bias, offsets, apart) if kept is None else kept
             to_q, to_k, to_v = part.of_qkv(to_qkv)
             to_y = part.of_result(gradients[0])
             torch.bmm(weights.transpose(1, 2), to_y, out=to_v)
             to_scores = torch.bmm(to_y, v.transpose(1, 2))
+            # In place, from dP to dS.
             torch.ops.aten._softmax_backward_data.out(
                 to_scores, weights, -1, to_scores.dtype, grad_input=to_scores
             )
             del weights, kept
             to_q.baddbmm_(to_scores, k, beta=0, alpha=scale)
             to_k.baddbmm_(to_scores.transpose(1, 2), q, beta=0, alpha=scale)
+            # The bias is shared by all windows: sum dS over them.
             if offsets is not None:
                 to_bias[part.heads] += offsets.summed(to_scores)
             elif len(qkv) == 1:
                 to_bias = to_scores.unsqueeze(0)
             else:
                 to_bias = to_scores.unflatten(0, (len(qkv), -1)).sum(0, keepdim=True)
-            del to_scores  # before those of the next part
+            del to_scores  # before the next part makes its own
         return to_qkv, to_bias.to(bias.dtype), None, None
 
 
@@ -266,7 +301,7 @@ def _weights(
     offsets: Offsets | None,
     apart: Tensor | None,
 ) -> Tensor:
-    """Compute the softmax's result, ``(batch, tokens, tokens)``."""
+    """Compute ``P = softmax(Q K^T / sqrt(d) + B + M)``, ``(windows * heads, tokens, tokens)``."""
     if offsets is not None:
         scores = offsets.bias(bias, part.heads)
         if apart is not None:
@@ -275,6 +310,8 @@ def _weights(
         scores = torch.add(bias, apart, alpha=MASKED).flatten(0, 1)
     else:
         scores = bias[0]
+    # Softmax will overwrite the scores. Without masks and offsets they are the bias itself here,
+    # and one bias or mask may serve many windows: then copy it, once per window.
     if (apart is None and offsets is None) or len(scores) < len(q):
         scores = scores.repeat(len(q) // len(scores), 1, 1)
     scores.baddbmm_(q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
