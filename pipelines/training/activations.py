@@ -1,4 +1,4 @@
-"""The activations of one training step of a recipe, predicted and, where it is cheap, measured."""
+"""Activations of one training step of a recipe: predicted and, if that is cheap, also measured."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
-"""A recipe for a data set of one's own: looks at the data and the machine, and says why.
+"""Advice for a new data set: choose a recipe from the data and the machine, and give the reasons.
 
 Every choice follows from facts that any data set has (lengths of segments and gaps, their number,
-frame rates) and from the machine's memory; nothing is known about the classes but their names.
+frame rates) and from the machine's memory. Of the classes only the names are used.
 """
 
 import math
@@ -42,13 +42,13 @@ from re2tal.videos.augmentation import AugmentationConfig
 from re2tal.videos.windows import WindowConfig
 
 FEW = 10
-"""Instances of a class below which it can hardly be learnt."""
+"""Number of training instances below which a class can hardly be learnt."""
 
-# Steps of the detector, and of the finetuning before it. In a thousand steps a few hundred segments
-# are learnt by heart whatever the settings are; processor cores take ten minutes for these.
+# Steps of the detector, and of the finetuning before it. With any settings, a few hundred segments
+# are memorised within a thousand steps; processor cores need ten minutes for their pair of numbers.
 _STEPS_ON_GPU, _STEPS_ON_CORES = (2000, 600), (600, 200)
-_LOOKED_AT = 40  # videos that are opened: they tell the frame rate, and which files are unreadable
-_SIDES = ("left", "right", "clockwise")  # words in names of classes that a mirror image belies
+_LOOKED_AT = 40  # videos that are opened, for the frame rate and to find unreadable files
+_SIDES = ("left", "right", "clockwise")  # words in class names that a horizontal flip makes wrong
 _TRAINING = ("training", "train", "trainval", "Train", "Training")
 _VALIDATION = ("validation", "val", "valid", "test", "testing", "Validation", "Val", "Test")
 
@@ -59,8 +59,8 @@ class NewRecipeConfig(AnnotationConfig):
 
     Attributes:
         videos: folder of the video files, named by id; a path or a URI.
-        memory: memory of the GPU that will train, such as 24GiB; by default this machine's, or
-            without a GPU that of a small model on the processor.
+        memory: memory of the GPU that will train, such as 24GiB; by default that of this machine's
+            GPU, and without one a small model for the processor is chosen.
     """
 
     videos: str | None = None
@@ -74,12 +74,12 @@ class Facts:
     Attributes:
         data: place of the data set, with absolute paths.
         classes: names of the classes.
-        training: videos that are trained on; the first of a pair of subsets.
-        validation: videos that are evaluated.
-        subsets: names of the two.
+        training: usable videos of the training subset.
+        validation: usable videos of the validation subset.
+        subsets: names of the training and the validation subset.
         rate: median frames per second of the files, None if no file could be opened.
         missing: video id to the reason why it cannot be used.
-        opened: number of videos that were looked for or opened.
+        opened: number of annotated videos of both subsets, which were looked for.
     """
 
     data: NewRecipeConfig
@@ -98,7 +98,7 @@ class Facts:
 
     @property
     def lengths(self) -> NDArray[np.float64]:
-        """Lengths in seconds of the training segments; of all if there are none."""
+        """Lengths in seconds of the training segments; of the validation's if there are none."""
         every = self.instances or [i for video in self.validation for i in video.instances]
         return np.array([i.end - i.start for i in every], np.float64)
 
@@ -108,7 +108,7 @@ class Facts:
         return sum(video.duration for video in self.training)
 
     def quantile(self, share: float) -> float:
-        """Length in seconds that a share of the segments does not exceed; 5 without segments."""
+        """Return a quantile of the segments' lengths, in seconds; 5 if there is no segment."""
         return (
             float(np.quantile(self.lengths, share, method="inverted_cdf"))
             if len(self.lengths)
@@ -229,15 +229,15 @@ def advise(facts: Facts, machine: Machine) -> Advice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Size:
-    """One size of model and window that may be tried."""
+    """Size of model and window that may be tried."""
 
     backbone: str
     size: int
-    frames: int  # the most of a window
+    frames: int  # upper limit of a window's frames
     batch: int
 
 
-# From the best to the least that a GPU may hold; then what a machine without one trains in minutes.
+# Sizes for a GPU, from the largest to the smallest; then one that processor cores train in minutes.
 _ON_GPU = tuple(
     _Size(backbone="swin_t", size=size, frames=frames, batch=batch)
     for size, frames, batch in (
@@ -253,7 +253,7 @@ _SMALL = _Size(backbone="swin_toy", size=64, frames=512, batch=2)
 
 
 def _fitting(facts: Facts, machine: Machine) -> Advice:
-    """Return the first size whose predicted memory fits."""
+    """Advise the first size whose predicted memory fits; if none does, the smallest, and warn."""
     best: Advice | None = None
     for choice in (*_ON_GPU, _SMALL) if machine.gpus else (_SMALL, replace(_SMALL, batch=1)):
         advice = _sized(facts, machine, choice)
@@ -263,7 +263,7 @@ def _fitting(facts: Facts, machine: Machine) -> Advice:
             f"and may take {0.85 * machine.memory / GIBIBYTE:.1f} GiB"
         )
         best = advice
-        if needed <= 0.85 * machine.memory:  # the rest is the allocator's, and what others hold
+        if needed <= 0.85 * machine.memory:  # the rest: the allocator's reserve, other processes
             break
     else:
         if best is not None:
@@ -282,28 +282,30 @@ def _memory(recipe: Recipe, classes: Sequence[str]) -> int:
         re2tal.rewire(detector.backbone, slice_bytes=SMALLEST_PIECE["cuda"])  # as it will run there
     work = workload_of(recipe)
     found = predict_peak(detector, *work.inputs(), step=work.forward)
-    return found.peak + 3 * found.parameters
+    return found.peak + 3 * found.parameters  # AdamW's two moments, and the moving average
 
 
 def _sized(facts: Facts, machine: Machine, choice: _Size) -> Advice:
     """Fit windows and pyramid to the data, for one size of the model."""
     entry = entry_of(choice.backbone)
     backbone = entry.make()
-    with torch.device("meta"):  # only its numbers are read, so no memory is needed
+    with torch.device("meta"):  # only stride and multiple are read, so no memory is needed
         built = backbone.build()
     stride, multiple = built.temporal_stride, built.multiple
     small = choice.backbone == _SMALL.backbone
     longest = facts.quantile(0.95)
     native = facts.rate or 30.0
-    # as fast as backbones are pretrained, unless a window must hold longer actions
+    # 15, the rate of pretraining, at most; less if the largest window must hold long actions
     fps = min(native, 15.0, choice.frames / max(1.5 * longest, 1e-3))
     fps = max(fps, min(native, 1.0))
     fps = float(f"{fps:.3g}")
-    features = fps / stride  # a second
+    features = fps / stride  # features per second
+    # a regression range is a distance to an end of the segment: half of its length at its middle
     first = min(max(facts.quantile(0.2) * features / 2, 3.0), 32.0)
     first = float(f"{first:.2g}")
     levels = 2 + math.ceil(math.log2(max(facts.quantile(0.99) * features / 2 / first, 1.0)))
     levels = min(max(levels, 3), 7)
+    # frames must fill whole features of the coarsest level, and suit the backbone
     unit = math.lcm(multiple, stride * 2 ** (levels - 1))
     frames = max(1.5 * longest * fps, 2 * unit, 64 if small else 256)
     frames = min(math.ceil(frames / unit) * unit, max(choice.frames // unit, 1) * unit)
@@ -360,7 +362,7 @@ def _sized(facts: Facts, machine: Machine, choice: _Size) -> Advice:
         "data.window.overlap": "so that each segment is seen whole, at a random place",
         "data.window.sliding_overlap": "each segment of up to half a window lies whole in one",
         "model.localizer.levels": _shares(facts, localizer, features),
-        "model.localizer.first_range": f"a fifth of them lasts up to {facts.quantile(0.2):.3g} s",
+        "model.localizer.first_range": f"20% of segments last up to {facts.quantile(0.2):.3g} s",
         "model.localizer.initial_normalizer": f"{windows} x {per_window:.2g} segments a step",
         "model.localizer.width": f"narrow: there are {len(facts.instances)} segments to learn from",
         "model.localizer.window": "features that a feature attends to, on each level",
@@ -384,7 +386,7 @@ def _unusual(name: str, usual: str) -> str | None:
 def _shares(facts: Facts, localizer: ActionFormerConfig, features: float) -> str:
     """Say which share of the segments each level of the pyramid holds."""
     if not len(facts.lengths):
-        return "no segment to fit them to"
+        return "no segment to fit the levels to"
     bounds = [localizer.first_range * 2**level for level in range(localizer.levels - 1)]
     # a point in the middle of a segment has half of its length on either side
     level = np.searchsorted(bounds, facts.lengths * features / 2)
@@ -394,7 +396,7 @@ def _shares(facts: Facts, localizer: ActionFormerConfig, features: float) -> str
 
 
 def _schedule(advice: Advice, facts: Facts) -> None:
-    """Choose epochs, learning rates and the average for the number of windows there are."""
+    """Choose epochs, learning rates and the decay of the EMA from the number of windows."""
     recipe = advice.recipe
     window, small = recipe.data.window, advice.backbone == _SMALL.backbone
     seconds = window.frames / float(window.fps or 1)
@@ -415,6 +417,7 @@ def _schedule(advice: Advice, facts: Facts) -> None:
             "left out: there are too few segments to tell classes apart"
         )
     rates = (3e-4, 1e-3, 3e-4) if small else (1e-5, 1e-4, 1e-4)
+    # 1 / (1 - decay), over about as many steps of which an EMA averages, is a tenth of all steps
     average = min(max(1 - 10 / (steps * epochs), 0.9), 0.999)
     advice.recipe = replace(
         recipe,
@@ -436,10 +439,10 @@ def _schedule(advice: Advice, facts: Facts) -> None:
         "optim.warmup_epochs": "a twentieth of the epochs",
         "optim.precision": "half the memory and more speed"
         if recipe.scale.gpu
-        else "processor cores gain nothing by less",
+        else "lower precision gains nothing on processor cores",
         "finetune.frames": f"{clip / float(window.fps or 1):.2g} s, as a typical segment",
-        "finetune.lr": "of the backbone; the classifier learns ten times as fast",
-        "optim.localizer_lr": "it begins at random",
+        "finetune.lr": "rate of the backbone; that of the classifier is ten times as high",
+        "optim.localizer_lr": "the localizer begins with random weights",
         "optim.ema": f"an average over about a tenth of the {steps * epochs} steps",
     }
     advice.reasons.setdefault(
@@ -455,7 +458,7 @@ def _clip_frames(facts: Facts, recipe: Recipe) -> int:
 
 
 def _augmentation(advice: Advice, facts: Facts) -> None:
-    """Choose random changes; the fewer videos there are, the more of them are needed."""
+    """Choose the augmentation; if the name of a class names a side, frames are not flipped."""
     recipe = advice.recipe
     size = recipe.data.size
     sided = [name for name in facts.classes if any(w in name.casefold() for w in _SIDES)]
@@ -477,7 +480,7 @@ def _augmentation(advice: Advice, facts: Facts) -> None:
 
 
 def _warnings(facts: Facts, recipe: Recipe, machine: Machine) -> Iterator[str]:
-    """Yield sentences on what will hardly work."""
+    """Yield warnings about the data, the model and the machine."""
     if facts.missing:
         listed = shortened([f"{v}: {why}" for v, why in sorted(facts.missing.items())], 3)
         share = len(facts.missing) / facts.opened
@@ -495,8 +498,8 @@ def _warnings(facts: Facts, recipe: Recipe, machine: Machine) -> Iterator[str]:
         )
     if facts.subsets[0] == facts.subsets[1]:
         yield (
-            f"all videos are in the subset {facts.subsets[0]!r}: trained on and evaluated are the "
-            "same, and the mAP says nothing; put some videos into a subset 'validation'"
+            f"all videos are in the subset {facts.subsets[0]!r}: training and evaluation use the "
+            "same ones, so the mAP says nothing; put some videos into a subset 'validation'"
         )
     for name, videos in zip(facts.subsets, (facts.training, facts.validation), strict=True):
         labels = {i.label for video in videos for i in video.instances}
@@ -525,7 +528,7 @@ def _warnings(facts: Facts, recipe: Recipe, machine: Machine) -> Iterator[str]:
     if long:
         yield (
             f"{count_of(long, 'segment is', 'segments are')} longer than a window of "
-            f"{seconds:.3g} s, to be found in part"
+            f"{seconds:.3g} s, and can be found only in part"
         )
     if recipe.scale.gpu and not torch.cuda.is_available():
         yield f"planned for {machine.described}: this machine has none"

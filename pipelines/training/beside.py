@@ -1,6 +1,6 @@
-"""Evaluation of a run's checkpoints beside its training, in tasks with resources of their own.
+"""Evaluation of a run's checkpoints beside its training, in Ray tasks with their own resources.
 
-Ray Train's `ValidationConfig` would not do: it evaluates one checkpoint at a time, only logs
+Ray Train's `ValidationConfig` is not used: it evaluates one checkpoint at a time, only logs
 failures, and its metrics reach neither callbacks nor Ray Tune.
 """
 
@@ -47,7 +47,7 @@ _LOOK_SECONDS = 2.0  # between two looks at the run's folder
 
 @dataclass(kw_only=True, slots=True)
 class _State:
-    """Detector of a checkpoint, a `pipelines.training.trainer.Evaluated`."""
+    """Detector of a checkpoint, as the `pipelines.training.trainer.Evaluated` of a task."""
 
     detector: Detector[Any, Any]
     epoch: int
@@ -79,7 +79,7 @@ def evaluate(
     Raises:
         UserError: see `Task.evaluate`.
     """
-    torch.set_num_threads(waiting.threads)
+    torch.set_num_threads(waiting.threads)  # the number of threads decides the order of sums
     torch.manual_seed(task.recipe.seed)
     detector = task.build(None)
     detector.load_state_dict(load_file(checkpoint / DETECTOR_FOLDER / WEIGHTS_FILE))
@@ -115,23 +115,23 @@ def _runtime(job: Job) -> Iterator[_BesideRuntime]:
 
 
 def evaluate_waiting(job: Job, uri: str) -> TrainingProblem | str:
-    """Evaluate a checkpoint of a run, in a Ray task, and put the result beside it.
+    """Evaluate a checkpoint of a run, in a Ray task, and write the result into its folder.
 
-    `complete.json` is replaced last, so that a task that is killed is started again.
+    `complete.json` is replaced last, so that the evaluation of a killed task is started again.
 
     Args:
         job: work that the checkpoint belongs to.
         uri: path or URI of the checkpoint.
 
     Returns:
-        The problem that ends the run, or the reason why this checkpoint was not evaluated, which is
-        empty if it was.
+        A problem that ends the run, or the reason why this checkpoint was not evaluated; the reason
+        is empty if it was.
     """
     quiet_data()
     task = _without_weights(job.task)
     try:
         listing = read_listing(uri)
-        if listing.waiting is None:  # an attempt was lost after its end
+        if listing.waiting is None:  # an attempt was lost after it had written the result
             return ""
         with fetched(uri) as local, _runtime(job) as runtime:
             read_listing(local, digests=True)
@@ -151,7 +151,7 @@ def evaluate_waiting(job: Job, uri: str) -> TrainingProblem | str:
 
 
 def _without_weights(task: Task) -> Task:
-    """Return the task without the weights that a localizer begins with, which are not here."""
+    """Return the task without the localizer's initial weights, whose file is not on this node."""
     recipe = task.recipe
     if isinstance(recipe, Recipe):
         recipe = replace(recipe, model=replace(recipe.model, localizer_weights=None))
@@ -159,10 +159,10 @@ def _without_weights(task: Task) -> Task:
 
 
 def _keep(job: Job, uri: str, listing: Listing, evaluation: Evaluation) -> str:
-    """Put the files of an evaluation into its checkpoint, and its metrics there and into MLflow.
+    """Write an evaluation's files and metrics into its checkpoint, and log the metrics in MLflow.
 
     Returns:
-        The reason why it is not kept, if it is not.
+        The reason why the evaluation is not kept; empty if it is.
     """
     if read_listing(uri) != listing:
         return f"{uri} was replaced while it was evaluated."
@@ -189,7 +189,7 @@ def _not_logged(job: Job, metrics: Mapping[str, float], *, step: int) -> dict[st
         return any(point.step == step for point in history)
 
     try:
-        if not logged(next(iter(metrics))):  # the first arrives first
+        if not logged(next(iter(metrics))):  # metrics arrive in order: without the first, none did
             return dict(metrics)
         return {name: value for name, value in metrics.items() if not logged(name)}
     except (MlflowException, OSError) as error:
@@ -202,14 +202,14 @@ def _not_logged(job: Job, metrics: Mapping[str, float], *, step: int) -> dict[st
 class Evaluations:
     """Evaluations of a run's waiting checkpoints, beside the training while the `with` block runs.
 
-    A thread starts one as soon as a checkpoint waits and the cluster can hold it.
+    A thread starts an evaluation as soon as a checkpoint waits for it and the cluster has room.
 
     Args:
         job: work of the run.
         stop: function that ends the training, called if an evaluation fails.
 
     Raises:
-        UserError: an evaluation failed, at the block's end.
+        UserError: if an evaluation failed; raised at the end of the block.
     """
 
     def __init__(self, job: Job, *, stop: Callable[[], None]) -> None:
@@ -221,7 +221,7 @@ class Evaluations:
                 f"{self._room()} of {self._wanted} evaluations at a time fit beside the training"
             )
         self._given = ray.put(job)
-        # a new attempt for a lost process or node, and for any exception, as for a worker
+        # tried again after a lost process or node, and after any exception, as a worker is
         self._task = ray.remote(evaluate_waiting).options(
             num_cpus=scale.cpus_per_worker,
             num_gpus=1 if scale.gpu else 0,
@@ -229,7 +229,7 @@ class Evaluations:
             retry_exceptions=True,
         )
         self._running: dict[Any, str] = {}  # URIs by Ray's references
-        self._left_out: set[str] = set()  # damaged ones, which the training may write again
+        self._left_out: set[str] = set()  # damaged checkpoints, which the training may write again
         self._problem: Exception | None = None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beside, daemon=True)
@@ -241,7 +241,7 @@ class Evaluations:
 
     def _room(self) -> int:
         """Return the number of evaluations that may run at a time just now."""
-        if self._trained:
+        if self._trained:  # with 0 too, since an earlier command may have left waiting checkpoints
             return max(1, self._wanted)
         return evaluations_at_a_time(self._job.task.recipe.scale) if self._wanted else 0
 
@@ -257,7 +257,7 @@ class Evaluations:
             self._stop_training()
 
     def _advance(self) -> int:
-        """Take what has ended, and start what can be.
+        """Take the results of evaluations that have ended, and start those that have room.
 
         Returns:
             Number of evaluations that are left.
@@ -266,7 +266,7 @@ class Evaluations:
             if ray.wait([one], timeout=0)[0]:
                 self._take(one, self._running.pop(one))
         room = self._room()
-        for one in [*self._running][room:]:  # a node was lost: its workers come first
+        for one in [*self._running][room:]:  # a node was lost: training workers come first
             ray.cancel(one, force=True)
             del self._running[one]
         known = self._left_out.union(self._running.values())
@@ -274,7 +274,7 @@ class Evaluations:
         waiting = [one.uri for one in kept if one.waits and one.uri not in known]
         for uri in waiting[: room - len(self._running)]:
             self._running[self._task.remote(self._given, uri)] = uri
-        return len(waiting) + len(known) - len(self._left_out)
+        return len(waiting) + len(known) - len(self._left_out)  # damaged ones do not count as left
 
     def _take(self, ended: Any, uri: str) -> None:
         try:
@@ -294,7 +294,7 @@ class Evaluations:
             self._job.board.post.remote(f"warning: a checkpoint is not evaluated: {outcome}")
 
     def finish(self) -> None:
-        """Wait, once the training has ended, until no checkpoint waits."""
+        """Wait after the training until no checkpoint waits for its evaluation."""
         self._halt()
         if self._problem is not None:
             return

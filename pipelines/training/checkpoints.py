@@ -2,11 +2,11 @@
 
 `detector/` is the averaged model, usable by itself; `training.pt` holds the rest. Everything loads
 with `weights_only=True` or is safetensors. `complete.json` is written last, with the size and the
-CRC-32 of each file and the metrics of the checkpoint: a folder without it, or with other files, was
-left behind by an interrupted copy, or is damaged.
+CRC-32 of each file and the metrics of the checkpoint: a folder without it, or with files that
+differ from it, was left by an interrupted copy or is damaged.
 
-No generator's state is kept: windows, augmentation and dropout are functions of the seed and of the
-position in the run.
+No state of a random generator is kept: windows, augmentation and dropout are functions of the seed
+and of the position in the run.
 """
 
 import json
@@ -44,15 +44,16 @@ _WHOLE = StateDictOptions(full_state_dict=True)
 
 
 def shard(detector: Detector[Any, Any], *, device: torch.device, workers: int) -> None:
-    """Split a detector in place over all workers: one unit per reversible stage, one for the rest.
+    """Shard a detector over all workers, in place (FSDP2).
 
-    A stage in a list of blocks, which has no forward of its own, is a unit with its backbone.
+    Each reversible stage is a unit, the rest is another. A stage that is a list of blocks has no
+    forward of its own, so the backbone as a whole is its unit.
 
     Every worker calls this, with the same weights.
     """
     mesh = init_device_mesh(device.type, (workers,))
     stages = [stage for _, stage in reversible_stages(detector)]
-    for stage in stages:
+    for stage in stages:  # inner units first: an outer one takes the parameters that are left
         if not isinstance(stage, nn.ModuleList):
             fully_shard(stage, mesh=mesh)
     if any(isinstance(stage, nn.ModuleList) for stage in stages):
@@ -61,24 +62,24 @@ def shard(detector: Detector[Any, Any], *, device: torch.device, workers: int) -
 
 
 def whole_state(module: nn.Module) -> dict[str, Any]:
-    """Gather the state of a split module on every worker; all of them call this."""
+    """Gather the state of a sharded module on every worker; every worker calls this."""
     return get_model_state_dict(module, options=_WHOLE)
 
 
 def load_whole_state(module: nn.Module, state: dict[str, Any]) -> None:
-    """Split a state over the workers, each of which has all of it."""
+    """Load a whole state, which every worker has, into a sharded module."""
     set_model_state_dict(module, state, options=_WHOLE)
 
 
 def whole_optimizer_state(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Gather the state of a split module's optimizer on every worker; all of them call this."""
+    """Gather the state of a sharded module's optimizer; every worker calls this and receives it."""
     return get_optimizer_state_dict(module, optimizer, options=_WHOLE)
 
 
 def load_whole_optimizer_state(
     module: nn.Module, optimizer: Optimizer, state: dict[str, Any]
 ) -> None:
-    """Split an optimizer's state over the workers, each of which has all of it."""
+    """Load a whole state, which every worker has, into the optimizer of a sharded module."""
     set_optimizer_state_dict(module, optimizer, state, options=_WHOLE)
 
 
@@ -90,13 +91,13 @@ _POSITION = ("epoch", "windows", "step", "world_size", "failures")
 
 @dataclass(kw_only=True, slots=True)
 class TrainingState:
-    """Everything that changes while a run goes on.
+    """State of a run: everything that training changes.
 
     Attributes:
         detector: trained model, not its DDP wrapper.
         average: moving average of the detector's weights.
-        whole: unsplit detector that receives the values of the average, where detector and average
-            are split over workers; else None.
+        whole: unsharded detector that receives the values of the average if detector and average
+            are sharded; else None.
         optimizer: optimizer with its moments.
         schedule: schedule of the learning rates.
         scaler: scaler of the loss, for float16.
@@ -104,7 +105,7 @@ class TrainingState:
         windows: number of windows of the current epoch that all workers together have finished.
         step: number of finished steps.
         world_size: number of workers that took the steps.
-        failures: reasons by video id, of windows that could not be decoded.
+        failures: reason by video id, where windows could not be decoded.
     """
 
     detector: Detector[Any, Any]
@@ -126,6 +127,7 @@ class TrainingState:
         else:
             found = self.whole
             found.load_state_dict(whole_state(self.average.module))
+        # the average has counted no step, so its losses would be divided otherwise
         divide_alike(found, loss_parts(self.detector))
         return found
 
@@ -148,9 +150,9 @@ class TrainingState:
         return {**position, "sharded": self.whole is not None}
 
     def save(self, folder: Path, spec: DetectorSpec, *, write: bool = True) -> None:
-        """Write a checkpoint; every worker calls this, and one writes.
+        """Write a checkpoint; every worker calls this, but only one writes.
 
-        Other files that are put into the folder before `complete` belong to the checkpoint too.
+        Further files that are in the folder when `complete` is called belong to the checkpoint too.
 
         Args:
             folder: folder of the checkpoint.
@@ -158,7 +160,7 @@ class TrainingState:
             write: true on the one worker that writes.
 
         Raises:
-            UserError: there is no room for it.
+            UserError: if there is no room for it.
         """
         averaged, parts = self.averaged(), self._parts()
         if not write:
@@ -168,7 +170,7 @@ class TrainingState:
         try:
             save_detector(folder / DETECTOR_FOLDER, spec, averaged)
             torch.save({**parts, **self._position()}, folder / _STATE_FILE)
-        except (RuntimeError, SafetensorError):  # errors of a full disk bear no number here
+        except (RuntimeError, SafetensorError):  # both libraries report a full disk without errno
             require_room(around, wanted, what="a checkpoint")
             raise
 
@@ -180,7 +182,7 @@ class TrainingState:
 
         Raises:
             DamagedCheckpointError: if files are missing or cut short.
-            UserError: if only one of it and this run is sharded.
+            UserError: if the checkpoint is sharded and this run is not, or the other way round.
         """
         read_listing(folder)
         state = torch.load(folder / _STATE_FILE, map_location="cpu", weights_only=True)
@@ -205,7 +207,7 @@ class TrainingState:
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint is not what was written; the message names it and what is wrong with it."""
+    """Checkpoint that differs from what was written; the message names it and the difference."""
 
     def __init__(self, folder: str | Path, reason: str) -> None:
         super().__init__(f"The checkpoint in {folder} is not whole: {reason}.")
@@ -226,13 +228,13 @@ class FileFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Waiting:
-    """Facts of the training that the evaluation of a checkpoint needs, where it is still to come.
+    """Facts of the training that the evaluation of a waiting checkpoint needs.
 
     Attributes:
         steps: number of steps of an epoch.
         parts: `loss_parts` of the trained detector.
         threads: number of PyTorch's threads in a worker.
-        failures: reasons by video id, of all workers' windows that could not be decoded.
+        failures: reason by video id, where windows of any worker could not be decoded.
     """
 
     steps: int
@@ -247,8 +249,8 @@ class Listing:
 
     Attributes:
         files: size and digest by path in the checkpoint.
-        metrics: metrics of the run where the checkpoint was written.
-        waiting: what its evaluation needs, while that is still to come.
+        metrics: metrics of the run at the checkpoint's step.
+        waiting: facts for its evaluation, as long as it waits for one.
     """
 
     files: dict[str, FileFacts]
@@ -261,13 +263,13 @@ _LISTING: TypeAdapter[Listing | dict[str, int]] = TypeAdapter(Listing | dict[str
 
 
 def complete(folder: Path, metrics: Mapping[str, float], *, waiting: Waiting | None = None) -> None:
-    """Mark a checkpoint as whole, once all of its files are in the folder."""
+    """Mark a checkpoint as complete, once all of its files are in the folder."""
     listing = Listing(files=facts_below(folder), metrics=dict(metrics), waiting=waiting)
     (folder / COMPLETE_FILE).write_bytes(listing_bytes(listing))
 
 
 def facts_below(folder: Path) -> dict[str, FileFacts]:
-    """Return size and digest of the files in a folder and all folders in it, by path in it."""
+    """Return size and digest of all files below a folder, by relative path."""
     return {
         name: FileFacts(bytes=size, crc32=crc32(str(folder / name)))
         for name, size in sizes_below(str(folder)).items()
@@ -285,10 +287,10 @@ def read_listing(folder: str | Path, *, digests: bool = False) -> Listing:
 
     Args:
         folder: path or URI of a checkpoint.
-        digests: compare the contents too, which reads all of them.
+        digests: compare the CRC-32 too, which reads every file.
 
     Raises:
-        DamagedCheckpointError: if the checkpoint is not what was written.
+        DamagedCheckpointError: if the checkpoint differs from what was written.
     """
     place = str(folder)
     try:
@@ -311,7 +313,7 @@ def read_listing(folder: str | Path, *, digests: bool = False) -> Listing:
 
 
 def _difference(folder: str, name: str, facts: FileFacts, size: int | None, *, digest: bool) -> str:
-    """Say in which way a file is not the one that was written; empty if it is."""
+    """Describe how a file differs from the one that was written; empty if it does not."""
     if size is None:
         return f"{name} is missing"
     if size != facts.bytes:
@@ -322,7 +324,7 @@ def _difference(folder: str, name: str, facts: FileFacts, size: int | None, *, d
         same = crc32(join(folder, name)) == facts.crc32
     except OSError as error:
         return f"{name} cannot be read ({error})"
-    return "" if same else f"the content of {name} does not have the CRC-32 that was noted"
+    return "" if same else f"{name} does not have the CRC-32 that was recorded"
 
 
 def _bytes(value: Any) -> int:

@@ -1,4 +1,4 @@
-"""Task of the training loop for trimmed videos: clips, top-1, moving connections."""
+"""Classification task of the training loop: clips of trimmed videos, top-1, coupling schedule."""
 
 import time
 from collections import defaultdict
@@ -38,7 +38,7 @@ def score_videos(
 
     Returns:
         Mean probabilities `(K,)`, float64, by video id, over the views that could be decoded;
-        reasons by video id where one could not.
+        reason by video id, where a view could not be decoded.
     """
     device = next(classifier.parameters()).device
     views: dict[str, list[Tensor]] = defaultdict(list)
@@ -46,7 +46,7 @@ def score_videos(
     for batch in batches:
         failures |= batch.failures
         scores = class_scores(classifier, batch.frames.to(device), batch.mask.to(device))
-        shown = batch.mask.any(dim=1).tolist()
+        shown = batch.mask.any(dim=1).tolist()  # a view that cannot be decoded is masked whole
         for window, of_view, there in zip(batch.windows, scores.cpu(), shown, strict=True):
             if there:
                 views[window.video_id].append(of_view.double())
@@ -56,7 +56,7 @@ def score_videos(
 def accuracy_metrics(
     scores: Mapping[str, Tensor], videos: Sequence[TrimmedVideo], *, prefix: str
 ) -> dict[str, float]:
-    """Measure how often the classes of videos are recognised.
+    """Compute top-1, top-5 and mean class accuracy.
 
     Args:
         scores: scores `(K,)` by video id; videos without scores are not counted.
@@ -137,13 +137,14 @@ class ClassificationTask:
         windows = []
         for video in self.plan.training:
             tempo = data.augmentation.tempo(changes)
+            # at speed s, frames lie s times as far apart
             clip = replace(data.clip, fps=data.clip.fps / tempo.speed)
             window = random_clip(video, clip, stride=stride, random=random)
             windows.append(reversed_window(window) if tempo.backwards else window)
         return [windows[i] for i in random.permutation(len(windows))]
 
     def before_step(self, state: TrainingState, *, done: int, steps: int) -> dict[str, float]:
-        """Move the connections as far as the steps taken so far ask for (Dr2Net); see `connect`."""
+        """Set the coupling (Dr2Net's alpha and beta) of this step; see `connect`."""
         return connect(state.detector, self.recipe.model, done=done, steps=steps)
 
     def evaluate(self, state: Evaluated, runtime: EvaluationRuntime, *, steps: int) -> Evaluation:
@@ -184,7 +185,7 @@ class ClassificationTask:
         metrics = accuracy_metrics(everyone, plan.validation, prefix=prefix)
         metrics["videos/failed"] = float(len(failed))
         of = f"{view.clips} x {view.crops} views, " if prefix == "test" else ""
-        # one of five classes at most is always among the first five
+        # with up to five classes, top-5 is always 1
         top5 = f"top-5 {metrics[f'{prefix}/top5']:.3f}  " if len(plan.classes) > 5 else ""
         runtime.say(
             f"epoch {state.epoch}/{self.recipe.epochs}  {prefix}  "
@@ -195,4 +196,4 @@ class ClassificationTask:
 
 
 def _nothing(folder: Path) -> None:
-    """Keep nothing but the classifier itself with its checkpoint."""
+    """Write no further files: the checkpoint holds the classifier."""

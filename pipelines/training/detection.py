@@ -1,4 +1,4 @@
-"""Task of the training loop for detection: windows of untrimmed videos, mAP."""
+"""Detection task of the training loop: windows of untrimmed videos, mAP."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -74,7 +74,7 @@ class DetectionTask:
         return spec_of(self.recipe, self.plan.classes)
 
     def build(self, weights: str | Path | None) -> Detector[Any, Any]:
-        """Build the detector, with the weights that its backbone and its localizer begin with.
+        """Build the detector, with the initial weights of its backbone and its localizer.
 
         Args:
             weights: file or name of backbone weights, or None.
@@ -106,7 +106,7 @@ class DetectionTask:
         done: int,
         steps: int,
     ) -> dict[str, float]:
-        """Move the connections as far as the steps taken so far ask for (Dr2Net); see `connect`."""
+        """Set the coupling (Dr2Net's alpha and beta) of this step; see `connect`."""
         return connect(state.detector, self.recipe.model, done=done, steps=steps)
 
     def evaluate(
@@ -114,9 +114,9 @@ class DetectionTask:
         state: Evaluated,
         runtime: EvaluationRuntime,
         *,
-        steps: int,  # noqa: ARG002 - evaluated with the connections of the end, as it is saved
+        steps: int,  # noqa: ARG002 - evaluated with the final coupling, with which it is saved
     ) -> Evaluation:
-        """Find the actions of all validation videos and compare them with the annotations.
+        """Detect the actions of all validation videos and compare them with the annotations.
 
         Raises:
             UserError: if too many videos could not be decoded.
@@ -140,7 +140,7 @@ class DetectionTask:
     def judged(
         self, detections: Mapping[str, Detections]
     ) -> tuple[dict[str, Detections], dict[str, float]]:
-        """Evaluate detections, after an external classifier, if any, has named their classes.
+        """Evaluate detections, with the classes of an external classifier if there is one.
 
         Args:
             detections: detections in seconds by video id, after non-maximum suppression.
@@ -166,9 +166,11 @@ class DetectionTask:
     def _detect(
         self, state: Evaluated, runtime: EvaluationRuntime
     ) -> tuple[dict[str, Detections], dict[str, Detections], dict[str, str], dict[str, float]]:
-        """Return detections of all videos, the same before suppression, and reasons of failures.
+        """Detect the actions of all validation videos.
 
-        The last are metrics that show whether the detector overfits.
+        Returns:
+            Detections by video id after and before non-maximum suppression; reason by video id,
+            where decoding failed; metrics that show whether the detector overfits.
         """
         recipe, plan = self.recipe, self.trained
         detector: Any = state.averaged().eval()
@@ -193,7 +195,7 @@ class DetectionTask:
         *,
         name: str,
     ) -> tuple[dict[str, Detections], dict[str, str]]:
-        """Return detections of this worker's share of videos, and reasons of failures."""
+        """Return detections of this worker's share of videos, and reasons where decoding failed."""
         windows = validation_share(
             videos,
             self.trained.classes,
@@ -219,7 +221,7 @@ class DetectionTask:
         metrics = {} if mean is None else {VALIDATION_LOSS: mean}
         plan = self.trained
         videos = watched_videos(plan.training, plan.validation, self.recipe.watched_videos)
-        # an external classifier has scores of the validation videos alone
+        # an external classifier has scores for validation videos only
         if not videos or plan.video_scores is not None:
             return metrics
         raw, _ = self._raw(detector, runtime, videos, name=f"{name} on training videos")

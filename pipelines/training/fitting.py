@@ -1,4 +1,4 @@
-"""Fit of a recipe's step to a GPU: predictions of all that it holds there, and the reasons told."""
+"""Fit of a recipe's step to a GPU: its predicted memory there, the choice, and the reasons."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from re2tal.detector import Detector
 
 AUTO = "auto"
-"""Size that stands for the memory that is free on the GPU."""
+"""Value of `--fit` that stands for the free memory of the GPU."""
 
 CONTEXT = GIBIBYTE
 """Bytes of a process on a GPU that PyTorch's allocator does not hand out: the context of CUDA, and
@@ -38,9 +38,9 @@ buffers of its libraries and of NCCL. A round number above the half GiB of the c
 
 OF_ACTIVATIONS, OF_PIECE = 0.08, 0.3
 """Shares of the activations and of a piece that are added to a prediction, for scratch space of the
-GPU's own operators and for fragmentation. On an H200 Swin-T's step on 768 frames took 59.6 GiB
-where 56.2 were predicted for stored activations, 4.60 of 3.73 in pieces of 2 GiB, and 3.85 of 3.73
-in smaller ones; SlowFast-101's 1 to 8 % more than predicted."""
+GPU's own operators and for fragmentation. Measured and predicted GiB of Swin-T's step on 768 frames
+on an H200: 59.6 and 56.2 with stored activations, 4.60 and 3.73 in pieces of 2 GiB, 3.85 and 3.73
+in smaller pieces. Steps of SlowFast-101 took 1 to 8 % more than predicted."""
 _PIXELS = 32  # unit of the frames' size that is suggested where nothing fits
 
 
@@ -48,12 +48,13 @@ class Predictor:
     """Predictor of a recipe's steps in all layouts, with a cache.
 
     Attributes:
-        most: number of layouts that may have to be predicted, 0 once one is looked for no more.
+        most: upper limit of the number of layouts to predict, for the progress; 0 where layouts
+            are not being compared.
 
     Args:
         recipe: the recipe.
         classes: names of the action classes.
-        say: function that is told of each prediction.
+        say: function that receives a line before each prediction.
     """
 
     def __init__(
@@ -66,10 +67,10 @@ class Predictor:
         self._steps: dict[tuple[Layout, int, int], StepMemory] = {}
 
     def detector(self, *, reversible: bool) -> Detector[Any, Any]:
-        """Build the detector, rewired or not, with random weights, in the mode of its training.
+        """Build the detector, rewired or not, with random weights and in training mode.
 
         Raises:
-            ValueError: it is to be rewired, and cannot be.
+            ValueError: if it is to be rewired and cannot be.
         """
         # Imported here, because a backbone by itself is also predicted where there is no PyAV.
         from pipelines.training.model import build_detector, train_mode
@@ -89,12 +90,12 @@ class Predictor:
 
     @property
     def branches(self) -> int:
-        """Number of the backbone's branches, at least 1, as far as they can be rewired."""
+        """Number of branches (F and G) in the backbone's rewired stages, at least 1."""
         stages = reversible_stages(self.detector(reversible=True))
         return max(1, 2 * sum(len(stage.rewired) for _, stage in stages))
 
     def step(self, layout: Layout, *, frames: int | None = None, size: int | None = None) -> Any:
-        """Predict a pass, with the gradients of the passes before it if it is not the only one."""
+        """Predict the memory of a pass; if a step has several, with accumulated gradients."""
         from pipelines.training.model import run_as_on
 
         recipe = self.recipe
@@ -109,7 +110,7 @@ class Predictor:
             detector = self.detector(reversible=layout.reversible)
             run_as_on(self.device, detector, model)
             if model.coupling_epochs is not None:
-                # until the connections have reached their end, all is stored
+                # before the coupling has reached its end, stages store their activations
                 set_coupling(detector, alpha=0.5, beta=0.5)
 
             def forward(model: Any, *inputs: Any) -> Any:
@@ -122,7 +123,7 @@ class Predictor:
         return self._steps[(layout, *at)]
 
     def needs(self, layout: Layout, *, frames: int | None = None, size: int | None = None) -> Needs:
-        """Predict all that a layout needs; see `step`."""
+        """Predict all memory that a layout needs; see `step`."""
         from pipelines.training.optimizer import build_optimizer
 
         step = self.step(layout, frames=frames, size=size)
@@ -132,12 +133,12 @@ class Predictor:
         trained = [sum(p.numel() * p.element_size() for p in g["params"]) for g in groups]
         gpu = self.device == "cuda"
         weights, gradients = step.parameters + step.buffers, sum(trained)
-        # split over the workers (FSDP2), or as a whole beside the buckets of DDP
+        # AdamW's moments and the average: sharded (FSDP2), or whole, beside the buckets of DDP
         shards = scale.workers if scale.sharded else 1
         beside = weights if scale.sharded else gradients
         kept = beside + (2 * gradients + weights) // shards
         state = weights + gradients + kept
-        # the multi-tensor AdamW of GPUs makes a tensor for each parameter of a group
+        # on GPUs, the multi-tensor AdamW makes a temporary tensor for each parameter of a group
         update = state + step.inputs + (max(trained, default=0) // shards if gpu else 0)
         peak = max(step.peak + kept, update)
         piece = 0
@@ -159,9 +160,9 @@ class Fit:
     Attributes:
         asked: the recipe as it was given.
         layout: the choice.
-        budget: bytes that it fits.
+        budget: bytes of the GPU that it fits.
         considered: all layouts that were considered.
-        remarks: reasons, in sentences.
+        remarks: reasons for the choice and its limits, in sentences.
     """
 
     asked: Recipe
@@ -176,13 +177,13 @@ class Fit:
         return self.layout.applied(self.asked)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Tabulate all that was considered; sizes are GiB."""
+        """Tabulate the layouts that were considered; sizes are in GiB."""
         device = "cuda" if self.asked.scale.gpu else "cpu"
         window = f"{self.asked.data.window.frames} x {self.asked.data.size}"
         found: list[dict[str, Any]] = []
         for one in self.considered:
             layout, needs = one.layout, one.needs
-            verdict = "no, as less does not" if needs is None else "no"
+            verdict = "no, nor does less" if needs is None else "no"
             found.append(
                 {
                     "frames x size x batch": f"{window} x {layout.batch}",
@@ -213,12 +214,12 @@ def budget_of(size: str, recipe: Recipe, free: Callable[[], Sequence[int]]) -> i
     """Read the value of `--fit` as bytes.
 
     Args:
-        size: a size of memory, or `AUTO` for the smallest free memory of the GPUs that there are.
+        size: a size of memory, or `AUTO` for the smallest free memory of all GPUs.
         recipe: the recipe.
-        free: function that lists the free bytes of these.
+        free: function that lists the free bytes of each GPU.
 
     Raises:
-        UserError: it cannot be read; or there is no GPU to ask.
+        UserError: if the size cannot be read, or if there is no GPU for `AUTO`.
     """
     if size != AUTO:
         try:
@@ -233,8 +234,8 @@ def budget_of(size: str, recipe: Recipe, free: Callable[[], Sequence[int]]) -> i
     found = free()
     if not found:
         raise UserError(
-            "--fit auto asks a GPU for its free memory, but there is none: give the size of that "
-            "which will train, such as --fit 24GiB."
+            "--fit auto asks a GPU for its free memory, but there is none: give the memory of the "
+            "GPU that will train, such as --fit 24GiB."
         )
     return min(found)
 
@@ -252,16 +253,16 @@ def fit_recipe(
         recipe: the recipe, with videos.
         budget: bytes of a GPU for one worker.
         classes: names of the action classes.
-        say: function that is told of each prediction, which takes seconds.
+        say: function that receives a line before each prediction, which takes seconds.
 
     Raises:
-        UserError: no layout fits; the message says how much the smallest needs, and which shorter
-            window or smaller frames would fit.
+        UserError: if no layout fits; the message says how much the smallest needs, and which
+            shorter window or smaller frames would fit.
     """
     if recipe.data.features:
         raise UserError(
-            "--fit lays out a step on frames, but --data.features has the localizer trained on "
-            "features, in little memory: leave --fit out."
+            "--fit lays out a step on frames, but with --data.features the localizer trains on "
+            "features, which takes little memory: leave --fit out."
         )
     predictor = Predictor(recipe, classes, say)
     split = not predictor.batch_statistics
@@ -269,6 +270,7 @@ def fit_recipe(
     if not recipe.model.reversible and not _can_be_rewired(predictor):
         found = [layout for layout in found if not layout.reversible]
     predictor.most = len(found)
+    # a window's stored activations, predicted from the smallest layout that stores them
     least = min(found, key=lambda one: (one.reversible and not one.stored, one.batch))
     activations = predictor.step(least).activations
     ordered = in_order(
@@ -299,13 +301,13 @@ def _can_be_rewired(predictor: Predictor) -> bool:
 
 
 def _remarks(recipe: Recipe, chosen: Layout, budget: int, *, split: bool) -> Iterator[str]:
-    """Yield sentences: the reason of the choice, and limits of what could be chosen."""
+    """Yield the reason for the choice and the limits of what could be chosen, in sentences."""
     device = "cuda" if recipe.scale.gpu else "cpu"
     windows = recipe.batch_size * recipe.optim.accumulation
     workers = recipe.scale.workers
     yield (
         f"Chosen: batch {chosen.batch}, passes {chosen.passes}, {chosen.title(device)}: the "
-        f"fastest, by estimate, of what fits {_size(budget)}. A step has the recipe's learning "
+        f"fastest, by estimate, of what fits {_size(budget)}. A step keeps the recipe's learning "
         f"rates and its number of windows, {workers * windows} (workers {workers} x passes "
         f"{chosen.passes} x batch {chosen.batch})."
     )
@@ -318,8 +320,8 @@ def _remarks(recipe: Recipe, chosen: Layout, budget: int, *, split: bool) -> Ite
         )
     if recipe.model.coupling_epochs is not None:
         yield (
-            "Until --model.coupling-epochs are over, activations are stored whatever the layout: "
-            "the needs are those of that time."
+            "Until --model.coupling-epochs have passed, activations are stored in every layout: "
+            "the needs are predicted for that time."
         )
     if recipe.scale.sharded:
         yield (
@@ -335,9 +337,9 @@ def _remarks(recipe: Recipe, chosen: Layout, budget: int, *, split: bool) -> Ite
 
 
 _BATCH_NORMS = (
-    "BatchNorms are trained, whose statistics are those of a pass: only the recipe's batch of "
-    "{batch} is considered (--model.norms statistics keeps the backbone's as they are, and lets "
-    "passes be smaller)."
+    "BatchNorms are trained, and their statistics are those of a pass: only the recipe's batch of "
+    "{batch} is considered (--model.norms statistics keeps the backbone's statistics, which allows "
+    "smaller passes)."
 )
 
 
@@ -381,8 +383,8 @@ def _suggestion(predictor: Predictor, layout: Layout, budget: int) -> str:
     if not options:
         return "Neither shorter windows nor smaller frames would fit: take a smaller model."
     return (
-        f"Nothing of it is changed by itself; {' or '.join(options)} would fit, which is another "
-        "experiment than the recipe's."
+        f"{' or '.join(options)} would fit, but is another experiment than the recipe's, so it is "
+        "not chosen automatically."
     )
 
 

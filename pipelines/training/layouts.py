@@ -1,9 +1,9 @@
 """Layouts of a worker's step: passes, pieces, what is stored; and the choice of one that fits.
 
 A step keeps its windows (`scale.workers` x `optim.accumulation` x `batch_size`), their frames and
-pixels, and its learning rates. A rewired network stays rewired: where there is memory, its
-activations are stored, which computes the same. A network that is not rewired becomes so only if it
-does not fit otherwise, since its function is then another one.
+pixels, and its learning rates. A rewired network stays rewired: if memory allows, its activations
+are stored, which computes the same function. A network that is not rewired is rewired only if it
+fits in no other way, because rewiring changes its function.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ if TYPE_CHECKING:
     from pipelines.config.recipe import Recipe
 
 AGAIN = 1.13
-"""Time of a step that computes its branches twice, with no piece waited for, against a step that
-stores their activations: on an H200 0.34 of 0.30 s, for Swin-T on 768 frames in pieces of 4 GiB."""
+"""Ratio of the time of a step that computes its branches twice, without waiting for the launch of a
+piece, to that of a step that stores their activations: 0.34 s and 0.30 s on an H200, for Swin-T on
+768 frames in pieces of 4 GiB."""
 
 LAUNCH = {"cuda": int(0.9 * GIBIBYTE), "cpu": 2**23}
-"""Activations that a device computes in the time in which it is told of one piece, in bytes. The
-same Swin-T took 2.2, 0.59, 0.39 and 0.34 s in pieces of 0.125, 0.5, 2 and 4 GiB, of 40 GiB in all;
-as the root of the sum of squares this is estimated as 2.2, 0.64, 0.36 and 0.35."""
+"""Bytes of activations that a device computes in the time that the launch of one piece takes.
 
-_SMALLER = 4  # times that a piece is halved
+The same Swin-T took 2.2, 0.59, 0.39 and 0.34 s in pieces of 0.125, 0.5, 2 and 4 GiB, of 40 GiB in
+all. The estimate, the root of the sum of squares of computing and launching (`in_order`), gives
+2.2, 0.64, 0.36 and 0.35 s."""
+
+_SMALLER = 4  # number of times that a piece may be halved
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +44,7 @@ class Layout:
         batch: windows of a pass.
         passes: passes of a step.
         reversible: the backbone is rewired.
-        stored: its activations are stored nevertheless.
+        stored: the activations of the rewired backbone are stored, not rebuilt.
         slice_mb: see `BackboneModelConfig`.
     """
 
@@ -52,7 +55,7 @@ class Layout:
     slice_mb: int | None = None
 
     def applied(self, recipe: Recipe) -> Recipe:
-        """Lay a recipe's step out in this way."""
+        """Return a recipe with its step laid out in this way."""
         model = replace(
             recipe.model,
             reversible=self.reversible,
@@ -63,7 +66,7 @@ class Layout:
         return replace(recipe, batch_size=self.batch, optim=optim, model=model)
 
     def options(self, recipe: Recipe) -> dict[str, str]:
-        """Name the options that ask for it explicitly, and their values; flags have ""."""
+        """Return the options that request this layout, with their values; "" for flags."""
         found = {"--batch-size": f"{self.batch}", "--optim.accumulation": f"{self.passes}"}
         for name in ("reversible", "stored"):
             if (value := getattr(self, name)) != getattr(recipe.model, name):
@@ -73,7 +76,7 @@ class Layout:
         return found
 
     def title(self, device: str) -> str:
-        """Name the way in a table."""
+        """Return the name of the layout in tables."""
         if self.stored:
             return "rewired, stored"
         if not self.reversible:
@@ -81,11 +84,11 @@ class Layout:
         return f"reversible, pieces of {mebibytes(self.piece(device))}"
 
     def piece(self, device: str) -> int:
-        """Bytes of a piece, or of the smallest where a large stream makes them larger."""
+        """Return the bytes of a piece; of the smallest where large streams make pieces larger."""
         return SMALLEST_PIECE[device].bytes if self.slice_mb is None else self.slice_mb * 2**20
 
     def within(self, other: Layout, device: str) -> bool:
-        """Tell whether its passes need no more than another's: a way with less in it at a time."""
+        """Tell whether its passes need no more memory: same way, no larger batch or piece."""
         return (
             (self.reversible, self.stored) == (other.reversible, other.stored)
             and self.batch <= other.batch
@@ -98,7 +101,7 @@ def layouts(recipe: Recipe, *, split: bool) -> list[Layout]:
 
     Args:
         recipe: the recipe. Its own pieces are the largest if it names them.
-        split: let a pass have another number of windows than the recipe's.
+        split: whether a pass may have another number of windows than the recipe's batch.
     """
     windows = recipe.batch_size * recipe.optim.accumulation
     batches = [b for b in range(1, windows + 1) if windows % b == 0] if split else []
@@ -127,8 +130,8 @@ class Needs:
             AdamW and the moving average.
         activations: everything else that a step holds, frames included.
         margin: addition for what cannot be predicted.
-        earlier: part of these that only the gradients of earlier passes of the step make up; a
-            single pass has none.
+        earlier: part of these that accumulated gradients of the step's earlier passes take; 0 for a
+            single pass.
     """
 
     state: int
@@ -147,10 +150,9 @@ class Considered:
     """A layout that was considered.
 
     Attributes:
-        needs: its needs; None where a smaller one did not fit already.
-        time: estimate, where a step that stores its activations and is laid out in one pass has
-            about 1.
-        fits: it fits.
+        needs: predicted needs; None if a smaller layout was already too large.
+        time: estimated time of a step; about 1 for stored activations in one pass.
+        fits: whether it fits.
     """
 
     layout: Layout
@@ -170,14 +172,14 @@ def choose(
 
     Args:
         candidates: layouts and their times, in the order in which they are preferred.
-        needs: prediction. Without `earlier` it must not be smaller for a larger batch or piece of
-            the same way.
+        needs: function that predicts the needs of a layout. Without `earlier` they must not be
+            smaller for a larger batch or piece of the same way.
         budget: bytes of the GPU.
         device: "cuda" or "cpu".
 
     Returns:
-        All that were considered, in the order given. The first that fits is the choice; none fits
-        only if no layout does.
+        All layouts that were considered, in the order given. The first that fits is the choice. If
+        none of them fits, no candidate does.
     """
     found: dict[Layout, Considered] = {}
     times = dict(candidates)
@@ -201,11 +203,11 @@ def choose(
         within = [other for other in times if other.within(layout, device)]
         pieces = [other for other in within if other.batch == layout.batch]
         batches = [other for other in within if other.piece(device) == layout.piece(device)]
-        # the smallest batch is soon predicted, and rules the larger ones out if it does not fit
+        # the smallest batch is the quickest to predict; if it does not fit, larger ones do not
         small = too_large(layout) or look(min(batches, key=lambda other: other.batch))
         if look(layout):
             break
-        if small:  # so do the smallest pieces
+        if small:  # likewise the smallest piece
             look(min(pieces, key=lambda other: other.piece(device)))
     return [found[layout] for layout in times if layout in found]
 
@@ -213,12 +215,15 @@ def choose(
 def in_order(
     recipe: Recipe, found: Sequence[Layout], *, per_window: int, branches: int
 ) -> list[tuple[Layout, float]]:
-    """Order layouts by the time that a step is estimated to take; other functions come last.
+    """Order layouts by the estimated time of a step; those that change the function come last.
+
+    The estimate is sqrt((f * activations)^2 + (passes * pieces * launch)^2), relative to stored
+    activations in one pass. f is `AGAIN` if activations are rebuilt, else 1.
 
     Args:
         recipe: the recipe.
         found: its layouts.
-        per_window: bytes of activations of a window where they are stored.
+        per_window: bytes of a window's activations when they are stored.
         branches: number of branches of the backbone.
     """
     device = "cuda" if recipe.scale.gpu else "cpu"
@@ -253,7 +258,7 @@ def explicit_command(
         script: beginning of the command.
         arguments: the recipe's name and options, `--fit` among them.
         layout: the choice.
-        asked: the recipe that these name.
+        asked: recipe that the arguments describe.
     """
     chosen = layout.options(asked)
     options = [word for pair in chosen.items() for word in pair if word]
@@ -262,12 +267,13 @@ def explicit_command(
 
 
 def without(arguments: Sequence[str], options: set[str]) -> list[str]:
-    """Leave options with their values out of a command line."""
+    """Remove options and their values from a command line."""
     kept: list[str] = []
     skipping = False
     for word in arguments:
         if word.startswith("--"):
             name = word.partition("=")[0].replace("_", "-")
+            # --model.stored and --model.no-stored are one option
             skipping = re.sub(r"^--(.*\.)?no-", r"--\1", name) in options
         if not skipping:
             kept.append(word)
@@ -275,7 +281,7 @@ def without(arguments: Sequence[str], options: set[str]) -> list[str]:
 
 
 def mebibytes(size: int) -> str:
-    """Format a number of bytes."""
+    """Format a number of bytes in MiB, or in GiB if these are whole."""
     if size >= GIBIBYTE and size % GIBIBYTE == 0:
         return f"{size // GIBIBYTE} GiB"
     return f"{size / 2**20:.4g} MiB"

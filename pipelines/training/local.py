@@ -24,7 +24,7 @@ class LocalRuntime:
 
     rank = 0
     world_size = 1
-    evaluates = True  # nobody is beside it
+    evaluates = True  # no task evaluates beside it
 
     def __init__(
         self, recipe: RunConfig, plan: AnyPlan, folder: Path, *, device: torch.device | str = "cpu"
@@ -54,7 +54,7 @@ class LocalRuntime:
         self.lines.append(line)
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path) -> None:  # noqa: ARG002
-        """Keep the checkpoint in place of the one before."""
+        """Keep the checkpoint, and remove the one before."""
         shutil.rmtree(self._checkpoint, ignore_errors=True)
         shutil.copytree(checkpoint, self._checkpoint)
 
@@ -62,7 +62,7 @@ class LocalRuntime:
         """Do nothing: `report` has kept the checkpoint."""
 
     def preempted(self) -> bool:
-        """Return False: nobody takes this process away."""
+        """Return False: this process is on no node that may be preempted."""
         return False
 
     def checkpoints(self) -> Sequence[AbstractContextManager[Path]]:

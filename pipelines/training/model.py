@@ -1,4 +1,4 @@
-"""The detector that a recipe describes."""
+"""Detector that a recipe describes: construction, frozen parts, coupling, remarks."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -35,7 +35,7 @@ def freeze(detector: Detector[Any, Any], config: BackboneModelConfig) -> None:
     """
     for part in _parts(detector, config.kept):
         part.requires_grad_(requires_grad=False)
-    for part in additions(detector.backbone):
+    for part in additions(detector.backbone):  # adapters are trained within frozen parts too
         part.requires_grad_(requires_grad=True)
     if config.norms == "frozen":
         for module in detector.backbone.modules():
@@ -71,7 +71,7 @@ def _parts(detector: Detector[Any, Any], names: tuple[str, ...]) -> Iterator[nn.
 def build_prepared(
     spec: DetectorSpec, weights: str | Path | None, config: BackboneModelConfig
 ) -> Detector[Any, Any]:
-    """Build a detector with its backbone's weights, set its way to run, and freeze parts.
+    """Build a detector with its backbone's weights, choose how stages run, and freeze parts.
 
     Args:
         spec: specification of the detector.
@@ -80,7 +80,7 @@ def build_prepared(
 
     Raises:
         ValueError: if the weights do not fit the backbone, or were trained on frames normalized by
-            other values; if there is no part with the name of a frozen one.
+            other values; if a part that is to be frozen does not exist.
     """
 
     def load(backbone: nn.Module) -> None:
@@ -98,7 +98,7 @@ def build_prepared(
 
 
 def run_as_on(device: str, detector: nn.Module, config: BackboneModelConfig) -> None:
-    """Have a detector that is on a CPU run as it would on another device, to predict its memory.
+    """Make a detector on a CPU run as it would on another device, to predict its memory.
 
     Args:
         device: "cpu" or "cuda".
@@ -112,7 +112,7 @@ def run_as_on(device: str, detector: nn.Module, config: BackboneModelConfig) -> 
 
 
 def load_localizer(detector: Detector[Any, Any], config: ModelConfig) -> WeightsReport | None:
-    """Load the weights that the localizer begins with, if the configuration names some.
+    """Load the localizer's initial weights, if the configuration names some.
 
     Args:
         detector: detector that receives them.
@@ -127,14 +127,14 @@ def load_localizer(detector: Detector[Any, Any], config: ModelConfig) -> Weights
 
 
 def detected_classes(recipe: Recipe, classes: Sequence[str]) -> tuple[str, ...]:
-    """Return the classes that the recipe's detector tells apart, of those of the data set."""
+    """Return the classes that the recipe's detector distinguishes, given the data set's classes."""
     return (ACTION,) if recipe.model.class_agnostic else tuple(classes)
 
 
 def reported_classes(recipe: Recipe, classes: Sequence[str]) -> tuple[str, ...]:
-    """Return the classes of the detections that the recipe's evaluation makes.
+    """Return the classes of the detections that the recipe's evaluation produces.
 
-    They are the detector's, unless an external classifier names the class of its proposals.
+    They are the detector's, unless an external classifier assigns classes to its proposals.
     """
     return tuple(classes) if recipe.data.video_scores else detected_classes(recipe, classes)
 
@@ -174,16 +174,16 @@ def build_detector(
 def connect(
     model: nn.Module, config: BackboneModelConfig, *, done: int, steps: int
 ) -> dict[str, float]:
-    """Move the connections as far as the steps taken so far ask for (Dr2Net).
+    """Set the coupling (Dr2Net's alpha and beta) of a step; see `CouplingSchedule`.
 
     Args:
         model: model with a rewired backbone.
-        config: number of epochs over which they move; with none, nothing is done.
+        config: number of epochs over which the coupling moves; with None, nothing is done.
         done: number of steps before this one.
         steps: number of steps of an epoch.
 
     Returns:
-        Metrics: the connections' coefficients.
+        Metrics: alpha and beta.
     """
     if config.coupling_epochs is None:
         return {}
@@ -193,7 +193,7 @@ def connect(
 
 
 def remarks(recipe: AnyRecipe, nodes: list[dict[str, Any]]) -> list[str]:
-    """List, in sentences, reasons why a run with a backbone is slower than it looks.
+    """List reasons, in sentences, why a run with a backbone is slower than expected.
 
     Args:
         recipe: configuration of the run.
@@ -206,21 +206,21 @@ def remarks(recipe: AnyRecipe, nodes: list[dict[str, Any]]) -> list[str]:
 
 
 def _store_remark(recipe: AnyRecipe, nodes: list[dict[str, Any]]) -> str | None:
-    """Warn in a sentence when frames on their way to the workers do not fit the object store.
+    """Return a warning if the frames on their way to the workers exceed the object store.
 
-    The run would work, but slowly: Ray spills to the disk what does not fit.
+    The run would work, but slowly, because Ray spills to disk.
     """
     data = recipe.data
     size = max(data.size, data.augmentation.decoded_size(data.size))
-    batch = recipe.batch_size * data.window.frames * size * size * 3
+    batch = recipe.batch_size * data.window.frames * size * size * 3  # bytes of RGB
     stores = [
         node["Resources"].get("object_store_memory", 0.0)
         for node in nodes
         if node["Alive"] and node["Resources"].get("CPU", 0.0) > 0  # else no worker is there
     ]
     if not stores:
-        return None  # they are still to be started
-    from pipelines.data.streaming import store_needed  # a training in one process needs no Ray
+        return None  # no node that can hold a worker has started yet
+    from pipelines.data.streaming import store_needed  # here, since training alone needs no Ray
 
     scale = recipe.scale
     workers = math.ceil((scale.workers + scale.validation_workers) / len(stores))

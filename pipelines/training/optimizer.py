@@ -92,6 +92,7 @@ def build_schedule(
         epochs: number of epochs of the run.
     """
     total = (config.schedule_epochs or epochs) * steps_per_epoch
+    # at least one step of warm-up, and in a run of several steps one of the cosine
     warmup = min(max(1, round(config.warmup_epochs * steps_per_epoch)), max(1, total - 1))
     return SequentialLR(
         optimizer,
@@ -115,11 +116,12 @@ def fast_forward(
         epochs: number of epochs of the run.
         done: number of steps taken, as if all epochs had had `steps_per_epoch` steps.
     """
+    # each schedule keeps the rate that it scales as `initial_lr`, and takes it from `lr` if absent
     for group in optimizer.param_groups:
         group["lr"] = group.pop("initial_lr")
     schedule = build_schedule(optimizer, config, steps_per_epoch=steps_per_epoch, epochs=epochs)
     with warnings.catch_warnings():
-        # PyTorch misses the optimizer's steps, which were taken before the interruption.
+        # PyTorch warns that it saw no optimizer steps: they were taken before the interruption.
         warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step")
         for _ in range(done):
             schedule.step()

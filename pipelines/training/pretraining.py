@@ -73,7 +73,7 @@ class PretrainingConfig:
 def batches(
     clips: Clips, config: PretrainingConfig, random: np.random.Generator
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield augmented parts of clips, the actor's poses in them, and labels: one batch a step."""
+    """Yield a batch for each step: augmented parts of clips, the actor's poses, and labels."""
     order: list[int] = []
     for step in range(config.steps):
         length = config.short if step < 0.6 * config.steps else config.long
@@ -90,13 +90,13 @@ def batches(
 
 
 class Guide(nn.Module):
-    """Linear layers that predict the actor's place and motion from the features of each place."""
+    """Auxiliary loss: linear layers predict the actor's place and motion from spatial features."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.here = nn.Linear(channels, 1)
         self.motion = nn.Linear(channels, 4)
-        # pixels of a 64-pixel side, a tenth of the size, a tenth of a radian: all of order one
+        # units: pixels of a 64-pixel side, a tenth of the size, a tenth of a radian; all about one
         self.register_buffer("scale", torch.tensor([64.0, 64.0, 10.0, 10.0]), persistent=False)
 
     def forward(self, features: Tensor, poses: Tensor) -> Tensor:
@@ -108,18 +108,19 @@ class Guide(nn.Module):
         """
         batch, steps, places, channels = features.shape
         side = math.isqrt(places)
-        per_step = poses.unflatten(1, (steps, -1))
-        cells = (per_step.mean(dim=2)[..., :2] * side).long().clamp(0, side - 1)
-        cell = cells[..., 1] * side + cells[..., 0]
+        per_step = poses.unflatten(1, (steps, -1))  # (B, T', T / T', 4)
+        cells = (per_step.mean(dim=2)[..., :2] * side).long().clamp(0, side - 1)  # (B, T', 2): x, y
+        cell = cells[..., 1] * side + cells[..., 0]  # index into P, row by row
         where = F.cross_entropy(self.here(features).flatten(0, 1)[..., 0], cell.flatten())
         index = cell[..., None, None].expand(batch, steps, 1, channels)
+        # motion from the first to the last frame of a feature, learnt at the actor's place
         moved = (per_step[:, :, -1] - per_step[:, :, 0]) * self.scale
         how = F.smooth_l1_loss(self.motion(features.gather(2, index)[:, :, 0]), moved)
         return where + 2.0 * how
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of the clip and of each of its features, so that places in time are learnt.
+    """Add the cross-entropies of the clip and of each of its features, to learn places in time.
 
     Args:
         logits: (B, T', K).
@@ -145,11 +146,11 @@ def accuracy(backbone: nn.Module, head: nn.Linear, clips: Clips, length: int) ->
 def fresh_backbone(config: BackboneConfig) -> Any:
     """Build a backbone with random weights whose scale follows each layer's width.
 
-    The rule is that of Glorot and Bengio (2010); the libraries' one scale for all layers, 0.02,
-    leaves the branches of a narrow network silent.
+    The rule is that of Glorot and Bengio (2010). The libraries' scale of 0.02 for all layers makes
+    the outputs of a narrow network's branches vanish.
 
     Raises:
-        UserError: the backbone does not show its features of each place.
+        UserError: if the backbone does not show its features of each place.
     """
     backbone: nn.Module = config.build()
     if not isinstance(backbone, Placed):
@@ -167,13 +168,14 @@ def fresh_backbone(config: BackboneConfig) -> Any:
 def train(
     config: PretrainingConfig, clips: Clips, held_out: Clips, run: Run
 ) -> tuple[nn.Module, float]:
-    """Train a backbone; return it, and its top-1 accuracy on the held-out clips."""
+    """Train a backbone, and return it with its top-1 accuracy on the held-out clips."""
     random = np.random.default_rng(config.seed)
     backbone = fresh_backbone(config.backbone)
     head, guide = nn.Linear(backbone.channels, len(TRIMMED_CLASSES)), Guide(backbone.channels)
     parameters = [p for part in (backbone, head, guide) for p in part.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     schedule = OneCycleLR(optimizer, config.lr, total_steps=config.steps, pct_start=0.1)
+    # the mean loss begins at that of uniform scores: log K for the clip, half of it for features
     began, running = time.perf_counter(), math.log(len(TRIMMED_CLASSES)) * 1.5
     reached = 0.0
     for step, (video, poses, labels) in enumerate(batches(clips, config, random), 1):

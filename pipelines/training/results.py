@@ -1,4 +1,4 @@
-"""Results of a run when it ends: the best checkpoint as a model, pictures, a table."""
+"""Results of a finished run: checkpoints as models, pictures, a table."""
 
 import json
 import re
@@ -35,7 +35,7 @@ from re2tal.errors import count_of
 from re2tal.trained import WEIGHTS_FILE
 
 _SHOWN_VIDEOS = 4
-_SHOWN_SCORE = 0.2  # weaker detections are left out of pictures, if there are enough others
+_SHOWN_SCORE = 0.2  # detections below it are left out of pictures, if there are enough others
 _CONTENT = "re2tal.weights_crc32"  # tag of a model
 _REPOSITORY = Path(__file__).parents[2]
 
@@ -53,11 +53,11 @@ def log_model(
     evaluated_on: str = "",
     **files: Path,
 ) -> str:
-    """Log a saved detector as an MLflow model that loads without this run's process.
+    """Log a saved detector as an MLflow model, with the code that loads it in any process.
 
-    The model bears the run's name and its epoch, and has the metrics that it reached: MLflow ranks
-    models by them. A run that went on may have logged it before; what a killed process left of a
-    model is removed.
+    The model is named after its run and its epoch, and has the metrics that it reached, by which
+    MLflow ranks models. If a resumed run has logged it before, that model is returned. Incomplete
+    models, which killed processes left, are removed.
 
     Args:
         run: run of the model.
@@ -70,7 +70,7 @@ def log_model(
         The model's URI.
 
     Raises:
-        UserError: there is no room for it.
+        UserError: if there is no room for it.
     """
     import mlflow  # takes seconds, which evaluate.py --help need not wait for
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
@@ -92,7 +92,7 @@ def log_model(
     if artifacts.startswith("file:"):
         wanted = sum(sizes_below(str(detector)).values())
         require_room(local_file_uri_to_path(artifacts), wanted, what="the model")
-    # before its files, with which it becomes ready
+    # created before its files are logged, which makes it READY
     made = client.create_logged_model(
         experiment,
         name=re.sub(r"""[/:.%"'`]""", "_", name_of_model(its_run.info.run_name, epoch)),
@@ -131,7 +131,7 @@ def _link_metrics(
     step: int,
     data: tuple[str, str] | None,
 ) -> None:
-    """Link those metrics of a checkpoint that the run has at its step to a model and to data.
+    """Link metrics that the run has at a checkpoint's step to a model and to a data set.
 
     Args:
         run: run of the model.
@@ -144,7 +144,7 @@ def _link_metrics(
 
     name, digest = data or (None, None)
     watched = WATCHED_MAP  # of training videos
-    # with the run's own times, else the run would have them twice
+    # with the run's own timestamps; with others, the run would list each metric twice
     linked = [
         Metric(
             one.key,
@@ -176,7 +176,7 @@ def register(run: Run, model_uri: str, name: str) -> None:
     if not any(v.source == model_uri for v in client.search_model_versions(f"name = '{name}'")):
         model_id = model_uri.removeprefix("models:/")
         version = client.create_model_version(name, model_uri, run.run_id, model_id=model_id)
-        # a server does this itself, a data base that is opened here does not
+        # an MLflow server sets this tag itself; the client of a local database does not
         known = client.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS, "[]")
         made = {"name": name, "version": version.version}
         if made not in (versions := json.loads(known)):
@@ -206,10 +206,10 @@ def log_checkpoint(recipe: Recipe, run: Run, checkpoint: Path, metrics: Mapping[
 
 
 def log_pictures(run: Run, plan: Plan, detections: Mapping[str, Detections]) -> None:
-    """Log the curves, and timelines of some validation videos.
+    """Log the training curves, and timelines of some validation videos.
 
     Args:
-        run: run whose metrics were sent; without those that did not arrive there are no curves.
+        run: run whose metrics are drawn; if none arrived in MLflow, the curves are left out.
         plan: classes and validation videos.
         detections: detections of the best checkpoint, in seconds.
     """
@@ -231,7 +231,7 @@ def log_pictures(run: Run, plan: Plan, detections: Mapping[str, Detections]) -> 
 
 
 def name_of_model(run: str, epoch: int) -> str:
-    """Name a model after its run, with the epoch before the time: lists of models cut names."""
+    """Name a model after its run, with the epoch before the time, as lists truncate long names."""
     return re.sub(r"(-\d{8}-\d{6})?$", rf"-epoch-{epoch}\1", run, count=1)
 
 
@@ -262,13 +262,13 @@ def diagnosis_of(
     thresholds: Sequence[float],
     bins: Characteristics,
 ) -> Diagnosis:
-    """Diagnose kinds of errors, properties of actions that mAP depends on, and missed actions.
+    """Diagnose detections: types of errors, sensitivity to properties of actions, missed actions.
 
     Args:
         plan: classes and validation videos.
         detections: detections in seconds.
         thresholds: tIoU thresholds.
-        bins: sizes into which the actions are sorted.
+        bins: bins of the actions' characteristics.
     """
     return diagnose(
         ground_truth(plan.validation, plan.classes),
@@ -332,7 +332,7 @@ def _open_command(run: Run) -> str:
 def page_of(run: Run) -> str:
     """Return the address of a run's page in MLflow, once `_open_command` runs for a local store.
 
-    The page opens in the mode for trained models; the default is that for language models.
+    The page opens in the mode for model training; MLflow's default is that for language models.
     """
     server = "http://127.0.0.1:5000" if database_file(run.uri) is not None else run.uri
     experiment = run.client.get_run(run.run_id).info.experiment_id
@@ -346,7 +346,7 @@ def print_summary(recipe: Recipe, plan: Plan, run: Run, *, seconds: float) -> No
     Args:
         recipe: configuration of the run.
         plan: its plan, with the videos that were left out.
-        run: run whose metrics were sent; those that did not arrive are not printed.
+        run: run whose metrics are printed, as far as they arrived in MLflow.
         seconds: seconds from the command's start to its end.
     """
     averages = _history(run, "val/mAP")
@@ -357,7 +357,7 @@ def print_summary(recipe: Recipe, plan: Plan, run: Run, *, seconds: float) -> No
         if sentence := overfitting(dict(_history(run, WATCHED_MAP)).get(step), average):
             print(sentence)
     else:
-        print(f"No mAP arrived in MLflow: what could not be sent is in {recipe.output}.")
+        print(f"No mAP arrived in MLflow: metrics that were not sent are in {recipe.output}.")
     for label, value in _facts(plan, run, seconds):
         print(f"{label:<20}{value}")
 

@@ -1,7 +1,7 @@
-"""Resuming: a command that is given again goes on with the run that it did not finish.
+"""Resuming: a repeated command goes on with the run that it did not finish.
 
-MLflow says which run that is, so that other machines of a cluster see it too: each run is tagged
-with a digest of its configuration and data.
+The run is found in MLflow, so other machines of a cluster find it too: each run is tagged with a
+digest of its configuration and data.
 """
 
 import hashlib
@@ -31,10 +31,11 @@ from re2tal.errors import UserError
 
 _DIGEST = "re2tal.configuration"
 ASKED = "re2tal.fit"
-"""Tag of a run whose step was laid out for a size of memory: digest of what was asked for."""
+"""Tag of a run whose step was laid out for a size of memory: `asked_to_fit` of its command."""
 _LAYOUT = "re2tal.layout"
 _NO_DIFFERENCE = frozenset({"resume", "scale.validation_workers"})
-_NUMBER = "re2tal.number"  # of a run among those of its configuration: a clock may be set back
+# Number of a run among those of its configuration; start times would mislead if a clock is set back
+_NUMBER = "re2tal.number"
 
 
 def digest(config: Tracked, plan: AnyPlan, **more: str) -> str:
@@ -43,7 +44,7 @@ def digest(config: Tracked, plan: AnyPlan, **more: str) -> str:
     Args:
         config: dataclass with absolute paths; some fields change no result (`_NO_DIFFERENCE`).
         plan: classes and videos of the run.
-        more: further facts that tell the run from others.
+        more: further facts that distinguish the run from others.
     """
     content = {
         "recipe": {n: str(value) for n, value in flatten(config) if n not in _NO_DIFFERENCE},
@@ -66,9 +67,8 @@ def resume_or_start(
     Args:
         recipe: recipe with absolute paths.
         plan: classes and videos of the run.
-        parent: id of the run that it belongs to, such as a sweep's; only runs of that parent are
-            continued.
-        tags: further tags of a run that is started, which it has from its beginning.
+        parent: id of the parent run, such as a sweep's; only runs of that parent are continued.
+        tags: further tags of a run that is started, set when it is created.
 
     Returns:
         The run, and whether it was continued.
@@ -76,7 +76,7 @@ def resume_or_start(
     Raises:
         UserError: if another process is working on it.
     """
-    with alone(recipe.output):  # of two same commands, the second sees the first one's run
+    with alone(recipe.output):  # of two equal commands, the second sees the first one's run
         return _resume_or_start(recipe, plan, parent=parent, more=tags or {})
 
 
@@ -139,7 +139,7 @@ def last_run(config: Tracked, tags: Mapping[str, str], *, output: str) -> Run | 
 
 
 def asked_to_fit(recipe: RunConfig, size: str) -> str:
-    """Compute a hash of a recipe that is to fit a size of memory, as it was given."""
+    """Compute a hash of a recipe as it was given and of the memory that its step is to fit."""
     content = [(n, str(value)) for n, value in flatten(recipe) if n not in _NO_DIFFERENCE]
     return hashlib.sha256(json.dumps([size, *sorted(content)]).encode()).hexdigest()
 
@@ -150,13 +150,13 @@ def layout_tag(layout: Layout) -> dict[str, str]:
 
 
 def layout_so_far(recipe: RunConfig, asked: str) -> Layout | None:
-    """Return the layout of an unfinished run that was asked for in the same way.
+    """Return the layout of an unfinished run of the same command.
 
-    A run goes on as it began, although the memory that is free may be another by now.
+    A run keeps its layout, although the amount of free memory may have changed.
 
     Args:
         recipe: recipe with absolute paths.
-        asked: what `asked_to_fit` returned.
+        asked: hash that `asked_to_fit` returned.
 
     Returns:
         None if there is no such run, or none that could go on.
@@ -173,7 +173,7 @@ def layout_so_far(recipe: RunConfig, asked: str) -> Layout | None:
 
 
 def _latest(config: Tracked, tag: str, value: str, *, output: str) -> tuple[str, Sequence[Any]]:
-    """Return the store's URI, and the last run in MLflow with a value of a tag, if there is one."""
+    """Return the store's URI and the last run whose tag has a value, as a list of at most one."""
     client, uri, experiment = open_store(config.experiment, output=output)
     found = client.search_runs(
         [experiment],

@@ -1,8 +1,8 @@
-"""Checkpoints of a run: those that are there, the best of them, and those that may go.
+"""Checkpoints of a run: the list of them, the best one, and the removal of surplus ones.
 
-All of it follows from the folders and from the metrics that `complete.json` holds in each. Ray
-Train's own list would not do: it is written after the checkpoints and not atomically, so that a
-kill leaves it cut short, or without the last checkpoint.
+All of this follows from the folders and the metrics in their `complete.json`. Ray Train's own list
+is not used: it is written after the checkpoints and not atomically, so a kill may leave it
+truncated or without the last checkpoint.
 """
 
 import json
@@ -44,8 +44,8 @@ class Kept:
 
     Attributes:
         uri: path or URI of its folder.
-        metrics: metrics of the run where it was written; of an earlier version's, none.
-        waits: whether its evaluation is still to come.
+        metrics: metrics of the run at its step; empty if an earlier version wrote it.
+        waits: whether it waits for its evaluation.
     """
 
     uri: str
@@ -54,11 +54,11 @@ class Kept:
 
     @property
     def name(self) -> str:
-        """Name of its folder; names sort as the positions in the run."""
+        """Name of its folder; names sort by position in the run."""
         return self.uri.rpartition("/")[2]
 
     def rank(self, score: str) -> tuple[float, str]:
-        """Return a key that sorts checkpoints by a metric; of equal ones, the later is better."""
+        """Return a key that sorts checkpoints by a metric; of equal ones the later is better."""
         value = self.metrics.get(score, UNSCORED)
         return (-math.inf if math.isnan(value) else value, self.name)
 
@@ -66,8 +66,8 @@ class Kept:
 def checkpoint_name(*, epoch: int, step: int) -> str:
     """Return the name of a checkpoint's folder.
 
-    It follows from the position, so that a checkpoint that is written again replaces what is left
-    of the first one, and the order of the names does not depend on a clock.
+    The name follows from the position: a checkpoint that is written again replaces the remains of
+    the first one, and the order of names does not depend on a clock.
     """
     return f"{_PREFIX}epoch_{epoch:04d}_step_{step:08d}"
 
@@ -79,7 +79,7 @@ def checkpoints(folder: str) -> tuple[list[Kept], dict[str, str]]:
         folder: folder of the run, a path or URI.
 
     Returns:
-        Those whose files are all there, the newest last; by name, what the others lack.
+        The complete ones, the newest last; for the others, the problem by name.
     """
     kept, rest = [], {}
     for name in (name for name in folders_in(folder) if name.startswith(_PREFIX)):
@@ -101,15 +101,15 @@ def newest_checkpoint(folder: str) -> Kept | None:
 
 
 def make_room(folder: str, name: str, wanted: int) -> None:
-    """Remove what interrupted copies left of checkpoints, and check the room for another.
+    """Remove the remains of interrupted copies, and check that there is room for a checkpoint.
 
     Args:
         folder: folder of the run, a path or URI.
-        name: name of the checkpoint to come; one of that name was found damaged.
-        wanted: its bytes.
+        name: name of the checkpoint to come; an existing one of that name was found damaged.
+        wanted: bytes of the checkpoint to come.
 
     Raises:
-        UserError: there is no room, or the folder cannot be written to.
+        UserError: if there is no room, or if the folder cannot be written to.
     """
     with writing_to(folder, what="a checkpoint"):
         remove_partial(folder, name)
@@ -117,7 +117,7 @@ def make_room(folder: str, name: str, wanted: int) -> None:
 
 
 def remove_partial(folder: str, *more: str) -> None:
-    """Remove checkpoints that are not whole, and more of them by name, if they are there."""
+    """Remove incomplete checkpoints, and those of the given names."""
     kept, rest = checkpoints(folder)
     for name in [*rest, *(one.name for one in kept if one.name in more)]:
         remove_folder(join(folder, name))
@@ -126,16 +126,17 @@ def remove_partial(folder: str, *more: str) -> None:
 def remove_surplus(
     folder: str, config: CheckpointConfig, score: str, *, written: str | None = None
 ) -> None:
-    """Remove the checkpoints that a run does not keep, and those that are not whole.
+    """Remove the checkpoints that a run does not keep, and incomplete ones.
 
-    The newest stays in any case, to go on from; and those whose evaluation is still to come.
+    The newest always stays, because the run goes on from it, and so do those that wait for their
+    evaluation.
 
     Args:
         folder: folder of the run, a path or URI.
         config: number and kind of checkpoints that stay.
         score: metric that makes a checkpoint better than another.
-        written: name of the one that was written just now. Any behind it was found damaged when
-            the run went on.
+        written: name of the checkpoint that was just written. Later ones were found damaged when
+            the run was resumed, so they are removed.
     """
     kept, rest = checkpoints(folder)
     valid = [one for one in kept if written is None or one.name <= written]
@@ -149,13 +150,13 @@ def _chosen(kept: Sequence[Kept], config: CheckpointConfig, score: str) -> list[
     if config.which == "last":
         return list(kept[-config.keep :])
     ranked = sorted(kept, key=lambda one: one.rank(score))
-    return [*ranked[-config.keep :], *kept[-1:]]
+    return [*ranked[-config.keep :], *kept[-1:]]  # the newest too, however it ranks
 
 
 @contextmanager
 def fetched(uri: str) -> Iterator[Path]:
-    """Give a checkpoint as a local folder, copied there if it is remote."""
-    import ray.train  # here, because the loop by itself does without Ray
+    """Yield the local folder of a checkpoint, to which it is copied if it is remote."""
+    import ray.train  # imported here, because the training loop alone needs no Ray
 
     filesystem, path = resolve(uri)
     with ray.train.Checkpoint(path, filesystem).as_directory() as local:
@@ -166,7 +167,7 @@ def fetched(uri: str) -> Iterator[Path]:
 def best_checkpoint(
     folder: str, score: str, *, say: Callable[[str], object]
 ) -> Iterator[tuple[Path, dict[str, float]]]:
-    """Give the first of `scored_checkpoints`."""
+    """Yield the first of `scored_checkpoints`."""
     with closing(scored_checkpoints(folder, score, say=say)) as found:
         yield next(found)
 
@@ -174,19 +175,19 @@ def best_checkpoint(
 def scored_checkpoints(
     folder: str, score: str, *, say: Callable[[str], object]
 ) -> Generator[tuple[Path, dict[str, float]]]:
-    """Yield the checkpoints whose files are what was written, and their metrics, the best first.
+    """Yield the undamaged checkpoints as local folders, with their metrics, the best first.
 
     Args:
         folder: folder of the run, a path or URI.
-        score: metric that makes a checkpoint better than another; one without it is not taken.
-        say: function that receives a line on each damaged one.
+        score: metric that ranks checkpoints; those without it are left out.
+        say: function that receives a line on each damaged checkpoint.
 
     Raises:
-        UserError: there is none.
+        UserError: if there is none.
     """
     whole = 0
     kept = [one for one in checkpoints(folder)[0] if one.metrics.get(score, UNSCORED) != UNSCORED]
-    # of equal ones the first, as in the table of results
+    # of equal ones the earliest is first (the sort is stable), as in the table of results
     for one in sorted(kept, key=lambda one: one.rank(score)[0], reverse=True):
         with fetched(one.uri) as local:
             try:
@@ -203,9 +204,10 @@ def scored_checkpoints(
 
 
 def drop_list(folder: str) -> None:
-    """Remove Ray Train's list, which may name checkpoints that are gone, or be cut short.
+    """Remove Ray Train's list, which may name checkpoints that are gone, or be truncated.
 
-    Metrics of checkpoints of earlier versions stand only there: they are put beside them first.
+    The metrics of checkpoints that earlier versions wrote are only in this list: they are first
+    copied into each `complete.json`.
     """
     uri = join(folder, _RAY_LIST)
     if _RAY_LIST not in file_sizes(folder):
@@ -221,7 +223,7 @@ def drop_list(folder: str) -> None:
             for one in listed
         }
     except (ValueError, KeyError, TypeError):
-        metrics = {}  # cut short
+        metrics = {}  # the list is truncated
     for one in checkpoints(folder)[0]:
         if not one.metrics and one.name in metrics:
             listing = replace(read_listing(one.uri), metrics=metrics[one.name])

@@ -96,7 +96,7 @@ class Prepared:
         annotations: annotations of the data set.
         plan: classes and videos of the run.
         tags: tags of its run: the size of memory that it was fitted to, and the layout.
-        fitting: what was considered for it, in lines.
+        fitting: lines of text on the layouts that were considered.
     """
 
     recipe: Recipe
@@ -109,13 +109,14 @@ class Prepared:
 def train(recipe: Recipe, *, fit: str | None = None, parent: str | None = None) -> Run:
     """Train a detector, from its data to its results in MLflow.
 
-    Where the backbone is finetuned first, both are children of one run, which is returned.
+    If the backbone is finetuned first, finetuning and training are child runs of one run, which is
+    returned.
 
     Args:
         recipe: the configuration as the user gave it.
-        fit: size of memory that the step is laid out for, or "auto"; None takes the recipe's own.
-            The finetuning before it keeps its own.
-        parent: id of the MLflow run that this one belongs to.
+        fit: size of memory that the step is laid out for, or "auto"; None keeps the recipe's
+            layout. A finetuning before the training always keeps its own.
+        parent: id of the parent run in MLflow.
 
     Raises:
         UserError: if something is missing or does not fit.
@@ -136,8 +137,8 @@ def _finetune_and_train(recipe: Recipe, fit: str | None) -> Run:
     """Finetune the backbone on the annotated segments, and then train the detector end to end."""
     if recipe.data.features:
         raise UserError(
-            "--finetune-epochs trains the backbone, but --data.features stand in for one: leave "
-            "either out."
+            "--finetune-epochs trains the backbone, but --data.features replace it: leave one of "
+            "them out."
         )
     with stoppable(_nothing_yet):
         recipe = detection_inputs(recipe)
@@ -146,7 +147,7 @@ def _finetune_and_train(recipe: Recipe, fit: str | None) -> Run:
         except ValueError as problem:
             raise UserError(str(problem)) from problem
         annotations = read_annotations(recipe.data)
-        # what is wrong with the second run must not be found after the first
+        # errors of the second run are to be found before the first one has run
         check_model(recipe, annotations.classes)
         _start_ray(recipe)
         _opened(recipe, annotations)
@@ -179,7 +180,7 @@ def _parent(recipe: Recipe, plan: Plan) -> Run:
     """Go on with the unfinished run that holds both steps, or start one."""
     output = recipe.output
     tags = mark(recipe, digest(recipe, plan), output=output)
-    with alone(output):  # of two same commands, the second sees the first one's run
+    with alone(output):  # of two equal commands, the second sees the first one's run
         run = last_run(recipe, tags, output=output) if recipe.resume else None
         if run is None or run.client.get_run(run.run_id).info.status == "FINISHED":
             return start_run(recipe, output=output, tags=tags)
@@ -189,7 +190,7 @@ def _parent(recipe: Recipe, plan: Plan) -> Run:
 
 
 def _finetuned(recipe: Recipe, parent: Run) -> str | None:
-    """Return the weights of the first step, if it has ended."""
+    """Return the path or URI of the finetuned weights, if the finetuning has finished."""
     experiment = parent.client.get_run(parent.run_id).info.experiment_id
     found = parent.client.search_runs(
         [experiment],
@@ -201,7 +202,7 @@ def _finetuned(recipe: Recipe, parent: Run) -> str | None:
 
 
 def prepare(recipe: Recipe, *, fit: str | None = None) -> tuple[Prepared, Detector[Any, Any]]:
-    """Check all that can be checked before a run, and start or join Ray.
+    """Check everything that can be checked before a run, and start or join Ray.
 
     Args:
         recipe: the configuration as the user gave it.
@@ -215,8 +216,8 @@ def prepare(recipe: Recipe, *, fit: str | None = None) -> tuple[Prepared, Detect
     """
     if recipe.finetune.epochs:
         raise UserError(
-            "--finetune-epochs belongs to train.py: leave it out (--finetune.epochs 0, of a sweep "
-            "--base.finetune.epochs 0). To begin with a finetuned backbone, finetune it once, "
+            "--finetune-epochs belongs to train.py: leave it out (--finetune.epochs 0, in a sweep "
+            "--base.finetune.epochs 0). To begin with a finetuned backbone, finetune it once "
             "before (finetune_backbone.py --data.annotations A --data.videos V), and give its "
             "weights."
         )
@@ -248,13 +249,13 @@ def _opened(recipe: Recipe, annotations: Annotations) -> Plan:
 def _laid_out(
     recipe: Recipe, size: str, classes: Sequence[str]
 ) -> tuple[Recipe, dict[str, str], list[str]]:
-    """Lay out a recipe's step for a size of memory, as an unfinished run of the same was.
+    """Lay out a recipe's step for a size of memory, or as an unfinished run of the command did.
 
     Returns:
-        The recipe, tags of its run, and what was considered, which is also printed.
+        The recipe, tags of its run, and lines on the considered layouts, which are also printed.
 
     Raises:
-        UserError: nothing fits, or the size is not known.
+        UserError: if no layout fits, or if the size is not known.
     """
     tags = {"fit": size, ASKED: asked_to_fit(recipe, size)}
     layout = layout_so_far(recipe, tags[ASKED])
@@ -307,7 +308,7 @@ def check_model(recipe: Recipe, classes: Sequence[str]) -> Detector[Any, Any]:
 def _begun(
     recipe: Recipe, classes: Sequence[str]
 ) -> tuple[Detector[Any, Any], WeightsReport | None]:
-    """Build the detector, with the weights that its localizer begins with."""
+    """Build the detector, with the initial weights of its localizer."""
     detector = build_detector(recipe, classes, recipe.model.weights)
     return detector, load_localizer(detector, recipe.model)
 
@@ -323,7 +324,7 @@ def _built(recipe: RecipeT, build: Callable[[RecipeT], ModelT]) -> ModelT:
 
 
 def _start_ray(recipe: AnyRecipe, *, frames: bool = True) -> None:
-    """Start or join Ray, and check that it can hold the run, and that the output can."""
+    """Start or join Ray; check that the cluster can hold the run and the output a checkpoint."""
     require_room(recipe.output, 0, what="a checkpoint")
     start_ray(trains=True)
     check_resources(recipe.scale)
@@ -350,7 +351,7 @@ def _nothing_yet() -> str:
 
 
 def _kept(recipe: AnyRecipe, run: Run) -> str:
-    """Say which checkpoint a run that was stopped goes on from."""
+    """Return a message: the checkpoint from which a stopped run goes on."""
     newest = newest_checkpoint(join(recipe.output, run.run_id))
     if newest is None:
         return f"run {run.run_id} had no checkpoint yet: the same command begins anew"
@@ -370,9 +371,9 @@ def train_run(
     Args:
         ready: run that can start.
         run: MLflow run that receives the results and is ended.
-        detector: detector, if it was built already and its weights fetched.
-        callbacks: callbacks of Ray Train, which see what each epoch reports.
-        threads: threads of each worker's PyTorch, as in `Job`.
+        detector: detector, if it is already built and has its weights.
+        callbacks: callbacks of Ray Train, which receive the report of each epoch.
+        threads: number of PyTorch's threads in each worker, as in `Job`.
     """
     recipe, plan = ready.recipe, ready.plan
     with finishing(run):
@@ -401,7 +402,7 @@ def train_run(
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
-    """Trainer that leaves SIGINT to `stoppable`: Ray Train's own handler waits without a word."""
+    """Trainer that leaves SIGINT to `stoppable`, as Ray Train's own handler waits silently."""
 
     _controller: Any = None
     _stopped = False
@@ -412,7 +413,7 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
             self.stop()
 
     def stop(self) -> None:
-        """Have `fit` raise; the workers are taken away at once, also from a cluster that stays."""
+        """Make `fit` raise, and end the workers at once, also on a cluster that keeps running."""
         self._stopped = True
         if self._controller is not None:
             ray.kill(self._controller)
@@ -452,7 +453,7 @@ def fit(
     if scale.validation_workers and callbacks:
         raise UserError(
             "--scale.validation-workers must be 0 for a trial: trials are compared by the metrics "
-            "of each epoch, which have to be there when the epoch ends."
+            "of each epoch, which must be known when the epoch ends."
         )
     drop_list(output)
     workers = f"{scale.workers} worker{'s' * (scale.workers > 1)}"
@@ -503,7 +504,7 @@ def finetune(recipe: ClassificationRecipe, *, parent: str | None = None) -> Run:
 
     Args:
         recipe: the configuration as the user gave it.
-        parent: id of the MLflow run that this one belongs to.
+        parent: id of the parent run in MLflow.
 
     Raises:
         UserError: if something is missing or does not fit.
@@ -528,7 +529,7 @@ def finetune(recipe: ClassificationRecipe, *, parent: str | None = None) -> Run:
         left_out = [f"{video_id}: {reason}" for video_id, reason in sorted(plan.failures.items())]
         log_text(run, left_out, "data/unusable_videos.txt")
         output = fit(ClassificationTask(recipe=recipe, plan=plan), run)
-        # the result is the last epoch's, whatever it reached
+        # the result is the last epoch's, whatever its accuracy
         with best_checkpoint(output, "epoch", say=print) as (folder, metrics):
             weights = _log_backbone(recipe, run, folder, metrics)
     seconds = time.perf_counter() - began
@@ -542,7 +543,7 @@ def _log_backbone(
     """Write the backbone's weights of the last checkpoint, and log them with the classifier.
 
     Returns:
-        Path or URI of the weights, of the averaged classifier.
+        Path or URI of the weights, which are those of the averaged classifier.
 
     Raises:
         UserError: if the last epoch's checkpoint is damaged.

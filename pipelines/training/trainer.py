@@ -1,6 +1,6 @@
 """The training loop of one worker.
 
-It knows PyTorch and DDP, not Ray: a `Runtime` gives it data and takes results.
+The loop depends on PyTorch and DDP, not on Ray: a `Runtime` provides data and receives results.
 """
 
 import math
@@ -57,7 +57,7 @@ from re2tal.videos.windows import Window
 
 
 class NonFiniteLossError(UserError):
-    """The loss became NaN or infinite; the message names step, videos and the saved batch."""
+    """Loss that is NaN or infinite; the message names step, videos and the saved batch."""
 
 
 def non_finite_error(
@@ -66,7 +66,7 @@ def non_finite_error(
     """Save the first batch whose loss is NaN or infinite, and return the error to raise.
 
     Args:
-        passes: for each pass of this worker the loss, first, and its terms, by name.
+        passes: for each pass of this worker, the loss and then its terms, by name.
         batches: decoded batches of the passes.
         step: number of the training step.
         output: path or URI of the folder that receives the batch.
@@ -107,9 +107,9 @@ def _save(batch: Batch, uri: str) -> None:
 class Stepper:
     """Trainer of one step at a time.
 
-    However the windows of a step are laid out over workers and passes, its loss is that of all of
-    them together: the gradients of passes and workers are averaged, and the normalizers of the
-    losses are counted over the whole step.
+    The loss of a step does not depend on the layout of its windows over workers and passes: the
+    gradients of passes and workers are averaged, and the normalizers of the losses are counted over
+    the whole step.
 
     Args:
         model: module that computes the losses: the detector, or its wrapper for several workers.
@@ -146,6 +146,7 @@ class Stepper:
         """
         state = self._state
         with MemoryMeter(self._device) as memory:
+            # the normalizers count the targets of all passes before the first pass divides by them
             state.detector.localizer.begin_step(
                 [state.detector.feature_mask(batch.mask).to(self._device) for batch in batches],
                 [[target.to(self._device) for target in batch.targets] for batch in batches],
@@ -155,7 +156,7 @@ class Stepper:
                 self._pass(batch, of=len(batches), last=batch is batches[-1]) for batch in batches
             ]
             losses = _averaged(terms)
-            if not math.isfinite(losses["train/loss"]):
+            if not math.isfinite(losses["train/loss"]):  # the mean over workers: all of them raise
                 raise non_finite_error(terms, batches, step=state.step, output=self._output)
             rates = {f"lr/{group['name']}": group["lr"] for group in state.optimizer.param_groups}
             norm = self._update()
@@ -177,7 +178,7 @@ class Stepper:
                     [target.to(self._device) for target in batch.targets],
                 )
                 loss = torch.stack(list(terms.values())).sum()
-            self._state.scaler.scale(loss / of).backward()
+            self._state.scaler.scale(loss / of).backward()  # the mean over passes
         return {"train/loss": loss.detach()} | {
             f"train/loss/{name}": value.detach() for name, value in terms.items()
         }
@@ -192,21 +193,22 @@ class Stepper:
 
     def _update(self) -> float:
         state = self._state
-        state.scaler.unscale_(state.optimizer)
+        state.scaler.unscale_(state.optimizer)  # clipping needs gradients without the loss scale
         norm = nn.utils.clip_grad_norm_(self._trained, self._config.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         scale = state.scaler.get_scale()
         state.scaler.step(state.optimizer)
         state.scaler.update()
-        if state.scaler.get_scale() >= scale:  # else the gradients overflowed: nothing was learnt
+        if state.scaler.get_scale() >= scale:  # else gradients overflowed: the step was skipped
             state.schedule.step()
             state.average.update_parameters(state.detector)
         return float(norm)
 
 
 def _averaged(passes: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """Average over passes and workers."""
+    """Average the loss and its terms over passes and workers."""
     names = list(passes[0])
+    # (passes, terms)
     values = torch.stack([torch.stack([terms[name] for name in names]) for terms in passes])
     mean = values.float().mean(dim=0)
     if dist.is_initialized():
@@ -228,7 +230,7 @@ def in_passes(batches: Iterator[Batch], accumulation: int) -> Iterator[list[Batc
 def seed_step(seed: int, *, step: int, rank: int) -> None:
     """Seed dropout and drop path of a step, as a function of its position in the run.
 
-    So a run that goes on from a checkpoint needs no generator's state to draw the same masks.
+    A resumed run thus draws the same masks without a saved generator state.
 
     Args:
         seed: seed of the run.
@@ -245,7 +247,7 @@ class Evaluation:
 
     Attributes:
         metrics: values for MLflow, by name.
-        write: function that writes files worth keeping into the checkpoint's folder, on rank 0.
+        write: function that writes the evaluation's files into the checkpoint's folder, on rank 0.
     """
 
     metrics: dict[str, float]
@@ -253,11 +255,11 @@ class Evaluation:
 
 
 class Evaluated(Protocol):
-    """Part of a training state that is evaluated.
+    """Part of a training state that an evaluation needs.
 
     Attributes:
         epoch: number of finished epochs.
-        failures: reasons by video id, of windows that could not be decoded in the training.
+        failures: reason by video id, where windows could not be decoded in the training.
     """
 
     epoch: int
@@ -268,7 +270,7 @@ class Evaluated(Protocol):
 
 
 class Task(Protocol):
-    """Goal that a detector is trained for. It travels to the workers."""
+    """Goal that a detector is trained for; the driver sends it to the workers."""
 
     @property
     def score(self) -> str:
@@ -297,7 +299,7 @@ class Task(Protocol):
         """
 
     def windows(self, *, stride: int, epoch: int) -> list[Window]:
-        """List an epoch's windows of all workers, in order; a function of seed and epoch.
+        """List an epoch's windows of all workers, in order, as a function of seed and epoch.
 
         Args:
             stride: frames per feature of the backbone.
@@ -309,8 +311,8 @@ class Task(Protocol):
 
         Args:
             state: training state of the run.
-            done: number of steps before this one, counted as if today's number of workers had taken
-                all.
+            done: number of steps before this one, as if the present number of workers had taken all
+                of them.
             steps: number of steps of an epoch.
 
         Returns:
@@ -330,7 +332,7 @@ class Task(Protocol):
         """
 
 
-PREEMPTION_STEPS = 10  # steps between checks for a node that is about to be taken away
+PREEMPTION_STEPS = 10  # steps between checks for a node that is about to be preempted
 
 
 class EvaluationRuntime(Protocol):
@@ -342,7 +344,7 @@ class EvaluationRuntime(Protocol):
     def stream(self, windows: Sequence[Window], *, size: int, name: str) -> Iterator[Batch]:
         """Decode windows, `size` pixels square, and yield them in batches, in order.
 
-        The name is that under which Ray's dashboard lists the work.
+        Ray's dashboard lists the work under the name.
         """
 
     def say(self, line: str) -> None:
@@ -354,7 +356,7 @@ class Runtime(EvaluationRuntime, Protocol):
 
     Attributes:
         device: device that it trains on.
-        evaluates: whether the worker evaluates at an epoch's end; else others do, beside it.
+        evaluates: whether the worker evaluates at an epoch's end; if not, other tasks do.
     """
 
     device: torch.device
@@ -369,21 +371,21 @@ class Runtime(EvaluationRuntime, Protocol):
         The checkpoint may be kept a while later: see `settle`.
 
         Raises:
-            UserError: it or the one before cannot be kept, on all ranks alike.
+            UserError: if it or the one before cannot be kept; raised on all ranks.
         """
 
     def settle(self) -> None:
         """Wait until the last checkpoint is kept; every rank calls it.
 
         Raises:
-            UserError: it cannot be kept, on all ranks alike.
+            UserError: if it cannot be kept; raised on all ranks.
         """
 
     def preempted(self) -> bool:
-        """Tell, once for each node, that it is about to be taken away; every rank calls it.
+        """Return true once for each node that is about to be preempted; every rank calls it.
 
         Raises:
-            UserError: the last checkpoint could not be kept, on all ranks alike.
+            UserError: if the last checkpoint could not be kept; raised on all ranks.
         """
 
     def checkpoints(self) -> Sequence[AbstractContextManager[Path]]:
@@ -446,7 +448,7 @@ class Trainer:
 
     @property
     def _passes(self) -> int:
-        """Passes of a worker per step; with workers missing, the others take over theirs."""
+        """Passes of a worker per step; those of missing workers are taken over by the others."""
         scale, accumulation = self.recipe.scale, self.recipe.optim.accumulation
         return max(1, accumulation * scale.workers // self.runtime.world_size)
 
@@ -474,10 +476,10 @@ class Trainer:
         )
 
     def _restore(self) -> None:
-        """Go on from the newest checkpoint that every worker reads as it was written.
+        """Go on from the newest checkpoint that every worker finds undamaged.
 
         Raises:
-            UserError: there are some, and none of them is.
+            UserError: if there are checkpoints but all of them are damaged.
         """
         damaged: list[str] = []
         for checkpoint in self.runtime.checkpoints():
@@ -499,6 +501,7 @@ class Trainer:
         state.load(folder)
         workers = ""
         if state.world_size != self.runtime.world_size:
+            # another number of workers may round the steps of an epoch otherwise
             workers = f", with {self.runtime.world_size} workers instead of {state.world_size}"
             steps = self._steps
             state.schedule = fast_forward(
@@ -514,14 +517,14 @@ class Trainer:
 
     @cached_property
     def _steps(self) -> int:
-        """Number of steps of an epoch; to count them, all of its windows are cut."""
+        """Number of steps of an epoch; counting them requires drawing all of its windows."""
         return len(self._windows(0)) // self._windows_per_worker
 
     def _windows(self, epoch: int, *, behind: int = 0) -> list[Window]:
         """Return this worker's windows of an epoch, after the first `behind` of all workers'."""
         windows = self.task.windows(stride=self.stride, epoch=epoch)[behind:]
         if behind and len(windows) < self.windows_per_step:
-            return []  # with more workers than before, what was left may not fill a step
+            return []  # with more workers than before, the windows left may not fill a step
         return share(
             windows,
             rank=self.runtime.rank,
@@ -559,7 +562,7 @@ class Trainer:
         return metrics
 
     def _hand_over(self) -> None:
-        """Hand over the checkpoint of an epoch's end that is not evaluated here."""
+        """Hand over the checkpoint at the end of an epoch that this worker does not evaluate."""
         state = self.state
         failures = gather(state.failures)
         all_failures(self.task.plan, failures, self.recipe.data.max_failed)
@@ -575,8 +578,9 @@ class Trainer:
         self._checkpoint({self.task.score: UNSCORED}, waiting=waiting)
 
     def _count_parameters(self) -> None:
-        """Show and log how many of the detector's parameters are trained."""
+        """Show and log the numbers of all and of the trained parameters."""
         sizes = [(p.numel(), p.requires_grad) for p in self.state.detector.parameters()]
+        # of all parameters, then of those that require a gradient
         total, trained = (sum(n for n, wanted in sizes if wanted or of) for of in (True, False))
         counts = {"parameters/total": float(total), "parameters/trained": float(trained)}
         self.runtime.log(counts, step=self.state.step)
@@ -624,7 +628,7 @@ class Trainer:
             state.windows += self.windows_per_step
             index += 1
             self._time_left.step()
-            if (index - 1) % max(1, steps // 5) == 0 or index == steps:
+            if (index - 1) % max(1, steps // 5) == 0 or index == steps:  # some five lines an epoch
                 self._say_progress(index, steps, metrics)
             if index < steps and self._checkpoint_due():
                 self._checkpoint({self.task.score: UNSCORED})
@@ -664,7 +668,7 @@ class Trainer:
 
 
 def _damage(folder: Path) -> str:
-    """Say what is damaged in a checkpoint; empty if nothing is."""
+    """Describe the damage of a checkpoint; empty if there is none."""
     try:
         read_listing(folder, digests=True)
     except DamagedCheckpointError as problem:
@@ -675,7 +679,7 @@ def _damage(folder: Path) -> str:
 def _reversible_metrics(detector: nn.Module) -> dict[str, float]:
     """Measure how well the stages rebuild their activations, and count those that store them."""
     modes, errors = stage_modes(detector), reconstruction_errors(detector)
-    # MLflow takes letters, digits and a few signs for a metric's name.
+    # MLflow accepts only letters, digits and a few signs in a metric's name
     metrics = {f"reversible/error/{name.replace('…', '-')}": e for name, e in errors.items()}
     if modes:
         stored = sum(mode != "reversible" for mode in modes.values())

@@ -35,7 +35,7 @@ def validation_share(
     rank: int,
     world_size: int,
 ) -> list[Window]:
-    """Return the sliding windows of every world_size-th video, from the rank-th on.
+    """Return the sliding windows of this worker's videos: every world_size-th, from rank on.
 
     Args:
         videos: all validation videos.
@@ -80,7 +80,7 @@ def detect_windows(
     *,
     loss: MeanLoss | None = None,
 ) -> tuple[dict[str, Detections], dict[str, str]]:
-    """Run a detector over windows and put those of each video together.
+    """Run a detector over windows and concatenate the detections of each video.
 
     Args:
         detector: detector in evaluation mode.
@@ -90,7 +90,7 @@ def detect_windows(
 
     Returns:
         Detections of all windows by video id, in seconds and before non-maximum suppression;
-        reasons by video id where decoding failed.
+        reason by video id, where decoding failed.
     """
     device = next(detector.parameters()).device
     found: dict[str, list[Detections]] = defaultdict(list)
@@ -100,7 +100,7 @@ def detect_windows(
         features = detector.features(batch.frames.to(device))
         mask = detector.feature_mask(batch.mask.to(device))
         raw = detector.localizer(features, mask)
-        if loss is not None:
+        if loss is not None:  # the localizer returns losses instead of detections, given targets
             targets = [target.to(device) for target in batch.targets]
             loss.add(detector.localizer(features, mask, targets), windows=len(batch.windows))
         for window, detections in zip(batch.windows, raw, strict=True):
@@ -117,7 +117,7 @@ def ground_truth(videos: Sequence[Video], classes: Sequence[str]) -> dict[str, D
     index = {name: i for i, name in enumerate(classes)}
     return {
         video.annotation.video_id: Detections(
-            # float64: overlaps that lie on a threshold are decided by the last digit
+            # float64: for a tIoU that lies on a threshold, the last digit decides
             segments=torch.tensor(
                 [[i.start, i.end] for i in video.annotation.evaluated], dtype=torch.float64
             ).reshape(-1, 2),
@@ -147,7 +147,7 @@ def compare(
         videos: annotated videos.
         classes: class names.
         thresholds: tIoU thresholds.
-        proposals: detections before an external classifier named their classes.
+        proposals: detections before an external classifier assigned their classes.
         ignore_ambiguous: see `Recipe`.
         ks: each k of Recall@kx.
     """
@@ -173,13 +173,14 @@ def compare(
 def watched_videos(
     training: Sequence[Video], validation: Sequence[Video], most: int
 ) -> tuple[Video, ...]:
-    """Choose training videos whose quality is compared with that of the validation videos.
+    """Choose training videos whose mAP is compared with that of the validation videos.
 
-    They are spread evenly over those that show an action and are not in the validation too.
+    They are spread evenly over the training videos that show an action and are not also validation
+    videos.
 
     Args:
         training: training videos.
-        validation: validation videos; of the training videos no more are taken.
+        validation: validation videos; no more training videos than these are chosen.
         most: greatest number of videos.
     """
     others = {video.annotation.video_id for video in validation}
@@ -193,11 +194,12 @@ def watched_videos(
 
 
 OVERFITS = 0.15, 0.7
-"""Difference and ratio of the mAP of validation and training videos beyond which one overfits."""
+"""A detector overfits if its mAP on training videos exceeds that on validation videos by at least
+the first value, and validation mAP is at most the second times training mAP."""
 
 
 def overfitting(training: float | None, validation: float) -> str:
-    """Say that a detector overfits, if it does; empty if it does not.
+    """Return a sentence if a detector overfits, else an empty string; see `OVERFITS`.
 
     Args:
         training: mAP on training videos, if it was measured.
@@ -212,7 +214,7 @@ def overfitting(training: float | None, validation: float) -> str:
 def metrics_of(results: Mapping[str, Result], classes: Sequence[str]) -> dict[str, float]:
     """Name the numbers of an evaluation for MLflow: `val/mAP`, `val/AP/<class>`, ...
 
-    Classes are named as MLflow takes them (`safe_names`).
+    Names of classes are changed where MLflow does not accept them (`safe_names`).
     """
     names = safe_names(classes)
     return {

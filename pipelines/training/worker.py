@@ -50,7 +50,7 @@ _GAUGES = (
     ("memory/rss_peak_mb", "rss_peak_bytes", "Peak of a worker's host memory, step.", MEGABYTE),
 )
 PREFIX = "re2tal_"
-"""Before the names of gauges; Ray puts `ray_` before that."""
+"""Prefix of the gauges' names; Ray puts `ray_` in front of it."""
 
 
 class Gauges:
@@ -59,7 +59,7 @@ class Gauges:
     Args:
         run_id: id of the MLflow run.
         rank: rank of the worker.
-        world_size: number of workers; speeds of all workers together are divided by it.
+        world_size: number of workers, by which the speed of all workers together is divided.
     """
 
     def __init__(self, *, run_id: str, rank: int, world_size: int) -> None:
@@ -89,8 +89,8 @@ class Job:
         run: MLflow run that receives the metrics.
         output: folder of this run for files beside the checkpoints; absolute path or URI.
         board: handle of the progress actor.
-        threads: number of PyTorch's threads, where other runs share the node; None shares its cores
-            between the workers of this run.
+        threads: number of PyTorch's threads, if other runs share the node; None divides its cores
+            among the workers of this run.
     """
 
     task: Task
@@ -102,9 +102,9 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingProblem:
-    """Returned by a worker or an evaluation when a new attempt would end in the same way.
+    """Problem that a new attempt of a worker or an evaluation would meet again.
 
-    Ray makes a new attempt after any exception, and shows the worker's stack with it.
+    It is returned, not raised: after an exception Ray prints the worker's stack and tries again.
     """
 
     message: str
@@ -149,15 +149,15 @@ class WindowSource:
 
 
 class Upload:
-    """Transfer of a checkpoint to the folder of the run, which a thread of Ray Train calls.
+    """Upload of a checkpoint to the folder of the run, called in a thread of Ray Train.
 
-    The training goes on meanwhile. One is under way at a time: what it removes, interrupted copies
-    and checkpoints that are not kept any more, may not be another one.
+    The training goes on meanwhile. Only one upload is under way at a time, because each removes
+    incomplete and surplus checkpoints, and must not remove another's.
 
     Args:
         job: work that the checkpoint belongs to.
         storage: Ray Train's storage of the run.
-        checkpoint: folder of the checkpoint, which is moved away from there.
+        checkpoint: folder of the checkpoint, which is moved into a folder of this upload.
 
     Attributes:
         ended: set once the checkpoint is kept, or cannot be.
@@ -189,7 +189,7 @@ class Upload:
                     raise
                 remove_surplus(output, job.task.recipe.checkpoints, job.task.score, written=name)
         except UserError as problem:
-            # for the loop to end with: of an exception Ray Train would make another attempt
+            # `settle` raises it in the loop; an exception here would make Ray Train try again
             self.problem = str(problem)
         self._scratch.cleanup()
         self.ended.set()
@@ -240,8 +240,8 @@ class RayRuntime:
         Every rank calls it. It waits for the checkpoint before.
 
         Raises:
-            UserError: the one before could not be kept: there is no room for it, or the folder of
-                the run cannot be written to.
+            UserError: if the one before could not be kept, because there is no room for it or the
+                folder of the run cannot be written to.
         """
         if self._metrics is not None:
             self._metrics.flush()
@@ -256,7 +256,7 @@ class RayRuntime:
             checkpoint=whole,
             checkpoint_dir_name=checkpoint.name,
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
-            delete_local_checkpoint_after_upload=False,  # it is gone then
+            delete_local_checkpoint_after_upload=False,  # `Upload` has removed it by then
             checkpoint_upload_fn=self._upload,
         )
 
@@ -267,7 +267,7 @@ class RayRuntime:
             wait: false to go on if it has not ended.
 
         Raises:
-            UserError: it could not be kept, on all ranks alike.
+            UserError: if it could not be kept; raised on all ranks.
         """
         if not self._unsettled:
             return
@@ -275,6 +275,7 @@ class RayRuntime:
         if upload is not None and wait and not upload.ended.is_set():
             self.say(f"waiting for the upload of {upload.folder.name}")
             upload.ended.wait()
+        # rank 0 alone has an upload, so it decides for all whether it has ended
         ended = upload is not None and upload.ended.is_set()
         ended, problem = gather((ended, upload.problem if upload and ended else ""))[0]
         self._unsettled = not ended
@@ -282,8 +283,8 @@ class RayRuntime:
             raise UserError(problem)
 
     def preempted(self) -> bool:
-        """Tell, once for each notice and on every rank alike, that Ray announced a node's end."""
-        self.settle(wait=False)  # so that a run that keeps no checkpoints ends early
+        """Return true, on every rank, if Ray has announced a node's end since the last call."""
+        self.settle(wait=False)  # a run whose checkpoints cannot be kept is to end early
         if os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") == "0":
             return False
         info = ray.train.get_preemption_info()
@@ -294,8 +295,8 @@ class RayRuntime:
     def checkpoints(self) -> Sequence[AbstractContextManager[Path]]:
         """List the run's checkpoints as rank 0 finds them, the newest first.
 
-        Ray Train's own newest one is not asked for: a worker that is lost may have written one that
-        Ray Train has not heard of.
+        Ray Train's record of the newest one is not used: a worker that was lost may have written
+        one that Ray Train does not know.
         """
         kept, partial = gather(checkpoints(self._job.output) if self.rank == 0 else None)[0]
         for problem in partial.values():
@@ -304,12 +305,12 @@ class RayRuntime:
 
 
 def _logged(job: Job) -> dict[str, int]:
-    """Return the last step of each metric that is logged already; none if MLflow is silent."""
+    """Return the last logged step of each metric; none if MLflow does not answer."""
     try:
         return last_steps(job.run)
     except (MlflowException, OSError) as error:
         job.board.post.remote(
-            f"warning: MLflow does not say which steps are logged; some may be twice ({error})"
+            f"warning: MLflow does not say which steps are logged; some may appear twice ({error})"
         )
         return {}
 
@@ -343,9 +344,9 @@ def train(job: Job) -> dict[str, float] | TrainingProblem:
 
 @contextmanager
 def _node_watched(job: Job) -> Iterator[None]:
-    """Log the memory, GPUs and load of a node, from one of the run's workers on it.
+    """Log the memory, GPUs and load of a node from one of the run's workers on it.
 
-    The metrics bear the node's name where a run may have several.
+    The metrics' names contain the node's name if the run may have several nodes.
     """
     context = ray.train.get_context()
     if context.get_local_rank() > 0:
@@ -375,7 +376,7 @@ def metrics_sent(job: Job) -> Iterator[MetricLogger]:
     finally:
         try:
             unsent = metrics.close()
-        except OSError as error:  # a full disk: what the training ended with counts
+        except OSError as error:  # such as a full disk; the training's own outcome matters more
             job.board.post.remote(f"warning: metrics could be neither sent nor kept ({error})")
         else:
             if unsent:

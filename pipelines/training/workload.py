@@ -1,4 +1,4 @@
-"""The training step that is measured: from frames as they are decoded to gradients."""
+"""The training step that is measured: from decoded frames to gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # a backbone by itself is also measured where there is no PyA
 
 
 SOME_CLASSES = tuple(f"class {i}" for i in range(20))
-"""Classes of a recipe whose data are not there; each costs a few hundred parameters, and logits."""
+"""Classes of a recipe without its data; each costs a few hundred parameters, and logits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +58,7 @@ class Workload:
         return frames.to(device), mask.to(device)
 
     def forward(self, model: nn.Module, frames: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        """Compute the inputs of the losses, which check values that fake tensors do not have.
+        """Compute the inputs of the losses; the losses check values, which fake tensors lack.
 
         Args:
             model: `Detector`, or a network of another library for `(B, 3, T, H, W)` floats.
@@ -80,7 +80,7 @@ class Workload:
 
 
 def _normalized(frames: Tensor) -> Tensor:
-    """Convert frames to floats; for the backward only the uint8 ones are kept."""
+    """Convert frames to floats; only the uint8 frames are kept for the backward pass."""
 
     def build(take: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
         return (take(frames.permute(0, 4, 1, 2, 3)).float() / 255 - 0.45) / 0.225

@@ -61,9 +61,9 @@ def _import(module: str, names: Sequence[str]) -> Iterator[str]:
 
 
 def _comment(text: str, indent: str = "", *, deeper: int = 0) -> Iterator[str]:
-    """Yield lines of a comment, `deeper` levels of which are still to come in front of it.
+    """Yield the lines of a wrapped comment, which is still to be indented by `deeper` levels.
 
-    Names may hold anything.
+    Characters that UTF-8 cannot encode, such as in names of files, are escaped.
     """
     shown = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
     prefix = f"{indent}# "
@@ -77,7 +77,7 @@ def _comment(text: str, indent: str = "", *, deeper: int = 0) -> Iterator[str]:
 
 
 def _call(value: Any, path: str, advice: Advice, used: Mapping[str, set[str]]) -> Iterator[str]:
-    """Yield the lines of a call that makes a dataclass: fields with a reason or no default."""
+    """Yield the call that makes a dataclass: fields that have a reason or differ from defaults."""
     if path == "model.backbone":
         make = entry_of(advice.backbone).make
         used[make.__module__].add(make.__name__)
@@ -105,7 +105,7 @@ def _call(value: Any, path: str, advice: Advice, used: Mapping[str, set[str]]) -
 
 
 def _constant(value: Any, advice: Advice) -> str:
-    """Return the name that a backbone's module has for weights that lie in its package, if any."""
+    """Return the name of the constant in the backbone's module that holds these weights, if any."""
     module = import_module(entry_of(advice.backbone).make.__module__)
     names = (name for name, known in vars(module).items() if name.isupper() and known == value)
     return next(names, "")

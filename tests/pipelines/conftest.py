@@ -1,4 +1,4 @@
-"""A toy data set of a few short videos, and a recipe that is through with it in seconds."""
+"""Fixtures: a toy data set of a few short videos, and a recipe that trains on it in seconds."""
 
 import os
 import shutil
@@ -29,16 +29,16 @@ from tests.pipelines.object_store import BUCKET, object_store
 
 @pytest.fixture(autouse=True)
 def _no_store_is_left_over() -> Iterator[None]:
-    """MLflow leaves the last store in the environment, where the next test's run would go."""
+    """Remove the store that MLflow leaves in the environment for the next test to use."""
     yield
     os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _new_stores_are_copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """MLflow makes the tables of this process's first store: all its migrations take seconds.
+    """Create the tables of this process's first MLflow store, whose migrations take seconds.
 
-    The next ones begin as copies of that. Scripts that are started make theirs themselves.
+    Later stores are copies of it. Scripts in processes of their own create their own tables.
     """
     empty = tmp_path_factory.mktemp("store") / "mlflow.db"
     made = mlflow_db._initialize_tables
@@ -59,7 +59,7 @@ def _new_stores_are_copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def _copy(one: str | Path, other: str | Path) -> None:
-    """Copies a data base, also one that is open."""
+    """Copy a database, also one that is open."""
     with closing(sqlite3.connect(one)) as source, closing(sqlite3.connect(other)) as target:
         source.backup(target)
 
@@ -79,7 +79,7 @@ def _tiny_set(parent: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_plan(tiny_set: Path) -> Plan:
-    """What a run on the tiny set works on."""
+    """Plan of a run on the tiny set."""
     annotations = load_annotations(tiny_set / "annotations.json")
     files, failures = find_videos(annotations, tiny_set / "videos")
 
@@ -100,7 +100,7 @@ def tiny_plan(tiny_set: Path) -> Plan:
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Function that sets the bytes that are free on the disk."""
+    """Function that sets the number of free bytes that the disk reports."""
 
     def has(free: int) -> None:
         found = shutil.disk_usage("/")._replace(free=free)
@@ -136,7 +136,7 @@ def tiny_recipe(tiny_set: Path) -> Recipe:
 
 @pytest.fixture(scope="session")
 def store_environment() -> Iterator[dict[str, str]]:
-    """The environment of an object store that lives as long as the tests."""
+    """Environment of an object store that lives as long as the tests."""
     with object_store() as environment:
         yield environment
 
@@ -145,7 +145,7 @@ def store_environment() -> Iterator[dict[str, str]]:
 def remote(
     store_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> str:
-    """URI of a folder in the object store that nothing is in yet."""
+    """URI of an empty folder in the object store."""
     for name, value in store_environment.items():
         monkeypatch.setenv(name, value)
     return f"s3://{BUCKET}/{tmp_path.name}"
@@ -153,9 +153,9 @@ def remote(
 
 @pytest.fixture(scope="session")
 def ray_instance() -> Iterator[None]:
-    """The Ray instance of this test run, for tests that work or train through it in this process.
+    """Ray instance of this test run, for tests that use it from this process.
 
-    Scripts that are called here find it running and do not start another.
+    Scripts that are called in this process find it running and start no other.
     """
     if ray.is_initialized():  # by the tests of another folder, which end it
         yield

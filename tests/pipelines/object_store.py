@@ -1,4 +1,4 @@
-"""An object store that speaks S3, in this process; other processes reach it over HTTP."""
+"""Object store with the S3 API, in this process; other processes reach it over HTTP."""
 
 import logging
 from collections.abc import Iterator
@@ -14,13 +14,13 @@ BUCKET = "re2tal"
 
 @contextmanager
 def object_store(address: str = "127.0.0.1") -> Iterator[dict[str, str]]:
-    """Starts an empty store with one bucket.
+    """Start an empty store with one bucket.
 
     Args:
-        address: of this machine, at which it is to be reached.
+        address: address of this machine at which the store is reached.
 
     Yields:
-        The environment in which `s3://re2tal/...` leads to it.
+        Environment variables with which `s3://re2tal/...` leads to it.
     """
     port = free_port()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line a request

@@ -1,4 +1,4 @@
-"""Reading what `detect.py` writes."""
+"""Readers of the files that `detect.py` writes."""
 
 import json
 from html.parser import HTMLParser
@@ -7,11 +7,11 @@ from typing import Any
 
 
 class Page(HTMLParser):
-    """The elements of a page, and what its script elements hold.
+    """Parser of a page: its elements, and the JSON in its script elements.
 
     Attributes:
         elements: name and attributes of each, in order.
-        data: what its JSON says.
+        data: content of its JSON.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A Ray head with token authentication, and jobs on it, as a user starts them."""
+"""Ray head with token authentication, and jobs on it, as a user starts them."""
 
 import json
 import os
@@ -23,10 +23,10 @@ RAY = str(Path(sys.executable).parent / "ray")
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Without what would point a script at another store or cluster; with a home of its own.
+    """Return an environment that names no other store or cluster and has a home of its own.
 
     Args:
-        home: folder of what is kept for a user.
+        home: home folder of the user.
     """
     dropped = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
@@ -34,7 +34,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def run_command(*command: str, cwd: Path, env: Mapping[str, str]) -> str:
-    """Runs a command to its end, which must be a good one.
+    """Run a command to its end, and require that it succeeds.
 
     Args:
         command: program and arguments.
@@ -50,11 +50,11 @@ def run_command(*command: str, cwd: Path, env: Mapping[str, str]) -> str:
 
 
 def processes(pid: int, name: str) -> list[psutil.Process]:
-    """Descendants of a process whose names begin like this, the newest last.
+    """List the descendants of a process whose names begin with a name, the newest last.
 
     Args:
-        pid: of the process.
-        name: such as that of a class whose actor runs in a descendant.
+        pid: id of the process.
+        name: such as the class of an actor that runs in a descendant.
     """
     found = []
     for child in psutil.Process(pid).children(recursive=True):
@@ -66,15 +66,15 @@ def processes(pid: int, name: str) -> list[psutil.Process]:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A head that runs.
+    """Ray head that is running.
 
     Attributes:
-        process: of `ray start`.
-        address: where jobs go to.
-        cluster: where other nodes join.
-        folder: jobs are submitted from here.
+        process: process of `ray start`.
+        address: address to which jobs are submitted.
+        cluster: address at which other nodes join.
+        folder: folder from which jobs are submitted.
         temporary: Ray's own folder.
-        env: of the head and of who submits.
+        env: environment of the head and of the jobs' submission.
     """
 
     process: "subprocess.Popen[str]"
@@ -86,11 +86,11 @@ class Head:
 
     @property
     def token(self) -> str:
-        """What shows that one may use it."""
+        """Token that authorises its use."""
         return (self.folder / ".ray" / "auth_token").read_text().strip()
 
     def job(self, *arguments: str) -> str:
-        """Runs a subcommand of `ray job`; a head that has just started may have no agent yet.
+        """Run a subcommand of `ray job`, again while a head that has just started has no agent.
 
         Args:
             arguments: the subcommand, its options and arguments.
@@ -110,14 +110,14 @@ class Head:
         return done.stdout
 
     def submit(self, *command: str, wait: bool = True) -> str:
-        """Submits a job with the checkout as its working folder.
+        """Submit a job with the checkout as its working folder.
 
         Args:
-            command: what it runs.
-            wait: for its end.
+            command: command of the job.
+            wait: whether to wait for its end.
 
         Returns:
-            What it printed or, if it is not waited for, its id.
+            Its output or, without waiting, its id.
         """
         options = ["--working-dir", str(ROOT)] + ([] if wait else ["--no-wait"])
         printed = self.job("submit", *options, "--", *command)
@@ -127,7 +127,7 @@ class Head:
         return str(job)
 
     def stop(self, job: str) -> None:
-        """Does at once what `ray job stop` does when it has started.
+        """Stop a job at once, as `ray job stop` does after its start-up.
 
         Args:
             job: its id.
@@ -140,14 +140,14 @@ class Head:
         answer.raise_for_status()
 
     def scrape(self) -> str:
-        """The metrics of all nodes, as Prometheus gets them."""
+        """Return the metrics of all nodes, as Prometheus receives them."""
         found = json.loads((self.temporary / "prom_metrics_service_discovery.json").read_text())
         targets = [target for group in found for target in group["targets"]]
         return "".join(requests.get(f"http://{t}/metrics", timeout=30).text for t in targets)
 
     @contextmanager
     def log_of(self, job: str) -> Iterator[Iterator[str]]:
-        """Follows what a job prints until it ends.
+        """Follow a job's output until it ends.
 
         Args:
             job: its id.
@@ -164,10 +164,10 @@ class Head:
 def ray_head(
     folder: Path, *, cpus: int = 2, ip: str | None = None, more: Mapping[str, str] | None = None
 ) -> Iterator[Head]:
-    """Starts a Ray head with token authentication.
+    """Start a Ray head with token authentication.
 
     Args:
-        folder: home of its user; jobs are submitted from here.
+        folder: home of its user, from which jobs are submitted.
         cpus: logical CPUs.
         ip: address of this machine, at which other nodes reach it.
         more: environment variables.

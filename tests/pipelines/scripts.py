@@ -1,4 +1,4 @@
-"""Scripts run in the tests' own process, which has imported what they need and may have a Ray."""
+"""Runner of scripts in the tests' own process, which has their imports and may have a Ray."""
 
 import io
 import runpy
@@ -12,13 +12,13 @@ import pytest
 def run_here(
     script: Path, *arguments: str, folder: Path, printed: io.StringIO | None = None
 ) -> str:
-    """Run a script as its command does.
+    """Run a script as its command line does.
 
     Args:
         script: path of the file.
-        arguments: of the command line.
+        arguments: arguments of the command line.
         folder: working folder.
-        printed: stream that takes its output; by default a new one.
+        printed: stream that receives its output; by default a new one.
 
     Returns:
         The output.

@@ -1,6 +1,6 @@
-"""Streams twenty times as many bytes of frames as Ray's object store holds; prints what it saw.
+"""Stream twenty times the bytes that Ray's object store holds as frames, and print measurements.
 
-A script of its own, because a Ray instance has one store, and the other tests' is larger.
+This is a script because a Ray instance has one store, and that of the other tests is larger.
 """
 
 import json
@@ -25,7 +25,7 @@ FRAMES, SIZE, BATCH = 32, 160, 1
 
 
 def main() -> None:
-    """Streams, and prints a line of JSON."""
+    """Stream frames, and print a line of JSON."""
     ray.init(
         address="local",
         num_cpus=2,
@@ -77,9 +77,9 @@ def _stream(path: Path) -> dict[str, float]:
 
 
 def _own_bytes() -> int:
-    """Memory of this process and of those that decode and stream, without the store.
+    """Return the memory of this process and of those that decode and stream, without the store.
 
-    Ray's own services are left out: what they note about tasks and executions is not ours to bound.
+    Ray's own services are left out: their records of tasks and executions are not bounded here.
     """
     here = psutil.Process()
     total = 0

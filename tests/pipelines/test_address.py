@@ -1,4 +1,4 @@
-"""A Ray that does not start, or is gone, is told in one sentence and within seconds."""
+"""A Ray that does not start, or is gone, is reported in one sentence and within seconds."""
 
 import socket
 import threading
@@ -147,7 +147,7 @@ def test_ray_is_waited_for_as_the_machine_is_slow(monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """Ray's head process, which is a port that is open."""
+    """Stand-in for Ray's head process: a port that is open."""
     monkeypatch.setattr(cluster, "_WATCH_SECONDS", 0.01)
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     with socket.create_server(("127.0.0.1", 0), backlog=1000) as listening:

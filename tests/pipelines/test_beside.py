@@ -1,4 +1,4 @@
-"""Evaluation beside the training: the same numbers, whatever is killed, and none is forgotten."""
+"""Evaluation beside the training: the same numbers, whatever is killed, and none is lost."""
 
 import io
 import json
@@ -51,7 +51,7 @@ EPOCHS = 3
 
 @pytest.fixture
 def features(tiny_plan: Plan, tmp_path: Path) -> Path:
-    """Features of the tiny set that mean nothing."""
+    """Folder of random features of the tiny set."""
     folder = tmp_path / "features"
     folder.mkdir()
     random = np.random.default_rng(0)
@@ -67,7 +67,7 @@ def features(tiny_plan: Plan, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def recipe(tiny_recipe: Recipe, features: Path, tmp_path: Path) -> Recipe:
-    """On features, so that nothing has to be decoded, with two passes in a step."""
+    """Recipe on features, which need no decoding, with two passes in a step."""
     data = replace(tiny_recipe.data, features=str(features), videos=None, max_failed=0.3)
     return replace(
         without_backbone(replace(tiny_recipe, data=data), Features(str(features))),
@@ -86,13 +86,13 @@ def task(recipe: Recipe) -> DetectionTask:
 
 
 def _damage(videos: Sequence[Video]) -> None:
-    """Damages videos' features after they have been looked at."""
+    """Damage videos' features after the plan has checked them."""
     for video in videos:
         Path(video.uri).write_bytes(b"damaged")
 
 
 class _Beside(LocalRuntime):
-    """A worker that others evaluate for; it keeps its checkpoints in a folder, as Ray's does."""
+    """Worker that does not evaluate; it keeps its checkpoints in a folder, as Ray's worker does."""
 
     evaluates = False
 
@@ -122,7 +122,7 @@ def _trained(task: DetectionTask, runtime: LocalRuntime) -> Trainer:
 
 
 def _evaluations(history: list[tuple[int, dict[str, float]]]) -> dict[int, dict[str, float]]:
-    """Metrics of the evaluations, by step."""
+    """Return the metrics of the evaluations by step."""
     return {
         step: {name: value for name, value in metrics.items() if "reversible" not in name}
         for step, metrics in history
@@ -180,12 +180,12 @@ def test_the_numbers_are_those_of_the_evaluation_by_the_worker(
 
 
 class _Killed(BaseException):
-    """Stands for the end of a process at this very place."""
+    """Exception that stands for the end of the process at a certain line."""
 
 
 @pytest.fixture
 def waiting(task: DetectionTask, job: Job) -> str:
-    """The only checkpoint of a run of one epoch, which waits."""
+    """URI of the only checkpoint of a run of one epoch, which waits for its evaluation."""
     recipe = replace(task.recipe, epochs=1)
     _trained(replace(task, recipe=recipe), _Beside(recipe, task.plan, Path(job.output)))
     (one,), rest = checkpoints(job.output)
@@ -332,9 +332,9 @@ def _until(condition: Callable[[], object]) -> None:
 
 
 class _Disturbed(io.StringIO):
-    """Output of a training in this process, which it disturbs.
+    """Output of a training in this process that is interrupted.
 
-    It kills the worker in its second epoch, and stops the command once an epoch is evaluated.
+    The worker is killed in its second epoch, and the command stopped once an epoch is evaluated.
     """
 
     killed = stopped = False
@@ -350,7 +350,7 @@ class _Disturbed(io.StringIO):
 
 
 def _kill_first(name: str, killed: list[int], end: threading.Event) -> None:
-    """Kills the first descendant of this process that bears a name."""
+    """Kill the first descendant of this process with a name."""
     while not killed and not end.is_set():
         for process in processes(os.getpid(), name):
             process.kill()

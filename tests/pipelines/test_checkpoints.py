@@ -1,4 +1,4 @@
-"""A checkpoint is taken for good only if it is whole."""
+"""A checkpoint is accepted only if it is complete and undamaged."""
 
 import errno
 import json
@@ -141,7 +141,7 @@ def test_a_checkpoint_of_an_earlier_version_is_read(
 
 
 class _Storage:
-    """A run's folder, with the part of Ray Train's storage that is made use of."""
+    """Folder of a run, with the part of Ray Train's storage that is used."""
 
     storage_filesystem = pafs.LocalFileSystem()
 
@@ -156,7 +156,7 @@ class _Storage:
 
 
 class _Kept(LocalRuntime):
-    """Keeps the checkpoints of a run in a folder, as a worker of Ray Train does."""
+    """Runtime that keeps the checkpoints of a run in a folder, as a worker of Ray Train does."""
 
     def __init__(self, recipe: Recipe, plan: Plan, folder: Path) -> None:
         super().__init__(recipe, plan, folder)
@@ -181,7 +181,7 @@ class _Kept(LocalRuntime):
 def begin(
     tiny_recipe: Recipe, tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[], Trainer]]:
-    """Function that begins a run or goes on with it; three checkpoints, all of which are kept."""
+    """Function that begins or continues a run with three checkpoints, all of which are kept."""
     folder = tmp_path / "run"
     monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     recipe = replace(tiny_recipe, checkpoints=CheckpointConfig(steps=2, keep=9))
@@ -284,7 +284,7 @@ def test_without_room_a_run_stops_in_one_sentence_and_goes_on_when_there_is_some
 
 
 class _Slow(LocalFileSystem):
-    """File system that takes in nothing before it may, or fails then."""
+    """File system whose writes wait until they are allowed, or fail then."""
 
     protocol = "slow"
     cachable = False

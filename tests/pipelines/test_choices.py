@@ -47,7 +47,7 @@ SMALL = (
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with the example of the README; what is imported from it is forgotten."""
+    """Folder with the example of the README; modules imported from it are unloaded afterwards."""
     text = (ROOT / "pipelines" / "README.md").read_text()
     found = re.search(r"## A recipe of your own.*?```python\n(.*?)```", text, re.DOTALL)
     assert found is not None

@@ -1,4 +1,4 @@
-"""How a program ends: one message, or the whole stack."""
+"""End of a program: one message, or the whole stack."""
 
 import pytest
 from ray.exceptions import RayError

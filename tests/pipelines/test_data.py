@@ -1,4 +1,4 @@
-"""Which windows a worker sees, and that Ray Data delivers just these, in order and decoded."""
+"""Windows of a worker: Ray Data delivers exactly these, in order and decoded."""
 
 from dataclasses import replace
 from pathlib import Path

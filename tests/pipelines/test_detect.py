@@ -1,4 +1,4 @@
-"""The script that detects in new videos, as a user runs it, and what it does the second time."""
+"""Script that detects in new videos, as a user runs it, and its second run."""
 
 import base64
 import json
@@ -43,7 +43,7 @@ CLASSES = ("bounce", "orbit", "pulse")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """A folder with a saved detector, an MLflow run that has it, and two videos and a text."""
+    """Folder with a saved detector, an MLflow run that has it, two videos and a text file."""
 
     folder: Path
     run: Run
@@ -177,7 +177,7 @@ def test_mlflow_serves_a_model_for_paths_uris_and_contents(setting: Setting) -> 
 
 @contextmanager
 def served(setting: Setting, model: str) -> Iterator[str]:
-    """Address of a server of a model, started as `make serve` does."""
+    """Address of a model's server, which is started as `make serve` does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Putting the windows of videos together, and what is refused before Ray would wait for ever."""
+"""Detections of windows joined by video, and requests refused that Ray would wait for forever."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ DURATIONS = {"x": 12.0, "y": 6.0, "z": 12.0}
 
 
 def row(index: int, error: str = "") -> dict[str, Any]:
-    """A detection in the first two features of a window: its first two seconds."""
+    """Detection in the first two features of a window, which are its first two seconds."""
     return {
         "index": index,
         "error": error,

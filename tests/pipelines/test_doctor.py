@@ -1,4 +1,4 @@
-"""Every check says what is wrong, where, and what to do; a sound machine has nothing to mend."""
+"""Every check says what is wrong, where, and what to do; a sound machine has no findings."""
 
 import os
 import re
@@ -46,7 +46,7 @@ Answering = Callable[..., Cluster]
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the checks set in the environment is gone after each test."""
+    """Restore the environment that the checks change after each test."""
     for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
         monkeypatch.setenv(name, "1")
     for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
@@ -54,7 +54,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tells(findings: Iterator[Finding] | Sequence[Finding], verdict: str, *texts: str) -> str:
-    """The only finding has the verdict and says all of that; its text."""
+    """Require that the only finding has the verdict and the words; return its text."""
     (finding,) = findings
     assert finding.verdict == verdict, finding
     for text in texts:
@@ -77,7 +77,7 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Answering:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    """A cluster whose two nodes are this process."""
+    """Cluster whose two nodes are this process."""
 
     def ask(self: Cluster, function: Callable[..., Any], *arguments: Any) -> list[Answer[Any]]:
         return [nodes.attempt(function, node, arguments) for node in self.nodes]
@@ -483,7 +483,7 @@ def test_a_node_reads_what_the_driver_wrote_and_only_then_writes(tmp_path: Path)
 
 @contextmanager
 def _server(status: int) -> Iterator[str]:
-    """A server that answers every request with a status; gives its URI, with a password."""
+    """Run a server that answers every request with a status; yield its URI with a password."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -492,7 +492,7 @@ def _server(status: int) -> Iterator[str]:
             self.end_headers()
 
         def log_message(self, *_: Any) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)

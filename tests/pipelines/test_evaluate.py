@@ -1,4 +1,4 @@
-"""Detections and detectors are held against annotations, by the script itself."""
+"""Script that evaluates detections and detectors against annotations."""
 
 import io
 import json
@@ -53,7 +53,7 @@ def row(segment: tuple[float, float, float, str]) -> dict[str, Any]:
 
 
 def write(folder: Path, found: Mapping[str, list[Any]], *options: str) -> list[str]:
-    """Writes annotations and detections, and gives the options that name them."""
+    """Write annotations and detections, and return the options that name them."""
     database = {
         name: {
             "subset": video["subset"],
@@ -92,7 +92,7 @@ def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path, str]:
-    """The run of an evaluation, the folder of its files, and what it printed."""
+    """MLflow run of an evaluation, the folder of its files, and its output."""
     folder = tmp_path_factory.mktemp("evaluated")
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
@@ -163,7 +163,7 @@ PROPOSALS = {name: [(*one[:3], "action") for one in rows] for name, rows in FOUN
 def evaluation(
     folder: Path, *options: str, found: Mapping[str, list[Any]] = PROPOSALS
 ) -> dict[str, float]:
-    """Numbers of what was found, without MLflow."""
+    """Return the metrics of detections, without MLflow."""
     config = parse(write(folder, found, *options))
     paths = [Path(place) for place in config.detections]
     labelled = read_labelled(paths, evaluated_plan(config), config)
@@ -179,7 +179,7 @@ def evaluation(
 
 
 class Count:
-    """A metric as a newcomer would enter it: the number of detections."""
+    """Metric as a user would add it: the number of detections."""
 
     def __init__(self, compared: Compared) -> None:
         self.value = float(sum(len(one.scores) for one in compared.predictions.values()))
@@ -331,7 +331,7 @@ def test_a_detector_detects_in_the_subset_and_is_evaluated(
 
 
 def judged(run: Run) -> set[str]:
-    """The classes that there was something to find of."""
+    """Return the classes that have annotated instances."""
     return {name.removeprefix("val/AP/") for name in metrics(run) if name.startswith("val/AP/")}
 
 

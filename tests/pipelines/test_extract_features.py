@@ -1,4 +1,4 @@
-"""The script that makes features: killed and started again, with failures, against the backbone."""
+"""Script that extracts features: killed and restarted, with failures, against the backbone."""
 
 import os
 import re
@@ -48,7 +48,7 @@ def annotations(tiny_set: Path) -> Annotations:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of an MLflow store that is made once."""
+    """Folder of an MLflow store that is created once."""
     return str(tmp_path_factory.mktemp("runs"))
 
 
@@ -74,7 +74,7 @@ def arguments(config: ExtractConfig) -> list[str]:
 
 
 def undisturbed(config: ExtractConfig, annotations: Annotations, folder: Path) -> None:
-    """What the files must hold, made in this process, one after the other."""
+    """Write the expected files, computed in this process one after the other."""
     folder.mkdir()
     backbone = load_backbone(config.backbone, stride=None)
     sampling = resolved(config.sampling)
@@ -101,7 +101,7 @@ def resolved(config: SamplingConfig) -> Sampling:
 
 
 def slowly(config: ExtractConfig, video_id: str, clip: int) -> np.ndarray:
-    """The feature of one clip, with nothing of the code under test."""
+    """Compute the feature of one clip without the code under test."""
     times = (2 * clip + np.arange(8) + 0.5) / 12
     frames = decode(f"{config.videos}/{video_id}.mp4", times, size=32)
     video = torch.from_numpy(frames).permute(3, 0, 1, 2).float()
@@ -113,7 +113,7 @@ def slowly(config: ExtractConfig, video_id: str, clip: int) -> np.ndarray:
 
 
 def run_until_killed(config: ExtractConfig, log: Path) -> None:
-    """Starts the script, and kills it once the first file is there."""
+    """Start the script, and kill it once the first file is there."""
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with log.open("w") as stream:
         run = subprocess.Popen(
@@ -157,7 +157,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
 
 
 def check_features(config: ExtractConfig, annotations: Annotations, folder: Path) -> None:
-    """Files hold what extraction in this process, one after the other, gives, and nothing else."""
+    """Check that the files hold the features computed in this process, and nothing else."""
     out = Path(str(config.output))
     undisturbed(config, annotations, folder / "undisturbed")
     for path in (folder / "undisturbed").iterdir():

@@ -1,4 +1,4 @@
-"""Files of features: what is written is read again, by us and as others read it."""
+"""Files of features: their content is read back, by this project and as others read it."""
 
 import json
 from dataclasses import replace
@@ -36,7 +36,7 @@ def folder_at(
 
 
 def made(video_id: str, sampling: Sampling = CLIPS) -> ExtractedVideo:
-    """Features that tell their video and place, of videos of different durations."""
+    """Make features whose values tell video and position, of videos of different durations."""
     duration = 4.0 + IDS.index(video_id)
     grid = sampling.of(duration=duration, own_fps=10.0).grid
     features = np.arange(grid.num_features * 3, dtype=np.float32).reshape(-1, 3)
@@ -267,7 +267,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 
 
 def describe(folder: Path, **said: object) -> Features:
-    """Features that another program made, and a hand-written description of them."""
+    """Describe another program's features by hand, and open them."""
     (folder / NAME).write_text(json.dumps({"format": "re2tal features 1", "layout": "npy", **said}))
     return Features(str(folder))
 

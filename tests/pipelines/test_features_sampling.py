@@ -1,4 +1,4 @@
-"""Which frames features are made of, against slow definitions."""
+"""Frames of which features are made, against slow definitions."""
 
 import math
 

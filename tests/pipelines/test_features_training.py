@@ -1,4 +1,4 @@
-"""Training on features is training with a frozen backbone, if it sees the same windows."""
+"""Training on features equals training with a frozen backbone on the same windows."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ from re2tal.videos.windows import WindowConfig, sliding_windows
 
 @pytest.fixture
 def recipe(tiny_recipe: Recipe) -> Recipe:
-    """With a frozen backbone, and windows that hold a whole video: there is one way to cut it."""
+    """Recipe with a frozen backbone and windows of whole videos, which can be cut in one way."""
     return replace(
         tiny_recipe,
         epochs=2,
@@ -51,7 +51,7 @@ def recipe(tiny_recipe: Recipe) -> Recipe:
 
 @pytest.fixture(scope="module")
 def folder(tiny_plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Features of the same windows, made without Ray."""
+    """Features of the same windows, computed without Ray."""
     made = tmp_path_factory.mktemp("features")
     config = FrozenBackboneConfig(
         backbone="swin_toy", weights=TOY_WEIGHTS, reversible=True, size=32
@@ -237,7 +237,7 @@ Change = Callable[[np.ndarray], np.ndarray | bytes]
 
 
 def with_one(value: float) -> Change:
-    """A function that puts a value into one place of an array."""
+    """Return a function that puts a value into one place of an array."""
 
     def change(array: np.ndarray) -> np.ndarray:
         array[7, 3] = value
@@ -247,7 +247,7 @@ def with_one(value: float) -> Change:
 
 
 def as_others_write(folder: Path, target: Path, change: Change, **said: Any) -> list[str]:
-    """Changed files of features, which are described by a rule alone; returns their names."""
+    """Write changed copies of feature files that only a rule describes; return their names."""
     target.mkdir()
     for path in folder.glob("*.npy"):
         changed = change(np.load(path))

@@ -1,4 +1,4 @@
-"""Step 4 of the paper: the script as a user runs it, and the parts that it is made of."""
+"""Step 4 of the paper: the script as a user runs it, and its parts."""
 
 import json
 from collections import Counter
@@ -67,7 +67,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe(clips: Path) -> ClassificationRecipe:
-    """The toy recipe on it, one epoch from random weights."""
+    """Toy recipe on the tiniest split, one epoch from random weights."""
     base = toy()
     data = replace(
         base.data,
@@ -90,7 +90,7 @@ def recipe(clips: Path) -> ClassificationRecipe:
 
 @pytest.fixture(scope="module")
 def plan(recipe: ClassificationRecipe) -> ClassificationPlan:
-    """All of its clips."""
+    """Plan with all clips of the tiniest split."""
     lists = read_lists(recipe.data)
     found = {
         subset: tuple(
@@ -201,7 +201,7 @@ def test_a_run_trains_evaluates_and_tests(
 
 
 def clip_scores(classifier: Classifier, frames: Tensor) -> Tensor:
-    """Probabilities (K,) of one clip without padding, from the parts of the network."""
+    """Compute the probabilities (K,) of one unpadded clip from the parts of the network."""
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     video = ((frames / 255 - mean) / std).permute(0, 4, 1, 2, 3)
     features = classifier.backbone(video).mean(dim=2)
@@ -285,7 +285,7 @@ def test_a_run_that_goes_on_ends_like_one_that_was_not_interrupted(
 
 
 def _stop_in_step(trainer: Trainer, step: int) -> None:
-    """Runs until a step is to be taken, and is interrupted there."""
+    """Run a training, and interrupt it at a certain step."""
     take = trainer.step
 
     def interrupted(batches: Sequence[Batch]) -> dict[str, float]:
@@ -379,7 +379,7 @@ def test_weights_by_name_pass_and_lost_ones_do_not(tmp_path: Path) -> None:
 
 
 def written_lists(folder: Path, clips: Path, extra: Sequence[str]) -> TrimmedDataConfig:
-    """Lists with class numbers in `folder` of the clips."""
+    """Write lists of the clips with class numbers into `folder`."""
     names = {subset: sorted(p.relative_to(clips) for p in (clips / subset).rglob("*.mp4"))
              for subset in ("training", "validation")}  # fmt: skip
     (folder / "classes.txt").write_text("\n".join(TRIMMED_CLASSES))
@@ -425,7 +425,7 @@ def test_a_plan_holds_what_can_be_used_and_says_why_the_rest_cannot(
 
 
 def of_annotations(folder: Path, **fields: Any) -> ClassificationRecipe:
-    """The toy recipe on the annotated segments of a detection set, as the command line makes it."""
+    """Return the toy recipe on a detection set's segments, as the command line makes it."""
     made = parse(["toy", "--data.annotations", str(folder / "annotations.json"),
                   "--data.videos", str(folder / "videos")])  # fmt: skip
     return classification_inputs(replace(made, data=replace(made.data, **fields)))

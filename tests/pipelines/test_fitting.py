@@ -1,4 +1,4 @@
-"""Layouts of a step that fit a GPU: the choice, the prediction, the command, the run."""
+"""Layouts of a step that fits a GPU: choice, prediction, command and run."""
 
 import math
 import shlex
@@ -178,14 +178,14 @@ def test_the_order_is_fastest_first_and_another_function_comes_last() -> None:
 
 @pytest.fixture
 def small(tiny_recipe: Recipe) -> Recipe:
-    """The tiny recipe, two windows in a step, on a GPU."""
+    """Tiny recipe for a GPU, with two windows in a step."""
     model = replace(tiny_recipe.model, backbone=replace(swin_toy(), depths=(1, 1)))
     scale = replace(tiny_recipe.scale, gpu=True)
     return replace(tiny_recipe, batch_size=2, model=model, scale=scale)
 
 
 def test_a_prediction_counts_all_that_a_step_holds(small: Recipe) -> None:
-    """Against the sizes of the objects that training makes, and the counter's own prediction."""
+    """Needs equal the sizes of the objects that training makes, and the counter's prediction."""
     predictor = Predictor(small, SOME_CLASSES, lambda _: None)
     layout = Layout(batch=2, passes=1, reversible=True)
     found = predictor.needs(layout)
@@ -356,7 +356,7 @@ def test_auto_is_the_smallest_free_memory_of_the_gpus_that_are_visible(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert free_memory() == [size * GIB for size in expected]
     assert free_memory(hidden=True) == [70 * GIB, 20 * GIB]
-    with pytest.raises(UserError, match="there is none: give the size"):
+    with pytest.raises(UserError, match="there is none: give the memory"):
         budget_of("auto", recipe, free_memory)
     on_cpus = replace(recipe, scale=replace(recipe.scale, gpu=False))
     with pytest.raises(UserError, match=r"--scale\.no-gpu.*--fit 24GiB"):

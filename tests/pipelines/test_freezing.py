@@ -1,4 +1,4 @@
-"""What is not to be trained keeps its values, and is run as in evaluation."""
+"""Frozen parts keep their values and run in evaluation mode."""
 
 from dataclasses import replace
 from typing import Any

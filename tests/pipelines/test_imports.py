@@ -1,4 +1,4 @@
-"""Processes import what they use: whatever a module imports is paid for at each start."""
+"""Processes import only what they use, because every import costs time at each start."""
 
 import subprocess
 import sys

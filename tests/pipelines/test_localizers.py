@@ -1,4 +1,4 @@
-"""The training loop with every localizer, and with one that lies outside the project's package."""
+"""Training loop with every localizer, and with one from outside the project's package."""
 
 import json
 import math
@@ -34,7 +34,7 @@ VSGN = VSGNConfig(width=16, levels=3, stem_stride=1, head_layers=1, neighbours=4
 
 
 def run(recipe: Recipe, plan: Plan, folder: Path) -> tuple[dict[str, float], Path]:
-    """The last metrics, and the folder of the last checkpoint."""
+    """Train; return the last metrics and the folder of the last checkpoint."""
     runtime = LocalRuntime(recipe, plan, folder)
     metrics = Trainer(
         DetectionTask(recipe=recipe, plan=plan),

@@ -1,4 +1,4 @@
-"""The training loop on its own, in one process: it learns, it goes on, it stops on nonsense."""
+"""Training loop alone, in one process: it learns, resumes, and stops on a non-finite loss."""
 
 import math
 import re

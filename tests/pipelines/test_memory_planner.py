@@ -1,4 +1,4 @@
-"""The memory planner: four ways, what fits, tables, files, the command line."""
+"""Memory planner: four ways to run a step, what fits, tables, files, the command line."""
 
 import copy
 import json
@@ -124,7 +124,7 @@ def test_checkpointing_changes_memory_and_nothing_else() -> None:
 
 
 def shallow() -> SwinConfig:
-    """The toy Swin with one block a stage: each prediction runs all of them."""
+    """Toy Swin with one block per stage, since each prediction runs all blocks."""
     return replace(swin_toy(), depths=(1, 1))
 
 

@@ -1,4 +1,4 @@
-"""Advice for a data set of one's own: a recipe that loads and builds, whatever the data is like."""
+"""Advice for a new data set: a recipe that loads and builds, whatever the data are."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -51,7 +51,7 @@ def data_set(
     lost: Sequence[str] = (),
     fps: int = 12,
 ) -> NewRecipeConfig:
-    """Annotations of videos, id to subset, duration and segments, and their files, all of 1 s."""
+    """Write annotations (id to subset, duration and segments) and video files, all of 1 s."""
     database = {
         video_id: {
             "subset": subset,
@@ -75,7 +75,7 @@ def data_set(
 
 
 def loaded(advice: Advice, text: str, folder: Path) -> Recipe:
-    """The recipe that `train.py` would read from the text, which is the advised one."""
+    """Load the recipe from its text as `train.py` does, and check that it is the advised one."""
     path = folder / f"recipe_{abs(hash(str(folder)))}.py"
     path.write_text(text)
     recipe = recipe_named(str(path), RECIPES, Recipe)
@@ -216,7 +216,7 @@ def test_the_model_is_the_largest_that_fits_the_memory(
 
 
 def large_and_small() -> tuple[Any, ...]:
-    """The smallest size of the table, and a smaller one."""
+    """Smallest size of the table, and a smaller one."""
     least = _ON_GPU[-1]
     return least, replace(least, size=48)
 

@@ -1,4 +1,4 @@
-"""Learning rates, decay and schedule reach the right parameters at the right time."""
+"""Learning rates, decay and schedule apply to the right parameters at the right time."""
 
 import math
 import warnings

@@ -1,4 +1,4 @@
-"""The files that detections are written to, and the records that they are made from."""
+"""Files of detections, and the records from which they are made."""
 
 import base64
 import csv

@@ -1,4 +1,4 @@
-"""What stops a run before it starts, and what only leaves a video out."""
+"""Plan of a run: problems that stop it, and problems that only exclude a video."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ def test_no_usable_video_at_all_is_an_error_whatever_the_share() -> None:
 
 @pytest.fixture
 def without_durations(tiny_recipe: Recipe, tmp_path: Path) -> tuple[DataConfig, dict[str, float]]:
-    """The tiny set as THUMOS-14 is passed around, and the durations."""
+    """Tiny set in the form in which THUMOS-14 is shared, and the durations."""
     document = json.loads(Path(str(tiny_recipe.data.annotations)).read_text())
     durations = {name: entry.pop("duration") for name, entry in document["database"].items()}
     path = tmp_path / "annotations.json"
@@ -146,7 +146,7 @@ def test_labels_are_trimmed_when_asked_for(tiny_recipe: Recipe, tmp_path: Path) 
 
 @pytest.fixture
 def damaged(tiny_recipe: Recipe, tiny_set: Path, tmp_path: Path) -> DataConfig:
-    """The tiny set with one training video missing and one unreadable."""
+    """Tiny set with one training video missing and one unreadable."""
     folder = tmp_path / "videos"
     shutil.copytree(tiny_set / "videos", folder)
     (folder / "toy_000.mp4").unlink()
@@ -201,7 +201,7 @@ def test_a_validation_without_instances_is_an_error_before_training(
 
 
 def changed(config: DataConfig, folder: Path, **duration: float) -> DataConfig:
-    """The data set with other annotated durations, which its files do not have."""
+    """Return the data set with annotated durations that differ from its files."""
     document = json.loads(Path(str(config.annotations)).read_text())
     for video_id, seconds in duration.items():
         document["database"][video_id]["duration"] = seconds

@@ -1,4 +1,4 @@
-"""The script that makes shards: killed and started again, with failures, and trained on."""
+"""Script that makes shards: killed and restarted, with failures, and used for training."""
 
 import json
 import os
@@ -37,7 +37,7 @@ TRANSCODE = TranscodeConfig(size=64, piece_seconds=4.0)
 
 
 def annotate(folder: Path, **duration: float) -> Path:
-    """Writes annotations of videos with one action each."""
+    """Write annotations of videos with one action each."""
     database = {
         video_id: {
             "subset": "training" if number % 2 else "validation",
@@ -52,7 +52,7 @@ def annotate(folder: Path, **duration: float) -> Path:
 
 
 def config_for(folder: Path, **changes: object) -> PrepareConfig:
-    """The videos of a folder, each into a shard of its own."""
+    """Return options that put each video of a folder into a shard of its own."""
     config = PrepareConfig(
         annotations=str(folder / "annotations.json"),
         videos=str(folder / "videos"),
@@ -64,7 +64,7 @@ def config_for(folder: Path, **changes: object) -> PrepareConfig:
 
 
 def undisturbed(config: PrepareConfig, folder: Path) -> dict[str, bytes]:
-    """What the shards must hold, made in this process, one after the other."""
+    """Return the expected content of the shards, made in this process one after the other."""
     annotations = load_annotations(Path(str(config.annotations)))
     settings = ShardSettings(
         fingerprint=annotations.fingerprint,
@@ -146,7 +146,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
 
 @pytest.fixture
 def three(tmp_path: Path) -> Path:
-    """Folder of three videos of which one is not there and one cannot be read."""
+    """Folder of three videos, of which one is missing and one is unreadable."""
     (tmp_path / "videos").mkdir()
     make_video(tmp_path / "videos" / "a.mp4", 100)
     (tmp_path / "videos" / "b.mp4").write_text("this is no video")

@@ -72,7 +72,7 @@ def test_a_backbone_that_shows_no_places_is_refused() -> None:
 
 @pytest.mark.parametrize("shift", [0.0, 0.25])
 def test_the_guide_looks_at_the_place_of_the_actor(shift: float) -> None:
-    """On a grid of 4 x 4, whose features say where they are, and at one place the motion."""
+    """Loss on a 4 x 4 grid whose features hold their place and, at one place, the motion."""
     guide = Guide(17)
     with torch.no_grad():
         for layer in (guide.here, guide.motion):

@@ -1,4 +1,4 @@
-"""A collection of videos is opened in parallel, and what was found is a Parquet table."""
+"""Script that opens a collection of videos in parallel and writes a Parquet table."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from tests.videos.made_videos import make_video
 
 @pytest.fixture
 def collection(tiny_set: Path, tmp_path: Path) -> Path:
-    """The tiny set with a text and an empty file among the videos, one missing, and other files."""
+    """Tiny set with a text and an empty file among the videos, one missing, and other files."""
     shutil.copytree(tiny_set, tmp_path / "set")
     videos = tmp_path / "set" / "videos"
     (videos / "toy_000.mp4").unlink()

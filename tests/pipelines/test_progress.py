@@ -1,4 +1,4 @@
-"""Time left, stages of a command, and lines that are kept from its output."""
+"""Time left, stages of a command, and lines that are removed from its output."""
 
 from pathlib import Path
 

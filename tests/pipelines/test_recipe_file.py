@@ -1,4 +1,4 @@
-"""A run's configuration as a file: read as it was written, or refused."""
+"""File of a run's configuration: read as it was written, or refused."""
 
 from dataclasses import replace
 from pathlib import Path

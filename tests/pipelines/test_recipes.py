@@ -1,4 +1,4 @@
-"""What the recipes describe can be built, and is what was published."""
+"""Recipes can be built, and agree with the publications."""
 
 import re
 from dataclasses import replace
@@ -42,7 +42,7 @@ AGNOSTIC = ("anet", "hacs", "fineaction")
 
 @cache
 def features_of(backbone: Any, frames: int, size: int) -> Tensor:
-    """Features of a window, in shape only, on which the number of blocks has no influence."""
+    """Return features of a window in shape only, on which the number of blocks has no influence."""
     shallow = replace(backbone, depths=(1,) * len(backbone.depths))
     with torch.device("meta"), torch.inference_mode():
         features: Tensor = shallow.build().eval()(torch.zeros(1, 3, frames, size, size))
@@ -238,7 +238,7 @@ def test_actionformer_is_as_adatad_and_opentad_published_it(
 
 
 def test_actionformer_of_resampled_videos_is_as_opentad_published_it() -> None:
-    """OpenTAD's of ActivityNet, and of HACS and FineAction on features."""
+    """OpenTAD's settings for ActivityNet, and for HACS and FineAction on features."""
     anet = ActionFormerConfig(
         width=256,
         head_width=256,

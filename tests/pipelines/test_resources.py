@@ -1,4 +1,4 @@
-"""What a cluster has, and may grow to."""
+"""Resources that a cluster has, and may grow to."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ from re2tal.reversible.convolutions import WRONG_GRADIENTS
 
 @pytest.fixture
 def grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A head without CPUs, whose autoscaler may start four nodes with two GPUs each."""
+    """Head without CPUs, whose autoscaler may start four nodes with two GPUs each."""
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1e9})
     monkeypatch.setenv(CLUSTER_MAX, "CPU=64, GPU=8")
 

@@ -1,4 +1,4 @@
-"""What is printed and drawn at the end of a run, also when its metrics did not arrive."""
+"""Output and pictures at the end of a run, also if its metrics did not arrive."""
 
 import json
 from collections.abc import Callable
@@ -132,7 +132,7 @@ def test_a_run_whose_metrics_did_not_arrive_says_so(
 ) -> None:
     print_summary(recipe, PLAN, run, seconds=61.0)
     printed = capsys.readouterr().out
-    assert f"No mAP arrived in MLflow: what could not be sent is in {recipe.output}" in printed
+    assert f"No mAP arrived in MLflow: metrics that were not sent are in {recipe.output}" in printed
     assert run.run_id in printed
     assert "frames/s" not in printed
     log_pictures(run, PLAN, {})

@@ -1,4 +1,4 @@
-"""Which run a command goes on with."""
+"""Choice of the run that a command goes on with."""
 
 import fcntl
 import socket
@@ -38,7 +38,7 @@ def recipe(tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def stored(
     request: pytest.FixtureRequest, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Recipe:
-    """Its checkpoints in a folder or in an object store."""
+    """Recipe whose checkpoints are in a folder or in an object store."""
     if request.param == "a folder":
         return recipe
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
@@ -46,7 +46,7 @@ def stored(
 
 
 def _checkpoint(recipe: Recipe, run_id: str, scratch: Path) -> str:
-    """Puts a whole checkpoint into a run's folder, as Ray Train does."""
+    """Put a complete checkpoint into a run's folder, as Ray Train does."""
     whole = scratch / "checkpoint"
     whole.mkdir()
     (whole / "training.pt").write_bytes(b"weights")
@@ -170,7 +170,7 @@ def test_steps_that_are_logged_are_not_logged_again(
     job: Any = SimpleNamespace(run=run, board=board)
 
     def log(*steps: int) -> None:
-        """Logs as a worker does from its start to its end; the loss is the step's number."""
+        """Log as a worker does from its start to its end; the loss is the step's number."""
         runtime: Any = SimpleNamespace(
             _gauges=SimpleNamespace(set=lambda metrics: shown.append(metrics["train/loss"])),
             _metrics=MetricLogger(run, fallback=tmp_path / "unsent"),
@@ -198,7 +198,7 @@ def test_steps_that_are_logged_are_not_logged_again(
     monkeypatch.setattr("pipelines.training.worker.last_steps", silent)
     assert _logged(job) == {}
     assert posted == [
-        "warning: MLflow does not say which steps are logged; some may be twice (no answer)"
+        "warning: MLflow does not say which steps are logged; some may appear twice (no answer)"
     ]
 
 

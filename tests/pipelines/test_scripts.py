@@ -1,4 +1,4 @@
-"""Scripts: names that nothing else has, and the code of their own checkout."""
+"""Scripts: unique names, and the code of their own checkout."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("script", [detect, evaluate, probe, train])
 def test_results_lie_under_runs_which_git_ignores(script: Any) -> None:
-    """A script that is started in a checkout leaves nothing that git would add."""
+    """A script that is started in a checkout leaves no file that git would add."""
     config = script.parse(["toy"] if script is train else [])
     assert Path(config.output).parts[0] == "runs"
     ignored = (ROOT / ".gitignore").read_text().splitlines()
@@ -25,7 +25,7 @@ def test_results_lie_under_runs_which_git_ignores(script: Any) -> None:
 
 @pytest.mark.parametrize("folder", ["pipelines", "sweeps"])
 def test_no_script_hides_a_module_of_python_or_of_a_dependency(folder: str) -> None:
-    """A script's folder comes first on its path."""
+    """A script's folder comes first on the import path, so its modules must not hide others."""
     names = {path.stem for path in (ROOT / folder).iterdir() if path.suffix in ("", ".py")}
     assert "train" in names or folder == "sweeps"
     others = {name for name, owners in packages_distributions().items() if owners != ["re2tal"]}

@@ -1,4 +1,4 @@
-"""Split over two workers (FSDP2), a run ends as it does unsplit, and goes on from a checkpoint."""
+"""A run sharded over two workers (FSDP2) ends as an unsharded one, and resumes."""
 
 import copy
 import shutil
@@ -141,7 +141,7 @@ def test_a_float16_loss_is_refused(tiny_recipe: Recipe) -> None:
 
 
 def _one_step(rank: int, tuning: AdapterConfig | LoraConfig | None) -> None:
-    """Split, averaged and alone: gradients of one detector on a batch of each rank."""
+    """Compare gradients on a batch of each rank: of one detector sharded, averaged and alone."""
     torch.manual_seed(0)
     detector: Any = scrambled(spec(TINY, tuning).build()).train()
     if tuning is not None:

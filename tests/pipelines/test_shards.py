@@ -1,4 +1,4 @@
-"""One shard: what is written, what is read back, and what happens when something goes wrong."""
+"""Shard of videos: writing, reading back, and failures."""
 
 import json
 import pickle
@@ -96,7 +96,7 @@ def collection(tmp_path_factory: pytest.TempPathFactory) -> Collection:
 
 @pytest.fixture(scope="module")
 def written(collection: Collection) -> Path:
-    """The shard of the whole collection."""
+    """Shard of the whole collection."""
     path = collection.folder / "written" / FOLDER / "part-00000.parquet"
     write_shard(collection.task(path))
     return path
@@ -212,7 +212,7 @@ def test_the_same_task_gives_the_same_bytes(collection: Collection, written: Pat
 
 
 def broken(collection: Collection, folder: Path) -> Collection:
-    """The collection with one video that is damaged and one that is not there."""
+    """Collection with one damaged and one missing video."""
     path = folder / "plain.mp4"
     path.write_text("this is no video")
     return replace(collection, sources={**collection.sources, "plain": str(path)})

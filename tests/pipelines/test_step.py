@@ -1,4 +1,4 @@
-"""One step: what overflows is left out, what is masked is drawn anew each step, and repeatably."""
+"""Training step: skipped if gradients overflow, with masks that are new but reproducible."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: an answer at once, and an end at once when they come again."""
+"""Ctrl-C and SIGTERM: an answer at once, and an immediate end the second time."""
 
 import os
 import signal

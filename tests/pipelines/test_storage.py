@@ -1,4 +1,4 @@
-"""Paths and URIs: the same answers for both, and one sentence when something is missing."""
+"""Paths and URIs: the same answers for both, and one sentence if something is missing."""
 
 import errno
 import os

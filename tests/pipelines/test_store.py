@@ -1,4 +1,4 @@
-"""Folders of Parquet files as they have always been written are read, and gone on with."""
+"""Folders of Parquet files in the format of earlier versions are read and continued."""
 
 import json
 from dataclasses import replace
@@ -50,7 +50,7 @@ FOOTER = {
 
 
 def write(path: Path, rows: list[pa.Table], footer: dict[str, Any], **options: Any) -> None:
-    """A row group a row, and what the file holds as JSON under "re2tal"."""
+    """Write a row group for each row, and the file's content as JSON under "re2tal"."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with pq.ParquetWriter(
         path, rows[0].schema, compression="none", write_statistics=False, **options
@@ -61,7 +61,7 @@ def write(path: Path, rows: list[pa.Table], footer: dict[str, Any], **options: A
 
 
 def footer_of(path: Path) -> Any:
-    """Reads the contents that a file's footer lists."""
+    """Read the content that a file's footer lists."""
     return json.loads(pq.read_metadata(path).metadata[b"re2tal"])
 
 
@@ -121,7 +121,7 @@ SETTINGS = ShardSettings(
 
 @pytest.fixture
 def shard(tmp_path: Path) -> tuple[ShardTask, Path]:
-    """What to write, and what was written."""
+    """Task of writing a shard, and the path of the written file."""
     (tmp_path / "videos").mkdir()
     make_video(tmp_path / "videos" / "v.mp4", 60)
     path = tmp_path / "out" / "shards" / "part-00000.parquet"

@@ -1,4 +1,4 @@
-"""What is decoded ahead: in order, whatever runs at once, and never more than the store holds."""
+"""Decoding ahead: in order, however many tasks run, and never more than the store holds."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The MLflow store: complete configuration, batched metrics, honest ends, nothing lost."""
+"""MLflow store: complete configuration, batched metrics, correct final states, nothing lost."""
 
 import json
 import shlex
@@ -55,7 +55,7 @@ class Outer:
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of one store for all tests: making its tables takes seconds."""
+    """Folder of one store for all tests, since creating its tables takes seconds."""
     return tmp_path_factory.mktemp("store") / "runs"
 
 

@@ -1,4 +1,4 @@
-"""The main script as a user runs it: on files, through Ray, into MLflow, and as a Ray job."""
+"""Main script as a user runs it: on files, through Ray, into MLflow, and as a Ray job."""
 
 import io
 import json
@@ -103,7 +103,7 @@ def test_finetuning_needs_frames_and_is_refused_where_nothing_would_do_it(
     recipe = replace(tiny_recipe, output=str(tmp_path), finetune=FinetuneConfig(epochs=1))
     with pytest.raises(UserError, match=r"--finetune-epochs belongs to train.py"):
         training.prepare(recipe)
-    with pytest.raises(UserError, match=r"--data.features stand in for one"):
+    with pytest.raises(UserError, match=r"--data.features replace it"):
         training.train(replace(recipe, data=replace(recipe.data, features=str(tmp_path))))
     moving = replace(recipe, epochs=4, model=replace(recipe.model, coupling_epochs=3.0))
     with pytest.raises(UserError, match=r"--model.coupling-epochs must be .* at most the 1"):
@@ -136,10 +136,10 @@ def test_videos_that_the_second_step_would_refuse_stop_the_first(
 
 
 class _Disturbed(io.StringIO):
-    """Output of a training in this process, which it disturbs.
+    """Output of a training in this process that is interrupted.
 
-    It kills the worker when that has its second checkpoint, and stops the command as Ctrl-C does at
-    the fourth.
+    The worker is killed at its second checkpoint, and the command is stopped at the fourth, as by
+    Ctrl-C.
     """
 
     checkpoints = 0
@@ -158,9 +158,9 @@ class _Disturbed(io.StringIO):
 def finished(
     tiny_set: Path, tmp_path_factory: pytest.TempPathFactory, ray_instance: None
 ) -> tuple[Path, str]:
-    """Folder in which the script lost a worker, was stopped, and killed at its end; and the output.
+    """Folder in which the script lost a worker, was stopped, and killed at its end; and its output.
 
-    The third command ends it.
+    The third command ends the run.
     """
     folder, printed = tmp_path_factory.mktemp("run"), _Disturbed()
     command = ("toy", *_data(tiny_set), *TINY, "--fit", "2GiB")
@@ -182,9 +182,9 @@ def finished(
 
 
 def _leave_as_killed(folder: Path) -> None:
-    """Leaves a run as SIGKILL would while Ray Train writes its list and MLflow logs the model.
+    """Leave a run as SIGKILL would while Ray Train writes its list and MLflow logs the model.
 
-    The last checkpoint is then whole, and one that went too long is still there.
+    The last checkpoint is then complete, and a surplus one is still there.
     """
     client, run = _client(folder), _run(folder)
     client.update_run(run.info.run_id, status="RUNNING")
@@ -206,7 +206,7 @@ def _leave_as_killed(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def job(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Folder of a Ray job that was stopped and submitted again, and what it printed in the end."""
+    """Folder of a Ray job that was stopped and submitted again, and its final output."""
     command = (sys.executable, "pipelines/train.py", "toy", *_data(tiny_set), *TINY)
     patient = {"RAY_JOB_STOP_WAIT_TIME_S": "60"}  # by default a job on a busy machine is killed
     with ray_head(tmp_path_factory.mktemp("job"), more=patient) as head:
@@ -219,7 +219,7 @@ def job(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 
 def _stop(head: Head, job: str) -> None:
-    """Stops a job after its second checkpoint: the first is then with Ray Train for certain."""
+    """Stop a job after its second checkpoint, when Ray Train is sure to have the first."""
     checkpoints = 0
     with head.log_of(job) as lines:
         for line in lines:
@@ -238,7 +238,7 @@ def _stop(head: Head, job: str) -> None:
 
 
 def _run(folder: Path) -> MlflowRun:
-    """The only run in a folder's store."""
+    """Return the only run in a folder's store."""
     client = _client(folder)
     (experiment,) = client.search_experiments(filter_string="name = 're2tal'")
     (run,) = client.search_runs([experiment.experiment_id])
@@ -417,7 +417,7 @@ def test_the_model_detects_in_a_clean_process(finished: tuple[Path, str], tiny_s
 
 
 def _final_weights(folder: Path) -> dict[str, Tensor]:
-    """Of the last checkpoint of the only run: the trained detector's and its average's."""
+    """Return the weights of the only run's last checkpoint: the detector's and its average's."""
     *_, last = sorted((folder / "runs").glob("*/checkpoint_epoch_*"))
     state = torch.load(last / "training.pt", weights_only=True)
     assert (state["epoch"], state["windows"]) == (2, 0)
@@ -469,7 +469,7 @@ def _assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def _undisturbed(tiny_set: Path, plan: Plan, folder: Path) -> dict[str, Tensor]:
-    """What the same recipe ends with in this process, without Ray."""
+    """Weights with which the same recipe ends in this process, without Ray."""
     recipe = parse(["toy", *_data(tiny_set), *TINY])
     threads = torch.get_num_threads()
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # as the only worker of a node has

@@ -1,4 +1,4 @@
-"""Locks and notes of processes that work in one output: who may begin, and whose runs are over."""
+"""Locks and notes of processes with one output: which may begin, and whose runs have ended."""
 
 import subprocess
 import sys
@@ -43,7 +43,7 @@ def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _process(code: str, *arguments: str) -> subprocess.Popen[str]:
-    """A process that has printed its first line."""
+    """Start a process, and return it once it has printed its first line."""
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         stdin=subprocess.PIPE,
@@ -58,7 +58,7 @@ def _process(code: str, *arguments: str) -> subprocess.Popen[str]:
 
 @contextmanager
 def _held(output: Path, run: Run) -> Iterator[Callable[[], None]]:
-    """Lets another process work on a run; yields a function that kills that process."""
+    """Let another process work on a run; yield a function that kills that process."""
     underway.end(run.run_id)  # it is no longer this process's
 
     def kill() -> None:

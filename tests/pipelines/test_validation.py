@@ -1,4 +1,4 @@
-"""What the evaluation of a run compares."""
+"""Comparison of detections and annotations in a run's evaluation."""
 
 import pytest
 import torch
@@ -16,9 +16,9 @@ from re2tal.detection import Detections
 
 
 def test_ambiguous_stretches_end_where_they_are_annotated_to_end() -> None:
-    """A detection that starts with the end of such a stretch shares no time with it.
+    """A detection that starts at the end of an ambiguous stretch shares no time with it.
 
-    In float32 this end, 1000.7, is later than it is.
+    In float32 this end, 1000.7, would be rounded up.
     """
     annotation = VideoAnnotation(
         video_id="a",

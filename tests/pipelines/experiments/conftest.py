@@ -1,4 +1,4 @@
-"""Results of experiments for their reports."""
+"""Fixture with results of experiments for their reports."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ Results = dict[str, Any]
 
 @pytest.fixture(scope="session")
 def results_of() -> Callable[[Experiment], Results]:
-    """Does all jobs of an experiment; arguments and results are as after a way through a file."""
+    """Run all jobs of an experiment; arguments and results are as if read back from a file."""
 
     def through_json(value: Any) -> Any:
         return json.loads(json.dumps(value))

@@ -1,4 +1,4 @@
-"""The experiments `accuracy`, `tal` and `tunings`: they run, and say what holds."""
+"""Experiments `accuracy`, `tal` and `tunings`: they run, and their verdicts follow the results."""
 
 import json
 from collections.abc import Mapping

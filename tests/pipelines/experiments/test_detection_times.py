@@ -1,4 +1,4 @@
-"""Experiments on NMS and evaluation, at toy size; what they measure is in their results."""
+"""Experiments on NMS and evaluation, at toy size: their results hold what they measure."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The experiment `exactness`: what is exact, what drifts, and libraries that are not there."""
+"""Experiment `exactness`: exact results, drift, and libraries that are not installed."""
 
 import copy
 import subprocess
@@ -83,7 +83,7 @@ def test_public_libraries_compute_the_same_but_for_rounding(library: str) -> Non
 
 
 class Storing(nn.Module):
-    """Ordinary autograd, the reference itself."""
+    """Ordinary autograd, which is the reference itself."""
 
     def __init__(self, branches: Any) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Storing(nn.Module):
 
 
 class Halving(Storing):
-    """Another function."""
+    """Peer that computes another function."""
 
     def forward(self, streams: Tensor) -> Tensor:
         return super().forward(streams / 2)
@@ -138,7 +138,7 @@ def test_another_function_has_other_gradients(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_reference_is_in_the_same_precision() -> None:
-    """Else an error would be that of the precision, 4e-3 in bfloat16."""
+    """The reference computes in bfloat16 too; else the error would be that of bfloat16, 4e-3."""
     rows = errors_of(library="minREV's form", depths=[12], precisions=["bfloat16"])["rows"]
     # floating-point streams drift by 4.5e-4 on processors without AVX2, by less than 1e-4 on others
     assert rows[0][ERROR] < 1e-3

@@ -1,4 +1,4 @@
-"""The harness of the experiments: what is kept, told apart, written and printed."""
+"""Harness of the experiments: results are kept, distinguished, written and printed."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -76,7 +76,7 @@ def _square(*, of: int, log: str) -> Result:
 
 @dataclass(frozen=True)
 class Squares:
-    """An experiment that notes what it was asked to do."""
+    """Experiment that records the jobs that it was asked to do."""
 
     numbers: tuple[int, ...]
     log: str
@@ -111,7 +111,7 @@ def _carried_out(
 
 
 def _done(experiment: Squares) -> list[str]:
-    """What was asked for since the last look."""
+    """Return the jobs that were asked for since the last call."""
     log = Path(experiment.log)
     done = log.read_text().split()
     log.write_text("")
@@ -203,7 +203,7 @@ def _run(*arguments: str, output: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results of jobs are kept where the command was given."""
+    """Run each test in a folder of its own, where the results of its jobs are kept."""
     monkeypatch.chdir(tmp_path)
 
 

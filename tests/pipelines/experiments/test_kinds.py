@@ -1,4 +1,4 @@
-"""Kinds of backbones: the rows of the table, on the smallest of each library."""
+"""Kinds of backbones: the rows of the table, for the smallest backbone of each library."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Experiments `memory` and `finetuning`: predictions, what fits, and what reports make of it."""
+"""Experiments `memory` and `finetuning`: predictions, what fits, and their reports."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""`reproduce.py --quick` by itself, and the same command without Ray."""
+"""`reproduce.py --quick` as a script, and the same command without Ray."""
 
 import re
 import sys
@@ -25,7 +25,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def _runs(folder: Path) -> tuple[Run, list[Run]]:
-    """The run of all experiments, and those below it."""
+    """MLflow run of all experiments, and its child runs."""
     client = MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 're2tal-reproduce'")
     runs = client.search_runs([experiment.experiment_id], max_results=1000)

@@ -1,4 +1,4 @@
-"""The experiment `speed`: its steps are run, its numbers are not judged, and its verdicts are."""
+"""Experiment `speed`: its steps run, and its verdicts are checked, but not its times."""
 
 import copy
 import re

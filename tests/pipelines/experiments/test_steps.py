@@ -1,4 +1,4 @@
-"""Experiments on training steps, at toy size; what they measure is in their results."""
+"""Experiments on training steps, at toy size: their results hold what they measure."""
 
 from typing import Any
 
@@ -135,7 +135,7 @@ def test_rebuilding_multiplies_errors_by_one_over_beta() -> None:
 
 @pytest.fixture
 def _two_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each way to train is predicted and measured, which takes seconds."""
+    """Prediction and measurement of each way to train, which take seconds."""
     monkeypatch.setattr(devices, "WAYS", {name: WAYS[name] for name in ("plain", "ours")})
 
 

@@ -1,4 +1,4 @@
-"""Experiments on videos, at toy size; what they measure is in their results."""
+"""Experiments on videos, at toy size: their results hold what they measure."""
 
 from pathlib import Path
 
