@@ -272,11 +272,16 @@ def unreachable(address: str) -> str:
         return str(error) or type(error).__name__
 
 
+# Port on which the dashboard of a Ray that starts shows its own metrics, before it binds its own.
+_DASHBOARD_METRICS = 44227
+
+
 def free_port() -> int:
-    """Return a free port of this machine."""
+    """Return a free port of this machine, which Ray does not take for itself when it starts."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        port = int(probe.getsockname()[1])
+        return free_port() if port == _DASHBOARD_METRICS else port  # another, as this one is bound
 
 
 def quiet_data() -> None:

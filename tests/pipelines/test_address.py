@@ -216,3 +216,16 @@ def test_a_start_of_ray_is_shown_once(
     cluster.start_ray(trains=True)
     assert begun == [True]
     assert capsys.readouterr().out == ("" if there else "starting Ray ...\n")
+
+
+def test_the_port_that_ray_takes_for_itself_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Ray whose dashboard got it did not start: its metrics had taken it by then."""
+    bind, bound = socket.socket.bind, []
+
+    def bind_and_tell(self: socket.socket, address: tuple[str, int]) -> None:
+        bind(self, address)
+        bound.append(self.getsockname()[1])
+        monkeypatch.setattr(cluster, "_DASHBOARD_METRICS", bound[0])
+
+    monkeypatch.setattr(socket.socket, "bind", bind_and_tell)
+    assert free_port() == bound[1] != bound[0]
