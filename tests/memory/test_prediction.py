@@ -313,7 +313,7 @@ def test_pieces_grow_with_the_weights_up_to_a_bound() -> None:
 
 @pytest.mark.slow
 def test_a_small_step_takes_a_third_of_plain_and_less_than_checkpointing() -> None:
-    """32 frames of 112 pixels in float32; resident memory of fresh processes: 739, 352, 150 MB.
+    """32 frames of 112 pixels in float32; resident memory of fresh processes: 735, 340, 150 MB.
 
     That fresh processes grow by what is predicted is tested in `test_live`.
     """
