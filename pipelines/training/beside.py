@@ -38,7 +38,7 @@ from pipelines.training.retention import checkpoints, fetched
 from pipelines.training.trainer import Evaluation, EvaluationRuntime, Task
 from pipelines.training.worker import Job, TrainingProblem, WindowSource, metrics_sent
 from re2tal.detector import Detector
-from re2tal.errors import UserError
+from re2tal.errors import UserError, count_of
 from re2tal.localizers.losses import divide_alike
 from re2tal.trained import WEIGHTS_FILE
 
@@ -272,9 +272,10 @@ class Evaluations:
         known = self._left_out.union(self._running.values())
         kept, _ = checkpoints(self._job.output)
         waiting = [one.uri for one in kept if one.waits and one.uri not in known]
+        left = len(self._running) + len(waiting)  # damaged ones do not count as left
         for uri in waiting[: room - len(self._running)]:
             self._running[self._task.remote(self._given, uri)] = uri
-        return len(waiting) + len(known) - len(self._left_out)  # damaged ones do not count as left
+        return left
 
     def _take(self, ended: Any, uri: str) -> None:
         try:
@@ -304,7 +305,7 @@ class Evaluations:
         while left := self._advance():
             if left != shown:
                 shown = left
-                print(f"waiting for {left} evaluation{'s' * (left > 1)}", flush=True)
+                print(f"waiting for {count_of(left, 'evaluation')}", flush=True)
             time.sleep(_LOOK_SECONDS / 10)
 
     def _halt(self) -> None:

@@ -195,7 +195,7 @@ class Samples(_Called):
     def new(self, piece: Tensor, shape: torch.Size) -> Tensor:
         """Make an empty tensor whose samples have the memory format of the piece's."""
         # Order of the inner dimensions in memory, such as (T, H, W, C) for channels-last.
-        inner = sorted(range(1, piece.ndim), key=piece.stride, reverse=True)
+        inner = by_stride(piece, first=1)
         return torch.empty_permuted(shape, (0, *inner), dtype=piece.dtype, device=piece.device)
 
     def take(self, x: Tensor, start: int, stop: int) -> Tensor:
@@ -285,6 +285,11 @@ def spans(layout: Layout, budget: int) -> list[tuple[int, int]]:
 
 _ONE_HOLDER = 2
 """Reference count of a storage that one tensor holds: the tensor, and the object that asks."""
+
+
+def by_stride(x: Tensor, *, first: int = 0) -> list[int]:
+    """Order the dimensions from `first` on by stride, the largest first."""
+    return sorted(range(first, x.ndim), key=x.stride, reverse=True)
 
 
 def alone(x: Tensor, *, beside: int = 0) -> bool:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from re2tal.reversible.branches import alone
+from re2tal.reversible.branches import alone, by_stride
 from re2tal.reversible.coupling import Coupling, Grid, Settings, stream_dtype
 from re2tal.reversible.replay import ReversibleError, uncached
 from re2tal.reversible.step import ReversibleStep, Step, reversible_steps
@@ -137,7 +137,7 @@ def _stored(steps: Sequence[Step], stream: Tensor, coupling: Coupling, grid: Gri
         if grid is not None:
             increment = grid.round(increment)
         current, previous = coupling.advance(increment, previous), current
-    order = _order(current)
+    order = by_stride(current)
     return coupling.merge(_Formatted.apply(order, current), _Formatted.apply(order, previous))
 
 
@@ -166,11 +166,6 @@ class _Formatted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
         return None, _formatted(gradients[0], ctx.order)
-
-
-def _order(x: Tensor) -> list[int]:
-    """Order the dimensions by stride, the largest first."""
-    return sorted(range(x.ndim), key=x.stride, reverse=True)
 
 
 def _formatted(x: Tensor, order: Sequence[int]) -> Tensor:

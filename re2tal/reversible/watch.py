@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from re2tal.reversible.branches import by_stride
 from re2tal.reversible.coupling import TOLERANCE, Grid, Settings
 from re2tal.reversible.replay import (
     GeneratorStates,
@@ -320,8 +321,7 @@ def _bits(stream: Tensor) -> Tensor:
     if bits.device.type != "cpu" or bits.numel() <= _AT_ONCE:
         return bits.sum(dtype=torch.int64)
     # On a CPU sum() first copies its whole input to int64; parts bound that copy.
-    order = sorted(range(bits.ndim), key=bits.stride, reverse=True)
-    parts = bits.permute(order).reshape(-1).split(_AT_ONCE)
+    parts = bits.permute(by_stride(bits)).reshape(-1).split(_AT_ONCE)
     return torch.stack([part.sum(dtype=torch.int64) for part in parts]).sum()
 
 
