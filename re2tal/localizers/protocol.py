@@ -142,7 +142,8 @@ class Localizer(Protocol):
     def predict(self, features: Tensor, mask: Tensor) -> tuple[Any, ...]:
         """Run the network, up to the tensors that become losses or detections.
 
-        `re2tal.memory` runs this method on tensors without data to predict memory.
+        `re2tal.memory` runs this method on tensors without data to predict memory; a validation
+        takes both losses and detections from one result.
 
         Args:
             features: `(B, C, T)` features.
@@ -151,6 +152,14 @@ class Localizer(Protocol):
         Returns:
             A tuple; losses are computed from those of its tensors that need gradients.
         """
+        ...
+
+    def losses(self, predicted: Any, targets: Sequence[Targets]) -> Losses:
+        """Compute the losses of a result of `predict`, as a call with targets does."""
+        ...
+
+    def decode(self, predicted: Any) -> list[Detections]:
+        """Decode the detections of a result of `predict`, as a call without targets does."""
         ...
 
 

@@ -28,6 +28,7 @@ from re2tal.localizers.points import (
     PointConfig,
     Points,
     PointTargets,
+    Predicted,
     assign,
     count_positives,
     decode,
@@ -185,9 +186,12 @@ class TriDet(nn.Module):
         Raises:
             ValueError: if T is not a multiple of `multiple`, or a label is not below `num_classes`.
         """
-        logits, offsets, valid, points = self.predict(features, mask)
-        if targets is None:
-            return decode(self.config, logits, offsets, valid, points)
+        predicted = self.predict(features, mask)
+        return self.decode(predicted) if targets is None else self.losses(predicted, targets)
+
+    def losses(self, predicted: Predicted, targets: Sequence[Targets]) -> Losses:
+        """Compute losses; see `Localizer`."""
+        logits, offsets, valid, points = predicted
         actual = self._assign(points, targets)
         config = self.config
         positive = valid[..., None] & (actual.classes > 0)  # (B, P, K)
@@ -207,6 +211,10 @@ class TriDet(nn.Module):
             "regression": config.regression_weight * regression / count,
         }
 
+    def decode(self, predicted: Predicted) -> list[Detections]:
+        """Decode detections; see `Localizer`."""
+        return decode(self.config, *predicted)
+
     def begin_step(self, masks: Sequence[Tensor], targets: Sequence[Sequence[Targets]]) -> None:
         """Count the positive points of a whole step, by which the losses are divided."""
         count_positives(self.normalizer, self.config, masks, targets, self._assign)
@@ -214,7 +222,7 @@ class TriDet(nn.Module):
     def _assign(self, points: Points, targets: Sequence[Targets]) -> PointTargets:
         return assign(points, targets, self.num_classes, radius=self.config.centre_radius)
 
-    def predict(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Points]:
+    def predict(self, features: Tensor, mask: Tensor) -> Predicted:
         """Run the network, up to the logits and distances of each point.
 
         Args:
