@@ -57,9 +57,12 @@ def run_stage(
         The merged streams, of the shape and dtype of ``x``.
 
     Raises:
-        ReversibleError: under `torch.func` transforms, which cannot be replayed, for an argument
-            that needs a gradient of its own, or for what a check of an earlier backward found.
+        ReversibleError: under `torch.jit.trace` or `torch.func` transforms, which cannot be
+            replayed, for an argument that needs a gradient of its own, or for what a check of an
+            earlier backward found.
     """
+    if torch.jit.is_tracing():
+        raise ReversibleError(no_torchscript(where))
     watch.poll()
     stream = x.to(stream_dtype(x.dtype))
     if stream.ndim <= 3:
@@ -112,6 +115,15 @@ def run_stage(
         tape.witness.largest = largest
     result: Tensor = _Leave.apply(tape, x.dtype, token)
     return rebuildable(result, partial(tape.merged, x.dtype)) if tape.bottom else result
+
+
+def no_torchscript(where: str) -> str:
+    """Return the message of the error with which TorchScript is refused."""
+    return (
+        f"{where} is a reversible stage, which TorchScript (torch.jit) cannot record. Use "
+        "torch.export.export(model, inputs), whose program computes the same as the model; or "
+        "call unwire(model), which restores the network as it was before rewire."
+    )
 
 
 def leaf_of_trace(module: nn.Module, x: Proxy, *args: Any, **kwargs: Any) -> Any:

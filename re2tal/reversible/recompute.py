@@ -76,6 +76,8 @@ class Recomputed:
         """Run the module."""
         if isinstance(x, Proxy):
             return leaf_of_trace(self.module, x, *args, **kwargs)
+        if torch.jit.is_tracing():  # it cannot record autograd nodes of one's own
+            return self.once(x, *args, **kwargs)
         needs = x.requires_grad or any(p.requires_grad for p in self.module.parameters())
         more = any(isinstance(a, Tensor) and a.requires_grad for a in tree_leaves((args, kwargs)))
         stores = not torch.is_grad_enabled() or torch.compiler.is_exporting()
