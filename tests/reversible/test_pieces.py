@@ -25,7 +25,7 @@ MOST = {
     ("Video Swin", "mlp"): (7, 17),  # (4, 12)
     ("padded Swin", "attention"): (15, 32.8),  # (8, 21)
     ("padded Swin", "mlp"): (7, 17),
-    ("ViT", "attention"): (8.4, 21.7),  # (5, 16)
+    ("ViT", "attention"): (7.5, 18),  # (4, 13)
     ("ViT", "mlp"): (7, 17),  # (4, 12)
     ("SlowFast", "residual"): (15.7, 27),  # (9, 18), and 3 counters of batches each
     ("SlowFast, eval", "residual"): (12, 23),  # (9, 18)

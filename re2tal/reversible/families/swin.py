@@ -292,7 +292,9 @@ class _WindowLayout:
         masks = self.kept.masks
         bias, apart = bias.to(qkv.dtype), None if masks is None else masks.of(start, stop)
         if self._plain():
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (windows, heads, tokens, C / heads)
+            # The gradients of views that are unbound here are joined by one operator, in the memory
+            # order of `qkv`; with the heads moved first, it would be two.
+            q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # (windows, heads, tokens, d)
             bias = bias if apart is None else torch.add(bias, apart, alpha=MASKED)
             dropout = attention.attention_dropout if attention.training else 0.0
             attends = F.scaled_dot_product_attention if q.is_cuda else attend
