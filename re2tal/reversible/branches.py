@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import singledispatch
 from importlib import import_module
-from itertools import pairwise
 from math import prod
 from typing import Any, Protocol
 
@@ -272,37 +271,9 @@ class _Wider:
         return wider
 
 
-def spans(layout: Layout, budget: int) -> list[tuple[int, int]]:
-    """Cut the units into as few pieces as the budget of bytes allows, of at least one unit each.
-
-    The sizes of the pieces differ by one unit at most, so that the last is not a small remainder.
-    """
-    fitting = max(1, budget // max(1, layout.elements * BYTES_PER_ELEMENT))
-    count = -(-layout.units // fitting)
-    edges = [layout.units * i // count for i in range(count + 1)]
-    return list(pairwise(edges))
-
-
-_ONE_HOLDER = 2
-"""Reference count of a storage that one tensor holds: the tensor, and the object that asks."""
-
-
 def by_stride(x: Tensor, *, first: int = 0) -> list[int]:
     """Order the dimensions from `first` on by stride, the largest first."""
     return sorted(range(first, x.ndim), key=x.stride, reverse=True)
-
-
-def alone(x: Tensor, *, beside: int = 0) -> bool:
-    """Tell whether no other tensor shares this one's memory: a view, or one saved by autograd.
-
-    Only tensors count, not Python names: a second name of the same tensor goes unnoticed.
-
-    Args:
-        x: the tensor.
-        beside: number of other tensors that may share it.
-    """
-    count: int = torch._C._storage_Use_Count(x.untyped_storage()._cdata)
-    return count <= _ONE_HOLDER + beside
 
 
 @contextmanager
@@ -367,20 +338,6 @@ class Places:
                 # to a row more than once, and atomic float32 additions round like others. They
                 # flush subnormal numbers to zero, which the kernel above does not.
                 rows.index_add_(0, index, values)
-
-
-def per_unit(factor: Tensor, layout: Layout, start: int, stop: int, dims: int) -> Tensor:
-    """Expand one factor per sample, ``(B, 1)``, to one per unit of a piece, ``(n, 1, ..., 1)``."""
-    if layout.units > 1:
-        per_sample = layout.units // factor.shape[0]
-        first, last = start // per_sample, (stop - 1) // per_sample
-        factor = factor.reshape(-1)
-        if first == last:  # the whole piece lies in one sample: a view, no gather
-            factor = factor[first : first + 1]
-        else:
-            index = torch.arange(start, stop, device=factor.device) // per_sample
-            factor = factor[index]
-    return factor.view(-1, *(1,) * (dims - 1))
 
 
 class NotReversibleError(TypeError):

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from re2tal.reversible.branches import alone, by_stride
+from re2tal.reversible.branches import by_stride
 from re2tal.reversible.coupling import Coupling, Grid, Settings, stream_dtype
 from re2tal.reversible.replay import ReversibleError, uncached
 from re2tal.reversible.step import ReversibleStep, Step, reversible_steps
@@ -375,6 +375,15 @@ class _Tape:
                 "Use the out-of-place form of that operation."
             )
         return self._streams
+
+
+def alone(x: Tensor) -> bool:
+    """Tell whether no other tensor shares this one's memory: a view, or one saved by autograd.
+
+    Only tensors count, not Python names: a second name of the same tensor goes unnoticed.
+    """
+    count: int = torch._C._storage_Use_Count(x.untyped_storage()._cdata)
+    return count <= 2  # the tensor, and the object that asks
 
 
 def _own(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.fx import Proxy
 from torch.utils._pytree import tree_leaves
 
-from re2tal.reversible.branches import BySample, Layout, Leading, recomputed, spans
+from re2tal.reversible.branches import BySample, Layout, Leading, recomputed
 from re2tal.reversible.coupling import Budget, bytes_of_piece
 from re2tal.reversible.engine import (
     give_up,
@@ -24,15 +24,7 @@ from re2tal.reversible.engine import (
     no_gradients_of_gradients,
     rebuild_of,
 )
-from re2tal.reversible.replay import (
-    Autocast,
-    Conditions,
-    Draws,
-    ReversibleError,
-    counts_statistics,
-    uncached,
-)
-from re2tal.reversible.step import (
+from re2tal.reversible.pieces import (
     Join,
     Joined,
     Span,
@@ -41,6 +33,15 @@ from re2tal.reversible.step import (
     decisive,
     differentiate,
     hooks_paused,
+    spans,
+)
+from re2tal.reversible.replay import (
+    Autocast,
+    Conditions,
+    Draws,
+    ReversibleError,
+    counts_statistics,
+    uncached,
 )
 
 _Pieces = tuple[Layout, list[Span], Tensor]

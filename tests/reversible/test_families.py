@@ -30,8 +30,8 @@ from re2tal.reversible.branches import (
     load_families,
     recomputed,
     returned,
-    spans,
 )
+from re2tal.reversible.pieces import spans
 from tests.reversible.zoo import ZOO, Built, scrambled
 
 

@@ -14,7 +14,7 @@ from re2tal.memory import work_of_pieces
 from re2tal.reversible import rewire
 from re2tal.reversible.branches import Places
 from re2tal.reversible.coupling import Grid, accumulate
-from re2tal.reversible.step import Totals
+from re2tal.reversible.pieces import Totals
 from tests.reversible.toy_blocks import assert_same_step, one_step
 from tests.reversible.zoo import ZOO
 
