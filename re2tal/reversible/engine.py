@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from re2tal.reversible.branches import by_stride
 from re2tal.reversible.coupling import Coupling, Grid, Settings, stream_dtype
+from re2tal.reversible.layouts import by_stride
 from re2tal.reversible.replay import ReversibleError, uncached
 from re2tal.reversible.step import ReversibleStep, Step, reversible_steps
 from re2tal.reversible.watch import Watch, Witness

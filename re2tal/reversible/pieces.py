@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from re2tal.reversible.branches import BYTES_PER_ELEMENT, Layout
+from re2tal.reversible.layouts import BYTES_PER_ELEMENT, Layout
 
 Span = tuple[int, int]
 """Units ``start:stop`` of a piece."""

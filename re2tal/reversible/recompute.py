@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.fx import Proxy
 from torch.utils._pytree import tree_leaves
 
-from re2tal.reversible.branches import BySample, Layout, Leading, recomputed
+from re2tal.reversible.branches import Leading, recomputed
 from re2tal.reversible.coupling import Budget, bytes_of_piece
 from re2tal.reversible.engine import (
     give_up,
@@ -24,6 +24,7 @@ from re2tal.reversible.engine import (
     no_gradients_of_gradients,
     rebuild_of,
 )
+from re2tal.reversible.layouts import BySample, Layout
 from re2tal.reversible.pieces import (
     Join,
     Joined,

@@ -21,8 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
-from re2tal.reversible.branches import Branch, Layout, Whole
+from re2tal.reversible.branches import Branch
 from re2tal.reversible.coupling import Coupling, Grid, Settings, bytes_of_piece, stream_dtype
+from re2tal.reversible.layouts import Layout, Whole
 from re2tal.reversible.pieces import (
     Join,
     Joined,

@@ -29,8 +29,8 @@ from re2tal.reversible import (
     set_coupling,
     set_reversible,
 )
-from re2tal.reversible.branches import BySample
 from re2tal.reversible.engine import rebuild_of
+from re2tal.reversible.layouts import BySample
 from re2tal.reversible.recompute import Recomputed
 from re2tal.reversible.rewire import ALONE
 from tests.reversible.toy_blocks import (
