@@ -38,12 +38,12 @@ class Layout(Protocol):
 
     @property
     def contiguous(self) -> bool:
-        """Whether the piece of all units is the input itself in another shape, not a copy."""
+        """Tell whether the piece of all units is the input itself in another shape, not a copy."""
         ...
 
     @property
     def light(self) -> bool:
-        """Whether the layout's own tensors are small enough to keep from forward to backward."""
+        """Tell whether the layout's own tensors are small enough to keep for the backward."""
         ...
 
     def share(self) -> tuple[Tensor, ...]:

@@ -306,7 +306,7 @@ class ReversibleStep:
 
     @property
     def trains(self) -> bool:
-        """Whether a parameter needs a gradient."""
+        """Tell whether a parameter needs a gradient."""
         return any(p.requires_grad for p in self.parameters)
 
     def forward(self, current: Tensor, previous: Tensor, *, overwrite: bool = False) -> Tensor:

@@ -291,7 +291,7 @@ def recall_at(
         exclude: ids of videos to leave out.
 
     Raises:
-        ValueError: as in `mean_average_precision`, or `ks` are not positive.
+        ValueError: `ks` are not positive, or `mean_average_precision` refuses the rest.
     """
     levels = checked_levels(thresholds)
     budgets = np.asarray(ks, dtype=np.int64)
@@ -525,7 +525,7 @@ def evaluate(compared: Compared) -> dict[str, Result]:
     """Compute every requested metric; return the results by their names in `METRICS`.
 
     Raises:
-        ValueError: as in `mean_average_precision`, `average_recall` and `recall_at`.
+        ValueError: a metric refuses the data; see the functions that compute them.
     """
     results = {name: metric(compared) for name, metric in METRICS.items()}
     return {name: result for name, result in results.items() if result is not None}
