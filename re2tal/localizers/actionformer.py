@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -172,11 +171,6 @@ class ActionFormer(nn.Module):
         self.offset_head = ConvHead(config.width, width, 2, layers=layers)
         self.offset_scale = LevelScale(config.levels)
         start_scores(self.class_head, config.prior, config.empty_classes)
-
-    @overload
-    def forward(self, features: Tensor, mask: Tensor, targets: Sequence[Targets]) -> Losses: ...
-    @overload
-    def forward(self, features: Tensor, mask: Tensor, targets: None = None) -> list[Detections]: ...
 
     def forward(
         self, features: Tensor, mask: Tensor, targets: Sequence[Targets] | None = None

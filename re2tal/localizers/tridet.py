@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -172,11 +171,6 @@ class TriDet(nn.Module):
         self.offset_scale = LevelScale(config.levels)
         for scores in (self.class_head, self.start_head, self.end_head):
             start_scores(scores, config.prior, config.empty_classes)
-
-    @overload
-    def forward(self, features: Tensor, mask: Tensor, targets: Sequence[Targets]) -> Losses: ...
-    @overload
-    def forward(self, features: Tensor, mask: Tensor, targets: None = None) -> list[Detections]: ...
 
     def forward(
         self, features: Tensor, mask: Tensor, targets: Sequence[Targets] | None = None

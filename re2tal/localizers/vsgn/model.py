@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -203,11 +203,6 @@ class VSGN(nn.Module):
         self.segment_head = head(2)
         self.supplementary = SupplementaryScores(config.width)
         self.adjustment = BoundaryAdjustment(config.width, self.pyramid.strides[0])
-
-    @overload
-    def forward(self, features: Tensor, mask: Tensor, targets: Sequence[Targets]) -> Losses: ...
-    @overload
-    def forward(self, features: Tensor, mask: Tensor, targets: None = None) -> list[Detections]: ...
 
     def forward(
         self, features: Tensor, mask: Tensor, targets: Sequence[Targets] | None = None
