@@ -17,9 +17,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from re2tal.reversible.branches import Branch, NotReversibleError, returned, split
 from re2tal.reversible.coupling import Settings
-from re2tal.reversible.engine import leaf_of_trace, no_torchscript, run_stage, version_of
+from re2tal.reversible.engine import leaf_of_trace, no_torchscript, run_stage
 from re2tal.reversible.replay import ReversibleError
 from re2tal.reversible.step import Step
+from re2tal.reversible.tensors import version_of
 from re2tal.reversible.watch import Watch
 
 
