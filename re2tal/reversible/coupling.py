@@ -84,12 +84,12 @@ class Coupling:
 
     @property
     def plain(self) -> bool:
-        """Whether the stage is the pretrained residual network itself."""
+        """Tell whether the stage is the pretrained residual network itself."""
         return self.alpha == 1 and self.beta == 0
 
     @property
     def invertible(self) -> bool:
-        """Whether ``x_{i-2}`` can be computed from ``x_{i-1}`` and ``x_i``."""
+        """Tell whether ``x_{i-2}`` can be computed from ``x_{i-1}`` and ``x_i``."""
         return self.beta != 0
 
     def increment(
@@ -382,7 +382,7 @@ class Settings:
 
     @property
     def exact(self) -> bool:
-        """Whether streams are rebuilt exactly, to the bit."""
+        """Tell whether streams are rebuilt exactly, to the bit."""
         return self.grid is not None and self.coupling.beta == 1
 
     def stored_because(self) -> str | None:

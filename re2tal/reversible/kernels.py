@@ -1,7 +1,7 @@
 """Triton kernel that rounds to the grid and adds in place, which takes four operators elsewhere.
 
 It computes ``out[index] += spacing * round(scale * values)`` with the bits of `coupling.Grid.add`
-and `branches.Places.add`. Each element of the target is read and written by one program, so that
+and `layouts.Places.add`. Each element of the target is read and written by one program, so that
 nothing depends on an order; the atomic additions of `index_add_` would also flush subnormal numbers
 to zero.
 

@@ -23,15 +23,14 @@ from torchvision.models.vision_transformer import EncoderBlock
 from re2tal.reversible.branches import (
     Branch,
     ChangesShapeError,
-    Layout,
-    Whole,
     branches,
     check_complete,
     load_families,
     recomputed,
     returned,
-    spans,
 )
+from re2tal.reversible.layouts import Layout, Whole
+from re2tal.reversible.pieces import spans
 from tests.reversible.zoo import ZOO, Built, scrambled
 
 

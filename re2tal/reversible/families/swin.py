@@ -24,16 +24,7 @@ from torchvision.models.swin_transformer import (
 )
 from torchvision.models.video.swin_transformer import PatchEmbed3d, ShiftedWindowAttention3d
 
-from re2tal.reversible.branches import (
-    Branch,
-    ByToken,
-    Layout,
-    Leading,
-    Places,
-    branches,
-    has_hooks,
-    recomputed,
-)
+from re2tal.reversible.branches import Branch, Leading, branches, has_hooks, recomputed
 from re2tal.reversible.coupling import Grid
 from re2tal.reversible.families.window_attention import (
     MASKED,
@@ -43,6 +34,7 @@ from re2tal.reversible.families.window_attention import (
     attend,
     in_groups,
 )
+from re2tal.reversible.layouts import ByToken, Layout, Places
 
 
 @branches.register
