@@ -83,7 +83,8 @@ class DetectorSpec:
         Raises:
             UserError: the backbone does not support the adapters.
         """
-        seed = int(torch.randint(2**62, ()))  # drawn before the backbone uses the generator
+        # Drawn before the backbone uses the generator; on the CPU, as "meta" tensors have no values.
+        seed = int(torch.randint(2**62, (), device="cpu"))
         if addition := self.adapters or self.lora:
             refuse_unused(addition, self.backbone, self.size)
         backbone = self._backbone(load)

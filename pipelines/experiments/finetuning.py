@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from itertools import groupby, product
 from typing import Any
 
-import torch
-
 from pipelines.experiments.experiment import Finding, Job, Row, Section, Tables, refuse_unknown
 from pipelines.experiments.planner import Planner, Subject, backbone_alone
 from pipelines.training.workload import Workload
@@ -249,15 +247,9 @@ def _named(backbone: str, size: int, tuning: str, way: str) -> str:
 
 
 def subject_of(backbone: str, tuning: str, work: Workload) -> Subject:
-    """Describe a backbone with AdamW and EMA; its weights are meta tensors without memory."""
+    """Describe a backbone with AdamW and EMA."""
     addition = AdapterConfig() if tuning == "adapters" else None
-    subject = replace(backbone_alone(backbone, work, addition), optimizer=True)
-
-    def assemble(shape: Any) -> Any:
-        with torch.device("meta"):
-            return subject.assemble(shape)
-
-    return replace(subject, assemble=assemble)
+    return replace(backbone_alone(backbone, work, addition), optimizer=True)
 
 
 def needs(

@@ -384,7 +384,7 @@ def resident(*, model: str, step: Mapping[str, Any], way: str) -> dict[str, int]
 def predicted_step(model: str, work: Workload, way: str) -> StepMemory:
     """Predict the memory of a step of a model of `MODELS`."""
     with prepared(build(model), WAYS[way].prepare) as network:
-        return predict_peak(network, *work.inputs(), step=work.forward)
+        return predict_peak(network, *work.inputs("meta"), step=work.forward)
 
 
 _PROCESS = """

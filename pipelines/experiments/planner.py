@@ -53,11 +53,12 @@ class Subject:
         deepest: int = max(self.backbone.depths)
         return deepest
 
-    def build(self, depth: int) -> Detector[Any, Any]:
+    def build(self, depth: int, device: str = "meta") -> Detector[Any, Any]:
         """Make the detector, random and not rewired, with `depth` blocks in the deepest stage."""
         depths = list(self.backbone.depths)
         depths[depths.index(self.depth)] = depth
-        return self.assemble(replace(self.backbone, depths=tuple(depths))).train()
+        with torch.device(device):
+            return self.assemble(replace(self.backbone, depths=tuple(depths))).train()
 
 
 class _Features(nn.Module):
@@ -123,8 +124,9 @@ def of_recipe(recipe: Recipe) -> Subject:
 
     config: Any = recipe.model.backbone
     _check_depths(config)
-    backbone = config.build()
-    localizer = recipe.model.localizer.build(backbone.channels, len(SOME_CLASSES))
+    with torch.device("meta"):  # only strides and multiples are needed: allocate no weights
+        backbone = config.build()
+        localizer = recipe.model.localizer.build(backbone.channels, len(SOME_CLASSES))
     return Subject(
         name=recipe.name,
         work=workload_of(recipe),
@@ -144,7 +146,10 @@ def _check_depths(config: Any) -> None:
 
 @dataclass
 class Planner:
-    """Predictor of the memory of a model's steps in all ways of `WAYS`, with a cache."""
+    """Predictor of the memory of a model's steps in all ways of `WAYS`, with a cache.
+
+    Its models are on the "meta" device: a thousand million parameters take no memory.
+    """
 
     subject: Subject
     _detectors: dict[str, Detector[Any, Any]] = field(default_factory=dict)
@@ -158,7 +163,7 @@ class Planner:
     def explain(self, way: str) -> Breakdown:
         """Break down the peak of the subject's own step by origin."""
         work, depth = self.subject.work, self.subject.depth
-        found = explain_peak(self._detector(way, depth), *work.inputs(), step=work.forward)
+        found = explain_peak(self._detector(way, depth), *work.inputs("meta"), step=work.forward)
         self._steps[way, work.frames, depth] = found.memory
         return found
 
@@ -170,7 +175,7 @@ class Planner:
         if key not in self._steps:
             work = replace(self.subject.work, frames=key[1])
             detector = self._detector(way, key[2])
-            self._steps[key] = predict_peak(detector, *work.inputs(), step=work.forward)
+            self._steps[key] = predict_peak(detector, *work.inputs("meta"), step=work.forward)
         return self._steps[key]
 
     def peak(self, way: str, *, frames: int | None = None, depth: int | None = None) -> int:
@@ -186,7 +191,8 @@ class Planner:
         work = self.subject.work
         before = torch.cuda.memory_allocated()
         try:
-            model = copy.deepcopy(self._detector(way, self.subject.depth)).to("cuda")
+            model = self.subject.build(self.subject.depth, "cuda")
+            prepare(model.backbone, way, for_gpu=True)
             inputs = work.inputs("cuda")
             torch.cuda.reset_peak_memory_stats()
             work.step(model, *inputs)

@@ -27,14 +27,13 @@ def activation_metrics(recipe: Recipe, detector: Detector[Any, Any]) -> dict[str
     detector.train()
     run_as_on("cuda" if recipe.scale.gpu else "cpu", detector, recipe.model)
     work = workload_of(recipe)
-    inputs = work.inputs()
-    predicted = predict_peak(detector, *inputs, step=work.forward)
+    predicted = predict_peak(detector, *work.inputs("meta"), step=work.forward)
     metrics = {
         "memory/predicted_activations_mb": predicted.metrics()["activations_mb"],
         "memory/predicted_peak_mb": predicted.metrics()["peak_mb"],
     }
     if predicted.peak < _MEASURED_UP_TO:
-        measured = measure_activations(detector, *inputs, step=work.forward).metrics()
+        measured = measure_activations(detector, *work.inputs(), step=work.forward).metrics()
         metrics["memory/measured_activations_mb"] = measured["activations_mb"]
         metrics["memory/measured_peak_mb"] = measured["peak_mb"]
     return metrics

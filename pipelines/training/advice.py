@@ -281,7 +281,7 @@ def _memory(recipe: Recipe, classes: Sequence[str]) -> int:
     if recipe.scale.gpu:
         re2tal.rewire(detector.backbone, slice_bytes=SMALLEST_PIECE["cuda"])  # as it will run there
     work = workload_of(recipe)
-    found = predict_peak(detector, *work.inputs(), step=work.forward)
+    found = predict_peak(detector, *work.inputs("meta"), step=work.forward)
     return found.peak + 3 * found.parameters  # AdamW's two moments, and the moving average
 
 

@@ -119,7 +119,7 @@ class Predictor:
                         parameter.grad = torch.zeros_like(parameter)
                 return work.forward(model, *inputs)
 
-            self._steps[(layout, *at)] = predict_peak(detector, *work.inputs(), step=forward)
+            self._steps[(layout, *at)] = predict_peak(detector, *work.inputs("meta"), step=forward)
         return self._steps[(layout, *at)]
 
     def needs(self, layout: Layout, *, frames: int | None = None, size: int | None = None) -> Needs:

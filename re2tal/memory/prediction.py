@@ -26,6 +26,7 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
+from torch.utils._pytree import tree_map_only
 
 from re2tal.memory.live import LiveBytes, StepMemory, tensors_in
 
@@ -75,7 +76,8 @@ def predict_peak(model: nn.Module, *inputs: Any, step: Step | None = None) -> St
             a GPU needs a GPU to be present, because of autocast; on a CPU, sizes are the same if
             the same operators run. A model on the "meta" device, which takes no memory, is
             predicted as on a CPU.
-        inputs: examples of the model's inputs; only shapes, dtypes and devices matter.
+        inputs: examples of the model's inputs; only shapes, dtypes and devices matter. Tensors on
+            the "meta" device stand for such on a CPU; hours of frames would fill a real memory.
         step: forward, called as ``step(model, *inputs)`` with fake copies; use it for autocast or
             keyword arguments. By default the model is called. Every tensor in the result that needs
             a gradient counts as a loss term.
@@ -137,7 +139,7 @@ def _faked(model: nn.Module, inputs: Any) -> Iterator[tuple[nn.Module, Any]]:
     for parameter in fake_model.parameters():
         parameter.grad = None
     with fake:
-        _materialize(fake_model)
+        fake_inputs = _materialize(fake_model, fake_inputs)
     try:
         with fake:
             yield fake_model, fake_inputs
@@ -149,24 +151,35 @@ def _faked(model: nn.Module, inputs: Any) -> Iterator[tuple[nn.Module, Any]]:
         ) from error
 
 
-def _materialize(model: nn.Module) -> None:
-    """Replace a model's tensors on the "meta" device by tensors on the CPU, without values."""
-    made: dict[int, Tensor] = {}  # by id, so that a tensor that two modules share stays shared
+def _materialize(model: nn.Module, inputs: Any) -> Any:
+    """Replace tensors on the "meta" device by tensors on the CPU, without values.
+
+    Args:
+        model: the model, changed in place.
+        inputs: its inputs.
+
+    Returns:
+        The inputs with such tensors.
+    """
+    made: dict[int, Tensor] = {}  # by id, so that a tensor that is shared stays shared
 
     def on_cpu(tensor: Tensor) -> Tensor:
+        if tensor.device.type != "meta":
+            return tensor
         if id(tensor) not in made:
             empty = torch.empty_like(tensor, device="cpu", requires_grad=False)
             if isinstance(tensor, nn.Parameter):
-                empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-            made[id(tensor)] = empty
+                empty = nn.Parameter(empty)
+            made[id(tensor)] = empty.requires_grad_(tensor.requires_grad)
         return made[id(tensor)]
 
     for module in model.modules():
         held: tuple[dict[str, Any], ...] = module._parameters, module._buffers
         for tensors in held:
             for name, tensor in tensors.items():
-                if tensor is not None and tensor.device.type == "meta":
+                if tensor is not None:
                     tensors[name] = on_cpu(tensor)
+    return tree_map_only(Tensor, on_cpu, inputs)
 
 
 def _run(model: nn.Module, inputs: Any, step: Step | None) -> None:

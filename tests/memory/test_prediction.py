@@ -76,16 +76,23 @@ def test_prediction_equals_measurement(rewired: bool, step: Callable[..., Tensor
 @pytest.mark.parametrize("rewired", [False, True])
 def test_a_model_without_memory_is_predicted_like_one_with_it(rewired: bool) -> None:
     found = []
-    for device in ("cpu", "meta"):
+    for device, of_inputs in (("cpu", "cpu"), ("meta", "cpu"), ("meta", "meta")):
         with torch.device(device):
             model = tiny_swin((2, 1))
             blocks: Any = model.features[0]
             blocks[0].mlp[0].weight = blocks[1].mlp[0].weight  # shared
         if rewired:
             rewire(model)
-        found.append(predict_peak(model, torch.randn(CLIP)))
+        found.append(predict_peak(model, torch.randn(CLIP, device=of_inputs)))
         assert {p.device.type for p in model.parameters()} == {device}
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
+
+
+def test_inputs_larger_than_any_memory_are_predicted() -> None:
+    clips = torch.empty(2**44, 8, device="meta")
+    found = predict_peak(nn.Linear(8, 8), clips)
+    assert found.inputs == clips.nbytes
+    assert found.peak > 2 * clips.nbytes
 
 
 def test_a_module_with_losses_and_records() -> None:

@@ -136,7 +136,7 @@ def small(**changes: object) -> BackboneProfile:
 def test_the_step_begins_with_the_frames_as_decoded() -> None:
     work = Workload(batch=2, frames=16, size=32, precision="float32")
     subject = backbone_alone("swin_toy", work)
-    detector = subject.build(subject.depth)
+    detector = subject.build(subject.depth, "cpu")
     frames, mask = work.inputs()
     assert frames.dtype == torch.uint8
     (features,) = work.forward(detector, frames.random_(), mask)
@@ -144,6 +144,14 @@ def test_the_step_begins_with_the_frames_as_decoded() -> None:
     assert torch.allclose(features, expected)
     found = predict_peak(detector, frames, mask, step=work.forward)
     assert found.inputs == 2 * 16 * 32 * 32 * 3 + 2 * 16
+
+
+def test_frames_and_weights_that_no_memory_holds_are_predicted() -> None:
+    frames, wide = 2**28, replace(shallow(), embed_dim=2**14)
+    subject = replace(small(frames=frames).subject(), backbone=wide)
+    predicted = Planner(subject).predict("ours")
+    assert predicted.inputs == frames * (32 * 32 * 3 + 1)  # 825 GB
+    assert predicted.parameters > 50e9
 
 
 def test_precision_reaches_the_step() -> None:
