@@ -19,7 +19,7 @@ from ray.tune.experiment import Trial
 
 from pipelines.config.recipe import Recipe
 from pipelines.core.cluster import quiet_data
-from pipelines.core.metric_names import BEST_MAP, MAP, MEMORY
+from pipelines.core.metric_names import BEST_MAP, EPOCH, MAP, MEMORY
 from pipelines.core.tracking import Run, log_metrics, start_run
 from pipelines.core.underway import forget
 from pipelines.training.resuming import resume_or_start
@@ -33,7 +33,7 @@ NUMBER_TAG = "sweep.trial"
 OUTCOME_TAG = "sweep.outcome"
 SEARCHED = "searched."  # prefix of searched parameters, which are logged in addition to all others
 
-FINISHED, EPOCH = "finished", "epoch"
+FINISHED = "finished"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

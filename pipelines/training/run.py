@@ -21,7 +21,7 @@ from pipelines.config.recipe import AnyRecipe, ClassificationRecipe, FinetuneCon
 from pipelines.core.checkout import script_command, this_command
 from pipelines.core.clock import duration
 from pipelines.core.cluster import start_ray
-from pipelines.core.metric_names import BEST_MAP, MAP
+from pipelines.core.metric_names import BEST_MAP, EPOCH, MAP
 from pipelines.core.models import MODEL_TAG, with_weights_here
 from pipelines.core.progress import ProgressPrinter, doing
 from pipelines.core.resources import check_resources, free_gpu_memory
@@ -530,7 +530,7 @@ def finetune(recipe: ClassificationRecipe, *, parent: str | None = None) -> Run:
         log_text(run, left_out, "data/unusable_videos.txt")
         output = fit(ClassificationTask(recipe=recipe, plan=plan), run)
         # the result is the last epoch's, whatever its accuracy
-        with best_checkpoint(output, "epoch", say=print) as (folder, metrics):
+        with best_checkpoint(output, EPOCH, say=print) as (folder, metrics):
             weights = _log_backbone(recipe, run, folder, metrics)
     seconds = time.perf_counter() - began
     _print_weights(recipe, run, weights, failed=len(plan.failures), seconds=seconds)
@@ -548,7 +548,7 @@ def _log_backbone(
     Raises:
         UserError: if the last epoch's checkpoint is damaged.
     """
-    if metrics.get("epoch", recipe.epochs) < recipe.epochs:
+    if metrics.get(EPOCH, recipe.epochs) < recipe.epochs:
         raise UserError(
             "The checkpoint of the last epoch is damaged. Give the same command again: the run "
             "goes on from the one before it."

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.config.recipe import AnyRecipe, OptimConfig
 from pipelines.core.clock import TimeLeft
-from pipelines.core.metric_names import UNSCORED
+from pipelines.core.metric_names import EPOCH, UNSCORED
 from pipelines.core.storage import join, replacing, writing_to
 from pipelines.data.batches import Batch, Clock, share
 from pipelines.data.clip_plan import AnyPlan
@@ -554,7 +554,7 @@ class Trainer:
                 continue
             evaluation = self.task.evaluate(self.state, self.runtime, steps=self._steps)
             metrics = evaluation.metrics
-            seen = metrics | _reversible_metrics(self.state.detector)
+            seen = metrics | _reversible_metrics(self.state.detector) | {EPOCH: self.state.epoch}
             self.runtime.log(seen, step=self.state.step)
             self._checkpoint(metrics, evaluation.write if self.runtime.rank == 0 else None)
             self._time_left.evaluation()
@@ -605,8 +605,8 @@ class Trainer:
                 self.state.save(folder, self.task.spec, write=self.runtime.rank == 0)
                 if add is not None:
                     add(folder)
-                complete(folder, {**metrics, "epoch": epoch, "step": step}, waiting=waiting)
-            self.runtime.report({**metrics, "epoch": epoch}, folder)
+                complete(folder, {**metrics, EPOCH: epoch, "step": step}, waiting=waiting)
+            self.runtime.report({**metrics, EPOCH: epoch}, folder)
 
     def _train_epoch(self) -> None:
         state, recipe = self.state, self.recipe
