@@ -31,7 +31,8 @@ from pipelines.config.recipe import Recipe
 from pipelines.core import underway
 from pipelines.core.checkout import git_commit, this_command
 from pipelines.core.storage import database_file, database_url, fetch, replacing
-from re2tal.errors import UserError
+from re2tal.errors import UserError, shortened
+from re2tal.json_files import problem_of
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, RunTag
@@ -578,7 +579,8 @@ def recipe_of(run: Run) -> Recipe:
     try:
         recipe = _RECIPE.validate_json(content)
     except ValidationError as error:
-        raise UserError(f"{uri} is not a recipe of this version of re2tal: {error}") from error
+        listed = "; ".join(shortened([*map(problem_of, error.errors())], 5))
+        raise UserError(f"{uri} is not a recipe of this version of re2tal: {listed}") from error
     known = _names(json.loads(_RECIPE.dump_json(recipe))) | _DROPPED
     unknown = _names(json.loads(content)) - known
     if unknown:
