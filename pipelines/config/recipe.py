@@ -125,6 +125,18 @@ class BackboneModelConfig:
             )
 
 
+WITHOUT_BACKBONE: dict[str, Any] = {
+    "weights": None,
+    "reversible": False,
+    "stored": False,
+    "slice_mb": None,
+    "coupling_epochs": None,
+    "tuning": "full",
+    "norms": "trained",
+}
+"""Values of the model's fields that a run on features does not use; they switch the fields off."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
     """AdamW with separate learning rates for backbone and localizer, warm-up and cosine decay.

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipelines.config.recipe import Recipe
+from pipelines.config.recipe import WITHOUT_BACKBONE, Recipe
 from pipelines.core import underway
 from pipelines.core.checkout import git_commit, this_command
 from pipelines.core.storage import database_file, database_url, fetch, replacing
@@ -159,10 +159,7 @@ def _user() -> str:
 
 
 def _parameters(config: Tracked) -> dict[str, str]:
-    """Return the leaves of a configuration, without those that a run on features does not use.
-
-    `pipelines.data.feature_stream.without_backbone` has cleared the other unused ones already.
-    """
+    """Return the leaves of a configuration, without those that a run on features does not use."""
     found = {name: str(value) for name, value in flatten(config)}
     if found.get("data.features", "None") != "None":
         for name in list(found):
@@ -177,13 +174,9 @@ _OF_FRAMES = (
     "data.make_toy",
     "data.size",
     "data.augmentation",
-    "model.weights",
     "model.mean",
     "model.std",
-    "model.slice_mb",
-    "model.coupling_epochs",
-    "model.reversible",
-    "model.norms",
+    *(f"model.{name}" for name in WITHOUT_BACKBONE),
     "optim.backbone_lr",
     "optim.layer_decay",
 )
