@@ -44,7 +44,7 @@ class TrialConfig:
         number: number of the Optuna trial.
         values: values for fields of the recipe, by dotted name.
         point: Optuna's proposals, as primitive values by name.
-        base: whether this is the trial of the base recipe.
+        base: true for the trial of the base recipe.
     """
 
     number: int

@@ -102,7 +102,7 @@ def classification_inputs(recipe: ClassificationRecipe) -> ClassificationRecipe:
     """Resolve and check the paths of a recipe for a classifier; make the toy clips if missing.
 
     Raises:
-        UserError: as `detection_inputs`.
+        UserError: see `detection_inputs`.
     """
     data, model = recipe.data, recipe.model
     annotated = data.annotations is not None

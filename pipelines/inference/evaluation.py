@@ -90,7 +90,7 @@ def evaluated_plan(config: EvaluateConfig) -> Plan:
     """Plan the evaluation of the subset, with video scores; it needs no video files.
 
     Raises:
-        UserError: as `evaluate_run`; its other errors may be raised too.
+        UserError: see `evaluate_run`, whose other errors may be raised too.
     """
     annotations = read_annotations(config)
     videos = annotations.subset(config.evaluated_on, option="--subset").videos

@@ -127,7 +127,7 @@ class ClassificationTask:
         return spec_of(self.recipe, self.plan.classes)
 
     def build(self, weights: str | Path | None) -> Classifier:
-        """See `build_classifier`."""
+        """Build the classifier; see `build_classifier`."""
         return build_classifier(self.recipe, self.plan.classes, weights)
 
     def windows(self, *, stride: int, epoch: int) -> list[Window]:

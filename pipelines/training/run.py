@@ -1,4 +1,4 @@
-"""A run of a recipe, from its data to its results in MLflow: checks, Ray Train, results."""
+"""Run of a recipe, from its data to its results in MLflow: checks, Ray Train, results."""
 
 import json
 import os
@@ -89,7 +89,7 @@ RecipeT = TypeVar("RecipeT", bound=AnyRecipe)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """A run of a detector that can start.
+    """Run of a detector that can start.
 
     Attributes:
         recipe: configuration with absolute paths.

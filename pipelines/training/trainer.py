@@ -1,4 +1,4 @@
-"""The training loop of one worker.
+"""Training loop of one worker.
 
 The loop depends on PyTorch and DDP, not on Ray: a `Runtime` provides data and receives results.
 """
@@ -356,7 +356,7 @@ class Runtime(EvaluationRuntime, Protocol):
 
     Attributes:
         device: device that it trains on.
-        evaluates: whether the worker evaluates at an epoch's end; if not, other tasks do.
+        evaluates: true if the worker evaluates at an epoch's end; if not, other tasks do.
     """
 
     device: torch.device
