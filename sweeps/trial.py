@@ -19,8 +19,9 @@ from ray.tune.experiment import Trial
 
 from pipelines.config.recipe import Recipe
 from pipelines.core.cluster import quiet_data
+from pipelines.core.metric_log import log_metrics
 from pipelines.core.metric_names import BEST_MAP, EPOCH, MAP, MEMORY
-from pipelines.core.tracking import Run, log_metrics, start_run
+from pipelines.core.tracking import Run, start_run
 from pipelines.core.underway import forget
 from pipelines.training.resuming import resume_or_start
 from pipelines.training.run import Prepared, train_run

@@ -21,6 +21,7 @@ from pipelines.config.recipe import AnyRecipe, ClassificationRecipe, FinetuneCon
 from pipelines.core.checkout import script_command, this_command
 from pipelines.core.clock import duration
 from pipelines.core.cluster import start_ray
+from pipelines.core.metric_log import log_metrics
 from pipelines.core.metric_names import BEST_MAP, EPOCH, MAP
 from pipelines.core.models import MODEL_TAG, with_weights_here
 from pipelines.core.progress import ProgressPrinter, doing
@@ -31,7 +32,6 @@ from pipelines.core.tracking import (
     Run,
     finishing,
     log_dataset,
-    log_metrics,
     log_recipe,
     log_text,
     start_run,

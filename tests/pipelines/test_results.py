@@ -12,8 +12,9 @@ from mlflow.entities import LoggedModelStatus
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import toy
 from pipelines.core.figures import Timeline, curves
+from pipelines.core.metric_log import log_metrics
 from pipelines.core.storage import fetch
-from pipelines.core.tracking import Run, log_metrics, start_run
+from pipelines.core.tracking import Run, start_run
 from pipelines.data.batches import Video
 from pipelines.data.plan import Plan
 from pipelines.training import results

@@ -14,7 +14,8 @@ from pipelines.data.batches import Batch
 from pipelines.data.plan import Plan
 from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
-from pipelines.training.trainer import Trainer, in_passes, seed_step
+from pipelines.training.stepper import in_passes, seed_step
+from pipelines.training.trainer import Trainer
 
 
 def _trainer(recipe: Recipe, plan: Plan, folder: Path) -> tuple[Trainer, list[Batch]]:

@@ -20,16 +20,14 @@ from optuna.storages import RDBStorage
 
 from pipelines.config.recipes import toy
 from pipelines.core.checkout import git_commit
+from pipelines.core.metric_log import MetricLogger, last_steps, log_metrics
 from pipelines.core.metric_names import safe_names, safe_path
 from pipelines.core.storage import absolute, database_file, database_url, fetch
 from pipelines.core.tracking import (
-    MetricLogger,
     Run,
     finishing,
     flatten,
-    last_steps,
     log_dataset,
-    log_metrics,
     log_text,
     start_run,
     tracking_uri,
