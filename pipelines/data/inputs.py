@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipelines.config.annotations import PROBE
-from pipelines.config.recipe import ClassificationRecipe, Recipe
+from pipelines.config.clip_recipes import ClassificationRecipe
+from pipelines.config.recipe import Recipe
 from pipelines.core.models import require_weights
 from pipelines.core.storage import absolute, is_folder, require
 from pipelines.data.toy import toy_clips, toy_videos

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from pipelines.config.recipe import ClassificationRecipe
+from pipelines.config.clip_recipes import ClassificationRecipe
 from pipelines.core.clock import duration
 from pipelines.data.batches import Batch, generators
 from pipelines.data.clip_plan import ClassificationPlan

@@ -16,8 +16,8 @@ import ray.train
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from ray.train.torch import TorchTrainer
 
-from pipelines.config.clip_recipes import finetuning
-from pipelines.config.recipe import AnyRecipe, ClassificationRecipe, FinetuneConfig, Recipe
+from pipelines.config.clip_recipes import AnyRecipe, ClassificationRecipe, finetuning
+from pipelines.config.recipe import FinetuneConfig, Recipe
 from pipelines.core.checkout import script_command, this_command
 from pipelines.core.clock import duration
 from pipelines.core.cluster import start_ray

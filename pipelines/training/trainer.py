@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
-from pipelines.config.recipe import AnyRecipe
+from pipelines.config.clip_recipes import AnyRecipe
 from pipelines.core.clock import TimeLeft
 from pipelines.core.metric_names import EPOCH, UNSCORED
 from pipelines.core.storage import writing_to
