@@ -14,7 +14,7 @@ from pipelines.config.annotations import AnnotationConfig
 from pipelines.data.clip_plan import gaps_of
 from pipelines.data.inputs import resolved
 from pipelines.data.plan import read_annotations
-from pipelines.data.videos import Probe, find_videos, opened, probe_files_here
+from pipelines.data.videos import find_videos, opened, probe_files_here
 from re2tal.annotations import Instance, VideoAnnotation
 from re2tal.errors import UserError, shortened
 from re2tal.memory.fit import GIBIBYTE
@@ -128,12 +128,8 @@ def this_machine(memory: int | None = None) -> Machine:
     return Machine(gpus=0, here=True, memory=free // 2, cores=cores, described=described)
 
 
-def look_at(config: NewRecipeConfig, *, probe: Probe = probe_files_here) -> Facts:
+def look_at(config: NewRecipeConfig) -> Facts:
     """Collect the facts about a data set, and open some of its videos.
-
-    Args:
-        config: place of the data set.
-        probe: function that opens videos.
 
     Raises:
         AnnotationError: with every problem in the annotations.
@@ -156,7 +152,7 @@ def look_at(config: NewRecipeConfig, *, probe: Probe = probe_files_here) -> Fact
         )
     step = math.ceil(len(found.uris) / _LOOKED_AT)
     some = dict(sorted(found.uris.items())[::step])
-    seen = opened(replace(found, uris=some), probe)
+    seen = opened(replace(found, uris=some), probe_files_here)
     rates = sorted(seen.rates.values())
     unreadable = len(found.uris) * (len(some) - len(seen.uris)) / len(some)
     usable = {*found.uris} - {*seen.failures}

@@ -183,14 +183,9 @@ def _averaged(passes: Sequence[dict[str, Tensor]]) -> dict[str, float]:
     return dict(zip(names, mean.tolist(), strict=True))
 
 
-def in_passes(batches: Iterator[Batch], accumulation: int) -> Iterator[list[Batch]]:
+def in_passes(batches: Iterator[Batch], accumulation: int) -> Iterator[tuple[Batch, ...]]:
     """Group `accumulation` batches into each step; an incomplete last step is left out."""
-    step: list[Batch] = []
-    for batch in batches:
-        step.append(batch)
-        if len(step) == accumulation:
-            yield step
-            step = []
+    return zip(*[batches] * accumulation, strict=False)  # each place draws from the same iterator
 
 
 def seed_step(seed: int, *, step: int, rank: int) -> None:
