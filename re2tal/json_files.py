@@ -168,7 +168,7 @@ def problem_of(details: ErrorDetails, place: str | None = None) -> str:
     message = details["msg"]
     own = message.removeprefix("Value error, ")
     if own != message:  # a message of ours, which may begin with a name, and names the value
-        return f"{where}: {own}"
+        return f"{where}: {own.removesuffix('.')}"
     if details["type"] in ("model_type", "dataclass_type"):
         message = "must be an object"
     return f"{where}: {message[0].lower()}{message[1:]} (found {details['input']!r:.60})"
