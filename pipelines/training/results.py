@@ -185,26 +185,6 @@ def register(run: Run, model_uri: str, name: str) -> None:
         print(f"registered as       models:/{name}/{version.version}", flush=True)
 
 
-def log_checkpoint(recipe: Recipe, run: Run, checkpoint: Path, metrics: Mapping[str, float]) -> str:
-    """Log the detector of a checkpoint as a model, with the metrics that it reached.
-
-    Args:
-        recipe: configuration of the run.
-        run: MLflow run that receives the model.
-        checkpoint: folder of the checkpoint.
-        metrics: its metrics.
-
-    Returns:
-        The model's URI.
-    """
-    return log_model(
-        run,
-        checkpoint / DETECTOR_FOLDER,
-        metrics=metrics,
-        evaluated_on=recipe.data.subsets["validation"],
-    )
-
-
 def log_pictures(run: Run, plan: Plan, detections: Mapping[str, Detections]) -> None:
     """Log the training curves, and timelines of some validation videos.
 
@@ -310,7 +290,8 @@ def log_results(
         client.log_artifact(run.run_id, str(failures))
         if recipe.save_raw:
             client.log_artifact(run.run_id, str(checkpoint / RAW_FILE))
-        uri = log_checkpoint(recipe, run, checkpoint, metrics)
+        on = recipe.data.subsets["validation"]
+        uri = log_model(run, checkpoint / DETECTOR_FOLDER, metrics=metrics, evaluated_on=on)
         client.set_tag(run.run_id, MODEL_TAG, uri)
     if recipe.registered_model is not None:
         register(run, uri, recipe.registered_model)

@@ -55,7 +55,7 @@ from pipelines.training.entry import train_worker
 from pipelines.training.fitting import AUTO, budget_of, fit_recipe, text_of
 from pipelines.training.layouts import explicit_command
 from pipelines.training.model import build_detector, load_localizer, remarks
-from pipelines.training.results import log_checkpoint, log_model, log_results, print_summary
+from pipelines.training.results import log_model, log_results, print_summary
 from pipelines.training.resuming import (
     ASKED,
     asked_to_fit,
@@ -398,7 +398,8 @@ def train_run(
             if place == 0:
                 log_results(recipe, plan, run, folder, metrics)
             else:
-                log_checkpoint(recipe, run, folder, metrics)
+                on = recipe.data.subsets["validation"]
+                log_model(run, folder / DETECTOR_FOLDER, metrics=metrics, evaluated_on=on)
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
