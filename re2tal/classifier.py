@@ -94,9 +94,12 @@ class ClipClassifier(nn.Module):
         Raises:
             ValueError: a clip has several actions.
         """
-        (logits,) = self.predict(features, mask)
-        if targets is None:
-            return _spanning(logits.float().softmax(dim=1), mask)
+        predicted = self.predict(features, mask)
+        return self.decode(predicted) if targets is None else self.losses(predicted, targets)
+
+    def losses(self, predicted: tuple[Tensor, Tensor], targets: Sequence[Targets]) -> Losses:
+        """Compute the cross-entropy; see `Localizer`."""
+        logits, mask = predicted
         labels = _labels(targets, logits.device)
         if self.training:
             if not self._passes:
@@ -114,12 +117,21 @@ class ClipClassifier(nn.Module):
         )
         return {"classification": loss / count}
 
-    def predict(self, features: Tensor, mask: Tensor) -> tuple[Tensor]:
-        """Compute logits `(B, K)` of features `(B, C, T)` where `mask` `(B, T)` is true."""
+    def decode(self, predicted: tuple[Tensor, Tensor]) -> list[Detections]:
+        """Make all classes of each clip detections that span it; see `Localizer`."""
+        logits, mask = predicted
+        return _spanning(logits.float().softmax(dim=1), mask)
+
+    def predict(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute logits `(B, K)` of features `(B, C, T)` where `mask` `(B, T)` is true.
+
+        Returns:
+            The logits, and the mask.
+        """
         valid = mask[:, None]
         total = torch.where(valid, features, 0).sum(dim=2)  # not a product: padding may be NaN
         mean = total / valid.sum(dim=2).clamp(min=1)
-        return (self.linear(self.dropout(mean)),)
+        return self.linear(self.dropout(mean)), mask
 
     def begin_step(self, masks: Sequence[Tensor], targets: Sequence[Sequence[Targets]]) -> None:
         """Count the clips of a whole step, by which the losses are divided."""
@@ -147,7 +159,7 @@ def class_scores(classifier: Classifier, frames: Tensor, mask: Tensor) -> Tensor
         Probabilities, float32 `(B, K)`; each row sums to 1.
     """
     features = classifier.backbone(classifier.normalized(frames))
-    (logits,) = classifier.localizer.predict(features, classifier.feature_mask(mask))
+    logits, _ = classifier.localizer.predict(features, classifier.feature_mask(mask))
     return logits.float().softmax(dim=1)
 
 

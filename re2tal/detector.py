@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Generic, TypeVar, overload
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -85,11 +85,6 @@ class Detector(nn.Module, Generic[BackboneT, LocalizerT]):
         """Divisor of the number of frames of a window."""
         backbone = self.backbone
         return math.lcm(backbone.multiple, backbone.temporal_stride * self.localizer.multiple)
-
-    @overload
-    def forward(self, frames: Tensor, mask: Tensor, targets: Sequence[Targets]) -> Losses: ...
-    @overload
-    def forward(self, frames: Tensor, mask: Tensor, targets: None = None) -> list[Detections]: ...
 
     def forward(
         self, frames: Tensor, mask: Tensor, targets: Sequence[Targets] | None = None

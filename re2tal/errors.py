@@ -17,7 +17,7 @@ def shortened(items: Sequence[str], most: int = 20, *, rest: str = "") -> list[s
     Args:
         items: lines or names.
         most: greatest number of items shown.
-        rest: where the others are listed, such as ", in failures.json".
+        rest: place that lists the others, such as ", in failures.json".
     """
     left = len(items) - most
     return [*items[:most], *([f"... and {left:,} more{rest}"] if left > 0 else [])]

@@ -19,6 +19,7 @@ from re2tal.detector import Detector
 from re2tal.errors import UserError
 from re2tal.inference import detect, detector_folder, video_detections, window_detections
 from re2tal.localizers import ActionFormerConfig, Targets
+from re2tal.localizers.protocol import Losses
 from re2tal.trained import DetectorSpec, save_detector
 from re2tal.videos.encoding import encode
 from re2tal.videos.stitching import StitchConfig
@@ -72,8 +73,14 @@ class Runs(nn.Module):
     def forward(
         self, features: Tensor, mask: Tensor, targets: Sequence[Targets] | None = None
     ) -> list[Detections]:
+        return self.decode(self.predict(features, mask))
+
+    def losses(self, predicted: tuple[Tensor], targets: Sequence[Targets]) -> Losses:
+        raise NotImplementedError  # it is not trained
+
+    def decode(self, predicted: tuple[Tensor]) -> list[Detections]:
         found = []
-        for row in self.predict(features, mask)[0]:
+        for row in predicted[0]:
             steps = [j for j, bright in enumerate(row.tolist()) if bright]
             starts = [j for j in steps if j - 1 not in steps]
             ends = [j for j in steps if j + 1 not in steps]

@@ -14,6 +14,7 @@ from pipelines.data.plan import ACTION
 from re2tal.backbones.adapters import additions
 from re2tal.backbones.weights import load_backbone_weights
 from re2tal.detector import Detector
+from re2tal.localizers.protocol import require_localizer
 from re2tal.localizers.weights import load_localizer_weights
 from re2tal.reversible.controls import CouplingSchedule, set_reversible, set_slice_bytes
 from re2tal.reversible.convolutions import WRONG_GRADIENTS, wrong_gradients
@@ -167,9 +168,12 @@ def build_detector(
         weights: file or name of backbone weights, or None.
 
     Raises:
+        UserError: the localizer lacks parts.
         ValueError: see `build_prepared`.
     """
-    return build_prepared(spec_of(recipe, classes), weights, recipe.model)
+    detector = build_prepared(spec_of(recipe, classes), weights, recipe.model)
+    require_localizer(detector.localizer)
+    return detector
 
 
 def connect(

@@ -99,10 +99,11 @@ def detect_windows(
         failures |= batch.failures
         features = detector.features(batch.frames.to(device))
         mask = detector.feature_mask(batch.mask.to(device))
-        raw = detector.localizer(features, mask)
-        if loss is not None:  # the localizer returns losses instead of detections, given targets
+        predicted = detector.localizer.predict(features, mask)
+        raw = detector.localizer.decode(predicted)
+        if loss is not None:
             targets = [target.to(device) for target in batch.targets]
-            loss.add(detector.localizer(features, mask, targets), windows=len(batch.windows))
+            loss.add(detector.localizer.losses(predicted, targets), windows=len(batch.windows))
         for window, detections in zip(batch.windows, raw, strict=True):
             seconds = window_detections(detections, window, durations[window.video_id])
             found[window.video_id].append(seconds)

@@ -30,16 +30,9 @@ from torch import Tensor, nn
 from re2tal.backbones.clips import Timeline
 from re2tal.backbones.protocol import BackboneConfig
 from re2tal.errors import UserError, check_within, shortened
-from re2tal.reversible.branches import (
-    Branch,
-    ByToken,
-    Layout,
-    Places,
-    branches,
-    returned,
-    split,
-)
+from re2tal.reversible.branches import Branch, branches, returned, split
 from re2tal.reversible.coupling import Grid as Points
+from re2tal.reversible.layouts import ByToken, Layout, Places
 from re2tal.reversible.rewire import reversible_blocks
 
 

@@ -149,6 +149,33 @@ class TransformerConfig(ClipConfig):
         return self.channels
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LibraryConfig(TransformerConfig):
+    """Base of the shapes whose blocks are those of the library transformers.
+
+    Attributes:
+        norm_epsilon: epsilon of all norms.
+        dropout: probability of dropout after attention and MLP.
+        attention_dropout: probability of dropout of attention weights.
+    """
+
+    norm_epsilon: float = 1e-6
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of the blocks under the library's names."""
+        return {
+            "hidden_size": self.channels,
+            "num_hidden_layers": self.depths[0],
+            "num_attention_heads": self.heads,
+            "intermediate_size": round(self.channels * self.mlp_ratio),
+            "hidden_dropout_prob": self.dropout,
+            "attention_probs_dropout_prob": self.attention_dropout,
+            "layer_norm_eps": self.norm_epsilon,
+        }
+
+
 @dataclass(slots=True)
 class Timeline:
     """Order in time of the tokens `(B clips, first + steps places, C)` of a clip backbone.
@@ -423,19 +450,6 @@ def check_shape(config: Any) -> None:
             raise ValueError(
                 f"{kind}: {places:,} positions of {config.channels:,} channels are too many."
             )
-
-
-def transformers_settings(config: Any) -> dict[str, Any]:
-    """Return the settings of blocks under the names of the library transformers."""
-    return {
-        "hidden_size": config.channels,
-        "num_hidden_layers": config.depths[0],
-        "num_attention_heads": config.heads,
-        "intermediate_size": round(config.channels * config.mlp_ratio),
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.attention_dropout,
-        "layer_norm_eps": config.norm_epsilon,
-    }
 
 
 def library(name: str, title: str) -> Any:

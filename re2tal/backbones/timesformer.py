@@ -16,18 +16,17 @@ from torch import Tensor, nn
 from re2tal.backbones.clips import (
     ClipFamily,
     ClipStem,
-    TransformerConfig,
+    LibraryConfig,
     library,
     other_positions,
     patches,
     side_of,
-    transformers_settings,
 )
 from re2tal.backbones.table import Layout, backbone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TimeSformerConfig(TransformerConfig):
+class TimeSformerConfig(LibraryConfig):
     """Shape of a TimeSformer, whose tokens have one frame each.
 
     Attributes:
@@ -37,17 +36,11 @@ class TimeSformerConfig(TransformerConfig):
         trained_size: side of the frames in that training in pixels, likewise for places. For other
             sizes, every place and frame takes the nearest embedding, in every forward, as in the
             authors' code and transformers.
-        norm_epsilon: epsilon of all norms.
-        dropout: probability of dropout after attention and MLP.
-        attention_dropout: probability of dropout of attention weights.
     """
 
     clip: int = 8
     trained_clip: int = 8
     trained_size: int = 224
-    norm_epsilon: float = 1e-6
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
 
     def clip_family(self) -> ClipFamily:
         """Return the record of these models; see `ClipConfig`."""
@@ -97,7 +90,7 @@ def _make(config: TimeSformerConfig) -> nn.Module:
             image_size=config.patch,
             patch_size=config.patch,
             num_frames=config.clip,
-            **transformers_settings(config),
+            **config.settings(),
         )
     )
     theirs.embeddings = TimeSformerStem(theirs.embeddings.patch_embeddings, config)

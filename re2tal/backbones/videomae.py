@@ -19,18 +19,17 @@ from torch import Tensor, nn
 from re2tal.backbones.clips import (
     ClipFamily,
     ClipStem,
-    TransformerConfig,
+    LibraryConfig,
     library,
     patches,
     resized,
     sines,
-    transformers_settings,
 )
 from re2tal.backbones.table import Layout, backbone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VideoMAEConfig(TransformerConfig):
+class VideoMAEConfig(LibraryConfig):
     """Shape of VideoMAE's encoder, a vision transformer of clips.
 
     Attributes:
@@ -42,9 +41,6 @@ class VideoMAEConfig(TransformerConfig):
         qkv_bias: add biases to queries and values.
         norm: normalize the last block's tokens, as in files of the pretraining; files finetuned for
             classification have no such norm.
-        norm_epsilon: epsilon of all norms.
-        dropout: probability of dropout after attention and MLP.
-        attention_dropout: probability of dropout of attention weights.
         interpolation: number of features made of each, by linear interpolation over the window:
             with 2, as in AdaTAD on THUMOS-14, there is one feature per frame.
     """
@@ -56,8 +52,6 @@ class VideoMAEConfig(TransformerConfig):
     qkv_bias: bool = True
     norm: bool = False
     norm_epsilon: float = 1e-12
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
     interpolation: int = 1
 
     def clip_family(self) -> ClipFamily:
@@ -99,7 +93,7 @@ def _make_videomae(config: VideoMAEConfig) -> nn.Module:
             num_frames=config.tubelet,
             patch_size=config.patch,
             tubelet_size=config.tubelet,
-            **transformers_settings(config),
+            **config.settings(),
             qv_bias=config.qkv_bias,
             use_mean_pooling=not config.norm,
         )

@@ -15,18 +15,17 @@ from torch import Tensor, nn
 from re2tal.backbones.clips import (
     ClipFamily,
     ClipStem,
-    TransformerConfig,
+    LibraryConfig,
     library,
     other_positions,
     patches,
-    transformers_settings,
     with_class_token,
 )
 from re2tal.backbones.table import Layout, backbone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ViViTConfig(TransformerConfig):
+class ViViTConfig(LibraryConfig):
     """Shape of a ViViT with attention among all tokens of a clip.
 
     Attributes:
@@ -36,18 +35,12 @@ class ViViTConfig(TransformerConfig):
             learnt positions.
         trained_size: side of the frames in that training in pixels, likewise. For other sizes,
             positions are resized in every forward, bicubic in space and linear in time.
-        norm_epsilon: epsilon of all norms.
-        dropout: probability of dropout after attention and MLP.
-        attention_dropout: probability of dropout of attention weights.
     """
 
     tubelet: int = 2
     clip: int = 32
     trained_clip: int = 32
     trained_size: int = 224
-    norm_epsilon: float = 1e-6
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
 
     def clip_family(self) -> ClipFamily:
         """Return the record of these models; see `ClipConfig`."""
@@ -88,7 +81,7 @@ def _make(config: ViViTConfig) -> nn.Module:
             image_size=config.patch,
             num_frames=config.tubelet,
             tubelet_size=[config.tubelet, config.patch, config.patch],
-            **transformers_settings(config),
+            **config.settings(),
         ),
         add_pooling_layer=False,
     )

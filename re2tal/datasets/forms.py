@@ -107,9 +107,7 @@ def read_class_files(path: Path) -> RawCollection:
             words = line.split()
             if not words:
                 continue
-            subset = next(
-                (s for s in ("validation", "test") if words[0].startswith(f"video_{s}_")), None
-            )
+            subset = next((s for s in _SUBSETS if words[0].startswith(f"video_{s}_")), None)
             place = f"{file.name}:{number}"
             if len(words) != 3 or subset is None:
                 problems.append(f"{place}: must be a THUMOS video, a start and an end: {line:.60}")

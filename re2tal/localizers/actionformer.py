@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from re2tal.localizers.points import (
     PointConfig,
     Points,
     PointTargets,
+    Predicted,
     assign,
     count_positives,
     decode,
@@ -172,11 +172,6 @@ class ActionFormer(nn.Module):
         self.offset_scale = LevelScale(config.levels)
         start_scores(self.class_head, config.prior, config.empty_classes)
 
-    @overload
-    def forward(self, features: Tensor, mask: Tensor, targets: Sequence[Targets]) -> Losses: ...
-    @overload
-    def forward(self, features: Tensor, mask: Tensor, targets: None = None) -> list[Detections]: ...
-
     def forward(
         self, features: Tensor, mask: Tensor, targets: Sequence[Targets] | None = None
     ) -> Losses | list[Detections]:
@@ -185,9 +180,12 @@ class ActionFormer(nn.Module):
         Raises:
             ValueError: if T is not a multiple of `multiple`, or a label is not below `num_classes`.
         """
-        logits, offsets, valid, points = self.predict(features, mask)
-        if targets is None:
-            return decode(self.config, logits, offsets, valid, points)
+        predicted = self.predict(features, mask)
+        return self.decode(predicted) if targets is None else self.losses(predicted, targets)
+
+    def losses(self, predicted: Predicted, targets: Sequence[Targets]) -> Losses:
+        """Compute losses; see `Localizer`."""
+        logits, offsets, valid, points = predicted
         actual = self._assign(points, targets)
         positive = valid & (actual.classes > 0).any(dim=2)  # (B, P)
         count = self.normalizer(positive.sum())
@@ -198,6 +196,10 @@ class ActionFormer(nn.Module):
             / count,
             "regression": self.config.regression_weight * regression / count,
         }
+
+    def decode(self, predicted: Predicted) -> list[Detections]:
+        """Decode detections; see `Localizer`."""
+        return decode(self.config, *predicted)
 
     def begin_step(self, masks: Sequence[Tensor], targets: Sequence[Sequence[Targets]]) -> None:
         """Count the positive points of a whole step, by which the losses are divided."""
@@ -212,7 +214,7 @@ class ActionFormer(nn.Module):
             shortest_only=self.config.shortest_only,
         )
 
-    def predict(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Points]:
+    def predict(self, features: Tensor, mask: Tensor) -> Predicted:
         """Run the network, up to the logits and distances of each point.
 
         Args:

@@ -83,9 +83,16 @@ def _attention_in_blocks(
     return out.reshape(batch, heads, count * block, size)[:, :, :length]
 
 
-def zero_padding(x: Tensor, mask: Tensor) -> Tensor:
-    """Put zeros into finite `x` `(B, T, C)` where `mask` `(B, T)` is false."""
-    return x * mask[..., None].to(x.dtype)  # several times as fast as masked_fill on a CPU
+def zero_padding(x: Tensor, mask: Tensor, *, channels: int = -1) -> Tensor:
+    """Put zeros into finite `x` where a mask is false.
+
+    Args:
+        x: `(B, T, C)`, or `(B, C, T)` if `channels` is 1.
+        mask: `(B, T)` bool.
+        channels: dimension of the channels.
+    """
+    # several times as fast as masked_fill on a CPU
+    return x * mask.unsqueeze(channels).to(x.dtype)
 
 
 class MaskedGroupNorm(nn.GroupNorm):
@@ -100,8 +107,8 @@ class MaskedGroupNorm(nn.GroupNorm):
         centred = (groups - mean) * inside
         variance = centred.square().sum(dim=(2, 3), keepdim=True) / count
         normed = (centred * (variance + self.eps).rsqrt()).flatten(1, 2)
-        scaled: Tensor = normed * self.weight[:, None] + self.bias[:, None]
-        return scaled * valid[:, None].to(scaled.dtype)
+        scaled = normed * self.weight[:, None] + self.bias[:, None]
+        return zero_padding(scaled, valid, channels=1)
 
 
 class Convolution(nn.Conv1d):

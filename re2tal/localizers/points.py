@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -148,6 +149,10 @@ class Points:
     strides: Tensor
     ranges: Tensor
     lengths: tuple[int, ...]
+
+
+Predicted: TypeAlias = tuple[Tensor, Tensor, Tensor, Points]
+"""Result of `predict`, and arguments of `decode`: logits, offsets, valid points and points."""
 
 
 def make_points(length: int, ranges: Sequence[tuple[float, float]], device: torch.device) -> Points:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from re2tal.detection.segments import Detections
+from re2tal.errors import UserError
 
 Losses = dict[str, Tensor]
 
@@ -142,7 +143,8 @@ class Localizer(Protocol):
     def predict(self, features: Tensor, mask: Tensor) -> tuple[Any, ...]:
         """Run the network, up to the tensors that become losses or detections.
 
-        `re2tal.memory` runs this method on tensors without data to predict memory.
+        `re2tal.memory` runs this method on tensors without data to predict memory; a validation
+        takes both losses and detections from one result.
 
         Args:
             features: `(B, C, T)` features.
@@ -152,6 +154,28 @@ class Localizer(Protocol):
             A tuple; losses are computed from those of its tensors that need gradients.
         """
         ...
+
+    def losses(self, predicted: Any, targets: Sequence[Targets]) -> Losses:
+        """Compute the losses of a result of `predict`, as a call with targets does."""
+        ...
+
+    def decode(self, predicted: Any) -> list[Detections]:
+        """Decode the detections of a result of `predict`, as a call without targets does."""
+        ...
+
+
+def require_localizer(localizer: object) -> None:
+    """Check that a localizer has all parts, of which some are used after the first epoch only.
+
+    Raises:
+        UserError: parts are missing; the message lists them.
+    """
+    parts = ("num_classes", "multiple", "begin_step", "predict", "losses", "decode")
+    if missing := [name for name in parts if not hasattr(localizer, name)]:
+        raise UserError(
+            f"{type(localizer).__name__} is not a localizer: it has no {', no '.join(missing)}. "
+            "The protocol re2tal.localizers.Localizer describes them."
+        )
 
 
 def best(scores: Tensor, segments: Tensor, counted: Tensor, *, most: int) -> Detections:

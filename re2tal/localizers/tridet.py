@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +27,7 @@ from re2tal.localizers.points import (
     PointConfig,
     Points,
     PointTargets,
+    Predicted,
     assign,
     count_positives,
     decode,
@@ -172,11 +172,6 @@ class TriDet(nn.Module):
         for scores in (self.class_head, self.start_head, self.end_head):
             start_scores(scores, config.prior, config.empty_classes)
 
-    @overload
-    def forward(self, features: Tensor, mask: Tensor, targets: Sequence[Targets]) -> Losses: ...
-    @overload
-    def forward(self, features: Tensor, mask: Tensor, targets: None = None) -> list[Detections]: ...
-
     def forward(
         self, features: Tensor, mask: Tensor, targets: Sequence[Targets] | None = None
     ) -> Losses | list[Detections]:
@@ -185,9 +180,12 @@ class TriDet(nn.Module):
         Raises:
             ValueError: if T is not a multiple of `multiple`, or a label is not below `num_classes`.
         """
-        logits, offsets, valid, points = self.predict(features, mask)
-        if targets is None:
-            return decode(self.config, logits, offsets, valid, points)
+        predicted = self.predict(features, mask)
+        return self.decode(predicted) if targets is None else self.losses(predicted, targets)
+
+    def losses(self, predicted: Predicted, targets: Sequence[Targets]) -> Losses:
+        """Compute losses; see `Localizer`."""
+        logits, offsets, valid, points = predicted
         actual = self._assign(points, targets)
         config = self.config
         positive = valid[..., None] & (actual.classes > 0)  # (B, P, K)
@@ -207,6 +205,10 @@ class TriDet(nn.Module):
             "regression": config.regression_weight * regression / count,
         }
 
+    def decode(self, predicted: Predicted) -> list[Detections]:
+        """Decode detections; see `Localizer`."""
+        return decode(self.config, *predicted)
+
     def begin_step(self, masks: Sequence[Tensor], targets: Sequence[Sequence[Targets]]) -> None:
         """Count the positive points of a whole step, by which the losses are divided."""
         count_positives(self.normalizer, self.config, masks, targets, self._assign)
@@ -214,7 +216,7 @@ class TriDet(nn.Module):
     def _assign(self, points: Points, targets: Sequence[Targets]) -> PointTargets:
         return assign(points, targets, self.num_classes, radius=self.config.centre_radius)
 
-    def predict(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Points]:
+    def predict(self, features: Tensor, mask: Tensor) -> Predicted:
         """Run the network, up to the logits and distances of each point.
 
         Args:

@@ -93,12 +93,12 @@ def explain_peak(model: nn.Module, *inputs: Any, step: Step | None = None) -> Br
     """Predict like `predict_peak`, and return the place of the peak and its parts.
 
     Args:
-        model: as for `predict_peak`.
-        inputs: as for `predict_peak`.
-        step: as for `predict_peak`.
+        model: see `predict_peak`.
+        inputs: see `predict_peak`.
+        step: see `predict_peak`.
 
     Raises:
-        ValueError: as in `predict_peak`.
+        ValueError: see `predict_peak`.
     """
     with (
         _faked(model, inputs) as (fake_model, fake_inputs),
@@ -118,7 +118,7 @@ def measure_activations(model: nn.Module, *inputs: Any, step: Step | None = None
     Args:
         model: the model.
         inputs: the model's inputs.
-        step: as for `predict_peak`.
+        step: see `predict_peak`.
 
     Raises:
         ValueError: if nothing in the result needs a gradient.

@@ -86,7 +86,7 @@ def prepare(model: nn.Module, way: str, *, for_gpu: bool = False) -> nn.Module:
     """Change a model to train in one way.
 
     Args:
-        model: as its library built it; it is changed in place and returned.
+        model: model of another library; it is changed in place and returned.
         way: key of `WAYS`.
         for_gpu: use the piece size of a GPU, whatever the model's device.
     """
@@ -102,7 +102,7 @@ def prepared(model: nn.Module, change: Prepare) -> Iterator[nn.Module]:
     """Change a model inside the block, and restore it afterwards.
 
     Args:
-        model: as its library built it.
+        model: model of another library.
         change: `Way.prepare`, or another change that `unwire` undoes.
     """
     change(model)

@@ -5,8 +5,6 @@ The README.md in this folder describes the files, and how to add a family of blo
 
 from re2tal.reversible.branches import (
     Branch,
-    BySample,
-    ByToken,
     ChangesShapeError,
     NotReversibleError,
     branches,
@@ -26,9 +24,10 @@ from re2tal.reversible.controls import (
 )
 from re2tal.reversible.convolutions import correct_gradients
 from re2tal.reversible.coupling import AtLeast, Coupling
-from re2tal.reversible.engine import part_of, rebuildable, spent
+from re2tal.reversible.layouts import BySample, ByToken
 from re2tal.reversible.replay import ReversibleError
 from re2tal.reversible.rewire import RewireReport, rewire, unwire
+from re2tal.reversible.tensors import part_of, rebuildable, spent
 
 __all__ = [
     "AtLeast",

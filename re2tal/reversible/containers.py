@@ -17,9 +17,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from re2tal.reversible.branches import Branch, NotReversibleError, returned, split
 from re2tal.reversible.coupling import Settings
-from re2tal.reversible.engine import leaf_of_trace, run_stage, version_of
+from re2tal.reversible.engine import leaf_of_trace, no_torchscript, run_stage
 from re2tal.reversible.replay import ReversibleError
 from re2tal.reversible.step import Step
+from re2tal.reversible.tensors import version_of
 from re2tal.reversible.watch import Watch
 
 
@@ -108,6 +109,14 @@ class Rewired(nn.Module):
 
     def _stage(self, names: Sequence[str]) -> str:
         return dotted(self.where, first_to_last(names))
+
+    def __prepare_scriptable__(self) -> None:
+        """Refuse `torch.jit.script`, which calls this method first.
+
+        Raises:
+            ReversibleError: always.
+        """
+        raise ReversibleError(no_torchscript(self._stage(tuple(self._modules))))
 
     def extra_repr(self) -> str:
         """Describe the coupling and the mode, for `print(model)`."""

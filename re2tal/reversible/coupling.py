@@ -84,12 +84,12 @@ class Coupling:
 
     @property
     def plain(self) -> bool:
-        """Whether the stage is the pretrained residual network itself."""
+        """Tell whether the stage is the pretrained residual network itself."""
         return self.alpha == 1 and self.beta == 0
 
     @property
     def invertible(self) -> bool:
-        """Whether ``x_{i-2}`` can be computed from ``x_{i-1}`` and ``x_i``."""
+        """Tell whether ``x_{i-2}`` can be computed from ``x_{i-1}`` and ``x_i``."""
         return self.beta != 0
 
     def increment(
@@ -253,7 +253,7 @@ def kernels_on(device: torch.device) -> Any:
     """
     try:
         kernels = import_module("re2tal.reversible.kernels")
-        reason = "" if kernels.agrees(device) else "it does not compute what PyTorch does"
+        reason = "" if _agrees(kernels, device) else "it does not compute what PyTorch does"
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
     if reason:
@@ -262,6 +262,24 @@ def kernels_on(device: torch.device) -> Any:
         )
         return None
     return kernels
+
+
+def _agrees(kernels: Any, device: torch.device) -> bool:
+    """Compare a module of kernels with PyTorch's operators on a device, to the bit."""
+    # Ties (odd multiples of half the spacing 2^-14), subnormal numbers, -0.0, and large values.
+    halves = torch.arange(-60, 60, device=device) / 2.0**15
+    sizes = torch.tensor([1e-40, -1e-39, -0.0, 0.7, 2.0**7 + 2.0**-15, 2.0**8, 3e5], device=device)
+    x = torch.cat([halves, sizes, torch.linspace(-3, 3, 129, device=device)]).view(-1, 2)
+    index = torch.arange(len(x), device=device).flip(0)
+    tried = []
+    for grid in (None, Grid.of("auto", x), Grid.of(14, x)):
+        for sign in (1, -1):
+            out = 1e-39 * x if grid is None else grid.round(x.flip(0))
+            plain = out + (sign * x if grid is None else grid.round(x, sign))
+            kernels.add(lying := out.clone(), x, grid, sign)
+            kernels.add(moved := out.clone(), x[index], grid, sign, index)
+            tried += [torch.equal(plain, lying), torch.equal(plain, moved)]
+    return all(tried)
 
 
 class _Round(torch.autograd.Function):
@@ -364,7 +382,7 @@ class Settings:
 
     @property
     def exact(self) -> bool:
-        """Whether streams are rebuilt exactly, to the bit."""
+        """Tell whether streams are rebuilt exactly, to the bit."""
         return self.grid is not None and self.coupling.beta == 1
 
     def stored_because(self) -> str | None:

@@ -24,20 +24,19 @@ something else holds one, as a hook inside a branch may, the reference count of 
 the engine then changes a copy, and the holder keeps the values. The equations are in `coupling`.
 """
 
-import math
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from re2tal.reversible.branches import alone, by_stride
 from re2tal.reversible.coupling import Coupling, Grid, Settings, stream_dtype
+from re2tal.reversible.layouts import by_stride
 from re2tal.reversible.replay import ReversibleError, uncached
 from re2tal.reversible.step import ReversibleStep, Step, reversible_steps
+from re2tal.reversible.tensors import alone, give_up, rebuildable, version_of
 from re2tal.reversible.watch import Watch, Witness
 
 
@@ -57,9 +56,12 @@ def run_stage(
         The merged streams, of the shape and dtype of ``x``.
 
     Raises:
-        ReversibleError: under `torch.func` transforms, which cannot be replayed, for an argument
-            that needs a gradient of its own, or for what a check of an earlier backward found.
+        ReversibleError: under `torch.jit.trace` or `torch.func` transforms, which cannot be
+            replayed, for an argument that needs a gradient of its own, or for what a check of an
+            earlier backward found.
     """
+    if torch.jit.is_tracing():
+        raise ReversibleError(no_torchscript(where))
     watch.poll()
     stream = x.to(stream_dtype(x.dtype))
     if stream.ndim <= 3:
@@ -112,6 +114,15 @@ def run_stage(
         tape.witness.largest = largest
     result: Tensor = _Leave.apply(tape, x.dtype, token)
     return rebuildable(result, partial(tape.merged, x.dtype)) if tape.bottom else result
+
+
+def no_torchscript(where: str) -> str:
+    """Return the message of the error with which TorchScript is refused."""
+    return (
+        f"{where} is a reversible stage, which TorchScript (torch.jit) cannot record. Use "
+        "torch.export.export(model, inputs), whose program computes the same as the model; or "
+        "call unwire(model), which restores the network as it was before rewire."
+    )
 
 
 def leaf_of_trace(module: nn.Module, x: Proxy, *args: Any, **kwargs: Any) -> Any:
@@ -381,91 +392,3 @@ def no_gradients_of_gradients(where: str) -> None:
             f"{where}: gradients of gradients (create_graph=True) do not pass "
             "through a reversible stage. Call set_reversible(model, False)."
         )
-
-
-# A dictionary, not an attribute of the tensor: pickling or sending a tensor includes attributes.
-_REBUILDS: MutableMapping[Tensor, tuple[Callable[[], Tensor], int, "PartOf | None"]] = (
-    WeakTensorKeyDictionary()
-)
-
-PartOf = Callable[[Callable[[Tensor], Tensor]], Tensor]
-"""Function that returns ``take(tensor)`` for a given ``take``, and rebuilds only that part."""
-
-
-def rebuildable(
-    tensor: Tensor, rebuild: Callable[[], Tensor], part: PartOf | None = None
-) -> Tensor:
-    """Register a function that computes a tensor's values again, so that they need not be kept.
-
-    Modules that are recomputed in the backward pass get their input in this way: the merged streams
-    of the stage before, or frames that are normalised again from ``uint8``.
-
-    Args:
-        tensor: the tensor. An in-place change of it cancels the registration.
-        rebuild: function that returns the same values, bit for bit, as long as the backward pass
-            has not gone further back than this tensor.
-        part: function that rebuilds the part that `part_of` takes; by default the whole tensor is
-            rebuilt and the part taken from it.
-
-    Returns:
-        ``tensor`` itself.
-    """
-    _REBUILDS[tensor] = rebuild, version_of(tensor), part
-    return tensor
-
-
-def rebuild_of(tensor: Tensor) -> Callable[[], Tensor] | None:
-    """Look up the function given to `rebuildable`; None if the tensor's values must be kept."""
-    rebuild, version, _ = _REBUILDS.get(tensor, (None, 0, None))
-    return rebuild if version == version_of(tensor) else None
-
-
-def part_of(tensor: Tensor, take: Callable[[Tensor], Tensor]) -> Tensor:
-    """Take a part of a tensor. If the tensor is `rebuildable`, so is the part.
-
-    Args:
-        tensor: the tensor.
-        take: function that returns the part, such as a slice.
-    """
-    rebuild = rebuild_of(tensor)
-    part = take(tensor)
-    if rebuild is None:
-        return part
-    rebuild_part = _REBUILDS[tensor][2]
-    if rebuild_part is None:
-        return rebuildable(part, lambda: take(rebuild()))
-    return rebuildable(part, partial(rebuild_part, take))
-
-
-# Callers' local variables refer to a tensor until they return, so its memory cannot be freed by
-# dropping our own reference.
-_SPENT: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
-
-
-def spent(tensor: Tensor) -> Tensor:
-    """Promise that nothing reads a tensor after the stage or recomputed module that gets it next.
-
-    That module frees the tensor's memory as soon as it does not need it any more, and leaves NaN in
-    its place. Without the promise, the callers' variables would keep the memory.
-
-    Args:
-        tensor: the tensor. Its next module must have no hooks, which could read it.
-
-    Returns:
-        ``tensor`` itself.
-    """
-    if isinstance(tensor, Tensor):
-        _SPENT[tensor] = version_of(tensor)
-    return tensor
-
-
-def give_up(tensor: Tensor) -> None:
-    """Free the memory of a `spent` tensor; do nothing for others."""
-    if _SPENT.pop(tensor, None) == version_of(tensor):
-        # The shape stays, in one element of memory; a forbidden read gives NaN, not stale values.
-        tensor.data = tensor.new_full((), math.nan).expand(tensor.shape)
-
-
-def version_of(tensor: Tensor) -> int:
-    """Return autograd's count of in-place changes; 0 for inference tensors, which have none."""
-    return 0 if tensor.is_inference() else tensor._version

@@ -1,22 +1,36 @@
 """Triton kernel that rounds to the grid and adds in place, which takes four operators elsewhere.
 
 It computes ``out[index] += spacing * round(scale * values)`` with the bits of `coupling.Grid.add`
-and `branches.Places.add`. Each element of the target is read and written by one program, so that
+and `layouts.Places.add`. Each element of the target is read and written by one program, so that
 nothing depends on an order; the atomic additions of `index_add_` would also flush subnormal numbers
 to zero.
 
 Importing this file imports Triton.
 """
 
+from typing import Protocol
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from re2tal.reversible.coupling import Grid
-
 _ROWS, _COLUMNS = 8, 128
 """Tile of one program: vectors, and elements of each."""
+
+
+class Points(Protocol):
+    """Points of a grid, as `coupling.Grid` has them."""
+
+    @property
+    def scale(self) -> float | Tensor:
+        """Number of points in an interval of length 1, a power of two."""
+        ...
+
+    @property
+    def spacing(self) -> float | Tensor:
+        """Distance between two points, ``1 / scale``."""
+        ...
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no types
@@ -67,7 +81,7 @@ def _add(  # type: ignore[no-untyped-def]
 def add(
     out: Tensor,
     values: Tensor,
-    grid: Grid | None,
+    grid: Points | None,
     sign: int,
     index: Tensor | None = None,
     padding: Tensor | None = None,
@@ -108,21 +122,3 @@ def add(
         )
     # Autograd does not see a kernel's writes: count the in-place change as an operator would.
     torch.autograd.graph.increment_version(out)
-
-
-def agrees(device: torch.device) -> bool:
-    """Compare the kernel with PyTorch's operators on a device, to the bit."""
-    # Ties (odd multiples of half the spacing 2^-14), subnormal numbers, -0.0, and large values.
-    halves = torch.arange(-60, 60, device=device) / 2.0**15
-    sizes = torch.tensor([1e-40, -1e-39, -0.0, 0.7, 2.0**7 + 2.0**-15, 2.0**8, 3e5], device=device)
-    x = torch.cat([halves, sizes, torch.linspace(-3, 3, 129, device=device)]).view(-1, 2)
-    index = torch.arange(len(x), device=device).flip(0)
-    tried = []
-    for grid in (None, Grid.of("auto", x), Grid.of(14, x)):
-        for sign in (1, -1):
-            out = 1e-39 * x if grid is None else grid.round(x.flip(0))
-            plain = out + (sign * x if grid is None else grid.round(x, sign))
-            add(lying := out.clone(), x, grid, sign)
-            add(moved := out.clone(), x[index], grid, sign, index)
-            tried += [torch.equal(plain, lying), torch.equal(plain, moved)]
-    return all(tried)

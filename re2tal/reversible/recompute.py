@@ -3,7 +3,7 @@
 A stem or a down-sampling layer ``y = M(x; theta)`` is not reversible. Its autograd node keeps ``x``
 and replays ``M`` in the backward for ``(dM/dx)^T g`` and ``(dM/dtheta)^T g``. If ``x`` can be
 rebuilt (the merged streams of a stage, or frames normalised from ``uint8``), the node keeps only
-the function that rebuilds it; see `engine.rebuildable`.
+the function that rebuilds it; see `tensors.rebuildable`.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,20 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.fx import Proxy
 from torch.utils._pytree import tree_leaves
 
-from re2tal.reversible.branches import BySample, Layout, Leading, recomputed, spans
+from re2tal.reversible.branches import Leading, recomputed
 from re2tal.reversible.coupling import Budget, bytes_of_piece
-from re2tal.reversible.engine import (
-    give_up,
-    leaf_of_trace,
-    no_gradients_of_gradients,
-    rebuild_of,
+from re2tal.reversible.engine import leaf_of_trace, no_gradients_of_gradients
+from re2tal.reversible.layouts import BySample, Layout
+from re2tal.reversible.pieces import (
+    Join,
+    Joined,
+    Span,
+    Take,
+    Totals,
+    decisive,
+    differentiate,
+    hooks_paused,
+    spans,
 )
 from re2tal.reversible.replay import (
     Autocast,
@@ -32,16 +39,7 @@ from re2tal.reversible.replay import (
     counts_statistics,
     uncached,
 )
-from re2tal.reversible.step import (
-    Join,
-    Joined,
-    Span,
-    Take,
-    Totals,
-    decisive,
-    differentiate,
-    hooks_paused,
-)
+from re2tal.reversible.tensors import give_up, rebuild_of
 
 _Pieces = tuple[Layout, list[Span], Tensor]
 """Layout of an input, spans of its pieces, and the input with its batch dimensions flattened."""
@@ -76,6 +74,8 @@ class Recomputed:
         """Run the module."""
         if isinstance(x, Proxy):
             return leaf_of_trace(self.module, x, *args, **kwargs)
+        if torch.jit.is_tracing():  # it cannot record autograd nodes of one's own
+            return self.once(x, *args, **kwargs)
         needs = x.requires_grad or any(p.requires_grad for p in self.module.parameters())
         more = any(isinstance(a, Tensor) and a.requires_grad for a in tree_leaves((args, kwargs)))
         stores = not torch.is_grad_enabled() or torch.compiler.is_exporting()

@@ -12,19 +12,31 @@ that one piece is all that is alive beside these. With a grid, ``u_i`` is rounde
 or subtracted.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
-from re2tal.reversible.branches import Branch, Layout, Whole, per_unit, spans
+from re2tal.reversible.branches import Branch
 from re2tal.reversible.coupling import Coupling, Grid, Settings, bytes_of_piece, stream_dtype
+from re2tal.reversible.layouts import Layout, Whole
+from re2tal.reversible.pieces import (
+    Join,
+    Joined,
+    Span,
+    Take,
+    Totals,
+    decisive,
+    differentiate,
+    hooks_paused,
+    per_unit,
+    shaped,
+    spans,
+)
 from re2tal.reversible.replay import (
     Autocast,
     Conditions,
@@ -33,9 +45,6 @@ from re2tal.reversible.replay import (
     Surroundings,
     counts_statistics,
 )
-
-Span = tuple[int, int]
-"""Units ``start:stop`` of a piece."""
 
 
 class Step:
@@ -92,7 +101,7 @@ class Step:
         shared, factor = self.share(layout, stream)
         if len(cuts) == 1 and layout.contiguous:
             piece = layout.take(stream, *cuts[0])
-            return _shaped(self.piece(layout, cuts[0], piece, shared, factor), stream.shape)
+            return shaped(self.piece(layout, cuts[0], piece, shared, factor), stream.shape)
         # One autograd node for all pieces: its backward joins their gradients, where slices would
         # sum up one gradient of full size per piece.
         taken = Take.apply(layout, cuts, stream)
@@ -197,33 +206,6 @@ class Step:
         )
 
 
-class Joined:
-    """Tensor of the input's shape that is joined from pieces.
-
-    Attributes:
-        tensor: the tensor so far; None before the first piece.
-    """
-
-    def __init__(self, layout: Layout, shape: torch.Size) -> None:
-        self._layout = layout
-        self._shape = shape
-        self.tensor: Tensor | None = None
-
-    def put(self, span: Span, piece: Tensor) -> None:
-        """Write a piece to its place."""
-        if self._layout.contiguous and span == (0, self._layout.units):
-            self.tensor = _shaped(piece, self._shape)
-            return
-        if self.tensor is None:
-            self.tensor = self._layout.new(piece, self._shape)
-        self._layout.put(self.tensor, *span, piece)
-
-    def result(self) -> Tensor:
-        """Return the tensor, once all pieces are written."""
-        assert self.tensor is not None
-        return self.tensor
-
-
 class _Following:
     """Accumulator of ``x_i = u_i + beta x_{i-2}`` from the pieces of the increment ``u_i``.
 
@@ -269,7 +251,7 @@ class _Following:
         self._begun = True
         shape = self._previous.shape
         if self._layout.contiguous and span == (0, self._layout.units):
-            like = _shaped(increment, shape)
+            like = shaped(increment, shape)
         else:  # the strides that `Joined` would give the result, without allocating it
             like = self._layout.new(increment, torch.Size((0, *shape[1:])))
         wanted, had = like.stride(), self._previous.stride()
@@ -279,61 +261,6 @@ class _Following:
             self._joined = Joined(self._layout, shape)
         elif not self._overwrite:
             self._previous = self._previous.clone()
-
-
-def _shaped(x: Tensor, shape: torch.Size) -> Tensor:
-    # reshape() would lose the memory format even where the shape is already right.
-    return x if x.shape == shape else x.reshape(shape)
-
-
-class Take(torch.autograd.Function):
-    """Cut a tensor into its pieces; the backward joins their gradients."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(layout: Layout, cuts: Sequence[Span], x: Tensor) -> tuple[Tensor, ...]:
-        """Copy the pieces out of a tensor."""
-        return tuple(layout.take(x, *span).clone() for span in cuts)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004
-        """Keep the layout."""
-        ctx.layout, ctx.cuts, x = inputs
-        ctx.shape = x.shape
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, Tensor]:
-        """Join the gradients of the pieces."""
-        joined = Joined(ctx.layout, ctx.shape)
-        for span, gradient in zip(ctx.cuts, gradients, strict=True):
-            joined.put(span, gradient)
-        return None, None, joined.result()
-
-
-class Join(torch.autograd.Function):
-    """Join a tensor from its pieces; the backward cuts its gradient."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(layout: Layout, cuts: Sequence[Span], shape: torch.Size, *pieces: Tensor) -> Tensor:
-        """Write the pieces to their places in one tensor."""
-        joined = Joined(layout, shape)
-        for span, piece in zip(cuts, pieces, strict=True):
-            joined.put(span, piece)
-        return joined.result()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004
-        """Keep the layout."""
-        ctx.layout, ctx.cuts = inputs[:2]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Cut the gradient into those of the pieces."""
-        taken = (ctx.layout.take(gradients[0], *span) for span in ctx.cuts)
-        return None, None, None, *taken
 
 
 class ReversibleStep:
@@ -379,7 +306,7 @@ class ReversibleStep:
 
     @property
     def trains(self) -> bool:
-        """Whether a parameter needs a gradient."""
+        """Tell whether a parameter needs a gradient."""
         return any(p.requires_grad for p in self.parameters)
 
     def forward(self, current: Tensor, previous: Tensor, *, overwrite: bool = False) -> Tensor:
@@ -513,27 +440,8 @@ def _leaves(result: Tensor) -> Iterator[Tensor]:
             yield node.variable
 
 
-def decisive(cuts: list[Span]) -> list[Span]:
-    """Choose the pieces that determine the peak of memory, for a prediction on fake tensors.
-
-    These are the last two, with which a backward begins, and the largest of the others: from the
-    third piece on, the sums of gradients, the gradients of the piece before and those of the
-    present piece are alive at the same time.
-    """
-    return sorted(cuts[:-2], key=lambda span: span[0] - span[1])[:1] + cuts[-2:]
-
-
-def differentiate(
-    result: Tensor | GradientEdge, inputs: Sequence[Tensor], gradient: Tensor
-) -> list[Tensor | None]:
-    """Compute the gradients of the inputs; None for an input that the result does not depend on."""
-    if not inputs:
-        return []
-    return list(torch.autograd.grad(result, inputs, gradient, allow_unused=True))
-
-
 def _through_shared(
-    shared: Sequence[Tensor], totals: "Totals", wanted: Sequence[Tensor]
+    shared: Sequence[Tensor], totals: Totals, wanted: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """Add the part of the parameters' gradients that flows through the pieces' shared tensors.
 
@@ -550,58 +458,3 @@ def _through_shared(
         more = torch.autograd.grad(tensors, wanted, grads, allow_unused=True)
         totals.add([*more, *(None for _ in needing)])
     return totals.values[: len(wanted)]
-
-
-class Totals:
-    """Sums of gradients over the pieces, by one call of PyTorch a piece.
-
-    Attributes:
-        values: the sums so far; None stands for zero.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.values: list[Tensor | None] = [None] * count
-        self._own: set[int] = set()
-
-    def add(self, gradients: Sequence[Tensor | None]) -> None:
-        """Add the gradients of one piece, in the order of the sums."""
-        into: list[int] = []
-        anew: list[int] = []
-        for i, (total, gradient) in enumerate(zip(self.values, gradients, strict=True)):
-            if total is None:
-                self.values[i] = gradient
-            elif gradient is not None:
-                # In place only into memory of our own: autograd may share that of the first piece's
-                # gradients with something else.
-                (into if i in self._own else anew).append(i)
-        if into:
-            torch._foreach_add_(*self._pairs(into, gradients))
-        if anew:
-            for i, total in zip(
-                anew, torch._foreach_add(*self._pairs(anew, gradients)), strict=True
-            ):
-                self.values[i] = total
-            self._own.update(anew)
-
-    def _pairs(self, chosen: list[int], gradients: Sequence[Tensor | None]) -> Any:
-        return [self.values[i] for i in chosen], [gradients[i] for i in chosen]
-
-
-@contextmanager
-def hooks_paused(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Remove the hooks of parameters for a block of code.
-
-    `torch.autograd.grad` would call them inside a node's backward, and autograd calls them on the
-    gradients that the node returns: a hook that halves a gradient would quarter it.
-    """
-    paused = []
-    for parameter in parameters:
-        hooks = getattr(parameter, "_backward_hooks", None)
-        if hooks:
-            paused.append((hooks, OrderedDict(hooks)))
-            hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, saved in paused:
-            hooks.update(saved)

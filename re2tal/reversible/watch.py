@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from re2tal.reversible.branches import by_stride
 from re2tal.reversible.coupling import TOLERANCE, Grid, Settings
+from re2tal.reversible.layouts import by_stride
 from re2tal.reversible.replay import (
     GeneratorStates,
     ReversibleError,

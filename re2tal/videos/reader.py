@@ -210,7 +210,7 @@ class VideoReader:
 
     @property
     def seekable(self) -> bool:
-        """True if frames can be found without decoding all frames before them."""
+        """Tell if frames can be found without decoding all frames before them."""
         return self.container.format.name not in _UNSEEKABLE
 
     def packet_time(self, packet: Packet[VideoStream]) -> float | None:

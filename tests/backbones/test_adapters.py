@@ -33,7 +33,8 @@ from re2tal.backbones.vivit import ViViTConfig
 from re2tal.backbones.vjepa2 import VJEPA2Config
 from re2tal.errors import UserError
 from re2tal.reversible import rewire, set_reversible
-from re2tal.reversible.branches import Branch, ByToken, branches, split
+from re2tal.reversible.branches import Branch, branches, split
+from re2tal.reversible.layouts import ByToken
 from re2tal.reversible.rewire import reversible_blocks
 from re2tal.trained import SPEC_FILE, DetectorSpec, load_detector, save_detector
 from re2tal.videos.windows import WindowConfig

@@ -103,8 +103,8 @@ def test_classes_follow_where_anchors_are_moved_to() -> None:
     onto = torch.tensor([8.5, 20.0]).expand_as(predicted.segments).clone().requires_grad_()
     logits = torch.zeros_like(predicted.logits)
     logits[..., 3] = 10.0
-    losses = model._losses(
-        predicted._replace(segments=onto, adjusted=onto + 0.25, logits=logits), mask, [action]
+    losses = model.losses(
+        predicted._replace(segments=onto, adjusted=onto + 0.25, logits=logits), [action]
     )
     assert losses["classification"] < 1e-3
     assert losses["regression"].item() == pytest.approx(0.5 / 12)
@@ -114,8 +114,8 @@ def test_classes_follow_where_anchors_are_moved_to() -> None:
     assert gradient.any()  # the adjustment trains the regression, too
     partly = onto.detach().clone()
     partly[:, ::2] = torch.tensor([8.0, 15.5])  # overlaps enough to be classified, not adjusted
-    losses = model._losses(
-        predicted._replace(segments=partly, adjusted=partly, logits=logits), mask, [action]
+    losses = model.losses(
+        predicted._replace(segments=partly, adjusted=partly, logits=logits), [action]
     )
     assert losses["classification"] < 1e-3
     assert losses["adjustment"].item() == pytest.approx(0.5 / 12)

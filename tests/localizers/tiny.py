@@ -40,18 +40,22 @@ class Tiny(nn.Module):
     def begin_step(self, masks: Sequence[Tensor], targets: Sequence[Sequence[Targets]]) -> None:
         """Its loss is a mean over each pass: nothing has to be known of the others."""
 
-    def predict(self, features: Tensor, mask: Tensor) -> tuple[Tensor]:
-        return (self.score(features.masked_fill(~mask[:, None], 0)),)
+    def predict(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return self.score(features.masked_fill(~mask[:, None], 0)), mask
 
     def forward(
         self, features: Tensor, mask: Tensor, targets: Sequence[Targets] | None = None
     ) -> Losses | list[Detections]:
-        (logits,) = self.predict(features, mask)
-        if targets is None:
-            return [
-                self._runs(sample[:, valid].sigmoid())
-                for sample, valid in zip(logits, mask, strict=True)
-            ]
+        predicted = self.predict(features, mask)
+        return self.decode(predicted) if targets is None else self.losses(predicted, targets)
+
+    def decode(self, predicted: tuple[Tensor, Tensor]) -> list[Detections]:
+        return [
+            self._runs(sample[:, valid].sigmoid()) for sample, valid in zip(*predicted, strict=True)
+        ]
+
+    def losses(self, predicted: tuple[Tensor, Tensor], targets: Sequence[Targets]) -> Losses:
+        logits, mask = predicted
         wanted = torch.zeros_like(logits)
         place = torch.arange(logits.shape[2], device=logits.device)
         for row, target in zip(wanted, targets, strict=True):

@@ -28,7 +28,7 @@ from re2tal.localizers.vsgn import VSGNConfig
 from re2tal.trained import load_detector
 from re2tal.videos.stitching import StitchConfig
 from tests.localizers.small import TRIDET
-from tests.localizers.tiny import TinyConfig
+from tests.localizers.tiny import Tiny, TinyConfig
 
 VSGN = VSGNConfig(width=16, levels=3, stem_stride=1, head_layers=1, neighbours=4)
 
@@ -70,6 +70,15 @@ def test_it_trains_detects_and_is_saved(
     assert predicted["memory/predicted_activations_mb"] == pytest.approx(
         predicted["memory/measured_activations_mb"], rel=0.05
     )
+
+
+def test_a_localizer_without_a_part_is_refused_before_the_training(
+    tiny_recipe: Recipe, tiny_plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(Tiny, "decode")
+    monkeypatch.delattr(Tiny, "losses")
+    with pytest.raises(UserError, match=r"^Tiny is not a localizer: it has no losses, no decode\."):
+        build_detector(with_localizer(tiny_recipe, TinyConfig()), tiny_plan.classes, weights=None)
 
 
 def test_a_localizer_begins_with_given_weights(

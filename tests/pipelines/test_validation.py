@@ -1,18 +1,27 @@
 """Comparison of detections and annotations in a run's evaluation."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from pipelines.data.batches import Video
+from pipelines.data.batches import Batch, Video
 from pipelines.training.validation import (
     MeanLoss,
     compare,
+    detect_windows,
     metrics_of,
     overfitting,
     watched_videos,
 )
 from re2tal.annotations import Instance, VideoAnnotation
+from re2tal.backbones.precomputed import PrecomputedConfig
+from re2tal.classifier import ClipClassifierConfig
 from re2tal.detection import Detections
+from re2tal.detector import Detector
+from re2tal.inference import window_detections
+from re2tal.videos.windows import WindowConfig, sliding_windows
+from tests.localizers.small import ACTIONFORMER, ACTIONS, NOTHING, TRIDET, VSGN, built, same, sample
 
 
 def test_ambiguous_stretches_end_where_they_are_annotated_to_end() -> None:
@@ -89,3 +98,41 @@ def test_the_mean_loss_weighs_each_window_alike() -> None:
     mean.add({"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, windows=3)
     mean.add({"a": torch.tensor(7.0)}, windows=1)
     assert mean.gathered() == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "network", "targets"),
+    [
+        *((config, "pyramid", tuple(ACTIONS)) for config in (ACTIONFORMER, TRIDET, VSGN)),
+        (ClipClassifierConfig(), "linear", (NOTHING, NOTHING)),
+    ],
+)
+def test_detections_and_their_loss_come_from_one_forward(
+    config: Any, network: str, targets: Any
+) -> None:
+    backbone = PrecomputedConfig(channels=6, temporal_stride=1).build()
+    detector = Detector(backbone, built(config)).eval()
+    (video,) = _videos(0, 1)
+    windows = sliding_windows(video.annotation, ["x"], WindowConfig(frames=32, fps=5.0), stride=1)
+    features, mask = sample([32, 21])
+    batch = Batch(
+        windows=tuple(windows[:2]),
+        frames=features.transpose(1, 2),
+        mask=mask,
+        targets=targets,
+        failures={},
+    )
+    passes = []
+    part = detector.localizer.get_submodule(network)
+    hook = part.register_forward_hook(lambda *_: passes.append(1))
+    loss = MeanLoss()
+    found, _ = detect_windows(detector, [batch], {"00": 9.0}, loss=loss)
+    assert len(passes) == 1
+    hook.remove()
+    with torch.no_grad():
+        raw = detector.localizer(features, mask)
+        terms = detector.localizer(features, mask, targets)
+    seconds = [window_detections(r, w, 9.0) for r, w in zip(raw, batch.windows, strict=True)]
+    assert len(found["00"]) > 0
+    assert same(found["00"], Detections.concat(seconds))
+    assert loss.total == 2 * float(torch.stack(list(terms.values())).sum())

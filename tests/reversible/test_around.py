@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
-from re2tal.reversible import rewire, set_reversible, stage_modes
+from re2tal.reversible import (
+    ReversibleError,
+    rewire,
+    set_coupling,
+    set_reversible,
+    stage_modes,
+    unwire,
+)
 from tests.reversible.toy_blocks import assert_same_step, one_step, tiny_swin
 
 PIECE = 2**14  # bytes; the branches below need up to eight pieces
@@ -66,6 +73,35 @@ def test_an_exported_program_computes_what_the_model_computes() -> None:
     assert set(stage_modes(model).values()) == {"reversible"}  # as before the export
     # the program sums a parameter's gradients over pieces in another order
     assert_same_step(found, truth, tolerance=1e-5)
+
+
+torchscript = pytest.mark.filterwarnings(
+    "ignore:.*torch.jit:FutureWarning",  # it is deprecated
+    "ignore::torch.jit.TracerWarning",  # Swin asks for the values of shapes
+)
+
+
+@torchscript
+@pytest.mark.parametrize("reversible", [True, False])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_torchscript_is_refused_with_what_to_do_instead(reversible: bool, gradients: bool) -> None:
+    model = swin(drop_path=0.0, depths=(1, 1))
+    set_reversible(model, reversible)
+    tools: tuple[Any, ...] = (lambda m: torch.jit.trace(m, frames()), torch.jit.script)
+    message = r"^features\.0.*torch\.export.*unwire"
+    for tool in tools:
+        with pytest.raises(ReversibleError, match=message), torch.set_grad_enabled(gradients):
+            tool(model)
+
+
+@torchscript
+def test_torchscript_records_the_network_as_it_was_before_rewire() -> None:
+    model = swin(drop_path=0.0, depths=(1, 1)).eval()
+    set_coupling(model, alpha=1.0, beta=0.0)
+    wired = torch.jit.trace(model, frames())
+    unwire(model)
+    for program in (wired, torch.jit.trace(model, frames())):
+        assert torch.equal(program(frames(2)), model(frames(2)))
 
 
 def lightning_run(folder: Path, mode: str, **options: Any) -> dict[str, Tensor]:

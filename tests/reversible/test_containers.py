@@ -26,7 +26,7 @@ from re2tal.reversible import (
     stage_modes,
     unwire,
 )
-from re2tal.reversible.branches import spans
+from re2tal.reversible.pieces import spans
 from tests.reversible.toy_blocks import (
     MlpBlock,
     PairBlock,

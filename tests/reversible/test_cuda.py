@@ -14,8 +14,8 @@ from pipelines.training.workload import Workload
 from re2tal.memory import predict_peak
 from re2tal.memory.ways import WAYS, prepared
 from re2tal.reversible import ReversibleError, check, rewire
-from re2tal.reversible.branches import Places
 from re2tal.reversible.coupling import Budget, Grid, accumulate
+from re2tal.reversible.layouts import Places
 from tests.reversible.test_exact import assert_bit_equal
 from tests.reversible.toy_blocks import MlpBlock
 from tests.reversible.zoo import ZOO, Precision, both_precisions, built
@@ -67,7 +67,7 @@ def test_pieces_are_added_alike_in_every_run_and_on_the_cpu(
     index = torch.randperm(len(x))
     padding = (torch.rand(len(x), 1) < 0.3) if padded else None
     if not kernel:
-        for module in ("coupling", "branches"):
+        for module in ("coupling", "layouts"):
             monkeypatch.setattr(
                 import_module(f"re2tal.reversible.{module}"), "fused", lambda *_: None
             )

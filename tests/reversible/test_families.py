@@ -18,19 +18,19 @@ from torchvision.models.video.resnet import (
     R2Plus1dStem,
     VideoResNet,
 )
+from torchvision.models.vision_transformer import EncoderBlock
 
 from re2tal.reversible.branches import (
     Branch,
     ChangesShapeError,
-    Layout,
-    Whole,
     branches,
     check_complete,
     load_families,
     recomputed,
     returned,
-    spans,
 )
+from re2tal.reversible.layouts import Layout, Whole
+from re2tal.reversible.pieces import spans
 from tests.reversible.zoo import ZOO, Built, scrambled
 
 
@@ -371,6 +371,41 @@ def test_a_subclass_belongs_to_the_family_of_its_base() -> None:
     assert branches.dispatch(Mine) is branches.dispatch(TimesformerLayer)
     assert branches.dispatch(Mine) is not branches.dispatch(object)
     assert returned.dispatch(Mine) is not returned.dispatch(object)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_attention_has_the_bits_of_multihead_attention(
+    samples: int, dropout: float, dtype: torch.dtype
+) -> None:
+    """Results, gradients and random numbers; with a hook, the module itself is called."""
+    torch.manual_seed(0)
+    block = EncoderBlock(2, 16, 32, dropout, dropout, nn.LayerNorm)
+    module = block.self_attention
+    for bias in (module.in_proj_bias, module.out_proj.bias):
+        nn.init.normal_(bias)
+    load_families(EncoderBlock)
+    branch, _ = branches(block)
+    called: list[Any] = []
+
+    def step(function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        torch.manual_seed(1)
+        x = torch.randn(samples, 9, 16, requires_grad=True)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            y = function(x)
+        y.float().pow(2).sum().backward()
+        of_parameters = [p.grad for m in branch.modules for p in m.parameters()]
+        found = [y, torch.rand(3), x.grad, *of_parameters]
+        block.zero_grad()
+        return [tensor_of(tensor) for tensor in found]
+
+    ours = step(branch)
+    module.register_forward_hook(lambda *given: called.append(given))
+    theirs = step(branch)
+    assert called
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -13,8 +13,9 @@ from torchvision.ops import StochasticDepth
 
 from re2tal.memory import measure_activations, predict_peak
 from re2tal.reversible import ReversibleError, rewire, set_reversible, unwire
-from re2tal.reversible.branches import NotReversibleError, Samples, Whole, returned, split
+from re2tal.reversible.branches import NotReversibleError, returned, split
 from re2tal.reversible.families.pattern import _OnTokens
+from re2tal.reversible.layouts import Samples, Whole
 from tests.reversible.toy_blocks import assert_same_step, one_step
 
 WIDTH = 6

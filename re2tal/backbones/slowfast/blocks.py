@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from re2tal.reversible.branches import Branch, BySample, ChangesShapeError, branches, recomputed
+from re2tal.reversible.branches import Branch, ChangesShapeError, branches, recomputed
+from re2tal.reversible.layouts import BySample
 
 EXPANSION = 4
 """Ratio of a bottleneck's output channels to its inner channels."""

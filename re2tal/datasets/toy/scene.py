@@ -56,13 +56,6 @@ class Pose:
     log_size: Floats
     angle: Floats
 
-    def at(self, index: int) -> "Pose":
-        """Return the pose at one time, as arrays of shape (1,)."""
-        pick = slice(index, index + 1 or None)  # None for index -1
-        return Pose(
-            x=self.x[pick], y=self.y[pick], log_size=self.log_size[pick], angle=self.angle[pick]
-        )
-
 
 Motion: TypeAlias = Callable[[Floats], Pose]
 """Function from seconds since the start of the motion, (T,), to the poses at those times."""

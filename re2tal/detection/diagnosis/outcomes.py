@@ -16,7 +16,6 @@ from re2tal.detection.evaluation.matching import (
     Tables,
     checked_levels,
     match,
-    overlapping,
     tabulate,
 )
 from re2tal.detection.segments import Detections, LabelledSegments
@@ -91,13 +90,7 @@ def collect(
     counts = np.bincount(actual.labels, minlength=num_classes)
     found = tables.found[counts[tables.found.labels] > 0]
     compared = Tables(actual=actual, found=found, numbers=tables.numbers)
-    of_found, of_actual = compared.groups()
-    pairs = overlapping(
-        (found.segments, of_found),
-        (actual.segments, of_actual),
-        least=float(levels.min()),
-        instants=0.0,
-    )
+    pairs = compared.pairs(levels, instants=0.0)
     # `match` returns rows of `pairs`; turn them into the instance of each prediction.
     matched = np.full((len(levels), len(found)), -1, dtype=np.int64)
     taken = match(pairs, num_found=len(found), num_actual=len(actual), levels=levels)

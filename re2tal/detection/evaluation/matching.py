@@ -61,6 +61,16 @@ class Tables:
         found, actual = (side.labels * len(self.numbers) + side.videos for side in sides)
         return found, actual
 
+    def pairs(self, levels: Floats, *, instants: float) -> Pairs:
+        """Find the pairs of a group whose tIoU reaches the lowest level; see `overlapping`."""
+        of_found, of_actual = self.groups()
+        return overlapping(
+            (self.found.segments, of_found),
+            (self.actual.segments, of_actual),
+            least=float(levels.min()),
+            instants=instants,
+        )
+
 
 def tabulate(
     truth: Mapping[str, LabelledSegments],

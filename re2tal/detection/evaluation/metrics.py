@@ -147,13 +147,7 @@ def mean_average_precision(
     levels = checked_levels(thresholds)
     tables = tabulate(truth, predictions, num_classes=num_classes, exclude=exclude)
     actual, found = tables.actual, tables.found
-    of_found, of_actual = tables.groups()
-    pairs = overlapping(
-        (found.segments, of_found),
-        (actual.segments, of_actual),
-        least=float(levels.min()),
-        instants=np.inf,
-    )
+    pairs = tables.pairs(levels, instants=np.inf)
     ignored = _touching(tables, ambiguous or {})
     starts = np.searchsorted(found.labels, np.arange(num_classes + 1))  # labels are sorted
     counts = np.bincount(actual.labels, minlength=num_classes)
@@ -291,21 +285,16 @@ def recall_at(
         exclude: ids of videos to leave out.
 
     Raises:
-        ValueError: as in `mean_average_precision`, or `ks` are not positive.
+        ValueError: `ks` are not positive, or `mean_average_precision` refuses the rest.
     """
     levels = checked_levels(thresholds)
     budgets = np.asarray(ks, dtype=np.int64)
     if budgets.size == 0 or budgets.min() < 1:
         raise ValueError(f"Recall@kx needs every k to be at least 1, but ks are {list(ks)}.")
     tables = tabulate(truth, predictions, num_classes=num_classes, exclude=exclude)
-    actual, found = tables.actual, tables.found
+    actual = tables.actual
     of_found, of_actual = tables.groups()
-    pairs = overlapping(
-        (found.segments, of_found),
-        (actual.segments, of_actual),
-        least=float(levels.min()),
-        instants=0.0,
-    )
+    pairs = tables.pairs(levels, instants=0.0)
     first = first_ranks(pairs, of_found, num_actual=len(actual), levels=levels)  # (K, N)
     _, group, members = np.unique(of_actual, return_inverse=True, return_counts=True)
     # found if the first prediction that covers it is among the k n best: (K, Q, N)
@@ -413,12 +402,7 @@ def average_recall(
     videos, of_actual = np.unique(actual.videos, return_inverse=True)
     available = np.bincount(found.videos, minlength=len(tables.numbers))[videos]
     kept, numbers = _budgets(available, len(found), max_average)
-    pairs = overlapping(
-        (found.segments, found.videos),
-        (actual.segments, actual.videos),
-        least=float(levels.min()),
-        instants=0.0,
-    )
+    pairs = tables.pairs(levels, instants=0.0)  # of a video: all labels are 0
     first = first_ranks(pairs, found.videos, num_actual=len(actual), levels=levels)
     # (N, 1) ranks < (N, A) budgets, for each threshold.
     recall = np.stack([(of_level[:, None] < kept[of_actual]).mean(axis=0) for of_level in first])
@@ -525,7 +509,7 @@ def evaluate(compared: Compared) -> dict[str, Result]:
     """Compute every requested metric; return the results by their names in `METRICS`.
 
     Raises:
-        ValueError: as in `mean_average_precision`, `average_recall` and `recall_at`.
+        ValueError: a metric refuses the data; see the functions that compute them.
     """
     results = {name: metric(compared) for name, metric in METRICS.items()}
     return {name: result for name, result in results.items() if result is not None}

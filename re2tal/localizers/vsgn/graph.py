@@ -8,10 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def zero_padding(x: Tensor, valid: Tensor) -> Tensor:
-    """Put zeros into finite `x` `(B, C, N)` where `valid` `(B, N)` is false."""
-    return x * valid[:, None].to(x.dtype)
+from re2tal.localizers.layers import zero_padding
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
@@ -140,7 +137,7 @@ class GraphBlock(nn.Module):
         graph = maximum(F.linear(sequence, from_neighbour), neighbours)
         graph = graph + F.linear(sequence, from_centre, self.edge.bias)
         out = F.relu(self.conv(x) + graph.transpose(1, 2))
-        return F.max_pool1d(zero_padding(out, nodes.valid), 2)
+        return F.max_pool1d(zero_padding(out, nodes.valid, channels=1), 2)
 
 
 class PlainBlock(nn.Module):
@@ -153,7 +150,7 @@ class PlainBlock(nn.Module):
     def forward(self, x: Tensor, nodes: Nodes) -> Tensor:
         """Halve `x` `(B, C, N)`, zero where padded, to `(B, C, N / 2)`, zero where padded."""
         halved = nodes.valid.unflatten(1, (-1, 2)).any(dim=2)
-        return zero_padding(F.relu(self.conv(x)), halved)
+        return zero_padding(F.relu(self.conv(x)), halved, channels=1)
 
 
 class GraphPyramid(nn.Module):
@@ -213,7 +210,7 @@ class GraphPyramid(nn.Module):
             )
         nodes = [Nodes.of(mask, stride) for stride in (self.strides[0] // 2, *self.strides)]
         x = features.masked_fill(~mask[:, None], 0)  # not by a product: padding may be NaN
-        x = zero_padding(F.relu(self.stem(x)), nodes[0].valid)
+        x = zero_padding(F.relu(self.stem(x)), nodes[0].valid, channels=1)
         encoded = []
         for block, before in zip(self.encoder, nodes, strict=False):
             x = block(x, before)
@@ -223,12 +220,13 @@ class GraphPyramid(nn.Module):
 
     def _decode(self, encoded: list[Tensor], valid: list[Tensor]) -> list[Tensor]:
         """Decode the levels; return the finest first."""
-        x = zero_padding(F.relu(self.outs[0](encoded[-1])), valid[-1])
+        x = zero_padding(F.relu(self.outs[0](encoded[-1])), valid[-1], channels=1)
         decoded = [x]
         for up, lateral, out, level, inside in zip(
             self.ups, self.laterals, self.outs[1:], encoded[-2::-1], valid[-2::-1], strict=True
         ):
             joined = F.relu(lateral(level)) + F.relu(up(x))
-            x = zero_padding(F.relu(out(zero_padding(joined, inside))), inside)
+            joined = zero_padding(joined, inside, channels=1)
+            x = zero_padding(F.relu(out(joined)), inside, channels=1)
             decoded.append(x)
         return decoded[::-1]

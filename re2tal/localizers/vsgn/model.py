@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +129,7 @@ class Prediction(NamedTuple):
         no: `(B, 3, T)` logarithms of one minus the scores.
         valid: `(B, A)` bool, true for anchors of nodes that are not padding.
         anchors: the anchors.
+        mask: `(B, T)` bool, the mask of the features.
     """
 
     logits: Tensor
@@ -138,6 +139,7 @@ class Prediction(NamedTuple):
     no: Tensor
     valid: Tensor
     anchors: Anchors
+    mask: Tensor
 
 
 class VSGN(nn.Module):
@@ -202,11 +204,6 @@ class VSGN(nn.Module):
         self.supplementary = SupplementaryScores(config.width)
         self.adjustment = BoundaryAdjustment(config.width, self.pyramid.strides[0])
 
-    @overload
-    def forward(self, features: Tensor, mask: Tensor, targets: Sequence[Targets]) -> Losses: ...
-    @overload
-    def forward(self, features: Tensor, mask: Tensor, targets: None = None) -> list[Detections]: ...
-
     def forward(
         self, features: Tensor, mask: Tensor, targets: Sequence[Targets] | None = None
     ) -> Losses | list[Detections]:
@@ -221,9 +218,7 @@ class VSGN(nn.Module):
             ValueError: if T is not such a multiple, or a label is not below `num_classes`.
         """
         predicted = self.predict(features, mask)
-        if targets is None:
-            return self._decode(predicted)
-        return self._losses(predicted, mask, targets)
+        return self.decode(predicted) if targets is None else self.losses(predicted, targets)
 
     def begin_step(self, masks: Sequence[Tensor], targets: Sequence[Sequence[Targets]]) -> None:
         """Do nothing: which anchors are positive depends on where the network moves them.
@@ -249,10 +244,12 @@ class VSGN(nn.Module):
             no=no,
             valid=anchors_of_nodes(valid, len(self.config.anchor_scales)),
             anchors=anchors,
+            mask=mask,
         )
 
-    def _losses(self, predicted: Prediction, mask: Tensor, targets: Sequence[Targets]) -> Losses:
-        config, valid = self.config, predicted.valid
+    def losses(self, predicted: Prediction, targets: Sequence[Targets]) -> Losses:
+        """Compute losses; see `Localizer`."""
+        config, mask, valid = self.config, predicted.mask, predicted.valid
         instances = Instances.of(targets, self.num_classes, mask.device)
         # Regression is trained on the original anchors' matches.
         original = match(predicted.anchors.segments[None], valid, instances, config.match_tiou)
@@ -277,7 +274,7 @@ class VSGN(nn.Module):
         }
 
     @torch.no_grad()
-    def _decode(self, predicted: Prediction) -> list[Detections]:
+    def decode(self, predicted: Prediction) -> list[Detections]:
         """Decode the detections of each sample, by falling score."""
         segments = inside_window(predicted.adjusted, predicted.yes.shape[2])  # before scoring
         classes = predicted.logits.softmax(dim=2)[..., 1:]  # without the background

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 from torchvision.models.video.mvit import MultiscaleAttention, MultiscaleBlock
 
-from re2tal.reversible.branches import Branch, BySample, ChangesShapeError, Cut, branches, returned
+from re2tal.reversible.branches import Branch, ChangesShapeError, branches, returned
 from re2tal.reversible.families.vit import SelfAttention, mlp_cut, scores
+from re2tal.reversible.layouts import BySample, Cut
 
 
 @branches.register

@@ -16,14 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_unflatten
 
-from re2tal.reversible.branches import (
-    Branch,
-    Cut,
-    Layout,
-    Samples,
-    Tokens,
-    Whole,
-)
+from re2tal.reversible.branches import Branch
 from re2tal.reversible.families.proof import (
     Plan,
     activation_of,
@@ -41,6 +34,7 @@ from re2tal.reversible.families.recording import (
 )
 from re2tal.reversible.families.residual import Residual
 from re2tal.reversible.families.vit import has_rows
+from re2tal.reversible.layouts import Cut, Layout, Samples, Tokens, Whole
 from re2tal.reversible.replay import uncached
 
 _LOG = logging.getLogger(__name__)

@@ -81,13 +81,13 @@ class Residual:
 
     @property
     def keeps_tokens(self) -> bool:
-        """Whether the branch may treat all tokens independently, to be tested with `on_tokens`."""
+        """Tell whether all tokens may be treated independently, to be tested with `on_tokens`."""
         alike = all(move.name in _RESHAPES for move in self.moves)
         return alike and self.before == self.moves and not self.scaled and not self.borrows
 
     @property
     def borrows(self) -> bool:
-        """Whether the branch uses arguments of the block other than the stream."""
+        """Tell whether the branch uses arguments of the block other than the stream."""
         return bool(self.program.leaves - {self.program.source})
 
     def run(self, recording: Recording, block: nn.Module, inputs: Sequence[Tensor]) -> Tensor:

@@ -24,16 +24,7 @@ from torchvision.models.swin_transformer import (
 )
 from torchvision.models.video.swin_transformer import PatchEmbed3d, ShiftedWindowAttention3d
 
-from re2tal.reversible.branches import (
-    Branch,
-    ByToken,
-    Layout,
-    Leading,
-    Places,
-    branches,
-    has_hooks,
-    recomputed,
-)
+from re2tal.reversible.branches import Branch, Leading, branches, has_hooks, recomputed
 from re2tal.reversible.coupling import Grid
 from re2tal.reversible.families.window_attention import (
     MASKED,
@@ -43,6 +34,7 @@ from re2tal.reversible.families.window_attention import (
     attend,
     in_groups,
 )
+from re2tal.reversible.layouts import ByToken, Layout, Places
 
 
 @branches.register
@@ -292,7 +284,9 @@ class _WindowLayout:
         masks = self.kept.masks
         bias, apart = bias.to(qkv.dtype), None if masks is None else masks.of(start, stop)
         if self._plain():
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (windows, heads, tokens, C / heads)
+            # The gradients of views that are unbound here are joined by one operator, in the memory
+            # order of `qkv`; with the heads moved first, it would be two.
+            q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # (windows, heads, tokens, d)
             bias = bias if apart is None else torch.add(bias, apart, alpha=MASKED)
             dropout = attention.attention_dropout if attention.training else 0.0
             attends = F.scaled_dot_product_attention if q.is_cuda else attend

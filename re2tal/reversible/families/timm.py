@@ -6,8 +6,9 @@ from timm.layers import Attention, DiffAttention, GluMlp, Mlp, SwiGLU
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from re2tal.reversible.branches import Branch, Cut, branches
+from re2tal.reversible.branches import Branch, branches
 from re2tal.reversible.families.vit import SelfAttention, mlp_cut, scores
+from re2tal.reversible.layouts import Cut
 
 
 @branches.register

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from re2tal.reversible.branches import Branch, Cut, branches, returned
+from re2tal.reversible.branches import Branch, branches, returned
 from re2tal.reversible.families.vit import SelfAttention, mlp_cut, scores
+from re2tal.reversible.layouts import Cut
 
 
 def register(cls: type) -> None:

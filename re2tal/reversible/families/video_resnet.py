@@ -6,7 +6,8 @@ A block computes ``relu(x + F(x))``. As in Re2TAL's SlowFast the ReLU moves into
 from torch import nn
 from torchvision.models.video.resnet import BasicBlock, BasicStem, Bottleneck, R2Plus1dStem
 
-from re2tal.reversible.branches import Branch, BySample, ChangesShapeError, branches, recomputed
+from re2tal.reversible.branches import Branch, ChangesShapeError, branches, recomputed
+from re2tal.reversible.layouts import BySample
 
 
 @branches.register

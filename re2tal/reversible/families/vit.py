@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from re2tal.reversible.branches import BySample, ByToken, Cut, Layout, Whole
+from re2tal.reversible.layouts import BySample, ByToken, Cut, Layout, Whole
 
 _COPIES = 4
 """Copies of the attention matrix that unfused attention keeps alive: the scores (or the dropout

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from re2tal.reversible.branches import Places
+from re2tal.reversible.layouts import Places
 
 MASKED = -100
 """Value that torchvision adds to the scores of tokens that the cyclic shift brought together."""
