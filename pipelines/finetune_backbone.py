@@ -24,9 +24,8 @@ train.py takes the result as --model.weights: the file, or its URI in MLflow. Bo
 
 import sys
 
-from pipelines.config.clip_recipes import RECIPES
+from pipelines.config.clip_recipes import RECIPES, ClassificationRecipe
 from pipelines.config.command_line import parse_recipe, told_shortly
-from pipelines.config.recipe import ClassificationRecipe
 
 
 def parse(arguments: list[str]) -> ClassificationRecipe:

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import tyro
 
 from pipelines.config.command_line import told_shortly
-from pipelines.training.advice import NewRecipeConfig, advise, look_at, this_machine
+from pipelines.training.advice import advise
+from pipelines.training.facts import NewRecipeConfig, look_at, this_machine
 from pipelines.training.written_recipe import written
 from re2tal.errors import UserError
 from re2tal.memory.fit import parse_size

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
-from re2tal.json_files import reason
+from re2tal.json_files import in_words, problem_of
 
 _CLASS = "class"
 
@@ -66,7 +66,8 @@ def _read(protocol: Any, value: Any) -> Any:
         return TypeAdapter(kind).validate_python(fields)
     except ValidationError as error:
         problems = (
-            reason((kind.__name__, *details["loc"]), details["msg"]) for details in error.errors()
+            problem_of(details, in_words((kind.__name__, *details["loc"])))
+            for details in error.errors()
         )
         raise ValueError("; ".join(problems)) from error
 

@@ -8,9 +8,12 @@ import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from re2tal.errors import UserError, shortened
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 _SHOWN = 100  # of the wrong data set, each of a million rows may have a problem
 
@@ -152,11 +155,23 @@ def in_words(place: Place) -> str:
     return "".join(parts).removeprefix(".")
 
 
-def reason(place: Place, message: str) -> str:
-    """Format a pydantic error: `results.x[3]: input should be a finite number`."""
-    own = message.removeprefix("Value error, ")  # a message of ours, which may begin with a name
-    text = own if own != message else f"{message[0].lower()}{message[1:]}"
-    return f"{in_words(place) or 'the top level'}: {text}"
+def problem_of(details: ErrorDetails, place: str | None = None) -> str:
+    """Format a pydantic error: `results.x[3]: input should be a finite number (found nan)`.
+
+    Args:
+        details: one of `ValidationError.errors()`.
+        place: place of the error; by default the path to it.
+    """
+    where = (in_words(details["loc"]) if place is None else place) or "the top level"
+    if details["type"] == "missing":
+        return f"{where}: is missing"
+    message = details["msg"]
+    own = message.removeprefix("Value error, ")
+    if own != message:  # a message of ours, which may begin with a name, and names the value
+        return f"{where}: {own.removesuffix('.')}"
+    if details["type"] in ("model_type", "dataclass_type"):
+        message = "must be an object"
+    return f"{where}: {message[0].lower()}{message[1:]} (found {details['input']!r:.60})"
 
 
 def places(document: Any) -> Iterator[tuple[Place, Any]]:

@@ -23,7 +23,7 @@ from re2tal.components import Component
 from re2tal.detection.suppression import NmsConfig
 from re2tal.detector import Detector
 from re2tal.errors import UserError, check_within, shortened
-from re2tal.json_files import FileError, in_words, places, read_json, reason
+from re2tal.json_files import FileError, in_words, places, problem_of, read_json
 from re2tal.localizers.protocol import LocalizerConfig
 from re2tal.reversible import rewire
 from re2tal.videos.windows import WindowConfig
@@ -152,7 +152,7 @@ def read_spec(folder: str | Path) -> DetectorSpec:
     try:
         return _SPEC.validate_python(document)
     except ValidationError as error:
-        found = [reason(details["loc"], details["msg"]) for details in error.errors()]
+        found = [*map(problem_of, error.errors())]
         raise FileError(path, found) from error
 
 

@@ -30,7 +30,8 @@ from pipelines.experiments.experiment import Tables
 from pipelines.experiments.harness import run_command
 from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
-from pipelines.training.trainer import NonFiniteLossError, Trainer
+from pipelines.training.stepper import NonFiniteLossError
+from pipelines.training.trainer import Trainer
 from sweeps.localizer import SWEEP
 from sweeps.study import check_space, open_study
 from sweeps.suggestions import Suggestions, override

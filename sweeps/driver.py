@@ -25,6 +25,7 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
+from pipelines.core.metric_names import EPOCH
 from pipelines.core.resources import capacity, require_resources
 from pipelines.core.storage import absolute, database_url, join
 from pipelines.core.tracking import Run, finishing, start_run, take_up
@@ -35,7 +36,7 @@ from re2tal.errors import UserError, count_of
 from sweeps.report import FINISHED_TRIALS, TRIALS, dashboard, report
 from sweeps.study import check_sampler, check_space, ended, open_study, searcher
 from sweeps.sweep import Objective, Sweep, SweepConfig
-from sweeps.trial import EPOCH, NUMBER_TAG, OUTCOME_TAG, Outcomes, children, run_trial
+from sweeps.trial import NUMBER_TAG, OUTCOME_TAG, Outcomes, children, run_trial
 from sweeps.warm_start import trials_of
 
 _ORPHAN_SECONDS = 60.0

@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.core.checkout import script_command
+from pipelines.core.metric_log import log_metrics
 from pipelines.core.tables import csv_text
-from pipelines.core.tracking import Run, log_metrics
+from pipelines.core.tracking import Run
 from pipelines.diagnostics.findings import without_password
 from pipelines.training.results import page_of
 from re2tal.errors import UserError

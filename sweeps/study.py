@@ -11,12 +11,13 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search.optuna import OptunaSearch
 
 from pipelines.config.recipe import Recipe
+from pipelines.core.metric_names import EPOCH
 from re2tal.errors import UserError
 from sweeps.constraints import MEASURED, Constraint, excesses, measured
 from sweeps.epoch_reports import RUN_ID
 from sweeps.suggestions import Suggestions, override
 from sweeps.sweep import Sweep, SweepConfig
-from sweeps.trial import EPOCH, FINISHED, TrialConfig
+from sweeps.trial import FINISHED, TrialConfig
 from sweeps.warm_start import WARM
 
 _INTERRUPTED = "interrupted"  # attribute of a study: numbers of trials that a kill interrupted

@@ -11,10 +11,11 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 from optuna.samplers import TPESampler
 
 from pipelines.config.recipe import Recipe
+from pipelines.core.metric_log import log_metrics
 from pipelines.core.metric_names import MAP
 from pipelines.core.progress import doing
 from pipelines.core.storage import fetch
-from pipelines.core.tracking import Run, finishing, log_metrics, recipe_of, start_run
+from pipelines.core.tracking import Run, finishing, recipe_of, start_run
 from pipelines.data.inputs import resolved
 from pipelines.data.plan import Plan, evaluation_plan, read_annotations, read_video_scores
 from pipelines.training.detection import RAW_FILE, DetectionTask

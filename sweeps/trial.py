@@ -19,8 +19,9 @@ from ray.tune.experiment import Trial
 
 from pipelines.config.recipe import Recipe
 from pipelines.core.cluster import quiet_data
-from pipelines.core.metric_names import BEST_MAP, MAP, MEMORY
-from pipelines.core.tracking import Run, log_metrics, start_run
+from pipelines.core.metric_log import log_metrics
+from pipelines.core.metric_names import BEST_MAP, EPOCH, MAP, MEMORY
+from pipelines.core.tracking import Run, start_run
 from pipelines.core.underway import forget
 from pipelines.training.resuming import resume_or_start
 from pipelines.training.run import Prepared, train_run
@@ -33,7 +34,7 @@ NUMBER_TAG = "sweep.trial"
 OUTCOME_TAG = "sweep.outcome"
 SEARCHED = "searched."  # prefix of searched parameters, which are logged in addition to all others
 
-FINISHED, EPOCH = "finished", "epoch"
+FINISHED = "finished"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +45,7 @@ class TrialConfig:
         number: number of the Optuna trial.
         values: values for fields of the recipe, by dotted name.
         point: Optuna's proposals, as primitive values by name.
-        base: whether this is the trial of the base recipe.
+        base: true for the trial of the base recipe.
     """
 
     number: int

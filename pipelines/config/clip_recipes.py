@@ -1,23 +1,162 @@
-"""Recipes of `finetune_backbone.py`: functions that return a run's configuration."""
+"""Recipes of `finetune_backbone.py`: their typed configuration, and functions that return it."""
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
+from pathlib import PurePath
+from typing import TypeAlias
 
 from pipelines.config.annotations import AnnotationConfig
 from pipelines.config.recipe import (
     BackboneModelConfig,
-    ClassificationRecipe,
-    ClassifierModelConfig,
+    CheckpointConfig,
     OptimConfig,
     Recipe,
+    RunConfig,
     ScaleConfig,
-    TrimmedDataConfig,
+    check_frames,
 )
 from re2tal.backbones.slowfast import slowfast_101
 from re2tal.backbones.swin import TOY_WEIGHTS, swin_t, swin_toy
 from re2tal.classifier import ClipClassifierConfig
 from re2tal.datasets.trimmed import ClipConfig, ViewConfig
 from re2tal.videos.augmentation import AugmentationConfig
+from re2tal.videos.windows import WindowConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrimmedDataConfig(AnnotationConfig):
+    """Trimmed videos, and the clips that are cut from them.
+
+    With `annotations`, the clips are cut from the annotated segments of untrimmed videos, and the
+    lists in `training` and `validation` are not read.
+
+    Attributes:
+        training: a folder with one subfolder of videos for each class, or a list of videos:
+            Kinetics' own CSV, a CSV with `path` and `label`, or lines of `path label` (described in
+            `re2tal.datasets.trimmed.lists`); a path or a URI.
+        validation: folder or list, as above, of the videos for evaluation after every epoch.
+        videos: folder that contains the paths in lists; or folder of the untrimmed videos, named by
+            id; a path or a URI.
+        training_subset: subset of the annotations for training; by default that of the data set, or
+            "training".
+        validation_subset: subset for evaluation; by default that of the data set, or "validation".
+        background: add a class "background" of stretches between the annotated segments, as many
+            as the most frequent class has segments.
+        classes: file with the names of all classes, one a line; needed if lists have class numbers.
+            By default the classes of the training videos, sorted.
+        training_split: use only rows of the training list with this value in the column `split`;
+            None uses all rows.
+        validation_split: use only rows of the validation list with this value, likewise.
+        make_toy: make the toy data set's trimmed split when there is nothing at `training`.
+        size: pixels of a frame's side: the short side is resized to it.
+        clip: frames of a clip and their rate.
+        augmentation: random changes of training clips.
+        max_failed: share of unusable videos above which the run stops. Kinetics always lacks some.
+
+    Raises:
+        ValueError: crops would be taken from frames smaller than `size`.
+    """
+
+    training: str | None = None
+    validation: str | None = None
+    videos: str | None = None
+    training_subset: str | None = None
+    validation_subset: str | None = None
+    background: bool = False
+    classes: str | None = None
+    training_split: str | None = None
+    validation_split: str | None = None
+    make_toy: bool = False
+    size: int = 224
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    max_failed: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_frames(self, self.augmentation, self.size)
+
+    @property
+    def subsets(self) -> dict[str, str]:
+        """Names of the data that a run trains on and is evaluated on."""
+        if self.annotations is not None:
+            named = {"training": self.trained_on, "validation": self.evaluated_on}
+            return {use: f"{self.title} {name} segments" for use, name in named.items()}
+        lists = {"training": self.training, "validation": self.validation}
+        paths = {use: PurePath(path or "") for use, path in lists.items()}
+        return {use: f"{path.parent.name} {path.stem}".strip() for use, path in paths.items()}
+
+    @property
+    def counted(self) -> str:
+        """Name of the things that have a class each."""
+        return "videos" if self.annotations is None else "segments"
+
+    @property
+    def trained_on(self) -> str:
+        """Name of the training subset of the annotations."""
+        return self.training_subset or self.record.training
+
+    @property
+    def evaluated_on(self) -> str:
+        """Name of the validation subset of the annotations."""
+        return self.validation_subset or self.record.validation
+
+    @property
+    def window(self) -> WindowConfig:
+        """Windows that a classifier cuts from videos longer than a clip."""
+        return WindowConfig(frames=self.clip.frames, fps=self.clip.fps)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassifierModelConfig(BackboneModelConfig):
+    """Classifier: backbone and a linear layer. Without `reversible`, this is plain pretraining.
+
+    Attributes:
+        head: network that turns features into classes.
+    """
+
+    head: ClipClassifierConfig = field(default_factory=ClipClassifierConfig)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassificationRecipe(RunConfig):
+    """Complete configuration of one run of `finetune_backbone.py`.
+
+    An epoch shows one clip of each training video. `optim.localizer_lr` is the learning rate of the
+    classifier's head. The result is that of the last epoch, whatever checkpoints are kept.
+
+    Attributes:
+        data: trimmed videos and clips.
+        model: backbone and classifying head.
+        views: views whose scores the last evaluation averages; the evaluations after every epoch
+            use only the middle clip.
+        weights_file: path of an additional copy of the backbone's weights; an existing file is
+            replaced.
+
+    Raises:
+        ValueError: settings contradict one another.
+    """
+
+    experiment: str = "re2tal-backbones"
+    data: TrimmedDataConfig
+    model: ClassifierModelConfig
+    views: ViewConfig = field(default_factory=lambda: ViewConfig(clips=4, crops=3))
+    weights_file: str | None = None
+    checkpoints: CheckpointConfig = field(
+        default_factory=lambda: CheckpointConfig(keep=1, which="last")
+    )
+
+    def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
+        self.model.check_epochs(self.epochs)
+        if self.model.added:
+            raise ValueError(
+                f"--model.tuning {self.model.tuning} is for train.py: here the result is the "
+                "backbone's own weights. Use full, or frozen to train the classifier alone."
+            )
+
+
+AnyRecipe: TypeAlias = Recipe | ClassificationRecipe
+
 
 TOY_TRIMMED = "data/toy_trimmed"
 

@@ -1,19 +1,16 @@
-"""Typed configuration of training runs: the recipes of `train.py` and `finetune_backbone.py`."""
+"""Typed configuration of training runs: the recipe of `train.py`, and the parts of all recipes."""
 
 from dataclasses import dataclass, field
-from pathlib import PurePath
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from pipelines.config.annotations import AnnotationConfig, ScoredAnnotationConfig
+from pipelines.config.annotations import ScoredAnnotationConfig
 from re2tal.backbones.adapters import AdapterConfig
 from re2tal.backbones.lora import LoraConfig
 from re2tal.backbones.protocol import BackboneConfig
 from re2tal.backbones.table import IMAGENET_MEAN, IMAGENET_STD
-from re2tal.classifier import ClipClassifierConfig
 from re2tal.components import Component
-from re2tal.datasets.trimmed import ClipConfig, ViewConfig
 from re2tal.detection.suppression import NmsConfig
 from re2tal.errors import check_within
 from re2tal.localizers.protocol import LocalizerConfig
@@ -123,6 +120,18 @@ class BackboneModelConfig:
                 f"--model.coupling-epochs must be above 0 and at most the {epochs} epochs of the "
                 f"run, not {moving:g}: the network would end partly rewired."
             )
+
+
+WITHOUT_BACKBONE: dict[str, Any] = {
+    "weights": None,
+    "reversible": False,
+    "stored": False,
+    "slice_mb": None,
+    "coupling_epochs": None,
+    "tuning": "full",
+    "norms": "trained",
+}
+"""Values of the model's fields that a run on features does not use; they switch the fields off."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -292,6 +301,16 @@ class RunConfig:
             )
 
 
+def check_frames(data: object, augmentation: AugmentationConfig, size: int) -> None:
+    """Refuse settings of data whose crops would be larger than the frames."""
+    decoded, name = augmentation.decoded_size(size), type(data).__name__
+    if decoded < size:
+        raise ValueError(
+            f"{name}.augmentation.source_size of {decoded} pixels is below {name}.size of {size}: "
+            "crops are taken from frames at least as large."
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig(ScoredAnnotationConfig):
     """Videos, and the windows that are cut from them.
@@ -344,12 +363,7 @@ class DataConfig(ScoredAnnotationConfig):
         }
 
     def __post_init__(self) -> None:
-        decoded = self.augmentation.decoded_size(self.size)
-        if decoded < self.size:
-            raise ValueError(
-                f"DataConfig.augmentation.source_size of {decoded} pixels is below "
-                f"DataConfig.size of {self.size}: crops are taken from frames at least as large."
-            )
+        check_frames(self, self.augmentation, self.size)
         if self.window.stitch.enabled and self.augmentation.in_time != AugmentationConfig():
             raise ValueError(
                 "--data.augmentation.speed and --data.augmentation.reverse need windows with one "
@@ -449,144 +463,3 @@ class Recipe(RunConfig):
                 "Recipe.scale.sharded needs Recipe.optim.precision bfloat16 or float32: sharded "
                 "workers do not share the loss scale of float16."
             )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrimmedDataConfig(AnnotationConfig):
-    """Trimmed videos, and the clips that are cut from them.
-
-    With `annotations`, the clips are cut from the annotated segments of untrimmed videos, and the
-    lists in `training` and `validation` are not read.
-
-    Attributes:
-        training: a folder with one subfolder of videos for each class, or a list of videos:
-            Kinetics' own CSV, a CSV with `path` and `label`, or lines of `path label` (described in
-            `re2tal.datasets.trimmed.lists`); a path or a URI.
-        validation: folder or list, as above, of the videos for evaluation after every epoch.
-        videos: folder that contains the paths in lists; or folder of the untrimmed videos, named by
-            id; a path or a URI.
-        training_subset: subset of the annotations for training; by default that of the data set, or
-            "training".
-        validation_subset: subset for evaluation; by default that of the data set, or "validation".
-        background: add a class "background" of stretches between the annotated segments, as many
-            as the most frequent class has segments.
-        classes: file with the names of all classes, one a line; needed if lists have class numbers.
-            By default the classes of the training videos, sorted.
-        training_split: use only rows of the training list with this value in the column `split`;
-            None uses all rows.
-        validation_split: use only rows of the validation list with this value, likewise.
-        make_toy: make the toy data set's trimmed split when there is nothing at `training`.
-        size: pixels of a frame's side: the short side is resized to it.
-        clip: frames of a clip and their rate.
-        augmentation: random changes of training clips.
-        max_failed: share of unusable videos above which the run stops. Kinetics always lacks some.
-
-    Raises:
-        ValueError: crops would be taken from frames smaller than `size`.
-    """
-
-    training: str | None = None
-    validation: str | None = None
-    videos: str | None = None
-    training_subset: str | None = None
-    validation_subset: str | None = None
-    background: bool = False
-    classes: str | None = None
-    training_split: str | None = None
-    validation_split: str | None = None
-    make_toy: bool = False
-    size: int = 224
-    clip: ClipConfig = field(default_factory=ClipConfig)
-    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    max_failed: float = 0.05
-
-    def __post_init__(self) -> None:
-        decoded = self.augmentation.decoded_size(self.size)
-        if decoded < self.size:
-            raise ValueError(
-                f"TrimmedDataConfig.augmentation.source_size of {decoded} pixels is below "
-                f"TrimmedDataConfig.size of {self.size}: crops are taken from frames at least as "
-                "large."
-            )
-
-    @property
-    def subsets(self) -> dict[str, str]:
-        """Names of the data that a run trains on and is evaluated on."""
-        if self.annotations is not None:
-            named = {"training": self.trained_on, "validation": self.evaluated_on}
-            return {use: f"{self.title} {name} segments" for use, name in named.items()}
-        lists = {"training": self.training, "validation": self.validation}
-        paths = {use: PurePath(path or "") for use, path in lists.items()}
-        return {use: f"{path.parent.name} {path.stem}".strip() for use, path in paths.items()}
-
-    @property
-    def counted(self) -> str:
-        """Name of the things that have a class each."""
-        return "videos" if self.annotations is None else "segments"
-
-    @property
-    def trained_on(self) -> str:
-        """Name of the training subset of the annotations."""
-        return self.training_subset or self.record.training
-
-    @property
-    def evaluated_on(self) -> str:
-        """Name of the validation subset of the annotations."""
-        return self.validation_subset or self.record.validation
-
-    @property
-    def window(self) -> WindowConfig:
-        """Windows that a classifier cuts from videos longer than a clip."""
-        return WindowConfig(frames=self.clip.frames, fps=self.clip.fps)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClassifierModelConfig(BackboneModelConfig):
-    """Classifier: backbone and a linear layer. Without `reversible`, this is plain pretraining.
-
-    Attributes:
-        head: network that turns features into classes.
-    """
-
-    head: ClipClassifierConfig = field(default_factory=ClipClassifierConfig)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClassificationRecipe(RunConfig):
-    """Complete configuration of one run of `finetune_backbone.py`.
-
-    An epoch shows one clip of each training video. `optim.localizer_lr` is the learning rate of the
-    classifier's head. The result is that of the last epoch, whatever checkpoints are kept.
-
-    Attributes:
-        data: trimmed videos and clips.
-        model: backbone and classifying head.
-        views: views whose scores the last evaluation averages; the evaluations after every epoch
-            use only the middle clip.
-        weights_file: path of an additional copy of the backbone's weights; an existing file is
-            replaced.
-
-    Raises:
-        ValueError: settings contradict one another.
-    """
-
-    experiment: str = "re2tal-backbones"
-    data: TrimmedDataConfig
-    model: ClassifierModelConfig
-    views: ViewConfig = field(default_factory=lambda: ViewConfig(clips=4, crops=3))
-    weights_file: str | None = None
-    checkpoints: CheckpointConfig = field(
-        default_factory=lambda: CheckpointConfig(keep=1, which="last")
-    )
-
-    def __post_init__(self) -> None:
-        RunConfig.__post_init__(self)
-        self.model.check_epochs(self.epochs)
-        if self.model.added:
-            raise ValueError(
-                f"--model.tuning {self.model.tuning} is for train.py: here the result is the "
-                "backbone's own weights. Use full, or frozen to train the classifier alone."
-            )
-
-
-AnyRecipe: TypeAlias = Recipe | ClassificationRecipe

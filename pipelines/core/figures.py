@@ -116,10 +116,10 @@ def curves(
     return figure
 
 
-def _smooth(values: Sequence[float], decay: float = 0.9) -> list[float]:
+def _smooth(values: Sequence[float]) -> list[float]:
     smoothed, mean = [], values[0]
     for value in values:
-        mean = decay * mean + (1 - decay) * value
+        mean = 0.9 * mean + 0.1 * value
         smoothed.append(mean)
     return smoothed
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 
 MAP = "val/mAP"
+EPOCH = "epoch"  # of an evaluation or checkpoint, counted from 1
 VALIDATION_LOSS = "val/loss"
 WATCHED_MAP = "train/mAP"  # on a few fixed training videos
 BEST_MAP = "best.mAP"  # tag of a run: mAP of the checkpoint that is its model

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import pyarrow.fs as pafs
 
-from pipelines.config.recipe import AnyRecipe
+from pipelines.config.clip_recipes import AnyRecipe
 from pipelines.core.storage import MLFLOW, fetch, local_copy, require, resolve
 from re2tal.backbones.precomputed import TRAINED_ON_FEATURES, PrecomputedConfig
 from re2tal.backbones.weights import NAMED

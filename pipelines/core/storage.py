@@ -190,7 +190,7 @@ class Stamp:
 
     @property
     def undated(self) -> "Stamp":
-        """This stamp without the time."""
+        """Stamp without the time."""
         return replace(self, modified=None)
 
 

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from pipelines.config.recipe import TrimmedDataConfig
+from pipelines.config.clip_recipes import TrimmedDataConfig
 from pipelines.core.storage import is_folder, local_copy, walk_files
 from pipelines.data.plan import Plan, check_failures, read_annotations
 from pipelines.data.videos import Probe, find_videos, probe_files

@@ -17,18 +17,12 @@ from torch import Tensor, nn
 from pipelines.config.recipe import PoolConfig
 from pipelines.core.clock import duration
 from pipelines.core.cluster import start_ray
+from pipelines.core.metric_log import log_metrics
 from pipelines.core.models import fetch_weights, require_weights
 from pipelines.core.progress import VideoCounter
 from pipelines.core.resources import Pool, pool_for
 from pipelines.core.storage import Stamp, join
-from pipelines.core.tracking import (
-    Run,
-    finishing,
-    log_dataset,
-    log_metrics,
-    start_run,
-    tracking_uri,
-)
+from pipelines.core.tracking import Run, finishing, log_dataset, start_run, tracking_uri
 from pipelines.data.decoding import VideoJob, decode_video
 from pipelines.data.feature_options import ExtractConfig, FrozenBackboneConfig
 from pipelines.data.feature_writing import FeatureFolder, FilesConfig, VideoInTheMaking

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.config.recipe import Recipe
+from pipelines.config.recipe import WITHOUT_BACKBONE, Recipe
 from pipelines.data.batches import Batch, assemble
 from pipelines.data.clip_plan import AnyPlan
 from pipelines.data.features import Features
@@ -37,14 +37,8 @@ def without_backbone(recipe: Recipe, features: Features) -> Recipe:
         backbone=PrecomputedConfig(
             channels=features.channels, temporal_stride=backbone.temporal_stride
         ),
-        weights=None,
-        reversible=False,
-        stored=False,
-        slice_mb=None,
-        coupling_epochs=None,
-        tuning="full",
         frozen=frozen,
-        norms="trained",
+        **WITHOUT_BACKBONE,
     )
     data = replace(recipe.data, augmentation=recipe.data.augmentation.in_time)
     return replace(recipe, model=model, data=data)

@@ -134,7 +134,7 @@ class Description:
     failures: dict[str, str] = field(default_factory=dict)
 
     @property
-    def says_where(self) -> bool:
+    def gives_places(self) -> bool:
         """Tell whether the description gives the places of any video's features."""
         return bool(self.videos or self.clips or self.resampled)
 
@@ -197,13 +197,13 @@ def read_description(folder: str) -> Description:
     Raises:
         UserError: if there is none, or it is damaged.
     """
-    said = FEATURES.read_description(folder)
-    if said is None:
+    description = FEATURES.read_description(folder)
+    if description is None:
         raise UserError(
             f"{folder} has no {NAME}, which gives the places of features in their videos. "
             f"{FEATURES.advice}"
         )
-    return said
+    return description
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -345,7 +345,7 @@ _SHARE, _SECONDS = 0.1, 5.0
 # per second or twice the stride.
 _WRONG = 0.4
 _READERS = 16  # threads that read features at once
-_TURNED = "; is it of shape (C, T)? (T, C) is needed: write the array's .T"
+_TRANSPOSED = "; is it of shape (C, T)? (T, C) is needed: write the array's .T"
 
 
 def _gap(duration: float) -> float:
@@ -367,20 +367,23 @@ class Features:
 
     def __init__(self, folder: str) -> None:
         self._folder = absolute(folder)
-        self._said = read_description(self._folder)
-        if self._said.state != "complete":
+        self._description = read_description(self._folder)
+        if self._description.state != "complete":
             raise FEATURES.incomplete(self._folder)
-        if not self._said.says_where:
+        if not self._description.gives_places:
             raise UserError(
                 f"{join(self._folder, NAME)} does not say where in their videos the features lie, "
                 f"or there are none: {HOW_TO_SAY}."
             )
         self._files = self._find_files()
         self._ids = {normal_form(video_id): video_id for video_id in self._files}
-        channels = self._said.channels
-        said = join(self._folder, NAME), channels or 0, channels or 0
-        # `_turned`: length of an array (C, T) with these channels, to recognise transposed files
-        self._model, self._turned, self.channels = said if channels else self._measured()
+        # the channels of each file are compared with those of `_model`; a file of another number
+        # of channels and of the length `_length_if_transposed` is one of shape (C, T)
+        if self._description.channels:
+            self._model = join(self._folder, NAME)
+            self.channels = self._length_if_transposed = self._description.channels
+        else:
+            self._model, self._length_if_transposed, self.channels = self._first_file()
 
     @property
     def video_ids(self) -> tuple[str, ...]:
@@ -390,7 +393,7 @@ class Features:
     @property
     def durations(self) -> dict[str, float]:
         """Video id to the video's seconds, as far as they are known."""
-        return {video_id: entry.duration for video_id, entry in self._said.videos.items()}
+        return {video_id: entry.duration for video_id, entry in self._description.videos.items()}
 
     def uri(self, video_id: str) -> str:
         """Return the path or URI of a video's file of features; the id is one of `video_ids`."""
@@ -400,7 +403,7 @@ class Features:
         """Return those of some videos that have no features: video id to reason."""
         nothing = f"{self._folder} has no features of it"
         lacking = [v for v in video_ids if normal_form(v) not in self._ids]
-        why = as_named(self._said.failures, lacking)
+        why = as_named(self._description.failures, lacking)
         return {v: why.get(v, nothing) for v in lacking}
 
     def read(self, video_id: str, *, duration: float) -> tuple[np.ndarray, TimeGrid]:
@@ -417,8 +420,8 @@ class Features:
             raise UserError(f"{video_id}: {self.missing([video_id])[video_id]}")
         video_id = self._ids[normal_form(video_id)]
         uri = self.uri(video_id)
-        if self._said.layout == "parquet":
-            row = self._said.videos[video_id].row
+        if self._description.layout == "parquet":
+            row = self._description.videos[video_id].row
             held, video = read_row(uri, row)
             if held != video_id:
                 raise UserError(f"{uri} has another video than {video_id} in row {row}.")
@@ -426,12 +429,12 @@ class Features:
         else:
             features = read_array(uri)
         if features.shape[1] != self.channels:
-            turned = _TURNED if len(features) == self._turned else ""
+            hint = _TRANSPOSED if len(features) == self._length_if_transposed else ""
             raise UserError(
                 f"{uri} has {features.shape[1]} channels where {self._model} has "
-                f"{self.channels}{turned}."
+                f"{self.channels}{hint}."
             )
-        grid = self._said.grid(video_id, length=len(features), duration=duration)
+        grid = self._description.grid(video_id, length=len(features), duration=duration)
         if grid.num_features != len(features):
             raise UserError(
                 f"{uri} holds {len(features)} features of {video_id}, but {NAME} says that there "
@@ -447,8 +450,8 @@ class Features:
 
     def _hint(self, video_id: str, features: np.ndarray, duration: float) -> str:
         """Return a hint if the features would last as long as the video when transposed."""
-        grid = self._said.grid(video_id, length=features.shape[1], duration=duration)
-        return _TURNED if abs(grid.end - duration) <= _gap(duration) else ""
+        grid = self._description.grid(video_id, length=features.shape[1], duration=duration)
+        return _TRANSPOSED if abs(grid.end - duration) <= _gap(duration) else ""
 
     def window(self, window: Window, *, duration: float) -> np.ndarray:
         """Read the features of a window of a video of `duration` seconds.
@@ -457,7 +460,7 @@ class Features:
             float32 of shape (T', C), resampled by `re2tal.videos.features.window_features`.
 
         Raises:
-            UserError, OSError: as `read`.
+            UserError, OSError: see `read`.
         """
         features, grid = self.read(window.video_id, duration=duration)
         return window_features(features, grid, window)
@@ -492,22 +495,28 @@ class Features:
 
     def _find_files(self) -> dict[str, str]:
         """Map video ids to the names of their files."""
-        said = self._said
-        if said.clips is None and not said.resampled:
-            return {video_id: entry.file for video_id, entry in said.videos.items()}
+        description = self._description
+        if description.clips is None and not description.resampled:
+            return {video_id: entry.file for video_id, entry in description.videos.items()}
         names = [
             name
             for name in file_sizes(self._folder)
-            if name.startswith(said.prefix) and name.endswith(said.ending)
+            if name.startswith(description.prefix) and name.endswith(description.ending)
         ]
-        return {name[len(said.prefix) : len(name) - len(said.ending)]: name for name in names}
+        return {
+            name[len(description.prefix) : len(name) - len(description.ending)]: name
+            for name in names
+        }
 
-    def _measured(self) -> tuple[str, int, int]:
-        """Read the first readable file; return its path or URI, T and C."""
+    def _first_file(self) -> tuple[str, int, int]:
+        """Read the first readable file; return its path or URI, T and C.
+
+        If the file is transposed itself, its T is the length of all transposed files.
+        """
         if not self._files:
             raise UserError(
-                f"{self._folder} holds no features: no file is named {self._said.prefix}"
-                f"ID{self._said.ending}."
+                f"{self._folder} holds no features: no file is named {self._description.prefix}"
+                f"ID{self._description.ending}."
             )
         problems = []
         for video_id in self.video_ids:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipelines.config.annotations import PROBE
-from pipelines.config.recipe import ClassificationRecipe, Recipe
+from pipelines.config.clip_recipes import ClassificationRecipe
+from pipelines.config.recipe import Recipe
 from pipelines.core.models import require_weights
 from pipelines.core.storage import absolute, is_folder, require
 from pipelines.data.toy import toy_clips, toy_videos
@@ -102,7 +103,7 @@ def classification_inputs(recipe: ClassificationRecipe) -> ClassificationRecipe:
     """Resolve and check the paths of a recipe for a classifier; make the toy clips if missing.
 
     Raises:
-        UserError: as `detection_inputs`.
+        UserError: see `detection_inputs`.
     """
     data, model = recipe.data, recipe.model
     annotated = data.annotations is not None

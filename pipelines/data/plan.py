@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipelines.config.annotations import PROBE, AnnotationConfig, ScoredAnnotationConfig
-from pipelines.config.recipe import DataConfig, TrimmedDataConfig
+from pipelines.config.clip_recipes import TrimmedDataConfig
+from pipelines.config.recipe import DataConfig
 from pipelines.core.storage import local_copy, require
 from pipelines.data.batches import Video
 from pipelines.data.features import Features

@@ -259,7 +259,7 @@ class ShardFolder:
         videos: path or URI of the folder of the videos.
         subsets: names of the subsets to encode; empty for all videos.
         transcode: encoding of the videos.
-        shard_seconds: as in `ShardSettings`.
+        shard_seconds: see `ShardSettings`.
 
     Raises:
         UserError: if the folder holds shards of other settings, or damaged ones.

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from pipelines.core.storage import Stamp, file_sizes, open_source
 from pipelines.data.store import Contents, Store, part
 from re2tal.annotations import VideoAnnotation
-from re2tal.errors import UserError
+from re2tal.errors import UserError, count_of, shortened
 from re2tal.videos.limits import FrameError, VideoError
 from re2tal.videos.pieces import Pieces
 from re2tal.videos.transcoding import TranscodeConfig
@@ -392,9 +392,9 @@ def require_whole(folder: str, manifest: Manifest) -> None:
     wrong = [file.name for file in manifest.shards if sizes.get(file.name) != file.bytes]
     if wrong:
         raise UserError(
-            f"{len(wrong)} of the {len(manifest.shards)} shards in {folder} are missing, or not "
-            f"those that {NAME} lists: {', '.join(wrong[:5])}{', ...' * (len(wrong) > 5)}. Run "
-            "the same prepare.py command again: it makes the missing shards."
+            f"{folder}: of {count_of(len(manifest.shards), 'shard')} that {NAME} lists, "
+            f"{len(wrong)} are missing or have another size: {', '.join(shortened(wrong, 5))}. Run "
+            "the same prepare.py command again: it makes the missing shards and lists all anew."
         )
 
 

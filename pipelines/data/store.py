@@ -27,6 +27,7 @@ from pipelines.core.storage import (
     replacing,
 )
 from re2tal.errors import UserError, shortened
+from re2tal.json_files import problem_of
 
 FOOTER_KEY = "re2tal"  # key of the file's `Contents`, as JSON, in the footer's metadata
 NOTES = "being_decoded"  # folder of the notes (`Attempts`) of decoding that writes no file itself
@@ -124,11 +125,9 @@ class Store(Generic[Entry, Description]):
         try:
             return self.description.validate_json(content)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
+            listed = "; ".join(shortened([*map(problem_of, error.errors())], 3))
             raise UserError(
-                f"{uri} does not have the format {self.format!r}, or is damaged: "
-                f"{error.error_count()} problems, the first in {where}: {first['msg']}. "
+                f"{uri} does not have the format {self.format!r}, or is damaged: {listed}. "
                 f"{self.advice}"
             ) from error
 

@@ -4,6 +4,7 @@ Only `find_videos` distinguishes folders of files from folders of shards.
 """
 
 import glob
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -141,18 +142,16 @@ def passed_over(reasons: Mapping[str, str]) -> list[str]:
     return _listed("files are passed over", reasons)
 
 
-def _counts(values: Sequence[str], most: int = 5) -> str:
-    """List the commonest values with their counts."""
-    numbers = {value: values.count(value) for value in sorted(set(values))}
-    ordered = sorted(numbers.items(), key=lambda item: -item[1])
-    shown = [f"{value} ({number})" for value, number in ordered[:most]]
-    return ", ".join(shown + ["..."] * (len(ordered) > most))
+def _counts(values: Sequence[str]) -> str:
+    """List the five commonest values with their counts."""
+    ordered = Counter(sorted(values)).most_common()
+    return ", ".join(shortened([f"{value} ({number})" for value, number in ordered], 5))
 
 
-def _listed(what: str, sentences: Mapping[str, str], most: int = 10) -> list[str]:
+def _listed(what: str, sentences: Mapping[str, str]) -> list[str]:
     if not sentences:
         return []
-    lines = shortened([f"{name}: {text}" for name, text in sentences.items()], most)
+    lines = shortened([f"{name}: {text}" for name, text in sentences.items()], 10)
     return [f"{len(sentences)} {what}:", *(f"  {line}" for line in lines)]
 
 

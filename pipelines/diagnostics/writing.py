@@ -15,16 +15,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.db.db_types import DATABASE_ENGINES
 from sqlalchemy.exc import SQLAlchemyError
 
+from pipelines.core.metric_log import log_metrics
 from pipelines.core.storage import database_file, join, read_bytes, replacing, resolve
-from pipelines.core.tracking import (
-    Run,
-    create_run,
-    finishing,
-    log_metrics,
-    log_text,
-    open_store,
-    tracking_uri,
-)
+from pipelines.core.tracking import Run, create_run, finishing, log_text, open_store, tracking_uri
 from pipelines.diagnostics.findings import Finding, fail, note, ok, reason, without_password
 from pipelines.diagnostics.nodes import DRIVER, Cluster, Node
 from re2tal.errors import UserError

@@ -19,8 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipelines.config.clip_recipes import toy
-from pipelines.config.recipe import ClassificationRecipe
+from pipelines.config.clip_recipes import ClassificationRecipe, toy
 from pipelines.core.checkout import code_fingerprint
 from pipelines.data.batches import Batch, decode_batches
 from pipelines.data.clip_plan import ClassificationPlan, make_plan, read_lists

@@ -423,7 +423,8 @@ def log_outcome(parent: "Run", outcome: Outcome) -> None:
     from mlflow.entities import Param, RunTag
     from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
-    from pipelines.core.tracking import Run, log_metrics
+    from pipelines.core.metric_log import log_metrics
+    from pipelines.core.tracking import Run
 
     client, job = parent.client, outcome.job
     result = outcome.result if isinstance(outcome.result, dict) else {}
@@ -449,7 +450,7 @@ def log_outcome(parent: "Run", outcome: Outcome) -> None:
 
 def log_results(run: "Run", done: Done) -> None:
     """Log files, pictures and metrics of the experiments to their MLflow run."""
-    from pipelines.core.tracking import log_metrics
+    from pipelines.core.metric_log import log_metrics
 
     for file in done.files:
         run.client.log_artifact(run.run_id, str(file))

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from pipelines.core.cluster import start_ray
+from pipelines.core.metric_log import log_metrics
 from pipelines.core.models import local_detector
 from pipelines.core.storage import local_copy
-from pipelines.core.tracking import Run, finishing, log_metrics, log_text, start_run, tracking_uri
+from pipelines.core.tracking import Run, finishing, log_text, start_run, tracking_uri
 from pipelines.data.inputs import resolved
 from pipelines.data.plan import (
     ACTION,
@@ -90,7 +91,7 @@ def evaluated_plan(config: EvaluateConfig) -> Plan:
     """Plan the evaluation of the subset, with video scores; it needs no video files.
 
     Raises:
-        UserError: as `evaluate_run`; its other errors may be raised too.
+        UserError: see `evaluate_run`, whose other errors may be raised too.
     """
     annotations = read_annotations(config)
     videos = annotations.subset(config.evaluated_on, option="--subset").videos

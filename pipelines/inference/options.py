@@ -108,7 +108,7 @@ class EvaluateConfig(ScoredAnnotationConfig):
 
     @property
     def ks(self) -> tuple[int, ...]:
-        """Each k of Recall@kx."""
+        """Numbers k of Recall@kx."""
         return self.record.recall_at if self.recall_at is None else self.recall_at
 
     @property

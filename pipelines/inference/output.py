@@ -19,6 +19,7 @@ from pipelines.core.tables import write_csv
 from re2tal.atomic import replacing
 from re2tal.detection.files import srt, webvtt, write_rows
 from re2tal.errors import UserError, count_of
+from re2tal.json_files import problem_of
 
 FOLDER = "videos"
 
@@ -76,7 +77,8 @@ def read_records(output: Path, videos: Mapping[str, str], *, model: str) -> dict
         try:
             record = _RECORD.validate_json(path.read_bytes())
         except ValidationError as error:
-            raise UserError(f"{path} cannot be read: remove it ({error}).") from error
+            problem = problem_of(error.errors()[0])
+            raise UserError(f"{path} cannot be read: remove it ({problem}).") from error
         if record.model != model:
             raise UserError(
                 f"{output} holds detections of another model. Give another --output, or remove "

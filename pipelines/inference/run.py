@@ -8,9 +8,10 @@ from pathlib import Path
 
 from pipelines.core.clock import duration
 from pipelines.core.cluster import start_ray
+from pipelines.core.metric_log import log_metrics
 from pipelines.core.models import fingerprint, local_detector
 from pipelines.core.storage import Stamp, stamps_of
-from pipelines.core.tracking import Run, finishing, log_metrics, start_run, tracking_uri
+from pipelines.core.tracking import Run, finishing, start_run, tracking_uri
 from pipelines.data.videos import find_sources
 from pipelines.inference.detecting import VideoResult, detect_videos
 from pipelines.inference.options import DetectConfig

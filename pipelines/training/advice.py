@@ -5,15 +5,12 @@ frame rates) and from the machine's memory. Of the classes only the names are us
 """
 
 import math
-import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
-import psutil
 import torch
-from numpy.typing import NDArray
 
 import re2tal
 from pipelines.config.annotations import AnnotationConfig
@@ -25,15 +22,12 @@ from pipelines.config.recipe import (
     Recipe,
     ScaleConfig,
 )
-from pipelines.data.clip_plan import gaps_of
-from pipelines.data.inputs import resolved
-from pipelines.data.plan import read_annotations
-from pipelines.data.videos import Probe, find_videos, opened, probe_files_here
+from pipelines.training.facts import Facts, Machine
 from pipelines.training.model import build_detector
 from pipelines.training.workload import workload_of
-from re2tal.annotations import Instance, VideoAnnotation
+from re2tal.backbones.protocol import Backbone
 from re2tal.backbones.table import entry_of
-from re2tal.errors import UserError, count_of, shortened
+from re2tal.errors import count_of, shortened
 from re2tal.localizers.actionformer import ActionFormerConfig
 from re2tal.memory import predict_peak
 from re2tal.memory.fit import GIBIBYTE
@@ -47,163 +41,12 @@ FEW = 10
 # Steps of the detector, and of the finetuning before it. With any settings, a few hundred segments
 # are memorised within a thousand steps; processor cores need ten minutes for their pair of numbers.
 _STEPS_ON_GPU, _STEPS_ON_CORES = (2000, 600), (600, 200)
-_LOOKED_AT = 40  # videos that are opened, for the frame rate and to find unreadable files
 _SIDES = ("left", "right", "clockwise")  # words in class names that a horizontal flip makes wrong
-_TRAINING = ("training", "train", "trainval", "Train", "Training")
-_VALIDATION = ("validation", "val", "valid", "test", "testing", "Validation", "Val", "Test")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NewRecipeConfig(AnnotationConfig):
-    """Data set, and the memory that a recipe for it may take.
-
-    Attributes:
-        videos: folder of the video files, named by id; a path or a URI.
-        memory: memory of the GPU that will train, such as 24GiB; by default that of this machine's
-            GPU, and without one a small model for the processor is chosen.
-    """
-
-    videos: str | None = None
-    memory: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Facts:
-    """Facts about a data set.
-
-    Attributes:
-        data: place of the data set, with absolute paths.
-        classes: names of the classes.
-        training: usable videos of the training subset.
-        validation: usable videos of the validation subset.
-        subsets: names of the training and the validation subset.
-        rate: median frames per second of the files, None if no file could be opened.
-        missing: video id to the reason why it cannot be used.
-        opened: number of annotated videos of both subsets, which were looked for.
-    """
-
-    data: NewRecipeConfig
-    classes: tuple[str, ...]
-    training: tuple[VideoAnnotation, ...]
-    validation: tuple[VideoAnnotation, ...]
-    subsets: tuple[str, str]
-    rate: float | None
-    missing: Mapping[str, str]
-    opened: int
-
-    @property
-    def instances(self) -> list[Instance]:
-        """Instances of the training videos."""
-        return [instance for video in self.training for instance in video.instances]
-
-    @property
-    def lengths(self) -> NDArray[np.float64]:
-        """Lengths in seconds of the training segments; of the validation's if there are none."""
-        every = self.instances or [i for video in self.validation for i in video.instances]
-        return np.array([i.end - i.start for i in every], np.float64)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of the training videos."""
-        return sum(video.duration for video in self.training)
-
-    def quantile(self, share: float) -> float:
-        """Return a quantile of the segments' lengths, in seconds; 5 if there is no segment."""
-        return (
-            float(np.quantile(self.lengths, share, method="inverted_cdf"))
-            if len(self.lengths)
-            else 5.0
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Machine:
-    """Machine that trains.
-
-    Attributes:
-        gpus: number of GPUs, 0 for processor cores alone.
-        here: true for this machine, false for one that is planned for.
-        memory: bytes that a worker's step may take.
-        cores: processor cores.
-        described: the machine in words.
-    """
-
-    gpus: int
-    here: bool
-    memory: int
-    cores: int
-    described: str
-
-
-def this_machine(memory: int | None = None) -> Machine:
-    """Look at this machine, or plan for a GPU with `memory` bytes."""
-    cores = len(os.sched_getaffinity(0))
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if memory is not None:
-        described = f"a GPU of {memory / GIBIBYTE:.1f} GiB, as asked for"
-        return Machine(
-            gpus=max(1, gpus), here=gpus > 0, memory=memory, cores=cores, described=described
-        )
-    if gpus:
-        free = torch.cuda.get_device_properties(0).total_memory
-        described = f"{gpus} x {torch.cuda.get_device_name(0)}, {free / GIBIBYTE:.1f} GiB"
-        return Machine(gpus=gpus, here=True, memory=free, cores=cores, described=described)
-    free = psutil.virtual_memory().available
-    described = f"no GPU, {cores} processor cores, {free / GIBIBYTE:.1f} GiB free"
-    return Machine(gpus=0, here=True, memory=free // 2, cores=cores, described=described)
-
-
-def look_at(config: NewRecipeConfig, *, probe: Probe = probe_files_here) -> Facts:
-    """Collect the facts about a data set, and open some of its videos.
-
-    Args:
-        config: place of the data set.
-        probe: function that opens videos.
-
-    Raises:
-        AnnotationError: with every problem in the annotations.
-        UserError: if something was not given or is not there; if there is no video.
-    """
-    config = resolved(config, needed=("annotations", "videos"))
-    annotations = read_annotations(config)
-    videos, record = str(config.videos), config.record
-    names = sorted({video.subset for video in annotations.videos})
-    training = next((n for n in (record.training, *_TRAINING) if n in names), names[0])
-    others = [n for n in (record.validation, *_VALIDATION, *names) if n in names and n != training]
-    validation = others[0] if others else training
-    wanted = [v.video_id for v in annotations.videos if v.subset in (training, validation)]
-    found = find_videos(videos, wanted)
-    if not found.uris:
-        raise UserError(
-            f"None of the {len(wanted)} annotated videos is in {videos}: "
-            f"{', '.join(shortened(sorted(wanted), 5))}. Files are named by the videos' ids. "
-            "Correct --videos."
-        )
-    step = math.ceil(len(found.uris) / _LOOKED_AT)
-    some = dict(sorted(found.uris.items())[::step])
-    seen = opened(replace(found, uris=some), probe)
-    rates = sorted(seen.rates.values())
-    usable = {*found.uris} - {*seen.failures}
-
-    def of(subset: str) -> tuple[VideoAnnotation, ...]:
-        chosen = [v for v in annotations.videos if v.subset == subset]
-        return tuple(v for v in chosen if v.video_id in usable)
-
-    return Facts(
-        data=config,
-        classes=annotations.classes,
-        training=of(training),
-        validation=of(validation),
-        subsets=(training, validation),
-        rate=rates[len(rates) // 2] if rates else None,
-        missing=seen.failures,
-        opened=len(wanted),
-    )
 
 
 @dataclass(slots=True)
 class Advice:
-    """A recipe, the reason for each of its choices, and warnings.
+    """Recipe, the reason for each of its choices, and warnings.
 
     Attributes:
         recipe: the configuration.
@@ -254,7 +97,6 @@ _SMALL = _Size(backbone="swin_toy", size=64, frames=512, batch=2)
 
 def _fitting(facts: Facts, machine: Machine) -> Advice:
     """Advise the first size whose predicted memory fits; if none does, the smallest, and warn."""
-    best: Advice | None = None
     for choice in (*_ON_GPU, _SMALL) if machine.gpus else (_SMALL, replace(_SMALL, batch=1)):
         advice = _sized(facts, machine, choice)
         needed = _memory(advice.recipe, facts.classes)
@@ -262,17 +104,12 @@ def _fitting(facts: Facts, machine: Machine) -> Advice:
             f"a step takes about {needed / GIBIBYTE:.2f} GiB (predicted), "
             f"and may take {0.85 * machine.memory / GIBIBYTE:.1f} GiB"
         )
-        best = advice
         if needed <= 0.85 * machine.memory:  # the rest: the allocator's reserve, other processes
-            break
-    else:
-        if best is not None:
-            best.warnings.append(
-                f"the smallest model that is tried does not fit: {best.reasons['memory']}"
-            )
-    if best is None:
-        raise AssertionError("no size was tried")
-    return best
+            return advice
+    advice.warnings.append(
+        f"the smallest model that is tried does not fit: {advice.reasons['memory']}"
+    )
+    return advice
 
 
 def _memory(recipe: Recipe, classes: Sequence[str]) -> int:
@@ -286,51 +123,16 @@ def _memory(recipe: Recipe, classes: Sequence[str]) -> int:
 
 
 def _sized(facts: Facts, machine: Machine, choice: _Size) -> Advice:
-    """Fit windows and pyramid to the data, for one size of the model."""
+    """Choose the data and the model for one size, and the workers that train it."""
     entry = entry_of(choice.backbone)
     backbone = entry.make()
     with torch.device("meta"):  # only stride and multiple are read, so no memory is needed
         built = backbone.build()
-    stride, multiple = built.temporal_stride, built.multiple
     small = choice.backbone == _SMALL.backbone
-    longest = facts.quantile(0.95)
-    native = facts.rate or 30.0
-    # 15, the rate of pretraining, at most; less if the largest window must hold long actions
-    fps = min(native, 15.0, choice.frames / max(1.5 * longest, 1e-3))
-    fps = max(fps, min(native, 1.0))
-    fps = float(f"{fps:.3g}")
-    features = fps / stride  # features per second
-    # a regression range is a distance to an end of the segment: half of its length at its middle
-    first = min(max(facts.quantile(0.2) * features / 2, 3.0), 32.0)
-    first = float(f"{first:.2g}")
-    levels = 2 + math.ceil(math.log2(max(facts.quantile(0.99) * features / 2 / first, 1.0)))
-    levels = min(max(levels, 3), 7)
-    # frames must fill whole features of the coarsest level, and suit the backbone
-    unit = math.lcm(multiple, stride * 2 ** (levels - 1))
-    frames = max(1.5 * longest * fps, 2 * unit, 64 if small else 256)
-    frames = min(math.ceil(frames / unit) * unit, max(choice.frames // unit, 1) * unit)
-    window = WindowConfig(
-        frames=frames,
-        fps=fps,
-        overlap=min(max(0.25, round(2 * longest * fps / frames - 1, 2)), 0.5),
-        sliding_overlap=0.5,
-    )
-    seconds = frames / fps
     gpus = machine.gpus if machine.here or not small else 0
     workers = max(1, gpus) if gpus else min(2, machine.cores)
-    per_window = len(facts.instances) * min(seconds / max(facts.seconds, seconds), 1.0)
     windows = choice.batch * workers
-    width = 96 if small else 256
-    localizer = ActionFormerConfig(
-        width=width,
-        head_width=width,
-        stem_layers=1 if small else 2,
-        levels=levels,
-        window=9 if small else 19,
-        first_range=first,
-        initial_normalizer=float(f"{max(3 * windows * per_window, 1.0):.2g}"),
-        drop_path=0.1,
-    )
+    window, localizer, reasons = _in_time(facts, choice, built, windows)
     recipe = Recipe(
         name="my_recipe",
         epochs=1,
@@ -355,17 +157,7 @@ def _sized(facts: Facts, machine: Machine, choice: _Size) -> Advice:
         if gpus
         else ScaleConfig(workers=workers, gpu=False, cpus_per_worker=0.5),
     )
-    advice = Advice(recipe=recipe, backbone=choice.backbone)
-    advice.reasons |= {
-        "data.window.fps": f"the files have {native:.4g}; a feature lasts {stride / fps:.2g} s",
-        "data.window.frames": f"{seconds:.3g} s; 95% of the segments last up to {longest:.3g} s",
-        "data.window.overlap": "so that each segment is seen whole, at a random place",
-        "data.window.sliding_overlap": "each segment of up to half a window lies whole in one",
-        "model.localizer.levels": _shares(facts, localizer, features),
-        "model.localizer.first_range": f"20% of segments last up to {facts.quantile(0.2):.3g} s",
-        "model.localizer.initial_normalizer": f"{windows} x {per_window:.2g} segments a step",
-        "model.localizer.width": f"narrow: there are {len(facts.instances)} segments to learn from",
-        "model.localizer.window": "features that a feature attends to, on each level",
+    reasons |= {
         "model.weights": "another path, URI or name for weights of yours",
         "scale.workers": machine.described,
         "data.size": "the size that the weights were trained on"
@@ -376,7 +168,59 @@ def _sized(facts: Facts, machine: Machine, choice: _Size) -> Advice:
         if not small
         else "small, for minutes on processor cores; --memory plans for a GPU",
     }
-    return advice
+    return Advice(recipe=recipe, backbone=choice.backbone, reasons=reasons)
+
+
+def _in_time(
+    facts: Facts, choice: _Size, backbone: Backbone, windows: int
+) -> tuple[WindowConfig, ActionFormerConfig, dict[str, str]]:
+    """Fit window and pyramid to the segments' lengths, for `windows` a step; give the reasons."""
+    small = choice.backbone == _SMALL.backbone
+    stride, longest = backbone.temporal_stride, facts.quantile(0.95)
+    native = facts.rate or 30.0
+    # 15, the rate of pretraining, at most; less if the largest window must hold long actions
+    fps = min(native, 15.0, choice.frames / max(1.5 * longest, 1e-3))
+    fps = float(f"{max(fps, min(native, 1.0)):.3g}")
+    features = fps / stride  # features per second
+    # a regression range is a distance to an end of the segment: half of its length at its middle
+    first = float(f"{min(max(facts.quantile(0.2) * features / 2, 3.0), 32.0):.2g}")
+    levels = 2 + math.ceil(math.log2(max(facts.quantile(0.99) * features / 2 / first, 1.0)))
+    levels = min(max(levels, 3), 7)
+    # frames must fill whole features of the coarsest level, and suit the backbone
+    unit = math.lcm(backbone.multiple, stride * 2 ** (levels - 1))
+    frames = max(1.5 * longest * fps, 2 * unit, 64 if small else 256)
+    frames = min(math.ceil(frames / unit) * unit, max(choice.frames // unit, 1) * unit)
+    seconds = frames / fps
+    window = WindowConfig(
+        frames=frames,
+        fps=fps,
+        overlap=min(max(0.25, round(2 * longest * fps / frames - 1, 2)), 0.5),
+        sliding_overlap=0.5,
+    )
+    per_window = len(facts.instances) * min(seconds / max(facts.seconds, seconds), 1.0)
+    width, stem, reach = (96, 1, 9) if small else (256, 2, 19)
+    localizer = ActionFormerConfig(
+        width=width,
+        head_width=width,
+        stem_layers=stem,
+        levels=levels,
+        window=reach,
+        first_range=first,
+        initial_normalizer=float(f"{max(3 * windows * per_window, 1.0):.2g}"),
+        drop_path=0.1,
+    )
+    reasons = {
+        "data.window.fps": f"the files have {native:.4g}; a feature lasts {stride / fps:.2g} s",
+        "data.window.frames": f"{seconds:.3g} s; 95% of the segments last up to {longest:.3g} s",
+        "data.window.overlap": "so that each segment is seen whole, at a random place",
+        "data.window.sliding_overlap": "each segment of up to half a window lies whole in one",
+        "model.localizer.levels": _shares(facts, localizer, features),
+        "model.localizer.first_range": f"20% of segments last up to {facts.quantile(0.2):.3g} s",
+        "model.localizer.initial_normalizer": f"{windows} x {per_window:.2g} segments a step",
+        "model.localizer.width": f"narrow: there are {len(facts.instances)} segments to learn from",
+        "model.localizer.window": "features that a feature attends to, on each level",
+    }
+    return window, localizer, reasons
 
 
 def _unusual(name: str, usual: str) -> str | None:
@@ -483,9 +327,8 @@ def _warnings(facts: Facts, recipe: Recipe, machine: Machine) -> Iterator[str]:
     """Yield warnings about the data, the model and the machine."""
     if facts.missing:
         listed = shortened([f"{v}: {why}" for v, why in sorted(facts.missing.items())], 3)
-        share = len(facts.missing) / facts.opened
-        if share > recipe.data.max_failed:
-            allowed = math.ceil(100 * share) / 100
+        if facts.unusable > recipe.data.max_failed:
+            allowed = math.ceil(100 * facts.unusable) / 100
             outcome = (
                 f"more than the {recipe.data.max_failed:.0%} with which train.py starts: mend "
                 f"them, leave them out (--exclude FILE), or give it --data.max-failed {allowed:.2g}"
@@ -493,8 +336,8 @@ def _warnings(facts: Facts, recipe: Recipe, machine: Machine) -> Iterator[str]:
         else:
             outcome = "they are left out"
         yield (
-            f"{len(facts.missing)} of {facts.opened} videos cannot be used "
-            f"({'; '.join(listed)}): {outcome}"
+            f"of {facts.sought} videos, of which {facts.opened} were opened, {len(facts.missing)} "
+            f"cannot be used ({'; '.join(listed)}): {outcome}"
         )
     if facts.subsets[0] == facts.subsets[1]:
         yield (
@@ -532,16 +375,3 @@ def _warnings(facts: Facts, recipe: Recipe, machine: Machine) -> Iterator[str]:
         )
     if recipe.scale.gpu and not torch.cuda.is_available():
         yield f"planned for {machine.described}: this machine has none"
-
-
-def facts_of(facts: Facts) -> list[str]:
-    """Describe a data set in a few lines."""
-    gaps = [end - start for video in facts.training for start, end in gaps_of(video)]
-    videos = f"{len(facts.training)} training and {len(facts.validation)} validation videos"
-    lines = [f"{videos}, {len(facts.classes)} classes, {len(facts.instances)} training segments"]
-    if len(facts.lengths):
-        marks = ", ".join(f"{facts.quantile(q):.3g}" for q in (0.0, 0.05, 0.5, 0.95, 1.0))
-        lines.append(f"lengths of segments in seconds (min, 5%, median, 95%, max): {marks}")
-    if gaps:
-        lines.append(f"gaps between them: median {np.median(gaps):.3g} s")
-    return lines

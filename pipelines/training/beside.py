@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from pipelines.config.recipe import Recipe
 from pipelines.core.cluster import quiet_data
+from pipelines.core.metric_names import EPOCH
 from pipelines.core.resources import evaluations_at_a_time
 from pipelines.core.storage import join, replacing, walk_files, writing_to
 from pipelines.training.checkpoints import (
@@ -139,7 +140,7 @@ def evaluate_waiting(job: Job, uri: str) -> TrainingProblem | str:
                 task,
                 runtime,
                 local,
-                epoch=int(listing.metrics["epoch"]),
+                epoch=int(listing.metrics[EPOCH]),
                 waiting=listing.waiting,
                 device="cuda" if task.recipe.scale.gpu else "cpu",
             )
@@ -174,7 +175,8 @@ def _keep(job: Job, uri: str, listing: Listing, evaluation: Evaluation) -> str:
         files = listing.files | facts_below(Path(scratch))
     with metrics_sent(job) as logger:
         step = int(listing.metrics["step"])
-        logger.log(_not_logged(job, evaluation.metrics, step=step), step=step)
+        found = evaluation.metrics | {EPOCH: listing.metrics[EPOCH]}
+        logger.log(_not_logged(job, found, step=step), step=step)
     metrics = listing.metrics | evaluation.metrics
     with writing_to(job.output, what="an evaluation"), replacing(join(uri, COMPLETE_FILE)) as file:
         file.write(listing_bytes(Listing(files=files, metrics=metrics)))

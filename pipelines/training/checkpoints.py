@@ -36,6 +36,7 @@ from torch.optim.swa_utils import AveragedModel
 from pipelines.core.storage import crc32, join, read_bytes, require_room, sizes_below
 from re2tal.detector import Detector
 from re2tal.errors import UserError
+from re2tal.json_files import problem_of
 from re2tal.localizers.losses import divide_alike, loss_parts
 from re2tal.reversible import reversible_stages
 from re2tal.trained import DetectorSpec, save_detector
@@ -298,8 +299,9 @@ def read_listing(folder: str | Path, *, digests: bool = False) -> Listing:
     except FileNotFoundError:
         raise DamagedCheckpointError(folder, f"{COMPLETE_FILE} is missing") from None
     except ValidationError as error:
-        reason = f"{COMPLETE_FILE} does not list its files ({error.errors()[0]['msg']})"
-        raise DamagedCheckpointError(folder, reason) from error
+        problem = problem_of(error.errors()[0])
+        listed = f"{COMPLETE_FILE} does not list its files ({problem})"
+        raise DamagedCheckpointError(folder, listed) from error
     if not isinstance(found, Listing):
         sizes = {name: FileFacts(bytes=size, crc32=None) for name, size in found.items()}
         found = Listing(files=sizes, metrics={})

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from pipelines.config.recipe import ClassificationRecipe
+from pipelines.config.clip_recipes import ClassificationRecipe
 from pipelines.core.clock import duration
 from pipelines.data.batches import Batch, generators
 from pipelines.data.clip_plan import ClassificationPlan
@@ -127,7 +127,7 @@ class ClassificationTask:
         return spec_of(self.recipe, self.plan.classes)
 
     def build(self, weights: str | Path | None) -> Classifier:
-        """See `build_classifier`."""
+        """Build the classifier; see `build_classifier`."""
         return build_classifier(self.recipe, self.plan.classes, weights)
 
     def windows(self, *, stride: int, epoch: int) -> list[Window]:

@@ -84,7 +84,7 @@ class Predictor:
 
     @property
     def batch_statistics(self) -> bool:
-        """Whether some layer of the detector computes statistics over a batch."""
+        """Presence of a layer in the detector that computes statistics over a batch."""
         modules = self.detector(reversible=self.recipe.model.reversible).modules()
         return any(isinstance(m, _BatchNorm) and m.training for m in modules)
 
@@ -173,7 +173,7 @@ class Fit:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe with its step laid out."""
+        """Recipe with its step laid out."""
         return self.layout.applied(self.asked)
 
     def rows(self) -> list[dict[str, Any]]:

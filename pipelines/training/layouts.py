@@ -101,7 +101,7 @@ def layouts(recipe: Recipe, *, split: bool) -> list[Layout]:
 
     Args:
         recipe: the recipe. Its own pieces are the largest if it names them.
-        split: whether a pass may have another number of windows than the recipe's batch.
+        split: true if a pass may have another number of windows than the recipe's batch.
     """
     windows = recipe.batch_size * recipe.optim.accumulation
     batches = [b for b in range(1, windows + 1) if windows % b == 0] if split else []
@@ -147,12 +147,12 @@ class Needs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Considered:
-    """A layout that was considered.
+    """Layout that was considered.
 
     Attributes:
         needs: predicted needs; None if a smaller layout was already too large.
         time: estimated time of a step; about 1 for stored activations in one pass.
-        fits: whether it fits.
+        fits: true if it fits.
     """
 
     layout: Layout

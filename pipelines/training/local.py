@@ -1,4 +1,4 @@
-"""The training loop in one process, without Ray: for notebooks, debuggers and tests."""
+"""Training loop in one process, without Ray: for notebooks, debuggers and tests."""
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipelines.config.recipe import AnyRecipe, BackboneModelConfig, ModelConfig, Recipe
+from pipelines.config.clip_recipes import AnyRecipe
+from pipelines.config.recipe import BackboneModelConfig, ModelConfig, Recipe
 from pipelines.data.plan import ACTION
 from re2tal.backbones.adapters import additions
 from re2tal.backbones.weights import load_backbone_weights

@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from pipelines.config.clip_recipes import TOY_TRIMMED
 from pipelines.core.checkout import this_command
 from pipelines.core.clock import duration
-from pipelines.core.tracking import Run, finishing, log_metrics, start_run
+from pipelines.core.metric_log import log_metrics
+from pipelines.core.tracking import Run, finishing, start_run
 from pipelines.data.toy import Clips, augmented, load_clips, normalised
 from re2tal.backbones.protocol import BackboneConfig, Placed
 from re2tal.backbones.swin import swin_toy

@@ -18,7 +18,7 @@ from pipelines.config.recipe import Recipe
 from pipelines.core.clock import duration
 from pipelines.core.figures import Timeline, curves, drawn, timelines
 from pipelines.core.figures import pictures as diagnosis_pictures
-from pipelines.core.metric_names import BEST_MAP, MAP, VALIDATION_LOSS, WATCHED_MAP
+from pipelines.core.metric_names import BEST_MAP, EPOCH, MAP, VALIDATION_LOSS, WATCHED_MAP
 from pipelines.core.models import MODEL_TAG
 from pipelines.core.storage import crc32, database_file, require_room, sizes_below
 from pipelines.core.tracking import DIGEST, Run
@@ -80,7 +80,7 @@ def log_model(
     client, its_run = run.client, run.client.get_run(run.run_id)
     experiment = its_run.info.experiment_id
     reached = dict(metrics or {})
-    epoch, step = int(reached.get("epoch", 0)), int(reached.get("step", 0))
+    epoch, step = int(reached.get(EPOCH, 0)), int(reached.get("step", 0))
     for model in client.search_logged_models(
         [experiment], filter_string=f"source_run_id = '{run.run_id}'"
     ):
@@ -143,7 +143,7 @@ def _link_metrics(
     from mlflow.entities import Metric
 
     name, digest = data or (None, None)
-    watched = WATCHED_MAP  # of training videos
+    elsewhere = (WATCHED_MAP, EPOCH)  # not measured on these data
     # with the run's own timestamps; with others, the run would list each metric twice
     linked = [
         Metric(
@@ -152,8 +152,8 @@ def _link_metrics(
             one.timestamp,
             one.step,
             model_id=model_id,
-            dataset_name=None if metric == watched else name,
-            dataset_digest=None if metric == watched else digest,
+            dataset_name=None if metric in elsewhere else name,
+            dataset_digest=None if metric in elsewhere else digest,
         )
         for metric in metrics
         for one in run.client.get_metric_history(run.run_id, metric)
@@ -183,26 +183,6 @@ def register(run: Run, model_uri: str, name: str) -> None:
             tag = {MLFLOW_MODEL_VERSIONS: json.dumps([*versions, made])}
             client.set_logged_model_tags(model_id, tag)
         print(f"registered as       models:/{name}/{version.version}", flush=True)
-
-
-def log_checkpoint(recipe: Recipe, run: Run, checkpoint: Path, metrics: Mapping[str, float]) -> str:
-    """Log the detector of a checkpoint as a model, with the metrics that it reached.
-
-    Args:
-        recipe: configuration of the run.
-        run: MLflow run that receives the model.
-        checkpoint: folder of the checkpoint.
-        metrics: its metrics.
-
-    Returns:
-        The model's URI.
-    """
-    return log_model(
-        run,
-        checkpoint / DETECTOR_FOLDER,
-        metrics=metrics,
-        evaluated_on=recipe.data.subsets["validation"],
-    )
 
 
 def log_pictures(run: Run, plan: Plan, detections: Mapping[str, Detections]) -> None:
@@ -310,12 +290,13 @@ def log_results(
         client.log_artifact(run.run_id, str(failures))
         if recipe.save_raw:
             client.log_artifact(run.run_id, str(checkpoint / RAW_FILE))
-        uri = log_checkpoint(recipe, run, checkpoint, metrics)
+        on = recipe.data.subsets["validation"]
+        uri = log_model(run, checkpoint / DETECTOR_FOLDER, metrics=metrics, evaluated_on=on)
         client.set_tag(run.run_id, MODEL_TAG, uri)
     if recipe.registered_model is not None:
         register(run, uri, recipe.registered_model)
     client.set_tag(run.run_id, BEST_MAP, str(metrics[MAP]))
-    client.set_tag(run.run_id, "best.epoch", str(int(metrics["epoch"])))
+    client.set_tag(run.run_id, "best.epoch", str(int(metrics[EPOCH])))
     log_pictures(run, plan, detections)
     diagnosis = diagnosis_of(
         plan, detections, thresholds=recipe.thresholds, bins=recipe.data.record.bins
@@ -364,10 +345,11 @@ def print_summary(recipe: Recipe, plan: Plan, run: Run, *, seconds: float) -> No
 
 def _quality(recipe: Recipe, run: Run, averages: Sequence[tuple[int, float]]) -> Table:
     """Tabulate the mAP of the best epoch."""
-    best = max(range(len(averages)), key=lambda i: averages[i][1])
-    step, average = averages[best]
-    epoch = recipe.evaluate_from + best
-    table = Table(title=f"{recipe.name}: mAP of epoch {epoch} of {recipe.epochs}, the best")
+    step, average = max(averages, key=lambda point: point[1])
+    epoch = dict(_history(run, EPOCH)).get(step)
+    # without its number: the run was begun by an earlier version, or the number was not sent
+    place = f"step {step}" if epoch is None else f"epoch {epoch:.0f} of {recipe.epochs}"
+    table = Table(title=f"{recipe.name}: mAP of {place}, the best")
     values = []
     for threshold in recipe.thresholds:
         table.add_column(f"tIoU {threshold:.2f}", justify="right")

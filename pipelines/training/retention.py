@@ -40,12 +40,12 @@ _RAY_LIST = "checkpoint_manager_snapshot.json"  # Ray Train's list of a run's ch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kept:
-    """A checkpoint of a run whose files are all there.
+    """Checkpoint of a run whose files are all there.
 
     Attributes:
         uri: path or URI of its folder.
         metrics: metrics of the run at its step; empty if an earlier version wrote it.
-        waits: whether it waits for its evaluation.
+        waits: true if it waits for its evaluation.
     """
 
     uri: str

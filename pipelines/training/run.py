@@ -1,4 +1,4 @@
-"""A run of a recipe, from its data to its results in MLflow: checks, Ray Train, results."""
+"""Run of a recipe, from its data to its results in MLflow: checks, Ray Train, results."""
 
 import json
 import os
@@ -16,12 +16,13 @@ import ray.train
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from ray.train.torch import TorchTrainer
 
-from pipelines.config.clip_recipes import finetuning
-from pipelines.config.recipe import AnyRecipe, ClassificationRecipe, FinetuneConfig, Recipe
+from pipelines.config.clip_recipes import AnyRecipe, ClassificationRecipe, finetuning
+from pipelines.config.recipe import FinetuneConfig, Recipe
 from pipelines.core.checkout import script_command, this_command
 from pipelines.core.clock import duration
 from pipelines.core.cluster import start_ray
-from pipelines.core.metric_names import BEST_MAP, MAP
+from pipelines.core.metric_log import log_metrics
+from pipelines.core.metric_names import BEST_MAP, EPOCH, MAP
 from pipelines.core.models import MODEL_TAG, with_weights_here
 from pipelines.core.progress import ProgressPrinter, doing
 from pipelines.core.resources import check_resources, free_gpu_memory
@@ -31,7 +32,6 @@ from pipelines.core.tracking import (
     Run,
     finishing,
     log_dataset,
-    log_metrics,
     log_recipe,
     log_text,
     start_run,
@@ -55,7 +55,7 @@ from pipelines.training.entry import train_worker
 from pipelines.training.fitting import AUTO, budget_of, fit_recipe, text_of
 from pipelines.training.layouts import explicit_command
 from pipelines.training.model import build_detector, load_localizer, remarks
-from pipelines.training.results import log_checkpoint, log_model, log_results, print_summary
+from pipelines.training.results import log_model, log_results, print_summary
 from pipelines.training.resuming import (
     ASKED,
     asked_to_fit,
@@ -89,7 +89,7 @@ RecipeT = TypeVar("RecipeT", bound=AnyRecipe)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """A run of a detector that can start.
+    """Run of a detector that can start.
 
     Attributes:
         recipe: configuration with absolute paths.
@@ -398,7 +398,8 @@ def train_run(
             if place == 0:
                 log_results(recipe, plan, run, folder, metrics)
             else:
-                log_checkpoint(recipe, run, folder, metrics)
+                on = recipe.data.subsets["validation"]
+                log_model(run, folder / DETECTOR_FOLDER, metrics=metrics, evaluated_on=on)
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
@@ -530,7 +531,7 @@ def finetune(recipe: ClassificationRecipe, *, parent: str | None = None) -> Run:
         log_text(run, left_out, "data/unusable_videos.txt")
         output = fit(ClassificationTask(recipe=recipe, plan=plan), run)
         # the result is the last epoch's, whatever its accuracy
-        with best_checkpoint(output, "epoch", say=print) as (folder, metrics):
+        with best_checkpoint(output, EPOCH, say=print) as (folder, metrics):
             weights = _log_backbone(recipe, run, folder, metrics)
     seconds = time.perf_counter() - began
     _print_weights(recipe, run, weights, failed=len(plan.failures), seconds=seconds)
@@ -548,7 +549,7 @@ def _log_backbone(
     Raises:
         UserError: if the last epoch's checkpoint is damaged.
     """
-    if metrics.get("epoch", recipe.epochs) < recipe.epochs:
+    if metrics.get(EPOCH, recipe.epochs) < recipe.epochs:
         raise UserError(
             "The checkpoint of the last epoch is damaged. Give the same command again: the run "
             "goes on from the one before it."

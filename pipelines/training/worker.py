@@ -21,9 +21,10 @@ from ray.train.torch import get_device
 from ray.util.metrics import Gauge
 
 from pipelines.core.cluster import quiet_data
+from pipelines.core.metric_log import MetricLogger, last_steps
 from pipelines.core.models import with_weights_here
 from pipelines.core.storage import join, sizes_below, writing_to
-from pipelines.core.tracking import MetricLogger, Run, last_steps
+from pipelines.core.tracking import Run
 from pipelines.data.batches import Batch, stream_batches
 from pipelines.data.feature_stream import feature_stream
 from pipelines.data.streaming import FrameStream

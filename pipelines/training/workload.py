@@ -1,4 +1,4 @@
-"""The training step that is measured: from decoded frames to gradients."""
+"""Training step that is measured: from decoded frames to gradients."""
 
 from __future__ import annotations
 

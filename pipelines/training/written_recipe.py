@@ -1,4 +1,4 @@
-"""A recipe as commented Python, which `train.py my_recipe.py` takes."""
+"""Recipe as commented Python, which `train.py my_recipe.py` takes."""
 
 import shlex
 import textwrap
@@ -10,7 +10,8 @@ from typing import Any
 
 from pipelines.config.recipe import Recipe
 from pipelines.core.checkout import script_command
-from pipelines.training.advice import Advice, Facts, Machine, facts_of
+from pipelines.training.advice import Advice
+from pipelines.training.facts import Facts, Machine, facts_of
 from re2tal.backbones.table import entry_of
 
 _WIDTH = 98

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from re2tal.annotations import Annotations, Instance, Repair, VideoAnnotation
 from re2tal.datasets.published import Dataset, Fault
+from re2tal.json_files import in_words, problem_of
 
 # Seconds by which a segment may end after the duration: durations are rounded, and those of
 # container and stream differ by as much. Such a segment is clipped; a longer one is a fault.
@@ -55,7 +56,7 @@ def check_video(video_id: str, raw: Any, rules: Rules) -> Checked:
         entry = _Video.model_validate(raw)
         subset, duration = entry.subset, entry.duration
     except ValidationError as error:
-        problems += [_reason(**details) for details in error.errors()]
+        problems += _reasons(error)
     # actions are checked even if the video has problems, because all problems are listed
     actions = raw.get("annotations") if isinstance(raw, dict) else None
     instances: list[Instance] = []
@@ -123,7 +124,7 @@ def _check_action(
     try:
         action = _Action.model_validate(raw)
     except ValidationError as error:
-        return None, None, [], [_reason(place, **details) for details in error.errors()]
+        return None, None, [], _reasons(error, place)
     start, end = action.segment
     trimmed = Fault.SPACED in rules.dataset.repaired
     label = action.label.strip() if trimmed else action.label
@@ -193,19 +194,14 @@ def _place(number: int, action: Any) -> str:
     return f"annotations[{number}]" if own is None else f"annotation {own!r:.60}"
 
 
-def _reason(place: str = "", /, *, loc: tuple[int | str, ...], **details: Any) -> str:
-    """Format a pydantic error: `annotations[3].segment: has no length (found [2, 2])`."""
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc]
-    place = "".join((place, *parts)).removeprefix(".") or "the entry"
-    if details["type"] == "missing":
-        hint = (
-            "; durations can be given apart from the file (durations)"
-            if place == "duration"
-            else ""
-        )
-        return f"{place}: is missing{hint}"
-    message = "must be an object" if details["type"] == "model_type" else details["msg"]
-    return f"{place}: {message[0].lower()}{message[1:]} (found {details['input']!r:.60})"
+def _reasons(error: ValidationError, *place: str) -> list[str]:
+    """Format the problems of the entry, or of the action at a place in it."""
+    hint = {"duration: is missing": "; durations can be given apart from the file (durations)"}
+    found = [
+        problem_of(details, in_words((*place, *details["loc"])) or "the entry")
+        for details in error.errors()
+    ]
+    return [text + hint.get(text, "") for text in found]
 
 
 def _id_problems(video_id: str) -> Iterator[str]:

@@ -28,6 +28,7 @@ from re2tal.datasets.checking import (
 from re2tal.datasets.forms import ACTIVITYNET_JSON, FileForm
 from re2tal.datasets.published import ANY_OTHER, FORMS, Dataset, Fault
 from re2tal.errors import apart
+from re2tal.json_files import problem_of
 
 Durations: TypeAlias = Mapping[str, float] | Callable[[Sequence[str]], Mapping[str, float]]
 _Seconds = Annotated[Number, Field(ge=LEAST_SECONDS, le=MOST_SECONDS)]
@@ -155,9 +156,7 @@ def read_durations(path: str | Path) -> dict[str, float]:
     try:
         durations = _DURATIONS.validate_python(document)
     except ValidationError as error:
-        problems += [
-            f"{e['loc'][0]!r}: {e['msg']}" if e["loc"] else e["msg"] for e in error.errors()
-        ]
+        problems += [problem_of(e, f"{e['loc'][0]!r}" if e["loc"] else "") for e in error.errors()]
     if problems:
         raise AnnotationError(str(path), problems)
     return durations

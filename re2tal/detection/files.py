@@ -24,13 +24,13 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from re2tal import json_files
 from re2tal.atomic import replacing
 from re2tal.detection.segments import Detections
-from re2tal.json_files import FileError
+from re2tal.json_files import FileError, in_words, problem_of
 
 _VERSION = "re2tal"
 
@@ -123,7 +123,7 @@ def read_detections(path: str | Path, classes: Sequence[str]) -> dict[str, Detec
     try:
         results = _RESULTS.validate_python(document["results"], context=index)
     except ValidationError as error:
-        found = (_reason(details) for details in error.errors(include_url=False))
+        found = (problem_of(details, _place(*details["loc"])) for details in error.errors())
         raise FileError(str(path), [*problems, *found]) from error
     if problems:
         raise FileError(str(path), problems)
@@ -197,15 +197,8 @@ class _Row(BaseModel):
 _RESULTS = TypeAdapter(dict[str, list[_Row]])
 
 
-def _reason(details: ErrorDetails) -> str:
-    """Format a pydantic error: `video 'x'[3].score: should be finite (found nan)`."""
-    video, *place = details["loc"] or ("",)
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in place]
-    where = f"video {video!r}" + "".join(parts) if details["loc"] else '"results"'
-    if details["type"] == "missing":
-        return f"{where}: is missing"
-    message = "Must be an object" if details["type"] == "model_type" else details["msg"]
-    return f"{where}: {message[0].lower()}{message[1:]} (found {details['input']!r:.60})"
+def _place(*path: str | int) -> str:
+    return f"video {path[0]!r}{in_words(path[1:])}" if path else '"results"'
 
 
 Row = Mapping[str, Any]

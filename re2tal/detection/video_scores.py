@@ -33,7 +33,7 @@ from re2tal.annotations import normal_form
 from re2tal.detection.files import read_json
 from re2tal.detection.segments import Detections
 from re2tal.errors import shortened
-from re2tal.json_files import FileError, reason
+from re2tal.json_files import FileError, problem_of
 
 _PREFIX = "v_"
 
@@ -98,7 +98,7 @@ def load_video_scores(
     try:
         content = _File.model_validate(document)
     except ValidationError as error:
-        found = [reason(details["loc"], details["msg"]) for details in error.errors()]
+        found = [*map(problem_of, error.errors())]
         raise FileError(str(path), [*problems, *found]) from error
     names = content.classes
     problems += [f"class {name!r}: is missing" for name in classes if name not in names]

@@ -157,7 +157,7 @@ def test_the_numbers_are_those_of_the_evaluation_by_the_worker(
         assert evaluate_waiting(job, one.uri) == "", "an attempt that was lost at its end"
     done, _ = checkpoints(job.output)
     assert not any(one.waits for one in done)
-    position = {"epoch", "step"}
+    position = {"step"}
     found = {
         int(one.metrics["step"]): {n: v for n, v in one.metrics.items() if n not in position}
         for one in done
@@ -233,7 +233,7 @@ def test_an_evaluation_that_is_killed_anywhere_is_made_again_and_logged_once(
     assert after.waiting is None
     assert after.files.keys() == before.files.keys() | {DETECTIONS_FILE}
     step = int(after.metrics["step"])
-    for name in after.metrics.keys() - {"epoch", "step"}:
+    for name in after.metrics.keys() - {"step"}:
         assert _points(job.run, name) == [(step, after.metrics[name])], name
 
 

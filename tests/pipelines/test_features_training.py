@@ -308,7 +308,9 @@ def test_places_that_cannot_be_are_refused(
     recipe: Recipe, folder: Path, tmp_path: Path, clips: dict[str, Any]
 ) -> None:
     as_others_write(folder, tmp_path / "features", lambda a: a, clips={**CLIPS, **clips})
-    with pytest.raises(UserError, match=r"features\.json does not have .* the first in clips"):
+    with pytest.raises(
+        UserError, match=r"features\.json does not have .* damaged: clips.*[^.]\. If"
+    ):
         on_features(recipe, tmp_path / "features")
 
 

@@ -14,13 +14,14 @@ from mlflow.tracking import MlflowClient
 from safetensors import safe_open
 from torch import Tensor
 
-from pipelines.config.clip_recipes import RECIPES, finetuning, toy
-from pipelines.config.recipe import (
+from pipelines.config.clip_recipes import (
+    RECIPES,
     ClassificationRecipe,
-    FinetuneConfig,
-    Recipe,
     TrimmedDataConfig,
+    finetuning,
+    toy,
 )
+from pipelines.config.recipe import FinetuneConfig, Recipe
 from pipelines.config.recipes import toy as train_toy
 from pipelines.core.models import fetch_weights, require_weights
 from pipelines.core.storage import local_copy

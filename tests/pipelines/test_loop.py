@@ -18,7 +18,8 @@ from pipelines.data.plan import Plan
 from pipelines.training.checkpoints import DETECTOR_FOLDER
 from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
-from pipelines.training.trainer import NonFiniteLossError, Trainer
+from pipelines.training.stepper import NonFiniteLossError
+from pipelines.training.trainer import Trainer
 from re2tal.backbones.videomae import videomae_toy
 from re2tal.errors import UserError
 from re2tal.reversible import reversible_stages

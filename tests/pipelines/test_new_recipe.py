@@ -15,15 +15,9 @@ from pipelines.config.clip_recipes import finetuning
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import RECIPES
 from pipelines.new_recipe import main
-from pipelines.training.advice import (
-    _ON_GPU,
-    Advice,
-    Machine,
-    NewRecipeConfig,
-    advise,
-    look_at,
-    this_machine,
-)
+from pipelines.training import facts as facts_module
+from pipelines.training.advice import _ON_GPU, Advice, advise
+from pipelines.training.facts import Machine, NewRecipeConfig, look_at, this_machine
 from pipelines.training.run import check_model
 from pipelines.training.written_recipe import written
 from re2tal.annotations import AnnotationError
@@ -142,7 +136,7 @@ def test_the_recipe_loads_and_builds_whatever_the_data_is_like(kind: str, tmp_pa
 
 
 def test_videos_that_cannot_be_used_are_named_and_without_data_there_is_no_advice(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     videos = {f"v{i}": ("training" if i else "validation", 20.0, ONE) for i in range(5)}
     config = data_set(tmp_path, videos, lost=["v2"])
@@ -150,8 +144,13 @@ def test_videos_that_cannot_be_used_are_named_and_without_data_there_is_no_advic
     facts = look_at(config)
     assert [v.video_id for v in facts.training] == ["v1", "v3"]
     (warning,) = [text for text in advise(facts, CORES).warnings if "cannot be used" in text]
-    assert warning.startswith("2 of 5 videos cannot be used (v2: ")
+    assert warning.startswith("of 5 videos, of which 4 were opened, 2 cannot be used (v2: ")
     assert warning.endswith("(--exclude FILE), or give it --data.max-failed 0.4")
+    (tmp_path / "videos" / "v3.mp4").write_bytes(b"no video")
+    monkeypatch.setattr(facts_module, "_LOOKED_AT", 2)  # v0 and v3
+    (warning,) = [t for t in advise(look_at(config), CORES).warnings if "cannot be used" in t]
+    assert warning.startswith("of 5 videos, of which 2 were opened, 2 cannot be used (v2: ")
+    assert warning.endswith("--data.max-failed 0.6"), "one absent, and half of the four files"
     nothing = data_set(tmp_path / "nothing", {"a": ("training", 20.0, [])})
     with pytest.raises(AnnotationError, match="there is nothing to learn"):
         look_at(nothing)

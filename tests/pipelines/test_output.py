@@ -287,5 +287,5 @@ def test_records_of_another_model_and_damaged_ones_are_refused(tmp_path: Path) -
     with pytest.raises(UserError, match="another model"):
         read_records(tmp_path, {"a": "/films/a.mp4"}, model="n")
     (tmp_path / "videos" / "a.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read: remove it"):
+    with pytest.raises(UserError, match=r"cannot be read: remove it \(the top level: invalid JSON"):
         read_records(tmp_path, {"a": "/films/a.mp4"}, model="m")

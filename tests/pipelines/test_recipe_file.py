@@ -32,8 +32,11 @@ def test_what_is_no_recipe_is_refused(run: Run) -> None:
     with pytest.raises(UserError, match="The run's configuration: runs:/"):
         recipe_of(run)
     run.client.log_text(run.run_id, '{"name": "toy", "epochs": "many"}', FILE)
-    with pytest.raises(UserError, match=f"{FILE} is not a recipe of this version"):
+    with pytest.raises(UserError, match=f"{FILE} is not a recipe of this version") as error:
         recipe_of(run)
+    assert "epochs: input should be a valid integer, unable to parse" in str(error.value)
+    assert "data: is missing; " in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_field_of_another_version_is_not_lost_in_silence(run: Run, tiny_recipe: Recipe) -> None:

@@ -12,8 +12,9 @@ from mlflow.entities import LoggedModelStatus
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import toy
 from pipelines.core.figures import Timeline, curves
+from pipelines.core.metric_log import log_metrics
 from pipelines.core.storage import fetch
-from pipelines.core.tracking import Run, log_metrics, start_run
+from pipelines.core.tracking import Run, start_run
 from pipelines.data.batches import Video
 from pipelines.data.plan import Plan
 from pipelines.training import results
@@ -64,14 +65,14 @@ def test_the_best_epoch_is_shown(
     for step, quality in ((15, 0.5), (5, 0.25), (10, 0.75)):
         values = {"val/mAP": quality, "val/mAP/tiou_0.30": quality + 0.125, "train/loss": 1 / step}
         values |= {"val/loss": 2 / step, "train/mAP": 1.0 if step < 15 else 0.9}
+        values |= {"epoch": 6 + step / 5} if step > 5 else {}
         log_metrics(run, values, step=step)
     log_metrics(run, {"val/mAP/tiou_0.50": 0.125}, step=5)  # of the other steps it was lost
     log_metrics(run, {"memory/rss_peak_mb": 123.4}, step=15)
-    print_summary(replace(recipe, epochs=3), PLAN, run, seconds=61.0)
+    # all metrics of epoch 6, the first that was evaluated, were lost
+    print_summary(replace(recipe, epochs=9, evaluate_from=6), PLAN, run, seconds=61.0)
     printed = capsys.readouterr().out
-    assert "mAP of epoch 2 of 3, the best" in printed
-    print_summary(replace(recipe, epochs=9, evaluate_from=7), PLAN, run, seconds=61.0)
-    assert "mAP of epoch 8 of 9, the best" in capsys.readouterr().out
+    assert "mAP of epoch 8 of 9, the best" in printed
     assert "0.875" in printed
     assert "overfits" not in printed  # 1.00 and 0.75
     assert "0.125" not in printed
@@ -119,7 +120,9 @@ def test_a_run_that_overfits_says_so_and_shows_it(
             run, {"val/mAP": step / 100, "train/mAP": step / 20, "train/loss": 1}, step=step
         )
     print_summary(replace(recipe, epochs=2), PLAN, run, seconds=61.0)
-    assert "overfits: 0.50 on training videos, 0.10 on validation\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "mAP of step 10, the best" in printed  # the numbers of the epochs were not logged
+    assert "overfits: 0.50 on training videos, 0.10 on validation\n" in printed
     loss, quality = [(5, 2.0), (10, 1.0)], {"average": [(5, 0.05), (10, 0.1)]}
     drawn = curves(loss, quality, validation_loss=[(5, 3.0)], watched=[(5, 0.25), (10, 0.5)])
     left, right = drawn.axes
@@ -169,7 +172,7 @@ def test_a_model_is_logged_once(run: Run, tmp_path: Path, disk: Callable[[int], 
             for model in client.search_logged_models([experiment], filter_string=of_run)
         ]
 
-    log_metrics(run, {"val/mAP": 0.5, "train/mAP": 0.75}, step=3)
+    log_metrics(run, {"val/mAP": 0.5, "train/mAP": 0.75, "epoch": 1.0}, step=3)
     reached = {"val/mAP": 0.5, "train/mAP": 0.75, "epoch": 1.0, "step": 3.0}
     uri = log_model(run, detector, metrics=reached, evaluated_on="a set")
     assert models() == [uri]
@@ -181,6 +184,7 @@ def test_a_model_is_logged_once(run: Run, tmp_path: Path, disk: Callable[[int], 
     assert {m.key: m.dataset_name for m in known.metrics or ()} == {
         "val/mAP": "a set",
         "train/mAP": None,
+        "epoch": None,
     }
     (version,) = json.loads(known.tags["mlflow.modelVersions"])  # as the model's page shows it
     assert version["name"] == "mine"

@@ -16,8 +16,9 @@ from mlflow.tracking._tracking_service import client as tracking_client
 
 from pipelines.config.recipe import Recipe
 from pipelines.core import underway
+from pipelines.core.metric_log import MetricLogger, log_metrics
 from pipelines.core.storage import resolve
-from pipelines.core.tracking import MetricLogger, finishing, log_metrics, start_run
+from pipelines.core.tracking import finishing, start_run
 from pipelines.data.plan import Plan
 from pipelines.training.checkpoints import complete
 from pipelines.training.resuming import asked_to_fit, digest, resume_or_start

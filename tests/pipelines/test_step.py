@@ -14,7 +14,8 @@ from pipelines.data.batches import Batch
 from pipelines.data.plan import Plan
 from pipelines.training.detection import DetectionTask
 from pipelines.training.local import LocalRuntime
-from pipelines.training.trainer import Trainer, in_passes, seed_step
+from pipelines.training.stepper import in_passes, seed_step
+from pipelines.training.trainer import Trainer
 
 
 def _trainer(recipe: Recipe, plan: Plan, folder: Path) -> tuple[Trainer, list[Batch]]:
@@ -89,7 +90,7 @@ def test_masks_differ_from_step_to_step_and_rank_to_rank_and_can_be_drawn_again(
 def test_batches_that_fill_no_step_are_left_out() -> None:
     batches: Any = iter(range(7))
     steps: Any = list(in_passes(batches, 3))
-    assert steps == [[0, 1, 2], [3, 4, 5]]
+    assert steps == [(0, 1, 2), (3, 4, 5)]
 
 
 def test_a_step_of_a_model_of_clips_trains_all_of_it(

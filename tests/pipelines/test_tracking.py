@@ -20,16 +20,14 @@ from optuna.storages import RDBStorage
 
 from pipelines.config.recipes import toy
 from pipelines.core.checkout import git_commit
+from pipelines.core.metric_log import MetricLogger, last_steps, log_metrics
 from pipelines.core.metric_names import safe_names, safe_path
 from pipelines.core.storage import absolute, database_file, database_url, fetch
 from pipelines.core.tracking import (
-    MetricLogger,
     Run,
     finishing,
     flatten,
-    last_steps,
     log_dataset,
-    log_metrics,
     log_text,
     start_run,
     tracking_uri,
@@ -129,6 +127,7 @@ def test_what_a_run_on_features_does_not_use_is_no_parameter(output: Path) -> No
     )
     dropped = with_frames.keys() - without.keys()
     assert {"data.videos", "data.size", "data.augmentation.flip", "optim.backbone_lr"} <= dropped
+    assert {"model.weights", "model.stored", "model.tuning"} <= dropped
     assert {"data.features", "data.window.frames", "optim.localizer_lr"} <= without.keys()
     assert {"data.augmentation.speed", "data.augmentation.reverse"} <= without.keys()
 

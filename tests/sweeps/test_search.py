@@ -8,11 +8,11 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from pipelines.config.recipes import toy
-from pipelines.core.metric_names import MAP
+from pipelines.core.metric_names import EPOCH, MAP
 from sweeps.driver import scheduler
 from sweeps.finetune import SWEEP
 from sweeps.sweep import HIGHEST_MAP, LOWEST_MEMORY, SweepConfig
-from sweeps.trial import EPOCH, TrialConfig
+from sweeps.trial import TrialConfig
 
 CONFIG = SweepConfig(name="small of toy", epochs=3, base=toy())
 

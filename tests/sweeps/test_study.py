@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import toy
-from pipelines.core.metric_names import MAP, MEMORY
+from pipelines.core.metric_names import EPOCH, MAP, MEMORY
 from re2tal.errors import UserError
 from sweeps import study as study_module
 from sweeps.constraints import HOST_MEMORY, MEASURED, SECONDS, SPEED, Constraint
@@ -35,7 +35,7 @@ from sweeps.study import (
 )
 from sweeps.suggestions import Suggestions
 from sweeps.sweep import HIGHEST_MAP, LOWEST_MEMORY, Sweep, SweepConfig
-from sweeps.trial import EPOCH, FINISHED, TrialConfig
+from sweeps.trial import FINISHED, TrialConfig
 from sweeps.warm_start import trials_of
 
 

@@ -18,9 +18,10 @@ from ray.tune.experiment import Trial
 from pipelines.config.recipe import Recipe
 from pipelines.config.recipes import toy
 from pipelines.core import underway
-from pipelines.core.metric_names import BEST_MAP, MAP, MEMORY
+from pipelines.core.metric_log import log_metrics
+from pipelines.core.metric_names import BEST_MAP, EPOCH, MAP, MEMORY
 from pipelines.core.storage import database_url
-from pipelines.core.tracking import Run, finishing, log_metrics, start_run
+from pipelines.core.tracking import Run, finishing, start_run
 from re2tal.errors import UserError
 from sweeps.driver import end_children, is_through
 from sweeps.epoch_reports import RUN_ID
@@ -29,7 +30,6 @@ from sweeps.report import report
 from sweeps.study import open_study
 from sweeps.sweep import HIGHEST_MAP, SweepConfig
 from sweeps.trial import (
-    EPOCH,
     FINISHED,
     FIRST_STEP,
     Outcomes,

@@ -212,7 +212,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([str(path), *known]) == 1
     err = capsys.readouterr().err
     assert "key 'a' is there more than once" in err
-    assert "'b': Input should be greater than or equal to 0.001" in err
+    assert "'b': input should be greater than or equal to 0.001 (found " in err
     (tmp_path / "durations.json").write_text('{"a": "3.5"}')
     assert read_durations(tmp_path / "durations.json") == {"a": 3.5}
 
