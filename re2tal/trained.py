@@ -83,7 +83,7 @@ class DetectorSpec:
         Raises:
             UserError: the backbone does not support the adapters.
         """
-        # Drawn before the backbone uses the generator, and on the CPU: "meta" tensors have no values.
+        # Drawn before the backbone uses the generator; on the CPU, as "meta" tensors lack values.
         seed = int(torch.randint(2**62, (), device="cpu"))
         if addition := self.adapters or self.lora:
             refuse_unused(addition, self.backbone, self.size)

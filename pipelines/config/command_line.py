@@ -1,5 +1,6 @@
 """Command line that names a recipe and overrides its fields; errors without a stack trace."""
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,15 +51,31 @@ def told_shortly(*, failure: str | None = None) -> Iterator[None]:
         sys.exit(_with_notes(f"error: {problem}", problem))
     except Exception as failed:
         # imported here: `--help` needs neither
-        from ray.exceptions import RayError
+        from ray.exceptions import OutOfMemoryError, RayError
         from ray.train import WorkerGroupError
 
+        if isinstance(failed, OutOfMemoryError):
+            sys.exit(_with_notes(f"error: {_out_of_memory(str(failed))}", failed))
         if isinstance(failed, WorkerGroupError):
             first = next(iter(failed.worker_failures.values()))
             sys.exit(_with_notes(f"error: a training worker failed.\n{first}", failed))
         if failure is None or not isinstance(failed, RayError):
             raise
         sys.exit(_with_notes(f"error: {failure}\n{failed}", failed))
+
+
+def _out_of_memory(report: str) -> str:
+    """Shorten Ray's report of fifty lines to what was used, by whom, and what to do."""
+    used = re.search(r"Memory on the node .*? limit", report)
+    most = re.search(r"Top \d+ memory users:.*\n\d+\s+(\S+)\s+(.+)", report)
+    sentences = [
+        "a machine ran out of memory, and Ray ended processes to keep it alive.",
+        re.sub(r", ID: \w+", "", f"{used[0]}.") if used else report.partition("\n")[0],
+        f"The largest process has {most[1]} GB: {most[2]}." if most else "",
+        "Close other programs, or give fewer workers (--scale.workers) smaller batches. The same",
+        "command then continues where this one stopped.",
+    ]
+    return " ".join(filter(None, sentences))
 
 
 def _with_notes(message: str, error: Exception) -> str:

@@ -1,7 +1,7 @@
 """End of a program: one message, or the whole stack."""
 
 import pytest
-from ray.exceptions import RayError
+from ray.exceptions import OutOfMemoryError, RayError
 from ray.train import WorkerGroupError
 
 from pipelines.config.command_line import told_shortly
@@ -35,3 +35,19 @@ def test_a_failed_task_is_told_by_those_who_know_what_it_means() -> None:
         told_shortly(failure="start again."),
     ):
         raise RayError("a task died")
+
+
+def test_of_a_machine_without_memory_the_largest_process_is_named() -> None:
+    report = (
+        "8 worker(s) were killed due to the node running low on memory. Memory on the node (IP: "
+        "192.0.2.2, ID: d5) was 22.29GB used / 23.54GB limit (0.947050)\nOOM kill reason: ...\n"
+        "Top 10 memory users: PID\tMEM(GB)\tCOMMAND\n"
+        "18022\t13.35\tpython other.py\n8195\t0.67\tpython pipelines/train.py toy\nRefer to ..."
+    )
+    with pytest.raises(SystemExit) as ended, told_shortly():
+        raise OutOfMemoryError(report)
+    message = str(ended.value)
+    assert "(IP: 192.0.2.2) was 22.29GB used / 23.54GB limit." in message
+    assert "The largest process has 13.35 GB: python other.py." in message
+    assert "--scale.workers" in message
+    assert "\n" not in message
