@@ -506,7 +506,7 @@ def test_what_is_missing_is_said_before_a_run(collection: Collection, tmp_path: 
         find_videos(str(tmp_path), [], **options)
     manifest_of(tmp_path)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"1 of the 1 shards .* part-00000"):
+    with pytest.raises(UserError, match=r"1 of 1 shard .* part-00000"):
         find_videos(str(tmp_path), [], **options)
 
 
