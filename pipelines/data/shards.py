@@ -392,9 +392,9 @@ def require_whole(folder: str, manifest: Manifest) -> None:
     wrong = [file.name for file in manifest.shards if sizes.get(file.name) != file.bytes]
     if wrong:
         raise UserError(
-            f"{folder}: {len(wrong)} of {count_of(len(manifest.shards), 'shard')} in {NAME} missing "
-            f"or of another size: {', '.join(shortened(wrong, 5))}. Run the same prepare.py command "
-            "again: it makes the missing shards and lists all anew."
+            f"{folder}: {len(wrong)} of {count_of(len(manifest.shards), 'shard')} in {NAME} missing"
+            f" or of another size: {', '.join(shortened(wrong, 5))}. Run the same prepare.py command"
+            " again: it makes the missing shards and lists all anew."
         )
 
 

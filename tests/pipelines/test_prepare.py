@@ -246,7 +246,7 @@ def test_training_on_shards_is_training_on_files(
     ).run()
     assert 0 <= final["val/mAP"] <= 1
     (tmp_path / "shards" / FOLDER / "part-00001.parquet").unlink()
-    with pytest.raises(UserError, match=r"1 of 3 shards .* part-00001.parquet"):
+    with pytest.raises(UserError, match=r"1 of 3 shards .* part-00001\.parquet"):
         make_plan(recipe.data, annotations)
 
 
