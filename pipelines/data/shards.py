@@ -393,8 +393,8 @@ def require_whole(folder: str, manifest: Manifest) -> None:
     if wrong:
         raise UserError(
             f"{folder}: {len(wrong)} of {count_of(len(manifest.shards), 'shard')} in {NAME} missing"
-            f" or of another size: {', '.join(shortened(wrong, 5))}. Run the same prepare.py command"
-            " again: it makes the missing shards and lists all anew."
+            f" or of another size: {', '.join(shortened(wrong, 5))}. Run the same prepare.py"
+            " command again: it makes the missing shards and lists all anew."
         )
 
 
