@@ -1,4 +1,4 @@
-"""Reading of weight files, and the report or error about their contents."""
+"""Reading of weight files, the report or error about their contents, and models without weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,23 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from re2tal.errors import shortened
+
+ModelT = TypeVar("ModelT")
+
+
+def without_weights(build: Callable[[], ModelT]) -> ModelT:
+    """Build a model on the "meta" device, where its weights take no memory.
+
+    Some constructors read values: many compute rates of stochastic depth with `Tensor.item`. They
+    cannot run there, so their model is built on the CPU.
+    """
+    try:
+        with torch.device("meta"):
+            return build()
+    except (RuntimeError, TypeError):
+        with torch.random.fork_rng(devices=[]):  # like the other way, draw nothing
+            return build()
+
 
 Colour = tuple[float, float, float]
 """Red, green and blue in [0, 1]."""

@@ -23,8 +23,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipelines.config.recipe import Recipe
 from re2tal.backbones.swin import TOY_WEIGHTS
 from re2tal.backbones.table import Entry, backbones
@@ -33,6 +31,7 @@ from re2tal.errors import UserError
 from re2tal.localizers.actionformer import ActionFormerConfig
 from re2tal.localizers.tridet import TriDetConfig
 from re2tal.localizers.vsgn import VSGNConfig
+from re2tal.weights import without_weights
 from sweeps.search import main
 from sweeps.suggestions import Suggestions
 from sweeps.sweep import Sweep, one_worker
@@ -104,8 +103,7 @@ def _source(weights: str) -> str:
 def _strides(name: str) -> tuple[int, int] | None:
     """Return multiple and temporal stride of a backbone; None if its library is not installed."""
     try:
-        with torch.device("meta"):
-            built: Any = backbones()[name].make().build()
+        built: Any = without_weights(backbones()[name].make().build)
     except UserError:
         return None
     return built.multiple, built.temporal_stride

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 from torch import nn
 
 from pipelines.config.recipe import Recipe
 from pipelines.core.metric_names import MAP, MEMORY
+from re2tal.weights import without_weights
 from sweeps.constraints import Constraint
 from sweeps.suggestions import Space
 
@@ -75,8 +75,7 @@ def first_layers(recipe: Recipe, share: float) -> tuple[str, ...]:
 
 @cache
 def _first_layers(config: Any, share: float) -> tuple[str, ...]:
-    with torch.device("meta"):  # only the names are needed: allocate no weights
-        backbone = config.build()
+    backbone = without_weights(config.build)
     layers = {name: backbone.layer_of(name) for name, _ in backbone.named_parameters()}
     if not layers:  # precomputed features instead of a backbone
         return ()

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from pipelines.config.recipe import WITHOUT_BACKBONE, Recipe
 from pipelines.data.batches import Batch, assemble
@@ -18,6 +17,7 @@ from re2tal.errors import UserError
 from re2tal.videos.features import window_features
 from re2tal.videos.timegrid import TimeGrid
 from re2tal.videos.windows import Window
+from re2tal.weights import without_weights
 
 _KEPT_BYTES = 2**30  # limit on the features that a worker keeps for the next epoch
 
@@ -29,8 +29,7 @@ def without_backbone(recipe: Recipe, features: Features) -> Recipe:
     frames are switched off: weights, rewiring, frozen parts of the backbone, and augmentation
     except in time, for which features are interpolated.
     """
-    with torch.device("meta"):  # only the stride is needed: allocate no weights
-        backbone: Any = recipe.model.backbone.build()
+    backbone: Any = without_weights(recipe.model.backbone.build)
     frozen = tuple(part for part in recipe.model.frozen if part.split(".")[0] != "backbone")
     model = replace(
         recipe.model,

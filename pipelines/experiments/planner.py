@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from re2tal.detector import Detector
 from re2tal.memory import Breakdown, StepMemory, explain_peak, predict_peak
 from re2tal.memory.fit import largest_that_fits
 from re2tal.memory.ways import PLAIN, prepare, residual_blocks
+from re2tal.weights import without_weights
 
 if TYPE_CHECKING:
     from pipelines.config.recipe import Recipe
@@ -53,12 +55,18 @@ class Subject:
         deepest: int = max(self.backbone.depths)
         return deepest
 
-    def build(self, depth: int, device: str = "meta") -> Detector[Any, Any]:
-        """Make the detector, random and not rewired, with `depth` blocks in the deepest stage."""
+    def build(self, depth: int, device: str | None = None) -> Detector[Any, Any]:
+        """Make the detector, not rewired, with `depth` blocks in the deepest stage.
+
+        Its weights are random on a device, and take no memory without one.
+        """
         depths = list(self.backbone.depths)
         depths[depths.index(self.depth)] = depth
+        make = partial(self.assemble, replace(self.backbone, depths=tuple(depths)))
+        if device is None:
+            return without_weights(make).train()
         with torch.device(device):
-            return self.assemble(replace(self.backbone, depths=tuple(depths))).train()
+            return make().train()
 
 
 class _Features(nn.Module):
@@ -85,9 +93,7 @@ def backbone_alone(name: str, work: Workload, addition: Addition | None = None) 
     """
     config: Any = entry_of(name).make()
     _check_depths(config)
-    with torch.device("meta"):  # only `multiple` is needed: allocate no weights
-        multiple = config.build().multiple
-
+    multiple = without_weights(config.build).multiple
     if addition is not None:
         refuse_unused(addition, config, work.size)
 
@@ -124,9 +130,10 @@ def of_recipe(recipe: Recipe) -> Subject:
 
     config: Any = recipe.model.backbone
     _check_depths(config)
-    with torch.device("meta"):  # only strides and multiples are needed: allocate no weights
-        backbone = config.build()
-        localizer = recipe.model.localizer.build(backbone.channels, len(SOME_CLASSES))
+    backbone = without_weights(config.build)
+    localizer = without_weights(
+        partial(recipe.model.localizer.build, backbone.channels, len(SOME_CLASSES))
+    )
     return Subject(
         name=recipe.name,
         work=workload_of(recipe),
@@ -148,7 +155,7 @@ def _check_depths(config: Any) -> None:
 class Planner:
     """Predictor of the memory of a model's steps in all ways of `WAYS`, with a cache.
 
-    Its models are on the "meta" device: a thousand million parameters take no memory.
+    Its models have no weights: a thousand million parameters take no memory.
     """
 
     subject: Subject

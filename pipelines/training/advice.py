@@ -34,6 +34,7 @@ from re2tal.memory.fit import GIBIBYTE
 from re2tal.reversible.coupling import SMALLEST_PIECE
 from re2tal.videos.augmentation import AugmentationConfig
 from re2tal.videos.windows import WindowConfig
+from re2tal.weights import without_weights
 
 FEW = 10
 """Number of training instances below which a class can hardly be learnt."""
@@ -126,8 +127,7 @@ def _sized(facts: Facts, machine: Machine, choice: _Size) -> Advice:
     """Choose the data and the model for one size, and the workers that train it."""
     entry = entry_of(choice.backbone)
     backbone = entry.make()
-    with torch.device("meta"):  # only stride and multiple are read, so no memory is needed
-        built = backbone.build()
+    built = without_weights(backbone.build)
     small = choice.backbone == _SMALL.backbone
     gpus = machine.gpus if machine.here or not small else 0
     workers = max(1, gpus) if gpus else min(2, machine.cores)

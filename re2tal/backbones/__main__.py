@@ -28,7 +28,7 @@ from re2tal.backbones.table import backbones
 from re2tal.backbones.weights import load_backbone_weights, save_backbone_weights
 from re2tal.errors import UserError
 from re2tal.reversible import rewire
-from re2tal.weights import WeightsMismatchError
+from re2tal.weights import WeightsMismatchError, without_weights
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,8 +50,7 @@ def _list() -> int:
     for name, entry in backbones().items():
         weights = [*entry.weights, *(f"files of {layout.title}" for layout in entry.layouts)]
         try:
-            with torch.device("meta"):
-                built = _shallow(entry.make()).build()
+            built = without_weights(_shallow(entry.make()).build)
         except UserError as error:  # its library is not installed
             sys.stdout.write(f"{name}: {error}\n")
             continue

@@ -34,6 +34,7 @@ from re2tal.reversible.branches import Branch, branches, returned, split
 from re2tal.reversible.coupling import Grid as Points
 from re2tal.reversible.layouts import ByToken, Layout, Places
 from re2tal.reversible.rewire import reversible_blocks
+from re2tal.weights import without_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -427,7 +428,7 @@ class Addition(Protocol):
 
 
 def refuse_unused(addition: Addition, config: BackboneConfig, size: int) -> None:
-    """Run a backbone on the meta device, to check that it calls all added modules.
+    """Run a backbone without its weights, to check that it calls all added modules.
 
     Blocks that read the weights of a layer instead of calling it would ignore LoRA.
 
@@ -440,8 +441,9 @@ def refuse_unused(addition: Addition, config: BackboneConfig, size: int) -> None
         UserError: the backbone does not call all of them, or does not support them.
     """
     called: set[nn.Module] = set()
-    with torch.device("meta"), torch.no_grad():
-        backbone = config.build()
+    backbone: Any = without_weights(config.build)
+    device = next(backbone.parameters()).device
+    with torch.device(device), torch.no_grad(), torch.random.fork_rng(devices=[]):
         added = addition.add_to(backbone)
         for module in added:
             module.register_forward_hook(lambda module, *_: called.add(module))

@@ -6,7 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from pipelines.experiments.profiles import (
 from pipelines.training.model import build_detector
 from pipelines.training.workload import Workload
 from re2tal.backbones import table
-from re2tal.backbones.adapters import AdapterConfig
+from re2tal.backbones.adapters import AdapterConfig, refuse_unused
+from re2tal.backbones.lora import LoraConfig
 from re2tal.backbones.slowfast import slowfast_toy
 from re2tal.backbones.swin import SwinConfig, swin_toy
 from re2tal.backbones.table import entry_of
@@ -152,6 +153,29 @@ def test_frames_and_weights_that_no_memory_holds_are_predicted() -> None:
     predicted = Planner(subject).predict("ours")
     assert predicted.inputs == frames * (32 * 32 * 3 + 1)  # 825 GB
     assert predicted.parameters > 50e9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadingConfig(SwinConfig):
+    """Shape whose constructor reads values, as those do that compute rates of drop path."""
+
+    def build(self) -> Any:
+        assert [rate.item() for rate in torch.linspace(0, 0.1, 3)][-1] > 0
+        return SwinConfig.build(self)
+
+
+@pytest.mark.parametrize("addition", [None, AdapterConfig(), LoraConfig(layers="mlp")])
+def test_a_constructor_that_reads_values_is_run_on_the_processor(addition: Any) -> None:
+    shape = {field.name: getattr(shallow(), field.name) for field in fields(SwinConfig)}
+    state = torch.get_rng_state()
+    if addition is not None:
+        refuse_unused(addition, ReadingConfig(**shape), 32)
+    found = []
+    for kind in (SwinConfig, ReadingConfig):
+        subject = backbone_alone("swin_toy", Workload(frames=32, size=32), addition)
+        found.append(Planner(replace(subject, backbone=kind(**shape))).predict("ours"))
+    assert found[0] == found[1]
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_precision_reaches_the_step() -> None:
