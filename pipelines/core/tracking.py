@@ -171,6 +171,8 @@ _OF_FRAMES = (
     "data.augmentation",
     "model.mean",
     "model.std",
+    "model.adapters",
+    "model.lora",
     *(f"model.{name}" for name in WITHOUT_BACKBONE),
     "optim.backbone_lr",
     "optim.layer_decay",

@@ -127,7 +127,7 @@ def test_what_a_run_on_features_does_not_use_is_no_parameter(output: Path) -> No
     )
     dropped = with_frames.keys() - without.keys()
     assert {"data.videos", "data.size", "data.augmentation.flip", "optim.backbone_lr"} <= dropped
-    assert {"model.weights", "model.stored", "model.tuning"} <= dropped
+    assert {"model.weights", "model.tuning", "model.adapters.ratio", "model.lora.rank"} <= dropped
     assert {"data.features", "data.window.frames", "optim.localizer_lr"} <= without.keys()
     assert {"data.augmentation.speed", "data.augmentation.reverse"} <= without.keys()
 
