@@ -9,9 +9,11 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import pyarrow as pa
@@ -315,14 +317,23 @@ def test_the_run_in_mlflow_is_complete(finished: tuple[Path, str], tiny_set: Pat
     assert run.data.tags["mlflow.user"]
 
 
+def _listed(client: JobSubmissionClient, run_id: str) -> list[dict[str, Any]]:
+    """List runs of Ray Train under the name of a run in MLflow, the newest first."""
+    listed = client._do_request("GET", "/api/train/v2/runs/v1").json()["train_runs"]
+    return [run for run in listed if run["name"] == run_id]
+
+
 @pytest.mark.slow
 def test_rays_dashboard_lists_the_run_its_workers_and_what_they_read(
     finished: tuple[Path, str],
 ) -> None:
     folder, _ = finished
     client = JobSubmissionClient(os.environ["RAY_API_SERVER_ADDRESS"])  # which has the token
-    listed = client._do_request("GET", "/api/train/v2/runs/v1").json()["train_runs"]
-    runs = [run for run in listed if run["name"] == _run(folder).info.run_id]
+    runs = _listed(client, _run(folder).info.run_id)
+    end = time.monotonic() + 120
+    while runs[-1]["status"] in ("SCHEDULING", "RUNNING") and time.monotonic() < end:
+        time.sleep(1)  # Ray looks twice a minute for runs that were stopped
+        runs = _listed(client, _run(folder).info.run_id)
     # the command was stopped, lost its end and ended: three times Ray Train began
     assert [run["status"] for run in runs] == ["FINISHED", "FINISHED", "ABORTED"], runs
     # of the one that was stopped a worker had been killed; the next may not have been noted yet
