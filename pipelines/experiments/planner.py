@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -240,12 +239,11 @@ class Planner:
         return [(n, self.peak(way, depth=n)) for n in (depth, 2 * depth, 3 * depth)]
 
     def _detector(self, way: str, depth: int) -> Detector[Any, Any]:
-        if depth == self.subject.depth and way in self._detectors:
+        own = depth == self.subject.depth
+        if own and way in self._detectors:
             return self._detectors[way]
-        if depth == self.subject.depth:  # the same weights in all ways
-            plain = self._detectors.setdefault(PLAIN, self.subject.build(depth))
-            detector = self._detectors[way] = copy.deepcopy(plain)
-        else:
-            detector = self.subject.build(depth)
+        detector = self.subject.build(depth)
         prepare(detector.backbone, way, for_gpu=True)
+        if own:  # the others are asked for once
+            self._detectors[way] = detector
         return detector

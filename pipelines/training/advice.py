@@ -96,6 +96,10 @@ _ON_GPU = tuple(
 _SMALL = _Size(backbone="swin_toy", size=64, frames=512, batch=2)
 
 
+def _is_small(backbone: str) -> bool:
+    return backbone == _SMALL.backbone
+
+
 def _fitting(facts: Facts, machine: Machine) -> Advice:
     """Advise the first size whose predicted memory fits; if none does, the smallest, and warn."""
     for choice in (*_ON_GPU, _SMALL) if machine.gpus else (_SMALL, replace(_SMALL, batch=1)):
@@ -128,7 +132,7 @@ def _sized(facts: Facts, machine: Machine, choice: _Size) -> Advice:
     entry = entry_of(choice.backbone)
     backbone = entry.make()
     built = without_weights(backbone.build)
-    small = choice.backbone == _SMALL.backbone
+    small = _is_small(choice.backbone)
     gpus = machine.gpus if machine.here or not small else 0
     workers = max(1, gpus) if gpus else min(2, machine.cores)
     windows = choice.batch * workers
@@ -175,7 +179,7 @@ def _in_time(
     facts: Facts, choice: _Size, backbone: Backbone, windows: int
 ) -> tuple[WindowConfig, ActionFormerConfig, dict[str, str]]:
     """Fit window and pyramid to the segments' lengths, for `windows` a step; give the reasons."""
-    small = choice.backbone == _SMALL.backbone
+    small = _is_small(choice.backbone)
     stride, longest = backbone.temporal_stride, facts.quantile(0.95)
     native = facts.rate or 30.0
     # 15, the rate of pretraining, at most; less if the largest window must hold long actions
@@ -242,7 +246,7 @@ def _shares(facts: Facts, localizer: ActionFormerConfig, features: float) -> str
 def _schedule(advice: Advice, facts: Facts) -> None:
     """Choose epochs, learning rates and the decay of the EMA from the number of windows."""
     recipe = advice.recipe
-    window, small = recipe.data.window, advice.backbone == _SMALL.backbone
+    window, small = recipe.data.window, _is_small(advice.backbone)
     seconds = window.frames / float(window.fps or 1)
     step = seconds * (1 - window.overlap)
     windows = sum(1 + math.ceil(max(0.0, v.duration - seconds) / step) for v in facts.training)

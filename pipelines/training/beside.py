@@ -218,9 +218,9 @@ class Evaluations:
         scale = job.task.recipe.scale
         self._job, self._stop_training = job, stop
         self._wanted, self._trained = scale.validation_workers, False
-        if self._room() < self._wanted:
+        if (room := self._room()) < self._wanted:
             job.board.post.remote(
-                f"{self._room()} of {self._wanted} evaluations at a time fit beside the training"
+                f"{room} of {self._wanted} evaluations at a time fit beside the training"
             )
         self._given = ray.put(job)
         # tried again after a lost process or node, and after any exception, as a worker is

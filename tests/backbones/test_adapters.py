@@ -126,7 +126,7 @@ def test_new_ones_change_no_bit(config: Any, tuning: Tuning, way: str, video: Te
 
 
 def term(adapter: TemporalAdapter, z: Tensor, steps: int) -> Tensor:
-    """What an adapter adds to one window's tokens (clips, steps a clip times places, C), by loops.
+    """Term that an adapter adds to one window (clips, steps a clip times places, C), by loops.
 
     Args:
         adapter: the adapter.

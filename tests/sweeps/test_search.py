@@ -1,4 +1,4 @@
-"""What is stopped early, and that the base recipe never is."""
+"""Early stopping of trials, which never stops the base recipe."""
 
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ CONFIG = SweepConfig(name="small of toy", epochs=3, base=toy())
 
 
 class _Others:
-    """What Ray Tune's controller says of the other trials: one waits for its turn."""
+    """Answers of Ray Tune's controller on the other trials: one waits for its turn."""
 
     def get_live_trials(self) -> list[Trial]:
         return [_trial(99)]
@@ -30,7 +30,7 @@ def _trial(number: int) -> Trial:
 
 
 def _decisions(rule: TrialScheduler, values: list[float]) -> list[str]:
-    """What becomes of trials that all report their first epoch, the base's first."""
+    """Decisions on trials that all report their first epoch, the base's first."""
     trials = [_trial(number) for number in range(len(values))]
     for trial in trials:
         rule.on_trial_add(_Others(), trial)

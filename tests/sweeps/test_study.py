@@ -1,4 +1,4 @@
-"""What Optuna keeps of a sweep: the base first, pruned trials as pruned, interrupted ones again."""
+"""Record of a sweep in Optuna: the base first, pruned trials as pruned, interrupted ones again."""
 
 import statistics
 import warnings

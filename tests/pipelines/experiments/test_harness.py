@@ -192,7 +192,7 @@ def measure(*, rounds: int = 3) -> Tables:
     counted.
 
     Args:
-        rounds: how often.
+        rounds: number of repetitions.
     """
     return {"Rounds": [{"rounds": rounds}]}
 
