@@ -119,7 +119,7 @@ def _fitting(facts: Facts, machine: Machine) -> Advice:
 
 def _memory(recipe: Recipe, classes: Sequence[str]) -> int:
     """Predict the bytes of a step, with the optimizer's state and the average of the weights."""
-    detector = build_detector(recipe, classes, None).train()
+    detector = without_weights(lambda: build_detector(recipe, classes, None)).train()
     if recipe.scale.gpu:
         re2tal.rewire(detector.backbone, slice_bytes=SMALLEST_PIECE["cuda"])  # as it will run there
     work = workload_of(recipe)

@@ -24,6 +24,7 @@ from re2tal.errors import UserError
 from re2tal.memory import StepMemory, predict_peak
 from re2tal.memory.fit import GIBIBYTE, largest_that_fits, parse_size
 from re2tal.reversible.controls import reversible_stages, set_coupling
+from re2tal.weights import without_weights
 
 if TYPE_CHECKING:
     from pipelines.config.recipe import Recipe
@@ -67,7 +68,7 @@ class Predictor:
         self._steps: dict[tuple[Layout, int, int], StepMemory] = {}
 
     def detector(self, *, reversible: bool) -> Detector[Any, Any]:
-        """Build the detector, rewired or not, with random weights and in training mode.
+        """Build the detector, rewired or not, without weights and in training mode.
 
         Raises:
             ValueError: if it is to be rewired and cannot be.
@@ -77,7 +78,8 @@ class Predictor:
 
         if reversible not in self._detectors:
             model = replace(self.recipe.model, reversible=reversible, stored=False, slice_mb=None)
-            built = build_detector(replace(self.recipe, model=model), self._classes, weights=None)
+            shown = replace(self.recipe, model=model)
+            built = without_weights(lambda: build_detector(shown, self._classes, weights=None))
             train_mode(built, model)
             self._detectors[reversible] = built
         return self._detectors[reversible]
